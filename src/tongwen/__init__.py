@@ -1,0 +1,23 @@
+"""tongwen (同文): teach a language model Chinese. One command, one recipe file, and nothing fails in silence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tongwen.stages.chat import Speaker
+
+
+def open(model: str, adapters: tuple[str, ...] | list[str] = (), **options: object) -> Speaker:
+    """Open a model to talk with: a folder, a hub id, `modelscope:id`, a `.gguf` file, or a stage folder of a run.
+
+    The object that comes back has `.chat(messages)` -> str, `.stream(messages)` -> iterator of str, and
+    `.generate(prompts)` -> list of str. Options are those of `tongwen.stages.chat.open_speaker`.
+
+    Raises ModelError when the folder holds no model, ArtifactError when an adapter was trained on another base.
+    """
+    from tongwen.stages.chat import open_speaker
+
+    return open_speaker(model, adapters=list(adapters), **options)  # type: ignore[arg-type]

@@ -1,0 +1,84 @@
+"""What can go wrong by the user's hand or the machine's, each with the exit code that the front door gives it.
+
+A message holds place, thing with its value, the rule that it broke, and the remedy. Anything that is not a
+TongwenError is a bug of ours and shows its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tongwen.language import say
+
+
+class TongwenError(Exception):
+    """Base of all errors that a user can cure.
+
+    rule:   one sentence: what is wrong, with the value quoted
+    place:  file, line, row or tensor where it was found
+    remedy: what to do; a command or a recipe line that can be pasted
+    """
+
+    exit_code = 1
+
+    def __init__(self, rule: str, *, place: str = "", remedy: str = "") -> None:
+        self.rule, self.place, self.remedy = rule, place, remedy
+        super().__init__(self.text())
+
+    def text(self) -> str:
+        """The message as the user sees it: `place: rule`, then the remedy on its own line."""
+        first = f"{self.place}: {self.rule}" if self.place else self.rule
+        return f"{first}\n  → {self.remedy}" if self.remedy else first
+
+
+class RecipeError(TongwenError):
+    exit_code = 2
+
+
+class DataError(TongwenError):
+    exit_code = 3
+
+
+class ModelError(TongwenError):
+    exit_code = 4
+
+
+class ArtifactError(ModelError):
+    """A folder that a stage left, or should have left, is not what it must be."""
+
+
+class MachineError(TongwenError):
+    """Disk, memory, device, permission, network."""
+
+    exit_code = 5
+
+
+class NumbersError(TongwenError):
+    """NaN, Inf, or a failed audit."""
+
+    exit_code = 6
+
+
+class MissingPackage(MachineError):
+    def __init__(self, package: str, needed_for: str, extra: str) -> None:
+        super().__init__(
+            say(f"the package {package!r} is needed for {needed_for}", f"{needed_for}需要软件包 {package!r}"),
+            remedy=f"pip install 'tongwen[{extra}]'",
+        )
+
+
+class SeveralErrors(TongwenError):
+    """All problems at once. The exit code is the lowest among recipe, data and model problems."""
+
+    def __init__(self, errors: Sequence[TongwenError]) -> None:
+        self.errors = list(errors)
+        self.exit_code = min(error.exit_code for error in self.errors)
+        super().__init__("\n".join(error.text() for error in self.errors))
+
+
+def raise_all(errors: Sequence[TongwenError]) -> None:
+    """Raise nothing, the one error, or all of them together."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise SeveralErrors(errors)

@@ -1,0 +1,105 @@
+"""Words of other tools that a recipe understands: translated and said, or refused with the recipe's own word.
+
+`OWNED` are TrainingArguments that a recipe already says in its own words. `OLD` are names that transformers 5 dropped,
+or that other trainers use, with what they become here.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+# TrainingArguments name -> the recipe's word (in the training section unless a dot or another section is named).
+OWNED = {
+    "output_dir": "out",
+    "seed": "seed",
+    "data_seed": "seed",
+    "learning_rate": "learning_rate",
+    "num_train_epochs": "stop_after: N epochs",
+    "max_steps": "stop_after: N steps",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "per_device_eval_batch_size": "micro_batch_tokens",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warmup",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "bf16": "precision",
+    "fp16": "precision",
+    "activation_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing": "activation_checkpointing",
+    "logging_steps": "log_every",
+    "logging_strategy": "log_every",
+    "logging_nan_inf_filter": "nothing: a NaN stays a NaN",
+    "save_steps": "save_every",
+    "save_strategy": "save_every",
+    "save_total_limit": "keep_checkpoints",
+    "save_only_model": "nothing: a checkpoint always resumes",
+    "eval_steps": "evaluate_every",
+    "eval_strategy": "evaluate_every",
+    "resume_from_checkpoint": "nothing: the same command continues by itself",
+    "remove_unused_columns": "nothing: there are no columns",
+    "dataloader_drop_last": "nothing: no sample is dropped",
+    "average_tokens_across_devices": "nothing: the loss is always averaged over all learned tokens",
+    "train_sampling_strategy": "nothing: micro-batches carry no padding",
+    "group_by_length": "nothing: micro-batches carry no padding",
+    "disable_tqdm": "nothing: progress is shown only in a terminal",
+    "do_train": "nothing: a section that is present runs",
+    "do_eval": "evaluate_every",
+    "do_predict": "nothing: `tongwen generate` does it",
+    "use_cpu": "nothing: the device is found by itself",
+    "auto_find_batch_size": "micro_batch_tokens",
+    "ignore_data_skip": "nothing: a resumed run continues where it stopped",
+    "full_determinism": "nothing: the same seed gives the same order",
+    "label_smoothing_factor": "nothing: not supported with the loss over learned tokens",
+    "use_liger_kernel": "nothing: the head already runs on learned rows only",
+    "fsdp": "nothing: sharded engines are not built yet",
+    "fsdp_config": "nothing: sharded engines are not built yet",
+    "deepspeed": "nothing: sharded engines are not built yet",
+}
+
+# Dropped or foreign name -> (the recipe's key, or "" when nothing needs to be said any more).
+OLD = {
+    "warmup_ratio": "warmup",
+    "lr_scheduler_type": "schedule",
+    "evaluation_strategy": "",
+    "group_by_length": "",
+    "overwrite_output_dir": "",
+    "logging_dir": "",
+    "no_cuda": "",
+    "use_mps_device": "",
+    "fp16_backend": "",
+    "half_precision_backend": "",
+    "tpu_num_cores": "",
+    "past_index": "",
+    "cutoff_len": "max_length",
+    "max_seq_length": "max_length",
+    "model_max_length": "max_length",
+}
+
+OLD_REASONS = {
+    "evaluation_strategy": (
+        "the held-out set is always scored before and after; `evaluate_every: N` scores it in between",
+        "留出集总会在前后评测；`evaluate_every: N` 可在中途评测",
+    ),
+    "group_by_length": ("micro-batches carry no padding, so grouping has nothing to save", "微批不含填充，无需按长度分组"),
+    "overwrite_output_dir": ("`tongwen run RECIPE --again` redoes a stage and keeps the old folder", "用 `tongwen run RECIPE --again` 重做并保留旧文件夹"),
+    "logging_dir": ("metrics.jsonl and report.html stand in the stage's folder", "metrics.jsonl 与 report.html 就在该阶段文件夹中"),
+}
+
+
+@cache
+def training_arguments() -> frozenset[str]:
+    """Field names of the installed transformers' TrainingArguments, read from its source without importing it."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        return frozenset()
+    source = Path(spec.submodule_search_locations[0]) / "training_args.py"
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
+            return frozenset(
+                item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+            )
+    return frozenset()

@@ -1,0 +1,258 @@
+"""Every word a recipe may say: type, default, unit and help stand here and nowhere else.
+
+The documentation, `tongwen schema` and the messages are made from this page. All sections are frozen after reading.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic_core import PydanticCustomError
+
+from tongwen.language import say
+
+# The order in which the stages run. A section that is absent does not run.
+STAGES = ("prepare", "sft", "merge")
+
+
+def word(default: Any, en: str, zh: str, **limits: Any) -> Any:
+    """A field with its help in both languages; `...` as default makes it required."""
+    return Field(default, description=en, json_schema_extra={"zh": zh}, **limits)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def wrong(en: str, zh: str) -> PydanticCustomError:
+    # Braces are escaped because pydantic formats the template.
+    return PydanticCustomError("tongwen", say(en, zh).replace("{", "{{").replace("}", "}}"))  # type: ignore[arg-type]
+
+
+class Duration(BaseModel):
+    """How long to train: `2 epochs`, `300 steps`, `5000000 tokens`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    count: float
+    unit: Literal["epochs", "steps", "tokens"]
+
+    def __str__(self) -> str:
+        number = int(self.count) if self.count == int(self.count) else self.count
+        return f"{number} {self.unit}"
+
+
+def read_duration(value: Any) -> Any:
+    if isinstance(value, Duration):
+        return value
+    found = re.fullmatch(r"\s*([\d_.,]*\d[\d_.,]*(?:e\d+)?)\s*(epochs?|steps?|tokens?)\s*", str(value))
+    try:
+        count = float(found[1].replace("_", "").replace(",", "")) if found else 0.0
+    except ValueError:
+        count = 0.0
+    if not found or count <= 0:
+        raise wrong(
+            f"{value!r} is not a length of training; write for example `2 epochs`, `300 steps` or `5000000 tokens`",
+            f"{value!r} 不是训练时长；请写成 `2 epochs`、`300 steps` 或 `5000000 tokens` 这样",
+        )
+    return Duration(count=count, unit=found[2].rstrip("s") + "s")  # type: ignore[arg-type]
+
+
+def read_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def read_list(value: Any) -> Any:
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+def read_number(value: Any) -> Any:
+    """Ints stand for floats; a boolean does not."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Number = Annotated[float, BeforeValidator(read_number)]
+Length = Annotated[Duration, BeforeValidator(read_duration), PlainSerializer(str)]
+
+
+class Source(Section):
+    """One file, folder or glob of files."""
+
+    path: str = word(..., "file, folder or glob", "文件、文件夹或通配符")
+    format: Literal["alpaca", "messages", "conversations", "text"] | None = word(
+        None, "format of the rows; recognised from the content when absent", "数据格式；不写则按内容识别"
+    )
+    columns: dict[str, str] = word(
+        {}, "our name: the file's name, e.g. {output: answer}", "列名映射，如 {output: answer}"
+    )
+
+
+Sources = Annotated[list[Annotated[Source, BeforeValidator(read_source)]], BeforeValidator(read_list)]
+
+
+class Prepare(Section):
+    """Read, check and split the data."""
+
+    documents: Sources = word([], "plain text for continued pre-training", "继续预训练用的纯文本")
+    dialogues: Sources = word([], "conversations for fine-tuning", "微调用的对话")
+    held_out: Number | str = word(
+        0.02,
+        "kept away from training: a share (below 1), a count, or a file",
+        "留出不参与训练的部分：比例（小于 1）、条数或一个文件",
+    )
+    fill: dict[str, str] = word(
+        {},
+        "text for placeholders such as {{name}} and {{author}} in the data",
+        "数据中 {{name}}、{{author}} 等占位符的内容",
+    )
+    max_bad: Number = word(
+        100.0,
+        "refuse to go on when more rows than this are rejected: a share (below 1) or a count",
+        "被拒绝的行超过此数（小于 1 表示比例）就停止",
+        ge=0,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Prepare:
+        if not self.documents and not self.dialogues:
+            raise wrong(
+                "`prepare` needs `documents` or `dialogues`; for example `dialogues: data/alpaca_zh.json`",
+                "`prepare` 需要 `documents` 或 `dialogues`；例如 `dialogues: data/alpaca_zh.json`",
+            )
+        if isinstance(self.held_out, float) and self.held_out < 0:
+            raise wrong(f"held_out: {self.held_out} is negative", f"held_out: {self.held_out} 不能为负")
+        return self
+
+
+class Adapter(Section):
+    """What is trained: every weight, or a low-rank adapter beside them."""
+
+    method: Literal["lora", "full"] = word("lora", "lora: a small adapter; full: all weights", "lora：小适配器；full：全部权重")
+    rank: int = word(16, "rank of the adapter: higher learns more, costs memory", "适配器的秩：越大学得越多，越占内存", ge=1)
+    alpha: Number | None = word(None, "scale of the adapter; 2 x rank when absent", "适配器缩放；不写为 rank 的 2 倍", gt=0)
+    dropout: Number = word(0.0, "dropout on the adapter's input", "适配器输入的 dropout", ge=0, lt=1)
+    targets: str | list[str] = word(
+        "all-linear",
+        "all-linear, family (the family's usual few), or a list of module names",
+        "all-linear、family（该系列惯用的几个）或模块名列表",
+    )
+    rslora: bool = word(False, "scale by alpha / sqrt(rank)", "按 alpha / sqrt(rank) 缩放")
+    dora: bool = word(False, "train direction and magnitude apart (DoRA)", "方向与幅度分开训练（DoRA）")
+    also_train: list[str] = word([], "modules trained in full beside the adapter", "除适配器外完整训练的模块")
+
+    @model_validator(mode="after")
+    def _check(self) -> Adapter:
+        if isinstance(self.targets, str) and self.targets not in ("all-linear", "family"):
+            raise wrong(
+                f"targets: {self.targets!r} is not `all-linear`, `family` or a list such as [q_proj, v_proj]",
+                f"targets: {self.targets!r} 应为 `all-linear`、`family` 或 [q_proj, v_proj] 这样的列表",
+            )
+        return self
+
+    @property
+    def scale(self) -> float:
+        """alpha, with its default."""
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+
+class Sft(Section):
+    """Supervised fine-tuning on dialogues."""
+
+    template: str = word(
+        "own",
+        "own (the model's), chatml, alpaca, alpaca-zh, plain, or a .jinja file",
+        "own（模型自带）、chatml、alpaca、alpaca-zh、plain 或 .jinja 文件",
+    )
+    learn: Literal["assistant", "last_answer", "everything"] = word(
+        "assistant", "which text counts in the loss", "哪些文字计入损失"
+    )
+    thinking: Literal["on", "off", "mixed"] = word(
+        "mixed",
+        "for thinking models: every answer thinks (on), none does (off), or as each row has it (mixed)",
+        "思考模型：都思考（on）、都不思考（off）、按数据而定（mixed）",
+    )
+    adapter: Adapter = word(Adapter(), "what is trained", "训练哪些权重")
+    max_length: int = word(1024, "tokens; longer samples are rejected and counted", "token 数；更长的样本会被拒绝并计数", ge=8)
+    batch_size: int = word(8, "samples per optimizer step over all devices", "每个优化步的样本数（所有设备合计）", ge=1)
+    learning_rate: Number | None = word(
+        None, "peak; 2e-4 with an adapter, 2e-5 in full", "峰值学习率；适配器默认 2e-4，全参数 2e-5", gt=0
+    )
+    schedule: Literal["constant", "linear", "cosine"] = word("cosine", "shape after the warm-up", "预热之后的形状")
+    warmup: Number = word(0.03, "share of all steps (below 1) or a number of steps", "占总步数的比例（小于 1）或步数", ge=0)
+    weight_decay: Number = word(0.0, "AdamW's weight decay", "AdamW 权重衰减", ge=0)
+    max_grad_norm: Number = word(1.0, "clip the gradient to this norm; 0: off", "梯度裁剪范数；0 为关闭", ge=0)
+    stop_after: Length = word(Duration(count=2, unit="epochs"), "epochs, steps or tokens", "轮数、步数或 token 数")
+    save_every: int = word(100, "optimizer steps between checkpoints", "每多少优化步存一次检查点", ge=1)
+    keep_checkpoints: int = word(2, "how many checkpoints stay", "保留多少个检查点", ge=1)
+    evaluate_every: int | None = word(
+        None, "steps between held-out evaluations; before and after always", "每多少步评测留出集；前后总会评测", ge=1
+    )
+    log_every: int = word(1, "steps between lines of metrics.jsonl", "每多少步写一行 metrics.jsonl", ge=1)
+    precision: Literal["auto", "fp32", "bf16"] = word(
+        "auto",
+        "auto: bf16 where the device computes in it, else fp32",
+        "auto：设备支持 bf16 计算则用，否则 fp32",
+    )
+    activation_checkpointing: Literal["auto", "on", "off"] = word(
+        "auto", "recompute activations to save memory; auto: only when memory needs it", "重算激活以省内存；auto：必要时才用"
+    )
+    micro_batch_tokens: int | None = word(
+        None, "tokens that go through the model at once; derived when absent", "一次过模型的 token 数；不写则推算", ge=16
+    )
+    train_new_control_tokens: bool = word(
+        True,
+        "train the rows of control tokens that the base never saw; false: refuse such a base instead",
+        "训练底座从未见过的控制符的词向量行；false：遇到这种底座就拒绝",
+    )
+    min_stop_learned: Number = word(
+        0.99, "refuse when fewer samples than this share learn to stop", "学会停止的样本低于此比例就拒绝", ge=0, le=1
+    )
+    samples: int = word(3, "held-out questions answered before and after, for the report", "报告中训练前后各答几题", ge=0)
+    trainer: dict[str, Any] = word({}, "other transformers TrainingArguments", "其他 transformers TrainingArguments")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 2e-5 if self.adapter.method == "full" else 2e-4
+
+
+class Merge(Section):
+    """Fold the adapter into the base."""
+
+    dtype: Literal["base", "fp32", "bf16", "fp16"] = word("base", "number type of the merged model", "合并后模型的数值类型")
+
+
+class Recipe(Section):
+    """Who and where; below, each stage that has a section runs, in the program's order."""
+
+    name: str = word(..., "name of the run", "运行的名字", pattern=r"^[\w.\-]+$")
+    base: str = word(
+        ..., "model: folder, hub id, modelscope:id, .gguf file, or a stage folder", "模型：文件夹、hub id、modelscope:id、.gguf 文件或阶段文件夹"
+    )
+    out: str = word("", "folder of the run; runs/NAME when absent", "输出文件夹；不写为 runs/NAME")
+    seed: int = word(42, "decides order, split and initialisation", "决定顺序、划分与初始化")
+    devices: int = word(1, "processes, one per GPU", "进程数，每块 GPU 一个", ge=1)
+    prepare: Prepare | None = word(None, "read, check and split the data", "读取、检查、划分数据")
+    sft: Sft | None = word(None, "supervised fine-tuning", "监督微调")
+    merge: Merge | None = word(None, "fold the adapter into the base", "把适配器并入底座")
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.sft and not (self.prepare and self.prepare.dialogues):
+            raise wrong(
+                "`sft` needs `prepare: {dialogues: ...}`: the data that it learns from",
+                "`sft` 需要 `prepare: {dialogues: ...}` 提供训练数据",
+            )
+        if self.merge and not (self.sft and self.sft.adapter.method != "full"):
+            raise wrong(
+                "`merge` needs an `sft` section that trains an adapter: there is nothing to fold into the base",
+                "`merge` 需要训练适配器的 `sft` 段，否则没有可合并的东西",
+            )
+        return self
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that this recipe runs, in order."""
+        return [name for name in STAGES if getattr(self, name) is not None]

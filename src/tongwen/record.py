@@ -1,0 +1,77 @@
+"""The records that flow through the river: a Document, a Dialogue of Messages, and the Spans of a rendered text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a record came from: the file as the user wrote it, and its row there, counted from 1."""
+
+    file: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.row}"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text to be continued."""
+
+    text: str
+    origin: Origin
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `role` is system, user, assistant or tool; `thinking` is what a model says to itself before it answers;
+    `learn` overrides the recipe's choice for this one turn."""
+
+    role: str
+    content: str
+    thinking: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    learn: bool | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The OpenAI-style dictionary: the form on disk, and what chat templates read."""
+        out: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.thinking is not None:
+            out["reasoning_content"] = self.thinking
+        if self.tool_calls:
+            out["tool_calls"] = list(self.tool_calls)
+        if self.learn is not None:
+            out["learn"] = self.learn
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """Turns between a user and an assistant, with the tools that the assistant may call."""
+
+    messages: tuple[Message, ...]
+    origin: Origin
+    tools: tuple[dict[str, Any], ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"messages": [message.to_dict() for message in self.messages]}
+        if self.tools:
+            out["tools"] = list(self.tools)
+        if self.meta:
+            out["meta"] = self.meta
+        out["origin"] = {"file": self.origin.file, "row": self.origin.row}
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of rendered text, and whether the model is to learn it. `stop` marks the text of the stop token."""
+
+    text: str
+    learn: bool
+    stop: bool = False
