@@ -39,6 +39,14 @@ class DataError(TongwenError):
     exit_code = 3
 
 
+class RowRefused(DataError):
+    """One row is not taken: `reason` is the ledger's word for it, the message says what is wrong with the row."""
+
+    def __init__(self, reason: str, rule: str) -> None:
+        self.reason = reason
+        super().__init__(rule)
+
+
 class ModelError(TongwenError):
     exit_code = 4
 

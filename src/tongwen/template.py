@@ -26,7 +26,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from tongwen.errors import DataError, ModelError
+from tongwen.errors import ModelError, RowRefused
 from tongwen.language import say
 from tongwen.record import Dialogue, Message, Span
 
@@ -34,14 +34,6 @@ SHIPPED = ("chatml", "alpaca", "alpaca-zh", "plain")
 GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 # Noncharacters: Unicode keeps them out of text, so they can carry marks through a render.
 LEARN_FROM, LEARN_TO, SENTINEL = "\ufdd0", "\ufdd1", "\ufdd2"
-
-
-class RowRefused(DataError):
-    """One dialogue cannot be rendered faithfully; it is rejected with this reason and counted."""
-
-    def __init__(self, reason: str, rule: str) -> None:
-        self.reason = reason
-        super().__init__(rule)
 
 
 class Generation(jinja2.ext.Extension):
@@ -152,6 +144,8 @@ class Template:
         template = cls(name, source, marked, dict(tokens), tuple(special))
         template = template._with_stop()
         template._check_expressible()
+        if marked:
+            template._check_marks()
         return template
 
     # -- rendering ------------------------------------------------------------------------------------------------
@@ -183,8 +177,6 @@ class Template:
         samples = self._joined(turns, answers, learned)
         if learn == "everything":
             samples = [Rendered(tuple(replace(span, learn=True) for span in sample.spans)) for sample in samples]
-        if self.marked and len(samples) == 1:
-            self._check_marks(messages, dialogue.tools, samples[0])
         return samples
 
     def _turn(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> tuple[str, str]:
@@ -287,21 +279,21 @@ class Template:
             remedy=say("choose another template, for example `template: chatml`", "换用其他模板，如 `template: chatml`"),
         )
 
-    def _check_marks(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], sample: Rendered) -> None:
-        """Our own marks agree with the render, and without them the text is the same."""
-        marked = self._render(messages, tools, bool(messages[-1].thinking), marks=True)
-        plain = marked.replace(LEARN_FROM, "").replace(LEARN_TO, "")
-        if plain != self._render(messages, tools, bool(messages[-1].thinking)) or not plain.startswith(sample.text):
+    def _check_marks(self) -> None:
+        """Our own marks enclose exactly what the render itself shows to be learned, and leave the text unchanged."""
+        messages = [Message("user", "A"), Message("assistant", "B"), Message("user", "C"), Message("assistant", "D")]
+        marked = self._render(messages, (), False, marks=True)
+        unmarked = marked.replace(LEARN_FROM, "").replace(LEARN_TO, "")
+        inside = [part.split(LEARN_TO)[0] for part in marked.split(LEARN_FROM)[1:]]
+        learned = [answer for _, answer in (self._turn(messages[: end + 1], ()) for end in (1, 3))]
+        if unmarked != self._render(messages, (), False) or inside != learned:
             raise ModelError(
-                say("the marked template renders another text than the exported one", "带标记的模板与导出的模板渲染不一致"),
+                say(
+                    f"the marks of the template enclose {inside}, the render teaches {learned}",
+                    f"模板标记包住的是 {inside}，而渲染结果教的是 {learned}",
+                ),
                 place=f"template {self.name}",
-            )
-        wanted = [part.split(LEARN_TO)[0] for part in marked.split(LEARN_FROM)[1:]]
-        answers = [message for message in messages if message.role == "assistant"]
-        if len(wanted) != len(answers):
-            raise ModelError(
-                say("the marks of the template do not cover each answer once", "模板标记未能恰好覆盖每个回答"),
-                place=f"template {self.name}",
+                remedy=say("mark the answer with its stop token, and nothing else", "标记应恰好包住回答及其停止符"),
             )
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:

@@ -106,10 +106,10 @@ class Prepare(Section):
         "text for placeholders such as {{name}} and {{author}} in the data",
         "数据中 {{name}}、{{author}} 等占位符的内容",
     )
-    max_bad: Number = word(
-        100.0,
-        "refuse to go on when more rows than this are rejected: a share (below 1) or a count",
-        "被拒绝的行超过此数（小于 1 表示比例）就停止",
+    max_bad: Number | None = word(
+        None,
+        "refuse to go on when more rows than this are rejected: a share (below 1) or a count; 0.1 %, at most 100 rows",
+        "被拒绝的行超过此数（小于 1 表示比例）就停止；默认 0.1%，至多 100 行",
         ge=0,
     )
 

@@ -1,0 +1,275 @@
+"""A name becomes a model and its tokenizer: folder, hub id, `modelscope:id`, `.gguf` file, or a stage folder.
+
+What transformers accepts in silence is refused here: weights that are missing and would be random, a tokenizer with
+more tokens than the embedding has rows. No remote code runs, and no pickle beyond `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tongwen import artifact
+from tongwen.errors import ArtifactError, MachineError, MissingPackage, ModelError
+from tongwen.language import say
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is: what to hand to `from_pretrained`, and the adapter that stands on it."""
+
+    name: str  # as the user wrote it
+    folder: str  # folder or hub id
+    gguf: str | None = None
+    adapter: str | None = None
+
+    @property
+    def local(self) -> bool:
+        return Path(self.folder).is_dir()
+
+
+def locate(name: str) -> Place:
+    """Find a model by name. Raises ModelError when a folder holds none."""
+    if name.startswith("modelscope:"):
+        return Place(name, _from_modelscope(name.removeprefix("modelscope:")))
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(say("there is no such file", "没有这个文件"), place=name)
+        return Place(name, str(path.parent), gguf=path.name)
+    if not path.exists():
+        if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name:
+            raise ModelError(
+                say("there is no such folder", "没有这个文件夹"),
+                place=name,
+                remedy=say("give a folder, a hub id such as Qwen/Qwen3-8B, or modelscope:Qwen/Qwen3-8B", "请给出文件夹、hub id（如 Qwen/Qwen3-8B）或 modelscope:Qwen/Qwen3-8B"),
+            )
+        return Place(name, name)
+    return _local_place(name, path)
+
+
+def _local_place(name: str, path: Path) -> Place:
+    if path.is_file():
+        raise ModelError(say("a model is a folder or a .gguf file", "模型应为文件夹或 .gguf 文件"), place=name)
+    stage = artifact.find(path)
+    if stage and stage.kind in ("sft", "pretrain") and (path / "adapter_config.json").is_file():
+        return Place(name, stage.manifest["parents"]["base"]["path"], adapter=str(path))
+    if not (path / "config.json").is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return Place(name, str(path), gguf=ggufs[0].name)
+        if (path / "adapter_config.json").is_file():
+            base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+            raise ModelError(
+                say("this folder holds an adapter, not a model", "该文件夹是适配器，不是模型"),
+                place=name,
+                remedy=f"tongwen chat {base} --adapter {name}",
+            )
+        raise ModelError(
+            say("no config.json in this folder: it holds no model", "文件夹里没有 config.json：不是模型"),
+            place=name,
+            remedy=say("a stage folder of a run has one after `merge`", "运行中的 merge 阶段文件夹才是模型"),
+        )
+    if not any(next(path.glob(pattern), None) for pattern in WEIGHTS):
+        raise ModelError(
+            say("this model folder has no weights", "模型文件夹里没有权重"),
+            place=name,
+            remedy=say(f"one of these is needed: {', '.join(WEIGHTS)}", f"需要其中之一：{'、'.join(WEIGHTS)}"),
+        )
+    return Place(name, str(path))
+
+
+def load_tokenizer(place: Place) -> Any:
+    """The tokenizer of a model, as it stands. Raises ModelError or MachineError."""
+    from transformers import AutoTokenizer
+
+    with quiet(), _explained(place):
+        return AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
+
+
+def load_config(place: Place) -> Any:
+    from transformers import AutoConfig
+
+    with quiet(), _explained(place):
+        return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
+
+
+def load_model(place: Place, dtype: torch.dtype, *, attention: str = "sdpa", device: str | None = None) -> Any:
+    """The causal language model, in the given number type. Raises ModelError when a weight would be random."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), _explained(place):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place.folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            attn_implementation=attention,
+            output_loading_info=True,
+            **({"device_map": device} if device else {}),
+            **_gguf(place),
+        )
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise ModelError(
+            say(
+                f"{len(missing)} weights are not in the files and would be random, the first: {missing[0]}",
+                f"文件中缺少 {len(missing)} 个权重，它们将是随机值，第一个：{missing[0]}",
+            ),
+            place=place.name,
+            remedy=say("fetch the model again, whole", "请重新完整下载模型"),
+        )
+    if place.gguf:  # de-quantised: from here on an ordinary model
+        model.hf_quantizer = None
+        model.config.__dict__.pop("quantization_config", None)
+    return model
+
+
+def check_tokenizer(tokenizer: Any, model: Any, place: Place) -> None:
+    """Raise ModelError when the tokenizer can make ids for which the embedding has no row."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ModelError(
+            say(
+                f"the tokenizer has ids up to {highest}, the embedding has {rows} rows",
+                f"分词器的 id 最大为 {highest}，而词向量只有 {rows} 行",
+            ),
+            place=place.name,
+            remedy=say("use the tokenizer that belongs to this model", "请使用该模型自己的分词器"),
+        )
+
+
+def compute_device() -> str:
+    """cuda, npu, xpu, mps or cpu: whatever torch can compute on here."""
+    kind = torch.accelerator.current_accelerator(check_available=True) if torch.accelerator.is_available() else None
+    return kind.type if kind is not None else "cpu"
+
+
+def compute_dtype(precision: str, device: str) -> tuple[torch.dtype, str]:
+    """(number type, why). fp32 on a CPU that only emulates bf16: there it is about seven times slower."""
+    if precision == "fp32":
+        return torch.float32, say("as the recipe says", "按配方")
+    native = cpu_has_bf16() if device == "cpu" else device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16":
+        if not native:
+            raise MachineError(
+                say(f"this {device} does not compute in bf16", f"该 {device} 不支持 bf16 计算"), place="sft.precision", remedy="precision: fp32"
+            )
+        return torch.bfloat16, say("as the recipe says", "按配方")
+    if native:
+        return torch.bfloat16, say(f"this {device} computes in it", f"该 {device} 支持")
+    return torch.float32, say(f"this {device} has no native bf16", f"该 {device} 没有原生 bf16")
+
+
+def cpu_has_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+class quiet:  # noqa: N801 (used like a function)
+    """transformers' bars and hints stay out of the way; its errors are raised."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf
+
+        self._level = hf.get_verbosity()
+        hf.set_verbosity_error()
+        hf.disable_progress_bar()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.simplefilter("ignore")
+
+    def __exit__(self, *error: object) -> None:
+        from transformers.utils import logging as hf
+
+        hf.set_verbosity(self._level)
+        self._warnings.__exit__(*error)  # type: ignore[arg-type]
+
+
+class _explained:  # noqa: N801
+    """Whatever a loader raises becomes one message with a place and a remedy."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or not isinstance(error, Exception) or isinstance(error, (ModelError, MachineError)):
+            return
+        text = str(error)
+        if isinstance(error, ImportError) and "gguf" in text.lower():
+            raise MissingPackage("gguf", say("reading GGUF files", "读取 GGUF 文件"), "gguf") from None
+        if not self.place.local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
+            raise MachineError(
+                say(f"the hub does not give this model: {text.splitlines()[0][:160]}", f"无法从 hub 取得该模型：{text.splitlines()[0][:160]}"),
+                place=self.place.name,
+                remedy="export HF_ENDPOINT=https://hf-mirror.com"
+                + say(f"   or write   base: modelscope:{self.place.name}", f"   或写   base: modelscope:{self.place.name}"),
+            ) from None
+        if "trust_remote_code" in text:
+            raise ModelError(
+                say("this model needs code of its own, which is never run", "该模型需要运行自带代码，本工具从不运行"),
+                place=self.place.name,
+                remedy=say("use a version that transformers supports itself", "请使用 transformers 原生支持的版本"),
+            ) from None
+        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, TypeError)) or type(error).__name__ == "SafetensorError":
+            raise ModelError(
+                say(f"the model cannot be loaded: {text.splitlines()[0][:300] if text else type(error).__name__}", f"无法加载模型：{text.splitlines()[0][:300] if text else type(error).__name__}"),
+                place=self.place.name,
+                remedy=say("check that the files are whole", "请检查文件是否完整"),
+            ) from error
+
+
+def _gguf(place: Place) -> dict[str, str]:
+    return {"gguf_file": place.gguf} if place.gguf else {}
+
+
+def _from_modelscope(name: str) -> str:
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        raise MissingPackage("modelscope", say("models from ModelScope", "从 ModelScope 取模型"), "modelscope") from None
+    try:
+        return str(snapshot_download(name, local_files_only=bool(os.environ.get("HF_HUB_OFFLINE"))))
+    except Exception as error:
+        raise MachineError(
+            say(f"ModelScope does not give this model: {error}", f"无法从 ModelScope 取得该模型：{error}"), place=name
+        ) from None
+
+
+def open_adapter(model: Any, folder: str, place: Place, fingerprint_of_base: str | None) -> Any:
+    """The model with an adapter on it, for inference. Refuses an adapter that was trained on another base."""
+    from peft import PeftModel
+
+    path = Path(folder)
+    if not (path / "adapter_config.json").is_file():
+        raise ArtifactError(say("no adapter_config.json in this folder", "文件夹里没有 adapter_config.json"), place=folder)
+    stage = artifact.find(path)
+    trained_on = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
+    if trained_on and fingerprint_of_base and trained_on != fingerprint_of_base:
+        raise ArtifactError(
+            say(
+                f"this adapter was trained on another base: {trained_on[:12]}, this one is {fingerprint_of_base[:12]}",
+                f"该适配器是在另一个底座上训练的：{trained_on[:12]}，当前为 {fingerprint_of_base[:12]}",
+            ),
+            place=folder,
+            remedy=say(f"open it on {stage.manifest['parents']['base']['path'] if stage else ''}", f"请用底座 {stage.manifest['parents']['base']['path'] if stage else ''}"),
+        )
+    with quiet(), _explained(Place(folder, folder)):
+        adapted = PeftModel.from_pretrained(model, folder)
+    return adapted
