@@ -92,12 +92,13 @@ def create(
     resumable: keep and re-enter an unfinished folder (training); otherwise it is emptied first.
     """
     working = partial_of(path)
-    if working.exists() and not resumable:
+    if working.exists() and not resumable:  # a leftover that cannot be continued
         shutil.rmtree(working)
     working.mkdir(parents=True, exist_ok=True)
     draft = Draft(working, kind, dict(parents), dict(settings))
     yield draft
-    draft.finish(path)
+    if os.environ.get("RANK", "0") == "0":
+        draft.finish(path)
 
 
 class Draft:

@@ -21,7 +21,7 @@ from tongwen.data.read import Rejected
 from tongwen.errors import DataError, ModelError, RowRefused
 from tongwen.language import say
 from tongwen.record import Dialogue, Origin, Span
-from tongwen.template import Template
+from tongwen.template import Rendered, Template
 
 ANCHORS = ("\n", ":", "a")
 BATCH = 1000  # dialogues tokenised in one call of the tokenizer library
@@ -127,6 +127,10 @@ class Encoder:
             out.append(self._with_prefix(ids, learn))
         return out
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt, as training sees the same text before an answer."""
+        return self.encode([[Span(text, False)]])[0][0]
+
     def _with_prefix(self, ids: list[int], learn: list[bool]) -> tuple[list[int], list[bool]]:
         """The tokenizer's own prefix exactly once, whether or not the template writes it."""
         count = len(self.prefix)
@@ -173,38 +177,48 @@ def encode_dialogues(
     ledger: Ledger,
     reject: Callable[[Rejected], None],
 ) -> TokenStore:
-    """All samples of the dialogues. Too long or unrenderable ones are handed to `reject` and counted in the ledger
-    (in samples and tokens); nothing is ever cut."""
+    """All samples of the dialogues. Too long or unrenderable ones are handed to `reject` and counted in the ledger;
+    nothing is ever cut. A row counts as kept when at least one of its samples is; tokens are counted per sample."""
     ids: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     origins: list[Origin] = []
     stops: list[bool] = []
     stream = iter(dialogues)
     while chunk := list(islice(stream, BATCH)):
-        rendered: list[tuple[Dialogue, tuple[Span, ...]]] = []
+        rendered: list[tuple[Dialogue, list[Rendered]]] = []
         for dialogue in chunk:
             try:
-                rendered += [(dialogue, sample.spans) for sample in template.samples(dialogue, learn, thinking)]
+                rendered.append((dialogue, template.samples(dialogue, learn, thinking)))
             except RowRefused as error:
                 ledger.enter(0)
                 ledger.lose(error.reason, 0)
                 reject(Rejected(dialogue.origin, error.reason, error.rule, dialogue.to_dict()))
-        for (dialogue, spans), (sample_ids, sample_learn) in zip(
-            rendered, encoder.encode([spans for _, spans in rendered]), strict=True
-        ):
-            size = len(sample_ids)
-            ledger.enter(size)
-            reason, rule = _unfit(size, sample_learn, max_length)
-            if reason:
-                ledger.lose(reason, size)
-                reject(Rejected(dialogue.origin, reason, rule, dialogue.to_dict()))
-                continue
-            ledger.keep(size)
-            ids.append(np.asarray(sample_ids, dtype=np.uint32))
-            masks.append(np.asarray(sample_learn, dtype=bool))
-            masks[-1][0] = False  # nothing stands before the first token, so it cannot be a target
-            origins.append(dialogue.origin)
-            stops.append(any(span.stop and span.learn for span in spans))
+        encoded = iter(encoder.encode([sample.spans for _, samples in rendered for sample in samples]))
+        for dialogue, samples in rendered:
+            kept = 0
+            reason = ""
+            for sample in samples:
+                sample_ids, sample_learn = next(encoded)
+                size = len(sample_ids)
+                ledger.enter(size, things=0)
+                unfit, rule = _unfit(size, sample_learn, max_length)
+                if unfit:
+                    reason = unfit
+                    ledger.lose(unfit, size, things=0)
+                    reject(Rejected(dialogue.origin, unfit, rule, dialogue.to_dict()))
+                    continue
+                kept += 1
+                ledger.keep(size, things=0)
+                ids.append(np.asarray(sample_ids, dtype=np.uint32))
+                masks.append(np.asarray(sample_learn, dtype=bool))
+                masks[-1][0] = False  # nothing stands before the first token, so it cannot be a target
+                origins.append(dialogue.origin)
+                stops.append(any(span.stop and span.learn for span in sample.spans))
+            ledger.enter(0)
+            if kept:
+                ledger.keep(0)
+            else:
+                ledger.lose(reason, 0)
     offsets = np.concatenate([[0], np.cumsum([len(part) for part in ids], dtype=np.int64)]).astype(np.int64)
     return TokenStore(
         np.concatenate(ids) if ids else np.zeros(0, np.uint32),

@@ -36,6 +36,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         tables: dict[str, Any] = {}
         if section.dialogues:
             tables["dialogues"] = _write(draft.path, "dialogues", *_dialogues(section, rejected, recipe.seed))
+            tables["dialogues"]["from_training"] = not isinstance(section.held_out, str)
         if section.documents:
             tables["documents"] = _write(draft.path, "documents", *_documents(section, rejected, recipe.seed))
         _write_lines(draft.path / "rejected.jsonl", (bad.to_dict() for bad in rejected))

@@ -1,0 +1,1 @@
+"""Inference: ids in, text out, whole characters only."""

@@ -1,0 +1,201 @@
+"""Answers from a model: greedy or sampled, one or a batch, streamed without ever showing half a character."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from queue import Queue
+from typing import Any
+
+import torch
+
+from tongwen.errors import ModelError, NumbersError
+from tongwen.language import say
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0: the likeliest, always the same answer."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def to_generate(self) -> dict[str, Any]:
+        """Arguments of `generate`."""
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        if self.repetition_penalty != 1.0:
+            options["repetition_penalty"] = self.repetition_penalty
+        return options
+
+    def with_(self, **changes: Any) -> Sampling:
+        unknown = sorted(set(changes) - set(asdict(self)))
+        if unknown:
+            raise ModelError(
+                say(f"no such option: {', '.join(unknown)}", f"没有这个选项：{'、'.join(unknown)}"), remedy=", ".join(asdict(self))
+            )
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A model that can be asked. stop_ids end an answer; context is how many tokens it can see."""
+
+    model: Any
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    context: int
+
+    def answer(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[int]]:
+        """New token ids for each prompt, without the stop token. Prompts are padded on the left by their lengths."""
+        for prompt in prompts:
+            self._check_fits(prompt, sampling)
+        longest = max(map(len, prompts))
+        device = self.model.device
+        ids = torch.zeros((len(prompts), longest), dtype=torch.long, device=device)  # (B, L)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
+            mask[row, longest - len(prompt) :] = 1
+        out = self._generate(ids, mask, sampling)[:, longest:].tolist()
+        return [self._until_stop(row) for row in out]
+
+    def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
+        """The answer's text in pieces; together they are exactly the decoded answer."""
+        self._check_fits(prompt, sampling)
+        ids = torch.tensor([prompt], device=self.model.device)
+        queue: Queue[Any] = Queue()
+        cancel = threading.Event()
+
+        def work() -> None:
+            try:
+                self._generate(ids, torch.ones_like(ids), sampling, streamer=_ToQueue(queue, len(prompt)), cancel=cancel)
+                queue.put(None)
+            except BaseException as error:  # handed to the reader, who raises it
+                queue.put(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        text = Incremental(self.tokenizer)
+        try:
+            while (item := queue.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                if item in self.stop_ids:
+                    continue
+                if piece := text.add(item):
+                    yield piece
+            if piece := text.rest():
+                yield piece
+        finally:
+            cancel.set()
+            thread.join()
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _generate(
+        self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, streamer: Any = None, cancel: Any = None
+    ) -> torch.Tensor:
+        from transformers import GenerationConfig, StoppingCriteriaList
+
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        config = GenerationConfig(
+            eos_token_id=list(self.stop_ids), pad_token_id=self.stop_ids[0], use_cache=True, **sampling.to_generate()
+        )
+        with torch.inference_mode():
+            return self.model.generate(  # type: ignore[no-any-return]
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                streamer=streamer,
+                logits_processor=[_finite],
+                stopping_criteria=StoppingCriteriaList([_Cancelled(cancel)]) if cancel else None,
+            )
+
+    def _until_stop(self, row: list[int]) -> list[int]:
+        ends = [place for place, index in enumerate(row) if index in self.stop_ids]
+        return row[: ends[0]] if ends else row
+
+    def _check_fits(self, prompt: list[int], sampling: Sampling) -> None:
+        if len(prompt) + min(sampling.max_new_tokens, 1) > self.context:
+            raise ModelError(
+                say(f"the prompt has {len(prompt)} tokens, the model sees {self.context}", f"提示有 {len(prompt)} 个 token，模型最多看 {self.context} 个"),
+                remedy=say("shorten it, or clear the history", "请缩短，或清空历史"),
+            )
+
+
+class Incremental:
+    """Token ids to text, one at a time: a piece is given out only when its last character is complete.
+
+    The text of a token depends on its neighbours (bytes of one character, blanks of SentencePiece), so a short tail is
+    decoded again with what is new, and the difference is given out.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.shown = 0  # ids whose text has been given out
+        self.tail = 0  # ids before `shown` that give the decoder its context
+
+    def add(self, index: int) -> str:
+        self.ids.append(index)
+        text = self._difference()
+        if text.endswith("\ufffd"):
+            return ""
+        self.tail, self.shown = self.shown, len(self.ids)
+        return text
+
+    def rest(self) -> str:
+        """What is left at the end: bytes that never became a character show as U+FFFD, as in the decoded whole."""
+        text = self._difference()
+        self.tail, self.shown = self.shown, len(self.ids)
+        return text
+
+    def _difference(self) -> str:
+        before = self._decode(self.ids[self.tail : self.shown])
+        return self._decode(self.ids[self.tail :])[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class _ToQueue:
+    """transformers' streamer interface: the prompt comes first, then one token at a time."""
+
+    def __init__(self, queue: Queue[Any], skip: int) -> None:
+        self.queue, self.skip = queue, skip
+
+    def put(self, value: torch.Tensor) -> None:
+        for index in value.flatten().tolist():
+            if self.skip:
+                self.skip -= 1
+            else:
+                self.queue.put(index)
+
+    def end(self) -> None:
+        pass
+
+
+class _Cancelled:
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+def _finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """NaN logits are an error, not a random token."""
+    if bool(torch.isnan(scores).any()):
+        raise NumbersError(
+            say("the model gives NaN logits", "模型输出了 NaN"), place="generate", remedy="precision: fp32 / bf16"
+        )
+    return scores

@@ -1,0 +1,422 @@
+"""sft: prepared dialogues and a base in; an adapter (or a whole model) that learned from them out.
+
+The dialogues are rendered by the template and encoded, with every row accounted for. The base is opened and adapted,
+and the audit proves on one micro-batch that each trainable tensor will learn and that packed documents do not see each
+other. Then transformers' Trainer runs the plan, from the newest checkpoint when there is one. What comes out is scored
+in bits per byte on what was held out, before and after, and saved with tokenizer, template and stop tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from tongwen import artifact, console
+from tongwen.data.encode import Encoder, TokenStore, check_store, encode_dialogues, token_bytes
+from tongwen.data.ledger import Ledger
+from tongwen.data.read import Rejected, load_dialogues
+from tongwen.data.split import order
+from tongwen.errors import ModelError
+from tongwen.families import family_of
+from tongwen.infer.decode import Sampling, Voice
+from tongwen.language import say
+from tongwen.model import adapt as adapting
+from tongwen.model import attention, dress, load
+from tongwen.model.fingerprint import fingerprint_model, fingerprint_state, fingerprint_text, fingerprint_tokenizer
+from tongwen.model.score import bits_per_byte, learned_loss
+from tongwen.recipe.load import dump
+from tongwen.recipe.schema import Recipe, Sft
+from tongwen.record import Dialogue
+from tongwen.template import Template
+from tongwen.train import audit
+from tongwen.train.batches import MicroBatches, Plan, make_plan
+from tongwen.train.fit import Job, check_adapter_saved, fit, newest_checkpoint, step_of
+from tongwen.train.report import write_report
+from tongwen.train.watch import Watch, peak_memory_bytes, read_metrics
+
+# Tokens that go through the model at once when the recipe does not say. On a CPU larger packs are no faster.
+BUDGET = {"cpu": 1024}
+BUDGET_OF_GPU = 8192
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """What decides this stage's result."""
+    assert recipe.sft
+    return {"sft": recipe.sft.model_dump(mode="json"), "seed": recipe.seed, "base": recipe.base}
+
+
+def run(recipe: Recipe, out: Path) -> artifact.Artifact:
+    """Encode, adapt, audit, train, score, save."""
+    section = recipe.sft
+    assert section
+    prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
+    place = load.locate(recipe.base)
+    console.header("sft", f"{recipe.base} · {section.adapter.method}")
+    tokenizer = load.load_tokenizer(place)
+    encoder = Encoder(tokenizer)
+    template = dress.bind_template(section.template, tokenizer, encoder.prefix)
+
+    ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
+    dialogues = list(load_dialogues(prepared.path / "dialogues.jsonl"))
+    store = _encode(dialogues, template, encoder, section, ledger, rejected)
+    mask = check_store(store, section.max_length, rejected, section.min_stop_learned)
+    held_out, held_out_store = _encode_held_out(prepared, template, encoder, section, ledger)
+    _say_ledger(ledger, mask, rejected)
+
+    device = load.compute_device()
+    dtype, why = load.compute_dtype(section.precision, device)
+    with console.waiting(say("opening the base", "打开底座")):
+        base_fingerprint = fingerprint_model(place)
+        model, packed = _open(place, dtype if section.adapter.method != "full" else torch.float32)
+    load.check_tokenizer(tokenizer, model, place)
+    set_seed(recipe.seed)
+    adapted = adapting.adapt(model, section.adapter, _token_rows(model, tokenizer, template, section))
+    model = adapted.model.to(device)
+    for note in adapted.notices:
+        console.notice(note)
+    plan = make_plan(
+        store.lengths,
+        lambda count, epoch: order(count, recipe.seed, "epoch", epoch),
+        batch_size=section.batch_size,
+        stop_after=section.stop_after,
+        budget=section.micro_batch_tokens or BUDGET.get(device, BUDGET_OF_GPU),
+        world=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    _say_plan(plan, store, adapted.counts, device, dtype, why)
+
+    first = MicroBatches(store, plan.flat(), packed=packed)[0]
+    unreached = audit.probe_gradients(model, first, learned_loss)
+    if packed and len(store) > 1:
+        audit.check_isolation(model, [store.sample(0), store.sample(1)], learned_loss)
+    console.good(say("audit: gradients reach every trained tensor; documents in a pack are apart", "审计通过：梯度到达所有训练参数，打包文档互不可见"))
+    for name in unreached:
+        console.notice(say(f"no token reached {name} in the first micro-batch", f"首个微批没有 token 到达 {name}"))
+
+    stops = dress.stop_ids(tokenizer, template, getattr(model, "generation_config", None))
+    context = dress.context_length(model.config)
+    questions = _questions(held_out, section.samples)
+
+    def evaluate() -> dict[str, float]:
+        return _score(model, held_out_store, packed, plan.budget, sizes)
+
+    def answers() -> list[str]:
+        return _answer(model, tokenizer, encoder, template, stops, context, questions)
+
+    parents = {
+        "prepare": prepared.as_parent(),
+        "base": {"path": recipe.base, "fingerprint": base_fingerprint},
+        "tokenizer": {"fingerprint": fingerprint_tokenizer(tokenizer)},
+        "template": {"name": section.template, "fingerprint": fingerprint_text(template.source)},
+    }
+    sizes = torch.from_numpy(token_bytes(tokenizer))
+    with artifact.create(out, "sft", parents, settings(recipe), resumable=True) as draft:
+        artifact.write_json(draft.path / "settings.json", settings(recipe))
+        before = _once(draft.path / "before.json", lambda: _before(evaluate if held_out_store else None, answers))
+        done = newest_checkpoint(draft.path / "checkpoints") if (draft.path / "checkpoints").is_dir() else None
+        start = step_of(done) if done else 0
+        if start:
+            console.notice(say(f"continuing after step {start} of {len(plan)}", f"从第 {start} 步（共 {len(plan)} 步）继续"))
+        began = time.monotonic()
+        with console.progress(len(plan), "sft", start) as bar:
+            tokens = list(accumulate(plan.tokens_of(store.lengths)))
+            watch = Watch(draft.path / "metrics.jsonl", tokens, plan.steps_per_epoch, bar)
+            fit(
+                Job(
+                    model=model,
+                    tokenizer=tokenizer,
+                    store=store,
+                    plan=plan,
+                    packed=packed,
+                    section=section,
+                    dtype=dtype,
+                    seed=recipe.seed,
+                    folder=draft.path,
+                    loss=learned_loss,
+                    evaluate=evaluate if held_out_store else None,
+                    callbacks=[watch],
+                    checkpointing=_needs_checkpointing(section, model.config, device, plan.budget),
+                )
+            )
+        seconds = time.monotonic() - began
+        after = _before(evaluate if held_out_store else None, answers)
+        if os.environ.get("RANK", "0") == "0":
+            draft.fingerprint = _save(model, tokenizer, template, stops, draft.path)
+            report = {
+                "summary": f"{recipe.base} · {section.adapter.method} · {len(plan)} {say('steps', '步')}",
+                "ledger": {
+                    "prepare": {key: prepared.manifest["ledger"]["dialogues"][key] for key in ("in", "kept", "lost")},
+                    "encode": ledger.to_dict(),
+                },
+                "mask": mask,
+                "trainable": adapted.counts,
+                "held_out": _held_out(before, after, held_out_store),
+                "throughput": _throughput(tokens, start, seconds),
+                "peak_memory_bytes": peak_memory_bytes(),
+                "unreached": unreached,
+                "samples": [
+                    {"question": question, "before": old, "after": new, "wanted": wanted}
+                    for (question, wanted), old, new in zip(
+                        ((dialogue.messages[-2].content, dialogue.messages[-1].content) for dialogue in questions),
+                        before["answers"],
+                        after["answers"],
+                        strict=True,
+                    )
+                ],
+            }
+            _check_books(report["ledger"])
+            artifact.write_json(draft.path / "report.json", report)
+            _write_rejected(draft.path / "rejected.jsonl", rejected)
+            write_report(draft.path, f"{recipe.name} · sft", report, read_metrics(draft.path / "metrics.jsonl"), dump(recipe))
+            draft.facts = {
+                "device": device,
+                "dtype": str(dtype).removeprefix("torch."),
+                "steps": len(plan),
+                "tokens": tokens[-1],
+                "batch_size": section.batch_size,
+                "micro_batches": {"accumulate": plan.accumulate, "world": plan.world, "token_budget": plan.budget},
+                "stop_tokens": [tokenizer.convert_ids_to_tokens(index) for index in stops],
+                "template_name": section.template,
+            }
+            _say_result(report, out)
+    return artifact.open_artifact(out, "sft") if os.environ.get("RANK", "0") == "0" else artifact.Artifact(out, {"kind": "sft", "fingerprint": "-"})
+
+
+def _encode(
+    dialogues: list[Dialogue], template: Template, encoder: Encoder, section: Sft, ledger: Ledger, rejected: list[Rejected]
+) -> TokenStore:
+    return encode_dialogues(
+        dialogues,
+        template,
+        encoder,
+        learn=section.learn,
+        thinking=section.thinking,
+        max_length=section.max_length,
+        ledger=ledger,
+        reject=rejected.append,
+    )
+
+
+def _encode_held_out(
+    prepared: artifact.Artifact, template: Template, encoder: Encoder, section: Sft, ledger: Ledger
+) -> tuple[list[Dialogue], TokenStore | None]:
+    """What was held out, encoded in the same way; in the ledger it is a loss of its own name."""
+    file = prepared.path / "dialogues.held_out.jsonl"
+    if not file.is_file():
+        return [], None
+    dialogues, bad, aside = list(load_dialogues(file)), list[Rejected](), Ledger("rows", "tokens")
+    store = _encode(dialogues, template, encoder, section, aside, bad)
+    from_training = prepared.manifest["ledger"]["dialogues"]["from_training"]
+    if from_training:
+        ledger.enter(aside.size_in, things=len(dialogues))
+        ledger.lose("held_out", aside.size_in, things=len(dialogues))
+    if bad:
+        console.notice(say(f"{len(bad)} held-out samples are not scored, the first: {bad[0].rule}", f"{len(bad)} 个留出样本不参与评分，第一个：{bad[0].rule}"))
+    return dialogues, store if len(store) else None
+
+
+def _open(place: load.Place, dtype: torch.dtype) -> tuple[Any, bool]:
+    """(model, whether documents are packed). Families that cannot pack get padded batches, and it is said."""
+    config = load.load_config(place)
+    family = family_of(config.model_type)
+    packs = family.packs if family else True
+    if packs:
+        model = load.load_model(place, dtype, attention=attention.register())
+        if not getattr(model, "_supports_attention_backend", False):
+            model.set_attn_implementation("sdpa")
+            packs = False
+    else:
+        model = load.load_model(place, dtype)
+    if not packs:
+        why = family.why_not if family and family.why_not else say("its attention is its own", "其注意力实现不通用")
+        console.notice(say(f"{config.model_type} is trained in padded batches: {why}", f"{config.model_type} 使用填充批次训练：{why}"))
+    model.config.use_cache = False
+    return model, packs
+
+
+def _token_rows(model: Any, tokenizer: Any, template: Template, section: Sft) -> list[int]:
+    """Rows of control tokens that the template writes and the base never saw; under an adapter they would stay so."""
+    if section.adapter.method == "full":
+        return []
+    rows = adapting.find_untrained_rows(model, dress.control_ids(tokenizer, template))
+    if not rows:
+        return []
+    names = ", ".join(tokenizer.convert_ids_to_tokens(rows))
+    if not section.train_new_control_tokens:
+        raise ModelError(
+            say(f"the base never trained the rows of {names}: with a frozen head it would never stop", f"底座从未训练过 {names} 的词向量：冻结时模型不会停止"),
+            place="sft.train_new_control_tokens",
+            remedy=say("train_new_control_tokens: true, or a template whose tokens the base knows", "train_new_control_tokens: true，或换用底座认识的模板"),
+        )
+    console.notice(say(f"the base never trained {names}; their rows are trained now", f"底座从未训练过 {names}；现在训练这些行"))
+    return rows
+
+
+def _needs_checkpointing(section: Sft, config: Any, device: str, budget: int) -> bool:
+    """On when the recipe says so, or when the activations of a micro-batch would not fit into the free GPU memory.
+
+    About 34 numbers of the hidden width are kept per token and layer without it (performance notes of Megatron-LM,
+    arXiv 2205.05198, without the attention scores that fused attention never stores)."""
+    if section.activation_checkpointing != "auto" or device != "cuda":
+        return section.activation_checkpointing == "on"
+    free, _ = torch.cuda.mem_get_info()
+    return budget * config.num_hidden_layers * config.hidden_size * 34 * 2 > 0.8 * free
+
+
+def _score(model: Any, store: TokenStore | None, packed: bool, budget: int, sizes: torch.Tensor) -> dict[str, float]:
+    assert store is not None
+    micro: list[tuple[int, ...]] = []
+    room = 0
+    for sample, length in enumerate(store.lengths.tolist()):
+        if length > room:
+            micro.append(())
+            room = max(budget, length)
+        micro[-1] += (sample,)
+        room -= length
+    batches = MicroBatches(store, micro, packed=packed)
+    return bits_per_byte(model, (audit.to_device(batches[index], model) for index in range(len(batches))), sizes)
+
+
+def _questions(held_out: list[Dialogue], count: int) -> list[Dialogue]:
+    """The held-out dialogues that are answered before and after: the first with a plain question at the end."""
+    return [one for one in held_out if len(one.messages) > 1 and one.messages[-1].role == "assistant" and one.messages[-1].content][:count]
+
+
+def _answer(
+    model: Any, tokenizer: Any, encoder: Encoder, template: Template, stops: tuple[int, ...], context: int, questions: list[Dialogue]
+) -> list[str]:
+    if not questions:
+        return []
+    trained_with = model.config._attn_implementation
+    was_training = model.training
+    model.eval()
+    model.set_attn_implementation("sdpa")
+    try:
+        voice = Voice(model, tokenizer, stops, context)
+        out = []
+        for dialogue in questions:
+            prompt = template.prompt(dialogue.messages[:-1], dialogue.tools)
+            ids = encoder.encode_prompt(prompt)
+            out.append(voice.decode(voice.answer([ids], Sampling(max_new_tokens=96))[0]).strip())
+        return out
+    finally:
+        model.set_attn_implementation(trained_with)
+        model.train(was_training)
+
+
+def _before(evaluate: Any, answers: Any) -> dict[str, Any]:
+    with torch.random.fork_rng(), console.waiting(say("scoring what was held out", "评测留出集")):
+        return {"scores": evaluate() if evaluate else None, "answers": answers()}
+
+
+def _once(file: Path, make: Any) -> dict[str, Any]:
+    """The value that an interrupted run already made, or a new one, kept for the next time."""
+    if file.is_file():
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    value: dict[str, Any] = make()
+    if os.environ.get("RANK", "0") == "0":
+        artifact.write_json(file, value)
+    return value
+
+
+def _save(model: Any, tokenizer: Any, template: Template, stops: tuple[int, ...], folder: Path) -> str:
+    """Adapter or model, tokenizer, template and stop tokens; returns the fingerprint of the trained tensors."""
+    if model.config._attn_implementation == attention.NAME:
+        model.set_attn_implementation("sdpa")
+    model.config.use_cache = True
+    model.save_pretrained(str(folder))
+    dress.save_tokenizer(tokenizer, template, folder)
+    dress.save_generation_config(model, stops, folder)
+    check_adapter_saved(folder)
+    return fingerprint_model(load.Place(str(folder), str(folder))) or fingerprint_state(dict(model.state_dict()))
+
+
+def _held_out(before: dict[str, Any], after: dict[str, Any], store: TokenStore | None) -> dict[str, Any] | None:
+    if store is None:
+        return None
+    old, new = before["scores"], after["scores"]
+    return {
+        "bits_per_byte": {"before": old["bits_per_byte"], "after": new["bits_per_byte"]},
+        "loss": {"before": old["loss"], "after": new["loss"]},
+        "samples": len(store),
+        "bytes": new["bytes"],
+        "tokens": new["tokens"],
+    }
+
+
+def _throughput(tokens: list[int], start: int, seconds: float) -> dict[str, Any]:
+    trained = tokens[-1] - (tokens[start - 1] if start else 0)
+    return {
+        "tokens": tokens[-1],
+        "tokens_this_run": trained,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(trained / max(seconds, 1e-9), 2),
+    }
+
+
+def _check_books(tables: dict[str, Any]) -> None:
+    """What the first table keeps is what the second takes in."""
+    kept, taken = tables["prepare"]["kept"]["rows"], tables["encode"]["in"]["rows"]
+    if kept != taken:
+        raise AssertionError(f"prepare keeps {kept} rows, encode takes in {taken}")
+
+
+def _write_rejected(file: Path, rejected: list[Rejected]) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(bad.to_dict(), ensure_ascii=False) + "\n" for bad in rejected)
+
+
+def _say_ledger(ledger: Ledger, mask: dict[str, Any], rejected: list[Rejected]) -> None:
+    table = ledger.to_dict()
+    rows = [(say("in", "读入"), table["in"]["rows"], table["in"]["tokens"])]
+    rows += [(f"− {reason}", lost["rows"], lost["tokens"]) for reason, lost in table["lost"].items()]
+    rows.append((f"= {say('trained', '训练')}", table["kept"]["rows"], table["kept"]["tokens"]))
+    console.table((say("encode", "编码"), say("rows", "行"), "token"), rows)
+    console.tell(
+        say(
+            f"{mask['learned_share']:.0%} of the tokens are learned; {mask['stop_learned_share']:.0%} of the samples learn to stop",
+            f"{mask['learned_share']:.0%} 的 token 计入损失；{mask['stop_learned_share']:.0%} 的样本学到停止符",
+        )
+    )
+    if rejected:
+        console.notice(say(f"{len(rejected)} samples are not trained, the first: {rejected[0].origin}: {rejected[0].rule}", f"{len(rejected)} 个样本未参与训练，第一个：{rejected[0].origin}: {rejected[0].rule}"))
+
+
+def _say_plan(plan: Plan, store: TokenStore, counts: dict[str, Any], device: str, dtype: torch.dtype, why: str) -> None:
+    tokens = sum(plan.tokens_of(store.lengths))
+    console.tell(
+        say(
+            f"{len(plan)} steps, {console.human_count(tokens)} tokens, {plan.accumulate} micro-batches of at most {plan.budget} tokens a step",
+            f"{len(plan)} 步，{console.human_count(tokens)} token，每步 {plan.accumulate} 个微批，每个至多 {plan.budget} token",
+        )
+    )
+    console.tell(
+        say(
+            f"{counts['parameters']:,} of {counts['of']:,} parameters are trained ({counts['share']:.2%}) · {device} · {str(dtype)[6:]}: {why}",
+            f"训练 {counts['parameters']:,} / {counts['of']:,} 个参数（{counts['share']:.2%}）· {device} · {str(dtype)[6:]}：{why}",
+        )
+    )
+
+
+def _say_result(report: dict[str, Any], out: Path) -> None:
+    through = report["throughput"]
+    if held_out := report["held_out"]:
+        scores = held_out["bits_per_byte"]
+        change = (scores["after"] / scores["before"] - 1) if scores["before"] else math.nan
+        console.good(
+            say(
+                f"held-out bits per byte {scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})",
+                f"留出集 bits per byte {scores['before']:.3f} → {scores['after']:.3f}（{change:+.1%}）",
+            )
+        )
+    console.good(
+        f"{console.human_time(through['seconds'])} · {through['tokens_per_second']:.0f} token/s · "
+        f"{say('peak', '峰值')} {console.human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"
+    )

@@ -1,0 +1,165 @@
+"""The audit, always on: what would make a run learn nothing, or the wrong thing, stops it before the hours are spent.
+
+Before the run: documents of a pack do not see each other, and every trainable tensor gets a gradient (LoRA's A starts
+with none because B is zero, so B is disturbed in a throw-away backward). In the run: every gradient is finite, and
+nothing frozen has one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from tongwen.errors import NumbersError
+from tongwen.language import say
+from tongwen.train.batches import pack
+
+Loss = Callable[[Any, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
+
+
+def check_isolation(model: Any, samples: list[Any], loss: Loss) -> float:
+    """Score two samples in one pack and each alone, with the attention that will be used; raise when they differ.
+
+    samples: two (ids, learn) pairs, cut to 64 tokens here. Returns the largest difference in nats.
+    """
+    short = [(ids[:64], learn[:64].copy()) for ids, learn in samples]
+    for _, learn in short:
+        learn[1:] = True
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        _, together = loss(model, to_device(pack(short), model))
+        alone = torch.cat([loss(model, to_device(pack([one]), model))[1] for one in short])
+    model.train(was_training)
+    worst = float((together - alone).abs().max())
+    limit = 2e-3 if next(model.parameters()).dtype == torch.float32 else 0.3
+    if not worst <= limit:
+        raise NumbersError(
+            say(
+                f"documents in one pack see each other: a score changes by {worst:.3g} nats (limit {limit:g})",
+                f"同一打包中的文档互相可见：得分相差 {worst:.3g} nats（上限 {limit:g}）",
+            ),
+            place=f"attention {getattr(model.config, '_attn_implementation', '?')}",
+            remedy=say("report this architecture; padded batches are used for those known not to pack", "请反馈该架构；已知不能打包的架构会用填充批次"),
+        )
+    return worst
+
+
+def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:
+    """One throw-away backward with every all-zero trainable matrix disturbed. Weights and random state are restored.
+
+    Returns the names of trainable tensors that no token reached (experts that were not chosen).
+    Raises NumbersError when nothing is trainable, the loss is not sane, a gradient is missing everywhere, not finite,
+    or stands on a frozen tensor.
+    """
+    trainable = {name: part for name, part in model.named_parameters() if part.requires_grad}
+    if not trainable:
+        raise NumbersError(say("no parameter is trainable", "没有可训练的参数"), place="audit")
+    generator = torch.Generator().manual_seed(0)
+    zeros = [part for part in trainable.values() if not bool(part.detach().any())]
+    was_training = model.training
+    model.train()
+    with torch.random.fork_rng():
+        with torch.no_grad():
+            for part in zeros:
+                part.copy_((torch.randn(part.shape, generator=generator) * 0.02).to(part))
+        try:
+            total, nats = loss(model, to_device(batch, model))
+            mean = check_loss(float(total.detach()), len(nats), model)
+            if not total.requires_grad:
+                raise NumbersError(
+                    say("the loss hangs on no trainable tensor", "损失与可训练参数没有关联"), place="audit (F-01)"
+                )
+            (total / max(len(nats), 1)).backward()
+            unreached = _judge(model, trainable, mean)
+        finally:
+            with torch.no_grad():
+                for part in zeros:
+                    part.zero_()
+            model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    return unreached
+
+
+def _judge(model: Any, trainable: dict[str, torch.nn.Parameter], loss: float) -> list[str]:
+    for name, part in model.named_parameters():
+        if not part.requires_grad and part.grad is not None:
+            raise NumbersError(say("a frozen tensor has a gradient", "被冻结的张量有梯度"), place=f"audit · {name}")
+    none = [name for name, part in trainable.items() if part.grad is None or not bool(part.grad.any())]
+    broken = [name for name, part in trainable.items() if part.grad is not None and not bool(torch.isfinite(part.grad).all())]
+    if broken:
+        raise NumbersError(
+            say(f"{len(broken)} gradients are not finite at a loss of {loss:.4g}", f"损失为 {loss:.4g} 时有 {len(broken)} 个梯度非有限"),
+            place=f"audit · {broken[0]}",
+            remedy="precision: fp32",
+        )
+    routed = [name for name in none if "expert" in name]
+    dead = [name for name in none if name not in routed and not name.endswith(".bias")]
+    if dead:
+        raise NumbersError(
+            say(
+                f"{len(dead)} of {len(trainable)} trainable tensors get no gradient: they would never learn",
+                f"{len(trainable)} 个可训练张量中有 {len(dead)} 个得不到梯度，永远学不到东西",
+            ),
+            place=f"audit (F-02) · {dead[0]}",
+            remedy=say("take it out of the targets, or check that the layer is used", "请从 targets 去掉，或检查该层是否被使用"),
+        )
+    return none
+
+
+def check_loss(total: float, learned: int, model: Any) -> float:
+    """Mean nats per learned token. Raise when not finite, or far above guessing at random among the vocabulary."""
+    mean = total / max(learned, 1)
+    limit = 3 * math.log(model.get_input_embeddings().weight.shape[0])
+    if not math.isfinite(mean) or mean > limit:
+        raise NumbersError(
+            say(
+                f"the first loss is {mean:.4g} nats per token; guessing at random would give {limit / 3:.3g}",
+                f"初始损失为每 token {mean:.4g} nats；随机猜测也只有 {limit / 3:.3g}",
+            ),
+            place="audit",
+            remedy=say("the weights do not fit this architecture or tokenizer", "权重与架构或分词器不匹配"),
+        )
+    return mean
+
+
+def check_finite_gradients(model: Any, step: int, rows: str) -> None:
+    """Raise NumbersError with step, tensor and rows when a gradient is NaN or infinite."""
+    gradients = [part.grad for part in model.parameters() if part.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    if bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()):
+        return
+    bad = [
+        name for name, part in model.named_parameters() if part.grad is not None and not bool(torch.isfinite(part.grad).all())
+    ]
+    raise NumbersError(
+        say(f"{len(bad)} gradients are NaN or infinite in this step, rows {rows}", f"该步有 {len(bad)} 个梯度为 NaN 或无穷，数据行 {rows}"),
+        place=f"step {step} · {bad[0]}",
+        remedy=say("lower learning_rate, or precision: fp32; the last checkpoint is whole", "降低 learning_rate，或 precision: fp32；上一个检查点完好"),
+    )
+
+
+class FirstSteps(TrainerCallback):
+    """After the first optimizer step of a run or a resume: nothing frozen has a gradient."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.done:
+            return
+        self.done = True
+        for name, part in model.named_parameters():
+            if not part.requires_grad and part.grad is not None:
+                raise NumbersError(say("a frozen tensor has a gradient", "被冻结的张量有梯度"), place=f"step 1 · {name}")
+            if part.requires_grad and part.grad is None:
+                raise NumbersError(say("a trainable tensor has no gradient", "可训练的张量没有梯度"), place=f"step 1 · {name}")
+
+
+def to_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

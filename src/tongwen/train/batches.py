@@ -1,0 +1,167 @@
+"""Which samples make a step, and how they are dealt into micro-batches without padding.
+
+The samples of an optimizer step follow from seed and epoch alone. Within a step they are dealt, longest first, into
+micro-batches of a token budget, the same number for every step and rank; the result of a step therefore does not depend
+on packing, devices or accumulation, except for the order of floating-point sums.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from tongwen.recipe.schema import Duration
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run, laid out before it starts.
+
+    steps: per optimizer step, its samples in the order of the epoch
+    micro: per optimizer step, accumulate x world micro-batches (lists of samples), rank by rank within a slot
+    """
+
+    steps: tuple[tuple[int, ...], ...]
+    micro: tuple[tuple[tuple[int, ...], ...], ...]
+    accumulate: int
+    world: int
+    budget: int
+    steps_per_epoch: int
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def flat(self) -> list[tuple[int, ...]]:
+        """Micro-batches in the order in which accelerate deals them: slot after slot, rank after rank."""
+        return [micro for step in self.micro for micro in step]
+
+    def tokens_of(self, lengths: np.ndarray) -> list[int]:
+        """Tokens of each step."""
+        return [int(lengths[list(step)].sum()) for step in self.steps]
+
+
+def make_plan(
+    lengths: np.ndarray,
+    order: Callable[[int, int], list[int]],
+    *,
+    batch_size: int,
+    stop_after: Duration,
+    budget: int,
+    world: int = 1,
+) -> Plan:
+    """Lay out a run. order(count, epoch) gives the permutation of an epoch; lengths: (S,) tokens per sample."""
+    per_epoch = -(-len(lengths) // batch_size)
+    steps: list[tuple[int, ...]] = []
+    tokens = epoch = 0
+    while not _done(stop_after, len(steps), tokens, per_epoch):
+        permutation = order(len(lengths), epoch)
+        for begin in range(0, len(lengths), batch_size):
+            steps.append(tuple(permutation[begin : begin + batch_size]))
+            tokens += int(lengths[list(steps[-1])].sum())
+            if _done(stop_after, len(steps), tokens, per_epoch):
+                break
+        epoch += 1
+    budget = max(budget, int(lengths.max()))
+    accumulate = 1
+    while True:
+        micro = tuple(deal(step, lengths, accumulate * world) for step in steps)
+        fullest = max(sum(int(lengths[sample]) for sample in part) for step in micro for part in step)
+        if fullest <= budget or accumulate * world >= batch_size:
+            return Plan(tuple(steps), micro, accumulate, world, budget, per_epoch)
+        accumulate += 1
+
+
+def deal(step: tuple[int, ...], lengths: np.ndarray, parts: int) -> tuple[tuple[int, ...], ...]:
+    """Samples into parts of about equal tokens: longest first, each into the emptiest part. Fullest parts come first,
+    so that the ranks of one accumulation slot are alike."""
+    heap: list[tuple[int, int]] = [(0, part) for part in range(parts)]
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    sizes = [0] * parts
+    for sample in sorted(step, key=lambda sample: (-int(lengths[sample]), step.index(sample))):
+        size, part = heapq.heappop(heap)
+        dealt[part].append(sample)
+        sizes[part] = size + int(lengths[sample])
+        heapq.heappush(heap, (sizes[part], part))
+    ranked = sorted(range(parts), key=lambda part: (-sizes[part], part))
+    return tuple(tuple(dealt[part]) for part in ranked)
+
+
+def _done(stop_after: Duration, steps: int, tokens: int, per_epoch: int) -> bool:
+    if stop_after.unit == "steps":
+        return steps >= stop_after.count
+    if stop_after.unit == "tokens":
+        return tokens >= stop_after.count
+    return steps >= round(stop_after.count * per_epoch) and steps > 0
+
+
+class MicroBatches(Dataset[dict[str, Any]]):
+    """The micro-batches of a plan as tensors.
+
+    packed: documents lie end to end in one row (1, T) with positions that start anew and their borders in
+    `cu_seq_lens_q`; otherwise they are padded to (B, L), with a mask made from lengths.
+    """
+
+    def __init__(self, store: Any, micro: list[tuple[int, ...]], *, packed: bool) -> None:
+        self.store, self.micro, self.packed = store, micro, packed
+
+    def __len__(self) -> int:
+        return len(self.micro)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        samples = [self.store.sample(sample) for sample in self.micro[index]]
+        return (pack if self.packed else pad)(samples) if samples else empty(self.packed)
+
+
+def pack(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """(ids, learn) pairs end to end. `rows` are the positions whose next token is learned, `targets` those tokens."""
+    lengths = [len(ids) for ids, _ in samples]
+    ids = np.concatenate([ids for ids, _ in samples]).astype(np.int64)
+    learn = np.concatenate([learn for _, learn in samples])
+    places = np.flatnonzero(learn)
+    borders = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32)
+    return {
+        "input_ids": torch.from_numpy(ids)[None],  # (1, T)
+        "position_ids": torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],  # (1, T)
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        "rows": torch.from_numpy(places - 1),  # (R,)
+        "targets": torch.from_numpy(ids[places]),  # (R,)
+        "learned": len(places),
+        "tokens": len(ids),
+    }
+
+
+def pad(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """(ids, learn) pairs side by side, padded on the right; what is real is known from lengths, never from ids."""
+    longest = max(len(ids) for ids, _ in samples)
+    out = np.zeros((len(samples), longest), dtype=np.int64)
+    real = np.zeros((len(samples), longest), dtype=np.int64)
+    learned = np.zeros((len(samples), longest), dtype=bool)
+    for row, (ids, learn) in enumerate(samples):
+        out[row, : len(ids)], real[row, : len(ids)], learned[row, : len(ids)] = ids, 1, learn
+    places = np.flatnonzero(learned)
+    return {
+        "input_ids": torch.from_numpy(out),  # (B, L)
+        "attention_mask": torch.from_numpy(real),
+        "rows": torch.from_numpy(places - 1),
+        "targets": torch.from_numpy(out.reshape(-1)[places]),
+        "learned": len(places),
+        "tokens": int(real.sum()),
+    }
+
+
+def empty(packed: bool) -> dict[str, Any]:
+    """One masked token: keeps ranks in step where a step has fewer samples than micro-batches."""
+    one = [(np.zeros(1, np.uint32), np.zeros(1, bool))]
+    batch = pack(one) if packed else pad(one)
+    batch["rows"] = torch.zeros(1, dtype=torch.int64)
+    batch["tokens"] = 0
+    return batch

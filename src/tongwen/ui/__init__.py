@@ -1,0 +1,1 @@
+"""What talks with people. Knows only the callables that a stage hands it."""
