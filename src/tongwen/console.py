@@ -41,27 +41,27 @@ def header(title: str, detail: str = "") -> None:
     """The opening line of a stage."""
     if SCREEN.speaks:
         SCREEN.console.print()
-        SCREEN.console.print(f"[bold cyan]{title}[/]  [dim]{_plain(detail)}[/]".rstrip(), soft_wrap=True)
+        SCREEN.console.print(f"[bold cyan]{title}[/]  [dim]{plain(detail)}[/]".rstrip(), soft_wrap=True)
 
 
 def tell(text: str) -> None:
     if SCREEN.speaks:
-        SCREEN.console.print(_plain(text), soft_wrap=not SCREEN.console.is_terminal)
+        SCREEN.console.print(plain(text), soft_wrap=not SCREEN.console.is_terminal)
 
 
 def notice(text: str) -> None:
     """Something was derived, translated or left out: said, never silent."""
     if SCREEN.speaks:
-        SCREEN.console.print(f"[yellow]![/] {_plain(text)}", soft_wrap=not SCREEN.console.is_terminal)
+        SCREEN.console.print(f"[yellow]![/] {plain(text)}", soft_wrap=not SCREEN.console.is_terminal)
 
 
 def good(text: str) -> None:
     if SCREEN.speaks:
-        SCREEN.console.print(f"[green]✓[/] {_plain(text)}", soft_wrap=not SCREEN.console.is_terminal)
+        SCREEN.console.print(f"[green]✓[/] {plain(text)}", soft_wrap=not SCREEN.console.is_terminal)
 
 
 def error(text: str) -> None:
-    Console(stderr=True, highlight=False).print(f"[bold red]✗[/] {_plain(text)}", soft_wrap=True)
+    Console(stderr=True, highlight=False).print(f"[bold red]✗[/] {plain(text)}", soft_wrap=True)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
@@ -73,7 +73,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = ""
         numeric = index > 0 and all(_is_numeric(row[index]) for row in rows)
         out.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        out.add_row(*(_plain(_cell(cell)) for cell in row))
+        out.add_row(*(plain(_cell(cell)) for cell in row))
     SCREEN.console.print(out)
 
 
@@ -122,12 +122,12 @@ def waiting(label: str) -> Iterator[None]:
     """A spinner while something takes its time, and how long it took."""
     started = time.monotonic()
     if SCREEN.speaks and SCREEN.console.is_terminal:
-        with SCREEN.console.status(_plain(label)):
+        with SCREEN.console.status(plain(label)):
             yield
     else:
         yield
     if SCREEN.speaks and (took := time.monotonic() - started) > 2:
-        SCREEN.console.print(f"[dim]{_plain(label)} · {took:.0f} s[/]")
+        SCREEN.console.print(f"[dim]{plain(label)} · {took:.0f} s[/]")
 
 
 def human_count(number: float) -> str:
@@ -152,7 +152,8 @@ def human_time(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Text in which a bracket is a bracket, not markup."""
     return text.replace("[", "\\[")
 
 
@@ -161,4 +162,4 @@ def _cell(cell: Any) -> str:
 
 
 def _is_numeric(cell: Any) -> bool:
-    return isinstance(cell, (int, float)) or str(cell).replace(",", "").replace(".", "").replace("%", "").strip().isdigit()
+    return isinstance(cell, (int, float)) or cell == "" or str(cell).replace(",", "").replace(".", "").replace("%", "").strip().isdigit()

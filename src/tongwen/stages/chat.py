@@ -1,114 +1,20 @@
-"""chat: a model, with or without adapters, that can be talked to: from Python, in the terminal, or for a file of prompts.
-
-The template is the one that stands with the tokenizer, the prompt is encoded as in training, and an answer ends on the
-stop tokens that the model learned.
-"""
+"""chat: a model and a terminal in; a conversation out, streamed, with its history cut by whole turns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from tongwen import console
-from tongwen.data.encode import Encoder
-from tongwen.errors import ModelError
-from tongwen.infer.decode import Sampling, Voice
-from tongwen.language import say
-from tongwen.model import dress, load
-from tongwen.model.fingerprint import fingerprint_model
-from tongwen.record import Message
-from tongwen.template import Template
-
-
-@dataclass
-class Speaker:
-    """A model to talk with. Messages are dictionaries with `role` and `content`, as everywhere."""
-
-    name: str
-    voice: Voice
-    encoder: Encoder
-    template: Template | None
-    thinking: bool
-
-    def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
-        """The answer to a conversation. options: max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed."""
-        return self.voice.decode(self.voice.answer([self.prompt_ids(messages)], self._sampling(options))[0])
-
-    def stream(self, messages: Sequence[dict[str, Any]], **options: Any) -> Iterator[str]:
-        """The same answer in pieces of whole characters."""
-        return self.voice.stream(self.prompt_ids(messages), self._sampling(options))
-
-    def generate(self, prompts: Sequence[str], batch_size: int = 8, **options: Any) -> list[str]:
-        """One answer per prompt. Prompts are questions for a chat model, beginnings for `template="completion"`."""
-        ids = [self.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
-        by_length = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
-        out = [""] * len(ids)
-        for begin in range(0, len(by_length), batch_size):
-            chosen = by_length[begin : begin + batch_size]
-            answers = self.voice.answer([ids[index] for index in chosen], self._sampling(options))
-            for index, answer in zip(chosen, answers, strict=True):
-                out[index] = self.voice.decode(answer)
-        return out
-
-    def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """The conversation as ids, up to where the model answers."""
-        turns = [
-            Message(str(turn["role"]), str(turn["content"]), turn.get("reasoning_content"), tuple(turn.get("tool_calls", ())))
-            for turn in messages
-        ]
-        if self.template is None:
-            return self.encoder.encode_prompt("".join(turn.content for turn in turns))
-        return self.encoder.encode_prompt(self.template.prompt(turns, thinking=self.thinking))
-
-    def _sampling(self, options: dict[str, Any]) -> Sampling:
-        return Sampling().with_(**options)
-
-
-def open_speaker(
-    model: str, adapters: Sequence[str] = (), template: str = "own", thinking: str = "off", precision: str = "auto"
-) -> Speaker:
-    """Open a model by any of its names. template: own, a shipped name, a .jinja file, or `completion` for a base model."""
-    place = load.locate(model)
-    names = [*([place.adapter] if place.adapter else []), *adapters]
-    if len(names) > 1:
-        raise ModelError(
-            say("one adapter at a time can be opened", "一次只能打开一个适配器"), place=model, remedy=say("merge the first one into the base", "请先把第一个合并到底座")
-        )
-    base = load.locate(place.folder) if place.adapter else place
-    dressed = load.Place(names[0], names[0]) if names and _has_tokenizer(names[0]) else base
-    tokenizer = load.load_tokenizer(dressed)
-    device = load.compute_device()
-    dtype, _ = load.compute_dtype(precision, device)
-    with console.waiting(say(f"opening {model}", f"打开 {model}")):
-        network = load.load_model(base, dtype)
-        if names:
-            network = load.open_adapter(network, names[0], base, fingerprint_model(base))
-            network = network.merge_and_unload()
-    load.check_tokenizer(tokenizer, network, base)
-    network = network.to(device).eval()
-    encoder = Encoder(tokenizer)
-    bound = None if template == "completion" else dress.bind_template(template, tokenizer, encoder.prefix)
-    stops = dress.stop_ids(tokenizer, bound, network.generation_config)
-    if not stops:
-        raise ModelError(say("no token ends an answer in this model", "该模型没有结束回答的停止符"), place=model)
-    voice = Voice(network, tokenizer, stops, dress.context_length(network.config))
-    return Speaker(model, voice, encoder, bound, thinking == "on")
-
-
-def _has_tokenizer(folder: str) -> bool:
-    from pathlib import Path
-
-    return (Path(folder) / "tokenizer_config.json").is_file()
+from tongwen.speaker import open_speaker
+from tongwen.ui.terminal import converse
 
 
 def run(model: str, adapters: Sequence[str], *, template: str, thinking: str, sampling: dict[str, Any], system: str) -> int:
-    """Talk in the terminal until the user leaves."""
-    from tongwen.ui.terminal import converse
-
+    """Talk until the user leaves."""
     speaker = open_speaker(model, adapters, template, thinking)
+    room = speaker.voice.context - int(sampling["max_new_tokens"])
 
     def reply(messages: list[dict[str, Any]]) -> Iterator[str]:
         return speaker.stream(messages, **sampling)
 
-    return converse(reply, name=model, system=system, count=lambda messages: len(speaker.prompt_ids(messages)), context=speaker.voice.context - int(sampling.get("max_new_tokens", 512)))
+    return converse(reply, name=model, system=system, count=lambda messages: len(speaker.prompt_ids(messages)), context=room)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tongwen import artifact, console
-from tongwen.errors import ArtifactError
+from tongwen.errors import ArtifactError, RecipeError
 from tongwen.language import say
 from tongwen.model import load
 from tongwen.model.fingerprint import cached_folder, fingerprint_model
@@ -95,3 +95,18 @@ def _local(place: load.Place) -> load.Place:
 def _tokenizer_of_base(place: load.Place, out: Path) -> None:
     console.notice(say("the adapter brings no tokenizer; the base's is used", "适配器没有分词器，使用底座的"))
     load.load_tokenizer(place).save_pretrained(str(out))
+
+
+def command(base: str, adapters: list[str], out: str, dtype: str, *, again: bool, force: bool) -> int:
+    """`tongwen merge`: refuses to write where something stands, unless told to keep that under another name."""
+    if len(adapters) > 1:
+        raise RecipeError(say("one adapter at a time can be merged", "一次只能合并一个适配器"), place="--adapter", remedy=say("merge them one after the other", "请依次合并"))
+    target = Path(out)
+    if target.exists():
+        if not again:
+            raise RecipeError(say("this folder exists", "该文件夹已存在"), place=out, remedy=say("choose another, or --again to keep it under another name", "换一个，或用 --again 把它改名保留"))
+        artifact.put_aside(target)
+    chosen = {"base": base, "adapter": adapters[0], "dtype": dtype}
+    made = merge(base, Path(adapters[0]), target, dtype, chosen, force=force)
+    console.emit({"out": out, **made.manifest})
+    return 0

@@ -37,15 +37,10 @@ from tongwen.recipe.schema import Recipe, Sft
 from tongwen.record import Dialogue
 from tongwen.template import Template
 from tongwen.train import audit
-from tongwen.train.batches import MicroBatches, Plan, make_plan
+from tongwen.train.batches import MicroBatches, Plan, make_plan, token_budget
 from tongwen.train.fit import Job, check_adapter_saved, fit, newest_checkpoint, step_of
 from tongwen.train.report import write_report
 from tongwen.train.watch import Watch, peak_memory_bytes, read_metrics
-
-# Tokens that go through the model at once when the recipe does not say. On a CPU larger packs are no faster.
-BUDGET = {"cpu": 1024}
-BUDGET_OF_GPU = 8192
-
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides this stage's result."""
@@ -87,7 +82,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         lambda count, epoch: order(count, recipe.seed, "epoch", epoch),
         batch_size=section.batch_size,
         stop_after=section.stop_after,
-        budget=section.micro_batch_tokens or BUDGET.get(device, BUDGET_OF_GPU),
+        budget=section.micro_batch_tokens or token_budget(device),
         world=int(os.environ.get("WORLD_SIZE", "1")),
     )
     _say_plan(plan, store, adapted.counts, device, dtype, why)

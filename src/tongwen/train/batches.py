@@ -46,6 +46,12 @@ class Plan:
         return [int(lengths[list(step)].sum()) for step in self.steps]
 
 
+def token_budget(device: str) -> int:
+    """Tokens that go through the model at once when the recipe does not say. On a CPU larger packs are no faster
+    (11.6 against 11.4 CPU-ms per token at half the memory, SmolLM2-135M)."""
+    return 1024 if device == "cpu" else 8192
+
+
 def make_plan(
     lengths: np.ndarray,
     order: Callable[[int, int], list[int]],

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tongwen import artifact
 from tongwen.errors import ArtifactError, NumbersError
@@ -53,6 +53,7 @@ def fit(job: Job) -> None:
     checkpoints.mkdir(exist_ok=True)
     resume = newest_checkpoint(checkpoints)
     trainer = PlannedTrainer(job, checkpoints)
+    trainer.remove_callback(PrinterCallback)
     for callback in (*job.callbacks, FirstSteps(), NoNan(job), Evaluations(job)):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)

@@ -1,0 +1,47 @@
+"""One training stage on several processes: this command becomes torchrun, and torchrun starts `python -m tongwen`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+EXIT_FILE = "TONGWEN_EXIT_FILE"
+
+
+def is_launched() -> bool:
+    """Whether torchrun, accelerate, deepspeed or Slurm started this process."""
+    return "LOCAL_RANK" in os.environ or "RANK" in os.environ
+
+
+def torchrun(devices: int, arguments: Sequence[str]) -> int:
+    """Run `tongwen ARGUMENTS` on that many processes of this machine; returns the exit code of the first that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        exit_file = Path(folder) / "exit"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+        environment = {**os.environ, EXIT_FILE: str(exit_file), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(devices))}
+        finished = subprocess.run([*command, "-m", "tongwen", *arguments], env=environment, check=False)  # noqa: S603
+        if finished.returncode and exit_file.is_file():
+            return int(exit_file.read_text(encoding="utf-8"))
+        return finished.returncode
+
+
+def claim_exit(code: int) -> bool:
+    """Record the exit code of a launched process. True for the first to fail: it alone prints the message."""
+    path = os.environ.get(EXIT_FILE)
+    if not path:
+        return True
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return False
+    with os.fdopen(handle, "w") as stream:
+        stream.write(str(code))
+    return True
+
+
+def _threads(devices: int) -> str:
+    return str(max(1, (os.cpu_count() or 1) // devices))

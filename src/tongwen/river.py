@@ -1,0 +1,158 @@
+"""The river: a recipe's stages in their order, each once. What is finished is left alone, what changed is refused.
+
+A stage is a module in `tongwen.stages` with `settings(recipe)`, what decides its result, and `run(recipe, out)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tongwen import artifact, console, launch
+from tongwen.errors import MachineError, RecipeError, TongwenError
+from tongwen.language import say
+from tongwen.recipe.load import dump
+from tongwen.recipe.schema import STAGES, Recipe
+
+TRAINING = ("sft",)  # stages that run on all devices
+AGAIN = say("tongwen run RECIPE --again redoes it and everything after it, and keeps the old folder", "tongwen run RECIPE --again 重做它及其后各阶段，并保留旧文件夹")
+
+
+class Launched(TongwenError):
+    """The processes of a launched stage failed; they have said why."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("")
+        self.exit_code = code
+
+
+def run(
+    recipe: Recipe, arguments: Sequence[str], *, only: str = "", start: str = "", until: str = "", again: bool = False, fork: bool = False
+) -> list[artifact.Artifact]:
+    """Run the chosen stages; returns their artifacts. arguments: recipe file and overrides, for launched processes.
+
+    Raises RecipeError when a finished or interrupted stage was made with other settings.
+    """
+    chosen = choose(recipe, only, start, until)
+    out = Path(recipe.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(say(f"cannot be made: {error.strerror}", f"无法创建：{error.strerror}"), place=str(out)) from None
+    done: list[artifact.Artifact] = []
+    with _alone(out):
+        redo_from = _first_to_redo(recipe, chosen, out, explicit=bool(only or start)) if again else None
+        if not launch.is_launched():
+            (out / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+        for name in chosen:
+            path = out / name
+            if redo_from is not None and STAGES.index(name) >= STAGES.index(redo_from):
+                _put_aside(path)
+            elif (found := artifact.find(path)) is not None:
+                artifact.refuse_changed(str(path), _changed(found, _settings(recipe, name)), AGAIN)
+                console.good(say(f"{name}: already done", f"{name}：已完成"))
+                done.append(found)
+                continue
+            else:
+                _check_interrupted(path, _settings(recipe, name), fork)
+            done.append(_run_stage(recipe, name, path, arguments))
+    return done
+
+
+def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:
+    """The recipe's stages, narrowed by the command's words. Raises RecipeError when a word names none of them."""
+    stages = recipe.stages
+    for flag, name in (("--only", only), ("--from", start), ("--until", until)):
+        if name and name not in stages:
+            raise RecipeError(
+                say(f"{name!r} is no stage of this recipe", f"该配方没有阶段 {name!r}"), place=flag, remedy=say("it has: ", "现有：") + ", ".join(stages)
+            )
+    if only:
+        return [only]
+    first = stages.index(start) if start else 0
+    last = stages.index(until) if until else len(stages) - 1
+    if not stages:
+        raise RecipeError(
+            say("this recipe has no stage to run", "该配方没有可运行的阶段"), place=recipe.name, remedy=say("add a section: ", "请添加一段：") + ", ".join(STAGES)
+        )
+    return stages[first : last + 1]
+
+
+def _settings(recipe: Recipe, name: str) -> dict[str, Any]:
+    module = importlib.import_module(f"tongwen.stages.{name}")
+    return dict(json.loads(json.dumps(module.settings(recipe))))
+
+
+def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str]) -> artifact.Artifact:
+    if name in TRAINING and recipe.devices > 1 and not launch.is_launched():
+        code = launch.torchrun(recipe.devices, ["run", *arguments, "--only", name])
+        if code:
+            raise Launched(code)
+        return artifact.open_artifact(path, name)
+    result: artifact.Artifact = importlib.import_module(f"tongwen.stages.{name}").run(recipe, path)
+    return result
+
+
+def _changed(found: artifact.Artifact, settings: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Differing settings, and parents that have been made anew since."""
+    changed = artifact.differences(found.manifest["settings"], settings)
+    for role, parent in found.manifest["parents"].items():
+        now = artifact.find(Path(parent["path"])) if parent.get("kind") else None
+        if now is not None and now.fingerprint != parent["fingerprint"]:
+            changed.append((f"{role} (fingerprint)", parent["fingerprint"][:12], now.fingerprint[:12]))
+    return changed
+
+
+def _first_to_redo(recipe: Recipe, chosen: list[str], out: Path, *, explicit: bool) -> str:
+    """Where `--again` begins: at the stage that was named, else at the first that changed, else at the first."""
+    if not explicit:
+        for name in chosen:
+            found = artifact.find(out / name)
+            if found is None or _changed(found, _settings(recipe, name)):
+                return name
+    return chosen[0]
+
+
+def _put_aside(path: Path) -> None:
+    for place in (path, artifact.partial_of(path)):
+        aside = artifact.put_aside(place)
+        if aside:
+            console.notice(say(f"{place.name} is kept as {aside.name}", f"{place.name} 保留为 {aside.name}"))
+
+
+def _check_interrupted(path: Path, settings: dict[str, Any], fork: bool) -> None:
+    """An interrupted training stage continues only with the settings that it began with, unless it is forked."""
+    file = artifact.partial_of(path) / "settings.json"
+    if not file.is_file() or launch.is_launched():
+        return
+    changed = artifact.differences(json.loads(file.read_text(encoding="utf-8")), settings)
+    if changed and fork:
+        lines = ", ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed)
+        console.notice(say(f"continued with other settings (--fork): {lines}", f"以不同设置继续（--fork）：{lines}"))
+        return
+    artifact.refuse_changed(
+        str(file.parent), changed, AGAIN + say("; --fork continues with the new settings", "；--fork 以新设置继续")
+    )
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One run at a time in a folder. Raises MachineError when another holds it."""
+    if launch.is_launched() or os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    with (out / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise MachineError(
+                say("another tongwen is running in this folder", "另一个 tongwen 正在此文件夹中运行"), place=str(out), remedy=say("wait for it, or choose another `out`", "请等待，或换一个 `out`")
+            ) from None
+        yield

@@ -1,0 +1,166 @@
+"""plan: a recipe in; steps, tokens, memory, disk and time out. Opens no weights and writes nothing."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import torch
+
+from tongwen import console
+from tongwen.data.encode import Encoder, TokenStore, check_store, encode_dialogues
+from tongwen.data.ledger import Ledger
+from tongwen.data.read import Rejected, read_dialogues
+from tongwen.data.split import hold_out, order
+from tongwen.errors import RecipeError
+from tongwen.language import say
+from tongwen.model import adapt as adapting
+from tongwen.model import dress, load
+from tongwen.recipe.schema import Recipe
+from tongwen.train.batches import make_plan, token_budget
+from tongwen.train.memory import Shape, estimate, flops_per_token
+
+
+def run(recipe: Recipe, gpu: str) -> int:
+    """Print what a run would do and need. gpu: `24GB`, memory of a GPU that is not here."""
+    section = recipe.sft
+    if section is None or recipe.prepare is None:
+        raise RecipeError(say("there is nothing to train in this recipe", "该配方没有训练阶段"), place=recipe.name, remedy="sft: {}")
+    memory = parse_memory(gpu) if gpu else None
+    device = "cuda" if memory else load.compute_device()
+    place = load.locate(recipe.base)
+    store, mask = _encode(recipe, place)
+    plan = make_plan(
+        store.lengths,
+        lambda count, epoch: order(count, recipe.seed, "epoch", epoch),
+        batch_size=section.batch_size,
+        stop_after=section.stop_after,
+        budget=section.micro_batch_tokens or token_budget(device),
+        world=recipe.devices,
+    )
+    shape = _shape(recipe, place)
+    width = 2 if memory or load.compute_dtype(section.precision, device)[0] == torch.bfloat16 else 4
+    full = section.adapter.method == "full"
+    needs: dict[str, int] = {}
+    checkpointing = section.activation_checkpointing == "on"
+    for checkpointing in (checkpointing, section.activation_checkpointing != "off"):
+        needs = estimate(
+            shape, tokens=plan.budget, learned_share=mask["learned_share"], bytes_per_weight=width, full=full, checkpointing=checkpointing
+        )
+        if memory is None or needs["peak"] <= memory:
+            break
+    tokens = sum(plan.tokens_of(store.lengths))
+    seconds = tokens * flops_per_token(shape, mask["learned_share"], full=full) / _rate() if device == "cpu" else None
+    weights = shape.parameters * width
+    disk = (shape.trainable * 12 if not full else shape.parameters * 12) * section.keep_checkpoints + (weights if recipe.merge or full else 0)
+    _show(recipe, plan, store, tokens, needs, checkpointing, seconds, disk, memory, device)
+    console.emit(
+        {
+            "steps": len(plan),
+            "steps_per_epoch": plan.steps_per_epoch,
+            "batch_size": section.batch_size,
+            "micro_batches_per_step": plan.accumulate,
+            "devices": plan.world,
+            "micro_batch_tokens": plan.budget,
+            "tokens": tokens,
+            "samples": len(store),
+            "mask": mask,
+            "trainable": shape.trainable,
+            "memory_bytes": needs,
+            "activation_checkpointing": checkpointing,
+            "disk_bytes": disk,
+            "seconds": seconds,
+            "fits": None if memory is None else needs["peak"] <= memory,
+        }
+    )
+    return 0
+
+
+def parse_memory(text: str) -> int:
+    """`24GB` -> bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(g|gb|gib|m|mb|mib)\s*", text.lower())
+    if not found:
+        raise RecipeError(say(f"{text!r} is not an amount of memory", f"{text!r} 不是显存大小"), place="--gpu", remedy="--gpu 24GB")
+    return int(float(found[1]) * (1e9 if found[2].startswith("g") else 1e6))
+
+
+def _encode(recipe: Recipe, place: load.Place) -> tuple[TokenStore, dict[str, Any]]:
+    assert recipe.sft and recipe.prepare
+    tokenizer = load.load_tokenizer(place)
+    encoder = Encoder(tokenizer)
+    template = dress.bind_template(recipe.sft.template, tokenizer, encoder.prefix)
+    rejected: list[Rejected] = []
+    dialogues = list(read_dialogues(recipe.prepare.dialogues, recipe.prepare.fill, Ledger("rows", "bytes"), rejected.append))
+    if not isinstance(recipe.prepare.held_out, str):
+        dialogues, _ = hold_out(dialogues, recipe.prepare.held_out, recipe.seed)
+    store = encode_dialogues(
+        dialogues,
+        template,
+        encoder,
+        learn=recipe.sft.learn,
+        thinking=recipe.sft.thinking,
+        max_length=recipe.sft.max_length,
+        ledger=Ledger("rows", "tokens"),
+        reject=rejected.append,
+    )
+    return store, check_store(store, recipe.sft.max_length, rejected, recipe.sft.min_stop_learned)
+
+
+def _shape(recipe: Recipe, place: load.Place) -> Shape:
+    """Counts from a model without weights (meta device), adapted as the run would adapt it."""
+    from transformers import AutoModelForCausalLM
+
+    assert recipe.sft
+    config = load.load_config(place)
+    with torch.device("meta"), load.quiet():
+        model = AutoModelForCausalLM.from_config(config)
+        parameters = sum(part.numel() for part in model.parameters())
+        adapted = adapting.adapt(model, recipe.sft.adapter, [])
+    modules = sum("lora_A" in name for name, _ in adapted.model.named_parameters())
+    return Shape(
+        parameters=parameters + (adapted.counts["parameters"] if recipe.sft.adapter.method != "full" else 0),
+        trainable=adapted.counts["parameters"],
+        layers=int(config.num_hidden_layers),
+        hidden=int(config.hidden_size),
+        intermediate=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
+        vocabulary=int(config.vocab_size),
+        modules=modules,
+    )
+
+
+def _rate() -> float:
+    """Floating-point operations per second of this CPU, from a quarter second of matrix products; two thirds of it is
+    what a training step reaches."""
+    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    count, began = 0, time.monotonic()
+    while (spent := time.monotonic() - began) < 0.25:
+        left @ right
+        count += 1
+    return 0.66 * count * 2 * 1024**3 / spent
+
+
+def _show(
+    recipe: Recipe, plan: Any, store: TokenStore, tokens: int, needs: dict[str, int], checkpointing: bool, seconds: float | None, disk: int, memory: int | None, device: str
+) -> None:
+    section = recipe.sft
+    assert section
+    console.header("plan", recipe.name)
+    rows = [
+        (say("samples", "样本"), f"{len(store):,}"),
+        (say("steps", "步数"), f"{len(plan):,} ({section.stop_after})"),
+        (say("tokens", "token 总数"), f"{tokens:,}"),
+        (say("a step", "每步"), say(f"{section.batch_size} samples in {plan.accumulate} x {plan.world} micro-batches of at most {plan.budget} tokens", f"{section.batch_size} 个样本，{plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token")),
+        *((name, console.human_bytes(size)) for name, size in needs.items() if name != "peak"),
+        (say("peak memory, about", "峰值内存约"), console.human_bytes(needs["peak"]) + (say(" with activation checkpointing", "（重算激活）") if checkpointing else "")),
+        (say("disk", "磁盘"), console.human_bytes(disk)),
+        (say("time on this machine, about", "本机用时约"), console.human_time(seconds) if seconds else say(f"not known for {device}", f"{device} 上未知")),
+    ]
+    console.table(("", ""), rows)
+    if memory is not None and needs["peak"] > memory:
+        console.notice(
+            say(
+                f"this needs more than {console.human_bytes(memory)}; in this order: micro_batch_tokens {plan.budget // 2}, max_length {section.max_length // 2}, adapter.method lora, a smaller base",
+                f"超过 {console.human_bytes(memory)}；依次尝试：micro_batch_tokens {plan.budget // 2}，max_length {section.max_length // 2}，adapter.method lora，更小的底座",
+            )
+        )

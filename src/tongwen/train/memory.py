@@ -1,0 +1,47 @@
+"""What a run will need, before it needs it: peak memory and disk, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """parameters: all; trainable: those with a gradient; linear: in the layers' matrices; adapter: in LoRA matrices."""
+
+    parameters: int
+    trainable: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    modules: int  # adapted linear modules
+
+
+def estimate(shape: Shape, *, tokens: int, learned_share: float, bytes_per_weight: int, full: bool, checkpointing: bool) -> dict[str, int]:
+    """Bytes by purpose for a micro-batch of that many tokens, and their sum `peak`.
+
+    Kept per token and layer for the backward: the inputs of each matrix and norm, and of SwiGLU's product (about
+    13 x hidden + 4 x intermediate numbers); an adapter adds nothing of that size. Adam keeps two fp32 moments.
+    """
+    weights = shape.parameters * (4 if full else bytes_per_weight) + (0 if full else shape.trainable * 4)
+    gradients = shape.trainable * 4
+    per_layer = 13 * shape.hidden + 4 * shape.intermediate
+    kept = (shape.hidden * shape.layers + per_layer) if checkpointing else per_layer * shape.layers
+    activations = tokens * kept * bytes_per_weight
+    head = int(tokens * learned_share) * shape.vocabulary * (4 + (0 if bytes_per_weight == 4 else 2))
+    parts = {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": 8 * shape.trainable,
+        "activations": activations,
+        "head": head,
+    }
+    return {**parts, "peak": sum(parts.values())}
+
+
+def flops_per_token(shape: Shape, learned_share: float, *, full: bool) -> float:
+    """Multiply-adds count two: 6 per weight in full, 4 with an adapter (no gradient of frozen weights)."""
+    embedding = shape.vocabulary * shape.hidden
+    layers = max(shape.parameters - shape.trainable * (not full) - embedding, 1)
+    return (6 if full else 4) * (layers + learned_share * embedding)
