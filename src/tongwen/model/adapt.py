@@ -10,6 +10,7 @@ import torch
 from tongwen.errors import ModelError
 from tongwen.families import family_of
 from tongwen.language import say
+from tongwen.model.load import quiet
 from tongwen.recipe.schema import Adapter
 
 
@@ -52,7 +53,8 @@ def adapt(model: Any, choice: Adapter, token_rows: list[int]) -> Adapted:
     for name in choice.also_train:
         if not any(module_name.split(".")[-1] == name or module_name == name for module_name, _ in model.named_modules()):
             raise _no_module("also_train", name, model)
-    adapted = Adapted(get_peft_model(model, config))
+    with quiet():
+        adapted = Adapted(get_peft_model(model, config))
     if token_rows:
         adapted.notices.append(
             say(f"{len(token_rows)} token rows are trained beside the adapter", f"除适配器外还训练 {len(token_rows)} 个词向量行")

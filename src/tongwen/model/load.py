@@ -179,7 +179,7 @@ def cpu_has_bf16() -> bool:
 
 
 class quiet:  # noqa: N801 (used like a function)
-    """transformers' bars and hints stay out of the way; its errors are raised."""
+    """Bars, hints and deprecation notes of the libraries stay out of the way; their errors are raised."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging as hf

@@ -40,7 +40,7 @@ class Duration(BaseModel):
 
     def __str__(self) -> str:
         number = int(self.count) if self.count == int(self.count) else self.count
-        return f"{number} {self.unit}"
+        return f"{number} {self.unit[:-1] if number == 1 else self.unit}"
 
 
 def read_duration(value: Any) -> Any:

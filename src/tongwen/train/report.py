@@ -148,7 +148,9 @@ def cjk_font() -> str | None:
             continue
         seen.add(entry.fname)
         try:
-            if ft2font.FT2Font(entry.fname).get_char_index(ord("同")):
+            font = ft2font.FT2Font(entry.fname)
+            # A last-resort font has a box for every code point, even for one that Unicode has not assigned.
+            if font.get_char_index(ord("同")) and not font.get_char_index(0x0378):
                 return str(entry.name)
         except (RuntimeError, OSError):
             continue

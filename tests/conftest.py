@@ -1,0 +1,150 @@
+"""Tiny models and tokenizers, built here in a second; no network, no downloads."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ["TONGWEN_LANG"] = "en"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["COLUMNS"] = "200"
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+torch.set_num_threads(1)  # so that a test may fork
+
+CORPUS = [
+    "你好，世界。我是一个中文助手。今天天气很好，我们去公园散步吧。",
+    "人工智能可以帮助我们学习语言。月亮自己不会发光，它反射太阳的光。",
+    "The quick brown fox jumps over the lazy dog. Hello world, how are you today?",
+    "是的，没错。否，不对。一加一等于二，二加二等于四。",
+] * 4
+CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def save_fast(backend: Tokenizer, folder: Path, **special: str) -> Any:
+    """A tokenizers-library tokenizer as a transformers folder."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.save_pretrained(str(folder))
+    return tokenizer
+
+
+def byte_level_tokenizer(folder: Path) -> Any:
+    """Byte-level BPE with ChatML's tokens; pad = eos, as Qwen and SmolLM2 have it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=list(CHATML_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return save_fast(backend, folder, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>")
+
+
+def sentencepiece_tokenizer(folder: Path, legacy: bool = False) -> Any:
+    """LLaMA's kind: a dummy blank before every text, bytes as fallback, `<s>` put before by the tokenizer itself."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    pieces += sorted({character for text in CORPUS for character in text if character != " "})
+    merges = [("\u2581", "是"), ("\u2581", "H"), ("你", "好"), ("\u2581", "你好"), ("世", "界")]
+    pieces += ["".join(pair) for pair in merges]
+    backend = Tokenizer(
+        models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    if legacy:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    return save_fast(backend, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def tiny_llama(folder: Path, vocabulary: int, seed: int = 0, **config: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    } | config
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shape))
+    model.save_pretrained(str(folder))
+    return model
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a byte-level tokenizer and tied embeddings."""
+    folder = tmp_path_factory.mktemp("chat_model")
+    tokenizer = byte_level_tokenizer(folder)
+    tiny_llama(folder, len(tokenizer))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same shape and tokenizer, other weights."""
+    folder = tmp_path_factory.mktemp("other_model")
+    tokenizer = byte_level_tokenizer(folder)
+    tiny_llama(folder, len(tokenizer), seed=1)
+    return folder
+
+
+def write_rows(file: Path, rows: list[Any]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def dialogues(count: int) -> list[dict[str, str]]:
+    """Alpaca rows of different lengths."""
+    return [{"instruction": f"问题{index}：你好吗？", "input": "", "output": "今天天气很好。" * (1 + index % 5) + str(index)} for index in range(count)]
+
+
+def write_recipe(folder: Path, base: Path, rows: list[Any] | None = None, sft: str = "", extra: str = "", merge: bool = True) -> Path:
+    """A recipe for a tiny run."""
+    data = write_rows(folder / "data.jsonl", dialogues(24) if rows is None else rows)
+    text = f"name: tiny\nbase: {base}\nout: {folder / 'out'}\nprepare: {{dialogues: {data}, held_out: 4}}\n"
+    text += f"sft: {{template: chatml, adapter: {{rank: 4}}, max_length: 256, batch_size: 4, learning_rate: 1e-2, samples: 1{sft}}}\n"
+    text += ("merge: {}\n" if merge else "") + extra
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(text, encoding="utf-8")
+    return recipe
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the safetensors files in a folder."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture()
+def tongwen(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        from rich.console import Console
+
+        from tongwen import cli, console
+
+        console.SCREEN.json = False
+        console.SCREEN.console = Console(highlight=False, width=200)
+        code = cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

@@ -1,0 +1,95 @@
+"""The walls of the house: who may import whom, and that the front door stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "src" / "tongwen"
+ROOMS = ("data", "model", "train", "infer", "ui")
+HALL = ("errors", "language", "record", "template", "artifact", "families", "console", "launch")
+UPPER = ("cli", "river", "speaker", "__main__", "__init__")
+HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "matplotlib", "safetensors", "gguf", "huggingface_hub", "tokenizers"}
+
+
+def imports(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def ours(file: Path) -> set[str]:
+    """First part of every import of our own: `tongwen.data.read.x` -> data."""
+    return {name.split(".")[1] for name in imports(file) if name.startswith("tongwen.")}
+
+
+def test_every_file_has_a_place() -> None:
+    for file in SOURCE.rglob("*.py"):
+        top = file.relative_to(SOURCE).parts[0].removesuffix(".py")
+        assert top in (*ROOMS, *HALL, *UPPER, "stages", "recipe"), f"{file} belongs nowhere"
+
+
+def test_rooms_do_not_know_each_other() -> None:
+    for room in ROOMS:
+        for file in (SOURCE / room).rglob("*.py"):
+            strange = ours(file) - {room, "recipe", "__version__", *HALL}
+            assert not strange, f"{file} imports {strange}"
+
+
+def test_stages_do_not_know_each_other() -> None:
+    for file in (SOURCE / "stages").glob("*.py"):
+        assert "stages" not in ours(file), f"{file} imports another stage"
+
+
+def test_the_hall_is_plain_python() -> None:
+    files = [SOURCE / f"{name}.py" for name in HALL] + list((SOURCE / "recipe").glob("*.py"))
+    for file in files:
+        heavy = {name.split(".")[0] for name in imports(file)} & HEAVY
+        assert not heavy, f"{file} imports {heavy}"
+        allowed = {"recipe", "__version__", *HALL} if file.parent.name == "recipe" else {*HALL, "__version__"}
+        assert not ours(file) - allowed, f"{file} imports {ours(file) - allowed}"
+    assert not ours(SOURCE / "errors.py") - {"language"}
+
+
+def test_no_mutual_imports_inside_a_room() -> None:
+    for room in (*ROOMS, "recipe"):
+        edges = {file.stem: {name.split(".")[2] for name in imports(file) if name.startswith(f"tongwen.{room}.")} for file in (SOURCE / room).glob("*.py")}
+        for one, others in edges.items():
+            for other in others:
+                assert one not in edges.get(other, ()), f"{room}: {one} and {other} import each other"
+
+
+def test_nothing_unpickles_or_runs_foreign_code() -> None:
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "os.system"), f"{file}: {name}"
+            keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+            if name == "torch.load":
+                assert ast.unparse(keywords["weights_only"]) == "True", file
+            if "trust_remote_code" in keywords:
+                assert ast.unparse(keywords["trust_remote_code"]) == "False", file
+
+
+def test_help_and_check_import_no_torch(tmp_path: Path) -> None:
+    rows = "".join('{"instruction": "问%d", "input": "", "output": "答%d"}\n' % (number, number) for number in range(10_000))
+    (tmp_path / "data.jsonl").write_text(rows, encoding="utf-8")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"name: big\nbase: nowhere\nprepare: {{dialogues: {tmp_path / 'data.jsonl'}}}\nsft: {{}}\n")
+    code = (
+        "import sys; from tongwen.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy'"
+    )
+    for arguments in (["--help"], ["check", str(recipe)]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
