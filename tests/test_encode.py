@@ -1,0 +1,124 @@
+"""Boundaries are exact for every kind of tokenizer, the prefix stands once, and the mask never looks at ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
+from tongwen.data.encode import Encoder, TokenStore, check_store, encode_dialogues, token_bytes
+from tongwen.data.ledger import Ledger
+from tongwen.data.read import Rejected
+from tongwen.errors import DataError
+from tongwen.model.dress import bind_template
+from tongwen.record import Dialogue, Message, Origin, Span
+
+KINDS = ("bytes", "sentencepiece", "legacy")
+
+
+def make(kind: str, folder: Path):
+    if kind == "bytes":
+        return byte_level_tokenizer(folder)
+    return sentencepiece_tokenizer(folder, legacy=kind == "legacy")
+
+
+def dialogue(*contents: str) -> Dialogue:
+    return Dialogue(tuple(Message("user" if index % 2 == 0 else "assistant", text) for index, text in enumerate(contents)), Origin("f", 1))
+
+
+def store_of(tokenizer, dialogues, template="plain", **options) -> tuple[TokenStore, Ledger, list[Rejected]]:
+    encoder = Encoder(tokenizer)
+    ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
+    choices = {"learn": "assistant", "thinking": "mixed", "max_length": 512} | options
+    store = encode_dialogues(dialogues, bind_template(template, tokenizer, encoder.prefix), encoder, ledger=ledger, reject=rejected.append, **choices)
+    ledger.check()
+    return store, ledger, rejected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("answer", ["是", "否", "好", "H", "Hello", " 是", "是 ", "\n是", "一", "😀", "\n\n"])
+@pytest.mark.parametrize("question", ["你好", "问 ", "Hello: ", "x\n"])
+def test_learned_tokens_are_the_answer_and_its_stop(kind: str, answer: str, question: str, tmp_path: Path) -> None:
+    """F-10: a short answer must not be swallowed by the border of the prompt."""
+    if not answer.strip():
+        pytest.skip("an empty answer is no answer")
+    tokenizer = make(kind, tmp_path)
+    for template in ("plain", "alpaca-zh", "chatml") if kind == "bytes" else ("plain", "alpaca-zh"):
+        store, _, _ = store_of(tokenizer, [dialogue(question, answer, "再问", answer)], template)
+        ids, learn = store.sample(0)
+        stop = bind_template(template, tokenizer, Encoder(tokenizer).prefix).stop
+        borders = np.flatnonzero(np.diff(np.concatenate([[0], learn.astype(int), [0]])))
+        for begin, end in zip(borders[::2], borders[1::2], strict=True):
+            piece = ids[begin:end].tolist()
+            assert tokenizer.convert_ids_to_tokens(piece[-1]) == stop
+            # decoded behind a token, so that a decoder that strips the first blank of a text does not hide one
+            lead = tokenizer("a", add_special_tokens=False)["input_ids"][-1]
+            text = tokenizer.decode([lead, *piece[:-1]], clean_up_tokenization_spaces=False)
+            assert text.removeprefix(tokenizer.decode([lead])) == answer
+        assert len(borders) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_prompt_is_encoded_as_inference_encodes_it(kind: str, tmp_path: Path) -> None:
+    tokenizer = make(kind, tmp_path)
+    encoder = Encoder(tokenizer)
+    template = bind_template("plain", tokenizer, encoder.prefix)
+    store, _, _ = store_of(tokenizer, [dialogue("你好", "是")])
+    ids, learn = store.sample(0)
+    prompt = encoder.encode_prompt(template.prompt([Message("user", "你好")]))
+    assert ids[: len(prompt)].tolist() == prompt
+    assert not learn[: len(prompt)].any()
+    assert prompt == tokenizer(template.prompt([Message("user", "你好")]), add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_prefix_stands_exactly_once(kind: str, tmp_path: Path) -> None:
+    tokenizer = make(kind, tmp_path)
+    encoder = Encoder(tokenizer)
+    assert encoder.prefix == ([] if kind == "bytes" else [1])
+    for text in ("你好", "<s>你好", "<s><s>你好") if encoder.prefix else ("你好",):
+        ids = encoder.encode_prompt(text)
+        assert ids[:1] == encoder.prefix[:1] or not encoder.prefix
+        assert ids.count(1) == len(encoder.prefix) or not encoder.prefix
+
+
+def test_pad_equal_to_eos_masks_nothing(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer(tmp_path)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    store, _, _ = store_of(tokenizer, [dialogue("你好", "是")], "chatml")
+    ids, learn = store.sample(0)
+    assert learn[-1]
+    assert ids[-1] == tokenizer.pad_token_id
+    assert store.stops.all()
+
+
+def test_too_long_samples_are_counted_never_cut(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer(tmp_path)
+    rows = [dialogue("你好", "是"), dialogue("你好", "今天天气很好。" * 40), dialogue("<|im_end|>", "是")]
+    store, ledger, rejected = store_of(tokenizer, rows, "chatml", max_length=60)
+    assert (len(store), ledger.things_in, ledger.kept) == (1, 3, 1)
+    assert dict(ledger.lost) == {"too_long": 1, "control_token_in_text": 1}
+    assert "max_length is 60" in rejected[1].rule or "max_length is 60" in rejected[0].rule
+    assert ledger.size_in == ledger.size_kept + ledger.size_lost["too_long"]
+    with pytest.raises(DataError, match=r"longer than max_length 4[\s\S]*raise sft.max_length"):
+        check_store(store_of(tokenizer, rows, "chatml", max_length=4)[0], 4, rejected, 0.99)
+
+
+def test_a_set_that_does_not_learn_to_stop_is_refused() -> None:
+    store = TokenStore(np.zeros(4, np.uint32), np.ones(4, bool), np.array([0, 2, 4]), (Origin("f", 1),) * 2, np.array([True, False]))
+    with pytest.raises(DataError, match="50.0%"):
+        check_store(store, 10, [], 0.99)
+    assert check_store(store, 10, [], 0.5)["stop_learned_share"] == 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_of_tokens_add_up_to_the_text(kind: str, tmp_path: Path) -> None:
+    tokenizer = make(kind, tmp_path)
+    sizes = token_bytes(tokenizer)
+    text = "你好，世界 Hello 😀\n二"
+    ids = Encoder(tokenizer).encode([[Span("问", False), Span(text, True)]])[0]
+    learned = [index for index, learn in zip(*ids, strict=True) if learn]
+    assert sizes[learned].sum() == len(text.encode())
+    assert not sizes[tokenizer.all_special_ids].any()

@@ -1,0 +1,181 @@
+"""What is learned is the answer and its stop, for every kind of template; what cannot be proven is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tongwen.errors import ModelError, RowRefused
+from tongwen.record import Dialogue, Message, Origin
+from tongwen.template import SHIPPED, Template, shipped_source
+
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>", "[gMASK]", "<sop>")
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+HERE = Origin("f", 1)
+
+LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = '<|begin_of_text|>' + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GLM4 = (
+    "[gMASK]<sop>{% for message in messages %}{% if message['role'] == 'user' %}<|user|>\n{{ message['content'] }}"
+    "{% else %}<|assistant|>\n{{ message['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+MISTRAL = "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+QWEN3 = (
+    "{%- set ns = namespace(last=0) -%}{%- for message in messages %}{%- if message.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for message in messages %}{%- if message.role == 'assistant' %}{%- set content = message.content %}{%- set thought = message.reasoning_content if message.reasoning_content is string else '' %}"
+    "{%- if loop.index0 > ns.last and (loop.last or thought) %}{{- '<|im_start|>assistant\n<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}"
+    "{%- else %}{{- '<|im_start|>assistant\n' + content }}{%- endif %}{{- '<|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
+)
+
+
+def own(source: str, **tokens: str) -> Template:
+    return Template.make("own", source, TOKENS | tokens, SPECIAL)
+
+
+def talk(*contents: str, **last: Any) -> Dialogue:
+    turns = [Message("user" if index % 2 == 0 else "assistant", content) for index, content in enumerate(contents)]
+    turns[-1] = Message(turns[-1].role, turns[-1].content, **last)
+    return Dialogue(tuple(turns), HERE)
+
+
+def learned(template: Template, dialogue: Dialogue, **options: str) -> list[str]:
+    return ["".join(span.text for span in sample.spans if span.learn) for sample in template.samples(dialogue, **options)]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_our_templates_teach_answer_and_stop(name: str) -> None:
+    template = Template.make(name, None, TOKENS, SPECIAL, prefix="<s>")
+    dialogue = talk("问一", "答一", "问二", " 答二 ")
+    (sample,) = template.samples(dialogue)
+    assert learned(template, dialogue) == [f"答一{template.stop} 答二 {template.stop}"]
+    assert sample.text.count("<s>") == 1
+    assert sample.text.startswith("<s>")
+    assert "endgeneration" not in template.source
+    assert template.prompt(dialogue.messages[:3]) == sample.text[: sample.text.rindex(" 答二")]
+
+
+@pytest.mark.parametrize(
+    ("source", "stop", "appended"), [(LLAMA3, "<|eot_id|>", False), (GLM4, "<|user|>", True), (MISTRAL, "</s>", False), (QWEN3, "<|im_end|>", False)]
+)
+def test_a_models_own_template_shows_its_stop(source: str, stop: str, appended: bool) -> None:
+    template = own(source)
+    assert (template.stop, template.appended) == (stop, appended)
+    assert template.source == source
+    (sample,) = template.samples(talk("问一", "答一"))
+    assert sample.spans[-1].text == stop
+    assert sample.spans[-1].learn and sample.spans[-1].stop
+
+
+def test_glm4_learns_the_next_user_token_after_each_answer() -> None:
+    (sample,) = own(GLM4).samples(talk("问一", "答一", "问二", "答二"))
+    assert learned(own(GLM4), talk("问一", "答一", "问二", "答二")) == ["答一<|user|>答二<|user|>"]
+    assert sample.text == "[gMASK]<sop><|user|>\n问一<|assistant|>\n答一<|user|>\n问二<|assistant|>\n答二<|user|>"
+
+
+def test_a_trimming_template_teaches_the_trimmed_answer() -> None:
+    assert learned(own(LLAMA3), talk("问", "  答  ")) == ["答<|eot_id|>"]
+
+
+def test_thinking_off_makes_the_empty_thought_part_of_the_prompt() -> None:
+    (sample,) = own(QWEN3).samples(talk("问", "答", thinking="想"), thinking="off")
+    assert sample.spans[0].text.endswith("<think>\n\n</think>\n\n")
+    assert sample.spans[1].text == "答"
+
+
+def test_thinking_is_learned_where_the_row_has_it() -> None:
+    assert learned(own(QWEN3), talk("问", "答", thinking="想")) == ["<think>\n想\n</think>\n\n答<|im_end|>"]
+    assert learned(own(QWEN3), talk("问", "答")) == ["答<|im_end|>"]
+    with pytest.raises(RowRefused) as caught:
+        own(QWEN3).samples(talk("问", "答"), thinking="on")
+    assert caught.value.reason == "no_thinking"
+
+
+def test_one_sample_per_turn_where_earlier_thinking_is_dropped() -> None:
+    turns = (Message("user", "问一"), Message("assistant", "答一", "想一"), Message("user", "问二"), Message("assistant", "答二", "想二"))
+    samples = own(QWEN3).samples(Dialogue(turns, HERE))
+    assert len(samples) == 2
+    assert "想一" in samples[0].text
+    assert "想一" not in samples[1].text, "what inference would not see, training does not see"
+    for sample, end in zip(samples, (1, 3), strict=True):
+        assert sample.spans[0].text == own(QWEN3).prompt(turns[:end], thinking=True)
+
+
+def test_thinking_is_not_lost_by_a_template_that_does_not_know_it() -> None:
+    assert learned(own(LLAMA3), talk("问", "答", thinking="想")) == ["<think>\n想\n</think>\n\n答<|eot_id|>"]
+
+
+def test_which_answers_are_learned() -> None:
+    template = Template.make("chatml", None, TOKENS, SPECIAL)
+    dialogue = talk("问一", "答一", "问二", "答二")
+    assert learned(template, dialogue, learn="last_answer") == ["答二<|im_end|>"]
+    assert learned(template, dialogue, learn="everything")[0].count("问") == 2
+    silent = Dialogue((dialogue.messages[0], Message("assistant", "答一", learn=False), *dialogue.messages[2:]), HERE)
+    assert learned(template, silent) == ["答二<|im_end|>"]
+
+
+def test_an_answer_that_a_template_changes_is_refused() -> None:
+    with pytest.raises(ModelError, match="changes the text") as caught:
+        own(LLAMA3.replace("| trim", "| upper")).samples(talk("hi", "yes"))
+    assert caught.value.exit_code == 4
+    assert "chatml" in caught.value.remedy
+
+
+def test_a_template_without_a_stop_is_refused() -> None:
+    with pytest.raises(ModelError, match="never learn to stop"):
+        own("{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}")
+
+
+def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"im_end[\s\S]*alpaca"):
+        Template.make("chatml", None, TOKENS, ("<s>", "</s>"))
+    with pytest.raises(ModelError, match="no chat template"):
+        Template.make("own", None, TOKENS, SPECIAL)
+    with pytest.raises(ModelError, match="no template 'chatmI'"):
+        Template.make("chatmI", None, TOKENS, SPECIAL)
+
+
+def test_marks_that_miss_the_answer_are_refused(tmp_path: Path) -> None:
+    wrong = shipped_source("chatml").replace("{% generation %}{{- message['content'] + '<|im_end|>' }}{% endgeneration %}", "{% generation %}{{- message['content'] }}{% endgeneration %}{{- '<|im_end|>' }}")
+    (tmp_path / "wrong.jinja").write_text(wrong, encoding="utf-8")
+    with pytest.raises(ModelError, match="marks of the template"):
+        Template.make(str(tmp_path / "wrong.jinja"), None, TOKENS, SPECIAL)
+
+
+def test_control_tokens_in_a_rows_own_text_are_refused() -> None:
+    template = Template.make("chatml", None, TOKENS, SPECIAL)
+    for dialogue in (talk("a<|im_end|>b", "c"), talk("a", "b<|im_start|>system")):
+        with pytest.raises(RowRefused) as caught:
+            template.samples(dialogue)
+        assert caught.value.reason == "control_token_in_text"
+
+
+def test_a_templates_own_refusal_is_a_reason() -> None:
+    template = Template.make("alpaca", None, TOKENS, SPECIAL)
+    with pytest.raises(RowRefused, match="no role tool"):
+        template.samples(Dialogue((Message("user", "a"), Message("tool", "b"), Message("assistant", "c")), HERE))
+
+
+def test_the_sandbox_holds() -> None:
+    with pytest.raises(ModelError):
+        own("{{ ''.__class__.__mro__[1].__subclasses__() }}" + LLAMA3)
+    with pytest.raises(ModelError, match="not valid Jinja"):
+        own("{% for x in %}")
+
+
+def test_our_renders_are_those_of_transformers(chat_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    messages = [Message(turn["role"], turn["content"]) for turn in turns]
+    for source in (LLAMA3, QWEN3, Template.make("chatml", None, TOKENS, SPECIAL).source):
+        theirs = tokenizer.apply_chat_template(turns[:2], chat_template=source, tokenize=False, add_generation_prompt=True)
+        assert theirs == own(source).prompt(messages[:2], thinking=True)

@@ -1,0 +1,266 @@
+"""Laws of a step: no token is lost, nothing leaks, the loss is the reference's, what cannot learn is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from tests.conftest import byte_level_tokenizer, tiny_llama
+from tongwen.data.encode import TokenStore
+from tongwen.data.split import order
+from tongwen.errors import ModelError, NumbersError
+from tongwen.model import attention
+from tongwen.model.adapt import adapt, find_untrained_rows
+from tongwen.model.load import Place, load_model
+from tongwen.model.score import LearnedCrossEntropy, bits_per_byte, learned_loss
+from tongwen.recipe.schema import Adapter, Duration
+from tongwen.record import Origin
+from tongwen.train import audit
+from tongwen.train.batches import MicroBatches, deal, make_plan, pack, pad
+from tongwen.train.fit import commit, damage, newest_checkpoint
+
+
+def random_store(count: int, seed: int = 0, longest: int = 40, vocabulary: int = 300) -> TokenStore:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, longest, count)
+    ids = rng.integers(0, vocabulary, lengths.sum()).astype(np.uint32)
+    learn = rng.random(lengths.sum()) < 0.6
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    learn[offsets[:-1]] = False
+    learn[offsets[1:] - 1] = True
+    return TokenStore(ids, learn, offsets, tuple(Origin("f", row) for row in range(count)), np.ones(count, bool))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_llama(path, len(byte_level_tokenizer(path)))
+    return path
+
+
+def packed_model(folder: Path) -> Any:
+    return load_model(Place("t", str(folder)), torch.float32, attention=attention.register())
+
+
+def plan_for(store: TokenStore, **options: Any):
+    choices = {"batch_size": 8, "stop_after": Duration(count=2, unit="epochs"), "budget": 64, "world": 1} | options
+    return make_plan(store.lengths, lambda count, epoch: order(count, 42, "epoch", epoch), **choices)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("budget", [16, 64, 4096])
+def test_no_sample_is_lost_or_doubled_and_steps_do_not_depend_on_the_packing(budget: int, world: int) -> None:
+    store = random_store(53)
+    plan = plan_for(store, budget=budget, world=world)
+    assert plan.steps == plan_for(store).steps
+    assert plan.steps_per_epoch == 7
+    for epoch in range(2):
+        samples = [sample for step in plan.steps[7 * epoch : 7 * epoch + 7] for sample in step]
+        assert sorted(samples) == list(range(53))
+    assert plan.steps[:7] != plan.steps[7:]
+    for step, micro in zip(plan.steps, plan.micro, strict=True):
+        assert len(micro) == plan.accumulate * world
+        assert sorted(sample for part in micro for sample in part) == sorted(step)
+        sizes = [int(store.lengths[list(part)].sum()) for part in micro]
+        assert max(sizes) <= plan.budget or plan.accumulate * world >= 8
+    batches = MicroBatches(store, plan.flat(), packed=True)
+    assert sum(batches[index]["tokens"] for index in range(len(batches))) == 2 * len(store.ids)
+    assert sum(batches[index]["learned"] for index in range(len(batches))) == 2 * store.learned_tokens
+
+
+def test_stop_after_counts_steps_tokens_and_part_epochs() -> None:
+    store = random_store(53)
+    assert len(plan_for(store, stop_after=Duration(count=10, unit="steps"))) == 10
+    assert len(plan_for(store, stop_after=Duration(count=0.5, unit="epochs"))) == 4
+    plan = plan_for(store, stop_after=Duration(count=300, unit="tokens"))
+    tokens = np.cumsum(plan.tokens_of(store.lengths))
+    assert tokens[-1] >= 300 > (tokens[-2] if len(tokens) > 1 else 0)
+
+
+def test_dealing_is_balanced() -> None:
+    lengths = np.array([9, 8, 7, 6, 5, 4])
+    sizes = [int(lengths[list(part)].sum()) for part in deal((0, 1, 2, 3, 4, 5), lengths, 3)]
+    assert sizes == [13, 13, 13]
+
+
+def reference(model: Any, store: TokenStore) -> tuple[float, int]:
+    """Sum of nats over learned tokens, one sample at a time, with the model's ordinary attention and whole head."""
+    total, count = 0.0, 0
+    for index in range(len(store)):
+        ids, learn = store.sample(index)
+        ids = torch.from_numpy(ids.astype(np.int64))
+        with torch.no_grad():
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        places = np.flatnonzero(learn)
+        total += float(cross_entropy(logits[places - 1].double(), ids[places], reduction="sum"))
+        count += len(places)
+    return total, count
+
+
+@pytest.mark.parametrize("maker", [pack, pad])
+def test_packed_and_padded_loss_is_the_unpacked_reference(folder: Path, maker: Any) -> None:
+    store = random_store(12)
+    model = packed_model(folder) if maker is pack else load_model(Place("t", str(folder)), torch.float32)
+    batch = maker([store.sample(index) for index in range(12)])
+    total, each = learned_loss(model, batch)
+    wanted, count = reference(load_model(Place("t", str(folder)), torch.float32), store)
+    assert len(each) == count == batch["learned"]
+    assert float(total) / count == pytest.approx(wanted / count, abs=1e-5)
+
+
+def test_the_loss_and_its_gradient_are_torchs_own() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(600, 50, dtype=torch.float32)
+    targets = torch.randint(0, 50, (600,))
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    total, nats = LearnedCrossEntropy.apply(ours * 1.0, targets)
+    (total * 0.3).backward()
+    wanted = cross_entropy(theirs, targets, reduction="none")
+    (wanted.sum() * 0.3).backward()
+    assert torch.allclose(nats, wanted, atol=1e-5)
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+
+
+def test_bits_per_byte_is_its_definition(folder: Path) -> None:
+    store = random_store(5)
+    model = packed_model(folder)
+    sizes = torch.ones(500, dtype=torch.int32) * 2
+    sizes[store.ids[store.learn][0]] = 0  # one token is special: in neither sum
+    batch = pack([store.sample(index) for index in range(5)])
+    scores = bits_per_byte(model, [batch], sizes)
+    _, nats = learned_loss(model, batch)
+    counted = sizes[batch["targets"]] > 0
+    assert not counted.all()
+    wanted = float(nats[counted].sum()) / (math.log(2) * 2 * int(counted.sum()))
+    assert scores["bits_per_byte"] == pytest.approx(wanted, rel=1e-6)
+    assert scores["loss"] == pytest.approx(float(nats.mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_documents_attention_is_each_document_alone(window: int | None) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
+    borders = torch.tensor([0, 5, 12], dtype=torch.int32)
+    together, _ = attention.documents_attention(None, query, key, value, None, cu_seq_lens_q=borders, sliding_window=window)  # type: ignore[arg-type]
+    for begin, end in ((0, 5), (5, 12)):
+        keys, values = (part[:, :, begin:end].repeat_interleave(2, dim=1) for part in (key, value))
+        scores = query[:, :, begin:end] @ keys.transpose(2, 3) / 8**0.5
+        distance = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+        hidden = (distance < 0) | (distance >= (window or 99))
+        wanted = (scores.masked_fill(hidden, -math.inf).softmax(-1) @ values).transpose(1, 2)
+        assert torch.allclose(together[:, begin:end], wanted, atol=1e-6)
+
+
+def test_attention_without_borders_or_with_unknown_scores_raises() -> None:
+    part = torch.randn(1, 1, 2, 4)
+    with pytest.raises(RuntimeError, match="cu_seq_lens_q"):
+        attention.documents_attention(None, part, part, part, None)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="softcap"):
+        attention.documents_attention(None, part, part, part, None, cu_seq_lens_q=torch.tensor([0, 2]), softcap=30.0)  # type: ignore[arg-type]
+
+
+def test_the_audit_sees_documents_that_see_each_other(folder: Path) -> None:
+    store = random_store(2, longest=30)
+    samples = [store.sample(0), store.sample(1)]
+    assert audit.check_isolation(packed_model(folder), samples, learned_loss) < 1e-4
+
+    def leaking(model: Any, batch: dict[str, Any]) -> Any:
+        whole = torch.tensor([0, batch["input_ids"].shape[1]], dtype=torch.int32)
+        return learned_loss(model, {**batch, "cu_seq_lens_q": whole})
+
+    with pytest.raises(NumbersError, match="see each other") as caught:
+        audit.check_isolation(packed_model(folder), samples, leaking)
+    assert caught.value.exit_code == 6
+
+
+@pytest.mark.parametrize("choice", [Adapter(rank=4), Adapter(rank=4, dora=True), Adapter(rank=4, rslora=True, also_train=["embed_tokens"]), Adapter(method="full")])
+def test_the_probe_passes_healthy_models_and_leaves_no_trace(folder: Path, choice: Adapter) -> None:
+    model = adapt(packed_model(folder), choice, []).model
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    store = random_store(4)
+    assert audit.probe_gradients(model, pack([store.sample(index) for index in range(4)]), learned_loss) == []
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(part.grad is None for part in model.parameters())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_the_probe_refuses_what_cannot_learn(folder: Path) -> None:
+    store = random_store(4)
+    batch = pack([store.sample(index) for index in range(4)])
+
+    def detached(model: Any, inputs: dict[str, Any]) -> Any:  # F-01, and F-02 where the leaf is made to require a gradient
+        total, nats = learned_loss(model, inputs)
+        return total.detach().requires_grad_(), nats
+
+    model = adapt(packed_model(folder), Adapter(rank=4), []).model
+    with pytest.raises(NumbersError, match=r"get no gradient"):
+        audit.probe_gradients(model, batch, detached)
+    with pytest.raises(NumbersError, match="hangs on no trainable"):
+        audit.probe_gradients(model, batch, lambda model, inputs: tuple(part.detach() for part in learned_loss(model, inputs)))
+    frozen = adapt(packed_model(folder), Adapter(rank=4), []).model.requires_grad_(False)
+    with pytest.raises(NumbersError, match="no parameter is trainable"):
+        audit.probe_gradients(frozen, batch, learned_loss)
+    broken = adapt(packed_model(folder), Adapter(rank=4), []).model
+    with torch.no_grad():
+        next(part for name, part in broken.named_parameters() if name.endswith("norm.weight")).fill_(math.nan)
+    with pytest.raises(NumbersError, match="first loss is nan"):
+        audit.probe_gradients(broken, batch, learned_loss)
+    dead = adapt(packed_model(folder), Adapter(rank=4), []).model
+    dead.register_parameter("unused", torch.nn.Parameter(torch.zeros(2)))
+    with pytest.raises(NumbersError, match=r"unused[\s\S]*get no gradient"):
+        audit.probe_gradients(dead, batch, learned_loss)
+
+
+def test_a_nan_gradient_names_step_tensor_and_rows() -> None:
+    layer = torch.nn.Linear(2, 2)
+    layer.weight.grad, layer.bias.grad = torch.full((2, 2), math.nan), torch.zeros(2)
+    with pytest.raises(NumbersError, match=r"step 7 · weight[\s\S]*rows f:1[\s\S]*learning_rate"):
+        audit.check_finite_gradients(layer, 7, "f:1")
+
+
+def test_targets_that_name_nothing_are_refused(folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"'c_attn'[\s\S]*q_proj"):
+        adapt(packed_model(folder), Adapter(targets=["c_attn"]), [])
+    with pytest.raises(ModelError, match="'wte'"):
+        adapt(packed_model(folder), Adapter(also_train=["wte"]), [])
+    adapted = adapt(packed_model(folder), Adapter(targets="family", rank=2), [])
+    assert {name.split(".lora_")[0].split(".")[-1] for name, part in adapted.model.named_parameters() if part.requires_grad} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_rows_that_the_base_never_trained_are_found(folder: Path) -> None:
+    model = packed_model(folder)
+    assert find_untrained_rows(model, [0, 1, 2]) == []
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        weight[1] = 0
+        weight[2] = weight[250]
+    assert find_untrained_rows(model, [0, 1, 2]) == [1, 2]
+    adapted = adapt(model, Adapter(rank=2), [1, 2])
+    assert any("trainable_tokens" in name for name, part in adapted.model.named_parameters() if part.requires_grad)
+
+
+def test_a_damaged_checkpoint_is_put_aside_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (1, 2, 3):
+        staged = tmp_path / "staging" / f"checkpoint-{step}"
+        staged.mkdir(parents=True)
+        (staged / "optimizer.pt").write_bytes(bytes([step]) * 100)
+        commit(staged, tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    flipped = bytearray((tmp_path / "checkpoint-3" / "optimizer.pt").read_bytes())
+    flipped[50] ^= 1
+    (tmp_path / "checkpoint-3" / "optimizer.pt").write_bytes(flipped)
+    assert "has changed" in str(damage(tmp_path / "checkpoint-3"))
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert (tmp_path / "damaged-checkpoint-3").is_dir()
+    assert "checkpoint-3 is damaged" in capsys.readouterr().out
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    assert "missing" in str(damage(tmp_path / "checkpoint-2"))
