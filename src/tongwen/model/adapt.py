@@ -48,6 +48,7 @@ def adapt(model: Any, choice: Adapter, token_rows: list[int]) -> Adapted:
         use_dora=choice.dora,
         target_modules=targets,
         modules_to_save=list(choice.also_train) or None,
+        ensure_weight_tying=bool(getattr(model.config, "tie_word_embeddings", False)),  # peft's default unties in silence
         trainable_token_indices=_token_rows(model, token_rows),
     )
     for name in choice.also_train:

@@ -89,6 +89,7 @@ def fold(base: Place, adapter: Path, out: Path, dtype: torch.dtype | None, progr
     Returns counts: tensors, changed, and the adapter tensors used. Raises ArtifactError when the adapter does not fit.
     """
     changes = read_changes(adapter)
+    _refuse_untied(base, adapter, changes)
     done = changed = 0
     used: set[str] = set()
     names: dict[str, str] = {}
@@ -145,6 +146,24 @@ def read_changes(adapter: Path) -> dict[str, Change]:
         if ("a" in change.parts) != ("b" in change.parts):
             raise ArtifactError(say("half of an A/B pair is missing", "缺少 A/B 矩阵之一"), place=name)
     return changes
+
+
+def _refuse_untied(base: Place, adapter: Path, changes: dict[str, Change]) -> None:
+    """An adapter that holds a whole new embedding of a tied base, trained without tying (peft's default), has an old
+    head beside it: folded into one matrix it would be another model."""
+    embeddings = [name for name, change in changes.items() if "whole" in change.parts and "embed" in name]
+    if not embeddings or "lm_head.weight" in changes or _read_config(adapter).get("ensure_weight_tying"):
+        return
+    config = Path(base.folder) / "config.json"
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("tie_word_embeddings"):
+        raise ArtifactError(
+            say(
+                f"{embeddings[0]} was trained apart from the head that the base ties to it",
+                f"{embeddings[0]} 训练时与底座中与之共享的输出头脱离",
+            ),
+            place=str(adapter),
+            remedy=say("train it again with ensure_weight_tying, as tongwen does", "请以 ensure_weight_tying 重新训练（tongwen 默认如此）"),
+        )
 
 
 def _role(key: str) -> tuple[str, str]:

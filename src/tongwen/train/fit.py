@@ -129,6 +129,7 @@ def training_arguments(job: Job, folder: Path) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.accelerator.is_available(),
         log_level="error",
+        use_cpu=not torch.accelerator.is_available(),  # said aloud: without it a CPU run under torchrun stays alone
         **{"report_to": "none", **section.trainer},
         **({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}} if job.checkpointing else {}),
     )

@@ -1,0 +1,263 @@
+"""The laws of a run, through the real command: once, resumable to the bit, whatever the partition, lineage kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import dialogues, tensors, write_recipe
+from tongwen import cli
+from tongwen.model.fingerprint import fingerprint_model
+from tongwen.model.load import Place
+from tongwen.train.fit import PlannedTrainer
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "manifest.json").read_text()))
+
+
+def in_a_child(*arguments: object, before: Any = None) -> int:
+    """Run a command in a forked process, so that it may be killed; returns its wait status."""
+    child = os.fork()
+    if not child:
+        try:
+            if before:
+                before()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os._exit(cli.main([str(argument) for argument in arguments]))
+        except BaseException:  # a forked test must not come back
+            os._exit(99)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.fixture(scope="module")
+def finished(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run with LoRA and merge: its folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert cli.main(["run", str(write_recipe(folder, chat_model))]) == 0
+    return folder
+
+
+def test_what_a_run_leaves(finished: Path, chat_model: Path) -> None:
+    out = finished / "out"
+    assert {path.name for path in out.iterdir()} == {"recipe.yaml", "prepare", "sft", "merge", ".lock"}
+    for name in ("dialogues.jsonl", "dialogues.held_out.jsonl", "rejected.jsonl", "manifest.json"):
+        assert (out / "prepare" / name).is_file()
+    for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "report.json", "report.html", "loss.png", "manifest.json", "chat_template.jinja"):
+        assert (out / "sft" / name).is_file(), name
+    report = json.loads((out / "sft" / "report.json").read_text())
+    assert report["ledger"]["prepare"]["kept"]["rows"] == report["ledger"]["encode"]["in"]["rows"] == 24
+    assert report["ledger"]["encode"]["lost"]["held_out"]["rows"] == 4
+    assert report["mask"]["stop_learned_share"] == 1.0
+    assert 0 < report["trainable"]["share"] < 1
+    assert report["held_out"]["bits_per_byte"]["after"] < report["held_out"]["bits_per_byte"]["before"]
+    assert report["peak_memory_bytes"] > 0
+    assert report["samples"][0]["wanted"]
+    lines = [json.loads(line) for line in (out / "sft" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert set(lines[0]) >= {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds"}
+    assert lines[-1]["tokens"] == 2 * report["mask"]["tokens"]
+    made = manifest(out / "sft")
+    assert made["parents"]["base"]["fingerprint"] == fingerprint_model(Place("", str(chat_model)))
+    assert made["parents"]["prepare"]["fingerprint"] == manifest(out / "prepare")["fingerprint"]
+    assert {"kind", "parents", "settings", "versions", "seconds", "device"} <= set(made)
+    assert json.loads((out / "merge" / "generation_config.json").read_text())["eos_token_id"] == 2
+    page = (out / "sft" / "report.html").read_text(encoding="utf-8")
+    assert "http://" not in page and "https://" not in page and "<script" not in page and "<link" not in page
+
+
+def test_each_adapter_tensor_has_moved_and_the_base_has_not(finished: Path, chat_model: Path) -> None:
+    before = fingerprint_model(Place("", str(chat_model)))
+    adapter = tensors(finished / "out" / "sft")
+    assert len(adapter) == 2 * 7 * 2
+    assert all(bool(tensor.any()) for tensor in adapter.values()), "a B that is still zero never learned"
+    base, merged = tensors(chat_model), tensors(finished / "out" / "merge")
+    assert set(base) == set(merged)
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == {name for name in base if "_proj" in name}
+    assert fingerprint_model(Place("", str(chat_model))) == before
+
+
+def test_twice_does_nothing_changed_is_refused_again_keeps(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 2 steps")
+    assert tongwen("run", recipe)[0] == 0
+    stamp = manifest(tmp_path / "out" / "sft")
+    code, out, _ = tongwen("run", recipe)
+    assert (code, out.count("already done")) == (0, 3)
+    assert manifest(tmp_path / "out" / "sft") == stamp
+    code, _, err = tongwen("run", recipe, "sft.learning_rate=0.5")
+    assert code == 2
+    assert "0.01 → 0.5" in err and "--again" in err
+    assert manifest(tmp_path / "out" / "sft") == stamp
+    assert tongwen("run", recipe, "sft.learning_rate=0.5", "--again")[0] == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"sft", "sft.old-1", "merge", "merge.old-1", "prepare"} <= names
+    assert "prepare.old-1" not in names, "what did not change is not redone"
+    assert manifest(tmp_path / "out" / "sft.old-1") == stamp
+    assert manifest(tmp_path / "out" / "merge")["parents"]["adapter"]["fingerprint"] == manifest(tmp_path / "out" / "sft")["fingerprint"]
+    (tmp_path / "data.jsonl").write_text(json.dumps(dialogues(9)[8]) + "\n" + json.dumps(dialogues(8)[7]) + "\n")
+    assert tongwen("run", recipe, "sft.learning_rate=0.5", "prepare.held_out=1", "--only", "prepare", "--again")[0] == 0
+    code, _, err = tongwen("run", recipe, "sft.learning_rate=0.5", "prepare.held_out=1")
+    assert code == 2 and "prepare (fingerprint)" in err, "a stage whose parent was made anew is stale"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_killed_and_resumed_is_the_same_to_the_bit(method: str, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = ", adapter: {method: full}, learning_rate: 1e-3" if method == "full" else ", adapter: {rank: 4, dropout: 0.1}"
+    sft = f", save_every: 3{adapter}"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        text = write_recipe(folder, chat_model, merge=False).read_text().replace("adapter: {rank: 4}, ", "").replace("learning_rate: 1e-2, ", "" if method == "full" else "learning_rate: 1e-2, ")
+        (folder / "recipe.yaml").write_text(text.replace(", samples: 1", f", samples: 1{sft}"))
+    assert in_a_child("run", whole / "recipe.yaml") == 0
+
+    def die_at(step: int) -> Any:
+        def arm() -> None:
+            original = PlannedTrainer.training_step
+
+            def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
+                if self.state.global_step == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(self, *arguments, **options)
+
+            PlannedTrainer.training_step = step_or_die  # type: ignore[method-assign]
+
+        return arm
+
+    for step in (2, 5, 8):
+        assert os.WTERMSIG(in_a_child("run", broken / "recipe.yaml", before=die_at(step))) == signal.SIGKILL
+        assert not (broken / "out" / "sft").exists()
+    assert in_a_child("run", broken / "recipe.yaml") == 0
+    wanted, found = tensors(whole / "out" / "sft"), tensors(broken / "out" / "sft")
+    assert set(wanted) == set(found)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    steps = [json.loads(line)["step"] for line in (broken / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 11))
+    losses = [[json.loads(line)["loss"] for line in (folder / "out" / "sft" / "metrics.jsonl").read_text().splitlines()] for folder in (whole, broken)]
+    assert losses[0] == losses[1]
+
+
+def test_an_interrupted_run_with_other_settings_is_refused_or_forked(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, chat_model, sft=", save_every: 1", merge=False)
+
+    def interrupt() -> None:
+        original = PlannedTrainer.training_step
+
+        def stop(self: Any, *arguments: Any, **options: Any) -> Any:
+            if self.state.global_step == 4:
+                raise KeyboardInterrupt
+            return original(self, *arguments, **options)
+
+        PlannedTrainer.training_step = stop  # type: ignore[method-assign]
+
+    assert os.WEXITSTATUS(in_a_child("run", recipe, before=interrupt)) == 130
+    code, _, err = tongwen("run", recipe, "sft.schedule=linear")
+    assert code == 2 and "'cosine' → 'linear'" in err and "--fork" in err
+    code, out, _ = tongwen("run", recipe, "sft.schedule=linear", "--fork")
+    assert code == 0 and "--fork" in out and "continuing after step 4" in out
+
+
+def test_the_partition_of_a_batch_changes_nothing(chat_model: Path, tmp_path: Path) -> None:
+    """1 x 8 = 8 x 1 = packed: the micro-batches of a step are a matter of memory, not of result."""
+    found = []
+    for budget in (16, 100, 4096):
+        folder = tmp_path / str(budget)
+        recipe = write_recipe(folder, chat_model, sft=f", stop_after: 4 steps, micro_batch_tokens: {budget}, samples: 0", merge=False)
+        recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("learning_rate: 1e-2", "learning_rate: 1e-3").replace(", samples: 1,", ","))
+        assert cli.main(["run", str(recipe)]) == 0
+        lines = [json.loads(line) for line in (folder / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
+        found.append((manifest(folder / "out" / "sft")["micro_batches"]["accumulate"], [(line["loss"], line["grad_norm"]) for line in lines]))
+    assert [accumulate for accumulate, _ in found][::2] == [4, 1]
+    for _, lines in found[1:]:
+        for (loss, norm), (wanted_loss, wanted_norm) in zip(lines, found[0][1], strict=True):
+            assert loss == pytest.approx(wanted_loss, abs=1e-6)
+            assert norm == pytest.approx(wanted_norm, rel=1e-5)
+
+
+def test_two_ranks_are_one_rank(chat_model: Path, tmp_path: Path) -> None:
+    adapters = []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        recipe = write_recipe(folder, chat_model, sft=", stop_after: 3 steps", merge=False)
+        assert cli.main(["run", str(recipe), "--devices", str(devices)]) == 0
+        adapters.append(tensors(folder / "out" / "sft"))
+        assert manifest(folder / "out" / "sft")["micro_batches"]["world"] == devices
+    for name, wanted in adapters[0].items():
+        assert torch.allclose(adapters[1][name], wanted, atol=2e-5), name
+
+
+def test_show_plan_look_and_schema_speak(finished: Path, tongwen: Any, tmp_path: Path) -> None:
+    code, out, _ = tongwen("show", finished / "out" / "merge")
+    assert code == 0 and "adapter" in out and manifest(finished / "out" / "sft")["fingerprint"][:12] in out
+    code, out, err = tongwen("plan", finished / "recipe.yaml", "--json")
+    plan = json.loads(out)
+    assert code == 0 and plan["steps"] == 10 and plan["memory_bytes"]["peak"] > 0 and "peak memory" in err
+    code, out, _ = tongwen("plan", finished / "recipe.yaml", "--gpu", "24GB", "--json")
+    assert json.loads(out)["fits"] is True
+    assert tongwen("plan", finished / "recipe.yaml", "--gpu", "lots")[0] == 2
+    code, out, _ = tongwen("look", finished / "recipe.yaml", "-n", "1")
+    assert code == 0 and "<|im_end|>" in out and "are learned" in out
+    assert tongwen("look", finished / "recipe.yaml", "--html", tmp_path / "look.html")[0] == 0
+    page = (tmp_path / "look.html").read_text(encoding="utf-8")
+    assert '<span class="s"' in page and "http" not in page
+    code, out, _ = tongwen("schema", "sft.adapter")
+    assert code == 0 and "rank" in out and "learn:" not in out
+    assert tongwen("schema", "nonsense")[0] == 2
+
+
+def test_init_writes_recipes_that_the_reader_takes(tongwen: Any, tmp_path: Path) -> None:
+    from tongwen.recipe.load import load
+    from tongwen.stages.init import STARTS
+
+    assert "qwen3-8b" in tongwen("init")[1]
+    for name in STARTS:
+        file = tmp_path / f"{name}.yaml"
+        assert tongwen("init", name, "--out", file)[0] == 0
+        recipe, notices = load(file)
+        assert not notices and recipe.sft and "¦" not in file.read_text(encoding="utf-8")
+    assert tongwen("init", name, "--out", file)[0] == 2, "nothing is overwritten"
+    code, _, err = tongwen("init", "qwen3-8b")
+    assert code == 2 and "qwen3-8b-lora-40g" in err
+
+
+def test_a_base_whose_control_tokens_were_never_trained(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    """Qwen and Llama-3 base models never stop under LoRA, because the rows of their chat tokens were never trained."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(chat_model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[1:3] = 0
+    model.save_pretrained(base)
+    AutoTokenizer.from_pretrained(chat_model).save_pretrained(base)
+    recipe = write_recipe(tmp_path, base, sft=", stop_after: 3 steps")
+    code, _, err = tongwen("run", recipe, "sft.train_new_control_tokens=false")
+    assert code == 4 and "<|im_start|>" in err and "never" in err
+    code, out, _ = tongwen("run", recipe, "--again")
+    assert code == 0 and "never trained <|im_start|>, <|im_end|>" in out
+    before, after = tensors(base)["model.embed_tokens.weight"], tensors(tmp_path / "out" / "merge")["model.embed_tokens.weight"]
+    moved = [index for index in range(len(before)) if not torch.equal(before[index], after[index])]
+    assert moved == [1, 2], "the control rows learn, every other row stays to the bit"
+
+
+def test_python_entry_and_generate_agree(finished: Path, tongwen: Any, tmp_path: Path) -> None:
+    import tongwen as package
+
+    speaker = package.open(str(finished / "out" / "merge"))
+    question = [{"role": "user", "content": "问题3：你好吗？"}]
+    answer = speaker.chat(question, max_new_tokens=24)
+    assert answer and "".join(speaker.stream(question, max_new_tokens=24)) == answer
+    assert speaker.generate(["问题3：你好吗？", "问", "一个更长的问题，为了填充"], batch_size=3, max_new_tokens=24)[0] == answer
+    adapted = package.open(str(finished / "out" / "sft"))
+    assert adapted.chat(question, max_new_tokens=24) == answer, "live adapter and merged model say the same"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("问题3：你好吗？\n\n问\n", encoding="utf-8")
+    code, _, _ = tongwen("generate", "--model", finished / "out" / "merge", "--prompts", prompts, "--out", tmp_path / "a.jsonl", "--max-new-tokens", 24)
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert code == 0 and rows[0]["answer"] == answer and rows[1]["prompt"] == "问"
