@@ -42,7 +42,10 @@ def byte_level_tokenizer(folder: Path) -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=list(CHATML_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=500,
+        special_tokens=list(CHATML_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
     return save_fast(backend, folder, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|im_start|>")
@@ -55,15 +58,27 @@ def sentencepiece_tokenizer(folder: Path, legacy: bool = False) -> Any:
     merges = [("\u2581", "是"), ("\u2581", "H"), ("你", "好"), ("\u2581", "你好"), ("世", "界")]
     pieces += ["".join(pair) for pair in merges]
     backend = Tokenizer(
-        models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        models.BPE(
+            vocab={piece: index for index, piece in enumerate(pieces)},
+            merges=merges,
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
     )
     if legacy:
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
     return save_fast(backend, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -111,10 +126,19 @@ def write_rows(file: Path, rows: list[Any]) -> Path:
 
 def dialogues(count: int) -> list[dict[str, str]]:
     """Alpaca rows of different lengths."""
-    return [{"instruction": f"问题{index}：你好吗？", "input": "", "output": "今天天气很好。" * (1 + index % 5) + str(index)} for index in range(count)]
+    return [
+        {
+            "instruction": f"问题{index}：你好吗？",
+            "input": "",
+            "output": "今天天气很好。" * (1 + index % 5) + str(index),
+        }
+        for index in range(count)
+    ]
 
 
-def write_recipe(folder: Path, base: Path, rows: list[Any] | None = None, sft: str = "", extra: str = "", merge: bool = True) -> Path:
+def write_recipe(
+    folder: Path, base: Path, rows: list[Any] | None = None, sft: str = "", extra: str = "", merge: bool = True
+) -> Path:
     """A recipe for a tiny run."""
     data = write_rows(folder / "data.jsonl", dialogues(24) if rows is None else rows)
     text = f"name: tiny\nbase: {base}\nout: {folder / 'out'}\nprepare: {{dialogues: {data}, held_out: 4}}\n"

@@ -34,9 +34,21 @@ def read(file: Path, **source: Any) -> tuple[list[Any], list[Rejected], Ledger]:
     [
         (ALPACA, ["user", "assistant"], "答"),
         ({**ALPACA, "input": "文"}, ["user", "assistant"], "答"),
-        ({**ALPACA, "system": "s", "history": [["a", "b"]]}, ["system", "user", "assistant", "user", "assistant"], "答"),
-        ({"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]}, ["user", "assistant"], "答"),
-        ({"id": "1", "conversations": [{"from": "human", "value": "问"}, {"from": "assistant", "value": "答"}]}, ["user", "assistant"], "答"),
+        (
+            {**ALPACA, "system": "s", "history": [["a", "b"]]},
+            ["system", "user", "assistant", "user", "assistant"],
+            "答",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]},
+            ["user", "assistant"],
+            "答",
+        ),
+        (
+            {"id": "1", "conversations": [{"from": "human", "value": "问"}, {"from": "assistant", "value": "答"}]},
+            ["user", "assistant"],
+            "答",
+        ),
         (
             {
                 "conversations": [
@@ -50,8 +62,26 @@ def read(file: Path, **source: Any) -> tuple[list[Any], list[Rejected], Ledger]:
             ["user", "assistant", "tool", "assistant"],
             "晴天",
         ),
-        ({"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", "reasoning_content": "想"}]}, ["user", "assistant"], "答"),
-        ({"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "<think>想</think>\n答"}]}, ["user", "assistant"], "答"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "问"},
+                    {"role": "assistant", "content": "答", "reasoning_content": "想"},
+                ]
+            },
+            ["user", "assistant"],
+            "答",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "问"},
+                    {"role": "assistant", "content": "<think>想</think>\n答"},
+                ]
+            },
+            ["user", "assistant"],
+            "答",
+        ),
     ],
 )
 def test_formats(row: dict[str, Any], roles: list[str], last: str) -> None:
@@ -69,13 +99,21 @@ def test_alpaca_input_follows_the_instruction_on_a_new_line() -> None:
 def test_thinking_and_tool_calls_are_kept() -> None:
     turns = [
         {"role": "user", "content": "天气？"},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "w", "arguments": '{"c": 1}'}}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "w", "arguments": '{"c": 1}'}}],
+        },
         {"role": "tool", "content": "晴"},
         {"role": "assistant", "content": "<think>想</think>\n答", "train": False},
     ]
     dialogue = read_dialogue({"messages": turns}, "messages", {}, {}, HERE)
     assert dialogue.messages[1].tool_calls[0]["function"]["arguments"] == {"c": 1}
-    assert (dialogue.messages[3].thinking, dialogue.messages[3].content, dialogue.messages[3].learn) == ("想", "答", False)
+    assert (dialogue.messages[3].thinking, dialogue.messages[3].content, dialogue.messages[3].learn) == (
+        "想",
+        "答",
+        False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,15 +134,50 @@ def test_thinking_and_tool_calls_are_kept() -> None:
         ({"messages": [{"role": "user", "content": "a"}]}, "no_answer"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "no_question"),
         ({"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}, "answer_first"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}, "roles_repeat"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "user", "content": "b"},
+                    {"role": "assistant", "content": "c"},
+                ]
+            },
+            "roles_repeat",
+        ),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "unknown_role"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "bad_content"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": "x"}]}, "bad_tool_calls"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {}}}]}]}, "bad_tool_calls"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>x</think>"}]}, "only_thinking"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "system", "content": "c"}]}, "late_system"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": "x"}]},
+            "bad_tool_calls",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {}}}]},
+                ]
+            },
+            "bad_tool_calls",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>x</think>"}]},
+            "only_thinking",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                    {"role": "system", "content": "c"},
+                ]
+            },
+            "late_system",
+        ),
         ({"conversations": [{"from": "human", "text": "a"}]}, "bad_content"),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{"}]}, "bad_json_inside"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{"}]},
+            "bad_json_inside",
+        ),
     ],
 )
 def test_each_bad_row_has_a_reason(row: dict[str, Any], reason: str) -> None:
@@ -128,7 +201,10 @@ def test_array_lines_and_text_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("一段\n仍是一段\n\n二段\n", encoding="utf-8")
     assert [row.row for row in read_rows(tmp_path / "a.json")] == [1, 2]
     assert [row.row for row in read_rows(tmp_path / "b.txt")] == [1, 3]
-    assert [(row.row, row.value["text"]) for row in read_rows(tmp_path / "c.txt")] == [(1, "一段\n仍是一段"), (4, "二段")]
+    assert [(row.row, row.value["text"]) for row in read_rows(tmp_path / "c.txt")] == [
+        (1, "一段\n仍是一段"),
+        (4, "二段"),
+    ]
     assert [file.name for file in find_files(str(tmp_path))] == ["a.json", "b.txt", "c.txt"]
     assert [file.name for file in find_files(str(tmp_path / "*.txt"))] == ["b.txt", "c.txt"]
     ledger = Ledger("rows", "bytes")
@@ -137,7 +213,11 @@ def test_array_lines_and_text_are_told_apart(tmp_path: Path) -> None:
 
 def test_bad_rows_are_counted_and_kept(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_bytes(json.dumps(ALPACA).encode() + b'\n{"instruction": \n' + b'{"instruction": "\xff", "output": "a"}\n{"output": "x"}\n{"instruction": NaN, "output": "x"}\n')
+    file.write_bytes(
+        json.dumps(ALPACA).encode()
+        + b'\n{"instruction": \n'
+        + b'{"instruction": "\xff", "output": "a"}\n{"output": "x"}\n{"instruction": NaN, "output": "x"}\n'
+    )
     records, rejected, ledger = read(file)
     assert [bad.reason for bad in rejected] == ["not_json", "not_utf8", "missing_key", "not_json"]
     assert [bad.origin.row for bad in rejected] == [2, 3, 4, 5]
@@ -154,7 +234,7 @@ def test_bad_rows_are_counted_and_kept(tmp_path: Path) -> None:
     [
         ("a.json", b"", "empty"),
         ("a.json", b'[{"instruction": 1}', "JSON array"),
-        ("a.json", "[{\"instruction\": \"问\"}]".encode("gb18030"), "iconv"),
+        ("a.json", '[{"instruction": "问"}]'.encode("gb18030"), "iconv"),
         ("a.jsonl", b'{"question": "a", "reply": "b"}\n', "question, reply"),
         ("a.jsonl", b"3\n", "known format"),
         ("a.txt", "中文".encode("gb18030"), "UTF-8"),
@@ -206,7 +286,13 @@ def test_order_and_split_follow_the_seed_alone() -> None:
 
 def test_prepared_dialogues_read_back_the_same(tmp_path: Path) -> None:
     rows = [
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "c", "learn": True}], "tools": [{"type": "function"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "reasoning_content": "c", "learn": True},
+            ],
+            "tools": [{"type": "function"}],
+        },
     ]
     before, _, _ = read(write_rows(tmp_path / "a.jsonl", rows))
     file = write_rows(tmp_path / "b.jsonl", [dialogue.to_dict() for dialogue in before])

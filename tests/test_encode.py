@@ -25,14 +25,24 @@ def make(kind: str, folder: Path):
 
 
 def dialogue(*contents: str) -> Dialogue:
-    return Dialogue(tuple(Message("user" if index % 2 == 0 else "assistant", text) for index, text in enumerate(contents)), Origin("f", 1))
+    return Dialogue(
+        tuple(Message("user" if index % 2 == 0 else "assistant", text) for index, text in enumerate(contents)),
+        Origin("f", 1),
+    )
 
 
 def store_of(tokenizer, dialogues, template="plain", **options) -> tuple[TokenStore, Ledger, list[Rejected]]:
     encoder = Encoder(tokenizer)
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
     choices = {"learn": "assistant", "thinking": "mixed", "max_length": 512} | options
-    store = encode_dialogues(dialogues, bind_template(template, tokenizer, encoder.prefix), encoder, ledger=ledger, reject=rejected.append, **choices)
+    store = encode_dialogues(
+        dialogues,
+        bind_template(template, tokenizer, encoder.prefix),
+        encoder,
+        ledger=ledger,
+        reject=rejected.append,
+        **choices,
+    )
     ledger.check()
     return store, ledger, rejected
 
@@ -107,8 +117,10 @@ def test_too_long_samples_are_counted_never_cut(tmp_path: Path) -> None:
 
 
 def test_a_set_that_does_not_learn_to_stop_is_refused() -> None:
-    store = TokenStore(np.zeros(4, np.uint32), np.ones(4, bool), np.array([0, 2, 4]), (Origin("f", 1),) * 2, np.array([True, False]))
-    with pytest.raises(DataError, match="50.0%"):
+    store = TokenStore(
+        np.zeros(4, np.uint32), np.ones(4, bool), np.array([0, 2, 4]), (Origin("f", 1),) * 2, np.array([True, False])
+    )
+    with pytest.raises(DataError, match=r"50\.0%"):
         check_store(store, 10, [], 0.99)
     assert check_store(store, 10, [], 0.5)["stop_learned_share"] == 0.5
 

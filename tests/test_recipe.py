@@ -57,7 +57,9 @@ def problems(file: Path, *overrides: str) -> list[TongwenError]:
         ("just text\n", 1, "mapping", "tongwen init"),
     ],
 )
-def test_each_problem_names_line_value_and_remedy(tmp_path: Path, text: str, line: int, value: str, remedy: str) -> None:
+def test_each_problem_names_line_value_and_remedy(
+    tmp_path: Path, text: str, line: int, value: str, remedy: str
+) -> None:
     found = problems(write(tmp_path, text))
     assert len(found) == 1, found
     message = found[0].text()
@@ -67,7 +69,10 @@ def test_each_problem_names_line_value_and_remedy(tmp_path: Path, text: str, lin
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
-    file = write(tmp_path, "name: a\nbase: b\nseeed: 1\nprepare: {dialogues: d}\nsft:\n  learn: all\n  rank: 3\n  adapter:\n    rank: x\n")
+    file = write(
+        tmp_path,
+        "name: a\nbase: b\nseeed: 1\nprepare: {dialogues: d}\nsft:\n  learn: all\n  rank: 3\n  adapter:\n    rank: x\n",
+    )
     lines = sorted(int(error.place.split(":")[1].split(" ")[0]) for error in problems(file))
     assert lines == [3, 6, 7, 9]
 
@@ -103,7 +108,9 @@ def test_a_recipe_is_frozen_and_survives_its_own_dump(tmp_path: Path) -> None:
 
 
 def test_old_names_are_translated_and_said(tmp_path: Path) -> None:
-    recipe, notices = load(write(tmp_path, GOOD % "trainer: {warmup_ratio: 0.1, group_by_length: true, adam_beta2: 0.98}, cutoff_len: 99"))
+    recipe, notices = load(
+        write(tmp_path, GOOD % "trainer: {warmup_ratio: 0.1, group_by_length: true, adam_beta2: 0.98}, cutoff_len: 99")
+    )
     assert recipe.sft
     assert (recipe.sft.warmup, recipe.sft.max_length, recipe.sft.trainer) == (0.1, 99, {"adam_beta2": 0.98})
     assert any("warmup_ratio" in notice and "warmup: 0.1" in notice for notice in notices)
@@ -126,7 +133,13 @@ def test_training_arguments_are_the_installed_ones() -> None:
     declared = {field.name for field in fields(TrainingArguments)}
     assert training_arguments() <= declared
     assert len(training_arguments()) > 80
-    dropped = {"group_by_length", "gradient_checkpointing", "activation_checkpointing", "train_sampling_strategy", "use_liger_kernel"}
+    dropped = {
+        "group_by_length",
+        "gradient_checkpointing",
+        "activation_checkpointing",
+        "train_sampling_strategy",
+        "use_liger_kernel",
+    }
     assert set(OWNED) - dropped <= declared, "the recipe owns fields that do not exist"
 
 

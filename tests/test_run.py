@@ -49,7 +49,16 @@ def test_what_a_run_leaves(finished: Path, chat_model: Path) -> None:
     assert {path.name for path in out.iterdir()} == {"recipe.yaml", "prepare", "sft", "merge", ".lock"}
     for name in ("dialogues.jsonl", "dialogues.held_out.jsonl", "rejected.jsonl", "manifest.json"):
         assert (out / "prepare" / name).is_file()
-    for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "report.json", "report.html", "loss.png", "manifest.json", "chat_template.jinja"):
+    for name in (
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "metrics.jsonl",
+        "report.json",
+        "report.html",
+        "loss.png",
+        "manifest.json",
+        "chat_template.jinja",
+    ):
         assert (out / "sft" / name).is_file(), name
     report = json.loads((out / "sft" / "report.json").read_text())
     assert report["ledger"]["prepare"]["kept"]["rows"] == report["ledger"]["encode"]["in"]["rows"] == 24
@@ -61,7 +70,16 @@ def test_what_a_run_leaves(finished: Path, chat_model: Path) -> None:
     assert report["samples"][0]["wanted"]
     lines = [json.loads(line) for line in (out / "sft" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 11))
-    assert set(lines[0]) >= {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds"}
+    assert set(lines[0]) >= {
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "seconds",
+    }
     assert lines[-1]["tokens"] == 2 * report["mask"]["tokens"]
     made = manifest(out / "sft")
     assert made["parents"]["base"]["fingerprint"] == fingerprint_model(Place("", str(chat_model)))
@@ -100,7 +118,10 @@ def test_twice_does_nothing_changed_is_refused_again_keeps(chat_model: Path, tmp
     assert {"sft", "sft.old-1", "merge", "merge.old-1", "prepare"} <= names
     assert "prepare.old-1" not in names, "what did not change is not redone"
     assert manifest(tmp_path / "out" / "sft.old-1") == stamp
-    assert manifest(tmp_path / "out" / "merge")["parents"]["adapter"]["fingerprint"] == manifest(tmp_path / "out" / "sft")["fingerprint"]
+    assert (
+        manifest(tmp_path / "out" / "merge")["parents"]["adapter"]["fingerprint"]
+        == manifest(tmp_path / "out" / "sft")["fingerprint"]
+    )
     (tmp_path / "data.jsonl").write_text(json.dumps(dialogues(9)[8]) + "\n" + json.dumps(dialogues(8)[7]) + "\n")
     assert tongwen("run", recipe, "sft.learning_rate=0.5", "prepare.held_out=1", "--only", "prepare", "--again")[0] == 0
     code, _, err = tongwen("run", recipe, "sft.learning_rate=0.5", "prepare.held_out=1")
@@ -108,12 +129,21 @@ def test_twice_does_nothing_changed_is_refused_again_keeps(chat_model: Path, tmp
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_killed_and_resumed_is_the_same_to_the_bit(method: str, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = ", adapter: {method: full}, learning_rate: 1e-3" if method == "full" else ", adapter: {rank: 4, dropout: 0.1}"
+def test_killed_and_resumed_is_the_same_to_the_bit(
+    method: str, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = (
+        ", adapter: {method: full}, learning_rate: 1e-3" if method == "full" else ", adapter: {rank: 4, dropout: 0.1}"
+    )
     sft = f", save_every: 3{adapter}"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
-        text = write_recipe(folder, chat_model, merge=False).read_text().replace("adapter: {rank: 4}, ", "").replace("learning_rate: 1e-2, ", "" if method == "full" else "learning_rate: 1e-2, ")
+        text = (
+            write_recipe(folder, chat_model, merge=False)
+            .read_text()
+            .replace("adapter: {rank: 4}, ", "")
+            .replace("learning_rate: 1e-2, ", "" if method == "full" else "learning_rate: 1e-2, ")
+        )
         (folder / "recipe.yaml").write_text(text.replace(", samples: 1", f", samples: 1{sft}"))
     assert in_a_child("run", whole / "recipe.yaml") == 0
 
@@ -139,11 +169,16 @@ def test_killed_and_resumed_is_the_same_to_the_bit(method: str, chat_model: Path
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     steps = [json.loads(line)["step"] for line in (broken / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 11))
-    losses = [[json.loads(line)["loss"] for line in (folder / "out" / "sft" / "metrics.jsonl").read_text().splitlines()] for folder in (whole, broken)]
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
+        for folder in (whole, broken)
+    ]
     assert losses[0] == losses[1]
 
 
-def test_an_interrupted_run_with_other_settings_is_refused_or_forked(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_an_interrupted_run_with_other_settings_is_refused_or_forked(
+    chat_model: Path, tmp_path: Path, tongwen: Any
+) -> None:
     recipe = write_recipe(tmp_path, chat_model, sft=", save_every: 1", merge=False)
 
     def interrupt() -> None:
@@ -168,11 +203,23 @@ def test_the_partition_of_a_batch_changes_nothing(chat_model: Path, tmp_path: Pa
     found = []
     for budget in (16, 100, 4096):
         folder = tmp_path / str(budget)
-        recipe = write_recipe(folder, chat_model, sft=f", stop_after: 4 steps, micro_batch_tokens: {budget}, samples: 0", merge=False)
-        recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("learning_rate: 1e-2", "learning_rate: 1e-3").replace(", samples: 1,", ","))
+        recipe = write_recipe(
+            folder, chat_model, sft=f", stop_after: 4 steps, micro_batch_tokens: {budget}, samples: 0", merge=False
+        )
+        recipe.write_text(
+            recipe.read_text()
+            .replace("samples: 1, ", "")
+            .replace("learning_rate: 1e-2", "learning_rate: 1e-3")
+            .replace(", samples: 1,", ",")
+        )
         assert cli.main(["run", str(recipe)]) == 0
         lines = [json.loads(line) for line in (folder / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
-        found.append((manifest(folder / "out" / "sft")["micro_batches"]["accumulate"], [(line["loss"], line["grad_norm"]) for line in lines]))
+        found.append(
+            (
+                manifest(folder / "out" / "sft")["micro_batches"]["accumulate"],
+                [(line["loss"], line["grad_norm"]) for line in lines],
+            )
+        )
     assert [accumulate for accumulate, _ in found][::2] == [4, 1]
     for _, lines in found[1:]:
         for (loss, norm), (wanted_loss, wanted_norm) in zip(lines, found[0][1], strict=True):
@@ -241,7 +288,10 @@ def test_a_base_whose_control_tokens_were_never_trained(chat_model: Path, tmp_pa
     assert code == 4 and "<|im_start|>" in err and "never" in err
     code, out, _ = tongwen("run", recipe, "--again")
     assert code == 0 and "never trained <|im_start|>, <|im_end|>" in out
-    before, after = tensors(base)["model.embed_tokens.weight"], tensors(tmp_path / "out" / "merge")["model.embed_tokens.weight"]
+    before, after = (
+        tensors(base)["model.embed_tokens.weight"],
+        tensors(tmp_path / "out" / "merge")["model.embed_tokens.weight"],
+    )
     moved = [index for index in range(len(before)) if not torch.equal(before[index], after[index])]
     assert moved == [1, 2], "the control rows learn, every other row stays to the bit"
 
@@ -253,11 +303,24 @@ def test_python_entry_and_generate_agree(finished: Path, tongwen: Any, tmp_path:
     question = [{"role": "user", "content": "问题3：你好吗？"}]
     answer = speaker.chat(question, max_new_tokens=24)
     assert answer and "".join(speaker.stream(question, max_new_tokens=24)) == answer
-    assert speaker.generate(["问题3：你好吗？", "问", "一个更长的问题，为了填充"], batch_size=3, max_new_tokens=24)[0] == answer
+    assert (
+        speaker.generate(["问题3：你好吗？", "问", "一个更长的问题，为了填充"], batch_size=3, max_new_tokens=24)[0]
+        == answer
+    )
     adapted = package.open(str(finished / "out" / "sft"))
     assert adapted.chat(question, max_new_tokens=24) == answer, "live adapter and merged model say the same"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("问题3：你好吗？\n\n问\n", encoding="utf-8")
-    code, _, _ = tongwen("generate", "--model", finished / "out" / "merge", "--prompts", prompts, "--out", tmp_path / "a.jsonl", "--max-new-tokens", 24)
+    code, _, _ = tongwen(
+        "generate",
+        "--model",
+        finished / "out" / "merge",
+        "--prompts",
+        prompts,
+        "--out",
+        tmp_path / "a.jsonl",
+        "--max-new-tokens",
+        24,
+    )
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert code == 0 and rows[0]["answer"] == answer and rows[1]["prompt"] == "问"

@@ -11,7 +11,21 @@ from tongwen.errors import ModelError, RowRefused
 from tongwen.record import Dialogue, Message, Origin
 from tongwen.template import SHIPPED, Template, shipped_source
 
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|begin_of_text|>", "[gMASK]", "<sop>")
+SPECIAL = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<s>",
+    "</s>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|begin_of_text|>",
+    "[gMASK]",
+    "<sop>",
+)
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 HERE = Origin("f", 1)
 
@@ -47,7 +61,9 @@ def talk(*contents: str, **last: Any) -> Dialogue:
 
 
 def learned(template: Template, dialogue: Dialogue, **options: str) -> list[str]:
-    return ["".join(span.text for span in sample.spans if span.learn) for sample in template.samples(dialogue, **options)]
+    return [
+        "".join(span.text for span in sample.spans if span.learn) for sample in template.samples(dialogue, **options)
+    ]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -63,7 +79,8 @@ def test_our_templates_teach_answer_and_stop(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "stop", "appended"), [(LLAMA3, "<|eot_id|>", False), (GLM4, "<|user|>", True), (MISTRAL, "</s>", False), (QWEN3, "<|im_end|>", False)]
+    ("source", "stop", "appended"),
+    [(LLAMA3, "<|eot_id|>", False), (GLM4, "<|user|>", True), (MISTRAL, "</s>", False), (QWEN3, "<|im_end|>", False)],
 )
 def test_a_models_own_template_shows_its_stop(source: str, stop: str, appended: bool) -> None:
     template = own(source)
@@ -99,7 +116,12 @@ def test_thinking_is_learned_where_the_row_has_it() -> None:
 
 
 def test_one_sample_per_turn_where_earlier_thinking_is_dropped() -> None:
-    turns = (Message("user", "问一"), Message("assistant", "答一", "想一"), Message("user", "问二"), Message("assistant", "答二", "想二"))
+    turns = (
+        Message("user", "问一"),
+        Message("assistant", "答一", "想一"),
+        Message("user", "问二"),
+        Message("assistant", "答二", "想二"),
+    )
     samples = own(QWEN3).samples(Dialogue(turns, HERE))
     assert len(samples) == 2
     assert "想一" in samples[0].text
@@ -143,7 +165,10 @@ def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused() -> None:
 
 
 def test_marks_that_miss_the_answer_are_refused(tmp_path: Path) -> None:
-    wrong = shipped_source("chatml").replace("{% generation %}{{- message['content'] + '<|im_end|>' }}{% endgeneration %}", "{% generation %}{{- message['content'] }}{% endgeneration %}{{- '<|im_end|>' }}")
+    wrong = shipped_source("chatml").replace(
+        "{% generation %}{{- message['content'] + '<|im_end|>' }}{% endgeneration %}",
+        "{% generation %}{{- message['content'] }}{% endgeneration %}{{- '<|im_end|>' }}",
+    )
     (tmp_path / "wrong.jinja").write_text(wrong, encoding="utf-8")
     with pytest.raises(ModelError, match="marks of the template"):
         Template.make(str(tmp_path / "wrong.jinja"), None, TOKENS, SPECIAL)
@@ -174,8 +199,14 @@ def test_our_renders_are_those_of_transformers(chat_model: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "问"},
+        {"role": "assistant", "content": "答"},
+    ]
     messages = [Message(turn["role"], turn["content"]) for turn in turns]
     for source in (LLAMA3, QWEN3, Template.make("chatml", None, TOKENS, SPECIAL).source):
-        theirs = tokenizer.apply_chat_template(turns[:2], chat_template=source, tokenize=False, add_generation_prompt=True)
+        theirs = tokenizer.apply_chat_template(
+            turns[:2], chat_template=source, tokenize=False, add_generation_prompt=True
+        )
         assert theirs == own(source).prompt(messages[:2], thinking=True)

@@ -148,7 +148,9 @@ def test_documents_attention_is_each_document_alone(window: int | None) -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
     borders = torch.tensor([0, 5, 12], dtype=torch.int32)
-    together, _ = attention.documents_attention(None, query, key, value, None, cu_seq_lens_q=borders, sliding_window=window)  # type: ignore[arg-type]
+    together, _ = attention.documents_attention(
+        None, query, key, value, None, cu_seq_lens_q=borders, sliding_window=window
+    )  # type: ignore[arg-type]
     for begin, end in ((0, 5), (5, 12)):
         keys, values = (part[:, :, begin:end].repeat_interleave(2, dim=1) for part in (key, value))
         scores = query[:, :, begin:end] @ keys.transpose(2, 3) / 8**0.5
@@ -180,7 +182,15 @@ def test_the_audit_sees_documents_that_see_each_other(folder: Path) -> None:
     assert caught.value.exit_code == 6
 
 
-@pytest.mark.parametrize("choice", [Adapter(rank=4), Adapter(rank=4, dora=True), Adapter(rank=4, rslora=True, also_train=["embed_tokens"]), Adapter(method="full")])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Adapter(rank=4),
+        Adapter(rank=4, dora=True),
+        Adapter(rank=4, rslora=True, also_train=["embed_tokens"]),
+        Adapter(method="full"),
+    ],
+)
 def test_the_probe_passes_healthy_models_and_leaves_no_trace(folder: Path, choice: Adapter) -> None:
     model = adapt(packed_model(folder), choice, []).model
     before = copy.deepcopy(model.state_dict())
@@ -196,7 +206,9 @@ def test_the_probe_refuses_what_cannot_learn(folder: Path) -> None:
     store = random_store(4)
     batch = pack([store.sample(index) for index in range(4)])
 
-    def detached(model: Any, inputs: dict[str, Any]) -> Any:  # F-01, and F-02 where the leaf is made to require a gradient
+    def detached(
+        model: Any, inputs: dict[str, Any]
+    ) -> Any:  # F-01, and F-02 where the leaf is made to require a gradient
         total, nats = learned_loss(model, inputs)
         return total.detach().requires_grad_(), nats
 
@@ -204,7 +216,9 @@ def test_the_probe_refuses_what_cannot_learn(folder: Path) -> None:
     with pytest.raises(NumbersError, match=r"get no gradient"):
         audit.probe_gradients(model, batch, detached)
     with pytest.raises(NumbersError, match="hangs on no trainable"):
-        audit.probe_gradients(model, batch, lambda model, inputs: tuple(part.detach() for part in learned_loss(model, inputs)))
+        audit.probe_gradients(
+            model, batch, lambda model, inputs: tuple(part.detach() for part in learned_loss(model, inputs))
+        )
     frozen = adapt(packed_model(folder), Adapter(rank=4), []).model.requires_grad_(False)
     with pytest.raises(NumbersError, match="no parameter is trainable"):
         audit.probe_gradients(frozen, batch, learned_loss)
@@ -232,7 +246,9 @@ def test_targets_that_name_nothing_are_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match="'wte'"):
         adapt(packed_model(folder), Adapter(also_train=["wte"]), [])
     adapted = adapt(packed_model(folder), Adapter(targets="family", rank=2), [])
-    assert {name.split(".lora_")[0].split(".")[-1] for name, part in adapted.model.named_parameters() if part.requires_grad} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {
+        name.split(".lora_")[0].split(".")[-1] for name, part in adapted.model.named_parameters() if part.requires_grad
+    } == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_rows_that_the_base_never_trained_are_found(folder: Path) -> None:

@@ -11,7 +11,18 @@ SOURCE = Path(__file__).parents[1] / "src" / "tongwen"
 ROOMS = ("data", "model", "train", "infer", "ui")
 HALL = ("errors", "language", "record", "template", "artifact", "families", "console", "launch")
 UPPER = ("cli", "river", "speaker", "__main__", "__init__")
-HEAVY = {"torch", "transformers", "peft", "accelerate", "numpy", "matplotlib", "safetensors", "gguf", "huggingface_hub", "tokenizers"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "numpy",
+    "matplotlib",
+    "safetensors",
+    "gguf",
+    "huggingface_hub",
+    "tokenizers",
+}
 
 
 def imports(file: Path) -> set[str]:
@@ -59,7 +70,10 @@ def test_the_hall_is_plain_python() -> None:
 
 def test_no_mutual_imports_inside_a_room() -> None:
     for room in (*ROOMS, "recipe"):
-        edges = {file.stem: {name.split(".")[2] for name in imports(file) if name.startswith(f"tongwen.{room}.")} for file in (SOURCE / room).glob("*.py")}
+        edges = {
+            file.stem: {name.split(".")[2] for name in imports(file) if name.startswith(f"tongwen.{room}.")}
+            for file in (SOURCE / room).glob("*.py")
+        }
         for one, others in edges.items():
             for other in others:
                 assert one not in edges.get(other, ()), f"{room}: {one} and {other} import each other"
@@ -71,7 +85,9 @@ def test_nothing_unpickles_or_runs_foreign_code() -> None:
             if not isinstance(node, ast.Call):
                 continue
             name = ast.unparse(node.func)
-            assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "os.system"), f"{file}: {name}"
+            assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "os.system"), (
+                f"{file}: {name}"
+            )
             keywords = {keyword.arg: keyword.value for keyword in node.keywords}
             if name == "torch.load":
                 assert ast.unparse(keywords["weights_only"]) == "True", file
@@ -80,7 +96,9 @@ def test_nothing_unpickles_or_runs_foreign_code() -> None:
 
 
 def test_help_and_check_import_no_torch(tmp_path: Path) -> None:
-    rows = "".join('{"instruction": "问%d", "input": "", "output": "答%d"}\n' % (number, number) for number in range(10_000))
+    rows = "".join(
+        f'{{"instruction": "问{number}", "input": "", "output": "答{number}"}}\n' for number in range(10_000)
+    )
     (tmp_path / "data.jsonl").write_text(rows, encoding="utf-8")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"name: big\nbase: nowhere\nprepare: {{dialogues: {tmp_path / 'data.jsonl'}}}\nsft: {{}}\n")

@@ -209,17 +209,13 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             about["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
             about["lora_targets"] = sorted(model.peft_config["default"].target_modules)
             about["attention"] = model.config._attn_implementation
-            about["gradient_checkpointing"] = any(
-                getattr(m, "gradient_checkpointing", False) for m in model.modules()
-            )
+            about["gradient_checkpointing"] = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
             about["optimizer"] = str(args.optim)
             about["train_rows"] = len(named["train_dataloader"].dataset)
             about["peak_rss_bytes_before_training"] = peak_rss_bytes()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
-            marks.append(
-                {"cpu": time.process_time(), "wall": time.perf_counter(), "rss": peak_rss_bytes(), **count}
-            )
+            marks.append({"cpu": time.process_time(), "wall": time.perf_counter(), "rss": peak_rss_bytes(), **count})
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **named: Any) -> None:
             if logs and "loss" in logs:

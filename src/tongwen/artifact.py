@@ -68,13 +68,16 @@ def open_artifact(path: Path, kind: str) -> Artifact:
     if found is None:
         unfinished = path.with_name(path.name + ".partial").exists()
         raise ArtifactError(
-            say("this stage has not finished", "该阶段尚未完成") if unfinished else say("this stage has not run", "该阶段尚未运行"),
+            say("this stage has not finished", "该阶段尚未完成")
+            if unfinished
+            else say("this stage has not run", "该阶段尚未运行"),
             place=str(path),
             remedy=f"tongwen run RECIPE --until {path.name}",
         )
     if found.kind != kind:
         raise ArtifactError(
-            say(f"a {found.kind} artifact stands here, {kind} is needed", f"此处是 {found.kind}，需要的是 {kind}"), place=str(path)
+            say(f"a {found.kind} artifact stands here, {kind} is needed", f"此处是 {found.kind}，需要的是 {kind}"),
+            place=str(path),
         )
     return found
 

@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """All commands with their help, in the user's language."""
     parser = argparse.ArgumentParser(
-        prog="tongwen", description=say("Teach a language model Chinese.", "教语言模型中文。"), epilog=say("docs: README.md", "文档：README_zh.md")
+        prog="tongwen",
+        description=say("Teach a language model Chinese.", "教语言模型中文。"),
+        epilog=say("docs: README.md", "文档：README_zh.md"),
     )
     parser.add_argument("--version", action="version", version=f"tongwen {__version__}")
     parser.set_defaults(json=False)
@@ -53,55 +55,115 @@ def make_parser() -> argparse.ArgumentParser:
 
     def add(name: str, help_: str, handler: Handler) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help_, description=help_)
-        command.add_argument("--json", action="store_true", help=say("one JSON object on stdout", "在标准输出给出一个 JSON 对象"))
+        command.add_argument(
+            "--json", action="store_true", help=say("one JSON object on stdout", "在标准输出给出一个 JSON 对象")
+        )
         command.set_defaults(handler=handler)
         return command
 
-    command = add("demo", say("the whole pipeline on a small real model, on a laptop CPU", "在笔记本 CPU 上用真实小模型走完整个流程"), _demo)
+    command = add(
+        "demo",
+        say("the whole pipeline on a small real model, on a laptop CPU", "在笔记本 CPU 上用真实小模型走完整个流程"),
+        _demo,
+    )
     command.add_argument("--out", default="runs/demo", help=say("folder of the run", "输出文件夹"))
-    command.add_argument("--model", default="", help=say("folder of the model, instead of fetching SmolLM2-135M-Instruct", "模型文件夹，代替下载 SmolLM2-135M-Instruct"))
+    command.add_argument(
+        "--model",
+        default="",
+        help=say(
+            "folder of the model, instead of fetching SmolLM2-135M-Instruct",
+            "模型文件夹，代替下载 SmolLM2-135M-Instruct",
+        ),
+    )
 
     command = add("run", say("run the stages of a recipe", "运行配方中的各阶段"), _run)
     _add_recipe(command)
     command.add_argument("--only", default="", metavar="STAGE", help=say("this stage alone", "只运行这一阶段"))
-    command.add_argument("--from", dest="start", default="", metavar="STAGE", help=say("this stage and the later ones", "从这一阶段起"))
+    command.add_argument(
+        "--from", dest="start", default="", metavar="STAGE", help=say("this stage and the later ones", "从这一阶段起")
+    )
     command.add_argument("--until", default="", metavar="STAGE", help=say("up to this stage", "到这一阶段止"))
     command.add_argument("--devices", type=int, help=say("processes, one per GPU", "进程数，每块 GPU 一个"))
-    command.add_argument("--again", action="store_true", help=say("redo what changed and all after it; the old folders are kept", "重做已改变的阶段及其后各阶段；旧文件夹保留"))
-    command.add_argument("--fork", action="store_true", help=say("continue an interrupted stage with changed settings", "以改变后的设置继续被中断的阶段"))
+    command.add_argument(
+        "--again",
+        action="store_true",
+        help=say(
+            "redo what changed and all after it; the old folders are kept", "重做已改变的阶段及其后各阶段；旧文件夹保留"
+        ),
+    )
+    command.add_argument(
+        "--fork",
+        action="store_true",
+        help=say("continue an interrupted stage with changed settings", "以改变后的设置继续被中断的阶段"),
+    )
 
-    command = add("check", say("read the recipe and the data; no model, no torch", "读配方与数据；不需要模型与 torch"), _check)
+    command = add(
+        "check", say("read the recipe and the data; no model, no torch", "读配方与数据；不需要模型与 torch"), _check
+    )
     _add_recipe(command)
-    command = add("plan", say("batch sizes, tokens, steps, memory, disk and time; touches nothing", "批大小、token、步数、内存、磁盘与时间；不写任何东西"), _plan)
+    command = add(
+        "plan",
+        say(
+            "batch sizes, tokens, steps, memory, disk and time; touches nothing",
+            "批大小、token、步数、内存、磁盘与时间；不写任何东西",
+        ),
+        _plan,
+    )
     _add_recipe(command)
-    command.add_argument("--gpu", default="", metavar="24GB", help=say("a GPU of this memory that is not here", "假设有这么大显存的 GPU"))
-    command = add("look", say("encoded samples, learned tokens coloured", "查看编码后的样本，学习的 token 有颜色"), _look)
+    command.add_argument(
+        "--gpu", default="", metavar="24GB", help=say("a GPU of this memory that is not here", "假设有这么大显存的 GPU")
+    )
+    command = add(
+        "look", say("encoded samples, learned tokens coloured", "查看编码后的样本，学习的 token 有颜色"), _look
+    )
     _add_recipe(command)
     command.add_argument("-n", type=int, default=3, help=say("how many", "几个"))
     command.add_argument("--html", default="", metavar="FILE", help=say("write a page instead", "写成网页"))
 
     command = add("init", say("a commented recipe to start from", "生成一份带注释的配方"), _init)
-    command.add_argument("template", nargs="?", default="", help=say("which one; without it they are listed", "哪一份；不写则列出"))
+    command.add_argument(
+        "template", nargs="?", default="", help=say("which one; without it they are listed", "哪一份；不写则列出")
+    )
     command.add_argument("--out", default="", metavar="FILE", help=say("write it here", "写到此文件"))
 
     command = add("merge", say("fold an adapter into its base", "把适配器并入底座"), _merge)
     command.add_argument("--base", required=True, help=say("model", "模型"))
     command.add_argument("--adapter", required=True, action="append", help=say("adapter folder", "适配器文件夹"))
     command.add_argument("--out", required=True, help=say("folder of the merged model", "合并后的模型文件夹"))
-    command.add_argument("--dtype", default="base", choices=("base", "fp32", "bf16", "fp16"), help=say("number type", "数值类型"))
-    command.add_argument("--again", action="store_true", help=say("keep what stands there under another name", "把已有的改名保留"))
-    command.add_argument("--force", action="store_true", help=say("merge onto another base than the adapter's own", "合并到非原配的底座"))
+    command.add_argument(
+        "--dtype", default="base", choices=("base", "fp32", "bf16", "fp16"), help=say("number type", "数值类型")
+    )
+    command.add_argument(
+        "--again", action="store_true", help=say("keep what stands there under another name", "把已有的改名保留")
+    )
+    command.add_argument(
+        "--force", action="store_true", help=say("merge onto another base than the adapter's own", "合并到非原配的底座")
+    )
 
     command = add("generate", say("answer a file of prompts", "回答一个文件里的提示"), _generate)
     command.add_argument("--model", required=True, help=say("model", "模型"))
     command.add_argument("--adapter", action="append", default=[], help=say("adapter folder", "适配器文件夹"))
-    command.add_argument("--prompts", required=True, metavar="F", help=say("text (one a line) or JSON lines with `prompt` or `messages`", "文本（每行一个）或含 `prompt`/`messages` 的 JSONL"))
+    command.add_argument(
+        "--prompts",
+        required=True,
+        metavar="F",
+        help=say(
+            "text (one a line) or JSON lines with `prompt` or `messages`",
+            "文本（每行一个）或含 `prompt`/`messages` 的 JSONL",
+        ),
+    )
     command.add_argument("--out", required=True, metavar="F", help=say("JSON lines", "JSONL"))
     command.add_argument("--batch-size", type=int, default=8, help=say("prompts at once", "同时处理几个"))
     _add_talking(command)
 
     command = add("chat", say("talk to a model in the terminal", "在终端里与模型对话"), _chat)
-    command.add_argument("model", help=say("folder, hub id, modelscope:id, .gguf, or a stage folder", "文件夹、hub id、modelscope:id、.gguf 或阶段文件夹"))
+    command.add_argument(
+        "model",
+        help=say(
+            "folder, hub id, modelscope:id, .gguf, or a stage folder",
+            "文件夹、hub id、modelscope:id、.gguf 或阶段文件夹",
+        ),
+    )
     command.add_argument("--adapter", action="append", default=[], help=say("adapter folder", "适配器文件夹"))
     command.add_argument("--system", default="", help=say("system message", "系统提示"))
     _add_talking(command)
@@ -116,14 +178,29 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", help=say("recipe file", "配方文件"))
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help=say("change a word of the recipe", "改动配方中的一个词"))
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help=say("change a word of the recipe", "改动配方中的一个词"),
+    )
 
 
 def _add_talking(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--template", default="own", help=say("own, a template's name, or `completion` for a base model", "own、模板名，或 `completion`（基座模型续写）"))
-    command.add_argument("--thinking", default="off", choices=("on", "off"), help=say("let a thinking model think", "让思考模型思考"))
+    command.add_argument(
+        "--template",
+        default="own",
+        help=say(
+            "own, a template's name, or `completion` for a base model", "own、模板名，或 `completion`（基座模型续写）"
+        ),
+    )
+    command.add_argument(
+        "--thinking", default="off", choices=("on", "off"), help=say("let a thinking model think", "让思考模型思考")
+    )
     command.add_argument("--max-new-tokens", type=int, default=512)
-    command.add_argument("--temperature", type=float, default=0.0, help=say("0: always the likeliest", "0：总取最可能的"))
+    command.add_argument(
+        "--temperature", type=float, default=0.0, help=say("0: always the likeliest", "0：总取最可能的")
+    )
     command.add_argument("--top-p", type=float, default=1.0)
     command.add_argument("--top-k", type=int, default=0)
     command.add_argument("--repetition-penalty", type=float, default=1.0)
@@ -149,7 +226,13 @@ def _run(parsed: argparse.Namespace) -> int:
     recipe = _load(parsed)
     arguments = [parsed.recipe, *parsed.overrides, *([f"devices={parsed.devices}"] if parsed.devices else [])]
     done = river.run(
-        recipe, arguments, only=parsed.only, start=parsed.start, until=parsed.until, again=parsed.again, fork=parsed.fork
+        recipe,
+        arguments,
+        only=parsed.only,
+        start=parsed.start,
+        until=parsed.until,
+        again=parsed.again,
+        fork=parsed.fork,
     )
     console.emit({"out": recipe.out, "stages": {found.path.name: found.manifest for found in done}})
     return 0
@@ -215,7 +298,12 @@ def _chat(parsed: argparse.Namespace) -> int:
     from tongwen.stages import chat
 
     return chat.run(
-        parsed.model, parsed.adapter, template=parsed.template, thinking=parsed.thinking, sampling=_sampling(parsed), system=parsed.system
+        parsed.model,
+        parsed.adapter,
+        template=parsed.template,
+        thinking=parsed.thinking,
+        sampling=_sampling(parsed),
+        system=parsed.system,
     )
 
 
@@ -254,10 +342,16 @@ def _machine_cause(error: Exception) -> str | None:
             "in this order: sft.micro_batch_tokens smaller, sft.activation_checkpointing: on, sft.max_length smaller, a smaller base",
             "依次尝试：减小 sft.micro_batch_tokens，sft.activation_checkpointing: on，减小 sft.max_length，换小一点的底座",
         )
-        return say(f"out of memory: {text.splitlines()[0][:160] if text else ''}\n  → {cures}", f"内存不足：{text.splitlines()[0][:160] if text else ''}\n  → {cures}")
+        return say(
+            f"out of memory: {text.splitlines()[0][:160] if text else ''}\n  → {cures}",
+            f"内存不足：{text.splitlines()[0][:160] if text else ''}\n  → {cures}",
+        )
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "unexpected pos" in text:
-        return say(f"the disk is full: {text}\n  → free some space; the same command continues", f"磁盘已满：{text}\n  → 请清理空间；用同一命令可以继续")
+        return say(
+            f"the disk is full: {text}\n  → free some space; the same command continues",
+            f"磁盘已满：{text}\n  → 请清理空间；用同一命令可以继续",
+        )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return say(f"permission denied: {text}\n  → choose another `out`", f"没有权限：{text}\n  → 换一个 `out`")
     if number == errno.EIO:

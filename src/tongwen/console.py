@@ -162,4 +162,8 @@ def _cell(cell: Any) -> str:
 
 
 def _is_numeric(cell: Any) -> bool:
-    return isinstance(cell, (int, float)) or cell == "" or str(cell).replace(",", "").replace(".", "").replace("%", "").strip().isdigit()
+    return (
+        isinstance(cell, (int, float))
+        or cell == ""
+        or str(cell).replace(",", "").replace(".", "").replace("%", "").strip().isdigit()
+    )

@@ -22,7 +22,11 @@ def torchrun(devices: int, arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         exit_file = Path(folder) / "exit"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-        environment = {**os.environ, EXIT_FILE: str(exit_file), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(devices))}
+        environment = {
+            **os.environ,
+            EXIT_FILE: str(exit_file),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(devices)),
+        }
         finished = subprocess.run([*command, "-m", "tongwen", *arguments], env=environment, check=False)  # noqa: S603
         if finished.returncode and exit_file.is_file():
             return int(exit_file.read_text(encoding="utf-8"))

@@ -20,7 +20,10 @@ from tongwen.recipe.load import dump
 from tongwen.recipe.schema import STAGES, Recipe
 
 TRAINING = ("sft",)  # stages that run on all devices
-AGAIN = say("tongwen run RECIPE --again redoes it and everything after it, and keeps the old folder", "tongwen run RECIPE --again 重做它及其后各阶段，并保留旧文件夹")
+AGAIN = say(
+    "tongwen run RECIPE --again redoes it and everything after it, and keeps the old folder",
+    "tongwen run RECIPE --again 重做它及其后各阶段，并保留旧文件夹",
+)
 
 
 class Launched(TongwenError):
@@ -32,7 +35,14 @@ class Launched(TongwenError):
 
 
 def run(
-    recipe: Recipe, arguments: Sequence[str], *, only: str = "", start: str = "", until: str = "", again: bool = False, fork: bool = False
+    recipe: Recipe,
+    arguments: Sequence[str],
+    *,
+    only: str = "",
+    start: str = "",
+    until: str = "",
+    again: bool = False,
+    fork: bool = False,
 ) -> list[artifact.Artifact]:
     """Run the chosen stages; returns their artifacts. arguments: recipe file and overrides, for launched processes.
 
@@ -43,7 +53,9 @@ def run(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MachineError(say(f"cannot be made: {error.strerror}", f"无法创建：{error.strerror}"), place=str(out)) from None
+        raise MachineError(
+            say(f"cannot be made: {error.strerror}", f"无法创建：{error.strerror}"), place=str(out)
+        ) from None
     done: list[artifact.Artifact] = []
     with _alone(out):
         redo_from = _first_to_redo(recipe, chosen, out, explicit=bool(only or start)) if again else None
@@ -70,7 +82,9 @@ def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:
     for flag, name in (("--only", only), ("--from", start), ("--until", until)):
         if name and name not in stages:
             raise RecipeError(
-                say(f"{name!r} is no stage of this recipe", f"该配方没有阶段 {name!r}"), place=flag, remedy=say("it has: ", "现有：") + ", ".join(stages)
+                say(f"{name!r} is no stage of this recipe", f"该配方没有阶段 {name!r}"),
+                place=flag,
+                remedy=say("it has: ", "现有：") + ", ".join(stages),
             )
     if only:
         return [only]
@@ -78,7 +92,9 @@ def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:
     last = stages.index(until) if until else len(stages) - 1
     if not stages:
         raise RecipeError(
-            say("this recipe has no stage to run", "该配方没有可运行的阶段"), place=recipe.name, remedy=say("add a section: ", "请添加一段：") + ", ".join(STAGES)
+            say("this recipe has no stage to run", "该配方没有可运行的阶段"),
+            place=recipe.name,
+            remedy=say("add a section: ", "请添加一段：") + ", ".join(STAGES),
         )
     return stages[first : last + 1]
 
@@ -153,6 +169,8 @@ def _alone(out: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise MachineError(
-                say("another tongwen is running in this folder", "另一个 tongwen 正在此文件夹中运行"), place=str(out), remedy=say("wait for it, or choose another `out`", "请等待，或换一个 `out`")
+                say("another tongwen is running in this folder", "另一个 tongwen 正在此文件夹中运行"),
+                place=str(out),
+                remedy=say("wait for it, or choose another `out`", "请等待，或换一个 `out`"),
             ) from None
         yield

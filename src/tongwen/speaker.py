@@ -58,7 +58,12 @@ class Speaker:
     def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """The conversation as ids, up to where the model answers."""
         turns = [
-            Message(str(turn["role"]), str(turn["content"]), turn.get("reasoning_content"), tuple(turn.get("tool_calls", ())))
+            Message(
+                str(turn["role"]),
+                str(turn["content"]),
+                turn.get("reasoning_content"),
+                tuple(turn.get("tool_calls", ())),
+            )
             for turn in messages
         ]
         if self.template is None:
@@ -77,7 +82,9 @@ def open_speaker(
     names = [*([place.adapter] if place.adapter else []), *adapters]
     if len(names) > 1:
         raise ModelError(
-            say("one adapter at a time can be opened", "一次只能打开一个适配器"), place=model, remedy=say("merge the first one into the base", "请先把第一个合并到底座")
+            say("one adapter at a time can be opened", "一次只能打开一个适配器"),
+            place=model,
+            remedy=say("merge the first one into the base", "请先把第一个合并到底座"),
         )
     base = load.locate(place.folder) if place.adapter else place
     dressed = load.Place(names[0], names[0]) if names and _has_tokenizer(names[0]) else base

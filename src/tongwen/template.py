@@ -80,7 +80,7 @@ def compile_template(source: str) -> jinja2.Template:
 
 def shipped_source(name: str) -> str:
     """The marked text of one of our own templates."""
-    return resources.files("tongwen").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+    return (resources.files("tongwen") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -192,11 +192,15 @@ class Template:
                     "模板渲染的完整对话与提示部分不一致",
                 ),
                 place=f"template {self.name}",
-                remedy=say("choose another template, for example `template: chatml`", "换用其他模板，如 `template: chatml`"),
+                remedy=say(
+                    "choose another template, for example `template: chatml`", "换用其他模板，如 `template: chatml`"
+                ),
             )
         if last.thinking and last.thinking.strip() not in whole[len(prompt) :]:
             # The template does not know `reasoning_content`: the thinking stands in the answer's own text.
-            inside = replace(last, thinking=None, content=f"<think>\n{last.thinking.strip()}\n</think>\n\n{last.content}")
+            inside = replace(
+                last, thinking=None, content=f"<think>\n{last.thinking.strip()}\n</think>\n\n{last.content}"
+            )
             return self._turn([*messages[:-1], inside], tools)
         self._check_came_through(messages, tools, think, whole)
         answer = whole[len(prompt) :]
@@ -204,7 +208,12 @@ class Template:
             return prompt, answer + self.stop
         end = answer.find(self.stop)
         if end < 0:
-            raise RowRefused("no_stop", say(f"the answer is rendered without its stop token {self.stop!r}", f"渲染结果缺少停止符 {self.stop!r}"))
+            raise RowRefused(
+                "no_stop",
+                say(
+                    f"the answer is rendered without its stop token {self.stop!r}", f"渲染结果缺少停止符 {self.stop!r}"
+                ),
+            )
         return prompt, answer[: end + len(self.stop)]
 
     def _joined(self, turns: list[tuple[str, str]], answers: list[int], learned: set[int]) -> list[Rendered]:
@@ -250,7 +259,10 @@ class Template:
         except (TypeError, KeyError, AttributeError, IndexError, ValueError, OverflowError) as error:
             raise RowRefused(
                 "template_fails",
-                say(f"the template fails on this dialogue: {type(error).__name__}: {error}", f"模板处理该对话出错：{error}"),
+                say(
+                    f"the template fails on this dialogue: {type(error).__name__}: {error}",
+                    f"模板处理该对话出错：{error}",
+                ),
             ) from None
 
     # -- proofs ---------------------------------------------------------------------------------------------------
@@ -276,7 +288,9 @@ class Template:
                 f"模板改动了回答的文字，学到的将与数据不同：{last.content[:40]!r}",
             ),
             place=f"template {self.name}",
-            remedy=say("choose another template, for example `template: chatml`", "换用其他模板，如 `template: chatml`"),
+            remedy=say(
+                "choose another template, for example `template: chatml`", "换用其他模板，如 `template: chatml`"
+            ),
         )
 
     def _check_marks(self) -> None:
@@ -307,7 +321,10 @@ class Template:
                             say(f"the text contains the control token {token!r}", f"文本中含有控制符 {token!r}"),
                         )
                 if LEARN_FROM in text or LEARN_TO in text or SENTINEL in text:
-                    raise RowRefused("noncharacter_in_text", say("the text contains a Unicode noncharacter", "文本含有 Unicode 非字符"))
+                    raise RowRefused(
+                        "noncharacter_in_text",
+                        say("the text contains a Unicode noncharacter", "文本含有 Unicode 非字符"),
+                    )
 
     def _with_stop(self) -> Template:
         """Find what ends an answer: the first special token after the first of two answers."""
@@ -321,7 +338,9 @@ class Template:
             raise ModelError(
                 say("the template does not show each answer once", "模板没有恰好显示每个回答一次"),
                 place=f"template {self.name}",
-                remedy=say("choose another template, for example `template: chatml`", "换用其他模板，如 `template: chatml`"),
+                remedy=say(
+                    "choose another template, for example `template: chatml`", "换用其他模板，如 `template: chatml`"
+                ),
             )
         between = two.split(SENTINEL)[1].lstrip()
         found = [token for token in self.special if token and between.startswith(token)]
@@ -359,7 +378,10 @@ def _with_thinking(messages: Sequence[Message], thinking: str) -> list[Message]:
     if thinking == "off":
         return [replace(message, thinking=None) for message in messages]
     if thinking == "on" and any(message.role == "assistant" and not message.thinking for message in messages[-1:]):
-        raise RowRefused("no_thinking", say("`thinking: on`, but the last answer has no thinking", "`thinking: on`，但最后的回答没有思考"))
+        raise RowRefused(
+            "no_thinking",
+            say("`thinking: on`, but the last answer has no thinking", "`thinking: on`，但最后的回答没有思考"),
+        )
     return list(messages)
 
 
@@ -370,5 +392,7 @@ def _read_template(name: str) -> str:
     raise ModelError(
         say(f"there is no template {name!r}", f"没有模板 {name!r}"),
         place="template",
-        remedy=say(f"one of: own, {', '.join(SHIPPED)}, or a .jinja file", f"可选：own、{'、'.join(SHIPPED)} 或 .jinja 文件"),
+        remedy=say(
+            f"one of: own, {', '.join(SHIPPED)}, or a .jinja file", f"可选：own、{'、'.join(SHIPPED)} 或 .jinja 文件"
+        ),
     )

@@ -70,7 +70,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
+        self.backend: Any = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
         if self.backend is None:
             raise ModelError(
                 say("this tokenizer has no fast form (tokenizer.json)", "该分词器没有快速形式（tokenizer.json）"),
@@ -231,13 +231,17 @@ def encode_dialogues(
 
 def _unfit(size: int, learn: list[bool], max_length: int) -> tuple[str, str]:
     if size > max_length:
-        return "too_long", say(f"{size} tokens, max_length is {max_length}", f"{size} 个 token，max_length 为 {max_length}")
+        return "too_long", say(
+            f"{size} tokens, max_length is {max_length}", f"{size} 个 token，max_length 为 {max_length}"
+        )
     if not any(learn[1:]):
         return "nothing_to_learn", say("no token of this sample is learned", "该样本没有要学习的 token")
     return "", ""
 
 
-def check_store(store: TokenStore, max_length: int, rejected: Sequence[Rejected], min_stop_learned: float) -> dict[str, Any]:
+def check_store(
+    store: TokenStore, max_length: int, rejected: Sequence[Rejected], min_stop_learned: float
+) -> dict[str, Any]:
     """The mask's statistics. Raises DataError when nothing is left to learn, or too few samples learn to stop."""
     if not len(store):
         too_long = sum(bad.reason == "too_long" for bad in rejected)

@@ -13,8 +13,8 @@ from tongwen.data.ledger import Ledger
 from tongwen.data.sources import RawRow, find_files, read_rows
 from tongwen.errors import DataError, RowRefused
 from tongwen.language import say
-from tongwen.record import Dialogue, Document, Message, Origin
 from tongwen.recipe.schema import Source
+from tongwen.record import Dialogue, Document, Message, Origin
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,13 @@ class Rejected:
     value: Any
 
     def to_dict(self) -> dict[str, Any]:
-        return {"file": self.origin.file, "row": self.origin.row, "reason": self.reason, "rule": self.rule, "value": self.value}
+        return {
+            "file": self.origin.file,
+            "row": self.origin.row,
+            "reason": self.reason,
+            "rule": self.rule,
+            "value": self.value,
+        }
 
 
 def read_dialogues(
@@ -36,7 +42,7 @@ def read_dialogues(
     """All dialogues of the sources, in their order. Counts every row in the ledger."""
     for source in sources:
         for file in find_files(source.path):
-            format_ = source.format
+            format_: str | None = source.format
             for raw in read_rows(file):
                 if format_ is None and not raw.problem:
                     format_ = _recognised(raw, source)
@@ -47,9 +53,7 @@ def read_dialogues(
                     yield record
 
 
-def read_documents(
-    sources: Sequence[Source], ledger: Ledger, reject: Callable[[Rejected], None]
-) -> Iterator[Document]:
+def read_documents(sources: Sequence[Source], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Document]:
     """All documents of the sources, in their order. Counts every row in the ledger."""
     for source in sources:
         for file in find_files(source.path):
@@ -66,11 +70,19 @@ def check_losses(ledger: Ledger, rejected: Sequence[Rejected], max_bad: float | 
     if ledger.things_in and not ledger.kept:
         first = rejected[0]
         raise DataError(
-            say(f"none of the {ledger.things_in} {what} can be used; the first: {first.rule}", f"{ledger.things_in} 行{what}全部不可用；第一行：{first.rule}"),
+            say(
+                f"none of the {ledger.things_in} {what} can be used; the first: {first.rule}",
+                f"{ledger.things_in} 行{what}全部不可用；第一行：{first.rule}",
+            ),
             place=str(first.origin),
-            remedy=say("name the format or the columns in the recipe: {path: …, format: alpaca, columns: {output: answer}}", "在配方中写明格式或列名：{path: …, format: alpaca, columns: {output: answer}}"),
+            remedy=say(
+                "name the format or the columns in the recipe: {path: …, format: alpaca, columns: {output: answer}}",
+                "在配方中写明格式或列名：{path: …, format: alpaca, columns: {output: answer}}",
+            ),
         )
-    allowed = min(100.0, 0.001 * ledger.things_in) if max_bad is None else max_bad * (ledger.things_in if max_bad < 1 else 1)
+    allowed = (
+        min(100.0, 0.001 * ledger.things_in) if max_bad is None else max_bad * (ledger.things_in if max_bad < 1 else 1)
+    )
     if len(rejected) > allowed:
         shown = "\n".join(f"    {bad.origin}: {bad.rule}" for bad in rejected[:5])
         more = f"\n    … {len(rejected) - 5}" if len(rejected) > 5 else ""
@@ -80,7 +92,10 @@ def check_losses(ledger: Ledger, rejected: Sequence[Rejected], max_bad: float | 
                 f"{ledger.things_in} 行中有 {len(rejected)} 行不可用，超过允许的 {allowed:g} 行：\n{shown}{more}",
             ),
             place=rejected[0].origin.file,
-            remedy=say(f"mend them, or allow it: prepare: {{max_bad: {len(rejected)}}}", f"请修正，或允许：prepare: {{max_bad: {len(rejected)}}}"),
+            remedy=say(
+                f"mend them, or allow it: prepare: {{max_bad: {len(rejected)}}}",
+                f"请修正，或允许：prepare: {{max_bad: {len(rejected)}}}",
+            ),
         )
 
 

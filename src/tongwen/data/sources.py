@@ -46,10 +46,17 @@ def find_files(path: str) -> list[Path]:
         if found:
             return found
         raise DataError(
-            say(f"no data file ({', '.join(sorted(suffixes))}) in this folder", f"文件夹里没有数据文件（{'、'.join(sorted(suffixes))}）"),
+            say(
+                f"no data file ({', '.join(sorted(suffixes))}) in this folder",
+                f"文件夹里没有数据文件（{'、'.join(sorted(suffixes))}）",
+            ),
             place=path,
         )
-    found = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
+    found = sorted(
+        Path(name)
+        for name in glob.glob(path, recursive=True)  # noqa: PTH207 (the user's own pattern, absolute or not)
+        if Path(name).is_file()
+    )
     if found:
         return found
     raise DataError(
@@ -67,7 +74,11 @@ def read_rows(file: Path) -> Iterator[RawRow]:
     Raises DataError when the file as a whole cannot be read; a row that cannot is yielded with its problem.
     """
     if not file.stat().st_size:
-        raise DataError(say("the file is empty", "文件为空"), place=str(file), remedy=say("take it out of the recipe", "请从配方中去掉它"))
+        raise DataError(
+            say("the file is empty", "文件为空"),
+            place=str(file),
+            remedy=say("take it out of the recipe", "请从配方中去掉它"),
+        )
     if _looks_like_array(file):
         yield from _read_array(file)
     elif file.suffix.lower() in TEXT_SUFFIXES and not _looks_like_lines(file):
@@ -108,10 +119,15 @@ def _read_array(file: Path) -> Iterator[RawRow]:
         raise DataError(
             say(f"this is not a whole JSON array: {error}", f"这不是完整的 JSON 数组：{error}"),
             place=f"{file}:{line}" if line else str(file),
-            remedy=say("one object per line may be meant: then name the file .jsonl and drop the brackets", "若本是每行一个对象，请命名为 .jsonl 并去掉方括号"),
+            remedy=say(
+                "one object per line may be meant: then name the file .jsonl and drop the brackets",
+                "若本是每行一个对象，请命名为 .jsonl 并去掉方括号",
+            ),
         ) from None
     for number, value in enumerate(rows, 1):
-        yield RawRow(str(file), number, value, len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")))
+        yield RawRow(
+            str(file), number, value, len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        )
 
 
 def _read_lines(file: Path) -> Iterator[RawRow]:
@@ -124,7 +140,9 @@ def _read_lines(file: Path) -> Iterator[RawRow]:
             try:
                 value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
             except UnicodeDecodeError as error:
-                yield RawRow(str(file), number, line.decode("utf-8", "backslashreplace"), len(line), str(error), "not_utf8")
+                yield RawRow(
+                    str(file), number, line.decode("utf-8", "backslashreplace"), len(line), str(error), "not_utf8"
+                )
             except (ValueError, RecursionError) as error:
                 yield RawRow(
                     str(file), number, line.decode("utf-8").rstrip("\n"), len(line), f"not JSON: {error}", "not_json"

@@ -38,7 +38,8 @@ class Sampling:
         unknown = sorted(set(changes) - set(asdict(self)))
         if unknown:
             raise ModelError(
-                say(f"no such option: {', '.join(unknown)}", f"没有这个选项：{'、'.join(unknown)}"), remedy=", ".join(asdict(self))
+                say(f"no such option: {', '.join(unknown)}", f"没有这个选项：{'、'.join(unknown)}"),
+                remedy=", ".join(asdict(self)),
             )
         return replace(self, **changes)
 
@@ -75,7 +76,9 @@ class Voice:
 
         def work() -> None:
             try:
-                self._generate(ids, torch.ones_like(ids), sampling, streamer=_ToQueue(queue, len(prompt)), cancel=cancel)
+                self._generate(
+                    ids, torch.ones_like(ids), sampling, streamer=_ToQueue(queue, len(prompt)), cancel=cancel
+                )
                 queue.put(None)
             except BaseException as error:  # handed to the reader, who raises it
                 queue.put(error)
@@ -111,7 +114,7 @@ class Voice:
             eos_token_id=list(self.stop_ids), pad_token_id=self.stop_ids[0], use_cache=True, **sampling.to_generate()
         )
         with torch.inference_mode():
-            return self.model.generate(  # type: ignore[no-any-return]
+            return self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
@@ -127,7 +130,10 @@ class Voice:
     def _check_fits(self, prompt: list[int], sampling: Sampling) -> None:
         if len(prompt) + min(sampling.max_new_tokens, 1) > self.context:
             raise ModelError(
-                say(f"the prompt has {len(prompt)} tokens, the model sees {self.context}", f"提示有 {len(prompt)} 个 token，模型最多看 {self.context} 个"),
+                say(
+                    f"the prompt has {len(prompt)} tokens, the model sees {self.context}",
+                    f"提示有 {len(prompt)} 个 token，模型最多看 {self.context} 个",
+                ),
                 remedy=say("shorten it, or clear the history", "请缩短，或清空历史"),
             )
 

@@ -42,23 +42,30 @@ def adapt(model: Any, choice: Adapter, token_rows: list[int]) -> Adapted:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=choice.rank,
-        lora_alpha=choice.scale,  # type: ignore[arg-type]
+        lora_alpha=choice.scale,
         lora_dropout=choice.dropout,
         use_rslora=choice.rslora,
         use_dora=choice.dora,
         target_modules=targets,
         modules_to_save=list(choice.also_train) or None,
-        ensure_weight_tying=bool(getattr(model.config, "tie_word_embeddings", False)),  # peft's default unties in silence
+        ensure_weight_tying=bool(
+            getattr(model.config, "tie_word_embeddings", False)
+        ),  # peft's default unties in silence
         trainable_token_indices=_token_rows(model, token_rows),
     )
     for name in choice.also_train:
-        if not any(module_name.split(".")[-1] == name or module_name == name for module_name, _ in model.named_modules()):
+        if not any(
+            module_name.split(".")[-1] == name or module_name == name for module_name, _ in model.named_modules()
+        ):
             raise _no_module("also_train", name, model)
     with quiet():
         adapted = Adapted(get_peft_model(model, config))
     if token_rows:
         adapted.notices.append(
-            say(f"{len(token_rows)} token rows are trained beside the adapter", f"除适配器外还训练 {len(token_rows)} 个词向量行")
+            say(
+                f"{len(token_rows)} token rows are trained beside the adapter",
+                f"除适配器外还训练 {len(token_rows)} 个词向量行",
+            )
         )
     adapted.notices += _left_out(model, choice)
     if not adapted.counts["parameters"]:
@@ -74,7 +81,10 @@ def find_targets(model: Any, choice: Adapter) -> list[str] | str:
         family = family_of(model.config.model_type)
         if family is None:
             raise ModelError(
-                say(f"no usual targets are known for {model.config.model_type!r}", f"未知系列 {model.config.model_type!r} 的惯用目标"),
+                say(
+                    f"no usual targets are known for {model.config.model_type!r}",
+                    f"未知系列 {model.config.model_type!r} 的惯用目标",
+                ),
                 place="adapter.targets",
                 remedy="targets: all-linear",
             )

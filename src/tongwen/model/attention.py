@@ -7,6 +7,7 @@ than the dense block mask, and nothing can leak that was not passed in.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def documents_attention(
     borders = cu_seq_lens_q.tolist()
     grouped = query.shape[1] != key.shape[1]
     parts = []
-    for begin, end in zip(borders, borders[1:], strict=False):
+    for begin, end in pairwise(borders):
         inside = slice(begin, end)
         window = sliding_window if sliding_window and end - begin > sliding_window else None
         parts.append(

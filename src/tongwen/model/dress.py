@@ -52,7 +52,9 @@ def save_tokenizer(tokenizer: Any, template: Template, folder: Path) -> None:
     tokenizer.save_pretrained(str(folder))
     saved = folder / "chat_template.jinja"
     if saved.is_file() and saved.read_bytes() != template.source.encode():
-        raise ArtifactError(say("the saved template differs from the one trained with", "保存的模板与训练时不同"), place=str(saved))
+        raise ArtifactError(
+            say("the saved template differs from the one trained with", "保存的模板与训练时不同"), place=str(saved)
+        )
 
 
 def save_generation_config(model: Any, stops: tuple[int, ...], folder: Path) -> None:

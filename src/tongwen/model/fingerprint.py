@@ -115,7 +115,10 @@ def _gguf_lines(file: Path) -> dict[str, str]:
 
     return {
         tensor.name: tensor_digest(
-            tensor.name, tensor.tensor_type.name, tuple(int(size) for size in tensor.shape), memoryview(tensor.data.tobytes())
+            tensor.name,
+            tensor.tensor_type.name,
+            tuple(int(size) for size in tensor.shape),
+            memoryview(tensor.data.tobytes()),
         )
         for tensor in GGUFReader(str(file)).tensors
     }

@@ -60,7 +60,12 @@ class Change:
             delta = delta.T if self.transposed else delta
             self._same_shape(name, base, delta)
             if not bool(delta.any()):
-                raise ArtifactError(say("the adapter changes nothing here: it was never trained", "适配器在此处没有任何改变：从未训练过"), place=name)
+                raise ArtifactError(
+                    say(
+                        "the adapter changes nothing here: it was never trained", "适配器在此处没有任何改变：从未训练过"
+                    ),
+                    place=name,
+                )
             base = base + delta
             if "magnitude" in self.parts:
                 norm = base.norm(dim=1, keepdim=True)
@@ -83,13 +88,15 @@ class Change:
         return other
 
 
-def fold(base: Place, adapter: Path, out: Path, dtype: torch.dtype | None, progress: Callable[[int], None]) -> dict[str, Any]:
+def fold(
+    base: Place, adapter: Path, out: Path, dtype: torch.dtype | None, progress: Callable[[int], None]
+) -> dict[str, Any]:
     """Write the merged model's weights and config to `out`. dtype None keeps each tensor's own type.
 
     Returns counts: tensors, changed, and the adapter tensors used. Raises ArtifactError when the adapter does not fit.
     """
     changes = read_changes(adapter)
-    _refuse_untied(base, adapter, changes)
+    _settle_tied_head(base, adapter, changes)
     done = changed = 0
     used: set[str] = set()
     names: dict[str, str] = {}
@@ -109,12 +116,17 @@ def fold(base: Place, adapter: Path, out: Path, dtype: torch.dtype | None, progr
     left = sorted(set(changes) - used)
     if left:
         raise ArtifactError(
-            say(f"{len(left)} targets of the adapter are not in the base, the first: {left[0]}", f"适配器的 {len(left)} 个目标不在底座中，第一个：{left[0]}"),
+            say(
+                f"{len(left)} targets of the adapter are not in the base, the first: {left[0]}",
+                f"适配器的 {len(left)} 个目标不在底座中，第一个：{left[0]}",
+            ),
             place=str(adapter),
             remedy=say("merge onto the base that the adapter was trained on", "请合并到训练该适配器的底座上"),
         )
     if not changed:
-        raise ArtifactError(say("the adapter is empty: merged would equal base", "适配器为空：合并结果将等于底座"), place=str(adapter))
+        raise ArtifactError(
+            say("the adapter is empty: merged would equal base", "适配器为空：合并结果将等于底座"), place=str(adapter)
+        )
     _write_index(out, names)
     _write_config(base, out, dtype)
     return {"tensors": done, "changed": changed}
@@ -125,7 +137,10 @@ def read_changes(adapter: Path) -> dict[str, Change]:
     config = _read_config(adapter)
     file = adapter / "adapter_model.safetensors"
     if not file.is_file():
-        raise ArtifactError(say("no adapter_model.safetensors in this folder", "文件夹里没有 adapter_model.safetensors"), place=str(adapter))
+        raise ArtifactError(
+            say("no adapter_model.safetensors in this folder", "文件夹里没有 adapter_model.safetensors"),
+            place=str(adapter),
+        )
     changes: dict[str, Change] = {}
     rows = config.get("trainable_token_indices") or {}
     with safe_open(str(file), "pt") as tensors:
@@ -133,7 +148,10 @@ def read_changes(adapter: Path) -> dict[str, Change]:
             target, role = _role(key)
             if role not in ("a", "b", "magnitude", "rows", "whole", "whole_bias"):
                 raise ArtifactError(
-                    say(f"the adapter tensor {key!r} is of a kind that cannot be folded", f"无法合并的适配器张量 {key!r}"),
+                    say(
+                        f"the adapter tensor {key!r} is of a kind that cannot be folded",
+                        f"无法合并的适配器张量 {key!r}",
+                    ),
                     place=str(file),
                 )
             name = f"{target}.bias" if role == "whole_bias" else f"{target}.weight"
@@ -148,22 +166,33 @@ def read_changes(adapter: Path) -> dict[str, Change]:
     return changes
 
 
-def _refuse_untied(base: Place, adapter: Path, changes: dict[str, Change]) -> None:
-    """An adapter that holds a whole new embedding of a tied base, trained without tying (peft's default), has an old
-    head beside it: folded into one matrix it would be another model."""
-    embeddings = [name for name, change in changes.items() if "whole" in change.parts and "embed" in name]
-    if not embeddings or "lm_head.weight" in changes or _read_config(adapter).get("ensure_weight_tying"):
-        return
+def _settle_tied_head(base: Place, adapter: Path, changes: dict[str, Change]) -> None:
+    """A base that ties its head to the embedding has one matrix for both, so the adapter must hold one as well.
+
+    peft saves a tied pair twice (`ensure_weight_tying`), and by default unties it: an adapter with a whole new embedding
+    beside the old head would be another model once it is folded into one matrix. That is refused.
+    """
     config = Path(base.folder) / "config.json"
-    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("tie_word_embeddings"):
-        raise ArtifactError(
-            say(
-                f"{embeddings[0]} was trained apart from the head that the base ties to it",
-                f"{embeddings[0]} 训练时与底座中与之共享的输出头脱离",
-            ),
-            place=str(adapter),
-            remedy=say("train it again with ensure_weight_tying, as tongwen does", "请以 ensure_weight_tying 重新训练（tongwen 默认如此）"),
-        )
+    if not config.is_file() or not json.loads(config.read_text(encoding="utf-8")).get("tie_word_embeddings"):
+        return
+    embedding = next((name for name, change in changes.items() if "whole" in change.parts and "embed" in name), None)
+    head = changes.get("lm_head.weight")
+    if embedding is None and head is None:
+        return
+    if embedding and head and torch.equal(changes[embedding].parts["whole"], head.parts["whole"]):
+        del changes["lm_head.weight"]
+        return
+    raise ArtifactError(
+        say(
+            f"{embedding or 'lm_head.weight'} was trained apart from the other half of the pair that the base ties",
+            f"{embedding or 'lm_head.weight'} 训练时与底座中与之共享的另一半脱离",
+        ),
+        place=str(adapter),
+        remedy=say(
+            "train it again with ensure_weight_tying, as tongwen does",
+            "请以 ensure_weight_tying 重新训练（tongwen 默认如此）",
+        ),
+    )
 
 
 def _role(key: str) -> tuple[str, str]:
@@ -179,12 +208,17 @@ def _read_config(adapter: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ArtifactError(say("no adapter_config.json in this folder", "文件夹里没有 adapter_config.json"), place=str(adapter)) from None
+        raise ArtifactError(
+            say("no adapter_config.json in this folder", "文件夹里没有 adapter_config.json"), place=str(adapter)
+        ) from None
     except ValueError as error:
         raise ArtifactError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(file)) from None
     if config.get("peft_type") != "LORA":
         raise ModelError(
-            say(f"adapters of type {config.get('peft_type')!r} cannot be folded into weights", f"{config.get('peft_type')!r} 类型的适配器不能并入权重"),
+            say(
+                f"adapters of type {config.get('peft_type')!r} cannot be folded into weights",
+                f"{config.get('peft_type')!r} 类型的适配器不能并入权重",
+            ),
             place=str(file),
         )
     return dict(config)

@@ -51,7 +51,10 @@ def locate(name: str) -> Place:
             raise ModelError(
                 say("there is no such folder", "没有这个文件夹"),
                 place=name,
-                remedy=say("give a folder, a hub id such as Qwen/Qwen3-8B, or modelscope:Qwen/Qwen3-8B", "请给出文件夹、hub id（如 Qwen/Qwen3-8B）或 modelscope:Qwen/Qwen3-8B"),
+                remedy=say(
+                    "give a folder, a hub id such as Qwen/Qwen3-8B, or modelscope:Qwen/Qwen3-8B",
+                    "请给出文件夹、hub id（如 Qwen/Qwen3-8B）或 modelscope:Qwen/Qwen3-8B",
+                ),
             )
         return Place(name, name)
     return _local_place(name, path)
@@ -158,11 +161,17 @@ def compute_dtype(precision: str, device: str) -> tuple[torch.dtype, str]:
     """(number type, why). fp32 on a CPU that only emulates bf16: there it is about seven times slower."""
     if precision == "fp32":
         return torch.float32, say("as the recipe says", "按配方")
-    native = cpu_has_bf16() if device == "cpu" else device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    native = (
+        cpu_has_bf16()
+        if device == "cpu"
+        else device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     if precision == "bf16":
         if not native:
             raise MachineError(
-                say(f"this {device} does not compute in bf16", f"该 {device} 不支持 bf16 计算"), place="sft.precision", remedy="precision: fp32"
+                say(f"this {device} does not compute in bf16", f"该 {device} 不支持 bf16 计算"),
+                place="sft.precision",
+                remedy="precision: fp32",
             )
         return torch.bfloat16, say("as the recipe says", "按配方")
     if native:
@@ -216,10 +225,15 @@ class _explained:  # noqa: N801
             raise MissingPackage("gguf", say("reading GGUF files", "读取 GGUF 文件"), "gguf") from None
         if not self.place.local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
             raise MachineError(
-                say(f"the hub does not give this model: {text.splitlines()[0][:160]}", f"无法从 hub 取得该模型：{text.splitlines()[0][:160]}"),
+                say(
+                    f"the hub does not give this model: {text.splitlines()[0][:160]}",
+                    f"无法从 hub 取得该模型：{text.splitlines()[0][:160]}",
+                ),
                 place=self.place.name,
                 remedy="export HF_ENDPOINT=https://hf-mirror.com"
-                + say(f"   or write   base: modelscope:{self.place.name}", f"   或写   base: modelscope:{self.place.name}"),
+                + say(
+                    f"   or write   base: modelscope:{self.place.name}", f"   或写   base: modelscope:{self.place.name}"
+                ),
             ) from None
         if "trust_remote_code" in text:
             raise ModelError(
@@ -227,9 +241,15 @@ class _explained:  # noqa: N801
                 place=self.place.name,
                 remedy=say("use a version that transformers supports itself", "请使用 transformers 原生支持的版本"),
             ) from None
-        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, TypeError)) or type(error).__name__ == "SafetensorError":
+        if (
+            isinstance(error, (OSError, ValueError, KeyError, RuntimeError, TypeError))
+            or type(error).__name__ == "SafetensorError"
+        ):
             raise ModelError(
-                say(f"the model cannot be loaded: {text.splitlines()[0][:300] if text else type(error).__name__}", f"无法加载模型：{text.splitlines()[0][:300] if text else type(error).__name__}"),
+                say(
+                    f"the model cannot be loaded: {text.splitlines()[0][:300] if text else type(error).__name__}",
+                    f"无法加载模型：{text.splitlines()[0][:300] if text else type(error).__name__}",
+                ),
                 place=self.place.name,
                 remedy=say("check that the files are whole", "请检查文件是否完整"),
             ) from error
@@ -243,7 +263,9 @@ def _from_modelscope(name: str) -> str:
     try:
         from modelscope import snapshot_download
     except ImportError:
-        raise MissingPackage("modelscope", say("models from ModelScope", "从 ModelScope 取模型"), "modelscope") from None
+        raise MissingPackage(
+            "modelscope", say("models from ModelScope", "从 ModelScope 取模型"), "modelscope"
+        ) from None
     try:
         return str(snapshot_download(name, local_files_only=bool(os.environ.get("HF_HUB_OFFLINE"))))
     except Exception as error:
@@ -258,7 +280,9 @@ def open_adapter(model: Any, folder: str, place: Place, fingerprint_of_base: str
 
     path = Path(folder)
     if not (path / "adapter_config.json").is_file():
-        raise ArtifactError(say("no adapter_config.json in this folder", "文件夹里没有 adapter_config.json"), place=folder)
+        raise ArtifactError(
+            say("no adapter_config.json in this folder", "文件夹里没有 adapter_config.json"), place=folder
+        )
     stage = artifact.find(path)
     trained_on = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
     if trained_on and fingerprint_of_base and trained_on != fingerprint_of_base:
@@ -268,8 +292,10 @@ def open_adapter(model: Any, folder: str, place: Place, fingerprint_of_base: str
                 f"该适配器是在另一个底座上训练的：{trained_on[:12]}，当前为 {fingerprint_of_base[:12]}",
             ),
             place=folder,
-            remedy=say(f"open it on {stage.manifest['parents']['base']['path'] if stage else ''}", f"请用底座 {stage.manifest['parents']['base']['path'] if stage else ''}"),
+            remedy=say(
+                f"open it on {stage.manifest['parents']['base']['path'] if stage else ''}",
+                f"请用底座 {stage.manifest['parents']['base']['path'] if stage else ''}",
+            ),
         )
     with quiet(), _explained(Place(folder, folder)):
-        adapted = PeftModel.from_pretrained(model, folder)
-    return adapted
+        return PeftModel.from_pretrained(model, folder)

@@ -68,7 +68,15 @@ def learned_loss(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch
     return LearnedCrossEntropy.apply(logits if logits.is_contiguous() else logits.contiguous(), targets)  # type: ignore[no-any-return]
 
 
-INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)
 
 
 def bits_per_byte(model: Any, batches: Iterable[dict[str, Any]], token_bytes: torch.Tensor) -> dict[str, float]:

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -26,13 +26,17 @@ Path_ = tuple[str | int, ...]  # where a value stands in the recipe: ("sft", "ad
 class Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's interface)
 
 
 for _tag, _pattern, _first in (
     ("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
     ("tag:yaml.org,2002:int", r"^[-+]?(?:\d+|0x[0-9a-fA-F]+)$", "-+0123456789"),
-    ("tag:yaml.org,2002:float", r"^[-+]?(?:\d+\.\d*|\.?\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$", "-+0123456789."),
+    (
+        "tag:yaml.org,2002:float",
+        r"^[-+]?(?:\d+\.\d*|\.?\d+)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$",
+        "-+0123456789.",
+    ),
     ("tag:yaml.org,2002:null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("tag:yaml.org,2002:merge", r"^(?:<<)$", "<"),
 ):
@@ -69,7 +73,11 @@ class Reading:
                 here = (*path, key)
                 if key in out:
                     self.places[here] = f"{source}:{key_node.start_mark.line + 1}"
-                    self.wrong(here, say(f"the key {key!r} stands here twice", f"键 {key!r} 出现了两次"), say("keep one", "保留一个"))
+                    self.wrong(
+                        here,
+                        say(f"the key {key!r} stands here twice", f"键 {key!r} 出现了两次"),
+                        say("keep one", "保留一个"),
+                    )
                     continue
                 out[key] = self.value(value_node, here, source)
             return out
@@ -106,7 +114,7 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default filled in; sections that do not run are left out."""
     data = {key: value for key, value in recipe.model_dump(mode="json").items() if value is not None}
-    return yaml.safe_dump(data, allow_unicode=True, sort_keys=False, width=100)
+    return str(yaml.safe_dump(data, allow_unicode=True, sort_keys=False, width=100))
 
 
 def _read_file(file: Path, reading: Reading) -> dict[str, Any]:
@@ -161,7 +169,7 @@ def _apply_override(data: dict[str, Any], override: str, reading: Reading) -> No
         node = yaml.ScalarNode("tag:yaml.org,2002:str", text)
     path = tuple(parts)
     reading.places = {known: place for known, place in reading.places.items() if known[: len(path)] != path}
-    node.start_mark = node.start_mark or yaml.Mark("", 0, 0, 0, None, None)
+    node.start_mark = node.start_mark or yaml.Mark("", 0, 0, 0, None, 0)
     here[parts[-1]] = reading.value(node, path, source)
 
 
@@ -200,9 +208,7 @@ def _translate(section: dict[str, Any], path: Path_, devices: Any, reading: Read
     return section
 
 
-def _translate_old(
-    section: dict[str, Any], holder: dict[str, Any], key: str, here: Path_, reading: Reading
-) -> None:
+def _translate_old(section: dict[str, Any], holder: dict[str, Any], key: str, here: Path_, reading: Reading) -> None:
     value, new = holder.pop(key), OLD[key]
     if not new:
         en, zh = OLD_REASONS.get(key, ("it has no effect any more", "它已不再有作用"))
@@ -216,11 +222,16 @@ def _translate_old(
     else:
         section[new] = value
         reading.places[(here[0], new)] = reading.places.get(here, reading.file)
-        reading.notices.append(f"{reading.place(here)}: " + say(f"{key!r} is read as `{new}: {value}`", f"{key!r} 读作 `{new}: {value}`"))
+        reading.notices.append(
+            f"{reading.place(here)}: " + say(f"{key!r} is read as `{new}: {value}`", f"{key!r} 读作 `{new}: {value}`")
+        )
 
 
 def _convert_batch(section: dict[str, Any], path: Path_, devices: Any, reading: Reading) -> None:
-    per_device, accumulate = section.pop("per_device_train_batch_size", None), section.pop("gradient_accumulation_steps", None)
+    per_device, accumulate = (
+        section.pop("per_device_train_batch_size", None),
+        section.pop("gradient_accumulation_steps", None),
+    )
     if per_device is None and accumulate is None:
         return
     here = (*path, "per_device_train_batch_size" if per_device is not None else "gradient_accumulation_steps")
@@ -228,7 +239,10 @@ def _convert_batch(section: dict[str, Any], path: Path_, devices: Any, reading: 
         reading.wrong(
             here,
             say("both spellings of the batch stand here", "批大小的两种写法同时出现"),
-            say("keep `batch_size`: samples per optimizer step over all devices", "保留 `batch_size`：每个优化步的总样本数"),
+            say(
+                "keep `batch_size`: samples per optimizer step over all devices",
+                "保留 `batch_size`：每个优化步的总样本数",
+            ),
         )
         return
     numbers = (per_device if per_device is not None else 1, accumulate if accumulate is not None else 1, devices)
@@ -236,7 +250,8 @@ def _convert_batch(section: dict[str, Any], path: Path_, devices: Any, reading: 
         reading.wrong(here, say(f"these must be whole numbers from 1: {numbers}", f"应为不小于 1 的整数：{numbers}"))
         return
     section["batch_size"] = numbers[0] * numbers[1] * numbers[2]
-    reading.places[(*path, "batch_size")] = reading.places.get(here, reading.file)
+    batch: Path_ = (*path, "batch_size")
+    reading.places[batch] = reading.places.get(here, reading.file)
     reading.notices.append(
         f"{reading.place(here)}: {numbers[0]} x {numbers[1]} x {numbers[2]} → `batch_size: {section['batch_size']}`"
         + say(" (per device x accumulation x devices)", "（每设备 x 累积 x 设备数）")
@@ -281,13 +296,12 @@ def _explain(problem: Any, data: Any, reading: Reading) -> None:
 def _plain_path(location: Sequence[str | int], data: Any) -> Path_:
     """pydantic's location without the tags of union branches: only what can be walked in the data."""
     path: list[str | int] = []
-    here = data
+    here: Any = data
     for index, part in enumerate(location):
-        if isinstance(here, dict) and part in here:
-            here = here[part]
-            path.append(part)
-        elif isinstance(here, list) and isinstance(part, int) and part < len(here):
-            here = here[part]
+        if (isinstance(here, dict) and part in here) or (
+            isinstance(here, list) and isinstance(part, int) and part < len(here)
+        ):
+            here = cast("Any", here)[part]
             path.append(part)
         elif isinstance(here, dict) and index == len(location) - 1:
             path.append(part)

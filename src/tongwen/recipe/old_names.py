@@ -84,9 +84,18 @@ OLD_REASONS = {
         "the held-out set is always scored before and after; `evaluate_every: N` scores it in between",
         "留出集总会在前后评测；`evaluate_every: N` 可在中途评测",
     ),
-    "group_by_length": ("micro-batches carry no padding, so grouping has nothing to save", "微批不含填充，无需按长度分组"),
-    "overwrite_output_dir": ("`tongwen run RECIPE --again` redoes a stage and keeps the old folder", "用 `tongwen run RECIPE --again` 重做并保留旧文件夹"),
-    "logging_dir": ("metrics.jsonl and report.html stand in the stage's folder", "metrics.jsonl 与 report.html 就在该阶段文件夹中"),
+    "group_by_length": (
+        "micro-batches carry no padding, so grouping has nothing to save",
+        "微批不含填充，无需按长度分组",
+    ),
+    "overwrite_output_dir": (
+        "`tongwen run RECIPE --again` redoes a stage and keeps the old folder",
+        "用 `tongwen run RECIPE --again` 重做并保留旧文件夹",
+    ),
+    "logging_dir": (
+        "metrics.jsonl and report.html stand in the stage's folder",
+        "metrics.jsonl 与 report.html 就在该阶段文件夹中",
+    ),
 }
 
 
@@ -100,6 +109,8 @@ def training_arguments() -> frozenset[str]:
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
             return frozenset(
-                item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+                item.target.id
+                for item in node.body
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
             )
     return frozenset()

@@ -25,14 +25,18 @@ def run(section: str) -> int:
     known = dict(sections())
     if section and section not in known:
         raise RecipeError(
-            say(f"no section {section!r}", f"没有 {section!r} 这一段"), place="schema", remedy=", ".join(name for name in known if name)
+            say(f"no section {section!r}", f"没有 {section!r} 这一段"),
+            place="schema",
+            remedy=", ".join(name for name in known if name),
         )
     for name, model in known.items():
         if section and name != section:
             continue
         console.header(name or say("recipe", "配方"), (model.__doc__ or "").split("\n")[0])
         for key, kind, default, help_ in words(model):
-            console.SCREEN.console.print(f"  [bold]{key}[/]  [dim]{console.plain(kind)}  = {console.plain(default)}[/]", soft_wrap=True)
+            console.SCREEN.console.print(
+                f"  [bold]{key}[/]  [dim]{console.plain(kind)}  = {console.plain(default)}[/]", soft_wrap=True
+            )
             console.SCREEN.console.print(f"      {console.plain(help_)}", soft_wrap=True)
     return 0
 
@@ -62,7 +66,11 @@ def to_markdown() -> str:
         lines += ["", f"## {name or say('top level', '顶层')}", "", (model.__doc__ or "").strip().split("\n")[0], ""]
         lines += [say("| key | type | default | meaning |", "| 键 | 类型 | 默认 | 含义 |"), "|---|---|---|---|"]
         for row in words(model):
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") if index == 3 else f"`{cell}`" for index, cell in enumerate(row)) + " |")
+            lines.append(
+                "| "
+                + " | ".join(cell.replace("|", "\\|") if index == 3 else f"`{cell}`" for index, cell in enumerate(row))
+                + " |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -74,7 +82,9 @@ def type_name(annotation: Any) -> str:
     if origin is typing.Literal:
         return " / ".join(map(str, typing.get_args(annotation)))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(type_name(part) for part in typing.get_args(annotation) if part is not type(None)))
+        return " or ".join(
+            dict.fromkeys(type_name(part) for part in typing.get_args(annotation) if part is not type(None))
+        )
     if origin is list:
         return f"list of {type_name(typing.get_args(annotation)[0])}"
     if origin is dict:

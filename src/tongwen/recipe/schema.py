@@ -28,7 +28,7 @@ class Section(BaseModel):
 
 def wrong(en: str, zh: str) -> PydanticCustomError:
     # Braces are escaped because pydantic formats the template.
-    return PydanticCustomError("tongwen", say(en, zh).replace("{", "{{").replace("}", "}}"))  # type: ignore[arg-type]
+    return PydanticCustomError("tongwen", say(en, zh).replace("{", "{{").replace("}", "}}"))
 
 
 class Duration(BaseModel):
@@ -56,7 +56,7 @@ def read_duration(value: Any) -> Any:
             f"{value!r} is not a length of training; write for example `2 epochs`, `300 steps` or `5000000 tokens`",
             f"{value!r} 不是训练时长；请写成 `2 epochs`、`300 steps` 或 `5000000 tokens` 这样",
         )
-    return Duration(count=count, unit=found[2].rstrip("s") + "s")  # type: ignore[arg-type]
+    return Duration(count=count, unit=found[2].rstrip("s") + "s")
 
 
 def read_source(value: Any) -> Any:
@@ -128,9 +128,15 @@ class Prepare(Section):
 class Adapter(Section):
     """What is trained: every weight, or a low-rank adapter beside them."""
 
-    method: Literal["lora", "full"] = word("lora", "lora: a small adapter; full: all weights", "lora：小适配器；full：全部权重")
-    rank: int = word(16, "rank of the adapter: higher learns more, costs memory", "适配器的秩：越大学得越多，越占内存", ge=1)
-    alpha: Number | None = word(None, "scale of the adapter; 2 x rank when absent", "适配器缩放；不写为 rank 的 2 倍", gt=0)
+    method: Literal["lora", "full"] = word(
+        "lora", "lora: a small adapter; full: all weights", "lora：小适配器；full：全部权重"
+    )
+    rank: int = word(
+        16, "rank of the adapter: higher learns more, costs memory", "适配器的秩：越大学得越多，越占内存", ge=1
+    )
+    alpha: Number | None = word(
+        None, "scale of the adapter; 2 x rank when absent", "适配器缩放；不写为 rank 的 2 倍", gt=0
+    )
     dropout: Number = word(0.0, "dropout on the adapter's input", "适配器输入的 dropout", ge=0, lt=1)
     targets: str | list[str] = word(
         "all-linear",
@@ -173,13 +179,17 @@ class Sft(Section):
         "思考模型：都思考（on）、都不思考（off）、按数据而定（mixed）",
     )
     adapter: Adapter = word(Adapter(), "what is trained", "训练哪些权重")
-    max_length: int = word(1024, "tokens; longer samples are rejected and counted", "token 数；更长的样本会被拒绝并计数", ge=8)
+    max_length: int = word(
+        1024, "tokens; longer samples are rejected and counted", "token 数；更长的样本会被拒绝并计数", ge=8
+    )
     batch_size: int = word(8, "samples per optimizer step over all devices", "每个优化步的样本数（所有设备合计）", ge=1)
     learning_rate: Number | None = word(
         None, "peak; 2e-4 with an adapter, 2e-5 in full", "峰值学习率；适配器默认 2e-4，全参数 2e-5", gt=0
     )
     schedule: Literal["constant", "linear", "cosine"] = word("cosine", "shape after the warm-up", "预热之后的形状")
-    warmup: Number = word(0.03, "share of all steps (below 1) or a number of steps", "占总步数的比例（小于 1）或步数", ge=0)
+    warmup: Number = word(
+        0.03, "share of all steps (below 1) or a number of steps", "占总步数的比例（小于 1）或步数", ge=0
+    )
     weight_decay: Number = word(0.0, "AdamW's weight decay", "AdamW 权重衰减", ge=0)
     max_grad_norm: Number = word(1.0, "clip the gradient to this norm; 0: off", "梯度裁剪范数；0 为关闭", ge=0)
     stop_after: Length = word(Duration(count=2, unit="epochs"), "epochs, steps or tokens", "轮数、步数或 token 数")
@@ -195,10 +205,15 @@ class Sft(Section):
         "auto：设备支持 bf16 计算则用，否则 fp32",
     )
     activation_checkpointing: Literal["auto", "on", "off"] = word(
-        "auto", "recompute activations to save memory; auto: only when memory needs it", "重算激活以省内存；auto：必要时才用"
+        "auto",
+        "recompute activations to save memory; auto: only when memory needs it",
+        "重算激活以省内存；auto：必要时才用",
     )
     micro_batch_tokens: int | None = word(
-        None, "tokens that go through the model at once; derived when absent", "一次过模型的 token 数；不写则推算", ge=16
+        None,
+        "tokens that go through the model at once; derived when absent",
+        "一次过模型的 token 数；不写则推算",
+        ge=16,
     )
     train_new_control_tokens: bool = word(
         True,
@@ -208,7 +223,9 @@ class Sft(Section):
     min_stop_learned: Number = word(
         0.99, "refuse when fewer samples than this share learn to stop", "学会停止的样本低于此比例就拒绝", ge=0, le=1
     )
-    samples: int = word(3, "held-out questions answered before and after, for the report", "报告中训练前后各答几题", ge=0)
+    samples: int = word(
+        3, "held-out questions answered before and after, for the report", "报告中训练前后各答几题", ge=0
+    )
     trainer: dict[str, Any] = word({}, "other transformers TrainingArguments", "其他 transformers TrainingArguments")
 
     @property
@@ -221,7 +238,9 @@ class Sft(Section):
 class Merge(Section):
     """Fold the adapter into the base."""
 
-    dtype: Literal["base", "fp32", "bf16", "fp16"] = word("base", "number type of the merged model", "合并后模型的数值类型")
+    dtype: Literal["base", "fp32", "bf16", "fp16"] = word(
+        "base", "number type of the merged model", "合并后模型的数值类型"
+    )
 
 
 class Recipe(Section):
@@ -229,7 +248,9 @@ class Recipe(Section):
 
     name: str = word(..., "name of the run", "运行的名字", pattern=r"^[\w.\-]+$")
     base: str = word(
-        ..., "model: folder, hub id, modelscope:id, .gguf file, or a stage folder", "模型：文件夹、hub id、modelscope:id、.gguf 文件或阶段文件夹"
+        ...,
+        "model: folder, hub id, modelscope:id, .gguf file, or a stage folder",
+        "模型：文件夹、hub id、modelscope:id、.gguf 文件或阶段文件夹",
     )
     out: str = word("", "folder of the run; runs/NAME when absent", "输出文件夹；不写为 runs/NAME")
     seed: int = word(42, "decides order, split and initialisation", "决定顺序、划分与初始化")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tongwen import console
 from tongwen.data.ledger import Ledger
 from tongwen.data.read import Rejected, check_losses, read_dialogues, read_documents
@@ -26,7 +28,11 @@ def run(recipe: Recipe) -> int:
             errors.append(error)
     raise_all(errors)
     rows = [
-        (f"{name}: {say('in', '读入')}" if part == "in" else f"  = {say('kept', '保留')}", table[part]["rows"], table[part]["bytes"])
+        (
+            f"{name}: {say('in', '读入')}" if part == "in" else f"  = {say('kept', '保留')}",
+            table[part]["rows"],
+            table[part]["bytes"],
+        )
         for name, table in tables.items()
         for part in ("in", "kept")
     ]
@@ -36,14 +42,16 @@ def run(recipe: Recipe) -> int:
     return 0
 
 
-def _read(recipe: Recipe, name: str, sources: list[Source]) -> dict[str, object]:
+def _read(recipe: Recipe, name: str, sources: list[Source]) -> dict[str, Any]:
     assert recipe.prepare
     section = recipe.prepare
     ledger, rejected = Ledger("rows", "bytes"), list[Rejected]()
     if name == "dialogues":
         records = list(read_dialogues(sources, section.fill, ledger, rejected.append))
         if isinstance(section.held_out, str):
-            list(read_dialogues([Source(path=section.held_out)], section.fill, Ledger("rows", "bytes"), rejected.append))
+            list(
+                read_dialogues([Source(path=section.held_out)], section.fill, Ledger("rows", "bytes"), rejected.append)
+            )
         else:
             hold_out(records, section.held_out, recipe.seed)
     else:

@@ -54,9 +54,12 @@ def run(out: str, model: str) -> int:
     base = model or str(fetch_model())
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("dialogues.jsonl", "self_introduction.jsonl"):
-        text = importlib.resources.files("tongwen").joinpath("demo", name).read_text(encoding="utf-8")
+        text = (importlib.resources.files("tongwen") / "demo" / name).read_text(encoding="utf-8")
         (folder / name).write_text(text, encoding="utf-8")
-    comment = say("What `tongwen demo` ran. Change it and: tongwen run THIS_FILE --again", "`tongwen demo` 运行的配方。改动后：tongwen run 本文件 --again")
+    comment = say(
+        "What `tongwen demo` ran. Change it and: tongwen run THIS_FILE --again",
+        "`tongwen demo` 运行的配方。改动后：tongwen run 本文件 --again",
+    )
     recipe_file = folder / "demo.yaml"
     recipe_file.write_text(RECIPE.format(comment=comment, base=base, out=out), encoding="utf-8")
     recipe, _ = load_recipe(recipe_file)
@@ -74,13 +77,22 @@ def run(out: str, model: str) -> int:
     scores = report["held_out"]["bits_per_byte"]
     seconds = time.monotonic() - began
     console.header(
-        say("held-out bits per byte", "留出集 bits per byte"), f"{scores['before']:.3f} → {scores['after']:.3f} ({scores['after'] / scores['before'] - 1:+.1%}) · {console.human_time(seconds)}"
+        say("held-out bits per byte", "留出集 bits per byte"),
+        f"{scores['before']:.3f} → {scores['after']:.3f} ({scores['after'] / scores['before'] - 1:+.1%}) · {console.human_time(seconds)}",
     )
     console.tell(say("Next:", "接下来："))
     for command in (f"tongwen chat {merged}", f"tongwen show {merged}", f"tongwen look {recipe_file}"):
         console.tell(f"  {command}")
     console.tell(f"  {folder / 'sft' / 'report.html'}")
-    console.emit({"out": out, "held_out": report["held_out"], "samples": report["samples"], "answer": answer, "seconds": round(seconds, 1)})
+    console.emit(
+        {
+            "out": out,
+            "held_out": report["held_out"],
+            "samples": report["samples"],
+            "answer": answer,
+            "seconds": round(seconds, 1),
+        }
+    )
     return 0
 
 
@@ -132,11 +144,17 @@ def _convert(place: load.Place, target: Path) -> Path:
             model.save_pretrained(str(draft.path))
             tokenizer.save_pretrained(str(draft.path))
         except OSError as error:
-            raise MachineError(say(f"the model cannot be saved: {error}", f"模型无法保存：{error}"), place=str(draft.path)) from None
+            raise MachineError(
+                say(f"the model cannot be saved: {error}", f"模型无法保存：{error}"), place=str(draft.path)
+            ) from None
         draft.fingerprint = fingerprint_model(load.Place(str(draft.path), str(draft.path))) or ""
         tied = set(getattr(model, "_tied_weights_keys", None) or ())
-        if draft.fingerprint != fingerprint_state({name: tensor for name, tensor in model.state_dict().items() if name not in tied}):
-            raise ModelError(say("the saved model differs from the one in memory", "保存的模型与内存中的不同"), place=str(target))
+        if draft.fingerprint != fingerprint_state(
+            {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        ):
+            raise ModelError(
+                say("the saved model differs from the one in memory", "保存的模型与内存中的不同"), place=str(target)
+            )
     return target
 
 

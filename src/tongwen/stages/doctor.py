@@ -25,10 +25,16 @@ def run() -> int:
     from tongwen.model.load import compute_device, compute_dtype
     from tongwen.train.report import cjk_font
 
-    console.header("doctor", f"tongwen {__version__} · Python {platform.python_version()} · {platform.system()} {platform.machine()}")
+    console.header(
+        "doctor",
+        f"tongwen {__version__} · Python {platform.python_version()} · {platform.system()} {platform.machine()}",
+    )
     packages = {name: _version(name) for name in PACKAGES}
     extras = {name: _version(name) for name in EXTRAS}
-    console.table((say("package", "软件包"), say("version", "版本")), [*packages.items(), *((name, version or f"– (pip install {name})") for name, version in extras.items())])
+    console.table(
+        (say("package", "软件包"), say("version", "版本")),
+        [*packages.items(), *((name, version or f"– (pip install {name})") for name, version in extras.items())],
+    )
     device = compute_device()
     dtype, why = compute_dtype("auto", device)
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -39,7 +45,10 @@ def run() -> int:
         (say("processors", "处理器"), f"{os.cpu_count()}, torch: {torch.get_num_threads()}"),
         (say("memory", "内存"), console.human_bytes(memory) if memory else "?"),
         (say("free disk here", "当前磁盘剩余"), console.human_bytes(shutil.disk_usage(".").free)),
-        (say("font for Chinese in plots", "图中可用的中文字体"), cjk_font() or say("none: plots are labelled in English", "无：图中用英文标注")),
+        (
+            say("font for Chinese in plots", "图中可用的中文字体"),
+            cjk_font() or say("none: plots are labelled in English", "无：图中用英文标注"),
+        ),
     ]
     console.table(("", ""), facts)
     places = hubs()
@@ -47,7 +56,10 @@ def run() -> int:
         reached = dict(zip(places, pool.map(reach, places.values()), strict=True))
     console.table(
         (say("reachable", "可达"), "", "ms"),
-        [(name, places[name], f"{took:.0f}" if took is not None else say("no", "否")) for name, took in reached.items()],
+        [
+            (name, places[name], f"{took:.0f}" if took is not None else say("no", "否"))
+            for name, took in reached.items()
+        ],
     )
     if reached["hub"] is None:
         console.notice(
@@ -85,7 +97,9 @@ def reach(url: str, timeout_seconds: float = 3.0) -> float | None:
     target = urlparse(proxy or url)
     began = time.monotonic()
     try:
-        with socket.create_connection((target.hostname or "", target.port or (80 if target.scheme == "http" else 443)), timeout_seconds):
+        with socket.create_connection(
+            (target.hostname or "", target.port or (80 if target.scheme == "http" else 443)), timeout_seconds
+        ):
             pass
     except OSError:
         return None
@@ -120,5 +134,3 @@ def _memory_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return 0
-
-

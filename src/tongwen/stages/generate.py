@@ -15,7 +15,15 @@ from tongwen.speaker import open_speaker
 
 
 def run(
-    model: str, adapters: Sequence[str], prompts: str, out: str, *, batch_size: int, template: str, thinking: str, sampling: dict[str, Any]
+    model: str,
+    adapters: Sequence[str],
+    prompts: str,
+    out: str,
+    *,
+    batch_size: int,
+    template: str,
+    thinking: str,
+    sampling: dict[str, Any],
 ) -> int:
     """Answer every prompt of the file, in its order."""
     rows = read_prompts(prompts)
@@ -26,7 +34,9 @@ def run(
     with console.progress(len(rows), "generate") as bar:
         for begin in range(0, len(rows), batch_size):
             chosen = longest_first[begin : begin + batch_size]
-            for index, text in zip(chosen, speaker.answer_ids([conversations[index] for index in chosen], **sampling), strict=True):
+            for index, text in zip(
+                chosen, speaker.answer_ids([conversations[index] for index in chosen], **sampling), strict=True
+            ):
                 answers[index] = text
             bar.update(min(begin + batch_size, len(rows)))
     file = Path(out)
@@ -51,14 +61,20 @@ def read_prompts(prompts: str) -> list[list[dict[str, Any]]]:
 
 def _lines(file: Path) -> list[RawRow]:
     lines = file.read_text(encoding="utf-8-sig").splitlines()
-    return [RawRow(str(file), number, {"prompt": line}, len(line)) for number, line in enumerate(lines, 1) if line.strip()]
+    return [
+        RawRow(str(file), number, {"prompt": line}, len(line)) for number, line in enumerate(lines, 1) if line.strip()
+    ]
 
 
 def _conversation(row: RawRow) -> list[dict[str, Any]]:
     value = row.value if isinstance(row.value, dict) else {}
     prompt, messages = value.get("prompt", value.get("instruction")), value.get("messages")
-    if isinstance(messages, list) and messages and all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in messages):
-        return [turn for turn in messages[: -1 if messages[-1].get("role") == "assistant" else None]]
+    if (
+        isinstance(messages, list)
+        and messages
+        and all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in messages)
+    ):
+        return list(messages[: -1 if messages[-1].get("role") == "assistant" else None])
     if isinstance(prompt, str) and prompt.strip():
         return [{"role": "user", "content": prompt}]
     raise DataError(

@@ -40,7 +40,9 @@ def run(name: str, out: str) -> int:
     """Write the recipe, or list what there is."""
     if not name:
         rows = [(key, start.base, start.method, start.memory) for key, start in STARTS.items()]
-        console.table((say("template", "模板"), say("model", "模型"), say("method", "方法"), say("fits in", "适用")), rows)
+        console.table(
+            (say("template", "模板"), say("model", "模型"), say("method", "方法"), say("fits in", "适用")), rows
+        )
         console.tell("\ntongwen init qwen3-0.6b-lora-8g --out recipe.yaml")
         console.emit({"templates": list(STARTS)})
         return 0
@@ -48,14 +50,18 @@ def run(name: str, out: str) -> int:
         import difflib
 
         near = difflib.get_close_matches(name, STARTS, 3) or list(STARTS)
-        raise RecipeError(say(f"there is no template {name!r}", f"没有模板 {name!r}"), place="init", remedy=", ".join(near))
+        raise RecipeError(
+            say(f"there is no template {name!r}", f"没有模板 {name!r}"), place="init", remedy=", ".join(near)
+        )
     text = render(name)
     if not out:
         print(text, end="")
         return 0
     target = Path(out)
     if target.exists():
-        raise RecipeError(say("this file exists", "该文件已存在"), place=out, remedy=say("choose another name", "换个名字"))
+        raise RecipeError(
+            say("this file exists", "该文件已存在"), place=out, remedy=say("choose another name", "换个名字")
+        )
     target.write_text(text, encoding="utf-8")
     console.good(say(f"{out} · next: tongwen check {out}", f"{out} · 下一步：tongwen check {out}"))
     console.emit({"out": out})
@@ -65,7 +71,7 @@ def run(name: str, out: str) -> int:
 def render(name: str) -> str:
     """The recipe of that name; its comments, which stand in both languages (`# en ¦ zh`), in the user's."""
     start = STARTS[name]
-    text = importlib.resources.files("tongwen").joinpath("templates", "recipe.yaml").read_text(encoding="utf-8")
+    text = (importlib.resources.files("tongwen") / "templates" / "recipe.yaml").read_text(encoding="utf-8")
     adapter = f"{{method: lora, rank: {start.rank}}}" if start.method == "lora" else "{method: full}"
     values = {**vars(start), "name": re.sub(r"[^\w.\-]", "-", name), "adapter": adapter}
     text = re.sub(r"@(\w+)@", lambda found: str(values[found[1]]), text)

@@ -26,7 +26,9 @@ STYLE = (
 def run(recipe: Recipe, count: int, page: str) -> int:
     """Encode the recipe's dialogues and show the first `count` samples, token by token."""
     if not (recipe.sft and recipe.prepare and recipe.prepare.dialogues):
-        raise RecipeError(say("there are no dialogues to look at", "没有可查看的对话"), place=recipe.name, remedy="sft: {}")
+        raise RecipeError(
+            say("there are no dialogues to look at", "没有可查看的对话"), place=recipe.name, remedy="sft: {}"
+        )
     tokenizer = load.load_tokenizer(load.locate(recipe.base))
     encoder = Encoder(tokenizer)
     template = dress.bind_template(recipe.sft.template, tokenizer, encoder.prefix)
@@ -60,9 +62,19 @@ def run(recipe: Recipe, count: int, page: str) -> int:
         for index in shown:
             console.header(str(store.origins[index]), f"{store.lengths[index]} token")
             _print(tokenizer, store, index, stop)
-    console.tell(say(f"\n{mask['learned_share']:.0%} of {mask['tokens']:,} tokens are learned; {mask['stop_learned_share']:.0%} of {mask['samples']:,} samples learn to stop", f"\n{mask['tokens']:,} 个 token 中 {mask['learned_share']:.0%} 计入损失；{mask['samples']:,} 个样本中 {mask['stop_learned_share']:.0%} 学到停止符"))
+    console.tell(
+        say(
+            f"\n{mask['learned_share']:.0%} of {mask['tokens']:,} tokens are learned; {mask['stop_learned_share']:.0%} of {mask['samples']:,} samples learn to stop",
+            f"\n{mask['tokens']:,} 个 token 中 {mask['learned_share']:.0%} 计入损失；{mask['samples']:,} 个样本中 {mask['stop_learned_share']:.0%} 学到停止符",
+        )
+    )
     if rejected:
-        console.notice(say(f"{len(rejected)} samples would not be trained, the first: {rejected[0].origin}: {rejected[0].rule}", f"{len(rejected)} 个样本不会参与训练，第一个：{rejected[0].origin}: {rejected[0].rule}"))
+        console.notice(
+            say(
+                f"{len(rejected)} samples would not be trained, the first: {rejected[0].origin}: {rejected[0].rule}",
+                f"{len(rejected)} 个样本不会参与训练，第一个：{rejected[0].origin}: {rejected[0].rule}",
+            )
+        )
     console.emit({"mask": mask, "ledger": ledger.to_dict(), "rejected": len(rejected)})
     return 0
 

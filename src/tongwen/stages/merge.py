@@ -21,7 +21,14 @@ from tongwen.model.fold import fold, read_changes
 from tongwen.recipe.schema import Recipe
 
 DTYPES = {"base": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FROM_ADAPTER = ("tokenizer*", "chat_template.jinja", "special_tokens_map.json", "generation_config.json", "vocab*", "merges.txt")
+FROM_ADAPTER = (
+    "tokenizer*",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "vocab*",
+    "merges.txt",
+)
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -52,14 +59,24 @@ def merge(
                 f"适配器训练时的底座指纹为 {recorded[:12]}，当前底座为 {str(fingerprint)[:12]}",
             ),
             place=str(adapter),
-            remedy=say(f"merge onto {trained.manifest['parents']['base']['path'] if trained else ''}", f"请合并到 {trained.manifest['parents']['base']['path'] if trained else ''}"),
+            remedy=say(
+                f"merge onto {trained.manifest['parents']['base']['path'] if trained else ''}",
+                f"请合并到 {trained.manifest['parents']['base']['path'] if trained else ''}",
+            ),
         )
     if not recorded:
-        console.notice(say("this adapter does not say which base it was trained on; shapes and names are all that is checked", "该适配器没有记录底座；只能检查形状与名称"))
+        console.notice(
+            say(
+                "this adapter does not say which base it was trained on; shapes and names are all that is checked",
+                "该适配器没有记录底座；只能检查形状与名称",
+            )
+        )
     total = len(read_changes(adapter))
     parents = {
         "base": {"path": base, "fingerprint": fingerprint},
-        "adapter": trained.as_parent() if trained else {"path": str(adapter), "fingerprint": artifact.fingerprint_files(adapter)},
+        "adapter": trained.as_parent()
+        if trained
+        else {"path": str(adapter), "fingerprint": artifact.fingerprint_files(adapter)},
     }
     with artifact.create(out, "model", parents, settings) as draft:
         with console.progress(total, "merge") as bar:
@@ -76,7 +93,12 @@ def merge(
         if trained:
             draft.facts["template_name"] = trained.manifest.get("template_name")
     assert draft.artifact
-    console.good(say(f"{counts['changed']} of {counts['tensors']} tensors changed · {out}", f"改变了 {counts['tensors']} 个张量中的 {counts['changed']} 个 · {out}"))
+    console.good(
+        say(
+            f"{counts['changed']} of {counts['tensors']} tensors changed · {out}",
+            f"改变了 {counts['tensors']} 个张量中的 {counts['changed']} 个 · {out}",
+        )
+    )
     return draft.artifact
 
 
@@ -100,11 +122,21 @@ def _tokenizer_of_base(place: load.Place, out: Path) -> None:
 def command(base: str, adapters: list[str], out: str, dtype: str, *, again: bool, force: bool) -> int:
     """`tongwen merge`: refuses to write where something stands, unless told to keep that under another name."""
     if len(adapters) > 1:
-        raise RecipeError(say("one adapter at a time can be merged", "一次只能合并一个适配器"), place="--adapter", remedy=say("merge them one after the other", "请依次合并"))
+        raise RecipeError(
+            say("one adapter at a time can be merged", "一次只能合并一个适配器"),
+            place="--adapter",
+            remedy=say("merge them one after the other", "请依次合并"),
+        )
     target = Path(out)
     if target.exists():
         if not again:
-            raise RecipeError(say("this folder exists", "该文件夹已存在"), place=out, remedy=say("choose another, or --again to keep it under another name", "换一个，或用 --again 把它改名保留"))
+            raise RecipeError(
+                say("this folder exists", "该文件夹已存在"),
+                place=out,
+                remedy=say(
+                    "choose another, or --again to keep it under another name", "换一个，或用 --again 把它改名保留"
+                ),
+            )
         artifact.put_aside(target)
     chosen = {"base": base, "adapter": adapters[0], "dtype": dtype}
     made = merge(base, Path(adapters[0]), target, dtype, chosen, force=force)

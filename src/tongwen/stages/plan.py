@@ -26,7 +26,9 @@ def run(recipe: Recipe, gpu: str) -> int:
     """Print what a run would do and need. gpu: `24GB`, memory of a GPU that is not here."""
     section = recipe.sft
     if section is None or recipe.prepare is None:
-        raise RecipeError(say("there is nothing to train in this recipe", "该配方没有训练阶段"), place=recipe.name, remedy="sft: {}")
+        raise RecipeError(
+            say("there is nothing to train in this recipe", "该配方没有训练阶段"), place=recipe.name, remedy="sft: {}"
+        )
     memory = parse_memory(gpu) if gpu else None
     device = "cuda" if memory else load.compute_device()
     place = load.locate(recipe.base)
@@ -43,17 +45,24 @@ def run(recipe: Recipe, gpu: str) -> int:
     width = 2 if memory or load.compute_dtype(section.precision, device)[0] == torch.bfloat16 else 4
     full = section.adapter.method == "full"
     needs: dict[str, int] = {}
-    checkpointing = section.activation_checkpointing == "on"
-    for checkpointing in (checkpointing, section.activation_checkpointing != "off"):
+    checkpointing = False
+    for checkpointing in (section.activation_checkpointing == "on", section.activation_checkpointing != "off"):
         needs = estimate(
-            shape, tokens=plan.budget, learned_share=mask["learned_share"], bytes_per_weight=width, full=full, checkpointing=checkpointing
+            shape,
+            tokens=plan.budget,
+            learned_share=mask["learned_share"],
+            bytes_per_weight=width,
+            full=full,
+            checkpointing=checkpointing,
         )
         if memory is None or needs["peak"] <= memory:
             break
     tokens = sum(plan.tokens_of(store.lengths))
     seconds = tokens * flops_per_token(shape, mask["learned_share"], full=full) / _rate() if device == "cpu" else None
     weights = shape.parameters * width
-    disk = (shape.trainable * 12 if not full else shape.parameters * 12) * section.keep_checkpoints + (weights if recipe.merge or full else 0)
+    disk = (shape.trainable * 12 if not full else shape.parameters * 12) * section.keep_checkpoints + (
+        weights if recipe.merge or full else 0
+    )
     _show(recipe, plan, store, tokens, needs, checkpointing, seconds, disk, memory, device)
     console.emit(
         {
@@ -81,7 +90,9 @@ def parse_memory(text: str) -> int:
     """`24GB` -> bytes."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(g|gb|gib|m|mb|mib)\s*", text.lower())
     if not found:
-        raise RecipeError(say(f"{text!r} is not an amount of memory", f"{text!r} 不是显存大小"), place="--gpu", remedy="--gpu 24GB")
+        raise RecipeError(
+            say(f"{text!r} is not an amount of memory", f"{text!r} 不是显存大小"), place="--gpu", remedy="--gpu 24GB"
+        )
     return int(float(found[1]) * (1e9 if found[2].startswith("g") else 1e6))
 
 
@@ -91,7 +102,9 @@ def _encode(recipe: Recipe, place: load.Place) -> tuple[TokenStore, dict[str, An
     encoder = Encoder(tokenizer)
     template = dress.bind_template(recipe.sft.template, tokenizer, encoder.prefix)
     rejected: list[Rejected] = []
-    dialogues = list(read_dialogues(recipe.prepare.dialogues, recipe.prepare.fill, Ledger("rows", "bytes"), rejected.append))
+    dialogues = list(
+        read_dialogues(recipe.prepare.dialogues, recipe.prepare.fill, Ledger("rows", "bytes"), rejected.append)
+    )
     if not isinstance(recipe.prepare.held_out, str):
         dialogues, _ = hold_out(dialogues, recipe.prepare.held_out, recipe.seed)
     store = encode_dialogues(
@@ -141,7 +154,16 @@ def _rate() -> float:
 
 
 def _show(
-    recipe: Recipe, plan: Any, store: TokenStore, tokens: int, needs: dict[str, int], checkpointing: bool, seconds: float | None, disk: int, memory: int | None, device: str
+    recipe: Recipe,
+    plan: Any,
+    store: TokenStore,
+    tokens: int,
+    needs: dict[str, int],
+    checkpointing: bool,
+    seconds: float | None,
+    disk: int,
+    memory: int | None,
+    device: str,
 ) -> None:
     section = recipe.sft
     assert section
@@ -150,11 +172,24 @@ def _show(
         (say("samples", "样本"), f"{len(store):,}"),
         (say("steps", "步数"), f"{len(plan):,} ({section.stop_after})"),
         (say("tokens", "token 总数"), f"{tokens:,}"),
-        (say("a step", "每步"), say(f"{section.batch_size} samples in {plan.accumulate} x {plan.world} micro-batches of at most {plan.budget} tokens", f"{section.batch_size} 个样本，{plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token")),
+        (
+            say("a step", "每步"),
+            say(
+                f"{section.batch_size} samples in {plan.accumulate} x {plan.world} micro-batches of at most {plan.budget} tokens",
+                f"{section.batch_size} 个样本，{plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token",
+            ),
+        ),
         *((name, console.human_bytes(size)) for name, size in needs.items() if name != "peak"),
-        (say("peak memory, about", "峰值内存约"), console.human_bytes(needs["peak"]) + (say(" with activation checkpointing", "（重算激活）") if checkpointing else "")),
+        (
+            say("peak memory, about", "峰值内存约"),
+            console.human_bytes(needs["peak"])
+            + (say(" with activation checkpointing", "（重算激活）") if checkpointing else ""),
+        ),
         (say("disk", "磁盘"), console.human_bytes(disk)),
-        (say("time on this machine, about", "本机用时约"), console.human_time(seconds) if seconds else say(f"not known for {device}", f"{device} 上未知")),
+        (
+            say("time on this machine, about", "本机用时约"),
+            console.human_time(seconds) if seconds else say(f"not known for {device}", f"{device} 上未知"),
+        ),
     ]
     console.table(("", ""), rows)
     if memory is not None and needs["peak"] > memory:

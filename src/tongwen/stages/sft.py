@@ -42,6 +42,7 @@ from tongwen.train.fit import Job, check_adapter_saved, fit, newest_checkpoint, 
 from tongwen.train.report import write_report
 from tongwen.train.watch import Watch, peak_memory_bytes, read_metrics
 
+
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides this stage's result."""
     assert recipe.sft
@@ -91,7 +92,12 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     unreached = audit.probe_gradients(model, first, learned_loss)
     if packed and len(store) > 1:
         audit.check_isolation(model, [store.sample(0), store.sample(1)], learned_loss)
-    console.good(say("audit: gradients reach every trained tensor; documents in a pack are apart", "审计通过：梯度到达所有训练参数，打包文档互不可见"))
+    console.good(
+        say(
+            "audit: gradients reach every trained tensor; documents in a pack are apart",
+            "审计通过：梯度到达所有训练参数，打包文档互不可见",
+        )
+    )
     for name in unreached:
         console.notice(say(f"no token reached {name} in the first micro-batch", f"首个微批没有 token 到达 {name}"))
 
@@ -118,7 +124,9 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         done = newest_checkpoint(draft.path / "checkpoints") if (draft.path / "checkpoints").is_dir() else None
         start = step_of(done) if done else 0
         if start:
-            console.notice(say(f"continuing after step {start} of {len(plan)}", f"从第 {start} 步（共 {len(plan)} 步）继续"))
+            console.notice(
+                say(f"continuing after step {start} of {len(plan)}", f"从第 {start} 步（共 {len(plan)} 步）继续")
+            )
         began = time.monotonic()
         with console.progress(len(plan), "sft", start) as bar:
             tokens = list(accumulate(plan.tokens_of(store.lengths)))
@@ -144,7 +152,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         after = _before(evaluate if held_out_store else None, answers)
         if os.environ.get("RANK", "0") == "0":
             draft.fingerprint = _save(model, tokenizer, template, stops, draft.path)
-            report = {
+            report: dict[str, Any] = {
                 "summary": f"{recipe.base} · {section.adapter.method} · {len(plan)} {say('steps', '步')}",
                 "ledger": {
                     "prepare": {key: prepared.manifest["ledger"]["dialogues"][key] for key in ("in", "kept", "lost")},
@@ -169,7 +177,9 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
             _check_books(report["ledger"])
             artifact.write_json(draft.path / "report.json", report)
             _write_rejected(draft.path / "rejected.jsonl", rejected)
-            write_report(draft.path, f"{recipe.name} · sft", report, read_metrics(draft.path / "metrics.jsonl"), dump(recipe))
+            write_report(
+                draft.path, f"{recipe.name} · sft", report, read_metrics(draft.path / "metrics.jsonl"), dump(recipe)
+            )
             draft.facts = {
                 "device": device,
                 "dtype": str(dtype).removeprefix("torch."),
@@ -181,11 +191,20 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
                 "template_name": section.template,
             }
             _say_result(report, out)
-    return artifact.open_artifact(out, "sft") if os.environ.get("RANK", "0") == "0" else artifact.Artifact(out, {"kind": "sft", "fingerprint": "-"})
+    return (
+        artifact.open_artifact(out, "sft")
+        if os.environ.get("RANK", "0") == "0"
+        else artifact.Artifact(out, {"kind": "sft", "fingerprint": "-"})
+    )
 
 
 def _encode(
-    dialogues: list[Dialogue], template: Template, encoder: Encoder, section: Sft, ledger: Ledger, rejected: list[Rejected]
+    dialogues: list[Dialogue],
+    template: Template,
+    encoder: Encoder,
+    section: Sft,
+    ledger: Ledger,
+    rejected: list[Rejected],
 ) -> TokenStore:
     return encode_dialogues(
         dialogues,
@@ -213,7 +232,12 @@ def _encode_held_out(
         ledger.enter(aside.size_in, things=len(dialogues))
         ledger.lose("held_out", aside.size_in, things=len(dialogues))
     if bad:
-        console.notice(say(f"{len(bad)} held-out samples are not scored, the first: {bad[0].rule}", f"{len(bad)} 个留出样本不参与评分，第一个：{bad[0].rule}"))
+        console.notice(
+            say(
+                f"{len(bad)} held-out samples are not scored, the first: {bad[0].rule}",
+                f"{len(bad)} 个留出样本不参与评分，第一个：{bad[0].rule}",
+            )
+        )
     return dialogues, store if len(store) else None
 
 
@@ -231,7 +255,12 @@ def _open(place: load.Place, dtype: torch.dtype) -> tuple[Any, bool]:
         model = load.load_model(place, dtype)
     if not packs:
         why = family.why_not if family and family.why_not else say("its attention is its own", "其注意力实现不通用")
-        console.notice(say(f"{config.model_type} is trained in padded batches: {why}", f"{config.model_type} 使用填充批次训练：{why}"))
+        console.notice(
+            say(
+                f"{config.model_type} is trained in padded batches: {why}",
+                f"{config.model_type} 使用填充批次训练：{why}",
+            )
+        )
     model.config.use_cache = False
     return model, packs
 
@@ -246,11 +275,19 @@ def _token_rows(model: Any, tokenizer: Any, template: Template, section: Sft) ->
     names = ", ".join(tokenizer.convert_ids_to_tokens(rows))
     if not section.train_new_control_tokens:
         raise ModelError(
-            say(f"the base never trained the rows of {names}: with a frozen head it would never stop", f"底座从未训练过 {names} 的词向量：冻结时模型不会停止"),
+            say(
+                f"the base never trained the rows of {names}: with a frozen head it would never stop",
+                f"底座从未训练过 {names} 的词向量：冻结时模型不会停止",
+            ),
             place="sft.train_new_control_tokens",
-            remedy=say("train_new_control_tokens: true, or a template whose tokens the base knows", "train_new_control_tokens: true，或换用底座认识的模板"),
+            remedy=say(
+                "train_new_control_tokens: true, or a template whose tokens the base knows",
+                "train_new_control_tokens: true，或换用底座认识的模板",
+            ),
         )
-    console.notice(say(f"the base never trained {names}; their rows are trained now", f"底座从未训练过 {names}；现在训练这些行"))
+    console.notice(
+        say(f"the base never trained {names}; their rows are trained now", f"底座从未训练过 {names}；现在训练这些行")
+    )
     return rows
 
 
@@ -262,7 +299,7 @@ def _needs_checkpointing(section: Sft, config: Any, device: str, budget: int) ->
     if section.activation_checkpointing != "auto" or device != "cuda":
         return section.activation_checkpointing == "on"
     free, _ = torch.cuda.mem_get_info()
-    return budget * config.num_hidden_layers * config.hidden_size * 34 * 2 > 0.8 * free
+    return bool(budget * config.num_hidden_layers * config.hidden_size * 34 * 2 > 0.8 * free)
 
 
 def _score(model: Any, store: TokenStore | None, packed: bool, budget: int, sizes: torch.Tensor) -> dict[str, float]:
@@ -281,11 +318,21 @@ def _score(model: Any, store: TokenStore | None, packed: bool, budget: int, size
 
 def _questions(held_out: list[Dialogue], count: int) -> list[Dialogue]:
     """The held-out dialogues that are answered before and after: the first with a plain question at the end."""
-    return [one for one in held_out if len(one.messages) > 1 and one.messages[-1].role == "assistant" and one.messages[-1].content][:count]
+    return [
+        one
+        for one in held_out
+        if len(one.messages) > 1 and one.messages[-1].role == "assistant" and one.messages[-1].content
+    ][:count]
 
 
 def _answer(
-    model: Any, tokenizer: Any, encoder: Encoder, template: Template, stops: tuple[int, ...], context: int, questions: list[Dialogue]
+    model: Any,
+    tokenizer: Any,
+    encoder: Encoder,
+    template: Template,
+    stops: tuple[int, ...],
+    context: int,
+    questions: list[Dialogue],
 ) -> list[str]:
     if not questions:
         return []
@@ -381,7 +428,12 @@ def _say_ledger(ledger: Ledger, mask: dict[str, Any], rejected: list[Rejected]) 
         )
     )
     if rejected:
-        console.notice(say(f"{len(rejected)} samples are not trained, the first: {rejected[0].origin}: {rejected[0].rule}", f"{len(rejected)} 个样本未参与训练，第一个：{rejected[0].origin}: {rejected[0].rule}"))
+        console.notice(
+            say(
+                f"{len(rejected)} samples are not trained, the first: {rejected[0].origin}: {rejected[0].rule}",
+                f"{len(rejected)} 个样本未参与训练，第一个：{rejected[0].origin}: {rejected[0].rule}",
+            )
+        )
 
 
 def _say_plan(plan: Plan, store: TokenStore, counts: dict[str, Any], device: str, dtype: torch.dtype, why: str) -> None:

@@ -21,7 +21,10 @@ def run(path: str) -> int:
         raise ArtifactError(
             say("no manifest.json here: this is not an artifact of tongwen", "没有 manifest.json：不是 tongwen 的产物")
             if not unfinished
-            else say(f"nothing has finished here; under way: {', '.join(unfinished)}", f"尚无完成的阶段；进行中：{'、'.join(unfinished)}"),
+            else say(
+                f"nothing has finished here; under way: {', '.join(unfinished)}",
+                f"尚无完成的阶段；进行中：{'、'.join(unfinished)}",
+            ),
             place=path,
         )
     for one in found:
@@ -32,13 +35,19 @@ def run(path: str) -> int:
 
 
 def _stages(place: Path) -> list[Path]:
-    return sorted((folder for folder in place.iterdir() if folder.is_dir()), key=lambda folder: folder.stat().st_mtime) if place.is_dir() and not (place / artifact.MANIFEST).is_file() else []
+    return (
+        sorted((folder for folder in place.iterdir() if folder.is_dir()), key=lambda folder: folder.stat().st_mtime)
+        if place.is_dir() and not (place / artifact.MANIFEST).is_file()
+        else []
+    )
 
 
 def _tree(one: artifact.Artifact) -> Tree:
     manifest = one.manifest
     tree = Tree(f"[bold]{console.plain(str(one.path))}[/]  {one.kind}  [dim]{one.fingerprint[:12]}[/]")
-    tree.add(f"[dim]{manifest.get('created', '')} · {console.human_time(manifest.get('seconds', 0))} · tongwen {manifest.get('tongwen', '?')} · torch {manifest.get('versions', {}).get('torch', '?')}[/]")
+    tree.add(
+        f"[dim]{manifest.get('created', '')} · {console.human_time(manifest.get('seconds', 0))} · tongwen {manifest.get('tongwen', '?')} · torch {manifest.get('versions', {}).get('torch', '?')}[/]"
+    )
     for name, value in _facts(manifest):
         tree.add(f"{console.plain(name)}: {console.plain(value)}")
     for role, parent in manifest.get("parents", {}).items():
@@ -46,17 +55,28 @@ def _tree(one: artifact.Artifact) -> Tree:
         if above is not None:
             same = above.fingerprint == parent.get("fingerprint")
             branch = _tree(above)
-            branch.label = f"{role}: {branch.label}" + ("" if same else f"  [red]{say('has changed since', '此后已改变')}[/]")
+            branch.label = f"{role}: {branch.label}" + (
+                "" if same else f"  [red]{say('has changed since', '此后已改变')}[/]"
+            )
             tree.add(branch)
         else:
-            tree.add(f"{role}: {console.plain(str(parent.get('path') or parent.get('name') or ''))}  [dim]{str(parent.get('fingerprint') or '')[:12]}[/]")
+            tree.add(
+                f"{role}: {console.plain(str(parent.get('path') or parent.get('name') or ''))}  [dim]{str(parent.get('fingerprint') or '')[:12]}[/]"
+            )
     return tree
 
 
 def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    out = []
+    out: list[tuple[str, str]] = []
     for key in ("device", "dtype", "steps", "tokens", "batch_size", "stop_tokens", "template_name", "counts"):
         if key in manifest:
             value = manifest[key]
-            out.append((key, ", ".join(f"{name} {count}" for name, count in value.items()) if isinstance(value, dict) else str(value)))
+            out.append(
+                (
+                    key,
+                    ", ".join(f"{name} {count}" for name, count in value.items())
+                    if isinstance(value, dict)
+                    else str(value),
+                )
+            )
     return out

@@ -44,7 +44,10 @@ def check_isolation(model: Any, samples: list[Any], loss: Loss) -> float:
                 f"同一打包中的文档互相可见：得分相差 {worst:.3g} nats（上限 {limit:g}）",
             ),
             place=f"attention {getattr(model.config, '_attn_implementation', '?')}",
-            remedy=say("report this architecture; padded batches are used for those known not to pack", "请反馈该架构；已知不能打包的架构会用填充批次"),
+            remedy=say(
+                "report this architecture; padded batches are used for those known not to pack",
+                "请反馈该架构；已知不能打包的架构会用填充批次",
+            ),
         )
     return worst
 
@@ -90,10 +93,15 @@ def _judge(model: Any, trainable: dict[str, torch.nn.Parameter], loss: float) ->
         if not part.requires_grad and part.grad is not None:
             raise NumbersError(say("a frozen tensor has a gradient", "被冻结的张量有梯度"), place=f"audit · {name}")
     none = [name for name, part in trainable.items() if part.grad is None or not bool(part.grad.any())]
-    broken = [name for name, part in trainable.items() if part.grad is not None and not bool(torch.isfinite(part.grad).all())]
+    broken = [
+        name for name, part in trainable.items() if part.grad is not None and not bool(torch.isfinite(part.grad).all())
+    ]
     if broken:
         raise NumbersError(
-            say(f"{len(broken)} gradients are not finite at a loss of {loss:.4g}", f"损失为 {loss:.4g} 时有 {len(broken)} 个梯度非有限"),
+            say(
+                f"{len(broken)} gradients are not finite at a loss of {loss:.4g}",
+                f"损失为 {loss:.4g} 时有 {len(broken)} 个梯度非有限",
+            ),
             place=f"audit · {broken[0]}",
             remedy="precision: fp32",
         )
@@ -106,7 +114,9 @@ def _judge(model: Any, trainable: dict[str, torch.nn.Parameter], loss: float) ->
                 f"{len(trainable)} 个可训练张量中有 {len(dead)} 个得不到梯度，永远学不到东西",
             ),
             place=f"audit (F-02) · {dead[0]}",
-            remedy=say("take it out of the targets, or check that the layer is used", "请从 targets 去掉，或检查该层是否被使用"),
+            remedy=say(
+                "take it out of the targets, or check that the layer is used", "请从 targets 去掉，或检查该层是否被使用"
+            ),
         )
     return none
 
@@ -134,12 +144,20 @@ def check_finite_gradients(model: Any, step: int, rows: str) -> None:
     if bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()):
         return
     bad = [
-        name for name, part in model.named_parameters() if part.grad is not None and not bool(torch.isfinite(part.grad).all())
+        name
+        for name, part in model.named_parameters()
+        if part.grad is not None and not bool(torch.isfinite(part.grad).all())
     ]
     raise NumbersError(
-        say(f"{len(bad)} gradients are NaN or infinite in this step, rows {rows}", f"该步有 {len(bad)} 个梯度为 NaN 或无穷，数据行 {rows}"),
+        say(
+            f"{len(bad)} gradients are NaN or infinite in this step, rows {rows}",
+            f"该步有 {len(bad)} 个梯度为 NaN 或无穷，数据行 {rows}",
+        ),
         place=f"step {step} · {bad[0]}",
-        remedy=say("lower learning_rate, or precision: fp32; the last checkpoint is whole", "降低 learning_rate，或 precision: fp32；上一个检查点完好"),
+        remedy=say(
+            "lower learning_rate, or precision: fp32; the last checkpoint is whole",
+            "降低 learning_rate，或 precision: fp32；上一个检查点完好",
+        ),
     )
 
 
@@ -155,9 +173,13 @@ class FirstSteps(TrainerCallback):
         self.done = True
         for name, part in model.named_parameters():
             if not part.requires_grad and part.grad is not None:
-                raise NumbersError(say("a frozen tensor has a gradient", "被冻结的张量有梯度"), place=f"step 1 · {name}")
+                raise NumbersError(
+                    say("a frozen tensor has a gradient", "被冻结的张量有梯度"), place=f"step 1 · {name}"
+                )
             if part.requires_grad and part.grad is None:
-                raise NumbersError(say("a trainable tensor has no gradient", "可训练的张量没有梯度"), place=f"step 1 · {name}")
+                raise NumbersError(
+                    say("a trainable tensor has no gradient", "可训练的张量没有梯度"), place=f"step 1 · {name}"
+                )
 
 
 def to_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:

@@ -74,7 +74,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         console.notice(
-            say(f"{path.name} is damaged ({problem}); put aside as {aside.name}", f"{path.name} 已损坏（{problem}），改名为 {aside.name}")
+            say(
+                f"{path.name} is damaged ({problem}); put aside as {aside.name}",
+                f"{path.name} 已损坏（{problem}），改名为 {aside.name}",
+            )
         )
     return None
 
@@ -131,7 +134,11 @@ def training_arguments(job: Job, folder: Path) -> TrainingArguments:
         log_level="error",
         use_cpu=not torch.accelerator.is_available(),  # said aloud: without it a CPU run under torchrun stays alone
         **{"report_to": "none", **section.trainer},
-        **({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}} if job.checkpointing else {}),
+        **(
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+            if job.checkpointing
+            else {}
+        ),
     )
 
 
@@ -142,13 +149,18 @@ class PlannedTrainer(Trainer):
         self.job = job
         self.micro = MicroBatches(job.store, job.plan.flat(), packed=job.packed)
         self._staging: Path | None = None
-        super().__init__(model=job.model, args=training_arguments(job, folder), train_dataset=self.micro, processing_class=job.tokenizer)
+        super().__init__(
+            model=job.model,
+            args=training_arguments(job, folder),
+            train_dataset=self.micro,
+            processing_class=job.tokenizer,
+        )
         self.model_accepts_loss_kwargs = True  # the loss below is already scaled over the accumulation
 
     def get_train_dataloader(self) -> DataLoader:
         """The plan's micro-batches in their order; accelerate deals them to the ranks one by one."""
         loader = DataLoader(self.micro, batch_size=1, sampler=SequentialSampler(self.micro), collate_fn=_only)
-        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+        return self.accelerator.prepare(loader)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
         """Learned tokens of the whole optimizer step, over its micro-batches and all ranks."""
@@ -165,13 +177,15 @@ class PlannedTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         inside = {id(part) for group in optimizer.param_groups for part in group["params"]}
-        lost = [name for name, part in self.job.model.named_parameters() if part.requires_grad and id(part) not in inside]
+        lost = [
+            name for name, part in self.job.model.named_parameters() if part.requires_grad and id(part) not in inside
+        ]
         if lost or not inside:
             raise NumbersError(
                 say(f"{len(lost)} trainable tensors are not in the optimizer", f"{len(lost)} 个可训练张量不在优化器中"),
                 place=lost[0] if lost else "optimizer",
             )
-        return optimizer  # type: ignore[no-any-return]
+        return optimizer
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
@@ -196,7 +210,9 @@ class PlannedTrainer(Trainer):
 
 def commit(staged: Path, folder: Path, keep: int) -> None:
     """Make a staged checkpoint the newest, then drop the oldest beyond `keep`."""
-    digests = {str(file.relative_to(staged)): artifact.hash_file(file) for file in sorted(staged.rglob("*")) if file.is_file()}
+    digests = {
+        str(file.relative_to(staged)): artifact.hash_file(file) for file in sorted(staged.rglob("*")) if file.is_file()
+    }
     artifact.sync_tree(staged)
     artifact.write_json(staged / DIGESTS, digests)
     target = folder / staged.name

@@ -18,7 +18,9 @@ class Shape:
     modules: int  # adapted linear modules
 
 
-def estimate(shape: Shape, *, tokens: int, learned_share: float, bytes_per_weight: int, full: bool, checkpointing: bool) -> dict[str, int]:
+def estimate(
+    shape: Shape, *, tokens: int, learned_share: float, bytes_per_weight: int, full: bool, checkpointing: bool
+) -> dict[str, int]:
     """Bytes by purpose for a micro-batch of that many tokens, and their sum `peak`.
 
     Kept per token and layer for the backward: the inputs of each matrix and norm, and of SwiGLU's product (about

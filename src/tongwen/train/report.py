@@ -34,7 +34,13 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
     held_out, through = report.get("held_out") or {}, report["throughput"]
     cards = [
         (f"{_change(held_out)}", say("held-out bits per byte", "留出集 bits per byte")),
-        (f"{report['trainable']['share']:.2%}", say(f"trained: {human_count(report['trainable']['parameters'])} parameters", f"训练参数 {human_count(report['trainable']['parameters'])}")),
+        (
+            f"{report['trainable']['share']:.2%}",
+            say(
+                f"trained: {human_count(report['trainable']['parameters'])} parameters",
+                f"训练参数 {human_count(report['trainable']['parameters'])}",
+            ),
+        ),
         (f"{report['mask']['learned_share']:.0%}", say("of the tokens are learned", "的 token 计入损失")),
         (f"{report['mask']['stop_learned_share']:.0%}", say("of the samples learn to stop", "的样本学到停止符")),
         (f"{through['tokens_per_second']:.0f}", say("tokens per second", "token / 秒")),
@@ -45,12 +51,24 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
     scores = [(line["step"], line["bits_per_byte"]) for line in metrics if "bits_per_byte" in line]
     parts = [
         f"<h1>{html.escape(title)}</h1><p class=soft>{html.escape(report['summary'])}</p>",
-        "<div class=cards>" + "".join(f"<div class=card><b>{html.escape(str(value))}</b><span>{html.escape(label)}</span></div>" for value, label in cards if value) + "</div>",
-        f"<h2>{say('Loss', '损失')}</h2>" + curve(losses, say("step", "步"), say("nats per learned token", "每个学习 token 的 nats")),
+        "<div class=cards>"
+        + "".join(
+            f"<div class=card><b>{html.escape(str(value))}</b><span>{html.escape(label)}</span></div>"
+            for value, label in cards
+            if value
+        )
+        + "</div>",
+        f"<h2>{say('Loss', '损失')}</h2>"
+        + curve(losses, say("step", "步"), say("nats per learned token", "每个学习 token 的 nats")),
     ]
     if len(scores) > 1:
-        parts.append(f"<h2>{say('Held-out bits per byte', '留出集 bits per byte')}</h2>" + curve(scores, say("step", "步"), "bits per byte"))
-    parts.append(f"<h2>{say('Ledger', '账目')}</h2>" + "".join(_ledger(name, table) for name, table in report["ledger"].items()))
+        parts.append(
+            f"<h2>{say('Held-out bits per byte', '留出集 bits per byte')}</h2>"
+            + curve(scores, say("step", "步"), "bits per byte")
+        )
+    parts.append(
+        f"<h2>{say('Ledger', '账目')}</h2>" + "".join(_ledger(name, table) for name, table in report["ledger"].items())
+    )
     if report.get("samples"):
         parts.append(f"<h2>{say('Before and after', '训练前后')}</h2>" + "".join(map(_sample, report["samples"])))
     parts.append(f"<h2>{say('Recipe', '配方')}</h2><pre>{html.escape(recipe)}</pre>")
@@ -121,11 +139,17 @@ def write_png(file: Path, title: str, points: list[tuple[float, float]]) -> None
     chinese = language() == "zh" and font is not None
     if not title.isascii() and font is None:
         title = title.encode("ascii", "ignore").decode()
-    with mpl.rc_context({"font.family": [font, "DejaVu Sans"] if font else ["DejaVu Sans"], "axes.unicode_minus": False}):
+    with mpl.rc_context(
+        {"font.family": [font, "DejaVu Sans"] if font else ["DejaVu Sans"], "axes.unicode_minus": False}
+    ):
         figure, axes = plt.subplots(figsize=(8, 4), dpi=120, layout="constrained")
         axes.plot(*zip(*points, strict=True), color="#0f766e", alpha=0.3, linewidth=1)
         axes.plot(*zip(*running_mean(points), strict=True), color="#0f766e", linewidth=2)
-        axes.set(title=title, xlabel="步" if chinese else "step", ylabel="损失（nats / token）" if chinese else "loss (nats per learned token)")
+        axes.set(
+            title=title,
+            xlabel="步" if chinese else "step",
+            ylabel="损失（nats / token）" if chinese else "loss (nats per learned token)",
+        )
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(file)
@@ -137,7 +161,16 @@ def cjk_font() -> str | None:
     """The name of an installed font that really has Chinese glyphs; None when there is none."""
     from matplotlib import font_manager, ft2font
 
-    preferred = ("noto sans cjk", "source han", "wenquanyi", "pingfang", "yahei", "simhei", "heiti", "droid sans fallback")
+    preferred = (
+        "noto sans cjk",
+        "source han",
+        "wenquanyi",
+        "pingfang",
+        "yahei",
+        "simhei",
+        "heiti",
+        "droid sans fallback",
+    )
     entries = sorted(
         font_manager.fontManager.ttflist,
         key=lambda entry: next((rank for rank, name in enumerate(preferred) if name in entry.name.lower()), 99),
@@ -164,7 +197,11 @@ def _change(held_out: dict[str, Any]) -> str:
 
 def _ledger(name: str, table: dict[str, Any]) -> str:
     units = list(table["in"])
-    head = f"<tr><th>{html.escape(name)}</th>" + "".join(f"<th class=n>{html.escape(unit)}</th>" for unit in units) + "</tr>"
+    head = (
+        f"<tr><th>{html.escape(name)}</th>"
+        + "".join(f"<th class=n>{html.escape(unit)}</th>" for unit in units)
+        + "</tr>"
+    )
     rows = [(say("in", "读入"), table["in"])]
     rows += [(f"− {reason}", lost) for reason, lost in table["lost"].items()]
     rows.append((f"= {say('kept', '保留')}", table["kept"]))
@@ -176,6 +213,12 @@ def _ledger(name: str, table: dict[str, Any]) -> str:
 
 
 def _sample(sample: dict[str, str]) -> str:
-    rows = ((say("before", "训练前"), sample["before"]), (say("after", "训练后"), sample["after"]), (say("data", "数据"), sample["wanted"]))
-    inside = "".join(f"<div><span class=soft>{label}</span><span>{html.escape(text)}</span></div>" for label, text in rows)
+    rows = (
+        (say("before", "训练前"), sample["before"]),
+        (say("after", "训练后"), sample["after"]),
+        (say("data", "数据"), sample["wanted"]),
+    )
+    inside = "".join(
+        f"<div><span class=soft>{label}</span><span>{html.escape(text)}</span></div>" for label, text in rows
+    )
     return f"<section class=qa><h3>{html.escape(sample['question'])}</h3>{inside}</section>"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,16 @@ Messages = list[dict[str, Any]]
 
 
 def converse(
-    reply: Callable[[Messages], Iterator[str]], *, name: str, system: str, count: Callable[[Messages], int], context: int
+    reply: Callable[[Messages], Iterator[str]],
+    *,
+    name: str,
+    system: str,
+    count: Callable[[Messages], int],
+    context: int,
 ) -> int:
     """Read a line, stream the answer, remember both. count: tokens of a conversation; context: how many fit."""
-    try:
-        import readline  # noqa: F401 (line editing, also for wide characters, where the platform has it)
-    except ImportError:
-        pass
+    with suppress(ImportError):  # line editing, also for wide characters, where the platform has it
+        importlib.import_module("readline")
     console.header(name, say("/help for commands, Ctrl-D to leave", "/help 查看命令，Ctrl-D 离开"))
     messages: Messages = _start(system)
     while True:
@@ -37,8 +42,10 @@ def converse(
         if not line:
             continue
         if line.startswith("/"):
-            if (messages := _command(line, messages)) is None:
+            after = _command(line, messages)
+            if after is None:
                 return 0
+            messages = after
             if not (line == "/retry" and messages and messages[-1]["role"] == "user"):
                 continue
         else:
@@ -61,7 +68,6 @@ def _show(pieces: Iterator[str]) -> str | None:
             text += piece
     except KeyboardInterrupt:
         pieces.close()  # type: ignore[attr-defined]
-        text += ""
         print(say(" …stopped", " …已停止"), end="")
     except TongwenError as error:
         console.error(error.text())
@@ -81,7 +87,12 @@ def _cut_to_fit(messages: Messages, count: Callable[[Messages], int], context: i
         del messages[first : first + 2]
         dropped += 1
     if dropped:
-        console.notice(say(f"{dropped} of the oldest turns no longer fit and are forgotten", f"最早的 {dropped} 轮已超出长度，不再记得"))
+        console.notice(
+            say(
+                f"{dropped} of the oldest turns no longer fit and are forgotten",
+                f"最早的 {dropped} 轮已超出长度，不再记得",
+            )
+        )
 
 
 def _start(system: str) -> Messages:
@@ -108,5 +119,10 @@ def _command(line: str, messages: Messages) -> Messages | None:
         file.write_text(json.dumps({"messages": messages}, ensure_ascii=False, indent=1), encoding="utf-8")
         console.good(str(file))
         return messages
-    console.tell(say("/clear  /system TEXT  /retry  /save FILE  /exit", "/clear 清空  /system 文字  /retry 重答  /save 文件  /exit 离开"))
+    console.tell(
+        say(
+            "/clear  /system TEXT  /retry  /save FILE  /exit",
+            "/clear 清空  /system 文字  /retry 重答  /save 文件  /exit 离开",
+        )
+    )
     return messages
