@@ -150,9 +150,15 @@ class Incremental:
         self.ids: list[int] = []
         self.shown = 0  # ids whose text has been given out
         self.tail = 0  # ids before `shown` that give the decoder its context
+        vocabulary = tokenizer.get_vocab()
+        # A run of SentencePiece's byte tokens is decoded as a whole: whether its first byte is a character of its own
+        # is known only when the run has ended.
+        self.bytes = {vocabulary[piece] for byte in range(256) if (piece := f"<0x{byte:02X}>") in vocabulary}
 
     def add(self, index: int) -> str:
         self.ids.append(index)
+        if index in self.bytes:
+            return ""
         text = self._difference()
         if text.endswith("\ufffd"):
             return ""

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from tongwen.errors import ModelError
+from tongwen.language import say
 from tongwen.model.load import Place
 
 
@@ -63,16 +65,24 @@ def fingerprint_text(text: str) -> str:
 
 
 def safetensors_lines(file: Path) -> dict[str, str]:
-    """name -> digest of every tensor in a safetensors file, streamed from the file's own bytes."""
+    """name -> digest of every tensor in a safetensors file, streamed from the file's own bytes.
+
+    Raises ModelError when the file is cut short or its header cannot be read.
+    """
+    length = file.stat().st_size
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
+        try:
+            header = json.loads(stream.read(size)) if 8 + size <= length else None
+            spans = {name: facts["data_offsets"] for name, facts in header.items() if name != "__metadata__"}
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise _broken(file, say("its header cannot be read", "文件头无法读取")) from None
+        if any(8 + size + end > length or begin > end for begin, end in spans.values()):
+            raise _broken(file, say(f"it ends after {length} bytes", f"在 {length} 字节处中断"))
         lines = {}
-        for name, facts in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = facts["data_offsets"]
-            digest = hashlib.sha256(f"{name}\0{facts['dtype']}\0{','.join(map(str, facts['shape']))}\0".encode())
+        for name, (begin, end) in spans.items():
+            shape = ",".join(map(str, header[name]["shape"]))
+            digest = hashlib.sha256(f"{name}\0{header[name]['dtype']}\0{shape}\0".encode())
             stream.seek(8 + size + begin)
             left = end - begin
             while left:
@@ -81,6 +91,14 @@ def safetensors_lines(file: Path) -> dict[str, str]:
                 left -= len(block)
             lines[name] = digest.hexdigest()
     return lines
+
+
+def _broken(file: Path, what: str) -> ModelError:
+    return ModelError(
+        say(f"the model cannot be loaded: {what}", f"无法加载模型：{what}"),
+        place=str(file),
+        remedy=say("fetch it again: the file is not whole", "请重新下载：文件不完整"),
+    )
 
 
 def cached_folder(hub_id: str) -> Path | None:

@@ -106,7 +106,7 @@ def load_config(place: Place) -> Any:
         return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
 
 
-def load_model(place: Place, dtype: torch.dtype, *, attention: str = "sdpa", device: str | None = None) -> Any:
+def load_model(place: Place, dtype: torch.dtype, *, attention: str | None = None, device: str | None = None) -> Any:
     """The causal language model, in the given number type. Raises ModelError when a weight would be random."""
     from transformers import AutoModelForCausalLM
 

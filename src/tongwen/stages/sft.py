@@ -246,13 +246,10 @@ def _open(place: load.Place, dtype: torch.dtype) -> tuple[Any, bool]:
     config = load.load_config(place)
     family = family_of(config.model_type)
     packs = family.packs if family else True
+    model = load.load_model(place, dtype)
+    packs = packs and bool(getattr(model, "_supports_attention_backend", False))
     if packs:
-        model = load.load_model(place, dtype, attention=attention.register())
-        if not getattr(model, "_supports_attention_backend", False):
-            model.set_attn_implementation("sdpa")
-            packs = False
-    else:
-        model = load.load_model(place, dtype)
+        model.set_attn_implementation(attention.register())
     if not packs:
         why = family.why_not if family and family.why_not else say("its attention is its own", "其注意力实现不通用")
         console.notice(
@@ -339,7 +336,8 @@ def _answer(
     trained_with = model.config._attn_implementation
     was_training = model.training
     model.eval()
-    model.set_attn_implementation("sdpa")
+    if trained_with == attention.NAME:
+        model.set_attn_implementation("sdpa")
     try:
         voice = Voice(model, tokenizer, stops, context)
         out = []

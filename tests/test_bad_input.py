@@ -1,0 +1,245 @@
+"""Bad input: one clear message with place, value, rule and remedy, the contract's exit code, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer, tiny_llama, write_recipe, write_rows
+
+GOOD = {"instruction": "问", "input": "", "output": "答"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "code", "words"),
+    [
+        ([], 3, ("data.jsonl", "empty")),
+        ([{"instruction": "问"}], 3, ("data.jsonl:1", "instruction", "columns")),
+        ([{**GOOD, "output": ""}], 3, ("data.jsonl:1", "no answer")),
+        ([GOOD] * 20 + [{"instruction": "问", "input": "x"}], 3, ("data.jsonl:21", "'output'", "max_bad")),
+        ([{**GOOD, "output": "我是{{name}}"}] * 9, 3, ("data.jsonl:1", "{{name}}", "fill")),
+        ([{**GOOD, "output": "很长。" * 300}] * 9, 3, ("max_length 256", "raise sft.max_length")),
+        ([{**GOOD, "output": "a<|im_end|>b"}] * 9, 3, ("<|im_end|>",)),
+        ([{"messages": [{"role": "user", "content": "a"}]}] * 9, 3, ("data.jsonl:1", "no answer")),
+        ([GOOD], 3, ("held_out",)),
+    ],
+)
+def test_bad_data(rows: list[Any], code: int, words: tuple[str, ...], chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, chat_model, rows)
+    found, _, err = tongwen("run", recipe)
+    assert found == code, err
+    for word in words:
+        assert word in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out" / "sft").exists()
+
+
+def test_check_finds_all_problems_of_the_data_at_once(tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, tmp_path, [{"instruction": "问"}])
+    text = recipe.read_text().replace("held_out: 4", f"held_out: 4, documents: {tmp_path / 'none.txt'}")
+    recipe.write_text(text)
+    code, _, err = tongwen("check", recipe)
+    assert code == 3 and "data.jsonl:1" in err and "none.txt" in err
+    code, out, _ = tongwen("check", recipe, "--json")
+    assert json.loads(out)["exit_code"] == 3
+
+
+def model_folder(folder: Path, chat_model: Path) -> Path:
+    shutil.copytree(chat_model, folder)
+    return folder
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-2000])
+
+
+def without_a_tensor(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    state.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def larger_tokenizer(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"extra{number}" for number in range(40)])
+    tokenizer.save_pretrained(folder)
+
+
+def without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def remote_code(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "x.Y", "AutoModelForCausalLM": "x.Y"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "x.py").write_text(f"open({str(folder / 'canary')!r}, 'w')\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (without_weights, ("no weights", "safetensors")),
+        (truncated, ("cannot be loaded", "whole")),
+        (without_a_tensor, ("not in the files", "layers.1.mlp.up_proj.weight")),
+        (larger_tokenizer, ("embedding has", "belongs to this model")),
+        (without_config, ("no config.json",)),
+        (remote_code, ("code of its own",)),
+    ],
+)
+def test_bad_models(damage: Any, words: tuple[str, ...], chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    base = model_folder(tmp_path / "base", chat_model)
+    damage(base)
+    code, _, err = tongwen("run", write_recipe(tmp_path, base))
+    assert code == 4, err
+    for word in words:
+        assert word in err, err
+    assert not (base / "canary").exists(), "foreign code ran"
+    assert (tmp_path / "out" / "prepare").is_dir(), "the stage before stays"
+
+
+def test_a_template_that_the_tokenizer_cannot_express(tmp_path: Path, tongwen: Any) -> None:
+    base = tmp_path / "base"
+    tiny_llama(base, len(sentencepiece_tokenizer(base)))
+    code, _, err = tongwen("run", write_recipe(tmp_path, base))
+    assert code == 4 and "<|im_end|>" in err and "alpaca" in err
+    code, _, err = tongwen("run", write_recipe(tmp_path, base), "sft.template=own")
+    assert code == 4 and "no chat template" in err
+    assert tongwen("run", write_recipe(tmp_path, base), "sft.template=alpaca-zh", "sft.stop_after=2 steps", "sft.max_length=400")[0] == 0
+    assert json.loads((tmp_path / "out" / "merge" / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_a_family_that_cannot_pack_is_padded_and_says_so(tmp_path: Path, tongwen: Any) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    base = tmp_path / "base"
+    tokenizer = byte_level_tokenizer(base)
+    BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4)).save_pretrained(base)
+    recipe = write_recipe(tmp_path, base, sft=", stop_after: 3 steps")
+    recipe.write_text(recipe.read_text().replace("{rank: 4}", "{rank: 4, targets: family}"))
+    code, out, err = tongwen("run", recipe)
+    assert code == 0, err
+    assert "padded batches" in out and "ALiBi" in out
+
+
+def test_an_unreachable_hub_names_the_mirror(tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, tmp_path)
+    recipe.write_text(recipe.read_text().replace(f"base: {tmp_path}\n", "base: Nobody/Nothing\n"))
+    code, _, err = tongwen("run", recipe)
+    assert code == 5 and "HF_ENDPOINT=https://hf-mirror.com" in err and "modelscope:Nobody/Nothing" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("./nowhere", 4, "no such folder"),
+        ("x.gguf", 4, "no such file"),
+        ("modelscope:a/b", 5, "tongwen[modelscope]"),
+    ],
+)
+def test_models_that_are_not_there(name: str, code: int, words: str, tongwen: Any) -> None:
+    found, _, err = tongwen("chat", name)
+    assert found == code and words in err
+
+
+def test_a_bad_adapter_folder_is_named(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    (tmp_path / "a").mkdir()
+    found, _, err = tongwen("chat", chat_model, "--adapter", tmp_path / "a")
+    assert found == 4 and "adapter_config.json" in err
+    (tmp_path / "a" / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    found, _, err = tongwen("chat", tmp_path / "a")
+    assert found == 4 and "some/base" in err
+
+
+def test_a_full_disk_leaves_what_was_there(chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 2 steps")
+    assert tongwen("run", recipe)[0] == 0
+    before = sorted(str(path) for path in (tmp_path / "out" / "sft").rglob("*"))
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tongwen.model.fold.save_file", full)
+    code, _, err = tongwen("run", recipe, "--from", "merge", "--again")
+    assert code == 5 and "disk is full" in err
+    assert sorted(str(path) for path in (tmp_path / "out" / "sft").rglob("*")) == before
+    assert not (tmp_path / "out" / "merge").exists()
+    assert (tmp_path / "out" / "merge.old-1" / "manifest.json").is_file()
+    monkeypatch.undo()
+    assert tongwen("run", recipe)[0] == 0, "the same command continues"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    (tmp_path / "out").mkdir(mode=0o500)
+    assert tongwen("run", write_recipe(tmp_path, chat_model))[0] == 5
+
+
+def test_out_of_memory_names_the_cures_in_order(chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*arguments: object, **options: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: out of memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr("tongwen.train.fit.PlannedTrainer.compute_loss", exhausted)
+    code, _, err = tongwen("run", write_recipe(tmp_path, chat_model))
+    assert code == 5 and err.index("micro_batch_tokens") < err.index("activation_checkpointing") < err.index("max_length")
+
+
+def test_a_learning_rate_that_explodes_stops_with_step_and_rows(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, chat_model, sft=", adapter: {method: full}, schedule: constant, warmup: 0")
+    recipe.write_text(recipe.read_text().replace("adapter: {rank: 4}, ", "").replace("learning_rate: 1e-2", "learning_rate: 1e30").replace("merge: {}\n", ""))
+    code, _, err = tongwen("run", recipe)
+    assert code == 6 and "step 2" in err and "data.jsonl:" in err and "learning_rate" in err
+    assert not (tmp_path / "out" / "sft").exists()
+
+
+def test_two_runs_in_one_folder_do_not_meet(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    import fcntl
+
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        code, _, err = tongwen("run", write_recipe(tmp_path, chat_model))
+    assert code == 5 and "another tongwen" in err
+
+
+def test_stages_and_folders_that_are_not_there(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, chat_model)
+    code, _, err = tongwen("run", recipe, "--only", "vocab")
+    assert code == 2 and "prepare, sft, merge" in err
+    code, _, err = tongwen("run", recipe, "--only", "sft")
+    assert code == 4 and "has not run" in err
+    code, _, err = tongwen("show", tmp_path)
+    assert code == 4 and "manifest.json" in err
+    code, _, err = tongwen("generate", "--model", chat_model, "--prompts", write_rows(tmp_path / "p.jsonl", [{"x": 1}]), "--out", tmp_path / "o")
+    assert code == 3 and "p.jsonl:1" in err and '{"prompt"' in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_bug_of_ours_shows_its_traceback(chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tongwen.stages.prepare.settings", lambda recipe: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tongwen("run", write_recipe(tmp_path, chat_model))
+
+
+def test_messages_speak_chinese(tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TONGWEN_LANG", "zh")
+    code, _, err = tongwen("check", write_recipe(tmp_path, tmp_path, [{"instruction": "问"}]))
+    assert code == 3 and "该行不是已知格式的对话" in err
+    assert "先看数据" in tongwen("init", "smollm2-135m-lora-cpu")[1]
+    assert "每个优化步的样本数" in tongwen("schema", "sft")[1]
+
+
