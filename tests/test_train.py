@@ -112,7 +112,7 @@ def test_packed_and_padded_loss_is_the_unpacked_reference(folder: Path, maker: A
     total, each = learned_loss(model, batch)
     wanted, count = reference(load_model(Place("t", str(folder)), torch.float32), store)
     assert len(each) == count == batch["learned"]
-    assert float(total) / count == pytest.approx(wanted / count, abs=1e-5)
+    assert float(total.detach()) / count == pytest.approx(wanted / count, abs=1e-5)
 
 
 def test_the_loss_and_its_gradient_are_torchs_own() -> None:
@@ -280,3 +280,35 @@ def test_a_damaged_checkpoint_is_put_aside_aloud(tmp_path: Path, capsys: pytest.
     assert "checkpoint-3 is damaged" in capsys.readouterr().out
     (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
     assert "missing" in str(damage(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_fused_lora_product_is_pefts(folder: Path, rslora: bool) -> None:
+    from peft.tuners.lora import Linear
+
+    model = adapt(packed_model(folder), Adapter(rank=4, rslora=rslora), []).model
+    with torch.no_grad():
+        for name, part in model.named_parameters():
+            if "lora_B" in name:
+                part.copy_(torch.randn_like(part) * 0.1)
+    store = random_store(6)
+    batch = pack([store.sample(index) for index in range(6)])
+    found = []
+    for fused in (True, False):
+        adapted = [module for module in model.modules() if isinstance(module, Linear)]
+        assert all(("forward" in vars(module)) is fused for module in adapted) and len(adapted) == 14
+        model.zero_grad()
+        total, _ = learned_loss(model, batch)
+        total.backward()
+        found.append((float(total.detach()), {name: part.grad.clone() for name, part in model.named_parameters() if part.requires_grad}))
+        for module in adapted:
+            vars(module).pop("forward", None)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert all(torch.allclose(gradient, found[1][1][name], rtol=1e-4, atol=1e-5) for name, gradient in found[0][1].items())
+
+
+def test_layers_that_do_not_qualify_stay_with_peft(folder: Path) -> None:
+    from tongwen.model.lora import fuse
+
+    for choice in (Adapter(rank=4, dora=True), Adapter(rank=4, dropout=0.1)):
+        assert fuse(adapt(packed_model(folder), choice, []).model) == 0

@@ -11,6 +11,7 @@ from tongwen.errors import ModelError
 from tongwen.families import family_of
 from tongwen.language import say
 from tongwen.model.load import quiet
+from tongwen.model.lora import fuse
 from tongwen.recipe.schema import Adapter
 
 
@@ -60,6 +61,7 @@ def adapt(model: Any, choice: Adapter, token_rows: list[int]) -> Adapted:
             raise _no_module("also_train", name, model)
     with quiet():
         adapted = Adapted(get_peft_model(model, config))
+    fuse(adapted.model)
     if token_rows:
         adapted.notices.append(
             say(

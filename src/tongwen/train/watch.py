@@ -46,6 +46,7 @@ class Watch(TrainerCallback):
             "tokens": self.tokens[step - 1],
             "tokens_per_second": round(speed, 2),
             "seconds": round(self.before + seconds, 3),
+            "cpu_seconds": round(time.process_time(), 3),
             **self.scores,
         }
         self.scores = {}

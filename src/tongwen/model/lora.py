@@ -1,0 +1,71 @@
+"""The LoRA linear as one operation: y = x Wᵀ + s (x Aᵀ) Bᵀ, with the products added in place.
+
+peft computes the same in five operations and keeps two more copies of the output; on a small model the adapter's
+skinny products and these copies cost more than its arithmetic. The fast form is used only where it is exact: plain
+LoRA without dropout on a linear layer without bias, everything in one number type. All else stays with peft.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+
+
+class LoraProduct(torch.autograd.Function):
+    """x: (..., in); weight: (out, in), frozen; a: (r, in); b: (out, r). Saves x and x Aᵀ only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        low = flat @ a.t()  # (T, r)
+        out = (flat @ weight.t()).addmm_(low, b.t(), alpha=scale)
+        ctx.save_for_backward(flat, weight, a, b, low)
+        ctx.scale, ctx.shape = scale, x.shape
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        flat, weight, a, b, low = ctx.saved_tensors
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        of_low = gradient @ b  # (T, r), still without the scale
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = gradient @ weight
+            of_x.addmm_(of_low, a, alpha=ctx.scale)
+            of_x = of_x.view(ctx.shape)
+        of_a = (of_low.t() @ flat).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
+        of_b = (gradient.t() @ low).mul_(ctx.scale) if ctx.needs_input_grad[3] else None
+        return of_x, None, of_a, of_b, None
+
+
+def fuse(model: Any) -> int:
+    """Give every adapted linear layer that qualifies the fast forward; returns how many."""
+    from peft.tuners.lora import Linear
+
+    count = 0
+    for module in model.modules():
+        if isinstance(module, Linear) and _qualifies(module):
+            module.forward = MethodType(_forward, module)
+            count += 1
+    return count
+
+
+def _qualifies(module: Any) -> bool:
+    base = module.get_base_layer()
+    if type(base) is not torch.nn.Linear or base.bias is not None or len(module.active_adapters) != 1:
+        return False
+    name = module.active_adapters[0]
+    if name not in module.lora_A or module.use_dora.get(name) or getattr(module, "lora_variant", {}).get(name):
+        return False
+    types = {part.weight.dtype for part in (base, module.lora_A[name], module.lora_B[name])}
+    return isinstance(module.lora_dropout[name], torch.nn.Identity) and module.lora_B[name].bias is None and len(types) == 1 and not module.fan_in_fan_out
+
+
+def _forward(self: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+    name = self.active_adapters[0]
+    base = self.get_base_layer()
+    if self.disable_adapters or self.merged or x.dtype != base.weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return type(self).forward(self, x, *arguments, **options)  # type: ignore[no-any-return]
+    return LoraProduct.apply(x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])  # type: ignore[no-any-return]
