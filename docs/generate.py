@@ -1,0 +1,55 @@
+"""Write the pages that are made from the code: docs/cli*.md from `--help`, docs/recipe*.md from the schema.
+
+`python docs/generate.py` writes them; with `--check` it only says which are stale, and fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    os.environ["COLUMNS"] = "80"
+    stale = []
+    for language, ending in (("en", ""), ("zh", "_zh")):
+        os.environ["TONGWEN_LANG"] = language
+        for name, text in (("cli", cli_page()), ("recipe", recipe_page())):
+            file = HERE / f"{name}{ending}.md"
+            if file.is_file() and file.read_text(encoding="utf-8") == text:
+                continue
+            stale.append(str(file.relative_to(HERE.parent)))
+            if "--check" not in sys.argv:
+                file.write_text(text, encoding="utf-8")
+    if "--check" in sys.argv and stale:
+        print(f"stale: {', '.join(stale)}; run: make docs", file=sys.stderr)
+        return 1
+    return 0
+
+
+def cli_page() -> str:
+    from tongwen.cli import make_parser
+    from tongwen.language import say
+
+    parser = make_parser()
+    parts = [say("# Commands", "# 命令"), "", say("Made from `--help` by `make docs`; do not edit.", "由 `make docs` 从 `--help` 生成，请勿手改。")]
+    parts += ["", "```", parser.format_help().rstrip(), "```"]
+    for action in parser._subparsers._group_actions if parser._subparsers else []:
+        assert isinstance(action, argparse._SubParsersAction)
+        for name, command in action.choices.items():
+            parts += ["", f"## tongwen {name}", "", "```", command.format_help().rstrip(), "```"]
+    return "\n".join(parts) + "\n"
+
+
+def recipe_page() -> str:
+    from tongwen.recipe.pages import to_markdown
+
+    return to_markdown()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
