@@ -58,14 +58,23 @@ def main() -> None:
         for name, options in PEERS.items():
             rows[name].append(theirs(chosen, options))
         for name, found in rows.items():
-            print(turn + 1, f"{name:44s}", f"{found[-1]['cpu_ms_per_token']:.2f} ms/token", f"{found[-1]['peak_rss_bytes'] / 1e9:.2f} GB", flush=True)
+            print(
+                turn + 1,
+                f"{name:44s}",
+                f"{found[-1]['cpu_ms_per_token']:.2f} ms/token",
+                f"{found[-1]['peak_rss_bytes'] / 1e9:.2f} GB",
+                flush=True,
+            )
     write(chosen, rows)
 
 
 def ours(chosen: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(RECIPE.format(model=chosen.model, data=chosen.data, out=f"{folder}/out", steps=chosen.steps), encoding="utf-8")
+        recipe.write_text(
+            RECIPE.format(model=chosen.model, data=chosen.data, out=f"{folder}/out", steps=chosen.steps),
+            encoding="utf-8",
+        )
         run([sys.executable, "-m", "tongwen", "run", str(recipe), "--json"])
         stage = Path(folder) / "out" / "sft"
         lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -87,7 +96,18 @@ def theirs(chosen: argparse.Namespace, options: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         script = Path(__file__).parent / "peers" / "llamafactory.py"
-        arguments = ["--model", chosen.model, "--data", chosen.data, "--steps", str(chosen.steps), "--threads", "1", "--out", str(result)]
+        arguments = [
+            "--model",
+            chosen.model,
+            "--data",
+            chosen.data,
+            "--steps",
+            str(chosen.steps),
+            "--threads",
+            "1",
+            "--out",
+            str(result),
+        ]
         run([chosen.peer, str(script), *arguments, *options])
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return {key: found[key] for key in ("cpu_ms_per_token", "real_tokens", "peak_rss_bytes", "losses", "versions")}
@@ -104,7 +124,9 @@ def write(chosen: argparse.Namespace, rows: dict[str, list[dict[str, Any]]]) -> 
     median = {name: statistics.median(one["cpu_ms_per_token"] for one in found) for name, found in rows.items()}
     memory = {name: statistics.median(one["peak_rss_bytes"] for one in found) for name, found in rows.items()}
     best = min((name for name in PEERS if name != "default"), key=lambda name: median[name])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     summary = {
         "machine": {"processor": processor(), "cpus": os.cpu_count(), "python": platform.python_version()},
         "commit": commit,

@@ -36,7 +36,11 @@ def cli_page() -> str:
     from tongwen.language import say
 
     parser = make_parser()
-    parts = [say("# Commands", "# 命令"), "", say("Made from `--help` by `make docs`; do not edit.", "由 `make docs` 从 `--help` 生成，请勿手改。")]
+    parts = [
+        say("# Commands", "# 命令"),
+        "",
+        say("Made from `--help` by `make docs`; do not edit.", "由 `make docs` 从 `--help` 生成，请勿手改。"),
+    ]
     parts += ["", "```", parser.format_help().rstrip(), "```"]
     for action in parser._subparsers._group_actions if parser._subparsers else []:
         assert isinstance(action, argparse._SubParsersAction)

@@ -29,7 +29,9 @@ GOOD = {"instruction": "问", "input": "", "output": "答"}
         ([GOOD], 3, ("held_out",)),
     ],
 )
-def test_bad_data(rows: list[Any], code: int, words: tuple[str, ...], chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+def test_bad_data(
+    rows: list[Any], code: int, words: tuple[str, ...], chat_model: Path, tmp_path: Path, tongwen: Any
+) -> None:
     recipe = write_recipe(tmp_path, chat_model, rows)
     found, _, err = tongwen("run", recipe)
     assert found == code, err
@@ -119,7 +121,16 @@ def test_a_template_that_the_tokenizer_cannot_express(tmp_path: Path, tongwen: A
     assert code == 4 and "<|im_end|>" in err and "alpaca" in err
     code, _, err = tongwen("run", write_recipe(tmp_path, base), "sft.template=own")
     assert code == 4 and "no chat template" in err
-    assert tongwen("run", write_recipe(tmp_path, base), "sft.template=alpaca-zh", "sft.stop_after=2 steps", "sft.max_length=400")[0] == 0
+    assert (
+        tongwen(
+            "run",
+            write_recipe(tmp_path, base),
+            "sft.template=alpaca-zh",
+            "sft.stop_after=2 steps",
+            "sft.max_length=400",
+        )[0]
+        == 0
+    )
     assert json.loads((tmp_path / "out" / "merge" / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
@@ -165,7 +176,9 @@ def test_a_bad_adapter_folder_is_named(chat_model: Path, tmp_path: Path, tongwen
     assert found == 4 and "some/base" in err
 
 
-def test_a_full_disk_leaves_what_was_there(chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_what_was_there(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 2 steps")
     assert tongwen("run", recipe)[0] == 0
     before = sorted(str(path) for path in (tmp_path / "out" / "sft").rglob("*"))
@@ -189,18 +202,29 @@ def test_a_folder_that_may_not_be_written(chat_model: Path, tmp_path: Path, tong
     assert tongwen("run", write_recipe(tmp_path, chat_model))[0] == 5
 
 
-def test_out_of_memory_names_the_cures_in_order(chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_names_the_cures_in_order(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def exhausted(*arguments: object, **options: object) -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: out of memory: you tried to allocate 1 bytes")
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: out of memory: you tried to allocate 1 bytes"
+        )
 
     monkeypatch.setattr("tongwen.train.fit.PlannedTrainer.compute_loss", exhausted)
     code, _, err = tongwen("run", write_recipe(tmp_path, chat_model))
-    assert code == 5 and err.index("micro_batch_tokens") < err.index("activation_checkpointing") < err.index("max_length")
+    assert code == 5 and err.index("micro_batch_tokens") < err.index("activation_checkpointing") < err.index(
+        "max_length"
+    )
 
 
 def test_a_learning_rate_that_explodes_stops_with_step_and_rows(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, chat_model, sft=", adapter: {method: full}, schedule: constant, warmup: 0")
-    recipe.write_text(recipe.read_text().replace("adapter: {rank: 4}, ", "").replace("learning_rate: 1e-2", "learning_rate: 1e30").replace("merge: {}\n", ""))
+    recipe.write_text(
+        recipe.read_text()
+        .replace("adapter: {rank: 4}, ", "")
+        .replace("learning_rate: 1e-2", "learning_rate: 1e30")
+        .replace("merge: {}\n", "")
+    )
     code, _, err = tongwen("run", recipe)
     assert code == 6 and "step 2" in err and "data.jsonl:" in err and "learning_rate" in err
     assert not (tmp_path / "out" / "sft").exists()
@@ -224,12 +248,22 @@ def test_stages_and_folders_that_are_not_there(chat_model: Path, tmp_path: Path,
     assert code == 4 and "has not run" in err
     code, _, err = tongwen("show", tmp_path)
     assert code == 4 and "manifest.json" in err
-    code, _, err = tongwen("generate", "--model", chat_model, "--prompts", write_rows(tmp_path / "p.jsonl", [{"x": 1}]), "--out", tmp_path / "o")
+    code, _, err = tongwen(
+        "generate",
+        "--model",
+        chat_model,
+        "--prompts",
+        write_rows(tmp_path / "p.jsonl", [{"x": 1}]),
+        "--out",
+        tmp_path / "o",
+    )
     assert code == 3 and "p.jsonl:1" in err and '{"prompt"' in err
     assert not (tmp_path / "o").exists()
 
 
-def test_a_bug_of_ours_shows_its_traceback(chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_of_ours_shows_its_traceback(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tongwen.stages.prepare.settings", lambda recipe: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tongwen("run", write_recipe(tmp_path, chat_model))
@@ -241,5 +275,3 @@ def test_messages_speak_chinese(tmp_path: Path, tongwen: Any, monkeypatch: pytes
     assert code == 3 and "该行不是已知格式的对话" in err
     assert "先看数据" in tongwen("init", "smollm2-135m-lora-cpu")[1]
     assert "每个优化步的样本数" in tongwen("schema", "sft")[1]
-
-

@@ -20,11 +20,15 @@ def test_streamed_pieces_are_whole_characters_and_add_up(kind: str, tmp_path: Pa
     rng = random.Random(0)
     texts = ["😀👍🏽 混合 text，代码 `x = 1`\n\n二", "龘靐", "a b  c", *CORPUS[:4]]
     samples = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    samples += [[rng.randrange(3, len(tokenizer)) for _ in range(30)] for _ in range(60)]  # also bytes that are no character
+    samples += [
+        [rng.randrange(3, len(tokenizer)) for _ in range(30)] for _ in range(60)
+    ]  # also bytes that are no character
     for ids in samples:
         incremental = Incremental(tokenizer)
         pieces = [incremental.add(index) for index in ids]
-        assert "".join([*pieces, incremental.rest()]) == tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert "".join([*pieces, incremental.rest()]) == tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         if "\ufffd" not in tokenizer.decode(ids):
             assert not any("\ufffd" in piece for piece in pieces)
 
@@ -51,7 +55,23 @@ def conversation(lines: list[str], monkeypatch: pytest.MonkeyPatch, **options: A
 
 def test_turns_are_remembered_and_commands_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
-    asked = conversation(["问1", "", "问2", "/retry", "/system 简短", "问3", f"/save {file}", "/clear", "问4", "/nonsense", "/exit", "问5"], monkeypatch)
+    asked = conversation(
+        [
+            "问1",
+            "",
+            "问2",
+            "/retry",
+            "/system 简短",
+            "问3",
+            f"/save {file}",
+            "/clear",
+            "问4",
+            "/nonsense",
+            "/exit",
+            "问5",
+        ],
+        monkeypatch,
+    )
     assert [message["content"] for message in asked[1]] == ["问1", "答1", "问2"]
     assert asked[2] == asked[1], "/retry asks the same again"
     assert [message["content"] for message in asked[3]] == ["简短", "问3"]

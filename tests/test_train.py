@@ -300,11 +300,18 @@ def test_the_fused_lora_product_is_pefts(folder: Path, rslora: bool) -> None:
         model.zero_grad()
         total, _ = learned_loss(model, batch)
         total.backward()
-        found.append((float(total.detach()), {name: part.grad.clone() for name, part in model.named_parameters() if part.requires_grad}))
+        found.append(
+            (
+                float(total.detach()),
+                {name: part.grad.clone() for name, part in model.named_parameters() if part.requires_grad},
+            )
+        )
         for module in adapted:
             vars(module).pop("forward", None)
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-    assert all(torch.allclose(gradient, found[1][1][name], rtol=1e-4, atol=1e-5) for name, gradient in found[0][1].items())
+    assert all(
+        torch.allclose(gradient, found[1][1][name], rtol=1e-4, atol=1e-5) for name, gradient in found[0][1].items()
+    )
 
 
 def test_layers_that_do_not_qualify_stay_with_peft(folder: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from tongwen import __version__
 from tongwen.errors import ArtifactError, RecipeError
 from tongwen.language import say
+from tongwen.launch import is_first
 
 MANIFEST = "manifest.json"
 VERSIONS_OF = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
@@ -100,7 +101,7 @@ def create(
     working.mkdir(parents=True, exist_ok=True)
     draft = Draft(working, kind, dict(parents), dict(settings))
     yield draft
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         draft.finish(path)
 
 

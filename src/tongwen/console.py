@@ -6,7 +6,6 @@ With `--json` the human text goes to stderr and stdout carries one JSON object.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from tongwen.launch import is_first
 
 
 class Screen:
@@ -31,7 +32,7 @@ class Screen:
 
     @property
     def speaks(self) -> bool:
-        return os.environ.get("RANK", "0") == "0"
+        return is_first()
 
 
 SCREEN = Screen()

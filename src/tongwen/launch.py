@@ -17,6 +17,15 @@ def is_launched() -> bool:
     return "LOCAL_RANK" in os.environ or "RANK" in os.environ
 
 
+def is_first() -> bool:
+    """Whether this process speaks and writes for all: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def torchrun(devices: int, arguments: Sequence[str]) -> int:
     """Run `tongwen ARGUMENTS` on that many processes of this machine; returns the exit code of the first that failed."""
     with tempfile.TemporaryDirectory() as folder:

@@ -73,7 +73,7 @@ def safetensors_lines(file: Path) -> dict[str, str]:
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         try:
-            header = json.loads(stream.read(size)) if 8 + size <= length else None
+            header: Any = json.loads(stream.read(size)) if 8 + size <= length else None
             spans = {name: facts["data_offsets"] for name, facts in header.items() if name != "__metadata__"}
         except (ValueError, AttributeError, KeyError, TypeError):
             raise _broken(file, say("its header cannot be read", "文件头无法读取")) from None

@@ -17,7 +17,9 @@ class LoraProduct(torch.autograd.Function):
     """x: (..., in); weight: (out, in), frozen; a: (r, in); b: (out, r). Saves x and x Aᵀ only."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         low = flat @ a.t()  # (T, r)
         out = (flat @ weight.t()).addmm_(low, b.t(), alpha=scale)
@@ -60,12 +62,17 @@ def _qualifies(module: Any) -> bool:
     if name not in module.lora_A or module.use_dora.get(name) or getattr(module, "lora_variant", {}).get(name):
         return False
     types = {part.weight.dtype for part in (base, module.lora_A[name], module.lora_B[name])}
-    return isinstance(module.lora_dropout[name], torch.nn.Identity) and module.lora_B[name].bias is None and len(types) == 1 and not module.fan_in_fan_out
+    return (
+        isinstance(module.lora_dropout[name], torch.nn.Identity)
+        and module.lora_B[name].bias is None
+        and len(types) == 1
+        and not module.fan_in_fan_out
+    )
 
 
 def _forward(self: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
     name = self.active_adapters[0]
     base = self.get_base_layer()
     if self.disable_adapters or self.merged or x.dtype != base.weight.dtype or torch.is_autocast_enabled(x.device.type):
-        return type(self).forward(self, x, *arguments, **options)  # type: ignore[no-any-return]
-    return LoraProduct.apply(x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])  # type: ignore[no-any-return]
+        return type(self).forward(self, x, *arguments, **options)
+    return LoraProduct.apply(x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])

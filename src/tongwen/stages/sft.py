@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from tongwen import artifact, console
+from tongwen import artifact, console, launch
 from tongwen.data.encode import Encoder, TokenStore, check_store, encode_dialogues, token_bytes
 from tongwen.data.ledger import Ledger
 from tongwen.data.read import Rejected, load_dialogues
@@ -30,14 +31,14 @@ from tongwen.infer.decode import Sampling, Voice
 from tongwen.language import say
 from tongwen.model import adapt as adapting
 from tongwen.model import attention, dress, load
-from tongwen.model.fingerprint import fingerprint_model, fingerprint_state, fingerprint_text, fingerprint_tokenizer
+from tongwen.model.fingerprint import fingerprint_model, fingerprint_text, fingerprint_tokenizer
 from tongwen.model.score import bits_per_byte, learned_loss
 from tongwen.recipe.load import dump
 from tongwen.recipe.schema import Recipe, Sft
 from tongwen.record import Dialogue
 from tongwen.template import Template
 from tongwen.train import audit
-from tongwen.train.batches import MicroBatches, Plan, make_plan, token_budget
+from tongwen.train.batches import MicroBatches, Plan, fill, make_plan, token_budget
 from tongwen.train.fit import Job, check_adapter_saved, fit, newest_checkpoint, step_of
 from tongwen.train.report import write_report
 from tongwen.train.watch import Watch, peak_memory_bytes, read_metrics
@@ -47,6 +48,34 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides this stage's result."""
     assert recipe.sft
     return {"sft": recipe.sft.model_dump(mode="json"), "seed": recipe.seed, "base": recipe.base}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The encoded data: what is learned, and what was held out."""
+
+    store: TokenStore
+    mask: dict[str, Any]
+    ledger: Ledger
+    rejected: list[Rejected]
+    held_out: list[Dialogue]
+    held_out_store: TokenStore | None
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """The adapted model with everything that it needs to read and to speak."""
+
+    model: Any
+    tokenizer: Any
+    encoder: Encoder
+    template: Template
+    stops: tuple[int, ...]
+    packed: bool
+    counts: dict[str, Any]
+    base_fingerprint: str | None
+    device: str
+    dtype: torch.dtype
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
@@ -59,143 +88,160 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     tokenizer = load.load_tokenizer(place)
     encoder = Encoder(tokenizer)
     template = dress.bind_template(section.template, tokenizer, encoder.prefix)
+    lesson = _encode_lesson(prepared, template, encoder, section)
+    pupil = _open_pupil(recipe, place, tokenizer, encoder, template)
+    plan = _make_plan(recipe, lesson.store, pupil.device)
+    _say_plan(plan, lesson.store, pupil)
+    unreached = _audit(pupil, lesson.store, plan)
 
+    sizes = torch.from_numpy(token_bytes(tokenizer))
+    questions = _questions(lesson.held_out, section.samples)
+
+    def score() -> dict[str, float]:
+        return _score(pupil, lesson.held_out_store, plan.budget, sizes)
+
+    def examine() -> dict[str, Any]:
+        with torch.random.fork_rng(), console.waiting(say("scoring what was held out", "评测留出集")):
+            return {"scores": score() if lesson.held_out_store else None, "answers": _answer(pupil, questions)}
+
+    parents = {
+        "prepare": prepared.as_parent(),
+        "base": {"path": recipe.base, "fingerprint": pupil.base_fingerprint},
+        "tokenizer": {"fingerprint": fingerprint_tokenizer(tokenizer)},
+        "template": {"name": section.template, "fingerprint": fingerprint_text(template.source)},
+    }
+    with artifact.create(out, "sft", parents, settings(recipe), resumable=True) as draft:
+        artifact.write_json(draft.path / "settings.json", settings(recipe))
+        before = _once(draft.path / "before.json", examine)
+        throughput = _train(recipe, pupil, lesson, plan, draft.path, score if lesson.held_out_store else None)
+        after = examine()
+        if launch.is_first():
+            draft.fingerprint = _save(pupil, draft.path)
+            draft.facts = _facts(section, pupil, plan, throughput)
+            report = {
+                "summary": f"{recipe.base} · {section.adapter.method} · {len(plan)} {say('steps', '步')}",
+                "ledger": _books(prepared, lesson.ledger),
+                "mask": lesson.mask,
+                "trainable": pupil.counts,
+                "held_out": _held_out(before, after, lesson.held_out_store),
+                "throughput": throughput,
+                "peak_memory_bytes": peak_memory_bytes(),
+                "unreached": unreached,
+                "samples": _samples(questions, before["answers"], after["answers"]),
+            }
+            _write(recipe, draft.path, report, lesson.rejected)
+            _say_result(report, out)
+    return draft.artifact or artifact.Artifact(out, {"kind": "sft", "fingerprint": ""})
+
+
+def _encode_lesson(prepared: artifact.Artifact, template: Template, encoder: Encoder, section: Sft) -> Lesson:
+    """Training and held-out rows as tokens, every one of them in the ledger."""
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
     dialogues = list(load_dialogues(prepared.path / "dialogues.jsonl"))
     store = _encode(dialogues, template, encoder, section, ledger, rejected)
     mask = check_store(store, section.max_length, rejected, section.min_stop_learned)
     held_out, held_out_store = _encode_held_out(prepared, template, encoder, section, ledger)
     _say_ledger(ledger, mask, rejected)
+    return Lesson(store, mask, ledger, rejected, held_out, held_out_store)
 
+
+def _open_pupil(recipe: Recipe, place: load.Place, tokenizer: Any, encoder: Encoder, template: Template) -> Pupil:
+    """The base, checked against its tokenizer, with what the recipe adds to it."""
+    section = recipe.sft
+    assert section
     device = load.compute_device()
     dtype, why = load.compute_dtype(section.precision, device)
     with console.waiting(say("opening the base", "打开底座")):
         base_fingerprint = fingerprint_model(place)
         model, packed = _open(place, dtype if section.adapter.method != "full" else torch.float32)
     load.check_tokenizer(tokenizer, model, place)
+    stops = dress.stop_ids(tokenizer, template, getattr(model, "generation_config", None))
     set_seed(recipe.seed)
     adapted = adapting.adapt(model, section.adapter, _token_rows(model, tokenizer, template, section))
-    model = adapted.model.to(device)
     for note in adapted.notices:
         console.notice(note)
-    plan = make_plan(
+    console.tell(f"{device} · {str(dtype)[6:]}: {why}")
+    return Pupil(
+        model=adapted.model.to(device),
+        tokenizer=tokenizer,
+        encoder=encoder,
+        template=template,
+        stops=stops,
+        packed=packed,
+        counts=adapted.counts,
+        base_fingerprint=base_fingerprint,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _make_plan(recipe: Recipe, store: TokenStore, device: str) -> Plan:
+    section = recipe.sft
+    assert section
+    return make_plan(
         store.lengths,
         lambda count, epoch: order(count, recipe.seed, "epoch", epoch),
         batch_size=section.batch_size,
         stop_after=section.stop_after,
         budget=section.micro_batch_tokens or token_budget(device),
-        world=int(os.environ.get("WORLD_SIZE", "1")),
+        world=launch.world_size(),
     )
-    _say_plan(plan, store, adapted.counts, device, dtype, why)
 
-    first = MicroBatches(store, plan.flat(), packed=packed)[0]
-    unreached = audit.probe_gradients(model, first, learned_loss)
-    if packed and len(store) > 1:
-        audit.check_isolation(model, [store.sample(0), store.sample(1)], learned_loss)
-    console.good(
-        say(
-            "audit: gradients reach every trained tensor; documents in a pack are apart",
-            "审计通过：梯度到达所有训练参数，打包文档互不可见",
-        )
-    )
+
+def _audit(pupil: Pupil, store: TokenStore, plan: Plan) -> list[str]:
+    """Nothing is trained before this has passed. Returns the trainable tensors that the first tokens did not reach."""
+    first = MicroBatches(store, plan.flat(), packed=pupil.packed)[0]
+    unreached = audit.probe_gradients(pupil.model, first, learned_loss)
+    console.good(say("audit: gradients reach every trained tensor", "审计通过：梯度到达所有训练参数"))
+    if pupil.packed and len(store) > 1:
+        audit.check_isolation(pupil.model, [store.sample(0), store.sample(1)], learned_loss)
+        console.good(say("audit: documents in a pack do not see each other", "审计通过：打包的文档互不可见"))
     for name in unreached:
         console.notice(say(f"no token reached {name} in the first micro-batch", f"首个微批没有 token 到达 {name}"))
+    return unreached
 
-    stops = dress.stop_ids(tokenizer, template, getattr(model, "generation_config", None))
-    context = dress.context_length(model.config)
-    questions = _questions(held_out, section.samples)
 
-    def evaluate() -> dict[str, float]:
-        return _score(model, held_out_store, packed, plan.budget, sizes)
-
-    def answers() -> list[str]:
-        return _answer(model, tokenizer, encoder, template, stops, context, questions)
-
-    parents = {
-        "prepare": prepared.as_parent(),
-        "base": {"path": recipe.base, "fingerprint": base_fingerprint},
-        "tokenizer": {"fingerprint": fingerprint_tokenizer(tokenizer)},
-        "template": {"name": section.template, "fingerprint": fingerprint_text(template.source)},
+def _train(
+    recipe: Recipe, pupil: Pupil, lesson: Lesson, plan: Plan, folder: Path, score: Callable[[], dict[str, float]] | None
+) -> dict[str, Any]:
+    """Run the plan, from the newest checkpoint if there is one; returns tokens and seconds."""
+    section = recipe.sft
+    assert section
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    resume = newest_checkpoint(checkpoints)
+    start = step_of(resume) if resume else 0
+    if start:
+        console.notice(
+            say(f"continuing after step {start} of {len(plan)}", f"从第 {start} 步（共 {len(plan)} 步）继续")
+        )
+    tokens = list(accumulate(plan.tokens_of(lesson.store.lengths)))
+    began = time.monotonic()
+    with console.progress(len(plan), "sft", start) as bar:
+        job = Job(
+            model=pupil.model,
+            tokenizer=pupil.tokenizer,
+            store=lesson.store,
+            plan=plan,
+            packed=pupil.packed,
+            section=section,
+            dtype=pupil.dtype,
+            seed=recipe.seed,
+            checkpoints=checkpoints,
+            resume=resume,
+            loss=learned_loss,
+            evaluate=score,
+            watch=Watch(folder / "metrics.jsonl", tokens, plan.steps_per_epoch, bar),
+            checkpointing=_needs_checkpointing(section, pupil.model.config, pupil.device, plan.budget),
+        )
+        fit(job)
+    seconds, trained = time.monotonic() - began, tokens[-1] - (tokens[start - 1] if start else 0)
+    return {
+        "tokens": tokens[-1],
+        "tokens_this_run": trained,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(trained / max(seconds, 1e-9), 2),
     }
-    sizes = torch.from_numpy(token_bytes(tokenizer))
-    with artifact.create(out, "sft", parents, settings(recipe), resumable=True) as draft:
-        artifact.write_json(draft.path / "settings.json", settings(recipe))
-        before = _once(draft.path / "before.json", lambda: _before(evaluate if held_out_store else None, answers))
-        done = newest_checkpoint(draft.path / "checkpoints") if (draft.path / "checkpoints").is_dir() else None
-        start = step_of(done) if done else 0
-        if start:
-            console.notice(
-                say(f"continuing after step {start} of {len(plan)}", f"从第 {start} 步（共 {len(plan)} 步）继续")
-            )
-        began = time.monotonic()
-        with console.progress(len(plan), "sft", start) as bar:
-            tokens = list(accumulate(plan.tokens_of(store.lengths)))
-            watch = Watch(draft.path / "metrics.jsonl", tokens, plan.steps_per_epoch, bar)
-            fit(
-                Job(
-                    model=model,
-                    tokenizer=tokenizer,
-                    store=store,
-                    plan=plan,
-                    packed=packed,
-                    section=section,
-                    dtype=dtype,
-                    seed=recipe.seed,
-                    folder=draft.path,
-                    loss=learned_loss,
-                    evaluate=evaluate if held_out_store else None,
-                    callbacks=[watch],
-                    checkpointing=_needs_checkpointing(section, model.config, device, plan.budget),
-                )
-            )
-        seconds = time.monotonic() - began
-        after = _before(evaluate if held_out_store else None, answers)
-        if os.environ.get("RANK", "0") == "0":
-            draft.fingerprint = _save(model, tokenizer, template, stops, draft.path)
-            report: dict[str, Any] = {
-                "summary": f"{recipe.base} · {section.adapter.method} · {len(plan)} {say('steps', '步')}",
-                "ledger": {
-                    "prepare": {key: prepared.manifest["ledger"]["dialogues"][key] for key in ("in", "kept", "lost")},
-                    "encode": ledger.to_dict(),
-                },
-                "mask": mask,
-                "trainable": adapted.counts,
-                "held_out": _held_out(before, after, held_out_store),
-                "throughput": _throughput(tokens, start, seconds),
-                "peak_memory_bytes": peak_memory_bytes(),
-                "unreached": unreached,
-                "samples": [
-                    {"question": question, "before": old, "after": new, "wanted": wanted}
-                    for (question, wanted), old, new in zip(
-                        ((dialogue.messages[-2].content, dialogue.messages[-1].content) for dialogue in questions),
-                        before["answers"],
-                        after["answers"],
-                        strict=True,
-                    )
-                ],
-            }
-            _check_books(report["ledger"])
-            artifact.write_json(draft.path / "report.json", report)
-            _write_rejected(draft.path / "rejected.jsonl", rejected)
-            write_report(
-                draft.path, f"{recipe.name} · sft", report, read_metrics(draft.path / "metrics.jsonl"), dump(recipe)
-            )
-            draft.facts = {
-                "device": device,
-                "dtype": str(dtype).removeprefix("torch."),
-                "steps": len(plan),
-                "tokens": tokens[-1],
-                "batch_size": section.batch_size,
-                "micro_batches": {"accumulate": plan.accumulate, "world": plan.world, "token_budget": plan.budget},
-                "stop_tokens": [tokenizer.convert_ids_to_tokens(index) for index in stops],
-                "template_name": section.template,
-            }
-            _say_result(report, out)
-    return (
-        artifact.open_artifact(out, "sft")
-        if os.environ.get("RANK", "0") == "0"
-        else artifact.Artifact(out, {"kind": "sft", "fingerprint": "-"})
-    )
 
 
 def _encode(
@@ -299,17 +345,11 @@ def _needs_checkpointing(section: Sft, config: Any, device: str, budget: int) ->
     return bool(budget * config.num_hidden_layers * config.hidden_size * 34 * 2 > 0.8 * free)
 
 
-def _score(model: Any, store: TokenStore | None, packed: bool, budget: int, sizes: torch.Tensor) -> dict[str, float]:
+def _score(pupil: Pupil, store: TokenStore | None, budget: int, sizes: torch.Tensor) -> dict[str, float]:
+    """Bits per byte of what was held out."""
     assert store is not None
-    micro: list[tuple[int, ...]] = []
-    room = 0
-    for sample, length in enumerate(store.lengths.tolist()):
-        if length > room:
-            micro.append(())
-            room = max(budget, length)
-        micro[-1] += (sample,)
-        room -= length
-    batches = MicroBatches(store, micro, packed=packed)
+    batches = MicroBatches(store, fill(store.lengths, budget), packed=pupil.packed)
+    model = pupil.model
     return bits_per_byte(model, (audit.to_device(batches[index], model) for index in range(len(batches))), sizes)
 
 
@@ -322,60 +362,64 @@ def _questions(held_out: list[Dialogue], count: int) -> list[Dialogue]:
     ][:count]
 
 
-def _answer(
-    model: Any,
-    tokenizer: Any,
-    encoder: Encoder,
-    template: Template,
-    stops: tuple[int, ...],
-    context: int,
-    questions: list[Dialogue],
-) -> list[str]:
-    if not questions:
-        return []
-    trained_with = model.config._attn_implementation
-    was_training = model.training
+def _answer(pupil: Pupil, questions: list[Dialogue]) -> list[str]:
+    """The model's own greedy answers, with the attention that generation needs."""
+    model = pupil.model
+    trained_with, was_training = model.config._attn_implementation, model.training
+    voice = Voice(model, pupil.tokenizer, pupil.stops, dress.context_length(model.config))
     model.eval()
     if trained_with == attention.NAME:
         model.set_attn_implementation("sdpa")
     try:
-        voice = Voice(model, tokenizer, stops, context)
-        out = []
-        for dialogue in questions:
-            prompt = template.prompt(dialogue.messages[:-1], dialogue.tools)
-            ids = encoder.encode_prompt(prompt)
-            out.append(voice.decode(voice.answer([ids], Sampling(max_new_tokens=96))[0]).strip())
-        return out
+        prompts = [pupil.template.prompt(dialogue.messages[:-1], dialogue.tools) for dialogue in questions]
+        ids = [pupil.encoder.encode_prompt(prompt) for prompt in prompts]
+        return [voice.decode(voice.answer([one], Sampling(max_new_tokens=96))[0]).strip() for one in ids]
     finally:
         model.set_attn_implementation(trained_with)
         model.train(was_training)
 
 
-def _before(evaluate: Any, answers: Any) -> dict[str, Any]:
-    with torch.random.fork_rng(), console.waiting(say("scoring what was held out", "评测留出集")):
-        return {"scores": evaluate() if evaluate else None, "answers": answers()}
-
-
-def _once(file: Path, make: Any) -> dict[str, Any]:
+def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The value that an interrupted run already made, or a new one, kept for the next time."""
     if file.is_file():
         return dict(json.loads(file.read_text(encoding="utf-8")))
     value: dict[str, Any] = make()
-    if os.environ.get("RANK", "0") == "0":
+    if launch.is_first():
         artifact.write_json(file, value)
     return value
 
 
-def _save(model: Any, tokenizer: Any, template: Template, stops: tuple[int, ...], folder: Path) -> str:
+def _save(pupil: Pupil, folder: Path) -> str:
     """Adapter or model, tokenizer, template and stop tokens; returns the fingerprint of the trained tensors."""
+    model = pupil.model
     if model.config._attn_implementation == attention.NAME:
         model.set_attn_implementation("sdpa")
     model.config.use_cache = True
     model.save_pretrained(str(folder))
-    dress.save_tokenizer(tokenizer, template, folder)
-    dress.save_generation_config(model, stops, folder)
+    dress.save_tokenizer(pupil.tokenizer, pupil.template, folder)
+    dress.save_generation_config(model, pupil.stops, folder)
     check_adapter_saved(folder)
-    return fingerprint_model(load.Place(str(folder), str(folder))) or fingerprint_state(dict(model.state_dict()))
+    return fingerprint_model(load.Place(str(folder), str(folder))) or ""
+
+
+def _facts(section: Sft, pupil: Pupil, plan: Plan, throughput: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "device": pupil.device,
+        "dtype": str(pupil.dtype).removeprefix("torch."),
+        "steps": len(plan),
+        "tokens": throughput["tokens"],
+        "batch_size": section.batch_size,
+        "micro_batches": {"accumulate": plan.accumulate, "world": plan.world, "token_budget": plan.budget},
+        "stop_tokens": [pupil.tokenizer.convert_ids_to_tokens(index) for index in pupil.stops],
+        "template_name": section.template,
+    }
+
+
+def _samples(questions: list[Dialogue], before: list[str], after: list[str]) -> list[dict[str, str]]:
+    return [
+        {"question": one.messages[-2].content, "before": old, "after": new, "wanted": one.messages[-1].content}
+        for one, old, new in zip(questions, before, after, strict=True)
+    ]
 
 
 def _held_out(before: dict[str, Any], after: dict[str, Any], store: TokenStore | None) -> dict[str, Any] | None:
@@ -391,26 +435,21 @@ def _held_out(before: dict[str, Any], after: dict[str, Any], store: TokenStore |
     }
 
 
-def _throughput(tokens: list[int], start: int, seconds: float) -> dict[str, Any]:
-    trained = tokens[-1] - (tokens[start - 1] if start else 0)
-    return {
-        "tokens": tokens[-1],
-        "tokens_this_run": trained,
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(trained / max(seconds, 1e-9), 2),
-    }
-
-
-def _check_books(tables: dict[str, Any]) -> None:
-    """What the first table keeps is what the second takes in."""
+def _books(prepared: artifact.Artifact, ledger: Ledger) -> dict[str, Any]:
+    """Both tables. What the first keeps is what the second takes in, or this is a bug of ours."""
+    table = prepared.manifest["ledger"]["dialogues"]
+    tables = {"prepare": {key: table[key] for key in ("in", "kept", "lost")}, "encode": ledger.to_dict()}
     kept, taken = tables["prepare"]["kept"]["rows"], tables["encode"]["in"]["rows"]
     if kept != taken:
         raise AssertionError(f"prepare keeps {kept} rows, encode takes in {taken}")
+    return tables
 
 
-def _write_rejected(file: Path, rejected: list[Rejected]) -> None:
-    with file.open("w", encoding="utf-8") as stream:
+def _write(recipe: Recipe, folder: Path, report: dict[str, Any], rejected: list[Rejected]) -> None:
+    artifact.write_json(folder / "report.json", report)
+    with (folder / "rejected.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(bad.to_dict(), ensure_ascii=False) + "\n" for bad in rejected)
+    write_report(folder, f"{recipe.name} · sft", report, read_metrics(folder / "metrics.jsonl"), dump(recipe))
 
 
 def _say_ledger(ledger: Ledger, mask: dict[str, Any], rejected: list[Rejected]) -> None:
@@ -434,18 +473,18 @@ def _say_ledger(ledger: Ledger, mask: dict[str, Any], rejected: list[Rejected]) 
         )
 
 
-def _say_plan(plan: Plan, store: TokenStore, counts: dict[str, Any], device: str, dtype: torch.dtype, why: str) -> None:
-    tokens = sum(plan.tokens_of(store.lengths))
+def _say_plan(plan: Plan, store: TokenStore, pupil: Pupil) -> None:
+    tokens, counts = console.human_count(sum(plan.tokens_of(store.lengths))), pupil.counts
     console.tell(
         say(
-            f"{len(plan)} steps, {console.human_count(tokens)} tokens, {plan.accumulate} micro-batches of at most {plan.budget} tokens a step",
-            f"{len(plan)} 步，{console.human_count(tokens)} token，每步 {plan.accumulate} 个微批，每个至多 {plan.budget} token",
+            f"{len(plan)} steps, {tokens} tokens; a step is {plan.accumulate} x {plan.world} micro-batches of at most {plan.budget} tokens",
+            f"{len(plan)} 步，{tokens} token；每步 {plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token",
         )
     )
     console.tell(
         say(
-            f"{counts['parameters']:,} of {counts['of']:,} parameters are trained ({counts['share']:.2%}) · {device} · {str(dtype)[6:]}: {why}",
-            f"训练 {counts['parameters']:,} / {counts['of']:,} 个参数（{counts['share']:.2%}）· {device} · {str(dtype)[6:]}：{why}",
+            f"{counts['parameters']:,} of {counts['of']:,} parameters are trained ({counts['share']:.2%})",
+            f"训练 {counts['parameters']:,} / {counts['of']:,} 个参数（{counts['share']:.2%}）",
         )
     )
 

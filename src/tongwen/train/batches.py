@@ -98,6 +98,19 @@ def deal(step: tuple[int, ...], lengths: np.ndarray, parts: int) -> tuple[tuple[
     return tuple(tuple(dealt[part]) for part in ranked)
 
 
+def fill(lengths: np.ndarray, budget: int) -> list[tuple[int, ...]]:
+    """Samples in their order, as many together as fit into the budget: for scoring, where order changes nothing."""
+    micro: list[tuple[int, ...]] = []
+    room = 0
+    for sample, length in enumerate(lengths.tolist()):
+        if length > room:
+            micro.append(())
+            room = max(budget, length)
+        micro[-1] += (sample,)
+        room -= length
+    return micro
+
+
 def _done(stop_after: Duration, steps: int, tokens: int, per_epoch: int) -> bool:
     if stop_after.unit == "steps":
         return steps >= stop_after.count

@@ -23,6 +23,7 @@ from tongwen.language import say
 from tongwen.recipe.schema import Sft
 from tongwen.train.audit import FirstSteps, check_finite_gradients
 from tongwen.train.batches import MicroBatches, Plan
+from tongwen.train.watch import Watch
 
 DIGESTS = "digests.json"
 Loss = Callable[[Any, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
@@ -40,23 +41,21 @@ class Job:
     section: Sft
     dtype: torch.dtype
     seed: int
-    folder: Path  # the stage's working folder
+    checkpoints: Path
+    resume: Path | None
     loss: Loss
     evaluate: Callable[[], dict[str, float]] | None
-    callbacks: list[TrainerCallback]
+    watch: Watch
     checkpointing: bool = False
 
 
 def fit(job: Job) -> None:
-    """Train to the end, from the newest good checkpoint if there is one. Raises NumbersError on NaN or a failed audit."""
-    checkpoints = job.folder / "checkpoints"
-    checkpoints.mkdir(exist_ok=True)
-    resume = newest_checkpoint(checkpoints)
-    trainer = PlannedTrainer(job, checkpoints)
+    """Train to the end, from the checkpoint if there is one. Raises NumbersError on NaN or a failed audit."""
+    trainer = PlannedTrainer(job)
     trainer.remove_callback(PrinterCallback)
-    for callback in (*job.callbacks, FirstSteps(), NoNan(job), Evaluations(job)):
+    for callback in (job.watch, FirstSteps(), NoNan(job), Evaluations(job)):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
     for name, part in job.model.named_parameters():
         if part.requires_grad and not bool(torch.isfinite(part).all()):
             raise NumbersError(say("weights are not finite after the run", "训练后权重含非有限值"), place=name)
@@ -103,14 +102,14 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def training_arguments(job: Job, folder: Path) -> TrainingArguments:
+def training_arguments(job: Job) -> TrainingArguments:
     """The recipe's words as TrainingArguments; `trainer:` goes through as it is."""
     section, plan = job.section, job.plan
     total = len(plan)
     warmup = round(section.warmup * total) if section.warmup < 1 else int(section.warmup)
     shape = {"constant": "constant_with_warmup"}.get(section.schedule, section.schedule)
     return TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(job.checkpoints),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=plan.accumulate,
         max_steps=total,
@@ -145,13 +144,13 @@ def training_arguments(job: Job, folder: Path) -> TrainingArguments:
 class PlannedTrainer(Trainer):
     """Trainer over a Plan."""
 
-    def __init__(self, job: Job, folder: Path) -> None:
+    def __init__(self, job: Job) -> None:
         self.job = job
         self.micro = MicroBatches(job.store, job.plan.flat(), packed=job.packed)
         self._staging: Path | None = None
         super().__init__(
             model=job.model,
-            args=training_arguments(job, folder),
+            args=training_arguments(job),
             train_dataset=self.micro,
             processing_class=job.tokenizer,
         )
@@ -253,9 +252,7 @@ class Evaluations(TrainerCallback):
             return
         with torch.random.fork_rng():
             scores = self.job.evaluate()
-        for callback in self.job.callbacks:
-            if hasattr(callback, "on_scores"):
-                callback.on_scores(state.global_step, scores)
+        self.job.watch.on_scores(scores)
 
 
 class NoNan(TrainerCallback):

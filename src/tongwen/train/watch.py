@@ -52,7 +52,7 @@ class Watch(TrainerCallback):
         self._append(line)
         self.bar.update(step, f"loss {logs['loss']:.3f} · {human_count(round(speed))} tok/s")
 
-    def on_scores(self, step: int, scores: dict[str, float]) -> None:
+    def on_scores(self, scores: dict[str, float]) -> None:
         """A held-out evaluation in the middle of the run: it stands in the next line that is logged."""
         self.scores = {"held_out_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"]}
 
