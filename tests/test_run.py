@@ -227,6 +227,17 @@ def test_the_partition_of_a_batch_changes_nothing(chat_model: Path, tmp_path: Pa
             assert norm == pytest.approx(wanted_norm, rel=1e-5)
 
 
+def test_activation_checkpointing_changes_no_number(chat_model: Path, tmp_path: Path) -> None:
+    found = []
+    for choice in ("off", "on"):
+        recipe = write_recipe(
+            tmp_path / choice, chat_model, sft=f", stop_after: 3 steps, activation_checkpointing: {choice}", merge=False
+        )
+        assert cli.main(["run", str(recipe)]) == 0
+        found.append(tensors(tmp_path / choice / "out" / "sft"))
+    assert all(torch.allclose(found[0][name], tensor, atol=1e-7) for name, tensor in found[1].items())
+
+
 def test_two_ranks_are_one_rank(chat_model: Path, tmp_path: Path) -> None:
     adapters = []
     for devices in (1, 2):

@@ -319,3 +319,21 @@ def test_layers_that_do_not_qualify_stay_with_peft(folder: Path) -> None:
 
     for choice in (Adapter(rank=4, dora=True), Adapter(rank=4, dropout=0.1)):
         assert fuse(adapt(packed_model(folder), choice, []).model) == 0
+
+
+def test_fused_experts_that_all_linear_passes_by_are_named() -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=60,
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+    )
+    adapted = adapt(Qwen3MoeForCausalLM(config), Adapter(rank=2), [])
+    assert any("fused expert weights" in notice and "mlp.experts" in notice for notice in adapted.notices)
