@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,8 +111,18 @@ def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str]) 
         if code:
             raise Launched(code)
         return artifact.open_artifact(path, name)
+    if name not in TRAINING and not launch.is_first():
+        return _wait_for(path)
     result: artifact.Artifact = importlib.import_module(f"tongwen.stages.{name}").run(recipe, path)
     return result
+
+
+def _wait_for(path: Path) -> artifact.Artifact:
+    """Under a launcher the first process alone runs what is not training; the others wait for its folder. When the first
+    one fails, the launcher ends them."""
+    while (found := artifact.find(path)) is None:
+        time.sleep(0.5)
+    return found
 
 
 def _changed(found: artifact.Artifact, settings: dict[str, Any]) -> list[tuple[str, Any, Any]]:

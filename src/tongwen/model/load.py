@@ -152,7 +152,9 @@ def check_tokenizer(tokenizer: Any, model: Any, place: Place) -> None:
 
 
 def compute_device() -> str:
-    """cuda, npu, xpu, mps or cpu: whatever torch can compute on here."""
+    """cuda, npu, xpu, mps or cpu: whatever torch can compute on here. Under a launcher, this process takes its own."""
+    if torch.accelerator.is_available() and "LOCAL_RANK" in os.environ:
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     kind = torch.accelerator.current_accelerator(check_available=True) if torch.accelerator.is_available() else None
     return kind.type if kind is not None else "cpu"
 

@@ -152,8 +152,8 @@ def _open_pupil(recipe: Recipe, place: load.Place, tokenizer: Any, encoder: Enco
     device = load.compute_device()
     dtype, why = load.compute_dtype(section.precision, device)
     with console.waiting(say("opening the base", "打开底座")):
-        base_fingerprint = fingerprint_model(place)
         model, packed = _open(place, dtype if section.adapter.method != "full" else torch.float32)
+        base_fingerprint = fingerprint_model(place)  # after it was opened: only then a hub's files are surely here
     load.check_tokenizer(tokenizer, model, place)
     stops = dress.stop_ids(tokenizer, template, getattr(model, "generation_config", None))
     set_seed(recipe.seed)
@@ -373,7 +373,7 @@ def _answer(pupil: Pupil, questions: list[Dialogue]) -> list[str]:
     try:
         prompts = [pupil.template.prompt(dialogue.messages[:-1], dialogue.tools) for dialogue in questions]
         ids = [pupil.encoder.encode_prompt(prompt) for prompt in prompts]
-        return [voice.decode(voice.answer([one], Sampling(max_new_tokens=96))[0]).strip() for one in ids]
+        return [voice.decode(voice.answer([one], Sampling(max_new_tokens=64))[0]).strip() for one in ids]
     finally:
         model.set_attn_implementation(trained_with)
         model.train(was_training)

@@ -108,7 +108,7 @@ def training_arguments(job: Job) -> TrainingArguments:
     total = len(plan)
     warmup = round(section.warmup * total) if section.warmup < 1 else int(section.warmup)
     shape = {"constant": "constant_with_warmup"}.get(section.schedule, section.schedule)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(job.checkpoints),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=plan.accumulate,
@@ -139,6 +139,8 @@ def training_arguments(job: Job) -> TrainingArguments:
             else {}
         ),
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: DataParallel would cut a pack in two (F-06)
+    return arguments
 
 
 class PlannedTrainer(Trainer):

@@ -17,12 +17,12 @@ STYLE = """
 body{margin:0 auto;max-width:60rem;padding:2rem 1.25rem 4rem;background:var(--paper);color:var(--ink);
  font:16px/1.6 system-ui,-apple-system,"Segoe UI","PingFang SC","Noto Sans CJK SC","Microsoft YaHei",sans-serif}
 h1{font-size:1.7rem;line-height:1.25;margin:.2rem 0}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}
-.soft{color:var(--soft)}.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(10.5rem,1fr));gap:.8rem;margin:1.4rem 0}
+.soft{color:var(--soft)}.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(11.5rem,1fr));gap:.8rem;margin:1.4rem 0}
 .card{background:var(--wash);border:1px solid var(--line);border-radius:.6rem;padding:.8rem 1rem}
-.card b{display:block;font-size:1.3rem;line-height:1.3;font-variant-numeric:tabular-nums}.card span{color:var(--soft);font-size:.85rem}
-table{border-collapse:collapse;width:100%}td,th{padding:.35rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+.card b{display:block;font-size:1.25rem;line-height:1.3;white-space:nowrap;font-variant-numeric:tabular-nums}.card span{color:var(--soft);font-size:.85rem}
+table{border-collapse:collapse;width:100%;table-layout:fixed;margin-bottom:1rem}td,th{padding:.35rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}th{font-weight:600;color:var(--soft);font-size:.85rem}
-svg{width:100%;height:auto;display:block}.scroll{overflow-x:auto}
+svg{width:100%;min-width:30rem;height:auto;display:block}.scroll{overflow-x:auto}
 .qa{border:1px solid var(--line);border-radius:.6rem;margin:.8rem 0;overflow:hidden}.qa h3{margin:0;padding:.6rem 1rem;background:var(--wash);font-size:1rem}
 .qa div{display:grid;grid-template-columns:5rem 1fr;gap:.6rem;padding:.5rem 1rem;border-top:1px solid var(--line);white-space:pre-wrap;overflow-wrap:anywhere}
 pre{background:var(--wash);border:1px solid var(--line);border-radius:.6rem;padding:1rem;overflow-x:auto;font-size:.85rem}
@@ -109,11 +109,11 @@ def curve(points: list[tuple[float, float]], x_label: str, y_label: str) -> str:
     raw = " ".join(at(x, y) for x, y in points)
     smooth = " ".join(at(x, y) for x, y in running_mean(points))
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" font-size="12" fill="var(--soft)">{"".join(grid)}'
+        f'<div class=scroll><svg viewBox="0 0 {width} {height}" role="img" font-size="12" fill="var(--soft)">{"".join(grid)}'
         f'<polyline points="{raw}" fill="none" stroke="var(--accent)" stroke-opacity=".3"/>'
         f'<polyline points="{smooth}" fill="none" stroke="var(--accent)" stroke-width="2"/>'
         f'<text x="{width - 12}" y="{height - 2}" text-anchor="end">{html.escape(x_label)}</text>'
-        f'<text x="{left + 6}" y="{top + 12}">{html.escape(y_label)}</text></svg>'
+        f'<text x="{left + 6}" y="{top + 12}">{html.escape(y_label)}</text></svg></div>'
     )
 
 
@@ -138,7 +138,7 @@ def write_png(file: Path, title: str, points: list[tuple[float, float]]) -> None
     font = cjk_font()
     chinese = language() == "zh" and font is not None
     if not title.isascii() and font is None:
-        title = title.encode("ascii", "ignore").decode()
+        title = title.encode("latin-1", "ignore").decode("latin-1")
     with mpl.rc_context(
         {"font.family": [font, "DejaVu Sans"] if font else ["DejaVu Sans"], "axes.unicode_minus": False}
     ):
@@ -161,30 +161,19 @@ def cjk_font() -> str | None:
     """The name of an installed font that really has Chinese glyphs; None when there is none."""
     from matplotlib import font_manager, ft2font
 
-    preferred = (
-        "noto sans cjk",
-        "source han",
-        "wenquanyi",
-        "pingfang",
-        "yahei",
-        "simhei",
-        "heiti",
-        "droid sans fallback",
-    )
-    entries = sorted(
-        font_manager.fontManager.ttflist,
-        key=lambda entry: next((rank for rank, name in enumerate(preferred) if name in entry.name.lower()), 99),
-    )
-    seen: set[str] = set()
-    for entry in entries:
-        if entry.fname in seen:
-            continue
-        seen.add(entry.fname)
+    preferred = ("notosanscjk", "sourcehan", "wqy", "pingfang", "msyh", "simhei", "heiti", "droidsansfallback")
+
+    def rank(file: str) -> int:
+        name = Path(file).name.lower().replace("-", "").replace(" ", "")
+        return next((place for place, wanted in enumerate(preferred) if wanted in name), len(preferred))
+
+    for file in sorted(font_manager.findSystemFonts(), key=lambda file: (rank(file), file)):
         try:
-            font = ft2font.FT2Font(entry.fname)
+            font = ft2font.FT2Font(file)
             # A last-resort font has a box for every code point, even for one that Unicode has not assigned.
             if font.get_char_index(ord("同")) and not font.get_char_index(0x0378):
-                return str(entry.name)
+                font_manager.fontManager.addfont(file)
+                return str(font.family_name)
         except (RuntimeError, OSError):
             continue
     return None
