@@ -13,6 +13,7 @@ from tongwen.data.ledger import Ledger
 from tongwen.data.read import Rejected
 from tongwen.errors import DataError
 from tongwen.model.dress import bind_template
+from tongwen.recipe.schema import Sft
 from tongwen.record import Dialogue, Message, Origin, Span
 
 KINDS = ("bytes", "sentencepiece", "legacy")
@@ -34,15 +35,8 @@ def dialogue(*contents: str) -> Dialogue:
 def store_of(tokenizer, dialogues, template="plain", **options) -> tuple[TokenStore, Ledger, list[Rejected]]:
     encoder = Encoder(tokenizer)
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
-    choices = {"learn": "assistant", "thinking": "mixed", "max_length": 512} | options
-    store = encode_dialogues(
-        dialogues,
-        bind_template(template, tokenizer, encoder.prefix),
-        encoder,
-        ledger=ledger,
-        reject=rejected.append,
-        **choices,
-    )
+    bound = bind_template(template, tokenizer, encoder.prefix)
+    store = encode_dialogues(dialogues, bound, encoder, Sft(**options), ledger, rejected.append)
     ledger.check()
     return store, ledger, rejected
 
@@ -112,8 +106,8 @@ def test_too_long_samples_are_counted_never_cut(tmp_path: Path) -> None:
     assert dict(ledger.lost) == {"too_long": 1, "control_token_in_text": 1}
     assert "max_length is 60" in rejected[1].rule or "max_length is 60" in rejected[0].rule
     assert ledger.size_in == ledger.size_kept + ledger.size_lost["too_long"]
-    with pytest.raises(DataError, match=r"longer than max_length 4[\s\S]*raise sft.max_length"):
-        check_store(store_of(tokenizer, rows, "chatml", max_length=4)[0], 4, rejected, 0.99)
+    with pytest.raises(DataError, match=r"longer than max_length 8[\s\S]*raise sft.max_length"):
+        check_store(store_of(tokenizer, rows, "chatml", max_length=8)[0], Sft(max_length=8), rejected)
 
 
 def test_a_set_that_does_not_learn_to_stop_is_refused() -> None:
@@ -121,8 +115,8 @@ def test_a_set_that_does_not_learn_to_stop_is_refused() -> None:
         np.zeros(4, np.uint32), np.ones(4, bool), np.array([0, 2, 4]), (Origin("f", 1),) * 2, np.array([True, False])
     )
     with pytest.raises(DataError, match=r"50\.0%"):
-        check_store(store, 10, [], 0.99)
-    assert check_store(store, 10, [], 0.5)["stop_learned_share"] == 0.5
+        check_store(store, Sft(), [])
+    assert check_store(store, Sft(min_stop_learned=0.5), [])["stop_learned_share"] == 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,6 +20,7 @@ from tongwen.data.ledger import Ledger
 from tongwen.data.read import Rejected
 from tongwen.errors import DataError, ModelError, RowRefused
 from tongwen.language import say
+from tongwen.recipe.schema import Sft
 from tongwen.record import Dialogue, Origin, Span
 from tongwen.template import Rendered, Template
 
@@ -170,10 +171,7 @@ def encode_dialogues(
     dialogues: Iterable[Dialogue],
     template: Template,
     encoder: Encoder,
-    *,
-    learn: str,
-    thinking: str,
-    max_length: int,
+    section: Sft,
     ledger: Ledger,
     reject: Callable[[Rejected], None],
 ) -> TokenStore:
@@ -188,7 +186,7 @@ def encode_dialogues(
         rendered: list[tuple[Dialogue, list[Rendered]]] = []
         for dialogue in chunk:
             try:
-                rendered.append((dialogue, template.samples(dialogue, learn, thinking)))
+                rendered.append((dialogue, template.samples(dialogue, section.learn, section.thinking)))
             except RowRefused as error:
                 ledger.enter(0)
                 ledger.lose(error.reason, 0)
@@ -201,7 +199,7 @@ def encode_dialogues(
                 sample_ids, sample_learn = next(encoded)
                 size = len(sample_ids)
                 ledger.enter(size, things=0)
-                unfit, rule = _unfit(size, sample_learn, max_length)
+                unfit, rule = _unfit(size, sample_learn, section.max_length)
                 if unfit:
                     reason = unfit
                     ledger.lose(unfit, size, things=0)
@@ -239,25 +237,23 @@ def _unfit(size: int, learn: list[bool], max_length: int) -> tuple[str, str]:
     return "", ""
 
 
-def check_store(
-    store: TokenStore, max_length: int, rejected: Sequence[Rejected], min_stop_learned: float
-) -> dict[str, Any]:
+def check_store(store: TokenStore, section: Sft, rejected: Sequence[Rejected]) -> dict[str, Any]:
     """The mask's statistics. Raises DataError when nothing is left to learn, or too few samples learn to stop."""
     if not len(store):
         too_long = sum(bad.reason == "too_long" for bad in rejected)
         first = rejected[0] if rejected else None
         raise DataError(
             say(
-                f"no sample is left to learn ({too_long} of {len(rejected)} are longer than max_length {max_length})"
+                f"no sample is left to learn ({too_long} of {len(rejected)} are longer than max_length {section.max_length})"
                 + (f"; the first: {first.rule}" if first else ""),
-                f"没有可训练的样本（{len(rejected)} 个中有 {too_long} 个超过 max_length {max_length}）"
+                f"没有可训练的样本（{len(rejected)} 个中有 {too_long} 个超过 max_length {section.max_length}）"
                 + (f"；第一个：{first.rule}" if first else ""),
             ),
             place=str(first.origin) if first else "sft",
             remedy=say("raise sft.max_length, or shorten the samples", "增大 sft.max_length，或缩短样本"),
         )
     stops = float(store.stops.mean())
-    if stops < min_stop_learned:
+    if stops < section.min_stop_learned:
         raise DataError(
             say(
                 f"only {stops:.1%} of the samples learn their stop token; the model would not learn to end its answers",

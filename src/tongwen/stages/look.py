@@ -37,13 +37,11 @@ def run(recipe: Recipe, count: int, page: str) -> int:
         read_dialogues(recipe.prepare.dialogues, recipe.prepare.fill, Ledger("rows", "bytes"), rejected.append),
         template,
         encoder,
-        learn=recipe.sft.learn,
-        thinking=recipe.sft.thinking,
-        max_length=recipe.sft.max_length,
-        ledger=ledger,
-        reject=rejected.append,
+        recipe.sft,
+        ledger,
+        rejected.append,
     )
-    mask = check_store(store, recipe.sft.max_length, rejected, recipe.sft.min_stop_learned)
+    mask = check_store(store, recipe.sft, rejected)
     shown = range(min(count, len(store)))
     stop = int(tokenizer.convert_tokens_to_ids(template.stop))
     if page:

@@ -111,13 +111,11 @@ def _encode(recipe: Recipe, place: load.Place) -> tuple[TokenStore, dict[str, An
         dialogues,
         template,
         encoder,
-        learn=recipe.sft.learn,
-        thinking=recipe.sft.thinking,
-        max_length=recipe.sft.max_length,
-        ledger=Ledger("rows", "tokens"),
-        reject=rejected.append,
+        recipe.sft,
+        Ledger("rows", "tokens"),
+        rejected.append,
     )
-    return store, check_store(store, recipe.sft.max_length, rejected, recipe.sft.min_stop_learned)
+    return store, check_store(store, recipe.sft, rejected)
 
 
 def _shape(recipe: Recipe, place: load.Place) -> Shape:

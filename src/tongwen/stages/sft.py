@@ -138,8 +138,8 @@ def _encode_lesson(prepared: artifact.Artifact, template: Template, encoder: Enc
     """Training and held-out rows as tokens, every one of them in the ledger."""
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
     dialogues = list(load_dialogues(prepared.path / "dialogues.jsonl"))
-    store = _encode(dialogues, template, encoder, section, ledger, rejected)
-    mask = check_store(store, section.max_length, rejected, section.min_stop_learned)
+    store = encode_dialogues(dialogues, template, encoder, section, ledger, rejected.append)
+    mask = check_store(store, section, rejected)
     held_out, held_out_store = _encode_held_out(prepared, template, encoder, section, ledger)
     _say_ledger(ledger, mask, rejected)
     return Lesson(store, mask, ledger, rejected, held_out, held_out_store)
@@ -244,26 +244,6 @@ def _train(
     }
 
 
-def _encode(
-    dialogues: list[Dialogue],
-    template: Template,
-    encoder: Encoder,
-    section: Sft,
-    ledger: Ledger,
-    rejected: list[Rejected],
-) -> TokenStore:
-    return encode_dialogues(
-        dialogues,
-        template,
-        encoder,
-        learn=section.learn,
-        thinking=section.thinking,
-        max_length=section.max_length,
-        ledger=ledger,
-        reject=rejected.append,
-    )
-
-
 def _encode_held_out(
     prepared: artifact.Artifact, template: Template, encoder: Encoder, section: Sft, ledger: Ledger
 ) -> tuple[list[Dialogue], TokenStore | None]:
@@ -272,7 +252,7 @@ def _encode_held_out(
     if not file.is_file():
         return [], None
     dialogues, bad, aside = list(load_dialogues(file)), list[Rejected](), Ledger("rows", "tokens")
-    store = _encode(dialogues, template, encoder, section, aside, bad)
+    store = encode_dialogues(dialogues, template, encoder, section, aside, bad.append)
     from_training = prepared.manifest["ledger"]["dialogues"]["from_training"]
     if from_training:
         ledger.enter(aside.size_in, things=len(dialogues))
