@@ -40,9 +40,10 @@ sft:
   template: chatml
   adapter: {{method: lora, rank: 16, targets: all-linear}}
   max_length: 512
-  batch_size: 8
-  learning_rate: 1e-3
-  stop_after: 1 epoch
+  batch_size: 4
+  learning_rate: 3e-3
+  schedule: linear
+  stop_after: 72 steps
 merge: {{}}
 """
 
