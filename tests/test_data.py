@@ -256,6 +256,21 @@ def test_missing_files_name_the_folder_they_were_sought_in(tmp_path: Path) -> No
         find_files(str(tmp_path))
 
 
+def test_plain_text_is_no_dialogue(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("一段文字\n", encoding="utf-8")
+    for source in ({}, {"format": "text"}):
+        with pytest.raises(DataError, match="no dialogue of a known format"):
+            read(tmp_path / "a.txt", **source)
+
+
+def test_a_format_that_does_not_fit_names_row_and_keys(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "a.jsonl", [ALPACA])
+    _, rejected, ledger = read(file, format="conversations")
+    with pytest.raises(DataError, match=r"conversations[\s\S]*format: alpaca") as caught:
+        check_losses(ledger, rejected, None, "rows")
+    assert "a.jsonl:1" in caught.value.text()
+
+
 def test_columns_map_names(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "a.jsonl", [{"question": "问", "reply": "答"}])
     records, _, _ = read(file, columns={"instruction": "question", "output": "reply"})

@@ -44,12 +44,10 @@ def read_dialogues(
         for file in find_files(source.path):
             format_: str | None = source.format
             for raw in read_rows(file):
-                if format_ is None and not raw.problem:
+                if format_ in (None, "text") and not raw.problem:
                     format_ = _recognised(raw, source)
-                read = lambda raw, kind=format_, columns=source.columns: formats.read_dialogue(  # noqa: E731
-                    raw.value, kind or "alpaca", columns, fill, Origin(raw.file, raw.row)
-                )
-                if (record := _take(raw, read, ledger, reject)) is not None:
+                arguments = (format_ or "messages", source.columns, fill)
+                if (record := _take(raw, ledger, reject, formats.read_dialogue, *arguments)) is not None:
                     yield record
 
 
@@ -58,10 +56,7 @@ def read_documents(sources: Sequence[Source], ledger: Ledger, reject: Callable[[
     for source in sources:
         for file in find_files(source.path):
             for raw in read_rows(file):
-                read = lambda raw, columns=source.columns: formats.read_document(  # noqa: E731
-                    raw.value, columns, Origin(raw.file, raw.row)
-                )
-                if (record := _take(raw, read, ledger, reject)) is not None:
+                if (record := _take(raw, ledger, reject, formats.read_document, source.columns)) is not None:
                     yield record
 
 
@@ -136,17 +131,21 @@ def _recognised(raw: RawRow, source: Source) -> str:
     return found
 
 
-def _take(raw: RawRow, read: Callable[[RawRow], Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Any:
+def _take(
+    raw: RawRow, ledger: Ledger, reject: Callable[[Rejected], None], read: Callable[..., Any], *arguments: Any
+) -> Any:
+    """The record of a row, or None when it was refused; either way it stands in the ledger."""
     ledger.enter(raw.size)
+    origin = Origin(raw.file, raw.row)
     try:
         if raw.problem:
             raise RowRefused(raw.reason, raw.problem)
-        record = read(raw)
+        record = read(raw.value, *arguments, origin)
     except RowRefused as error:
         ledger.lose(error.reason, raw.size)
-        reject(Rejected(Origin(raw.file, raw.row), error.reason, error.rule, raw.value))
+        reject(Rejected(origin, error.reason, error.rule, raw.value))
         return None
     except DataError as error:
-        raise DataError(error.rule, place=f"{raw.file}:{raw.row}", remedy=error.remedy) from None
+        raise DataError(error.rule, place=str(origin), remedy=error.remedy) from None
     ledger.keep(raw.size)
     return record
