@@ -95,14 +95,14 @@ def load_tokenizer(place: Place) -> Any:
     """The tokenizer of a model, as it stands. Raises ModelError or MachineError."""
     from transformers import AutoTokenizer
 
-    with quiet(), _explained(place):
+    with quiet(), explained(place):
         return AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
 
 
 def load_config(place: Place) -> Any:
     from transformers import AutoConfig
 
-    with quiet(), _explained(place):
+    with quiet(), explained(place):
         return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
 
 
@@ -110,7 +110,7 @@ def load_model(place: Place, dtype: torch.dtype, *, attention: str | None = None
     """The causal language model, in the given number type. Raises ModelError when a weight would be random."""
     from transformers import AutoModelForCausalLM
 
-    with quiet(), _explained(place):
+    with quiet(), explained(place):
         model, info = AutoModelForCausalLM.from_pretrained(
             place.folder,
             dtype=dtype,
@@ -210,7 +210,7 @@ class quiet:  # noqa: N801 (used like a function)
         self._warnings.__exit__(*error)  # type: ignore[arg-type]
 
 
-class _explained:  # noqa: N801
+class explained:  # noqa: N801
     """Whatever a loader raises becomes one message with a place and a remedy."""
 
     def __init__(self, place: Place) -> None:
@@ -299,5 +299,5 @@ def open_adapter(model: Any, folder: str, place: Place, fingerprint_of_base: str
                 f"请用底座 {stage.manifest['parents']['base']['path'] if stage else ''}",
             ),
         )
-    with quiet(), _explained(Place(folder, folder)):
+    with quiet(), explained(Place(folder, folder)):
         return PeftModel.from_pretrained(model, folder)

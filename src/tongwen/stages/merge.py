@@ -51,7 +51,8 @@ def merge(
     console.header("merge", f"{base} + {adapter}")
     fingerprint = fingerprint_model(place)
     trained = artifact.find(adapter)
-    recorded = trained.manifest["parents"]["base"]["fingerprint"] if trained else None
+    made_on = trained.manifest["parents"].get("base", {}) if trained else {}
+    recorded = made_on.get("fingerprint")
     if recorded and recorded != fingerprint and not force:
         raise ArtifactError(
             say(
@@ -60,8 +61,8 @@ def merge(
             ),
             place=str(adapter),
             remedy=say(
-                f"merge onto {trained.manifest['parents']['base']['path'] if trained else ''}",
-                f"请合并到 {trained.manifest['parents']['base']['path'] if trained else ''}",
+                f"merge onto {made_on['path']}",
+                f"请合并到 {made_on['path']}",
             ),
         )
     if not recorded:
@@ -110,7 +111,8 @@ def _local(place: load.Place) -> load.Place:
     if folder is None or not next(folder.glob("*.safetensors"), None):
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(place.folder))
+        with load.explained(place):
+            folder = Path(snapshot_download(place.folder))
     return load.Place(place.name, str(folder))
 
 
