@@ -51,12 +51,18 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--without", action="append", default=[], choices=list(PEERS)[1:], help="leave out a configuration"
+    )
     chosen = parser.parse_args()
-    rows: dict[str, list[dict[str, Any]]] = {"tongwen": [], **{name: [] for name in PEERS}}
+    rows: dict[str, list[dict[str, Any]]] = {
+        "tongwen": [],
+        **{name: [] for name in PEERS if name not in chosen.without},
+    }
     for turn in range(chosen.rounds):
         rows["tongwen"].append(ours(chosen))
-        for name, options in PEERS.items():
-            rows[name].append(theirs(chosen, options))
+        for name in list(rows)[1:]:
+            rows[name].append(theirs(chosen, PEERS[name]))
         for name, found in rows.items():
             print(
                 turn + 1,
@@ -123,7 +129,7 @@ def run(command: list[str]) -> None:
 def write(chosen: argparse.Namespace, rows: dict[str, list[dict[str, Any]]]) -> None:
     median = {name: statistics.median(one["cpu_ms_per_token"] for one in found) for name, found in rows.items()}
     memory = {name: statistics.median(one["peak_rss_bytes"] for one in found) for name, found in rows.items()}
-    best = min((name for name in PEERS if name != "default"), key=lambda name: median[name])
+    best = min(list(rows)[2:], key=lambda name: median[name])
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()

@@ -13,6 +13,7 @@ import torch
 
 from tests.conftest import dialogues, tensors, write_recipe
 from tongwen import cli
+from tongwen.errors import ModelError
 from tongwen.model.fingerprint import fingerprint_model
 from tongwen.model.load import Place
 from tongwen.train.fit import PlannedTrainer
@@ -238,6 +239,19 @@ def test_activation_checkpointing_changes_no_number(chat_model: Path, tmp_path: 
     assert all(torch.allclose(found[0][name], tensor, atol=1e-7) for name, tensor in found[1].items())
 
 
+def test_scoring_on_the_way_is_logged_and_disturbs_nothing(chat_model: Path, tmp_path: Path) -> None:
+    found = []
+    for choice in ("", ", evaluate_every: 2"):
+        recipe = write_recipe(tmp_path / f"{len(found)}", chat_model, sft=f", stop_after: 5 steps{choice}", merge=False)
+        recipe.write_text(recipe.read_text().replace("{rank: 4}", "{rank: 4, dropout: 0.2}"))
+        assert cli.main(["run", str(recipe)]) == 0
+        found.append(tmp_path / f"{len(found)}" / "out" / "sft")
+    lines = [json.loads(line) for line in (found[1] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "bits_per_byte" in line] == [2, 4]
+    wanted = tensors(found[0])
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(found[1]).items())
+
+
 def test_two_ranks_are_one_rank(chat_model: Path, tmp_path: Path) -> None:
     adapters = []
     for devices in (1, 2):
@@ -318,6 +332,12 @@ def test_python_entry_and_generate_agree(finished: Path, tongwen: Any, tmp_path:
         speaker.generate(["问题3：你好吗？", "问", "一个更长的问题，为了填充"], batch_size=3, max_new_tokens=24)[0]
         == answer
     )
+    sampled = [speaker.chat(question, max_new_tokens=24, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    with pytest.raises(ModelError, match=r"temprature[\s\S]*temperature"):
+        speaker.chat(question, temprature=1.0)
+    with pytest.raises(ModelError, match="the model sees 512"):
+        speaker.chat([{"role": "user", "content": "长" * 3000}])
     adapted = package.open(str(finished / "out" / "sft"))
     assert adapted.chat(question, max_new_tokens=24) == answer, "live adapter and merged model say the same"
     prompts = tmp_path / "prompts.txt"
