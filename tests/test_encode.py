@@ -42,12 +42,10 @@ def store_of(tokenizer, dialogues, template="plain", **options) -> tuple[TokenSt
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("answer", ["是", "否", "好", "H", "Hello", " 是", "是 ", "\n是", "一", "😀", "\n\n"])
+@pytest.mark.parametrize("answer", ["是", "否", "好", "H", "Hello", " 是", "是 ", "\n是", "一", "😀"])
 @pytest.mark.parametrize("question", ["你好", "问 ", "Hello: ", "x\n"])
 def test_learned_tokens_are_the_answer_and_its_stop(kind: str, answer: str, question: str, tmp_path: Path) -> None:
     """F-10: a short answer must not be swallowed by the border of the prompt."""
-    if not answer.strip():
-        pytest.skip("an empty answer is no answer")
     tokenizer = make(kind, tmp_path)
     for template in ("plain", "alpaca-zh", "chatml") if kind == "bytes" else ("plain", "alpaca-zh"):
         store, _, _ = store_of(tokenizer, [dialogue(question, answer, "再问", answer)], template)
