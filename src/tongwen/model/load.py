@@ -6,9 +6,12 @@ more tokens than the embedding has rows. No remote code runs, and no pickle beyo
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +44,8 @@ def locate(name: str) -> Place:
     """Find a model by name. Raises ModelError when a folder holds none."""
     if name.startswith("modelscope:"):
         return Place(name, _from_modelscope(name.removeprefix("modelscope:")))
+    if not name.strip():
+        raise ModelError(say("no model is named", "没有写模型"), place="MODEL", remedy="Qwen/Qwen3-0.6B")
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -199,6 +204,11 @@ class quiet:  # noqa: N801 (used like a function)
         hf.set_verbosity_error()
         hf.disable_progress_bar()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        # Bars that libraries draw themselves (GGUF, downloads) are for a terminal; a log would fill with them.
+        self._stderr = (
+            contextlib.redirect_stderr(io.StringIO()) if not sys.stderr.isatty() else contextlib.nullcontext()
+        )
+        self._stderr.__enter__()
         self._warnings = warnings.catch_warnings()
         self._warnings.__enter__()
         warnings.simplefilter("ignore")
@@ -207,6 +217,7 @@ class quiet:  # noqa: N801 (used like a function)
         from transformers.utils import logging as hf
 
         hf.set_verbosity(self._level)
+        self._stderr.__exit__(None, None, None)
         self._warnings.__exit__(*error)  # type: ignore[arg-type]
 
 

@@ -55,7 +55,10 @@ def run(name: str, out: str) -> int:
         )
     text = render(name)
     if not out:
-        print(text, end="")
+        if console.SCREEN.json:
+            console.emit({"template": name, "recipe": text})
+        else:
+            print(text, end="")
         return 0
     target = Path(out)
     if target.exists():
