@@ -71,7 +71,7 @@ def main() -> None:
                 f"{found[-1]['peak_rss_bytes'] / 1e9:.2f} GB",
                 flush=True,
             )
-    write(chosen, rows)
+        write(chosen, rows)  # after every round: what was measured is kept when the run is stopped
 
 
 def ours(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def write(chosen: argparse.Namespace, rows: dict[str, list[dict[str, Any]]]) -> 
         "machine": {"processor": processor(), "cpus": os.cpu_count(), "python": platform.python_version()},
         "commit": commit,
         "steps": chosen.steps,
-        "rounds": chosen.rounds,
+        "rounds": len(rows["tongwen"]),
         "median_cpu_ms_per_token": median,
         "median_peak_rss_bytes": memory,
         "of_peer_default": median["tongwen"] / median["default"],
