@@ -252,6 +252,15 @@ def test_scoring_on_the_way_is_logged_and_disturbs_nothing(chat_model: Path, tmp
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors(found[1]).items())
 
 
+def test_trainer_passes_other_arguments_through(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    """Also those for which we have a default of our own."""
+    recipe = write_recipe(
+        tmp_path, chat_model, sft=", stop_after: 2 steps, trainer: {log_level: warning, adam_beta2: 0.5}", merge=False
+    )
+    code, _, err = tongwen("run", recipe)
+    assert code == 0, err
+
+
 def test_two_ranks_are_one_rank(chat_model: Path, tmp_path: Path) -> None:
     adapters = []
     for devices in (1, 2):

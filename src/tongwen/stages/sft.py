@@ -111,7 +111,8 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         "template": {"name": section.template, "fingerprint": fingerprint_text(template.source)},
     }
     with artifact.create(out, "sft", parents, settings(recipe), resumable=True) as draft:
-        artifact.write_json(draft.path / "settings.json", settings(recipe))
+        if launch.is_first():
+            artifact.write_json(draft.path / "settings.json", settings(recipe))
         before = _once(draft.path / "before.json", examine)
         throughput = _train(recipe, pupil, lesson, plan, draft.path, score if lesson.held_out_store else None)
         after = examine()

@@ -7,6 +7,7 @@ bytes are on the disk, and a NaN stops the run.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,16 +18,15 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from tongwen import artifact
+from tongwen import artifact, console
 from tongwen.errors import ArtifactError, NumbersError
 from tongwen.language import say
 from tongwen.recipe.schema import Sft
-from tongwen.train.audit import FirstSteps, check_finite_gradients
+from tongwen.train.audit import FirstSteps, Loss, check_finite_gradients
 from tongwen.train.batches import MicroBatches, Plan
 from tongwen.train.watch import Watch
 
 DIGESTS = "digests.json"
-Loss = Callable[[Any, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
@@ -63,8 +63,6 @@ def fit(job: Job) -> None:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose every file has the digest that was recorded; damaged ones are put aside, aloud."""
-    from tongwen import console
-
     for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         problem = damage(path)
         if problem is None:
@@ -83,8 +81,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint: a missing or changed file; None when it is whole."""
-    import json
-
     try:
         digests = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -108,37 +104,35 @@ def training_arguments(job: Job) -> TrainingArguments:
     total = len(plan)
     warmup = round(section.warmup * total) if section.warmup < 1 else int(section.warmup)
     shape = {"constant": "constant_with_warmup"}.get(section.schedule, section.schedule)
-    arguments = TrainingArguments(
-        output_dir=str(job.checkpoints),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=plan.accumulate,
-        max_steps=total,
-        learning_rate=section.peak_learning_rate,
-        lr_scheduler_type=shape,
-        warmup_steps=warmup,
-        weight_decay=section.weight_decay,
-        max_grad_norm=section.max_grad_norm,
-        bf16=job.dtype == torch.bfloat16,
-        logging_steps=section.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=section.save_every,
-        eval_strategy="no",
-        seed=job.seed,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        log_level="error",
-        use_cpu=not torch.accelerator.is_available(),  # said aloud: without it a CPU run under torchrun stays alone
-        **{"report_to": "none", **section.trainer},
-        **(
-            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-            if job.checkpointing
-            else {}
-        ),
-    )
+    ours: dict[str, Any] = {
+        "output_dir": str(job.checkpoints),
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": plan.accumulate,
+        "max_steps": total,
+        "learning_rate": section.peak_learning_rate,
+        "lr_scheduler_type": shape,
+        "warmup_steps": warmup,
+        "weight_decay": section.weight_decay,
+        "max_grad_norm": section.max_grad_norm,
+        "bf16": job.dtype == torch.bfloat16,
+        "logging_steps": section.log_every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": section.save_every,
+        "eval_strategy": "no",
+        "seed": job.seed,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "log_level": "error",
+        "use_cpu": not torch.accelerator.is_available(),  # said aloud: without it a CPU run under torchrun stays alone
+        "report_to": "none",
+    }
+    if job.checkpointing:
+        ours |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    arguments = TrainingArguments(**ours | section.trainer)  # the recipe has refused what it says in its own words
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: DataParallel would cut a pack in two (F-06)
     return arguments
 
@@ -228,7 +222,7 @@ def commit(staged: Path, folder: Path, keep: int) -> None:
 
 
 def check_adapter_saved(folder: Path) -> None:
-    """Raise ArtifactError when an adapter file holds no tensors (443 bytes in 2023) or a B matrix is missing."""
+    """Raise ArtifactError when an adapter file holds no tensors (443 bytes in 2023), or there is none."""
     file = folder / "adapter_model.safetensors"
     if not (folder / "adapter_config.json").is_file():
         return
