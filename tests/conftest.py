@@ -17,6 +17,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 torch.set_num_threads(1)  # so that a test may fork
+# The first use of torch's pool after a fork replaces it, and the threads of a loader may race to do so.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 CORPUS = [
     "你好，世界。我是一个中文助手。今天天气很好，我们去公园散步吧。",
@@ -142,7 +144,7 @@ def write_recipe(
     """A recipe for a tiny run."""
     data = write_rows(folder / "data.jsonl", dialogues(24) if rows is None else rows)
     text = f"name: tiny\nbase: {base}\nout: {folder / 'out'}\nprepare: {{dialogues: {data}, held_out: 4}}\n"
-    text += f"sft: {{template: chatml, adapter: {{rank: 4}}, max_length: 256, batch_size: 4, learning_rate: 1e-2, samples: 1{sft}}}\n"
+    text += f"sft: {{template: chatml, adapter: {{rank: 4}}, max_length: 256, batch_size: 4, learning_rate: 1e-2, samples: 1, precision: fp32{sft}}}\n"
     text += ("merge: {}\n" if merge else "") + extra
     recipe = folder / "recipe.yaml"
     recipe.write_text(text, encoding="utf-8")

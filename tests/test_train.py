@@ -46,7 +46,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def packed_model(folder: Path) -> Any:
-    return load_model(Place("t", str(folder)), torch.float32, attention=attention.register())
+    model = load_model(Place("t", str(folder)), torch.float32)
+    model.set_attn_implementation(attention.register())
+    return model
 
 
 def plan_for(store: TokenStore, **options: Any):

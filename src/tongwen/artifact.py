@@ -67,7 +67,7 @@ def open_artifact(path: Path, kind: str) -> Artifact:
     """The finished artifact at a path. Raises ArtifactError when it is missing, unfinished or of another kind."""
     found = find(path)
     if found is None:
-        unfinished = path.with_name(path.name + ".partial").exists()
+        unfinished = partial_of(path).exists()
         raise ArtifactError(
             say("this stage has not finished", "该阶段尚未完成")
             if unfinished

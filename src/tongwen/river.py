@@ -21,10 +21,6 @@ from tongwen.recipe.load import dump
 from tongwen.recipe.schema import STAGES, Recipe
 
 TRAINING = ("sft",)  # stages that run on all devices
-AGAIN = say(
-    "tongwen run RECIPE --again redoes it and everything after it, and keeps the old folder",
-    "tongwen run RECIPE --again 重做它及其后各阶段，并保留旧文件夹",
-)
 
 
 class Launched(TongwenError):
@@ -67,7 +63,7 @@ def run(
             if redo_from is not None and STAGES.index(name) >= STAGES.index(redo_from):
                 _put_aside(path)
             elif (found := artifact.find(path)) is not None:
-                artifact.refuse_changed(str(path), _changed(found, _settings(recipe, name)), AGAIN)
+                artifact.refuse_changed(str(path), _changed(found, _settings(recipe, name)), _again())
                 console.good(say(f"{name}: already done", f"{name}：已完成"))
                 done.append(found)
                 continue
@@ -163,7 +159,14 @@ def _check_interrupted(path: Path, settings: dict[str, Any], fork: bool) -> None
         console.notice(say(f"continued with other settings (--fork): {lines}", f"以不同设置继续（--fork）：{lines}"))
         return
     artifact.refuse_changed(
-        str(file.parent), changed, AGAIN + say("; --fork continues with the new settings", "；--fork 以新设置继续")
+        str(file.parent), changed, _again() + say("; --fork continues with the new settings", "；--fork 以新设置继续")
+    )
+
+
+def _again() -> str:
+    return say(
+        "tongwen run RECIPE --again redoes it and everything after it, and keeps the old folder",
+        "tongwen run RECIPE --again 重做它及其后各阶段，并保留旧文件夹",
     )
 
 

@@ -6,7 +6,7 @@ stop tokens that the model learned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,18 +42,26 @@ class Speaker:
 
     def generate(self, prompts: Sequence[str], batch_size: int = 8, **options: Any) -> list[str]:
         """One answer per prompt. Prompts are questions for a chat model, beginnings for `template="completion"`."""
-        ids = [self.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
+        return self.answer_all([[{"role": "user", "content": prompt}] for prompt in prompts], batch_size, **options)
+
+    def answer_all(
+        self,
+        conversations: Sequence[Sequence[dict[str, Any]]],
+        batch_size: int,
+        progress: Callable[[int], None] = lambda done: None,
+        **options: Any,
+    ) -> list[str]:
+        """One answer per conversation, in their order; batches are made of prompts of like length, the longest first."""
+        ids = [self.prompt_ids(messages) for messages in conversations]
         out = [""] * len(ids)
         longest_first = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
         for begin in range(0, len(ids), batch_size):
             chosen = longest_first[begin : begin + batch_size]
-            for index, text in zip(chosen, self.answer_ids([ids[index] for index in chosen], **options), strict=True):
-                out[index] = text
+            answers = self.voice.answer([ids[index] for index in chosen], self._sampling(options))
+            for index, answer in zip(chosen, answers, strict=True):
+                out[index] = self.voice.decode(answer)
+            progress(begin + len(chosen))
         return out
-
-    def answer_ids(self, prompts: Sequence[list[int]], **options: Any) -> list[str]:
-        """One batch: the answers to prompts that are ids already."""
-        return [self.voice.decode(answer) for answer in self.voice.answer(prompts, self._sampling(options))]
 
     def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """The conversation as ids, up to where the model answers."""
@@ -94,7 +102,7 @@ def open_speaker(
     with console.waiting(say(f"opening {model}", f"打开 {model}")):
         network = load.load_model(base, dtype)
         if names:
-            network = load.open_adapter(network, names[0], base, fingerprint_model(base))
+            network = load.open_adapter(network, names[0], fingerprint_model(base))
             network = network.merge_and_unload()
     load.check_tokenizer(tokenizer, network, base)
     network = network.to(device).eval()

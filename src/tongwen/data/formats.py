@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -101,23 +101,28 @@ def _read_alpaca(row: dict[str, Any]) -> tuple[list[Message], list[Any]]:
     return messages, []
 
 
-def _read_messages(row: dict[str, Any]) -> tuple[list[Message], list[Any]]:
-    turns = row.get("messages")
+def _turns(row: dict[str, Any], key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, turn) of each turn, which is an object."""
+    turns = row.get(key)
     if not isinstance(turns, list) or not turns:
         raise RowRefused(
             "no_messages",
             say(
-                f"messages must be a list with turns, this is {_kind(turns)}",
-                f"messages 应为非空列表，此处是 {_kind(turns)}",
+                f"{key} must be a list with turns, this is {_kind(turns)}", f"{key} 应为非空列表，此处是 {_kind(turns)}"
             ),
         )
-    messages = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             raise RowRefused(
                 "bad_turn",
                 say(f"turn {number} is {_kind(turn)}, not an object", f"第 {number} 轮是 {_kind(turn)}，不是对象"),
             )
+        yield number, turn
+
+
+def _read_messages(row: dict[str, Any]) -> tuple[list[Message], list[Any]]:
+    messages = []
+    for number, turn in _turns(row, "messages"):
         role = _role(turn.get("role"), number)
         calls = turn.get("tool_calls") or ()
         if not isinstance(calls, (list, tuple)) or not all(isinstance(call, dict) for call in calls):
@@ -170,24 +175,10 @@ def _read_messages(row: dict[str, Any]) -> tuple[list[Message], list[Any]]:
 
 def _read_conversations(row: dict[str, Any]) -> tuple[list[Message], list[Any]]:
     """ShareGPT and BELLE: from/value, with function_call and observation."""
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise RowRefused(
-            "no_messages",
-            say(
-                f"conversations must be a list with turns, this is {_kind(turns)}",
-                f"conversations 应为非空列表，此处是 {_kind(turns)}",
-            ),
-        )
     messages = []
     if system := _text(row, "system", default=""):
         messages.append(Message("system", system))
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise RowRefused(
-                "bad_turn",
-                say(f"turn {number} is {_kind(turn)}, not an object", f"第 {number} 轮是 {_kind(turn)}，不是对象"),
-            )
+    for number, turn in _turns(row, "conversations"):
         role = _role(turn.get("from", turn.get("role")), number)
         content = turn.get("value", turn.get("content"))
         if not isinstance(content, str):

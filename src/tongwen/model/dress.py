@@ -7,6 +7,7 @@ from typing import Any
 
 from tongwen.errors import ArtifactError
 from tongwen.language import say
+from tongwen.record import Message
 from tongwen.template import Template
 
 
@@ -40,8 +41,6 @@ def stop_ids(tokenizer: Any, template: Template | None, generation_config: Any) 
 
 def control_ids(tokenizer: Any, template: Template) -> list[int]:
     """Ids of the control tokens that the template writes."""
-    from tongwen.record import Message
-
     text = template.prompt([Message("user", "A")]) + template.stop
     return sorted({int(tokenizer.convert_tokens_to_ids(token)) for token in template.special if token in text})
 

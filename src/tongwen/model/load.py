@@ -111,7 +111,7 @@ def load_config(place: Place) -> Any:
         return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
 
 
-def load_model(place: Place, dtype: torch.dtype, *, attention: str | None = None, device: str | None = None) -> Any:
+def load_model(place: Place, dtype: torch.dtype) -> Any:
     """The causal language model, in the given number type. Raises ModelError when a weight would be random."""
     from transformers import AutoModelForCausalLM
 
@@ -120,9 +120,7 @@ def load_model(place: Place, dtype: torch.dtype, *, attention: str | None = None
             place.folder,
             dtype=dtype,
             trust_remote_code=False,
-            attn_implementation=attention,
             output_loading_info=True,
-            **({"device_map": device} if device else {}),
             **_gguf(place),
         )
     missing = sorted(info.get("missing_keys") or ())
@@ -234,13 +232,14 @@ class explained:  # noqa: N801
         if error is None or not isinstance(error, Exception) or isinstance(error, (ModelError, MachineError)):
             return
         text = str(error)
+        first_line = text.splitlines()[0] if text else type(error).__name__
         if isinstance(error, ImportError) and "gguf" in text.lower():
             raise MissingPackage("gguf", say("reading GGUF files", "读取 GGUF 文件"), "gguf") from None
         if not self.place.local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
             raise MachineError(
                 say(
-                    f"the hub does not give this model: {text.splitlines()[0][:160]}",
-                    f"无法从 hub 取得该模型：{text.splitlines()[0][:160]}",
+                    f"the hub does not give this model: {first_line[:160]}",
+                    f"无法从 hub 取得该模型：{first_line[:160]}",
                 ),
                 place=self.place.name,
                 remedy="export HF_ENDPOINT=https://hf-mirror.com"
@@ -260,8 +259,8 @@ class explained:  # noqa: N801
         ):
             raise ModelError(
                 say(
-                    f"the model cannot be loaded: {text.splitlines()[0][:300] if text else type(error).__name__}",
-                    f"无法加载模型：{text.splitlines()[0][:300] if text else type(error).__name__}",
+                    f"the model cannot be loaded: {first_line[:300]}",
+                    f"无法加载模型：{first_line[:300]}",
                 ),
                 place=self.place.name,
                 remedy=say("check that the files are whole", "请检查文件是否完整"),
@@ -287,7 +286,7 @@ def _from_modelscope(name: str) -> str:
         ) from None
 
 
-def open_adapter(model: Any, folder: str, place: Place, fingerprint_of_base: str | None) -> Any:
+def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None) -> Any:
     """The model with an adapter on it, for inference. Refuses an adapter that was trained on another base."""
     from peft import PeftModel
 

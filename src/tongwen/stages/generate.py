@@ -28,17 +28,8 @@ def run(
     """Answer every prompt of the file, in its order."""
     rows = read_prompts(prompts)
     speaker = open_speaker(model, adapters, template, thinking)
-    conversations = [speaker.prompt_ids(messages) for messages in rows]
-    answers = [""] * len(rows)
-    longest_first = sorted(range(len(rows)), key=lambda index: -len(conversations[index]))
     with console.progress(len(rows), "generate") as bar:
-        for begin in range(0, len(rows), batch_size):
-            chosen = longest_first[begin : begin + batch_size]
-            for index, text in zip(
-                chosen, speaker.answer_ids([conversations[index] for index in chosen], **sampling), strict=True
-            ):
-                answers[index] = text
-            bar.update(min(begin + batch_size, len(rows)))
+        answers = speaker.answer_all(rows, batch_size, bar.update, **sampling)
     file = Path(out)
     beside = file.with_name(file.name + ".partial")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -128,7 +128,6 @@ def _shape(recipe: Recipe, place: load.Place) -> Shape:
         model = AutoModelForCausalLM.from_config(config)
         parameters = sum(part.numel() for part in model.parameters())
         adapted = adapting.adapt(model, recipe.sft.adapter, [])
-    modules = sum("lora_A" in name for name, _ in adapted.model.named_parameters())
     return Shape(
         parameters=parameters + (adapted.counts["parameters"] if recipe.sft.adapter.method != "full" else 0),
         trainable=adapted.counts["parameters"],
@@ -136,7 +135,6 @@ def _shape(recipe: Recipe, place: load.Place) -> Shape:
         hidden=int(config.hidden_size),
         intermediate=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
         vocabulary=int(config.vocab_size),
-        modules=modules,
     )
 
 

@@ -191,7 +191,7 @@ def _make_plan(recipe: Recipe, store: TokenStore, device: str) -> Plan:
 
 def _audit(pupil: Pupil, store: TokenStore, plan: Plan) -> list[str]:
     """Nothing is trained before this has passed. Returns the trainable tensors that the first tokens did not reach."""
-    first = MicroBatches(store, plan.flat(), packed=pupil.packed)[0]
+    first = MicroBatches(store, [plan.micro[0][0]], packed=pupil.packed)[0]
     unreached = audit.probe_gradients(pupil.model, first, learned_loss)
     console.good(say("audit: gradients reach every trained tensor", "审计通过：梯度到达所有训练参数"))
     if pupil.packed and len(store) > 1:

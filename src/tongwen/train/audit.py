@@ -89,9 +89,7 @@ def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:
 
 
 def _judge(model: Any, trainable: dict[str, torch.nn.Parameter], loss: float) -> list[str]:
-    for name, part in model.named_parameters():
-        if not part.requires_grad and part.grad is not None:
-            raise NumbersError(say("a frozen tensor has a gradient", "被冻结的张量有梯度"), place=f"audit · {name}")
+    check_frozen(model, "audit")
     none = [name for name, part in trainable.items() if part.grad is None or not bool(part.grad.any())]
     broken = [
         name for name, part in trainable.items() if part.grad is not None and not bool(torch.isfinite(part.grad).all())
@@ -119,6 +117,13 @@ def _judge(model: Any, trainable: dict[str, torch.nn.Parameter], loss: float) ->
             ),
         )
     return none
+
+
+def check_frozen(model: Any, when: str) -> None:
+    """Raise NumbersError when a frozen tensor has a gradient."""
+    for name, part in model.named_parameters():
+        if not part.requires_grad and part.grad is not None:
+            raise NumbersError(say("a frozen tensor has a gradient", "被冻结的张量有梯度"), place=f"{when} · {name}")
 
 
 def check_loss(total: float, learned: int, model: Any) -> float:
@@ -171,11 +176,8 @@ class FirstSteps(TrainerCallback):
         if self.done:
             return
         self.done = True
+        check_frozen(model, "step 1")
         for name, part in model.named_parameters():
-            if not part.requires_grad and part.grad is not None:
-                raise NumbersError(
-                    say("a frozen tensor has a gradient", "被冻结的张量有梯度"), place=f"step 1 · {name}"
-                )
             if part.requires_grad and part.grad is None:
                 raise NumbersError(
                     say("a trainable tensor has no gradient", "可训练的张量没有梯度"), place=f"step 1 · {name}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """parameters: all; trainable: those with a gradient; linear: in the layers' matrices; adapter: in LoRA matrices."""
+    """parameters: all; trainable: those with a gradient; the rest are the model's widths."""
 
     parameters: int
     trainable: int
@@ -15,7 +15,6 @@ class Shape:
     hidden: int
     intermediate: int
     vocabulary: int
-    modules: int  # adapted linear modules
 
 
 def estimate(
