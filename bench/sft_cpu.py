@@ -38,6 +38,7 @@ sft:
   max_length: 512
   batch_size: 8
   learning_rate: 1e-4
+  precision: fp32
   stop_after: {steps} steps
   samples: 0
 """

@@ -11,22 +11,33 @@ import pytest
 from tests.conftest import write_rows
 from tongwen.data.formats import read_dialogue, recognise
 from tongwen.data.ledger import Ledger
-from tongwen.data.read import Rejected, check_losses, load_dialogues, read_dialogues, read_documents
+from tongwen.data.mix import choose_held_out, draw, order, passes_of
+from tongwen.data.clean import Cleaner, Dropped
+from tongwen.data.parts import check_losses, iter_rows, list_parts, load
 from tongwen.data.sources import find_files, read_rows
-from tongwen.data.split import hold_out, order
 from tongwen.errors import DataError, RowRefused
-from tongwen.recipe.schema import Source
+from tongwen.recipe.schema import Prepare, Source
 from tongwen.record import Origin
 
-HERE = Origin("f", 1)
+HERE, SOURCE = Origin("f", 1), Source(path="f")
 ALPACA = {"instruction": "问", "input": "", "output": "答"}
 
 
-def read(file: Path, **source: Any) -> tuple[list[Any], list[Rejected], Ledger]:
-    ledger, rejected = Ledger("rows", "bytes"), list[Rejected]()
-    records = list(read_dialogues([Source(path=str(file), **source)], {}, ledger, rejected.append))
+def read(file: Path, fill: dict[str, str] | None = None, **source: Any) -> tuple[list[Any], list[RowRefused], Ledger]:
+    """A file as `prepare` reads it: its records, what was refused, and the ledger."""
+    section = Prepare(dialogues=[Source(path=str(file), **source)], fill=fill or {}, held_out=0.0)
+    ledger, records, refused = Ledger("rows", "bytes"), [], []
+    for part in list_parts(section, lambda path, tell: path, print):
+        for raw, record in iter_rows(part, section, Cleaner(section.clean, part.kind), print):
+            ledger.enter(raw.size)
+            if isinstance(record, (Dropped, RowRefused)):
+                ledger.lose(record.reason, raw.size)
+                refused.append(record)
+            else:
+                ledger.keep(raw.size)
+                records.append(record)
     ledger.check()
-    return records, rejected, ledger
+    return records, refused, ledger
 
 
 @pytest.mark.parametrize(
@@ -87,13 +98,13 @@ def read(file: Path, **source: Any) -> tuple[list[Any], list[Rejected], Ledger]:
 def test_formats(row: dict[str, Any], roles: list[str], last: str) -> None:
     format_ = recognise(row)
     assert format_
-    dialogue = read_dialogue(row, format_, {}, {}, HERE)
+    dialogue = read_dialogue(row, format_, SOURCE, {}, HERE)
     assert [message.role for message in dialogue.messages] == roles
     assert dialogue.messages[-1].content == last
 
 
 def test_alpaca_input_follows_the_instruction_on_a_new_line() -> None:
-    assert read_dialogue({**ALPACA, "input": "文"}, "alpaca", {}, {}, HERE).messages[0].content == "问\n文"
+    assert read_dialogue({**ALPACA, "input": "文"}, "alpaca", SOURCE, {}, HERE).messages[0].content == "问\n文"
 
 
 def test_thinking_and_tool_calls_are_kept() -> None:
@@ -107,7 +118,7 @@ def test_thinking_and_tool_calls_are_kept() -> None:
         {"role": "tool", "content": "晴"},
         {"role": "assistant", "content": "<think>想</think>\n答", "train": False},
     ]
-    dialogue = read_dialogue({"messages": turns}, "messages", {}, {}, HERE)
+    dialogue = read_dialogue({"messages": turns}, "messages", SOURCE, {}, HERE)
     assert dialogue.messages[1].tool_calls[0]["function"]["arguments"] == {"c": 1}
     assert (dialogue.messages[3].thinking, dialogue.messages[3].content, dialogue.messages[3].learn) == (
         "想",
@@ -148,7 +159,7 @@ def test_thinking_and_tool_calls_are_kept() -> None:
         ({"messages": [{"role": "user", "content": ["a"]}]}, "bad_content"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": "x"}]},
-            "bad_tool_calls",
+            "bad_json_inside",
         ),
         (
             {
@@ -182,16 +193,16 @@ def test_thinking_and_tool_calls_are_kept() -> None:
 )
 def test_each_bad_row_has_a_reason(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowRefused) as caught:
-        read_dialogue(row, recognise(row) or "alpaca", {}, {}, HERE)
+        read_dialogue(row, recognise(row) or "alpaca", SOURCE, {}, HERE)
     assert caught.value.reason == reason
     assert caught.value.rule
 
 
 def test_placeholders_are_filled_or_refused() -> None:
     row = {**ALPACA, "output": "我是{{name}}，{{x}}"}
-    assert read_dialogue(row, "alpaca", {}, {"name": "小同"}, HERE).messages[1].content == "我是小同，{{x}}"
+    assert read_dialogue(row, "alpaca", SOURCE, {"name": "小同"}, HERE).messages[1].content == "我是小同，{{x}}"
     with pytest.raises(DataError, match=r"name.*not filled") as caught:
-        read_dialogue(row, "alpaca", {}, {}, HERE)
+        read_dialogue(row, "alpaca", SOURCE, {}, HERE)
     assert "fill: {name:" in caught.value.remedy
 
 
@@ -207,8 +218,6 @@ def test_array_lines_and_text_are_told_apart(tmp_path: Path) -> None:
     ]
     assert [file.name for file in find_files(str(tmp_path))] == ["a.json", "b.txt", "c.txt"]
     assert [file.name for file in find_files(str(tmp_path / "*.txt"))] == ["b.txt", "c.txt"]
-    ledger = Ledger("rows", "bytes")
-    assert len(list(read_documents([Source(path=str(tmp_path / "c.txt"))], ledger, lambda bad: None))) == 2
 
 
 def test_bad_rows_are_counted_and_kept(tmp_path: Path) -> None:
@@ -219,34 +228,22 @@ def test_bad_rows_are_counted_and_kept(tmp_path: Path) -> None:
         + b'{"instruction": "\xff", "output": "a"}\n{"output": "x"}\n{"instruction": NaN, "output": "x"}\n'
     )
     records, rejected, ledger = read(file)
-    assert [bad.reason for bad in rejected] == ["not_json", "not_utf8", "missing_key", "not_json"]
-    assert [bad.origin.row for bad in rejected] == [2, 3, 4, 5]
+    assert [bad.reason for bad in rejected] == ["not_json", "not_utf8", "unknown_format", "not_a_number"]
     assert (ledger.things_in, ledger.kept, len(records)) == (5, 1, 1)
-    assert ledger.size_in == file.stat().st_size
-    with pytest.raises(DataError, match="4 of 5") as caught:
-        check_losses(ledger, rejected, None, "rows")
-    assert "max_bad: 4" in caught.value.remedy
-    check_losses(ledger, rejected, 4, "rows")
+    assert ledger.size_in == sum(map(len, file.read_bytes().splitlines()))
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.json", b"", "empty"),
-        ("a.json", b'[{"instruction": 1}', "JSON array"),
-        ("a.json", '[{"instruction": "问"}]'.encode("gb18030"), "iconv"),
-        ("a.jsonl", b'{"question": "a", "reply": "b"}\n', "question, reply"),
-        ("a.jsonl", b"3\n", "known format"),
-        ("a.txt", "中文".encode("gb18030"), "UTF-8"),
-    ],
-)
-def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, words: str) -> None:
-    file = tmp_path / name
-    file.write_bytes(content)
-    with pytest.raises(DataError) as caught:
-        read(file)
-    assert str(file) in caught.value.text()
-    assert words in caught.value.text()
+def test_too_many_bad_rows_are_refused_with_the_first_of_them() -> None:
+    bad = [("a.jsonl:2", "not JSON"), ("a.jsonl:9", "no answer")]
+    with pytest.raises(DataError, match=r"4 of 5[\s\S]*a\.jsonl:2: not JSON[\s\S]*… 2") as caught:
+        check_losses(5, 1, 4, bad, None, "rows")
+    assert "max_bad: 4" in caught.value.remedy and caught.value.place == "a.jsonl"
+    check_losses(5, 1, 4, bad, 4, "rows")
+    check_losses(5000, 4995, 5, bad, None, "rows")
+    with pytest.raises(DataError, match="6 of 5000"):
+        check_losses(5000, 4994, 6, bad, None, "rows")
+    with pytest.raises(DataError, match=r"none of the 5 rows[\s\S]*format: alpaca"):
+        check_losses(5, 0, 5, bad, 100, "rows")
 
 
 def test_missing_files_name_the_folder_they_were_sought_in(tmp_path: Path) -> None:
@@ -254,21 +251,6 @@ def test_missing_files_name_the_folder_they_were_sought_in(tmp_path: Path) -> No
         find_files(str(tmp_path / "none.json"))
     with pytest.raises(DataError, match="no data file"):
         find_files(str(tmp_path))
-
-
-def test_plain_text_is_no_dialogue(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("一段文字\n", encoding="utf-8")
-    for source in ({}, {"format": "text"}):
-        with pytest.raises(DataError, match="no dialogue of a known format"):
-            read(tmp_path / "a.txt", **source)
-
-
-def test_a_format_that_does_not_fit_names_row_and_keys(tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "a.jsonl", [ALPACA])
-    _, rejected, ledger = read(file, format="conversations")
-    with pytest.raises(DataError, match=r"conversations[\s\S]*format: alpaca") as caught:
-        check_losses(ledger, rejected, None, "rows")
-    assert "a.jsonl:1" in caught.value.text()
 
 
 def test_columns_map_names(tmp_path: Path) -> None:
@@ -286,19 +268,6 @@ def test_the_ledger_refuses_when_it_does_not_add_up() -> None:
     assert ledger.to_dict()["lost"] == {"reason": {"rows": 1, "bytes": 10}}
 
 
-def test_order_and_split_follow_the_seed_alone() -> None:
-    assert order(8, 42, "epoch", 0) == [1, 7, 2, 3, 4, 5, 0, 6]
-    assert order(100, 42, "epoch", 0) == order(100, 42, "epoch", 0) != order(100, 42, "epoch", 1)
-    kept, aside = hold_out(list(range(100)), 0.1, 42)
-    assert (len(kept), len(aside)) == (90, 10)
-    assert sorted(kept + aside) == list(range(100))
-    assert kept == sorted(kept)
-    assert hold_out([1, 2], 0.01, 1)[1], "a share holds out at least one"
-    assert hold_out([1, 2], 0, 1) == ([1, 2], [])
-    with pytest.raises(DataError, match="held_out"):
-        hold_out([1, 2], 2, 1)
-
-
 def test_prepared_dialogues_read_back_the_same(tmp_path: Path) -> None:
     rows = [
         {
@@ -311,7 +280,7 @@ def test_prepared_dialogues_read_back_the_same(tmp_path: Path) -> None:
     ]
     before, _, _ = read(write_rows(tmp_path / "a.jsonl", rows))
     file = write_rows(tmp_path / "b.jsonl", [dialogue.to_dict() for dialogue in before])
-    assert list(load_dialogues(file)) == before
+    assert list(load(file)) == before
 
 
 def test_the_shipped_dialogues_are_whole() -> None:
@@ -320,9 +289,8 @@ def test_the_shipped_dialogues_are_whole() -> None:
     assert not rejected
     assert len(records) >= 160
     assert len({dialogue.messages[-2].content for dialogue in records}) >= 0.98 * len(records)
-    ledger, bad = Ledger("rows", "bytes"), list[Rejected]()
     fill = {"name": "小同", "author": "同文"}
-    named = list(read_dialogues([Source(path=str(folder / "self_introduction.jsonl"))], fill, ledger, bad.append))
+    named, bad, _ = read(folder / "self_introduction.jsonl", fill)
     assert len(named) >= 20
     assert not bad
     text = "".join(message.content for dialogue in named for message in dialogue.messages)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
-from tongwen.data.encode import Encoder, TokenStore, check_store, encode_dialogues, token_bytes
-from tongwen.data.ledger import Ledger
-from tongwen.data.read import Rejected
+from tongwen.data import store as stores
+from tongwen.data.encode import Encoder, check_store, encode_dialogues, encode_documents, token_bytes
+from tongwen.data.ledger import Ledger, Rejected
+from tongwen.data.store import SAMPLE, TokenStore, spans_of
 from tongwen.errors import DataError
 from tongwen.model.dress import bind_template
 from tongwen.recipe.schema import Sft
-from tongwen.record import Dialogue, Message, Origin, Span
+from tongwen.record import Dialogue, Document, Message, Origin, Span
 
 KINDS = ("bytes", "sentencepiece", "legacy")
 
@@ -36,7 +38,7 @@ def store_of(tokenizer, dialogues, template="plain", **options) -> tuple[TokenSt
     encoder = Encoder(tokenizer)
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
     bound = bind_template(template, tokenizer, encoder.prefix)
-    store = encode_dialogues(dialogues, bound, encoder, Sft(**options), ledger, rejected.append)
+    store = stores.in_memory(encode_dialogues(dialogues, bound, encoder, Sft(**options), ledger, rejected.append))
     ledger.check()
     return store, ledger, rejected
 
@@ -105,13 +107,15 @@ def test_too_long_samples_are_counted_never_cut(tmp_path: Path) -> None:
     assert "max_length is 60" in rejected[1].rule or "max_length is 60" in rejected[0].rule
     assert ledger.size_in == ledger.size_kept + ledger.size_lost["too_long"]
     with pytest.raises(DataError, match=r"longer than max_length 8[\s\S]*raise sft.max_length"):
-        check_store(store_of(tokenizer, rows, "chatml", max_length=8)[0], Sft(max_length=8), rejected)
+        lost = [json.loads(bad.to_line()) for bad in rejected]
+        check_store(store_of(tokenizer, rows, "chatml", max_length=8)[0], Sft(max_length=8), lost)
 
 
 def test_a_set_that_does_not_learn_to_stop_is_refused() -> None:
-    store = TokenStore(
-        np.zeros(4, np.uint32), np.ones(4, bool), np.array([0, 2, 4]), (Origin("f", 1),) * 2, np.array([True, False])
-    )
+    samples = np.zeros(2, SAMPLE)
+    samples["stop"] = [True, False]
+    learn = np.array([False, True, False, True])
+    store = TokenStore(np.zeros(4, np.uint32), np.array([0, 2, 4]), spans_of(learn), samples, ("f",))
     with pytest.raises(DataError, match=r"50\.0%"):
         check_store(store, Sft(), [])
     assert check_store(store, Sft(min_stop_learned=0.5), [])["stop_learned_share"] == 0.5
@@ -123,6 +127,90 @@ def test_bytes_of_tokens_add_up_to_the_text(kind: str, tmp_path: Path) -> None:
     sizes = token_bytes(tokenizer)
     text = "你好，世界 Hello 😀\n二"
     ids = Encoder(tokenizer).encode([[Span("问", False), Span(text, True)]])[0]
-    learned = [index for index, learn in zip(*ids, strict=True) if learn]
+    learned = [index for piece in ids if piece.learn for index in piece.ids]
     assert sizes[learned].sum() == len(text.encode())
     assert not sizes[tokenizer.all_special_ids].any()
+
+
+def turns(*contents: str) -> Dialogue:
+    return Dialogue((Message("system", "助手"), *dialogue(*contents).messages), Origin("f", 1))
+
+
+@pytest.mark.parametrize("policy", ["drop_turns", "cut_prompt"])
+def test_what_is_too_long_loses_its_oldest_turns_and_never_its_answer(policy: str, tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer(tmp_path)
+    long = turns("龘" * 30, "好的", "今天天气", "很好", "然后呢", "完了")
+    options = {"max_length": 90, "too_long": policy}
+    store, ledger, rejected = store_of(tokenizer, [long], "chatml", **options)
+    assert not rejected
+    text = tokenizer.decode(store.sample(0)[0])
+    assert "龘" not in text and "助手" in text
+    assert text.endswith("完了<|im_end|>") and "今天天气" in text
+    assert ledger.lost["turns_dropped"] == 0 < ledger.size_lost["turns_dropped"]
+    question = turns("龘" * 60, "是")
+    store, ledger, rejected = store_of(tokenizer, [question], "chatml", **options)
+    if policy == "drop_turns":
+        assert [bad.reason for bad in rejected] == ["too_long"]
+    else:
+        assert 80 <= len(store.ids) <= 90
+        assert tokenizer.decode(store.sample(0)[0]).endswith("是<|im_end|>")
+        assert store.stops.all()
+        assert ledger.size_lost["prompt_cut"] == ledger.size_in - len(store.ids)
+
+
+def test_a_store_on_disk_is_the_one_in_memory_also_after_a_crash(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer(tmp_path)
+    encoder = Encoder(tokenizer)
+    bound = bind_template("chatml", tokenizer, encoder.prefix)
+    rows = [dialogue(f"问{index}", "今天天气很好。" * (index % 9), "再问", "答") for index in range(2500)]
+    rows[7], rows[2100] = dialogue("<|im_end|>", "坏"), dialogue("长", "龘" * 200)
+    section = Sft(max_length=256)
+
+    def encode(some, ledger, rejected):
+        return encode_dialogues(some, bound, encoder, section, ledger, rejected.append)
+
+    whole = Ledger("rows", "tokens")
+    memory = stores.in_memory(encode(rows, whole, bad := []))
+    writer = stores.Writer(tmp_path / "s", len(tokenizer))
+    ledger, rejected = writer.ledger, []
+    for number, batch in enumerate(encode(rows, ledger, rejected)):
+        writer.add(batch, ledger, [one.to_line() for one in rejected])
+        rejected.clear()
+        if number == 1:  # the process dies in the middle of the next batch
+            break
+    (tmp_path / "s.partial" / "ids.bin").open("ab").write(b"half")
+    (tmp_path / "s.partial" / "journal.jsonl").open("ab").write(b'{"rows": 99')
+    assert stores.open_store(tmp_path / "s") is None
+    writer = stores.Writer(tmp_path / "s", len(tokenizer))
+    assert writer.rows == 2000
+    ledger = writer.ledger
+    for batch in encode(rows[writer.rows :], ledger, rejected):
+        writer.add(batch, ledger, [one.to_line() for one in rejected])
+    writer.close()
+    disk, found = stores.open_store(tmp_path / "s")
+    assert found.to_dict() == whole.to_dict()
+    assert disk.ids.dtype == np.uint16
+    for name in ("ids", "offsets", "spans", "samples"):
+        assert np.array_equal(getattr(disk, name), getattr(memory, name)), name
+    assert (disk.files, disk.roles) == (memory.files, memory.roles)
+    assert [row["reason"] for row in stores.read_rejected(tmp_path / "s")] == [one.reason for one in bad]
+    assert len(bad) == 2
+    (tmp_path / "s" / "spans.bin").open("ab").write(b"x")
+    assert stores.open_store(tmp_path / "s") is None, "a store that is not what it says is none"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("window", [1, 200, 1 << 20])
+def test_documents_lose_no_token_however_they_are_split(kind: str, window: int, tmp_path: Path) -> None:
+    tokenizer = make(kind, tmp_path)
+    encoder, end = Encoder(tokenizer), tokenizer.eos_token_id
+    texts = ["今天天气很好。" * count for count in (1, 30, 7)]
+    documents = [Document(text, Origin("d", row)) for row, text in enumerate(texts, 1)]
+    ledger = Ledger("rows", "tokens")
+    store = stores.in_memory(encode_documents(documents, encoder, end, 16, ledger, window))
+    wanted = [[*encoder.prefix, *tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in texts]
+    assert store.ids.tolist() == [token for ids in wanted for token in ids]
+    assert store.lengths.max() <= 16
+    assert store.learned_tokens == len(store.ids) - len(store), "all but the first of each sample"
+    assert store.stops.sum() == 3, "each document ends once"
+    assert ledger.to_dict()["kept"] == {"rows": 3, "tokens": len(store.ids)}

@@ -47,7 +47,7 @@ def finished(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_what_a_run_leaves(finished: Path, chat_model: Path) -> None:
     out = finished / "out"
-    assert {path.name for path in out.iterdir()} == {"recipe.yaml", "prepare", "sft", "merge", ".lock"}
+    assert {path.name for path in out.iterdir()} == {"recipe.yaml", "prepare", "tokens", "sft", "merge", ".lock"}
     for name in ("dialogues.jsonl", "dialogues.held_out.jsonl", "rejected.jsonl", "manifest.json"):
         assert (out / "prepare" / name).is_file()
     for name in (

@@ -210,3 +210,44 @@ def test_our_renders_are_those_of_transformers(chat_model: Path) -> None:
             turns[:2], chat_template=source, tokenize=False, add_generation_prompt=True
         )
         assert theirs == own(source).prompt(messages[:2], thinking=True)
+
+
+ASKS_MORE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.content | length > 3 %}{{ m.content | upper }}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("source", [LLAMA3, GLM4, MISTRAL, QWEN3, *SHIPPED])
+def test_a_skeleton_is_what_the_template_renders(source: str) -> None:
+    """The fast way and the slow way agree on contents that try to tell them apart."""
+    template = own(source) if source not in SHIPPED else Template.make(source, None, TOKENS, SPECIAL)
+    contents = [
+        "问",
+        " 前后空白 ",
+        "\n\n行\n\n",
+        "<think>想</think>答",
+        "</think>",
+        "{{ x }}",
+        "a'b\"c\\",
+        "<tool_response>x",
+    ]
+    for question in contents:
+        for answer in contents:
+            for rounds in (1, 2):
+                dialogue = talk(*[question, answer] * rounds)
+                outcomes = []
+                for render in (template.samples, lambda one: template._samples(one, "assistant", "mixed")):
+                    try:
+                        outcomes.append([sample.spans for sample in render(dialogue)])
+                    except (RowRefused, ModelError) as error:
+                        outcomes.append(type(error))
+                assert outcomes[0] == outcomes[1], (question, answer)
+    assert any(template.skeletons.values()), "no shape was found to be simple"
+
+
+def test_a_template_that_asks_more_of_a_content_has_no_skeleton() -> None:
+    template = own(ASKS_MORE)
+    template.samples(talk("问", "答"))
+    assert list(template.skeletons.values()) == [None]

@@ -13,17 +13,16 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tests.conftest import byte_level_tokenizer, tiny_llama
-from tongwen.data.encode import TokenStore
-from tongwen.data.split import order
+from tongwen.data.mix import order
+from tongwen.data.store import SAMPLE, TokenStore, spans_of
 from tongwen.errors import ModelError, NumbersError
 from tongwen.model import attention
 from tongwen.model.adapt import adapt, find_untrained_rows
 from tongwen.model.load import Place, load_model
 from tongwen.model.score import LearnedCrossEntropy, bits_per_byte, learned_loss
 from tongwen.recipe.schema import Adapter, Duration
-from tongwen.record import Origin
 from tongwen.train import audit
-from tongwen.train.batches import MicroBatches, deal, make_plan, pack, pad
+from tongwen.train.batches import MicroBatches, best_fit, deal, make_plan, pack, pad
 from tongwen.train.fit import commit, damage, newest_checkpoint
 
 
@@ -35,7 +34,9 @@ def random_store(count: int, seed: int = 0, longest: int = 40, vocabulary: int =
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     learn[offsets[:-1]] = False
     learn[offsets[1:] - 1] = True
-    return TokenStore(ids, learn, offsets, tuple(Origin("f", row) for row in range(count)), np.ones(count, bool))
+    samples = np.zeros(count, SAMPLE)
+    samples["row"], samples["stop"] = np.arange(count), True
+    return TokenStore(ids, offsets, spans_of(learn), samples, ("f",))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def packed_model(folder: Path) -> Any:
 
 def plan_for(store: TokenStore, **options: Any):
     choices = {"batch_size": 8, "stop_after": Duration(count=2, unit="epochs"), "budget": 64, "world": 1} | options
-    return make_plan(store.lengths, lambda count, epoch: order(count, 42, "epoch", epoch), **choices)
+    return make_plan(store.lengths, lambda epoch: order(len(store), 42, "epoch", epoch), **choices)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -134,7 +135,7 @@ def test_bits_per_byte_is_its_definition(folder: Path) -> None:
     store = random_store(5)
     model = packed_model(folder)
     sizes = torch.ones(500, dtype=torch.int32) * 2
-    sizes[store.ids[store.learn][0]] = 0  # one token is special: in neither sum
+    sizes[store.ids[store.spans[0, 0]]] = 0  # one token is special: in neither sum
     batch = pack([store.sample(index) for index in range(5)])
     scores = bits_per_byte(model, [batch], sizes)
     _, nats = learned_loss(model, batch)
@@ -339,3 +340,27 @@ def test_fused_experts_that_all_linear_passes_by_are_named() -> None:
     )
     adapted = adapt(Qwen3MoeForCausalLM(config), Adapter(rank=2), [])
     assert any("fused expert weights" in notice and "mlp.experts" in notice for notice in adapted.notices)
+
+
+@pytest.mark.parametrize("capacity", [40, 64, 1000])
+def test_best_fit_loses_no_sample_and_leaves_little_room(capacity: int) -> None:
+    lengths = np.random.default_rng(0).integers(3, 40, 800)
+    packs = best_fit(lengths, order(800, 1), capacity)
+    assert sorted(sample for pack in packs for sample in pack) == list(range(800))
+    sizes = [int(lengths[list(pack)].sum()) for pack in packs]
+    assert max(sizes) <= capacity
+    assert len(packs) <= -(-int(lengths.sum()) // capacity) * (1.04 if capacity == 40 else 1.01) + 1
+    places = {sample: place for place, sample in enumerate(order(800, 1))}
+    assert all(list(pack) == sorted(pack, key=places.get) for pack in packs)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_batches_by_tokens_hold_the_whole_epoch(world: int) -> None:
+    store = random_store(203)
+    plan = plan_for(store, batch_tokens=256, budget=64, world=world)
+    first = [sample for step in plan.steps[: plan.steps_per_epoch] for sample in step]
+    assert sorted(first) == list(range(203))
+    assert all(len(step) == plan.accumulate * world for step in plan.micro)
+    assert max(plan.tokens_of(store.lengths)) <= 256
+    assert plan.fill(store.lengths) > 0.9
+    assert len(plan) == 2 * plan.steps_per_epoch

@@ -98,6 +98,58 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     command = add(
+        "fetch",
+        say("public data sets, models and adapters by name, verified", "按名称获取公开数据集、模型与适配器并校验"),
+        _fetch,
+    )
+    command.add_argument(
+        "name",
+        nargs="?",
+        default="",
+        metavar="NAME",
+        help=say(
+            "a short name, OWNER/NAME or modelscope:OWNER/NAME; none: the list",
+            "简称、OWNER/NAME 或 modelscope:OWNER/NAME；不写则列出",
+        ),
+    )
+    command.add_argument(
+        "--out",
+        default="",
+        metavar="DIR",
+        help=say("folder; data/NAME or models/NAME", "文件夹；默认 data/NAME 或 models/NAME"),
+    )
+    command.add_argument(
+        "--dev",
+        type=float,
+        nargs="?",
+        const=0.01,
+        default=0.0,
+        metavar="SHARE",
+        help=say("split off this share of the rows", "划出这一比例的行"),
+    )
+    command.add_argument("--seed", type=int, default=42, help=say("of the split", "划分的种子"))
+    command.add_argument(
+        "--old-names", action="store_true", help=say("name the parts as BELLE did", "按 BELLE 的旧文件名命名")
+    )
+    command.add_argument("--revision", default="", help=say("branch, tag or commit", "分支、标签或提交"))
+    command.add_argument(
+        "--kind", default="", choices=("model", "dataset"), help=say("when the hub has both", "hub 上两者同名时")
+    )
+    command.add_argument(
+        "--files",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help=say("these files only; !PATTERN leaves out", "只取这些文件；!模式 表示排除"),
+    )
+    command.add_argument(
+        "--code", action="store_true", help=say("fetch *.py too (never run here)", "也获取 *.py（本工具从不运行）")
+    )
+    command.add_argument(
+        "--again", action="store_true", help=say("anew; the old folder is kept", "重新获取；保留旧文件夹")
+    )
+
+    command = add(
         "check", say("read the recipe and the data; no model, no torch", "读配方与数据；不需要模型与 torch"), _check
     )
     _add_recipe(command)
@@ -242,6 +294,23 @@ def _demo(parsed: argparse.Namespace) -> int:
     from tongwen.stages import demo
 
     return demo.run(parsed.out, parsed.model)
+
+
+def _fetch(parsed: argparse.Namespace) -> int:
+    from tongwen.stages import fetch
+
+    return fetch.run(
+        parsed.name,
+        parsed.out,
+        dev=parsed.dev,
+        seed=parsed.seed,
+        old_names=parsed.old_names,
+        revision=parsed.revision,
+        kind=parsed.kind,
+        files=parsed.files,
+        code=parsed.code,
+        again=parsed.again,
+    )
 
 
 def _check(parsed: argparse.Namespace) -> int:

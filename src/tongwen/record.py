@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,9 @@ class Document:
     text: str
     origin: Origin
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"text": self.text, "origin": {"file": self.origin.file, "row": self.origin.row}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +71,29 @@ class Dialogue:
         return out
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A stretch of rendered text, and whether the model is to learn it. `stop` marks the text of the stop token."""
+def from_dict(row: dict[str, Any]) -> Document | Dialogue:
+    """The record that `to_dict` wrote."""
+    origin = Origin(row["origin"]["file"], row["origin"]["row"])
+    if "text" in row:
+        return Document(row["text"], origin)
+    messages = tuple(
+        Message(
+            turn["role"],
+            turn["content"],
+            turn.get("reasoning_content"),
+            tuple(turn.get("tool_calls", ())),
+            turn.get("learn"),
+        )
+        for turn in row["messages"]
+    )
+    return Dialogue(messages, origin, tuple(row.get("tools", ())), row.get("meta", {}))
+
+
+class Span(NamedTuple):
+    """A stretch of rendered text, and whether the model is to learn it. `answer` marks what the assistant says, with its
+    stop token; `stop` the text of the stop token alone."""
 
     text: str
     learn: bool
+    answer: bool = False
     stop: bool = False

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from importlib import resources
@@ -29,11 +29,12 @@ import jinja2.sandbox
 from tongwen.errors import ModelError, RowRefused
 from tongwen.language import say
 from tongwen.record import Dialogue, Message, Span
+from tongwen.skeleton import SENTINEL, Skeleton, make_skeleton
 
 SHIPPED = ("chatml", "alpaca", "alpaca-zh", "plain")
 GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 # Noncharacters: Unicode keeps them out of text, so they can carry marks through a render.
-LEARN_FROM, LEARN_TO, SENTINEL = "\ufdd0", "\ufdd1", "\ufdd2"
+LEARN_FROM, LEARN_TO = "\ufdd0", "\ufdd1"
 
 
 class Generation(jinja2.ext.Extension):
@@ -78,6 +79,13 @@ def compile_template(source: str) -> jinja2.Template:
         ) from None
 
 
+@lru_cache(maxsize=16)
+def forbidden_in_text(special: tuple[str, ...]) -> re.Pattern[str]:
+    """What no row's own text may contain, the longest first."""
+    tokens = sorted(filter(None, special), key=len, reverse=True)
+    return re.compile("|".join([f"[{LEARN_FROM}{LEARN_TO}{SENTINEL}]", *map(re.escape, tokens)]))
+
+
 def shipped_source(name: str) -> str:
     """The marked text of one of our own templates."""
     return (resources.files("tongwen") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
@@ -92,6 +100,11 @@ class Rendered:
     @property
     def text(self) -> str:
         return "".join(span.text for span in self.spans)
+
+    @property
+    def teaches_to_stop(self) -> bool:
+        """Whether a stop token is learned somewhere in it."""
+        return any(span.stop and span.learn for span in self.spans)
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,7 @@ class Template:
     special: tuple[str, ...]
     stop: str = ""
     appended: bool = False
+    skeletons: dict[Any, Skeleton | None] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def make(
@@ -163,6 +177,11 @@ class Template:
         Raises RowRefused with a reason when this dialogue cannot be rendered faithfully.
         """
         self._refuse_control_tokens(dialogue.messages)
+        if (skeleton := self._skeleton(dialogue, learn, thinking)) and skeleton.fits(dialogue.messages):
+            return [Rendered(spans) for spans in skeleton.fill(dialogue.messages)]
+        return self._samples(dialogue, learn, thinking)
+
+    def _samples(self, dialogue: Dialogue, learn: str, thinking: str, prove: bool = True) -> list[Rendered]:
         messages = _with_thinking(dialogue.messages, thinking)
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
         if not answers:
@@ -173,13 +192,30 @@ class Template:
         if not learned and learn != "everything":
             raise RowRefused("nothing_to_learn", say("every answer is switched off", "所有回答都被关闭"))
         messages = messages[: answers[-1] + 1]
-        turns = [self._turn(messages[: index + 1], dialogue.tools) for index in answers]
+        turns = [self._turn(messages[: index + 1], dialogue.tools, prove) for index in answers]
         samples = self._joined(turns, answers, learned)
         if learn == "everything":
-            samples = [Rendered(tuple(replace(span, learn=True) for span in sample.spans)) for sample in samples]
+            samples = [Rendered(tuple(span._replace(learn=True) for span in sample.spans)) for sample in samples]
         return samples
 
-    def _turn(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    def _skeleton(self, dialogue: Dialogue, learn: str, thinking: str) -> Skeleton | None:
+        """What all dialogues of this shape have in common, made once; None for shapes that are rendered one by one."""
+        if dialogue.tools or any(message.thinking or message.tool_calls for message in dialogue.messages):
+            return None
+        shape = (*((message.role, message.learn) for message in dialogue.messages), learn, thinking)
+        if shape not in self.skeletons:
+            self.skeletons[shape] = make_skeleton(
+                dialogue.messages,
+                lambda messages, prove: [
+                    sample.spans
+                    for sample in self._samples(replace(dialogue, messages=messages), learn, thinking, prove)
+                ],
+            )
+        return self.skeletons[shape]
+
+    def _turn(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], prove: bool = True
+    ) -> tuple[str, str]:
         """(prompt, answer with its stop) of the last message, proven by a sentinel in its place."""
         last = messages[-1]
         think = bool(last.thinking)
@@ -201,8 +237,9 @@ class Template:
             inside = replace(
                 last, thinking=None, content=f"<think>\n{last.thinking.strip()}\n</think>\n\n{last.content}"
             )
-            return self._turn([*messages[:-1], inside], tools)
-        self._check_came_through(messages, tools, think, whole)
+            return self._turn([*messages[:-1], inside], tools, prove)
+        if prove:
+            self._check_came_through(messages, tools, think, whole)
         answer = whole[len(prompt) :]
         if self.appended:
             return prompt, answer + self.stop
@@ -232,7 +269,7 @@ class Template:
         return [Rendered(tuple(spans))]
 
     def _answer_spans(self, answer: str, learn: bool) -> tuple[Span, Span]:
-        return Span(answer[: -len(self.stop)], learn), Span(self.stop, learn, stop=True)
+        return Span(answer[: -len(self.stop)], learn, answer=True), Span(self.stop, learn, answer=True, stop=True)
 
     def _render(
         self,
@@ -312,19 +349,20 @@ class Template:
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         """A row's own text must not contain control tokens: they would end the answer, or open a turn, in the middle."""
+        forbidden = forbidden_in_text(self.special)
         for message in messages:
             for text in (message.content, message.thinking or ""):
-                for token in self.special:
-                    if token in text:
-                        raise RowRefused(
-                            "control_token_in_text",
-                            say(f"the text contains the control token {token!r}", f"文本中含有控制符 {token!r}"),
-                        )
-                if LEARN_FROM in text or LEARN_TO in text or SENTINEL in text:
+                if not (found := forbidden.search(text)):
+                    continue
+                if found[0] in self.special:
                     raise RowRefused(
-                        "noncharacter_in_text",
-                        say("the text contains a Unicode noncharacter", "文本含有 Unicode 非字符"),
+                        "control_token_in_text",
+                        say(f"the text contains the control token {found[0]!r}", f"文本中含有控制符 {found[0]!r}"),
                     )
+                raise RowRefused(
+                    "noncharacter_in_text",
+                    say("the text contains a Unicode noncharacter", "文本含有 Unicode 非字符"),
+                )
 
     def _with_stop(self) -> Template:
         """Find what ends an answer: the first special token after the first of two answers."""

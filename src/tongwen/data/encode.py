@@ -9,58 +9,33 @@ cut off again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tongwen.data.ledger import Ledger
-from tongwen.data.read import Rejected
+from tongwen.data.ledger import Ledger, Rejected
+from tongwen.data.store import Batch, TokenStore, spans_of
 from tongwen.errors import DataError, ModelError, RowRefused
 from tongwen.language import say
 from tongwen.recipe.schema import Sft
-from tongwen.record import Dialogue, Origin, Span
+from tongwen.record import Dialogue, Document, Message, Span
 from tongwen.template import Rendered, Template
 
 ANCHORS = ("\n", ":", "a")
 BATCH = 1000  # dialogues tokenised in one call of the tokenizer library
 
 
-@dataclass(frozen=True)
-class TokenStore:
-    """Samples laid end to end.
+class Piece(NamedTuple):
+    """Ids of a stretch of text, and its fate."""
 
-    ids:     (N,) uint32, all tokens
-    learn:   (N,) bool, whether the token is a target of the loss (the first of a sample never is)
-    offsets: (S + 1,) int64, where each sample begins
-    origins: per sample, the row that it came from
-    stops:   (S,) bool, whether a learned stop token ends something in the sample
-    """
-
-    ids: np.ndarray
-    learn: np.ndarray
-    offsets: np.ndarray
-    origins: tuple[Origin, ...]
-    stops: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(S,) tokens per sample."""
-        return np.diff(self.offsets)
-
-    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, learn) of one sample."""
-        begin, end = self.offsets[index], self.offsets[index + 1]
-        return self.ids[begin:end], self.learn[begin:end]
-
-    @property
-    def learned_tokens(self) -> int:
-        return int(self.learn.sum())
+    ids: list[int]
+    learn: bool
+    answer: bool = False
 
 
 class Encoder:
@@ -104,44 +79,55 @@ class Encoder:
             place=type(self.backend).__name__,
         )
 
-    def encode(self, samples: Sequence[Sequence[Span]]) -> list[tuple[list[int], list[bool]]]:
-        """(ids, learn) of each sample. All texts go through the tokenizer library in one call."""
-        texts: list[str] = []
-        layout: list[list[tuple[bool, bool]]] = []  # per sample: (learned, continued) of each segment
-        for spans in samples:
-            segments = join_spans(spans)
-            layout.append([(learned, number > 0) for number, (_, learned) in enumerate(segments)])
-            texts += [self.anchor + text if number else text for number, (text, _) in enumerate(segments)]
-        encoded = iter(zip(texts, self._ids(texts), strict=True))
-        head = self._ids([self.anchor])[0] if self.anchor else []
+    def encode(self, samples: Sequence[Sequence[Span]]) -> list[list[Piece]]:
+        """The pieces of each sample. All texts go through the tokenizer library in one call."""
+        joined = [join_spans(spans) for spans in samples]
+        if not self.anchor:
+            encoded = iter(self._ids([span.text for spans in joined for span in spans]))
+            out = [[Piece(next(encoded), span.learn, span.answer) for span in spans] for spans in joined]
+        else:
+            out = self._behind_anchors(joined)
+        return [self._with_prefix(pieces) for pieces in out] if self.prefix else out
+
+    def _behind_anchors(self, samples: list[list[Span]]) -> list[list[Piece]]:
+        head = self._ids([self.anchor])[0]
+        encoded = iter(
+            self._ids(
+                [
+                    self.anchor + span.text if number else span.text
+                    for spans in samples
+                    for number, span in enumerate(spans)
+                ]
+            )
+        )
         out = []
-        for segments_of in layout:
-            ids: list[int] = []
-            learn: list[bool] = []
-            for learned, continued in segments_of:
-                text, piece = next(encoded)
-                if continued and head:
-                    at_border = piece[: len(head)] == head
-                    piece = piece[len(head) :] if at_border else self._continue(text[len(self.anchor) :], piece)
-                ids += piece
-                learn += [learned] * len(piece)
-            out.append(self._with_prefix(ids, learn))
+        for spans in samples:
+            pieces = []
+            for number, span in enumerate(spans):
+                ids = next(encoded)
+                if number:
+                    ids = ids[len(head) :] if ids[: len(head)] == head else self._continue(span.text, ids)
+                pieces.append(Piece(ids, span.learn, span.answer))
+            out.append(pieces)
         return out
+
+    def encode_texts(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text by itself, without the tokenizer's prefix."""
+        return self._ids(texts)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt, as training sees the same text before an answer."""
-        return self.encode([[Span(text, False)]])[0][0]
+        return list(chain.from_iterable(piece.ids for piece in self.encode([[Span(text, False)]])[0]))
 
-    def _with_prefix(self, ids: list[int], learn: list[bool]) -> tuple[list[int], list[bool]]:
+    def _with_prefix(self, pieces: list[Piece]) -> list[Piece]:
         """The tokenizer's own prefix exactly once, whether or not the template writes it."""
         count = len(self.prefix)
-        if not count:
-            return ids, learn
-        if ids[:count] != self.prefix:
-            return [*self.prefix, *ids], [False] * count + learn
-        if ids[count : 2 * count] == self.prefix:
-            return ids[count:], learn[count:]
-        return ids, learn
+        first = pieces[0]
+        if first.ids[:count] != self.prefix:
+            return [Piece(self.prefix, learn=False), *pieces]
+        if first.ids[count : 2 * count] == self.prefix:
+            return [first._replace(ids=first.ids[count:]), *pieces[1:]]
+        return pieces
 
 
 def prefix_of(tokenizer: Any) -> list[int]:
@@ -154,17 +140,26 @@ def prefix_of(tokenizer: Any) -> list[int]:
     return []
 
 
-def join_spans(spans: Iterable[Span]) -> list[tuple[str, bool]]:
-    """Neighbouring spans with the same fate become one text: (text, learned)."""
-    out: list[tuple[str, bool]] = []
+def join_spans(spans: Iterable[Span]) -> list[Span]:
+    """Neighbouring spans with the same fate become one text: what is tokenised together."""
+    out: list[Span] = []
     for span in spans:
         if not span.text:
             continue
-        if out and out[-1][1] == span.learn:
-            out[-1] = (out[-1][0] + span.text, span.learn)
+        if out and (out[-1].learn, out[-1].answer) == (span.learn, span.answer):
+            out[-1] = Span(out[-1].text + span.text, span.learn, span.answer, span.stop)
         else:
-            out.append((span.text, span.learn))
+            out.append(span)
     return out
+
+
+class _Sample(NamedTuple):
+    """A sample on its way: the dialogue that it comes from, by its place in the batch, and its pieces."""
+
+    dialogue: int
+    pieces: list[Piece]
+    stop: bool
+    size: int  # tokens
 
 
 def encode_dialogues(
@@ -174,85 +169,199 @@ def encode_dialogues(
     section: Sft,
     ledger: Ledger,
     reject: Callable[[Rejected], None],
-) -> TokenStore:
-    """All samples of the dialogues. Too long or unrenderable ones are handed to `reject` and counted in the ledger;
-    nothing is ever cut. A row counts as kept when at least one of its samples is; tokens are counted per sample."""
-    ids: list[np.ndarray] = []
-    masks: list[np.ndarray] = []
-    origins: list[Origin] = []
-    stops: list[bool] = []
+) -> Iterator[Batch]:
+    """The samples of the dialogues, in batches. What is too long is dealt with as the recipe says (sft.too_long); what
+    cannot be trained is handed to `reject` and counted. A row counts as kept when at least one of its samples is; tokens
+    are counted per sample. The stop token is never cut off."""
     stream = iter(dialogues)
     while chunk := list(islice(stream, BATCH)):
-        rendered: list[tuple[Dialogue, list[Rendered]]] = []
-        for dialogue in chunk:
-            try:
-                rendered.append((dialogue, template.samples(dialogue, section.learn, section.thinking)))
-            except RowRefused as error:
-                ledger.enter(0)
-                ledger.lose(error.reason, 0)
-                reject(Rejected(dialogue.origin, error.reason, error.rule, dialogue.to_dict()))
-        encoded = iter(encoder.encode([sample.spans for _, samples in rendered for sample in samples]))
-        for dialogue, samples in rendered:
-            kept = 0
-            reason = ""
-            for sample in samples:
-                sample_ids, sample_learn = next(encoded)
-                size = len(sample_ids)
-                ledger.enter(size, things=0)
-                unfit, rule = _unfit(size, sample_learn, section.max_length)
-                if unfit:
-                    reason = unfit
-                    ledger.lose(unfit, size, things=0)
-                    reject(Rejected(dialogue.origin, unfit, rule, dialogue.to_dict()))
-                    continue
-                kept += 1
-                ledger.keep(size, things=0)
-                ids.append(np.asarray(sample_ids, dtype=np.uint32))
-                masks.append(np.asarray(sample_learn, dtype=bool))
-                masks[-1][0] = False  # nothing stands before the first token, so it cannot be a target
-                origins.append(dialogue.origin)
-                stops.append(any(span.stop and span.learn for span in sample.spans))
+        with _uncollected():
+            batch = _batch(_fitting(chunk, template, encoder, section, ledger, reject), chunk)
+        yield batch
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the search for cycles: there are none, and it would walk over millions of ids again and again (a tenth of
+    the time)."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _fitting(
+    chunk: list[Dialogue],
+    template: Template,
+    encoder: Encoder,
+    section: Sft,
+    ledger: Ledger,
+    reject: Callable[[Rejected], None],
+) -> list[_Sample]:
+    """The samples of some dialogues that can be trained."""
+    rendered: list[tuple[int, Rendered]] = []
+    for number, dialogue in enumerate(chunk):
+        try:
+            rendered += [(number, sample) for sample in template.samples(dialogue, section.learn, section.thinking)]
+        except RowRefused as error:
             ledger.enter(0)
-            if kept:
-                ledger.keep(0)
-            else:
-                ledger.lose(reason, 0)
-    offsets = np.concatenate([[0], np.cumsum([len(part) for part in ids], dtype=np.int64)]).astype(np.int64)
-    return TokenStore(
-        np.concatenate(ids) if ids else np.zeros(0, np.uint32),
-        np.concatenate(masks) if masks else np.zeros(0, bool),
-        offsets,
-        tuple(origins),
-        np.asarray(stops, dtype=bool),
-    )
+            ledger.lose(error.reason, 0)
+            reject(Rejected(dialogue.origin, error.reason, error.rule, dialogue.to_dict()))
+    encoded = encoder.encode([sample.spans for _, sample in rendered])
+    samples = [
+        _Sample(number, pieces, sample.teaches_to_stop, sum([len(piece.ids) for piece in pieces]))
+        for (number, sample), pieces in zip(rendered, encoded, strict=True)
+    ]
+    shares = np.bincount([sample.dialogue for sample in samples], minlength=len(chunk)).tolist()
+    ledger.enter(sum(sample.size for sample in samples), things=sum(map(bool, shares)))
+    kept, reasons = [], {}
+    for sample in samples:
+        reason, rule = _unfit(sample, section.max_length)
+        if reason == "too_long" and section.too_long != "reject" and shares[sample.dialogue] == 1:
+            shorter, lost = _shortened(chunk[sample.dialogue], sample, template, encoder, section)
+            ledger.lose(lost, sample.size - shorter.size, things=0)
+            sample = shorter
+            reason, rule = _unfit(sample, section.max_length)
+        if reason:
+            dialogue = chunk[sample.dialogue]
+            reasons[sample.dialogue] = reason
+            ledger.lose(reason, sample.size, things=0)
+            reject(Rejected(dialogue.origin, reason, rule, dialogue.to_dict()))
+        else:
+            kept.append(sample)
+    taken = {sample.dialogue for sample in kept}
+    ledger.keep(sum(sample.size for sample in kept), things=len(taken))
+    for number, reason in reasons.items():
+        if number not in taken:
+            ledger.lose(reason, 0)
+    return kept
 
 
-def _unfit(size: int, learn: list[bool], max_length: int) -> tuple[str, str]:
-    if size > max_length:
+def _unfit(sample: _Sample, max_length: int) -> tuple[str, str]:
+    if sample.size > max_length:
         return "too_long", say(
-            f"{size} tokens, max_length is {max_length}", f"{size} 个 token，max_length 为 {max_length}"
+            f"{sample.size} tokens, max_length is {max_length}", f"{sample.size} 个 token，max_length 为 {max_length}"
         )
-    if not any(learn[1:]):
+    learned = sum([len(piece.ids) for piece in sample.pieces if piece.learn])
+    if learned < 1 or (learned == 1 and sample.pieces[0].learn):
         return "nothing_to_learn", say("no token of this sample is learned", "该样本没有要学习的 token")
     return "", ""
 
 
-def check_store(store: TokenStore, section: Sft, rejected: Sequence[Rejected]) -> dict[str, Any]:
-    """The mask's statistics. Raises DataError when nothing is left to learn, or too few samples learn to stop."""
+def _shortened(
+    dialogue: Dialogue, sample: _Sample, template: Template, encoder: Encoder, section: Sft
+) -> tuple[_Sample, str]:
+    """The dialogue without its oldest turns, or with the end of its longest question cut, so that it fits; its answer and
+    stop token stay whole. The sample itself when that is not possible. With the ledger's word for what was lost."""
+
+    def fitting(messages: Sequence[Message]) -> _Sample | None:
+        try:
+            samples = template.samples(replace(dialogue, messages=tuple(messages)), section.learn, section.thinking)
+        except RowRefused:
+            return None
+        pieces = encoder.encode([samples[0].spans])[0]
+        size = sum(len(piece.ids) for piece in pieces)
+        return sample._replace(pieces=pieces, size=size) if size <= section.max_length and len(samples) == 1 else None
+
+    head = [message for message in dialogue.messages if message.role == "system"]
+    turns = list(dialogue.messages[len(head) :])
+    asks = [place for place, message in enumerate(turns) if message.role == "user"]
+    for place in asks[1:]:
+        if found := fitting([*head, *turns[place:]]):
+            return found, "turns_dropped"
+    if section.too_long != "cut_prompt" or not asks:
+        return sample, "too_long"
+    turns = turns[asks[-1] :]
+    longest = max(range(len(turns)), key=lambda place: len(turns[place].content) * (turns[place].role != "assistant"))
+    whole = turns[longest].content
+    least, most = 0, len(whole)  # the longest beginning that fits lies in [least, most)
+    best = None
+    while most - least > 1:
+        middle = (least + most) // 2
+        turns[longest] = replace(turns[longest], content=whole[:middle])
+        if found := fitting([*head, *turns]):
+            best, least = found, middle
+        else:
+            most = middle
+    return best or sample, "prompt_cut"
+
+
+def encode_documents(
+    documents: Iterable[Document],
+    encoder: Encoder,
+    end: int,
+    max_length: int,
+    ledger: Ledger,
+    window_bytes: int = 1 << 22,
+) -> Iterator[Batch]:
+    """Plain text, all of it learned: the tokenizer's prefix, the text, the end-of-text token. A document that is longer
+    than max_length goes on in further samples; no token is lost. Batches of about window_bytes bound the memory."""
+    stream = iter(documents)
+    while chunk := list(_window(stream, window_bytes)):
+        with _uncollected():
+            samples = []
+            for number, ids in enumerate(encoder.encode_texts([document.text for document in chunk])):
+                ids = [*encoder.prefix, *ids, end]
+                ledger.enter(len(ids))
+                ledger.keep(len(ids))
+                for begin in range(0, len(ids), max_length):
+                    part = ids[begin : begin + max_length]
+                    last = begin + max_length >= len(ids)
+                    samples.append(_Sample(number, [Piece(part, learn=True)], last, len(part)))
+            batch = _batch(samples, chunk)
+        yield batch
+
+
+def _window(stream: Iterator[Document], size: int) -> Iterator[Document]:
+    while size > 0 and (document := next(stream, None)) is not None:
+        size -= len(document.text.encode("utf-8", "surrogatepass"))
+        yield document
+
+
+def _batch(samples: list[_Sample], chunk: Sequence[Dialogue | Document]) -> Batch:
+    pieces = [piece for sample in samples for piece in sample.pieces]
+    lengths = [len(piece.ids) for piece in pieces]
+    ids = np.fromiter(chain.from_iterable([piece.ids for piece in pieces]), np.uint32, sum(lengths))
+    sizes = np.array([sample.size for sample in samples], np.int64)
+    ends = np.cumsum(sizes)
+    learn = np.repeat(np.array([piece.learn for piece in pieces], bool), lengths)
+    learn[(ends - sizes)[sizes > 0]] = False  # nothing stands before the first token, so it cannot be a target
+    answer = np.repeat(np.array([piece.answer for piece in pieces], bool), lengths)
+    return Batch(
+        ids,
+        ends,
+        spans_of(learn),
+        np.array([sample.stop for sample in samples], bool),
+        [chunk[sample.dialogue].origin for sample in samples],
+        len(chunk),
+        int(answer.sum()),
+        int((answer & learn).sum()),
+    )
+
+
+def check_store(store: TokenStore, section: Sft, rejected: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mask's statistics over all samples. rejected: as rejected.jsonl has them. Raises DataError when nothing is left
+    to learn, or too few samples learn to stop."""
     if not len(store):
-        too_long = sum(bad.reason == "too_long" for bad in rejected)
+        too_long = sum(bad["reason"] == "too_long" for bad in rejected)
         first = rejected[0] if rejected else None
         raise DataError(
             say(
                 f"no sample is left to learn ({too_long} of {len(rejected)} are longer than max_length {section.max_length})"
-                + (f"; the first: {first.rule}" if first else ""),
+                + (f"; the first: {first['rule']}" if first else ""),
                 f"没有可训练的样本（{len(rejected)} 个中有 {too_long} 个超过 max_length {section.max_length}）"
-                + (f"；第一个：{first.rule}" if first else ""),
+                + (f"；第一个：{first['rule']}" if first else ""),
             ),
-            place=str(first.origin) if first else "sft",
-            remedy=say("raise sft.max_length, or shorten the samples", "增大 sft.max_length，或缩短样本"),
+            place=f"{first['file']}:{first['row']}" if first else "sft",
+            remedy=say(
+                "raise sft.max_length, or shorten the samples (sft.too_long: drop_turns or cut_prompt)",
+                "增大 sft.max_length，或缩短样本（sft.too_long: drop_turns 或 cut_prompt）",
+            ),
         )
-    stops = float(store.stops.mean())
+    stops = float(np.mean(store.stops))
     if stops < section.min_stop_learned:
         raise DataError(
             say(
@@ -262,15 +371,50 @@ def check_store(store: TokenStore, section: Sft, rejected: Sequence[Rejected]) -
             place="sft.learn",
             remedy="sft: {learn: assistant}" + say(", or lower sft.min_stop_learned", "，或降低 sft.min_stop_learned"),
         )
+    tokens, learned = len(store.ids), store.learned_tokens
+    answers, learned_answers = store.roles
     return {
-        "tokens": len(store.ids),
-        "learned_tokens": store.learned_tokens,
-        "learned_share": round(store.learned_tokens / len(store.ids), 6),
+        "tokens": tokens,
+        "learned_tokens": learned,
+        "learned_share": round(learned / tokens, 6),
+        "roles": {
+            "assistant": {"tokens": answers, "learned": learned_answers},
+            "prompt": {"tokens": tokens - answers, "learned": learned - learned_answers},
+        },
         "samples": len(store),
         "stop_learned_share": round(stops, 6),
         "longest": int(store.lengths.max()),
         "mean_length": round(float(store.lengths.mean()), 2),
+        "lengths": histogram(store.lengths),
     }
+
+
+def histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
+    """(upper edge, samples up to it and above the one before) in powers of two."""
+    edges = [16]
+    while edges[-1] < int(lengths.max()):
+        edges.append(2 * edges[-1])
+    places = np.searchsorted(edges, lengths)
+    return [(edge, int(count)) for edge, count in zip(edges, np.bincount(places, minlength=len(edges)), strict=True)]
+
+
+def check_round_trip(
+    dialogues: Iterable[Dialogue], template: Template, encoder: Encoder, section: Sft, limit: int = 200
+) -> dict[str, int]:
+    """How many of the first samples do not decode to what was rendered: characters that the tokenizer does not know, or
+    changes. Prefix tokens and blanks at the borders are no difference."""
+    checked = differ = 0
+    for dialogue in islice(dialogues, limit):
+        try:
+            samples = template.samples(dialogue, section.learn, section.thinking)
+        except RowRefused:
+            continue
+        for sample, pieces in zip(samples, encoder.encode([sample.spans for sample in samples]), strict=True):
+            ids = list(chain.from_iterable(piece.ids for piece in pieces))
+            text = encoder.backend.decode(ids, skip_special_tokens=False)
+            checked += 1
+            differ += "".join(sample.text.split()) not in "".join(text.split())
+    return {"checked": checked, "differ": differ}
 
 
 def token_bytes(tokenizer: Any) -> np.ndarray:

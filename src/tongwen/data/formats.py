@@ -1,18 +1,20 @@
 """Raw rows become Documents and Dialogues. The format is recognised from the keys that a row has.
 
-A row answers with a record, or is refused with a reason that stands in the ledger and in rejected.jsonl.
+A row answers with a record, or is refused with a reason that stands in the ledger and in rejected.jsonl. Nothing is guessed:
+a value that is no text is not made one, a row that could mean two things is refused, and so is a turn out of order.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tongwen.errors import DataError, RowRefused
+from tongwen.data.rows import RawRow, kind
+from tongwen.errors import DataError, RecipeError, RowRefused
 from tongwen.language import say
+from tongwen.recipe.schema import Source
 from tongwen.record import Dialogue, Document, Message, Origin
 
 ROLES = {
@@ -32,178 +34,465 @@ ROLES = {
     "function_response": "tool",
     "function_call": "function_call",
 }
+PAIRS = (
+    ("question", "answer"),
+    ("question", "std_answer"),
+    ("q", "a"),
+    ("问题", "答案"),
+    ("问题", "回答"),
+    ("问", "答"),
+)
+LEARN = ("learn", "train", "loss", "weight")
+IN_TURNS = ("from", "value", "role", "content")
+# Every name that a reader asks for, and so every one that `columns` can map.
+NAMES = (
+    "instruction", "input", "output", "target", "history", "system", "tools", "functions", "messages", "conversations",
+    "prompt", "completion", "response", "instruct", "query", "question", "answer", "text", *IN_TURNS,
+)  # fmt: skip
+
 THINKING = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 # Placeholders that identity data sets use; left unfilled they would be learned as the model's name.
 MUST_FILL = {"name", "author"}
+_VISIBLE = re.compile("[^\\s\xad\u115f\u1160\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff]")
+_MARK = re.compile(r"(?:\A|\n)[ \t]*(Human|User|Assistant|System)[ \t]*[:：]")
+_WHO = {"Human": "user", "User": "user", "Assistant": "assistant", "System": "system"}
+_INSIDE = re.compile(r"\s*(?:Human|User)[ \t]*[:：]")
+
+Read = tuple[list[Message], list[Any]]  # the messages and the tools of a row
+
+
+# -- which format --------------------------------------------------------------------------------------------------
 
 
 def recognise(row: Any) -> str | None:
-    """alpaca, messages, conversations or text by the keys of the row; None when it is none of them."""
-    if isinstance(row, str):
-        return "text"
+    """The format of a row by its keys; None when it is of no known one. Raises RowRefused when it is of two."""
     if not isinstance(row, dict):
         return None
-    if "messages" in row:
-        return "messages"
-    if "conversations" in row:
-        return "conversations"
-    if "instruction" in row and ("output" in row or "input" in row):
-        return "alpaca"
-    return "text" if "text" in row else None
+    turns = [name for name in ("messages", "conversations") if row.get(name) is not None]
+    is_alpaca = "instruction" in row and not row.keys().isdisjoint(("output", "input", "target"))
+    if len(turns) > 1 or (turns and is_alpaca and row.get("instruction")):
+        names = [*turns, *(["instruction"] if is_alpaca else [])]
+        raise RowRefused(
+            "ambiguous",
+            say(
+                f"the row is of more than one format: it has {', '.join(names)}; name the format in the recipe",
+                f"该行同时符合多种格式：{'、'.join(names)}；请在配方中写明 format",
+            ),
+        )
+    if turns:
+        return turns[0]
+    if is_alpaca or ("input" in row and "target" in row):
+        return "turns_inside" if _has_turns_inside(row) else "alpaca"
+    if "prompt" in row and ("completion" in row or "response" in row):
+        return "completion"
+    if "query" in row and "answer" in row:
+        return "query"
+    if any(question in row and answer in row for question, answer in PAIRS):
+        return "pair"
+    return next((name for name in ("messages", "conversations", "text") if name in row), None)
 
 
-def read_dialogue(
-    row: Any, format_: str, columns: Mapping[str, str], fill: Mapping[str, str], origin: Origin
-) -> Dialogue:
-    """One dialogue from one row. Raises RowRefused."""
+def recognise_row(raw: RawRow, source: Source) -> str:
+    """The format of a row of a dialogue source.
+
+    Raises DataError when the file is of no known format, as its first row or the kind of data shows, and RowRefused when
+    only this row is not.
+    """
+    row = raw.value
+    place = f"{raw.file}:{raw.row}"
+    if isinstance(row, dict):
+        _check_preferences(row, source, place)
+        row = _named(row, source)
+    found = recognise(row)
+    if found and found != "text":
+        return found
+    keys = _keys(raw.value)
+    rule = say(f"this row is no dialogue of a known format; it has: {keys}", f"该行不是已知格式的对话；现有：{keys}")
+    if found == "text":
+        remedy = say(
+            "plain text belongs under prepare.documents; or name the columns: {path: …, columns: {instruction: text, output: YOUR_ANSWER}}",
+            "纯文本应放在 prepare.documents；或写明列名：{path: …, columns: {instruction: text, output: 你的回答列}}",
+        )
+        raise DataError(rule, place=place, remedy=remedy)
+    columns = _meant(row)
+    if columns:
+        rule += _did_you_mean(*next(iter(columns.items())))
+    if raw.row > 1:
+        raise RowRefused("unknown_format", rule)
+    raise DataError(rule, place=place, remedy=_columns_line(columns, raw.value))
+
+
+def check_source(source: Source) -> None:
+    """Raise RecipeError when `columns` or `roles` holds a name that nothing reads."""
+    roles = sorted(set(ROLES.values()))
+    for word, names, known in (("columns", source.columns, NAMES), ("roles", source.roles.values(), roles)):
+        for name in names:
+            if name not in known:
+                raise RecipeError(
+                    say(
+                        f"{word}: {name!r} is none of our names: {', '.join(known)}",
+                        f"{word}: {name!r} 不是可用的名称：{'、'.join(known)}",
+                    ),
+                    place=source.path,
+                    remedy="{columns: {output: answer}, roles: {Customer: user}}",
+                )
+
+
+def _check_preferences(row: dict[str, Any], source: Source, place: str) -> None:
+    """Half of what such data holds is what a model should not say."""
+    mapped = set(source.columns.values())
+    found: list[str] = [name for name in ("chosen", "rejected") if name in row and name not in mapped]
+    if isinstance(row.get("label"), bool) and "prompt" in row and "completion" in row:
+        found = ["label"]
+    if found and not mapped & {"chosen", "label"}:
+        names = ", ".join(found)
+        raise DataError(
+            say(
+                f"this is preference data ({names}), which is for other training than this",
+                f"这是偏好数据（{names}），不用于此种训练",
+            ),
+            place=place,
+            remedy=say(
+                "to learn the chosen answers alone: {path: …, format: pair, columns: {question: prompt, answer: chosen}}",
+                "若只学习被选中的回答：{path: …, format: pair, columns: {question: prompt, answer: chosen}}",
+            ),
+        )
+
+
+def _meant(row: Any) -> dict[str, str]:
+    """Our names for keys that differ from them in case or blanks, when that makes a known format of the row."""
+    if not isinstance(row, dict):
+        return {}
+    folded = {str(key).strip().lower(): str(key) for key in row}
+    columns = {ours: theirs for ours, theirs in folded.items() if ours != theirs and ours in NAMES}
+    known = {ours: row.get(theirs) for ours, theirs in folded.items()}
+    try:
+        return columns if recognise(known) not in (None, "text") else {}
+    except RowRefused:
+        return {}
+
+
+def _columns_line(columns: Mapping[str, str], row: Any) -> str:
+    """The recipe line that would cure it: with the keys that were meant, or with the first two that hold text."""
+    if not columns and isinstance(row, dict):
+        texts = [key for key, value in row.items() if isinstance(value, str) and str(key).lower() not in ("id", "text")]
+        columns = dict(zip(("instruction", "output"), texts, strict=False)) if len(texts) > 1 else {}
+    pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+    return say(
+        f"name the columns in the recipe: {{path: …, columns: {{{pairs or 'instruction: YOUR_QUESTION, output: YOUR_ANSWER'}}}}}",
+        f"在配方中写明列名：{{path: …, columns: {{{pairs or 'instruction: 你的问题列, output: 你的回答列'}}}}}",
+    )
+
+
+# -- records -------------------------------------------------------------------------------------------------------
+
+
+def read_dialogue(row: Any, format_: str, source: Source, fill: Mapping[str, str], origin: Origin) -> Dialogue:
+    """One dialogue from one row. Raises RowRefused, and DataError where the recipe must say more."""
     if not isinstance(row, dict):
         raise RowRefused(
-            "not_an_object", say(f"a row must be an object, this is {_kind(row)}", f"每行应为对象，此处是 {_kind(row)}")
+            "not_an_object", say(f"a row must be an object, this is {kind(row)}", f"每行应为对象，此处是 {kind(row)}")
         )
-    named = dict(row)
-    for ours, theirs in columns.items():
-        if theirs in row:
-            named[ours] = row[theirs]
-    messages, tools = READERS[format_](named)
-    messages = [_split_thinking(_filled(message, fill)) for message in messages]
+    named = _named(row, source)
+    if format_ == "alpaca" and _has_turns_inside(named):
+        format_ = "turns_inside"
+    messages, tools = READERS[format_](named, source)
+    messages = [_split_thinking(_filled(message, fill), turn) for turn, message in enumerate(messages, 1)]
     _check_dialogue(messages)
+    _check_data(tools, "tools")
     return Dialogue(tuple(messages), origin, tuple(tools))
 
 
-def read_document(row: Any, columns: Mapping[str, str], origin: Origin) -> Document:
+def read_document(row: Any, source: Source, origin: Origin) -> Document:
     """One document from one row. Raises RowRefused."""
-    text = row if isinstance(row, str) else row.get(columns.get("text", "text")) if isinstance(row, dict) else None
+    theirs = source.columns.get("text", "text")
+    text = row.get(theirs) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise RowRefused(
-            "no_text", say(f"no text in this row: it has {_keys(row)}", f"该行没有文本：现有 {_keys(row)}")
-        )
-    if not text.strip():
-        raise RowRefused("empty_text", say("the text is empty", "文本为空"))
-    return Document(_checked(text, "text"), origin)
-
-
-def _read_alpaca(row: dict[str, Any]) -> tuple[list[Message], list[Any]]:
-    question = _text(row, "instruction")
-    extra = _text(row, "input", default="")
-    answer = _text(row, "output")
-    messages = []
-    if system := _text(row, "system", default=""):
-        messages.append(Message("system", system))
-    for turn in row.get("history") or ():
-        if not (isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(part, str) for part in turn)):
+        rule = say(f"no text under {theirs!r}: the row has {_keys(row)}", f"{theirs!r} 下没有文本：该行有 {_keys(row)}")
+        if isinstance(row, dict) and text is not None:
             raise RowRefused(
-                "bad_history", say("history must be a list of [question, answer]", "history 应为 [问, 答] 的列表")
+                "not_text", say(f"{theirs} is {kind(text)}, not text", f"{theirs} 是 {kind(text)}，不是文本")
             )
-        messages += [Message("user", turn[0]), Message("assistant", turn[1])]
-    messages.append(Message("user", f"{question}\n{extra}" if extra else question))
-    messages.append(Message("assistant", answer))
-    return messages, []
+        likely = next((key for key in row if str(key).strip().lower() in (theirs.lower(), "content")), "") if isinstance(row, dict) else ""  # fmt: skip
+        raise RowRefused("no_text", rule + (_did_you_mean("text", likely) if likely and likely != theirs else ""))
+    if is_blank(text):
+        raise RowRefused("empty_text", say("the text is empty", "文本为空"))
+    return Document(_checked(text, theirs), origin)
 
 
-def _turns(row: dict[str, Any], key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, turn) of each turn, which is an object."""
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: only blanks, zero-width characters and direction marks."""
+    return _VISIBLE.search(text) is None
+
+
+def _named(row: dict[str, Any], source: Source) -> dict[str, Any]:
+    """The row under our names. A name that is mapped means the mapped column and no other."""
+    if not source.columns:
+        return row
+    mapped = {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
+    return {**{key: value for key, value in row.items() if key not in source.columns}, **mapped}
+
+
+# -- one reader per format -----------------------------------------------------------------------------------------
+
+
+def _read_alpaca(row: dict[str, Any], source: Source) -> Read:
+    """instruction and input are one question; BELLE also has input and target."""
+    answer = "target" if "target" in row and "output" not in row else "output"
+    extra = _text(row, "input", source, default="")
+    question = _text(row, "instruction", source, default="" if answer == "target" or not is_blank(extra) else None)
+    return [
+        *_system(row, source),
+        *_history(row),
+        Message("user", _joined(question, extra)),
+        Message("assistant", _text(row, answer, source)),
+    ], _tools(row)
+
+
+def _read_turns_inside(row: dict[str, Any], source: Source) -> Read:
+    """BELLE and Guanaco: `Human: …\\n\\nAssistant: …\\n\\nHuman: …` in the instruction; the output answers the last."""
+    messages = [*_system(row, source), *_history(row)]
+    text = _text(row, "instruction", source, default="")
+    extra = _text(row, "input", source, default="")
+    messages += _split_turns(text)
+    if not is_blank(extra):
+        if _MARK.match(extra.lstrip()):
+            messages += _split_turns(extra)
+        elif messages and messages[-1].role == "user":
+            messages[-1] = Message("user", _joined(messages[-1].content, extra))
+        else:
+            messages.append(Message("user", extra))
+    answer = "target" if "target" in row and "output" not in row else "output"
+    return [*messages, Message("assistant", _text(row, answer, source))], _tools(row)
+
+
+def _read_messages(row: dict[str, Any], source: Source) -> Read:
+    """OpenAI: role and content, tool calls, what a model thinks."""
+    return _messages(row, "messages", source), _tools(row)
+
+
+def _read_conversations(row: dict[str, Any], source: Source) -> Read:
+    """ShareGPT and BELLE: from and value, with function_call and observation."""
+    messages = _system(row, source)
+    for number, turn in _turns(row, "conversations", source):
+        role = _role(turn.get("from", turn.get("role")), number, source)
+        content = turn.get("value", turn.get("content"))
+        if not isinstance(content, str):
+            raise _bad_content(number, "value", content, turn)
+        learn = _learn(turn, number)
+        if role == "function_call":
+            call = _json(content, say(f"turn {number}", f"第 {number} 轮"))
+            calls = call if isinstance(call, list) else [call]
+            messages.append(Message("assistant", "", None, tuple(_tool_call(one, number) for one in calls), learn))
+        else:
+            messages.append(Message(role, content, learn=learn))
+    return messages, _tools(row)
+
+
+def _read_completion(row: dict[str, Any], source: Source) -> Read:
+    """prompt and completion (or response), both texts or both lists of messages."""
+    answer = "response" if "response" in row and "completion" not in row else "completion"
+    if isinstance(row.get("prompt"), list) and isinstance(row.get(answer), list):
+        messages = [*_messages(row, "prompt", source), *_messages(row, answer, source)]
+        return [*_system(row, source), *messages], _tools(row)
+    return _asked(row, source, "prompt", answer)
+
+
+def _read_query(row: dict[str, Any], source: Source) -> Read:
+    """instruct and query are one question, as the older project joined them."""
+    question = _joined(_text(row, "instruct", source, default=""), _text(row, "query", source))
+    return [
+        *_system(row, source),
+        Message("user", question),
+        Message("assistant", _text(row, "answer", source)),
+    ], _tools(row)
+
+
+def _read_pair(row: dict[str, Any], source: Source) -> Read:
+    names = next(((one, two) for one, two in PAIRS if one in row and two in row), PAIRS[0])
+    return _asked(row, source, *names)
+
+
+def _read_text(row: dict[str, Any], source: Source) -> Read:
+    raise DataError(
+        say("plain text is no dialogue", "纯文本不是对话"),
+        remedy=say("put it under prepare.documents", "请放在 prepare.documents 下"),
+    )
+
+
+READERS: dict[str, Callable[[dict[str, Any], Source], Read]] = {
+    "alpaca": _read_alpaca,
+    "turns_inside": _read_turns_inside,
+    "messages": _read_messages,
+    "conversations": _read_conversations,
+    "completion": _read_completion,
+    "query": _read_query,
+    "pair": _read_pair,
+    "text": _read_text,
+}
+
+
+def _asked(row: dict[str, Any], source: Source, question: str, answer: str) -> Read:
+    """One question, one answer."""
+    asked, answered = _text(row, question, source), _text(row, answer, source)
+    return [
+        *_system(row, source),
+        *_history(row),
+        Message("user", asked),
+        Message("assistant", answered),
+    ], _tools(row)
+
+
+# -- parts of a row ------------------------------------------------------------------------------------------------
+
+
+def _joined(first: str, second: str) -> str:
+    """One question of two texts, of which either may be empty."""
+    return "\n".join(text for text in (first, second) if not is_blank(text))
+
+
+def _system(row: dict[str, Any], source: Source) -> list[Message]:
+    text = _text(row, "system", source, default="")
+    return [Message("system", text)] if not is_blank(text) else []
+
+
+def _history(row: dict[str, Any]) -> list[Message]:
+    turns = row.get("history") or ()
+    if not isinstance(turns, (list, tuple)) or not all(
+        isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(part, str) for part in turn)
+        for turn in turns
+    ):
+        raise RowRefused(
+            "bad_history", say("history must be a list of [question, answer]", "history 应为 [问, 答] 的列表")
+        )
+    return [Message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+
+
+def _has_turns_inside(row: dict[str, Any]) -> bool:
+    text = row.get("instruction")
+    if not isinstance(text, str) or not _INSIDE.match(text):
+        return False
+    return any(mark[1] == "Assistant" for mark in _MARK.finditer(text))
+
+
+def _split_turns(text: str) -> list[Message]:
+    """The turns of a text with marks; an empty `Assistant:` at the end waits for the output."""
+    marks = list(_MARK.finditer(text))
+    if text[: marks[0].start() if marks else len(text)].strip():
+        raise RowRefused(
+            "no_mark", say("the text does not begin with `Human:` or `User:`", "文本不以 `Human:` 或 `User:` 开头")
+        )
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    messages = [Message(_WHO[mark[1]], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True)]
+    if messages and messages[-1].role == "assistant" and not messages[-1].content:
+        messages.pop()
+    return messages
+
+
+def _turns(row: dict[str, Any], key: str, source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, turn) of each turn, which is an object, under our names."""
     turns = row.get(key)
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        raise _double_encoded(key)
     if not isinstance(turns, list) or not turns:
+        found = say("empty", "空的") if turns == [] else kind(turns)
         raise RowRefused(
             "no_messages",
-            say(
-                f"{key} must be a list with turns, this is {_kind(turns)}", f"{key} 应为非空列表，此处是 {_kind(turns)}"
-            ),
+            say(f"{key} must be a list with turns, this is {found}", f"{key} 应为非空列表，此处是 {found}"),
         )
+    mapped = any(name in source.columns for name in IN_TURNS)
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             raise RowRefused(
                 "bad_turn",
-                say(f"turn {number} is {_kind(turn)}, not an object", f"第 {number} 轮是 {_kind(turn)}，不是对象"),
+                say(f"turn {number} is {kind(turn)}, not an object", f"第 {number} 轮是 {kind(turn)}，不是对象"),
             )
-        yield number, turn
+        yield number, _named(turn, source) if mapped else turn
 
 
-def _read_messages(row: dict[str, Any]) -> tuple[list[Message], list[Any]]:
+def _messages(row: dict[str, Any], key: str, source: Source) -> list[Message]:
     messages = []
-    for number, turn in _turns(row, "messages"):
-        role = _role(turn.get("role"), number)
+    for number, turn in _turns(row, key, source):
+        role = _role(turn.get("role", turn.get("from")), number, source)
         calls = turn.get("tool_calls") or ()
+        if isinstance(calls, str):
+            calls = _json(calls, "tool_calls")
         if not isinstance(calls, (list, tuple)) or not all(isinstance(call, dict) for call in calls):
             raise RowRefused(
                 "bad_tool_calls",
                 say(f"turn {number}: tool_calls must be a list of objects", f"第 {number} 轮：tool_calls 应为对象列表"),
             )
-        content = turn.get("content")
-        if content is None and calls:
-            content = ""
-        if not isinstance(content, str):
-            raise RowRefused(
-                "bad_content",
-                say(
-                    f"turn {number}: content is {_kind(content)}, not text",
-                    f"第 {number} 轮：content 是 {_kind(content)}，不是文本",
-                ),
-            )
-        learn = next((turn[key] for key in ("learn", "train", "loss") if key in turn), None)
-        if learn is not None and not isinstance(learn, (bool, int)):
-            raise RowRefused(
-                "bad_learn",
-                say(f"turn {number}: learn must be true or false", f"第 {number} 轮：learn 应为 true 或 false"),
-            )
+        if turn.get("function_call"):
+            calls = [*calls, turn["function_call"]]
         thinking = turn.get("reasoning_content", turn.get("thinking"))
         if thinking is not None and not isinstance(thinking, str):
             raise RowRefused(
                 "bad_thinking",
                 say(
-                    f"turn {number}: reasoning_content is {_kind(thinking)}",
-                    f"第 {number} 轮：reasoning_content 是 {_kind(thinking)}",
+                    f"turn {number}: reasoning_content is {kind(thinking)}",
+                    f"第 {number} 轮：reasoning_content 是 {kind(thinking)}",
                 ),
             )
-        messages.append(
-            Message(
-                role,
-                content,
-                thinking or None,
-                tuple(_tool_call(call, number) for call in calls),
-                None if learn is None else bool(learn),
-            )
-        )
-    tools = row.get("tools") or []
-    if isinstance(tools, str):
-        tools = _json(tools, "tools")
-    if not isinstance(tools, list):
-        raise RowRefused("bad_tools", say("tools must be a list", "tools 应为列表"))
-    return messages, tools
-
-
-def _read_conversations(row: dict[str, Any]) -> tuple[list[Message], list[Any]]:
-    """ShareGPT and BELLE: from/value, with function_call and observation."""
-    messages = []
-    if system := _text(row, "system", default=""):
-        messages.append(Message("system", system))
-    for number, turn in _turns(row, "conversations"):
-        role = _role(turn.get("from", turn.get("role")), number)
-        content = turn.get("value", turn.get("content"))
-        if not isinstance(content, str):
-            raise RowRefused(
-                "bad_content",
-                say(
-                    f"turn {number}: value is {_kind(content)}, not text; the turn has {_keys(turn)}",
-                    f"第 {number} 轮：value 是 {_kind(content)}，不是文本；该轮有 {_keys(turn)}",
-                ),
-            )
+        made = tuple(_tool_call(call, number) for call in calls)
+        content = _content(turn, number, optional=bool(made))
         if role == "function_call":
-            call = _json(content, f"turn {number}")
-            calls = call if isinstance(call, list) else [call]
-            messages.append(Message("assistant", "", tool_calls=tuple(_tool_call(item, number) for item in calls)))
-        else:
-            messages.append(Message(role, content))
-    tools = row.get("tools") or []
-    return messages, _json(tools, "tools") if isinstance(tools, str) else tools
+            role = "assistant"
+        messages.append(Message(role, content, thinking or None, made, _learn(turn, number)))
+    return messages
 
 
-READERS: dict[str, Callable[[dict[str, Any]], tuple[list[Message], list[Any]]]] = {
-    "alpaca": _read_alpaca,
-    "messages": _read_messages,
-    "conversations": _read_conversations,
-}
+def _content(turn: dict[str, Any], number: int, optional: bool) -> str:
+    """The text of a turn, which may come in parts, all of them text."""
+    content = turn.get("content", turn.get("value"))
+    if content is None and optional:
+        return ""
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        for part in content:
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise RowRefused(
+                    "not_only_text",
+                    say(
+                        f"turn {number} has a part of type {part.get('type')!r}; only text is learned",
+                        f"第 {number} 轮含有 {part.get('type')!r} 类型的内容；只支持文本",
+                    ),
+                )
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise _bad_content(number, "content", content, turn)
+    return content
+
+
+def _bad_content(number: int, key: str, content: Any, turn: dict[str, Any]) -> RowRefused:
+    return RowRefused(
+        "bad_content",
+        say(
+            f"turn {number}: {key} is {kind(content)}, not text; the turn has {_keys(turn)}",
+            f"第 {number} 轮：{key} 是 {kind(content)}，不是文本；该轮有 {_keys(turn)}",
+        ),
+    )
+
+
+def _learn(turn: dict[str, Any], number: int) -> bool | None:
+    learn = next((turn[key] for key in LEARN if turn.get(key) is not None), None)
+    if learn not in (None, 0, 1):
+        raise RowRefused(
+            "bad_learn",
+            say(
+                f"turn {number}: {learn!r} does not say whether to learn it; write true or false",
+                f"第 {number} 轮：{learn!r} 没有说明是否学习；应为 true 或 false",
+            ),
+        )
+    return None if learn is None else bool(learn)
+
+
+def _tools(row: dict[str, Any]) -> list[Any]:
+    tools = row.get("tools") or row.get("functions") or []
+    if isinstance(tools, str):
+        tools = _json(tools, "tools") if tools.strip() else []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowRefused("bad_tools", say("tools must be a list of objects", "tools 应为对象列表"))
+    return tools
 
 
 def _tool_call(call: Any, number: int) -> dict[str, Any]:
@@ -215,44 +504,143 @@ def _tool_call(call: Any, number: int) -> dict[str, Any]:
         )
     arguments = function.get("arguments", function.get("parameters", {}))
     if isinstance(arguments, str):
-        arguments = _json(arguments, f"turn {number}: arguments")
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        arguments = (
+            _json(arguments, say(f"turn {number}: arguments", f"第 {number} 轮：arguments")) if arguments else {}
+        )
+    made = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    _check_data(made, say(f"turn {number}: tool_calls", f"第 {number} 轮：tool_calls"))
+    return made
 
 
-def _check_dialogue(messages: list[Message]) -> None:
-    for message in messages:
-        if message.role == "assistant" and not message.content.strip() and not message.tool_calls:
-            raise RowRefused("empty_answer", say("an answer is empty", "回答为空"))
-        if message.role == "user" and not message.content.strip():
-            raise RowRefused("empty_question", say("a question is empty", "问题为空"))
-        _checked(message.content, "content")
+def _text(row: dict[str, Any], key: str, source: Source, default: str | None = None) -> str:
+    """The text under a key, or the default when there is none. Raises RowRefused."""
+    value = row.get(key)
+    if value is None and default is not None:
+        return default
+    shown = f"{key} ({source.columns[key]})" if key in source.columns else key
+    if key not in row:
+        near = next((str(name) for name in row if str(name).strip().lower() == key), "")
+        rule = say(f"no key {shown!r}; the row has {_keys(row)}", f"没有键 {shown!r}；该行有 {_keys(row)}")
+        raise RowRefused("missing_key", rule + (_did_you_mean(key, near) if near else ""))
+    if not isinstance(value, str):
+        raise RowRefused("not_text", say(f"{shown} is {kind(value)}, not text", f"{shown} 是 {kind(value)}，不是文本"))
+    if key in ("output", "target", "completion", "response", "answer") and is_blank(value):
+        raise RowRefused(
+            "empty_answer", say(f"{shown} is empty: there is no answer to learn", f"{shown} 为空：没有可学习的回答")
+        )
+    if default is None and value[:1] in ("{", '"') and _is_encoded_again(value):
+        raise _double_encoded(shown)
+    return value
+
+
+def _is_encoded_again(text: str) -> bool:
+    """JSON text inside JSON text: a whole row, or a string with its quotes and escapes."""
+    if not text.endswith(("}", '"')):
+        return False
+    try:
+        value = json.loads(text)
+        return "\\u" in text if isinstance(value, str) else recognise(value) not in (None, "text")
+    except (ValueError, RecursionError, RowRefused):
+        return False
+
+
+def _double_encoded(key: str) -> RowRefused:
+    return RowRefused(
+        "double_encoded",
+        say(f"{key} holds JSON that was written as text inside JSON", f"{key} 中是被当作文本再次编码的 JSON"),
+    )
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowRefused(
+            "bad_json_inside", say(f"{where} is not JSON: {error}", f"{where} 不是 JSON：{error}")
+        ) from None
+
+
+def _role(value: Any, number: int, source: Source) -> str:
+    role = None
+    if isinstance(value, str):
+        role = source.roles.get(value) or ROLES.get(value.lower())
+    if role is None:
+        raise RowRefused(
+            "unknown_role",
+            say(
+                f"turn {number}: unknown role {value!r}; the recipe can name it: roles: {{{value}: user}}",
+                f"第 {number} 轮：未知角色 {value!r}；可在配方中写明 roles: {{{value}: user}}",
+            ),
+        )
+    return role
+
+
+# -- what a dialogue must be ---------------------------------------------------------------------------------------
+
+
+def _check_dialogue(messages: Sequence[Message]) -> None:
+    for turn, message in enumerate(messages, 1):
+        if message.role == "assistant" and not message.tool_calls and is_blank(message.content):
+            raise RowRefused("empty_answer", say(f"turn {turn}: an answer is empty", f"第 {turn} 轮：回答为空"))
+        if message.role == "user" and is_blank(message.content):
+            raise RowRefused("empty_question", say(f"turn {turn}: a question is empty", f"第 {turn} 轮：提问为空"))
+        _checked(message.content, turn)
+        if message.thinking:
+            _checked(message.thinking, turn)
         if found := [name for name in PLACEHOLDER.findall(message.content) if name in MUST_FILL]:
             raise DataError(
                 say(f"the placeholder {{{{{found[0]}}}}} is not filled in", f"占位符 {{{{{found[0]}}}}} 未填写"),
                 remedy=f"prepare: {{fill: {{{found[0]}: …}}}}",
             )
-    if not any(message.role == "assistant" for message in messages):
+    roles = [message.role for message in messages]
+    if "assistant" not in roles:
         raise RowRefused("no_answer", say("the dialogue has no answer to learn", "对话没有可学习的回答"))
-    if not any(message.role in ("user", "tool") for message in messages):
+    if "user" not in roles and "tool" not in roles:
         raise RowRefused("no_question", say("the dialogue has no question", "对话没有提问"))
-    turns = [message.role for message in messages if message.role != "system"]
-    if turns[0] == "assistant":
-        raise RowRefused("answer_first", say("the dialogue begins with an answer", "对话以回答开头"))
-    if any(first == second == "assistant" or first == second == "user" for first, second in pairwise(turns)):
-        raise RowRefused("roles_repeat", say("the same role speaks twice in a row", "同一角色连续发言"))
-    if any(message.role == "system" for message in messages[1:]):
+    _check_order(roles)
+
+
+def _check_order(roles: Sequence[str]) -> None:
+    """A system message at most, and first; then a question, and answers that follow something."""
+    if "system" in roles[1:]:
+        turn = roles.index("system", 1) + 1
         raise RowRefused(
-            "late_system", say("a system message stands after the first turn", "system 消息出现在首轮之后")
+            "late_system",
+            say(f"turn {turn}: a system message after the first turn", f"第 {turn} 轮：system 消息出现在首轮之后"),
+        )
+    start = int(roles[0] == "system")
+    if roles[start] == "assistant":
+        raise RowRefused("answer_first", say("the dialogue begins with an answer", "对话以回答开头"))
+    before = "user"
+    for turn, role in enumerate(roles[start:], start + 1):
+        if turn > start + 1 and role == before and role != "tool":
+            raise RowRefused(
+                "roles_repeat",
+                say(f"turn {turn}: {role} speaks twice in a row", f"第 {turn} 轮：{role} 连续发言"),
+            )
+        if role == "tool" and before == "user":
+            raise RowRefused(
+                "tool_first",
+                say(f"turn {turn}: a tool answers before it is called", f"第 {turn} 轮：工具未被调用就返回结果"),
+            )
+        before = role
+    if before != "assistant":
+        raise RowRefused(
+            "ends_unanswered",
+            say(f"the dialogue ends with turn {len(roles)} of {before}", f"对话以 {before} 的第 {len(roles)} 轮结束"),
         )
 
 
-def _split_thinking(message: Message) -> Message:
+def _split_thinking(message: Message, turn: int) -> Message:
     """`<think>…</think>` at the head of an answer is its thinking."""
     if message.role != "assistant" or message.thinking is not None or not (found := THINKING.match(message.content)):
         return message
     content = message.content[found.end() :]
-    if not content.strip() and not message.tool_calls:
-        raise RowRefused("only_thinking", say("the answer holds only thinking", "回答只有思考过程"))
+    if is_blank(content) and not message.tool_calls:
+        raise RowRefused(
+            "only_thinking",
+            say(f"turn {turn}: the answer holds only thinking", f"第 {turn} 轮：回答只有思考过程"),
+        )
     return Message(message.role, content, found[1].strip() or None, message.tool_calls, message.learn)
 
 
@@ -263,57 +651,36 @@ def _filled(message: Message, fill: Mapping[str, str]) -> Message:
     return Message(message.role, content, message.thinking, message.tool_calls, message.learn)
 
 
-def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
-    value = row.get(key)
-    if value is None and default is not None:
-        return default
-    if key not in row:
-        raise RowRefused(
-            "missing_key", say(f"no key {key!r}; the row has {_keys(row)}", f"没有键 {key!r}；该行有 {_keys(row)}")
-        )
-    if not isinstance(value, str):
-        raise RowRefused("not_text", say(f"{key} is {_kind(value)}, not text", f"{key} 是 {_kind(value)}，不是文本"))
-    if key == "output" and not value.strip():
-        raise RowRefused(
-            "empty_answer", say("output is empty: there is no answer to learn", "output 为空：没有可学习的回答")
-        )
-    return value
-
-
-def _checked(text: str, key: str) -> str:
-    if "\0" in text:
-        raise RowRefused("nul_character", say(f"{key} contains a NUL character", f"{key} 含有 NUL 字符"))
+def _checked(text: str, place: str | int) -> str:
+    """The text, if it is one. place: its key, or the number of its turn. Raises RowRefused."""
+    broken = False
     try:
-        text.encode("utf-8")
+        text.encode()
     except UnicodeEncodeError:
-        raise RowRefused(
-            "lone_surrogate", say(f"{key} contains half of a surrogate pair", f"{key} 含有不成对的代理字符")
-        ) from None
+        broken = True
+    if broken or "\0" in text:
+        key = say(f"turn {place}", f"第 {place} 轮") if isinstance(place, int) else place
+        if broken:
+            raise RowRefused(
+                "lone_surrogate", say(f"{key} contains half of a surrogate pair", f"{key} 含有不成对的代理字符")
+            )
+        raise RowRefused("nul_character", say(f"{key} contains a NUL character", f"{key} 含有 NUL 字符"))
     return text
 
 
-def _role(value: Any, number: int) -> str:
-    role = ROLES.get(str(value).lower()) if isinstance(value, str) else None
-    if role is None:
-        raise RowRefused(
-            "unknown_role", say(f"turn {number}: unknown role {value!r}", f"第 {number} 轮：未知角色 {value!r}")
-        )
-    return role
-
-
-def _json(text: Any, where: str) -> Any:
+def _check_data(value: Any, key: str) -> None:
+    """Tools and their arguments are written as JSON: no half characters, and no numbers that are none."""
+    if not value:
+        return
     try:
-        return json.loads(text) if isinstance(text, str) else text
-    except ValueError as error:
-        raise RowRefused(
-            "bad_json_inside", say(f"{where} is not JSON: {error}", f"{where} 不是 JSON：{error}")
-        ) from None
+        _checked(json.dumps(value, ensure_ascii=False, allow_nan=False), key)
+    except (ValueError, RecursionError) as error:
+        raise RowRefused("not_a_number", f"{key}: {error}") from None
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true/false"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+def _did_you_mean(ours: str, theirs: str) -> str:
+    return say(f"; {theirs!r}: did you mean {ours!r}?", f"；{theirs!r}：是否指 {ours!r}？")
 
 
 def _keys(row: Any) -> str:
-    return ", ".join(map(str, row)) if isinstance(row, dict) else _kind(row)
+    return ", ".join(map(str, row)) if isinstance(row, dict) else kind(row)

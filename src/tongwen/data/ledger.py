@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
+
+from tongwen.language import say
+from tongwen.record import Origin
 
 
 @dataclass
@@ -32,6 +36,28 @@ class Ledger:
         self.lost[reason] += things
         self.size_lost[reason] += size
 
+    def move(self, reason: str, size: int) -> None:
+        """A row that was kept so far is lost after all."""
+        self.keep(-size, things=-1)
+        self.lose(reason, size)
+
+    def add(self, other: Ledger) -> None:
+        self.enter(other.size_in, other.things_in)
+        self.keep(other.size_kept, other.kept)
+        for reason, things in other.lost.items():
+            self.lose(reason, other.size_lost[reason], things)
+
+    @classmethod
+    def of(cls, table: dict[str, Any]) -> Ledger:
+        """A ledger from its dictionary."""
+        unit, size_unit = table["in"]
+        out = cls(unit, size_unit)
+        out.enter(table["in"][size_unit], table["in"][unit])
+        out.keep(table["kept"][size_unit], table["kept"][unit])
+        for reason, lost in table["lost"].items():
+            out.lose(reason, lost[size_unit], lost[unit])
+        return out
+
     def check(self) -> None:
         """Raise AssertionError when the columns do not add up: a bug of ours, never the user's."""
         things, sizes = self.kept + self.lost.total(), self.size_kept + self.size_lost.total()
@@ -51,3 +77,32 @@ class Ledger:
                 for reason in sorted(self.lost)
             },
         }
+
+
+def table_rows(table: dict[str, Any], name: str, kept: str) -> list[tuple[str, int, int]]:
+    """The lines of a ledger as people read it: (what, things, size)."""
+    unit, size_unit = table["in"]
+    lines = [(f"{name}: {say('in', '读入')}", table["in"])]
+    lines += [(f"  − {reason}", lost) for reason, lost in table["lost"].items()]
+    lines.append((f"  = {kept}", table["kept"]))
+    return [(word, count[unit], count[size_unit]) for word, count in lines]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that was not taken, as it stands in rejected.jsonl."""
+
+    origin: Origin
+    reason: str
+    rule: str
+    value: Any
+
+    def to_line(self) -> bytes:
+        found = {
+            "file": self.origin.file,
+            "row": self.origin.row,
+            "reason": self.reason,
+            "rule": self.rule,
+            "value": self.value,
+        }
+        return json.dumps(found, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

@@ -1,183 +1,588 @@
-"""A path of the recipe becomes files, and a file becomes raw rows, each with its number.
+"""A file becomes raw rows, each with its number: what is in the file decides how it is read, not what the file is called.
 
-A row is what a file holds one of: a JSON object, or a paragraph of text. Bytes that are not UTF-8 are an error of the
-file or of the row, never replaced.
+A row is what a file holds one of: a JSON object, a record of a table, a line or a paragraph of text. It comes out with its
+value or with its problem, and only what ends the reading is an error of the file. Bytes are never replaced, and memory is
+bounded by the largest row, not by the file.
 """
 
 from __future__ import annotations
 
-import glob
+import codecs
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from tongwen.errors import DataError
+from tongwen.data import charset, files, tables
+from tongwen.data.charset import Charset
+from tongwen.data.files import Damaged, Stream, find_files, shown
+from tongwen.data.rows import CAP, DECODER, LENIENT, RawRow, check_object, not_json, parse_json
+from tongwen.errors import DataError, RowRefused
 from tongwen.language import say
+from tongwen.recipe.schema import Source
 
-TEXT_SUFFIXES = {".txt", ".md"}
-JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
+__all__ = ["RawRow", "find_files", "read_rows"]
 
-
-@dataclass(frozen=True, slots=True)
-class RawRow:
-    """One row as it stands in the file; `problem` is set when it could not even be parsed."""
-
-    file: str
-    row: int
-    value: Any
-    size: int  # UTF-8 bytes of the row in the file
-    problem: str = ""
-    reason: str = ""
+# A single line of this size is no line: the file has no line ends.
+_SKIP = 1 << 28
+Line = tuple[int, str, int, str, str]  # number, text, size in UTF-8, and reason and problem when it cannot be used
+Tell = Callable[[str], None]
 
 
-def find_files(path: str) -> list[Path]:
-    """The files that a path names: itself, all data files in a folder, or what a glob matches, in sorted order.
-
-    Raises DataError when there is none.
-    """
-    place = Path(path)
-    if place.is_file():
-        return [place]
-    suffixes = TEXT_SUFFIXES | JSON_SUFFIXES
-    if place.is_dir():
-        found = sorted(file for file in place.rglob("*") if file.is_file() and file.suffix.lower() in suffixes)
-        if found:
-            return found
-        raise DataError(
-            say(
-                f"no data file ({', '.join(sorted(suffixes))}) in this folder",
-                f"文件夹里没有数据文件（{'、'.join(sorted(suffixes))}）",
-            ),
-            place=path,
-        )
-    found = sorted(
-        Path(name)
-        for name in glob.glob(path, recursive=True)  # noqa: PTH207 (the user's own pattern, absolute or not)
-        if Path(name).is_file()
-    )
-    if found:
-        return found
-    raise DataError(
-        say("there is no such file", "没有这个文件"),
-        place=path,
-        remedy=say(
-            f"paths are taken from the folder where you stand: {Path.cwd()}", f"相对路径从当前目录算起：{Path.cwd()}"
-        ),
-    )
+def _silent(text: str) -> None:
+    """Nobody wants to hear it."""
 
 
-def read_rows(file: Path) -> Iterator[RawRow]:
-    """The rows of one file: a JSON array, JSON lines, or paragraphs of text.
+def read_rows(file: Path, source: Source | None = None, tell: Tell = _silent) -> Iterator[RawRow]:
+    """The rows of one file. `tell` hears what was recognised about it.
 
     Raises DataError when the file as a whole cannot be read; a row that cannot is yielded with its problem.
     """
-    if not file.stat().st_size:
+    source = source or Source(path=str(file))
+    name, seen = shown(file), 0
+    with files.opened(file) as stream:
+        try:
+            for raw in _rows(stream, name, source, lambda text: tell(f"{name}: {text}")):
+                seen += 1
+                yield raw
+        except Damaged as error:
+            raise DataError(
+                say(f"{error.rule}; {seen} rows before that can be read", f"{error.rule}；在此之前有 {seen} 行可读"),
+                place=f"{name}:{error.line}" if error.line else name,
+                remedy=error.remedy,
+            ) from None
+        except RowRefused:
+            raise
+        except DataError as error:
+            raise DataError(error.rule, place=error.place or name, remedy=error.remedy) from None
+        if not seen:
+            raise DataError(
+                say("no rows: nothing but blanks", "没有数据：只有空白"),
+                place=name,
+                remedy=say("take it out of the recipe", "请从配方中去掉它"),
+            )
+
+
+def _rows(stream: Stream, name: str, source: Source, tell: Tell) -> Iterator[RawRow]:
+    suffix = files.suffix(stream.file)
+    if stream.file.suffix.lower() in files.PACKED_SUFFIXES and not stream.packed:
+        tell(say(f"named {stream.file.suffix}, but not compressed", f"名为 {stream.file.suffix}，实际未压缩"))
+    if files.is_table(stream.head):
+        if suffix not in files.TABLE_SUFFIXES:
+            tell(
+                say(
+                    "read as a table (Parquet or Arrow), whatever its name",
+                    "按表（Parquet 或 Arrow）读取，与文件名不符",
+                )
+            )
+        return tables.read_table(stream.file, stream.head, name)
+    if suffix in files.TABLE_SUFFIXES:
         raise DataError(
-            say("the file is empty", "文件为空"),
-            place=str(file),
-            remedy=say("take it out of the recipe", "请从配方中去掉它"),
+            say(
+                f"named {suffix}, but it begins as no Parquet or Arrow file does",
+                f"名为 {suffix}，但开头不是 Parquet 或 Arrow",
+            ),
+            remedy=say("fetch the file again", "请重新获取该文件"),
         )
-    if _looks_like_array(file):
-        yield from _read_array(file)
-    elif file.suffix.lower() in TEXT_SUFFIXES and not _looks_like_lines(file):
-        yield from _read_text(file)
-    else:
-        yield from _read_lines(file)
+    found = charset.choose(stream.head, source.encoding, stream.whole)
+    if found.told:
+        tell(found.told)
+    if not found.by_line:
+        stream.blocks = _transcoded(stream.blocks, found)
+        stream.head = b"".join(_safely(_transcoded(iter([stream.head]), found, final=stream.whole)))
+        found = Charset("utf-8")
+    head = stream.head.decode(found.codec, "ignore").removeprefix("\ufeff")
+    return _read_as(_kind(head, suffix, stream.whole, tell), head, stream, found, name, source, tell)
 
 
-def _first_character(file: Path) -> str:
-    with file.open("rb") as stream:
-        head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return chr(head[0]) if head else ""
+def _read_as(
+    kind: str, head: str, stream: Stream, found: Charset, name: str, source: Source, tell: Tell
+) -> Iterator[RawRow]:
+    if kind == "array":
+        return _read_array(stream.blocks, found, name)
+    _check_line_ends(head)
+    if kind == "csv":
+        return tables.read_csv(_lines(stream.blocks, found), head, files.suffix(stream.file), name)
+    if kind == "lines":
+        _check_one_object(head, source)
+        return _read_json_lines(_lines(stream.blocks, found), name, source)
+    return _read_text(_lines(stream.blocks, found), name, _records(head, source, tell))
 
 
-def _looks_like_array(file: Path) -> bool:
-    return file.suffix.lower() not in TEXT_SUFFIXES and _first_character(file) == "["
+def _kind(head: str, suffix: str, whole: bool, tell: Tell) -> str:
+    """array, lines (of JSON), csv or text."""
+    begins = head.lstrip()
+    if suffix in files.JSON_SUFFIXES:
+        return "array" if begins.startswith("[") and not _is_list_line(begins) else "lines"
+    looks = "array" if re.match(r"\[\s*\{\s*\"", begins) else "lines" if _is_object(begins, whole) else ""
+    if looks:
+        tell(
+            say("read as a JSON array", "按 JSON 数组读取")
+            if looks == "array"
+            else say("read as JSON lines", "按 JSON 行读取")
+        )
+        return looks
+    return "csv" if suffix in files.CSV_SUFFIXES else "text"
 
 
-def _looks_like_lines(file: Path) -> bool:
-    """A text file whose first line is a JSON object is JSON lines under another name."""
-    if _first_character(file) != "{":
+def _is_object(begins: str, whole: bool) -> bool:
+    """Whether a text begins with a line that is a JSON object, perhaps one too long to see its end."""
+    if not begins.startswith("{"):
         return False
-    with file.open("rb") as stream:
-        first = next((line for line in stream if line.strip()), b"")
+    line, end, _ = begins.partition("\n")
+    if not end and not whole:
+        return bool(re.match(r"\{\s*\"[^\"\n]{1,100}\"\s*:", begins))
     try:
-        return isinstance(json.loads(first.decode("utf-8-sig")), dict)
-    except ValueError:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
         return False
 
 
-def _read_array(file: Path) -> Iterator[RawRow]:
+def _is_list_line(begins: str) -> bool:
+    """Whether a text begins with a line that is a whole list and is followed by another row: lines, of which the first is bad."""
+    line, _, rest = begins.partition("\n")
     try:
-        rows = json.loads(file.read_bytes().decode("utf-8-sig"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise _not_utf8(file, error) from None
-    except ValueError as error:
-        line = getattr(error, "lineno", None)
+        return rest.lstrip()[:1] in ("{", "[") and isinstance(json.loads(line), list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _check_line_ends(head: str) -> None:
+    if "\r" in head and "\n" not in head:
         raise DataError(
-            say(f"this is not a whole JSON array: {error}", f"这不是完整的 JSON 数组：{error}"),
-            place=f"{file}:{line}" if line else str(file),
-            remedy=say(
+            say("no line end found: lines end with \\r alone", "没有换行符：行尾只有 \\r"),
+            remedy=say("convert it: tr '\\r' '\\n' < FILE > NEW", "请转换：tr '\\r' '\\n' < 文件 > 新文件"),
+        )
+
+
+# -- lines ---------------------------------------------------------------------------------------------------------
+
+
+class _Long(bytes):
+    """The beginning of a line that is too long to be kept; `size` is its length."""
+
+    size: int
+
+
+def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines without their \\n. What is longer than CAP comes as its beginning, and as a _Long."""
+    rest = b""
+    for block in blocks:
+        lines = (rest + block).split(b"\n")
+        rest = lines.pop()
+        yield from lines
+        if len(rest) > CAP:
+            long, rest = _skip(rest, blocks)
+            yield long
+    if rest:
+        yield rest
+
+
+def _skip(begin: bytes, blocks: Iterator[bytes]) -> tuple[_Long, bytes]:
+    """(the long line, what follows it). Raises Damaged when there is no end of it."""
+    long, size, rest = _Long(begin[:4096]), len(begin), b""
+    for block in blocks:
+        end = block.find(b"\n")
+        size += len(block) if end < 0 else end
+        if size > _SKIP:
+            raise Damaged(say(f"no line end within {size:,} bytes", f"{size:,} 字节内没有换行符"))
+        if end >= 0:
+            rest = block[end + 1 :]
+            break
+    long.size = size
+    return long, rest
+
+
+def _lines(blocks: Iterator[bytes], found: Charset) -> Iterator[Line]:
+    """Every line that is not blank is decoded by itself, so that broken bytes cost one row. Blank ones are empty."""
+    codec, is_utf8 = found.codec, found.codec == "utf-8"
+    for number, line in enumerate(_split(blocks), 1):
+        if line[-1:] == b"\r":
+            line = line[:-1]
+        try:
+            text = line.decode(codec)
+        except UnicodeDecodeError as error:
+            yield _undecodable(number, line, error, found)
+            continue
+        if text[:1] == "\ufeff":
+            text = text[1:]
+            line = line[3:] if is_utf8 else line
+        if len(line) >= 4096 and isinstance(line, _Long):
+            yield (number, text, line.size, *_too_large(line.size))
+        elif not is_utf8 and not line.isascii() and _is_utf8(line):
+            rule = say(f"this line is UTF-8 in a file of {found.name}", f"{found.name} 文件中的 UTF-8 行")
+            yield number, text, len(text.encode("utf-8", "surrogatepass")), "bad_bytes", rule
+        elif "\0" in text:
+            yield number, *_without_nul(text, line, found)
+        else:
+            yield number, text, len(line) if is_utf8 else len(text.encode("utf-8", "surrogatepass")), "", ""
+
+
+def _too_large(size: int) -> tuple[str, str]:
+    rule = say(f"a row of {size:,} bytes; at most {CAP:,} are taken", f"该行有 {size:,} 字节，超过上限 {CAP:,} 字节")
+    return "too_large", rule
+
+
+def _undecodable(number: int, line: bytes, error: UnicodeDecodeError, found: Charset) -> Line:
+    if isinstance(line, _Long):
+        return (number, line[:200].decode(found.codec, "backslashreplace"), line.size, *_too_large(line.size))
+    text = line.decode(found.codec, "backslashreplace")
+    rule = say(f"the byte at {error.start} is not {found.name}", f"第 {error.start} 字节处不是 {found.name}")
+    if found.codec == "utf-8":
+        likely = charset.recognise(line)
+        if likely.codec != "utf-8":
+            rule += say(f"; it may be {likely.name}", f"；可能是 {likely.name}")
+        elif error.reason == "unexpected end of data":
+            rule += say("; the file may be cut off", "；文件可能被截断")
+    return number, text, len(line), "not_utf8" if found.codec == "utf-8" else "bad_bytes", rule
+
+
+def _is_utf8(line: bytes) -> bool:
+    """Chinese of UTF-8 in a line; chance makes four such letters of GB18030 in no text that was seen."""
+    try:
+        return sum(letter > "\u07ff" for letter in line.decode("utf-8")) >= 4
+    except UnicodeDecodeError:
+        return False
+
+
+def _without_nul(text: str, line: bytes, found: Charset) -> tuple[str, int, str, str]:
+    """A row with NUL bytes, as a disk leaves them behind after a power loss."""
+    count = text.count("\0")
+    rule = say(f"{count:,} NUL bytes: the file is damaged here", f"{count:,} 个 NUL 字节：文件此处已损坏")
+    return text.replace("\0", "\u2400") if count < 100 else text.strip("\0"), len(line), "nul_character", rule
+
+
+def _transcoded(blocks: Iterator[bytes], found: Charset, final: bool = True) -> Iterator[bytes]:
+    """UTF-8 of what has wider units than bytes. Half a surrogate pair stays, to be refused with its row."""
+    passes = "surrogatepass" if found.codec.startswith(("utf-16", "utf-32")) else "strict"
+    decoder = codecs.getincrementaldecoder(found.codec)(passes)
+    try:
+        for block in blocks:
+            if text := decoder.decode(block):
+                yield text.encode("utf-8", "surrogatepass")
+        yield decoder.decode(b"", final).encode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise Damaged(
+            say(f"these bytes are not {found.name}: {error.reason}", f"字节不是 {found.name}：{error.reason}")
+        ) from None
+
+
+def _safely(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """As far as it goes: the same damage is met again when the rows are read."""
+    try:
+        yield from blocks
+    except Damaged:
+        return
+
+
+# -- text ----------------------------------------------------------------------------------------------------------
+
+
+def _records(head: str, source: Source, tell: Tell) -> str:
+    """line, paragraph or file: as the recipe says, else by whether a blank line stands in the beginning."""
+    if source.records:
+        return source.records
+    if re.search(r"\n[ \t\r\u3000]*\n", head.strip()):
+        return "paragraph"
+    tell(
+        say(
+            "no blank line: each line is a record (records: paragraph or file changes that)",
+            "没有空行：每行一条记录（可用 records: paragraph 或 file 更改）",
+        )
+    )
+    return "line"
+
+
+def _read_text(lines: Iterator[Line], name: str, records: str) -> Iterator[RawRow]:
+    if records != "line":
+        yield from _read_blocks(lines, name, by_file=records == "file")
+        return
+    for number, text, size, reason, problem in lines:
+        if problem:
+            yield RawRow(name, number, text, size, problem, reason)
+        elif text and not text.isspace():
+            yield RawRow(name, number, {"text": text}, size)
+
+
+def _read_blocks(lines: Iterator[Line], name: str, by_file: bool) -> Iterator[RawRow]:
+    """Lines up to a blank one, or all of them; the row's number is its first line."""
+    block = _Block(name)
+    for line in lines:
+        if line[3] or (line[1] and not line[1].isspace()) or (block.start and by_file):
+            block.add(line)
+        elif block.start:
+            yield block.row()
+            block = _Block(name)
+    if block.start:
+        yield block.row()
+
+
+class _Block:
+    """Lines that are one record. What is larger than a row may be is measured, not kept."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.start, self.size = name, 0, 0
+        self.texts: list[str] = []
+        self.reason, self.problem = "", ""
+
+    def add(self, line: Line) -> None:
+        number, text, size, reason, problem = line
+        self.start = self.start or number
+        self.size += size + 1
+        if self.size <= CAP:
+            self.texts.append(text)
+        if problem and not self.problem:
+            self.reason = reason
+            self.problem = (
+                say(f"line {number}: {problem}", f"第 {number} 行：{problem}") if number > self.start else problem
+            )
+
+    def row(self) -> RawRow:
+        text = "\n".join(self.texts).rstrip("\n")
+        if self.size > CAP:
+            self.reason, self.problem = _too_large(self.size)
+            text = text[:200]
+        if self.problem:
+            return RawRow(self.name, self.start, text, self.size, self.problem, self.reason)
+        return RawRow(self.name, self.start, {"text": text}, len(text.encode("utf-8", "surrogatepass")))
+
+
+# -- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def _read_json_lines(lines: Iterator[Line], name: str, source: Source) -> Iterator[RawRow]:
+    rows = _parsed(lines, name)
+    first, second = next(rows, None), next(rows, None)
+    if first and not second:
+        _check_wrapper(first.value, source)
+    yield from (row for row in (first, second) if row)
+    yield from rows
+
+
+def _parsed(lines: Iterator[Line], name: str) -> Iterator[RawRow]:
+    for number, text, size, reason, problem in lines:
+        if problem:
+            yield RawRow(name, number, text, size, problem, reason)
+        elif text and not text.isspace():
+            try:
+                value = parse_json(text)
+            except RowRefused as error:
+                yield RawRow(name, number, text, size, error.rule, error.reason)
+            else:
+                yield RawRow(name, number, value, size)
+
+
+# Keys that hold lists within a row, and keys that only rows have.
+_LISTS = {"messages", "conversations", "tools", "functions", "history", "prompt", "completion"}
+_OF_ROWS = {*_LISTS, "text", "instruction", "instruct", "question", "query", "input", "output", "answer"}
+
+
+def _check_wrapper(value: Any, source: Source) -> None:
+    """Raise DataError when the only object of a file holds the rows inside itself."""
+    if not isinstance(value, dict):
+        return
+    known = _OF_ROWS | set(source.columns.values())
+    parts = value.values()
+    if parts and all(isinstance(part, list) and len(part) > 1 and not isinstance(part[0], dict) for part in parts):
+        raise _wrapped(next(iter(value)), by_columns=True)
+    if parts and all(isinstance(part, dict) and "0" in part for part in parts):
+        raise _wrapped(next(iter(value)), by_columns=True)
+    if known & value.keys():
+        return
+    for key, part in value.items():
+        if isinstance(part, list) and part and isinstance(part[0], dict):
+            raise _wrapped(key)
+
+
+def _wrapped(key: str, by_columns: bool = False) -> DataError:
+    if by_columns:
+        return DataError(
+            say(
+                f"one object whose keys hold whole columns ({key!r}: […]), not rows",
+                f"整个文件是一个对象，键下是整列（{key!r}: […]），而不是数据行",
+            ),
+            remedy="python -c \"import pandas; pandas.read_json('FILE').to_json('NEW.jsonl', orient='records', "
+            'lines=True, force_ascii=False)"',
+        )
+    return DataError(
+        say(
+            f"one object that holds the rows under the key {key!r}",
+            f"整个文件是一个对象，数据行在键 {key!r} 之下",
+        ),
+        remedy=f"jq -c '.[\"{key}\"][]' FILE > NEW.jsonl",
+    )
+
+
+def _check_one_object(head: str, source: Source) -> None:
+    """Raise DataError when a file that should hold lines begins with an object that is spread over several of them, or
+    with one that is too long to be a row."""
+    begins = head.lstrip()
+    line, end, _ = begins.partition("\n")
+    found = re.match(r"\{\s*\"([^\"]{1,100})\"\s*:\s*\[\s*\{", begins)
+    key = found[1] if found and found[1] not in _LISTS | set(source.columns.values()) else ""
+    if not begins.startswith("{") or (not end and not key):
+        return
+    try:
+        json.loads(line)
+        return
+    except (ValueError, RecursionError):
+        pass
+    try:
+        value, stop = json.JSONDecoder().raw_decode(begins)
+    except RecursionError:
+        return
+    except ValueError as error:
+        cut = getattr(error, "pos", 0) >= len(begins) - 12 or "Unterminated" in str(error)
+        if key and cut and len(head) >= files.HEAD // 4:
+            raise _wrapped(key) from None
+        return
+    if "\n" in begins[:stop]:
+        _check_wrapper(value, source)
+        raise DataError(
+            say("one object is spread over several lines", "一个对象分布在多行上"),
+            remedy=say("one row per line: jq -c . FILE > NEW.jsonl", "每行一条：jq -c . 文件 > 新文件.jsonl"),
+        )
+
+
+class _Buffer:
+    """The text of a file, of which only what is not yet read is kept."""
+
+    def __init__(self, blocks: Iterator[bytes], codec: str) -> None:
+        self.blocks = blocks
+        self.decoder = codecs.getincrementaldecoder(codec)("surrogateescape")
+        self.text, self.place = "", 0
+        self.lines, self.letters = 1, 0  # that were dropped before the text; the first line is 1
+        self.ended = False
+        self.more()
+        self.text = self.text.removeprefix("\ufeff")
+
+    def more(self) -> bool:
+        """At least double what is not yet read; False at the end of the file."""
+        if self.ended:
+            return False
+        self.lines += self.text.count("\n", 0, self.place)
+        self.letters += self.place
+        pieces = [self.text[self.place :]]
+        size, wanted = 0, len(pieces[0])
+        while not self.ended and (size <= wanted):
+            block = next(self.blocks, b"")
+            self.ended = not block
+            pieces.append(self.decoder.decode(block, final=self.ended))
+            size += len(pieces[-1])
+        self.text, self.place = "".join(pieces), 0
+        return True
+
+    def letter(self) -> str:
+        """The next one that is no blank, or '' at the end."""
+        while True:
+            self.place = _BLANKS.match(self.text, self.place).end()  # type: ignore[union-attr]
+            if self.place < len(self.text):
+                return self.text[self.place]
+            if not self.more():
+                return ""
+
+    def damaged(self, rule: str, place: int | None = None) -> Damaged:
+        place = self.place if place is None else place
+        line = self.lines + self.text.count("\n", 0, place)
+        return Damaged(
+            say(
+                f"{rule}, at character {self.letters + place + 1:,}",
+                f"{rule}，第 {self.letters + place + 1:,} 个字符处",
+            ),
+            say(
                 "one object per line may be meant: then name the file .jsonl and drop the brackets",
                 "若本是每行一个对象，请命名为 .jsonl 并去掉方括号",
             ),
-        ) from None
-    for number, value in enumerate(rows, 1):
-        yield RawRow(
-            str(file), number, value, len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+            line,
         )
 
 
-def _read_lines(file: Path) -> Iterator[RawRow]:
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-            except UnicodeDecodeError as error:
-                yield RawRow(
-                    str(file), number, line.decode("utf-8", "backslashreplace"), len(line), str(error), "not_utf8"
-                )
-            except (ValueError, RecursionError) as error:
-                yield RawRow(
-                    str(file), number, line.decode("utf-8").rstrip("\n"), len(line), f"not JSON: {error}", "not_json"
-                )
-            else:
-                yield RawRow(str(file), number, value, len(line))
+_BLANKS = re.compile(r"[ \t\r\n]*")
 
 
-def _read_text(file: Path) -> Iterator[RawRow]:
-    """Paragraphs: lines up to an empty one; the row's number is its first line."""
-    paragraph: list[str] = []
-    start, size = 1, 0
+def _read_array(blocks: Iterator[bytes], found: Charset, name: str) -> Iterator[RawRow]:
+    """The elements of a JSON array, one after the other. Raises Damaged where it is broken."""
+    buffer = _Buffer(blocks, found.codec)
+    buffer.letter()
+    buffer.place += 1
+    if buffer.letter() == "]":
+        buffer.place += 1
+    else:
+        for number in count(1):
+            yield _element(buffer, number, name, found)
+            letter = buffer.letter()
+            if letter not in (",", "]"):
+                raise buffer.damaged(
+                    say(
+                        f"this is not a whole JSON array: {f'{letter!r} follows' if letter else 'nothing follows'} row {number}",
+                        f"这不是完整的 JSON 数组：第 {number} 行之后{f'是 {letter!r}' if letter else '没有内容'}",
+                    )
+                )
+            buffer.place += 1
+            if letter == "]":
+                break
+    if buffer.letter():
+        raise buffer.damaged(say("something follows the JSON array", "JSON 数组之后还有内容"))
+
+
+def _element(buffer: _Buffer, number: int, name: str, found: Charset) -> RawRow:
+    """The next element as a row; the buffer stands behind it."""
+    buffer.letter()
+    while True:
+        value, end, refused = _decoded(buffer, number)
+        if end < 0 or (end == len(buffer.text) and not buffer.ended):
+            buffer.more()
+        else:
+            break
+    text = buffer.text[buffer.place : end]
+    buffer.place = end
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    start = number if not paragraph else start
-                    paragraph.append(line.rstrip("\r\n"))
-                    size += len(line.encode())
-                elif paragraph:
-                    yield RawRow(str(file), start, {"text": "\n".join(paragraph)}, size)
-                    paragraph, size = [], 0
-    except UnicodeDecodeError as error:
-        raise _not_utf8(file, error) from None
-    if paragraph:
-        yield RawRow(str(file), start, {"text": "\n".join(paragraph)}, size)
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _not_utf8(file: Path, error: UnicodeDecodeError) -> DataError:
-    return DataError(
-        say(f"the bytes at {error.start} are not UTF-8", f"第 {error.start} 字节处不是 UTF-8"),
-        place=str(file),
-        remedy=say(f"convert it: iconv -f GB18030 -t UTF-8 {file}", f"请转换：iconv -f GB18030 -t UTF-8 {file}"),
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        size = len(text.encode("utf-8", "surrogatepass"))
+        text = text.encode("utf-8", "backslashreplace").decode()
+        rule = say(f"character {error.start + 1} is not {found.name}", f"第 {error.start + 1} 个字符不是 {found.name}")
+        return RawRow(name, number, text, size, rule, "not_utf8" if found.codec == "utf-8" else "bad_bytes")
+    if not refused:
+        try:
+            check_object(value, text)
+        except RowRefused as error:
+            refused = error
+    return (
+        RawRow(name, number, text, size, refused.rule, refused.reason) if refused else RawRow(name, number, value, size)
     )
+
+
+def _decoded(buffer: _Buffer, number: int) -> tuple[Any, int, RowRefused | None]:
+    """(value, where it ends, why it is refused); the end is -1 when more must be read."""
+    text, place = buffer.text, buffer.place
+    try:
+        try:
+            return *DECODER.raw_decode(text, place), None
+        except RowRefused as error:
+            return None, LENIENT.raw_decode(text, place)[1], error
+        except RecursionError:
+            raise
+        except ValueError as error:
+            return None, LENIENT.raw_decode(text, place)[1], not_json(error, text, place)
+    except RecursionError:
+        raise buffer.damaged(say(f"row {number} is nested too deep", f"第 {number} 行嵌套过深")) from None
+    except ValueError as error:
+        where = getattr(error, "pos", place)
+        cut = str(error).startswith("Unterminated string") or where >= len(text) - 12
+        if cut and not buffer.ended and len(text) - place <= CAP:
+            return None, -1, None
+        if len(text) - place > CAP and cut:
+            raise buffer.damaged(
+                say(f"row {number} is larger than {CAP:,} bytes", f"第 {number} 行超过 {CAP:,} 字节")
+            ) from None
+        rule = getattr(error, "msg", str(error))
+        raise buffer.damaged(
+            say(
+                f"this is not a whole JSON array: {rule} in row {number}",
+                f"这不是完整的 JSON 数组：第 {number} 行 {rule}",
+            ),
+            where,
+        ) from None

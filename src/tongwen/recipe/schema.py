@@ -77,29 +77,123 @@ Length = Annotated[Duration, BeforeValidator(read_duration), PlainSerializer(str
 
 
 class Source(Section):
-    """One file, folder or glob of files."""
+    """Where rows come from: a file, a folder, a glob, or a data set of a hub."""
 
-    path: str = word(..., "file, folder or glob", "文件、文件夹或通配符")
-    format: Literal["alpaca", "messages", "conversations", "text"] | None = word(
-        None, "format of the rows; recognised from the content when absent", "数据格式；不写则按内容识别"
+    path: str = word(
+        ...,
+        "file, folder, glob, hub:OWNER/NAME or modelscope:OWNER/NAME",
+        "文件、文件夹、通配符、hub:OWNER/NAME 或 modelscope:OWNER/NAME",
     )
+    format: (
+        Literal["alpaca", "messages", "conversations", "completion", "query", "pair", "turns_inside", "text"] | None
+    ) = word(None, "format of the rows; recognised from the content when absent", "数据格式；不写则按内容识别")
     columns: dict[str, str] = word(
         {}, "our name: the file's name, e.g. {output: answer}", "列名映射，如 {output: answer}"
     )
+    roles: dict[str, str] = word(
+        {}, "the file's name of a role: ours, e.g. {Customer: user}", "角色名映射，如 {客户: user}"
+    )
+    records: Literal["line", "paragraph", "file"] | None = word(
+        None,
+        "what one record of a text file is; absent: paragraphs where blank lines stand, else lines",
+        "文本文件中一条记录是什么；不写：有空行则按段落，否则按行",
+    )
+    encoding: str | None = word(None, "character encoding; recognised when absent", "字符编码；不写则自动识别")
+    entry: str | None = word(
+        None, "name of an entry, when path is a dataset_info.json", "path 为 dataset_info.json 时的条目名"
+    )
+    weight: Number | None = word(
+        None,
+        "passes over its rows per epoch: 0.5 is a new half each time",
+        "每轮遍历其数据的次数：0.5 为每次另取一半",
+        gt=0,
+    )
+    share: Number | None = word(
+        None, "share of the tokens of an epoch that come from here", "每轮 token 中来自此处的比例", gt=0, lt=1
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Source:
+        if self.weight is not None and self.share is not None:
+            raise wrong(
+                "`weight` and `share` exclude each other: passes per epoch, or a share of its tokens",
+                "`weight` 与 `share` 只能写一个：每轮遍历次数，或占 token 的比例",
+            )
+        return self
 
 
 Sources = Annotated[list[Annotated[Source, BeforeValidator(read_source)]], BeforeValidator(read_list)]
 
 
+class Clean(Section):
+    """What is mended or dropped in a text. Each rule counts what it does."""
+
+    unicode: bool = word(
+        True,
+        "compose characters, fold the radicals that PDFs leave behind; full-width punctuation stays",
+        "合成字符，把 PDF 遗留的部首还原为汉字；保留全角标点",
+    )
+    control: bool = word(
+        True, "remove control, zero-width and private-use characters", "去除控制符、零宽字符和私用区字符"
+    )
+    mojibake: bool = word(
+        True, "mend text that was decoded wrongly; drop what cannot be mended", "修复错误解码的文本；无法修复则丢弃"
+    )
+    html: bool = word(True, "remove rests of HTML from documents", "去除文档中的 HTML 残留")
+    unwrap: bool = word(
+        True, "join hard-wrapped lines of documents, without a blank in Chinese", "合并文档中的硬换行，中文之间不加空格"
+    )
+    repetition: bool = word(True, "drop documents that repeat themselves", "丢弃自我重复的文档")
+    full_width: bool = word(False, "full-width letters and digits become plain ones", "全角字母数字转为半角")
+    convert: Literal["none", "t2s", "s2t", "tw2s", "tw2sp", "s2tw", "s2twp", "hk2s", "s2hk"] = word(
+        "none", "convert between traditional and simplified Chinese (OpenCC)", "繁简转换（OpenCC）"
+    )
+    personal_data: Literal["keep", "mask", "drop"] = word(
+        "keep", "telephone numbers, identity cards, e-mail addresses", "电话、身份证号、电子邮件地址"
+    )
+    min_chars: int = word(1, "drop shorter texts", "丢弃更短的文本", ge=1)
+    max_chars: int | None = word(None, "drop longer texts", "丢弃更长的文本", ge=1)
+    min_han: Number = word(
+        0.0,
+        "drop texts with a smaller share of Chinese characters among their letters",
+        "丢弃汉字占比更低的文本",
+        ge=0,
+        le=1,
+    )
+
+
+class Dedup(Section):
+    """Duplicates: the first stays. Near duplicates share most of their character 3-grams (Jaccard)."""
+
+    documents: Literal["off", "exact", "near"] = word("near", "duplicates among documents", "文档去重")
+    dialogues: Literal["off", "exact", "near"] = word(
+        "exact",
+        "duplicates among dialogues; near also drops rows that differ only a little, as short tasks under one instruction do",
+        "对话去重；near 也会丢弃只差几个字的行，例如同一指令下的短任务",
+    )
+    threshold: Number = word(0.6, "Jaccard similarity of near duplicates", "近似重复的 Jaccard 阈值", gt=0.3, lt=1)
+    min_chars: int = word(100, "shorter texts are compared exactly only", "更短的文本只做精确比较", ge=3)
+
+
 class Prepare(Section):
-    """Read, check and split the data."""
+    """Read, clean, deduplicate, check and split the data."""
 
     documents: Sources = word([], "plain text for continued pre-training", "继续预训练用的纯文本")
     dialogues: Sources = word([], "conversations for fine-tuning", "微调用的对话")
+    clean: Clean = word(Clean(), "what is mended or dropped", "清洗规则")
+    dedup: Dedup = word(Dedup(), "duplicates", "去重")
     held_out: Number | str = word(
         0.02,
         "kept away from training: a share (below 1), a count, or a file",
         "留出不参与训练的部分：比例（小于 1）、条数或一个文件",
+    )
+    evaluation: Sources = word(
+        [], "data that the model will be examined on; it must not be trained on", "评测用数据，不得出现在训练中"
+    )
+    contaminated: Literal["remove", "refuse"] = word(
+        "remove",
+        "training rows that appear in held-out or evaluation data are removed, or the run refuses",
+        "训练行若出现在留出集或评测数据中：移除，或拒绝运行",
     )
     fill: dict[str, str] = word(
         {},
@@ -108,9 +202,16 @@ class Prepare(Section):
     )
     max_bad: Number | None = word(
         None,
-        "refuse to go on when more rows than this are rejected: a share (below 1) or a count; 0.1 %, at most 100 rows",
-        "被拒绝的行超过此数（小于 1 表示比例）就停止；默认 0.1%，至多 100 行",
+        "refuse to go on when more rows than this cannot be read: a share (below 1) or a count; 0.1 %, at most 100 rows",
+        "无法读取的行超过此数（小于 1 表示比例）就停止；默认 0.1%，至多 100 行",
         ge=0,
+    )
+    executor: Literal["here", "local", "slurm", "ray"] = word(
+        "here", "in this process, or as a datatrove pipeline", "在本进程中运行，或作为 datatrove 流水线"
+    )
+    tasks: int = word(1, "tasks of the datatrove pipeline", "datatrove 流水线的任务数", ge=1)
+    executor_options: dict[str, Any] = word(
+        {}, "other arguments of the datatrove executor", "传给 datatrove 执行器的其他参数"
     )
 
     @model_validator(mode="after")
@@ -122,6 +223,13 @@ class Prepare(Section):
             )
         if isinstance(self.held_out, float) and self.held_out < 0:
             raise wrong(f"held_out: {self.held_out} is negative", f"held_out: {self.held_out} 不能为负")
+        for name in ("documents", "dialogues"):
+            shares = [source.share for source in getattr(self, name) if source.share is not None]
+            if sum(shares) > 1 or (shares and len(shares) == len(getattr(self, name)) and abs(sum(shares) - 1) > 1e-6):
+                raise wrong(
+                    f"{name}: the shares sum to {sum(shares):g}; they must leave room for the other sources, or sum to 1",
+                    f"{name}：share 之和为 {sum(shares):g}；应给其他来源留有余地，或恰好为 1",
+                )
         return self
 
 
@@ -179,10 +287,19 @@ class Sft(Section):
         "思考模型：都思考（on）、都不思考（off）、按数据而定（mixed）",
     )
     adapter: Adapter = word(Adapter(), "what is trained", "训练哪些权重")
-    max_length: int = word(
-        1024, "tokens; longer samples are rejected and counted", "token 数；更长的样本会被拒绝并计数", ge=8
+    max_length: int = word(1024, "tokens of a sample at most", "每个样本的最大 token 数", ge=8)
+    too_long: Literal["reject", "drop_turns", "cut_prompt"] = word(
+        "reject",
+        "what happens to longer samples: rejected; their oldest turns dropped; or then also the end of the question cut",
+        "更长的样本：拒绝；丢弃最早的轮次；或再截断问题末尾",
     )
     batch_size: int = word(8, "samples per optimizer step over all devices", "每个优化步的样本数（所有设备合计）", ge=1)
+    batch_tokens: int | None = word(
+        None,
+        "instead of batch_size: tokens per optimizer step over all devices; the epoch is packed best-fit",
+        "代替 batch_size：每个优化步的 token 数（所有设备合计），整轮最佳适配打包",
+        ge=16,
+    )
     learning_rate: Number | None = word(
         None, "peak; 2e-4 with an adapter, 2e-5 in full", "峰值学习率；适配器默认 2e-4，全参数 2e-5", gt=0
     )
@@ -227,6 +344,15 @@ class Sft(Section):
         3, "held-out questions answered before and after, for the report", "报告中训练前后各答几题", ge=0
     )
     trainer: dict[str, Any] = word({}, "other transformers TrainingArguments", "其他 transformers TrainingArguments")
+
+    @model_validator(mode="after")
+    def _check(self) -> Sft:
+        if self.batch_tokens is not None and "batch_size" in self.model_fields_set:
+            raise wrong(
+                "`batch_size` and `batch_tokens` exclude each other: samples per step, or tokens per step",
+                "`batch_size` 与 `batch_tokens` 只能写一个：每步的样本数，或每步的 token 数",
+            )
+        return self
 
     @property
     def peak_learning_rate(self) -> float:

@@ -1,62 +1,69 @@
-"""check: the recipe and all its data are read as `prepare` would, and nothing is written. No model, no torch."""
+"""check: the recipe and all its data are read and cleaned as `prepare` would, and nothing is written. No model, no torch."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from tongwen import console
-from tongwen.data.ledger import Ledger
-from tongwen.data.read import Rejected, check_losses, read_dialogues, read_documents
-from tongwen.data.split import hold_out
-from tongwen.errors import DataError, TongwenError, raise_all
+from tongwen.data import parts as steps
+from tongwen.data.clean import Cleaner, Dropped
+from tongwen.data.ledger import Ledger, table_rows
+from tongwen.data.mix import choose_held_out
+from tongwen.errors import DataError, RowRefused, TongwenError, raise_all
+from tongwen.hub.fetching import local_copy
 from tongwen.language import say
-from tongwen.recipe.schema import Recipe, Source
+from tongwen.recipe.schema import Prepare, Recipe
 
 
 def run(recipe: Recipe) -> int:
-    """Report what `prepare` would keep, and every problem of the data at once."""
+    """Report what `prepare` would keep before it compares the rows, and every problem of the data at once."""
     console.header("check", recipe.name)
     errors: list[TongwenError] = []
     tables = {}
-    for name in ("dialogues", "documents"):
-        sources = getattr(recipe.prepare, name, []) if recipe.prepare else []
-        if not sources:
+    section = recipe.prepare
+    all_parts = steps.list_parts(section, local_copy, console.notice) if section else []
+    for kind in steps.KINDS:
+        parts = [part for part in all_parts if part.kind == kind]
+        if not parts:
             continue
+        assert section
         try:
-            tables[name] = _read(recipe, name, sources)
+            ledger, bad = _read(parts, section, errors)
+            if not errors:
+                if not isinstance(section.held_out, str):
+                    choose_held_out(ledger.kept, section.held_out, recipe.seed)
+                tables[kind] = {**ledger.to_dict(), "rejected": bad}
         except DataError as error:
             errors.append(error)
     raise_all(errors)
-    rows = [
-        (
-            f"{name}: {say('in', '读入')}" if part == "in" else f"  = {say('kept', '保留')}",
-            table[part]["rows"],
-            table[part]["bytes"],
-        )
-        for name, table in tables.items()
-        for part in ("in", "kept")
-    ]
+    rows = [row for kind, table in tables.items() for row in table_rows(table, kind, say("kept", "保留"))]
     console.table((say("data", "数据"), say("rows", "行"), say("bytes", "字节")), rows)
     console.good(say(f"stages: {', '.join(recipe.stages)}", f"阶段：{'、'.join(recipe.stages)}"))
     console.emit({"name": recipe.name, "stages": recipe.stages, "data": tables})
     return 0
 
 
-def _read(recipe: Recipe, name: str, sources: list[Source]) -> dict[str, Any]:
-    assert recipe.prepare
-    section = recipe.prepare
-    ledger, rejected = Ledger("rows", "bytes"), list[Rejected]()
-    if name == "dialogues":
-        records = list(read_dialogues(sources, section.fill, ledger, rejected.append))
-        if isinstance(section.held_out, str):
-            list(
-                read_dialogues([Source(path=section.held_out)], section.fill, Ledger("rows", "bytes"), rejected.append)
+def _read(parts: list[steps.Part], section: Prepare, errors: list[TongwenError]) -> tuple[Ledger, int]:
+    """The ledger of the training files of one kind, and how many of their rows are unreadable."""
+    whole, all_bad = Ledger("rows", "bytes"), 0
+    for role in ("held_out", "evaluation", "train"):
+        ledger, bad = Ledger("rows", "bytes"), list[tuple[str, str]]()
+        for part in (one for one in parts if one.role == role):
+            try:
+                for raw, record in steps.iter_rows(part, section, Cleaner(section.clean, part.kind), console.notice):
+                    ledger.enter(raw.size)
+                    if isinstance(record, (Dropped, RowRefused)):
+                        ledger.lose(record.reason, raw.size)
+                        if isinstance(record, RowRefused):
+                            bad.append((f"{raw.file}:{raw.row}", record.rule))
+                    else:
+                        ledger.keep(raw.size)
+            except DataError as error:
+                errors.append(error)
+        if ledger.things_in:
+            steps.check_losses(
+                ledger.things_in, ledger.kept, len(bad), bad[: steps.FIRST], section.max_bad, parts[0].kind
             )
-        else:
-            hold_out(records, section.held_out, recipe.seed)
-    else:
-        list(read_documents(sources, ledger, rejected.append))
-    check_losses(ledger, rejected, section.max_bad, name)
-    for bad in rejected[:3]:
-        console.notice(f"{bad.origin}: {bad.rule}")
-    return {**ledger.to_dict(), "rejected": len(rejected)}
+        for place, rule in bad[:3]:
+            console.notice(f"{place}: {rule}")
+        if role == "train":
+            whole, all_bad = ledger, len(bad)
+    return whole, all_bad

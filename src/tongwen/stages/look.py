@@ -6,21 +6,25 @@ import html
 from pathlib import Path
 
 from tongwen import console
-from tongwen.data.encode import Encoder, TokenStore, check_store, encode_dialogues
-from tongwen.data.ledger import Ledger
-from tongwen.data.read import Rejected, read_dialogues
+from tongwen.data.store import TokenStore
 from tongwen.errors import RecipeError
-from tongwen.language import say
-from tongwen.model import dress, load
+from tongwen.language import language, say
+from tongwen.lesson import look_ahead, open_reader
 from tongwen.recipe.schema import Recipe
 
-STYLE = (
-    "body{margin:2rem auto;max-width:56rem;padding:0 1rem;font:16px/1.7 system-ui,'PingFang SC','Noto Sans CJK SC','Microsoft YaHei',sans-serif;"
-    "color:#1c1e21;background:#fff}section{border:1px solid #e3e6ea;border-radius:.6rem;padding:1rem;margin:1rem 0;white-space:pre-wrap;overflow-wrap:anywhere}"
-    "span{border-radius:.2rem;box-shadow:inset 0 0 0 1px #0001;padding:0 1px}.l{background:#bbf7d0}.s{background:#fde68a}.p{color:#6b7280}"
-    "h2{font-size:1rem;color:#6b7280;margin:0 0 .5rem}.key span{margin-right:.8rem;padding:0 .4rem}"
-    "@media(prefers-color-scheme:dark){body{background:#15181b;color:#e6e8eb}section{border-color:#2c3238}.l{background:#14532d}.s{background:#713f12}}"
-)
+STYLE = """
+:root{--ink:#1c1e21;--soft:#6b7280;--line:#e3e6ea;--wash:#f6f8f9;--paper:#fff;--learn:#bbf7d0;--stop:#fde68a}
+@media (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#9aa3ad;--line:#2c3238;--wash:#1c2024;--paper:#15181b;--learn:#14532d;--stop:#854d0e}}
+body{margin:0 auto;max-width:56rem;padding:2rem 1rem 4rem;background:var(--paper);color:var(--ink);
+ font:16px/1.75 system-ui,"PingFang SC","Noto Sans CJK SC","Microsoft YaHei",sans-serif}
+h1{font-size:1.6rem;margin:0}.soft,.p{color:var(--soft)}.key{margin:1rem 0 0}
+.key span{margin-right:.6rem;padding:.1rem .5rem;border-radius:.3rem;border:1px solid var(--line)}
+section{border:1px solid var(--line);border-radius:.6rem;margin:1.2rem 0;overflow:hidden}
+h2{display:flex;justify-content:space-between;gap:1rem;font-size:.85rem;font-weight:500;color:var(--soft);margin:0;padding:.5rem 1rem;
+ background:var(--wash);border-bottom:1px solid var(--line);overflow-wrap:anywhere}
+div{padding:.8rem 1rem;white-space:pre-wrap;overflow-wrap:anywhere}
+div span{border-radius:.2rem;box-shadow:inset 0 0 0 1px #8883;padding:1px 1px}.l{background:var(--learn)}.s{background:var(--stop)}
+"""
 
 
 def run(recipe: Recipe, count: int, page: str) -> int:
@@ -29,51 +33,51 @@ def run(recipe: Recipe, count: int, page: str) -> int:
         raise RecipeError(
             say("there are no dialogues to look at", "没有可查看的对话"), place=recipe.name, remedy="sft: {}"
         )
-    tokenizer = load.load_tokenizer(load.locate(recipe.base))
-    encoder = Encoder(tokenizer)
-    template = dress.bind_template(recipe.sft.template, tokenizer, encoder.prefix)
-    ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
-    store = encode_dialogues(
-        read_dialogues(recipe.prepare.dialogues, recipe.prepare.fill, Ledger("rows", "bytes"), rejected.append),
-        template,
-        encoder,
-        recipe.sft,
-        ledger,
-        rejected.append,
-    )
-    mask = check_store(store, recipe.sft, rejected)
+    reader = open_reader(recipe.base, recipe.sft)
+    tokenizer, template = reader.tokenizer, reader.template
+    lesson = look_ahead(recipe, reader)
+    store, mask, rejected = lesson.store, lesson.mask, lesson.rejected
     shown = range(min(count, len(store)))
     stop = int(tokenizer.convert_tokens_to_ids(template.stop))
+    said = say(
+        f"{mask['learned_share']:.0%} of {mask['tokens']:,} tokens are learned; {mask['stop_learned_share']:.0%} of {mask['samples']:,} samples learn to stop",
+        f"{mask['tokens']:,} 个 token 中 {mask['learned_share']:.0%} 计入损失；{mask['samples']:,} 个样本中 {mask['stop_learned_share']:.0%} 学到停止符",
+    )
     if page:
         sections = "".join(
-            f"<section><h2>{html.escape(str(store.origins[index]))} · {store.lengths[index]} token</h2>{_as_html(tokenizer, store, index, stop)}</section>"
+            f"<section><h2><span>{html.escape(str(store.origin(index)))}</span><span>{store.lengths[index]} token</span></h2>"
+            f"<div>{_as_html(tokenizer, store, index, stop)}</div></section>"
             for index in shown
         )
-        key = f"<p class=key><span class=p>{say('prompt', '提示')}</span><span class=l>{say('learned', '学习')}</span><span class=s>{say('stop token, learned', '停止符（学习）')}</span></p>"
+        words = (
+            ("p", say("prompt", "提示")),
+            ("l", say("learned", "学习")),
+            ("s", say("stop token, learned", "停止符（学习）")),
+        )
+        key = "".join(f"<span class={name}>{word}</span>" for name, word in words)
         Path(page).write_text(
-            f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(recipe.name)}</title>'
-            f"<style>{STYLE}</style><h1>{html.escape(recipe.name)}</h1>{key}{sections}",
+            f'<!doctype html><html lang="{"zh-CN" if language() == "zh" else "en"}"><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(recipe.name)}</title>'
+            f"<style>{STYLE}</style><h1>{html.escape(recipe.name)}</h1>"
+            f"<p class=soft>{html.escape(recipe.base)} · {html.escape(recipe.sft.template)}<br>{said}</p>"
+            f"<p class=key>{key}</p>{sections}</html>",
             encoding="utf-8",
         )
         console.good(page)
     else:
         for index in shown:
-            console.header(str(store.origins[index]), f"{store.lengths[index]} token")
+            console.header(str(store.origin(index)), f"{store.lengths[index]} token")
             _print(tokenizer, store, index, stop)
-    console.tell(
-        say(
-            f"\n{mask['learned_share']:.0%} of {mask['tokens']:,} tokens are learned; {mask['stop_learned_share']:.0%} of {mask['samples']:,} samples learn to stop",
-            f"\n{mask['tokens']:,} 个 token 中 {mask['learned_share']:.0%} 计入损失；{mask['samples']:,} 个样本中 {mask['stop_learned_share']:.0%} 学到停止符",
-        )
-    )
+    console.tell(f"\n{said}")
     if rejected:
+        first = "{file}:{row}: {rule}".format(**rejected[0])
         console.notice(
             say(
-                f"{len(rejected)} samples would not be trained, the first: {rejected[0].origin}: {rejected[0].rule}",
-                f"{len(rejected)} 个样本不会参与训练，第一个：{rejected[0].origin}: {rejected[0].rule}",
+                f"{len(rejected)} samples would not be trained, the first: {first}",
+                f"{len(rejected)} 个样本不会参与训练，第一个：{first}",
             )
         )
-    console.emit({"mask": mask, "ledger": ledger.to_dict(), "rejected": len(rejected)})
+    console.emit({"mask": mask, "ledger": lesson.ledger.to_dict(), "rejected": len(rejected)})
     return 0
 
 

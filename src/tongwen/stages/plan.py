@@ -9,14 +9,12 @@ from typing import Any
 import torch
 
 from tongwen import console
-from tongwen.data.encode import Encoder, TokenStore, check_store, encode_dialogues
-from tongwen.data.ledger import Ledger
-from tongwen.data.read import Rejected, read_dialogues
-from tongwen.data.split import hold_out, order
+from tongwen.data.store import TokenStore
 from tongwen.errors import RecipeError
 from tongwen.language import say
+from tongwen.lesson import look_ahead, open_reader
 from tongwen.model import adapt as adapting
-from tongwen.model import dress, load
+from tongwen.model import load
 from tongwen.recipe.schema import Recipe
 from tongwen.train.batches import make_plan, token_budget
 from tongwen.train.memory import Shape, estimate, flops_per_token
@@ -32,11 +30,13 @@ def run(recipe: Recipe, gpu: str) -> int:
     memory = parse_memory(gpu) if gpu else None
     device = "cuda" if memory else load.compute_device()
     place = load.locate(recipe.base)
-    store, mask = _encode(recipe, place)
+    lesson = look_ahead(recipe, open_reader(recipe.base, section))
+    store, mask = lesson.store, lesson.mask
     plan = make_plan(
         store.lengths,
-        lambda count, epoch: order(count, recipe.seed, "epoch", epoch),
+        lesson.draw,
         batch_size=section.batch_size,
+        batch_tokens=section.batch_tokens,
         stop_after=section.stop_after,
         budget=section.micro_batch_tokens or token_budget(device),
         world=recipe.devices,
@@ -68,7 +68,9 @@ def run(recipe: Recipe, gpu: str) -> int:
         {
             "steps": len(plan),
             "steps_per_epoch": plan.steps_per_epoch,
-            "batch_size": section.batch_size,
+            "batch_size": None if section.batch_tokens else section.batch_size,
+            "batch_tokens": section.batch_tokens,
+            "fill": round(plan.fill(store.lengths), 4),
             "micro_batches_per_step": plan.accumulate,
             "devices": plan.world,
             "micro_batch_tokens": plan.budget,
@@ -94,28 +96,6 @@ def parse_memory(text: str) -> int:
             say(f"{text!r} is not an amount of memory", f"{text!r} 不是显存大小"), place="--gpu", remedy="--gpu 24GB"
         )
     return int(float(found[1]) * (1e9 if found[2].startswith("g") else 1e6))
-
-
-def _encode(recipe: Recipe, place: load.Place) -> tuple[TokenStore, dict[str, Any]]:
-    assert recipe.sft and recipe.prepare
-    tokenizer = load.load_tokenizer(place)
-    encoder = Encoder(tokenizer)
-    template = dress.bind_template(recipe.sft.template, tokenizer, encoder.prefix)
-    rejected: list[Rejected] = []
-    dialogues = list(
-        read_dialogues(recipe.prepare.dialogues, recipe.prepare.fill, Ledger("rows", "bytes"), rejected.append)
-    )
-    if not isinstance(recipe.prepare.held_out, str):
-        dialogues, _ = hold_out(dialogues, recipe.prepare.held_out, recipe.seed)
-    store = encode_dialogues(
-        dialogues,
-        template,
-        encoder,
-        recipe.sft,
-        Ledger("rows", "tokens"),
-        rejected.append,
-    )
-    return store, check_store(store, recipe.sft, rejected)
 
 
 def _shape(recipe: Recipe, place: load.Place) -> Shape:
@@ -163,6 +143,11 @@ def _show(
 ) -> None:
     section = recipe.sft
     assert section
+    what = (
+        say(f"{section.batch_tokens} tokens", f"{section.batch_tokens} token")
+        if section.batch_tokens
+        else say(f"{section.batch_size} samples", f"{section.batch_size} 个样本")
+    )
     console.header("plan", recipe.name)
     rows = [
         (say("samples", "样本"), f"{len(store):,}"),
@@ -171,8 +156,8 @@ def _show(
         (
             say("a step", "每步"),
             say(
-                f"{section.batch_size} samples in {plan.accumulate} x {plan.world} micro-batches of at most {plan.budget} tokens",
-                f"{section.batch_size} 个样本，{plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token",
+                f"{what} in {plan.accumulate} x {plan.world} micro-batches of at most {plan.budget} tokens",
+                f"{what}，{plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token",
             ),
         ),
         *((name, console.human_bytes(size)) for name, size in needs.items() if name != "peak"),

@@ -1,95 +1,95 @@
 """prepare: the recipe's sources in; documents, dialogues and what was held out and rejected out, with the ledger.
 
-Each source is read row by row. A row becomes a record or stands in rejected.jsonl with its reason. A seeded part is
-held out. What is kept is what the training stages take in.
+Each file is read and cleaned by itself. All files together are searched for duplicates, and a seeded part is held out.
+Then each file's rows are kept, or stand in rejected.jsonl with their reason: also those that say what was held out. What
+is kept is what the training stages take in. The steps on files run here, or as the tasks of a datatrove pipeline.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from tongwen import artifact, console
-from tongwen.data.ledger import Ledger
-from tongwen.data.read import Rejected, check_losses, read_dialogues, read_documents
-from tongwen.data.split import hold_out
+from tongwen.data import parts as steps
+from tongwen.data.ledger import table_rows
+from tongwen.data.trove import run_tasks
+from tongwen.hub.fetching import local_copy
 from tongwen.language import say
-from tongwen.recipe.schema import Prepare, Recipe, Source
-from tongwen.record import Dialogue, Document
+from tongwen.recipe.schema import Prepare, Recipe
+
+# These decide where the work is done, not what comes out.
+_HOW = {"executor", "tasks", "executor_options"}
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides this stage's result: a change of any of it asks for `--again`."""
     assert recipe.prepare
-    return {"prepare": recipe.prepare.model_dump(mode="json"), "seed": recipe.seed}
+    return {"prepare": recipe.prepare.model_dump(mode="json", exclude=_HOW), "seed": recipe.seed}
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
-    """Read, check, split, write."""
+    """Read and clean each file, compare all, settle each file, join."""
     section = recipe.prepare
     assert section
-    console.header("prepare", say("read, check and split the data", "读取、检查、划分数据"))
-    rejected: list[Rejected] = []
-    with artifact.create(out, "prepare", {}, settings(recipe)) as draft:
-        tables: dict[str, Any] = {}
-        if section.dialogues:
-            tables["dialogues"] = _write(draft.path, "dialogues", *_dialogues(section, rejected, recipe.seed))
-            tables["dialogues"]["from_training"] = not isinstance(section.held_out, str)
-        if section.documents:
-            tables["documents"] = _write(draft.path, "documents", *_documents(section, rejected, recipe.seed))
-        _write_lines(draft.path / "rejected.jsonl", (bad.to_dict() for bad in rejected))
-        draft.facts = {"ledger": tables}
+    console.header("prepare", say("read, clean, compare and split the data", "读取、清洗、去重、划分数据"))
+    with artifact.create(out, "prepare", {}, settings(recipe), resumable=True) as draft:
+        parts = steps.list_parts(section, local_copy, console.notice)
+        _start(draft.path, parts, settings(recipe))
+        run_tasks(
+            section, "scan", draft.path, parts, lambda part: steps.scan(part, section, draft.path, console.notice)
+        )
+        scans = steps.read_scans(parts, draft.path)
+        steps.check_readable(parts, scans, section.max_bad)
+        with console.waiting(say("comparing all rows", "比较所有行")):
+            steps.compare(parts, section, recipe.seed, draft.path)
+        run_tasks(section, "settle", draft.path, parts, lambda part: steps.settle(part, parts, section, draft.path))
+        tables = steps.join(parts, section, draft.path)
+        changed: Counter[str] = Counter()
+        for scan in scans:
+            changed.update(scan["changed"])
+        draft.facts = {"ledger": tables, "changed": dict(changed), "sources": _sources(section)}
     assert draft.artifact
-    _show(tables)
+    _show(tables, dict(changed))
     return draft.artifact
 
 
-def _dialogues(section: Prepare, rejected: list[Rejected], seed: int) -> tuple[Ledger, list[Dialogue], list[Dialogue]]:
-    ledger, bad = Ledger("rows", "bytes"), len(rejected)
-    records = list(read_dialogues(section.dialogues, section.fill, ledger, rejected.append))
-    check_losses(ledger, rejected[bad:], section.max_bad, say("dialogues", "对话"))
-    if isinstance(section.held_out, str):
-        aside = Ledger("rows", "bytes")
-        source = Source(path=section.held_out)
-        return ledger, records, list(read_dialogues([source], section.fill, aside, rejected.append))
-    return ledger, *hold_out(records, section.held_out, seed)
+def _start(folder: Path, parts: list[steps.Part], settings: dict[str, Any]) -> None:
+    """What an interrupted run has finished counts only when it had the same settings and the same files."""
+    files = [[str(part.file), (found := part.file.stat()).st_size, found.st_mtime_ns] for part in parts]
+    now = json.loads(json.dumps({**settings, "files": files}))
+    file = folder / "parts" / "settings.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == now:
+        console.notice(say("continuing what was interrupted", "继续上次中断的工作"))
+        return
+    shutil.rmtree(folder)
+    file.parent.mkdir(parents=True)
+    artifact.write_json(file, now)
 
 
-def _documents(section: Prepare, rejected: list[Rejected], seed: int) -> tuple[Ledger, list[Document], list[Document]]:
-    ledger, bad = Ledger("rows", "bytes"), len(rejected)
-    records = list(read_documents(section.documents, ledger, rejected.append))
-    check_losses(ledger, rejected[bad:], section.max_bad, say("documents", "文档"))
-    if isinstance(section.held_out, str):
-        return ledger, records, []
-    return ledger, *hold_out(records, section.held_out, seed)
+def _sources(section: Prepare) -> dict[str, Any]:
+    return {
+        kind: [source.model_dump(mode="json", include={"path", "weight", "share"}) for source in getattr(section, kind)]
+        for kind in steps.KINDS
+    }
 
 
-def _write(folder: Path, name: str, ledger: Ledger, kept: list[Any], held_out: list[Any]) -> dict[str, Any]:
-    _write_lines(folder / f"{name}.jsonl", map(_to_dict, kept))
-    if held_out:
-        _write_lines(folder / f"{name}.held_out.jsonl", map(_to_dict, held_out))
-    return {**ledger.to_dict(), "train": len(kept), "held_out": len(held_out)}
-
-
-def _to_dict(record: Dialogue | Document) -> dict[str, Any]:
-    if isinstance(record, Dialogue):
-        return record.to_dict()
-    return {"text": record.text, "origin": {"file": record.origin.file, "row": record.origin.row}}
-
-
-def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _show(tables: dict[str, Any]) -> None:
-    rows = []
+def _show(tables: dict[str, Any], changed: dict[str, int]) -> None:
+    """The ledger, and how many texts each rule mended."""
+    rows: list[tuple[Any, ...]] = []
     for name, table in tables.items():
-        rows.append((f"{name}: {say('in', '读入')}", table["in"]["rows"], table["in"]["bytes"]))
-        rows += [(f"  − {reason}", lost["rows"], lost["bytes"]) for reason, lost in table["lost"].items()]
-        rows.append((f"  = {say('kept', '保留')}", table["kept"]["rows"], table["kept"]["bytes"]))
-        rows.append((f"    {say('of these held out', '其中留出')}", table["held_out"], ""))
+        rows += table_rows(table, name, say("kept", "保留"))
+        if table["held_out"]:
+            words = (
+                say("of these held out", "其中留出")
+                if table["from_training"]
+                else say("held out: a file", "留出：文件")
+            )
+            rows.append((f"    {words}", table["held_out"], ""))
     console.table((say("ledger", "账目"), say("rows", "行"), say("bytes", "字节")), rows)
+    if changed:
+        mended = ", ".join(f"{name} {count:,}" for name, count in sorted(changed.items()))
+        console.tell(say(f"texts mended: {mended}", f"修整的文本：{mended}"))

@@ -21,14 +21,14 @@ import torch
 from transformers import set_seed
 
 from tongwen import artifact, console, launch
-from tongwen.data.encode import Encoder, TokenStore, check_store, encode_dialogues, token_bytes
-from tongwen.data.ledger import Ledger
-from tongwen.data.read import Rejected, load_dialogues
-from tongwen.data.split import order
+from tongwen.data.encode import Encoder, token_bytes
+from tongwen.data.ledger import Ledger, table_rows
+from tongwen.data.store import TokenStore
 from tongwen.errors import ModelError
 from tongwen.families import family_of
 from tongwen.infer.decode import Sampling, Voice
 from tongwen.language import say
+from tongwen.lesson import Lesson, Reader, encode_prepared, open_reader
 from tongwen.model import adapt as adapting
 from tongwen.model import attention, dress, load
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_text, fingerprint_tokenizer
@@ -48,18 +48,6 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides this stage's result."""
     assert recipe.sft
     return {"sft": recipe.sft.model_dump(mode="json"), "seed": recipe.seed, "base": recipe.base}
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """The encoded data: what is learned, and what was held out."""
-
-    store: TokenStore
-    mask: dict[str, Any]
-    ledger: Ledger
-    rejected: list[Rejected]
-    held_out: list[Dialogue]
-    held_out_store: TokenStore | None
 
 
 @dataclass(frozen=True)
@@ -85,16 +73,15 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
     place = load.locate(recipe.base)
     console.header("sft", f"{recipe.base} · {section.adapter.method}")
-    tokenizer = load.load_tokenizer(place)
-    encoder = Encoder(tokenizer)
-    template = dress.bind_template(section.template, tokenizer, encoder.prefix)
-    lesson = _encode_lesson(prepared, template, encoder, section)
-    pupil = _open_pupil(recipe, place, tokenizer, encoder, template)
-    plan = _make_plan(recipe, lesson.store, pupil.device)
+    reader = open_reader(recipe.base, section)
+    lesson = encode_prepared(prepared, reader, section, recipe.seed, out.parent / "tokens")
+    _say_ledger(lesson)
+    pupil = _open_pupil(recipe, place, reader)
+    plan = _make_plan(recipe, lesson, pupil.device)
     _say_plan(plan, lesson.store, pupil)
     unreached = _audit(pupil, lesson.store, plan)
 
-    sizes = torch.from_numpy(token_bytes(tokenizer))
+    sizes = torch.from_numpy(token_bytes(reader.tokenizer))
     questions = _questions(lesson.held_out, section.samples)
 
     def score() -> dict[str, float]:
@@ -107,8 +94,8 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     parents = {
         "prepare": prepared.as_parent(),
         "base": {"path": recipe.base, "fingerprint": pupil.base_fingerprint},
-        "tokenizer": {"fingerprint": fingerprint_tokenizer(tokenizer)},
-        "template": {"name": section.template, "fingerprint": fingerprint_text(template.source)},
+        "tokenizer": {"fingerprint": fingerprint_tokenizer(reader.tokenizer)},
+        "template": {"name": section.template, "fingerprint": fingerprint_text(reader.template.source)},
     }
     with artifact.create(out, "sft", parents, settings(recipe), resumable=True) as draft:
         if launch.is_first():
@@ -135,20 +122,9 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     return draft.artifact or artifact.Artifact(out, {"kind": "sft", "fingerprint": ""})
 
 
-def _encode_lesson(prepared: artifact.Artifact, template: Template, encoder: Encoder, section: Sft) -> Lesson:
-    """Training and held-out rows as tokens, every one of them in the ledger."""
-    ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
-    dialogues = list(load_dialogues(prepared.path / "dialogues.jsonl"))
-    store = encode_dialogues(dialogues, template, encoder, section, ledger, rejected.append)
-    mask = check_store(store, section, rejected)
-    held_out, held_out_store = _encode_held_out(prepared, template, encoder, section, ledger)
-    _say_ledger(ledger, mask, rejected)
-    return Lesson(store, mask, ledger, rejected, held_out, held_out_store)
-
-
-def _open_pupil(recipe: Recipe, place: load.Place, tokenizer: Any, encoder: Encoder, template: Template) -> Pupil:
+def _open_pupil(recipe: Recipe, place: load.Place, reader: Reader) -> Pupil:
     """The base, checked against its tokenizer, with what the recipe adds to it."""
-    section = recipe.sft
+    section, tokenizer, template = recipe.sft, reader.tokenizer, reader.template
     assert section
     device = load.compute_device()
     dtype, why = load.compute_dtype(section.precision, device)
@@ -165,7 +141,7 @@ def _open_pupil(recipe: Recipe, place: load.Place, tokenizer: Any, encoder: Enco
     return Pupil(
         model=adapted.model.to(device),
         tokenizer=tokenizer,
-        encoder=encoder,
+        encoder=reader.encoder,
         template=template,
         stops=stops,
         packed=packed,
@@ -176,13 +152,14 @@ def _open_pupil(recipe: Recipe, place: load.Place, tokenizer: Any, encoder: Enco
     )
 
 
-def _make_plan(recipe: Recipe, store: TokenStore, device: str) -> Plan:
+def _make_plan(recipe: Recipe, lesson: Lesson, device: str) -> Plan:
     section = recipe.sft
     assert section
     return make_plan(
-        store.lengths,
-        lambda count, epoch: order(count, recipe.seed, "epoch", epoch),
+        lesson.store.lengths,
+        lesson.draw,
         batch_size=section.batch_size,
+        batch_tokens=section.batch_tokens,
         stop_after=section.stop_after,
         budget=section.micro_batch_tokens or token_budget(device),
         world=launch.world_size(),
@@ -243,29 +220,6 @@ def _train(
         "seconds": round(seconds, 2),
         "tokens_per_second": round(trained / max(seconds, 1e-9), 2),
     }
-
-
-def _encode_held_out(
-    prepared: artifact.Artifact, template: Template, encoder: Encoder, section: Sft, ledger: Ledger
-) -> tuple[list[Dialogue], TokenStore | None]:
-    """What was held out, encoded in the same way; in the ledger it is a loss of its own name."""
-    file = prepared.path / "dialogues.held_out.jsonl"
-    if not file.is_file():
-        return [], None
-    dialogues, bad, aside = list(load_dialogues(file)), list[Rejected](), Ledger("rows", "tokens")
-    store = encode_dialogues(dialogues, template, encoder, section, aside, bad.append)
-    from_training = prepared.manifest["ledger"]["dialogues"]["from_training"]
-    if from_training:
-        ledger.enter(aside.size_in, things=len(dialogues))
-        ledger.lose("held_out", aside.size_in, things=len(dialogues))
-    if bad:
-        console.notice(
-            say(
-                f"{len(bad)} held-out samples are not scored, the first: {bad[0].rule}",
-                f"{len(bad)} 个留出样本不参与评分，第一个：{bad[0].rule}",
-            )
-        )
-    return dialogues, store if len(store) else None
 
 
 def _open(place: load.Place, dtype: torch.dtype) -> tuple[Any, bool]:
@@ -389,7 +343,7 @@ def _facts(section: Sft, pupil: Pupil, plan: Plan, throughput: dict[str, Any]) -
         "dtype": str(pupil.dtype).removeprefix("torch."),
         "steps": len(plan),
         "tokens": throughput["tokens"],
-        "batch_size": section.batch_size,
+        "batch": {"tokens": section.batch_tokens} if section.batch_tokens else {"samples": section.batch_size},
         "micro_batches": {"accumulate": plan.accumulate, "world": plan.world, "token_budget": plan.budget},
         "stop_tokens": [pupil.tokenizer.convert_ids_to_tokens(index) for index in pupil.stops],
         "template_name": section.template,
@@ -426,30 +380,38 @@ def _books(prepared: artifact.Artifact, ledger: Ledger) -> dict[str, Any]:
     return tables
 
 
-def _write(recipe: Recipe, folder: Path, report: dict[str, Any], rejected: list[Rejected]) -> None:
+def _write(recipe: Recipe, folder: Path, report: dict[str, Any], rejected: list[dict[str, Any]]) -> None:
     artifact.write_json(folder / "report.json", report)
     with (folder / "rejected.jsonl").open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(bad.to_dict(), ensure_ascii=False) + "\n" for bad in rejected)
+        stream.writelines(json.dumps(bad, ensure_ascii=False) + "\n" for bad in rejected)
     write_report(folder, f"{recipe.name} · sft", report, read_metrics(folder / "metrics.jsonl"), dump(recipe))
 
 
-def _say_ledger(ledger: Ledger, mask: dict[str, Any], rejected: list[Rejected]) -> None:
-    table = ledger.to_dict()
-    rows = [(say("in", "读入"), table["in"]["rows"], table["in"]["tokens"])]
-    rows += [(f"− {reason}", lost["rows"], lost["tokens"]) for reason, lost in table["lost"].items()]
-    rows.append((f"= {say('trained', '训练')}", table["kept"]["rows"], table["kept"]["tokens"]))
-    console.table((say("encode", "编码"), say("rows", "行"), "token"), rows)
+def _say_ledger(lesson: Lesson) -> None:
+    rows = table_rows(lesson.ledger.to_dict(), say("encode", "编码"), say("trained", "训练"))
+    console.table((say("ledger", "账目"), say("rows", "行"), "token"), rows)
+    mask, rejected = lesson.mask, lesson.rejected
     console.tell(
         say(
             f"{mask['learned_share']:.0%} of the tokens are learned; {mask['stop_learned_share']:.0%} of the samples learn to stop",
             f"{mask['learned_share']:.0%} 的 token 计入损失；{mask['stop_learned_share']:.0%} 的样本学到停止符",
         )
     )
-    if rejected:
+    if mask["round_trip"]["differ"]:
         console.notice(
             say(
-                f"{len(rejected)} samples are not trained, the first: {rejected[0].origin}: {rejected[0].rule}",
-                f"{len(rejected)} 个样本未参与训练，第一个：{rejected[0].origin}: {rejected[0].rule}",
+                "{differ} of {checked} samples do not decode to their own text: the tokenizer lacks characters".format(
+                    **mask["round_trip"]
+                ),
+                "{checked} 个样本中有 {differ} 个无法解码回原文：分词器缺少字符".format(**mask["round_trip"]),
+            )
+        )
+    if rejected:
+        first = rejected[0]
+        console.notice(
+            say(
+                f"{len(rejected)} samples are not trained, the first: {first['file']}:{first['row']}: {first['rule']}",
+                f"{len(rejected)} 个样本未参与训练，第一个：{first['file']}:{first['row']}: {first['rule']}",
             )
         )
 

@@ -41,6 +41,10 @@ class Plan:
         """Micro-batches in the order in which accelerate deals them: slot after slot, rank after rank."""
         return [micro for step in self.micro for micro in step]
 
+    def fill(self, lengths: np.ndarray) -> float:
+        """Real tokens among those that the micro-batches have room for."""
+        return sum(self.tokens_of(lengths)) / (len(self.steps) * self.accumulate * self.world * self.budget)
+
     def tokens_of(self, lengths: np.ndarray) -> list[int]:
         """Tokens of each step."""
         return [int(lengths[list(step)].sum()) for step in self.steps]
@@ -54,26 +58,33 @@ def token_budget(device: str) -> int:
 
 def make_plan(
     lengths: np.ndarray,
-    order: Callable[[int, int], list[int]],
+    draw: Callable[[int], list[int]],
     *,
     batch_size: int,
+    batch_tokens: int | None = None,
     stop_after: Duration,
     budget: int,
     world: int = 1,
 ) -> Plan:
-    """Lay out a run. order(count, epoch) gives the permutation of an epoch; lengths: (S,) tokens per sample."""
-    per_epoch = -(-len(lengths) // batch_size)
+    """Lay out a run. lengths: (S,) tokens per sample; draw(epoch): the samples of an epoch in their order.
+
+    With batch_tokens the epoch is packed best-fit, and a step is a fixed number of packs; else a step is batch_size
+    samples.
+    """
+    budget = max(budget, int(lengths.max()))
+    if batch_tokens:
+        return _packed_plan(lengths, draw, batch_tokens, stop_after, budget, world)
     steps: list[tuple[int, ...]] = []
-    tokens = epoch = 0
-    while not _done(stop_after, len(steps), tokens, per_epoch):
-        permutation = order(len(lengths), epoch)
-        for begin in range(0, len(lengths), batch_size):
-            steps.append(tuple(permutation[begin : begin + batch_size]))
+    tokens = epoch = per_epoch = 0
+    while epoch == 0 or not _done(stop_after, len(steps), tokens, per_epoch):
+        samples = draw(epoch)
+        per_epoch = per_epoch or -(-len(samples) // batch_size)
+        for begin in range(0, len(samples), batch_size):
+            steps.append(tuple(samples[begin : begin + batch_size]))
             tokens += int(lengths[list(steps[-1])].sum())
             if _done(stop_after, len(steps), tokens, per_epoch):
                 break
         epoch += 1
-    budget = max(budget, int(lengths.max()))
     accumulate = 1
     while True:
         micro = tuple(deal(step, lengths, accumulate * world) for step in steps)
@@ -81,6 +92,58 @@ def make_plan(
         if fullest <= budget or accumulate * world >= batch_size:
             return Plan(tuple(steps), micro, accumulate, world, budget, per_epoch)
         accumulate += 1
+
+
+def _packed_plan(
+    lengths: np.ndarray,
+    draw: Callable[[int], list[int]],
+    batch_tokens: int,
+    stop_after: Duration,
+    budget: int,
+    world: int,
+) -> Plan:
+    accumulate = max(1, -(-batch_tokens // (budget * world)))
+    capacity = max(int(lengths.max()), batch_tokens // (accumulate * world))
+    accumulate = max(1, batch_tokens // (capacity * world))
+    micro: list[tuple[tuple[int, ...], ...]] = []
+    tokens = epoch = per_epoch = 0
+    while epoch == 0 or not _done(stop_after, len(micro), tokens, per_epoch):
+        packs = best_fit(lengths, draw(epoch), capacity)
+        per_epoch = per_epoch or -(-len(packs) // (accumulate * world))
+        for begin in range(0, len(packs), accumulate * world):
+            step = packs[begin : begin + accumulate * world]
+            micro.append(tuple(step + [()] * (accumulate * world - len(step))))
+            tokens += int(sum(lengths[list(pack)].sum() for pack in step))
+            if _done(stop_after, len(micro), tokens, per_epoch):
+                break
+        epoch += 1
+    steps = tuple(tuple(sample for pack in step for sample in pack) for step in micro)
+    return Plan(steps, tuple(micro), accumulate, world, capacity, per_epoch)
+
+
+def best_fit(lengths: np.ndarray, samples: list[int], capacity: int) -> list[tuple[int, ...]]:
+    """Samples into packs of a capacity, best-fit decreasing: the longest first, each into the fullest pack that has room.
+
+    The packs stand in the order of their first sample, and a pack's samples in the order that they had.
+    """
+    room: list[list[int]] = [[] for _ in range(capacity + 1)]  # packs by the tokens that still fit
+    taken = 0  # bit r: some pack has exactly r tokens of room
+    packs: list[list[int]] = []
+    for place in sorted(range(len(samples)), key=lambda place: (-int(lengths[samples[place]]), place)):
+        length = int(lengths[samples[place]])
+        fitting = taken >> length
+        if fitting:
+            left = length + (fitting & -fitting).bit_length() - 1
+            pack = room[left].pop()
+            if not room[left]:
+                taken ^= 1 << left
+        else:
+            left, pack = capacity, len(packs)
+            packs.append([])
+        packs[pack].append(place)
+        room[left - length].append(pack)
+        taken |= 1 << (left - length)
+    return [tuple(samples[place] for place in sorted(pack)) for pack in sorted(packs, key=min)]
 
 
 def deal(step: tuple[int, ...], lengths: np.ndarray, parts: int) -> tuple[tuple[int, ...], ...]:

@@ -261,7 +261,7 @@ class NoNan(TrainerCallback):
         check_finite_gradients(model, state.global_step + 1, self._rows(state.global_step))
 
     def _rows(self, step: int) -> str:
-        origins = [str(self.job.store.origins[sample]) for sample in self.job.plan.steps[step][:8]]
+        origins = [str(self.job.store.origin(sample)) for sample in self.job.plan.steps[step][:8]]
         return ", ".join(origins)
 
 

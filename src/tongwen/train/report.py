@@ -25,6 +25,7 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}th{font-weight:600;
 svg{width:100%;min-width:30rem;height:auto;display:block}.scroll{overflow-x:auto}
 .qa{border:1px solid var(--line);border-radius:.6rem;margin:.8rem 0;overflow:hidden}.qa h3{margin:0;padding:.6rem 1rem;background:var(--wash);font-size:1rem}
 .qa div{display:grid;grid-template-columns:5rem 1fr;gap:.6rem;padding:.5rem 1rem;border-top:1px solid var(--line);white-space:pre-wrap;overflow-wrap:anywhere}
+.bar{background:var(--accent);opacity:.7;height:.9rem;border-radius:.2rem;min-width:1px}
 pre{background:var(--wash);border:1px solid var(--line);border-radius:.6rem;padding:1rem;overflow-x:auto;font-size:.85rem}
 """
 
@@ -69,6 +70,7 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
     parts.append(
         f"<h2>{say('Ledger', '账目')}</h2>" + "".join(_ledger(name, table) for name, table in report["ledger"].items())
     )
+    parts.append(f"<h2>{say('What is learned', '学习内容')}</h2>{_mask(report['mask'])}")
     if report.get("samples"):
         parts.append(f"<h2>{say('Before and after', '训练前后')}</h2>" + "".join(map(_sample, report["samples"])))
     parts.append(f"<h2>{say('Recipe', '配方')}</h2><pre>{html.escape(recipe)}</pre>")
@@ -199,6 +201,24 @@ def _ledger(name: str, table: dict[str, Any]) -> str:
         for label, values in rows
     )
     return f"<div class=scroll><table>{head}{body}</table></div>"
+
+
+def _mask(mask: dict[str, Any]) -> str:
+    """Tokens per role with the learned share, and how long the samples are."""
+    head = f"<tr><th>{say('role', '角色')}</th><th class=n>token</th><th class=n>{say('learned', '学习')}</th></tr>"
+    rows = "".join(
+        f"<tr><td>{role}</td><td class=n>{count['tokens']:,}</td>"
+        f"<td class=n>{count['learned'] / max(1, count['tokens']):.1%}</td></tr>"
+        for role, count in mask["roles"].items()
+    )
+    most = max(count for _, count in mask["lengths"])
+    bars = "".join(
+        f"<tr><td class=n>≤ {edge:,}</td><td class=n>{count:,}</td>"
+        f'<td><div class=bar style="width:{count / most * 16:.2f}rem"></div></td></tr>'
+        for edge, count in mask["lengths"]
+    )
+    title = f"<tr><th class=n>token</th><th class=n>{say('samples', '样本')}</th><th></th></tr>"
+    return f"<div class=scroll><table>{head}{rows}</table></div><div class=scroll><table>{title}{bars}</table></div>"
 
 
 def _sample(sample: dict[str, str]) -> str:

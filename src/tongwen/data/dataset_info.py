@@ -1,0 +1,165 @@
+"""An entry of LLaMA-Factory's dataset_info.json becomes sources of ours, so that its folders can be used as they are.
+
+What an entry asks for and this cannot do is refused by name: data read in another way than its owner meant is worse than
+none.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from tongwen.data.files import shown
+from tongwen.errors import DataError
+from tongwen.language import say
+from tongwen.recipe.schema import Source
+
+# formatting: {their word under `columns`: ours}
+_COLUMNS = {
+    "alpaca": {
+        "prompt": "instruction",
+        "query": "input",
+        "response": "output",
+        "history": "history",
+        "system": "system",
+        "tools": "tools",
+    },
+    "sharegpt": {"messages": "conversations", "system": "system", "tools": "tools"},
+    "openai": {"messages": "messages", "system": "system", "tools": "tools"},
+}
+_FORMATS = {"alpaca": "alpaca", "sharegpt": "conversations", "openai": "messages"}
+_TURN_KEYS = {
+    "sharegpt": {"role_tag": "from", "content_tag": "value"},
+    "openai": {"role_tag": "role", "content_tag": "content"},
+}
+_ROLE_TAGS = {
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "observation_tag": "tool",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+# file_sha1 of older entries is not compared there either.
+_KNOWN = {"file_name", "hf_hub_url", "ms_hub_url", "formatting", "columns", "tags", "split", "file_sha1"}
+
+
+def entry_source(source: Source) -> list[Source]:
+    """The sources that one entry stands for. Words of the recipe's own source go before those of the entry."""
+    file = Path(source.path)
+    file = file / "dataset_info.json" if file.is_dir() else file
+    place = f"{shown(file)}: {source.entry}"
+    entry = _entry(file, source.entry or "")
+    _check_known(entry, place)
+    formatting = entry.get("formatting", "alpaca")
+    if formatting not in _FORMATS:
+        raise DataError(
+            say(
+                f"formatting: {formatting!r} is not {', '.join(_FORMATS)}",
+                f"formatting: {formatting!r} 应为 {'、'.join(_FORMATS)}",
+            ),
+            place=place,
+        )
+    columns, roles = _names(entry, formatting, place)
+    changes: dict[str, Any] = {
+        "path": _path(entry, file, place),
+        "format": source.format or _FORMATS[formatting],
+        "columns": {**columns, **source.columns},
+        "roles": {**roles, **source.roles},
+        "entry": None,
+    }
+    return [source.model_copy(update=changes)]
+
+
+def _entry(file: Path, name: str) -> dict[str, Any]:
+    try:
+        entries = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise DataError(
+            say(f"this cannot be opened: {error.strerror}", f"无法打开：{error.strerror}"), place=shown(file)
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(say(f"this is not JSON: {error}", f"不是 JSON：{error}"), place=shown(file)) from None
+    if not isinstance(entries, dict):
+        raise DataError(
+            say(
+                "a dataset_info.json holds one object: {name: {file_name: …}}",
+                "dataset_info.json 应为一个对象：{名称: {file_name: …}}",
+            ),
+            place=shown(file),
+        )
+    if name not in entries:
+        near = difflib.get_close_matches(name, entries, n=3, cutoff=0)
+        raise DataError(
+            say(
+                f"there is no entry {name!r}; the nearest: {', '.join(near)}",
+                f"没有条目 {name!r}；最接近的是：{'、'.join(near)}",
+            ),
+            place=shown(file),
+            remedy=f"entry: {near[0]}" if near else "",
+        )
+    if not isinstance(entries[name], dict):
+        raise DataError(
+            say("an entry is an object: {file_name: …}", "条目应为对象：{file_name: …}"), place=f"{shown(file)}: {name}"
+        )
+    return dict(entries[name])
+
+
+def _check_known(entry: dict[str, Any], place: str) -> None:
+    """Raise DataError for what the entry asks for and nothing here does."""
+    foreign = [key for key, value in entry.items() if key not in _KNOWN and value not in (None, False)]
+    if entry.get("split") not in (None, "train"):
+        foreign.append("split")
+    if foreign:
+        raise DataError(
+            say(
+                f"the entry asks for what is not done here: {', '.join(f'{key}: {entry[key]!r}' for key in foreign)}",
+                f"该条目要求了不支持的内容：{'、'.join(f'{key}: {entry[key]!r}' for key in foreign)}",
+            ),
+            place=place,
+            remedy=say(
+                "name the file itself in the recipe: {path: …, format: …, columns: {…}}",
+                "请在配方中直接写明文件：{path: …, format: …, columns: {…}}",
+            ),
+        )
+    for word in ("columns", "tags"):
+        if not isinstance(entry.get(word, {}), dict) or not all(
+            value is None or isinstance(value, str) for value in entry.get(word, {}).values()
+        ):
+            raise DataError(say(f"{word} must be an object of names", f"{word} 应为由名称组成的对象"), place=place)
+
+
+def _names(entry: dict[str, Any], formatting: str, place: str) -> tuple[dict[str, str], dict[str, str]]:
+    """(columns, roles) in our words. Raises DataError for columns that hold what is not text."""
+    ours_of = {word: ours for part in (_COLUMNS[formatting], _TURN_KEYS.get(formatting, {})) for word, ours in part.items()}  # fmt: skip
+    columns: dict[str, str] = {}
+    roles: dict[str, str] = {}
+    for word, theirs in {**entry.get("columns", {}), **entry.get("tags", {})}.items():
+        if theirs is None:
+            continue
+        if word in _ROLE_TAGS:
+            roles[theirs] = _ROLE_TAGS[word]
+        elif word in ours_of:
+            columns[ours_of[word]] = theirs
+        else:
+            raise DataError(
+                say(
+                    f"{word}: {theirs!r} is not read for formatting {formatting}; known: {', '.join(ours_of)}",
+                    f"formatting {formatting} 不读取 {word}: {theirs!r}；可用：{'、'.join(ours_of)}",
+                ),
+                place=place,
+            )
+    return {ours: theirs for ours, theirs in columns.items() if ours != theirs}, roles
+
+
+def _path(entry: dict[str, Any], file: Path, place: str) -> str:
+    """The data set of a hub, or the file beside the json; a hub goes before, as it does there."""
+    for word, start in (("hf_hub_url", "hub:"), ("ms_hub_url", "modelscope:"), ("file_name", "")):
+        value = entry.get(word)
+        if isinstance(value, str) and value:
+            return start + value if start else str(file.parent / value)
+    raise DataError(
+        say("the entry names no file_name, hf_hub_url or ms_hub_url", "条目没有 file_name、hf_hub_url 或 ms_hub_url"),
+        place=place,
+    )

@@ -1,0 +1,414 @@
+"""A path of the recipe becomes files, and a file a stream of its bytes, unpacked when it is compressed.
+
+What a file is shows in its first bytes, never in its name. Whatever stops the reading in the middle is a `Damaged`, so that
+the reader of rows can say how many it had. A file must be the same when it is closed as when it was opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import re
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tongwen.errors import DataError
+from tongwen.language import say
+
+JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
+TEXT_SUFFIXES = {".txt", ".md"}
+CSV_SUFFIXES = {".csv", ".tsv"}
+TABLE_SUFFIXES = {".parquet", ".arrow", ".feather", ".ipc"}
+PACKED_SUFFIXES = {".gz", ".zst", ".xz"}
+DATA_SUFFIXES = JSON_SUFFIXES | TEXT_SUFFIXES | CSV_SUFFIXES | TABLE_SUFFIXES
+# What lies beside the data in a folder and is none of it.
+_BESIDE = re.compile(
+    r"\.|(README|LICENSE|CHANGELOG)\b|(manifest|dataset_infos?|dataset_dict|state)\.json$", re.IGNORECASE
+)
+
+BLOCK = 1 << 20
+HEAD = 1 << 20  # what is looked at to tell what a file is
+# A small file that unpacks to more than this, at more than that ratio, was made to fill the disk or the memory.
+BOMB_BYTES, BOMB_RATIO = 1 << 28, 200
+_XZ_MEMORY = 1 << 29
+
+GZIP, ZSTD, XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0"
+_PACKED = {GZIP: "gzip", ZSTD: "zstd", XZ: "xz"}
+_ARCHIVES = {
+    b"PK\x03\x04": "ZIP",
+    b"PK\x05\x06": "ZIP",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!\x1a\x07": "RAR",
+}
+_FOREIGN = {
+    b"BZh": "bzip2",
+    b"%PDF": "PDF",
+    b"\x89PNG\r\n": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"SQLite format 3\0": "SQLite",
+    b"\x80\x02}": "pickle",
+    b"\x80\x04\x95": "pickle",
+    b"FEA1": "Feather 1",
+}
+
+
+class Damaged(Exception):
+    """The rest of a file cannot be read. rule: what is wrong with it; line: where, when that is known."""
+
+    def __init__(self, rule: str, remedy: str = "", line: int = 0) -> None:
+        self.rule, self.remedy, self.line = rule, remedy, line
+        super().__init__(rule)
+
+
+def shown(path: Path | str) -> str:
+    """A path as it can be printed and written: bytes that are no UTF-8 and line ends are escaped."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def suffix(file: Path) -> str:
+    """The suffix that says what the file holds: `.jsonl` of `a.jsonl.gz`."""
+    suffixes = [part.lower() for part in file.suffixes]
+    if suffixes and suffixes[-1] in PACKED_SUFFIXES:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+# -- which files ---------------------------------------------------------------------------------------------------
+
+
+def find_files(path: str) -> list[Path]:
+    """The files that a path names: itself, all data files in a folder, or what a glob matches, in sorted order.
+
+    Raises DataError when there is none, or when one is no file that can be read.
+    """
+    place = Path(path).expanduser() if path.startswith("~") else Path(path)
+    kind = _kind(place)
+    if kind == "folder":
+        return _in_folder(place)
+    if kind:
+        return [_checked(place, kind)]
+    names = glob.glob(str(place), recursive=True) if glob.has_magic(path) else []  # noqa: PTH207 (the user's own pattern)
+    kinds = {name: _kind(Path(name)) for name in sorted(names)}
+    found = [_checked(Path(name), kind) for name, kind in kinds.items() if kind != "folder"]
+    if found:
+        return found
+    if place.is_symlink():
+        raise DataError(say("a link to a file that does not exist", "链接指向不存在的文件"), place=shown(path))
+    raise DataError(
+        say("there is no such file", "没有这个文件"),
+        place=shown(path),
+        remedy=say(
+            f"paths are taken from the folder where you stand: {Path.cwd()}", f"相对路径从当前目录算起：{Path.cwd()}"
+        ),
+    )
+
+
+def _kind(place: Path) -> str:
+    """'file', 'folder', the name of something special, or '' when there is nothing."""
+    try:
+        mode = place.stat().st_mode
+    except ValueError:
+        raise DataError(
+            say("a path cannot hold a NUL", "路径不能含有 NUL"), place=shown(str(place).replace("\0", "\\0"))
+        ) from None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return ""
+        raise _cannot_open(place, error) from None
+    if stat.S_ISREG(mode):
+        return "file"
+    if stat.S_ISDIR(mode):
+        return "folder"
+    names = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+    return names.get(stat.S_IFMT(mode), "special file")
+
+
+def _checked(file: Path, kind: str) -> Path:
+    if kind != "file":
+        raise DataError(
+            say(f"this is a {kind or 'broken link'}, not a file", f"这是 {kind or '失效的链接'}，不是文件"),
+            place=shown(file),
+        )
+    if not os.access(file, os.R_OK):
+        raise _cannot_open(file, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    return file
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """All data files below a folder; links to folders are followed, hidden files and what describes the data are not."""
+    found, archives = [], []
+
+    def fail(error: OSError) -> None:
+        raise _cannot_open(Path(error.filename), error) from None
+
+    for top, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        here = Path(top)
+        if here.is_symlink() and here.resolve() in here.absolute().parent.resolve().joinpath("x").parents:
+            raise DataError(say("this link leads back to a folder above it", "该链接指回上层文件夹"), place=shown(here))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            file = here / name
+            if _BESIDE.match(name):
+                continue
+            if suffix(file) in DATA_SUFFIXES:
+                found.append(_checked(file, _kind(file)))
+            elif file.suffix.lower() in (".zip", ".tar", ".tgz", ".7z", ".rar"):
+                archives.append(name)
+    if found:
+        return sorted(found)
+    known = sorted(DATA_SUFFIXES)
+    raise DataError(
+        say(
+            f"no data file ({', '.join(known)}; also .gz, .zst, .xz) in this folder",
+            f"文件夹里没有数据文件（{'、'.join(known)}；可带 .gz、.zst、.xz）",
+        ),
+        place=shown(folder),
+        remedy=say(f"archives are not read; unpack {archives[0]}", f"不读取归档文件；请先解包 {archives[0]}")
+        if archives
+        else "",
+    )
+
+
+def _cannot_open(place: Path, error: OSError) -> DataError:
+    if error.errno == errno.ELOOP:
+        rule = say("this link leads to itself", "该链接指向自身")
+    elif error.errno in (errno.EACCES, errno.EPERM):
+        rule = say("there is no permission to read this", "没有读取权限")
+    elif error.errno == errno.ENAMETOOLONG:
+        rule = say("this name is too long for a file", "文件名过长")
+    else:
+        rule = say(f"this cannot be opened: {error.strerror}", f"无法打开：{error.strerror}")
+    remedy = f"chmod +r {shown(place)}" if error.errno == errno.EACCES else ""
+    return DataError(rule, place=shown(place), remedy=remedy)
+
+
+# -- their bytes ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stream:
+    """The unpacked bytes of a file. head: the first of them; blocks: all of them, the head included."""
+
+    file: Path
+    head: bytes
+    blocks: Iterator[bytes]
+    whole: bool  # the head is all there is
+    packed: str  # gzip, zstd, xz, or ''
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Stream]:
+    """A file's bytes, in blocks. Raises DataError when it is nothing that holds rows, or has changed at the end; reading
+    the blocks may raise Damaged."""
+    _checked(file, _kind(file))
+    with file.open("rb") as raw:
+        before = os.fstat(raw.fileno())
+        if not before.st_size:
+            raise DataError(
+                say("no rows: the file is empty", "没有数据：文件为空"),
+                place=shown(file),
+                remedy=say("take it out of the recipe", "请从配方中去掉它"),
+            )
+        magic = raw.read(16)
+        raw.seek(0)
+        packed = next((name for sign, name in _PACKED.items() if magic.startswith(sign)), "")
+        blocks = _gathered(_unpacked(raw, packed)) if packed else _plain(raw)
+        taken, failure = _beginning(blocks)
+        head = b"".join(taken)
+        check_signature(file, head, packed)
+        whole = len(head) < HEAD and failure is None
+        yield Stream(file, head[:HEAD], _again(taken, failure, blocks), whole, packed)
+        _check_unchanged(file, before)
+
+
+def _check_unchanged(file: Path, before: os.stat_result) -> None:
+    try:
+        after: os.stat_result | None = file.stat()
+    except OSError:
+        after = None
+    if after is None or any(
+        getattr(after, name) != getattr(before, name) for name in ("st_size", "st_mtime_ns", "st_ino")
+    ):
+        raise DataError(
+            say("this file changed while it was read", "该文件在读取过程中被改动"),
+            place=shown(file),
+            remedy=say("wait until it is written, then run again", "请等它写完后再运行"),
+        )
+
+
+def _beginning(blocks: Iterator[bytes]) -> tuple[list[bytes], Damaged | None]:
+    """The first blocks, up to HEAD bytes, and what stopped the reading before."""
+    taken, size = list[bytes](), 0
+    try:
+        for block in blocks:
+            taken.append(block)
+            size += len(block)
+            if size >= HEAD:
+                break
+    except Damaged as failure:
+        return taken, failure
+    return taken, None
+
+
+def _again(taken: list[bytes], failure: Damaged | None, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    yield from taken
+    if failure:
+        raise failure
+    yield from blocks
+
+
+def _plain(raw: IO[bytes]) -> Iterator[bytes]:
+    try:
+        while block := raw.read(BLOCK):
+            yield block
+    except OSError as error:
+        raise Damaged(say(f"reading fails: {error.strerror}", f"读取失败：{error.strerror}")) from None
+
+
+def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in larger blocks, also when they end in damage."""
+    gathered, size = list[bytes](), 0
+    try:
+        for piece in pieces:
+            gathered.append(piece)
+            size += len(piece)
+            if size >= BLOCK // 4:
+                yield b"".join(gathered)
+                gathered, size = [], 0
+    except Damaged:
+        if gathered:
+            yield b"".join(gathered)
+        raise
+    if gathered:
+        yield b"".join(gathered)
+
+
+# -- compression ---------------------------------------------------------------------------------------------------
+
+
+def _unpacked(raw: IO[bytes], packed: str) -> Iterator[bytes]:
+    """The bytes of all members of a compressed file; zeros may pad them."""
+    new, step, at_once, errors = _engine(packed)
+    engine: Any = new()
+    given = made = 0
+    try:
+        while data := raw.read(at_once):
+            given += len(data)
+            while data:
+                if engine is None:
+                    data = data.lstrip(b"\0")
+                    if not data:
+                        break
+                    engine = new()
+                for piece in step(engine, data):
+                    made += len(piece)
+                    if made > BOMB_BYTES and made > BOMB_RATIO * given:
+                        raise Damaged(
+                            say(
+                                f"{given:,} bytes unpack to more than {made:,}: data does not do that",
+                                f"{given:,} 字节解压后超过 {made:,} 字节：正常数据不会如此",
+                            )
+                        )
+                    yield piece
+                data = b""
+                if engine.eof:
+                    data, engine = engine.unused_data, None
+    except errors as error:
+        raise Damaged(
+            say(f"the {packed} data is damaged: {error}", f"{packed} 数据已损坏：{error}"),
+            say("fetch the file again", "请重新获取该文件"),
+        ) from None
+    except OSError as error:
+        raise Damaged(say(f"reading fails: {error.strerror}", f"读取失败：{error.strerror}")) from None
+    if engine is not None:
+        raise Damaged(
+            say(f"the {packed} data is cut off", f"{packed} 数据不完整，被截断"),
+            say("fetch the file again", "请重新获取该文件"),
+        )
+
+
+Step = Callable[[Any, bytes], Iterator[bytes]]
+
+
+def _engine(packed: str) -> tuple[Callable[[], Any], Step, int, tuple[type[Exception], ...]]:
+    """(make one for a member, feed it, bytes to feed at once, what it raises)."""
+    if packed == "gzip":
+        return (lambda: zlib.decompressobj(31)), _step_gzip, 1 << 16, (zlib.error,)
+    if packed == "xz":
+        import lzma
+
+        return (lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY)), _step_xz, 1 << 16, (lzma.LZMAError,)
+    import zstandard
+
+    # One call cannot be told to stop, and 4 bytes may stand for 128 KiB: little is fed at once.
+    return zstandard.ZstdDecompressor().decompressobj, _step_zstd, 1 << 11, (zstandard.ZstdError,)
+
+
+def _step_gzip(engine: Any, data: bytes) -> Iterator[bytes]:
+    piece = b""
+    while data or len(piece) == BLOCK:
+        piece = engine.decompress(data, BLOCK)
+        data = engine.unconsumed_tail
+        yield piece
+
+
+def _step_xz(engine: Any, data: bytes) -> Iterator[bytes]:
+    yield engine.decompress(data, BLOCK)
+    while not engine.eof and not engine.needs_input:
+        yield engine.decompress(b"", BLOCK)
+
+
+def _step_zstd(engine: Any, data: bytes) -> Iterator[bytes]:
+    yield engine.decompress(data)
+
+
+# -- what a file is ------------------------------------------------------------------------------------------------
+
+
+def is_table(head: bytes) -> bool:
+    """Parquet, an Arrow file, or an Arrow stream, whose first message is shorter than 16 MiB."""
+    return head.startswith((b"PAR1", b"ARROW1")) or (head[:4] == b"\xff\xff\xff\xff" and head[7:8] == b"\0")
+
+
+def check_signature(file: Path, head: bytes, packed: str = "") -> None:
+    """Raise DataError when the first bytes show that this holds no rows."""
+
+    def refuse(en: str, zh: str, remedy: str = "") -> DataError:
+        return DataError(say(en, zh), place=shown(file), remedy=remedy)
+
+    archive = next((name for sign, name in _ARCHIVES.items() if head.startswith(sign)), "")
+    if head[257:262] == b"ustar":
+        archive = "tar"
+    if archive:
+        raise refuse(
+            f"this is a {archive} archive; archives are not read",
+            f"这是 {archive} 归档文件；不读取归档文件",
+            say("unpack it and name the files", "请解包后写明其中的文件"),
+        )
+    if inner := next((name for sign, name in _PACKED.items() if packed and head.startswith(sign)), ""):
+        raise refuse(f"this is compressed twice ({packed}, {inner})", f"该文件被压缩了两次（{packed}、{inner}）")
+    if packed and is_table(head):
+        raise refuse(
+            f"this is a table (Parquet or Arrow) inside {packed}; it cannot be read from there",
+            f"这是 {packed} 压缩的表（Parquet 或 Arrow），无法直接读取",
+            say("unpack it", "请先解压"),
+        )
+    if foreign := next((name for sign, name in _FOREIGN.items() if head.startswith(sign)), ""):
+        raise refuse(f"this is a {foreign} file; it holds no rows", f"这是 {foreign} 文件，不含数据行")
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise refuse("this is a Git LFS pointer, not the data", "这是 Git LFS 指针，不是数据本身", "git lfs pull")
+    if re.match(rb"(?:\xef\xbb\xbf)?\s*(?:<!doctype html|<html[\s>]|<\?xml\s)", head, re.IGNORECASE):
+        raise refuse(
+            "this is a web page (HTML or XML), perhaps an error page of the download",
+            "这是网页（HTML 或 XML），可能是下载时的错误页",
+            say("look into it, then fetch the data again", "请查看其内容，再重新下载数据"),
+        )
+    if head and not head.strip(b"\0"):
+        raise refuse("this file holds only NUL bytes: it is damaged", "文件只有 NUL 字节：已损坏")

@@ -1,0 +1,220 @@
+"""Rows of tables: CSV by its header, Parquet and Arrow by their schema, batch by batch."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tongwen.data.files import BOMB_BYTES, BOMB_RATIO, Damaged
+from tongwen.data.rows import CAP, RawRow, is_deep, too_deep
+from tongwen.errors import DataError, MissingPackage
+from tongwen.language import say
+
+_BATCH = 256  # rows
+
+# -- CSV -----------------------------------------------------------------------------------------------------------
+
+Line = tuple[int, str, int, str, str]  # as `sources` makes them
+
+
+def read_csv(lines: Iterator[Line], head: str, suffix: str, name: str) -> Iterator[RawRow]:
+    """Records by the header's names; a record's number is its first line.
+
+    A record with another number of columns is a bad row. A quote that does not end, or ends in the middle, leaves no way
+    to know where the next record begins: Damaged.
+    """
+    csv.field_size_limit(CAP)
+    taken: list[Line] = []
+    reader = csv.reader(_fed(lines, taken), delimiter=_delimiter(head, suffix), strict=True)
+    columns: list[str] = []
+    while True:
+        taken.clear()
+        try:
+            record = next(reader, None)
+        except csv.Error as error:
+            raise Damaged(
+                say(f"this is not CSV: {error}", f"不是 CSV：{error}"),
+                say(
+                    'a quote inside a field is doubled: "he said ""yes"""',
+                    '字段中的引号应双写："他说""好"""',
+                ),
+                line=taken[0][0] if taken else 0,
+            ) from None
+        if record is None:
+            return
+        if not "".join(record).strip() and len(record) < 2:
+            continue
+        if not columns:
+            columns = _header(record, taken[0])
+            continue
+        start, size = taken[0][0], sum(line[2] for line in taken) + len(taken) - 1
+        problem = next(((line[4], line[3]) for line in taken if line[3]), None)
+        if problem:
+            yield RawRow(name, start, "\n".join(line[1] for line in taken), size, *problem)
+        elif len(record) != len(columns):
+            rule = say(
+                f"{len(record)} columns, the header has {len(columns)}",
+                f"有 {len(record)} 列，表头有 {len(columns)} 列",
+            )
+            yield RawRow(name, start, record, size, rule, "bad_columns")
+        else:
+            yield RawRow(name, start, dict(zip(columns, record, strict=True)), size)
+
+
+def _fed(lines: Iterator[Line], taken: list[Line]) -> Iterator[str]:
+    """The texts for the parser; `taken` gets the lines that it has asked for."""
+    for line in lines:
+        taken.append(line)
+        if line[3] == "too_large":
+            raise Damaged(line[4], line=line[0])
+        yield line[1] + "\n"
+
+
+def _delimiter(head: str, suffix: str) -> str:
+    first = next((line for line in head.split("\n") if line.strip()), "")
+    first = re.sub('"[^"]*"', "", first)
+    usual = "\t" if suffix == ".tsv" else ","
+    return max((usual, ",", "\t", ";"), key=first.count)
+
+
+def _header(record: list[str], line: Line) -> list[str]:
+    columns = [column.strip() for column in record]
+    if line[3]:
+        raise Damaged(line[4], line=line[0])
+    if "" in columns or len(set(columns)) != len(columns):
+        shown = ", ".join(map(repr, columns))
+        raise Damaged(
+            say(
+                f"the first line must name every column once: {shown}",
+                f"第一行应为表头，每列一个不重复的名称：{shown}",
+            ),
+            line=line[0],
+        )
+    return columns
+
+
+# -- Parquet and Arrow ---------------------------------------------------------------------------------------------
+
+
+def read_table(file: Path, head: bytes, name: str) -> Iterator[RawRow]:
+    """The rows of a Parquet file, an Arrow file (Feather) or an Arrow stream."""
+    try:
+        import pyarrow as pa
+    except ImportError:
+        raise MissingPackage(
+            "pyarrow", say("Parquet and Arrow files", "读取 Parquet 和 Arrow 文件"), "parquet"
+        ) from None
+
+    number = 0
+    with file.open("rb") as raw, _damage(pa):
+        for batch in _parquet(raw, file) if head.startswith(b"PAR1") else _arrow(raw, head):
+            for value in _values(batch):
+                number += 1
+                yield _row(name, number, value)
+
+
+@contextmanager
+def _damage(pa: Any) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        told = str(error).split("\n")[0][:200]
+        raise Damaged(
+            say(f"this table is damaged: {told}", f"表已损坏：{told}"), say("fetch the file again", "请重新获取该文件")
+        ) from None
+
+
+def _parquet(raw: Any, file: Path) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    table = parquet.ParquetFile(raw, page_checksum_verification=True)
+    _check_types(table.schema_arrow)
+    groups = (table.metadata.row_group(index) for index in range(table.metadata.num_row_groups))
+    size = sum(group.total_byte_size for group in groups)
+    if size > BOMB_BYTES and size > BOMB_RATIO * file.stat().st_size:
+        raise Damaged(say(f"it would unpack to {size:,} bytes", f"解压后将达 {size:,} 字节"))
+    yield from table.iter_batches(batch_size=_BATCH, use_threads=False)
+
+
+def _arrow(raw: Any, head: bytes) -> Iterator[Any]:
+    from pyarrow import ipc
+
+    is_file = head.startswith(b"ARROW1")
+    table = ipc.open_file(raw) if is_file else ipc.open_stream(raw)
+    _check_types(table.schema)
+    batches: Iterable[Any] = (table.get_batch(index) for index in range(table.num_record_batches)) if is_file else table
+    for batch in batches:
+        batch.validate(full=True)  # offsets come from the file; unchecked ones would be followed anywhere
+        for start in range(0, batch.num_rows, _BATCH):
+            yield batch.slice(start, _BATCH)
+
+
+def _check_types(schema: Any) -> None:
+    """Extension types are code's business: they are refused, never built."""
+    import pyarrow as pa
+
+    def inner(type_: Any) -> Iterator[Any]:
+        yield type_
+        for index in range(type_.num_fields):
+            yield from inner(type_.field(index).type)
+
+    for field in schema:
+        bad = any(isinstance(type_, pa.BaseExtensionType) for type_ in inner(field.type))
+        if bad or b"ARROW:extension:name" in (field.metadata or {}):
+            raise DataError(
+                say(
+                    f"the column {field.name!r} has an extension type ({field.type}), which is not read",
+                    f"列 {field.name!r} 是扩展类型（{field.type}），不予读取",
+                )
+            )
+    names = list(schema.names)
+    if len(set(names)) != len(names):
+        raise DataError(say(f"columns of the same name: {', '.join(names)}", f"有同名的列：{'、'.join(names)}"))
+
+
+def _values(batch: Any) -> Iterator[Any]:
+    """Rows as dictionaries; a row whose text is no UTF-8 as the error."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            try:
+                yield batch.slice(index, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield error
+
+
+def _row(name: str, number: int, value: Any) -> RawRow:
+    if isinstance(value, UnicodeDecodeError):
+        rule = say(f"the byte at {value.start} is not UTF-8", f"第 {value.start} 字节处不是 UTF-8")
+        return RawRow(name, number, repr(value.object[:200]), len(value.object), rule, "not_utf8")
+    value = _as_json(value)
+    size = len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    if size > CAP:
+        rule = say(
+            f"a row of {size:,} bytes; at most {CAP:,} are taken", f"该行有 {size:,} 字节，超过上限 {CAP:,} 字节"
+        )
+        return RawRow(name, number, "", size, rule, "too_large")
+    if is_deep(value):
+        refused = too_deep()
+        return RawRow(name, number, value, size, refused.rule, refused.reason)
+    return RawRow(name, number, value, size)
+
+
+def _as_json(value: Any) -> Any:
+    """What JSON knows. A number that is none is null, as in pandas' files; a date is an object and so never taken for text."""
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _as_json(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(part) for part in value]
+    return {type(value).__name__: str(value)[:1000]}

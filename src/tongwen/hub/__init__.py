@@ -1,0 +1,1 @@
+"""Hubs: data sets, models and adapters by name, fetched whole and verified."""

@@ -1,0 +1,141 @@
+"""A name of a data set or a model becomes an id on a hub: short names, old ids that have moved, addresses of pages.
+
+The ids of older projects are dead in part, and their users should not have to search for what took their place. The
+table is data (names.yaml); what stands there is what is known for certain.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+from urllib.parse import urlsplit
+
+from tongwen.errors import RecipeError
+from tongwen.language import say
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be fetched, and from where. kind: `dataset`, `model`, or empty when only the hub can say."""
+
+    name: str  # as the user wrote it
+    id: str  # OWNER/NAME
+    kind: str = ""
+    where: str = "hub"  # hub | modelscope
+    revision: str = ""
+    files: tuple[str, ...] = ()
+    code: bool = False
+    modelscope: str = ""  # its id there, when the table knows it
+
+    @property
+    def source(self) -> str:
+        return f"{self.where}:{self.id}"
+
+    @property
+    def tail(self) -> str:
+        return self.id.split("/")[-1]
+
+
+@cache
+def names() -> dict[str, dict[str, Any]]:
+    """The table of short names (names.yaml)."""
+    import yaml
+
+    text = resources.files("tongwen.hub").joinpath("names.yaml").read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text))
+
+
+def resolve(name: str, tell: Tell, *, kind: str = "", revision: str = "") -> Wanted:
+    """What a name means: a short name, OWNER/NAME[@REVISION], `hub:`, `modelscope:` or a page's address.
+
+    Raises RecipeError for a word that means nothing, with the nearest three.
+    """
+    text, where, kind = _without_address(name.strip(), kind)
+    text, _, at = text.partition("@")
+    key, old = _look_up(text)
+    revision = revision or at
+    if key is None:
+        if not is_id(text):
+            raise unknown(name, text)
+        return Wanted(name, text, kind or ("model" if where == "modelscope" else ""), where, revision)
+    entry = names()[key]
+    there = entry.get("modelscope", "")
+    id_ = entry["hub"] if where == "hub" else there or (text if "/" in text and not old else "")
+    if not id_:
+        raise RecipeError(
+            say(f"where {key} is on ModelScope is not known", f"不知道 {key} 在 ModelScope 上的位置"),
+            place=name,
+            remedy="modelscope:OWNER/NAME",
+        )
+    if old:
+        tell(say(f"{text} has moved: {id_} is fetched in its place", f"{text} 已迁移：改取 {id_}"))
+    return Wanted(name, id_, kind or entry["kind"], where, revision, tuple(entry.get("files", ())), modelscope=there)
+
+
+def is_id(text: str) -> bool:
+    """Whether a text has the form OWNER/NAME."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text, re.ASCII)) and ".." not in text
+
+
+def today(text: str) -> str:
+    """The id on the hub of a short name or of an id that has moved; any other text as it is."""
+    key, _ = _look_up(text)
+    return str(names()[key]["hub"]) if key is not None else text
+
+
+def nearest(text: str) -> list[str]:
+    """The three short names most like a text."""
+    wanted = text.lower().split("/")[-1]
+    rank = {
+        key: max(difflib.SequenceMatcher(None, wanted, word.lower().split("/")[-1]).ratio() for word in _words(key))
+        for key in names()
+    }
+    return sorted(rank, key=lambda key: (-rank[key], key))[:3]
+
+
+def _words(key: str) -> list[str]:
+    entry = names()[key]
+    return [key, entry["hub"], *entry.get("also", ()), *entry.get("moved_from", ()), entry.get("modelscope") or key]
+
+
+def _look_up(text: str) -> tuple[str | None, bool]:
+    """(key in the table or None, is it an old id). Capitals do not count, as they do not on the hub."""
+    for key in names():
+        for word in _words(key):
+            if word.lower() == text.lower():
+                return key, word in names()[key].get("moved_from", ())
+    return None, False
+
+
+def _without_address(text: str, kind: str) -> tuple[str, str, str]:
+    """(the name alone, hub or modelscope, kind) of `hub:X`, `modelscope:X`, `https://HOST/datasets/X/tree/main`."""
+    if text.startswith(("http://", "https://")):
+        parts = urlsplit(text)
+        where = "modelscope" if "modelscope" in (parts.hostname or "") else "hub"
+        path = [part for part in parts.path.split("/") if part]
+        if path[:1] in (["datasets"], ["models"]):
+            kind = kind or path[0].removesuffix("s")
+            path = path[1:]
+        elif where == "hub":
+            kind = kind or "model"
+        return "/".join(path[:2]), where, kind
+    for where in ("modelscope", "hub"):
+        if text.startswith(f"{where}:"):
+            return text.removeprefix(f"{where}:").strip(), where, kind
+    return text, "hub", kind
+
+
+def unknown(name: str, text: str) -> RecipeError:
+    near = ", ".join(nearest(text))
+    return RecipeError(
+        say(f"there is no {text!r} among the known names", f"已知名称中没有 {text!r}"),
+        place=name or "tongwen fetch",
+        remedy=say(f"{near}; or OWNER/NAME as on the hub", f"{near}；或写 hub 上的 OWNER/NAME"),
+    )

@@ -1,0 +1,712 @@
+"""What is fetched is what the hub says it is, to the byte, whatever happens on the way; nothing wrong is ever kept."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import http.server
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from rich.console import Console
+
+from tongwen import artifact, console
+from tongwen.errors import TongwenError
+from tongwen.hub import fetching, line, names
+from tongwen.stages import fetch
+
+CANARY = "hf_canaryCanaryCANARY0123456789abcdef"
+COMMIT = "c0ffee" + "0" * 34
+ROWS = [{"instruction": f"问{n}", "input": "", "output": f"答{n}。" * (n % 7)} for n in range(200)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+WEIGHTS = bytes(range(256)) * 4000  # about 1 MB
+DATA, MODEL = "BelleGroup/train_1M_CN", "tiny/model"
+
+
+def git_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@dataclass
+class Repo:
+    files: dict[str, bytes]
+    large: tuple[str, ...] = ()
+    commit: str = COMMIT
+    id: str = ""  # the name that it has now
+    claims: dict[str, dict[str, Any]] = field(default_factory=dict)  # lies in the listing
+
+    def info(self, id_: str) -> dict[str, Any]:
+        siblings = []
+        for path, content in self.files.items():
+            one: dict[str, Any] = {"rfilename": path, "size": len(content), "blobId": git_hash(content)}
+            if path in self.large:
+                sha256 = hashlib.sha256(content).hexdigest()
+                one["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
+            siblings.append(one | self.claims.get(path, {}))
+        return {"id": self.id or id_, "sha": self.commit, "siblings": siblings}
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """The hub's API and downloads for a few repositories. `faults`: what is to happen, one per request that fits."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.faults: list[tuple[str, str]] = []  # (part of the path, fault)
+        self.log: list[dict[str, Any]] = []
+        self.release = threading.Event()
+
+    def asked(self, part: str) -> list[dict[str, Any]]:
+        return [one for one in self.log if part in one["path"]]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is no news."""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: Any) -> None:
+        return
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        entry = {"path": path, "range": self.headers.get("Range"), "auth": self.headers.get("Authorization"), "sent": 0}
+        self.server.log.append(entry)
+        fault = next((one for one in self.server.faults if one[0] in path), None)
+        if fault:
+            self.server.faults.remove(fault)
+        what = fault[1] if fault else ""
+        if what.isdigit():
+            return self.answer(int(what), b"no", {"Retry-After": "7"} if what == "429" else {})
+        if what.startswith("error:"):  # error:STATUS:CODE, and a body that repeats the secret
+            _, status, code = what.split(":")
+            body = f"you sent {entry['auth']}".encode()
+            return self.answer(int(status), body, {"X-Error-Code": code, "X-Error-Message": body.decode()})
+        if what == "page":
+            return self.answer(200, b"<html>please log in</html>", {"Content-Type": "text/html; charset=utf-8"})
+        if match := re.fullmatch(r"/api/(dataset|model)s/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            repo = self.server.repos.get((match[1], match[2]))
+            if repo is None or match[3] not in (None, "main", repo.commit):
+                return self.answer(404, b"", {"X-Error-Code": "RepoNotFound" if repo is None else "RevisionNotFound"})
+            return self.answer(200, json.dumps(repo.info(match[2])).encode(), {"Content-Type": "application/json"})
+        match = re.fullmatch(r"/(cdn/)?(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        repo = self.server.repos.get(("dataset" if match[2] else "model", match[3])) if match else None
+        if repo is None or match is None or match[5] not in repo.files or match[4] != repo.commit:
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        if what == "redirect":
+            other = self.server.url.replace("127.0.0.1", "localhost")  # another origin, as a CDN is
+            return self.answer(302, b"", {"Location": f"{other}/cdn{path}"})
+        return self.send_file(repo.files[match[5]], what, entry)
+
+    def send_file(self, content: bytes, what: str, entry: dict[str, Any]) -> None:
+        if what == "wrong":
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        if what == "more":
+            content += b"more"
+        start, status = 0, 200
+        if (asked := re.fullmatch(r"bytes=(\d+)-", entry["range"] or "")) and what != "no ranges":
+            start, status = int(asked[1]), 206
+        body = content[start:]
+        claimed = {"too long": len(body) + 100, "too short": len(body) // 2}.get(what, len(body))
+        self.send_response(status)
+        self.send_header("Content-Length", str(claimed))
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        cut = len(body) // 2 if what in ("broken", "stalled") else min(len(body), claimed)
+        self.wfile.write(body[:cut])
+        self.wfile.flush()
+        entry["sent"] = cut
+        if what == "stalled":
+            self.server.release.wait(20)
+        if cut < claimed:
+            self.close_connection = True
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture()
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A hub with one data set and one model, and this process on line to it, without waits between tries."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    one = Hub()
+    one.repos["dataset", DATA] = Repo(
+        {
+            ".gitattributes": b"*",
+            "README.md": "说明".encode(),
+            "Belle_open_source_1M.json": LINES,
+            "load.py": b"import os",
+        },
+        ("Belle_open_source_1M.json",),
+    )
+    one.repos["model", MODEL] = Repo(
+        {
+            "config.json": b'{"model_type": "llama"}',
+            "model.safetensors": WEIGHTS,
+            "pytorch_model.bin": b"pickle",
+            "training_args.bin": b"pickle",
+            "modeling_tiny.py": b"raise SystemExit",
+            "tf_model.h5": b"h5",
+        },
+        ("model.safetensors", "pytorch_model.bin"),
+    )
+    thread = threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", one.url)
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(line, "WAITS_SECONDS", (0.0,) * 4)
+    monkeypatch.chdir(tmp_path)
+    close_session()
+    yield one
+    close_session()
+    one.release.set()
+    one.shutdown()
+    one.server_close()
+
+
+@pytest.fixture()
+def call(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run `tongwen fetch` in this process: (exit code, everything it said)."""
+
+    def run(*arguments: Any, **options: Any) -> tuple[int, str]:
+        console.SCREEN.json = False
+        console.SCREEN.console = Console(highlight=False, width=300)
+        try:
+            code, said = fetch.run(*arguments, **options), ""
+        except TongwenError as error:
+            code, said = error.exit_code, error.text()
+        out, err = capsys.readouterr()
+        assert CANARY not in out + err + said
+        return code, out + err + said
+
+    return run
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {artifact.MANIFEST}
+
+
+# -- what arrives --------------------------------------------------------------------------------------------------
+
+
+def test_a_data_set_arrives_whole_and_a_second_call_asks_nobody(server: Hub, call: Any, tmp_path: Path) -> None:
+    code, said = call("belle-1m", "data/belle")
+    out = tmp_path / "data" / "belle"
+    assert code == 0, said
+    assert files_in(out) == {"README.md", "Belle_open_source_1M.json"}
+    assert (out / "Belle_open_source_1M.json").read_bytes() == LINES
+    assert "load.py" in said and "code" in said
+    manifest = artifact.open_artifact(out, "fetch").manifest
+    assert manifest["files"]["README.md"]["sha256"] == hashlib.sha256("说明".encode()).hexdigest()
+    assert manifest["source"]["commit"] == COMMIT
+    assert manifest["fingerprint"] == artifact.fingerprint_files(out)
+    assert {one["auth"] for one in server.log} == {f"Bearer {CANARY}"}
+    assert CANARY not in json.dumps(manifest)
+    assert not list(out.parent.glob("*.partial")) and not list(out.parent.glob(".*"))
+
+    asked = len(server.log)
+    code, said = call("belle-1m", "data/belle")
+    assert code == 0 and "already here" in said and len(server.log) == asked
+
+    (out / "README.md").write_text("shortened")
+    code, said = call("belle-1m", "data/belle")
+    assert code == 4 and "README.md" in said and "9 bytes, 6 were" in said and "--again" in said
+    code, said = call("belle-1m", "data/belle", again=True)
+    assert code == 0 and (out / "README.md").read_text() == "说明", said
+    assert len(server.asked("1M.json")) == 1, "what was whole is not fetched again"
+    assert (out.parent / "belle.old-1" / "README.md").read_text() == "shortened"
+
+
+def test_other_settings_are_refused_with_both_values(server: Hub, call: Any, tmp_path: Path) -> None:
+    assert call("belle-1m", "d")[0] == 0
+    code, said = call("belle-1m", "d", dev=0.05)
+    assert code == 2 and "dev: None → 0.05" in said and "--again" in said
+    code, said = call("belle-1m", "d", dev=0.05, again=True)
+    assert code == 0 and len(server.asked("1M.json")) == 1, said
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    code, said = call("belle-1m", "mine")
+    assert code == 4 and "--out" in said and (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_model_comes_without_pickles_and_code(server: Hub, call: Any, tmp_path: Path) -> None:
+    code, said = call(MODEL)  # its kind is asked for, and it goes to models/
+    assert code == 0, said
+    assert files_in(tmp_path / "models" / "model") == {"config.json", "model.safetensors"}
+    assert "pytorch_model.bin" in said and "modeling_tiny.py" in said and "training_args.bin" in said
+    asked = len(server.log)
+    assert call(MODEL)[0] == 0 and len(server.log) == asked
+    assert call(MODEL, "with_code", code=True)[0] == 0 and (tmp_path / "with_code" / "modeling_tiny.py").is_file()
+    del server.repos["model", MODEL].files["model.safetensors"]
+    code, said = call(MODEL, "old")
+    assert code == 0 and (tmp_path / "old" / "pytorch_model.bin").is_file() and "pickles" in said
+    assert not (tmp_path / "old" / "training_args.bin").exists()
+    code, said = call(MODEL, "some", files=["config.*"], kind="model")
+    assert code == 0 and files_in(tmp_path / "some") == {"config.json"}
+
+
+def test_an_adapter_says_its_base_as_it_is_today(server: Hub, call: Any) -> None:
+    config = json.dumps({"base_model_name_or_path": "decapoda-research/llama-7b-hf"}).encode()
+    server.repos["model", "a/lora"] = Repo({"adapter_config.json": config, "adapter_model.bin": b"x"})
+    code, said = call("a/lora", "lora")
+    assert code == 0 and "tongwen merge --base yahma/llama-7b-hf --adapter lora" in said
+
+
+# -- what breaks on the way ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("faults", "requests"),
+    [
+        (["broken"], [None, 512_000]),
+        (["broken", "broken", "broken"], [None, 512_000, 768_000, 896_000]),
+        (["broken", "no ranges"], [None, 512_000]),
+        (["too long"], [None]),  # all bytes are here: only the answer was not
+        (["too short"], [None, 512_000]),
+        (["more"], [None, None]),
+        (["wrong"], [None, None]),
+        (["wrong", "broken", "wrong"], [None, None, 512_000, None]),
+        (["page", "page"], [None, None, None]),
+        (["500", "502", "503", "504"], [None] * 5),
+        (["429"], [None, None]),
+        (["redirect"], [None]),
+    ],
+    ids=lambda value: "-".join(str(one) for one in value).replace(" ", "_"),
+)
+def test_a_bad_line_costs_requests_and_no_byte(
+    faults: list[str], requests: list[Any], server: Hub, tmp_path: Path
+) -> None:
+    server.faults = [("resolve/" + COMMIT + "/model.safetensors", fault) for fault in faults]
+    waited: list[float] = []
+    told: list[str] = []
+    wanted = names.Wanted(MODEL, MODEL, "model")
+    found, here = fetching.fetch(wanted, tmp_path / "m", told.append, sleep=waited.append)
+    assert not here
+    assert (found.path / "model.safetensors").read_bytes() == WEIGHTS
+    assert found.manifest["files"]["model.safetensors"]["sha256"] == hashlib.sha256(WEIGHTS).hexdigest()
+    asked = [one for one in server.asked("model.safetensors") if not one["path"].startswith("/cdn")]
+    assert [int(one["range"][6:-1]) if one["range"] else None for one in asked] == requests
+    assert not server.faults
+    if faults == ["429"]:
+        assert waited == [7.0] and any("429" in text for text in told)
+    if faults == ["redirect"]:
+        assert server.asked("/cdn/")[0]["auth"] is None, "the token stays with the hub"
+
+
+def test_waits_grow_and_are_capped(server: Hub, tmp_path: Path) -> None:
+    for headers, seconds in (
+        ({"Retry-After": "7"}, 7),
+        ({"Retry-After": "-5"}, 0),
+        ({"Retry-After": "soon"}, 0),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+        ({"Retry-After": "9" * 7}, 9_999_999),
+        ({"RateLimit": '"api";r=0;t=55'}, 55),
+    ):
+        assert line._asked_wait(headers) == seconds
+    waited: list[float] = []
+    server.faults = [("config.json", "503"), ("config.json", "503"), ("config.json", "503")]
+    fetching.fetch(
+        names.Wanted(MODEL, MODEL, "model"),
+        tmp_path / "m",
+        lambda text: None,
+        waits=(1, 2, 4),
+        sleep=waited.append,
+    )
+    assert waited == [1, 2, 4]
+
+    def ask() -> None:
+        raise line.Passing("429", 10**6)
+
+    waited.clear()
+    patient = line.Line(names.Wanted(MODEL, MODEL, "model"), lambda text: None, (1, 1), waited.append)
+    with pytest.raises(TongwenError) as error:
+        patient.patiently("x", ask)
+    assert waited == [line.LONGEST_WAIT_SECONDS] * 2 and "3 tries" in error.value.text()
+
+
+@pytest.mark.parametrize(
+    ("fault", "count", "requests", "words"),
+    [
+        ("wrong", 9, 3, ("tiny/model/model.safetensors", "the hub says", hashlib.sha256(WEIGHTS).hexdigest())),
+        ("500", 99, 5, ("HTTP 500", "5 tries", "HF_ENDPOINT=https://hf-mirror.com", "modelscope:")),
+        ("page", 99, 5, ("a web page came", "login")),
+        ("error:401:GatedRepo", 1, 1, ("HTTP 401", "ask for access at", "HF_TOKEN")),
+        ("error:403:", 1, 1, ("HTTP 403", "ask for access at", "HF_TOKEN")),
+        ("404", 1, 1, ("lists this file and does not have it", "model.safetensors")),
+        ("418", 1, 1, ("refuses", "418")),
+    ],
+)
+def test_what_cannot_be_had_is_said_and_never_kept(
+    fault: str, count: int, requests: int, words: tuple[str, ...], server: Hub, call: Any, tmp_path: Path
+) -> None:
+    server.faults = [("model.safetensors", fault)] * count
+    code, said = call(MODEL, "m", kind="model")
+    assert code == 5, said
+    for word in words:
+        assert word in said
+    assert len(server.asked("model.safetensors")) == requests
+    assert not (tmp_path / "m").exists()
+    assert not (tmp_path / "m.partial" / "model.safetensors").exists()
+    if fault == "wrong":
+        flipped = WEIGHTS[:-1] + bytes([WEIGHTS[-1] ^ 1])
+        assert hashlib.sha256(flipped).hexdigest() in said
+        assert not list((tmp_path / "m.partial").rglob("*.part"))
+    server.faults = []
+    assert call(MODEL, "m", kind="model")[0] == 0, "the same command continues"
+    assert len(server.asked("/config.json")) == 1
+
+
+def test_killed_in_the_middle_the_rest_alone_is_fetched(server: Hub, call: Any, tmp_path: Path) -> None:
+    server.faults = [("model.safetensors", "stalled")]
+    code = f"from tongwen.stages import fetch; fetch.run({MODEL!r}, 'm', kind='model')"
+    source = str(Path(fetch.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "0"}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path)
+    parts, until = list[Path](), time.monotonic() + 20
+    while time.monotonic() < until and not (parts and line.size_of(parts[0]) > 400_000):
+        parts = list((tmp_path / "m.partial" / fetching.WORKPLACE).glob(hashlib.sha256(WEIGHTS).hexdigest() + "*"))
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "m").exists()
+    have = parts[0].stat().st_size
+    assert 0 < have < len(WEIGHTS)
+    server.repos["model", MODEL].files["new.txt"] = b"of a later commit"
+    before = len(server.log)
+    assert call(MODEL, "m", kind="model")[0] == 0
+    assert [(one["path"].split("/")[-1], one["range"], one["sent"]) for one in server.log[before:]] == [
+        ("model.safetensors", f"bytes={have}-", len(WEIGHTS) - have)
+    ], "no list, no config, no byte twice"
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == WEIGHTS
+    assert files_in(tmp_path / "m") == {"config.json", "model.safetensors"}
+
+
+def test_a_commit_that_is_gone_is_replaced_by_todays(server: Hub, call: Any, tmp_path: Path) -> None:
+    server.faults = [("model.safetensors", "500")] * 5
+    assert call(MODEL, "m", kind="model")[0] == 5
+    repo = server.repos["model", MODEL]
+    repo.commit, repo.files["config.json"] = "d" * 40, b'{"model_type": "qwen3"}'
+    assert call(MODEL, "m", kind="model")[0] == 0
+    assert (tmp_path / "m" / "config.json").read_bytes() == b'{"model_type": "qwen3"}'
+    assert artifact.open_artifact(tmp_path / "m", "fetch").manifest["source"]["commit"] == "d" * 40
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/x", "C:\\x", "a//x", "a/./x", "a\nx", ""])
+def test_a_path_that_leaves_the_folder_is_refused(path: str, server: Hub, call: Any, tmp_path: Path) -> None:
+    server.repos["model", MODEL].files[path] = b"evil"
+    code, said = call(MODEL, "m", kind="model")
+    assert code == 3 and "outside the folder" in said
+    assert not server.asked("resolve") and not (tmp_path / "m").exists()
+
+
+def test_a_listing_without_hashes_or_without_sense(server: Hub, call: Any) -> None:
+    server.repos["model", MODEL].claims["model.safetensors"] = {"lfs": None, "blobId": None}
+    code, said = call(MODEL, "m", kind="model")
+    assert code == 5 and "nothing can be verified" in said and "model.safetensors" in said
+    server.faults = [("/api/", "page")] * 99
+    code, said = call(MODEL, "n", kind="model")
+    assert code == 5 and "login page" in said and len(server.asked("/api/")) == 1 + 5
+
+
+def test_no_network_is_one_clear_message(
+    server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://user:secret@127.0.0.1:9")  # nobody listens there
+    code, said = call("chatglm-6b", "m")
+    assert code == 5
+    assert "export HF_ENDPOINT=https://hf-mirror.com" in said and "tongwen fetch modelscope:ZhipuAI/ChatGLM-6B" in said
+    assert "3 tries" in said and "secret" not in said and "http://127.0.0.1:9" in said
+    monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.com")
+    code, said = call("chatglm-6b", "m")
+    assert code == 5 and "'hf-mirror.com' is not an address" in said
+
+
+def test_offline_uses_what_is_here(server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    assert call("belle-1m")[0] == 0
+    asked = len(server.log)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    code, said = call("belle-1m")
+    assert code == 0 and "data/train_1M_CN" in said
+    code, said = call("belle-0.5m")
+    assert code == 5 and "HF_HUB_OFFLINE" in said and "unset" in said
+    assert len(server.log) == asked
+
+
+def test_a_full_disk_is_noticed_before_the_first_byte(server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1_000_000})
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage)
+    code, said = call(MODEL, "m", kind="model")
+    assert code == 5 and "1.02 MB are needed, 1 MB are free" in said and not server.asked("resolve")
+
+
+def test_a_disk_that_fills_is_not_taken_for_a_bad_line(
+    server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = line.Line._stream
+
+    def fill(self: Any, url: str, place: str, remote: Any, part: Path, have: int, arrived: Any) -> None:
+        def full(size: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        real(self, url, place, remote, part, have, full if remote.path == "model.safetensors" else arrived)
+
+    monkeypatch.setattr(line.Line, "_stream", fill)
+    with pytest.raises(OSError, match="No space left") as error:  # the front door says it, with exit code 5
+        call(MODEL, "m", kind="model")
+    assert error.value.errno == errno.ENOSPC and len(server.asked("model.safetensors")) == 1
+    assert not (tmp_path / "m").exists()
+    monkeypatch.setattr(line.Line, "_stream", real)
+    assert call(MODEL, "m", kind="model")[0] == 0
+    assert server.asked("model.safetensors")[1]["range"], "the same command continues"
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_old_names_are_substituted_and_said(server: Hub, call: Any) -> None:
+    server.repos["model", "yahma/llama-7b-hf"] = Repo({"config.json": b"{}"})
+    code, said = call("decapoda-research/llama-7b-hf", "m")
+    assert code == 0 and "decapoda-research/llama-7b-hf has moved: yahma/llama-7b-hf" in said
+    for old, new in (
+        ("THUDM/chatglm-6b", "zai-org/chatglm-6b"),
+        ("ziqingyang/chinese-llama-plus-lora-7b", "hfl/chinese-llama-plus-lora-7b"),
+        (
+            "Facico/Chinese-Vicuna-lora-7b-3epoch-belle-and-guanaco",
+            "Chinese-Vicuna/Chinese-Vicuna-lora-7b-3epoch-belle-and-guanaco",
+        ),
+    ):
+        told: list[str] = []
+        assert names.resolve(old, told.append).id == new and old in told[0] and new in told[0]
+    told = []
+    assert names.resolve("BelleGroup/train_1M_CN", told.append).kind == "dataset" and not told
+
+
+def test_the_hubs_own_renaming_is_said(server: Hub, call: Any) -> None:
+    server.repos["model", "old/name"] = server.repos["model", MODEL] = Repo({"config.json": b"{}"}, id=MODEL)
+    code, said = call("old/name", "m", kind="model")
+    assert code == 0 and "old/name is called tiny/model now" in said
+
+
+def test_unknown_words_name_the_nearest_three(server: Hub, call: Any) -> None:
+    code, said = call("bele-1m")
+    assert code == 2 and "'bele-1m'" in said
+    near = said.split("→")[1].split(";")[0]
+    assert "belle-1m" in near and near.count(",") == 2
+    code, said = call("nobody/nothing")
+    assert code == 2 and "no model or data set nobody/nothing" in said and "HF_TOKEN" in said
+    code, said = call("BelleGroup/train_1M_CN@nowhere", "d")
+    assert code == 2 and "train_1M_CN@nowhere" in said
+    for bad in ("../etc/passwd", "a/b/c", "a b/c", "-rf/x", "owner/..", "好/的"):
+        assert call(bad)[0] == 2
+    server.repos["dataset", MODEL] = Repo({"a.jsonl": b"{}"})
+    code, said = call(MODEL)
+    assert code == 2 and "--kind" in said
+
+
+def test_forms_of_a_name() -> None:
+    def silent(text: str) -> None:
+        raise AssertionError(text)
+
+    for name, expected in (
+        ("hub:BelleGroup/train_1M_CN@v1", (DATA, "dataset", "hub", "v1")),
+        ("https://huggingface.co/datasets/BelleGroup/train_1M_CN/tree/main", (DATA, "dataset", "hub", "")),
+        ("https://hf-mirror.com/tiny/model", (MODEL, "model", "hub", "")),
+        ("https://modelscope.cn/models/tiny/model", (MODEL, "model", "modelscope", "")),
+        ("modelscope:chatglm-6b", ("ZhipuAI/ChatGLM-6B", "model", "modelscope", "")),
+        ("modelscope:a/b", ("a/b", "model", "modelscope", "")),
+        ("Train_1m_cn", (DATA, "dataset", "hub", "")),
+    ):
+        wanted = names.resolve(name, silent)
+        assert (wanted.id, wanted.kind, wanted.where, wanted.revision) == expected
+    with pytest.raises(TongwenError, match="ModelScope is not known"):
+        names.resolve("modelscope:belle-1m", silent)
+
+
+def test_the_table_is_whole(call: Any) -> None:
+    seen: dict[str, str] = {}
+    for key, entry in names.names().items():
+        assert entry["kind"] in ("dataset", "model") and names.is_id(entry["hub"])
+        assert set(entry) <= {"kind", "hub", "modelscope", "moved_from", "also", "files"}
+        for word in {word.lower() for word in names._words(key)}:
+            assert seen.setdefault(word, key) == key, f"{word} means two things"
+    code, said = call("")
+    assert code == 0 and "belle-1m" in said and "zai-org/chatglm-6b" in said
+
+
+# -- splitting -----------------------------------------------------------------------------------------------------
+
+
+def rows_of(file: Path) -> list[Any]:
+    return [json.loads(row) for row in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_split_is_seeded_and_loses_no_row(server: Hub, call: Any, tmp_path: Path) -> None:
+    code, said = call("belle-1m", "d", dev=0.1, seed=3)
+    assert code == 0, said
+    train, dev = (rows_of(tmp_path / "d" / f"Belle_open_source_1M.{part}.jsonl") for part in ("train", "dev"))
+    assert (len(train), len(dev)) == (180, 20)
+    key = lambda row: int(row["instruction"][1:])  # noqa: E731
+    assert sorted(train + dev, key=key) == ROWS
+    assert [key(row) for row in dev] != sorted(key(row) for row in dev)
+    assert "held_out: d/Belle_open_source_1M.dev.jsonl" in said
+    manifest = artifact.open_artifact(tmp_path / "d", "fetch").manifest
+    assert manifest["made"]["Belle_open_source_1M.dev.jsonl"]["rows"] == 20
+    assert manifest["fingerprint"] == artifact.fingerprint_files(tmp_path / "d")
+
+    assert call("belle-1m", "same", dev=0.1, seed=3, old_names=True)[0] == 0
+    assert call("belle-1m", "other", dev=0.1, seed=4)[0] == 0
+    assert rows_of(tmp_path / "same" / "Belle_open_source_1M.dev.json") == dev
+    assert rows_of(tmp_path / "same" / "Belle_open_source_1M.train.json") == train
+    assert rows_of(tmp_path / "other" / "Belle_open_source_1M.dev.jsonl") != dev
+
+
+@pytest.mark.parametrize("form", ["array", "pretty", "one line", "crlf and bom", "no last line break"])
+def test_every_form_of_rows_is_split(form: str, tmp_path: Path) -> None:
+    rows = [
+        {"instruction": 'a "quoted" \\ [x], {y}', "output": "一\n二", "n": n, "list": [1, {"a": []}], "number": 1e-5}
+        for n in range(9)
+    ]
+    lines = [json.dumps(row, ensure_ascii=n % 2 == 0) for n, row in enumerate(rows)]
+    content = {
+        "array": json.dumps(rows, ensure_ascii=False),
+        "pretty": " \n" + json.dumps(rows, ensure_ascii=False, indent=2) + "\n\n",
+        "one line": "[" + ",".join(lines) + "]",
+        "crlf and bom": "\ufeff" + "\r\n\r\n".join(lines) + "\r\n",
+        "no last line break": "\n".join(lines),
+    }[form]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x.json").write_bytes(content.encode())
+    made = fetch.split_files(tmp_path, ["sub/x.json", "README.md"], 0.01, 1)
+    assert set(made) == {"sub/x.train.jsonl", "sub/x.dev.jsonl"}
+    train, dev = rows_of(tmp_path / "sub" / "x.train.jsonl"), rows_of(tmp_path / "sub" / "x.dev.jsonl")
+    assert len(dev) == 1 and sorted(train + dev, key=lambda row: row["n"]) == rows
+    for name, facts in made.items():
+        assert facts["sha256"] == artifact.hash_file(tmp_path / name)
+
+
+def test_what_cannot_be_split_is_said(server: Hub, call: Any, tmp_path: Path) -> None:
+    for name, content in (
+        ("cut.json", '[{"a": 1}, {"a": '),
+        ("two.json", '[{"a": 1}] [1]'),
+        ("quote.json", '[{"a": "'),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(TongwenError, match="one whole JSON array") as error:
+            fetch.split_files(tmp_path, [name], 0.1, 1)
+        assert name in error.value.text() and error.value.exit_code == 3
+    (tmp_path / "config.json").write_text('{\n "a": 1\n}')
+    (tmp_path / "empty.json").write_text("")
+    with pytest.raises(TongwenError, match="no file with rows"):
+        fetch.split_files(tmp_path, ["config.json", "empty.json"], 0.1, 1)
+    assert call("belle-1m", "d", dev=1.5)[0] == 2
+    assert call("belle-1m", "d", old_names=True)[0] == 2
+    assert call(MODEL, "m", dev=0.1)[0] == 2
+    server.repos["dataset", DATA].files["Belle_open_source_1M.json"] = b'{"one": "row"}\n'
+    code, said = call("belle-1m", "d", dev=0.1)
+    assert code == 3 and "held_out" in said and not (tmp_path / "d").exists()
+    assert call("belle-1m", "d")[0] == 0, "what was fetched is used without the split"
+    assert len(server.asked("1M.json")) == 1
+
+
+# -- from a recipe, and ModelScope ---------------------------------------------------------------------------------
+
+
+def test_a_recipes_source_lies_in_the_cache(server: Hub, tmp_path: Path) -> None:
+    told: list[str] = []
+    folder = Path(fetching.local_copy(f"hub:{DATA}", told.append))
+    assert folder == tmp_path / "cache" / "tongwen" / "data" / "BelleGroup--train_1M_CN"
+    assert files_in(folder) == {"Belle_open_source_1M.json"}, "rows, and nothing that could be taken for rows"
+    asked = len(server.log)
+    assert fetching.local_copy(f"hub:{DATA}", told.append) == str(folder) and len(server.log) == asked
+    server.repos["dataset", "a/pictures"] = Repo({"cat.png": b"x", "LICENSE.txt": b"x", "dataset_infos.json": b"{}"})
+    with pytest.raises(TongwenError, match=r"cat\.png") as error:
+        fetching.local_copy("hub:a/pictures", told.append)
+    assert error.value.exit_code == 3
+
+
+def test_two_at_a_time_fetch_once(server: Hub, tmp_path: Path) -> None:
+    found: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(fetching.local_copy(f"hub:{DATA}", lambda text: None)))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 and len(set(found)) == 1 and len(server.asked("1M.json")) == 1
+
+
+def test_modelscope_goes_through_its_own_package(
+    server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("modelscope", "modelscope.hub", "modelscope.hub.api", "modelscope.hub.snapshot_download"):
+        monkeypatch.setitem(sys.modules, name, None)
+    code, said = call("modelscope:a/b", "m")
+    assert code == 5 and "pip install 'tongwen[modelscope]'" in said
+
+    asked: list[Any] = []
+    content = {"config.json": b"{}", "model.safetensors": b"tensors", "model.bin": b"pickle", "code.py": b"x"}
+
+    class Api:
+        def get_model_files(self, id_: str, **options: Any) -> list[dict[str, Any]]:
+            return [{"Path": path, "Size": len(data)} for path, data in content.items()]
+
+    def snapshot(id_: str, *, local_dir: str, allow_patterns: list[str], **options: Any) -> str:
+        asked.append((id_, allow_patterns))
+        for path in allow_patterns:
+            (Path(local_dir) / path).write_bytes(content[path])
+        (Path(local_dir) / ".msc").write_bytes(b"bookkeeping")
+        return local_dir
+
+    modules = {
+        name: importlib.import_module("types").ModuleType(name)
+        for name in ("modelscope", "modelscope.hub", "modelscope.hub.api", "modelscope.hub.snapshot_download")
+    }
+    modules["modelscope"].snapshot_download = snapshot  # type: ignore[attr-defined]
+    modules["modelscope.hub.api"].HubApi = Api  # type: ignore[attr-defined]
+    modules["modelscope.hub.snapshot_download"].dataset_snapshot_download = snapshot  # type: ignore[attr-defined]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    code, said = call("modelscope:a/b", "m")
+    assert code == 0, said
+    assert asked == [("a/b", ["config.json", "model.safetensors"])]
+    assert files_in(tmp_path / "m") == {"config.json", "model.safetensors"}
+    assert artifact.open_artifact(tmp_path / "m", "fetch").manifest["source"]["where"] == "modelscope"
+    assert not server.log
+    content["model.safetensors"] = b"tensors and more"
+    real = Api.get_model_files
+    monkeypatch.setattr(Api, "get_model_files", lambda self, id_, **o: [{**one, "Size": 3} for one in real(self, id_)])
+    code, said = call("modelscope:a/b", "n")
+    assert code == 5 and "lists 3 bytes" in said and not (tmp_path / "n").exists()
