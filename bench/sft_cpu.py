@@ -3,7 +3,8 @@
     sh bench/peers/install.sh PEER_VENV
     python bench/sft_cpu.py --peer PEER_VENV/bin/python --model SMOLLM2_FOLDER --data alpaca_zh.json --out bench/results/sft_cpu.json
 
-Rank 8, all linear layers, max length 512, 8 samples per optimizer step, fp32, one thread each. The figure is CPU time
+Rank 8, all linear layers, max length 512, 8 samples per optimizer step, one thread each, fp32 or (on a CPU
+that computes in it) bf16 for all. The figure is CPU time
 (user and system, of the whole process) between the end of step 2 and the end of the last step, divided by the real
 tokens that were trained in between; and the process's peak resident memory. The median of the rounds is quoted.
 """
@@ -38,7 +39,7 @@ sft:
   max_length: 512
   batch_size: 8
   learning_rate: 1e-4
-  precision: fp32
+  precision: {precision}
   stop_after: {steps} steps
   samples: 0
 """
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all contestants")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--without", action="append", default=[], choices=list(PEERS)[1:], help="leave out a configuration"
@@ -79,7 +81,13 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(
-            RECIPE.format(model=chosen.model, data=chosen.data, out=f"{folder}/out", steps=chosen.steps),
+            RECIPE.format(
+                model=chosen.model,
+                data=chosen.data,
+                out=f"{folder}/out",
+                steps=chosen.steps,
+                precision=chosen.precision,
+            ),
             encoding="utf-8",
         )
         run([sys.executable, "-m", "tongwen", "run", str(recipe), "--json"])
@@ -112,6 +120,8 @@ def theirs(chosen: argparse.Namespace, options: list[str]) -> dict[str, Any]:
             str(chosen.steps),
             "--threads",
             "1",
+            "--precision",
+            chosen.precision,
             "--out",
             str(result),
         ]
@@ -138,6 +148,7 @@ def write(chosen: argparse.Namespace, rows: dict[str, list[dict[str, Any]]]) -> 
         "machine": {"processor": processor(), "cpus": os.cpu_count(), "python": platform.python_version()},
         "commit": commit,
         "steps": chosen.steps,
+        "precision": chosen.precision,
         "rounds": len(rows["tongwen"]),
         "median_cpu_ms_per_token": median,
         "median_peak_rss_bytes": memory,

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_rows
+from tongwen.data.clean import Cleaner, Dropped
 from tongwen.data.formats import read_dialogue, recognise
 from tongwen.data.ledger import Ledger
-from tongwen.data.mix import choose_held_out, draw, order, passes_of
-from tongwen.data.clean import Cleaner, Dropped
 from tongwen.data.parts import check_losses, iter_rows, list_parts, load
 from tongwen.data.sources import find_files, read_rows
 from tongwen.errors import DataError, RowRefused

@@ -109,5 +109,10 @@ def test_help_and_check_import_no_torch(tmp_path: Path) -> None:
         "assert not {'torch', 'transformers', HEAVY} & set(sys.modules), 'heavy'"
     )
     for heavy, arguments in (("'numpy'", ["--help"]), ("'huggingface_hub'", ["check", str(recipe)])):
-        done = subprocess.run([sys.executable, "-c", code.replace("HEAVY", heavy), *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace("HEAVY", heavy), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr

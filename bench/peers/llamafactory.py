@@ -55,6 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--mode", choices=MODES, required=True)
     parser.add_argument("--out", type=Path, required=True, help="result file (JSON)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--micro-batch", type=int, help="rows per micro batch, instead of the mode's")
     parser.add_argument("--accumulation", type=int, help="micro batches per step, instead of the mode's")
     args = parser.parse_args()
@@ -119,9 +120,8 @@ def make_config(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,  # below 1 it is a ratio (the example's warmup_ratio is deprecated)
         "seed": 42,
-        # fp32 on the CPU
         "use_cpu": True,
-        "bf16": False,
+        "bf16": args.precision == "bf16",  # the examples have it true; fp32 for CPUs that do not compute in it
         "fp16": False,
     }
     if args.mode != "default":
@@ -201,9 +201,9 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
             model = named["model"]
             dtypes = sorted({str(p.dtype) for p in model.parameters()})
-            if dtypes != ["torch.float32"]:
+            if not args.bf16 and dtypes != ["torch.float32"]:
                 raise RuntimeError(f"the model is not in fp32: {dtypes}")
-            if args.bf16 or args.fp16 or torch.is_autocast_enabled("cpu"):
+            if not args.bf16 and (args.fp16 or torch.is_autocast_enabled("cpu")):
                 raise RuntimeError("mixed precision is on")
             about["parameter_dtypes"] = dtypes
             about["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -88,7 +88,7 @@ def find_files(path: str) -> list[Path]:
 
     Raises DataError when there is none, or when one is no file that can be read.
     """
-    place = Path(path).expanduser() if path.startswith("~") else Path(path)
+    place = Path(path).expanduser() if path.startswith("~/") else Path(path)
     kind = _kind(place)
     if kind == "folder":
         return _in_folder(place)
@@ -279,14 +279,14 @@ def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
         for piece in pieces:
             gathered.append(piece)
             size += len(piece)
-            if size >= BLOCK // 4:
+            if size > BLOCK // 4:
                 yield b"".join(gathered)
                 gathered, size = [], 0
     except Damaged:
-        if gathered:
+        if size:
             yield b"".join(gathered)
         raise
-    if gathered:
+    if size:
         yield b"".join(gathered)
 
 

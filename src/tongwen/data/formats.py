@@ -194,6 +194,12 @@ def read_dialogue(row: Any, format_: str, source: Source, fill: Mapping[str, str
         raise RowRefused(
             "not_an_object", say(f"a row must be an object, this is {kind(row)}", f"每行应为对象，此处是 {kind(row)}")
         )
+    if format_ == "text":
+        raise DataError(
+            say("plain text is no dialogue", "纯文本不是对话"),
+            place=str(origin),
+            remedy=say("put it under prepare.documents", "请放在 prepare.documents 下"),
+        )
     named = _named(row, source)
     if format_ == "alpaca" and _has_turns_inside(named):
         format_ = "turns_inside"
@@ -314,13 +320,6 @@ def _read_pair(row: dict[str, Any], source: Source) -> Read:
     return _asked(row, source, *names)
 
 
-def _read_text(row: dict[str, Any], source: Source) -> Read:
-    raise DataError(
-        say("plain text is no dialogue", "纯文本不是对话"),
-        remedy=say("put it under prepare.documents", "请放在 prepare.documents 下"),
-    )
-
-
 READERS: dict[str, Callable[[dict[str, Any], Source], Read]] = {
     "alpaca": _read_alpaca,
     "turns_inside": _read_turns_inside,
@@ -329,7 +328,6 @@ READERS: dict[str, Callable[[dict[str, Any], Source], Read]] = {
     "completion": _read_completion,
     "query": _read_query,
     "pair": _read_pair,
-    "text": _read_text,
 }
 
 

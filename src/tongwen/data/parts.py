@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from tongwen.data.clean import Cleaner, Dropped
 from tongwen.data.ledger import Ledger, Rejected
 from tongwen.data.mix import choose_held_out
 from tongwen.data.sources import RawRow, find_files, read_rows
-from tongwen.errors import DataError, RowRefused
+from tongwen.errors import DataError, RecipeError, RowRefused, TongwenError, raise_all
 from tongwen.language import say
 from tongwen.recipe.schema import Prepare, Source
 from tongwen.record import Dialogue, Document, Origin, from_dict
@@ -51,18 +52,24 @@ class Part:
         return out / "parts" / f"{self.index:05d}"
 
 
-def list_parts(section: Prepare, bring: Callable[[str, Tell], str], tell: Tell) -> list[Part]:
+def list_parts(
+    section: Prepare, bring: Callable[[str, Tell], str], tell: Tell, errors: list[TongwenError] | None = None
+) -> list[Part]:
     """All files of the recipe, in the order in which their rows count. bring(path, tell) gives the folder of what lies on
-    a hub. Raises DataError when a path names no file."""
+    a hub. What names no file is put into `errors`, or raised."""
+    found = list[TongwenError]() if errors is None else errors
     out: list[Part] = []
 
     def add(kind: str, role: str, number: int, source: Source) -> None:
-        for one in dataset_info.entry_source(source) if source.entry else [source]:
-            if one.path.startswith(("hub:", "modelscope:")):
-                one = one.model_copy(update={"path": bring(one.path, tell)})
-            out.extend(
-                Part(len(out) + place, kind, role, number, one, file) for place, file in enumerate(find_files(one.path))
-            )
+        try:
+            formats.check_source(source)
+            for one in dataset_info.entry_source(source) if source.entry else [source]:
+                if one.path.startswith(("hub:", "modelscope:")):
+                    one = one.model_copy(update={"path": bring(one.path, tell)})
+                for file in find_files(one.path):
+                    out.append(Part(len(out), kind, role, number, one, file))
+        except (DataError, RecipeError) as error:
+            found.append(error)
 
     if isinstance(section.held_out, str):
         add("dialogues" if section.dialogues else "documents", "held_out", 0, Source(path=section.held_out))
@@ -71,6 +78,8 @@ def list_parts(section: Prepare, bring: Callable[[str, Tell], str], tell: Tell) 
     for kind in KINDS:
         for number, source in enumerate(getattr(section, kind)):
             add(kind, "train", number, source)
+    if errors is None:
+        raise_all(found)
     return out
 
 
@@ -111,6 +120,7 @@ def iter_records(parts: Sequence[Part], section: Prepare, kind: str, tell: Tell)
 
 
 INDEX = np.dtype([("digest", "<u8", 2), ("size", "<i8"), ("begin", "<i8"), ("near", "?")])
+_INDEX = struct.Struct("<16sqq?")  # the same, for writing one
 
 
 def scan(part: Part, section: Prepare, out: Path, tell: Tell) -> None:
@@ -149,8 +159,7 @@ def scan(part: Part, section: Prepare, out: Path, tell: Tell) -> None:
             line = as_line(record)
             folded = dedup.fold(dedup.text_of(record))
             near = wants_near and len(folded) >= section.dedup.min_chars
-            digest = np.frombuffer(dedup.digest(folded), np.uint64)
-            index.write(np.array([(digest, raw.size, begin, near)], INDEX).tobytes())
+            index.write(_INDEX.pack(dedup.digest(folded), raw.size, begin, near))
             if near:
                 bands.write(dedup.signature(folded).tobytes())
             records.write(line)
@@ -380,7 +389,9 @@ def join(parts: Sequence[Part], section: Prepare, out: Path) -> dict[str, Any]:
             chosen = [part for part in parts if part.kind == kind]
             if not any(part.role == "train" for part in chosen):
                 continue
-            _check_contamination([part for part in chosen if settled[part.index]["counts"].get("contaminated")], section, out)
+            _check_contamination(
+                [part for part in chosen if settled[part.index]["counts"].get("contaminated")], section, out
+            )
             ledger, files, held = Ledger("rows", "bytes"), {}, 0
             with (out / f"{kind}.jsonl").open("wb") as kept, (out / f"{kind}.held_out.jsonl").open("wb") as held_out:
                 for part in chosen:

@@ -111,13 +111,13 @@ def _guess(error: json.JSONDecodeError, text: str, place: int) -> str:
         return say("; written by Python's print, not by json.dumps?", "；由 Python 的 print 写出，而非 json.dumps？")
     if error.msg.startswith("Unterminated string") or place >= len(text.rstrip()):
         return say("; cut off?", "；被截断？")
-    if error.msg == "Extra data":
-        return say("; two objects on one line?", "；一行有两个对象？")
     if text.startswith(("//", "#", "/*"), place):
         return say("; JSON has no comments", "；JSON 没有注释")
+    if error.msg == "Extra data":
+        return say("; two objects on one line?", "；一行有两个对象？")
     if re.compile("None|True|False|nan").match(text, place):
         return say("; JSON says null, true, false", "；JSON 写作 null、true、false")
-    if re.search(r",\s*\Z", text[: place + 1]) or text[place : place + 1] == ",":
+    if text[:place].rstrip().endswith(",") or text.startswith(",", place):
         return say("; a comma too many?", "；多了一个逗号？")
     return ""
 

@@ -11,14 +11,14 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from tongwen.data import charset, files, tables
+from tongwen.data.arrays import read_array
 from tongwen.data.charset import Charset
 from tongwen.data.files import Damaged, Stream, find_files, shown
-from tongwen.data.rows import CAP, DECODER, LENIENT, RawRow, check_object, not_json, parse_json
+from tongwen.data.rows import CAP, RawRow, parse_json
 from tongwen.errors import DataError, RowRefused
 from tongwen.language import say
 from tongwen.recipe.schema import Source
@@ -53,8 +53,6 @@ def read_rows(file: Path, source: Source | None = None, tell: Tell = _silent) ->
                 place=f"{name}:{error.line}" if error.line else name,
                 remedy=error.remedy,
             ) from None
-        except RowRefused:
-            raise
         except DataError as error:
             raise DataError(error.rule, place=error.place or name, remedy=error.remedy) from None
         if not seen:
@@ -101,7 +99,7 @@ def _read_as(
     kind: str, head: str, stream: Stream, found: Charset, name: str, source: Source, tell: Tell
 ) -> Iterator[RawRow]:
     if kind == "array":
-        return _read_array(stream.blocks, found, name)
+        return read_array(stream.blocks, found, name)
     _check_line_ends(head)
     if kind == "csv":
         return tables.read_csv(_lines(stream.blocks, found), head, files.suffix(stream.file), name)
@@ -176,8 +174,8 @@ def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:
         if len(rest) > CAP:
             long, rest = _skip(rest, blocks)
             yield long
-    if rest:
-        yield rest
+    if rest:  # several lines, when the last block ended a long one
+        yield from rest.split(b"\n")
 
 
 def _skip(begin: bytes, blocks: Iterator[bytes]) -> tuple[_Long, bytes]:
@@ -212,8 +210,7 @@ def _lines(blocks: Iterator[bytes], found: Charset) -> Iterator[Line]:
         if len(line) >= 4096 and isinstance(line, _Long):
             yield (number, text, line.size, *_too_large(line.size))
         elif not is_utf8 and not line.isascii() and _is_utf8(line):
-            rule = say(f"this line is UTF-8 in a file of {found.name}", f"{found.name} 文件中的 UTF-8 行")
-            yield number, text, len(text.encode("utf-8", "surrogatepass")), "bad_bytes", rule
+            yield number, text, len(text.encode("utf-8", "surrogatepass")), "bad_bytes", _mixed(found)
         elif "\0" in text:
             yield number, *_without_nul(text, line, found)
         else:
@@ -230,13 +227,18 @@ def _undecodable(number: int, line: bytes, error: UnicodeDecodeError, found: Cha
         return (number, line[:200].decode(found.codec, "backslashreplace"), line.size, *_too_large(line.size))
     text = line.decode(found.codec, "backslashreplace")
     rule = say(f"the byte at {error.start} is not {found.name}", f"第 {error.start} 字节处不是 {found.name}")
-    if found.codec == "utf-8":
-        likely = charset.recognise(line)
-        if likely.codec != "utf-8":
-            rule += say(f"; it may be {likely.name}", f"；可能是 {likely.name}")
-        elif error.reason == "unexpected end of data":
-            rule += say("; the file may be cut off", "；文件可能被截断")
+    likely = charset.recognise(line)
+    if found.codec != "utf-8" and _is_utf8(line):
+        rule = _mixed(found)
+    elif found.codec == "utf-8" and likely.codec != "utf-8":
+        rule += say(f"; it may be {likely.name}", f"；可能是 {likely.name}")
+    elif error.reason == "unexpected end of data":
+        rule += say("; cut off?", "；被截断？")
     return number, text, len(line), "not_utf8" if found.codec == "utf-8" else "bad_bytes", rule
+
+
+def _mixed(found: Charset) -> str:
+    return say(f"this line is UTF-8 in a file of {found.name}", f"{found.name} 文件中的 UTF-8 行")
 
 
 def _is_utf8(line: bytes) -> bool:
@@ -444,145 +446,3 @@ def _check_one_object(head: str, source: Source) -> None:
             say("one object is spread over several lines", "一个对象分布在多行上"),
             remedy=say("one row per line: jq -c . FILE > NEW.jsonl", "每行一条：jq -c . 文件 > 新文件.jsonl"),
         )
-
-
-class _Buffer:
-    """The text of a file, of which only what is not yet read is kept."""
-
-    def __init__(self, blocks: Iterator[bytes], codec: str) -> None:
-        self.blocks = blocks
-        self.decoder = codecs.getincrementaldecoder(codec)("surrogateescape")
-        self.text, self.place = "", 0
-        self.lines, self.letters = 1, 0  # that were dropped before the text; the first line is 1
-        self.ended = False
-        self.more()
-        self.text = self.text.removeprefix("\ufeff")
-
-    def more(self) -> bool:
-        """At least double what is not yet read; False at the end of the file."""
-        if self.ended:
-            return False
-        self.lines += self.text.count("\n", 0, self.place)
-        self.letters += self.place
-        pieces = [self.text[self.place :]]
-        size, wanted = 0, len(pieces[0])
-        while not self.ended and (size <= wanted):
-            block = next(self.blocks, b"")
-            self.ended = not block
-            pieces.append(self.decoder.decode(block, final=self.ended))
-            size += len(pieces[-1])
-        self.text, self.place = "".join(pieces), 0
-        return True
-
-    def letter(self) -> str:
-        """The next one that is no blank, or '' at the end."""
-        while True:
-            self.place = _BLANKS.match(self.text, self.place).end()  # type: ignore[union-attr]
-            if self.place < len(self.text):
-                return self.text[self.place]
-            if not self.more():
-                return ""
-
-    def damaged(self, rule: str, place: int | None = None) -> Damaged:
-        place = self.place if place is None else place
-        line = self.lines + self.text.count("\n", 0, place)
-        return Damaged(
-            say(
-                f"{rule}, at character {self.letters + place + 1:,}",
-                f"{rule}，第 {self.letters + place + 1:,} 个字符处",
-            ),
-            say(
-                "one object per line may be meant: then name the file .jsonl and drop the brackets",
-                "若本是每行一个对象，请命名为 .jsonl 并去掉方括号",
-            ),
-            line,
-        )
-
-
-_BLANKS = re.compile(r"[ \t\r\n]*")
-
-
-def _read_array(blocks: Iterator[bytes], found: Charset, name: str) -> Iterator[RawRow]:
-    """The elements of a JSON array, one after the other. Raises Damaged where it is broken."""
-    buffer = _Buffer(blocks, found.codec)
-    buffer.letter()
-    buffer.place += 1
-    if buffer.letter() == "]":
-        buffer.place += 1
-    else:
-        for number in count(1):
-            yield _element(buffer, number, name, found)
-            letter = buffer.letter()
-            if letter not in (",", "]"):
-                raise buffer.damaged(
-                    say(
-                        f"this is not a whole JSON array: {f'{letter!r} follows' if letter else 'nothing follows'} row {number}",
-                        f"这不是完整的 JSON 数组：第 {number} 行之后{f'是 {letter!r}' if letter else '没有内容'}",
-                    )
-                )
-            buffer.place += 1
-            if letter == "]":
-                break
-    if buffer.letter():
-        raise buffer.damaged(say("something follows the JSON array", "JSON 数组之后还有内容"))
-
-
-def _element(buffer: _Buffer, number: int, name: str, found: Charset) -> RawRow:
-    """The next element as a row; the buffer stands behind it."""
-    buffer.letter()
-    while True:
-        value, end, refused = _decoded(buffer, number)
-        if end < 0 or (end == len(buffer.text) and not buffer.ended):
-            buffer.more()
-        else:
-            break
-    text = buffer.text[buffer.place : end]
-    buffer.place = end
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError as error:
-        size = len(text.encode("utf-8", "surrogatepass"))
-        text = text.encode("utf-8", "backslashreplace").decode()
-        rule = say(f"character {error.start + 1} is not {found.name}", f"第 {error.start + 1} 个字符不是 {found.name}")
-        return RawRow(name, number, text, size, rule, "not_utf8" if found.codec == "utf-8" else "bad_bytes")
-    if not refused:
-        try:
-            check_object(value, text)
-        except RowRefused as error:
-            refused = error
-    return (
-        RawRow(name, number, text, size, refused.rule, refused.reason) if refused else RawRow(name, number, value, size)
-    )
-
-
-def _decoded(buffer: _Buffer, number: int) -> tuple[Any, int, RowRefused | None]:
-    """(value, where it ends, why it is refused); the end is -1 when more must be read."""
-    text, place = buffer.text, buffer.place
-    try:
-        try:
-            return *DECODER.raw_decode(text, place), None
-        except RowRefused as error:
-            return None, LENIENT.raw_decode(text, place)[1], error
-        except RecursionError:
-            raise
-        except ValueError as error:
-            return None, LENIENT.raw_decode(text, place)[1], not_json(error, text, place)
-    except RecursionError:
-        raise buffer.damaged(say(f"row {number} is nested too deep", f"第 {number} 行嵌套过深")) from None
-    except ValueError as error:
-        where = getattr(error, "pos", place)
-        cut = str(error).startswith("Unterminated string") or where >= len(text) - 12
-        if cut and not buffer.ended and len(text) - place <= CAP:
-            return None, -1, None
-        if len(text) - place > CAP and cut:
-            raise buffer.damaged(
-                say(f"row {number} is larger than {CAP:,} bytes", f"第 {number} 行超过 {CAP:,} 字节")
-            ) from None
-        rule = getattr(error, "msg", str(error))
-        raise buffer.damaged(
-            say(
-                f"this is not a whole JSON array: {rule} in row {number}",
-                f"这不是完整的 JSON 数组：第 {number} 行 {rule}",
-            ),
-            where,
-        ) from None

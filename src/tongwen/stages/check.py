@@ -19,7 +19,7 @@ def run(recipe: Recipe) -> int:
     errors: list[TongwenError] = []
     tables = {}
     section = recipe.prepare
-    all_parts = steps.list_parts(section, local_copy, console.notice) if section else []
+    all_parts = steps.list_parts(section, local_copy, console.notice, errors) if section else []
     for kind in steps.KINDS:
         parts = [part for part in all_parts if part.kind == kind]
         if not parts:
