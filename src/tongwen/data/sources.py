@@ -282,16 +282,27 @@ def _safely(blocks: Iterator[bytes]) -> Iterator[bytes]:
 # -- text ----------------------------------------------------------------------------------------------------------
 
 
+SPARSE = 50  # a blank line among more lines than this ends no paragraph
+_BLANK_LINE = re.compile(r"\n[ \t\r\u3000]*(?=\n)")
+
+
 def _records(head: str, source: Source, tell: Tell) -> str:
-    """line, paragraph or file: as the recipe says, else by whether a blank line stands in the beginning."""
+    """line, paragraph or file: as the recipe says, else by whether enough blank lines stand in the beginning."""
     if source.records:
         return source.records
-    if re.search(r"\n[ \t\r\u3000]*\n", head.strip()):
+    text = head.strip()
+    blank, lines = len(_BLANK_LINE.findall(text)), text.count("\n") + 1
+    if blank * SPARSE > lines:
         return "paragraph"
+    seen = (
+        say(f"{blank:,} of {lines:,} lines are blank", f"{lines:,} 行中有 {blank:,} 个空行")
+        if blank
+        else say("no blank line", "没有空行")
+    )
     tell(
         say(
-            "no blank line: each line is a record (records: paragraph or file changes that)",
-            "没有空行：每行一条记录（可用 records: paragraph 或 file 更改）",
+            f"{seen}: each line is a record (records: paragraph or file changes that)",
+            f"{seen}：每行一条记录（可用 records: paragraph 或 file 更改）",
         )
     )
     return "line"

@@ -95,8 +95,8 @@ class Source(Section):
     )
     records: Literal["line", "paragraph", "file"] | None = word(
         None,
-        "what one record of a text file is; absent: paragraphs where blank lines stand, else lines",
-        "文本文件中一条记录是什么；不写：有空行则按段落，否则按行",
+        "what one record of a text file is; absent: paragraphs where blank lines are frequent, else lines",
+        "文本文件中一条记录是什么；不写：空行较多则按段落，否则按行",
     )
     encoding: str | None = word(None, "character encoding; recognised when absent", "字符编码；不写则自动识别")
     entry: str | None = word(

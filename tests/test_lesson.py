@@ -1,0 +1,117 @@
+"""Tokens are made once, from everything that decides them, and nothing else makes them anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import dialogues, write_recipe, write_rows
+from tongwen import artifact, cli, lesson
+from tongwen.recipe.load import load
+
+
+def prepared(folder: Path, base: Path, **options: Any) -> tuple[Any, artifact.Artifact]:
+    recipe = write_recipe(folder, base, **options)
+    assert cli.main(["run", str(recipe), "--only", "prepare"]) == 0
+    return load(recipe)[0], artifact.open_artifact(folder / "out" / "prepare", "prepare")
+
+
+def test_the_key_holds_everything_that_decides_the_tokens(chat_model: Path, tmp_path: Path) -> None:
+    recipe, made = prepared(tmp_path, chat_model)
+    reader = lesson.open_reader(recipe.base, recipe.sft)
+    key = lesson.key_of(made, reader, recipe.sft)
+
+    def changed(**words: Any) -> str:
+        section = recipe.sft.model_copy(update=words)
+        return lesson.key_of(made, lesson.open_reader(recipe.base, section), section)
+
+    assert changed(learning_rate=1.0, batch_size=3) == key
+    others = {changed(max_length=64), changed(learn="everything"), changed(template="plain"), changed(too_long="drop_turns")}
+    assert len(others | {key}) == 5
+    other_data = artifact.Artifact(made.path, {**made.manifest, "fingerprint": "f" * 64})
+    assert lesson.key_of(other_data, reader, recipe.sft) != key
+
+
+def test_encoding_is_done_once_and_goes_on_where_it_died(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = dialogues(2600)
+    for number, row in enumerate(rows):
+        row["instruction"] += f"（{number}）"
+    recipe, made = prepared(tmp_path, chat_model, rows=rows)
+    reader = lesson.open_reader(recipe.base, recipe.sft)
+
+    def encode(folder: str) -> lesson.Lesson:
+        return lesson.encode_prepared(made, reader, recipe.sft, 42, tmp_path / folder)
+
+    whole = encode("a")
+    written = lesson.stores.Writer.add
+    batches = []
+
+    def dying(self: Any, batch: Any, *rest: Any) -> None:
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(batch.rows)
+        written(self, batch, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lesson.stores.Writer, "add", dying)
+        with pytest.raises(KeyboardInterrupt):
+            encode("b")
+    again = encode("b")
+    assert batches == [1000, 1000]
+    assert "goes on at row 2,000" in capsys.readouterr().out
+    for name in ("ids", "offsets", "spans", "samples"):
+        assert np.array_equal(getattr(again.store, name), getattr(whole.store, name)), name
+    assert again.ledger.to_dict() == whole.ledger.to_dict()
+    assert again.mask == whole.mask
+    encode("b")
+    assert "already encoded" in capsys.readouterr().out
+
+
+def test_the_audit_counts_every_sample(chat_model: Path, tmp_path: Path) -> None:
+    recipe, made = prepared(tmp_path, chat_model)
+    reader = lesson.open_reader(recipe.base, recipe.sft)
+    found = lesson.encode_prepared(made, reader, recipe.sft, 42, tmp_path / "t")
+    mask, store = found.mask, found.store
+    learned = sum(int(store.sample(index)[1].sum()) for index in range(len(store)))
+    assert mask["learned_tokens"] == learned == mask["roles"]["assistant"]["learned"]
+    assert mask["roles"]["prompt"]["learned"] == 0
+    assert sum(role["tokens"] for role in mask["roles"].values()) == mask["tokens"] == len(store.ids)
+    assert sum(count for _, count in mask["lengths"]) == len(store) == 20
+    assert mask["round_trip"] == {"checked": 20, "differ": 0}
+    assert mask["stop_learned_share"] == 1
+
+
+def test_weights_of_sources_reach_the_epoch(chat_model: Path, tmp_path: Path) -> None:
+    more = dialogues(30)
+    for number, row in enumerate(more):
+        row["instruction"] = f"另一个问题（{number}）"
+    file = write_rows(tmp_path / "more.jsonl", more)
+    recipe = write_recipe(tmp_path, chat_model)
+    text = recipe.read_text(encoding="utf-8").replace(
+        "held_out: 4", "held_out: 0"
+    ).replace(f"dialogues: {tmp_path / 'data.jsonl'}", f"dialogues: [{tmp_path / 'data.jsonl'}, {{path: {file}, weight: 0.5}}]")
+    recipe.write_text(text, encoding="utf-8")
+    assert cli.main(["run", str(recipe), "--only", "prepare"]) == 0
+    parsed = load(recipe)[0]
+    made = artifact.open_artifact(tmp_path / "out" / "prepare", "prepare")
+    found = lesson.encode_prepared(made, lesson.open_reader(parsed.base, parsed.sft), parsed.sft, 42, tmp_path / "t")
+    for epoch in range(2):
+        files = [Path(found.store.origin(index).file).name for index in found.draw(epoch)]
+        assert (files.count("data.jsonl"), files.count("more.jsonl")) == (24, 15)
+    assert set(found.draw(0)) | set(found.draw(1)) == set(range(54))
+
+
+def test_looking_ahead_sees_what_training_will(chat_model: Path, tmp_path: Path) -> None:
+    recipe, made = prepared(tmp_path, chat_model)
+    reader = lesson.open_reader(recipe.base, recipe.sft)
+    ahead = lesson.look_ahead(recipe, reader)
+    later = lesson.encode_prepared(made, reader, recipe.sft, 42, tmp_path / "t")
+    assert np.array_equal(ahead.store.ids, later.store.ids)
+    assert ahead.draw(0) == later.draw(0)
+    assert json.dumps(ahead.mask["lengths"]) == json.dumps(later.mask["lengths"])
