@@ -4,8 +4,8 @@
     python bench/encode_rows.py --peer PEER_VENV/bin/python --model SMOLLM2_FOLDER --data alpaca_zh.json \\
         --out bench/results/encode_rows.json
 
-The dialogues are the rows of an Alpaca file, repeated with a counter in the text until there are ROWS of them, as Python
-dictionaries before the clock starts. The figure is rows per CPU second (user and system, children included) until the
+The dialogues are the rows of an Alpaca file, repeated with a counter in the text until there are ROWS of them. They are
+parsed before the clock starts (dictionaries for tongwen, the peers' `Dataset.from_list` of them for the peers). The figure is rows per CPU second (user and system, children included) until the
 tokens with their mask lie on disk: a token store of tongwen's, an Arrow file of the peers'. `library` is
 `encode_batch_fast` of the tokenizers package on the same rendered texts, in batches of 1,000, and nothing else.
 Each contestant runs in a process of its own, with one tokenizer thread; the median of the rounds is quoted.
@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,13 @@ def tongwen(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str,
     from tongwen.recipe.schema import Sft
 
     section = Sft(max_length=4096)
-    reader, dialogues = open_reader(chosen.model, section), dialogues_of(rows)
+    reader = open_reader(chosen.model, section)
 
     def work() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             writer = stores.Writer(Path(folder) / "tokens", len(reader.tokenizer))
             ledger = writer.ledger
+            dialogues = iter_dialogues(rows)
             for batch in encode_dialogues(dialogues, reader.template, reader.encoder, section, ledger, print):
                 writer.add(batch, ledger, [])
             writer.close()
@@ -115,7 +116,7 @@ def library(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str,
     from tongwen.recipe.schema import Sft
 
     reader = open_reader(chosen.model, Sft())
-    texts = [reader.template.samples(one)[0].text for one in dialogues_of(rows)]
+    texts = [reader.template.samples(one)[0].text for one in iter_dialogues(rows)]
 
     def work() -> dict[str, Any]:
         tokens = 0
@@ -127,20 +128,24 @@ def library(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str,
     return measured(len(rows), work)
 
 
-def dialogues_of(rows: list[dict[str, str]]) -> list[Any]:
-    from tongwen.data.formats import read_dialogue
+def iter_dialogues(rows: list[dict[str, str]]) -> Iterator[Any]:
+    """As `prepare` reads them: the format recognised row by row."""
+    from tongwen.data.formats import read_dialogue, recognise
     from tongwen.recipe.schema import Source
     from tongwen.record import Origin
 
     source = Source(path="rows")
-    return [read_dialogue(row, "alpaca", source, {}, Origin("rows", number)) for number, row in enumerate(rows, 1)]
+    for number, row in enumerate(rows, 1):
+        yield read_dialogue(row, recognise(row) or "", source, {}, Origin("rows", number))
 
 
 def llamafactory(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
-    """Its own `get_dataset` without reading and aligning: template, mask and tokens into Arrow."""
+    """Its own `get_dataset` without reading the file: aligning, template, mask and tokens into Arrow."""
     import datasets
     from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.data.converter import align_dataset
     from llamafactory.data.loader import _get_preprocessed_dataset
+    from llamafactory.data.parser import DatasetAttr
     from llamafactory.hparams import DataArguments
     from transformers import AutoTokenizer, Seq2SeqTrainingArguments
 
@@ -148,26 +153,13 @@ def llamafactory(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
     arguments = DataArguments(template="chatml", cutoff_len=4096, overwrite_cache=True)
     template = get_template_and_fix_tokenizer(tokenizer, arguments)
-    aligned = datasets.Dataset.from_list(
-        [
-            {
-                "_prompt": [
-                    {"role": "user", "content": row["instruction"] + ("\n" + row["input"] if row["input"] else "")}
-                ],
-                "_response": [{"role": "assistant", "content": row["output"]}],
-                "_system": "",
-                "_tools": "",
-                "_images": None,
-                "_videos": None,
-                "_audios": None,
-            }
-            for row in rows
-        ]
-    )
+    parsed = datasets.Dataset.from_list(rows)
+    attributes = DatasetAttr("file", dataset_name="bench")
 
     def work() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             training = Seq2SeqTrainingArguments(output_dir=folder, use_cpu=True)
+            aligned = align_dataset(parsed, attributes, arguments, training)
             done = _get_preprocessed_dataset(aligned, arguments, training, "sft", template, tokenizer, None)
             done.save_to_disk(f"{folder}/tokens")
             return {"rows_out": len(done)}
@@ -176,7 +168,8 @@ def llamafactory(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict
 
 
 def trl(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
-    """Its own `SFTTrainer._prepare_dataset` on prompt and completion messages, the loss on the completion."""
+    """Its own `SFTTrainer._prepare_dataset` on prompt and completion messages, the loss on the completion. (Making
+    messages of Alpaca rows is left to its users, and not counted.)"""
     import datasets
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer

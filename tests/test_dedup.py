@@ -57,10 +57,12 @@ def test_folding_sees_through_width_case_blanks_and_punctuation() -> None:
     assert dedup.fold("……") == "......" or dedup.fold("……"), "a text of marks alone is not nothing"
 
 
-def test_exact_duplicates_keep_the_first() -> None:
+@pytest.mark.parametrize("partition", [1, 3, 100])
+def test_exact_duplicates_keep_the_first(partition: int, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["甲", "乙", "甲", "丙", "乙 ", "甲。"]
     digests = np.stack([np.frombuffer(dedup.digest(dedup.fold(word)), np.uint64) for word in words])
-    same, first = dedup.find_exact(digests)
+    monkeypatch.setattr(dedup, "PARTITION", partition)
+    same, first = dedup.find_exact(lambda: iter([digests[:2], digests[2:]]), len(digests))
     assert dict(zip(same.tolist(), first.tolist(), strict=True)) == {2: 0, 4: 1, 5: 0}
 
 

@@ -30,7 +30,12 @@ def test_the_key_holds_everything_that_decides_the_tokens(chat_model: Path, tmp_
         return lesson.key_of(made, lesson.open_reader(recipe.base, section), section)
 
     assert changed(learning_rate=1.0, batch_size=3) == key
-    others = {changed(max_length=64), changed(learn="everything"), changed(template="plain"), changed(too_long="drop_turns")}
+    others = {
+        changed(max_length=64),
+        changed(learn="everything"),
+        changed(template="plain"),
+        changed(too_long="drop_turns"),
+    }
     assert len(others | {key}) == 5
     other_data = artifact.Artifact(made.path, {**made.manifest, "fingerprint": "f" * 64})
     assert lesson.key_of(other_data, reader, recipe.sft) != key
@@ -93,9 +98,14 @@ def test_weights_of_sources_reach_the_epoch(chat_model: Path, tmp_path: Path) ->
         row["instruction"] = f"另一个问题（{number}）"
     file = write_rows(tmp_path / "more.jsonl", more)
     recipe = write_recipe(tmp_path, chat_model)
-    text = recipe.read_text(encoding="utf-8").replace(
-        "held_out: 4", "held_out: 0"
-    ).replace(f"dialogues: {tmp_path / 'data.jsonl'}", f"dialogues: [{tmp_path / 'data.jsonl'}, {{path: {file}, weight: 0.5}}]")
+    text = (
+        recipe.read_text(encoding="utf-8")
+        .replace("held_out: 4", "held_out: 0")
+        .replace(
+            f"dialogues: {tmp_path / 'data.jsonl'}",
+            f"dialogues: [{tmp_path / 'data.jsonl'}, {{path: {file}, weight: 0.5}}]",
+        )
+    )
     recipe.write_text(text, encoding="utf-8")
     assert cli.main(["run", str(recipe), "--only", "prepare"]) == 0
     parsed = load(recipe)[0]

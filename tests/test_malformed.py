@@ -514,7 +514,7 @@ def test_a_line_too_long_costs_itself_alone(name: str, tmp_path: Path, monkeypat
 def test_records_too_large_are_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "CAP", 1000)
     (tmp_path / "a.txt").write_text("短\n\n" + "很长的一段\n" * 1000 + "\n短\n", encoding="utf-8")
-    good, bad = take(tmp_path / "a.txt", documents=True)
+    good, bad = take(tmp_path / "a.txt", documents=True, records="paragraph")
     assert said(good) == ["短", "短"]
     assert [(raw.row, raw.reason, len(raw.value)) for raw, _ in bad] == [(3, "too_large", 200)]
     (tmp_path / "a.json").write_bytes(b"[" + GOOD + b',{"a": "' + b"a" * 4000 + b'"}]')

@@ -197,12 +197,17 @@ def test_preparing_what_was_prepared_changes_nothing(prepared: Path, tmp_path: P
 def test_order_and_split_follow_the_seed_alone() -> None:
     assert order(8, 42, "epoch", 0) == [1, 7, 2, 3, 4, 5, 0, 6]
     assert order(100, 42, "epoch", 0) == order(100, 42, "epoch", 0) != order(100, 42, "epoch", 1)
-    aside = choose_held_out(100, 0.1, 42)
-    assert aside.sum() == 10 and np.array_equal(aside, choose_held_out(100, 0.1, 42))
-    assert choose_held_out(2, 0.01, 1).sum() == 1, "a share holds out at least one"
-    assert choose_held_out(2, 0, 1).sum() == 0
+    everything = np.ones(100, bool)
+    aside = choose_held_out(everything, 0.1, 42)
+    assert aside.tolist() == [16, 20, 27, 54, 55, 63, 80, 81, 90, 98]
+    fewer = everything.copy()
+    fewer[[3, 20, 99]] = False
+    assert set(aside) - {20} <= set(choose_held_out(fewer, 10.0, 42)), "who else is there changes nothing"
+    assert len(choose_held_out(np.ones(2, bool), 0.01, 1)) == 1, "a share holds out at least one"
+    assert len(choose_held_out(np.ones(2, bool), 0, 1)) == 0
+    assert len(choose_held_out(everything, 0.5, 1, at_most=7)) == 7
     with pytest.raises(DataError, match="held_out"):
-        choose_held_out(2, 2, 1)
+        choose_held_out(np.ones(2, bool), 2, 1)
 
 
 def test_weights_are_passes_and_what_one_epoch_leaves_the_next_begins_with() -> None:

@@ -73,8 +73,9 @@ def look_ahead(recipe: Recipe, reader: Reader, limit: int | None = None) -> Less
     rows = islice(_dialogues(iter_records(parts, prepare, "dialogues", console.notice)), limit)
     if limit is None and not isinstance(prepare.held_out, str):
         found = list(rows)
-        aside = choose_held_out(len(found), prepare.held_out, recipe.seed)
-        rows = islice((one for one, out in zip(found, aside, strict=True) if not out), None)
+        free = np.ones(len(found), bool)
+        free[choose_held_out(free, prepare.held_out, recipe.seed, prepare.held_out_at_most)] = False
+        rows = islice((one for one, stays in zip(found, free, strict=True) if stays), None)
     store = stores.in_memory(encode_dialogues(rows, reader.template, reader.encoder, section, ledger, rejected.append))
     lost = [json.loads(bad.to_line()) for bad in rejected]
     mask = check_store(store, section, lost)

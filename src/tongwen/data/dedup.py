@@ -9,7 +9,8 @@ lower case, no blanks and punctuation), while the text itself is left alone.
 * Contamination: a row that holds most of the character 13-grams of something that was held out or belongs to an
   examination. 13-grams that many of those texts share, such as a common instruction, count for nothing.
 
-Memory: 16 bytes per text for digests, 8 per text for the band at hand, 8 for the clusters; all else lies on disk.
+Memory: one byte per text for its verdict, 25 per text that is compared nearly, and what a duplicate repeats; all else lies on
+disk and is read in blocks.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ BANDS, ROWS = 25, 4
 GRAM, LONG_GRAM = 3, 13
 COVERED = 0.8  # share of an examination text's own 13-grams that make a row contaminated
 LEAST_GRAMS = 8  # a text with fewer is compared as a whole only
+PARTITION = 500_000  # digests that are compared at once
 TRIES = 16  # members of a bucket that a text is compared with
-_POWERS = {width: np.uint64(pow(0x9E3779B97F4A7C15, width, 1 << 64)) for width in (1, 2, 4, 8)}
+GOLDEN = 0x9E3779B97F4A7C15
+_POWERS = {width: np.uint64(pow(GOLDEN, width, 1 << 64)) for width in (1, 2, 4, 8)}
 _NOISE = re.compile(r"[\W_]+")
 
 
@@ -84,7 +87,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _permutations() -> tuple[np.ndarray, np.ndarray]:
     """(BANDS x ROWS, 1) odd factors and offsets, the same for ever."""
-    words = mix(np.arange(1, 2 * BANDS * ROWS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)).astype(np.uint32)
+    words = mix(np.arange(1, 2 * BANDS * ROWS + 1, dtype=np.uint64) * np.uint64(GOLDEN)).astype(np.uint32)
     return words[: BANDS * ROWS, None] | np.uint32(1), words[BANDS * ROWS :, None]
 
 
@@ -112,14 +115,32 @@ def jaccard(one: str, other: str) -> float:
     return shared / max(1, len(first) + len(second) - shared)
 
 
-def find_exact(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """digests: (N, 2) uint64. Returns (indices, the earlier index that says the same), both (D,) int64."""
-    order = np.lexsort((digests[:, 1], digests[:, 0]))
-    ranked = digests[order]
+def find_exact(blocks: Callable[[], Iterable[np.ndarray]], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(indices, the earlier index that says the same), both (D,) int64, sorted by index.
+
+    blocks(): all `count` digests in their order, in pieces (n, 2) uint64; gone through once for each PARTITION of them.
+    """
+    parts = max(1, -(-count // PARTITION))
+    found = [_find_exact(blocks(), np.uint64(part), np.uint64(parts)) for part in range(parts)]
+    same, first = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.argsort(same)
+    return same[order], first[order]
+
+
+def _find_exact(blocks: Iterable[np.ndarray], part: np.uint64, parts: np.uint64) -> tuple[np.ndarray, np.ndarray]:
+    digests, numbers, begin = [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.int64)], 0
+    for block in blocks:
+        mine = np.flatnonzero(block[:, 0] % parts == part)
+        digests.append(block[mine])
+        numbers.append(mine + begin)
+        begin += len(block)
+    keys, index = np.concatenate(digests), np.concatenate(numbers)
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    ranked = keys[order]
     new = np.ones(len(order), bool)
     new[1:] = (ranked[1:] != ranked[:-1]).any(axis=1)
     firsts = order[np.flatnonzero(new)][np.cumsum(new) - 1]  # lexsort is stable: the first of a run is the earliest
-    return order[~new], firsts[~new]
+    return index[order[~new]], index[firsts[~new]]
 
 
 def find_near(

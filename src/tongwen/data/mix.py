@@ -3,12 +3,14 @@ every machine."""
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from tongwen.data.dedup import GOLDEN, mix
 from tongwen.errors import DataError
 from tongwen.language import say
 
@@ -20,14 +22,17 @@ def order(count: int, seed: int, *words: Any) -> list[int]:
     return indices
 
 
-def choose_held_out(count: int, amount: float, seed: int) -> np.ndarray:
-    """(count,) bool: which records are held out. amount: a share below 1, or a number of records.
+def choose_held_out(free: np.ndarray, amount: float, seed: int, at_most: int | None = None) -> np.ndarray:
+    """Sorted indices of the records that are held out. free: (N,) bool, the records to choose from; amount: a share of
+    them below 1, of `at_most` records, or a number of records.
 
+    Those with the smallest hashes of seed and index are taken: whether another record is there changes nothing.
     A share holds out at least one record where there are two. Raises DataError when nothing would be left to learn.
     """
+    count = int(free.sum())
     wanted = round(count * amount) if amount < 1 else int(amount)
     if 0 < amount < 1 and count > 1:
-        wanted = max(wanted, 1)
+        wanted = min(max(wanted, 1), at_most or count)
     if wanted >= count and wanted:
         raise DataError(
             say(
@@ -36,9 +41,16 @@ def choose_held_out(count: int, amount: float, seed: int) -> np.ndarray:
             ),
             place="prepare.held_out",
         )
-    chosen = np.zeros(count, bool)
-    chosen[order(count, seed, "held_out")[:wanted]] = True
-    return chosen
+    start = np.uint64(int.from_bytes(hashlib.blake2b(f"{seed}/held_out".encode(), digest_size=8).digest(), "little"))
+    keys, chosen = np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    for begin in range(0, len(free) if wanted else 0, 1 << 20):  # blocks: the memory does not grow with the data
+        block = np.flatnonzero(free[begin : begin + (1 << 20)]) + begin
+        keys = np.concatenate([keys, mix(block.astype(np.uint64) * np.uint64(GOLDEN) + start)])
+        chosen = np.concatenate([chosen, block])
+        if len(keys) > wanted:
+            least = np.argpartition(keys, wanted - 1)[:wanted]
+            keys, chosen = keys[least], chosen[least]
+    return np.sort(chosen)
 
 
 def passes_of(tokens: Sequence[int], weights: Sequence[float | None], shares: Sequence[float | None]) -> list[float]:

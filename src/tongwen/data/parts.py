@@ -238,6 +238,13 @@ def check_losses(
 # -- all files together --------------------------------------------------------------------------------------------
 
 
+def iter_index(folder: Path) -> Iterator[np.ndarray]:
+    """The INDEX entries of a part, in pieces."""
+    with (folder / "index.bin").open("rb") as stream:
+        while len(block := np.fromfile(stream, INDEX, 65536)):
+            yield block
+
+
 class Shelf:
     """The records of the training parts of one kind, numbered through, on disk."""
 
@@ -249,14 +256,14 @@ class Shelf:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def column(self, name: str) -> np.ndarray:
-        """One column of all indices."""
-        columns = [np.fromfile(part.folder(self.out) / "index.bin", INDEX)[name] for part in self.parts]
-        return np.concatenate(columns) if columns else np.zeros(0, INDEX[name])
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """One column of all indices, in pieces."""
+        for part in self.parts:
+            yield from (block[name].copy() for block in iter_index(part.folder(self.out)))
 
     def near(self) -> np.ndarray:
         """(n,) int64: the records that are compared nearly."""
-        return np.flatnonzero(self.column("near"))
+        return np.flatnonzero(np.concatenate([np.zeros(0, bool), *self.blocks("near")]))
 
     def band(self, number: int) -> np.ndarray:
         """(n,) uint64: one band of them, read in blocks so that the others do not stay in memory."""
@@ -282,8 +289,9 @@ class Shelf:
 
 
 def compare(parts: Sequence[Part], section: Prepare, seed: int, out: Path) -> None:
-    """Decide on every record of the training parts: verdict.npy (int8) and partner.npy (int64, the record that it repeats,
-    in the numbering of its kind) in each part's folder; examination.npz beside them holds what must not be trained on."""
+    """Decide on every record of the training parts: verdict.npy (int8) and repeats.npy (pairs of a lost record, in the
+    numbering of its part, and the one that it repeats, in the numbering of its kind) in each part's folder; KIND.npz beside
+    them holds what must not be trained on."""
     if (out / "parts" / "compare.json").is_file():
         return
     for kind in KINDS:
@@ -291,10 +299,12 @@ def compare(parts: Sequence[Part], section: Prepare, seed: int, out: Path) -> No
         if not chosen:
             continue
         shelf = Shelf(chosen, out)
-        verdict, partner = np.zeros(len(shelf), np.int8), np.full(len(shelf), -1, np.int64)
+        verdict = np.zeros(len(shelf), np.int8)
+        pairs = [np.zeros((0, 2), np.int64)]  # (a record that is lost, the record that it repeats)
         if getattr(section.dedup, kind) != "off":
-            same, first = dedup.find_exact(shelf.column("digest"))
-            verdict[same], partner[same] = SAME, first
+            same, first = dedup.find_exact(lambda shelf=shelf: shelf.blocks("digest"), len(shelf))  # type: ignore[misc]
+            verdict[same] = SAME
+            pairs.append(np.stack([same, first], axis=1))
         if getattr(section.dedup, kind) == "near":
             numbers = shelf.near()
 
@@ -303,20 +313,23 @@ def compare(parts: Sequence[Part], section: Prepare, seed: int, out: Path) -> No
                 return dedup.fold(dedup.text_of(shelf.read(int(numbers[index]))))
 
             found = dedup.find_near(shelf.band, verdict[numbers] != STAYS, folded, section.dedup.threshold)
-            for index, other in found.items():
-                verdict[numbers[index]], partner[numbers[index]] = ALIKE, numbers[other]
+            near = numbers[np.array(sorted(found.items()), np.int64).reshape(-1, 2)]
+            verdict[near[:, 0]] = ALIKE
+            pairs.append(near)
         if not isinstance(section.held_out, str):
-            left = np.flatnonzero(verdict == STAYS)
-            verdict[left[choose_held_out(len(left), section.held_out, seed)]] = HELD_OUT
+            free = verdict == STAYS
+            verdict[choose_held_out(free, section.held_out, seed, section.held_out_at_most)] = HELD_OUT
         asked = [shelf.read(int(number)) for number in np.flatnonzero(verdict == HELD_OUT)]
         for part in parts:
             if part.kind == kind and part.role != "train":
                 asked += load(part.folder(out) / "records.jsonl")
         dedup.Examination.of(asked).save(out / "parts" / f"{kind}.npz")
+        repeats = np.concatenate(pairs)
         for place, part in enumerate(chosen):
-            mine = slice(shelf.starts[place], shelf.starts[place + 1])
-            np.save(part.folder(out) / "verdict.npy", verdict[mine])
-            np.save(part.folder(out) / "partner.npy", partner[mine])
+            begin, end = shelf.starts[place : place + 2]
+            mine = repeats[(repeats[:, 0] >= begin) & (repeats[:, 0] < end)]
+            np.save(part.folder(out) / "verdict.npy", verdict[begin:end])
+            np.save(part.folder(out) / "repeats.npy", mine - np.array([begin, 0]))
     artifact.write_json(out / "parts" / "compare.json", {})
 
 
@@ -336,8 +349,9 @@ def settle(part: Part, parts: Sequence[Part], section: Prepare, out: Path) -> No
     if part.role == "train":
         examination = dedup.Examination.load(out / "parts" / f"{part.kind}.npz")
         shelf = Shelf([one for one in parts if one.kind == part.kind and one.role == "train"], out)
-        index = np.fromfile(folder / "index.bin", INDEX)
-        verdict, partner = np.load(folder / "verdict.npy"), np.load(folder / "partner.npy")
+        verdict = np.load(folder / "verdict.npy")
+        repeats = dict(np.load(folder / "repeats.npy").tolist())
+    index = (entry for block in iter_index(folder) for entry in block)
     counts: Counter[str] = Counter()
     with (
         (folder / "records.jsonl").open("rb") as records,
@@ -345,7 +359,7 @@ def settle(part: Part, parts: Sequence[Part], section: Prepare, out: Path) -> No
         (folder / "held_out.jsonl").open("wb") as held_out,
         (folder / "lost.jsonl").open("wb") as lost,
     ):
-        for row, line in enumerate(records):
+        for row, (line, entry) in enumerate(zip(records, index, strict=True)):
             if part.role == "held_out" or (part.role == "train" and verdict[row] == HELD_OUT):
                 held_out.write(line)
                 counts["held_out"] += 1
@@ -356,9 +370,9 @@ def settle(part: Part, parts: Sequence[Part], section: Prepare, out: Path) -> No
             reason, rule = "", ""
             if verdict[row] in REASONS:
                 reason = REASONS[verdict[row]]
-                other = shelf.read(int(partner[row])).origin
+                other = shelf.read(repeats[row]).origin
                 rule = say(f"repeats {other}", f"与 {other} 重复")
-            elif knows := examination.knows(record, index["digest"][row].tobytes()):
+            elif knows := examination.knows(record, entry["digest"].tobytes()):
                 reason = "contaminated"
                 rule = (
                     say("stands in held-out or evaluation data", "出现在留出集或评测数据中")
@@ -366,7 +380,7 @@ def settle(part: Part, parts: Sequence[Part], section: Prepare, out: Path) -> No
                     else say("holds a text of held-out or evaluation data", "包含留出集或评测数据中的文本")
                 )
             if reason:
-                ledger.move(reason, int(index["size"][row]))
+                ledger.move(reason, int(entry["size"]))
                 value = {name: part for name, part in record.to_dict().items() if name != "origin"}
                 lost.write(Rejected(record.origin, reason, rule, value).to_line())
                 counts[reason] += 1

@@ -187,6 +187,7 @@ class Prepare(Section):
         "kept away from training: a share (below 1), a count, or a file",
         "留出不参与训练的部分：比例（小于 1）、条数或一个文件",
     )
+    held_out_at_most: int | None = word(None, "rows that a share holds out at most", "按比例留出时的最多行数", ge=1)
     evaluation: Sources = word(
         [], "data that the model will be examined on; it must not be trained on", "评测用数据，不得出现在训练中"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from tongwen import console
 from tongwen.data import parts as steps
 from tongwen.data.clean import Cleaner, Dropped
@@ -29,7 +31,8 @@ def run(recipe: Recipe) -> int:
             ledger, bad = _read(parts, section, errors)
             if not errors:
                 if not isinstance(section.held_out, str):
-                    choose_held_out(ledger.kept, section.held_out, recipe.seed)
+                    everything = np.ones(ledger.kept, bool)
+                    choose_held_out(everything, section.held_out, recipe.seed, section.held_out_at_most)
                 tables[kind] = {**ledger.to_dict(), "rejected": bad}
         except DataError as error:
             errors.append(error)
