@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test docs bench clean
+.PHONY: demo test docs bench bench-large clean
 
 demo: $(VENV)/installed
 	$(BIN)/tongwen demo
@@ -16,6 +16,10 @@ docs: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	@echo "see bench/README.md: each script opens with its command"
+
+# make bench-large TEXT=zh_docs.txt TOKENIZER=FOLDER: two gigabytes through the data river, unattended (half an hour)
+bench-large: $(VENV)/installed-dev
+	$(BIN)/python bench/river.py --text $(TEXT) --tokenizer $(TOKENIZER) --sizes 2048 --out bench/results/river_2gb.json
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

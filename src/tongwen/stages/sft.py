@@ -373,7 +373,7 @@ def _held_out(before: dict[str, Any], after: dict[str, Any], store: TokenStore |
 def _books(prepared: artifact.Artifact, ledger: Ledger) -> dict[str, Any]:
     """Both tables. What the first keeps is what the second takes in, or this is a bug of ours."""
     table = prepared.manifest["ledger"]["dialogues"]
-    tables = {"prepare": {key: table[key] for key in ("in", "kept", "lost")}, "encode": ledger.to_dict()}
+    tables = {"prepare": {key: table[key] for key in ("in", "kept", "lost", "files")}, "encode": ledger.to_dict()}
     kept, taken = tables["prepare"]["kept"]["rows"], tables["encode"]["in"]["rows"]
     if kept != taken:
         raise AssertionError(f"prepare keeps {kept} rows, encode takes in {taken}")

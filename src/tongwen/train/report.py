@@ -20,11 +20,12 @@ h1{font-size:1.7rem;line-height:1.25;margin:.2rem 0}h2{font-size:1.15rem;margin:
 .soft{color:var(--soft)}.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(11.5rem,1fr));gap:.8rem;margin:1.4rem 0}
 .card{background:var(--wash);border:1px solid var(--line);border-radius:.6rem;padding:.8rem 1rem}
 .card b{display:block;font-size:1.25rem;line-height:1.3;white-space:nowrap;font-variant-numeric:tabular-nums}.card span{color:var(--soft);font-size:.85rem}
-table{border-collapse:collapse;width:100%;table-layout:fixed;margin-bottom:1rem}td,th{padding:.35rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+table{border-collapse:collapse;width:100%;table-layout:fixed;margin-bottom:1rem}td,th{overflow-wrap:anywhere;padding:.35rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}th{font-weight:600;color:var(--soft);font-size:.85rem}
 svg{width:100%;min-width:30rem;height:auto;display:block}.scroll{overflow-x:auto}
 .qa{border:1px solid var(--line);border-radius:.6rem;margin:.8rem 0;overflow:hidden}.qa h3{margin:0;padding:.6rem 1rem;background:var(--wash);font-size:1rem}
 .qa div{display:grid;grid-template-columns:5rem 1fr;gap:.6rem;padding:.5rem 1rem;border-top:1px solid var(--line);white-space:pre-wrap;overflow-wrap:anywhere}
+details{margin:-.4rem 0 1rem}summary{cursor:pointer;color:var(--soft)}
 .bar{background:var(--accent);opacity:.7;height:.9rem;border-radius:.2rem;min-width:1px}
 pre{background:var(--wash);border:1px solid var(--line);border-radius:.6rem;padding:1rem;overflow-x:auto;font-size:.85rem}
 """
@@ -200,7 +201,25 @@ def _ledger(name: str, table: dict[str, Any]) -> str:
         f"<tr><td>{html.escape(label)}</td>" + "".join(f"<td class=n>{values[unit]:,}</td>" for unit in units) + "</tr>"
         for label, values in rows
     )
-    return f"<div class=scroll><table>{head}{body}</table></div>"
+    files = table.get("files", {})
+    return f"<div class=scroll><table>{head}{body}</table></div>{_files(files) if len(files) > 1 else ''}"
+
+
+def _files(files: dict[str, Any]) -> str:
+    """The same by file: rows in, kept, and the reasons of the rest."""
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td class=n>{table['in']['rows']:,}</td><td class=n>{table['kept']['rows']:,}</td>"
+        f"<td>{html.escape(_reasons(table['lost']))}</td></tr>"
+        for name, table in files.items()
+    )
+    head = (say("file", "文件"), say("rows in", "读入行"), say("kept", "保留"), say("lost", "损失"))
+    cells = f"<th>{head[0]}</th><th class=n>{head[1]}</th><th class=n>{head[2]}</th><th>{head[3]}</th>"
+    title = say(f"by file ({len(files)})", f"按文件（{len(files)}）")
+    return f"<details><summary>{title}</summary><div class=scroll><table><tr>{cells}</tr>{rows}</table></div></details>"
+
+
+def _reasons(lost: dict[str, Any]) -> str:
+    return ", ".join(f"{reason} {count['rows']:,}" for reason, count in lost.items())
 
 
 def _mask(mask: dict[str, Any]) -> str:
