@@ -185,6 +185,25 @@ def test_a_held_out_file_is_no_part_of_training(tmp_path: Path) -> None:
     assert table["lost"]["contaminated"]["rows"] == 5
 
 
+def test_no_kind_of_training_data_holds_what_another_kind_examines(tmp_path: Path) -> None:
+    rows = dialogue_rows(30)
+    text = "前文。" * 9 + rows[3]["instruction"] + "后文。" * 9
+    write_rows(tmp_path / "d.jsonl", [{"text": text}, {"text": sentence(random.Random(1), 80)}])
+    write_rows(tmp_path / "exam.jsonl", [rows[3]])
+    (tmp_path / "h.txt").write_text(sentence(random.Random(2), 90), encoding="utf-8")
+    write_rows(tmp_path / "a.jsonl", rows[:3] + rows[4:])
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: x\nbase: n\nout: {tmp_path / 'o'}\nprepare: {{dialogues: {tmp_path / 'a.jsonl'}, "
+        f"documents: {tmp_path / 'd.jsonl'}, evaluation: {tmp_path / 'exam.jsonl'}, held_out: {tmp_path / 'h.txt'}}}\n"
+    )
+    assert cli.main(["run", str(recipe)]) == 0
+    out = tmp_path / "o" / "prepare"
+    assert [row["reason"] for row in lines(out / "rejected.jsonl")] == ["contaminated"]
+    assert len(lines(out / "documents.jsonl")) == len(lines(out / "documents.held_out.jsonl")) == 1
+    assert not (out / "dialogues.held_out.jsonl").exists()
+
+
 def test_preparing_what_was_prepared_changes_nothing(prepared: Path, tmp_path: Path) -> None:
     kept = prepared / "out" / "prepare" / "dialogues.jsonl"
     recipe = tmp_path / "r.yaml"

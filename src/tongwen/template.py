@@ -80,10 +80,12 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 @lru_cache(maxsize=16)
-def forbidden_in_text(special: tuple[str, ...]) -> re.Pattern[str]:
-    """What no row's own text may contain, the longest first."""
+def forbidden_in_text(special: tuple[str, ...]) -> tuple[str, re.Pattern[str]]:
+    """What no row's own text may contain, the longest first, and the characters with which it begins."""
     tokens = sorted(filter(None, special), key=len, reverse=True)
-    return re.compile("|".join([f"[{LEARN_FROM}{LEARN_TO}{SENTINEL}]", *map(re.escape, tokens)]))
+    marks = f"{LEARN_FROM}{LEARN_TO}{SENTINEL}"
+    firsts = "".join(sorted({token[0] for token in tokens})) + marks
+    return firsts, re.compile("|".join([f"[{marks}]", *map(re.escape, tokens)]))
 
 
 def shipped_source(name: str) -> str:
@@ -349,9 +351,14 @@ class Template:
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
         """A row's own text must not contain control tokens: they would end the answer, or open a turn, in the middle."""
-        forbidden = forbidden_in_text(self.special)
+        firsts, forbidden = forbidden_in_text(self.special)
         for message in messages:
             for text in (message.content, message.thinking or ""):
+                for first in firsts:  # a look for one character is much cheaper than the pattern
+                    if first in text:
+                        break
+                else:
+                    continue
                 if not (found := forbidden.search(text)):
                     continue
                 if found[0] in self.special:

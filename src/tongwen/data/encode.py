@@ -174,9 +174,12 @@ def encode_dialogues(
     cannot be trained is handed to `reject` and counted. A row counts as kept when at least one of its samples is; tokens
     are counted per sample. The stop token is never cut off."""
     stream = iter(dialogues)
-    while chunk := list(islice(stream, BATCH)):
+    while True:
         with _uncollected():
+            chunk = list(islice(stream, BATCH))
             batch = _batch(_fitting(chunk, template, encoder, section, ledger, reject), chunk)
+        if not chunk:
+            return
         yield batch
 
 
@@ -300,8 +303,9 @@ def encode_documents(
     """Plain text, all of it learned: the tokenizer's prefix, the text, the end-of-text token. A document that is longer
     than max_length goes on in further samples; no token is lost. Batches of about window_bytes bound the memory."""
     stream = iter(documents)
-    while chunk := list(_window(stream, window_bytes)):
+    while True:
         with _uncollected():
+            chunk = list(_window(stream, window_bytes))
             samples = []
             for number, ids in enumerate(encoder.encode_texts([document.text for document in chunk])):
                 ids = [*encoder.prefix, *ids, end]
@@ -312,6 +316,8 @@ def encode_documents(
                     last = begin + max_length >= len(ids)
                     samples.append(_Sample(number, [Piece(part, learn=True)], last, len(part)))
             batch = _batch(samples, chunk)
+        if not chunk:
+            return
         yield batch
 
 

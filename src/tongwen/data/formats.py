@@ -103,7 +103,7 @@ def recognise_row(raw: RawRow, source: Source) -> str:
     place = f"{raw.file}:{raw.row}"
     if isinstance(row, dict):
         _check_preferences(row, source, place)
-        row = _named(row, source)
+        row = with_columns(row, source)
     found = recognise(row)
     if found and found != "text":
         return found
@@ -200,7 +200,7 @@ def read_dialogue(row: Any, format_: str, source: Source, fill: Mapping[str, str
             place=str(origin),
             remedy=say("put it under prepare.documents", "请放在 prepare.documents 下"),
         )
-    named = _named(row, source)
+    named = with_columns(row, source)
     if format_ == "alpaca" and _has_turns_inside(named):
         format_ = "turns_inside"
     messages, tools = READERS[format_](named, source)
@@ -232,7 +232,7 @@ def is_blank(text: str) -> bool:
     return _VISIBLE.search(text) is None
 
 
-def _named(row: dict[str, Any], source: Source) -> dict[str, Any]:
+def with_columns(row: dict[str, Any], source: Source) -> dict[str, Any]:
     """The row under our names. A name that is mapped means the mapped column and no other."""
     if not source.columns:
         return row
@@ -406,7 +406,7 @@ def _turns(row: dict[str, Any], key: str, source: Source) -> Iterator[tuple[int,
                 "bad_turn",
                 say(f"turn {number} is {kind(turn)}, not an object", f"第 {number} 轮是 {kind(turn)}，不是对象"),
             )
-        yield number, _named(turn, source) if mapped else turn
+        yield number, with_columns(turn, source) if mapped else turn
 
 
 def _messages(row: dict[str, Any], key: str, source: Source) -> list[Message]:
@@ -585,7 +585,9 @@ def _check_dialogue(messages: Sequence[Message]) -> None:
         _checked(message.content, turn)
         if message.thinking:
             _checked(message.thinking, turn)
-        if found := [name for name in PLACEHOLDER.findall(message.content) if name in MUST_FILL]:
+        if "{{" in message.content and (
+            found := [name for name in PLACEHOLDER.findall(message.content) if name in MUST_FILL]
+        ):
             raise DataError(
                 say(f"the placeholder {{{{{found[0]}}}}} is not filled in", f"占位符 {{{{{found[0]}}}}} 未填写"),
                 remedy=f"prepare: {{fill: {{{found[0]}: …}}}}",

@@ -67,20 +67,28 @@ def list_parts(
                 if one.path.startswith(("hub:", "modelscope:")):
                     one = one.model_copy(update={"path": bring(one.path, tell)})
                 for file in find_files(one.path):
-                    out.append(Part(len(out), kind, role, number, one, file))
+                    out.append(Part(len(out), kind or _kind_of(file, one), role, number, one, file))
         except (DataError, RecipeError) as error:
             found.append(error)
 
     if isinstance(section.held_out, str):
-        add("dialogues" if section.dialogues else "documents", "held_out", 0, Source(path=section.held_out))
+        add("", "held_out", 0, Source(path=section.held_out))
     for number, source in enumerate(section.evaluation):
-        add("dialogues" if section.dialogues else "documents", "evaluation", number, source)
+        add("", "evaluation", number, source)
     for kind in KINDS:
         for number, source in enumerate(getattr(section, kind)):
             add(kind, "train", number, source)
     if errors is None:
         raise_all(found)
     return out
+
+
+def _kind_of(file: Path, source: Source) -> str:
+    """documents or dialogues, as the first row shows."""
+    row = next(read_rows(file, source)).value
+    row = formats.with_columns(row, source) if isinstance(row, dict) else row
+    text = source.format == "text" or (not source.format and formats.recognise(row) == "text")
+    return "documents" if text else "dialogues"
 
 
 # -- one file ------------------------------------------------------------------------------------------------------
@@ -290,10 +298,11 @@ class Shelf:
 
 def compare(parts: Sequence[Part], section: Prepare, seed: int, out: Path) -> None:
     """Decide on every record of the training parts: verdict.npy (int8) and repeats.npy (pairs of a lost record, in the
-    numbering of its part, and the one that it repeats, in the numbering of its kind) in each part's folder; KIND.npz beside
-    them holds what must not be trained on."""
+    numbering of its part, and the one that it repeats, in the numbering of its kind) in each part's folder; examination.npz
+    beside them holds what must not be trained on."""
     if (out / "parts" / "compare.json").is_file():
         return
+    asked: list[Document | Dialogue] = []
     for kind in KINDS:
         chosen = [part for part in parts if part.kind == kind and part.role == "train"]
         if not chosen:
@@ -319,17 +328,17 @@ def compare(parts: Sequence[Part], section: Prepare, seed: int, out: Path) -> No
         if not isinstance(section.held_out, str):
             free = verdict == STAYS
             verdict[choose_held_out(free, section.held_out, seed, section.held_out_at_most)] = HELD_OUT
-        asked = [shelf.read(int(number)) for number in np.flatnonzero(verdict == HELD_OUT)]
-        for part in parts:
-            if part.kind == kind and part.role != "train":
-                asked += load(part.folder(out) / "records.jsonl")
-        dedup.Examination.of(asked).save(out / "parts" / f"{kind}.npz")
+        asked += [shelf.read(int(number)) for number in np.flatnonzero(verdict == HELD_OUT)]
         repeats = np.concatenate(pairs)
         for place, part in enumerate(chosen):
             begin, end = shelf.starts[place : place + 2]
             mine = repeats[(repeats[:, 0] >= begin) & (repeats[:, 0] < end)]
             np.save(part.folder(out) / "verdict.npy", verdict[begin:end])
             np.save(part.folder(out) / "repeats.npy", mine - np.array([begin, 0]))
+    for part in parts:
+        if part.role != "train":
+            asked += load(part.folder(out) / "records.jsonl")
+    dedup.Examination.of(asked).save(out / "parts" / "examination.npz")
     artifact.write_json(out / "parts" / "compare.json", {})
 
 
@@ -347,7 +356,7 @@ def settle(part: Part, parts: Sequence[Part], section: Prepare, out: Path) -> No
     scanned = json.loads((folder / "scan.json").read_text(encoding="utf-8"))["ledger"]
     ledger = Ledger.of(scanned)
     if part.role == "train":
-        examination = dedup.Examination.load(out / "parts" / f"{part.kind}.npz")
+        examination = dedup.Examination.load(out / "parts" / "examination.npz")
         shelf = Shelf([one for one in parts if one.kind == part.kind and one.role == "train"], out)
         verdict = np.load(folder / "verdict.npy")
         repeats = dict(np.load(folder / "repeats.npy").tolist())

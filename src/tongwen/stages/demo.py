@@ -43,7 +43,7 @@ sft:
   batch_size: 4
   learning_rate: 3e-3
   schedule: linear
-  stop_after: 72 steps
+  stop_after: 84 steps
 merge: {{}}
 """
 
