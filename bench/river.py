@@ -115,7 +115,7 @@ def measure(chosen: argparse.Namespace, size: int) -> dict[str, Any]:
         (place / "parts").mkdir()
         few = place / "few.txt"
         write_text(Path(chosen.text), few, 16_000_000)  # reading and cleaning by themselves, on a part
-        source = parts[0].settings
+        source = parts[0].source
         step("read", lambda: sum(1 for _ in read_rows(few, source, lambda _: None)), 16)
         alone = dataclasses.replace(parts[0], file=few)
         step("read and clean", lambda: sum(1 for _ in steps.iter_rows(alone, section, Cleaner(section.clean, "documents"), lambda _: None)), 16)  # fmt: skip

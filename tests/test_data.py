@@ -10,10 +10,11 @@ import pytest
 
 from tests.conftest import write_rows
 from tongwen.data.clean import Cleaner, Dropped
+from tongwen.data.files import find_files
 from tongwen.data.formats import read_dialogue, recognise
 from tongwen.data.ledger import Ledger
 from tongwen.data.parts import check_losses, iter_rows, list_parts, load
-from tongwen.data.sources import find_files, read_rows
+from tongwen.data.sources import read_rows
 from tongwen.errors import DataError, RowRefused
 from tongwen.recipe.schema import Prepare, Source
 from tongwen.record import Origin

@@ -19,7 +19,8 @@ from tongwen.data import files, formats
 from tongwen.data.charset import choose, recognise
 from tongwen.data.dataset_info import entry_source
 from tongwen.data.files import find_files
-from tongwen.data.sources import RawRow, read_rows
+from tongwen.data.rows import RawRow
+from tongwen.data.sources import read_rows
 from tongwen.errors import DataError, RecipeError, RowRefused
 from tongwen.recipe.schema import Source
 from tongwen.record import Dialogue, Document, Origin

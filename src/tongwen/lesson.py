@@ -85,7 +85,12 @@ def look_ahead(recipe: Recipe, reader: Reader, limit: int | None = None) -> Less
         mask,
         ledger,
         lost,
-        _drawn(store, sources, {str(part.file): part.source for part in parts}, recipe.seed),
+        _drawn(
+            store,
+            sources,
+            {part.name: part.number for part in parts if (part.kind, part.role) == ("dialogues", "train")},
+            recipe.seed,
+        ),
         [],
         None,
     )

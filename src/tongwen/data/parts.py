@@ -23,9 +23,11 @@ import numpy as np
 from tongwen import artifact
 from tongwen.data import dataset_info, dedup, formats
 from tongwen.data.clean import Cleaner, Dropped
+from tongwen.data.files import find_files, shown
 from tongwen.data.ledger import Ledger, Rejected
 from tongwen.data.mix import choose_held_out
-from tongwen.data.sources import RawRow, find_files, read_rows
+from tongwen.data.rows import RawRow
+from tongwen.data.sources import read_rows
 from tongwen.errors import DataError, RecipeError, RowRefused, TongwenError, raise_all
 from tongwen.language import say
 from tongwen.recipe.schema import Prepare, Source
@@ -39,14 +41,20 @@ FIRST = 5  # unreadable rows that a message shows
 
 @dataclass(frozen=True)
 class Part:
-    """One file of one source. role: `train`, `held_out` (a file of the recipe) or `evaluation`."""
+    """One file of one source. index: among all files; kind: `documents` or `dialogues`; role: `train`, `held_out` (a file
+    of the recipe) or `evaluation`; number: of its source among those of its kind."""
 
     index: int
     kind: str
     role: str
-    source: int
-    settings: Source
+    number: int
+    source: Source
     file: Path
+
+    @property
+    def name(self) -> str:
+        """As it stands in origins."""
+        return shown(self.file)
 
     def folder(self, out: Path) -> Path:
         return out / "parts" / f"{self.index:05d}"
@@ -98,18 +106,18 @@ def iter_rows(
     part: Part, section: Prepare, cleaner: Cleaner, tell: Tell
 ) -> Iterator[tuple[RawRow, Document | Dialogue | Dropped | RowRefused]]:
     """Every row of a file with its record, or with why it is none."""
-    known = part.settings.format
-    for raw in read_rows(part.file, part.settings, tell):
+    known = part.source.format
+    for raw in read_rows(part.file, part.source, tell):
         origin = Origin(raw.file, raw.row)
         try:
             if raw.problem:
                 raise RowRefused(raw.reason, raw.problem)
             record: Document | Dialogue
             if part.kind == "documents":
-                record = formats.read_document(raw.value, part.settings, origin)
+                record = formats.read_document(raw.value, part.source, origin)
             else:
-                format_ = known or formats.recognise_row(raw, part.settings)
-                record = formats.read_dialogue(raw.value, format_, part.settings, section.fill, origin)
+                format_ = known or formats.recognise_row(raw, part.source)
+                record = formats.read_dialogue(raw.value, format_, part.source, section.fill, origin)
         except RowRefused as refused:
             yield raw, refused
         except DataError as error:
@@ -173,8 +181,9 @@ def scan(part: Part, section: Prepare, out: Path, tell: Tell) -> None:
             records.write(line)
             begin += len(line)
     if not ledger.things_in:
-        raise DataError(say("no rows in this file", "文件中没有数据"), place=str(part.file))
+        raise DataError(say("no rows in this file", "文件中没有数据"), place=part.name)
     facts = {"ledger": ledger.to_dict(), "bad": bad, "first_bad": first_bad, "changed": dict(cleaner.changed)}
+    artifact.sync_tree(folder)
     artifact.write_json(folder / "scan.json", facts)
 
 
@@ -396,6 +405,7 @@ def settle(part: Part, parts: Sequence[Part], section: Prepare, out: Path) -> No
             else:
                 kept.write(line)
                 counts["kept"] += 1
+    artifact.sync_tree(folder)
     artifact.write_json(folder / "settled.json", {"ledger": ledger.to_dict(), "counts": counts})
 
 
@@ -431,7 +441,7 @@ def join(parts: Sequence[Part], section: Prepare, out: Path) -> dict[str, Any]:
                     if part.role == "train":
                         mine = Ledger.of(settled[part.index]["ledger"])
                         ledger.add(mine)
-                        files[str(part.file)] = {**mine.to_dict(), "source": part.source}
+                        files[part.name] = {**mine.to_dict(), "source": part.number}
             if not held:
                 (out / f"{kind}.held_out.jsonl").unlink()
             from_training = not isinstance(section.held_out, str)

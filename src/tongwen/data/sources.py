@@ -17,13 +17,11 @@ from typing import Any
 from tongwen.data import charset, files, tables
 from tongwen.data.arrays import read_array
 from tongwen.data.charset import Charset
-from tongwen.data.files import Damaged, Stream, find_files, shown
+from tongwen.data.files import Damaged, Stream, shown
 from tongwen.data.rows import CAP, RawRow, parse_json
 from tongwen.errors import DataError, RowRefused
 from tongwen.language import say
 from tongwen.recipe.schema import Source
-
-__all__ = ["RawRow", "find_files", "read_rows"]
 
 # A single line of this size is no line: the file has no line ends.
 _SKIP = 1 << 28

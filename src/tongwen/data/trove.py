@@ -25,7 +25,7 @@ def run_tasks(section: Prepare, step: str, out: Path, parts: Sequence[Part], wor
     """Do a step on every part. Raises what a part raises; with an executor, MachineError when a task has failed."""
     if section.executor == "here":
         for number, part in enumerate(parts, 1):
-            with console.waiting(f"{step} {number}/{len(parts)} {part.file}"):
+            with console.waiting(f"{step} {number}/{len(parts)} {part.name}"):
                 work(part)
         return
     try:
@@ -66,7 +66,7 @@ def _wait(section: Prepare, step: str, out: Path, parts: Sequence[Part]) -> None
         if section.executor != "slurm":
             raise MachineError(
                 say(f"{len(undone)} files were not finished", f"{len(undone)} 个文件没有完成"),
-                place=str(undone[0].file),
+                place=undone[0].name,
                 remedy=say(
                     f"see the logs in {out / 'parts'}; the same command goes on",
                     f"见日志 {out / 'parts'}；同一命令可继续",

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tongwen import console
-from tongwen.data.sources import RawRow, find_files, read_rows
+from tongwen.data.files import find_files
+from tongwen.data.rows import RawRow
+from tongwen.data.sources import read_rows
 from tongwen.errors import DataError
 from tongwen.language import say
+from tongwen.recipe.schema import Source
 from tongwen.speaker import open_speaker
 
 
@@ -45,21 +48,17 @@ def run(
 
 def read_prompts(prompts: str) -> list[list[dict[str, Any]]]:
     """Conversations that wait for an answer: lines of text, or JSON rows with `prompt` or `messages`."""
-    files = find_files(prompts)
-    rows = [row for file in files for row in (_lines(file) if file.suffix in (".txt", ".md") else read_rows(file))]
-    return [_conversation(row) for row in rows]
-
-
-def _lines(file: Path) -> list[RawRow]:
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
     return [
-        RawRow(str(file), number, {"prompt": line}, len(line)) for number, line in enumerate(lines, 1) if line.strip()
+        _conversation(row)
+        for file in find_files(prompts)
+        for row in read_rows(file, Source(path=prompts, records="line"), console.notice)
     ]
 
 
 def _conversation(row: RawRow) -> list[dict[str, Any]]:
     value = row.value if isinstance(row.value, dict) else {}
-    prompt, messages = value.get("prompt", value.get("instruction")), value.get("messages")
+    prompt = next((value[key] for key in ("prompt", "instruction", "text") if key in value), None)
+    messages = value.get("messages")
     if (
         isinstance(messages, list)
         and messages
