@@ -34,7 +34,7 @@ out: {out}
 seed: 42
 prepare:
   dialogues: [{out}/dialogues.jsonl, {out}/self_introduction.jsonl]
-  held_out: 30
+  held_out: {out}/held_out.jsonl
   fill: {{name: 小同, author: 同文}}
 sft:
   template: chatml
@@ -43,7 +43,7 @@ sft:
   batch_size: 4
   learning_rate: 3e-3
   schedule: linear
-  stop_after: 84 steps
+  stop_after: 72 steps
 merge: {{}}
 """
 
@@ -54,7 +54,7 @@ def run(out: str, model: str) -> int:
     folder = Path(out)
     base = model or str(fetch_model())
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("dialogues.jsonl", "self_introduction.jsonl"):
+    for name in ("dialogues.jsonl", "self_introduction.jsonl", "held_out.jsonl"):
         text = (importlib.resources.files("tongwen") / "demo" / name).read_text(encoding="utf-8")
         (folder / name).write_text(text, encoding="utf-8")
     comment = say(
