@@ -137,22 +137,23 @@ class Skeleton:
 
     def fill(self, messages: Sequence[Message]) -> list[tuple[Span, ...]]:
         """The spans of each sample with these contents."""
-        return [
-            tuple(
-                Span(
-                    "".join([part if isinstance(part, str) else _content(part, messages) for part in parts]),
-                    fate.learn,
-                    fate.answer,
-                    fate.stop,
-                )
-                for parts, fate in sample
-            )
-            for sample in self.samples
-        ]
+        out = []
+        for sample in self.samples:
+            spans = []
+            for parts, fate in sample:
+                if len(parts) == 1 and parts[0].__class__ is str:
+                    spans.append(fate)  # the same in every dialogue
+                    continue
+                text = "".join([part if part.__class__ is str else _content(part, messages) for part in parts])  # type: ignore[arg-type]
+                spans.append(Span(text, fate.learn, fate.answer, fate.stop))
+            out.append(tuple(spans))
+        return out
 
 
 def _content(slot: Slot, messages: Sequence[Message]) -> str:
     text = messages[slot.message].content
+    if not slot.steps:
+        return text
     for method, characters in slot.steps:
         text = getattr(text, method)(characters)
     return text

@@ -42,8 +42,8 @@ class Plan:
         return [micro for step in self.micro for micro in step]
 
     def fill(self, lengths: np.ndarray) -> float:
-        """Real tokens among those that the micro-batches have room for."""
-        return sum(self.tokens_of(lengths)) / (len(self.steps) * self.accumulate * self.world * self.budget)
+        """Real tokens among those that the micro-batches have room for; the empty ones that end an epoch hold none."""
+        return sum(self.tokens_of(lengths)) / (self.budget * sum(bool(part) for step in self.micro for part in step))
 
     def tokens_of(self, lengths: np.ndarray) -> list[int]:
         """Tokens of each step."""
