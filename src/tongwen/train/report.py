@@ -170,7 +170,8 @@ def cjk_font() -> str | None:
         name = Path(file).name.lower().replace("-", "").replace(" ", "")
         return next((place for place, wanted in enumerate(preferred) if wanted in name), len(preferred))
 
-    for file in sorted(font_manager.findSystemFonts(), key=lambda file: (rank(file), file)):
+    # The regular weight of a family first: a curve titled in bold alone makes matplotlib complain.
+    for file in sorted(font_manager.findSystemFonts(), key=lambda file: (rank(file), "egular" not in file, file)):
         try:
             font = ft2font.FT2Font(file)
             # A last-resort font has a box for every code point, even for one that Unicode has not assigned.
