@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tongwen import console
+from tongwen.data.fast import FastEncoder, make_fast
 from tongwen.data.ledger import Ledger, Rejected
 from tongwen.data.store import Batch, TokenStore, spans_of
 from tongwen.errors import DataError, ModelError, RowRefused
@@ -28,12 +30,16 @@ from tongwen.template import Rendered, Template
 
 ANCHORS = ("\n", ":", "a")
 BATCH = 1000  # dialogues tokenised in one call of the tokenizer library
+MANY = 500  # texts from which it pays to look for a faster encoder: a second or two
+
+
+Ids = Sequence[int] | np.ndarray
 
 
 class Piece(NamedTuple):
     """Ids of a stretch of text, and its fate."""
 
-    ids: list[int]
+    ids: Ids
     learn: bool
     answer: bool = False
 
@@ -53,26 +59,54 @@ class Encoder:
                 place=type(tokenizer).__name__,
                 remedy="AutoTokenizer.from_pretrained(…).save_pretrained(…)",
             )
+        self.fast: FastEncoder | None = None
+        self._fast_was_sought = False
         self.prefix = prefix_of(tokenizer)
         self.anchor = self._find_anchor()
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _ids(self, texts: list[str]) -> list[Ids]:
+        if not self._fast_was_sought and len(texts) >= MANY:
+            self.fast, self._fast_was_sought = self._find_fast(texts), True
+        if self.fast is None:
+            return self._slow_ids(texts)
+        out = [self.fast.encode(text) for text in texts]
+        rest = [place for place, ids in enumerate(out) if ids is None]
+        for place, ids in zip(rest, self._slow_ids([texts[place] for place in rest]), strict=True):
+            out[place] = np.array(ids, np.uint32)
+        return out  # type: ignore[return-value]
+
+    def _slow_ids(self, texts: list[str]) -> list[Ids]:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _find_fast(self, texts: list[str]) -> FastEncoder | None:
+        """tiktoken with the same vocabulary, when it is proven to give the same ids and gives them for these texts."""
+        fast = make_fast(self.backend)
+        for text, wanted in zip(texts, self._slow_ids(texts), strict=True) if fast else ():
+            if fast and (found := fast.encode(text)) is not None and found.tolist() != wanted:
+                console.notice(
+                    say(
+                        f"tiktoken splits {text[:20]!r} in another way; the tokenizers library is used",
+                        f"tiktoken 对 {text[:20]!r} 的切分不同；改用 tokenizers 库",
+                    )
+                )
+                return None
+        return fast
 
     def _find_anchor(self) -> str:
         """A text after which a continuation is tokenised without a dummy blank; "" when none is ever added."""
-        alone = self._ids(["是"])[0]
+        alone = self._slow_ids(["是"])[0]
         for anchor in ANCHORS:
-            head, joined = self._ids([anchor, f"{anchor}是"])
-            if joined == head + alone:
+            head, joined = self._slow_ids([anchor, f"{anchor}是"])
+            if list(joined) == [*head, *alone]:
                 return ""
         return ANCHORS[0]
 
-    def _continue(self, text: str, piece: list[int]) -> list[int]:
+    def _continue(self, text: str, piece: Ids) -> Ids:
         """The ids of a continuation; piece holds the ids of the usual anchor and the text."""
         for anchor in ANCHORS:
-            head, joined = self._ids([anchor])[0], piece if anchor == self.anchor else self._ids([anchor + text])[0]
-            if joined[: len(head)] == head:
+            head = list(self._ids([anchor])[0])
+            joined = piece if anchor == self.anchor else self._ids([anchor + text])[0]
+            if list(joined[: len(head)]) == head:
                 return joined[len(head) :]
         raise ModelError(
             say(f"the tokenizer cannot continue a text with {text[:20]!r}", f"分词器无法以 {text[:20]!r} 接续文本"),
@@ -90,7 +124,7 @@ class Encoder:
         return [self._with_prefix(pieces) for pieces in out] if self.prefix else out
 
     def _behind_anchors(self, samples: list[list[Span]]) -> list[list[Piece]]:
-        head = self._ids([self.anchor])[0]
+        head = list(self._ids([self.anchor])[0])
         encoded = iter(
             self._ids(
                 [
@@ -106,26 +140,26 @@ class Encoder:
             for number, span in enumerate(spans):
                 ids = next(encoded)
                 if number:
-                    ids = ids[len(head) :] if ids[: len(head)] == head else self._continue(span.text, ids)
+                    ids = ids[len(head) :] if list(ids[: len(head)]) == head else self._continue(span.text, ids)
                 pieces.append(Piece(ids, span.learn, span.answer))
             out.append(pieces)
         return out
 
-    def encode_texts(self, texts: list[str]) -> list[list[int]]:
+    def encode_texts(self, texts: list[str]) -> list[Ids]:
         """The ids of each text by itself, without the tokenizer's prefix."""
         return self._ids(texts)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt, as training sees the same text before an answer."""
-        return list(chain.from_iterable(piece.ids for piece in self.encode([[Span(text, False)]])[0]))
+        return [int(index) for piece in self.encode([[Span(text, False)]])[0] for index in piece.ids]
 
     def _with_prefix(self, pieces: list[Piece]) -> list[Piece]:
         """The tokenizer's own prefix exactly once, whether or not the template writes it."""
         count = len(self.prefix)
         first = pieces[0]
-        if first.ids[:count] != self.prefix:
+        if list(first.ids[:count]) != self.prefix:
             return [Piece(self.prefix, learn=False), *pieces]
-        if first.ids[count : 2 * count] == self.prefix:
+        if list(first.ids[count : 2 * count]) == self.prefix:
             return [first._replace(ids=first.ids[count:]), *pieces[1:]]
         return pieces
 
@@ -308,7 +342,7 @@ def encode_documents(
             chunk = list(_window(stream, window_bytes))
             samples = []
             for number, ids in enumerate(encoder.encode_texts([document.text for document in chunk])):
-                ids = [*encoder.prefix, *ids, end]
+                ids = np.array([*encoder.prefix, *ids, end], np.uint32)
                 ledger.enter(len(ids))
                 ledger.keep(len(ids))
                 for begin in range(0, len(ids), max_length):
@@ -330,7 +364,11 @@ def _window(stream: Iterator[Document], size: int) -> Iterator[Document]:
 def _batch(samples: list[_Sample], chunk: Sequence[Dialogue | Document]) -> Batch:
     pieces = [piece for sample in samples for piece in sample.pieces]
     lengths = [len(piece.ids) for piece in pieces]
-    ids = np.fromiter(chain.from_iterable([piece.ids for piece in pieces]), np.uint32, sum(lengths))
+    parts = [piece.ids for piece in pieces]
+    if all(part.__class__ is np.ndarray for part in parts):
+        ids = np.concatenate([np.zeros(0, np.uint32), *parts])
+    else:
+        ids = np.fromiter(chain.from_iterable(parts), np.uint32, sum(lengths))
     sizes = np.array([sample.size for sample in samples], np.int64)
     ends = np.cumsum(sizes)
     learn = np.repeat(np.array([piece.learn for piece in pieces], bool), lengths)
@@ -416,7 +454,7 @@ def check_round_trip(
         except RowRefused:
             continue
         for sample, pieces in zip(samples, encoder.encode([sample.spans for sample in samples]), strict=True):
-            ids = list(chain.from_iterable(piece.ids for piece in pieces))
+            ids = [int(index) for piece in pieces for index in piece.ids]
             text = encoder.backend.decode(ids, skip_special_tokens=False)
             checked += 1
             differ += "".join(sample.text.split()) not in "".join(text.split())

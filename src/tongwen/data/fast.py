@@ -1,0 +1,128 @@
+"""Byte-level BPE through tiktoken, four times as fast on Chinese, for tokenizers of which it is proven to give the same ids.
+
+The tokenizers library merges a pair when the pair is listed; tiktoken merges it when what it makes is in the vocabulary.
+The two agree when every token of the vocabulary is what its own bytes are merged to, and ids rise in the order of the
+merges: a pair that is not listed then never stands side by side. (If it did, nothing outside it had touched its bytes, and
+they would have been merged as they are alone: to the token, by the listed pair.) That is computed here for each tokenizer.
+
+What remains is the splitting into words, where the two libraries have other tables of letters and blanks. Texts with
+characters outside the blocks that have not changed in many versions of Unicode go to the tokenizers library.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+# GPT-2's words, which the tokenizers library has built in as ByteLevel(use_regex=True).
+GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+_SURE = (
+    "\t\n\r -~\xa0-\u024f\u0370-\u03ff\u0400-\u045f\u2010-\u2027\u2030-\u205e\u20ac\u2100-\u214f\u2190-\u22ff\u2460-\u24ff"
+    "\u2500-\u26ff\u3000-\u303f\u3041-\u3096\u309b-\u30ff\u3400-\u4db5\u4e00-\u9fa5\uff01-\uffee"
+)
+_UNSURE = re.compile(f"[^{_SURE}]")
+
+
+class FastEncoder:
+    """encode(text) gives (L,) uint32 ids, or None for a text that the tokenizers library should encode."""
+
+    def __init__(self, encoding: Any, composed: bool) -> None:
+        self._encoding, self._composed = encoding, composed
+
+    def encode(self, text: str) -> np.ndarray | None:
+        if _UNSURE.search(text) or (self._composed and not unicodedata.is_normalized("NFC", text)):
+            return None
+        ids: np.ndarray = self._encoding.encode_to_numpy(text, allowed_special="all")
+        return ids
+
+
+def make_fast(backend: Any) -> FastEncoder | None:
+    """The same tokenizer with tiktoken, or None when it is of another kind or not proven."""
+    import tiktoken
+
+    tokenizer: dict[str, Any] = json.loads(backend.to_str())
+    model, added = tokenizer["model"], tokenizer["added_tokens"]
+    pattern = _pattern(tokenizer["pre_tokenizer"])
+    plain = model["type"] == "BPE" and not any(
+        model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    )
+    normalizer = (tokenizer["normalizer"] or {"type": ""})["type"]
+    if not plain or pattern is None or normalizer not in ("", "NFC") or not _are_plain(added, normalizer):
+        return None
+    special = {token["content"]: token["id"] for token in added}
+    ranks = _ranks(model, special)
+    if ranks is None or not _all_are_reached(tokenizer, backend, special):
+        return None
+    encoding = tiktoken.Encoding("tongwen", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return FastEncoder(encoding, composed=normalizer == "NFC")
+
+
+def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
+    """The pattern of words, of a pre-tokenizer that does nothing else."""
+    if not pre_tokenizer:
+        return None
+    parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    last = parts[-1]
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space", True):
+        return None
+    if len(parts) == 1:
+        return GPT2 if last.get("use_regex", True) else None
+    first = parts[0]
+    isolates = first["type"] == "Split" and first["behavior"] == "Isolated" and not first["invert"]
+    if len(parts) != 2 or not isolates or last.get("use_regex", True):
+        return None
+    return first["pattern"].get("Regex")  # type: ignore[no-any-return]
+
+
+def _are_plain(added: list[dict[str, Any]], normalizer: str) -> bool:
+    """Tokens that are found in a text as they are, none of them the beginning of another."""
+    odd = any(token["single_word"] or token["lstrip"] or token["rstrip"] for token in added)
+    odd = odd or (bool(normalizer) and any(token["normalized"] for token in added))
+    names = sorted(token["content"] for token in added)
+    return not odd and not any(after.startswith(name) for name, after in pairwise(names))
+
+
+def _ranks(model: dict[str, Any], special: dict[str, int]) -> dict[bytes, int] | None:
+    """Bytes of each token -> its id; None when ids do not rise in the order of the merges, or a byte has no token."""
+    letters = _bytes_of_letters()
+    vocabulary: dict[str, int] = model["vocab"]
+    try:
+        ranks = {
+            bytes([letters[letter] for letter in token]): index
+            for token, index in vocabulary.items()
+            if token not in special
+        }
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        made = [vocabulary[one + other] for one, other in pairs]
+    except (KeyError, ValueError):
+        return None
+    needed = "".join(re.findall(f"[{_SURE}]", "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))))
+    single = {token for token in ranks if len(token) == 1}
+    complete = all(bytes([byte]) in single for byte in set(needed.encode()))
+    rising = all(one < other for one, other in pairwise(made))
+    return ranks if complete and rising and len(ranks) == len(single) + len(made) else None
+
+
+def _all_are_reached(tokenizer: dict[str, Any], backend: Any, special: dict[str, int]) -> bool:
+    """Whether the tokenizers library merges each token's own bytes to it."""
+    if tokenizer["model"].get("ignore_merges"):  # it would look the whole up before it merges
+        without = {**tokenizer, "model": {**tokenizer["model"], "ignore_merges": False}}
+        backend = type(backend).from_str(json.dumps(without, ensure_ascii=False))
+    model = backend.model
+    return all(
+        [token.id for token in model.tokenize(text)] == [index]
+        for text, index in tokenizer["model"]["vocab"].items()
+        if text not in special
+    )
+
+
+def _bytes_of_letters() -> dict[str, int]:
+    """GPT-2's letter for each byte: itself where it can be seen, else one from U+0100 on."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(hidden)}

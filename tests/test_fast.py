@@ -1,0 +1,105 @@
+"""The faster encoder gives the ids of the tokenizers library, or stays away."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
+from tongwen.data import encode
+from tongwen.data.encode import Encoder
+from tongwen.data.fast import make_fast
+from tongwen.record import Span
+
+ALPHABET = "天气很好。，今天我们 \n\t  \u3000  abcXYZ the of '123 don't—“”（）é😀𠮷\u200d\x85한"
+WORDS = ("你好，世界", "今天天气", "Hello", " world", "it's", "<|im_start|>", "<|im_end|>", "\n\n", "1234", "   ")
+
+
+def texts(count: int) -> list[str]:
+    rng = random.Random(3)
+    return ["".join(rng.choices([*ALPHABET, *WORDS], k=rng.randrange(1, 60))) for _ in range(count)]
+
+
+def test_the_ids_are_those_of_the_library(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer(tmp_path)
+    fast = make_fast(tokenizer.backend_tokenizer)
+    assert fast is not None
+    encoded = 0
+    for text in texts(3000):
+        ids = fast.encode(text)
+        if ids is not None:
+            encoded += 1
+            assert ids.tolist() == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, text
+    assert 300 < encoded < 3000, "rare characters are left to the library"
+
+
+def test_a_split_of_its_own_is_kept(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer(tmp_path)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    split = pre_tokenizers.Split(Regex(r"\p{N}|[^\s\p{N}]+|\s+"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    fast = make_fast(backend)
+    assert fast is not None
+    for text in texts(1000):
+        if (ids := fast.encode(text)) is not None:
+            assert ids.tolist() == backend.encode(text, add_special_tokens=False).ids, text
+
+
+def test_what_is_not_proven_stays_with_the_library(tmp_path: Path) -> None:
+    assert make_fast(sentencepiece_tokenizer(tmp_path / "s").backend_tokenizer) is None
+    whole = Tokenizer.from_str(byte_level_tokenizer(tmp_path / "b").backend_tokenizer.to_str())
+    model = whole.model
+    assert make_fast(whole) is not None
+    for pre_tokenizer in (
+        pre_tokenizers.ByteLevel(add_prefix_space=True),
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    ):
+        whole.pre_tokenizer = pre_tokenizer
+        assert make_fast(whole) is None
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(letters)}
+    # `abc` is listed as ab + c, but b + c is merged first: the library never makes `abc`, tiktoken would.
+    merges = [("b", "c"), ("a", "b"), ("ab", "c")]
+    for one, other in merges:
+        vocabulary[one + other] = len(vocabulary)
+    whole.model = models.BPE(vocab=vocabulary, merges=merges)
+    assert whole.encode("abc").tokens == ["a", "bc"]
+    assert make_fast(whole) is None
+    whole.model = model
+    assert make_fast(whole) is not None
+
+
+def test_the_encoder_uses_it_for_many_texts_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = byte_level_tokenizer(tmp_path)
+    samples = [[Span("问：", False), Span(text, True)] for text in texts(400)]
+    slow = Encoder(tokenizer)
+    monkeypatch.setattr(encode, "MANY", 10**9)
+    wanted = [[list(map(int, piece.ids)) for piece in pieces] for pieces in slow.encode(samples)]
+    assert slow.fast is None
+    monkeypatch.setattr(encode, "MANY", 100)
+    fast = Encoder(tokenizer)
+    assert [[list(map(int, piece.ids)) for piece in pieces] for pieces in fast.encode(samples)] == wanted
+    assert fast.fast is not None
+
+
+def test_one_difference_and_it_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = byte_level_tokenizer(tmp_path)
+    monkeypatch.setattr(encode, "MANY", 10)
+    encoder = Encoder(tokenizer)
+    wrong = make_fast(tokenizer.backend_tokenizer)
+    assert wrong is not None
+    monkeypatch.setattr(wrong, "encode", lambda text: encode.np.zeros(3, encode.np.uint32))
+    monkeypatch.setattr(encode, "make_fast", lambda backend: wrong)
+    ids = encoder.encode_texts(["今天天气很好"] * 20)
+    assert encoder.fast is None and list(ids[0]) == tokenizer.backend_tokenizer.encode("今天天气很好").ids
+    assert "tokenizers library is used" in capsys.readouterr().out
