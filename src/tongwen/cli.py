@@ -143,6 +143,11 @@ def make_parser() -> argparse.ArgumentParser:
         help=say("these files only; !PATTERN leaves out", "只取这些文件；!模式 表示排除"),
     )
     command.add_argument(
+        "--local-files-only",
+        action="store_true",
+        help=say("ask no hub: what is here, or an error", "不访问模型站：只用本机已有的，否则报错"),
+    )
+    command.add_argument(
         "--code", action="store_true", help=say("fetch *.py too (never run here)", "也获取 *.py（本工具从不运行）")
     )
     command.add_argument(
@@ -297,6 +302,8 @@ def _demo(parsed: argparse.Namespace) -> int:
 
 
 def _fetch(parsed: argparse.Namespace) -> int:
+    if parsed.local_files_only:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, below
     from tongwen.stages import fetch
 
     return fetch.run(

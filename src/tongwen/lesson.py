@@ -34,6 +34,8 @@ from tongwen.recipe.schema import Recipe, Sft
 from tongwen.record import Dialogue
 from tongwen.template import Template
 
+ROUND_TRIP = "round_trip.json"  # beside the tokens that it is about
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -110,9 +112,7 @@ def encode_prepared(prepared: artifact.Artifact, reader: Reader, section: Sft, s
     store, ledger = found
     rejected = list(stores.read_rejected(place))
     mask = check_store(store, section, rejected)
-    mask["round_trip"] = check_round_trip(
-        _dialogues(load(prepared.path / "dialogues.jsonl")), reader.template, reader.encoder, section
-    )
+    mask["round_trip"] = json.loads((place / ROUND_TRIP).read_text(encoding="utf-8"))
     held_out, held_out_store = _encode_held_out(prepared, reader, section, ledger)
     sources = prepared.manifest["sources"]["dialogues"]
     files = {file: table["source"] for file, table in prepared.manifest["ledger"]["dialogues"]["files"].items()}
@@ -149,6 +149,8 @@ def _encode(file: Path, reader: Reader, section: Sft, place: Path) -> None:
             writer.add(batch, ledger, [bad.to_line() for bad in rejected])
             rejected.clear()
             bar.update(writer.rows, f"{console.human_count(writer.tokens)} token")
+    found = check_round_trip(_dialogues(load(file)), total, reader.template, reader.encoder, section)
+    artifact.write_json(writer.working / ROUND_TRIP, found)
     writer.close()
 
 

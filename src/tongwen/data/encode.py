@@ -30,6 +30,7 @@ from tongwen.template import Rendered, Template
 
 ANCHORS = ("\n", ":", "a")
 BATCH = 1000  # dialogues tokenised in one call of the tokenizer library
+ROUND_TRIPS = 20_000
 MANY = 500  # texts from which it pays to look for a faster encoder: a second or two
 
 
@@ -66,7 +67,7 @@ class Encoder:
 
     def _ids(self, texts: list[str]) -> list[Ids]:
         if not self._fast_was_sought and len(texts) >= MANY:
-            self.fast, self._fast_was_sought = self._find_fast(texts), True
+            self.fast, self._fast_was_sought = self._find_fast(texts[:MANY]), True
         if self.fast is None:
             return self._slow_ids(texts)
         out = [self.fast.encode(text) for text in texts]
@@ -443,19 +444,22 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
 
 
 def check_round_trip(
-    dialogues: Iterable[Dialogue], template: Template, encoder: Encoder, section: Sft, limit: int = 200
+    dialogues: Iterable[Dialogue], count: int, template: Template, encoder: Encoder, section: Sft
 ) -> dict[str, int]:
-    """How many of the first samples do not decode to what was rendered: characters that the tokenizer does not know, or
-    changes. Prefix tokens and blanks at the borders are no difference."""
+    """How many samples do not decode to what was rendered: characters that the tokenizer does not know, or changes. Prefix
+    tokens and blanks are no difference. Of more than ROUND_TRIPS dialogues, that many are checked, evenly spread."""
     checked = differ = 0
-    for dialogue in islice(dialogues, limit):
-        try:
-            samples = template.samples(dialogue, section.learn, section.thinking)
-        except RowRefused:
-            continue
-        for sample, pieces in zip(samples, encoder.encode([sample.spans for sample in samples]), strict=True):
-            ids = [int(index) for piece in pieces for index in piece.ids]
-            text = encoder.backend.decode(ids, skip_special_tokens=False)
+    stream = islice(dialogues, 0, None, max(1, -(-count // ROUND_TRIPS)))
+    while chunk := list(islice(stream, BATCH)):
+        samples: list[Rendered] = []
+        for dialogue in chunk:
+            try:
+                samples += template.samples(dialogue, section.learn, section.thinking)
+            except RowRefused:
+                continue
+        encoded = encoder.encode([sample.spans for sample in samples])
+        ids = [[int(index) for piece in pieces for index in piece.ids] for pieces in encoded]
+        for sample, text in zip(samples, encoder.backend.decode_batch(ids, skip_special_tokens=False), strict=True):
             checked += 1
             differ += "".join(sample.text.split()) not in "".join(text.split())
     return {"checked": checked, "differ": differ}

@@ -229,7 +229,8 @@ def read_document(row: Any, source: Source, origin: Origin) -> Document:
 
 def is_blank(text: str) -> bool:
     """Whether nothing of a text can be seen: only blanks, zero-width characters and direction marks."""
-    return _VISIBLE.search(text) is None
+    first = text[:1]  # nearly always enough
+    return not ("!" <= first <= "~" or "\u4e00" <= first <= "\u9fff") and _VISIBLE.search(text) is None
 
 
 def with_columns(row: dict[str, Any], source: Source) -> dict[str, Any]:
