@@ -263,3 +263,9 @@ def test_a_changed_source_starts_anew(prepared: Path, tmp_path: Path, monkeypatc
     assert cli.main(["run", str(recipe)]) == 0
     assert len(lines(tmp_path / "o" / "prepare" / "dialogues.jsonl")) == 7
     shutil.rmtree(tmp_path / "o")
+
+
+def test_show_tells_where_the_rows_went(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["show", str(prepared / "out" / "prepare")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "dialogues: 312 − contaminated 1 − duplicate 9" in shown and shown.endswith("= 299")

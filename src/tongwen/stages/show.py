@@ -79,4 +79,8 @@ def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
                     else str(value),
                 )
             )
+    tables = manifest.get("ledger", {})
+    for name, table in tables.items() if isinstance(tables, dict) else ():
+        lost = "".join(f" − {reason} {count['rows']:,}" for reason, count in table["lost"].items())
+        out.append((name, f"{table['in']['rows']:,}{lost} = {table['kept']['rows']:,}"))
     return out
