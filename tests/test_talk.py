@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer
-from tongwen.infer.decode import Incremental
+from tongwen.infer.decode import Incremental, Voice
 from tongwen.ui.terminal import converse
 
 
@@ -83,3 +83,11 @@ def test_turns_are_remembered_and_commands_work(monkeypatch: pytest.MonkeyPatch,
 def test_the_history_is_cut_by_whole_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = conversation(["问1", "问2", "问3"], monkeypatch, system="s", count=len, context=4)
     assert [message["content"] for message in asked[2]] == ["s", "问2", "答2", "问3"]
+
+
+def test_an_answer_ends_with_a_whole_character(tmp_path: Path) -> None:
+    tokenizer = byte_level_tokenizer(tmp_path)
+    voice = Voice(None, tokenizer, (), 100)
+    ids = tokenizer("好龘", add_special_tokens=False)["input_ids"]
+    assert voice.decode(ids) == "好龘"
+    assert voice.decode(ids[:-1]) == "好"

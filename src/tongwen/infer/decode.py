@@ -101,7 +101,9 @@ class Voice:
             thread.join()
 
     def decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        """The text of an answer; a character that was cut in the middle, by max_new_tokens, is left out."""
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return text.rstrip("\ufffd")
 
     def _generate(
         self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, streamer: Any = None, cancel: Any = None
