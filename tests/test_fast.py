@@ -90,6 +90,22 @@ def test_the_encoder_uses_it_for_many_texts_and_changes_nothing(
     assert fast.fast is not None
 
 
+@pytest.mark.parametrize(("threads", "parallel"), [("1", ""), ("3", ""), ("0", ""), ("3", "false")])
+def test_the_number_of_threads_changes_nothing(
+    threads: str, parallel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYON_NUM_THREADS", threads)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
+    fast = make_fast(byte_level_tokenizer(tmp_path).backend_tokenizer)
+    assert fast is not None
+    some = texts(700)
+    for text, ids in zip(some, fast.encode_all(some), strict=True):
+        alone = fast.encode(text)
+        assert (ids is None and alone is None) or (
+            ids is not None and alone is not None and ids.tolist() == alone.tolist()
+        )
+
+
 def test_one_difference_and_it_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,7 +70,7 @@ class Encoder:
             self.fast, self._fast_was_sought = self._find_fast(texts[:MANY]), True
         if self.fast is None:
             return self._slow_ids(texts)
-        out = [self.fast.encode(text) for text in texts]
+        out = self.fast.encode_all(texts)
         rest = [place for place, ids in enumerate(out) if ids is None]
         for place, ids in zip(rest, self._slow_ids([texts[place] for place in rest]), strict=True):
             out[place] = np.array(ids, np.uint32)
