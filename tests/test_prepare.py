@@ -269,3 +269,30 @@ def test_show_tells_where_the_rows_went(prepared: Path, capsys: pytest.CaptureFi
     assert cli.main(["show", str(prepared / "out" / "prepare")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "dialogues: 312 − contaminated 1 − duplicate 9" in shown and shown.endswith("= 299")
+
+
+@pytest.mark.parametrize("command", [["run"], ["check"]])
+def test_a_held_out_file_of_another_kind_is_refused(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = write_rows(tmp_path / "a.jsonl", dialogue_rows(9))
+    (tmp_path / "h.txt").write_text("一段文字\n", encoding="utf-8")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: x\nbase: n\nout: {tmp_path / 'o'}\nprepare: {{dialogues: {train}, held_out: {tmp_path / 'h.txt'}}}\n"
+    )
+    assert cli.main([*command, str(recipe)]) == 3
+    error = capsys.readouterr().err
+    assert "h.txt" in error and "holds documents, the recipe has dialogues" in error and "held_out: 0.02" in error
+
+
+def test_check_asks_nothing_of_a_kind_that_is_only_examined(tmp_path: Path) -> None:
+    write_rows(tmp_path / "d.jsonl", [{"text": sentence(random.Random(index))} for index in range(50)])
+    write_rows(tmp_path / "exam.jsonl", dialogue_rows(3))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: x\nbase: n\nout: {tmp_path / 'o'}\n"
+        f"prepare: {{documents: {tmp_path / 'd.jsonl'}, evaluation: {tmp_path / 'exam.jsonl'}, held_out: 10}}\n"
+    )
+    assert cli.main(["check", str(recipe)]) == 0
+    assert cli.main(["run", str(recipe)]) == 0

@@ -65,37 +65,24 @@ def open_reader(base: str, section: Sft) -> Reader:
     return Reader(tokenizer, encoder, dress.bind_template(section.template, tokenizer, encoder.prefix))
 
 
-def look_ahead(recipe: Recipe, reader: Reader, limit: int | None = None) -> Lesson:
+def look_ahead(recipe: Recipe, reader: Reader) -> Lesson:
     """The recipe's dialogues read, cleaned and encoded in memory. What is held out is left out, as far as it is known
-    before the rows are compared. limit: rows at most."""
+    before the rows are compared."""
     section, prepare = recipe.sft, recipe.prepare
     assert section and prepare
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
     parts = list_parts(prepare, local_copy, console.notice)
-    rows = islice(_dialogues(iter_records(parts, prepare, "dialogues", console.notice)), limit)
-    if limit is None and not isinstance(prepare.held_out, str):
-        found = list(rows)
-        free = np.ones(len(found), bool)
-        free[choose_held_out(free, prepare.held_out, recipe.seed, prepare.held_out_at_most)] = False
-        rows = islice((one for one, stays in zip(found, free, strict=True) if stays), None)
+    rows = list(_dialogues(iter_records(parts, prepare, "dialogues", console.notice)))
+    if not isinstance(prepare.held_out, str):
+        stays = np.ones(len(rows), bool)
+        stays[choose_held_out(stays, prepare.held_out, recipe.seed, prepare.held_out_at_most)] = False
+        rows = [rows[index] for index in np.flatnonzero(stays)]
     store = stores.in_memory(encode_dialogues(rows, reader.template, reader.encoder, section, ledger, rejected.append))
     lost = [json.loads(bad.to_line()) for bad in rejected]
     mask = check_store(store, section, lost)
     sources = [source.model_dump() for source in prepare.dialogues]
-    return Lesson(
-        store,
-        mask,
-        ledger,
-        lost,
-        _drawn(
-            store,
-            sources,
-            {part.name: part.number for part in parts if (part.kind, part.role) == ("dialogues", "train")},
-            recipe.seed,
-        ),
-        [],
-        None,
-    )
+    files = {part.name: part.number for part in parts if (part.kind, part.role) == ("dialogues", "train")}
+    return Lesson(store, mask, ledger, lost, _drawn(store, sources, files, recipe.seed), [], None)
 
 
 def encode_prepared(prepared: artifact.Artifact, reader: Reader, section: Sft, seed: int, folder: Path) -> Lesson:

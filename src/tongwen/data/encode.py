@@ -30,7 +30,7 @@ from tongwen.template import Rendered, Template
 
 ANCHORS = ("\n", ":", "a")
 BATCH = 1000  # dialogues tokenised in one call of the tokenizer library
-ROUND_TRIPS = 20_000
+ROUND_TRIPS = 20_000  # dialogues that are decoded again, at most: a few seconds
 MANY = 500  # texts from which it pays to look for a faster encoder: a second or two
 
 
@@ -82,8 +82,11 @@ class Encoder:
     def _find_fast(self, texts: list[str]) -> FastEncoder | None:
         """tiktoken with the same vocabulary, when it is proven to give the same ids and gives them for these texts."""
         fast = make_fast(self.backend)
-        for text, wanted in zip(texts, self._slow_ids(texts), strict=True) if fast else ():
-            if fast and (found := fast.encode(text)) is not None and found.tolist() != wanted:
+        if fast is None:
+            return None
+        for text, wanted in zip(texts, self._slow_ids(texts), strict=True):
+            found = fast.encode(text)
+            if found is not None and found.tolist() != wanted:
                 console.notice(
                     say(
                         f"tiktoken splits {text[:20]!r} in another way; the tokenizers library is used",
@@ -212,9 +215,9 @@ def encode_dialogues(
     while True:
         with _uncollected():
             chunk = list(islice(stream, BATCH))
+            if not chunk:
+                return
             batch = _batch(_fitting(chunk, template, encoder, section, ledger, reject), chunk)
-        if not chunk:
-            return
         yield batch
 
 
@@ -341,6 +344,8 @@ def encode_documents(
     while True:
         with _uncollected():
             chunk = list(_window(stream, window_bytes))
+            if not chunk:
+                return
             samples = []
             for number, ids in enumerate(encoder.encode_texts([document.text for document in chunk])):
                 ids = np.array([*encoder.prefix, *ids, end], np.uint32)
@@ -351,8 +356,6 @@ def encode_documents(
                     last = begin + max_length >= len(ids)
                     samples.append(_Sample(number, [Piece(part, learn=True)], last, len(part)))
             batch = _batch(samples, chunk)
-        if not chunk:
-            return
         yield batch
 
 

@@ -13,7 +13,7 @@ import shutil
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,9 @@ def list_parts(
                 if one.path.startswith(("hub:", "modelscope:")):
                     one = one.model_copy(update={"path": bring(one.path, tell)})
                 for file in find_files(one.path):
-                    out.append(Part(len(out), kind or _kind_of(file, one), role, number, one, file))
+                    part = Part(len(out), kind or _kind_of(file, one), role, number, one, file)
+                    _check_held_out(part, section)
+                    out.append(part)
         except (DataError, RecipeError) as error:
             found.append(error)
 
@@ -89,6 +91,23 @@ def list_parts(
     if errors is None:
         raise_all(found)
     return out
+
+
+def _check_held_out(part: Part, section: Prepare) -> None:
+    """Raise DataError when a file is held out of a kind of data that the recipe does not have: it would never be used."""
+    if part.role == "held_out" and not getattr(section, part.kind):
+        trained = " / ".join(kind for kind in KINDS if getattr(section, kind))
+        raise DataError(
+            say(
+                f"held_out: this file holds {part.kind}, the recipe has {trained}",
+                f"held_out：该文件是 {part.kind}，而配方中是 {trained}",
+            ),
+            place=part.name,
+            remedy=say(
+                f"name a file of {trained}, or a share: held_out: 0.02",
+                f"请写 {trained} 的文件，或比例：held_out: 0.02",
+            ),
+        )
 
 
 def _kind_of(file: Path, source: Source) -> str:
@@ -135,6 +154,26 @@ def iter_records(parts: Sequence[Part], section: Prepare, kind: str, tell: Tell)
                     yield record
 
 
+@dataclass
+class Tally:
+    """What became of rows: the ledger, how many were unreadable, and the first of these as (place, rule)."""
+
+    ledger: Ledger = field(default_factory=lambda: Ledger("rows", "bytes"))
+    bad: int = 0
+    first_bad: list[tuple[str, str]] = field(default_factory=list)
+
+    def count(self, raw: RawRow, record: Document | Dialogue | Dropped | RowRefused) -> None:
+        self.ledger.enter(raw.size)
+        if not isinstance(record, (Dropped, RowRefused)):
+            self.ledger.keep(raw.size)
+            return
+        self.ledger.lose(record.reason, raw.size)
+        if isinstance(record, RowRefused):
+            self.bad += 1
+            if self.bad <= FIRST:
+                self.first_bad.append((f"{raw.file}:{raw.row}", record.rule))
+
+
 INDEX = np.dtype([("digest", "<u8", 2), ("size", "<i8"), ("begin", "<i8"), ("near", "?")])
 _INDEX = struct.Struct("<16sqq?")  # the same, for writing one
 
@@ -152,8 +191,7 @@ def scan(part: Part, section: Prepare, out: Path, tell: Tell) -> None:
     folder.mkdir(parents=True)
     cleaner = Cleaner(section.clean, part.kind)
     wants_near = part.role == "train" and getattr(section.dedup, part.kind) == "near"
-    ledger, bad, first_bad = Ledger("rows", "bytes"), 0, []
-    begin = 0
+    tally, begin = Tally(), 0
     with (
         (folder / "records.jsonl").open("wb") as records,
         (folder / "rejected.jsonl").open("wb") as rejected,
@@ -161,17 +199,11 @@ def scan(part: Part, section: Prepare, out: Path, tell: Tell) -> None:
         (folder / "bands.bin").open("wb") as bands,
     ):
         for raw, record in iter_rows(part, section, cleaner, tell):
-            ledger.enter(raw.size)
+            tally.count(raw, record)
             if isinstance(record, (Dropped, RowRefused)):
-                ledger.lose(record.reason, raw.size)
                 origin = Origin(raw.file, raw.row)
                 rejected.write(Rejected(origin, record.reason, record.rule, raw.value).to_line())
-                if isinstance(record, RowRefused):
-                    bad += 1
-                    if bad <= FIRST:
-                        first_bad.append([f"{raw.file}:{raw.row}", record.rule])
                 continue
-            ledger.keep(raw.size)
             line = as_line(record)
             folded = dedup.fold(dedup.text_of(record))
             near = wants_near and len(folded) >= section.dedup.min_chars
@@ -180,9 +212,14 @@ def scan(part: Part, section: Prepare, out: Path, tell: Tell) -> None:
                 bands.write(dedup.signature(folded).tobytes())
             records.write(line)
             begin += len(line)
-    if not ledger.things_in:
+    if not tally.ledger.things_in:
         raise DataError(say("no rows in this file", "文件中没有数据"), place=part.name)
-    facts = {"ledger": ledger.to_dict(), "bad": bad, "first_bad": first_bad, "changed": dict(cleaner.changed)}
+    facts = {
+        "ledger": tally.ledger.to_dict(),
+        "bad": tally.bad,
+        "first_bad": tally.first_bad,
+        "changed": dict(cleaner.changed),
+    }
     artifact.sync_tree(folder)
     artifact.write_json(folder / "scan.json", facts)
 
@@ -399,7 +436,7 @@ def settle(part: Part, parts: Sequence[Part], section: Prepare, out: Path) -> No
                 )
             if reason:
                 ledger.move(reason, int(entry["size"]))
-                value = {name: part for name, part in record.to_dict().items() if name != "origin"}
+                value = {key: text for key, text in record.to_dict().items() if key != "origin"}
                 lost.write(Rejected(record.origin, reason, rule, value).to_line())
                 counts[reason] += 1
             else:

@@ -6,10 +6,10 @@ import numpy as np
 
 from tongwen import console
 from tongwen.data import parts as steps
-from tongwen.data.clean import Cleaner, Dropped
-from tongwen.data.ledger import Ledger, table_rows
+from tongwen.data.clean import Cleaner
+from tongwen.data.ledger import table_rows
 from tongwen.data.mix import choose_held_out
-from tongwen.errors import DataError, RowRefused, TongwenError, raise_all
+from tongwen.errors import DataError, TongwenError, raise_all
 from tongwen.hub.fetching import local_copy
 from tongwen.language import say
 from tongwen.recipe.schema import Prepare, Recipe
@@ -28,12 +28,12 @@ def run(recipe: Recipe) -> int:
             continue
         assert section
         try:
-            ledger, bad = _read(parts, section, errors)
-            if not errors:
+            tally = _read(parts, section, errors)
+            if not errors and any(part.role == "train" for part in parts):
                 if not isinstance(section.held_out, str):
-                    everything = np.ones(ledger.kept, bool)
+                    everything = np.ones(tally.ledger.kept, bool)
                     choose_held_out(everything, section.held_out, recipe.seed, section.held_out_at_most)
-                tables[kind] = {**ledger.to_dict(), "rejected": bad}
+                tables[kind] = {**tally.ledger.to_dict(), "rejected": tally.bad}
         except DataError as error:
             errors.append(error)
     raise_all(errors)
@@ -44,29 +44,22 @@ def run(recipe: Recipe) -> int:
     return 0
 
 
-def _read(parts: list[steps.Part], section: Prepare, errors: list[TongwenError]) -> tuple[Ledger, int]:
-    """The ledger of the training files of one kind, and how many of their rows are unreadable."""
-    whole, all_bad = Ledger("rows", "bytes"), 0
-    for role in ("held_out", "evaluation", "train"):
-        ledger, bad = Ledger("rows", "bytes"), list[tuple[str, str]]()
+def _read(parts: list[steps.Part], section: Prepare, errors: list[TongwenError]) -> steps.Tally:
+    """What becomes of the rows of the training files of one kind. Raises DataError when too many rows are unreadable, of
+    any role; what makes a file unreadable is put into `errors`."""
+    tallies = {role: steps.Tally() for role in ("held_out", "evaluation", "train")}
+    for role, tally in tallies.items():
         for part in (one for one in parts if one.role == role):
             try:
                 for raw, record in steps.iter_rows(part, section, Cleaner(section.clean, part.kind), console.notice):
-                    ledger.enter(raw.size)
-                    if isinstance(record, (Dropped, RowRefused)):
-                        ledger.lose(record.reason, raw.size)
-                        if isinstance(record, RowRefused):
-                            bad.append((f"{raw.file}:{raw.row}", record.rule))
-                    else:
-                        ledger.keep(raw.size)
+                    tally.count(raw, record)
             except DataError as error:
                 errors.append(error)
+        ledger = tally.ledger
         if ledger.things_in:
             steps.check_losses(
-                ledger.things_in, ledger.kept, len(bad), bad[: steps.FIRST], section.max_bad, parts[0].kind
+                ledger.things_in, ledger.kept, tally.bad, tally.first_bad, section.max_bad, parts[0].kind
             )
-        for place, rule in bad[:3]:
+        for place, rule in tally.first_bad[:3]:
             console.notice(f"{place}: {rule}")
-        if role == "train":
-            whole, all_bad = ledger, len(bad)
-    return whole, all_bad
+    return tallies["train"]
