@@ -189,11 +189,22 @@ def versions() -> dict[str, str]:
 
 def fingerprint_files(folder: Path) -> str:
     """sha256 over names and bytes of all files in a folder, manifest and reports excepted: for data artifacts."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return fingerprint_hashes({str(file.relative_to(folder)): hash_file(file) for file in files})
+
+
+def fingerprint_hashes(hashes: Mapping[str, str]) -> str:
+    """The same from the sha256 of each file by its name, where they are known already."""
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
-        digest.update(str(file.relative_to(folder)).encode() + b"\0")
-        digest.update(bytes.fromhex(hash_file(file)))
+    for name in sorted(hashes, key=Path):
+        digest.update(name.encode() + b"\0" + bytes.fromhex(hashes[name]))
     return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where the user's system keeps what can be fetched or made again."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if Path(root).is_absolute() else Path.home() / ".cache") / "tongwen"
 
 
 def hash_file(file: Path) -> str:

@@ -8,7 +8,6 @@ not mix two versions.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -175,7 +174,9 @@ def fetch(
             if complete is not None:
                 complete(draft, list(files))
             _sweep(draft, files)
-            draft.fingerprint = _fingerprint({**files, **draft.facts.get("made", {})})
+            made = draft.facts.get("made", {})
+            hashes = {name: facts["sha256"] for name, facts in {**files, **made}.items()}
+            draft.fingerprint = artifact.fingerprint_hashes(hashes)
         assert draft.artifact is not None
         return draft.artifact, False
 
@@ -186,17 +187,11 @@ def local_copy(path: str, tell: Tell) -> str:
     rows = (f"*{suffix}{packed}" for suffix in DATA_SUFFIXES for packed in ("", *PACKED_SUFFIXES))
     wanted = replace(wanted, files=wanted.files or (*rows, *(f"!{name}" for name in NO_ROWS)))
     name = wanted.id.replace("/", "--") + (f"@{wanted.revision.replace('/', '--')}" if wanted.revision else "")
-    out = cache_folder() / (name if wanted.where == "hub" else f"modelscope--{name}")
+    out = artifact.cache_folder() / "data" / (name if wanted.where == "hub" else f"modelscope--{name}")
     _, here = fetch(wanted, out, tell)
     if not here:
         tell(f"{path} → {out}")
     return str(out)
-
-
-def cache_folder() -> Path:
-    """Where data sets lie that a recipe names by their id."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if Path(root).is_absolute() else Path.home() / ".cache") / "tongwen" / "data"
 
 
 def check_standing(found: artifact.Artifact, asked: Mapping[str, Any]) -> None:
@@ -357,14 +352,6 @@ def _reuse(found: artifact.Artifact, out: Path, tell: Tell, *, link: bool) -> No
         target.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # it is fetched, then
             os.link(aside / name, target)
-
-
-def _fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
-    """What `artifact.fingerprint_files` would say, from the hashes that are known already."""
-    digest = hashlib.sha256()
-    for name in sorted(files, key=Path):
-        digest.update(name.encode() + b"\0" + bytes.fromhex(files[name]["sha256"]))
-    return digest.hexdigest()
 
 
 def _sweep(draft: artifact.Draft, files: Mapping[str, Any]) -> None:

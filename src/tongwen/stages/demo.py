@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -99,7 +98,7 @@ def run(out: str, model: str) -> int:
 
 def fetch_model() -> Path:
     """The small model as an ordinary folder in the user's cache; made once."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tongwen"
+    home = artifact.cache_folder()
     target = home / "SmolLM2-135M-Instruct"
     if artifact.find(target):
         return target
