@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "tongwen"
-ROOMS = ("hub", "data", "model", "train", "infer", "ui")
-HALL = ("errors", "language", "record", "template", "skeleton", "artifact", "families", "console", "launch")
-UPPER = ("cli", "river", "lesson", "speaker", "__main__", "__init__")
+ROOMS = ("hub", "data", "vocab", "model", "train", "infer", "ui")
+HALL = ("errors", "language", "record", "template", "skeleton", "artifact", "families", "console", "launch", "page")
+UPPER = ("cli", "river", "lexicon", "lesson", "speaker", "__main__", "__init__")
 HEAVY = {
     "torch",
     "transformers",

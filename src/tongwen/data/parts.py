@@ -75,7 +75,7 @@ def list_parts(
                 if one.path.startswith(("hub:", "modelscope:")):
                     one = one.model_copy(update={"path": bring(one.path, tell)})
                 for file in find_files(one.path):
-                    part = Part(len(out), kind or _kind_of(file, one), role, number, one, file)
+                    part = Part(len(out), kind or kind_of(file, one), role, number, one, file)
                     _check_held_out(part, section)
                     out.append(part)
         except (DataError, RecipeError) as error:
@@ -110,7 +110,7 @@ def _check_held_out(part: Part, section: Prepare) -> None:
         )
 
 
-def _kind_of(file: Path, source: Source) -> str:
+def kind_of(file: Path, source: Source) -> str:
     """documents or dialogues, as the first row shows."""
     row = next(read_rows(file, source)).value
     row = formats.with_columns(row, source) if isinstance(row, dict) else row

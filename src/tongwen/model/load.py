@@ -139,6 +139,22 @@ def load_model(place: Place, dtype: torch.dtype) -> Any:
     return model
 
 
+def make_skeleton(config: Any) -> Any:
+    """The model of a config with shapes only: no weight has memory."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def count_body(config: Any) -> tuple[int, int]:
+    """(parameters that every token passes, embeddings and head left out; width of the head)."""
+    model = make_skeleton(config)
+    matrices = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part}
+    body = sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in matrices)
+    return body, int(model.get_input_embeddings().weight.shape[1])
+
+
 def check_tokenizer(tokenizer: Any, model: Any, place: Place) -> None:
     """Raise ModelError when the tokenizer can make ids for which the embedding has no row."""
     rows = model.get_input_embeddings().weight.shape[0]

@@ -7,34 +7,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tongwen import page
 from tongwen.console import human_bytes, human_count, human_time
 from tongwen.language import language, say
-
-STYLE = """
-:root{--ink:#1c1e21;--soft:#6b7280;--line:#e3e6ea;--accent:#0f766e;--paper:#fff;--wash:#f6f8f9}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#9aa3ad;--line:#2c3238;--accent:#2dd4bf;--paper:#15181b;--wash:#1c2024}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:60rem;padding:2rem 1.25rem 4rem;background:var(--paper);color:var(--ink);
- font:16px/1.6 system-ui,-apple-system,"Segoe UI","PingFang SC","Noto Sans CJK SC","Microsoft YaHei",sans-serif}
-h1{font-size:1.7rem;line-height:1.25;margin:.2rem 0}h2{font-size:1.15rem;margin:2.2rem 0 .6rem}
-.soft{color:var(--soft)}.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(11.5rem,1fr));gap:.8rem;margin:1.4rem 0}
-.card{background:var(--wash);border:1px solid var(--line);border-radius:.6rem;padding:.8rem 1rem}
-.card b{display:block;font-size:1.25rem;line-height:1.3;white-space:nowrap;font-variant-numeric:tabular-nums}.card span{color:var(--soft);font-size:.85rem}
-table{border-collapse:collapse;width:100%;table-layout:fixed;margin-bottom:1rem}td,th{overflow-wrap:anywhere;padding:.35rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}th{font-weight:600;color:var(--soft);font-size:.85rem}
-svg{width:100%;min-width:30rem;height:auto;display:block}.scroll{overflow-x:auto}
-.qa{border:1px solid var(--line);border-radius:.6rem;margin:.8rem 0;overflow:hidden}.qa h3{margin:0;padding:.6rem 1rem;background:var(--wash);font-size:1rem}
-.qa div{display:grid;grid-template-columns:5rem 1fr;gap:.6rem;padding:.5rem 1rem;border-top:1px solid var(--line);white-space:pre-wrap;overflow-wrap:anywhere}
-details{margin:-.4rem 0 1rem}summary{cursor:pointer;color:var(--soft)}
-.bar{background:var(--accent);opacity:.7;height:.9rem;border-radius:.2rem;min-width:1px}
-pre{background:var(--wash);border:1px solid var(--line);border-radius:.6rem;padding:1rem;overflow-x:auto;font-size:.85rem}
-"""
 
 
 def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list[dict[str, Any]], recipe: str) -> None:
     """report.html and loss.png from report.json's content, the lines of metrics.jsonl and the resolved recipe."""
     held_out, through = report.get("held_out") or {}, report["throughput"]
-    cards = [
+    facts = [
         (f"{_change(held_out)}", say("held-out bits per byte", "留出集 bits per byte")),
         (
             f"{report['trainable']['share']:.2%}",
@@ -52,21 +33,14 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
     losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     scores = [(line["step"], line["bits_per_byte"]) for line in metrics if "bits_per_byte" in line]
     parts = [
-        f"<h1>{html.escape(title)}</h1><p class=soft>{html.escape(report['summary'])}</p>",
-        "<div class=cards>"
-        + "".join(
-            f"<div class=card><b>{html.escape(str(value))}</b><span>{html.escape(label)}</span></div>"
-            for value, label in cards
-            if value
-        )
-        + "</div>",
+        page.cards(facts),
         f"<h2>{say('Loss', '损失')}</h2>"
-        + curve(losses, say("step", "步"), say("nats per learned token", "每个学习 token 的 nats")),
+        + page.curve(losses, say("step", "步"), say("nats per learned token", "每个学习 token 的 nats")),
     ]
     if len(scores) > 1:
         parts.append(
             f"<h2>{say('Held-out bits per byte', '留出集 bits per byte')}</h2>"
-            + curve(scores, say("step", "步"), "bits per byte")
+            + page.curve(scores, say("step", "步"), "bits per byte")
         )
     parts.append(
         f"<h2>{say('Ledger', '账目')}</h2>" + "".join(_ledger(name, table) for name, table in report["ledger"].items())
@@ -75,60 +49,8 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
     if report.get("samples"):
         parts.append(f"<h2>{say('Before and after', '训练前后')}</h2>" + "".join(map(_sample, report["samples"])))
     parts.append(f"<h2>{say('Recipe', '配方')}</h2><pre>{html.escape(recipe)}</pre>")
-    page = (
-        f'<!doctype html><html lang="{"zh-CN" if language() == "zh" else "en"}"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style>{''.join(parts)}</html>"
-    )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    (folder / "report.html").write_text(page.document(title, report["summary"], parts), encoding="utf-8")
     write_png(folder / "loss.png", title, losses)
-
-
-def curve(points: list[tuple[float, float]], x_label: str, y_label: str) -> str:
-    """An inline SVG line with its running mean, four grid lines and labels."""
-    if not points:
-        return ""
-    width, height, left, bottom, top = 720, 260, 56, 36, 10
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    pad = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
-    low, high = low - pad, high + pad
-    first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
-
-    def at(x: float, y: float) -> str:
-        return f"{left + (x - first) / (last - first) * (width - left - 12):.1f},{top + (high - y) / (high - low) * (height - top - bottom):.1f}"
-
-    grid = []
-    for part in range(5):
-        value = low + (high - low) * part / 4
-        y = at(first, value).split(",")[1]
-        grid.append(
-            f'<line x1="{left}" x2="{width - 12}" y1="{y}" y2="{y}" stroke="var(--line)"/>'
-            f'<text x="{left - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{value:.3g}</text>'
-        )
-    for part in range(5):
-        value = first + (last - first) * part / 4
-        x = at(value, low).split(",")[0]
-        grid.append(f'<text x="{x}" y="{height - bottom + 18}" text-anchor="middle">{value:.0f}</text>')
-    raw = " ".join(at(x, y) for x, y in points)
-    smooth = " ".join(at(x, y) for x, y in running_mean(points))
-    return (
-        f'<div class=scroll><svg viewBox="0 0 {width} {height}" role="img" font-size="12" fill="var(--soft)">{"".join(grid)}'
-        f'<polyline points="{raw}" fill="none" stroke="var(--accent)" stroke-opacity=".3"/>'
-        f'<polyline points="{smooth}" fill="none" stroke="var(--accent)" stroke-width="2"/>'
-        f'<text x="{width - 12}" y="{height - 2}" text-anchor="end">{html.escape(x_label)}</text>'
-        f'<text x="{left + 6}" y="{top + 12}">{html.escape(y_label)}</text></svg></div>'
-    )
-
-
-def running_mean(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Exponential mean over about a twentieth of the points, corrected for its beginning."""
-    keep = 1 - 1 / max(len(points) / 20, 1.0)
-    mean = weight = 0.0
-    out = []
-    for x, y in points:
-        mean, weight = keep * mean + (1 - keep) * y, keep * weight + (1 - keep)
-        out.append((x, mean / weight))
-    return out
 
 
 def write_png(file: Path, title: str, points: list[tuple[float, float]]) -> None:
@@ -147,7 +69,7 @@ def write_png(file: Path, title: str, points: list[tuple[float, float]]) -> None
     ):
         figure, axes = plt.subplots(figsize=(8, 4), dpi=120, layout="constrained")
         axes.plot(*zip(*points, strict=True), color="#0f766e", alpha=0.3, linewidth=1)
-        axes.plot(*zip(*running_mean(points), strict=True), color="#0f766e", linewidth=2)
+        axes.plot(*zip(*page.running_mean(points), strict=True), color="#0f766e", linewidth=2)
         axes.set(
             title=title,
             xlabel="步" if chinese else "step",

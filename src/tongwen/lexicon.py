@@ -1,0 +1,380 @@
+"""A tokenizer by name, of whichever kind: opened, extended, and written as the files that its family has.
+
+Two kinds can take new pieces. A SentencePiece model (`tokenizer.model`: LLaMA, Mistral) is the authority, and the fast
+form is made from it; byte-level BPE (Llama-3, Qwen, SmolLM2) has only its tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from tongwen import console
+from tongwen.data.clean import Cleaner
+from tongwen.data.parts import iter_rows, kind_of, list_parts
+from tongwen.errors import ModelError, RecipeError, RowRefused
+from tongwen.hub.fetching import local_copy
+from tongwen.language import say
+from tongwen.model import load as loading
+from tongwen.model import sentencepiece
+from tongwen.model.ranks import read_ranks
+from tongwen.recipe.schema import Clean, Prepare, Source
+from tongwen.record import Dialogue, Document
+from tongwen.vocab import bytelevel, spm
+from tongwen.vocab.learn import Learned, learn_merges
+from tongwen.vocab.measure import CURVE, NOMINAL, SEEN_ENOUGH, Coder, Point, Shape, make_curve
+from tongwen.vocab.script import Script
+
+AS_IS = Clean(unicode=False, control=False, mojibake=False, html=False, unwrap=False, repetition=False)
+SAMPLE = 1_000_000  # characters that are measured at most: seconds
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """backend: the fast form; model: the SentencePiece ModelProto, if there is one; tokenizer: transformers' own object,
+    with template and special tokens, when a model was named and not a file."""
+
+    name: str
+    backend: Tokenizer
+    model: Any = None
+    tokenizer: Any = None
+
+    @property
+    def kind(self) -> str:
+        return "sentencepiece" if self.model is not None else "byte-level"
+
+    @property
+    def coder(self) -> Coder:
+        """As what is measured: SentencePiece itself where there is a model of its kind."""
+        if self.model is not None:
+            own = sentencepiece.processor(self.model)
+            inside = encoder_of(spm.without_prefix(self.model))
+            return Coder(self.name, own.encode, inside, own.decode, spm.spelling_of(self.model))
+        return Coder(
+            self.name, self.encode_fast, self.encode_fast, self.decode_fast, bytelevel.spelling_of(self.definition)
+        )
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """tokenizer.json."""
+        found: dict[str, Any] = json.loads(self.backend.to_str())
+        return found
+
+    def encode_fast(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def decode_fast(self, ids: list[int]) -> str:
+        return str(self.backend.decode(ids, skip_special_tokens=False))
+
+
+@dataclass(frozen=True)
+class Extended:
+    """lexicon: the extended one; parts: for each new id, the old ids that it stands for; seen: how often each piece that
+    was learned stood in the corpus when it was chosen."""
+
+    lexicon: Lexicon
+    first_new: int
+    parts: list[list[int]]
+    seen: list[int] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def new_ids(self) -> list[int]:
+        return list(range(self.first_new, self.first_new + len(self.parts)))
+
+
+def open_lexicon(name: str) -> Lexicon:
+    """A model's tokenizer (folder, hub id, modelscope:, .gguf) or a tokenizer's file (tokenizer.json, SentencePiece's
+    .model, tiktoken's, tekken.json). Raises ModelError for what is none of these, or of a kind that takes no pieces."""
+    path = Path(name)
+    if path.is_file() and path.suffix != ".gguf":
+        return _open_file(path)
+    alone = path.is_dir() and (path / "tokenizer.json").is_file() and not (path / "config.json").is_file()
+    place = loading.Place(name, name) if alone else loading.locate(name)
+    tokenizer = loading.load_tokenizer(place)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(
+            say("this tokenizer has no fast form (tokenizer.json)", "该分词器没有快速形式（tokenizer.json）"),
+            place=name,
+        )
+    file = Path(place.folder) / "tokenizer.model"
+    model = sentencepiece.read_model(file) if file.is_file() and read_ranks(file) is None else None
+    return _checked(Lexicon(name, backend, model, tokenizer))
+
+
+def _open_file(path: Path) -> Lexicon:
+    if path.suffix == ".json":
+        held = _read_json(path)
+        if "model" in held:
+            return _checked(Lexicon(str(path), Tokenizer.from_str(json.dumps(held))))
+    ranked = read_ranks(path)
+    if ranked is not None:
+        return Lexicon(str(path), ranked)
+    model = sentencepiece.read_model(path)
+    return Lexicon(str(path), sentencepiece.fast_form(model), model)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(path)) from None
+
+
+def _checked(lexicon: Lexicon) -> Lexicon:
+    if lexicon.model is None and not bytelevel.is_byte_level(lexicon.definition):
+        raise ModelError(
+            say(
+                f"a {lexicon.definition['model']['type']} tokenizer without tokenizer.model: neither byte-level BPE nor SentencePiece",
+                f"{lexicon.definition['model']['type']} 分词器且没有 tokenizer.model：既非字节级 BPE，也非 SentencePiece",
+            ),
+            place=lexicon.name,
+            remedy=say("put the family's tokenizer.model beside it", "请把该系列的 tokenizer.model 放在旁边"),
+        )
+    return lexicon
+
+
+def extend(
+    base: Lexicon,
+    texts: Iterable[str],
+    script: Script,
+    pieces: int,
+    *,
+    words: Sequence[str] = (),
+    special_tokens: Sequence[str] = (),
+    tell: Callable[[int], None] = lambda done: None,
+) -> Extended:
+    """The base with at most `pieces` learned from texts of the script, then whole words, then special tokens.
+
+    Raises DataError when the texts hold nothing of the script, RecipeError when a word is a token already.
+    """
+    _check_new(base, [*words, *special_tokens])
+    if base.model is not None:
+        return _extend_sentencepiece(base, texts, script, pieces, words, special_tokens, tell)
+    return _extend_byte_level(base, learn(base, texts, script, pieces, tell), words, special_tokens)
+
+
+def learn(
+    base: Lexicon, texts: Iterable[str], script: Script, pieces: int, tell: Callable[[int], None] = lambda done: None
+) -> Learned:
+    """Merges for byte-level BPE. Raises DataError when the texts hold nothing of the script."""
+    definition = base.definition
+    spelling = bytelevel.spelling_of(definition)
+    counted = bytelevel.count_words(base.backend, texts, script) if pieces else {}
+    special = [token["content"].encode() for token in definition.get("added_tokens") or ()]
+    return learn_merges(counted, spelling, script.allows, pieces, first_new=len(spelling), forbidden=special, tell=tell)
+
+
+def _extend_byte_level(
+    base: Lexicon, learned: Learned, words: Sequence[str], special_tokens: Sequence[str]
+) -> Extended:
+    first = learned.first_new
+    seen = bytelevel.counts_of(learned)
+    definition = bytelevel.extend(base.definition, learned)
+    if words:
+        extended = Tokenizer.from_str(json.dumps(definition))
+        learned = bytelevel.with_words(learned, bytelevel.spelling_of(definition), words, extended)
+        definition = bytelevel.extend(base.definition, learned)
+    backend = Tokenizer.from_str(json.dumps(bytelevel.with_special(definition, special_tokens)))
+    return Extended(
+        Lexicon(base.name, backend, None, base.tokenizer),
+        first,
+        [*bytelevel.parts_of(learned), *base.encode_fast(special_tokens)],
+        seen,
+    )
+
+
+def _extend_sentencepiece(
+    base: Lexicon,
+    texts: Iterable[str],
+    script: Script,
+    pieces: int,
+    words: Sequence[str],
+    special_tokens: Sequence[str],
+    tell: Callable[[int], None],
+) -> Extended:
+    encode_inside = encoder_of(spm.without_prefix(base.model))
+    found = spm.learn_pieces(base.model, texts, script, encode_inside, pieces, tell) if pieces else []
+    merged = spm.merge(
+        base.model, [piece for piece, _ in found], script, encoder_of, words=list(bytelevel.forms_of(words))
+    )
+    for text in special_tokens:
+        merged.append_control(text)
+    seen = dict(found)
+    return Extended(
+        from_model(base, merged.model),
+        len(base.model.pieces),
+        encode_inside([piece.replace(spm.BLANK, " ") for piece in merged.added]),
+        [seen[piece] for piece in merged.added if piece in seen],
+        {reason: len(left) for reason, left in merged.left_out.items()},
+    )
+
+
+def from_model(base: Lexicon, model: Any) -> Lexicon:
+    """A SentencePiece model with the fast form made from it."""
+    return Lexicon(base.name, sentencepiece.fast_form(model), model, base.tokenizer)
+
+
+def encoder_of(model: Any) -> spm.Encode:
+    encode: spm.Encode = sentencepiece.processor(model).encode
+    return encode
+
+
+def _check_new(base: Lexicon, texts: Sequence[str]) -> None:
+    known = set(base.definition["model"]["vocab"]) | {
+        token["content"] for token in base.definition.get("added_tokens") or ()
+    }
+    for text in texts:
+        if not text.strip() or text in known or texts.count(text) > 1:
+            raise RecipeError(
+                say(f"{text!r} is a token already, or empty", f"{text!r} 已是一个词，或为空"),
+                place="vocab.words / vocab.special_tokens",
+                remedy=say("leave it out", "请删去"),
+            )
+
+
+def save(lexicon: Lexicon, folder: Path) -> None:
+    """The files of a tokenizer: tokenizer.json and its config, and tokenizer.model where there is one. Names of special
+    tokens, length and chat template are carried over."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=lexicon.backend, **_settings(lexicon))
+    own = lexicon.tokenizer
+    if own is not None and own.chat_template:
+        tokenizer.chat_template = own.chat_template
+    tokenizer.save_pretrained(str(folder))
+    if lexicon.model is not None:
+        (folder / "tokenizer.model").write_bytes(lexicon.model.SerializeToString())
+
+
+def _settings(lexicon: Lexicon) -> dict[str, Any]:
+    own = lexicon.tokenizer
+    if own is None:
+        return sentencepiece.special_names(lexicon.model) if lexicon.model is not None else {}
+    names = {name: str(text) for name, text in own.special_tokens_map.items() if isinstance(text, str)}
+    return {
+        **names,
+        "model_max_length": own.model_max_length,
+        "padding_side": own.padding_side,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def curve(
+    base: Lexicon,
+    learn_from: Iterable[str],
+    rest: list[str],
+    script: Script,
+    shape: Shape,
+    steps: Sequence[int] = CURVE,
+) -> tuple[Point, list[Point]]:
+    """What more and more pieces bring on the rest, all from one pass over what is learned from."""
+    made: list[tuple[int, Coder, int]] = []
+    if base.model is not None:
+        found = spm.learn_pieces(base.model, learn_from, script, encoder_of(spm.without_prefix(base.model)), max(steps))
+        for step in _reached(steps, len(found)):
+            merged = spm.merge(base.model, [piece for piece, _ in found[:step]], script, encoder_of)
+            seen = sum(saved >= SEEN_ENOUGH for _, saved in found[:step])
+            made.append((step, from_model(base, merged.model).coder, seen))
+    else:
+        learned = learn(base, learn_from, script, max(steps))
+        for step in _reached(steps, len(learned.pieces)):
+            part = learned.first(step)
+            backend = Tokenizer.from_str(json.dumps(bytelevel.extend(base.definition, part)))
+            seen = sum(count >= SEEN_ENOUGH for count in bytelevel.counts_of(part))
+            made.append((step, Lexicon(base.name, backend).coder, seen))
+    return make_curve(base.coder, shape, rest, made)
+
+
+def _reached(steps: Sequence[int], most: int) -> list[int]:
+    """The steps that the corpus gives pieces for, and the last piece that it gives."""
+    return sorted({min(step, most) for step in steps} - {0})
+
+
+def shape_of(name: str) -> Shape:
+    """What a token costs in a model; a nominal one for a tokenizer's file, which has none behind it."""
+    if Path(name).is_file() and Path(name).suffix != ".gguf":
+        return NOMINAL
+    place = loading.locate(name)
+    if place.local and not (Path(place.folder) / "config.json").is_file() and not place.gguf:
+        return NOMINAL
+    config = loading.load_config(place)
+    body, width = loading.count_body(config)
+    return Shape(name, body, width)
+
+
+def shipped_texts() -> list[str]:
+    """The dialogues that the package brings along: real text in reach of everyone."""
+    file = resources.files("tongwen") / "demo" / "dialogues.jsonl"
+    return [str(text) for line in file.read_text(encoding="utf-8").splitlines() for text in _strings(json.loads(line))]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _strings(one)
+
+
+# -- texts ---------------------------------------------------------------------------------------------------------
+
+
+def iter_texts(paths: Sequence[str], tell: Callable[[str], None] = console.notice) -> Iterator[str]:
+    """The texts of files of any known format as they are, record after record; dialogues turn by turn. Rows that cannot
+    be read are counted and said."""
+    section = Prepare(documents=[Source(path=path) for path in paths], clean=AS_IS)
+    for listed in list_parts(section, local_copy, tell):
+        part = replace(listed, kind=kind_of(listed.file, listed.source))
+        refused, first = 0, ""
+        for raw, record in iter_rows(part, section, Cleaner(section.clean, part.kind), tell):
+            if isinstance(record, (Document, Dialogue)):
+                yield from texts_of(record)
+            elif isinstance(record, RowRefused):
+                refused, first = refused + 1, first or f"{raw.file}:{raw.row}: {record.rule}"
+        if refused:
+            tell(
+                say(f"{refused:,} rows cannot be read, the first: {first}", f"{refused:,} 行无法读取，第一个：{first}")
+            )
+
+
+def texts_of(record: Document | Dialogue) -> Iterator[str]:
+    if isinstance(record, Document):
+        yield record.text
+    else:
+        yield from (message.content for message in record.messages if message.content)
+
+
+def split(texts: Iterable[str]) -> tuple[Iterator[str], list[str]]:
+    """(what is learned from, every tenth text): the second fills while the first is read, up to SAMPLE characters."""
+    rest: list[str] = []
+    return _without_tenth(texts, rest), rest
+
+
+def _without_tenth(texts: Iterable[str], rest: list[str]) -> Iterator[str]:
+    size = 0
+    for place, text in enumerate(texts):
+        if place % 10 == 0 and size < SAMPLE:
+            rest.append(text)
+            size += len(text)
+        else:
+            yield text
+
+
+def some(texts: Iterable[str]) -> list[str]:
+    """Texts up to SAMPLE characters, evenly from the whole; never fewer than one."""
+    return _evenly(list(texts))
+
+
+def _evenly(texts: list[str]) -> list[str]:
+    total = sum(map(len, texts))
+    step = max(1, -(-total // SAMPLE))
+    return texts[::step]

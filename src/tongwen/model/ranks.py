@@ -1,0 +1,130 @@
+"""Tokenizer files that list bytes with their ranks: tiktoken's (Qwen, Llama-3) and Mistral's tekken.
+
+They hold no merges: BPE over ranks merges the neighbours whose concatenation has the lowest rank, so every way to build
+a token is a merge of its rank. tiktoken's file does not hold the pattern that splits a text either; it is known for the
+published vocabularies, told apart by their size, and a file of another size is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from tongwen.errors import ModelError
+from tongwen.language import say
+
+_GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Tokens in the file: the family, its pattern, normaliser, special tokens behind the last rank. From Qwen's
+# tokenization_qwen.py and meta-llama's tokenizer.py.
+PUBLISHED: dict[int, tuple[str, str, bool, tuple[str, ...]]] = {
+    151_643: ("qwen", _GPT4.replace("{1,3}", ""), True, ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
+    128_000: (
+        "llama-3",
+        _GPT4,
+        False,
+        (
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|reserved_special_token_0|>",
+            "<|reserved_special_token_1|>",
+            "<|finetune_right_pad_id|>",
+            "<|reserved_special_token_2|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eom_id|>",
+            "<|eot_id|>",
+            "<|python_tag|>",
+            *(f"<|reserved_special_token_{number}|>" for number in range(3, 248)),
+        ),
+    ),
+}
+
+
+def read_ranks(file: Path) -> Tokenizer | None:
+    """The tokenizer of a tiktoken or tekken file; None when the file is neither. Raises ModelError for an unknown one."""
+    with file.open("rb") as stream:
+        start = stream.read(64).lstrip()
+    if start.startswith(b"{"):
+        return _read_tekken(file)
+    found = _read_tiktoken(file)
+    if found is None:
+        return None
+    if len(found) not in PUBLISHED:
+        known = ", ".join(f"{size:,} ({name})" for size, (name, *_) in PUBLISHED.items())
+        raise ModelError(
+            say(
+                f"a tiktoken file of {len(found):,} tokens: its pattern is not known",
+                f"该 tiktoken 文件有 {len(found):,} 个词：不知其切分规则",
+            ),
+            place=str(file),
+            remedy=say(f"known are {known}; give a tokenizer.json instead", f"已知：{known}；请改用 tokenizer.json"),
+        )
+    _, pattern, composed, special = PUBLISHED[len(found)]
+    tokenizer = _tokenizer(found, pattern, {})
+    if composed:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return tokenizer
+
+
+def _read_tiktoken(file: Path) -> dict[bytes, int] | None:
+    """bytes -> rank, or None when a line is not `base64 rank`."""
+    out: dict[bytes, int] = {}
+    try:
+        for line in file.read_text(encoding="ascii").splitlines():
+            piece, rank = line.split()
+            out[base64.b64decode(piece, validate=True)] = int(rank)
+    except (ValueError, binascii.Error):
+        return None
+    return out or None
+
+
+def _read_tekken(file: Path) -> Tokenizer | None:
+    """Mistral's file: special tokens first, then as many of the ranked tokens as the vocabulary has room for."""
+    try:
+        held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config = held["config"]
+        special = int(config["default_num_special_tokens"])
+        ranked = held["vocab"][: int(config["default_vocab_size"]) - special]
+        pieces = {base64.b64decode(entry["token_bytes"]): special + int(entry["rank"]) for entry in ranked}
+    except (ValueError, KeyError, TypeError):
+        return None
+    names = {int(token["rank"]): str(token["token_str"]) for token in held.get("special_tokens") or ()}
+    return _tokenizer(
+        pieces, config["pattern"], {names.get(place, f"<SPECIAL_{place}>"): place for place in range(special)}
+    )
+
+
+def _tokenizer(ids: dict[bytes, int], pattern: str, special: dict[str, int]) -> Tokenizer:
+    character_of = _characters()
+    entries = {piece: "".join(character_of[byte] for byte in piece) for piece in ids}
+    merges = [
+        (entries[piece[:cut]], entries[piece[cut:]])
+        for piece in sorted(ids, key=ids.__getitem__)
+        for cut in sorted(range(1, len(piece)), key=lambda cut: (ids.get(piece[:cut], 0), ids.get(piece[cut:], 0)))
+        if piece[:cut] in ids and piece[cut:] in ids
+    ]
+    vocabulary = special | {entries[piece]: index for piece, index in ids.items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return tokenizer
+
+
+def _characters() -> dict[int, str]:
+    """The character that stands for each byte in a byte-level vocabulary."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    found: dict[int, str] = bytes_to_unicode()
+    return found

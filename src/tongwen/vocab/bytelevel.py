@@ -1,0 +1,205 @@
+"""Byte-level BPE (GPT-2's kind: Llama-3, Qwen, SmolLM2, BLOOM): its file, its bytes, and merges appended to it.
+
+New merges stand after all old ones, so a text in which no new pair occurs keeps exactly its ids. Added tokens keep their
+ids because they are entered into the vocabulary by name: the tokenizers library numbers an added token that it does not
+find there anew, after the last entry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from tongwen.errors import DataError, ModelError, RecipeError
+from tongwen.language import say
+from tongwen.vocab.learn import Learned
+from tongwen.vocab.script import SCRIPTS, UNSPACED, Script
+
+PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+@lru_cache(maxsize=1)
+def byte_of() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary, to the byte (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = (byte for byte in range(256) if byte not in set(printable))
+    return {**{chr(byte): byte for byte in printable}, **{chr(256 + place): byte for place, byte in enumerate(rest)}}
+
+
+@lru_cache(maxsize=1)
+def character_of() -> dict[int, str]:
+    return {byte: character for character, byte in byte_of().items()}
+
+
+def to_bytes(entry: str) -> bytes:
+    """The bytes of a vocabulary entry; of a special token, whose characters are no bytes, its UTF-8."""
+    try:
+        return bytes(byte_of()[character] for character in entry)
+    except KeyError:
+        return entry.encode("utf-8")
+
+
+def to_entry(piece: bytes) -> str:
+    return "".join(character_of()[byte] for byte in piece)
+
+
+def is_byte_level(definition: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is BPE over bytes."""
+    return definition["model"]["type"] == "BPE" and "ByteLevel" in json.dumps(definition.get("decoder"))
+
+
+def spelling_of(definition: dict[str, Any]) -> list[bytes]:
+    """The bytes of every id, those of added tokens included; b"" where an id has no token."""
+    vocabulary: dict[str, int] = definition["model"]["vocab"]
+    added = {token["content"]: token["id"] for token in definition.get("added_tokens") or ()}
+    out = [b""] * (1 + max([*vocabulary.values(), *added.values()]))
+    for entry, index in vocabulary.items():
+        out[index] = to_bytes(entry)
+    for text, index in added.items():
+        out[index] = text.encode("utf-8")
+    return out
+
+
+def count_words(tokenizer: Tokenizer, texts: Iterable[str], script: Script) -> dict[tuple[int, ...], int]:
+    """The words that the base's normaliser and pre-tokeniser make of the texts, as its own tokens, with their counts.
+
+    Texts and words without the script are passed over. Raises DataError when nothing is left.
+    """
+    words: Counter[str] = Counter()
+    for text in texts:
+        if script.occurs_in(text):
+            normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+            split = tokenizer.pre_tokenizer.pre_tokenize_str(normal) if tokenizer.pre_tokenizer else [(normal, (0, 0))]
+            words.update(word for word, _ in split)
+    if not words:
+        raise DataError(
+            say(f"the corpus holds no text of the script {script.name!r}", f"语料中没有 {script.name!r} 文字"),
+            place="corpus",
+            remedy=say(
+                f"give such text, or another script: {', '.join(SCRIPTS)}",
+                f"请提供该文字的文本，或换用：{'、'.join(SCRIPTS)}",
+            ),
+        )
+    out: Counter[tuple[int, ...]] = Counter()
+    for word, count in words.items():
+        if not word.isascii():  # a word of ASCII characters holds no byte of another script
+            out[tuple(token.id for token in tokenizer.model.tokenize(word))] += count
+    return {word: count for word, count in out.items() if len(word) > 1}
+
+
+def extend(definition: dict[str, Any], learned: Learned) -> dict[str, Any]:
+    """The tokenizer.json with the learned merges appended. Raises ModelError when a new id is not free."""
+    model = definition["model"]
+    vocabulary: dict[str, int] = dict(model["vocab"])
+    for token in definition.get("added_tokens") or ():
+        vocabulary.setdefault(token["content"], token["id"])
+    used = set(vocabulary.values())
+    for place, piece in enumerate(learned.pieces):
+        entry, index = to_entry(piece), learned.first_new + place
+        if entry in vocabulary or index in used:
+            raise ModelError(
+                say(f"the new piece {entry!r} collides with a token that exists", f"新词 {entry!r} 与已有词冲突"),
+                place=f"id {index}",
+            )
+        vocabulary[entry] = index
+    entries = {index: entry for entry, index in vocabulary.items()}
+    pairs = [(entries[left], entries[right]) for left, right, _ in learned.merges]
+    in_pairs = not model["merges"] or isinstance(model["merges"][0], list)
+    new = [list(pair) for pair in pairs] if in_pairs else [" ".join(pair) for pair in pairs]
+    return {**definition, "model": {**model, "vocab": vocabulary, "merges": [*model["merges"], *new]}}
+
+
+def parts_of(learned: Learned) -> list[list[int]]:
+    """For each new piece the old ids that it is made of."""
+    parts: dict[int, list[int]] = {}
+    for left, right, made in learned.merges:
+        if made >= learned.first_new and made not in parts:
+            parts[made] = [*parts.get(left, [left]), *parts.get(right, [right])]
+    return list(parts.values())
+
+
+def counts_of(learned: Learned) -> list[int]:
+    """How often each new piece stood in the corpus when it was chosen."""
+    counts: dict[int, int] = {}
+    for (_, _, made), count in zip(learned.merges, learned.counts, strict=True):
+        if made >= learned.first_new:
+            counts.setdefault(made, count)
+    return list(counts.values())
+
+
+def with_words(learned: Learned, spelling: list[bytes], words: Sequence[str], extended: Tokenizer) -> Learned:
+    """What was learned, and whole words behind it: each joined from the left out of the tokens that `extended` (the base
+    with what was learned) makes of it. A word of letters that blanks separate gets a form behind a blank as well.
+
+    Raises RecipeError for a word that the pre-tokeniser takes apart: merges cannot join it.
+    """
+    out = Learned(learned.first_new, list(learned.merges), list(learned.pieces), list(learned.counts))
+    id_of = {piece: index for index, piece in reversed(list(enumerate(spelling)))}
+    for form in forms_of(words):
+        found: list[tuple[str, Any]] = (
+            extended.pre_tokenizer.pre_tokenize_str(form) if extended.pre_tokenizer else [(form, None)]
+        )
+        split = [to_bytes(part).decode("utf-8", "replace") for part, _ in found]
+        if len(split) != 1:
+            raise RecipeError(
+                say(
+                    f"the base's tokenizer takes {form!r} apart into {split}: it can be no single piece",
+                    f"底座的分词器把 {form!r} 拆成 {split}：无法成为一个词",
+                ),
+                place="vocab.words",
+                remedy=say("write it under special_tokens, or leave it out", "请写到 special_tokens 下，或删去"),
+            )
+        tokens = list(extended.encode(form, add_special_tokens=False).ids)
+        for left, right, made in out.merges[len(learned.merges) :]:
+            tokens = _joined(tokens, left, right, made)
+        while len(tokens) > 1:
+            left, right = tokens[:2]
+            piece = _spelled(left, spelling, out) + _spelled(right, spelling, out)
+            if piece not in id_of:
+                id_of[piece] = out.first_new + len(out.pieces)
+                out.pieces.append(piece)
+            out.merges.append((left, right, id_of[piece]))
+            out.counts.append(0)
+            tokens = _joined(tokens, left, right, id_of[piece])
+    return out
+
+
+def forms_of(words: Sequence[str]) -> Iterator[str]:
+    """Each word as it stands alone, and behind a blank where its script separates words so."""
+    for word in words:
+        yield word
+        if word[0].isalpha() and not any(Script(name).occurs_in(word) for name in UNSPACED):
+            yield f" {word}"
+
+
+def with_special(definition: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    """The tokenizer.json with special tokens behind everything else."""
+    if not texts:
+        return definition
+    model = definition["model"]
+    vocabulary, added = dict(model["vocab"]), list(definition.get("added_tokens") or ())
+    for text in texts:
+        index = 1 + max(vocabulary.values())
+        vocabulary[text] = index
+        added.append({"id": index, "content": text, "special": True, **PLAIN_TOKEN})
+    return {**definition, "model": {**model, "vocab": vocabulary}, "added_tokens": added}
+
+
+def _joined(tokens: list[int], left: int, right: int, made: int) -> list[int]:
+    """The tokens after one merge, from the left."""
+    out: list[int] = []
+    for token in tokens:
+        if out and out[-1] == left and token == right:
+            out[-1] = made
+        else:
+            out.append(token)
+    return out
+
+
+def _spelled(index: int, spelling: list[bytes], learned: Learned) -> bytes:
+    return learned.pieces[index - learned.first_new] if index >= learned.first_new else spelling[index]

@@ -1,0 +1,53 @@
+"""The first values of new rows, in the input embedding and in the head, from the rows that the base has.
+
+The mean of the rows of a piece's old tokens is the default: on SmolLM2 with 2,000 Chinese pieces the grown, untrained
+model then needs 3.04 bits per byte where the base needs 2.46; the mean of all rows gives 4.51, and numbers drawn anew, as
+transformers did in 2023, 6.87.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+KINDS = ("subtoken_mean", "mean", "normal")
+ROWS_AT_ONCE = 256
+Rows = Any  # (n, H) fp32
+ReadRows = Callable[[int, int], Rows]  # rows [begin, end) of the old matrix
+
+
+def iter_rows(
+    kind: str, parts: Sequence[Sequence[int]], old_rows: int, read: ReadRows, *, deviation: float, seed: int
+) -> Iterator[Rows]:
+    """Blocks of new rows in their order.
+
+    parts:     the old ids that each new row stands for
+    old_rows:  rows of the base that mean anything
+    deviation: standard deviation of `normal`: the model's initializer_range
+    """
+    if kind == "subtoken_mean":
+        for begin in range(0, len(parts), ROWS_AT_ONCE):
+            yield np.stack([_mean_of(read, part) for part in parts[begin : begin + ROWS_AT_ONCE]])
+        return
+    mean = mean_row(old_rows, read)
+    random = np.random.default_rng(seed)
+    for begin in range(0, len(parts), ROWS_AT_ONCE):
+        shape = (min(ROWS_AT_ONCE, len(parts) - begin), len(mean))
+        if kind == "mean":
+            yield np.broadcast_to(mean, shape)
+        else:
+            yield random.normal(0.0, deviation, shape).astype(np.float32)
+
+
+def mean_row(rows: int, read: ReadRows) -> Rows:
+    """(H,) mean of the first rows, read in blocks."""
+    total: Any = 0.0
+    for begin in range(0, rows, ROWS_AT_ONCE):
+        total = total + read(begin, min(begin + ROWS_AT_ONCE, rows)).sum(axis=0, dtype=np.float64)
+    return (total / rows).astype(np.float32)
+
+
+def _mean_of(read: ReadRows, part: Sequence[int]) -> Rows:
+    return np.mean([read(index, index + 1)[0] for index in part], axis=0, dtype=np.float32)

@@ -1,0 +1,207 @@
+"""Byte-pair encoding continued from where a base tokenizer stopped: which merges to append, most frequent pair first.
+
+The corpus is one flat, doubly linked list of base tokens, each distinct word once with its count. A merge touches only
+the places where its pair stands (found through an index of pairs), all of them in a few numpy operations, so the cost
+follows the number of occurrences, not merges times corpus. The same greedy choice as Sennrich et al. 2016
+(arXiv:1508.07909), begun from the base's tokens instead of characters.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+END = -1  # no neighbour
+
+
+@dataclass
+class Learned:
+    """merges: (left id, right id, id that they make), most frequent first; pieces: the spelling of each new id, the k-th of
+    `first_new + k`; counts: how often each pair stood in the corpus when it was chosen. Where a pair makes a token that
+    exists already, it is one more way to it and costs no row."""
+
+    first_new: int
+    merges: list[tuple[int, int, int]] = field(default_factory=list)
+    pieces: list[bytes] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+    def first(self, pieces: int) -> Learned:
+        """What a run for fewer pieces would have given."""
+        size = self.first_new + pieces
+        kept = next((place for place, merge in enumerate(self.merges) if merge[2] >= size), len(self.merges))
+        return Learned(self.first_new, self.merges[:kept], self.pieces[:pieces], self.counts[:kept])
+
+
+class Corpus:
+    """Words as one linked list of tokens. N tokens take 24 bytes each."""
+
+    def __init__(self, words: Mapping[tuple[int, ...], int]) -> None:
+        lengths = np.fromiter((len(word) for word in words), np.int64, len(words))
+        total = int(lengths.sum())
+        self.token = np.fromiter((token for word in words for token in word), np.int32, total)
+        self.weight = np.repeat(np.fromiter(words.values(), np.int64, len(words)), lengths)
+        ends = np.cumsum(lengths)
+        place = np.arange(total, dtype=np.int32)
+        self.after, self.before = place + 1, place - 1
+        self.after[ends - 1] = END
+        self.before[(ends - lengths)[lengths > 0]] = END
+
+    def pairs_at(self, places: np.ndarray) -> np.ndarray:
+        """(left id << 32 | right id) of the pair that begins at each place."""
+        pairs: np.ndarray = self.token[places].astype(np.int64) << 32 | self.token[self.after[places]]
+        return pairs
+
+
+def learn_merges(
+    words: Mapping[tuple[int, ...], int],
+    spelling: list[bytes],
+    allows: Callable[[bytes], bool],
+    pieces: int,
+    *,
+    first_new: int,
+    min_count: int = 2,
+    forbidden: Iterable[bytes] = (),
+    tell: Callable[[int], None] = lambda done: None,
+) -> Learned:
+    """Merges that make at most `pieces` new tokens, learned from words (base tokens -> count).
+
+    spelling:  the bytes of every base token by id
+    allows:    whether bytes may become a piece
+    first_new: the id of the first new piece
+    forbidden: spellings that must never be made: those of special tokens
+    tell:      called with the number of new tokens now and then
+    Ends sooner when no allowed pair stands `min_count` times.
+    """
+    learner = _Learner(Corpus(words), spelling, allows, first_new, min_count, set(forbidden))
+    while len(learner.out.pieces) < pieces and (best := learner.best()) is not None:
+        learner.merge(*best)
+        if len(learner.out.merges) % 100 == 0:
+            tell(len(learner.out.pieces))
+    return learner.out
+
+
+class _Learner:
+    def __init__(
+        self,
+        corpus: Corpus,
+        spelling: list[bytes],
+        allows: Callable[[bytes], bool],
+        first_new: int,
+        min_count: int,
+        forbidden: set[bytes],
+    ) -> None:
+        self.corpus, self.allows, self.min_count, self.forbidden = corpus, allows, min_count, forbidden
+        self.spelling = dict(enumerate(spelling))
+        self.id_of = {piece: index for index, piece in reversed(self.spelling.items())}
+        self.out = Learned(first_new)
+        self.count: dict[int, int] = {}
+        self.places: dict[int, list[np.ndarray]] = {}
+        self.allowed: dict[int, bool] = {}
+        self.queue: list[tuple[int, bool, int]] = []
+        self._add(np.flatnonzero(corpus.after != END).astype(np.int32))
+
+    def best(self) -> tuple[int, int] | None:
+        """The most frequent pair; among equals one that completes a character, then the one of the lower ids."""
+        while self.queue:
+            minus, partial, pair = heapq.heappop(self.queue)
+            count = self.count.get(pair, 0)
+            if count == -minus:
+                return pair, count
+            if count >= self.min_count:
+                heapq.heappush(self.queue, (-count, partial, pair))
+        return None
+
+    def merge(self, pair: int, count: int) -> None:
+        """Make one token of the pair wherever it stands."""
+        left, right = pair >> 32, pair & 0xFFFFFFFF
+        made = self._id_of(self.spelling[left] + self.spelling[right])
+        corpus, at = self.corpus, self._occurrences(pair, left, right)
+        second = corpus.after[at]
+        self._remove(at, second)
+        beyond = corpus.after[second]
+        corpus.token[at], corpus.token[second] = made, END
+        corpus.after[at] = beyond
+        corpus.before[beyond[beyond != END]] = at[beyond != END]
+        before = corpus.before[at]
+        self._add(np.unique(np.concatenate([before[before != END], at[corpus.after[at] != END]])))
+        self.out.merges.append((left, right, made))
+        self.out.counts.append(count)
+
+    def _id_of(self, piece: bytes) -> int:
+        """The id of a spelling, a new one if it is new."""
+        if piece not in self.id_of:
+            self.id_of[piece] = new = self.out.first_new + len(self.out.pieces)
+            self.spelling[new] = piece
+            self.out.pieces.append(piece)
+        return self.id_of[piece]
+
+    def _occurrences(self, pair: int, left: int, right: int) -> np.ndarray:
+        """Places where the pair stands now, none overlapping another."""
+        corpus = self.corpus
+        at = np.unique(np.concatenate(self.places.pop(pair)))
+        at = at[(corpus.token[at] == left) & (corpus.after[at] != END)]
+        at = at[corpus.token[corpus.after[at]] == right]
+        if left == right:  # in a run of equal tokens every second place, from the left
+            kept, last = [], END
+            for place in at.tolist():
+                if place != last:
+                    kept.append(place)
+                    last = int(corpus.after[place])
+                else:
+                    last = END
+            at = np.array(kept, np.int32)
+        return at
+
+    def _remove(self, at: np.ndarray, second: np.ndarray) -> None:
+        """Take the pairs at, before and after these places out of the counts."""
+        corpus = self.corpus
+        before = corpus.before[at]
+        places = np.unique(np.concatenate([before[before != END], at, second[corpus.after[second] != END]]))
+        for pair, change, _ in self._grouped(places):
+            left = self.count.get(pair, 0) - change
+            if left > 0:
+                self.count[pair] = left
+            else:
+                self.count.pop(pair, None)
+
+    def _add(self, places: np.ndarray) -> None:
+        """Count the pairs that begin at these places, remember where, and queue those that may be merged."""
+        for pair, change, where in self._grouped(places):
+            if not self._is_allowed(pair):
+                continue
+            count = self.count[pair] = self.count.get(pair, 0) + change
+            self.places.setdefault(pair, []).append(where)
+            if count >= self.min_count:
+                heapq.heappush(self.queue, (-count, self._is_partial(pair), pair))
+
+    def _grouped(self, places: np.ndarray) -> Iterable[tuple[int, int, np.ndarray]]:
+        """(pair, its weight, its places) for the pairs that begin at these places."""
+        if not len(places):
+            return
+        pairs = self.corpus.pairs_at(places)
+        order = np.argsort(pairs, kind="stable")
+        pairs, places = pairs[order], places[order]
+        starts = np.flatnonzero(np.concatenate([[True], pairs[1:] != pairs[:-1]]))
+        weights = np.add.reduceat(self.corpus.weight[places], starts)
+        ends = [*starts[1:].tolist(), len(pairs)]
+        for pair, weight, start, end in zip(
+            pairs[starts].tolist(), weights.tolist(), starts.tolist(), ends, strict=True
+        ):
+            yield pair, weight, places[start:end]
+
+    def _is_allowed(self, pair: int) -> bool:
+        known = self.allowed.get(pair)
+        if known is None:
+            piece = self.spelling[pair >> 32] + self.spelling[pair & 0xFFFFFFFF]
+            known = self.allowed[pair] = piece not in self.forbidden and self.allows(piece)
+        return known
+
+    def _is_partial(self, pair: int) -> bool:
+        try:
+            (self.spelling[pair >> 32] + self.spelling[pair & 0xFFFFFFFF]).decode("utf-8")
+        except UnicodeDecodeError:
+            return True
+        return False

@@ -1,0 +1,260 @@
+"""What a tokenizer costs and keeps: fertility, round trips, ids that must not change, pieces that are never produced.
+
+Then the answer to "should I?": what a character costs to process before and after, the head included, on text that was
+not learned from, and how much the grown model has to learn again, in bits per byte.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tongwen.language import say
+from tongwen.vocab.script import Script
+
+Ids = list[list[int]]
+CURVE = (1_000, 2_000, 4_000, 8_000, 16_000)
+SEEN_ENOUGH = 100  # occurrences in the corpus from which a row is expected to be learned in one pass
+WORTH = 0.25  # share of the cost per character that extension must save
+# Texts that tokenizers get wrong: rare Han, emoji, full-width and half-width forms, control characters, blanks.
+PROBES = (
+    "𠮷野家の𪚥龘靐",
+    "👩‍👩‍👧‍👦🏳️‍🌈👍🏽",
+    "ＡＢＣ１２３，。！",
+    "ｶﾀｶﾅ ㈱ ㎡ ½",
+    "a\u0000b\u0007c\u001bd",
+    "\ttab\r\nline\n\n\n",
+    "  two  blanks  ",
+    "\u200b\u200e\ufeff",
+    "é e\u0301 ñ",
+    "𝒳 ∑ ≠ → “quotes” – —",
+    "한국어 עברית العربية ไทย",
+    "\ufffd\ue000",
+)
+BROKEN = (b"\xff\xfe", b"\xe4\xbd", b"ok \xf0\x9f\x98 ok")  # no valid UTF-8: read with replacement characters
+EXAMPLE = 60  # characters
+ENGLISH = """A tokenizer cuts a text into pieces that the model has rows for. The fewer pieces a sentence needs, the more of it
+fits into the context, and the less each character costs. It's 21°C outside; the train leaves at 17:45, doesn't it?
+In 2023 many people taught Chinese to models that had hardly seen any: 1,234 pieces here, 17,953 there.
+"""
+CODE = """def mean(values: list[float]) -> float:
+    \"\"\"The arithmetic mean.\"\"\"
+    total = sum(value for value in values if value == value)
+    return total / max(len(values), 1)  # 0.0 for nothing
+
+for (let i = 0; i < rows.length; i++) { rows[i].id = `${prefix}-${i}`; }
+SELECT name, COUNT(*) AS n FROM people WHERE age >= 18 GROUP BY name ORDER BY n DESC LIMIT 10;
+"""
+
+
+@dataclass(frozen=True)
+class Coder:
+    """A tokenizer as what is measured: encode texts without special tokens (as whole texts, and as they are inside of
+    one), decode ids, bytes of each id."""
+
+    name: str
+    encode: Callable[[Sequence[str]], Ids]
+    encode_inside: Callable[[Sequence[str]], Ids]
+    decode: Callable[[list[int]], str]
+    spelling: list[bytes]
+
+    @property
+    def size(self) -> int:
+        return len(self.spelling)
+
+
+def fertility(coder: Coder, texts: Sequence[str]) -> dict[str, float]:
+    """Characters, UTF-8 bytes and tokens of the texts, and their ratios."""
+    characters, size = sum(map(len, texts)), sum(len(text.encode("utf-8", "replace")) for text in texts)
+    tokens = sum(map(len, coder.encode(texts)))
+    return {
+        "characters": characters,
+        "bytes": size,
+        "tokens": tokens,
+        "characters_per_token": characters / max(tokens, 1),
+        "bytes_per_token": size / max(tokens, 1),
+    }
+
+
+def changed(old: Coder, new: Coder, texts: Sequence[str]) -> list[int]:
+    """Places of the texts whose ids differ."""
+    return [place for place, (a, b) in enumerate(zip(old.encode(texts), new.encode(texts), strict=True)) if a != b]
+
+
+def round_trip_failures(coder: Coder, texts: Sequence[str]) -> list[int]:
+    """Places of the texts that do not come back from their ids."""
+    given = coder.encode(texts)
+    return [place for place, (text, ids) in enumerate(zip(texts, given, strict=True)) if coder.decode(ids) != text]
+
+
+def probes() -> list[str]:
+    return [*PROBES, *(piece.decode("utf-8", "replace") for piece in BROKEN)]
+
+
+def pieces_in_use(coder: Coder, first_new: int, texts: Sequence[str]) -> dict[str, int]:
+    """Of the pieces from an id on: how many there are, occur in the texts, can never be produced, begin a character only.
+
+    A piece whose own text does not give it is never produced: what stands around it can only take parts away."""
+    new = range(first_new, coder.size)
+    counts = Counter(token for ids in coder.encode(texts) for token in ids if token >= first_new)
+    whole, beginnings = [], 0
+    for index in new:
+        try:
+            whole.append((index, coder.spelling[index].decode("utf-8")))
+        except UnicodeDecodeError:
+            beginnings += 1
+    given = coder.encode_inside([text for _, text in whole])
+    unreachable = sum(ids != [index] for (index, _), ids in zip(whole, given, strict=True))
+    return {"pieces": len(new), "occur": len(counts), "unreachable": unreachable, "beginnings": beginnings}
+
+
+def seconds_per_megabyte(coder: Coder, texts: Sequence[str]) -> float:
+    """CPU seconds of encoding a million bytes, the best of three."""
+    size = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    best = float("inf")
+    for _ in range(3):
+        began = time.process_time()
+        coder.encode(texts)
+        best = min(best, time.process_time() - began)
+    return best / max(size, 1) * 1e6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a token costs in a model. body: parameters that every token passes; hidden: width of the head."""
+
+    name: str
+    body: int
+    hidden: int
+
+    def per_token(self, vocabulary: int) -> float:
+        """Multiply-adds of a token: the body, and one row of the head for each entry (2 x 3 passes cancel out)."""
+        return self.body + self.hidden * vocabulary
+
+
+# For a tokenizer without its model. Qwen3-8B's: 36 layers, hidden 4096.
+NOMINAL = Shape("8B", 6_950_000_000, 4096)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place on the curve. seen_enough: how many of the pieces stand SEEN_ENOUGH times in the corpus."""
+
+    pieces: int
+    characters_per_token: float
+    cost: float  # of a character, the base's is 1
+    seen_enough: int
+
+
+def make_curve(
+    base: Coder, shape: Shape, texts: Sequence[str], steps: Sequence[tuple[int, Coder, int]]
+) -> tuple[Point, list[Point]]:
+    """(the base, one point for each (pieces, coder, seen enough)) on texts that were not learned from."""
+    start = fertility(base, texts)["characters_per_token"]
+    old = shape.per_token(base.size) / start
+    points = []
+    for pieces, coder, seen in steps:
+        found = fertility(coder, texts)["characters_per_token"]
+        points.append(Point(pieces, found, shape.per_token(coder.size) / found / old, seen))
+    return Point(0, start, 1.0, 0), points
+
+
+@dataclass(frozen=True)
+class Advice:
+    """extend: whether it pays; pieces: how many; saving: share of the cost per character that it saves."""
+
+    extend: bool
+    pieces: int
+    saving: float
+    reasons: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"extend": self.extend, "pieces": self.pieces, "saving": self.saving, "reasons": list(self.reasons)}
+
+
+def advise(base: Point, curve: Sequence[Point], damage: float | None = None, asked: int | None = None) -> Advice:
+    """Whether to extend, from the curve and the damage.
+
+    damage: bits per byte of the grown, untrained model over the base's, less 1; None when no model was at hand.
+    asked:  the number of pieces that the user wants; else the cheapest point whose rows the corpus can teach.
+
+    It pays when a character costs at least WORTH less. Below that the published runs found nothing gained but speed, and
+    lost what the new rows must learn first (EEVE-Korean needed 2 billion tokens for 8,960 rows; LLaMA Beyond English and
+    Chinese-LLaMA-Alpaca-3 did better without). A damage above the saving in bytes is paid back by no speed.
+    """
+    teachable = [point for point in curve if point.seen_enough >= 0.9 * point.pieces] or list(curve[:1])
+    wanted = [point for point in curve if point.pieces == asked] if asked else teachable
+    best = min(wanted or teachable, key=lambda point: point.cost)
+    saving = 1 - best.cost
+    longer = best.characters_per_token / base.characters_per_token
+    reasons = [
+        say(
+            f"{base.characters_per_token:.2f} characters per token become {best.characters_per_token:.2f} with {best.pieces:,} pieces: {longer:.2f} times the text in the same context",
+            f"每个 token 从 {base.characters_per_token:.2f} 个字变为 {best.characters_per_token:.2f} 个（增加 {best.pieces:,} 个词）：同样的上下文可容纳 {longer:.2f} 倍文字",
+        ),
+        say(
+            f"a character costs {saving:.0%} less to process, the larger head included; {WORTH:.0%} would pay for the rows to be learned",
+            f"处理一个字的成本降低 {saving:.0%}（含更大的输出层）；达到 {WORTH:.0%} 才抵得过学习新行的代价",
+        ),
+    ]
+    if best.seen_enough < 0.9 * best.pieces:
+        reasons.append(
+            say(
+                f"the corpus shows only {best.seen_enough:,} of the {best.pieces:,} pieces {SEEN_ENOUGH} times: more text, or fewer pieces",
+                f"{best.pieces:,} 个词中只有 {best.seen_enough:,} 个在语料中出现 {SEEN_ENOUGH} 次以上：需要更多文本或更少的词",
+            )
+        )
+    bearable = damage is None or damage <= longer - 1
+    if damage is not None:
+        reasons.append(
+            say(
+                f"untrained, the grown model needs {damage:+.1%} bits per byte; "
+                + ("training wins that back" if bearable else "that is more than the shorter text can give back"),
+                f"未经训练时，扩表模型的 bits per byte 变化 {damage:+.1%}；"
+                + ("训练可以补回" if bearable else "超过缩短文本所能补回的"),
+            )
+        )
+    return Advice(saving >= WORTH and bearable, best.pieces, saving, tuple(reasons))
+
+
+def survey(base: Coder, new: Coder | None, texts: dict[str, list[str]], script: Script) -> dict[str, Any]:
+    """Fertility by name of text, what stayed as it was, and examples: the parts of report.json that need no model."""
+    out: dict[str, Any] = {"fertility": {}, "sizes": {"before": base.size}}
+    for name, some in {**texts, "English": [ENGLISH], "code": [CODE]}.items():
+        out["fertility"][name] = {"before": fertility(base, some)}
+        if new:
+            out["fertility"][name]["after"] = fertility(new, some)
+    if new is None:
+        return out
+    given = [text for some in texts.values() for text in some]
+    foreign = [text for text in given if not script.touches(text)] + [*ENGLISH.splitlines(), *CODE.splitlines()]
+    round_trips = probes() + given
+    worse = set(round_trip_failures(new, round_trips)) - set(round_trip_failures(base, round_trips))
+    old_speed, new_speed = seconds_per_megabyte(base, given), seconds_per_megabyte(new, given)
+    out["sizes"]["after"] = new.size
+    out["kept"] = {
+        "source_texts": len(foreign),
+        "source_changed": len(changed(base, new, foreign)),
+        "round_trips": len(round_trips),
+        "new_round_trip_failures": len(worse),
+        **pieces_in_use(new, base.size, given),
+        "speed": new_speed / max(old_speed, 1e-9),
+    }
+    shown = [text.strip()[:EXAMPLE] for text in given if script.occurs_in(text) and len(text) >= EXAMPLE][:3]
+    out["examples"] = [{"before": _pieces(base, text), "after": _pieces(new, text)} for text in shown]
+    return out
+
+
+def _pieces(coder: Coder, text: str) -> list[str]:
+    """The tokens as people can read them; bytes that are no whole character as their numbers."""
+    out = []
+    for index in coder.encode([text])[0]:
+        piece = coder.spelling[index]
+        try:
+            out.append(piece.decode("utf-8"))
+        except UnicodeDecodeError:
+            out.append(piece.hex(" "))
+    return out
