@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_what_was_there(
     def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tongwen.model.fold.save_file", full)
+    monkeypatch.setattr("tongwen.model.fold.copy_bytes", full)
     code, _, err = tongwen("run", recipe, "--from", "merge", "--again")
     assert code == 5 and "disk is full" in err
     assert sorted(str(path) for path in (tmp_path / "out" / "sft").rglob("*")) == before

@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import tensors
-from tongwen.errors import ArtifactError, ModelError
+from tests.conftest import tensors, tiny_llama
+from tongwen.errors import ArtifactError
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_state
-from tongwen.model.fold import fold
 from tongwen.model.load import Place
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -23,52 +22,179 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "embedding": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "token rows": {"trainable_token_indices": {"embed_tokens": [1, 5]}},
+    "untied": {"modules_to_save": ["embed_tokens"]},
+    "head alone": {"modules_to_save": ["lm_head"]},
+    "embedding lora": {"target_modules": ["embed_tokens", "q_proj"]},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"mlp.*up_proj": 3}},
 }
 
 
-def make_adapter(base: Path, folder: Path, **options: Any) -> Any:
+def disturb(adapted: Any, seed: int) -> None:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for part in adapted.parameters():
+            if part.requires_grad:
+                part.add_(torch.randn_like(part) * 0.05)
+
+
+def make_adapter(base: Path, folder: Path, seed: int = 3, **options: Any) -> Any:
     """A peft model with disturbed adapter weights, saved; returns it live."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base)
-    adapted = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **options)
-    )
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for part in adapted.parameters():
-            if part.requires_grad:
-                part.add_(torch.randn_like(part) * 0.05)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    adapted = get_peft_model(model, LoraConfig(**options))
+    disturb(adapted, seed)
     adapted.save_pretrained(str(folder))
     return adapted
 
 
+def merged(tongwen: Any, base: Path, adapters: list[Path], out: Path, *flags: str) -> Path:
+    """`tongwen merge`, which must succeed."""
+    words = [word for adapter in adapters for word in ("--adapter", adapter)]
+    code, _, err = tongwen("merge", "--base", base, *words, "--out", out, *flags)
+    assert code == 0, err
+    return out
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(40)[None]).logits
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_folded_is_live(kind: str, chat_model: Path, tmp_path: Path) -> None:
+def test_folded_is_live(kind: str, chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    live = make_adapter(chat_model, tmp_path / "adapter", **KINDS[kind]).eval()
-    out = tmp_path / "out"
-    out.mkdir()
-    counts = fold(Place("", str(chat_model)), tmp_path / "adapter", out, None, lambda done: None)
-    assert counts["changed"] >= 14
-    merged, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    live = make_adapter(chat_model, tmp_path / "adapter", **KINDS[kind])
+    out = merged(tongwen, chat_model, [tmp_path / "adapter"], tmp_path / "out")
+    assert json.loads((out / "manifest.json").read_text())["counts"]["changed"] >= 3
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    ids = torch.arange(40)[None]
-    with torch.no_grad():
-        assert torch.allclose(merged(ids).logits, live(ids).logits, atol=2e-6)
+    assert torch.allclose(logits(model), logits(live), atol=2e-6)
+    tied = kind not in ("untied", "head alone", "embedding lora")
+    assert model.config.tie_word_embeddings is tied and ("lm_head.weight" not in tensors(out)) is tied
 
 
-def test_bf16_is_rounded_once(chat_model: Path, tmp_path: Path) -> None:
+def test_bf16_is_rounded_once(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     make_adapter(chat_model, tmp_path / "adapter")
-    for name, dtype in (("a", None), ("b", torch.bfloat16)):
-        (tmp_path / name).mkdir()
-        fold(Place("", str(chat_model)), tmp_path / "adapter", tmp_path / name, dtype, lambda done: None)
-    full, half = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    full = tensors(merged(tongwen, chat_model, [tmp_path / "adapter"], tmp_path / "a"))
+    half = tensors(merged(tongwen, chat_model, [tmp_path / "adapter"], tmp_path / "b", "--dtype", "bf16"))
     assert all(torch.equal(half[name], full[name].to(torch.bfloat16)) for name in full)
     assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_two_adapters_are_as_peft_folds_them_one_after_the_other_in_fp32(
+    dtype: torch.dtype, tmp_path: Path, tongwen: Any
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    model = tiny_llama(tmp_path / "fp32", 90, tie_word_embeddings=False)
+    model.to(dtype).save_pretrained(base, max_shard_size="30KB")
+    for number in (1, 2):
+        make_adapter(base, tmp_path / f"a{number}", seed=number, use_rslora=number == 2, r=3 + number)
+    out = merged(tongwen, base, [tmp_path / "a1", tmp_path / "a2"], tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for number in (1, 2):
+        model = PeftModel.from_pretrained(model, tmp_path / f"a{number}").merge_and_unload()
+    found, expected = tensors(out), model.to(dtype).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert fingerprint_model(Place("", str(out))) == json.loads((out / "manifest.json").read_text())["fingerprint"]
+
+
+def test_bin_files_are_merged_as_safetensors_are(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    make_adapter(chat_model, tmp_path / "adapter")
+    old = tmp_path / "old"
+    shutil.copytree(chat_model, old)
+    torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
+    adapter = shutil.copytree(tmp_path / "adapter", tmp_path / "old adapter")
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    one = tensors(merged(tongwen, chat_model, [tmp_path / "adapter"], tmp_path / "one"))
+    other = tensors(merged(tongwen, old, [adapter], tmp_path / "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def grown_adapters(base: Path, folder: Path) -> tuple[Path, Path]:
+    """Chinese-LLaMA's shape: one adapter brings more rows for embedding and head, the next one row more."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model, out = AutoModelForCausalLM.from_pretrained(base), []
+    for number, more in enumerate((7, 1), 1):
+        rows = model.get_input_embeddings().weight.shape[0] + more
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        options = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+        adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options))
+        disturb(adapted, number)
+        adapted.save_pretrained(str(folder / f"grown-{number}"))
+        out.append(folder / f"grown-{number}")
+        model = adapted.merge_and_unload()
+    model.save_pretrained(str(folder / "expected"))
+    return out[0], out[1]
+
+
+def test_grown_vocabularies_stack_in_their_order_only(tmp_path: Path, tongwen: Any) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    tiny_llama(base, 100, tie_word_embeddings=False)
+    first, second = grown_adapters(base, tmp_path)
+    out = merged(tongwen, base, [first, second], tmp_path / "out", "--parity", "full")
+    found, expected = tensors(out), tensors(tmp_path / "expected")
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-7) for name in expected)
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 108
+    code, _, err = tongwen("merge", "--base", base, "--adapter", second, "--adapter", first, "--out", tmp_path / "no")
+    assert code == 4 and "107 rows" in err and "108" in err and "first" in err
+
+
+def test_what_does_not_map_one_to_one_goes_through_peft(tmp_path: Path, tongwen: Any) -> None:
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=64)).save_pretrained(base)
+    for kind, options in {
+        "columns": {"fan_in_fan_out": True},
+        "dora": {"fan_in_fan_out": True, "use_dora": True},
+    }.items():
+        live = make_adapter(base, tmp_path / kind, target_modules=["c_attn"], **options)
+        code, text, err = tongwen(
+            "merge", "--base", base, "--adapter", tmp_path / kind, "--out", tmp_path / f"{kind} out", "--parity", "full"
+        )
+        assert code == 0, err
+        assert ("whole model in memory" in text) is (kind == "dora")
+        assert torch.allclose(
+            logits(AutoModelForCausalLM.from_pretrained(tmp_path / f"{kind} out")), logits(live), atol=1e-5
+        )
+
+
+def test_streamed_parity_is_the_model(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tongwen.model import parity
+    from tongwen.model.tensors import open_tensors
+
+    for family in parity.FAMILIES:
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = AutoConfig.for_model(family, vocab_size=90, num_key_value_heads=2, head_dim=8, **shape)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).float()
+        for part in model.parameters():
+            part.data += torch.randn_like(part) * 0.1
+        model.save_pretrained(tmp_path / family)
+        ids = parity.fixed_ids(90)
+        weights = parity.Merged(open_tensors(tmp_path / family, ""))
+        found = parity.logits(weights, json.loads((tmp_path / family / "config.json").read_text()), ids)
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits[0].numpy()
+        assert abs(found - expected).max() < 1e-4, family
 
 
 def _edit(folder: Path, change: Any) -> None:
@@ -76,6 +202,35 @@ def _edit(folder: Path, change: Any) -> None:
     state = load_file(file)
     change(state)
     save_file(state, file)
+
+
+def test_parity_sees_one_wrong_matrix(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tongwen.model import fold
+
+    make_adapter(chat_model, tmp_path / "adapter")
+    step, apply = fold.Step, fold.Step.apply
+    spoiled = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+
+    def wrong(self: Any, block: Any, begin: int, end: int) -> Any:
+        if self.change.parts.get("a") == spoiled and block.dtype == "float32":
+            self.change.scale *= -1
+            out = apply(self, block, begin, end)
+            self.change.scale *= -1
+            return out
+        return apply(self, block, begin, end)
+
+    words = ("merge", "--base", chat_model, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "apply", wrong)
+        code, _, err = tongwen(*words)
+        assert code == 6 and "layers.1.mlp.up_proj" in err and "read back" in err
+        patch.setattr("tongwen.stages.merge.fold.check_rows", lambda base, folded: 0.0)
+        code, _, err = tongwen(*words)
+        assert code == 6 and "logits" in err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    assert tongwen(*words)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -162,15 +317,9 @@ def test_a_fingerprint_is_of_tensors_not_of_files(chat_model: Path, tmp_path: Pa
     assert fingerprint_state(state) != one
 
 
-def test_an_adapter_of_another_kind_is_named(chat_model: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_kind_is_named(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     make_adapter(chat_model, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": "PREFIX_TUNING"}))
-    with pytest.raises(ModelError, match="PREFIX_TUNING"):
-        fold(Place("", str(chat_model)), tmp_path / "adapter", tmp_path, None, lambda done: None)
-
-
-def test_an_embedding_trained_apart_from_its_tied_head_is_refused(chat_model: Path, tmp_path: Path) -> None:
-    make_adapter(chat_model, tmp_path / "adapter", modules_to_save=["embed_tokens"])
-    with pytest.raises(ArtifactError, match="apart from the other half"):
-        fold(Place("", str(chat_model)), tmp_path / "adapter", tmp_path, None, lambda done: None)
+    code, _, err = tongwen("merge", "--base", chat_model, "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
+    assert code == 4 and "PREFIX_TUNING" in err

@@ -8,8 +8,20 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "tongwen"
-ROOMS = ("hub", "data", "vocab", "model", "train", "infer", "ui")
-HALL = ("errors", "language", "record", "template", "skeleton", "artifact", "families", "console", "launch", "page")
+ROOMS = ("hub", "data", "vocab", "model", "train", "infer", "export", "ui")
+HALL = (
+    "errors",
+    "language",
+    "record",
+    "template",
+    "skeleton",
+    "artifact",
+    "weights",
+    "families",
+    "console",
+    "launch",
+    "page",
+)
 UPPER = ("cli", "river", "lexicon", "lesson", "speaker", "__main__", "__init__")
 HEAVY = {
     "torch",

@@ -187,18 +187,37 @@ def make_parser() -> argparse.ArgumentParser:
         "tokenizer", say("train, extend, merge and judge tokenizers", "训练、扩充、合并、评估分词器"), _tokenizer
     )
     _add_tokenizer(command)
-    command = add("merge", say("fold an adapter into its base", "把适配器并入底座"), _merge)
+    command = add("merge", say("fold adapters into their base", "把适配器并入底座"), _merge)
     command.add_argument("--base", required=True, help=say("model", "模型"))
-    command.add_argument("--adapter", required=True, action="append", help=say("adapter folder", "适配器文件夹"))
+    command.add_argument(
+        "--adapter",
+        required=True,
+        action="append",
+        help=say("adapter folder; several in the order in which they were trained", "适配器文件夹；多个则按训练的先后"),
+    )
     command.add_argument("--out", required=True, help=say("folder of the merged model", "合并后的模型文件夹"))
     command.add_argument(
         "--dtype", default="base", choices=("base", "fp32", "bf16", "fp16"), help=say("number type", "数值类型")
     )
     command.add_argument(
+        "--parity",
+        default="streamed",
+        choices=("streamed", "full"),
+        help=say(
+            "compare logits layer by layer, or with both models in memory",
+            "逐层比较 logits，或两个模型同时载入内存比较",
+        ),
+    )
+    command.add_argument(
         "--again", action="store_true", help=say("keep what stands there under another name", "把已有的改名保留")
     )
     command.add_argument(
-        "--force", action="store_true", help=say("merge onto another base than the adapter's own", "合并到非原配的底座")
+        "--force",
+        action="store_true",
+        help=say(
+            "merge onto another base than the adapter's own, or in another order",
+            "合并到非原配的底座，或以别的顺序合并",
+        ),
     )
 
     command = add("generate", say("answer a file of prompts", "回答一个文件里的提示"), _generate)
@@ -447,7 +466,8 @@ def _tokenizer(parsed: argparse.Namespace) -> int:
 def _merge(parsed: argparse.Namespace) -> int:
     from tongwen.stages import merge
 
-    return merge.command(parsed.base, parsed.adapter, parsed.out, parsed.dtype, again=parsed.again, force=parsed.force)
+    choice = merge.Choice(parsed.dtype, parsed.parity, force=parsed.force)
+    return merge.command(parsed.base, parsed.adapter, parsed.out, choice, again=parsed.again)
 
 
 def _sampling(parsed: argparse.Namespace) -> dict[str, Any]:

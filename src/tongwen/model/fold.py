@@ -1,283 +1,390 @@
-"""An adapter is folded into its base shard by shard: W + scale x B A in fp32, rounded once.
+"""Adapters are folded into their base as its tensors stream by: W + scale x B A in fp32, rounded once.
 
-Every adapter tensor is used exactly once and every target exists, or nothing is written. LoRA, rsLoRA, DoRA, whole
-modules (`modules_to_save`) and single token rows are folded here; anything else is refused by name.
+A block of rows at a time is in memory, whatever the model's size; tensors that no adapter touches are copied by the
+kernel. Every adapter tensor is used exactly once and every target exists, or nothing is written.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+import numpy as np
 
 from tongwen.errors import ArtifactError, ModelError, NumbersError
 from tongwen.language import say
-from tongwen.model.load import Place, load_model
+from tongwen.model.adapter import EMBEDDINGS, HEADS, Adapter, Change, NotOneToOne, check_complete, same_tensor
+from tongwen.model.fingerprint import start_digest
+from tongwen.model.tensors import (
+    FLOATS,
+    Array,
+    FileTensors,
+    Tensors,
+    blocks,
+    from_fp32,
+    is_finite,
+    read_fp32,
+    row_bytes,
+    row_count,
+    to_fp32,
+)
+from tongwen.weights import Stored, copy_bytes, plan_shards
 
-PREFIX = "base_model.model."
-PARTS = {
-    ".lora_A.weight": "a",
-    ".lora_B.weight": "b",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".lora_embedding_A": "embedding_a",
-    ".lora_embedding_B": "embedding_b",
-    ".token_adapter.trainable_tokens_delta": "rows",
-    ".trainable_tokens_delta": "rows",
-    ".weight": "whole",
-    ".bias": "whole_bias",
-}
+ROUNDING = {"F64": 2e-7, "F32": 2e-7, "F16": 2**-11, "BF16": 2**-8}  # of one number, relative; fp32 noise included
 
 
 @dataclass
-class Change:
-    """What an adapter does to one tensor of the base: the adapter's tensors by role, and their names there."""
+class Target:
+    """One tensor of the merged model. source: the base's tensor that it starts from."""
 
-    parts: dict[str, torch.Tensor]
-    scale: float
-    transposed: bool
-    rows: list[int]
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: str | None
+    changes: list[Change] = field(default_factory=list)
 
-    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The folded weight in fp32. Raises ArtifactError on a shape that does not fit."""
-        base = weight.to(torch.float32)
-        if "whole" in self.parts:
-            base = self._same_shape(name, base, self.parts["whole"].to(torch.float32))
-        if "rows" in self.parts:
-            base = base.clone()
-            base[self.rows] = self.parts["rows"].to(torch.float32)
-        if "a" in self.parts:
-            delta = self.parts["b"].to(torch.float32) @ self.parts["a"].to(torch.float32) * self.scale
-            delta = delta.T if self.transposed else delta
-            self._same_shape(name, base, delta)
-            if not bool(delta.any()):
-                raise ArtifactError(
-                    say(
-                        "the adapter changes nothing here: it was never trained", "适配器在此处没有任何改变：从未训练过"
-                    ),
-                    place=name,
-                )
-            base = base + delta
-            if "magnitude" in self.parts:
-                norm = base.norm(dim=1, keepdim=True)
-                base = base * (self.parts["magnitude"].to(torch.float32).reshape(-1, 1) / norm)
-        if not bool(torch.isfinite(base).all()):
-            raise NumbersError(say("the merged weight has NaN or Inf", "合并后的权重含 NaN 或 Inf"), place=name)
-        return base
 
-    @staticmethod
-    def _same_shape(name: str, base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        if base.shape != other.shape:
-            raise ArtifactError(
+@dataclass
+class Folded:
+    """What came of it. lines: tensor -> its part of the fingerprint; same: changed tensors of which no byte differs from
+    the base; untrained: those with an adapter that is all zero."""
+
+    stored: dict[str, Stored]
+    targets: list[Target]
+    lines: dict[str, str] = field(default_factory=dict)
+    same: list[str] = field(default_factory=list)
+    untrained: list[str] = field(default_factory=list)
+
+
+class Step:
+    """One change of one tensor with its small matrices in memory, applied to rows [begin, end) of it."""
+
+    def __init__(self, change: Change) -> None:
+        self.change = change
+        self.pair = change.low_rank()
+        self.magnitude = change.read("magnitude").reshape(-1) if "magnitude" in change.parts else None
+        self.bias = change.read("bias") if "bias" in change.parts else None
+        self.values = change.read("rows") if "rows" in change.parts else None
+        self.is_zero = self.pair is not None and not all(part.any() for part in self.pair)
+
+    def apply(self, block: Array, begin: int, end: int) -> Array:
+        """The changed rows, in the block's number type."""
+        change = self.change
+        if "whole" in change.parts:
+            block = read_fp32(change.source, change.parts["whole"], begin, end).astype(block.dtype, copy=False)
+        if self.values is not None:
+            for row, value in zip(change.rows, self.values, strict=True):
+                if begin <= row < end:
+                    block[row - begin] = value
+        if self.pair is not None:
+            left, right = (part.astype(block.dtype, copy=False) for part in self.pair)
+            delta = left[begin:end] @ right
+            delta *= change.scale
+            block += delta
+        if self.magnitude is not None:
+            norm = np.sqrt(np.einsum("ij,ij->i", block, block))
+            block *= (self.magnitude[begin:end].astype(block.dtype) / norm)[:, None]
+        if self.bias is not None:
+            block += self.bias[begin:end] * change.scale
+        return block
+
+
+def plan_targets(
+    base: Tensors,
+    config: dict[str, Any],
+    adapters: Sequence[Adapter],
+    dtype: str | None,
+    known: Callable[[], set[str]],
+) -> tuple[list[Target], dict[str, Any], list[str]]:
+    """(the merged model's tensors in the base's order, its config, what should be said).
+
+    known: the names that transformers has for this model's tensors; they may be others than the file's.
+    Raises ArtifactError when an adapter does not fit, NotOneToOne when only peft could know where it belongs.
+    """
+    config, notices = json.loads(json.dumps(config)), []
+    targets = {
+        name: Target(name, dtype if dtype and kind in FLOATS else kind, shape, name)
+        for name, (kind, shape) in base.facts.items()
+    }
+    head = next((name for name in targets if name.endswith(HEADS)), None)
+    embedding = next((name for name in targets if name.endswith(EMBEDDINGS)), None)
+    tied = bool(config.get("tie_word_embeddings")) and embedding is not None
+    modules = {name.removesuffix(".weight") for name, (_, shape) in base.facts.items() if len(shape) == 2}
+    for adapter in adapters:
+        if adapter.whole_model:
+            raise NotOneToOne(adapter.whole_model)
+        check_complete(adapter, modules)
+        changes = dict(adapter.changes)
+        if tied and embedding and _unties(adapter, changes, embedding):
+            name = next((name for name in changes if name.endswith(HEADS)), head or "lm_head.weight")
+            twin = targets[embedding]
+            targets[name] = Target(name, twin.dtype, twin.shape, twin.source, list(twin.changes))
+            head, tied, config["tie_word_embeddings"] = name, False, False
+            notices.append(
                 say(
-                    f"the base has shape {tuple(base.shape)}, the adapter needs {tuple(other.shape)}",
-                    f"底座形状为 {tuple(base.shape)}，适配器需要 {tuple(other.shape)}",
-                ),
-                place=name,
-                remedy=say("this adapter was trained on another base", "该适配器是在另一个底座上训练的"),
+                    f"{adapter.folder} trained the embedding and the head apart, so the merged model no longer ties them",
+                    f"{adapter.folder} 分开训练了词向量与输出层，合并后的模型不再共享二者",
+                )
             )
-        return other
+        for name, change in changes.items():
+            if name not in targets:
+                missing = [name for name in changes if name not in targets]
+                if known() >= set(missing):
+                    raise NotOneToOne(say(f"{name} has another name in the file", f"{name} 在文件中另有其名"))
+                raise _missing(adapter, missing)
+            _check_fit(targets[name], change)
+            targets[name].changes.append(change)
+        if tied and head and embedding:  # a file that holds both halves of a tied pair
+            targets[head] = Target(
+                head, targets[embedding].dtype, targets[embedding].shape, embedding, targets[embedding].changes
+            )
+    if embedding and head and targets[embedding].shape[0] != targets[head].shape[0]:
+        raise ArtifactError(
+            say(
+                f"{embedding} would have {targets[embedding].shape[0]} rows and {head} {targets[head].shape[0]}",
+                f"{embedding} 将有 {targets[embedding].shape[0]} 行，而 {head} 有 {targets[head].shape[0]} 行",
+            ),
+            place=str(adapters[-1].folder),
+            remedy=say("the adapter must bring both: modules_to_save", "适配器须同时带有二者：modules_to_save"),
+        )
+    if embedding and targets[embedding].shape[0] != base.facts[embedding][1][0]:
+        config["vocab_size"] = targets[embedding].shape[0]
+    return list(targets.values()), config, notices
 
 
 def fold(
-    base: Place, adapter: Path, out: Path, dtype: torch.dtype | None, progress: Callable[[int], None]
-) -> dict[str, Any]:
-    """Write the merged model's weights and config to `out`. dtype None keeps each tensor's own type.
+    base: Tensors,
+    base_lines: Mapping[str, str],
+    targets: Sequence[Target],
+    out: Path,
+    shard_bytes: int,
+    progress: Callable[[int], None],
+) -> Folded:
+    """Write the merged tensors to `out` as safetensors. Raises NumbersError on NaN or Inf, naming the tensor.
 
-    Returns counts: tensors, changed, and the adapter tensors used. Raises ArtifactError when the adapter does not fit.
+    base_lines: the base's lines of the fingerprint, so that what is copied need not be hashed again.
     """
-    changes = read_changes(adapter)
-    _settle_tied_head(base, adapter, changes)
-    done = changed = 0
-    used: set[str] = set()
-    names: dict[str, str] = {}
-    for file_name, shard in _shards(base, out):
-        merged = {}
-        for name, tensor in shard:
-            if change := changes.get(name):
-                merged[name] = change.apply(name, tensor).to(dtype or tensor.dtype).contiguous()
-                used.add(name)
-                changed += 1
-            else:
-                merged[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-            names[name] = file_name
-            done += 1
-            progress(done)
-        save_file(merged, str(out / file_name), metadata={"format": "pt"})
-    left = sorted(set(changes) - used)
-    if left:
+    stored = plan_shards(out, {target.name: (target.dtype, target.shape) for target in targets}, shard_bytes)
+    folded = Folded(stored, list(targets))
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+        work = [pool.submit(_fold_one, base, base_lines, target, folded) for target in targets]
+        try:
+            for done, one in enumerate(work, 1):
+                one.result()
+                progress(done)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    changed = [target for target in targets if target.changes]
+    if len(folded.same) == len(changed):
         raise ArtifactError(
             say(
-                f"{len(left)} targets of the adapter are not in the base, the first: {left[0]}",
-                f"适配器的 {len(left)} 个目标不在底座中，第一个：{left[0]}",
+                "the merged model equals the base: the adapter was never trained",
+                "合并结果与底座相同：适配器从未训练过",
             ),
-            place=str(adapter),
-            remedy=say("merge onto the base that the adapter was trained on", "请合并到训练该适配器的底座上"),
+            place=changed[0].changes[0].place if changed else "",
         )
-    if not changed:
-        raise ArtifactError(
-            say("the adapter is empty: merged would equal base", "适配器为空：合并结果将等于底座"), place=str(adapter)
-        )
-    _write_index(out, names)
-    _write_config(base, out, dtype)
-    return {"tensors": done, "changed": changed}
+    return folded
 
 
-def read_changes(adapter: Path) -> dict[str, Change]:
-    """Base tensor name -> what the adapter does to it. Raises ArtifactError on tensors of an unknown kind."""
-    config = _read_config(adapter)
-    file = adapter / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ArtifactError(
-            say("no adapter_model.safetensors in this folder", "文件夹里没有 adapter_model.safetensors"),
-            place=str(adapter),
-        )
-    changes: dict[str, Change] = {}
-    rows = config.get("trainable_token_indices") or {}
-    with safe_open(str(file), "pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 (not a dict)
-            target, role = _role(key)
-            if role not in ("a", "b", "magnitude", "rows", "whole", "whole_bias"):
-                raise ArtifactError(
-                    say(
-                        f"the adapter tensor {key!r} is of a kind that cannot be folded",
-                        f"无法合并的适配器张量 {key!r}",
-                    ),
-                    place=str(file),
-                )
-            name = f"{target}.bias" if role == "whole_bias" else f"{target}.weight"
-            role = "whole" if role == "whole_bias" else role
-            change = changes.setdefault(
-                name, Change({}, _scale(config, target), bool(config.get("fan_in_fan_out")), _rows_of(rows, target))
-            )
-            change.parts[role] = tensors.get_tensor(key)
-    for name, change in changes.items():
-        if ("a" in change.parts) != ("b" in change.parts):
-            raise ArtifactError(say("half of an A/B pair is missing", "缺少 A/B 矩阵之一"), place=name)
-    return changes
+def check_rows(base: Tensors, folded: Folded) -> float:
+    """Read three rows of every changed tensor back from the files and recompute them in fp64.
 
-
-def _settle_tied_head(base: Place, adapter: Path, changes: dict[str, Change]) -> None:
-    """A base that ties its head to the embedding has one matrix for both, so the adapter must hold one as well.
-
-    peft saves a tied pair twice (`ensure_weight_tying`), and by default unties it: an adapter with a whole new embedding
-    beside the old head would be another model once it is folded into one matrix. That is refused.
+    Returns the largest difference, as a share of what rounding allows. Raises NumbersError when it exceeds that.
     """
-    config = Path(base.folder) / "config.json"
-    if not config.is_file() or not json.loads(config.read_text(encoding="utf-8")).get("tie_word_embeddings"):
+    merged = FileTensors(folded.stored)
+    worst = 0.0
+    for target in folded.targets:
+        if not target.changes:
+            continue
+        steps = steps_of(target)
+        count = row_count(target.shape)
+        for row in sorted({0, count // 2, count - 1}):
+            exact = base_rows(base, target, row, row + 1).astype(np.float64)
+            for step in steps:
+                exact = step.apply(exact, row, row + 1)
+            found = read_fp32(merged, target.name, row, row + 1)
+            allowed = ROUNDING[target.dtype] * np.abs(exact) + 1e-6 * np.abs(exact).max() + 1e-7
+            worst = max(worst, float((np.abs(found - exact) / allowed).max()))
+        if not worst <= 1:
+            raise NumbersError(
+                say(
+                    f"read back from the file it is {worst:.3g} times as far from base + adapter as rounding allows",
+                    f"从文件读回后，与底座 + 适配器的差是舍入允许值的 {worst:.3g} 倍",
+                ),
+                place=target.name,
+                remedy=say("the disk or the memory may be failing; merge again", "磁盘或内存可能有故障；请重新合并"),
+            )
+    return worst
+
+
+def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: Target, folded: Folded) -> None:
+    """One tensor from the base to its place in the file, and its line of the fingerprint."""
+    facts = base.facts.get(target.source or "")
+    if facts == (target.dtype, target.shape) and not target.changes:
+        _copy(base, base_lines.get(target.name), target, folded)
         return
-    embedding = next((name for name, change in changes.items() if "whole" in change.parts and "embed" in name), None)
-    head = changes.get("lm_head.weight")
-    if embedding is None and head is None:
-        return
-    if embedding and head and torch.equal(changes[embedding].parts["whole"], head.parts["whole"]):
-        del changes["lm_head.weight"]
-        return
-    raise ArtifactError(
+    if facts and facts[0] not in FLOATS:
+        raise ModelError(
+            say(f"its numbers are {facts[0]}: a quantised base", f"数值类型为 {facts[0]}：量化过的底座"),
+            place=target.name,
+            remedy=say("merge into the original, unquantised model", "请合并到未量化的原始模型"),
+        )
+    place, steps = folded.stored[target.name], steps_of(target)
+    if any(step.is_zero for step in steps):
+        folded.untrained.append(target.name)
+    digest = start_digest(target.name, target.dtype, target.shape)
+    same = facts == (target.dtype, target.shape)  # until the first block tells otherwise
+    with place.file.open("r+b") as stream:
+        stream.seek(place.begin)
+        for begin, end in blocks(target.shape):
+            block = base_rows(base, target, begin, end)
+            for step in steps:
+                block = step.apply(block, begin, end)
+            new = from_fp32(_finite(block, target.name, "merged" if steps else "base"), target.dtype)
+            if target.dtype == "F16" and not np.isfinite(new.view(np.float16)).all():
+                raise NumbersError(
+                    say("the merged weight is too large for fp16", "合并后的权重超出 fp16 的范围"),
+                    place=target.name,
+                    remedy="--dtype bf16",
+                )
+            same = same and np.array_equal(base.raw(target.source or "", begin, end), new)
+            digest.update(new)
+            stream.write(memoryview(new))
+    folded.lines[target.name] = digest.hexdigest()
+    if target.changes and same:
+        folded.same.append(target.name)
+
+
+def _copy(base: Tensors, line: str | None, target: Target, folded: Folded) -> None:
+    """A tensor that nothing changes: moved by the kernel where it lies in a file, and looked over for NaN."""
+    place, digest = folded.stored[target.name], start_digest(target.name, target.dtype, target.shape)
+    if isinstance(base, FileTensors):
+        copy_bytes(base.stored[target.source or ""], place)
+    with place.file.open("r+b") as stream:
+        stream.seek(place.begin)
+        for begin, end in blocks(target.shape):
+            raw = base.raw(target.source or "", begin, end)
+            if target.dtype in FLOATS:
+                _finite(to_fp32(raw, target.dtype), target.name, "base")
+            if line is None:
+                digest.update(raw)
+            if not isinstance(base, FileTensors):
+                stream.write(memoryview(raw))
+    folded.lines[target.name] = line or digest.hexdigest()
+
+
+def size_of(target: Target) -> int:
+    """Bytes of a target in its file."""
+    return row_bytes(target.dtype, target.shape) * row_count(target.shape)
+
+
+def steps_of(target: Target) -> list[Step]:
+    """The changes that still count: what comes before the last whole tensor is replaced by it."""
+    last = max((index for index, change in enumerate(target.changes) if "whole" in change.parts), default=0)
+    return [Step(change) for change in target.changes[last:]]
+
+
+def base_rows(base: Tensors, target: Target, begin: int, end: int) -> Array:
+    """Rows of the tensor that a target starts from, in fp32; zeros where a grown vocabulary has none there."""
+    facts = base.facts.get(target.source or "")
+    held = min(end, row_count(facts[1])) if facts else begin
+    if held == end:
+        return read_fp32(base, target.source or "", begin, end)
+    block = np.zeros((end - begin, *target.shape[1:]), np.float32)
+    if held > begin:
+        block[: held - begin] = read_fp32(base, target.source or "", begin, held)
+    return block
+
+
+def _finite(block: Array, name: str, whose: str) -> Array:
+    if not is_finite(block):
+        raise NumbersError(
+            say("the merged weight has NaN or Inf", "合并后的权重含 NaN 或 Inf")
+            if whose == "merged"
+            else say("the base's weight has NaN or Inf", "底座的权重含 NaN 或 Inf"),
+            place=name,
+        )
+    return block
+
+
+def _unties(adapter: Adapter, changes: dict[str, Change], embedding: str) -> bool:
+    """Whether this adapter, on a base that ties its head to the embedding, makes two matrices of them.
+
+    peft unties a pair in silence when it trains one half; it saves both halves, which are the same, when it keeps the
+    tie. Rows that are trained alone belong to both.
+    """
+    head = next((name for name in changes if name.endswith(HEADS)), None)
+    inside = changes.get(embedding)
+    if inside is None and head is None:
+        return False
+    if (
+        inside is not None
+        and head is not None
+        and (same_tensor(inside, changes[head]) or inside.parts.keys() == changes[head].parts.keys() == {"rows"})
+    ):
+        del changes[head]
+        return False
+    if inside is not None and head is None:
+        return not (adapter.config.get("ensure_weight_tying") or inside.parts.keys() == {"rows"})
+    return True
+
+
+def _check_fit(target: Target, change: Change) -> None:
+    """Raise ArtifactError when a change does not have the target's shape. A whole vocabulary may be larger: it grew."""
+    whole = change.shape_of("whole") if "whole" in change.parts else target.shape
+    vocabulary = target.name.endswith((*EMBEDDINGS, *HEADS))
+    if whole != target.shape:
+        if not vocabulary or whole[1:] != target.shape[1:]:
+            raise _misfit(target, change, whole)
+        if whole[0] < target.shape[0]:
+            raise change.refuse(
+                say(
+                    f"its vocabulary has {whole[0]} rows, the model so far has {target.shape[0]}: a vocabulary never shrinks",
+                    f"其词表为 {whole[0]} 行，而此前的模型已有 {target.shape[0]} 行：词表不会变小",
+                ),
+                say("put the adapter with the smaller vocabulary first", "请把词表较小的适配器放在前面"),
+            )
+        target.shape = whole
+    added = change.low_rank_shape()
+    if added is not None and added != target.shape:
+        raise _misfit(target, change, added)
+    for role in ("magnitude", "bias"):
+        if role in change.parts and int(np.prod(change.shape_of(role))) != target.shape[0]:
+            raise _misfit(target, change, change.shape_of(role))
+    if "rows" in change.parts:
+        if change.shape_of("rows") != (len(change.rows), *target.shape[1:]):
+            raise _misfit(target, change, change.shape_of("rows"))
+        if max(change.rows) >= target.shape[0] or min(change.rows) < 0:
+            raise change.refuse(
+                say(
+                    f"it trained token {max(change.rows)}, the base has {target.shape[0]} rows",
+                    f"它训练了 token {max(change.rows)}，而底座只有 {target.shape[0]} 行",
+                )
+            )
+
+
+def _misfit(target: Target, change: Change, needed: tuple[int, ...]) -> ArtifactError:
+    return change.refuse(
         say(
-            f"{embedding or 'lm_head.weight'} was trained apart from the other half of the pair that the base ties",
-            f"{embedding or 'lm_head.weight'} 训练时与底座中与之共享的另一半脱离",
+            f"the base has shape {target.shape} at {target.name}, the adapter needs {needed}",
+            f"底座的 {target.name} 形状为 {target.shape}，适配器需要 {needed}",
         ),
-        place=str(adapter),
-        remedy=say(
-            "train it again with ensure_weight_tying, as tongwen does",
-            "请以 ensure_weight_tying 重新训练（tongwen 默认如此）",
-        ),
+        say("this adapter was trained on another base", "该适配器是在另一个底座上训练的"),
     )
 
 
-def _role(key: str) -> tuple[str, str]:
-    name = key.removeprefix(PREFIX)
-    for ending, role in PARTS.items():
-        if name.endswith(ending):
-            return name.removesuffix(ending), role
-    return name, "unknown"
-
-
-def _read_config(adapter: Path) -> dict[str, Any]:
-    file = adapter / "adapter_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(
-            say("no adapter_config.json in this folder", "文件夹里没有 adapter_config.json"), place=str(adapter)
-        ) from None
-    except ValueError as error:
-        raise ArtifactError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(file)) from None
-    if config.get("peft_type") != "LORA":
-        raise ModelError(
-            say(
-                f"adapters of type {config.get('peft_type')!r} cannot be folded into weights",
-                f"{config.get('peft_type')!r} 类型的适配器不能并入权重",
-            ),
-            place=str(file),
-        )
-    return dict(config)
-
-
-def _scale(config: dict[str, Any], target: str) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA, with peft's per-module patterns."""
-
-    def patterned(patterns: dict[str, Any], default: Any) -> Any:
-        for pattern, value in (patterns or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", target):
-                return value
-        return default
-
-    rank = patterned(config.get("rank_pattern", {}), config["r"])
-    alpha = patterned(config.get("alpha_pattern", {}), config["lora_alpha"])
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
-
-
-def _rows_of(rows: Any, target: str) -> list[int]:
-    if isinstance(rows, dict):
-        return next((list(value) for name, value in rows.items() if target.endswith(name)), [])
-    return list(rows)
-
-
-def _shards(base: Place, out: Path) -> Iterator[tuple[str, Iterator[tuple[str, torch.Tensor]]]]:
-    """(file name, its tensors), in the base's own layout. A base that is not safetensors is opened as a model."""
-    files = sorted(Path(base.folder).glob("*.safetensors")) if not base.gguf else []
-    if files:
-        for file in files:
-            yield file.name, _tensors(file)
-        return
-    model = load_model(base, torch.float32)
-    model.config.save_pretrained(str(out))
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items() if name not in tied}
-    yield "model.safetensors", iter(state.items())
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(str(file), "pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118
-            yield name, tensors.get_tensor(name)
-
-
-def _write_index(out: Path, names: dict[str, str]) -> None:
-    if len(set(names.values())) < 2:
-        return
-    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-
-def _write_config(base: Place, out: Path, dtype: torch.dtype | None) -> None:
-    source = Path(base.folder) / "config.json"
-    if not (out / "config.json").is_file():
-        shutil.copyfile(source, out / "config.json")
-    if dtype is not None:
-        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+def _missing(adapter: Adapter, names: list[str]) -> ArtifactError:
+    return ArtifactError(
+        say(
+            f"{len(names)} targets of the adapter are not in the base, the first: {names[0]}",
+            f"适配器的 {len(names)} 个目标不在底座中，第一个：{names[0]}",
+        ),
+        place=str(adapter.folder),
+        remedy=say("merge onto the base that the adapter was trained on", "请合并到训练该适配器的底座上"),
+    )

@@ -15,13 +15,14 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from tongwen import artifact
 from tongwen.errors import ArtifactError, MachineError, MissingPackage, ModelError
 from tongwen.language import say
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
@@ -172,6 +173,8 @@ def check_tokenizer(tokenizer: Any, model: Any, place: Place) -> None:
 
 def compute_device() -> str:
     """cuda, npu, xpu, mps or cpu: whatever torch can compute on here. Under a launcher, this process takes its own."""
+    import torch
+
     if torch.accelerator.is_available() and "LOCAL_RANK" in os.environ:
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     kind = torch.accelerator.current_accelerator(check_available=True) if torch.accelerator.is_available() else None
@@ -180,6 +183,8 @@ def compute_device() -> str:
 
 def compute_dtype(precision: str, device: str) -> tuple[torch.dtype, str]:
     """(number type, why). fp32 on a CPU that only emulates bf16: there it is about seven times slower."""
+    import torch
+
     if precision == "fp32":
         return torch.float32, say("as the recipe says", "按配方")
     native = (

@@ -368,6 +368,12 @@ class Merge(Section):
     dtype: Literal["base", "fp32", "bf16", "fp16"] = word(
         "base", "number type of the merged model", "合并后模型的数值类型"
     )
+    parity: Literal["streamed", "full"] = word(
+        "streamed",
+        "compare its logits with base + adapters: layer by layer, or with both models in memory",
+        "与底座 + 适配器比较 logits：逐层，或两个模型同时载入内存",
+    )
+    shard_gb: Number = word(5.0, "size of a weights file at most, in GB", "单个权重文件的最大 GB 数", gt=0)
 
 
 class Recipe(Section):

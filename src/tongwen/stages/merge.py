@@ -1,34 +1,53 @@
-"""merge: a base and an adapter that was trained on it in; an ordinary Hugging Face model folder out.
+"""merge: a base and the adapters that were trained on it, in their order; an ordinary Hugging Face model folder out.
 
-The base's tensors must have the fingerprint that the adapter recorded when it was trained. They stream through shard by
-shard; tokenizer, template and stop tokens come from the adapter's folder, because the model learned with those.
+First whether they belong together, by the fingerprints that training recorded. Then the base's tensors stream through, a
+block of rows at a time; tokenizer, template and stop tokens come from the last adapter's folder, because the model
+learned with those. At the end the result is read back and compared with base + adapters. Nothing is imported that this
+does not need: torch alone would cost more memory than the merge.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from tongwen import artifact, console
-from tongwen.errors import ArtifactError, RecipeError
+from tongwen.errors import ArtifactError, MachineError, ModelError, RecipeError
 from tongwen.language import say
-from tongwen.model import load
-from tongwen.model.fingerprint import cached_folder, fingerprint_model
-from tongwen.model.fold import fold, read_changes
-from tongwen.recipe.schema import Recipe
+from tongwen.model import fold, lineage, load, parity
+from tongwen.model.adapter import EMBEDDINGS, NotOneToOne, read_adapter
+from tongwen.model.fingerprint import cached_folder, combine, model_lines
+from tongwen.model.tensors import Tensors, TorchTensors, open_tensors
+from tongwen.weights import find_tensors
 
-DTYPES = {"base": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FROM_ADAPTER = (
+if TYPE_CHECKING:
+    from tongwen.recipe.schema import Recipe
+
+DTYPES = {"base": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+TOKENIZER = (
     "tokenizer*",
     "chat_template.jinja",
     "special_tokens_map.json",
-    "generation_config.json",
+    "added_tokens.json",
     "vocab*",
     "merges.txt",
 )
+SPEECH = (*TOKENIZER, "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a merge is done. parity: streamed, or full (both models in memory)."""
+
+    dtype: str = "base"
+    parity: str = "streamed"
+    shard_gb: float = 5.0
+    force: bool = False
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -37,62 +56,38 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
-    """Fold the adapter of the run's `sft` into its base."""
+    """Fold the adapter of the run's `sft`, and those that it was trained on, into their base."""
     assert recipe.merge
     trained = artifact.open_artifact(out.parent / "sft", "sft")
-    return merge(recipe.base, trained.path, out, recipe.merge.dtype, settings(recipe))
+    choice = Choice(recipe.merge.dtype, recipe.merge.parity, recipe.merge.shard_gb)
+    base = str(trained.manifest["parents"]["base"]["path"])
+    return merge(base, [str(trained.path)], out, settings(recipe), choice)
 
 
-def merge(
-    base: str, adapter: Path, out: Path, dtype: str, settings: dict[str, Any], *, force: bool = False
-) -> artifact.Artifact:
-    """Fold one adapter. Raises ArtifactError when it was trained on another base (`force` goes on, and is recorded)."""
-    place = _local(load.locate(base))
-    console.header("merge", f"{base} + {adapter}")
-    fingerprint = fingerprint_model(place)
-    trained = artifact.find(adapter)
-    made_on = trained.manifest["parents"].get("base", {}) if trained else {}
-    recorded = made_on.get("fingerprint")
-    if recorded and recorded != fingerprint and not force:
-        raise ArtifactError(
-            say(
-                f"the adapter was trained on a base with fingerprint {recorded[:12]}, this base has {str(fingerprint)[:12]}",
-                f"适配器训练时的底座指纹为 {recorded[:12]}，当前底座为 {str(fingerprint)[:12]}",
-            ),
-            place=str(adapter),
-            remedy=say(
-                f"merge onto {made_on['path']}",
-                f"请合并到 {made_on['path']}",
-            ),
-        )
-    if not recorded:
-        console.notice(
-            say(
-                "this adapter does not say which base it was trained on; shapes and names are all that is checked",
-                "该适配器没有记录底座；只能检查形状与名称",
-            )
-        )
-    total = len(read_changes(adapter))
-    parents = {
-        "base": {"path": base, "fingerprint": fingerprint},
-        "adapter": trained.as_parent()
-        if trained
-        else {"path": str(adapter), "fingerprint": artifact.fingerprint_files(adapter)},
-    }
-    with artifact.create(out, "model", parents, settings) as draft:
-        with console.progress(total, "merge") as bar:
-            counts = fold(place, adapter, draft.path, DTYPES[dtype], lambda done: bar.update(min(done, total)))
-        for pattern in FROM_ADAPTER:
-            for file in adapter.glob(pattern):
-                shutil.copyfile(file, draft.path / file.name)
-        if not (draft.path / "tokenizer_config.json").is_file():
-            _tokenizer_of_base(place, draft.path)
-        draft.fingerprint = fingerprint_model(load.Place(str(draft.path), str(draft.path))) or ""
-        if draft.fingerprint == fingerprint:
-            raise ArtifactError(say("the merged model equals the base", "合并结果与底座相同"), place=str(adapter))
-        draft.facts = {"counts": counts, "forced": force and recorded != fingerprint}
-        if trained:
-            draft.facts["template_name"] = trained.manifest.get("template_name")
+def merge(base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any], choice: Choice) -> artifact.Artifact:
+    """Fold adapters into a base, in this order. Raises ArtifactError when one was not trained on what lies below it
+    (`force` goes on, and is recorded), NumbersError when the result is not base + adapters."""
+    place, names = resolve(base, adapters)
+    console.header("merge", " + ".join([place.name, *names]))
+    links = [lineage.read_link(read_adapter(Path(name))) for name in names]
+    place = _fetched(place)
+    with console.waiting(say("reading the base", "读取底座")):
+        lines = model_lines(place)
+    fingerprint = combine(lines)
+    forced = _check_lineage(place, fingerprint, links, choice)
+    parents = {"base": {"path": place.name, "fingerprint": fingerprint}}
+    for number, link in enumerate(links, 1):
+        role = "adapter" if len(links) == 1 else f"adapter_{number}"
+        parents[role] = link.stage.as_parent() if link.stage else {"path": link.name, "fingerprint": link.own}
+    with artifact.create(out, "model", parents, settings) as draft, _swept(draft.path):
+        counts = _write(place, {} if place.gguf else lines, links, draft, choice)
+        _dress(place, links, draft.path)
+        draft.facts["counts"], draft.facts["forced"] = counts, bool(forced)
+        if forced:
+            draft.facts["forced_over"] = forced
+        last = links[-1].stage
+        if last:
+            draft.facts["template_name"] = last.manifest.get("template_name")
     assert draft.artifact
     console.good(
         say(
@@ -103,12 +98,234 @@ def merge(
     return draft.artifact
 
 
-def _local(place: load.Place) -> load.Place:
+def resolve(base: str, adapters: Sequence[str]) -> tuple[load.Place, list[str]]:
+    """(the base, all adapters on it): a base that is itself a stage with an adapter brings that one and its own base."""
+    place, names = load.locate(base), list(adapters)
+    while place.adapter:
+        names.insert(0, place.adapter)
+        place = load.locate(place.folder)
+    return place, names
+
+
+def _check_lineage(place: load.Place, fingerprint: str, links: list[lineage.Link], choice: Choice) -> str | None:
+    """What --force passed over, or None."""
+    try:
+        lineage.check_chain(place.name, fingerprint, links)
+    except ArtifactError as error:
+        if not choice.force:
+            raise
+        console.notice(say(f"--force: {error.text()}", f"--force：{error.text()}"))
+        return error.text()
+    for doubt in lineage.doubts(place.name, links):
+        console.notice(doubt)
+    return None
+
+
+def _write(
+    place: load.Place, lines: dict[str, str], links: list[lineage.Link], draft: artifact.Draft, choice: Choice
+) -> dict[str, Any]:
+    """Weights and config, checked; returns counts. Sets the draft's fingerprint."""
+    base, config = _open_base(place)
+    adapters, dtype = [link.adapter for link in links], DTYPES[choice.dtype]
+    try:
+        targets, config, notices = fold.plan_targets(base, config, adapters, dtype, lambda: _known(place))
+    except NotOneToOne as reason:
+        return _in_memory(place, links, draft, choice, str(reason))
+    for notice in notices:
+        console.notice(notice)
+    _check_disk(draft.path, sum(fold.size_of(target) for target in targets))
+    with console.progress(len(targets), "merge") as bar:
+        folded = fold.fold(base, lines, targets, draft.path, int(choice.shard_gb * 1e9), bar.update)
+    _write_config(config, draft.path, dtype)
+    for notice in _remarks(folded):
+        console.notice(notice)
+    found = {"rows": fold.check_rows(base, folded)}
+    found |= _compare(place, base, folded, config, links, draft.path, choice)
+    draft.facts["parity"] = found
+    draft.fingerprint = combine(folded.lines)
+    return {"tensors": len(targets), "changed": sum(bool(target.changes) for target in targets)}
+
+
+def _compare(
+    place: load.Place,
+    base: Tensors,
+    folded: fold.Folded,
+    config: dict[str, Any],
+    links: list[lineage.Link],
+    out: Path,
+    choice: Choice,
+) -> dict[str, Any]:
+    """The logits of both, and where they were compared."""
+    if choice.parity == "full":
+        found: dict[str, Any] | None = _compare_whole(place, links, config, out, folded)
+    else:
+        with console.waiting(say("comparing logits, layer by layer", "逐层比较 logits")):
+            found = parity.compare_logits(base, folded, config)
+    if found is None:
+        console.notice(
+            say(
+                f"logits are not compared layer by layer for {config.get('model_type')!r}; --parity full compares them in memory",
+                f"{config.get('model_type')!r} 不支持逐层比较 logits；--parity full 在内存中比较",
+            )
+        )
+        return {}
+    console.good(
+        say(
+            f"base + adapters and merged: logits at most {found['max_logit_difference']:.2g} apart ({found['relative']:.2g} of their spread)",
+            f"底座 + 适配器与合并结果：logits 最大相差 {found['max_logit_difference']:.2g}（其离散程度的 {found['relative']:.2g}）",
+        )
+    )
+    return found
+
+
+def _compare_whole(
+    place: load.Place, links: list[lineage.Link], config: dict[str, Any], out: Path, folded: fold.Folded
+) -> dict[str, Any]:
+    """Both models loaded: base with the last adapter live beside it, and the merged one."""
+    import torch
+
+    from tongwen.model import stack
+
+    folders = [link.adapter.folder for link in links]
+    ids = parity.fixed_ids(int(config["vocab_size"]))
+    with console.waiting(say("comparing logits, both models in memory", "在内存中比较两个模型的 logits")):
+        live = stack.logits_of(
+            stack.open_stack(place, folders, stack.grown_rows([link.adapter for link in links]), live=True), ids
+        )
+        merged = stack.logits_of(load.load_model(load.Place(str(out), str(out)), torch.float32).eval(), ids)
+    return parity.judge(live, merged, parity.limit_of(folded))
+
+
+def _in_memory(
+    place: load.Place, links: list[lineage.Link], draft: artifact.Draft, choice: Choice, reason: str
+) -> dict[str, Any]:
+    """By peft, with the whole model in memory: for adapters whose tensors do not map one to one."""
+    import torch
+
+    from tongwen.model import stack
+
+    console.notice(
+        say(
+            f"the adapter cannot be streamed ({reason}); peft folds it with the whole model in memory",
+            f"该适配器无法流式合并（{reason}）；由 peft 在内存中合并整个模型",
+        )
+    )
+    adapters = [link.adapter for link in links]
+    model = stack.open_stack(place, [adapter.folder for adapter in adapters], stack.grown_rows(adapters), live=False)
+    dtype = DTYPES[choice.dtype]
+    model.to(getattr(torch, TORCH_NAMES[dtype]) if dtype else load.load_config(place).dtype or torch.float32)
+    model.save_pretrained(str(draft.path), max_shard_size=f"{choice.shard_gb}GB")
+    lines = model_lines(load.Place(str(draft.path), str(draft.path)))
+    draft.fingerprint = combine(lines)
+    if draft.fingerprint == draft.parents["base"]["fingerprint"]:
+        raise ArtifactError(
+            say("the merged model equals the base", "合并结果与底座相同"), place=str(adapters[0].folder)
+        )
+    return {"tensors": len(lines), "changed": len(lines)}
+
+
+def _open_base(place: load.Place) -> tuple[Tensors, dict[str, Any]]:
+    """The base's tensors and its config. One that is neither safetensors nor `.bin` is opened in memory."""
+    folder = Path(place.folder)
+    if place.gguf:
+        import torch
+
+        console.notice(
+            say("the GGUF base is de-quantised, with the whole model in memory", "GGUF 底座将反量化，整个模型载入内存")
+        )
+        model = load.load_model(place, torch.float32)
+        state = dict(model.state_dict())
+        if model.config.tie_word_embeddings:
+            state.pop("lm_head.weight", None)
+        return TorchTensors(state), dict(model.config.to_dict())
+    try:
+        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(folder / "config.json")) from None
+    if config.get("quantization_config"):
+        raise ModelError(
+            say("this base is quantised", "该底座是量化过的"),
+            place=place.name,
+            remedy=say(
+                "merge into the original model that it was made from: an adapter fits both",
+                "请合并到量化前的原始模型：适配器两者都适用",
+            ),
+        )
+    return open_tensors(folder, "pytorch_model*.bin"), config
+
+
+def _known(place: load.Place) -> set[str]:
+    from tongwen.model.stack import known_names
+
+    return known_names(place)
+
+
+def _write_config(config: dict[str, Any], out: Path, dtype: str | None) -> None:
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = TORCH_NAMES[dtype]
+    (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _remarks(folded: fold.Folded) -> list[str]:
+    """What is odd in the adapters and yet no error."""
+    out = []
+    if folded.untrained:
+        name, count = folded.untrained[0], len(folded.untrained)
+        out.append(
+            say(
+                f"{count} targets have an adapter that is all zero, the first: {name}",
+                f"{count} 个目标的适配器全为零，第一个：{name}",
+            )
+        )
+    if lost := [name for name in folded.same if name not in folded.untrained]:
+        out.append(
+            say(
+                f"the change of {len(lost)} tensors is too small for their number type and was lost, the first: {lost[0]}; --dtype fp32 keeps it",
+                f"{len(lost)} 个张量的改变小于其数值类型的精度而丢失，第一个：{lost[0]}；--dtype fp32 可保留",
+            )
+        )
+    return out
+
+
+def _dress(place: load.Place, links: list[lineage.Link], out: Path) -> None:
+    """Tokenizer, template and stop tokens: from the last adapter that brings a tokenizer, else from the base."""
+    folders = [Path(place.folder), *(link.adapter.folder for link in links)]
+    source = next((folder for folder in reversed(folders) if next(folder.glob("tokenizer*"), None)), None)
+    if place.gguf and source in (None, folders[0]):
+        load.load_tokenizer(place).save_pretrained(str(out))
+    elif source is None:
+        console.notice(
+            say(
+                "neither base nor adapter has a tokenizer: the merged model has none",
+                "底座与适配器都没有分词器：合并结果也没有",
+            )
+        )
+    else:
+        if source == folders[0]:
+            console.notice(say("the adapter brings no tokenizer; the base's is used", "适配器没有分词器，使用底座的"))
+        _copy(source, SPEECH, out)
+    if not (out / "generation_config.json").is_file():
+        _copy(folders[0], ("generation_config.json",), out)
+    stored = find_tensors(out)
+    embedding = next((name for name in stored if name.endswith(EMBEDDINGS)), None)
+    if embedding:
+        lineage.check_vocabulary(out, stored[embedding].shape[0], str(source))
+
+
+def _copy(source: Path, patterns: Sequence[str], out: Path) -> None:
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, out / file.name)
+
+
+def _fetched(place: load.Place) -> load.Place:
     """The files of a hub model in the local cache; fetched when they are not there."""
     if place.local or place.gguf:
         return place
     folder = cached_folder(place.folder)
-    if folder is None or not next(folder.glob("*.safetensors"), None):
+    if folder is None or not any(next(folder.glob(pattern), None) for pattern in load.WEIGHTS):
         from huggingface_hub import snapshot_download
 
         with load.explained(place):
@@ -116,31 +333,44 @@ def _local(place: load.Place) -> load.Place:
     return load.Place(place.name, str(folder))
 
 
-def _tokenizer_of_base(place: load.Place, out: Path) -> None:
-    console.notice(say("the adapter brings no tokenizer; the base's is used", "适配器没有分词器，使用底座的"))
-    load.load_tokenizer(place).save_pretrained(str(out))
-
-
-def command(base: str, adapters: list[str], out: str, dtype: str, *, again: bool, force: bool) -> int:
-    """`tongwen merge`: refuses to write where something stands, unless told to keep that under another name."""
-    if len(adapters) > 1:
-        raise RecipeError(
-            say("one adapter at a time can be merged", "一次只能合并一个适配器"),
-            place="--adapter",
-            remedy=say("merge them one after the other", "请依次合并"),
+def _check_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise MachineError(
+            say(
+                f"the disk is too full: {console.human_bytes(needed)} are needed, {console.human_bytes(free)} are free",
+                f"磁盘空间不足：需要 {console.human_bytes(needed)}，剩余 {console.human_bytes(free)}",
+            ),
+            place=str(folder),
+            remedy=say("free some space, or --out on another disk", "请清理空间，或用 --out 换一个磁盘"),
         )
+
+
+class _swept:  # noqa: N801 (used like a function)
+    """A refused merge leaves nothing behind: its half-written weights are of no use to anyone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def command(base: str, adapters: list[str], out: str, choice: Choice, *, again: bool) -> int:
+    """`tongwen merge`: refuses to write where something stands, unless told to keep that under another name."""
     target = Path(out)
-    if target.exists():
-        if not again:
-            raise RecipeError(
-                say("this folder exists", "该文件夹已存在"),
-                place=out,
-                remedy=say(
-                    "choose another, or --again to keep it under another name", "换一个，或用 --again 把它改名保留"
-                ),
-            )
-        artifact.put_aside(target)
-    chosen = {"base": base, "adapter": adapters[0], "dtype": dtype}
-    made = merge(base, Path(adapters[0]), target, dtype, chosen, force=force)
+    if target.exists() and not again:
+        raise RecipeError(
+            say("this folder exists", "该文件夹已存在"),
+            place=out,
+            remedy=say("choose another, or --again to keep it under another name", "换一个，或用 --again 把它改名保留"),
+        )
+    artifact.put_aside(target)
+    chosen = {"base": base, "adapters": adapters, "dtype": choice.dtype, "parity": choice.parity}
+    made = merge(base, adapters, target, chosen, choice)
     console.emit({"out": out, **made.manifest})
     return 0
