@@ -83,7 +83,6 @@ class Extended:
     first_new: int
     parts: list[list[int]]
     seen: list[int] = field(default_factory=list)
-    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def new_ids(self) -> list[int]:
@@ -142,41 +141,58 @@ def _checked(lexicon: Lexicon) -> Lexicon:
     return lexicon
 
 
-def extend(
-    base: Lexicon,
-    texts: Iterable[str],
-    script: Script,
-    pieces: int,
-    *,
-    words: Sequence[str] = (),
-    special_tokens: Sequence[str] = (),
-    tell: Callable[[int], None] = lambda done: None,
-) -> Extended:
-    """The base with at most `pieces` learned from texts of the script, then whole words, then special tokens.
+@dataclass(frozen=True)
+class Learnt:
+    """What a corpus taught, from which the first N pieces can be taken for any N.
 
-    Raises DataError when the texts hold nothing of the script, RecipeError when a word is a token already.
-    """
-    _check_new(base, [*words, *special_tokens])
-    if base.model is not None:
-        return _extend_sentencepiece(base, texts, script, pieces, words, special_tokens, tell)
-    return _extend_byte_level(base, learn(base, texts, script, pieces, tell), words, special_tokens)
+    found: merges for byte-level BPE, (piece, tokens saved) for SentencePiece, most useful first."""
+
+    base: Lexicon
+    script: Script
+    found: Any
+
+    def __len__(self) -> int:
+        return len(self.found.pieces if self.base.model is None else self.found)
+
+    def say_if_fewer(self, pieces: int) -> None:
+        if len(self) < pieces:
+            console.notice(
+                say(
+                    f"the corpus gives {len(self):,} pieces, not {pieces:,}: no other pair of the script occurs twice",
+                    f"语料只能给出 {len(self):,} 个词，而不是 {pieces:,} 个：没有其他重复出现的组合",
+                )
+            )
+
+    def extended(self, pieces: int, words: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> Extended:
+        """The base with the first pieces, then whole words, then special tokens.
+
+        Raises RecipeError when a word is a token already, or one that the base's tokenizer takes apart."""
+        _check_new(self.base, [*words, *special_tokens])
+        if self.base.model is None:
+            return _extend_byte_level(self.base, self.found.first(pieces), words, special_tokens)
+        return _extend_sentencepiece(self.base, self.found[:pieces], self.script, words, special_tokens)
 
 
 def learn(
-    base: Lexicon, texts: Iterable[str], script: Script, pieces: int, tell: Callable[[int], None] = lambda done: None
-) -> Learned:
-    """Merges for byte-level BPE. Raises DataError when the texts hold nothing of the script."""
+    base: Lexicon, texts: Iterable[str], script: Script, most: int, tell: Callable[[int], None] = lambda done: None
+) -> Learnt:
+    """At most `most` pieces. Raises DataError when the texts hold nothing of the script."""
+    if base.model is not None:
+        inside = encoder_of(spm.without_prefix(base.model))
+        return Learnt(base, script, spm.learn_pieces(base.model, texts, script, inside, most, tell) if most else [])
     definition = base.definition
     spelling = bytelevel.spelling_of(definition)
-    counted = bytelevel.count_words(base.backend, texts, script) if pieces else {}
+    counted = bytelevel.count_words(base.backend, texts, script) if most else {}
     special = [token["content"].encode() for token in definition.get("added_tokens") or ()]
-    return learn_merges(counted, spelling, script.allows, pieces, first_new=len(spelling), forbidden=special, tell=tell)
+    learned = learn_merges(
+        counted, spelling, script.allows, most, first_new=len(spelling), forbidden=special, tell=tell
+    )
+    return Learnt(base, script, learned)
 
 
 def _extend_byte_level(
     base: Lexicon, learned: Learned, words: Sequence[str], special_tokens: Sequence[str]
 ) -> Extended:
-    first = learned.first_new
     seen = bytelevel.counts_of(learned)
     definition = bytelevel.extend(base.definition, learned)
     if words:
@@ -186,35 +202,28 @@ def _extend_byte_level(
     backend = Tokenizer.from_str(json.dumps(bytelevel.with_special(definition, special_tokens)))
     return Extended(
         Lexicon(base.name, backend, None, base.tokenizer),
-        first,
+        learned.first_new,
         [*bytelevel.parts_of(learned), *base.encode_fast(special_tokens)],
         seen,
     )
 
 
 def _extend_sentencepiece(
-    base: Lexicon,
-    texts: Iterable[str],
-    script: Script,
-    pieces: int,
-    words: Sequence[str],
-    special_tokens: Sequence[str],
-    tell: Callable[[int], None],
+    base: Lexicon, found: list[tuple[str, int]], script: Script, words: Sequence[str], special_tokens: Sequence[str]
 ) -> Extended:
-    encode_inside = encoder_of(spm.without_prefix(base.model))
-    found = spm.learn_pieces(base.model, texts, script, encode_inside, pieces, tell) if pieces else []
-    merged = spm.merge(
-        base.model, [piece for piece, _ in found], script, encoder_of, words=list(bytelevel.forms_of(words))
+    forms = list(bytelevel.forms_of(words))
+    pieces = [piece for piece, _ in found]
+    merged = (
+        spm.merge(base.model, pieces, script, encoder_of, words=forms) if pieces or forms else spm.unchanged(base.model)
     )
     for text in special_tokens:
         merged.append_control(text)
-    seen = dict(found)
+    seen, inside = dict(found), encoder_of(spm.without_prefix(base.model))
     return Extended(
         from_model(base, merged.model),
         len(base.model.pieces),
-        encode_inside([piece.replace(spm.BLANK, " ") for piece in merged.added]),
+        inside([piece.replace(spm.BLANK, " ") for piece in merged.added]),
         [seen[piece] for piece in merged.added if piece in seen],
-        {reason: len(left) for reason, left in merged.left_out.items()},
     )
 
 
@@ -268,30 +277,14 @@ def _settings(lexicon: Lexicon) -> dict[str, Any]:
     }
 
 
-def curve(
-    base: Lexicon,
-    learn_from: Iterable[str],
-    rest: list[str],
-    script: Script,
-    shape: Shape,
-    steps: Sequence[int] = CURVE,
-) -> tuple[Point, list[Point]]:
-    """What more and more pieces bring on the rest, all from one pass over what is learned from."""
-    made: list[tuple[int, Coder, int]] = []
-    if base.model is not None:
-        found = spm.learn_pieces(base.model, learn_from, script, encoder_of(spm.without_prefix(base.model)), max(steps))
-        for step in _reached(steps, len(found)):
-            merged = spm.merge(base.model, [piece for piece, _ in found[:step]], script, encoder_of)
-            seen = sum(saved >= SEEN_ENOUGH for _, saved in found[:step])
-            made.append((step, from_model(base, merged.model).coder, seen))
-    else:
-        learned = learn(base, learn_from, script, max(steps))
-        for step in _reached(steps, len(learned.pieces)):
-            part = learned.first(step)
-            backend = Tokenizer.from_str(json.dumps(bytelevel.extend(base.definition, part)))
-            seen = sum(count >= SEEN_ENOUGH for count in bytelevel.counts_of(part))
-            made.append((step, Lexicon(base.name, backend).coder, seen))
-    return make_curve(base.coder, shape, rest, made)
+def curve(learnt: Learnt, rest: list[str], shape: Shape, steps: Sequence[int] = CURVE) -> tuple[Point, list[Point]]:
+    """What more and more pieces bring on the rest."""
+    made = []
+    for step in _reached(steps, len(learnt)):
+        extended = learnt.extended(step)
+        seen = sum(count >= SEEN_ENOUGH for count in extended.seen)
+        made.append((step, extended.lexicon.coder, seen))
+    return make_curve(learnt.base.coder, shape, rest, made)
 
 
 def _reached(steps: Sequence[int], most: int) -> list[int]:

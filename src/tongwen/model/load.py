@@ -142,6 +142,7 @@ def load_model(place: Place, dtype: torch.dtype) -> Any:
 
 def make_skeleton(config: Any) -> Any:
     """The model of a config with shapes only: no weight has memory."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     with quiet(), torch.device("meta"):

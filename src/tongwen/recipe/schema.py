@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from tongwen.language import say
 
 # The order in which the stages run. A section that is absent does not run.
-STAGES = ("prepare", "sft", "merge")
+STAGES = ("prepare", "vocab", "sft", "merge")
 
 
 def word(default: Any, en: str, zh: str, **limits: Any) -> Any:
@@ -234,6 +234,60 @@ class Prepare(Section):
         return self
 
 
+class Vocab(Section):
+    """Extend the base's tokenizer with pieces of the target script, and grow the model's rows."""
+
+    pieces: int = word(2000, "new pieces at most, learned from the documents", "从文档中学习的新词数上限", ge=0)
+    script: Literal[
+        "han",
+        "japanese",
+        "hangul",
+        "cyrillic",
+        "greek",
+        "arabic",
+        "hebrew",
+        "devanagari",
+        "bengali",
+        "tamil",
+        "thai",
+        "lao",
+        "tibetan",
+        "burmese",
+        "georgian",
+        "khmer",
+        "mongolian",
+    ] = word(
+        "han",
+        "the script that new pieces spell; all other text keeps its ids",
+        "新词所用的文字；其他文本的 id 保持不变",
+    )
+    words: list[str] = word([], "domain words, each one piece, whatever script", "领域词，每个成为一个词，不限文字")
+    special_tokens: list[str] = word([], "special tokens, such as <|call|>", "特殊符号，如 <|call|>")
+    new_rows: Literal["subtoken_mean", "mean", "normal"] = word(
+        "subtoken_mean",
+        "first values of new rows: the mean of the old pieces' rows; the mean of all; drawn anew, as in 2023",
+        "新行的初值：旧词行的均值；全部行的均值；随机（2023 年的做法）",
+    )
+    pad_to_multiple: int = word(
+        64, "rows of embedding and head up to a multiple of this", "词向量与输出层的行数补齐到此数的倍数", ge=1
+    )
+    shrink: bool = word(False, "drop rows that no token has", "去掉没有词对应的行")
+    measure_bits: bool = word(
+        True,
+        "bits per byte before any training: of the base and of the grown model",
+        "训练前的 bits per byte：底座与扩表后的模型",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Vocab:
+        if not (self.pieces or self.words or self.special_tokens):
+            raise wrong(
+                "`vocab` adds nothing: `pieces` is 0 and there are no `words` and `special_tokens`",
+                "`vocab` 没有要加的内容：`pieces` 为 0，且没有 `words` 与 `special_tokens`",
+            )
+        return self
+
+
 class Adapter(Section):
     """What is trained: every weight, or a low-rank adapter beside them."""
 
@@ -389,6 +443,7 @@ class Recipe(Section):
     seed: int = word(42, "decides order, split and initialisation", "决定顺序、划分与初始化")
     devices: int = word(1, "processes, one per GPU", "进程数，每块 GPU 一个", ge=1)
     prepare: Prepare | None = word(None, "read, check and split the data", "读取、检查、划分数据")
+    vocab: Vocab | None = word(None, "extend the tokenizer and grow the model", "扩充词表并扩大模型")
     sft: Sft | None = word(None, "supervised fine-tuning", "监督微调")
     merge: Merge | None = word(None, "fold the adapter into the base", "把适配器并入底座")
 
@@ -398,6 +453,11 @@ class Recipe(Section):
             raise wrong(
                 "`sft` needs `prepare: {dialogues: ...}`: the data that it learns from",
                 "`sft` 需要 `prepare: {dialogues: ...}` 提供训练数据",
+            )
+        if self.vocab and self.vocab.pieces and not self.prepare:
+            raise wrong(
+                "`vocab` needs `prepare: {documents: ...}`: the text that pieces are learned from",
+                "`vocab` 需要 `prepare: {documents: ...}` 提供学习新词的文本",
             )
         if self.merge and not (self.sft and self.sft.adapter.method != "full"):
             raise wrong(

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tongwen import artifact, console
-from tongwen.errors import ArtifactError, MachineError, ModelError, RecipeError
+from tongwen.errors import ArtifactError, MachineError, RecipeError
 from tongwen.language import say
+from tongwen.model import base as base_files
 from tongwen.model import fold, lineage, load, parity
 from tongwen.model.adapter import EMBEDDINGS, NotOneToOne, read_adapter
-from tongwen.model.fingerprint import cached_folder, combine, model_lines
-from tongwen.model.tensors import Tensors, TorchTensors, open_tensors
+from tongwen.model.fingerprint import combine, model_lines
+from tongwen.model.tensors import Tensors
 from tongwen.weights import find_tensors
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def merge(base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any
     place, names = resolve(base, adapters)
     console.header("merge", " + ".join([place.name, *names]))
     links = [lineage.read_link(read_adapter(Path(name))) for name in names]
-    place = _fetched(place)
+    place = base_files.fetched(place)
     with console.waiting(say("reading the base", "读取底座")):
         lines = model_lines(place)
     fingerprint = combine(lines)
@@ -125,7 +126,7 @@ def _write(
     place: load.Place, lines: dict[str, str], links: list[lineage.Link], draft: artifact.Draft, choice: Choice
 ) -> dict[str, Any]:
     """Weights and config, checked; returns counts. Sets the draft's fingerprint."""
-    base, config = _open_base(place)
+    base, config = base_files.open_base(place)
     adapters, dtype = [link.adapter for link in links], DTYPES[choice.dtype]
     try:
         targets, config, notices = fold.plan_targets(base, config, adapters, dtype, lambda: _known(place))
@@ -224,36 +225,6 @@ def _in_memory(
     return {"tensors": len(lines), "changed": len(lines)}
 
 
-def _open_base(place: load.Place) -> tuple[Tensors, dict[str, Any]]:
-    """The base's tensors and its config. One that is neither safetensors nor `.bin` is opened in memory."""
-    folder = Path(place.folder)
-    if place.gguf:
-        import torch
-
-        console.notice(
-            say("the GGUF base is de-quantised, with the whole model in memory", "GGUF 底座将反量化，整个模型载入内存")
-        )
-        model = load.load_model(place, torch.float32)
-        state = dict(model.state_dict())
-        if model.config.tie_word_embeddings:
-            state.pop("lm_head.weight", None)
-        return TorchTensors(state), dict(model.config.to_dict())
-    try:
-        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ModelError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(folder / "config.json")) from None
-    if config.get("quantization_config"):
-        raise ModelError(
-            say("this base is quantised", "该底座是量化过的"),
-            place=place.name,
-            remedy=say(
-                "merge into the original model that it was made from: an adapter fits both",
-                "请合并到量化前的原始模型：适配器两者都适用",
-            ),
-        )
-    return open_tensors(folder, "pytorch_model*.bin"), config
-
-
 def _known(place: load.Place) -> set[str]:
     from tongwen.model.stack import known_names
 
@@ -318,19 +289,6 @@ def _copy(source: Path, patterns: Sequence[str], out: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, out / file.name)
-
-
-def _fetched(place: load.Place) -> load.Place:
-    """The files of a hub model in the local cache; fetched when they are not there."""
-    if place.local or place.gguf:
-        return place
-    folder = cached_folder(place.folder)
-    if folder is None or not any(next(folder.glob(pattern), None) for pattern in load.WEIGHTS):
-        from huggingface_hub import snapshot_download
-
-        with load.explained(place):
-            folder = Path(snapshot_download(place.folder))
-    return load.Place(place.name, str(folder))
 
 
 def _check_disk(folder: Path, needed: int) -> None:

@@ -52,17 +52,9 @@ def run_extend(
     console.header("tokenizer extend", f"{base} + {pieces:,}")
     learn_from, rest = lexicon.split(lexicon.iter_texts(corpus))
     with console.progress(pieces, say("learning", "学习")) as bar:
-        made = lexicon.extend(
-            opened, learn_from, Script(script), pieces, words=words, special_tokens=special_tokens, tell=bar.update
-        )
-    added = len(made.parts)
-    if added < pieces + len(special_tokens):
-        console.notice(
-            say(
-                f"the corpus gives {added:,} pieces, not {pieces:,}: no other pair of the script occurs twice",
-                f"语料只能给出 {added:,} 个词，而不是 {pieces:,} 个：没有其他重复出现的组合",
-            )
-        )
+        learnt = lexicon.learn(opened, learn_from, Script(script), pieces, bar.update)
+    made = learnt.extended(pieces, words, special_tokens)
+    learnt.say_if_fewer(pieces)
     found = measure.survey(opened.coder, made.lexicon.coder, {say("held out", "留出文本"): rest}, Script(script))
     _note_fast(made.lexicon, rest, found)
     _show(found)
@@ -137,7 +129,8 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
                     "该分词器没有对应模型；按 8B 模型估算成本",
                 )
             )
-        start, curve = lexicon.curve(opened, learn_from, rest, chosen, shape)
+        learnt = lexicon.learn(opened, learn_from, chosen, measure.CURVE[-1])
+        start, curve = lexicon.curve(learnt, rest, shape)
         advice = measure.advise(start, curve)
         found |= {"curve": [vars(point) for point in (start, *curve)], "advice": advice.to_dict()}
     found["summary"] = f"{base} {'→ ' + other if other else ''} · {', '.join(texts)}"

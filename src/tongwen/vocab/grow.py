@@ -19,26 +19,34 @@ ReadRows = Callable[[int, int], Rows]  # rows [begin, end) of the old matrix
 
 
 def iter_rows(
-    kind: str, parts: Sequence[Sequence[int]], old_rows: int, read: ReadRows, *, deviation: float, seed: int
+    kind: str,
+    parts: Sequence[Sequence[int]],
+    old_rows: int,
+    read: ReadRows,
+    *,
+    padding: int = 0,
+    deviation: float = 0.02,
+    seed: int = 0,
 ) -> Iterator[Rows]:
-    """Blocks of new rows in their order.
+    """Blocks of new rows in their order, and behind them `padding` rows that no token has: the mean, so that they are no
+    outliers in the softmax.
 
     parts:     the old ids that each new row stands for
-    old_rows:  rows of the base that mean anything
+    old_rows:  rows of the base that a token has
     deviation: standard deviation of `normal`: the model's initializer_range
     """
-    if kind == "subtoken_mean":
-        for begin in range(0, len(parts), ROWS_AT_ONCE):
-            yield np.stack([_mean_of(read, part) for part in parts[begin : begin + ROWS_AT_ONCE]])
-        return
-    mean = mean_row(old_rows, read)
+    mean: Rows = mean_row(old_rows, read) if kind == "mean" or padding else None
     random = np.random.default_rng(seed)
     for begin in range(0, len(parts), ROWS_AT_ONCE):
-        shape = (min(ROWS_AT_ONCE, len(parts) - begin), len(mean))
+        some = parts[begin : begin + ROWS_AT_ONCE]
         if kind == "mean":
-            yield np.broadcast_to(mean, shape)
+            yield np.tile(mean, (len(some), 1))
+        elif kind == "normal":
+            yield random.normal(0.0, deviation, (len(some), read(0, 1).shape[1])).astype(np.float32)
         else:
-            yield random.normal(0.0, deviation, shape).astype(np.float32)
+            yield np.stack([_mean_of(read, part) for part in some])
+    for _ in range(padding):
+        yield mean[None]
 
 
 def mean_row(rows: int, read: ReadRows) -> Rows:

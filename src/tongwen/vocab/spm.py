@@ -115,6 +115,10 @@ def merge(
     return out
 
 
+def unchanged(base: Any) -> Merged:
+    return Merged(_copy(base))
+
+
 def allows(script: Script, piece: str) -> bool:
     """Whether a piece is characters of the script, all letters or all marks; letters may have one blank before them."""
     return script.spells(piece) or (piece.startswith(BLANK) and script.spells(piece[1:]) and script.occurs_in(piece))
