@@ -24,7 +24,7 @@ svg{width:100%;min-width:30rem;height:auto;display:block}.scroll{overflow-x:auto
 .qa div{display:grid;grid-template-columns:5rem 1fr;gap:.6rem;padding:.5rem 1rem;border-top:1px solid var(--line);white-space:pre-wrap;overflow-wrap:anywhere}
 details{margin:-.4rem 0 1rem}summary{cursor:pointer;color:var(--soft)}
 .bar{background:var(--accent);opacity:.7;height:.9rem;border-radius:.2rem;min-width:1px}
-mark{background:var(--wash);color:inherit;border-radius:.2rem;box-shadow:inset 0 0 0 1px var(--line);padding:0 1px}
+table.facts th:first-child{width:45%}mark{background:var(--wash);color:inherit;border-radius:.2rem;box-shadow:inset 0 0 0 1px var(--line);padding:0 1px}
 li{margin:.3rem 0}pre{background:var(--wash);border:1px solid var(--line);border-radius:.6rem;padding:1rem;overflow-x:auto;font-size:.85rem}
 """
 
@@ -60,7 +60,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         )
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return f"<div class=scroll><table><tr>{line(head, 'th')}</tr>{body}</table></div>"
+    return f"<div class=scroll><table class=facts><tr>{line(head, 'th')}</tr>{body}</table></div>"
 
 
 def curve(points: list[tuple[float, float]], x_label: str, y_label: str) -> str:
@@ -87,7 +87,8 @@ def curve(points: list[tuple[float, float]], x_label: str, y_label: str) -> str:
     for part in range(5):
         value = first + (last - first) * part / 4
         x = at(value, low).split(",")[0]
-        grid.append(f'<text x="{x}" y="{height - bottom + 18}" text-anchor="middle">{value:.0f}</text>')
+        anchor = "end" if part == 4 else "middle"
+        grid.append(f'<text x="{x}" y="{height - bottom + 18}" text-anchor="{anchor}">{value:.0f}</text>')
     raw = " ".join(at(x, y) for x, y in points)
     smooth = " ".join(at(x, y) for x, y in running_mean(points))
     return (

@@ -79,13 +79,14 @@ def train_sentencepiece(texts: Iterable[str], pieces: int, kind: str, seed: int)
         )
     except RuntimeError as error:
         lines.check()
+        reason = str(error).split("] ")[-1].split(" Increase")[0]
         raise RecipeError(
             say(
-                f"SentencePiece cannot make {pieces:,} pieces: {str(error).split(') ')[-1]}",
-                f"SentencePiece 无法生成 {pieces:,} 个词：{str(error).split(') ')[-1]}",
+                f"SentencePiece cannot make {pieces:,} pieces: {reason}",
+                f"SentencePiece 无法生成 {pieces:,} 个词：{reason}",
             ),
             place="--pieces",
-            remedy=say("fewer pieces, or more text", "减少词数，或增加文本"),
+            remedy=say("another number of pieces, or more text", "换一个词数，或增加文本"),
         ) from None
     return out.getvalue()
 

@@ -1,0 +1,453 @@
+"""Laws of the vocabulary: which pieces may be made, what must not change, and that the answer flips where it should."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from tests.conftest import CORPUS, byte_level_tokenizer, tensors, tiny_llama
+from tongwen import lexicon
+from tongwen.errors import DataError, ModelError, RecipeError
+from tongwen.model import sentencepiece as sp
+from tongwen.model import widen
+from tongwen.model.ranks import read_ranks
+from tongwen.vocab import bytelevel, grow, measure, spm
+from tongwen.vocab.learn import learn_merges
+from tongwen.vocab.script import SCRIPTS, Script, code_points_of
+
+HAN = Script("han")
+CHINESE = [
+    "机器学习使用数据训练模型，模型从数据中学习规律。",
+    "语言模型根据上文预测下一个词，预测越准，模型越好。",
+    "我们用中文语料继续训练模型，让模型更懂中文。",
+    "数据要清洗，重复的数据要去掉。",
+] * 30
+FOREIGN = [
+    "Hello, world! 1234 + 5678 = 6912",
+    "naïve café — “quotes” … ½",
+    "Привет, мир!",
+    "def f(x):\n    return x  # ok",
+]
+ENGLISH = ["The quick brown fox jumps over the lazy dog.", "A model learns from text, and text is made of words."] * 20
+SHARED = Path(os.environ.get("TONGWEN_SHARED", "nowhere"))
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="TONGWEN_SHARED names no folder of real data")
+
+
+# -- pieces --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("piece", "allowed"),
+    [
+        ("中".encode(), True),
+        ("中国".encode(), True),
+        ("。”".encode(), False),  # a curly quote belongs to English too
+        ("。".encode(), True),
+        ("……".encode(), False),
+        ("，我们".encode(), False),
+        ("中1".encode(), False),
+        (b"ab", False),
+        (" 中".encode(), False),
+        ("中".encode()[:2], True),  # the beginning of one character
+        ("中".encode()[:1], False),  # E4 begins hexagrams too
+        ("—".encode()[:2], False),  # E2 80 begins the dashes of English
+        ("中".encode() + "国".encode()[:1], False),  # half of a character glued to another
+        ("中".encode()[1:], False),
+        ("中".encode()[1:] + "国".encode(), False),
+        ("한".encode(), False),
+        ("あ".encode(), False),
+    ],
+)
+def test_a_piece_is_whole_characters_of_one_class_or_the_beginning_of_one(piece: bytes, allowed: bool) -> None:
+    assert HAN.allows(piece) is allowed
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_beginning_leads_to_characters_of_the_script_only(name: str) -> None:
+    script = Script(name)
+    letters, marks = SCRIPTS[name]
+    for first, last in (*letters, *marks):
+        for code in {first, (first + last) // 2, last}:
+            whole = chr(code).encode()
+            assert script.allows(whole)
+            for size in range(1, len(whole)):
+                low, high = code_points_of(whole[:size]) or (0, 0)
+                assert low <= code <= high
+                if script.begins(whole[:size]):
+                    assert all(script.class_of(low + step) for step in range(0, high - low + 1, 7))
+
+
+def naive_merges(words: dict[tuple[int, ...], int], spelling: list[bytes], pieces: int, first: int) -> list[Any]:
+    """Textbook BPE: count all pairs anew for every merge."""
+    spell = dict(enumerate(spelling))
+    ids = {piece: index for index, piece in spell.items()}
+    current = {word: list(word) for word in words}
+    merges: list[Any] = []
+    while len(ids) < first + pieces:
+        counts: Counter[tuple[int, int]] = Counter()
+        for word, tokens in current.items():
+            for pair in pairwise(tokens):
+                counts[pair] += words[word]
+
+        def order(pair: tuple[int, int]) -> tuple[int, bool, tuple[int, int]]:
+            piece = spell[pair[0]] + spell[pair[1]]
+            return -counts[pair], piece.decode("utf-8", "replace").endswith("\ufffd"), pair
+
+        allowed = [p for p in counts if counts[p] > 1 and HAN.allows(spell[p[0]] + spell[p[1]])]
+        if not allowed:
+            break
+        best = min(allowed, key=order)
+        piece = spell[best[0]] + spell[best[1]]
+        made = ids.setdefault(piece, len(ids))
+        spell[made] = piece
+        merges.append((*best, made))
+        for word, tokens in current.items():
+            out: list[int] = []
+            for token in tokens:
+                if out and out[-1] == best[0] and token == best[1]:
+                    out[-1] = made
+                else:
+                    out.append(token)
+            current[word] = out
+    return merges
+
+
+def test_learning_is_textbook_bpe() -> None:
+    random = np.random.default_rng(0)
+    spelling = [bytes([byte]) for byte in range(256)]
+    characters = list("的一是在不了有和人这中大为上个国我以要他哈")
+    words: dict[tuple[int, ...], int] = {}
+    for _ in range(300):
+        text = "".join(random.choice(characters, random.integers(1, 9)))
+        words[tuple(text.encode())] = int(random.integers(1, 20))
+    words[tuple("哈哈哈哈哈".encode())] = 50  # a run of equal tokens
+    learned = learn_merges(words, spelling, HAN.allows, 80, first_new=256)
+    assert learned.merges == naive_merges(words, spelling, 80, 256)
+    assert len(learned.pieces) == 80
+    assert learned.first(30).pieces == learned.pieces[:30]
+    assert learned.first(30).merges == learn_merges(words, spelling, HAN.allows, 30, first_new=256).merges
+
+
+# -- byte-level BPE ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("byte_level")
+    tokenizer = byte_level_tokenizer(folder)
+    tiny_llama(folder, len(tokenizer) + 5)  # with spare rows, as Qwen has them
+    return folder
+
+
+def extended(base: lexicon.Lexicon, pieces: int = 60, **more: Any) -> lexicon.Extended:
+    return lexicon.learn(base, CHINESE, HAN, pieces).extended(pieces, **more)
+
+
+def test_other_text_keeps_its_ids_and_everything_comes_back(byte_level: Path) -> None:
+    base = lexicon.open_lexicon(str(byte_level))
+    made = extended(base)
+    old, new = base.coder, made.lexicon.coder
+    assert not measure.changed(old, new, FOREIGN)
+    assert not measure.round_trip_failures(new, [*FOREIGN, *CHINESE, *CORPUS, *measure.probes()])
+    assert sum(map(len, new.encode(CHINESE))) < 0.6 * sum(map(len, old.encode(CHINESE)))
+    found = measure.pieces_in_use(new, old.size, CHINESE)
+    assert found["pieces"] == 60 and found["unreachable"] == 0
+    for token, parts in zip(made.new_ids, made.parts, strict=True):
+        assert b"".join(old.spelling[part] for part in parts) == new.spelling[token]
+
+
+def test_special_tokens_never_move(byte_level: Path, tmp_path: Path) -> None:
+    base = lexicon.open_lexicon(str(byte_level))
+    made = extended(base, special_tokens=["<|call|>"])
+    lexicon.save(made.lexicon, tmp_path)
+    again = lexicon.open_lexicon(str(tmp_path))
+    for text in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
+        assert again.tokenizer.convert_tokens_to_ids(text) == base.tokenizer.convert_tokens_to_ids(text)
+    assert again.encode_fast(["<|call|>好"])[0][0] == made.new_ids[-1]
+    assert again.encode_fast(CHINESE) == made.lexicon.encode_fast(CHINESE)
+    assert again.tokenizer.eos_token == base.tokenizer.eos_token
+
+
+def test_added_tokens_outside_of_the_vocabulary_keep_their_ids(byte_level: Path) -> None:
+    """Llama-3 and Qwen keep theirs outside: the tokenizers library would number them anew, behind the new pieces."""
+    definition = json.loads((byte_level / "tokenizer.json").read_text())
+    after = 1 + max(definition["model"]["vocab"].values())
+    definition["added_tokens"].append({"id": after, "content": "<|eot|>", "special": True, **bytelevel.PLAIN_TOKEN})
+    base = lexicon.Lexicon("base", Tokenizer.from_str(json.dumps(definition)))
+    made = extended(base)
+    assert base.backend.token_to_id("<|eot|>") == made.lexicon.backend.token_to_id("<|eot|>") == after
+    assert made.first_new == after + 1
+
+
+def test_words_become_one_piece_each(byte_level: Path) -> None:
+    base = lexicon.open_lexicon(str(byte_level))
+    made = extended(base, pieces=20, words=["Kubernetes", "大语言模型"])
+    for text in ("Kubernetes", "run Kubernetes", "大语言模型"):
+        ids = made.lexicon.encode_fast([text])[0]
+        assert made.lexicon.coder.spelling[ids[-1]].decode().strip() == text.split()[-1]
+    with pytest.raises(RecipeError, match=r"'C\+\+'"):
+        extended(base, pieces=5, words=["C++"])
+    with pytest.raises(RecipeError, match=r"<\|im_end\|>"):
+        extended(base, pieces=5, special_tokens=["<|im_end|>"])
+
+
+def test_a_corpus_without_the_script_is_refused(byte_level: Path) -> None:
+    base = lexicon.open_lexicon(str(byte_level))
+    with pytest.raises(DataError, match="han"):
+        lexicon.learn(base, ["only English here"] * 5, HAN, 10)
+
+
+# -- SentencePiece -------------------------------------------------------------------------------------------------
+
+
+def small_model(folder: Path, kind: str = "bpe", pieces: int = 320, texts: list[str] = ENGLISH) -> Path:
+    from tongwen.vocab.train import train_sentencepiece
+
+    file = folder / f"{kind}{pieces}.model"
+    file.write_bytes(train_sentencepiece(texts, pieces, kind, 0))
+    return file
+
+
+def test_default_merge_agrees_with_its_fast_form_everywhere(tmp_path: Path) -> None:
+    base, other = sp.read_model(small_model(tmp_path)), sp.read_model(small_model(tmp_path, "bpe", 420, CHINESE))
+    merged = spm.merge(base, [piece.piece for piece in other.pieces], HAN, lexicon.encoder_of)
+    made = lexicon.from_model(lexicon.Lexicon("base", sp.fast_form(base), base), merged.model)
+    texts = [*CHINESE, *CORPUS, *FOREIGN, "  two  blanks", " 模型", "哈哈哈哈哈"]
+    assert not spm.disagreement(made.coder.encode, made.encode_fast, texts)
+    assert lexicon.encoder_of(base)(FOREIGN) == made.coder.encode(FOREIGN)
+    assert measure.pieces_in_use(made.coder, len(base.pieces), texts)["unreachable"] == 0
+    assert all(spm.allows(HAN, piece) for piece in merged.added) and merged.added
+
+
+def test_legacy_appends_everything_with_score_zero(tmp_path: Path) -> None:
+    base, other = sp.read_model(small_model(tmp_path)), sp.read_model(small_model(tmp_path, "bpe", 420, CHINESE))
+    known = {piece.piece for piece in base.pieces}
+    for keep in (False, True):
+        merged = spm.merge_as_2023(base, other, keep_scores=keep, pad=True)
+        wanted = [(p.piece, p.score if keep else 0.0) for p in other.pieces if p.piece not in known]
+        new = [(p.piece, p.score) for p in merged.model.pieces][len(base.pieces) :]
+        assert new == [*wanted, (spm.PAD, 0.0)]
+        assert merged.model.pieces[: len(base.pieces)] == base.pieces
+
+
+def test_sentencepiece_learns_from_a_corpus_and_takes_words(tmp_path: Path) -> None:
+    base = lexicon.open_lexicon(str(small_model(tmp_path)))
+    made = lexicon.learn(base, CHINESE, HAN, 60).extended(60, words=["Kubernetes"], special_tokens=["<call>"])
+    old, new = base.coder, made.lexicon.coder
+    assert sum(map(len, new.encode(CHINESE))) < 0.5 * sum(map(len, old.encode(CHINESE)))
+    assert not spm.disagreement(new.encode, made.lexicon.encode_fast, [*CHINESE, *FOREIGN, "use Kubernetes now"])
+    assert not measure.changed(old, new, FOREIGN)
+    for token, parts in zip(made.new_ids, made.parts, strict=True):
+        assert b"".join(old.spelling[part] for part in parts) == new.spelling[token]
+    assert new.spelling[new.encode(["use Kubernetes"])[0][-1]] == b" Kubernetes"
+
+
+def test_transformers_own_reading_of_a_model_file_is_not_trusted(tmp_path: Path) -> None:
+    """A piece of a low score that stands early in the file, as LLaMA's runs of blanks do."""
+    file = small_model(tmp_path)
+    model = sp.read_model(file)
+    early = next(place for place, piece in enumerate(model.pieces) if piece.type == piece.NORMAL)
+    model.pieces[early].score = -1e9
+    texts = [*CORPUS, *FOREIGN]
+    fast = sp.fast_form(model)
+    ours = [encoding.ids for encoding in fast.encode_batch(texts, add_special_tokens=False)]
+    assert ours == sp.processor(model).encode(texts)
+
+
+@pytest.mark.parametrize(("kind", "pieces"), [("byte-bpe", 400), ("sp-bpe", 450), ("sp-unigram", 390)])
+def test_a_tokenizer_from_nothing(tongwen: Any, tmp_path: Path, kind: str, pieces: int) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join([*CHINESE, *CORPUS, "长" * 5000]), encoding="utf-8")
+    command = ("tokenizer", "train", "--kind", kind, "--corpus", corpus, "--pieces", pieces, "--out", tmp_path / "out")
+    code, _, err = tongwen(*command)
+    assert code == 0, err
+    made = lexicon.open_lexicon(str(tmp_path / "out"))
+    assert not measure.round_trip_failures(made.coder, [*CHINESE, *CORPUS])
+    code, _, err = tongwen(*command)
+    assert code == 2 and "--again" in err
+
+
+# -- growing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", grow.KINDS)
+def test_old_rows_stay_to_the_bit_and_new_ones_are_what_they_should_be(
+    byte_level: Path, tmp_path: Path, kind: str, tied: bool
+) -> None:
+    base = tmp_path / "base"
+    size = len(byte_level_tokenizer(base))
+    tiny_llama(base, size + 5, tie_word_embeddings=tied, dtype="bfloat16")
+    recipe = write(tmp_path, base, f"{{pieces: 40, new_rows: {kind}, pad_to_multiple: 16, measure_bits: false}}")
+    assert run(recipe) == 0
+    old, new = tensors(base), tensors(tmp_path / "out" / "vocab")
+    ids = json.loads((tmp_path / "out" / "vocab" / "new_rows.json").read_text())
+    assert ids[0] == size and len(ids) == 40
+    assert old.keys() == new.keys()
+    for name, tensor in old.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            assert new[name].shape[0] == -(-(size + 40) // 16) * 16
+            assert (new[name][:size] == tensor[:size]).all()
+            for padding in new[name][max(size + 40, tensor.shape[0]) :]:
+                assert (padding.float() - tensor[:size].float().mean(0)).abs().max() < 1e-3
+            rows = new[name][size : size + 40].float()
+            mean = tensor[:size].float().mean(0)
+            if kind == "mean":
+                assert (rows - mean).abs().max() < 1e-3
+            elif kind == "subtoken_mean":
+                made = lexicon.open_lexicon(str(tmp_path / "out" / "vocab"))
+                first = lexicon.open_lexicon(str(base)).encode_fast([made.coder.spelling[ids[-1]].decode()])[0]
+                assert (rows[-1] - tensor[first].float().mean(0)).abs().max() < 1e-3
+            else:
+                assert 0.01 < rows.std() < 0.03
+        else:
+            assert (new[name] == tensor).all()
+
+
+def test_spare_rows_are_filled_first(byte_level: Path) -> None:
+    assert widen.plan_rows(100, range(100, 110), 128, 64) == widen.Rows(100, range(100, 110), 128, 128)
+    grown = widen.plan_rows(100, range(100, 200), 128, 64)
+    assert (grown.filled, grown.added, grown.wanted, grown.padding) == (28, 128, 256, 56)
+    assert widen.plan_rows(100, range(100, 110), 512, 64, shrink=True).wanted == 128
+    with pytest.raises(ModelError, match="129"):
+        widen.plan_rows(129, range(129, 130), 128, 64)
+
+
+# -- the answer ----------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, base: Path, vocab: str) -> Path:
+    (folder / "zh.txt").write_text("\n".join(dict.fromkeys(f"{text}{place}" for place, text in enumerate(CHINESE))))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"name: v\nbase: {base}\nout: {folder / 'out'}\n"
+        f"prepare: {{documents: {folder / 'zh.txt'}, held_out: 20, dedup: {{documents: 'off'}}}}\nvocab: {vocab}\n"
+    )
+    return recipe
+
+
+def run(recipe: Path) -> int:
+    from tongwen import cli
+
+    return cli.main(["run", str(recipe)])
+
+
+def test_the_stage_measures_advises_and_opens(byte_level: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = write(tmp_path, byte_level, "{pieces: 50}")
+    code, out, err = tongwen("run", recipe)
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "vocab" / "report.json").read_text())
+    assert report["advice"]["extend"] and "pays" in out
+    assert report["kept"]["source_changed"] == report["kept"]["new_round_trip_failures"] == 0
+    assert report["rows"]["filled"] == 5
+    assert len(report["bits_per_byte"]) == 4
+    assert "<script" not in (tmp_path / "out" / "vocab" / "report.html").read_text()
+    code, out, err = tongwen("run", recipe)
+    assert code == 0 and "already done" in out
+    manifest = json.loads((tmp_path / "out" / "vocab" / "manifest.json").read_text())
+    from tongwen.model.fingerprint import fingerprint_model
+    from tongwen.model.load import Place
+
+    folder = str(tmp_path / "out" / "vocab")
+    assert manifest["fingerprint"] == fingerprint_model(Place(folder, folder))
+    import torch
+
+    from tongwen.model import load
+
+    model = load.load_model(load.Place(folder, folder), torch.float32)
+    load.check_tokenizer(load.load_tokenizer(load.Place(folder, folder)), model, load.Place(folder, folder))
+
+
+def test_advice_weighs_cost_head_and_damage() -> None:
+    base = measure.Point(0, 0.7, 1.0, 0)
+    curve = [measure.Point(1000, 1.2, 0.6, 1000), measure.Point(2000, 1.4, 0.5, 2000)]
+    assert measure.advise(base, curve).extend and measure.advise(base, curve).pieces == 2000
+    assert measure.advise(base, curve, damage=0.3).extend
+    assert not measure.advise(base, curve, damage=1.2).extend
+    assert not measure.advise(base, [measure.Point(2000, 0.8, 0.9, 2000)]).extend
+    tiny = measure.Shape("all head", 0, 64)  # where the head is everything, shorter text must beat a larger head
+    assert tiny.per_token(2000) / 1.5 > tiny.per_token(1000)
+    rare = [measure.Point(1000, 1.0, 0.7, 1000), measure.Point(8000, 1.6, 0.4, 1500)]
+    assert measure.advise(base, rare).pieces == 1000  # the corpus cannot teach 8,000 rows
+
+
+# -- real tokenizers -----------------------------------------------------------------------------------------------
+
+
+def real(name: str) -> str:
+    return str(SHARED / "tokenizers" / name)
+
+
+@needs_shared
+def test_the_published_files_to_the_byte(tongwen: Any, tmp_path: Path) -> None:
+    merge = ("tokenizer", "merge", "--base", real("llama.model"), "--add", real("chinese_sp.model"), "--json")
+    for pad, size, digest in ((False, 49953, "e2676d4c"), (True, 49954, "2d967e85")):
+        out = tmp_path / str(size)
+        code, said, err = tongwen(*merge, "--mode", "legacy", "--out", out, *(["--pad"] if pad else []))
+        assert code == 0, err
+        found = json.loads(said)
+        assert found["tokens"] == size and found["files"]["tokenizer.model"].startswith(digest)
+        assert found["report"]["kept"]["fast_disagrees"] > 0  # said, not hidden
+
+
+@needs_shared
+def test_the_default_merge_on_real_text(tongwen: Any, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    files = ("--base", real("llama.model"), "--add", real("chinese_sp.model"))
+    code, _, err = tongwen("tokenizer", "merge", *files, "--out", out)
+    assert code == 0, err
+    made, base = lexicon.open_lexicon(str(out)), lexicon.open_lexicon(real("llama.model"))
+    chinese = (SHARED / "data" / "zh_docs.txt").read_text(encoding="utf-8").splitlines()
+    english = (SHARED / "data" / "en_wiki.txt").read_text(encoding="utf-8").splitlines()
+    rows = json.loads((SHARED / "data" / "alpaca_zh.json").read_text(encoding="utf-8"))
+    alpaca = [f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows]
+    for texts in (chinese, english, alpaca):
+        assert not spm.disagreement(made.coder.encode, made.encode_fast, texts)
+    assert not measure.changed(base.coder, made.coder, english)
+    assert measure.pieces_in_use(made.coder, 32000, chinese[:10])["unreachable"] == 0
+
+
+@needs_shared
+def test_the_advice_flips(tmp_path: Path) -> None:
+    """LLaMA's tokenizer spells Chinese in bytes; ChatGLM's has it already. Both against the same text."""
+    texts = (SHARED / "data" / "zh_docs.txt").read_text(encoding="utf-8").splitlines()[:12000]
+    learn_from, rest = lexicon.split(texts)
+    base = lexicon.open_lexicon(real("llama.model"))
+    learnt = lexicon.learn(base, learn_from, HAN, 2000)
+    start, curve = lexicon.curve(learnt, rest, measure.NOMINAL, (1000, 2000))
+    assert measure.advise(start, curve).extend
+
+
+def test_files_of_ranks(tmp_path: Path) -> None:
+    assert read_ranks(small_model(tmp_path)) is None
+    file = tmp_path / "x.tiktoken"
+    file.write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(ModelError, match="2 tokens"):
+        read_ranks(file)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\x01garbage", b"{}", b"<html>"])
+def test_a_broken_model_file_is_refused(tongwen: Any, tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(content)
+    good = small_model(tmp_path)
+    code, _, err = tongwen("tokenizer", "merge", "--base", file, "--add", good, "--out", tmp_path / "out")
+    assert code == 4 and str(file) in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_kinds_do_not_mix(tongwen: Any, byte_level: Path, tmp_path: Path) -> None:
+    good = small_model(tmp_path)
+    code, _, err = tongwen("tokenizer", "merge", "--base", byte_level, "--add", good, "--out", tmp_path / "out")
+    assert code == 4 and "tokenizer extend" in err
+    unigram = small_model(tmp_path, "unigram", 295)
+    code, _, err = tongwen("tokenizer", "merge", "--base", unigram, "--add", good, "--out", tmp_path / "out")
+    assert code == 4 and "unigram" in err
