@@ -250,16 +250,29 @@ def test_sentencepiece_learns_from_a_corpus_and_takes_words(tmp_path: Path) -> N
     assert new.spelling[new.encode(["use Kubernetes"])[0][-1]] == b" Kubernetes"
 
 
-def test_transformers_own_reading_of_a_model_file_is_not_trusted(tmp_path: Path) -> None:
-    """A piece of a low score that stands early in the file, as LLaMA's runs of blanks do."""
-    file = small_model(tmp_path)
-    model = sp.read_model(file)
-    early = next(place for place, piece in enumerate(model.pieces) if piece.type == piece.NORMAL)
+def test_a_folder_with_a_model_file_alone_gives_sentencepieces_ids(tmp_path: Path) -> None:
+    """A piece of a low score that stands early in the file, as LLaMA's runs of blanks do, and a text that begins with a
+    blank: transformers reads both in another way."""
+    from tongwen.model import load
+
+    model = sp.read_model(small_model(tmp_path))
+    early = next(place for place, piece in enumerate(model.pieces) if len(piece.piece) == 2)
     model.pieces[early].score = -1e9
-    texts = [*CORPUS, *FOREIGN]
-    fast = sp.fast_form(model)
-    ours = [encoding.ids for encoding in fast.encode_batch(texts, add_special_tokens=False)]
-    assert ours == sp.processor(model).encode(texts)
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}')
+    texts = [*CORPUS, *FOREIGN, *ENGLISH[:2], " a blank before it"]
+    wanted = sp.processor(model).encode(texts)
+    tokenizer = load.load_tokenizer(load.Place(str(folder), str(folder)))
+    assert tokenizer(texts, add_special_tokens=False)["input_ids"] == wanted
+    assert tokenizer("the")["input_ids"][0] == model.trainer_spec.bos_id and tokenizer.eos_token == "</s>"
+
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(folder))(texts, add_special_tokens=False)["input_ids"]
+    assert theirs != wanted  # when transformers mends this, `mended` can go
 
 
 @pytest.mark.parametrize(("kind", "pieces"), [("byte-bpe", 400), ("sp-bpe", 450), ("sp-unigram", 390)])

@@ -102,7 +102,27 @@ def load_tokenizer(place: Place) -> Any:
     from transformers import AutoTokenizer
 
     with quiet(), explained(place):
-        return AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
+        tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
+    file = _lone_sentencepiece(place)
+    if file is None:
+        return tokenizer
+    from tongwen.model import ranks, sentencepiece
+
+    return tokenizer if ranks.read_ranks(file) else sentencepiece.mended(tokenizer, file)
+
+
+def _lone_sentencepiece(place: Place) -> Path | None:
+    """A tokenizer.model without a tokenizer.json beside it."""
+    if place.local:
+        file = Path(place.folder) / "tokenizer.model"
+    elif place.gguf:
+        return None
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(place.folder, "tokenizer.model")
+        file = Path(found if isinstance(found, str) else "")
+    return file if file.is_file() and not file.with_name("tokenizer.json").is_file() else None
 
 
 def load_config(place: Place) -> Any:

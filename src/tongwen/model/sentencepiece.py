@@ -95,6 +95,24 @@ def fast_form(model: Any) -> Tokenizer:
     return tokenizer
 
 
+def mended(tokenizer: Any, file: Path) -> Any:
+    """transformers' tokenizer of a folder that has tokenizer.model alone, with the ids that SentencePiece gives."""
+    model = read_model(file)
+    if model.trainer_spec.model_type != BPE:
+        return tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    names = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+    out = PreTrainedTokenizerFast(
+        tokenizer_object=fast_form(model),
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False,
+        **(special_names(model) | names),
+    )
+    out.chat_template = tokenizer.chat_template
+    return out
+
+
 def special_names(model: Any) -> dict[str, str]:
     """transformers' names of the special tokens that the file knows."""
     spec, names = model.trainer_spec, [piece.piece for piece in model.pieces]
