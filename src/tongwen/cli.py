@@ -196,6 +196,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype", default="base", choices=("base", "fp32", "bf16", "fp16"), help=say("number type", "数值类型")
     )
     command.add_argument(
+        "--to",
+        default="hf",
+        choices=("hf", "pth"),
+        help=say("Hugging Face, or LLaMA's own files", "Hugging Face，或 LLaMA 原始文件"),
+    )
+    command.add_argument(
         "--parity",
         default="streamed",
         choices=("streamed", "full"),
@@ -214,6 +220,24 @@ def make_parser() -> argparse.ArgumentParser:
             "merge onto another base than the adapter's own, or in another order",
             "合并到非原配的底座，或以别的顺序合并",
         ),
+    )
+
+    command = add(
+        "convert",
+        say(
+            "a model in another form: Hugging Face, LLaMA's .pth, GGUF",
+            "把模型转换为另一种格式：Hugging Face、LLaMA .pth、GGUF",
+        ),
+        _convert,
+    )
+    command.add_argument("source", metavar="SRC", help=say("model, or a folder of .pth files", "模型，或 .pth 文件夹"))
+    command.add_argument("--to", required=True, choices=("hf", "pth", "gguf"), help=say("form", "格式"))
+    command.add_argument("--out", required=True, metavar="D", help=say("folder", "文件夹"))
+    command.add_argument(
+        "--quantize",
+        default="",
+        metavar="TYPE",
+        help=say("GGUF number type; f16 when absent", "GGUF 数值类型；不写为 f16"),
     )
 
     command = add("generate", say("answer a file of prompts", "回答一个文件里的提示"), _generate)
@@ -366,8 +390,14 @@ def _init(parsed: argparse.Namespace) -> int:
 def _merge(parsed: argparse.Namespace) -> int:
     from tongwen.stages import merge
 
-    choice = merge.Choice(parsed.dtype, parsed.parity, force=parsed.force)
+    choice = merge.Choice(parsed.dtype, parsed.to, parsed.parity, force=parsed.force)
     return merge.command(parsed.base, parsed.adapter, parsed.out, choice, again=parsed.again)
+
+
+def _convert(parsed: argparse.Namespace) -> int:
+    from tongwen.stages import convert
+
+    return convert.command(parsed.source, parsed.to, parsed.out, parsed.quantize)
 
 
 def _sampling(parsed: argparse.Namespace) -> dict[str, Any]:

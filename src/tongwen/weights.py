@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tongwen.errors import ModelError
 from tongwen.language import say
@@ -39,6 +39,7 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 CHUNK = 1 << 22
 LONGEST_HEADER = 100_000_000
+BLOCK = 1 << 18  # numbers at once: a block in fp32 and its copies stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,18 @@ class Stored:
     @property
     def size(self) -> int:
         return self.end - self.begin
+
+
+class Tensors(Protocol):
+    """Tensors by name, whatever holds them. facts: name -> (type, shape).
+
+    `raw` gives the bytes of rows [begin, end) as a flat numpy array: rows along the first dimension, or the elements of a
+    vector. Threads may read at once.
+    """
+
+    facts: dict[str, tuple[str, tuple[int, ...]]]
+
+    def raw(self, name: str, begin: int, end: int) -> Any: ...
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:
@@ -125,6 +138,22 @@ def read_header(file: Path) -> dict[str, Stored]:
     if at != length:
         raise _broken(file, say(f"it should have {at} bytes and has {length}", f"应有 {at} 字节，实为 {length} 字节"))
     return {stored.name: stored for stored in ordered}
+
+
+def row_count(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 1
+
+
+def row_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return ITEM_BYTES[dtype] * prod(shape[1:])
+
+
+def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Rows [begin, end) at a time, of about BLOCK numbers together."""
+    height = max(1, BLOCK // max(prod(shape[1:]), 1))
+    count = row_count(shape)
+    for begin in range(0, count, height):
+        yield begin, min(begin + height, count)
 
 
 def what_it_is(file: Path) -> str:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.model.load import Place
-from tongwen.model.tensors import Tensors, TorchTensors, load_bin, row_count
-from tongwen.weights import Stored, find_tensors, iter_bytes
+from tongwen.model.tensors import TorchTensors, load_bin
+from tongwen.weights import Stored, Tensors, find_tensors, iter_bytes, row_count
 
 
 def start_digest(name: str, dtype: str, shape: tuple[int, ...]) -> Any:

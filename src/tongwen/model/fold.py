@@ -20,20 +20,8 @@ from tongwen.errors import ArtifactError, ModelError, NumbersError
 from tongwen.language import say
 from tongwen.model.adapter import EMBEDDINGS, HEADS, Adapter, Change, NotOneToOne, check_complete, same_tensor
 from tongwen.model.fingerprint import start_digest
-from tongwen.model.tensors import (
-    FLOATS,
-    Array,
-    FileTensors,
-    Tensors,
-    blocks,
-    from_fp32,
-    is_finite,
-    read_fp32,
-    row_bytes,
-    row_count,
-    to_fp32,
-)
-from tongwen.weights import Stored, copy_bytes, plan_shards
+from tongwen.model.tensors import FLOATS, Array, FileTensors, from_fp32, is_finite, read_fp32, to_fp32
+from tongwen.weights import Stored, Tensors, blocks, copy_bytes, plan_shards, row_bytes, row_count
 
 ROUNDING = {"F64": 2e-7, "F32": 2e-7, "F16": 2**-11, "BF16": 2**-8}  # of one number, relative; fp32 noise included
 

@@ -1,32 +1,26 @@
 """A model's tensors by name, whatever holds them: safetensors files, `.bin` files, or a model in memory.
 
-One interface: which tensors there are, and rows of one as raw bytes. Numbers are computed in fp32 with numpy; torch is
+All have one interface (`weights.Tensors`). Numbers are computed in fp32 with numpy; torch is
 imported only for containers that need it, because importing it costs more memory than a merge does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from tongwen import console
 from tongwen.errors import ModelError
 from tongwen.language import say
-from tongwen.weights import ITEM_BYTES, Stored, find_tensors, what_it_is
+from tongwen.model.load import Place, load_model
+from tongwen.weights import Stored, Tensors, find_tensors, row_bytes, row_count, what_it_is
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
-BLOCK = 1 << 18  # numbers at once: the fp32 block and its copies stay in the processor's cache
 Array = Any  # numpy arrays; their types are noise here
-
-
-class Tensors(Protocol):
-    """name -> (type, shape), and the bytes of rows [begin, end): along the first dimension, or elements of a vector."""
-
-    facts: dict[str, tuple[str, tuple[int, ...]]]
-
-    def raw(self, name: str, begin: int, end: int) -> Array: ...
 
 
 class FileTensors:
@@ -80,6 +74,39 @@ def open_tensors(folder: Path, pattern: str) -> Tensors:
     return TorchTensors(state)
 
 
+def open_model(place: Place) -> tuple[Tensors, dict[str, Any]]:
+    """A model's tensors and its config. One that is a GGUF file is de-quantised in memory, which is said.
+
+    Raises ModelError for a config that cannot be read and for a quantised model: its tensors are not its weights.
+    """
+    if place.gguf:
+        import torch
+
+        console.notice(
+            say("the GGUF file is de-quantised, with the whole model in memory", "GGUF 将反量化，整个模型载入内存")
+        )
+        model = load_model(place, torch.float32)
+        state = dict(model.state_dict())
+        if model.config.tie_word_embeddings:
+            state.pop("lm_head.weight", None)
+        return TorchTensors(state), dict(model.config.to_dict())
+    file = Path(place.folder) / "config.json"
+    try:
+        config = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(file)) from None
+    if config.get("quantization_config"):
+        raise ModelError(
+            say("this model is quantised", "该模型是量化过的"),
+            place=place.name,
+            remedy=say(
+                "use the original model that it was made from: an adapter fits both",
+                "请使用量化前的原始模型：适配器两者都适用",
+            ),
+        )
+    return open_tensors(Path(place.folder), "pytorch_model*.bin"), config
+
+
 def load_bin(file: Path) -> dict[str, Any]:
     """The tensors of a torch file, mapped and not read. Whatever needs more than tensors is refused and never run."""
     import torch
@@ -130,29 +157,6 @@ def _load(file: Path, *, mmap: bool) -> Any:
             place=str(file),
             remedy=say("fetch the file again: it is not whole", "请重新下载：文件不完整"),
         ) from None
-
-
-def row_count(shape: tuple[int, ...]) -> int:
-    return shape[0] if shape else 1
-
-
-def row_numbers(shape: tuple[int, ...]) -> int:
-    out = 1
-    for size in shape[1:]:
-        out *= size
-    return out
-
-
-def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Rows [begin, end) at a time, of about BLOCK numbers together."""
-    height = max(1, BLOCK // max(row_numbers(shape), 1))
-    count = row_count(shape)
-    for begin in range(0, count, height):
-        yield begin, min(begin + height, count)
-
-
-def row_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return ITEM_BYTES[dtype] * row_numbers(shape)
 
 
 def to_fp32(raw: Array, dtype: str) -> Array:

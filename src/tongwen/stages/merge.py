@@ -16,35 +16,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tongwen import artifact, console
-from tongwen.errors import ArtifactError, MachineError, ModelError, RecipeError
+from tongwen.errors import ArtifactError, MachineError, RecipeError
+from tongwen.export import pth
+from tongwen.export.hf import check_same
 from tongwen.language import say
-from tongwen.model import fold, lineage, load, parity
+from tongwen.model import dress, fold, lineage, load, parity
 from tongwen.model.adapter import EMBEDDINGS, NotOneToOne, read_adapter
 from tongwen.model.fingerprint import cached_folder, combine, model_lines
-from tongwen.model.tensors import Tensors, TorchTensors, open_tensors
-from tongwen.weights import find_tensors
+from tongwen.model.tensors import TorchTensors, load_bin, open_model
+from tongwen.weights import Tensors, find_tensors
 
 if TYPE_CHECKING:
     from tongwen.recipe.schema import Recipe
 
 DTYPES = {"base": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-TOKENIZER = (
-    "tokenizer*",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-)
-SPEECH = (*TOKENIZER, "generation_config.json")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a merge is done. parity: streamed, or full (both models in memory)."""
+    """How a merge is done. to: hf or pth; parity: streamed, or full (both models in memory)."""
 
     dtype: str = "base"
+    to: str = "hf"
     parity: str = "streamed"
     shard_gb: float = 5.0
     force: bool = False
@@ -59,7 +53,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Fold the adapter of the run's `sft`, and those that it was trained on, into their base."""
     assert recipe.merge
     trained = artifact.open_artifact(out.parent / "sft", "sft")
-    choice = Choice(recipe.merge.dtype, recipe.merge.parity, recipe.merge.shard_gb)
+    choice = Choice(recipe.merge.dtype, parity=recipe.merge.parity, shard_gb=recipe.merge.shard_gb)
     base = str(trained.manifest["parents"]["base"]["path"])
     return merge(base, [str(trained.path)], out, settings(recipe), choice)
 
@@ -79,9 +73,11 @@ def merge(base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any
     for number, link in enumerate(links, 1):
         role = "adapter" if len(links) == 1 else f"adapter_{number}"
         parents[role] = link.stage.as_parent() if link.stage else {"path": link.name, "fingerprint": link.own}
-    with artifact.create(out, "model", parents, settings) as draft, _swept(draft.path):
+    with artifact.create(out, "model" if choice.to == "hf" else "pth", parents, settings) as draft, _swept(draft.path):
         counts = _write(place, {} if place.gguf else lines, links, draft, choice)
         _dress(place, links, draft.path)
+        if choice.to == "pth":
+            _as_pth(draft)
         draft.facts["counts"], draft.facts["forced"] = counts, bool(forced)
         if forced:
             draft.facts["forced_over"] = forced
@@ -96,6 +92,20 @@ def merge(base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any
         )
     )
     return draft.artifact
+
+
+def _as_pth(draft: artifact.Draft) -> None:
+    """The merged model's files become LLaMA's own; its tokenizer file stays."""
+    place = load.Place(str(draft.path), str(draft.path))
+    tensors, config = open_model(place)
+    kept = {*draft.path.glob("tokenizer.model")}
+    merged = [file for file in draft.path.iterdir() if file not in kept]
+    with console.progress(len(tensors.facts), "pth") as bar:
+        pth.write(tensors, config, draft.path, bar.update)
+    back = pth.Original([TorchTensors(load_bin(file)) for file in pth.find_files(draft.path)], draft.path)
+    check_same(pth.with_head(tensors), back, str(draft.path))
+    for file in merged:
+        file.unlink()
 
 
 def resolve(base: str, adapters: Sequence[str]) -> tuple[load.Place, list[str]]:
@@ -125,7 +135,7 @@ def _write(
     place: load.Place, lines: dict[str, str], links: list[lineage.Link], draft: artifact.Draft, choice: Choice
 ) -> dict[str, Any]:
     """Weights and config, checked; returns counts. Sets the draft's fingerprint."""
-    base, config = _open_base(place)
+    base, config = open_model(place)
     adapters, dtype = [link.adapter for link in links], DTYPES[choice.dtype]
     try:
         targets, config, notices = fold.plan_targets(base, config, adapters, dtype, lambda: _known(place))
@@ -224,36 +234,6 @@ def _in_memory(
     return {"tensors": len(lines), "changed": len(lines)}
 
 
-def _open_base(place: load.Place) -> tuple[Tensors, dict[str, Any]]:
-    """The base's tensors and its config. One that is neither safetensors nor `.bin` is opened in memory."""
-    folder = Path(place.folder)
-    if place.gguf:
-        import torch
-
-        console.notice(
-            say("the GGUF base is de-quantised, with the whole model in memory", "GGUF 底座将反量化，整个模型载入内存")
-        )
-        model = load.load_model(place, torch.float32)
-        state = dict(model.state_dict())
-        if model.config.tie_word_embeddings:
-            state.pop("lm_head.weight", None)
-        return TorchTensors(state), dict(model.config.to_dict())
-    try:
-        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ModelError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(folder / "config.json")) from None
-    if config.get("quantization_config"):
-        raise ModelError(
-            say("this base is quantised", "该底座是量化过的"),
-            place=place.name,
-            remedy=say(
-                "merge into the original model that it was made from: an adapter fits both",
-                "请合并到量化前的原始模型：适配器两者都适用",
-            ),
-        )
-    return open_tensors(folder, "pytorch_model*.bin"), config
-
-
 def _known(place: load.Place) -> set[str]:
     from tongwen.model.stack import known_names
 
@@ -291,7 +271,7 @@ def _remarks(folded: fold.Folded) -> list[str]:
 def _dress(place: load.Place, links: list[lineage.Link], out: Path) -> None:
     """Tokenizer, template and stop tokens: from the last adapter that brings a tokenizer, else from the base."""
     folders = [Path(place.folder), *(link.adapter.folder for link in links)]
-    source = next((folder for folder in reversed(folders) if next(folder.glob("tokenizer*"), None)), None)
+    source = next((folder for folder in reversed(folders) if dress.has_tokenizer(folder)), None)
     if place.gguf and source in (None, folders[0]):
         load.load_tokenizer(place).save_pretrained(str(out))
     elif source is None:
@@ -304,20 +284,14 @@ def _dress(place: load.Place, links: list[lineage.Link], out: Path) -> None:
     else:
         if source == folders[0]:
             console.notice(say("the adapter brings no tokenizer; the base's is used", "适配器没有分词器，使用底座的"))
-        _copy(source, SPEECH, out)
-    if not (out / "generation_config.json").is_file():
-        _copy(folders[0], ("generation_config.json",), out)
+        dress.copy_speech(source, out)
+    stops = folders[0] / "generation_config.json"
+    if stops.is_file() and not (out / stops.name).is_file():
+        shutil.copyfile(stops, out / stops.name)
     stored = find_tensors(out)
     embedding = next((name for name in stored if name.endswith(EMBEDDINGS)), None)
     if embedding:
         lineage.check_vocabulary(out, stored[embedding].shape[0], str(source))
-
-
-def _copy(source: Path, patterns: Sequence[str], out: Path) -> None:
-    for pattern in patterns:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, out / file.name)
 
 
 def _fetched(place: load.Place) -> load.Place:
@@ -370,7 +344,7 @@ def command(base: str, adapters: list[str], out: str, choice: Choice, *, again: 
             remedy=say("choose another, or --again to keep it under another name", "换一个，或用 --again 把它改名保留"),
         )
     artifact.put_aside(target)
-    chosen = {"base": base, "adapters": adapters, "dtype": choice.dtype, "parity": choice.parity}
+    chosen = {"base": base, "adapters": adapters, "dtype": choice.dtype, "to": choice.to, "parity": choice.parity}
     made = merge(base, adapters, target, chosen, choice)
     console.emit({"out": out, **made.manifest})
     return 0
