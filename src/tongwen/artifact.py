@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -114,6 +114,14 @@ class Draft:
         self.fingerprint = ""
         self.started = time.time()
         self.artifact: Artifact | None = None
+
+    def record_files(self, chosen: Callable[[Path], bool]) -> None:
+        """Note the sha256 of the chosen files, for `verify`. Tensors have lines of their own in a fingerprint."""
+        files = sorted(file for file in self.path.rglob("*") if file.is_file() and chosen(file))
+        self.facts["files"] = {
+            file.relative_to(self.path).as_posix(): {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+            for file in files
+        }
 
     def finish(self, path: Path) -> None:
         """Write the manifest last, bring everything to the disk, rename."""

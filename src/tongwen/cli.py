@@ -240,6 +240,24 @@ def make_parser() -> argparse.ArgumentParser:
         help=say("GGUF number type; f16 when absent", "GGUF 数值类型；不写为 f16"),
     )
 
+    command = add(
+        "verify",
+        say(
+            "weights, tokenizer and adapter against known or recorded hashes",
+            "用已知或记录的哈希核对权重、分词器与适配器",
+        ),
+        _verify,
+    )
+    command.add_argument("path", help=say("file or folder", "文件或文件夹"))
+    command.add_argument(
+        "--against",
+        default="",
+        metavar="LIST",
+        help=say(
+            "a file of hashes, or `known`: only what was published passes", "哈希清单文件，或 `known`：只接受已发布的"
+        ),
+    )
+
     command = add("generate", say("answer a file of prompts", "回答一个文件里的提示"), _generate)
     command.add_argument("--model", required=True, help=say("model", "模型"))
     command.add_argument("--adapter", action="append", default=[], help=say("adapter folder", "适配器文件夹"))
@@ -398,6 +416,12 @@ def _convert(parsed: argparse.Namespace) -> int:
     from tongwen.stages import convert
 
     return convert.command(parsed.source, parsed.to, parsed.out, parsed.quantize)
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    from tongwen.stages import verify
+
+    return verify.run(parsed.path, parsed.against)
 
 
 def _sampling(parsed: argparse.Namespace) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def convert(source: Source, to: str, out: Path, quantize: str, settings: Mapping
     parents = {"source": {"path": source.name, "fingerprint": _fingerprint(source)}}
     with artifact.create(out, "model" if to == "hf" else to, parents, settings) as draft:
         writers[to](source, draft)
+        draft.record_files(lambda file: file.suffix != ".safetensors")
     assert draft.artifact
     console.good(say(f"written and read back: {out}", f"已写入并读回核对：{out}"))
     return draft.artifact
@@ -94,7 +95,8 @@ def _to_hf(source: Source, draft: artifact.Draft) -> None:
     elif (model := _sentencepiece(source)) is not None:
         shutil.copyfile(model, draft.path / "tokenizer.model")
         artifact.write_json(draft.path / "tokenizer_config.json", SENTENCEPIECE)
-    draft.fingerprint = combine(model_lines(load.Place(str(draft.path), str(draft.path))))
+    lines = model_lines(load.Place(str(draft.path), str(draft.path)))
+    draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
 
 
 def _to_pth(source: Source, draft: artifact.Draft) -> None:
@@ -129,5 +131,5 @@ def command(source: str, to: str, out: str, quantize: str) -> int:
             say("this folder exists", "该文件夹已存在"), place=out, remedy=say("choose another", "请换一个")
         )
     made = convert(open_source(source), to, target, quantize, {"source": source, "to": to, "quantize": quantize})
-    console.emit({"out": out, **made.manifest})
+    console.emit({"out": out, **{key: value for key, value in made.manifest.items() if key != "tensors"}})
     return 0

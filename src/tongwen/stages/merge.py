@@ -79,6 +79,7 @@ def merge(base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any
         if choice.to == "pth":
             _as_pth(draft)
         draft.facts["counts"], draft.facts["forced"] = counts, bool(forced)
+        draft.record_files(lambda file: choice.to == "pth" or file.suffix != ".safetensors")
         if forced:
             draft.facts["forced_over"] = forced
         last = links[-1].stage
@@ -152,7 +153,7 @@ def _write(
     found = {"rows": fold.check_rows(base, folded)}
     found |= _compare(place, base, folded, config, links, draft.path, choice)
     draft.facts["parity"] = found
-    draft.fingerprint = combine(folded.lines)
+    draft.fingerprint, draft.facts["tensors"] = combine(folded.lines), folded.lines
     return {"tensors": len(targets), "changed": sum(bool(target.changes) for target in targets)}
 
 
@@ -226,7 +227,7 @@ def _in_memory(
     model.to(getattr(torch, TORCH_NAMES[dtype]) if dtype else load.load_config(place).dtype or torch.float32)
     model.save_pretrained(str(draft.path), max_shard_size=f"{choice.shard_gb}GB")
     lines = model_lines(load.Place(str(draft.path), str(draft.path)))
-    draft.fingerprint = combine(lines)
+    draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
     if draft.fingerprint == draft.parents["base"]["fingerprint"]:
         raise ArtifactError(
             say("the merged model equals the base", "合并结果与底座相同"), place=str(adapters[0].folder)
@@ -346,5 +347,5 @@ def command(base: str, adapters: list[str], out: str, choice: Choice, *, again: 
     artifact.put_aside(target)
     chosen = {"base": base, "adapters": adapters, "dtype": choice.dtype, "to": choice.to, "parity": choice.parity}
     made = merge(base, adapters, target, chosen, choice)
-    console.emit({"out": out, **made.manifest})
+    console.emit({"out": out, **{key: value for key, value in made.manifest.items() if key != "tensors"}})
     return 0
