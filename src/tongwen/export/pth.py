@@ -108,7 +108,7 @@ class Original:
         first, last = begin // width * width, -(-end // width) * width
         rows = self._sliced(name, first, last).reshape(last - first, -1)
         return np.ascontiguousarray(
-            rows[_order(last - first, width, to_halves=True)][begin - first : end - first]
+            rows[head_order(last - first, width, to_halves=True)][begin - first : end - first]
         ).reshape(-1)
 
     def _sliced(self, name: str, begin: int, end: int) -> Any:
@@ -276,7 +276,7 @@ def _slice(
         width = params["dim"] // params["n_heads"]
         for first in range(begin, end, width):
             rows = tensors.raw(name, first, first + width).reshape(width, -1)
-            yield np.ascontiguousarray(rows[_order(width, width, to_halves=False)]).reshape(-1)
+            yield np.ascontiguousarray(rows[head_order(width, width, to_halves=False)]).reshape(-1)
         return
     low, high = (begin, end) if axis == 0 else (0, row_count(shape))
     for first, last in blocks((high - low, *shape[1:])):
@@ -295,7 +295,7 @@ def _share(total: int, number: int, files: int) -> tuple[int, int]:
     return number * part, total if number == files - 1 else (number + 1) * part
 
 
-def _order(rows: int, width: int, *, to_halves: bool) -> Any:
+def head_order(rows: int, width: int, *, to_halves: bool) -> Any:
     """Row indices that reorder whole heads: pairs (0, 1), (2, 3), ... of a rotation to halves (0, 2, ..., 1, 3, ...), or back."""
     head = np.arange(width)
     head = head.reshape(-1, 2).T.reshape(-1) if to_halves else head.reshape(2, -1).T.reshape(-1)

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tongwen import artifact, console
 from tongwen.errors import ArtifactError, RecipeError
-from tongwen.export import hf, pth
+from tongwen.export import gguf, hf, pth
+from tongwen.export.ollama import make_modelfile
+from tongwen.export.vocabulary import read_vocabulary
 from tongwen.language import say
 from tongwen.model import dress, load
 from tongwen.model.fingerprint import combine, model_lines
 from tongwen.model.tensors import FileTensors, TorchTensors, load_bin, open_model
+from tongwen.record import Message
+from tongwen.template import Template
 from tongwen.weights import SHARD_BYTES, Tensors
 
 FORMATS = ("hf", "pth", "gguf")
@@ -70,7 +75,14 @@ def open_source(name: str) -> Source:
 
 def convert(source: Source, to: str, out: Path, quantize: str, settings: Mapping[str, Any]) -> artifact.Artifact:
     """One form of a model at `out`, read back and compared before it stands there."""
-    writers: dict[str, Callable[[Source, artifact.Draft], None]] = {"hf": _to_hf, "pth": _to_pth}
+    writers: dict[str, Callable[[Source, artifact.Draft], None]] = {
+        "hf": _to_hf,
+        "pth": _to_pth,
+        "gguf": lambda source, draft: _to_gguf(source, draft, quantize or "f16"),
+    }
+    if to == "gguf":
+        gguf.check_type(quantize or "f16")
+        gguf.check_model(source.tensors, source.config)
     console.header(f"convert → {to}", source.name)
     parents = {"source": {"path": source.name, "fingerprint": _fingerprint(source)}}
     with artifact.create(out, "model" if to == "hf" else to, parents, settings) as draft:
@@ -106,6 +118,78 @@ def _to_pth(source: Source, draft: artifact.Draft) -> None:
     hf.check_same(pth.with_head(source.tensors), back, str(draft.path))
     if (model := _sentencepiece(source)) is not None:
         shutil.copyfile(model, draft.path / "tokenizer.model")
+
+
+def _to_gguf(source: Source, draft: artifact.Draft, kind: str) -> None:
+    """The file, and a Modelfile that says how to talk to it."""
+    rows = source.tensors.facts["model.embed_tokens.weight"][1][0]
+    with tempfile.TemporaryDirectory() as made:
+        tokenizer = _fast_tokenizer(source, Path(made))
+        vocabulary = read_vocabulary(tokenizer, rows) if tokenizer else None
+        spoken = _spoken(tokenizer) if tokenizer else None
+    file = draft.path / f"{_stem(source)}-{kind}.gguf"
+    with console.progress(len(source.tensors.facts), "gguf") as bar:
+        template = spoken.source if spoken else None
+        gguf.write(source.tensors, source.config, vocabulary, template, file, kind, bar.update)
+    gguf.check(source.tensors, source.config, vocabulary, file, kind)
+    draft.facts["type"] = kind
+    if vocabulary is None:
+        console.notice(
+            say("no tokenizer: llama.cpp cannot read text with this file", "没有分词器：llama.cpp 无法用此文件读文字")
+        )
+        return
+    begin = vocabulary.tokens[vocabulary.special["bos"]] if vocabulary.add_bos else ""
+    render = spoken.render_pairs if spoken else None
+    stops = sorted({spoken.stop} if spoken else set())
+    (draft.path / "Modelfile").write_text(make_modelfile(file.name, render, stops, begin), encoding="utf-8")
+
+
+def _fast_tokenizer(source: Source, made: Path) -> Path | None:
+    """A folder with `tokenizer.json`: the source's own, or one made of what it has; None when it has no tokenizer."""
+    if source.place and not source.place.gguf and (source.folder / "tokenizer.json").is_file():
+        return source.folder
+    if source.place is None:
+        if (model := _sentencepiece(source)) is None:
+            return None
+        shutil.copyfile(model, made / "tokenizer.model")
+        artifact.write_json(made / "tokenizer_config.json", SENTENCEPIECE)
+        artifact.write_json(made / "config.json", {"model_type": "llama"})
+        place = load.Place(str(made), str(made))
+    elif not source.place.gguf and not dress.has_tokenizer(source.folder):
+        return None
+    else:
+        place = source.place
+    load.load_tokenizer(place).save_pretrained(str(made))
+    return made
+
+
+def _spoken(folder: Path) -> Spoken | None:
+    """The model's own template with its stop; None when it has none."""
+    tokenizer = load.load_tokenizer(load.Place(str(folder), str(folder)))
+    if not tokenizer.chat_template:
+        return None
+    prefix = list(tokenizer("").input_ids)
+    template = dress.bind_template("own", tokenizer, prefix)
+    return Spoken(template.source, template)
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A template, its text, and how it writes a conversation."""
+
+    source: str
+    template: Template
+
+    @property
+    def stop(self) -> str:
+        return self.template.stop
+
+    def render_pairs(self, turns: Sequence[tuple[str, str]]) -> str:
+        return self.template.prompt([Message(role, text) for role, text in turns])
+
+
+def _stem(source: Source) -> str:
+    return Path(source.name.rstrip("/")).resolve().name.removesuffix(".gguf") if source.folder.exists() else "model"
 
 
 def _sentencepiece(source: Source) -> Path | None:

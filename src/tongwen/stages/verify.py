@@ -19,7 +19,6 @@ from tongwen.model.fingerprint import combine, model_lines
 from tongwen.weights import find_tensors
 
 OF_TENSORS = ("model", "sft", "pretrain")  # kinds whose fingerprint is that of their tensors
-FILES = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.model", "*.json", "*.txt", "*.jinja")
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.model")
 
 
@@ -55,7 +54,7 @@ def run(path: str, against: str) -> int:
     if not place.exists():
         raise RecipeError(say("there is nothing", "不存在"), place=path)
     folder = place if place.is_dir() else place.parent
-    files = [place] if place.is_file() else sorted({file for pattern in FILES for file in folder.glob(pattern)})
+    files = [place] if place.is_file() else sorted(file for file in folder.iterdir() if file.is_file())
     files = [file for file in files if file.name != artifact.MANIFEST]
     lists = _lists(folder, against)
     verdicts = Verdicts()
