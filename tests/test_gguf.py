@@ -209,3 +209,26 @@ def test_a_merged_model_with_a_tied_head_goes_the_whole_way(chat_model: Path, tm
     manifest = json.loads((tmp_path / "gguf" / "manifest.json").read_text())
     assert manifest["kind"] == "gguf" and file.name in manifest["files"]
     assert tongwen("verify", tmp_path / "gguf")[0] == 0
+
+
+def test_a_recipe_exports_all_forms(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    from tests.conftest import write_recipe
+
+    recipe = write_recipe(
+        tmp_path, chat_model, sft=", stop_after: 1 steps", extra="export: {formats: [hf, pth, gguf], quantize: q8_0}\n"
+    )
+    code, _, err = tongwen("run", recipe)
+    assert code == 0, err
+    export = tmp_path / "out" / "export"
+    assert tensors(export / "hf").keys() == tensors(tmp_path / "out" / "merge").keys()
+    assert (export / "pth" / "consolidated.00.pth").is_file()
+    (file,) = (export / "gguf").glob("*.gguf")
+    assert file.name == "tiny-q8_0.gguf"
+    assert sorted(json.loads((export / "manifest.json").read_text())["gguf"]["files"]) == sorted(
+        [file.name, "Modelfile"]
+    )
+    code, text, _ = tongwen("run", recipe)
+    assert code == 0 and "export: already done" in text
+    recipe.write_text(recipe.read_text().replace("merge: {}\n", ""))
+    code, _, err = tongwen("check", recipe)
+    assert code == 2 and "an adapter alone is no model" in err

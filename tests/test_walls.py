@@ -10,7 +10,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "tongwen"
 ROOMS = ("hub", "data", "model", "train", "infer", "export", "ui")
 HALL = ("errors", "language", "record", "template", "skeleton", "artifact", "weights", "families", "console", "launch")
-UPPER = ("cli", "river", "lesson", "speaker", "__main__", "__init__")
+UPPER = ("cli", "river", "lesson", "speaker", "forms", "__main__", "__init__")
 HEAVY = {
     "torch",
     "transformers",

@@ -89,18 +89,30 @@ def partial_of(path: Path) -> Path:
 
 @contextmanager
 def create(
-    path: Path, kind: str, parents: Mapping[str, Any], settings: Mapping[str, Any], *, resumable: bool = False
+    path: Path,
+    kind: str,
+    parents: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    resumable: bool = False,
+    swept: bool = False,
 ) -> Iterator[Draft]:
     """A working folder `PATH.partial`, renamed to PATH when the block ends without an error.
 
-    resumable: keep and re-enter an unfinished folder (training); otherwise it is emptied first.
+    resumable: keep and re-enter an unfinished folder (training); otherwise it is emptied first. swept: leave nothing when
+    the block fails: half of a model is of no use to anyone, and large.
     """
     working = partial_of(path)
     if working.exists() and not resumable:  # a leftover that cannot be continued
         shutil.rmtree(working)
     working.mkdir(parents=True, exist_ok=True)
     draft = Draft(working, kind, dict(parents), dict(settings))
-    yield draft
+    try:
+        yield draft
+    except BaseException:
+        if swept:
+            shutil.rmtree(working, ignore_errors=True)
+        raise
     if is_first():
         draft.finish(path)
 

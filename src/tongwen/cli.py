@@ -415,7 +415,7 @@ def _merge(parsed: argparse.Namespace) -> int:
 def _convert(parsed: argparse.Namespace) -> int:
     from tongwen.stages import convert
 
-    return convert.command(parsed.source, parsed.to, parsed.out, parsed.quantize)
+    return convert.run(parsed.source, parsed.to, parsed.out, parsed.quantize)
 
 
 def _verify(parsed: argparse.Namespace) -> int:

@@ -73,7 +73,7 @@ def merge(base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any
     for number, link in enumerate(links, 1):
         role = "adapter" if len(links) == 1 else f"adapter_{number}"
         parents[role] = link.stage.as_parent() if link.stage else {"path": link.name, "fingerprint": link.own}
-    with artifact.create(out, "model" if choice.to == "hf" else "pth", parents, settings) as draft, _swept(draft.path):
+    with artifact.create(out, "model" if choice.to == "hf" else "pth", parents, settings, swept=True) as draft:
         counts = _write(place, {} if place.gguf else lines, links, draft, choice)
         _dress(place, links, draft.path)
         if choice.to == "pth":
@@ -319,20 +319,6 @@ def _check_disk(folder: Path, needed: int) -> None:
             place=str(folder),
             remedy=say("free some space, or --out on another disk", "请清理空间，或用 --out 换一个磁盘"),
         )
-
-
-class _swept:  # noqa: N801 (used like a function)
-    """A refused merge leaves nothing behind: its half-written weights are of no use to anyone."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def command(base: str, adapters: list[str], out: str, choice: Choice, *, again: bool) -> int:
