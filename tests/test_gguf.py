@@ -211,6 +211,19 @@ def test_a_merged_model_with_a_tied_head_goes_the_whole_way(chat_model: Path, tm
     assert tongwen("verify", tmp_path / "gguf")[0] == 0
 
 
+def test_a_gguf_base_takes_an_adapter_as_the_model_it_holds(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    make_adapter(chat_model, tmp_path / "adapter")
+    file = convert(tongwen, chat_model, tmp_path / "gguf", "f32")
+    for name, base in (("one", chat_model), ("other", file)):
+        words = ("merge", "--base", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / name)
+        code, text, err = tongwen(*words)
+        assert code == 0, err
+    assert "de-quantised" in text
+    one, other = tensors(tmp_path / "one"), tensors(tmp_path / "other")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "other" / "tokenizer.json").is_file()
+
+
 def test_a_recipe_exports_all_forms(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     from tests.conftest import write_recipe
 
