@@ -77,15 +77,13 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     disagree, or when a tensor stands in two shards.
     """
     index, whole = folder / INDEX, folder / "model.safetensors"
-    mapped = _read_index(index) if index.is_file() and not whole.is_file() else None  # transformers' own precedence
+    mapped = read_index(index) if index.is_file() and not whole.is_file() else None  # transformers' own precedence
     if mapped is not None:
         files = [folder / name for name in sorted(set(mapped.values()))]
     else:
         files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     found: dict[str, Stored] = {}
     for file in files:
-        if not file.is_file():
-            raise _broken(index, say(f"it names the shard {file.name}, which is missing", f"缺少分片 {file.name}"))
         for name, stored in read_header(file).items():
             if name in found:
                 raise _broken(
@@ -98,6 +96,28 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     if mapped is not None and (strange := sorted(found.keys() - mapped.keys())):
         raise _broken(index, say(f"{strange[0]} stands in no index", f"索引中没有 {strange[0]}"))
     return found
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor -> name of its shard. Raises ModelError for a shard that is missing or outside of the folder."""
+    try:
+        mapped = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise _broken(index, say("the index cannot be read", "索引无法读取")) from None
+    for name, file_name in mapped.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or "\\" in file_name:
+            raise ModelError(
+                say(
+                    f"{name} is said to be in {file_name!r}, outside of this folder",
+                    f"{name} 指向文件夹之外：{file_name!r}",
+                ),
+                place=str(index),
+                remedy=say("do not use this model: its index was tampered with", "请勿使用该模型：索引被篡改"),
+            )
+    for file_name in sorted(set(mapped.values())):
+        if not (index.parent / file_name).is_file():
+            raise _broken(index, say(f"it names the shard {file_name}, which is missing", f"缺少分片 {file_name}"))
+    return mapped
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -249,24 +269,6 @@ def iter_bytes(stored: Stored) -> Iterator[bytes]:
                 raise _broken(stored.file, say("it ends early", "文件提前结束"))
             left -= len(block)
             yield block
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        mapped = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError):
-        raise _broken(index, say("the index cannot be read", "索引无法读取")) from None
-    for name, file_name in mapped.items():
-        if not isinstance(file_name, str) or Path(file_name).name != file_name or "\\" in file_name:
-            raise ModelError(
-                say(
-                    f"{name} is said to be in {file_name!r}, outside of this folder",
-                    f"{name} 指向文件夹之外：{file_name!r}",
-                ),
-                place=str(index),
-                remedy=say("do not use this model: its index was tampered with", "请勿使用该模型：索引被篡改"),
-            )
-    return mapped
 
 
 def _broken(file: Path, what: str) -> ModelError:

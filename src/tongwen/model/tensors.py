@@ -6,6 +6,7 @@ imported only for containers that need it, because importing it costs more memor
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from tongwen import console
 from tongwen.errors import ModelError
 from tongwen.language import say
 from tongwen.model.load import Place, load_model
-from tongwen.weights import Stored, Tensors, find_tensors, row_bytes, row_count, what_it_is
+from tongwen.weights import Stored, Tensors, find_tensors, read_index, row_bytes, row_count, what_it_is
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 Array = Any  # numpy arrays; their types are noise here
@@ -63,7 +64,9 @@ def open_tensors(folder: Path, pattern: str) -> Tensors:
     if stored := find_tensors(folder):
         return FileTensors(stored)
     state: dict[str, Any] = {}
-    for file in sorted(folder.glob(pattern)):
+    index = folder / "pytorch_model.bin.index.json"
+    mapped = read_index(index) if index.is_file() else {}
+    for file in [folder / name for name in sorted(set(mapped.values()))] or sorted(folder.glob(pattern)):
         state |= load_bin(file)
     if not state and not any(folder.glob("*.safetensors")) and not any(folder.glob(pattern)):
         raise ModelError(
@@ -149,8 +152,10 @@ def _load(file: Path, *, mmap: bool) -> Any:
                 "需要运行代码的文件一律不打开；请使用 safetensors",
             ),
         ) from None
-    except RuntimeError as error:
-        if mmap:
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a cut file
+            raise
+        if mmap and isinstance(error, RuntimeError):
             raise
         raise ModelError(
             say(f"it cannot be read: {str(error).splitlines()[0][:160]}", "文件无法读取"),
