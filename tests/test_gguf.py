@@ -235,6 +235,10 @@ def test_a_recipe_exports_all_forms(chat_model: Path, tmp_path: Path, tongwen: A
     export = tmp_path / "out" / "export"
     assert tensors(export / "hf").keys() == tensors(tmp_path / "out" / "merge").keys()
     assert (export / "pth" / "consolidated.00.pth").is_file()
+    card = (export / "hf" / "README.md").read_text(encoding="utf-8")
+    report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())["held_out"]["bits_per_byte"]
+    for fact in ("# tiny", "| sft | lora, rank 4", "24 rows read", f"{report['after']:.3f}", "Not recorded"):
+        assert fact in card
     (file,) = (export / "gguf").glob("*.gguf")
     assert file.name == "tiny-q8_0.gguf"
     assert sorted(json.loads((export / "manifest.json").read_text())["gguf"]["files"]) == sorted(

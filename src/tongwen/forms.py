@@ -17,6 +17,7 @@ from typing import Any
 from tongwen import artifact, console
 from tongwen.errors import ArtifactError
 from tongwen.export import gguf, hf, pth
+from tongwen.export.card import make_card
 from tongwen.export.ollama import make_modelfile
 from tongwen.export.vocabulary import read_vocabulary
 from tongwen.language import say
@@ -111,6 +112,8 @@ def _to_hf(source: Source, draft: artifact.Draft) -> None:
     elif (model := _sentencepiece(source)) is not None:
         shutil.copyfile(model, draft.path / "tokenizer.model")
         artifact.write_json(draft.path / "tokenizer_config.json", SENTENCEPIECE)
+    if (made := artifact.find(source.folder)) is not None:
+        (draft.path / "README.md").write_text(make_card(source.title, made), encoding="utf-8")
     lines = model_lines(load.Place(str(draft.path), str(draft.path)))
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
 
