@@ -120,7 +120,7 @@ def compare(model: Path, folder: Path, lines: list[str], questions: list[str], t
         out = folder / kind
         tongwen("convert", model, "--to", "gguf", "--quantize", kind, "--out", out)
         (file,) = out.glob("*.gguf")
-        there = LlamaCpp(file, context=1024)
+        there = LlamaCpp(file, context=1024, threads=1)
         other = sum(there.encode(line) != tokenizer(line)["input_ids"] for line in lines)
         gaps = []
         for ids, (tokens, margins) in zip(prompts, expected, strict=True):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.conftest import tensors
 from tests.test_bad_weights import Bomb
@@ -231,6 +233,25 @@ def test_what_llamas_format_cannot_hold_is_named(tmp_path: Path, tongwen: Any) -
     Qwen2ForCausalLM(Qwen2Config(vocab_size=60, **shape)).save_pretrained(tmp_path / "qwen")
     code, _, err = tongwen("convert", tmp_path / "qwen", "--to", "pth", "--out", tmp_path / "out")
     assert code == 4 and "qwen2" in err and "--to hf" in err
+
+
+def test_a_merge_onto_llamas_own_files_says_what_to_do(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    make_original(tmp_path / "pth", "7B")
+    make_adapter(chat_model, tmp_path / "adapter")
+    words = ("merge", "--base", tmp_path / "pth", "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
+    code, _, err = tongwen(*words)
+    assert code == 4 and f"tongwen convert {tmp_path / 'pth'} --to hf" in err
+
+
+def test_old_files_hold_frequencies_that_are_no_weights(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(chat_model, folder)
+    state = {**tensors(folder), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(state, folder / "model.safetensors")
+    assert tongwen("convert", folder, "--to", "pth", "--out", tmp_path / "one")[0] == 0
+    assert tongwen("convert", chat_model, "--to", "pth", "--out", tmp_path / "other")[0] == 0
+    one, other = load_all(tmp_path / "one")[0], load_all(tmp_path / "other")[0]
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_tied_head_is_written_out(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tongwen.errors import MissingPackage, ModelError, NumbersError
-from tongwen.export.pth import head_order
+from tongwen.export.pth import heads, read_rows
 from tongwen.export.vocabulary import Vocabulary
 from tongwen.language import say
 from tongwen.weights import Tensors, blocks, row_count
@@ -166,23 +166,16 @@ def iter_rows(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Iterato
     """A tensor's rows in fp32 in llama.cpp's order, a block at a time. (n, columns); (n, 1) for a vector."""
     width = _turned_width(name, config)
     _, shape = tensors.facts[name]
-    if not width:
-        for begin, end in blocks(shape):
-            yield _fp32(tensors, name, begin, end)
-        return
-    for begin in range(0, shape[0], width):
-        yield _fp32(tensors, name, begin, begin + width)[head_order(width, width, to_halves=False)]
+    for begin, end in heads(shape[0], width) if width else blocks(shape):
+        yield _fp32(tensors, name, begin, end, width)
 
 
 def _some_rows(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
     """(first row, rows) at the beginning, the middle and the end of a tensor."""
     count, width = row_count(tensors.facts[name][1]), _turned_width(name, config)
-    for begin in sorted({0, count // 2, count - 1}):
-        if not width:
-            yield begin, _fp32(tensors, name, begin, begin + 1)
-            continue
-        begin = begin // width * width
-        yield begin, _fp32(tensors, name, begin, begin + width)[head_order(width, width, to_halves=False)]
+    height = width or 1
+    for begin in sorted({at // height * height for at in (0, count // 2, count - 1)}):
+        yield begin, _fp32(tensors, name, begin, begin + height, width)
 
 
 def _turned_width(name: str, config: Mapping[str, Any]) -> int:
@@ -196,10 +189,11 @@ def _head_width(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
 
 
-def _fp32(tensors: Tensors, name: str, begin: int, end: int) -> Any:
+def _fp32(tensors: Tensors, name: str, begin: int, end: int, width: int) -> Any:
     gguf = _library()
-    raw = tensors.raw(name, begin, end).reshape(end - begin, -1)
-    return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[tensors.facts[name][0]])
+    return gguf.quants.dequantize(
+        read_rows(tensors, name, begin, end, width), gguf.GGMLQuantizationType[tensors.facts[name][0]]
+    )
 
 
 def _quantised(rows: Any, stored: str) -> Any:

@@ -17,6 +17,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from tongwen.errors import ModelError
 from tongwen.language import say
-from tongwen.weights import ITEM_BYTES, Tensors, blocks, row_bytes, row_count
+from tongwen.weights import ITEM_BYTES, Tensors, blocks
 
 # Hugging Face's name, LLaMA's, and the axis that is sliced over the files; None: each file has all of it.
 OUTSIDE = (
@@ -148,18 +149,45 @@ def write(tensors: Tensors, config: Mapping[str, Any], out: Path, progress: Call
     params = make_params(tensors, config)
     tensors = with_head(tensors)
     files = FILES_BY_WIDTH.get(int(config["hidden_size"]), 1)
-    layers, done = int(config["num_hidden_layers"]), 0
-    for number in range(files):
-        with PthFile(out / f"consolidated.{number:02d}.pth") as file:
-            for ours, theirs, axis in names(layers):
-                dtype, shape = tensors.facts[ours]
-                begin, end = (0, 0) if axis is None else _share(shape[axis], number, files)
-                part = shape if axis is None else ((end - begin, *shape[1:]) if axis == 0 else (shape[0], end - begin))
-                file.add(theirs, dtype, part, _slice(tensors, ours, axis, begin, end, params))
-                done += 1
-                progress(done // files)
+    with ExitStack() as stack:
+        parts = [stack.enter_context(PthFile(out / f"consolidated.{number:02d}.pth")) for number in range(files)]
+        for done, (ours, theirs, axis) in enumerate(names(int(config["num_hidden_layers"])), 1):
+            _spread(tensors, ours, theirs, axis, parts, params["dim"] // params["n_heads"])
+            progress(done)
     (out / PARAMS).write_text(json.dumps(params), encoding="utf-8")
     return files
+
+
+def _spread(tensors: Tensors, ours: str, theirs: str, axis: int | None, parts: Sequence[PthFile], width: int) -> None:
+    """One tensor over all files, its rows read once."""
+    dtype, shape = tensors.facts[ours]
+    size, turned = ITEM_BYTES[dtype], ours.endswith(TURNED)
+    with ExitStack() as stack:
+        streams = []
+        for number, part in enumerate(parts):
+            low, high = (0, 0) if axis is None else _share(shape[axis], number, len(parts))
+            held = shape if axis is None else tuple(high - low if at == axis else n for at, n in enumerate(shape))
+            streams.append((stack.enter_context(part.member(theirs, dtype, held)), low, high))
+        for begin, end in heads(shape[0], width) if turned else blocks(shape):
+            rows = read_rows(tensors, ours, begin, end, width if turned else 0)
+            for stream, low, high in streams:
+                if axis == 0:
+                    stream.write(memoryview(rows[max(low - begin, 0) : max(high - begin, 0)].reshape(-1)))
+                else:
+                    chosen: Any = rows if axis is None else np.ascontiguousarray(rows[:, low * size : high * size])
+                    stream.write(memoryview(chosen.reshape(-1)))
+
+
+def heads(rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """Rows [begin, end) of one head after the other."""
+    for begin in range(0, rows, width):
+        yield begin, begin + width
+
+
+def read_rows(tensors: Tensors, name: str, begin: int, end: int, width: int) -> Any:
+    """Rows as bytes, (n, bytes a row). width: numbers in a head whose rows are put pair by pair; 0: as they stand."""
+    rows = tensors.raw(name, begin, end).reshape(end - begin, -1)
+    return np.ascontiguousarray(rows[head_order(end - begin, width, to_halves=False)]) if width else rows
 
 
 def make_params(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,17 +249,15 @@ class PthFile:
         self.zip.close()
         self.stream.close()
 
-    def add(self, name: str, dtype: str, shape: tuple[int, ...], content: Iterator[Any]) -> None:
-        """One tensor; content: its bytes in blocks."""
+    def member(self, name: str, dtype: str, shape: tuple[int, ...]) -> Any:
+        """A stream for the bytes of one tensor, to be closed before the next is begun."""
         key = str(len(self.tensors))
         self.tensors[name] = _Held(_Storage(dtype, key, math.prod(shape)), shape)
         member = zipfile.ZipInfo(f"{self.root}/data/{key}")
-        start = self.stream.tell() + 30 + len(member.filename) + 20 + 4  # local header, its 64-bit sizes, this field
+        start = self.stream.tell() + 30 + len(member.filename) + 20 + 4  # local header, 64-bit sizes, this field
         padding = -start % 64
         member.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # "FB", as torch marks its padding
-        with self.zip.open(member, "w", force_zip64=True) as stream:
-            for block in content:
-                stream.write(memoryview(block))
+        return self.zip.open(member, "w", force_zip64=True)
 
 
 class _Storage:
@@ -265,28 +291,6 @@ class _Pickler(pickle.Pickler):
             "F64": torch.DoubleStorage,
         }
         return "storage", kinds[thing.dtype], thing.key, "cpu", thing.count
-
-
-def _slice(
-    tensors: Tensors, name: str, axis: int | None, begin: int, end: int, params: Mapping[str, Any]
-) -> Iterator[Any]:
-    """The bytes of one file's part of a tensor, in blocks of rows."""
-    dtype, shape = tensors.facts[name]
-    if name.endswith(TURNED):  # head by head, each from halves to pairs
-        width = params["dim"] // params["n_heads"]
-        for first in range(begin, end, width):
-            rows = tensors.raw(name, first, first + width).reshape(width, -1)
-            yield np.ascontiguousarray(rows[head_order(width, width, to_halves=False)]).reshape(-1)
-        return
-    low, high = (begin, end) if axis == 0 else (0, row_count(shape))
-    for first, last in blocks((high - low, *shape[1:])):
-        raw = tensors.raw(name, low + first, low + last)
-        if axis == 1:
-            size = ITEM_BYTES[dtype]
-            raw = np.ascontiguousarray(
-                raw.reshape(last - first, row_bytes(dtype, shape))[:, begin * size : end * size]
-            ).reshape(-1)
-        yield raw
 
 
 def _share(total: int, number: int, files: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tongwen.model.load import Place
 from tongwen.model.tensors import TorchTensors, load_bin
-from tongwen.weights import Stored, Tensors, find_tensors, iter_bytes, row_count
+from tongwen.weights import Stored, Tensors, blocks, find_tensors, iter_bytes
 
 
 def start_digest(name: str, dtype: str, shape: tuple[int, ...]) -> Any:
@@ -59,7 +59,8 @@ def lines_of(tensors: Tensors) -> dict[str, str]:
     lines = {}
     for name, (dtype, shape) in tensors.facts.items():
         digest = start_digest(name, dtype, shape)
-        digest.update(tensors.raw(name, 0, row_count(shape)))
+        for rows in blocks(shape):
+            digest.update(tensors.raw(name, *rows))
         lines[name] = digest.hexdigest()
     return lines
 

@@ -72,6 +72,12 @@ def _local_place(name: str, path: Path) -> Place:
     stage = artifact.find(path)
     if stage and stage.kind in ("sft", "pretrain") and (path / "adapter_config.json").is_file():
         return Place(name, stage.manifest["parents"]["base"]["path"], adapter=str(path))
+    if next(path.glob("consolidated.*.pth"), None) and not (path / "config.json").is_file():
+        raise ModelError(
+            say("these are LLaMA's own files", "这是 LLaMA 的原始文件"),
+            place=name,
+            remedy=f"tongwen convert {name} --to hf --out {path.name}-hf",
+        )
     if not (path / "config.json").is_file():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:

@@ -21,6 +21,7 @@ from tongwen.model.load import Place, load_model
 from tongwen.weights import Stored, Tensors, find_tensors, read_index, row_bytes, row_count, what_it_is
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
+BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias")  # what old files hold besides weights; models compute it anew
 Array = Any  # numpy arrays; their types are noise here
 
 
@@ -107,7 +108,9 @@ def open_model(place: Place) -> tuple[Tensors, dict[str, Any]]:
                 "请使用量化前的原始模型：适配器两者都适用",
             ),
         )
-    return open_tensors(Path(place.folder), "pytorch_model*.bin"), config
+    tensors = open_tensors(Path(place.folder), "pytorch_model*.bin")
+    tensors.facts = {name: fact for name, fact in tensors.facts.items() if not name.endswith(BUFFERS)}
+    return tensors, config
 
 
 def load_bin(file: Path) -> dict[str, Any]:
