@@ -93,10 +93,11 @@ def open_model(place: Place) -> tuple[Tensors, dict[str, Any]]:
         state = dict(model.state_dict())
         if model.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
-        return TorchTensors(state), dict(model.config.to_dict())
+        config = json.loads(model.config.to_json_string())  # what differs from the family's defaults
+        return TorchTensors(state), {**config, "architectures": [type(model).__name__]}
     file = Path(place.folder) / "config.json"
     try:
-        config = dict(json.loads(file.read_text(encoding="utf-8")))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, TypeError) as error:
         raise ModelError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(file)) from None
     if config.get("quantization_config"):
