@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import resource
 import shutil
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +180,7 @@ def run(folder: Path, size: str, repeats: int) -> dict[str, Any]:
             found.setdefault(name, []).append(measure(command))
     shutil.rmtree(out, ignore_errors=True)
     return {
-        name: min(values, key=lambda one: one["wall_seconds"]) if isinstance(values, list) else values
+        name: min(values, key=lambda one: one["cpu_seconds"]) if isinstance(values, list) else values
         for name, values in found.items()
     }
 
@@ -190,7 +192,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
-    found = {"threads": os.environ.get("OMP_NUM_THREADS", "all"), "cpus": os.cpu_count()}
+    found = {
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "numpy")},
+    }
     for size in chosen.sizes:
         found[size] = run(chosen.folder, size, chosen.repeats)
         print(size, json.dumps(found[size], indent=1))

@@ -73,6 +73,36 @@ def with_a_tensor_in_two_shards(base: Path, adapter: Path) -> None:
     edit(base / files[1], lambda state: state.update({name: tensor}))
 
 
+def bins(base: Path) -> Path:
+    """The base as two `.bin` files with an index."""
+    state = load_file(base / WEIGHTS)
+    names, files = list(state), ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    for number, file in enumerate(files):
+        torch.save({name: state[name] for name in names[number::2]}, base / file)
+    index = {"metadata": {}, "weight_map": {name: files[at % 2] for at, name in enumerate(names)}}
+    (base / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (base / WEIGHTS).unlink()
+    return base / files[1]
+
+
+def without_a_bin(base: Path, adapter: Path) -> None:
+    bins(base).unlink()
+
+
+def with_a_bin_outside(base: Path, adapter: Path) -> None:
+    file = bins(base)
+    file.rename(base.parent / file.name)
+    edit_json(
+        base / "pytorch_model.bin.index.json",
+        lambda found: found["weight_map"].update(dict.fromkeys(found["weight_map"], f"../{file.name}")),
+    )
+
+
+def with_a_cut_bin(base: Path, adapter: Path) -> None:
+    file = bins(base)
+    os.truncate(file, file.stat().st_size // 2)
+
+
 def with_an_index_outside(base: Path, adapter: Path) -> None:
     shutil.copy(base / WEIGHTS, base.parent / "outside.safetensors")
     name = next(iter(sharded(base)))
@@ -204,6 +234,9 @@ CASES: list[tuple[Any, int, str]] = [
     (bare_bomb_in_the_base, 4, "pytorch_model.bin"),
     (stretched_bin, 4, "more bytes than the file"),
     (something_else_in_bin, 4, "something else than tensors"),
+    (without_a_bin, 4, "pytorch_model-00002-of-00002.bin, which is missing"),
+    (with_a_bin_outside, 4, "outside of this folder"),
+    (with_a_cut_bin, 4, "00002.bin"),
     (quantised, 4, "quantised"),
     (with_a_larger_tokenizer, 4, "ids up to 999"),
 ]

@@ -24,6 +24,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "token rows": {"trainable_token_indices": {"embed_tokens": [1, 5]}},
     "untied": {"modules_to_save": ["embed_tokens"]},
     "head alone": {"modules_to_save": ["lm_head"]},
+    "head lora": {"target_modules": ["lm_head", "v_proj"]},
+    "dora stacked on patterns": {"use_dora": True, "rank_pattern": {"o_proj": 3}},
     "embedding lora": {"target_modules": ["embed_tokens", "q_proj"]},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"mlp.*up_proj": 3}},
 }
@@ -73,8 +75,20 @@ def test_folded_is_live(kind: str, chat_model: Path, tmp_path: Path, tongwen: An
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.allclose(logits(model), logits(live), atol=2e-6)
-    tied = kind not in ("untied", "head alone", "embedding lora")
+    tied = kind not in ("untied", "head alone", "head lora", "embedding lora")
     assert model.config.tie_word_embeddings is tied and ("lm_head.weight" not in tensors(out)) is tied
+
+
+@pytest.mark.parametrize("options", [{"lora_bias": True}, {"bias": "all"}, {"bias": "lora_only"}, {}])
+def test_biases_and_token_rows_of_an_untied_model(options: dict[str, Any], tmp_path: Path, tongwen: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    tiny_llama(base, 90, tie_word_embeddings=False, attention_bias=True)
+    rows = {} if options else {"trainable_token_indices": {"embed_tokens": [3, 9], "lm_head": [3, 9]}}
+    live = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "o_proj"], **options, **rows)
+    out = merged(tongwen, base, [tmp_path / "adapter"], tmp_path / "out")
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(out)), logits(live), atol=2e-6)
 
 
 def test_bf16_is_rounded_once(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:

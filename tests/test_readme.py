@@ -40,7 +40,7 @@ def test_the_recipe_shown_is_read(page: str, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(block, encoding="utf-8")
     recipe, notices = load(file)
-    assert recipe.stages == ["prepare", "sft", "merge"]
+    assert recipe.stages == ["prepare", "sft", "merge", "export"]
     assert not notices
 
 

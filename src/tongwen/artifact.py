@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -89,18 +89,30 @@ def partial_of(path: Path) -> Path:
 
 @contextmanager
 def create(
-    path: Path, kind: str, parents: Mapping[str, Any], settings: Mapping[str, Any], *, resumable: bool = False
+    path: Path,
+    kind: str,
+    parents: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    resumable: bool = False,
+    swept: bool = False,
 ) -> Iterator[Draft]:
     """A working folder `PATH.partial`, renamed to PATH when the block ends without an error.
 
-    resumable: keep and re-enter an unfinished folder (training); otherwise it is emptied first.
+    resumable: keep and re-enter an unfinished folder (training); otherwise it is emptied first. swept: leave nothing when
+    the block fails: half of a model is of no use to anyone, and large.
     """
     working = partial_of(path)
     if working.exists() and not resumable:  # a leftover that cannot be continued
         shutil.rmtree(working)
     working.mkdir(parents=True, exist_ok=True)
     draft = Draft(working, kind, dict(parents), dict(settings))
-    yield draft
+    try:
+        yield draft
+    except BaseException:
+        if swept:
+            shutil.rmtree(working, ignore_errors=True)
+        raise
     if is_first():
         draft.finish(path)
 
@@ -114,6 +126,14 @@ class Draft:
         self.fingerprint = ""
         self.started = time.time()
         self.artifact: Artifact | None = None
+
+    def record_files(self, chosen: Callable[[Path], bool]) -> None:
+        """Note the sha256 of the chosen files, for `verify`. Tensors have lines of their own in a fingerprint."""
+        files = sorted(file for file in self.path.rglob("*") if file.is_file() and chosen(file))
+        self.facts["files"] = {
+            file.relative_to(self.path).as_posix(): {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+            for file in files
+        }
 
     def finish(self, path: Path) -> None:
         """Write the manifest last, bring everything to the disk, rename."""

@@ -200,6 +200,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype", default="base", choices=("base", "fp32", "bf16", "fp16"), help=say("number type", "数值类型")
     )
     command.add_argument(
+        "--to",
+        default="hf",
+        choices=("hf", "pth"),
+        help=say("Hugging Face, or LLaMA's own files", "Hugging Face，或 LLaMA 原始文件"),
+    )
+    command.add_argument(
         "--parity",
         default="streamed",
         choices=("streamed", "full"),
@@ -217,6 +223,42 @@ def make_parser() -> argparse.ArgumentParser:
         help=say(
             "merge onto another base than the adapter's own, or in another order",
             "合并到非原配的底座，或以别的顺序合并",
+        ),
+    )
+
+    command = add(
+        "convert",
+        say(
+            "a model in another form: Hugging Face, LLaMA's .pth, GGUF",
+            "把模型转换为另一种格式：Hugging Face、LLaMA .pth、GGUF",
+        ),
+        _convert,
+    )
+    command.add_argument("source", metavar="SRC", help=say("model, or a folder of .pth files", "模型，或 .pth 文件夹"))
+    command.add_argument("--to", required=True, choices=("hf", "pth", "gguf"), help=say("form", "格式"))
+    command.add_argument("--out", required=True, metavar="D", help=say("folder", "文件夹"))
+    command.add_argument(
+        "--quantize",
+        default="",
+        metavar="TYPE",
+        help=say("GGUF number type; f16 when absent", "GGUF 数值类型；不写为 f16"),
+    )
+
+    command = add(
+        "verify",
+        say(
+            "weights, tokenizer and adapter against known or recorded hashes",
+            "用已知或记录的哈希核对权重、分词器与适配器",
+        ),
+        _verify,
+    )
+    command.add_argument("path", help=say("file or folder", "文件或文件夹"))
+    command.add_argument(
+        "--against",
+        default="",
+        metavar="LIST",
+        help=say(
+            "a file of hashes, or `known`: only what was published passes", "哈希清单文件，或 `known`：只接受已发布的"
         ),
     )
 
@@ -466,8 +508,20 @@ def _tokenizer(parsed: argparse.Namespace) -> int:
 def _merge(parsed: argparse.Namespace) -> int:
     from tongwen.stages import merge
 
-    choice = merge.Choice(parsed.dtype, parsed.parity, force=parsed.force)
+    choice = merge.Choice(parsed.dtype, parsed.to, parsed.parity, force=parsed.force)
     return merge.command(parsed.base, parsed.adapter, parsed.out, choice, again=parsed.again)
+
+
+def _convert(parsed: argparse.Namespace) -> int:
+    from tongwen.stages import convert
+
+    return convert.run(parsed.source, parsed.to, parsed.out, parsed.quantize)
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    from tongwen.stages import verify
+
+    return verify.run(parsed.path, parsed.against)
 
 
 def _sampling(parsed: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tongwen.errors import ModelError
 from tongwen.language import say
@@ -39,6 +39,7 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 CHUNK = 1 << 22
 LONGEST_HEADER = 100_000_000
+BLOCK = 1 << 18  # numbers at once: a block in fp32 and its copies stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,18 @@ class Stored:
         return self.end - self.begin
 
 
+class Tensors(Protocol):
+    """Tensors by name, whatever holds them. facts: name -> (type, shape).
+
+    `raw` gives the bytes of rows [begin, end) as a flat numpy array: rows along the first dimension, or the elements of a
+    vector. Threads may read at once.
+    """
+
+    facts: dict[str, tuple[str, tuple[int, ...]]]
+
+    def raw(self, name: str, begin: int, end: int) -> Any: ...
+
+
 def find_tensors(folder: Path) -> dict[str, Stored]:
     """All tensors of a model or adapter folder by name; empty when it has no safetensors files.
 
@@ -64,15 +77,13 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     disagree, or when a tensor stands in two shards.
     """
     index, whole = folder / INDEX, folder / "model.safetensors"
-    mapped = _read_index(index) if index.is_file() and not whole.is_file() else None  # transformers' own precedence
+    mapped = read_index(index) if index.is_file() and not whole.is_file() else None  # transformers' own precedence
     if mapped is not None:
         files = [folder / name for name in sorted(set(mapped.values()))]
     else:
         files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     found: dict[str, Stored] = {}
     for file in files:
-        if not file.is_file():
-            raise _broken(index, say(f"it names the shard {file.name}, which is missing", f"缺少分片 {file.name}"))
         for name, stored in read_header(file).items():
             if name in found:
                 raise _broken(
@@ -85,6 +96,28 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     if mapped is not None and (strange := sorted(found.keys() - mapped.keys())):
         raise _broken(index, say(f"{strange[0]} stands in no index", f"索引中没有 {strange[0]}"))
     return found
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor -> name of its shard. Raises ModelError for a shard that is missing or outside of the folder."""
+    try:
+        mapped = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise _broken(index, say("the index cannot be read", "索引无法读取")) from None
+    for name, file_name in mapped.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or "\\" in file_name:
+            raise ModelError(
+                say(
+                    f"{name} is said to be in {file_name!r}, outside of this folder",
+                    f"{name} 指向文件夹之外：{file_name!r}",
+                ),
+                place=str(index),
+                remedy=say("do not use this model: its index was tampered with", "请勿使用该模型：索引被篡改"),
+            )
+    for file_name in sorted(set(mapped.values())):
+        if not (index.parent / file_name).is_file():
+            raise _broken(index, say(f"it names the shard {file_name}, which is missing", f"缺少分片 {file_name}"))
+    return mapped
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -125,6 +158,22 @@ def read_header(file: Path) -> dict[str, Stored]:
     if at != length:
         raise _broken(file, say(f"it should have {at} bytes and has {length}", f"应有 {at} 字节，实为 {length} 字节"))
     return {stored.name: stored for stored in ordered}
+
+
+def row_count(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 1
+
+
+def row_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return ITEM_BYTES[dtype] * prod(shape[1:])
+
+
+def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Rows [begin, end) at a time, of about BLOCK numbers together."""
+    height = max(1, BLOCK // max(prod(shape[1:]), 1))
+    count = row_count(shape)
+    for begin in range(0, count, height):
+        yield begin, min(begin + height, count)
 
 
 def what_it_is(file: Path) -> str:
@@ -220,24 +269,6 @@ def iter_bytes(stored: Stored) -> Iterator[bytes]:
                 raise _broken(stored.file, say("it ends early", "文件提前结束"))
             left -= len(block)
             yield block
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        mapped = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError):
-        raise _broken(index, say("the index cannot be read", "索引无法读取")) from None
-    for name, file_name in mapped.items():
-        if not isinstance(file_name, str) or Path(file_name).name != file_name or "\\" in file_name:
-            raise ModelError(
-                say(
-                    f"{name} is said to be in {file_name!r}, outside of this folder",
-                    f"{name} 指向文件夹之外：{file_name!r}",
-                ),
-                place=str(index),
-                remedy=say("do not use this model: its index was tampered with", "请勿使用该模型：索引被篡改"),
-            )
-    return mapped
 
 
 def _broken(file: Path, what: str) -> ModelError:

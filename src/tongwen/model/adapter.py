@@ -18,8 +18,8 @@ import numpy as np
 
 from tongwen.errors import ArtifactError, ModelError
 from tongwen.language import say
-from tongwen.model.tensors import FLOATS, Array, FileTensors, Tensors, TorchTensors, blocks, load_bin, read_fp32
-from tongwen.weights import read_header
+from tongwen.model.tensors import FLOATS, Array, FileTensors, TorchTensors, load_bin, read_fp32
+from tongwen.weights import Tensors, blocks, read_header
 
 PREFIX = "base_model.model."
 WRAPPERS = (".base_layer", ".modules_to_save.default", ".modules_to_save", ".token_adapter")  # peft's, around a module

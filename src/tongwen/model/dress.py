@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,28 @@ from tongwen.errors import ArtifactError
 from tongwen.language import say
 from tongwen.record import Message
 from tongwen.template import Template
+
+TOKENIZER = (
+    "tokenizer*",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return next(folder.glob("tokenizer*"), None) is not None
+
+
+def copy_speech(source: Path, out: Path) -> None:
+    """Tokenizer, template and stop tokens of a model folder, file by file: nothing is read into another form."""
+    for pattern in (*TOKENIZER, "generation_config.json"):
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, out / file.name)
 
 
 def bind_template(name: str, tokenizer: Any, prefix: list[int]) -> Template:

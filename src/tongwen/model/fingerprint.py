@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tongwen.model.load import Place
-from tongwen.model.tensors import Tensors, TorchTensors, load_bin, row_count
-from tongwen.weights import Stored, find_tensors, iter_bytes
+from tongwen.model.load import Place, cached_folder
+from tongwen.model.tensors import TorchTensors, load_bin
+from tongwen.weights import Stored, Tensors, blocks, find_tensors, iter_bytes
 
 
 def start_digest(name: str, dtype: str, shape: tuple[int, ...]) -> Any:
@@ -59,7 +59,8 @@ def lines_of(tensors: Tensors) -> dict[str, str]:
     lines = {}
     for name, (dtype, shape) in tensors.facts.items():
         digest = start_digest(name, dtype, shape)
-        digest.update(tensors.raw(name, 0, row_count(shape)))
+        for rows in blocks(shape):
+            digest.update(tensors.raw(name, *rows))
         lines[name] = digest.hexdigest()
     return lines
 
@@ -78,14 +79,6 @@ def fingerprint_tokenizer(tokenizer: Any) -> str:
 
 def fingerprint_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def cached_folder(hub_id: str) -> Path | None:
-    """The snapshot of a hub model in the local cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(hub_id, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def order_that_fits(base: str, adapters: Sequence[tuple[str | None, str]]) -> tuple[int, ...] | None:

@@ -20,20 +20,8 @@ from tongwen.errors import ArtifactError, ModelError, NumbersError
 from tongwen.language import say
 from tongwen.model.adapter import EMBEDDINGS, HEADS, Adapter, Change, NotOneToOne, check_complete, same_tensor
 from tongwen.model.fingerprint import start_digest
-from tongwen.model.tensors import (
-    FLOATS,
-    Array,
-    FileTensors,
-    Tensors,
-    blocks,
-    from_fp32,
-    is_finite,
-    read_fp32,
-    row_bytes,
-    row_count,
-    to_fp32,
-)
-from tongwen.weights import Stored, copy_bytes, plan_shards
+from tongwen.model.tensors import FLOATS, Array, FileTensors, from_fp32, is_finite, read_fp32, to_fp32
+from tongwen.weights import Stored, Tensors, blocks, copy_bytes, plan_shards, row_bytes, row_count
 
 ROUNDING = {"F64": 2e-7, "F32": 2e-7, "F16": 2**-11, "BF16": 2**-8}  # of one number, relative; fp32 noise included
 
@@ -121,10 +109,9 @@ def plan_targets(
         check_complete(adapter, modules)
         changes = dict(adapter.changes)
         if tied and embedding and _unties(adapter, changes, embedding):
-            name = next((name for name in changes if name.endswith(HEADS)), head or "lm_head.weight")
-            twin = targets[embedding]
-            targets[name] = Target(name, twin.dtype, twin.shape, twin.source, list(twin.changes))
-            head, tied, config["tie_word_embeddings"] = name, False, False
+            head = next((name for name in changes if name.endswith(HEADS)), head or "lm_head.weight")
+            targets[head] = _twin(targets[embedding], head)
+            tied = config["tie_word_embeddings"] = False
             notices.append(
                 say(
                     f"{adapter.folder} trained the embedding and the head apart, so the merged model no longer ties them",
@@ -140,20 +127,19 @@ def plan_targets(
             _check_fit(targets[name], change)
             targets[name].changes.append(change)
         if tied and head and embedding:  # a file that holds both halves of a tied pair
-            targets[head] = Target(
-                head, targets[embedding].dtype, targets[embedding].shape, embedding, targets[embedding].changes
-            )
-    if embedding and head and targets[embedding].shape[0] != targets[head].shape[0]:
+            targets[head] = _twin(targets[embedding], head)
+    rows = targets[embedding].shape[0] if embedding else None
+    if head and rows is not None and targets[head].shape[0] != rows:
         raise ArtifactError(
             say(
-                f"{embedding} would have {targets[embedding].shape[0]} rows and {head} {targets[head].shape[0]}",
-                f"{embedding} 将有 {targets[embedding].shape[0]} 行，而 {head} 有 {targets[head].shape[0]} 行",
+                f"{embedding} would have {rows} rows and {head} {targets[head].shape[0]}",
+                f"{embedding} 将有 {rows} 行，而 {head} 有 {targets[head].shape[0]} 行",
             ),
             place=str(adapters[-1].folder),
             remedy=say("the adapter must bring both: modules_to_save", "适配器须同时带有二者：modules_to_save"),
         )
-    if embedding and targets[embedding].shape[0] != base.facts[embedding][1][0]:
-        config["vocab_size"] = targets[embedding].shape[0]
+    if embedding and rows != base.facts[embedding][1][0]:
+        config["vocab_size"] = rows
     return list(targets.values()), config, notices
 
 
@@ -180,16 +166,25 @@ def fold(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    changed = [target for target in targets if target.changes]
-    if len(folded.same) == len(changed):
-        raise ArtifactError(
-            say(
-                "the merged model equals the base: the adapter was never trained",
-                "合并结果与底座相同：适配器从未训练过",
-            ),
-            place=changed[0].changes[0].place if changed else "",
-        )
+    _check_changed(folded)
     return folded
+
+
+def _check_changed(folded: Folded) -> None:
+    changed = [target for target in folded.targets if target.changes]
+    if len(folded.same) < len(changed):
+        return
+    never = len(folded.untrained) == len(changed)
+    raise ArtifactError(
+        say("the merged model equals the base: ", "合并结果与底座相同：")
+        + (
+            say("the adapter was never trained", "适配器从未训练过")
+            if never
+            else say("its changes are too small for this number type", "其改变小于该数值类型的精度")
+        ),
+        place=changed[0].changes[0].place if changed else "",
+        remedy="" if never else "--dtype fp32",
+    )
 
 
 def check_rows(base: Tensors, folded: Folded) -> float:
@@ -204,7 +199,8 @@ def check_rows(base: Tensors, folded: Folded) -> float:
             continue
         steps = steps_of(target)
         count = row_count(target.shape)
-        for row in sorted({0, count // 2, count - 1}):
+        touched = [row for change in target.changes for row in change.rows[:3]]
+        for row in sorted({0, count // 2, count - 1, *touched}):
             exact = base_rows(base, target, row, row + 1).astype(np.float64)
             for step in steps:
                 exact = step.apply(exact, row, row + 1)
@@ -227,7 +223,7 @@ def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: Target, fold
     """One tensor from the base to its place in the file, and its line of the fingerprint."""
     facts = base.facts.get(target.source or "")
     if facts == (target.dtype, target.shape) and not target.changes:
-        _copy(base, base_lines.get(target.name), target, folded)
+        _copy(base, base_lines.get(target.name) if target.source == target.name else None, target, folded)
         return
     if facts and facts[0] not in FLOATS:
         raise ModelError(
@@ -333,6 +329,11 @@ def _unties(adapter: Adapter, changes: dict[str, Change], embedding: str) -> boo
     if inside is not None and head is None:
         return not (adapter.config.get("ensure_weight_tying") or inside.parts.keys() == {"rows"})
     return True
+
+
+def _twin(embedding: Target, name: str) -> Target:
+    """The other half of a tied pair, as it stands."""
+    return Target(name, embedding.dtype, embedding.shape, embedding.source, list(embedding.changes))
 
 
 def _check_fit(target: Target, change: Change) -> None:

@@ -72,6 +72,12 @@ def _local_place(name: str, path: Path) -> Place:
     stage = artifact.find(path)
     if stage and stage.kind in ("sft", "pretrain") and (path / "adapter_config.json").is_file():
         return Place(name, stage.manifest["parents"]["base"]["path"], adapter=str(path))
+    if next(path.glob("consolidated.*.pth"), None) and not (path / "config.json").is_file():
+        raise ModelError(
+            say("these are LLaMA's own files", "这是 LLaMA 的原始文件"),
+            place=name,
+            remedy=f"tongwen convert {name} --to hf --out {path.name}-hf",
+        )
     if not (path / "config.json").is_file():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
@@ -158,6 +164,27 @@ def load_model(place: Place, dtype: torch.dtype) -> Any:
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model
+
+
+def cached_folder(hub_id: str) -> Path | None:
+    """The snapshot of a hub model in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def fetched(place: Place) -> Place:
+    """The files of a hub model in the local cache; fetched when they are not there."""
+    if place.local or place.gguf:
+        return place
+    folder = cached_folder(place.folder)
+    if folder is None or not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
+        from huggingface_hub import snapshot_download
+
+        with explained(place):
+            folder = Path(snapshot_download(place.folder))
+    return Place(place.name, str(folder))
 
 
 def make_skeleton(config: Any) -> Any:

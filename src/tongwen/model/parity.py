@@ -16,7 +16,8 @@ import numpy as np
 from tongwen.errors import NumbersError
 from tongwen.language import say
 from tongwen.model.fold import Folded, Step, Target, base_rows, steps_of
-from tongwen.model.tensors import Array, FileTensors, Tensors, blocks, read_fp32
+from tongwen.model.tensors import Array, FileTensors, read_fp32
+from tongwen.weights import Tensors, blocks
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TOKENS = 12

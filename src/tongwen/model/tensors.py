@@ -1,32 +1,28 @@
 """A model's tensors by name, whatever holds them: safetensors files, `.bin` files, or a model in memory.
 
-One interface: which tensors there are, and rows of one as raw bytes. Numbers are computed in fp32 with numpy; torch is
+All have one interface (`weights.Tensors`). Numbers are computed in fp32 with numpy; torch is
 imported only for containers that need it, because importing it costs more memory than a merge does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import errno
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from tongwen import console
 from tongwen.errors import ModelError
 from tongwen.language import say
-from tongwen.weights import ITEM_BYTES, Stored, find_tensors, what_it_is
+from tongwen.model.load import Place, load_model
+from tongwen.weights import Stored, Tensors, find_tensors, read_index, row_bytes, row_count, what_it_is
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
-BLOCK = 1 << 18  # numbers at once: the fp32 block and its copies stay in the processor's cache
+BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias")  # what old files hold besides weights; models compute it anew
 Array = Any  # numpy arrays; their types are noise here
-
-
-class Tensors(Protocol):
-    """name -> (type, shape), and the bytes of rows [begin, end): along the first dimension, or elements of a vector."""
-
-    facts: dict[str, tuple[str, tuple[int, ...]]]
-
-    def raw(self, name: str, begin: int, end: int) -> Array: ...
 
 
 class FileTensors:
@@ -69,7 +65,9 @@ def open_tensors(folder: Path, pattern: str) -> Tensors:
     if stored := find_tensors(folder):
         return FileTensors(stored)
     state: dict[str, Any] = {}
-    for file in sorted(folder.glob(pattern)):
+    index = folder / "pytorch_model.bin.index.json"
+    mapped = read_index(index) if index.is_file() else {}
+    for file in [folder / name for name in sorted(set(mapped.values()))] or sorted(folder.glob(pattern)):
         state |= load_bin(file)
     if not state and not any(folder.glob("*.safetensors")) and not any(folder.glob(pattern)):
         raise ModelError(
@@ -78,6 +76,42 @@ def open_tensors(folder: Path, pattern: str) -> Tensors:
             remedy=say(f"needed: *.safetensors or {pattern}", f"需要 *.safetensors 或 {pattern}"),
         )
     return TorchTensors(state)
+
+
+def open_model(place: Place) -> tuple[Tensors, dict[str, Any]]:
+    """A model's tensors and its config. One that is a GGUF file is de-quantised in memory, which is said.
+
+    Raises ModelError for a config that cannot be read and for a quantised model: its tensors are not its weights.
+    """
+    if place.gguf:
+        import torch
+
+        console.notice(
+            say("the GGUF file is de-quantised, with the whole model in memory", "GGUF 将反量化，整个模型载入内存")
+        )
+        model = load_model(place, torch.float32)
+        state = dict(model.state_dict())
+        if model.config.tie_word_embeddings:
+            state.pop("lm_head.weight", None)
+        config = json.loads(model.config.to_json_string())  # what differs from the family's defaults
+        return TorchTensors(state), {**config, "architectures": [type(model).__name__]}
+    file = Path(place.folder) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, TypeError) as error:
+        raise ModelError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(file)) from None
+    if config.get("quantization_config"):
+        raise ModelError(
+            say("this model is quantised", "该模型是量化过的"),
+            place=place.name,
+            remedy=say(
+                "use the original model that it was made from: an adapter fits both",
+                "请使用量化前的原始模型：适配器两者都适用",
+            ),
+        )
+    tensors = open_tensors(Path(place.folder), "pytorch_model*.bin")
+    tensors.facts = {name: fact for name, fact in tensors.facts.items() if not name.endswith(BUFFERS)}
+    return tensors, config
 
 
 def load_bin(file: Path) -> dict[str, Any]:
@@ -122,37 +156,16 @@ def _load(file: Path, *, mmap: bool) -> Any:
                 "需要运行代码的文件一律不打开；请使用 safetensors",
             ),
         ) from None
-    except RuntimeError as error:
-        if mmap:
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a cut file
+            raise
+        if mmap and isinstance(error, RuntimeError):
             raise
         raise ModelError(
             say(f"it cannot be read: {str(error).splitlines()[0][:160]}", "文件无法读取"),
             place=str(file),
             remedy=say("fetch the file again: it is not whole", "请重新下载：文件不完整"),
         ) from None
-
-
-def row_count(shape: tuple[int, ...]) -> int:
-    return shape[0] if shape else 1
-
-
-def row_numbers(shape: tuple[int, ...]) -> int:
-    out = 1
-    for size in shape[1:]:
-        out *= size
-    return out
-
-
-def blocks(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Rows [begin, end) at a time, of about BLOCK numbers together."""
-    height = max(1, BLOCK // max(row_numbers(shape), 1))
-    count = row_count(shape)
-    for begin in range(0, count, height):
-        yield begin, min(begin + height, count)
-
-
-def row_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return ITEM_BYTES[dtype] * row_numbers(shape)
 
 
 def to_fp32(raw: Array, dtype: str) -> Array:

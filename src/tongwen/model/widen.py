@@ -14,17 +14,18 @@ from tongwen.errors import ModelError
 from tongwen.language import say
 from tongwen.model.adapter import EMBEDDINGS, HEADS
 from tongwen.model.fingerprint import start_digest
-from tongwen.model.tensors import (
-    Array,
-    FileTensors,
+from tongwen.model.tensors import Array, FileTensors, from_fp32, is_finite
+from tongwen.weights import (
+    SHARD_BYTES,
+    Stored,
     Tensors,
     blocks,
-    from_fp32,
-    is_finite,
+    copy_bytes,
+    iter_bytes,
+    plan_shards,
     row_bytes,
     row_count,
 )
-from tongwen.weights import SHARD_BYTES, Stored, copy_bytes, iter_bytes, plan_shards
 
 MakeRows = Callable[[str], Iterator[Array]]  # tensor's name -> blocks of its new rows, in fp32
 

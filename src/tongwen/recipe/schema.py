@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from tongwen.language import say
 
 # The order in which the stages run. A section that is absent does not run.
-STAGES = ("prepare", "vocab", "sft", "merge")
+STAGES = ("prepare", "vocab", "sft", "merge", "export")
 
 
 def word(default: Any, en: str, zh: str, **limits: Any) -> Any:
@@ -430,6 +430,22 @@ class Merge(Section):
     shard_gb: Number = word(5.0, "size of a weights file at most, in GB", "单个权重文件的最大 GB 数", gt=0)
 
 
+class Export(Section):
+    """The finished model in the forms that other programs read."""
+
+    formats: Annotated[list[Literal["hf", "pth", "gguf"]], BeforeValidator(read_list)] = word(
+        ["gguf"],
+        "hf (vLLM, SGLang, transformers), pth (LLaMA's own files), gguf (llama.cpp, Ollama)",
+        "hf（vLLM、SGLang、transformers）、pth（LLaMA 原始文件）、gguf（llama.cpp、Ollama）",
+        min_length=1,
+    )
+    quantize: str = word(
+        "f16",
+        "number type of the GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; q4_k_m and others with llama.cpp's llama-quantize",
+        "GGUF 的数值类型：f32、f16、bf16、q8_0、q5_1、q5_0、q4_1、q4_0；装有 llama.cpp 的 llama-quantize 时还有 q4_k_m 等",
+    )
+
+
 class Recipe(Section):
     """Who and where; below, each stage that has a section runs, in the program's order."""
 
@@ -446,6 +462,7 @@ class Recipe(Section):
     vocab: Vocab | None = word(None, "extend the tokenizer and grow the model", "扩充词表并扩大模型")
     sft: Sft | None = word(None, "supervised fine-tuning", "监督微调")
     merge: Merge | None = word(None, "fold the adapter into the base", "把适配器并入底座")
+    export: Export | None = word(None, "the model in the forms of other programs", "导出为其他程序使用的格式")
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -463,6 +480,11 @@ class Recipe(Section):
             raise wrong(
                 "`merge` needs an `sft` section that trains an adapter: there is nothing to fold into the base",
                 "`merge` 需要训练适配器的 `sft` 段，否则没有可合并的东西",
+            )
+        if self.export and not (self.merge or (self.sft and self.sft.adapter.method == "full")):
+            raise wrong(
+                "`export` needs `merge`, or an `sft` section that trains in full: an adapter alone is no model",
+                "`export` 需要 `merge`，或全参数训练的 `sft`：单独的适配器不是模型",
             )
         return self
 

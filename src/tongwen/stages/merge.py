@@ -17,35 +17,28 @@ from typing import TYPE_CHECKING, Any
 
 from tongwen import artifact, console
 from tongwen.errors import ArtifactError, MachineError, RecipeError
+from tongwen.export import pth
+from tongwen.export.hf import check_same
 from tongwen.language import say
-from tongwen.model import base as base_files
-from tongwen.model import fold, lineage, load, parity
+from tongwen.model import dress, fold, lineage, load, parity
 from tongwen.model.adapter import EMBEDDINGS, NotOneToOne, read_adapter
 from tongwen.model.fingerprint import combine, model_lines
-from tongwen.model.tensors import Tensors
-from tongwen.weights import find_tensors
+from tongwen.model.tensors import TorchTensors, load_bin, open_model
+from tongwen.weights import Tensors, find_tensors
 
 if TYPE_CHECKING:
     from tongwen.recipe.schema import Recipe
 
 DTYPES = {"base": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-TOKENIZER = (
-    "tokenizer*",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-)
-SPEECH = (*TOKENIZER, "generation_config.json")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a merge is done. parity: streamed, or full (both models in memory)."""
+    """How a merge is done. to: hf or pth; parity: streamed, or full (both models in memory)."""
 
     dtype: str = "base"
+    to: str = "hf"
     parity: str = "streamed"
     shard_gb: float = 5.0
     force: bool = False
@@ -60,7 +53,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Fold the adapter of the run's `sft`, and those that it was trained on, into their base."""
     assert recipe.merge
     trained = artifact.open_artifact(out.parent / "sft", "sft")
-    choice = Choice(recipe.merge.dtype, recipe.merge.parity, recipe.merge.shard_gb)
+    choice = Choice(recipe.merge.dtype, parity=recipe.merge.parity, shard_gb=recipe.merge.shard_gb)
     base = str(trained.manifest["parents"]["base"]["path"])
     return merge(base, [str(trained.path)], out, settings(recipe), choice)
 
@@ -71,7 +64,7 @@ def merge(base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any
     place, names = resolve(base, adapters)
     console.header("merge", " + ".join([place.name, *names]))
     links = [lineage.read_link(read_adapter(Path(name))) for name in names]
-    place = base_files.fetched(place)
+    place = load.fetched(place)
     with console.waiting(say("reading the base", "读取底座")):
         lines = model_lines(place)
     fingerprint = combine(lines)
@@ -80,10 +73,13 @@ def merge(base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any
     for number, link in enumerate(links, 1):
         role = "adapter" if len(links) == 1 else f"adapter_{number}"
         parents[role] = link.stage.as_parent() if link.stage else {"path": link.name, "fingerprint": link.own}
-    with artifact.create(out, "model", parents, settings) as draft, _swept(draft.path):
+    with artifact.create(out, "model" if choice.to == "hf" else "pth", parents, settings, swept=True) as draft:
         counts = _write(place, {} if place.gguf else lines, links, draft, choice)
         _dress(place, links, draft.path)
+        if choice.to == "pth":
+            _as_pth(draft)
         draft.facts["counts"], draft.facts["forced"] = counts, bool(forced)
+        draft.record_files(lambda file: choice.to == "pth" or file.suffix != ".safetensors")
         if forced:
             draft.facts["forced_over"] = forced
         last = links[-1].stage
@@ -97,6 +93,20 @@ def merge(base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any
         )
     )
     return draft.artifact
+
+
+def _as_pth(draft: artifact.Draft) -> None:
+    """The merged model's files become LLaMA's own; its tokenizer file stays."""
+    place = load.Place(str(draft.path), str(draft.path))
+    tensors, config = open_model(place)
+    kept = {*draft.path.glob("tokenizer.model")}
+    merged = [file for file in draft.path.iterdir() if file not in kept]
+    with console.progress(len(tensors.facts), "pth") as bar:
+        pth.write(tensors, config, draft.path, bar.update)
+    back = pth.Original([TorchTensors(load_bin(file)) for file in pth.find_files(draft.path)], draft.path)
+    check_same(pth.with_head(tensors), back, str(draft.path))
+    for file in merged:
+        file.unlink()
 
 
 def resolve(base: str, adapters: Sequence[str]) -> tuple[load.Place, list[str]]:
@@ -126,7 +136,7 @@ def _write(
     place: load.Place, lines: dict[str, str], links: list[lineage.Link], draft: artifact.Draft, choice: Choice
 ) -> dict[str, Any]:
     """Weights and config, checked; returns counts. Sets the draft's fingerprint."""
-    base, config = base_files.open_base(place)
+    base, config = open_model(place)
     adapters, dtype = [link.adapter for link in links], DTYPES[choice.dtype]
     try:
         targets, config, notices = fold.plan_targets(base, config, adapters, dtype, lambda: _known(place))
@@ -143,7 +153,7 @@ def _write(
     found = {"rows": fold.check_rows(base, folded)}
     found |= _compare(place, base, folded, config, links, draft.path, choice)
     draft.facts["parity"] = found
-    draft.fingerprint = combine(folded.lines)
+    draft.fingerprint, draft.facts["tensors"] = combine(folded.lines), folded.lines
     return {"tensors": len(targets), "changed": sum(bool(target.changes) for target in targets)}
 
 
@@ -217,7 +227,7 @@ def _in_memory(
     model.to(getattr(torch, TORCH_NAMES[dtype]) if dtype else load.load_config(place).dtype or torch.float32)
     model.save_pretrained(str(draft.path), max_shard_size=f"{choice.shard_gb}GB")
     lines = model_lines(load.Place(str(draft.path), str(draft.path)))
-    draft.fingerprint = combine(lines)
+    draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
     if draft.fingerprint == draft.parents["base"]["fingerprint"]:
         raise ArtifactError(
             say("the merged model equals the base", "合并结果与底座相同"), place=str(adapters[0].folder)
@@ -262,7 +272,7 @@ def _remarks(folded: fold.Folded) -> list[str]:
 def _dress(place: load.Place, links: list[lineage.Link], out: Path) -> None:
     """Tokenizer, template and stop tokens: from the last adapter that brings a tokenizer, else from the base."""
     folders = [Path(place.folder), *(link.adapter.folder for link in links)]
-    source = next((folder for folder in reversed(folders) if next(folder.glob("tokenizer*"), None)), None)
+    source = next((folder for folder in reversed(folders) if dress.has_tokenizer(folder)), None)
     if place.gguf and source in (None, folders[0]):
         load.load_tokenizer(place).save_pretrained(str(out))
     elif source is None:
@@ -275,20 +285,14 @@ def _dress(place: load.Place, links: list[lineage.Link], out: Path) -> None:
     else:
         if source == folders[0]:
             console.notice(say("the adapter brings no tokenizer; the base's is used", "适配器没有分词器，使用底座的"))
-        _copy(source, SPEECH, out)
-    if not (out / "generation_config.json").is_file():
-        _copy(folders[0], ("generation_config.json",), out)
+        dress.copy_speech(source, out)
+    stops = folders[0] / "generation_config.json"
+    if stops.is_file() and not (out / stops.name).is_file():
+        shutil.copyfile(stops, out / stops.name)
     stored = find_tensors(out)
     embedding = next((name for name in stored if name.endswith(EMBEDDINGS)), None)
     if embedding:
         lineage.check_vocabulary(out, stored[embedding].shape[0], str(source))
-
-
-def _copy(source: Path, patterns: Sequence[str], out: Path) -> None:
-    for pattern in patterns:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, out / file.name)
 
 
 def _check_disk(folder: Path, needed: int) -> None:
@@ -304,20 +308,6 @@ def _check_disk(folder: Path, needed: int) -> None:
         )
 
 
-class _swept:  # noqa: N801 (used like a function)
-    """A refused merge leaves nothing behind: its half-written weights are of no use to anyone."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
 def command(base: str, adapters: list[str], out: str, choice: Choice, *, again: bool) -> int:
     """`tongwen merge`: refuses to write where something stands, unless told to keep that under another name."""
     target = Path(out)
@@ -328,7 +318,7 @@ def command(base: str, adapters: list[str], out: str, choice: Choice, *, again: 
             remedy=say("choose another, or --again to keep it under another name", "换一个，或用 --again 把它改名保留"),
         )
     artifact.put_aside(target)
-    chosen = {"base": base, "adapters": adapters, "dtype": choice.dtype, "parity": choice.parity}
+    chosen = {"base": base, "adapters": adapters, "dtype": choice.dtype, "to": choice.to, "parity": choice.parity}
     made = merge(base, adapters, target, chosen, choice)
-    console.emit({"out": out, **made.manifest})
+    console.emit({"out": out, **{key: value for key, value in made.manifest.items() if key != "tensors"}})
     return 0

@@ -20,15 +20,15 @@ from tongwen import artifact, console, lexicon
 from tongwen.data.parts import load as load_records
 from tongwen.language import say
 from tongwen.lexicon import Extended, Lexicon
-from tongwen.model import base as base_files
 from tongwen.model import load, widen
 from tongwen.model.fingerprint import combine, model_lines
 from tongwen.model.score import bits_per_byte
-from tongwen.model.tensors import Tensors, read_fp32
+from tongwen.model.tensors import open_model, read_fp32
 from tongwen.recipe.schema import Recipe, Vocab
 from tongwen.vocab import grow, measure
 from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
+from tongwen.weights import Tensors
 
 NEW_ROWS = "new_rows.json"
 SCORED = 8_000  # characters that are scored: half a minute for a small model on a CPU
@@ -45,14 +45,14 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     section = recipe.vocab
     assert section
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare") if recipe.prepare else None
-    place = base_files.fetched(load.locate(recipe.base))
+    place = load.fetched(load.locate(recipe.base))
     console.header("vocab", f"{recipe.base} + {section.pieces:,}")
     old, script = lexicon.open_lexicon(recipe.base), Script(section.script)
     learn_from, rest = _texts(prepared.path if prepared else None)
     learnt = _learn(old, learn_from, script, section)
     made = learnt.extended(section.pieces, section.words, section.special_tokens)
 
-    base, config = base_files.open_base(place)
+    base, config = open_model(place)
     names = widen.matrices_of(base, place.name)
     ids = range(made.first_new, made.first_new + len(made.parts))
     rows = widen.plan_rows(

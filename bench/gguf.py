@@ -1,0 +1,159 @@
+"""SmolLM2 in llama.cpp against transformers: token ids of real lines, and greedy answers, before and after it has grown.
+
+    python bench/gguf.py --model SMOLLM2_FOLDER --text zh_docs.txt --dialogues alpaca_zh.json --out bench/results/gguf.json
+
+The grown model has new merges for the commonest Chinese characters and pairs, rows that begin as the mean of the tokens
+they stand for, and a LoRA adapter with random weights merged into it. Each is written as F32, F16 and Q8_0, loaded by the
+wheels of `xllamacpp`, and asked to continue 20 prompts by 32 tokens. Where the tokens part, the gap of transformers' two
+best logits at that place is noted: a file with fewer digits may part only where it is small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.llamacpp import LlamaCpp
+
+TOKENS, PROMPTS, LINES = 32, 20, 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--dialogues", type=Path, required=True)
+    parser.add_argument("--types", nargs="+", default=["f32", "f16", "q8_0"])
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    lines = [line for line in chosen.text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = lines[:: max(len(lines) // LINES, 1)][:LINES]
+    questions = [row["instruction"] for row in json.loads(chosen.dialogues.read_text(encoding="utf-8"))][:PROMPTS]
+    found: dict[str, Any] = {
+        "machine": platform.platform(),
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "gguf", "xllamacpp")},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        grown = grow(chosen.model, lines, Path(folder))
+        for name, model in (("SmolLM2-135M-Instruct", chosen.model), ("grown and merged", grown)):
+            found[name] = compare(model, Path(folder) / name, lines, questions, chosen.types)
+            print(name, json.dumps(found[name]), flush=True)
+    if chosen.out:
+        chosen.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def tongwen(*words: object) -> None:
+    subprocess.run([sys.executable, "-m", "tongwen", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+
+
+def grow(model: Path, lines: list[str], folder: Path) -> Path:
+    """A base with a larger vocabulary, an adapter on it, and the two merged."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary, merges = definition["model"]["vocab"], definition["model"]["merges"]
+    text = "".join(character for line in lines for character in line if "\u4e00" <= character <= "\u9fff")
+    common = [one for one, _ in Counter(text).most_common(300)]
+    common += [pair for pair, _ in Counter(map("".join, itertools.pairwise(text))).most_common(300)]
+    parts: dict[int, list[int]] = {}  # new id -> the two ids that it joins
+    for piece in common:
+        pieces = tokenizer.backend_tokenizer.encode(piece).tokens
+        while len(pieces) > 1:
+            left, right = pieces[:2]
+            if left + right not in vocabulary:
+                parts[len(vocabulary)] = [vocabulary[left], vocabulary[right]]
+                vocabulary[left + right] = len(vocabulary)
+                merges.append([left, right])
+            pieces = [left + right, *pieces[2:]]
+    base = folder / "base"
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network.resize_token_embeddings(len(vocabulary), mean_resizing=False)
+    with torch.no_grad():
+        rows = network.get_input_embeddings().weight
+        for index, pair in parts.items():
+            rows[index] = rows[pair].mean(0)
+    network.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    (base / "tokenizer.json").write_text(json.dumps(definition, ensure_ascii=False), encoding="utf-8")
+    adapted = get_peft_model(
+        network, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, part in adapted.named_parameters():
+            if "lora_B" in name:
+                part.copy_(torch.randn_like(part) * 0.002)
+    adapted.save_pretrained(folder / "adapter")
+    tongwen("merge", "--base", base, "--adapter", folder / "adapter", "--out", folder / "merged")
+    return folder / "merged"
+
+
+def compare(model: Path, folder: Path, lines: list[str], questions: list[str], types: list[str]) -> dict[str, Any]:
+    """For each number type: lines with other ids, prompts whose tokens part, and the gaps where they do."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    turns = [[{"role": "user", "content": question}] for question in questions]
+    prompts = [
+        tokenizer(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))["input_ids"]
+        for turn in turns
+    ]
+    expected = [answer(network, ids) for ids in prompts]
+    found: dict[str, Any] = {"vocabulary": len(tokenizer), "lines": len(lines), "prompts": len(prompts)}
+    for kind in types:
+        out = folder / kind
+        tongwen("convert", model, "--to", "gguf", "--quantize", kind, "--out", out)
+        (file,) = out.glob("*.gguf")
+        there = LlamaCpp(file, context=1024, threads=1)
+        other = sum(there.encode(line) != tokenizer(line)["input_ids"] for line in lines)
+        gaps = []
+        for ids, (tokens, margins) in zip(prompts, expected, strict=True):
+            said = there.greedy(ids, TOKENS)
+            part = next((at for at, (one, two) in enumerate(zip(said, tokens, strict=False)) if one != two), None)
+            if part is None and len(said) != len(tokens):
+                part = min(len(said), len(tokens))
+            if part is not None:
+                gaps.append(round(margins[min(part, len(margins) - 1)], 4))
+        found[kind] = {"bytes": file.stat().st_size, "lines_with_other_ids": other, "prompts_that_part": len(gaps)}
+        found[kind]["gaps_where_they_part"] = sorted(gaps)
+        file.unlink()
+    return found
+
+
+def answer(network: Any, ids: list[int]) -> tuple[list[int], list[float]]:
+    """(greedy tokens up to the end of the answer, gap of the two best logits at each)"""
+    stops = network.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    tokens: list[int] = []
+    margins: list[float] = []
+    cache, step = None, torch.tensor([ids])
+    with torch.no_grad():
+        while len(tokens) < TOKENS:
+            out = network(step, past_key_values=cache, use_cache=True)
+            best = out.logits[0, -1].topk(2)
+            margins.append(float(best.values[0] - best.values[1]))
+            tokens.append(int(best.indices[0]))
+            if tokens[-1] in stops:
+                break
+            cache, step = out.past_key_values, best.indices[:1][None]
+    return tokens, margins
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""A model card, `README.md`, written from what the stages recorded: base, data, method, scores. Nothing is claimed that no
+manifest says, and what nobody recorded, such as a licence, is asked for by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tongwen.artifact import Artifact, find
+
+
+def make_card(title: str, model: Artifact) -> str:
+    """The card of a finished model and of everything that it was made from."""
+    stages = family(model)
+    base: dict[str, Any] = next(
+        (one.manifest["parents"]["base"] for one in reversed(stages) if "base" in one.manifest["parents"]), {}
+    )
+    named = str(base.get("path") or "")
+    licence = _licence(Path(named))
+    head = ["library_name: transformers", "pipeline_tag: text-generation", "language: [zh]", "tags: [tongwen]"]
+    head += [f"base_model: {named}"] if named and not Path(named).exists() else []
+    head += [f"license: {licence}"] if licence else []
+    parts = ["---", *head, "---", "", f"# {title}", ""]
+    parts += ["## How it was made", "", "| stage | what | fingerprint |", "|---|---|---|"]
+    parts += [f"| base | `{Path(named).name}` | `{str(base.get('fingerprint'))[:12]}` |"] if named else []
+    parts += [f"| {one.kind} | {_method(one.manifest)} | `{one.fingerprint[:12]}` |" for one in reversed(stages)]
+    parts += _section("Data", [line for one in reversed(stages) for line in _data(one.manifest)])
+    parts += _section("Scores", [line for one in reversed(stages) for line in _scores(one)])
+    parts += _section("Licence", [_about_licence(named, licence)])
+    parts += _section("Run it", [f"`vllm serve {title}` · `python -m sglang.launch_server --model-path {title}`"])
+    return "\n".join(parts) + "\n"
+
+
+def family(model: Artifact) -> list[Artifact]:
+    """The model and the stages before it, as far as their folders are still there; nearest first."""
+    out = [model]
+    for parent in model.manifest.get("parents", {}).values():
+        above = find(Path(parent["path"])) if parent.get("kind") else None
+        if above is not None and above.fingerprint == parent.get("fingerprint"):
+            out += [one for one in family(above) if one.path not in {seen.path for seen in out}]
+    return out
+
+
+def _method(manifest: Mapping[str, Any]) -> str:
+    settings = manifest.get("settings", {})
+    said = settings.get(str(manifest["kind"])) or settings.get("merge") or {}
+    adapter = said.get("adapter", {})
+    words = [adapter.get("method"), f"rank {adapter['rank']}" if adapter.get("method") == "lora" else None]
+    words += [f"{key} {said[key]}" for key in ("template", "learning_rate", "stop_after", "dtype") if said.get(key)]
+    words += [f"{manifest['steps']} steps, {manifest['tokens']:,} tokens"] if "steps" in manifest else []
+    words += ["merged against its lineage by --force"] if manifest.get("forced") else []
+    return ", ".join(str(word) for word in words if word)
+
+
+def _data(manifest: Mapping[str, Any]) -> list[str]:
+    tables = manifest.get("ledger", {})
+    return [
+        f"{kind}: {table['in']['rows']:,} rows read, {table['kept']['rows']:,} kept, {table.get('held_out', 0):,} held out"
+        for kind, table in (tables.items() if isinstance(tables, dict) else ())
+    ]
+
+
+def _scores(stage: Artifact) -> list[str]:
+    file = stage.path / "report.json"
+    score = json.loads(file.read_text(encoding="utf-8")).get("held_out", {}) if file.is_file() else {}
+    bits = score.get("bits_per_byte") or {}
+    if not bits:
+        return []
+    return [
+        f"held-out bits per byte ({stage.kind}, {score['samples']} samples): {bits['before']:.3f} → {bits['after']:.3f}"
+    ]
+
+
+def _licence(base: Path) -> str:
+    """What the base's own card says."""
+    card = base / "README.md"
+    found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
+    return found[1] if found else ""
+
+
+def _about_licence(base: str, licence: str) -> str:
+    name = Path(base).name or "the base"
+    if licence:
+        return f"`{name}` is under {licence}; this model is bound by it and by the terms of its data."
+    return f"Not recorded. Before publishing, add the licence of `{name}` and check the terms of the data."
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"## {title}", "", *(f"* {line}" for line in lines)] if lines else []

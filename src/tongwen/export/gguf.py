@@ -1,0 +1,323 @@
+"""Any tensors -> one GGUF file for llama.cpp and Ollama, written a few rows at a time and read back.
+
+Numbers become F32, F16, BF16, Q8_0 or the older 4- and 5-bit types by the `gguf` library's own quantisers. The K types
+exist only in llama.cpp itself, so they need its `llama-quantize` program. Families whose layers llama.cpp names
+otherwise than transformers are refused by name rather than guessed.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tongwen.errors import MissingPackage, ModelError, NumbersError
+from tongwen.export.pth import heads, read_rows
+from tongwen.export.vocabulary import Vocabulary
+from tongwen.language import say
+from tongwen.weights import Tensors, blocks, row_count
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
+FILE_TYPES = {"f32": "ALL_F32"}  # all others are MOSTLY_...
+BY_PROGRAM = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs")
+PROGRAM = "llama-quantize"
+TURNED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")  # as in LLaMA's own files, see pth.py
+
+
+def check_type(kind: str) -> None:
+    """Raise ModelError or MissingPackage for a number type that cannot be written here."""
+    if kind in TYPES:
+        return
+    if kind not in BY_PROGRAM:
+        raise ModelError(
+            say(f"{kind!r} is no number type of GGUF that is known here", f"未知的 GGUF 数值类型 {kind!r}"),
+            place="--quantize",
+            remedy=", ".join((*TYPES, *BY_PROGRAM)),
+        )
+    if shutil.which(PROGRAM) is None:
+        raise ModelError(
+            say(
+                f"{kind} is made by llama.cpp's own {PROGRAM}, which is not on the PATH",
+                f"{kind} 需要 llama.cpp 自带的 {PROGRAM}，PATH 中没有",
+            ),
+            place="--quantize",
+            remedy=say(
+                "unpack a release of github.com/ggml-org/llama.cpp and add its folder to PATH; or choose ",
+                "请解压 github.com/ggml-org/llama.cpp 的发行包并加入 PATH；或选择 ",
+            )
+            + ", ".join(TYPES),
+        )
+
+
+def check_model(tensors: Tensors, config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a family, a tensor or a way to stretch positions that llama.cpp would not compute alike."""
+    _names(tensors, config)
+    _extra(config)
+
+
+def write(
+    tensors: Tensors,
+    config: Mapping[str, Any],
+    vocabulary: Vocabulary | None,
+    template: str | None,
+    file: Path,
+    kind: str,
+    progress: Callable[[int], None],
+) -> None:
+    """One GGUF file of one number type. Raises ModelError for a model that llama.cpp would not compute alike."""
+    if kind in BY_PROGRAM:
+        whole = file.with_suffix(".whole")
+        write(tensors, config, vocabulary, template, whole, "bf16", progress)
+        ended = subprocess.run(  # noqa: S603 (a program that the user installed)
+            [str(shutil.which(PROGRAM)), str(whole), str(file), kind.upper()],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        whole.unlink()
+        if ended.returncode or not file.is_file():
+            raise ModelError(
+                say(f"{PROGRAM} failed: {ended.stderr[-300:]}", f"{PROGRAM} 失败：{ended.stderr[-300:]}"),
+                place=str(file),
+            )
+        return
+    gguf = _library()
+    names, extra = _names(tensors, config), _extra(config)
+    writer = gguf.GGUFWriter(path=None, arch=ARCHITECTURES[str(config["model_type"])])
+    _add_facts(writer, config, tensors, kind)
+    if vocabulary is not None:
+        _add_vocabulary(writer, vocabulary, template)
+    for name, tensor in extra.items():
+        writer.add_tensor_info(name, tensor.shape, tensor.dtype, tensor.nbytes)
+    for ours, theirs in names.items():
+        _, shape = tensors.facts[ours]
+        stored = type_of(ours, shape, kind)
+        nbytes = row_count(shape) * len(
+            _quantised(np.zeros((1, shape[1] if len(shape) > 1 else 1), np.float32), stored)[0]
+        )
+        writer.add_tensor_info(theirs, shape, np.dtype(np.float32), nbytes, raw_dtype=gguf.GGMLQuantizationType[stored])
+    writer.write_header_to_file(file)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    (stream,) = writer.fout
+    writer.write_padding(stream, stream.tell())
+    for tensor in extra.values():
+        stream.write(tensor.tobytes())
+        writer.write_padding(stream, stream.tell())
+    for done, ours in enumerate(names, 1):
+        stored = type_of(ours, tensors.facts[ours][1], kind)
+        for rows in iter_rows(tensors, ours, config):
+            stream.write(memoryview(_checked(_quantised(rows, stored), stored, ours).reshape(-1)))
+        writer.write_padding(stream, stream.tell())
+        progress(done)
+    writer.close()
+
+
+def check(tensors: Tensors, config: Mapping[str, Any], vocabulary: Vocabulary | None, file: Path, kind: str) -> None:
+    """Read the file back: every tensor there, of its shape and type, and its first, middle and last rows to the bit.
+
+    Raises NumbersError. A file that another program quantised is compared in names and shapes only.
+    """
+    gguf = _library()
+    reader = gguf.GGUFReader(str(file))
+    held = {tensor.name: tensor for tensor in reader.tensors}
+    for name in _extra(config):
+        held.pop(name)
+    for ours, theirs in _names(tensors, config).items():
+        tensor, (_, shape) = held.pop(theirs, None), tensors.facts[ours]
+        if tensor is None or tuple(int(size) for size in reversed(tensor.shape)) != shape:
+            raise _unlike(theirs, file)
+        if kind in BY_PROGRAM:
+            continue
+        stored = type_of(ours, shape, kind)
+        found = tensor.data.reshape(row_count(shape), -1)
+        for begin, rows in _some_rows(tensors, ours, config):
+            expected = _quantised(rows, stored)
+            if not np.array_equal(found[begin : begin + len(rows)].view(np.uint8), expected):
+                raise _unlike(theirs, file)
+    if held:
+        raise _unlike(sorted(held)[0], file)
+    if vocabulary is not None:
+        written = reader.fields["tokenizer.ggml.tokens"]
+        if len(written.data) != len(vocabulary.tokens):
+            raise _unlike("tokenizer.ggml.tokens", file)
+
+
+def type_of(name: str, shape: tuple[int, ...], kind: str) -> str:
+    """The type that a tensor gets: vectors stay F32; the head and the embedding keep 8 bits beside 4 and 5; a row that
+    is no multiple of a block stays F16."""
+    if len(shape) < 2 or kind == "f32":
+        return "F32"
+    if kind.startswith("q"):
+        if shape[-1] % 32:
+            return "F16"
+        if kind != "q8_0" and name.endswith(("lm_head.weight", "embed_tokens.weight")):
+            return "Q8_0"
+    return kind.upper()
+
+
+def iter_rows(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Iterator[Any]:
+    """A tensor's rows in fp32 in llama.cpp's order, a block at a time. (n, columns); (n, 1) for a vector."""
+    width = _turned_width(name, config)
+    _, shape = tensors.facts[name]
+    for begin, end in heads(shape[0], width) if width else blocks(shape):
+        yield _fp32(tensors, name, begin, end, width)
+
+
+def _some_rows(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
+    """(first row, rows) at the beginning, the middle and the end of a tensor."""
+    count, width = row_count(tensors.facts[name][1]), _turned_width(name, config)
+    height = width or 1
+    for begin in sorted({at // height * height for at in (0, count // 2, count - 1)}):
+        yield begin, _fp32(tensors, name, begin, begin + height, width)
+
+
+def _turned_width(name: str, config: Mapping[str, Any]) -> int:
+    """Numbers in a head, for the tensors whose rows llama.cpp wants pair by pair; else 0."""
+    if ARCHITECTURES[str(config["model_type"])] != "llama" or not name.endswith(TURNED):
+        return 0
+    return _head_width(config)
+
+
+def _head_width(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
+
+
+def _fp32(tensors: Tensors, name: str, begin: int, end: int, width: int) -> Any:
+    gguf = _library()
+    return gguf.quants.dequantize(
+        read_rows(tensors, name, begin, end, width), gguf.GGMLQuantizationType[tensors.facts[name][0]]
+    )
+
+
+def _quantised(rows: Any, stored: str) -> Any:
+    """Bytes of the rows, (n, bytes a row)."""
+    gguf = _library()
+    with np.errstate(over="ignore"):
+        out = gguf.quants.quantize(np.ascontiguousarray(rows, np.float32), gguf.GGMLQuantizationType[stored])
+    return np.ascontiguousarray(out).view(np.uint8).reshape(len(rows), -1)
+
+
+def _checked(data: Any, stored: str, name: str) -> Any:
+    if stored == "F16" and not np.isfinite(data.view(np.float16)).all():
+        raise NumbersError(
+            say("a number is too large for f16", "有数值超出 f16 的范围"), place=name, remedy="--quantize bf16"
+        )
+    return data
+
+
+def _names(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
+    """transformers' name -> llama.cpp's. Raises ModelError for a family or a tensor that has none."""
+    gguf = _library()
+    kind = str(config.get("model_type"))
+    if kind not in ARCHITECTURES:
+        raise ModelError(
+            say(f"GGUF is not written for the family {kind!r}", f"尚不支持为 {kind!r} 系列写 GGUF"),
+            place="--to gguf",
+            remedy=say(f"it is proven for {', '.join(ARCHITECTURES)}", f"已验证：{'、'.join(ARCHITECTURES)}"),
+        )
+    if odd := sorted({dtype for dtype, _ in tensors.facts.values()} - {"F32", "F16", "BF16"}):
+        raise ModelError(say(f"weights of type {odd[0]}", f"权重类型 {odd[0]}"), place="--to gguf", remedy="--to hf")
+    arch = gguf.MODEL_ARCH[ARCHITECTURES[kind].upper()]
+    known = gguf.get_tensor_name_map(arch, int(config["num_hidden_layers"]))
+    out = {}
+    for name in tensors.facts:
+        theirs = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        if theirs is None:
+            raise ModelError(
+                say(f"llama.cpp has no name for {name}", f"llama.cpp 没有 {name} 的名称"), place="--to gguf"
+            )
+        out[name] = theirs
+    return out
+
+
+def _extra(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors that stand only in GGUF: how LLaMA 3.1 slows each rotation down. Raises ModelError for other stretchings."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = found.get("rope_type") or found.get("type") or "default"
+    if kind == "default" or kind in ("linear", "yarn"):
+        return {}
+    if kind != "llama3":
+        raise ModelError(
+            say(f"llama.cpp has no rotary positions of the kind {kind!r}", f"llama.cpp 没有 {kind!r} 旋转位置"),
+            place="rope_scaling",
+            remedy="--to hf",
+        )
+    width, old = _head_width(config), float(found["original_max_position_embeddings"])
+    low, high, factor = float(found["low_freq_factor"]), float(found["high_freq_factor"]), float(found["factor"])
+    waves = 2 * math.pi * _theta(config) ** (np.arange(0, width, 2) / width)
+    smooth = np.clip((old / waves - low) / (high - low), 0, 1)
+    return {"rope_freqs.weight": (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)}
+
+
+def _theta(config: Mapping[str, Any]) -> float:
+    return float(config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0)
+
+
+def _add_facts(writer: Any, config: Mapping[str, Any], tensors: Tensors, kind: str) -> None:
+    """What llama.cpp must know to build the model."""
+    gguf = _library()
+    heads, width = int(config["num_attention_heads"]), _head_width(config)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(str(config.get("_name_or_path") or config["model_type"]).rstrip("/").split("/")[-1])
+    writer.add_context_length(int(config["max_position_embeddings"]))
+    writer.add_embedding_length(int(config["hidden_size"]))
+    writer.add_block_count(int(config["num_hidden_layers"]))
+    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_dimension_count(width)
+    writer.add_rope_freq_base(_theta(config))
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_vocab_size(tensors.facts["model.embed_tokens.weight"][1][0])
+    writer.add_file_type(int(gguf.LlamaFileType[FILE_TYPES.get(kind, f"MOSTLY_{kind.upper()}")]))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    stretched = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    how = stretched.get("rope_type") or stretched.get("type")
+    if how in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType[how.upper()])
+        writer.add_rope_scaling_factor(float(stretched["factor"]))
+        if how == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(int(stretched["original_max_position_embeddings"]))
+
+
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary, template: str | None) -> None:
+    writer.add_tokenizer_model(vocabulary.kind)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.kind == "llama":
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.add_space)
+    else:
+        writer.add_token_merges(vocabulary.merges)
+    for name, index in vocabulary.special.items():
+        getattr(writer, f"add_{name}_token_id")(index)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(False)
+    if template:
+        writer.add_chat_template(template)
+
+
+def _unlike(name: str, file: Path) -> NumbersError:
+    return NumbersError(
+        say(f"read back, {name} is not what was written", f"读回后 {name} 与写入的不同"),
+        place=str(file),
+        remedy=say("the disk or the memory may be failing; try again", "磁盘或内存可能有故障；请重试"),
+    )
+
+
+def _library() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise MissingPackage("gguf", say("writing GGUF files", "写 GGUF 文件"), "gguf") from None
+    return gguf

@@ -1,0 +1,251 @@
+"""llama.cpp reads what is written and says what transformers says: same ids for a text, same tokens after them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, pre_tokenizers
+
+from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer, tensors, tiny_llama
+from tests.test_merge import make_adapter
+
+gguf = pytest.importorskip("gguf")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+LINES = [
+    *dict.fromkeys(CORPUS),
+    "第1章：2024年，a  b\tc\n\n它's 3.14%！",
+    "don't STOP  12345",
+    " lead",
+    "🙂 émoji",
+    "中文English混排",
+]
+
+
+def make_model(folder: Path, family: str, rows: int, **more: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "tie_word_embeddings": False}
+    config = AutoConfig.for_model(family, vocab_size=rows, **{**shape, **more})
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for part in model.parameters():
+            part.add_(torch.randn_like(part) * 0.08)
+    model.save_pretrained(folder)
+    return model
+
+
+def convert(tongwen: Any, model: Path, out: Path, kind: str) -> Path:
+    code, _, err = tongwen("convert", model, "--to", "gguf", "--quantize", kind, "--out", out)
+    assert code == 0, err
+    (file,) = out.glob("*.gguf")
+    return file
+
+
+def check_greedy(there: Any, model: Any, ids: list[int], count: int) -> None:
+    """The same tokens, up to where llama.cpp stops of itself."""
+    found, expected = there.greedy(ids, count), list(ids)
+    with torch.no_grad():
+        for _ in range(count):
+            expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+    assert found == expected[len(ids) : len(ids) + len(found)] and len(found) >= 8
+
+
+STRETCHED = {
+    "llama3": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    | {"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "more"),
+    [
+        *((family, "byte level", {}) for family in FAMILIES),
+        ("llama", "sentencepiece", {}),
+        ("llama", "sentencepiece, legacy", {"attention_bias": True}),
+        ("llama", "byte level", {"rope_parameters": STRETCHED["llama3"]}),
+        ("qwen3", "byte level", {"rope_parameters": STRETCHED["linear"]}),
+        ("qwen2", "byte level", {"tie_word_embeddings": True}),
+    ],
+)
+def test_llama_cpp_agrees(family: str, kind: str, more: dict[str, Any], tmp_path: Path, tongwen: Any) -> None:
+    pytest.importorskip("xllamacpp")
+    from tests.llamacpp import LlamaCpp
+
+    folder = tmp_path / "model"
+    tokenizer = (
+        byte_level_tokenizer(folder) if kind == "byte level" else sentencepiece_tokenizer(folder, "legacy" in kind)
+    )
+    model = make_model(folder, family, len(tokenizer) + 3, **more)  # rows that no token owns
+    there = LlamaCpp(convert(tongwen, folder, tmp_path / "gguf", "f32"))
+    for line in LINES:
+        if kind == "sentencepiece" and line[0] == " ":
+            continue  # transformers puts no second blank before it, SentencePiece and llama.cpp do
+        assert there.encode(line) == tokenizer(line)["input_ids"], line
+    for line in LINES[:3]:
+        check_greedy(there, model, tokenizer(line)["input_ids"][:40], 24)
+
+
+def test_the_way_a_text_is_cut_is_recognised_whatever_the_vocabulary(tmp_path: Path) -> None:
+    from tongwen.errors import ModelError
+    from tongwen.export.vocabulary import PATTERNS, read_vocabulary
+
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    own = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cuts = {"gpt-2": own, "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), own])}
+    for pattern, name in PATTERNS.items():
+        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        cuts[name] = pre_tokenizers.Sequence([split, level])
+    for name, cut in cuts.items():
+        tokenizer = byte_level_tokenizer(tmp_path)
+        tokenizer.backend_tokenizer.pre_tokenizer = cut
+        tokenizer.add_tokens(["人工智能"])
+        tokenizer.save_pretrained(tmp_path)
+        found = read_vocabulary(tmp_path, len(tokenizer))
+        assert found.pre == name and found.tokens[-1] == "人工智能"
+    strange = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\w+"), behavior="isolated"), level])
+    tokenizer.backend_tokenizer.pre_tokenizer = strange
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no program for this tokenizer"):
+        read_vocabulary(tmp_path, len(tokenizer))
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"])
+def test_each_number_type_is_what_its_bits_allow(kind: str, tmp_path: Path, tongwen: Any) -> None:
+    folder = tmp_path / "model"
+    tokenizer = byte_level_tokenizer(folder)
+    make_model(folder, "qwen3", len(tokenizer))
+    source = tensors(folder)
+    reader = gguf.GGUFReader(str(convert(tongwen, folder, tmp_path / "out", kind)))
+    allowed = {"f16": 1e-3, "bf16": 8e-3, "q8_0": 1e-2, "q4_0": 0.14, "q4_1": 0.1, "q5_0": 0.07, "q5_1": 0.05}[kind]
+    held = {tensor.name: tensor for tensor in reader.tensors}
+    assert len(held) == len(source)
+    expected = source["model.layers.1.mlp.up_proj.weight"].numpy()
+    found = held["blk.1.ffn_up.weight"]
+    back = gguf.quants.dequantize(found.data, found.tensor_type)
+    assert np.abs(back - expected).max() <= allowed * np.abs(expected).max()
+    assert held["output_norm.weight"].tensor_type.name == "F32"
+    assert (held["token_embd.weight"].tensor_type.name == "Q8_0") is (kind.startswith("q"))
+    assert bytes(reader.fields["tokenizer.ggml.tokens"].parts[-1]).decode() == reader_token(
+        tokenizer, len(tokenizer) - 1
+    )
+
+
+def reader_token(tokenizer: Any, index: int) -> str:
+    return str(tokenizer.convert_ids_to_tokens(index))
+
+
+def test_the_template_and_the_stops_go_along(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    from transformers import AutoTokenizer
+
+    from tongwen.model.dress import bind_template
+
+    folder = tmp_path / "model"
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.chat_template = bind_template("chatml", tokenizer, []).source
+    tokenizer.save_pretrained(folder)
+    tiny_llama(folder, len(tokenizer))
+    file = convert(tongwen, folder, tmp_path / "out", "f16")
+    fields = gguf.GGUFReader(str(file)).fields
+    assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    text = (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8")
+    assert text.startswith(f"FROM ./{file.name}\n") and 'PARAMETER stop "<|im_end|>"' in text
+    asked = "<|im_start|>user\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n{{ end }}{{ .Response }}"
+    assert asked in text and "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>" in text
+
+
+def test_what_is_not_proven_is_refused_by_name(tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    words = ("convert", tmp_path / "gpt2", "--to", "gguf", "--out", tmp_path / "out")
+    code, _, err = tongwen(*words)
+    assert code == 4 and "gpt2" in err and "qwen3" in err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = tongwen(*words, "--quantize", "q4_k_m")
+    assert code == 4 and "llama-quantize" in err and "q8_0" in err
+    code, _, err = tongwen(*words, "--quantize", "q3")
+    assert code == 4 and "q5_1" in err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_k_types_are_left_to_llama_cpps_program(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in that copies: what is tested is how it is called and that its output is looked at."""
+    program = tmp_path / "llama-quantize"
+    program.write_text(f'#!/bin/sh\necho "$3" > {tmp_path}/asked\ncp "$1" "$2"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    file = convert(tongwen, chat_model, tmp_path / "out", "q4_k_m")
+    assert (tmp_path / "asked").read_text() == "Q4_K_M\n"
+    assert sorted(one.name for one in file.parent.iterdir()) == sorted([file.name, "Modelfile", "manifest.json"])
+    program.write_text("#!/bin/sh\nexit 1\n")
+    code, _, err = tongwen("convert", chat_model, "--to", "gguf", "--quantize", "q4_k_m", "--out", tmp_path / "no")
+    assert code == 4 and "llama-quantize failed" in err
+
+
+def test_a_merged_model_with_a_tied_head_goes_the_whole_way(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    pytest.importorskip("xllamacpp")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.llamacpp import LlamaCpp
+
+    make_adapter(chat_model, tmp_path / "adapter")
+    words = ("merge", "--base", chat_model, "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged")
+    assert tongwen(*words)[0] == 0
+    file = convert(tongwen, tmp_path / "merged", tmp_path / "gguf", "f32")
+    model, tokenizer = (kind.from_pretrained(tmp_path / "merged") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer("今天天气很好")["input_ids"]
+    check_greedy(LlamaCpp(file), model, ids, 16)
+    manifest = json.loads((tmp_path / "gguf" / "manifest.json").read_text())
+    assert manifest["kind"] == "gguf" and file.name in manifest["files"]
+    assert tongwen("verify", tmp_path / "gguf")[0] == 0
+
+
+def test_a_gguf_base_takes_an_adapter_as_the_model_it_holds(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    make_adapter(chat_model, tmp_path / "adapter")
+    file = convert(tongwen, chat_model, tmp_path / "gguf", "f32")
+    for name, base in (("one", chat_model), ("other", file)):
+        words = ("merge", "--base", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / name)
+        code, text, err = tongwen(*words)
+        assert code == 0, err
+    assert "de-quantised" in text
+    one, other = tensors(tmp_path / "one"), tensors(tmp_path / "other")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "other" / "tokenizer.json").is_file()
+
+
+def test_a_recipe_exports_all_forms(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    from tests.conftest import write_recipe
+
+    recipe = write_recipe(
+        tmp_path, chat_model, sft=", stop_after: 1 steps", extra="export: {formats: [hf, pth, gguf], quantize: q8_0}\n"
+    )
+    code, _, err = tongwen("run", recipe)
+    assert code == 0, err
+    export = tmp_path / "out" / "export"
+    assert tensors(export / "hf").keys() == tensors(tmp_path / "out" / "merge").keys()
+    assert (export / "pth" / "consolidated.00.pth").is_file()
+    card = (export / "hf" / "README.md").read_text(encoding="utf-8")
+    report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())["held_out"]["bits_per_byte"]
+    for fact in ("# tiny", "| sft | lora, rank 4", "24 rows read", f"{report['after']:.3f}", "Not recorded"):
+        assert fact in card
+    (file,) = (export / "gguf").glob("*.gguf")
+    assert file.name == "tiny-q8_0.gguf"
+    assert sorted(json.loads((export / "manifest.json").read_text())["gguf"]["files"]) == sorted(
+        [file.name, "Modelfile"]
+    )
+    code, text, _ = tongwen("run", recipe)
+    assert code == 0 and "export: already done" in text
+    recipe.write_text(recipe.read_text().replace("merge: {}\n", ""))
+    code, _, err = tongwen("check", recipe)
+    assert code == 2 and "an adapter alone is no model" in err
