@@ -69,7 +69,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     parents: dict[str, Any] = {"base": {"path": recipe.base, "fingerprint": combine(model_lines(place))}}
     if prepared:
         parents["prepare"] = prepared.as_parent()
-    with artifact.create(out, "vocab", parents, settings(recipe)) as draft:
+    with artifact.create(out, "vocab", parents, settings(recipe), swept=True) as draft:
         lexicon.save(made.lexicon, draft.path)
         with console.progress(len(base.facts), "grow") as bar:
             make = _maker(base, made, rows, section, recipe.seed)
@@ -81,7 +81,8 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         title = f"{recipe.name} · vocab"
         (draft.path / "report.html").write_text(as_html(title, report), encoding="utf-8")
         draft.fingerprint = combine(lines)
-        draft.facts = {"tokens": report["sizes"], "rows": report["rows"]}
+        draft.facts = {"tokens": report["sizes"], "rows": report["rows"], "tensors": lines}
+        draft.record_files(lambda file: file.suffix != ".safetensors")
     _say_rows(rows, out)
     assert draft.artifact
     return draft.artifact
