@@ -10,7 +10,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "tongwen"
 ROOMS = ("hub", "data", "model", "train", "infer", "ui")
 HALL = ("errors", "language", "record", "template", "skeleton", "artifact", "families", "console", "launch")
-UPPER = ("cli", "river", "lesson", "speaker", "__main__", "__init__")
+UPPER = ("cli", "river", "lesson", "course", "speaker", "__main__", "__init__")
 HEAVY = {
     "torch",
     "transformers",
