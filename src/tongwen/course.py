@@ -1,8 +1,8 @@
 """The course of a training stage: what every one of them does between its data and its folder.
 
-The base is opened and adapted, and the audit proves on one micro-batch that each trainable tensor will learn and that
-packed documents do not see each other. Then transformers' Trainer runs the plan, from the newest checkpoint when there
-is one. What comes out is scored in bits per byte on what was held out, before and after, and saved with tokenizer,
+The base is opened and adapted. For each phase the audit proves on one micro-batch that each trainable tensor will learn
+and that packed documents do not see each other; then transformers' Trainer runs the plan, from the newest checkpoint when
+there is one. What comes out is scored in bits per byte on what was held out, before and after, and saved with tokenizer,
 template and stop tokens. What a stage alone knows stands in its `Course`.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,18 +27,21 @@ from tongwen.data.store import TokenStore
 from tongwen.families import family_of
 from tongwen.infer.decode import Sampling, Voice
 from tongwen.language import say
-from tongwen.lesson import Lesson, Reader
+from tongwen.lesson import Lesson, Reader, say_mask
 from tongwen.model import adapt as adapting
 from tongwen.model import attention, dress, load
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from tongwen.model.score import bits_per_byte, learned_loss
+from tongwen.model.stack import open_stack
 from tongwen.recipe.load import dump
-from tongwen.recipe.schema import Recipe, Sft
+from tongwen.recipe.schema import Adapter, Pretrain, Recipe, Stretch, Training
+from tongwen.template import Template
 from tongwen.train import audit
 from tongwen.train.batches import MicroBatches, Plan, fill, make_plan, token_budget
-from tongwen.train.fit import Job, check_adapter_saved, fit, newest_checkpoint, step_of
+from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, step_of
+from tongwen.train.fit import Job, fit
 from tongwen.train.report import write_report
-from tongwen.train.watch import Watch, peak_memory_bytes, read_metrics
+from tongwen.train.watch import Watch, check_forgetting, peak_memory_bytes, read_metrics
 
 
 class Question(NamedTuple):
@@ -53,58 +56,85 @@ class Question(NamedTuple):
 class Course:
     """What one training stage knows of itself.
 
-    rows:      the ids whose rows are trained beside the adapter, found on the opened base
-    questions: answered before and after, for the report
+    rows:      finds, on the opened base, ids whose rows are trained beside the adapter
+    new_rows:  ids that the part of that name trains
+    template:  goes into the result, with its stop token
+    end:       the id that ends a text, for a base that knows none that ends an answer
     parents:   what else the result was made from, by role
+    facts:     what else the manifest tells
+    questions: answered before and after, for the report
     """
 
     recipe: Recipe
     stage: str
     base: str
     settings: dict[str, Any]
-    section: Sft
+    section: Training
     prepared: artifact.Artifact
     reader: Reader
     lesson: Lesson
-    rows: Callable[[Any], list[int]]
     questions: list[Question]
-    parents: dict[str, Any]
+    rows: Callable[[Any], list[int]] = lambda model: []
+    new_rows: Sequence[int] = ()
+    template: Template | None = None
+    end: int | None = None
+    parents: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Pupil:
     """The adapted model with everything that it needs to read and to speak."""
 
-    model: Any
-    reader: Reader
+    adapted: adapting.Adapted
     stops: tuple[int, ...]
     packed: bool
-    counts: dict[str, Any]
     base_fingerprint: str | None
     device: str
     dtype: torch.dtype
 
+    @property
+    def model(self) -> Any:
+        return self.adapted.model
+
+    def computing(self) -> Any:
+        """The number type that the Trainer computes in, for what is computed outside of it."""
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype == torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A phase as it will be run: the words for it, its plan, where its checkpoints are, and what goes before it."""
+
+    stretch: Stretch
+    plan: Plan
+    checkpoints: Path
+    steps_before: int
+    epochs_before: float
+
 
 def take(course: Course, out: Path) -> artifact.Artifact:
-    """Adapt, audit, score, train, score again, save."""
+    """Adapt, score, audit and train phase by phase, score again, save."""
     lesson, stage = course.lesson, course.stage
     _say_ledger(lesson)
-    pupil = _open_pupil(course)
-    plan = _make_plan(course, pupil.device)
-    _say_plan(plan, lesson.store, pupil)
-    unreached = _audit(pupil, lesson.store, plan)
+    device = load.compute_device()
+    legs = _lay_out(course, device, artifact.partial_of(out) / "checkpoints")
+    pupil = _open_pupil(course, device, sum(len(leg.plan) for leg in legs if "lora" in leg.stretch.parts))
+    trained = pupil.adapted.counts
+    _say_plan(legs, lesson.store, trained)
     sizes = torch.from_numpy(token_bytes(course.reader.tokenizer))
 
-    def score() -> dict[str, float]:
-        return _score(pupil, lesson.held_out_store, plan.budget, sizes)
+    def score() -> dict[str, Any]:
+        return _score(pupil, lesson.held_out_stores, legs[0].plan.budget, sizes)
 
     def examine() -> dict[str, Any]:
         with torch.random.fork_rng(), console.waiting(say("scoring what was held out", "评测留出集")):
-            return {"scores": score() if lesson.held_out_store else None, "answers": _answer(pupil, course.questions)}
+            scores = score() if lesson.held_out_stores else None
+            return {"scores": scores, "answers": _answer(pupil, course)}
 
     parents = {
         "prepare": course.prepared.as_parent(),
-        "base": {"path": course.base, "fingerprint": pupil.base_fingerprint},
+        "base": _base_parent(course, pupil),
         "tokenizer": {"fingerprint": fingerprint_tokenizer(course.reader.tokenizer)},
         **course.parents,
     }
@@ -112,17 +142,24 @@ def take(course: Course, out: Path) -> artifact.Artifact:
         if launch.is_first():
             artifact.write_json(draft.path / "settings.json", course.settings)
         before = _once(draft.path / "before.json", examine)
-        throughput = _train(course, pupil, plan, draft.path, score if lesson.held_out_store else None)
+
+        def evaluate() -> dict[str, Any]:
+            scores = score()
+            if isinstance(course.section, Pretrain):
+                check_forgetting(before["scores"], scores, course.section.forgetting)
+            return scores
+
+        throughput, unreached = _train(course, pupil, legs, draft.path, evaluate if lesson.held_out_stores else None)
         after = examine()
         if launch.is_first():
-            draft.fingerprint = _save(pupil, draft.path)
-            draft.facts = _facts(course.section, pupil, plan, throughput)
+            draft.fingerprint = _save(course, pupil, draft.path)
+            draft.facts = _facts(course, pupil, legs, throughput)
             report = {
-                "summary": f"{course.base} · {course.section.adapter.method} · {len(plan)} {say('steps', '步')}",
+                "summary": f"{course.base} · {_method(course)} · {sum(len(leg.plan) for leg in legs)} {say('steps', '步')}",
                 "ledger": _books(course),
                 "mask": lesson.mask,
-                "trainable": pupil.counts,
-                "held_out": _held_out(before, after, lesson.held_out_store),
+                "trainable": trained,
+                "held_out": _held_out(before, after, lesson.held_out_stores),
                 "throughput": throughput,
                 "peak_memory_bytes": peak_memory_bytes(),
                 "unreached": unreached,
@@ -133,53 +170,68 @@ def take(course: Course, out: Path) -> artifact.Artifact:
     return draft.artifact or artifact.Artifact(out, {"kind": stage, "fingerprint": ""})
 
 
-def _open_pupil(course: Course) -> Pupil:
+def _open_pupil(course: Course, device: str, adapter_steps: int) -> Pupil:
     """The base, checked against its tokenizer, with what the recipe adds to it."""
     section, reader, place = course.section, course.reader, load.locate(course.base)
-    device = load.compute_device()
     dtype, why = load.compute_dtype(section.precision, device)
+    trained = {part for stretch in section.stretches for part in stretch.parts}
+    # Weights that learn stand in fp32: without an adapter those are the base's own.
+    kept_in = dtype if "lora" in trained else torch.float32
     with console.waiting(say("opening the base", "打开底座")):
-        model, packed = _open(place, dtype if section.adapter.method != "full" else torch.float32)
-        base_fingerprint = fingerprint_model(place)  # after it was opened: only then a hub's files are surely here
+        model, packed, fingerprint = _open(place, kept_in, _quantization(section.adapter))
     load.check_tokenizer(reader.tokenizer, model, place)
-    stops = dress.stop_ids(reader.tokenizer, reader.template, getattr(model, "generation_config", None))
+    stops = dress.stop_ids(reader.tokenizer, course.template, getattr(model, "generation_config", None))
+    stops = stops or ((course.end,) if course.end is not None else ())
     set_seed(course.recipe.seed)
-    adapted = adapting.adapt(model, section.adapter, course.rows(model))
+    adapted = adapting.adapt(
+        model,
+        section.adapter,
+        course.rows(model),
+        trained=trained,
+        new_rows=list(course.new_rows),
+        steps=adapter_steps,
+        fingerprint=fingerprint,
+    )
+    for part in adapted.learners:
+        part.data = part.data.float()
     for note in adapted.notices:
         console.notice(note)
     console.tell(f"{device} · {str(dtype)[6:]}: {why}")
-    return Pupil(
-        model=adapted.model.to(device),
-        reader=reader,
-        stops=stops,
-        packed=packed,
-        counts=adapted.counts,
-        base_fingerprint=base_fingerprint,
-        device=device,
-        dtype=dtype,
-    )
+    if section.adapter.method != "qlora":  # quantised weights are where they belong
+        adapted.model.to(device)
+    return Pupil(adapted, stops, packed, fingerprint, device, dtype)
 
 
-def _make_plan(course: Course, device: str) -> Plan:
-    section, lesson = course.section, course.lesson
-    return make_plan(
-        lesson.store.lengths,
-        lesson.draw,
-        batch_size=section.batch_size,
-        batch_tokens=section.batch_tokens,
-        stop_after=section.stop_after,
-        budget=section.micro_batch_tokens or token_budget(device),
-        world=launch.world_size(),
-    )
+def _lay_out(course: Course, device: str, checkpoints: Path) -> list[Leg]:
+    """The plan of each phase. A phase begins with an epoch that no phase before it has touched."""
+    section, lesson, legs = course.section, course.lesson, list[Leg]()
+    steps, epochs = 0, 0
+    for number, stretch in enumerate(section.stretches, 1):
+        words = stretch.words
+        plan = make_plan(
+            lesson.store.lengths,
+            lambda epoch, before=epochs: lesson.draw(before + epoch),  # type: ignore[misc]
+            batch_size=words.batch_size,
+            batch_tokens=words.batch_tokens,
+            stop_after=words.stop_after,
+            budget=words.micro_batch_tokens or token_budget(device),
+            world=launch.world_size(),
+        )
+        folder = checkpoints / f"phase-{number}" if len(section.stretches) > 1 else checkpoints
+        legs.append(Leg(stretch, plan, folder, steps, epochs))
+        steps, epochs = steps + len(plan), epochs + math.ceil(len(plan) / plan.steps_per_epoch)
+    return legs
 
 
 def _audit(pupil: Pupil, store: TokenStore, plan: Plan) -> list[str]:
     """Nothing is trained before this has passed. Returns the trainable tensors that the first tokens did not reach."""
     first = MicroBatches(store, [plan.micro[0][0]], packed=pupil.packed)[0]
-    unreached = audit.probe_gradients(pupil.model, first, learned_loss)
+    with pupil.computing():
+        unreached = audit.probe_gradients(pupil.model, first, learned_loss)
     console.good(say("audit: gradients reach every trained tensor", "审计通过：梯度到达所有训练参数"))
     if pupil.packed and len(store) > 1:
-        audit.check_isolation(pupil.model, [store.sample(0), store.sample(1)], learned_loss)
+        with pupil.computing():
+            audit.check_isolation(pupil.model, [store.sample(0), store.sample(1)], learned_loss)
         console.good(say("audit: documents in a pack do not see each other", "审计通过：打包的文档互不可见"))
     for name in unreached:
         console.notice(say(f"no token reached {name} in the first micro-batch", f"首个微批没有 token 到达 {name}"))
@@ -187,53 +239,106 @@ def _audit(pupil: Pupil, store: TokenStore, plan: Plan) -> list[str]:
 
 
 def _train(
-    course: Course, pupil: Pupil, plan: Plan, folder: Path, score: Callable[[], dict[str, float]] | None
-) -> dict[str, Any]:
-    """Run the plan, from the newest checkpoint if there is one; returns tokens and seconds."""
-    section, lesson = course.section, course.lesson
-    checkpoints = folder / "checkpoints"
-    checkpoints.mkdir(exist_ok=True)
-    resume = newest_checkpoint(checkpoints)
-    start = step_of(resume) if resume else 0
+    course: Course, pupil: Pupil, legs: list[Leg], folder: Path, evaluate: Callable[[], dict[str, Any]] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Run the phases, from the newest checkpoint if there is one; returns tokens and seconds, and what the audits did not
+    reach."""
+    tokens = list(accumulate(size for leg in legs for size in leg.plan.tokens_of(course.lesson.store.lengths)))
+    newest = [_newest(leg) for leg in legs]
+    current = max((number for number, found in enumerate(newest) if found), default=0)  # what is before it is in it
+    resume = newest[current]
+    start = legs[current].steps_before + (step_of(resume) if resume else 0)
     if start:
         console.notice(
-            say(f"continuing after step {start} of {len(plan)}", f"从第 {start} 步（共 {len(plan)} 步）继续")
+            say(f"continuing after step {start} of {len(tokens)}", f"从第 {start} 步（共 {len(tokens)} 步）继续")
         )
-    tokens = list(accumulate(plan.tokens_of(lesson.store.lengths)))
+    unreached: list[str] = []
     began = time.monotonic()
-    with console.progress(len(plan), course.stage, start) as bar:
-        job = Job(
-            model=pupil.model,
-            tokenizer=pupil.reader.tokenizer,
-            store=lesson.store,
-            plan=plan,
-            packed=pupil.packed,
-            section=section,
-            dtype=pupil.dtype,
-            seed=course.recipe.seed,
-            checkpoints=checkpoints,
-            resume=resume,
-            loss=learned_loss,
-            evaluate=score,
-            watch=Watch(folder / "metrics.jsonl", tokens, plan.steps_per_epoch, bar),
-            checkpointing=_needs_checkpointing(section, pupil.model.config, pupil.device, plan.budget),
-        )
-        fit(job)
+    with console.progress(len(tokens), course.stage, start) as bar:
+        for leg in legs[current:]:
+            guarded = pupil.adapted.focus(leg.stretch.parts)
+            if len(legs) > 1:
+                console.tell(f"{leg.stretch.train}: {len(leg.plan)} {say('steps', '步')}")
+            unreached += _audit(pupil, course.lesson.store, leg.plan)
+            watch = Watch(
+                folder / "metrics.jsonl",
+                tokens,
+                leg.plan.steps_per_epoch,
+                bar,
+                leg.steps_before,
+                leg.epochs_before,
+            )
+            fit(_job(course, pupil, leg, guarded, resume, evaluate, watch))
+            resume = None
     seconds, trained = time.monotonic() - began, tokens[-1] - (tokens[start - 1] if start else 0)
     return {
         "tokens": tokens[-1],
         "tokens_this_run": trained,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(trained / max(seconds, 1e-9), 2),
-    }
+    }, unreached
 
 
-def _open(place: load.Place, dtype: torch.dtype) -> tuple[Any, bool]:
-    """(model, whether documents are packed). Families that cannot pack get padded batches, and it is said."""
+def _newest(leg: Leg) -> Path | None:
+    leg.checkpoints.mkdir(parents=True, exist_ok=True)
+    return newest_checkpoint(leg.checkpoints)
+
+
+def _job(
+    course: Course,
+    pupil: Pupil,
+    leg: Leg,
+    guarded: list[torch.nn.Parameter],
+    resume: Path | None,
+    evaluate: Callable[[], dict[str, Any]] | None,
+    watch: Watch,
+) -> Job:
+    apart = leg.stretch.embedding_rate != leg.stretch.rate
+    return Job(
+        model=pupil.model,
+        tokenizer=course.reader.tokenizer,
+        store=course.lesson.store,
+        plan=leg.plan,
+        packed=pupil.packed,
+        stretch=leg.stretch,
+        dtype=pupil.dtype,
+        seed=course.recipe.seed,
+        checkpoints=leg.checkpoints,
+        resume=resume,
+        loss=learned_loss,
+        evaluate=evaluate,
+        watch=watch,
+        checkpointing=_needs_checkpointing(leg.stretch.words, pupil.model.config, pupil.device, leg.plan.budget),
+        embeddings=pupil.adapted.embeddings if apart else (),
+        guarded=guarded,
+        budget=adapting.budget_of(pupil.model),
+    )
+
+
+def _quantization(adapter: Adapter) -> str:
+    return adapter.quantize if adapter.method == "qlora" else ""
+
+
+def _base_parent(course: Course, pupil: Pupil) -> dict[str, Any]:
+    """The base with its fingerprint; as an artifact of this run where a stage made it, so that a new one is noticed."""
+    made = artifact.find(Path(course.base))
+    return {**(made.as_parent() if made else {}), "path": course.base, "fingerprint": pupil.base_fingerprint}
+
+
+def _method(course: Course) -> str:
+    method = course.section.adapter.method
+    return " → ".join(
+        stretch.train.replace("lora", method) if "lora" in stretch.parts else stretch.train
+        for stretch in course.section.stretches
+    )
+
+
+def _open(place: load.Place, dtype: torch.dtype, quantize: str) -> tuple[Any, bool, str | None]:
+    """(model, whether documents are packed, fingerprint). Families that cannot pack get padded batches, and it is said."""
     config = load.load_config(place)
     family = family_of(config.model_type)
     packs = family.packs if family else True
-    model = load.load_model(place, dtype)
+    model, fingerprint = open_stack(place, dtype, quantize)
     packs = packs and bool(getattr(model, "_supports_attention_backend", False))
     if packs:
         model.set_attn_implementation(attention.register())
@@ -246,10 +351,10 @@ def _open(place: load.Place, dtype: torch.dtype) -> tuple[Any, bool]:
             )
         )
     model.config.use_cache = False
-    return model, packs
+    return model, packs, fingerprint
 
 
-def _needs_checkpointing(section: Sft, config: Any, device: str, budget: int) -> bool:
+def _needs_checkpointing(section: Training, config: Any, device: str, budget: int) -> bool:
     """On when the recipe says so, or when the activations of a micro-batch would not fit into the free GPU memory.
 
     About 34 numbers of the hidden width are kept per token and layer without it (performance notes of Megatron-LM,
@@ -260,25 +365,36 @@ def _needs_checkpointing(section: Sft, config: Any, device: str, budget: int) ->
     return bool(budget * config.num_hidden_layers * config.hidden_size * 34 * 2 > 0.8 * free)
 
 
-def _score(pupil: Pupil, store: TokenStore | None, budget: int, sizes: torch.Tensor) -> dict[str, float]:
-    """Bits per byte of what was held out."""
-    assert store is not None
-    batches = MicroBatches(store, fill(store.lengths, budget), packed=pupil.packed)
-    model = pupil.model
-    return bits_per_byte(model, (audit.to_device(batches[index], model) for index in range(len(batches))), sizes)
+def _score(pupil: Pupil, stores: dict[str, TokenStore], budget: int, sizes: torch.Tensor) -> dict[str, Any]:
+    """Bits per byte of what was held out, in all and by group."""
+    groups, model = {}, pupil.model
+    for name, store in stores.items():
+        batches = MicroBatches(store, fill(store.lengths, budget), packed=pupil.packed)
+        with pupil.computing():
+            stream = (audit.to_device(batches[index], model) for index in range(len(batches)))
+            groups[name] = bits_per_byte(model, stream, sizes)
+    size, tokens = (sum(one[unit] for one in groups.values()) for unit in ("bytes", "tokens"))
+    return {
+        "bits_per_byte": sum(one["bits_per_byte"] * one["bytes"] for one in groups.values()) / max(size, 1),
+        "loss": sum(one["loss"] * one["tokens"] for one in groups.values()) / max(tokens, 1),
+        "bytes": size,
+        "tokens": tokens,
+        "groups": {name: one for name, one in groups.items() if name},
+    }
 
 
-def _answer(pupil: Pupil, questions: list[Question]) -> list[str]:
+def _answer(pupil: Pupil, course: Course) -> list[str]:
     """The model's own greedy answers, with the attention that generation needs."""
-    model, reader = pupil.model, pupil.reader
+    model, reader = pupil.model, course.reader
     trained_with, was_training = model.config._attn_implementation, model.training
     voice = Voice(model, reader.tokenizer, pupil.stops, dress.context_length(model.config))
     model.eval()
     if trained_with == attention.NAME:
         model.set_attn_implementation("sdpa")
     try:
-        ids = [reader.encoder.encode_prompt(question.prompt) for question in questions]
-        return [voice.decode(voice.answer([one], Sampling(max_new_tokens=64))[0]).strip() for one in ids]
+        ids = [reader.encoder.encode_prompt(question.prompt) for question in course.questions]
+        with pupil.computing():
+            return [voice.decode(voice.answer([one], Sampling(max_new_tokens=64))[0]).strip() for one in ids]
     finally:
         model.set_attn_implementation(trained_with)
         model.train(was_training)
@@ -294,29 +410,31 @@ def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _save(pupil: Pupil, folder: Path) -> str:
+def _save(course: Course, pupil: Pupil, folder: Path) -> str:
     """Adapter or model, tokenizer, template and stop tokens; returns the fingerprint of the trained tensors."""
-    model = pupil.model
+    model = pupil.adapted.finished()
     if model.config._attn_implementation == attention.NAME:
         model.set_attn_implementation("sdpa")
     model.config.use_cache = True
     model.save_pretrained(str(folder))
-    dress.save_tokenizer(pupil.reader.tokenizer, pupil.reader.template, folder)
+    dress.save_tokenizer(course.reader.tokenizer, course.template, folder)
     dress.save_generation_config(model, pupil.stops, folder)
     check_adapter_saved(folder)
     return fingerprint_model(load.Place(str(folder), str(folder))) or ""
 
 
-def _facts(section: Sft, pupil: Pupil, plan: Plan, throughput: dict[str, Any]) -> dict[str, Any]:
+def _facts(course: Course, pupil: Pupil, legs: list[Leg], throughput: dict[str, Any]) -> dict[str, Any]:
+    section, plan = course.section, legs[0].plan
     return {
         "device": pupil.device,
         "dtype": str(pupil.dtype).removeprefix("torch."),
-        "steps": len(plan),
+        "method": _method(course),
+        "steps": sum(len(leg.plan) for leg in legs),
         "tokens": throughput["tokens"],
         "batch": {"tokens": section.batch_tokens} if section.batch_tokens else {"samples": section.batch_size},
         "micro_batches": {"accumulate": plan.accumulate, "world": plan.world, "token_budget": plan.budget},
-        "stop_tokens": [pupil.reader.tokenizer.convert_ids_to_tokens(index) for index in pupil.stops],
-        "template_name": section.template,
+        "stop_tokens": [course.reader.tokenizer.convert_ids_to_tokens(index) for index in pupil.stops],
+        **course.facts,
     }
 
 
@@ -327,22 +445,30 @@ def _samples(questions: list[Question], before: list[str], after: list[str]) -> 
     ]
 
 
-def _held_out(before: dict[str, Any], after: dict[str, Any], store: TokenStore | None) -> dict[str, Any] | None:
-    if store is None:
+def _held_out(before: dict[str, Any], after: dict[str, Any], stores: dict[str, TokenStore]) -> dict[str, Any] | None:
+    if not stores:
         return None
     old, new = before["scores"], after["scores"]
     return {
         "bits_per_byte": {"before": old["bits_per_byte"], "after": new["bits_per_byte"]},
         "loss": {"before": old["loss"], "after": new["loss"]},
-        "samples": len(store),
+        "samples": sum(len(store) for store in stores.values()),
         "bytes": new["bytes"],
         "tokens": new["tokens"],
+        "groups": {
+            name: {
+                "bits_per_byte": {"before": old["groups"][name]["bits_per_byte"], "after": one["bits_per_byte"]},
+                "samples": len(stores[name]),
+                "bytes": one["bytes"],
+            }
+            for name, one in new["groups"].items()
+        },
     }
 
 
 def _books(course: Course) -> dict[str, Any]:
     """Both tables. What the first keeps is what the second takes in, or this is a bug of ours."""
-    table = course.prepared.manifest["ledger"]["dialogues"]
+    table = course.prepared.manifest["ledger"][course.reader.kind]
     encoded = course.lesson.ledger.to_dict()
     tables = {"prepare": {key: table[key] for key in ("in", "kept", "lost", "files")}, "encode": encoded}
     kept, taken = tables["prepare"]["kept"]["rows"], tables["encode"]["in"]["rows"]
@@ -363,12 +489,7 @@ def _say_ledger(lesson: Lesson) -> None:
     rows = table_rows(lesson.ledger.to_dict(), say("encode", "编码"), say("trained", "训练"))
     console.table((say("ledger", "账目"), say("rows", "行"), "token"), rows)
     mask, rejected = lesson.mask, lesson.rejected
-    console.tell(
-        say(
-            f"{mask['learned_share']:.0%} of the tokens are learned; {mask['stop_learned_share']:.0%} of the samples learn to stop",
-            f"{mask['learned_share']:.0%} 的 token 计入损失；{mask['stop_learned_share']:.0%} 的样本学到停止符",
-        )
-    )
+    console.tell(say_mask(mask))
     if mask["round_trip"]["differ"]:
         console.notice(
             say(
@@ -388,12 +509,14 @@ def _say_ledger(lesson: Lesson) -> None:
         )
 
 
-def _say_plan(plan: Plan, store: TokenStore, pupil: Pupil) -> None:
-    tokens, counts = console.human_count(sum(plan.tokens_of(store.lengths))), pupil.counts
+def _say_plan(legs: list[Leg], store: TokenStore, counts: dict[str, Any]) -> None:
+    plan = legs[0].plan
+    steps = " + ".join(str(len(leg.plan)) for leg in legs)
+    tokens = console.human_count(sum(sum(leg.plan.tokens_of(store.lengths)) for leg in legs))
     console.tell(
         say(
-            f"{len(plan)} steps, {tokens} tokens; a step is {plan.accumulate} x {plan.world} micro-batches of at most {plan.budget} tokens",
-            f"{len(plan)} 步，{tokens} token；每步 {plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token",
+            f"{steps} steps, {tokens} tokens; a step is {plan.accumulate} x {plan.world} micro-batches of at most {plan.budget} tokens",
+            f"{steps} 步，{tokens} token；每步 {plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token",
         )
     )
     console.tell(
@@ -404,17 +527,17 @@ def _say_plan(plan: Plan, store: TokenStore, pupil: Pupil) -> None:
     )
 
 
+def _change_of(scores: dict[str, float]) -> str:
+    change = scores["after"] / scores["before"] - 1 if scores["before"] else math.nan
+    return f"{scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})"
+
+
 def _say_result(report: dict[str, Any], out: Path) -> None:
     through = report["throughput"]
     if held_out := report["held_out"]:
-        scores = held_out["bits_per_byte"]
-        change = (scores["after"] / scores["before"] - 1) if scores["before"] else math.nan
-        console.good(
-            say(
-                f"held-out bits per byte {scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})",
-                f"留出集 bits per byte {scores['before']:.3f} → {scores['after']:.3f}（{change:+.1%}）",
-            )
-        )
+        console.good(f"{say('held-out bits per byte', '留出集 bits per byte')} {_change_of(held_out['bits_per_byte'])}")
+        for name, group in held_out["groups"].items():
+            console.good(f"  {name} {_change_of(group['bits_per_byte'])}")
     console.good(
         f"{console.human_time(through['seconds'])} · {through['tokens_per_second']:.0f} token/s · "
         f"{say('peak', '峰值')} {console.human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"

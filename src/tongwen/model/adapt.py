@@ -1,78 +1,304 @@
-"""What is trained: the whole model, or low-rank adapters on it. Placed by peft; what peft leaves out is named."""
+"""What is trained: all weights, embeddings, their new rows, or adapters. Placed by peft; what peft leaves out is named.
+
+A stage may train different parts in turn. So the model is adapted once, for all of them, and `focus` says which part
+learns now; what a part is, is decided by the tensor, not by its name in a recipe.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tongwen.errors import ModelError
 from tongwen.families import family_of
 from tongwen.language import say
-from tongwen.model.load import quiet
+from tongwen.model.load import open_adapter, quiet
 from tongwen.model.lora import fuse
-from tongwen.recipe.schema import Adapter
+from tongwen.recipe.schema import Adapter, Part
+
+JUDGED = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what AdaLoRA's allocator remembers of each tensor
 
 
 @dataclass
 class Adapted:
-    """A model ready to train, and what was decided on the way."""
+    """A model ready to train, and what was decided on the way.
+
+    rows:       ids of the new rows
+    whole:      whether some part trains embeddings in full
+    learners:   every tensor that some part trains
+    embeddings: those of them that are whole matrices of tokens
+    """
 
     model: Any
+    rows: list[int] = field(default_factory=list)
+    whole: bool = False
     notices: list[str] = field(default_factory=list)
+    learners: list[torch.nn.Parameter] = field(init=False)
+    embeddings: list[torch.nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.learners = [part for part in self.model.parameters() if part.requires_grad]
+        self.embeddings = _embeddings(self.model) if self.whole else []
+        self._guard: list[Any] = []
 
     @property
     def counts(self) -> dict[str, Any]:
+        """Parameters that learn now."""
         trainable = sum(part.numel() for part in self.model.parameters() if part.requires_grad)
         total = sum(part.numel() for part in self.model.parameters())
         return {"parameters": trainable, "of": total, "share": trainable / total}
 
+    def focus(self, parts: Collection[Part]) -> list[torch.nn.Parameter]:
+        """Only these parts learn from here on. Returns the whole embedding matrices of which only the new rows may learn:
+        their gradient is zero elsewhere, and the optimizer must do nothing else to them."""
+        for hook in self._guard:
+            hook.remove()
+        self._guard = []
+        whole = {id(part) for part in self.embeddings}
+        single = {id(part) for name, part in self.model.named_parameters() if "trainable_tokens_" in name and self.rows}
+        for part in self.learners:
+            if "full" in parts:
+                part.requires_grad_(True)
+            elif id(part) in whole:
+                part.requires_grad_("embeddings" in parts or "new_rows" in parts)
+            elif id(part) in single:
+                part.requires_grad_("new_rows" in parts)
+            else:
+                part.requires_grad_("lora" in parts)
+        self.model.zero_grad(set_to_none=True)
+        if "new_rows" not in parts:
+            return []
+        self._guard = [part.register_hook(_only_rows(self.rows)) for part in self.embeddings]
+        return self.embeddings
 
-def adapt(model: Any, choice: Adapter, token_rows: list[int]) -> Adapted:
-    """Freeze what is not trained and add what is. token_rows: ids whose embedding rows are trained as well.
+    def finished(self) -> Any:
+        """The model as it is saved: single trained rows without an adapter beside them go into their matrix."""
+        if _type_of(self.model) == "TRAINABLE_TOKENS":
+            return self.model.merge_and_unload()
+        return self.model
 
-    Raises ModelError when a target names no module, or nothing would be trained.
+
+def adapt(
+    model: Any,
+    choice: Adapter,
+    control_rows: list[int],
+    *,
+    trained: Collection[Part] = (),
+    new_rows: list[int] | None = None,
+    steps: int = 0,
+    fingerprint: str | None = None,
+) -> Adapted:
+    """Freeze what no part trains, and add what is missing.
+
+    control_rows: ids whose rows learn beside the adapter; trained: the parts that some phase trains, the adapter's own when
+    empty; new_rows: ids for the part of that name; steps: over which AdaLoRA spends its budget; fingerprint: of the model,
+    for an adapter that is trained further. Raises ModelError when a target names no module, or nothing would be trained.
     """
-    if choice.method == "full":
+    parts = set(trained) or {choice.part}
+    rows = list(new_rows or [])
+    if "full" in parts:
         model.requires_grad_(True)
-        return Adapted(model)
-    from peft import LoraConfig, get_peft_model
+        return Adapted(model, rows, whole=True)
+    if "lora" in parts:
+        adapted = _with_adapter(model, choice, parts, control_rows, rows, steps, fingerprint)
+    elif "embeddings" in parts:
+        model.requires_grad_(False)
+        for part in _weights_of_embeddings(model):
+            part.requires_grad_(True)
+        adapted = Adapted(model, rows, whole=True)
+    else:
+        from peft import TrainableTokensConfig, get_peft_model
 
-    targets = find_targets(model, choice)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=choice.rank,
-        lora_alpha=choice.scale,
-        lora_dropout=choice.dropout,
-        use_rslora=choice.rslora,
-        use_dora=choice.dora,
-        target_modules=targets,
-        modules_to_save=list(choice.also_train) or None,
-        ensure_weight_tying=bool(
-            getattr(model.config, "tie_word_embeddings", False)
-        ),  # peft's default unties in silence
-        trainable_token_indices=_token_rows(model, token_rows),
-    )
-    for name in choice.also_train:
+        # Not Adapted's gradient mask: here the optimizer keeps state for the rows alone.
+        config = TrainableTokensConfig(
+            token_indices=sorted({*control_rows, *rows}), target_modules=list(_row_owners(model))
+        )
+        with quiet():
+            adapted = Adapted(get_peft_model(model, config), rows)
+    if not adapted.learners:
+        raise ModelError(say("nothing would be trained", "没有任何可训练的参数"), place="adapter")
+    return adapted
+
+
+def _with_adapter(
+    model: Any,
+    choice: Adapter,
+    parts: set[Part],
+    control_rows: list[int],
+    new_rows: list[int],
+    steps: int,
+    fingerprint: str | None,
+) -> Adapted:
+    if choice.continue_from:
+        opened = open_adapter(model, choice.continue_from, fingerprint, trainable=True)
+        fuse(opened)
+        adapted = Adapted(opened, new_rows, whole="embeddings" in parts)
+        if adapted.whole and not adapted.embeddings:
+            raise ModelError(
+                say("this adapter holds no embeddings to train further", "该适配器不含可继续训练的词向量"),
+                place="adapter.continue_from",
+                remedy="train: lora",
+            )
+        return adapted
+    from peft import get_peft_model
+
+    whole = "embeddings" in parts
+    also = list(choice.also_train)
+    for name in also:
         if not any(
             module_name.split(".")[-1] == name or module_name == name for module_name, _ in model.named_modules()
         ):
             raise _no_module("also_train", name, model)
+    if whole:
+        also += _row_owners(model)
+    single = [] if whole else sorted({*control_rows, *(new_rows if "new_rows" in parts else [])})
+    config = _peft_config(model, choice, also, _token_rows(model, single), steps)
+    notices = _left_out(model, choice)
     with quiet():
-        adapted = Adapted(get_peft_model(model, config))
+        adapted = Adapted(get_peft_model(model, config), new_rows, whole, notices)
     fuse(adapted.model)
-    if token_rows:
+    if control_rows:
         adapted.notices.append(
             say(
-                f"{len(token_rows)} token rows are trained beside the adapter",
-                f"除适配器外还训练 {len(token_rows)} 个词向量行",
+                f"{len(control_rows)} token rows are trained beside the adapter",
+                f"除适配器外还训练 {len(control_rows)} 个词向量行",
             )
         )
-    adapted.notices += _left_out(model, choice)
-    if not adapted.counts["parameters"]:
-        raise ModelError(say("nothing would be trained", "没有任何可训练的参数"), place="sft.adapter")
     return adapted
+
+
+def _peft_config(model: Any, choice: Adapter, also: list[str], rows: dict[str, list[int]] | None, steps: int) -> Any:
+    from peft import AdaLoraConfig, LoraConfig
+
+    words: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "lora_alpha": choice.scale,
+        "lora_dropout": choice.dropout,
+        "target_modules": find_targets(model, choice),
+        "modules_to_save": also or None,
+        # peft's default unties in silence
+        "ensure_weight_tying": bool(getattr(model.config, "tie_word_embeddings", False)),
+    }
+    if choice.method == "adalora":
+        if rows:
+            raise ModelError(
+                say(
+                    f"adalora cannot train single token rows, and {len(next(iter(rows.values())))} need it",
+                    f"adalora 不能训练单独的词向量行，而有 {len(next(iter(rows.values())))} 行需要训练",
+                ),
+                place="adapter.method",
+                remedy=say(
+                    "method: lora, or also_train: [embed_tokens]", "method: lora，或 also_train: [embed_tokens]"
+                ),
+            )
+        # Half as much again to choose from, chosen between a tenth and seven tenths of the run.
+        return AdaLoraConfig(
+            **words,
+            init_r=choice.rank + choice.rank // 2,
+            target_r=choice.rank,
+            tinit=steps // 10,
+            tfinal=max(1, 3 * steps // 10),
+            deltaT=max(1, steps // 100),
+            total_step=max(steps, 3),
+        )
+    return LoraConfig(
+        **words,
+        r=choice.rank,
+        use_rslora=choice.rslora,
+        use_dora=choice.dora,
+        target_parameters=_find_parameters(model, choice),
+        trainable_token_indices=rows,
+    )
+
+
+class Budget:
+    """What AdaLoRA needs beyond the loss and its gradient, and peft leaves to whoever trains."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def penalty(self) -> torch.Tensor:
+        """Its second loss (), which peft adds only where a model computes its own: how far A and B are from orthogonal."""
+        far = [
+            torch.linalg.norm(
+                (part @ part.T if "lora_A" in name else part.T @ part) - torch.eye(min(part.shape)).to(part)
+            )
+            for name, part in self.model.named_parameters()
+            if ("lora_A" in name or "lora_B" in name) and part.requires_grad
+        ]
+        return torch.stack(far).mean() * self.model.active_peft_config.orth_reg_weight
+
+    def spend(self, step: int) -> None:
+        """After the optimizer's step and before the gradients go: ranks are weighed, and the least important masked."""
+        self.model.base_model.update_and_allocate(step)
+
+    def save(self, folder: Path) -> None:
+        """peft's own file has lost the masked ranks, and the weights that they were judged by."""
+        judge, pattern = self.model.base_model.rankallocator, self.model.active_peft_config.rank_pattern
+        state = {f"{kind}/{name}": part for kind in JUDGED for name, part in getattr(judge, kind).items()}
+        state |= {f"weight/{name}": part.detach().clone() for name, part in self._weights().items()}
+        save_file({name: part.contiguous() for name, part in state.items()}, str(folder / "budget.safetensors"))
+        (folder / "budget.json").write_text(json.dumps(pattern), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        judge = self.model.base_model.rankallocator
+        for kind in JUDGED:
+            getattr(judge, kind).clear()
+        with torch.no_grad():
+            for key, tensor in load_file(str(folder / "budget.safetensors")).items():
+                kind, name = key.split("/", 1)
+                if kind == "weight":
+                    self._weights()[name].copy_(tensor)
+                else:
+                    getattr(judge, kind)[name] = tensor
+        self.model.active_peft_config.rank_pattern = json.loads((folder / "budget.json").read_text(encoding="utf-8"))
+
+    def _weights(self) -> dict[str, torch.nn.Parameter]:
+        return {name: part for name, part in self.model.named_parameters() if "lora_" in name}
+
+
+def budget_of(model: Any) -> Budget | None:
+    return Budget(model) if _type_of(model) == "ADALORA" else None
+
+
+def _type_of(model: Any) -> str:
+    config = getattr(model, "peft_config", None)
+    return str(next(iter(config.values())).peft_type.value) if config else ""
+
+
+def _only_rows(rows: list[int]) -> Any:
+    """A hook that leaves a gradient (V, H) on these rows only."""
+
+    def keep(gradient: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(gradient)
+        out[rows] = gradient[rows]
+        return out
+
+    return keep
+
+
+def _embeddings(model: Any) -> list[torch.nn.Parameter]:
+    """The trainable whole matrices of the input embedding and the head; one, where they are tied."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = {
+        id(part): part
+        for module in modules
+        if module is not None
+        for name, part in module.named_parameters()
+        if part.requires_grad and "lora_" not in name and "trainable_tokens_" not in name and part.dim() == 2
+    }
+    return list(found.values())
+
+
+def _weights_of_embeddings(model: Any) -> list[torch.nn.Parameter]:
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return list({id(module.weight): module.weight for module in modules if module is not None}.values())
 
 
 def find_targets(model: Any, choice: Adapter) -> list[str] | str:
@@ -118,20 +344,40 @@ def find_untrained_rows(model: Any, ids: list[int]) -> list[int]:
     return untrained
 
 
-def _token_rows(model: Any, ids: list[int]) -> dict[str, list[int]] | list[int] | None:
-    """peft's form: rows of the input embedding, and of the head where it is a matrix of its own."""
-    if not ids:
-        return None
+def _find_parameters(model: Any, choice: Adapter) -> list[str] | None:
+    names = [name for name, _ in model.named_parameters()]
+    for wanted in choice.target_parameters:
+        if not any(name.endswith(wanted) for name in names):
+            fused = sorted(
+                {".".join(name.split(".")[-3:]) for name, part in model.named_parameters() if part.dim() == 3}
+            )
+            raise ModelError(
+                say(f"no weight is called {wanted!r}", f"没有名为 {wanted!r} 的权重"),
+                place="adapter.target_parameters",
+                remedy=say(
+                    f"fused weights here: {', '.join(fused) or 'none'}", f"融合的权重：{'、'.join(fused) or '无'}"
+                ),
+            )
+    return list(choice.target_parameters) or None
+
+
+def _row_owners(model: Any) -> list[str]:
+    """Names of the modules that hold the tokens' rows: the input embedding, and the head where it is a matrix of its own."""
     names = {id(module): name for name, module in model.named_modules()}
     inside = names[id(model.get_input_embeddings())].split(".")[-1]
     if getattr(model.config, "tie_word_embeddings", False):
-        return {inside: ids}
-    return {inside: ids, names[id(model.get_output_embeddings())].split(".")[-1]: ids}
+        return [inside]
+    return [inside, names[id(model.get_output_embeddings())].split(".")[-1]]
+
+
+def _token_rows(model: Any, ids: list[int]) -> dict[str, list[int]] | None:
+    """peft's form: rows by the module that holds them."""
+    return dict.fromkeys(_row_owners(model), ids) if ids else None
 
 
 def _left_out(model: Any, choice: Adapter) -> list[str]:
     """Weights that do a linear layer's work but are no Linear module, so `all-linear` passes them by (fused experts)."""
-    if choice.targets != "all-linear":
+    if choice.targets != "all-linear" or choice.target_parameters:
         return []
     fused = [
         name
@@ -153,6 +399,6 @@ def _no_module(key: str, name: str, model: Any) -> ModelError:
     linear = sorted({full.split(".")[-1] for full, module in model.named_modules() if hasattr(module, "in_features")})
     return ModelError(
         say(f"no module is called {name!r}", f"没有名为 {name!r} 的模块"),
-        place=f"sft.adapter.{key}",
+        place=f"adapter.{key}",
         remedy=say(f"this model has: {', '.join(linear)}", f"该模型有：{'、'.join(linear)}"),
     )

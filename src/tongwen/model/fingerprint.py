@@ -48,6 +48,11 @@ def fingerprint_model(place: Place) -> str | None:
     return combine(lines) if lines else None
 
 
+def fingerprint_stack(base: str, adapter: str) -> str:
+    """The name of a base with an adapter's change in its weights, from the fingerprints of both."""
+    return hashlib.sha256(f"{base}\0{adapter}".encode()).hexdigest()
+
+
 def fingerprint_state(state: dict[str, torch.Tensor]) -> str:
     """The fingerprint of tensors in memory: the same as that of a safetensors file that holds them."""
     return combine({name: _tensor_line(name, tensor) for name, tensor in state.items()})

@@ -13,45 +13,49 @@ from tongwen import artifact, console
 from tongwen.course import Course, Question, take
 from tongwen.errors import ModelError
 from tongwen.language import say
-from tongwen.lesson import Reader, encode_prepared, open_reader
+from tongwen.lesson import DialogueReader, encode_prepared, new_rows_of, read_dialogues
 from tongwen.model import adapt as adapting
 from tongwen.model import dress
 from tongwen.model.fingerprint import fingerprint_text
 from tongwen.recipe.schema import Recipe, Sft
 from tongwen.record import Dialogue
+from tongwen.river import standing_on
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides this stage's result."""
     assert recipe.sft
-    return {"sft": recipe.sft.model_dump(mode="json"), "seed": recipe.seed, "base": recipe.base}
+    return {"sft": recipe.sft.model_dump(mode="json"), "seed": recipe.seed, "base": standing_on(recipe, "sft")}
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Encode the dialogues, and learn from them."""
-    section = recipe.sft
+    section, base = recipe.sft, standing_on(recipe, "sft")
     assert section
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
-    console.header("sft", f"{recipe.base} · {section.adapter.method}")
-    reader = open_reader(recipe.base, section)
-    lesson = encode_prepared(prepared, reader, section, recipe.seed, out.parent / "tokens")
+    console.header("sft", f"{base} · {section.adapter.method}")
+    reader = read_dialogues(base, section)
+    lesson = encode_prepared(prepared, reader, recipe.seed, out.parent / "tokens" / "sft")
     course = Course(
         recipe=recipe,
         stage="sft",
-        base=recipe.base,
+        base=base,
         settings=settings(recipe),
         section=section,
         prepared=prepared,
         reader=reader,
         lesson=lesson,
-        rows=lambda model: _control_rows(model, reader, section),
         questions=_questions(lesson.held_out, reader, section.samples),
+        rows=lambda model: _control_rows(model, reader, section),
+        new_rows=new_rows_of(base) if section.adapter.method == "new_rows" else (),
+        template=reader.template,
         parents={"template": {"name": section.template, "fingerprint": fingerprint_text(reader.template.source)}},
+        facts={"template_name": section.template},
     )
     return take(course, out)
 
 
-def _control_rows(model: Any, reader: Reader, section: Sft) -> list[int]:
+def _control_rows(model: Any, reader: DialogueReader, section: Sft) -> list[int]:
     """Rows of control tokens that the template writes and the base never saw; under an adapter they would stay so."""
     if section.adapter.method == "full":
         return []
@@ -77,7 +81,7 @@ def _control_rows(model: Any, reader: Reader, section: Sft) -> list[int]:
     return rows
 
 
-def _questions(held_out: list[Dialogue], reader: Reader, count: int) -> list[Question]:
+def _questions(held_out: list[Dialogue], reader: DialogueReader, count: int) -> list[Question]:
     """The held-out dialogues that are answered before and after: the first with a plain question at the end."""
     asked = [
         one
