@@ -134,7 +134,8 @@ def take(course: Course, out: Path) -> artifact.Artifact:
 
     parents = {
         "prepare": course.prepared.as_parent(),
-        "base": _base_parent(course, pupil),
+        "base": {"path": course.base, "fingerprint": pupil.base_fingerprint},
+        **_stage_below(course.base),
         "tokenizer": {"fingerprint": fingerprint_tokenizer(course.reader.tokenizer)},
         **course.parents,
     }
@@ -319,10 +320,10 @@ def _quantization(adapter: Adapter) -> str:
     return adapter.quantize if adapter.method == "qlora" else ""
 
 
-def _base_parent(course: Course, pupil: Pupil) -> dict[str, Any]:
-    """The base with its fingerprint; as an artifact of this run where a stage made it, so that a new one is noticed."""
-    made = artifact.find(Path(course.base))
-    return {**(made.as_parent() if made else {}), "path": course.base, "fingerprint": pupil.base_fingerprint}
+def _stage_below(base: str) -> dict[str, Any]:
+    """The stage that made the base, as a parent of its own: so that `run` notices when it was made anew."""
+    made = artifact.find(Path(base))
+    return {made.kind: made.as_parent()} if made else {}
 
 
 def _method(course: Course) -> str:

@@ -101,7 +101,16 @@ def adapt(
     for an adapter that is trained further. Raises ModelError when a target names no module, or nothing would be trained.
     """
     parts = set(trained) or {choice.part}
-    rows = list(new_rows or [])
+    rows, held = list(new_rows or []), len(model.get_input_embeddings().weight)
+    if rows and not 0 <= min(rows) <= max(rows) < held:
+        raise ModelError(
+            say(
+                f"new_rows.json names row {max(rows)}, the embedding has {held}",
+                f"new_rows.json 提到第 {max(rows)} 行，而词向量只有 {held} 行",
+            ),
+            place=str(model.name_or_path),
+            remedy=say("run the vocabulary stage again", "请重做词表阶段"),
+        )
     if "full" in parts:
         model.requires_grad_(True)
         return Adapted(model, rows, whole=True)

@@ -19,6 +19,7 @@ from tongwen.model import load
 from tongwen.model.fingerprint import cached_folder, fingerprint_model
 from tongwen.model.fold import fold, read_changes
 from tongwen.recipe.schema import Recipe
+from tongwen.river import standing_on
 
 DTYPES = {"base": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FROM_ADAPTER = (
@@ -37,10 +38,12 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
-    """Fold the adapter of the run's `sft` into its base."""
+    """Fold the adapter of the run's last training stage into what it stands on."""
     assert recipe.merge
-    trained = artifact.open_artifact(out.parent / "sft", "sft")
-    return merge(recipe.base, trained.path, out, recipe.merge.dtype, settings(recipe))
+    last = Path(standing_on(recipe, "merge"))
+    trained = artifact.open_artifact(last, last.name)
+    base = trained.manifest["parents"]["base"]["path"]
+    return merge(base, trained.path, out, recipe.merge.dtype, settings(recipe))
 
 
 def merge(

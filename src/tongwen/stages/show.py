@@ -68,7 +68,7 @@ def _tree(one: artifact.Artifact) -> Tree:
 
 def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     out: list[tuple[str, str]] = []
-    for key in ("device", "dtype", "steps", "tokens", "batch", "stop_tokens", "template_name", "counts"):
+    for key in ("method", "device", "dtype", "steps", "tokens", "batch", "stop_tokens", "template_name", "counts"):
         if key in manifest:
             value = manifest[key]
             out.append(

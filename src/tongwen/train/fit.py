@@ -215,7 +215,7 @@ class PlannedTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": mine, "lr": rate, "weight_decay": decay})
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.job.stretch.words.schedule == "warmup_lr" and self.lr_scheduler is None:
+        if self.job.stretch.words.schedule == "warmup_lr":
             warm = max(2, self.args.get_warmup_steps(num_training_steps))
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer, lambda step: min(1.0, math.log(step + 1) / math.log(warm))
