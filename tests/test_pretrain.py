@@ -59,8 +59,6 @@ def grown(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-
-
 def metrics(stage: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
 
