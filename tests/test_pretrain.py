@@ -265,3 +265,45 @@ def test_plan_check_and_look_know_pretraining(grown: Path, tmp_path: Path, tongw
     assert tongwen("check", recipe)[0] == 0
     code, out, _ = tongwen("look", recipe, "-n", "1")
     assert code == 0 and "<|endoftext|>" in out
+
+
+@pytest.mark.parametrize("arrangement", ["apart", "concatenated", "blocks"])
+def test_the_partition_of_a_batch_changes_nothing(arrangement: str, chat_model: Path, tmp_path: Path) -> None:
+    """Many small micro-batches, one pack of all, and two processes: the same losses and gradients."""
+    found = []
+    for budget, devices in ((64, 1), (4096, 1), (4096, 2)):
+        words = f"documents: {arrangement}, stop_after: 3 steps, learning_rate: 1e-3, micro_batch_tokens: {budget}"
+        recipe = write_recipe(tmp_path / f"{budget}-{devices}", chat_model, words)
+        if devices == 2 and arrangement != "apart":
+            continue
+        assert cli.main(["run", str(recipe), "--devices", str(devices)]) == 0
+        found.append([(line["loss"], line["grad_norm"]) for line in metrics(recipe.parent / "out" / "pretrain")])
+    for lines in found[1:]:
+        for (loss, norm), (wanted_loss, wanted_norm) in zip(lines, found[0], strict=True):
+            assert loss == pytest.approx(wanted_loss, abs=2e-6)
+            assert norm == pytest.approx(wanted_norm, rel=2e-5)
+
+
+def test_two_processes_take_the_phases_of_one(grown: Path, tmp_path: Path) -> None:
+    words = "phases: [{train: new_rows, stop_after: 2 steps}, {train: lora+embeddings, stop_after: 2 steps}], evaluate_every: 1"
+    found = []
+    for devices in (1, 2):
+        recipe = write_recipe(tmp_path / str(devices), grown, words)
+        assert cli.main(["run", str(recipe), "--devices", str(devices)]) == 0
+        found.append(tensors(tmp_path / str(devices) / "out" / "pretrain"))
+    for name, wanted in found[0].items():
+        assert torch.allclose(found[1][name], wanted, atol=1e-4), name
+
+
+def test_a_source_says_its_language_and_its_share(chat_model: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "more.jsonl", [{"text": f"hello world, how are you today? {number}"} for number in range(60)])
+    recipe = write_recipe(tmp_path, chat_model, "stop_after: 1 epoch")
+    text = recipe.read_text().replace(
+        f"documents: {tmp_path / 'docs.jsonl'}",
+        f"documents: [{tmp_path / 'docs.jsonl'}, {{path: {tmp_path / 'more.jsonl'}, language: en, share: 0.2}}]",
+    )
+    recipe.write_text(text)
+    assert cli.main(["run", str(recipe)]) == 0
+    report = json.loads((tmp_path / "out" / "pretrain" / "report.json").read_text())
+    assert set(report["held_out"]["groups"]) == {"en", "other", "zh"}
+    assert metrics(tmp_path / "out" / "pretrain")[-1]["epoch"] == 1.0

@@ -413,11 +413,11 @@ def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _save(course: Course, pupil: Pupil, folder: Path) -> str:
     """Adapter or model, tokenizer, template and stop tokens; returns the fingerprint of the trained tensors."""
-    model = pupil.adapted.finished()
+    model = pupil.model
     if model.config._attn_implementation == attention.NAME:
         model.set_attn_implementation("sdpa")
     model.config.use_cache = True
-    model.save_pretrained(str(folder))
+    pupil.adapted.save(folder)
     dress.save_tokenizer(course.reader.tokenizer, course.template, folder)
     dress.save_generation_config(model, pupil.stops, folder)
     check_adapter_saved(folder)

@@ -77,11 +77,16 @@ class Adapted:
         self._guard = [part.register_hook(_only_rows(self.rows)) for part in self.embeddings]
         return self.embeddings
 
-    def finished(self) -> Any:
-        """The model as it is saved: single trained rows without an adapter beside them go into their matrix."""
-        if _type_of(self.model) == "TRAINABLE_TOKENS":
-            return self.model.merge_and_unload()
-        return self.model
+    def save(self, folder: Path) -> None:
+        """The adapter, or the whole model where there is none: single trained rows alone go into their matrix."""
+        kind = _type_of(self.model)
+        if kind == "TRAINABLE_TOKENS":
+            self.model.merge_and_unload().save_pretrained(str(folder))
+            return
+        with quiet():  # peft warns of ranks that AdaLoRA has emptied
+            self.model.save_pretrained(str(folder))
+        if kind == "ADALORA":
+            _write_as_lora(folder)
 
 
 def adapt(
@@ -270,6 +275,35 @@ class Budget:
 
     def _weights(self) -> dict[str, torch.nn.Parameter]:
         return {name: part for name, part in self.model.named_parameters() if "lora_" in name}
+
+
+def _write_as_lora(folder: Path) -> None:
+    """A saved AdaLoRA adapter becomes the ordinary LoRA that computes the same, with a rank for each module: B (E A) times
+    alpha / (first rank) is (scaled B) (E A). Whatever reads LoRA reads it."""
+    from peft import LoraConfig
+
+    file = folder / "adapter_model.safetensors"
+    told, old = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), load_file(str(file))
+    scale = told["lora_alpha"] / (told["init_r"] + 1e-5)  # as peft computes it
+    new, ranks = {name: part for name, part in old.items() if ".lora_" not in name}, dict[str, int]()
+    for name in (name.removesuffix(".lora_A") for name in old if name.endswith(".lora_A")):
+        importance = old[f"{name}.lora_E"]
+        if rank := len(importance):
+            ranks[name.removeprefix("base_model.model.")] = rank
+            new[f"{name}.lora_A.weight"] = old[f"{name}.lora_A"] * importance
+            new[f"{name}.lora_B.weight"] = old[f"{name}.lora_B"] * scale
+    LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=told["base_model_name_or_path"],
+        r=1,
+        lora_alpha=1,
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+        target_modules=list(ranks),
+        modules_to_save=told["modules_to_save"],
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    save_file({name: part.contiguous() for name, part in new.items()}, str(file), metadata={"format": "pt"})
 
 
 def budget_of(model: Any) -> Budget | None:

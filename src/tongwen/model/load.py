@@ -278,6 +278,8 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackage("bitsandbytes", say("a quantised base", "量化底座"), "qlora")
     if kind == "int8":
+        # It multiplies in fp16 and would say so at every product.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
