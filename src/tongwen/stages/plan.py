@@ -69,6 +69,7 @@ def _plan(recipe: Recipe, name: str, section: Training, memory: int | None) -> d
             bytes_per_weight=width,
             full=full,
             checkpointing=checkpointing,
+            quantize=section.adapter.quantize if section.adapter.method == "qlora" else "",
         )
         if memory is None or needs["peak"] <= memory:
             break
@@ -196,7 +197,7 @@ def _show(
     if memory is not None and needs["peak"] > memory:
         console.notice(
             say(
-                f"this needs more than {console.human_bytes(memory)}; in this order: micro_batch_tokens {plan.budget // 2}, max_length {section.max_length // 2}, adapter.method lora, a smaller base",
-                f"超过 {console.human_bytes(memory)}；依次尝试：micro_batch_tokens {plan.budget // 2}，max_length {section.max_length // 2}，adapter.method lora，更小的底座",
+                f"this needs more than {console.human_bytes(memory)}; in this order: micro_batch_tokens {plan.budget // 2}, max_length {section.max_length // 2}, adapter.method qlora, a smaller base",
+                f"超过 {console.human_bytes(memory)}；依次尝试：micro_batch_tokens {plan.budget // 2}，max_length {section.max_length // 2}，adapter.method qlora，更小的底座",
             )
         )

@@ -68,6 +68,8 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
             f"<h2>{say('Held-out bits per byte', '留出集 bits per byte')}</h2>"
             + curve(scores, say("step", "步"), "bits per byte")
         )
+    if held_out.get("groups"):
+        parts.append(f"<h2>{say('Held out, by language', '按语言的留出集')}</h2>{_groups(held_out['groups'], metrics)}")
     parts.append(
         f"<h2>{say('Ledger', '账目')}</h2>" + "".join(_ledger(name, table) for name, table in report["ledger"].items())
     )
@@ -186,6 +188,22 @@ def cjk_font() -> str | None:
 def _change(held_out: dict[str, Any]) -> str:
     scores = held_out.get("bits_per_byte")
     return f"{scores['before']:.3f} → {scores['after']:.3f}" if scores else ""
+
+
+def _groups(groups: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+    """What each language's bits per byte were and have become: what was learned, and what was forgotten."""
+    head = (say("language", "语言"), say("before", "训练前"), say("on the way", "途中"), say("after", "训练后"))
+    rows = ""
+    for name, group in groups.items():
+        scores, key = group["bits_per_byte"], f"bits_per_byte_{name}"
+        way = " · ".join(f"{line[key]:.3f}" for line in metrics if key in line)
+        change = f"{scores['after'] / scores['before'] - 1:+.1%}" if scores["before"] else ""
+        rows += (
+            f"<tr><td>{html.escape(name)}</td><td class=n>{scores['before']:.3f}</td><td class=n>{way}</td>"
+            f"<td class=n>{scores['after']:.3f} ({change})</td></tr>"
+        )
+    cells = f"<th>{head[0]}</th>" + "".join(f"<th class=n>{word}</th>" for word in head[1:])
+    return f"<div class=scroll><table><tr>{cells}</tr>{rows}</table></div>"
 
 
 def _ledger(name: str, table: dict[str, Any]) -> str:
