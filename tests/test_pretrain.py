@@ -307,3 +307,29 @@ def test_a_source_says_its_language_and_its_share(chat_model: Path, tmp_path: Pa
     report = json.loads((tmp_path / "out" / "pretrain" / "report.json").read_text())
     assert set(report["held_out"]["groups"]) == {"en", "other", "zh"}
     assert metrics(tmp_path / "out" / "pretrain")[-1]["epoch"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train: full, phases: [{train: lora}]", "exclude each other"),
+        ("phases: [{train: full}, {train: lora}]", "keep one of the two"),
+        ("train: lora, forgetting: {stop: 0.1}", "evaluate_every: 50"),
+        ("train: everything", "not one of"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(words: str, said: str, chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    code, _, err = tongwen("check", write_recipe(tmp_path, chat_model, words))
+    assert code == 2 and said in err
+
+
+def test_other_contradictions(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, chat_model, "evaluate_every: 1, stop_after: 2 steps")
+    code, _, err = tongwen("run", recipe, "prepare.held_out=0")
+    assert code == 2 and "nothing is held out" in err and "held_out: 0.02" in err
+    code, _, err = tongwen("check", recipe, "pretrain.adapter.method=full")
+    assert code == 2 and "`train: full`" in err
+    text = recipe.read_text().replace("documents:", "dialogues:")
+    recipe.write_text(text)
+    code, _, err = tongwen("check", recipe)
+    assert code == 2 and "documents: ..." in err

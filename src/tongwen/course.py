@@ -24,6 +24,7 @@ from tongwen import artifact, console, launch
 from tongwen.data.encode import token_bytes
 from tongwen.data.ledger import table_rows
 from tongwen.data.store import TokenStore
+from tongwen.errors import RecipeError
 from tongwen.families import family_of
 from tongwen.infer.decode import Sampling, Voice
 from tongwen.language import say
@@ -116,6 +117,12 @@ class Leg:
 def take(course: Course, out: Path) -> artifact.Artifact:
     """Adapt, score, audit and train phase by phase, score again, save."""
     lesson, stage = course.lesson, course.stage
+    if course.section.evaluate_every and not lesson.held_out_stores:
+        raise RecipeError(
+            say("nothing is held out that could be evaluated on the way", "没有留出数据，途中无从评测"),
+            place=f"{stage}.evaluate_every: {course.section.evaluate_every}",
+            remedy="prepare: {held_out: 0.02}",
+        )
     _say_ledger(lesson)
     device = load.compute_device()
     legs = _lay_out(course, device, artifact.partial_of(out) / "checkpoints")
@@ -147,7 +154,7 @@ def take(course: Course, out: Path) -> artifact.Artifact:
         def evaluate() -> dict[str, Any]:
             scores = score()
             if isinstance(course.section, Pretrain):
-                check_forgetting(before["scores"], scores, course.section.forgetting)
+                check_forgetting(before["scores"]["groups"], scores["groups"], course.section.forgetting)
             return scores
 
         throughput, unreached = _train(course, pupil, legs, draft.path, evaluate if lesson.held_out_stores else None)
@@ -156,7 +163,7 @@ def take(course: Course, out: Path) -> artifact.Artifact:
             draft.fingerprint = _save(course, pupil, draft.path)
             draft.facts = _facts(course, pupil, legs, throughput)
             report = {
-                "summary": f"{course.base} · {_method(course)} · {sum(len(leg.plan) for leg in legs)} {say('steps', '步')}",
+                "summary": f"{course.base} · {_method(course)} · {throughput['steps']} {say('steps', '步')}",
                 "ledger": _books(course),
                 "mask": lesson.mask,
                 "trainable": trained,
@@ -253,7 +260,7 @@ def _train(
         console.notice(
             say(f"continuing after step {start} of {len(tokens)}", f"从第 {start} 步（共 {len(tokens)} 步）继续")
         )
-    unreached: list[str] = []
+    unreached, done = list[str](), start
     began = time.monotonic()
     with console.progress(len(tokens), course.stage, start) as bar:
         for leg in legs[current:]:
@@ -269,11 +276,12 @@ def _train(
                 leg.steps_before,
                 leg.epochs_before,
             )
-            fit(_job(course, pupil, leg, guarded, resume, evaluate, watch))
+            done = leg.steps_before + fit(_job(course, pupil, leg, guarded, resume, evaluate, watch))
             resume = None
-    seconds, trained = time.monotonic() - began, tokens[-1] - (tokens[start - 1] if start else 0)
+    seconds, trained = time.monotonic() - began, tokens[done - 1] - (tokens[start - 1] if start else 0)
     return {
-        "tokens": tokens[-1],
+        "steps": done,
+        "tokens": tokens[done - 1],
         "tokens_this_run": trained,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(trained / max(seconds, 1e-9), 2),
@@ -312,7 +320,7 @@ def _job(
         checkpointing=_needs_checkpointing(leg.stretch.words, pupil.model.config, pupil.device, leg.plan.budget),
         embeddings=pupil.adapted.embeddings if apart else (),
         guarded=guarded,
-        budget=adapting.budget_of(pupil.model),
+        budget=adapting.budget_of(pupil.model) if "lora" in leg.stretch.parts else None,
     )
 
 
@@ -430,7 +438,7 @@ def _facts(course: Course, pupil: Pupil, legs: list[Leg], throughput: dict[str, 
         "device": pupil.device,
         "dtype": str(pupil.dtype).removeprefix("torch."),
         "method": _method(course),
-        "steps": sum(len(leg.plan) for leg in legs),
+        "steps": throughput["steps"],
         "tokens": throughput["tokens"],
         "batch": {"tokens": section.batch_tokens} if section.batch_tokens else {"samples": section.batch_size},
         "micro_batches": {"accumulate": plan.accumulate, "world": plan.world, "token_budget": plan.budget},

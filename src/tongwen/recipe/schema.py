@@ -473,6 +473,11 @@ class Pretrain(Training):
                 f"adapter: {{method: {self.adapter.method}}} is said by `train: {self.adapter.method}` here",
                 f"此处 adapter: {{method: {self.adapter.method}}} 应写作 `train: {self.adapter.method}`",
             )
+        if self.forgetting.stop is not None and self.evaluate_every is None:
+            raise wrong(
+                "`forgetting: {stop: ...}` looks at evaluations, and there are none on the way: add `evaluate_every: 50`",
+                "`forgetting: {stop: ...}`依据评测判断，而途中没有评测：请加 `evaluate_every: 50`",
+            )
         trained = [one.parts for one in self.stretches]
         if ("full",) in trained and any("lora" in parts for parts in trained):
             raise wrong(

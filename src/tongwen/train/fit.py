@@ -82,8 +82,9 @@ class Job:
     budget: Budget | None = None
 
 
-def fit(job: Job) -> None:
-    """Train to the end, from the checkpoint if there is one. Raises NumbersError on NaN or a failed audit."""
+def fit(job: Job) -> int:
+    """Train to the end, from the checkpoint if there is one; returns the steps taken in all. Raises NumbersError on NaN or
+    a failed audit."""
     trainer = PlannedTrainer(job)
     trainer.remove_callback(PrinterCallback)
     for callback in (job.watch, FirstSteps(), NoNan(job), Evaluations(job), Spending(job)):
@@ -92,14 +93,17 @@ def fit(job: Job) -> None:
     job.watch.begin(start)
     if start >= len(job.plan) or job.watch.waited(patience):
         trainer._load_from_checkpoint(str(job.resume))
+        done = start
     else:
         trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
-    if patience and (best := job.watch.best) and best[0] != trainer.state.global_step:
+        done = trainer.state.global_step
+    if patience and (best := job.watch.best) and best[0] != done:
         console.notice(say(f"the weights of step {best[0]}, the best, are taken", f"取第 {best[0]} 步（最佳）的权重"))
         trainer._load_from_checkpoint(str(job.checkpoints / f"checkpoint-{best[0]}"))
     for name, part in job.model.named_parameters():
         if part.requires_grad and not bool(torch.isfinite(part).all()):
             raise NumbersError(say("weights are not finite after the run", "训练后权重含非有限值"), place=name)
+    return done
 
 
 def steps_of(amount: float, total: int) -> int:

@@ -98,9 +98,9 @@ class Watch(TrainerCallback):
 
 def check_forgetting(before: dict[str, Any], now: dict[str, Any], limits: Forgetting) -> None:
     """The forgetting gauge: say which group's bits per byte have risen over where they began, and by how much. Raises
-    NumbersError when the recipe wants to stop there."""
-    for name, one in now["groups"].items():
-        old, new = before["groups"][name]["bits_per_byte"], one["bits_per_byte"]
+    NumbersError when the recipe wants to stop there. before, now: scores by group."""
+    for name, one in now.items():
+        old, new = before[name]["bits_per_byte"], one["bits_per_byte"]
         rise = new / old - 1 if old else 0.0
         what = say(
             f"held-out bits per byte of {name} rose from {old:.4f} to {new:.4f} ({rise:+.1%})",
