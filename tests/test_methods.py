@@ -300,3 +300,13 @@ def test_learned_prompts_of_other_tools_can_be_talked_to(kind: str, chat_model: 
         without = plain.voice.model(input_ids=ids).logits[0, -1]
     assert torch.allclose(found, wanted, atol=1e-5) and not torch.allclose(found, without, atol=1e-2)
     assert led.chat([{"role": "user", "content": "你好"}], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(("rate", "said"), [("1e-9", True), ("1e-2", False)])
+def test_a_loss_that_does_not_fall_is_said(
+    rate: str, said: bool, chat_model: Path, tmp_path: Path, tongwen: Any
+) -> None:
+    code, out, _ = tongwen(
+        "run", recipe_for(tmp_path, chat_model, "{rank: 4}", sft=", stop_after: 110 steps"), f"sft.learning_rate={rate}"
+    )
+    assert code == 0 and (out.count("the loss has not fallen in 100 logged steps") == 1) is said

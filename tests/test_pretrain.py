@@ -84,6 +84,20 @@ def test_only_the_new_rows_move(phases: str, grown: Path, tmp_path: Path) -> Non
     assert changed_rows(before[EMBEDDING], after[EMBEDDING]) == NEW
 
 
+def test_new_rows_stay_beside_an_adapter(grown: Path, tmp_path: Path) -> None:
+    """Trained in the first phase, at rest in the second, and both in what is merged."""
+    words = "phases: [{train: new_rows, stop_after: 3 steps}, {train: lora, stop_after: 3 steps}], save_every: 3"
+    assert cli.main(["run", str(write_recipe(tmp_path, grown, words, extra="merge: {}\n"))]) == 0
+    before, after = tensors(grown), tensors(tmp_path / "out" / "merge")
+    assert changed_rows(before[EMBEDDING], after[EMBEDDING]) == NEW
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        name for name in before if "_proj" in name or name == EMBEDDING
+    }
+    phases = (tensors(tmp_path / f"out/pretrain/checkpoints/phase-{number}/checkpoint-3") for number in (1, 2))
+    rows, later = ([part for name, part in state.items() if "trainable_tokens" in name] for state in phases)
+    assert len(rows) >= 1 and all(torch.equal(one, other) for one, other in zip(rows, later, strict=True))
+
+
 def test_new_rows_need_a_vocabulary_stage(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     code, _, err = tongwen("run", write_recipe(tmp_path, chat_model, "train: new_rows"))
     assert code == 4 and "new_rows.json" in err and "train: embeddings" in err

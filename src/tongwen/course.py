@@ -35,7 +35,7 @@ from tongwen.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from tongwen.model.score import bits_per_byte, learned_loss
 from tongwen.model.stack import open_stack
 from tongwen.recipe.load import dump
-from tongwen.recipe.schema import Adapter, Pretrain, Recipe, Stretch, Training
+from tongwen.recipe.schema import Adapter, Forgetting, Pretrain, Recipe, Stretch, Training
 from tongwen.template import Template
 from tongwen.train import audit
 from tongwen.train.batches import MicroBatches, Plan, fill, make_plan, token_budget
@@ -130,6 +130,7 @@ def take(course: Course, out: Path) -> artifact.Artifact:
     trained = pupil.adapted.counts
     _say_plan(legs, lesson.store, trained)
     sizes = torch.from_numpy(token_bytes(course.reader.tokenizer))
+    limits = course.section.forgetting if isinstance(course.section, Pretrain) else Forgetting()
 
     def score() -> dict[str, Any]:
         return _score(pupil, lesson.held_out_stores, legs[0].plan.budget, sizes)
@@ -153,12 +154,13 @@ def take(course: Course, out: Path) -> artifact.Artifact:
 
         def evaluate() -> dict[str, Any]:
             scores = score()
-            if isinstance(course.section, Pretrain):
-                check_forgetting(before["scores"]["groups"], scores["groups"], course.section.forgetting)
+            check_forgetting(before["scores"]["groups"], scores["groups"], limits)
             return scores
 
         throughput, unreached = _train(course, pupil, legs, draft.path, evaluate if lesson.held_out_stores else None)
         after = examine()
+        if after["scores"]:  # too late to stop
+            check_forgetting(before["scores"]["groups"], after["scores"]["groups"], Forgetting(warn=limits.warn))
         if launch.is_first():
             draft.fingerprint = _save(course, pupil, draft.path)
             draft.facts = _facts(course, pupil, legs, throughput)
@@ -183,8 +185,8 @@ def _open_pupil(course: Course, device: str, adapter_steps: int) -> Pupil:
     section, reader, place = course.section, course.reader, load.locate(course.base)
     dtype, why = load.compute_dtype(section.precision, device)
     trained = {part for stretch in section.stretches for part in stretch.parts}
-    # Weights that learn stand in fp32: without an adapter those are the base's own.
-    kept_in = dtype if "lora" in trained else torch.float32
+    # What learns stands in fp32. Adapters and single rows are tensors beside the base's own.
+    kept_in = dtype if "lora" in trained or trained == {"new_rows"} else torch.float32
     with console.waiting(say("opening the base", "打开底座")):
         model, packed, fingerprint = _open(place, kept_in, _quantization(section.adapter))
     load.check_tokenizer(reader.tokenizer, model, place)

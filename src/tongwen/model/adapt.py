@@ -274,7 +274,7 @@ class Budget:
         self.model.active_peft_config.rank_pattern = json.loads((folder / "budget.json").read_text(encoding="utf-8"))
 
     def _weights(self) -> dict[str, torch.nn.Parameter]:
-        return {name: part for name, part in self.model.named_parameters() if "lora_" in name}
+        return {name: part for name, part in self.model.named_parameters() if part.requires_grad or "lora_" in name}
 
 
 def _write_as_lora(folder: Path) -> None:

@@ -206,7 +206,8 @@ class quiet:  # noqa: N801 (used like a function)
         self._level = hf.get_verbosity()
         hf.set_verbosity_error()
         hf.disable_progress_bar()
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        for name in ("huggingface_hub", "bitsandbytes"):  # the latter says at every int8 product that it is one of fp16
+            logging.getLogger(name).setLevel(logging.ERROR)
         # Bars that libraries draw themselves (GGUF, downloads) are for a terminal; a log would fill with them.
         self._stderr = (
             contextlib.redirect_stderr(io.StringIO()) if not sys.stderr.isatty() else contextlib.nullcontext()
@@ -278,8 +279,6 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackage("bitsandbytes", say("a quantised base", "量化底座"), "qlora")
     if kind == "int8":
-        # It multiplies in fp16 and would say so at every product.
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -16,6 +16,8 @@ from tongwen.language import say
 from tongwen.launch import is_first
 from tongwen.recipe.schema import Forgetting
 
+FLAT_AFTER = 100  # logged steps after which a loss should have fallen
+
 
 class Watch(TrainerCallback):
     """Writes metrics.jsonl and moves the bar.
@@ -38,6 +40,7 @@ class Watch(TrainerCallback):
         self.started, self.first, self.before = time.monotonic(), before_steps, 0.0
         self.scores: dict[str, float] = {}
         self.history: list[tuple[int, float]] = []
+        self.losses: list[float] = []
 
     def begin(self, step: int) -> None:
         """A resumed run drops the lines beyond its checkpoint: they will be written again. step: of this phase."""
@@ -49,6 +52,7 @@ class Watch(TrainerCallback):
             for line in kept
             if "bits_per_byte" in line and line["step"] > self.before_steps
         ]
+        self.losses = [line["loss"] for line in kept if line["step"] > self.before_steps]
         if is_first():
             beside = self.file.with_suffix(".partial")
             beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -82,6 +86,8 @@ class Watch(TrainerCallback):
             **self.scores,
         }
         self.scores = {}
+        self.losses.append(logs["loss"])
+        self._say_flat()
         self._append(line)
         self.bar.update(step, f"loss {logs['loss']:.3f} · {human_count(round(speed))} tok/s")
 
@@ -90,6 +96,20 @@ class Watch(TrainerCallback):
         self.history.append((step, scores["bits_per_byte"]))
         self.scores = {"held_out_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"]}
         self.scores |= {f"bits_per_byte_{name}": one["bits_per_byte"] for name, one in scores["groups"].items()}
+
+    def _say_flat(self) -> None:
+        """Once in a phase: a loss that has not fallen by then is usually a learning rate that is wrong by far."""
+        if len(self.losses) != FLAT_AFTER:
+            return
+        tenth = FLAT_AFTER // 10
+        first, last = (sum(part) / tenth for part in (self.losses[:tenth], self.losses[-tenth:]))
+        if last > 0.99 * first:
+            console.notice(
+                say(
+                    f"the loss has not fallen in {FLAT_AFTER} logged steps: {first:.3f} → {last:.3f}; is learning_rate right?",
+                    f"记录的 {FLAT_AFTER} 步内损失没有下降：{first:.3f} → {last:.3f}；learning_rate 合适吗？",
+                )
+            )
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.file.open("a", encoding="utf-8") as stream:
