@@ -225,6 +225,8 @@ def test_embeddings_learn_at_their_own_rate(grown: Path, tmp_path: Path) -> None
         )
         merged, base = tensors(tmp_path / rate / "m"), tensors(grown)
         moved[rate] = {name: float((merged[name] - base[name]).abs().max()) for name in base}
+        line = metrics(tmp_path / rate / "out" / "pretrain")[0]
+        assert (line["learning_rate"], line.get("embedding_learning_rate", 1e-2)) == (1e-2, float(rate))
     # Adam's first step is as long as its learning rate.
     assert moved["1e-2"][EMBEDDING] == pytest.approx(1e-2, rel=1e-2)
     assert moved["1e-4"][EMBEDDING] == pytest.approx(1e-4, rel=1e-2)

@@ -24,6 +24,9 @@ from tongwen import artifact
 from tongwen.errors import ArtifactError, MachineError, MissingPackage, ModelError
 from tongwen.language import say
 
+# It says on every import which kernels it lacks, and at every int8 product that this is one of fp16.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
@@ -206,8 +209,7 @@ class quiet:  # noqa: N801 (used like a function)
         self._level = hf.get_verbosity()
         hf.set_verbosity_error()
         hf.disable_progress_bar()
-        for name in ("huggingface_hub", "bitsandbytes"):  # the latter says at every int8 product that it is one of fp16
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         # Bars that libraries draw themselves (GGUF, downloads) are for a terminal; a log would fill with them.
         self._stderr = (
             contextlib.redirect_stderr(io.StringIO()) if not sys.stderr.isatty() else contextlib.nullcontext()

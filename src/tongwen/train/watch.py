@@ -85,6 +85,9 @@ class Watch(TrainerCallback):
             "cpu_seconds": round(time.process_time(), 3),
             **self.scores,
         }
+        rates = kwargs["lr_scheduler"].get_last_lr()
+        if rates[-1] != rates[0]:  # the last group, where they have one of their own
+            line["embedding_learning_rate"] = rates[-1]
         self.scores = {}
         self.losses.append(logs["loss"])
         self._say_flat()
