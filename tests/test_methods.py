@@ -19,7 +19,8 @@ from tests.conftest import byte_level_tokenizer, tensors, tiny_llama, write_reci
 from tests.test_run import in_a_child, manifest
 from tongwen import cli
 from tongwen.errors import ModelError
-from tongwen.model.adapt import adapt, budget_of
+from tongwen.model.adalora import budget_of
+from tongwen.model.adapt import adapt
 from tongwen.model.load import Place, load_model, open_adapter
 from tongwen.recipe.schema import Adapter
 from tongwen.train.batches import pack, pad

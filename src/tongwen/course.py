@@ -31,6 +31,7 @@ from tongwen.language import say
 from tongwen.lesson import Lesson, Reader, say_mask
 from tongwen.model import adapt as adapting
 from tongwen.model import attention, dress, load
+from tongwen.model.adalora import budget_of
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from tongwen.model.score import bits_per_byte, learned_loss
 from tongwen.model.stack import open_stack
@@ -322,7 +323,7 @@ def _job(
         checkpointing=_needs_checkpointing(leg.stretch.words, pupil.model.config, pupil.device, leg.plan.budget),
         embeddings=pupil.adapted.embeddings if apart else (),
         guarded=guarded,
-        budget=adapting.budget_of(pupil.model) if "lora" in leg.stretch.parts else None,
+        budget=budget_of(pupil.model) if "lora" in leg.stretch.parts else None,
     )
 
 

@@ -6,23 +6,20 @@ learns now; what a part is, is decided by the tensor, not by its name in a recip
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from tongwen.errors import ModelError
 from tongwen.families import family_of
 from tongwen.language import say
-from tongwen.model.load import open_adapter, quiet
+from tongwen.model.adalora import configure, write_as_lora
+from tongwen.model.load import adapter_type, open_adapter, quiet
 from tongwen.model.lora import fuse
 from tongwen.recipe.schema import Adapter, Part
-
-JUDGED = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what AdaLoRA's allocator remembers of each tensor
 
 
 @dataclass
@@ -79,14 +76,14 @@ class Adapted:
 
     def save(self, folder: Path) -> None:
         """The adapter, or the whole model where there is none: single trained rows alone go into their matrix."""
-        kind = _type_of(self.model)
+        kind = adapter_type(self.model)
         if kind == "TRAINABLE_TOKENS":
             self.model.merge_and_unload().save_pretrained(str(folder))
             return
         with quiet():  # peft warns of ranks that AdaLoRA has emptied
             self.model.save_pretrained(str(folder))
         if kind == "ADALORA":
-            _write_as_lora(folder)
+            write_as_lora(folder)
 
 
 def adapt(
@@ -188,7 +185,7 @@ def _with_adapter(
 
 
 def _peft_config(model: Any, choice: Adapter, also: list[str], rows: dict[str, list[int]] | None, steps: int) -> Any:
-    from peft import AdaLoraConfig, LoraConfig
+    from peft import LoraConfig
 
     words: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
@@ -211,16 +208,7 @@ def _peft_config(model: Any, choice: Adapter, also: list[str], rows: dict[str, l
                     "method: lora, or also_train: [embed_tokens]", "method: lora，或 also_train: [embed_tokens]"
                 ),
             )
-        # Half as much again to choose from, chosen between a tenth and seven tenths of the run.
-        return AdaLoraConfig(
-            **words,
-            init_r=choice.rank + choice.rank // 2,
-            target_r=choice.rank,
-            tinit=steps // 10,
-            tfinal=max(1, 3 * steps // 10),
-            deltaT=max(1, steps // 100),
-            total_step=max(steps, 3),
-        )
+        return configure(choice.rank, steps, words)
     return LoraConfig(
         **words,
         r=choice.rank,
@@ -229,90 +217,6 @@ def _peft_config(model: Any, choice: Adapter, also: list[str], rows: dict[str, l
         target_parameters=_find_parameters(model, choice),
         trainable_token_indices=rows,
     )
-
-
-class Budget:
-    """What AdaLoRA needs beyond the loss and its gradient, and peft leaves to whoever trains."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def penalty(self) -> torch.Tensor:
-        """Its second loss (), which peft adds only where a model computes its own: how far A and B are from orthogonal."""
-        far = [
-            torch.linalg.norm(
-                (part @ part.T if "lora_A" in name else part.T @ part) - torch.eye(min(part.shape)).to(part)
-            )
-            for name, part in self.model.named_parameters()
-            if ("lora_A" in name or "lora_B" in name) and part.requires_grad
-        ]
-        return torch.stack(far).mean() * self.model.active_peft_config.orth_reg_weight
-
-    def spend(self, step: int) -> None:
-        """After the optimizer's step and before the gradients go: ranks are weighed, and the least important masked."""
-        self.model.base_model.update_and_allocate(step)
-
-    def save(self, folder: Path) -> None:
-        """peft's own file has lost the masked ranks, and the weights that they were judged by."""
-        judge, pattern = self.model.base_model.rankallocator, self.model.active_peft_config.rank_pattern
-        state = {f"{kind}/{name}": part for kind in JUDGED for name, part in getattr(judge, kind).items()}
-        state |= {f"weight/{name}": part.detach().clone() for name, part in self._weights().items()}
-        save_file({name: part.contiguous() for name, part in state.items()}, str(folder / "budget.safetensors"))
-        (folder / "budget.json").write_text(json.dumps(pattern), encoding="utf-8")
-
-    def load(self, folder: Path) -> None:
-        judge = self.model.base_model.rankallocator
-        for kind in JUDGED:
-            getattr(judge, kind).clear()
-        with torch.no_grad():
-            for key, tensor in load_file(str(folder / "budget.safetensors")).items():
-                kind, name = key.split("/", 1)
-                if kind == "weight":
-                    self._weights()[name].copy_(tensor)
-                else:
-                    getattr(judge, kind)[name] = tensor
-        self.model.active_peft_config.rank_pattern = json.loads((folder / "budget.json").read_text(encoding="utf-8"))
-
-    def _weights(self) -> dict[str, torch.nn.Parameter]:
-        return {name: part for name, part in self.model.named_parameters() if part.requires_grad or "lora_" in name}
-
-
-def _write_as_lora(folder: Path) -> None:
-    """A saved AdaLoRA adapter becomes the ordinary LoRA that computes the same, with a rank for each module: B (E A) times
-    alpha / (first rank) is (scaled B) (E A). Whatever reads LoRA reads it."""
-    from peft import LoraConfig
-
-    file = folder / "adapter_model.safetensors"
-    told, old = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")), load_file(str(file))
-    scale = told["lora_alpha"] / (told["init_r"] + 1e-5)  # as peft computes it
-    new, ranks = {name: part for name, part in old.items() if ".lora_" not in name}, dict[str, int]()
-    for name in (name.removesuffix(".lora_A") for name in old if name.endswith(".lora_A")):
-        importance = old[f"{name}.lora_E"]
-        if rank := len(importance):
-            ranks[name.removeprefix("base_model.model.")] = rank
-            new[f"{name}.lora_A.weight"] = old[f"{name}.lora_A"] * importance
-            new[f"{name}.lora_B.weight"] = old[f"{name}.lora_B"] * scale
-    LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=told["base_model_name_or_path"],
-        r=1,
-        lora_alpha=1,
-        rank_pattern=ranks,
-        alpha_pattern=ranks,
-        target_modules=list(ranks),
-        modules_to_save=told["modules_to_save"],
-        inference_mode=True,
-    ).save_pretrained(str(folder))
-    save_file({name: part.contiguous() for name, part in new.items()}, str(file), metadata={"format": "pt"})
-
-
-def budget_of(model: Any) -> Budget | None:
-    return Budget(model) if _type_of(model) == "ADALORA" else None
-
-
-def _type_of(model: Any) -> str:
-    config = getattr(model, "peft_config", None)
-    return str(next(iter(config.values())).peft_type.value) if config else ""
 
 
 def _only_rows(rows: list[int]) -> Any:

@@ -334,3 +334,9 @@ def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, tr
         )
     with quiet(), explained(Place(folder, folder)):
         return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+
+
+def adapter_type(model: Any) -> str:
+    """peft's name for the kind of a model's adapter, such as LORA; "" for a model without one."""
+    config = getattr(model, "peft_config", None)
+    return str(next(iter(config.values())).peft_type.value) if config else ""
