@@ -22,13 +22,12 @@ from transformers import set_seed
 
 from tongwen import artifact, console, launch
 from tongwen.data.encode import token_bytes
-from tongwen.data.ledger import table_rows
 from tongwen.data.store import TokenStore
 from tongwen.errors import RecipeError
 from tongwen.families import family_of
 from tongwen.infer.decode import Sampling, Voice
 from tongwen.language import say
-from tongwen.lesson import Lesson, Reader, say_mask
+from tongwen.lesson import Lesson, Reader, say_ledger
 from tongwen.model import adapt as adapting
 from tongwen.model import attention, dress, load
 from tongwen.model.adalora import budget_of
@@ -36,13 +35,13 @@ from tongwen.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from tongwen.model.score import bits_per_byte, learned_loss
 from tongwen.model.stack import open_stack
 from tongwen.recipe.load import dump
-from tongwen.recipe.schema import Adapter, Forgetting, Pretrain, Recipe, Stretch, Training
+from tongwen.recipe.schema import Forgetting, Pretrain, Recipe, Stretch, Training
 from tongwen.template import Template
 from tongwen.train import audit
 from tongwen.train.batches import MicroBatches, Plan, fill, make_plan, token_budget
 from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, step_of
 from tongwen.train.fit import Job, fit
-from tongwen.train.report import write_report
+from tongwen.train.report import held_out_table, say_result, write_report
 from tongwen.train.watch import Watch, check_forgetting, peak_memory_bytes, read_metrics
 
 
@@ -124,7 +123,7 @@ def take(course: Course, out: Path) -> artifact.Artifact:
             place=f"{stage}.evaluate_every: {course.section.evaluate_every}",
             remedy="prepare: {held_out: 0.02}",
         )
-    _say_ledger(lesson)
+    say_ledger(lesson)
     device = load.compute_device()
     legs = _lay_out(course, device, artifact.partial_of(out) / "checkpoints")
     pupil = _open_pupil(course, device, sum(len(leg.plan) for leg in legs if "lora" in leg.stretch.parts))
@@ -170,14 +169,18 @@ def take(course: Course, out: Path) -> artifact.Artifact:
                 "ledger": _books(course),
                 "mask": lesson.mask,
                 "trainable": trained,
-                "held_out": _held_out(before, after, lesson.held_out_stores),
+                "held_out": held_out_table(
+                    before["scores"],
+                    after["scores"],
+                    {name: len(store) for name, store in lesson.held_out_stores.items()},
+                ),
                 "throughput": throughput,
                 "peak_memory_bytes": peak_memory_bytes(),
                 "unreached": unreached,
                 "samples": _samples(course.questions, before["answers"], after["answers"]),
             }
             _write(course, draft.path, report)
-            _say_result(report, out)
+            say_result(report, out)
     return draft.artifact or artifact.Artifact(out, {"kind": stage, "fingerprint": ""})
 
 
@@ -189,7 +192,8 @@ def _open_pupil(course: Course, device: str, adapter_steps: int) -> Pupil:
     # What learns stands in fp32. Adapters and single rows are tensors beside the base's own.
     kept_in = dtype if "lora" in trained or trained == {"new_rows"} else torch.float32
     with console.waiting(say("opening the base", "打开底座")):
-        model, packed, fingerprint = _open(place, kept_in, _quantization(section.adapter))
+        quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
+        model, packed, fingerprint = _open(place, kept_in, quantize)
     load.check_tokenizer(reader.tokenizer, model, place)
     stops = dress.stop_ids(reader.tokenizer, course.template, getattr(model, "generation_config", None))
     stops = stops or ((course.end,) if course.end is not None else ())
@@ -208,7 +212,7 @@ def _open_pupil(course: Course, device: str, adapter_steps: int) -> Pupil:
     for note in adapted.notices:
         console.notice(note)
     console.tell(f"{device} · {str(dtype)[6:]}: {why}")
-    if section.adapter.method != "qlora":  # quantised weights are where they belong
+    if not quantize:  # quantised weights are where they belong
         adapted.model.to(device)
     return Pupil(adapted, stops, packed, fingerprint, device, dtype)
 
@@ -325,10 +329,6 @@ def _job(
         guarded=guarded,
         budget=budget_of(pupil.model) if "lora" in leg.stretch.parts else None,
     )
-
-
-def _quantization(adapter: Adapter) -> str:
-    return adapter.quantize if adapter.method == "qlora" else ""
 
 
 def _stage_below(base: str) -> dict[str, Any]:
@@ -457,27 +457,6 @@ def _samples(questions: list[Question], before: list[str], after: list[str]) -> 
     ]
 
 
-def _held_out(before: dict[str, Any], after: dict[str, Any], stores: dict[str, TokenStore]) -> dict[str, Any] | None:
-    if not stores:
-        return None
-    old, new = before["scores"], after["scores"]
-    return {
-        "bits_per_byte": {"before": old["bits_per_byte"], "after": new["bits_per_byte"]},
-        "loss": {"before": old["loss"], "after": new["loss"]},
-        "samples": sum(len(store) for store in stores.values()),
-        "bytes": new["bytes"],
-        "tokens": new["tokens"],
-        "groups": {
-            name: {
-                "bits_per_byte": {"before": old["groups"][name]["bits_per_byte"], "after": one["bits_per_byte"]},
-                "samples": len(stores[name]),
-                "bytes": one["bytes"],
-            }
-            for name, one in new["groups"].items()
-        },
-    }
-
-
 def _books(course: Course) -> dict[str, Any]:
     """Both tables. What the first keeps is what the second takes in, or this is a bug of ours."""
     table = course.prepared.manifest["ledger"][course.reader.kind]
@@ -497,30 +476,6 @@ def _write(course: Course, folder: Path, report: dict[str, Any]) -> None:
     write_report(folder, title, report, read_metrics(folder / "metrics.jsonl"), dump(course.recipe))
 
 
-def _say_ledger(lesson: Lesson) -> None:
-    rows = table_rows(lesson.ledger.to_dict(), say("encode", "编码"), say("trained", "训练"))
-    console.table((say("ledger", "账目"), say("rows", "行"), "token"), rows)
-    mask, rejected = lesson.mask, lesson.rejected
-    console.tell(say_mask(mask))
-    if mask["round_trip"]["differ"]:
-        console.notice(
-            say(
-                "{differ} of {checked} samples do not decode to their own text: the tokenizer lacks characters".format(
-                    **mask["round_trip"]
-                ),
-                "{checked} 个样本中有 {differ} 个无法解码回原文：分词器缺少字符".format(**mask["round_trip"]),
-            )
-        )
-    if rejected:
-        first = rejected[0]
-        console.notice(
-            say(
-                f"{len(rejected)} samples are not trained, the first: {first['file']}:{first['row']}: {first['rule']}",
-                f"{len(rejected)} 个样本未参与训练，第一个：{first['file']}:{first['row']}: {first['rule']}",
-            )
-        )
-
-
 def _say_plan(legs: list[Leg], store: TokenStore, counts: dict[str, Any]) -> None:
     plan = legs[0].plan
     steps = " + ".join(str(len(leg.plan)) for leg in legs)
@@ -536,21 +491,4 @@ def _say_plan(legs: list[Leg], store: TokenStore, counts: dict[str, Any]) -> Non
             f"{counts['parameters']:,} of {counts['of']:,} parameters are trained ({counts['share']:.2%})",
             f"训练 {counts['parameters']:,} / {counts['of']:,} 个参数（{counts['share']:.2%}）",
         )
-    )
-
-
-def _change_of(scores: dict[str, float]) -> str:
-    change = scores["after"] / scores["before"] - 1 if scores["before"] else math.nan
-    return f"{scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})"
-
-
-def _say_result(report: dict[str, Any], out: Path) -> None:
-    through = report["throughput"]
-    if held_out := report["held_out"]:
-        console.good(f"{say('held-out bits per byte', '留出集 bits per byte')} {_change_of(held_out['bits_per_byte'])}")
-        for name, group in held_out["groups"].items():
-            console.good(f"  {name} {_change_of(group['bits_per_byte'])}")
-    console.good(
-        f"{console.human_time(through['seconds'])} · {through['tokens_per_second']:.0f} token/s · "
-        f"{say('peak', '峰值')} {console.human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"
     )

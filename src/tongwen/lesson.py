@@ -23,7 +23,7 @@ from tongwen import __version__, artifact, console, launch
 from tongwen.data import store as stores
 from tongwen.data.clean import han_share
 from tongwen.data.encode import Encoder, check_round_trip, check_store, describe, encode_dialogues, encode_documents
-from tongwen.data.ledger import Ledger, Rejected
+from tongwen.data.ledger import Ledger, Rejected, table_rows
 from tongwen.data.mix import choose_held_out, draw, passes_of
 from tongwen.data.parts import iter_records, list_parts, load
 from tongwen.data.store import Batch, TokenStore
@@ -163,6 +163,31 @@ def say_mask(mask: dict[str, Any]) -> str:
         f"{mask['learned_share']:.0%} of {mask['tokens']:,} tokens are learned; {mask['stop_learned_share']:.0%} of {mask['samples']:,} samples learn to stop",
         f"{mask['tokens']:,} 个 token 中 {mask['learned_share']:.0%} 计入损失；{mask['samples']:,} 个样本中 {mask['stop_learned_share']:.0%} 学到停止符",
     )
+
+
+def say_ledger(lesson: Lesson) -> None:
+    """Where the rows went, and what of them is learned."""
+    rows = table_rows(lesson.ledger.to_dict(), say("encode", "编码"), say("trained", "训练"))
+    console.table((say("ledger", "账目"), say("rows", "行"), "token"), rows)
+    mask, rejected = lesson.mask, lesson.rejected
+    console.tell(say_mask(mask))
+    if mask["round_trip"]["differ"]:
+        console.notice(
+            say(
+                "{differ} of {checked} samples do not decode to their own text: the tokenizer lacks characters".format(
+                    **mask["round_trip"]
+                ),
+                "{checked} 个样本中有 {differ} 个无法解码回原文：分词器缺少字符".format(**mask["round_trip"]),
+            )
+        )
+    if rejected:
+        first = rejected[0]
+        console.notice(
+            say(
+                f"{len(rejected)} samples are not trained, the first: {first['file']}:{first['row']}: {first['rule']}",
+                f"{len(rejected)} 个样本未参与训练，第一个：{first['file']}:{first['row']}: {first['rule']}",
+            )
+        )
 
 
 def read_dialogues(base: str, section: Sft) -> DialogueReader:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tongwen import console
 from tongwen.console import human_bytes, human_count, human_time
 from tongwen.language import language, say
 
@@ -84,6 +86,47 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     write_png(folder / "loss.png", title, losses)
+
+
+def held_out_table(
+    old: dict[str, Any] | None, new: dict[str, Any] | None, samples: dict[str, int]
+) -> dict[str, Any] | None:
+    """The scores of what was held out, before and after, in all and by group. samples: of each group."""
+    if old is None or new is None:
+        return None
+    return {
+        "bits_per_byte": {"before": old["bits_per_byte"], "after": new["bits_per_byte"]},
+        "loss": {"before": old["loss"], "after": new["loss"]},
+        "samples": sum(samples.values()),
+        "bytes": new["bytes"],
+        "tokens": new["tokens"],
+        "groups": {
+            name: {
+                "bits_per_byte": {"before": old["groups"][name]["bits_per_byte"], "after": one["bits_per_byte"]},
+                "samples": samples[name],
+                "bytes": one["bytes"],
+            }
+            for name, one in new["groups"].items()
+        },
+    }
+
+
+def _change_of(scores: dict[str, float]) -> str:
+    change = scores["after"] / scores["before"] - 1 if scores["before"] else math.nan
+    return f"{scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})"
+
+
+def say_result(report: dict[str, Any], out: Path) -> None:
+    """What the stage has done, in a few lines."""
+    through = report["throughput"]
+    if held_out := report["held_out"]:
+        console.good(f"{say('held-out bits per byte', '留出集 bits per byte')} {_change_of(held_out['bits_per_byte'])}")
+        for name, group in held_out["groups"].items():
+            console.good(f"  {name} {_change_of(group['bits_per_byte'])}")
+    console.good(
+        f"{human_time(through['seconds'])} · {through['tokens_per_second']:.0f} token/s · "
+        f"{say('peak', '峰值')} {human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"
+    )
 
 
 def curve(points: list[tuple[float, float]], x_label: str, y_label: str) -> str:
