@@ -120,6 +120,9 @@ def test_a_run_with_phases_leaves_an_adapter_that_talks_and_merges(grown: Path, 
     whole = sum(group["bytes"] * group["bits_per_byte"]["after"] for group in groups.values()) / size
     assert whole == pytest.approx(report["held_out"]["bits_per_byte"]["after"])
     assert [line["step"] for line in lines if "bits_per_byte_zh" in line] == [2, 5, 7, 9, 11]
+    assert report["mask"]["roles"] == {
+        "text": {"tokens": report["mask"]["tokens"], "learned": report["mask"]["learned_tokens"]}
+    }
     assert report["ledger"]["prepare"]["kept"]["rows"] == report["ledger"]["encode"]["in"]["rows"] == 40
     base, merged = tensors(grown), tensors(tmp_path / "out" / "merge")
     assert set(base) == set(merged), "tied stays tied"

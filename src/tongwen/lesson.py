@@ -138,7 +138,8 @@ class DocumentReader(Reader):
                 place="pretrain.max_length",
                 remedy=say("a smaller max_length, or documents: apart", "减小 max_length，或 documents: apart"),
             )
-        return describe(store)
+        text = {"tokens": len(store.ids), "learned": store.learned_tokens}
+        return {**describe(store), "roles": {"text": text}}
 
     def round_trip(self, records: Iterator[Any], count: int) -> dict[str, int]:
         return check_round_trip(records, count, lambda document: [[Span(document.text, True)]], self.encoder)
