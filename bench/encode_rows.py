@@ -92,11 +92,11 @@ def cpu() -> float:
 def tongwen(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
     from tongwen.data import store as stores
     from tongwen.data.encode import encode_dialogues
-    from tongwen.lesson import open_reader
+    from tongwen.lesson import read_dialogues
     from tongwen.recipe.schema import Sft
 
     section = Sft(max_length=4096)
-    reader = open_reader(chosen.model, section)
+    reader = read_dialogues(chosen.model, section)
 
     def work() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -112,10 +112,10 @@ def tongwen(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str,
 
 
 def library(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
-    from tongwen.lesson import open_reader
+    from tongwen.lesson import read_dialogues
     from tongwen.recipe.schema import Sft
 
-    reader = open_reader(chosen.model, Sft())
+    reader = read_dialogues(chosen.model, Sft())
     texts = [reader.template.samples(one)[0].text for one in iter_dialogues(rows)]
 
     def work() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tongwen.data.encode import Encoder, check_store, encode_dialogues, encode_d
 from tongwen.data.ledger import Ledger, Rejected
 from tongwen.data.store import SAMPLE, TokenStore, spans_of
 from tongwen.errors import DataError
-from tongwen.model.dress import bind_template
+from tongwen.model.dress import bind_template, end_of_text
 from tongwen.recipe.schema import Sft
 from tongwen.record import Dialogue, Document, Message, Origin, Span
 
@@ -214,3 +214,50 @@ def test_documents_lose_no_token_however_they_are_split(kind: str, window: int, 
     assert store.learned_tokens == len(store.ids) - len(store), "all but the first of each sample"
     assert store.stops.sum() == 3, "each document ends once"
     assert ledger.to_dict()["kept"] == {"rows": 3, "tokens": len(store.ids)}
+
+
+@pytest.mark.parametrize("window", [1, 200, 1 << 20])
+@pytest.mark.parametrize("arrangement", ["apart", "concatenated", "blocks"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_arrangement_balances_to_the_token(kind: str, arrangement: str, window: int, tmp_path: Path) -> None:
+    tokenizer = make(kind, tmp_path)
+    encoder, end = Encoder(tokenizer), tokenizer.eos_token_id
+    texts = ["今天天气很好。" * count for count in (1, 30, 7, 2, 11)]
+    documents = [Document(text, Origin("d", row)) for row, text in enumerate(texts, 1)]
+    ledger = Ledger("rows", "tokens")
+    store = stores.in_memory(encode_documents(documents, encoder, end, 16, ledger, window, arrangement))
+    table = ledger.to_dict()
+    whole = [[*encoder.prefix, *tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in texts]
+    assert table["in"] == {"rows": 5, "tokens": sum(map(len, whole))}
+    assert table["kept"]["tokens"] == len(store.ids) and store.lengths.max() <= 16 and store.lengths.min() >= 2
+    lost = table["lost"].get("block_remainder", {"rows": 0, "tokens": 0})
+    if arrangement == "blocks":
+        assert set(store.lengths.tolist()) == {16} and lost["tokens"] > 0
+    else:
+        assert store.ids.tolist() == [token for ids in whole for token in ids] and not table["lost"]
+    if arrangement == "blocks" and window > 1000:
+        assert store.ids.tolist() == [token for ids in whole for token in ids][: len(store.ids)]
+        assert lost == {"rows": 0, "tokens": len([token for ids in whole for token in ids]) % 16}
+    seen = {store.origin(index).row for index in range(len(store))}
+    assert len(seen) + lost["rows"] <= 5 and seen <= {1, 2, 3, 4, 5}
+    ends = [int((store.sample(index)[0] == end).sum()) for index in range(len(store))]
+    assert [count > 0 for count in ends] == store.stops.tolist()
+
+
+def test_a_document_begins_and_ends_once(tmp_path: Path) -> None:
+    """Also one that says its own prefix and its own end."""
+    tokenizer = make("sentencepiece", tmp_path)
+    documents = [Document(text, Origin("d", 1)) for text in ("你好", "<s>你好", "你好</s>", "<s>你好</s>")]
+    batches = encode_documents(documents, Encoder(tokenizer), tokenizer.eos_token_id, 64, Ledger("rows", "tokens"))
+    store = stores.in_memory(batches)
+    for index in range(4):
+        ids = store.sample(index)[0].tolist()
+        assert (ids[0], ids[-1]) == (1, 2) and (ids.count(1), ids.count(2)) == (1, 1)
+
+
+def test_what_ends_a_text_is_the_familys_own(tmp_path: Path) -> None:
+    """An instruct tokenizer's eos ends an answer, not a document."""
+    tokenizer = make("bytes", tmp_path)
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert end_of_text(tokenizer) == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert end_of_text(make("sentencepiece", tmp_path / "b")) == 2

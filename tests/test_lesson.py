@@ -22,12 +22,12 @@ def prepared(folder: Path, base: Path, **options: Any) -> tuple[Any, artifact.Ar
 
 def test_the_key_holds_everything_that_decides_the_tokens(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
-    reader = lesson.open_reader(recipe.base, recipe.sft)
-    key = lesson.key_of(made, reader, recipe.sft)
+    reader = lesson.read_dialogues(recipe.base, recipe.sft)
+    key = lesson.key_of(made, reader)
 
     def changed(**words: Any) -> str:
         section = recipe.sft.model_copy(update=words)
-        return lesson.key_of(made, lesson.open_reader(recipe.base, section), section)
+        return lesson.key_of(made, lesson.read_dialogues(recipe.base, section))
 
     assert changed(learning_rate=1.0, batch_size=3) == key
     others = {
@@ -38,7 +38,7 @@ def test_the_key_holds_everything_that_decides_the_tokens(chat_model: Path, tmp_
     }
     assert len(others | {key}) == 5
     other_data = artifact.Artifact(made.path, {**made.manifest, "fingerprint": "f" * 64})
-    assert lesson.key_of(other_data, reader, recipe.sft) != key
+    assert lesson.key_of(other_data, reader) != key
 
 
 def test_encoding_is_done_once_and_goes_on_where_it_died(
@@ -48,10 +48,10 @@ def test_encoding_is_done_once_and_goes_on_where_it_died(
     for number, row in enumerate(rows):
         row["instruction"] += f"（{number}）"
     recipe, made = prepared(tmp_path, chat_model, rows=rows)
-    reader = lesson.open_reader(recipe.base, recipe.sft)
+    reader = lesson.read_dialogues(recipe.base, recipe.sft)
 
     def encode(folder: str) -> lesson.Lesson:
-        return lesson.encode_prepared(made, reader, recipe.sft, 42, tmp_path / folder)
+        return lesson.encode_prepared(made, reader, 42, tmp_path / folder)
 
     whole = encode("a")
     written = lesson.stores.Writer.add
@@ -80,8 +80,8 @@ def test_encoding_is_done_once_and_goes_on_where_it_died(
 
 def test_the_audit_counts_every_sample(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
-    reader = lesson.open_reader(recipe.base, recipe.sft)
-    found = lesson.encode_prepared(made, reader, recipe.sft, 42, tmp_path / "t")
+    reader = lesson.read_dialogues(recipe.base, recipe.sft)
+    found = lesson.encode_prepared(made, reader, 42, tmp_path / "t")
     mask, store = found.mask, found.store
     learned = sum(int(store.sample(index)[1].sum()) for index in range(len(store)))
     assert mask["learned_tokens"] == learned == mask["roles"]["assistant"]["learned"]
@@ -110,7 +110,7 @@ def test_weights_of_sources_reach_the_epoch(chat_model: Path, tmp_path: Path) ->
     assert cli.main(["run", str(recipe), "--only", "prepare"]) == 0
     parsed = load(recipe)[0]
     made = artifact.open_artifact(tmp_path / "out" / "prepare", "prepare")
-    found = lesson.encode_prepared(made, lesson.open_reader(parsed.base, parsed.sft), parsed.sft, 42, tmp_path / "t")
+    found = lesson.encode_prepared(made, lesson.read_dialogues(parsed.base, parsed.sft), 42, tmp_path / "t")
     for epoch in range(2):
         files = [Path(found.store.origin(index).file).name for index in found.draw(epoch)]
         assert (files.count("data.jsonl"), files.count("more.jsonl")) == (24, 15)
@@ -119,9 +119,9 @@ def test_weights_of_sources_reach_the_epoch(chat_model: Path, tmp_path: Path) ->
 
 def test_looking_ahead_sees_what_training_will(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
-    reader = lesson.open_reader(recipe.base, recipe.sft)
+    reader = lesson.read_dialogues(recipe.base, recipe.sft)
     ahead = lesson.look_ahead(recipe, reader)
-    later = lesson.encode_prepared(made, reader, recipe.sft, 42, tmp_path / "t")
+    later = lesson.encode_prepared(made, reader, 42, tmp_path / "t")
     assert np.array_equal(ahead.store.ids, later.store.ids)
     assert ahead.draw(0) == later.draw(0)
     assert json.dumps(ahead.mask["lengths"]) == json.dumps(later.mask["lengths"])

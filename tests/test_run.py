@@ -301,7 +301,7 @@ def test_init_writes_recipes_that_the_reader_takes(tongwen: Any, tmp_path: Path)
         file = tmp_path / f"{name}.yaml"
         assert tongwen("init", name, "--out", file)[0] == 0
         recipe, notices = load(file)
-        assert not notices and recipe.sft and "¦" not in file.read_text(encoding="utf-8")
+        assert not notices and recipe.training and "¦" not in file.read_text(encoding="utf-8")
     assert tongwen("init", name, "--out", file)[0] == 2, "nothing is overwritten"
     code, _, err = tongwen("init", "qwen3-8b")
     assert code == 2 and "qwen3-8b-lora-40g" in err

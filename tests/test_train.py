@@ -23,7 +23,7 @@ from tongwen.model.score import LearnedCrossEntropy, bits_per_byte, learned_loss
 from tongwen.recipe.schema import Adapter, Duration
 from tongwen.train import audit
 from tongwen.train.batches import MicroBatches, best_fit, deal, make_plan, pack, pad
-from tongwen.train.fit import commit, damage, newest_checkpoint
+from tongwen.train.checkpoints import commit, damage, newest_checkpoint
 
 
 def random_store(count: int, seed: int = 0, longest: int = 40, vocabulary: int = 300) -> TokenStore:

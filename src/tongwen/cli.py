@@ -589,8 +589,8 @@ def _machine_cause(error: Exception) -> str | None:
     text = str(error)
     if "out of memory" in text.lower() or isinstance(error, MemoryError):
         cures = say(
-            "in this order: sft.micro_batch_tokens smaller, sft.activation_checkpointing: on, sft.max_length smaller, a smaller base",
-            "依次尝试：减小 sft.micro_batch_tokens，sft.activation_checkpointing: on，减小 sft.max_length，换小一点的底座",
+            "in this order: micro_batch_tokens smaller, activation_checkpointing: on, max_length smaller, adapter.method: qlora, a smaller base",
+            "依次尝试：减小 micro_batch_tokens，activation_checkpointing: on，减小 max_length，adapter.method: qlora，换小一点的底座",
         )
         return say(
             f"out of memory: {text.splitlines()[0][:160] if text else ''}\n  → {cures}",

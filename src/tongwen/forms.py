@@ -66,7 +66,7 @@ def open_source(name: str) -> Source:
         )
         return Source(name, folder.resolve().name, original, original.config, folder, None)
     place = load.locate(name)
-    if place.adapter:
+    if place.adapters:
         raise ArtifactError(
             say("this folder holds an adapter", "该文件夹是适配器"),
             place=name,

@@ -10,115 +10,275 @@ import hashlib
 import json
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from tongwen import __version__, artifact, console, launch
 from tongwen.data import store as stores
-from tongwen.data.encode import Encoder, check_round_trip, check_store, encode_dialogues
-from tongwen.data.ledger import Ledger, Rejected
+from tongwen.data.clean import han_share
+from tongwen.data.encode import Encoder, check_round_trip, check_store, describe, encode_dialogues, encode_documents
+from tongwen.data.ledger import Ledger, Rejected, table_rows
 from tongwen.data.mix import choose_held_out, draw, passes_of
 from tongwen.data.parts import iter_records, list_parts, load
-from tongwen.data.store import TokenStore
+from tongwen.data.store import Batch, TokenStore
+from tongwen.errors import DataError, ModelError, RowRefused
 from tongwen.hub.fetching import local_copy
 from tongwen.language import say
 from tongwen.model import dress
 from tongwen.model import load as loading
 from tongwen.model.fingerprint import fingerprint_text, fingerprint_tokenizer
-from tongwen.recipe.schema import Recipe, Sft
-from tongwen.record import Dialogue
+from tongwen.recipe.schema import Pretrain, Recipe, Sft
+from tongwen.record import Dialogue, Document, Span
 from tongwen.template import Template
 
 ROUND_TRIP = "round_trip.json"  # beside the tokens that it is about
+NEW_ROWS = "new_rows.json"  # beside a model whose vocabulary was extended
+MOSTLY_HAN = 0.3  # share of the letters from which a text counts as Chinese
 
 
 @dataclass(frozen=True)
-class Reader:
-    """What turns a dialogue into tokens."""
+class Reader(ABC):
+    """What turns records of one kind into tokens."""
 
     tokenizer: Any
     encoder: Encoder
+    kind: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def decides(self) -> dict[str, Any]:
+        """What decides the tokens, besides content and tokenizer."""
+
+    @abstractmethod
+    def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
+        """The samples to train on."""
+
+    @abstractmethod
+    def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
+        """The samples to be scored."""
+
+    @abstractmethod
+    def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
+        """The mask's statistics. Raises DataError when there is nothing to learn."""
+
+    @abstractmethod
+    def round_trip(self, records: Iterator[Any], count: int) -> dict[str, int]:
+        """How many records do not decode to their own text."""
+
+
+@dataclass(frozen=True)
+class DialogueReader(Reader):
+    """Dialogues, rendered by a template."""
+
     template: Template
+    section: Sft
+    kind: ClassVar[str] = "dialogues"
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        return {
+            "template": fingerprint_text(self.template.source),
+            "settings": self.section.model_dump(mode="json", include={"learn", "thinking", "max_length", "too_long"}),
+        }
+
+    def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
+        return encode_dialogues(records, self.template, self.encoder, self.section, ledger, reject)
+
+    def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
+        return self.batches(iter(records), ledger, reject)
+
+    def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
+        return check_store(store, self.section, rejected)
+
+    def round_trip(self, records: Iterator[Any], count: int) -> dict[str, int]:
+        def render(dialogue: Dialogue) -> list[tuple[Span, ...]]:
+            try:
+                samples = self.template.samples(dialogue, self.section.learn, self.section.thinking)
+            except RowRefused:
+                return []
+            return [sample.spans for sample in samples]
+
+        return check_round_trip(records, count, render, self.encoder)
+
+
+@dataclass(frozen=True)
+class DocumentReader(Reader):
+    """Plain text. end: the id that ends a document."""
+
+    end: int
+    section: Pretrain
+    kind: ClassVar[str] = "documents"
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        words = self.section.model_dump(mode="json", include={"max_length", "documents"})
+        return {"end": self.end, "settings": words}
+
+    def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
+        words = self.section
+        return encode_documents(records, self.encoder, self.end, words.max_length, ledger, arrangement=words.documents)
+
+    def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
+        """Apart, however they are trained: so that scores of different arrangements can be compared."""
+        return encode_documents(records, self.encoder, self.end, self.section.max_length, ledger)
+
+    def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
+        if not len(store):
+            raise DataError(
+                say(
+                    f"the text fills no block of {self.section.max_length} tokens",
+                    f"文本不足一个 {self.section.max_length} token 的块",
+                ),
+                place="pretrain.max_length",
+                remedy=say("a smaller max_length, or documents: apart", "减小 max_length，或 documents: apart"),
+            )
+        text = {"tokens": len(store.ids), "learned": store.learned_tokens}
+        return {**describe(store), "roles": {"text": text}}
+
+    def round_trip(self, records: Iterator[Any], count: int) -> dict[str, int]:
+        return check_round_trip(records, count, lambda document: [[Span(document.text, True)]], self.encoder)
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """The encoded data: what is learned, and what was held out."""
+    """The encoded data: what is learned, and what was held out, by language where that is known ("" where not)."""
 
     store: TokenStore
     mask: dict[str, Any]
     ledger: Ledger
     rejected: list[dict[str, Any]]
     draw: Callable[[int], list[int]]
-    held_out: list[Dialogue]
-    held_out_store: TokenStore | None
+    held_out: list[Any]
+    held_out_stores: dict[str, TokenStore]
 
 
-def open_reader(base: str, section: Sft) -> Reader:
+def say_mask(mask: dict[str, Any]) -> str:
+    """What is learned, in a line."""
+    return say(
+        f"{mask['learned_share']:.0%} of {mask['tokens']:,} tokens are learned; {mask['stop_learned_share']:.0%} of {mask['samples']:,} samples learn to stop",
+        f"{mask['tokens']:,} 个 token 中 {mask['learned_share']:.0%} 计入损失；{mask['samples']:,} 个样本中 {mask['stop_learned_share']:.0%} 学到停止符",
+    )
+
+
+def say_ledger(lesson: Lesson) -> None:
+    """Where the rows went, and what of them is learned."""
+    rows = table_rows(lesson.ledger.to_dict(), say("encode", "编码"), say("trained", "训练"))
+    console.table((say("ledger", "账目"), say("rows", "行"), "token"), rows)
+    mask, rejected = lesson.mask, lesson.rejected
+    console.tell(say_mask(mask))
+    if mask["round_trip"]["differ"]:
+        console.notice(
+            say(
+                "{differ} of {checked} samples do not decode to their own text: the tokenizer lacks characters".format(
+                    **mask["round_trip"]
+                ),
+                "{checked} 个样本中有 {differ} 个无法解码回原文：分词器缺少字符".format(**mask["round_trip"]),
+            )
+        )
+    if rejected:
+        first = rejected[0]
+        console.notice(
+            say(
+                f"{len(rejected)} samples are not trained, the first: {first['file']}:{first['row']}: {first['rule']}",
+                f"{len(rejected)} 个样本未参与训练，第一个：{first['file']}:{first['row']}: {first['rule']}",
+            )
+        )
+
+
+def read_dialogues(base: str, section: Sft) -> DialogueReader:
     tokenizer = loading.load_tokenizer(loading.locate(base))
     encoder = Encoder(tokenizer)
-    return Reader(tokenizer, encoder, dress.bind_template(section.template, tokenizer, encoder.prefix))
+    return DialogueReader(tokenizer, encoder, dress.bind_template(section.template, tokenizer, encoder.prefix), section)
+
+
+def read_documents(base: str, section: Pretrain) -> DocumentReader:
+    tokenizer = loading.load_tokenizer(loading.locate(base))
+    return DocumentReader(tokenizer, Encoder(tokenizer), dress.end_of_text(tokenizer), section)
+
+
+def new_rows_of(base: str) -> list[int]:
+    """The ids that the vocabulary stage added to this base. Raises ModelError when it says none."""
+    file = Path(base) / NEW_ROWS
+    try:
+        rows = [int(row) for row in json.loads(file.read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        rows = []
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=str(file)) from None
+    if not rows:
+        raise ModelError(
+            say(
+                "new_rows is to be trained, and this base says of no row that it is new",
+                "要训练 new_rows，但该底座没有新增的行",
+            ),
+            place=str(file),
+            remedy=say(
+                "a `vocab` section before it, or train: embeddings", "在此之前加 `vocab` 段，或 train: embeddings"
+            ),
+        )
+    return rows
 
 
 def look_ahead(recipe: Recipe, reader: Reader) -> Lesson:
-    """The recipe's dialogues read, cleaned and encoded in memory. What is held out is left out, as far as it is known
-    before the rows are compared."""
-    section, prepare = recipe.sft, recipe.prepare
-    assert section and prepare
+    """The recipe's records of the reader's kind, read, cleaned and encoded in memory. What is held out is left out, as far
+    as it is known before the rows are compared."""
+    prepare = recipe.prepare
+    assert prepare
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
     parts = list_parts(prepare, local_copy, console.notice)
-    rows = list(_dialogues(iter_records(parts, prepare, "dialogues", console.notice)))
+    rows = list(iter_records(parts, prepare, reader.kind, console.notice))
     if not isinstance(prepare.held_out, str):
         stays = np.ones(len(rows), bool)
         stays[choose_held_out(stays, prepare.held_out, recipe.seed, prepare.held_out_at_most)] = False
         rows = [rows[index] for index in np.flatnonzero(stays)]
-    store = stores.in_memory(encode_dialogues(rows, reader.template, reader.encoder, section, ledger, rejected.append))
+    store = stores.in_memory(reader.batches(iter(rows), ledger, rejected.append))
     lost = [json.loads(bad.to_line()) for bad in rejected]
-    mask = check_store(store, section, lost)
-    sources = [source.model_dump() for source in prepare.dialogues]
-    files = {part.name: part.number for part in parts if (part.kind, part.role) == ("dialogues", "train")}
-    return Lesson(store, mask, ledger, lost, _drawn(store, sources, files, recipe.seed), [], None)
+    mask = reader.check(store, lost)
+    sources = [source.model_dump() for source in getattr(prepare, reader.kind)]
+    files = {part.name: part.number for part in parts if (part.kind, part.role) == (reader.kind, "train")}
+    return Lesson(store, mask, ledger, lost, _drawn(store, sources, files, recipe.seed), [], {})
 
 
-def encode_prepared(prepared: artifact.Artifact, reader: Reader, section: Sft, seed: int, folder: Path) -> Lesson:
+def encode_prepared(prepared: artifact.Artifact, reader: Reader, seed: int, folder: Path) -> Lesson:
     """Training and held-out rows as tokens, every one of them in the ledger. Encoded once: the first process writes, an
     interrupted one goes on, the others wait and map the same files."""
-    place = folder / key_of(prepared, reader, section)
+    place = folder / key_of(prepared, reader)
     found = stores.open_store(place)
     if found:
         console.good(say("tokens: already encoded", "token：已编码"))
     elif launch.is_first():
-        _encode(prepared.path / "dialogues.jsonl", reader, section, place)
+        _encode(prepared.path / f"{reader.kind}.jsonl", reader, place)
     while (found := found or stores.open_store(place)) is None:
         time.sleep(0.2)
     store, ledger = found
     rejected = list(stores.read_rejected(place))
-    mask = check_store(store, section, rejected)
+    mask = reader.check(store, rejected)
     mask["round_trip"] = json.loads((place / ROUND_TRIP).read_text(encoding="utf-8"))
-    held_out, held_out_store = _encode_held_out(prepared, reader, section, ledger)
-    sources = prepared.manifest["sources"]["dialogues"]
-    files = {file: table["source"] for file, table in prepared.manifest["ledger"]["dialogues"]["files"].items()}
-    return Lesson(store, mask, ledger, rejected, _drawn(store, sources, files, seed), held_out, held_out_store)
+    sources, table = prepared.manifest["sources"][reader.kind], prepared.manifest["ledger"][reader.kind]
+    files = {file: found["source"] for file, found in table["files"].items()}
+    languages = {file: sources[number].get("language") for file, number in files.items()}
+    held_out, held_out_stores = _encode_held_out(prepared, reader, ledger, languages)
+    return Lesson(store, mask, ledger, rejected, _drawn(store, sources, files, seed), held_out, held_out_stores)
 
 
-def key_of(prepared: artifact.Artifact, reader: Reader, section: Sft) -> str:
+def key_of(prepared: artifact.Artifact, reader: Reader) -> str:
     """Everything that decides the tokens: content, tokenizer, template, settings, code."""
     facts = {
         "content": prepared.fingerprint,
         "tokenizer": fingerprint_tokenizer(reader.tokenizer),
-        "template": fingerprint_text(reader.template.source),
-        "settings": section.model_dump(mode="json", include={"learn", "thinking", "max_length", "too_long"}),
+        **reader.decides,
         "code": [__version__, stores.FORMAT],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _encode(file: Path, reader: Reader, section: Sft, place: Path) -> None:
+def _encode(file: Path, reader: Reader, place: Path) -> None:
     """Into the store, from where an interrupted run left it; the tokens of earlier settings go."""
     for other in place.parent.glob("*") if place.parent.is_dir() else ():
         if other not in (place, artifact.partial_of(place)):
@@ -130,29 +290,31 @@ def _encode(file: Path, reader: Reader, section: Sft, place: Path) -> None:
     total = sum(1 for _ in file.open("rb"))
     if writer.rows:
         console.notice(say(f"encoding goes on at row {writer.rows:,}", f"从第 {writer.rows:,} 行继续编码"))
-    rows = islice(_dialogues(load(file)), writer.rows, None)
+    rows = islice(load(file), writer.rows, None)
     with console.progress(total, "encode", writer.rows) as bar:
-        for batch in encode_dialogues(rows, reader.template, reader.encoder, section, ledger, rejected.append):
+        for batch in reader.batches(rows, ledger, rejected.append):
             writer.add(batch, ledger, [bad.to_line() for bad in rejected])
             rejected.clear()
             bar.update(writer.rows, f"{console.human_count(writer.tokens)} token")
-    found = check_round_trip(_dialogues(load(file)), total, reader.template, reader.encoder, section)
-    artifact.write_json(writer.working / ROUND_TRIP, found)
+    artifact.write_json(writer.working / ROUND_TRIP, reader.round_trip(load(file), total))
     writer.close()
 
 
 def _encode_held_out(
-    prepared: artifact.Artifact, reader: Reader, section: Sft, ledger: Ledger
-) -> tuple[list[Dialogue], TokenStore | None]:
-    """What was held out, encoded in the same way; in the ledger it is a loss of its own name."""
-    file = prepared.path / "dialogues.held_out.jsonl"
+    prepared: artifact.Artifact, reader: Reader, ledger: Ledger, languages: dict[str, str | None]
+) -> tuple[list[Any], dict[str, TokenStore]]:
+    """What was held out, encoded in the same way, documents by their language; in the ledger it is a loss of its own name."""
+    file = prepared.path / f"{reader.kind}.held_out.jsonl"
     if not file.is_file():
-        return [], None
-    dialogues, bad, aside = list(_dialogues(load(file))), list[Rejected](), Ledger("rows", "tokens")
-    store = stores.in_memory(encode_dialogues(dialogues, reader.template, reader.encoder, section, aside, bad.append))
-    if prepared.manifest["ledger"]["dialogues"]["from_training"]:
-        ledger.enter(aside.size_in, things=len(dialogues))
-        ledger.lose("held_out", aside.size_in, things=len(dialogues))
+        return [], {}
+    records, bad, aside = list(load(file)), list[Rejected](), Ledger("rows", "tokens")
+    groups: dict[str, list[Any]] = {}
+    for record in records:
+        groups.setdefault(_language_of(record, languages), []).append(record)
+    found = {name: stores.in_memory(reader.held_out(groups[name], aside, bad.append)) for name in sorted(groups)}
+    if prepared.manifest["ledger"][reader.kind]["from_training"]:
+        ledger.enter(aside.size_in, things=len(records))
+        ledger.lose("held_out", aside.size_in, things=len(records))
     if bad:
         console.notice(
             say(
@@ -160,7 +322,14 @@ def _encode_held_out(
                 f"{len(bad)} 个留出样本不参与评分，第一个：{bad[0].rule}",
             )
         )
-    return dialogues, store if len(store) else None
+    return records, {name: store for name, store in found.items() if len(store)}
+
+
+def _language_of(record: Document | Dialogue, languages: dict[str, str | None]) -> str:
+    """What the source says, else zh or other by the share of Chinese characters."""
+    if isinstance(record, Dialogue):
+        return ""
+    return languages.get(record.origin.file) or ("zh" if han_share(record.text) >= MOSTLY_HAN else "other")
 
 
 def _drawn(
@@ -175,7 +344,3 @@ def _drawn(
         if times != 1:
             console.tell(say(f"{one['path']}: {times:.3g} passes per epoch", f"{one['path']}：每轮遍历 {times:.3g} 次"))
     return lambda epoch: draw(owners, passes, seed, epoch)
-
-
-def _dialogues(records: Iterator[Any]) -> Iterator[Dialogue]:
-    return (record for record in records if isinstance(record, Dialogue))

@@ -20,7 +20,8 @@ from tongwen.language import say
 from tongwen.recipe.load import dump
 from tongwen.recipe.schema import STAGES, Recipe
 
-TRAINING = ("sft",)  # stages that run on all devices
+TRAINING = ("pretrain", "sft")  # stages that run on all devices
+MODELS = ("vocab", "pretrain", "sft")  # stages that leave a model, each standing on the one before
 
 
 class Launched(TongwenError):
@@ -94,6 +95,17 @@ def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:
             remedy=say("add a section: ", "请添加一段：") + ", ".join(STAGES),
         )
     return stages[first : last + 1]
+
+
+def standing_on(recipe: Recipe, stage: str, *, finished: bool = False) -> str:
+    """The model that a stage stands on: what the last stage before it left, else the recipe's base. finished: of the stages
+    that have run, for those who only look."""
+    before = [name for name in MODELS if name in recipe.stages and STAGES.index(name) < STAGES.index(stage)]
+    for name in reversed(before):
+        folder = Path(recipe.out) / name
+        if not finished or artifact.find(folder):
+            return str(folder)
+    return recipe.base
 
 
 def _settings(recipe: Recipe, name: str) -> dict[str, Any]:

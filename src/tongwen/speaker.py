@@ -7,7 +7,7 @@ stop tokens that the model learned.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tongwen.errors import ModelError
 from tongwen.infer.decode import Sampling, Voice
 from tongwen.language import say
 from tongwen.model import dress, load
-from tongwen.model.fingerprint import fingerprint_model
+from tongwen.model.stack import open_stack
 from tongwen.record import Message
 from tongwen.template import Template
 
@@ -87,24 +87,14 @@ def open_speaker(
 ) -> Speaker:
     """Open a model by any of its names. template: own, a shipped name, a .jinja file, or `completion` for a base model."""
     place = load.locate(model)
-    names = [*([place.adapter] if place.adapter else []), *adapters]
-    if len(names) > 1:
-        raise ModelError(
-            say("one adapter at a time can be opened", "一次只能打开一个适配器"),
-            place=model,
-            remedy=say("merge the first one into the base", "请先把第一个合并到底座"),
-        )
-    base = load.locate(place.folder) if place.adapter else place
-    dressed = load.Place(names[0], names[0]) if names and _has_tokenizer(names[0]) else base
-    tokenizer = load.load_tokenizer(dressed)
+    place = replace(place, adapters=(*place.adapters, *adapters))
+    dressed = next((folder for folder in reversed(place.adapters) if _has_tokenizer(folder)), place.folder)
+    tokenizer = load.load_tokenizer(load.Place(dressed, dressed) if dressed != place.folder else place)
     device = load.compute_device()
     dtype, _ = load.compute_dtype(precision, device)
     with console.waiting(say(f"opening {model}", f"打开 {model}")):
-        network = load.load_model(base, dtype)
-        if names:
-            network = load.open_adapter(network, names[0], fingerprint_model(base))
-            network = network.merge_and_unload()
-    load.check_tokenizer(tokenizer, network, base)
+        network, _ = open_stack(place, dtype)
+    load.check_tokenizer(tokenizer, network, place)
     network = network.to(device).eval()
     encoder = Encoder(tokenizer)
     bound = None if template == "completion" else dress.bind_template(template, tokenizer, encoder.prefix)

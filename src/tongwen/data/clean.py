@@ -344,9 +344,13 @@ _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af
 _LETTER = re.compile(r"[^\W\d_]")
 
 
-def check_han(text: str, least: float) -> str | Dropped:
+def han_share(text: str) -> float:
     """Chinese characters among all letters."""
-    share = len(_HAN.findall(text)) / max(1, len(_LETTER.findall(text)))
+    return len(_HAN.findall(text)) / max(1, len(_LETTER.findall(text)))
+
+
+def check_han(text: str, least: float) -> str | Dropped:
+    share = han_share(text)
     if share < least:
         return Dropped(
             "language",

@@ -125,7 +125,7 @@ class Encoder:
             out = [[Piece(next(encoded), span.learn, span.answer) for span in spans] for spans in joined]
         else:
             out = self._behind_anchors(joined)
-        return [self._with_prefix(pieces) for pieces in out] if self.prefix else out
+        return [self.with_prefix(pieces) for pieces in out] if self.prefix else out
 
     def _behind_anchors(self, samples: list[list[Span]]) -> list[list[Piece]]:
         head = list(self._ids([self.anchor])[0])
@@ -157,7 +157,7 @@ class Encoder:
         """Ids of a prompt, as training sees the same text before an answer."""
         return [int(index) for piece in self.encode([[Span(text, False)]])[0] for index in piece.ids]
 
-    def _with_prefix(self, pieces: list[Piece]) -> list[Piece]:
+    def with_prefix(self, pieces: list[Piece]) -> list[Piece]:
         """The tokenizer's own prefix exactly once, whether or not the template writes it."""
         count = len(self.prefix)
         first = pieces[0]
@@ -337,26 +337,71 @@ def encode_documents(
     max_length: int,
     ledger: Ledger,
     window_bytes: int = 1 << 22,
+    arrangement: str = "apart",
 ) -> Iterator[Batch]:
-    """Plain text, all of it learned: the tokenizer's prefix, the text, the end-of-text token. A document that is longer
-    than max_length goes on in further samples; no token is lost. Batches of about window_bytes bound the memory."""
+    """Plain text, all of it learned: the tokenizer's prefix, the text, the end-of-text token, each once. Batches of about
+    window_bytes bound the memory.
+
+    apart:        a document longer than max_length goes on in further samples, all of about one length
+    concatenated: the documents of a batch end to end, cut in the same way; no token is lost
+    blocks:       the same cut at every max_length-th token; what is left of a batch is dropped, and counted
+    """
     stream = iter(documents)
     while True:
         with _uncollected():
             chunk = list(_window(stream, window_bytes))
             if not chunk:
                 return
-            samples = []
-            for number, ids in enumerate(encoder.encode_texts([document.text for document in chunk])):
-                ids = np.array([*encoder.prefix, *ids, end], np.uint32)
-                ledger.enter(len(ids))
-                ledger.keep(len(ids))
-                for begin in range(0, len(ids), max_length):
-                    part = ids[begin : begin + max_length]
-                    last = begin + max_length >= len(ids)
-                    samples.append(_Sample(number, [Piece(part, learn=True)], last, len(part)))
+            texts = [_whole(ids, encoder, end) for ids in encoder.encode_texts([document.text for document in chunk])]
+            sizes = [len(ids) for ids in texts]
+            ledger.enter(sum(sizes), things=len(texts))
+            samples = _apart(texts, max_length) if arrangement == "apart" else _joined(texts, max_length, arrangement)
+            kept = sum(sample.size for sample in samples)
+            # What is dropped stands at the end of a batch; a document is lost when all of it does.
+            lost = sum(begin >= kept for begin in np.cumsum([0, *sizes[:-1]])) if arrangement == "blocks" else 0
+            ledger.keep(kept, things=len(texts) - int(lost))
+            if sum(sizes) > kept:
+                ledger.lose("block_remainder", sum(sizes) - kept, things=int(lost))
             batch = _batch(samples, chunk)
         yield batch
+
+
+def _whole(ids: Ids, encoder: Encoder, end: int) -> np.ndarray:
+    """A document with its prefix before and its end after it, also where the text says them itself."""
+    pieces = encoder.with_prefix([Piece(ids, learn=True)]) if encoder.prefix else [Piece(ids, learn=True)]
+    whole = np.concatenate([np.asarray(piece.ids, np.uint32) for piece in pieces])
+    return whole if len(whole) > 1 and whole[-1] == end else np.append(whole, np.uint32(end))
+
+
+def _apart(texts: list[np.ndarray], max_length: int) -> list[_Sample]:
+    return [
+        _Sample(number, [Piece(part, learn=True)], last, len(part))
+        for number, ids in enumerate(texts)
+        for part, last in _cut(ids, max_length)
+    ]
+
+
+def _cut(ids: np.ndarray, max_length: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """(piece, whether it is the last), as few as possible and about equally long: a last piece of one token would have
+    nothing before it to be predicted from."""
+    parts = np.array_split(ids, -(-len(ids) // max_length))
+    yield from zip(parts, [False] * (len(parts) - 1) + [True], strict=True)
+
+
+def _joined(texts: list[np.ndarray], max_length: int, arrangement: str) -> list[_Sample]:
+    """Samples across documents. Each belongs to the document in which it begins, and stops where one ends in it."""
+    flow, ends = np.concatenate(texts), np.cumsum([len(ids) for ids in texts])
+    if arrangement == "blocks":
+        parts = [flow[begin : begin + max_length] for begin in range(0, len(flow) - max_length + 1, max_length)]
+    else:
+        parts = [part for part, _ in _cut(flow, max_length)]
+    borders = np.cumsum([0, *[len(part) for part in parts]])
+    firsts = np.searchsorted(ends, borders[:-1], side="right")
+    ended = np.searchsorted(ends, borders, side="right")
+    return [
+        _Sample(int(first), [Piece(part, learn=True)], bool(after > before), len(part))
+        for part, first, before, after in zip(parts, firsts, ended[:-1], ended[1:], strict=True)
+    ]
 
 
 def _window(stream: Iterator[Document], size: int) -> Iterator[Document]:
@@ -419,6 +464,11 @@ def check_store(store: TokenStore, section: Sft, rejected: Sequence[dict[str, An
             place="sft.learn",
             remedy="sft: {learn: assistant}" + say(", or lower sft.min_stop_learned", "，或降低 sft.min_stop_learned"),
         )
+    return describe(store)
+
+
+def describe(store: TokenStore) -> dict[str, Any]:
+    """Tokens, what of them is learned, and how long the samples are."""
     tokens, learned = len(store.ids), store.learned_tokens
     answers, learned_answers = store.roles
     return {
@@ -430,7 +480,7 @@ def check_store(store: TokenStore, section: Sft, rejected: Sequence[dict[str, An
             "prompt": {"tokens": tokens - answers, "learned": learned - learned_answers},
         },
         "samples": len(store),
-        "stop_learned_share": round(stops, 6),
+        "stop_learned_share": round(float(np.mean(store.stops)), 6),
         "longest": int(store.lengths.max()),
         "mean_length": round(float(store.lengths.mean()), 2),
         "lengths": histogram(store.lengths),
@@ -447,24 +497,19 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
 
 
 def check_round_trip(
-    dialogues: Iterable[Dialogue], count: int, template: Template, encoder: Encoder, section: Sft
+    records: Iterable[Any], count: int, render: Callable[[Any], Iterable[Sequence[Span]]], encoder: Encoder
 ) -> dict[str, int]:
     """How many samples do not decode to what was rendered: characters that the tokenizer does not know, or changes. Prefix
-    tokens and blanks are no difference. Of more than ROUND_TRIPS dialogues, that many are checked, evenly spread."""
+    tokens and blanks are no difference. Of more than ROUND_TRIPS records, that many are checked, evenly spread."""
     checked = differ = 0
-    stream = islice(dialogues, 0, None, max(1, -(-count // ROUND_TRIPS)))
+    stream = islice(records, 0, None, max(1, -(-count // ROUND_TRIPS)))
     while chunk := list(islice(stream, BATCH)):
-        samples: list[Rendered] = []
-        for dialogue in chunk:
-            try:
-                samples += template.samples(dialogue, section.learn, section.thinking)
-            except RowRefused:
-                continue
-        encoded = encoder.encode([sample.spans for sample in samples])
+        samples = [spans for record in chunk for spans in render(record)]
+        encoded = encoder.encode(samples)
         ids = [[int(index) for piece in pieces for index in piece.ids] for pieces in encoded]
-        for sample, text in zip(samples, encoder.backend.decode_batch(ids, skip_special_tokens=False), strict=True):
+        for spans, text in zip(samples, encoder.backend.decode_batch(ids, skip_special_tokens=False), strict=True):
             checked += 1
-            differ += "".join(sample.text.split()) not in "".join(text.split())
+            differ += "".join("".join(span.text for span in spans).split()) not in "".join(text.split())
     return {"checked": checked, "differ": differ}
 
 

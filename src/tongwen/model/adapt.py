@@ -1,8 +1,14 @@
-"""What is trained: the whole model, or low-rank adapters on it. Placed by peft; what peft leaves out is named."""
+"""What is trained: all weights, embeddings, their new rows, or adapters. Placed by peft; what peft leaves out is named.
+
+A stage may train different parts in turn. So the model is adapted once, for all of them, and `focus` says which part
+learns now; what a part is, is decided by the tensor, not by its name in a recipe.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,69 +16,236 @@ import torch
 from tongwen.errors import ModelError
 from tongwen.families import family_of
 from tongwen.language import say
-from tongwen.model.load import quiet
+from tongwen.model.adalora import configure, write_as_lora
+from tongwen.model.load import adapter_type, open_adapter, quiet
 from tongwen.model.lora import fuse
-from tongwen.recipe.schema import Adapter
+from tongwen.recipe.schema import Adapter, Part
 
 
 @dataclass
 class Adapted:
-    """A model ready to train, and what was decided on the way."""
+    """A model ready to train, and what was decided on the way.
+
+    rows:       ids of the new rows
+    whole:      whether some part trains embeddings in full
+    learners:   every tensor that some part trains
+    embeddings: those of them that are whole matrices of tokens
+    """
 
     model: Any
+    rows: list[int] = field(default_factory=list)
+    whole: bool = False
     notices: list[str] = field(default_factory=list)
+    learners: list[torch.nn.Parameter] = field(init=False)
+    embeddings: list[torch.nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.learners = [part for part in self.model.parameters() if part.requires_grad]
+        self.embeddings = _embeddings(self.model) if self.whole else []
+        self._guard: list[Any] = []
 
     @property
     def counts(self) -> dict[str, Any]:
+        """Parameters that learn now."""
         trainable = sum(part.numel() for part in self.model.parameters() if part.requires_grad)
         total = sum(part.numel() for part in self.model.parameters())
         return {"parameters": trainable, "of": total, "share": trainable / total}
 
+    def focus(self, parts: Collection[Part]) -> list[torch.nn.Parameter]:
+        """Only these parts learn from here on. Returns the whole embedding matrices of which only the new rows may learn:
+        their gradient is zero elsewhere, and the optimizer must do nothing else to them."""
+        for hook in self._guard:
+            hook.remove()
+        self._guard = []
+        whole = {id(part) for part in self.embeddings}
+        single = {id(part) for name, part in self.model.named_parameters() if "trainable_tokens_" in name and self.rows}
+        for part in self.learners:
+            if "full" in parts:
+                part.requires_grad_(True)
+            elif id(part) in whole:
+                part.requires_grad_("embeddings" in parts or "new_rows" in parts)
+            elif id(part) in single:
+                part.requires_grad_("new_rows" in parts)
+            else:
+                part.requires_grad_("lora" in parts)
+        self.model.zero_grad(set_to_none=True)
+        if "new_rows" not in parts:
+            return []
+        self._guard = [part.register_hook(_only_rows(self.rows)) for part in self.embeddings]
+        return self.embeddings
 
-def adapt(model: Any, choice: Adapter, token_rows: list[int]) -> Adapted:
-    """Freeze what is not trained and add what is. token_rows: ids whose embedding rows are trained as well.
+    def save(self, folder: Path) -> None:
+        """The adapter, or the whole model where there is none: single trained rows alone go into their matrix."""
+        kind = adapter_type(self.model)
+        if kind == "TRAINABLE_TOKENS":
+            self.model.merge_and_unload().save_pretrained(str(folder))
+            return
+        with quiet():  # peft warns of ranks that AdaLoRA has emptied
+            self.model.save_pretrained(str(folder))
+        if kind == "ADALORA":
+            write_as_lora(folder)
 
-    Raises ModelError when a target names no module, or nothing would be trained.
+
+def adapt(
+    model: Any,
+    choice: Adapter,
+    control_rows: list[int],
+    *,
+    trained: Collection[Part] = (),
+    new_rows: list[int] | None = None,
+    steps: int = 0,
+    fingerprint: str | None = None,
+) -> Adapted:
+    """Freeze what no part trains, and add what is missing.
+
+    control_rows: ids whose rows learn beside the adapter; trained: the parts that some phase trains, the adapter's own when
+    empty; new_rows: ids for the part of that name; steps: over which AdaLoRA spends its budget; fingerprint: of the model,
+    for an adapter that is trained further. Raises ModelError when a target names no module, or nothing would be trained.
     """
-    if choice.method == "full":
+    parts = set(trained) or {choice.part}
+    rows, held = list(new_rows or []), len(model.get_input_embeddings().weight)
+    if rows and not 0 <= min(rows) <= max(rows) < held:
+        raise ModelError(
+            say(
+                f"new_rows.json names row {max(rows)}, the embedding has {held}",
+                f"new_rows.json 提到第 {max(rows)} 行，而词向量只有 {held} 行",
+            ),
+            place=str(model.name_or_path),
+            remedy=say("run the vocabulary stage again", "请重做词表阶段"),
+        )
+    if "full" in parts:
         model.requires_grad_(True)
-        return Adapted(model)
-    from peft import LoraConfig, get_peft_model
+        return Adapted(model, rows, whole=True)
+    if "lora" in parts:
+        adapted = _with_adapter(model, choice, parts, control_rows, rows, steps, fingerprint)
+    elif "embeddings" in parts:
+        model.requires_grad_(False)
+        for part in _weights_of_embeddings(model):
+            part.requires_grad_(True)
+        adapted = Adapted(model, rows, whole=True)
+    else:
+        from peft import TrainableTokensConfig, get_peft_model
 
-    targets = find_targets(model, choice)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=choice.rank,
-        lora_alpha=choice.scale,
-        lora_dropout=choice.dropout,
-        use_rslora=choice.rslora,
-        use_dora=choice.dora,
-        target_modules=targets,
-        modules_to_save=list(choice.also_train) or None,
-        ensure_weight_tying=bool(
-            getattr(model.config, "tie_word_embeddings", False)
-        ),  # peft's default unties in silence
-        trainable_token_indices=_token_rows(model, token_rows),
-    )
-    for name in choice.also_train:
+        # Not Adapted's gradient mask: here the optimizer keeps state for the rows alone.
+        config = TrainableTokensConfig(
+            token_indices=sorted({*control_rows, *rows}), target_modules=list(_row_owners(model))
+        )
+        with quiet():
+            adapted = Adapted(get_peft_model(model, config), rows)
+    if not adapted.learners:
+        raise ModelError(say("nothing would be trained", "没有任何可训练的参数"), place="adapter")
+    return adapted
+
+
+def _with_adapter(
+    model: Any,
+    choice: Adapter,
+    parts: set[Part],
+    control_rows: list[int],
+    new_rows: list[int],
+    steps: int,
+    fingerprint: str | None,
+) -> Adapted:
+    if choice.continue_from:
+        opened = open_adapter(model, choice.continue_from, fingerprint, trainable=True)
+        fuse(opened)
+        adapted = Adapted(opened, new_rows, whole="embeddings" in parts)
+        if adapted.whole and not adapted.embeddings:
+            raise ModelError(
+                say("this adapter holds no embeddings to train further", "该适配器不含可继续训练的词向量"),
+                place="adapter.continue_from",
+                remedy="train: lora",
+            )
+        return adapted
+    from peft import get_peft_model
+
+    whole = "embeddings" in parts
+    also = list(choice.also_train)
+    for name in also:
         if not any(
             module_name.split(".")[-1] == name or module_name == name for module_name, _ in model.named_modules()
         ):
             raise _no_module("also_train", name, model)
+    if whole:
+        also += _row_owners(model)
+    single = [] if whole else sorted({*control_rows, *(new_rows if "new_rows" in parts else [])})
+    config = _peft_config(model, choice, also, _token_rows(model, single), steps)
+    notices = _left_out(model, choice)
     with quiet():
-        adapted = Adapted(get_peft_model(model, config))
+        adapted = Adapted(get_peft_model(model, config), new_rows, whole, notices)
     fuse(adapted.model)
-    if token_rows:
+    if control_rows:
         adapted.notices.append(
             say(
-                f"{len(token_rows)} token rows are trained beside the adapter",
-                f"除适配器外还训练 {len(token_rows)} 个词向量行",
+                f"{len(control_rows)} token rows are trained beside the adapter",
+                f"除适配器外还训练 {len(control_rows)} 个词向量行",
             )
         )
-    adapted.notices += _left_out(model, choice)
-    if not adapted.counts["parameters"]:
-        raise ModelError(say("nothing would be trained", "没有任何可训练的参数"), place="sft.adapter")
     return adapted
+
+
+def _peft_config(model: Any, choice: Adapter, also: list[str], rows: dict[str, list[int]] | None, steps: int) -> Any:
+    from peft import LoraConfig
+
+    words: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "lora_alpha": choice.scale,
+        "lora_dropout": choice.dropout,
+        "target_modules": find_targets(model, choice),
+        "modules_to_save": also or None,
+        # peft's default unties in silence
+        "ensure_weight_tying": bool(getattr(model.config, "tie_word_embeddings", False)),
+    }
+    if choice.method == "adalora":
+        if rows:
+            raise ModelError(
+                say(
+                    f"adalora cannot train single token rows, and {len(next(iter(rows.values())))} need it",
+                    f"adalora 不能训练单独的词向量行，而有 {len(next(iter(rows.values())))} 行需要训练",
+                ),
+                place="adapter.method",
+                remedy=say(
+                    "method: lora, or also_train: [embed_tokens]", "method: lora，或 also_train: [embed_tokens]"
+                ),
+            )
+        return configure(choice.rank, steps, words)
+    return LoraConfig(
+        **words,
+        r=choice.rank,
+        use_rslora=choice.rslora,
+        use_dora=choice.dora,
+        target_parameters=_find_parameters(model, choice),
+        trainable_token_indices=rows,
+    )
+
+
+def _only_rows(rows: list[int]) -> Any:
+    """A hook that leaves a gradient (V, H) on these rows only."""
+
+    def keep(gradient: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(gradient)
+        out[rows] = gradient[rows]
+        return out
+
+    return keep
+
+
+def _embeddings(model: Any) -> list[torch.nn.Parameter]:
+    """The trainable whole matrices of the input embedding and the head; one, where they are tied."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = {
+        id(part): part
+        for module in modules
+        if module is not None
+        for name, part in module.named_parameters()
+        if part.requires_grad and "lora_" not in name and "trainable_tokens_" not in name and part.dim() == 2
+    }
+    return list(found.values())
+
+
+def _weights_of_embeddings(model: Any) -> list[torch.nn.Parameter]:
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return list({id(module.weight): module.weight for module in modules if module is not None}.values())
 
 
 def find_targets(model: Any, choice: Adapter) -> list[str] | str:
@@ -118,20 +291,40 @@ def find_untrained_rows(model: Any, ids: list[int]) -> list[int]:
     return untrained
 
 
-def _token_rows(model: Any, ids: list[int]) -> dict[str, list[int]] | list[int] | None:
-    """peft's form: rows of the input embedding, and of the head where it is a matrix of its own."""
-    if not ids:
-        return None
+def _find_parameters(model: Any, choice: Adapter) -> list[str] | None:
+    names = [name for name, _ in model.named_parameters()]
+    for wanted in choice.target_parameters:
+        if not any(name.endswith(wanted) for name in names):
+            fused = sorted(
+                {".".join(name.split(".")[-3:]) for name, part in model.named_parameters() if part.dim() == 3}
+            )
+            raise ModelError(
+                say(f"no weight is called {wanted!r}", f"没有名为 {wanted!r} 的权重"),
+                place="adapter.target_parameters",
+                remedy=say(
+                    f"fused weights here: {', '.join(fused) or 'none'}", f"融合的权重：{'、'.join(fused) or '无'}"
+                ),
+            )
+    return list(choice.target_parameters) or None
+
+
+def _row_owners(model: Any) -> list[str]:
+    """Names of the modules that hold the tokens' rows: the input embedding, and the head where it is a matrix of its own."""
     names = {id(module): name for name, module in model.named_modules()}
     inside = names[id(model.get_input_embeddings())].split(".")[-1]
     if getattr(model.config, "tie_word_embeddings", False):
-        return {inside: ids}
-    return {inside: ids, names[id(model.get_output_embeddings())].split(".")[-1]: ids}
+        return [inside]
+    return [inside, names[id(model.get_output_embeddings())].split(".")[-1]]
+
+
+def _token_rows(model: Any, ids: list[int]) -> dict[str, list[int]] | None:
+    """peft's form: rows by the module that holds them."""
+    return dict.fromkeys(_row_owners(model), ids) if ids else None
 
 
 def _left_out(model: Any, choice: Adapter) -> list[str]:
     """Weights that do a linear layer's work but are no Linear module, so `all-linear` passes them by (fused experts)."""
-    if choice.targets != "all-linear":
+    if choice.targets != "all-linear" or choice.target_parameters:
         return []
     fused = [
         name
@@ -153,6 +346,6 @@ def _no_module(key: str, name: str, model: Any) -> ModelError:
     linear = sorted({full.split(".")[-1] for full, module in model.named_modules() if hasattr(module, "in_features")})
     return ModelError(
         say(f"no module is called {name!r}", f"没有名为 {name!r} 的模块"),
-        place=f"sft.adapter.{key}",
+        place=f"adapter.{key}",
         remedy=say(f"this model has: {', '.join(linear)}", f"该模型有：{'、'.join(linear)}"),
     )

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tongwen.errors import ArtifactError
+from tongwen.errors import ArtifactError, ModelError
 from tongwen.language import say
 from tongwen.record import Message
 from tongwen.template import Template
@@ -62,14 +62,37 @@ def stop_ids(tokenizer: Any, template: Template | None, generation_config: Any) 
     return tuple(ids)
 
 
+# What families call the end of a document, where it is not what ends an answer.
+ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>", "</s>")
+
+
+def end_of_text(tokenizer: Any) -> int:
+    """The id that ends a document: the family's own where the tokenizer has one, else its end-of-sequence token. Raises
+    ModelError when there is neither."""
+    special = special_texts(tokenizer)
+    for text in ENDS_OF_TEXT:
+        if text in special:
+            return int(tokenizer.convert_tokens_to_ids(text))
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            say("this tokenizer has no token that ends a text", "该分词器没有结束文本的 token"),
+            place=type(tokenizer).__name__,
+            remedy="tokenizer_config.json: eos_token",
+        )
+    return int(tokenizer.eos_token_id)
+
+
 def control_ids(tokenizer: Any, template: Template) -> list[int]:
     """Ids of the control tokens that the template writes."""
     text = template.prompt([Message("user", "A")]) + template.stop
     return sorted({int(tokenizer.convert_tokens_to_ids(token)) for token in template.special if token in text})
 
 
-def save_tokenizer(tokenizer: Any, template: Template, folder: Path) -> None:
-    """The tokenizer with the template that was trained with, byte for byte."""
+def save_tokenizer(tokenizer: Any, template: Template | None, folder: Path) -> None:
+    """The tokenizer with the template that was trained with, byte for byte; with its own, where none was."""
+    if template is None:
+        tokenizer.save_pretrained(str(folder))
+        return
     tokenizer.chat_template = template.source
     tokenizer.save_pretrained(str(folder))
     saved = folder / "chat_template.jinja"

@@ -7,13 +7,14 @@ more tokens than the embedding has rows. No remote code runs, and no pickle beyo
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import logging
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,17 +25,20 @@ from tongwen.language import say
 if TYPE_CHECKING:
     import torch
 
+# It says on every import which kernels it lacks, and at every int8 product that this is one of fp16.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model is: what to hand to `from_pretrained`, and the adapter that stands on it."""
+    """Where a model is: what to hand to `from_pretrained`, and the adapters that stand on it, the first one lowest."""
 
     name: str  # as the user wrote it
     folder: str  # folder or hub id
     gguf: str | None = None
-    adapter: str | None = None
+    adapters: tuple[str, ...] = ()
 
     @property
     def local(self) -> bool:
@@ -71,7 +75,8 @@ def _local_place(name: str, path: Path) -> Place:
         raise ModelError(say("a model is a folder or a .gguf file", "模型应为文件夹或 .gguf 文件"), place=name)
     stage = artifact.find(path)
     if stage and stage.kind in ("sft", "pretrain") and (path / "adapter_config.json").is_file():
-        return Place(name, stage.manifest["parents"]["base"]["path"], adapter=str(path))
+        below = locate(stage.manifest["parents"]["base"]["path"])
+        return replace(below, name=name, adapters=(*below.adapters, str(path)))
     if next(path.glob("consolidated.*.pth"), None) and not (path / "config.json").is_file():
         raise ModelError(
             say("these are LLaMA's own files", "这是 LLaMA 的原始文件"),
@@ -138,16 +143,19 @@ def load_config(place: Place) -> Any:
         return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
 
 
-def load_model(place: Place, dtype: torch.dtype) -> Any:
-    """The causal language model, in the given number type. Raises ModelError when a weight would be random."""
+def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
+    """The causal language model, in the given number type; its matrices quantised to nf4 or int8 on request. The adapters of
+    the place are not opened (see `stack`). Raises ModelError when a weight would be random."""
     from transformers import AutoModelForCausalLM
 
+    how = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
     with quiet(), explained(place):
         model, info = AutoModelForCausalLM.from_pretrained(
             place.folder,
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
+            **how,
             **_gguf(place),
         )
     missing = sorted(info.get("missing_keys") or ())
@@ -244,7 +252,7 @@ def compute_dtype(precision: str, device: str) -> tuple[torch.dtype, str]:
         if not native:
             raise MachineError(
                 say(f"this {device} does not compute in bf16", f"该 {device} 不支持 bf16 计算"),
-                place="sft.precision",
+                place="precision",
                 remedy="precision: fp32",
             )
         return torch.bfloat16, say("as the recipe says", "按配方")
@@ -336,6 +344,21 @@ class explained:  # noqa: N801
             ) from error
 
 
+def _quantization(kind: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingPackage("bitsandbytes", say("a quantised base", "量化底座"), "qlora")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
 def _gguf(place: Place) -> dict[str, str]:
     return {"gguf_file": place.gguf} if place.gguf else {}
 
@@ -355,8 +378,8 @@ def _from_modelscope(name: str) -> str:
         ) from None
 
 
-def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None) -> Any:
-    """The model with an adapter on it, for inference. Refuses an adapter that was trained on another base."""
+def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, trainable: bool = False) -> Any:
+    """The model with an adapter on it. Refuses an adapter that was trained on another base."""
     from peft import PeftModel
 
     path = Path(folder)
@@ -379,4 +402,10 @@ def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None) -> An
             ),
         )
     with quiet(), explained(Place(folder, folder)):
-        return PeftModel.from_pretrained(model, folder)
+        return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+
+
+def adapter_type(model: Any) -> str:
+    """peft's name for the kind of a model's adapter, such as LORA; "" for a model without one."""
+    config = getattr(model, "peft_config", None)
+    return str(next(iter(config.values())).peft_type.value) if config else ""

@@ -1,71 +1,48 @@
-"""A base with adapters on it, in memory and by peft: for what cannot be folded tensor by tensor, and to compare with."""
+"""A base with the adapters that stand on it: each one's change goes into the weights, in their order, summed in fp32.
+
+So a stage that stands on an adapter stage, and whoever talks to it, opens the whole chain.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tongwen.errors import ArtifactError
+import torch
+
+from tongwen import artifact
+from tongwen.errors import ModelError
 from tongwen.language import say
-from tongwen.model.adapter import Adapter
-from tongwen.model.load import Place, explained, load_model, quiet
+from tongwen.model.fingerprint import fingerprint_model, fingerprint_stack
+from tongwen.model.load import Place, load_model, open_adapter
 
 
-def open_stack(place: Place, adapters: Sequence[Path], grown: Sequence[int | None], *, live: bool) -> Any:
-    """The model in fp32 with all adapters folded in; live: the last one stays beside its weights.
+def open_stack(place: Place, dtype: torch.dtype, quantize: str = "") -> tuple[Any, str | None]:
+    """(model, its fingerprint). A prompt that was learned (prefix or p-tuning) has no change of weights: it stays on top.
 
-    grown: rows that an adapter's own vocabulary has, None for one that brings none. Raises ArtifactError when peft takes
-    only a part of an adapter.
+    Raises ArtifactError when an adapter was trained on something else, ModelError when the base would be quantised before
+    an adapter's change is in its weights.
     """
-    import torch
-    from peft import PeftModel, get_peft_model_state_dict
-
-    model = load_model(place, torch.float32)
-    for index, (folder, rows) in enumerate(zip(adapters, grown, strict=True)):
-        if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(rows, mean_resizing=False)
-        with quiet(), explained(Place(str(folder), str(folder))):
-            adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=True)
-        _check_whole(folder, set(get_peft_model_state_dict(adapted)))
-        model = adapted if live and index == len(adapters) - 1 else adapted.merge_and_unload(safe_merge=True)
-    return model.eval()
-
-
-def known_names(place: Place) -> set[str]:
-    """What transformers calls the tensors of a model, without loading one."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from tongwen.model.load import load_config
-
-    with torch.device("meta"):
-        return set(AutoModelForCausalLM.from_config(load_config(place)).state_dict())
-
-
-def grown_rows(adapters: Sequence[Adapter]) -> list[int | None]:
-    return [adapter.vocabulary for adapter in adapters]
-
-
-def logits_of(model: Any, ids: Sequence[int]) -> Any:
-    """(T, V) as a numpy array."""
-    import torch
-
-    with torch.no_grad():
-        return model(torch.tensor([list(ids)])).logits[0].float().numpy()
-
-
-def _check_whole(folder: Path, taken: set[str]) -> None:
-    from tongwen.model.tensors import open_tensors
-
-    held = set(open_tensors(folder, "adapter_model.bin").facts)
-    if held != taken:
-        odd = sorted(held ^ taken)[0]
-        raise ArtifactError(
-            say(
-                f"{len(held ^ taken)} tensors do not fit this base, the first: {odd}",
-                f"{len(held ^ taken)} 个张量与该底座不符，第一个：{odd}",
+    if quantize and place.adapters:
+        raise ModelError(
+            say("an adapter cannot be put into quantised weights", "无法把适配器并入量化后的权重"),
+            place=place.name,
+            remedy=say(
+                f"tongwen merge first, and name the merged folder as the base; the adapter: {place.adapters[0]}",
+                f"先 tongwen merge，并以合并后的文件夹为底座；适配器：{place.adapters[0]}",
             ),
-            place=str(folder),
-            remedy=say("this adapter was trained on another base", "该适配器是在另一个底座上训练的"),
         )
+    model = load_model(place, torch.float32 if place.adapters else dtype, quantize)
+    fingerprint = fingerprint_model(place)  # after it was opened: only then a hub's files are surely here
+    for folder in place.adapters:
+        model = open_adapter(model, folder, fingerprint)
+        if not model.active_peft_config.is_prompt_learning:
+            model = model.merge_and_unload()
+        if fingerprint:
+            fingerprint = fingerprint_stack(fingerprint, _fingerprint_of(folder))
+    return (model.to(dtype) if place.adapters else model), fingerprint
+
+
+def _fingerprint_of(adapter: str) -> str:
+    made = artifact.find(Path(adapter))
+    return made.fingerprint if made else str(fingerprint_model(Place(adapter, adapter)))

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from tongwen.errors import RecipeError, raise_all
 from tongwen.language import say
 from tongwen.recipe.old_names import OLD, OLD_REASONS, OWNED, training_arguments
-from tongwen.recipe.schema import Recipe, Sft
+from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
 
 Path_ = tuple[str | int, ...]  # where a value stands in the recipe: ("sft", "adapter", "rank")
 
@@ -101,8 +101,9 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[
     data = _read_file(Path(file), reading)
     for override in overrides:
         _apply_override(data, override, reading)
-    if isinstance(data.get("sft"), dict):
-        data["sft"] = _translate(data["sft"], ("sft",), data.get("devices", 1), reading)
+    for name, words in (("pretrain", Pretrain), ("sft", Sft)):
+        if isinstance(data.get(name), dict):
+            data[name] = _translate(data[name], (name,), words, data.get("devices", 1), reading)
     recipe = _validate(data, reading)
     raise_all(reading.problems)
     assert recipe is not None
@@ -173,7 +174,9 @@ def _apply_override(data: dict[str, Any], override: str, reading: Reading) -> No
     here[parts[-1]] = reading.value(node, path, source)
 
 
-def _translate(section: dict[str, Any], path: Path_, devices: Any, reading: Reading) -> dict[str, Any]:
+def _translate(
+    section: dict[str, Any], path: Path_, words: type[Training], devices: Any, reading: Reading
+) -> dict[str, Any]:
     """Old and foreign names of a training section become the recipe's words; what it owns is refused by name."""
     section = dict(section)
     trainer = section.get("trainer")
@@ -202,7 +205,7 @@ def _translate(section: dict[str, Any], path: Path_, devices: Any, reading: Read
                     _did_you_mean(near),
                 )
     for key in list(section):
-        if key in OLD and key not in Sft.model_fields:
+        if key in OLD and key not in words.model_fields:
             _translate_old(section, section, key, (*path, key), reading)
     _convert_batch(section, path, devices, reading)
     return section

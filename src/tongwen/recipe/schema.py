@@ -6,7 +6,7 @@ The documentation, `tongwen schema` and the messages are made from this page. Al
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 from pydantic_core import PydanticCustomError
@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from tongwen.language import say
 
 # The order in which the stages run. A section that is absent does not run.
-STAGES = ("prepare", "vocab", "sft", "merge", "export")
+STAGES = ("prepare", "vocab", "pretrain", "sft", "merge", "export")
 
 
 def word(default: Any, en: str, zh: str, **limits: Any) -> Any:
@@ -110,6 +110,12 @@ class Source(Section):
     )
     share: Number | None = word(
         None, "share of the tokens of an epoch that come from here", "每轮 token 中来自此处的比例", gt=0, lt=1
+    )
+    language: str | None = word(
+        None,
+        "zh, en or another name: held-out documents are scored by it; absent: zh or other, by their characters",
+        "zh、en 或其他名字：留出文档按此分组评测；不写则按字符分为 zh 或 other",
+        pattern=r"^\w+$",
     )
 
     @model_validator(mode="after")
@@ -291,8 +297,11 @@ class Vocab(Section):
 class Adapter(Section):
     """What is trained: every weight, or a low-rank adapter beside them."""
 
-    method: Literal["lora", "full"] = word(
-        "lora", "lora: a small adapter; full: all weights", "lora：小适配器；full：全部权重"
+    method: Literal["lora", "qlora", "adalora", "new_rows", "full"] = word(
+        "lora",
+        "lora: a small adapter; qlora: on a quantised base; adalora: its ranks go where they matter; new_rows: only the rows "
+        "that the vocabulary stage added; full: all weights",
+        "lora：小适配器；qlora：底座量化；adalora：秩分配到重要之处；new_rows：只训练词表阶段新增的行；full：全部权重",
     )
     rank: int = word(
         16, "rank of the adapter: higher learns more, costs memory", "适配器的秩：越大学得越多，越占内存", ge=1
@@ -306,9 +315,20 @@ class Adapter(Section):
         "all-linear, family (the family's usual few), or a list of module names",
         "all-linear、family（该系列惯用的几个）或模块名列表",
     )
+    target_parameters: list[str] = word(
+        [],
+        "names of weights that are no module of their own, such as mlp.experts.gate_up_proj (fused experts)",
+        "不单独成模块的权重名，如 mlp.experts.gate_up_proj（融合的专家）",
+    )
     rslora: bool = word(False, "scale by alpha / sqrt(rank)", "按 alpha / sqrt(rank) 缩放")
     dora: bool = word(False, "train direction and magnitude apart (DoRA)", "方向与幅度分开训练（DoRA）")
+    quantize: Literal["nf4", "int8"] = word(
+        "nf4", "qlora: 4 bits with double quantisation, or 8 bits", "qlora：4 位（双重量化）或 8 位"
+    )
     also_train: list[str] = word([], "modules trained in full beside the adapter", "除适配器外完整训练的模块")
+    continue_from: str | None = word(
+        None, "folder of an adapter on the same base that is trained further", "继续训练的适配器文件夹（同一底座）"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Adapter:
@@ -317,6 +337,11 @@ class Adapter(Section):
                 f"targets: {self.targets!r} is not `all-linear`, `family` or a list such as [q_proj, v_proj]",
                 f"targets: {self.targets!r} 应为 `all-linear`、`family` 或 [q_proj, v_proj] 这样的列表",
             )
+        if self.method == "adalora" and (self.dora or self.rslora or self.target_parameters or self.continue_from):
+            raise wrong(
+                "adalora has no dora, rslora, target_parameters or continue_from; use method: lora",
+                "adalora 不支持 dora、rslora、target_parameters 与 continue_from；请用 method: lora",
+            )
         return self
 
     @property
@@ -324,30 +349,21 @@ class Adapter(Section):
         """alpha, with its default."""
         return self.alpha if self.alpha is not None else 2.0 * self.rank
 
+    @property
+    def part(self) -> Part:
+        """What it trains, in the words of `pretrain.train`."""
+        return self.method if self.method in ("new_rows", "full") else "lora"
 
-class Sft(Section):
-    """Supervised fine-tuning on dialogues."""
 
-    template: str = word(
-        "own",
-        "own (the model's), chatml, alpaca, alpaca-zh, plain, or a .jinja file",
-        "own（模型自带）、chatml、alpaca、alpaca-zh、plain 或 .jinja 文件",
-    )
-    learn: Literal["assistant", "last_answer", "everything"] = word(
-        "assistant", "which text counts in the loss", "哪些文字计入损失"
-    )
-    thinking: Literal["on", "off", "mixed"] = word(
-        "mixed",
-        "for thinking models: every answer thinks (on), none does (off), or as each row has it (mixed)",
-        "思考模型：都思考（on）、都不思考（off）、按数据而定（mixed）",
-    )
+Part = Literal["new_rows", "embeddings", "lora", "full"]
+ROWS_ONLY = ("new_rows", "embeddings")
+
+
+class Training(Section):
+    """What every training stage knows."""
+
     adapter: Adapter = word(Adapter(), "what is trained", "训练哪些权重")
     max_length: int = word(1024, "tokens of a sample at most", "每个样本的最大 token 数", ge=8)
-    too_long: Literal["reject", "drop_turns", "cut_prompt"] = word(
-        "reject",
-        "what happens to longer samples: rejected; their oldest turns dropped; or then also the end of the question cut",
-        "更长的样本：拒绝；丢弃最早的轮次；或再截断问题末尾",
-    )
     batch_size: int = word(8, "samples per optimizer step over all devices", "每个优化步的样本数（所有设备合计）", ge=1)
     batch_tokens: int | None = word(
         None,
@@ -358,17 +374,42 @@ class Sft(Section):
     learning_rate: Number | None = word(
         None, "peak; 2e-4 with an adapter, 2e-5 in full", "峰值学习率；适配器默认 2e-4，全参数 2e-5", gt=0
     )
-    schedule: Literal["constant", "linear", "cosine"] = word("cosine", "shape after the warm-up", "预热之后的形状")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "muon"] = word(
+        "adamw",
+        "adamw (fused); 8 bits or paged need bitsandbytes; muon trains matrices only, such as LoRA's",
+        "adamw（融合）；8 位与分页版需要 bitsandbytes；muon 只训练矩阵，如 LoRA",
+    )
+    schedule: Literal["constant", "linear", "cosine", "wsd", "warmup_lr"] = word(
+        "cosine",
+        "shape after the warm-up; wsd: constant, then down in the last `decay`; warmup_lr: constant, warmed up by a logarithm "
+        "(DeepSpeed's WarmupLR)",
+        "预热之后的形状；wsd：先恒定，最后 `decay` 段下降；warmup_lr：对数预热后恒定（DeepSpeed 的 WarmupLR）",
+    )
     warmup: Number = word(
         0.03, "share of all steps (below 1) or a number of steps", "占总步数的比例（小于 1）或步数", ge=0
     )
-    weight_decay: Number = word(0.0, "AdamW's weight decay", "AdamW 权重衰减", ge=0)
+    decay: Number = word(
+        0.1, "wsd: share of all steps (below 1) or a number of steps", "wsd：占总步数的比例（小于 1）或步数", gt=0
+    )
+    weight_decay: Number = word(0.0, "the optimizer's weight decay", "优化器的权重衰减", ge=0)
     max_grad_norm: Number = word(1.0, "clip the gradient to this norm; 0: off", "梯度裁剪范数；0 为关闭", ge=0)
+    neftune: Number | None = word(
+        None,
+        "noise on the embeddings (NEFTune's alpha, 5 is usual), scaled by each document's own length",
+        "词向量噪声（NEFTune 的 alpha，常用 5），按每个文档自身长度缩放",
+        gt=0,
+    )
     stop_after: Length = word(Duration(count=2, unit="epochs"), "epochs, steps or tokens", "轮数、步数或 token 数")
     save_every: int = word(100, "optimizer steps between checkpoints", "每多少优化步存一次检查点", ge=1)
-    keep_checkpoints: int = word(2, "how many checkpoints stay", "保留多少个检查点", ge=1)
+    keep_checkpoints: int = word(2, "how many checkpoints stay, besides the best", "除最佳外保留多少个检查点", ge=1)
     evaluate_every: int | None = word(
         None, "steps between held-out evaluations; before and after always", "每多少步评测留出集；前后总会评测", ge=1
+    )
+    patience: int | None = word(
+        None,
+        "stop after this many evaluations without a better one, and take the best checkpoint",
+        "连续多少次评测没有更好就停止，并取最佳检查点",
+        ge=1,
     )
     log_every: int = word(1, "steps between lines of metrics.jsonl", "每多少步写一行 metrics.jsonl", ge=1)
     precision: Literal["auto", "fp32", "bf16"] = word(
@@ -387,6 +428,162 @@ class Sft(Section):
         "一次过模型的 token 数；不写则推算",
         ge=16,
     )
+    samples: int = word(
+        3, "held-out questions answered before and after, for the report", "报告中训练前后各答几题", ge=0
+    )
+    trainer: dict[str, Any] = word({}, "other transformers TrainingArguments", "其他 transformers TrainingArguments")
+
+    @model_validator(mode="after")
+    def _check_training(self) -> Training:
+        if self.batch_tokens is not None and "batch_size" in self.model_fields_set:
+            raise wrong(
+                "`batch_size` and `batch_tokens` exclude each other: samples per step, or tokens per step",
+                "`batch_size` 与 `batch_tokens` 只能写一个：每步的样本数，或每步的 token 数",
+            )
+        if self.patience is not None and self.evaluate_every is None:
+            raise wrong(
+                "`patience` counts evaluations, and there are none on the way: add `evaluate_every: 50`",
+                "`patience` 按评测次数计，而途中没有评测：请加 `evaluate_every: 50`",
+            )
+        return self
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        """What is trained, one after the other, each with its own words."""
+        part = self.adapter.part
+        return [Stretch(part, (part,), self, *self.rates(part))]
+
+    def rates(self, train: str) -> tuple[float, float]:
+        """Peak learning rates: of the weights, and of embeddings."""
+        rate = self.learning_rate if self.learning_rate is not None else 2e-5 if train == "full" else 2e-4
+        return rate, rate
+
+
+class Stretch(NamedTuple):
+    """A part of a stage's training. train: as the recipe says it; parts: what that trains; words: how; rates: see there."""
+
+    train: str
+    parts: tuple[Part, ...]
+    words: Training
+    rate: float
+    embedding_rate: float
+
+
+class Phase(Section):
+    """One phase of pre-training. What it does not say, the section says."""
+
+    train: Literal["new_rows", "embeddings", "lora", "lora+embeddings", "full"] = word(
+        ...,
+        "new_rows (of the vocabulary stage), embeddings, lora, lora+embeddings or full",
+        "new_rows（词表阶段新增的行）、embeddings、lora、lora+embeddings 或 full",
+    )
+    stop_after: Length | None = word(None, "epochs, steps or tokens", "轮数、步数或 token 数")
+    learning_rate: Number | None = word(None, "peak", "峰值学习率", gt=0)
+    embedding_learning_rate: Number | None = word(None, "peak of the embeddings", "词向量的峰值学习率", gt=0)
+
+
+class Forgetting(Section):
+    """A rise of the held-out bits per byte of any language over where it began."""
+
+    warn: Number | None = word(0.05, "say it from this share on", "升高超过此比例就提醒", gt=0)
+    stop: Number | None = word(None, "stop from this share on", "升高超过此比例就停止", gt=0)
+
+
+class Pretrain(Training):
+    """Continued pre-training on documents."""
+
+    train: Literal["new_rows", "embeddings", "lora", "lora+embeddings", "full"] = word(
+        "lora",
+        "what is trained when there are no phases: new_rows, embeddings, lora, lora+embeddings or full",
+        "没有 phases 时训练什么：new_rows、embeddings、lora、lora+embeddings 或 full",
+    )
+    phases: list[Phase] = word([], "one after the other, instead of `train`", "依次进行的各阶段，代替 `train`")
+    documents: Literal["apart", "concatenated", "blocks"] = word(
+        "apart",
+        "apart: each sees only itself; concatenated: end to end, cut at max_length; blocks: the same, and the remainder is "
+        "dropped (the scripts of 2023)",
+        "apart：文档互不可见；concatenated：首尾相接后按 max_length 切分；blocks：同上并丢弃余数（2023 年的脚本）",
+    )
+    embedding_learning_rate: Number | None = word(
+        None,
+        "peak of the embeddings; beside an adapter a fifth of learning_rate when absent",
+        "词向量的峰值学习率；与适配器同训时默认为 learning_rate 的五分之一",
+        gt=0,
+    )
+    stop_after: Length = word(Duration(count=1, unit="epochs"), "epochs, steps or tokens", "轮数、步数或 token 数")
+    forgetting: Forgetting = word(
+        Forgetting(), "held-out bits per byte of each language may rise by this share", "各语言留出集允许的升高比例"
+    )
+
+    @model_validator(mode="after")
+    def _check_phases(self) -> Pretrain:
+        if self.phases and "train" in self.model_fields_set:
+            raise wrong(
+                "`train` and `phases` exclude each other; each phase has its own `train`",
+                "`train` 与 `phases` 只能写一个；每个阶段有自己的 `train`",
+            )
+        if self.adapter.part != "lora":
+            raise wrong(
+                f"adapter: {{method: {self.adapter.method}}} is said by `train: {self.adapter.method}` here",
+                f"此处 adapter: {{method: {self.adapter.method}}} 应写作 `train: {self.adapter.method}`",
+            )
+        if self.forgetting.stop is not None and self.evaluate_every is None:
+            raise wrong(
+                "`forgetting: {stop: ...}` looks at evaluations, and there are none on the way: add `evaluate_every: 50`",
+                "`forgetting: {stop: ...}`依据评测判断，而途中没有评测：请加 `evaluate_every: 50`",
+            )
+        trained = [one.parts for one in self.stretches]
+        if ("full",) in trained and any("lora" in parts for parts in trained):
+            raise wrong(
+                "phases train an adapter and, in full, the weights that it stands on: keep one of the two",
+                "各阶段既训练适配器又全量训练其底座权重：只能保留一种",
+            )
+        if self.adapter.method == "adalora" and sum("lora" in parts for parts in trained) > 1:
+            raise wrong(
+                "adalora spends its budget over one phase; two phases train it",
+                "adalora 的预算只能分配在一个阶段；这里有两个阶段训练它",
+            )
+        return self
+
+    @property
+    def stretches(self) -> list[Stretch]:
+        out = []
+        for phase in self.phases or [Phase(train=self.train)]:
+            said = {name: getattr(phase, name) for name in Phase.model_fields if name != "train"}
+            if phase.learning_rate is not None and phase.train in ROWS_ONLY:
+                said["embedding_learning_rate"] = phase.embedding_learning_rate or phase.learning_rate
+            words = self.model_copy(update={name: value for name, value in said.items() if value is not None})
+            out.append(Stretch(phase.train, tuple(phase.train.split("+")), words, *words.rates(phase.train)))  # type: ignore[arg-type]
+        return out
+
+    def rates(self, train: str) -> tuple[float, float]:
+        rate, own = super().rates(train)[0], self.embedding_learning_rate
+        if own is None:
+            return rate, rate / 5 if train == "lora+embeddings" else rate
+        return own if train in ROWS_ONLY else rate, own
+
+
+class Sft(Training):
+    """Supervised fine-tuning on dialogues."""
+
+    template: str = word(
+        "own",
+        "own (the model's), chatml, alpaca, alpaca-zh, plain, or a .jinja file",
+        "own（模型自带）、chatml、alpaca、alpaca-zh、plain 或 .jinja 文件",
+    )
+    learn: Literal["assistant", "last_answer", "everything"] = word(
+        "assistant", "which text counts in the loss", "哪些文字计入损失"
+    )
+    thinking: Literal["on", "off", "mixed"] = word(
+        "mixed",
+        "for thinking models: every answer thinks (on), none does (off), or as each row has it (mixed)",
+        "思考模型：都思考（on）、都不思考（off）、按数据而定（mixed）",
+    )
+    too_long: Literal["reject", "drop_turns", "cut_prompt"] = word(
+        "reject",
+        "what happens to longer samples: rejected; their oldest turns dropped; or then also the end of the question cut",
+        "更长的样本：拒绝；丢弃最早的轮次；或再截断问题末尾",
+    )
     train_new_control_tokens: bool = word(
         True,
         "train the rows of control tokens that the base never saw; false: refuse such a base instead",
@@ -395,25 +592,6 @@ class Sft(Section):
     min_stop_learned: Number = word(
         0.99, "refuse when fewer samples than this share learn to stop", "学会停止的样本低于此比例就拒绝", ge=0, le=1
     )
-    samples: int = word(
-        3, "held-out questions answered before and after, for the report", "报告中训练前后各答几题", ge=0
-    )
-    trainer: dict[str, Any] = word({}, "other transformers TrainingArguments", "其他 transformers TrainingArguments")
-
-    @model_validator(mode="after")
-    def _check(self) -> Sft:
-        if self.batch_tokens is not None and "batch_size" in self.model_fields_set:
-            raise wrong(
-                "`batch_size` and `batch_tokens` exclude each other: samples per step, or tokens per step",
-                "`batch_size` 与 `batch_tokens` 只能写一个：每步的样本数，或每步的 token 数",
-            )
-        return self
-
-    @property
-    def peak_learning_rate(self) -> float:
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return 2e-5 if self.adapter.method == "full" else 2e-4
 
 
 class Merge(Section):
@@ -460,6 +638,7 @@ class Recipe(Section):
     devices: int = word(1, "processes, one per GPU", "进程数，每块 GPU 一个", ge=1)
     prepare: Prepare | None = word(None, "read, check and split the data", "读取、检查、划分数据")
     vocab: Vocab | None = word(None, "extend the tokenizer and grow the model", "扩充词表并扩大模型")
+    pretrain: Pretrain | None = word(None, "continued pre-training", "继续预训练")
     sft: Sft | None = word(None, "supervised fine-tuning", "监督微调")
     merge: Merge | None = word(None, "fold the adapter into the base", "把适配器并入底座")
     export: Export | None = word(None, "the model in the forms of other programs", "导出为其他程序使用的格式")
@@ -476,17 +655,31 @@ class Recipe(Section):
                 "`vocab` needs `prepare: {documents: ...}`: the text that pieces are learned from",
                 "`vocab` 需要 `prepare: {documents: ...}` 提供学习新词的文本",
             )
-        if self.merge and not (self.sft and self.sft.adapter.method != "full"):
+        if self.pretrain and not (self.prepare and self.prepare.documents):
             raise wrong(
-                "`merge` needs an `sft` section that trains an adapter: there is nothing to fold into the base",
-                "`merge` 需要训练适配器的 `sft` 段，否则没有可合并的东西",
+                "`pretrain` needs `prepare: {documents: ...}`: the text that it learns from",
+                "`pretrain` 需要 `prepare: {documents: ...}` 提供训练文本",
             )
-        if self.export and not (self.merge or (self.sft and self.sft.adapter.method == "full")):
+        if self.merge and not self.trains_adapters:
             raise wrong(
-                "`export` needs `merge`, or an `sft` section that trains in full: an adapter alone is no model",
-                "`export` 需要 `merge`，或全参数训练的 `sft`：单独的适配器不是模型",
+                "`merge` needs a training section with an adapter: there is nothing to fold into the base",
+                "`merge` 需要训练适配器的段，否则没有可合并的东西",
+            )
+        if self.export and not self.merge and (not (self.vocab or self.training) or self.trains_adapters):
+            raise wrong(
+                "`export` needs `merge`, or a stage that leaves a whole model: an adapter alone is no model",
+                "`export` 需要 `merge`，或产出完整模型的阶段：单独的适配器不是模型",
             )
         return self
+
+    @property
+    def training(self) -> list[Training]:
+        """The sections that train, in their order."""
+        return [section for section in (self.pretrain, self.sft) if section is not None]
+
+    @property
+    def trains_adapters(self) -> bool:
+        return any("lora" in one.parts for stage in self.training for one in stage.stretches)
 
     @property
     def stages(self) -> list[str]:

@@ -1,6 +1,6 @@
 """export: the run's finished model in the forms that other programs read, each in a folder of its own.
 
-What goes in is the merged model, or the one that `sft` trained in full. Each form is written and read back by itself; the
+What goes in is the merged model, or the whole one that the last stage before left. Each form is written and read back by itself; the
 stage is finished when all are.
 """
 
@@ -12,17 +12,19 @@ from typing import Any
 
 from tongwen import artifact, forms
 from tongwen.recipe.schema import Recipe
+from tongwen.river import standing_on
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     assert recipe.export
-    return {"export": recipe.export.model_dump(mode="json"), "from": _source(recipe)}
+    return {"export": recipe.export.model_dump(mode="json"), "from": _source(recipe).name}
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """All forms of the recipe under `out`."""
     assert recipe.export
-    finished = artifact.open_artifact(out.parent / _source(recipe), "model" if recipe.merge else "sft")
+    place = _source(recipe)
+    finished = artifact.open_artifact(place, "model" if recipe.merge else place.name)
     source = replace(forms.open_source(str(finished.path)), title=recipe.name)
     with artifact.create(out, "export", {"model": finished.as_parent()}, settings(recipe)) as draft:
         for form in recipe.export.formats:
@@ -32,5 +34,6 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     return draft.artifact
 
 
-def _source(recipe: Recipe) -> str:
-    return "merge" if recipe.merge else "sft"
+def _source(recipe: Recipe) -> Path:
+    """The last folder of the run that holds a whole model."""
+    return Path(recipe.out) / "merge" if recipe.merge else Path(standing_on(recipe, "export"))

@@ -23,6 +23,7 @@ class Start:
     learning_rate: str
     template: str = "own"
     rank: int = 16
+    stage: str = "sft"
 
 
 STARTS = {
@@ -32,14 +33,23 @@ STARTS = {
     "qwen3-4b-lora-24g": Start("Qwen/Qwen3-4B", "lora", "24 GB GPU", 2048, "2e-4"),
     "qwen3-8b-lora-40g": Start("Qwen/Qwen3-8B", "lora", "40 GB GPU", 2048, "1e-4"),
     "llama3.1-8b-lora-40g": Start("meta-llama/Llama-3.1-8B-Instruct", "lora", "40 GB GPU", 2048, "1e-4"),
+    "qwen3-4b-dora-24g": Start("Qwen/Qwen3-4B", "dora", "24 GB GPU", 2048, "2e-4"),
+    "qwen3-4b-adalora-24g": Start("Qwen/Qwen3-4B", "adalora", "24 GB GPU", 2048, "5e-4"),
+    "qwen3-8b-qlora-24g": Start("Qwen/Qwen3-8B", "qlora", "24 GB GPU", 2048, "1e-4"),
     "qwen3-8b-base-chatml-40g": Start("Qwen/Qwen3-8B-Base", "lora", "40 GB GPU", 2048, "1e-4", "chatml", 64),
+    "smollm2-135m-pretrain-cpu": Start(
+        "HuggingFaceTB/SmolLM2-135M", "lora", "4 GB, CPU", 512, "1e-3", stage="pretrain"
+    ),
+    "qwen3-0.6b-base-pretrain-16g": Start(
+        "Qwen/Qwen3-0.6B-Base", "lora", "16 GB GPU", 2048, "2e-4", rank=64, stage="pretrain"
+    ),
 }
 
 
 def run(name: str, out: str) -> int:
     """Write the recipe, or list what there is."""
     if not name:
-        rows = [(key, start.base, start.method, start.memory) for key, start in STARTS.items()]
+        rows = [(key, start.base, f"{start.stage}, {start.method}", start.memory) for key, start in STARTS.items()]
         console.table(
             (say("template", "模板"), say("model", "模型"), say("method", "方法"), say("fits in", "适用")), rows
         )
@@ -74,8 +84,9 @@ def run(name: str, out: str) -> int:
 def render(name: str) -> str:
     """The recipe of that name; its comments, which stand in both languages (`# en ¦ zh`), in the user's."""
     start = STARTS[name]
-    text = (importlib.resources.files("tongwen") / "templates" / "recipe.yaml").read_text(encoding="utf-8")
-    adapter = f"{{method: lora, rank: {start.rank}}}" if start.method == "lora" else "{method: full}"
+    text = (importlib.resources.files("tongwen") / "templates" / f"{start.stage}.yaml").read_text(encoding="utf-8")
+    method = "lora, dora: true" if start.method == "dora" else start.method
+    adapter = "{method: full}" if method == "full" else f"{{method: {method}, rank: {start.rank}}}"
     values = {**vars(start), "name": re.sub(r"[^\w.\-]", "-", name), "adapter": adapter}
     text = re.sub(r"@(\w+)@", lambda found: str(values[found[1]]), text)
     if start.method == "full":

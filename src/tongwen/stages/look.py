@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import html
 from pathlib import Path
+from typing import Any
 
 from tongwen import console
 from tongwen.data.store import TokenStore
 from tongwen.errors import RecipeError
 from tongwen.language import language, say
-from tongwen.lesson import look_ahead, open_reader
+from tongwen.lesson import Reader, look_ahead, read_dialogues, read_documents, say_mask
 from tongwen.recipe.schema import Recipe
+from tongwen.river import standing_on
 
 STYLE = """
 :root{--ink:#1c1e21;--soft:#6b7280;--line:#e3e6ea;--wash:#f6f8f9;--paper:#fff;--learn:#bbf7d0;--stop:#fde68a}
@@ -28,21 +30,34 @@ div span{border-radius:.2rem;box-shadow:inset 0 0 0 1px #8883;padding:1px 1px}.l
 
 
 def run(recipe: Recipe, count: int, page: str) -> int:
-    """Encode the recipe's dialogues and show the first `count` samples, token by token."""
-    if not (recipe.sft and recipe.prepare and recipe.prepare.dialogues):
+    """Encode what the recipe trains on and show the first `count` samples of each training stage, token by token."""
+    if not recipe.training:
         raise RecipeError(
-            say("there are no dialogues to look at", "没有可查看的对话"), place=recipe.name, remedy="sft: {}"
+            say("there is nothing to look at: no training stage", "没有可查看的内容：没有训练阶段"),
+            place=recipe.name,
+            remedy="sft: {}",
         )
-    reader = open_reader(recipe.base, recipe.sft)
-    tokenizer, template = reader.tokenizer, reader.template
+    found = {}
+    if recipe.pretrain:
+        reader = read_documents(standing_on(recipe, "pretrain", finished=True), recipe.pretrain)
+        place = Path(page) if not recipe.sft else Path(page).with_suffix(".pretrain.html")
+        found["pretrain"] = _show(recipe, reader, reader.end, "", count, str(place) if page else "")
+    if recipe.sft:
+        base = standing_on(recipe, "sft", finished=True)
+        dialogues = read_dialogues(base, recipe.sft)
+        stop = int(dialogues.tokenizer.convert_tokens_to_ids(dialogues.template.stop))
+        found["sft"] = _show(recipe, dialogues, stop, recipe.sft.template, count, page)
+    console.emit({**list(found.values())[-1], "stages": found})
+    return 0
+
+
+def _show(recipe: Recipe, reader: Reader, stop: int, template: str, count: int, page: str) -> dict[str, Any]:
+    """One stage's samples. stop: the id that ends them."""
+    tokenizer = reader.tokenizer
     lesson = look_ahead(recipe, reader)
     store, mask, rejected = lesson.store, lesson.mask, lesson.rejected
     shown = range(min(count, len(store)))
-    stop = int(tokenizer.convert_tokens_to_ids(template.stop))
-    said = say(
-        f"{mask['learned_share']:.0%} of {mask['tokens']:,} tokens are learned; {mask['stop_learned_share']:.0%} of {mask['samples']:,} samples learn to stop",
-        f"{mask['tokens']:,} 个 token 中 {mask['learned_share']:.0%} 计入损失；{mask['samples']:,} 个样本中 {mask['stop_learned_share']:.0%} 学到停止符",
-    )
+    said = say_mask(mask)
     if page:
         sections = "".join(
             f"<section><h2><span>{html.escape(str(store.origin(index)))}</span><span>{store.lengths[index]} token</span></h2>"
@@ -59,7 +74,7 @@ def run(recipe: Recipe, count: int, page: str) -> int:
             f'<!doctype html><html lang="{"zh-CN" if language() == "zh" else "en"}"><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(recipe.name)}</title>'
             f"<style>{STYLE}</style><h1>{html.escape(recipe.name)}</h1>"
-            f"<p class=soft>{html.escape(recipe.base)} · {html.escape(recipe.sft.template)}<br>{said}</p>"
+            f"<p class=soft>{html.escape(recipe.base)}{html.escape(f' · {template}' if template else '')}<br>{said}</p>"
             f"<p class=key>{key}</p>{sections}</html>",
             encoding="utf-8",
         )
@@ -77,8 +92,7 @@ def run(recipe: Recipe, count: int, page: str) -> int:
                 f"{len(rejected)} 个样本不会参与训练，第一个：{first}",
             )
         )
-    console.emit({"mask": mask, "ledger": lesson.ledger.to_dict(), "rejected": len(rejected)})
-    return 0
+    return {"mask": mask, "ledger": lesson.ledger.to_dict(), "rejected": len(rejected)}
 
 
 def pieces(tokenizer: object, store: TokenStore, index: int) -> list[tuple[str, int, bool]]:

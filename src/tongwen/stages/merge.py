@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from tongwen.model import dress, fold, lineage, load, parity
 from tongwen.model.adapter import EMBEDDINGS, NotOneToOne, read_adapter
 from tongwen.model.fingerprint import combine, model_lines
 from tongwen.model.tensors import TorchTensors, load_bin, open_model
+from tongwen.river import standing_on
 from tongwen.weights import Tensors, find_tensors
 
 if TYPE_CHECKING:
@@ -50,9 +51,10 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
-    """Fold the adapter of the run's `sft`, and those that it was trained on, into their base."""
+    """Fold the adapters of the run's training stages into what they stand on."""
     assert recipe.merge
-    trained = artifact.open_artifact(out.parent / "sft", "sft")
+    last = Path(standing_on(recipe, "merge"))
+    trained = artifact.open_artifact(last, last.name)
     choice = Choice(recipe.merge.dtype, parity=recipe.merge.parity, shard_gb=recipe.merge.shard_gb)
     base = str(trained.manifest["parents"]["base"]["path"])
     return merge(base, [str(trained.path)], out, settings(recipe), choice)
@@ -111,11 +113,8 @@ def _as_pth(draft: artifact.Draft) -> None:
 
 def resolve(base: str, adapters: Sequence[str]) -> tuple[load.Place, list[str]]:
     """(the base, all adapters on it): a base that is itself a stage with an adapter brings that one and its own base."""
-    place, names = load.locate(base), list(adapters)
-    while place.adapter:
-        names.insert(0, place.adapter)
-        place = load.locate(place.folder)
-    return place, names
+    place = load.locate(base)
+    return replace(place, adapters=()), [*place.adapters, *adapters]
 
 
 def _check_lineage(place: load.Place, fingerprint: str, links: list[lineage.Link], choice: Choice) -> str | None:
@@ -195,15 +194,16 @@ def _compare_whole(
     """Both models loaded: base with the last adapter live beside it, and the merged one."""
     import torch
 
-    from tongwen.model import stack
+    from tongwen.model import in_memory
 
     folders = [link.adapter.folder for link in links]
     ids = parity.fixed_ids(int(config["vocab_size"]))
     with console.waiting(say("comparing logits, both models in memory", "在内存中比较两个模型的 logits")):
-        live = stack.logits_of(
-            stack.open_stack(place, folders, stack.grown_rows([link.adapter for link in links]), live=True), ids
+        live = in_memory.logits_of(
+            in_memory.open_in_memory(place, folders, in_memory.grown_rows([link.adapter for link in links]), live=True),
+            ids,
         )
-        merged = stack.logits_of(load.load_model(load.Place(str(out), str(out)), torch.float32).eval(), ids)
+        merged = in_memory.logits_of(load.load_model(load.Place(str(out), str(out)), torch.float32).eval(), ids)
     return parity.judge(live, merged, parity.limit_of(folded))
 
 
@@ -213,7 +213,7 @@ def _in_memory(
     """By peft, with the whole model in memory: for adapters whose tensors do not map one to one."""
     import torch
 
-    from tongwen.model import stack
+    from tongwen.model import in_memory
 
     console.notice(
         say(
@@ -222,7 +222,9 @@ def _in_memory(
         )
     )
     adapters = [link.adapter for link in links]
-    model = stack.open_stack(place, [adapter.folder for adapter in adapters], stack.grown_rows(adapters), live=False)
+    model = in_memory.open_in_memory(
+        place, [adapter.folder for adapter in adapters], in_memory.grown_rows(adapters), live=False
+    )
     dtype = DTYPES[choice.dtype]
     model.to(getattr(torch, TORCH_NAMES[dtype]) if dtype else load.load_config(place).dtype or torch.float32)
     model.save_pretrained(str(draft.path), max_shard_size=f"{choice.shard_gb}GB")
@@ -236,7 +238,7 @@ def _in_memory(
 
 
 def _known(place: load.Place) -> set[str]:
-    from tongwen.model.stack import known_names
+    from tongwen.model.in_memory import known_names
 
     return known_names(place)
 

@@ -72,7 +72,10 @@ def _start(folder: Path, parts: list[steps.Part], settings: dict[str, Any]) -> N
 
 def _sources(section: Prepare) -> dict[str, Any]:
     return {
-        kind: [source.model_dump(mode="json", include={"path", "weight", "share"}) for source in getattr(section, kind)]
+        kind: [
+            source.model_dump(mode="json", include={"path", "weight", "share", "language"})
+            for source in getattr(section, kind)
+        ]
         for kind in steps.KINDS
     }
 

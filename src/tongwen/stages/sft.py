@@ -1,256 +1,68 @@
 """sft: prepared dialogues and a base in; an adapter (or a whole model) that learned from them out.
 
-The dialogues are rendered by the template and encoded, with every row accounted for. The base is opened and adapted,
-and the audit proves on one micro-batch that each trainable tensor will learn and that packed documents do not see each
-other. Then transformers' Trainer runs the plan, from the newest checkpoint when there is one. What comes out is scored
-in bits per byte on what was held out, before and after, and saved with tokenizer, template and stop tokens.
+The dialogues are rendered by the template and encoded, with every row accounted for. What follows is the course that
+every training stage takes.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import set_seed
-
-from tongwen import artifact, console, launch
-from tongwen.data.encode import Encoder, token_bytes
-from tongwen.data.ledger import Ledger, table_rows
-from tongwen.data.store import TokenStore
+from tongwen import artifact, console
+from tongwen.course import Course, Question, take
 from tongwen.errors import ModelError
-from tongwen.families import family_of
-from tongwen.infer.decode import Sampling, Voice
 from tongwen.language import say
-from tongwen.lesson import Lesson, Reader, encode_prepared, open_reader
+from tongwen.lesson import DialogueReader, encode_prepared, new_rows_of, read_dialogues
 from tongwen.model import adapt as adapting
-from tongwen.model import attention, dress, load
-from tongwen.model.fingerprint import fingerprint_model, fingerprint_text, fingerprint_tokenizer
-from tongwen.model.score import bits_per_byte, learned_loss
-from tongwen.recipe.load import dump
+from tongwen.model import dress
+from tongwen.model.fingerprint import fingerprint_text
 from tongwen.recipe.schema import Recipe, Sft
 from tongwen.record import Dialogue
-from tongwen.template import Template
-from tongwen.train import audit
-from tongwen.train.batches import MicroBatches, Plan, fill, make_plan, token_budget
-from tongwen.train.fit import Job, check_adapter_saved, fit, newest_checkpoint, step_of
-from tongwen.train.report import write_report
-from tongwen.train.watch import Watch, peak_memory_bytes, read_metrics
+from tongwen.river import standing_on
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides this stage's result."""
     assert recipe.sft
-    return {"sft": recipe.sft.model_dump(mode="json"), "seed": recipe.seed, "base": recipe.base}
-
-
-@dataclass(frozen=True)
-class Pupil:
-    """The adapted model with everything that it needs to read and to speak."""
-
-    model: Any
-    tokenizer: Any
-    encoder: Encoder
-    template: Template
-    stops: tuple[int, ...]
-    packed: bool
-    counts: dict[str, Any]
-    base_fingerprint: str | None
-    device: str
-    dtype: torch.dtype
+    return {"sft": recipe.sft.model_dump(mode="json"), "seed": recipe.seed, "base": standing_on(recipe, "sft")}
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
-    """Encode, adapt, audit, train, score, save."""
-    section = recipe.sft
+    """Encode the dialogues, and learn from them."""
+    section, base = recipe.sft, standing_on(recipe, "sft")
     assert section
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
-    place = load.locate(recipe.base)
-    console.header("sft", f"{recipe.base} · {section.adapter.method}")
-    reader = open_reader(recipe.base, section)
-    lesson = encode_prepared(prepared, reader, section, recipe.seed, out.parent / "tokens")
-    _say_ledger(lesson)
-    pupil = _open_pupil(recipe, place, reader)
-    plan = _make_plan(recipe, lesson, pupil.device)
-    _say_plan(plan, lesson.store, pupil)
-    unreached = _audit(pupil, lesson.store, plan)
-
-    sizes = torch.from_numpy(token_bytes(reader.tokenizer))
-    questions = _questions(lesson.held_out, section.samples)
-
-    def score() -> dict[str, float]:
-        return _score(pupil, lesson.held_out_store, plan.budget, sizes)
-
-    def examine() -> dict[str, Any]:
-        with torch.random.fork_rng(), console.waiting(say("scoring what was held out", "评测留出集")):
-            return {"scores": score() if lesson.held_out_store else None, "answers": _answer(pupil, questions)}
-
-    parents = {
-        "prepare": prepared.as_parent(),
-        "base": {"path": recipe.base, "fingerprint": pupil.base_fingerprint},
-        "tokenizer": {"fingerprint": fingerprint_tokenizer(reader.tokenizer)},
-        "template": {"name": section.template, "fingerprint": fingerprint_text(reader.template.source)},
-    }
-    with artifact.create(out, "sft", parents, settings(recipe), resumable=True) as draft:
-        if launch.is_first():
-            artifact.write_json(draft.path / "settings.json", settings(recipe))
-        before = _once(draft.path / "before.json", examine)
-        throughput = _train(recipe, pupil, lesson, plan, draft.path, score if lesson.held_out_store else None)
-        after = examine()
-        if launch.is_first():
-            draft.fingerprint = _save(pupil, draft.path)
-            draft.facts = _facts(section, pupil, plan, throughput)
-            report = {
-                "summary": f"{recipe.base} · {section.adapter.method} · {len(plan)} {say('steps', '步')}",
-                "ledger": _books(prepared, lesson.ledger),
-                "mask": lesson.mask,
-                "trainable": pupil.counts,
-                "held_out": _held_out(before, after, lesson.held_out_store),
-                "throughput": throughput,
-                "peak_memory_bytes": peak_memory_bytes(),
-                "unreached": unreached,
-                "samples": _samples(questions, before["answers"], after["answers"]),
-            }
-            _write(recipe, draft.path, report, lesson.rejected)
-            _say_result(report, out)
-    return draft.artifact or artifact.Artifact(out, {"kind": "sft", "fingerprint": ""})
-
-
-def _open_pupil(recipe: Recipe, place: load.Place, reader: Reader) -> Pupil:
-    """The base, checked against its tokenizer, with what the recipe adds to it."""
-    section, tokenizer, template = recipe.sft, reader.tokenizer, reader.template
-    assert section
-    device = load.compute_device()
-    dtype, why = load.compute_dtype(section.precision, device)
-    with console.waiting(say("opening the base", "打开底座")):
-        model, packed = _open(place, dtype if section.adapter.method != "full" else torch.float32)
-        base_fingerprint = fingerprint_model(place)  # after it was opened: only then a hub's files are surely here
-    load.check_tokenizer(tokenizer, model, place)
-    stops = dress.stop_ids(tokenizer, template, getattr(model, "generation_config", None))
-    set_seed(recipe.seed)
-    adapted = adapting.adapt(model, section.adapter, _token_rows(model, tokenizer, template, section))
-    for note in adapted.notices:
-        console.notice(note)
-    console.tell(f"{device} · {str(dtype)[6:]}: {why}")
-    return Pupil(
-        model=adapted.model.to(device),
-        tokenizer=tokenizer,
-        encoder=reader.encoder,
-        template=template,
-        stops=stops,
-        packed=packed,
-        counts=adapted.counts,
-        base_fingerprint=base_fingerprint,
-        device=device,
-        dtype=dtype,
+    console.header("sft", f"{base} · {section.adapter.method}")
+    reader = read_dialogues(base, section)
+    lesson = encode_prepared(prepared, reader, recipe.seed, out.parent / "tokens" / "sft")
+    course = Course(
+        recipe=recipe,
+        stage="sft",
+        base=base,
+        settings=settings(recipe),
+        section=section,
+        prepared=prepared,
+        reader=reader,
+        lesson=lesson,
+        questions=_questions(lesson.held_out, reader, section.samples),
+        rows=lambda model: _control_rows(model, reader, section),
+        new_rows=new_rows_of(base) if section.adapter.method == "new_rows" else (),
+        template=reader.template,
+        parents={"template": {"name": section.template, "fingerprint": fingerprint_text(reader.template.source)}},
+        facts={"template_name": section.template},
     )
+    return take(course, out)
 
 
-def _make_plan(recipe: Recipe, lesson: Lesson, device: str) -> Plan:
-    section = recipe.sft
-    assert section
-    return make_plan(
-        lesson.store.lengths,
-        lesson.draw,
-        batch_size=section.batch_size,
-        batch_tokens=section.batch_tokens,
-        stop_after=section.stop_after,
-        budget=section.micro_batch_tokens or token_budget(device),
-        world=launch.world_size(),
-    )
-
-
-def _audit(pupil: Pupil, store: TokenStore, plan: Plan) -> list[str]:
-    """Nothing is trained before this has passed. Returns the trainable tensors that the first tokens did not reach."""
-    first = MicroBatches(store, [plan.micro[0][0]], packed=pupil.packed)[0]
-    unreached = audit.probe_gradients(pupil.model, first, learned_loss)
-    console.good(say("audit: gradients reach every trained tensor", "审计通过：梯度到达所有训练参数"))
-    if pupil.packed and len(store) > 1:
-        audit.check_isolation(pupil.model, [store.sample(0), store.sample(1)], learned_loss)
-        console.good(say("audit: documents in a pack do not see each other", "审计通过：打包的文档互不可见"))
-    for name in unreached:
-        console.notice(say(f"no token reached {name} in the first micro-batch", f"首个微批没有 token 到达 {name}"))
-    return unreached
-
-
-def _train(
-    recipe: Recipe, pupil: Pupil, lesson: Lesson, plan: Plan, folder: Path, score: Callable[[], dict[str, float]] | None
-) -> dict[str, Any]:
-    """Run the plan, from the newest checkpoint if there is one; returns tokens and seconds."""
-    section = recipe.sft
-    assert section
-    checkpoints = folder / "checkpoints"
-    checkpoints.mkdir(exist_ok=True)
-    resume = newest_checkpoint(checkpoints)
-    start = step_of(resume) if resume else 0
-    if start:
-        console.notice(
-            say(f"continuing after step {start} of {len(plan)}", f"从第 {start} 步（共 {len(plan)} 步）继续")
-        )
-    tokens = list(accumulate(plan.tokens_of(lesson.store.lengths)))
-    began = time.monotonic()
-    with console.progress(len(plan), "sft", start) as bar:
-        job = Job(
-            model=pupil.model,
-            tokenizer=pupil.tokenizer,
-            store=lesson.store,
-            plan=plan,
-            packed=pupil.packed,
-            section=section,
-            dtype=pupil.dtype,
-            seed=recipe.seed,
-            checkpoints=checkpoints,
-            resume=resume,
-            loss=learned_loss,
-            evaluate=score,
-            watch=Watch(folder / "metrics.jsonl", tokens, plan.steps_per_epoch, bar),
-            checkpointing=_needs_checkpointing(section, pupil.model.config, pupil.device, plan.budget),
-        )
-        fit(job)
-    seconds, trained = time.monotonic() - began, tokens[-1] - (tokens[start - 1] if start else 0)
-    return {
-        "tokens": tokens[-1],
-        "tokens_this_run": trained,
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(trained / max(seconds, 1e-9), 2),
-    }
-
-
-def _open(place: load.Place, dtype: torch.dtype) -> tuple[Any, bool]:
-    """(model, whether documents are packed). Families that cannot pack get padded batches, and it is said."""
-    config = load.load_config(place)
-    family = family_of(config.model_type)
-    packs = family.packs if family else True
-    model = load.load_model(place, dtype)
-    packs = packs and bool(getattr(model, "_supports_attention_backend", False))
-    if packs:
-        model.set_attn_implementation(attention.register())
-    if not packs:
-        why = family.why_not if family and family.why_not else say("its attention is its own", "其注意力实现不通用")
-        console.notice(
-            say(
-                f"{config.model_type} is trained in padded batches: {why}",
-                f"{config.model_type} 使用填充批次训练：{why}",
-            )
-        )
-    model.config.use_cache = False
-    return model, packs
-
-
-def _token_rows(model: Any, tokenizer: Any, template: Template, section: Sft) -> list[int]:
+def _control_rows(model: Any, reader: DialogueReader, section: Sft) -> list[int]:
     """Rows of control tokens that the template writes and the base never saw; under an adapter they would stay so."""
     if section.adapter.method == "full":
         return []
-    rows = adapting.find_untrained_rows(model, dress.control_ids(tokenizer, template))
+    rows = adapting.find_untrained_rows(model, dress.control_ids(reader.tokenizer, reader.template))
     if not rows:
         return []
-    names = ", ".join(tokenizer.convert_ids_to_tokens(rows))
+    names = ", ".join(reader.tokenizer.convert_ids_to_tokens(rows))
     if not section.train_new_control_tokens:
         raise ModelError(
             say(
@@ -269,181 +81,18 @@ def _token_rows(model: Any, tokenizer: Any, template: Template, section: Sft) ->
     return rows
 
 
-def _needs_checkpointing(section: Sft, config: Any, device: str, budget: int) -> bool:
-    """On when the recipe says so, or when the activations of a micro-batch would not fit into the free GPU memory.
-
-    About 34 numbers of the hidden width are kept per token and layer without it (performance notes of Megatron-LM,
-    arXiv 2205.05198, without the attention scores that fused attention never stores)."""
-    if section.activation_checkpointing != "auto" or device != "cuda":
-        return section.activation_checkpointing == "on"
-    free, _ = torch.cuda.mem_get_info()
-    return bool(budget * config.num_hidden_layers * config.hidden_size * 34 * 2 > 0.8 * free)
-
-
-def _score(pupil: Pupil, store: TokenStore | None, budget: int, sizes: torch.Tensor) -> dict[str, float]:
-    """Bits per byte of what was held out."""
-    assert store is not None
-    batches = MicroBatches(store, fill(store.lengths, budget), packed=pupil.packed)
-    model = pupil.model
-    return bits_per_byte(model, (audit.to_device(batches[index], model) for index in range(len(batches))), sizes)
-
-
-def _questions(held_out: list[Dialogue], count: int) -> list[Dialogue]:
+def _questions(held_out: list[Dialogue], reader: DialogueReader, count: int) -> list[Question]:
     """The held-out dialogues that are answered before and after: the first with a plain question at the end."""
-    return [
+    asked = [
         one
         for one in held_out
         if len(one.messages) > 1 and one.messages[-1].role == "assistant" and one.messages[-1].content
-    ][:count]
-
-
-def _answer(pupil: Pupil, questions: list[Dialogue]) -> list[str]:
-    """The model's own greedy answers, with the attention that generation needs."""
-    model = pupil.model
-    trained_with, was_training = model.config._attn_implementation, model.training
-    voice = Voice(model, pupil.tokenizer, pupil.stops, dress.context_length(model.config))
-    model.eval()
-    if trained_with == attention.NAME:
-        model.set_attn_implementation("sdpa")
-    try:
-        prompts = [pupil.template.prompt(dialogue.messages[:-1], dialogue.tools) for dialogue in questions]
-        ids = [pupil.encoder.encode_prompt(prompt) for prompt in prompts]
-        return [voice.decode(voice.answer([one], Sampling(max_new_tokens=64))[0]).strip() for one in ids]
-    finally:
-        model.set_attn_implementation(trained_with)
-        model.train(was_training)
-
-
-def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The value that an interrupted run already made, or a new one, kept for the next time."""
-    if file.is_file():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    value: dict[str, Any] = make()
-    if launch.is_first():
-        artifact.write_json(file, value)
-    return value
-
-
-def _save(pupil: Pupil, folder: Path) -> str:
-    """Adapter or model, tokenizer, template and stop tokens; returns the fingerprint of the trained tensors."""
-    model = pupil.model
-    if model.config._attn_implementation == attention.NAME:
-        model.set_attn_implementation("sdpa")
-    model.config.use_cache = True
-    model.save_pretrained(str(folder))
-    dress.save_tokenizer(pupil.tokenizer, pupil.template, folder)
-    dress.save_generation_config(model, pupil.stops, folder)
-    check_adapter_saved(folder)
-    return fingerprint_model(load.Place(str(folder), str(folder))) or ""
-
-
-def _facts(section: Sft, pupil: Pupil, plan: Plan, throughput: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "device": pupil.device,
-        "dtype": str(pupil.dtype).removeprefix("torch."),
-        "steps": len(plan),
-        "tokens": throughput["tokens"],
-        "batch": {"tokens": section.batch_tokens} if section.batch_tokens else {"samples": section.batch_size},
-        "micro_batches": {"accumulate": plan.accumulate, "world": plan.world, "token_budget": plan.budget},
-        "stop_tokens": [pupil.tokenizer.convert_ids_to_tokens(index) for index in pupil.stops],
-        "template_name": section.template,
-    }
-
-
-def _samples(questions: list[Dialogue], before: list[str], after: list[str]) -> list[dict[str, str]]:
-    return [
-        {"question": one.messages[-2].content, "before": old, "after": new, "wanted": one.messages[-1].content}
-        for one, old, new in zip(questions, before, after, strict=True)
     ]
-
-
-def _held_out(before: dict[str, Any], after: dict[str, Any], store: TokenStore | None) -> dict[str, Any] | None:
-    if store is None:
-        return None
-    old, new = before["scores"], after["scores"]
-    return {
-        "bits_per_byte": {"before": old["bits_per_byte"], "after": new["bits_per_byte"]},
-        "loss": {"before": old["loss"], "after": new["loss"]},
-        "samples": len(store),
-        "bytes": new["bytes"],
-        "tokens": new["tokens"],
-    }
-
-
-def _books(prepared: artifact.Artifact, ledger: Ledger) -> dict[str, Any]:
-    """Both tables. What the first keeps is what the second takes in, or this is a bug of ours."""
-    table = prepared.manifest["ledger"]["dialogues"]
-    tables = {"prepare": {key: table[key] for key in ("in", "kept", "lost", "files")}, "encode": ledger.to_dict()}
-    kept, taken = tables["prepare"]["kept"]["rows"], tables["encode"]["in"]["rows"]
-    if kept != taken:
-        raise AssertionError(f"prepare keeps {kept} rows, encode takes in {taken}")
-    return tables
-
-
-def _write(recipe: Recipe, folder: Path, report: dict[str, Any], rejected: list[dict[str, Any]]) -> None:
-    artifact.write_json(folder / "report.json", report)
-    with (folder / "rejected.jsonl").open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(bad, ensure_ascii=False) + "\n" for bad in rejected)
-    write_report(folder, f"{recipe.name} · sft", report, read_metrics(folder / "metrics.jsonl"), dump(recipe))
-
-
-def _say_ledger(lesson: Lesson) -> None:
-    rows = table_rows(lesson.ledger.to_dict(), say("encode", "编码"), say("trained", "训练"))
-    console.table((say("ledger", "账目"), say("rows", "行"), "token"), rows)
-    mask, rejected = lesson.mask, lesson.rejected
-    console.tell(
-        say(
-            f"{mask['learned_share']:.0%} of the tokens are learned; {mask['stop_learned_share']:.0%} of the samples learn to stop",
-            f"{mask['learned_share']:.0%} 的 token 计入损失；{mask['stop_learned_share']:.0%} 的样本学到停止符",
+    return [
+        Question(
+            one.messages[-2].content,
+            reader.template.prompt(one.messages[:-1], one.tools),
+            one.messages[-1].content,
         )
-    )
-    if mask["round_trip"]["differ"]:
-        console.notice(
-            say(
-                "{differ} of {checked} samples do not decode to their own text: the tokenizer lacks characters".format(
-                    **mask["round_trip"]
-                ),
-                "{checked} 个样本中有 {differ} 个无法解码回原文：分词器缺少字符".format(**mask["round_trip"]),
-            )
-        )
-    if rejected:
-        first = rejected[0]
-        console.notice(
-            say(
-                f"{len(rejected)} samples are not trained, the first: {first['file']}:{first['row']}: {first['rule']}",
-                f"{len(rejected)} 个样本未参与训练，第一个：{first['file']}:{first['row']}: {first['rule']}",
-            )
-        )
-
-
-def _say_plan(plan: Plan, store: TokenStore, pupil: Pupil) -> None:
-    tokens, counts = console.human_count(sum(plan.tokens_of(store.lengths))), pupil.counts
-    console.tell(
-        say(
-            f"{len(plan)} steps, {tokens} tokens; a step is {plan.accumulate} x {plan.world} micro-batches of at most {plan.budget} tokens",
-            f"{len(plan)} 步，{tokens} token；每步 {plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token",
-        )
-    )
-    console.tell(
-        say(
-            f"{counts['parameters']:,} of {counts['of']:,} parameters are trained ({counts['share']:.2%})",
-            f"训练 {counts['parameters']:,} / {counts['of']:,} 个参数（{counts['share']:.2%}）",
-        )
-    )
-
-
-def _say_result(report: dict[str, Any], out: Path) -> None:
-    through = report["throughput"]
-    if held_out := report["held_out"]:
-        scores = held_out["bits_per_byte"]
-        change = (scores["after"] / scores["before"] - 1) if scores["before"] else math.nan
-        console.good(
-            say(
-                f"held-out bits per byte {scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})",
-                f"留出集 bits per byte {scores['before']:.3f} → {scores['after']:.3f}（{change:+.1%}）",
-            )
-        )
-    console.good(
-        f"{console.human_time(through['seconds'])} · {through['tokens_per_second']:.0f} token/s · "
-        f"{say('peak', '峰值')} {console.human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"
-    )
+        for one in asked[:count]
+    ]

@@ -69,6 +69,7 @@ def _tree(one: artifact.Artifact) -> Tree:
 def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     out: list[tuple[str, str]] = []
     for key in (
+        "method",
         "device",
         "dtype",
         "steps",

@@ -7,111 +7,125 @@ bytes are on the disk, and a NaN stops the run.
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from tongwen import artifact, console
-from tongwen.errors import ArtifactError, NumbersError
+from tongwen import console
+from tongwen.errors import MissingPackage, NumbersError, RecipeError
 from tongwen.language import say
-from tongwen.recipe.schema import Sft
+from tongwen.recipe.schema import Stretch
 from tongwen.train.audit import FirstSteps, Loss, check_finite_gradients
 from tongwen.train.batches import MicroBatches, Plan
+from tongwen.train.checkpoints import check_adapter_saved, commit, step_of
+from tongwen.train.noise import Noise
 from tongwen.train.watch import Watch
 
-DIGESTS = "digests.json"
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "adafactor": "adafactor",
+}
+SCHEDULES = {
+    "constant": "constant_with_warmup",
+    "linear": "linear",
+    "cosine": "cosine",
+    "wsd": "warmup_stable_decay",
+    "warmup_lr": "constant_with_warmup",  # with another warm-up: see create_scheduler
+}
+
+
+class Budget(Protocol):
+    """What a method needs beyond loss and gradient (AdaLoRA): a second loss, a step of its own, and a memory."""
+
+    def penalty(self) -> torch.Tensor: ...
+    def spend(self, step: int) -> None: ...
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
 
 
 @dataclass
 class Job:
-    """Everything that a run needs. `loss` gives (sum of nats, nats per learned token) of a micro-batch."""
+    """Everything that a run needs.
+
+    loss:       gives (sum of nats, nats per learned token) of a micro-batch
+    embeddings: tensors that learn at the stretch's embedding rate
+    guarded:    those of them whose gradient is zero on most rows; nothing but the gradient may move them
+    """
 
     model: Any
     tokenizer: Any
     store: Any
     plan: Plan
     packed: bool
-    section: Sft
+    stretch: Stretch
     dtype: torch.dtype
     seed: int
     checkpoints: Path
     resume: Path | None
     loss: Loss
-    evaluate: Callable[[], dict[str, float]] | None
+    evaluate: Callable[[], dict[str, Any]] | None
     watch: Watch
     checkpointing: bool = False
+    embeddings: Sequence[torch.nn.Parameter] = ()
+    guarded: Sequence[torch.nn.Parameter] = ()
+    budget: Budget | None = None
 
 
-def fit(job: Job) -> None:
-    """Train to the end, from the checkpoint if there is one. Raises NumbersError on NaN or a failed audit."""
+def fit(job: Job) -> int:
+    """Train to the end, from the checkpoint if there is one; returns the steps taken in all. Raises NumbersError on NaN or
+    a failed audit."""
     trainer = PlannedTrainer(job)
     trainer.remove_callback(PrinterCallback)
-    for callback in (job.watch, FirstSteps(), NoNan(job), Evaluations(job)):
+    for callback in (job.watch, FirstSteps(), NoNan(job), Evaluations(job), Spending(job)):
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
+    start, patience = step_of(job.resume) if job.resume else 0, job.stretch.words.patience
+    job.watch.begin(start)
+    if start >= len(job.plan) or job.watch.waited(patience):
+        trainer._load_from_checkpoint(str(job.resume))
+        done = start
+    else:
+        trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
+        done = trainer.state.global_step
+    if patience and (best := job.watch.best) and best[0] != done:
+        console.notice(say(f"the weights of step {best[0]}, the best, are taken", f"取第 {best[0]} 步（最佳）的权重"))
+        trainer._load_from_checkpoint(str(job.checkpoints / f"checkpoint-{best[0]}"))
     for name, part in job.model.named_parameters():
         if part.requires_grad and not bool(torch.isfinite(part).all()):
             raise NumbersError(say("weights are not finite after the run", "训练后权重含非有限值"), place=name)
+    return done
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose every file has the digest that was recorded; damaged ones are put aside, aloud."""
-    for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
-        problem = damage(path)
-        if problem is None:
-            return path
-        aside = path.with_name(f"damaged-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        console.notice(
-            say(
-                f"{path.name} is damaged ({problem}); put aside as {aside.name}",
-                f"{path.name} 已损坏（{problem}），改名为 {aside.name}",
-            )
-        )
-    return None
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint: a missing or changed file; None when it is whole."""
-    try:
-        digests = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return say(f"no readable {DIGESTS}", f"{DIGESTS} 不可读")
-    for name, digest in digests.items():
-        file = checkpoint / name
-        if not file.is_file():
-            return say(f"{name} is missing", f"缺少 {name}")
-        if artifact.hash_file(file) != digest:
-            return say(f"{name} has changed", f"{name} 已改变")
-    return None
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
+def steps_of(amount: float, total: int) -> int:
+    """A share (below 1) or a number of steps."""
+    return round(amount * total) if amount < 1 else int(amount)
 
 
 def training_arguments(job: Job) -> TrainingArguments:
     """The recipe's words as TrainingArguments; `trainer:` goes through as it is."""
-    section, plan = job.section, job.plan
+    section, plan = job.stretch.words, job.plan
     total = len(plan)
-    warmup = round(section.warmup * total) if section.warmup < 1 else int(section.warmup)
-    shape = {"constant": "constant_with_warmup"}.get(section.schedule, section.schedule)
+    if "8bit" in section.optimizer and importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingPackage("bitsandbytes", f"optimizer: {section.optimizer}", "qlora")
     ours: dict[str, Any] = {
         "output_dir": str(job.checkpoints),
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": plan.accumulate,
         "max_steps": total,
-        "learning_rate": section.peak_learning_rate,
-        "lr_scheduler_type": shape,
-        "warmup_steps": warmup,
+        "learning_rate": job.stretch.rate,
+        "optim": OPTIMIZERS.get(section.optimizer, "adamw_torch_fused"),
+        "lr_scheduler_type": SCHEDULES[section.schedule],
+        "warmup_steps": steps_of(section.warmup, total),
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "bf16": job.dtype == torch.bfloat16,
@@ -130,6 +144,8 @@ def training_arguments(job: Job) -> TrainingArguments:
         "use_cpu": not torch.accelerator.is_available(),  # said aloud: without it a CPU run under torchrun stays alone
         "report_to": "none",
     }
+    if section.schedule == "wsd":
+        ours["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps_of(section.decay, total))}
     if job.checkpointing:
         ours |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(**ours | section.trainer)  # the recipe has refused what it says in its own words
@@ -144,11 +160,13 @@ class PlannedTrainer(Trainer):
         self.job = job
         self.micro = MicroBatches(job.store, job.plan.flat(), packed=job.packed)
         self._staging: Path | None = None
+        self.noise = Noise(job.model, job.stretch.words.neftune) if job.stretch.words.neftune else None
         super().__init__(
             model=job.model,
             args=training_arguments(job),
             train_dataset=self.micro,
             processing_class=job.tokenizer,
+            optimizer_cls_and_kwargs=_muon(job) if job.stretch.words.optimizer == "muon" else None,
         )
         self.model_accepts_loss_kwargs = True  # the loss below is already scaled over the accumulation
 
@@ -165,12 +183,17 @@ class PlannedTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        total, _ = self.job.loss(model, inputs)
+        with self.noise.scaled_for(inputs) if self.noise else nullcontext():
+            total, _ = self.job.loss(model, inputs)
         # DDP averages the ranks' gradients, so each rank's part of the mean is multiplied by their number.
-        return total * self.args.world_size / num_items_in_batch
+        mean = total * self.args.world_size / num_items_in_batch
+        if self.job.budget:
+            mean = mean + self.job.budget.penalty() / self.job.plan.accumulate
+        return mean
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
+        self._set_embeddings_apart(optimizer)
         inside = {id(part) for group in optimizer.param_groups for part in group["params"]}
         lost = [
             name for name, part in self.job.model.named_parameters() if part.requires_grad and id(part) not in inside
@@ -181,6 +204,34 @@ class PlannedTrainer(Trainer):
                 place=lost[0] if lost else "optimizer",
             )
         return optimizer
+
+    def _set_embeddings_apart(self, optimizer: torch.optim.Optimizer) -> None:
+        """A group of their own with their own rate. Weight decay would move rows that have no gradient."""
+        apart, guarded = {id(part) for part in self.job.embeddings}, {id(part) for part in self.job.guarded}
+        for group in list(optimizer.param_groups):
+            for chosen in (guarded, apart - guarded):
+                mine = [part for part in group["params"] if id(part) in chosen]
+                if not mine:
+                    continue
+                group["params"] = [part for part in group["params"] if id(part) not in chosen]
+                decay = 0.0 if chosen is guarded else group["weight_decay"]
+                rate = self.job.stretch.embedding_rate
+                optimizer.add_param_group({**group, "params": mine, "lr": rate, "weight_decay": decay})
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.job.stretch.words.schedule == "warmup_lr":
+            warm = max(2, self.args.get_warmup_steps(num_training_steps))
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: min(1.0, math.log(step + 1) / math.log(warm))
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.job.budget:
+            self.job.budget.load(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
@@ -199,56 +250,59 @@ class PlannedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             check_adapter_saved(staged)
-            commit(staged, folder, self.job.section.keep_checkpoints)
+            if self.job.budget:
+                self.job.budget.save(staged)
+            words, best = self.job.stretch.words, self.job.watch.best
+            commit(staged, folder, words.keep_checkpoints, best[0] if best and words.patience else None)
         self.accelerator.wait_for_everyone()
 
 
-def commit(staged: Path, folder: Path, keep: int) -> None:
-    """Make a staged checkpoint the newest, then drop the oldest beyond `keep`."""
-    digests = {
-        str(file.relative_to(staged)): artifact.hash_file(file) for file in sorted(staged.rglob("*")) if file.is_file()
-    }
-    artifact.sync_tree(staged)
-    artifact.write_json(staged / DIGESTS, digests)
-    target = folder / staged.name
-    if target.exists():
-        shutil.rmtree(target)
-    staged.rename(target)
-    artifact.sync_folder(folder)
-    shutil.rmtree(staged.parent, ignore_errors=True)
-    for old in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)[keep:]:
-        (old / DIGESTS).unlink(missing_ok=True)  # first it stops being a checkpoint, then it goes
-        shutil.rmtree(old)
-
-
-def check_adapter_saved(folder: Path) -> None:
-    """Raise ArtifactError when an adapter file holds no tensors (443 bytes in 2023), or there is none."""
-    file = folder / "adapter_model.safetensors"
-    if not (folder / "adapter_config.json").is_file():
-        return
-    from safetensors import safe_open
-
-    if not file.is_file():
-        raise ArtifactError(say("the adapter was saved without weights", "保存的适配器没有权重"), place=str(folder))
-    with safe_open(str(file), "pt") as tensors:
-        names = list(tensors.keys())
-    if not names:
-        raise ArtifactError(say("the saved adapter is empty", "保存的适配器为空"), place=str(file))
+def _muon(job: Job) -> tuple[Any, dict[str, Any]]:
+    """torch's Muon, which orthogonalises the update of a matrix. Raises RecipeError where something else would learn."""
+    whole = {id(part) for part in job.embeddings}
+    for name, part in job.model.named_parameters():
+        if part.requires_grad and (part.dim() != 2 or id(part) in whole or "embed" in name or "lm_head" in name):
+            raise RecipeError(
+                say(
+                    f"muon trains matrices of hidden layers, and {name} {tuple(part.shape)} is none",
+                    f"muon 只训练隐藏层矩阵，而 {name} {tuple(part.shape)} 不是",
+                ),
+                place="optimizer",
+                remedy="optimizer: adamw",
+            )
+    return torch.optim.Muon, {"lr": job.stretch.rate, "weight_decay": job.stretch.words.weight_decay}
 
 
 class Evaluations(TrainerCallback):
-    """Scores the held-out set every `evaluate_every` steps, without disturbing the run's random numbers."""
+    """Scores the held-out set every `evaluate_every` steps, without disturbing the run's random numbers. With `patience`
+    the best one is a checkpoint, and too many without a better one end the run."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        every = self.job.section.evaluate_every
+        words, watch = self.job.stretch.words, self.job.watch
+        every = words.evaluate_every
         if not (every and self.job.evaluate and state.global_step % every == 0):
             return
         with torch.random.fork_rng():
             scores = self.job.evaluate()
-        self.job.watch.on_scores(scores)
+        watch.on_scores(state.global_step, scores)
+        control.should_log = True
+        if words.patience and watch.best:
+            control.should_training_stop |= watch.waited(words.patience)
+            control.should_save |= control.should_training_stop or watch.best[0] == state.global_step
+
+
+class Spending(TrainerCallback):
+    """Calls the budget's own step, while the gradients are still there."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.job.budget:
+            self.job.budget.spend(state.global_step)
 
 
 class NoNan(TrainerCallback):
@@ -258,7 +312,8 @@ class NoNan(TrainerCallback):
         self.job = job
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        check_finite_gradients(model, state.global_step + 1, self._rows(state.global_step))
+        step = self.job.watch.before_steps + state.global_step + 1
+        check_finite_gradients(model, step, self._rows(state.global_step))
 
     def _rows(self, step: int) -> str:
         origins = [str(self.job.store.origin(sample)) for sample in self.job.plan.steps[step][:8]]

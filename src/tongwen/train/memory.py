@@ -17,15 +17,30 @@ class Shape:
     vocabulary: int
 
 
+# A block of 64 weights has a scale of one byte beside it; those scales have a scale for each 256 of them.
+QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+
+
 def estimate(
-    shape: Shape, *, tokens: int, learned_share: float, bytes_per_weight: int, full: bool, checkpointing: bool
+    shape: Shape,
+    *,
+    tokens: int,
+    learned_share: float,
+    bytes_per_weight: int,
+    full: bool,
+    checkpointing: bool,
+    quantize: str = "",
 ) -> dict[str, int]:
     """Bytes by purpose for a micro-batch of that many tokens, and their sum `peak`.
 
     Kept per token and layer for the backward: the inputs of each matrix and norm, and of SwiGLU's product (about
     13 x hidden + 4 x intermediate numbers); an adapter adds nothing of that size. Adam keeps two fp32 moments.
     """
-    weights = shape.parameters * (4 if full else bytes_per_weight) + (0 if full else shape.trainable * 4)
+    held = 4 if full else bytes_per_weight
+    weights = shape.parameters * held + (0 if full else shape.trainable * 4)
+    if quantize:  # the matrices of the layers are; embeddings and what learns are not
+        matrices = shape.parameters - shape.trainable - shape.vocabulary * shape.hidden
+        weights -= int(matrices * (held - QUANTIZED[quantize]))
     gradients = shape.trainable * 4
     per_layer = 13 * shape.hidden + 4 * shape.intermediate
     kept = (shape.hidden * shape.layers + per_layer) if checkpointing else per_layer * shape.layers

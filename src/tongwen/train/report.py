@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tongwen import page
+from tongwen import console, page
 from tongwen.console import human_bytes, human_count, human_time
 from tongwen.language import language, say
 
@@ -42,6 +43,8 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
             f"<h2>{say('Held-out bits per byte', '留出集 bits per byte')}</h2>"
             + page.curve(scores, say("step", "步"), "bits per byte")
         )
+    if held_out.get("groups"):
+        parts.append(f"<h2>{say('Held out, by language', '按语言的留出集')}</h2>{_groups(held_out['groups'], metrics)}")
     parts.append(
         f"<h2>{say('Ledger', '账目')}</h2>" + "".join(_ledger(name, table) for name, table in report["ledger"].items())
     )
@@ -51,6 +54,47 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
     parts.append(f"<h2>{say('Recipe', '配方')}</h2><pre>{html.escape(recipe)}</pre>")
     (folder / "report.html").write_text(page.document(title, report["summary"], parts), encoding="utf-8")
     write_png(folder / "loss.png", title, losses)
+
+
+def held_out_table(
+    old: dict[str, Any] | None, new: dict[str, Any] | None, samples: dict[str, int]
+) -> dict[str, Any] | None:
+    """The scores of what was held out, before and after, in all and by group. samples: of each group."""
+    if old is None or new is None:
+        return None
+    return {
+        "bits_per_byte": {"before": old["bits_per_byte"], "after": new["bits_per_byte"]},
+        "loss": {"before": old["loss"], "after": new["loss"]},
+        "samples": sum(samples.values()),
+        "bytes": new["bytes"],
+        "tokens": new["tokens"],
+        "groups": {
+            name: {
+                "bits_per_byte": {"before": old["groups"][name]["bits_per_byte"], "after": one["bits_per_byte"]},
+                "samples": samples[name],
+                "bytes": one["bytes"],
+            }
+            for name, one in new["groups"].items()
+        },
+    }
+
+
+def _change_of(scores: dict[str, float]) -> str:
+    change = scores["after"] / scores["before"] - 1 if scores["before"] else math.nan
+    return f"{scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})"
+
+
+def say_result(report: dict[str, Any], out: Path) -> None:
+    """What the stage has done, in a few lines."""
+    through = report["throughput"]
+    if held_out := report["held_out"]:
+        console.good(f"{say('held-out bits per byte', '留出集 bits per byte')} {_change_of(held_out['bits_per_byte'])}")
+        for name, group in held_out["groups"].items():
+            console.good(f"  {name} {_change_of(group['bits_per_byte'])}")
+    console.good(
+        f"{human_time(through['seconds'])} · {through['tokens_per_second']:.0f} token/s · "
+        f"{say('peak', '峰值')} {human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"
+    )
 
 
 def write_png(file: Path, title: str, points: list[tuple[float, float]]) -> None:
@@ -108,6 +152,22 @@ def cjk_font() -> str | None:
 def _change(held_out: dict[str, Any]) -> str:
     scores = held_out.get("bits_per_byte")
     return f"{scores['before']:.3f} → {scores['after']:.3f}" if scores else ""
+
+
+def _groups(groups: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+    """What each language's bits per byte were and have become: what was learned, and what was forgotten."""
+    head = (say("language", "语言"), say("before", "训练前"), say("on the way", "途中"), say("after", "训练后"))
+    rows = ""
+    for name, group in groups.items():
+        scores, key = group["bits_per_byte"], f"bits_per_byte_{name}"
+        way = " · ".join(f"{line[key]:.3f}" for line in metrics if key in line)
+        change = f"{scores['after'] / scores['before'] - 1:+.1%}" if scores["before"] else ""
+        rows += (
+            f"<tr><td>{html.escape(name)}</td><td class=n>{scores['before']:.3f}</td><td class=n>{way}</td>"
+            f"<td class=n>{scores['after']:.3f} ({change})</td></tr>"
+        )
+    cells = f"<th>{head[0]}</th>" + "".join(f"<th class=n>{word}</th>" for word in head[1:])
+    return f"<div class=scroll><table><tr>{cells}</tr>{rows}</table></div>"
 
 
 def _ledger(name: str, table: dict[str, Any]) -> str:

@@ -9,36 +9,73 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from tongwen import console
 from tongwen.console import Bar, human_count
+from tongwen.errors import NumbersError
+from tongwen.language import say
+from tongwen.launch import is_first
+from tongwen.recipe.schema import Forgetting
+
+FLAT_AFTER = 100  # logged steps after which a loss should have fallen
 
 
 class Watch(TrainerCallback):
-    """Writes metrics.jsonl and moves the bar. tokens: cumulative tokens after each step, known from the plan."""
+    """Writes metrics.jsonl and moves the bar.
 
-    def __init__(self, file: Path, tokens: list[int], steps_per_epoch: int, bar: Bar) -> None:
+    tokens:       cumulative tokens after each step of the whole stage, known from the plans
+    before_steps: steps of the phases before this one; before_epochs: and their epochs
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        tokens: list[int],
+        steps_per_epoch: int,
+        bar: Bar,
+        before_steps: int = 0,
+        before_epochs: float = 0.0,
+    ) -> None:
         self.file, self.tokens, self.steps_per_epoch, self.bar = file, tokens, steps_per_epoch, bar
-        self.started, self.first, self.before = time.monotonic(), 0, 0.0
+        self.before_steps, self.before_epochs = before_steps, before_epochs
+        self.started, self.first, self.before = time.monotonic(), before_steps, 0.0
         self.scores: dict[str, float] = {}
+        self.history: list[tuple[int, float]] = []
+        self.losses: list[float] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A resumed run drops the lines beyond its checkpoint: they will be written again."""
-        self.started, self.first = time.monotonic(), state.global_step
-        if not state.is_world_process_zero:
-            return
-        lines = read_metrics(self.file)
-        kept = [line for line in lines if line["step"] <= state.global_step]
+    def begin(self, step: int) -> None:
+        """A resumed run drops the lines beyond its checkpoint: they will be written again. step: of this phase."""
+        self.started, self.first = time.monotonic(), self.before_steps + step
+        kept = [line for line in read_metrics(self.file) if line["step"] <= self.first]
         self.before = kept[-1]["seconds"] if kept else 0.0
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.history = [
+            (line["step"] - self.before_steps, line["bits_per_byte"])
+            for line in kept
+            if "bits_per_byte" in line and line["step"] > self.before_steps
+        ]
+        self.losses = [line["loss"] for line in kept if line["step"] > self.before_steps]
+        if is_first():
+            beside = self.file.with_suffix(".partial")
+            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            beside.replace(self.file)  # in one go: the other processes read it too
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, bits per byte) of the best held-out evaluation of this phase; the first of equals."""
+        return min(self.history, key=lambda one: one[1]) if self.history else None
+
+    def waited(self, patience: int | None) -> bool:
+        """Whether that many evaluations have passed since the best one."""
+        return bool(patience and self.best and len(self.history) - 1 - self.history.index(self.best) >= patience)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
-        step = state.global_step
+        step = self.before_steps + state.global_step
         seconds = time.monotonic() - self.started
         speed = (self.tokens[step - 1] - (self.tokens[self.first - 1] if self.first else 0)) / max(seconds, 1e-9)
         line = {
             "step": step,
-            "epoch": round(step / self.steps_per_epoch, 4),
+            "epoch": round(self.before_epochs + state.global_step / self.steps_per_epoch, 4),
             "loss": logs["loss"],
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
@@ -48,17 +85,61 @@ class Watch(TrainerCallback):
             "cpu_seconds": round(time.process_time(), 3),
             **self.scores,
         }
+        rates = kwargs["lr_scheduler"].get_last_lr()
+        if rates[-1] != rates[0]:  # the last group, where they have one of their own
+            line["embedding_learning_rate"] = rates[-1]
         self.scores = {}
+        self.losses.append(logs["loss"])
+        self._say_flat()
         self._append(line)
         self.bar.update(step, f"loss {logs['loss']:.3f} · {human_count(round(speed))} tok/s")
 
-    def on_scores(self, scores: dict[str, float]) -> None:
-        """A held-out evaluation in the middle of the run: it stands in the next line that is logged."""
+    def on_scores(self, step: int, scores: dict[str, Any]) -> None:
+        """A held-out evaluation in the middle of the run: it stands in the line of its step."""
+        self.history.append((step, scores["bits_per_byte"]))
         self.scores = {"held_out_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"]}
+        self.scores |= {f"bits_per_byte_{name}": one["bits_per_byte"] for name, one in scores["groups"].items()}
+
+    def _say_flat(self) -> None:
+        """Once in a phase: a loss that has not fallen by then is usually a learning rate that is wrong by far."""
+        if len(self.losses) != FLAT_AFTER:
+            return
+        tenth = FLAT_AFTER // 10
+        first, last = (sum(part) / tenth for part in (self.losses[:tenth], self.losses[-tenth:]))
+        if last > 0.99 * first:
+            console.notice(
+                say(
+                    f"the loss has not fallen in {FLAT_AFTER} logged steps: {first:.3f} → {last:.3f}; is learning_rate right?",
+                    f"记录的 {FLAT_AFTER} 步内损失没有下降：{first:.3f} → {last:.3f}；learning_rate 合适吗？",
+                )
+            )
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
+
+
+def check_forgetting(before: dict[str, Any], now: dict[str, Any], limits: Forgetting) -> None:
+    """The forgetting gauge: say which group's bits per byte have risen over where they began, and by how much. Raises
+    NumbersError when the recipe wants to stop there. before, now: scores by group."""
+    for name, one in now.items():
+        old, new = before[name]["bits_per_byte"], one["bits_per_byte"]
+        rise = new / old - 1 if old else 0.0
+        what = say(
+            f"held-out bits per byte of {name} rose from {old:.4f} to {new:.4f} ({rise:+.1%})",
+            f"{name} 的留出集 bits per byte 由 {old:.4f} 升至 {new:.4f}（{rise:+.1%}）",
+        )
+        if limits.stop is not None and rise >= limits.stop:
+            raise NumbersError(
+                what,
+                place=f"forgetting.stop: {limits.stop:g}",
+                remedy=say(
+                    "a lower learning_rate, or more text of that language (share: 0.3); --fork goes on with another limit",
+                    "降低 learning_rate，或增加该语言的文本（share: 0.3）；--fork 以新的限度继续",
+                ),
+            )
+        if limits.warn is not None and rise >= limits.warn:
+            console.notice(what)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

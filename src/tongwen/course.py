@@ -1,0 +1,494 @@
+"""The course of a training stage: what every one of them does between its data and its folder.
+
+The base is opened and adapted. For each phase the audit proves on one micro-batch that each trainable tensor will learn
+and that packed documents do not see each other; then transformers' Trainer runs the plan, from the newest checkpoint when
+there is one. What comes out is scored in bits per byte on what was held out, before and after, and saved with tokenizer,
+template and stop tokens. What a stage alone knows stands in its `Course`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import set_seed
+
+from tongwen import artifact, console, launch
+from tongwen.data.encode import token_bytes
+from tongwen.data.store import TokenStore
+from tongwen.errors import RecipeError
+from tongwen.families import family_of
+from tongwen.infer.decode import Sampling, Voice
+from tongwen.language import say
+from tongwen.lesson import Lesson, Reader, say_ledger
+from tongwen.model import adapt as adapting
+from tongwen.model import attention, dress, load
+from tongwen.model.adalora import budget_of
+from tongwen.model.fingerprint import fingerprint_model, fingerprint_tokenizer
+from tongwen.model.score import bits_per_byte, learned_loss
+from tongwen.model.stack import open_stack
+from tongwen.recipe.load import dump
+from tongwen.recipe.schema import Forgetting, Pretrain, Recipe, Stretch, Training
+from tongwen.template import Template
+from tongwen.train import audit
+from tongwen.train.batches import MicroBatches, Plan, fill, make_plan, token_budget
+from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, step_of
+from tongwen.train.fit import Job, fit
+from tongwen.train.report import held_out_table, say_result, write_report
+from tongwen.train.watch import Watch, check_forgetting, peak_memory_bytes, read_metrics
+
+
+class Question(NamedTuple):
+    """What the model is asked before and after: a title, the prompt as text, and what the data says."""
+
+    title: str
+    prompt: str
+    wanted: str
+
+
+@dataclass(frozen=True)
+class Course:
+    """What one training stage knows of itself.
+
+    rows:      finds, on the opened base, ids whose rows are trained beside the adapter
+    new_rows:  ids that the part of that name trains
+    template:  goes into the result, with its stop token
+    end:       the id that ends a text, for a base that knows none that ends an answer
+    parents:   what else the result was made from, by role
+    facts:     what else the manifest tells
+    questions: answered before and after, for the report
+    """
+
+    recipe: Recipe
+    stage: str
+    base: str
+    settings: dict[str, Any]
+    section: Training
+    prepared: artifact.Artifact
+    reader: Reader
+    lesson: Lesson
+    questions: list[Question]
+    rows: Callable[[Any], list[int]] = lambda model: []
+    new_rows: Sequence[int] = ()
+    template: Template | None = None
+    end: int | None = None
+    parents: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """The adapted model with everything that it needs to read and to speak."""
+
+    adapted: adapting.Adapted
+    stops: tuple[int, ...]
+    packed: bool
+    base_fingerprint: str | None
+    device: str
+    dtype: torch.dtype
+
+    @property
+    def model(self) -> Any:
+        return self.adapted.model
+
+    def computing(self) -> Any:
+        """The number type that the Trainer computes in, for what is computed outside of it."""
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype == torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A phase as it will be run: the words for it, its plan, where its checkpoints are, and what goes before it."""
+
+    stretch: Stretch
+    plan: Plan
+    checkpoints: Path
+    steps_before: int
+    epochs_before: float
+
+
+def take(course: Course, out: Path) -> artifact.Artifact:
+    """Adapt, score, audit and train phase by phase, score again, save."""
+    lesson, stage = course.lesson, course.stage
+    if course.section.evaluate_every and not lesson.held_out_stores:
+        raise RecipeError(
+            say("nothing is held out that could be evaluated on the way", "没有留出数据，途中无从评测"),
+            place=f"{stage}.evaluate_every: {course.section.evaluate_every}",
+            remedy="prepare: {held_out: 0.02}",
+        )
+    say_ledger(lesson)
+    device = load.compute_device()
+    legs = _lay_out(course, device, artifact.partial_of(out) / "checkpoints")
+    pupil = _open_pupil(course, device, sum(len(leg.plan) for leg in legs if "lora" in leg.stretch.parts))
+    trained = pupil.adapted.counts
+    _say_plan(legs, lesson.store, trained)
+    sizes = torch.from_numpy(token_bytes(course.reader.tokenizer))
+    limits = course.section.forgetting if isinstance(course.section, Pretrain) else Forgetting()
+
+    def score() -> dict[str, Any]:
+        return _score(pupil, lesson.held_out_stores, legs[0].plan.budget, sizes)
+
+    def examine() -> dict[str, Any]:
+        with torch.random.fork_rng(), console.waiting(say("scoring what was held out", "评测留出集")):
+            scores = score() if lesson.held_out_stores else None
+            return {"scores": scores, "answers": _answer(pupil, course)}
+
+    parents = {
+        "prepare": course.prepared.as_parent(),
+        "base": {"path": course.base, "fingerprint": pupil.base_fingerprint},
+        **_stage_below(course.base),
+        "tokenizer": {"fingerprint": fingerprint_tokenizer(course.reader.tokenizer)},
+        **course.parents,
+    }
+    with artifact.create(out, stage, parents, course.settings, resumable=True) as draft:
+        if launch.is_first():
+            artifact.write_json(draft.path / "settings.json", course.settings)
+        before = _once(draft.path / "before.json", examine)
+
+        def evaluate() -> dict[str, Any]:
+            scores = score()
+            check_forgetting(before["scores"]["groups"], scores["groups"], limits)
+            return scores
+
+        throughput, unreached = _train(course, pupil, legs, draft.path, evaluate if lesson.held_out_stores else None)
+        after = examine()
+        if after["scores"]:  # too late to stop
+            check_forgetting(before["scores"]["groups"], after["scores"]["groups"], Forgetting(warn=limits.warn))
+        if launch.is_first():
+            draft.fingerprint = _save(course, pupil, draft.path)
+            draft.facts = _facts(course, pupil, legs, throughput)
+            report = {
+                "summary": f"{course.base} · {_method(course)} · {throughput['steps']} {say('steps', '步')}",
+                "ledger": _books(course),
+                "mask": lesson.mask,
+                "trainable": trained,
+                "held_out": held_out_table(
+                    before["scores"],
+                    after["scores"],
+                    {name: len(store) for name, store in lesson.held_out_stores.items()},
+                ),
+                "throughput": throughput,
+                "peak_memory_bytes": peak_memory_bytes(),
+                "unreached": unreached,
+                "samples": _samples(course.questions, before["answers"], after["answers"]),
+            }
+            _write(course, draft.path, report)
+            say_result(report, out)
+    return draft.artifact or artifact.Artifact(out, {"kind": stage, "fingerprint": ""})
+
+
+def _open_pupil(course: Course, device: str, adapter_steps: int) -> Pupil:
+    """The base, checked against its tokenizer, with what the recipe adds to it."""
+    section, reader, place = course.section, course.reader, load.locate(course.base)
+    dtype, why = load.compute_dtype(section.precision, device)
+    trained = {part for stretch in section.stretches for part in stretch.parts}
+    # What learns stands in fp32. Adapters and single rows are tensors beside the base's own.
+    kept_in = dtype if "lora" in trained or trained == {"new_rows"} else torch.float32
+    with console.waiting(say("opening the base", "打开底座")):
+        quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
+        model, packed, fingerprint = _open(place, kept_in, quantize)
+    load.check_tokenizer(reader.tokenizer, model, place)
+    stops = dress.stop_ids(reader.tokenizer, course.template, getattr(model, "generation_config", None))
+    stops = stops or ((course.end,) if course.end is not None else ())
+    set_seed(course.recipe.seed)
+    adapted = adapting.adapt(
+        model,
+        section.adapter,
+        course.rows(model),
+        trained=trained,
+        new_rows=list(course.new_rows),
+        steps=adapter_steps,
+        fingerprint=fingerprint,
+    )
+    for part in adapted.learners:
+        part.data = part.data.float()
+    for note in adapted.notices:
+        console.notice(note)
+    console.tell(f"{device} · {str(dtype)[6:]}: {why}")
+    if not quantize:  # quantised weights are where they belong
+        adapted.model.to(device)
+    return Pupil(adapted, stops, packed, fingerprint, device, dtype)
+
+
+def _lay_out(course: Course, device: str, checkpoints: Path) -> list[Leg]:
+    """The plan of each phase. A phase begins with an epoch that no phase before it has touched."""
+    section, lesson, legs = course.section, course.lesson, list[Leg]()
+    steps, epochs = 0, 0
+    for number, stretch in enumerate(section.stretches, 1):
+        words = stretch.words
+        plan = make_plan(
+            lesson.store.lengths,
+            lambda epoch, before=epochs: lesson.draw(before + epoch),  # type: ignore[misc]
+            batch_size=words.batch_size,
+            batch_tokens=words.batch_tokens,
+            stop_after=words.stop_after,
+            budget=words.micro_batch_tokens or token_budget(device),
+            world=launch.world_size(),
+        )
+        folder = checkpoints / f"phase-{number}" if len(section.stretches) > 1 else checkpoints
+        legs.append(Leg(stretch, plan, folder, steps, epochs))
+        steps, epochs = steps + len(plan), epochs + math.ceil(len(plan) / plan.steps_per_epoch)
+    return legs
+
+
+def _audit(pupil: Pupil, store: TokenStore, plan: Plan) -> list[str]:
+    """Nothing is trained before this has passed. Returns the trainable tensors that the first tokens did not reach."""
+    first = MicroBatches(store, [plan.micro[0][0]], packed=pupil.packed)[0]
+    with pupil.computing():
+        unreached = audit.probe_gradients(pupil.model, first, learned_loss)
+    console.good(say("audit: gradients reach every trained tensor", "审计通过：梯度到达所有训练参数"))
+    if pupil.packed and len(store) > 1:
+        with pupil.computing():
+            audit.check_isolation(pupil.model, [store.sample(0), store.sample(1)], learned_loss)
+        console.good(say("audit: documents in a pack do not see each other", "审计通过：打包的文档互不可见"))
+    for name in unreached:
+        console.notice(say(f"no token reached {name} in the first micro-batch", f"首个微批没有 token 到达 {name}"))
+    return unreached
+
+
+def _train(
+    course: Course, pupil: Pupil, legs: list[Leg], folder: Path, evaluate: Callable[[], dict[str, Any]] | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Run the phases, from the newest checkpoint if there is one; returns tokens and seconds, and what the audits did not
+    reach."""
+    tokens = list(accumulate(size for leg in legs for size in leg.plan.tokens_of(course.lesson.store.lengths)))
+    newest = [_newest(leg) for leg in legs]
+    current = max((number for number, found in enumerate(newest) if found), default=0)  # what is before it is in it
+    resume = newest[current]
+    start = legs[current].steps_before + (step_of(resume) if resume else 0)
+    if start:
+        console.notice(
+            say(f"continuing after step {start} of {len(tokens)}", f"从第 {start} 步（共 {len(tokens)} 步）继续")
+        )
+    unreached, done = list[str](), start
+    began = time.monotonic()
+    with console.progress(len(tokens), course.stage, start) as bar:
+        for leg in legs[current:]:
+            guarded = pupil.adapted.focus(leg.stretch.parts)
+            if len(legs) > 1:
+                console.tell(f"{leg.stretch.train}: {len(leg.plan)} {say('steps', '步')}")
+            unreached += _audit(pupil, course.lesson.store, leg.plan)
+            watch = Watch(
+                folder / "metrics.jsonl",
+                tokens,
+                leg.plan.steps_per_epoch,
+                bar,
+                leg.steps_before,
+                leg.epochs_before,
+            )
+            done = leg.steps_before + fit(_job(course, pupil, leg, guarded, resume, evaluate, watch))
+            resume = None
+    seconds, trained = time.monotonic() - began, tokens[done - 1] - (tokens[start - 1] if start else 0)
+    return {
+        "steps": done,
+        "tokens": tokens[done - 1],
+        "tokens_this_run": trained,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(trained / max(seconds, 1e-9), 2),
+    }, unreached
+
+
+def _newest(leg: Leg) -> Path | None:
+    leg.checkpoints.mkdir(parents=True, exist_ok=True)
+    return newest_checkpoint(leg.checkpoints)
+
+
+def _job(
+    course: Course,
+    pupil: Pupil,
+    leg: Leg,
+    guarded: list[torch.nn.Parameter],
+    resume: Path | None,
+    evaluate: Callable[[], dict[str, Any]] | None,
+    watch: Watch,
+) -> Job:
+    apart = leg.stretch.embedding_rate != leg.stretch.rate
+    return Job(
+        model=pupil.model,
+        tokenizer=course.reader.tokenizer,
+        store=course.lesson.store,
+        plan=leg.plan,
+        packed=pupil.packed,
+        stretch=leg.stretch,
+        dtype=pupil.dtype,
+        seed=course.recipe.seed,
+        checkpoints=leg.checkpoints,
+        resume=resume,
+        loss=learned_loss,
+        evaluate=evaluate,
+        watch=watch,
+        checkpointing=_needs_checkpointing(leg.stretch.words, pupil.model.config, pupil.device, leg.plan.budget),
+        embeddings=pupil.adapted.embeddings if apart else (),
+        guarded=guarded,
+        budget=budget_of(pupil.model) if "lora" in leg.stretch.parts else None,
+    )
+
+
+def _stage_below(base: str) -> dict[str, Any]:
+    """The stage that made the base, as a parent of its own: so that `run` notices when it was made anew."""
+    made = artifact.find(Path(base))
+    return {made.kind: made.as_parent()} if made else {}
+
+
+def _method(course: Course) -> str:
+    method = course.section.adapter.method
+    return " → ".join(
+        stretch.train.replace("lora", method) if "lora" in stretch.parts else stretch.train
+        for stretch in course.section.stretches
+    )
+
+
+def _open(place: load.Place, dtype: torch.dtype, quantize: str) -> tuple[Any, bool, str | None]:
+    """(model, whether documents are packed, fingerprint). Families that cannot pack get padded batches, and it is said."""
+    config = load.load_config(place)
+    family = family_of(config.model_type)
+    packs = family.packs if family else True
+    model, fingerprint = open_stack(place, dtype, quantize)
+    packs = packs and bool(getattr(model, "_supports_attention_backend", False))
+    if packs:
+        model.set_attn_implementation(attention.register())
+    if not packs:
+        why = family.why_not if family and family.why_not else say("its attention is its own", "其注意力实现不通用")
+        console.notice(
+            say(
+                f"{config.model_type} is trained in padded batches: {why}",
+                f"{config.model_type} 使用填充批次训练：{why}",
+            )
+        )
+    model.config.use_cache = False
+    return model, packs, fingerprint
+
+
+def _needs_checkpointing(section: Training, config: Any, device: str, budget: int) -> bool:
+    """On when the recipe says so, or when the activations of a micro-batch would not fit into the free GPU memory.
+
+    About 34 numbers of the hidden width are kept per token and layer without it (performance notes of Megatron-LM,
+    arXiv 2205.05198, without the attention scores that fused attention never stores)."""
+    if section.activation_checkpointing != "auto" or device != "cuda":
+        return section.activation_checkpointing == "on"
+    free, _ = torch.cuda.mem_get_info()
+    return bool(budget * config.num_hidden_layers * config.hidden_size * 34 * 2 > 0.8 * free)
+
+
+def _score(pupil: Pupil, stores: dict[str, TokenStore], budget: int, sizes: torch.Tensor) -> dict[str, Any]:
+    """Bits per byte of what was held out, in all and by group."""
+    groups, model = {}, pupil.model
+    for name, store in stores.items():
+        batches = MicroBatches(store, fill(store.lengths, budget), packed=pupil.packed)
+        with pupil.computing():
+            stream = (audit.to_device(batches[index], model) for index in range(len(batches)))
+            groups[name] = bits_per_byte(model, stream, sizes)
+    size, tokens = (sum(one[unit] for one in groups.values()) for unit in ("bytes", "tokens"))
+    return {
+        "bits_per_byte": sum(one["bits_per_byte"] * one["bytes"] for one in groups.values()) / max(size, 1),
+        "loss": sum(one["loss"] * one["tokens"] for one in groups.values()) / max(tokens, 1),
+        "bytes": size,
+        "tokens": tokens,
+        "groups": {name: one for name, one in groups.items() if name},
+    }
+
+
+def _answer(pupil: Pupil, course: Course) -> list[str]:
+    """The model's own greedy answers, with the attention that generation needs."""
+    model, reader = pupil.model, course.reader
+    trained_with, was_training = model.config._attn_implementation, model.training
+    voice = Voice(model, reader.tokenizer, pupil.stops, dress.context_length(model.config))
+    model.eval()
+    if trained_with == attention.NAME:
+        model.set_attn_implementation("sdpa")
+    try:
+        ids = [reader.encoder.encode_prompt(question.prompt) for question in course.questions]
+        with pupil.computing():
+            return [voice.decode(voice.answer([one], Sampling(max_new_tokens=64))[0]).strip() for one in ids]
+    finally:
+        model.set_attn_implementation(trained_with)
+        model.train(was_training)
+
+
+def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The value that an interrupted run already made, or a new one, kept for the next time."""
+    if file.is_file():
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    value: dict[str, Any] = make()
+    if launch.is_first():
+        artifact.write_json(file, value)
+    return value
+
+
+def _save(course: Course, pupil: Pupil, folder: Path) -> str:
+    """Adapter or model, tokenizer, template and stop tokens; returns the fingerprint of the trained tensors."""
+    model = pupil.model
+    if model.config._attn_implementation == attention.NAME:
+        model.set_attn_implementation("sdpa")
+    model.config.use_cache = True
+    pupil.adapted.save(folder)
+    dress.save_tokenizer(course.reader.tokenizer, course.template, folder)
+    dress.save_generation_config(model, pupil.stops, folder)
+    check_adapter_saved(folder)
+    return fingerprint_model(load.Place(str(folder), str(folder))) or ""
+
+
+def _facts(course: Course, pupil: Pupil, legs: list[Leg], throughput: dict[str, Any]) -> dict[str, Any]:
+    section, plan = course.section, legs[0].plan
+    return {
+        "device": pupil.device,
+        "dtype": str(pupil.dtype).removeprefix("torch."),
+        "method": _method(course),
+        "steps": throughput["steps"],
+        "tokens": throughput["tokens"],
+        "batch": {"tokens": section.batch_tokens} if section.batch_tokens else {"samples": section.batch_size},
+        "micro_batches": {"accumulate": plan.accumulate, "world": plan.world, "token_budget": plan.budget},
+        "stop_tokens": [course.reader.tokenizer.convert_ids_to_tokens(index) for index in pupil.stops],
+        **course.facts,
+    }
+
+
+def _samples(questions: list[Question], before: list[str], after: list[str]) -> list[dict[str, str]]:
+    return [
+        {"question": one.title, "before": old, "after": new, "wanted": one.wanted}
+        for one, old, new in zip(questions, before, after, strict=True)
+    ]
+
+
+def _books(course: Course) -> dict[str, Any]:
+    """Both tables. What the first keeps is what the second takes in, or this is a bug of ours."""
+    table = course.prepared.manifest["ledger"][course.reader.kind]
+    encoded = course.lesson.ledger.to_dict()
+    tables = {"prepare": {key: table[key] for key in ("in", "kept", "lost", "files")}, "encode": encoded}
+    kept, taken = tables["prepare"]["kept"]["rows"], tables["encode"]["in"]["rows"]
+    if kept != taken:
+        raise AssertionError(f"prepare keeps {kept} rows, encode takes in {taken}")
+    return tables
+
+
+def _write(course: Course, folder: Path, report: dict[str, Any]) -> None:
+    artifact.write_json(folder / "report.json", report)
+    with (folder / "rejected.jsonl").open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(bad, ensure_ascii=False) + "\n" for bad in course.lesson.rejected)
+    title = f"{course.recipe.name} · {course.stage}"
+    write_report(folder, title, report, read_metrics(folder / "metrics.jsonl"), dump(course.recipe))
+
+
+def _say_plan(legs: list[Leg], store: TokenStore, counts: dict[str, Any]) -> None:
+    plan = legs[0].plan
+    steps = " + ".join(str(len(leg.plan)) for leg in legs)
+    tokens = console.human_count(sum(sum(leg.plan.tokens_of(store.lengths)) for leg in legs))
+    console.tell(
+        say(
+            f"{steps} steps, {tokens} tokens; a step is {plan.accumulate} x {plan.world} micro-batches of at most {plan.budget} tokens",
+            f"{steps} 步，{tokens} token；每步 {plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token",
+        )
+    )
+    console.tell(
+        say(
+            f"{counts['parameters']:,} of {counts['of']:,} parameters are trained ({counts['share']:.2%})",
+            f"训练 {counts['parameters']:,} / {counts['of']:,} 个参数（{counts['share']:.2%}）",
+        )
+    )

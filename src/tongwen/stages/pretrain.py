@@ -1,0 +1,77 @@
+"""pretrain: prepared documents and a base in; the same model that has read them out, as an adapter or whole.
+
+The documents are encoded as the recipe arranges them, with every token accounted for. What follows is the course that
+every training stage takes, in as many phases as the recipe has; on the way each language's held-out text is scored, so
+that what is forgotten is seen.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tongwen import artifact, console
+from tongwen.course import Course, Question, take
+from tongwen.language import say
+from tongwen.lesson import DocumentReader, encode_prepared, new_rows_of, read_documents
+from tongwen.model import dress
+from tongwen.recipe.schema import Recipe
+from tongwen.record import Document
+from tongwen.river import standing_on
+
+OPENING = 24  # characters of a held-out document that the model is to continue, for the report
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """What decides this stage's result."""
+    assert recipe.pretrain
+    base = standing_on(recipe, "pretrain")
+    return {"pretrain": recipe.pretrain.model_dump(mode="json"), "seed": recipe.seed, "base": base}
+
+
+def run(recipe: Recipe, out: Path) -> artifact.Artifact:
+    """Encode the documents, and learn from them."""
+    section, base = recipe.pretrain, standing_on(recipe, "pretrain")
+    assert section
+    prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
+    console.header("pretrain", f"{base} · {' → '.join(stretch.train for stretch in section.stretches)}")
+    reader = read_documents(base, section)
+    _warn_of_instruct(base, reader.tokenizer)
+    lesson = encode_prepared(prepared, reader, recipe.seed, out.parent / "tokens" / "pretrain")
+    trains_rows = any("new_rows" in stretch.parts for stretch in section.stretches)
+    course = Course(
+        recipe=recipe,
+        stage="pretrain",
+        base=base,
+        settings=settings(recipe),
+        section=section,
+        prepared=prepared,
+        reader=reader,
+        lesson=lesson,
+        questions=_beginnings(lesson.held_out, reader, section.samples),
+        new_rows=new_rows_of(base) if trains_rows else (),
+        end=reader.end,
+    )
+    return take(course, out)
+
+
+def _warn_of_instruct(base: str, tokenizer: Any) -> None:
+    """Plain text wears off what an instruct model has learned about answering."""
+    template = str(tokenizer.chat_template or "")
+    speaks = any(text in template for text in dress.special_texts(tokenizer))
+    if speaks or re.search(r"instruct|chat|-it\b", Path(base).name, re.IGNORECASE):
+        console.notice(
+            say(
+                "the base answers questions; plain text wears that off. Better: pre-train its base model, then add what the "
+                "instruct model learned (instruct minus base, by `tongwen merge`), or fine-tune again with `sft`",
+                "该底座是对话模型，纯文本会磨损其问答能力。更好的做法：在其基础模型上继续预训练，再加上对话模型学到的差值"
+                "（instruct 减 base，用 `tongwen merge`），或之后再做 `sft`",
+            )
+        )
+
+
+def _beginnings(held_out: list[Document], reader: DocumentReader, count: int) -> list[Question]:
+    """The first held-out documents that are long enough: how they begin, and how they go on."""
+    long = [one.text for one in held_out if len(one.text) > 2 * OPENING]
+    return [Question(text[:OPENING], text[:OPENING], text[OPENING : 4 * OPENING]) for text in long[:count]]

@@ -1,0 +1,43 @@
+"""NEFTune for packs: uniform noise on the embeddings, alpha / sqrt(L x H) with L the length of the token's own document.
+
+transformers takes L from the row, which in a pack is the length of all its documents: the noise would be too small by
+the square root of their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class Noise:
+    """A hook on the input embedding that is silent outside `scaled_for`."""
+
+    def __init__(self, model: Any, alpha: float) -> None:
+        self.alpha, self.module = alpha, model.get_input_embeddings()
+
+    @contextmanager
+    def scaled_for(self, batch: dict[str, Any]) -> Iterator[None]:
+        """Noise for the tokens of one micro-batch."""
+        lengths = lengths_of(batch)
+
+        def add(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            size = self.alpha / (lengths.to(output) * output.shape[-1]).sqrt()  # (B, T)
+            return output + torch.empty_like(output).uniform_(-1, 1) * size[..., None]
+
+        handle = self.module.register_forward_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def lengths_of(batch: dict[str, Any]) -> torch.Tensor:
+    """The length of its own document for each token: (1, T) of a pack, (B, 1) of a padded batch."""
+    if "attention_mask" in batch:
+        return torch.as_tensor(batch["attention_mask"].sum(dim=1, keepdim=True))
+    sizes = batch["cu_seq_lens_q"].diff().long()
+    return sizes.repeat_interleave(sizes)[None]

@@ -1,0 +1,313 @@
+"""Every method trains through the real command, passes its audit, resumes, and talks; what a library forgets is done."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import byte_level_tokenizer, tensors, tiny_llama, write_recipe
+from tests.test_run import in_a_child, manifest
+from tongwen import cli
+from tongwen.errors import ModelError
+from tongwen.model.adalora import budget_of
+from tongwen.model.adapt import adapt
+from tongwen.model.load import Place, load_model, open_adapter
+from tongwen.recipe.schema import Adapter
+from tongwen.train.batches import pack, pad
+from tongwen.train.fit import PlannedTrainer
+from tongwen.train.noise import Noise, lengths_of
+
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed")
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for blocks of 64 weights."""
+    folder = tmp_path_factory.mktemp("wide_model")
+    tokenizer = byte_level_tokenizer(folder)
+    tiny_llama(folder, len(tokenizer), hidden_size=64, intermediate_size=128)
+    return folder
+
+
+def recipe_for(folder: Path, base: Path, adapter: str, sft: str = "", merge: bool = False) -> Path:
+    file = write_recipe(folder, base, sft=sft, merge=merge)
+    file.write_text(file.read_text().replace("adapter: {rank: 4}", f"adapter: {adapter}"))
+    return file
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
+
+
+def talk(path: Path) -> str:
+    import tongwen
+
+    return tongwen.open(str(path), precision="fp32").chat([{"role": "user", "content": "你好吗？"}], max_new_tokens=12)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        "{rank: 4, rslora: true}",
+        "{rank: 4, dora: true}",
+        "{rank: 4, also_train: [embed_tokens]}",
+        "{rank: 4, targets: family, dropout: 0.1}",
+        pytest.param("{rank: 4, method: qlora}", marks=needs_bitsandbytes),
+        pytest.param("{rank: 4, method: qlora, quantize: int8}", marks=needs_bitsandbytes),
+    ],
+)
+def test_each_adapter_learns_merges_and_talks(adapter: str, wide_model: Path, tmp_path: Path) -> None:
+    assert cli.main(["run", str(recipe_for(tmp_path, wide_model, adapter, merge=True))]) == 0
+    report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())
+    scores = report["held_out"]["bits_per_byte"]
+    assert scores["after"] < 0.97 * scores["before"]
+    assert talk(tmp_path / "out" / "sft") == talk(tmp_path / "out" / "merge")
+
+
+def test_adalora_spends_its_budget_and_leaves_an_ordinary_adapter(wide_model: Path, tmp_path: Path) -> None:
+    """Ranks begin half as large again and end, on average, at what the recipe says; not all are alike."""
+    adapter = "{method: adalora, rank: 4}"
+    recipe = recipe_for(tmp_path, wide_model, adapter, sft=", stop_after: 40 steps", merge=True)
+    assert cli.main(["run", str(recipe)]) == 0
+    stage = tmp_path / "out" / "sft"
+    ranks = [tensor.shape[0] for name, tensor in tensors(stage).items() if "lora_A" in name]
+    assert sum(ranks) == 14 * 4 and max(ranks) <= 6 and len(set(ranks)) > 1
+    assert manifest(stage)["method"] == "adalora"
+    assert json.loads((stage / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    scores = json.loads((stage / "report.json").read_text())["held_out"]["bits_per_byte"]
+    assert scores["after"] < 0.99 * scores["before"]
+    assert talk(stage) == talk(tmp_path / "out" / "merge")
+
+
+def test_an_ordinary_adapter_computes_what_adalora_did(chat_model: Path, tmp_path: Path) -> None:
+    base = load_model(Place("t", str(chat_model)), torch.float32)
+    adapted = adapt(base, Adapter(method="adalora", rank=4), [], steps=20)
+    with torch.no_grad():
+        for name, part in adapted.model.named_parameters():
+            if "lora_E" in name:
+                part.normal_()
+    ids = torch.arange(9)[None]
+    adapted.model.eval()
+    wanted = adapted.model(input_ids=ids).logits
+    adapted.save(tmp_path)
+    model = open_adapter(load_model(Place("t", str(chat_model)), torch.float32), str(tmp_path), None)
+    assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-5)
+    assert not torch.allclose(
+        load_model(Place("t", str(chat_model)), torch.float32)(input_ids=ids).logits, wanted, atol=1e-3
+    )
+
+
+def test_new_rows_alone_are_trained_by_sft_too(wide_model: Path, tmp_path: Path) -> None:
+    base = tmp_path / "grown"
+    shutil.copytree(wide_model, base)
+    (base / "new_rows.json").write_text("[300, 301]")
+    assert cli.main(["run", str(recipe_for(tmp_path, base, "{method: new_rows}"))]) == 0
+    before, after = tensors(base), tensors(tmp_path / "out" / "sft")
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"model.embed_tokens.weight"}
+    moved = (before["model.embed_tokens.weight"] != after["model.embed_tokens.weight"]).any(dim=1)
+    assert torch.nonzero(moved).flatten().tolist() == [300, 301]
+
+
+def test_adaloras_second_loss_is_in_the_first(chat_model: Path) -> None:
+    model = adapt(
+        load_model(Place("t", str(chat_model)), torch.float32), Adapter(method="adalora", rank=4), [], steps=20
+    )
+    budget = budget_of(model.model)
+    assert budget is not None
+    ids = torch.arange(5)[None]
+    with torch.no_grad():
+        plain = model.model.base_model.model(input_ids=ids, labels=ids).loss
+        with_it = model.model(input_ids=ids, labels=ids).loss  # here, and only here, peft adds it itself
+    penalty = float(budget.penalty().detach())
+    assert penalty == pytest.approx(float(with_it - plain), rel=1e-4) and penalty > 0
+
+
+def die_at(step: int) -> Any:
+    def arm() -> None:
+        original = PlannedTrainer.training_step
+
+        def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
+            if self.state.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, *arguments, **options)
+
+        PlannedTrainer.training_step = step_or_die  # type: ignore[method-assign]
+
+    return arm
+
+
+@pytest.mark.parametrize(
+    ("adapter", "sft"),
+    [
+        ("{method: adalora, rank: 4}", ""),
+        ("{rank: 4, dora: true}", ", schedule: wsd, neftune: 5"),
+        ("{rank: 4}", ", optimizer: muon, schedule: warmup_lr, warmup: 4"),
+        ("{rank: 4}", ", optimizer: adafactor, schedule: linear"),
+        pytest.param("{rank: 4, method: qlora}", ", optimizer: adamw_8bit", marks=needs_bitsandbytes),
+    ],
+)
+def test_methods_optimizers_and_schedules_resume_to_the_bit(
+    adapter: str, sft: str, wide_model: Path, tmp_path: Path
+) -> None:
+    for name in ("whole", "broken"):
+        recipe_for(tmp_path / name, wide_model, adapter, sft=f", stop_after: 20 steps, save_every: 3{sft}")
+    assert in_a_child("run", tmp_path / "whole" / "recipe.yaml") == 0
+    for step in (4, 17):
+        assert (
+            os.WTERMSIG(in_a_child("run", tmp_path / "broken" / "recipe.yaml", before=die_at(step))) == signal.SIGKILL
+        )
+    assert in_a_child("run", tmp_path / "broken" / "recipe.yaml") == 0
+    wanted, found = (tensors(tmp_path / name / "out" / "sft") for name in ("whole", "broken"))
+    assert set(wanted) == set(found)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "broken"))
+
+
+def test_schedules_have_their_shapes(chat_model: Path, tmp_path: Path) -> None:
+    rates = {}
+    for schedule in ("constant", "linear", "cosine", "wsd", "warmup_lr"):
+        words = f", stop_after: 20 steps, warmup: 0.25, decay: 0.2, schedule: {schedule}"
+        recipe_for(tmp_path / schedule, chat_model, "{rank: 2}", sft=words)
+        assert cli.main(["run", str(tmp_path / schedule / "recipe.yaml")]) == 0
+        rates[schedule] = [line["learning_rate"] / 1e-2 for line in metrics(tmp_path / schedule)]
+    linear_warmup = [0, 0.2, 0.4, 0.6, 0.8, 1]
+    for schedule in ("constant", "linear", "cosine", "wsd"):
+        assert rates[schedule][:6] == pytest.approx(linear_warmup)
+    assert rates["constant"][5:] == pytest.approx([1] * 15)
+    assert rates["linear"][6] == pytest.approx(1 - 1 / 15)
+    assert rates["cosine"][10] == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))
+    assert rates["wsd"][5:17] == pytest.approx([1] * 12) and rates["wsd"][19] < rates["wsd"][18] < 1
+    assert rates["warmup_lr"] == pytest.approx([min(1, math.log(step + 1) / math.log(5)) for step in range(20)])
+
+
+def test_an_adapter_is_trained_further(chat_model: Path, other_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    first = recipe_for(tmp_path / "first", chat_model, "{rank: 4}", sft=", stop_after: 4 steps")
+    assert tongwen("run", first)[0] == 0
+    made = tmp_path / "first" / "out" / "sft"
+    more = recipe_for(
+        tmp_path / "more",
+        chat_model,
+        f"{{continue_from: {made}}}",
+        sft=", stop_after: 4 steps",
+    )
+    assert tongwen("run", more)[0] == 0
+    before, after = (
+        json.loads((tmp_path / name / "out" / "sft" / "report.json").read_text()) for name in ("first", "more")
+    )
+    scores = [report["held_out"]["bits_per_byte"] for report in (before, after)]
+    assert scores[1]["before"] == pytest.approx(scores[0]["after"], rel=1e-6)
+    assert scores[1]["after"] < scores[1]["before"]
+    other = recipe_for(tmp_path / "other", other_model, f"{{continue_from: {made}}}")
+    code, _, err = tongwen("run", other)
+    assert code == 4 and "trained on another base" in err
+    code, _, err = tongwen("run", recipe_for(tmp_path / "none", chat_model, "{continue_from: nowhere}"))
+    assert code == 4 and "adapter_config.json" in err
+
+
+def test_patience_ends_the_run_and_takes_the_best(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    words = ", stop_after: 200 steps, evaluate_every: 2, patience: 2, save_every: 3, keep_checkpoints: 1"
+    recipe = recipe_for(tmp_path, chat_model, "{rank: 4}", sft=words)
+    code, out, _ = tongwen("run", recipe, "sft.learning_rate=0.3")
+    assert code == 0
+    lines = [line for line in metrics(tmp_path) if "bits_per_byte" in line]
+    best = min(lines, key=lambda line: line["bits_per_byte"])
+    assert len(lines) - 1 - lines.index(best) == 2 and len(metrics(tmp_path)) < 200
+    report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())
+    assert report["held_out"]["bits_per_byte"]["after"] == pytest.approx(best["bits_per_byte"], rel=1e-5)
+    assert f"the weights of step {best['step']}" in out
+    kept = {path.name for path in (tmp_path / "out" / "sft" / "checkpoints").iterdir()}
+    assert kept == {f"checkpoint-{best['step']}", f"checkpoint-{lines[-1]['step']}"}
+    code, _, err = tongwen("run", recipe_for(tmp_path / "b", chat_model, "{rank: 4}", sft=", patience: 2"))
+    assert code == 2 and "evaluate_every" in err
+
+
+def test_noise_is_scaled_by_the_document(chat_model: Path) -> None:
+    model = load_model(Place("t", str(chat_model)), torch.float32)
+    samples = [(np.arange(length, dtype=np.uint32), np.ones(length, bool)) for length in (4, 100)]
+    embedding = model.get_input_embeddings()
+    packed, padded = pack(samples), pad(samples)
+    assert lengths_of(packed).flatten().tolist() == [4] * 4 + [100] * 100
+    assert lengths_of(padded).tolist() == [[4], [100]]
+    quiet = embedding(packed["input_ids"])
+    with Noise(model, 5.0).scaled_for(packed):
+        loud = embedding(packed["input_ids"]) - quiet
+    assert torch.equal(embedding(packed["input_ids"]), quiet)
+    for part, length in ((loud[0, :4], 4), (loud[0, 4:], 100)):
+        limit = 5 / math.sqrt(length * 32)
+        assert 0.9 * limit < float(part.detach().abs().max()) <= limit
+
+
+def test_muon_refuses_what_is_no_hidden_matrix(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    code, _, err = tongwen("run", recipe_for(tmp_path, chat_model, "{method: full}", sft=", optimizer: muon"))
+    assert code == 2 and "embed_tokens" in err and "adamw" in err
+
+
+def test_fused_experts_are_trained_by_name() -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    def model() -> Any:
+        return Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                vocab_size=60,
+                hidden_size=16,
+                intermediate_size=16,
+                moe_intermediate_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                num_experts=4,
+            )
+        )
+
+    adapted = adapt(model(), Adapter(rank=2, target_parameters=["mlp.experts.gate_up_proj"]), [])
+    assert any("experts" in name for name, part in adapted.model.named_parameters() if part.requires_grad)
+    assert not any("fused" in notice for notice in adapted.notices)
+    with pytest.raises(ModelError, match=r"'mlp.experts.up'[\s\S]*gate_up_proj"):
+        adapt(model(), Adapter(rank=2, target_parameters=["mlp.experts.up"]), [])
+
+
+@pytest.mark.parametrize("kind", ["prefix", "p-tuning"])
+def test_learned_prompts_of_other_tools_can_be_talked_to(kind: str, chat_model: Path, tmp_path: Path) -> None:
+    from peft import PrefixTuningConfig, PromptEncoderConfig, get_peft_model
+
+    words = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    config = PrefixTuningConfig(**words) if kind == "prefix" else PromptEncoderConfig(**words, encoder_hidden_size=16)
+    torch.manual_seed(1)
+    model = get_peft_model(load_model(Place("t", str(chat_model)), torch.float32), config)
+    with torch.no_grad():
+        for part in model.prompt_encoder.parameters():
+            part.normal_(std=2.0)
+    model.save_pretrained(str(tmp_path))
+    import tongwen
+
+    ids = torch.arange(3, 11)[None]
+    plain = tongwen.open(str(chat_model), template="chatml", precision="fp32")
+    led = tongwen.open(str(chat_model), [str(tmp_path)], template="chatml", precision="fp32")
+    with torch.no_grad():
+        wanted = model.eval()(input_ids=ids).logits[0, -1]
+        found = led.voice.model(input_ids=ids).logits[0, -1]
+        without = plain.voice.model(input_ids=ids).logits[0, -1]
+    assert torch.allclose(found, wanted, atol=1e-5) and not torch.allclose(found, without, atol=1e-2)
+    assert led.chat([{"role": "user", "content": "你好"}], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(("rate", "said"), [("1e-9", True), ("1e-2", False)])
+def test_a_loss_that_does_not_fall_is_said(
+    rate: str, said: bool, chat_model: Path, tmp_path: Path, tongwen: Any
+) -> None:
+    code, out, _ = tongwen(
+        "run", recipe_for(tmp_path, chat_model, "{rank: 4}", sft=", stop_after: 110 steps"), f"sft.learning_rate={rate}"
+    )
+    assert code == 0 and (out.count("the loss has not fallen in 100 logged steps") == 1) is said
