@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import dialogues, tensors, write_recipe
+from tests.conftest import dialogues, tensors, write_recipe, write_rows
 from tongwen import cli
 from tongwen.errors import ModelError
 from tongwen.model.fingerprint import fingerprint_model
@@ -364,3 +364,53 @@ def test_python_entry_and_generate_agree(finished: Path, tongwen: Any, tmp_path:
     )
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert code == 0 and rows[0]["answer"] == answer and rows[1]["prompt"] == "问"
+
+
+def test_the_whole_river_on_a_grown_vocabulary(tongwen: Any, chat_model: Path, tmp_path: Path) -> None:
+    """Every stage stands on the one before; old rows stay to the bit until a phase trains them all, new rows move, and the
+    file for llama.cpp has the grown vocabulary."""
+    text = ["机器学习使用数据训练模型，模型从数据中学习规律。", "我们用中文语料继续训练模型，让模型更懂中文。"] * 30
+    english = ["The quick brown fox jumps over the lazy dog. Hello world, how are you today?"] * 20
+    (tmp_path / "zh.txt").write_text("\n".join(f"{one}{place}" for place, one in enumerate(text)), encoding="utf-8")
+    (tmp_path / "en.txt").write_text("\n".join(f"{one} {place}" for place, one in enumerate(english)), encoding="utf-8")
+    rows = write_rows(tmp_path / "data.jsonl", dialogues(24))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""name: river
+base: {chat_model}
+out: {tmp_path / "out"}
+prepare:
+  documents: [{tmp_path / "zh.txt"}, {tmp_path / "en.txt"}]
+  dialogues: {rows}
+  held_out: 8
+  dedup: {{documents: exact}}
+vocab: {{pieces: 40}}
+pretrain:
+  phases: [{{train: new_rows, stop_after: 3 steps}}, {{train: lora, stop_after: 2 steps}}]
+  adapter: {{rank: 4}}
+  max_length: 64
+  learning_rate: 1e-2
+  precision: fp32
+sft: {{template: chatml, adapter: {{rank: 4}}, max_length: 256, learning_rate: 1e-2, stop_after: 2 steps, samples: 1, precision: fp32}}
+merge: {{}}
+export: {{formats: [gguf], quantize: f32}}
+""",
+        encoding="utf-8",
+    )
+    code, _, err = tongwen("run", recipe)
+    assert code == 0, err
+    out = tmp_path / "out"
+    new = json.loads((out / "vocab" / "new_rows.json").read_text())
+    grown, merged, old = tensors(out / "vocab"), tensors(out / "merge"), tensors(chat_model)
+    name = "model.embed_tokens.weight"
+    assert (merged[name][: new[0]] == old[name]).all() and (grown[name][: new[0]] == old[name]).all()
+    assert (merged[name][new] != grown[name][new]).any(dim=1).sum() > 10
+    report = json.loads((out / "pretrain" / "report.json").read_text())
+    assert set(report["held_out"]["groups"]) == {"zh", "other"}
+    from gguf import GGUFReader
+
+    (file,) = (out / "export" / "gguf").glob("*.gguf")
+    assert len(GGUFReader(str(file)).fields["tokenizer.ggml.tokens"].data) == merged[name].shape[0]
+    code, said, err = tongwen("run", recipe)
+    assert code == 0 and said.count("already done") == 6, (said, err)
+    assert tongwen("verify", out / "vocab")[0] == tongwen("verify", out / "merge")[0] == 0
