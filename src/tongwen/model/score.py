@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-ROWS_AT_ONCE = 256  # rows whose softmax is computed together: their logits stay in the cache of a CPU core
+ROWS_AT_ONCE = 8  # rows whose softmax is computed together: their logits stay in the cache of a CPU core
 
 
 class LearnedCrossEntropy(torch.autograd.Function):
@@ -61,7 +61,7 @@ def learned_loss(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch
     if "attention_mask" in batch:  # padded: (B, L), rows count through the flattened batch
         logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[rows]
     else:
-        logits = model(**inputs, logits_to_keep=rows, use_cache=False).logits[0]
+        logits = model(**inputs, logits_to_keep=rows, use_cache=False).logits.flatten(0, 1)
     if not batch["learned"]:
         return logits.sum() * 0.0, logits.new_zeros(0, dtype=torch.float32)
     # A view would share the memory with a tensor that autograd still needs.
