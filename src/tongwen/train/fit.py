@@ -24,6 +24,7 @@ from tongwen.language import say
 from tongwen.recipe.schema import Sft
 from tongwen.train.audit import FirstSteps, Loss, check_finite_gradients
 from tongwen.train.batches import MicroBatches, Plan
+from tongwen.train.memory import keep_freed_memory
 from tongwen.train.watch import Watch
 
 DIGESTS = "digests.json"
@@ -51,6 +52,8 @@ class Job:
 
 def fit(job: Job) -> None:
     """Train to the end, from the checkpoint if there is one. Raises NumbersError on NaN or a failed audit."""
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
     trainer = PlannedTrainer(job)
     trainer.remove_callback(PrinterCallback)
     for callback in (job.watch, FirstSteps(), NoNan(job), Evaluations(job)):
