@@ -10,6 +10,7 @@ import torch
 from tongwen.errors import ModelError
 from tongwen.families import family_of
 from tongwen.language import say
+from tongwen.model.blocks import fuse_blocks
 from tongwen.model.load import quiet
 from tongwen.model.lora import fuse
 from tongwen.recipe.schema import Adapter
@@ -62,6 +63,7 @@ def adapt(model: Any, choice: Adapter, token_rows: list[int]) -> Adapted:
     with quiet():
         adapted = Adapted(get_peft_model(model, config))
     fuse(adapted.model)
+    fuse_blocks(adapted.model)
     if token_rows:
         adapted.notices.append(
             say(
