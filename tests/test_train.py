@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import platform
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from tongwen.data.store import SAMPLE, TokenStore, spans_of
 from tongwen.errors import ModelError, NumbersError
 from tongwen.model import attention
 from tongwen.model.adapt import adapt, find_untrained_rows
+from tongwen.model.blocks import GatedMlp, RmsNorm
 from tongwen.model.load import Place, load_model
 from tongwen.model.score import LearnedCrossEntropy, bits_per_byte, learned_loss
 from tongwen.recipe.schema import Adapter, Duration
@@ -285,43 +290,121 @@ def test_a_damaged_checkpoint_is_put_aside_aloud(tmp_path: Path, capsys: pytest.
     assert "missing" in str(damage(tmp_path / "checkpoint-2"))
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_the_fused_lora_product_is_pefts(folder: Path, rslora: bool) -> None:
-    from peft.tuners.lora import Linear
+def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    total, _ = learned_loss(model, batch)
+    total.backward()
+    gradients = {name: part.grad.clone() for name, part in model.named_parameters() if part.requires_grad}
+    return float(total.detach()), gradients
 
-    model = adapt(packed_model(folder), Adapter(rank=4, rslora=rslora), []).model
+
+def with_fast_forward(model: Any) -> list[Any]:
+    return [module for module in model.modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("choice", [Adapter(rank=4), Adapter(rank=4, rslora=True), Adapter(rank=4, targets="family")])
+def test_the_fast_forms_are_pefts_and_transformers_own(folder: Path, choice: Adapter, checkpointing: bool) -> None:
+    model = adapt(packed_model(folder), choice, []).model
     with torch.no_grad():
         for name, part in model.named_parameters():
             if "lora_B" in name:
                 part.copy_(torch.randn_like(part) * 0.1)
+            elif "norm" in name:
+                part.copy_(torch.rand_like(part) + 0.5)
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
     store = random_store(6)
     batch = pack([store.sample(index) for index in range(6)])
-    found = []
-    for fused in (True, False):
-        adapted = [module for module in model.modules() if isinstance(module, Linear)]
-        assert all(("forward" in vars(module)) is fused for module in adapted) and len(adapted) == 14
-        model.zero_grad()
-        total, _ = learned_loss(model, batch)
-        total.backward()
-        found.append(
-            (
-                float(total.detach()),
-                {name: part.grad.clone() for name, part in model.named_parameters() if part.requires_grad},
-            )
-        )
-        for module in adapted:
-            vars(module).pop("forward", None)
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-    assert all(
-        torch.allclose(gradient, found[1][1][name], rtol=1e-4, atol=1e-5) for name, gradient in found[0][1].items()
+    fast = with_fast_forward(model)
+    kinds = Counter(type(module).__name__ for module in fast)
+    assert kinds == (
+        {"Linear": 8, "LlamaRMSNorm": 5}
+        if choice.targets == "family"
+        else {"Linear": 14, "LlamaRMSNorm": 5, "LlamaMLP": 2}
     )
+    loss, gradients = loss_and_gradients(model, batch)
+    for module in fast:
+        del module.forward
+    wanted, theirs = loss_and_gradients(model, batch)
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    assert gradients.keys() == theirs.keys() and any(bool(one.any()) for one in theirs.values())
+    assert all(torch.allclose(one, theirs[name], rtol=1e-4, atol=1e-5) for name, one in gradients.items())
+
+
+@pytest.mark.parametrize("small", [1.0, 1e-3])
+def test_the_gradients_of_the_fast_blocks_are_those_of_finite_differences(small: float) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(2, 3, 6, dtype=torch.float64) * small).requires_grad_()
+    weight = torch.rand(6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda part: RmsNorm.apply(part, weight, 1e-5), (x,), eps=1e-7 * small)
+    shapes = [(8, 6), (2, 6), (8, 2), (8, 6), (2, 6), (8, 2), (6, 8), (2, 8), (6, 2)]
+    parts = [
+        torch.randn(shape, dtype=torch.float64).requires_grad_(index % 3 > 0) for index, shape in enumerate(shapes)
+    ]
+    assert torch.autograd.gradcheck(lambda *all: GatedMlp.apply(all[0], (2.0, 0.5, 3.0), *all[1:]), (x, *parts))
 
 
 def test_layers_that_do_not_qualify_stay_with_peft(folder: Path) -> None:
-    from tongwen.model.lora import fuse
-
     for choice in (Adapter(rank=4, dora=True), Adapter(rank=4, dropout=0.1)):
-        assert fuse(adapt(packed_model(folder), choice, []).model) == 0
+        assert {
+            type(module).__name__ for module in with_fast_forward(adapt(packed_model(folder), choice, []).model)
+        } == {"LlamaRMSNorm"}
+    assert not with_fast_forward(adapt(packed_model(folder), Adapter(method="full"), []).model)
+
+
+def test_a_switched_off_adapter_gives_the_base(folder: Path) -> None:
+    model = adapt(packed_model(folder), Adapter(rank=4), []).model
+    store = random_store(3)
+    batch = pack([store.sample(index) for index in range(3)])
+    with torch.no_grad():
+        wanted, _ = learned_loss(packed_model(folder), batch)
+        for name, part in model.named_parameters():
+            if "lora_B" in name:
+                part.fill_(0.3)
+        changed, _ = learned_loss(model, batch)
+        with model.disable_adapter():
+            total, _ = learned_loss(model, batch)
+    assert float(total) == pytest.approx(float(wanted), rel=1e-6) != pytest.approx(float(changed), rel=1e-3)
+
+
+def test_blocks_that_compute_something_else_stay_as_they_are(tmp_path: Path) -> None:
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    gemma = GemmaForCausalLM(GemmaConfig(vocab_size=60, num_key_value_heads=1, head_dim=16, **shape))
+    names = {type(module).__name__ for module in with_fast_forward(adapt(gemma, Adapter(rank=2), []).model)}
+    assert names == {"Linear"}  # its norm is 1 + weight, its MLP has GELU
+    llama = tiny_llama(tmp_path, 60, hidden_act="gelu")
+    names = {type(module).__name__ for module in with_fast_forward(adapt(llama, Adapter(rank=2), []).model)}
+    assert names == {"Linear", "LlamaRMSNorm"}
+
+
+def test_blocks_in_another_number_type_stay_as_they_are(tmp_path: Path) -> None:
+    llama = tiny_llama(tmp_path, 60).to(torch.bfloat16)
+    model = adapt(llama, Adapter(rank=2), []).model
+    assert not {"LlamaMLP", "LlamaRMSNorm"} & {type(module).__name__ for module in with_fast_forward(model)}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_and_not_cleared_again() -> None:
+    script = """
+import resource, torch
+from tongwen.train.memory import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(1 << 24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+usual = faults()
+keep_freed_memory()
+print(usual, min(faults() for _ in range(8)))  # the heap needs a few rounds to grow holes of the right size
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    usual, kept = map(int, done.stdout.split())
+    assert kept < usual / 4
 
 
 def test_fused_experts_that_all_linear_passes_by_are_named() -> None:

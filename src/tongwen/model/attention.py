@@ -7,7 +7,6 @@ than the dense block mask, and nothing can leak that was not passed in.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,18 +34,19 @@ def documents_attention(
     for unknown in ("softcap", "s_aux"):
         if extra.get(unknown) is not None:
             raise RuntimeError(f"documents_attention does not know {unknown!r}, which this architecture uses")
-    borders = cu_seq_lens_q.tolist()
+    lengths = cu_seq_lens_q.diff().tolist()
     grouped = query.shape[1] != key.shape[1]
     parts = []
-    for begin, end in pairwise(borders):
-        inside = slice(begin, end)
-        window = sliding_window if sliding_window and end - begin > sliding_window else None
+    # Split, not sliced: the backward of a slice writes and adds a whole pack of zeros for each document.
+    documents = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
+    for length, (queries, keys, values) in zip(lengths, documents, strict=True):
+        window = sliding_window if sliding_window and length > sliding_window else None
         parts.append(
             scaled_dot_product_attention(
-                query[:, :, inside],
-                key[:, :, inside],
-                value[:, :, inside],
-                attn_mask=_band(end - begin, window, query.device) if window else None,
+                queries,
+                keys,
+                values,
+                attn_mask=_band(length, window, query.device) if window else None,
                 dropout_p=dropout,
                 is_causal=window is None,
                 scale=scaling,

@@ -46,14 +46,32 @@ class LoraProduct(torch.autograd.Function):
 
 def fuse(model: Any) -> int:
     """Give every adapted linear layer that qualifies the fast forward; returns how many."""
-    from peft.tuners.lora import Linear
-
     count = 0
     for module in model.modules():
-        if isinstance(module, Linear) and _qualifies(module):
+        if is_plain(module):
             module.forward = MethodType(_forward, module)
             count += 1
     return count
+
+
+def is_plain(module: Any, x: torch.Tensor | None = None) -> bool:
+    """Whether a layer computes y = x Wᵀ + s (x Aᵀ) Bᵀ and nothing else, in the number type of x if that is given."""
+    from peft.tuners.lora import Linear
+
+    if not isinstance(module, Linear) or not _qualifies(module):
+        return False
+    return x is None or _applies(module, x)
+
+
+def parts_of(module: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """(W, A, B, s) of a plain layer."""
+    name = module.active_adapters[0]
+    return (
+        module.get_base_layer().weight,
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        module.scaling[name],
+    )
 
 
 def _qualifies(module: Any) -> bool:
@@ -72,9 +90,12 @@ def _qualifies(module: Any) -> bool:
     )
 
 
+def _applies(module: Any, x: torch.Tensor) -> bool:
+    same = x.dtype == module.get_base_layer().weight.dtype
+    return same and not (module.disable_adapters or module.merged or torch.is_autocast_enabled(x.device.type))
+
+
 def _forward(self: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-    name = self.active_adapters[0]
-    base = self.get_base_layer()
-    if self.disable_adapters or self.merged or x.dtype != base.weight.dtype or torch.is_autocast_enabled(x.device.type):
+    if not _applies(self, x):
         return type(self).forward(self, x, *arguments, **options)
-    return LoraProduct.apply(x, base.weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+    return LoraProduct.apply(x, *parts_of(self))

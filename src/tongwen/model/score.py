@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-ROWS_AT_ONCE = 256  # rows whose softmax is computed together: their logits stay in the cache of a CPU core
+ROWS_AT_ONCE = {"cpu": 8}  # rows whose softmax is computed together: on a CPU their logits stay in the cache of a core
+ROWS_ELSEWHERE = 256  # an accelerator would wait for the launches of small blocks
 
 
 class LearnedCrossEntropy(torch.autograd.Function):
@@ -26,16 +27,17 @@ class LearnedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         nats = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-        for begin in range(0, len(targets), ROWS_AT_ONCE):
-            block = logits[begin : begin + ROWS_AT_ONCE]
-            wanted = targets[begin : begin + ROWS_AT_ONCE, None]
+        at_once = ROWS_AT_ONCE.get(logits.device.type, ROWS_ELSEWHERE)
+        for begin in range(0, len(targets), at_once):
+            block = logits[begin : begin + at_once]
+            wanted = targets[begin : begin + at_once, None]
             scores = block if block.dtype == torch.float32 else block.float()
             highest = scores.amax(dim=1, keepdim=True)
             scores.sub_(highest)
             of_target = scores.gather(1, wanted)
             scores.exp_()
             total = scores.sum(dim=1, keepdim=True)
-            nats[begin : begin + ROWS_AT_ONCE] = (total.log() - of_target).squeeze(1)
+            nats[begin : begin + at_once] = (total.log() - of_target).squeeze(1)
             scores.div_(total)
             scores.scatter_add_(1, wanted, torch.full_like(of_target, -1.0))
             if scores is not block:
@@ -61,7 +63,7 @@ def learned_loss(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch
     if "attention_mask" in batch:  # padded: (B, L), rows count through the flattened batch
         logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[rows]
     else:
-        logits = model(**inputs, logits_to_keep=rows, use_cache=False).logits[0]
+        logits = model(**inputs, logits_to_keep=rows, use_cache=False).logits.flatten(0, 1)
     if not batch["learned"]:
         return logits.sum() * 0.0, logits.new_zeros(0, dtype=torch.float32)
     # A view would share the memory with a tensor that autograd still needs.

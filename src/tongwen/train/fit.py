@@ -27,6 +27,7 @@ from tongwen.recipe.schema import Stretch
 from tongwen.train.audit import FirstSteps, Loss, check_finite_gradients
 from tongwen.train.batches import MicroBatches, Plan
 from tongwen.train.checkpoints import check_adapter_saved, commit, step_of
+from tongwen.train.memory import keep_freed_memory
 from tongwen.train.noise import Noise
 from tongwen.train.watch import Watch
 
@@ -85,6 +86,8 @@ class Job:
 def fit(job: Job) -> int:
     """Train to the end, from the checkpoint if there is one; returns the steps taken in all. Raises NumbersError on NaN or
     a failed audit."""
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
     trainer = PlannedTrainer(job)
     trainer.remove_callback(PrinterCallback)
     for callback in (job.watch, FirstSteps(), NoNan(job), Evaluations(job), Spending(job)):

@@ -1,8 +1,12 @@
-"""What a run will need, before it needs it: peak memory and disk, from shapes alone."""
+"""What a run will need, before it needs it: peak memory and disk, from shapes alone; and how a CPU run keeps memory."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from dataclasses import dataclass
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,17 @@ def flops_per_token(shape: Shape, learned_share: float, *, full: bool) -> float:
     embedding = shape.vocabulary * shape.hidden
     layers = max(shape.parameters - shape.trainable * (not full) - embedding, 1)
     return (6 if full else 4) * (layers + learned_share * embedding)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's allocator reuse what this process frees; elsewhere nothing is changed.
+
+    By default each large tensor is a mapping of its own, which the kernel clears page by page when it is first written
+    and takes back when it is freed: of a training step on a CPU that is 3 to 10 % of the time.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
