@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from tests.conftest import CORPUS, byte_level_tokenizer, tensors, tiny_llama
+from tests.conftest import CORPUS, byte_level_tokenizer, dialogues, tensors, tiny_llama, write_rows
 from tongwen import lexicon
 from tongwen.errors import DataError, ModelError, RecipeError
 from tongwen.model import sentencepiece as sp
@@ -377,6 +377,26 @@ def test_the_stage_measures_advises_and_opens(byte_level: Path, tmp_path: Path, 
 
     model = load.load_model(load.Place(folder, folder), torch.float32)
     load.check_tokenizer(load.load_tokenizer(load.Place(folder, folder)), model, load.Place(folder, folder))
+
+
+def test_new_rows_are_never_left_untrained(byte_level: Path, tmp_path: Path, tongwen: Any) -> None:
+    """An adapter alone would leave them as they were made: pretrain refuses, sft trains them beside it."""
+    recipe = write(tmp_path, byte_level, "{pieces: 20, measure_bits: false}")
+    words = recipe.read_text()
+    recipe.write_text(words + "pretrain: {train: lora, max_length: 64, stop_after: 1 steps}\n")
+    code, _, err = tongwen("run", recipe)
+    assert code == 2 and "new_rows" in err, err
+    rows = write_rows(tmp_path / "data.jsonl", dialogues(40))
+    words = words.replace("prepare: {", f"prepare: {{dialogues: {rows}, ")
+    sft = "template: chatml, adapter: {rank: 2}, learning_rate: 1e-2, stop_after: 2 steps, precision: fp32, samples: 0"
+    recipe.write_text(words + f"sft: {{{sft}}}\nmerge: {{}}\n")
+    code, out, err = tongwen("run", recipe, "--again")
+    assert code == 0, err
+    assert "rows of the new pieces" in out
+    new = json.loads((tmp_path / "out" / "vocab" / "new_rows.json").read_text())
+    name = "model.embed_tokens.weight"
+    before, after = tensors(tmp_path / "out" / "vocab")[name], tensors(tmp_path / "out" / "merge")[name]
+    assert (before[: new[0]] == after[: new[0]]).all() and (before[new] != after[new]).any()
 
 
 def test_advice_weighs_cost_head_and_damage() -> None:

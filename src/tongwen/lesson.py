@@ -202,6 +202,12 @@ def read_documents(base: str, section: Pretrain) -> DocumentReader:
     return DocumentReader(tokenizer, Encoder(tokenizer), dress.end_of_text(tokenizer), section)
 
 
+def are_rows_untrained(base: str) -> bool:
+    """Whether a base comes straight from the vocabulary stage."""
+    made = artifact.find(Path(base))
+    return made is not None and made.kind == "vocab"
+
+
 def new_rows_of(base: str) -> list[int]:
     """The ids that the vocabulary stage added to this base. Raises ModelError when it says none."""
     file = Path(base) / NEW_ROWS

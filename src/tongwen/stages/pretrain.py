@@ -13,10 +13,11 @@ from typing import Any
 
 from tongwen import artifact, console
 from tongwen.course import Course, Question, take
+from tongwen.errors import RecipeError
 from tongwen.language import say
-from tongwen.lesson import DocumentReader, encode_prepared, new_rows_of, read_documents
+from tongwen.lesson import DocumentReader, are_rows_untrained, encode_prepared, new_rows_of, read_documents
 from tongwen.model import dress
-from tongwen.recipe.schema import Recipe
+from tongwen.recipe.schema import Pretrain, Recipe
 from tongwen.record import Document
 from tongwen.river import standing_on
 
@@ -36,6 +37,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     assert section
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
     console.header("pretrain", f"{base} · {' → '.join(stretch.train for stretch in section.stretches)}")
+    _check_new_rows(base, section)
     reader = read_documents(base, section)
     _warn_of_instruct(base, reader.tokenizer)
     lesson = encode_prepared(prepared, reader, recipe.seed, out.parent / "tokens" / "pretrain")
@@ -54,6 +56,20 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         end=reader.end,
     )
     return take(course, out)
+
+
+def _check_new_rows(base: str, section: Pretrain) -> None:
+    """Raise RecipeError when the base has rows that no phase would train: their pieces would never be learned."""
+    trained = {part for stretch in section.stretches for part in stretch.parts}
+    if are_rows_untrained(base) and not trained & {"new_rows", "embeddings", "full"}:
+        raise RecipeError(
+            say(
+                "the rows of the new pieces would never be trained: no phase trains new_rows, embeddings or full",
+                "新词的行不会得到训练：没有阶段训练 new_rows、embeddings 或 full",
+            ),
+            place=f"pretrain · {base}",
+            remedy="phases: [{train: new_rows, stop_after: 100 steps}, {train: lora+embeddings}]",
+        )
 
 
 def _warn_of_instruct(base: str, tokenizer: Any) -> None:

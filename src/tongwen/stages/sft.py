@@ -13,7 +13,7 @@ from tongwen import artifact, console
 from tongwen.course import Course, Question, take
 from tongwen.errors import ModelError
 from tongwen.language import say
-from tongwen.lesson import DialogueReader, encode_prepared, new_rows_of, read_dialogues
+from tongwen.lesson import DialogueReader, are_rows_untrained, encode_prepared, new_rows_of, read_dialogues
 from tongwen.model import adapt as adapting
 from tongwen.model import dress
 from tongwen.model.fingerprint import fingerprint_text
@@ -46,7 +46,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         reader=reader,
         lesson=lesson,
         questions=_questions(lesson.held_out, reader, section.samples),
-        rows=lambda model: _control_rows(model, reader, section),
+        rows=lambda model: sorted({*_control_rows(model, reader, section), *_new_pieces(base, section)}),
         new_rows=new_rows_of(base) if section.adapter.method == "new_rows" else (),
         template=reader.template,
         parents={"template": {"name": section.template, "fingerprint": fingerprint_text(reader.template.source)}},
@@ -79,6 +79,19 @@ def _control_rows(model: Any, reader: DialogueReader, section: Sft) -> list[int]
         say(f"the base never trained {names}; their rows are trained now", f"底座从未训练过 {names}；现在训练这些行")
     )
     return rows
+
+
+def _new_pieces(base: str, section: Sft) -> list[int]:
+    """Rows that a vocabulary stage added and no stage has trained since; under an adapter they would stay so."""
+    if section.adapter.method in ("full", "new_rows") or not are_rows_untrained(base):
+        return []
+    console.notice(
+        say(
+            "no `pretrain` has trained the rows of the new pieces; they are trained beside the adapter",
+            "新词的行尚未经 `pretrain` 训练；现在与适配器一起训练",
+        )
+    )
+    return new_rows_of(base)
 
 
 def _questions(held_out: list[Dialogue], reader: DialogueReader, count: int) -> list[Question]:
