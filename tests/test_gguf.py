@@ -95,12 +95,13 @@ def test_llama_cpp_agrees(family: str, kind: str, more: dict[str, Any], tmp_path
 
 def test_the_way_a_text_is_cut_is_recognised_whatever_the_vocabulary(tmp_path: Path) -> None:
     from tongwen.errors import ModelError
-    from tongwen.export.vocabulary import PATTERNS, read_vocabulary
+    from tongwen.export.vocabulary import read_vocabulary
+    from tongwen.families import PATTERNS
 
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     own = pre_tokenizers.ByteLevel(add_prefix_space=False)
     cuts = {"gpt-2": own, "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), own])}
-    for pattern, name in PATTERNS.items():
+    for name, pattern in PATTERNS.items():
         split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
         cuts[name] = pre_tokenizers.Sequence([split, level])
     for name, cut in cuts.items():
@@ -249,3 +250,30 @@ def test_a_recipe_exports_all_forms(chat_model: Path, tmp_path: Path, tongwen: A
     recipe.write_text(recipe.read_text().replace("merge: {}\n", ""))
     code, _, err = tongwen("check", recipe)
     assert code == 2 and "an adapter alone is no model" in err
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
+def test_a_gguf_base_cuts_texts_as_its_file_says(name: str, tmp_path: Path, tongwen: Any) -> None:
+    """transformers reads every byte-level GGUF tokenizer as GPT-2's: numbers and contractions would get other ids."""
+    from tongwen.families import PATTERNS
+    from tongwen.model import load
+
+    folder = tmp_path / "model"
+    tokenizer = byte_level_tokenizer(folder)
+    own, backend = pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizer.backend_tokenizer
+    if name == "smollm":
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), own])
+    elif name in PATTERNS:
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        split = pre_tokenizers.Split(Regex(PATTERNS[name]), behavior="isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    else:
+        backend.pre_tokenizer = own
+    tokenizer.save_pretrained(folder)
+    tiny_llama(folder, len(tokenizer))
+    file = convert(tongwen, folder, tmp_path / "out", "f16")
+    again = load.load_tokenizer(load.locate(str(file)))
+    cut = again.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    for line in [*LINES, "12345 DON'T 中文，我们2024"]:
+        assert cut(line) == backend.pre_tokenizer.pre_tokenize_str(line), line
+        assert again(line)["input_ids"] == tokenizer(line)["input_ids"], line

@@ -40,3 +40,10 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(model_type: str) -> Family | None:
     return FAMILIES.get(model_type)
+
+
+# How byte-level tokenizers cut a text before they merge, by llama.cpp's name (`tokenizer.ggml.pre`). The same words as in
+# GPT-4's pattern; digits alone (Qwen) or up to three together (Llama-3).
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {"qwen2": _WORDS + r"\p{N}" + _REST, "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST}

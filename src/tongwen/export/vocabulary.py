@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.errors import ModelError
+from tongwen.families import PATTERNS
 from tongwen.language import say
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PATTERNS = {_WORDS + r"\p{N}" + _REST: "qwen2", _WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe"}
+NAMES = {pattern: name for name, pattern in PATTERNS.items()}
 
 
 @dataclass
@@ -96,7 +95,7 @@ def _pattern(definition: Mapping[str, Any]) -> str:
         elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
             found = "smollm"
         elif kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-            found = PATTERNS.get(steps[0].get("pattern", {}).get("Regex", ""))
+            found = NAMES.get(steps[0].get("pattern", {}).get("Regex", ""))
     if found is None or (found != "llama-bpe" and definition["model"].get("ignore_merges")):
         raise _unknown(json.dumps(cut, ensure_ascii=False)[:160])
     return found

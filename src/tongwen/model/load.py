@@ -114,11 +114,13 @@ def load_tokenizer(place: Place) -> Any:
 
     with quiet(), explained(place):
         tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
+    from tongwen.model import ranks, sentencepiece
+
+    if place.gguf:
+        ranks.mend_gguf(tokenizer, Path(place.folder) / place.gguf)
     file = _lone_sentencepiece(place)
     if file is None:
         return tokenizer
-    from tongwen.model import ranks, sentencepiece
-
     return tokenizer if ranks.read_ranks(file) else sentencepiece.mended(tokenizer, file)
 
 

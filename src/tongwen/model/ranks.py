@@ -1,4 +1,5 @@
-"""Tokenizer files that list bytes with their ranks: tiktoken's (Qwen, Llama-3) and Mistral's tekken.
+"""Byte-level tokenizers from files that transformers reads in part or not at all: ranked bytes (tiktoken's, Mistral's
+tekken), and GGUF, of which it leaves out how a text is cut.
 
 They hold no merges: BPE over ranks merges the neighbours whose concatenation has the lowest rank, so every way to build
 a token is a merge of its rank. tiktoken's file does not hold the pattern that splits a text either; it is known for the
@@ -15,17 +16,18 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from tongwen import console
 from tongwen.errors import ModelError
+from tongwen.families import PATTERNS
 from tongwen.language import say
 
-_GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Tokens in the file: the family, its pattern, normaliser, special tokens behind the last rank. From Qwen's
 # tokenization_qwen.py and meta-llama's tokenizer.py.
 PUBLISHED: dict[int, tuple[str, str, bool, tuple[str, ...]]] = {
-    151_643: ("qwen", _GPT4.replace("{1,3}", ""), True, ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
+    151_643: ("qwen", PATTERNS["qwen2"], True, ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
     128_000: (
         "llama-3",
-        _GPT4,
+        PATTERNS["llama-bpe"],
         False,
         (
             "<|begin_of_text|>",
@@ -111,15 +113,49 @@ def _tokenizer(ids: dict[bytes, int], pattern: str, special: dict[str, int]) -> 
     ]
     vocabulary = special | {entries[piece]: index for piece, index in ids.items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    tokenizer.pre_tokenizer = _cut(pattern)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return tokenizer
+
+
+def _cut(pattern: str) -> Any:
+    return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    return tokenizer
+
+
+def mend_gguf(tokenizer: Any, file: Path) -> None:
+    """Let a tokenizer that transformers read from a GGUF file cut texts as the file says; transformers cuts all as GPT-2
+    did, which gives a Llama-3 or Qwen other ids for numbers and more. What is not known is said."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(str(file)).fields
+    kind, name = (
+        str(fields[key].contents()) if key in fields else "" for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+    )
+    if kind != "gpt2" or name in ("", "default", "gpt-2"):
+        return
+    backend = tokenizer.backend_tokenizer
+    if name == "smollm":
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    elif name in PATTERNS:
+        backend.pre_tokenizer = _cut(PATTERNS[name])
+        backend.model.ignore_merges = name == "llama-bpe"
+        if name == "qwen2":
+            backend.normalizer = normalizers.NFC()
+    else:
+        console.notice(
+            say(
+                f"the file's tokenizer cuts texts as {name!r}, which is not known here: some ids may differ from the original's",
+                f"该文件的分词器按 {name!r} 切分文本，此处未知：部分 id 可能与原模型不同",
+            )
+        )
 
 
 def _characters() -> dict[int, str]:

@@ -13,14 +13,11 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tongwen.errors import DataError, MissingPackage, RecipeError
+from tongwen.families import PATTERNS
 from tongwen.language import say
 
 KINDS = ("byte-bpe", "sp-bpe", "sp-unigram")
 END = "<|endoftext|>"
-# GPT-4's pattern, with every digit on its own, as Qwen has it.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 SENTENCES = 5_000_000  # SentencePiece holds what it learns from in memory; of more lines it takes a random choice
 
 
@@ -29,7 +26,7 @@ def train_byte_level(texts: Iterable[str], pieces: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(PATTERNS["qwen2"]), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
