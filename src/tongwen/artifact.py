@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from tongwen import __version__
-from tongwen.errors import ArtifactError, RecipeError
+from tongwen.console import human_bytes
+from tongwen.errors import ArtifactError, MachineError, RecipeError
 from tongwen.language import say
 from tongwen.launch import is_first
 
@@ -184,6 +185,33 @@ def refuse_changed(place: str, changed: list[tuple[str, Any, Any]], remedy: str)
         place=place,
         remedy=remedy,
     )
+
+
+def make_way(path: Path, *, again: bool) -> None:
+    """Raise RecipeError where something stands; `again` keeps that under another name."""
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+    elif path.exists() and not again:
+        raise RecipeError(
+            say("this folder exists", "该文件夹已存在"),
+            place=str(path),
+            remedy=say("choose another, or --again to keep it under another name", "换一个，或用 --again 把它改名保留"),
+        )
+    put_aside(path)
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise MachineError when fewer bytes than these are free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise MachineError(
+            say(
+                f"the disk is too full: {human_bytes(needed)} are needed, {human_bytes(free)} are free",
+                f"磁盘空间不足：需要 {human_bytes(needed)}，剩余 {human_bytes(free)}",
+            ),
+            place=str(folder),
+            remedy=say("free some space, or --out on another disk", "请清理空间，或用 --out 换一个磁盘"),
+        )
 
 
 def put_aside(path: Path) -> Path | None:

@@ -243,6 +243,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="TYPE",
         help=say("GGUF number type; f16 when absent", "GGUF 数值类型；不写为 f16"),
     )
+    command.add_argument(
+        "--again", action="store_true", help=say("anew; the old folder is kept", "重新转换；保留旧文件夹")
+    )
 
     command = add(
         "verify",
@@ -515,7 +518,7 @@ def _merge(parsed: argparse.Namespace) -> int:
 def _convert(parsed: argparse.Namespace) -> int:
     from tongwen.stages import convert
 
-    return convert.run(parsed.source, parsed.to, parsed.out, parsed.quantize)
+    return convert.run(parsed.source, parsed.to, parsed.out, parsed.quantize, again=parsed.again)
 
 
 def _verify(parsed: argparse.Namespace) -> int:

@@ -295,7 +295,7 @@ def _fill(listing: Listing, draft: artifact.Draft, line: Line, *, reserve: bool)
     missing = [one for one in listing.files if one.path not in out]
     held = sum(min(size_of(parts[one.path]), one.size) for one in missing)
     done = total - sum(one.size for one in missing)
-    _check_disk(draft.path, total - done - held + (total if reserve else 0))
+    artifact.check_disk(draft.path, total - done - held + (total if reserve else 0))
     with console.progress(
         _megabytes(total), f"{listing.id.split('/')[-1]} MB", _megabytes(done + held, up=False)
     ) as bar:
@@ -309,19 +309,6 @@ def _fill(listing: Listing, draft: artifact.Draft, line: Line, *, reserve: bool)
             out[one.path] = {"bytes": one.size, "sha256": sha256}
             done += one.size
     return {one.path: out[one.path] for one in listing.files}
-
-
-def _check_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise MachineError(
-            say(
-                f"the disk is too full: {console.human_bytes(needed)} are needed, {console.human_bytes(free)} are free",
-                f"磁盘空间不足：需要 {console.human_bytes(needed)}，剩余 {console.human_bytes(free)}",
-            ),
-            place=str(folder),
-            remedy=say("free some space, or --out on another disk", "请清理空间，或用 --out 换一个磁盘"),
-        )
 
 
 def _standing(out: Path) -> artifact.Artifact | None:

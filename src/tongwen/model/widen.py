@@ -85,6 +85,12 @@ def matrices_of(base: Tensors, place: str) -> list[str]:
     return sorted(names, key=lambda name: name.endswith(HEADS))
 
 
+def bytes_needed(base: Tensors, names: Sequence[str], rows: Rows) -> int:
+    """Bytes of the widened model's files."""
+    held = sum(row_bytes(*fact) * row_count(fact[1]) for fact in base.facts.values())
+    return held + sum(row_bytes(*base.facts[name]) * rows.added for name in names)
+
+
 def widen(
     base: Tensors, names: Sequence[str], rows: Rows, make: MakeRows, out: Path, progress: Callable[[int], None]
 ) -> dict[str, str]:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tongwen import console, forms
-from tongwen.errors import RecipeError
-from tongwen.language import say
+from tongwen import artifact, console, forms
 
 
-def run(source: str, to: str, out: str, quantize: str) -> int:
-    """Refuses to write where something stands."""
+def run(source: str, to: str, out: str, quantize: str, *, again: bool) -> int:
+    """Refuses to write where something stands, unless told to keep that under another name."""
     target = Path(out)
-    if target.exists():
-        raise RecipeError(
-            say("this folder exists", "该文件夹已存在"), place=out, remedy=say("choose another", "请换一个")
-        )
+    artifact.make_way(target, again=again)
     settings = {"source": source, "to": to, "quantize": quantize}
     made = forms.convert(forms.open_source(source), to, target, quantize, settings)
     console.emit({"out": out, **{key: value for key, value in made.manifest.items() if key != "tensors"}})

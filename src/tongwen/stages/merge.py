@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tongwen import artifact, console
-from tongwen.errors import ArtifactError, MachineError, RecipeError
+from tongwen.errors import ArtifactError
 from tongwen.export import pth
 from tongwen.export.hf import check_same
 from tongwen.language import say
@@ -143,7 +143,7 @@ def _write(
         return _in_memory(place, links, draft, choice, str(reason))
     for notice in notices:
         console.notice(notice)
-    _check_disk(draft.path, sum(fold.size_of(target) for target in targets))
+    artifact.check_disk(draft.path, sum(fold.size_of(target) for target in targets))
     with console.progress(len(targets), "merge") as bar:
         folded = fold.fold(base, lines, targets, draft.path, int(choice.shard_gb * 1e9), bar.update)
     _write_config(config, draft.path, dtype)
@@ -297,29 +297,10 @@ def _dress(place: load.Place, links: list[lineage.Link], out: Path) -> None:
         lineage.check_vocabulary(out, stored[embedding].shape[0], str(source))
 
 
-def _check_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise MachineError(
-            say(
-                f"the disk is too full: {console.human_bytes(needed)} are needed, {console.human_bytes(free)} are free",
-                f"磁盘空间不足：需要 {console.human_bytes(needed)}，剩余 {console.human_bytes(free)}",
-            ),
-            place=str(folder),
-            remedy=say("free some space, or --out on another disk", "请清理空间，或用 --out 换一个磁盘"),
-        )
-
-
 def command(base: str, adapters: list[str], out: str, choice: Choice, *, again: bool) -> int:
     """`tongwen merge`: refuses to write where something stands, unless told to keep that under another name."""
     target = Path(out)
-    if target.exists() and not again:
-        raise RecipeError(
-            say("this folder exists", "该文件夹已存在"),
-            place=out,
-            remedy=say("choose another, or --again to keep it under another name", "换一个，或用 --again 把它改名保留"),
-        )
-    artifact.put_aside(target)
+    artifact.make_way(target, again=again)
     chosen = {"base": base, "adapters": adapters, "dtype": choice.dtype, "to": choice.to, "parity": choice.parity}
     made = merge(base, adapters, target, chosen, choice)
     console.emit({"out": out, **{key: value for key, value in made.manifest.items() if key != "tensors"}})

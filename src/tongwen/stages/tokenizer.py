@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen import artifact, console, lexicon
-from tongwen.errors import ModelError, RecipeError
+from tongwen.errors import ModelError
 from tongwen.language import say
 from tongwen.lexicon import Lexicon
 from tongwen.model import sentencepiece
@@ -147,18 +147,7 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
 
 def _target(out: str, again: bool) -> Path:
     target = Path(out)
-    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
-        if not again:
-            raise RecipeError(
-                say("this folder exists", "该文件夹已存在"),
-                place=out,
-                remedy=say(
-                    "choose another, or --again to keep it under another name", "换一个，或用 --again 把它改名保留"
-                ),
-            )
-        artifact.put_aside(target)
-    elif target.is_dir():
-        target.rmdir()
+    artifact.make_way(target, again=again)
     return target
 
 

@@ -70,6 +70,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     if prepared:
         parents["prepare"] = prepared.as_parent()
     with artifact.create(out, "vocab", parents, settings(recipe), swept=True) as draft:
+        artifact.check_disk(draft.path, widen.bytes_needed(base, names, rows))
         lexicon.save(made.lexicon, draft.path)
         with console.progress(len(base.facts), "grow") as bar:
             make = _maker(base, made, rows, section, recipe.seed)

@@ -15,10 +15,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from tongwen.errors import DataError, ModelError, RecipeError
+from tongwen.errors import ModelError, RecipeError
 from tongwen.language import say
 from tongwen.vocab.learn import Learned
-from tongwen.vocab.script import SCRIPTS, UNSPACED, Script
+from tongwen.vocab.script import UNSPACED, Script, nothing_of
 
 PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
@@ -77,14 +77,7 @@ def count_words(tokenizer: Tokenizer, texts: Iterable[str], script: Script) -> d
             split = tokenizer.pre_tokenizer.pre_tokenize_str(normal) if tokenizer.pre_tokenizer else [(normal, (0, 0))]
             words.update(word for word, _ in split)
     if not words:
-        raise DataError(
-            say(f"the corpus holds no text of the script {script.name!r}", f"语料中没有 {script.name!r} 文字"),
-            place="corpus",
-            remedy=say(
-                f"give such text, or another script: {', '.join(SCRIPTS)}",
-                f"请提供该文字的文本，或换用：{'、'.join(SCRIPTS)}",
-            ),
-        )
+        raise nothing_of(script)
     out: Counter[tuple[int, ...]] = Counter()
     for word, count in words.items():
         if not word.isascii():  # a word of ASCII characters holds no byte of another script

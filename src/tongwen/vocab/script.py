@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from tongwen.errors import DataError
+from tongwen.language import say
+
 Ranges = tuple[tuple[int, int], ...]  # first and last code point, ascending
 
 # Unicode 16, Blocks.txt. Marks stand with the script whose text they occur in and hardly any other's.
@@ -106,6 +109,18 @@ class Script:
     def runs(self, text: str) -> Iterator[str]:
         """The longest stretches of one class; a blank before letters belongs to them."""
         return (found[0] for found in _patterns(self.name)[1].finditer(text))
+
+
+def nothing_of(script: Script) -> DataError:
+    """For a corpus from which no piece can be learned."""
+    return DataError(
+        say(f"the corpus holds no text of the script {script.name!r}", f"语料中没有 {script.name!r} 文字"),
+        place="corpus",
+        remedy=say(
+            f"give such text, or another script: {', '.join(SCRIPTS)}",
+            f"请提供该文字的文本，或换用：{'、'.join(SCRIPTS)}",
+        ),
+    )
 
 
 @lru_cache

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tongwen.errors import DataError, ModelError
+from tongwen.errors import ModelError
 from tongwen.language import say
 from tongwen.vocab.learn import learn_merges
-from tongwen.vocab.script import SCRIPTS, Script
+from tongwen.vocab.script import Script, nothing_of
 
 BLANK = "\u2581"
 PAD = "[PAD]"
@@ -141,14 +141,7 @@ def learn_pieces(
     for text in texts:
         runs.update(script.runs(text))
     if not runs:
-        raise DataError(
-            say(f"the corpus holds no text of the script {script.name!r}", f"语料中没有 {script.name!r} 文字"),
-            place="corpus",
-            remedy=say(
-                f"give such text, or another script: {', '.join(SCRIPTS)}",
-                f"请提供该文字的文本，或换用：{'、'.join(SCRIPTS)}",
-            ),
-        )
+        raise nothing_of(script)
     spelling = spelling_of(base)
     missing, words = _as_tokens(base, runs, encode, spelling)
     learned = learn_merges(
