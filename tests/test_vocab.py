@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 
 from tests.conftest import CORPUS, byte_level_tokenizer, dialogues, tensors, tiny_llama, write_rows
 from tongwen import lexicon
@@ -248,6 +249,7 @@ def test_sentencepiece_learns_from_a_corpus_and_takes_words(tmp_path: Path) -> N
     for token, parts in zip(made.new_ids, made.parts, strict=True):
         assert b"".join(old.spelling[part] for part in parts) == new.spelling[token]
     assert new.spelling[new.encode(["use Kubernetes"])[0][-1]] == b" Kubernetes"
+    assert measure.pieces_in_use(new, old.size, CHINESE)["unreachable"] == 0
 
 
 def test_a_folder_with_a_model_file_alone_gives_sentencepieces_ids(tmp_path: Path) -> None:
@@ -482,5 +484,14 @@ def test_kinds_do_not_mix(tongwen: Any, byte_level: Path, tmp_path: Path) -> Non
     code, _, err = tongwen("tokenizer", "merge", "--base", byte_level, "--add", good, "--out", tmp_path / "out")
     assert code == 4 and "tokenizer extend" in err
     unigram = small_model(tmp_path, "unigram", 295)
-    code, _, err = tongwen("tokenizer", "merge", "--base", unigram, "--add", good, "--out", tmp_path / "out")
-    assert code == 4 and "unigram" in err
+    corpus = tmp_path / "zh.txt"
+    corpus.write_text("\n".join(CHINESE), encoding="utf-8")
+    for task in (("merge", "--add", good), ("extend", "--corpus", corpus, "--pieces", "10")):
+        code, _, err = tongwen("tokenizer", *task[:1], "--base", unigram, *task[1:], "--out", tmp_path / "out")
+        assert code == 4 and "unigram" in err
+    other = tmp_path / "wordpiece.json"
+    Tokenizer(WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")).save(str(other))
+    code, _, err = tongwen(
+        "tokenizer", "extend", "--base", other, "--corpus", corpus, "--pieces", 9, "--out", tmp_path / "out"
+    )
+    assert code == 4 and "WordPiece" in err and not (tmp_path / "out").exists()

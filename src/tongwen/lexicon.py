@@ -55,10 +55,15 @@ class Lexicon:
         if self.model is not None:
             own = sentencepiece.processor(self.model)
             inside = encoder_of(spm.without_prefix(self.model))
-            return Coder(self.name, own.encode, inside, own.decode, spm.spelling_of(self.model))
-        return Coder(
-            self.name, self.encode_fast, self.encode_fast, self.decode_fast, bytelevel.spelling_of(self.definition)
-        )
+            return Coder(self.name, own.encode, inside, own.decode, spm.spelling_of(self.model), self.special)
+        spelling = bytelevel.spelling_of(self.definition)
+        return Coder(self.name, self.encode_fast, self.encode_fast, self.decode_fast, spelling, self.special)
+
+    @property
+    def special(self) -> frozenset[int]:
+        """Ids of special tokens."""
+        added = self.definition.get("added_tokens") or ()
+        return frozenset(int(token["id"]) for token in added if token["special"])
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -176,8 +181,10 @@ class Learnt:
 def learn(
     base: Lexicon, texts: Iterable[str], script: Script, most: int, tell: Callable[[int], None] = lambda done: None
 ) -> Learnt:
-    """At most `most` pieces. Raises DataError when the texts hold nothing of the script."""
+    """At most `most` pieces. Raises DataError when the texts hold nothing of the script, ModelError when the base is no
+    BPE."""
     if base.model is not None:
+        spm.check_base(base.model, base.name)
         inside = encoder_of(spm.without_prefix(base.model))
         return Learnt(base, script, spm.learn_pieces(base.model, texts, script, inside, most, tell) if most else [])
     definition = base.definition

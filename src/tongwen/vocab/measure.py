@@ -53,13 +53,14 @@ SELECT name, COUNT(*) AS n FROM people WHERE age >= 18 GROUP BY name ORDER BY n 
 @dataclass(frozen=True)
 class Coder:
     """A tokenizer as what is measured: encode texts without special tokens (as whole texts, and as they are inside of
-    one), decode ids, bytes of each id."""
+    one), decode ids, bytes of each id, ids of special tokens."""
 
     name: str
     encode: Callable[[Sequence[str]], Ids]
     encode_inside: Callable[[Sequence[str]], Ids]
     decode: Callable[[list[int]], str]
     spelling: list[bytes]
+    special: frozenset[int] = frozenset()
 
     @property
     def size(self) -> int:
@@ -95,10 +96,11 @@ def probes() -> list[str]:
 
 
 def pieces_in_use(coder: Coder, first_new: int, texts: Sequence[str]) -> dict[str, int]:
-    """Of the pieces from an id on: how many there are, occur in the texts, can never be produced, begin a character only.
+    """Of the pieces from an id on, special tokens left out: how many there are, occur in the texts, can never be produced,
+    begin a character only.
 
     A piece whose own text does not give it is never produced: what stands around it can only take parts away."""
-    new = range(first_new, coder.size)
+    new = [index for index in range(first_new, coder.size) if index not in coder.special]
     counts = Counter(token for ids in coder.encode(texts) for token in ids if token >= first_new)
     whole, beginnings = [], 0
     for index in new:

@@ -80,11 +80,7 @@ def merge(
     encoder_of: SentencePiece's own encoder for a ModelProto. Raises ModelError when the base is no BPE model, when two
     scores could not be told apart, or when nothing is left to add.
     """
-    if base.trainer_spec.model_type != BPE:
-        raise ModelError(
-            say("the base is a unigram model; pieces can be put onto BPE only", "底座是 unigram 模型；只能加到 BPE 上"),
-            place="--base",
-        )
+    check_base(base, "--base")
     out = Merged(_copy(base))
     known = {piece.piece for piece in base.pieces}
     wanted: list[str] = []
@@ -117,6 +113,16 @@ def merge(
 
 def unchanged(base: Any) -> Merged:
     return Merged(_copy(base))
+
+
+def check_base(base: Any, place: str) -> None:
+    """Raise ModelError when a model's pieces are not merged in an order."""
+    if base.trainer_spec.model_type != BPE:
+        raise ModelError(
+            say("the base is a unigram model; pieces can be put onto BPE only", "底座是 unigram 模型；只能加到 BPE 上"),
+            place=place,
+            remedy=say("a base of LLaMA's or Mistral's kind", "请用 LLaMA 或 Mistral 一类的底座"),
+        )
 
 
 def allows(script: Script, piece: str) -> bool:
