@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (see docs/errors.md)."""
     from tongwen.errors import TongwenError
 
-    parsed = make_parser().parse_args(arguments)
+    parsed = _parse(arguments)
     if parsed.json:
         from tongwen import console
 
@@ -40,6 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if cause is None:
             raise
         return _fail(5, cause)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command's words. argparse takes changes of a recipe only right behind it; here they may stand anywhere."""
+    parser = make_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    changes = [word for word in rest if "=" in word and not word.startswith("-")] if "overrides" in parsed else []
+    if len(changes) < len(rest):
+        parser.error(say("unrecognized arguments: ", "无法识别的参数：") + " ".join(rest))
+    if changes:
+        parsed.overrides = [*parsed.overrides, *changes]
+    return parsed
 
 
 def make_parser() -> argparse.ArgumentParser:
