@@ -40,6 +40,10 @@ STARTS = {
     "smollm2-135m-pretrain-cpu": Start(
         "HuggingFaceTB/SmolLM2-135M", "lora", "4 GB, CPU", 512, "1e-3", stage="pretrain"
     ),
+    "smollm2-135m-vocab-cpu": Start("HuggingFaceTB/SmolLM2-135M", "lora", "4 GB, CPU", 512, "1e-3", stage="vocab"),
+    "mistral-7b-vocab-80g": Start(
+        "mistralai/Mistral-7B-v0.3", "lora", "80 GB GPU", 2048, "2e-4", rank=64, stage="vocab"
+    ),
     "qwen3-0.6b-base-pretrain-16g": Start(
         "Qwen/Qwen3-0.6B-Base", "lora", "16 GB GPU", 2048, "2e-4", rank=64, stage="pretrain"
     ),
