@@ -24,7 +24,7 @@ svg{width:100%;min-width:30rem;height:auto;display:block}.scroll{overflow-x:auto
 .qa div{display:grid;grid-template-columns:5rem 1fr;gap:.6rem;padding:.5rem 1rem;border-top:1px solid var(--line);white-space:pre-wrap;overflow-wrap:anywhere}
 details{margin:-.4rem 0 1rem}summary{cursor:pointer;color:var(--soft)}
 .bar{background:var(--accent);opacity:.7;height:.9rem;border-radius:.2rem;min-width:1px}
-table.facts th:first-child{width:45%}mark{background:var(--wash);color:inherit;border-radius:.2rem;box-shadow:inset 0 0 0 1px var(--line);padding:0 1px}
+table.facts{table-layout:auto}table.facts .n{white-space:nowrap;overflow-wrap:normal}table.facts th.n{white-space:normal}table.facts td:first-child{min-width:6rem}mark{background:var(--wash);color:inherit;border-radius:.2rem;box-shadow:inset 0 0 0 1px var(--line);padding:0 1px}
 li{margin:.3rem 0}pre{background:var(--wash);border:1px solid var(--line);border-radius:.6rem;padding:1rem;overflow-x:auto;font-size:.85rem}
 """
 
@@ -71,6 +71,7 @@ def curve(points: list[tuple[float, float]], x_label: str, y_label: str) -> str:
     low, high = min(y for _, y in points), max(y for _, y in points)
     pad = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
     low, high = low - pad, high + pad
+    digits = 3 if high - low > 0.02 * abs(high) else 5
     first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
 
     def at(x: float, y: float) -> str:
@@ -82,7 +83,7 @@ def curve(points: list[tuple[float, float]], x_label: str, y_label: str) -> str:
         y = at(first, value).split(",")[1]
         grid.append(
             f'<line x1="{left}" x2="{width - 12}" y1="{y}" y2="{y}" stroke="var(--line)"/>'
-            f'<text x="{left - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+            f'<text x="{left - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{value:.{digits}g}</text>'
         )
     for part in range(5):
         value = first + (last - first) * part / 4
