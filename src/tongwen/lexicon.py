@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tongwen import console
+from tongwen.artifact import write_json
 from tongwen.data.clean import Cleaner
 from tongwen.data.parts import iter_rows, kind_of, list_parts
 from tongwen.errors import ModelError, RecipeError, RowRefused
@@ -32,6 +33,7 @@ from tongwen.vocab.measure import CURVE, NOMINAL, SEEN_ENOUGH, Coder, Point, Sha
 from tongwen.vocab.script import Script
 
 AS_IS = Clean(unicode=False, control=False, mojibake=False, html=False, unwrap=False, repetition=False)
+INPUTS = ["input_ids", "attention_mask"]
 SAMPLE = 1_000_000  # characters that are measured at most: seconds
 
 
@@ -267,6 +269,10 @@ def save(lexicon: Lexicon, folder: Path) -> None:
     if own is not None and own.chat_template:
         tokenizer.chat_template = own.chat_template
     tokenizer.save_pretrained(str(folder))
+    config = folder / "tokenizer_config.json"
+    known = json.loads(config.read_text(encoding="utf-8"))
+    # The class that every transformers knows; what 5 writes, 4 (and what stands on it) does not.
+    write_json(config, {**known, "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": INPUTS})
     if lexicon.model is not None:
         (folder / "tokenizer.model").write_bytes(lexicon.model.SerializeToString())
 
