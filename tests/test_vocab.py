@@ -167,6 +167,7 @@ def test_other_text_keeps_its_ids_and_everything_comes_back(byte_level: Path) ->
 
 def test_special_tokens_never_move(byte_level: Path, tmp_path: Path) -> None:
     base = lexicon.open_lexicon(str(byte_level))
+    base.tokenizer.chat_template = "{{ messages[0].content }}"
     made = extended(base, special_tokens=["<|call|>"])
     lexicon.save(made.lexicon, tmp_path)
     again = lexicon.open_lexicon(str(tmp_path))
@@ -175,6 +176,7 @@ def test_special_tokens_never_move(byte_level: Path, tmp_path: Path) -> None:
     assert again.encode_fast(["<|call|>好"])[0][0] == made.new_ids[-1]
     assert again.encode_fast(CHINESE) == made.lexicon.encode_fast(CHINESE)
     assert again.tokenizer.eos_token == base.tokenizer.eos_token
+    assert again.tokenizer.chat_template == base.tokenizer.chat_template
 
 
 def test_added_tokens_outside_of_the_vocabulary_keep_their_ids(byte_level: Path) -> None:
@@ -379,6 +381,21 @@ def test_the_stage_measures_advises_and_opens(byte_level: Path, tmp_path: Path, 
 
     model = load.load_model(load.Place(folder, folder), torch.float32)
     load.check_tokenizer(load.load_tokenizer(load.Place(folder, folder)), model, load.Place(folder, folder))
+
+
+def test_the_report_learns_scores_and_advises(byte_level: Path, tmp_path: Path, tongwen: Any) -> None:
+    corpus = tmp_path / "zh.txt"
+    corpus.write_text("\n".join(CHINESE), encoding="utf-8")
+    command = ("tokenizer", "report", "--text", corpus, "--json")
+    code, said, err = tongwen(*command, "--base", byte_level, "--out", tmp_path / "report")
+    assert code == 0, err
+    found = json.loads(said)
+    assert len(found["bits_per_byte"]) == 4 and found["advice"]["extend"] in (True, False)
+    assert found["curve"][0]["pieces"] == 0 and found["curve"][-1]["characters_per_token"] > 1
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page and "http" not in page
+    code, said, err = tongwen(*command, "--base", byte_level / "tokenizer.json")
+    assert code == 0 and "bits_per_byte" not in json.loads(said) and "8B" in err
 
 
 def test_new_rows_are_never_left_untrained(byte_level: Path, tmp_path: Path, tongwen: Any) -> None:

@@ -22,7 +22,7 @@ HALL = (
     "launch",
     "page",
 )
-UPPER = ("cli", "river", "lexicon", "lesson", "course", "speaker", "forms", "__main__", "__init__")
+UPPER = ("cli", "river", "lexicon", "growth", "lesson", "course", "speaker", "forms", "__main__", "__init__")
 HEAVY = {
     "torch",
     "transformers",

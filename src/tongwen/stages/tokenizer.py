@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tongwen import artifact, console, lexicon
+from tongwen import artifact, console, growth, lexicon
 from tongwen.errors import ModelError
 from tongwen.language import say
 from tongwen.lexicon import Lexicon
-from tongwen.model import sentencepiece
+from tongwen.model import load, sentencepiece
 from tongwen.vocab import measure, spm, train
 from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
@@ -122,16 +122,20 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
         found = measure.survey(opened.coder, None, by_file, chosen)
         learn_from, rest = lexicon.split(lexicon.iter_texts(texts, lambda said: None))  # said above
         shape = lexicon.shape_of(base)
-        if shape is measure.NOMINAL:
-            console.notice(
-                say(
-                    "no model stands behind this tokenizer; the cost is that of an 8B model",
-                    "该分词器没有对应模型；按 8B 模型估算成本",
-                )
-            )
         learnt = lexicon.learn(opened, learn_from, chosen, measure.CURVE[-1])
         start, curve = lexicon.curve(learnt, rest, shape)
         advice = measure.advise(start, curve)
+        if shape is measure.NOMINAL:
+            console.notice(
+                say(
+                    "no model stands behind this tokenizer: the cost is that of an 8B model, bits per byte are not measured",
+                    "该分词器没有对应模型：按 8B 模型估算成本，不测 bits per byte",
+                )
+            )
+        else:
+            place, made = load.fetched(load.locate(base)), learnt.extended(advice.pieces)
+            found |= growth.bits_before_training(place, opened, made, "subtoken_mean", 0, rest)
+            advice = measure.advise(start, curve, growth.damage_of(found.get("bits_per_byte")), advice.pieces)
         found |= {"curve": [vars(point) for point in (start, *curve)], "advice": advice.to_dict()}
     found["summary"] = f"{base} {'→ ' + other if other else ''} · {', '.join(texts)}"
     _show(found)

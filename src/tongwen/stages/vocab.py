@@ -13,26 +13,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
-from tongwen import artifact, console, lexicon
+from tongwen import artifact, console, growth, lexicon
 from tongwen.data.parts import load as load_records
 from tongwen.language import say
-from tongwen.lexicon import Extended, Lexicon
+from tongwen.lexicon import Lexicon
 from tongwen.model import load, widen
 from tongwen.model.fingerprint import combine, model_lines
-from tongwen.model.score import bits_per_byte
 from tongwen.model.tensors import open_model, read_fp32
 from tongwen.recipe.schema import Recipe, Vocab
-from tongwen.vocab import grow, measure
+from tongwen.vocab import measure
 from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
 from tongwen.weights import Tensors
 
 NEW_ROWS = "new_rows.json"
-SCORED = 8_000  # characters that are scored: half a minute for a small model on a CPU
-CHUNK = 400  # characters of a scored text
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -61,7 +55,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     report = measure.survey(old.coder, made.lexicon.coder, {say("held out", "留出文本"): rest}, script)
     report["rows"] = {"filled": rows.filled, "added": rows.added, "padding": rows.padding, "wanted": rows.wanted}
     if section.measure_bits:
-        report |= _bits(place, old, made, rows, section, recipe.seed, rest)
+        report |= growth.bits_before_training(place, old, made, section.new_rows, recipe.seed, rest)
     if section.pieces:
         report |= _advise(learnt, rest, recipe.base, section, report.get("bits_per_byte"))
     report["summary"] = f"{recipe.base} · {section.pieces:,} {say('pieces', '个词')} · {section.new_rows}"
@@ -73,8 +67,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         artifact.check_disk(draft.path, widen.bytes_needed(base, names, rows))
         lexicon.save(made.lexicon, draft.path)
         with console.progress(len(base.facts), "grow") as bar:
-            make = _maker(base, made, rows, section, recipe.seed)
-            lines = widen.widen(base, names, rows, make, draft.path, bar.update)
+            lines = widen.widen(base, names, rows, _maker(base, made, rows, recipe), draft.path, bar.update)
         artifact.write_json(draft.path / "config.json", config | {"vocab_size": rows.wanted})
         _carry(place, draft.path)
         artifact.write_json(draft.path / NEW_ROWS, list(ids))
@@ -118,64 +111,14 @@ def _learn(old: Lexicon, texts: Iterable[str], script: Script, section: Vocab) -
     return learnt
 
 
-def _maker(base: Tensors, made: Extended, rows: widen.Rows, section: Vocab, seed: int) -> widen.MakeRows:
+def _maker(base: Tensors, made: lexicon.Extended, rows: widen.Rows, recipe: Recipe) -> widen.MakeRows:
     """The rows of a matrix by its name: those of the new tokens, then the padding."""
-    return lambda name: _rows(made, rows, section, seed, lambda begin, end: read_fp32(base, name, begin, end))
+    kind = recipe.vocab.new_rows if recipe.vocab else ""
 
+    def make(name: str) -> Iterator[Any]:
+        return growth.iter_rows(kind, made, rows, recipe.seed, lambda begin, end: read_fp32(base, name, begin, end))
 
-def _rows(made: Extended, rows: widen.Rows, section: Vocab, seed: int, read: grow.ReadRows) -> Iterator[grow.Rows]:
-    return grow.iter_rows(section.new_rows, made.parts, rows.old, read, padding=rows.padding, seed=seed)
-
-
-def _bits(
-    place: load.Place, old: Lexicon, made: Extended, rows: widen.Rows, section: Vocab, seed: int, rest: list[str]
-) -> dict[str, Any]:
-    """Bits per byte of the base and of the grown, untrained model, on what was held out and on English."""
-    size = sum(file.stat().st_size for pattern in load.WEIGHTS for file in Path(place.folder).glob(pattern))
-    if 2.5 * size > psutil.virtual_memory().available:
-        console.notice(
-            say(
-                f"bits per byte are not measured: the model ({console.human_bytes(size)}) does not fit into memory",
-                f"不测 bits per byte：模型（{console.human_bytes(size)}）超出内存",
-            )
-        )
-        return {}
-    target, english = _chunks(rest), _chunks([measure.ENGLISH])
-    with console.waiting(say("scoring before any training", "训练前评分")):
-        model = load.load_model(place, load.compute_dtype("auto", "cpu")[0])
-        before = [_score(model, old, old.tokenizer, texts) for texts in (target, english)]
-        widen.widen_in_memory(model, rows, lambda read: _rows(made, rows, section, seed, read))
-        after = [_score(model, made.lexicon, old.tokenizer, texts) for texts in (target, english)]
-    return {
-        "bits_per_byte": {
-            say("base", "底座"): before[0],
-            say("grown, untrained", "扩表后，未训练"): after[0],
-            say("base, English", "底座，英文"): before[1],
-            say("grown, untrained, English", "扩表后，未训练，英文"): after[1],
-        }
-    }
-
-
-def _chunks(texts: list[str]) -> list[str]:
-    """Stretches of CHUNK characters, evenly from all, SCORED characters together."""
-    whole = "\n".join(texts)
-    chunks = [whole[begin : begin + CHUNK] for begin in range(0, len(whole), CHUNK)]
-    return chunks[:: max(1, len(whole) // SCORED)]
-
-
-def _score(model: Any, one: Lexicon, tokenizer: Any, texts: list[str]) -> float:
-    """Bits per byte of texts, each by itself behind the token that begins a text."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    coder = one.coder
-    sizes = torch.tensor([len(piece) for piece in coder.spelling])
-
-    def batches() -> Iterator[dict[str, Any]]:
-        for ids in coder.encode(texts):
-            whole = torch.tensor([[start, *ids] if start is not None else ids])
-            count = whole.shape[1] - 1
-            yield {"input_ids": whole, "rows": torch.arange(count), "targets": whole[0, 1:], "learned": count}
-
-    return bits_per_byte(model, batches(), sizes)["bits_per_byte"]
+    return make
 
 
 def _advise(
@@ -184,11 +127,7 @@ def _advise(
     """The curve and the advice, said before anything costs hours."""
     steps = sorted({*measure.CURVE, section.pieces})
     start, curve = lexicon.curve(learnt, rest, lexicon.shape_of(base), steps)
-    damage = None
-    if bits:
-        before, after, *_ = bits.values()
-        damage = after / before - 1
-    advice = measure.advise(start, curve, damage, min(section.pieces, len(learnt)))
+    advice = measure.advise(start, curve, growth.damage_of(bits), min(section.pieces, len(learnt)))
     said = console.good if advice.extend else console.notice
     said(
         say("it pays to extend this vocabulary", "扩充该词表是值得的")

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tongwen import console
 from tongwen.errors import DataError, MissingPackage, RecipeError
 from tongwen.families import PATTERNS
 from tongwen.language import say
@@ -85,6 +86,13 @@ def train_sentencepiece(texts: Iterable[str], pieces: int, kind: str, seed: int)
             place="--pieces",
             remedy=say("another number of pieces, or more text", "换一个词数，或增加文本"),
         ) from None
+    if lines.count > SENTENCES:
+        console.notice(
+            say(
+                f"SentencePiece learned from {SENTENCES:,} of {lines.count:,} lines, chosen at random",
+                f"SentencePiece 从 {lines.count:,} 行中随机选取 {SENTENCES:,} 行学习",
+            )
+        )
     return out.getvalue()
 
 
