@@ -203,10 +203,20 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--base", required=True, help=say("model", "模型"))
     command.add_argument(
         "--adapter",
-        required=True,
+        default=[],
         action="append",
         help=say("adapter folder; several in the order in which they were trained", "适配器文件夹；多个则按训练的先后"),
     )
+    command.add_argument(
+        "--chat-vector",
+        nargs=2,
+        metavar=("INSTRUCT", "BASE"),
+        help=say(
+            "instead: add what INSTRUCT has over BASE to a model that descends from BASE",
+            "或：把 INSTRUCT 相对 BASE 的差值加到同源的模型上",
+        ),
+    )
+    command.add_argument("--scale", type=float, default=1.0, help=say("of the chat vector", "差值的系数"))
     command.add_argument("--out", required=True, help=say("folder of the merged model", "合并后的模型文件夹"))
     command.add_argument(
         "--dtype", default="base", choices=("base", "fp32", "bf16", "fp16"), help=say("number type", "数值类型")
@@ -521,8 +531,20 @@ def _tokenizer(parsed: argparse.Namespace) -> int:
 
 
 def _merge(parsed: argparse.Namespace) -> int:
+    if parsed.chat_vector and not parsed.adapter:
+        from tongwen.stages import chat_vector
+
+        instruct, base = parsed.chat_vector
+        return chat_vector.run(parsed.base, instruct, base, parsed.scale, parsed.out, again=parsed.again)
+    from tongwen.errors import RecipeError
     from tongwen.stages import merge
 
+    if parsed.chat_vector or not parsed.adapter:
+        raise RecipeError(
+            say("either adapters are merged, or a chat vector", "合并适配器与差值，二者择一"),
+            place="tongwen merge",
+            remedy="--adapter A [--adapter A2 …]   |   --chat-vector INSTRUCT BASE",
+        )
     choice = merge.Choice(parsed.dtype, parsed.to, parsed.parity, force=parsed.force)
     return merge.command(parsed.base, parsed.adapter, parsed.out, choice, again=parsed.again)
 

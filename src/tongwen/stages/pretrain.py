@@ -80,9 +80,9 @@ def _warn_of_instruct(base: str, tokenizer: Any) -> None:
         console.notice(
             say(
                 "the base answers questions; plain text wears that off. Better: pre-train its base model, then add what the "
-                "instruct model learned (instruct minus base, by `tongwen merge`), or fine-tune again with `sft`",
+                "instruct model learned (tongwen merge --base RESULT --chat-vector INSTRUCT BASE), or fine-tune again with `sft`",
                 "该底座是对话模型，纯文本会磨损其问答能力。更好的做法：在其基础模型上继续预训练，再加上对话模型学到的差值"
-                "（instruct 减 base，用 `tongwen merge`），或之后再做 `sft`",
+                "（tongwen merge --base 结果 --chat-vector INSTRUCT BASE），或之后再做 `sft`",
             )
         )
 
