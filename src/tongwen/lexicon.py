@@ -319,16 +319,8 @@ def shape_of(name: str) -> Shape:
 
 def shipped_texts() -> list[str]:
     """The dialogues that the package brings along: real text in reach of everyone."""
-    file = resources.files("tongwen") / "demo" / "dialogues.jsonl"
-    return [str(text) for line in file.read_text(encoding="utf-8").splitlines() for text in _strings(json.loads(line))]
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _strings(one)
+    with resources.as_file(resources.files("tongwen") / "demo" / "dialogues.jsonl") as file:
+        return list(iter_texts([str(file)], lambda said: None))
 
 
 # -- texts ---------------------------------------------------------------------------------------------------------
