@@ -231,6 +231,15 @@ def test_default_merge_agrees_with_its_fast_form_everywhere(tmp_path: Path) -> N
     assert all(spm.allows(HAN, piece) for piece in merged.added) and merged.added
 
 
+def test_a_word_that_no_two_pieces_make_gets_the_step_that_is_missing(tmp_path: Path) -> None:
+    base = sp.read_model(small_model(tmp_path))
+    merged = spm.merge(base, ["加", "拿", "大", "加拿大", "甲乙丙丁", "甲"], HAN, lexicon.encoder_of)
+    assert merged.steps == ["拿大"] or merged.steps == ["加拿"], merged.steps
+    encode = lexicon.encoder_of(spm.without_prefix(merged.model))
+    assert [merged.model.pieces[index].piece for index in encode(["加拿大"])[0]] == ["加拿大"]
+    assert "甲乙丙丁" in merged.left_out["never_produced"] and "甲乙丙丁" not in merged.added
+
+
 def test_legacy_appends_everything_with_score_zero(tmp_path: Path) -> None:
     base, other = sp.read_model(small_model(tmp_path)), sp.read_model(small_model(tmp_path, "bpe", 420, CHINESE))
     known = {piece.piece for piece in base.pieces}

@@ -98,6 +98,10 @@ def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: st
     rows = [(say("pieces of the base", "底座的词"), len(opened.model.pieces))]
     rows += [(say("pieces of the other", "另一模型的词"), len(other.model.pieces))]
     rows += [(f"  − {reasons[reason]}", len(left)) for reason, left in merged.left_out.items()]
+    if merged.steps:
+        rows += [
+            (say("  + steps from which longer words are built", "  + 构成更长的词所需的中间词"), len(merged.steps))
+        ]
     rows += [(say("added", "加入"), len(merged.added)), (say("together", "合计"), len(merged.model.pieces))]
     console.table(("", say("pieces", "词数")), rows)
     samples = lexicon.shipped_texts()

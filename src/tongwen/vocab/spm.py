@@ -1,7 +1,7 @@
 """Pieces of one SentencePiece model put behind another's, which merges the neighbours whose piece has the highest score.
 
-- default: only pieces that spell the target script, scored below the base's, most wanted first, and none that can never
-  be produced. Text without the script keeps its ids, and a fast tokenizer gives the same ids everywhere.
+- default: only pieces that spell the target script, scored below the base's, most wanted first, with the steps that longer
+  ones need, and none that can never be produced. Text without the script keeps its ids, and a fast tokenizer gives the same ids everywhere.
 - legacy: all pieces of the other model with score 0, as Chinese-LLaMA-Alpaca did in 2023; the file is the same to the
   byte. New pieces then come before all of the base's, also in its own languages, and one common score is an order that
   a fast tokenizer cannot express.
@@ -30,10 +30,12 @@ Encode = Callable[[Sequence[str]], list[list[int]]]
 
 @dataclass
 class Merged:
-    """model: a new ModelProto; added: its new pieces; left_out: reason -> pieces that were not taken."""
+    """model: a new ModelProto; added: its new pieces; steps: those of them that were made for longer ones to be built from;
+    left_out: reason -> pieces that were not taken."""
 
     model: Any
     added: list[str] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
     def append(self, piece: str, score: float) -> None:
@@ -92,6 +94,11 @@ def merge(
         else:
             wanted.append(piece)
     wanted = _producible(out, base, wanted, encoder_of)
+    if pieces is None and (unbuilt := out.left_out.pop("never_produced", [])):
+        steps = _steps_to(unbuilt, known | set(wanted))
+        wanted = _producible(out, base, [*wanted, *steps, *unbuilt], encoder_of)
+        out.steps = [piece for piece in wanted if piece in set(steps)]
+        out.left_out["never_produced"] = [piece for piece in unbuilt if piece not in set(wanted)]
     if pieces is not None and len(wanted) > pieces:
         out.leave_out("beyond_pieces", wanted[pieces:])
         wanted = _producible(out, base, wanted[:pieces], encoder_of)  # some may have been built from those beyond
@@ -241,6 +248,18 @@ def _producible(out: Merged, base: Any, pieces: list[str], encoder_of: Callable[
     kept = [piece for place, (piece, ids) in enumerate(zip(pieces, given, strict=True)) if ids == [first + place]]
     out.leave_out("never_produced", sorted(set(pieces) - set(kept), key=pieces.index))
     return kept
+
+
+def _steps_to(pieces: list[str], known: set[str]) -> list[str]:
+    """For each piece that no two known ones make, the one piece that is missing and not among them: 拿大 for 加拿大."""
+    steps: dict[str, None] = {}
+    for piece in pieces:
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        missing = [[half for half in pair if half not in known and half not in steps] for pair in halves]
+        fewest = min(missing, key=len, default=[])
+        if len(fewest) == 1:
+            steps[fewest[0]] = None
+    return [step for step in steps if step not in set(pieces)]
 
 
 def _append_word(out: Merged, word: str, encoder_of: Callable[[Any], Encode]) -> None:
