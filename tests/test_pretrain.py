@@ -255,10 +255,10 @@ def test_an_instruct_model_is_warned_about(chat_model: Path, tmp_path: Path, ton
     base = tmp_path / "some-Instruct"
     shutil.copytree(chat_model, base)
     code, out, _ = tongwen("run", write_recipe(tmp_path / "a", base, "stop_after: 1 steps"))
-    assert code == 0 and "instruct minus base" in out
+    assert code == 0 and "--chat-vector" in out
     shutil.copytree(chat_model, tmp_path / "plain")
     code, out, _ = tongwen("run", write_recipe(tmp_path / "b", tmp_path / "plain", "stop_after: 1 steps"))
-    assert code == 0 and "instruct minus base" not in out
+    assert code == 0 and "--chat-vector" not in out
     assert AutoTokenizer.from_pretrained(tmp_path / "a" / "out" / "pretrain").chat_template is None
 
 
