@@ -139,6 +139,7 @@ def grow(folder: Path) -> None:
     wall, cpu = time.monotonic(), time.process_time()
     widen.widen(
         base,
+        {},
         names,
         rows,
         lambda name: iter_rows(

@@ -45,7 +45,7 @@ def bits_before_training(
     with console.waiting(say("scoring before any training", "训练前评分")):
         model = load.load_model(place, load.compute_dtype("auto", "cpu")[0])
         held = len(model.get_input_embeddings().weight)
-        rows = widen.plan_rows(made.first_new, range(made.first_new, made.first_new + len(made.parts)), held, 1)
+        rows = widen.plan_rows(made.first_new, made.new_ids, held, 1)
         before = [_score(model, old, old.tokenizer, some) for some in scored]
         widen.widen_in_memory(model, rows, lambda read: iter_rows(kind, made, rows, seed, read))
         after = [_score(model, made.lexicon, old.tokenizer, some) for some in scored]

@@ -48,10 +48,6 @@ class Lexicon:
     tokenizer: Any = None
 
     @property
-    def kind(self) -> str:
-        return "sentencepiece" if self.model is not None else "byte-level"
-
-    @property
     def coder(self) -> Coder:
         """As what is measured: SentencePiece itself where there is a model of its kind."""
         if self.model is not None:
@@ -92,8 +88,8 @@ class Extended:
     seen: list[int] = field(default_factory=list)
 
     @property
-    def new_ids(self) -> list[int]:
-        return list(range(self.first_new, self.first_new + len(self.parts)))
+    def new_ids(self) -> range:
+        return range(self.first_new, self.first_new + len(self.parts))
 
 
 def open_lexicon(name: str) -> Lexicon:

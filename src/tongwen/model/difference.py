@@ -14,9 +14,9 @@ from pathlib import Path
 from tongwen.errors import ArtifactError, ModelError, NumbersError
 from tongwen.language import say
 from tongwen.model.adapter import EMBEDDINGS, HEADS
-from tongwen.model.fingerprint import start_digest
+from tongwen.model.fingerprint import line_of, start_digest
 from tongwen.model.tensors import FLOATS, from_fp32, is_finite, read_fp32
-from tongwen.weights import SHARD_BYTES, Stored, Tensors, blocks, iter_bytes, plan_shards, row_count
+from tongwen.weights import SHARD_BYTES, Stored, Tensors, blocks, plan_shards, row_count
 
 
 @dataclass
@@ -66,10 +66,7 @@ def add_difference(
             place="--chat-vector",
         )
     for name, place in planned.items():
-        digest = start_digest(name, place.dtype, place.shape)
-        for block in iter_bytes(place):
-            digest.update(block)
-        if digest.hexdigest() != added.lines[name]:
+        if line_of(place) != added.lines[name]:
             raise NumbersError(
                 say("read back, it is not what was written", "读回后与写入的不同"),
                 place=name,

@@ -47,7 +47,7 @@ def model_lines(place: Place) -> dict[str, str]:
         return {}
     if stored := find_tensors(folder):
         with ThreadPoolExecutor() as pool:
-            return dict(zip(stored, pool.map(_line_of, stored.values()), strict=True))
+            return dict(zip(stored, pool.map(line_of, stored.values()), strict=True))
     lines: dict[str, str] = {}
     for file in sorted(folder.glob("pytorch_model*.bin")):
         lines |= lines_of(TorchTensors(load_bin(file)))
@@ -96,7 +96,8 @@ def order_that_fits(base: str, adapters: Sequence[tuple[str | None, str]]) -> tu
     return None
 
 
-def _line_of(stored: Stored) -> str:
+def line_of(stored: Stored) -> str:
+    """One tensor's line, from its bytes in the file."""
     digest = start_digest(stored.name, stored.dtype, stored.shape)
     for block in iter_bytes(stored):
         digest.update(block)

@@ -5,7 +5,7 @@ Rows that the base has to spare (Qwen and BLOOM pad their matrices) are filled f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from tongwen.errors import ModelError
 from tongwen.language import say
 from tongwen.model.adapter import EMBEDDINGS, HEADS
-from tongwen.model.fingerprint import start_digest
+from tongwen.model.fingerprint import line_of
 from tongwen.model.tensors import Array, FileTensors, from_fp32, is_finite
 from tongwen.weights import (
     SHARD_BYTES,
@@ -21,7 +21,6 @@ from tongwen.weights import (
     Tensors,
     blocks,
     copy_bytes,
-    iter_bytes,
     plan_shards,
     row_bytes,
     row_count,
@@ -92,9 +91,16 @@ def bytes_needed(base: Tensors, names: Sequence[str], rows: Rows) -> int:
 
 
 def widen(
-    base: Tensors, names: Sequence[str], rows: Rows, make: MakeRows, out: Path, progress: Callable[[int], None]
+    base: Tensors,
+    base_lines: Mapping[str, str],
+    names: Sequence[str],
+    rows: Rows,
+    make: MakeRows,
+    out: Path,
+    progress: Callable[[int], None],
 ) -> dict[str, str]:
-    """Write the model to `out` as safetensors; returns the lines of its fingerprint.
+    """Write the model to `out` as safetensors; returns the lines of its fingerprint. base_lines: the base's, as far as they
+    are known, so that what is copied need not be hashed again.
 
     names: the tensors that get the rows; biases of a head (one number a row) grow with it, by zeros. make: the rows of
     the new tokens in their order, then those of the padding.
@@ -111,7 +117,10 @@ def widen(
         if name in names:
             _write_rows(name, rows, make(name), place)
         progress(done)
-    return {name: _line(place) for name, place in planned.items()}
+    return {
+        name: base_lines[name] if name in base_lines and name not in grown else line_of(place)
+        for name, place in planned.items()
+    }
 
 
 def widen_in_memory(model: Any, rows: Rows, make: Callable[[Callable[[int, int], Array]], Iterator[Array]]) -> None:
@@ -159,10 +168,3 @@ def _write_rows(name: str, rows: Rows, new: Iterator[Array], place: Stored) -> N
             stream.write(memoryview(from_fp32(block, place.dtype)))
             at += len(block)
     assert at >= rows.new.stop and (at == rows.wanted or not rows.padding)
-
-
-def _line(place: Stored) -> str:
-    digest = start_digest(place.name, place.dtype, place.shape)
-    for block in iter_bytes(place):
-        digest.update(block)
-    return str(digest.hexdigest())

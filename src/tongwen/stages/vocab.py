@@ -48,9 +48,8 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
 
     base, config = open_model(place)
     names = widen.matrices_of(base, place.name)
-    ids = range(made.first_new, made.first_new + len(made.parts))
     rows = widen.plan_rows(
-        made.first_new, ids, base.facts[names[0]][1][0], section.pad_to_multiple, shrink=section.shrink
+        made.first_new, made.new_ids, base.facts[names[0]][1][0], section.pad_to_multiple, shrink=section.shrink
     )
     report = measure.survey(old.coder, made.lexicon.coder, {say("held out", "留出文本"): rest}, script)
     report["rows"] = {"filled": rows.filled, "added": rows.added, "padding": rows.padding, "wanted": rows.wanted}
@@ -60,17 +59,20 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         report |= _advise(learnt, rest, recipe.base, section, report.get("bits_per_byte"))
     report["summary"] = f"{recipe.base} · {section.pieces:,} {say('pieces', '个词')} · {section.new_rows}"
 
-    parents: dict[str, Any] = {"base": {"path": recipe.base, "fingerprint": combine(model_lines(place))}}
+    base_lines = model_lines(place)
+    parents: dict[str, Any] = {"base": {"path": recipe.base, "fingerprint": combine(base_lines)}}
     if prepared:
         parents["prepare"] = prepared.as_parent()
     with artifact.create(out, "vocab", parents, settings(recipe), swept=True) as draft:
         artifact.check_disk(draft.path, widen.bytes_needed(base, names, rows))
         lexicon.save(made.lexicon, draft.path)
         with console.progress(len(base.facts), "grow") as bar:
-            lines = widen.widen(base, names, rows, _maker(base, made, rows, recipe), draft.path, bar.update)
+            known = {} if place.gguf else base_lines  # a GGUF file names its tensors otherwise
+            make = _maker(base, made, rows, recipe)
+            lines = widen.widen(base, known, names, rows, make, draft.path, bar.update)
         artifact.write_json(draft.path / "config.json", config | {"vocab_size": rows.wanted})
         _carry(place, draft.path)
-        artifact.write_json(draft.path / NEW_ROWS, list(ids))
+        artifact.write_json(draft.path / NEW_ROWS, list(made.new_ids))
         artifact.write_json(draft.path / "report.json", report)
         title = f"{recipe.name} · vocab"
         (draft.path / "report.html").write_text(as_html(title, report), encoding="utf-8")

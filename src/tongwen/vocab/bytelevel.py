@@ -24,16 +24,17 @@ PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normaliz
 
 
 @lru_cache(maxsize=1)
-def byte_of() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary, to the byte (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = (byte for byte in range(256) if byte not in set(printable))
-    return {**{chr(byte): byte for byte in printable}, **{chr(256 + place): byte for place, byte in enumerate(rest)}}
+def character_of() -> dict[int, str]:
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    found: dict[int, str] = bytes_to_unicode()
+    return found
 
 
 @lru_cache(maxsize=1)
-def character_of() -> dict[int, str]:
-    return {byte: character for character, byte in byte_of().items()}
+def byte_of() -> dict[str, int]:
+    return {character: byte for byte, character in character_of().items()}
 
 
 def to_bytes(entry: str) -> bytes:

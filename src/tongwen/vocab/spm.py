@@ -22,7 +22,6 @@ from tongwen.vocab.script import Script, nothing_of
 
 BLANK = "\u2581"
 PAD = "[PAD]"
-MODES = ("default", "legacy", "keep-scores")
 BPE = 2  # TrainerSpec.ModelType
 EXACT = float(1 << 23)  # up to here 32-bit floats tell whole scores apart; LLaMA's runs of blanks lie far below
 Encode = Callable[[Sequence[str]], list[list[int]]]

@@ -17,7 +17,6 @@ from tongwen.errors import DataError, MissingPackage, RecipeError
 from tongwen.families import PATTERNS
 from tongwen.language import say
 
-KINDS = ("byte-bpe", "sp-bpe", "sp-unigram")
 END = "<|endoftext|>"
 SENTENCES = 5_000_000  # SentencePiece holds what it learns from in memory; of more lines it takes a random choice
 
