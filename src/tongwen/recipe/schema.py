@@ -619,8 +619,8 @@ class Export(Section):
     )
     quantize: str = word(
         "f16",
-        "number type of the GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; q4_k_m and others with llama.cpp's llama-quantize",
-        "GGUF 的数值类型：f32、f16、bf16、q8_0、q5_1、q5_0、q4_1、q4_0；装有 llama.cpp 的 llama-quantize 时还有 q4_k_m 等",
+        "number type of the GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; with `tongwen[llamacpp]` also q2_k to q6_k (q4_k_m …)",
+        "GGUF 的数值类型：f32、f16、bf16、q8_0、q5_1、q5_0、q4_1、q4_0；装有 `tongwen[llamacpp]` 时还有 q2_k 至 q6_k（q4_k_m 等）",
     )
 
 
