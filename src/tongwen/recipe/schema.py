@@ -605,6 +605,11 @@ class Merge(Section):
         "compare its logits with base + adapters: layer by layer, or with both models in memory",
         "与底座 + 适配器比较 logits：逐层，或两个模型同时载入内存",
     )
+    onto: Literal["original", "nf4", "int8"] = word(
+        "original",
+        "base that QLoRA's adapter goes into: the original one, or what training saw of it (the difference is measured)",
+        "QLoRA 适配器并入哪个底座：原始底座，或训练时所见的量化底座（会测量差异）",
+    )
     shard_gb: Number = word(5.0, "size of a weights file at most, in GB", "单个权重文件的最大 GB 数", gt=0)
 
 
