@@ -170,6 +170,11 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
             place=place.name,
             remedy=say("fetch the model again, whole", "请重新完整下载模型"),
         )
+    for part in model.modules() if quantize else ():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks such weights when they are first read in eval mode, and never back: trained after
+            # that, no gradient passes them.
+            part.support_avx512bf16_for_cpu = False
     if place.gguf:  # de-quantised: from here on an ordinary model
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
