@@ -627,17 +627,6 @@ class Export(Section):
         "number type of the GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; with `tongwen[llamacpp]` also q2_k to q6_k (q4_k_m …)",
         "GGUF 的数值类型：f32、f16、bf16、q8_0、q5_1、q5_0、q4_1、q4_0；装有 `tongwen[llamacpp]` 时还有 q2_k 至 q6_k（q4_k_m 等）",
     )
-    push: str = word(
-        "",
-        "send the hf form to this place on a hub, private: OWNER/NAME or modelscope:OWNER/NAME",
-        "把 hf 格式推送到 hub（私有）：OWNER/NAME 或 modelscope:OWNER/NAME",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Export:
-        if self.push and "hf" not in self.formats:
-            raise wrong("`push` sends the hf form: `formats: [hf]`", "`push` 推送 hf 格式：`formats: [hf]`")
-        return self
 
 
 class Recipe(Section):
