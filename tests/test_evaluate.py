@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from tests.conftest import dialogues, write_recipe, write_rows
 from tongwen.infer import entities
 from tongwen.infer.measures import TEXT, Answered, compare, summarise, without_thinking
 from tongwen.likelihood import windows
@@ -145,3 +150,192 @@ def test_windows_score_every_token_once_with_half_a_window_before() -> None:
             assert end - begin <= size and (begin == 0 or start - begin >= size // 2)
             scored += range(start, end)
         assert scored == list(range(first, count))
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+def opened(folder: Path, template: str = "chatml") -> Any:
+    from tongwen.speaker import open_speaker
+
+    return open_speaker(str(folder), template=template, precision="fp32")
+
+
+def test_likelihood_is_the_sum_over_all_tokens_of_a_plain_forward_pass(
+    chat_model: Path, tongwen: Any, tmp_path: Path
+) -> None:
+    texts = ["你好，世界。" * 3, "Hello world, how are you today?" * 40]
+    data = write_rows(tmp_path / "text.jsonl", [{"text": text} for text in texts])
+    code, out, err = tongwen(
+        "evaluate", "--model", chat_model, "--task", "bits_per_byte", "--task", "perplexity", "--data", data, "--json"
+    )
+    assert code == 0, err
+    scores = json.loads(out)["scores"]
+    model, nats, tokens, size = opened(chat_model, "completion").voice, 0.0, 0, 0
+    for text in texts:
+        ids = [model.tokenizer.convert_tokens_to_ids("<|endoftext|>"), *model.tokenizer(text)["input_ids"]]
+        for begin, end, first in windows(len(ids), model.context, 1):
+            whole = torch.tensor([ids[begin:end]])
+            loss = torch.nn.functional.cross_entropy(
+                model.model(whole).logits[0, first - begin - 1 : -1], whole[0, first - begin :], reduction="sum"
+            )
+            nats, tokens = nats + loss.item(), tokens + end - first
+        size += len(text.encode())
+    assert scores["bits_per_byte"]["value"] == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+    assert scores["perplexity"]["value"] == pytest.approx(math.exp(nats / tokens), rel=1e-3)
+
+
+CEVAL = (
+    "id,question,A,B,C,D,answer\n0,一加一等于？,一,二,三,四,B\n1,月亮,发光,不发光,是太阳,是水,B\n2,天气,好,坏,冷,热,A\n"
+)
+CMMLU = ",Question,A,B,C,D,Answer\n0,一加一等于？,一,二,三,四,B\n1,月亮,发光,不发光,是太阳,是水,D\n"
+MMLU = 'One plus one?,"one, 1",two,three,four,B\nThe moon?,a,b,c,d,C\n'
+
+
+def suite(folder: Path, name: str, text: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("template", ["chatml", "completion"])
+@pytest.mark.parametrize(
+    ("name", "text", "head", "mark"),
+    [
+        ("logic_val.csv", CEVAL, "以下是中国关于logic考试的单项选择题，请选出其中的正确答案。", "答案："),
+        ("logic.csv", CMMLU, "以下是关于logic的单项选择题，请直接给出正确答案的选项。", "答案是："),
+        ("logic_test.csv", MMLU, "The following are multiple choice questions (with answers) about logic.", "Answer:"),
+    ],
+)
+def test_options_are_chosen_by_their_likelihood_in_the_text_as_rendered(
+    name: str, text: str, head: str, mark: str, template: str, chat_model: Path, tongwen: Any, tmp_path: Path
+) -> None:
+    """The same choice from whole texts, rendered by hand and scored one by one."""
+    data = suite(tmp_path / "data", name, text)
+    shot = suite(tmp_path / "dev", name.replace("val", "dev").replace("test", "dev"), text)
+    code, _, err = tongwen(
+        "evaluate", "--model", chat_model, "--task", "multiple_choice", "--data", data, "--examples", shot,
+        "--shots", 1, "--template", template, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, err
+    voice = opened(chat_model).voice
+
+    def block(cells: list[str]) -> str:
+        return "\n".join(
+            [cells[0], *(f"{letter}. {cell}" for letter, cell in zip("ABCD", cells[1:5], strict=True)), mark]
+        )
+
+    lines = [line for line in text.strip().split("\n") if "uestion" not in line]
+    rows = [line.replace('"one, 1"', "one; 1").split(",")[-6:] for line in lines]
+    rows = [[cell.replace(";", ",") for cell in row] for row in rows]
+    picked = []
+    for row in rows:
+        nats = []
+        for letter in "ABCD":
+            blank = " " if mark == "Answer:" and template == "completion" else ""
+            first, second = f"{head}\n\n{block(rows[0])}", block(row)
+            if template == "completion":
+                before, answer = f"{first}{blank}{rows[0][5]}\n\n{second}", blank + letter
+            else:
+                turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+                before = f"{turn.format(first)}{rows[0][5]}<|im_end|>\n{turn.format(second)}"
+                answer = letter
+            prompt, said = (voice.tokenizer(part)["input_ids"] for part in (before, answer))
+            with torch.no_grad():
+                logits = voice.model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
+            nats.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(said), reduction="sum")))
+        picked.append("ABCD"[int(np.argmin(nats))])
+    found = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert [row["answer"] for row in found] == picked
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())["multiple_choice"]
+    assert scores["value"] == np.mean([one == row[5] for one, row in zip(picked, rows, strict=True)])
+
+
+def test_two_models_are_compared_and_a_report_is_left(
+    chat_model: Path, other_model: Path, tongwen: Any, tmp_path: Path
+) -> None:
+    rows = [{"instruct": "找地名", "query": f"文本：北京{index}", "answer": "北京_地名"} for index in range(6)]
+    data = write_rows(tmp_path / "ner.jsonl", rows)
+    out = tmp_path / "out"
+    words = ["evaluate", "--model", chat_model, "--before", other_model, "--data", data, "--template", "chatml"]
+    words += ["--task", "entity_f1", "--task", "exact_match", "--task", "bits_per_byte", "--max-new-tokens", 8]
+    code, said, err = tongwen(*words, "--limit", 4, "--out", out)
+    assert code == 0, err
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["entity_f1"]["rows"] == 4
+    bits = scores["bits_per_byte"]
+    assert bits["change"]["value"] == pytest.approx(bits["value"] - bits["before"]["value"])
+    assert bits["low"] <= bits["value"] <= bits["high"]
+    assert "95 %" in (out / "report.html").read_text(encoding="utf-8") and "change" in said
+    assert json.loads((out / "manifest.json").read_text())["kind"] == "evaluate"
+    shown = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert {"question", "answer", "wanted", "before"} <= shown[0].keys()
+    code, _, err = tongwen(*words, "--out", out)
+    assert code == 2 and "this folder exists" in err
+
+
+def test_a_run_scores_what_was_held_out_as_its_report_does(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        chat_model,
+        dialogues(24),
+        extra="evaluate: {tasks: [bits_per_byte, exact_match], max_new_tokens: 4}\n",
+    )
+    code, _, err = tongwen("run", recipe)
+    assert code == 0, err
+    scores = json.loads((tmp_path / "out" / "evaluate" / "scores.json").read_text())
+    report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())["held_out"]["bits_per_byte"]
+    assert scores["bits_per_byte"]["before"]["value"] == pytest.approx(report["before"], rel=1e-4)
+    assert scores["bits_per_byte"]["value"] == pytest.approx(report["after"], rel=1e-3)
+    code, said, _ = tongwen("run", recipe)
+    assert code == 0 and "evaluate: already done" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "task", "wanted"),
+    [
+        ("a.jsonl", "", "entity_f1", ("a.jsonl",)),
+        ("a.jsonl", '{"prompt": "问"}\n', "exact_match", ("a.jsonl:1", "exact_match compares with an answer")),
+        ("a.jsonl", '{"instruction": "问", "output": "北京"}\n', "entity_f1", ("a.jsonl:1", "'北京'", "实体_类型")),
+        ("a.jsonl", '{"x": "问"}\n', "bleu", ("a.jsonl:1", "columns")),
+        ("a.csv", "id,question,A,B,C,D,answer\n0,问,甲,乙,丙,丁,E\n", "multiple_choice", ("a.csv:2", "'E'", "A, B, C, D")),
+        ("a.csv", "id,question,A,B,C,D,answer\n0,问,甲,乙\n", "multiple_choice", ("a.csv:2", "4 columns")),
+        ("a.csv", "问,答\n1,2\n", "multiple_choice", ("a.csv:1", "C-Eval")),
+        ("a.csv", "\n\n", "multiple_choice", ("a.csv",)),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_scored_is_said_before_a_model_is_opened(
+    name: str, text: str, task: str, wanted: tuple[str, ...], tongwen: Any, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    code, _, err = tongwen("evaluate", "--model", tmp_path / "none", "--task", task, "--data", tmp_path / name)
+    assert code == 3, err
+    assert all(word in err for word in wanted), err
+    assert "→" in err or not text.strip(), "a remedy"
+
+
+def test_an_unknown_task_lists_those_that_are(tongwen: Any, tmp_path: Path) -> None:
+    code, _, err = tongwen("evaluate", "--model", "m", "--task", "entity_f", "--data", "d")
+    assert code == 2 and "'entity_f'" in err and "entity_f1" in err and "multiple_choice" in err
+    code, _, err = tongwen("evaluate", "--model", "m", "--task", "multiple_choice", "--shots", "2", "--data", "d")
+    assert code == 2 and "needs `examples`" in err
+
+
+def test_nan_logits_are_no_score(
+    chat_model: Path, tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tongwen.model import load
+
+    def broken(*words: Any, **options: Any) -> Any:
+        model = plain(*words, **options)
+        model.model.norm.weight.data.fill_(float("nan"))
+        return model
+
+    plain = load.load_model
+    monkeypatch.setattr("tongwen.model.stack.load_model", broken)
+    choices = suite(tmp_path / "mc", "a.csv", CEVAL)
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "你好"}])
+    pairs = write_rows(tmp_path / "pairs.jsonl", dialogues(2))
+    for task, data in (("multiple_choice", choices), ("bits_per_byte", text), ("exact_match", pairs)):
+        code, _, err = tongwen("evaluate", "--model", chat_model, "--task", task, "--data", data)
+        assert code == 6 and "NaN" in err, (task, err)

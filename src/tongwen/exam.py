@@ -109,7 +109,7 @@ def _check_wanted(task: Task, question: Question) -> None:
             remedy='{"instruction": "…", "output": "…"}',
         )
     if problem := measures.TEXT[task.task].check(question.wanted):
-        raise DataError(problem, place=question.place)
+        raise DataError(problem, place=question.place, remedy=r'"北京_地名\n李白_人名"')
 
 
 # -- answers -------------------------------------------------------------------------------------------------------

@@ -92,6 +92,7 @@ def _choice(
         raise DataError(
             say(f"this row has {len(row)} columns, {len(places)} are needed", f"该行有 {len(row)} 列，需要 {len(places)} 列"),
             place=place,
+            remedy=say("a text that holds a comma stands in quotes", "含逗号的文字要加引号"),
         )  # fmt: skip
     options = tuple(row[places[letter.lower()]].strip() for letter in letters)
     answer = row[places["answer"]].strip().upper()
