@@ -252,9 +252,7 @@ class Terminal:
 
 def test_typing_in_a_real_terminal(chat_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
-    terminal = Terminal(
-        "chat", str(chat_model), "--template", "chatml", "--max-new-tokens", "150", "--temperature", "1"
-    )
+    terminal = Terminal("chat", str(chat_model), "--template", "chatml", "--max-new-tokens", "60", "--temperature", "1")
     terminal.until("you ›")
     terminal.write("你龘\x7f好\udcff\r")  # a wide character taken back, and a byte that is no text
     terminal.until("characters/s")
