@@ -73,6 +73,11 @@ def test_each_adapter_learns_merges_and_talks(adapter: str, wide_model: Path, tm
     scores = report["held_out"]["bits_per_byte"]
     assert scores["after"] < 0.97 * scores["before"]
     assert talk(tmp_path / "out" / "sft") == talk(tmp_path / "out" / "merge")
+    apart = manifest(tmp_path / "out" / "merge").get("quantised")
+    assert bool(apart) is ("qlora" in adapter)
+    if apart:
+        expected = 0.01 if "int8" in adapter else 0.09  # of numbers that are normally distributed
+        assert 0.5 * expected < apart["weights"] < 1.5 * expected and apart["logits"]["relative"] > 1e-4
 
 
 def test_adalora_spends_its_budget_and_leaves_an_ordinary_adapter(wide_model: Path, tmp_path: Path) -> None:
