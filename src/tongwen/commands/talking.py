@@ -77,6 +77,9 @@ def add_to(add: Add) -> None:
     )
     command.add_argument("--adapter", action="append", default=[], help=say("adapter folder", "适配器文件夹"))
     command.add_argument("--system", default="", help=say("system message", "系统提示"))
+    command.add_argument(
+        "--no-stream", action="store_true", help=say("show each answer when it is whole", "回答完整后再显示")
+    )
     _add_talking(command)
 
 
@@ -153,4 +156,5 @@ def _chat(parsed: argparse.Namespace) -> int:
         thinking=parsed.thinking,
         sampling=_sampling(parsed),
         system=parsed.system,
+        stream=not parsed.no_stream,
     )
