@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tongwen import artifact, console, launch
+from tongwen import artifact, console, gate, launch
 from tongwen.errors import MachineError, RecipeError, TongwenError
 from tongwen.language import say
 from tongwen.recipe.load import dump
@@ -46,6 +46,7 @@ def run(
 
     Raises RecipeError when a finished or interrupted stage was made with other settings.
     """
+    launch.begin()
     chosen = choose(recipe, only, start, until)
     out = Path(recipe.out)
     try:
@@ -64,12 +65,13 @@ def run(
             if redo_from is not None and STAGES.index(name) >= STAGES.index(redo_from):
                 _put_aside(path)
             elif (found := artifact.find(path)) is not None:
-                artifact.refuse_changed(str(path), _changed(found, _settings(recipe, name)), _again())
+                artifact.refuse_changed(str(path), _changed(found, _settings(recipe, name)), gate.again())
                 console.good(say(f"{name}: already done", f"{name}：已完成"))
                 done.append(found)
                 continue
-            else:
-                _check_interrupted(path, _settings(recipe, name), fork)
+            elif name in TRAINING and not launch.is_launched() and (prepared := artifact.find(out / "prepare")):
+                unfinished = artifact.partial_of(path)
+                gate.check(unfinished, _settings(recipe, name), prepared.fingerprint, fork=fork)
             done.append(_run_stage(recipe, name, path, arguments))
     return done
 
@@ -158,28 +160,6 @@ def _put_aside(path: Path) -> None:
         aside = artifact.put_aside(place)
         if aside:
             console.notice(say(f"{place.name} is kept as {aside.name}", f"{place.name} 保留为 {aside.name}"))
-
-
-def _check_interrupted(path: Path, settings: dict[str, Any], fork: bool) -> None:
-    """An interrupted training stage continues only with the settings that it began with, unless it is forked."""
-    file = artifact.partial_of(path) / "settings.json"
-    if not file.is_file() or launch.is_launched():
-        return
-    changed = artifact.differences(json.loads(file.read_text(encoding="utf-8")), settings)
-    if changed and fork:
-        lines = ", ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed)
-        console.notice(say(f"continued with other settings (--fork): {lines}", f"以不同设置继续（--fork）：{lines}"))
-        return
-    artifact.refuse_changed(
-        str(file.parent), changed, _again() + say("; --fork continues with the new settings", "；--fork 以新设置继续")
-    )
-
-
-def _again() -> str:
-    return say(
-        "tongwen run RECIPE --again redoes it and everything after it, and keeps the old folder",
-        "tongwen run RECIPE --again 重做它及其后各阶段，并保留旧文件夹",
-    )
 
 
 @contextmanager
