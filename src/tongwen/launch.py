@@ -24,6 +24,11 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_ours() -> bool:
+    """Whether a command of ours started this process, and waits for it."""
+    return EXIT_FILE in os.environ
+
+
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
