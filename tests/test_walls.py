@@ -16,6 +16,7 @@ HALL = (
     "template",
     "skeleton",
     "artifact",
+    "gate",
     "weights",
     "families",
     "console",
