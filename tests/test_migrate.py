@@ -148,7 +148,10 @@ def test_the_tables_name_readers_and_words_that_exist() -> None:
         for program in programs(table).values():
             for flag, rule in [*program.flags.items(), *program.prefixes.items()]:
                 assert rule.read in READERS, (program.id, flag)
-                assert rule.to or rule.dropped or rule.sets or rule.read in ("file", "several", "whole_batch"), (program.id, flag)
+                assert rule.to or rule.dropped or rule.sets or rule.read in ("file", "several", "whole_batch"), (
+                    program.id,
+                    flag,
+                )
                 for word in [rule.to, *rule.sets, *(() if program.command else program.always)]:
                     words = [word.replace("@", section) for section in ("sft", "pretrain")]
                     assert not re.match(r"[a-z@]+\.", word) or known & set(words), (program.id, flag, word)
