@@ -6,13 +6,14 @@ Every flag is accounted for. The recipe is read once more as `run` would read it
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tongwen import console
+from tongwen import artifact, console
 from tongwen.errors import RecipeError
 from tongwen.hub.names import today
 from tongwen.language import say
@@ -24,11 +25,15 @@ from tongwen.recipe.load import load
 SCRIPTS = (".sh", ".bash", ".txt")
 
 
-def run(words: Sequence[str], out: str, *, to_run: bool) -> list[list[str]]:
-    """Print what each old command is today; returns the tongwen commands, in their order.
+def run(words: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -> list[list[str]]:
+    """Print what each old command is today; returns the tongwen commands, in their order. A folder is an old adapter: an
+    ordinary one is written to `out`, with alpha as its scale.
 
     words: files, or a command. out: where the recipe is written; beside its run's folder when it is to be run.
     """
+    if len(words) == 1 and Path(words[0]).is_dir():
+        _migrate_adapter(Path(words[0]), Path(out or f"{words[0].rstrip('/')}-lora"), alpha)
+        return []
     outcomes = _read(list(words))
     if sum(bool(one.recipe) for one in outcomes) > 1 and out:
         raise RecipeError(
@@ -52,6 +57,17 @@ def run(words: Sequence[str], out: str, *, to_run: bool) -> list[list[str]]:
         rows.append({**dataclasses.asdict(one), "commands": [["tongwen", *line] for line in lines], "text": text})
     console.emit({"migrated": rows})
     return commands
+
+
+def _migrate_adapter(folder: Path, out: Path, alpha: float | None) -> None:
+    from tongwen.model.old_adapter import modernise
+
+    artifact.make_way(out, again=False)
+    made = modernise(folder, out, alpha)
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    console.good(f"{out} · r {config['r']}, alpha {config['lora_alpha']:g}: {', '.join(config['target_modules'])}")
+    console.tell(f"  tongwen merge --base BASE --adapter {out} --out MODEL")
+    console.emit({"out": str(out), "config": config, "fingerprint": made.fingerprint})
 
 
 def _read(words: list[str]) -> list[Outcome]:
