@@ -26,7 +26,7 @@ from tongwen.errors import DataError, ModelError, RowRefused
 from tongwen.language import say
 from tongwen.recipe.schema import Sft
 from tongwen.record import Dialogue, Document, Message, Span
-from tongwen.template import Rendered, Template
+from tongwen.template import APART, Rendered, Template
 
 ANCHORS = ("\n", ":", "a")
 BATCH = 1000  # dialogues tokenised in one call of the tokenizer library
@@ -154,8 +154,13 @@ class Encoder:
         return self._ids(texts)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt, as training sees the same text before an answer."""
-        return [int(index) for piece in self.encode([[Span(text, False)]])[0] for index in piece.ids]
+        """Ids of a prompt, as training sees the same text before an answer; tokenised apart where it says APART."""
+        first, *rest = text.split(APART)
+        ids = [index for piece in self.encode([[Span(first, False)]])[0] for index in piece.ids]
+        for part in rest:
+            piece = self._ids([self.anchor + part])[0]
+            ids += self._continue(part, piece) if self.anchor else piece
+        return [int(index) for index in ids]
 
     def with_prefix(self, pieces: list[Piece]) -> list[Piece]:
         """The tokenizer's own prefix exactly once, whether or not the template writes it."""

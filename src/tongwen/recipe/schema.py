@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from tongwen.language import say
 
 # The order in which the stages run. A section that is absent does not run.
-STAGES = ("prepare", "vocab", "pretrain", "sft", "merge", "export")
+STAGES = ("prepare", "vocab", "pretrain", "sft", "merge", "evaluate", "export")
 
 
 def word(default: Any, en: str, zh: str, **limits: Any) -> Any:
@@ -629,6 +629,77 @@ class Merge(Section):
     shard_gb: Number = word(5.0, "size of a weights file at most, in GB", "单个权重文件的最大 GB 数", gt=0)
 
 
+def read_task(value: Any) -> Any:
+    return {"task": value} if isinstance(value, str) else value
+
+
+TaskName = Literal[
+    "bits_per_byte",
+    "perplexity",
+    "exact_match",
+    "bleu",
+    "rouge",
+    "rouge_words",
+    "entity_f1",
+    "spans",
+    "multiple_choice",
+]
+
+
+class Task(Section):
+    """One thing that a model is examined in."""
+
+    task: TaskName = word(..., "what is measured", "测什么")
+    name: str = word("", "its name in scores.json; the task's when absent", "在 scores.json 中的名字；不写则为任务名")
+    data: Annotated[Source, BeforeValidator(read_source)] | None = word(
+        None, "what it is measured on; what `prepare` held out when absent", "评测数据；不写则用 prepare 留出的部分"
+    )
+    examples: str | None = word(
+        None,
+        "multiple_choice: file or folder of answered questions, such as dev/",
+        "multiple_choice：示例题的文件或文件夹，如 dev/",
+    )
+    shots: int = word(0, "multiple_choice: examples before each question", "multiple_choice：每题之前的示例数", ge=0)
+    limit: int | None = word(None, "only so many rows, the first ones", "只取前几行", ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Task:
+        if self.shots and not self.examples:
+            raise wrong(
+                f"shots: {self.shots} needs `examples`, such as the folder dev/ of C-Eval",
+                f"shots: {self.shots} 需要 `examples`，例如 C-Eval 的 dev/ 文件夹",
+            )
+        return self
+
+    @property
+    def title(self) -> str:
+        return self.name or self.task
+
+
+class Evaluate(Section):
+    """Scores of the model that the stages before leave, and of the base."""
+
+    tasks: Annotated[list[Annotated[Task, BeforeValidator(read_task)]], BeforeValidator(read_list)] = word(
+        [Task(task="bits_per_byte")],
+        "names, or {task: NAME, data: FILE, …}",
+        "任务名，或 {task: 名称, data: 文件, …}",
+        min_length=1,
+    )
+    before: bool = word(True, "score the recipe's base too", "也评测配方的底座")
+    batch_size: int = word(8, "questions answered at once", "同时回答几个问题", ge=1)
+    max_new_tokens: int = word(256, "tokens of an answer at most", "回答的最大 token 数", ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluate:
+        names = [one.title for one in self.tasks]
+        if len({*names}) < len(names):
+            raise wrong(
+                f"two tasks have one name: {', '.join(names)}; give one a `name`",
+                f"两个任务同名：{'、'.join(names)}；请给其中一个写 `name`",
+            )
+        return self
+
+
 class Export(Section):
     """The finished model in the forms that other programs read."""
 
@@ -673,6 +744,7 @@ class Recipe(Section):
     pretrain: Pretrain | None = word(None, "continued pre-training", "继续预训练")
     sft: Sft | None = word(None, "supervised fine-tuning", "监督微调")
     merge: Merge | None = word(None, "fold the adapter into the base", "把适配器并入底座")
+    evaluate: Evaluate | None = word(None, "scores of the model and of its base", "模型与底座的评测分数")
     export: Export | None = word(None, "the model in the forms of other programs", "导出为其他程序使用的格式")
 
     @model_validator(mode="after")
@@ -691,6 +763,11 @@ class Recipe(Section):
             raise wrong(
                 "`pretrain` needs `prepare: {documents: ...}`: the text that it learns from",
                 "`pretrain` 需要 `prepare: {documents: ...}` 提供训练文本",
+            )
+        if self.evaluate and not self.prepare and any(one.data is None for one in self.evaluate.tasks):
+            raise wrong(
+                "`evaluate` needs `data` for each task, or `prepare`, whose held-out rows it takes",
+                "`evaluate` 的每个任务需要 `data`，或由 `prepare` 提供留出的数据",
             )
         if self.merge and not self.trains_adapters:
             raise wrong(
