@@ -22,7 +22,21 @@ HALL = (
     "launch",
     "page",
 )
-UPPER = ("cli", "river", "lexicon", "growth", "lesson", "course", "speaker", "forms", "__main__", "__init__")
+UPPER = (
+    "cli",
+    "river",
+    "lexicon",
+    "growth",
+    "lesson",
+    "course",
+    "speaker",
+    "forms",
+    "inspection",
+    "workplace",
+    "runs",
+    "__main__",
+    "__init__",
+)
 HEAVY = {
     "torch",
     "transformers",

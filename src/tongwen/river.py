@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tongwen import artifact, console, launch
 from tongwen.errors import MachineError, RecipeError, TongwenError
 from tongwen.language import say
@@ -21,6 +23,7 @@ from tongwen.recipe.load import dump
 from tongwen.recipe.schema import STAGES, Recipe
 
 TRAINING = ("pretrain", "sft")  # stages that run on all devices
+LOCK = ".lock"  # held by the process that runs in a folder, whose number it says
 MODELS = ("vocab", "pretrain", "sft")  # stages that leave a model, each standing on the one before
 
 
@@ -190,7 +193,7 @@ def _alone(out: Path) -> Iterator[None]:
         return
     import fcntl
 
-    with (out / ".lock").open("w") as stream:
+    with (out / LOCK).open("a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -199,4 +202,21 @@ def _alone(out: Path) -> Iterator[None]:
                 place=str(out),
                 remedy=say("wait for it, or choose another `out`", "请等待，或换一个 `out`"),
             ) from None
-        yield
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        try:
+            yield
+        finally:
+            stream.truncate(0)
+
+
+def holder(out: Path) -> int | None:
+    """The process that runs in a folder. A number that a killed one left there counts for nothing."""
+    try:
+        lock = out / LOCK
+        process = psutil.Process(int(lock.read_text(encoding="ascii")))
+        begun_before = process.create_time() <= lock.stat().st_mtime + 1.0
+        return process.pid if begun_before and process.status() != psutil.STATUS_ZOMBIE else None
+    except (OSError, ValueError, psutil.Error):
+        return None
