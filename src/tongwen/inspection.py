@@ -19,24 +19,27 @@ from tongwen.data.clean import Cleaner, Dropped
 from tongwen.data.ledger import Ledger, Rejected, table_rows
 from tongwen.data.sources import read_rows
 from tongwen.data.store import TokenStore
-from tongwen.errors import DataError, RowRefused
+from tongwen.errors import RowRefused
 from tongwen.language import say
 from tongwen.lesson import Reader, read_dialogues, read_documents, say_mask
 from tongwen.recipe.schema import Prepare, Pretrain, Sft, Source
 from tongwen.record import Dialogue, Document
 
-SAMPLES, PROBLEMS = 5, 100  # that are shown
+SHOWN, ENCODED, PROBLEMS = 5, 200, 100  # samples that are shown and that are tried, rows that are listed
 EXCERPT = 160  # characters of a row
+
+
+Problem = tuple[int, str, str, str]  # row, reason, rule, the row itself
 
 
 @dataclass
 class Inspection:
-    """What a file holds. problems: (row, reason, rule, the row) of the first rows that are not taken."""
+    """What a file holds: its first rows that are taken, and its first that are not."""
 
     kind: str
     format: str
     tally: parts.Tally
-    problems: list[tuple[int, str, str, str]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     records: list[Document | Dialogue] = field(default_factory=list)
 
 
@@ -52,7 +55,7 @@ def inspect(file: Path) -> Inspection:
     for raw, record in parts.iter_rows(part, section, Cleaner(section.clean, kind), lambda said: None):
         found.tally.count(raw, record)
         if not isinstance(record, (Dropped, RowRefused)):
-            if len(found.records) < SAMPLES:
+            if len(found.records) < ENCODED:
                 found.records.append(record)
         elif len(found.problems) < PROBLEMS:
             excerpt = raw.value if isinstance(raw.value, str) else json.dumps(raw.value, ensure_ascii=False)
@@ -74,7 +77,7 @@ def as_html(found: Inspection) -> list[str]:
     head = (say("ledger", "账目"), say("rows", "行"), say("bytes", "字节"))
     pieces = [page.cards(facts), page.table(head, [(name, f"{count:,}", f"{size:,}") for name, count, size in rows])]
     if found.problems:
-        pieces.append(f"<h3>{say('Rows that are not taken', '未采用的行')}</h3>{_problems(found)}")
+        pieces.append(f"<h3>{say('Rows that are not taken', '未采用的行')}</h3>{_problems(found.problems)}")
     return pieces
 
 
@@ -89,15 +92,20 @@ def samples_as_html(found: Inspection, base: str, template: str) -> str:
         stop = int(dialogues.tokenizer.convert_tokens_to_ids(dialogues.template.stop))
     rejected: list[Rejected] = []
     store = stores.in_memory(reader.batches(iter(found.records), Ledger("rows", "tokens"), rejected.append))
+    lost = [(bad.origin.row, bad.reason, bad.rule, "") for bad in rejected]
+    trouble = (
+        f"<h3>{say('Rows that this model does not take', '此模型不采用的行')}</h3>{_problems(lost)}" if lost else ""
+    )
     if not len(store):
-        raise DataError(rejected[0].rule if rejected else say("nothing to learn", "没有可学的内容"), place=template)
+        return trouble
     mask = reader.check(store, [])
     shown = "".join(
         f"<section class=qa><h3>{say('row', '第')} {store.origin(index).row}{say('', ' 行')} · {store.lengths[index]} token</h3>"
         f"<p class=tokens>{coloured(reader.tokenizer, store, index, stop)}</p></section>"
-        for index in range(len(store))
+        for index in range(min(SHOWN, len(store)))
     )
-    return f"<p class=soft>{html.escape(say_mask(mask))}</p><p class=key>{key()}</p>{shown}"
+    first = say(f"Of the first {len(found.records)} rows: ", f"前 {len(found.records)} 行：")
+    return f"{trouble}<p class=soft>{first}{html.escape(say_mask(mask))}</p><p class=key>{key()}</p>{shown}"
 
 
 def key() -> str:
@@ -131,12 +139,12 @@ def pieces(tokenizer: Any, store: TokenStore, index: int) -> Iterator[tuple[str,
             waiting = []
 
 
-def _problems(found: Inspection) -> str:
+def _problems(rows: list[Problem]) -> str:
     head = (say("row", "行"), say("reason", "原因"), say("rule", "说明"), say("content", "内容"))
     cells = "".join(f"<th>{word}</th>" for word in head)
     body = "".join(
         f"<tr><td class=n>{row:,}</td><td>{html.escape(reason)}</td><td>{html.escape(rule)}</td>"
         f"<td class=soft>{html.escape(excerpt)}</td></tr>"
-        for row, reason, rule, excerpt in found.problems
+        for row, reason, rule, excerpt in rows
     )
     return f"<div class=scroll><table class=problems><tr>{cells}</tr>{body}</table></div>"

@@ -21,7 +21,7 @@ import psutil
 
 from tongwen import artifact, console
 from tongwen.errors import MachineError, TongwenError
-from tongwen.language import say
+from tongwen.language import language, say
 from tongwen.recipe.load import load
 from tongwen.river import TRAINING, holder
 from tongwen.train.watch import read_metrics
@@ -47,7 +47,7 @@ def start(arguments: Sequence[str], out: Path) -> None:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "100"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "100", "TONGWEN_LANG": language()},
         )
     ends = time.monotonic() + WAIT_SECONDS
     while holder(out) != process.pid and process.poll() is None and time.monotonic() < ends:
@@ -93,8 +93,8 @@ def facts(out: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def curves(out: Path) -> list[tuple[str, list[tuple[float, float]]]]:
-    """(title, points over steps) of the loss, what is held out, and the learning rate."""
+def curves(out: Path) -> list[tuple[str, list[tuple[float, float]], bool]]:
+    """(title, points over steps, whether they scatter) of the loss, what is held out, and the learning rate."""
     names = {
         "loss": say("loss", "损失"),
         "bits_per_byte": say("held-out bits per byte", "留出集 bits per byte"),
@@ -105,7 +105,7 @@ def curves(out: Path) -> list[tuple[str, list[tuple[float, float]]]]:
         for key, name in names.items():
             points = [(float(line["step"]), float(line[key])) for line in lines if line.get(key) is not None]
             if len(points) > 1:
-                found.append((f"{stage} · {name}", points))
+                found.append((f"{stage} · {name}", points, key == "loss"))
     return found
 
 

@@ -56,6 +56,7 @@ def add_to(add: Add) -> None:
         help=say("what the chat opens with; twice: side by side", "对话使用的模型；写两次则并排"),
     )
     _add_page(command)
+    _add_manner(command)
 
 
 def _add_page(command: argparse.ArgumentParser) -> None:
@@ -64,7 +65,7 @@ def _add_page(command: argparse.ArgumentParser) -> None:
     command.add_argument("--token", default="", help=say("web: instead of a generated one", "网页：代替自动生成的令牌"))
 
 
-def _add_talking(command: argparse.ArgumentParser) -> None:
+def _add_manner(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--template",
         default="own",
@@ -75,6 +76,10 @@ def _add_talking(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--thinking", default="off", choices=("on", "off"), help=say("let a thinking model think", "让思考模型思考")
     )
+
+
+def _add_talking(command: argparse.ArgumentParser) -> None:
+    _add_manner(command)
     command.add_argument("--max-new-tokens", type=int, default=512)
     command.add_argument(
         "--temperature", type=float, default=0.0, help=say("0: always the likeliest", "0：总取最可能的")
@@ -113,8 +118,6 @@ def _chat(parsed: argparse.Namespace) -> int:
             [],
             [parsed.model, *([parsed.beside] if parsed.beside else [])],
             adapters=parsed.adapter,
-            template=parsed.template,
-            thinking=parsed.thinking,
             system=parsed.system,
             whole=False,
             **_page(parsed),
@@ -138,4 +141,5 @@ def _web(parsed: argparse.Namespace) -> int:
 
 
 def _page(parsed: argparse.Namespace) -> dict[str, Any]:
-    return {"host": parsed.host, "port": parsed.port, "token": parsed.token}
+    names = ("template", "thinking", "host", "port", "token")
+    return {name: getattr(parsed, name) for name in names}

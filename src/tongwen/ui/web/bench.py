@@ -39,11 +39,11 @@ class Words:
 
 @dataclass(frozen=True)
 class Picture:
-    """A run as it is now. curves: (title, points); log: its last lines; reports: (name, file)."""
+    """A run as it is now. curves: (title, points, whether they scatter); log: its last lines; reports: (name, file)."""
 
     running: bool
     facts: Sequence[tuple[str, str]]
-    curves: Sequence[tuple[str, list[tuple[float, float]]]]
+    curves: Sequence[tuple[str, list[tuple[float, float]], bool]]
     log: str
     samples: Sequence[dict[str, str]]
     reports: Sequence[tuple[str, str]]

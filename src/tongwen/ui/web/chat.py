@@ -28,7 +28,7 @@ PRESETS: dict[str, tuple[float, float, int, float]] = {
     "lively": (1.0, 0.95, 0, 1.0),
 }
 
-Shown = tuple[Any, ...]  # two boards, two paces, the box
+Shown = tuple[Any, ...]  # two boards, two paces
 
 
 class Side(NamedTuple):
@@ -63,13 +63,18 @@ def add(page: gr.Blocks, talk: Talk, hear: Hear, explain: Explain) -> None:
     boards = [left.board, right.board]
     given = [*boards, beside, left.model, right.model, system, *knobs]
     speech = _Speech(talk, explain)
-    shown = [*boards, left.pace, right.pace, box]
+    shown = [*boards, left.pace, right.pace]
     busy: dict[str, Any] = {**QUIET, "concurrency_limit": AT_ONCE, "concurrency_id": "talk"}
-    asked: list[Any] = [box.submit(hear(speech.ask), [box, *given], shown, **busy)]
-    asked += [board.retry(hear(speech.again), given, shown, **busy) for board in boards]
-    asked += [board.edit(hear(speech.mend), given, shown, **busy) for board in boards]
+    # The box first: what is sent to it among an answer's pieces may be lost when many arrive at once.
+    text = gr.State("")
+    taken = box.submit(lambda asked: (asked, _answering(value="")), box, [text, box], **QUIET)
+    asked: list[Any] = [taken.then(hear(speech.ask), [text, *given], shown, **busy)]
+    for board in boards:
+        asked.append(board.retry(_answering, None, box, **QUIET).then(hear(speech.again), given, shown, **busy))
+        asked.append(board.edit(hear(speech.mend), given, shown, **busy))
+    ended = [event.then(_at_rest, None, box, **QUIET) for event in asked]
     stopped = box.stop(_at_rest, None, box, cancels=asked, **QUIET)
-    shelf.tie(page, hear, [*asked, stopped], boards, system)
+    shelf.tie(page, hear, [*ended, stopped], boards, system)
     beside.change(lambda on: gr.update(visible=on), beside, second, **QUIET)
 
 
@@ -83,7 +88,7 @@ class _Speech:
     def ask(self, text: str, left: Messages, right: Messages, *chosen: Any) -> Iterator[Shown]:
         if text.strip():
             question = {"role": "user", "content": drawn(text)}
-            yield from self._answer([*left, question], [*right, question] if chosen[0] else right, chosen, value="")
+            yield from self._answer([*left, question], [*right, question] if chosen[0] else right, chosen)
 
     def again(self, left: Messages, right: Messages, *chosen: Any) -> Iterator[Shown]:
         yield from self._answer(_to_question(left), _to_question(right), chosen)
@@ -94,15 +99,14 @@ class _Speech:
         question = {"role": "user", "content": drawn(text_of(change.value))}
         yield from self._answer([*left[:place], question], [*right[:place], question] if chosen[0] else right, chosen)
 
-    def _answer(self, left: Messages, right: Messages, chosen: Sequence[Any], **box: Any) -> Iterator[Shown]:
+    def _answer(self, left: Messages, right: Messages, chosen: Sequence[Any]) -> Iterator[Shown]:
         beside, first, second, system, *values = chosen
         asked = [(first, left), (second, right)] if beside else [(first, left)]
         answers = [Answer(self._pieces(name, so_far, system, values), so_far, self.explain) for name, so_far in asked]
-        yield left, right, "", "", gr.update(submit_btn=False, stop_btn=True, **box)
+        yield left, right, "", ""
         for _ in stream(answers):
             now = [(one.messages, one.pace) for one in answers] + ([] if beside else [(right, "")])
-            yield now[0][0], now[1][0], now[0][1], now[1][1], gr.skip()
-        yield gr.skip(), gr.skip(), gr.skip(), gr.skip(), _at_rest()
+            yield now[0][0], now[1][0], now[0][1], now[1][1]
 
     def _pieces(self, name: str, messages: Messages, system: str, values: Sequence[Any]) -> Generator[str, None, None]:
         """The answer, with all that may go wrong before its first piece inside of it."""
@@ -122,7 +126,7 @@ def _side(talk: Talk, place: int) -> Side:
         )
         board = gr.Chatbot(
             show_label=False,
-            height="clamp(20rem, calc(100vh - 15rem), 60rem)",
+            height="clamp(20rem, calc(100vh - 20rem), 60rem)",
             layout="bubble",
             editable="user",
             buttons=["copy"],
@@ -151,6 +155,10 @@ def _question() -> gr.Textbox:
         autofocus=True,
         elem_id="question",
     )
+
+
+def _answering(**more: Any) -> Any:
+    return gr.update(submit_btn=False, stop_btn=True, **more)
 
 
 def _at_rest() -> Any:

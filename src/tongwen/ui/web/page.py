@@ -21,14 +21,16 @@ from tongwen.ui.web.bench import Bench
 from tongwen.ui.web.canvas import canvas
 
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif")
-CODE = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Noto Sans Mono CJK SC", "monospace")
+CODE = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 CSS = """
-footer{display:none!important}
-.gradio-container{max-width:78rem!important;margin:0 auto!important}
+footer{display:none!important}.form{background:none!important;gap:.9rem!important;border:0!important}
+.gradio-container{width:100%;max-width:78rem!important;margin:0 auto!important}
 .top{align-items:baseline;flex-wrap:nowrap!important}.top h1{font-size:1.3rem;margin:0}.top .tongue{margin:0;text-align:right}
+.talk{border:1px solid var(--line)!important;background:var(--paper)!important}
 .talk .message,.talk .prose{font-size:1rem;line-height:1.75}
 .talk .prose pre{border-radius:.5rem}
-.pace{min-height:1.4rem;font-size:.85rem}.pace p{color:var(--soft);margin:0}
+.pace{min-height:1.2rem;font-size:.85rem;margin-top:-.8rem}.pace p{color:var(--soft);margin:0}
+#question .input-container{border:1px solid var(--line);border-radius:.6rem;padding:.2rem .4rem;background:var(--paper)}
 .tokens{line-height:2.1;overflow-wrap:anywhere;white-space:pre-wrap}
 .tokens span{border-radius:.25rem;padding:.1rem .1rem;box-shadow:inset 0 0 0 1px #8883}
 .tokens .l{background:var(--learn)}.tokens .s{background:var(--stop)}.tokens .p{color:var(--soft)}
@@ -37,8 +39,13 @@ footer{display:none!important}
 .key .l{background:var(--learn)}.key .s{background:var(--stop)}
 .sheet{width:100%;height:44rem;border:1px solid var(--line);border-radius:.6rem;background:var(--paper)}
 .ours{--learn:#bbf7d0;--stop:#fde68a}.dark .ours{--learn:#14532d;--stop:#854d0e}
-.ours h3{font-size:1rem;margin:1.4rem 0 .5rem}.ours pre.log{max-height:20rem;overflow:auto;white-space:pre-wrap;line-height:1.5}
-@media (max-width:640px){.gradio-container{padding:.6rem!important}.ours svg{min-width:0}}
+.ours h3{font-size:1rem;margin:1.4rem 0 .5rem}
+.ours pre.log{max-height:20rem;overflow:auto;white-space:pre-wrap;line-height:1.5;display:flex;flex-direction:column-reverse}
+.ours .cards{grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));margin:0 0 1.2rem}
+.ours .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(24rem,100%),1fr));gap:0 1.5rem}.ours svg{min-width:0}
+.ours table :is(td,th){border:0;border-bottom:1px solid var(--line)}.ours table.problems{table-layout:auto}
+.ours .qa .tokens{padding:.4rem 1rem .8rem;margin:0}.across{align-items:end}
+@media (max-width:640px){.gradio-container main{padding:.6rem .8rem!important}}
 """
 
 
@@ -77,6 +84,12 @@ def look() -> dict[str, Any]:
         radius_size=gr.themes.sizes.radius_md,
         font=fonts,
         font_mono=[gr.themes.Font(name) for name in CODE],
+    ).set(
+        block_border_width="0px",
+        block_background_fill="transparent",
+        block_padding="0px",
+        input_background_fill="*background_fill_primary",
+        input_border_width="1px",
     )
     return {"theme": theme, "css": _scoped() + CSS}
 

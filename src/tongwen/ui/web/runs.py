@@ -14,6 +14,7 @@ from tongwen.ui.web.bench import Picture, Runs
 from tongwen.ui.web.canvas import QUIET, Hear, block, canvas
 
 SECONDS = 2  # between two looks at a run
+WIDTH = 440  # of a curve's drawing: two of them beside each other
 
 
 def add(page: gr.Blocks, runs: Runs, hear: Hear) -> None:
@@ -31,7 +32,7 @@ def add(page: gr.Blocks, runs: Runs, hear: Hear) -> None:
             with gr.Accordion(say("The recipe's text", "配方内容"), open=False):
                 text = gr.Code(language="yaml", interactive=False, show_label=False)
         with gr.Column(scale=3, min_width=320):
-            with gr.Row():
+            with gr.Row(elem_classes="across"):
                 run = gr.Dropdown([], label=say("Run", "训练"), elem_id="run", scale=3, min_width=160)
                 stop = gr.Button(say("Stop", "停止"), elem_id="stop", min_width=90, interactive=False)
                 resume = gr.Button(say("Resume", "继续"), elem_id="resume", min_width=90, interactive=False)
@@ -77,8 +78,11 @@ def as_html(now: Picture) -> str:
     parts = [pages.cards(now.facts)]
     if links:
         parts.append(f"<p>{say('Reports', '报告')}: {links}</p>")
-    for title, points in now.curves:
-        parts.append(f"<h3>{html.escape(title)}</h3>{pages.curve(points, say('step', '步'), '')}")
+    drawn = (
+        f"<div><h3>{html.escape(title)}</h3>{pages.curve(points, say('step', '步'), '', width=WIDTH, smooth=smooth)}</div>"
+        for title, points, smooth in now.curves
+    )
+    parts.append(f"<div class=curves>{''.join(drawn)}</div>")
     if now.log:
         parts.append(f"<h3>{say('What it says', '日志')}</h3><pre class=log>{html.escape(now.log)}</pre>")
     if now.samples:
