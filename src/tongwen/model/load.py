@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tongwen import artifact
 from tongwen.errors import ArtifactError, MachineError, MissingPackage, ModelError
 from tongwen.language import say
+from tongwen.model.gguf_header import check_header
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,7 @@ def locate(name: str) -> Place:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(say("there is no such file", "没有这个文件"), place=name)
+        check_header(path)
         return Place(name, str(path.parent), gguf=path.name)
     if not path.exists():
         if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name:
@@ -86,6 +88,7 @@ def _local_place(name: str, path: Path) -> Place:
     if not (path / "config.json").is_file():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
+            check_header(ggufs[0])
             return Place(name, str(path), gguf=ggufs[0].name)
         if (path / "adapter_config.json").is_file():
             base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -170,6 +173,11 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
             place=place.name,
             remedy=say("fetch the model again, whole", "请重新完整下载模型"),
         )
+    for part in model.modules() if quantize else ():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks such weights when they are first read in eval mode, and never back: trained after
+            # that, no gradient passes them.
+            part.support_avx512bf16_for_cpu = False
     if place.gguf:  # de-quantised: from here on an ordinary model
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)

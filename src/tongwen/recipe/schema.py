@@ -605,6 +605,11 @@ class Merge(Section):
         "compare its logits with base + adapters: layer by layer, or with both models in memory",
         "与底座 + 适配器比较 logits：逐层，或两个模型同时载入内存",
     )
+    onto: Literal["original", "nf4", "int8"] = word(
+        "original",
+        "base that QLoRA's adapter goes into: the original one, or what training saw of it (the difference is measured)",
+        "QLoRA 适配器并入哪个底座：原始底座，或训练时所见的量化底座（会测量差异）",
+    )
     shard_gb: Number = word(5.0, "size of a weights file at most, in GB", "单个权重文件的最大 GB 数", gt=0)
 
 
@@ -619,9 +624,20 @@ class Export(Section):
     )
     quantize: str = word(
         "f16",
-        "number type of the GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; q4_k_m and others with llama.cpp's llama-quantize",
-        "GGUF 的数值类型：f32、f16、bf16、q8_0、q5_1、q5_0、q4_1、q4_0；装有 llama.cpp 的 llama-quantize 时还有 q4_k_m 等",
+        "number type of the GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; with `tongwen[llamacpp]` also q2_k to q6_k (q4_k_m …)",
+        "GGUF 的数值类型：f32、f16、bf16、q8_0、q5_1、q5_0、q4_1、q4_0；装有 `tongwen[llamacpp]` 时还有 q2_k 至 q6_k（q4_k_m 等）",
     )
+    push: str = word(
+        "",
+        "send the hf form to this place on a hub, private: OWNER/NAME or modelscope:OWNER/NAME",
+        "把 hf 格式推送到 hub（私有）：OWNER/NAME 或 modelscope:OWNER/NAME",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Export:
+        if self.push and "hf" not in self.formats:
+            raise wrong("`push` sends the hf form: `formats: [hf]`", "`push` 推送 hf 格式：`formats: [hf]`")
+        return self
 
 
 class Recipe(Section):
