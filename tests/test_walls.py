@@ -35,6 +35,9 @@ UPPER = (
     "likelihood",
     "exam",
     "forms",
+    "inspection",
+    "workplace",
+    "runs",
     "__main__",
     "__init__",
 )
