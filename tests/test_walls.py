@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "tongwen"
-ROOMS = ("hub", "data", "vocab", "model", "train", "infer", "export", "ui")
+ROOMS = ("hub", "data", "vocab", "model", "train", "infer", "export", "ui", "past")
 HALL = (
     "errors",
     "language",
