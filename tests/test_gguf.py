@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,11 @@ from tokenizers import Regex, pre_tokenizers
 
 from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer, tensors, tiny_llama
 from tests.test_merge import make_adapter
-from tongwen.errors import MissingPackage
+from tongwen.errors import MissingPackage, ModelError
 from tongwen.export import kquants
 from tongwen.export.gguf import check_type
 from tongwen.export.kquants import Mixture
+from tongwen.model.load import locate
 
 gguf = pytest.importorskip("gguf")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -307,3 +312,58 @@ def test_a_gguf_base_cuts_texts_as_its_file_says(name: str, tmp_path: Path, tong
     for line in [*LINES, "12345 DON'T 中文，我们2024"]:
         assert cut(line) == backend.pre_tokenizer.pre_tokenize_str(line), line
         assert again(line)["input_ids"] == tokenizer(line)["input_ids"], line
+
+
+def damaged(sound: bytes, number: int) -> bytes:
+    """One of many ways to spoil a header: cuts, counts of 2^40, single flipped bits."""
+    header = gguf_header_size(sound)
+    if number < 6:
+        return sound[: header * number // 6]
+    if number < 8:
+        return sound[: 8 * number - 40] + (1 << 40).to_bytes(8, "little") + sound[8 * number - 32 :]
+    spot = np.random.default_rng(number).integers(header)
+    return sound[:spot] + bytes([sound[spot] ^ 1 << number % 8]) + sound[spot + 1 :]
+
+
+def gguf_header_size(sound: bytes) -> int:
+    """Where the data begin: behind the name of the last tensor and what stands beside it."""
+    return sound.rindex(b"output_norm.weight") + 64
+
+
+def test_no_damaged_header_hangs_or_is_a_bug(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    """Told at once, or read to the end: a flip inside a name or a number of the vocabulary shows in the digest alone."""
+    folder = convert(tongwen, chat_model, tmp_path / "out", "f32").parent
+    file = next(folder.glob("*.gguf"))
+    sound, refused = file.read_bytes(), 0
+    for number in range(208):
+        file.write_bytes(damaged(sound, number))
+        code, _, err = tongwen("verify", folder)
+        assert code == 4, f"{number}: {err}"
+        try:
+            locate(str(file))
+        except ModelError as error:
+            refused += 1
+            assert "cannot be believed" in str(error)
+        else:
+            assert number >= 8
+    assert refused > 20
+    file.write_bytes(damaged(sound, 7))
+    began = time.monotonic()
+    code, _, err = tongwen("merge", "--base", file, "--adapter", tmp_path, "--out", tmp_path / "no")
+    assert code == 4 and "count of 1099511627776" in err and time.monotonic() - began < 10
+
+
+def test_the_script_from_adapter_to_file(chat_model: Path, tmp_path: Path) -> None:
+    make_adapter(chat_model, tmp_path / "adapter")
+    script = Path(__file__).parents[1] / "examples" / "adapter_to_gguf.sh"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(script), str(chat_model), str(tmp_path / "adapter"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    file = next(word for word in done.stdout.split() if word.endswith(".gguf"))
+    assert gguf.GGUFReader(file).fields["general.architecture"].contents() == "llama"

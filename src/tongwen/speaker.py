@@ -6,7 +6,7 @@ stop tokens that the model learned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class Speaker:
 
     def answer_all(
         self,
-        conversations: Sequence[Sequence[dict[str, Any]]],
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
         batch_size: int,
         progress: Callable[[int], None] = lambda done: None,
         **options: Any,
@@ -88,7 +88,7 @@ class Speaker:
             progress(begin + len(chosen))
         return out
 
-    def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The conversation as ids, up to where the model answers."""
         turns = [
             Message(
@@ -114,7 +114,8 @@ class Speaker:
 def open_speaker(
     model: str, adapters: Sequence[str] = (), template: str = "own", thinking: str = "off", precision: str = "auto"
 ) -> Speaker:
-    """Open a model by any of its names. template: own, a shipped name, a .jinja file, or `completion` for a base model."""
+    """Open a model by any of its names. template: own, a shipped name, a .jinja file, `completion` for a base model, or
+    `auto`: own where the model has one, else completion."""
     place = load.locate(model)
     place = replace(place, adapters=(*place.adapters, *adapters))
     dressed = next((folder for folder in reversed(place.adapters) if _has_tokenizer(folder)), place.folder)
@@ -126,6 +127,10 @@ def open_speaker(
     load.check_tokenizer(tokenizer, network, place)
     network = network.to(device).eval()
     encoder = Encoder(tokenizer)
+    if template == "auto":
+        template = "own" if tokenizer.chat_template else "completion"
+        if template == "completion":
+            console.notice(say(f"{model} has no template: texts are continued", f"{model} 没有模板：按续写处理"))
     bound = None if template == "completion" else dress.bind_template(template, tokenizer, encoder.prefix)
     stops = dress.stop_ids(tokenizer, bound, network.generation_config)
     if not stops:

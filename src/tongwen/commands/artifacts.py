@@ -169,6 +169,18 @@ def add_to(add: Add) -> None:
     command.add_argument(
         "--again", action="store_true", help=say("anew; the old folder is kept", "重新转换；保留旧文件夹")
     )
+    command.add_argument(
+        "--push",
+        default="",
+        metavar="NAME",
+        help=say(
+            "send it to a hub: OWNER/NAME or modelscope:OWNER/NAME", "推送到 hub：OWNER/NAME 或 modelscope:OWNER/NAME"
+        ),
+    )
+    command.add_argument(
+        "--public", action="store_true", help=say("for everybody to see; else private", "公开；否则为私有")
+    )
+
     command = add(
         "verify",
         say(
@@ -237,7 +249,15 @@ def _merge(parsed: argparse.Namespace) -> int:
 def _convert(parsed: argparse.Namespace) -> int:
     from tongwen.stages import convert
 
-    return convert.run(parsed.source, parsed.to, parsed.out, parsed.quantize, again=parsed.again)
+    return convert.run(
+        parsed.source,
+        parsed.to,
+        parsed.out,
+        parsed.quantize,
+        parsed.push,
+        again=parsed.again,
+        public=parsed.public,
+    )
 
 
 def _verify(parsed: argparse.Namespace) -> int:

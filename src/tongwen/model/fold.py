@@ -21,6 +21,7 @@ from tongwen.language import say
 from tongwen.model import combine
 from tongwen.model.adapter import EMBEDDINGS, HEADS, Adapter, Change, NotOneToOne, check_complete, same_tensor
 from tongwen.model.fingerprint import start_digest
+from tongwen.model.lineage import highest_token
 from tongwen.model.tensors import FLOATS, Array, FileTensors, from_fp32, is_finite, read_fp32, to_fp32
 from tongwen.weights import Stored, Tensors, blocks, copy_bytes, plan_shards, row_bytes, row_count
 
@@ -380,10 +381,11 @@ def _check_fit(target: Target, change: Change) -> None:
         if not vocabulary or whole[1:] != target.shape[1:]:
             raise _misfit(target, change, whole)
         if whole[0] < target.shape[0]:
+            extra = _last_token(target)
             raise change.refuse(
                 say(
-                    f"its vocabulary has {whole[0]} rows, the model so far has {target.shape[0]}: a vocabulary never shrinks",
-                    f"其词表为 {whole[0]} 行，而此前的模型已有 {target.shape[0]} 行：词表不会变小",
+                    f"its vocabulary has {whole[0]} rows, the model so far has {target.shape[0]}{extra}: a vocabulary never shrinks",
+                    f"其词表为 {whole[0]} 行，而此前的模型已有 {target.shape[0]} 行{extra}：词表不会变小",
                 ),
                 say("put the adapter with the smaller vocabulary first", "请把词表较小的适配器放在前面"),
             )
@@ -404,6 +406,15 @@ def _check_fit(target: Target, change: Change) -> None:
                     f"它训练了 token {max(change.rows)}，而底座只有 {target.shape[0]} 行",
                 )
             )
+
+
+def _last_token(target: Target) -> str:
+    """The token of a vocabulary's last row, and whose tokenizer has it, where that is known."""
+    if not target.changes:
+        return ""
+    folder = Path(target.changes[-1].place)
+    found = highest_token(folder)
+    return f" ({found[1]}, {folder})" if found and found[0] == target.shape[0] - 1 else ""
 
 
 def _misfit(target: Target, change: Change, needed: tuple[int, ...]) -> ArtifactError:
