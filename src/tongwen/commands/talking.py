@@ -1,4 +1,4 @@
-"""What is done with a model that answers: generate, evaluate, chat."""
+"""What is done with a model that answers: generate, evaluate, chat, serve."""
 
 from __future__ import annotations
 
@@ -88,6 +88,27 @@ def add_to(add: Add) -> None:
         help=say("--web: a second model answers too", "--web：另一个模型同时回答"),
     )
     _add_page(command)
+    _add_talking(command)
+    command = add("serve", say("OpenAI's API for a model, on this machine", "在本机以 OpenAI 接口提供模型"), _serve)
+    command.add_argument("model", help=say("as for chat", "同 chat"))
+    command.add_argument("--adapter", action="append", default=[], help=say("adapter folder", "适配器文件夹"))
+    command.add_argument(
+        "--name", default="", help=say("the model's name; absent: its folder's", "模型名；不写用文件夹名")
+    )
+    command.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help=say(
+            "another than loopback asks for a token in TONGWEN_API_KEY", "非本机地址需要 TONGWEN_API_KEY 中的令牌"
+        ),
+    )
+    command.add_argument("--port", type=int, default=8000, help=say("0: a free one", "0：任一空闲端口"))
+    command.add_argument(
+        "--queue",
+        type=int,
+        default=16,
+        help=say("requests that may wait; the next is told to come again (429)", "最多排队的请求数；再多则返回 429"),
+    )
     _add_talking(command)
     command = add("web", say("the whole bench in the browser", "浏览器里的整个工作台"), _web)
     command.add_argument(
@@ -194,6 +215,22 @@ def _chat(parsed: argparse.Namespace) -> int:
         sampling=_sampling(parsed),
         system=parsed.system,
         stream=not parsed.no_stream,
+    )
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    from tongwen.stages import serve
+
+    return serve.run(
+        parsed.model,
+        parsed.adapter,
+        name=parsed.name,
+        host=parsed.host,
+        port=parsed.port,
+        queue=parsed.queue,
+        template=parsed.template,
+        thinking=parsed.thinking,
+        sampling=_sampling(parsed),
     )
 
 
