@@ -22,7 +22,19 @@ HALL = (
     "launch",
     "page",
 )
-UPPER = ("cli", "river", "lexicon", "growth", "lesson", "course", "speaker", "forms", "__main__", "__init__")
+UPPER = (
+    "cli",
+    "river",
+    "lexicon",
+    "growth",
+    "lesson",
+    "foresight",
+    "course",
+    "speaker",
+    "forms",
+    "__main__",
+    "__init__",
+)
 HEAVY = {
     "torch",
     "transformers",
