@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -348,3 +351,19 @@ def test_no_damaged_header_hangs_or_is_a_bug(chat_model: Path, tmp_path: Path, t
     began = time.monotonic()
     code, _, err = tongwen("merge", "--base", file, "--adapter", tmp_path, "--out", tmp_path / "no")
     assert code == 4 and "count of 1099511627776" in err and time.monotonic() - began < 10
+
+
+def test_the_script_from_adapter_to_file(chat_model: Path, tmp_path: Path) -> None:
+    make_adapter(chat_model, tmp_path / "adapter")
+    script = Path(__file__).parents[1] / "examples" / "adapter_to_gguf.sh"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(script), str(chat_model), str(tmp_path / "adapter"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    file = next(word for word in done.stdout.split() if word.endswith(".gguf"))
+    assert gguf.GGUFReader(file).fields["general.architecture"].contents() == "llama"

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from tongwen import __version__
-from tongwen.commands import Handler, artifacts, recipes, talking, tokenizers
+from tongwen.commands import Handler, artifacts, past, recipes, talking, tokenizers
 from tongwen.language import say
 
 
@@ -71,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(handler=handler)
         return command
 
-    for part in (recipes, tokenizers, artifacts, talking):
+    for part in (recipes, tokenizers, artifacts, talking, past):
         part.add_to(add)
     return parser
 
