@@ -29,6 +29,7 @@ UPPER = (
     "lexicon",
     "growth",
     "lesson",
+    "foresight",
     "course",
     "speaker",
     "questions",

@@ -88,6 +88,11 @@ class Adapted:
             write_as_lora(folder)
 
 
+def kept_in(parts: Collection[Part], dtype: torch.dtype) -> torch.dtype:
+    """The number type of the base: fp32 where its own weights learn; adapters and single rows are tensors beside them."""
+    return dtype if "lora" in parts or set(parts) == {"new_rows"} else torch.float32
+
+
 def adapt(
     model: Any,
     choice: Adapter,

@@ -192,6 +192,10 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
             # bitsandbytes repacks such weights when they are first read in eval mode, and never back: trained after
             # that, no gradient passes them.
             part.support_avx512bf16_for_cpu = False
+    if quantize:  # one tensor that lies in the mapped file would keep all of the file in memory
+        for part in model.parameters():
+            if part.is_floating_point():
+                part.data = part.data.clone()
     if place.gguf:  # de-quantised: from here on an ordinary model
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
