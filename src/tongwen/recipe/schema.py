@@ -639,6 +639,11 @@ class Sft(Training):
         "what happens to longer samples: rejected; their oldest turns dropped; or then also the end of the question cut",
         "更长的样本：拒绝；丢弃最早的轮次；或再截断问题末尾",
     )
+    legacy: bool = word(
+        False,
+        "tokens as the project of this template made them in 2023, defects included: docs/templates.md",
+        "按该模板的项目在 2023 年的做法切分，含其缺陷：见 docs/templates.md",
+    )
     train_new_control_tokens: bool = word(
         True,
         "train the rows of control tokens that the base never saw; false: refuse such a base instead",
