@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -388,6 +389,14 @@ def test_nothing_is_left_behind(served: Served) -> None:
             served.leave_after(1, stream=True)
     time.sleep(0.3)
     assert open_files() <= before + 1
+
+
+def test_many_clients_at_once(tmp_path: Path) -> None:
+    """The short form of bench/serve_load.py."""
+    load = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "serve_load.py"))["load"]
+    with serving(tmp_path / "s", places=8) as served:
+        became = load(served.port, TOKEN, seconds=3)
+    assert set(became) == {"answered", "streamed", "left", "refused"}, became
 
 
 def test_other_machines_need_a_chosen_token(tongwen: Any, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
