@@ -187,19 +187,24 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
             place=place.name,
             remedy=say("fetch the model again, whole", "请重新完整下载模型"),
         )
-    for part in model.modules() if quantize else ():
-        if hasattr(part, "support_avx512bf16_for_cpu"):
-            # bitsandbytes repacks such weights when they are first read in eval mode, and never back: trained after
-            # that, no gradient passes them.
-            part.support_avx512bf16_for_cpu = False
-    if quantize:  # one tensor that lies in the mapped file would keep all of the file in memory
-        for part in model.parameters():
-            if part.is_floating_point():
-                part.data = part.data.clone()
+    if quantize:
+        _settle_quantised(model)
     if place.gguf:  # de-quantised: from here on an ordinary model
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model
+
+
+def _settle_quantised(model: Any) -> None:
+    """A quantised model as it can be trained, and without the file that it came from."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks such weights when they are first read in eval mode, and never back: trained after
+            # that, no gradient passes them.
+            module.support_avx512bf16_for_cpu = False
+    for part in model.parameters():
+        if part.is_floating_point():  # one tensor that lies in the mapped file would keep all of the file in memory
+            part.data = part.data.clone()
 
 
 def cached_folder(hub_id: str) -> Path | None:
