@@ -32,7 +32,7 @@ from tongwen.record import Dialogue, Message, Span
 from tongwen.skeleton import SENTINEL, Skeleton, make_skeleton
 
 SHIPPED = (
-    "chatml", "alpaca", "alpaca-zh", "plain", "belle", "belle-v2", "alpaca-cla", "alpaca-llamacpp", "guanaco", "guanaco-v1", "guanaco-chat", "vicuna",
+    "chatml", "alpaca", "alpaca-zh", "plain", "chatglm", "belle", "belle-v2", "alpaca-cla", "alpaca-llamacpp", "guanaco", "guanaco-v1", "guanaco-chat", "vicuna",
 )  # fmt: skip
 GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 # Noncharacters: Unicode keeps them out of text, so they can carry marks through a render.
@@ -396,7 +396,8 @@ class Template:
                 )
 
     def _with_stop(self) -> Template:
-        """Find what ends an answer: the first special token after the first of two answers."""
+        """Find what ends an answer: the first special token after the first of two answers, or after the last one where
+        earlier answers are written without."""
         ask, reply = Message("user", "A"), Message("assistant", SENTINEL)
         try:
             one = self._render([ask, reply], (), False)
@@ -411,8 +412,9 @@ class Template:
                     "choose another template, for example `template: chatml`", "换用其他模板，如 `template: chatml`"
                 ),
             )
-        between = two.split(SENTINEL)[1].lstrip()
+        between, last = two.split(SENTINEL)[1].lstrip(), one.split(SENTINEL)[1].lstrip()
         found = [token for token in self.special if token and between.startswith(token)]
+        found = found or [token for token in self.special if token and last.startswith(token)]
         if not found:
             raise ModelError(
                 say(
@@ -423,7 +425,7 @@ class Template:
                 remedy=say(f"choose one of: {', '.join(SHIPPED)}", f"可选：{'、'.join(SHIPPED)}"),
             )
         stop = max(found, key=len)
-        return replace(self, stop=stop, appended=not one.split(SENTINEL)[1].lstrip().startswith(stop))
+        return replace(self, stop=stop, appended=not last.startswith(stop))
 
     def _check_expressible(self) -> None:
         """Control tokens that the template writes must be single tokens of this tokenizer."""

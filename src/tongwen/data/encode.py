@@ -50,6 +50,8 @@ class Encoder:
 
     tokenizer: a fast transformers tokenizer
     prefix:    ids that the tokenizer itself puts before a text, such as `<s>`; said exactly once
+    anchor:    what a continuation is tokenised behind; "" where that is as it stands, or where the model was trained with
+               answers that begin as a text does (ChatGLM)
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -63,7 +65,7 @@ class Encoder:
         self.fast: FastEncoder | None = None
         self._fast_was_sought = False
         self.prefix = prefix_of(tokenizer)
-        self.anchor = self._find_anchor()
+        self.anchor = "" if getattr(tokenizer, "answers_begin_anew", False) else self._find_anchor()
 
     def _ids(self, texts: list[str]) -> list[Ids]:
         if not self._fast_was_sought and len(texts) >= MANY:
@@ -536,12 +538,15 @@ def token_bytes(tokenizer: Any) -> np.ndarray:
     sizes = np.zeros(max(pieces.values()) + 1, dtype=np.int32)
     special = set(tokenizer.all_special_ids)
     added = getattr(tokenizer, "added_tokens_decoder", {})
+    written = getattr(tokenizer, "written", {})  # what ChatGLM has pieces of other names for: line ends, runs of blanks
     special |= {index for index, token in added.items() if token.special}
     sentencepiece = any(piece.startswith("\u2581") for piece in pieces) and "Ġ" not in pieces
     for piece, index in pieces.items():
         if index in special:
             continue
-        if index in added:
+        if piece in written:
+            sizes[index] = len(written[piece])
+        elif index in added:
             sizes[index] = len(str(added[index].content).encode())
         elif sentencepiece:
             is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")

@@ -135,6 +135,8 @@ class Voice:
 
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
+        room = self.context - ids.shape[1]
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         config = GenerationConfig(
             eos_token_id=list(self.stop_ids), pad_token_id=self.stop_ids[0], use_cache=True, **sampling.to_generate()
         )

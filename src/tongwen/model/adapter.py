@@ -148,6 +148,9 @@ def read_adapter(folder: Path) -> Adapter:
             rows = _rows_of(config.get("trainable_token_indices") or {}, target)
             changes[name] = Change(tensors, str(folder), scale, rank, transposed, rows)
         if role in changes[name].parts:
+            if config.get("target_parameters"):
+                whole_model = say("it adapts fused weights", "它适配融合的权重")
+                continue
             if same_numbers(tensors, key, tensors, changes[name].parts[role]):  # peft saves a resized embedding twice
                 continue
             raise ArtifactError(say(f"{key!r} stands there twice", f"{key!r} 重复出现"), place=str(folder))

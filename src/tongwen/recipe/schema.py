@@ -17,9 +17,10 @@ from tongwen.language import say
 STAGES = ("prepare", "vocab", "pretrain", "sft", "merge", "evaluate", "export")
 
 
-def word(default: Any, en: str, zh: str, **limits: Any) -> Any:
-    """A field with its help in both languages; `...` as default makes it required."""
-    return Field(default, description=en, json_schema_extra={"zh": zh}, **limits)
+def word(default: Any, en: str, zh: str, *, free: bool = False, **limits: Any) -> Any:
+    """A field with its help in both languages; `...` as default makes it required. free: it does not decide the result, so
+    that it may change while a run is interrupted, and after it."""
+    return Field(default, description=en, json_schema_extra={"zh": zh, "free": free}, **limits)
 
 
 class Section(BaseModel):
@@ -72,7 +73,22 @@ def read_number(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+UNITS = {"minute": 60, "hour": 3600, "day": 86400}
+
+
+def read_seconds(value: Any) -> Any:
+    """`90 minutes`, `6 hours`, `2 days`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(minute|hour|day)s?\s*", str(value))
+    if not found or not float(found[1]):
+        raise wrong(
+            f"{value!r} is not a time; write for example `90 minutes`, `6 hours` or `2 days`",
+            f"{value!r} 不是时间；请写成 `90 minutes`、`6 hours` 或 `2 days` 这样",
+        )
+    return float(found[1]) * UNITS[found[2]]
+
+
 Number = Annotated[float, BeforeValidator(read_number)]
+Seconds = Annotated[float, BeforeValidator(read_seconds), PlainSerializer(lambda value: f"{value / 60:g} minutes")]
 Length = Annotated[Duration, BeforeValidator(read_duration), PlainSerializer(str)]
 
 
@@ -416,10 +432,16 @@ class Training(Section):
         gt=0,
     )
     stop_after: Length = word(Duration(count=2, unit="epochs"), "epochs, steps or tokens", "轮数、步数或 token 数")
-    save_every: int = word(100, "optimizer steps between checkpoints", "每多少优化步存一次检查点", ge=1)
-    keep_checkpoints: int = word(2, "how many checkpoints stay, besides the best", "除最佳外保留多少个检查点", ge=1)
+    save_every: int = word(100, "optimizer steps between checkpoints", "每多少优化步存一次检查点", ge=1, free=True)
+    keep_checkpoints: int = word(
+        2, "how many checkpoints stay, besides the best", "除最佳外保留多少个检查点", ge=1, free=True
+    )
     evaluate_every: int | None = word(
-        None, "steps between held-out evaluations; before and after always", "每多少步评测留出集；前后总会评测", ge=1
+        None,
+        "steps between held-out evaluations; before and after always",
+        "每多少步评测留出集；前后总会评测",
+        ge=1,
+        free=True,
     )
     patience: int | None = word(
         None,
@@ -427,7 +449,7 @@ class Training(Section):
         "连续多少次评测没有更好就停止，并取最佳检查点",
         ge=1,
     )
-    log_every: int = word(1, "steps between lines of metrics.jsonl", "每多少步写一行 metrics.jsonl", ge=1)
+    log_every: int = word(1, "steps between lines of metrics.jsonl", "每多少步写一行 metrics.jsonl", ge=1, free=True)
     precision: Literal["auto", "fp32", "bf16"] = word(
         "auto",
         "auto: bf16 where the device computes in it, else fp32",
@@ -437,12 +459,14 @@ class Training(Section):
         "auto",
         "recompute activations to save memory; auto: only when memory needs it",
         "重算激活以省内存；auto：必要时才用",
+        free=True,
     )
     micro_batch_tokens: int | None = word(
         None,
         "tokens that go through the model at once; derived when absent",
         "一次过模型的 token 数；不写则推算",
         ge=16,
+        free=True,
     )
     samples: int = word(
         3, "held-out questions answered before and after, for the report", "报告中训练前后各答几题", ge=0
@@ -462,6 +486,17 @@ class Training(Section):
                 "`patience` 按评测次数计，而途中没有评测：请加 `evaluate_every: 50`",
             )
         return self
+
+    def deciding(self) -> dict[str, Any]:
+        """The words that decide the result. When to evaluate is one of them where evaluations may end the run."""
+        fields = type(self).model_fields
+        free = {name for name in fields if dict(fields[name].json_schema_extra or {})["free"]}  # type: ignore[arg-type]
+        return self.model_dump(mode="json", exclude=free - {"evaluate_every"} if self.may_end_early else free)
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether an evaluation may end the run."""
+        return self.patience is not None
 
     @property
     def stretches(self) -> list[Stretch]:
@@ -560,6 +595,10 @@ class Pretrain(Training):
                 "adalora 的预算只能分配在一个阶段；这里有两个阶段训练它",
             )
         return self
+
+    @property
+    def may_end_early(self) -> bool:
+        return super().may_end_early or self.forgetting.stop is not None
 
     @property
     def stretches(self) -> list[Stretch]:
@@ -744,6 +783,11 @@ class Recipe(Section):
     out: str = word("", "folder of the run; runs/NAME when absent", "输出文件夹；不写为 runs/NAME")
     seed: int = word(42, "decides order, split and initialisation", "决定顺序、划分与初始化")
     devices: int = word(1, "processes, one per GPU", "进程数，每块 GPU 一个", ge=1)
+    stop_before: Seconds | None = word(
+        None,
+        "this long after the command began, a training that is not done has been saved and has ended: 90 minutes, 6 hours",
+        "命令开始后到此时间，未完成的训练已存好检查点并退出：90 minutes、6 hours",
+    )
     prepare: Prepare | None = word(None, "read, check and split the data", "读取、检查、划分数据")
     vocab: Vocab | None = word(None, "extend the tokenizer and grow the model", "扩充词表并扩大模型")
     pretrain: Pretrain | None = word(None, "continued pre-training", "继续预训练")
