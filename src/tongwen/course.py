@@ -197,11 +197,9 @@ def _open_pupil(course: Course, device: str, adapter_steps: int) -> Pupil:
     section, reader, place = course.section, course.reader, load.locate(course.base)
     dtype, why = load.compute_dtype(section.precision, device)
     trained = {part for stretch in section.stretches for part in stretch.parts}
-    # What learns stands in fp32. Adapters and single rows are tensors beside the base's own.
-    kept_in = dtype if "lora" in trained or trained == {"new_rows"} else torch.float32
     with console.waiting(say("opening the base", "打开底座")):
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
-        model, packed, fingerprint = _open(place, kept_in, quantize)
+        model, packed, fingerprint = _open(place, adapting.kept_in(trained, dtype), quantize)
     load.check_tokenizer(reader.tokenizer, model, place)
     mend_ends(reader.tokenizer, model, course.base)
     _check_lengths(model.config, course)

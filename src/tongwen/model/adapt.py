@@ -47,9 +47,10 @@ class Adapted:
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Parameters that learn now."""
-        trainable = sum(part.numel() for part in self.model.parameters() if part.requires_grad)
-        total = sum(part.numel() for part in self.model.parameters())
+        """Parameters that learn now. What peft keeps of a module that is trained in full is not a second one."""
+        named = [pair for pair in self.model.named_parameters() if ".original_module." not in pair[0]]
+        trainable = sum(part.numel() for _, part in named if part.requires_grad)
+        total = sum(part.numel() for _, part in named)
         return {"parameters": trainable, "of": total, "share": trainable / total}
 
     def focus(self, parts: Collection[Part]) -> list[torch.nn.Parameter]:
@@ -85,6 +86,11 @@ class Adapted:
             self.model.save_pretrained(str(folder))
         if kind == "ADALORA":
             write_as_lora(folder)
+
+
+def kept_in(parts: Collection[Part], dtype: torch.dtype) -> torch.dtype:
+    """The number type of the base: fp32 where its own weights learn; adapters and single rows are tensors beside them."""
+    return dtype if "lora" in parts or set(parts) == {"new_rows"} else torch.float32
 
 
 def adapt(
