@@ -10,13 +10,13 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tongwen import artifact, console
 from tongwen.errors import ArtifactError
-from tongwen.export import gguf, hf, pth
+from tongwen.export import arrange, gguf, hf, pth
 from tongwen.export.card import make_card
 from tongwen.export.ollama import make_modelfile
 from tongwen.export.vocabulary import read_vocabulary
@@ -73,6 +73,9 @@ def open_source(name: str) -> Source:
             remedy=f"tongwen merge --base {place.folder} --adapter {name} --out MERGED",
         )
     tensors, config = open_model(place)
+    if config.get("model_type") == "baichuan":
+        tensors, config = arrange.as_llama(tensors, config, name)
+        console.notice(say("this Baichuan is taken as the LLaMA that it is", "该 Baichuan 按其本来的 LLaMA 结构处理"))
     return Source(
         name, Path(place.gguf or name).resolve().name.removesuffix(".gguf"), tensors, config, Path(place.folder), place
     )
@@ -86,6 +89,8 @@ def convert(source: Source, to: str, out: Path, quantize: str, settings: Mapping
         "gguf": lambda source, draft: _to_gguf(source, draft, quantize or "f16"),
     }
     if to == "gguf":
+        tensors, config = arrange.for_llama_cpp(source.tensors, source.config)
+        source = replace(source, tensors=tensors, config=config)
         gguf.check_type(quantize or "f16")
         gguf.check_model(source.tensors, source.config)
     console.header(f"convert → {to}", source.name)
@@ -109,6 +114,8 @@ def _to_hf(source: Source, draft: artifact.Draft) -> None:
         load.load_tokenizer(source.place).save_pretrained(str(draft.path))
     elif source.place:
         dress.copy_speech(source.folder, draft.path)
+        if _is_baichuan(source):  # its tokenizer is LLaMA's kind, too; the settings beside it name code to run
+            artifact.write_json(draft.path / "tokenizer_config.json", SENTENCEPIECE)
     elif (model := _sentencepiece(source)) is not None:
         shutil.copyfile(model, draft.path / "tokenizer.model")
         artifact.write_json(draft.path / "tokenizer_config.json", SENTENCEPIECE)
@@ -116,6 +123,13 @@ def _to_hf(source: Source, draft: artifact.Draft) -> None:
         (draft.path / "README.md").write_text(make_card(source.title, made), encoding="utf-8")
     lines = model_lines(load.Place(str(draft.path), str(draft.path)))
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
+
+
+def _is_baichuan(source: Source) -> bool:
+    file = source.folder / "tokenizer_config.json"
+    return file.is_file() and "BaichuanTokenizer" in json.loads(file.read_text(encoding="utf-8")).get(
+        "tokenizer_class", ""
+    )
 
 
 def _to_pth(source: Source, draft: artifact.Draft) -> None:
@@ -129,7 +143,7 @@ def _to_pth(source: Source, draft: artifact.Draft) -> None:
 
 def _to_gguf(source: Source, draft: artifact.Draft, kind: str) -> None:
     """The file, and a Modelfile that says how to talk to it."""
-    rows = source.tensors.facts["model.embed_tokens.weight"][1][0]
+    rows = gguf.vocabulary_rows(source.tensors, source.config)
     with tempfile.TemporaryDirectory() as made:
         tokenizer = _fast_tokenizer(source, Path(made))
         vocabulary = read_vocabulary(tokenizer, rows) if tokenizer else None
