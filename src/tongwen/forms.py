@@ -21,7 +21,7 @@ from tongwen.export.card import make_card
 from tongwen.export.ollama import make_modelfile
 from tongwen.export.vocabulary import read_vocabulary
 from tongwen.language import say
-from tongwen.model import dress, load
+from tongwen.model import dress, load, sentencepiece
 from tongwen.model.fingerprint import combine, model_lines
 from tongwen.model.tensors import FileTensors, TorchTensors, load_bin, open_model
 from tongwen.record import Message
@@ -112,10 +112,10 @@ def _to_hf(source: Source, draft: artifact.Draft) -> None:
     hf.check_same(source.tensors, FileTensors(stored), str(draft.path))
     if source.place and source.place.gguf:
         load.load_tokenizer(source.place).save_pretrained(str(draft.path))
+    elif source.place and load.load_kind(source.place) == "baichuan":
+        _speak_as_llama(source, draft.path)
     elif source.place:
         dress.copy_speech(source.folder, draft.path)
-        if _is_baichuan(source):  # its tokenizer is LLaMA's kind, too; the settings beside it name code to run
-            artifact.write_json(draft.path / "tokenizer_config.json", SENTENCEPIECE)
     elif (model := _sentencepiece(source)) is not None:
         shutil.copyfile(model, draft.path / "tokenizer.model")
         artifact.write_json(draft.path / "tokenizer_config.json", SENTENCEPIECE)
@@ -125,11 +125,18 @@ def _to_hf(source: Source, draft: artifact.Draft) -> None:
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
 
 
-def _is_baichuan(source: Source) -> bool:
-    file = source.folder / "tokenizer_config.json"
-    return file.is_file() and "BaichuanTokenizer" in json.loads(file.read_text(encoding="utf-8")).get(
-        "tokenizer_class", ""
-    )
+def _speak_as_llama(source: Source, out: Path) -> None:
+    """Baichuan's tokenizer is of LLaMA's kind; the settings beside it name code to run, and say whether `<s>` begins a
+    text."""
+    from transformers import PreTrainedTokenizerFast
+
+    model, file = sentencepiece.read_model(source.folder / "tokenizer.model"), source.folder / "tokenizer_config.json"
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    backend = sentencepiece.fast_form(model)
+    if not said.get("add_bos_token", True):
+        backend.post_processor = None
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **sentencepiece.special_names(model))
+    tokenizer.save_pretrained(str(out))
 
 
 def _to_pth(source: Source, draft: artifact.Draft) -> None:
