@@ -55,7 +55,9 @@ def ask(address: str, text: str, language: str = "en", history: Sequence[dict[st
         answer = next(one["id"] for one in events if one["api_name"] == "ask")
         session = uuid.uuid4().hex
         call(web, language, session, box, [text])
-        board = call(web, language, session, answer, [None, board, [], False, "parrot", "parrot", "", 64, 0, 1, 0, 1, None])[0]
+        board = call(
+            web, language, session, answer, [None, board, [], False, "parrot", "parrot", "", 64, 0, 1, 0, 1, None]
+        )[0]
     return [{**one, "content": text_of(one["content"])} for one in board]
 
 
@@ -97,7 +99,9 @@ def test_the_list_of_routes_is_as_it_was_and_none_opens_without_a_token(address:
     listed = "".join(f"{'open  ' if OPEN_ROUTES.fullmatch(_example(path)) else 'closed'} {path}\n" for path in routes)
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(listed, encoding="utf-8")
-    assert listed == GOLDEN.read_text(encoding="utf-8"), "Gradio's routes have changed: look at each, then UPDATE_GOLDEN=1"
+    assert listed == GOLDEN.read_text(encoding="utf-8"), (
+        "Gradio's routes have changed: look at each, then UPDATE_GOLDEN=1"
+    )
     assert sum(line.startswith("closed") for line in listed.splitlines()) > 60
     with client(address, token="") as web:
         for path in routes:
@@ -112,7 +116,9 @@ def test_the_list_of_routes_is_as_it_was_and_none_opens_without_a_token(address:
 
 def _example(path: str) -> str:
     """A path that such a route would match."""
-    return "".join(part.partition("}")[2] if place else part for place, part in enumerate(path.replace("{", "x{").split("{")))
+    return "".join(
+        part.partition("}")[2] if place else part for place, part in enumerate(path.replace("{", "x{").split("{"))
+    )
 
 
 @pytest.mark.parametrize("token", ["", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "错"])
@@ -120,7 +126,9 @@ def test_only_the_right_token_opens(address: str, token: str) -> None:
     given = token.encode("utf-8")
     with httpx.Client(base_url=address) as web:
         assert web.get("/en/", headers=[(b"authorization", b"Bearer" + b" " * bool(given) + given)]).status_code == 401
-        assert web.get("/en/", headers=[(b"cookie", f"tongwen_{web.base_url.port}=".encode() + given)]).status_code == 401
+        assert (
+            web.get("/en/", headers=[(b"cookie", f"tongwen_{web.base_url.port}=".encode() + given)]).status_code == 401
+        )
         assert web.get("/en/", params={"token": token}).status_code == 401
 
 
@@ -136,7 +144,9 @@ def test_the_token_moves_from_the_address_into_a_cookie(address: str) -> None:
     assert page.status_code == 200 and TOKEN not in page.text
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost.evil:1", "http://127.0.0.1:1", ""])
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://localhost.evil:1", "http://127.0.0.1:1", ""]
+)
 def test_another_page_may_not_ask(address: str, origin: str) -> None:
     with client(address) as web:
         if origin:
@@ -167,7 +177,15 @@ def test_nothing_is_loaded_from_elsewhere(address: str) -> None:
 
 FORMS = ["../", "..%2f", "..%252f", "%2e%2e/", "%252e%252e/", "..\\", "..%5c", "..%00/", "....//", ".%2e/", "..;/", "/"]
 TARGETS = ["{up}{file}", "{up}proc/self/environ", "//{file}", "file://{file}", "\\\\host\\{file}"]
-PLACES = ["en/assets/", "en/static/", "report?name=", "en/gradio_api/file=", "en/gradio_api/heartbeat/", "", "zh/svelte/"]
+PLACES = [
+    "en/assets/",
+    "en/static/",
+    "report?name=",
+    "en/gradio_api/file=",
+    "en/gradio_api/heartbeat/",
+    "",
+    "zh/svelte/",
+]
 
 
 def test_no_path_leads_out(address: str, tmp_path: Path) -> None:

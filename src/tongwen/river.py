@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -187,23 +188,27 @@ def _again() -> str:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """One run at a time in a folder. Raises MachineError when another holds it."""
+    """One run at a time in a folder. Raises MachineError, naming who holds it."""
     if launch.is_launched() or os.name == "nt":
         yield
         return
     import fcntl
 
-    with (out / LOCK).open("a") as stream:
+    with (out / LOCK).open("a+", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            stream.seek(0)
+            owner = stream.read().strip()
             raise MachineError(
-                say("another tongwen is running in this folder", "另一个 tongwen 正在此文件夹中运行"),
+                say(
+                    f"another tongwen is running in this folder: {owner}", f"另一个 tongwen 正在此文件夹中运行：{owner}"
+                ),
                 place=str(out),
                 remedy=say("wait for it, or choose another `out`", "请等待，或换一个 `out`"),
             ) from None
         stream.truncate(0)
-        stream.write(str(os.getpid()))
+        stream.write(f"{platform.node()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         stream.flush()
         try:
             yield
@@ -212,11 +217,12 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def holder(out: Path) -> int | None:
-    """The process that runs in a folder. A number that a killed one left there counts for nothing."""
+    """The process of this machine that runs in a folder. The number that a killed one left there counts for nothing."""
     try:
         lock = out / LOCK
-        process = psutil.Process(int(lock.read_text(encoding="ascii")))
-        begun_before = process.create_time() <= lock.stat().st_mtime + 1.0
-        return process.pid if begun_before and process.status() != psutil.STATUS_ZOMBIE else None
+        node, number, *_ = lock.read_text(encoding="utf-8").split(", ")
+        process = psutil.Process(int(number.removeprefix("process ")))
+        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= lock.stat().st_mtime + 1.0
+        return process.pid if alive and node == platform.node() else None
     except (OSError, ValueError, psutil.Error):
         return None
