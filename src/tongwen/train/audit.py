@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from tongwen.errors import NumbersError
 from tongwen.language import say
 from tongwen.train.batches import pack
+from tongwen.train.engine import are_somewhere, local
 
 Loss = Callable[[Any, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
 
@@ -63,7 +65,8 @@ def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:
     if not trainable:
         raise NumbersError(say("no parameter is trainable", "没有可训练的参数"), place="audit")
     generator = torch.Generator().manual_seed(0)
-    zeros = [part for part in trainable.values() if not bool(part.detach().any())]
+    filled = are_somewhere((part.detach() for part in trainable.values()), torch.any)
+    zeros = [local(part) for part, some in zip(trainable.values(), filled, strict=True) if not some]
     was_training = model.training
     model.train()
     with torch.random.fork_rng():
@@ -90,10 +93,10 @@ def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:
 
 def _judge(model: Any, trainable: dict[str, torch.nn.Parameter], loss: float) -> list[str]:
     check_frozen(model, "audit")
-    none = [name for name, part in trainable.items() if part.grad is None or not bool(part.grad.any())]
-    broken = [
-        name for name, part in trainable.items() if part.grad is not None and not bool(torch.isfinite(part.grad).all())
-    ]
+    reached = {name: part.grad for name, part in trainable.items() if part.grad is not None}
+    some = dict(zip(reached, are_somewhere(reached.values(), torch.any), strict=True))
+    none = [name for name in trainable if not some.get(name)]
+    broken = [name for name, one in zip(reached, are_somewhere(reached.values(), is_broken), strict=True) if one]
     if broken:
         raise NumbersError(
             say(
@@ -145,16 +148,16 @@ def check_loss(total: float, learned: int, model: Any) -> float:
 
 def check_finite_gradients(model: Any, step: int, rows: str) -> None:
     """Raise NumbersError with step, tensor and rows when a gradient is NaN or infinite."""
-    gradients = [part.grad for part in model.parameters() if part.grad is not None]
-    norms = torch._foreach_norm(gradients)
+    gradients = {name: local(part.grad) for name, part in model.named_parameters() if part.grad is not None}
+    norms = torch._foreach_norm(list(gradients.values()))
     if bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()):
         return
-    bad = [
-        name
-        for name, part in model.named_parameters()
-        if part.grad is not None and not bool(torch.isfinite(part.grad).all())
-    ]
-    raise NumbersError(
+    raise broken_gradients([name for name, gradient in gradients.items() if is_broken(gradient)], step, rows)
+
+
+def broken_gradients(bad: list[str], step: int, rows: str) -> NumbersError:
+    """The error for gradients of these names."""
+    return NumbersError(
         say(
             f"{len(bad)} gradients are NaN or infinite in this step, rows {rows}",
             f"该步有 {len(bad)} 个梯度为 NaN 或无穷，数据行 {rows}",
@@ -165,6 +168,11 @@ def check_finite_gradients(model: Any, step: int, rows: str) -> None:
             "降低 learning_rate，或 precision: fp32；上一个检查点完好",
         ),
     )
+
+
+def is_broken(part: torch.Tensor) -> torch.Tensor:
+    """() bool: whether something in it is NaN or infinite."""
+    return ~torch.isfinite(part).all()
 
 
 class FirstSteps(TrainerCallback):
@@ -186,5 +194,7 @@ class FirstSteps(TrainerCallback):
 
 
 def to_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
-    device = next(model.parameters()).device
+    """A batch where the model computes. Weights that wait in the host's memory are not computed on there."""
+    part = next(model.parameters())
+    device = part.device_mesh.device_type if isinstance(part, DTensor) else part.device
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

@@ -19,14 +19,16 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from tongwen import console
 from tongwen.errors import MissingPackage, NumbersError, RecipeError
 from tongwen.language import say
 from tongwen.recipe.schema import Stretch
-from tongwen.train.audit import FirstSteps, Loss, check_finite_gradients
+from tongwen.train.audit import FirstSteps, Loss, broken_gradients, check_finite_gradients, is_broken
 from tongwen.train.batches import MicroBatches, Plan
 from tongwen.train.checkpoints import check_adapter_saved, commit, step_of
+from tongwen.train.engine import Engine, are_somewhere
 from tongwen.train.memory import keep_freed_memory
 from tongwen.train.noise import Noise
 from tongwen.train.watch import Watch
@@ -77,10 +79,16 @@ class Job:
     loss: Loss
     evaluate: Callable[[], dict[str, Any]] | None
     watch: Watch
+    engine: Engine
     checkpointing: bool = False
     embeddings: Sequence[torch.nn.Parameter] = ()
     guarded: Sequence[torch.nn.Parameter] = ()
     budget: Budget | None = None
+
+    def place_of(self, done: int) -> tuple[int, str]:
+        """(number of the step after so many, the first of its rows), for messages."""
+        rows = ", ".join(str(self.store.origin(sample)) for sample in self.plan.steps[done][:8])
+        return self.watch.before_steps + done + 1, rows
 
 
 def fit(job: Job) -> int:
@@ -90,8 +98,11 @@ def fit(job: Job) -> int:
         keep_freed_memory()
     trainer = PlannedTrainer(job)
     trainer.remove_callback(PrinterCallback)
-    for callback in (job.watch, FirstSteps(), NoNan(job), Evaluations(job), Spending(job)):
+    for callback in (job.watch, Evaluations(job), Spending(job)):
         trainer.add_callback(callback)
+    if not job.engine.is_deepspeed:  # it keeps the gradients to itself: see _get_grad_norm
+        trainer.add_callback(FirstSteps())
+        trainer.add_callback(NoNan(job))
     start, patience = step_of(job.resume) if job.resume else 0, job.stretch.words.patience
     job.watch.begin(start)
     if start >= len(job.plan) or job.watch.waited(patience):
@@ -103,8 +114,9 @@ def fit(job: Job) -> int:
     if patience and (best := job.watch.best) and best[0] != done:
         console.notice(say(f"the weights of step {best[0]}, the best, are taken", f"取第 {best[0]} 步（最佳）的权重"))
         trainer._load_from_checkpoint(str(job.checkpoints / f"checkpoint-{best[0]}"))
-    for name, part in job.model.named_parameters():
-        if part.requires_grad and not bool(torch.isfinite(part).all()):
+    learned = {name: part.detach() for name, part in job.model.named_parameters() if part.requires_grad}
+    for name, broken in zip(learned, are_somewhere(learned.values(), is_broken), strict=True):
+        if broken:
             raise NumbersError(say("weights are not finite after the run", "训练后权重含非有限值"), place=name)
     return done
 
@@ -151,7 +163,9 @@ def training_arguments(job: Job) -> TrainingArguments:
         ours["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps_of(section.decay, total))}
     if job.checkpointing:
         ours |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    arguments = TrainingArguments(**ours | section.trainer)  # the recipe has refused what it says in its own words
+    arguments = TrainingArguments(
+        **ours | job.engine.arguments | section.trainer
+    )  # the recipe has refused what it says in its own words
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: DataParallel would cut a pack in two (F-06)
     return arguments
 
@@ -172,6 +186,24 @@ class PlannedTrainer(Trainer):
             optimizer_cls_and_kwargs=_muon(job) if job.stretch.words.optimizer == "muon" else None,
         )
         self.model_accepts_loss_kwargs = True  # the loss below is already scaled over the accumulation
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.job.engine.insist(self.accelerator)
+        self.is_fsdp_enabled = self.accelerator.is_fsdp2
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[Any, DataLoader]:
+        prepared: tuple[Any, DataLoader] = super()._prepare_for_training(*args, **kwargs)
+        self.job.engine.prove(self.model_wrapped, self.model, self.optimizer)
+        return prepared
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.job.engine.is_deepspeed and not math.isfinite(
+            norm
+        ):  # it has stepped already, and nothing is saved of it
+            raise broken_gradients([say("all together", "合计")], *self.job.place_of(self.state.global_step))
+        return norm
 
     def get_train_dataloader(self) -> DataLoader:
         """The plan's micro-batches in their order; accelerate deals them to the ranks one by one."""
@@ -206,6 +238,7 @@ class PlannedTrainer(Trainer):
                 say(f"{len(lost)} trainable tensors are not in the optimizer", f"{len(lost)} 个可训练张量不在优化器中"),
                 place=lost[0] if lost else "optimizer",
             )
+        self._held = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 
     def _set_embeddings_apart(self, optimizer: torch.optim.Optimizer) -> None:
@@ -222,6 +255,10 @@ class PlannedTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": mine, "lr": rate, "weight_decay": decay})
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.job.engine.name == "fsdp2":
+            # accelerate finds the shards of an optimizer's parameters by their addresses, and empty shards share one.
+            for group, parameters in zip(self.optimizer.param_groups, self._held, strict=True):
+                group["params"] = parameters
         if self.job.stretch.words.schedule == "warmup_lr":
             warm = max(2, self.args.get_warmup_steps(num_training_steps))
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -233,6 +270,8 @@ class PlannedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.job.budget:
             self.job.budget.load(Path(resume_from_checkpoint))
+        elif self.deepspeed:
+            deepspeed_load_checkpoint(self.deepspeed, resume_from_checkpoint, load_module_strict=False)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -315,12 +354,7 @@ class NoNan(TrainerCallback):
         self.job = job
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        step = self.job.watch.before_steps + state.global_step + 1
-        check_finite_gradients(model, step, self._rows(state.global_step))
-
-    def _rows(self, step: int) -> str:
-        origins = [str(self.job.store.origin(sample)) for sample in self.job.plan.steps[step][:8]]
-        return ", ".join(origins)
+        check_finite_gradients(model, *self.job.place_of(state.global_step))
 
 
 def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
