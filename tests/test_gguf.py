@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,11 @@ from tokenizers import Regex, pre_tokenizers
 
 from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer, tensors, tiny_llama
 from tests.test_merge import make_adapter
+from tongwen.errors import MissingPackage, ModelError
+from tongwen.export import kquants
+from tongwen.export.gguf import check_type
+from tongwen.export.kquants import Mixture
+from tongwen.model.load import locate
 
 gguf = pytest.importorskip("gguf")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -163,35 +173,60 @@ def test_the_template_and_the_stops_go_along(chat_model: Path, tmp_path: Path, t
     assert asked in text and "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>" in text
 
 
-def test_what_is_not_proven_is_refused_by_name(tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_proven_is_refused_by_name(tmp_path: Path, tongwen: Any) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
     words = ("convert", tmp_path / "gpt2", "--to", "gguf", "--out", tmp_path / "out")
     code, _, err = tongwen(*words)
     assert code == 4 and "gpt2" in err and "qwen3" in err
-    monkeypatch.setenv("PATH", str(tmp_path))
-    code, _, err = tongwen(*words, "--quantize", "q4_k_m")
-    assert code == 4 and "llama-quantize" in err and "q8_0" in err
     code, _, err = tongwen(*words, "--quantize", "q3")
     assert code == 4 and "q5_1" in err
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-def test_k_types_are_left_to_llama_cpps_program(
-    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stand-in that copies: what is tested is how it is called and that its output is looked at."""
-    program = tmp_path / "llama-quantize"
-    program.write_text(f'#!/bin/sh\necho "$3" > {tmp_path}/asked\ncp "$1" "$2"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    file = convert(tongwen, chat_model, tmp_path / "out", "q4_k_m")
-    assert (tmp_path / "asked").read_text() == "Q4_K_M\n"
-    assert sorted(one.name for one in file.parent.iterdir()) == sorted([file.name, "Modelfile", "manifest.json"])
-    program.write_text("#!/bin/sh\nexit 1\n")
-    code, _, err = tongwen("convert", chat_model, "--to", "gguf", "--quantize", "q4_k_m", "--out", tmp_path / "no")
-    assert code == 4 and "llama-quantize failed" in err
+@pytest.mark.parametrize("kind", ["q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k"])
+def test_k_types_are_made_by_the_library_of_llama_cpp(kind: str, tmp_path: Path, tongwen: Any) -> None:
+    pytest.importorskip("xllamacpp")
+    from tests.llamacpp import LlamaCpp
+
+    folder = tmp_path / "model"
+    tokenizer = byte_level_tokenizer(folder)
+    tiny_llama(folder, len(tokenizer), hidden_size=256, intermediate_size=320, num_hidden_layers=8)
+    source = tensors(folder)
+    file = convert(tongwen, folder, tmp_path / "out", kind)
+    reader = gguf.GGUFReader(str(file))
+    held = {tensor.name: tensor for tensor in reader.tensors}
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
+    allowed = {"q2_k": 0.4, "q3_k_m": 0.2, "q4_k_s": 0.1, "q4_k_m": 0.1, "q5_k_m": 0.05, "q6_k": 0.03}[kind]
+    for ours, theirs in (("self_attn.v_proj", "attn_v"), ("mlp.up_proj", "ffn_up"), ("mlp.down_proj", "ffn_down")):
+        found, expected = held[f"blk.7.{theirs}.weight"], source[f"model.layers.7.{ours}.weight"].numpy()
+        back = gguf.quants.dequantize(found.data, found.tensor_type)
+        assert np.abs(back - expected).max() <= allowed * np.abs(expected).max()
+    assert held["token_embd.weight"].tensor_type.name == "Q6_K"  # the head too
+    assert held["blk.7.ffn_up.weight"].tensor_type.name == f"{kind[:4].upper()}"
+    assert held["blk.7.ffn_down.weight"].tensor_type.name in ("Q4_0", "Q5_0", "Q5_1", "Q8_0")  # rows of 320
+    assert len(LlamaCpp(file, threads=1).greedy([1, 5, 9], 4)) == 4
+
+
+def test_the_mixtures_are_those_of_llama_cpp() -> None:
+    """What the rules of llama-quant.cpp come to for 32 layers, written down by hand."""
+    mixture = Mixture("q4_k_m", 32, groups=4, tied=False)
+    more = [layer for layer in range(32) if mixture.type_of(f"blk.{layer}.ffn_down.weight", 14336) == "Q6_K"]
+    assert more == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+    assert more == [layer for layer in range(32) if mixture.type_of(f"blk.{layer}.attn_v.weight", 4096) == "Q6_K"]
+    assert mixture.type_of("token_embd.weight", 4096) == "Q4_K" and mixture.type_of("output.weight", 4096) == "Q6_K"
+    assert Mixture("q4_k_m", 30, groups=3, tied=True).type_of("token_embd.weight", 576) == "Q8_0"
+    assert Mixture("q2_k", 32, groups=8, tied=False).type_of("blk.0.attn_v.weight", 4096) == "Q4_K"
+    assert Mixture("q3_k_l", 32, groups=8, tied=False).type_of("blk.0.attn_output.weight", 100) == "F16"
+
+
+def test_k_types_without_a_library_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kquants._function.cache_clear()
+    monkeypatch.setattr(kquants, "_libraries", lambda: iter([tmp_path / "none.so"]))
+    with pytest.raises(MissingPackage, match=re.escape("tongwen[llamacpp]")):
+        check_type("q4_k_m")
+    kquants._function.cache_clear()
 
 
 def test_a_merged_model_with_a_tied_head_goes_the_whole_way(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
@@ -277,3 +312,58 @@ def test_a_gguf_base_cuts_texts_as_its_file_says(name: str, tmp_path: Path, tong
     for line in [*LINES, "12345 DON'T 中文，我们2024"]:
         assert cut(line) == backend.pre_tokenizer.pre_tokenize_str(line), line
         assert again(line)["input_ids"] == tokenizer(line)["input_ids"], line
+
+
+def damaged(sound: bytes, number: int) -> bytes:
+    """One of many ways to spoil a header: cuts, counts of 2^40, single flipped bits."""
+    header = gguf_header_size(sound)
+    if number < 6:
+        return sound[: header * number // 6]
+    if number < 8:
+        return sound[: 8 * number - 40] + (1 << 40).to_bytes(8, "little") + sound[8 * number - 32 :]
+    spot = np.random.default_rng(number).integers(header)
+    return sound[:spot] + bytes([sound[spot] ^ 1 << number % 8]) + sound[spot + 1 :]
+
+
+def gguf_header_size(sound: bytes) -> int:
+    """Where the data begin: behind the name of the last tensor and what stands beside it."""
+    return sound.rindex(b"output_norm.weight") + 64
+
+
+def test_no_damaged_header_hangs_or_is_a_bug(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    """Told at once, or read to the end: a flip inside a name or a number of the vocabulary shows in the digest alone."""
+    folder = convert(tongwen, chat_model, tmp_path / "out", "f32").parent
+    file = next(folder.glob("*.gguf"))
+    sound, refused = file.read_bytes(), 0
+    for number in range(208):
+        file.write_bytes(damaged(sound, number))
+        code, _, err = tongwen("verify", folder)
+        assert code == 4, f"{number}: {err}"
+        try:
+            locate(str(file))
+        except ModelError as error:
+            refused += 1
+            assert "cannot be believed" in str(error)
+        else:
+            assert number >= 8
+    assert refused > 20
+    file.write_bytes(damaged(sound, 7))
+    began = time.monotonic()
+    code, _, err = tongwen("merge", "--base", file, "--adapter", tmp_path, "--out", tmp_path / "no")
+    assert code == 4 and "count of 1099511627776" in err and time.monotonic() - began < 10
+
+
+def test_the_script_from_adapter_to_file(chat_model: Path, tmp_path: Path) -> None:
+    make_adapter(chat_model, tmp_path / "adapter")
+    script = Path(__file__).parents[1] / "examples" / "adapter_to_gguf.sh"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(script), str(chat_model), str(tmp_path / "adapter"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    file = next(word for word in done.stdout.split() if word.endswith(".gguf"))
+    assert gguf.GGUFReader(file).fields["general.architecture"].contents() == "llama"

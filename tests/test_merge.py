@@ -165,7 +165,11 @@ def test_grown_vocabularies_stack_in_their_order_only(tmp_path: Path, tongwen: A
     assert all(torch.allclose(found[name], expected[name], atol=1e-7) for name in expected)
     assert json.loads((out / "config.json").read_text())["vocab_size"] == 108
     code, _, err = tongwen("merge", "--base", base, "--adapter", second, "--adapter", first, "--out", tmp_path / "no")
-    assert code == 4 and "107 rows" in err and "108" in err and "first" in err
+    assert code == 4 and "107 rows" in err and "108" in err and "first" in err and "[PAD]" not in err
+    vocabulary = {f"t{index}": index for index in range(107)} | {"[PAD]": 107}
+    (second / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    code, _, err = tongwen("merge", "--base", base, "--adapter", second, "--adapter", first, "--out", tmp_path / "no")
+    assert code == 4 and f"has 108 ([PAD], {second})" in " ".join(err.split())
 
 
 def test_what_does_not_map_one_to_one_goes_through_peft(tmp_path: Path, tongwen: Any) -> None:

@@ -73,6 +73,34 @@ def test_each_adapter_learns_merges_and_talks(adapter: str, wide_model: Path, tm
     scores = report["held_out"]["bits_per_byte"]
     assert scores["after"] < 0.97 * scores["before"]
     assert talk(tmp_path / "out" / "sft") == talk(tmp_path / "out" / "merge")
+    apart = manifest(tmp_path / "out" / "merge").get("quantised")
+    assert bool(apart) is ("qlora" in adapter)
+    if apart:
+        expected = 0.01 if "int8" in adapter else 0.09  # of numbers that are normally distributed
+        assert 0.5 * expected < apart["weights"] < 1.5 * expected and apart["logits"]["relative"] > 1e-4
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_gives_the_same_gradients_after_it_was_scored(kind: str, tmp_path: Path) -> None:
+    """On processors with AVX-512 BF16 bitsandbytes repacks 4-bit weights in eval mode; gradients stopped there."""
+    from peft import LoraConfig, get_peft_model
+
+    tiny_llama(tmp_path, 90, hidden_size=64, intermediate_size=128)
+    base = load_model(Place("t", str(tmp_path)), torch.float32, kind)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    ids = torch.arange(9)[None]
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    after = gradients()
+    assert len(before) == 28 and all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 
 def test_adalora_spends_its_budget_and_leaves_an_ordinary_adapter(wide_model: Path, tmp_path: Path) -> None:

@@ -16,13 +16,28 @@ HALL = (
     "template",
     "skeleton",
     "artifact",
+    "gate",
     "weights",
     "families",
     "console",
     "launch",
     "page",
 )
-UPPER = ("cli", "river", "lexicon", "growth", "lesson", "course", "speaker", "forms", "__main__", "__init__")
+UPPER = (
+    "cli",
+    "river",
+    "lexicon",
+    "growth",
+    "lesson",
+    "course",
+    "speaker",
+    "questions",
+    "likelihood",
+    "exam",
+    "forms",
+    "__main__",
+    "__init__",
+)
 HEAVY = {
     "torch",
     "transformers",
@@ -34,6 +49,10 @@ HEAVY = {
     "gguf",
     "huggingface_hub",
     "tokenizers",
+    "sacrebleu",
+    "rouge_score",
+    "seqeval",
+    "jieba",
 }
 
 

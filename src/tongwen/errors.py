@@ -67,6 +67,12 @@ class NumbersError(TongwenError):
     exit_code = 6
 
 
+class Interrupted(TongwenError):
+    """Somebody asked the run to stop; what it had done is saved."""
+
+    exit_code = 130
+
+
 class MissingPackage(MachineError):
     def __init__(self, package: str, needed_for: str, extra: str) -> None:
         super().__init__(

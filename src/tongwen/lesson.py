@@ -175,10 +175,10 @@ def say_ledger(lesson: Lesson) -> None:
     if mask["round_trip"]["differ"]:
         console.notice(
             say(
-                "{differ} of {checked} samples do not decode to their own text: the tokenizer lacks characters".format(
+                "{differ} of {checked} samples do not decode to their own text: the tokenizer lacks or changes characters".format(
                     **mask["round_trip"]
                 ),
-                "{checked} 个样本中有 {differ} 个无法解码回原文：分词器缺少字符".format(**mask["round_trip"]),
+                "{checked} 个样本中有 {differ} 个无法解码回原文：分词器缺少或改变了字符".format(**mask["round_trip"]),
             )
         )
     if rejected:

@@ -84,7 +84,41 @@ def add_to(add: Add) -> None:
             "或：把 INSTRUCT 相对 BASE 的差值加到同源的模型上",
         ),
     )
-    command.add_argument("--scale", type=float, default=1.0, help=say("of the chat vector", "差值的系数"))
+    command.add_argument(
+        "--combine",
+        default="",
+        choices=("linear", "ties"),
+        help=say(
+            "instead of one upon the other: adapters trained beside each other on one base, summed or by TIES",
+            "不是依次叠加，而是组合在同一底座上分别训练的适配器：求和，或 TIES",
+        ),
+    )
+    command.add_argument(
+        "--weight",
+        type=float,
+        action="append",
+        default=[],
+        metavar="W",
+        help=say("of each adapter that is combined; equal shares when absent", "被组合的各适配器的权重；不写则均等"),
+    )
+    command.add_argument(
+        "--density",
+        type=float,
+        default=0.2,
+        help=say("share of each adapter's changes that TIES keeps", "TIES 保留的改变的比例"),
+    )
+    command.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help=say("of the chat vector, or of what is combined", "差值或组合结果的系数"),
+    )
+    command.add_argument(
+        "--onto",
+        default="original",
+        choices=("original", "nf4", "int8"),
+        help=say("the base, or what training on a quantised one saw of it", "原始底座，或量化训练时所见的底座"),
+    )
     command.add_argument("--out", required=True, help=say("folder of the merged model", "合并后的模型文件夹"))
     command.add_argument(
         "--dtype", default="base", choices=("base", "fp32", "bf16", "fp16"), help=say("number type", "数值类型")
@@ -135,6 +169,18 @@ def add_to(add: Add) -> None:
     command.add_argument(
         "--again", action="store_true", help=say("anew; the old folder is kept", "重新转换；保留旧文件夹")
     )
+    command.add_argument(
+        "--push",
+        default="",
+        metavar="NAME",
+        help=say(
+            "send it to a hub: OWNER/NAME or modelscope:OWNER/NAME", "推送到 hub：OWNER/NAME 或 modelscope:OWNER/NAME"
+        ),
+    )
+    command.add_argument(
+        "--public", action="store_true", help=say("for everybody to see; else private", "公开；否则为私有")
+    )
+
     command = add(
         "verify",
         say(
@@ -191,14 +237,27 @@ def _merge(parsed: argparse.Namespace) -> int:
             place="tongwen merge",
             remedy="--adapter A [--adapter A2 …]   |   --chat-vector INSTRUCT BASE",
         )
-    choice = merge.Choice(parsed.dtype, parsed.to, parsed.parity, force=parsed.force)
+    mix = (
+        merge.mix_of(parsed.combine, parsed.adapter, parsed.weight, parsed.density, parsed.scale)
+        if parsed.combine
+        else None
+    )
+    choice = merge.Choice(parsed.dtype, parsed.to, parsed.parity, parsed.onto, mix, force=parsed.force)
     return merge.command(parsed.base, parsed.adapter, parsed.out, choice, again=parsed.again)
 
 
 def _convert(parsed: argparse.Namespace) -> int:
     from tongwen.stages import convert
 
-    return convert.run(parsed.source, parsed.to, parsed.out, parsed.quantize, again=parsed.again)
+    return convert.run(
+        parsed.source,
+        parsed.to,
+        parsed.out,
+        parsed.quantize,
+        parsed.push,
+        again=parsed.again,
+        public=parsed.public,
+    )
 
 
 def _verify(parsed: argparse.Namespace) -> int:

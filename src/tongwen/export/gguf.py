@@ -1,15 +1,13 @@
 """Any tensors -> one GGUF file for llama.cpp and Ollama, written a few rows at a time and read back.
 
-Numbers become F32, F16, BF16, Q8_0 or the older 4- and 5-bit types by the `gguf` library's own quantisers. The K types
-exist only in llama.cpp itself, so they need its `llama-quantize` program. Families whose layers llama.cpp names
-otherwise than transformers are refused by name rather than guessed.
+Numbers become F32, F16, BF16, Q8_0 or the older 4- and 5-bit types by the `gguf` library's own quantisers, and the K types
+by llama.cpp's (see kquants.py). Families whose layers llama.cpp names otherwise than transformers are refused by name
+rather than guessed.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tongwen.errors import MissingPackage, ModelError, NumbersError
+from tongwen.export import kquants
 from tongwen.export.pth import heads, read_rows
 from tongwen.export.vocabulary import Vocabulary
 from tongwen.language import say
@@ -25,33 +24,18 @@ from tongwen.weights import Tensors, blocks, row_count
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 FILE_TYPES = {"f32": "ALL_F32"}  # all others are MOSTLY_...
-BY_PROGRAM = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs")
-PROGRAM = "llama-quantize"
 TURNED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")  # as in LLaMA's own files, see pth.py
 
 
 def check_type(kind: str) -> None:
     """Raise ModelError or MissingPackage for a number type that cannot be written here."""
-    if kind in TYPES:
-        return
-    if kind not in BY_PROGRAM:
+    if kind in kquants.KINDS:
+        kquants.check_library()
+    elif kind not in TYPES:
         raise ModelError(
             say(f"{kind!r} is no number type of GGUF that is known here", f"未知的 GGUF 数值类型 {kind!r}"),
             place="--quantize",
-            remedy=", ".join((*TYPES, *BY_PROGRAM)),
-        )
-    if shutil.which(PROGRAM) is None:
-        raise ModelError(
-            say(
-                f"{kind} is made by llama.cpp's own {PROGRAM}, which is not on the PATH",
-                f"{kind} 需要 llama.cpp 自带的 {PROGRAM}，PATH 中没有",
-            ),
-            place="--quantize",
-            remedy=say(
-                "unpack a release of github.com/ggml-org/llama.cpp and add its folder to PATH; or choose ",
-                "请解压 github.com/ggml-org/llama.cpp 的发行包并加入 PATH；或选择 ",
-            )
-            + ", ".join(TYPES),
+            remedy=", ".join((*TYPES, *kquants.KINDS)),
         )
 
 
@@ -71,22 +55,6 @@ def write(
     progress: Callable[[int], None],
 ) -> None:
     """One GGUF file of one number type. Raises ModelError for a model that llama.cpp would not compute alike."""
-    if kind in BY_PROGRAM:
-        whole = file.with_suffix(".whole")
-        write(tensors, config, vocabulary, template, whole, "bf16", progress)
-        ended = subprocess.run(  # noqa: S603 (a program that the user installed)
-            [str(shutil.which(PROGRAM)), str(whole), str(file), kind.upper()],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        whole.unlink()
-        if ended.returncode or not file.is_file():
-            raise ModelError(
-                say(f"{PROGRAM} failed: {ended.stderr[-300:]}", f"{PROGRAM} 失败：{ended.stderr[-300:]}"),
-                place=str(file),
-            )
-        return
     gguf = _library()
     names, extra = _names(tensors, config), _extra(config)
     writer = gguf.GGUFWriter(path=None, arch=ARCHITECTURES[str(config["model_type"])])
@@ -97,10 +65,8 @@ def write(
         writer.add_tensor_info(name, tensor.shape, tensor.dtype, tensor.nbytes)
     for ours, theirs in names.items():
         _, shape = tensors.facts[ours]
-        stored = type_of(ours, shape, kind)
-        nbytes = row_count(shape) * len(
-            _quantised(np.zeros((1, shape[1] if len(shape) > 1 else 1), np.float32), stored)[0]
-        )
+        stored = type_of(theirs, shape, kind, config)
+        nbytes = row_count(shape) * kquants.row_bytes(shape[1] if len(shape) > 1 else 1, stored)
         writer.add_tensor_info(theirs, shape, np.dtype(np.float32), nbytes, raw_dtype=gguf.GGMLQuantizationType[stored])
     writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
@@ -110,8 +76,8 @@ def write(
     for tensor in extra.values():
         stream.write(tensor.tobytes())
         writer.write_padding(stream, stream.tell())
-    for done, ours in enumerate(names, 1):
-        stored = type_of(ours, tensors.facts[ours][1], kind)
+    for done, (ours, theirs) in enumerate(names.items(), 1):
+        stored = type_of(theirs, tensors.facts[ours][1], kind, config)
         for rows in iter_rows(tensors, ours, config):
             stream.write(memoryview(_checked(_quantised(rows, stored), stored, ours).reshape(-1)))
         writer.write_padding(stream, stream.tell())
@@ -122,7 +88,7 @@ def write(
 def check(tensors: Tensors, config: Mapping[str, Any], vocabulary: Vocabulary | None, file: Path, kind: str) -> None:
     """Read the file back: every tensor there, of its shape and type, and its first, middle and last rows to the bit.
 
-    Raises NumbersError. A file that another program quantised is compared in names and shapes only.
+    Raises NumbersError.
     """
     gguf = _library()
     reader = gguf.GGUFReader(str(file))
@@ -133,9 +99,7 @@ def check(tensors: Tensors, config: Mapping[str, Any], vocabulary: Vocabulary | 
         tensor, (_, shape) = held.pop(theirs, None), tensors.facts[ours]
         if tensor is None or tuple(int(size) for size in reversed(tensor.shape)) != shape:
             raise _unlike(theirs, file)
-        if kind in BY_PROGRAM:
-            continue
-        stored = type_of(ours, shape, kind)
+        stored = type_of(theirs, shape, kind, config)
         found = tensor.data.reshape(row_count(shape), -1)
         for begin, rows in _some_rows(tensors, ours, config):
             expected = _quantised(rows, stored)
@@ -149,15 +113,21 @@ def check(tensors: Tensors, config: Mapping[str, Any], vocabulary: Vocabulary | 
             raise _unlike("tokenizer.ggml.tokens", file)
 
 
-def type_of(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """The type that a tensor gets: vectors stay F32; the head and the embedding keep 8 bits beside 4 and 5; a row that
-    is no multiple of a block stays F16."""
+def type_of(name: str, shape: tuple[int, ...], kind: str, config: Mapping[str, Any]) -> str:
+    """The type that a tensor gets, by llama.cpp's name for it: vectors stay F32; the head and the embedding keep 8 bits
+    beside 4 and 5; a row that is no multiple of a block stays F16; the K types are mixtures."""
     if len(shape) < 2 or kind == "f32":
         return "F32"
+    if kind in kquants.KINDS:
+        heads = int(config["num_attention_heads"])
+        groups = heads // int(config.get("num_key_value_heads") or heads)
+        tied = bool(config.get("tie_word_embeddings"))
+        mixture = kquants.Mixture(kind, int(config["num_hidden_layers"]), groups, tied)
+        return mixture.type_of(name, shape[-1])
     if kind.startswith("q"):
         if shape[-1] % 32:
             return "F16"
-        if kind != "q8_0" and name.endswith(("lm_head.weight", "embed_tokens.weight")):
+        if kind != "q8_0" and name in ("output.weight", "token_embd.weight"):
             return "Q8_0"
     return kind.upper()
 
@@ -198,6 +168,8 @@ def _fp32(tensors: Tensors, name: str, begin: int, end: int, width: int) -> Any:
 
 def _quantised(rows: Any, stored: str) -> Any:
     """Bytes of the rows, (n, bytes a row)."""
+    if stored.endswith("_K"):
+        return kquants.quantise(rows, stored)
     gguf = _library()
     with np.errstate(over="ignore"):
         out = gguf.quants.quantize(np.ascontiguousarray(rows, np.float32), gguf.GGMLQuantizationType[stored])

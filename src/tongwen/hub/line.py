@@ -123,7 +123,7 @@ class Line:
             from huggingface_hub import HfApi
 
             try:
-                with self._explained(wanted.id):
+                with self.explained(wanted.id):
                     info: Any = HfApi(endpoint=endpoint()).repo_info(
                         wanted.id,
                         repo_type=kind,
@@ -159,7 +159,7 @@ class Line:
                 part.unlink()
                 have = 0
             if have < remote.size or not part.exists():
-                with self._explained(place):
+                with self.explained(place):
                     self._stream(url, place, remote, part, have, arrived)
             found, sha256 = hash_of(part, remote)
             if found != remote.digest:
@@ -223,7 +223,7 @@ class Line:
             )
 
     @contextlib.contextmanager
-    def _explained(self, place: str) -> Iterator[None]:
+    def explained(self, place: str) -> Iterator[None]:
         """What huggingface_hub and its connections raise, in our words. The server's own text is not repeated: a
         hostile one could answer with the token that it was sent."""
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError

@@ -13,6 +13,7 @@ from tongwen.template import Template
 
 TOKENIZER = (
     "tokenizer*",
+    "ice_text.model",
     "chat_template.jinja",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,10 @@ import numpy as np
 
 from tongwen.errors import ArtifactError, ModelError, NumbersError
 from tongwen.language import say
+from tongwen.model import combine
 from tongwen.model.adapter import EMBEDDINGS, HEADS, Adapter, Change, NotOneToOne, check_complete, same_tensor
 from tongwen.model.fingerprint import start_digest
+from tongwen.model.lineage import highest_token
 from tongwen.model.tensors import FLOATS, Array, FileTensors, from_fp32, is_finite, read_fp32, to_fp32
 from tongwen.weights import Stored, Tensors, blocks, copy_bytes, plan_shards, row_bytes, row_count
 
@@ -28,13 +30,16 @@ ROUNDING = {"F64": 2e-7, "F32": 2e-7, "F16": 2**-11, "BF16": 2**-8}  # of one nu
 
 @dataclass
 class Target:
-    """One tensor of the merged model. source: the base's tensor that it starts from."""
+    """One tensor of the merged model. source: the base's tensor that it starts from; mix: how the changes are combined,
+    when they were not trained one upon the other, with the cuts of TIES."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     source: str | None
     changes: list[Change] = field(default_factory=list)
+    mix: combine.Mix | None = None
+    cuts: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -59,6 +64,8 @@ class Step:
         self.bias = change.read("bias") if "bias" in change.parts else None
         self.values = change.read("rows") if "rows" in change.parts else None
         self.is_zero = self.pair is not None and not all(part.any() for part in self.pair)
+        self.additive = self.magnitude is None and self.values is None  # a sum of products, and no more
+        self.place = change.place
 
     def apply(self, block: Array, begin: int, end: int) -> Array:
         """The changed rows, in the block's number type."""
@@ -280,8 +287,38 @@ def size_of(target: Target) -> int:
     return row_bytes(target.dtype, target.shape) * row_count(target.shape)
 
 
-def steps_of(target: Target) -> list[Step]:
-    """The changes that still count: what comes before the last whole tensor is replaced by it."""
+def mix_in(base: Tensors, targets: Sequence[Target], mix: combine.Mix) -> None:
+    """The changes are combined and not applied one after the other. Raises ArtifactError when a vocabulary grew."""
+    for target in targets:
+        if not target.changes:
+            continue
+        if target.source is None or target.shape != base.facts[target.source][1]:
+            raise target.changes[-1].refuse(
+                say(
+                    "it brings a vocabulary of its own; only adapters of one vocabulary can be combined",
+                    "它带有自己的词表；只有词表相同的适配器才能组合",
+                ),
+                say("merge the one with the new vocabulary first", "请先合并带新词表的适配器"),
+            )
+        target.mix = mix
+        if mix.how == "ties":
+            keep = max(1, round(mix.density * int(np.prod(target.shape))))
+            target.cuts = [_cut(base, target, Step(change), keep) for change in target.changes]
+
+
+def _cut(base: Tensors, target: Target, step: Step, keep: int) -> float:
+    def magnitudes() -> Iterator[Array]:
+        for begin, end in blocks(target.shape):
+            exact = base_rows(base, target, begin, end).astype(np.float64)
+            yield combine.magnitude_of(combine.changed(step, exact, begin, end))
+
+    return combine.find_cut(magnitudes, keep)
+
+
+def steps_of(target: Target) -> list[Step | combine.Combined]:
+    """The changes that still count: what comes before the last whole tensor is replaced by it. Combined: one step."""
+    if target.mix:
+        return [combine.Combined([Step(change) for change in target.changes], target.mix, target.cuts)]
     last = max((index for index, change in enumerate(target.changes) if "whole" in change.parts), default=0)
     return [Step(change) for change in target.changes[last:]]
 
@@ -344,10 +381,11 @@ def _check_fit(target: Target, change: Change) -> None:
         if not vocabulary or whole[1:] != target.shape[1:]:
             raise _misfit(target, change, whole)
         if whole[0] < target.shape[0]:
+            extra = _last_token(target)
             raise change.refuse(
                 say(
-                    f"its vocabulary has {whole[0]} rows, the model so far has {target.shape[0]}: a vocabulary never shrinks",
-                    f"其词表为 {whole[0]} 行，而此前的模型已有 {target.shape[0]} 行：词表不会变小",
+                    f"its vocabulary has {whole[0]} rows, the model so far has {target.shape[0]}{extra}: a vocabulary never shrinks",
+                    f"其词表为 {whole[0]} 行，而此前的模型已有 {target.shape[0]} 行{extra}：词表不会变小",
                 ),
                 say("put the adapter with the smaller vocabulary first", "请把词表较小的适配器放在前面"),
             )
@@ -368,6 +406,15 @@ def _check_fit(target: Target, change: Change) -> None:
                     f"它训练了 token {max(change.rows)}，而底座只有 {target.shape[0]} 行",
                 )
             )
+
+
+def _last_token(target: Target) -> str:
+    """The token of a vocabulary's last row, and whose tokenizer has it, where that is known."""
+    if not target.changes:
+        return ""
+    folder = Path(target.changes[-1].place)
+    found = highest_token(folder)
+    return f" ({found[1]}, {folder})" if found and found[0] == target.shape[0] - 1 else ""
 
 
 def _misfit(target: Target, change: Change, needed: tuple[int, ...]) -> ArtifactError:

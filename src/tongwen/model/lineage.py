@@ -91,33 +91,39 @@ def doubts(base: str, links: Sequence[Link]) -> list[str]:
     return out
 
 
-def highest_token(folder: Path) -> int | None:
-    """The highest id that a folder's tokenizer can make; None when it has no tokenizer that can be read without code."""
-    file = folder / "tokenizer.json"
-    ids = []
+def highest_token(folder: Path) -> tuple[int, str] | None:
+    """(highest id that a folder's tokenizer can make, its text); None when it has no tokenizer that can be read without
+    code."""
+    file, old = folder / "tokenizer.json", folder / "tokenizer.model"
+    tokens: dict[int, str] = {}
     if file.is_file():
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
             vocabulary = found["model"]["vocab"]
-            ids += list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-            ids += [int(token["id"]) for token in found.get("added_tokens", ())]
-        except (ValueError, KeyError, TypeError):
+            if isinstance(vocabulary, dict):
+                tokens = {int(index): text for text, index in vocabulary.items()}
+            else:
+                tokens = {index: text for index, (text, _) in enumerate(vocabulary)}
+            tokens |= {int(token["id"]): token["content"] for token in found.get("added_tokens", ())}
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ArtifactError(say("the tokenizer cannot be read", "分词器无法读取"), place=str(file)) from None
-    elif (folder / "tokenizer.model").is_file():
-        ids.append(_pieces(folder / "tokenizer.model") - 1)
+    elif old.is_file():
+        count, last = _pieces(old)
+        tokens = {count - 1: last}
         if (folder / "added_tokens.json").is_file():
-            ids += json.loads((folder / "added_tokens.json").read_text(encoding="utf-8")).values()
-    return max(ids, default=None)
+            added = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
+            tokens |= {int(index): text for text, index in added.items()}
+    return max(tokens.items(), default=None)
 
 
 def check_vocabulary(folder: Path, rows: int, place: str) -> None:
     """Raise ArtifactError when the tokenizer of a folder can make ids for which the embedding has no row."""
     highest = highest_token(folder)
-    if highest is not None and highest >= rows:
+    if highest is not None and highest[0] >= rows:
         raise ArtifactError(
             say(
-                f"the tokenizer has ids up to {highest}, the merged embedding has {rows} rows",
-                f"分词器的 id 最大为 {highest}，而合并后的词向量只有 {rows} 行",
+                f"the tokenizer has ids up to {highest[0]} ({highest[1]}), the merged embedding has {rows} rows",
+                f"分词器的 id 最大为 {highest[0]}（{highest[1]}），而合并后的词向量只有 {rows} 行",
             ),
             place=place,
             remedy=say(
@@ -136,9 +142,10 @@ def _remedy(fingerprint: str, links: Sequence[Link], wrong: Link) -> str:
     return say(f"merge onto {wrong.trained_on}", f"请合并到 {wrong.trained_on}")
 
 
-def _pieces(file: Path) -> int:
-    """How many pieces a SentencePiece model has: its protobuf message repeats field 1 once per piece."""
-    data, at, count = file.read_bytes(), 0, 0
+def _pieces(file: Path) -> tuple[int, str]:
+    """(how many pieces a SentencePiece model has, the last one): its protobuf message repeats field 1 once per piece, and
+    a piece begins with its text."""
+    data, at, count, last = file.read_bytes(), 0, 0, b""
 
     def number(at: int) -> tuple[int, int]:
         value = shift = 0
@@ -152,6 +159,7 @@ def _pieces(file: Path) -> int:
     try:
         while at < len(data):
             key, at = number(at)
+            size = 0
             if key & 7 == 2:  # a message or a text, with its length
                 size, at = number(at)
                 at += size
@@ -159,7 +167,8 @@ def _pieces(file: Path) -> int:
                 _, at = number(at)
             else:
                 at += {1: 8, 5: 4}[key & 7]
-            count += key == (1 << 3 | 2)
+            if key == (1 << 3 | 2):
+                count, last = count + 1, data[at - size : at]
     except (IndexError, KeyError):
         raise ArtifactError(say("this is no SentencePiece model", "不是 SentencePiece 模型"), place=str(file)) from None
-    return count
+    return count, last[2 : 2 + last[1]].decode("utf-8", "replace") if len(last) > 1 else ""

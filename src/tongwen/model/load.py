@@ -7,6 +7,7 @@ more tokens than the embedding has rows. No remote code runs, and no pickle beyo
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tongwen import artifact
 from tongwen.errors import ArtifactError, MachineError, MissingPackage, ModelError
 from tongwen.language import say
+from tongwen.model.gguf_header import check_header
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +57,7 @@ def locate(name: str) -> Place:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(say("there is no such file", "没有这个文件"), place=name)
+        check_header(path)
         return Place(name, str(path.parent), gguf=path.name)
     if not path.exists():
         if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name:
@@ -86,6 +89,7 @@ def _local_place(name: str, path: Path) -> Place:
     if not (path / "config.json").is_file():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
+            check_header(ggufs[0])
             return Place(name, str(path), gguf=ggufs[0].name)
         if (path / "adapter_config.json").is_file():
             base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -112,6 +116,7 @@ def load_tokenizer(place: Place) -> Any:
     """The tokenizer of a model, as it stands. Raises ModelError or MachineError."""
     from transformers import AutoTokenizer
 
+    _make_known(place)
     with quiet(), explained(place):
         tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
     from tongwen.model import ranks, sentencepiece
@@ -122,6 +127,16 @@ def load_tokenizer(place: Place) -> Any:
     if file is None:
         return tokenizer
     return tokenizer if ranks.read_ranks(file) else sentencepiece.mended(tokenizer, file)
+
+
+def _make_known(place: Place) -> None:
+    """Import the family that transformers does not have itself, where a folder names it. What only a hub has read is not
+    known yet, so there it is always imported (a second)."""
+    files = (Path(place.folder) / name for name in ("config.json", "tokenizer_config.json"))
+    if not place.local or any(
+        "chatglm" in file.read_text(encoding="utf-8").lower() for file in files if file.is_file()
+    ):
+        importlib.import_module("tongwen.model.families.chatglm")
 
 
 def _lone_sentencepiece(place: Place) -> Path | None:
@@ -141,6 +156,7 @@ def _lone_sentencepiece(place: Place) -> Path | None:
 def load_config(place: Place) -> Any:
     from transformers import AutoConfig
 
+    _make_known(place)
     with quiet(), explained(place):
         return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
 
@@ -150,6 +166,7 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
     the place are not opened (see `stack`). Raises ModelError when a weight would be random."""
     from transformers import AutoModelForCausalLM
 
+    _make_known(place)
     how = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
     with quiet(), explained(place):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -170,6 +187,11 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
             place=place.name,
             remedy=say("fetch the model again, whole", "请重新完整下载模型"),
         )
+    for part in model.modules() if quantize else ():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks such weights when they are first read in eval mode, and never back: trained after
+            # that, no gradient passes them.
+            part.support_avx512bf16_for_cpu = False
     if place.gguf:  # de-quantised: from here on an ordinary model
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)

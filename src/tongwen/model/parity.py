@@ -15,6 +15,7 @@ import numpy as np
 
 from tongwen.errors import NumbersError
 from tongwen.language import say
+from tongwen.model.combine import Combined
 from tongwen.model.fold import Folded, Step, Target, base_rows, steps_of
 from tongwen.model.tensors import Array, FileTensors, read_fp32
 from tongwen.weights import Tensors, blocks
@@ -69,12 +70,17 @@ class Live:
         """What the layer with its adapters gives for x. (T, in) -> (T, out)"""
         target = self.targets[name]
         steps = steps_of(target)
+        products = [step for step in steps if isinstance(step, Step) and step.additive]
+        if len(products) < len(steps):
+            rows = blocks(target.shape)
+            return np.concatenate([x @ self._weights(target, steps, *block).T for block in rows], axis=1)
+        return self._summed(target, products, x)
+
+    def _summed(self, target: Target, steps: Sequence[Step], x: Array) -> Array:
+        """Each adapter on the activations, beside the base."""
         low = [x @ step.pair[1].T * step.change.scale if step.pair else None for step in steps]  # (T, r) each
         out = []
         for begin, end in blocks(target.shape):
-            if any(step.magnitude is not None or step.values is not None for step in steps):
-                out.append(x @ self._weights(target, steps, begin, end).T)  # what is no sum of products
-                continue
             whole = [step for step in steps if "whole" in step.change.parts]
             y = (
                 x @ self._weights(target, [], begin, end).T
@@ -89,7 +95,7 @@ class Live:
             out.append(y)
         return np.concatenate(out, axis=1)
 
-    def _weights(self, target: Target, steps: Sequence[Step], begin: int, end: int) -> Array:
+    def _weights(self, target: Target, steps: Sequence[Step | Combined], begin: int, end: int) -> Array:
         block = base_rows(self.base, target, begin, end)
         for step in steps:
             block = step.apply(block, begin, end)
@@ -101,13 +107,19 @@ def compare_logits(base: Tensors, folded: Folded, config: Mapping[str, Any]) -> 
 
     Raises NumbersError when the two differ by more than rounding explains.
     """
+    sides = logits_of_both(base, folded, config)
+    return sides and judge(*sides, limit_of(folded))
+
+
+def logits_of_both(base: Tensors, folded: Folded, config: Mapping[str, Any]) -> tuple[Array, Array] | None:
+    """(base + adapters, merged), (T, V) each; None for a family whose layers are not known here."""
     if config.get("model_type") not in FAMILIES:
         return None
     ids = fixed_ids(int(config["vocab_size"]))
     with ThreadPoolExecutor(2) as pool:
         sides = (Live(base, folded.targets), Merged(FileTensors(folded.stored)))
         live, merged = pool.map(lambda side: logits(side, config, ids), sides)
-    return judge(live, merged, limit_of(folded))
+    return live, merged
 
 
 def fixed_ids(vocabulary: int) -> list[int]:
@@ -121,25 +133,31 @@ def limit_of(folded: Folded) -> float:
 
 def judge(live: Array, merged: Array, limit: float) -> dict[str, Any]:
     """live, merged: (T, V). Raises NumbersError when they are further apart than `limit`, a share of their spread."""
-    if not (np.isfinite(live).all() and np.isfinite(merged).all()):
-        raise NumbersError(say("the logits have NaN or Inf", "logits 含 NaN 或 Inf"), place="parity")
-    apart = float(np.sqrt(np.mean((live - merged) ** 2)) / max(float(live.std()), 1e-9))
-    found = {
-        "tokens": len(live),
-        "max_logit_difference": float(np.abs(live - merged).max()),
-        "relative": apart,
-        "same_best": float(np.mean(live.argmax(-1) == merged.argmax(-1))),
-    }
-    if apart > limit:
+    found = measure(live, merged)
+    if not found["relative"] <= limit:
         raise NumbersError(
             say(
-                f"the merged model's logits differ from base + adapters by {apart:.2%} of their spread; rounding explains {limit:.1%}",
-                f"合并模型的 logits 与底座 + 适配器相差其离散程度的 {apart:.2%}；舍入只能解释 {limit:.1%}",
+                f"the merged model's logits differ from base + adapters by {found['relative']:.2%} of their spread; rounding explains {limit:.1%}",
+                f"合并模型的 logits 与底座 + 适配器相差其离散程度的 {found['relative']:.2%}；舍入只能解释 {limit:.1%}",
             ),
             place="parity",
             remedy=say("keep more digits: --dtype fp32", "保留更多位数：--dtype fp32"),
         )
     return found
+
+
+def measure(live: Array, merged: Array) -> dict[str, Any]:
+    """How far two sides are apart; relative: root mean square as a share of the spread. Raises NumbersError on NaN."""
+    if not (np.isfinite(live).all() and np.isfinite(merged).all()):
+        raise NumbersError(say("the logits have NaN or Inf", "logits 含 NaN 或 Inf"), place="parity")
+    apart = np.abs(live - merged)
+    return {
+        "tokens": len(live),
+        "max_logit_difference": float(apart.max()),
+        "mean_logit_difference": float(apart.mean()),
+        "relative": float(np.sqrt(np.mean(apart**2)) / max(float(live.std()), 1e-9)),
+        "same_best": float(np.mean(live.argmax(-1) == merged.argmax(-1))),
+    }
 
 
 def logits(weights: Merged | Live, config: Mapping[str, Any], ids: Sequence[int]) -> Array:

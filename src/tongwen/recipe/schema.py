@@ -14,12 +14,13 @@ from pydantic_core import PydanticCustomError
 from tongwen.language import say
 
 # The order in which the stages run. A section that is absent does not run.
-STAGES = ("prepare", "vocab", "pretrain", "sft", "merge", "export")
+STAGES = ("prepare", "vocab", "pretrain", "sft", "merge", "evaluate", "export")
 
 
-def word(default: Any, en: str, zh: str, **limits: Any) -> Any:
-    """A field with its help in both languages; `...` as default makes it required."""
-    return Field(default, description=en, json_schema_extra={"zh": zh}, **limits)
+def word(default: Any, en: str, zh: str, *, free: bool = False, **limits: Any) -> Any:
+    """A field with its help in both languages; `...` as default makes it required. free: it does not decide the result, so
+    that it may change while a run is interrupted, and after it."""
+    return Field(default, description=en, json_schema_extra={"zh": zh, "free": free}, **limits)
 
 
 class Section(BaseModel):
@@ -72,7 +73,22 @@ def read_number(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+UNITS = {"minute": 60, "hour": 3600, "day": 86400}
+
+
+def read_seconds(value: Any) -> Any:
+    """`90 minutes`, `6 hours`, `2 days`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(minute|hour|day)s?\s*", str(value))
+    if not found or not float(found[1]):
+        raise wrong(
+            f"{value!r} is not a time; write for example `90 minutes`, `6 hours` or `2 days`",
+            f"{value!r} 不是时间；请写成 `90 minutes`、`6 hours` 或 `2 days` 这样",
+        )
+    return float(found[1]) * UNITS[found[2]]
+
+
 Number = Annotated[float, BeforeValidator(read_number)]
+Seconds = Annotated[float, BeforeValidator(read_seconds), PlainSerializer(lambda value: f"{value / 60:g} minutes")]
 Length = Annotated[Duration, BeforeValidator(read_duration), PlainSerializer(str)]
 
 
@@ -401,10 +417,16 @@ class Training(Section):
         gt=0,
     )
     stop_after: Length = word(Duration(count=2, unit="epochs"), "epochs, steps or tokens", "轮数、步数或 token 数")
-    save_every: int = word(100, "optimizer steps between checkpoints", "每多少优化步存一次检查点", ge=1)
-    keep_checkpoints: int = word(2, "how many checkpoints stay, besides the best", "除最佳外保留多少个检查点", ge=1)
+    save_every: int = word(100, "optimizer steps between checkpoints", "每多少优化步存一次检查点", ge=1, free=True)
+    keep_checkpoints: int = word(
+        2, "how many checkpoints stay, besides the best", "除最佳外保留多少个检查点", ge=1, free=True
+    )
     evaluate_every: int | None = word(
-        None, "steps between held-out evaluations; before and after always", "每多少步评测留出集；前后总会评测", ge=1
+        None,
+        "steps between held-out evaluations; before and after always",
+        "每多少步评测留出集；前后总会评测",
+        ge=1,
+        free=True,
     )
     patience: int | None = word(
         None,
@@ -412,7 +434,7 @@ class Training(Section):
         "连续多少次评测没有更好就停止，并取最佳检查点",
         ge=1,
     )
-    log_every: int = word(1, "steps between lines of metrics.jsonl", "每多少步写一行 metrics.jsonl", ge=1)
+    log_every: int = word(1, "steps between lines of metrics.jsonl", "每多少步写一行 metrics.jsonl", ge=1, free=True)
     precision: Literal["auto", "fp32", "bf16"] = word(
         "auto",
         "auto: bf16 where the device computes in it, else fp32",
@@ -422,12 +444,14 @@ class Training(Section):
         "auto",
         "recompute activations to save memory; auto: only when memory needs it",
         "重算激活以省内存；auto：必要时才用",
+        free=True,
     )
     micro_batch_tokens: int | None = word(
         None,
         "tokens that go through the model at once; derived when absent",
         "一次过模型的 token 数；不写则推算",
         ge=16,
+        free=True,
     )
     engine: str = word(
         "auto",
@@ -459,6 +483,17 @@ class Training(Section):
                 "`patience` 按评测次数计，而途中没有评测：请加 `evaluate_every: 50`",
             )
         return self
+
+    def deciding(self) -> dict[str, Any]:
+        """The words that decide the result. When to evaluate is one of them where evaluations may end the run."""
+        fields = type(self).model_fields
+        free = {name for name in fields if dict(fields[name].json_schema_extra or {})["free"]}  # type: ignore[arg-type]
+        return self.model_dump(mode="json", exclude=free - {"evaluate_every"} if self.may_end_early else free)
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether an evaluation may end the run."""
+        return self.patience is not None
 
     @model_validator(mode="after")
     def _check_engine(self) -> Training:
@@ -607,6 +642,10 @@ class Pretrain(Training):
         return self
 
     @property
+    def may_end_early(self) -> bool:
+        return super().may_end_early or self.forgetting.stop is not None
+
+    @property
     def stretches(self) -> list[Stretch]:
         out = []
         for phase in self.phases or [Phase(train=self.train)]:
@@ -666,7 +705,83 @@ class Merge(Section):
         "compare its logits with base + adapters: layer by layer, or with both models in memory",
         "与底座 + 适配器比较 logits：逐层，或两个模型同时载入内存",
     )
+    onto: Literal["original", "nf4", "int8"] = word(
+        "original",
+        "base that QLoRA's adapter goes into: the original one, or what training saw of it (the difference is measured)",
+        "QLoRA 适配器并入哪个底座：原始底座，或训练时所见的量化底座（会测量差异）",
+    )
     shard_gb: Number = word(5.0, "size of a weights file at most, in GB", "单个权重文件的最大 GB 数", gt=0)
+
+
+def read_task(value: Any) -> Any:
+    return {"task": value} if isinstance(value, str) else value
+
+
+TaskName = Literal[
+    "bits_per_byte",
+    "perplexity",
+    "exact_match",
+    "bleu",
+    "rouge",
+    "rouge_words",
+    "entity_f1",
+    "spans",
+    "multiple_choice",
+]
+
+
+class Task(Section):
+    """One thing that a model is examined in."""
+
+    task: TaskName = word(..., "what is measured", "测什么")
+    name: str = word("", "its name in scores.json; the task's when absent", "在 scores.json 中的名字；不写则为任务名")
+    data: Annotated[Source, BeforeValidator(read_source)] | None = word(
+        None, "what it is measured on; what `prepare` held out when absent", "评测数据；不写则用 prepare 留出的部分"
+    )
+    examples: str | None = word(
+        None,
+        "multiple_choice: file or folder of answered questions, such as dev/",
+        "multiple_choice：示例题的文件或文件夹，如 dev/",
+    )
+    shots: int = word(0, "multiple_choice: examples before each question", "multiple_choice：每题之前的示例数", ge=0)
+    limit: int | None = word(None, "only so many rows, the first ones", "只取前几行", ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Task:
+        if self.shots and not self.examples:
+            raise wrong(
+                f"shots: {self.shots} needs `examples`, such as the folder dev/ of C-Eval",
+                f"shots: {self.shots} 需要 `examples`，例如 C-Eval 的 dev/ 文件夹",
+            )
+        return self
+
+    @property
+    def title(self) -> str:
+        return self.name or self.task
+
+
+class Evaluate(Section):
+    """Scores of the model that the stages before leave, and of the base."""
+
+    tasks: Annotated[list[Annotated[Task, BeforeValidator(read_task)]], BeforeValidator(read_list)] = word(
+        [Task(task="bits_per_byte")],
+        "names, or {task: NAME, data: FILE, …}",
+        "任务名，或 {task: 名称, data: 文件, …}",
+        min_length=1,
+    )
+    before: bool = word(True, "score the recipe's base too", "也评测配方的底座")
+    batch_size: int = word(8, "questions answered at once", "同时回答几个问题", ge=1)
+    max_new_tokens: int = word(256, "tokens of an answer at most", "回答的最大 token 数", ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluate:
+        names = [one.title for one in self.tasks]
+        if len({*names}) < len(names):
+            raise wrong(
+                f"two tasks have one name: {', '.join(names)}; give one a `name`",
+                f"两个任务同名：{'、'.join(names)}；请给其中一个写 `name`",
+            )
+        return self
 
 
 class Export(Section):
@@ -680,9 +795,20 @@ class Export(Section):
     )
     quantize: str = word(
         "f16",
-        "number type of the GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; q4_k_m and others with llama.cpp's llama-quantize",
-        "GGUF 的数值类型：f32、f16、bf16、q8_0、q5_1、q5_0、q4_1、q4_0；装有 llama.cpp 的 llama-quantize 时还有 q4_k_m 等",
+        "number type of the GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; with `tongwen[llamacpp]` also q2_k to q6_k (q4_k_m …)",
+        "GGUF 的数值类型：f32、f16、bf16、q8_0、q5_1、q5_0、q4_1、q4_0；装有 `tongwen[llamacpp]` 时还有 q2_k 至 q6_k（q4_k_m 等）",
     )
+    push: str = word(
+        "",
+        "send the hf form to this place on a hub, private: OWNER/NAME or modelscope:OWNER/NAME",
+        "把 hf 格式推送到 hub（私有）：OWNER/NAME 或 modelscope:OWNER/NAME",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Export:
+        if self.push and "hf" not in self.formats:
+            raise wrong("`push` sends the hf form: `formats: [hf]`", "`push` 推送 hf 格式：`formats: [hf]`")
+        return self
 
 
 class Recipe(Section):
@@ -697,11 +823,17 @@ class Recipe(Section):
     out: str = word("", "folder of the run; runs/NAME when absent", "输出文件夹；不写为 runs/NAME")
     seed: int = word(42, "decides order, split and initialisation", "决定顺序、划分与初始化")
     devices: int = word(1, "processes, one per GPU", "进程数，每块 GPU 一个", ge=1)
+    stop_before: Seconds | None = word(
+        None,
+        "this long after the command began, a training that is not done has been saved and has ended: 90 minutes, 6 hours",
+        "命令开始后到此时间，未完成的训练已存好检查点并退出：90 minutes、6 hours",
+    )
     prepare: Prepare | None = word(None, "read, check and split the data", "读取、检查、划分数据")
     vocab: Vocab | None = word(None, "extend the tokenizer and grow the model", "扩充词表并扩大模型")
     pretrain: Pretrain | None = word(None, "continued pre-training", "继续预训练")
     sft: Sft | None = word(None, "supervised fine-tuning", "监督微调")
     merge: Merge | None = word(None, "fold the adapter into the base", "把适配器并入底座")
+    evaluate: Evaluate | None = word(None, "scores of the model and of its base", "模型与底座的评测分数")
     export: Export | None = word(None, "the model in the forms of other programs", "导出为其他程序使用的格式")
 
     @model_validator(mode="after")
@@ -720,6 +852,11 @@ class Recipe(Section):
             raise wrong(
                 "`pretrain` needs `prepare: {documents: ...}`: the text that it learns from",
                 "`pretrain` 需要 `prepare: {documents: ...}` 提供训练文本",
+            )
+        if self.evaluate and not self.prepare and any(one.data is None for one in self.evaluate.tasks):
+            raise wrong(
+                "`evaluate` needs `data` for each task, or `prepare`, whose held-out rows it takes",
+                "`evaluate` 的每个任务需要 `data`，或由 `prepare` 提供留出的数据",
             )
         if self.merge and not self.trains_adapters:
             raise wrong(

@@ -1,17 +1,30 @@
-"""convert: a model in one form to another, in a folder of its own."""
+"""convert: a model in one form to another, in a folder of its own, and on request to a hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from tongwen import artifact, console, forms
+from tongwen.errors import RecipeError
+from tongwen.hub import pushing
+from tongwen.language import say
 
 
-def run(source: str, to: str, out: str, quantize: str, *, again: bool) -> int:
+def run(source: str, to: str, out: str, quantize: str, push: str = "", *, again: bool, public: bool = False) -> int:
     """Refuses to write where something stands, unless told to keep that under another name."""
+    if push:
+        pushing.check_name(push)
+        if to != "hf":
+            raise RecipeError(
+                say("only the hf form is sent to a hub", "只有 hf 格式推送到 hub"), place="--push", remedy="--to hf"
+            )
     target = Path(out)
     artifact.make_way(target, again=again)
     settings = {"source": source, "to": to, "quantize": quantize}
     made = forms.convert(forms.open_source(source), to, target, quantize, settings)
-    console.emit({"out": out, **{key: value for key, value in made.manifest.items() if key != "tensors"}})
+    address = pushing.push(target, push, console.notice, public=public) if push else ""
+    if address:
+        console.good(address)
+    facts = {key: value for key, value in made.manifest.items() if key != "tensors"}
+    console.emit({"out": out, "pushed": address, **facts})
     return 0

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tongwen import artifact, forms
+from tongwen import artifact, console, forms
+from tongwen.hub import pushing
 from tongwen.recipe.schema import Recipe
 from tongwen.river import standing_on
 
@@ -26,10 +27,15 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     place = _source(recipe)
     finished = artifact.open_artifact(place, "model" if recipe.merge else place.name)
     source = replace(forms.open_source(str(finished.path)), title=recipe.name)
+    if recipe.export.push:
+        pushing.check_name(recipe.export.push)
     with artifact.create(out, "export", {"model": finished.as_parent()}, settings(recipe)) as draft:
         for form in recipe.export.formats:
             made = forms.convert(source, form, draft.path / form, recipe.export.quantize, {"to": form})
             draft.facts[form] = {"fingerprint": made.fingerprint, "files": list(made.manifest["files"])}
+        if recipe.export.push:
+            draft.facts["pushed"] = pushing.push(draft.path / "hf", recipe.export.push, console.notice)
+            console.good(str(draft.facts["pushed"]))
     assert draft.artifact
     return draft.artifact
 

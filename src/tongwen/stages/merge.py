@@ -11,17 +11,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tongwen import artifact, console
-from tongwen.errors import ArtifactError
+from tongwen.errors import ArtifactError, RecipeError
 from tongwen.export import pth
 from tongwen.export.hf import check_same
 from tongwen.language import say
-from tongwen.model import dress, fold, lineage, load, parity
+from tongwen.model import dress, fold, lineage, load, parity, quantised
 from tongwen.model.adapter import EMBEDDINGS, NotOneToOne, read_adapter
+from tongwen.model.combine import Mix
 from tongwen.model.fingerprint import combine, model_lines
 from tongwen.model.tensors import TorchTensors, load_bin, open_model
 from tongwen.river import standing_on
@@ -36,11 +37,14 @@ TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 @dataclass(frozen=True)
 class Choice:
-    """How a merge is done. to: hf or pth; parity: streamed, or full (both models in memory)."""
+    """How a merge is done. to: hf or pth; parity: streamed, or full (both models in memory); onto: the original base, or
+    what training on nf4 or int8 saw of it; mix: adapters trained beside each other, and not one upon the other."""
 
     dtype: str = "base"
     to: str = "hf"
     parity: str = "streamed"
+    onto: str = "original"
+    mix: Mix | None = None
     shard_gb: float = 5.0
     force: bool = False
 
@@ -55,7 +59,8 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     assert recipe.merge
     last = Path(standing_on(recipe, "merge"))
     trained = artifact.open_artifact(last, last.name)
-    choice = Choice(recipe.merge.dtype, parity=recipe.merge.parity, shard_gb=recipe.merge.shard_gb)
+    word = recipe.merge
+    choice = Choice(word.dtype, parity=word.parity, onto=word.onto, shard_gb=word.shard_gb)
     base = str(trained.manifest["parents"]["base"]["path"])
     return merge(base, [str(trained.path)], out, settings(recipe), choice)
 
@@ -64,6 +69,12 @@ def merge(base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any
     """Fold adapters into a base, in this order. Raises ArtifactError when one was not trained on what lies below it
     (`force` goes on, and is recorded), NumbersError when the result is not base + adapters."""
     place, names = resolve(base, adapters)
+    if choice.mix and len(names) != len(adapters):
+        raise ArtifactError(
+            say("it is an adapter itself, and not what all of them stand on", "它本身是适配器，不是共同的底座"),
+            place=base,
+            remedy=f"tongwen merge --base {place.name} --adapter {names[0]} --out MERGED",
+        )
     console.header("merge", " + ".join([place.name, *names]))
     links = [lineage.read_link(read_adapter(Path(name))) for name in names]
     place = load.fetched(place)
@@ -97,6 +108,26 @@ def merge(base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any
     return draft.artifact
 
 
+def mix_of(how: str, adapters: Sequence[str], weights: Sequence[float], density: float, scale: float) -> Mix:
+    """How adapters are combined. Raises RecipeError for weights that do not go with them."""
+    wrong = ""
+    if len(adapters) < 2 or len(set(adapters)) < len(adapters):
+        wrong = say("two adapters or more are combined, each once", "组合至少需要两个适配器，且各一次")
+    elif weights and len(weights) != len(adapters):
+        wrong = say(
+            f"{len(weights)} weights for {len(adapters)} adapters",
+            f"{len(adapters)} 个适配器却有 {len(weights)} 个权重",
+        )
+    elif not 0 < density <= 1:
+        wrong = say(f"a density of {density:g} is no share", f"density {density:g} 不是比例")
+    if wrong:
+        raise RecipeError(
+            wrong, place="tongwen merge --combine", remedy="--adapter A --weight 0.5 --adapter A2 --weight 0.5"
+        )
+    shares = weights or [1 / len(adapters)] * len(adapters)
+    return Mix(how, {str(Path(name)): share for name, share in zip(adapters, shares, strict=True)}, density, scale)
+
+
 def _as_pth(draft: artifact.Draft) -> None:
     """The merged model's files become LLaMA's own; its tokenizer file stays."""
     place = load.Place(str(draft.path), str(draft.path))
@@ -120,7 +151,8 @@ def resolve(base: str, adapters: Sequence[str]) -> tuple[load.Place, list[str]]:
 def _check_lineage(place: load.Place, fingerprint: str, links: list[lineage.Link], choice: Choice) -> str | None:
     """What --force passed over, or None."""
     try:
-        lineage.check_chain(place.name, fingerprint, links)
+        for chain in [[link] for link in links] if choice.mix else [links]:
+            lineage.check_chain(place.name, fingerprint, chain)
     except ArtifactError as error:
         if not choice.force:
             raise
@@ -135,25 +167,60 @@ def _write(
     place: load.Place, lines: dict[str, str], links: list[lineage.Link], draft: artifact.Draft, choice: Choice
 ) -> dict[str, Any]:
     """Weights and config, checked; returns counts. Sets the draft's fingerprint."""
-    base, config = open_model(place)
+    original, config = open_model(place)
+    base = original if choice.onto == "original" else quantised.Quantised(original, place, choice.onto)
     adapters, dtype = [link.adapter for link in links], DTYPES[choice.dtype]
     try:
         targets, config, notices = fold.plan_targets(base, config, adapters, dtype, lambda: _known(place))
+        if choice.mix:
+            fold.mix_in(base, targets, choice.mix)
     except NotOneToOne as reason:
         return _in_memory(place, links, draft, choice, str(reason))
     for notice in notices:
         console.notice(notice)
     artifact.check_disk(draft.path, sum(fold.size_of(target) for target in targets))
     with console.progress(len(targets), "merge") as bar:
-        folded = fold.fold(base, lines, targets, draft.path, int(choice.shard_gb * 1e9), bar.update)
+        folded = fold.fold(
+            base, lines if base is original else {}, targets, draft.path, int(choice.shard_gb * 1e9), bar.update
+        )
     _write_config(config, draft.path, dtype)
     for notice in _remarks(folded):
         console.notice(notice)
     found = {"rows": fold.check_rows(base, folded)}
     found |= _compare(place, base, folded, config, links, draft.path, choice)
     draft.facts["parity"] = found
+    if base is original and (kind := _trained_on(links)):
+        draft.facts["quantised"] = _distance(original, quantised.Quantised(original, place, kind), folded, config)
     draft.fingerprint, draft.facts["tensors"] = combine(folded.lines), folded.lines
     return {"tensors": len(targets), "changed": sum(bool(target.changes) for target in targets)}
+
+
+def _trained_on(links: list[lineage.Link]) -> str:
+    """nf4 or int8, when the last adapter learned beside a quantised base."""
+    stage = links[-1].stage
+    return quantised.kind_of(stage.manifest["settings"]) if stage else ""
+
+
+def _distance(
+    original: Tensors, seen: quantised.Quantised, folded: fold.Folded, config: dict[str, Any]
+) -> dict[str, Any]:
+    """How far the merged model is from what was trained, which saw the base quantised. Said, and recorded."""
+    with console.waiting(say(f"measuring what {seen.kind} changed", f"测量 {seen.kind} 带来的差异")):
+        found: dict[str, Any] = {"kind": seen.kind, "weights": quantised.distance(original, seen)}
+        sides = parity.logits_of_both(seen, folded, config)
+        found |= {"logits": parity.measure(*sides)} if sides else {}
+    moved = (
+        say(f", logits by {found['logits']['relative']:.1%}", f"，logits 相差 {found['logits']['relative']:.1%}")
+        if sides
+        else ""
+    )
+    console.notice(
+        say(
+            f"the adapter learned beside the base in {seen.kind} and is merged into the original: the weights differ by {found['weights']:.1%}{moved}; onto: {seen.kind} merges into what training saw",
+            f"适配器是在 {seen.kind} 量化的底座上学习的，现并入原始底座：权重相差 {found['weights']:.1%}{moved}；onto: {seen.kind} 则并入训练时所见的底座",
+        )
+    )
+    return found
 
 
 def _compare(
@@ -215,6 +282,14 @@ def _in_memory(
 
     from tongwen.model import in_memory
 
+    if choice.mix or choice.onto != "original":
+        raise ArtifactError(
+            say(
+                f"this adapter can only be merged in memory by peft, alone and into the original base: {reason}",
+                f"该适配器只能由 peft 在内存中单独并入原始底座：{reason}",
+            ),
+            place=links[0].name,
+        )
     console.notice(
         say(
             f"the adapter cannot be streamed ({reason}); peft folds it with the whole model in memory",
@@ -301,7 +376,11 @@ def command(base: str, adapters: list[str], out: str, choice: Choice, *, again: 
     """`tongwen merge`: refuses to write where something stands, unless told to keep that under another name."""
     target = Path(out)
     artifact.make_way(target, again=again)
-    chosen = {"base": base, "adapters": adapters, "dtype": choice.dtype, "to": choice.to, "parity": choice.parity}
+    chosen = {
+        "base": base,
+        "adapters": adapters,
+        **{key: value for key, value in asdict(choice).items() if key != "force"},
+    }
     made = merge(base, adapters, target, chosen, choice)
     console.emit({"out": out, **{key: value for key, value in made.manifest.items() if key != "tensors"}})
     return 0

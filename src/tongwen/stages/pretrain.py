@@ -28,7 +28,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides this stage's result."""
     assert recipe.pretrain
     base = standing_on(recipe, "pretrain")
-    return {"pretrain": recipe.pretrain.model_dump(mode="json"), "seed": recipe.seed, "base": base}
+    return {"pretrain": recipe.pretrain.deciding(), "seed": recipe.seed, "base": base}
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
