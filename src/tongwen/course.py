@@ -202,6 +202,7 @@ def _open_pupil(course: Course, device: str, adapter_steps: int) -> Pupil:
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
         model, packed, fingerprint = _open(place, kept_in, quantize)
     load.check_tokenizer(reader.tokenizer, model, place)
+    audit.check_finite_base(model)
     stops = dress.stop_ids(reader.tokenizer, course.template, getattr(model, "generation_config", None))
     stops = stops or ((course.end,) if course.end is not None else ())
     set_seed(course.recipe.seed)

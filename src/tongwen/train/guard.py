@@ -69,6 +69,7 @@ class Guard(TrainerCallback):
         """Before step `index` of the phase is taken. norm: of the whole gradient; scaled: a gradient scaler leaves out a
         step that has overflowed."""
         step, self.step = self.step, Step()
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a sharded engine's
         flags = (torch.as_tensor(value).to(step.nats[0]) for value in (norm, self.wants_out()))
         row = torch.stack([*step.nats, *flags])
         ranks = self.gather(row[None]).tolist()  # (W, accumulate + 2)
