@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test docs bench bench-large clean
+.PHONY: demo test docs bench bench-large crash-storm clean
 
 demo: $(VENV)/installed
 	$(BIN)/tongwen demo
@@ -20,6 +20,10 @@ bench: $(VENV)/installed-dev
 # make bench-large TEXT=zh_docs.txt TOKENIZER=FOLDER: two gigabytes through the data river, unattended (half an hour)
 bench-large: $(VENV)/installed-dev
 	$(BIN)/python bench/river.py --text $(TEXT) --tokenizer $(TOKENIZER) --sizes 2048 --out bench/results/river_2gb.json
+
+# make crash-storm: 400 kills of a training, each continued to the bit; every system call of a save (needs strace)
+crash-storm: $(VENV)/installed-dev
+	$(BIN)/python bench/crash_storm.py --out bench/results/crash_storm.json
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

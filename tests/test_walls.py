@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "tongwen"
-ROOMS = ("hub", "data", "vocab", "model", "train", "infer", "export", "ui")
+ROOMS = ("hub", "data", "vocab", "model", "train", "infer", "export", "ui", "past")
 HALL = (
     "errors",
     "language",
@@ -16,6 +16,7 @@ HALL = (
     "template",
     "skeleton",
     "artifact",
+    "gate",
     "weights",
     "families",
     "console",
@@ -28,8 +29,12 @@ UPPER = (
     "lexicon",
     "growth",
     "lesson",
+    "foresight",
     "course",
     "speaker",
+    "questions",
+    "likelihood",
+    "exam",
     "forms",
     "inspection",
     "workplace",
@@ -48,6 +53,10 @@ HEAVY = {
     "gguf",
     "huggingface_hub",
     "tokenizers",
+    "sacrebleu",
+    "rouge_score",
+    "seqeval",
+    "jieba",
 }
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import set_seed
 
-from tongwen import artifact, console, launch
+from tongwen import artifact, console, gate, launch
 from tongwen.data.encode import token_bytes
 from tongwen.data.store import TokenStore
 from tongwen.errors import RecipeError
@@ -39,7 +39,7 @@ from tongwen.recipe.schema import Forgetting, Pretrain, Recipe, Stretch, Trainin
 from tongwen.template import Template
 from tongwen.train import audit
 from tongwen.train.batches import MicroBatches, Plan, fill, make_plan, token_budget
-from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, step_of
+from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, read_manifest, step_of
 from tongwen.train.fit import Job, fit
 from tongwen.train.report import held_out_table, say_result, write_report
 from tongwen.train.watch import Watch, check_forgetting, peak_memory_bytes, read_metrics
@@ -148,22 +148,29 @@ def take(course: Course, out: Path) -> artifact.Artifact:
         **course.parents,
     }
     with artifact.create(out, stage, parents, course.settings, resumable=True) as draft:
-        if launch.is_first():
-            artifact.write_json(draft.path / "settings.json", course.settings)
-        before = _once(draft.path / "before.json", examine)
+        identity = {
+            gate.DATA: course.prepared.fingerprint,
+            "base (fingerprint)": pupil.base_fingerprint or course.base,
+            "tokenizer (fingerprint)": parents["tokenizer"]["fingerprint"],
+            gate.DTYPE: str(pupil.dtype).removeprefix("torch."),
+        }
+        run = gate.enter(draft.path, course.settings, identity)
+        before = _once(draft.path / gate.BEFORE, examine)
 
         def evaluate() -> dict[str, Any]:
             scores = score()
             check_forgetting(before["scores"]["groups"], scores["groups"], limits)
             return scores
 
-        throughput, unreached = _train(course, pupil, legs, draft.path, evaluate if lesson.held_out_stores else None)
+        throughput, unreached = _train(
+            course, pupil, legs, draft.path, evaluate if lesson.held_out_stores else None, run
+        )
         after = examine()
         if after["scores"]:  # too late to stop
             check_forgetting(before["scores"]["groups"], after["scores"]["groups"], Forgetting(warn=limits.warn))
         if launch.is_first():
             draft.fingerprint = _save(course, pupil, draft.path)
-            draft.facts = _facts(course, pupil, legs, throughput)
+            draft.facts = _facts(course, pupil, legs, throughput) | {"run": run["run"], "forks": run["forks"]}
             report = {
                 "summary": f"{course.base} · {_method(course)} · {throughput['steps']} {say('steps', '步')}",
                 "ledger": _books(course),
@@ -189,12 +196,11 @@ def _open_pupil(course: Course, device: str, adapter_steps: int) -> Pupil:
     section, reader, place = course.section, course.reader, load.locate(course.base)
     dtype, why = load.compute_dtype(section.precision, device)
     trained = {part for stretch in section.stretches for part in stretch.parts}
-    # What learns stands in fp32. Adapters and single rows are tensors beside the base's own.
-    kept_in = dtype if "lora" in trained or trained == {"new_rows"} else torch.float32
     with console.waiting(say("opening the base", "打开底座")):
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
-        model, packed, fingerprint = _open(place, kept_in, quantize)
+        model, packed, fingerprint = _open(place, adapting.kept_in(trained, dtype), quantize)
     load.check_tokenizer(reader.tokenizer, model, place)
+    _check_lengths(model.config, course)
     stops = dress.stop_ids(reader.tokenizer, course.template, getattr(model, "generation_config", None))
     stops = stops or ((course.end,) if course.end is not None else ())
     set_seed(course.recipe.seed)
@@ -254,15 +260,23 @@ def _audit(pupil: Pupil, store: TokenStore, plan: Plan) -> list[str]:
 
 
 def _train(
-    course: Course, pupil: Pupil, legs: list[Leg], folder: Path, evaluate: Callable[[], dict[str, Any]] | None
+    course: Course,
+    pupil: Pupil,
+    legs: list[Leg],
+    folder: Path,
+    evaluate: Callable[[], dict[str, Any]] | None,
+    run: dict[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:
     """Run the phases, from the newest checkpoint if there is one; returns tokens and seconds, and what the audits did not
     reach."""
     tokens = list(accumulate(size for leg in legs for size in leg.plan.tokens_of(course.lesson.store.lengths)))
-    newest = [_newest(leg) for leg in legs]
+    newest = [newest_checkpoint(leg.checkpoints, gate.ids(run)) for leg in legs]
     current = max((number for number, found in enumerate(newest) if found), default=0)  # what is before it is in it
     resume = newest[current]
     start = legs[current].steps_before + (step_of(resume) if resume else 0)
+    told = {**run, "conditions": _conditions(pupil, legs[current])}
+    if resume:
+        _say_conditions(read_manifest(resume)["conditions"], told["conditions"])
     if start:
         console.notice(
             say(f"continuing after step {start} of {len(tokens)}", f"从第 {start} 步（共 {len(tokens)} 步）继续")
@@ -283,7 +297,7 @@ def _train(
                 leg.steps_before,
                 leg.epochs_before,
             )
-            done = leg.steps_before + fit(_job(course, pupil, leg, guarded, resume, evaluate, watch))
+            done = leg.steps_before + fit(_job(course, pupil, leg, guarded, resume, evaluate, watch, told))
             resume = None
     seconds, trained = time.monotonic() - began, tokens[done - 1] - (tokens[start - 1] if start else 0)
     return {
@@ -295,9 +309,27 @@ def _train(
     }, unreached
 
 
-def _newest(leg: Leg) -> Path | None:
-    leg.checkpoints.mkdir(parents=True, exist_ok=True)
-    return newest_checkpoint(leg.checkpoints)
+def _conditions(pupil: Pupil, leg: Leg) -> dict[str, Any]:
+    """What does not change a result except in the order of floating-point sums, or in another version's arithmetic."""
+    return {
+        "processes": leg.plan.world,
+        "device": pupil.device,
+        "threads": torch.get_num_threads(),
+        "micro_batch_tokens": leg.plan.budget,
+        "activation_checkpointing": leg.stretch.words.activation_checkpointing,
+        "versions": artifact.versions(),
+    }
+
+
+def _say_conditions(before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = ", ".join(f"{name}: {old} → {new}" for name, old, new in artifact.differences(before, now))
+    if changed:
+        console.notice(
+            say(
+                f"{changed}: the same samples in the same order, but numbers no longer equal to the bit",
+                f"{changed}：样本与顺序不变，但数值不再逐位相同",
+            )
+        )
 
 
 def _job(
@@ -308,6 +340,7 @@ def _job(
     resume: Path | None,
     evaluate: Callable[[], dict[str, Any]] | None,
     watch: Watch,
+    told: dict[str, Any],
 ) -> Job:
     apart = leg.stretch.embedding_rate != leg.stretch.rate
     return Job(
@@ -328,6 +361,8 @@ def _job(
         embeddings=pupil.adapted.embeddings if apart else (),
         guarded=guarded,
         budget=budget_of(pupil.model) if "lora" in leg.stretch.parts else None,
+        told=told,
+        deadline=launch.deadline(course.recipe.stop_before),
     )
 
 
@@ -349,13 +384,13 @@ def _open(place: load.Place, dtype: torch.dtype, quantize: str) -> tuple[Any, bo
     """(model, whether documents are packed, fingerprint). Families that cannot pack get padded batches, and it is said."""
     config = load.load_config(place)
     family = family_of(config.model_type)
-    packs = family.packs if family else True
     model, fingerprint = open_stack(place, dtype, quantize)
-    packs = packs and bool(getattr(model, "_supports_attention_backend", False))
-    if packs:
+    why = say(*family.padded) if family and family.padded else ""
+    if not why and not getattr(model, "_supports_attention_backend", False):
+        why = say("its attention is its own", "其注意力实现不通用")
+    if not why:
         model.set_attn_implementation(attention.register())
-    if not packs:
-        why = family.why_not if family and family.why_not else say("its attention is its own", "其注意力实现不通用")
+    else:
         console.notice(
             say(
                 f"{config.model_type} is trained in padded batches: {why}",
@@ -363,7 +398,22 @@ def _open(place: load.Place, dtype: torch.dtype, quantize: str) -> tuple[Any, bo
             )
         )
     model.config.use_cache = False
-    return model, packs, fingerprint
+    return model, not why, fingerprint
+
+
+def _check_lengths(config: Any, course: Course) -> None:
+    """Raise RecipeError when a sample is longer than a model's table of positions: it would read beyond its end."""
+    family, limit = family_of(config.model_type), dress.context_length(config)
+    longest = max(int(store.lengths.max()) for store in (course.lesson.store, *course.lesson.held_out_stores.values()))
+    if family and family.table and longest > limit:
+        raise RecipeError(
+            say(
+                f"a sample has {longest} tokens, and {config.model_type} has a table of {limit} positions",
+                f"有样本长达 {longest} 个 token，而 {config.model_type} 的位置表只有 {limit} 行",
+            ),
+            place=f"{course.stage}.max_length: {course.section.max_length}",
+            remedy=f"{course.stage}: {{max_length: {limit}}}",
+        )
 
 
 def _needs_checkpointing(section: Training, config: Any, device: str, budget: int) -> bool:

@@ -67,6 +67,12 @@ class NumbersError(TongwenError):
     exit_code = 6
 
 
+class Interrupted(TongwenError):
+    """Somebody asked the run to stop; what it had done is saved."""
+
+    exit_code = 130
+
+
 class MissingPackage(MachineError):
     def __init__(self, package: str, needed_for: str, extra: str) -> None:
         super().__init__(
@@ -82,6 +88,12 @@ class SeveralErrors(TongwenError):
         self.errors = list(errors)
         self.exit_code = min(error.exit_code for error in self.errors)
         super().__init__("\n".join(error.text() for error in self.errors))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of a device did not suffice."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def raise_all(errors: Sequence[TongwenError]) -> None:

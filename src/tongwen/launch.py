@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 EXIT_FILE = "TONGWEN_EXIT_FILE"
+BEGAN = "TONGWEN_BEGAN"
 
 
 def is_launched() -> bool:
@@ -22,8 +24,24 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_ours() -> bool:
+    """Whether a command of ours started this process, and waits for it."""
+    return EXIT_FILE in os.environ
+
+
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def begin() -> None:
+    """Note when the command began, for all processes that it starts."""
+    if not is_launched():
+        os.environ[BEGAN] = str(time.time())
+
+
+def deadline(seconds: float | None) -> float | None:
+    """When a command that may take so many seconds must be gone, in seconds since 1970."""
+    return float(os.environ.get(BEGAN, time.time())) + seconds if seconds is not None else None
 
 
 def torchrun(devices: int, arguments: Sequence[str]) -> int:

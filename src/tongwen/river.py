@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from tongwen import artifact, console, launch
+from tongwen import artifact, console, gate, launch
 from tongwen.errors import MachineError, RecipeError, TongwenError
 from tongwen.language import say
 from tongwen.recipe.load import dump
@@ -50,6 +50,7 @@ def run(
 
     Raises RecipeError when a finished or interrupted stage was made with other settings.
     """
+    launch.begin()
     chosen = choose(recipe, only, start, until)
     out = Path(recipe.out)
     try:
@@ -61,19 +62,20 @@ def run(
     done: list[artifact.Artifact] = []
     with _alone(out):
         redo_from = _first_to_redo(recipe, chosen, out, explicit=bool(only or start)) if again else None
+        redone = STAGES[STAGES.index(redo_from) :] if redo_from else ()
         if not launch.is_launched():
+            for name in chosen:
+                if name not in redone:
+                    _find_unchanged(recipe, name, out, fork)
             (out / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
         for name in chosen:
             path = out / name
-            if redo_from is not None and STAGES.index(name) >= STAGES.index(redo_from):
+            if name in redone:
                 _put_aside(path)
-            elif (found := artifact.find(path)) is not None:
-                artifact.refuse_changed(str(path), _changed(found, _settings(recipe, name)), _again())
+            elif (found := _find_unchanged(recipe, name, out, fork)) is not None:
                 console.good(say(f"{name}: already done", f"{name}：已完成"))
                 done.append(found)
                 continue
-            else:
-                _check_interrupted(path, _settings(recipe, name), fork)
             done.append(_run_stage(recipe, name, path, arguments))
     return done
 
@@ -115,6 +117,18 @@ def standing_on(recipe: Recipe, stage: str, *, finished: bool = False) -> str:
 def _settings(recipe: Recipe, name: str) -> dict[str, Any]:
     module = importlib.import_module(f"tongwen.stages.{name}")
     return dict(json.loads(json.dumps(module.settings(recipe))))
+
+
+def _find_unchanged(recipe: Recipe, name: str, out: Path, fork: bool) -> artifact.Artifact | None:
+    """The finished stage, or None when it is still to be run. Raises RecipeError when what is there, finished or interrupted,
+    was made with other settings."""
+    found = artifact.find(out / name)
+    if found is not None:
+        artifact.refuse_changed(str(out / name), _changed(found, _settings(recipe, name)), gate.again())
+    elif name in TRAINING and not launch.is_launched() and (prepared := artifact.find(out / "prepare")):
+        unfinished = artifact.partial_of(out / name)
+        gate.check(unfinished, _settings(recipe, name), prepared.fingerprint, fork=fork)
+    return found
 
 
 def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str]) -> artifact.Artifact:
@@ -164,32 +178,11 @@ def _put_aside(path: Path) -> None:
             console.notice(say(f"{place.name} is kept as {aside.name}", f"{place.name} 保留为 {aside.name}"))
 
 
-def _check_interrupted(path: Path, settings: dict[str, Any], fork: bool) -> None:
-    """An interrupted training stage continues only with the settings that it began with, unless it is forked."""
-    file = artifact.partial_of(path) / "settings.json"
-    if not file.is_file() or launch.is_launched():
-        return
-    changed = artifact.differences(json.loads(file.read_text(encoding="utf-8")), settings)
-    if changed and fork:
-        lines = ", ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed)
-        console.notice(say(f"continued with other settings (--fork): {lines}", f"以不同设置继续（--fork）：{lines}"))
-        return
-    artifact.refuse_changed(
-        str(file.parent), changed, _again() + say("; --fork continues with the new settings", "；--fork 以新设置继续")
-    )
-
-
-def _again() -> str:
-    return say(
-        "tongwen run RECIPE --again redoes it and everything after it, and keeps the old folder",
-        "tongwen run RECIPE --again 重做它及其后各阶段，并保留旧文件夹",
-    )
-
-
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """One run at a time in a folder. Raises MachineError, naming who holds it."""
-    if launch.is_launched() or os.name == "nt":
+    """One run at a time in a folder: the first process of a run holds its lock, unless the command that started it does.
+    Raises MachineError, naming who holds it."""
+    if not launch.is_first() or launch.is_ours() or os.name == "nt":
         yield
         return
     import fcntl
@@ -208,7 +201,7 @@ def _alone(out: Path) -> Iterator[None]:
                 remedy=say("wait for it, or choose another `out`", "请等待，或换一个 `out`"),
             ) from None
         stream.truncate(0)
-        stream.write(f"{platform.node()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        stream.write(f"process {os.getpid()} of {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         stream.flush()
         try:
             yield
@@ -217,12 +210,11 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def holder(out: Path) -> int | None:
-    """The process of this machine that runs in a folder. The number that a killed one left there counts for nothing."""
+    """The process that runs in a folder. A number that a killed one left there counts for nothing."""
     try:
         lock = out / LOCK
-        node, number, *_ = lock.read_text(encoding="utf-8").split(", ")
-        process = psutil.Process(int(number.removeprefix("process ")))
-        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= lock.stat().st_mtime + 1.0
-        return process.pid if alive and node == platform.node() else None
-    except (OSError, ValueError, psutil.Error):
+        process = psutil.Process(int(lock.read_text(encoding="utf-8").split()[1]))
+        begun_before = process.create_time() <= lock.stat().st_mtime + 1.0
+        return process.pid if begun_before and process.status() != psutil.STATUS_ZOMBIE else None
+    except (OSError, ValueError, IndexError, psutil.Error):
         return None

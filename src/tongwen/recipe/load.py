@@ -112,6 +112,15 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[
     return recipe, reading.notices
 
 
+def from_words(data: Mapping[str, Any], command: str) -> Recipe:
+    """The recipe that a command line's own words make. Raises as `load` does; what is wrong stands at the command."""
+    reading = Reading(command)
+    recipe = _validate(data, reading)
+    raise_all(reading.problems)
+    assert recipe is not None
+    return recipe
+
+
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default filled in; sections that do not run are left out."""
     data = {key: value for key, value in recipe.model_dump(mode="json").items() if value is not None}

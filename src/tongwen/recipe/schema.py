@@ -14,12 +14,13 @@ from pydantic_core import PydanticCustomError
 from tongwen.language import say
 
 # The order in which the stages run. A section that is absent does not run.
-STAGES = ("prepare", "vocab", "pretrain", "sft", "merge", "export")
+STAGES = ("prepare", "vocab", "pretrain", "sft", "merge", "evaluate", "export")
 
 
-def word(default: Any, en: str, zh: str, **limits: Any) -> Any:
-    """A field with its help in both languages; `...` as default makes it required."""
-    return Field(default, description=en, json_schema_extra={"zh": zh}, **limits)
+def word(default: Any, en: str, zh: str, *, free: bool = False, **limits: Any) -> Any:
+    """A field with its help in both languages; `...` as default makes it required. free: it does not decide the result, so
+    that it may change while a run is interrupted, and after it."""
+    return Field(default, description=en, json_schema_extra={"zh": zh, "free": free}, **limits)
 
 
 class Section(BaseModel):
@@ -72,7 +73,22 @@ def read_number(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+UNITS = {"minute": 60, "hour": 3600, "day": 86400}
+
+
+def read_seconds(value: Any) -> Any:
+    """`90 minutes`, `6 hours`, `2 days`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(minute|hour|day)s?\s*", str(value))
+    if not found or not float(found[1]):
+        raise wrong(
+            f"{value!r} is not a time; write for example `90 minutes`, `6 hours` or `2 days`",
+            f"{value!r} 不是时间；请写成 `90 minutes`、`6 hours` 或 `2 days` 这样",
+        )
+    return float(found[1]) * UNITS[found[2]]
+
+
 Number = Annotated[float, BeforeValidator(read_number)]
+Seconds = Annotated[float, BeforeValidator(read_seconds), PlainSerializer(lambda value: f"{value / 60:g} minutes")]
 Length = Annotated[Duration, BeforeValidator(read_duration), PlainSerializer(str)]
 
 
@@ -92,6 +108,11 @@ class Source(Section):
     )
     roles: dict[str, str] = word(
         {}, "the file's name of a role: ours, e.g. {Customer: user}", "角色名映射，如 {客户: user}"
+    )
+    separator: str = word(
+        "\n",
+        "between instruction and input, instruct and query; BELLE had nothing there",
+        "instruction 与 input、instruct 与 query 之间的文字；BELLE 中没有",
     )
     records: Literal["line", "paragraph", "file"] | None = word(
         None,
@@ -244,6 +265,11 @@ class Vocab(Section):
     """Extend the base's tokenizer with pieces of the target script, and grow the model's rows."""
 
     pieces: int = word(2000, "new pieces at most, learned from the documents", "从文档中学习的新词数上限", ge=0)
+    tokenizer: str | None = word(
+        None,
+        "instead of learning pieces: a SentencePiece tokenizer that was extended already (folder or file)",
+        "代替学习新词：已扩充好的 SentencePiece 分词器（文件夹或文件）",
+    )
     script: Literal[
         "han",
         "japanese",
@@ -286,6 +312,12 @@ class Vocab(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Vocab:
+        also = sorted(self.model_fields_set & {"pieces", "words", "special_tokens", "script"})
+        if self.tokenizer and also:
+            raise wrong(
+                f"`tokenizer` and `{also[0]}` exclude each other: pieces that are there, or pieces to be made",
+                f"`tokenizer` 与 `{also[0]}` 只能写一个：现成的词，或要新加的词",
+            )
         if not (self.pieces or self.words or self.special_tokens):
             raise wrong(
                 "`vocab` adds nothing: `pieces` is 0 and there are no `words` and `special_tokens`",
@@ -400,10 +432,16 @@ class Training(Section):
         gt=0,
     )
     stop_after: Length = word(Duration(count=2, unit="epochs"), "epochs, steps or tokens", "轮数、步数或 token 数")
-    save_every: int = word(100, "optimizer steps between checkpoints", "每多少优化步存一次检查点", ge=1)
-    keep_checkpoints: int = word(2, "how many checkpoints stay, besides the best", "除最佳外保留多少个检查点", ge=1)
+    save_every: int = word(100, "optimizer steps between checkpoints", "每多少优化步存一次检查点", ge=1, free=True)
+    keep_checkpoints: int = word(
+        2, "how many checkpoints stay, besides the best", "除最佳外保留多少个检查点", ge=1, free=True
+    )
     evaluate_every: int | None = word(
-        None, "steps between held-out evaluations; before and after always", "每多少步评测留出集；前后总会评测", ge=1
+        None,
+        "steps between held-out evaluations; before and after always",
+        "每多少步评测留出集；前后总会评测",
+        ge=1,
+        free=True,
     )
     patience: int | None = word(
         None,
@@ -411,7 +449,7 @@ class Training(Section):
         "连续多少次评测没有更好就停止，并取最佳检查点",
         ge=1,
     )
-    log_every: int = word(1, "steps between lines of metrics.jsonl", "每多少步写一行 metrics.jsonl", ge=1)
+    log_every: int = word(1, "steps between lines of metrics.jsonl", "每多少步写一行 metrics.jsonl", ge=1, free=True)
     precision: Literal["auto", "fp32", "bf16"] = word(
         "auto",
         "auto: bf16 where the device computes in it, else fp32",
@@ -421,12 +459,14 @@ class Training(Section):
         "auto",
         "recompute activations to save memory; auto: only when memory needs it",
         "重算激活以省内存；auto：必要时才用",
+        free=True,
     )
     micro_batch_tokens: int | None = word(
         None,
         "tokens that go through the model at once; derived when absent",
         "一次过模型的 token 数；不写则推算",
         ge=16,
+        free=True,
     )
     samples: int = word(
         3, "held-out questions answered before and after, for the report", "报告中训练前后各答几题", ge=0
@@ -446,6 +486,17 @@ class Training(Section):
                 "`patience` 按评测次数计，而途中没有评测：请加 `evaluate_every: 50`",
             )
         return self
+
+    def deciding(self) -> dict[str, Any]:
+        """The words that decide the result. When to evaluate is one of them where evaluations may end the run."""
+        fields = type(self).model_fields
+        free = {name for name in fields if dict(fields[name].json_schema_extra or {})["free"]}  # type: ignore[arg-type]
+        return self.model_dump(mode="json", exclude=free - {"evaluate_every"} if self.may_end_early else free)
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether an evaluation may end the run."""
+        return self.patience is not None
 
     @property
     def stretches(self) -> list[Stretch]:
@@ -546,6 +597,10 @@ class Pretrain(Training):
         return self
 
     @property
+    def may_end_early(self) -> bool:
+        return super().may_end_early or self.forgetting.stop is not None
+
+    @property
     def stretches(self) -> list[Stretch]:
         out = []
         for phase in self.phases or [Phase(train=self.train)]:
@@ -568,8 +623,8 @@ class Sft(Training):
 
     template: str = word(
         "own",
-        "own (the model's), chatml, alpaca, alpaca-zh, plain, or a .jinja file",
-        "own（模型自带）、chatml、alpaca、alpaca-zh、plain 或 .jinja 文件",
+        "own (the model's), chatml, alpaca, alpaca-zh, plain, one of an older project (docs/templates.md), or a .jinja file",
+        "own（模型自带）、chatml、alpaca、alpaca-zh、plain、旧项目的模板（docs/templates.md）或 .jinja 文件",
     )
     learn: Literal["assistant", "last_answer", "everything"] = word(
         "assistant", "which text counts in the loss", "哪些文字计入损失"
@@ -583,6 +638,11 @@ class Sft(Training):
         "reject",
         "what happens to longer samples: rejected; their oldest turns dropped; or then also the end of the question cut",
         "更长的样本：拒绝；丢弃最早的轮次；或再截断问题末尾",
+    )
+    legacy: bool = word(
+        False,
+        "tokens as the project of this template made them in 2023, defects included: docs/templates.md",
+        "按该模板的项目在 2023 年的做法切分，含其缺陷：见 docs/templates.md",
     )
     train_new_control_tokens: bool = word(
         True,
@@ -611,6 +671,77 @@ class Merge(Section):
         "QLoRA 适配器并入哪个底座：原始底座，或训练时所见的量化底座（会测量差异）",
     )
     shard_gb: Number = word(5.0, "size of a weights file at most, in GB", "单个权重文件的最大 GB 数", gt=0)
+
+
+def read_task(value: Any) -> Any:
+    return {"task": value} if isinstance(value, str) else value
+
+
+TaskName = Literal[
+    "bits_per_byte",
+    "perplexity",
+    "exact_match",
+    "bleu",
+    "rouge",
+    "rouge_words",
+    "entity_f1",
+    "spans",
+    "multiple_choice",
+]
+
+
+class Task(Section):
+    """One thing that a model is examined in."""
+
+    task: TaskName = word(..., "what is measured", "测什么")
+    name: str = word("", "its name in scores.json; the task's when absent", "在 scores.json 中的名字；不写则为任务名")
+    data: Annotated[Source, BeforeValidator(read_source)] | None = word(
+        None, "what it is measured on; what `prepare` held out when absent", "评测数据；不写则用 prepare 留出的部分"
+    )
+    examples: str | None = word(
+        None,
+        "multiple_choice: file or folder of answered questions, such as dev/",
+        "multiple_choice：示例题的文件或文件夹，如 dev/",
+    )
+    shots: int = word(0, "multiple_choice: examples before each question", "multiple_choice：每题之前的示例数", ge=0)
+    limit: int | None = word(None, "only so many rows, the first ones", "只取前几行", ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Task:
+        if self.shots and not self.examples:
+            raise wrong(
+                f"shots: {self.shots} needs `examples`, such as the folder dev/ of C-Eval",
+                f"shots: {self.shots} 需要 `examples`，例如 C-Eval 的 dev/ 文件夹",
+            )
+        return self
+
+    @property
+    def title(self) -> str:
+        return self.name or self.task
+
+
+class Evaluate(Section):
+    """Scores of the model that the stages before leave, and of the base."""
+
+    tasks: Annotated[list[Annotated[Task, BeforeValidator(read_task)]], BeforeValidator(read_list)] = word(
+        [Task(task="bits_per_byte")],
+        "names, or {task: NAME, data: FILE, …}",
+        "任务名，或 {task: 名称, data: 文件, …}",
+        min_length=1,
+    )
+    before: bool = word(True, "score the recipe's base too", "也评测配方的底座")
+    batch_size: int = word(8, "questions answered at once", "同时回答几个问题", ge=1)
+    max_new_tokens: int = word(256, "tokens of an answer at most", "回答的最大 token 数", ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluate:
+        names = [one.title for one in self.tasks]
+        if len({*names}) < len(names):
+            raise wrong(
+                f"two tasks have one name: {', '.join(names)}; give one a `name`",
+                f"两个任务同名：{'、'.join(names)}；请给其中一个写 `name`",
+            )
+        return self
 
 
 class Export(Section):
@@ -652,11 +783,17 @@ class Recipe(Section):
     out: str = word("", "folder of the run; runs/NAME when absent", "输出文件夹；不写为 runs/NAME")
     seed: int = word(42, "decides order, split and initialisation", "决定顺序、划分与初始化")
     devices: int = word(1, "processes, one per GPU", "进程数，每块 GPU 一个", ge=1)
+    stop_before: Seconds | None = word(
+        None,
+        "this long after the command began, a training that is not done has been saved and has ended: 90 minutes, 6 hours",
+        "命令开始后到此时间，未完成的训练已存好检查点并退出：90 minutes、6 hours",
+    )
     prepare: Prepare | None = word(None, "read, check and split the data", "读取、检查、划分数据")
     vocab: Vocab | None = word(None, "extend the tokenizer and grow the model", "扩充词表并扩大模型")
     pretrain: Pretrain | None = word(None, "continued pre-training", "继续预训练")
     sft: Sft | None = word(None, "supervised fine-tuning", "监督微调")
     merge: Merge | None = word(None, "fold the adapter into the base", "把适配器并入底座")
+    evaluate: Evaluate | None = word(None, "scores of the model and of its base", "模型与底座的评测分数")
     export: Export | None = word(None, "the model in the forms of other programs", "导出为其他程序使用的格式")
 
     @model_validator(mode="after")
@@ -666,7 +803,7 @@ class Recipe(Section):
                 "`sft` needs `prepare: {dialogues: ...}`: the data that it learns from",
                 "`sft` 需要 `prepare: {dialogues: ...}` 提供训练数据",
             )
-        if self.vocab and self.vocab.pieces and not self.prepare:
+        if self.vocab and self.vocab.pieces and not self.vocab.tokenizer and not self.prepare:
             raise wrong(
                 "`vocab` needs `prepare: {documents: ...}`: the text that pieces are learned from",
                 "`vocab` 需要 `prepare: {documents: ...}` 提供学习新词的文本",
@@ -675,6 +812,11 @@ class Recipe(Section):
             raise wrong(
                 "`pretrain` needs `prepare: {documents: ...}`: the text that it learns from",
                 "`pretrain` 需要 `prepare: {documents: ...}` 提供训练文本",
+            )
+        if self.evaluate and not self.prepare and any(one.data is None for one in self.evaluate.tasks):
+            raise wrong(
+                "`evaluate` needs `data` for each task, or `prepare`, whose held-out rows it takes",
+                "`evaluate` 的每个任务需要 `data`，或由 `prepare` 提供留出的数据",
             )
         if self.merge and not self.trains_adapters:
             raise wrong(

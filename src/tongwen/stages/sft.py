@@ -25,7 +25,7 @@ from tongwen.river import standing_on
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides this stage's result."""
     assert recipe.sft
-    return {"sft": recipe.sft.model_dump(mode="json"), "seed": recipe.seed, "base": standing_on(recipe, "sft")}
+    return {"sft": recipe.sft.deciding(), "seed": recipe.seed, "base": standing_on(recipe, "sft")}
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:

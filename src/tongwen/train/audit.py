@@ -143,28 +143,17 @@ def check_loss(total: float, learned: int, model: Any) -> float:
     return mean
 
 
-def check_finite_gradients(model: Any, step: int, rows: str) -> None:
-    """Raise NumbersError with step, tensor and rows when a gradient is NaN or infinite."""
-    gradients = [part.grad for part in model.parameters() if part.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    if bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()):
-        return
-    bad = [
-        name
-        for name, part in model.named_parameters()
-        if part.grad is not None and not bool(torch.isfinite(part.grad).all())
-    ]
-    raise NumbersError(
-        say(
-            f"{len(bad)} gradients are NaN or infinite in this step, rows {rows}",
-            f"该步有 {len(bad)} 个梯度为 NaN 或无穷，数据行 {rows}",
-        ),
-        place=f"step {step} · {bad[0]}",
-        remedy=say(
-            "lower learning_rate, or precision: fp32; the last checkpoint is whole",
-            "降低 learning_rate，或 precision: fp32；上一个检查点完好",
-        ),
-    )
+def first_not_finite(model: Any, optimizer: Any = None) -> str | None:
+    """The name of a trained tensor, or of one of its optimizer's, that holds NaN or infinity; None when there is none."""
+    names = {part: name for name, part in model.named_parameters() if part.requires_grad}
+    held = [(name, part.detach()) for part, name in names.items()]
+    for part, kept in optimizer.state.items() if optimizer else ():
+        held += [
+            (f"{names[part]} · {key}", value)
+            for key, value in kept.items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        ]
+    return next((name for name, part in held if not bool(torch.isfinite(part).all())), None)
 
 
 class FirstSteps(TrainerCallback):

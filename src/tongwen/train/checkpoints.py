@@ -1,72 +1,153 @@
-"""Checkpoints: committed whole, verified before a run continues from one, and only as many as the recipe keeps."""
+"""Checkpoints: committed whole, verified before a run continues from one, and only as many as the recipe keeps.
+
+Every process writes its files into a staging folder. The first one then brings them all to the disk, writes a manifest with
+the size and sha256 of each, and renames the folder: what bears a checkpoint's name is whole, whenever the machine stopped.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from tongwen import artifact, console
 from tongwen.errors import ArtifactError
 from tongwen.language import say
+from tongwen.launch import is_first
 
-DIGESTS = "digests.json"
+MANIFEST = "checkpoint.json"
+STAGING = "staging"  # whatever is in it is no checkpoint: half written, or half deleted
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose every file has the digest that was recorded; damaged ones are put aside, aloud."""
+def newest_checkpoint(folder: Path, runs: Collection[str] = ()) -> Path | None:
+    """The newest checkpoint that is whole, or None where there is none yet. Newer ones that are not are put aside, aloud.
+
+    runs: the ids that this run has had; empty: any. Raises ArtifactError when checkpoints are there and none is whole.
+    """
+    problems: dict[Path, str] = {}
     for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
-        problem = damage(path)
+        problem = damage(path, runs)
         if problem is None:
+            _put_aside(problems, path)
             return path
+        problems[path] = problem
+    if problems:
+        raise ArtifactError(
+            say("no checkpoint is whole: ", "没有完好的检查点：")
+            + "; ".join(f"{path.name}: {problem}" for path, problem in problems.items()),
+            place=str(folder),
+            remedy=say(
+                "--again begins anew and keeps this folder under another name", "--again 重新开始，并把此文件夹改名保留"
+            ),
+        )
+    return None
+
+
+def _put_aside(problems: Mapping[Path, str], found: Path) -> None:
+    for path, problem in problems.items():
         aside = path.with_name(f"damaged-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
         console.notice(
             say(
                 f"{path.name} is damaged ({problem}); put aside as {aside.name}",
                 f"{path.name} 已损坏（{problem}），改名为 {aside.name}",
             )
         )
-    return None
+        if is_first():
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    if problems:
+        lost = max(map(step_of, problems)) - step_of(found)
+        console.notice(
+            say(f"continuing from {found.name}: {lost} steps are lost", f"从 {found.name} 继续：损失 {lost} 步")
+        )
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint: a missing or changed file; None when it is whole."""
+def damage(checkpoint: Path, runs: Collection[str] = ()) -> str | None:
+    """What is wrong with a checkpoint: a missing or changed file, another run's; None when it is whole."""
     try:
-        digests = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return say(f"no readable {DIGESTS}", f"{DIGESTS} 不可读")
-    for name, digest in digests.items():
+        manifest = read_manifest(checkpoint)
+        seal, files, run = manifest.pop("seal"), manifest["files"], manifest["run"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return say(f"no readable {MANIFEST}", f"{MANIFEST} 不可读")
+    if seal != _seal(manifest):
+        return say(f"{MANIFEST} has changed", f"{MANIFEST} 已改变")
+    if runs and run not in runs:
+        return say(f"it belongs to another run, {run}", f"属于另一次运行 {run}")
+    for name, told in files.items():
         file = checkpoint / name
         if not file.is_file():
             return say(f"{name} is missing", f"缺少 {name}")
-        if artifact.hash_file(file) != digest:
+        if file.stat().st_size != told["bytes"]:
+            return say(
+                f"{name} has {file.stat().st_size} bytes instead of {told['bytes']}",
+                f"{name} 为 {file.stat().st_size} 字节，应为 {told['bytes']}",
+            )
+        if artifact.hash_file(file) != told["sha256"]:
             return say(f"{name} has changed", f"{name} 已改变")
     return None
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    return dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
+
+
+def last_of(folder: Path) -> str:
+    """The last checkpoint, in words for a message."""
+    last = max(folder.glob("checkpoint-*"), key=step_of, default=None)
+    if last is None:
+        return say("there is no checkpoint yet", "还没有检查点")
+    return say(f"the last checkpoint is {last}", f"最近的检查点为 {last}")
 
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def commit(staged: Path, folder: Path, keep: int, best: int | None = None) -> None:
-    """Make a staged checkpoint the newest, then drop the oldest beyond `keep`; the one of step `best` stays."""
-    digests = {
-        str(file.relative_to(staged)): artifact.hash_file(file) for file in sorted(staged.rglob("*")) if file.is_file()
+def stage(folder: Path) -> None:
+    """Make the empty place where the next checkpoint is written; what a dead process left there goes."""
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    (folder / STAGING).mkdir(parents=True)
+
+
+def commit(staged: Path, folder: Path, told: Mapping[str, Any], keep: int, best: int | None = None) -> None:
+    """Make a checkpoint in the staging folder the newest, then drop the oldest beyond `keep`; that of step `best` stays.
+
+    Called by one process when all have written. told: what the manifest says besides the files, `run` at least.
+    """
+    files = sorted(file for file in staged.rglob("*") if file.is_file())
+    manifest = {
+        **told,
+        "step": step_of(staged),
+        "files": {
+            file.relative_to(staged).as_posix(): {"bytes": file.stat().st_size, "sha256": artifact.hash_file(file)}
+            for file in files
+        },
     }
     artifact.sync_tree(staged)
-    artifact.write_json(staged / DIGESTS, digests)
+    artifact.write_json(staged / MANIFEST, {**manifest, "seal": _seal(manifest)})
     target = folder / staged.name
-    if target.exists():
-        shutil.rmtree(target)
     staged.rename(target)
     artifact.sync_folder(folder)
-    shutil.rmtree(staged.parent, ignore_errors=True)
     others = (path for path in folder.glob("checkpoint-*") if step_of(path) != best or path == target)
     for old in sorted(others, key=step_of, reverse=True)[keep:]:
-        (old / DIGESTS).unlink(missing_ok=True)  # first it stops being a checkpoint, then it goes
-        shutil.rmtree(old)
+        old.rename(folder / STAGING / old.name)  # first it stops being a checkpoint, then it goes
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def check_space(folder: Path, model: Any) -> None:
+    """Raise MachineError when there is no room for one more checkpoint: what learns with two moments in fp32 (which is
+    more than every other optimizer keeps), and of a whole model also what is frozen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = not hasattr(model, "peft_config")
+    needed = sum(12 * part.numel() if part.requires_grad else whole * part.nbytes for part in model.parameters())
+    artifact.check_disk(folder, needed + (64 << 20))
 
 
 def check_adapter_saved(folder: Path) -> None:

@@ -2,17 +2,17 @@
 
 What differs here: the batches come from a plan (no padding, no sampler), the loss is summed over learned tokens and
 divided by all learned tokens of the optimizer step over all ranks, a checkpoint is committed by a rename after its
-bytes are on the disk, and a NaN stops the run.
+bytes are on the disk, a NaN stops the run before the weights move, and whoever asks it to stop gets a checkpoint.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +21,14 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tongwen import console
-from tongwen.errors import MissingPackage, NumbersError, RecipeError
+from tongwen.errors import Interrupted, MissingPackage, NumbersError, RecipeError
 from tongwen.language import say
 from tongwen.recipe.schema import Stretch
-from tongwen.train.audit import FirstSteps, Loss, check_finite_gradients
+from tongwen.train.audit import FirstSteps, Loss, first_not_finite
 from tongwen.train.batches import MicroBatches, Plan
-from tongwen.train.checkpoints import check_adapter_saved, commit, step_of
+from tongwen.train.checkpoints import STAGING, check_adapter_saved, check_space, commit, last_of, stage, step_of
+from tongwen.train.guard import Guard
+from tongwen.train.halt import Halt
 from tongwen.train.memory import keep_freed_memory
 from tongwen.train.noise import Noise
 from tongwen.train.watch import Watch
@@ -62,6 +64,8 @@ class Job:
     loss:       gives (sum of nats, nats per learned token) of a micro-batch
     embeddings: tensors that learn at the stretch's embedding rate
     guarded:    those of them whose gradient is zero on most rows; nothing but the gradient may move them
+    told:       what a checkpoint's manifest says of the run
+    deadline:   when the process must be gone, in seconds since 1970
     """
 
     model: Any
@@ -81,16 +85,23 @@ class Job:
     embeddings: Sequence[torch.nn.Parameter] = ()
     guarded: Sequence[torch.nn.Parameter] = ()
     budget: Budget | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)
+    deadline: float | None = None
 
 
 def fit(job: Job) -> int:
     """Train to the end, from the checkpoint if there is one; returns the steps taken in all. Raises NumbersError on NaN or
-    a failed audit."""
+    a failed audit, Interrupted when it was asked to stop and has saved."""
     if not torch.accelerator.is_available():
         keep_freed_memory()
-    trainer = PlannedTrainer(job)
+    with Halt(job.deadline) as halt:
+        return _fit(job, halt)
+
+
+def _fit(job: Job, halt: Halt) -> int:
+    trainer = PlannedTrainer(job, halt)
     trainer.remove_callback(PrinterCallback)
-    for callback in (job.watch, FirstSteps(), NoNan(job), Evaluations(job), Spending(job)):
+    for callback in (job.watch, FirstSteps(), Evaluations(job), Spending(job), trainer.guard):
         trainer.add_callback(callback)
     start, patience = step_of(job.resume) if job.resume else 0, job.stretch.words.patience
     job.watch.begin(start)
@@ -98,14 +109,30 @@ def fit(job: Job) -> int:
         trainer._load_from_checkpoint(str(job.resume))
         done = start
     else:
+        if trainer.args.should_save:
+            check_space(job.checkpoints, job.model)
         trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
         done = trainer.state.global_step
+        if trainer.guard.leaving:
+            raise Interrupted(
+                say(
+                    f"stopped ({halt.why or 'by another process'}); {last_of(job.checkpoints)}; the same command continues",
+                    f"已停止（{halt.why or '由其他进程'}）；{last_of(job.checkpoints)}；用同一命令可以继续",
+                ),
+                place=say(f"step {job.watch.before_steps + done}", f"第 {job.watch.before_steps + done} 步"),
+            )
+        if trainer.guard.skipped:
+            console.notice(
+                say(
+                    f"fp16 overflowed in {trainer.guard.skipped} steps, which were left out",
+                    f"fp16 有 {trainer.guard.skipped} 步溢出，已跳过",
+                )
+            )
     if patience and (best := job.watch.best) and best[0] != done:
         console.notice(say(f"the weights of step {best[0]}, the best, are taken", f"取第 {best[0]} 步（最佳）的权重"))
         trainer._load_from_checkpoint(str(job.checkpoints / f"checkpoint-{best[0]}"))
-    for name, part in job.model.named_parameters():
-        if part.requires_grad and not bool(torch.isfinite(part).all()):
-            raise NumbersError(say("weights are not finite after the run", "训练后权重含非有限值"), place=name)
+    if (name := first_not_finite(job.model)) is not None:
+        raise NumbersError(say("weights are not finite after the run", "训练后权重含非有限值"), place=name)
     return done
 
 
@@ -159,8 +186,8 @@ def training_arguments(job: Job) -> TrainingArguments:
 class PlannedTrainer(Trainer):
     """Trainer over a Plan."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, halt: Halt) -> None:
+        self.job, self.halt = job, halt
         self.micro = MicroBatches(job.store, job.plan.flat(), packed=job.packed)
         self._staging: Path | None = None
         self.noise = Noise(job.model, job.stretch.words.neftune) if job.stretch.words.neftune else None
@@ -172,6 +199,15 @@ class PlannedTrainer(Trainer):
             optimizer_cls_and_kwargs=_muon(job) if job.stretch.words.optimizer == "muon" else None,
         )
         self.model_accepts_loss_kwargs = True  # the loss below is already scaled over the accumulation
+        self.guard = Guard(
+            job.plan,
+            job.store.origin,
+            self.accelerator.gather,
+            halt.wanted,
+            lambda: last_of(job.checkpoints),
+            job.watch.before_steps,
+            job.model.config.get_text_config().vocab_size,
+        )
 
     def get_train_dataloader(self) -> DataLoader:
         """The plan's micro-batches in their order; accelerate deals them to the ranks one by one."""
@@ -188,11 +224,18 @@ class PlannedTrainer(Trainer):
     ) -> torch.Tensor:
         with self.noise.scaled_for(inputs) if self.noise else nullcontext():
             total, _ = self.job.loss(model, inputs)
+        self.guard.note(total, num_items_in_batch)
         # DDP averages the ranks' gradients, so each rank's part of the mean is multiplied by their number.
         mean = total * self.args.world_size / num_items_in_batch
         if self.job.budget:
             mean = mean + self.job.budget.penalty() / self.job.plan.accumulate
         return mean
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The last moment before the step is taken."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.look(self.state.global_step, norm, model, scaled=self.accelerator.scaler is not None)
+        return norm
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -236,16 +279,34 @@ class PlannedTrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The memory comes from the checkpoint; the rate and the other words from the recipe, which a fork has changed."""
+        words = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
+        bases = list(self.lr_scheduler.base_lrs)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        scheduler.base_lrs = bases
+        for group, own, base, shape in zip(
+            self.optimizer.param_groups, words, bases, scheduler.lr_lambdas, strict=True
+        ):
+            group.update({**own, "lr": base * shape(scheduler.last_epoch)})
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Stage, bring to the disk, record digests, rename: a checkpoint is whole or it is not there."""
-        folder = Path(self.args.output_dir)
-        self._staging = folder / "staging"
+        """All processes write into the staging folder, and the first commits it: a checkpoint is whole or not there."""
+        folder, began = Path(self.args.output_dir), time.time()
+        self._check_state()
         if self.args.should_save:
-            shutil.rmtree(self._staging, ignore_errors=True)
+            check_space(folder, self.job.model)
+            stage(folder)
         self.accelerator.wait_for_everyone()
+        self._staging = folder / STAGING
         try:
             super()._save_checkpoint(model, trial)
         finally:
@@ -256,8 +317,20 @@ class PlannedTrainer(Trainer):
             if self.job.budget:
                 self.job.budget.save(staged)
             words, best = self.job.stretch.words, self.job.watch.best
-            commit(staged, folder, words.keep_checkpoints, best[0] if best and words.patience else None)
+            commit(staged, folder, self.job.told, words.keep_checkpoints, best[0] if best and words.patience else None)
         self.accelerator.wait_for_everyone()
+        self.halt.saved(time.time() - began)
+
+    def _check_state(self) -> None:
+        """Raise NumbersError, on all processes, when anything that would be saved is not finite on one of them."""
+        bad = first_not_finite(self.job.model, self.optimizer)
+        found = torch.tensor([float(bad is not None)], device=self.args.device)
+        if bool(self.accelerator.gather(found).any()):
+            raise NumbersError(
+                say("weights or optimizer state are not finite; nothing was saved", "权重或优化器状态非有限，未保存"),
+                place=say(f"step {self.state.global_step}", f"第 {self.state.global_step} 步") + f" · {bad or '?'}",
+                remedy=last_of(self.job.checkpoints),
+            )
 
 
 def _muon(job: Job) -> tuple[Any, dict[str, Any]]:
@@ -306,21 +379,6 @@ class Spending(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.job.budget:
             self.job.budget.spend(state.global_step)
-
-
-class NoNan(TrainerCallback):
-    """Before each optimizer step: every gradient is finite, or the run stops and says where."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        step = self.job.watch.before_steps + state.global_step + 1
-        check_finite_gradients(model, step, self._rows(state.global_step))
-
-    def _rows(self, step: int) -> str:
-        origins = [str(self.job.store.origin(sample)) for sample in self.job.plan.steps[step][:8]]
-        return ", ".join(origins)
 
 
 def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:

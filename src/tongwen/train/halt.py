@@ -1,0 +1,63 @@
+"""When a run is asked to stop: by a signal, or because its time is nearly over. It then saves at the end of the step.
+
+Slurm and torchrun send SIGTERM; `sbatch --signal=USR1@300` is the usual way to ask earlier, and both mean the same here. A
+second SIGTERM ends the process at once; the last checkpoint stays whole.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+from tongwen.language import say
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SAVING_SECONDS = 30.0  # assumed until the first save has been seen
+
+
+class Halt:
+    """Listens to signals inside `with`, and knows how long steps and saves take.
+
+    deadline: when the process must be gone, in seconds since 1970; None: never
+    """
+
+    def __init__(self, deadline: float | None) -> None:
+        self.deadline = min(filter(None, (deadline, _end_of_job())), default=None)
+        self.why = ""
+        self.step = 0.0
+        self.save = SAVING_SECONDS
+        self.began = time.time()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Halt:
+        self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.why = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    def wanted(self) -> bool:
+        """Whether to stop after the step that is being taken. Called once in each step."""
+        now = time.time()
+        self.step, self.began = max(self.step, now - self.began), now
+        if not self.why and self.deadline is not None and now + 2 * (self.step + self.save) > self.deadline:
+            self.why = say("its time is nearly over", "时限将至")
+        return bool(self.why)
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint took this long; no step does."""
+        self.save, self.began = seconds, time.time()
+
+
+def _end_of_job() -> float | None:
+    """Slurm's own time limit, where it says it."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(end) if end.isdigit() else None
