@@ -201,7 +201,7 @@ def _alone(out: Path) -> Iterator[None]:
                 remedy=say("wait for it, or choose another `out`", "请等待，或换一个 `out`"),
             ) from None
         stream.truncate(0)
-        stream.write(f"process {os.getpid()} of {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        stream.write(f"{platform.node()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         stream.flush()
         try:
             yield
@@ -210,11 +210,12 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def holder(out: Path) -> int | None:
-    """The process that runs in a folder. A number that a killed one left there counts for nothing."""
+    """The process of this machine that runs in a folder. The number that a killed one left there counts for nothing."""
     try:
         lock = out / LOCK
-        process = psutil.Process(int(lock.read_text(encoding="utf-8").split()[1]))
-        begun_before = process.create_time() <= lock.stat().st_mtime + 1.0
-        return process.pid if begun_before and process.status() != psutil.STATUS_ZOMBIE else None
-    except (OSError, ValueError, IndexError, psutil.Error):
+        node, number, *_ = lock.read_text(encoding="utf-8").split(", ")
+        process = psutil.Process(int(number.removeprefix("process ")))
+        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= lock.stat().st_mtime + 1.0
+        return process.pid if alive and node == platform.node() else None
+    except (OSError, ValueError, psutil.Error):
         return None

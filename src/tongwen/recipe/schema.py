@@ -389,6 +389,7 @@ class Adapter(Section):
 
 Part = Literal["new_rows", "embeddings", "lora", "full"]
 ROWS_ONLY = ("new_rows", "embeddings")
+ENGINES = ("auto", "ddp", "fsdp2", "zero2", "zero3")
 
 
 class Training(Section):
@@ -468,6 +469,18 @@ class Training(Section):
         ge=16,
         free=True,
     )
+    engine: str = word(
+        "auto",
+        "what several processes share out: auto and ddp nothing, zero2 gradients and optimizer (DeepSpeed), zero3 and fsdp2 "
+        "also the weights; or a file: a DeepSpeed JSON, or accelerate's FSDP YAML",
+        "多进程如何分担：auto 与 ddp 不分担，zero2 分担梯度与优化器（DeepSpeed），zero3 与 fsdp2 还分担权重；或一个文件：DeepSpeed 的 JSON，"
+        "或 accelerate 的 FSDP YAML",
+    )
+    offload: bool = word(
+        False,
+        "fsdp2, zero2, zero3: what is shared out waits in the host's memory",
+        "fsdp2、zero2、zero3：分担的部分放在主机内存",
+    )
     samples: int = word(
         3, "held-out questions answered before and after, for the report", "报告中训练前后各答几题", ge=0
     )
@@ -497,6 +510,54 @@ class Training(Section):
     def may_end_early(self) -> bool:
         """Whether an evaluation may end the run."""
         return self.patience is not None
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Training:
+        if self.engine not in ENGINES and not self.engine.endswith((".json", ".yaml", ".yml")):
+            choices = ", ".join(ENGINES)
+            raise wrong(
+                f"engine: {self.engine!r} is not one of {choices}, and no .json or .yaml file",
+                f"engine: {self.engine!r} 不在 {choices} 之中，也不是 .json 或 .yaml 文件",
+            )
+        if self.offload and not self.shares:
+            raise wrong(
+                f"`offload` needs an engine that shares out: fsdp2, zero2 or zero3, not {self.engine!r}",
+                f"`offload` 需要会分担的引擎：fsdp2、zero2 或 zero3，而不是 {self.engine!r}",
+            )
+        if self.shares:
+            self._check_sharing()
+        return self
+
+    def _check_sharing(self) -> None:
+        """Raise for what would be computed wrongly, or not at all, on a part of a tensor."""
+        stretches = self.stretches
+        parts = {part for one in stretches for part in one.parts}
+        masked = any("new_rows" in one.parts for one in stretches) and parts & {"embeddings", "full"}
+        reasons = (
+            (self.optimizer != "adamw", f"optimizer: {self.optimizer}", "optimizer: adamw"),
+            (self.adapter.method == "adalora", "method: adalora", "method: lora"),
+            (bool(masked), "new_rows", "train: lora+embeddings"),
+            (self.shares == "deepspeed" and len(stretches) > 1, "phases", "engine: fsdp2"),
+            (self.quantizes and self.shares == "deepspeed", "method: qlora", "engine: fsdp2"),
+            (self.quantizes and self.adapter.quantize == "int8", "quantize: int8", "quantize: nf4"),
+        )
+        for applies, what, remedy in reasons:
+            if applies:
+                raise wrong(
+                    f"`{what}` does not work with `engine: {self.engine}`: use `engine: ddp`, or `{remedy}`",
+                    f"`{what}` 不能与 `engine: {self.engine}` 同用：请用 `engine: ddp`，或 `{remedy}`",
+                )
+
+    @property
+    def shares(self) -> Literal["", "fsdp2", "deepspeed"]:
+        """Who shares out a model's training, if anyone does."""
+        if self.engine in ("zero2", "zero3") or self.engine.endswith(".json"):
+            return "deepspeed"
+        return "fsdp2" if self.engine == "fsdp2" or self.engine.endswith((".yaml", ".yml")) else ""
+
+    @property
+    def quantizes(self) -> bool:
+        return self.adapter.method == "qlora"
 
     @property
     def stretches(self) -> list[Stretch]:

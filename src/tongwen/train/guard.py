@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from tongwen.errors import NumbersError
 from tongwen.language import say
 from tongwen.train.batches import Plan
+from tongwen.train.engine import local
 
 SKIPS = 20  # overflows of fp16 in a row; its scale has halved so often by then that the loss itself does not fit
 ABSURD = 10  # steps in a row with a loss above guessing at random
@@ -92,7 +93,7 @@ class Guard(TrainerCallback):
             names = [
                 name
                 for name, part in model.named_parameters()
-                if part.grad is not None and not bool(torch.isfinite(part.grad).all())
+                if part.grad is not None and not bool(torch.isfinite(local(part.grad)).all())
             ]
             what = say(
                 f"the gradient is NaN or infinite ({len(names)} tensors, first {names[:1]})",
