@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -88,6 +89,10 @@ def ner(here: Path) -> None:
 WORLDS = {"belle": belle, "guanaco": guanaco, "cla": cla, "ner": ner}
 
 
+# The lines of the same README that go on with what a training line left: asking, merging, talking.
+FOLLOWING = {"belle:7": [9], "guanaco:2": [6, 7]}
+
+
 # Lines that differ from these in their launcher alone are compared in test_migrate.
 @pytest.mark.parametrize("name", ["belle:5", "belle:7", "guanaco:2", "cla:31", "cla:33", "ner:1"])
 def test_a_training_line_leaves_the_manifest_that_its_readme_promised(
@@ -114,3 +119,11 @@ def test_a_training_line_leaves_the_manifest_that_its_readme_promised(
     assert template in (None, words.get("template"))
     if rank is not None:
         assert (words["adapter"]["rank"], words["adapter"]["targets"]) == (rank, targets)
+    for line in FOLLOWING.get(name, ()):
+        monkeypatch.setattr("sys.stdin", io.StringIO("你好\n"))
+        code, _, said = tongwen("migrate", "--run", "--", *lines_of(readme)[line - 1].words)
+        assert code == 0, said
+    if name == "guanaco:2":
+        assert (tmp_path / "models" / "llama-7b-hf-finetune" / "model.safetensors").is_file()
+    if name == "belle:7":
+        assert (tmp_path / "data_dir" / "predictions.json").is_file()
