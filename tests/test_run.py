@@ -402,3 +402,10 @@ export: {{formats: [gguf], quantize: f32}}
     code, said, err = tongwen("run", recipe)
     assert code == 0 and said.count("already done") == 6, (said, err)
     assert tongwen("verify", out / "vocab")[0] == tongwen("verify", out / "merge")[0] == 0
+
+
+def test_show_names_the_layers_of_a_model_from_elsewhere(chat_model: Path, tongwen: Any) -> None:
+    code, out, _ = tongwen("show", chat_model, "--json")
+    assert code == 0
+    shown = json.loads(out)
+    assert shown["family"] == "llama" and {"q_proj", "down_proj", "lm_head"} <= set(shown["linear"])

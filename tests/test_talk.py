@@ -19,8 +19,7 @@ import pytest
 from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer
 from tongwen import cli
 from tongwen.errors import DataError, ModelError
-from tongwen.infer.decode import Incremental, Voice
-from tongwen.stages.chat import check
+from tongwen.infer.decode import Incremental, Sampling, Voice
 from tongwen.ui.parting import Part, part_thinking, until
 from tongwen.ui.terminal import Talk, converse, visible
 
@@ -78,7 +77,7 @@ def conversation(
     monkeypatch.setattr(builtins, "input", read)
     choices: dict[str, Any] = {
         "count": lambda messages: 0,
-        "check": check,
+        "check": lambda settings: Sampling().with_(**settings),
         "context": 100,
         "settings": {"max_new_tokens": 1, "temperature": 0.0},
     } | options

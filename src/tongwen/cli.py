@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from tongwen import __version__
-from tongwen.commands import Handler, artifacts, recipes, talking, tokenizers
+from tongwen.commands import Handler, artifacts, past, recipes, talking, tokenizers
 from tongwen.language import say
 
 # What torch's process groups (gloo, NCCL) say when a process that they wait for is gone.
@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(handler=handler)
         return command
 
-    for part in (recipes, tokenizers, artifacts, talking):
+    for part in (recipes, tokenizers, artifacts, talking, past):
         part.add_to(add)
     return parser
 
@@ -100,8 +100,10 @@ def _fail(code: int, message: str) -> int:
 
 def _machine_cause(error: Exception) -> str | None:
     """A message for what the machine refused (disk, memory, permission); None when it is a bug of ours."""
+    from tongwen.errors import is_out_of_memory
+
     text = str(error)
-    if "out of memory" in text.lower() or isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         cures = say(
             "in this order: micro_batch_tokens smaller, activation_checkpointing: on, max_length smaller, adapter.method: qlora, a smaller base",
             "依次尝试：减小 micro_batch_tokens，activation_checkpointing: on，减小 max_length，adapter.method: qlora，换小一点的底座",

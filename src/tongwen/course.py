@@ -204,12 +204,11 @@ def _open_pupil(course: Course, device: str, engine: Engine, adapter_steps: int)
     section, reader, place = course.section, course.reader, load.locate(course.base)
     dtype, why = load.compute_dtype(section.precision, device)
     trained = {part for stretch in section.stretches for part in stretch.parts}
-    # What learns stands in fp32. Adapters and single rows are tensors beside the base's own.
-    kept_in = dtype if "lora" in trained or trained == {"new_rows"} else torch.float32
     with console.waiting(say("opening the base", "打开底座")):
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
-        model, packed, fingerprint = _open(place, kept_in, quantize)
+        model, packed, fingerprint = _open(place, adapting.kept_in(trained, dtype), quantize)
     load.check_tokenizer(reader.tokenizer, model, place)
+    _check_lengths(model.config, course)
     stops = dress.stop_ids(reader.tokenizer, course.template, getattr(model, "generation_config", None))
     stops = stops or ((course.end,) if course.end is not None else ())
     set_seed(course.recipe.seed)
@@ -397,13 +396,13 @@ def _open(place: load.Place, dtype: torch.dtype, quantize: str) -> tuple[Any, bo
     """(model, whether documents are packed, fingerprint). Families that cannot pack get padded batches, and it is said."""
     config = load.load_config(place)
     family = family_of(config.model_type)
-    packs = family.packs if family else True
     model, fingerprint = open_stack(place, dtype, quantize)
-    packs = packs and bool(getattr(model, "_supports_attention_backend", False))
-    if packs:
+    why = say(*family.padded) if family and family.padded else ""
+    if not why and not getattr(model, "_supports_attention_backend", False):
+        why = say("its attention is its own", "其注意力实现不通用")
+    if not why:
         model.set_attn_implementation(attention.register())
-    if not packs:
-        why = family.why_not if family and family.why_not else say("its attention is its own", "其注意力实现不通用")
+    else:
         console.notice(
             say(
                 f"{config.model_type} is trained in padded batches: {why}",
@@ -411,7 +410,22 @@ def _open(place: load.Place, dtype: torch.dtype, quantize: str) -> tuple[Any, bo
             )
         )
     model.config.use_cache = False
-    return model, packs, fingerprint
+    return model, not why, fingerprint
+
+
+def _check_lengths(config: Any, course: Course) -> None:
+    """Raise RecipeError when a sample is longer than a model's table of positions: it would read beyond its end."""
+    family, limit = family_of(config.model_type), dress.context_length(config)
+    longest = max(int(store.lengths.max()) for store in (course.lesson.store, *course.lesson.held_out_stores.values()))
+    if family and family.table and longest > limit:
+        raise RecipeError(
+            say(
+                f"a sample has {longest} tokens, and {config.model_type} has a table of {limit} positions",
+                f"有样本长达 {longest} 个 token，而 {config.model_type} 的位置表只有 {limit} 行",
+            ),
+            place=f"{course.stage}.max_length: {course.section.max_length}",
+            remedy=f"{course.stage}: {{max_length: {limit}}}",
+        )
 
 
 def _needs_checkpointing(section: Training, config: Any, device: str, budget: int) -> bool:

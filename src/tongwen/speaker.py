@@ -14,6 +14,7 @@ from typing import Any
 from tongwen import console
 from tongwen.data.encode import Encoder
 from tongwen.errors import ModelError
+from tongwen.families import family_of
 from tongwen.infer.decode import Sampling, Voice
 from tongwen.language import say
 from tongwen.model import dress, load
@@ -132,6 +133,16 @@ def open_speaker(
         if template == "completion":
             console.notice(say(f"{model} has no template: texts are continued", f"{model} 没有模板：按续写处理"))
     bound = None if template == "completion" else dress.bind_template(template, tokenizer, encoder.prefix)
+    family = family_of(network.config.model_type)
+    if bound is None and family and family.dialogues_only:
+        raise ModelError(
+            say(
+                f"{network.config.model_type} answers, it does not continue a text",
+                f"{network.config.model_type} 只能回答，不能续写",
+            ),
+            place=f"{model} · template: completion",
+            remedy=f"--template {network.config.model_type}",
+        )
     stops = dress.stop_ids(tokenizer, bound, network.generation_config)
     if not stops:
         raise ModelError(say("no token ends an answer in this model", "该模型没有结束回答的停止符"), place=model)

@@ -1,4 +1,4 @@
-"""What is done with a model that answers: generate, evaluate, chat."""
+"""What is done with a model that answers: generate, evaluate, chat, serve."""
 
 from __future__ import annotations
 
@@ -80,7 +80,54 @@ def add_to(add: Add) -> None:
     command.add_argument(
         "--no-stream", action="store_true", help=say("show each answer when it is whole", "回答完整后再显示")
     )
+    command.add_argument("--web", action="store_true", help=say("in the browser", "在浏览器里"))
+    command.add_argument(
+        "--beside",
+        default="",
+        metavar="MODEL",
+        help=say("--web: a second model answers too", "--web：另一个模型同时回答"),
+    )
+    _add_page(command)
     _add_talking(command)
+    command = add("serve", say("OpenAI's API for a model, on this machine", "在本机以 OpenAI 接口提供模型"), _serve)
+    command.add_argument("model", help=say("as for chat", "同 chat"))
+    command.add_argument("--adapter", action="append", default=[], help=say("adapter folder", "适配器文件夹"))
+    command.add_argument(
+        "--name", default="", help=say("the model's name; absent: its folder's", "模型名；不写用文件夹名")
+    )
+    command.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help=say(
+            "another than loopback asks for a token in TONGWEN_API_KEY", "非本机地址需要 TONGWEN_API_KEY 中的令牌"
+        ),
+    )
+    command.add_argument("--port", type=int, default=8000, help=say("0: a free one", "0：任一空闲端口"))
+    command.add_argument(
+        "--queue",
+        type=int,
+        default=16,
+        help=say("requests that may wait; the next is told to come again (429)", "最多排队的请求数；再多则返回 429"),
+    )
+    _add_talking(command)
+    command = add("web", say("the whole bench in the browser", "浏览器里的整个工作台"), _web)
+    command.add_argument(
+        "folders", nargs="*", default=["."], metavar="FOLDER", help=say("what the page may see", "网页可以访问的文件夹")
+    )
+    command.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        help=say("what the chat opens with; twice: side by side", "对话使用的模型；写两次则并排"),
+    )
+    _add_page(command)
+    _add_template(command, "own")
+
+
+def _add_page(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--host", default="127.0.0.1", help=say("web: address", "网页：地址"))
+    command.add_argument("--port", type=int, default=7860, help=say("web: port", "网页：端口"))
+    command.add_argument("--token", default="", help=say("web: instead of a generated one", "网页：代替自动生成的令牌"))
 
 
 def _add_template(command: argparse.ArgumentParser, default: str) -> None:
@@ -147,6 +194,17 @@ def _evaluate(parsed: argparse.Namespace) -> int:
 
 
 def _chat(parsed: argparse.Namespace) -> int:
+    if parsed.web:
+        from tongwen.stages import web
+
+        return web.run(
+            [],
+            [parsed.model, *([parsed.beside] if parsed.beside else [])],
+            adapters=parsed.adapter,
+            system=parsed.system,
+            whole=False,
+            **_page(parsed),
+        )
     from tongwen.stages import chat
 
     return chat.run(
@@ -158,3 +216,30 @@ def _chat(parsed: argparse.Namespace) -> int:
         system=parsed.system,
         stream=not parsed.no_stream,
     )
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    from tongwen.stages import serve
+
+    return serve.run(
+        parsed.model,
+        parsed.adapter,
+        name=parsed.name,
+        host=parsed.host,
+        port=parsed.port,
+        queue=parsed.queue,
+        template=parsed.template,
+        thinking=parsed.thinking,
+        sampling=_sampling(parsed),
+    )
+
+
+def _web(parsed: argparse.Namespace) -> int:
+    from tongwen.stages import web
+
+    return web.run(parsed.folders, parsed.model, whole=True, **_page(parsed))
+
+
+def _page(parsed: argparse.Namespace) -> dict[str, Any]:
+    names = ("template", "thinking", "host", "port", "token")
+    return {name: getattr(parsed, name) for name in names}

@@ -187,15 +187,24 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
             place=place.name,
             remedy=say("fetch the model again, whole", "请重新完整下载模型"),
         )
-    for part in model.modules() if quantize else ():
-        if hasattr(part, "support_avx512bf16_for_cpu"):
-            # bitsandbytes repacks such weights when they are first read in eval mode, and never back: trained after
-            # that, no gradient passes them.
-            part.support_avx512bf16_for_cpu = False
+    if quantize:
+        _settle_quantised(model)
     if place.gguf:  # de-quantised: from here on an ordinary model
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model
+
+
+def _settle_quantised(model: Any) -> None:
+    """A quantised model as it can be trained, and without the file that it came from."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks such weights when they are first read in eval mode, and never back: trained after
+            # that, no gradient passes them.
+            module.support_avx512bf16_for_cpu = False
+    for part in model.parameters():
+        if part.is_floating_point():  # one tensor that lies in the mapped file would keep all of the file in memory
+            part.data = part.data.clone()
 
 
 def cached_folder(hub_id: str) -> Path | None:
@@ -403,15 +412,32 @@ def _from_modelscope(name: str) -> str:
         ) from None
 
 
+def adapter_folder(folder: Path) -> Path:
+    """Where an adapter's files are: there, or in the folder below into which the trainers of 2023 put them."""
+    if (folder / "adapter_config.json").is_file() or not folder.is_dir():
+        return folder
+    below = (folder / name for name in ("adapter_model", "sft_lora_model", "pt_lora_model"))
+    return next((place for place in below if place.is_dir()), folder)
+
+
+def no_adapter_config(folder: Path) -> ArtifactError:
+    """What is said of a folder without adapter_config.json: a bare file of tensors can get one."""
+    bare = next((name for name in ("adapter_model.bin", "pytorch_model.bin") if (folder / name).is_file()), None)
+    return ArtifactError(
+        say("no adapter_config.json in this folder", "文件夹里没有 adapter_config.json"),
+        place=str(folder),
+        remedy=f"tongwen migrate {folder} --alpha N --out {folder}-lora" if bare else "",
+    )
+
+
 def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, trainable: bool = False) -> Any:
     """The model with an adapter on it. Refuses an adapter that was trained on another base."""
     from peft import PeftModel
 
-    path = Path(folder)
+    path = adapter_folder(Path(folder))
+    folder = str(path)
     if not (path / "adapter_config.json").is_file():
-        raise ArtifactError(
-            say("no adapter_config.json in this folder", "文件夹里没有 adapter_config.json"), place=folder
-        )
+        raise no_adapter_config(path)
     stage = artifact.find(path)
     trained_on = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
     if trained_on and fingerprint_of_base and trained_on != fingerprint_of_base:

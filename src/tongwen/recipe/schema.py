@@ -109,6 +109,11 @@ class Source(Section):
     roles: dict[str, str] = word(
         {}, "the file's name of a role: ours, e.g. {Customer: user}", "角色名映射，如 {客户: user}"
     )
+    separator: str = word(
+        "\n",
+        "between instruction and input, instruct and query; BELLE had nothing there",
+        "instruction 与 input、instruct 与 query 之间的文字；BELLE 中没有",
+    )
     records: Literal["line", "paragraph", "file"] | None = word(
         None,
         "what one record of a text file is; absent: paragraphs where blank lines are frequent, else lines",
@@ -260,6 +265,11 @@ class Vocab(Section):
     """Extend the base's tokenizer with pieces of the target script, and grow the model's rows."""
 
     pieces: int = word(2000, "new pieces at most, learned from the documents", "从文档中学习的新词数上限", ge=0)
+    tokenizer: str | None = word(
+        None,
+        "instead of learning pieces: a SentencePiece tokenizer that was extended already (folder or file)",
+        "代替学习新词：已扩充好的 SentencePiece 分词器（文件夹或文件）",
+    )
     script: Literal[
         "han",
         "japanese",
@@ -302,6 +312,12 @@ class Vocab(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Vocab:
+        also = sorted(self.model_fields_set & {"pieces", "words", "special_tokens", "script"})
+        if self.tokenizer and also:
+            raise wrong(
+                f"`tokenizer` and `{also[0]}` exclude each other: pieces that are there, or pieces to be made",
+                f"`tokenizer` 与 `{also[0]}` 只能写一个：现成的词，或要新加的词",
+            )
         if not (self.pieces or self.words or self.special_tokens):
             raise wrong(
                 "`vocab` adds nothing: `pieces` is 0 and there are no `words` and `special_tokens`",
@@ -667,8 +683,8 @@ class Sft(Training):
 
     template: str = word(
         "own",
-        "own (the model's), chatml, alpaca, alpaca-zh, plain, or a .jinja file",
-        "own（模型自带）、chatml、alpaca、alpaca-zh、plain 或 .jinja 文件",
+        "own (the model's), chatml, alpaca, alpaca-zh, plain, one of an older project (docs/templates.md), or a .jinja file",
+        "own（模型自带）、chatml、alpaca、alpaca-zh、plain、旧项目的模板（docs/templates.md）或 .jinja 文件",
     )
     learn: Literal["assistant", "last_answer", "everything"] = word(
         "assistant", "which text counts in the loss", "哪些文字计入损失"
@@ -682,6 +698,11 @@ class Sft(Training):
         "reject",
         "what happens to longer samples: rejected; their oldest turns dropped; or then also the end of the question cut",
         "更长的样本：拒绝；丢弃最早的轮次；或再截断问题末尾",
+    )
+    legacy: bool = word(
+        False,
+        "tokens as the project of this template made them in 2023, defects included: docs/templates.md",
+        "按该模板的项目在 2023 年的做法切分，含其缺陷：见 docs/templates.md",
     )
     train_new_control_tokens: bool = word(
         True,
@@ -842,7 +863,7 @@ class Recipe(Section):
                 "`sft` needs `prepare: {dialogues: ...}`: the data that it learns from",
                 "`sft` 需要 `prepare: {dialogues: ...}` 提供训练数据",
             )
-        if self.vocab and self.vocab.pieces and not self.prepare:
+        if self.vocab and self.vocab.pieces and not self.vocab.tokenizer and not self.prepare:
             raise wrong(
                 "`vocab` needs `prepare: {documents: ...}`: the text that pieces are learned from",
                 "`vocab` 需要 `prepare: {documents: ...}` 提供学习新词的文本",

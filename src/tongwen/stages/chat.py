@@ -21,7 +21,7 @@ def run(
     stream: bool,
 ) -> int:
     """Talk until the user leaves."""
-    check(sampling)
+    Sampling().with_(**sampling)
     speaker = open_speaker(model, adapters, template, thinking)
 
     def reply(messages: list[dict[str, Any]], settings: dict[str, Any], heard: Callable[[int], None]) -> Iterator[str]:
@@ -30,14 +30,9 @@ def run(
     talk = Talk(
         reply=reply,
         count=lambda messages: len(speaker.prompt_ids(messages)),
-        check=check,
+        check=lambda settings: Sampling().with_(**settings),
         context=speaker.context,
         settings=sampling,
         stream=stream,
     )
     return converse(talk, name=model, system=system)
-
-
-def check(settings: dict[str, Any]) -> None:
-    """Raise TongwenError when these are no settings of an answer."""
-    Sampling().with_(**settings)

@@ -44,7 +44,7 @@ class Talk:
 
     reply: Callable[[Messages, dict[str, Any], Callable[[int], None]], Iterator[str]]
     count: Callable[[Messages], int]
-    check: Callable[[dict[str, Any]], None]
+    check: Callable[[dict[str, Any]], object]
     context: int
     settings: dict[str, Any]
     stream: bool = True
