@@ -395,6 +395,7 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # FSDP2 passes by what is stored as whole numbers
     )
 
 

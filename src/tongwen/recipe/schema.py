@@ -609,12 +609,11 @@ class Training(Section):
     def _check_sharing(self) -> None:
         """Raise for what would be computed wrongly, or not at all, on a part of a tensor."""
         stretches = self.stretches
-        parts = {part for one in stretches for part in one.parts}
-        masked = any("new_rows" in one.parts for one in stretches) and parts & {"embeddings", "full"}
+        rows = any("new_rows" in one.parts for one in stretches)
         reasons = (
             (self.optimizer != "adamw", f"optimizer: {self.optimizer}", "optimizer: adamw"),
             (self.adapter.method == "adalora", "method: adalora", "method: lora"),
-            (bool(masked), "new_rows", "train: lora+embeddings"),
+            (rows, "new_rows", "train: lora+embeddings"),
             (self.shares == "deepspeed" and len(stretches) > 1, "phases", "engine: fsdp2"),
             (self.quantizes and self.shares == "deepspeed", "method: qlora", "engine: fsdp2"),
             (self.quantizes and self.adapter.quantize == "int8", "quantize: int8", "quantize: nf4"),
