@@ -868,7 +868,7 @@ class Evaluate(Section):
         min_length=1,
     )
     before: bool = word(True, "score the recipe's base too", "也评测配方的底座")
-    batch_size: int = word(8, "questions answered at once", "同时回答几个问题", ge=1)
+    batch_size: int = word(32, "questions answered side by side, at most", "同时回答几个问题", ge=1)
     max_new_tokens: int = word(256, "tokens of an answer at most", "回答的最大 token 数", ge=1)
 
     @model_validator(mode="after")
