@@ -155,6 +155,12 @@ def _lone_sentencepiece(place: Place) -> Path | None:
     return file if file.is_file() and not file.with_name("tokenizer.json").is_file() else None
 
 
+def load_kind(place: Place) -> str:
+    """The model type that a folder's config.json says, read without transformers; "" without one."""
+    file = Path(place.folder) / "config.json"
+    return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")) if file.is_file() else ""
+
+
 def load_config(place: Place) -> Any:
     from transformers import AutoConfig
 
@@ -375,7 +381,7 @@ class explained:  # noqa: N801
             raise ModelError(
                 say("this model needs code of its own, which is never run", "该模型需要运行自带代码，本工具从不运行"),
                 place=self.place.name,
-                remedy=say("use a version that transformers supports itself", "请使用 transformers 原生支持的版本"),
+                remedy=self._without_its_code(),
             ) from None
         if (
             isinstance(error, (OSError, ValueError, KeyError, RuntimeError, TypeError))
@@ -389,6 +395,11 @@ class explained:  # noqa: N801
                 place=self.place.name,
                 remedy=say("check that the files are whole", "请检查文件是否完整"),
             ) from error
+
+    def _without_its_code(self) -> str:
+        if load_kind(self.place) == "baichuan":
+            return f"tongwen convert {self.place.name} --to hf --out {Path(self.place.folder).name}-llama"
+        return say("use a version that transformers supports itself", "请使用 transformers 原生支持的版本")
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:
