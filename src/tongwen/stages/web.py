@@ -50,8 +50,12 @@ def run(
     talk = Talk(known, models, voices.fit, voices.reply, system)
     if not whole:
         return serve(Bench(f"tongwen · {Path(models[0]).name}", talk), host, port)
-    bench = Bench("同文 tongwen", talk, _look(place), _words(place), _runs(place))
-    return serve(bench, host, port)
+    return serve(whole_bench(place, talk), host, port)
+
+
+def whole_bench(place: Workplace, talk: Talk) -> Bench:
+    """All tabs over what lies in these folders."""
+    return Bench("同文 tongwen", talk, _look(place), _words(place), _runs(place))
 
 
 class _Voices:
