@@ -217,6 +217,34 @@ def test_contradictory_files_are_refused(tongwen: Any, tmp_path: Path) -> None:
     assert code == 2 and "no file of an older project" in said and "hidden_size" in said
 
 
+def test_a_part_alone_is_no_recipe(tongwen: Any, tmp_path: Path) -> None:
+    lora = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0, "lora_target_modules": ["a"]}
+    code, _, said = tongwen("migrate", write(tmp_path, "lora.json", lora))
+    assert code == 2 and "no model is named" in said and "a part" in said
+    code, _, said = tongwen("migrate", "--", "python", "run_clm_sft_with_peft.py", "--model_name_or_path", "m")
+    assert code == 2 and "prepare" in said and "recipe.yaml" in said
+
+
+def test_several_machines_keep_their_torchrun(tongwen: Any) -> None:
+    line = [
+        "torchrun",
+        "--nnodes",
+        "2",
+        "--node_rank",
+        "0",
+        "--nproc_per_node",
+        "4",
+        "finetune.py",
+        "--base_model",
+        "x",
+    ]
+    code, out, _ = tongwen("migrate", "--", *line)
+    assert code == 0 and "torchrun --nnodes 2 --node_rank 0 --nproc_per_node 4 -m tongwen run RECIPE" in out
+    assert "batch_size: 128" in out  # 1 x 16 x 4 x 2
+    code, _, said = tongwen("migrate", "--run", "--", *line)
+    assert code == 2 and "one line on each" in said
+
+
 def test_llamafactorys_yaml(tongwen: Any, tmp_path: Path) -> None:
     file = tmp_path / "qwen.yaml"
     file.write_text(

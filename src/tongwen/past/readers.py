@@ -41,7 +41,7 @@ class Context:
 
     today:     (name of a model) -> its id today
     read_file: (path, flag that names it): its keys are read like flags
-    batch:     per_device, accumulate, devices, whole: what multiplies to the samples of a step
+    batch:     per_device, accumulate or shared, devices, machines, whole: what multiplies to the samples of a step
     launch:    options of a launcher on several machines
     lengths:   of the parts of a sample, which are added up when all are known
     fetch:     ids of adapters that have to be fetched first
@@ -186,7 +186,11 @@ def devices(context: Context, flag: str, value: Any) -> Any:
 
 
 def machines(context: Context, flag: str, value: Any) -> Any:
-    return Gone() if str(value) == "1" else several(context, flag, value)
+    if str(value) == "1":
+        return Gone()
+    if str(value).isdigit():
+        context.batch["machines"] = int(value)
+    return several(context, flag, value)
 
 
 def several(context: Context, flag: str, value: Any) -> Mended:

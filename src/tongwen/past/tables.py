@@ -68,6 +68,7 @@ class Program:
     always: Mapping[str, Any] = field(default_factory=dict)
     flags: Mapping[str, Rule] = field(default_factory=dict)
     prefixes: Mapping[str, Rule] = field(default_factory=dict)
+    finds_base: bool = False  # the base is named by the adapter
     trains: bool = False  # takes all of transformers' TrainingArguments
 
 
