@@ -34,6 +34,7 @@ from tongwen.model import attention, dress, load
 from tongwen.model.adalora import budget_of
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from tongwen.model.score import bits_per_byte, learned_loss
+from tongwen.model.special import mend_ends
 from tongwen.model.stack import open_stack
 from tongwen.recipe.load import dump
 from tongwen.recipe.schema import Forgetting, Pretrain, Recipe, Stretch, Training
@@ -208,7 +209,9 @@ def _open_pupil(course: Course, device: str, engine: Engine, adapter_steps: int)
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
         model, packed, fingerprint = _open(place, adapting.kept_in(trained, dtype), quantize)
     load.check_tokenizer(reader.tokenizer, model, place)
+    mend_ends(reader.tokenizer, model, course.base)
     _check_lengths(model.config, course)
+    audit.check_finite_base(model)
     stops = dress.stop_ids(reader.tokenizer, course.template, getattr(model, "generation_config", None))
     stops = stops or ((course.end,) if course.end is not None else ())
     set_seed(course.recipe.seed)

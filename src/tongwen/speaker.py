@@ -18,6 +18,7 @@ from tongwen.families import family_of
 from tongwen.infer.decode import Sampling, Voice
 from tongwen.language import say
 from tongwen.model import dress, load
+from tongwen.model.special import mend_ends
 from tongwen.model.stack import open_stack
 from tongwen.record import Message
 from tongwen.template import Template, set_apart
@@ -126,6 +127,7 @@ def open_speaker(
     with console.waiting(say(f"opening {model}", f"打开 {model}")):
         network, _ = open_stack(place, dtype)
     load.check_tokenizer(tokenizer, network, place)
+    mend_ends(tokenizer, network, model)
     network = network.to(device).eval()
     encoder = Encoder(tokenizer)
     if template == "auto":

@@ -125,9 +125,17 @@ def add_to(add: Add) -> None:
 
 
 def _add_page(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--host", default="127.0.0.1", help=say("web: address", "网页：地址"))
-    command.add_argument("--port", type=int, default=7860, help=say("web: port", "网页：端口"))
-    command.add_argument("--token", default="", help=say("web: instead of a generated one", "网页：代替自动生成的令牌"))
+    command.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help=say(
+            "web: another than loopback asks for a token in TONGWEN_API_KEY",
+            "网页：非本机地址需要 TONGWEN_API_KEY 中的令牌",
+        ),
+    )
+    command.add_argument(
+        "--port", type=int, default=7860, help=say("web: port; 0: a free one", "网页：端口；0：任一空闲端口")
+    )
 
 
 def _add_template(command: argparse.ArgumentParser, default: str) -> None:
@@ -241,5 +249,5 @@ def _web(parsed: argparse.Namespace) -> int:
 
 
 def _page(parsed: argparse.Namespace) -> dict[str, Any]:
-    names = ("template", "thinking", "host", "port", "token")
+    names = ("template", "thinking", "host", "port")
     return {name: getattr(parsed, name) for name in names}

@@ -116,10 +116,12 @@ def load_tokenizer(place: Place) -> Any:
     """The tokenizer of a model, as it stands. Raises ModelError or MachineError."""
     from transformers import AutoTokenizer
 
+    from tongwen.model import ranks, sentencepiece, special
+
     _make_known(place)
+    instead = special.instead_of_empty(Path(place.folder)) if place.local else {}
     with quiet(), explained(place):
-        tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
-    from tongwen.model import ranks, sentencepiece
+        tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **instead, **_gguf(place))
 
     if place.gguf:
         ranks.mend_gguf(tokenizer, Path(place.folder) / place.gguf)
@@ -166,8 +168,12 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
     the place are not opened (see `stack`). Raises ModelError when a weight would be random."""
     from transformers import AutoModelForCausalLM
 
-    _make_known(place)
-    how = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
+    from tongwen.model import special
+
+    how: dict[str, Any] = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
+    config = load_config(place)
+    if special.drop_outside(config, config.get_text_config().vocab_size, f"{place.name}/config.json"):
+        how["config"] = config
     with quiet(), explained(place):
         model, info = AutoModelForCausalLM.from_pretrained(
             place.folder,

@@ -19,7 +19,7 @@ from tongwen.errors import RecipeError, raise_all
 from tongwen.language import say
 from tongwen.recipe import engine_file
 from tongwen.recipe.old_names import OLD, OLD_REASONS, OWNED, training_arguments
-from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
+from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training, read_list
 
 Path_ = tuple[str | int, ...]  # where a value stands in the recipe: ("sft", "adapter", "rank")
 
@@ -110,12 +110,24 @@ def read(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, l
     for name, words in (("pretrain", Pretrain), ("sft", Sft)):
         if isinstance(data.get(name), dict):
             data[name] = _translate(data[name], (name,), words, data.get("devices", 1), reading)
+    _add_made(data)
     recipe = _validate(data, reading)
     raise_all(reading.problems)
     assert recipe is not None
     if not recipe.out:
         recipe = recipe.model_copy(update={"out": f"runs/{recipe.name}"})
     return recipe, reading.notices
+
+
+def _add_made(data: dict[str, Any]) -> None:
+    """What `synthesize` writes is one more input of `prepare`: it stands in the resolved recipe like any other."""
+    if data.get("synthesize") is None or not isinstance(prepare := data.get("prepare"), dict):
+        return
+    folder = data.get("out") or f"runs/{data.get('name')}"
+    made = {"path": f"{folder}/synthesize/dialogues.jsonl", "format": "messages"}
+    given = read_list(prepare.get("dialogues", []))
+    if isinstance(given, list) and not any(isinstance(one, dict) and one.get("path") == made["path"] for one in given):
+        data["prepare"] = {**prepare, "dialogues": [*given, made]}
 
 
 def from_words(data: Mapping[str, Any], command: str) -> Recipe:

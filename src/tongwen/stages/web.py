@@ -15,7 +15,7 @@ from tongwen.recipe.load import load
 from tongwen.river import holder
 from tongwen.speaker import Speaker, open_speaker
 from tongwen.template import SHIPPED
-from tongwen.ui.web.bench import Bench, Look, Picture, Runs, Talk, Words
+from tongwen.ui.web.bench import Bench, Look, Messages, Picture, Runs, Talk, Words
 from tongwen.vocab import measure
 from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
@@ -35,7 +35,6 @@ def run(
     thinking: str,
     host: str,
     port: int,
-    token: str,
 ) -> int:
     """Serve the page. models: what the chat opens with, one or two; adapters: of the first. whole: every tab, else the chat."""
     try:
@@ -47,11 +46,11 @@ def run(
     for name in models:
         voices.open(name)
     known = place.models if whole else lambda: list(models)
-    talk = Talk(known, models, voices.reply, system)
+    talk = Talk(known, models, voices.fit, voices.reply, system)
     if not whole:
-        return serve(Bench(f"tongwen · {Path(models[0]).name}", talk), host, port, token)
+        return serve(Bench(f"tongwen · {Path(models[0]).name}", talk), host, port)
     bench = Bench("同文 tongwen", talk, _look(place), _words(place), _runs(place))
-    return serve(bench, host, port, token)
+    return serve(bench, host, port)
 
 
 class _Voices:
@@ -71,18 +70,17 @@ class _Voices:
                 self.opened[name] = open_speaker(model, self.adapters.get(name, ()), self.template, self.thinking)
             return self.opened[name]
 
-    def reply(self, name: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> Iterator[str]:
+    def fit(self, name: str, messages: Messages, options: dict[str, Any]) -> Messages:
+        """Without the oldest whole turns, when the model does not see them all; the system message stays."""
         speaker = self.open(name)
-        room = speaker.voice.context - int(options["max_new_tokens"])
-        return speaker.stream(_fitting(speaker, messages, room), **options)
+        room = max(speaker.context - int(options["max_new_tokens"]), speaker.context // 2)
+        first = 1 if messages[0]["role"] == "system" else 0
+        while len(messages) - first > 2 and len(speaker.prompt_ids(messages)) > room:
+            messages = [*messages[:first], *messages[first + 2 :]]
+        return messages
 
-
-def _fitting(speaker: Speaker, messages: list[dict[str, Any]], room: int) -> list[dict[str, Any]]:
-    """Without the oldest whole turns, when the conversation is longer than the model sees; the system message stays."""
-    first = 1 if messages[0]["role"] == "system" else 0
-    while len(messages) - first > 2 and len(speaker.prompt_ids(messages)) > room:
-        messages = [*messages[:first], *messages[first + 2 :]]
-    return messages
+    def reply(self, name: str, messages: Messages, options: dict[str, Any]) -> Iterator[str]:
+        return self.open(name).stream(messages, **options)
 
 
 def _look(place: Workplace) -> Look:

@@ -253,7 +253,7 @@ class PlannedTrainer(Trainer):
         """The last moment before the step is taken."""
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.guard.look(self.state.global_step, norm, model, scaled=self.accelerator.scaler is not None)
+        self.guard.look(self.state.global_step, norm, model, scaled=self.accelerator.mixed_precision == "fp16")
         return norm
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -316,10 +316,11 @@ class PlannedTrainer(Trainer):
             return
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         scheduler.base_lrs = bases
-        for group, own, base, shape in zip(
-            self.optimizer.param_groups, words, bases, scheduler.lr_lambdas, strict=True
-        ):
-            group.update({**own, "lr": base * shape(scheduler.last_epoch)})
+        scheduler._last_lr = [
+            base * shape(scheduler.last_epoch) for base, shape in zip(bases, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, own, rate in zip(self.optimizer.param_groups, words, scheduler._last_lr, strict=True):
+            group.update({**own, "lr": rate})
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
