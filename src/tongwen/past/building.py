@@ -12,8 +12,9 @@ import yaml
 from tongwen.language import say
 from tongwen.past.reading import Reading
 from tongwen.past.tables import Program
-from tongwen.recipe.schema import Pretrain, Recipe, Sft
+from tongwen.recipe.schema import Pretrain, Recipe, Section, Sft, Synthesize
 
+SECTIONS: dict[str, type[Section]] = {"synthesize": Synthesize, "pretrain": Pretrain, "sft": Sft}
 POSITIONAL = ("MODEL", "SRC")
 
 
@@ -52,7 +53,7 @@ def build_recipe(reading: Reading, place: str) -> dict[str, Any]:
         for part in above:
             here = here.setdefault(part, {})
         here[last] = value
-    order = list(Pretrain.model_fields if section == "pretrain" else Sft.model_fields)
+    order = list(SECTIONS[section].model_fields)
     recipe[section] = dict(sorted(recipe.get(section, {}).items(), key=lambda pair: order.index(pair[0])))
     return {key: recipe[key] for key in Recipe.model_fields if key in recipe}
 

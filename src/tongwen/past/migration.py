@@ -158,7 +158,7 @@ def _program_line(words: tuple[str, ...], old: str, today: Today) -> Outcome:
         reading.take(launcher, _flags(rest[:at], reading, old), old)
     as_above = "..." in flags
     if not as_above:
-        reading.take(program, list(_flags(flags, reading, old)), old)
+        reading.take(program, list(_flags(flags, reading, old, program.positional)), old)
     raise_all(reading.problems)
     reading.notes += [
         spoken(one) for one in (program.note, launcher and "devices" not in reading.said and launcher.note) if one
@@ -223,9 +223,12 @@ def _choose(name: str, flags: Sequence[str]) -> Program:
     return unsigned[0] if given and unsigned else named[0]
 
 
-def _flags(words: Sequence[str], reading: Reading, place: str) -> Iterator[tuple[str, Any]]:
-    """(flag, value) of each option. A value that says something else than a flag belongs to the flag before it."""
+def _flags(
+    words: Sequence[str], reading: Reading, place: str, positional: Sequence[str] = ()
+) -> Iterator[tuple[str, Any]]:
+    """(flag, value) of each option. A word that is no flag belongs to the flag before it, or is the next positional one."""
     waiting: str | None = None
+    names = iter(positional)
     for word in words:
         if re.match(r"--?[A-Za-z]", word):
             if waiting is not None:
@@ -238,6 +241,8 @@ def _flags(words: Sequence[str], reading: Reading, place: str) -> Iterator[tuple
         elif waiting is not None:
             yield waiting, word
             waiting = None
+        elif name := next(names, ""):
+            yield name, word
         else:
             reading.wrong(
                 place,

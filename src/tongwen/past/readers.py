@@ -185,6 +185,12 @@ def devices(context: Context, flag: str, value: Any) -> Any:
     return int(value)
 
 
+def engine(context: Context, flag: str, value: Any) -> Any:
+    if context.batch.get("devices", 1) * context.batch.get("machines", 1) == 1:
+        return Gone(say("one device has nothing to share out", "单设备没有可分担的"))
+    return value
+
+
 def machines(context: Context, flag: str, value: Any) -> Any:
     if str(value) == "1":
         return Gone()
@@ -215,6 +221,10 @@ def file(context: Context, flag: str, value: Any) -> None:
 
 def folder(context: Context, flag: str, value: Any) -> str:
     return str(text(context, flag, value)).rstrip("/") or "."
+
+
+def stem(context: Context, flag: str, value: Any) -> str:
+    return str(Path(str(text(context, flag, value))).with_suffix(""))
 
 
 def model(context: Context, flag: str, value: Any) -> Any:
@@ -279,7 +289,7 @@ READERS: dict[str, Reader] = {
     "epochs": epochs, "steps": steps, "switch": switch, "list": items, "seed": seed, "choice": choice, "auto": auto,
     "targets": targets, "whole_embeddings": whole_embeddings, "template": template,
     "per_device": _factor("per_device"), "accumulate": _factor("accumulate"), "shared_accumulate": _factor("shared"),
-    "whole_batch": whole_batch, "devices": devices, "machines": machines, "several": several, "length_part": length_part,
+    "whole_batch": whole_batch, "devices": devices, "engine": engine, "stem": stem, "machines": machines, "several": several, "length_part": length_part,
     "file": file, "model": model, "trained": trained, "adapters": adapters, "data": data,
     "text_folder": _sources("*.txt", records="line"), "json_folder": _sources("*.json"), "train_folder": _sources("*train*.txt"),
     "tokenizer_file": _inside("{}/tokenizer.model"),

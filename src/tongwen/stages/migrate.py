@@ -147,4 +147,5 @@ def _fitting(one: Outcome) -> list[str]:
             f"devices: {here}，而非 {one.recipe['devices']}：本机没有更多设备；批大小不变",
         )
     )
-    return [f"devices={here}"]
+    alone = [f"{section}.engine=auto" for section in ("pretrain", "sft") if here == 1 and section in one.recipe]
+    return [f"devices={here}", *alone]
