@@ -100,7 +100,7 @@ class Pupil:
 
     def computing(self) -> Any:
         """The number type that the Trainer computes in, for what is computed outside of it."""
-        return torch.autocast(self.device, self.dtype, enabled=self.dtype == torch.bfloat16)
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
 
 
 @dataclass(frozen=True)
