@@ -1,4 +1,5 @@
-"""Write the pages that are made from the code: docs/cli*.md from `--help`, docs/recipe*.md from the schema.
+"""Write the pages that are made from the code: docs/cli*.md from `--help`, docs/recipe*.md from the schema, and the table of
+failures in docs/from-older-projects*.md.
 
 `python docs/generate.py` writes them; with `--check` it only says which are stale, and fails.
 """
@@ -18,7 +19,9 @@ def main() -> int:
     stale = []
     for language, ending in (("en", ""), ("zh", "_zh")):
         os.environ["TONGWEN_LANG"] = language
-        for name, text in (("cli", cli_page()), ("recipe", recipe_page())):
+        older = HERE / f"from-older-projects{ending}.md"
+        pages = {"cli": cli_page(), "recipe": recipe_page(), "from-older-projects": with_failures(older)}
+        for name, text in pages.items():
             file = HERE / f"{name}{ending}.md"
             if file.is_file() and file.read_text(encoding="utf-8") == text:
                 continue
@@ -53,6 +56,21 @@ def recipe_page() -> str:
     from tongwen.recipe.pages import to_markdown
 
     return to_markdown()
+
+
+def with_failures(file: Path) -> str:
+    """The page with its table made anew."""
+    from tongwen.language import say
+    from tongwen.past.failures import failures
+
+    start, end = "<!-- failures -->\n", "<!-- /failures -->"
+    text = file.read_text(encoding="utf-8")
+    head, rest = text.split(start)
+    rows = [say("| | what was seen | why | here |", "| | 现象 | 原因 | 此处 |"), "|---|---|---|---|"]
+    for one in failures().values():
+        cells = (one.id, *(say(*pair).replace("|", "\\|") for pair in (one.says, one.why, one.here)))
+        rows.append(f"| {' | '.join(cells)} |")
+    return f"{head}{start}\n" + "\n".join(rows) + f"\n\n{end}{rest.split(end)[1]}"
 
 
 if __name__ == "__main__":

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import builtins
+import json
+import os
+import pty
 import random
+import select
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer
-from tongwen.infer.decode import Incremental, Voice
-from tongwen.ui.terminal import converse
+from tongwen import cli
+from tongwen.errors import DataError, ModelError
+from tongwen.infer.decode import Incremental, Sampling, Voice
+from tongwen.ui.parting import Part, part_thinking, until
+from tongwen.ui.terminal import Talk, converse, visible
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
@@ -33,13 +43,30 @@ def test_streamed_pieces_are_whole_characters_and_add_up(kind: str, tmp_path: Pa
             assert not any("\ufffd" in piece for piece in pieces)
 
 
-def conversation(lines: list[str], monkeypatch: pytest.MonkeyPatch, **options: Any) -> list[list[dict[str, Any]]]:
-    asked: list[list[dict[str, Any]]] = []
-    waiting = iter(lines)
+class Spoken:
+    """A model that answers with what it is told to, and remembers what it was asked."""
 
-    def reply(messages: list[dict[str, Any]]) -> Any:
-        asked.append([dict(message) for message in messages])
-        yield f"答{len(asked)}"
+    def __init__(self, *answers: list[str]) -> None:
+        self.answers, self.asked, self.settings = list(answers), list[Any](), list[Any]()
+
+    def reply(self, messages: list[dict[str, Any]], settings: dict[str, Any], heard: Any) -> Iterator[str]:
+        self.asked.append([dict(message) for message in messages])
+        self.settings.append(settings)
+        pieces = self.answers.pop(0) if self.answers else [f"答{len(self.asked)}"]
+        for piece in pieces:
+            if piece == "^C":
+                raise KeyboardInterrupt
+            if piece == "too long":
+                raise ModelError(piece)
+            heard(0)
+            yield piece
+
+
+def conversation(
+    lines: list[str], monkeypatch: pytest.MonkeyPatch, spoken: Spoken | None = None, system: str = "", **options: Any
+) -> Spoken:
+    spoken = spoken or Spoken()
+    waiting = iter(lines)
 
     def read(prompt: str = "") -> str:
         try:
@@ -48,9 +75,14 @@ def conversation(lines: list[str], monkeypatch: pytest.MonkeyPatch, **options: A
             raise EOFError from None
 
     monkeypatch.setattr(builtins, "input", read)
-    choices: dict[str, Any] = {"name": "m", "system": "", "count": lambda messages: 0, "context": 100} | options
-    assert converse(reply, **choices) == 0
-    return asked
+    choices: dict[str, Any] = {
+        "count": lambda messages: 0,
+        "check": lambda settings: Sampling().with_(**settings),
+        "context": 100,
+        "settings": {"max_new_tokens": 1, "temperature": 0.0},
+    } | options
+    assert converse(Talk(reply=spoken.reply, **choices), name="m", system=system) == 0
+    return spoken
 
 
 def test_turns_are_remembered_and_commands_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -71,7 +103,7 @@ def test_turns_are_remembered_and_commands_work(monkeypatch: pytest.MonkeyPatch,
             "问5",
         ],
         monkeypatch,
-    )
+    ).asked
     assert [message["content"] for message in asked[1]] == ["问1", "答1", "问2"]
     assert asked[2] == asked[1], "/retry asks the same again"
     assert [message["content"] for message in asked[3]] == ["简短", "问3"]
@@ -81,8 +113,16 @@ def test_turns_are_remembered_and_commands_work(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_the_history_is_cut_by_whole_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = conversation(["问1", "问2", "问3"], monkeypatch, system="s", count=len, context=4)
+    asked = conversation(["问1", "问2", "问3"], monkeypatch, system="s", count=len, context=5).asked
     assert [message["content"] for message in asked[2]] == ["s", "问2", "答2", "问3"]
+
+
+def test_a_question_that_never_fits_costs_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count(messages: list[dict[str, Any]]) -> int:
+        return sum(len(message["content"]) for message in messages)
+
+    spoken = conversation(["问1", "长" * 1000, "问3"], monkeypatch, Spoken(["答1"], ["too long"]), count=count)
+    assert [message["content"] for message in spoken.asked[2]] == ["问1", "答1", "问3"]
 
 
 def test_an_answer_ends_with_a_whole_character(tmp_path: Path) -> None:
@@ -91,3 +131,149 @@ def test_an_answer_ends_with_a_whole_character(tmp_path: Path) -> None:
     ids = tokenizer("好龘", add_special_tokens=False)["input_ids"]
     assert voice.decode(ids) == "好龘"
     assert voice.decode(ids[:-1]) == "好"
+
+
+def test_settings_are_changed_and_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["/set temperature 0.7", "/set temperature 7", "/set warmth 1", "/set top_p x", "问"]
+    spoken = conversation(lines, monkeypatch)
+    assert spoken.settings == [{"max_new_tokens": 1, "temperature": 0.7}]
+    err = capsys.readouterr().err
+    assert "temperature: 7 is out of range" in err and "0 … 2" in err
+    assert "no such option: warmth" in err and "'x' is not a number" in err
+
+
+def test_an_answer_that_is_stopped_stays_in_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoken = conversation(["问1", "问2", "问3"], monkeypatch, Spoken(["一", "^C", "二"], ["^C"], ["三"]))
+    said = [message["content"] for message in spoken.asked[2]]
+    assert said == ["问1", "一", "问3"], "half an answer is remembered; a question without any is not"
+
+
+def test_an_error_costs_one_question(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    counted: list[int] = []
+
+    def count(messages: list[dict[str, Any]]) -> int:
+        counted.append(len(messages))
+        if len(counted) == 1:
+            raise DataError("the template refuses this dialogue")
+        return 0
+
+    spoken = conversation(["问1", "问2", "问3"], monkeypatch, count=count)
+    assert [message["content"] for message in spoken.asked[1]] == ["问1", "答1", "问3"]
+    assert "the template refuses this dialogue" in capsys.readouterr().err
+
+
+def test_thinking_is_folded_and_can_be_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "chat.json"
+    spoken = Spoken(["<thi", "nk>\n想想", "</th", "ink>\n\n", "答"])
+    conversation(["问", f"/save {file}"], monkeypatch, spoken)
+    out = capsys.readouterr().out
+    assert "想想" not in out and "thinking, 2 characters" in out and out.count("答") == 1
+    assert json.loads(file.read_text("utf-8"))["messages"][1] == {
+        "role": "assistant",
+        "content": "答",
+        "reasoning_content": "想想",
+    }
+    conversation(["问", "/thinking"], monkeypatch, Spoken(["<think>想想</think>答"]))
+    assert "想想" in capsys.readouterr().out
+
+
+def test_what_a_terminal_would_obey_is_printed_escaped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b]0;title\x07\x1b]8;;http://x\x1b\\\x1b]52;c;aGk=\x07\r\x9b31m\u202e\ud800"
+    for stream in (True, False):
+        conversation(["问"], monkeypatch, Spoken(list(evil + "好\n\t")), stream=stream)
+        out = capsys.readouterr().out
+        assert not set(out) & set("\x1b\x07\r\x9b\u202e\ud800"), "nothing is obeyed"
+        assert "\\x1b]0;title\\x07" in out and "好\n\t" in out
+    assert visible("龘👩‍👩‍👧 `x`\n\t") == "龘👩‍👩‍👧 `x`\n\t"
+
+
+def test_marks_are_found_however_the_pieces_are_cut() -> None:
+    rng = random.Random(0)
+    texts = [
+        "<think>想 < 想</thin</think>\n\n答 </think>",
+        "答<think>不是</think>",
+        " <think>没完</thi",
+        "<thi",
+        "  答",
+        "",
+    ]
+    for text in texts * 40:
+        cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(6)))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        parts = list(part_thinking(iter(pieces)))
+        whole = list(part_thinking(iter([text])))
+        for thinking in (True, False):
+            assert _joined(parts, thinking) == _joined(whole, thinking)
+        assert "".join(until(iter(pieces), ["</think>", "完"])) == text.split("</think>")[0].split("完")[0]
+    assert _joined(list(part_thinking(iter([texts[0]]))), True) == "想 < 想</thin"
+    assert _joined(list(part_thinking(iter([texts[0]]))), False) == "答 </think>"
+    assert _joined(list(part_thinking(iter([texts[4]]))), False) == "  答", "an answer is shown as it is"
+
+
+class Terminal:
+    """A terminal of 100 columns in which a command runs."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process, self.handle = pty.fork()
+        if not self.process:
+            try:
+                sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+                os.environ["TERM"] = "xterm"
+                os._exit(cli.main(arguments))
+            except BaseException:
+                os._exit(99)
+
+    def until(self, text: str) -> str:
+        """What comes out up to this text; where a program asks for the cursor's place, it is told one."""
+        out = b""
+        while text.encode() not in out:
+            assert select.select([self.handle], [], [], 60)[0], f"no {text!r} in {out.decode()!r}"
+            out += os.read(self.handle, 65536)
+            if b"\x1b[6n" in out:
+                self.write("\x1b[1;1R")
+                out = out.replace(b"\x1b[6n", b"")
+        return out.decode(errors="replace")
+
+    def write(self, text: str) -> None:
+        data = text.encode("utf-8", "surrogateescape")
+        while data:
+            data = data[os.write(self.handle, data[:4096]) :]
+
+    def close(self) -> int:
+        status = os.waitpid(self.process, 0)[1]
+        os.close(self.handle)
+        return os.waitstatus_to_exitcode(status)
+
+
+def test_typing_in_a_real_terminal(chat_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    terminal = Terminal("chat", str(chat_model), "--template", "chatml", "--max-new-tokens", "60", "--temperature", "1")
+    terminal.until("you ›")
+    terminal.write("你龘\x7f好\udcff\r")  # a wide character taken back, and a byte that is no text
+    terminal.until("characters/s")
+    terminal.until("you ›")
+    terminal.write("\x1b[200~" + "长" * 100_000 + "\x1b[201~\r")  # a paste
+    terminal.until("the model sees 512")
+    terminal.until("you ›")
+    terminal.write("再说\r")
+    terminal.until("再说")
+    time.sleep(0.2)
+    terminal.write("\x03")
+    terminal.until("characters/s")
+    terminal.until("you ›")
+    terminal.write(f"/save {file}\r")
+    terminal.until(file.name)
+    terminal.until("you ›")
+    terminal.write("\x04")
+    assert terminal.close() == 0
+    messages = json.loads(file.read_text("utf-8"))["messages"]
+    assert messages[0]["content"] == "你好\ufffd"
+    assert messages[1]["role"] == "assistant" and len(messages) in (2, 4), "the paste left no trace"
+
+
+def _joined(parts: list[Part], thinking: bool) -> str:
+    return "".join(part.text for part in parts if part.thinking == thinking)

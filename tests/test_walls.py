@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "tongwen"
-ROOMS = ("hub", "data", "vocab", "model", "train", "infer", "export", "ui")
+ROOMS = ("hub", "data", "vocab", "model", "train", "infer", "export", "ui", "past")
 HALL = (
     "errors",
     "language",
@@ -23,7 +23,25 @@ HALL = (
     "launch",
     "page",
 )
-UPPER = ("cli", "river", "lexicon", "growth", "lesson", "course", "speaker", "forms", "__main__", "__init__")
+UPPER = (
+    "cli",
+    "river",
+    "lexicon",
+    "growth",
+    "lesson",
+    "foresight",
+    "course",
+    "speaker",
+    "questions",
+    "likelihood",
+    "exam",
+    "forms",
+    "inspection",
+    "workplace",
+    "runs",
+    "__main__",
+    "__init__",
+)
 HEAVY = {
     "torch",
     "transformers",
@@ -35,6 +53,10 @@ HEAVY = {
     "gguf",
     "huggingface_hub",
     "tokenizers",
+    "sacrebleu",
+    "rouge_score",
+    "seqeval",
+    "jieba",
 }
 
 

@@ -90,6 +90,12 @@ class SeveralErrors(TongwenError):
         super().__init__("\n".join(error.text() for error in self.errors))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of a device did not suffice."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
 def raise_all(errors: Sequence[TongwenError]) -> None:
     """Raise nothing, the one error, or all of them together."""
     if len(errors) == 1:

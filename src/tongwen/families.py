@@ -1,46 +1,76 @@
 """Plain facts per model family that cannot be read off the model itself. One row each; code that a family needs
-lives in `model/families`."""
+lives in `model/families`, and docs/families.md is made from the rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+Words = tuple[str, str]  # English, Chinese
+
 
 @dataclass(frozen=True)
 class Family:
     """targets:    module names that the family's users train with LoRA (`targets: family`)
-    packs:      documents can be kept apart in one row (rotary positions, attention through transformers' interface)
-    why_not:    why it does not pack, in plain words
+    padded:     why documents cannot be kept apart in one row, so that batches are padded; None where they can (positions
+                that may begin anew, attention through transformers' interface)
+    dialogues_only: why it does not learn from plain text; None where it does
+    table:      positions are rows of a table: nothing longer can be computed
+    transposed: the file holds matrices (in, out), as GPT-2's Conv1D does
+    experts:    the adapter reaches fused experts, which lie one by one in the file: merged in memory
+    like_llama: layers compute what LLaMA's do, so base + adapters and merged are compared layer by layer
+    gguf:       llama.cpp's name of the architecture, where writing it is proven; "" else
+    vllm:       in vLLM's own list of architectures; it needs a GPU and is not run by the tests
     """
 
     targets: tuple[str, ...]
-    packs: bool = True
-    why_not: str = ""
+    padded: Words | None = None
+    dialogues_only: Words | None = None
+    table: bool = False
+    transposed: bool = False
+    experts: bool = False
+    like_llama: bool = False
+    gguf: str = ""
+    vllm: bool = True
 
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_ATTENTION),
-    "mistral": Family(_ATTENTION),
-    "qwen2": Family(_ATTENTION),
-    "qwen3": Family(_ATTENTION),
-    "gemma": Family(_ATTENTION),
-    "gemma2": Family(_ATTENTION, packs=False, why_not="soft-capped attention scores"),
-    "gemma3_text": Family(_ATTENTION),
-    "phi3": Family(("qkv_proj", "o_proj")),
+    "llama": Family(_ATTENTION, like_llama=True, gguf="llama"),
+    "mistral": Family(_ATTENTION, like_llama=True, gguf="llama"),
+    "qwen2": Family(_ATTENTION, like_llama=True, gguf="qwen2"),
+    "qwen3": Family(_ATTENTION, like_llama=True, gguf="qwen3"),
+    "qwen3_moe": Family(_ATTENTION, experts=True),
+    "deepseek_v2": Family(_LATENT, experts=True),
+    "deepseek_v3": Family(_LATENT, experts=True),
     "glm": Family(_ATTENTION),
     "glm4": Family(_ATTENTION),
-    "smollm3": Family(_ATTENTION),
-    "bloom": Family(("query_key_value",), packs=False, why_not="ALiBi adds a bias by absolute distance"),
-    "gpt2": Family(("c_attn",), packs=False, why_not="absolute positions in a table of fixed length"),
+    "chatglm": Family(
+        ("query_key_value",),
+        dialogues_only=(
+            "it is a prefix language model: what it learns stands behind <sop>",
+            "它是前缀语言模型：学习的内容须位于 <sop> 之后",
+        ),
+        vllm=False,
+    ),
+    "bloom": Family(("query_key_value",), padded=("ALiBi adds a bias by absolute distance", "ALiBi 按绝对距离加偏置")),
+    "gpt2": Family(("c_attn",), table=True, transposed=True),
     "gpt_neox": Family(("query_key_value",)),
+    "gemma": Family(_ATTENTION),
+    "gemma2": Family(_ATTENTION, padded=("soft-capped attention scores", "注意力分数有软上限")),
+    "gemma3_text": Family(_ATTENTION),
+    "phi3": Family(("qkv_proj", "o_proj")),
+    "smollm3": Family(_ATTENTION),
 }
 
 
 def family_of(model_type: str) -> Family | None:
     return FAMILIES.get(model_type)
 
+
+# What families call the end of a document, where it is not what ends an answer.
+ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>", "</s>")
 
 # How byte-level tokenizers cut a text before they merge, by llama.cpp's name (`tokenizer.ggml.pre`). The same words as in
 # GPT-4's pattern; digits alone (Qwen) or up to three together (Llama-3).

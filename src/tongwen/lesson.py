@@ -24,6 +24,7 @@ from tongwen.data import store as stores
 from tongwen.data.clean import han_share
 from tongwen.data.encode import Encoder, check_round_trip, check_store, describe, encode_dialogues, encode_documents
 from tongwen.data.ledger import Ledger, Rejected, table_rows
+from tongwen.data.legacy import LegacyEncoder
 from tongwen.data.mix import choose_held_out, draw, passes_of
 from tongwen.data.parts import iter_records, list_parts, load
 from tongwen.data.store import Batch, TokenStore
@@ -35,6 +36,7 @@ from tongwen.model import load as loading
 from tongwen.model.fingerprint import fingerprint_text, fingerprint_tokenizer
 from tongwen.recipe.schema import Pretrain, Recipe, Sft
 from tongwen.record import Dialogue, Document, Span
+from tongwen.river import inputs
 from tongwen.template import Template
 
 ROUND_TRIP = "round_trip.json"  # beside the tokens that it is about
@@ -84,7 +86,9 @@ class DialogueReader(Reader):
     def decides(self) -> dict[str, Any]:
         return {
             "template": fingerprint_text(self.template.source),
-            "settings": self.section.model_dump(mode="json", include={"learn", "thinking", "max_length", "too_long"}),
+            "settings": self.section.model_dump(
+                mode="json", include={"learn", "thinking", "max_length", "too_long", "legacy"}
+            ),
         }
 
     def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
@@ -175,10 +179,10 @@ def say_ledger(lesson: Lesson) -> None:
     if mask["round_trip"]["differ"]:
         console.notice(
             say(
-                "{differ} of {checked} samples do not decode to their own text: the tokenizer lacks characters".format(
+                "{differ} of {checked} samples do not decode to their own text: the tokenizer lacks or changes characters".format(
                     **mask["round_trip"]
                 ),
-                "{checked} 个样本中有 {differ} 个无法解码回原文：分词器缺少字符".format(**mask["round_trip"]),
+                "{checked} 个样本中有 {differ} 个无法解码回原文：分词器缺少或改变了字符".format(**mask["round_trip"]),
             )
         )
     if rejected:
@@ -193,7 +197,8 @@ def say_ledger(lesson: Lesson) -> None:
 
 def read_dialogues(base: str, section: Sft) -> DialogueReader:
     tokenizer = loading.load_tokenizer(loading.locate(base))
-    encoder = Encoder(tokenizer)
+    legacy = section.legacy
+    encoder = LegacyEncoder(tokenizer, section.template, section.max_length) if legacy else Encoder(tokenizer)
     return DialogueReader(tokenizer, encoder, dress.bind_template(section.template, tokenizer, encoder.prefix), section)
 
 
@@ -234,8 +239,7 @@ def new_rows_of(base: str) -> list[int]:
 def look_ahead(recipe: Recipe, reader: Reader) -> Lesson:
     """The recipe's records of the reader's kind, read, cleaned and encoded in memory. What is held out is left out, as far
     as it is known before the rows are compared."""
-    prepare = recipe.prepare
-    assert prepare
+    prepare = inputs(recipe)
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
     parts = list_parts(prepare, local_copy, console.notice)
     rows = list(iter_records(parts, prepare, reader.kind, console.notice))

@@ -63,11 +63,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<div class=scroll><table class=facts><tr>{line(head, 'th')}</tr>{body}</table></div>"
 
 
-def curve(points: list[tuple[float, float]], x_label: str, y_label: str) -> str:
-    """An inline SVG line with its running mean, four grid lines and labels."""
+def curve(
+    points: list[tuple[float, float]], x_label: str, y_label: str, *, width: int = 720, smooth: bool = True
+) -> str:
+    """An inline SVG line with its running mean, four grid lines and labels. width: of the drawing, which scales to its
+    place; smooth: whether the mean is what one looks at."""
     if not points:
         return ""
-    width, height, left, bottom, top = 720, 260, 56, 36, 10
+    height, left, bottom, top = 260, 56, 36, 10
     low, high = min(y for _, y in points), max(y for _, y in points)
     pad = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
     low, high = low - pad, high + pad
@@ -91,11 +94,11 @@ def curve(points: list[tuple[float, float]], x_label: str, y_label: str) -> str:
         anchor = "end" if part == 4 else "middle"
         grid.append(f'<text x="{x}" y="{height - bottom + 18}" text-anchor="{anchor}">{value:.0f}</text>')
     raw = " ".join(at(x, y) for x, y in points)
-    smooth = " ".join(at(x, y) for x, y in running_mean(points))
+    main = " ".join(at(x, y) for x, y in (running_mean(points) if smooth else points))
     return (
         f'<div class=scroll><svg viewBox="0 0 {width} {height}" role="img" font-size="12" fill="var(--soft)">{"".join(grid)}'
         f'<polyline points="{raw}" fill="none" stroke="var(--accent)" stroke-opacity=".3"/>'
-        f'<polyline points="{smooth}" fill="none" stroke="var(--accent)" stroke-width="2"/>'
+        f'<polyline points="{main}" fill="none" stroke="var(--accent)" stroke-width="2"/>'
         f'<text x="{width - 12}" y="{height - 2}" text-anchor="end">{html.escape(x_label)}</text>'
         f'<text x="{left + 6}" y="{top + 12}">{html.escape(y_label)}</text></svg></div>'
     )

@@ -15,13 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tongwen import artifact, console, gate, launch
 from tongwen.errors import MachineError, RecipeError, TongwenError
 from tongwen.language import say
 from tongwen.recipe.load import dump
-from tongwen.recipe.schema import STAGES, Recipe
+from tongwen.recipe.schema import STAGES, Prepare, Recipe
 
 TRAINING = ("pretrain", "sft")  # stages that run on all devices
+LOCK = ".lock"  # held by the process that runs in a folder, whose number it says
 MODELS = ("vocab", "pretrain", "sft")  # stages that leave a model, each standing on the one before
 
 
@@ -111,6 +114,17 @@ def standing_on(recipe: Recipe, stage: str, *, finished: bool = False) -> str:
     return recipe.base
 
 
+def inputs(recipe: Recipe) -> Prepare:
+    """What `prepare` reads, for those who only look: rows that `synthesize` has yet to make are left out, and said."""
+    assert recipe.prepare
+    made = Path(recipe.out) / "synthesize" / "dialogues.jsonl"
+    if recipe.synthesize is None or made.exists():
+        return recipe.prepare
+    console.notice(say("what synthesize is to make is not there yet", "synthesize 的数据尚未生成"))
+    there = [source for source in recipe.prepare.dialogues if Path(source.path) != made]
+    return recipe.prepare.model_copy(update={"dialogues": there})
+
+
 def _settings(recipe: Recipe, name: str) -> dict[str, Any]:
     module = importlib.import_module(f"tongwen.stages.{name}")
     return dict(json.loads(json.dumps(module.settings(recipe))))
@@ -129,7 +143,8 @@ def _find_unchanged(recipe: Recipe, name: str, out: Path, fork: bool) -> artifac
 
 
 def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str]) -> artifact.Artifact:
-    if name in TRAINING and recipe.devices > 1 and not launch.is_launched():
+    needs_group = name in TRAINING and (recipe.devices > 1 or getattr(recipe, name).shares)
+    if needs_group and not launch.is_launched():
         code = launch.torchrun(recipe.devices, ["run", *arguments, "--only", name])
         if code:
             raise Launched(code)
@@ -184,7 +199,7 @@ def _alone(out: Path) -> Iterator[None]:
         return
     import fcntl
 
-    with (out / ".lock").open("a+", encoding="utf-8") as stream:
+    with (out / LOCK).open("a+", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -200,4 +215,19 @@ def _alone(out: Path) -> Iterator[None]:
         stream.truncate(0)
         stream.write(f"{platform.node()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         stream.flush()
-        yield
+        try:
+            yield
+        finally:
+            stream.truncate(0)
+
+
+def holder(out: Path) -> int | None:
+    """The process of this machine that runs in a folder. The number that a killed one left there counts for nothing."""
+    try:
+        lock = out / LOCK
+        node, number, *_ = lock.read_text(encoding="utf-8").split(", ")
+        process = psutil.Process(int(number.removeprefix("process ")))
+        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= lock.stat().st_mtime + 1.0
+        return process.pid if alive and node == platform.node() else None
+    except (OSError, ValueError, psutil.Error):
+        return None

@@ -31,10 +31,14 @@ from tongwen.language import say
 from tongwen.record import Dialogue, Message, Span
 from tongwen.skeleton import SENTINEL, Skeleton, make_skeleton
 
-SHIPPED = ("chatml", "alpaca", "alpaca-zh", "plain")
+SHIPPED = (
+    "chatml", "alpaca", "alpaca-zh", "plain", "chatglm", "belle", "belle-v2", "alpaca-cla", "alpaca-llamacpp", "guanaco", "guanaco-v1", "guanaco-chat", "vicuna",
+)  # fmt: skip
 GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 # Noncharacters: Unicode keeps them out of text, so they can carry marks through a render.
 LEARN_FROM, LEARN_TO = "\ufdd0", "\ufdd1"
+# Stands between the characters of a control token that somebody only writes about: they are tokenised apart there.
+APART = "\ufdd3"
 
 
 class Generation(jinja2.ext.Extension):
@@ -83,9 +87,21 @@ def compile_template(source: str) -> jinja2.Template:
 def forbidden_in_text(special: tuple[str, ...]) -> tuple[str, re.Pattern[str]]:
     """What no row's own text may contain, the longest first, and the characters with which it begins."""
     tokens = sorted(filter(None, special), key=len, reverse=True)
-    marks = f"{LEARN_FROM}{LEARN_TO}{SENTINEL}"
+    marks = f"{LEARN_FROM}{LEARN_TO}{SENTINEL}{APART}"
     firsts = "".join(sorted({token[0] for token in tokens})) + marks
     return firsts, re.compile("|".join([f"[{marks}]", *map(re.escape, tokens)]))
+
+
+def set_apart(text: str, special: tuple[str, ...]) -> str:
+    """The text with APART inside every control token, so that it becomes ordinary tokens: what a user writes can neither
+    end a turn nor open one. Raises RowRefused for a noncharacter, and for a control token of one character."""
+
+    def spread(found: re.Match[str]) -> str:
+        if len(found[0]) == 1:
+            raise RowRefused("noncharacter_in_text", say(f"the text contains {found[0]!r}", f"文本中含有 {found[0]!r}"))
+        return APART.join(found[0])
+
+    return forbidden_in_text(special)[1].sub(spread, text)
 
 
 def shipped_source(name: str) -> str:
@@ -167,9 +183,17 @@ class Template:
     # -- rendering ------------------------------------------------------------------------------------------------
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), thinking: bool = False) -> str:
-        """The text up to the point where the model answers: what inference feeds, and what training calls prompt."""
-        self._refuse_control_tokens(messages)
-        return self._render(messages, tools, thinking, add_generation_prompt=True)
+        """The text up to the point where the model answers: what inference feeds, and what training calls prompt. A control
+        token in somebody's words is set apart, for `Encoder.encode_prompt`."""
+        apart = [
+            replace(
+                message,
+                content=set_apart(message.content, self.special),
+                thinking=message.thinking and set_apart(message.thinking, self.special),
+            )
+            for message in messages
+        ]
+        return self._render(apart, tools, thinking, add_generation_prompt=True)
 
     def samples(self, dialogue: Dialogue, learn: str = "assistant", thinking: str = "mixed") -> list[Rendered]:
         """The samples that a dialogue gives: one, or one per answer where the template treats earlier answers
@@ -372,7 +396,8 @@ class Template:
                 )
 
     def _with_stop(self) -> Template:
-        """Find what ends an answer: the first special token after the first of two answers."""
+        """Find what ends an answer: the first special token after the first of two answers, or after the last one where
+        earlier answers are written without."""
         ask, reply = Message("user", "A"), Message("assistant", SENTINEL)
         try:
             one = self._render([ask, reply], (), False)
@@ -387,8 +412,9 @@ class Template:
                     "choose another template, for example `template: chatml`", "换用其他模板，如 `template: chatml`"
                 ),
             )
-        between = two.split(SENTINEL)[1].lstrip()
+        between, last = two.split(SENTINEL)[1].lstrip(), one.split(SENTINEL)[1].lstrip()
         found = [token for token in self.special if token and between.startswith(token)]
+        found = found or [token for token in self.special if token and last.startswith(token)]
         if not found:
             raise ModelError(
                 say(
@@ -399,7 +425,7 @@ class Template:
                 remedy=say(f"choose one of: {', '.join(SHIPPED)}", f"可选：{'、'.join(SHIPPED)}"),
             )
         stop = max(found, key=len)
-        return replace(self, stop=stop, appended=not one.split(SENTINEL)[1].lstrip().startswith(stop))
+        return replace(self, stop=stop, appended=not last.startswith(stop))
 
     def _check_expressible(self) -> None:
         """Control tokens that the template writes must be single tokens of this tokenizer."""

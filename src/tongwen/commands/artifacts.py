@@ -200,7 +200,15 @@ def add_to(add: Add) -> None:
     )
     command = add("show", say("what an artifact is and how it was made", "这个文件夹是什么、怎么来的"), _show)
     command.add_argument("path", help=say("folder", "文件夹"))
-    add("doctor", say("what this machine can do, and what it can reach", "这台机器能做什么、能连到哪里"), _doctor)
+    command = add(
+        "doctor",
+        say(
+            "what this machine can do, and what it can reach; or what became of an old failure",
+            "这台机器能做什么、能连到哪里；或某个旧故障如今怎样",
+        ),
+        _doctor,
+    )
+    command.add_argument("failure", nargs="?", default="", metavar="F-02", help=say("F-01 to F-48", "F-01 至 F-48"))
 
 
 def _fetch(parsed: argparse.Namespace) -> int:
@@ -275,4 +283,4 @@ def _show(parsed: argparse.Namespace) -> int:
 def _doctor(parsed: argparse.Namespace) -> int:
     from tongwen.stages import doctor
 
-    return doctor.run()
+    return doctor.explain(parsed.failure) if parsed.failure else doctor.run()

@@ -26,7 +26,7 @@ from tongwen.errors import DataError, ModelError, RowRefused
 from tongwen.language import say
 from tongwen.recipe.schema import Sft
 from tongwen.record import Dialogue, Document, Message, Span
-from tongwen.template import Rendered, Template
+from tongwen.template import APART, Rendered, Template
 
 ANCHORS = ("\n", ":", "a")
 BATCH = 1000  # dialogues tokenised in one call of the tokenizer library
@@ -50,6 +50,8 @@ class Encoder:
 
     tokenizer: a fast transformers tokenizer
     prefix:    ids that the tokenizer itself puts before a text, such as `<s>`; said exactly once
+    anchor:    what a continuation is tokenised behind; "" where that is as it stands, or where the model was trained with
+               answers that begin as a text does (ChatGLM)
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -63,7 +65,7 @@ class Encoder:
         self.fast: FastEncoder | None = None
         self._fast_was_sought = False
         self.prefix = prefix_of(tokenizer)
-        self.anchor = self._find_anchor()
+        self.anchor = "" if getattr(tokenizer, "answers_begin_anew", False) else self._find_anchor()
 
     def _ids(self, texts: list[str]) -> list[Ids]:
         if not self._fast_was_sought and len(texts) >= MANY:
@@ -154,8 +156,17 @@ class Encoder:
         return self._ids(texts)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt, as training sees the same text before an answer."""
-        return [int(index) for piece in self.encode([[Span(text, False)]])[0] for index in piece.ids]
+        """Ids of a prompt, as training sees the same text before an answer; tokenised apart where it says APART."""
+        first, *rest = text.split(APART)
+        ids = [index for piece in self.encode([[Span(first, False)]])[0] for index in piece.ids]
+        for part in rest:
+            piece = self._ids([self.anchor + part])[0]
+            ids += self._continue(part, piece) if self.anchor else piece
+        return [int(index) for index in ids]
+
+    def keeps_stop(self, pieces: Sequence[Piece]) -> bool:
+        """Whether the stop of a sample's last answer is among its tokens: always, but for the scripts of 2023."""
+        return True
 
     def with_prefix(self, pieces: list[Piece]) -> list[Piece]:
         """The tokenizer's own prefix exactly once, whether or not the template writes it."""
@@ -253,7 +264,12 @@ def _fitting(
             reject(Rejected(dialogue.origin, error.reason, error.rule, dialogue.to_dict()))
     encoded = encoder.encode([sample.spans for _, sample in rendered])
     samples = [
-        _Sample(number, pieces, sample.teaches_to_stop, sum([len(piece.ids) for piece in pieces]))
+        _Sample(
+            number,
+            pieces,
+            sample.teaches_to_stop and encoder.keeps_stop(pieces),
+            sum([len(piece.ids) for piece in pieces]),
+        )
         for (number, sample), pieces in zip(rendered, encoded, strict=True)
     ]
     shares = np.bincount([sample.dialogue for sample in samples], minlength=len(chunk)).tolist()
@@ -522,12 +538,15 @@ def token_bytes(tokenizer: Any) -> np.ndarray:
     sizes = np.zeros(max(pieces.values()) + 1, dtype=np.int32)
     special = set(tokenizer.all_special_ids)
     added = getattr(tokenizer, "added_tokens_decoder", {})
+    written = getattr(tokenizer, "written", {})  # what ChatGLM has pieces of other names for: line ends, runs of blanks
     special |= {index for index, token in added.items() if token.special}
     sentencepiece = any(piece.startswith("\u2581") for piece in pieces) and "Ġ" not in pieces
     for piece, index in pieces.items():
         if index in special:
             continue
-        if index in added:
+        if piece in written:
+            sizes[index] = len(written[piece])
+        elif index in added:
             sizes[index] = len(str(added[index].content).encode())
         elif sentencepiece:
             is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")

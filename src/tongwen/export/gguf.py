@@ -39,6 +39,13 @@ def check_type(kind: str) -> None:
         )
 
 
+def bytes_per_weight(kind: str) -> float:
+    """Of most tensors in a file of this number type."""
+    gguf = _library()
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kquants.KINDS.get(kind, kind.upper())]]
+    return float(size / block)
+
+
 def check_model(tensors: Tensors, config: Mapping[str, Any]) -> None:
     """Raise ModelError for a family, a tensor or a way to stretch positions that llama.cpp would not compute alike."""
     _names(tensors, config)

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from queue import Queue
 from typing import Any
 
 import torch
 
-from tongwen.errors import ModelError, NumbersError
+from tongwen.errors import ModelError, NumbersError, RecipeError
 from tongwen.language import say
+
+# option: (least, most)
+RANGES = {
+    "max_new_tokens": (1, 1 << 20),
+    "temperature": (0, 2),
+    "top_p": (1e-6, 1),
+    "top_k": (0, 1 << 20),
+    "repetition_penalty": (0.01, 10),
+}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0: the likeliest, always the same answer."""
+    """How the next token is chosen. temperature 0: the likeliest, always the same answer. Raises RecipeError for an option
+    outside its range."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -24,6 +34,15 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in RANGES.items():
+            if not least <= getattr(self, name) <= most:
+                raise RecipeError(
+                    say(f"{getattr(self, name)} is out of range", f"{getattr(self, name)} 超出范围"),
+                    place=name,
+                    remedy=f"{least} … {most}",
+                )
 
     def to_generate(self) -> dict[str, Any]:
         """Arguments of `generate`."""
@@ -53,6 +72,11 @@ class Voice:
     stop_ids: tuple[int, ...]
     context: int
 
+    @property
+    def mend(self) -> Callable[[str], str] | None:
+        """What a tokenizer could not write (ChatGLM's full-width punctuation), character for character."""
+        return getattr(self.tokenizer, "mend_answer", None)
+
     def answer(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[int]]:
         """New token ids for each prompt, without the stop token. Prompts are padded on the left by their lengths."""
         for prompt in prompts:
@@ -67,8 +91,11 @@ class Voice:
         out = self._generate(ids, mask, sampling)[:, longest:].tolist()
         return [self._until_stop(row) for row in out]
 
-    def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[str]:
-        """The answer's text in pieces; together they are exactly the decoded answer."""
+    def stream(
+        self, prompt: list[int], sampling: Sampling, heard: Callable[[int], None] = lambda index: None
+    ) -> Iterator[str]:
+        """The answer's text in pieces; together they are exactly the decoded answer. heard: called with every new token,
+        the stop token included; what it raises ends the answer."""
         self._check_fits(prompt, sampling)
         ids = torch.tensor([prompt], device=self.model.device)
         queue: Queue[Any] = Queue()
@@ -85,25 +112,42 @@ class Voice:
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        text = Incremental(self.tokenizer)
         try:
-            while (item := queue.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                if item in self.stop_ids:
-                    continue
-                if piece := text.add(item):
-                    yield piece
-            if piece := text.rest():
-                yield piece
+            yield from self._mended(self._pieces(queue, heard))
         finally:
             cancel.set()
             thread.join()
 
+    def _pieces(self, queue: Queue[Any], heard: Callable[[int], None]) -> Iterator[str]:
+        text = Incremental(self.tokenizer)
+        while (item := queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            heard(item)
+            if item in self.stop_ids:
+                continue
+            if piece := text.add(item):
+                yield piece
+        if piece := text.rest():
+            yield piece
+
+    def _mended(self, pieces: Iterator[str]) -> Iterator[str]:
+        """As `decode` mends the whole: what becomes of a character may depend on the next one, so one is held back."""
+        if self.mend is None:
+            yield from pieces
+            return
+        text, shown = "", 0
+        for piece in pieces:
+            text += piece
+            if shown < len(text) - 1:
+                yield self.mend(text)[shown : len(text) - 1]
+                shown = len(text) - 1
+        yield self.mend(text)[shown:]
+
     def decode(self, ids: list[int]) -> str:
         """The text of an answer; a character that was cut in the middle, by max_new_tokens, is left out."""
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        return text.rstrip("\ufffd")
+        return self.mend(text.rstrip("\ufffd")) if self.mend else text.rstrip("\ufffd")
 
     def _generate(
         self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, streamer: Any = None, cancel: Any = None
@@ -112,6 +156,8 @@ class Voice:
 
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
+        room = self.context - ids.shape[1]
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         config = GenerationConfig(
             eos_token_id=list(self.stop_ids), pad_token_id=self.stop_ids[0], use_cache=True, **sampling.to_generate()
         )

@@ -24,10 +24,11 @@ def documents_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
+    prefix_lengths: torch.Tensor | None = None,
     sliding_window: int | None = None,
     **extra: Any,
 ) -> tuple[torch.Tensor, None]:
-    """(1, T, heads, head_dim). Raises RuntimeError where it could only be wrong: no borders, or scores that the
+    """(1, T, heads, head_dim). prefix_lengths: (D,) tokens from a document's beginning that all of it sees. Raises RuntimeError where it could only be wrong: no borders, or scores that the
     architecture changes in a way that this function does not know."""
     if cu_seq_lens_q is None:
         raise RuntimeError("documents_attention needs cu_seq_lens_q; for generation use attn_implementation='sdpa'")
@@ -36,19 +37,21 @@ def documents_attention(
             raise RuntimeError(f"documents_attention does not know {unknown!r}, which this architecture uses")
     lengths = cu_seq_lens_q.diff().tolist()
     grouped = query.shape[1] != key.shape[1]
+    prefixes = prefix_lengths.tolist() if prefix_lengths is not None else [0] * len(lengths)
     parts = []
     # Split, not sliced: the backward of a slice writes and adds a whole pack of zeros for each document.
     documents = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
-    for length, (queries, keys, values) in zip(lengths, documents, strict=True):
+    for length, prefix, (queries, keys, values) in zip(lengths, prefixes, documents, strict=True):
         window = sliding_window if sliding_window and length > sliding_window else None
+        mask = _band(length, window, prefix, query.device) if window or prefix else None
         parts.append(
             scaled_dot_product_attention(
                 queries,
                 keys,
                 values,
-                attn_mask=_band(length, window, query.device) if window else None,
+                attn_mask=mask,
                 dropout_p=dropout,
-                is_causal=window is None,
+                is_causal=mask is None,
                 scale=scaling,
                 enable_gqa=grouped,
             )
@@ -64,7 +67,11 @@ def register() -> str:
     return NAME
 
 
-def _band(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """(length, length) bool: each token sees itself and the window - 1 tokens before it."""
-    ones = torch.ones(length, length, dtype=torch.bool, device=device)
-    return ones.tril() & ones.triu(1 - window)
+def _band(length: int, window: int | None, prefix: int, device: torch.device) -> torch.Tensor:
+    """(length, length) bool: each token sees itself, the window - 1 tokens before it (all of them without a window), and
+    the prefix."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    if window:
+        seen = seen.triu(1 - window)
+    seen[:, :prefix] = True
+    return seen

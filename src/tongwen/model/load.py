@@ -7,6 +7,7 @@ more tokens than the embedding has rows. No remote code runs, and no pickle beyo
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
@@ -115,9 +116,12 @@ def load_tokenizer(place: Place) -> Any:
     """The tokenizer of a model, as it stands. Raises ModelError or MachineError."""
     from transformers import AutoTokenizer
 
+    from tongwen.model import ranks, sentencepiece, special
+
+    _make_known(place)
+    instead = special.instead_of_empty(Path(place.folder)) if place.local else {}
     with quiet(), explained(place):
-        tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
-    from tongwen.model import ranks, sentencepiece
+        tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **instead, **_gguf(place))
 
     if place.gguf:
         ranks.mend_gguf(tokenizer, Path(place.folder) / place.gguf)
@@ -125,6 +129,16 @@ def load_tokenizer(place: Place) -> Any:
     if file is None:
         return tokenizer
     return tokenizer if ranks.read_ranks(file) else sentencepiece.mended(tokenizer, file)
+
+
+def _make_known(place: Place) -> None:
+    """Import the family that transformers does not have itself, where a folder names it. What only a hub has read is not
+    known yet, so there it is always imported (a second)."""
+    files = (Path(place.folder) / name for name in ("config.json", "tokenizer_config.json"))
+    if not place.local or any(
+        "chatglm" in file.read_text(encoding="utf-8").lower() for file in files if file.is_file()
+    ):
+        importlib.import_module("tongwen.model.families.chatglm")
 
 
 def _lone_sentencepiece(place: Place) -> Path | None:
@@ -144,6 +158,7 @@ def _lone_sentencepiece(place: Place) -> Path | None:
 def load_config(place: Place) -> Any:
     from transformers import AutoConfig
 
+    _make_known(place)
     with quiet(), explained(place):
         return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
 
@@ -153,7 +168,12 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
     the place are not opened (see `stack`). Raises ModelError when a weight would be random."""
     from transformers import AutoModelForCausalLM
 
-    how = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
+    from tongwen.model import special
+
+    how: dict[str, Any] = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
+    config = load_config(place)
+    if special.drop_outside(config, config.get_text_config().vocab_size, f"{place.name}/config.json"):
+        how["config"] = config
     with quiet(), explained(place):
         model, info = AutoModelForCausalLM.from_pretrained(
             place.folder,
@@ -173,15 +193,24 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
             place=place.name,
             remedy=say("fetch the model again, whole", "请重新完整下载模型"),
         )
-    for part in model.modules() if quantize else ():
-        if hasattr(part, "support_avx512bf16_for_cpu"):
-            # bitsandbytes repacks such weights when they are first read in eval mode, and never back: trained after
-            # that, no gradient passes them.
-            part.support_avx512bf16_for_cpu = False
+    if quantize:
+        _settle_quantised(model)
     if place.gguf:  # de-quantised: from here on an ordinary model
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model
+
+
+def _settle_quantised(model: Any) -> None:
+    """A quantised model as it can be trained, and without the file that it came from."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks such weights when they are first read in eval mode, and never back: trained after
+            # that, no gradient passes them.
+            module.support_avx512bf16_for_cpu = False
+    for part in model.parameters():
+        if part.is_floating_point():  # one tensor that lies in the mapped file would keep all of the file in memory
+            part.data = part.data.clone()
 
 
 def cached_folder(hub_id: str) -> Path | None:
@@ -372,6 +401,7 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # FSDP2 passes by what is stored as whole numbers
     )
 
 
@@ -394,15 +424,32 @@ def _from_modelscope(name: str) -> str:
         ) from None
 
 
+def adapter_folder(folder: Path) -> Path:
+    """Where an adapter's files are: there, or in the folder below into which the trainers of 2023 put them."""
+    if (folder / "adapter_config.json").is_file() or not folder.is_dir():
+        return folder
+    below = (folder / name for name in ("adapter_model", "sft_lora_model", "pt_lora_model"))
+    return next((place for place in below if place.is_dir()), folder)
+
+
+def no_adapter_config(folder: Path) -> ArtifactError:
+    """What is said of a folder without adapter_config.json: a bare file of tensors can get one."""
+    bare = next((name for name in ("adapter_model.bin", "pytorch_model.bin") if (folder / name).is_file()), None)
+    return ArtifactError(
+        say("no adapter_config.json in this folder", "文件夹里没有 adapter_config.json"),
+        place=str(folder),
+        remedy=f"tongwen migrate {folder} --alpha N --out {folder}-lora" if bare else "",
+    )
+
+
 def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, trainable: bool = False) -> Any:
     """The model with an adapter on it. Refuses an adapter that was trained on another base."""
     from peft import PeftModel
 
-    path = Path(folder)
+    path = adapter_folder(Path(folder))
+    folder = str(path)
     if not (path / "adapter_config.json").is_file():
-        raise ArtifactError(
-            say("no adapter_config.json in this folder", "文件夹里没有 adapter_config.json"), place=folder
-        )
+        raise no_adapter_config(path)
     stage = artifact.find(path)
     trained_on = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
     if trained_on and fingerprint_of_base and trained_on != fingerprint_of_base:

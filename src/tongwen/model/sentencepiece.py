@@ -71,7 +71,7 @@ def fast_form(model: Any) -> Tokenizer:
             byte_fallback=spec.byte_fallback,
         )
     )
-    tokenizer.normalizer = _normalizer(model.normalizer_spec)
+    tokenizer.normalizer = normalizer_of(model.normalizer_spec)
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace(BLANK, " "),
@@ -133,7 +133,7 @@ def _merges(model: Any) -> list[tuple[str, str]]:
     return [(left, right) for _, left, right in out]
 
 
-def _normalizer(spec: Any) -> Any:
+def normalizer_of(spec: Any) -> Any:
     steps: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ValidationError
 
 from tongwen.errors import RecipeError, raise_all
 from tongwen.language import say
+from tongwen.recipe import engine_file
 from tongwen.recipe.old_names import OLD, OLD_REASONS, OWNED, training_arguments
-from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
+from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training, read_list
 
 Path_ = tuple[str | int, ...]  # where a value stands in the recipe: ("sft", "adapter", "rank")
 
@@ -104,12 +105,33 @@ def load(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[
     for name, words in (("pretrain", Pretrain), ("sft", Sft)):
         if isinstance(data.get(name), dict):
             data[name] = _translate(data[name], (name,), words, data.get("devices", 1), reading)
+    _add_made(data)
     recipe = _validate(data, reading)
     raise_all(reading.problems)
     assert recipe is not None
     if not recipe.out:
         recipe = recipe.model_copy(update={"out": f"runs/{recipe.name}"})
     return recipe, reading.notices
+
+
+def _add_made(data: dict[str, Any]) -> None:
+    """What `synthesize` writes is one more input of `prepare`: it stands in the resolved recipe like any other."""
+    if data.get("synthesize") is None or not isinstance(prepare := data.get("prepare"), dict):
+        return
+    folder = data.get("out") or f"runs/{data.get('name')}"
+    made = {"path": f"{folder}/synthesize/dialogues.jsonl", "format": "messages"}
+    given = read_list(prepare.get("dialogues", []))
+    if isinstance(given, list) and not any(isinstance(one, dict) and one.get("path") == made["path"] for one in given):
+        data["prepare"] = {**prepare, "dialogues": [*given, made]}
+
+
+def from_words(data: Mapping[str, Any], command: str) -> Recipe:
+    """The recipe that a command line's own words make. Raises as `load` does; what is wrong stands at the command."""
+    reading = Reading(command)
+    recipe = _validate(data, reading)
+    raise_all(reading.problems)
+    assert recipe is not None
+    return recipe
 
 
 def dump(recipe: Recipe) -> str:
@@ -208,7 +230,38 @@ def _translate(
         if key in OLD and key not in words.model_fields:
             _translate_old(section, section, key, (*path, key), reading)
     _convert_batch(section, path, devices, reading)
+    if str(section.get("engine", "")).endswith((".json", ".yaml", ".yml")):
+        _hear_engine(section, path, devices, reading)
     return section
+
+
+def _hear_engine(section: dict[str, Any], path: Path_, devices: Any, reading: Reading) -> None:
+    """What a user's engine file says of batch, optimizer, schedule and precision becomes the recipe's words, aloud."""
+    here = (*path, "engine")
+    try:
+        told = engine_file.read(section["engine"], devices if isinstance(devices, int) else 1)
+    except RecipeError as error:
+        reading.problems.append(error)
+        return
+    section["trainer"] = {**told.trainer, **(section.get("trainer") or {})}
+    for key, value in told.words.items():
+        if section.get(key, value) != value:
+            reading.wrong(
+                (*path, key),
+                say(
+                    f"the recipe says {section[key]!r}, {section['engine']} says {value!r}",
+                    f"配方为 {section[key]!r}，而 {section['engine']} 为 {value!r}",
+                ),
+                say('write "auto" in that file, or the same value', '请在该文件中写 "auto"，或改为相同的值'),
+            )
+            continue
+        section[key] = value
+        reading.places.setdefault((*path, key), section["engine"])
+        reading.notices.append(f"{section['engine']} → `{key}: {value}`")
+    if told.dropped:
+        reading.notices.append(
+            f"{reading.place(here)}: " + say("without effect here: ", "在此不起作用：") + ", ".join(told.dropped)
+        )
 
 
 def _translate_old(section: dict[str, Any], holder: dict[str, Any], key: str, here: Path_, reading: Reading) -> None:

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from tongwen.language import say
 
 # The order in which the stages run. A section that is absent does not run.
-STAGES = ("prepare", "vocab", "pretrain", "sft", "merge", "export")
+STAGES = ("synthesize", "prepare", "vocab", "pretrain", "sft", "merge", "evaluate", "export")
 
 
 def word(default: Any, en: str, zh: str, *, free: bool = False, **limits: Any) -> Any:
@@ -109,6 +109,11 @@ class Source(Section):
     roles: dict[str, str] = word(
         {}, "the file's name of a role: ours, e.g. {Customer: user}", "角色名映射，如 {客户: user}"
     )
+    separator: str = word(
+        "\n",
+        "between instruction and input, instruct and query; BELLE had nothing there",
+        "instruction 与 input、instruct 与 query 之间的文字；BELLE 中没有",
+    )
     records: Literal["line", "paragraph", "file"] | None = word(
         None,
         "what one record of a text file is; absent: paragraphs where blank lines are frequent, else lines",
@@ -145,6 +150,84 @@ class Source(Section):
 
 
 Sources = Annotated[list[Annotated[Source, BeforeValidator(read_source)]], BeforeValidator(read_list)]
+
+
+class Spending(Section):
+    """What `synthesize` may use at most; it stops before it would go beyond."""
+
+    requests: int | None = word(None, "requests", "请求次数", ge=1)
+    tokens: int | None = word(None, "tokens, of prompts and answers together", "token 数，提示与回答合计", ge=1)
+    money: Number | None = word(None, "money, in the unit of `price`", "金额，单位同 `price`", gt=0)
+
+
+class Price(Section):
+    """What a million tokens cost."""
+
+    input: Number = word(..., "a million tokens of prompts", "一百万提示 token", ge=0)
+    output: Number = word(..., "a million tokens of answers", "一百万回答 token", ge=0)
+
+
+class Synthesize(Section):
+    """Dialogues written by another model, through an OpenAI-compatible endpoint; one more input of `prepare`."""
+
+    endpoint: str = word(..., "base URL, as https://api.deepseek.com/v1", "接口地址，如 https://api.deepseek.com/v1")
+    model: str = word(..., "the model's name there", "接口上的模型名")
+    key: str = word(
+        "OPENAI_API_KEY",
+        "environment variable that holds the key; the key itself stands in no file",
+        "存放密钥的环境变量；密钥不写入任何文件",
+        pattern=r"^[A-Z_][A-Z0-9_]*$",
+    )
+    method: Literal["self_instruct", "topics", "documents"] = word(
+        "self_instruct",
+        "tasks like drawn examples; tasks on drawn topics; conversations about one's own documents",
+        "仿照抽取的例子出题；按抽取的话题出题；关于自有文档的对话",
+    )
+    rows: int = word(..., "dialogues to make", "要生成的对话数", ge=1)
+    seeds: str | None = word(
+        None, "seed tasks of BELLE's shape; absent: 40 of ours", "BELLE 格式的种子任务；不写用自带的 40 个"
+    )
+    topics: list[str] = word([], "topics; absent: 82 of ours", "话题；不写用自带的 82 个")
+    documents: Sources = word([], "documents to talk about", "要谈论的文档")
+    temperature: Number = word(1.0, "0: always the likeliest", "0：总取最可能的", ge=0, le=2)
+    top_p: Number = word(1.0, "share of the likeliest tokens drawn from", "核采样比例", gt=0, le=1)
+    max_tokens: int = word(2048, "tokens of a reply at most", "单次回答的最多 token 数", ge=1)
+    json_schema: Literal["auto", "off"] = word(
+        "auto", "ask for JSON of a schema, where the endpoint can", "接口支持时要求按 JSON schema 输出"
+    )
+    concurrency: int = word(8, "requests at once", "同时请求数", ge=1, le=1000)
+    requests_per_minute: Number | None = word(None, "requests begun in a minute at most", "每分钟最多请求数", gt=0)
+    seconds: Number = word(300.0, "for a request, from its start to its end", "单次请求的总时限（秒）", gt=0)
+    attempts: int = word(8, "tries of a request that fails for a passing reason", "暂时性失败的最多尝试次数", ge=1)
+    pause: Number = word(
+        1.0,
+        "seconds before a second try at most; doubled for each further one",
+        "首次重试前的最长停顿（秒），逐次加倍",
+        gt=0,
+    )
+    stale: int = word(
+        50, "stop after so many replies in a row that brought nothing new", "连续这么多次没有新内容就停止", ge=1
+    )
+    bm25_at_most: Number = word(18.0, "likeness to any other question, BM25", "与其他问题的最大 BM25", gt=0)
+    rouge_at_most: Number = word(0.7, "the same as ROUGE-L", "同上，ROUGE-L", gt=0, le=1)
+    at_most: Spending = word(Spending(), "the cap of spending", "花费上限")
+    price: Price | None = word(None, "needed for at_most.money", "at_most.money 需要")
+    use_proxy: bool = word(
+        False,
+        "take proxies and certificates from the environment (HTTPS_PROXY)",
+        "使用环境中的代理与证书（HTTPS_PROXY）",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Synthesize:
+        if self.at_most.money is not None and self.price is None:
+            raise wrong(
+                "`at_most.money` needs `price: {input: …, output: …}`, of a million tokens",
+                "`at_most.money` 需要 `price: {input: …, output: …}`（每百万 token）",
+            )
+        if (self.method == "documents") != bool(self.documents):
+            raise wrong("`documents` belong to `method: documents`", "`documents` 与 `method: documents` 须同时使用")
+        return self
 
 
 class Clean(Section):
@@ -260,6 +343,11 @@ class Vocab(Section):
     """Extend the base's tokenizer with pieces of the target script, and grow the model's rows."""
 
     pieces: int = word(2000, "new pieces at most, learned from the documents", "从文档中学习的新词数上限", ge=0)
+    tokenizer: str | None = word(
+        None,
+        "instead of learning pieces: a SentencePiece tokenizer that was extended already (folder or file)",
+        "代替学习新词：已扩充好的 SentencePiece 分词器（文件夹或文件）",
+    )
     script: Literal[
         "han",
         "japanese",
@@ -302,6 +390,12 @@ class Vocab(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Vocab:
+        also = sorted(self.model_fields_set & {"pieces", "words", "special_tokens", "script"})
+        if self.tokenizer and also:
+            raise wrong(
+                f"`tokenizer` and `{also[0]}` exclude each other: pieces that are there, or pieces to be made",
+                f"`tokenizer` 与 `{also[0]}` 只能写一个：现成的词，或要新加的词",
+            )
         if not (self.pieces or self.words or self.special_tokens):
             raise wrong(
                 "`vocab` adds nothing: `pieces` is 0 and there are no `words` and `special_tokens`",
@@ -373,6 +467,7 @@ class Adapter(Section):
 
 Part = Literal["new_rows", "embeddings", "lora", "full"]
 ROWS_ONLY = ("new_rows", "embeddings")
+ENGINES = ("auto", "ddp", "fsdp2", "zero2", "zero3")
 
 
 class Training(Section):
@@ -453,6 +548,18 @@ class Training(Section):
         ge=16,
         free=True,
     )
+    engine: str = word(
+        "auto",
+        "what several processes share out: auto and ddp nothing, zero2 gradients and optimizer (DeepSpeed), zero3 and fsdp2 "
+        "also the weights; or a file: a DeepSpeed JSON, or accelerate's FSDP YAML",
+        "多进程如何分担：auto 与 ddp 不分担，zero2 分担梯度与优化器（DeepSpeed），zero3 与 fsdp2 还分担权重；或一个文件：DeepSpeed 的 JSON，"
+        "或 accelerate 的 FSDP YAML",
+    )
+    offload: bool = word(
+        False,
+        "fsdp2, zero2, zero3: what is shared out waits in the host's memory",
+        "fsdp2、zero2、zero3：分担的部分放在主机内存",
+    )
     samples: int = word(
         3, "held-out questions answered before and after, for the report", "报告中训练前后各答几题", ge=0
     )
@@ -482,6 +589,53 @@ class Training(Section):
     def may_end_early(self) -> bool:
         """Whether an evaluation may end the run."""
         return self.patience is not None
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Training:
+        if self.engine not in ENGINES and not self.engine.endswith((".json", ".yaml", ".yml")):
+            choices = ", ".join(ENGINES)
+            raise wrong(
+                f"engine: {self.engine!r} is not one of {choices}, and no .json or .yaml file",
+                f"engine: {self.engine!r} 不在 {choices} 之中，也不是 .json 或 .yaml 文件",
+            )
+        if self.offload and not self.shares:
+            raise wrong(
+                f"`offload` needs an engine that shares out: fsdp2, zero2 or zero3, not {self.engine!r}",
+                f"`offload` 需要会分担的引擎：fsdp2、zero2 或 zero3，而不是 {self.engine!r}",
+            )
+        if self.shares:
+            self._check_sharing()
+        return self
+
+    def _check_sharing(self) -> None:
+        """Raise for what would be computed wrongly, or not at all, on a part of a tensor."""
+        stretches = self.stretches
+        rows = any("new_rows" in one.parts for one in stretches)
+        reasons = (
+            (self.optimizer != "adamw", f"optimizer: {self.optimizer}", "optimizer: adamw"),
+            (self.adapter.method == "adalora", "method: adalora", "method: lora"),
+            (rows, "new_rows", "train: lora+embeddings"),
+            (self.shares == "deepspeed" and len(stretches) > 1, "phases", "engine: fsdp2"),
+            (self.quantizes and self.shares == "deepspeed", "method: qlora", "engine: fsdp2"),
+            (self.quantizes and self.adapter.quantize == "int8", "quantize: int8", "quantize: nf4"),
+        )
+        for applies, what, remedy in reasons:
+            if applies:
+                raise wrong(
+                    f"`{what}` does not work with `engine: {self.engine}`: use `engine: ddp`, or `{remedy}`",
+                    f"`{what}` 不能与 `engine: {self.engine}` 同用：请用 `engine: ddp`，或 `{remedy}`",
+                )
+
+    @property
+    def shares(self) -> Literal["", "fsdp2", "deepspeed"]:
+        """Who shares out a model's training, if anyone does."""
+        if self.engine in ("zero2", "zero3") or self.engine.endswith(".json"):
+            return "deepspeed"
+        return "fsdp2" if self.engine == "fsdp2" or self.engine.endswith((".yaml", ".yml")) else ""
+
+    @property
+    def quantizes(self) -> bool:
+        return self.adapter.method == "qlora"
 
     @property
     def stretches(self) -> list[Stretch]:
@@ -608,8 +762,8 @@ class Sft(Training):
 
     template: str = word(
         "own",
-        "own (the model's), chatml, alpaca, alpaca-zh, plain, or a .jinja file",
-        "own（模型自带）、chatml、alpaca、alpaca-zh、plain 或 .jinja 文件",
+        "own (the model's), chatml, alpaca, alpaca-zh, plain, one of an older project (docs/templates.md), or a .jinja file",
+        "own（模型自带）、chatml、alpaca、alpaca-zh、plain、旧项目的模板（docs/templates.md）或 .jinja 文件",
     )
     learn: Literal["assistant", "last_answer", "everything"] = word(
         "assistant", "which text counts in the loss", "哪些文字计入损失"
@@ -623,6 +777,11 @@ class Sft(Training):
         "reject",
         "what happens to longer samples: rejected; their oldest turns dropped; or then also the end of the question cut",
         "更长的样本：拒绝；丢弃最早的轮次；或再截断问题末尾",
+    )
+    legacy: bool = word(
+        False,
+        "tokens as the project of this template made them in 2023, defects included: docs/templates.md",
+        "按该模板的项目在 2023 年的做法切分，含其缺陷：见 docs/templates.md",
     )
     train_new_control_tokens: bool = word(
         True,
@@ -651,6 +810,77 @@ class Merge(Section):
         "QLoRA 适配器并入哪个底座：原始底座，或训练时所见的量化底座（会测量差异）",
     )
     shard_gb: Number = word(5.0, "size of a weights file at most, in GB", "单个权重文件的最大 GB 数", gt=0)
+
+
+def read_task(value: Any) -> Any:
+    return {"task": value} if isinstance(value, str) else value
+
+
+TaskName = Literal[
+    "bits_per_byte",
+    "perplexity",
+    "exact_match",
+    "bleu",
+    "rouge",
+    "rouge_words",
+    "entity_f1",
+    "spans",
+    "multiple_choice",
+]
+
+
+class Task(Section):
+    """One thing that a model is examined in."""
+
+    task: TaskName = word(..., "what is measured", "测什么")
+    name: str = word("", "its name in scores.json; the task's when absent", "在 scores.json 中的名字；不写则为任务名")
+    data: Annotated[Source, BeforeValidator(read_source)] | None = word(
+        None, "what it is measured on; what `prepare` held out when absent", "评测数据；不写则用 prepare 留出的部分"
+    )
+    examples: str | None = word(
+        None,
+        "multiple_choice: file or folder of answered questions, such as dev/",
+        "multiple_choice：示例题的文件或文件夹，如 dev/",
+    )
+    shots: int = word(0, "multiple_choice: examples before each question", "multiple_choice：每题之前的示例数", ge=0)
+    limit: int | None = word(None, "only so many rows, the first ones", "只取前几行", ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Task:
+        if self.shots and not self.examples:
+            raise wrong(
+                f"shots: {self.shots} needs `examples`, such as the folder dev/ of C-Eval",
+                f"shots: {self.shots} 需要 `examples`，例如 C-Eval 的 dev/ 文件夹",
+            )
+        return self
+
+    @property
+    def title(self) -> str:
+        return self.name or self.task
+
+
+class Evaluate(Section):
+    """Scores of the model that the stages before leave, and of the base."""
+
+    tasks: Annotated[list[Annotated[Task, BeforeValidator(read_task)]], BeforeValidator(read_list)] = word(
+        [Task(task="bits_per_byte")],
+        "names, or {task: NAME, data: FILE, …}",
+        "任务名，或 {task: 名称, data: 文件, …}",
+        min_length=1,
+    )
+    before: bool = word(True, "score the recipe's base too", "也评测配方的底座")
+    batch_size: int = word(8, "questions answered at once", "同时回答几个问题", ge=1)
+    max_new_tokens: int = word(256, "tokens of an answer at most", "回答的最大 token 数", ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluate:
+        names = [one.title for one in self.tasks]
+        if len({*names}) < len(names):
+            raise wrong(
+                f"two tasks have one name: {', '.join(names)}; give one a `name`",
+                f"两个任务同名：{'、'.join(names)}；请给其中一个写 `name`",
+            )
+        return self
 
 
 class Export(Section):
@@ -697,11 +927,13 @@ class Recipe(Section):
         "this long after the command began, a training that is not done has been saved and has ended: 90 minutes, 6 hours",
         "命令开始后到此时间，未完成的训练已存好检查点并退出：90 minutes、6 hours",
     )
+    synthesize: Synthesize | None = word(None, "let another model write data", "让另一个模型生成数据")
     prepare: Prepare | None = word(None, "read, check and split the data", "读取、检查、划分数据")
     vocab: Vocab | None = word(None, "extend the tokenizer and grow the model", "扩充词表并扩大模型")
     pretrain: Pretrain | None = word(None, "continued pre-training", "继续预训练")
     sft: Sft | None = word(None, "supervised fine-tuning", "监督微调")
     merge: Merge | None = word(None, "fold the adapter into the base", "把适配器并入底座")
+    evaluate: Evaluate | None = word(None, "scores of the model and of its base", "模型与底座的评测分数")
     export: Export | None = word(None, "the model in the forms of other programs", "导出为其他程序使用的格式")
 
     @model_validator(mode="after")
@@ -711,7 +943,7 @@ class Recipe(Section):
                 "`sft` needs `prepare: {dialogues: ...}`: the data that it learns from",
                 "`sft` 需要 `prepare: {dialogues: ...}` 提供训练数据",
             )
-        if self.vocab and self.vocab.pieces and not self.prepare:
+        if self.vocab and self.vocab.pieces and not self.vocab.tokenizer and not self.prepare:
             raise wrong(
                 "`vocab` needs `prepare: {documents: ...}`: the text that pieces are learned from",
                 "`vocab` 需要 `prepare: {documents: ...}` 提供学习新词的文本",
@@ -720,6 +952,11 @@ class Recipe(Section):
             raise wrong(
                 "`pretrain` needs `prepare: {documents: ...}`: the text that it learns from",
                 "`pretrain` 需要 `prepare: {documents: ...}` 提供训练文本",
+            )
+        if self.evaluate and not self.prepare and any(one.data is None for one in self.evaluate.tasks):
+            raise wrong(
+                "`evaluate` needs `data` for each task, or `prepare`, whose held-out rows it takes",
+                "`evaluate` 的每个任务需要 `data`，或由 `prepare` 提供留出的数据",
             )
         if self.merge and not self.trains_adapters:
             raise wrong(

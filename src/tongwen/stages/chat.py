@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from tongwen.infer.decode import Sampling
 from tongwen.speaker import open_speaker
-from tongwen.ui.terminal import converse
+from tongwen.ui.terminal import Talk, converse
 
 
 def run(
-    model: str, adapters: Sequence[str], *, template: str, thinking: str, sampling: dict[str, Any], system: str
+    model: str,
+    adapters: Sequence[str],
+    *,
+    template: str,
+    thinking: str,
+    sampling: dict[str, Any],
+    system: str,
+    stream: bool,
 ) -> int:
     """Talk until the user leaves."""
+    Sampling().with_(**sampling)
     speaker = open_speaker(model, adapters, template, thinking)
-    room = speaker.voice.context - int(sampling["max_new_tokens"])
 
-    def reply(messages: list[dict[str, Any]]) -> Iterator[str]:
-        return speaker.stream(messages, **sampling)
+    def reply(messages: list[dict[str, Any]], settings: dict[str, Any], heard: Callable[[int], None]) -> Iterator[str]:
+        return speaker.stream(messages, heard, **settings)
 
-    return converse(
-        reply, name=model, system=system, count=lambda messages: len(speaker.prompt_ids(messages)), context=room
+    talk = Talk(
+        reply=reply,
+        count=lambda messages: len(speaker.prompt_ids(messages)),
+        check=lambda settings: Sampling().with_(**settings),
+        context=speaker.context,
+        settings=sampling,
+        stream=stream,
     )
+    return converse(talk, name=model, system=system)

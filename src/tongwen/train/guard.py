@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from tongwen.errors import NumbersError
 from tongwen.language import say
 from tongwen.train.batches import Plan
+from tongwen.train.engine import local
 
 SKIPS = 20  # overflows of fp16 in a row; its scale has halved so often by then that the loss itself does not fit
 ABSURD = 10  # steps in a row with a loss above guessing at random
@@ -69,7 +70,6 @@ class Guard(TrainerCallback):
         """Before step `index` of the phase is taken. norm: of the whole gradient; scaled: a gradient scaler leaves out a
         step that has overflowed."""
         step, self.step = self.step, Step()
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a sharded engine's
         flags = (torch.as_tensor(value).to(step.nats[0]) for value in (norm, self.wants_out()))
         row = torch.stack([*step.nats, *flags])
         ranks = self.gather(row[None]).tolist()  # (W, accumulate + 2)
@@ -95,7 +95,7 @@ class Guard(TrainerCallback):
             names = [
                 name
                 for name, part in model.named_parameters()
-                if part.grad is not None and not bool(torch.isfinite(part.grad).all())
+                if part.grad is not None and not bool(torch.isfinite(local(part.grad)).all())
             ]
             what = say(
                 f"the gradient is NaN or infinite ({len(names)} tensors, first {names[:1]})",

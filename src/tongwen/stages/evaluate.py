@@ -1,0 +1,168 @@
+"""evaluate: a model and papers in; `scores.json`, the rows behind it and a report out.
+
+The papers are read first, so that bad data costs no minute of loading. Then each model sits them: the one to be scored, and
+the one before it, where there is one; they are compared row by row.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tongwen import artifact, console
+from tongwen.errors import DataError
+from tongwen.exam import Ask, Marks, Paper, Progress, read_paper
+from tongwen.infer.report import score_table, write_report
+from tongwen.language import say
+from tongwen.recipe.schema import Evaluate, Recipe, Source, Task
+from tongwen.river import standing_on
+from tongwen.speaker import Speaker, open_speaker
+
+
+@dataclass(frozen=True)
+class Sitter:
+    """A model that is to be examined. name: as the user says it."""
+
+    name: str
+    open: Callable[[], Speaker]
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    assert recipe.evaluate
+    return {"evaluate": recipe.evaluate.model_dump(mode="json"), "from": _finished(recipe).name, "base": recipe.base}
+
+
+def run(recipe: Recipe, out: Path) -> artifact.Artifact:
+    """Examine what the stages before have left, and the base."""
+    section = recipe.evaluate
+    assert section
+    made = artifact.open_artifact(_finished(recipe), "model" if recipe.merge else _finished(recipe).name)
+    papers = [read_paper(task if task.data else _held_out(recipe, task)) for task in section.tasks]
+    template = "own" if recipe.sft else "completion"
+    after = Sitter(str(made.path), lambda: open_speaker(str(made.path), template=template))
+    taught = recipe.sft.template if recipe.sft else template
+    before = Sitter(recipe.base, lambda: open_speaker(recipe.base, template=taught)) if section.before else None
+    with artifact.create(out, "evaluate", {"model": made.as_parent()}, settings(recipe)) as draft:
+        draft.facts["scores"] = examine(papers, after, before, section, draft.path)
+    console.good(str(out / "report.html"))
+    assert draft.artifact
+    return draft.artifact
+
+
+def command(recipe: Recipe, adapters: Sequence[str], *, before: str, template: str, thinking: str, out: str) -> int:
+    """Examine the model that the recipe calls its base, with adapters; keep the result where `out` says."""
+    assert recipe.evaluate
+    if out:
+        artifact.make_way(Path(out), again=False)
+    papers = [read_paper(task) for task in recipe.evaluate.tasks]
+    sitter = Sitter(
+        " + ".join([recipe.base, *adapters]), lambda: open_speaker(recipe.base, adapters, template, thinking)
+    )
+    first = Sitter(before, lambda: open_speaker(before, (), template, thinking)) if before else None
+    if not out:
+        examine(papers, sitter, first, recipe.evaluate, None)
+        return 0
+    parents = {"model": {"path": sitter.name}} | ({"before": {"path": before}} if before else {})
+    with artifact.create(Path(out), "evaluate", parents, recipe.evaluate.model_dump(mode="json")) as draft:
+        draft.facts["scores"] = examine(papers, sitter, first, recipe.evaluate, draft.path)
+    console.good(str(Path(out) / "report.html"))
+    return 0
+
+
+def examine(
+    papers: Sequence[Paper], after: Sitter, before: Sitter | None, section: Evaluate, out: Path | None
+) -> dict[str, Any]:
+    """The scores by task; written under `out` with the rows and a report."""
+    first = _sit(papers, before, section) if before else None
+    marks = _sit(papers, after, section)
+    scores = {}
+    for number, paper in enumerate(papers):
+        result = paper.result(marks[number])
+        if first:
+            result |= {"before": paper.result(first[number]), "change": paper.change(first[number], marks[number])}
+        scores[paper.task.title] = result
+    console.table(*score_table(scores))
+    if out is not None:
+        _write(out, papers, scores, marks, first, after.name, before.name if before else "")
+    console.emit({"scores": scores})
+    return scores
+
+
+def _sit(papers: Sequence[Paper], sitter: Sitter, section: Evaluate) -> list[Marks]:
+    speaker, out = sitter.open(), []
+    ask = _asking_once(speaker, section)
+    for paper in papers:
+        with console.progress(len(paper), f"{paper.task.title} · {sitter.name}") as bar:
+            out.append(paper.sit(speaker, ask, bar.update))
+        for note in out[-1].notes:
+            console.notice(note)
+    del speaker, ask
+    gc.collect()  # the next model needs the room
+    return out
+
+
+def _asking_once(speaker: Speaker, section: Evaluate) -> Ask:
+    """Answers to conversations: what several tasks ask is answered once."""
+    known: dict[str, str] = {}
+
+    def ask(conversations: Sequence[Sequence[Mapping[str, Any]]], progress: Progress) -> list[str]:
+        keys = [json.dumps(messages, ensure_ascii=False) for messages in conversations]
+        new = {key: messages for key, messages in zip(keys, conversations, strict=True) if key not in known}
+        answers = speaker.answer_all(
+            list(new.values()), section.batch_size, progress, max_new_tokens=section.max_new_tokens
+        )
+        known.update(zip(new, answers, strict=True))
+        return [known[key] for key in keys]
+
+    return ask
+
+
+def _write(
+    out: Path,
+    papers: Sequence[Paper],
+    scores: dict[str, Any],
+    after: list[Marks],
+    before: list[Marks] | None,
+    name: str,
+    old: str,
+) -> None:
+    artifact.write_json(out / "scores.json", scores)
+    rows = {
+        paper.task.title: _rows(after[number], before[number] if before else None)
+        for number, paper in enumerate(papers)
+    }
+    with (out / "rows.jsonl").open("w", encoding="utf-8") as stream:
+        for title, some in rows.items():
+            stream.writelines(json.dumps({"task": title, **row}, ensure_ascii=False) + "\n" for row in some)
+    write_report(out / "report.html", f"{old} → {name}" if old else name, scores, rows)
+
+
+def _rows(after: Marks, before: Marks | None) -> list[dict[str, Any]]:
+    """What people read of each row, with what the model before answered."""
+    out = []
+    for row, shown in sorted(after.shown.items()):
+        old = before.shown.get(row, {}) if before else {}
+        out.append({"row": row + 1, **shown} | ({"before": old["answer"]} if "answer" in old else {}))
+    return out
+
+
+def _finished(recipe: Recipe) -> Path:
+    """The last folder of the run that holds a model."""
+    return Path(recipe.out) / "merge" if recipe.merge else Path(standing_on(recipe, "evaluate"))
+
+
+def _held_out(recipe: Recipe, task: Task) -> Task:
+    """The task on what was kept away from training: the dialogues where the run fine-tunes, else the documents."""
+    kind = "dialogues" if recipe.sft else "documents"
+    file = Path(recipe.out) / "prepare" / f"{kind}.held_out.jsonl"
+    if not file.is_file() or not file.stat().st_size:
+        raise DataError(
+            say("nothing was held out that could be scored", "没有留出可评分的数据"),
+            place=f"evaluate: {task.title}",
+            remedy="prepare: {held_out: 0.02}   evaluate: {tasks: [{task: …, data: FILE}]}",
+        )
+    return task.model_copy(update={"data": Source(path=str(file))})

@@ -1,0 +1,68 @@
+"""An answer that arrives in pieces, parted where a mark stands: thinking from answer, and what comes before a stop.
+
+A mark may be cut anywhere between two pieces, so what could still become one is held back until it is decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+class Part(NamedTuple):
+    """A piece of text, and whether it is thinking."""
+
+    text: str
+    thinking: bool = False
+
+
+def part_thinking(pieces: Iterator[str]) -> Iterator[Part]:
+    """Thinking that stands at the head of an answer in `<think>…</think>`, and the answer. Blanks between are left out."""
+    head = ""
+    for piece in pieces:
+        head += piece
+        if not OPEN.startswith(head.lstrip()):
+            break
+    if not head.lstrip().startswith(OPEN):
+        yield Part(head)
+        yield from map(Part, pieces)
+        return
+    text = head.lstrip()[len(OPEN) :].lstrip()
+    while CLOSE not in text:
+        keep = _held(text, (CLOSE,))
+        yield Part(text[: len(text) - keep], thinking=True)
+        if (more := next(pieces, None)) is None:
+            yield Part(text[len(text) - keep :], thinking=True)
+            return
+        text = text[len(text) - keep :] + more
+    thought, _, text = text.partition(CLOSE)
+    yield Part(thought, thinking=True)
+    text = text.lstrip()
+    while not text and (more := next(pieces, None)) is not None:
+        text = more.lstrip()
+    yield Part(text)
+    yield from map(Part, pieces)
+
+
+def until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
+    """The text before the first of the stops."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        if found := [place for stop in stops if (place := text.find(stop)) >= 0]:
+            yield text[: min(found)]
+            return
+        keep = _held(text, stops)
+        yield text[: len(text) - keep]
+        text = text[len(text) - keep :]
+    yield text
+
+
+def _held(text: str, marks: Sequence[str]) -> int:
+    """How many characters at the end could be the beginning of a mark."""
+    return max(
+        (size for mark in marks for size in range(1, min(len(mark), len(text) + 1)) if text.endswith(mark[:size])),
+        default=0,
+    )

@@ -1,0 +1,261 @@
+"""ChatGLM-6B is the original to the bit that its numbers allow, and goes down the whole river like any other family."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import CORPUS, dialogues, write_recipe
+from tongwen.data.encode import Encoder, token_bytes
+from tongwen.errors import ModelError
+from tongwen.model import dress, load
+from tongwen.record import Dialogue, Message, Origin
+from tongwen.speaker import open_speaker
+
+SHARED = Path(os.environ.get("TONGWEN_SHARED", "nowhere"))
+GOLDEN, ICE = SHARED / "golden", SHARED / "tokenizers" / "ice_text.model"
+needs_shared = pytest.mark.skipif(not ICE.is_file(), reason="TONGWEN_SHARED is not set")
+# What THUDM's folder says beside the vocabulary's size; its code must never be looked for.
+AUTO_MAP = {"AutoConfig": "configuration_chatglm.ChatGLMConfig", "AutoModel": "modeling_chatglm.ChatGLMModel"}
+TOKENIZER = {
+    "tokenizer_class": "ChatGLMTokenizer",
+    "bos_token": "<sop>",
+    "eos_token": "<eop>",
+    "end_token": "</s>",
+    "gmask_token": "[gMASK]",
+    "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
+}
+
+
+@pytest.fixture(scope="session")
+def small_ice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of the original's kind, with few pieces."""
+    from sentencepiece import SentencePieceTrainer
+
+    folder = tmp_path_factory.mktemp("ice")
+    (folder / "text").write_text("\n".join(CORPUS), encoding="utf-8")
+    SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "ice_text"),
+        vocab_size=550,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        pad_id=3,
+        control_symbols=["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"],
+        user_defined_symbols=["<n>", "<|tab|>", *(f"<|blank_{count}|>" for count in range(2, 81))],
+        minloglevel=2,
+    )
+    return folder / "ice_text.model"
+
+
+def chatglm_folder(folder: Path, ice: Path, images: int = 0) -> Path:
+    """A folder as the original has it, with a tiny model. images: tokens before the text's."""
+    from sentencepiece import SentencePieceProcessor
+
+    from tongwen.model.families.chatglm import ChatGLMConfig, ChatGLMForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "inner_hidden_size": 128, "num_layers": 2, "num_attention_heads": 2}
+    pieces = SentencePieceProcessor(model_file=str(ice))
+    names = {"bos_token_id": "<sop>", "eos_token_id": "<eop>", "mask_token_id": "[MASK]", "gmask_token_id": "[gMASK]"}
+    ids = {key: pieces.piece_to_id(name) + images for key, name in names.items()}
+    size = pieces.get_piece_size() + 184 + images  # the original's embedding has rows that no token owns, too
+    ChatGLMForCausalLM(ChatGLMConfig(vocab_size=size, **shape, **ids)).save_pretrained(str(folder))
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"auto_map": AUTO_MAP}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER | {"num_image_tokens": images}))
+    shutil.copyfile(ice, folder / "ice_text.model")
+    return folder
+
+
+def golden_model() -> Any:
+    return load.load_model(load.locate(str(GOLDEN / "chatglm_tiny")), torch.float32).eval()
+
+
+@needs_shared
+def test_numbers_are_the_originals() -> None:
+    from safetensors.torch import load_file
+
+    model, expected = golden_model(), load_file(GOLDEN / "chatglm_tiny" / "expected.safetensors")
+    for number in range(8):
+        ids, labels, logits, loss, greedy = (
+            expected[f"{number}.{name}"] for name in ("input_ids", "labels", "logits", "loss", "greedy")
+        )
+        out = model(ids[None], labels=labels[None])
+        torch.testing.assert_close(out.logits[0], logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(out.loss[None], loss, rtol=0, atol=1e-5)
+        prompt = greedy[None, :-10]
+        for cached in (True, False):
+            answer = model.generate(prompt, max_new_tokens=10, do_sample=False, eos_token_id=None, use_cache=cached)
+            assert answer[0].tolist() == greedy.tolist()
+    model.zero_grad()
+    model(expected["0.input_ids"][None], labels=expected["0.labels"][None]).loss.backward()
+    wanted = expected["0.grad.query_key_value"]
+    torch.testing.assert_close(
+        model.transformer.layers[1].attention.query_key_value.weight.grad, wanted, atol=1e-5, rtol=0
+    )
+
+
+@needs_shared
+def test_padding_and_packing_change_no_number() -> None:
+    """Rows padded on either side, and documents end to end, get the logits that each has alone."""
+    from safetensors.torch import load_file
+
+    from tongwen.model import attention
+
+    model, expected = golden_model(), load_file(GOLDEN / "chatglm_tiny" / "expected.safetensors")
+    texts = [expected[f"{number}.input_ids"] for number in (0, 3)]
+    alone = [expected[f"{number}.logits"] for number in (0, 3)]
+    short, long = texts
+    gap = len(long) - len(short)
+    padding, real = torch.full((gap,), 3), torch.ones(2, len(long), dtype=torch.long)
+    for left in (True, False):
+        parts = [padding, short] if left else [short, padding]
+        mask = real.clone()
+        mask[0, slice(0, gap) if left else slice(len(short), None)] = 0
+        logits = model(torch.stack([torch.cat(parts), long]), attention_mask=mask).logits
+        kept = logits[0, gap:] if left else logits[0, : len(short)]
+        torch.testing.assert_close(kept, alone[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits[1], alone[1], rtol=0, atol=1e-5)
+    model.set_attn_implementation(attention.register())
+    borders = torch.tensor([0, len(short), len(short) + len(long)])
+    packed = model(torch.cat(texts)[None], cu_seq_lens_q=borders).logits[0]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+@needs_shared
+def test_every_text_gets_the_originals_ids(tmp_path: Path) -> None:
+    folder = chatglm_folder(tmp_path, ICE)
+    tokenizer = load.load_tokenizer(load.locate(str(folder)))
+    cases = json.loads((GOLDEN / "chatglm_tokenizer.json").read_text(encoding="utf-8"))
+    assert len(cases) == 95
+    tokenizer.save_pretrained(str(tmp_path / "saved"))
+    for reader in (tokenizer, load.load_tokenizer(load.Place("saved", str(tmp_path / "saved")))):
+        for case in cases:
+            assert reader(case["text"]).input_ids == case["input_ids"]
+            assert reader(case["text"], add_special_tokens=False).input_ids == case["no_special"]
+            assert reader.decode(case["input_ids"], skip_special_tokens=True) == case["decoded"]
+        assert reader("上", "下").input_ids[-1] == reader.eos_token_id == 130005
+
+
+def test_first_checkpoints_have_image_tokens_before_the_text(small_ice: Path, tmp_path: Path) -> None:
+    later = load.load_tokenizer(load.locate(str(chatglm_folder(tmp_path / "later", small_ice))))
+    folder = chatglm_folder(tmp_path / "first", small_ice, images=20000)
+    tokenizer = load.load_tokenizer(load.locate(str(folder)))
+    for text in CORPUS[:4]:
+        assert tokenizer(text).input_ids == [index + 20000 for index in later(text).input_ids]
+    model = load.load_model(load.locate(str(folder)), torch.float32)
+    load.check_tokenizer(tokenizer, model, load.locate(str(folder)))
+    ids = tokenizer("你好", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3, eos_token_id=None).shape == (1, ids.shape[1] + 3)
+
+
+def test_rounds_and_answers_are_written_as_it_was_trained(small_ice: Path, tmp_path: Path) -> None:
+    """One question stands alone; a conversation is numbered, and only its last answer is learned with what went before
+    seen whole. An answer begins with a blank of its own, as every text does."""
+    tokenizer = load.load_tokenizer(load.locate(str(chatglm_folder(tmp_path, small_ice))))
+    encoder = Encoder(tokenizer)
+    template = dress.bind_template("own", tokenizer, encoder.prefix)
+    assert template.prompt([Message("user", "你好")]) == "你好[gMASK]<sop>"
+    turns = tuple(
+        Message(role, text) for role, text in [("user", "一"), ("assistant", "二"), ("user", "三"), ("assistant", "四")]
+    )
+    one, two = template.samples(Dialogue(turns, origin=Origin("here", 1)))
+    assert one.text == "一[gMASK]<sop>二<eop>"
+    assert two.text == "[Round 0]\n问：一\n答：二\n[Round 1]\n问：三\n答：[gMASK]<sop>四<eop>"
+    ids = [int(index) for piece in encoder.encode([one.spans])[0] for index in piece.ids]
+    question, answer = (tokenizer(text, add_special_tokens=False).input_ids for text in ("一", "二"))
+    assert ids == [*tokenizer("一").input_ids, *answer, tokenizer.eos_token_id]
+    assert question[0] == answer[0] == tokenizer.convert_tokens_to_ids("\u2581")
+    sizes = token_bytes(tokenizer)
+    for piece, size in (("<n>", 1), ("<|blank_7|>", 7), ("<sop>", 0), ("<0x41>", 1)):
+        assert sizes[tokenizer.convert_tokens_to_ids(piece)] == size
+
+
+def test_punctuation_is_full_width_again_in_an_answer(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:
+    folder = chatglm_folder(tmp_path, small_ice)
+    speaker = open_speaker(str(folder))
+    voice = speaker.voice
+    ids = voice.tokenizer("你好，世界。Hello, world! 好：", add_special_tokens=False).input_ids
+    assert voice.decode(ids) == "你好，世界。Hello, world! 好："
+    assert voice.tokenizer.decode(ids) == "你好,世界。Hello, world! 好:"
+    pieces = [voice.tokenizer.decode(ids)[index : index + 2] for index in range(0, 40, 2)]
+    assert "".join(voice._mended(iter(pieces))) == voice.decode(ids)
+    asked = [{"role": "user", "content": "你好"}]
+    assert "".join(speaker.stream(asked, max_new_tokens=12)).rstrip("\ufffd") == speaker.chat(asked, max_new_tokens=12)
+    with pytest.raises(ModelError, match="does not continue"):
+        open_speaker(str(folder), template="completion")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"multi_query_attention": True, "padded_vocab_size": 65024}, "ChatGLM2-6B / ChatGLM3-6B"),
+        ({"multi_query_attention": True, "padded_vocab_size": 151552}, "GLM-4-9B"),
+        ({"quantization_bit": 4}, "4 bits"),
+        ({"pre_seq_len": 128}, "pre_seq_len: 128"),
+        ({"position_encoding_2d": False}, "position_encoding_2d: False"),
+    ],
+)
+def test_other_models_of_that_name_are_refused_by_theirs(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "chatglm", "auto_map": AUTO_MAP} | config))
+    with pytest.raises(ModelError, match=said):
+        load.load_config(load.Place(str(tmp_path), str(tmp_path)))
+
+
+@needs_shared
+def test_what_would_be_wrong_in_silence_is_an_error() -> None:
+    model = golden_model()
+    with pytest.raises(ValueError, match=r"\[gMASK\] <sop>"):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2)
+    with pytest.raises(ValueError, match="position_ids"):
+        past = model(torch.tensor([[5, 591, 592]]), use_cache=True).past_key_values
+        model(torch.tensor([[9]]), past_key_values=past)
+
+
+@needs_shared
+def test_gradient_checkpointing_reaches_every_adapter() -> None:
+    """The old trainer's loss stood still: with a frozen embedding its checkpoints cut the graph."""
+    from peft import LoraConfig, get_peft_model
+
+    ids = torch.tensor([[40, 39, 591, 592, 276, 133, 593]])
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False)
+        model = get_peft_model(golden_model(), config).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([part.grad for part in model.parameters() if part.requires_grad])
+    assert all(float(one.abs().max()) > 0 for one in gradients[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize(("method", "real"), [("full", False), pytest.param("lora", True, marks=needs_shared)])
+def test_down_the_river(method: str, real: bool, small_ice: Path, tmp_path: Path, tongwen: Any) -> None:
+    """Trained in full, and with the original's own tokenizer where that is at hand; the rest is in test_families."""
+    base = chatglm_folder(tmp_path / "chatglm-6b", ICE if real else small_ice)
+    recipe = write_recipe(tmp_path, base, rows=dialogues(16), merge=method != "full")
+    text = recipe.read_text().replace("template: chatml", "template: chatglm")
+    text = (
+        text.replace("rank: 4", f"rank: 4, method: {method}")
+        .replace("samples: 1", "samples: 0")
+        .replace("learning_rate: 1e-2", "learning_rate: 3e-3")
+    )
+    recipe.write_text(text)
+    code, _, err = tongwen("run", recipe)
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())
+    assert report["held_out"]["bits_per_byte"]["after"] < report["held_out"]["bits_per_byte"]["before"]
+    made = tmp_path / "out" / ("sft" if method == "full" else "merge")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("问题1：你好吗？\n", encoding="utf-8")
+    code, _, err = tongwen("generate", "--model", made, "--prompts", prompts, "--out", tmp_path / "answers.jsonl")
+    assert code == 0, err
