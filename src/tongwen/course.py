@@ -108,7 +108,7 @@ class Pupil:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """The number type that the Trainer computes in, for what is computed outside of it."""
-        with torch.autocast(self.device, self.dtype, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             yield
         reshard(self.model)
 

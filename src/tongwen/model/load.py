@@ -296,6 +296,12 @@ def compute_dtype(precision: str, device: str) -> tuple[torch.dtype, str]:
 
     if precision == "fp32":
         return torch.float32, say("as the recipe says", "按配方")
+    if precision == "fp16":
+        if device == "cpu":
+            raise MachineError(
+                say("a CPU does not train in fp16", "CPU 不支持 fp16 训练"), place="precision", remedy="precision: auto"
+            )
+        return torch.float16, say("as the recipe says; its overflows are counted", "按配方；溢出会被计数")
     native = (
         cpu_has_bf16()
         if device == "cpu"
