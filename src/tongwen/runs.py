@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -58,15 +57,12 @@ def start(arguments: Sequence[str], out: Path) -> None:
 
 
 def stop(out: Path) -> None:
-    """Ask a run to end as Ctrl-C does. Raises MachineError when none runs there."""
+    """Ask a run to end; one that trains saves first. Raises MachineError when none runs there."""
     running = holder(out)
     if not running:
         raise MachineError(say("nothing runs here", "此处没有正在运行的训练"), place=str(out))
-    with suppress(ProcessLookupError):
-        if os.getpgid(running) == running:  # of its own session: its launched processes too
-            os.killpg(running, signal.SIGINT)
-        else:
-            os.kill(running, signal.SIGINT)
+    with suppress(psutil.Error):
+        psutil.Process(running).terminate()  # it passes that on to the processes that it waits for
 
 
 def resume(out: Path) -> None:
