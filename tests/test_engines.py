@@ -6,16 +6,20 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from tests.conftest import tensors, write_recipe
 from tests.launching import launched
 from tests.test_run import in_a_child
-from tongwen import course
+from tongwen import course, launch
 from tongwen.train.engine import Engine
 from tongwen.train.fit import PlannedTrainer
 
@@ -148,3 +152,52 @@ def test_an_engine_that_silently_became_another_is_found(chat_model: Path, tmp_p
         5,
     ]
     assert "fsdp2 was asked for, and ddp runs" in capfd.readouterr().err
+
+
+def test_a_killed_process_is_named_and_the_others_end(chat_model: Path, tmp_path: Path) -> None:
+    """As `tongwen run --devices 2` starts them."""
+    recipe = recipe_for(tmp_path, chat_model, "lora", sft=", samples: 0")
+    recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("8 steps", "9999 steps"))
+    command = [sys.executable, "-m", "tongwen", "run", str(recipe), "--devices", "2"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "sft.partial" / "metrics.jsonl"
+    wait_until(lambda: log.is_file() and len(log.read_text().splitlines()) > 4)
+    ranks = {
+        int(child.environ()["RANK"]): child
+        for child in psutil.Process(running.pid).children(recursive=True)
+        if "RANK" in child.environ()
+    }
+    ranks[1].kill()
+    began = time.monotonic()
+    _, told = running.communicate(timeout=60)
+    assert time.monotonic() - began < 20 and not any(child.is_running() for child in ranks.values())
+    assert running.returncode == 5
+    assert f"rank 1 ({ranks[1].pid}) was ended by SIGKILL" in told and "the same command continues" in told
+
+
+def wait_until(done: Any, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_srun_tells_what_torchrun_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what is set is taken back
+        monkeypatch.delenv(name)
+    told = {"PROCID": "5", "LOCALID": "1", "JOB_ID": "1234567", "STEP_NUM_TASKS": "8", "STEP_TASKS_PER_NODE": "4(x2)"}
+    for name, value in {**told, "STEP_NODELIST": "gpu[03-04],gpu9"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    launch.adopt_slurm()
+    assert launch.is_launched() and not launch.is_first() and launch.world_size() == 8
+    found = {
+        name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
+    assert found == {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu03",
+        "MASTER_PORT": "24567",
+    }

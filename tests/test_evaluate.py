@@ -271,7 +271,7 @@ def test_two_models_are_compared_and_a_report_is_left(
     shown = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     assert {"question", "answer", "wanted", "before"} <= shown[0].keys()
     code, _, err = tongwen(*words, "--out", out)
-    assert code == 2 and "this folder exists" in err
+    assert code == 2 and "this exists" in err
 
 
 def test_a_run_scores_what_was_held_out_as_its_report_does(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from tests.conftest import byte_level_tokenizer, tiny_llama
 from tongwen.data.mix import order
 from tongwen.data.store import SAMPLE, TokenStore, spans_of
-from tongwen.errors import ModelError, NumbersError
+from tongwen.errors import ModelError, NumbersError, RecipeError
 from tongwen.model import attention
 from tongwen.model.adapt import adapt, find_untrained_rows
 from tongwen.model.blocks import GatedMlp, RmsNorm
@@ -420,3 +420,16 @@ def test_batches_by_tokens_hold_the_whole_epoch(world: int) -> None:
     assert max(plan.tokens_of(store.lengths)) <= 256
     assert plan.fill(store.lengths) > 0.9
     assert len(plan) == 2 * plan.steps_per_epoch
+
+
+@pytest.mark.parametrize(("tokens", "world"), [(64, 4), (100, 2), (70, 1)])
+def test_a_step_that_cannot_have_its_tokens_is_refused(tokens: int, world: int) -> None:
+    store = random_store(50)
+    longest = int(store.lengths.max())
+    with pytest.raises(RecipeError) as refused:
+        plan_for(store, batch_tokens=tokens, budget=32, world=world)
+    text = refused.value.text()
+    assert f"batch_tokens: {tokens}" in text and f"{world} processes" in text
+    remedy = int(text.split("→ batch_tokens: ")[1].split(",")[0])
+    assert remedy % world == 0 and remedy >= longest * world
+    plan_for(store, batch_tokens=remedy, budget=32, world=world)

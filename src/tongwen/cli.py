@@ -23,8 +23,10 @@ GONE = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (see docs/errors.md)."""
+    from tongwen import launch
     from tongwen.errors import TongwenError
 
+    launch.adopt_slurm()
     parsed = _parse(arguments)
     if parsed.json:
         from tongwen import console
@@ -68,6 +70,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=say("docs: README.md", "文档：README_zh.md"),
     )
     parser.add_argument("--version", action="version", version=f"tongwen {__version__}")
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # DeepSpeed's launcher says it here and in the environment
     parser.set_defaults(json=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

@@ -1,8 +1,12 @@
-"""One training stage on several processes: this command becomes torchrun, and torchrun starts `python -m tongwen`."""
+"""One training stage on several processes: this command becomes torchrun, and torchrun starts `python -m tongwen`.
+
+Other launchers start the same command themselves, and all of them tell each process its place by the same environment.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +18,24 @@ from pathlib import Path
 EXIT_FILE = "TONGWEN_EXIT_FILE"
 BEGAN = "TONGWEN_BEGAN"
 SAVING_SECONDS = 600  # torchrun kills its processes so long after it has asked them to stop
+
+
+def adopt_slurm() -> None:
+    """What srun tells its tasks, in the words that torch's process groups read. Its first node listens."""
+    told = os.environ
+    if int(told.get("SLURM_STEP_NUM_TASKS", "1")) < 2 or is_launched():
+        return
+    told["RANK"], told["WORLD_SIZE"] = told["SLURM_PROCID"], told["SLURM_STEP_NUM_TASKS"]
+    told["LOCAL_RANK"] = told["SLURM_LOCALID"]
+    told["LOCAL_WORLD_SIZE"] = told["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
+    told.setdefault("MASTER_ADDR", _first_host(told["SLURM_STEP_NODELIST"]))
+    told.setdefault("MASTER_PORT", str(20000 + int(told["SLURM_JOB_ID"]) % 10000))
+
+
+def _first_host(nodes: str) -> str:
+    """The first of Slurm's list: `gpu[03-05,9],login` -> gpu03."""
+    found = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
+    return "".join(part or "" for part in found.groups()) if found else nodes
 
 
 def is_launched() -> bool:
@@ -55,7 +77,7 @@ def torchrun(devices: int, arguments: Sequence[str]) -> int:
     """Run `tongwen ARGUMENTS` on that many processes of this machine; returns the exit code of the first that failed."""
     with tempfile.TemporaryDirectory() as folder:
         exit_file = Path(folder) / "exit"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+        command = [sys.executable, "-m", "tongwen.train.start", "--standalone", f"--nproc-per-node={devices}"]
         command += [f"--shutdown-timeout={SAVING_SECONDS}"]
         environment = {
             **os.environ,

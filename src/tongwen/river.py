@@ -143,7 +143,8 @@ def _find_unchanged(recipe: Recipe, name: str, out: Path, fork: bool) -> artifac
 
 
 def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str]) -> artifact.Artifact:
-    if name in TRAINING and recipe.devices > 1 and not launch.is_launched():
+    needs_group = name in TRAINING and (recipe.devices > 1 or getattr(recipe, name).shares)
+    if needs_group and not launch.is_launched():
         code = launch.torchrun(recipe.devices, ["run", *arguments, "--only", name])
         if code:
             raise Launched(code)

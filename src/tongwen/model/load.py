@@ -163,7 +163,7 @@ def load_config(place: Place) -> Any:
         return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
 
 
-def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
+def load_model(place: Place, dtype: torch.dtype, quantize: str = "", device_map: str | None = None) -> Any:
     """The causal language model, in the given number type; its matrices quantised to nf4 or int8 on request. The adapters of
     the place are not opened (see `stack`). Raises ModelError when a weight would be random."""
     from transformers import AutoModelForCausalLM
@@ -180,6 +180,7 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
+            device_map=device_map,
             **how,
             **_gguf(place),
         )
@@ -199,6 +200,13 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model
+
+
+def load_generation_config(folder: str) -> Any:
+    """What a model folder says of how it generates; None when it says nothing."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder) if (Path(folder) / "generation_config.json").is_file() else None
 
 
 def _settle_quantised(model: Any) -> None:
@@ -395,6 +403,7 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # FSDP2 passes by what is stored as whole numbers
     )
 
 

@@ -465,6 +465,7 @@ class Adapter(Section):
         return self.method if self.method in ("new_rows", "full") else "lora"
 
 
+Tracker = Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"]
 Part = Literal["new_rows", "embeddings", "lora", "full"]
 ROWS_ONLY = ("new_rows", "embeddings")
 ENGINES = ("auto", "ddp", "fsdp2", "zero2", "zero3")
@@ -609,12 +610,11 @@ class Training(Section):
     def _check_sharing(self) -> None:
         """Raise for what would be computed wrongly, or not at all, on a part of a tensor."""
         stretches = self.stretches
-        parts = {part for one in stretches for part in one.parts}
-        masked = any("new_rows" in one.parts for one in stretches) and parts & {"embeddings", "full"}
+        rows = any("new_rows" in one.parts for one in stretches)
         reasons = (
             (self.optimizer != "adamw", f"optimizer: {self.optimizer}", "optimizer: adamw"),
             (self.adapter.method == "adalora", "method: adalora", "method: lora"),
-            (bool(masked), "new_rows", "train: lora+embeddings"),
+            (rows, "new_rows", "train: lora+embeddings"),
             (self.shares == "deepspeed" and len(stretches) > 1, "phases", "engine: fsdp2"),
             (self.quantizes and self.shares == "deepspeed", "method: qlora", "engine: fsdp2"),
             (self.quantizes and self.adapter.quantize == "int8", "quantize: int8", "quantize: nf4"),
@@ -869,7 +869,7 @@ class Evaluate(Section):
         min_length=1,
     )
     before: bool = word(True, "score the recipe's base too", "也评测配方的底座")
-    batch_size: int = word(8, "questions answered at once", "同时回答几个问题", ge=1)
+    batch_size: int = word(32, "questions answered side by side, at most", "同时回答几个问题", ge=1)
     max_new_tokens: int = word(256, "tokens of an answer at most", "回答的最大 token 数", ge=1)
 
     @model_validator(mode="after")
@@ -922,6 +922,11 @@ class Recipe(Section):
     out: str = word("", "folder of the run; runs/NAME when absent", "输出文件夹；不写为 runs/NAME")
     seed: int = word(42, "decides order, split and initialisation", "决定顺序、划分与初始化")
     devices: int = word(1, "processes, one per GPU", "进程数，每块 GPU 一个", ge=1)
+    track: Annotated[list[Tracker], BeforeValidator(read_list)] = word(
+        [],
+        "programs that draw the curves too: tensorboard, wandb, swanlab, mlflow, trackio; keys come from the environment",
+        "另外绘制曲线的程序：tensorboard、wandb、swanlab、mlflow、trackio；密钥取自环境变量",
+    )
     stop_before: Seconds | None = word(
         None,
         "this long after the command began, a training that is not done has been saved and has ended: 90 minutes, 6 hours",
