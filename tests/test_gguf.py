@@ -46,6 +46,7 @@ def make_model(folder: Path, family: str, rows: int, **more: Any) -> Any:
 
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "tie_word_embeddings": False}
+    shape |= {"pad_token_id": None}
     config = AutoConfig.for_model(family, vocab_size=rows, **NARROW.get(family, {**shape, **more}))
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config).float().eval()

@@ -52,7 +52,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": Family("DeepSeek-V2", _LATENT, experts=True),
     "deepseek_v3": Family("DeepSeek-V3, R1", _LATENT, experts=True),
     "glm": Family("GLM-4-9B (hf)", _ATTENTION),
-    "glm4": Family("GLM-4-0414", _ATTENTION),
+    "glm4": Family("GLM-4-0414", _ATTENTION, gguf="glm4"),
     "chatglm": Family(
         "ChatGLM-6B",
         ("query_key_value",),

@@ -243,6 +243,12 @@ def _extra(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_freqs.weight": (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)}
 
 
+def _partial(config: Mapping[str, Any]) -> float:
+    """The share of a head that rotates: GLM-4 turns half of it."""
+    found = (config.get("rope_parameters") or {}).get("partial_rotary_factor") or config.get("partial_rotary_factor")
+    return float(found or 1.0)
+
+
 def _theta(config: Mapping[str, Any]) -> float:
     return float(config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0)
 
@@ -268,7 +274,7 @@ def _add_facts(writer: Any, config: Mapping[str, Any], tensors: Tensors, kind: s
     width = _head_width(config)
     writer.add_key_length(width)
     writer.add_value_length(width)
-    writer.add_rope_dimension_count(width)
+    writer.add_rope_dimension_count(int(width * _partial(config)))
     writer.add_rope_freq_base(_theta(config))
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
     stretched = config.get("rope_parameters") or config.get("rope_scaling") or {}
