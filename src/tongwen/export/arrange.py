@@ -1,7 +1,7 @@
 """Tensors as another program lays them out, without a copy: rows that are put together from rows of others as they are read.
 
-A mixture of experts is stacked; BLOOM interleaves query, key and value head by head, where llama.cpp wants all queries first; GPT-2 stores its matrices
-transposed; Baichuan-7B is a LLaMA whose three projections are one matrix.
+BLOOM interleaves query, key and value head by head, where llama.cpp wants all queries first; GPT-2 stores its matrices
+transposed; Qwen3's experts lie one by one; Baichuan-7B is a LLaMA whose three projections are one matrix.
 """
 
 from __future__ import annotations
