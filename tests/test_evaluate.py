@@ -291,6 +291,21 @@ def test_a_run_scores_what_was_held_out_as_its_report_does(chat_model: Path, ton
     assert code == 0 and "evaluate: already done" in said
 
 
+def test_rows_without_an_answer_are_not_scored_and_counted(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
+    rows = [
+        {"question": "一", "std_answer": "1"},
+        {"question": "二", "std_answer": ""},
+        {"question": "三", "std_answer": "3"},
+    ]
+    data = write_rows(tmp_path / "belle.jsonl", rows)
+    words = ["evaluate", "--model", chat_model, "--template", "chatml", "--data", data, "--max-new-tokens", 2]
+    code, said, err = tongwen(*words, "--task", "exact_match", "--task", "bits_per_byte", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert said.count("1 rows have no answer") == 2
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["exact_match"]["rows"] == scores["bits_per_byte"]["rows"] == 2
+
+
 @pytest.mark.parametrize(
     ("name", "text", "task", "wanted"),
     [

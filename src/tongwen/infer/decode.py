@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from queue import Queue
 from typing import Any
 
@@ -296,10 +297,9 @@ class Incremental:
         self.ids: list[int] = []
         self.shown = 0  # ids whose text has been given out
         self.tail = 0  # ids before `shown` that give the decoder its context
-        vocabulary = tokenizer.get_vocab()
         # A run of SentencePiece's byte tokens is decoded as a whole: whether its first byte is a character of its own
         # is known only when the run has ended.
-        self.bytes = {vocabulary[piece] for byte in range(256) if (piece := f"<0x{byte:02X}>") in vocabulary}
+        self.bytes = _byte_ids(tokenizer)
 
     def add(self, index: int) -> str:
         self.ids.append(index)
@@ -323,6 +323,13 @@ class Incremental:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@lru_cache(maxsize=8)
+def _byte_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids of `<0xNN>`. Kept: the whole vocabulary is copied to find them."""
+    vocabulary = tokenizer.get_vocab()
+    return frozenset(vocabulary[piece] for byte in range(256) if (piece := f"<0x{byte:02X}>") in vocabulary)
 
 
 class _ToQueue:

@@ -155,6 +155,12 @@ def _lone_sentencepiece(place: Place) -> Path | None:
     return file if file.is_file() and not file.with_name("tokenizer.json").is_file() else None
 
 
+def load_kind(place: Place) -> str:
+    """The model type that a folder's config.json says, read without transformers; "" without one."""
+    file = Path(place.folder) / "config.json"
+    return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")) if file.is_file() else ""
+
+
 def load_config(place: Place) -> Any:
     from transformers import AutoConfig
 
@@ -290,6 +296,12 @@ def compute_dtype(precision: str, device: str) -> tuple[torch.dtype, str]:
 
     if precision == "fp32":
         return torch.float32, say("as the recipe says", "按配方")
+    if precision == "fp16":
+        if device == "cpu":
+            raise MachineError(
+                say("a CPU does not train in fp16", "CPU 不支持 fp16 训练"), place="precision", remedy="precision: auto"
+            )
+        return torch.float16, say("as the recipe says; its overflows are counted", "按配方；溢出会被计数")
     native = (
         cpu_has_bf16()
         if device == "cpu"
@@ -375,7 +387,7 @@ class explained:  # noqa: N801
             raise ModelError(
                 say("this model needs code of its own, which is never run", "该模型需要运行自带代码，本工具从不运行"),
                 place=self.place.name,
-                remedy=say("use a version that transformers supports itself", "请使用 transformers 原生支持的版本"),
+                remedy=self._without_its_code(),
             ) from None
         if (
             isinstance(error, (OSError, ValueError, KeyError, RuntimeError, TypeError))
@@ -390,6 +402,11 @@ class explained:  # noqa: N801
                 remedy=say("check that the files are whole", "请检查文件是否完整"),
             ) from error
 
+    def _without_its_code(self) -> str:
+        if load_kind(self.place) == "baichuan":
+            return f"tongwen convert {self.place.name} --to hf --out {Path(self.place.folder).name}-llama"
+        return say("use a version that transformers supports itself", "请使用 transformers 原生支持的版本")
+
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
@@ -397,6 +414,7 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackage("bitsandbytes", say("a quantised base", "量化底座"), "qlora")
     if kind == "int8":
+        _check_int8()
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -405,6 +423,22 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,  # FSDP2 passes by what is stored as whole numbers
     )
+
+
+def _check_int8() -> None:
+    """Raise MachineError on GPUs before Turing, which have no 8-bit products: there, losses of 0.0 and mixed number types
+    were what people saw (F-07, F-13)."""
+    import torch
+
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (7, 5):
+        raise MachineError(
+            say(
+                f"8-bit products need compute capability 7.5, this GPU has {capability[0]}.{capability[1]}",
+                f"8 位乘法需要计算能力 7.5，该 GPU 为 {capability[0]}.{capability[1]}",
+            ),
+            place="int8",
+            remedy="adapter: {method: qlora, quantize: nf4}",
+        )
 
 
 def _gguf(place: Place) -> dict[str, str]:

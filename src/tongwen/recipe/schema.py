@@ -530,10 +530,11 @@ class Training(Section):
         ge=1,
     )
     log_every: int = word(1, "steps between lines of metrics.jsonl", "每多少步写一行 metrics.jsonl", ge=1, free=True)
-    precision: Literal["auto", "fp32", "bf16"] = word(
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = word(
         "auto",
-        "auto: bf16 where the device computes in it, else fp32",
-        "auto：设备支持 bf16 计算则用，否则 fp32",
+        "auto: bf16 where the device computes in it, else fp32; fp16: for GPUs without bf16, with a scaled gradient. What "
+        "learns stands in fp32 always",
+        "auto：设备支持 bf16 计算则用，否则 fp32；fp16：用于没有 bf16 的 GPU，梯度带缩放。被训练的权重总是 fp32",
     )
     activation_checkpointing: Literal["auto", "on", "off"] = word(
         "auto",
@@ -571,6 +572,11 @@ class Training(Section):
             raise wrong(
                 "`batch_size` and `batch_tokens` exclude each other: samples per step, or tokens per step",
                 "`batch_size` 与 `batch_tokens` 只能写一个：每步的样本数，或每步的 token 数",
+            )
+        if self.precision == "fp16" and self.shares:
+            raise wrong(
+                "precision: fp16 goes with one device or `engine: ddp`; the engines that share weights compute in bf16 or fp32",
+                "precision: fp16 只用于单设备或 `engine: ddp`；切分权重的引擎用 bf16 或 fp32 计算",
             )
         if self.patience is not None and self.evaluate_every is None:
             raise wrong(

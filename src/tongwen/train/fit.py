@@ -172,6 +172,7 @@ def training_arguments(job: Job) -> TrainingArguments:
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "bf16": job.dtype == torch.bfloat16,
+        "fp16": job.dtype == torch.float16,
         "logging_steps": section.log_every,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
