@@ -246,6 +246,23 @@ def test_a_part_alone_is_no_recipe(tongwen: Any, tmp_path: Path) -> None:
     assert code == 2 and "prepare" in said and "recipe.yaml" in said
 
 
+def test_a_script_is_read_with_its_variables(tongwen: Any, tmp_path: Path) -> None:
+    script = tmp_path / "run.sh"
+    script.write_text(
+        '# note\nlr=1e-4\nout="o p"\npython finetune.py --base_model m \\\n  --learning_rate ${lr}\n  --output_path $out\n'
+    )
+    for words in (["migrate", script, "--json"], ["migrate", "--json", "--", "bash", script]):
+        code, out, _ = tongwen(*words)
+        recipe = json.loads(out)["migrated"][0]["recipe"]
+        assert code == 0 and recipe["sft"]["learning_rate"] == 1e-4 and recipe["out"] == "o p"
+    script.write_text("python finetune.py --base_model 'm\n")
+    code, _, said = tongwen("migrate", script)
+    assert code == 2 and "run.sh:1" in said and "quote" in said
+    assert tongwen("migrate", tmp_path / "gone.sh")[0] == 2
+    assert tongwen("migrate")[0] == 2
+    assert tongwen("migrate", tmp_path)[0] == 4
+
+
 def test_several_machines_keep_their_torchrun(tongwen: Any) -> None:
     line = [
         "torchrun",
