@@ -40,12 +40,17 @@ class Faults:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                sent = self.rfile.read(int(self.headers["Content-Length"]))
+                if len(sent) < int(self.headers["Content-Length"]):
+                    return  # the client was killed while it asked
+                body = json.loads(sent)
                 prompt = body["messages"][0]["content"]
                 with faults.lock:
                     fault = faults.plan(prompt, faults.asked[prompt])
                     faults.asked[prompt] += 1
-                    faults.log.append((time.monotonic(), prompt, fault, dict(self.headers)))
+                    faults.log.append(
+                        (time.monotonic(), prompt, fault, {name.lower(): value for name, value in self.headers.items()})
+                    )
                     faults.bodies.append(body)
                     faults.running += 1
                     faults.most_running = max(faults.running, faults.most_running)

@@ -54,8 +54,12 @@ FAMILIES: dict[str, Family] = {
         ),
         vllm=False,
     ),
-    "bloom": Family(("query_key_value",), padded=("ALiBi adds a bias by absolute distance", "ALiBi 按绝对距离加偏置")),
-    "gpt2": Family(("c_attn",), table=True, transposed=True),
+    "bloom": Family(
+        ("query_key_value",),
+        padded=("ALiBi adds a bias by absolute distance", "ALiBi 按绝对距离加偏置"),
+        gguf="bloom",
+    ),
+    "gpt2": Family(("c_attn",), table=True, transposed=True, gguf="gpt2"),
     "gpt_neox": Family(("query_key_value",)),
     "gemma": Family(_ATTENTION),
     "gemma2": Family(_ATTENTION, padded=("soft-capped attention scores", "注意力分数有软上限")),
@@ -76,4 +80,8 @@ ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sen
 # GPT-4's pattern; digits alone (Qwen) or up to three together (Llama-3).
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PATTERNS = {"qwen2": _WORDS + r"\p{N}" + _REST, "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST}
+PATTERNS = {
+    "qwen2": _WORDS + r"\p{N}" + _REST,
+    "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST,
+    "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",
+}

@@ -81,7 +81,7 @@ def read_json(text: str) -> Iterator[Item | RowRefused]:
                 return
             yield _read_object(one)
     if not count:
-        yield RowRefused("malformed", say("there is no JSON object in it", "其中没有 JSON 对象"))
+        yield RowRefused("malformed", say("there is no task in it", "其中没有任务"))
 
 
 def _objects(value: dict[str, Any]) -> list[Any]:

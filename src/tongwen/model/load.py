@@ -155,6 +155,12 @@ def _lone_sentencepiece(place: Place) -> Path | None:
     return file if file.is_file() and not file.with_name("tokenizer.json").is_file() else None
 
 
+def load_kind(place: Place) -> str:
+    """The model type that a folder's config.json says, read without transformers; "" without one."""
+    file = Path(place.folder) / "config.json"
+    return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")) if file.is_file() else ""
+
+
 def load_config(place: Place) -> Any:
     from transformers import AutoConfig
 
@@ -163,7 +169,7 @@ def load_config(place: Place) -> Any:
         return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
 
 
-def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
+def load_model(place: Place, dtype: torch.dtype, quantize: str = "", device_map: str | None = None) -> Any:
     """The causal language model, in the given number type; its matrices quantised to nf4 or int8 on request. The adapters of
     the place are not opened (see `stack`). Raises ModelError when a weight would be random."""
     from transformers import AutoModelForCausalLM
@@ -180,6 +186,7 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
+            device_map=device_map,
             **how,
             **_gguf(place),
         )
@@ -199,6 +206,13 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model
+
+
+def load_generation_config(folder: str) -> Any:
+    """What a model folder says of how it generates; None when it says nothing."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder) if (Path(folder) / "generation_config.json").is_file() else None
 
 
 def _settle_quantised(model: Any) -> None:
@@ -373,7 +387,7 @@ class explained:  # noqa: N801
             raise ModelError(
                 say("this model needs code of its own, which is never run", "该模型需要运行自带代码，本工具从不运行"),
                 place=self.place.name,
-                remedy=say("use a version that transformers supports itself", "请使用 transformers 原生支持的版本"),
+                remedy=self._without_its_code(),
             ) from None
         if (
             isinstance(error, (OSError, ValueError, KeyError, RuntimeError, TypeError))
@@ -387,6 +401,11 @@ class explained:  # noqa: N801
                 place=self.place.name,
                 remedy=say("check that the files are whole", "请检查文件是否完整"),
             ) from error
+
+    def _without_its_code(self) -> str:
+        if load_kind(self.place) == "baichuan":
+            return f"tongwen convert {self.place.name} --to hf --out {Path(self.place.folder).name}-llama"
+        return say("use a version that transformers supports itself", "请使用 transformers 原生支持的版本")
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:

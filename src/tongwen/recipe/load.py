@@ -93,13 +93,18 @@ class Reading:
 
 
 def load(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
-    """Read a recipe file with `section.key=value` overrides.
+    """Read a recipe file with `section.key=value` overrides: see `read`."""
+    return read(_text_of(Path(file)), str(file), overrides)
+
+
+def read(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
+    """Read a recipe's text. name: of its file, for messages.
 
     Returns the frozen recipe and notices (old names translated, batch sizes converted) to be shown to the user.
     Raises RecipeError, or SeveralErrors with every problem, each with file and line.
     """
-    reading = Reading(str(file))
-    data = _read_file(Path(file), reading)
+    reading = Reading(name)
+    data = _compose(text, reading)
     for override in overrides:
         _apply_override(data, override, reading)
     for name, words in (("pretrain", Pretrain), ("sft", Sft)):
@@ -140,9 +145,9 @@ def dump(recipe: Recipe) -> str:
     return str(yaml.safe_dump(data, allow_unicode=True, sort_keys=False, width=100))
 
 
-def _read_file(file: Path, reading: Reading) -> dict[str, Any]:
+def _text_of(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(
             say("there is no such recipe file", "没有这个配方文件"),
@@ -151,6 +156,10 @@ def _read_file(file: Path, reading: Reading) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=str(file)) from None
+
+
+def _compose(text: str, reading: Reading) -> dict[str, Any]:
+    file = reading.file
     try:
         node = yaml.compose(text, Loader=Loader)
     except yaml.MarkedYAMLError as error:
@@ -161,14 +170,14 @@ def _read_file(file: Path, reading: Reading) -> dict[str, Any]:
             remedy=say("check the indentation and the quotes of this line", "请检查这一行的缩进与引号"),
         ) from None
     except yaml.YAMLError as error:
-        raise RecipeError(say(f"this is not YAML: {error}", f"这不是合法的 YAML：{error}"), place=str(file)) from None
+        raise RecipeError(say(f"this is not YAML: {error}", f"这不是合法的 YAML：{error}"), place=file) from None
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(
             say("a recipe is a mapping of keys to values, this is not", "配方应是键值映射"),
             place=f"{file}:1",
             remedy=say("`tongwen init` writes one to start from", "`tongwen init` 可生成一份"),
         )
-    data: dict[str, Any] = reading.value(node, (), str(file))
+    data: dict[str, Any] = reading.value(node, (), file)
     return data
 
 

@@ -465,6 +465,7 @@ class Adapter(Section):
         return self.method if self.method in ("new_rows", "full") else "lora"
 
 
+Tracker = Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"]
 Part = Literal["new_rows", "embeddings", "lora", "full"]
 ROWS_ONLY = ("new_rows", "embeddings")
 ENGINES = ("auto", "ddp", "fsdp2", "zero2", "zero3")
@@ -874,7 +875,7 @@ class Evaluate(Section):
         min_length=1,
     )
     before: bool = word(True, "score the recipe's base too", "也评测配方的底座")
-    batch_size: int = word(8, "questions answered at once", "同时回答几个问题", ge=1)
+    batch_size: int = word(32, "questions answered side by side, at most", "同时回答几个问题", ge=1)
     max_new_tokens: int = word(256, "tokens of an answer at most", "回答的最大 token 数", ge=1)
 
     @model_validator(mode="after")
@@ -927,6 +928,11 @@ class Recipe(Section):
     out: str = word("", "folder of the run; runs/NAME when absent", "输出文件夹；不写为 runs/NAME")
     seed: int = word(42, "decides order, split and initialisation", "决定顺序、划分与初始化")
     devices: int = word(1, "processes, one per GPU", "进程数，每块 GPU 一个", ge=1)
+    track: Annotated[list[Tracker], BeforeValidator(read_list)] = word(
+        [],
+        "programs that draw the curves too: tensorboard, wandb, swanlab, mlflow, trackio; keys come from the environment",
+        "另外绘制曲线的程序：tensorboard、wandb、swanlab、mlflow、trackio；密钥取自环境变量",
+    )
     stop_before: Seconds | None = word(
         None,
         "this long after the command began, a training that is not done has been saved and has ended: 90 minutes, 6 hours",

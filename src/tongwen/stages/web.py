@@ -33,6 +33,7 @@ def run(
     whole: bool,
     template: str,
     thinking: str,
+    weights: str,
     host: str,
     port: int,
 ) -> int:
@@ -42,22 +43,34 @@ def run(
     except ModuleNotFoundError as error:
         raise MissingPackage(str(error.name), say("the page", "网页"), "web") from None
     place = Workplace.of(folders, models)
-    voices = _Voices(place, dict.fromkeys(models[:1], tuple(adapters)), template, thinking)
+    voices = _Voices(place, dict.fromkeys(models[:1], tuple(adapters)), template, thinking, weights)
     for name in models:
         voices.open(name)
     known = place.models if whole else lambda: list(models)
     talk = Talk(known, models, voices.fit, voices.reply, system)
     if not whole:
         return serve(Bench(f"tongwen · {Path(models[0]).name}", talk), host, port)
-    bench = Bench("同文 tongwen", talk, _look(place), _words(place), _runs(place))
-    return serve(bench, host, port)
+    return serve(whole_bench(place, talk), host, port)
+
+
+def whole_bench(place: Workplace, talk: Talk) -> Bench:
+    """All tabs over what lies in these folders."""
+    return Bench("同文 tongwen", talk, _look(place), _words(place), _runs(place))
 
 
 class _Voices:
     """Models that talk, opened when they are asked, the last few kept."""
 
-    def __init__(self, place: Workplace, adapters: dict[str, tuple[str, ...]], template: str, thinking: str) -> None:
-        self.place, self.adapters, self.template, self.thinking = place, adapters, template, thinking
+    def __init__(
+        self, place: Workplace, adapters: dict[str, tuple[str, ...]], template: str, thinking: str, weights: str
+    ) -> None:
+        self.place, self.adapters, self.template, self.thinking, self.weights = (
+            place,
+            adapters,
+            template,
+            thinking,
+            weights,
+        )
         self.opened: dict[str, Speaker] = {}
         self.lock = threading.Lock()
 
@@ -67,7 +80,9 @@ class _Voices:
             if name not in self.opened:
                 while len(self.opened) >= OPEN_AT_ONCE:
                     del self.opened[next(iter(self.opened))]
-                self.opened[name] = open_speaker(model, self.adapters.get(name, ()), self.template, self.thinking)
+                self.opened[name] = open_speaker(
+                    model, self.adapters.get(name, ()), self.template, self.thinking, weights=self.weights
+                )
             return self.opened[name]
 
     def fit(self, name: str, messages: Messages, options: dict[str, Any]) -> Messages:
