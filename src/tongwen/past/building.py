@@ -72,8 +72,8 @@ def build_commands(reading: Reading, program: Program) -> list[list[str]]:
     if "input_dir" in said:
         said["SRC"] = _llama_folder(said.pop("input_dir"), said.pop("model_size", "7B"))
     if "--prompts" in said and command == ["chat"]:
-        command, said = ["generate"], {"--model": said.pop("MODEL"), **said}
-        said.setdefault("--out", "predictions.jsonl")
+        command, said = ["generate"], {"--model": said.pop("MODEL"), "--form": "chinese-llama-alpaca", **said}
+        said.setdefault("--out", "predictions.json")
     if program.finds_base:
         said = _with_base(said, reading)
     line = [*command, *(str(said.pop(name)) for name in POSITIONAL if name in said)]

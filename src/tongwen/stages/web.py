@@ -15,6 +15,7 @@ from tongwen.recipe.load import load
 from tongwen.river import holder
 from tongwen.speaker import Speaker, open_speaker
 from tongwen.template import SHIPPED
+from tongwen.ui.turns import last_turns
 from tongwen.ui.web.bench import Bench, Look, Messages, Picture, Runs, Talk, Words
 from tongwen.vocab import measure
 from tongwen.vocab.report import as_html
@@ -89,10 +90,7 @@ class _Voices:
         """Without the oldest whole turns, when the model does not see them all; the system message stays."""
         speaker = self.open(name)
         room = max(speaker.context - int(options["max_new_tokens"]), speaker.context // 2)
-        first = 1 if messages[0]["role"] == "system" else 0
-        while len(messages) - first > 2 and len(speaker.prompt_ids(messages)) > room:
-            messages = [*messages[:first], *messages[first + 2 :]]
-        return messages
+        return last_turns(messages, lambda turns: len(speaker.prompt_ids(turns)), room)
 
     def reply(self, name: str, messages: Messages, options: dict[str, Any]) -> Iterator[str]:
         return self.open(name).stream(messages, **options)

@@ -150,7 +150,8 @@ def first_not_finite(model: Any, optimizer: Any = None, *, frozen: bool = False)
     """The name of a trained tensor, or of one of its optimizer's, that holds NaN or infinity in what lies in this process;
     None when there is none. frozen: look at the others as well."""
     names = {part: name for name, part in model.named_parameters() if frozen or part.requires_grad}
-    held = [(name, part.detach()) for part, name in names.items()]
+    # Two numbers of four bits in a byte are kept in the guise of bf16, and are none.
+    held = [(name, part.detach()) for part, name in names.items() if getattr(part, "quant_state", None) is None]
     for part, kept in optimizer.state.items() if optimizer else ():
         held += [
             (f"{names.get(part, 'shared out')} · {key}", value)
