@@ -81,13 +81,13 @@ def interrupt(number: int) -> None:
 
 def begin() -> None:
     """Note when the command began, for all processes that it starts."""
-    if not is_launched():
+    if not is_ours():
         os.environ[BEGAN] = str(time.time())
 
 
 def deadline(seconds: float | None) -> float | None:
     """When a command that may take so many seconds must be gone, in seconds since 1970."""
-    return float(os.environ.get(BEGAN, time.time())) + seconds if seconds is not None else None
+    return float(os.environ[BEGAN]) + seconds if seconds is not None else None
 
 
 def torchrun(devices: int, arguments: Sequence[str]) -> int:
