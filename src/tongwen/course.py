@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -33,6 +34,7 @@ from tongwen.model import attention, dress, load
 from tongwen.model.adalora import budget_of
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from tongwen.model.score import bits_per_byte, learned_loss
+from tongwen.model.special import mend_ends
 from tongwen.model.stack import open_stack
 from tongwen.recipe.load import dump
 from tongwen.recipe.schema import Forgetting, Pretrain, Recipe, Stretch, Training
@@ -40,6 +42,7 @@ from tongwen.template import Template
 from tongwen.train import audit, track
 from tongwen.train.batches import MicroBatches, Plan, fill, make_plan, token_budget
 from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, read_manifest, step_of
+from tongwen.train.engine import Engine, choose, gather, reshard
 from tongwen.train.fit import Job, fit
 from tongwen.train.report import held_out_table, say_result, write_report
 from tongwen.train.watch import Watch, check_forgetting, peak_memory_bytes, read_metrics
@@ -96,14 +99,18 @@ class Pupil:
     base_fingerprint: str | None
     device: str
     dtype: torch.dtype
+    engine: Engine
 
     @property
     def model(self) -> Any:
         return self.adapted.model
 
-    def computing(self) -> Any:
+    @contextmanager
+    def computing(self) -> Iterator[None]:
         """The number type that the Trainer computes in, for what is computed outside of it."""
-        return torch.autocast(self.device, self.dtype, enabled=self.dtype == torch.bfloat16)
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+            yield
+        reshard(self.model)
 
 
 @dataclass(frozen=True)
@@ -126,11 +133,12 @@ def take(course: Course, out: Path) -> artifact.Artifact:
             place=f"{stage}.evaluate_every: {course.section.evaluate_every}",
             remedy="prepare: {held_out: 0.02}",
         )
+    engine = choose(course.section)
     track.check(course.recipe.track)
     say_ledger(lesson)
     device = load.compute_device()
     legs = _lay_out(course, device, artifact.partial_of(out) / "checkpoints")
-    pupil = _open_pupil(course, device, sum(len(leg.plan) for leg in legs if "lora" in leg.stretch.parts))
+    pupil = _open_pupil(course, device, engine, sum(len(leg.plan) for leg in legs if "lora" in leg.stretch.parts))
     trained = pupil.adapted.counts
     _say_plan(legs, lesson.store, trained)
     sizes = torch.from_numpy(token_bytes(course.reader.tokenizer))
@@ -173,8 +181,9 @@ def take(course: Course, out: Path) -> artifact.Artifact:
         after = examine()
         if after["scores"]:  # too late to stop
             check_forgetting(before["scores"]["groups"], after["scores"]["groups"], Forgetting(warn=limits.warn))
+        whole = gather(pupil.model, pupil.adapted.learners)
         if launch.is_first():
-            draft.fingerprint = _save(course, pupil, draft.path)
+            draft.fingerprint = _save(course, pupil, draft.path, whole)
             draft.facts = _facts(course, pupil, legs, throughput) | {"run": run["run"], "forks": run["forks"]}
             report = {
                 "summary": f"{course.base} · {_method(course)} · {throughput['steps']} {say('steps', '步')}",
@@ -198,7 +207,7 @@ def take(course: Course, out: Path) -> artifact.Artifact:
     return draft.artifact or artifact.Artifact(out, {"kind": stage, "fingerprint": ""})
 
 
-def _open_pupil(course: Course, device: str, adapter_steps: int) -> Pupil:
+def _open_pupil(course: Course, device: str, engine: Engine, adapter_steps: int) -> Pupil:
     """The base, checked against its tokenizer, with what the recipe adds to it."""
     section, reader, place = course.section, course.reader, load.locate(course.base)
     dtype, why = load.compute_dtype(section.precision, device)
@@ -207,7 +216,9 @@ def _open_pupil(course: Course, device: str, adapter_steps: int) -> Pupil:
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
         model, packed, fingerprint = _open(place, adapting.kept_in(trained, dtype), quantize)
     load.check_tokenizer(reader.tokenizer, model, place)
+    mend_ends(reader.tokenizer, model, course.base)
     _check_lengths(model.config, course)
+    audit.check_finite_base(model)
     stops = dress.stop_ids(reader.tokenizer, course.template, getattr(model, "generation_config", None))
     stops = stops or ((course.end,) if course.end is not None else ())
     set_seed(course.recipe.seed)
@@ -225,9 +236,12 @@ def _open_pupil(course: Course, device: str, adapter_steps: int) -> Pupil:
     for note in adapted.notices:
         console.notice(note)
     console.tell(f"{device} · {str(dtype)[6:]}: {why}")
-    if not quantize:  # quantised weights are where they belong
+    if engine.name == "fsdp2":
+        engine.shard(adapted.model, dtype)
+        adapted.find_learners()
+    elif not quantize:  # quantised weights are where they belong
         adapted.model.to(device)
-    return Pupil(adapted, stops, packed, fingerprint, device, dtype)
+    return Pupil(adapted, stops, packed, fingerprint, device, dtype, engine)
 
 
 def _lay_out(course: Course, device: str, checkpoints: Path) -> list[Leg]:
@@ -364,6 +378,7 @@ def _job(
         loss=learned_loss,
         evaluate=evaluate,
         watch=watch,
+        engine=pupil.engine,
         checkpointing=_needs_checkpointing(leg.stretch.words, pupil.model.config, pupil.device, leg.plan.budget),
         embeddings=pupil.adapted.embeddings if apart else (),
         guarded=guarded,
@@ -489,13 +504,13 @@ def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _save(course: Course, pupil: Pupil, folder: Path) -> str:
+def _save(course: Course, pupil: Pupil, folder: Path, whole: dict[str, torch.Tensor] | None) -> str:
     """Adapter or model, tokenizer, template and stop tokens; returns the fingerprint of the trained tensors."""
     model = pupil.model
     if model.config._attn_implementation == attention.NAME:
         model.set_attn_implementation("sdpa")
     model.config.use_cache = True
-    pupil.adapted.save(folder)
+    pupil.adapted.save(folder, whole)
     dress.save_tokenizer(course.reader.tokenizer, course.template, folder)
     dress.save_generation_config(model, pupil.stops, folder)
     check_adapter_saved(folder)
@@ -511,6 +526,7 @@ def _facts(course: Course, pupil: Pupil, legs: list[Leg], throughput: dict[str, 
         "steps": throughput["steps"],
         "tokens": throughput["tokens"],
         "batch": {"tokens": section.batch_tokens} if section.batch_tokens else {"samples": section.batch_size},
+        "engine": pupil.engine.name,
         "micro_batches": {"accumulate": plan.accumulate, "world": plan.world, "token_budget": plan.budget},
         "stop_tokens": [course.reader.tokenizer.convert_ids_to_tokens(index) for index in pupil.stops],
         **course.facts,
@@ -576,6 +592,15 @@ def _say_plan(legs: list[Leg], store: TokenStore, counts: dict[str, Any]) -> Non
             f"{steps} 步，{tokens} token；每步 {plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token",
         )
     )
+    for leg in legs:
+        every = leg.stretch.words.save_every
+        if "save_every" in leg.stretch.words.model_fields_set and every >= len(leg.plan):
+            console.notice(
+                say(
+                    f"save_every: {every}, and there are {len(leg.plan)} steps: if it is interrupted, it begins anew",
+                    f"save_every: {every}，而只有 {len(leg.plan)} 步：若被中断则从头开始",
+                )
+            )
     console.tell(
         say(
             f"{counts['parameters']:,} of {counts['of']:,} parameters are trained ({counts['share']:.2%})",
