@@ -11,6 +11,7 @@ from tongwen.errors import ModelError, RowRefused
 from tongwen.record import Dialogue, Message, Origin
 from tongwen.template import SHIPPED, Template, shipped_source
 
+ANYWHERE = tuple(name for name in SHIPPED if name != "chatglm")  # that one has tokens of its own: see test_chatglm
 SPECIAL = (
     "<|im_start|>",
     "<|im_end|>",
@@ -66,7 +67,7 @@ def learned(template: Template, dialogue: Dialogue, **options: str) -> list[str]
     ]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_our_templates_teach_answer_and_stop(name: str) -> None:
     template = Template.make(name, None, TOKENS, SPECIAL, prefix="<s>")
     dialogue = talk("问一", "答一", "问二", " 答二 ")
@@ -219,7 +220,7 @@ ASKS_MORE = (
 )
 
 
-@pytest.mark.parametrize("source", [LLAMA3, GLM4, MISTRAL, QWEN3, *SHIPPED])
+@pytest.mark.parametrize("source", [LLAMA3, GLM4, MISTRAL, QWEN3, *ANYWHERE])
 def test_a_skeleton_is_what_the_template_renders(source: str) -> None:
     """The fast way and the slow way agree on contents that try to tell them apart."""
     template = own(source) if source not in SHIPPED else Template.make(source, None, TOKENS, SPECIAL)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "tongwen"
-ROOMS = ("hub", "data", "vocab", "model", "train", "infer", "export", "ui")
+ROOMS = ("hub", "data", "vocab", "model", "train", "infer", "export", "ui", "past")
 HALL = (
     "errors",
     "language",
@@ -29,12 +29,16 @@ UPPER = (
     "lexicon",
     "growth",
     "lesson",
+    "foresight",
     "course",
     "speaker",
     "questions",
     "likelihood",
     "exam",
     "forms",
+    "inspection",
+    "workplace",
+    "runs",
     "__main__",
     "__init__",
 )

@@ -24,6 +24,7 @@ from tongwen.data import store as stores
 from tongwen.data.clean import han_share
 from tongwen.data.encode import Encoder, check_round_trip, check_store, describe, encode_dialogues, encode_documents
 from tongwen.data.ledger import Ledger, Rejected, table_rows
+from tongwen.data.legacy import LegacyEncoder
 from tongwen.data.mix import choose_held_out, draw, passes_of
 from tongwen.data.parts import iter_records, list_parts, load
 from tongwen.data.store import Batch, TokenStore
@@ -85,7 +86,9 @@ class DialogueReader(Reader):
     def decides(self) -> dict[str, Any]:
         return {
             "template": fingerprint_text(self.template.source),
-            "settings": self.section.model_dump(mode="json", include={"learn", "thinking", "max_length", "too_long"}),
+            "settings": self.section.model_dump(
+                mode="json", include={"learn", "thinking", "max_length", "too_long", "legacy"}
+            ),
         }
 
     def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
@@ -194,7 +197,8 @@ def say_ledger(lesson: Lesson) -> None:
 
 def read_dialogues(base: str, section: Sft) -> DialogueReader:
     tokenizer = loading.load_tokenizer(loading.locate(base))
-    encoder = Encoder(tokenizer)
+    legacy = section.legacy
+    encoder = LegacyEncoder(tokenizer, section.template, section.max_length) if legacy else Encoder(tokenizer)
     return DialogueReader(tokenizer, encoder, dress.bind_template(section.template, tokenizer, encoder.prefix), section)
 
 

@@ -195,6 +195,42 @@ def learn(
     return Learnt(base, script, learned)
 
 
+def extended_by(base: Lexicon, name: str) -> Extended:
+    """The extension that another tokenizer is, made elsewhere. Raises ModelError when it is none of this base."""
+    other = open_lexicon(name)
+    if base.model is None or other.model is None:
+        raise ModelError(
+            say(
+                "both must be SentencePiece models (tokenizer.model)",
+                "两者都应是 SentencePiece 模型（tokenizer.model）",
+            ),
+            place=f"vocab.tokenizer: {name}",
+            remedy="vocab: {pieces: 2000}",
+        )
+    held = len(base.model.pieces)
+    differing = next(
+        (
+            index
+            for index, piece in enumerate(base.model.pieces)
+            if index >= len(other.model.pieces) or other.model.pieces[index].piece != piece.piece
+        ),
+        None,
+    )
+    if differing is not None or len(other.model.pieces) == held:
+        raise ModelError(
+            say(
+                f"it does not extend {base.name}: "
+                + ("it has no more pieces" if differing is None else f"their pieces differ from id {differing} on"),
+                f"它不是 {base.name} 的扩充：" + ("没有更多的词" if differing is None else f"从 id {differing} 起不同"),
+            ),
+            place=f"vocab.tokenizer: {name}",
+            remedy="tongwen tokenizer merge --base BASE/tokenizer.model --add CHINESE.model --out DIR",
+        )
+    inside = encoder_of(spm.without_prefix(base.model))
+    new = [piece.piece.replace(spm.BLANK, " ") for piece in other.model.pieces[held:]]
+    return Extended(replace(other, tokenizer=base.tokenizer), held, inside(new))
+
+
 def _extend_byte_level(
     base: Lexicon, learned: Learned, words: Sequence[str], special_tokens: Sequence[str]
 ) -> Extended:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tongwen import artifact, console, gate, launch
 from tongwen.errors import MachineError, RecipeError, TongwenError
 from tongwen.language import say
@@ -22,6 +24,7 @@ from tongwen.recipe.load import dump
 from tongwen.recipe.schema import STAGES, Prepare, Recipe
 
 TRAINING = ("pretrain", "sft")  # stages that run on all devices
+LOCK = ".lock"  # held by the process that runs in a folder, whose number it says
 MODELS = ("vocab", "pretrain", "sft")  # stages that leave a model, each standing on the one before
 
 
@@ -140,7 +143,8 @@ def _find_unchanged(recipe: Recipe, name: str, out: Path, fork: bool) -> artifac
 
 
 def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str]) -> artifact.Artifact:
-    if name in TRAINING and recipe.devices > 1 and not launch.is_launched():
+    needs_group = name in TRAINING and (recipe.devices > 1 or getattr(recipe, name).shares)
+    if needs_group and not launch.is_launched():
         code = launch.torchrun(recipe.devices, ["run", *arguments, "--only", name])
         if code:
             raise Launched(code)
@@ -195,7 +199,7 @@ def _alone(out: Path) -> Iterator[None]:
         return
     import fcntl
 
-    with (out / ".lock").open("a+", encoding="utf-8") as stream:
+    with (out / LOCK).open("a+", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -211,4 +215,19 @@ def _alone(out: Path) -> Iterator[None]:
         stream.truncate(0)
         stream.write(f"{platform.node()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         stream.flush()
-        yield
+        try:
+            yield
+        finally:
+            stream.truncate(0)
+
+
+def holder(out: Path) -> int | None:
+    """The process of this machine that runs in a folder. The number that a killed one left there counts for nothing."""
+    try:
+        lock = out / LOCK
+        node, number, *_ = lock.read_text(encoding="utf-8").split(", ")
+        process = psutil.Process(int(number.removeprefix("process ")))
+        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= lock.stat().st_mtime + 1.0
+        return process.pid if alive and node == platform.node() else None
+    except (OSError, ValueError, psutil.Error):
+        return None

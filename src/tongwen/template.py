@@ -31,7 +31,9 @@ from tongwen.language import say
 from tongwen.record import Dialogue, Message, Span
 from tongwen.skeleton import SENTINEL, Skeleton, make_skeleton
 
-SHIPPED = ("chatml", "alpaca", "alpaca-zh", "plain", "chatglm")
+SHIPPED = (
+    "chatml", "alpaca", "alpaca-zh", "plain", "chatglm", "belle", "belle-v2", "alpaca-cla", "alpaca-llamacpp", "guanaco", "guanaco-v1", "guanaco-chat", "vicuna",
+)  # fmt: skip
 GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 # Noncharacters: Unicode keeps them out of text, so they can carry marks through a render.
 LEARN_FROM, LEARN_TO = "\ufdd0", "\ufdd1"

@@ -61,6 +61,11 @@ def add_to(add: Add) -> None:
     command.add_argument(
         "--gpu", default="", metavar="24GB", help=say("a GPU of this memory that is not here", "假设有这么大显存的 GPU")
     )
+    command.add_argument(
+        "--measure",
+        action="store_true",
+        help=say("open the model and time a micro-batch here", "打开模型，在本机实测一个微批的用时"),
+    )
     command = add(
         "look", say("encoded samples, learned tokens coloured", "查看编码后的样本，学习的 token 有颜色"), _look
     )
@@ -132,7 +137,7 @@ def _check(parsed: argparse.Namespace) -> int:
 def _plan(parsed: argparse.Namespace) -> int:
     from tongwen.stages import plan
 
-    return plan.run(_load(parsed), parsed.gpu)
+    return plan.run(_load(parsed), parsed.gpu, measure=parsed.measure)
 
 
 def _look(parsed: argparse.Namespace) -> int:

@@ -164,6 +164,10 @@ class Encoder:
             ids += self._continue(part, piece) if self.anchor else piece
         return [int(index) for index in ids]
 
+    def keeps_stop(self, pieces: Sequence[Piece]) -> bool:
+        """Whether the stop of a sample's last answer is among its tokens: always, but for the scripts of 2023."""
+        return True
+
     def with_prefix(self, pieces: list[Piece]) -> list[Piece]:
         """The tokenizer's own prefix exactly once, whether or not the template writes it."""
         count = len(self.prefix)
@@ -260,7 +264,12 @@ def _fitting(
             reject(Rejected(dialogue.origin, error.reason, error.rule, dialogue.to_dict()))
     encoded = encoder.encode([sample.spans for _, sample in rendered])
     samples = [
-        _Sample(number, pieces, sample.teaches_to_stop, sum([len(piece.ids) for piece in pieces]))
+        _Sample(
+            number,
+            pieces,
+            sample.teaches_to_stop and encoder.keeps_stop(pieces),
+            sum([len(piece.ids) for piece in pieces]),
+        )
         for (number, sample), pieces in zip(rendered, encoded, strict=True)
     ]
     shares = np.bincount([sample.dialogue for sample in samples], minlength=len(chunk)).tolist()

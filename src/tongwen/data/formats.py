@@ -252,7 +252,7 @@ def _read_alpaca(row: dict[str, Any], source: Source) -> Read:
     return [
         *_system(row, source),
         *_history(row),
-        Message("user", _joined(question, extra)),
+        Message("user", _joined(question, extra, source)),
         Message("assistant", _text(row, answer, source)),
     ], _tools(row)
 
@@ -267,7 +267,7 @@ def _read_turns_inside(row: dict[str, Any], source: Source) -> Read:
         if _MARK.match(extra.lstrip()):
             messages += _split_turns(extra)
         elif messages and messages[-1].role == "user":
-            messages[-1] = Message("user", _joined(messages[-1].content, extra))
+            messages[-1] = Message("user", _joined(messages[-1].content, extra, source))
         else:
             messages.append(Message("user", extra))
     answer = "target" if "target" in row and "output" not in row else "output"
@@ -308,7 +308,7 @@ def _read_completion(row: dict[str, Any], source: Source) -> Read:
 
 def _read_query(row: dict[str, Any], source: Source) -> Read:
     """instruct and query are one question, as the older project joined them."""
-    question = _joined(_text(row, "instruct", source, default=""), _text(row, "query", source))
+    question = _joined(_text(row, "instruct", source, default=""), _text(row, "query", source), source)
     return [
         *_system(row, source),
         Message("user", question),
@@ -346,9 +346,9 @@ def _asked(row: dict[str, Any], source: Source, question: str, answer: str) -> R
 # -- parts of a row ------------------------------------------------------------------------------------------------
 
 
-def _joined(first: str, second: str) -> str:
+def _joined(first: str, second: str, source: Source) -> str:
     """One question of two texts, of which either may be empty."""
-    return "\n".join(text for text in (first, second) if not is_blank(text))
+    return source.separator.join(text for text in (first, second) if not is_blank(text))
 
 
 def _system(row: dict[str, Any], source: Source) -> list[Message]:

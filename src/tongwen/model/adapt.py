@@ -41,15 +41,20 @@ class Adapted:
     embeddings: list[torch.nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
+        self._guard: list[Any] = []
+        self.find_learners()
+
+    def find_learners(self) -> None:
+        """What learns. Once more after an engine has put its own parameters in their place."""
         self.learners = [part for part in self.model.parameters() if part.requires_grad]
         self.embeddings = _embeddings(self.model) if self.whole else []
-        self._guard: list[Any] = []
 
     @property
     def counts(self) -> dict[str, Any]:
-        """Parameters that learn now."""
-        trainable = sum(part.numel() for part in self.model.parameters() if part.requires_grad)
-        total = sum(part.numel() for part in self.model.parameters())
+        """Parameters that learn now. What peft keeps of a module that is trained in full is not a second one."""
+        named = [pair for pair in self.model.named_parameters() if ".original_module." not in pair[0]]
+        trainable = sum(part.numel() for _, part in named if part.requires_grad)
+        total = sum(part.numel() for _, part in named)
         return {"parameters": trainable, "of": total, "share": trainable / total}
 
     def focus(self, parts: Collection[Part]) -> list[torch.nn.Parameter]:
@@ -75,16 +80,22 @@ class Adapted:
         self._guard = [part.register_hook(_only_rows(self.rows)) for part in self.embeddings]
         return self.embeddings
 
-    def save(self, folder: Path) -> None:
-        """The adapter, or the whole model where there is none: single trained rows alone go into their matrix."""
+    def save(self, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
+        """The adapter, or the whole model where there is none: single trained rows alone go into their matrix. whole: the
+        tensors by name, of a model that has only parts of them."""
         kind = adapter_type(self.model)
         if kind == "TRAINABLE_TOKENS":
             self.model.merge_and_unload().save_pretrained(str(folder))
             return
         with quiet():  # peft warns of ranks that AdaLoRA has emptied
-            self.model.save_pretrained(str(folder))
+            self.model.save_pretrained(str(folder), state_dict=whole)
         if kind == "ADALORA":
             write_as_lora(folder)
+
+
+def kept_in(parts: Collection[Part], dtype: torch.dtype) -> torch.dtype:
+    """The number type of the base: fp32 where its own weights learn; adapters and single rows are tensors beside them."""
+    return dtype if "lora" in parts or set(parts) == {"new_rows"} else torch.float32
 
 
 def adapt(
@@ -171,9 +182,9 @@ def _with_adapter(
         also += _row_owners(model)
     single = [] if whole else sorted({*control_rows, *(new_rows if "new_rows" in parts else [])})
     config = _peft_config(model, choice, also, _token_rows(model, single), steps)
-    notices = _left_out(model, choice)
     with quiet():
-        adapted = Adapted(get_peft_model(model, config), new_rows, whole, notices)
+        adapted = Adapted(get_peft_model(model, config), new_rows, whole)
+    adapted.notices += _experts(adapted.model)
     _make_fast(adapted.model)
     if control_rows:
         adapted.notices.append(
@@ -194,11 +205,13 @@ def _make_fast(model: Any) -> None:
 def _peft_config(model: Any, choice: Adapter, also: list[str], rows: dict[str, list[int]] | None, steps: int) -> Any:
     from peft import LoraConfig
 
+    family = family_of(model.config.model_type)
     words: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "lora_alpha": choice.scale,
         "lora_dropout": choice.dropout,
         "target_modules": find_targets(model, choice),
+        "fan_in_fan_out": bool(family and family.transposed),
         "modules_to_save": also or None,
         # peft's default unties in silence
         "ensure_weight_tying": bool(getattr(model.config, "tie_word_embeddings", False)),
@@ -329,24 +342,30 @@ def _token_rows(model: Any, ids: list[int]) -> dict[str, list[int]] | None:
     return dict.fromkeys(_row_owners(model), ids) if ids else None
 
 
-def _left_out(model: Any, choice: Adapter) -> list[str]:
-    """Weights that do a linear layer's work but are no Linear module, so `all-linear` passes them by (fused experts)."""
-    if choice.targets != "all-linear" or choice.target_parameters:
-        return []
-    fused = [
-        name
+def _experts(model: Any) -> list[str]:
+    """Fused expert weights do a linear layer's work but are no Linear module: whether the adapter reaches them is said."""
+    fused = {
+        name: part
         for name, part in model.named_parameters()
         if part.dim() == 3 and "lora_" not in name and not name.endswith(("conv1d.weight", "conv.weight"))
-    ]
-    if not fused:
-        return []
-    size = sum(dict(model.named_parameters())[name].numel() for name in fused)
-    return [
-        say(
-            f"all-linear passes by {len(fused)} fused expert weights ({size:,} parameters), the first: {fused[0]}",
-            f"all-linear 未覆盖 {len(fused)} 个融合的专家权重（{size:,} 个参数），第一个：{fused[0]}",
-        )
-    ]
+    }
+    passed = [name for name in fused if ".base_layer." not in name]
+    if passed:
+        size = sum(fused[name].numel() for name in passed)
+        return [
+            say(
+                f"the adapter passes by {len(passed)} fused expert weights ({size:,} parameters), the first: {passed[0]}",
+                f"适配器未覆盖 {len(passed)} 个融合的专家权重（{size:,} 个参数），第一个：{passed[0]}",
+            )
+        ]
+    if fused:
+        return [
+            say(
+                f"the adapter reaches {len(fused)} fused expert weights, each expert with matrices of its own",
+                f"适配器覆盖 {len(fused)} 个融合的专家权重，每个专家各有其矩阵",
+            )
+        ]
+    return []
 
 
 def _no_module(key: str, name: str, model: Any) -> ModelError:

@@ -18,6 +18,7 @@ import numpy as np
 
 from tongwen.errors import ArtifactError, ModelError
 from tongwen.language import say
+from tongwen.model.load import adapter_folder, no_adapter_config
 from tongwen.model.tensors import FLOATS, Array, FileTensors, TorchTensors, load_bin, read_fp32
 from tongwen.weights import Tensors, blocks, read_header
 
@@ -114,6 +115,7 @@ class Adapter:
 
 def read_adapter(folder: Path) -> Adapter:
     """Raises ArtifactError or ModelError when the folder holds no adapter that can be folded into weights."""
+    folder = adapter_folder(folder)
     config = _read_config(folder)
     tensors = _open(folder)
     if not tensors.facts:
@@ -146,6 +148,9 @@ def read_adapter(folder: Path) -> Adapter:
             rows = _rows_of(config.get("trainable_token_indices") or {}, target)
             changes[name] = Change(tensors, str(folder), scale, rank, transposed, rows)
         if role in changes[name].parts:
+            if config.get("target_parameters"):
+                whole_model = say("it adapts fused weights", "它适配融合的权重")
+                continue
             if same_numbers(tensors, key, tensors, changes[name].parts[role]):  # peft saves a resized embedding twice
                 continue
             raise ArtifactError(say(f"{key!r} stands there twice", f"{key!r} 重复出现"), place=str(folder))
@@ -201,8 +206,8 @@ def _open(folder: Path) -> Tensors:
         say("no adapter_model.safetensors in this folder", "文件夹里没有 adapter_model.safetensors"),
         place=str(folder),
         remedy=say(
-            "an old trainer may have called it pytorch_model.bin: rename it to adapter_model.bin",
-            "旧训练脚本可能把它存为 pytorch_model.bin：请改名为 adapter_model.bin",
+            f"an old trainer may have called it pytorch_model.bin: tongwen migrate {folder} --out {folder}-lora",
+            f"旧训练脚本可能把它存为 pytorch_model.bin：tongwen migrate {folder} --out {folder}-lora",
         ),
     )
 
@@ -212,9 +217,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = dict(json.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
-        raise ArtifactError(
-            say("no adapter_config.json in this folder", "文件夹里没有 adapter_config.json"), place=str(folder)
-        ) from None
+        raise no_adapter_config(folder) from None
     except (ValueError, TypeError) as error:
         raise ArtifactError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(file)) from None
     if config.get("peft_type") != "LORA":

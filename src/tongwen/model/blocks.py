@@ -8,6 +8,7 @@ activations, layers that peft must handle itself) stays as it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from inspect import signature
 from types import MethodType
 from typing import Any
@@ -84,12 +85,13 @@ class GatedMlp(torch.autograd.Function):
         return of_x, None, None, of_a[:rank], of_gate_b, None, of_a[rank:], of_up_b, None, of_down_a, of_down_b
 
 
-def fuse_blocks(model: Any) -> int:
-    """Give every RMSNorm and gated MLP that qualifies its fast forward; returns how many."""
+def fuse_blocks(model: Any, is_same: Callable[[Any, Any], bool] | None = None) -> int:
+    """Give every RMSNorm and gated MLP that qualifies its fast forward; returns how many. is_same: decides in the place of
+    the proof, where there are only shapes."""
     count = 0
     for module in model.modules():
         fast = _fast_form(module)
-        if fast and _is_same(module, fast):
+        if fast and (is_same or _is_same)(module, fast):
             module.forward = MethodType(fast, module)
             count += 1
     return count

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.errors import ArtifactError, ModelError
+from tongwen.families import ENDS_OF_TEXT
 from tongwen.language import say
 from tongwen.record import Message
 from tongwen.template import Template
@@ -61,10 +62,6 @@ def stop_ids(tokenizer: Any, template: Template | None, generation_config: Any) 
         if index is not None and index not in ids:
             ids.append(int(index))
     return tuple(ids)
-
-
-# What families call the end of a document, where it is not what ends an answer.
-ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>", "</s>")
 
 
 def end_of_text(tokenizer: Any) -> int:

@@ -116,10 +116,12 @@ def load_tokenizer(place: Place) -> Any:
     """The tokenizer of a model, as it stands. Raises ModelError or MachineError."""
     from transformers import AutoTokenizer
 
+    from tongwen.model import ranks, sentencepiece, special
+
     _make_known(place)
+    instead = special.instead_of_empty(Path(place.folder)) if place.local else {}
     with quiet(), explained(place):
-        tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
-    from tongwen.model import ranks, sentencepiece
+        tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **instead, **_gguf(place))
 
     if place.gguf:
         ranks.mend_gguf(tokenizer, Path(place.folder) / place.gguf)
@@ -153,6 +155,12 @@ def _lone_sentencepiece(place: Place) -> Path | None:
     return file if file.is_file() and not file.with_name("tokenizer.json").is_file() else None
 
 
+def load_kind(place: Place) -> str:
+    """The model type that a folder's config.json says, read without transformers; "" without one."""
+    file = Path(place.folder) / "config.json"
+    return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")) if file.is_file() else ""
+
+
 def load_config(place: Place) -> Any:
     from transformers import AutoConfig
 
@@ -161,19 +169,24 @@ def load_config(place: Place) -> Any:
         return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
 
 
-def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
+def load_model(place: Place, dtype: torch.dtype, quantize: str = "", device_map: str | None = None) -> Any:
     """The causal language model, in the given number type; its matrices quantised to nf4 or int8 on request. The adapters of
     the place are not opened (see `stack`). Raises ModelError when a weight would be random."""
     from transformers import AutoModelForCausalLM
 
-    _make_known(place)
-    how = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
+    from tongwen.model import special
+
+    how: dict[str, Any] = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
+    config = load_config(place)
+    if special.drop_outside(config, config.get_text_config().vocab_size, f"{place.name}/config.json"):
+        how["config"] = config
     with quiet(), explained(place):
         model, info = AutoModelForCausalLM.from_pretrained(
             place.folder,
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
+            device_map=device_map,
             **how,
             **_gguf(place),
         )
@@ -187,15 +200,31 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
             place=place.name,
             remedy=say("fetch the model again, whole", "请重新完整下载模型"),
         )
-    for part in model.modules() if quantize else ():
-        if hasattr(part, "support_avx512bf16_for_cpu"):
-            # bitsandbytes repacks such weights when they are first read in eval mode, and never back: trained after
-            # that, no gradient passes them.
-            part.support_avx512bf16_for_cpu = False
+    if quantize:
+        _settle_quantised(model)
     if place.gguf:  # de-quantised: from here on an ordinary model
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model
+
+
+def load_generation_config(folder: str) -> Any:
+    """What a model folder says of how it generates; None when it says nothing."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder) if (Path(folder) / "generation_config.json").is_file() else None
+
+
+def _settle_quantised(model: Any) -> None:
+    """A quantised model as it can be trained, and without the file that it came from."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks such weights when they are first read in eval mode, and never back: trained after
+            # that, no gradient passes them.
+            module.support_avx512bf16_for_cpu = False
+    for part in model.parameters():
+        if part.is_floating_point():  # one tensor that lies in the mapped file would keep all of the file in memory
+            part.data = part.data.clone()
 
 
 def cached_folder(hub_id: str) -> Path | None:
@@ -267,6 +296,12 @@ def compute_dtype(precision: str, device: str) -> tuple[torch.dtype, str]:
 
     if precision == "fp32":
         return torch.float32, say("as the recipe says", "按配方")
+    if precision == "fp16":
+        if device == "cpu":
+            raise MachineError(
+                say("a CPU does not train in fp16", "CPU 不支持 fp16 训练"), place="precision", remedy="precision: auto"
+            )
+        return torch.float16, say("as the recipe says; its overflows are counted", "按配方；溢出会被计数")
     native = (
         cpu_has_bf16()
         if device == "cpu"
@@ -352,7 +387,7 @@ class explained:  # noqa: N801
             raise ModelError(
                 say("this model needs code of its own, which is never run", "该模型需要运行自带代码，本工具从不运行"),
                 place=self.place.name,
-                remedy=say("use a version that transformers supports itself", "请使用 transformers 原生支持的版本"),
+                remedy=self._without_its_code(),
             ) from None
         if (
             isinstance(error, (OSError, ValueError, KeyError, RuntimeError, TypeError))
@@ -367,6 +402,11 @@ class explained:  # noqa: N801
                 remedy=say("check that the files are whole", "请检查文件是否完整"),
             ) from error
 
+    def _without_its_code(self) -> str:
+        if load_kind(self.place) == "baichuan":
+            return f"tongwen convert {self.place.name} --to hf --out {Path(self.place.folder).name}-llama"
+        return say("use a version that transformers supports itself", "请使用 transformers 原生支持的版本")
+
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
@@ -380,6 +420,7 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # FSDP2 passes by what is stored as whole numbers
     )
 
 
@@ -402,15 +443,32 @@ def _from_modelscope(name: str) -> str:
         ) from None
 
 
+def adapter_folder(folder: Path) -> Path:
+    """Where an adapter's files are: there, or in the folder below into which the trainers of 2023 put them."""
+    if (folder / "adapter_config.json").is_file() or not folder.is_dir():
+        return folder
+    below = (folder / name for name in ("adapter_model", "sft_lora_model", "pt_lora_model"))
+    return next((place for place in below if place.is_dir()), folder)
+
+
+def no_adapter_config(folder: Path) -> ArtifactError:
+    """What is said of a folder without adapter_config.json: a bare file of tensors can get one."""
+    bare = next((name for name in ("adapter_model.bin", "pytorch_model.bin") if (folder / name).is_file()), None)
+    return ArtifactError(
+        say("no adapter_config.json in this folder", "文件夹里没有 adapter_config.json"),
+        place=str(folder),
+        remedy=f"tongwen migrate {folder} --alpha N --out {folder}-lora" if bare else "",
+    )
+
+
 def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, trainable: bool = False) -> Any:
     """The model with an adapter on it. Refuses an adapter that was trained on another base."""
     from peft import PeftModel
 
-    path = Path(folder)
+    path = adapter_folder(Path(folder))
+    folder = str(path)
     if not (path / "adapter_config.json").is_file():
-        raise ArtifactError(
-            say("no adapter_config.json in this folder", "文件夹里没有 adapter_config.json"), place=folder
-        )
+        raise no_adapter_config(path)
     stage = artifact.find(path)
     trained_on = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
     if trained_on and fingerprint_of_base and trained_on != fingerprint_of_base:

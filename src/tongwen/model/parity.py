@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from tongwen.errors import NumbersError
+from tongwen.families import family_of
 from tongwen.language import say
 from tongwen.model.combine import Combined
 from tongwen.model.fold import Folded, Step, Target, base_rows, steps_of
 from tongwen.model.tensors import Array, FileTensors, read_fp32
 from tongwen.weights import Tensors, blocks
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TOKENS = 12
 # How far rounding alone may move the logits, as a share of their spread; one wrong matrix moves them by tens of percent.
 LIMITS = {"F64": 1e-3, "F32": 1e-3, "F16": 2e-2, "BF16": 1e-1}
@@ -113,7 +113,8 @@ def compare_logits(base: Tensors, folded: Folded, config: Mapping[str, Any]) -> 
 
 def logits_of_both(base: Tensors, folded: Folded, config: Mapping[str, Any]) -> tuple[Array, Array] | None:
     """(base + adapters, merged), (T, V) each; None for a family whose layers are not known here."""
-    if config.get("model_type") not in FAMILIES:
+    family = family_of(str(config.get("model_type")))
+    if family is None or not family.like_llama:
         return None
     ids = fixed_ids(int(config["vocab_size"]))
     with ThreadPoolExecutor(2) as pool:

@@ -109,6 +109,11 @@ class Source(Section):
     roles: dict[str, str] = word(
         {}, "the file's name of a role: ours, e.g. {Customer: user}", "角色名映射，如 {客户: user}"
     )
+    separator: str = word(
+        "\n",
+        "between instruction and input, instruct and query; BELLE had nothing there",
+        "instruction 与 input、instruct 与 query 之间的文字；BELLE 中没有",
+    )
     records: Literal["line", "paragraph", "file"] | None = word(
         None,
         "what one record of a text file is; absent: paragraphs where blank lines are frequent, else lines",
@@ -338,6 +343,11 @@ class Vocab(Section):
     """Extend the base's tokenizer with pieces of the target script, and grow the model's rows."""
 
     pieces: int = word(2000, "new pieces at most, learned from the documents", "从文档中学习的新词数上限", ge=0)
+    tokenizer: str | None = word(
+        None,
+        "instead of learning pieces: a SentencePiece tokenizer that was extended already (folder or file)",
+        "代替学习新词：已扩充好的 SentencePiece 分词器（文件夹或文件）",
+    )
     script: Literal[
         "han",
         "japanese",
@@ -380,6 +390,12 @@ class Vocab(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Vocab:
+        also = sorted(self.model_fields_set & {"pieces", "words", "special_tokens", "script"})
+        if self.tokenizer and also:
+            raise wrong(
+                f"`tokenizer` and `{also[0]}` exclude each other: pieces that are there, or pieces to be made",
+                f"`tokenizer` 与 `{also[0]}` 只能写一个：现成的词，或要新加的词",
+            )
         if not (self.pieces or self.words or self.special_tokens):
             raise wrong(
                 "`vocab` adds nothing: `pieces` is 0 and there are no `words` and `special_tokens`",
@@ -449,8 +465,10 @@ class Adapter(Section):
         return self.method if self.method in ("new_rows", "full") else "lora"
 
 
+Tracker = Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"]
 Part = Literal["new_rows", "embeddings", "lora", "full"]
 ROWS_ONLY = ("new_rows", "embeddings")
+ENGINES = ("auto", "ddp", "fsdp2", "zero2", "zero3")
 
 
 class Training(Section):
@@ -512,10 +530,11 @@ class Training(Section):
         ge=1,
     )
     log_every: int = word(1, "steps between lines of metrics.jsonl", "每多少步写一行 metrics.jsonl", ge=1, free=True)
-    precision: Literal["auto", "fp32", "bf16"] = word(
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = word(
         "auto",
-        "auto: bf16 where the device computes in it, else fp32",
-        "auto：设备支持 bf16 计算则用，否则 fp32",
+        "auto: bf16 where the device computes in it, else fp32; fp16: for GPUs without bf16, with a scaled gradient. What "
+        "learns stands in fp32 always",
+        "auto：设备支持 bf16 计算则用，否则 fp32；fp16：用于没有 bf16 的 GPU，梯度带缩放。被训练的权重总是 fp32",
     )
     activation_checkpointing: Literal["auto", "on", "off"] = word(
         "auto",
@@ -529,6 +548,18 @@ class Training(Section):
         "一次过模型的 token 数；不写则推算",
         ge=16,
         free=True,
+    )
+    engine: str = word(
+        "auto",
+        "what several processes share out: auto and ddp nothing, zero2 gradients and optimizer (DeepSpeed), zero3 and fsdp2 "
+        "also the weights; or a file: a DeepSpeed JSON, or accelerate's FSDP YAML",
+        "多进程如何分担：auto 与 ddp 不分担，zero2 分担梯度与优化器（DeepSpeed），zero3 与 fsdp2 还分担权重；或一个文件：DeepSpeed 的 JSON，"
+        "或 accelerate 的 FSDP YAML",
+    )
+    offload: bool = word(
+        False,
+        "fsdp2, zero2, zero3: what is shared out waits in the host's memory",
+        "fsdp2、zero2、zero3：分担的部分放在主机内存",
     )
     samples: int = word(
         3, "held-out questions answered before and after, for the report", "报告中训练前后各答几题", ge=0
@@ -559,6 +590,53 @@ class Training(Section):
     def may_end_early(self) -> bool:
         """Whether an evaluation may end the run."""
         return self.patience is not None
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Training:
+        if self.engine not in ENGINES and not self.engine.endswith((".json", ".yaml", ".yml")):
+            choices = ", ".join(ENGINES)
+            raise wrong(
+                f"engine: {self.engine!r} is not one of {choices}, and no .json or .yaml file",
+                f"engine: {self.engine!r} 不在 {choices} 之中，也不是 .json 或 .yaml 文件",
+            )
+        if self.offload and not self.shares:
+            raise wrong(
+                f"`offload` needs an engine that shares out: fsdp2, zero2 or zero3, not {self.engine!r}",
+                f"`offload` 需要会分担的引擎：fsdp2、zero2 或 zero3，而不是 {self.engine!r}",
+            )
+        if self.shares:
+            self._check_sharing()
+        return self
+
+    def _check_sharing(self) -> None:
+        """Raise for what would be computed wrongly, or not at all, on a part of a tensor."""
+        stretches = self.stretches
+        rows = any("new_rows" in one.parts for one in stretches)
+        reasons = (
+            (self.optimizer != "adamw", f"optimizer: {self.optimizer}", "optimizer: adamw"),
+            (self.adapter.method == "adalora", "method: adalora", "method: lora"),
+            (rows, "new_rows", "train: lora+embeddings"),
+            (self.shares == "deepspeed" and len(stretches) > 1, "phases", "engine: fsdp2"),
+            (self.quantizes and self.shares == "deepspeed", "method: qlora", "engine: fsdp2"),
+            (self.quantizes and self.adapter.quantize == "int8", "quantize: int8", "quantize: nf4"),
+        )
+        for applies, what, remedy in reasons:
+            if applies:
+                raise wrong(
+                    f"`{what}` does not work with `engine: {self.engine}`: use `engine: ddp`, or `{remedy}`",
+                    f"`{what}` 不能与 `engine: {self.engine}` 同用：请用 `engine: ddp`，或 `{remedy}`",
+                )
+
+    @property
+    def shares(self) -> Literal["", "fsdp2", "deepspeed"]:
+        """Who shares out a model's training, if anyone does."""
+        if self.engine in ("zero2", "zero3") or self.engine.endswith(".json"):
+            return "deepspeed"
+        return "fsdp2" if self.engine == "fsdp2" or self.engine.endswith((".yaml", ".yml")) else ""
+
+    @property
+    def quantizes(self) -> bool:
+        return self.adapter.method == "qlora"
 
     @property
     def stretches(self) -> list[Stretch]:
@@ -685,8 +763,8 @@ class Sft(Training):
 
     template: str = word(
         "own",
-        "own (the model's), chatml, alpaca, alpaca-zh, plain, or a .jinja file",
-        "own（模型自带）、chatml、alpaca、alpaca-zh、plain 或 .jinja 文件",
+        "own (the model's), chatml, alpaca, alpaca-zh, plain, one of an older project (docs/templates.md), or a .jinja file",
+        "own（模型自带）、chatml、alpaca、alpaca-zh、plain、旧项目的模板（docs/templates.md）或 .jinja 文件",
     )
     learn: Literal["assistant", "last_answer", "everything"] = word(
         "assistant", "which text counts in the loss", "哪些文字计入损失"
@@ -700,6 +778,11 @@ class Sft(Training):
         "reject",
         "what happens to longer samples: rejected; their oldest turns dropped; or then also the end of the question cut",
         "更长的样本：拒绝；丢弃最早的轮次；或再截断问题末尾",
+    )
+    legacy: bool = word(
+        False,
+        "tokens as the project of this template made them in 2023, defects included: docs/templates.md",
+        "按该模板的项目在 2023 年的做法切分，含其缺陷：见 docs/templates.md",
     )
     train_new_control_tokens: bool = word(
         True,
@@ -787,7 +870,7 @@ class Evaluate(Section):
         min_length=1,
     )
     before: bool = word(True, "score the recipe's base too", "也评测配方的底座")
-    batch_size: int = word(8, "questions answered at once", "同时回答几个问题", ge=1)
+    batch_size: int = word(32, "questions answered side by side, at most", "同时回答几个问题", ge=1)
     max_new_tokens: int = word(256, "tokens of an answer at most", "回答的最大 token 数", ge=1)
 
     @model_validator(mode="after")
@@ -840,6 +923,11 @@ class Recipe(Section):
     out: str = word("", "folder of the run; runs/NAME when absent", "输出文件夹；不写为 runs/NAME")
     seed: int = word(42, "decides order, split and initialisation", "决定顺序、划分与初始化")
     devices: int = word(1, "processes, one per GPU", "进程数，每块 GPU 一个", ge=1)
+    track: Annotated[list[Tracker], BeforeValidator(read_list)] = word(
+        [],
+        "programs that draw the curves too: tensorboard, wandb, swanlab, mlflow, trackio; keys come from the environment",
+        "另外绘制曲线的程序：tensorboard、wandb、swanlab、mlflow、trackio；密钥取自环境变量",
+    )
     stop_before: Seconds | None = word(
         None,
         "this long after the command began, a training that is not done has been saved and has ended: 90 minutes, 6 hours",
@@ -861,7 +949,7 @@ class Recipe(Section):
                 "`sft` needs `prepare: {dialogues: ...}`: the data that it learns from",
                 "`sft` 需要 `prepare: {dialogues: ...}` 提供训练数据",
             )
-        if self.vocab and self.vocab.pieces and not self.prepare:
+        if self.vocab and self.vocab.pieces and not self.vocab.tokenizer and not self.prepare:
             raise wrong(
                 "`vocab` needs `prepare: {documents: ...}`: the text that pieces are learned from",
                 "`vocab` 需要 `prepare: {documents: ...}` 提供学习新词的文本",

@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 
 from tongwen import __version__, console
 from tongwen.language import say
+from tongwen.past.failures import find
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 EXTRAS = ("gguf", "sentencepiece", "modelscope", "bitsandbytes", "deepspeed", "tensorboard")
@@ -78,6 +79,20 @@ def run() -> int:
             "memory_bytes": memory,
             "reachable_ms": reached,
         }
+    )
+    return 0
+
+
+def explain(name: str) -> int:
+    """Print one failure of the older projects: what was seen, why, and what happens here instead."""
+    one = find(name)
+    console.header(one.id, say(*one.says))
+    console.tell(say("cause: ", "原因：") + say(*one.why))
+    console.tell(say("here:  ", "此处：") + say(*one.here))
+    for test in one.shown:
+        console.tell(f"  {test}")
+    console.emit(
+        {"id": one.id, "symptom": say(*one.says), "cause": say(*one.why), "here": say(*one.here), "tests": one.shown}
     )
     return 0
 

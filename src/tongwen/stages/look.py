@@ -9,6 +9,7 @@ from typing import Any
 from tongwen import console
 from tongwen.data.store import TokenStore
 from tongwen.errors import RecipeError
+from tongwen.inspection import coloured, key, pieces
 from tongwen.language import language, say
 from tongwen.lesson import Reader, look_ahead, read_dialogues, read_documents, say_mask
 from tongwen.recipe.schema import Recipe
@@ -61,21 +62,15 @@ def _show(recipe: Recipe, reader: Reader, stop: int, template: str, count: int, 
     if page:
         sections = "".join(
             f"<section><h2><span>{html.escape(str(store.origin(index)))}</span><span>{store.lengths[index]} token</span></h2>"
-            f"<div>{_as_html(tokenizer, store, index, stop)}</div></section>"
+            f"<div>{coloured(tokenizer, store, index, stop)}</div></section>"
             for index in shown
         )
-        words = (
-            ("p", say("prompt", "提示")),
-            ("l", say("learned", "学习")),
-            ("s", say("stop token, learned", "停止符（学习）")),
-        )
-        key = "".join(f"<span class={name}>{word}</span>" for name, word in words)
         Path(page).write_text(
             f'<!doctype html><html lang="{"zh-CN" if language() == "zh" else "en"}"><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(recipe.name)}</title>'
             f"<style>{STYLE}</style><h1>{html.escape(recipe.name)}</h1>"
             f"<p class=soft>{html.escape(recipe.base)}{html.escape(f' · {template}' if template else '')}<br>{said}</p>"
-            f"<p class=key>{key}</p>{sections}</html>",
+            f"<p class=key>{key()}</p>{sections}</html>",
             encoding="utf-8",
         )
         console.good(page)
@@ -95,29 +90,7 @@ def _show(recipe: Recipe, reader: Reader, stop: int, template: str, count: int, 
     return {"mask": mask, "ledger": lesson.ledger.to_dict(), "rejected": len(rejected)}
 
 
-def pieces(tokenizer: object, store: TokenStore, index: int) -> list[tuple[str, int, bool]]:
-    """(text, last id, learned) of one sample: tokens that together make whole characters are shown as one piece."""
-    out: list[tuple[str, int, bool]] = []
-    waiting: list[int] = []
-    ids, learn = store.sample(index)
-    for token, learned in zip(ids.tolist(), learn.tolist(), strict=True):
-        waiting.append(token)
-        text = str(tokenizer.decode(waiting, clean_up_tokenization_spaces=False))  # type: ignore[attr-defined]
-        if not text.endswith("\ufffd"):
-            out.append((text, token, learned))
-            waiting = []
-    return out
-
-
-def _as_html(tokenizer: object, store: TokenStore, index: int, stop: int) -> str:
-    out = []
-    for text, token, learned in pieces(tokenizer, store, index):
-        kind = ("s" if token == stop else "l") if learned else "p"
-        out.append(f'<span class="{kind}" title="{token}">{html.escape(text)}</span>')
-    return "".join(out)
-
-
-def _print(tokenizer: object, store: TokenStore, index: int, stop: int) -> None:
+def _print(tokenizer: Any, store: TokenStore, index: int, stop: int) -> None:
     from rich.text import Text
 
     shown = Text()

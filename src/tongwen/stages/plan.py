@@ -1,139 +1,235 @@
-"""plan: a recipe in; steps, tokens, memory, disk and time out. Opens no weights and writes nothing."""
+"""plan: a recipe in; steps, tokens, memory, disk and time out. Writes nothing, and opens weights only to measure time."""
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from tongwen import console
+from tongwen import console, foresight
 from tongwen.errors import RecipeError
+from tongwen.export.gguf import bytes_per_weight
+from tongwen.foresight import Micro, Needs, Setting, foresee
 from tongwen.language import say
-from tongwen.lesson import look_ahead, read_dialogues, read_documents
-from tongwen.model import adapt as adapting
+from tongwen.lesson import Lesson, look_ahead, read_dialogues, read_documents
 from tongwen.model import load
-from tongwen.recipe.schema import Recipe, Sft, Training
+from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
 from tongwen.river import standing_on
 from tongwen.train.batches import Plan, make_plan, token_budget
-from tongwen.train.memory import Shape, estimate, flops_per_token
+from tongwen.train.memory import STREAMED, flops_per_token
+
+PURPOSES = {  # of memory, in Chinese
+    "libraries": "程序库",
+    "weights": "权重",
+    "gradients": "梯度",
+    "optimizer": "优化器",
+    "activations": "激活",
+    "head": "输出层",
+    "blocks": "分块",
+}
 
 
-def run(recipe: Recipe, gpu: str) -> int:
-    """Print what a run would do and need, stage by stage. gpu: `24GB`, memory of a GPU that is not here."""
+def run(recipe: Recipe, gpu: str, *, measure: bool = False) -> int:
+    """Print what a run would do and need, stage by stage. gpu: `24GB`, memory of a GPU that is not here; measure: time a
+    micro-batch of the real model on this machine."""
     if not recipe.training or recipe.prepare is None:
         raise RecipeError(
             say("there is nothing to train in this recipe", "该配方没有训练阶段"), place=recipe.name, remedy="sft: {}"
         )
-    memory = parse_memory(gpu) if gpu else None
-    found = {}
-    for name, section in (("pretrain", recipe.pretrain), ("sft", recipe.sft)):
-        if section is not None:
-            found[name] = _plan(recipe, name, section, memory)
-    console.emit({**list(found.values())[-1], "stages": found})
+    limit = parse_memory(gpu) if gpu else None
+    found = {name: _plan(recipe, name, limit, measure) for name in recipe.stages if name in ("pretrain", "sft")}
+    last = list(found.values())[-1]
+    console.emit({**last, "stages": {**found, **_afterwards(recipe)}})
     return 0
 
 
-def _plan(recipe: Recipe, name: str, section: Training, memory: int | None) -> dict[str, Any]:
+def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[str, Any]:
     """One stage. Where a stage before it has not run, the model that it will stand on is the one that there is."""
-    device = "cuda" if memory else load.compute_device()
+    section: Training = getattr(recipe, name)
+    device = "cuda" if limit else load.compute_device()
     base = standing_on(recipe, name, finished=True)
     place = load.locate(base)
-    reader = read_dialogues(base, section) if isinstance(section, Sft) else read_documents(base, section)  # type: ignore[arg-type]
-    lesson = look_ahead(recipe, reader)
-    store, mask = lesson.store, lesson.mask
-    plans = [
+    config = load.load_config(place)
+    lesson = _look(recipe, section, base)
+    plans = _plans(section, lesson, device, recipe.devices)
+    micro = _fullest(plans, lesson)
+    setting, needs = _needs(config, section, _setting(section, device, limit), micro, limit)
+    shape = needs.shape
+    tokens = sum(sum(one.tokens_of(lesson.store.lengths)) for one in plans)
+    steps = [len(one) for one in plans]
+    full = shape.trainable == shape.parameters
+    seconds = None
+    if measure:
+        of_token, of_step = foresight.measure(place, setting, lesson.store, plans[-1])
+        seconds = of_token * tokens / recipe.devices + of_step * sum(steps)
+    elif device == "cpu":
+        seconds = tokens * flops_per_token(shape, lesson.mask["learned_share"], full=full) / _rate()
+    disk = {
+        "checkpoints": shape.trainable * 12 * section.keep_checkpoints,
+        "weights": shape.parameters * 4 if full else shape.trainable * 4,
+    }
+    cures = list(_cures(name, config, section, micro, needs.bytes["peak"], limit)) if limit else []
+    facts = {
+        "steps": sum(steps),
+        "steps_of_phases": steps,
+        "steps_per_epoch": plans[-1].steps_per_epoch,
+        "batch_size": None if section.batch_tokens else section.batch_size,
+        "batch_tokens": section.batch_tokens,
+        "fill": round(plans[-1].fill(lesson.store.lengths), 4),
+        "micro_batches_per_step": plans[-1].accumulate,
+        "devices": plans[-1].world,
+        "micro_batch_tokens": plans[-1].budget,
+        "tokens": tokens,
+        "samples": len(lesson.store),
+        "mask": lesson.mask,
+        "trainable": shape.trainable,
+        "memory_bytes": needs.bytes,
+        "rehearsed": needs.rehearsed,
+        "activation_checkpointing": setting.checkpointing,
+        "disk": disk,
+        "disk_bytes": sum(disk.values()),
+        "seconds": seconds,
+        "fits": None if limit is None else needs.bytes["peak"] <= limit,
+        "cures": cures,
+    }
+    _show(name, section, facts, device, measure)
+    return facts
+
+
+def _look(recipe: Recipe, section: Training, base: str) -> Lesson:
+    if isinstance(section, Sft):
+        return look_ahead(recipe, read_dialogues(base, section))
+    assert isinstance(section, Pretrain)
+    return look_ahead(recipe, read_documents(base, section))
+
+
+def _plans(section: Training, lesson: Lesson, device: str, world: int) -> list[Plan]:
+    return [
         make_plan(
-            store.lengths,
+            lesson.store.lengths,
             lesson.draw,
             batch_size=stretch.words.batch_size,
             batch_tokens=stretch.words.batch_tokens,
             stop_after=stretch.words.stop_after,
             budget=section.micro_batch_tokens or token_budget(device),
-            world=recipe.devices,
+            world=world,
         )
         for stretch in section.stretches
     ]
-    plan = plans[-1]
-    shape = _shape(section, place)
-    width = 2 if memory or load.compute_dtype(section.precision, device)[0] == torch.bfloat16 else 4
-    full = not any("lora" in stretch.parts for stretch in section.stretches)
-    needs: dict[str, int] = {}
-    checkpointing = False
-    for checkpointing in (section.activation_checkpointing == "on", section.activation_checkpointing != "off"):
-        needs = estimate(
-            shape,
-            tokens=plan.budget,
-            learned_share=mask["learned_share"],
-            bytes_per_weight=width,
-            full=full,
-            checkpointing=checkpointing,
-            quantize=section.adapter.quantize if section.adapter.method == "qlora" else "",
-        )
-        if memory is None or needs["peak"] <= memory:
-            break
-    tokens = sum(sum(one.tokens_of(store.lengths)) for one in plans)
-    seconds = tokens * flops_per_token(shape, mask["learned_share"], full=full) / _rate() if device == "cpu" else None
-    weights = shape.parameters * width
-    disk = (shape.trainable * 12 if not full else shape.parameters * 12) * section.keep_checkpoints + (
-        weights if recipe.merge or full else 0
-    )
-    steps = [len(one) for one in plans]
-    _show(name, section, plan, steps, len(store), tokens, needs, checkpointing, seconds, disk, memory, device)
-    return {
-        "steps": sum(steps),
-        "steps_of_phases": steps,
-        "steps_per_epoch": plan.steps_per_epoch,
-        "batch_size": None if section.batch_tokens else section.batch_size,
-        "batch_tokens": section.batch_tokens,
-        "fill": round(plan.fill(store.lengths), 4),
-        "micro_batches_per_step": plan.accumulate,
-        "devices": plan.world,
-        "micro_batch_tokens": plan.budget,
-        "tokens": tokens,
-        "samples": len(store),
-        "mask": mask,
-        "trainable": shape.trainable,
-        "memory_bytes": needs,
-        "activation_checkpointing": checkpointing,
-        "disk_bytes": disk,
-        "seconds": seconds,
-        "fits": None if memory is None else needs["peak"] <= memory,
-    }
+
+
+def _setting(section: Training, device: str, limit: int | None) -> Setting:
+    parts = {part for stretch in section.stretches for part in stretch.parts}
+    guessed = torch.float32 if section.precision == "fp32" else torch.bfloat16
+    dtype = guessed if limit else load.compute_dtype(section.precision, device)[0]
+    on = section.activation_checkpointing == "on"
+    return Setting(section.adapter, frozenset(parts), dtype, device, section.optimizer, on)
+
+
+def _fullest(plans: list[Plan], lesson: Lesson) -> Micro:
+    """The micro-batch with the most tokens."""
+    lengths = lesson.store.lengths
+    parts = [part for plan in plans for step in plan.micro for part in step]
+    part = max(parts, key=lambda part: int(lengths[list(part)].sum()))
+    rows = sum(int(np.count_nonzero(lesson.store.sample(sample)[1])) for sample in part)
+    return Micro(tuple(int(lengths[sample]) for sample in part), rows, max(plan.accumulate for plan in plans))
+
+
+def _needs(config: Any, section: Training, setting: Setting, micro: Micro, limit: int | None) -> tuple[Setting, Needs]:
+    """With activation checkpointing where it may be on and the limit asks for it."""
+    needs = foresee(config, setting, micro)
+    if limit and needs.bytes["peak"] > limit and section.activation_checkpointing == "auto":
+        setting = replace(setting, checkpointing=True)
+        needs = foresee(config, setting, micro)
+    return setting, needs
+
+
+def _cures(name: str, config: Any, section: Training, micro: Micro, peak: int, limit: int) -> Iterator[dict[str, Any]]:
+    """What to change when it does not fit, the cheapest first, each on top of those before it, until it does."""
+    if peak <= limit:
+        return
+    for change, changed, smaller in _cheaper(name, section, micro):
+        _, needs = _needs(config, changed, _setting(changed, "cuda", limit), smaller, limit)
+        if needs.bytes["peak"] >= peak:
+            continue
+        peak = needs.bytes["peak"]
+        yield {"change": change, "peak": peak, "fits": peak <= limit}
+        if peak <= limit:
+            return
+
+
+def _cheaper(name: str, section: Training, micro: Micro) -> Iterator[tuple[str, Training, Micro]]:
+    """(change of the recipe, the section with it, the micro-batch with it): what costs time, then length, then precision."""
+    longest = max(micro.lengths)
+    if sum(micro.lengths) > longest:
+        micro = micro.cut(longest)
+        yield f"{name}.micro_batch_tokens={longest}", section, micro
+    if section.activation_checkpointing == "off":
+        section = section.model_copy(update={"activation_checkpointing": "auto"})
+        yield f"{name}.activation_checkpointing=auto", section, micro
+    if section.optimizer == "adamw":
+        section = section.model_copy(update={"optimizer": "adamw_8bit"})
+        yield f"{name}.optimizer=adamw_8bit", section, micro
+    while longest > 512:
+        longest //= 2
+        micro = micro.cut(longest)
+        yield f"{name}.max_length={longest}", section, micro
+    if isinstance(section, Pretrain) and section.phases:
+        return
+    if all(stretch.parts == ("full",) for stretch in section.stretches):
+        section, change = _with_adapter(section)
+        yield f"{name}.{change}", section, micro
+    if section.adapter.method == "lora" and all("lora" in stretch.parts for stretch in section.stretches):
+        quantized = section.adapter.model_copy(update={"method": "qlora"})
+        yield f"{name}.adapter.method=qlora", section.model_copy(update={"adapter": quantized}), micro
+
+
+def _with_adapter(section: Training) -> tuple[Training, str]:
+    """The section with an adapter instead of all weights, and how a recipe says so."""
+    if isinstance(section, Pretrain):
+        return section.model_copy(update={"train": "lora"}), "train=lora"
+    adapter = section.adapter.model_copy(update={"method": "lora"})
+    return section.model_copy(update={"adapter": adapter}), "adapter.method=lora"
+
+
+def _afterwards(recipe: Recipe) -> dict[str, Any]:
+    """What merging and exporting need: both go through the model a block of rows at a time."""
+    found: dict[str, Any] = {}
+    config = load.load_config(load.locate(standing_on(recipe, "sft", finished=True)))
+    parameters = sum(part.numel() for part in load.make_skeleton(config).parameters())
+    needs = {"libraries": foresight.LIBRARIES, "blocks": STREAMED}
+    width = getattr(config.dtype, "itemsize", 4)  # a config that says nothing means fp32
+    if recipe.merge:
+        width = {"base": width, "fp32": 4}.get(recipe.merge.dtype, 2)
+        whole = {"weights": 2 * 4 * parameters} if recipe.merge.parity == "full" else {}
+        found["merge"] = {"memory_bytes": _summed({**needs, **whole}), "disk_bytes": parameters * width}
+    if recipe.export:
+        sizes = {"pth": width, "hf": width, "gguf": bytes_per_weight(recipe.export.quantize)}
+        disk = int(sum(parameters * sizes[form] for form in recipe.export.formats))
+        found["export"] = {"memory_bytes": _summed(needs), "disk_bytes": disk}
+    for name, facts in found.items():
+        console.header("plan", name)
+        console.table(("", ""), [*_memory_rows(facts["memory_bytes"]), _disk_row(facts["disk_bytes"])])
+    return found
+
+
+def _summed(needs: dict[str, int]) -> dict[str, int]:
+    return {**needs, "peak": sum(needs.values())}
 
 
 def parse_memory(text: str) -> int:
     """`24GB` -> bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(g|gb|gib|m|mb|mib)\s*", text.lower())
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gm])(i?)b?\s*", text.lower())
     if not found:
         raise RecipeError(
             say(f"{text!r} is not an amount of memory", f"{text!r} 不是显存大小"), place="--gpu", remedy="--gpu 24GB"
         )
-    return int(float(found[1]) * (1e9 if found[2].startswith("g") else 1e6))
-
-
-def _shape(section: Training, place: load.Place) -> Shape:
-    """Counts from a model without weights (meta device), adapted as the run would adapt it; new rows count as one."""
-    from transformers import AutoModelForCausalLM
-
-    config = load.load_config(place)
-    with torch.device("meta"), load.quiet():
-        model = AutoModelForCausalLM.from_config(config)
-        parameters = sum(part.numel() for part in model.parameters())
-        trained = {part for stretch in section.stretches for part in stretch.parts}
-        adapter = section.adapter.model_copy(
-            update={"continue_from": None}
-        )  # the same shapes, and its files stay closed
-        adapted = adapting.adapt(model, adapter, [], trained=trained, new_rows=[0], steps=100)
-    return Shape(
-        parameters=parameters + (adapted.counts["parameters"] if "lora" in trained else 0),
-        trainable=adapted.counts["parameters"],
-        layers=int(config.num_hidden_layers),
-        hidden=int(config.hidden_size),
-        intermediate=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
-        vocabulary=int(config.vocab_size),
-    )
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** {"m": 2, "g": 3}[found[2]])
 
 
 def _rate() -> float:
@@ -147,57 +243,61 @@ def _rate() -> float:
     return 0.66 * count * 2 * 1024**3 / spent
 
 
-def _show(
-    name: str,
-    section: Training,
-    plan: Plan,
-    steps: list[int],
-    samples: int,
-    tokens: int,
-    needs: dict[str, int],
-    checkpointing: bool,
-    seconds: float | None,
-    disk: int,
-    memory: int | None,
-    device: str,
-) -> None:
+def _memory_rows(needs: dict[str, int], note: str = "") -> list[tuple[str, str]]:
+    rows = [
+        (say(name, PURPOSES[name]), console.human_bytes(size))
+        for name, size in needs.items()
+        if name != "peak" and size > 1_000_000
+    ]
+    return [*rows, (say("peak memory, about", "峰值内存约"), console.human_bytes(needs["peak"]) + note)]
+
+
+def _disk_row(size: int) -> tuple[str, str]:
+    return say("disk", "磁盘"), console.human_bytes(size)
+
+
+def _show(name: str, section: Training, facts: dict[str, Any], device: str, measured: bool) -> None:
     what = (
         say(f"{section.batch_tokens} tokens", f"{section.batch_tokens} token")
         if section.batch_tokens
         else say(f"{section.batch_size} samples", f"{section.batch_size} 个样本")
     )
+    parts, budget = f"{facts['micro_batches_per_step']} x {facts['devices']}", facts["micro_batch_tokens"]
+    lengths = ", ".join(str(one.words.stop_after) for one in section.stretches)
+    note = say(" with activation checkpointing", "（重算激活）") if facts["activation_checkpointing"] else ""
+    if not facts["rehearsed"]:
+        note += say(", by a formula: this model cannot be rehearsed", "，按公式估计：该模型无法预演")
+    seconds = facts["seconds"]
     console.header("plan", name)
-    rows = [
-        (say("samples", "样本"), f"{samples:,}"),
-        (
-            say("steps", "步数"),
-            f"{' + '.join(map(str, steps))} ({', '.join(str(one.words.stop_after) for one in section.stretches)})",
-        ),
-        (say("tokens", "token 总数"), f"{tokens:,}"),
-        (
-            say("a step", "每步"),
-            say(
-                f"{what} in {plan.accumulate} x {plan.world} micro-batches of at most {plan.budget} tokens",
-                f"{what}，{plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token",
+    console.table(
+        ("", ""),
+        [
+            (say("samples", "样本"), f"{facts['samples']:,}"),
+            (say("steps", "步数"), f"{' + '.join(map(str, facts['steps_of_phases']))} ({lengths})"),
+            (say("tokens", "token 总数"), f"{facts['tokens']:,}"),
+            (
+                say("a step", "每步"),
+                say(
+                    f"{what} in {parts} micro-batches of at most {budget} tokens",
+                    f"{what}，{parts} 个微批，每个至多 {budget} token",
+                ),
             ),
-        ),
-        *((name, console.human_bytes(size)) for name, size in needs.items() if name != "peak"),
-        (
-            say("peak memory, about", "峰值内存约"),
-            console.human_bytes(needs["peak"])
-            + (say(" with activation checkpointing", "（重算激活）") if checkpointing else ""),
-        ),
-        (say("disk", "磁盘"), console.human_bytes(disk)),
-        (
-            say("time on this machine, about", "本机用时约"),
-            console.human_time(seconds) if seconds else say(f"not known for {device}", f"{device} 上未知"),
-        ),
-    ]
-    console.table(("", ""), rows)
-    if memory is not None and needs["peak"] > memory:
-        console.notice(
-            say(
-                f"this needs more than {console.human_bytes(memory)}; in this order: micro_batch_tokens {plan.budget // 2}, max_length {section.max_length // 2}, adapter.method qlora, a smaller base",
-                f"超过 {console.human_bytes(memory)}；依次尝试：micro_batch_tokens {plan.budget // 2}，max_length {section.max_length // 2}，adapter.method qlora，更小的底座",
-            )
-        )
+            *_memory_rows(facts["memory_bytes"], note),
+            _disk_row(facts["disk_bytes"]),
+            (
+                say("time, measured", "用时（实测推算）")
+                if measured
+                else say("time on this machine, about", "本机用时约"),
+                console.human_time(seconds) if seconds else say(f"not known for {device}", f"{device} 上未知"),
+            ),
+        ],
+    )
+    if facts["fits"] is not False:
+        return
+    console.notice(
+        say("this does not fit; in this order, each on top of those before:", "放不下；依次尝试，逐项叠加：")
+    )
+    for cure in facts["cures"]:
+        console.tell(f"  {cure['change']}  {console.human_bytes(cure['peak'])}{' ✓' if cure['fits'] else ''}")
+    if not any(cure["fits"] for cure in facts["cures"]):
+        console.tell(say("  then a smaller base, or a larger GPU", "  再不行，换更小的底座或更大的 GPU"))

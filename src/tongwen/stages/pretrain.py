@@ -14,9 +14,10 @@ from typing import Any
 from tongwen import artifact, console
 from tongwen.course import Course, Question, take
 from tongwen.errors import RecipeError
+from tongwen.families import family_of
 from tongwen.language import say
 from tongwen.lesson import DocumentReader, are_rows_untrained, encode_prepared, new_rows_of, read_documents
-from tongwen.model import dress
+from tongwen.model import dress, load
 from tongwen.recipe.schema import Pretrain, Recipe
 from tongwen.record import Document
 from tongwen.river import standing_on
@@ -38,6 +39,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
     console.header("pretrain", f"{base} · {' → '.join(stretch.train for stretch in section.stretches)}")
     _check_new_rows(base, section)
+    _check_learns_text(base)
     reader = read_documents(base, section)
     _warn_of_instruct(base, reader.tokenizer)
     lesson = encode_prepared(prepared, reader, recipe.seed, out.parent / "tokens" / "pretrain")
@@ -69,6 +71,21 @@ def _check_new_rows(base: str, section: Pretrain) -> None:
             ),
             place=f"pretrain · {base}",
             remedy="phases: [{train: new_rows, stop_after: 100 steps}, {train: lora+embeddings}]",
+        )
+
+
+def _check_learns_text(base: str) -> None:
+    """Raise RecipeError for a family that learns from dialogues only."""
+    kind = load.load_config(load.locate(base)).model_type
+    family = family_of(kind)
+    if family and family.dialogues_only:
+        raise RecipeError(
+            say(
+                f"{kind} does not learn from plain text here: {family.dialogues_only[0]}",
+                f"此处 {kind} 不学习纯文本：{family.dialogues_only[1]}",
+            ),
+            place=f"pretrain · {base}",
+            remedy=say("leave `pretrain` out and give dialogues: sft", "去掉 `pretrain`，改用对话数据：sft"),
         )
 
 

@@ -40,11 +40,14 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     assert section
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare") if recipe.prepare else None
     place = load.fetched(load.locate(recipe.base))
-    console.header("vocab", f"{recipe.base} + {section.pieces:,}")
+    console.header("vocab", f"{recipe.base} + {section.tokenizer or format(section.pieces, ',')}")
     old, script = lexicon.open_lexicon(recipe.base), Script(section.script)
     learn_from, rest = _texts(prepared.path if prepared else None)
-    learnt = _learn(old, learn_from, script, section)
-    made = learnt.extended(section.pieces, section.words, section.special_tokens)
+    learnt = None if section.tokenizer else _learn(old, learn_from, script, section)
+    if learnt is not None:
+        made = learnt.extended(section.pieces, section.words, section.special_tokens)
+    else:
+        made = lexicon.extended_by(old, str(section.tokenizer))
 
     base, config = open_model(place)
     names = widen.matrices_of(base, place.name)
@@ -55,9 +58,9 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     report["rows"] = {"filled": rows.filled, "added": rows.added, "padding": rows.padding, "wanted": rows.wanted}
     if section.measure_bits:
         report |= growth.bits_before_training(place, old, made, section.new_rows, recipe.seed, rest)
-    if section.pieces:
+    if learnt is not None and section.pieces:
         report |= _advise(learnt, rest, recipe.base, section, report.get("bits_per_byte"))
-    report["summary"] = f"{recipe.base} · {section.pieces:,} {say('pieces', '个词')} · {section.new_rows}"
+    report["summary"] = f"{recipe.base} · {len(made.parts):,} {say('pieces', '个词')} · {section.new_rows}"
 
     base_lines = model_lines(place)
     parents: dict[str, Any] = {"base": {"path": recipe.base, "fingerprint": combine(base_lines)}}

@@ -246,11 +246,11 @@ def survey(base: Coder, new: Coder | None, texts: dict[str, list[str]], script: 
         "speed": new_speed / max(old_speed, 1e-9),
     }
     shown = [text.strip()[:EXAMPLE] for text in given if script.occurs_in(text) and len(text) >= EXAMPLE][:3]
-    out["examples"] = [{"before": _pieces(base, text), "after": _pieces(new, text)} for text in shown]
+    out["examples"] = [{"before": pieces_of(base, text), "after": pieces_of(new, text)} for text in shown]
     return out
 
 
-def _pieces(coder: Coder, text: str) -> list[str]:
+def pieces_of(coder: Coder, text: str) -> list[str]:
     """The tokens as people can read them; bytes that are no whole character as their numbers."""
     out = []
     for index in coder.encode([text])[0]:

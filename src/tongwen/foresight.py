@@ -1,0 +1,215 @@
+"""What a training stage will need, before it needs it: a step of its own model is rehearsed on shapes alone.
+
+Layers are alike, so a deep model is rehearsed with a few of them, twice, and the rest follows. Where a model cannot be
+rehearsed (its shapes depend on values), a formula for Llama-like layers stands in, and that is said.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+import tongwen.course  # noqa: F401 (all that training imports is in memory from here on)
+from tongwen.model import adapt as adapting
+from tongwen.model import attention, load
+from tongwen.model.blocks import fuse_blocks
+from tongwen.model.score import learned_loss
+from tongwen.model.stack import open_stack
+from tongwen.recipe.schema import Adapter, Part
+from tongwen.train.audit import to_device
+from tongwen.train.batches import MicroBatches, Plan
+from tongwen.train.memory import CUDA_CONTEXT, QUANTIZED, STATE_BYTES, Shape, kept_for_backward
+from tongwen.train.rehearsal import rehearse
+
+FEW = (4, 8)  # layers that are rehearsed of a deeper model; whatever alternates among them does so in four at most
+LIBRARIES = psutil.Process().memory_info().rss
+
+
+@dataclass(frozen=True)
+class Micro:
+    """The fullest micro-batch. lengths: tokens of its documents; rows: learned tokens; passes: micro-batches per step."""
+
+    lengths: Sequence[int]
+    rows: int
+    passes: int
+
+    def cut(self, tokens: int) -> Micro:
+        """One document of so many tokens instead."""
+        return Micro((tokens,), self.rows * tokens // sum(self.lengths), max(self.passes, 2))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is trained. parts: all that some phase trains; dtype: what is computed in; device: cpu, cuda, ..."""
+
+    adapter: Adapter
+    parts: Collection[Part]
+    dtype: torch.dtype
+    device: str
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+
+    @property
+    def quantize(self) -> str:
+        return self.adapter.quantize if self.adapter.method == "qlora" else ""
+
+
+def shape_of(config: Any, setting: Setting) -> Shape:
+    """Counts and widths of the adapted model; new rows count as one."""
+    text = config.get_text_config()
+    model, _ = _skeleton(config, setting)
+    return Shape(
+        parameters=sum(part.numel() for part in model.parameters()),
+        trainable=sum(part.numel() for part in model.parameters() if part.requires_grad),
+        layers=int(text.num_hidden_layers),
+        hidden=int(text.hidden_size),
+        intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+        vocabulary=int(text.vocab_size),
+    )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """bytes: by purpose, and their sum `peak`; rehearsed: whether they were counted, or come from a formula."""
+
+    shape: Shape
+    bytes: dict[str, int]
+    rehearsed: bool
+
+
+def foresee(config: Any, setting: Setting, micro: Micro) -> Needs:
+    """What a process needs that trains this model so."""
+    shape = shape_of(config, setting)
+    layers = shape.layers
+    try:
+        if layers <= FEW[1]:
+            halves = _rehearsed(config, setting, micro, layers)
+        else:
+            small, large = (_rehearsed(config, setting, micro, count) for count in FEW)
+            halves = [_grown(*pair, layers) for pair in zip(small, large, strict=True)]
+        rehearsed = True
+    except (RuntimeError, TypeError, AttributeError, KeyError):  # what an unknown model's code raises without values
+        halves, rehearsed = [_by_formula(config, setting, micro, shape)], False
+    fullest = max(halves, key=lambda half: sum(half.values()))
+    needs = {
+        "libraries": LIBRARIES if setting.device == "cpu" else CUDA_CONTEXT,
+        **{purpose: fullest.get(purpose, 0) for purpose in ("weights", "gradients")},
+        "optimizer": STATE_BYTES[setting.optimizer] * shape.trainable,
+        **{purpose: fullest.get(purpose, 0) for purpose in ("activations", "head")},
+    }
+    return Needs(shape, {**needs, "peak": sum(needs.values())}, rehearsed)
+
+
+def _rehearsed(config: Any, setting: Setting, micro: Micro, layers: int) -> list[dict[str, int]]:
+    model, matrices = _skeleton(_cut(config, layers), setting)
+    if not getattr(model, "_supports_attention_backend", False):
+        raise TypeError("its attention is its own")
+    if setting.checkpointing:
+        with load.quiet():  # there is no random state to keep among tensors without values
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    halves = rehearse(
+        model,
+        micro.lengths,
+        micro.rows,
+        learned_loss,
+        model.get_output_embeddings(),
+        lambda model: _prepare(model, setting),
+        bf16=setting.dtype == torch.bfloat16,
+        passes=micro.passes,
+    )
+    if setting.quantize:
+        width, spared = setting.dtype.itemsize, sum(matrices)
+        for half in halves:
+            half["weights"] -= int(spared * (width - QUANTIZED[setting.quantize]))
+            half["activations"] += max(matrices) * width  # the one that is de-quantised at the time
+    return halves
+
+
+def _prepare(model: Any, setting: Setting) -> None:
+    """As the stage does before its first step."""
+    model.set_attn_implementation(attention.register())
+    model.config.use_cache = False
+    model.train()
+    if setting.device == "cpu" and setting.dtype == torch.float32 and not setting.quantize:
+        fuse_blocks(model, is_same=lambda *_: True)
+
+
+def _skeleton(config: Any, setting: Setting) -> tuple[Any, list[int]]:
+    """The adapted model on the meta device, and the sizes of the matrices that a quantised base has quantised."""
+    model = load.make_skeleton(config).to(adapting.kept_in(setting.parts, setting.dtype))
+    head = model.get_output_embeddings()
+    matrices = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    adapter = setting.adapter.model_copy(update={"continue_from": None})  # the same shapes, and its files stay closed
+    with torch.device("meta"), load.quiet():
+        adapted = adapting.adapt(model, adapter, [], trained=setting.parts, new_rows=[0], steps=100)
+    return adapted.model, matrices
+
+
+def _cut(config: Any, layers: int) -> Any:
+    """The config with so many layers."""
+    cut = deepcopy(config)
+    text = cut.get_text_config()
+    whole = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == whole:  # one entry for each layer
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return cut
+
+
+def _grown(small: dict[str, int], large: dict[str, int], layers: int) -> dict[str, int]:
+    """From the few layers to all of them."""
+    few, more = FEW
+    return {
+        purpose: size + (size - small.get(purpose, 0)) * (layers - more) // (more - few)
+        for purpose, size in large.items()
+    }
+
+
+def _by_formula(config: Any, setting: Setting, micro: Micro, shape: Shape) -> dict[str, int]:
+    model, matrices = _skeleton(config, setting)
+    width = setting.dtype.itemsize
+    weights = sum(part.numel() * (4 if part.requires_grad else part.itemsize) for part in model.parameters())
+    if setting.quantize:
+        weights -= int(sum(matrices) * (width - QUANTIZED[setting.quantize]))
+    return {
+        "weights": weights,
+        "gradients": 4 * shape.trainable,
+        "activations": sum(micro.lengths) * kept_for_backward(shape, checkpointing=setting.checkpointing) * width,
+        "head": micro.rows * shape.vocabulary * width,
+    }
+
+
+def measure(place: load.Place, setting: Setting, store: Any, plan: Plan) -> tuple[float, float]:
+    """Seconds of a token through the model and back, and of a step of the optimizer: one micro-batch of the plan, on the
+    real weights, after another to warm up."""
+    model, _ = open_stack(place, adapting.kept_in(setting.parts, setting.dtype), setting.quantize)
+    adapted = adapting.adapt(model, setting.adapter, [], trained=setting.parts, new_rows=[0], steps=100)
+    for part in adapted.learners:
+        part.data = part.data.float()
+    if not setting.quantize:
+        adapted.model.to(setting.device)
+    _prepare(adapted.model, setting)
+    optimizer = torch.optim.AdamW(adapted.learners, lr=0.0)
+    batch = to_device(MicroBatches(store, [plan.micro[0][0]], packed=True)[0], adapted.model)
+    for _ in range(2):
+        began = time.monotonic()
+        with torch.autocast(setting.device, torch.bfloat16, enabled=setting.dtype == torch.bfloat16):
+            learned_loss(adapted.model, batch)[0].backward()
+        turned = _now(setting.device)
+        optimizer.step()
+        ended = _now(setting.device)
+    return (turned - began) / batch["tokens"], ended - turned
+
+
+def _now(device: str) -> float:
+    """The time when the device has done what it was told."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.monotonic()

@@ -1,0 +1,151 @@
+"""migrate: a command or the files of an older project in; a recipe, or the tongwen commands that do it, out.
+
+Every flag is accounted for. The recipe is read once more as `run` would read it, so that what is printed can be run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tongwen import artifact, console
+from tongwen.errors import RecipeError
+from tongwen.hub.names import today
+from tongwen.language import say
+from tongwen.past.building import as_yaml
+from tongwen.past.migration import Outcome, migrate_command, migrate_files
+from tongwen.past.shell import read_script
+from tongwen.recipe.load import read
+
+SCRIPTS = (".sh", ".bash", ".txt")
+
+
+def run(words: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -> list[list[str]]:
+    """Print what each old command is today; returns the tongwen commands, in their order. A folder is an old adapter: an
+    ordinary one is written to `out`, with alpha as its scale.
+
+    words: files, or a command. out: where the recipe is written; beside its run's folder when it is to be run.
+    """
+    if len(words) == 1 and Path(words[0]).is_dir():
+        _migrate_adapter(Path(words[0]), Path(out or f"{words[0].rstrip('/')}-lora"), alpha)
+        return []
+    outcomes = _read(list(words))
+    if sum(bool(one.recipe) for one in outcomes) > 1 and out:
+        raise RecipeError(
+            say("several recipes come out, and --out names one file", "得到多份配方，而 --out 只有一个文件"),
+            place=out,
+            remedy=say("leave --out away", "去掉 --out"),
+        )
+    if to_run and any(one.launch for one in outcomes):
+        raise RecipeError(
+            say("several machines are started by torchrun, one line on each", "多机须在每台机器上用 torchrun 启动"),
+            place="--run",
+            remedy=say("leave --run away: the line is printed", "去掉 --run：会打印该命令"),
+        )
+    commands, rows = list[list[str]](), list[dict[str, Any]]()
+    for one in outcomes:
+        _report(one)
+        text = as_yaml(one.recipe, one.old) if one.recipe else ""
+        target = out or (f"{one.recipe['out']}.yaml" if to_run and one.recipe else "")
+        if text:
+            read(text, target or "recipe.yaml")  # as `run` would, with every problem
+            _hand_over(text, target)
+        lines = [["run", target or "RECIPE"]] if text else one.commands
+        for line in lines:
+            console.tell(f"  {shlex.join(['tongwen', *line])}")
+        fitting = _fitting(one) if text and to_run else []
+        commands += [[*line, *fitting] for line in lines]
+        rows.append({**dataclasses.asdict(one), "commands": [["tongwen", *line] for line in lines], "text": text})
+    console.emit({"migrated": rows})
+    return commands
+
+
+def _migrate_adapter(folder: Path, out: Path, alpha: float | None) -> None:
+    from tongwen.model.old_adapter import modernise
+
+    artifact.make_way(out, again=False)
+    made = modernise(folder, out, alpha)
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    console.good(f"{out} · r {config['r']}, alpha {config['lora_alpha']:g}: {', '.join(config['target_modules'])}")
+    console.tell(f"  tongwen merge --base BASE --adapter {out} --out MODEL")
+    console.emit({"out": str(out), "config": config, "fingerprint": made.fingerprint})
+
+
+def _read(words: list[str]) -> list[Outcome]:
+    """Files when the first word is one, else a command; of a script, all its commands."""
+    if not words:
+        raise RecipeError(
+            say("neither a file nor a command is given", "既没有文件也没有命令"),
+            place="tongwen migrate",
+            remedy="tongwen migrate run_config/Bloom_config.json   |   tongwen migrate -- torchrun finetune.py …",
+        )
+    first = Path(words[0])
+    if first.suffix in (".json", ".yaml", ".yml"):
+        return [migrate_files(words, today)]
+    if first.suffix in SCRIPTS:
+        try:
+            text = first.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=words[0]) from None
+        return [migrate_command(line.words, today) for line in read_script(text, words[0])]
+    return [migrate_command(words, today)]
+
+
+def _report(one: Outcome) -> None:
+    console.header(one.project, one.old)
+    for note in one.notes:
+        console.notice(note)
+    verdicts = {
+        "kept": say("kept", "保留"),
+        "renamed": say("renamed", "改名"),
+        "mended": say("mended", "修正"),
+        "dropped": say("dropped", "去除"),
+    }
+    for verdict in one.verdicts:
+        flag = verdict.flag if verdict.value is None else f"{verdict.flag} {verdict.value}"
+        new = f" → {verdict.becomes}" if verdict.becomes else ""
+        why = f"  ({verdict.why})" if verdict.why else ""
+        console.tell(f"  {verdicts[verdict.verdict]}  {flag}{new}{why}")
+    if one.instead:
+        console.tell(f"  {one.instead}")
+    if one.launch:
+        options = " ".join(f"--{name} {value}" for name, value in one.launch.items())
+        console.tell(say("on each machine:", "在每台机器上："))
+        console.tell(f"  torchrun {options} -m tongwen run RECIPE")
+
+
+def _hand_over(text: str, target: str) -> None:
+    """Print the recipe, or write it where nothing else stands."""
+    if not target:
+        for line in text.splitlines():
+            console.tell(line)
+        return
+    file = Path(target)
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise RecipeError(
+            say("another file stands here", "此处已有另一文件"), place=target, remedy="tongwen migrate --out FILE …"
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    console.good(target)
+
+
+def _fitting(one: Outcome) -> list[str]:
+    """Fewer devices than the old command had, when this machine has fewer: the batch is the same, so the result is."""
+    import torch
+
+    here = max(torch.accelerator.device_count(), 1)
+    if one.recipe.get("devices", 1) <= here:
+        return []
+    console.notice(
+        say(
+            f"devices: {here}, not {one.recipe['devices']}: this machine has no more; the batch stays what it was",
+            f"devices: {here}，而非 {one.recipe['devices']}：本机没有更多设备；批大小不变",
+        )
+    )
+    alone = [f"{section}.engine=auto" for section in ("pretrain", "sft") if here == 1 and section in one.recipe]
+    return [f"devices={here}", *alone]

@@ -1,0 +1,25 @@
+"""A place on the page for HTML of our own.
+
+Gradio's `HTML` evaluates strings as JavaScript, which the page's policy forbids; its `Markdown` does not. Blocks of HTML
+end at an empty line in Markdown, so line ends are written as characters. Whoever makes the HTML escapes what it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+Hear = Callable[[Callable[..., Any]], Callable[..., Any]]  # makes a handler speak the page's language
+QUIET: dict[str, Any] = {"show_progress": "hidden"}
+
+
+def canvas(value: str = "", **options: Any) -> gr.Markdown:
+    """An empty place, or one with HTML on it."""
+    return gr.Markdown(block(value), sanitize_html=False, latex_delimiters=[], elem_classes="ours", **options)
+
+
+def block(text: str) -> str:
+    """HTML as one block of Markdown."""
+    return f"<div>{text}</div>".replace("\n", "&#10;") if text else ""

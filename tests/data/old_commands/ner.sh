@@ -1,0 +1,33 @@
+torchrun --nnodes 1 --nproc_per_node 1 run_clm_sft_with_peft.py \
+--deepspeed ds_zero2_no_offoad.json \
+--model_name_or_path model_hub/chatglm-6b \
+--tokenizer_name_or_path model_hub/chatglm-6b \
+--dataset_dir data/msra/ \
+--per_device_train_batch_size 8 \
+--per_device_eval_batch_size 8 \
+--do_train \
+--seed $RANDOM \
+--fp16 \
+--num_train_epochs 3 \
+--learning_rate 3e-5 \
+--warmup_ratio 0.01 \
+--weight_decay 0 \
+--logging_strategy steps \
+--logging_steps 10 \
+--save_strategy steps \
+--save_total_limit 3 \
+--save_steps 200 \
+--gradient_accumulation_steps 1 \
+--preprocessing_num_workers 8 \
+--max_seq_length 256 \
+--output_dir output_dir \
+--overwrite_output_dir \
+--ddp_timeout 30000 \
+--logging_first_step True \
+--lora_rank 8 \
+--lora_alpha 32 \
+--trainable query_key_value \
+--lora_dropout 0.05 \
+--torch_dtype float16 \
+--gradient_checkpointing \
+--ddp_find_unused_parameters False

@@ -1,0 +1,75 @@
+"""The page on a real port with a model that answers as it is told: for the tests of the gate and of the browser."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from tongwen.errors import NumbersError
+from tongwen.ui.web.bench import Bench, Talk
+from tongwen.ui.web.door import Limits
+from tongwen.ui.web.server import make_app
+
+TOKEN = "right-token"
+SECRET = "canary/of/a/path"
+
+
+class Parrot:
+    """Says what it is asked, character by character; some words make it fail. asked: what reached it; closed: how many
+    answers were given up before their end."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[dict[str, Any]]] = []
+        self.closed = 0
+        self.pause = 0.0
+
+    def reply(self, name: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> Iterator[str]:
+        self.asked.append(messages)
+        text = messages[-1]["content"]
+        if "OOM" in text:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if "BUG" in text:
+            raise KeyError(SECRET)
+        try:
+            for place, character in enumerate(text):
+                if "NAN" in text and place > 2:
+                    raise NumbersError("the model gives NaN logits", place="generate", remedy="precision: fp32")
+                time.sleep(self.pause)
+                yield character
+        except GeneratorExit:
+            self.closed += 1
+            raise
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@contextmanager
+def serving(bench: Bench, limits: Limits | None = None) -> Iterator[str]:
+    """The address of a running page."""
+    port = free_port()
+    app = make_app(bench, TOKEN, port=port, limits=limits)
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", access_log=False))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    ends = time.monotonic() + 60
+    while not server.started and time.monotonic() < ends:
+        time.sleep(0.05)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def talk(parrot: Parrot, *chosen: str) -> Talk:
+    return Talk(lambda: list(chosen), chosen, lambda name, messages, options: messages[-9:], parrot.reply)

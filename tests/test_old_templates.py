@@ -1,0 +1,129 @@
+"""The four projects' templates, letter by letter; and their tokens, as their own code made them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import sentencepiece_tokenizer, tiny_llama, write_recipe
+from tongwen.data.encode import Encoder
+from tongwen.data.legacy import WAYS, LegacyEncoder
+from tongwen.errors import RecipeError
+from tongwen.model.dress import bind_template
+from tongwen.record import Dialogue, Message, Origin
+from tongwen.template import Template
+
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+CHAT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# What each project asked with: a first question, and a second one after an answer.
+LITERAL = {
+    "belle": ("Human: 问\n\nAssistant: ", "Human: 问\n\nAssistant: 答</s>Human: 又\n\nAssistant: "),
+    "belle-v2": ("Human: \n问\n\nAssistant: \n", "Human: \n问\n\nAssistant: \n答</s>Human: \n又\n\nAssistant: \n"),
+    "alpaca-cla": (f"{ALPACA}\n\n### Instruction:\n问\n\n### Response: ", None),
+    "alpaca-llamacpp": (f"{ALPACA}\n\n### Instruction:\n\n问\n\n### Response:\n\n", None),
+    "guanaco": (f"{CHAT}\nHuman: 问\nAssistant: ", f"{CHAT}\nHuman: 问\nAssistant: 答</s>\nHuman: 又\nAssistant: "),
+    "guanaco-v1": ("Instruction: 问\nAnswer: ", None),
+    "guanaco-chat": (f"{CHAT}\n\nUser: 问\n\nAssistant:", None),
+    "vicuna": (f"{CHAT}</s>USER: 问 ASSISTANT: ", f"{CHAT}</s>USER: 问 ASSISTANT: 答</s>USER: 又 ASSISTANT: "),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return sentencepiece_tokenizer(tmp_path_factory.mktemp("llama"), legacy=True)
+
+
+def bound(name: str) -> Template:
+    return Template.make(name, None, {"bos_token": "<s>", "eos_token": "</s>"}, ("<s>", "</s>"), prefix="<s>")
+
+
+@pytest.mark.parametrize("name", LITERAL)
+def test_templates_are_literal(name: str) -> None:
+    template, (first, second) = bound(name), LITERAL[name]
+    ask, reply, again = Message("user", "问"), Message("assistant", "答"), Message("user", "又")
+    assert template.prompt([ask]) == f"<s>{first}"
+    assert template.stop == "</s>" and not template.appended
+    if second is not None:
+        assert template.prompt([ask, reply, again]) == f"<s>{second}"
+
+
+# -- the old code, as short as it can be said; HF's `tokenizer(text)` puts <s> before -------------------------------------
+
+
+def belle(tokenizer: Any, prompt: str, answer: str, length: int) -> tuple[list[int], int]:
+    def tokenise(text: str) -> list[int]:
+        ids = list(tokenizer(text)["input_ids"])[:length]
+        if len(ids) == length:
+            ids[-1] = 2
+        return ids
+
+    whole = tokenise(f"<s>{prompt}{answer}</s>")
+    return whole, min(len(tokenizer(f"<s>{prompt}")["input_ids"]), len(whole))
+
+
+def cla(tokenizer: Any, prompt: str, answer: str, length: int) -> tuple[list[int], int]:
+    source = list(tokenizer(prompt)["input_ids"])
+    target = list(tokenizer(f"{answer}</s>", add_special_tokens=False)["input_ids"])
+    return (source + target)[:length], min(len(source), length)
+
+
+def guanaco(tokenizer: Any, prompt: str, answer: str, length: int) -> tuple[list[int], int]:
+    half = length // 2
+    source = list(tokenizer(prompt)["input_ids"])[:half]
+    target = list(tokenizer(f"{answer}</s>", add_special_tokens=False)["input_ids"])[:half]
+    return source + target, len(source)
+
+
+OLD: dict[str, Callable[[Any, str, str, int], tuple[list[int], int]]] = {
+    "belle": belle,
+    "alpaca-cla": cla,
+    "guanaco": guanaco,
+    "guanaco-v1": guanaco,
+    "vicuna": guanaco,
+}
+
+
+@pytest.mark.parametrize("length", [1000, 240, 60, 20])
+@pytest.mark.parametrize("name", WAYS)
+def test_legacy_tokens_are_those_of_the_old_code(name: str, length: int, tokenizer: Any) -> None:
+    template = bind_template(name, tokenizer, Encoder(tokenizer).prefix)
+    for answer in ("是", "今天天气很好。" * 3, "Hello"):
+        dialogue = Dialogue((Message("user", "你好吗"), Message("assistant", answer)), Origin("f", 1))
+        (sample,) = template.samples(dialogue)
+        prompt, learned = LegacyEncoder(tokenizer, name, length).encode([sample.spans])[0]
+        text = template.prompt(dialogue.messages[:1]).removeprefix("<s>")
+        ids, masked = OLD[name](tokenizer, text, answer, length)
+        assert [*prompt.ids, *learned.ids] == ids, (name, length, answer)
+        assert len(prompt.ids) == masked and not prompt.learn and learned.learn
+
+
+def test_what_was_a_defect_is_mended_by_default(tokenizer: Any) -> None:
+    template = bind_template("belle", tokenizer, [1])
+    (sample,) = template.samples(Dialogue((Message("user", "问"), Message("assistant", "是")), Origin("f", 1)))
+    old, new = (one.encode([sample.spans])[0] for one in (LegacyEncoder(tokenizer, "belle", 64), Encoder(tokenizer)))
+    learned = [tokenizer.convert_ids_to_tokens(list(pieces[-1].ids)) for pieces in (old, new)]
+    assert learned == [["</s>"], ["是", "</s>"]]  # the answer itself had a loss of 0
+    assert list(old[0].ids[:2]) == [1, 1] and list(new[0].ids[:2]) != [1, 1]
+
+
+def test_the_recipes_word(tongwen: Any, tmp_path: Path) -> None:
+    base = tmp_path / "llama"
+    tiny_llama(base, len(sentencepiece_tokenizer(base, legacy=True)))
+    words = ["sft.template=alpaca-cla", "sft.legacy=true", "sft.stop_after=1 steps", "--only", "sft"]
+    recipe = write_recipe(tmp_path, base, merge=False)
+    assert tongwen("run", recipe, "--only", "prepare")[0] == 0
+    code, _, said = tongwen("run", recipe, *words, "sft.max_length=160")
+    assert code == 3 and "min_stop_learned" in said  # the cut takes ends along, and that is not silent
+    code, _, said = tongwen("run", recipe, *words, "sft.max_length=400")
+    assert code == 0, said
+    mask = json.loads((tmp_path / "out/sft/report.json").read_text())["mask"]
+    assert mask["stop_learned_share"] == 1, mask
+    with pytest.raises(RecipeError, match="chatml"):
+        LegacyEncoder(sentencepiece_tokenizer(tmp_path / "t"), "chatml", 10)

@@ -1,0 +1,134 @@
+"""Laws of the plan: what is rehearsed is what a real step holds, few layers tell of many, and each cure lowers the peak."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import write_recipe
+from tongwen import foresight
+from tongwen.foresight import Micro, Setting
+from tongwen.model import attention
+from tongwen.model.adapt import adapt
+from tongwen.model.load import Place, load_config, load_model
+from tongwen.model.score import learned_loss
+from tongwen.recipe.schema import Adapter
+from tongwen.stages import plan
+from tongwen.train.batches import pack
+from tongwen.train.rehearsal import ROWS, Live
+
+LENGTHS = (40, 24)
+
+
+def setting(method: str, dtype: torch.dtype = torch.float32, **words: Any) -> Setting:
+    parts = frozenset({"full" if method == "full" else "lora"})
+    return Setting(Adapter(method=method, rank=4), parts, dtype, "cpu", **words)  # type: ignore[arg-type]
+
+
+def real_peak(folder: Path, how: Setting) -> dict[str, int]:
+    """The same count over a real step with real tensors."""
+    model = load_model(Place("t", str(folder)), torch.float32)
+    model.set_attn_implementation(attention.register())
+    model = adapt(model, how.adapter, []).model.train()
+    batch = pack([(torch.ones(length).numpy(), torch.zeros(length).bool().numpy()) for length in LENGTHS])
+    batch |= {"rows": torch.zeros(ROWS, dtype=torch.int64), "targets": torch.zeros(ROWS, dtype=torch.int64)}
+    batch["learned"] = ROWS
+    live = Live()
+    with live:
+        for part in (*model.parameters(), *model.buffers()):
+            live.enter(part)
+        live.purpose = "activations"
+        learned_loss(model, batch)[0].backward()
+    return max(live.fullest, key=lambda half: half.total())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_rehearsed_step_holds_what_a_real_step_holds(method: str, chat_model: Path) -> None:
+    how = setting(method)
+    found = foresight.foresee(load_config(Place("t", str(chat_model))), how, Micro(LENGTHS, ROWS, 1))
+    rehearsed = sum(found.bytes[name] for name in ("weights", "gradients", "activations", "head"))
+    wanted = real_peak(chat_model, how)
+    assert found.rehearsed and found.bytes["weights"] == wanted["weights"]
+    assert rehearsed == pytest.approx(sum(wanted.values()), rel=0.02)
+    assert found.bytes["optimizer"] == 8 * found.shape.trainable
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_few_layers_tell_of_many(method: str, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(Place("t", str(chat_model)))
+    config.num_hidden_layers = 6
+    monkeypatch.setattr(foresight, "FEW", (2, 3))
+    found = foresight.foresee(config, setting(method), Micro(LENGTHS, 20, 2)).bytes
+    monkeypatch.setattr(foresight, "FEW", (2, 6))
+    whole = foresight.foresee(config, setting(method), Micro(LENGTHS, 20, 2)).bytes
+    assert found["peak"] == pytest.approx(whole["peak"], rel=1e-3)
+    assert found["weights"] == pytest.approx(whole["weights"], rel=1e-3)
+
+
+def test_checkpointing_keeps_less_and_the_second_micro_batch_meets_the_gradients(chat_model: Path) -> None:
+    config, micro = load_config(Place("t", str(chat_model))), Micro((256, 256), 20, 1)
+
+    def parts(how: Setting, passes: int = 1) -> dict[str, int]:
+        return foresight.foresee(config, how, Micro(micro.lengths, micro.rows, passes)).bytes
+
+    assert parts(setting("full", checkpointing=True))["activations"] < 0.8 * parts(setting("full"))["activations"]
+    one, two = parts(setting("full")), parts(setting("full"), passes=2)
+    assert two["gradients"] == 4 * foresight.shape_of(config, setting("full")).trainable > one["gradients"]
+    assert parts(setting("full", optimizer="adamw_8bit"))["optimizer"] == one["optimizer"] / 4
+
+
+def test_a_model_that_cannot_be_rehearsed_is_said(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("its shapes depend on values")
+
+    config, micro = load_config(Place("t", str(chat_model))), Micro((256,), 200, 1)
+    wanted = foresight.foresee(config, setting("lora"), micro)
+    monkeypatch.setattr(foresight, "rehearse", refuse)
+    found = foresight.foresee(config, setting("lora"), micro)
+    assert wanted.rehearsed and not found.rehearsed
+    assert found.bytes["weights"] == pytest.approx(wanted.bytes["weights"], rel=0.05)
+    assert found.bytes["peak"] == pytest.approx(wanted.bytes["peak"], rel=0.5)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_does_not_fit_gets_changes_that_make_it_fit(
+    method: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foresight, "CUDA_CONTEXT", 0)
+    recipe = write_recipe(tmp_path, chat_model, merge=method == "lora", extra="export: {formats: [hf]}\n")
+    word = f"sft.adapter.method={method}"
+    roomy = json.loads(tongwen("plan", recipe, "--gpu", "24GB", "--json", word)[1])
+    assert roomy["fits"] is True and roomy["cures"] == []
+    limit = 0.8 * roomy["memory_bytes"]["peak"] / 1e6
+    code, out, err = tongwen("plan", recipe, "--gpu", f"{limit:.3f}MB", "--json", word)
+    found = json.loads(out)
+    assert code == 0 and found["activation_checkpointing"]  # the first thing that is tried
+    if not found["fits"]:
+        peaks = [found["memory_bytes"]["peak"], *(cure["peak"] for cure in found["cures"])]
+        assert "does not fit" in err and peaks == sorted(peaks, reverse=True)
+        assert [cure["fits"] for cure in found["cures"]] == [peak <= limit * 1e6 for peak in peaks[1:]]
+        for cure in found["cures"]:  # each is a word that the recipe knows
+            assert tongwen("check", recipe, word, cure["change"])[0] == 0 and cure["change"] in err
+    hopeless = json.loads(tongwen("plan", recipe, "--gpu", "0.01MB", "--json", word)[1])
+    changes = [cure["change"] for cure in hopeless["cures"]]
+    assert changes[-1] == "sft.adapter.method=qlora" and not hopeless["cures"][-1]["fits"]
+    assert ("sft.adapter.method=lora" in changes) == (method == "full")
+    for name, facts in found["stages"].items():
+        if name != "sft":
+            assert facts["disk_bytes"] > 0
+            assert facts["memory_bytes"]["peak"] == foresight.LIBRARIES + plan.STREAMED
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "data.jsonl", recipe]  # nothing was written
+
+
+def test_time_is_measured_when_asked(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, chat_model)
+    code, out, err = tongwen("plan", recipe, "--measure", "--json")
+    assert code == 0 and json.loads(out)["seconds"] > 0 and "time, measured" in err
+
+
+def test_memory_is_read_as_people_write_it() -> None:
+    assert plan.parse_memory("24GB") == 24_000_000_000 and plan.parse_memory("16 GiB") == 16 * 2**30

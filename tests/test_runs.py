@@ -1,0 +1,88 @@
+"""A run that a page starts is a run like any other: it outlives who started it, stops when asked, and goes on to the bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import dialogues, tensors, write_recipe
+from tongwen import runs
+from tongwen.errors import MachineError
+from tongwen.river import LOCK, holder
+
+SAVING = ", save_every: 4"
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 300) -> Any:
+    ends = time.monotonic() + seconds
+    while not (found := what()) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert found, "waited in vain"
+    return found
+
+
+def steps(out: Path) -> int:
+    return len(curve[0][1]) if (curve := runs.curves(out)) else 0
+
+
+def test_stopped_and_taken_up_again_it_ends_with_the_same_weights(chat_model: Path, tmp_path: Path) -> None:
+    for name in ("never", "once"):
+        write_recipe(tmp_path / name, chat_model, dialogues(60), sft=SAVING)
+    never, once = tmp_path / "never" / "out", tmp_path / "once" / "out"
+    terminal = [sys.executable, "-m", "tongwen", "run", str(never.parent / "recipe.yaml")]
+    assert subprocess.run(terminal, capture_output=True, check=False).returncode == 0
+    # The page's server is a process of its own here, and is gone before the run has ended.
+    code = (
+        "import sys; from pathlib import Path; from tongwen import runs; runs.start(sys.argv[1:2], Path(sys.argv[2]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(once.parent / "recipe.yaml"), str(once)], check=True)
+    assert holder(once)
+    wait_for(lambda: steps(once) > 5)
+    with pytest.raises(MachineError, match="is running"):
+        runs.resume(once)
+    assert dict(map(reversed, runs.facts(once)))["memory now"]
+    runs.stop(once)
+    wait_for(lambda: not holder(once))
+    assert runs.facts(once)[0][0] == "stopped" and not (once / "sft").exists()
+    with pytest.raises(MachineError, match="nothing runs here"):
+        runs.stop(once)
+    runs.resume(once)
+    wait_for(lambda: not holder(once))
+    assert runs.facts(once)[0][0] == "finished", runs.log(once)
+    for stage in ("sft", "merge"):
+        left, right = tensors(never / stage), tensors(once / stage)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    assert runs.samples(once) and [file.parent.name for file in runs.reports(once)] == ["sft"]
+    assert "held-out bits per byte" in runs.log(once)
+
+
+def test_a_run_that_cannot_begin_says_why(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: x\nbase: y\nsft: {learning_rat: 1}\n", encoding="utf-8")
+    with pytest.raises(MachineError, match="learning_rate"):
+        runs.start([str(recipe)], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "left",
+    ["", "x", "process one", "process {dead} of here", "process {young} of here"],
+)
+def test_a_lock_that_a_killed_run_left_holds_nothing(left: str, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
+    text = left.format(dead=ended.stdout.strip(), young=os.getpid())
+    (tmp_path / LOCK).write_text(text, encoding="utf-8")
+    os.utime(tmp_path / LOCK, (1e9, 1e9))  # long before any process of today began
+    assert holder(tmp_path) is None
+    (tmp_path / LOCK).write_text(f"process {os.getpid()} of here", encoding="utf-8")
+    assert holder(tmp_path) == os.getpid()
