@@ -6,17 +6,20 @@ import json
 import math
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.conftest import tensors, write_recipe
-from tests.test_run import in_a_child
-from tongwen.errors import NumbersError
+from tests.test_run import in_a_child, manifest
+from tongwen.errors import ArtifactError, NumbersError
 from tongwen.train.batches import Plan
+from tongwen.train.checkpoints import check_adapter_saved
 from tongwen.train.fit import PlannedTrainer
 from tongwen.train.guard import ABSURD, SKIPS, Guard
 from tongwen.train.halt import Halt
@@ -135,8 +138,6 @@ def test_what_is_not_finite_is_never_saved(
 def test_a_nan_among_the_weights_is_named(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     import shutil
 
-    from safetensors.torch import save_file
-
     shutil.copytree(chat_model, tmp_path / "base")
     weights = tensors(chat_model)
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] = math.nan
@@ -210,3 +211,69 @@ def test_fp16_leaves_out_what_overflows(
     scaler = torch.load(tmp_path / "out" / "sft" / "checkpoints" / "checkpoint-6" / "scaler.pt", weights_only=True)
     assert scaler["scale"] < 2.0**20
     assert all(part.dtype == torch.float32 and bool(part.any()) for part in tensors(tmp_path / "out" / "sft").values())
+
+
+def test_8_bit_products_are_refused_where_there_are_none(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    recipe = write_recipe(tmp_path, chat_model, sft=SFT, merge=False)
+    assert tongwen("run", recipe, "--only", "prepare")[0] == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr("tongwen.model.load.compute_device", lambda: "cpu")
+    code, _, err = tongwen("run", recipe, "sft.adapter.method=qlora", "sft.adapter.quantize=int8")
+    assert code == 5 and "this GPU has 7.0" in err and "quantize: nf4" in err
+
+
+@pytest.mark.parametrize("held", [{}, {"lora_A": torch.zeros(0), "lora_B": torch.zeros(0, 4)}])
+def test_an_adapter_without_weights_is_never_saved(held: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """443 bytes in 2023; 107 KB of names alone under ZeRO-3."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="without weights"):
+        check_adapter_saved(tmp_path)
+    save_file(held, str(tmp_path / "adapter_model.safetensors"))
+    with pytest.raises(ArtifactError, match="is empty"):
+        check_adapter_saved(tmp_path)
+    save_file({**held, "lora_E": torch.ones(1)}, str(tmp_path / "adapter_model.safetensors"))
+    check_adapter_saved(tmp_path)
+
+
+def test_one_launched_process_is_one_device(chat_model: Path, tmp_path: Path) -> None:
+    """`torchrun --nproc-per-node 1`; and a rare save is said beforehand."""
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        port = str(door.getsockname()[1])
+
+    def launched() -> None:
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+
+    recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 2 steps", merge=False)
+    assert in_a_child("run", recipe, before=launched) == 0
+    assert manifest(tmp_path / "out" / "sft")["micro_batches"]["world"] == 1
+
+
+def test_a_rare_checkpoint_is_said_beforehand(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, chat_model, sft=SFT, merge=False)
+    code, out, _ = tongwen("run", recipe, "sft.save_every=6")
+    assert code == 0 and "save_every: 6, and there are 6 steps" in out
+
+
+def test_small_steps_are_not_lost_in_bf16(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A millionth is less than bf16 can add to most weights. What learns stands in fp32."""
+    before = tensors(chat_model)
+    lost = {name: (part.bfloat16() - 1e-6 == part.bfloat16()).float().mean() for name, part in before.items()}
+    assert lost["model.layers.0.self_attn.q_proj.weight"] > 0.9
+    monkeypatch.setattr("tongwen.model.load.compute_dtype", lambda *words: (torch.bfloat16, "as on a GPU"))
+    words = ("sft.adapter.method=full", "sft.learning_rate=1e-6", "sft.schedule=constant", "sft.warmup=0")
+    assert tongwen("run", write_recipe(tmp_path, chat_model, sft=SFT, merge=False), *words)[0] == 0
+    after = tensors(tmp_path / "out" / "sft")
+    assert min((after[name] != part).float().mean() for name, part in before.items() if "proj" in name) > 0.9

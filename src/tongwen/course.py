@@ -592,6 +592,15 @@ def _say_plan(legs: list[Leg], store: TokenStore, counts: dict[str, Any]) -> Non
             f"{steps} 步，{tokens} token；每步 {plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token",
         )
     )
+    for leg in legs:
+        every = leg.stretch.words.save_every
+        if "save_every" in leg.stretch.words.model_fields_set and every >= len(leg.plan):
+            console.notice(
+                say(
+                    f"save_every: {every}, and there are {len(leg.plan)} steps: if it is interrupted, it begins anew",
+                    f"save_every: {every}，而只有 {len(leg.plan)} 步：若被中断则从头开始",
+                )
+            )
     console.tell(
         say(
             f"{counts['parameters']:,} of {counts['of']:,} parameters are trained ({counts['share']:.2%})",

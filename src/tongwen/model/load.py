@@ -414,6 +414,7 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackage("bitsandbytes", say("a quantised base", "量化底座"), "qlora")
     if kind == "int8":
+        _check_int8()
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -422,6 +423,22 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,  # FSDP2 passes by what is stored as whole numbers
     )
+
+
+def _check_int8() -> None:
+    """Raise MachineError on GPUs before Turing, which have no 8-bit products: there, losses of 0.0 and mixed number types
+    were what people saw (F-07, F-13)."""
+    import torch
+
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (7, 5):
+        raise MachineError(
+            say(
+                f"8-bit products need compute capability 7.5, this GPU has {capability[0]}.{capability[1]}",
+                f"8 位乘法需要计算能力 7.5，该 GPU 为 {capability[0]}.{capability[1]}",
+            ),
+            place="int8",
+            remedy="adapter: {method: qlora, quantize: nf4}",
+        )
 
 
 def _gguf(place: Place) -> dict[str, str]:

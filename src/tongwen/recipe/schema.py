@@ -573,6 +573,11 @@ class Training(Section):
                 "`batch_size` and `batch_tokens` exclude each other: samples per step, or tokens per step",
                 "`batch_size` 与 `batch_tokens` 只能写一个：每步的样本数，或每步的 token 数",
             )
+        if self.precision == "fp16" and self.shares:
+            raise wrong(
+                "precision: fp16 goes with one device or `engine: ddp`; the engines that share weights compute in bf16 or fp32",
+                "precision: fp16 只用于单设备或 `engine: ddp`；切分权重的引擎用 bf16 或 fp32 计算",
+            )
         if self.patience is not None and self.evaluate_every is None:
             raise wrong(
                 "`patience` counts evaluations, and there are none on the way: add `evaluate_every: 50`",
