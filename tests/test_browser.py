@@ -185,7 +185,7 @@ def test_a_file_is_dropped(page: Any, tmp_path: Path) -> None:
     page.set_input_files("#dropped input[type=file]", str(file))
     page.wait_for_selector("#samples .l")
     assert "not_json" in page.locator(".problems").inner_text()
-    assert page.locator("#samples .s").count() == 5
+    assert page.locator("#samples .tokens .s").count() == 5
     assert "alpaca" in page.locator(".cards").first.inner_text()
 
 
