@@ -22,13 +22,15 @@ from tongwen.ui.web.door import Door, Limits
 from tongwen.ui.web.page import look, make_page
 
 LANGUAGES = ("en", "zh")
-AT_ONCE, WAITING = 2, 16  # answers that are given at the same time, and requests that may wait
+WAITING = 16  # requests that may wait; the next is refused
 ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#0f766e"/>'
     '<text x="16" y="23" fill="white" font-size="19" text-anchor="middle">同</text></svg>'
 )
-# A report is a page of its own, of which nothing may run.
-REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
+REPORT = {  # a page of its own, of which nothing may run; browsers open no sandbox that has an opener's policy
+    "content-security-policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'",
+    "cross-origin-opener-policy": "unsafe-none",
+}
 
 
 def serve(bench: Bench, host: str, port: int) -> int:
@@ -67,7 +69,7 @@ def make_app(bench: Bench, token: str, *, port: int, loopback: bool = True, limi
         try:
             assert bench.runs
             file = bench.runs.report(name)
-            return HTMLResponse(file.read_bytes(), headers={"content-security-policy": REPORT_POLICY})
+            return HTMLResponse(file.read_bytes(), headers=REPORT)
         except (TongwenError, OSError, ValueError, AssertionError):
             return PlainTextResponse("there is nothing here\n", 404)
 
