@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from tests.conftest import byte_level_tokenizer, tiny_llama
 from tongwen.data.mix import order
 from tongwen.data.store import SAMPLE, TokenStore, spans_of
-from tongwen.errors import ModelError, NumbersError
+from tongwen.errors import ModelError, NumbersError, RecipeError
 from tongwen.model import attention
 from tongwen.model.adapt import adapt, find_untrained_rows
 from tongwen.model.blocks import GatedMlp, RmsNorm
@@ -380,7 +380,7 @@ print(usual, min(faults() for _ in range(8)))  # the heap needs a few rounds to 
     assert kept < usual / 4
 
 
-def test_fused_experts_that_all_linear_passes_by_are_named() -> None:
+def test_whether_an_adapter_reaches_fused_experts_is_said() -> None:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
@@ -394,8 +394,11 @@ def test_fused_experts_that_all_linear_passes_by_are_named() -> None:
         head_dim=8,
         num_experts=4,
     )
-    adapted = adapt(Qwen3MoeForCausalLM(config), Adapter(rank=2), [])
-    assert any("fused expert weights" in notice and "mlp.experts" in notice for notice in adapted.notices)
+    passed = adapt(Qwen3MoeForCausalLM(config), Adapter(rank=2, targets=["q_proj"]), [])
+    assert any("passes by 2 fused expert weights" in notice and "mlp.experts" in notice for notice in passed.notices)
+    reached = adapt(Qwen3MoeForCausalLM(config), Adapter(rank=2), [])
+    assert any("reaches 2 fused expert weights" in notice for notice in reached.notices)
+    assert any("experts" in name for name, part in reached.model.named_parameters() if part.requires_grad)
 
 
 @pytest.mark.parametrize("capacity", [40, 64, 1000])
@@ -420,3 +423,16 @@ def test_batches_by_tokens_hold_the_whole_epoch(world: int) -> None:
     assert max(plan.tokens_of(store.lengths)) <= 256
     assert plan.fill(store.lengths) > 0.9
     assert len(plan) == 2 * plan.steps_per_epoch
+
+
+@pytest.mark.parametrize(("tokens", "world"), [(64, 4), (100, 2), (70, 1)])
+def test_a_step_that_cannot_have_its_tokens_is_refused(tokens: int, world: int) -> None:
+    store = random_store(50)
+    longest = int(store.lengths.max())
+    with pytest.raises(RecipeError) as refused:
+        plan_for(store, batch_tokens=tokens, budget=32, world=world)
+    text = refused.value.text()
+    assert f"batch_tokens: {tokens}" in text and f"{world} processes" in text
+    remedy = int(text.split("→ batch_tokens: ")[1].split(",")[0])
+    assert remedy % world == 0 and remedy >= longest * world
+    plan_for(store, batch_tokens=remedy, budget=32, world=world)

@@ -12,11 +12,21 @@ from tongwen import __version__
 from tongwen.commands import Handler, artifacts, past, recipes, talking, tokenizers
 from tongwen.language import say
 
+# What torch's process groups (gloo, NCCL) say when a process that they wait for is gone.
+GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "remote process exited",
+    "NCCL communicator was aborted",
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (see docs/errors.md)."""
+    from tongwen import launch
     from tongwen.errors import TongwenError
 
+    launch.adopt_slurm()
     parsed = _parse(arguments)
     if parsed.json:
         from tongwen import console
@@ -60,6 +70,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=say("docs: README.md", "文档：README_zh.md"),
     )
     parser.add_argument("--version", action="version", version=f"tongwen {__version__}")
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # DeepSpeed's launcher says it here and in the environment
     parser.set_defaults(json=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -98,6 +111,11 @@ def _machine_cause(error: Exception) -> str | None:
         return say(
             f"out of memory: {text.splitlines()[0][:160] if text else ''}\n  → {cures}",
             f"内存不足：{text.splitlines()[0][:160] if text else ''}\n  → {cures}",
+        )
+    if any(words in text for words in GONE):
+        return say(
+            f"another process of this run has ended: {text.splitlines()[0][:160]}\n  → its message tells why; the same command continues",
+            f"本次运行的另一个进程已结束：{text.splitlines()[0][:160]}\n  → 原因见其信息；用同一命令可以继续",
         )
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "unexpected pos" in text:

@@ -21,7 +21,7 @@ from tongwen import artifact, console, gate, launch
 from tongwen.errors import MachineError, RecipeError, TongwenError
 from tongwen.language import say
 from tongwen.recipe.load import dump
-from tongwen.recipe.schema import STAGES, Recipe
+from tongwen.recipe.schema import STAGES, Prepare, Recipe
 
 TRAINING = ("pretrain", "sft")  # stages that run on all devices
 LOCK = ".lock"  # held by the process that runs in a folder, whose number it says
@@ -114,6 +114,17 @@ def standing_on(recipe: Recipe, stage: str, *, finished: bool = False) -> str:
     return recipe.base
 
 
+def inputs(recipe: Recipe) -> Prepare:
+    """What `prepare` reads, for those who only look: rows that `synthesize` has yet to make are left out, and said."""
+    assert recipe.prepare
+    made = Path(recipe.out) / "synthesize" / "dialogues.jsonl"
+    if recipe.synthesize is None or made.exists():
+        return recipe.prepare
+    console.notice(say("what synthesize is to make is not there yet", "synthesize 的数据尚未生成"))
+    there = [source for source in recipe.prepare.dialogues if Path(source.path) != made]
+    return recipe.prepare.model_copy(update={"dialogues": there})
+
+
 def _settings(recipe: Recipe, name: str) -> dict[str, Any]:
     module = importlib.import_module(f"tongwen.stages.{name}")
     return dict(json.loads(json.dumps(module.settings(recipe))))
@@ -132,7 +143,8 @@ def _find_unchanged(recipe: Recipe, name: str, out: Path, fork: bool) -> artifac
 
 
 def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str]) -> artifact.Artifact:
-    if name in TRAINING and recipe.devices > 1 and not launch.is_launched():
+    needs_group = name in TRAINING and (recipe.devices > 1 or getattr(recipe, name).shares)
+    if needs_group and not launch.is_launched():
         code = launch.torchrun(recipe.devices, ["run", *arguments, "--only", name])
         if code:
             raise Launched(code)
@@ -201,7 +213,7 @@ def _alone(out: Path) -> Iterator[None]:
                 remedy=say("wait for it, or choose another `out`", "请等待，或换一个 `out`"),
             ) from None
         stream.truncate(0)
-        stream.write(f"process {os.getpid()} of {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        stream.write(f"{platform.node()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         stream.flush()
         try:
             yield
@@ -210,11 +222,12 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 def holder(out: Path) -> int | None:
-    """The process that runs in a folder. A number that a killed one left there counts for nothing."""
+    """The process of this machine that runs in a folder. The number that a killed one left there counts for nothing."""
     try:
         lock = out / LOCK
-        process = psutil.Process(int(lock.read_text(encoding="utf-8").split()[1]))
-        begun_before = process.create_time() <= lock.stat().st_mtime + 1.0
-        return process.pid if begun_before and process.status() != psutil.STATUS_ZOMBIE else None
-    except (OSError, ValueError, IndexError, psutil.Error):
+        node, number, *_ = lock.read_text(encoding="utf-8").split(", ")
+        process = psutil.Process(int(number.removeprefix("process ")))
+        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= lock.stat().st_mtime + 1.0
+        return process.pid if alive and node == platform.node() else None
+    except (OSError, ValueError, psutil.Error):
         return None

@@ -41,9 +41,13 @@ class Adapted:
     embeddings: list[torch.nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
+        self._guard: list[Any] = []
+        self.find_learners()
+
+    def find_learners(self) -> None:
+        """What learns. Once more after an engine has put its own parameters in their place."""
         self.learners = [part for part in self.model.parameters() if part.requires_grad]
         self.embeddings = _embeddings(self.model) if self.whole else []
-        self._guard: list[Any] = []
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -76,14 +80,15 @@ class Adapted:
         self._guard = [part.register_hook(_only_rows(self.rows)) for part in self.embeddings]
         return self.embeddings
 
-    def save(self, folder: Path) -> None:
-        """The adapter, or the whole model where there is none: single trained rows alone go into their matrix."""
+    def save(self, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
+        """The adapter, or the whole model where there is none: single trained rows alone go into their matrix. whole: the
+        tensors by name, of a model that has only parts of them."""
         kind = adapter_type(self.model)
         if kind == "TRAINABLE_TOKENS":
             self.model.merge_and_unload().save_pretrained(str(folder))
             return
         with quiet():  # peft warns of ranks that AdaLoRA has emptied
-            self.model.save_pretrained(str(folder))
+            self.model.save_pretrained(str(folder), state_dict=whole)
         if kind == "ADALORA":
             write_as_lora(folder)
 

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ValidationError
 
 from tongwen.errors import RecipeError, raise_all
 from tongwen.language import say
+from tongwen.recipe import engine_file
 from tongwen.recipe.old_names import OLD, OLD_REASONS, OWNED, training_arguments
-from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
+from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training, read_list
 
 Path_ = tuple[str | int, ...]  # where a value stands in the recipe: ("sft", "adapter", "rank")
 
@@ -92,24 +93,41 @@ class Reading:
 
 
 def load(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
-    """Read a recipe file with `section.key=value` overrides.
+    """Read a recipe file with `section.key=value` overrides: see `read`."""
+    return read(_text_of(Path(file)), str(file), overrides)
+
+
+def read(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
+    """Read a recipe's text. name: of its file, for messages.
 
     Returns the frozen recipe and notices (old names translated, batch sizes converted) to be shown to the user.
     Raises RecipeError, or SeveralErrors with every problem, each with file and line.
     """
-    reading = Reading(str(file))
-    data = _read_file(Path(file), reading)
+    reading = Reading(name)
+    data = _compose(text, reading)
     for override in overrides:
         _apply_override(data, override, reading)
     for name, words in (("pretrain", Pretrain), ("sft", Sft)):
         if isinstance(data.get(name), dict):
             data[name] = _translate(data[name], (name,), words, data.get("devices", 1), reading)
+    _add_made(data)
     recipe = _validate(data, reading)
     raise_all(reading.problems)
     assert recipe is not None
     if not recipe.out:
         recipe = recipe.model_copy(update={"out": f"runs/{recipe.name}"})
     return recipe, reading.notices
+
+
+def _add_made(data: dict[str, Any]) -> None:
+    """What `synthesize` writes is one more input of `prepare`: it stands in the resolved recipe like any other."""
+    if data.get("synthesize") is None or not isinstance(prepare := data.get("prepare"), dict):
+        return
+    folder = data.get("out") or f"runs/{data.get('name')}"
+    made = {"path": f"{folder}/synthesize/dialogues.jsonl", "format": "messages"}
+    given = read_list(prepare.get("dialogues", []))
+    if isinstance(given, list) and not any(isinstance(one, dict) and one.get("path") == made["path"] for one in given):
+        data["prepare"] = {**prepare, "dialogues": [*given, made]}
 
 
 def from_words(data: Mapping[str, Any], command: str) -> Recipe:
@@ -127,9 +145,9 @@ def dump(recipe: Recipe) -> str:
     return str(yaml.safe_dump(data, allow_unicode=True, sort_keys=False, width=100))
 
 
-def _read_file(file: Path, reading: Reading) -> dict[str, Any]:
+def _text_of(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(
             say("there is no such recipe file", "没有这个配方文件"),
@@ -138,6 +156,10 @@ def _read_file(file: Path, reading: Reading) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=str(file)) from None
+
+
+def _compose(text: str, reading: Reading) -> dict[str, Any]:
+    file = reading.file
     try:
         node = yaml.compose(text, Loader=Loader)
     except yaml.MarkedYAMLError as error:
@@ -148,14 +170,14 @@ def _read_file(file: Path, reading: Reading) -> dict[str, Any]:
             remedy=say("check the indentation and the quotes of this line", "请检查这一行的缩进与引号"),
         ) from None
     except yaml.YAMLError as error:
-        raise RecipeError(say(f"this is not YAML: {error}", f"这不是合法的 YAML：{error}"), place=str(file)) from None
+        raise RecipeError(say(f"this is not YAML: {error}", f"这不是合法的 YAML：{error}"), place=file) from None
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(
             say("a recipe is a mapping of keys to values, this is not", "配方应是键值映射"),
             place=f"{file}:1",
             remedy=say("`tongwen init` writes one to start from", "`tongwen init` 可生成一份"),
         )
-    data: dict[str, Any] = reading.value(node, (), str(file))
+    data: dict[str, Any] = reading.value(node, (), file)
     return data
 
 
@@ -217,7 +239,38 @@ def _translate(
         if key in OLD and key not in words.model_fields:
             _translate_old(section, section, key, (*path, key), reading)
     _convert_batch(section, path, devices, reading)
+    if str(section.get("engine", "")).endswith((".json", ".yaml", ".yml")):
+        _hear_engine(section, path, devices, reading)
     return section
+
+
+def _hear_engine(section: dict[str, Any], path: Path_, devices: Any, reading: Reading) -> None:
+    """What a user's engine file says of batch, optimizer, schedule and precision becomes the recipe's words, aloud."""
+    here = (*path, "engine")
+    try:
+        told = engine_file.read(section["engine"], devices if isinstance(devices, int) else 1)
+    except RecipeError as error:
+        reading.problems.append(error)
+        return
+    section["trainer"] = {**told.trainer, **(section.get("trainer") or {})}
+    for key, value in told.words.items():
+        if section.get(key, value) != value:
+            reading.wrong(
+                (*path, key),
+                say(
+                    f"the recipe says {section[key]!r}, {section['engine']} says {value!r}",
+                    f"配方为 {section[key]!r}，而 {section['engine']} 为 {value!r}",
+                ),
+                say('write "auto" in that file, or the same value', '请在该文件中写 "auto"，或改为相同的值'),
+            )
+            continue
+        section[key] = value
+        reading.places.setdefault((*path, key), section["engine"])
+        reading.notices.append(f"{section['engine']} → `{key}: {value}`")
+    if told.dropped:
+        reading.notices.append(
+            f"{reading.place(here)}: " + say("without effect here: ", "在此不起作用：") + ", ".join(told.dropped)
+        )
 
 
 def _translate_old(section: dict[str, Any], holder: dict[str, Any], key: str, here: Path_, reading: Reading) -> None:

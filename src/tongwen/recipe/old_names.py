@@ -34,6 +34,8 @@ OWNED = {
     "fp16": "precision",
     "activation_checkpointing": "activation_checkpointing",
     "gradient_checkpointing": "activation_checkpointing",
+    "report_to": "track",
+    "run_name": "name",
     "logging_steps": "log_every",
     "logging_strategy": "log_every",
     "logging_nan_inf_filter": "nothing: a NaN stays a NaN",
@@ -59,9 +61,9 @@ OWNED = {
     "full_determinism": "nothing: the same seed gives the same order",
     "label_smoothing_factor": "nothing: not supported with the loss over learned tokens",
     "use_liger_kernel": "nothing: the head already runs on learned rows only",
-    "fsdp": "nothing: sharded engines are not built yet",
-    "fsdp_config": "nothing: sharded engines are not built yet",
-    "deepspeed": "nothing: sharded engines are not built yet",
+    "fsdp": "engine: fsdp2",
+    "fsdp_config": "engine: FILE.yaml",
+    "deepspeed": "engine: zero2, zero3 or FILE.json",
 }
 
 # Dropped or foreign name -> (the recipe's key, or "" when nothing needs to be said any more).

@@ -27,6 +27,7 @@ def run(
     queue: int,
     template: str,
     thinking: str,
+    weights: str,
     sampling: dict[str, Any],
 ) -> int:
     """Serve until SIGTERM or Ctrl-C."""
@@ -39,7 +40,7 @@ def run(
     loopback = gate.is_loopback(host)
     token, made = gate.choose_token(loopback)
     with gate.open_port(host, port) as listening:
-        speaker = open_speaker(model, adapters, template, thinking)
+        speaker = open_speaker(model, adapters, template, thinking, weights=weights)
 
         def speak(ids: list[int], hear: Callable[[int], None], settings: dict[str, Any]) -> Iterator[str]:
             return speaker.continue_ids(ids, hear, **settings)

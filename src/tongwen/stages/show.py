@@ -1,4 +1,4 @@
-"""show: what a folder is and how it was made, up to the first ancestors."""
+"""show: what a folder is and how it was made, up to the first ancestors; of a model from elsewhere, what it is made of."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from tongwen.language import say
 
 
 def run(path: str) -> int:
-    """Print the family tree of an artifact, or of every stage of a run's folder."""
+    """Print the family tree of an artifact, or of every stage of a run's folder; or the linear layers of a model."""
     place = Path(path)
     found = [one for folder in (place, *_stages(place)) if (one := artifact.find(folder))]
+    if not found and (place / "config.json").is_file():
+        return _show_model(path)
     if not found:
         unfinished = sorted(folder.name for folder in place.glob("*.partial")) if place.is_dir() else []
         raise ArtifactError(
@@ -31,6 +33,24 @@ def run(path: str) -> int:
         if console.SCREEN.speaks:
             console.SCREEN.console.print(_tree(one))
     console.emit({"artifacts": {str(one.path): one.manifest for one in found}})
+    return 0
+
+
+def _show_model(path: str) -> int:
+    """Family, size, and the names that `adapter.targets` may hold; from the config alone."""
+    from tongwen.model.load import load_config, locate, make_skeleton
+
+    config = load_config(locate(path))
+    model = make_skeleton(config)
+    layers: dict[str, list[tuple[int, int]]] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "in_features"):
+            layers.setdefault(name.split(".")[-1], []).append((module.in_features, module.out_features))
+    count = sum(part.numel() for part in model.parameters())
+    console.header(path, f"{config.model_type} · {console.human_count(count)} {say('parameters', '个参数')}")
+    rows = [(name, len(sizes), " → ".join(map(str, sizes[0]))) for name, sizes in layers.items()]
+    console.table((say("linear layer", "线性层"), say("of them", "个数"), say("in → out", "输入 → 输出")), rows)
+    console.emit({"model": path, "family": config.model_type, "parameters": count, "linear": list(layers)})
     return 0
 
 

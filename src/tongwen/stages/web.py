@@ -15,6 +15,7 @@ from tongwen.recipe.load import load
 from tongwen.river import holder
 from tongwen.speaker import Speaker, open_speaker
 from tongwen.template import SHIPPED
+from tongwen.ui.turns import last_turns
 from tongwen.ui.web.bench import Bench, Look, Messages, Picture, Runs, Talk, Words
 from tongwen.vocab import measure
 from tongwen.vocab.report import as_html
@@ -33,6 +34,7 @@ def run(
     whole: bool,
     template: str,
     thinking: str,
+    weights: str,
     host: str,
     port: int,
 ) -> int:
@@ -42,7 +44,7 @@ def run(
     except ModuleNotFoundError as error:
         raise MissingPackage(str(error.name), say("the page", "网页"), "web") from None
     place = Workplace.of(folders, models)
-    voices = _Voices(place, dict.fromkeys(models[:1], tuple(adapters)), template, thinking)
+    voices = _Voices(place, dict.fromkeys(models[:1], tuple(adapters)), template, thinking, weights)
     for name in models:
         voices.open(name)
     known = place.models if whole else lambda: list(models)
@@ -60,8 +62,16 @@ def whole_bench(place: Workplace, talk: Talk) -> Bench:
 class _Voices:
     """Models that talk, opened when they are asked, the last few kept."""
 
-    def __init__(self, place: Workplace, adapters: dict[str, tuple[str, ...]], template: str, thinking: str) -> None:
-        self.place, self.adapters, self.template, self.thinking = place, adapters, template, thinking
+    def __init__(
+        self, place: Workplace, adapters: dict[str, tuple[str, ...]], template: str, thinking: str, weights: str
+    ) -> None:
+        self.place, self.adapters, self.template, self.thinking, self.weights = (
+            place,
+            adapters,
+            template,
+            thinking,
+            weights,
+        )
         self.opened: dict[str, Speaker] = {}
         self.lock = threading.Lock()
 
@@ -71,17 +81,16 @@ class _Voices:
             if name not in self.opened:
                 while len(self.opened) >= OPEN_AT_ONCE:
                     del self.opened[next(iter(self.opened))]
-                self.opened[name] = open_speaker(model, self.adapters.get(name, ()), self.template, self.thinking)
+                self.opened[name] = open_speaker(
+                    model, self.adapters.get(name, ()), self.template, self.thinking, weights=self.weights
+                )
             return self.opened[name]
 
     def fit(self, name: str, messages: Messages, options: dict[str, Any]) -> Messages:
         """Without the oldest whole turns, when the model does not see them all; the system message stays."""
         speaker = self.open(name)
         room = max(speaker.context - int(options["max_new_tokens"]), speaker.context // 2)
-        first = 1 if messages[0]["role"] == "system" else 0
-        while len(messages) - first > 2 and len(speaker.prompt_ids(messages)) > room:
-            messages = [*messages[:first], *messages[first + 2 :]]
-        return messages
+        return last_turns(messages, lambda turns: len(speaker.prompt_ids(turns)), room)
 
     def reply(self, name: str, messages: Messages, options: dict[str, Any]) -> Iterator[str]:
         return self.open(name).stream(messages, **options)
@@ -154,6 +163,7 @@ def _runs(place: Workplace) -> Runs:
         picture=picture,
         stop=lambda name: runs.stop(place.inside(name)),
         resume=lambda name: runs.resume(place.inside(name)),
+        compare=lambda names: runs.compare([place.inside(name) for name in names]),
         report=lambda name: _report(place, name),
     )
 

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from tongwen.errors import NumbersError
 from tongwen.language import say
 from tongwen.train.batches import pack
+from tongwen.train.engine import are_somewhere, local
 
 Loss = Callable[[Any, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
 
@@ -63,7 +65,8 @@ def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:
     if not trainable:
         raise NumbersError(say("no parameter is trainable", "没有可训练的参数"), place="audit")
     generator = torch.Generator().manual_seed(0)
-    zeros = [part for part in trainable.values() if not bool(part.detach().any())]
+    filled = are_somewhere((part.detach() for part in trainable.values()), torch.any)
+    zeros = [local(part) for part, some in zip(trainable.values(), filled, strict=True) if not some]
     was_training = model.training
     model.train()
     with torch.random.fork_rng():
@@ -90,10 +93,10 @@ def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:
 
 def _judge(model: Any, trainable: dict[str, torch.nn.Parameter], loss: float) -> list[str]:
     check_frozen(model, "audit")
-    none = [name for name, part in trainable.items() if part.grad is None or not bool(part.grad.any())]
-    broken = [
-        name for name, part in trainable.items() if part.grad is not None and not bool(torch.isfinite(part.grad).all())
-    ]
+    reached = {name: part.grad for name, part in trainable.items() if part.grad is not None}
+    some = dict(zip(reached, are_somewhere(reached.values(), torch.any), strict=True))
+    none = [name for name in trainable if not some.get(name)]
+    broken = [name for name, one in zip(reached, are_somewhere(reached.values(), is_broken), strict=True) if one]
     if broken:
         raise NumbersError(
             say(
@@ -143,17 +146,34 @@ def check_loss(total: float, learned: int, model: Any) -> float:
     return mean
 
 
-def first_not_finite(model: Any, optimizer: Any = None) -> str | None:
-    """The name of a trained tensor, or of one of its optimizer's, that holds NaN or infinity; None when there is none."""
-    names = {part: name for name, part in model.named_parameters() if part.requires_grad}
-    held = [(name, part.detach()) for part, name in names.items()]
+def first_not_finite(model: Any, optimizer: Any = None, *, frozen: bool = False) -> str | None:
+    """The name of a trained tensor, or of one of its optimizer's, that holds NaN or infinity in what lies in this process;
+    None when there is none. frozen: look at the others as well."""
+    names = {part: name for name, part in model.named_parameters() if frozen or part.requires_grad}
+    # Two numbers of four bits in a byte are kept in the guise of bf16, and are none.
+    held = [(name, part.detach()) for part, name in names.items() if getattr(part, "quant_state", None) is None]
     for part, kept in optimizer.state.items() if optimizer else ():
         held += [
-            (f"{names[part]} · {key}", value)
+            (f"{names.get(part, 'shared out')} · {key}", value)
             for key, value in kept.items()
             if isinstance(value, torch.Tensor) and value.is_floating_point()
         ]
-    return next((name for name, part in held if not bool(torch.isfinite(part).all())), None)
+    return next((name for name, part in held if bool(is_broken(local(part)))), None)
+
+
+def is_broken(part: torch.Tensor) -> torch.Tensor:
+    """() bool: whether something in it is NaN or infinite."""
+    return ~torch.isfinite(part).all()
+
+
+def check_finite_base(model: Any) -> None:
+    """Raise NumbersError with the name of a tensor that holds NaN or infinity before anything was trained."""
+    if (name := first_not_finite(model, frozen=True)) is not None:
+        raise NumbersError(
+            say("this tensor of the base holds NaN or infinity", "底座的该张量含 NaN 或无穷"),
+            place=name,
+            remedy=say("fetch or make the base again: tongwen verify BASE", "请重新获取底座：tongwen verify BASE"),
+        )
 
 
 class FirstSteps(TrainerCallback):
@@ -175,5 +195,7 @@ class FirstSteps(TrainerCallback):
 
 
 def to_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
-    device = next(model.parameters()).device
+    """A batch where the model computes. Weights that wait in the host's memory are not computed on there."""
+    part = next(model.parameters())
+    device = part.device_mesh.device_type if isinstance(part, DTensor) else part.device
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from tongwen.errors import RecipeError
+from tongwen.language import say
 from tongwen.recipe.schema import Duration
 
 
@@ -105,6 +107,7 @@ def _packed_plan(
     accumulate = max(1, -(-batch_tokens // (budget * world)))
     capacity = max(int(lengths.max()), batch_tokens // (accumulate * world))
     accumulate = max(1, batch_tokens // (capacity * world))
+    _check_step_size(accumulate * capacity * world, capacity * world, batch_tokens, world)
     micro: list[tuple[tuple[int, ...], ...]] = []
     tokens = epoch = per_epoch = 0
     while epoch == 0 or not _done(stop_after, len(micro), tokens, per_epoch):
@@ -119,6 +122,24 @@ def _packed_plan(
         epoch += 1
     steps = tuple(tuple(sample for pack in step for sample in pack) for step in micro)
     return Plan(steps, tuple(micro), accumulate, world, capacity, per_epoch)
+
+
+def _check_step_size(held: int, unit: int, wanted: int, world: int) -> None:
+    """Raise RecipeError when a step would hold more tokens than the recipe says, or less than nine tenths of them."""
+    if 0.9 * wanted <= held <= wanted:
+        return
+    fitting = max(1, round(wanted / unit)) * unit
+    raise RecipeError(
+        say(
+            f"a step would have {held} tokens: {world} processes take {unit} at once, because of the longest sample",
+            f"一步将有 {held} 个 token：因最长样本所限，{world} 个进程每次共处理 {unit} 个",
+        ),
+        place=f"batch_tokens: {wanted}",
+        remedy=say(
+            f"batch_tokens: {fitting}, fewer devices, or a smaller max_length",
+            f"batch_tokens: {fitting}，减少 devices，或减小 max_length",
+        ),
+    )
 
 
 def best_fit(lengths: np.ndarray, samples: list[int], capacity: int) -> list[tuple[int, ...]]:

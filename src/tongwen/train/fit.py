@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from tongwen import console
 from tongwen.errors import Interrupted, MissingPackage, NumbersError, RecipeError
@@ -27,10 +29,12 @@ from tongwen.recipe.schema import Stretch
 from tongwen.train.audit import FirstSteps, Loss, first_not_finite
 from tongwen.train.batches import MicroBatches, Plan
 from tongwen.train.checkpoints import STAGING, check_adapter_saved, check_space, commit, last_of, stage, step_of
+from tongwen.train.engine import Engine
 from tongwen.train.guard import Guard
 from tongwen.train.halt import Halt
 from tongwen.train.memory import keep_freed_memory
 from tongwen.train.noise import Noise
+from tongwen.train.track import Track
 from tongwen.train.watch import Watch
 
 OPTIMIZERS = {
@@ -62,10 +66,12 @@ class Job:
     """Everything that a run needs.
 
     loss:       gives (sum of nats, nats per learned token) of a micro-batch
+    evaluate:   scores what was held out; it is told the step of the stage
     embeddings: tensors that learn at the stretch's embedding rate
     guarded:    those of them whose gradient is zero on most rows; nothing but the gradient may move them
     told:       what a checkpoint's manifest says of the run
     deadline:   when the process must be gone, in seconds since 1970
+    track:      which other programs are told, and as which run
     """
 
     model: Any
@@ -79,14 +85,16 @@ class Job:
     checkpoints: Path
     resume: Path | None
     loss: Loss
-    evaluate: Callable[[], dict[str, Any]] | None
+    evaluate: Callable[[int], dict[str, Any]] | None
     watch: Watch
+    engine: Engine
     checkpointing: bool = False
     embeddings: Sequence[torch.nn.Parameter] = ()
     guarded: Sequence[torch.nn.Parameter] = ()
     budget: Budget | None = None
     told: Mapping[str, Any] = field(default_factory=dict)
     deadline: float | None = None
+    track: Track | None = None
 
 
 def fit(job: Job) -> int:
@@ -94,16 +102,21 @@ def fit(job: Job) -> int:
     a failed audit, Interrupted when it was asked to stop and has saved."""
     if not torch.accelerator.is_available():
         keep_freed_memory()
-    with Halt(job.deadline) as halt:
+    with Halt(job.deadline) as halt, job.track.told() if job.track else nullcontext():
         return _fit(job, halt)
 
 
 def _fit(job: Job, halt: Halt) -> int:
     trainer = PlannedTrainer(job, halt)
     trainer.remove_callback(PrinterCallback)
-    for callback in (job.watch, FirstSteps(), Evaluations(job), Spending(job), trainer.guard):
+    for callback in (job.watch, Evaluations(job), Spending(job), trainer.guard):
         trainer.add_callback(callback)
+    if not job.engine.is_deepspeed:  # which keeps gradients to itself
+        trainer.add_callback(FirstSteps())
     start, patience = step_of(job.resume) if job.resume else 0, job.stretch.words.patience
+    if job.track and trainer.is_world_process_zero():
+        for callback in job.track.callbacks(start):
+            trainer.add_callback(callback)
     job.watch.begin(start)
     if start >= len(job.plan) or job.watch.waited(patience):
         trainer._load_from_checkpoint(str(job.resume))
@@ -159,6 +172,7 @@ def training_arguments(job: Job) -> TrainingArguments:
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "bf16": job.dtype == torch.bfloat16,
+        "fp16": job.dtype == torch.float16,
         "logging_steps": section.log_every,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
@@ -172,13 +186,15 @@ def training_arguments(job: Job) -> TrainingArguments:
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "log_level": "error",
         "use_cpu": not torch.accelerator.is_available(),  # said aloud: without it a CPU run under torchrun stays alone
-        "report_to": "none",
+        **(job.track.arguments if job.track else {"report_to": "none"}),
     }
     if section.schedule == "wsd":
         ours["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps_of(section.decay, total))}
     if job.checkpointing:
         ours |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    arguments = TrainingArguments(**ours | section.trainer)  # the recipe has refused what it says in its own words
+    arguments = TrainingArguments(
+        **ours | job.engine.arguments | section.trainer
+    )  # the recipe has refused what it says in its own words
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: DataParallel would cut a pack in two (F-06)
     return arguments
 
@@ -209,6 +225,16 @@ class PlannedTrainer(Trainer):
             job.model.config.get_text_config().vocab_size,
         )
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.job.engine.insist(self.accelerator)
+        self.is_fsdp_enabled = self.accelerator.is_fsdp2
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[Any, DataLoader]:
+        prepared: tuple[Any, DataLoader] = super()._prepare_for_training(*args, **kwargs)
+        self.job.engine.prove(self.model_wrapped, self.model, self.optimizer)
+        return prepared
+
     def get_train_dataloader(self) -> DataLoader:
         """The plan's micro-batches in their order; accelerate deals them to the ranks one by one."""
         loader = DataLoader(self.micro, batch_size=1, sampler=SequentialSampler(self.micro), collate_fn=_only)
@@ -231,10 +257,15 @@ class PlannedTrainer(Trainer):
             mean = mean + self.job.budget.penalty() / self.job.plan.accumulate
         return mean
 
+    def log(self, logs: dict[str, float], *rest: Any) -> None:
+        """What was scored on the way is told with the loss of its step."""
+        super().log({**logs, **{f"eval_{name}": score for name, score in self.job.watch.scores.items()}}, *rest)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The last moment before the step is taken."""
         norm = super()._get_grad_norm(model, grad_norm)
-        self.guard.look(self.state.global_step, norm, model, scaled=self.accelerator.scaler is not None)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.guard.look(self.state.global_step, norm, model, scaled=self.accelerator.mixed_precision == "fp16")
         return norm
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -249,6 +280,7 @@ class PlannedTrainer(Trainer):
                 say(f"{len(lost)} trainable tensors are not in the optimizer", f"{len(lost)} 个可训练张量不在优化器中"),
                 place=lost[0] if lost else "optimizer",
             )
+        self._held = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 
     def _set_embeddings_apart(self, optimizer: torch.optim.Optimizer) -> None:
@@ -265,6 +297,10 @@ class PlannedTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": mine, "lr": rate, "weight_decay": decay})
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.job.engine.name == "fsdp2":
+            # accelerate finds the shards of an optimizer's parameters by their addresses, and empty shards share one.
+            for group, parameters in zip(self.optimizer.param_groups, self._held, strict=True):
+                group["params"] = parameters
         if self.job.stretch.words.schedule == "warmup_lr":
             warm = max(2, self.args.get_warmup_steps(num_training_steps))
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -276,6 +312,8 @@ class PlannedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.job.budget:
             self.job.budget.load(Path(resume_from_checkpoint))
+        elif self.deepspeed:
+            deepspeed_load_checkpoint(self.deepspeed, resume_from_checkpoint, load_module_strict=False)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -290,10 +328,11 @@ class PlannedTrainer(Trainer):
             return
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         scheduler.base_lrs = bases
-        for group, own, base, shape in zip(
-            self.optimizer.param_groups, words, bases, scheduler.lr_lambdas, strict=True
-        ):
-            group.update({**own, "lr": base * shape(scheduler.last_epoch)})
+        scheduler._last_lr = [
+            base * shape(scheduler.last_epoch) for base, shape in zip(bases, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, own, rate in zip(self.optimizer.param_groups, words, scheduler._last_lr, strict=True):
+            group.update({**own, "lr": rate})
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
@@ -362,7 +401,7 @@ class Evaluations(TrainerCallback):
         if not (every and self.job.evaluate and state.global_step % every == 0):
             return
         with torch.random.fork_rng():
-            scores = self.job.evaluate()
+            scores = self.job.evaluate(watch.before_steps + state.global_step)
         watch.on_scores(state.global_step, scores)
         control.should_log = True
         if words.patience and watch.best:

@@ -11,7 +11,7 @@ import gradio as gr
 from tongwen import page as pages
 from tongwen.language import say
 from tongwen.ui.web.bench import Picture, Runs
-from tongwen.ui.web.canvas import QUIET, Hear, block, canvas
+from tongwen.ui.web.canvas import QUIET, Hear, block, canvas, sheet
 
 SECONDS = 2  # between two looks at a run
 # A page that was open before the server began again names what this one has not listed yet; who looks it up checks it.
@@ -39,6 +39,12 @@ def add(page: gr.Blocks, runs: Runs, hear: Hear) -> None:
                 stop = gr.Button(say("Stop", "停止"), elem_id="stop", min_width=90, interactive=False)
                 resume = gr.Button(say("Resume", "继续"), elem_id="resume", min_width=90, interactive=False)
             picture = canvas(elem_id="picture")
+            with gr.Row(elem_classes="across"):
+                others = gr.Dropdown(
+                    [], multiselect=True, label=say("Compare with", "与这些训练对比"), elem_id="others", scale=3, **ANY
+                )
+                compare = gr.Button(say("Compare", "对比"), elem_id="compare", min_width=90)
+            compared = canvas(elem_id="compared")
     clock = gr.Timer(SECONDS)
     shown = [picture, stop, resume]
 
@@ -52,19 +58,22 @@ def add(page: gr.Blocks, runs: Runs, hear: Hear) -> None:
         made = runs.start(name, changed)
         return gr.update(choices=list(dict.fromkeys([made, *runs.runs()])), value=made)
 
-    def listed(name: str | None, chosen: str | None) -> tuple[Any, Any]:
+    def listed(name: str | None, chosen: str | None) -> tuple[Any, ...]:
         recipes, found = runs.recipes(), runs.runs()
         return (
             gr.update(choices=recipes, value=name or next(iter(recipes), None)),
             gr.update(choices=found, value=chosen or next(iter(found), None)),
+            gr.update(choices=found),
         )
 
-    page.load(hear(listed), [recipe, run], [recipe, run], **QUIET)
+    page.load(hear(listed), [recipe, run], [recipe, run, others], **QUIET)
     recipe.change(hear(lambda name: runs.read(name) if name else ""), recipe, text, **QUIET)
     start.click(hear(begin), [recipe, changes], run)
     gr.on([run.change, clock.tick], hear(watch), run, shown, **QUIET)
     stop.click(hear(runs.stop), run, None)
     resume.click(hear(runs.resume), run, None)
+    together = hear(lambda name, more: block(sheet(runs.compare([name, *more]))))
+    compare.click(together, [run, others], compared)
 
 
 def _buttons(running: bool | None) -> tuple[Any, Any]:

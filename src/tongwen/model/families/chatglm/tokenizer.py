@@ -1,7 +1,7 @@
 """ChatGLM-6B's tokenizer: `ice_text.model` in the tokenizers library, id for id.
 
 Line ends, tabs and runs of blanks have pieces of their own, written into the text before SentencePiece sees it. Full-width
-punctuation becomes half-width, as NFKC has it: the model was trained so.
+punctuation becomes half-width on the way in, as NFKC has it; `mend_answer` is for the way out.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ SPECIAL = {
 }
 
 
+WIDE = str.maketrans(",!:;?", "，！：；？")
+
+
 class ChatGLMTokenizer(PreTrainedTokenizerFast):
     """`[gMASK] <sop>` stand after a text, where the answer begins; padding stands before it."""
 
@@ -43,6 +46,13 @@ class ChatGLMTokenizer(PreTrainedTokenizerFast):
             images = options.get("num_image_tokens", IMAGE_TOKENS)
             options["tokenizer_object"] = make_backend(Path(options["vocab_file"]), images)
         return {"chat_template": shipped_source("chatglm"), **SPECIAL, **options}
+
+    @staticmethod
+    def mend_answer(text: str) -> str:
+        """An answer with full-width punctuation beside Chinese characters, as a reader expects it. Its length stays."""
+        return re.sub(
+            r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])", lambda found: found[0].translate(WIDE), text
+        )
 
 
 def make_backend(file: Path, image_tokens: int) -> Tokenizer:

@@ -1,0 +1,224 @@
+"""The engine of a run: accelerate's and transformers' own machinery for one word of the recipe, and the proof that it runs.
+
+Both go on without a word when they cannot do what they were asked: on a CPU accelerate takes FSDP for DDP, and settings in
+the environment of a launcher change the engine from outside. So what was prepared is compared with what was asked for
+before the first step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tongwen import launch
+from tongwen.errors import MachineError, MissingPackage, RecipeError
+from tongwen.language import say
+from tongwen.recipe import engine_file
+from tongwen.recipe.schema import Training
+
+ASKED_FROM_OUTSIDE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """name: single, ddp, fsdp2 or zero0 ... zero3. arguments: what TrainingArguments are told of it."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_deepspeed(self) -> bool:
+        return self.name.startswith("zero")
+
+    @property
+    def shares_weights(self) -> bool:
+        return self.name in ("fsdp2", "zero3")
+
+    def shard(self, model: Any, dtype: torch.dtype) -> None:
+        """FSDP2: each process keeps its part of every tensor from here on, so that no GPU ever holds the whole model."""
+        from accelerate import Accelerator
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+        from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
+
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        plugin = _plugin(self.arguments["fsdp_config"], mixed_precision_policy=policy)
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), fsdp_plugin=plugin)
+        self.insist(accelerator, plugin)
+        fsdp2_prepare_model(accelerator, model)
+        register_fsdp_forward_method(model, "generate")
+
+    def insist(self, accelerator: Any, plugin: Any = None) -> None:
+        """accelerate offers FSDP on accelerators only, and says nothing; FSDP2 itself runs on CPUs as well. What it leaves in
+        the environment would change the engine of the next stage."""
+        from accelerate import PartialState
+        from accelerate.utils import DistributedType
+
+        for name in ASKED_FROM_OUTSIDE:
+            os.environ.pop(name, None)
+        if self.name == "fsdp2":
+            accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            accelerator.state.fsdp_plugin = plugin or _plugin(
+                {**self.arguments["fsdp_config"], "auto_wrap_policy": "NO_WRAP"}
+            )
+
+    def prove(self, wrapped: Any, model: Any, optimizer: Any) -> None:
+        """Raise MachineError unless what was prepared is what was asked for, and the optimizer holds what is trained."""
+        found = _name_of(wrapped)
+        whole = [name for name, part in model.named_parameters() if not isinstance(part, DTensor)]
+        if found == "fsdp2" and whole:
+            found = say(f"fsdp2 with {whole[0]} whole in every process", f"fsdp2，但 {whole[0]} 未被切分")
+        if found != self.name:
+            raise MachineError(
+                say(f"{self.name} was asked for, and {found} runs", f"要求 {self.name}，实际运行的是 {found}"),
+                place=f"engine: {self.name}",
+                remedy=say("engine: ddp, and report this model", "engine: ddp，并反馈该模型"),
+            )
+        if not self.is_deepspeed:
+            held = {id(part) for group in optimizer.param_groups for part in group["params"]}
+            assert held == {id(part) for part in model.parameters() if part.requires_grad}, (
+                "the optimizer lost a tensor"
+            )
+
+
+def choose(words: Training) -> Engine:
+    """The engine that a recipe asks for, in the processes that there are. Raises RecipeError or MissingPackage."""
+    place, launched = f"engine: {words.engine}", launch.is_launched()
+    outside = [name for name in ASKED_FROM_OUTSIDE if os.environ.get(name, "").lower() == "true"]
+    if outside:
+        raise RecipeError(
+            say(
+                f"the launcher's settings ask for another engine ({outside[0]}=true)",
+                f"启动器的设置要求另一种引擎（{outside[0]}=true）",
+            ),
+            place=place,
+            remedy=say(
+                "engine: FILE with these settings, and a launcher without them",
+                "把设置写成 engine: 文件，启动器不带设置",
+            ),
+        )
+    if not launched and (words.engine == "ddp" or words.shares):
+        raise RecipeError(
+            say("this engine runs in several processes", "该引擎需要多个进程"),
+            place=place,
+            remedy="tongwen run RECIPE --devices 2; torchrun, accelerate launch, deepspeed, srun: docs/engines.md",
+        )
+    if words.shares == "fsdp2":
+        return Engine("fsdp2", {"fsdp": True, "fsdp_config": _fsdp_config(words)})
+    if words.shares == "deepspeed":
+        if importlib.util.find_spec("deepspeed") is None:
+            raise MissingPackage("deepspeed", place, "deepspeed")
+        if not torch.accelerator.is_available():
+            _prepare_deepspeed_on_cpu()
+        config = _deepspeed_config(words)
+        return Engine(f"zero{config['zero_optimization'].get('stage', 0)}", {"deepspeed": config})
+    return Engine("ddp" if launched else "single")
+
+
+def _prepare_deepspeed_on_cpu() -> None:
+    """Without its own shared-memory operations, which take a compiler and minutes; gloo does the same."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _fsdp_config(words: Training) -> dict[str, Any]:
+    config = {} if words.engine == "fsdp2" else engine_file.read(words.engine, 1).engine
+    return {"version": 2, **config, "cpu_offload": words.offload}
+
+
+def _deepspeed_config(words: Training) -> dict[str, Any]:
+    """ "auto" is filled in by transformers from its own arguments, which come from the recipe."""
+    if words.engine.endswith(".json"):
+        config = engine_file.read(words.engine, 1).engine
+    else:
+        config = {"zero_optimization": {"stage": int(words.engine[-1]), "overlap_comm": True}}
+    zero = dict(config.get("zero_optimization", {}))
+    zero["stage3_gather_16bit_weights_on_model_save"] = True  # else only shards of the result would be saved
+    if words.offload:
+        for what in ("optimizer", "param")[: 2 if zero.get("stage") == 3 else 1]:
+            zero[f"offload_{what}"] = {"device": "cpu", "pin_memory": torch.accelerator.is_available()}
+    autos = dict.fromkeys((*engine_file.BATCH, "gradient_clipping"), "auto")
+    return {**config, "zero_optimization": zero, "bf16": {"enabled": "auto"}, **autos}
+
+
+def _plugin(config: dict[str, Any], **more: Any) -> Any:
+    """accelerate's plugin for transformers' fsdp_config."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    wrapped = config.get("transformer_layer_cls_to_wrap")
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=config.get("reshard_after_forward", True),
+        auto_wrap_policy=config.get("auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
+        transformer_cls_names_to_wrap=[wrapped] if isinstance(wrapped, str) else wrapped,
+        min_num_params=config.get("min_num_params"),
+        cpu_offload=config["cpu_offload"],
+        state_dict_type="FULL_STATE_DICT",
+        **more,
+    )
+
+
+def _name_of(wrapped: Any) -> str:
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(wrapped, FSDPModule):
+        return "fsdp2"
+    if hasattr(wrapped, "zero_optimization_stage"):
+        return f"zero{wrapped.zero_optimization_stage()}"
+    return "ddp" if isinstance(wrapped, DistributedDataParallel) else "single"
+
+
+def reshard(model: Any) -> None:
+    """Weights that a forward without a backward has left whole in every process are shared out again."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local(part: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that lies in this process; it shares the tensor's memory."""
+    return part.to_local() if isinstance(part, DTensor) else part
+
+
+def are_somewhere(parts: Iterable[torch.Tensor], what: Any) -> list[bool]:
+    """For each tensor, whether `what` holds of it, or of its part in some process. All processes must ask."""
+    parts = list(parts)
+    flags = torch.stack([what(local(part)) for part in parts]) if parts else torch.zeros(0, dtype=torch.bool)
+    if any(isinstance(part, DTensor) for part in parts):
+        counts = flags.int()
+        torch.distributed.all_reduce(counts)
+        flags = counts > 0
+    return [bool(flag) for flag in flags.tolist()]
+
+
+def gather(model: Any, chosen: Iterable[torch.nn.Parameter]) -> dict[str, torch.Tensor] | None:
+    """The chosen parameters and the saved buffers of a model whose weights are shared out, whole and on the CPU, by name;
+    None for a model that is whole. All processes must ask."""
+    parts = {id(part): part for part in chosen}
+    if not any(isinstance(part, DTensor) or hasattr(part, "ds_id") for part in parts.values()):
+        return None
+    whole = {key: _whole(part) for key, part in parts.items()}  # tied names share one tensor, so that it is saved once
+    state = model.state_dict()
+    out = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in state}
+    return out | {
+        name: whole[id(part)] for name, part in model.named_parameters(remove_duplicate=False) if id(part) in whole
+    }
+
+
+def _whole(part: torch.nn.Parameter) -> torch.Tensor:
+    if isinstance(part, DTensor):
+        return part.detach().full_tensor().cpu()
+    from deepspeed import zero
+
+    with zero.GatheredParameters([part]):
+        return part.detach().cpu().clone()

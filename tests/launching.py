@@ -1,0 +1,54 @@
+"""Several processes of one command, forked: what torchrun and srun start, without importing torch once more for each."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import tongwen.course
+import tongwen.stages.merge
+import tongwen.stages.prepare
+import tongwen.stages.sft  # noqa: F401 (imported here, once for all children)
+from tongwen import cli
+
+
+def launched(
+    world: int, *arguments: object, before: Callable[[int], Any] | None = None, seconds: float = 90
+) -> list[int]:
+    """Run a command in so many processes as a launcher would; returns their exit codes, negative for a signal. before: is
+    called in each process with its rank. Fails when they do not end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [_start(rank, world, port, arguments, before) for rank in range(world)]
+    codes, end = dict[int, int](), time.monotonic() + seconds
+    while len(codes) < world:
+        for child in children:
+            if child not in codes and (done := os.waitpid(child, os.WNOHANG))[0]:
+                codes[child] = os.waitstatus_to_exitcode(done[1])
+        if time.monotonic() > end:
+            for child in set(children) - set(codes):
+                os.kill(child, 9)
+            raise AssertionError(f"processes hang; the others ended with {list(codes.values())}")
+        time.sleep(0.02)
+    return [codes[child] for child in children]
+
+
+def _start(rank: int, world: int, port: int, arguments: tuple[object, ...], before: Callable[[int], Any] | None) -> int:
+    child = os.fork()
+    if child:
+        return child
+    try:
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
+        if before:
+            before(rank)
+        os._exit(cli.main([str(argument) for argument in arguments]))
+    except BaseException:  # a forked test must not come back
+        import traceback
+
+        traceback.print_exc()
+        os._exit(99)

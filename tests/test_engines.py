@@ -1,0 +1,203 @@
+"""Laws of the engines: whatever shares out the work, and wherever it is killed, what comes out is what one process makes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from tests.conftest import tensors, write_recipe
+from tests.launching import launched
+from tests.test_run import in_a_child
+from tongwen import course, launch
+from tongwen.train.engine import Engine
+from tongwen.train.fit import PlannedTrainer
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+ENGINES = ("ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed))
+
+
+def recipe_for(folder: Path, base: Path, method: str, engine: str = "auto", sft: str = "") -> Path:
+    file = write_recipe(
+        folder,
+        base,
+        sft=f", engine: {engine}, adapter: {{method: {method}, rank: 4}}, stop_after: 8 steps, save_every: 3{sft}",
+        merge=method != "full",
+    )
+    text = file.read_text().replace("adapter: {rank: 4}, ", "")
+    file.write_text(text.replace("1e-2", "1e-3") if method == "full" else text)
+    return file
+
+
+def logits(folder: Path) -> torch.Tensor:
+    """(1, T, V) of a finished model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 60)[None]).logits
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What one process makes, by method: the folder of the whole model."""
+    made = {}
+    for method in ("lora", "full"):
+        folder = tmp_path_factory.mktemp(f"alone_{method}")
+        assert in_a_child("run", recipe_for(folder, chat_model, method)) == 0
+        made[method] = folder / "out" / ("sft" if method == "full" else "merge")
+    return made
+
+
+def die_at(step: int) -> Any:
+    """Rank 1 is killed there."""
+
+    def arm(rank: int) -> None:
+        original = PlannedTrainer.training_step
+
+        def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
+            if rank == 1 and self.state.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, *arguments, **options)
+
+        PlannedTrainer.training_step = step_or_die  # type: ignore[method-assign]
+
+    return arm
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_killed_and_resumed_are_one_process(
+    engine: str, method: str, chat_model: Path, tmp_path: Path, alone: dict[str, Path]
+) -> None:
+    recipe = recipe_for(tmp_path, chat_model, method, engine)
+    first = launched(2, "run", recipe, before=die_at(5))
+    assert first[1] == -signal.SIGKILL and first[0] == 5, "the other process ends too, and says why"
+    assert not (tmp_path / "out" / "sft").exists()
+    assert launched(2, "run", recipe) == [0, 0]
+    stage = tmp_path / "out" / "sft"
+    assert [line["step"] for line in metrics(stage)] == list(range(1, 9))
+    assert json.loads((stage / "manifest.json").read_text())["engine"] == engine
+    made = tmp_path / "out" / ("sft" if method == "full" else "merge")
+    assert torch.allclose(logits(made), logits(alone[method]), atol=1e-5)
+    assert {name: part.shape for name, part in tensors(made).items()} == {
+        name: part.shape for name, part in tensors(alone[method]).items()
+    }
+
+
+def first_step(folder: Path) -> tuple[float, torch.Tensor]:
+    """(loss, whole gradient) of the first step. Adam's first moment is then a tenth of the gradient."""
+    state = torch.load(folder / "checkpoints" / "checkpoint-1" / "optimizer.pt", weights_only=True)["state"]
+    return metrics(folder)[0]["loss"], torch.cat([state[key]["exp_avg"].flatten() * 10 for key in sorted(state)])
+
+
+def pad_everything(rank: int) -> None:
+    """As for a family whose documents cannot be packed."""
+    from tongwen.families import Family
+
+    course.family_of = lambda model_type: Family(targets=(), padded=("padded", "padded"))  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_first_gradient_does_not_depend_on_how_a_batch_is_cut(
+    method: str, chat_model: Path, tmp_path: Path
+) -> None:
+    """1 x 8 = 8 x 1 = 2 processes x 4 = packed = padded, through the real command."""
+    words = ", batch_size: 8, max_grad_norm: 0, warmup: 0, save_every: 1, stop_after: 1 steps, samples: 0"
+    cuts = {
+        "8 x 1": (1, 16, None),
+        "1 x 8": (1, 4096, None),
+        "1 x 8 padded": (1, 4096, pad_everything),
+        "2 processes x 4": (2, 16, None),
+    }
+    found = {}
+    for name, (world, tokens, before) in cuts.items():
+        folder = tmp_path / name.replace(" ", "-")
+        recipe = recipe_for(folder, chat_model, method, sft=f"{words}, micro_batch_tokens: {tokens}")
+        text = recipe.read_text()
+        for doubled in (", batch_size: 4", ", samples: 1", ", save_every: 3", ", stop_after: 8 steps"):
+            text = text.replace(doubled, "", 1)
+        recipe.write_text(text.replace("merge: {}\n", ""))
+        assert launched(world, "run", recipe, before=before) == [0] * world
+        found[name] = first_step(folder / "out" / "sft")
+    loss, gradient = found["8 x 1"]
+    for name, (other_loss, other) in found.items():
+        assert other_loss == pytest.approx(loss, abs=1e-6), name
+        assert float((other - gradient).norm() / gradient.norm()) < 1e-6, name
+
+
+def test_an_engine_that_silently_became_another_is_found(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
+    """accelerate takes FSDP on a CPU for DDP, and says nothing."""
+
+    def leave_it_to_accelerate(rank: int) -> None:
+        Engine.insist = lambda self, accelerator, plugin=None: None  # type: ignore[method-assign]
+        Engine.shard = lambda self, model, dtype: None  # type: ignore[method-assign]
+
+    assert launched(2, "run", recipe_for(tmp_path, chat_model, "lora", "fsdp2"), before=leave_it_to_accelerate) == [
+        5,
+        5,
+    ]
+    assert "fsdp2 was asked for, and ddp runs" in capfd.readouterr().err
+
+
+def test_a_killed_process_is_named_and_the_others_end(chat_model: Path, tmp_path: Path) -> None:
+    """As `tongwen run --devices 2` starts them."""
+    recipe = recipe_for(tmp_path, chat_model, "lora", sft=", samples: 0")
+    recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("8 steps", "9999 steps"))
+    command = [sys.executable, "-m", "tongwen", "run", str(recipe), "--devices", "2"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "sft.partial" / "metrics.jsonl"
+    wait_until(lambda: log.is_file() and len(log.read_text().splitlines()) > 4)
+    ranks = {
+        int(child.environ()["RANK"]): child
+        for child in psutil.Process(running.pid).children(recursive=True)
+        if "RANK" in child.environ()
+    }
+    ranks[1].kill()
+    began = time.monotonic()
+    _, told = running.communicate(timeout=60)
+    assert time.monotonic() - began < 20 and not any(child.is_running() for child in ranks.values())
+    assert running.returncode == 5
+    assert f"rank 1 ({ranks[1].pid}) was ended by SIGKILL" in told and "the same command continues" in told
+
+
+def wait_until(done: Any, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_srun_tells_what_torchrun_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what is set is taken back
+        monkeypatch.delenv(name)
+    told = {"PROCID": "5", "LOCALID": "1", "JOB_ID": "1234567", "STEP_NUM_TASKS": "8", "STEP_TASKS_PER_NODE": "4(x2)"}
+    for name, value in {**told, "STEP_NODELIST": "gpu[03-04],gpu9"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    launch.adopt_slurm()
+    assert launch.is_launched() and not launch.is_first() and launch.world_size() == 8
+    found = {
+        name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
+    assert found == {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu03",
+        "MASTER_PORT": "24567",
+    }
