@@ -84,14 +84,15 @@ def first_words(url: str) -> list[float]:
         page.wait_for_selector("#question textarea")
         for _ in range(ASKED):
             page.click("#fresh")
-            page.wait_for_function("!document.querySelector('#board0 .bot')")
+            page.wait_for_selector("#board0 .bot", state="detached")
             page.fill("#question textarea", "Say hello in one short sentence.")
             began = time.monotonic()
             page.press("#question textarea", "Enter")
             page.wait_for_selector("#board0 .bot .message-content")
             seen = time.monotonic() - began
-            page.wait_for_function("/first words/.test(document.querySelector('.pace').innerText)")
-            own = re.search(r"after ([\d.]+) s", page.inner_text(".pace"))
+            pace = page.locator(".pace", has_text="first words").first
+            pace.wait_for()
+            own = re.search(r"after ([\d.]+) s", pace.inner_text())
             assert own
             later.append(seen - float(own[1]))
         browser.close()
