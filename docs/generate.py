@@ -1,5 +1,5 @@
-"""Write the pages that are made from the code: docs/cli*.md from `--help`, docs/recipe*.md from the schema, and the table of
-failures in docs/from-older-projects*.md.
+"""Write what is made from the code: docs/cli*.md from `--help`, docs/recipe*.md from the schema, the table of failures in
+docs/from-older-projects*.md, and recipes/ from `tongwen init`.
 
 `python docs/generate.py` writes them; with `--check` it only says which are stale, and fails.
 """
@@ -16,13 +16,19 @@ HERE = Path(__file__).parent
 
 def main() -> int:
     os.environ["COLUMNS"] = "80"
-    stale = []
+    from tongwen.stages.init import STARTS, render
+
+    recipes = HERE.parent / "recipes"
+    recipes.mkdir(exist_ok=True)
+    stale = [str(file) for file in recipes.iterdir() if file.stem not in STARTS]
     for language, ending in (("en", ""), ("zh", "_zh")):
         os.environ["TONGWEN_LANG"] = language
         older = HERE / f"from-older-projects{ending}.md"
-        pages = {"cli": cli_page(), "recipe": recipe_page(), "from-older-projects": with_failures(older)}
-        for name, text in pages.items():
-            file = HERE / f"{name}{ending}.md"
+        pages = {HERE / f"cli{ending}.md": cli_page(), HERE / f"recipe{ending}.md": recipe_page()}
+        pages[older] = with_failures(older)
+        if language == "en":
+            pages |= {recipes / f"{name}.yaml": render(name) for name in STARTS}
+        for file, text in pages.items():
             if file.is_file() and file.read_text(encoding="utf-8") == text:
                 continue
             stale.append(str(file.relative_to(HERE.parent)))

@@ -146,7 +146,8 @@ def _deepspeed_config(words: Training) -> dict[str, Any]:
         for what in ("optimizer", "param")[: 2 if zero.get("stage") == 3 else 1]:
             zero[f"offload_{what}"] = {"device": "cpu", "pin_memory": torch.accelerator.is_available()}
     autos = dict.fromkeys((*engine_file.BATCH, "gradient_clipping"), "auto")
-    return {**config, "zero_optimization": zero, "bf16": {"enabled": "auto"}, **autos}
+    own = {"zero_force_ds_cpu_optimizer": False}  # torch's fused AdamW runs on a CPU too, and needs no compiler
+    return {**own, **config, "zero_optimization": zero, "bf16": {"enabled": "auto"}, **autos}
 
 
 def _plugin(config: dict[str, Any], **more: Any) -> Any:
