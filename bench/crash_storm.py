@@ -429,40 +429,48 @@ def plain_trainer(ground: Ground, kills: int, chance: random.Random) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="of: " + ", ".join(PARTS))
     parser.add_argument("--kills", type=int, default=200, help="of each method")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    chance, began = random.Random(chosen.seed), time.monotonic()
+    found = json.loads(chosen.out.read_text()) if chosen.out and chosen.out.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         ground = Ground(Path(folder))
-        found = {
-            "seed": chosen.seed,
-            "changed_recipes": changed_recipes(ground),
-            "flipped_bits": flipped_bits(ground, 400, chance),
-            "plain_trainer": plain_trainer(ground, 40, chance),
-            **{method: storm(ground, method, chosen.kills, chance) for method in ADAPTERS},
-            "command_line": by_the_command_line(ground, 10, chance),
-            "system_calls": every_call(ground, "lora") if shutil.which("strace") else "strace is not installed",
-        }
-    found |= {"minutes": round((time.monotonic() - began) / 60, 1), **machine()}
-    print(json.dumps(found, indent=1))
-    if chosen.out:
-        chosen.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        for part in chosen.parts or PARTS:
+            began, chance = time.monotonic(), random.Random(f"{chosen.seed} {part}")
+            result = PARTS[part](ground, chosen.kills, chance)
+            minutes = round((time.monotonic() - began) / 60, 1)
+            found[part] = {**result, "seed": chosen.seed, "minutes": minutes, "commit": commit()}
+            print(part, json.dumps(found[part]), flush=True)
+            if chosen.out:
+                chosen.out.write_text(json.dumps({**found, **machine()}, indent=1) + "\n", encoding="utf-8")
+
+
+PARTS: dict[str, Callable[[Ground, int, random.Random], dict[str, Any]]] = {
+    "changed_recipes": lambda ground, kills, chance: changed_recipes(ground),
+    "flipped_bits": lambda ground, kills, chance: flipped_bits(ground, 400, chance),
+    "plain_trainer": lambda ground, kills, chance: plain_trainer(ground, 40, chance),
+    "system_calls": lambda ground, kills, chance: every_call(ground, "lora"),
+    "full": lambda ground, kills, chance: storm(ground, "full", kills, chance),
+    "lora": lambda ground, kills, chance: storm(ground, "lora", kills, chance),
+    "command_line": lambda ground, kills, chance: by_the_command_line(ground, 10, chance),
+}
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
 
 
 def machine() -> dict[str, Any]:
     import platform
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
     return {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread",
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, shared and busy, one thread",
         "python": platform.python_version(),
         "versions": artifact.versions(),
-        "commit": commit.stdout.strip(),
     }
 
 

@@ -13,7 +13,7 @@ import uvicorn
 
 from tongwen.errors import NumbersError
 from tongwen.ui.web.bench import Bench, Talk
-from tongwen.ui.web.gate import Limits
+from tongwen.ui.web.door import Limits
 from tongwen.ui.web.server import make_app
 
 TOKEN = "right-token"
@@ -57,7 +57,7 @@ def free_port() -> int:
 def serving(bench: Bench, limits: Limits | None = None) -> Iterator[str]:
     """The address of a running page."""
     port = free_port()
-    app = make_app(bench, "127.0.0.1", port, TOKEN, limits)
+    app = make_app(bench, TOKEN, port=port, limits=limits)
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", access_log=False))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -72,4 +72,4 @@ def serving(bench: Bench, limits: Limits | None = None) -> Iterator[str]:
 
 
 def talk(parrot: Parrot, *chosen: str) -> Talk:
-    return Talk(lambda: list(chosen), chosen, parrot.reply)
+    return Talk(lambda: list(chosen), chosen, lambda name, messages, options: messages[-9:], parrot.reply)

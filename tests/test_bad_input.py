@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer, tiny_llama, write_recipe, write_rows
 
@@ -202,19 +203,26 @@ def test_a_folder_that_may_not_be_written(chat_model: Path, tmp_path: Path, tong
     assert tongwen("run", write_recipe(tmp_path, chat_model))[0] == 5
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: out of memory: you tried to allocate 1 bytes"
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+    ],
+)
 def test_out_of_memory_names_the_cures_in_order(
-    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+    error: Exception, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(*arguments: object, **options: object) -> None:
-        raise RuntimeError(
-            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: out of memory: you tried to allocate 1 bytes"
-        )
+        raise error
 
     monkeypatch.setattr("tongwen.train.fit.PlannedTrainer.compute_loss", exhausted)
     code, _, err = tongwen("run", write_recipe(tmp_path, chat_model))
-    assert code == 5 and err.index("micro_batch_tokens") < err.index("activation_checkpointing") < err.index(
-        "max_length"
-    )
+    cures = ("micro_batch_tokens", "activation_checkpointing", "max_length", "qlora")
+    assert code == 5 and [err.index(cure) for cure in cures] == sorted(err.index(cure) for cure in cures)
 
 
 def test_a_learning_rate_that_explodes_stops_with_step_and_rows(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
@@ -236,8 +244,10 @@ def test_two_runs_in_one_folder_do_not_meet(chat_model: Path, tmp_path: Path, to
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / ".lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
+        stream.write("node-7, process 4711, since 2026-01-01 00:00:00")
+        stream.flush()
         code, _, err = tongwen("run", write_recipe(tmp_path, chat_model))
-    assert code == 5 and "another tongwen" in err
+    assert code == 5 and "another tongwen" in err and "node-7, process 4711" in err
 
 
 def test_stages_and_folders_that_are_not_there(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:

@@ -271,7 +271,7 @@ def test_two_models_are_compared_and_a_report_is_left(
     shown = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     assert {"question", "answer", "wanted", "before"} <= shown[0].keys()
     code, _, err = tongwen(*words, "--out", out)
-    assert code == 2 and "this folder exists" in err
+    assert code == 2 and "this exists" in err
 
 
 def test_a_run_scores_what_was_held_out_as_its_report_does(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
@@ -289,6 +289,21 @@ def test_a_run_scores_what_was_held_out_as_its_report_does(chat_model: Path, ton
     assert scores["bits_per_byte"]["value"] == pytest.approx(report["after"], rel=1e-3)
     code, said, _ = tongwen("run", recipe)
     assert code == 0 and "evaluate: already done" in said
+
+
+def test_rows_without_an_answer_are_not_scored_and_counted(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
+    rows = [
+        {"question": "一", "std_answer": "1"},
+        {"question": "二", "std_answer": ""},
+        {"question": "三", "std_answer": "3"},
+    ]
+    data = write_rows(tmp_path / "belle.jsonl", rows)
+    words = ["evaluate", "--model", chat_model, "--template", "chatml", "--data", data, "--max-new-tokens", 2]
+    code, said, err = tongwen(*words, "--task", "exact_match", "--task", "bits_per_byte", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert said.count("1 rows have no answer") == 2
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert scores["exact_match"]["rows"] == scores["bits_per_byte"]["rows"] == 2
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "deepseek_v3": SHAPE | LATENT,
 }
 
+PRETRAIN = """pretrain: {phases: [{train: full, stop_after: 2 steps}], max_length: 64, batch_size: 2, samples: 0, precision: fp32}
+"""
+
+
+def texts(count: int) -> list[str]:
+    """Texts of which none is like another."""
+    return ["".join(chr(0x4E00 + (97 * row + 13 * place) % 3000) for place in range(30)) for row in range(count)]
+
 
 def family_folder(folder: Path, family: str, ice: Path) -> Path:
     """A tiny model of a family with a tokenizer."""
@@ -47,13 +55,17 @@ def family_folder(folder: Path, family: str, ice: Path) -> Path:
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trained_merged_and_asked(family: str, method: str, small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
+    """In full on plain text, then with an adapter on dialogues; or with an adapter on the quantised base."""
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
     facts, base = FAMILIES[family], family_folder(tmp_path / "base", family, small_ice)
     recipe = write_recipe(tmp_path, base, rows=dialogues(10), sft=", stop_after: 4 steps")
     text = recipe.read_text().replace("rank: 4", f"rank: 4, method: {method}").replace("samples: 1", "samples: 0")
-    text = text.replace("merge: {}", "merge: {parity: full}")
-    recipe.write_text(text.replace("template: chatml", "template: own") if family == "chatglm" else text)
+    text = text.replace("template: chatml", "template: own") if family == "chatglm" else text
+    if method == "lora" and not facts.dialogues_only:
+        (tmp_path / "text.txt").write_text("\n\n".join(texts(12)), encoding="utf-8")
+        text = text.replace("prepare: {", f"prepare: {{documents: {tmp_path / 'text.txt'}, ") + PRETRAIN
+    recipe.write_text(text)
     code, out, err = tongwen("run", recipe)
     assert code == 0, err
     said = out + err
@@ -62,12 +74,21 @@ def test_trained_merged_and_asked(family: str, method: str, small_ice: Path, tmp
     assert ("with the whole model in memory" in said) == facts.experts
     report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())
     assert report["held_out"]["bits_per_byte"]["after"] < report["held_out"]["bits_per_byte"]["before"]
+    base = tmp_path / "out" / "pretrain" if PRETRAIN in text else base
     check_merged(base, tmp_path / "out" / "sft", tmp_path / "out" / "merge")
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "问题1：你好吗？"}])
     code, _, err = tongwen(
         "generate", "--model", tmp_path / "out" / "merge", "--prompts", prompts, "--out", tmp_path / "o"
     )
     assert code == 0, err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_usual_targets_are_in_the_model(family: str, small_ice: Path, tmp_path: Path) -> None:  # noqa: F811
+    from tongwen.model import load
+
+    model = load.make_skeleton(load.load_config(load.locate(str(family_folder(tmp_path, family, small_ice)))))
+    assert set(FAMILIES[family].targets) <= {name.split(".")[-1] for name, _ in model.named_modules()}
 
 
 def check_merged(base: Path, adapter: Path, merged: Path) -> None:
@@ -95,7 +116,7 @@ def test_a_table_of_positions_is_not_read_beyond_its_end(small_ice: Path, tmp_pa
 
 def test_a_prefix_model_does_not_learn_from_plain_text(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
     base = family_folder(tmp_path / "base", "chatglm", small_ice)
-    (tmp_path / "text.txt").write_text("\n\n".join(f"第{index}段。天气很好。" for index in range(20)), encoding="utf-8")
+    (tmp_path / "text.txt").write_text("\n\n".join(texts(12)), encoding="utf-8")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"name: t\nbase: {base}\nout: {tmp_path / 'out'}\nprepare: {{documents: {tmp_path / 'text.txt'}}}\npretrain: {{}}\n"

@@ -18,6 +18,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer, tensors, tiny_llama
 from tests.test_merge import make_adapter
+from tongwen import families
 from tongwen.errors import MissingPackage, ModelError
 from tongwen.export import kquants
 from tongwen.export.gguf import check_type
@@ -25,7 +26,11 @@ from tongwen.export.kquants import Mixture
 from tongwen.model.load import locate
 
 gguf = pytest.importorskip("gguf")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = tuple(name for name, family in families.FAMILIES.items() if family.gguf)
+NARROW = {  # those whose configs have words of their own
+    "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2},
+}
 LINES = [
     *dict.fromkeys(CORPUS),
     "第1章：2024年，a  b\tc\n\n它's 3.14%！",
@@ -41,7 +46,7 @@ def make_model(folder: Path, family: str, rows: int, **more: Any) -> Any:
 
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "tie_word_embeddings": False}
-    config = AutoConfig.for_model(family, vocab_size=rows, **{**shape, **more})
+    config = AutoConfig.for_model(family, vocab_size=rows, **NARROW.get(family, {**shape, **more}))
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import byte_level_tokenizer, dialogues, sentencepiece_tokenizer, tiny_llama, write_rows
+from tests.test_chatglm import chatglm_folder, small_ice  # noqa: F401 (a fixture)
 from tests.test_migrate import WANTED, lines_of
 
 TEXT = [
@@ -41,7 +44,7 @@ def llama_of_pieces(folder: Path) -> None:
 
 
 def belle(here: Path) -> None:
-    write_rows(here / "data_dir" / "0.5M" / "Belle_open_source_0.5M.dev.json", dialogues(30))
+    write_rows(here / "data_dir" / "0.5M" / "Belle_open_source_0.5M.dev.json", dialogues(12))
     bloom(here / "bigscience" / "bloomz-7b1-mt")
     llama(here / "decapoda-research" / "llama-7b-hf")
 
@@ -76,15 +79,31 @@ def adapter(base: Path, folder: Path) -> None:
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
 
 
-WORLDS = {"belle": belle, "guanaco": guanaco, "cla": cla}
+def ner(here: Path) -> None:
+    """Rows of instruct, query and answer in a .txt file, as entities were asked for."""
+    rows = [{"instruct": "找出地名。", "query": f"文本：我们去公园{n}。", "answer": "公园_地名"} for n in range(30)]
+    write_rows(here / "data" / "msra" / "train.txt", rows)
+    chatglm_folder(here / "model_hub" / "chatglm-6b", here / "ice_text.model")
+
+
+WORLDS = {"belle": belle, "guanaco": guanaco, "cla": cla, "ner": ner}
+
+
+# The lines of the same README that go on with what a training line left: asking, merging, talking.
+FOLLOWING = {"belle:7": [9], "guanaco:2": [6, 7]}
 
 
 # Lines that differ from these in their launcher alone are compared in test_migrate.
-@pytest.mark.parametrize("name", ["belle:5", "belle:7", "belle:8", "guanaco:2", "cla:31", "cla:33"])
+@pytest.mark.parametrize("name", ["belle:5", "belle:7", "guanaco:2", "cla:31", "cla:33", "ner:1"])
 def test_a_training_line_leaves_the_manifest_that_its_readme_promised(
-    name: str, tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    tongwen: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small_ice: Path,  # noqa: F811
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copy(small_ice, tmp_path)
     readme, place = name.split(":")
     WORLDS[readme](tmp_path)
     if name == "cla:31":
@@ -100,3 +119,12 @@ def test_a_training_line_leaves_the_manifest_that_its_readme_promised(
     assert template in (None, words.get("template"))
     if rank is not None:
         assert (words["adapter"]["rank"], words["adapter"]["targets"]) == (rank, targets)
+    for line in FOLLOWING.get(name, ()):
+        monkeypatch.setattr("sys.stdin", io.StringIO("你好\n"))
+        code, _, said = tongwen("migrate", "--run", "--", *lines_of(readme)[line - 1].words)
+        assert code == 0, said
+    if name == "guanaco:2":
+        assert (tmp_path / "models" / "llama-7b-hf-finetune" / "model.safetensors").is_file()
+    if name == "belle:7":
+        answered = json.loads((tmp_path / "data_dir" / "predictions.json").read_text(encoding="utf-8"))
+        assert len(answered) == 12 and answered[0].keys() == {"input", "predict", "target"}

@@ -23,7 +23,7 @@ from tests.page_server import SECRET, TOKEN, Parrot, serving, talk
 from tongwen.errors import RecipeError, TongwenError
 from tongwen.ui.web.bench import Bench
 from tongwen.ui.web.conversation import Answer, as_json, as_markdown, drawn, note, stream, text_of, told
-from tongwen.ui.web.gate import OPEN_ROUTES, Limits
+from tongwen.ui.web.door import OPEN_ROUTES, Limits
 from tongwen.ui.web.server import make_app
 from tongwen.workplace import Workplace
 
@@ -94,8 +94,8 @@ def routes_of(app: Any, prefix: str = "") -> Iterator[str]:
 
 
 def test_the_list_of_routes_is_as_it_was_and_none_opens_without_a_token(address: str) -> None:
-    gate = make_app(Bench("t", talk(Parrot(), "m")), "127.0.0.1", 7860, TOKEN)
-    routes = sorted(set(routes_of(gate.app)))
+    door = make_app(Bench("t", talk(Parrot(), "m")), TOKEN, port=7860)
+    routes = sorted(set(routes_of(door.app)))
     listed = "".join(f"{'open  ' if OPEN_ROUTES.fullmatch(_example(path)) else 'closed'} {path}\n" for path in routes)
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(listed, encoding="utf-8")
@@ -158,7 +158,7 @@ def test_another_page_may_not_ask(address: str, origin: str) -> None:
     assert not [name for name in answer.headers if name.startswith("access-control-")]
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "127.0.0.1", "localhost.evil:80", ""])
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "127.0.0.1.evil:80", "localhost.evil:80", ""])
 def test_another_name_is_not_served(address: str, host: str) -> None:
     with client(address, host=host) as web:
         assert web.get("/en/").status_code == 403
@@ -289,7 +289,8 @@ def test_drawing_is_undone_for_any_text() -> None:
 
 def test_an_answer_that_is_given_up_stops_the_model() -> None:
     parrot = Parrot()
-    answers = [Answer(parrot.reply("m", [{"role": "user", "content": "很长" * 50}], {}), [], str) for _ in range(2)]
+    asked = [{"role": "user", "content": "很长" * 50}]
+    answers = [Answer(talk(parrot, "m"), asked, str, "m", "", {}) for _ in range(2)]
     growing = stream(answers)
     next(growing)
     growing.close()

@@ -380,7 +380,7 @@ print(usual, min(faults() for _ in range(8)))  # the heap needs a few rounds to 
     assert kept < usual / 4
 
 
-def test_fused_experts_that_all_linear_passes_by_are_named() -> None:
+def test_whether_an_adapter_reaches_fused_experts_is_said() -> None:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
@@ -394,8 +394,11 @@ def test_fused_experts_that_all_linear_passes_by_are_named() -> None:
         head_dim=8,
         num_experts=4,
     )
-    adapted = adapt(Qwen3MoeForCausalLM(config), Adapter(rank=2), [])
-    assert any("fused expert weights" in notice and "mlp.experts" in notice for notice in adapted.notices)
+    passed = adapt(Qwen3MoeForCausalLM(config), Adapter(rank=2, targets=["q_proj"]), [])
+    assert any("passes by 2 fused expert weights" in notice and "mlp.experts" in notice for notice in passed.notices)
+    reached = adapt(Qwen3MoeForCausalLM(config), Adapter(rank=2), [])
+    assert any("reaches 2 fused expert weights" in notice for notice in reached.notices)
+    assert any("experts" in name for name, part in reached.model.named_parameters() if part.requires_grad)
 
 
 @pytest.mark.parametrize("capacity", [40, 64, 1000])

@@ -193,7 +193,7 @@ def make_way(path: Path, *, again: bool) -> None:
         path.rmdir()
     elif path.exists() and not again:
         raise RecipeError(
-            say("this folder exists", "该文件夹已存在"),
+            say("this exists", "已存在"),
             place=str(path),
             remedy=say("choose another, or --again to keep it under another name", "换一个，或用 --again 把它改名保留"),
         )
@@ -265,11 +265,15 @@ def hash_file(file: Path) -> str:
 
 
 def write_json(file: Path, value: Any) -> None:
+    """A value as indented JSON, whole or not at all."""
+    write_text(file, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
     """Write beside, bring to the disk, rename: a reader sees the old file or the new one, never half of one."""
     beside = file.with_name(file.name + ".partial")
     with beside.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, ensure_ascii=False, indent=1)
-        stream.write("\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     beside.replace(file)

@@ -34,11 +34,12 @@ from tongwen.model import attention, dress, load
 from tongwen.model.adalora import budget_of
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from tongwen.model.score import bits_per_byte, learned_loss
+from tongwen.model.special import mend_ends
 from tongwen.model.stack import open_stack
 from tongwen.recipe.load import dump
 from tongwen.recipe.schema import Forgetting, Pretrain, Recipe, Stretch, Training
 from tongwen.template import Template
-from tongwen.train import audit
+from tongwen.train import audit, track
 from tongwen.train.batches import MicroBatches, Plan, fill, make_plan, token_budget
 from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, read_manifest, step_of
 from tongwen.train.engine import Engine, choose, gather, reshard
@@ -85,6 +86,9 @@ class Course:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+SAMPLES = "samples.jsonl"
+
+
 @dataclass(frozen=True)
 class Pupil:
     """The adapted model with everything that it needs to read and to speak."""
@@ -104,7 +108,7 @@ class Pupil:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """The number type that the Trainer computes in, for what is computed outside of it."""
-        with torch.autocast(self.device, self.dtype, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             yield
         reshard(self.model)
 
@@ -130,6 +134,7 @@ def take(course: Course, out: Path) -> artifact.Artifact:
             remedy="prepare: {held_out: 0.02}",
         )
     engine = choose(course.section)
+    track.check(course.recipe.track)
     say_ledger(lesson)
     device = load.compute_device()
     legs = _lay_out(course, device, artifact.partial_of(out) / "checkpoints")
@@ -164,8 +169,9 @@ def take(course: Course, out: Path) -> artifact.Artifact:
         run = gate.enter(draft.path, course.settings, identity)
         before = _once(draft.path / gate.BEFORE, examine)
 
-        def evaluate() -> dict[str, Any]:
+        def evaluate(step: int) -> dict[str, Any]:
             scores = score()
+            _tell_answers(draft.path / SAMPLES, step, course.questions, _answer(pupil, course))
             check_forgetting(before["scores"]["groups"], scores["groups"], limits)
             return scores
 
@@ -192,7 +198,9 @@ def take(course: Course, out: Path) -> artifact.Artifact:
                 "throughput": throughput,
                 "peak_memory_bytes": peak_memory_bytes(),
                 "unreached": unreached,
-                "samples": _samples(course.questions, before["answers"], after["answers"]),
+                "samples": _samples(
+                    course.questions, before["answers"], after["answers"], read_metrics(draft.path / SAMPLES)
+                ),
             }
             _write(course, draft.path, report)
             say_result(report, out)
@@ -208,7 +216,9 @@ def _open_pupil(course: Course, device: str, engine: Engine, adapter_steps: int)
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
         model, packed, fingerprint = _open(place, adapting.kept_in(trained, dtype), quantize)
     load.check_tokenizer(reader.tokenizer, model, place)
+    mend_ends(reader.tokenizer, model, course.base)
     _check_lengths(model.config, course)
+    audit.check_finite_base(model)
     stops = dress.stop_ids(reader.tokenizer, course.template, getattr(model, "generation_config", None))
     stops = stops or ((course.end,) if course.end is not None else ())
     set_seed(course.recipe.seed)
@@ -275,7 +285,7 @@ def _train(
     pupil: Pupil,
     legs: list[Leg],
     folder: Path,
-    evaluate: Callable[[], dict[str, Any]] | None,
+    evaluate: Callable[[int], dict[str, Any]] | None,
     run: dict[str, Any],
 ) -> tuple[dict[str, Any], list[str]]:
     """Run the phases, from the newest checkpoint if there is one; returns tokens and seconds, and what the audits did not
@@ -349,7 +359,7 @@ def _job(
     leg: Leg,
     guarded: list[torch.nn.Parameter],
     resume: Path | None,
-    evaluate: Callable[[], dict[str, Any]] | None,
+    evaluate: Callable[[int], dict[str, Any]] | None,
     watch: Watch,
     told: dict[str, Any],
 ) -> Job:
@@ -375,7 +385,17 @@ def _job(
         budget=budget_of(pupil.model) if "lora" in leg.stretch.parts else None,
         told=told,
         deadline=launch.deadline(course.recipe.stop_before),
+        track=_track(course, leg, watch.file.parent, told["run"]),
     )
+
+
+def _track(course: Course, leg: Leg, folder: Path, run: str) -> track.Track | None:
+    """Each phase is a run of its own there: its steps are counted anew."""
+    if not course.recipe.track:
+        return None
+    phase = [leg.checkpoints.name] if len(course.section.stretches) > 1 else []
+    title = "-".join([course.recipe.name, course.stage, *phase])
+    return track.Track(course.recipe.track, title, run, folder.joinpath("tensorboard", *phase))
 
 
 def _stage_below(base: str) -> dict[str, Any]:
@@ -513,10 +533,33 @@ def _facts(course: Course, pupil: Pupil, legs: list[Leg], throughput: dict[str, 
     }
 
 
-def _samples(questions: list[Question], before: list[str], after: list[str]) -> list[dict[str, str]]:
+def _tell_answers(file: Path, step: int, questions: list[Question], answers: list[str]) -> None:
+    """samples.jsonl: what the model answers at a step; a resumed run says again what it had said beyond its checkpoint."""
+    if not launch.is_first() or not questions:
+        return
+    lines = [line for line in read_metrics(file) if line["step"] < step]
+    lines += [
+        {"step": step, "question": one.title, "answer": answer} for one, answer in zip(questions, answers, strict=True)
+    ]
+    beside = file.with_suffix(".partial")
+    beside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    beside.replace(file)
+
+
+def _samples(
+    questions: list[Question], before: list[str], after: list[str], lines: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The questions with all their answers. lines: of samples.jsonl, in which they stand in this order at each step."""
+    ways = [lines[place :: len(questions)] for place in range(len(questions))]
     return [
-        {"question": one.title, "before": old, "after": new, "wanted": one.wanted}
-        for one, old, new in zip(questions, before, after, strict=True)
+        {
+            "question": one.title,
+            "before": old,
+            "on_the_way": {line["step"]: line["answer"] for line in way},
+            "after": new,
+            "wanted": one.wanted,
+        }
+        for one, old, way, new in zip(questions, before, ways, after, strict=True)
     ]
 
 
@@ -549,6 +592,15 @@ def _say_plan(legs: list[Leg], store: TokenStore, counts: dict[str, Any]) -> Non
             f"{steps} 步，{tokens} token；每步 {plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token",
         )
     )
+    for leg in legs:
+        every = leg.stretch.words.save_every
+        if "save_every" in leg.stretch.words.model_fields_set and every >= len(leg.plan):
+            console.notice(
+                say(
+                    f"save_every: {every}, and there are {len(leg.plan)} steps: if it is interrupted, it begins anew",
+                    f"save_every: {every}，而只有 {len(leg.plan)} 步：若被中断则从头开始",
+                )
+            )
     console.tell(
         say(
             f"{counts['parameters']:,} of {counts['of']:,} parameters are trained ({counts['share']:.2%})",

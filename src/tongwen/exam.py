@@ -20,7 +20,7 @@ from tongwen.infer import choice, measures
 from tongwen.infer.choice import Choice
 from tongwen.language import say
 from tongwen.likelihood import Likelihood
-from tongwen.questions import Question, read_questions, read_records
+from tongwen.questions import Question, read_questions, read_records, say_unanswered
 from tongwen.recipe.schema import Task
 from tongwen.record import Dialogue, Document
 from tongwen.speaker import Speaker
@@ -90,10 +90,7 @@ def read_paper(task: Task) -> Paper:
     if task.task == "multiple_choice":
         return _read_choices(task)
     if task.task in measures.TEXT:
-        questions = _first(task, read_questions(task.data))
-        for question in questions:
-            _check_wanted(task, question)
-        return TextPaper(task, questions)
+        return TextPaper(task, _first(task, _answered(task, read_questions(task.data))))
     return LikelihoodPaper(task, _first(task, read_records(task.data)))
 
 
@@ -101,15 +98,24 @@ def _first(task: Task, rows: list[Any]) -> list[Any]:
     return rows[: task.limit]
 
 
-def _check_wanted(task: Task, question: Question) -> None:
-    if question.wanted is None:
+def _answered(task: Task, questions: list[Question]) -> list[Question]:
+    """The questions whose answer is known. Raises DataError when there is none, or when an answer is not of the task's form."""
+    assert task.data
+    known = [one for one in questions if one.wanted is not None]
+    if not known:
         raise DataError(
-            say(f"{task.task} compares with an answer, and this row has none", f"{task.task} 需要参考答案，而该行没有"),
-            place=question.place,
+            say(
+                f"{task.task} compares with an answer, and no row has one",
+                f"{task.task} 需要参考答案，而没有一行有答案",
+            ),
+            place=questions[0].place,
             remedy='{"instruction": "…", "output": "…"}',
         )
-    if problem := measures.TEXT[task.task].check(question.wanted):
-        raise DataError(problem, place=question.place, remedy=r'"北京_地名\n李白_人名"')
+    say_unanswered(len(questions) - len(known), task.data.path)
+    for one in known:
+        if problem := measures.TEXT[task.task].check(str(one.wanted)):
+            raise DataError(problem, place=one.place, remedy=r'"北京_地名\n李白_人名"')
+    return known
 
 
 # -- answers -------------------------------------------------------------------------------------------------------

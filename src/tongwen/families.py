@@ -10,7 +10,8 @@ Words = tuple[str, str]  # English, Chinese
 
 @dataclass(frozen=True)
 class Family:
-    """targets:    module names that the family's users train with LoRA (`targets: family`)
+    """models:     whose they are, for a reader
+    targets:    module names that the family's users train with LoRA (`targets: family`)
     padded:     why documents cannot be kept apart in one row, so that batches are padded; None where they can (positions
                 that may begin anew, attention through transformers' interface)
     dialogues_only: why it does not learn from plain text; None where it does
@@ -22,6 +23,7 @@ class Family:
     vllm:       in vLLM's own list of architectures; it needs a GPU and is not run by the tests
     """
 
+    models: str
     targets: tuple[str, ...]
     padded: Words | None = None
     dialogues_only: Words | None = None
@@ -37,16 +39,22 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LATENT = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_ATTENTION, like_llama=True, gguf="llama"),
-    "mistral": Family(_ATTENTION, like_llama=True, gguf="llama"),
-    "qwen2": Family(_ATTENTION, like_llama=True, gguf="qwen2"),
-    "qwen3": Family(_ATTENTION, like_llama=True, gguf="qwen3"),
-    "qwen3_moe": Family(_ATTENTION, experts=True),
-    "deepseek_v2": Family(_LATENT, experts=True),
-    "deepseek_v3": Family(_LATENT, experts=True),
-    "glm": Family(_ATTENTION),
-    "glm4": Family(_ATTENTION),
+    "llama": Family(
+        "LLaMA 1 / 2 / 3, Chinese-LLaMA-Alpaca, Yi, SmolLM2, Baichuan-7B (converted)",
+        _ATTENTION,
+        like_llama=True,
+        gguf="llama",
+    ),
+    "mistral": Family("Mistral", _ATTENTION, like_llama=True, gguf="llama"),
+    "qwen2": Family("Qwen1.5, Qwen2, Qwen2.5", _ATTENTION, like_llama=True, gguf="qwen2"),
+    "qwen3": Family("Qwen3", _ATTENTION, like_llama=True, gguf="qwen3"),
+    "qwen3_moe": Family("Qwen3-30B-A3B, Qwen3-235B-A22B", _ATTENTION, experts=True),
+    "deepseek_v2": Family("DeepSeek-V2", _LATENT, experts=True),
+    "deepseek_v3": Family("DeepSeek-V3, R1", _LATENT, experts=True),
+    "glm": Family("GLM-4-9B (hf)", _ATTENTION),
+    "glm4": Family("GLM-4-0414", _ATTENTION),
     "chatglm": Family(
+        "ChatGLM-6B",
         ("query_key_value",),
         dialogues_only=(
             "it is a prefix language model: what it learns stands behind <sop>",
@@ -54,14 +62,19 @@ FAMILIES: dict[str, Family] = {
         ),
         vllm=False,
     ),
-    "bloom": Family(("query_key_value",), padded=("ALiBi adds a bias by absolute distance", "ALiBi 按绝对距离加偏置")),
-    "gpt2": Family(("c_attn",), table=True, transposed=True),
-    "gpt_neox": Family(("query_key_value",)),
-    "gemma": Family(_ATTENTION),
-    "gemma2": Family(_ATTENTION, padded=("soft-capped attention scores", "注意力分数有软上限")),
-    "gemma3_text": Family(_ATTENTION),
-    "phi3": Family(("qkv_proj", "o_proj")),
-    "smollm3": Family(_ATTENTION),
+    "bloom": Family(
+        "BLOOM, BLOOMZ, BELLE",
+        ("query_key_value",),
+        padded=("ALiBi adds a bias by absolute distance", "ALiBi 按绝对距离加偏置"),
+        gguf="bloom",
+    ),
+    "gpt2": Family("GPT-2, Wenzhong", ("c_attn",), table=True, transposed=True, gguf="gpt2"),
+    "gpt_neox": Family("GPT-NeoX, Pythia", ("query_key_value",)),
+    "gemma": Family("Gemma", _ATTENTION),
+    "gemma2": Family("Gemma 2", _ATTENTION, padded=("soft-capped attention scores", "注意力分数有软上限")),
+    "gemma3_text": Family("Gemma 3 (text)", _ATTENTION),
+    "phi3": Family("Phi-3, Phi-4", ("qkv_proj", "o_proj")),
+    "smollm3": Family("SmolLM3", _ATTENTION),
 }
 
 
@@ -76,4 +89,8 @@ ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sen
 # GPT-4's pattern; digits alone (Qwen) or up to three together (Llama-3).
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PATTERNS = {"qwen2": _WORDS + r"\p{N}" + _REST, "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST}
+PATTERNS = {
+    "qwen2": _WORDS + r"\p{N}" + _REST,
+    "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST,
+    "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",
+}

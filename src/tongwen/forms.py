@@ -10,18 +10,18 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tongwen import artifact, console
 from tongwen.errors import ArtifactError
-from tongwen.export import gguf, hf, pth
+from tongwen.export import arrange, gguf, hf, pth
 from tongwen.export.card import make_card
 from tongwen.export.ollama import make_modelfile
 from tongwen.export.vocabulary import read_vocabulary
 from tongwen.language import say
-from tongwen.model import dress, load
+from tongwen.model import dress, load, sentencepiece
 from tongwen.model.fingerprint import combine, model_lines
 from tongwen.model.tensors import FileTensors, TorchTensors, load_bin, open_model
 from tongwen.record import Message
@@ -73,6 +73,9 @@ def open_source(name: str) -> Source:
             remedy=f"tongwen merge --base {place.folder} --adapter {name} --out MERGED",
         )
     tensors, config = open_model(place)
+    if config.get("model_type") == "baichuan":
+        tensors, config = arrange.as_llama(tensors, config, name)
+        console.notice(say("this Baichuan is taken as the LLaMA that it is", "该 Baichuan 按其本来的 LLaMA 结构处理"))
     return Source(
         name, Path(place.gguf or name).resolve().name.removesuffix(".gguf"), tensors, config, Path(place.folder), place
     )
@@ -86,6 +89,8 @@ def convert(source: Source, to: str, out: Path, quantize: str, settings: Mapping
         "gguf": lambda source, draft: _to_gguf(source, draft, quantize or "f16"),
     }
     if to == "gguf":
+        tensors, config = arrange.for_llama_cpp(source.tensors, source.config)
+        source = replace(source, tensors=tensors, config=config)
         gguf.check_type(quantize or "f16")
         gguf.check_model(source.tensors, source.config)
     console.header(f"convert → {to}", source.name)
@@ -107,6 +112,8 @@ def _to_hf(source: Source, draft: artifact.Draft) -> None:
     hf.check_same(source.tensors, FileTensors(stored), str(draft.path))
     if source.place and source.place.gguf:
         load.load_tokenizer(source.place).save_pretrained(str(draft.path))
+    elif source.place and load.load_kind(source.place) == "baichuan":
+        _speak_as_llama(source, draft.path)
     elif source.place:
         dress.copy_speech(source.folder, draft.path)
     elif (model := _sentencepiece(source)) is not None:
@@ -116,6 +123,20 @@ def _to_hf(source: Source, draft: artifact.Draft) -> None:
         (draft.path / "README.md").write_text(make_card(source.title, made), encoding="utf-8")
     lines = model_lines(load.Place(str(draft.path), str(draft.path)))
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
+
+
+def _speak_as_llama(source: Source, out: Path) -> None:
+    """Baichuan's tokenizer is of LLaMA's kind; the settings beside it name code to run, and say whether `<s>` begins a
+    text."""
+    from transformers import PreTrainedTokenizerFast
+
+    model, file = sentencepiece.read_model(source.folder / "tokenizer.model"), source.folder / "tokenizer_config.json"
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    backend = sentencepiece.fast_form(model)
+    if not said.get("add_bos_token", True):
+        backend.post_processor = None
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **sentencepiece.special_names(model))
+    tokenizer.save_pretrained(str(out))
 
 
 def _to_pth(source: Source, draft: artifact.Draft) -> None:
@@ -129,7 +150,7 @@ def _to_pth(source: Source, draft: artifact.Draft) -> None:
 
 def _to_gguf(source: Source, draft: artifact.Draft, kind: str) -> None:
     """The file, and a Modelfile that says how to talk to it."""
-    rows = source.tensors.facts["model.embed_tokens.weight"][1][0]
+    rows = gguf.vocabulary_rows(source.tensors, source.config)
     with tempfile.TemporaryDirectory() as made:
         tokenizer = _fast_tokenizer(source, Path(made))
         vocabulary = read_vocabulary(tokenizer, rows) if tokenizer else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 
 EXIT_FILE = "TONGWEN_EXIT_FILE"
 BEGAN = "TONGWEN_BEGAN"
+SAVING_SECONDS = 600  # torchrun kills its processes so long after it has asked them to stop
 
 
 def adopt_slurm() -> None:
@@ -55,6 +57,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def stop_signals() -> list[signal.Signals]:
+    """What asks a run to save and to end: SIGTERM, from Slurm and torchrun; SIGUSR1, for `sbatch --signal=USR1@300`."""
+    return [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
 def begin() -> None:
     """Note when the command began, for all processes that it starts."""
     if not is_launched():
@@ -71,15 +78,25 @@ def torchrun(devices: int, arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         exit_file = Path(folder) / "exit"
         command = [sys.executable, "-m", "tongwen.train.start", "--standalone", f"--nproc-per-node={devices}"]
+        command += [f"--shutdown-timeout={SAVING_SECONDS}"]
         environment = {
             **os.environ,
             EXIT_FILE: str(exit_file),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(devices)),
         }
-        finished = subprocess.run([*command, "-m", "tongwen", *arguments], env=environment, check=False)  # noqa: S603
-        if finished.returncode and exit_file.is_file():
-            return int(exit_file.read_text(encoding="utf-8"))
-        return finished.returncode
+        code = _wait_for([*command, "-m", "tongwen", *arguments], environment)
+        return int(exit_file.read_text(encoding="utf-8")) if code and exit_file.is_file() else code
+
+
+def _wait_for(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a command; whoever asks this process to stop asks that one, which answers when it has saved."""
+    process = subprocess.Popen(command, env=environment)  # noqa: S603
+    before = {number: signal.signal(number, lambda number, frame: process.terminate()) for number in stop_signals()}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def claim_exit(code: int) -> bool:

@@ -36,6 +36,7 @@ from tongwen.model import load as loading
 from tongwen.model.fingerprint import fingerprint_text, fingerprint_tokenizer
 from tongwen.recipe.schema import Pretrain, Recipe, Sft
 from tongwen.record import Dialogue, Document, Span
+from tongwen.river import inputs
 from tongwen.template import Template
 
 ROUND_TRIP = "round_trip.json"  # beside the tokens that it is about
@@ -238,8 +239,7 @@ def new_rows_of(base: str) -> list[int]:
 def look_ahead(recipe: Recipe, reader: Reader) -> Lesson:
     """The recipe's records of the reader's kind, read, cleaned and encoded in memory. What is held out is left out, as far
     as it is known before the rows are compared."""
-    prepare = recipe.prepare
-    assert prepare
+    prepare = inputs(recipe)
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
     parts = list_parts(prepare, local_copy, console.notice)
     rows = list(iter_records(parts, prepare, reader.kind, console.notice))

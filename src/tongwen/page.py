@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 
 from tongwen.language import language
 
@@ -25,8 +26,12 @@ svg{width:100%;min-width:30rem;height:auto;display:block}.scroll{overflow-x:auto
 details{margin:-.4rem 0 1rem}summary{cursor:pointer;color:var(--soft)}
 .bar{background:var(--accent);opacity:.7;height:.9rem;border-radius:.2rem;min-width:1px}
 table.facts{table-layout:auto}table.facts .n{white-space:nowrap;overflow-wrap:normal}table.facts th.n{white-space:normal}table.facts td:first-child{min-width:6rem}mark{background:var(--wash);color:inherit;border-radius:.2rem;box-shadow:inset 0 0 0 1px var(--line);padding:0 1px}
+.names{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;margin:.2rem 0 0 3.5rem;color:var(--soft);font-size:.85rem}.names i{display:inline-block;width:1rem;height:.2rem;margin-right:.4rem;vertical-align:middle}
 li{margin:.3rem 0}pre{background:var(--wash);border:1px solid var(--line);border-radius:.6rem;padding:1rem;overflow-x:auto;font-size:.85rem}
 """
+
+# Apart from each other on light and dark, also for eyes that see few colours (Okabe and Ito); the first is the page's own.
+COLOURS = ("var(--accent)", "#d55e00", "#0072b2", "#cc79a7", "#e69f00", "#56b4e9", "#8f6fd1")
 
 
 def document(title: str, summary: str, parts: Iterable[str]) -> str:
@@ -68,14 +73,29 @@ def curve(
 ) -> str:
     """An inline SVG line with its running mean, four grid lines and labels. width: of the drawing, which scales to its
     place; smooth: whether the mean is what one looks at."""
-    if not points:
+    return curves({"": points}, x_label, y_label, width=width, smooth=smooth)
+
+
+def curves(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+    *,
+    width: int = 720,
+    smooth: bool = True,
+) -> str:
+    """Several lines over each other, each in its colour and under its name; one that has no points is left out."""
+    drawn = {name: list(points) for name, points in lines.items() if points}
+    if not drawn:
         return ""
     height, left, bottom, top = 260, 56, 36, 10
-    low, high = min(y for _, y in points), max(y for _, y in points)
+    every = [point for points in drawn.values() for point in points]
+    low, high = min(y for _, y in every), max(y for _, y in every)
     pad = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
     low, high = low - pad, high + pad
     digits = 3 if high - low > 0.02 * abs(high) else 5
-    first, last = points[0][0], max(points[-1][0], points[0][0] + 1)
+    first = min(x for x, _ in every)
+    last = max(*(x for x, _ in every), first + 1)
 
     def at(x: float, y: float) -> str:
         return f"{left + (x - first) / (last - first) * (width - left - 12):.1f},{top + (high - y) / (high - low) * (height - top - bottom):.1f}"
@@ -93,18 +113,27 @@ def curve(
         x = at(value, low).split(",")[0]
         anchor = "end" if part == 4 else "middle"
         grid.append(f'<text x="{x}" y="{height - bottom + 18}" text-anchor="{anchor}">{value:.0f}</text>')
-    raw = " ".join(at(x, y) for x, y in points)
-    main = " ".join(at(x, y) for x, y in (running_mean(points) if smooth else points))
+    for colour, points in zip(cycle(COLOURS), drawn.values(), strict=False):
+        raw = " ".join(at(x, y) for x, y in points)
+        main = " ".join(at(x, y) for x, y in (running_mean(points) if smooth else points))
+        grid.append(
+            f'<polyline points="{raw}" fill="none" stroke="{colour}" stroke-opacity=".3"/>'
+            f'<polyline points="{main}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        )
+    names = "".join(
+        f'<span><i style="background:{colour}"></i>{html.escape(name)}</span>'
+        for colour, name in zip(cycle(COLOURS), drawn, strict=False)
+        if name
+    )
     return (
         f'<div class=scroll><svg viewBox="0 0 {width} {height}" role="img" font-size="12" fill="var(--soft)">{"".join(grid)}'
-        f'<polyline points="{raw}" fill="none" stroke="var(--accent)" stroke-opacity=".3"/>'
-        f'<polyline points="{main}" fill="none" stroke="var(--accent)" stroke-width="2"/>'
         f'<text x="{width - 12}" y="{height - 2}" text-anchor="end">{html.escape(x_label)}</text>'
         f'<text x="{left + 6}" y="{top + 12}">{html.escape(y_label)}</text></svg></div>'
+        + (f"<p class=names>{names}</p>" if names else "")
     )
 
 
-def running_mean(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Exponential mean over about a twentieth of the points, corrected for its beginning."""
     keep = 1 - 1 / max(len(points) / 20, 1.0)
     mean = weight = 0.0

@@ -17,6 +17,7 @@ from tongwen.data.formats import read_dialogue, read_document, recognise, recogn
 from tongwen.data.rows import RawRow
 from tongwen.data.sources import read_rows
 from tongwen.errors import DataError
+from tongwen.language import say
 from tongwen.recipe.schema import Source
 from tongwen.record import Dialogue, Document, Origin
 
@@ -43,9 +44,20 @@ def read_questions(source: Source) -> list[Question]:
 
 
 def read_records(source: Source) -> list[Document | Dialogue]:
-    """Documents and answered dialogues, for those who score what stands there. Raises DataError at the first that is
-    neither."""
-    return [_record(row, source) for row in _rows(source)]
+    """Documents and answered dialogues, for those who score what stands there; a row whose answer is empty is left out, and
+    it is said. Raises DataError at the first that is neither."""
+    rows = list(_rows(source))
+    answered = [row for row in rows if not _is_unanswered(row.value)]
+    say_unanswered(len(rows) - len(answered), source.path)
+    return [_record(row, source) for row in answered]
+
+
+def say_unanswered(count: int, path: str) -> None:
+    """How many rows have no answer to compare with, if any."""
+    if count:
+        console.notice(
+            say(f"{path}: {count} rows have no answer and are not scored", f"{path}：{count} 行没有答案，不参与评分")
+        )
 
 
 def _rows(source: Source) -> Iterator[RawRow]:
@@ -90,11 +102,17 @@ def _unanswered(value: Any) -> list[dict[str, Any]]:
     if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
         asks = turns[-1].get("role") != "assistant" and all(isinstance(turn.get("content"), str) for turn in turns)
         return list(turns) if asks else []
-    if not value.keys().isdisjoint(ANSWERS):
+    if not value.keys().isdisjoint(ANSWERS) and not _is_unanswered(value):
         return []
-    prompt = next((value[key] for key in ("prompt", "instruction") if key in value), None)
+    prompt = next((value[key] for key in ("prompt", "instruction", "question", "query") if key in value), None)
     if not isinstance(prompt, str) or not prompt.strip():
         return []
     more = value.get("input")
     content = f"{prompt}\n{more}" if isinstance(more, str) and more.strip() else prompt
     return [{"role": "user", "content": content}]
+
+
+def _is_unanswered(value: Any) -> bool:
+    """Whether a row has a place for an answer, and nothing stands there."""
+    answers = [value[key] for key in ANSWERS if key in value] if isinstance(value, dict) else []
+    return bool(answers) and all(isinstance(answer, str) and not answer.strip() for answer in answers)

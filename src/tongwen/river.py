@@ -21,7 +21,7 @@ from tongwen import artifact, console, gate, launch
 from tongwen.errors import MachineError, RecipeError, TongwenError
 from tongwen.language import say
 from tongwen.recipe.load import dump
-from tongwen.recipe.schema import STAGES, Recipe
+from tongwen.recipe.schema import STAGES, Prepare, Recipe
 
 TRAINING = ("pretrain", "sft")  # stages that run on all devices
 LOCK = ".lock"  # held by the process that runs in a folder, whose number it says
@@ -112,6 +112,17 @@ def standing_on(recipe: Recipe, stage: str, *, finished: bool = False) -> str:
         if not finished or artifact.find(folder):
             return str(folder)
     return recipe.base
+
+
+def inputs(recipe: Recipe) -> Prepare:
+    """What `prepare` reads, for those who only look: rows that `synthesize` has yet to make are left out, and said."""
+    assert recipe.prepare
+    made = Path(recipe.out) / "synthesize" / "dialogues.jsonl"
+    if recipe.synthesize is None or made.exists():
+        return recipe.prepare
+    console.notice(say("what synthesize is to make is not there yet", "synthesize 的数据尚未生成"))
+    there = [source for source in recipe.prepare.dialogues if Path(source.path) != made]
+    return recipe.prepare.model_copy(update={"dialogues": there})
 
 
 def _settings(recipe: Recipe, name: str) -> dict[str, Any]:

@@ -62,10 +62,7 @@ def stop(out: Path) -> None:
     if not running:
         raise MachineError(say("nothing runs here", "此处没有正在运行的训练"), place=str(out))
     with suppress(psutil.Error):
-        process = psutil.Process(running)
-        launchers = [one for one in process.children() if "torch.distributed.run" in one.cmdline()]
-        for one in launchers or [process]:  # a launcher tells its processes, and the command that waits for it
-            one.terminate()
+        psutil.Process(running).terminate()  # it passes that on to the processes that it waits for
 
 
 def resume(out: Path) -> None:

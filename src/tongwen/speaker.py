@@ -13,11 +13,13 @@ from typing import Any
 
 from tongwen import console
 from tongwen.data.encode import Encoder
-from tongwen.errors import ModelError
+from tongwen.errors import DataError, ModelError, RowRefused
 from tongwen.families import family_of
-from tongwen.infer.decode import Sampling, Voice
+from tongwen.infer import llamacpp, vllm
+from tongwen.infer.decode import ROWS, Sampling, Voice
 from tongwen.language import say
-from tongwen.model import dress, load
+from tongwen.model import dress, load, room
+from tongwen.model.special import mend_ends
 from tongwen.model.stack import open_stack
 from tongwen.record import Message
 from tongwen.template import Template, set_apart
@@ -66,31 +68,37 @@ class Speaker:
         """Whether an answer of these tokens came to its own end, and was not cut off."""
         return bool(ids) and ids[-1] in self.voice.stop_ids
 
-    def generate(self, prompts: Sequence[str], batch_size: int = 8, **options: Any) -> list[str]:
+    def generate(self, prompts: Sequence[str], batch_size: int = ROWS, **options: Any) -> list[str]:
         """One answer per prompt. Prompts are questions for a chat model, beginnings for `template="completion"`."""
-        return self.answer_all([[{"role": "user", "content": prompt}] for prompt in prompts], batch_size, **options)
+        answers: dict[int, str] = {}
+        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        self.answer_each(asked, answers.__setitem__, batch_size, **options)
+        return [answers[place] for place in range(len(prompts))]
 
-    def answer_all(
+    def answer_each(
         self,
         conversations: Sequence[Sequence[Mapping[str, Any]]],
-        batch_size: int,
-        progress: Callable[[int], None] = lambda done: None,
+        take: Callable[[int, str], None],
+        batch_size: int = ROWS,
         **options: Any,
-    ) -> list[str]:
-        """One answer per conversation, in their order; batches are made of prompts of like length, the longest first."""
-        ids = [self.prompt_ids(messages) for messages in conversations]
-        out = [""] * len(ids)
-        longest_first = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
-        for begin in range(0, len(ids), batch_size):
-            chosen = longest_first[begin : begin + batch_size]
-            answers = self.voice.answer([ids[index] for index in chosen], self._sampling(options))
-            for index, answer in zip(chosen, answers, strict=True):
-                out[index] = self.voice.decode(answer)
-            progress(begin + len(chosen))
-        return out
+    ) -> None:
+        """Hand each answer to `take` with the place of its conversation, as soon as it is there."""
+        ids = [self._numbered(number, messages) for number, messages in enumerate(conversations, 1)]
+        if ids:
+            self.voice.answer_all(
+                ids,
+                self._sampling(options),
+                lambda place, answer: take(place, self.voice.decode(answer)),
+                batch_size,
+            )
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The conversation as ids, up to where the model answers."""
+        text = self.prompt_text(messages)
+        return self.text_ids(text) if self.template is None else self.encoder.encode_prompt(text)
+
+    def prompt_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The same as text."""
         turns = [
             Message(
                 str(turn["role"]),
@@ -101,53 +109,110 @@ class Speaker:
             for turn in messages
         ]
         if self.template is None:
-            return self.text_ids("".join(turn.content for turn in turns))
-        return self.encoder.encode_prompt(self.template.prompt(turns, thinking=self.thinking))
+            return "".join(turn.content for turn in turns)
+        return self.template.prompt(turns, thinking=self.thinking)
 
     def text_ids(self, text: str) -> list[int]:
         """A text as ids, to be continued without any template; a control token in it is only text."""
         return self.encoder.encode_prompt(set_apart(text, tuple(dress.special_texts(self.voice.tokenizer))))
+
+    def _numbered(self, number: int, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        try:
+            return self.prompt_ids(messages)
+        except RowRefused as error:
+            raise DataError(error.rule, place=say(f"prompt {number}", f"第 {number} 个提示")) from None
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
         return Sampling().with_(**options)
 
 
 def open_speaker(
-    model: str, adapters: Sequence[str] = (), template: str = "own", thinking: str = "off", precision: str = "auto"
+    model: str,
+    adapters: Sequence[str] = (),
+    template: str = "own",
+    thinking: str = "off",
+    precision: str = "auto",
+    weights: str = "full",
+    engine: str = "batched",
 ) -> Speaker:
-    """Open a model by any of its names. template: own, a shipped name, a .jinja file, `completion` for a base model, or
-    `auto`: own where the model has one, else completion."""
+    """Open a model by any of its names.
+
+    template: own, a shipped name, a .jinja file, `completion` for a base model, or `auto`: own where the model has one,
+    else completion; weights: full, 8bit, 4bit, or auto: what fits; engine: batched or paged (transformers), llama.cpp (a
+    .gguf file), vllm.
+    """
     place = load.locate(model)
     place = replace(place, adapters=(*place.adapters, *adapters))
     dressed = next((folder for folder in reversed(place.adapters) if _has_tokenizer(folder)), place.folder)
     tokenizer = load.load_tokenizer(load.Place(dressed, dressed) if dressed != place.folder else place)
-    device = load.compute_device()
-    dtype, _ = load.compute_dtype(precision, device)
-    with console.waiting(say(f"opening {model}", f"打开 {model}")):
-        network, _ = open_stack(place, dtype)
-    load.check_tokenizer(tokenizer, network, place)
-    network = network.to(device).eval()
     encoder = Encoder(tokenizer)
     if template == "auto":
         template = "own" if tokenizer.chat_template else "completion"
         if template == "completion":
             console.notice(say(f"{model} has no template: texts are continued", f"{model} 没有模板：按续写处理"))
     bound = None if template == "completion" else dress.bind_template(template, tokenizer, encoder.prefix)
-    family = family_of(network.config.model_type)
-    if bound is None and family and family.dialogues_only:
+    if engine in ("llama.cpp", "vllm"):
+        voice = _open_elsewhere(place, tokenizer, bound, engine)
+    else:
+        network = _open_network(place, tokenizer, precision, weights)
+        if bound is None:
+            _check_continues(network.config.model_type, model)
+        stops = _stops(model, tokenizer, bound, network.generation_config)
+        voice = Voice(network, tokenizer, stops, dress.context_length(network.config), engine == "paged")
+    return Speaker(model, voice, encoder, bound, thinking == "on")
+
+
+def _open_network(place: load.Place, tokenizer: Any, precision: str, weights: str) -> Any:
+    """The network on its device, or over all GPUs when one is too small for it."""
+    device = load.compute_device()
+    dtype, _ = load.compute_dtype(precision, device)
+    spread, quantize = room.choose(place, weights, device, dtype)
+    with console.waiting(say(f"opening {place.name}", f"打开 {place.name}")):
+        network, _ = open_stack(place, dtype, quantize, device_map="auto" if spread else None, live=True)
+    load.check_tokenizer(tokenizer, network, place)
+    mend_ends(tokenizer, network, place.name)
+    return (network if spread or quantize else network.to(device)).eval()
+
+
+def _check_continues(kind: str, model: str) -> None:
+    """Raise ModelError for a family that answers, and does not continue a text."""
+    family = family_of(kind)
+    if family and family.dialogues_only:
         raise ModelError(
-            say(
-                f"{network.config.model_type} answers, it does not continue a text",
-                f"{network.config.model_type} 只能回答，不能续写",
-            ),
+            say(f"{kind} answers, it does not continue a text", f"{kind} 只能回答，不能续写"),
             place=f"{model} · template: completion",
-            remedy=f"--template {network.config.model_type}",
+            remedy=f"--template {kind}",
         )
-    stops = dress.stop_ids(tokenizer, bound, network.generation_config)
+
+
+def _open_elsewhere(place: load.Place, tokenizer: Any, bound: Template | None, engine: str) -> Voice:
+    """The voice of another engine, which reads the weights itself."""
+    if place.adapters:
+        raise ModelError(
+            say(f"{engine} reads a whole model, without adapters", f"{engine} 只读取完整模型，不带适配器"),
+            place=place.adapters[0],
+            remedy="tongwen merge --base … --adapter … --out …",
+        )
+    context = dress.context_length(load.load_config(place))
+    if engine == "vllm":
+        folder = load.fetched(place).folder
+        stops = _stops(place.name, tokenizer, bound, load.load_generation_config(folder))
+        return vllm.open_model(folder, tokenizer, stops, context)
+    if not place.gguf:
+        raise ModelError(
+            say("llama.cpp reads a .gguf file", "llama.cpp 读取 .gguf 文件"),
+            place=place.name,
+            remedy=f"tongwen convert {place.name} --to gguf --out …",
+        )
+    file = str(Path(place.folder) / place.gguf)
+    return llamacpp.open_file(file, tokenizer, _stops(place.name, tokenizer, bound, None), context)
+
+
+def _stops(model: str, tokenizer: Any, bound: Template | None, generation_config: Any) -> tuple[int, ...]:
+    stops = dress.stop_ids(tokenizer, bound, generation_config)
     if not stops:
         raise ModelError(say("no token ends an answer in this model", "该模型没有结束回答的停止符"), place=model)
-    voice = Voice(network, tokenizer, stops, dress.context_length(network.config))
-    return Speaker(model, voice, encoder, bound, thinking == "on")
+    return stops
 
 
 def _has_tokenizer(folder: str) -> bool:

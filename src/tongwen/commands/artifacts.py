@@ -198,8 +198,18 @@ def add_to(add: Add) -> None:
             "a file of hashes, or `known`: only what was published passes", "哈希清单文件，或 `known`：只接受已发布的"
         ),
     )
-    command = add("show", say("what an artifact is and how it was made", "这个文件夹是什么、怎么来的"), _show)
-    command.add_argument("path", help=say("folder", "文件夹"))
+    command = add(
+        "show",
+        say(
+            "what an artifact is and how it was made; or several runs compared",
+            "这个文件夹是什么、怎么来的；或对比几次训练",
+        ),
+        _show,
+    )
+    command.add_argument("path", nargs="+", help=say("folder; several are compared", "文件夹；多个则对比"))
+    command.add_argument(
+        "--html", default="", metavar="FILE", help=say("draw the comparison into this page", "把对比画成此网页")
+    )
     command = add(
         "doctor",
         say(
@@ -275,9 +285,13 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _show(parsed: argparse.Namespace) -> int:
+    if len(parsed.path) > 1 or parsed.html:
+        from tongwen.stages import compare
+
+        return compare.run(parsed.path, parsed.html)
     from tongwen.stages import show
 
-    return show.run(parsed.path)
+    return show.run(parsed.path[0])
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
 from tongwen.commands import Add
+from tongwen.infer.presets import PRESETS
 from tongwen.language import say
+
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "beams")
 
 
 def add_to(add: Add) -> None:
@@ -19,12 +23,42 @@ def add_to(add: Add) -> None:
         required=True,
         metavar="F",
         help=say(
-            "text (one a line) or JSON lines with `prompt` or `messages`",
-            "文本（每行一个）或含 `prompt`/`messages` 的 JSONL",
+            "text (one a line), JSON with `prompt` or `messages`, or a data set with answers",
+            "文本（每行一个）、含 `prompt`/`messages` 的 JSON，或带答案的数据集",
         ),
     )
-    command.add_argument("--out", required=True, metavar="F", help=say("JSON lines", "JSONL"))
-    command.add_argument("--batch-size", type=int, default=8, help=say("prompts at once", "同时处理几个"))
+    command.add_argument("--out", required=True, metavar="F", help=say("the answers", "回答"))
+    command.add_argument(
+        "--form",
+        default="jsonl",
+        choices=("jsonl", "belle", "chinese-llama-alpaca"),
+        help=say("rows, or the array that the project's script wrote", "逐行 JSON，或该项目脚本所写的数组"),
+    )
+    command.add_argument(
+        "--engine",
+        default="auto",
+        choices=("auto", "batched", "paged", "llama.cpp", "vllm"),
+        help=say(
+            "auto: llama.cpp for a .gguf file, else batched; paged: continuous batching",
+            "auto：.gguf 用 llama.cpp，其余用 batched；paged：连续批处理",
+        ),
+    )
+    command.add_argument(
+        "--endpoint",
+        default="",
+        metavar="URL",
+        help=say(
+            "an OpenAI-compatible address, which knows --model; key: OPENAI_API_KEY",
+            "OpenAI 兼容接口的地址，--model 为其中的名字；密钥：OPENAI_API_KEY",
+        ),
+    )
+    command.add_argument("--beams", type=int, help=say("beam search", "束搜索"))
+    command.add_argument(
+        "--batch-size", type=int, default=32, help=say("prompts side by side, at most", "同时处理几个")
+    )
+    command.add_argument(
+        "--again", action="store_true", help=say("begin anew; the old file is kept", "重新开始；旧文件保留")
+    )
     _add_talking(command)
     command = add("evaluate", say("score a model", "给模型评分"), _evaluate)
     command.add_argument("--model", required=True, help=say("model", "模型"))
@@ -64,9 +98,11 @@ def add_to(add: Add) -> None:
         metavar="F",
         help=say("multiple_choice: where they are, such as dev/", "multiple_choice：示例所在，如 dev/"),
     )
-    command.add_argument("--batch-size", type=int, default=8, help=say("questions at once", "同时处理几个"))
+    command.add_argument(
+        "--batch-size", type=int, default=32, help=say("questions side by side, at most", "同时处理几个")
+    )
     command.add_argument("--max-new-tokens", type=int, default=256)
-    _add_template(command, "auto")
+    _add_opening(command, "auto")
     command = add("chat", say("talk to a model in the terminal", "在终端里与模型对话"), _chat)
     command.add_argument(
         "model",
@@ -121,19 +157,28 @@ def add_to(add: Add) -> None:
         help=say("what the chat opens with; twice: side by side", "对话使用的模型；写两次则并排"),
     )
     _add_page(command)
-    _add_template(command, "own")
+    _add_opening(command, "own")
 
 
 def _add_page(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--host", default="127.0.0.1", help=say("web: address", "网页：地址"))
-    command.add_argument("--port", type=int, default=7860, help=say("web: port", "网页：端口"))
-    command.add_argument("--token", default="", help=say("web: instead of a generated one", "网页：代替自动生成的令牌"))
+    command.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help=say(
+            "web: another than loopback asks for a token in TONGWEN_API_KEY",
+            "网页：非本机地址需要 TONGWEN_API_KEY 中的令牌",
+        ),
+    )
+    command.add_argument(
+        "--port", type=int, default=7860, help=say("web: port; 0: a free one", "网页：端口；0：任一空闲端口")
+    )
 
 
-def _add_template(command: argparse.ArgumentParser, default: str) -> None:
+def _add_opening(command: argparse.ArgumentParser, template: str) -> None:
+    """How a model is opened."""
     command.add_argument(
         "--template",
-        default=default,
+        default=template,
         help=say(
             "own, a template's name, or `completion` for a base model", "own、模板名，或 `completion`（基座模型续写）"
         ),
@@ -141,37 +186,56 @@ def _add_template(command: argparse.ArgumentParser, default: str) -> None:
     command.add_argument(
         "--thinking", default="off", choices=("on", "off"), help=say("let a thinking model think", "让思考模型思考")
     )
+    command.add_argument(
+        "--load",
+        default="full",
+        choices=("full", "8bit", "4bit", "auto"),
+        help=say("weights: whole, in fewer bits, or what fits", "权重：完整、更少的位数，或放得下的"),
+    )
 
 
 def _add_talking(command: argparse.ArgumentParser) -> None:
-    _add_template(command, "own")
-    command.add_argument("--max-new-tokens", type=int, default=512)
+    _add_opening(command, "own")
     command.add_argument(
-        "--temperature", type=float, default=0.0, help=say("0: always the likeliest", "0：总取最可能的")
+        "--preset",
+        choices=tuple(PRESETS),
+        help=say("sample as this project did; what follows is said besides", "按该项目的方式采样；以下选项优先"),
     )
-    command.add_argument("--top-p", type=float, default=1.0)
-    command.add_argument("--top-k", type=int, default=0)
-    command.add_argument("--repetition-penalty", type=float, default=1.0)
+    command.add_argument("--max-new-tokens", type=int, help="512")
+    command.add_argument("--temperature", type=float, help=say("0: always the likeliest", "0：总取最可能的"))
+    command.add_argument("--top-p", type=float, help="1")
+    command.add_argument("--top-k", type=int, help="0")
+    command.add_argument("--repetition-penalty", type=float, help="1")
     command.add_argument("--seed", type=int)
 
 
 def _sampling(parsed: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
-    return {name: getattr(parsed, name) for name in names}
+    """The preset, and over it what the command says itself."""
+    from tongwen.infer.decode import Sampling
+
+    said = {name: value for name, value in vars(parsed).items() if name in SAMPLING and value is not None}
+    return asdict(Sampling().with_(**{**PRESETS.get(parsed.preset, {}), **said}))
 
 
 def _generate(parsed: argparse.Namespace) -> int:
     from tongwen.stages import generate
 
     return generate.run(
-        parsed.model,
-        parsed.adapter,
+        generate.Who(
+            parsed.model,
+            parsed.adapter,
+            parsed.template,
+            parsed.thinking,
+            parsed.load,
+            parsed.engine,
+            parsed.endpoint,
+        ),
         parsed.prompts,
         parsed.out,
+        form=parsed.form,
         batch_size=parsed.batch_size,
-        template=parsed.template,
-        thinking=parsed.thinking,
         sampling=_sampling(parsed),
+        again=parsed.again,
     )
 
 
@@ -189,6 +253,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         before=parsed.before,
         template=parsed.template,
         thinking=parsed.thinking,
+        weights=parsed.load,
         out=parsed.out,
     )
 
@@ -212,6 +277,7 @@ def _chat(parsed: argparse.Namespace) -> int:
         parsed.adapter,
         template=parsed.template,
         thinking=parsed.thinking,
+        weights=parsed.load,
         sampling=_sampling(parsed),
         system=parsed.system,
         stream=not parsed.no_stream,
@@ -230,6 +296,7 @@ def _serve(parsed: argparse.Namespace) -> int:
         queue=parsed.queue,
         template=parsed.template,
         thinking=parsed.thinking,
+        weights=parsed.load,
         sampling=_sampling(parsed),
     )
 
@@ -241,5 +308,5 @@ def _web(parsed: argparse.Namespace) -> int:
 
 
 def _page(parsed: argparse.Namespace) -> dict[str, Any]:
-    names = ("template", "thinking", "host", "port", "token")
-    return {name: getattr(parsed, name) for name in names}
+    names = ("template", "thinking", "host", "port")
+    return {"weights": parsed.load, **{name: getattr(parsed, name) for name in names}}

@@ -18,10 +18,11 @@ from tongwen.errors import MissingPackage, ModelError, NumbersError
 from tongwen.export import kquants
 from tongwen.export.pth import heads, read_rows
 from tongwen.export.vocabulary import Vocabulary
+from tongwen.families import FAMILIES
 from tongwen.language import say
 from tongwen.weights import Tensors, blocks, row_count
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items() if family.gguf}
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 FILE_TYPES = {"f32": "ALL_F32"}  # all others are MOSTLY_...
 TURNED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")  # as in LLaMA's own files, see pth.py
@@ -50,6 +51,12 @@ def check_model(tensors: Tensors, config: Mapping[str, Any]) -> None:
     """Raise ModelError for a family, a tensor or a way to stretch positions that llama.cpp would not compute alike."""
     _names(tensors, config)
     _extra(config)
+
+
+def vocabulary_rows(tensors: Tensors, config: Mapping[str, Any]) -> int:
+    """Rows of the embedding."""
+    embedding = next(ours for ours, theirs in _names(tensors, config).items() if theirs == "token_embd.weight")
+    return tensors.facts[embedding][1][0]
 
 
 def write(
@@ -207,7 +214,8 @@ def _names(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
     known = gguf.get_tensor_name_map(arch, int(config["num_hidden_layers"]))
     out = {}
     for name in tensors.facts:
-        theirs = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        known_as = name.removeprefix("transformer.") if kind == "bloom" else name  # as its files on the hub have it
+        theirs = known.get_name(known_as, try_suffixes=(".weight", ".bias"))
         if theirs is None:
             raise ModelError(
                 say(f"llama.cpp has no name for {name}", f"llama.cpp 没有 {name} 的名称"), place="--to gguf"
@@ -242,7 +250,7 @@ def _theta(config: Mapping[str, Any]) -> float:
 def _add_facts(writer: Any, config: Mapping[str, Any], tensors: Tensors, kind: str) -> None:
     """What llama.cpp must know to build the model."""
     gguf = _library()
-    heads, width = int(config["num_attention_heads"]), _head_width(config)
+    heads = int(config["num_attention_heads"])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(str(config.get("_name_or_path") or config["model_type"]).rstrip("/").split("/")[-1])
     writer.add_context_length(int(config["max_position_embeddings"]))
@@ -251,14 +259,18 @@ def _add_facts(writer: Any, config: Mapping[str, Any], tensors: Tensors, kind: s
     writer.add_feed_forward_length(int(config["intermediate_size"]))
     writer.add_head_count(heads)
     writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
+    writer.add_vocab_size(vocabulary_rows(tensors, config))
+    writer.add_file_type(int(gguf.LlamaFileType[FILE_TYPES.get(kind, f"MOSTLY_{kind.upper()}")]))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if "layer_norm_epsilon" in config:  # BLOOM and GPT-2, whose positions are no rotations
+        writer.add_layer_norm_eps(float(config["layer_norm_epsilon"]))
+        return
+    width = _head_width(config)
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_rope_dimension_count(width)
     writer.add_rope_freq_base(_theta(config))
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-    writer.add_vocab_size(tensors.facts["model.embed_tokens.weight"][1][0])
-    writer.add_file_type(int(gguf.LlamaFileType[FILE_TYPES.get(kind, f"MOSTLY_{kind.upper()}")]))
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     stretched = config.get("rope_parameters") or config.get("rope_scaling") or {}
     how = stretched.get("rope_type") or stretched.get("type")
     if how in ("linear", "yarn"):

@@ -116,10 +116,12 @@ def load_tokenizer(place: Place) -> Any:
     """The tokenizer of a model, as it stands. Raises ModelError or MachineError."""
     from transformers import AutoTokenizer
 
+    from tongwen.model import ranks, sentencepiece, special
+
     _make_known(place)
+    instead = special.instead_of_empty(Path(place.folder)) if place.local else {}
     with quiet(), explained(place):
-        tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
-    from tongwen.model import ranks, sentencepiece
+        tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **instead, **_gguf(place))
 
     if place.gguf:
         ranks.mend_gguf(tokenizer, Path(place.folder) / place.gguf)
@@ -153,6 +155,12 @@ def _lone_sentencepiece(place: Place) -> Path | None:
     return file if file.is_file() and not file.with_name("tokenizer.json").is_file() else None
 
 
+def load_kind(place: Place) -> str:
+    """The model type that a folder's config.json says, read without transformers; "" without one."""
+    file = Path(place.folder) / "config.json"
+    return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")) if file.is_file() else ""
+
+
 def load_config(place: Place) -> Any:
     from transformers import AutoConfig
 
@@ -161,19 +169,24 @@ def load_config(place: Place) -> Any:
         return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
 
 
-def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
+def load_model(place: Place, dtype: torch.dtype, quantize: str = "", device_map: str | None = None) -> Any:
     """The causal language model, in the given number type; its matrices quantised to nf4 or int8 on request. The adapters of
     the place are not opened (see `stack`). Raises ModelError when a weight would be random."""
     from transformers import AutoModelForCausalLM
 
-    _make_known(place)
-    how = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
+    from tongwen.model import special
+
+    how: dict[str, Any] = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
+    config = load_config(place)
+    if special.drop_outside(config, config.get_text_config().vocab_size, f"{place.name}/config.json"):
+        how["config"] = config
     with quiet(), explained(place):
         model, info = AutoModelForCausalLM.from_pretrained(
             place.folder,
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
+            device_map=device_map,
             **how,
             **_gguf(place),
         )
@@ -193,6 +206,13 @@ def load_model(place: Place, dtype: torch.dtype, quantize: str = "") -> Any:
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model
+
+
+def load_generation_config(folder: str) -> Any:
+    """What a model folder says of how it generates; None when it says nothing."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder) if (Path(folder) / "generation_config.json").is_file() else None
 
 
 def _settle_quantised(model: Any) -> None:
@@ -276,6 +296,12 @@ def compute_dtype(precision: str, device: str) -> tuple[torch.dtype, str]:
 
     if precision == "fp32":
         return torch.float32, say("as the recipe says", "按配方")
+    if precision == "fp16":
+        if device == "cpu":
+            raise MachineError(
+                say("a CPU does not train in fp16", "CPU 不支持 fp16 训练"), place="precision", remedy="precision: auto"
+            )
+        return torch.float16, say("as the recipe says; its overflows are counted", "按配方；溢出会被计数")
     native = (
         cpu_has_bf16()
         if device == "cpu"
@@ -361,7 +387,7 @@ class explained:  # noqa: N801
             raise ModelError(
                 say("this model needs code of its own, which is never run", "该模型需要运行自带代码，本工具从不运行"),
                 place=self.place.name,
-                remedy=say("use a version that transformers supports itself", "请使用 transformers 原生支持的版本"),
+                remedy=self._without_its_code(),
             ) from None
         if (
             isinstance(error, (OSError, ValueError, KeyError, RuntimeError, TypeError))
@@ -376,6 +402,11 @@ class explained:  # noqa: N801
                 remedy=say("check that the files are whole", "请检查文件是否完整"),
             ) from error
 
+    def _without_its_code(self) -> str:
+        if load_kind(self.place) == "baichuan":
+            return f"tongwen convert {self.place.name} --to hf --out {Path(self.place.folder).name}-llama"
+        return say("use a version that transformers supports itself", "请使用 transformers 原生支持的版本")
+
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
@@ -383,6 +414,7 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackage("bitsandbytes", say("a quantised base", "量化底座"), "qlora")
     if kind == "int8":
+        _check_int8()
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -391,6 +423,22 @@ def _quantization(kind: str, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,  # FSDP2 passes by what is stored as whole numbers
     )
+
+
+def _check_int8() -> None:
+    """Raise MachineError on GPUs before Turing, which have no 8-bit products: there, losses of 0.0 and mixed number types
+    were what people saw (F-07, F-13)."""
+    import torch
+
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (7, 5):
+        raise MachineError(
+            say(
+                f"8-bit products need compute capability 7.5, this GPU has {capability[0]}.{capability[1]}",
+                f"8 位乘法需要计算能力 7.5，该 GPU 为 {capability[0]}.{capability[1]}",
+            ),
+            place="int8",
+            remedy="adapter: {method: qlora, quantize: nf4}",
+        )
 
 
 def _gguf(place: Place) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import yaml
 from tongwen.language import say
 from tongwen.past.reading import Reading
 from tongwen.past.tables import Program
-from tongwen.recipe.schema import Pretrain, Recipe, Sft
+from tongwen.recipe.schema import Pretrain, Recipe, Section, Sft, Synthesize
 
+SECTIONS: dict[str, type[Section]] = {"synthesize": Synthesize, "pretrain": Pretrain, "sft": Sft}
 POSITIONAL = ("MODEL", "SRC")
 
 
@@ -29,6 +31,15 @@ def build_recipe(reading: Reading, place: str) -> dict[str, Any]:
         words[f"{section}.max_length"] = sum(reading.context.lengths.values())
     if words.get("pretrain.train") == "lora+embeddings":  # the old scripts had one rate for all
         words["pretrain.embedding_learning_rate"] = words["pretrain.learning_rate"]
+    if "base" not in words:
+        reading.wrong(
+            place,
+            say("no model is named here", "此处没有写模型"),
+            say(
+                "this is a part: give the file or the command that names the model, too",
+                "这只是一部分：请同时给出写明模型的文件或命令",
+            ),
+        )
     words.setdefault("out", f"runs/{section}")
     words["name"] = re.sub(r"[^\w.\-]", "-", Path(words["out"]).name) or section
     words.setdefault("seed", 42)
@@ -42,7 +53,7 @@ def build_recipe(reading: Reading, place: str) -> dict[str, Any]:
         for part in above:
             here = here.setdefault(part, {})
         here[last] = value
-    order = list(Pretrain.model_fields if section == "pretrain" else Sft.model_fields)
+    order = list(SECTIONS[section].model_fields)
     recipe[section] = dict(sorted(recipe.get(section, {}).items(), key=lambda pair: order.index(pair[0])))
     return {key: recipe[key] for key in Recipe.model_fields if key in recipe}
 
@@ -61,10 +72,10 @@ def build_commands(reading: Reading, program: Program) -> list[list[str]]:
     if "input_dir" in said:
         said["SRC"] = _llama_folder(said.pop("input_dir"), said.pop("model_size", "7B"))
     if "--prompts" in said and command == ["chat"]:
-        command, said = ["generate"], {"--model": said.pop("MODEL"), **said}
-        said.setdefault("--out", "predictions.jsonl")
-    if program.id == "guanaco-merge":
-        said = _with_base(said)
+        command, said = ["generate"], {"--model": said.pop("MODEL"), "--form": "chinese-llama-alpaca", **said}
+        said.setdefault("--out", "predictions.json")
+    if program.finds_base:
+        said = _with_base(said, reading)
     line = [*command, *(str(said.pop(name)) for name in POSITIONAL if name in said)]
     for option, value in said.items():
         for one in value if isinstance(value, list) else [value]:
@@ -81,7 +92,7 @@ def _short(value: Any) -> str:
 def _multiply_batch(reading: Reading, words: dict[str, Any], place: str) -> None:
     """Samples per step over all devices. BELLE divided its accumulation by the devices, the others multiplied by them."""
     factors, word = reading.context.batch, f"{reading.section}.batch_size"
-    devices = factors.get("devices", 1)
+    devices = factors.get("devices", 1) * factors.get("machines", 1)
     if "shared" in factors:
         words[word] = factors.get("per_device", 1) * max(factors["shared"] // devices, 1) * devices
     elif factors.keys() & {"per_device", "accumulate"}:
@@ -123,12 +134,12 @@ def _llama_folder(folder: str, size: str) -> str:
     return folder if size == "tokenizer_only" else str(Path(folder) / size)
 
 
-def _with_base(said: dict[str, Any]) -> dict[str, Any]:
-    """The base that the adapter names, and the name that merge_lora.py gave to the result."""
-    import json
-
-    adapter = Path(said["--adapter"][0])
-    base = "yahma/llama-7b-hf"
-    if (adapter / "adapter_config.json").is_file():
-        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+def _with_base(said: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    """The base that the adapter names, and the name that the old program gave to the result."""
+    file = Path(said["--adapter"][0]) / "adapter_config.json"
+    try:
+        base = str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] or "BASE")
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "BASE"
+        reading.notes.append(say(f"{file} does not say which base: name it", f"{file} 没有写明底座：请自行填写"))
     return {"--base": base, **said, "--out": f"{said['--out']}/{Path(base).name}-finetune"}

@@ -66,7 +66,7 @@ def migrate_files(paths: Sequence[str], today: Today) -> Outcome:
         program = _recognise(data, path)
         project = project or program.project
         reading.section = reading.section or ("pretrain" if data.get("stage") == "pt" else program.section or "sft")
-        reading.take(program, _flat(data, program), path)
+        reading.take(program, _flat(data), path)
         if program.command:
             commands = building.build_commands(reading, program)
     raise_all(reading.problems)
@@ -155,14 +155,18 @@ def _program_line(words: tuple[str, ...], old: str, today: Today) -> Outcome:
     reading = _new_reading(today)
     reading.section = program.section
     if launcher:
-        reading.take(launcher, _flags(rest[:at], launcher, reading, old), old)
+        reading.take(launcher, _flags(rest[:at], reading, old), old)
     as_above = "..." in flags
-    given = list(_flags([word for word in flags if word != "..."], program, reading, old))
     if not as_above:
-        reading.take(program, given, old)
+        reading.take(program, list(_flags(flags, reading, old, program.positional)), old)
     raise_all(reading.problems)
-    outcome = Outcome(old, program.project, reading.verdicts, launch=reading.context.launch)
-    outcome.notes = [*reading.notes, *([spoken(program.note)] if program.note else [])]
+    reading.notes += [
+        spoken(one) for one in (program.note, launcher and "devices" not in reading.said and launcher.note) if one
+    ]
+    launch = reading.context.launch
+    if launch and "devices" in reading.context.batch:
+        launch["nproc_per_node"] = str(reading.context.batch["devices"])
+    outcome = Outcome(old, program.project, reading.verdicts, launch=launch, notes=reading.notes)
     if program.lines:
         outcome.commands = [list(line) for line in program.lines]
     elif program.command:
@@ -219,20 +223,26 @@ def _choose(name: str, flags: Sequence[str]) -> Program:
     return unsigned[0] if given and unsigned else named[0]
 
 
-def _flags(words: Sequence[str], program: Program, reading: Reading, place: str) -> Iterator[tuple[str, Any]]:
-    """(flag, value) of each option. A value that says something else than a flag belongs to the flag before it."""
+def _flags(
+    words: Sequence[str], reading: Reading, place: str, positional: Sequence[str] = ()
+) -> Iterator[tuple[str, Any]]:
+    """(flag, value) of each option. A word that is no flag belongs to the flag before it, or is the next positional one."""
     waiting: str | None = None
+    names = iter(positional)
     for word in words:
         if re.match(r"--?[A-Za-z]", word):
             if waiting is not None:
                 yield waiting, None
-            name, equals, value = word.lstrip("-").replace("-", "_").partition("=") if "=" not in word else _parts(word)
-            waiting = None if equals else name
+            option, equals, value = word.partition("=")
+            waiting = option.lstrip("-").replace("-", "_")
             if equals:
-                yield name, value
+                yield waiting, value
+                waiting = None
         elif waiting is not None:
             yield waiting, word
             waiting = None
+        elif name := next(names, ""):
+            yield name, word
         else:
             reading.wrong(
                 place,
@@ -241,11 +251,6 @@ def _flags(words: Sequence[str], program: Program, reading: Reading, place: str)
             )
     if waiting is not None:
         yield waiting, None
-
-
-def _parts(word: str) -> tuple[str, str, str]:
-    name, equals, value = word.partition("=")
-    return name.lstrip("-").replace("-", "_"), equals, value
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -265,7 +270,7 @@ def _take_file(reading: Reading, path: str) -> None:
     else:
         data = _read_data(path)
     program = _recognise(data, path)
-    reading.take(program, _flat(data, program), path, name)
+    reading.take(program, _flat(data), path, name)
 
 
 def _read_data(path: str) -> dict[str, Any]:
@@ -298,11 +303,11 @@ def _recognise(data: Mapping[str, Any], path: str) -> Program:
     )
 
 
-def _flat(data: Mapping[str, Any], program: Program, before: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys of nested mappings with dots, where the program has such."""
+def _flat(data: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys of nested mappings, joined by dots."""
     for key, value in data.items():
         name = f"{before}{key}"
         if isinstance(value, dict) and value:
-            yield from _flat(value, program, f"{name}.")
+            yield from _flat(value, f"{name}.")
         else:
             yield name, value

@@ -41,7 +41,7 @@ class Context:
 
     today:     (name of a model) -> its id today
     read_file: (path, flag that names it): its keys are read like flags
-    batch:     per_device, accumulate, devices, whole: what multiplies to the samples of a step
+    batch:     per_device, accumulate or shared, devices, machines, whole: what multiplies to the samples of a step
     launch:    options of a launcher on several machines
     lengths:   of the parts of a sample, which are added up when all are known
     fetch:     ids of adapters that have to be fetched first
@@ -185,8 +185,18 @@ def devices(context: Context, flag: str, value: Any) -> Any:
     return int(value)
 
 
+def engine(context: Context, flag: str, value: Any) -> Any:
+    if context.batch.get("devices", 1) * context.batch.get("machines", 1) == 1:
+        return Gone(say("one device has nothing to share out", "单设备没有可分担的"))
+    return value
+
+
 def machines(context: Context, flag: str, value: Any) -> Any:
-    return Gone() if str(value) == "1" else several(context, flag, value)
+    if str(value) == "1":
+        return Gone()
+    if str(value).isdigit():
+        context.batch["machines"] = int(value)
+    return several(context, flag, value)
 
 
 def several(context: Context, flag: str, value: Any) -> Mended:
@@ -211,6 +221,10 @@ def file(context: Context, flag: str, value: Any) -> None:
 
 def folder(context: Context, flag: str, value: Any) -> str:
     return str(text(context, flag, value)).rstrip("/") or "."
+
+
+def stem(context: Context, flag: str, value: Any) -> str:
+    return str(Path(str(text(context, flag, value))).with_suffix(""))
 
 
 def model(context: Context, flag: str, value: Any) -> Any:
@@ -275,7 +289,7 @@ READERS: dict[str, Reader] = {
     "epochs": epochs, "steps": steps, "switch": switch, "list": items, "seed": seed, "choice": choice, "auto": auto,
     "targets": targets, "whole_embeddings": whole_embeddings, "template": template,
     "per_device": _factor("per_device"), "accumulate": _factor("accumulate"), "shared_accumulate": _factor("shared"),
-    "whole_batch": whole_batch, "devices": devices, "machines": machines, "several": several, "length_part": length_part,
+    "whole_batch": whole_batch, "devices": devices, "engine": engine, "stem": stem, "machines": machines, "several": several, "length_part": length_part,
     "file": file, "model": model, "trained": trained, "adapters": adapters, "data": data,
     "text_folder": _sources("*.txt", records="line"), "json_folder": _sources("*.json"), "train_folder": _sources("*train*.txt"),
     "tokenizer_file": _inside("{}/tokenizer.model"),

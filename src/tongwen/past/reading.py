@@ -144,9 +144,7 @@ class Reading:
 def _why_not(rule: Rule, given: dict[str, Any]) -> str:
     """Why a flag says nothing beside the others; empty when it does."""
     for other, why in rule.unless.items():
-        if str(given.get(other)).lower() not in ("none", "false", "-1", "0") or (
-            other in given and given[other] is None
-        ):
+        if other in given and str(given[other]).lower() not in ("false", "-1", "0"):  # max_steps: -1 is as good as none
             return spoken(why)
     return next((spoken(why) for other, why in rule.needs.items() if other not in given), "")
 

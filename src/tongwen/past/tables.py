@@ -45,7 +45,7 @@ class Program:
     """One program or file of an older project.
 
     names: of the script; keys: by which a file is recognised; signs, sign_values: flags, and parts of values, by which it is told
-    from another of its name. section: of the recipe that it becomes; command, lines: or the tongwen command that does it
+    from another of its name; positional: names for its words without a flag. section: of the recipe that it becomes; command, lines: or the tongwen command that does it
     defaults: values that it took when nothing was said; always: what it did without being asked
     """
 
@@ -55,6 +55,7 @@ class Program:
     keys: tuple[str, ...] = ()
     signs: tuple[str, ...] = ()
     sign_values: tuple[str, ...] = ()
+    positional: tuple[str, ...] = ()
     section: str = ""
     command: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
@@ -68,6 +69,7 @@ class Program:
     always: Mapping[str, Any] = field(default_factory=dict)
     flags: Mapping[str, Rule] = field(default_factory=dict)
     prefixes: Mapping[str, Rule] = field(default_factory=dict)
+    finds_base: bool = False  # the base is named by the adapter
     trains: bool = False  # takes all of transformers' TrainingArguments
 
 
@@ -105,7 +107,7 @@ def _program(id_: str, row: dict[str, Any], shared: Mapping[str, Any]) -> Progra
     for name in reversed(used):
         flags |= shared[name]["flags"]
     known = {key: value for key, value in row.items() if key not in ("uses", "flags", "prefixes")}
-    for key in ("names", "keys", "signs", "sign_values", "command", "after", "instead", "reason", "note"):
+    for key in ("names", "keys", "signs", "sign_values", "positional", "command", "after", "instead", "reason", "note"):
         if key in known:
             known[key] = tuple(known[key])
     known["lines"] = tuple(tuple(line) for line in known.get("lines", ()))

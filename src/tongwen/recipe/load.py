@@ -19,7 +19,7 @@ from tongwen.errors import RecipeError, raise_all
 from tongwen.language import say
 from tongwen.recipe import engine_file
 from tongwen.recipe.old_names import OLD, OLD_REASONS, OWNED, training_arguments
-from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
+from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training, read_list
 
 Path_ = tuple[str | int, ...]  # where a value stands in the recipe: ("sft", "adapter", "rank")
 
@@ -93,24 +93,41 @@ class Reading:
 
 
 def load(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
-    """Read a recipe file with `section.key=value` overrides.
+    """Read a recipe file with `section.key=value` overrides: see `read`."""
+    return read(_text_of(Path(file)), str(file), overrides)
+
+
+def read(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
+    """Read a recipe's text. name: of its file, for messages.
 
     Returns the frozen recipe and notices (old names translated, batch sizes converted) to be shown to the user.
     Raises RecipeError, or SeveralErrors with every problem, each with file and line.
     """
-    reading = Reading(str(file))
-    data = _read_file(Path(file), reading)
+    reading = Reading(name)
+    data = _compose(text, reading)
     for override in overrides:
         _apply_override(data, override, reading)
     for name, words in (("pretrain", Pretrain), ("sft", Sft)):
         if isinstance(data.get(name), dict):
             data[name] = _translate(data[name], (name,), words, data.get("devices", 1), reading)
+    _add_made(data)
     recipe = _validate(data, reading)
     raise_all(reading.problems)
     assert recipe is not None
     if not recipe.out:
         recipe = recipe.model_copy(update={"out": f"runs/{recipe.name}"})
     return recipe, reading.notices
+
+
+def _add_made(data: dict[str, Any]) -> None:
+    """What `synthesize` writes is one more input of `prepare`: it stands in the resolved recipe like any other."""
+    if data.get("synthesize") is None or not isinstance(prepare := data.get("prepare"), dict):
+        return
+    folder = data.get("out") or f"runs/{data.get('name')}"
+    made = {"path": f"{folder}/synthesize/dialogues.jsonl", "format": "messages"}
+    given = read_list(prepare.get("dialogues", []))
+    if isinstance(given, list) and not any(isinstance(one, dict) and one.get("path") == made["path"] for one in given):
+        data["prepare"] = {**prepare, "dialogues": [*given, made]}
 
 
 def from_words(data: Mapping[str, Any], command: str) -> Recipe:
@@ -128,9 +145,9 @@ def dump(recipe: Recipe) -> str:
     return str(yaml.safe_dump(data, allow_unicode=True, sort_keys=False, width=100))
 
 
-def _read_file(file: Path, reading: Reading) -> dict[str, Any]:
+def _text_of(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(
             say("there is no such recipe file", "没有这个配方文件"),
@@ -139,6 +156,10 @@ def _read_file(file: Path, reading: Reading) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=str(file)) from None
+
+
+def _compose(text: str, reading: Reading) -> dict[str, Any]:
+    file = reading.file
     try:
         node = yaml.compose(text, Loader=Loader)
     except yaml.MarkedYAMLError as error:
@@ -149,14 +170,14 @@ def _read_file(file: Path, reading: Reading) -> dict[str, Any]:
             remedy=say("check the indentation and the quotes of this line", "请检查这一行的缩进与引号"),
         ) from None
     except yaml.YAMLError as error:
-        raise RecipeError(say(f"this is not YAML: {error}", f"这不是合法的 YAML：{error}"), place=str(file)) from None
+        raise RecipeError(say(f"this is not YAML: {error}", f"这不是合法的 YAML：{error}"), place=file) from None
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(
             say("a recipe is a mapping of keys to values, this is not", "配方应是键值映射"),
             place=f"{file}:1",
             remedy=say("`tongwen init` writes one to start from", "`tongwen init` 可生成一份"),
         )
-    data: dict[str, Any] = reading.value(node, (), str(file))
+    data: dict[str, Any] = reading.value(node, (), file)
     return data
 
 

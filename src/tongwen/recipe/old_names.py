@@ -34,6 +34,8 @@ OWNED = {
     "fp16": "precision",
     "activation_checkpointing": "activation_checkpointing",
     "gradient_checkpointing": "activation_checkpointing",
+    "report_to": "track",
+    "run_name": "name",
     "logging_steps": "log_every",
     "logging_strategy": "log_every",
     "logging_nan_inf_filter": "nothing: a NaN stays a NaN",

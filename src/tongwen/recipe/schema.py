@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from tongwen.language import say
 
 # The order in which the stages run. A section that is absent does not run.
-STAGES = ("prepare", "vocab", "pretrain", "sft", "merge", "evaluate", "export")
+STAGES = ("synthesize", "prepare", "vocab", "pretrain", "sft", "merge", "evaluate", "export")
 
 
 def word(default: Any, en: str, zh: str, *, free: bool = False, **limits: Any) -> Any:
@@ -150,6 +150,84 @@ class Source(Section):
 
 
 Sources = Annotated[list[Annotated[Source, BeforeValidator(read_source)]], BeforeValidator(read_list)]
+
+
+class Spending(Section):
+    """What `synthesize` may use at most; it stops before it would go beyond."""
+
+    requests: int | None = word(None, "requests", "请求次数", ge=1)
+    tokens: int | None = word(None, "tokens, of prompts and answers together", "token 数，提示与回答合计", ge=1)
+    money: Number | None = word(None, "money, in the unit of `price`", "金额，单位同 `price`", gt=0)
+
+
+class Price(Section):
+    """What a million tokens cost."""
+
+    input: Number = word(..., "a million tokens of prompts", "一百万提示 token", ge=0)
+    output: Number = word(..., "a million tokens of answers", "一百万回答 token", ge=0)
+
+
+class Synthesize(Section):
+    """Dialogues written by another model, through an OpenAI-compatible endpoint; one more input of `prepare`."""
+
+    endpoint: str = word(..., "base URL, as https://api.deepseek.com/v1", "接口地址，如 https://api.deepseek.com/v1")
+    model: str = word(..., "the model's name there", "接口上的模型名")
+    key: str = word(
+        "OPENAI_API_KEY",
+        "environment variable that holds the key; the key itself stands in no file",
+        "存放密钥的环境变量；密钥不写入任何文件",
+        pattern=r"^[A-Z_][A-Z0-9_]*$",
+    )
+    method: Literal["self_instruct", "topics", "documents"] = word(
+        "self_instruct",
+        "tasks like drawn examples; tasks on drawn topics; conversations about one's own documents",
+        "仿照抽取的例子出题；按抽取的话题出题；关于自有文档的对话",
+    )
+    rows: int = word(..., "dialogues to make", "要生成的对话数", ge=1)
+    seeds: str | None = word(
+        None, "seed tasks of BELLE's shape; absent: 40 of ours", "BELLE 格式的种子任务；不写用自带的 40 个"
+    )
+    topics: list[str] = word([], "topics; absent: 82 of ours", "话题；不写用自带的 82 个")
+    documents: Sources = word([], "documents to talk about", "要谈论的文档")
+    temperature: Number = word(1.0, "0: always the likeliest", "0：总取最可能的", ge=0, le=2)
+    top_p: Number = word(1.0, "share of the likeliest tokens drawn from", "核采样比例", gt=0, le=1)
+    max_tokens: int = word(2048, "tokens of a reply at most", "单次回答的最多 token 数", ge=1)
+    json_schema: Literal["auto", "off"] = word(
+        "auto", "ask for JSON of a schema, where the endpoint can", "接口支持时要求按 JSON schema 输出"
+    )
+    concurrency: int = word(8, "requests at once", "同时请求数", ge=1, le=1000)
+    requests_per_minute: Number | None = word(None, "requests begun in a minute at most", "每分钟最多请求数", gt=0)
+    seconds: Number = word(300.0, "for a request, from its start to its end", "单次请求的总时限（秒）", gt=0)
+    attempts: int = word(8, "tries of a request that fails for a passing reason", "暂时性失败的最多尝试次数", ge=1)
+    pause: Number = word(
+        1.0,
+        "seconds before a second try at most; doubled for each further one",
+        "首次重试前的最长停顿（秒），逐次加倍",
+        gt=0,
+    )
+    stale: int = word(
+        50, "stop after so many replies in a row that brought nothing new", "连续这么多次没有新内容就停止", ge=1
+    )
+    bm25_at_most: Number = word(18.0, "likeness to any other question, BM25", "与其他问题的最大 BM25", gt=0)
+    rouge_at_most: Number = word(0.7, "the same as ROUGE-L", "同上，ROUGE-L", gt=0, le=1)
+    at_most: Spending = word(Spending(), "the cap of spending", "花费上限")
+    price: Price | None = word(None, "needed for at_most.money", "at_most.money 需要")
+    use_proxy: bool = word(
+        False,
+        "take proxies and certificates from the environment (HTTPS_PROXY)",
+        "使用环境中的代理与证书（HTTPS_PROXY）",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Synthesize:
+        if self.at_most.money is not None and self.price is None:
+            raise wrong(
+                "`at_most.money` needs `price: {input: …, output: …}`, of a million tokens",
+                "`at_most.money` 需要 `price: {input: …, output: …}`（每百万 token）",
+            )
+        if (self.method == "documents") != bool(self.documents):
+            raise wrong("`documents` belong to `method: documents`", "`documents` 与 `method: documents` 须同时使用")
+        return self
 
 
 class Clean(Section):
@@ -387,6 +465,7 @@ class Adapter(Section):
         return self.method if self.method in ("new_rows", "full") else "lora"
 
 
+Tracker = Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"]
 Part = Literal["new_rows", "embeddings", "lora", "full"]
 ROWS_ONLY = ("new_rows", "embeddings")
 ENGINES = ("auto", "ddp", "fsdp2", "zero2", "zero3")
@@ -451,10 +530,11 @@ class Training(Section):
         ge=1,
     )
     log_every: int = word(1, "steps between lines of metrics.jsonl", "每多少步写一行 metrics.jsonl", ge=1, free=True)
-    precision: Literal["auto", "fp32", "bf16"] = word(
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = word(
         "auto",
-        "auto: bf16 where the device computes in it, else fp32",
-        "auto：设备支持 bf16 计算则用，否则 fp32",
+        "auto: bf16 where the device computes in it, else fp32; fp16: for GPUs without bf16, with a scaled gradient. What "
+        "learns stands in fp32 always",
+        "auto：设备支持 bf16 计算则用，否则 fp32；fp16：用于没有 bf16 的 GPU，梯度带缩放。被训练的权重总是 fp32",
     )
     activation_checkpointing: Literal["auto", "on", "off"] = word(
         "auto",
@@ -492,6 +572,11 @@ class Training(Section):
             raise wrong(
                 "`batch_size` and `batch_tokens` exclude each other: samples per step, or tokens per step",
                 "`batch_size` 与 `batch_tokens` 只能写一个：每步的样本数，或每步的 token 数",
+            )
+        if self.precision == "fp16" and self.shares:
+            raise wrong(
+                "precision: fp16 goes with one device or `engine: ddp`; the engines that share weights compute in bf16 or fp32",
+                "precision: fp16 只用于单设备或 `engine: ddp`；切分权重的引擎用 bf16 或 fp32 计算",
             )
         if self.patience is not None and self.evaluate_every is None:
             raise wrong(
@@ -790,7 +875,7 @@ class Evaluate(Section):
         min_length=1,
     )
     before: bool = word(True, "score the recipe's base too", "也评测配方的底座")
-    batch_size: int = word(8, "questions answered at once", "同时回答几个问题", ge=1)
+    batch_size: int = word(32, "questions answered side by side, at most", "同时回答几个问题", ge=1)
     max_new_tokens: int = word(256, "tokens of an answer at most", "回答的最大 token 数", ge=1)
 
     @model_validator(mode="after")
@@ -843,11 +928,17 @@ class Recipe(Section):
     out: str = word("", "folder of the run; runs/NAME when absent", "输出文件夹；不写为 runs/NAME")
     seed: int = word(42, "decides order, split and initialisation", "决定顺序、划分与初始化")
     devices: int = word(1, "processes, one per GPU", "进程数，每块 GPU 一个", ge=1)
+    track: Annotated[list[Tracker], BeforeValidator(read_list)] = word(
+        [],
+        "programs that draw the curves too: tensorboard, wandb, swanlab, mlflow, trackio; keys come from the environment",
+        "另外绘制曲线的程序：tensorboard、wandb、swanlab、mlflow、trackio；密钥取自环境变量",
+    )
     stop_before: Seconds | None = word(
         None,
         "this long after the command began, a training that is not done has been saved and has ended: 90 minutes, 6 hours",
         "命令开始后到此时间，未完成的训练已存好检查点并退出：90 minutes、6 hours",
     )
+    synthesize: Synthesize | None = word(None, "let another model write data", "让另一个模型生成数据")
     prepare: Prepare | None = word(None, "read, check and split the data", "读取、检查、划分数据")
     vocab: Vocab | None = word(None, "extend the tokenizer and grow the model", "扩充词表并扩大模型")
     pretrain: Pretrain | None = word(None, "continued pre-training", "继续预训练")

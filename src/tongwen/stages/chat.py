@@ -16,13 +16,14 @@ def run(
     *,
     template: str,
     thinking: str,
+    weights: str,
     sampling: dict[str, Any],
     system: str,
     stream: bool,
 ) -> int:
     """Talk until the user leaves."""
     Sampling().with_(**sampling)
-    speaker = open_speaker(model, adapters, template, thinking)
+    speaker = open_speaker(model, adapters, template, thinking, weights=weights)
 
     def reply(messages: list[dict[str, Any]], settings: dict[str, Any], heard: Callable[[int], None]) -> Iterator[str]:
         return speaker.stream(messages, heard, **settings)

@@ -13,6 +13,7 @@ from tongwen.errors import DataError, TongwenError, raise_all
 from tongwen.hub.fetching import local_copy
 from tongwen.language import say
 from tongwen.recipe.schema import Prepare, Recipe
+from tongwen.river import inputs
 
 
 def run(recipe: Recipe) -> int:
@@ -20,7 +21,7 @@ def run(recipe: Recipe) -> int:
     console.header("check", recipe.name)
     errors: list[TongwenError] = []
     tables = {}
-    section = recipe.prepare
+    section = inputs(recipe) if recipe.prepare else None
     all_parts = steps.list_parts(section, local_copy, console.notice, errors) if section else []
     for kind in steps.KINDS:
         parts = [part for part in all_parts if part.kind == kind]

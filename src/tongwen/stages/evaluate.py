@@ -53,16 +53,19 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     return draft.artifact
 
 
-def command(recipe: Recipe, adapters: Sequence[str], *, before: str, template: str, thinking: str, out: str) -> int:
+def command(
+    recipe: Recipe, adapters: Sequence[str], *, before: str, template: str, thinking: str, weights: str, out: str
+) -> int:
     """Examine the model that the recipe calls its base, with adapters; keep the result where `out` says."""
     assert recipe.evaluate
     if out:
         artifact.make_way(Path(out), again=False)
     papers = [read_paper(task) for task in recipe.evaluate.tasks]
     sitter = Sitter(
-        " + ".join([recipe.base, *adapters]), lambda: open_speaker(recipe.base, adapters, template, thinking)
+        " + ".join([recipe.base, *adapters]),
+        lambda: open_speaker(recipe.base, adapters, template, thinking, weights=weights),
     )
-    first = Sitter(before, lambda: open_speaker(before, (), template, thinking)) if before else None
+    first = Sitter(before, lambda: open_speaker(before, (), template, thinking, weights=weights)) if before else None
     if not out:
         examine(papers, sitter, first, recipe.evaluate, None)
         return 0
@@ -112,10 +115,13 @@ def _asking_once(speaker: Speaker, section: Evaluate) -> Ask:
     def ask(conversations: Sequence[Sequence[Mapping[str, Any]]], progress: Progress) -> list[str]:
         keys = [json.dumps(messages, ensure_ascii=False) for messages in conversations]
         new = {key: messages for key, messages in zip(keys, conversations, strict=True) if key not in known}
-        answers = speaker.answer_all(
-            list(new.values()), section.batch_size, progress, max_new_tokens=section.max_new_tokens
-        )
-        known.update(zip(new, answers, strict=True))
+        names = list(new)
+
+        def take(place: int, answer: str) -> None:
+            known[names[place]] = answer
+            progress(sum(key in known for key in keys))
+
+        speaker.answer_each(list(new.values()), take, section.batch_size, max_new_tokens=section.max_new_tokens)
         return [known[key] for key in keys]
 
     return ask

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tongwen.language import say
 from tongwen.past.building import as_yaml
 from tongwen.past.migration import Outcome, migrate_command, migrate_files
 from tongwen.past.shell import read_script
-from tongwen.recipe.load import load
+from tongwen.recipe.load import read
 
 SCRIPTS = (".sh", ".bash", ".txt")
 
@@ -41,13 +40,19 @@ def run(words: Sequence[str], out: str, alpha: float | None, *, to_run: bool) ->
             place=out,
             remedy=say("leave --out away", "去掉 --out"),
         )
+    if to_run and any(one.launch for one in outcomes):
+        raise RecipeError(
+            say("several machines are started by torchrun, one line on each", "多机须在每台机器上用 torchrun 启动"),
+            place="--run",
+            remedy=say("leave --run away: the line is printed", "去掉 --run：会打印该命令"),
+        )
     commands, rows = list[list[str]](), list[dict[str, Any]]()
     for one in outcomes:
         _report(one)
         text = as_yaml(one.recipe, one.old) if one.recipe else ""
         target = out or (f"{one.recipe['out']}.yaml" if to_run and one.recipe else "")
         if text:
-            _check(text)
+            read(text, target or "recipe.yaml")  # as `run` would, with every problem
             _hand_over(text, target)
         lines = [["run", target or "RECIPE"]] if text else one.commands
         for line in lines:
@@ -113,14 +118,6 @@ def _report(one: Outcome) -> None:
         console.tell(f"  torchrun {options} -m tongwen run RECIPE")
 
 
-def _check(text: str) -> None:
-    """Read the recipe as `run` would. Raises RecipeError with every problem."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "recipe.yaml"
-        file.write_text(text, encoding="utf-8")
-        load(file)
-
-
 def _hand_over(text: str, target: str) -> None:
     """Print the recipe, or write it where nothing else stands."""
     if not target:
@@ -150,4 +147,5 @@ def _fitting(one: Outcome) -> list[str]:
             f"devices: {here}，而非 {one.recipe['devices']}：本机没有更多设备；批大小不变",
         )
     )
-    return [f"devices={here}"]
+    alone = [f"{section}.engine=auto" for section in ("pretrain", "sft") if here == 1 and section in one.recipe]
+    return [f"devices={here}", *alone]

@@ -6,20 +6,15 @@ the merged model and a server made for that (docs/serve.md).
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tongwen import console
-from tongwen.errors import MissingPackage, RecipeError
+from tongwen.errors import MissingPackage
 from tongwen.infer.decode import Sampling
 from tongwen.language import say
 from tongwen.speaker import open_speaker
-
-TOKEN = "TONGWEN_API_KEY"  # noqa: S105 (the name of the variable)
-SHORTEST = 16  # characters of a token that somebody chose
 
 
 def run(
@@ -32,6 +27,7 @@ def run(
     queue: int,
     template: str,
     thinking: str,
+    weights: str,
     sampling: dict[str, Any],
 ) -> int:
     """Serve until SIGTERM or Ctrl-C."""
@@ -42,9 +38,9 @@ def run(
 
     Sampling().with_(**sampling)
     loopback = gate.is_loopback(host)
-    token, made = _token(loopback)
+    token, made = gate.choose_token(loopback)
     with gate.open_port(host, port) as listening:
-        speaker = open_speaker(model, adapters, template, thinking)
+        speaker = open_speaker(model, adapters, template, thinking, weights=weights)
 
         def speak(ids: list[int], hear: Callable[[int], None], settings: dict[str, Any]) -> Iterator[str]:
             return speaker.continue_ids(ids, hear, **settings)
@@ -62,26 +58,8 @@ def run(
         url = f"http://{host}:{listening.getsockname()[1]}/v1"
         console.header(speech.name, say("Ctrl-C ends it", "Ctrl-C 结束"))
         console.tell(f"OPENAI_BASE_URL={url}")
-        console.tell(f"OPENAI_API_KEY={token}" if made else say(f"the token is ${TOKEN}", f"令牌为 ${TOKEN}"))
+        console.tell(f"OPENAI_API_KEY={token}" if made else say(f"the token is ${gate.TOKEN}", f"令牌为 ${gate.TOKEN}"))
         console.emit({"url": url, "model": speech.name, **({"token": token} if made else {})})
         gate.serve(gate.Gate(api.make_app(speech, queue), token, loopback=loopback), listening)
     console.good(say("ended", "已结束"))
     return 0
-
-
-def _token(loopback: bool) -> tuple[str, bool]:
-    """The token, and whether it was made here. Raises RecipeError where one must be chosen: who opens a model to other
-    machines does it knowingly."""
-    token = os.environ.get(TOKEN, "")
-    if not token and loopback:
-        return secrets.token_urlsafe(24), True
-    if len(token) < SHORTEST:
-        raise RecipeError(
-            say(
-                f"a token of at least {SHORTEST} characters is needed, this one has {len(token)}",
-                f"需要至少 {SHORTEST} 个字符的令牌，当前为 {len(token)} 个",
-            ),
-            place=f"${TOKEN}",
-            remedy=f"export {TOKEN}=$(openssl rand -hex 24)",
-        )
-    return token, False

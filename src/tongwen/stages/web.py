@@ -15,7 +15,8 @@ from tongwen.recipe.load import load
 from tongwen.river import holder
 from tongwen.speaker import Speaker, open_speaker
 from tongwen.template import SHIPPED
-from tongwen.ui.web.bench import Bench, Look, Picture, Runs, Talk, Words
+from tongwen.ui.turns import last_turns
+from tongwen.ui.web.bench import Bench, Look, Messages, Picture, Runs, Talk, Words
 from tongwen.vocab import measure
 from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
@@ -33,9 +34,9 @@ def run(
     whole: bool,
     template: str,
     thinking: str,
+    weights: str,
     host: str,
     port: int,
-    token: str,
 ) -> int:
     """Serve the page. models: what the chat opens with, one or two; adapters: of the first. whole: every tab, else the chat."""
     try:
@@ -43,22 +44,34 @@ def run(
     except ModuleNotFoundError as error:
         raise MissingPackage(str(error.name), say("the page", "网页"), "web") from None
     place = Workplace.of(folders, models)
-    voices = _Voices(place, dict.fromkeys(models[:1], tuple(adapters)), template, thinking)
+    voices = _Voices(place, dict.fromkeys(models[:1], tuple(adapters)), template, thinking, weights)
     for name in models:
         voices.open(name)
     known = place.models if whole else lambda: list(models)
-    talk = Talk(known, models, voices.reply, system)
+    talk = Talk(known, models, voices.fit, voices.reply, system)
     if not whole:
-        return serve(Bench(f"tongwen · {Path(models[0]).name}", talk), host, port, token)
-    bench = Bench("同文 tongwen", talk, _look(place), _words(place), _runs(place))
-    return serve(bench, host, port, token)
+        return serve(Bench(f"tongwen · {Path(models[0]).name}", talk), host, port)
+    return serve(whole_bench(place, talk), host, port)
+
+
+def whole_bench(place: Workplace, talk: Talk) -> Bench:
+    """All tabs over what lies in these folders."""
+    return Bench("同文 tongwen", talk, _look(place), _words(place), _runs(place))
 
 
 class _Voices:
     """Models that talk, opened when they are asked, the last few kept."""
 
-    def __init__(self, place: Workplace, adapters: dict[str, tuple[str, ...]], template: str, thinking: str) -> None:
-        self.place, self.adapters, self.template, self.thinking = place, adapters, template, thinking
+    def __init__(
+        self, place: Workplace, adapters: dict[str, tuple[str, ...]], template: str, thinking: str, weights: str
+    ) -> None:
+        self.place, self.adapters, self.template, self.thinking, self.weights = (
+            place,
+            adapters,
+            template,
+            thinking,
+            weights,
+        )
         self.opened: dict[str, Speaker] = {}
         self.lock = threading.Lock()
 
@@ -68,21 +81,19 @@ class _Voices:
             if name not in self.opened:
                 while len(self.opened) >= OPEN_AT_ONCE:
                     del self.opened[next(iter(self.opened))]
-                self.opened[name] = open_speaker(model, self.adapters.get(name, ()), self.template, self.thinking)
+                self.opened[name] = open_speaker(
+                    model, self.adapters.get(name, ()), self.template, self.thinking, weights=self.weights
+                )
             return self.opened[name]
 
-    def reply(self, name: str, messages: list[dict[str, Any]], options: dict[str, Any]) -> Iterator[str]:
+    def fit(self, name: str, messages: Messages, options: dict[str, Any]) -> Messages:
+        """Without the oldest whole turns, when the model does not see them all; the system message stays."""
         speaker = self.open(name)
-        room = speaker.voice.context - int(options["max_new_tokens"])
-        return speaker.stream(_fitting(speaker, messages, room), **options)
+        room = max(speaker.context - int(options["max_new_tokens"]), speaker.context // 2)
+        return last_turns(messages, lambda turns: len(speaker.prompt_ids(turns)), room)
 
-
-def _fitting(speaker: Speaker, messages: list[dict[str, Any]], room: int) -> list[dict[str, Any]]:
-    """Without the oldest whole turns, when the conversation is longer than the model sees; the system message stays."""
-    first = 1 if messages[0]["role"] == "system" else 0
-    while len(messages) - first > 2 and len(speaker.prompt_ids(messages)) > room:
-        messages = [*messages[:first], *messages[first + 2 :]]
-    return messages
+    def reply(self, name: str, messages: Messages, options: dict[str, Any]) -> Iterator[str]:
+        return self.open(name).stream(messages, **options)
 
 
 def _look(place: Workplace) -> Look:

@@ -146,11 +146,12 @@ def check_loss(total: float, learned: int, model: Any) -> float:
     return mean
 
 
-def first_not_finite(model: Any, optimizer: Any = None) -> str | None:
+def first_not_finite(model: Any, optimizer: Any = None, *, frozen: bool = False) -> str | None:
     """The name of a trained tensor, or of one of its optimizer's, that holds NaN or infinity in what lies in this process;
-    None when there is none."""
-    names = {part: name for name, part in model.named_parameters() if part.requires_grad}
-    held = [(name, part.detach()) for part, name in names.items()]
+    None when there is none. frozen: look at the others as well."""
+    names = {part: name for name, part in model.named_parameters() if frozen or part.requires_grad}
+    # Two numbers of four bits in a byte are kept in the guise of bf16, and are none.
+    held = [(name, part.detach()) for part, name in names.items() if getattr(part, "quant_state", None) is None]
     for part, kept in optimizer.state.items() if optimizer else ():
         held += [
             (f"{names.get(part, 'shared out')} · {key}", value)
@@ -163,6 +164,16 @@ def first_not_finite(model: Any, optimizer: Any = None) -> str | None:
 def is_broken(part: torch.Tensor) -> torch.Tensor:
     """() bool: whether something in it is NaN or infinite."""
     return ~torch.isfinite(part).all()
+
+
+def check_finite_base(model: Any) -> None:
+    """Raise NumbersError with the name of a tensor that holds NaN or infinity before anything was trained."""
+    if (name := first_not_finite(model, frozen=True)) is not None:
+        raise NumbersError(
+            say("this tensor of the base holds NaN or infinity", "底座的该张量含 NaN 或无穷"),
+            place=name,
+            remedy=say("fetch or make the base again: tongwen verify BASE", "请重新获取底座：tongwen verify BASE"),
+        )
 
 
 class FirstSteps(TrainerCallback):

@@ -151,7 +151,8 @@ def check_space(folder: Path, model: Any) -> None:
 
 
 def check_adapter_saved(folder: Path) -> None:
-    """Raise ArtifactError when an adapter file holds no tensors (443 bytes in 2023), or there is none."""
+    """Raise ArtifactError when an adapter file holds no tensors (443 bytes in 2023), only empty ones (ZeRO-3's shards that
+    were not gathered), or is not there."""
     file = folder / "adapter_model.safetensors"
     if not (folder / "adapter_config.json").is_file():
         return
@@ -160,6 +161,6 @@ def check_adapter_saved(folder: Path) -> None:
     if not file.is_file():
         raise ArtifactError(say("the adapter was saved without weights", "保存的适配器没有权重"), place=str(folder))
     with safe_open(str(file), "pt") as tensors:
-        names = list(tensors.keys())
-    if not names:
+        filled = any(0 not in tensors.get_slice(name).get_shape() for name in tensors.keys())  # noqa: SIM118
+    if not filled:
         raise ArtifactError(say("the saved adapter is empty", "保存的适配器为空"), place=str(file))

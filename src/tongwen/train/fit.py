@@ -34,6 +34,7 @@ from tongwen.train.guard import Guard
 from tongwen.train.halt import Halt
 from tongwen.train.memory import keep_freed_memory
 from tongwen.train.noise import Noise
+from tongwen.train.track import Track
 from tongwen.train.watch import Watch
 
 OPTIMIZERS = {
@@ -65,10 +66,12 @@ class Job:
     """Everything that a run needs.
 
     loss:       gives (sum of nats, nats per learned token) of a micro-batch
+    evaluate:   scores what was held out; it is told the step of the stage
     embeddings: tensors that learn at the stretch's embedding rate
     guarded:    those of them whose gradient is zero on most rows; nothing but the gradient may move them
     told:       what a checkpoint's manifest says of the run
     deadline:   when the process must be gone, in seconds since 1970
+    track:      which other programs are told, and as which run
     """
 
     model: Any
@@ -82,7 +85,7 @@ class Job:
     checkpoints: Path
     resume: Path | None
     loss: Loss
-    evaluate: Callable[[], dict[str, Any]] | None
+    evaluate: Callable[[int], dict[str, Any]] | None
     watch: Watch
     engine: Engine
     checkpointing: bool = False
@@ -91,6 +94,7 @@ class Job:
     budget: Budget | None = None
     told: Mapping[str, Any] = field(default_factory=dict)
     deadline: float | None = None
+    track: Track | None = None
 
 
 def fit(job: Job) -> int:
@@ -98,7 +102,7 @@ def fit(job: Job) -> int:
     a failed audit, Interrupted when it was asked to stop and has saved."""
     if not torch.accelerator.is_available():
         keep_freed_memory()
-    with Halt(job.deadline) as halt:
+    with Halt(job.deadline) as halt, job.track.told() if job.track else nullcontext():
         return _fit(job, halt)
 
 
@@ -110,6 +114,9 @@ def _fit(job: Job, halt: Halt) -> int:
     if not job.engine.is_deepspeed:  # which keeps gradients to itself
         trainer.add_callback(FirstSteps())
     start, patience = step_of(job.resume) if job.resume else 0, job.stretch.words.patience
+    if job.track and trainer.is_world_process_zero():
+        for callback in job.track.callbacks(start):
+            trainer.add_callback(callback)
     job.watch.begin(start)
     if start >= len(job.plan) or job.watch.waited(patience):
         trainer._load_from_checkpoint(str(job.resume))
@@ -165,6 +172,7 @@ def training_arguments(job: Job) -> TrainingArguments:
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "bf16": job.dtype == torch.bfloat16,
+        "fp16": job.dtype == torch.float16,
         "logging_steps": section.log_every,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
@@ -178,7 +186,7 @@ def training_arguments(job: Job) -> TrainingArguments:
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "log_level": "error",
         "use_cpu": not torch.accelerator.is_available(),  # said aloud: without it a CPU run under torchrun stays alone
-        "report_to": "none",
+        **(job.track.arguments if job.track else {"report_to": "none"}),
     }
     if section.schedule == "wsd":
         ours["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps_of(section.decay, total))}
@@ -249,11 +257,15 @@ class PlannedTrainer(Trainer):
             mean = mean + self.job.budget.penalty() / self.job.plan.accumulate
         return mean
 
+    def log(self, logs: dict[str, float], *rest: Any) -> None:
+        """What was scored on the way is told with the loss of its step."""
+        super().log({**logs, **{f"eval_{name}": score for name, score in self.job.watch.scores.items()}}, *rest)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The last moment before the step is taken."""
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.guard.look(self.state.global_step, norm, model, scaled=self.accelerator.scaler is not None)
+        self.guard.look(self.state.global_step, norm, model, scaled=self.accelerator.mixed_precision == "fp16")
         return norm
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -316,10 +328,11 @@ class PlannedTrainer(Trainer):
             return
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         scheduler.base_lrs = bases
-        for group, own, base, shape in zip(
-            self.optimizer.param_groups, words, bases, scheduler.lr_lambdas, strict=True
-        ):
-            group.update({**own, "lr": base * shape(scheduler.last_epoch)})
+        scheduler._last_lr = [
+            base * shape(scheduler.last_epoch) for base, shape in zip(bases, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, own, rate in zip(self.optimizer.param_groups, words, scheduler._last_lr, strict=True):
+            group.update({**own, "lr": rate})
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
@@ -388,7 +401,7 @@ class Evaluations(TrainerCallback):
         if not (every and self.job.evaluate and state.global_step % every == 0):
             return
         with torch.random.fork_rng():
-            scores = self.job.evaluate()
+            scores = self.job.evaluate(watch.before_steps + state.global_step)
         watch.on_scores(state.global_step, scores)
         control.should_log = True
         if words.patience and watch.best:

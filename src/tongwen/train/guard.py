@@ -74,9 +74,11 @@ class Guard(TrainerCallback):
         row = torch.stack([*step.nats, *flags])
         ranks = self.gather(row[None]).tolist()  # (W, accumulate + 2)
         self.leaving = any(rank[-1] for rank in ranks)
-        losses = [rank[:-2] for rank in ranks]
-        if not scaled:
-            self._check_finite(index, losses, [rank[-2] for rank in ranks], model)
+        losses, norms = [rank[:-2] for rank in ranks], [rank[-2] for rank in ranks]
+        if scaled:
+            self._count_skip(index, not all(map(math.isfinite, norms)))
+        else:
+            self._check_finite(index, losses, norms, model)
         self._check_sane(index, sum(map(sum, losses)) / max(float(step.learned), 1.0))
 
     def _check_finite(self, index: int, losses: list[list[float]], norms: list[float], model: Any) -> None:
@@ -121,8 +123,8 @@ class Guard(TrainerCallback):
                 say("learning_rate lower", "降低 learning_rate"),
             )
 
-    def count_skip(self, index: int, skipped: bool) -> None:
-        """After a step under a gradient scaler. Raises NumbersError when it does nothing but skip."""
+    def _count_skip(self, index: int, skipped: bool) -> None:
+        """By the norm: to a fused optimizer the scaler hands its verdict, and accelerate takes that for a step."""
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row > SKIPS:
@@ -134,9 +136,6 @@ class Guard(TrainerCallback):
                 ),
                 say("precision: bf16 (or fp32, where there is none)", "precision: bf16（不支持时用 fp32）"),
             )
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        self.count_skip(state.global_step, optimizer.step_was_skipped)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.leaving:

@@ -1,7 +1,6 @@
 """When a run is asked to stop: by a signal, or because its time is nearly over. It then saves at the end of the step.
 
-Slurm and torchrun send SIGTERM; `sbatch --signal=USR1@300` is the usual way to ask earlier, and both mean the same here. A
-second SIGTERM ends the process at once; the last checkpoint stays whole.
+A second signal ends the process at once; the last checkpoint stays whole.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from types import FrameType
 from typing import Any
 
 from tongwen.language import say
+from tongwen.launch import stop_signals
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 SAVING_SECONDS = 30.0  # assumed until the first save has been seen
 
 
@@ -33,7 +32,7 @@ class Halt:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Halt:
-        self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._hear) for number in stop_signals()}
         return self
 
     def __exit__(self, *error: object) -> None:

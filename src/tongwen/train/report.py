@@ -223,9 +223,11 @@ def _mask(mask: dict[str, Any]) -> str:
     return f"<div class=scroll><table>{head}{rows}</table></div><div class=scroll><table>{title}{bars}</table></div>"
 
 
-def _sample(sample: dict[str, str]) -> str:
+def _sample(sample: dict[str, Any]) -> str:
+    way = sample["on_the_way"].items()
     rows = (
         (say("before", "训练前"), sample["before"]),
+        *((say(f"step {step}", f"第 {step} 步"), answer) for step, answer in way),
         (say("after", "训练后"), sample["after"]),
         (say("data", "数据"), sample["wanted"]),
     )

@@ -10,17 +10,19 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import os
+import secrets
 import signal
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tongwen.errors import MachineError
+from tongwen.errors import MachineError, RecipeError
 from tongwen.language import say
 
 Scope = MutableMapping[str, Any]
@@ -28,6 +30,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+TOKEN = "TONGWEN_API_KEY"  # noqa: S105 (the name of the variable)
+SHORTEST = 16  # characters of a token that somebody chose
 REQUEST_SECONDS = 20  # a request must have come in whole
 DRAIN_SECONDS = 30  # for the answers that are being given when the server is told to end
 
@@ -45,12 +49,30 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def choose_token(loopback: bool) -> tuple[str, bool]:
+    """The token, and whether it was made here. Raises RecipeError where one must be chosen: who opens a model to other
+    machines does it knowingly."""
+    token = os.environ.get(TOKEN, "")
+    if not token and loopback:
+        return secrets.token_urlsafe(24), True
+    if len(token) < SHORTEST:
+        raise RecipeError(
+            say(
+                f"a token of at least {SHORTEST} characters is needed, this one has {len(token)}",
+                f"需要至少 {SHORTEST} 个字符的令牌，当前为 {len(token)} 个",
+            ),
+            place=f"${TOKEN}",
+            remedy=f"export {TOKEN}=$(openssl rand -hex 24)",
+        )
+    return token, False
+
+
 class Gate:
     """Lets a request through to `app` when its host, its origin and its bearer token are right."""
 
     def __init__(self, app: App, token: str, *, loopback: bool) -> None:
         self.app, self.loopback = app, loopback
-        self.token = _digest(token)
+        self.token = digest(token)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = self._refused(Headers(scope=scope)) if scope["type"] == "http" else None
@@ -63,7 +85,7 @@ class Gate:
         if origin is not None and origin != f"http://{host}":
             return refusal(403, "origin_refused", say("not for pages of other sites", "不接受其他网站页面的请求"))
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        if not hmac.compare_digest(_digest(token), self.token) or scheme.lower() != "bearer":
+        if not hmac.compare_digest(digest(token), self.token) or scheme.lower() != "bearer":
             return refusal(
                 401,
                 "invalid_api_key",
@@ -73,7 +95,7 @@ class Gate:
         return None
 
 
-def _digest(token: str) -> bytes:
+def digest(token: str) -> bytes:
     """Tokens are compared by digests of one length, so that the time tells nothing."""
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
@@ -117,13 +139,13 @@ def open_port(host: str, port: int) -> socket.socket:
     return listening
 
 
-def serve(app: App, listening: socket.socket) -> None:
+def serve(app: App, listening: socket.socket, *, lifespan: Literal["on", "off"] = "off") -> None:
     """Serve until SIGTERM or Ctrl-C: then nobody new is let in, and what is being answered may end."""
     config = uvicorn.Config(
         app,
         http=Patient,
         ws="none",
-        lifespan="off",
+        lifespan=lifespan,
         log_config=None,
         access_log=False,
         server_header=False,

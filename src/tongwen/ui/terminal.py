@@ -21,6 +21,7 @@ from tongwen import artifact, console
 from tongwen.errors import RecipeError, TongwenError
 from tongwen.language import say
 from tongwen.ui.parting import Part, part_thinking
+from tongwen.ui.turns import last_turns
 
 Messages = list[dict[str, Any]]
 # All control characters but newline and tab, overrides of the writing direction, and halves of a surrogate pair.
@@ -106,12 +107,8 @@ class Talk:
         """Drop the oldest whole turns until the conversation fits; the system message stays. A question that could not be
         answered even alone costs no turn."""
         room = self.context - self.settings["max_new_tokens"]
-        messages = list(self.messages)
-        first = 1 if messages[0]["role"] == "system" else 0
-        dropped = 0
-        while len(messages) - first > 2 and self.count(messages) > room:
-            del messages[first : first + 2]
-            dropped += 1
+        messages = last_turns(self.messages, self.count, room)
+        dropped = (len(self.messages) - len(messages)) // 2
         if dropped and self.count(messages) < self.context:
             self.messages = messages
             console.notice(

@@ -6,3 +6,4 @@ python test_toenizer.py
 python test_model.py
 python test_sft_model.py
 python merge_llama_with_chinese_lora_to_hf.py --base_model BASE --lora_model LORA --output_type huggingface --output_dir OUT
+python scripts/crawl_prompt.py out.txt

@@ -12,10 +12,12 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Talk:
-    """models: what can be opened; chosen: what stands there at first, one or two side by side; reply: an answer in pieces."""
+    """models: what can be opened; chosen: what stands there at first, one or two side by side. fit(model, messages, options):
+    the messages that the model sees; reply: its answer to them in pieces."""
 
     models: Callable[[], list[str]]
     chosen: Sequence[str]
+    fit: Callable[[str, Messages, dict[str, Any]], Messages]
     reply: Callable[[str, Messages, dict[str, Any]], Iterator[str]]
     system: str = ""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import gradio as gr
 from tongwen.language import say
 from tongwen.ui.web.bench import Messages, Talk
 from tongwen.ui.web.canvas import QUIET, Hear
-from tongwen.ui.web.conversation import Answer, Explain, drawn, stream, text_of, told
+from tongwen.ui.web.conversation import Answer, Explain, drawn, stream, text_of
 from tongwen.ui.web.shelf import Shelf
 
 AT_ONCE = 2  # questions that are answered at the same time
@@ -75,6 +75,8 @@ def add(page: gr.Blocks, talk: Talk, hear: Hear, explain: Explain) -> None:
     ended = [event.then(_at_rest, None, box, **QUIET) for event in asked]
     stopped = box.stop(_at_rest, None, box, cancels=asked, **QUIET)
     shelf.tie(page, hear, [*ended, stopped], boards, system)
+    models = [left.model, right.model]
+    page.load(hear(lambda: [gr.update(choices=talk.models())] * 2), None, models, **QUIET)
     beside.change(lambda on: gr.update(visible=on), beside, second, **QUIET)
 
 
@@ -102,15 +104,12 @@ class _Speech:
     def _answer(self, left: Messages, right: Messages, chosen: Sequence[Any]) -> Iterator[Shown]:
         beside, first, second, system, *values = chosen
         asked = [(first, left), (second, right)] if beside else [(first, left)]
-        answers = [Answer(self._pieces(name, so_far, system, values), so_far, self.explain) for name, so_far in asked]
+        options = _options(values)
+        answers = [Answer(self.talk, before, self.explain, name, system, options) for name, before in asked]
         yield left, right, "", ""
         for _ in stream(answers):
             now = [(one.messages, one.pace) for one in answers] + ([] if beside else [(right, "")])
             yield now[0][0], now[1][0], now[0][1], now[1][1]
-
-    def _pieces(self, name: str, messages: Messages, system: str, values: Sequence[Any]) -> Generator[str, None, None]:
-        """The answer, with all that may go wrong before its first piece inside of it."""
-        yield from self.talk.reply(name, told(messages, system), _options(values))
 
 
 def _side(talk: Talk, place: int) -> Side:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tongwen.errors import RecipeError
 from tongwen.language import say
-from tongwen.ui.web.bench import Messages
+from tongwen.ui.web.bench import Messages, Talk
 
 Explain = Callable[[Exception], str]
 # What Markdown and LaTeX show as it is; a fence that is not closed yet reaches to the end.
@@ -79,10 +79,20 @@ def note(text: str) -> dict[str, Any]:
 class Answer:
     """One model's answer to what stands on its side, as it grows."""
 
-    def __init__(self, pieces: Generator[str, None, None], before: Messages, explain: Explain) -> None:
-        self.pieces, self.before, self.explain = pieces, before, explain
+    def __init__(self, talk: Talk, before: Messages, explain: Explain, *asked: Any) -> None:
+        """asked: model, system message, options."""
+        self.talk, self.before, self.explain = talk, before, explain
+        self.pieces = self._speak(*asked)
+        self.forgotten = 0  # turns that the model does not see
         self.text, self.problem, self.ended = "", "", False
         self.began, self.first = time.monotonic(), 0.0
+
+    def _speak(self, name: str, system: str, options: dict[str, Any]) -> Generator[str, None, None]:
+        """The answer, with all that may go wrong before its first piece inside of it."""
+        messages = told(self.before, system)
+        seen = self.talk.fit(name, messages, options)
+        self.forgotten = (len(messages) - len(seen)) // 2
+        yield from self.talk.reply(name, seen, options)
 
     def take(self) -> None:
         """The next piece; what goes wrong becomes a note, and the server lives on."""
@@ -106,9 +116,14 @@ class Answer:
         if not (self.ended and self.text):
             return ""
         seconds = max(time.monotonic() - self.began, 1e-9)
-        return say(
+        pace = say(
             f"first words after {self.first:.1f} s · {len(self.text) / seconds:.0f} characters/s",
             f"首字 {self.first:.1f} 秒 · {len(self.text) / seconds:.0f} 字/秒",
+        )
+        if not self.forgotten:
+            return pace
+        return pace + say(
+            f" · the {self.forgotten} oldest turns no longer fit", f" · 最早的 {self.forgotten} 轮已超出长度"
         )
 
 

@@ -64,10 +64,10 @@ def make_page(bench: Bench, language: str) -> Any:
             chat.add(page, bench.talk, hear, explain)
         if bench.look:
             with gr.Tab(say("Data", "数据")):
-                data.add(bench.look, hear)
+                data.add(page, bench.look, hear)
         if bench.words:
             with gr.Tab(say("Vocabulary", "词表")):
-                vocabulary.add(bench.words, hear)
+                vocabulary.add(page, bench.words, hear)
         if bench.runs:
             with gr.Tab(say("Runs", "训练")):
                 runs.add(page, bench.runs, hear)

@@ -1,25 +1,24 @@
-"""The page on a port of this machine: two languages behind one gate, for as long as the command runs."""
+"""The page on a port of this machine: two languages behind one door, for as long as the command runs."""
 
 from __future__ import annotations
 
 import os
-import secrets
 import tempfile
-from contextlib import ExitStack
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 
 import gradio as gr
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from tongwen import console
-from tongwen.errors import MachineError, RecipeError, TongwenError
+from tongwen.errors import TongwenError
 from tongwen.language import language, say
+from tongwen.ui import gate
+from tongwen.ui.gate import TOKEN, choose_token, is_loopback, open_port
 from tongwen.ui.web.bench import Bench
-from tongwen.ui.web.gate import Gate, Limits
+from tongwen.ui.web.door import Door, Limits
 from tongwen.ui.web.page import look, make_page
 
 LANGUAGES = ("en", "zh")
@@ -32,32 +31,25 @@ ICON = (
 REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
 
 
-def serve(bench: Bench, host: str, port: int, token: str) -> int:
-    """Serve until interrupted. token: "" makes one. Raises RecipeError for an address that others reach without a token of
-    the user's own choice, MachineError when the port is taken."""
-    if host not in ("127.0.0.1", "localhost", "::1") and not token:
-        raise RecipeError(
-            say(f"{host} can be reached from other machines", f"{host} 可以被其他机器访问"),
-            place="--host",
-            remedy=say("choose a token: --token …", "请指定令牌：--token …"),
-        )
-    token = token or secrets.token_urlsafe(18)
-    with ExitStack() as stack:
-        os.environ["GRADIO_TEMP_DIR"] = stack.enter_context(tempfile.TemporaryDirectory(prefix="tongwen-web-"))
-        app = make_app(bench, host, port, token)
-        console.good(f"http://{host}:{port}/?token={token}")
+def serve(bench: Bench, host: str, port: int) -> int:
+    """Serve until interrupted. Raises RecipeError for an address that others reach without a token that the user chose,
+    MachineError when the port cannot be had."""
+    loopback = is_loopback(host)
+    token, made = choose_token(loopback)
+    with open_port(host, port) as listening, tempfile.TemporaryDirectory(prefix="tongwen-web-") as dropped:
+        os.environ["GRADIO_TEMP_DIR"] = dropped
+        port = listening.getsockname()[1]
+        app = make_app(bench, token, port=port, loopback=loopback)
+        url = f"http://{host}:{port}/" + (f"?token={token}" if made else "")
+        console.good(url if made else say(f"{url}?token=…: the token is ${TOKEN}", f"{url}?token=…：令牌为 ${TOKEN}"))
         console.tell(say("Ctrl-C ends it; runs that were started go on", "Ctrl-C 结束；已启动的训练会继续"))
-        try:
-            uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
-        except SystemExit:
-            raise MachineError(
-                say(f"port {port} of {host} cannot be used", f"{host} 的端口 {port} 无法使用"), remedy="--port 7861"
-            ) from None
+        console.emit({"url": url})
+        gate.serve(app, listening, lifespan="on")
     return 0
 
 
-def make_app(bench: Bench, host: str, port: int, token: str, limits: Limits | None = None) -> Any:
-    """The whole application: pages, reports, gate."""
+def make_app(bench: Bench, token: str, *, port: int, loopback: bool = True, limits: Limits | None = None) -> Any:
+    """The whole application: pages, reports, door."""
     limits = limits or Limits()
     inside = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -98,5 +90,4 @@ def make_app(bench: Bench, host: str, port: int, token: str, limits: Limits | No
             mcp_server=False,
             **look(),
         )
-    hosts = frozenset(f"{one}:{port}" for one in {host, "127.0.0.1", "localhost"})
-    return Gate(inside, token=token, hosts=hosts, limits=limits)
+    return Door(inside, token, port=port, loopback=loopback, limits=limits)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import html
+from typing import Any
 
 import gradio as gr
 
 from tongwen.language import say
 from tongwen.ui.web.bench import Words
-from tongwen.ui.web.canvas import Hear, block, canvas
+from tongwen.ui.web.canvas import QUIET, Hear, block, canvas
 
 EXAMPLE = "人工智能正在改变我们学习语言的方式。月亮自己不会发光，它反射太阳的光。"
 
 
-def add(words: Words, hear: Hear) -> None:
+def add(page: gr.Blocks, words: Words, hear: Hear) -> None:
     """Lay out the tab and tie its events."""
     names = words.models()
     with gr.Column():
@@ -26,12 +27,16 @@ def add(words: Words, hear: Hear) -> None:
         report = canvas()
 
     def show(*given: str) -> tuple[str, str]:
-        pieces, page = words.compare(*given)
-        return block(pieces), block(sheet(page))
+        pieces, whole = words.compare(*given)
+        return block(pieces), block(sheet(whole))
+
+    def listed() -> list[Any]:
+        return [gr.update(choices=words.models()), gr.update(choices=[("—", ""), *words.models()])]
 
     cut.click(hear(show), [base, other, text], [tokens, report])
+    page.load(hear(listed), None, [base, other], **QUIET)
 
 
-def sheet(page: str) -> str:
+def sheet(whole: str) -> str:
     """A whole page inside of this one, in which nothing may run."""
-    return f'<iframe class=sheet sandbox srcdoc="{html.escape(page)}"></iframe>'
+    return f'<iframe class=sheet sandbox srcdoc="{html.escape(whole)}"></iframe>'

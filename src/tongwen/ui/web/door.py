@@ -20,6 +20,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tongwen.language import say
+from tongwen.ui.gate import digest, is_loopback
 
 # What the page asks for. Gradio has many more routes (it proxies, serves files, keeps histories): those are not there.
 OPEN_ROUTES = re.compile(
@@ -49,13 +50,13 @@ class Limits:
     upload: int = 200 << 20
 
 
-class Gate:
-    """Wraps the application. hosts: what a Host header may say, with the port."""
+class Door:
+    """Stands before the application. loopback: whether only names of this machine itself are served."""
 
-    def __init__(self, app: ASGIApp, *, token: str, hosts: frozenset[str], limits: Limits) -> None:
-        self.app, self.hosts, self.limits = app, hosts, limits
-        self.digest = _digest(token)
-        self.cookie = f"tongwen_{next(iter(hosts)).rpartition(':')[2]}"  # cookies are shared by all ports of a host
+    def __init__(self, app: ASGIApp, token: str, *, port: int, loopback: bool, limits: Limits) -> None:
+        self.app, self.loopback, self.limits = app, loopback, limits
+        self.token = digest(token)
+        self.cookie = f"tongwen_{port}"  # cookies are shared by all ports of a host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -65,11 +66,11 @@ class Gate:
             await (answer or self.app)(scope, receive, _Guarded(send))
 
     def _answer(self, scope: Scope, headers: Headers) -> Response | None:
-        """What the gate itself says; None lets the request pass."""
-        if headers.get("host") not in self.hosts:
+        """What is said at the door; None lets the request pass."""
+        host, origin, writes = headers.get("host", ""), headers.get("origin"), scope["method"] not in ("GET", "HEAD")
+        if self.loopback and not is_loopback(host.rpartition(":")[0] or host):
             return PlainTextResponse("this name is not served here\n", 403)
-        origin, writes = headers.get("origin"), scope["method"] not in ("GET", "HEAD")
-        if (origin is not None or writes) and origin not in {f"http://{host}" for host in self.hosts}:
+        if (origin is not None or writes) and origin != f"http://{host}":
             return PlainTextResponse("another page may not ask here\n", 403)
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         if scope["method"] == "GET" and given and self._is_right(given):
@@ -88,7 +89,7 @@ class Gate:
         return next((value for name, _, value in cookies if name == self.cookie), "")
 
     def _is_right(self, token: str) -> bool:
-        return hmac.compare_digest(_digest(token), self.digest)
+        return hmac.compare_digest(digest(token), self.token)
 
     def _welcome(self, path: str, token: str) -> Response:
         """The token moves from the address, which is shown and kept, into a cookie."""
@@ -140,11 +141,6 @@ class _Guarded:
 def _hashes(page: bytes) -> str:
     scripts = INLINE_SCRIPT.findall(page)
     return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(one).digest()).decode()}'" for one in scripts)
-
-
-def _digest(token: str) -> bytes:
-    """Of one length, so that comparing them tells nothing."""
-    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
 
 
 def _ask_for_token() -> Response:

@@ -1,0 +1,85 @@
+"""Answers from an OpenAI-compatible endpoint (vLLM, SGLang, Ollama, llama-server, …), by the official client.
+
+The key is read from OPENAI_API_KEY and goes nowhere else; a local server needs none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+from tongwen.errors import MachineError, MissingPackage, ModelError
+from tongwen.infer.decode import Sampling
+from tongwen.language import say
+
+AT_ONCE = 8  # requests
+
+
+class Endpoint:
+    """A model behind an address. completion: texts are continued, and no template is applied there."""
+
+    def __init__(self, url: str, model: str, *, completion: bool = False) -> None:
+        try:
+            import openai
+        except ImportError:
+            raise MissingPackage("openai", say("answers from an endpoint", "从接口取得回答"), "endpoint") from None
+        self.url, self.model, self.completion, self._openai = url, model, completion, openai
+        self._client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=4)
+
+    def answer_each(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], sampling: Sampling, take: Callable[[int, str], None]
+    ) -> None:
+        """Hand each answer to `take` with its place. Raises MachineError when the endpoint cannot be reached, ModelError
+        when it refuses."""
+        if sampling.beams > 1:
+            raise ModelError(
+                say("an endpoint has no beam search", "接口不支持束搜索"), place=self.url, remedy="--beams 1"
+            )
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            waiting = {
+                pool.submit(self._ask, messages, sampling): place for place, messages in enumerate(conversations)
+            }
+            try:
+                for done in as_completed(waiting):
+                    take(waiting[done], done.result())
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _ask(self, messages: Sequence[Mapping[str, Any]], sampling: Sampling) -> str:
+        options: dict[str, Any] = {"model": self.model, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        extra: dict[str, float] = {}  # not OpenAI's own words, but vLLM's and SGLang's
+        if sampling.top_k:
+            extra["top_k"] = sampling.top_k
+        if sampling.repetition_penalty != 1.0:
+            extra["repetition_penalty"] = sampling.repetition_penalty
+        options |= {"max_tokens": sampling.max_new_tokens, "seed": sampling.seed, "extra_body": extra or None}
+        try:
+            if self.completion:
+                text = "".join(str(turn["content"]) for turn in messages)
+                return str(self._client.completions.create(prompt=text, **options).choices[0].text)
+            turns: Any = [dict(turn) for turn in messages]
+            answer = self._client.chat.completions.create(messages=turns, **options)
+            return answer.choices[0].message.content or ""
+        except self._openai.APIConnectionError as error:
+            raise MachineError(
+                say(f"no answer from there: {error.__cause__ or error}", f"没有回应：{error.__cause__ or error}"),
+                place=self.url,
+            ) from None
+        except self._openai.AuthenticationError:
+            raise MachineError(
+                say("it does not accept the key", "密钥未被接受"), place=self.url, remedy="export OPENAI_API_KEY=…"
+            ) from None
+        except self._openai.APIStatusError as error:
+            raise ModelError(
+                say(
+                    f"it refuses ({error.status_code}): {error.message}",
+                    f"它拒绝（{error.status_code}）：{error.message}",
+                ),
+                place=self.url,
+                remedy=say(
+                    "--model is the name that the endpoint knows: GET /v1/models",
+                    "--model 应为接口所知的名字：GET /v1/models",
+                ),
+            ) from None

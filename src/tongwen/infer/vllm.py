@@ -1,0 +1,50 @@
+"""Many prompts at once by vLLM, in this process, where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tongwen.errors import MissingPackage, ModelError
+from tongwen.infer.decode import ROWS, Sampling, Take, Voice
+from tongwen.language import say
+
+HANDED = 1024  # prompts that vLLM gets together: it deals them itself, and what is done is kept after each lot
+
+
+@dataclass(frozen=True)
+class Vllm(Voice):
+    """A voice whose model is vLLM's `LLM`."""
+
+    def answer_all(self, prompts: Sequence[list[int]], sampling: Sampling, take: Take, rows: int = ROWS) -> None:
+        """The same; how many prompts are answered side by side is vLLM's own matter, whatever `rows` says."""
+        from vllm import SamplingParams
+
+        if sampling.beams > 1:
+            raise ModelError(say("no beam search by this engine", "该引擎不支持束搜索"), remedy="--engine batched")
+        for prompt in prompts:
+            self._check_fits(prompt, sampling)
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            repetition_penalty=sampling.repetition_penalty,
+            max_tokens=sampling.max_new_tokens,
+            seed=sampling.seed,
+            stop_token_ids=list(self.stop_ids),
+            detokenize=False,
+        )
+        for begin in range(0, len(prompts), HANDED):
+            asked = [{"prompt_token_ids": prompt} for prompt in prompts[begin : begin + HANDED]]
+            for place, answer in enumerate(self.model.generate(asked, params, use_tqdm=False), begin):
+                take(place, self._until_stop(list(answer.outputs[0].token_ids)))
+
+
+def open_model(folder: str, tokenizer: Any, stop_ids: tuple[int, ...], context: int) -> Vllm:
+    """vLLM with a model folder. Raises MissingPackage."""
+    try:
+        from vllm import LLM
+    except ImportError:
+        raise MissingPackage("vllm", "vLLM", "vllm") from None
+    return Vllm(LLM(model=folder), tokenizer, stop_ids, context)

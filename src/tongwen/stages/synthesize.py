@@ -1,0 +1,161 @@
+"""synthesize: an endpoint and something to start from in; dialogues with their provenance out, and what was not taken.
+
+Every reply is in the journal before it is used, so a run that is killed goes on where it was and pays for nothing twice
+but what was on its way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tongwen import artifact, console
+from tongwen.data import synthesize as make
+from tongwen.data.files import find_files
+from tongwen.data.formats import read_document
+from tongwen.data.journal import Journal
+from tongwen.data.replies import Item
+from tongwen.data.sources import read_rows
+from tongwen.errors import DataError, MissingPackage, RowRefused
+from tongwen.language import say
+from tongwen.recipe.schema import Recipe, Source, Synthesize
+from tongwen.record import Origin
+
+# These decide how it is asked, not for what.
+_HOW = {"key", "concurrency", "requests_per_minute", "seconds", "attempts", "pause", "at_most", "price", "use_proxy"}
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """What decides this stage's result."""
+    assert recipe.synthesize
+    return {"synthesize": recipe.synthesize.model_dump(mode="json", exclude=_HOW), "seed": recipe.seed}
+
+
+def run(recipe: Recipe, out: Path) -> artifact.Artifact:
+    """Ask, take what is good, write it down."""
+    section = recipe.synthesize
+    assert section
+    try:
+        from tongwen.hub import paid
+    except ImportError:
+        raise MissingPackage("openai", "synthesize", "synthesize") from None
+    console.header("synthesize", f"{section.model} · {section.endpoint}")
+    made = make.Made(section)
+    requests = _requests(section, recipe.seed, made)
+    spending = paid.Spending(section)
+    with (
+        artifact.create(out, "synthesize", {}, settings(recipe), resumable=True) as draft,
+        Journal(draft.path / "journal.jsonl") as journal,
+    ):
+        if journal.replies:
+            console.notice(say(f"{len(journal.replies)} replies are there", f"已有 {len(journal.replies)} 个回答"))
+        for reply in journal.replies.values():
+            spending.requests += 1
+            spending.count(reply.tokens)
+
+        async def ask() -> None:
+            endpoint = paid.Endpoint(section, spending, console.notice)
+
+            async def complete(request: make.Request) -> tuple[str, str, tuple[int, int]]:
+                return await endpoint.complete(request.prompt, request.schema)
+
+            async with endpoint.client:
+                await make.make(
+                    requests, made, journal, complete, paid.Unanswered, lambda rows: bar.update(rows, spending.said())
+                )
+
+        with console.progress(section.rows, "synthesize") as bar:
+            asyncio.run(ask())
+        _check_made(made)
+        _write(draft.path / "dialogues.jsonl", made.rows)
+        _write(draft.path / "rejected.jsonl", made.rejected)
+        draft.facts = {
+            "rows": len(made.rows),
+            "rejected": dict(made.reasons),
+            "spent": {
+                "requests": spending.requests,
+                "prompt_tokens": spending.tokens[0],
+                "answer_tokens": spending.tokens[1],
+                **({"money": spending.money(spending.tokens)} if section.price else {}),
+            },
+        }
+    assert draft.artifact
+    lost = ", ".join(f"{reason} {count}" for reason, count in made.reasons.most_common())
+    console.good(say(f"{len(made.rows)} dialogues · {spending.said()}", f"{len(made.rows)} 个对话 · {spending.said()}"))
+    if lost:
+        console.tell(say(f"not taken: {lost}", f"未采用：{lost}"))
+    return draft.artifact
+
+
+def _requests(section: Synthesize, seed: int, made: make.Made) -> Iterable[make.Request]:
+    if section.method == "topics":
+        return make.by_topics(section.topics, seed)
+    if section.method == "documents":
+        return make.about_documents(_documents(section.documents))
+    seeds = _seeds(section.seeds)
+    for task in seeds:
+        made.index.add(task.question)  # what comes back as it was given is nothing new
+    return make.self_instruct(seeds, seed)
+
+
+def _seeds(file: str | None) -> list[Item]:
+    if file is None:
+        return make.shipped_seeds()
+    seeds = []
+    for found in find_files(file):
+        for row in read_rows(found, Source(path=file), console.notice):
+            if row.problem:
+                raise DataError(row.problem, place=f"{row.file}:{row.row}")
+            seeds.append(make.read_seed(row.value, f"{row.file}:{row.row}"))
+    if len(seeds) < make.EXAMPLES:
+        raise DataError(
+            say(
+                f"{len(seeds)} seed tasks; {make.EXAMPLES} are shown in each prompt",
+                f"只有 {len(seeds)} 个种子任务，每次需要 {make.EXAMPLES} 个",
+            ),
+            place=file,
+        )
+    return seeds
+
+
+def _documents(sources: list[Source]) -> Iterator[tuple[str, str]]:
+    for source in sources:
+        for file in find_files(source.path):
+            for row in read_rows(file, source, console.notice):
+                origin = Origin(row.file, row.row)
+                try:
+                    if row.problem:
+                        raise RowRefused("unreadable", row.problem)
+                    value = row.value if isinstance(row.value, dict) else {"text": row.value}
+                    yield read_document(value, source, origin).text, str(origin)
+                except RowRefused as error:
+                    console.notice(f"{origin}: {error.rule}")
+
+
+def _check_made(made: make.Made) -> None:
+    """Nothing at all is an error; less than was wanted is said."""
+    wanted = made.section.rows
+    if not made.rows:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in made.reasons.most_common())
+        raise DataError(
+            say(f"no reply held a row that can be taken: {reasons}", f"没有任何可用的回答：{reasons}"),
+            place="synthesize",
+            remedy=say("another model, or another method", "换一个模型或方法"),
+        )
+    if len(made.rows) < wanted:
+        why = (
+            say(f"{made.stale} replies in a row brought nothing new", f"连续 {made.stale} 个回答没有新内容")
+            if made.enough
+            else say("there is nothing more to ask about", "没有更多可问的内容")
+        )
+        console.notice(
+            say(f"{len(made.rows)} of {wanted} rows: {why}", f"{wanted} 行中得到 {len(made.rows)} 行：{why}")
+        )
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file.write_bytes(text.encode("utf-8", "backslashreplace"))

@@ -1,0 +1,59 @@
+"""Runs side by side: only what differs among their settings, what came out, and a curve for each."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import write_recipe
+from tests.test_run import in_a_child
+from tongwen import page
+
+
+@pytest.fixture(scope="module")
+def runs(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for name, rank in (("wide", 8), ("<narrow>", 2)):
+        recipe = write_recipe(folder / name, chat_model, sft=", stop_after: 3 steps, evaluate_every: 1", merge=False)
+        assert in_a_child("run", recipe, f"sft.adapter.rank={rank}") == 0
+    return folder
+
+
+def test_what_differs_is_named_and_drawn(runs: Path, tongwen: Any, tmp_path: Path) -> None:
+    html = tmp_path / "compare.html"
+    folders = [runs / name / "out" for name in ("wide", "<narrow>")]
+    code, out, err = tongwen("show", *folders, "--html", html, "--json")
+    found = json.loads(out)["sft"]
+    assert code == 0 and [one["settings"]["sft.adapter.rank"] for one in found.values()] == [8, 2]
+    assert "sft.adapter.rank" in err and "sft.max_length" not in err, "only what differs"
+    text = html.read_text(encoding="utf-8")
+    for curve in re.findall(r"<svg.*?</svg>", text):
+        assert curve.count("<polyline") == 4  # each run's line and its mean
+    assert text.count("<svg") == 2 and "http" not in text
+    assert "&lt;narrow&gt;" in text and "<narrow>" not in text
+    for one, (before, after) in zip(found.values(), held_out(folders), strict=True):
+        assert one["report"]["held_out"]["bits_per_byte"] == {"before": before, "after": after}
+        assert f"{before:.4f}" in err and f"{after:.4f}" in err and f"{after:.4f}" in text
+
+
+def held_out(folders: list[Path]) -> list[tuple[float, float]]:
+    reports = [json.loads((folder / "sft" / "report.json").read_text())["held_out"] for folder in folders]
+    return [(one["bits_per_byte"]["before"], one["bits_per_byte"]["after"]) for one in reports]
+
+
+def test_a_folder_without_training_is_refused(runs: Path, tongwen: Any) -> None:
+    code, _, err = tongwen("show", runs / "wide" / "out", runs / "wide" / "out" / "prepare")
+    assert code == 4 and "no training has finished here" in err and str(runs / "wide" / "out" / "prepare") in err
+
+
+def test_one_curve_is_drawn_as_it_always_was() -> None:
+    points = [(1.0, 2.0), (2.0, 1.0), (4.0, 1.5)]
+    alone = page.curve(points, "step", "loss")
+    assert alone == page.curves({"": points}, "step", "loss") and "names" not in alone
+    assert page.curve([], "step", "loss") == ""
+    both = page.curves({"a": points, "empty": [], "b": [(0.0, 9.0), (8.0, 0.0)]}, "step", "loss")
+    assert "empty" not in both and both.count("<i ") == 2

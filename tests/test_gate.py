@@ -1,0 +1,166 @@
+"""What an interrupted run must share with itself to go on, and what may change: through the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import dialogues, tensors, write_recipe, write_rows
+from tests.test_run import in_a_child, manifest
+from tongwen import cli
+from tongwen.gate import RUN
+from tongwen.train.fit import PlannedTrainer
+
+SFT = ", save_every: 2, stop_after: 8 steps"
+
+
+def die_at(step: int) -> Any:
+    """Arms a forked command: it is killed when it has taken so many steps."""
+
+    def arm() -> None:
+        original = PlannedTrainer.training_step
+
+        def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
+            if self.state.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, *arguments, **options)
+
+        PlannedTrainer.training_step = step_or_die  # type: ignore[method-assign]
+
+    return arm
+
+
+@pytest.fixture(scope="module")
+def runs(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs of one recipe: `whole`, and `broken`, which was killed after step 5 and has checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("whole", "broken"):
+        recipe = write_recipe(folder / name, chat_model, sft=SFT, merge=False)
+        recipe.write_text(recipe.read_text().replace("{rank: 4}", "{rank: 4, dropout: 0.1}"))
+    assert in_a_child("run", folder / "whole" / "recipe.yaml") == 0
+    assert os.WIFSIGNALED(in_a_child("run", folder / "broken" / "recipe.yaml", before=die_at(5)))
+    return folder
+
+
+@pytest.fixture()
+def broken(runs: Path, tmp_path: Path) -> Path:
+    """A copy of the interrupted run elsewhere, with its recipe: the folder is a new one already."""
+    shutil.copytree(runs / "broken" / "out", tmp_path / "out")
+    text = (runs / "broken" / "recipe.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(text.replace(f"out: {runs / 'broken'}", f"out: {tmp_path}"))
+    return tmp_path
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(runs: Path, folder: Path) -> None:
+    wanted, found = (tensors(one / "out" / "sft") for one in (runs / "whole", folder))
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_free_words_change_nothing(runs: Path, broken: Path, chat_model: Path, tongwen: Any) -> None:
+    """Also another place for the run and for its base."""
+    shutil.copytree(chat_model, broken / "base")
+    free = ("sft.log_every=3", "sft.save_every=3", "sft.keep_checkpoints=1", "sft.evaluate_every=3")
+    code, out, _ = tongwen("run", broken / "recipe.yaml", f"base={broken / 'base'}", *free)
+    assert code == 0 and "continuing after step 4 of 8" in out
+    assert_same(runs, broken)
+    made = manifest(broken / "out" / "sft")
+    began = json.loads((runs / "broken" / "out" / "sft.partial" / RUN).read_text())
+    assert (made["run"], made["forks"]) == (began["run"], [])
+    code, out, _ = tongwen("run", broken / "recipe.yaml", f"base={broken / 'base'}", "sft.log_every=1")
+    assert code == 0 and "sft: already done" in out
+
+
+def test_a_smaller_micro_batch_is_said_not_to_be_exact(runs: Path, broken: Path, tongwen: Any) -> None:
+    code, out, _ = tongwen("run", broken / "recipe.yaml", "sft.micro_batch_tokens=64", "sft.adapter.dropout=0.1")
+    assert code == 0 and "micro_batch_tokens: 1024 → " in out and "no longer equal to the bit" in out
+    assert losses(broken)[:4] == losses(runs / "whole")[:4]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("sft.learning_rate=1e-3", "0.01 → 0.001"),
+        ("sft.patience=2 sft.evaluate_every=2", "None → 2"),
+        ("sft.trainer.adam_beta2=0.9", "adam_beta2: None → 0.9"),
+        ("base=OTHER", "base (fingerprint)"),
+    ],
+)
+def test_what_decides_the_result_is_refused_with_both_values(
+    change: str, words: str, broken: Path, other_model: Path, tongwen: Any
+) -> None:
+    """bench/crash_storm.py has thirteen more."""
+    before = (broken / "out" / "sft.partial" / RUN).read_text()
+    code, _, err = tongwen("run", broken / "recipe.yaml", *change.replace("OTHER", str(other_model)).split())
+    assert code == 2 and words in err and "--again" in err
+    assert (broken / "out" / "sft.partial" / RUN).read_text() == before
+
+
+def test_other_data_are_refused_and_may_be_forked(broken: Path, tongwen: Any) -> None:
+    recipe = broken / "recipe.yaml"
+    data = write_rows(broken / "more.jsonl", dialogues(30))
+    said = (f"prepare.dialogues={data}",)
+    assert tongwen("run", recipe, *said, "--only", "prepare", "--again")[0] == 0
+    code, _, err = tongwen("run", recipe, *said)
+    assert code == 2 and "prepare (fingerprint)" in err and "--fork" in err
+    assert tongwen("run", recipe, *said, "--fork")[0] == 0
+    made = manifest(broken / "out" / "sft")
+    assert [one["changed"][0][0] for one in made["forks"]] == ["prepare (fingerprint)"]
+    assert made["run"] != made["forks"][0]["from"]
+
+
+def test_the_new_words_of_a_fork_reach_the_optimizer(broken: Path, tongwen: Any) -> None:
+    words = ("sft.learning_rate=3e-3", "sft.schedule=constant", "sft.weight_decay=0.5", "--fork")
+    code, out, _ = tongwen("run", broken / "recipe.yaml", *words)
+    assert code == 0 and "0.01 → 0.003" in out
+    lines = [json.loads(line) for line in (broken / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines[4:]] == [3e-3] * 4 and lines[3]["learning_rate"] != 3e-3
+    state = torch.load(broken / "out" / "sft" / "checkpoints" / "checkpoint-8" / "optimizer.pt", weights_only=True)
+    assert state["param_groups"][0]["weight_decay"] == 0.5
+
+
+def test_a_fork_cannot_change_the_shape_of_what_learns(broken: Path, tongwen: Any) -> None:
+    for change in ("sft.adapter.rank=8", "sft.optimizer=adafactor"):
+        code, _, err = tongwen("run", broken / "recipe.yaml", change, "--fork")
+        assert code == 2 and "--fork cannot change it" in err
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_ends_the_same(runs: Path, broken: Path, tongwen: Any) -> None:
+    file = broken / "out" / "sft.partial" / "checkpoints" / "checkpoint-4" / "optimizer.pt"
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    file.write_bytes(whole)
+    code, out, _ = tongwen("run", broken / "recipe.yaml")
+    assert code == 0 and "optimizer.pt has changed" in out and "2 steps are lost" in out
+    assert_same(runs, broken)
+
+
+def test_two_processes_stop_when_asked_and_one_goes_on(chat_model: Path, tmp_path: Path) -> None:
+    """The same samples in the same order: losses to 1e-5. The signal goes to the command alone, which passes it on."""
+    for name in ("whole", "broken"):
+        recipe = write_recipe(tmp_path / name, chat_model, sft=", stop_after: 24 steps, samples: 0", merge=False)
+        recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("1e-2", "1e-3"))
+    assert cli.main(["run", str(tmp_path / "whole" / "recipe.yaml")]) == 0
+    recipe, out = tmp_path / "broken" / "recipe.yaml", tmp_path / "broken" / "out"
+    child = os.fork()
+    if not child:
+        os._exit(cli.main(["run", str(recipe), "--devices", "2"]))
+    metrics = out / "sft.partial" / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 1):
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    taken = metrics.read_text().count("\n")
+    assert 1 < taken < 24 and (out / "sft.partial" / "checkpoints" / f"checkpoint-{taken}").is_dir()
+    assert cli.main(["run", str(recipe)]) == 0
+    assert losses(tmp_path / "broken") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)

@@ -1,0 +1,304 @@
+"""Answers for a file of prompts: the same text by every engine, each prompt once, and in the forms that older projects wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import io
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import write_rows
+from tongwen import cli
+from tongwen.infer.decode import PAGE, Sampling, cache_tokens, deal
+from tongwen.infer.journal import Journal
+from tongwen.infer.presets import PRESETS
+
+ROWS = [
+    {
+        "instruction": f"问题{number}：" + "今天天气很好。" * (number % 4),
+        "input": "二" * (number % 2),
+        "output": f"答{number}",
+    }
+    for number in range(7)
+]
+
+
+def read(file: Path) -> Any:
+    text = file.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
+
+
+def test_every_engine_and_every_batch_gives_the_same_greedy_text(
+    chat_model: Path, tongwen: Any, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "data.jsonl", ROWS)
+    words = ["generate", "--model", chat_model, "--prompts", data, "--template", "chatml", "--max-new-tokens", 12]
+    ways = {"one": ["--batch-size", 1], "three": ["--batch-size", 3], "paged": ["--engine", "paged"]}
+    found = {}
+    for name, way in ways.items():
+        code, _, err = tongwen(*words, *way, "--out", tmp_path / f"{name}.jsonl")
+        assert code == 0, err
+        found[name] = [row["answer"] for row in read(tmp_path / f"{name}.jsonl")]
+    assert found["one"] == found["three"] == found["paged"]
+    rows = read(tmp_path / "one.jsonl")
+    assert [row["target"] for row in rows] == [row["output"] for row in ROWS]
+    assert rows[1]["prompt"] == "问题1：今天天气很好。\n二"
+
+
+def test_llama_cpp_answers_a_gguf_file(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
+    code, _, err = tongwen("convert", chat_model, "--to", "gguf", "--quantize", "f32", "--out", tmp_path / "gguf")
+    assert code == 0, err
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    data = write_rows(tmp_path / "data.jsonl", ROWS)
+    words = ["generate", "--prompts", data, "--template", "chatml", "--max-new-tokens", 12]
+    assert tongwen(*words, "--model", chat_model, "--out", tmp_path / "plain.jsonl")[0] == 0
+    code, _, err = tongwen(*words, "--model", file, "--out", tmp_path / "cpp.jsonl")
+    assert code == 0, err
+    plain, cpp = ([row["answer"] for row in read(tmp_path / f"{name}.jsonl")] for name in ("plain", "cpp"))
+    assert sum(one == two for one, two in zip(plain, cpp, strict=True)) >= 5, "its own kernels round otherwise"
+
+
+def test_the_forms_of_older_projects(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "data.jsonl", ROWS[:2])
+    words = ["generate", "--model", chat_model, "--prompts", data, "--template", "chatml", "--preset", "belle"]
+    words += ["--max-new-tokens", 4]
+    assert tongwen(*words, "--form", "belle", "--out", tmp_path / "belle.json")[0] == 0
+    belle = read(tmp_path / "belle.json")
+    assert [set(row) for row in belle] == [{"input", "predict", "target"}] * 2
+    assert belle[0]["input"] == "<|im_start|>user\n问题0：<|im_end|>\n<|im_start|>assistant\n"
+    assert belle[0]["target"] == "答0"
+    assert tongwen(*words, "--form", "chinese-llama-alpaca", "--out", tmp_path / "ymcui" / "p.json")[0] == 0
+    assert [set(row) for row in read(tmp_path / "ymcui" / "p.json")] == [{"Input", "Output"}] * 2
+    kept = read(tmp_path / "ymcui" / "generation_config.json")
+    assert kept["beams"] == 4 and kept["max_new_tokens"] == 4, "the preset, and over it what was said"
+
+
+def test_a_killed_run_goes_on_with_what_is_missing_and_refuses_other_settings(
+    chat_model: Path, tongwen: Any, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "data.jsonl", ROWS)
+    out, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.answers"
+    words = ["generate", "--model", chat_model, "--prompts", data, "--template", "chatml"]
+    words = [*map(str, words), "--max-new-tokens", "80", "--batch-size", "1", "--out", str(out)]
+    child = os.fork()
+    if child == 0:
+        with contextlib.redirect_stdout(io.StringIO()):
+            os._exit(cli.main(words))
+    while not journal.is_file() or journal.read_bytes().count(b"\n") < 3:
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    kept = dict(json.loads(line) for line in journal.read_text().splitlines()[1:] if line.endswith("]"))
+    assert 2 <= len(kept) < len(ROWS) and not out.exists()
+    code, _, err = tongwen(*words, "--temperature", "0.5")
+    assert code == 2 and "sampling.temperature: 0.0 → 0.5" in err and "--again" in err
+    first = next(iter(kept))
+    marked = journal.read_text().replace(json.dumps([first, kept[first]], ensure_ascii=False), f'[{first}, "kept"]')
+    journal.write_text(marked + '[9, "torn', encoding="utf-8")
+    code, said, err = tongwen(*words)
+    assert code == 0, err
+    assert f"{len(kept)} answers are there already" in said
+    assert read(out)[first]["answer"] == "kept", "it was not asked again"
+    assert not journal.exists()
+    code, _, err = tongwen(*words)
+    assert code == 2 and "--again" in err
+    assert tongwen(*words, "--again")[0] == 0 and (tmp_path / "out.jsonl.old-1").is_file()
+
+
+def test_a_journal_without_a_whole_line_begins_anew(tmp_path: Path) -> None:
+    file = tmp_path / "j"
+    file.write_text('{"a"')
+    journal = Journal(file, {"a": 1}, "")
+    journal.add(0, "二\n")
+    journal.close()
+    assert Journal(file, {"a": 1}, "").answers == {0: "二\n"}
+
+
+def test_batches_hold_every_prompt_once_and_no_more_tokens_than_there_is_room(chat_model: Path) -> None:
+    lengths = [5, 90, 7, 30, 31, 8, 200, 6]
+    batches = list(deal(lengths, Sampling(max_new_tokens=10), 4, 200))
+    assert sorted(place for batch in batches for place in batch) == list(range(8))
+    assert batches[0] == [6], "longer than the room: alone"
+    for batch in batches[1:]:
+        assert len(batch) <= 4 and (max(lengths[place] for place in batch) + 10) * len(batch) <= 200
+    assert all(len(batch) == 1 for batch in deal([90, 80], Sampling(max_new_tokens=10, beams=2), 4, 200))
+    from tongwen.speaker import open_speaker
+
+    model = open_speaker(str(chat_model), template="completion", precision="fp32").voice.model
+    assert cache_tokens(model) == (1 << 30) // (2 * 2 * 2 * 8 * 4), "keys and values, layers, heads, width, bytes"
+    assert cache_tokens(model) > PAGE
+
+
+def test_presets_are_the_published_ones() -> None:
+    wanted = Sampling().with_(**PRESETS["chinese-llama-alpaca"]).to_generate()
+    assert wanted == {
+        "max_new_tokens": 400, "do_sample": True, "temperature": 0.2, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.3
+    }  # fmt: skip
+    assert Sampling().with_(**PRESETS["belle"]).to_generate() == {
+        "max_new_tokens": 512, "do_sample": False, "num_beams": 4, "early_stopping": True, "min_new_tokens": 1
+    }  # fmt: skip
+    assert (
+        Sampling().with_(**PRESETS["chatglm"]).top_p == 0.7
+        and Sampling().with_(**PRESETS["chinese-llm-chat"]).top_k == 50
+    )
+
+
+class FakeEndpoint(http.server.BaseHTTPRequestHandler):
+    asked: list[dict[str, Any]] = []  # noqa: RUF012
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.headers["Authorization"] != "Bearer secret-key":
+            self.send_response(401)
+            self.end_headers()
+            return
+        self.asked.append({"path": self.path, **body})
+        text = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
+        choice = {
+            "index": 0,
+            "finish_reason": "stop",
+            "text": text[::-1],
+            "message": {"role": "assistant", "content": text[::-1]},
+        }
+        answer = json.dumps({"id": "1", "object": "x", "created": 0, "model": "m", "choices": [choice]}).encode()
+        self.send_response(404 if body["model"] == "nobody" else 200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *words: Any) -> None: ...
+
+
+def test_an_endpoint_is_asked_by_the_official_client(
+    tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeEndpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    data = write_rows(tmp_path / "data.jsonl", ROWS)
+    words = ["generate", "--prompts", data, "--endpoint", url, "--top-k", 40]
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    code, said, err = tongwen(*words, "--model", "m", "--out", tmp_path / "out.jsonl")
+    assert code == 0, err
+    rows = read(tmp_path / "out.jsonl")
+    assert [row["answer"] for row in rows] == [row["prompt"][::-1] for row in rows], "in their order"
+    assert FakeEndpoint.asked[0]["path"] == "/v1/chat/completions" and FakeEndpoint.asked[0]["top_k"] == 40
+    assert "secret-key" not in said + err + (tmp_path / "out.jsonl").read_text()
+    assert tongwen(*words, "--model", "m", "--template", "completion", "--out", tmp_path / "c.jsonl")[0] == 0
+    assert FakeEndpoint.asked[-1]["path"] == "/v1/completions"
+    code, _, err = tongwen(*words, "--model", "nobody", "--out", tmp_path / "n.jsonl")
+    assert code == 4 and "/v1/models" in err
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+    code, _, err = tongwen(*words, "--model", "m", "--out", tmp_path / "w.jsonl")
+    assert code == 5 and "OPENAI_API_KEY" in err and "wrong" not in err
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "word"),
+    [("", "p.jsonl", ""), ('{"x": 1}\n', "p.jsonl:1", "columns"), ('{"prompt": "一"}\n{"prompt": ', "p.jsonl:2", "JSON"),
+     ('{"prompt": "一"}\n{"messages": [{"role": "user", "content": "拒绝"}]}\n', "prompt 2", "refused")],
+)  # fmt: skip
+def test_prompts_that_cannot_be_asked(
+    text: str, place: str, word: str, chat_model: Path, tongwen: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "p.jsonl").write_text(text, encoding="utf-8")
+    template = tmp_path / "strict.jinja"
+    template.write_text(
+        "{% for turn in messages %}{% if turn.content == '拒绝' %}{{ raise_exception('refused') }}{% endif %}"
+        "<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        encoding="utf-8",
+    )
+    words = ["--prompts", tmp_path / "p.jsonl", "--template", template, "--out", tmp_path / "o.jsonl"]
+    code, _, err = tongwen("generate", "--model", chat_model, *words)
+    assert code == 3 and place in err and word in err, err
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_engines_say_what_they_cannot_do(chat_model: Path, other_model: Path, tongwen: Any, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "data.jsonl", ROWS[:1])
+    words = [
+        "generate",
+        "--model",
+        chat_model,
+        "--prompts",
+        data,
+        "--template",
+        "chatml",
+        "--out",
+        tmp_path / "o.jsonl",
+    ]
+    code, _, err = tongwen(*words, "--engine", "paged", "--beams", 2, "--again")
+    assert code == 4 and "--engine batched" in err
+    code, _, err = tongwen(*words, "--engine", "llama.cpp", "--again")
+    assert code == 4 and "tongwen convert" in err
+    code, _, err = tongwen(*words, "--engine", "vllm", "--adapter", other_model, "--again")
+    assert code == 4 and "tongwen merge" in err
+    code, _, err = tongwen(*words, "--temperature", 9, "--again")
+    assert code == 2 and "temperature" in err
+    code, _, err = tongwen(*words, "--max-new-tokens", 4, "--again", "--template", "none")
+    assert code == 4
+
+
+@pytest.mark.parametrize("weights", ["4bit", "8bit"])
+def test_fewer_bits_with_an_adapter_on_top(
+    weights: str, chat_model: Path, tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tongwen.speaker import open_speaker
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(str(chat_model))
+    tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    tuned.save_pretrained(str(tmp_path / "adapter"))
+    plain = open_speaker(str(chat_model), template="chatml", precision="fp32", weights=weights).voice.model
+    assert any("bit" in type(part).__name__.lower() for part in plain.modules())
+    speaker = open_speaker(str(chat_model), [str(tmp_path / "adapter")], "chatml", precision="fp32", weights=weights)
+    ids = torch.tensor([speaker.prompt_ids([{"role": "user", "content": "你好"}])])
+    with torch.no_grad():
+        assert not torch.equal(speaker.voice.model(ids).logits, plain(ids).logits), "the adapter counts"
+    assert isinstance(speaker.chat([{"role": "user", "content": "你好"}], max_new_tokens=2), str)
+
+
+def test_auto_takes_the_most_bits_that_fit(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from tongwen.errors import MachineError
+    from tongwen.model import load, room
+
+    place = load.locate(str(chat_model))
+    numbers = sum(part.numel() for part in load.make_skeleton(load.load_config(place)).parameters())
+    for free, wanted in ((10, ""), (2, "int8"), (1, "nf4")):
+        monkeypatch.setattr(room.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free * numbers))
+        assert room.choose(place, "auto", "cpu", torch.float32) == (False, wanted)
+    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: SimpleNamespace(available=numbers // 2))
+    with pytest.raises(MachineError, match=r"does not fit"):
+        room.choose(place, "auto", "cpu", torch.float32)
+
+
+def test_a_model_too_large_for_one_gpu_is_spread(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tongwen.model import load, room
+
+    place = load.locate(str(chat_model))
+    numbers = sum(part.numel() for part in load.make_skeleton(load.load_config(place)).parameters())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for free, spread in ((3 * numbers, True), (9 * numbers, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index, free=free: (free, free))
+        assert room.choose(place, "full", "cuda", torch.float32) == (spread, "")
+    model = load.load_model(place, torch.float32, device_map="auto")
+    plain = load.load_model(place, torch.float32)
+    assert torch.equal(model.get_input_embeddings().weight, plain.get_input_embeddings().weight)
