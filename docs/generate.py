@@ -1,5 +1,6 @@
-"""Write the pages that are made from the code: docs/cli*.md from `--help`, docs/recipe*.md from the schema, the table of
-failures in docs/from-older-projects*.md, and docs/memory*.md by what `tongwen plan` reckons with.
+"""Write what is made from the code: docs/cli*.md from `--help`, docs/recipe*.md from the schema, docs/families*.md from the
+facts, docs/memory*.md by what `tongwen plan` reckons with, the table of failures in docs/from-older-projects*.md, and
+recipes/ from `tongwen init`.
 
 `python docs/generate.py` writes them; with `--check` it only says which are stale, and fails.
 """
@@ -30,14 +31,19 @@ LENGTHS = (2048, 8192)
 
 def main() -> int:
     os.environ["COLUMNS"] = "80"
-    stale = []
+    from tongwen.stages.init import STARTS, render
+
+    recipes = HERE.parent / "recipes"
+    recipes.mkdir(exist_ok=True)
+    stale = [str(file) for file in recipes.iterdir() if file.stem not in STARTS]
     for language, ending in (("en", ""), ("zh", "_zh")):
         os.environ["TONGWEN_LANG"] = language
         older = HERE / f"from-older-projects{ending}.md"
-        pages = {"cli": cli_page(), "recipe": recipe_page(), "families": families_page(), "memory": memory_page()}
-        pages["from-older-projects"] = with_failures(older)
-        for name, text in pages.items():
-            file = HERE / f"{name}{ending}.md"
+        made = {"cli": cli_page(), "recipe": recipe_page(), "families": families_page(), "memory": memory_page()}
+        pages = {HERE / f"{name}{ending}.md": text for name, text in made.items()} | {older: with_failures(older)}
+        if language == "en":
+            pages |= {recipes / f"{name}.yaml": render(name) for name in STARTS}
+        for file, text in pages.items():
             if file.is_file() and file.read_text(encoding="utf-8") == text:
                 continue
             stale.append(str(file.relative_to(HERE.parent)))

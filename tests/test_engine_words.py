@@ -163,3 +163,19 @@ def test_one_process_and_other_settings_from_outside_are_refused(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(TongwenError, match="ACCELERATE_USE_FSDP"):
         engine.choose(read(recipe(tmp_path, "auto"))[0])
+
+
+def test_a_checkpoint_of_another_engine_or_of_more_processes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    engine.Engine("single").check_resumes(tmp_path)
+    with pytest.raises(TongwenError, match="one of ddp, and zero2 cannot continue it"):
+        engine.Engine("zero2").check_resumes(tmp_path)
+    (tmp_path / "global_step3").mkdir()
+    for rank in range(2):
+        (tmp_path / "global_step3" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(TongwenError, match=r"2 processes, and here are 1[\s\S]*--devices 2"):
+        engine.Engine("zero2").check_resumes(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    engine.Engine("zero2").check_resumes(tmp_path)

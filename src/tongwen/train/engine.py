@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +67,31 @@ class Engine:
             accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             accelerator.state.fsdp_plugin = plugin or _plugin(
                 {**self.arguments["fsdp_config"], "auto_wrap_policy": "NO_WRAP"}
+            )
+
+    def check_resumes(self, checkpoint: Path) -> None:
+        """Raise RecipeError for a checkpoint of another engine, or one that DeepSpeed has cut for another number of
+        processes."""
+        shards, world = len(list(checkpoint.glob("global_step*/*optim_states.pt"))), launch.world_size()
+        made = "deepspeed" if shards else "fsdp2" if (checkpoint / "pytorch_model_fsdp.bin").is_file() else "ddp"
+        mine = "deepspeed" if self.is_deepspeed else "fsdp2" if self.name == "fsdp2" else "ddp"
+        if made != mine:
+            raise RecipeError(
+                say(
+                    f"the checkpoint is one of {made}, and {self.name} cannot continue it",
+                    f"检查点由 {made} 写成，{self.name} 无法继续",
+                ),
+                place=str(checkpoint),
+                remedy=say("the engine that wrote it, or --again", "用写它的引擎，或 --again"),
+            )
+        if shards and shards != world:
+            raise RecipeError(
+                say(
+                    f"DeepSpeed has cut this checkpoint for {shards} processes, and here are {world}",
+                    f"DeepSpeed 按 {shards} 个进程切分了该检查点，而现在有 {world} 个",
+                ),
+                place=str(checkpoint),
+                remedy=f"tongwen run RECIPE --devices {shards}",
             )
 
     def prove(self, wrapped: Any, model: Any, optimizer: Any) -> None:
@@ -146,7 +172,8 @@ def _deepspeed_config(words: Training) -> dict[str, Any]:
         for what in ("optimizer", "param")[: 2 if zero.get("stage") == 3 else 1]:
             zero[f"offload_{what}"] = {"device": "cpu", "pin_memory": torch.accelerator.is_available()}
     autos = dict.fromkeys((*engine_file.BATCH, "gradient_clipping"), "auto")
-    return {**config, "zero_optimization": zero, "bf16": {"enabled": "auto"}, **autos}
+    own = {"zero_force_ds_cpu_optimizer": False}  # torch's fused AdamW runs on a CPU too, and needs no compiler
+    return {**own, **config, "zero_optimization": zero, "bf16": {"enabled": "auto"}, **autos}
 
 
 def _plugin(config: dict[str, Any], **more: Any) -> Any:

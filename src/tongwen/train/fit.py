@@ -108,6 +108,8 @@ def fit(job: Job) -> int:
 
 
 def _fit(job: Job, halt: Halt) -> int:
+    if job.resume:
+        job.engine.check_resumes(job.resume)
     trainer = PlannedTrainer(job, halt)
     trainer.remove_callback(PrinterCallback)
     for callback in (job.watch, Evaluations(job), Spending(job), trainer.guard):
