@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import random
@@ -14,9 +15,13 @@ import pytest
 import torch
 
 from tests.conftest import dialogues, write_recipe, write_rows
+from tongwen.errors import ModelError
+from tongwen.exam import read_paper
 from tongwen.infer import entities
 from tongwen.infer.measures import TEXT, Answered, compare, summarise, without_thinking
 from tongwen.likelihood import windows
+from tongwen.recipe.schema import Evaluate, Source, Task
+from tongwen.stages import evaluate
 
 NAMES, KINDS = ("北京", "上海", "李白", "白", "_下划线_", "联合国"), ("地名", "人名", "机构名")
 
@@ -306,6 +311,34 @@ def test_rows_without_an_answer_are_not_scored_and_counted(chat_model: Path, ton
     assert scores["exact_match"]["rows"] == scores["bits_per_byte"]["rows"] == 2
 
 
+def test_a_recipe_may_only_score_and_a_base_that_cannot_be_asked_is_said(
+    chat_model: Path, tongwen: Any, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "text.jsonl", [{"text": "你好"}])
+    recipe = tmp_path / "only.yaml"
+    recipe.write_text(
+        f"name: only\nbase: {chat_model}\nout: {tmp_path / 'only'}\nevaluate: {{tasks: [{{task: bits_per_byte, data: {data}}}]}}\n"
+    )
+    code, _, err = tongwen("run", recipe)
+    assert code == 0, err
+    assert "before" not in json.loads((tmp_path / "only" / "evaluate" / "scores.json").read_text())["bits_per_byte"]
+    paper = read_paper(Task(task="bits_per_byte", data=Source(path=str(data))))
+
+    def refuse() -> Any:
+        raise ModelError("it has no such token")
+
+    after = evaluate.Sitter("after", lambda: opened(chat_model))
+    section = Evaluate(tasks=[paper.task])
+    assert (
+        "before"
+        not in evaluate.examine([paper], after, evaluate.Sitter("base", refuse, optional=True), section, None)[
+            "bits_per_byte"
+        ]
+    )
+    with pytest.raises(ModelError):
+        evaluate.examine([paper], after, evaluate.Sitter("base", refuse), section, None)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "task", "wanted"),
     [
@@ -354,3 +387,40 @@ def test_nan_logits_are_no_score(
     for task, data in (("multiple_choice", choices), ("bits_per_byte", text), ("exact_match", pairs)):
         code, _, err = tongwen("evaluate", "--model", chat_model, "--task", task, "--data", data)
         assert code == 6 and "NaN" in err, (task, err)
+
+
+def test_a_suite_of_the_harness(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
+    """A multiple-choice task of its own, whose accuracy follows from plain likelihoods."""
+    pytest.importorskip("lm_eval")
+    rows = [{"question": f"题{number}", "answer": number % 2} for number in range(4)]
+    data = write_rows(tmp_path / "suite" / "rows.jsonl", rows)
+    (tmp_path / "suite" / "tiny.yaml").write_text(
+        f"task: tiny_zh\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_target: answer\n"
+        "doc_to_choice: ['好', '坏']\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
+    )
+    words = ["evaluate", "--model", chat_model, "--task", "lm_eval", "--data", data.parent, "--json"]
+    code, out, err = tongwen(*words, "--suite", "tiny_zh")
+    assert code == 0, err
+    voice, right = opened(chat_model, "completion").voice, 0
+    for row in rows:
+        prompt = voice.tokenizer(row["question"])["input_ids"]
+        nats = []
+        for answer in ("好", "坏"):
+            said = voice.tokenizer(answer)["input_ids"]
+            with torch.no_grad():
+                logits = voice.model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
+            nats.append(torch.nn.functional.cross_entropy(logits, torch.tensor(said), reduction="sum").item())
+        right += int(np.argmin(nats)) == row["answer"]
+    assert json.loads(out.splitlines()[-1])["scores"]["tiny_zh"]["value"] == right / 4
+    code, _, err = tongwen(*words, "--suite", "nothing_like_it")
+    assert code == 2 and "no such task" in err
+
+
+def test_a_suite_without_its_harness_names_what_to_install(chat_model: Path, tongwen: Any) -> None:
+    if importlib.util.find_spec("lm_eval"):
+        pytest.skip("it is installed")
+    code, _, err = tongwen("evaluate", "--model", chat_model, "--task", "lm_eval", "--suite", "ceval-valid")
+    assert code == 5 and "tongwen[lm-eval]" in err
+    code, _, err = tongwen("evaluate", "--model", chat_model, "--task", "lm_eval")
+    assert code == 2 and "`suite: NAME`" in err

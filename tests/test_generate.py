@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -302,3 +303,33 @@ def test_a_model_too_large_for_one_gpu_is_spread(chat_model: Path, monkeypatch: 
     model = load.load_model(place, torch.float32, device_map="auto")
     plain = load.load_model(place, torch.float32)
     assert torch.equal(model.get_input_embeddings().weight, plain.get_input_embeddings().weight)
+
+
+def test_vllm_gets_ids_and_its_answers_end_at_the_stop(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for the package, which needs a GPU: what it is given, and what is made of what it gives."""
+    from types import SimpleNamespace
+
+    from tongwen.speaker import open_speaker
+
+    given: list[Any] = []
+
+    class Engine:
+        def __init__(self, model: str) -> None:
+            given.append(model)
+
+        def generate(self, asked: list[Any], params: dict[str, Any], use_tqdm: bool) -> list[Any]:
+            given.append((asked, params))
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[9, 8, params["stop_token_ids"][0], 7])])] * len(
+                asked
+            )
+
+    stand_in = SimpleNamespace(LLM=Engine, SamplingParams=lambda **words: words)
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)  # type: ignore[arg-type]
+    speaker = open_speaker(str(chat_model), template="chatml", engine="vllm")
+    answers: dict[int, list[int]] = {}
+    prompts = [[5] * (1 + number % 3) for number in range(1030)]
+    speaker.voice.answer_all(prompts, Sampling(max_new_tokens=4, temperature=0.5, seed=3), answers.__setitem__)
+    assert answers == {place: [9, 8] for place in range(1030)}
+    assert given[0] == str(chat_model)
+    assert [row["prompt_token_ids"] for asked, _ in given[1:] for row in asked] == prompts
+    assert given[1][1]["seed"] == 3 and given[1][1]["max_tokens"] == 4

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tongwen.data.files import find_files
-from tongwen.errors import DataError, NumbersError
+from tongwen.errors import DataError, MissingPackage, ModelError, NumbersError, RecipeError
 from tongwen.infer import choice, measures
 from tongwen.infer.choice import Choice
 from tongwen.language import say
@@ -69,7 +69,9 @@ class Paper(ABC):
         """Have a model sit it. ask: gives the answer to each conversation."""
 
     def result(self, marks: Marks) -> dict[str, Any]:
-        """What stands in scores.json."""
+        """What stands in scores.json. Raises DataError when no row could be scored."""
+        if not marks.counts:
+            raise DataError(say("no row could be scored", "没有一行可以评分"), place=self.task.title)
         out = measures.summarise(marks.table(sorted(marks.counts)), self.figures)
         if len(marks.groups) > 1:
             out["groups"] = {
@@ -86,6 +88,8 @@ class Paper(ABC):
 
 def read_paper(task: Task) -> Paper:
     """The paper of a task. Raises DataError when its data cannot be read."""
+    if task.suite:
+        return SuitePaper(task)
     assert task.data
     if task.task == "multiple_choice":
         return _read_choices(task)
@@ -227,6 +231,61 @@ class LikelihoodPaper(Paper):
                     f"{missing} 个对话超出模型长度或被模板拒绝，不参与评分",
                 )
             )
+        return marks
+
+
+# -- suites --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SuitePaper(Paper):
+    """A suite of EleutherAI's harness, which brings questions and scorer; `data` is a folder with tasks of one's own."""
+
+    def __len__(self) -> int:
+        return 1
+
+    @property
+    def figures(self) -> Figures:
+        return measures.score_of
+
+    def sit(self, speaker: Speaker, ask: Ask, progress: Progress) -> Marks:
+        try:
+            from lm_eval import simple_evaluate
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+        except ImportError:
+            raise MissingPackage("lm_eval", self.task.suite, "lm-eval") from None
+        manager = TaskManager(include_path=self.task.data.path if self.task.data else None)
+        if not manager.match_tasks([self.task.suite]):
+            raise RecipeError(
+                say("the harness has no such task", "其中没有这个任务"),
+                place=self.task.suite,
+                remedy="lm-eval ls tasks",
+            )
+        tokenizer = speaker.voice.tokenizer
+        found = simple_evaluate(
+            model=HFLM(pretrained=speaker.voice.model, tokenizer=tokenizer),
+            tasks=[self.task.suite],
+            num_fewshot=self.task.shots or None,
+            limit=self.task.limit,
+            apply_chat_template=speaker.template is not None and bool(tokenizer.chat_template),
+            task_manager=manager,
+            bootstrap_iters=0,
+        )
+        marks = Marks()
+        for name, samples in sorted(found["samples"].items()):
+            for sample in samples:
+                value = sample[sample["metrics"][0]]
+                if not isinstance(value, (int, float)):
+                    raise ModelError(
+                        say(
+                            f"{sample['metrics'][0]} is no figure of a single row",
+                            f"{sample['metrics'][0]} 不是逐行的分数",
+                        ),
+                        place=name,
+                    )
+                marks.put(len(marks.counts), (float(value), 1.0), {"wanted": str(sample["target"])}, name)
+        progress(1)
         return marks
 
 

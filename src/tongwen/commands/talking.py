@@ -75,9 +75,14 @@ def add_to(add: Add) -> None:
     )
     command.add_argument(
         "--data",
-        required=True,
         metavar="F",
         help=say("file or folder: dialogues, documents, or CSV with options", "文件或文件夹：对话、文档或带选项的 CSV"),
+    )
+    command.add_argument(
+        "--suite",
+        default="",
+        metavar="NAME",
+        help=say("task lm_eval: a task of that harness", "任务 lm_eval：其中的任务名"),
     )
     command.add_argument("--before", default="", metavar="MODEL", help=say("a model to compare with", "用来对比的模型"))
     command.add_argument(
@@ -91,7 +96,7 @@ def add_to(add: Add) -> None:
         "--shots",
         type=int,
         default=0,
-        help=say("multiple_choice: examples before a question", "multiple_choice：题前示例数"),
+        help=say("examples before a question with options", "选择题的题前示例数"),
     )
     command.add_argument(
         "--examples",
@@ -243,7 +248,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     from tongwen.recipe.load import from_words
     from tongwen.stages import evaluate
 
-    words = {name: getattr(parsed, name) for name in ("data", "examples", "shots", "limit")}
+    words = {name: getattr(parsed, name) for name in ("data", "suite", "examples", "shots", "limit")}
     section = {name: getattr(parsed, name) for name in ("batch_size", "max_new_tokens")}
     section["tasks"] = [{"task": name, **words} for name in parsed.task]
     recipe = from_words({"name": "evaluate", "base": parsed.model, "evaluate": section}, "tongwen evaluate")

@@ -184,6 +184,11 @@ def accuracy_of(sums: np.ndarray) -> dict[str, float]:
     return _share("accuracy", sums)
 
 
+def score_of(sums: np.ndarray) -> dict[str, float]:
+    """From sums of (what a suite gives a row, asked)."""
+    return _share("score", sums)
+
+
 TEXT = {
     "exact_match": Measure(_is_same, partial(_share, "exact_match")),
     "bleu": Measure(_bleu_counts, _bleu_of),

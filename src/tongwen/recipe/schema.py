@@ -832,6 +832,7 @@ TaskName = Literal[
     "entity_f1",
     "spans",
     "multiple_choice",
+    "lm_eval",
 ]
 
 
@@ -843,17 +844,22 @@ class Task(Section):
     data: Annotated[Source, BeforeValidator(read_source)] | None = word(
         None, "what it is measured on; what `prepare` held out when absent", "评测数据；不写则用 prepare 留出的部分"
     )
+    suite: str = word("", "lm_eval: name of a task there, such as ceval-valid", "lm_eval：其中的任务名，如 ceval-valid")
     examples: str | None = word(
         None,
         "multiple_choice: file or folder of answered questions, such as dev/",
         "multiple_choice：示例题的文件或文件夹，如 dev/",
     )
-    shots: int = word(0, "multiple_choice: examples before each question", "multiple_choice：每题之前的示例数", ge=0)
+    shots: int = word(0, "examples before each question with options", "选择题每题之前的示例数", ge=0)
     limit: int | None = word(None, "only so many rows, the first ones", "只取前几行", ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> Task:
-        if self.shots and not self.examples:
+        if (self.task == "lm_eval") != bool(self.suite):
+            raise wrong(
+                "`task: lm_eval` and `suite: NAME` belong together", "`task: lm_eval` 与 `suite: 名称` 须同时出现"
+            )
+        if self.shots and not self.examples and not self.suite:
             raise wrong(
                 f"shots: {self.shots} needs `examples`, such as the folder dev/ of C-Eval",
                 f"shots: {self.shots} 需要 `examples`，例如 C-Eval 的 dev/ 文件夹",
@@ -862,7 +868,12 @@ class Task(Section):
 
     @property
     def title(self) -> str:
-        return self.name or self.task
+        return self.name or self.suite or self.task
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it is measured on rows that somebody must name; a suite brings its own."""
+        return self.data is None and not self.suite
 
 
 class Evaluate(Section):
@@ -964,7 +975,7 @@ class Recipe(Section):
                 "`pretrain` needs `prepare: {documents: ...}`: the text that it learns from",
                 "`pretrain` 需要 `prepare: {documents: ...}` 提供训练文本",
             )
-        if self.evaluate and not self.prepare and any(one.data is None for one in self.evaluate.tasks):
+        if self.evaluate and not self.prepare and any(one.needs_data for one in self.evaluate.tasks):
             raise wrong(
                 "`evaluate` needs `data` for each task, or `prepare`, whose held-out rows it takes",
                 "`evaluate` 的每个任务需要 `data`，或由 `prepare` 提供留出的数据",

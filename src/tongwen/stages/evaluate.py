@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen import artifact, console
-from tongwen.errors import DataError
+from tongwen.errors import DataError, ModelError
 from tongwen.exam import Ask, Marks, Paper, Progress, read_paper
 from tongwen.infer.report import score_table, write_report
 from tongwen.language import say
@@ -25,10 +25,11 @@ from tongwen.speaker import Speaker, open_speaker
 
 @dataclass(frozen=True)
 class Sitter:
-    """A model that is to be examined. name: as the user says it."""
+    """A model that is to be examined. name: as the user says it; optional: nothing is compared when it cannot be opened."""
 
     name: str
     open: Callable[[], Speaker]
+    optional: bool = False
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -40,13 +41,18 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Examine what the stages before have left, and the base."""
     section = recipe.evaluate
     assert section
-    made = artifact.open_artifact(_finished(recipe), "model" if recipe.merge else _finished(recipe).name)
-    papers = [read_paper(task if task.data else _held_out(recipe, task)) for task in section.tasks]
-    template = "own" if recipe.sft else "completion"
-    after = Sitter(str(made.path), lambda: open_speaker(str(made.path), template=template))
-    taught = recipe.sft.template if recipe.sft else template
-    before = Sitter(recipe.base, lambda: open_speaker(recipe.base, template=taught)) if section.before else None
-    with artifact.create(out, "evaluate", {"model": made.as_parent()}, settings(recipe)) as draft:
+    finished = _finished(recipe)
+    model = {"path": recipe.base}
+    if str(finished) != recipe.base:
+        model = artifact.open_artifact(finished, "model" if recipe.merge else finished.name).as_parent()
+    papers = [read_paper(_held_out(recipe, task) if task.needs_data else task) for task in section.tasks]
+    template = "own" if recipe.sft else "auto"
+    after = Sitter(model["path"], lambda: open_speaker(model["path"], template=template))
+    before = None
+    if section.before and str(finished) != recipe.base:
+        taught = recipe.sft.template if recipe.sft else template
+        before = Sitter(recipe.base, lambda: open_speaker(recipe.base, template=taught), optional=True)
+    with artifact.create(out, "evaluate", {"model": model}, settings(recipe)) as draft:
         draft.facts["scores"] = examine(papers, after, before, section, draft.path)
     console.good(str(out / "report.html"))
     assert draft.artifact
@@ -80,7 +86,7 @@ def examine(
     papers: Sequence[Paper], after: Sitter, before: Sitter | None, section: Evaluate, out: Path | None
 ) -> dict[str, Any]:
     """The scores by task; written under `out` with the rows and a report."""
-    first = _sit(papers, before, section) if before else None
+    first = _sit_before(papers, before, section) if before else None
     marks = _sit(papers, after, section)
     scores = {}
     for number, paper in enumerate(papers):
@@ -90,7 +96,7 @@ def examine(
         scores[paper.task.title] = result
     console.table(*score_table(scores))
     if out is not None:
-        _write(out, papers, scores, marks, first, after.name, before.name if before else "")
+        _write(out, papers, scores, marks, first, after.name, before.name if before and first else "")
     console.emit({"scores": scores})
     return scores
 
@@ -106,6 +112,16 @@ def _sit(papers: Sequence[Paper], sitter: Sitter, section: Evaluate) -> list[Mar
     del speaker, ask
     gc.collect()  # the next model needs the room
     return out
+
+
+def _sit_before(papers: Sequence[Paper], sitter: Sitter, section: Evaluate) -> list[Marks] | None:
+    try:
+        return _sit(papers, sitter, section)
+    except ModelError as error:  # such as a base whose tokenizer cannot write the template that was taught
+        if not sitter.optional:
+            raise
+        console.notice(say(f"not compared with the base: {error.text()}", f"不与底座比较：{error.text()}"))
+        return None
 
 
 def _asking_once(speaker: Speaker, section: Evaluate) -> Ask:
