@@ -83,9 +83,7 @@ def forked(
     child = os.fork()
     if not child:
         os.close(reader)
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
+        _speak_into(log)
         _announce_saves(trainer, lambda mark: os.write(writer, mark))
         try:
             os._exit(work() or 0)
@@ -110,6 +108,13 @@ def forked(
     outcome.killed = os.WIFSIGNALED(status)
     outcome.code = os.waitstatus_to_exitcode(status)
     return outcome
+
+
+def _speak_into(log: Path) -> None:
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.stdout = sys.stderr = os.fdopen(out, "w", buffering=1, encoding="utf-8")
 
 
 def _announce_saves(trainer: type, tell: Callable[[bytes], Any]) -> None:
@@ -289,9 +294,7 @@ def _traced(work: Callable[[], int], log: Path, trace: Path, inject: str) -> int
     """A child whose first save is watched by strace; returns its exit code, negative for a signal."""
     child = os.fork()
     if not child:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
+        _speak_into(log)
         save = PlannedTrainer._save_checkpoint
         seen: list[int] = []
 
