@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 import pytest
 
 from tongwen.cli import make_parser
+from tongwen.errors import TongwenError
 from tongwen.hub.names import today
-from tongwen.past.migration import Outcome, migrate_command
+from tongwen.past.building import as_yaml
+from tongwen.past.migration import Outcome, migrate_command, migrate_files
 from tongwen.past.readers import READERS
 from tongwen.past.shell import Line, read_script, split_environment
-from tongwen.past.tables import programs
+from tongwen.past.tables import known_files, programs
+from tongwen.recipe.load import read
 from tongwen.recipe.pages import sections
 
 OLD = Path(__file__).parent / "data" / "old_commands"
@@ -246,6 +250,23 @@ def test_a_part_alone_is_no_recipe(tongwen: Any, tmp_path: Path) -> None:
     assert code == 2 and "prepare" in said and "recipe.yaml" in said
 
 
+def test_a_script_is_read_with_its_variables(tongwen: Any, tmp_path: Path) -> None:
+    script = tmp_path / "run.sh"
+    script.write_text(
+        '# note\nlr=1e-4\nout="o p"\npython finetune.py --base_model m \\\n  --learning_rate ${lr}\n  --output_path $out\n'
+    )
+    for words in (["migrate", script, "--json"], ["migrate", "--json", "--", "bash", script]):
+        code, out, _ = tongwen(*words)
+        recipe = json.loads(out)["migrated"][0]["recipe"]
+        assert code == 0 and recipe["sft"]["learning_rate"] == 1e-4 and recipe["out"] == "o p"
+    script.write_text("python finetune.py --base_model 'm\n")
+    code, _, said = tongwen("migrate", script)
+    assert code == 2 and "run.sh:1" in said and "quote" in said
+    assert tongwen("migrate", tmp_path / "gone.sh")[0] == 2
+    assert tongwen("migrate")[0] == 2
+    assert tongwen("migrate", tmp_path)[0] == 4
+
+
 def test_several_machines_keep_their_torchrun(tongwen: Any) -> None:
     line = [
         "torchrun",
@@ -294,3 +315,47 @@ def test_llamafactorys_yaml(tongwen: Any, tmp_path: Path) -> None:
     file.write_text("model_name_or_path: a\nstage: dpo\n", encoding="utf-8")
     code, _, said = tongwen("migrate", file)
     assert code == 2 and "'dpo' is not one of: sft, pt" in said
+
+
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    1e400,
+    "",
+    [],
+    {},
+    [1, None],
+    {"a": {"b": None}},
+    "inf",
+    "nan",
+    "1e9",
+    3.7,
+    "[a|b]",
+    "auto",
+    "  ",
+]
+
+
+def test_accidents_end_in_an_outcome_or_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    chance = random.Random(0)
+    ended = Counter[bool]()
+    for _ in range(150):
+        name = chance.choice([*known_files()])
+        data = json.loads(json.dumps(known_files()[name]))
+        words = list(chance.choice(ALL)[1].words)
+        for _ in range(chance.randint(1, 3)):
+            data[chance.choice([*data])] = chance.choice(ODD)
+            words[chance.randrange(len(words))] = str(chance.choice(ODD))
+        file = write(tmp_path, name, data)
+        for attempt in (lambda: migrate_files([str(file)], today), lambda: migrate_command(words, today)):
+            try:
+                one = attempt()
+                if one.recipe:
+                    read(as_yaml(one.recipe, one.old), "recipe.yaml")
+                ended[True] += 1
+            except TongwenError:
+                ended[False] += 1
+    assert ended[True] > 20 and ended[False] > 20

@@ -44,7 +44,7 @@ def llama_of_pieces(folder: Path) -> None:
 
 
 def belle(here: Path) -> None:
-    write_rows(here / "data_dir" / "0.5M" / "Belle_open_source_0.5M.dev.json", dialogues(12))
+    write_rows(here / "data_dir" / "0.5M" / "Belle_open_source_0.5M.dev.json", dialogues(6))
     bloom(here / "bigscience" / "bloomz-7b1-mt")
     llama(here / "decapoda-research" / "llama-7b-hf")
 
@@ -127,4 +127,4 @@ def test_a_training_line_leaves_the_manifest_that_its_readme_promised(
         assert (tmp_path / "models" / "llama-7b-hf-finetune" / "model.safetensors").is_file()
     if name == "belle:7":
         answered = json.loads((tmp_path / "data_dir" / "predictions.json").read_text(encoding="utf-8"))
-        assert len(answered) == 12 and answered[0].keys() == {"input", "predict", "target"}
+        assert len(answered) == 6 and answered[0].keys() == {"input", "predict", "target"}

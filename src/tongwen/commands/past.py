@@ -50,8 +50,8 @@ def _migrate(parsed: argparse.Namespace) -> int:
         return 0
     from tongwen.cli import main
 
-    json = ["--json"] if parsed.json else []
-    for command in commands:
-        if code := main([*command, *json]):
+    for place, command in enumerate(commands, 1):
+        last = ["--json"] if parsed.json and place == len(commands) else []
+        if code := main([*command, *last]):
             return code
     return 0

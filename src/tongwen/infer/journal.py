@@ -38,9 +38,9 @@ class Journal:
         self._stream.flush()
 
     def _read(self, file: Path, wanted: Mapping[str, Any], remedy: str) -> int:
-        """How many bytes of it are whole lines; 0 for a file that holds none."""
+        """How many bytes of it are whole lines; 0 for a file without an answer, which binds nobody."""
         head, *lines = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] or [b""]
-        if not head:
+        if not lines:
             return 0
         artifact.refuse_changed(str(file), artifact.differences(json.loads(head), wanted), remedy)
         self.answers.update(json.loads(line) for line in lines)

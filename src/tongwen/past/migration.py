@@ -66,7 +66,7 @@ def migrate_files(paths: Sequence[str], today: Today) -> Outcome:
         program = _recognise(data, path)
         project = project or program.project
         reading.section = reading.section or ("pretrain" if data.get("stage") == "pt" else program.section or "sft")
-        reading.take(program, _flat(data), path)
+        _take_keys(reading, program, data, path)
         if program.command:
             commands = building.build_commands(reading, program)
     raise_all(reading.problems)
@@ -270,7 +270,15 @@ def _take_file(reading: Reading, path: str) -> None:
     else:
         data = _read_data(path)
     program = _recognise(data, path)
-    reading.take(program, _flat(data), path, name)
+    _take_keys(reading, program, data, path, name)
+
+
+def _take_keys(reading: Reading, program: Program, data: Mapping[str, Any], path: str, inside: str = "") -> None:
+    """The keys of a file as flags; a null says nothing."""
+    keys = dict(_flat(data))
+    reading.take(program, [pair for pair in keys.items() if pair[1] is not None], path, inside)
+    said = [f"{inside}:{key}" if inside else key for key, value in keys.items() if value is None]
+    reading.verdicts += [Verdict(key, None, "dropped", why=say("null says nothing", "null 等于没写")) for key in said]
 
 
 def _read_data(path: str) -> dict[str, Any]:

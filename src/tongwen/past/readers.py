@@ -6,6 +6,7 @@ A reader gets the flag and its old value (text, or what JSON and YAML hold) and 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -85,7 +86,7 @@ def scalar(context: Context, flag: str, value: Any) -> Any:
 
 def number(context: Context, flag: str, value: Any) -> Any:
     found = scalar(context, flag, text(context, flag, value))
-    if isinstance(found, bool) or not isinstance(found, (int, float)):
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
         raise ValueError(say(f"{value!r} is no number", f"{value!r} 不是数字"))
     return found
 
@@ -115,7 +116,7 @@ def switch(context: Context, flag: str, value: Any) -> bool:
 
 def items(context: Context, flag: str, value: Any) -> list[str]:
     found = value if isinstance(value, list) else str(text(context, flag, value)).split(",")
-    return [item.strip() for item in found if item.strip()]
+    return [item.strip() for item in map(str, found) if item.strip()]
 
 
 def seed(context: Context, flag: str, value: Any) -> Any:

@@ -21,7 +21,7 @@ from tongwen.past.migration import Outcome, migrate_command, migrate_files
 from tongwen.past.shell import read_script
 from tongwen.recipe.load import read
 
-SCRIPTS = (".sh", ".bash", ".txt")
+SCRIPTS, SHELLS = (".sh", ".bash", ".txt"), ("sh", "bash")
 
 
 def run(words: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -> list[list[str]]:
@@ -34,7 +34,29 @@ def run(words: Sequence[str], out: str, alpha: float | None, *, to_run: bool) ->
         _migrate_adapter(Path(words[0]), Path(out or f"{words[0].rstrip('/')}-lora"), alpha)
         return []
     outcomes = _read(list(words))
-    if sum(bool(one.recipe) for one in outcomes) > 1 and out:
+    _check(outcomes, out, to_run=to_run)
+    commands, rows = list[list[str]](), list[dict[str, Any]]()
+    for one in outcomes:
+        _report(one)
+        lines, text = one.commands, ""
+        if one.recipe:
+            text = as_yaml(one.recipe, one.old)
+            target = out or (f"{one.recipe['out']}.yaml" if to_run else "")
+            read(text, target or "recipe.yaml")  # as `run` would, with every problem
+            _hand_over(text, target)
+            lines = [["run", target or "RECIPE", *(_fitting(one.recipe) if to_run else [])]]
+        for line in lines:
+            console.tell(f"  {shlex.join(['tongwen', *line])}")
+        commands += lines
+        rows.append({**dataclasses.asdict(one), "commands": [["tongwen", *line] for line in lines], "text": text})
+    if not to_run:  # else what runs says so itself
+        console.emit({"migrated": rows})
+    return commands
+
+
+def _check(outcomes: Sequence[Outcome], out: str, *, to_run: bool) -> None:
+    """Raise RecipeError when the words of the command do not fit what was found."""
+    if out and sum(bool(one.recipe) for one in outcomes) > 1:
         raise RecipeError(
             say("several recipes come out, and --out names one file", "得到多份配方，而 --out 只有一个文件"),
             place=out,
@@ -46,22 +68,6 @@ def run(words: Sequence[str], out: str, alpha: float | None, *, to_run: bool) ->
             place="--run",
             remedy=say("leave --run away: the line is printed", "去掉 --run：会打印该命令"),
         )
-    commands, rows = list[list[str]](), list[dict[str, Any]]()
-    for one in outcomes:
-        _report(one)
-        text = as_yaml(one.recipe, one.old) if one.recipe else ""
-        target = out or (f"{one.recipe['out']}.yaml" if to_run and one.recipe else "")
-        if text:
-            read(text, target or "recipe.yaml")  # as `run` would, with every problem
-            _hand_over(text, target)
-        lines = [["run", target or "RECIPE"]] if text else one.commands
-        for line in lines:
-            console.tell(f"  {shlex.join(['tongwen', *line])}")
-        fitting = _fitting(one) if text and to_run else []
-        commands += [[*line, *fitting] for line in lines]
-        rows.append({**dataclasses.asdict(one), "commands": [["tongwen", *line] for line in lines], "text": text})
-    console.emit({"migrated": rows})
-    return commands
 
 
 def _migrate_adapter(folder: Path, out: Path, alpha: float | None) -> None:
@@ -83,15 +89,15 @@ def _read(words: list[str]) -> list[Outcome]:
             place="tongwen migrate",
             remedy="tongwen migrate run_config/Bloom_config.json   |   tongwen migrate -- torchrun finetune.py …",
         )
-    first = Path(words[0])
+    first = Path(words[1] if words[0] in SHELLS and len(words) > 1 else words[0])
     if first.suffix in (".json", ".yaml", ".yml"):
         return [migrate_files(words, today)]
     if first.suffix in SCRIPTS:
         try:
             text = first.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=words[0]) from None
-        return [migrate_command(line.words, today) for line in read_script(text, words[0])]
+            raise RecipeError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=str(first)) from None
+        return [migrate_command(line.words, today) for line in read_script(text, str(first))]
     return [migrate_command(words, today)]
 
 
@@ -134,18 +140,18 @@ def _hand_over(text: str, target: str) -> None:
     console.good(target)
 
 
-def _fitting(one: Outcome) -> list[str]:
+def _fitting(recipe: dict[str, Any]) -> list[str]:
     """Fewer devices than the old command had, when this machine has fewer: the batch is the same, so the result is."""
     import torch
 
     here = max(torch.accelerator.device_count(), 1)
-    if one.recipe.get("devices", 1) <= here:
+    if recipe.get("devices", 1) <= here:
         return []
     console.notice(
         say(
-            f"devices: {here}, not {one.recipe['devices']}: this machine has no more; the batch stays what it was",
-            f"devices: {here}，而非 {one.recipe['devices']}：本机没有更多设备；批大小不变",
+            f"devices: {here}, not {recipe['devices']}: this machine has no more; the batch stays what it was",
+            f"devices: {here}，而非 {recipe['devices']}：本机没有更多设备；批大小不变",
         )
     )
-    alone = [f"{section}.engine=auto" for section in ("pretrain", "sft") if here == 1 and section in one.recipe]
+    alone = [f"{section}.engine=auto" for section in ("pretrain", "sft") if here == 1 and section in recipe]
     return [f"devices={here}", *alone]
