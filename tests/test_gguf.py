@@ -27,8 +27,9 @@ from tongwen.model.load import locate
 
 gguf = pytest.importorskip("gguf")
 FAMILIES = tuple(name for name, family in families.FAMILIES.items() if family.gguf)
-NARROW = {  # those whose configs have words of their own
+WORDS = {  # those whose configs have words of their own
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2},
 }
 LINES = [
@@ -46,7 +47,9 @@ def make_model(folder: Path, family: str, rows: int, **more: Any) -> Any:
 
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "tie_word_embeddings": False}
-    config = AutoConfig.for_model(family, vocab_size=rows, **NARROW.get(family, {**shape, **more}))
+    shape |= {"pad_token_id": None}
+    own = {"bloom": {}, "gpt2": {}}.get(family, shape) | WORDS.get(family, {})
+    config = AutoConfig.for_model(family, vocab_size=rows, **{**own, **more})
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
@@ -179,12 +182,10 @@ def test_the_template_and_the_stops_go_along(chat_model: Path, tmp_path: Path, t
 
 
 def test_what_is_not_proven_is_refused_by_name(tmp_path: Path, tongwen: Any) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
-    words = ("convert", tmp_path / "gpt2", "--to", "gguf", "--out", tmp_path / "out")
+    make_model(tmp_path / "pythia", "gpt_neox", 64)
+    words = ("convert", tmp_path / "pythia", "--to", "gguf", "--out", tmp_path / "out")
     code, _, err = tongwen(*words)
-    assert code == 4 and "gpt2" in err and "qwen3" in err
+    assert code == 4 and "gpt_neox" in err and "qwen3" in err
     code, _, err = tongwen(*words, "--quantize", "q3")
     assert code == 4 and "q5_1" in err
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
@@ -372,3 +373,10 @@ def test_the_script_from_adapter_to_file(chat_model: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     file = next(word for word in done.stdout.split() if word.endswith(".gguf"))
     assert gguf.GGUFReader(file).fields["general.architecture"].contents() == "llama"
+
+
+def test_experts_that_are_weighed_otherwise_are_refused(tmp_path: Path, tongwen: Any) -> None:
+    folder = tmp_path / "model"
+    make_model(folder, "qwen3_moe", len(byte_level_tokenizer(folder)), norm_topk_prob=False)
+    code, _, err = tongwen("convert", folder, "--to", "gguf", "--out", tmp_path / "out")
+    assert code == 4 and "norm_topk_prob: false" in err and "--to hf" in err

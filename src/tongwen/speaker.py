@@ -143,6 +143,8 @@ def open_speaker(
     """
     place = load.locate(model)
     place = replace(place, adapters=(*place.adapters, *adapters))
+    for folder in place.adapters:
+        load.find_adapter(Path(folder))
     dressed = next((folder for folder in reversed(place.adapters) if _has_tokenizer(folder)), place.folder)
     tokenizer = load.load_tokenizer(load.Place(dressed, dressed) if dressed != place.folder else place)
     encoder = Encoder(tokenizer)

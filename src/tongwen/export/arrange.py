@@ -1,7 +1,7 @@
 """Tensors as another program lays them out, without a copy: rows that are put together from rows of others as they are read.
 
 BLOOM interleaves query, key and value head by head, where llama.cpp wants all queries first; GPT-2 stores its matrices
-transposed; Baichuan-7B is a LLaMA whose three projections are one matrix.
+transposed; Qwen3's experts lie one by one; Baichuan-7B is a LLaMA whose three projections are one matrix.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ SHAPE = {
     "num_attention_heads": ("n_head",),
     "intermediate_size": ("n_inner",),
     "max_position_embeddings": ("n_positions", "seq_length"),
+    "num_experts": ("num_local_experts",),
 }
 
 
@@ -89,10 +90,25 @@ def for_llama_cpp(tensors: Tensors, config: Mapping[str, Any]) -> tuple[Tensors,
         return Arranged(
             tensors, {name: [Run(name, width * at, width * (at + 1)) for at in order] for name in fused}
         ), config
+    if config.get("model_type") == "qwen3_moe":
+        return _stacked(tensors, int(config["num_experts"])), config
     if family and family.transposed:
         matrices = [name for name in tensors.facts if name.split(".")[-2] in ("c_attn", "c_proj", "c_fc")]
         return Arranged(tensors, {}, [name for name in matrices if len(tensors.facts[name][1]) == 2]), config
     return tensors, config
+
+
+def _stacked(tensors: Tensors, experts: int) -> Arranged:
+    """The experts of a layer end to end, (experts x rows, columns), where the files have them one by one."""
+    runs = {}
+    alone = [name for name in tensors.facts if ".experts." in name]
+    for name in alone:
+        layer, _, rest = name.partition(".experts.")
+        expert, _, part = rest.partition(".")
+        if expert == "0":
+            each = [f"{layer}.experts.{index}.{part}" for index in range(experts)]
+            runs[f"{layer}.experts.{part}"] = [Run(one, 0, tensors.facts[one][1][0]) for one in each]
+    return Arranged(tensors, runs, hidden=alone)
 
 
 def as_llama(tensors: Tensors, config: Mapping[str, Any], place: str) -> tuple[Tensors, dict[str, Any]]:

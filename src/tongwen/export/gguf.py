@@ -51,6 +51,12 @@ def check_model(tensors: Tensors, config: Mapping[str, Any]) -> None:
     """Raise ModelError for a family, a tensor or a way to stretch positions that llama.cpp would not compute alike."""
     _names(tensors, config)
     _extra(config)
+    if "num_experts" in config and not config.get("norm_topk_prob"):
+        raise ModelError(
+            say("llama.cpp always normalises the weights of the chosen experts", "llama.cpp 总会归一化所选专家的权重"),
+            place="config.json: norm_topk_prob: false",
+            remedy="--to hf",
+        )
 
 
 def vocabulary_rows(tensors: Tensors, config: Mapping[str, Any]) -> int:
@@ -81,7 +87,8 @@ def write(
         _, shape = tensors.facts[ours]
         stored = type_of(theirs, shape, kind, config)
         nbytes = row_count(shape) * kquants.row_bytes(shape[1] if len(shape) > 1 else 1, stored)
-        writer.add_tensor_info(theirs, shape, np.dtype(np.float32), nbytes, raw_dtype=gguf.GGMLQuantizationType[stored])
+        there = _shape_there(theirs, shape, config)
+        writer.add_tensor_info(theirs, there, np.dtype(np.float32), nbytes, raw_dtype=gguf.GGMLQuantizationType[stored])
     writer.write_header_to_file(file)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -111,7 +118,7 @@ def check(tensors: Tensors, config: Mapping[str, Any], vocabulary: Vocabulary | 
         held.pop(name)
     for ours, theirs in _names(tensors, config).items():
         tensor, (_, shape) = held.pop(theirs, None), tensors.facts[ours]
-        if tensor is None or tuple(int(size) for size in reversed(tensor.shape)) != shape:
+        if tensor is None or tuple(map(int, reversed(tensor.shape))) != _shape_there(theirs, shape, config):
             raise _unlike(theirs, file)
         stored = type_of(theirs, shape, kind, config)
         found = tensor.data.reshape(row_count(shape), -1)
@@ -125,6 +132,14 @@ def check(tensors: Tensors, config: Mapping[str, Any], vocabulary: Vocabulary | 
         written = reader.fields["tokenizer.ggml.tokens"]
         if len(written.data) != len(vocabulary.tokens):
             raise _unlike("tokenizer.ggml.tokens", file)
+
+
+def _shape_there(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Stacked experts are (experts, rows, columns) in the file."""
+    if not name.endswith("_exps.weight"):
+        return shape
+    experts = int(config["num_experts"])
+    return experts, shape[0] // experts, shape[1]
 
 
 def type_of(name: str, shape: tuple[int, ...], kind: str, config: Mapping[str, Any]) -> str:
@@ -243,6 +258,12 @@ def _extra(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_freqs.weight": (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)}
 
 
+def _partial(config: Mapping[str, Any]) -> float:
+    """The share of a head that rotates: GLM-4 turns half of it."""
+    found = (config.get("rope_parameters") or {}).get("partial_rotary_factor") or config.get("partial_rotary_factor")
+    return float(found or 1.0)
+
+
 def _theta(config: Mapping[str, Any]) -> float:
     return float(config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0)
 
@@ -265,10 +286,14 @@ def _add_facts(writer: Any, config: Mapping[str, Any], tensors: Tensors, kind: s
     if "layer_norm_epsilon" in config:  # BLOOM and GPT-2, whose positions are no rotations
         writer.add_layer_norm_eps(float(config["layer_norm_epsilon"]))
         return
+    if "num_experts" in config:
+        writer.add_expert_count(int(config["num_experts"]))
+        writer.add_expert_used_count(int(config["num_experts_per_tok"]))
+        writer.add_expert_feed_forward_length(int(config["moe_intermediate_size"]))
     width = _head_width(config)
     writer.add_key_length(width)
     writer.add_value_length(width)
-    writer.add_rope_dimension_count(width)
+    writer.add_rope_dimension_count(int(width * _partial(config)))
     writer.add_rope_freq_base(_theta(config))
     writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
     stretched = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -468,6 +468,14 @@ def adapter_folder(folder: Path) -> Path:
     return next((place for place in below if place.is_dir()), folder)
 
 
+def find_adapter(folder: Path) -> Path:
+    """The same. Raises ArtifactError when there is no adapter."""
+    place = adapter_folder(folder)
+    if not (place / "adapter_config.json").is_file():
+        raise no_adapter_config(place)
+    return place
+
+
 def no_adapter_config(folder: Path) -> ArtifactError:
     """What is said of a folder without adapter_config.json: a bare file of tensors can get one."""
     bare = next((name for name in ("adapter_model.bin", "pytorch_model.bin") if (folder / name).is_file()), None)
@@ -482,10 +490,8 @@ def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, tr
     """The model with an adapter on it. Refuses an adapter that was trained on another base."""
     from peft import PeftModel
 
-    path = adapter_folder(Path(folder))
+    path = find_adapter(Path(folder))
     folder = str(path)
-    if not (path / "adapter_config.json").is_file():
-        raise no_adapter_config(path)
     stage = artifact.find(path)
     trained_on = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
     if trained_on and fingerprint_of_base and trained_on != fingerprint_of_base:

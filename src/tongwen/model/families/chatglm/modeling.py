@@ -133,7 +133,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                     "ChatGLM-6B reads off the ids where the answer begins: inputs_embeds alone will not do"
                 )
             position_ids, prefix = read_layout(input_ids, attention_mask, cu_seq_lens_q, self.config)
-            whole = lambda batch, head, row, column: column < prefix[batch]  # noqa: E731
+            whole = _before(prefix)
             if cu_seq_lens_q is not None:
                 extra |= {"cu_seq_lens_q": cu_seq_lens_q, "prefix_lengths": prefix}
         elif position_ids is None or position_ids.dim() != 3:
@@ -230,6 +230,11 @@ def _layout(row: torch.Tensor, padding: int, config: ChatGLMConfig) -> tuple[tor
     positions[0, prefix:] = place - padding
     positions[1, prefix:] = torch.arange(1, len(ids) - prefix + 1)
     return positions, prefix
+
+
+def _before(prefix: torch.Tensor) -> Any:
+    """transformers' form of a mask: whether a column stands before the answer of its row."""
+    return lambda batch, head, row, column: column < prefix[batch]
 
 
 def _turn(places: torch.Tensor, config: ChatGLMConfig, dtype: torch.dtype) -> Turn:
