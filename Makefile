@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test docs bench bench-large crash-storm clean
+.PHONY: demo test docs pages bench bench-large crash-storm clean
 
 demo: $(VENV)/installed
 	$(BIN)/tongwen demo
@@ -13,6 +13,10 @@ test:
 
 docs: $(VENV)/installed-dev
 	$(BIN)/python docs/generate.py
+
+# the page in Debian's chromium (apt-get install chromium fonts-noto-cjk), both languages at both widths
+pages: $(VENV)/installed-dev
+	TONGWEN_PAGES=long $(BIN)/python -m pytest tests/test_page.py tests/test_browser.py
 
 bench: $(VENV)/installed-dev
 	@echo "see bench/README.md: each script opens with its command"

@@ -248,15 +248,16 @@ def by_the_command_line(ground: Ground, kills: int, chance: random.Random) -> di
     return dict(found)
 
 
-def every_call(ground: Ground, method: str, limit: int | None = None) -> dict[str, Any]:
+def every_call(ground: Ground, method: str, chosen: slice = slice(None)) -> dict[str, Any]:
     """One save under strace: each call that changes something in the run's folder is the last one once, and fails once."""
+    short = f"sft.stop_after={2 * EVERY} steps"
     ground.reset(method)
-    assert forked(lambda: ground.run(method), ground.log, never).code == 0
+    assert forked(lambda: ground.run(method, short), ground.log, never).code == 0
     wanted = ground.result(method)
     ground.reset(method)
     before = inside_save(2, 0.0)
     assert forked(
-        lambda: ground.run(method), ground.log, before
+        lambda: ground.run(method, short), ground.log, before
     ).killed  # one checkpoint is there, none is being written
     snapshot = ground.folder / "snapshot"
     shutil.copytree(ground.out(method), snapshot)
@@ -265,18 +266,18 @@ def every_call(ground: Ground, method: str, limit: int | None = None) -> dict[st
     def attempt(inject: str) -> int:
         shutil.rmtree(ground.out(method))
         shutil.copytree(snapshot, ground.out(method))
-        return _traced(lambda: ground.run(method), ground.log, trace, inject)
+        return _traced(lambda: ground.run(method, short), ground.log, trace, inject)
 
     attempt("")
     points = _changing_calls(trace, str(ground.out(method)))
     found: Counter[str] = Counter(calls=len(points), killed=0, killed_exact=0, failed=0, failed_exact=0)
     codes: Counter[str] = Counter()
-    for call, number in points[:limit]:
+    for call, number in points[chosen]:
         for kind, how in (("killed", "signal=KILL"), ("failed", "error=EIO")):
             code = attempt(f"{call}:{how}:when={number}")
             codes[f"{kind} {code}"] += 1
             found[kind] += 1
-            done = forked(lambda: ground.run(method), ground.log, never)
+            done = forked(lambda: ground.run(method, short), ground.log, never)
             found[f"{kind}_exact"] += done.code == 0 and ground.result(method) == wanted
         print("system calls", dict(found), flush=True)
     kinds = Counter(call for call, _ in points)

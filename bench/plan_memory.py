@@ -45,11 +45,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2, help="the second one meets the optimizer's state")
     chosen = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     found = {}
     for method in ("lora", "qlora", "full"):
         found[method] = compare(chosen, method)
         print(method, {name: found[method][name] for name in ("planned", "measured", "off_by")}, flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "machine": {"processor": processor(), "cpus": os.cpu_count(), "python": platform.python_version()},
         "commit": commit.stdout.strip(),

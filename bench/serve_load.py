@@ -88,7 +88,7 @@ def main() -> None:
     opened = json.loads(process.stdout.readline())
     port = int(opened["url"].split(":")[2].split("/")[0])
     watched = psutil.Process(process.pid)
-    load(port, opened["token"], 10)  # what is loaded and cached at first use is no growth
+    load(port, opened["token"], chosen.seconds)  # what is loaded and cached at first use is no growth
     rounds = []
     for number in range(3):
         became = load(port, opened["token"], chosen.seconds, seed=number + 1)

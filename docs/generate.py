@@ -1,5 +1,5 @@
-"""Write the pages that are made from the code: docs/cli*.md from `--help`, docs/recipe*.md from the schema, and the table of
-failures in docs/from-older-projects*.md.
+"""Write the pages that are made from the code: docs/cli*.md from `--help`, docs/recipe*.md from the schema, the table of
+failures in docs/from-older-projects*.md, and docs/memory*.md by what `tongwen plan` reckons with.
 
 `python docs/generate.py` writes them; with `--check` it only says which are stale, and fails.
 """
@@ -9,9 +9,23 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
+QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+LLAMA = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256}
+# Published shapes: hidden, intermediate, layers, heads, tied head.
+MODELS = {
+    "Qwen3-0.6B": (QWEN3, 1024, 3072, 28, 16, True),
+    "Qwen3-1.7B": (QWEN3, 2048, 6144, 28, 16, True),
+    "Qwen3-4B": (QWEN3, 2560, 9728, 36, 32, True),
+    "Qwen3-8B": (QWEN3, 4096, 12288, 36, 32, False),
+    "Qwen3-32B": (QWEN3, 5120, 25600, 64, 64, False),
+    "Llama-3.1-70B": (LLAMA, 8192, 28672, 80, 64, False),
+}
+LENGTHS = (2048, 8192)
 
 
 def main() -> int:
@@ -20,7 +34,7 @@ def main() -> int:
     for language, ending in (("en", ""), ("zh", "_zh")):
         os.environ["TONGWEN_LANG"] = language
         older = HERE / f"from-older-projects{ending}.md"
-        pages = {"cli": cli_page(), "recipe": recipe_page(), "families": families_page()}
+        pages = {"cli": cli_page(), "recipe": recipe_page(), "families": families_page(), "memory": memory_page()}
         pages["from-older-projects"] = with_failures(older)
         for name, text in pages.items():
             file = HERE / f"{name}{ending}.md"
@@ -148,6 +162,73 @@ def with_failures(file: Path) -> str:
         cells = (one.id, *(say(*pair).replace("|", "\\|") for pair in (one.says, one.why, one.here)))
         rows.append(f"| {' | '.join(cells)} |")
     return f"{head}{start}\n" + "\n".join(rows) + f"\n\n{end}{rest.split(end)[1]}"
+
+
+def memory_page() -> str:
+    from tongwen.language import say
+
+    names = {"lora": "LoRA", "qlora": "QLoRA (nf4)", "full": say("full", "全参数")}
+    head = [say("model", "模型"), *(f"{name}, {length}" for name in names.values() for length in LENGTHS)]
+    rows = [memory_row(name, names) for name in MODELS]
+    table = "\n".join([f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *rows])
+    return say(
+        f"""# Memory against plan
+
+Made by the code of `tongwen plan` with `make docs`; do not edit.
+
+GB of one GPU: bf16, one document of 2,048 or 8,192 tokens at a time, all of them learned, activation checkpointing on, LoRA
+of rank 16 on all linear layers, AdamW, and 0.6 GB for CUDA itself. Nothing of this was measured on a GPU; on a CPU the same
+count was held against real runs (`bench/plan_memory.py`).
+
+{table}
+
+`tongwen plan RECIPE --gpu 24GB` reckons with your own recipe and data, splits the sum by purpose, and says what to change
+when it does not fit.
+""",
+        f"""# 显存规划表
+
+由 `tongwen plan` 的代码经 `make docs` 生成，请勿手改。
+
+单卡 GB 数：bf16，每次一篇 2,048 或 8,192 token 的文档且全部计入损失，开启重算激活，LoRA 秩 16、覆盖所有线性层，AdamW，另为 CUDA
+本身计 0.6 GB。这些数字没有在 GPU 上实测；同一算法在 CPU 上与真实训练对照过（`bench/plan_memory.py`）。
+
+{table}
+
+`tongwen plan RECIPE --gpu 24GB` 按你自己的配方与数据计算，按用途列出，放不下时给出修改建议。
+""",
+    )
+
+
+def memory_row(name: str, methods: Iterable[str]) -> str:
+    """A check reckons the first row anew and believes the others, which take a minute."""
+    file = HERE / "memory.md"
+    if "--check" in sys.argv and name != next(iter(MODELS)):
+        return next(line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |"))
+    cells = (f"{peak(name, method, length) / 1e9:.1f}" for method in methods for length in LENGTHS)
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+@cache
+def peak(name: str, method: str, length: int) -> int:
+    """Bytes."""
+    import torch
+    from transformers import LlamaConfig, Qwen3Config
+
+    from tongwen.foresight import Micro, Setting, foresee
+    from tongwen.recipe.schema import Adapter
+
+    family, hidden, intermediate, layers, heads, tied = MODELS[name]
+    config = (Qwen3Config if family is QWEN3 else LlamaConfig)(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        tie_word_embeddings=tied,
+        **family,
+    )
+    adapter = Adapter(method=method)
+    setting = Setting(adapter, frozenset({adapter.part}), torch.bfloat16, "cuda", checkpointing=True)
+    return foresee(config, setting, Micro((length,), length, 2)).bytes["peak"]
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("work")
     tokenizer = byte_level_tokenizer(place / "base")
     tiny_llama(place / "base", len(tokenizer))
-    write_recipe(place, place / "base", dialogues(120), sft=", save_every: 10")
+    write_recipe(place, place / "base", dialogues(60), sft=", save_every: 10")
     return place
 
 
@@ -185,7 +185,7 @@ def test_a_file_is_dropped(page: Any, tmp_path: Path) -> None:
     page.set_input_files("#dropped input[type=file]", str(file))
     page.wait_for_selector("#samples .l")
     assert "not_json" in page.locator(".problems").inner_text()
-    assert page.locator("#samples .s").count() == 5
+    assert page.locator("#samples .tokens .s").count() == 5
     assert "alpaca" in page.locator(".cards").first.inner_text()
 
 

@@ -34,7 +34,7 @@ def test_flipped_bits_are_found(ground: Ground) -> None:
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 def test_the_first_calls_of_a_save(ground: Ground) -> None:
-    found = every_call(ground, "lora", limit=2)
+    found = every_call(ground, "lora", slice(2))
     assert found["calls"] > 40, "what a save does in all"
     assert found["killed_exact"] == found["failed_exact"] == found["killed"] == found["failed"] == 2
 

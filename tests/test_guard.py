@@ -277,3 +277,12 @@ def test_small_steps_are_not_lost_in_bf16(
     assert tongwen("run", write_recipe(tmp_path, chat_model, sft=SFT, merge=False), *words)[0] == 0
     after = tensors(tmp_path / "out" / "sft")
     assert min((after[name] != part).float().mean() for name, part in before.items() if "proj" in name) > 0.9
+
+
+def test_a_signal_outside_of_training_interrupts(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tongwen.stages.prepare.run", lambda recipe, out: os.kill(os.getpid(), signal.SIGTERM))
+    code, _, err = tongwen("run", write_recipe(tmp_path, chat_model))
+    assert code == 130 and "same command continues" in err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

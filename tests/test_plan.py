@@ -57,14 +57,16 @@ def test_a_rehearsed_step_holds_what_a_real_step_holds(method: str, chat_model: 
     assert found.bytes["optimizer"] == 8 * found.shape.trainable
 
 
+@pytest.mark.parametrize("how", [{}, {"dtype": torch.bfloat16, "checkpointing": True}])
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_few_layers_tell_of_many(method: str, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(Place("t", str(chat_model)))
+def test_a_few_layers_tell_of_many(
+    method: str, how: dict[str, Any], chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, micro = load_config(Place("t", str(chat_model))), Micro(LENGTHS, 20, 2)
     config.num_hidden_layers = 6
-    monkeypatch.setattr(foresight, "FEW", (2, 3))
-    found = foresight.foresee(config, setting(method), Micro(LENGTHS, 20, 2)).bytes
-    monkeypatch.setattr(foresight, "FEW", (2, 6))
-    whole = foresight.foresee(config, setting(method), Micro(LENGTHS, 20, 2)).bytes
+    found = foresight.foresee(config, setting(method, **how), micro).bytes
+    monkeypatch.setattr(foresight, "ALIKE", (2, 6))  # all of them
+    whole = foresight.foresee(config, setting(method, **how), micro).bytes
     assert found["peak"] == pytest.approx(whole["peak"], rel=1e-3)
     assert found["weights"] == pytest.approx(whole["weights"], rel=1e-3)
 

@@ -63,6 +63,10 @@ def test_stopped_and_taken_up_again_it_ends_with_the_same_weights(chat_model: Pa
         assert all(torch.equal(left[name], right[name]) for name in left)
     assert runs.samples(once) and [file.parent.name for file in runs.reports(once)] == ["sft"]
     assert "held-out bits per byte" in runs.log(once)
+    page = runs.compare([never, once])
+    assert "<svg" in page and "never" in page and "once" in page
+    with pytest.raises(MachineError, match="no training has finished here"):
+        runs.compare([never, tmp_path])
 
 
 def test_a_run_that_cannot_begin_says_why(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -21,9 +22,12 @@ import pytest
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
 from tongwen import cli
 from tongwen.data.encode import Encoder
+from tongwen.data.synthesize import SCHEMA
 from tongwen.errors import NumbersError, RowRefused
+from tongwen.hub.paid import Endpoint, Spending
 from tongwen.infer.decode import Sampling, Voice
 from tongwen.model import dress
+from tongwen.recipe.schema import Synthesize
 from tongwen.speaker import Speaker
 from tongwen.ui import api, gate
 
@@ -194,6 +198,31 @@ def test_openai_s_own_client(model: Served) -> None:
         for seed in (1, 1, 2)
     ]
     assert hot[0].choices == hot[1].choices != hot[2].choices
+
+
+def test_synthesize_asks_our_own_server(model: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows no JSON schema and says so; its stream, its counts and its end are understood."""
+    monkeypatch.setenv("OPENAI_API_KEY", TOKEN)
+    words = {
+        "endpoint": f"http://127.0.0.1:{model.port}/v1",
+        "model": "m",
+        "rows": 1,
+        "max_tokens": 7,
+        "temperature": 0,
+    }
+    told: list[str] = []
+
+    async def ask() -> Any:
+        section = Synthesize.model_validate({**words, "method": "topics", "pause": 0.01})
+        endpoint = Endpoint(section, Spending(section), told.append)
+        async with endpoint.client:
+            return await endpoint.complete("你好", SCHEMA)
+
+    text, finish, tokens = asyncio.run(ask())
+    whole = model.chat(max_tokens=7)[2]
+    assert (text, finish) == (whole["choices"][0]["message"]["content"], "length")
+    assert tokens == (whole["usage"]["prompt_tokens"], 7)
+    assert told == ["the endpoint takes no JSON schema: asked without"]
 
 
 def test_what_does_not_fit_is_refused_at_once(model: Served) -> None:

@@ -11,10 +11,12 @@ import select
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer
 from tongwen import cli
@@ -125,12 +127,28 @@ def test_a_question_that_never_fits_costs_no_turn(monkeypatch: pytest.MonkeyPatc
     assert [message["content"] for message in spoken.asked[2]] == ["问1", "答1", "问3"]
 
 
+class Says:
+    """A network that says these ids."""
+
+    device = "cpu"
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = ids
+
+    def generate(self, input_ids: torch.Tensor, streamer: Any, **_: Any) -> None:
+        streamer.put(input_ids)
+        for index in self.ids:
+            streamer.put(torch.tensor([index]))
+
+
 def test_an_answer_ends_with_a_whole_character(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
-    voice = Voice(None, tokenizer, (), 100)
+    voice = Voice(None, tokenizer, (0,), 100)
     ids = tokenizer("好龘", add_special_tokens=False)["input_ids"]
     assert voice.decode(ids) == "好龘"
     assert voice.decode(ids[:-1]) == "好"
+    for said in (ids, ids[:-1], [*ids[:-1], *ids]):
+        assert "".join(replace(voice, model=Says(said)).stream([1], Sampling())) == voice.decode(said)
 
 
 def test_settings_are_changed_and_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

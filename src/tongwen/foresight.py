@@ -25,9 +25,9 @@ from tongwen.recipe.schema import Adapter, Part
 from tongwen.train.audit import to_device
 from tongwen.train.batches import MicroBatches, Plan
 from tongwen.train.memory import CUDA_CONTEXT, QUANTIZED, STATE_BYTES, Shape, kept_for_backward
-from tongwen.train.rehearsal import rehearse
+from tongwen.train.rehearsal import AT_ANY_DEPTH, rehearse
 
-FEW = (4, 8)  # layers that are rehearsed of a deeper model; whatever alternates among them does so in four at most
+ALIKE, ALTERNATING = (2, 4), (4, 8)  # layers that are rehearsed of a deeper model
 LIBRARIES = psutil.Process().memory_info().rss
 
 
@@ -88,15 +88,16 @@ def foresee(config: Any, setting: Setting, micro: Micro) -> Needs:
     shape = shape_of(config, setting)
     layers = shape.layers
     try:
-        if layers <= FEW[1]:
-            halves = _rehearsed(config, setting, micro, layers)
+        few, more = _few(config)
+        if layers <= more:
+            parts = _rehearsed(config, setting, micro, layers)
         else:
-            small, large = (_rehearsed(config, setting, micro, count) for count in FEW)
-            halves = [_grown(*pair, layers) for pair in zip(small, large, strict=True)]
+            small, large = (_rehearsed(config, setting, micro, count) for count in (few, more))
+            parts = [_grown(small[part], large[part], (layers - more) / (more - few)) for part in AT_ANY_DEPTH]
         rehearsed = True
     except (RuntimeError, TypeError, AttributeError, KeyError):  # what an unknown model's code raises without values
-        halves, rehearsed = [_by_formula(config, setting, micro, shape)], False
-    fullest = max(halves, key=lambda half: sum(half.values()))
+        parts, rehearsed = [_by_formula(config, setting, micro, shape)], False
+    fullest = max(parts, key=lambda part: sum(part.values()))
     needs = {
         "libraries": LIBRARIES if setting.device == "cpu" else CUDA_CONTEXT,
         **{purpose: fullest.get(purpose, 0) for purpose in ("weights", "gradients")},
@@ -113,22 +114,23 @@ def _rehearsed(config: Any, setting: Setting, micro: Micro, layers: int) -> list
     if setting.checkpointing:
         with load.quiet():  # there is no random state to keep among tensors without values
             model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    halves = rehearse(
+    parts = rehearse(
         model,
         micro.lengths,
         micro.rows,
         learned_loss,
         model.get_output_embeddings(),
         lambda model: _prepare(model, setting),
+        layers=layers,
         bf16=setting.dtype == torch.bfloat16,
         passes=micro.passes,
     )
     if setting.quantize:
         width, spared = setting.dtype.itemsize, sum(matrices)
-        for half in halves:
-            half["weights"] -= int(spared * (width - QUANTIZED[setting.quantize]))
-            half["activations"] += max(matrices) * width  # the one that is de-quantised at the time
-    return halves
+        for part in parts:
+            part["weights"] -= int(spared * (width - QUANTIZED[setting.quantize]))
+            part["activations"] += max(matrices) * width  # the one that is de-quantised at the time
+    return parts
 
 
 def _prepare(model: Any, setting: Setting) -> None:
@@ -163,13 +165,14 @@ def _cut(config: Any, layers: int) -> Any:
     return cut
 
 
-def _grown(small: dict[str, int], large: dict[str, int], layers: int) -> dict[str, int]:
-    """From the few layers to all of them."""
-    few, more = FEW
-    return {
-        purpose: size + (size - small.get(purpose, 0)) * (layers - more) // (more - few)
-        for purpose, size in large.items()
-    }
+def _few(config: Any) -> tuple[int, int]:
+    kinds = getattr(config.get_text_config(), "layer_types", None) or [""]
+    return ALIKE if len({*kinds}) == 1 else ALTERNATING
+
+
+def _grown(small: dict[str, int], large: dict[str, int], times: float) -> dict[str, int]:
+    """From few layers to all of them: times as much more again as lies between the two."""
+    return {purpose: round(size + (size - small.get(purpose, 0)) * times) for purpose, size in large.items()}
 
 
 def _by_formula(config: Any, setting: Setting, micro: Micro, shape: Shape) -> dict[str, int]:

@@ -23,7 +23,7 @@ from tongwen.launch import is_first
 RUN = "run.json"
 BEFORE = "before.json"  # what the untrained model scored; other data ask again
 # What the weights and the optimizer's memory are shaped by: a fork cannot change it. Of the adapter, dropout alone may.
-SHAPE = re.compile(r"\w+\.(adapter\.(?!dropout$).*|optimizer|train)")
+SHAPE = re.compile(r"\w+\.(adapter\.(?!dropout$).*|optimizer|train|engine)")
 DATA, DTYPE = "prepare (fingerprint)", "dtype"
 
 

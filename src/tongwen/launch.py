@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 EXIT_FILE = "TONGWEN_EXIT_FILE"
@@ -62,15 +63,31 @@ def stop_signals() -> list[signal.Signals]:
     return [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
+@contextmanager
+def listening(hear: Callable[[int], object]) -> Iterator[None]:
+    """Inside, `hear` is called with the number of a signal that asks to stop."""
+    before = {one: signal.signal(one, lambda number, frame: hear(number)) for one in stop_signals()}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def interrupt(number: int) -> None:
+    """As Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 def begin() -> None:
     """Note when the command began, for all processes that it starts."""
-    if not is_launched():
+    if not is_ours():
         os.environ[BEGAN] = str(time.time())
 
 
 def deadline(seconds: float | None) -> float | None:
     """When a command that may take so many seconds must be gone, in seconds since 1970."""
-    return float(os.environ.get(BEGAN, time.time())) + seconds if seconds is not None else None
+    return float(os.environ[BEGAN]) + seconds if seconds is not None else None
 
 
 def torchrun(devices: int, arguments: Sequence[str]) -> int:
@@ -91,12 +108,8 @@ def torchrun(devices: int, arguments: Sequence[str]) -> int:
 def _wait_for(command: Sequence[str], environment: dict[str, str]) -> int:
     """Run a command; whoever asks this process to stop asks that one, which answers when it has saved."""
     process = subprocess.Popen(command, env=environment)  # noqa: S603
-    before = {number: signal.signal(number, lambda number, frame: process.terminate()) for number in stop_signals()}
-    try:
+    with listening(lambda number: process.terminate()):
         return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def claim_exit(code: int) -> bool:

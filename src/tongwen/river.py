@@ -60,7 +60,7 @@ def run(
             say(f"cannot be made: {error.strerror}", f"无法创建：{error.strerror}"), place=str(out)
         ) from None
     done: list[artifact.Artifact] = []
-    with _alone(out):
+    with _alone(out), launch.listening(launch.interrupt):
         redo_from = _first_to_redo(recipe, chosen, out, explicit=bool(only or start)) if again else None
         redone = STAGES[STAGES.index(redo_from) :] if redo_from else ()
         if not launch.is_launched():

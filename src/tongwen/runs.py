@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -68,6 +69,22 @@ def stop(out: Path) -> None:
 def resume(out: Path) -> None:
     """Go on with a run by the recipe that stands in its folder."""
     start([str(out / "recipe.yaml")], out)
+
+
+def compare(outs: Sequence[Path]) -> str:
+    """The page of `tongwen show RUN1 RUN2`. Raises MachineError with what the command says when there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "compared.html"
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, "-m", "tongwen", "show", *map(str, outs), "--html", str(page)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "TONGWEN_LANG": language()},
+        )
+        if not page.is_file():
+            raise MachineError(done.stderr.strip() or say("two runs are needed", "需要两个训练"))
+        return page.read_text(encoding="utf-8")
 
 
 def facts(out: Path) -> list[tuple[str, str]]:

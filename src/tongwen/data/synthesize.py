@@ -188,7 +188,7 @@ def _checked(item: Item) -> Item:
     return mended
 
 
-async def make(
+async def gather(
     requests: Iterable[Request],
     made: Made,
     journal: Journal,

@@ -110,21 +110,21 @@ class Endpoint:
             timeout=httpx2.Timeout(section.seconds, connect=min(10.0, section.seconds)),
             default_headers={"Accept-Encoding": "identity"},
             http_client=httpx2.AsyncClient(
+                # Behind a proxy the transport is the library's own; there only the text is counted.
                 transport=None if section.use_proxy else _Capped(),
                 trust_env=section.use_proxy,
                 follow_redirects=False,
                 event_hooks={"response": [_check_kind]},
-                timeout=httpx2.Timeout(section.seconds, connect=min(10.0, section.seconds)),
             ),
         )
 
     async def complete(self, prompt: str, schema: dict[str, Any] | None) -> tuple[str, str, tuple[int, int]]:
         """(text, why it ended, tokens of prompt and answer). Raises Unanswered, or TongwenError when no request can be
         answered."""
-        most = (len(prompt), self.section.max_tokens)
+        most = (len(prompt.encode()), self.section.max_tokens)  # no tokenizer makes more of it than its bytes
         why = ""
         for attempt in range(self.section.attempts):
-            async with self._turn():
+            async with _Turn(self):
                 self.spending.reserve(most)
                 used = (0, 0)
                 try:
@@ -133,7 +133,7 @@ class Endpoint:
                     self.failures = 0
                     return answer
                 except (openai.APIError, Cut, TooLarge, asyncio.TimeoutError, ValueError, httpx2.HTTPError) as error:
-                    why, used = self._judged(error), most if isinstance(error, Cut) else used
+                    why, used = self._judged(error), (0, 0) if _cost_nothing(error) else most
                 finally:
                     self.spending.settle(most, used)
             await asyncio.sleep(random.uniform(0, min(60.0, self.section.pause * 2**attempt)))  # noqa: S311 (full jitter)
@@ -195,9 +195,6 @@ class Endpoint:
             self.rest_until = max(self.rest_until, time.monotonic() + retry_after(error.response.headers))
         return f"HTTP {status}"
 
-    def _turn(self) -> _Turn:
-        return _Turn(self)
-
 
 class _Turn:
     """A moment at which a request may start: the pace is kept, a Retry-After is obeyed, and in an outage there is one
@@ -224,6 +221,12 @@ class _Turn:
     async def __aexit__(self, *_: object) -> None:
         if self.probes:
             self.endpoint.probing.release()
+
+
+def _cost_nothing(error: Exception) -> bool:
+    """Whether a failed request was surely not billed: it was refused, or never got there."""
+    unreached = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
+    return unreached or isinstance(error, openai.APIStatusError)
 
 
 def check_address(address: str) -> str:

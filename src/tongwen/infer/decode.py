@@ -198,7 +198,7 @@ class Voice:
                 continue
             if piece := text.add(item):
                 yield piece
-        if piece := text.rest():
+        if piece := text.rest().rstrip("\ufffd"):  # what was cut in the middle is left out, as by `decode`
             yield piece
 
     def _mended(self, pieces: Iterator[str]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen import artifact, console
-from tongwen.data import synthesize as make
+from tongwen.data import synthesize as tasks
 from tongwen.data.files import find_files
 from tongwen.data.formats import read_document
 from tongwen.data.journal import Journal
@@ -43,7 +43,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     except ImportError:
         raise MissingPackage("openai", "synthesize", "synthesize") from None
     console.header("synthesize", f"{section.model} · {section.endpoint}")
-    made = make.Made(section)
+    made = tasks.Made(section)
     requests = _requests(section, recipe.seed, made)
     spending = paid.Spending(section)
     with (
@@ -59,11 +59,11 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         async def ask() -> None:
             endpoint = paid.Endpoint(section, spending, console.notice)
 
-            async def complete(request: make.Request) -> tuple[str, str, tuple[int, int]]:
+            async def complete(request: tasks.Request) -> tuple[str, str, tuple[int, int]]:
                 return await endpoint.complete(request.prompt, request.schema)
 
             async with endpoint.client:
-                await make.make(
+                await tasks.gather(
                     requests, made, journal, complete, paid.Unanswered, lambda rows: bar.update(rows, spending.said())
                 )
 
@@ -90,31 +90,31 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     return draft.artifact
 
 
-def _requests(section: Synthesize, seed: int, made: make.Made) -> Iterable[make.Request]:
+def _requests(section: Synthesize, seed: int, made: tasks.Made) -> Iterable[tasks.Request]:
     if section.method == "topics":
-        return make.by_topics(section.topics, seed)
+        return tasks.by_topics(section.topics, seed)
     if section.method == "documents":
-        return make.about_documents(_documents(section.documents))
+        return tasks.about_documents(_documents(section.documents))
     seeds = _seeds(section.seeds)
     for task in seeds:
         made.index.add(task.question)  # what comes back as it was given is nothing new
-    return make.self_instruct(seeds, seed)
+    return tasks.self_instruct(seeds, seed)
 
 
 def _seeds(file: str | None) -> list[Item]:
     if file is None:
-        return make.shipped_seeds()
+        return tasks.shipped_seeds()
     seeds = []
     for found in find_files(file):
         for row in read_rows(found, Source(path=file), console.notice):
             if row.problem:
                 raise DataError(row.problem, place=f"{row.file}:{row.row}")
-            seeds.append(make.read_seed(row.value, f"{row.file}:{row.row}"))
-    if len(seeds) < make.EXAMPLES:
+            seeds.append(tasks.read_seed(row.value, f"{row.file}:{row.row}"))
+    if len(seeds) < tasks.EXAMPLES:
         raise DataError(
             say(
-                f"{len(seeds)} seed tasks; {make.EXAMPLES} are shown in each prompt",
-                f"只有 {len(seeds)} 个种子任务，每次需要 {make.EXAMPLES} 个",
+                f"{len(seeds)} seed tasks; {tasks.EXAMPLES} are shown in each prompt",
+                f"只有 {len(seeds)} 个种子任务，每次需要 {tasks.EXAMPLES} 个",
             ),
             place=file,
         )
@@ -135,7 +135,7 @@ def _documents(sources: list[Source]) -> Iterator[tuple[str, str]]:
                     console.notice(f"{origin}: {error.rule}")
 
 
-def _check_made(made: make.Made) -> None:
+def _check_made(made: tasks.Made) -> None:
     """Nothing at all is an error; less than was wanted is said."""
     wanted = made.section.rows
     if not made.rows:

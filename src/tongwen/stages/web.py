@@ -163,6 +163,7 @@ def _runs(place: Workplace) -> Runs:
         picture=picture,
         stop=lambda name: runs.stop(place.inside(name)),
         resume=lambda name: runs.resume(place.inside(name)),
+        compare=lambda names: runs.compare([place.inside(name) for name in names]),
         report=lambda name: _report(place, name),
     )
 

@@ -108,7 +108,8 @@ def step_of(checkpoint: Path) -> int:
 
 def stage(folder: Path) -> None:
     """Make the empty place where the next checkpoint is written; what a dead process left there goes."""
-    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    if (folder / STAGING).exists():
+        shutil.rmtree(folder / STAGING)
     (folder / STAGING).mkdir(parents=True)
 
 

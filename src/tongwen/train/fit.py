@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from tongwen import console
+from tongwen import console, launch
 from tongwen.errors import Interrupted, MissingPackage, NumbersError, RecipeError
 from tongwen.language import say
 from tongwen.recipe.schema import Stretch
@@ -102,7 +102,8 @@ def fit(job: Job) -> int:
     a failed audit, Interrupted when it was asked to stop and has saved."""
     if not torch.accelerator.is_available():
         keep_freed_memory()
-    with Halt(job.deadline) as halt, job.track.told() if job.track else nullcontext():
+    halt = Halt(job.deadline)
+    with launch.listening(halt.hear), job.track.told() if job.track else nullcontext():
         return _fit(job, halt)
 
 

@@ -8,17 +8,14 @@ from __future__ import annotations
 import os
 import signal
 import time
-from types import FrameType
-from typing import Any
 
 from tongwen.language import say
-from tongwen.launch import stop_signals
 
 SAVING_SECONDS = 30.0  # assumed until the first save has been seen
 
 
 class Halt:
-    """Listens to signals inside `with`, and knows how long steps and saves take.
+    """Whether a run is to stop after this step; it knows how long steps and saves take.
 
     deadline: when the process must be gone, in seconds since 1970; None: never
     """
@@ -29,17 +26,9 @@ class Halt:
         self.step = 0.0
         self.save = SAVING_SECONDS
         self.began = time.time()
-        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Halt:
-        self._before = {number: signal.signal(number, self._hear) for number in stop_signals()}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def hear(self, number: int) -> None:
+        """Somebody asks. A second time, the process ends at once."""
         self.why = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
 

@@ -33,16 +33,21 @@ class Borders(list[int]):
         return list(self)
 
 
+# Parts of a step. In each the fullest moment is of the same kind at any depth, except on the way from layer to layer, which
+# lies between what is before and after it.
+FORWARD, HEAD, LAST_LAYER, BETWEEN, FIRST_LAYER = range(5)
+AT_ANY_DEPTH = (FORWARD, HEAD, LAST_LAYER, FIRST_LAYER)
+
+
 class Live(TorchDispatchMode):
-    """Bytes of the storages that are alive, by purpose, and how they stood when they were most: in the first part of the
-    step, which ends when half of the gradients are there, and in the second."""
+    """Bytes of the storages that are alive, by purpose, and how they stood in each part of a step when they were most."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.purpose, self.part = "weights", 0
+        self.purpose, self.part = "weights", FORWARD
         self.owners: dict[int, tuple[str, int]] = {}
         self.now: Counter[str] = Counter()
-        self.fullest: list[Counter[str]] = [Counter(), Counter()]
+        self.fullest: list[Counter[str]] = [Counter() for _ in range(5)]
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         out = function(*arguments, **(options or {}))
@@ -82,10 +87,11 @@ def rehearse(
     head: Any,
     prepare: Callable[[Any], Any],
     *,
+    layers: int,
     bf16: bool,
     passes: int,
 ) -> list[dict[str, int]]:
-    """Bytes by purpose (weights, gradients, activations, head) at the fullest of each half of a step.
+    """Bytes by purpose (weights, gradients, activations, head) at the fullest moment of each part of a step.
 
     model:   on the meta device; what learns requires a gradient
     lengths: tokens of a micro-batch's documents; rows: how many of its tokens are learned
@@ -99,31 +105,37 @@ def rehearse(
         prepare(model)
         batch, live, arrived = _batch(lengths), Live(), set[int]()
         learners = [part for part in model.parameters() if part.requires_grad]
+        of_layer = len(learners) // layers
 
         def on_gradient(part: torch.nn.Parameter) -> None:
             arrived.add(id(part))
             live.rename(part.grad, "gradients")
-            if 2 * len(arrived) > len(learners):
-                live.part = 1
+            if len(arrived) > len(learners) - of_layer:
+                live.part = FIRST_LAYER
+            elif len(arrived) > of_layer:
+                live.part = BETWEEN
+
+        def on_head(module: Any, arguments: Any) -> None:
+            live.purpose = "head"
+            arguments[0].register_hook(lambda gradient: setattr(live, "part", LAST_LAYER))
 
         for part in learners:
             part.register_post_accumulate_grad_hook(on_gradient)
-        head.register_forward_pre_hook(lambda *_: setattr(live, "purpose", "head"))
+        head.register_forward_pre_hook(on_head)
         with live:
             for part in (*model.parameters(), *model.buffers()):
                 live.enter(part)
             for _ in range(min(passes, 2)):
-                live.purpose, live.part = "activations", 0
+                live.purpose, live.part = "activations", FORWARD
                 arrived.clear()
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                     total, _ = loss(model, batch)
-                live.purpose = "activations"
+                live.purpose, live.part = "activations", HEAD
                 total.backward()
                 del total
-    more = (rows - ROWS) * head.weight.shape[0] * (2 if bf16 else head.weight.itemsize)
-    for half in live.fullest[:1]:  # in the second half the logits are gone
-        half["head"] += more
-    return [dict(half) for half in live.fullest]
+    for part in (FORWARD, HEAD):  # after them the logits are gone
+        live.fullest[part]["head"] += (rows - ROWS) * head.weight.shape[0] * (2 if bf16 else head.weight.itemsize)
+    return [dict(part) for part in live.fullest]
 
 
 def _pretend(model: Any) -> None:

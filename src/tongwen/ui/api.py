@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -225,6 +225,7 @@ def make_app(speech: Speech, places: int) -> Starlette:
         ],
         exception_handlers={
             Refused: lambda request, error: error.response,
+            ClientDisconnect: lambda request, error: Response(status_code=499),
             HTTPException: _no_route,
         },
     )

@@ -53,7 +53,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Runs:
-    """start(recipe, changes) gives the name of the run; stop asks a run to end, resume goes on with it; report: a file."""
+    """start(recipe, changes) gives the name of the run; stop asks a run to end, resume goes on with it; compare
+    gives a page, report a file."""
 
     recipes: Callable[[], list[str]]
     read: Callable[[str], str]
@@ -62,6 +63,7 @@ class Runs:
     picture: Callable[[str], Picture]
     stop: Callable[[str], None]
     resume: Callable[[str], None]
+    compare: Callable[[Sequence[str]], str]
     report: Callable[[str], Path]
 
 

@@ -6,6 +6,7 @@ end at an empty line in Markdown, so line ends are written as characters. Whoeve
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable
 from typing import Any
 
@@ -23,3 +24,8 @@ def canvas(value: str = "", **options: Any) -> gr.Markdown:
 def block(text: str) -> str:
     """HTML as one block of Markdown."""
     return f"<div>{text}</div>".replace("\n", "&#10;") if text else ""
+
+
+def sheet(whole: str) -> str:
+    """A whole page inside of this one, in which nothing may run."""
+    return f'<iframe class=sheet sandbox srcdoc="{html.escape(whole)}"></iframe>'

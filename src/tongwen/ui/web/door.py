@@ -122,7 +122,8 @@ class _Guarded:
             headers = MutableHeaders(raw=message["headers"])
             for name in [name for name in headers if name.startswith("access-control-")]:
                 del headers[name]
-            headers.update(HEADERS)
+            for name, value in HEADERS.items():
+                headers.setdefault(name, value)
             if "content-security-policy" not in headers and headers.get("content-type", "").startswith("text/html"):
                 self.start = message  # its policy needs its body
                 return

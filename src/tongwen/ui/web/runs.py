@@ -11,9 +11,11 @@ import gradio as gr
 from tongwen import page as pages
 from tongwen.language import say
 from tongwen.ui.web.bench import Picture, Runs
-from tongwen.ui.web.canvas import QUIET, Hear, block, canvas
+from tongwen.ui.web.canvas import QUIET, Hear, block, canvas, sheet
 
 SECONDS = 2  # between two looks at a run
+# A page that was open before the server began again names what this one has not listed yet; who looks it up checks it.
+ANY: dict[str, Any] = {"allow_custom_value": True}
 WIDTH = 440  # of a curve's drawing: two of them beside each other
 
 
@@ -21,7 +23,7 @@ def add(page: gr.Blocks, runs: Runs, hear: Hear) -> None:
     """Lay out the tab and tie its events."""
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            recipe = gr.Dropdown([], label=say("Recipe", "配方"), elem_id="recipe")
+            recipe = gr.Dropdown([], label=say("Recipe", "配方"), elem_id="recipe", **ANY)
             changes = gr.Textbox(
                 label=say("Changes", "改动"),
                 placeholder="out=runs/second sft.learning_rate=2e-4",
@@ -33,10 +35,16 @@ def add(page: gr.Blocks, runs: Runs, hear: Hear) -> None:
                 text = gr.Code(language="yaml", interactive=False, show_label=False)
         with gr.Column(scale=3, min_width=320):
             with gr.Row(elem_classes="across"):
-                run = gr.Dropdown([], label=say("Run", "训练"), elem_id="run", scale=3, min_width=160)
+                run = gr.Dropdown([], label=say("Run", "训练"), elem_id="run", scale=3, min_width=160, **ANY)
                 stop = gr.Button(say("Stop", "停止"), elem_id="stop", min_width=90, interactive=False)
                 resume = gr.Button(say("Resume", "继续"), elem_id="resume", min_width=90, interactive=False)
             picture = canvas(elem_id="picture")
+            with gr.Row(elem_classes="across"):
+                others = gr.Dropdown(
+                    [], multiselect=True, label=say("Compare with", "与这些训练对比"), elem_id="others", scale=3, **ANY
+                )
+                compare = gr.Button(say("Compare", "对比"), elem_id="compare", min_width=90)
+            compared = canvas(elem_id="compared")
     clock = gr.Timer(SECONDS)
     shown = [picture, stop, resume]
 
@@ -48,21 +56,24 @@ def add(page: gr.Blocks, runs: Runs, hear: Hear) -> None:
 
     def begin(name: str, changed: str) -> Any:
         made = runs.start(name, changed)
-        return gr.update(choices=runs.runs(), value=made)
+        return gr.update(choices=list(dict.fromkeys([made, *runs.runs()])), value=made)
 
-    def listed(name: str | None, chosen: str | None) -> tuple[Any, Any]:
+    def listed(name: str | None, chosen: str | None) -> tuple[Any, ...]:
         recipes, found = runs.recipes(), runs.runs()
         return (
             gr.update(choices=recipes, value=name or next(iter(recipes), None)),
             gr.update(choices=found, value=chosen or next(iter(found), None)),
+            gr.update(choices=found),
         )
 
-    page.load(hear(listed), [recipe, run], [recipe, run], **QUIET)
+    page.load(hear(listed), [recipe, run], [recipe, run, others], **QUIET)
     recipe.change(hear(lambda name: runs.read(name) if name else ""), recipe, text, **QUIET)
     start.click(hear(begin), [recipe, changes], run)
     gr.on([run.change, clock.tick], hear(watch), run, shown, **QUIET)
     stop.click(hear(runs.stop), run, None)
     resume.click(hear(runs.resume), run, None)
+    together = hear(lambda name, more: block(sheet(runs.compare([name, *more]))))
+    compare.click(together, [run, others], compared)
 
 
 def _buttons(running: bool | None) -> tuple[Any, Any]:

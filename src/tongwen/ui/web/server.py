@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
@@ -22,13 +23,15 @@ from tongwen.ui.web.door import Door, Limits
 from tongwen.ui.web.page import look, make_page
 
 LANGUAGES = ("en", "zh")
-AT_ONCE, WAITING = 2, 16  # answers that are given at the same time, and requests that may wait
+WAITING = 16  # requests that may wait; the next is refused
 ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#0f766e"/>'
     '<text x="16" y="23" fill="white" font-size="19" text-anchor="middle">同</text></svg>'
 )
-# A report is a page of its own, of which nothing may run.
-REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
+REPORT = {  # a page of its own, of which nothing may run; browsers open no sandbox that has an opener's policy
+    "content-security-policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'",
+    "cross-origin-opener-policy": "unsafe-none",
+}
 
 
 def serve(bench: Bench, host: str, port: int) -> int:
@@ -64,12 +67,10 @@ def make_app(bench: Bench, token: str, *, port: int, loopback: bool = True, limi
 
     @inside.get("/report")
     def report(name: str) -> Response:
-        try:
-            assert bench.runs
-            file = bench.runs.report(name)
-            return HTMLResponse(file.read_bytes(), headers={"content-security-policy": REPORT_POLICY})
-        except (TongwenError, OSError, ValueError, AssertionError):
-            return PlainTextResponse("there is nothing here\n", 404)
+        with suppress(TongwenError, OSError):
+            if bench.runs:
+                return HTMLResponse(bench.runs.report(name).read_bytes(), headers=REPORT)
+        return PlainTextResponse("there is nothing here\n", 404)
 
     for name in LANGUAGES:
         page = make_page(bench, name)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
 import gradio as gr
 
 from tongwen.language import say
 from tongwen.ui.web.bench import Words
-from tongwen.ui.web.canvas import QUIET, Hear, block, canvas
+from tongwen.ui.web.canvas import QUIET, Hear, block, canvas, sheet
 
 EXAMPLE = "人工智能正在改变我们学习语言的方式。月亮自己不会发光，它反射太阳的光。"
 
@@ -35,8 +34,3 @@ def add(page: gr.Blocks, words: Words, hear: Hear) -> None:
 
     cut.click(hear(show), [base, other, text], [tokens, report])
     page.load(hear(listed), None, [base, other], **QUIET)
-
-
-def sheet(whole: str) -> str:
-    """A whole page inside of this one, in which nothing may run."""
-    return f'<iframe class=sheet sandbox srcdoc="{html.escape(whole)}"></iframe>'
