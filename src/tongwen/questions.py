@@ -91,7 +91,9 @@ def _record(row: RawRow, source: Source) -> Document | Dialogue:
             return read_document(row.value, source, origin)
         return read_dialogue(row.value, source.format or recognise_row(row, source), source, {}, origin)
     except DataError as error:
-        raise DataError(error.rule, place=error.place or _place(row), remedy="; ".join(filter(None, (SHAPES, error.remedy)))) from None
+        raise DataError(
+            error.rule, place=error.place or _place(row), remedy="; ".join(filter(None, (SHAPES, error.remedy)))
+        ) from None
 
 
 def _unanswered(value: Any) -> list[dict[str, Any]]:
