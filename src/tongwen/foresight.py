@@ -129,7 +129,7 @@ def _rehearsed(config: Any, setting: Setting, micro: Micro, layers: int) -> list
         width, spared = setting.dtype.itemsize, sum(matrices)
         for part in parts:
             part["weights"] -= int(spared * (width - QUANTIZED[setting.quantize]))
-            part["activations"] += max(matrices) * width  # the one that is de-quantised at the time
+            part["activations"] += max(matrices, default=0) * width  # the one that is de-quantised at the time
     return parts
 
 
