@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     launch.adopt_slurm()
     parsed = _parse(arguments)
+    _hush()
     if parsed.json:
         from tongwen import console
 
@@ -48,6 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if cause is None:
             raise
         return _fail(5, cause)
+
+
+def _hush() -> None:
+    """Two libraries, when they are installed, tell at every start what they will not do on a CPU."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
