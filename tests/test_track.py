@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,7 +61,8 @@ def test_a_killed_run_is_one_curve_and_its_samples_stand_once(chat_model: Path, 
 def test_a_program_that_is_not_there_is_said_before_the_base_is_opened(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: None)
+    nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+    monkeypatch.setattr(track, "importlib", nothing)  # not importlib itself: others ask it too, and keep the answer
     with pytest.raises(MissingPackage, match="swanlab"):
         track.check(["swanlab"])
     recipe = write_recipe(tmp_path, chat_model, merge=False, extra="track: [swanlab, wandb]\n")

@@ -1,0 +1,199 @@
+"""Continued pre-training on a CPU, the same CPU-seconds for all: tongwen with and without new words, and LLaMA-Factory.
+
+    sh bench/peers/install.sh PEER_VENV
+    python bench/cpt_cpu.py --peer PEER_VENV/bin/python --model SMOLLM2_FOLDER --text zh_docs.txt --out bench/results/cpt_cpu.json
+
+All read the documents that `prepare` keeps, in fp32 on one thread, and are scored by one function on the paragraphs that it
+holds out: bits per byte, so that another vocabulary changes nothing. LLaMA-Factory runs as its own example for `stage: pt`
+says (LoRA of rank 8, 2,048 tokens a row, 8 rows a step, 1e-4), and once more with tongwen's settings, to tell settings from
+code. A short run of each tells what a step costs; then the steps that fit into the budget are trained, with the schedule laid
+out over them. Learning the new words counts into the budget. The peer's steps are rounded up, ours down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sft_cpu import processor
+
+RECIPE = """\
+name: bench
+base: {model}
+out: {out}
+prepare: {{documents: [{{path: {text}, language: zh, records: paragraph}}], held_out: 0.01}}
+{vocab}
+pretrain:
+  train: full
+  max_length: 512
+  batch_tokens: 1024
+  learning_rate: 3e-4
+  schedule: wsd
+  decay: 0.5
+  stop_after: 3 steps
+  precision: fp32
+  save_every: 1000000
+  samples: 0
+"""
+DEFAULTS: dict[str, Any] = {"bf16": False}  # not this CPU's own type
+SAME: dict[str, Any] = {
+    "bf16": False,
+    "finetuning_type": "full",
+    "cutoff_len": 512,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "warmup_stable_decay",
+    "warmup_steps": 0.03,
+    "disable_gradient_checkpointing": True,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", required=True, help="python of the peer's environment")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--seconds", type=float, default=900, help="CPU-seconds of training for each")
+    parser.add_argument("--pieces", type=int, default=2000)
+    parser.add_argument("--out", type=Path, required=True)
+    chosen = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        rows["tongwen"] = ours(chosen, work / "plain", "")
+        rows["tongwen, new words"] = ours(chosen, work / "words", f"vocab: {{pieces: {chosen.pieces}}}")
+        prepared = work / "plain" / "out" / "prepare"
+        rows["peer"] = theirs(chosen, work / "peer", prepared, DEFAULTS)
+        same = {**SAME, "lr_scheduler_kwargs": {"num_decay_steps": max(1, rows["tongwen"]["steps"] // 2)}}
+        rows["peer, tongwen's settings"] = theirs(chosen, work / "same", prepared, same)
+        rows["base"] = {"folder": chosen.model}
+        for row in rows.values():
+            row["bits_per_byte"] = score(row.pop("folder"), row.pop("adapter", ""), prepared)
+    for name, row in rows.items():
+        print(
+            f"{name:26s} {row['bits_per_byte']:.4f}", {key: row.get(key) for key in ("cpu_seconds", "steps", "tokens")}
+        )
+    peer = rows["peer"]["bits_per_byte"]
+    result = {
+        "machine": {"processor": processor(), "cpus": os.cpu_count(), "python": platform.python_version()},
+        "commit": commit.stdout.strip(),
+        "seconds": chosen.seconds,
+        "of_peer": {name: row["bits_per_byte"] / peer for name, row in rows.items()},
+        "recipe": RECIPE,
+        "runs": rows,
+    }
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen.out.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def ours(chosen: argparse.Namespace, folder: Path, vocab: str) -> dict[str, Any]:
+    folder.mkdir()
+    recipe = folder / "recipe.yaml"
+    words = {"model": chosen.model, "text": chosen.text, "out": folder / "out", "vocab": vocab}
+    recipe.write_text(RECIPE.format(**words), encoding="utf-8")
+    tongwen("run", str(recipe), "--only", "prepare")
+    before = cpu_of_children()
+    if vocab:
+        tongwen("run", str(recipe), "--only", "vocab")
+    spent = cpu_of_children() - before
+    tongwen("run", str(recipe), "--only", "pretrain")
+    lines = metrics(folder)
+    per_step = (lines[-1]["cpu_seconds"] - lines[0]["cpu_seconds"]) / (len(lines) - 1)
+    steps = max(2, int((chosen.seconds - spent) / per_step))
+    tongwen("run", str(recipe), "--only", "pretrain", "--again", f"pretrain.stop_after={steps} steps")
+    lines = metrics(folder)
+    trained = (lines[-1]["cpu_seconds"] - lines[0]["cpu_seconds"]) * steps / (steps - 1)  # the first step has no begin
+    manifest = json.loads((folder / "out/pretrain/manifest.json").read_text(encoding="utf-8"))
+    return {
+        "folder": str(folder / "out" / "pretrain"),
+        "cpu_seconds": trained + spent,
+        "of_them_for_words": spent,
+        "steps": steps,
+        "tokens": lines[-1]["tokens"],
+        "losses": [line["loss"] for line in lines],
+        "versions": manifest["versions"],
+    }
+
+
+def theirs(chosen: argparse.Namespace, folder: Path, prepared: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    folder.mkdir()
+    texts = [row["text"] for row in documents(prepared / "documents.jsonl")]
+    file = folder / "documents.jsonl"
+    file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    script = str(Path(__file__).parent / "peers" / "llamafactory_pt.py")
+    command = [chosen.peer, script, "--model", chosen.model, "--text", str(file), "--save", str(folder / "saved")]
+    command += ["--out", str(folder / "result.json"), "--set", json.dumps(settings)]
+
+    def train(steps: int) -> dict[str, Any]:
+        run([*command, "--steps", str(steps)])
+        return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
+
+    short = train(2)
+    found = train(math.ceil(chosen.seconds / (short["cpu_seconds"] / short["steps"])))
+    whole = settings.get("finetuning_type") == "full"
+    where = {"folder": str(folder / "saved")} if whole else {"folder": chosen.model, "adapter": str(folder / "saved")}
+    return {**where, **found}
+
+
+def score(folder: str, adapter: str, prepared: Path) -> float:
+    """Bits per byte of a model on the held-out documents."""
+    import torch
+
+    from tongwen.data import store as stores
+    from tongwen.data.encode import token_bytes
+    from tongwen.data.ledger import Ledger
+    from tongwen.data.parts import load as load_records
+    from tongwen.lesson import read_documents
+    from tongwen.model import attention, load
+    from tongwen.model.score import bits_per_byte
+    from tongwen.recipe.schema import Pretrain
+    from tongwen.train.batches import MicroBatches, fill
+
+    reader = read_documents(folder, Pretrain(max_length=512))
+    records = list(load_records(prepared / "documents.held_out.jsonl"))
+    store = stores.in_memory(reader.held_out(records, Ledger("rows", "tokens"), lambda bad: None))
+    model = load.load_model(load.locate(folder), torch.float32)
+    if adapter:
+        model = load.open_adapter(model, adapter, None).merge_and_unload()
+    model.set_attn_implementation(attention.register())
+    batches = MicroBatches(store, fill(store.lengths, 1024), packed=True)
+    sizes = torch.from_numpy(token_bytes(reader.tokenizer))
+    return bits_per_byte(model, (batches[index] for index in range(len(batches))), sizes)["bits_per_byte"]
+
+
+def documents(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return documents(folder / "out" / "pretrain" / "metrics.jsonl")
+
+
+def cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def tongwen(*arguments: str) -> None:
+    run([sys.executable, "-m", "tongwen", *arguments])
+
+
+def run(command: list[str]) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+if __name__ == "__main__":
+    main()
