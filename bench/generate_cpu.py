@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+sys.path.pop(0)  # this folder, whose gguf.py is not the package
 PROMPTS, TOKENS, BATCH = 64, 64, 8
 WAYS = ("generate", "batched", "paged", "llama.cpp")
 
