@@ -158,6 +158,17 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+@pytest.fixture(autouse=True)
+def _plain_screen() -> Any:
+    """A command with --json in this process turns the screen for good."""
+    yield
+    from rich.console import Console
+
+    from tongwen import console
+
+    console.SCREEN.json, console.SCREEN.console = False, Console(highlight=False, width=200)
+
+
 @pytest.fixture()
 def tongwen(capsys: pytest.CaptureFixture[str]) -> Any:
     """Run a command in this process: (exit code, stdout, stderr)."""

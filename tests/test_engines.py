@@ -109,7 +109,7 @@ def pad_everything(rank: int) -> None:
     """As for a family whose documents cannot be packed."""
     from tongwen.families import Family
 
-    course.family_of = lambda model_type: Family(targets=(), padded=("padded", "padded"))  # type: ignore[assignment]
+    course.family_of = lambda model_type: Family(models="", targets=(), padded=("padded", "padded"))  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

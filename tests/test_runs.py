@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -78,15 +79,16 @@ def test_a_run_that_cannot_begin_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "left",
-    ["", "x", "process one", "process {dead} of here", "process {young} of here"],
+    ["", "x", "here, process one, since", "{here}, process {dead}, since", "{here}, process {young}, since"],
 )
 def test_a_lock_that_a_killed_run_left_holds_nothing(left: str, tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
     )
-    text = left.format(dead=ended.stdout.strip(), young=os.getpid())
+    here = platform.node()
+    text = left.format(here=here, dead=ended.stdout.strip(), young=os.getpid())
     (tmp_path / LOCK).write_text(text, encoding="utf-8")
     os.utime(tmp_path / LOCK, (1e9, 1e9))  # long before any process of today began
     assert holder(tmp_path) is None
-    (tmp_path / LOCK).write_text(f"process {os.getpid()} of here", encoding="utf-8")
+    (tmp_path / LOCK).write_text(f"{here}, process {os.getpid()}, since", encoding="utf-8")
     assert holder(tmp_path) == os.getpid()
