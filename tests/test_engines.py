@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tests.conftest import tensors, write_recipe
 from tests.launching import launched
 from tests.test_run import in_a_child
 from tongwen import course, launch
+from tongwen.families import FAMILIES
 from tongwen.train.engine import Engine
 from tongwen.train.fit import PlannedTrainer
 
@@ -107,9 +110,8 @@ def first_step(folder: Path) -> tuple[float, torch.Tensor]:
 
 def pad_everything(rank: int) -> None:
     """As for a family whose documents cannot be packed."""
-    from tongwen.families import Family
-
-    course.family_of = lambda model_type: Family(models="", targets=(), padded=("padded", "padded"))  # type: ignore[assignment]
+    llama = replace(FAMILIES["llama"], padded=("a test", "测试"))
+    course.family_of = lambda model_type: llama  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -152,6 +154,18 @@ def test_an_engine_that_silently_became_another_is_found(chat_model: Path, tmp_p
         5,
     ]
     assert "fsdp2 was asked for, and ddp runs" in capfd.readouterr().err
+
+
+def test_single_rows_are_refused_by_fsdp2(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
+    from safetensors.torch import save_file
+
+    base = tmp_path / "base"
+    shutil.copytree(chat_model, base)
+    weights = tensors(base)
+    weights["model.embed_tokens.weight"][1:3] = 0  # ChatML's tokens, which this base has never seen
+    save_file(weights, str(base / "model.safetensors"), metadata={"format": "pt"})
+    assert launched(2, "run", recipe_for(tmp_path, base, "lora", "fsdp2")) == [2, 2]
+    assert "single token rows are trained" in (told := capfd.readouterr().err) and "engine: zero2" in told
 
 
 def test_a_killed_process_is_named_and_the_others_end(chat_model: Path, tmp_path: Path) -> None:

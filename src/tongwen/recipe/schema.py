@@ -616,14 +616,14 @@ class Training(Section):
     def _check_sharing(self) -> None:
         """Raise for what would be computed wrongly, or not at all, on a part of a tensor."""
         stretches = self.stretches
-        rows = any("new_rows" in one.parts for one in stretches)
+        rows, quantizes = any("new_rows" in one.parts for one in stretches), self.adapter.method == "qlora"
         reasons = (
             (self.optimizer != "adamw", f"optimizer: {self.optimizer}", "optimizer: adamw"),
             (self.adapter.method == "adalora", "method: adalora", "method: lora"),
             (rows, "new_rows", "train: lora+embeddings"),
             (self.shares == "deepspeed" and len(stretches) > 1, "phases", "engine: fsdp2"),
-            (self.quantizes and self.shares == "deepspeed", "method: qlora", "engine: fsdp2"),
-            (self.quantizes and self.adapter.quantize == "int8", "quantize: int8", "quantize: nf4"),
+            (quantizes and self.shares == "deepspeed", "method: qlora", "engine: fsdp2"),
+            (quantizes and self.adapter.quantize == "int8", "quantize: int8", "quantize: nf4"),
         )
         for applies, what, remedy in reasons:
             if applies:
@@ -638,10 +638,6 @@ class Training(Section):
         if self.engine in ("zero2", "zero3") or self.engine.endswith(".json"):
             return "deepspeed"
         return "fsdp2" if self.engine == "fsdp2" or self.engine.endswith((".yaml", ".yml")) else ""
-
-    @property
-    def quantizes(self) -> bool:
-        return self.adapter.method == "qlora"
 
     @property
     def stretches(self) -> list[Stretch]:

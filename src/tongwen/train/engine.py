@@ -38,16 +38,22 @@ class Engine:
     def is_deepspeed(self) -> bool:
         return self.name.startswith("zero")
 
-    @property
-    def shares_weights(self) -> bool:
-        return self.name in ("fsdp2", "zero3")
-
     def shard(self, model: Any, dtype: torch.dtype) -> None:
-        """FSDP2: each process keeps its part of every tensor from here on, so that no GPU ever holds the whole model."""
+        """FSDP2: each process keeps its part of every tensor from here on, so that no GPU ever holds the whole model. Raises
+        RecipeError for single rows of a matrix, which peft trains in a way that cannot be shared out."""
         from accelerate import Accelerator
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
         from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
+        if any("trainable_tokens_" in name for name, _ in model.named_parameters()):
+            raise RecipeError(
+                say("single token rows are trained beside the adapter", "除适配器外还训练单独的词向量行"),
+                place="engine: fsdp2",
+                remedy=say(
+                    "engine: zero2 or ddp, or a template whose tokens the base knows",
+                    "engine: zero2 或 ddp，或换用底座认识的模板",
+                ),
+            )
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         plugin = _plugin(self.arguments["fsdp_config"], mixed_precision_policy=policy)
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), fsdp_plugin=plugin)
