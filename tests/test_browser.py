@@ -48,7 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("work")
     tokenizer = byte_level_tokenizer(place / "base")
     tiny_llama(place / "base", len(tokenizer))
-    write_recipe(place, place / "base", dialogues(60), sft=", save_every: 10")
+    write_recipe(
+        place, place / "base", dialogues(60), sft=", save_every: 10, stop_after: 300 steps"
+    )  # so long that one sees it move
     return place
 
 

@@ -228,7 +228,7 @@ def test_prompts_that_cannot_be_asked(
     assert not (tmp_path / "o.jsonl").exists()
 
 
-def test_engines_say_what_they_cannot_do(chat_model: Path, other_model: Path, tongwen: Any, tmp_path: Path) -> None:
+def test_engines_say_what_they_cannot_do(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data.jsonl", ROWS[:1])
     words = [
         "generate",
@@ -245,7 +245,9 @@ def test_engines_say_what_they_cannot_do(chat_model: Path, other_model: Path, to
     assert code == 4 and "--engine batched" in err
     code, _, err = tongwen(*words, "--engine", "llama.cpp", "--again")
     assert code == 4 and "tongwen convert" in err
-    code, _, err = tongwen(*words, "--engine", "vllm", "--adapter", other_model, "--again")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    code, _, err = tongwen(*words, "--engine", "vllm", "--adapter", tmp_path / "adapter", "--again")
     assert code == 4 and "tongwen merge" in err
     code, _, err = tongwen(*words, "--temperature", 9, "--again")
     assert code == 2 and "temperature" in err
