@@ -1,8 +1,10 @@
-"""Several processes of one command, forked: what torchrun and srun start, without importing torch once more for each."""
+"""Commands in forked processes, one or several: what torchrun and srun start, without importing torch once more for each; and
+what kills them."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import tongwen.stages.merge
 import tongwen.stages.prepare
 import tongwen.stages.sft  # noqa: F401 (imported here, once for all children)
 from tongwen import cli
+from tongwen.train.fit import PlannedTrainer
 
 
 def launched(
@@ -52,3 +55,33 @@ def _start(rank: int, world: int, port: int, arguments: tuple[object, ...], befo
 
         traceback.print_exc()
         os._exit(99)
+
+
+def in_a_child(*arguments: object, before: Any = None) -> int:
+    """Run a command in a forked process, so that it may be killed; returns its wait status."""
+    child = os.fork()
+    if not child:
+        try:
+            if before:
+                before()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os._exit(cli.main([str(argument) for argument in arguments]))
+        except BaseException:  # a forked test must not come back
+            os._exit(99)
+    return os.waitpid(child, 0)[1]
+
+
+def die_at(step: int) -> Any:
+    """Arms a forked command: it is killed when it has taken so many steps."""
+
+    def arm() -> None:
+        original = PlannedTrainer.training_step
+
+        def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
+            if self.state.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, *arguments, **options)
+
+        PlannedTrainer.training_step = step_or_die  # type: ignore[method-assign]
+
+    return arm

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_recipe
-from tests.test_run import in_a_child
+from tests.launching import in_a_child
 from tongwen import page
 
 

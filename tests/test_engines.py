@@ -19,8 +19,7 @@ import pytest
 import torch
 
 from tests.conftest import tensors, write_recipe
-from tests.launching import launched
-from tests.test_run import in_a_child
+from tests.launching import in_a_child, launched
 from tongwen import course, launch
 from tongwen.families import FAMILIES
 from tongwen.train.engine import Engine

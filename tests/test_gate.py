@@ -13,28 +13,12 @@ import pytest
 import torch
 
 from tests.conftest import dialogues, tensors, write_recipe, write_rows
-from tests.test_run import in_a_child, manifest
+from tests.launching import die_at, in_a_child
+from tests.test_run import manifest
 from tongwen import cli
 from tongwen.gate import RUN
-from tongwen.train.fit import PlannedTrainer
 
 SFT = ", save_every: 2, stop_after: 8 steps"
-
-
-def die_at(step: int) -> Any:
-    """Arms a forked command: it is killed when it has taken so many steps."""
-
-    def arm() -> None:
-        original = PlannedTrainer.training_step
-
-        def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
-            if self.state.global_step == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(self, *arguments, **options)
-
-        PlannedTrainer.training_step = step_or_die  # type: ignore[method-assign]
-
-    return arm
 
 
 @pytest.fixture(scope="module")

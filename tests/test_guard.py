@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import tensors, write_recipe
-from tests.test_run import in_a_child, manifest
+from tests.launching import in_a_child
+from tests.test_run import manifest
 from tongwen.errors import ArtifactError, NumbersError
 from tongwen.train.batches import Plan
 from tongwen.train.checkpoints import check_adapter_saved

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from tests.conftest import byte_level_tokenizer, tensors, tiny_llama, write_recipe
-from tests.test_run import in_a_child, manifest
+from tests.launching import die_at, in_a_child
+from tests.test_run import manifest
 from tongwen import cli
 from tongwen.errors import ModelError
 from tongwen.model.adalora import budget_of
@@ -24,7 +25,6 @@ from tongwen.model.adapt import adapt
 from tongwen.model.load import Place, load_model, open_adapter
 from tongwen.recipe.schema import Adapter
 from tongwen.train.batches import pack, pad
-from tongwen.train.fit import PlannedTrainer
 from tongwen.train.noise import Noise, lengths_of
 
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
@@ -159,20 +159,6 @@ def test_adaloras_second_loss_is_in_the_first(chat_model: Path) -> None:
         with_it = model.model(input_ids=ids, labels=ids).loss  # here, and only here, peft adds it itself
     penalty = float(budget.penalty().detach())
     assert penalty == pytest.approx(float(with_it - plain), rel=1e-4) and penalty > 0
-
-
-def die_at(step: int) -> Any:
-    def arm() -> None:
-        original = PlannedTrainer.training_step
-
-        def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
-            if self.state.global_step == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(self, *arguments, **options)
-
-        PlannedTrainer.training_step = step_or_die  # type: ignore[method-assign]
-
-    return arm
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.conftest import dialogues, tensors, write_rows
-from tests.test_run import in_a_child, manifest
+from tests.launching import in_a_child
+from tests.test_run import manifest
 from tongwen import cli
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_stack
 from tongwen.model.load import Place

@@ -13,8 +13,7 @@ import pytest
 import tongwen.stages.pretrain
 import tongwen.stages.vocab  # noqa: F401 (imported here, once for all children)
 from tests.conftest import CORPUS, byte_level_tokenizer, dialogues, tiny_llama, write_rows
-from tests.launching import launched
-from tests.test_run import in_a_child
+from tests.launching import in_a_child, launched
 from tongwen.recipe.load import load
 from tongwen.stages.init import METHODS, STARTS, TRAINS, render
 

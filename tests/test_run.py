@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import dialogues, tensors, write_recipe, write_rows
+from tests.launching import die_at, in_a_child
 from tongwen import cli
 from tongwen.errors import ModelError
 from tongwen.model.fingerprint import fingerprint_model
@@ -21,20 +22,6 @@ from tongwen.train.fit import PlannedTrainer
 
 def manifest(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "manifest.json").read_text()))
-
-
-def in_a_child(*arguments: object, before: Any = None) -> int:
-    """Run a command in a forked process, so that it may be killed; returns its wait status."""
-    child = os.fork()
-    if not child:
-        try:
-            if before:
-                before()
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os._exit(cli.main([str(argument) for argument in arguments]))
-        except BaseException:  # a forked test must not come back
-            os._exit(99)
-    return os.waitpid(child, 0)[1]
 
 
 @pytest.fixture(scope="module")
@@ -147,19 +134,6 @@ def test_killed_and_resumed_is_the_same_to_the_bit(
         )
         (folder / "recipe.yaml").write_text(text.replace(", samples: 1", f", samples: 1{sft}"))
     assert in_a_child("run", whole / "recipe.yaml") == 0
-
-    def die_at(step: int) -> Any:
-        def arm() -> None:
-            original = PlannedTrainer.training_step
-
-            def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
-                if self.state.global_step == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(self, *arguments, **options)
-
-            PlannedTrainer.training_step = step_or_die  # type: ignore[method-assign]
-
-        return arm
 
     for step in (2, 5, 8):
         assert os.WTERMSIG(in_a_child("run", broken / "recipe.yaml", before=die_at(step))) == signal.SIGKILL

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_recipe
-from tests.test_run import in_a_child
+from tests.launching import in_a_child
 from tongwen.errors import MissingPackage
 from tongwen.train import track
 from tongwen.train.fit import PlannedTrainer
