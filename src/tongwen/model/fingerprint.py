@@ -13,14 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from tongwen.model.load import Place, cached_folder
 from tongwen.model.tensors import TorchTensors, load_bin
 from tongwen.weights import Stored, Tensors, blocks, find_tensors, iter_bytes
 
 
 def start_digest(name: str, dtype: str, shape: tuple[int, ...]) -> Any:
-    """The beginning of one tensor's line in the fingerprint; its bytes follow, little-endian and contiguous."""
-    return hashlib.sha256(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode())
+    """The beginning of one tensor's line in the fingerprint; its bytes follow, little-endian and contiguous. BLAKE3, because
+    every byte of a model passes here, and it takes a third of SHA-256's time."""
+    return blake3(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode())
 
 
 def combine(lines: dict[str, str]) -> str:
