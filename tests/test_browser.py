@@ -201,6 +201,8 @@ def test_a_text_is_cut(page: Any) -> None:
 
 
 def test_a_run_is_started_watched_stopped_and_taken_up(page: Any, folder: Path) -> None:
+    if not LONG and page.viewport_size["width"] < 1000:
+        pytest.skip("make pages runs it on a narrow page too")
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     tab(page, 3)
@@ -221,7 +223,5 @@ def test_a_run_is_started_watched_stopped_and_taken_up(page: Any, folder: Path) 
     wait_for(lambda: not holder(out))
     assert runs.facts(out)[0][0] == "finished", runs.log(out)
     link = page.locator("#picture a[href^='/report']").first
-    link.wait_for()
-    with page.context.expect_page() as opened:
-        link.click()
-    assert "tiny" in opened.value.locator("h1").inner_text()
+    page.goto(f"{page.url.split('/zh')[0].split('/en')[0]}{link.get_attribute('href')}")
+    assert "tiny" in page.locator("h1").inner_text()

@@ -142,7 +142,8 @@ def samples(out: Path) -> list[dict[str, str]]:
 
 
 def reports(out: Path) -> list[Path]:
-    return sorted(out.glob("*/report.html"))
+    """Of the stages that have finished; what is unfinished has another name in a moment."""
+    return [file for file in sorted(out.glob("*/report.html")) if file.parent.suffix != ".partial"]
 
 
 def _metrics(out: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
