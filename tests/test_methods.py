@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import byte_level_tokenizer, tensors, tiny_llama, write_recipe
+from tests.conftest import byte_level_tokenizer, tensors, tiny_llama, tiny_mixture, write_recipe
 from tests.launching import die_at, in_a_child
 from tests.test_run import manifest
 from tongwen import cli
@@ -268,28 +268,11 @@ def test_muon_refuses_what_is_no_hidden_matrix(chat_model: Path, tmp_path: Path,
 
 
 def test_fused_experts_are_trained_by_name() -> None:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    def model() -> Any:
-        return Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(
-                vocab_size=60,
-                hidden_size=16,
-                intermediate_size=16,
-                moe_intermediate_size=8,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=8,
-                num_experts=4,
-            )
-        )
-
-    adapted = adapt(model(), Adapter(rank=2, target_parameters=["mlp.experts.gate_up_proj"]), [])
+    adapted = adapt(tiny_mixture(), Adapter(rank=2, target_parameters=["mlp.experts.gate_up_proj"]), [])
     assert any("experts" in name for name, part in adapted.model.named_parameters() if part.requires_grad)
     assert not any("passes by" in notice for notice in adapted.notices)
     with pytest.raises(ModelError, match=r"'mlp.experts.up'[\s\S]*gate_up_proj"):
-        adapt(model(), Adapter(rank=2, target_parameters=["mlp.experts.up"]), [])
+        adapt(tiny_mixture(), Adapter(rank=2, target_parameters=["mlp.experts.up"]), [])
 
 
 @pytest.mark.parametrize("kind", ["prefix", "p-tuning"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tests.conftest import byte_level_tokenizer, tiny_llama
+from tests.conftest import byte_level_tokenizer, tiny_llama, tiny_mixture
 from tongwen.data.mix import order
 from tongwen.data.store import SAMPLE, TokenStore, spans_of
 from tongwen.errors import ModelError, NumbersError, RecipeError
@@ -381,22 +381,9 @@ print(usual, min(faults() for _ in range(8)))  # the heap needs a few rounds to 
 
 
 def test_whether_an_adapter_reaches_fused_experts_is_said() -> None:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(
-        vocab_size=60,
-        hidden_size=16,
-        intermediate_size=16,
-        moe_intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_experts=4,
-    )
-    passed = adapt(Qwen3MoeForCausalLM(config), Adapter(rank=2, targets=["q_proj"]), [])
+    passed = adapt(tiny_mixture(), Adapter(rank=2, targets=["q_proj"]), [])
     assert any("passes by 2 fused expert weights" in notice and "mlp.experts" in notice for notice in passed.notices)
-    reached = adapt(Qwen3MoeForCausalLM(config), Adapter(rank=2), [])
+    reached = adapt(tiny_mixture(), Adapter(rank=2), [])
     assert any("reaches 2 fused expert weights" in notice for notice in reached.notices)
     assert any("experts" in name for name, part in reached.model.named_parameters() if part.requires_grad)
 

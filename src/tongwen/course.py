@@ -38,6 +38,7 @@ from tongwen.model.special import mend_ends
 from tongwen.model.stack import open_stack
 from tongwen.recipe.load import dump
 from tongwen.recipe.schema import Forgetting, Pretrain, Recipe, Stretch, Training
+from tongwen.river import standing_on
 from tongwen.template import Template
 from tongwen.train import audit, track
 from tongwen.train.batches import MicroBatches, Plan, fill, make_plan, token_budget
@@ -46,6 +47,8 @@ from tongwen.train.engine import Engine, choose, gather, reshard
 from tongwen.train.fit import Job, fit
 from tongwen.train.report import held_out_table, say_result, write_report
 from tongwen.train.watch import Watch, check_forgetting, peak_memory_bytes, read_metrics
+
+SAMPLES = "samples.jsonl"
 
 
 class Question(NamedTuple):
@@ -71,9 +74,6 @@ class Course:
 
     recipe: Recipe
     stage: str
-    base: str
-    settings: dict[str, Any]
-    section: Training
     prepared: artifact.Artifact
     reader: Reader
     lesson: Lesson
@@ -85,8 +85,24 @@ class Course:
     parents: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def section(self) -> Training:
+        section: Training = getattr(self.recipe, self.stage)
+        return section
 
-SAMPLES = "samples.jsonl"
+    @property
+    def base(self) -> str:
+        return standing_on(self.recipe, self.stage)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return settings_of(self.recipe, self.stage)
+
+
+def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """What decides a training stage's result."""
+    section: Training = getattr(recipe, stage)
+    return {stage: section.deciding(), "seed": recipe.seed, "base": standing_on(recipe, stage)}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tongwen.recipe.schema import STAGES, Prepare, Recipe
 
 TRAINING = ("pretrain", "sft")  # stages that run on all devices
 LOCK = ".lock"  # held by the process that runs in a folder, whose number it says
-MODELS = ("vocab", "pretrain", "sft")  # stages that leave a model, each standing on the one before
+MODELS = ("vocab", "pretrain", "sft", "merge")  # stages that leave a model, each standing on the one before
 
 
 class Launched(TongwenError):
@@ -112,6 +112,12 @@ def standing_on(recipe: Recipe, stage: str, *, finished: bool = False) -> str:
         if not finished or artifact.find(folder):
             return str(folder)
     return recipe.base
+
+
+def open_model_before(recipe: Recipe, stage: str) -> artifact.Artifact:
+    """What a stage after all training stands on, finished. Raises ArtifactError when it is not."""
+    place = Path(standing_on(recipe, stage))
+    return artifact.open_artifact(place, "model" if recipe.merge else place.name)
 
 
 def inputs(recipe: Recipe) -> Prepare:

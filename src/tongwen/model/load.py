@@ -133,11 +133,10 @@ def load_tokenizer(place: Place) -> Any:
 
 def _make_known(place: Place) -> None:
     """Import the family that transformers does not have itself, where a folder names it. What only a hub has read is not
-    known yet, so there it is always imported (a second)."""
-    files = (Path(place.folder) / name for name in ("config.json", "tokenizer_config.json"))
-    if not place.local or any(
-        "chatglm" in file.read_text(encoding="utf-8").lower() for file in files if file.is_file()
-    ):
+    known yet, so it is imported for that as well (a second)."""
+    folder = Path(place.folder) if place.local else cached_folder(place.folder)
+    files = [folder / name for name in ("config.json", "tokenizer_config.json")] if folder else []
+    if folder is None or any("chatglm" in file.read_text(encoding="utf-8").lower() for file in files if file.is_file()):
         importlib.import_module("tongwen.model.families.chatglm")
 
 

@@ -19,7 +19,7 @@ from tongwen.exam import Ask, Marks, Paper, Progress, read_paper
 from tongwen.infer.report import score_table, write_report
 from tongwen.language import say
 from tongwen.recipe.schema import Evaluate, Recipe, Source, Task
-from tongwen.river import standing_on
+from tongwen.river import open_model_before, standing_on
 from tongwen.speaker import Speaker, open_speaker
 
 
@@ -34,22 +34,26 @@ class Sitter:
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     assert recipe.evaluate
-    return {"evaluate": recipe.evaluate.model_dump(mode="json"), "from": _finished(recipe).name, "base": recipe.base}
+    return {
+        "evaluate": recipe.evaluate.model_dump(mode="json"),
+        "from": Path(standing_on(recipe, "evaluate")).name,
+        "base": recipe.base,
+    }
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Examine what the stages before have left, and the base."""
     section = recipe.evaluate
     assert section
-    finished = _finished(recipe)
+    finished = standing_on(recipe, "evaluate")
     model = {"path": recipe.base}
-    if str(finished) != recipe.base:
-        model = artifact.open_artifact(finished, "model" if recipe.merge else finished.name).as_parent()
+    if finished != recipe.base:
+        model = open_model_before(recipe, "evaluate").as_parent()
     papers = [read_paper(_held_out(recipe, task) if task.needs_data else task) for task in section.tasks]
     template = "own" if recipe.sft else "auto"
     after = Sitter(model["path"], lambda: open_speaker(model["path"], template=template))
     before = None
-    if section.before and str(finished) != recipe.base:
+    if section.before and finished != recipe.base:
         taught = recipe.sft.template if recipe.sft else template
         before = Sitter(recipe.base, lambda: open_speaker(recipe.base, template=taught), optional=True)
     with artifact.create(out, "evaluate", {"model": model}, settings(recipe)) as draft:
@@ -170,11 +174,6 @@ def _rows(after: Marks, before: Marks | None) -> list[dict[str, Any]]:
         old = before.shown.get(row, {}) if before else {}
         out.append({"row": row + 1, **shown} | ({"before": old["answer"]} if "answer" in old else {}))
     return out
-
-
-def _finished(recipe: Recipe) -> Path:
-    """The last folder of the run that holds a model."""
-    return Path(recipe.out) / "merge" if recipe.merge else Path(standing_on(recipe, "evaluate"))
 
 
 def _held_out(recipe: Recipe, task: Task) -> Task:

@@ -13,19 +13,18 @@ from typing import Any
 from tongwen import artifact, console, forms
 from tongwen.hub import pushing
 from tongwen.recipe.schema import Recipe
-from tongwen.river import standing_on
+from tongwen.river import open_model_before, standing_on
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     assert recipe.export
-    return {"export": recipe.export.model_dump(mode="json"), "from": _source(recipe).name}
+    return {"export": recipe.export.model_dump(mode="json"), "from": Path(standing_on(recipe, "export")).name}
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """All forms of the recipe under `out`."""
     assert recipe.export
-    place = _source(recipe)
-    finished = artifact.open_artifact(place, "model" if recipe.merge else place.name)
+    finished = open_model_before(recipe, "export")
     source = replace(forms.open_source(str(finished.path)), title=recipe.name)
     if recipe.export.push:
         pushing.check_name(recipe.export.push)
@@ -38,8 +37,3 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
             console.good(str(draft.facts["pushed"]))
     assert draft.artifact
     return draft.artifact
-
-
-def _source(recipe: Recipe) -> Path:
-    """The last folder of the run that holds a whole model."""
-    return Path(recipe.out) / "merge" if recipe.merge else Path(standing_on(recipe, "export"))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen import artifact, console
-from tongwen.course import Course, Question, take
+from tongwen.course import Course, Question, settings_of, take
 from tongwen.errors import RecipeError
 from tongwen.families import family_of
 from tongwen.language import say
@@ -27,9 +27,7 @@ OPENING = 24  # characters of a held-out document that the model is to continue,
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides this stage's result."""
-    assert recipe.pretrain
-    base = standing_on(recipe, "pretrain")
-    return {"pretrain": recipe.pretrain.deciding(), "seed": recipe.seed, "base": base}
+    return settings_of(recipe, "pretrain")
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
@@ -47,9 +45,6 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     course = Course(
         recipe=recipe,
         stage="pretrain",
-        base=base,
-        settings=settings(recipe),
-        section=section,
         prepared=prepared,
         reader=reader,
         lesson=lesson,

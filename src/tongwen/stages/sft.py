@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen import artifact, console
-from tongwen.course import Course, Question, take
+from tongwen.course import Course, Question, settings_of, take
 from tongwen.errors import ModelError
 from tongwen.language import say
 from tongwen.lesson import DialogueReader, are_rows_untrained, encode_prepared, new_rows_of, read_dialogues
@@ -24,8 +24,7 @@ from tongwen.river import standing_on
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides this stage's result."""
-    assert recipe.sft
-    return {"sft": recipe.sft.deciding(), "seed": recipe.seed, "base": standing_on(recipe, "sft")}
+    return settings_of(recipe, "sft")
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
@@ -39,9 +38,6 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     course = Course(
         recipe=recipe,
         stage="sft",
-        base=base,
-        settings=settings(recipe),
-        section=section,
         prepared=prepared,
         reader=reader,
         lesson=lesson,
