@@ -167,6 +167,18 @@ def test_documents_attention_is_each_document_alone(window: int | None) -> None:
         assert torch.allclose(together[:, begin:end], wanted, atol=1e-6)
 
 
+def test_short_documents_attend_in_fp32_where_a_cpu_computes_in_bf16() -> None:
+    torch.manual_seed(0)
+    parts = [torch.randn(1, 2, 300, 8, dtype=torch.bfloat16) for _ in range(3)]
+    borders = torch.tensor([0, 40, 300], dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = attention.documents_attention(None, *parts, None, cu_seq_lens_q=borders)  # type: ignore[arg-type]
+    wanted, _ = attention.documents_attention(None, *(part.float() for part in parts), None, cu_seq_lens_q=borders)  # type: ignore[arg-type]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found[:, :40], wanted[:, :40].bfloat16()) and not torch.equal(found, wanted.bfloat16())
+    assert torch.allclose(found.float(), wanted, atol=2e-2)
+
+
 def test_attention_without_borders_or_with_unknown_scores_raises() -> None:
     part = torch.randn(1, 1, 2, 4)
     with pytest.raises(RuntimeError, match="cu_seq_lens_q"):
@@ -355,10 +367,46 @@ def test_blocks_that_compute_something_else_stay_as_they_are(tmp_path: Path) -> 
     assert names == {"Linear", "LlamaRMSNorm"}
 
 
-def test_blocks_in_another_number_type_stay_as_they_are(tmp_path: Path) -> None:
-    llama = tiny_llama(tmp_path, 60).to(torch.bfloat16)
-    model = adapt(llama, Adapter(rank=2), []).model
-    assert not {"LlamaMLP", "LlamaRMSNorm"} & {type(module).__name__ for module in with_fast_forward(model)}
+def test_in_bf16_the_fast_forms_are_no_further_from_fp32_than_the_slow_ones(folder: Path) -> None:
+    """Weights in bf16 and an adapter in fp32 under autocast, as a run on a CPU with bf16 has them."""
+    model = adapt(packed_model(folder).to(torch.bfloat16), Adapter(rank=4), []).model
+    with torch.no_grad():
+        for name, part in model.named_parameters():
+            if part.requires_grad:
+                part.data = torch.randn_like(part, dtype=torch.float32) * 0.1 if "lora_B" in name else part.float()
+    store = random_store(6)
+    batch = pack([store.sample(index) for index in range(6)])
+    fast = with_fast_forward(model)
+    assert Counter(type(module).__name__ for module in fast) == {"Linear": 14, "LlamaRMSNorm": 5, "LlamaMLP": 2}
+    with torch.autocast("cpu", torch.bfloat16):
+        used = [name for name in ("LoraProduct", "GatedMlp", "RmsNorm") if name in operations(model, batch)]
+        loss, gradients = loss_and_gradients(model, batch)
+        for module in fast:
+            del module.forward
+        slow_loss, slow = loss_and_gradients(model, batch)
+    assert used == ["LoraProduct", "GatedMlp", "RmsNorm"]
+    wanted_loss, wanted = loss_and_gradients(model.float(), batch)
+
+    def distance(found: dict[str, torch.Tensor]) -> float:
+        return float(sum((found[name] - one).square().sum() for name, one in wanted.items())) ** 0.5
+
+    assert {part.dtype for part in gradients.values()} == {torch.float32}
+    assert abs(loss - wanted_loss) <= max(2 * abs(slow_loss - wanted_loss), 1e-3 * wanted_loss)
+    assert distance(gradients) <= 1.1 * distance(slow) < 0.1 * distance({name: 0 * one for name, one in wanted.items()})
+
+
+def operations(model: Any, batch: dict[str, Any]) -> set[str]:
+    """Names of the operations that the gradient of a micro-batch goes back through."""
+    total, _ = learned_loss(model, batch)
+    names, open_ = set[str](), [total.grad_fn]
+    seen = set(open_)
+    while open_:
+        node = open_.pop()
+        names.add(node.name().removesuffix("Backward"))
+        new = [one for one, _ in node.next_functions if one is not None and one not in seen]
+        seen.update(new)
+        open_ += new
+    return names
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")

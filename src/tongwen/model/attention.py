@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "tongwen_documents"
+SHORT = 256  # tokens; up to there torch's backward on a CPU is slower in bf16 (3.6 against 2.3 ms for 200) than in fp32
 
 
 def documents_attention(
@@ -44,8 +45,9 @@ def documents_attention(
     for length, prefix, (queries, keys, values) in zip(lengths, prefixes, documents, strict=True):
         window = sliding_window if sliding_window and length > sliding_window else None
         mask = _band(length, window, prefix, query.device) if window or prefix else None
+        attend = _in_fp32 if length <= SHORT and _is_bf16_on_cpu(queries) else scaled_dot_product_attention
         parts.append(
-            scaled_dot_product_attention(
+            attend(
                 queries,
                 keys,
                 values,
@@ -57,6 +59,15 @@ def documents_attention(
             )
         )
     return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _is_bf16_on_cpu(x: torch.Tensor) -> bool:
+    return bool(x.dtype == torch.bfloat16 and x.device.type == "cpu")
+
+
+def _in_fp32(*parts: torch.Tensor, **words: Any) -> torch.Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return scaled_dot_product_attention(*(part.float() for part in parts), **words).to(parts[0].dtype)
 
 
 def register() -> str:

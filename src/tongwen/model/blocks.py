@@ -20,32 +20,36 @@ from tongwen.model.lora import is_plain, parts_of
 
 
 class RmsNorm(torch.autograd.Function):
-    """x: (..., width) fp32; weight: (width,), frozen. Saves x and one number per row."""
+    """x: (..., width); weight: (width,), frozen. Saves x and one number per row, which is fp32 at least."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        return (x * inverse).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         x, weight, inverse = ctx.saved_tensors
-        of_x = gradient * weight
+        own, x = x.dtype, x.to(inverse.dtype)
+        of_x = (gradient * weight).to(inverse.dtype)
         along = torch.linalg.vecdot(of_x, x).unsqueeze(-1).mul_(inverse.pow(3)).div_(-x.shape[-1])
-        return of_x.mul_(inverse).addcmul_(x, along), None, None
+        return of_x.mul_(inverse).addcmul_(x, along).to(own), None, None
 
 
 class GatedMlp(torch.autograd.Function):
     """down(silu(gate(x)) * up(x)), each y = x Wᵀ + s (x Aᵀ) Bᵀ as in LoraProduct.
 
-    x: (..., in); weights: (out, in), frozen; a: (r, in); b: (out, r). Gate and up read x once for both their A.
+    x: (..., in); weights: (out, in), frozen, in the number type of x; a: (r, in); b: (out, r). Gate and up read x once
+    for both their A.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scales: tuple[float, float, float], *parts: torch.Tensor) -> torch.Tensor:
-        gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b = parts
+        ctx.own = parts[1].dtype
+        gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b = (part.to(x.dtype) for part in parts)
         flat = x.reshape(-1, x.shape[-1])
         both_a = torch.cat([gate_a, up_a])  # (2 r, in)
         low = flat @ both_a.t()  # (T, 2 r)
@@ -70,15 +74,15 @@ class GatedMlp(torch.autograd.Function):
         of_low = gradient @ down_b  # (T, r)
         of_up = (gradient @ down_w).addmm_(of_low, down_a, alpha=down_scale)  # (T, wide), the hidden rows' so far
         active = silu(gate)
-        of_down_a = (of_low.t() @ (active * up)).mul_(down_scale)
-        of_down_b = (of_hidden.t() @ gradient).t().mul(down_scale)
+        of_down_a = (of_low.t() @ (active * up)).to(ctx.own).mul_(down_scale)
+        of_down_b = (of_hidden.t() @ gradient).t().to(ctx.own).mul(down_scale)
         of_gate = of_up * up
         of_up.mul_(active)
         torch.ops.aten.silu_backward.grad_input(of_gate, gate, grad_input=of_gate)
         of_low = torch.cat([(of_gate @ gate_b).mul_(gate_scale), (of_up @ up_b).mul_(up_scale)], dim=1)  # (T, 2 r)
-        of_a = of_low.t() @ flat
-        of_gate_b = (low[:, :rank].t() @ of_gate).t().mul(gate_scale)
-        of_up_b = (low[:, rank:].t() @ of_up).t().mul(up_scale)
+        of_a = (of_low.t() @ flat).to(ctx.own)
+        of_gate_b = (low[:, :rank].t() @ of_gate).t().to(ctx.own).mul(gate_scale)
+        of_up_b = (low[:, rank:].t() @ of_up).t().to(ctx.own).mul(up_scale)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = (of_gate @ gate_w).addmm_(of_up, up_w).addmm_(of_low, both_a).view(ctx.shape)
@@ -113,12 +117,15 @@ def _is_same(module: Any, fast: Any) -> bool:
     weight = module.weight if fast is _norm else parts_of(module.gate_proj)[0]
     rows = torch.randn(1, 4, weight.shape[-1], generator=torch.Generator().manual_seed(0))
     rows[:, 2:] *= 1e-3
-    with torch.no_grad():
-        return bool(torch.allclose(module(rows), fast(module, rows), rtol=1e-4, atol=1e-6))
+    rows = rows.to(weight.dtype)
+    half = weight.dtype != torch.float32
+    near = {"rtol": 2e-2, "atol": 1e-3} if half else {"rtol": 1e-4, "atol": 1e-6}
+    with torch.no_grad(), torch.autocast("cpu", weight.dtype, enabled=half):
+        return bool(torch.allclose(module(rows), fast(module, rows), **near))
 
 
 def _norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-    if not _is_lean(x) or not _is_lean(self.weight) or self.weight.requires_grad:
+    if not _is_lean(x) or x.dtype != self.weight.dtype or self.weight.requires_grad:
         return type(self).forward(self, x)
     return RmsNorm.apply(x, self.weight, self.variance_epsilon)
 
@@ -132,4 +139,4 @@ def _mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_lean(x: torch.Tensor) -> bool:
-    return bool(x.device.type == "cpu" and x.dtype == torch.float32)
+    return bool(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16))
