@@ -477,6 +477,31 @@ def test_the_default_merge_on_real_text(tongwen: Any, tmp_path: Path) -> None:
     assert measure.pieces_in_use(made.coder, 32000, chinese[:10])["unreachable"] == 0
 
 
+@needs_shared
+def test_a_default_merge_with_some_pieces_of_its_own_beats_the_one_of_2023(tongwen: Any, tmp_path: Path) -> None:
+    text = (SHARED / "data" / "zh_docs.txt").read_text(encoding="utf-8")
+    held_out, seen = text[:120_000], tmp_path / "seen.txt"
+    seen.write_text(text[120_000:], encoding="utf-8")
+    merge = ("tokenizer", "merge", "--base", real("llama.model"), "--add", real("chinese_sp.model"))
+    assert tongwen(*merge, "--mode", "legacy", "--out", tmp_path / "2023")[0] == 0
+    assert tongwen(*merge, "--out", tmp_path / "merged")[0] == 0
+    extend = ("tokenizer", "extend", "--base", tmp_path / "merged", "--corpus", seen, "--pieces", "500")
+    code, _, err = tongwen(*extend, "--out", tmp_path / "own")
+    assert code == 0, err
+    base, old, made = (
+        lexicon.open_lexicon(place) for place in (real("llama.model"), str(tmp_path / "2023"), str(tmp_path / "own"))
+    )
+    lines = [line for line in held_out.splitlines() if line]
+    size = sum(map(len, lines))
+    fertility = {one.coder.size: size / sum(map(len, one.coder.encode(lines))) for one in (base, old, made)}
+    assert max(fertility, key=lambda tokens: fertility[tokens]) == made.coder.size < old.coder.size
+    assert fertility[made.coder.size] >= 1.70
+    assert measure.pieces_in_use(made.coder, base.coder.size, lines)["unreachable"] == 0
+    english = (SHARED / "data" / "en_wiki.txt").read_text(encoding="utf-8").splitlines()
+    assert not measure.changed(base.coder, made.coder, english)
+    assert not spm.disagreement(made.coder.encode, made.encode_fast, [*text.splitlines(), *english])
+
+
 def from_wheel(package: str, ending: str, folder: Path) -> str:
     """A file out of a wheel in the folder that TONGWEN_WHEELS names; skips without it."""
     wheels = sorted(Path(os.environ.get("TONGWEN_WHEELS", "nowhere")).glob(f"{package}-*.whl"))
