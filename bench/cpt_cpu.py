@@ -3,7 +3,7 @@
     sh bench/peers/install.sh PEER_VENV
     python bench/cpt_cpu.py --peer PEER_VENV/bin/python --model SMOLLM2_FOLDER --text zh_docs.txt --out bench/results/cpt_cpu.json
 
-All read the documents that `prepare` keeps, in fp32 on one thread, and are scored by one function on the paragraphs that it
+All read the documents that `prepare` keeps, in one number type on one thread, and are scored by one function on the paragraphs that it
 holds out: bits per byte, so that another vocabulary changes nothing. LLaMA-Factory runs as its own example for `stage: pt`
 says (LoRA of rank 8, 2,048 tokens a row, 8 rows a step, 1e-4), and once more with tongwen's settings, to tell settings from
 code. A short run of each tells what a step costs; then the steps that fit into the budget are trained, with the schedule laid
@@ -40,13 +40,11 @@ pretrain:
   schedule: wsd
   decay: 0.5
   stop_after: 3 steps
-  precision: fp32
+  precision: {precision}
   save_every: 1000000
   samples: 0
 """
-DEFAULTS: dict[str, Any] = {"bf16": False}  # not this CPU's own type
 SAME: dict[str, Any] = {
-    "bf16": False,
     "finetuning_type": "full",
     "cutoff_len": 512,
     "gradient_accumulation_steps": 2,
@@ -64,6 +62,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--seconds", type=float, default=900, help="CPU-seconds of training for each")
     parser.add_argument("--pieces", type=int, default=2000)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all contestants")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -73,7 +72,7 @@ def main() -> None:
         rows["tongwen"] = ours(chosen, work / "plain", "")
         rows["tongwen, new words"] = ours(chosen, work / "words", f"vocab: {{pieces: {chosen.pieces}}}")
         prepared = work / "plain" / "out" / "prepare"
-        rows["peer"] = theirs(chosen, work / "peer", prepared, DEFAULTS)
+        rows["peer"] = theirs(chosen, work / "peer", prepared, {})
         same = {**SAME, "lr_scheduler_kwargs": {"num_decay_steps": max(1, rows["tongwen"]["steps"] // 2)}}
         rows["peer, tongwen's settings"] = theirs(chosen, work / "same", prepared, same)
         rows["base"] = {"folder": chosen.model}
@@ -88,6 +87,7 @@ def main() -> None:
         "machine": {"processor": processor(), "cpus": os.cpu_count(), "python": platform.python_version()},
         "commit": commit.stdout.strip(),
         "seconds": chosen.seconds,
+        "precision": chosen.precision,
         "of_peer": {name: row["bits_per_byte"] / peer for name, row in rows.items()},
         "recipe": RECIPE,
         "runs": rows,
@@ -100,6 +100,7 @@ def ours(chosen: argparse.Namespace, folder: Path, vocab: str) -> dict[str, Any]
     folder.mkdir()
     recipe = folder / "recipe.yaml"
     words = {"model": chosen.model, "text": chosen.text, "out": folder / "out", "vocab": vocab}
+    words["precision"] = chosen.precision
     recipe.write_text(RECIPE.format(**words), encoding="utf-8")
     tongwen("run", str(recipe), "--only", "prepare")
     before = cpu_of_children()
@@ -132,6 +133,7 @@ def theirs(chosen: argparse.Namespace, folder: Path, prepared: Path, settings: d
     file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
     script = str(Path(__file__).parent / "peers" / "llamafactory_pt.py")
     command = [chosen.peer, script, "--model", chosen.model, "--text", str(file), "--save", str(folder / "saved")]
+    settings = {**settings, "bf16": chosen.precision == "bf16"}
     command += ["--out", str(folder / "result.json"), "--set", json.dumps(settings)]
 
     def train(steps: int) -> dict[str, Any]:

@@ -32,7 +32,6 @@ sft:
   batch_size: 4
   learning_rate: 1e-3
   stop_after: {epochs} epochs
-  precision: fp32
   samples: 0
 evaluate: {{tasks: [entity_f1], max_new_tokens: 96}}
 """
