@@ -27,10 +27,21 @@ from tongwen.model.load import locate
 
 gguf = pytest.importorskip("gguf")
 FAMILIES = tuple(name for name, family in families.FAMILIES.items() if family.gguf)
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 32, "qk_nope_head_dim": 16, "head_dim": 8}
+LATENT |= {"qk_rope_head_dim": 8, "v_head_dim": 24, "n_routed_experts": 8, "num_experts_per_tok": 3}
+LATENT |= {"moe_intermediate_size": 32, "first_k_dense_replace": 1, "num_hidden_layers": 3, "n_shared_experts": 2}
+SMALL_WINDOW = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "tie_word_embeddings": True}
 WORDS = {  # those whose configs have words of their own
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt_neox": {"num_key_value_heads": 4},
+    "gemma": {"head_dim": 32, "tie_word_embeddings": True},
+    "gemma2": {**SMALL_WINDOW, "num_hidden_layers": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": {**SMALL_WINDOW, "num_hidden_layers": 7},
+    "smollm3": {"num_hidden_layers": 5},  # of which the fourth has no rotations
+    "deepseek_v2": {**LATENT, "routed_scaling_factor": 1.5},
+    "deepseek_v3": {**LATENT, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
 }
 LINES = [
     *dict.fromkeys(CORPUS),
@@ -55,6 +66,9 @@ def make_model(folder: Path, family: str, rows: int, **more: Any) -> Any:
     with torch.no_grad():
         for part in model.parameters():
             part.add_(torch.randn_like(part) * 0.08)
+        for name, part in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                part.add_(torch.randn_like(part) * 0.08)
     model.save_pretrained(folder)
     return model
 
@@ -79,7 +93,15 @@ STRETCHED = {
     "llama3": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
     | {"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    "longrope": {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    | {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 2.0, 4.0, 8.0]},
+    "by layer": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    },
 }
+STRETCHED["deepseek"] = STRETCHED["yarn"] | {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +112,15 @@ STRETCHED = {
         ("llama", "sentencepiece, legacy", {"attention_bias": True}),
         ("llama", "byte level", {"rope_parameters": STRETCHED["llama3"]}),
         ("qwen3", "byte level", {"rope_parameters": STRETCHED["linear"]}),
+        ("qwen3", "byte level", {"rope_parameters": STRETCHED["yarn"]}),
         ("qwen2", "byte level", {"tie_word_embeddings": True}),
+        ("gpt_neox", "byte level", {"use_parallel_residual": False}),
+        ("gemma3_text", "byte level", {"rope_parameters": STRETCHED["by layer"], "final_logit_softcapping": 5.0}),
+        ("phi3", "byte level", {"rope_parameters": STRETCHED["longrope"], "original_max_position_embeddings": 1024}),
+        ("phi3", "byte level", {"rope_parameters": STRETCHED["longrope"], "original_max_position_embeddings": 8}),
+        ("deepseek_v2", "byte level", {"q_lora_rank": None}),
+        ("deepseek_v2", "byte level", {"rope_parameters": STRETCHED["deepseek"]}),
+        ("deepseek_v3", "byte level", {"rope_parameters": STRETCHED["deepseek"], "norm_topk_prob": False}),
     ],
 )
 def test_llama_cpp_agrees(family: str, kind: str, more: dict[str, Any], tmp_path: Path, tongwen: Any) -> None:
@@ -182,10 +212,10 @@ def test_the_template_and_the_stops_go_along(chat_model: Path, tmp_path: Path, t
 
 
 def test_what_is_not_proven_is_refused_by_name(tmp_path: Path, tongwen: Any) -> None:
-    make_model(tmp_path / "pythia", "gpt_neox", 64)
-    words = ("convert", tmp_path / "pythia", "--to", "gguf", "--out", tmp_path / "out")
+    make_model(tmp_path / "stablelm", "stablelm", 64)
+    words = ("convert", tmp_path / "stablelm", "--to", "gguf", "--out", tmp_path / "out")
     code, _, err = tongwen(*words)
-    assert code == 4 and "gpt_neox" in err and "qwen3" in err
+    assert code == 4 and "'stablelm'" in err and "qwen3" in err
     code, _, err = tongwen(*words, "--quantize", "q3")
     assert code == 4 and "q5_1" in err
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
@@ -375,8 +405,71 @@ def test_the_script_from_adapter_to_file(chat_model: Path, tmp_path: Path) -> No
     assert gguf.GGUFReader(file).fields["general.architecture"].contents() == "llama"
 
 
-def test_experts_that_are_weighed_otherwise_are_refused(tmp_path: Path, tongwen: Any) -> None:
+@pytest.mark.parametrize("command", ["check", "plan", "run"])
+def test_a_run_that_cannot_export_does_not_begin(command: str, tmp_path: Path, tongwen: Any) -> None:
+    from tests.conftest import write_recipe
+
     folder = tmp_path / "model"
-    make_model(folder, "qwen3_moe", len(byte_level_tokenizer(folder)), norm_topk_prob=False)
+    make_model(folder, "stablelm", len(byte_level_tokenizer(folder)))
+    recipe = write_recipe(tmp_path, folder, extra="export: {formats: [hf, gguf]}\n")
+    code, _, err = tongwen(command, recipe)
+    assert code == 4 and "'stablelm'" in err and "proven for" in err and not (tmp_path / "out" / "prepare").exists()
+    code, _, err = tongwen(command, recipe, "export.quantize=q3")
+    assert code == 4 and "q5_1" in err
+    if command == "run":  # what was asked for stops before it
+        assert tongwen(command, recipe, "--until", "prepare")[0] == 0
+    else:
+        assert tongwen(command, recipe, "export.formats=[hf]")[0] == 0
+
+
+OTHERWISE = [  # what llama.cpp fixes for a family, said otherwise by a config
+    ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob: false"),
+    ("gpt_neox", {"attention_bias": False}, "attention_bias: false"),
+    ("gemma", {"tie_word_embeddings": False}, "tie_word_embeddings: false"),
+    ("gemma2", {"query_pre_attn_scalar": 144}, "query_pre_attn_scalar: 144"),
+    ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping: null"),
+    ("gemma2", {"layer_types": ["full_attention"] * 4}, "layer_types"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention: true"),
+    ("smollm3", {"no_rope_layer_interval": 2}, "no_rope_layers"),
+    ("smollm3", {"rope_parameters": STRETCHED["llama3"]}, "'llama3'"),
+    ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, "topk_method"),
+    ("deepseek_v2", {"rope_parameters": STRETCHED["yarn"]}, "mscale: None"),
+    ("deepseek_v3", {"rope_parameters": STRETCHED["linear"]}, "'linear'"),
+    ("deepseek_v3", {"rope_parameters": STRETCHED["deepseek"] | {"beta_fast": 16}}, "beta_fast: 16"),
+    ("deepseek_v3", {"rope_interleave": False}, "rope_interleave: false"),
+]
+
+
+@pytest.mark.parametrize(("family", "more", "said"), OTHERWISE)
+def test_what_llama_cpp_computes_otherwise_is_refused(
+    family: str, more: dict[str, Any], said: str, tmp_path: Path, tongwen: Any
+) -> None:
+    folder = tmp_path / "model"
+    make_model(folder, family, len(byte_level_tokenizer(folder)), **more)
     code, _, err = tongwen("convert", folder, "--to", "gguf", "--out", tmp_path / "out")
-    assert code == 4 and "norm_topk_prob: false" in err and "--to hf" in err
+    assert code == 4 and said in err and "--to hf" in err and not (tmp_path / "out").exists()
+
+
+def test_a_window_that_llama_cpp_does_not_keep_ends_the_context(tmp_path: Path, tongwen: Any) -> None:
+    folder = tmp_path / "model"
+    make_model(folder, "phi3", len(byte_level_tokenizer(folder)), sliding_window=100)
+    fields = gguf.GGUFReader(str(convert(tongwen, folder, tmp_path / "out", "f16"))).fields
+    assert fields["phi3.context_length"].contents() == 100
+
+
+def test_a_tied_head_and_layers_for_further_tokens_stay_behind(tmp_path: Path, tongwen: Any) -> None:
+    """transformers reads neither: the file must not hold what the model does not compute with."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "model"
+    rows = len(byte_level_tokenizer(folder))
+    make_model(folder, "deepseek_v3", rows, tie_word_embeddings=True)
+    held = tensors(folder)
+    assert "lm_head.weight" not in held
+    ahead = {name.replace("layers.2.", "layers.3."): part.clone() for name, part in held.items() if "layers.2." in name}
+    save_file({**held, **ahead, "lm_head.weight": torch.ones(rows, 64)}, folder / "model.safetensors")
+    file = convert(tongwen, folder, tmp_path / "out", "q8_0")
+    there = {tensor.name: tensor for tensor in gguf.GGUFReader(str(file)).tensors}
+    assert "output.weight" not in there and not any(name.startswith("blk.3.") for name in there)
+    assert there["blk.2.ffn_gate_inp.weight"].tensor_type.name == "F32"  # it chooses
+    assert there["blk.2.attn_k_b.weight"].shape.tolist() == [16, 16, 4]

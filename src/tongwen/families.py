@@ -49,9 +49,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen1.5, Qwen2, Qwen2.5", _ATTENTION, like_llama=True, gguf="qwen2"),
     "qwen3": Family("Qwen3", _ATTENTION, like_llama=True, gguf="qwen3"),
     "qwen3_moe": Family("Qwen3-30B-A3B, Qwen3-235B-A22B", _ATTENTION, experts=True, gguf="qwen3moe"),
-    "deepseek_v2": Family("DeepSeek-V2", _LATENT, experts=True),
-    "deepseek_v3": Family("DeepSeek-V3, R1", _LATENT, experts=True),
-    "glm": Family("GLM-4-9B (hf)", _ATTENTION),
+    "deepseek_v2": Family("DeepSeek-V2", _LATENT, experts=True, gguf="deepseek2"),
+    "deepseek_v3": Family("DeepSeek-V3, R1", _LATENT, experts=True, gguf="deepseek2"),
+    "glm": Family("GLM-4-9B (hf)", _ATTENTION, gguf="chatglm"),
     "glm4": Family("GLM-4-0414", _ATTENTION, gguf="glm4"),
     "chatglm": Family(
         "ChatGLM-6B",
@@ -69,12 +69,17 @@ FAMILIES: dict[str, Family] = {
         gguf="bloom",
     ),
     "gpt2": Family("GPT-2, Wenzhong", ("c_attn",), table=True, transposed=True, gguf="gpt2"),
-    "gpt_neox": Family("GPT-NeoX, Pythia", ("query_key_value",)),
-    "gemma": Family("Gemma", _ATTENTION),
-    "gemma2": Family("Gemma 2", _ATTENTION, padded=("soft-capped attention scores", "注意力分数有软上限")),
-    "gemma3_text": Family("Gemma 3 (text)", _ATTENTION),
-    "phi3": Family("Phi-3, Phi-4", ("qkv_proj", "o_proj")),
-    "smollm3": Family("SmolLM3", _ATTENTION),
+    "gpt_neox": Family("GPT-NeoX, Pythia", ("query_key_value",), gguf="gptneox"),
+    "gemma": Family("Gemma", _ATTENTION, gguf="gemma"),
+    "gemma2": Family(
+        "Gemma 2",
+        _ATTENTION,
+        padded=("soft-capped attention scores", "注意力分数有软上限"),
+        gguf="gemma2",
+    ),
+    "gemma3_text": Family("Gemma 3 (text)", _ATTENTION, gguf="gemma3"),
+    "phi3": Family("Phi-3, Phi-4", ("qkv_proj", "o_proj"), gguf="phi3"),
+    "smollm3": Family("SmolLM3", _ATTENTION, gguf="smollm3"),
 }
 
 
