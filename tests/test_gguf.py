@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer, tensors, tiny_llama
+from tests.conftest import CORPUS, byte_level_tokenizer, save_fast, sentencepiece_tokenizer, tensors, tiny_llama
 from tests.test_merge import make_adapter
 from tongwen import families
 from tongwen.errors import MissingPackage, ModelError
@@ -50,7 +50,45 @@ LINES = [
     " lead",
     "🙂 émoji",
     "中文English混排",
+    "\n\n\n是  的   <unused7> HelloWorld",
 ]
+
+
+def make_tokenizer(folder: Path, kind: str) -> Any:
+    if kind == "byte level":
+        return byte_level_tokenizer(folder)
+    if kind in families.PATTERNS:
+        return cutting_tokenizer(folder, families.PATTERNS[kind])
+    tokenizer = sentencepiece_tokenizer(folder, legacy="legacy" in kind or kind == "phi-3")
+    backend = tokenizer.backend_tokenizer
+    if kind == "gemma":  # no blank before a text; runs of blanks are merged, and defined by a user as well
+        state = json.loads(backend.to_str())
+        state["model"]["vocab"]["\u2581\u2581"] = len(state["model"]["vocab"])
+        state["model"]["merges"].append(["\u2581", "\u2581"])
+        backend = Tokenizer.from_str(json.dumps(state))
+        backend.pre_tokenizer, backend.normalizer = None, normalizers.Replace(" ", "\u2581")
+        backend.add_tokens([AddedToken(text, normalized=False) for text in ("\n\n", "\u2581\u2581", "<unused7>")])
+        return save_fast(backend, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    if kind == "phi-3":  # drops blanks behind special tokens, but for three of them
+        backend.add_special_tokens([AddedToken("</s>", rstrip=True, normalized=False)])
+        for name, drops in (("<|endoftext|>", False), ("<|user|>", True), ("<|end|>", True)):
+            backend.add_special_tokens([AddedToken(name, rstrip=drops, normalized=False)])
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def cutting_tokenizer(folder: Path, patterns: tuple[str, ...]) -> Any:
+    """Byte-level BPE whose merges reach over everything, so that only the patterns keep pieces apart."""
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = level, decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        LINES * 4, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    )
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, level])
+    return save_fast(backend, folder, eos_token="!")
 
 
 def make_model(folder: Path, family: str, rows: int, **more: Any) -> Any:
@@ -108,6 +146,11 @@ STRETCHED["deepseek"] = STRETCHED["yarn"] | {"mscale": 0.707, "mscale_all_dim": 
     ("family", "kind", "more"),
     [
         *((family, "byte level", {}) for family in FAMILIES),
+        ("deepseek_v3", "deepseek-v3", {}),
+        ("phi3", "gpt-4o", {}),
+        ("phi3", "phi-3", {}),
+        ("gemma", "gemma", {}),
+        *(("qwen3", pattern, {}) for pattern in ("qwen2", "llama-bpe")),
         ("llama", "sentencepiece", {}),
         ("llama", "sentencepiece, legacy", {"attention_bias": True}),
         ("llama", "byte level", {"rope_parameters": STRETCHED["llama3"]}),
@@ -128,12 +171,10 @@ def test_llama_cpp_agrees(family: str, kind: str, more: dict[str, Any], tmp_path
     from tests.llamacpp import LlamaCpp
 
     folder = tmp_path / "model"
-    tokenizer = (
-        byte_level_tokenizer(folder) if kind == "byte level" else sentencepiece_tokenizer(folder, "legacy" in kind)
-    )
+    tokenizer = make_tokenizer(folder, kind)
     model = make_model(folder, family, len(tokenizer) + 3, **more)  # rows that no token owns
     there = LlamaCpp(convert(tongwen, folder, tmp_path / "gguf", "f32"))
-    for line in LINES:
+    for line in [*LINES, *(["<|user|>\n 你好<|end|>\n是  的</s> 好<|endoftext|> 好"] if kind == "phi-3" else ())]:
         if kind == "sentencepiece" and line[0] == " ":
             continue  # transformers puts no second blank before it, SentencePiece and llama.cpp do
         assert there.encode(line) == tokenizer(line)["input_ids"], line
@@ -149,9 +190,9 @@ def test_the_way_a_text_is_cut_is_recognised_whatever_the_vocabulary(tmp_path: P
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     own = pre_tokenizers.ByteLevel(add_prefix_space=False)
     cuts = {"gpt-2": own, "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), own])}
-    for name, pattern in PATTERNS.items():
-        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-        cuts[name] = pre_tokenizers.Sequence([split, level])
+    for name, patterns in PATTERNS.items():
+        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+        cuts[name] = pre_tokenizers.Sequence([*splits, level])
     for name, cut in cuts.items():
         tokenizer = byte_level_tokenizer(tmp_path)
         tokenizer.backend_tokenizer.pre_tokenizer = cut
@@ -323,7 +364,7 @@ def test_a_recipe_exports_all_forms(chat_model: Path, tmp_path: Path, tongwen: A
     assert code == 2 and "an adapter alone is no model" in err
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe", "gpt-4o", "deepseek-v3"])
 def test_a_gguf_base_cuts_texts_as_its_file_says(name: str, tmp_path: Path, tongwen: Any) -> None:
     """transformers reads every byte-level GGUF tokenizer as GPT-2's: numbers and contractions would get other ids."""
     from tongwen.families import PATTERNS
@@ -336,8 +377,8 @@ def test_a_gguf_base_cuts_texts_as_its_file_says(name: str, tmp_path: Path, tong
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), own])
     elif name in PATTERNS:
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        split = pre_tokenizers.Split(Regex(PATTERNS[name]), behavior="isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in PATTERNS[name]]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, level])
     else:
         backend.pre_tokenizer = own
     tokenizer.save_pretrained(folder)
@@ -416,6 +457,14 @@ def test_a_run_that_cannot_export_does_not_begin(command: str, tmp_path: Path, t
     assert code == 4 and "'stablelm'" in err and "proven for" in err and not (tmp_path / "out" / "prepare").exists()
     code, _, err = tongwen(command, recipe, "export.quantize=q3")
     assert code == 4 and "q5_1" in err
+    if command != "check":
+        strange, split = tmp_path / "strange", pre_tokenizers.Split(Regex(r"\w+"), behavior="isolated")
+        tokenizer = byte_level_tokenizer(strange)
+        tokenizer.backend_tokenizer.pre_tokenizer = split
+        tokenizer.save_pretrained(strange)
+        tiny_llama(strange, len(tokenizer))
+        code, _, err = tongwen(command, recipe, f"base={strange}")
+        assert code == 4 and "no program for this tokenizer" in err
     if command == "run":  # what was asked for stops before it
         assert tongwen(command, recipe, "--until", "prepare")[0] == 0
     else:

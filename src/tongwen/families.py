@@ -90,12 +90,29 @@ def family_of(model_type: str) -> Family | None:
 # What families call the end of a document, where it is not what ends an answer.
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>", "</s>")
 
-# How byte-level tokenizers cut a text before they merge, by llama.cpp's name (`tokenizer.ggml.pre`). The same words as in
-# GPT-4's pattern; digits alone (Qwen) or up to three together (Llama-3).
+# How byte-level tokenizers cut a text before they merge, by llama.cpp's name (`tokenizer.ggml.pre`), one pattern after the
+# other. The same words as in GPT-4's pattern; digits alone (Qwen) or up to three together (Llama-3). GPT-4o and its heirs
+# (Phi-4-mini) end a word where capitals begin again; DeepSeek-V3 takes Chinese and kana out first.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER, _SHORT = (
+    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|",
+)
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"
 PATTERNS = {
-    "qwen2": _WORDS + r"\p{N}" + _REST,
-    "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST,
-    "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",
+    "qwen2": (_WORDS + r"\p{N}" + _REST,),
+    "llama-bpe": (_WORDS + r"\p{N}{1,3}" + _REST,),
+    "bloom": (r" ?[^(\s|[.,!?…。，、।۔،])]+",),
+    "gpt-4o": (
+        f"{_BEFORE}{_UPPER}*{_LOWER}+{_SHORT}{_BEFORE}{_UPPER}+{_LOWER}*{_SHORT}"
+        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        "[一-龥぀-ゟ゠-ヿ]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+        "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    ),
 }

@@ -82,9 +82,16 @@ def open_source(name: str) -> Source:
 
 
 def check_ahead(base: str, formats: Sequence[str], quantize: str) -> None:
-    """Raise before anything is trained what would refuse its result afterwards: a family, a config, a number type."""
-    if "gguf" in formats:
-        _check_gguf(base, load.load_config(load.locate(base)).to_dict(), quantize)
+    """Raise before anything is trained what would refuse its result afterwards: a family, its config or its tokenizer, a
+    number type."""
+    if "gguf" not in formats:
+        return
+    place = load.locate(base)
+    _check_gguf(base, load.load_config(place).to_dict(), quantize)
+    tokenizer = load.load_tokenizer(place)
+    with tempfile.TemporaryDirectory() as made:
+        tokenizer.save_pretrained(made)
+        read_vocabulary(Path(made), 1 + max(tokenizer.get_vocab().values()))
 
 
 def _check_gguf(name: str, config: Mapping[str, Any], quantize: str) -> dict[str, Any]:

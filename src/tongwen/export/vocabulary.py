@@ -19,7 +19,7 @@ from tongwen.language import say
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
 PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
-NAMES = {pattern: name for name, pattern in PATTERNS.items()}
+NAMES = {patterns: name for name, patterns in PATTERNS.items()}
 
 
 @dataclass
@@ -111,8 +111,8 @@ def _pattern(definition: Mapping[str, Any]) -> str:
             found = "gpt-2"
         elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
             found = "smollm"
-        elif kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-            found = NAMES.get(steps[0].get("pattern", {}).get("Regex", ""))
+        elif {*kinds[:-1]} == {"Split"} and kinds[-1] == "ByteLevel" and not steps[-1].get("use_regex", True):
+            found = NAMES.get(tuple(step.get("pattern", {}).get("Regex", "") for step in steps[:-1]))
     if found is None or (found != "llama-bpe" and definition["model"].get("ignore_merges")):
         raise _unknown(json.dumps(cut, ensure_ascii=False)[:160])
     return found
