@@ -40,7 +40,6 @@ WORDS = {  # those whose configs have words of their own
     "gemma2": {**SMALL_WINDOW, "num_hidden_layers": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
     "gemma3_text": {**SMALL_WINDOW, "num_hidden_layers": 7},
     "smollm3": {"num_hidden_layers": 5},  # of which the fourth has no rotations
-    "deepseek_v2": {**LATENT, "routed_scaling_factor": 1.5},
     "deepseek_v3": {**LATENT, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
 }
 LINES = [
@@ -161,8 +160,7 @@ STRETCHED["deepseek"] = STRETCHED["yarn"] | {"mscale": 0.707, "mscale_all_dim": 
         ("gemma3_text", "byte level", {"rope_parameters": STRETCHED["by layer"], "final_logit_softcapping": 5.0}),
         ("phi3", "byte level", {"rope_parameters": STRETCHED["longrope"], "original_max_position_embeddings": 1024}),
         ("phi3", "byte level", {"rope_parameters": STRETCHED["longrope"], "original_max_position_embeddings": 8}),
-        ("deepseek_v2", "byte level", {"q_lora_rank": None}),
-        ("deepseek_v2", "byte level", {"rope_parameters": STRETCHED["deepseek"]}),
+        ("deepseek_v3", "byte level", {"q_lora_rank": None, "routed_scaling_factor": 1.0}),
         ("deepseek_v3", "byte level", {"rope_parameters": STRETCHED["deepseek"], "norm_topk_prob": False}),
     ],
 )
@@ -481,8 +479,8 @@ OTHERWISE = [  # what llama.cpp fixes for a family, said otherwise by a config
     ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention: true"),
     ("smollm3", {"no_rope_layer_interval": 2}, "no_rope_layers"),
     ("smollm3", {"rope_parameters": STRETCHED["llama3"]}, "'llama3'"),
-    ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, "topk_method"),
-    ("deepseek_v2", {"rope_parameters": STRETCHED["yarn"]}, "mscale: None"),
+    ("deepseek_v3", {"rope_parameters": STRETCHED["yarn"]}, "mscale: None"),
+    ("deepseek_v3", {"num_hidden_layers": 26}, "q_lora_rank: 32"),
     ("deepseek_v3", {"rope_parameters": STRETCHED["linear"]}, "'linear'"),
     ("deepseek_v3", {"rope_parameters": STRETCHED["deepseek"] | {"beta_fast": 16}}, "beta_fast: 16"),
     ("deepseek_v3", {"rope_interleave": False}, "rope_interleave: false"),

@@ -49,7 +49,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family("Qwen1.5, Qwen2, Qwen2.5", _ATTENTION, like_llama=True, gguf="qwen2"),
     "qwen3": Family("Qwen3", _ATTENTION, like_llama=True, gguf="qwen3"),
     "qwen3_moe": Family("Qwen3-30B-A3B, Qwen3-235B-A22B", _ATTENTION, experts=True, gguf="qwen3moe"),
-    "deepseek_v2": Family("DeepSeek-V2", _LATENT, experts=True, gguf="deepseek2"),
+    "deepseek_v2": Family("DeepSeek-V2", _LATENT, experts=True),
     "deepseek_v3": Family("DeepSeek-V3, R1", _LATENT, experts=True, gguf="deepseek2"),
     "glm": Family("GLM-4-9B (hf)", _ATTENTION, gguf="chatglm"),
     "glm4": Family("GLM-4-0414", _ATTENTION, gguf="glm4"),

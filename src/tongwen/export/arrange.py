@@ -113,7 +113,7 @@ def for_llama_cpp(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
         return Arranged(tensors, {name: [Run(name, width * at, width * (at + 1)) for at in order] for name in fused})
     if "num_experts" in config:
         tensors = _stacked(tensors, int(config["num_experts"]))
-    if kind in ("deepseek_v2", "deepseek_v3"):
+    if kind == "deepseek_v3":
         return _decompressed(tensors, config)
     if FAMILIES[kind].transposed:
         matrices = [name for name in tensors.facts if name.split(".")[-2] in ("c_attn", "c_proj", "c_fc")]

@@ -89,11 +89,9 @@ def _expected(config: Config) -> dict[str, Any]:
     if kind == "smollm3":
         rotated = [int((layer + 1) % 4 != 0) for layer in range(layers)]
         return {"no_rope_layers": rotated, **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), False)}
-    if kind == "deepseek_v2":
-        lite = {"q_lora_rank": None} if layers in (26, 27) else {}
-        return {"attention_bias": False, "mlp_bias": False, "norm_topk_prob": False, "topk_method": "greedy", **lite}
     if kind == "deepseek_v3":
-        return {"attention_bias": False, "rope_interleave": True}
+        lite = {"q_lora_rank": None} if layers in (26, 27) else {}  # by its layers, as DeepSeek-V2-Lite
+        return {"attention_bias": False, "rope_interleave": True, **lite}
     return {}
 
 
@@ -222,9 +220,6 @@ def _add_latent(writer: Any, config: Config) -> None:
     writer.add_expert_shared_count(int(config["n_shared_experts"]))
     writer.add_expert_weights_scale(float(config["routed_scaling_factor"]))
     writer.add_expert_weights_norm(bool(config["norm_topk_prob"]))
-    if config["model_type"] == "deepseek_v2":
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX)
-        return
     writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     writer.add_expert_group_count(int(config["n_group"]))
     writer.add_expert_group_used_count(int(config["topk_group"]))

@@ -28,6 +28,7 @@ TURNING = ("llama", "smollm3")  # the architectures that want them so
 
 def check_type(kind: str) -> None:
     """Raise ModelError or MissingPackage for a number type that cannot be written here."""
+    _library()
     if kind in kquants.KINDS:
         kquants.check_library()
     elif kind not in TYPES:
