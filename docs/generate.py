@@ -99,7 +99,8 @@ GGUF: llama.cpp gives the same text, greedily. vLLM needs a GPU and was not run:
 {notes}
 
 A family that is not listed is trained when transformers itself knows it: the audit at the start proves on its first
-micro-batch that every trained tensor learns and that packed samples do not see each other. GGUF is then refused by name.
+micro-batch that every trained tensor learns and that packed samples do not see each other. GGUF is then refused by name,
+before anything is trained: by `check` where the base is a folder, by `plan` and `run` wherever it is.
 
 - **ChatGLM-6B** needs no remote code: `import tongwen.model.families.chatglm` is all that transformers needs to open what
   was trained here. The first checkpoints, with 150,528 tokens, open too. ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B in their
@@ -120,7 +121,7 @@ FAMILIES_ZH = """# 模型系列
 {notes}
 
 未列出的系列，只要 transformers 本身支持即可训练：开始时的审计会在首个微批上证明每个被训练的张量都会学习、打包的样本互不可见。
-其 GGUF 会按名称拒绝。
+其 GGUF 会在训练之前按名称拒绝：底座是文件夹时由 `check` 拒绝，其余由 `plan` 与 `run` 拒绝。
 
 - **ChatGLM-6B** 不需要远程代码：`import tongwen.model.families.chatglm` 之后 transformers 即可打开这里训练的模型。最早的
   150,528 词表检查点同样可用。ChatGLM2-6B、ChatGLM3-6B 与最初形式的 GLM-4-9B 也自称 `model_type: chatglm`，会按名称拒绝；请用

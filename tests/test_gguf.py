@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer, tensors, tiny_llama
+from tests.conftest import CORPUS, byte_level_tokenizer, save_fast, sentencepiece_tokenizer, tensors, tiny_llama
 from tests.test_merge import make_adapter
 from tongwen import families
 from tongwen.errors import MissingPackage, ModelError
@@ -27,10 +27,20 @@ from tongwen.model.load import locate
 
 gguf = pytest.importorskip("gguf")
 FAMILIES = tuple(name for name, family in families.FAMILIES.items() if family.gguf)
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 32, "qk_nope_head_dim": 16, "head_dim": 8}
+LATENT |= {"qk_rope_head_dim": 8, "v_head_dim": 24, "n_routed_experts": 8, "num_experts_per_tok": 3}
+LATENT |= {"moe_intermediate_size": 32, "first_k_dense_replace": 1, "num_hidden_layers": 3, "n_shared_experts": 2}
+SMALL_WINDOW = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "tie_word_embeddings": True}
 WORDS = {  # those whose configs have words of their own
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt_neox": {"num_key_value_heads": 4},
+    "gemma": {"head_dim": 32, "tie_word_embeddings": True},
+    "gemma2": {**SMALL_WINDOW, "num_hidden_layers": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": {**SMALL_WINDOW, "num_hidden_layers": 7},
+    "smollm3": {"num_hidden_layers": 5},  # of which the fourth has no rotations
+    "deepseek_v3": {**LATENT, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
 }
 LINES = [
     *dict.fromkeys(CORPUS),
@@ -39,7 +49,45 @@ LINES = [
     " lead",
     "🙂 émoji",
     "中文English混排",
+    "\n\n\n是  的   <unused7> HelloWorld",
 ]
+
+
+def make_tokenizer(folder: Path, kind: str) -> Any:
+    if kind == "byte level":
+        return byte_level_tokenizer(folder)
+    if kind in families.PATTERNS:
+        return cutting_tokenizer(folder, families.PATTERNS[kind])
+    tokenizer = sentencepiece_tokenizer(folder, legacy="legacy" in kind or kind == "phi-3")
+    backend = tokenizer.backend_tokenizer
+    if kind == "gemma":  # no blank before a text; runs of blanks are merged, and defined by a user as well
+        state = json.loads(backend.to_str())
+        state["model"]["vocab"]["\u2581\u2581"] = len(state["model"]["vocab"])
+        state["model"]["merges"].append(["\u2581", "\u2581"])
+        backend = Tokenizer.from_str(json.dumps(state))
+        backend.pre_tokenizer, backend.normalizer = None, normalizers.Replace(" ", "\u2581")
+        backend.add_tokens([AddedToken(text, normalized=False) for text in ("\n\n", "\u2581\u2581", "<unused7>")])
+        return save_fast(backend, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    if kind == "phi-3":  # drops blanks behind special tokens, but for three of them
+        backend.add_special_tokens([AddedToken("</s>", rstrip=True, normalized=False)])
+        for name, drops in (("<|endoftext|>", False), ("<|user|>", True), ("<|end|>", True)):
+            backend.add_special_tokens([AddedToken(name, rstrip=drops, normalized=False)])
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def cutting_tokenizer(folder: Path, patterns: tuple[str, ...]) -> Any:
+    """Byte-level BPE whose merges reach over everything, so that only the patterns keep pieces apart."""
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = level, decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        LINES * 4, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    )
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, level])
+    return save_fast(backend, folder, eos_token="!")
 
 
 def make_model(folder: Path, family: str, rows: int, **more: Any) -> Any:
@@ -55,6 +103,9 @@ def make_model(folder: Path, family: str, rows: int, **more: Any) -> Any:
     with torch.no_grad():
         for part in model.parameters():
             part.add_(torch.randn_like(part) * 0.08)
+        for name, part in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                part.add_(torch.randn_like(part) * 0.08)
     model.save_pretrained(folder)
     return model
 
@@ -79,18 +130,38 @@ STRETCHED = {
     "llama3": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
     | {"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    "longrope": {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    | {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 2.0, 4.0, 8.0]},
+    "by layer": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    },
 }
+STRETCHED["deepseek"] = STRETCHED["yarn"] | {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
 
 
 @pytest.mark.parametrize(
     ("family", "kind", "more"),
     [
         *((family, "byte level", {}) for family in FAMILIES),
+        ("deepseek_v3", "deepseek-v3", {}),
+        ("phi3", "gpt-4o", {}),
+        ("phi3", "phi-3", {}),
+        ("gemma", "gemma", {}),
+        *(("qwen3", pattern, {}) for pattern in ("qwen2", "llama-bpe")),
         ("llama", "sentencepiece", {}),
         ("llama", "sentencepiece, legacy", {"attention_bias": True}),
         ("llama", "byte level", {"rope_parameters": STRETCHED["llama3"]}),
         ("qwen3", "byte level", {"rope_parameters": STRETCHED["linear"]}),
+        ("qwen3", "byte level", {"rope_parameters": STRETCHED["yarn"]}),
         ("qwen2", "byte level", {"tie_word_embeddings": True}),
+        ("gpt_neox", "byte level", {"use_parallel_residual": False}),
+        ("gemma3_text", "byte level", {"rope_parameters": STRETCHED["by layer"], "final_logit_softcapping": 5.0}),
+        ("phi3", "byte level", {"rope_parameters": STRETCHED["longrope"], "original_max_position_embeddings": 1024}),
+        ("phi3", "byte level", {"rope_parameters": STRETCHED["longrope"], "original_max_position_embeddings": 8}),
+        ("deepseek_v3", "byte level", {"q_lora_rank": None, "routed_scaling_factor": 1.0}),
+        ("deepseek_v3", "byte level", {"rope_parameters": STRETCHED["deepseek"], "norm_topk_prob": False}),
     ],
 )
 def test_llama_cpp_agrees(family: str, kind: str, more: dict[str, Any], tmp_path: Path, tongwen: Any) -> None:
@@ -98,12 +169,10 @@ def test_llama_cpp_agrees(family: str, kind: str, more: dict[str, Any], tmp_path
     from tests.llamacpp import LlamaCpp
 
     folder = tmp_path / "model"
-    tokenizer = (
-        byte_level_tokenizer(folder) if kind == "byte level" else sentencepiece_tokenizer(folder, "legacy" in kind)
-    )
+    tokenizer = make_tokenizer(folder, kind)
     model = make_model(folder, family, len(tokenizer) + 3, **more)  # rows that no token owns
     there = LlamaCpp(convert(tongwen, folder, tmp_path / "gguf", "f32"))
-    for line in LINES:
+    for line in [*LINES, *(["<|user|>\n 你好<|end|>\n是  的</s> 好<|endoftext|> 好"] if kind == "phi-3" else ())]:
         if kind == "sentencepiece" and line[0] == " ":
             continue  # transformers puts no second blank before it, SentencePiece and llama.cpp do
         assert there.encode(line) == tokenizer(line)["input_ids"], line
@@ -119,9 +188,9 @@ def test_the_way_a_text_is_cut_is_recognised_whatever_the_vocabulary(tmp_path: P
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     own = pre_tokenizers.ByteLevel(add_prefix_space=False)
     cuts = {"gpt-2": own, "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), own])}
-    for name, pattern in PATTERNS.items():
-        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-        cuts[name] = pre_tokenizers.Sequence([split, level])
+    for name, patterns in PATTERNS.items():
+        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+        cuts[name] = pre_tokenizers.Sequence([*splits, level])
     for name, cut in cuts.items():
         tokenizer = byte_level_tokenizer(tmp_path)
         tokenizer.backend_tokenizer.pre_tokenizer = cut
@@ -182,10 +251,10 @@ def test_the_template_and_the_stops_go_along(chat_model: Path, tmp_path: Path, t
 
 
 def test_what_is_not_proven_is_refused_by_name(tmp_path: Path, tongwen: Any) -> None:
-    make_model(tmp_path / "pythia", "gpt_neox", 64)
-    words = ("convert", tmp_path / "pythia", "--to", "gguf", "--out", tmp_path / "out")
+    make_model(tmp_path / "stablelm", "stablelm", 64)
+    words = ("convert", tmp_path / "stablelm", "--to", "gguf", "--out", tmp_path / "out")
     code, _, err = tongwen(*words)
-    assert code == 4 and "gpt_neox" in err and "qwen3" in err
+    assert code == 4 and "'stablelm'" in err and "qwen3" in err
     code, _, err = tongwen(*words, "--quantize", "q3")
     assert code == 4 and "q5_1" in err
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
@@ -293,7 +362,7 @@ def test_a_recipe_exports_all_forms(chat_model: Path, tmp_path: Path, tongwen: A
     assert code == 2 and "an adapter alone is no model" in err
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe", "gpt-4o", "deepseek-v3"])
 def test_a_gguf_base_cuts_texts_as_its_file_says(name: str, tmp_path: Path, tongwen: Any) -> None:
     """transformers reads every byte-level GGUF tokenizer as GPT-2's: numbers and contractions would get other ids."""
     from tongwen.families import PATTERNS
@@ -306,8 +375,8 @@ def test_a_gguf_base_cuts_texts_as_its_file_says(name: str, tmp_path: Path, tong
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), own])
     elif name in PATTERNS:
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        split = pre_tokenizers.Split(Regex(PATTERNS[name]), behavior="isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in PATTERNS[name]]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, level])
     else:
         backend.pre_tokenizer = own
     tokenizer.save_pretrained(folder)
@@ -375,8 +444,79 @@ def test_the_script_from_adapter_to_file(chat_model: Path, tmp_path: Path) -> No
     assert gguf.GGUFReader(file).fields["general.architecture"].contents() == "llama"
 
 
-def test_experts_that_are_weighed_otherwise_are_refused(tmp_path: Path, tongwen: Any) -> None:
+@pytest.mark.parametrize("command", ["check", "plan", "run"])
+def test_a_run_that_cannot_export_does_not_begin(command: str, tmp_path: Path, tongwen: Any) -> None:
+    from tests.conftest import write_recipe
+
     folder = tmp_path / "model"
-    make_model(folder, "qwen3_moe", len(byte_level_tokenizer(folder)), norm_topk_prob=False)
+    make_model(folder, "stablelm", len(byte_level_tokenizer(folder)))
+    recipe = write_recipe(tmp_path, folder, extra="export: {formats: [hf, gguf]}\n")
+    code, _, err = tongwen(command, recipe)
+    assert code == 4 and "'stablelm'" in err and "proven for" in err and not (tmp_path / "out" / "prepare").exists()
+    code, _, err = tongwen(command, recipe, "export.quantize=q3")
+    assert code == 4 and "q5_1" in err
+    if command != "check":
+        strange, split = tmp_path / "strange", pre_tokenizers.Split(Regex(r"\w+"), behavior="isolated")
+        tokenizer = byte_level_tokenizer(strange)
+        tokenizer.backend_tokenizer.pre_tokenizer = split
+        tokenizer.save_pretrained(strange)
+        tiny_llama(strange, len(tokenizer))
+        code, _, err = tongwen(command, recipe, f"base={strange}")
+        assert code == 4 and "no program for this tokenizer" in err
+    if command == "run":  # what was asked for stops before it
+        assert tongwen(command, recipe, "--until", "prepare")[0] == 0
+    else:
+        assert tongwen(command, recipe, "export.formats=[hf]")[0] == 0
+
+
+OTHERWISE = [  # what llama.cpp fixes for a family, said otherwise by a config
+    ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob: false"),
+    ("gpt_neox", {"attention_bias": False}, "attention_bias: false"),
+    ("gemma", {"tie_word_embeddings": False}, "tie_word_embeddings: false"),
+    ("gemma2", {"query_pre_attn_scalar": 144}, "query_pre_attn_scalar: 144"),
+    ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping: null"),
+    ("gemma2", {"layer_types": ["full_attention"] * 4}, "layer_types"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention: true"),
+    ("smollm3", {"no_rope_layer_interval": 2}, "no_rope_layers"),
+    ("smollm3", {"rope_parameters": STRETCHED["llama3"]}, "'llama3'"),
+    ("deepseek_v3", {"rope_parameters": STRETCHED["yarn"]}, "mscale: None"),
+    ("deepseek_v3", {"num_hidden_layers": 26}, "q_lora_rank: 32"),
+    ("deepseek_v3", {"rope_parameters": STRETCHED["linear"]}, "'linear'"),
+    ("deepseek_v3", {"rope_parameters": STRETCHED["deepseek"] | {"beta_fast": 16}}, "beta_fast: 16"),
+    ("deepseek_v3", {"rope_interleave": False}, "rope_interleave: false"),
+]
+
+
+@pytest.mark.parametrize(("family", "more", "said"), OTHERWISE)
+def test_what_llama_cpp_computes_otherwise_is_refused(
+    family: str, more: dict[str, Any], said: str, tmp_path: Path, tongwen: Any
+) -> None:
+    folder = tmp_path / "model"
+    make_model(folder, family, len(byte_level_tokenizer(folder)), **more)
     code, _, err = tongwen("convert", folder, "--to", "gguf", "--out", tmp_path / "out")
-    assert code == 4 and "norm_topk_prob: false" in err and "--to hf" in err
+    assert code == 4 and said in err and "--to hf" in err and not (tmp_path / "out").exists()
+
+
+def test_a_window_that_llama_cpp_does_not_keep_ends_the_context(tmp_path: Path, tongwen: Any) -> None:
+    folder = tmp_path / "model"
+    make_model(folder, "phi3", len(byte_level_tokenizer(folder)), sliding_window=100)
+    fields = gguf.GGUFReader(str(convert(tongwen, folder, tmp_path / "out", "f16"))).fields
+    assert fields["phi3.context_length"].contents() == 100
+
+
+def test_a_tied_head_and_layers_for_further_tokens_stay_behind(tmp_path: Path, tongwen: Any) -> None:
+    """transformers reads neither: the file must not hold what the model does not compute with."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "model"
+    rows = len(byte_level_tokenizer(folder))
+    make_model(folder, "deepseek_v3", rows, tie_word_embeddings=True)
+    held = tensors(folder)
+    assert "lm_head.weight" not in held
+    ahead = {name.replace("layers.2.", "layers.3."): part.clone() for name, part in held.items() if "layers.2." in name}
+    save_file({**held, **ahead, "lm_head.weight": torch.ones(rows, 64)}, folder / "model.safetensors")
+    file = convert(tongwen, folder, tmp_path / "out", "q8_0")
+    there = {tensor.name: tensor for tensor in gguf.GGUFReader(str(file)).tensors}
+    assert "output.weight" not in there and not any(name.startswith("blk.3.") for name in there)
+    assert there["blk.2.ffn_gate_inp.weight"].tensor_type.name == "F32"  # it chooses
+    assert there["blk.2.attn_k_b.weight"].shape.tolist() == [16, 16, 4]

@@ -50,8 +50,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("Qwen3", _ATTENTION, like_llama=True, gguf="qwen3"),
     "qwen3_moe": Family("Qwen3-30B-A3B, Qwen3-235B-A22B", _ATTENTION, experts=True, gguf="qwen3moe"),
     "deepseek_v2": Family("DeepSeek-V2", _LATENT, experts=True),
-    "deepseek_v3": Family("DeepSeek-V3, R1", _LATENT, experts=True),
-    "glm": Family("GLM-4-9B (hf)", _ATTENTION),
+    "deepseek_v3": Family("DeepSeek-V3, R1", _LATENT, experts=True, gguf="deepseek2"),
+    "glm": Family("GLM-4-9B (hf)", _ATTENTION, gguf="chatglm"),
     "glm4": Family("GLM-4-0414", _ATTENTION, gguf="glm4"),
     "chatglm": Family(
         "ChatGLM-6B",
@@ -69,12 +69,17 @@ FAMILIES: dict[str, Family] = {
         gguf="bloom",
     ),
     "gpt2": Family("GPT-2, Wenzhong", ("c_attn",), table=True, transposed=True, gguf="gpt2"),
-    "gpt_neox": Family("GPT-NeoX, Pythia", ("query_key_value",)),
-    "gemma": Family("Gemma", _ATTENTION),
-    "gemma2": Family("Gemma 2", _ATTENTION, padded=("soft-capped attention scores", "注意力分数有软上限")),
-    "gemma3_text": Family("Gemma 3 (text)", _ATTENTION),
-    "phi3": Family("Phi-3, Phi-4", ("qkv_proj", "o_proj")),
-    "smollm3": Family("SmolLM3", _ATTENTION),
+    "gpt_neox": Family("GPT-NeoX, Pythia", ("query_key_value",), gguf="gptneox"),
+    "gemma": Family("Gemma", _ATTENTION, gguf="gemma"),
+    "gemma2": Family(
+        "Gemma 2",
+        _ATTENTION,
+        padded=("soft-capped attention scores", "注意力分数有软上限"),
+        gguf="gemma2",
+    ),
+    "gemma3_text": Family("Gemma 3 (text)", _ATTENTION, gguf="gemma3"),
+    "phi3": Family("Phi-3, Phi-4", ("qkv_proj", "o_proj"), gguf="phi3"),
+    "smollm3": Family("SmolLM3", _ATTENTION, gguf="smollm3"),
 }
 
 
@@ -85,12 +90,29 @@ def family_of(model_type: str) -> Family | None:
 # What families call the end of a document, where it is not what ends an answer.
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>", "</s>")
 
-# How byte-level tokenizers cut a text before they merge, by llama.cpp's name (`tokenizer.ggml.pre`). The same words as in
-# GPT-4's pattern; digits alone (Qwen) or up to three together (Llama-3).
+# How byte-level tokenizers cut a text before they merge, by llama.cpp's name (`tokenizer.ggml.pre`), one pattern after the
+# other. The same words as in GPT-4's pattern; digits alone (Qwen) or up to three together (Llama-3). GPT-4o and its heirs
+# (Phi-4-mini) end a word where capitals begin again; DeepSeek-V3 takes Chinese and kana out first.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER, _SHORT = (
+    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|",
+)
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"
 PATTERNS = {
-    "qwen2": _WORDS + r"\p{N}" + _REST,
-    "llama-bpe": _WORDS + r"\p{N}{1,3}" + _REST,
-    "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",
+    "qwen2": (_WORDS + r"\p{N}" + _REST,),
+    "llama-bpe": (_WORDS + r"\p{N}{1,3}" + _REST,),
+    "bloom": (r" ?[^(\s|[.,!?…。，、।۔،])]+",),
+    "gpt-4o": (
+        f"{_BEFORE}{_UPPER}*{_LOWER}+{_SHORT}{_BEFORE}{_UPPER}+{_LOWER}*{_SHORT}"
+        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        "[一-龥぀-ゟ゠-ヿ]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+        "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    ),
 }

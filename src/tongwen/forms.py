@@ -16,7 +16,7 @@ from typing import Any
 
 from tongwen import artifact, console
 from tongwen.errors import ArtifactError
-from tongwen.export import arrange, gguf, hf, pth
+from tongwen.export import arrange, facts, gguf, hf, pth
 from tongwen.export.card import make_card
 from tongwen.export.ollama import make_modelfile
 from tongwen.export.vocabulary import read_vocabulary
@@ -81,6 +81,28 @@ def open_source(name: str) -> Source:
     )
 
 
+def check_ahead(base: str, formats: Sequence[str], quantize: str) -> None:
+    """Raise before anything is trained what would refuse its result afterwards: a family, its config or its tokenizer, a
+    number type."""
+    if "gguf" not in formats:
+        return
+    place = load.locate(base)
+    _check_gguf(base, load.load_config(place).to_dict(), quantize)
+    tokenizer = load.load_tokenizer(place)
+    with tempfile.TemporaryDirectory() as made:
+        tokenizer.save_pretrained(made)
+        read_vocabulary(Path(made), 1 + max(tokenizer.get_vocab().values()))
+
+
+def _check_gguf(name: str, config: Mapping[str, Any], quantize: str) -> dict[str, Any]:
+    """The config in LLaMA's words. Raises ModelError or MissingPackage when its model or type cannot be written."""
+    gguf.check_type(quantize or "f16")
+    with load.explained(load.Place(name, name)):
+        whole = arrange.in_llamas_words(config)
+    facts.check_config(whole)
+    return whole
+
+
 def convert(source: Source, to: str, out: Path, quantize: str, settings: Mapping[str, Any]) -> artifact.Artifact:
     """One form of a model at `out`, read back and compared before it stands there."""
     writers: dict[str, Callable[[Source, artifact.Draft], None]] = {
@@ -89,10 +111,9 @@ def convert(source: Source, to: str, out: Path, quantize: str, settings: Mapping
         "gguf": lambda source, draft: _to_gguf(source, draft, quantize or "f16"),
     }
     if to == "gguf":
-        tensors, config = arrange.for_llama_cpp(source.tensors, source.config)
-        source = replace(source, tensors=tensors, config=config)
-        gguf.check_type(quantize or "f16")
-        gguf.check_model(source.tensors, source.config)
+        config = _check_gguf(source.name, source.config, quantize)
+        source = replace(source, tensors=arrange.for_llama_cpp(source.tensors, config), config=config)
+        gguf.check_tensors(source.tensors, source.config)
     console.header(f"convert → {to}", source.name)
     parents = {"source": {"path": source.name, "fingerprint": _fingerprint(source)}}
     with artifact.create(out, "model" if to == "hf" else to, parents, settings, swept=True) as draft:
@@ -166,6 +187,14 @@ def _to_gguf(source: Source, draft: artifact.Draft, kind: str) -> None:
             say("no tokenizer: llama.cpp cannot read text with this file", "没有分词器：llama.cpp 无法用此文件读文字")
         )
         return
+    if vocabulary.unlike:
+        named = ", ".join(vocabulary.unlike[:3])
+        console.notice(
+            say(
+                f"llama.cpp keeps blanks behind {named}, which the tokenizer drops: write none there",
+                f"llama.cpp 会保留 {named} 之后的空白，而分词器会丢弃：请勿在其后写空白",
+            )
+        )
     begin = vocabulary.tokens[vocabulary.special["bos"]] if vocabulary.add_bos else ""
     render = spoken.render_pairs if spoken else None
     stops = sorted({spoken.stop} if spoken else set())

@@ -1,6 +1,7 @@
 """The river: a recipe's stages in their order, each once. What is finished is left alone, what changed is refused.
 
-A stage is a module in `tongwen.stages` with `settings(recipe)`, what decides its result, and `run(recipe, out)`.
+A stage is a module in `tongwen.stages` with `settings(recipe)`, what decides its result, and `run(recipe, out)`; one with
+`check_ahead(recipe)` is asked before any runs.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def run(
             for name in chosen:
                 if name not in redone:
                     _find_unchanged(recipe, name, out, fork)
+                if check := getattr(_stage(name), "check_ahead", None):
+                    check(recipe)
             (out / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
         for name in chosen:
             path = out / name
@@ -132,8 +135,11 @@ def inputs(recipe: Recipe) -> Prepare:
 
 
 def _settings(recipe: Recipe, name: str) -> dict[str, Any]:
-    module = importlib.import_module(f"tongwen.stages.{name}")
-    return dict(json.loads(json.dumps(module.settings(recipe))))
+    return dict(json.loads(json.dumps(_stage(name).settings(recipe))))
+
+
+def _stage(name: str) -> Any:
+    return importlib.import_module(f"tongwen.stages.{name}")
 
 
 def _find_unchanged(recipe: Recipe, name: str, out: Path, fork: bool) -> artifact.Artifact | None:
@@ -157,7 +163,7 @@ def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str]) 
         return artifact.open_artifact(path, name)
     if name not in TRAINING and not launch.is_first():
         return _wait_for(path)
-    result: artifact.Artifact = importlib.import_module(f"tongwen.stages.{name}").run(recipe, path)
+    result: artifact.Artifact = _stage(name).run(recipe, path)
     return result
 
 

@@ -1,18 +1,21 @@
 """Tensors as another program lays them out, without a copy: rows that are put together from rows of others as they are read.
 
-BLOOM interleaves query, key and value head by head, where llama.cpp wants all queries first; GPT-2 stores its matrices
-transposed; Qwen3's experts lie one by one; Baichuan-7B is a LLaMA whose three projections are one matrix.
+BLOOM and GPT-NeoX interleave query, key and value head by head, where llama.cpp wants all queries first; GPT-2 stores its
+matrices transposed; Qwen3's and DeepSeek's experts lie one by one; DeepSeek's decompression is one matrix for keys and
+values; Baichuan-7B is a LLaMA whose three projections are one matrix.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tongwen.errors import ModelError
-from tongwen.families import family_of
+from tongwen.export.facts import check_family
+from tongwen.families import FAMILIES
 from tongwen.language import say
 from tongwen.weights import Tensors
 
@@ -23,8 +26,10 @@ SHAPE = {
     "num_attention_heads": ("n_head",),
     "intermediate_size": ("n_inner",),
     "max_position_embeddings": ("n_positions", "seq_length"),
-    "num_experts": ("num_local_experts",),
+    "num_experts": ("num_local_experts", "n_routed_experts"),
 }
+HEADS = ("lm_head.weight", "embed_out.weight")  # not read where the embedding is the head
+LAYER = re.compile(r"model\.layers\.(\d+)\.")  # DeepSeek's files hold more of them, for further tokens
 
 
 class Run(NamedTuple):
@@ -36,7 +41,8 @@ class Run(NamedTuple):
 
 
 class Arranged:
-    """A source's tensors, some of them put together from runs of rows. transposed: these are turned over as well."""
+    """A source's tensors, some of them put together from runs of rows. transposed: each run of these is turned over, or all
+    of the tensor where it has no runs."""
 
     def __init__(
         self,
@@ -45,57 +51,74 @@ class Arranged:
         transposed: Sequence[str] = (),
         hidden: Sequence[str] = (),
     ) -> None:
-        self.source, self.runs, self.transposed = source, runs, set(transposed)
+        whole = {name: [Run(name, 0, source.facts[name][1][0])] for name in transposed if name not in runs}
+        self.source, self.runs, self.transposed = source, {**runs, **whole}, set(transposed)
         self.facts = {name: facts for name, facts in source.facts.items() if name not in hidden}
-        for name, parts in runs.items():
+        for name, parts in self.runs.items():
             dtype, shape = source.facts[parts[0].name]
-            self.facts[name] = (dtype, (sum(part.end - part.begin for part in parts), *shape[1:]))
-        for name in self.transposed:
-            dtype, shape = source.facts[name]
-            self.facts[name] = (dtype, (shape[1], shape[0]))
+            rows = sum(self._height(name, part) for part in parts)
+            columns = (parts[0].end - parts[0].begin,) if name in self.transposed else shape[1:]
+            self.facts[name] = (dtype, (rows, *columns))
+
+    def _height(self, name: str, run: Run) -> int:
+        """Rows that a run makes."""
+        return self.source.facts[run.name][1][1] if name in self.transposed else run.end - run.begin
 
     def raw(self, name: str, begin: int, end: int) -> Any:
-        if name in self.transposed:
-            high, wide = self.source.facts[name][1]
-            items = self.source.raw(name, 0, high).reshape(high, wide, -1)
-            return np.ascontiguousarray(items[:, begin:end].swapaxes(0, 1)).reshape(-1)
         if name not in self.runs:
             return self.source.raw(name, begin, end)
         parts, at = [], 0
         for run in self.runs[name]:
-            low, high = max(begin, at), min(end, at + run.end - run.begin)
-            if low < high:
-                parts.append(self.source.raw(run.name, run.begin + low - at, run.begin + high - at))
-            at += run.end - run.begin
+            height = self._height(name, run)
+            low, high = max(begin - at, 0), min(end - at, height)
+            if low < high and name in self.transposed:
+                items = self.source.raw(run.name, run.begin, run.end).reshape(run.end - run.begin, height, -1)
+                parts.append(np.ascontiguousarray(items[:, low:high].swapaxes(0, 1)).reshape(-1))
+            elif low < high:
+                parts.append(self.source.raw(run.name, run.begin + low, run.begin + high))
+            at += height
         return np.concatenate(parts)
 
 
-def for_llama_cpp(tensors: Tensors, config: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors in llama.cpp's order, and the config with LLaMA's words for its shape."""
-    config = dict(config)
+def in_llamas_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with its family's defaults, which a file may leave out, and LLaMA's words for its shape.
+
+    Raises ModelError for a family whose GGUF is not proven; what transformers says of a config that contradicts itself.
+    """
+    from transformers import AutoConfig
+
+    check_family(str(config.get("model_type")))
+    whole = {**config, **type(AutoConfig.for_model(str(config["model_type"]))).from_dict(dict(config)).to_dict()}
     for ours, others in SHAPE.items():
         for other in others:
-            if config.get(ours) is None and config.get(other) is not None:
-                config[ours] = config[other]
-    config["intermediate_size"] = config.get("intermediate_size") or 4 * int(config["hidden_size"])
-    family = family_of(str(config.get("model_type")))
-    if config.get("model_type") == "bloom":
-        config.setdefault("max_position_embeddings", 2048)  # what it was trained on; ALiBi itself has no limit
-        width, heads = (
-            int(config["hidden_size"]) // int(config["num_attention_heads"]),
-            int(config["num_attention_heads"]),
-        )
+            if whole.get(ours) is None and whole.get(other) is not None:
+                whole[ours] = whole[other]
+    whole["intermediate_size"] = whole.get("intermediate_size") or 4 * int(whole["hidden_size"])
+    if whole["model_type"] == "bloom":
+        whole.setdefault("max_position_embeddings", 2048)  # what it was trained on; ALiBi itself has no limit
+    return whole
+
+
+def for_llama_cpp(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """The tensors in llama.cpp's order, without those that the model does not compute with."""
+    kind, layers = str(config["model_type"]), int(config["num_hidden_layers"])
+    heads = [name for name in HEADS if name in tensors.facts and config.get("tie_word_embeddings")]
+    ahead = [name for name in tensors.facts if (found := LAYER.match(name)) and int(found[1]) >= layers]
+    tensors = Arranged(tensors, {}, hidden=[*heads, *ahead]) if heads or ahead else tensors
+    if kind in ("bloom", "gpt_neox"):
+        count = int(config["num_attention_heads"])
+        width = int(config["hidden_size"]) // count
         fused = [name for name in tensors.facts if ".query_key_value." in name]
-        order = [3 * head + part for part in range(3) for head in range(heads)]
-        return Arranged(
-            tensors, {name: [Run(name, width * at, width * (at + 1)) for at in order] for name in fused}
-        ), config
-    if config.get("model_type") == "qwen3_moe":
-        return _stacked(tensors, int(config["num_experts"])), config
-    if family and family.transposed:
+        order = [3 * head + part for part in range(3) for head in range(count)]
+        return Arranged(tensors, {name: [Run(name, width * at, width * (at + 1)) for at in order] for name in fused})
+    if "num_experts" in config:
+        tensors = _stacked(tensors, int(config["num_experts"]))
+    if kind == "deepseek_v3":
+        return _decompressed(tensors, config)
+    if FAMILIES[kind].transposed:
         matrices = [name for name in tensors.facts if name.split(".")[-2] in ("c_attn", "c_proj", "c_fc")]
-        return Arranged(tensors, {}, [name for name in matrices if len(tensors.facts[name][1]) == 2]), config
-    return tensors, config
+        return Arranged(tensors, {}, [name for name in matrices if len(tensors.facts[name][1]) == 2])
+    return tensors
 
 
 def _stacked(tensors: Tensors, experts: int) -> Arranged:
@@ -109,6 +132,16 @@ def _stacked(tensors: Tensors, experts: int) -> Arranged:
             each = [f"{layer}.experts.{index}.{part}" for index in range(experts)]
             runs[f"{layer}.experts.{part}"] = [Run(one, 0, tensors.facts[one][1][0]) for one in each]
     return Arranged(tensors, runs, hidden=alone)
+
+
+def _decompressed(tensors: Tensors, config: Mapping[str, Any]) -> Arranged:
+    """Keys and values decompressed by matrices of their own, that of the keys turned over head by head."""
+    key, value = int(config["qk_nope_head_dim"]), int(config["v_head_dim"])
+    begins = range(0, int(config["num_attention_heads"]) * (key + value), key + value)
+    fused = [name for name in tensors.facts if name.endswith(".kv_b_proj.weight")]
+    keys = {n.replace("kv_b", "k_b"): [Run(n, begin, begin + key) for begin in begins] for n in fused}
+    values = {n.replace("kv_b", "v_b"): [Run(n, begin + key, begin + key + value) for begin in begins] for n in fused}
+    return Arranged(tensors, {**keys, **values}, transposed=list(keys), hidden=fused)
 
 
 def as_llama(tensors: Tensors, config: Mapping[str, Any], place: str) -> tuple[Tensors, dict[str, Any]]:

@@ -1,13 +1,12 @@
 """Any tensors -> one GGUF file for llama.cpp and Ollama, written a few rows at a time and read back.
 
 Numbers become F32, F16, BF16, Q8_0 or the older 4- and 5-bit types by the `gguf` library's own quantisers, and the K types
-by llama.cpp's (see kquants.py). Families whose layers llama.cpp names otherwise than transformers are refused by name
-rather than guessed.
+by llama.cpp's (see kquants.py). Names are those of the `gguf` library's own map; a family that is not proven, or a tensor
+without a name there, is refused rather than guessed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,20 @@ import numpy as np
 
 from tongwen.errors import MissingPackage, ModelError, NumbersError
 from tongwen.export import kquants
+from tongwen.export.facts import ARCHITECTURES, add_facts, extra_tensors, head_width
 from tongwen.export.pth import heads, read_rows
 from tongwen.export.vocabulary import Vocabulary
-from tongwen.families import FAMILIES
 from tongwen.language import say
 from tongwen.weights import Tensors, blocks, row_count
 
-ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items() if family.gguf}
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
-FILE_TYPES = {"f32": "ALL_F32"}  # all others are MOSTLY_...
 TURNED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")  # as in LLaMA's own files, see pth.py
+TURNING = ("llama", "smollm3")  # the architectures that want them so
 
 
 def check_type(kind: str) -> None:
     """Raise ModelError or MissingPackage for a number type that cannot be written here."""
+    _library()
     if kind in kquants.KINDS:
         kquants.check_library()
     elif kind not in TYPES:
@@ -47,18 +46,6 @@ def bytes_per_weight(kind: str) -> float:
     return float(size / block)
 
 
-def check_model(tensors: Tensors, config: Mapping[str, Any]) -> None:
-    """Raise ModelError for a family, a tensor or a way to stretch positions that llama.cpp would not compute alike."""
-    _names(tensors, config)
-    _extra(config)
-    if "num_experts" in config and not config.get("norm_topk_prob"):
-        raise ModelError(
-            say("llama.cpp always normalises the weights of the chosen experts", "llama.cpp 总会归一化所选专家的权重"),
-            place="config.json: norm_topk_prob: false",
-            remedy="--to hf",
-        )
-
-
 def vocabulary_rows(tensors: Tensors, config: Mapping[str, Any]) -> int:
     """Rows of the embedding."""
     embedding = next(ours for ours, theirs in _names(tensors, config).items() if theirs == "token_embd.weight")
@@ -74,11 +61,11 @@ def write(
     kind: str,
     progress: Callable[[int], None],
 ) -> None:
-    """One GGUF file of one number type. Raises ModelError for a model that llama.cpp would not compute alike."""
+    """One GGUF file of one number type. config: as `facts.check_config` has passed it."""
     gguf = _library()
-    names, extra = _names(tensors, config), _extra(config)
+    names, extra = _names(tensors, config), extra_tensors(config)
     writer = gguf.GGUFWriter(path=None, arch=ARCHITECTURES[str(config["model_type"])])
-    _add_facts(writer, config, tensors, kind)
+    add_facts(writer, config, _title(config, vocabulary), vocabulary_rows(tensors, config), kind)
     if vocabulary is not None:
         _add_vocabulary(writer, vocabulary, template)
     for name, tensor in extra.items():
@@ -106,6 +93,16 @@ def write(
     writer.close()
 
 
+def _title(config: Mapping[str, Any], vocabulary: Vocabulary | None) -> str:
+    """The model's name. llama.cpp drops blanks behind special tokens where a name says Phi-3, whose tokenizer does so, and
+    fails there when Phi-3's tokens are not in the vocabulary: a name that says it wrongly becomes another."""
+    title = str(config.get("_name_or_path") or config["model_type"]).rstrip("/").split("/")[-1]
+    said = any(word in title.lower() for word in ("phi-3", "phi3"))
+    if vocabulary is None or said == vocabulary.drops_blanks:
+        return title
+    return f"phi-3 {title}" if vocabulary.drops_blanks else "phi"
+
+
 def check(tensors: Tensors, config: Mapping[str, Any], vocabulary: Vocabulary | None, file: Path, kind: str) -> None:
     """Read the file back: every tensor there, of its shape and type, and its first, middle and last rows to the bit.
 
@@ -114,7 +111,7 @@ def check(tensors: Tensors, config: Mapping[str, Any], vocabulary: Vocabulary | 
     gguf = _library()
     reader = gguf.GGUFReader(str(file))
     held = {tensor.name: tensor for tensor in reader.tensors}
-    for name in _extra(config):
+    for name in extra_tensors(config):
         held.pop(name)
     for ours, theirs in _names(tensors, config).items():
         tensor, (_, shape) = held.pop(theirs, None), tensors.facts[ours]
@@ -135,17 +132,20 @@ def check(tensors: Tensors, config: Mapping[str, Any], vocabulary: Vocabulary | 
 
 
 def _shape_there(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Stacked experts are (experts, rows, columns) in the file."""
-    if not name.endswith("_exps.weight"):
+    """Stacked experts are (experts, rows, columns) in the file, DeepSeek's decompression (heads, rows, columns)."""
+    if name.endswith("_exps.weight"):
+        count = int(config["num_experts"])
+    elif name.endswith(("attn_k_b.weight", "attn_v_b.weight")):
+        count = int(config["num_attention_heads"])
+    else:
         return shape
-    experts = int(config["num_experts"])
-    return experts, shape[0] // experts, shape[1]
+    return count, shape[0] // count, shape[1]
 
 
 def type_of(name: str, shape: tuple[int, ...], kind: str, config: Mapping[str, Any]) -> str:
-    """The type that a tensor gets, by llama.cpp's name for it: vectors stay F32; the head and the embedding keep 8 bits
-    beside 4 and 5; a row that is no multiple of a block stays F16; the K types are mixtures."""
-    if len(shape) < 2 or kind == "f32":
+    """The type that a tensor gets, by llama.cpp's name for it: vectors and what chooses experts stay F32; the head and
+    the embedding keep 8 bits beside 4 and 5; a row that is no multiple of a block stays F16; the K types are mixtures."""
+    if len(shape) < 2 or kind == "f32" or name.endswith("ffn_gate_inp.weight"):
         return "F32"
     if kind in kquants.KINDS:
         heads = int(config["num_attention_heads"])
@@ -166,33 +166,30 @@ def iter_rows(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Iterato
     width = _turned_width(name, config)
     _, shape = tensors.facts[name]
     for begin, end in heads(shape[0], width) if width else blocks(shape):
-        yield _fp32(tensors, name, begin, end, width)
+        yield _fp32(tensors, name, begin, end, config)
 
 
 def _some_rows(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
     """(first row, rows) at the beginning, the middle and the end of a tensor."""
-    count, width = row_count(tensors.facts[name][1]), _turned_width(name, config)
-    height = width or 1
+    count, height = row_count(tensors.facts[name][1]), _turned_width(name, config) or 1
     for begin in sorted({at // height * height for at in (0, count // 2, count - 1)}):
-        yield begin, _fp32(tensors, name, begin, begin + height, width)
+        yield begin, _fp32(tensors, name, begin, begin + height, config)
 
 
 def _turned_width(name: str, config: Mapping[str, Any]) -> int:
     """Numbers in a head, for the tensors whose rows llama.cpp wants pair by pair; else 0."""
-    if ARCHITECTURES[str(config["model_type"])] != "llama" or not name.endswith(TURNED):
+    if ARCHITECTURES[str(config["model_type"])] not in TURNING or not name.endswith(TURNED):
         return 0
-    return _head_width(config)
+    return head_width(config)
 
 
-def _head_width(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
-
-
-def _fp32(tensors: Tensors, name: str, begin: int, end: int, width: int) -> Any:
+def _fp32(tensors: Tensors, name: str, begin: int, end: int, config: Mapping[str, Any]) -> Any:
     gguf = _library()
-    return gguf.quants.dequantize(
-        read_rows(tensors, name, begin, end, width), gguf.GGMLQuantizationType[tensors.facts[name][0]]
-    )
+    rows = read_rows(tensors, name, begin, end, _turned_width(name, config))
+    numbers = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensors.facts[name][0]])
+    if str(config["model_type"]).startswith("gemma") and name.endswith("norm.weight"):
+        return numbers + np.float32(1)  # these norms scale by 1 + weight, and llama.cpp's by what the file says
+    return numbers
 
 
 def _quantised(rows: Any, stored: str) -> Any:
@@ -213,16 +210,15 @@ def _checked(data: Any, stored: str, name: str) -> Any:
     return data
 
 
+def check_tensors(tensors: Tensors, config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a tensor that llama.cpp has no name for, or of a type that is no plain number."""
+    _names(tensors, config)
+
+
 def _names(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
-    """transformers' name -> llama.cpp's. Raises ModelError for a family or a tensor that has none."""
+    """transformers' name -> llama.cpp's. Raises ModelError for a tensor that has none."""
     gguf = _library()
-    kind = str(config.get("model_type"))
-    if kind not in ARCHITECTURES:
-        raise ModelError(
-            say(f"GGUF is not written for the family {kind!r}", f"尚不支持为 {kind!r} 系列写 GGUF"),
-            place="--to gguf",
-            remedy=say(f"it is proven for {', '.join(ARCHITECTURES)}", f"已验证：{'、'.join(ARCHITECTURES)}"),
-        )
+    kind = str(config["model_type"])
     if odd := sorted({dtype for dtype, _ in tensors.facts.values()} - {"F32", "F16", "BF16"}):
         raise ModelError(say(f"weights of type {odd[0]}", f"权重类型 {odd[0]}"), place="--to gguf", remedy="--to hf")
     arch = gguf.MODEL_ARCH[ARCHITECTURES[kind].upper()]
@@ -230,6 +226,7 @@ def _names(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
     out = {}
     for name in tensors.facts:
         known_as = name.removeprefix("transformer.") if kind == "bloom" else name  # as its files on the hub have it
+        known_as = known_as.replace("e_score_correction_bias", "e_score_correction.bias")
         theirs = known.get_name(known_as, try_suffixes=(".weight", ".bias"))
         if theirs is None:
             raise ModelError(
@@ -237,72 +234,6 @@ def _names(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
             )
         out[name] = theirs
     return out
-
-
-def _extra(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors that stand only in GGUF: how LLaMA 3.1 slows each rotation down. Raises ModelError for other stretchings."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = found.get("rope_type") or found.get("type") or "default"
-    if kind == "default" or kind in ("linear", "yarn"):
-        return {}
-    if kind != "llama3":
-        raise ModelError(
-            say(f"llama.cpp has no rotary positions of the kind {kind!r}", f"llama.cpp 没有 {kind!r} 旋转位置"),
-            place="rope_scaling",
-            remedy="--to hf",
-        )
-    width, old = _head_width(config), float(found["original_max_position_embeddings"])
-    low, high, factor = float(found["low_freq_factor"]), float(found["high_freq_factor"]), float(found["factor"])
-    waves = 2 * math.pi * _theta(config) ** (np.arange(0, width, 2) / width)
-    smooth = np.clip((old / waves - low) / (high - low), 0, 1)
-    return {"rope_freqs.weight": (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)}
-
-
-def _partial(config: Mapping[str, Any]) -> float:
-    """The share of a head that rotates: GLM-4 turns half of it."""
-    found = (config.get("rope_parameters") or {}).get("partial_rotary_factor") or config.get("partial_rotary_factor")
-    return float(found or 1.0)
-
-
-def _theta(config: Mapping[str, Any]) -> float:
-    return float(config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0)
-
-
-def _add_facts(writer: Any, config: Mapping[str, Any], tensors: Tensors, kind: str) -> None:
-    """What llama.cpp must know to build the model."""
-    gguf = _library()
-    heads = int(config["num_attention_heads"])
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(str(config.get("_name_or_path") or config["model_type"]).rstrip("/").split("/")[-1])
-    writer.add_context_length(int(config["max_position_embeddings"]))
-    writer.add_embedding_length(int(config["hidden_size"]))
-    writer.add_block_count(int(config["num_hidden_layers"]))
-    writer.add_feed_forward_length(int(config["intermediate_size"]))
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
-    writer.add_vocab_size(vocabulary_rows(tensors, config))
-    writer.add_file_type(int(gguf.LlamaFileType[FILE_TYPES.get(kind, f"MOSTLY_{kind.upper()}")]))
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    if "layer_norm_epsilon" in config:  # BLOOM and GPT-2, whose positions are no rotations
-        writer.add_layer_norm_eps(float(config["layer_norm_epsilon"]))
-        return
-    if "num_experts" in config:
-        writer.add_expert_count(int(config["num_experts"]))
-        writer.add_expert_used_count(int(config["num_experts_per_tok"]))
-        writer.add_expert_feed_forward_length(int(config["moe_intermediate_size"]))
-    width = _head_width(config)
-    writer.add_key_length(width)
-    writer.add_value_length(width)
-    writer.add_rope_dimension_count(int(width * _partial(config)))
-    writer.add_rope_freq_base(_theta(config))
-    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-    stretched = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    how = stretched.get("rope_type") or stretched.get("type")
-    if how in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType[how.upper()])
-        writer.add_rope_scaling_factor(float(stretched["factor"]))
-        if how == "yarn":
-            writer.add_rope_scaling_orig_ctx_len(int(stretched["original_max_position_embeddings"]))
 
 
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary, template: str | None) -> None:

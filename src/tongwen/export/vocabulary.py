@@ -8,7 +8,7 @@ vocabulary that has grown keeps the name of its base. What has no name there is 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from tongwen.families import PATTERNS
 from tongwen.language import say
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
-NAMES = {pattern: name for name, pattern in PATTERNS.items()}
+PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
+NAMES = {patterns: name for name, patterns in PATTERNS.items()}
 
 
 @dataclass
@@ -34,6 +35,8 @@ class Vocabulary:
     special: dict[str, int] = field(default_factory=dict)  # bos, eos, unk, pad -> id
     add_bos: bool = False
     add_space: bool = False
+    drops_blanks: bool = False  # behind special tokens
+    unlike: list[str] = field(default_factory=list)  # those of others, where llama.cpp does not know it
 
 
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
@@ -67,6 +70,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
         out.scores, out.add_space = _scores(folder, out.tokens, merges), _adds_space(definition)
     else:
         out.pre, out.merges = _pattern(definition), [f"{left} {right}" for left, right in merges]
+    out.drops_blanks, out.unlike = _dropping(added.values())
     out.special, out.add_bos = _special(folder, definition, {**{i: t["content"] for i, t in added.items()}, **tokens})
     return out
 
@@ -75,12 +79,25 @@ def _token(index: int, token: str | None, added: Any, model: Mapping[str, Any], 
     if added is not None:
         if added["content"] == model.get("unk_token") and sentencepiece:
             return added["content"], UNKNOWN
-        return added["content"], CONTROL if added["special"] else USER_DEFINED
+        if added["special"]:
+            return added["content"], CONTROL
+        # Found in a text before its blanks are marked, and written out as it stands.
+        return added["content"].replace("\u2581", " ") if sentencepiece else added["content"], USER_DEFINED
     if token is None:
         return f"[PAD{index}]", UNUSED
     if sentencepiece and len(token) == 6 and token.startswith("<0x"):
         return token, BYTE
     return token, UNKNOWN if sentencepiece and token == model.get("unk_token") else NORMAL
+
+
+def _dropping(added: Iterable[Mapping[str, Any]]) -> tuple[bool, list[str]]:
+    """(whether blanks behind special tokens are no part of a text as in Phi-3, whose tokenizer says so of all but three;
+    else the tokens of which it is said, and which llama.cpp does not know)"""
+    dropping = {token["content"]: bool(token["rstrip"]) for token in added if token["special"] or token["rstrip"]}
+    kept = {token for token, drops in dropping.items() if not drops}
+    if "</s>" in dropping and kept == PHI3_KEEPS:
+        return True, []
+    return False, sorted(dropping.keys() - kept)
 
 
 def _pattern(definition: Mapping[str, Any]) -> str:
@@ -94,8 +111,8 @@ def _pattern(definition: Mapping[str, Any]) -> str:
             found = "gpt-2"
         elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
             found = "smollm"
-        elif kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-            found = NAMES.get(steps[0].get("pattern", {}).get("Regex", ""))
+        elif {*kinds[:-1]} == {"Split"} and kinds[-1] == "ByteLevel" and not steps[-1].get("use_regex", True):
+            found = NAMES.get(tuple(step.get("pattern", {}).get("Regex", "") for step in steps[:-1]))
     if found is None or (found != "llama-bpe" and definition["model"].get("ignore_merges")):
         raise _unknown(json.dumps(cut, ensure_ascii=False)[:160])
     return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tongwen.language import say
 
 # Tokens in the file: the family, its pattern, normaliser, special tokens behind the last rank. From Qwen's
 # tokenization_qwen.py and meta-llama's tokenizer.py.
-PUBLISHED: dict[int, tuple[str, str, bool, tuple[str, ...]]] = {
+PUBLISHED: dict[int, tuple[str, tuple[str, ...], bool, tuple[str, ...]]] = {
     151_643: ("qwen", PATTERNS["qwen2"], True, ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
     128_000: (
         "llama-3",
@@ -66,8 +67,8 @@ def read_ranks(file: Path) -> Tokenizer | None:
             place=str(file),
             remedy=say(f"known are {known}; give a tokenizer.json instead", f"已知：{known}；请改用 tokenizer.json"),
         )
-    _, pattern, composed, special = PUBLISHED[len(found)]
-    tokenizer = _tokenizer(found, pattern, {})
+    _, patterns, composed, special = PUBLISHED[len(found)]
+    tokenizer = _tokenizer(found, patterns, {})
     if composed:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
@@ -98,11 +99,11 @@ def _read_tekken(file: Path) -> Tokenizer | None:
         return None
     names = {int(token["rank"]): str(token["token_str"]) for token in held.get("special_tokens") or ()}
     return _tokenizer(
-        pieces, config["pattern"], {names.get(place, f"<SPECIAL_{place}>"): place for place in range(special)}
+        pieces, (config["pattern"],), {names.get(place, f"<SPECIAL_{place}>"): place for place in range(special)}
     )
 
 
-def _tokenizer(ids: dict[bytes, int], pattern: str, special: dict[str, int]) -> Tokenizer:
+def _tokenizer(ids: dict[bytes, int], patterns: Sequence[str], special: dict[str, int]) -> Tokenizer:
     character_of = _characters()
     entries = {piece: "".join(character_of[byte] for byte in piece) for piece in ids}
     merges = [
@@ -113,16 +114,16 @@ def _tokenizer(ids: dict[bytes, int], pattern: str, special: dict[str, int]) -> 
     ]
     vocabulary = special | {entries[piece]: index for piece, index in ids.items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = _cut(pattern)
+    tokenizer.pre_tokenizer = _cut(patterns)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     return tokenizer
 
 
-def _cut(pattern: str) -> Any:
+def _cut(patterns: Sequence[str]) -> Any:
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -10,8 +10,11 @@ from tongwen.data.clean import Cleaner
 from tongwen.data.ledger import table_rows
 from tongwen.data.mix import choose_held_out
 from tongwen.errors import DataError, TongwenError, raise_all
+from tongwen.export.facts import check_family
+from tongwen.export.gguf import check_type
 from tongwen.hub.fetching import local_copy
 from tongwen.language import say
+from tongwen.model import load
 from tongwen.recipe.schema import Prepare, Recipe
 from tongwen.river import inputs
 
@@ -20,6 +23,10 @@ def run(recipe: Recipe) -> int:
     """Report what `prepare` would keep before it compares the rows, and every problem of the data at once."""
     console.header("check", recipe.name)
     errors: list[TongwenError] = []
+    try:
+        _check_forms(recipe)
+    except TongwenError as error:
+        errors.append(error)
     tables = {}
     section = inputs(recipe) if recipe.prepare else None
     all_parts = steps.list_parts(section, local_copy, console.notice, errors) if section else []
@@ -43,6 +50,18 @@ def run(recipe: Recipe) -> int:
     console.good(say(f"stages: {', '.join(recipe.stages)}", f"阶段：{'、'.join(recipe.stages)}"))
     console.emit({"name": recipe.name, "stages": recipe.stages, "data": tables})
     return 0
+
+
+def _check_forms(recipe: Recipe) -> None:
+    """Raise for a GGUF file that `export` could not write. What a base is, a folder says here; a hub says it to `plan`."""
+    if recipe.export is None or "gguf" not in recipe.export.formats:
+        return
+    check_type(recipe.export.quantize)
+    place = load.Place(recipe.base, recipe.base)
+    with load.explained(place):
+        kind = load.load_kind(place)
+    if kind:
+        check_family(kind)
 
 
 def _read(parts: list[steps.Part], section: Prepare, errors: list[TongwenError]) -> steps.Tally:

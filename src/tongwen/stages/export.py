@@ -21,6 +21,12 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return {"export": recipe.export.model_dump(mode="json"), "from": Path(standing_on(recipe, "export")).name}
 
 
+def check_ahead(recipe: Recipe) -> None:
+    """Raise what would refuse a form, before the stages that lead to it."""
+    assert recipe.export
+    forms.check_ahead(recipe.base, recipe.export.formats, recipe.export.quantize)
+
+
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """All forms of the recipe under `out`."""
     assert recipe.export

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tongwen import console, foresight
+from tongwen import console, foresight, forms
 from tongwen.errors import RecipeError
 from tongwen.export.gguf import bytes_per_weight
 from tongwen.foresight import Micro, Needs, Setting, foresee
@@ -41,6 +41,8 @@ def run(recipe: Recipe, gpu: str, *, measure: bool = False) -> int:
         raise RecipeError(
             say("there is nothing to train in this recipe", "该配方没有训练阶段"), place=recipe.name, remedy="sft: {}"
         )
+    if recipe.export:
+        forms.check_ahead(recipe.base, recipe.export.formats, recipe.export.quantize)
     limit = parse_memory(gpu) if gpu else None
     found = {name: _plan(recipe, name, limit, measure) for name in recipe.stages if name in ("pretrain", "sft")}
     last = list(found.values())[-1]
