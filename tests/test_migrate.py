@@ -267,6 +267,32 @@ def test_a_script_is_read_with_its_variables(tongwen: Any, tmp_path: Path) -> No
     assert tongwen("migrate", tmp_path)[0] == 4
 
 
+def test_what_one_line_leaves_the_next_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base of the adapter is known when the line before has run, and not when the script is read."""
+    from tongwen.stages import migrate
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    script = tmp_path / "all.sh"
+    script.write_text(
+        "CUDA_VISIBLE_DEVICES=0 python finetune.py --base_model m --output_dir output/\npython merge_lora.py\n"
+    )
+    commands = migrate.run([str(script)], "", None, to_run=True)
+    assert next(commands) == (["run", "output.yaml"], False) and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    (tmp_path / "output" / "sft").mkdir(parents=True)
+    write(tmp_path / "output" / "sft", "manifest.json", {})
+    write(tmp_path / "output" / "sft", "adapter_config.json", {"base_model_name_or_path": "m"})
+    merge = ["merge", "--base", "m", "--adapter", "output/sft", "--out", "models/m-finetune"]
+    assert list(commands) == [(merge, True)]
+
+
+def test_a_result_has_a_folder_of_its_own() -> None:
+    line = ["python", "merge_llama_with_chinese_lora.py", "--base_model", "b", "--lora_model", "l"]
+    for more in ([], ["--output_dir", "./"]):
+        (command,) = migrate_command([*line, *more], today).commands
+        assert command[command.index("--out") + 1] == "merged"
+
+
 def test_several_machines_keep_their_torchrun(tongwen: Any) -> None:
     line = [
         "torchrun",
