@@ -242,6 +242,25 @@ def test_contradictory_files_are_refused(tongwen: Any, tmp_path: Path) -> None:
     assert code == 2 and "no file of an older project" in said and "hidden_size" in said
 
 
+def test_files_that_say_two_things_are_refused_with_both(tongwen: Any, tmp_path: Path) -> None:
+    one = write(tmp_path, "one.json", CONFIG)
+    other = write(tmp_path, "other.json", CONFIG | {"learning_rate": 2e-5, "cutoff_len": 512})
+    code, _, said = tongwen("migrate", one, other)
+    assert code == 2
+    for part in (
+        "contradict each other",
+        "sft.learning_rate",
+        "1e-05",
+        "2e-05",
+        "sft.max_length",
+        "64 and 512",
+        "keep one",
+    ):
+        assert part in said, said
+    code, _, said = tongwen("migrate", write(tmp_path, "odd.json", CONFIG | {"learning_rat": 1, "lora_rank": 8}))
+    assert code == 2 and "'learning_rat'" in said and "learning_rate" in said and "'lora_rank'" in said
+
+
 def test_a_part_alone_is_no_recipe(tongwen: Any, tmp_path: Path) -> None:
     lora = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0, "lora_target_modules": ["a"]}
     code, _, said = tongwen("migrate", write(tmp_path, "lora.json", lora))

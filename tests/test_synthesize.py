@@ -370,6 +370,47 @@ def test_self_instruct_from_a_file_of_one_s_own(faults: Callable[..., Any], tong
     assert code == 3 and "seeds.jsonl:1" in err and "instances" in err
 
 
+GOOD = {"instruction": "写", "instances": [{"input": "", "output": "好"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"instruction": "写", "instances": []}, ["instances[0].output", "it has instruction, instances"]),
+        ({"instruction": "写", "instances": "好"}, ["instances[0].output"]),
+        ({"instruction": "写", "instances": [{"input": 3, "output": "好"}]}, ["no text in instances[0].input"]),
+        ({"instruction": "写", "instances": [{"input": "", "output": " "}]}, ["no text in instances[0].output"]),
+        ({"instruction": ["写"], "instances": GOOD["instances"]}, ["no text in instruction"]),
+        ({"instruction": "写", "output": "好"}, ["instances[0].output", "it has instruction, output"]),
+        ({}, ["instruction, instances[0].output", "no keys"]),
+        ("写", ["a row must be an object"]),
+    ],
+)
+def test_a_seed_task_of_the_wrong_shape_is_named(row: Any, parts: list[str], tongwen: Any, tmp_path: Path) -> None:
+    seeds = tmp_path / "seeds.json"
+    seeds.write_text(json.dumps([GOOD, row], ensure_ascii=False), encoding="utf-8")
+    words = {"method": "self_instruct", "seeds": str(seeds)}
+    code, _, err = tongwen("run", write_recipe(tmp_path, "http://127.0.0.1:1/v1", **words))
+    assert code == 3 and "seeds.json:2" in err
+    for part in parts:
+        assert part in err
+
+
+def test_fewer_seed_tasks_than_a_prompt_shows(tongwen: Any, tmp_path: Path) -> None:
+    seeds = tmp_path / "seeds.json"
+    seeds.write_text(json.dumps([GOOD, GOOD]), encoding="utf-8")
+    recipe = write_recipe(tmp_path, "http://127.0.0.1:1/v1", method="self_instruct", seeds=str(seeds))
+    code, _, err = tongwen("run", recipe)
+    assert code == 3 and "2 seed tasks" in err and "3 are shown" in err
+
+
+def test_a_web_page_is_no_endpoint(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
+    server = faults("html")
+    code, _, err = tongwen("run", write_recipe(tmp_path, server.url, concurrency=1))
+    assert code == 2 and "web page" in err and "synthesize.endpoint" in err and "/v1" in err
+    assert sum(server.asked.values()) == 1
+
+
 def test_documents_become_dialogues_of_several_turns(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
     file = tmp_path / "book.txt"
     file.write_text(
