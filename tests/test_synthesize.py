@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -454,6 +456,46 @@ def test_other_words_ask_anew(faults: Callable[..., Any], tongwen: Any, tmp_path
     assert tongwen("run", write_recipe(tmp_path, server.url, model="n", concurrency=1))[0] == 0
     assert {row["meta"]["model"] for row in rows_of(tmp_path)} == {"n"}
     assert len(rows_of(tmp_path, "journal")) == 3 + 6, "the old replies stay"
+
+
+SMALL = Path(os.environ.get("TONGWEN_SMALL_MODEL", "nowhere"))
+TASKS = {  # so short that a model of 135 million weights can go on with them
+    "写出“大”的反义词。": "小",
+    "写出“黑”的反义词。": "白",
+    "写出“上”的反义词。": "下",
+    "写出一种水果的名字。": "苹果",
+    "写出一种动物的名字。": "老虎",
+    "把“书”翻译成英文。": "book",
+    "把“水”翻译成英文。": "water",
+    "计算 3 + 4。": "7",
+}
+
+
+@pytest.mark.skipif(not SMALL.is_dir(), reason="TONGWEN_SMALL_MODEL names no folder with a model, such as SmolLM2's")
+def test_a_real_small_model_behind_serve(tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every reply is in the journal and is a row or has a reason. What repeats a seed is let pass: it can little more."""
+    seeds = [{"instruction": ask, "instances": [{"input": "", "output": told}]} for ask, told in TASKS.items()]
+    (tmp_path / "seeds.json").write_text(json.dumps(seeds, ensure_ascii=False), encoding="utf-8")
+    command = [sys.executable, "-m", "tongwen", "serve", str(SMALL), "--name", "m", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            assert server.stdout
+            said: dict[str, str] = {}
+            while "OPENAI_API_KEY" not in said and (line := server.stdout.readline()):
+                name, _, value = line.strip().partition("=")
+                said[name] = value
+            monkeypatch.setenv("OPENAI_API_KEY", said["OPENAI_API_KEY"])
+            how = {"temperature": 0, "max_tokens": 60, "concurrency": 1, "stale": 12, "seconds": 300}
+            wide = {"rouge_at_most": 1, "bm25_at_most": 1000}
+            words = {"method": "self_instruct", "seeds": str(tmp_path / "seeds.json"), "rows": 2, **how, **wide}
+            code, _, err = tongwen("run", write_recipe(tmp_path, said["OPENAI_BASE_URL"], **words))
+        finally:
+            server.terminate()
+    assert code == 0, err
+    rows, rejected, journal = (rows_of(tmp_path, name) for name in ("dialogues", "rejected", "journal"))
+    assert len(rows) == 2 and all(row["meta"]["from"]["seeds"] for row in rows)
+    taken = {row["meta"]["request"] for row in rows} | {row["request"] for row in rejected}
+    assert taken == set(range(max(taken) + 1)) and len(journal) >= len(taken)
 
 
 def test_killed_again_and_again(tmp_path: Path) -> None:
