@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test docs pages bench bench-large crash-storm clean
+.PHONY: demo test docs pages bench bench-large crash-storm synthesize clean
 
 demo: $(VENV)/installed
 	$(BIN)/tongwen demo
@@ -28,6 +28,10 @@ bench-large: $(VENV)/installed-dev
 # make crash-storm: 400 kills of a training, each continued to the bit; every system call of a save (needs strace)
 crash-storm: $(VENV)/installed-dev
 	$(BIN)/python bench/crash_storm.py --out bench/results/crash_storm.json
+
+# make synthesize MODEL=FOLDER: a small real model behind `tongwen serve` writes two dialogues (minutes on a CPU)
+synthesize: $(VENV)/installed-dev
+	TONGWEN_SMALL_MODEL=$(MODEL) $(BIN)/python -m pytest tests/test_synthesize.py -k real_small
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

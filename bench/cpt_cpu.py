@@ -156,7 +156,7 @@ def score(folder: str, adapter: str, prepared: Path) -> float:
     from tongwen.data.ledger import Ledger
     from tongwen.data.parts import load as load_records
     from tongwen.lesson import read_documents
-    from tongwen.model import attention, load
+    from tongwen.model import attention, load, stack
     from tongwen.model.score import bits_per_byte
     from tongwen.recipe.schema import Pretrain
     from tongwen.train.batches import MicroBatches, fill
@@ -166,7 +166,7 @@ def score(folder: str, adapter: str, prepared: Path) -> float:
     store = stores.in_memory(reader.held_out(records, Ledger("rows", "tokens"), lambda bad: None))
     model = load.load_model(load.locate(folder), torch.float32)
     if adapter:
-        model = load.open_adapter(model, adapter, None).merge_and_unload()
+        model = stack.open_adapter(model, adapter, None).merge_and_unload()
     model.set_attn_implementation(attention.register())
     batches = MicroBatches(store, fill(store.lengths, 1024), packed=True)
     sizes = torch.from_numpy(token_bytes(reader.tokenizer))

@@ -206,6 +206,34 @@ def test_an_endpoint_is_asked_by_the_official_client(
     server.server_close()
 
 
+@pytest.mark.parametrize("kind", ["text/html", "application/json"])
+@pytest.mark.parametrize("body", ["<html>please log in</html>", "{}", '{"choices": [{}]}', '"hello"'])
+@pytest.mark.parametrize("template", ["own", "completion"])
+def test_what_is_no_answer_is_said_to_be_none(
+    kind: str, body: str, template: str, tongwen: Any, tmp_path: Path
+) -> None:
+    """A login page, a portal, an address without /v1: the client takes anything."""
+    pytest.importorskip("openai")
+
+    class Page(FakeEndpoint):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": "一"}])
+    words = ["generate", "--prompts", prompts, "--endpoint", url, "--model", "m", "--template", template]
+    code, _, err = tongwen(*words, "--out", tmp_path / "a.jsonl")
+    assert code == 4 and url in err and "no answer" in err and "/v1" in err
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.mark.parametrize(
     ("text", "place", "word"),
     [("", "p.jsonl", ""), ('{"x": 1}\n', "p.jsonl:1", "columns"), ('{"prompt": "一"}\n{"prompt": ', "p.jsonl:2", "JSON"),

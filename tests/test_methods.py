@@ -22,7 +22,8 @@ from tongwen import cli
 from tongwen.errors import ModelError
 from tongwen.model.adalora import budget_of
 from tongwen.model.adapt import adapt
-from tongwen.model.load import Place, load_model, open_adapter
+from tongwen.model.load import Place, load_model
+from tongwen.model.stack import open_adapter
 from tongwen.recipe.schema import Adapter
 from tongwen.train.batches import pack, pad
 from tongwen.train.noise import Noise, lengths_of

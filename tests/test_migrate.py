@@ -242,6 +242,25 @@ def test_contradictory_files_are_refused(tongwen: Any, tmp_path: Path) -> None:
     assert code == 2 and "no file of an older project" in said and "hidden_size" in said
 
 
+def test_files_that_say_two_things_are_refused_with_both(tongwen: Any, tmp_path: Path) -> None:
+    one = write(tmp_path, "one.json", CONFIG)
+    other = write(tmp_path, "other.json", CONFIG | {"learning_rate": 2e-5, "cutoff_len": 512})
+    code, _, said = tongwen("migrate", one, other)
+    assert code == 2
+    for part in (
+        "contradict each other",
+        "sft.learning_rate",
+        "1e-05",
+        "2e-05",
+        "sft.max_length",
+        "64 and 512",
+        "keep one",
+    ):
+        assert part in said, said
+    code, _, said = tongwen("migrate", write(tmp_path, "odd.json", CONFIG | {"learning_rat": 1, "lora_rank": 8}))
+    assert code == 2 and "'learning_rat'" in said and "learning_rate" in said and "'lora_rank'" in said
+
+
 def test_a_part_alone_is_no_recipe(tongwen: Any, tmp_path: Path) -> None:
     lora = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0, "lora_target_modules": ["a"]}
     code, _, said = tongwen("migrate", write(tmp_path, "lora.json", lora))
@@ -265,6 +284,32 @@ def test_a_script_is_read_with_its_variables(tongwen: Any, tmp_path: Path) -> No
     assert tongwen("migrate", tmp_path / "gone.sh")[0] == 2
     assert tongwen("migrate")[0] == 2
     assert tongwen("migrate", tmp_path)[0] == 4
+
+
+def test_what_one_line_leaves_the_next_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base of the adapter is known when the line before has run, and not when the script is read."""
+    from tongwen.stages import migrate
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    script = tmp_path / "all.sh"
+    script.write_text(
+        "CUDA_VISIBLE_DEVICES=0 python finetune.py --base_model m --output_dir output/\npython merge_lora.py\n"
+    )
+    commands = migrate.run([str(script)], "", None, to_run=True)
+    assert next(commands) == (["run", "output.yaml"], False) and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    (tmp_path / "output" / "sft").mkdir(parents=True)
+    write(tmp_path / "output" / "sft", "manifest.json", {})
+    write(tmp_path / "output" / "sft", "adapter_config.json", {"base_model_name_or_path": "m"})
+    merge = ["merge", "--base", "m", "--adapter", "output/sft", "--out", "models/m-finetune"]
+    assert list(commands) == [(merge, True)]
+
+
+def test_a_result_has_a_folder_of_its_own() -> None:
+    line = ["python", "merge_llama_with_chinese_lora.py", "--base_model", "b", "--lora_model", "l"]
+    for more in ([], ["--output_dir", "./"]):
+        (command,) = migrate_command([*line, *more], today).commands
+        assert command[command.index("--out") + 1] == "merged"
 
 
 def test_several_machines_keep_their_torchrun(tongwen: Any) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import sentencepiece_tokenizer, tiny_llama, write_recipe
+from tests.conftest import dialogues, sentencepiece_tokenizer, tiny_llama, write_recipe
+from tests.test_chatglm import chatglm_folder, small_ice  # noqa: F401 (a fixture)
 from tongwen.data.encode import Encoder
 from tongwen.data.legacy import WAYS, LegacyEncoder
 from tongwen.errors import RecipeError
+from tongwen.model import load
 from tongwen.model.dress import bind_template
 from tongwen.record import Dialogue, Message, Origin
 from tongwen.template import Template
@@ -91,7 +93,7 @@ OLD: dict[str, Callable[[Any, str, str, int], tuple[list[int], int]]] = {
 
 
 @pytest.mark.parametrize("length", [1000, 240, 60, 20])
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", OLD)
 def test_legacy_tokens_are_those_of_the_old_code(name: str, length: int, tokenizer: Any) -> None:
     template = bind_template(name, tokenizer, Encoder(tokenizer).prefix)
     for answer in ("是", "今天天气很好。" * 3, "Hello"):
@@ -102,6 +104,46 @@ def test_legacy_tokens_are_those_of_the_old_code(name: str, length: int, tokeniz
         ids, masked = OLD[name](tokenizer, text, answer, length)
         assert [*prompt.ids, *learned.ids] == ids, (name, length, answer)
         assert len(prompt.ids) == masked and not prompt.learn and learned.learn
+
+
+def test_every_old_script_has_its_code_here() -> None:
+    assert WAYS.keys() == {*OLD, "chatglm"}
+
+
+@pytest.mark.parametrize("length", [1000, 30, 12])
+def test_chatglms_legacy_tokens_are_those_of_the_old_code(length: int, small_ice: Path, tmp_path: Path) -> None:  # noqa: F811
+    """chinese_llm_sft: ids + `[gMASK]`, then `<sop>`, answer and `<eop>` as the target, cut from the right."""
+    tokenizer = load.load_tokenizer(load.Place("", str(chatglm_folder(tmp_path, small_ice))))
+    template = bind_template("chatglm", tokenizer, Encoder(tokenizer).prefix)
+    gmask, sop, eop = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>", "<eop>"])
+    question, cut = "找出地名。\n文本：我们去公园。", 0
+    for answer in ("没有", "公园_地名\n公园_地名"):
+        dialogue = Dialogue((Message("user", question), Message("assistant", answer)), Origin("f", 1))
+        (sample,) = template.samples(dialogue)
+        encoder = LegacyEncoder(tokenizer, "chatglm", length)
+        prompt, learned = encoder.encode([sample.spans])[0]
+        source, target = (tokenizer.encode(text, add_special_tokens=False) for text in (question, answer))
+        ids = [*source, gmask, sop, *target, eop][:length]
+        assert [*prompt.ids, *learned.ids] == ids
+        assert len(prompt.ids) == min(len(source) + 1, length) and learned.learn
+        assert encoder.keeps_stop([prompt, learned]) == (ids[-1] == eop)
+        cut += not learned.ids
+    assert cut == (2 if length == 12 else 0), "where <sop> was cut, the old model crashed; here the sample is rejected"
+
+
+def test_chatglms_legacy_goes_down_the_river(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
+    base = chatglm_folder(tmp_path / "chatglm-6b", small_ice)
+    rows = dialogues(10)
+    long = {"instruction": "很长的问题" * 80, "input": "", "output": "好"}
+    recipe = write_recipe(tmp_path, base, rows=[*rows, long], merge=False)
+    words = ["sft.template=chatglm", "sft.legacy=true", "sft.stop_after=1 steps", "sft.samples=0", "prepare.held_out=0"]
+    code, _, said = tongwen("run", recipe, *words)
+    assert code == 0, said
+    report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())
+    tokenizer = load.load_tokenizer(load.Place("", str(base)))
+    answers = [tokenizer.encode(row["output"], add_special_tokens=False) for row in rows]
+    assert report["mask"]["learned_tokens"] == sum(len(ids) + 2 for ids in answers), "<sop> and <eop> are learned"
+    assert report["ledger"]["encode"]["lost"].keys() == {"nothing_to_learn"}
 
 
 def test_what_was_a_defect_is_mended_by_default(tokenizer: Any) -> None:

@@ -46,7 +46,9 @@ def client(address: str, token: str = TOKEN, **headers: str) -> httpx.Client:
     return httpx.Client(base_url=address, headers={**bearer, "origin": address, **headers}, timeout=30)
 
 
-def ask(address: str, text: str, language: str = "en", history: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+def ask(
+    address: str, text: str, language: str = "en", history: Sequence[dict[str, Any]] = (), model: str = "parrot"
+) -> list[dict[str, Any]]:
     """What stands on the board after a question, asked as the browser asks it."""
     board = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in history]
     with client(address) as web:
@@ -55,9 +57,9 @@ def ask(address: str, text: str, language: str = "en", history: Sequence[dict[st
         answer = next(one["id"] for one in events if one["api_name"] == "ask")
         session = uuid.uuid4().hex
         call(web, language, session, box, [text])
-        board = call(
-            web, language, session, answer, [None, board, [], False, "parrot", "parrot", "", 64, 0, 1, 0, 1, None]
-        )[0]
+        board = call(web, language, session, answer, [None, board, [], False, model, model, "", 64, 0, 1, 0, 1, None])[
+            0
+        ]
     return [{**one, "content": text_of(one["content"])} for one in board]
 
 

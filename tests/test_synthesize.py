@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -370,6 +372,47 @@ def test_self_instruct_from_a_file_of_one_s_own(faults: Callable[..., Any], tong
     assert code == 3 and "seeds.jsonl:1" in err and "instances" in err
 
 
+GOOD = {"instruction": "写", "instances": [{"input": "", "output": "好"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"instruction": "写", "instances": []}, ["instances[0].output", "it has instruction, instances"]),
+        ({"instruction": "写", "instances": "好"}, ["instances[0].output"]),
+        ({"instruction": "写", "instances": [{"input": 3, "output": "好"}]}, ["no text in instances[0].input"]),
+        ({"instruction": "写", "instances": [{"input": "", "output": " "}]}, ["no text in instances[0].output"]),
+        ({"instruction": ["写"], "instances": GOOD["instances"]}, ["no text in instruction"]),
+        ({"instruction": "写", "output": "好"}, ["instances[0].output", "it has instruction, output"]),
+        ({}, ["instruction, instances[0].output", "no keys"]),
+        ("写", ["a row must be an object"]),
+    ],
+)
+def test_a_seed_task_of_the_wrong_shape_is_named(row: Any, parts: list[str], tongwen: Any, tmp_path: Path) -> None:
+    seeds = tmp_path / "seeds.json"
+    seeds.write_text(json.dumps([GOOD, row], ensure_ascii=False), encoding="utf-8")
+    words = {"method": "self_instruct", "seeds": str(seeds)}
+    code, _, err = tongwen("run", write_recipe(tmp_path, "http://127.0.0.1:1/v1", **words))
+    assert code == 3 and "seeds.json:2" in err
+    for part in parts:
+        assert part in err
+
+
+def test_fewer_seed_tasks_than_a_prompt_shows(tongwen: Any, tmp_path: Path) -> None:
+    seeds = tmp_path / "seeds.json"
+    seeds.write_text(json.dumps([GOOD, GOOD]), encoding="utf-8")
+    recipe = write_recipe(tmp_path, "http://127.0.0.1:1/v1", method="self_instruct", seeds=str(seeds))
+    code, _, err = tongwen("run", recipe)
+    assert code == 3 and "2 seed tasks" in err and "3 are shown" in err
+
+
+def test_a_web_page_is_no_endpoint(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
+    server = faults("html")
+    code, _, err = tongwen("run", write_recipe(tmp_path, server.url, concurrency=1))
+    assert code == 2 and "web page" in err and "synthesize.endpoint" in err and "/v1" in err
+    assert sum(server.asked.values()) == 1
+
+
 def test_documents_become_dialogues_of_several_turns(faults: Callable[..., Any], tongwen: Any, tmp_path: Path) -> None:
     file = tmp_path / "book.txt"
     file.write_text(
@@ -413,6 +456,46 @@ def test_other_words_ask_anew(faults: Callable[..., Any], tongwen: Any, tmp_path
     assert tongwen("run", write_recipe(tmp_path, server.url, model="n", concurrency=1))[0] == 0
     assert {row["meta"]["model"] for row in rows_of(tmp_path)} == {"n"}
     assert len(rows_of(tmp_path, "journal")) == 3 + 6, "the old replies stay"
+
+
+SMALL = Path(os.environ.get("TONGWEN_SMALL_MODEL", "nowhere"))
+TASKS = {  # so short that a model of 135 million weights can go on with them
+    "写出“大”的反义词。": "小",
+    "写出“黑”的反义词。": "白",
+    "写出“上”的反义词。": "下",
+    "写出一种水果的名字。": "苹果",
+    "写出一种动物的名字。": "老虎",
+    "把“书”翻译成英文。": "book",
+    "把“水”翻译成英文。": "water",
+    "计算 3 + 4。": "7",
+}
+
+
+@pytest.mark.skipif(not SMALL.is_dir(), reason="TONGWEN_SMALL_MODEL names no folder with a model, such as SmolLM2's")
+def test_a_real_small_model_behind_serve(tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every reply is in the journal and is a row or has a reason. What repeats a seed is let pass: it can little more."""
+    seeds = [{"instruction": ask, "instances": [{"input": "", "output": told}]} for ask, told in TASKS.items()]
+    (tmp_path / "seeds.json").write_text(json.dumps(seeds, ensure_ascii=False), encoding="utf-8")
+    command = [sys.executable, "-m", "tongwen", "serve", str(SMALL), "--name", "m", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            assert server.stdout
+            said: dict[str, str] = {}
+            while "OPENAI_API_KEY" not in said and (line := server.stdout.readline()):
+                name, _, value = line.strip().partition("=")
+                said[name] = value
+            monkeypatch.setenv("OPENAI_API_KEY", said["OPENAI_API_KEY"])
+            how = {"temperature": 0, "max_tokens": 60, "concurrency": 1, "stale": 12, "seconds": 300}
+            wide = {"rouge_at_most": 1, "bm25_at_most": 1000}
+            words = {"method": "self_instruct", "seeds": str(tmp_path / "seeds.json"), "rows": 2, **how, **wide}
+            code, _, err = tongwen("run", write_recipe(tmp_path, said["OPENAI_BASE_URL"], **words))
+        finally:
+            server.terminate()
+    assert code == 0, err
+    rows, rejected, journal = (rows_of(tmp_path, name) for name in ("dialogues", "rejected", "journal"))
+    assert len(rows) == 2 and all(row["meta"]["from"]["seeds"] for row in rows)
+    taken = {row["meta"]["request"] for row in rows} | {row["request"] for row in rejected}
+    assert taken == set(range(max(taken) + 1)) and len(journal) >= len(taken)
 
 
 def test_killed_again_and_again(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from tongwen.model.adalora import budget_of
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from tongwen.model.score import bits_per_byte, learned_loss
 from tongwen.model.special import mend_ends
-from tongwen.model.stack import open_stack
+from tongwen.model.stack import make_room, open_stack
 from tongwen.recipe.load import dump
 from tongwen.recipe.schema import Forgetting, Pretrain, Recipe, Stretch, Training
 from tongwen.river import standing_on
@@ -231,6 +231,8 @@ def _open_pupil(course: Course, device: str, engine: Engine, adapter_steps: int)
     with console.waiting(say("opening the base", "打开底座")):
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
         model, packed, fingerprint = _open(place, adapting.kept_in(trained, dtype), quantize)
+    if section.adapter.continue_from:
+        make_room(model, load.find_adapter(Path(section.adapter.continue_from)))
     load.check_tokenizer(reader.tokenizer, model, place)
     mend_ends(reader.tokenizer, model, course.base)
     _check_lengths(model.config, course)

@@ -12,7 +12,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ from tongwen.language import say
 from tongwen.model import dress
 from tongwen.model import load as loading
 from tongwen.model.fingerprint import fingerprint_text, fingerprint_tokenizer
-from tongwen.recipe.schema import Pretrain, Recipe, Sft
+from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
 from tongwen.record import Dialogue, Document, Span
 from tongwen.river import inputs
 from tongwen.template import Template
@@ -196,15 +196,22 @@ def say_ledger(lesson: Lesson) -> None:
 
 
 def read_dialogues(base: str, section: Sft) -> DialogueReader:
-    tokenizer = loading.load_tokenizer(loading.locate(base))
+    tokenizer = _tokenizer_for(base, section)
     legacy = section.legacy
     encoder = LegacyEncoder(tokenizer, section.template, section.max_length) if legacy else Encoder(tokenizer)
     return DialogueReader(tokenizer, encoder, dress.bind_template(section.template, tokenizer, encoder.prefix), section)
 
 
 def read_documents(base: str, section: Pretrain) -> DocumentReader:
-    tokenizer = loading.load_tokenizer(loading.locate(base))
+    tokenizer = _tokenizer_for(base, section)
     return DocumentReader(tokenizer, Encoder(tokenizer), dress.end_of_text(tokenizer), section)
+
+
+def _tokenizer_for(base: str, section: Training) -> Any:
+    """The base's; an adapter that is trained further goes on with its own."""
+    further = section.adapter.continue_from
+    place = loading.locate(base)
+    return loading.load_tokenizer(loading.dressed(replace(place, adapters=(further,))) if further else place)
 
 
 def are_rows_untrained(base: str) -> bool:

@@ -7,6 +7,7 @@ form is made from it; byte-level BPE (Llama-3, Qwen, SmolLM2) has only its token
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -54,8 +55,13 @@ class Lexicon:
             own = sentencepiece.processor(self.model)
             inside = encoder_of(spm.without_prefix(self.model))
             return Coder(self.name, own.encode, inside, own.decode, spm.spelling_of(self.model), self.special)
-        spelling = bytelevel.spelling_of(self.definition)
+        spelling = bytelevel.spelling_of(self.definition) if self.grows else self._as_written()
         return Coder(self.name, self.encode_fast, self.encode_fast, self.decode_fast, spelling, self.special)
+
+    @property
+    def grows(self) -> bool:
+        """Whether it is of a kind that takes new pieces."""
+        return self.model is not None or bytelevel.is_byte_level(self.definition)
 
     @property
     def special(self) -> frozenset[int]:
@@ -68,6 +74,16 @@ class Lexicon:
         """tokenizer.json."""
         found: dict[str, Any] = json.loads(self.backend.to_str())
         return found
+
+    def _as_written(self) -> list[bytes]:
+        """The bytes of each id, for kinds that are only measured: as SentencePiece writes them, and ChatGLM its blanks."""
+        written = getattr(self.tokenizer, "written", {})
+        out = [b""] * self.backend.get_vocab_size()
+        for piece, index in self.backend.get_vocab().items():
+            byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+            text = written.get(piece, piece.replace(spm.BLANK, " "))
+            out[index] = bytes.fromhex(byte[1]) if byte else text.encode()
+        return out
 
     def encode_fast(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -92,10 +108,24 @@ class Extended:
         return range(self.first_new, self.first_new + len(self.parts))
 
 
-def open_lexicon(name: str) -> Lexicon:
+def open_lexicon(name: str, *, to_measure: bool = False) -> Lexicon:
     """A model's tokenizer (folder, hub id, modelscope:, .gguf) or a tokenizer's file (tokenizer.json, SentencePiece's
-    .model, tiktoken's, tekken.json). Raises ModelError for what is none of these, or of a kind that takes no pieces."""
-    path = Path(name)
+    .model, tiktoken's, tekken.json). Raises ModelError for what is none of these, or of a kind that takes no pieces, unless
+    it is only to be measured."""
+    lexicon = _open(Path(name), name)
+    if not lexicon.grows and not to_measure:
+        raise ModelError(
+            say(
+                f"a {lexicon.definition['model']['type']} tokenizer without tokenizer.model: neither byte-level BPE nor SentencePiece",
+                f"{lexicon.definition['model']['type']} 分词器且没有 tokenizer.model：既非字节级 BPE，也非 SentencePiece",
+            ),
+            place=lexicon.name,
+            remedy=say("put the family's tokenizer.model beside it", "请把该系列的 tokenizer.model 放在旁边"),
+        )
+    return lexicon
+
+
+def _open(path: Path, name: str) -> Lexicon:
     if path.is_file() and path.suffix != ".gguf":
         return _open_file(path)
     alone = path.is_dir() and (path / "tokenizer.json").is_file() and not (path / "config.json").is_file()
@@ -109,14 +139,14 @@ def open_lexicon(name: str) -> Lexicon:
         )
     file = Path(place.folder) / "tokenizer.model"
     model = sentencepiece.read_model(file) if file.is_file() and read_ranks(file) is None else None
-    return _checked(Lexicon(name, backend, model, tokenizer))
+    return Lexicon(name, backend, model, tokenizer)
 
 
 def _open_file(path: Path) -> Lexicon:
     if path.suffix == ".json":
         held = _read_json(path)
         if "model" in held:
-            return _checked(Lexicon(str(path), Tokenizer.from_str(json.dumps(held))))
+            return Lexicon(str(path), Tokenizer.from_str(json.dumps(held)))
     ranked = read_ranks(path)
     if ranked is not None:
         return Lexicon(str(path), ranked)
@@ -129,19 +159,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ModelError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(path)) from None
-
-
-def _checked(lexicon: Lexicon) -> Lexicon:
-    if lexicon.model is None and not bytelevel.is_byte_level(lexicon.definition):
-        raise ModelError(
-            say(
-                f"a {lexicon.definition['model']['type']} tokenizer without tokenizer.model: neither byte-level BPE nor SentencePiece",
-                f"{lexicon.definition['model']['type']} 分词器且没有 tokenizer.model：既非字节级 BPE，也非 SentencePiece",
-            ),
-            place=lexicon.name,
-            remedy=say("put the family's tokenizer.model beside it", "请把该系列的 tokenizer.model 放在旁边"),
-        )
-    return lexicon
 
 
 @dataclass(frozen=True)

@@ -145,8 +145,7 @@ def open_speaker(
     place = replace(place, adapters=(*place.adapters, *adapters))
     for folder in place.adapters:
         load.find_adapter(Path(folder))
-    dressed = next((folder for folder in reversed(place.adapters) if _has_tokenizer(folder)), place.folder)
-    tokenizer = load.load_tokenizer(load.Place(dressed, dressed) if dressed != place.folder else place)
+    tokenizer = load.load_tokenizer(load.dressed(place))
     encoder = Encoder(tokenizer)
     if template == "auto":
         template = "own" if tokenizer.chat_template else "completion"
@@ -215,7 +214,3 @@ def _stops(model: str, tokenizer: Any, bound: Template | None, generation_config
     if not stops:
         raise ModelError(say("no token ends an answer in this model", "该模型没有结束回答的停止符"), place=model)
     return stops
-
-
-def _has_tokenizer(folder: str) -> bool:
-    return (Path(folder) / "tokenizer_config.json").is_file()

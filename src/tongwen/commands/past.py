@@ -43,15 +43,10 @@ def add_to(add: Add) -> None:
 
 
 def _migrate(parsed: argparse.Namespace) -> int:
+    from tongwen.cli import main
     from tongwen.stages import migrate
 
-    commands = migrate.run(parsed.words, parsed.out, parsed.alpha, to_run=parsed.run)
-    if not parsed.run:
-        return 0
-    from tongwen.cli import main
-
-    for place, command in enumerate(commands, 1):
-        last = ["--json"] if parsed.json and place == len(commands) else []
-        if code := main([*command, *last]):
+    for command, last in migrate.run(parsed.words, parsed.out, parsed.alpha, to_run=parsed.run):
+        if parsed.run and (code := main([*command, *(["--json"] if parsed.json and last else [])])):
             return code
     return 0

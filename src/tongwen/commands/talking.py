@@ -272,6 +272,7 @@ def _chat(parsed: argparse.Namespace) -> int:
             [parsed.model, *([parsed.beside] if parsed.beside else [])],
             adapters=parsed.adapter,
             system=parsed.system,
+            sampling=_sampling(parsed),
             whole=False,
             **_page(parsed),
         )

@@ -1,7 +1,8 @@
 """Tokens as the scripts of 2023 made them, defects included: to repeat their results, and for nothing else.
 
 What they did otherwise: `<s>` twice, prompt and answer cut into tokens together so that the mask misses their border, a
-blank of SentencePiece's before the answer, and a cut from the right that may take the end of the answer along.
+blank of SentencePiece's before the answer, a mask that leaves ChatGLM's `<sop>` to be learned, and a cut from the right
+that may take the end of the answer along.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from tongwen.record import Span
 @dataclass(frozen=True)
 class Way:
     """together:  prompt and answer are one text; as many ids are masked as the prompt alone has
-    doubled:   `<s>` stands in the text, besides the one that the tokenizer puts there
+    begun:     the tokenizer puts `<s>` before the text
+    doubled:   `<s>` stands in the text, besides that one
+    opened:    the prompt's last id, which opens the answer, is learned with it
     halves:    prompt and answer are cut apart, each to half of max_length
     ends:      the last id of a sample that was cut becomes the end
     """
 
     together: bool = False
+    begun: bool = True
     doubled: bool = False
+    opened: bool = False
     halves: bool = False
     ends: bool = False
 
@@ -33,6 +38,7 @@ class Way:
 WAYS = {
     "belle": Way(together=True, doubled=True, ends=True),
     "alpaca-cla": Way(),
+    "chatglm": Way(begun=False, opened=True),
     "guanaco": Way(halves=True),
     "guanaco-v1": Way(halves=True),
     "vicuna": Way(halves=True),
@@ -65,7 +71,7 @@ class LegacyEncoder(Encoder):
         if not before:
             return super().encode([spans])[0]
         source = "".join(span.text for span in before).removeprefix(self.begin_text)
-        start = [*self.prefix, self.begin] if self.way.doubled else [self.begin]
+        start = [*(self.prefix if self.way.doubled else ()), self.begin] if self.way.begun else []
         prompt, answer = map(list, self._slow_ids([source, last.text]))
         if self.way.together:
             whole = list(self._slow_ids([source + last.text])[0])
@@ -73,6 +79,8 @@ class LegacyEncoder(Encoder):
         prompt = [*start, *prompt]
         if self.way.halves:
             prompt, answer = prompt[: self.max_length // 2], answer[: self.max_length // 2]
+        if self.way.opened:
+            answer.insert(0, prompt.pop())
         answer = answer[: max(self.max_length - len(prompt), 0)]
         prompt = prompt[: self.max_length]
         if self.way.ends and len(prompt) + len(answer) == self.max_length:

@@ -303,9 +303,16 @@ def read_seed(row: Any, place: str) -> Item:
     instances = value.get("instances")
     first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else {}
     found = (value.get("instruction"), first.get("input", ""), first.get("output"))
-    if not all(isinstance(text, str) for text in found) or not found[0] or not found[2]:
+    parts = zip(("instruction", "instances[0].input", "instances[0].output"), found, (False, True, False), strict=True)
+    wrong = [
+        name for name, text, may_be_empty in parts if not isinstance(text, str) or not (text.strip() or may_be_empty)
+    ]
+    if wrong:
         raise DataError(
-            say(f"no seed task: it has {sorted(value)}", f"不是种子任务：含有 {sorted(value)}"),
+            say(
+                f"no seed task: no text in {', '.join(wrong)}; it has {', '.join(map(str, value)) or 'no keys'}",
+                f"不是种子任务：{'、'.join(wrong)} 不是文本；含有 {'、'.join(map(str, value)) or '无键'}",
+            ),
             place=place,
             remedy='{"instruction": "…", "instances": [{"input": "", "output": "…"}]}',
         )

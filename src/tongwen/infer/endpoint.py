@@ -58,10 +58,10 @@ class Endpoint:
         try:
             if self.completion:
                 text = "".join(str(turn["content"]) for turn in messages)
-                return str(self._client.completions.create(prompt=text, **options).choices[0].text)
-            turns: Any = [dict(turn) for turn in messages]
-            answer = self._client.chat.completions.create(messages=turns, **options)
-            return answer.choices[0].message.content or ""
+                answer: Any = self._client.completions.create(prompt=text, **options)
+            else:
+                turns: Any = [dict(turn) for turn in messages]
+                answer = self._client.chat.completions.create(messages=turns, **options)
         except self._openai.APIConnectionError as error:
             raise MachineError(
                 say(f"no answer from there: {error.__cause__ or error}", f"没有回应：{error.__cause__ or error}"),
@@ -83,3 +83,18 @@ class Endpoint:
                     "--model 应为接口所知的名字：GET /v1/models",
                 ),
             ) from None
+        except ValueError:  # no JSON at all
+            answer = None
+        choice = next(iter(getattr(answer, "choices", None) or ()), None)
+        held = choice if self.completion else getattr(choice, "message", None)
+        found = getattr(held, "text" if self.completion else "content", None)
+        if held is None or (self.completion and found is None):
+            raise ModelError(
+                say(
+                    f"what comes from there is no answer: {str(answer)[:60]!r}",
+                    f"返回的不是回答：{str(answer)[:60]!r}",
+                ),
+                place=self.url,
+                remedy=say("the address ends with /v1 for most endpoints", "多数接口的地址以 /v1 结尾"),
+            )
+        return str(found or "")  # of a conversation it may be null: all was thinking

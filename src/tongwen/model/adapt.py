@@ -18,8 +18,9 @@ from tongwen.families import family_of
 from tongwen.language import say
 from tongwen.model.adalora import configure, write_as_lora
 from tongwen.model.blocks import fuse_blocks
-from tongwen.model.load import adapter_type, open_adapter, quiet
+from tongwen.model.load import adapter_type, quiet
 from tongwen.model.lora import fuse
+from tongwen.model.stack import open_adapter
 from tongwen.recipe.schema import Adapter, Part
 
 

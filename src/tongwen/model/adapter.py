@@ -102,15 +102,15 @@ class Adapter:
     changes: dict[str, Change]
     whole_model: str = ""
 
-    @property
-    def vocabulary(self) -> int | None:
-        """Rows of the embedding or head that it brings whole."""
-        rows = [
-            c.shape_of("whole")[0]
-            for n, c in self.changes.items()
-            if n.endswith((*EMBEDDINGS, *HEADS)) and "whole" in c.parts
-        ]
-        return max(rows, default=None)
+
+def whole_rows(folder: Path) -> dict[str, int]:
+    """Embedding and head that an adapter brings whole, of whatever kind it is: tensor of the base -> its rows."""
+    out: dict[str, int] = {}
+    for key, (_, shape) in _open(folder).facts.items():
+        target, role = _role(key)
+        if role == "whole" and f"{target}.weight".endswith((*EMBEDDINGS, *HEADS)) and ".original_module." not in key:
+            out[f"{target}.weight"] = shape[0]
+    return out
 
 
 def read_adapter(folder: Path) -> Adapter:

@@ -8,25 +8,19 @@ from typing import Any
 
 from tongwen.errors import ArtifactError
 from tongwen.language import say
-from tongwen.model.adapter import Adapter
-from tongwen.model.load import Place, explained, load_config, load_model, make_skeleton, quiet
+from tongwen.model.load import Place, load_config, load_model, make_skeleton
+from tongwen.model.stack import open_adapter
 
 
-def open_in_memory(place: Place, adapters: Sequence[Path], grown: Sequence[int | None], *, live: bool) -> Any:
-    """The model in fp32 with all adapters folded in; live: the last one stays beside its weights.
-
-    grown: rows that an adapter's own vocabulary has, None for one that brings none. Raises ArtifactError when peft takes
-    only a part of an adapter.
-    """
+def open_in_memory(place: Place, adapters: Sequence[Path], *, live: bool) -> Any:
+    """The model in fp32 with all adapters folded in; live: the last one stays beside its weights. Raises ArtifactError when
+    peft takes only a part of an adapter."""
     import torch
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
     model = load_model(place, torch.float32)
-    for index, (folder, rows) in enumerate(zip(adapters, grown, strict=True)):
-        if rows is not None and rows != model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(rows, mean_resizing=False)
-        with quiet(), explained(Place(str(folder), str(folder))):
-            adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=True)
+    for index, folder in enumerate(adapters):
+        adapted = open_adapter(model, str(folder), None)
         _check_whole(folder, set(get_peft_model_state_dict(adapted)))
         model = adapted if live and index == len(adapters) - 1 else adapted.merge_and_unload(safe_merge=True)
     return model.eval()
@@ -35,10 +29,6 @@ def open_in_memory(place: Place, adapters: Sequence[Path], grown: Sequence[int |
 def known_names(place: Place) -> set[str]:
     """What transformers calls the tensors of a model, without loading one."""
     return set(make_skeleton(load_config(place)).state_dict())
-
-
-def grown_rows(adapters: Sequence[Adapter]) -> list[int | None]:
-    return [adapter.vocabulary for adapter in adapters]
 
 
 def logits_of(model: Any, ids: Sequence[int]) -> Any:

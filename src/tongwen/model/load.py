@@ -131,6 +131,13 @@ def load_tokenizer(place: Place) -> Any:
     return tokenizer if ranks.read_ranks(file) else sentencepiece.mended(tokenizer, file)
 
 
+def dressed(place: Place) -> Place:
+    """Where the tokenizer stands with which a model and its adapters learned: with the last of them that has one."""
+    folders = [str(adapter_folder(Path(folder))) for folder in reversed(place.adapters)]
+    folder = next((folder for folder in folders if (Path(folder) / "tokenizer_config.json").is_file()), "")
+    return Place(folder, folder) if folder else place
+
+
 def _make_known(place: Place) -> None:
     """Import the family that transformers does not have itself, where a folder names it. What only a hub has read is not
     known yet, so it is imported for that as well (a second)."""
@@ -483,30 +490,6 @@ def no_adapter_config(folder: Path) -> ArtifactError:
         place=str(folder),
         remedy=f"tongwen migrate {folder} --alpha N --out {folder}-lora" if bare else "",
     )
-
-
-def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, trainable: bool = False) -> Any:
-    """The model with an adapter on it. Refuses an adapter that was trained on another base."""
-    from peft import PeftModel
-
-    path = find_adapter(Path(folder))
-    folder = str(path)
-    stage = artifact.find(path)
-    trained_on = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
-    if trained_on and fingerprint_of_base and trained_on != fingerprint_of_base:
-        raise ArtifactError(
-            say(
-                f"this adapter was trained on another base: {trained_on[:12]}, this one is {fingerprint_of_base[:12]}",
-                f"该适配器是在另一个底座上训练的：{trained_on[:12]}，当前为 {fingerprint_of_base[:12]}",
-            ),
-            place=folder,
-            remedy=say(
-                f"open it on {stage.manifest['parents']['base']['path'] if stage else ''}",
-                f"请用底座 {stage.manifest['parents']['base']['path'] if stage else ''}",
-            ),
-        )
-    with quiet(), explained(Place(folder, folder)):
-        return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
 
 
 def adapter_type(model: Any) -> str:

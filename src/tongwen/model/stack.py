@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from tongwen import artifact
-from tongwen.errors import ModelError
+from tongwen.errors import ArtifactError, ModelError
 from tongwen.language import say
+from tongwen.model.adapter import EMBEDDINGS, whole_rows
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_stack
-from tongwen.model.load import Place, load_model, open_adapter
+from tongwen.model.load import Place, explained, find_adapter, load_model, quiet
 
 
 def open_stack(
@@ -47,6 +48,62 @@ def open_stack(
         if fingerprint:
             fingerprint = fingerprint_stack(fingerprint, _fingerprint_of(folder))
     return (model.to(dtype) if place.adapters else model), fingerprint
+
+
+def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, trainable: bool = False) -> Any:
+    """The model with an adapter on it. Refuses an adapter that was trained on another base."""
+    from peft import PeftModel
+
+    path = find_adapter(Path(folder))
+    folder = str(path)
+    stage = artifact.find(path)
+    trained_on = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
+    if trained_on and fingerprint_of_base and trained_on != fingerprint_of_base:
+        raise ArtifactError(
+            say(
+                f"this adapter was trained on another base: {trained_on[:12]}, this one is {fingerprint_of_base[:12]}",
+                f"该适配器是在另一个底座上训练的：{trained_on[:12]}，当前为 {fingerprint_of_base[:12]}",
+            ),
+            place=folder,
+            remedy=say(
+                f"open it on {stage.manifest['parents']['base']['path'] if stage else ''}",
+                f"请用底座 {stage.manifest['parents']['base']['path'] if stage else ''}",
+            ),
+        )
+    make_room(model, path)
+    with quiet(), explained(Place(folder, folder)):
+        return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+
+
+def make_room(model: Any, adapter: Path) -> None:
+    """Rows for an adapter that brings a larger vocabulary, as Chinese-LLaMA's do: its embedding and head take their place."""
+    rows, held = whole_rows(adapter), model.get_input_embeddings().weight.shape[0]
+    wanted = max(rows.values(), default=held)
+    if wanted == held:
+        return
+    tied = model.config.get_text_config().tie_word_embeddings
+    if wanted < held or (not tied and len(rows) < 2):
+        lacks = (
+            say("the head", "输出层")
+            if any(name.endswith(EMBEDDINGS) for name in rows)
+            else say("the embedding", "词向量")
+        )
+        raise ArtifactError(
+            say(
+                f"its vocabulary has {wanted} rows, the model so far has {held}: a vocabulary never shrinks",
+                f"其词表为 {wanted} 行，而此前的模型已有 {held} 行：词表不会变小",
+            )
+            if wanted < held
+            else say(
+                f"it brings {wanted} rows where the model has {held}, and {lacks} is not with it",
+                f"它带来 {wanted} 行，模型只有 {held} 行，却缺少{lacks}",
+            ),
+            place=str(adapter),
+            remedy=say(
+                "name the base and the adapters below it that it was trained on", "请给出训练它时的底座及其下的适配器"
+            ),
+        )
+    model.resize_token_embeddings(wanted, mean_resizing=False)
 
 
 def _fingerprint_of(adapter: str) -> str:

@@ -69,8 +69,8 @@ def build_commands(reading: Reading, program: Program) -> list[list[str]]:
     said = {word: value for word, (_, value) in reading.said.items() if value not in (None, False)}
     out = [["fetch", id_] for id_ in reading.context.fetch]
     command = list(program.command)
-    if "input_dir" in said:
-        said["SRC"] = _llama_folder(said.pop("input_dir"), said.pop("model_size", "7B"))
+    if "SRC" in said:
+        said["SRC"] = _llama_folder(said["SRC"], said.pop("size", "7B"))
     if "--prompts" in said and command == ["chat"]:
         command, said = ["generate"], {"--model": said.pop("MODEL"), "--form": "chinese-llama-alpaca", **said}
         said.setdefault("--out", "predictions.json")

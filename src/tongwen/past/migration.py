@@ -28,7 +28,7 @@ SIZES = {"7B": "llama-7b", "13B": "llama-13b", "30B": "llama-30b", "65B": "llama
 @dataclass
 class Outcome:
     """What an old command is today. recipe: empty when commands do it; commands: without the word `tongwen`; instead: a
-    line of another program; launch: options of torchrun on several machines."""
+    line of another program; launch: options of torchrun on several machines; environment: what stood before the command."""
 
     old: str
     project: str
@@ -38,6 +38,7 @@ class Outcome:
     instead: str = ""
     launch: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def migrate_command(words: Sequence[str], today: Today) -> Outcome:
@@ -47,6 +48,7 @@ def migrate_command(words: Sequence[str], today: Today) -> Outcome:
     if not rest:
         raise RecipeError(say("there is no command", "没有命令"), place=old or "tongwen migrate --")
     outcome = _plain_line(rest, old) or _program_line(rest, old, today)
+    outcome.environment = environment
     outcome.verdicts = [
         *(
             Verdict(name, value, "kept", f"{name}={value}", say("in front of the new command", "写在新命令之前"))

@@ -224,6 +224,14 @@ def folder(context: Context, flag: str, value: Any) -> str:
     return str(text(context, flag, value)).rstrip("/") or "."
 
 
+def own_folder(context: Context, flag: str, value: Any) -> Any:
+    """Where a result goes: it has a folder of its own, not the one in which the command is given."""
+    name = folder(context, flag, value)
+    if name != ".":
+        return name
+    return Mended("merged", say("a result has a folder of its own", "结果放在自己的文件夹中"))
+
+
 def stem(context: Context, flag: str, value: Any) -> str:
     return str(Path(str(text(context, flag, value))).with_suffix(""))
 
@@ -286,7 +294,7 @@ def _inside(pattern: str) -> Reader:
 
 
 READERS: dict[str, Reader] = {
-    "plain": plain, "text": text, "path": folder, "folder": folder, "scalar": scalar, "number": number, "share": number, "count": count,
+    "plain": plain, "text": text, "path": folder, "folder": folder, "own_folder": own_folder, "scalar": scalar, "number": number, "share": number, "count": count,
     "epochs": epochs, "steps": steps, "switch": switch, "list": items, "seed": seed, "choice": choice, "auto": auto,
     "targets": targets, "whole_embeddings": whole_embeddings, "template": template,
     "per_device": _factor("per_device"), "accumulate": _factor("accumulate"), "shared_accumulate": _factor("shared"),

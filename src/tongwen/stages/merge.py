@@ -267,7 +267,7 @@ def _compare_whole(
     ids = parity.fixed_ids(int(config["vocab_size"]))
     with console.waiting(say("comparing logits, both models in memory", "在内存中比较两个模型的 logits")):
         live = in_memory.logits_of(
-            in_memory.open_in_memory(place, folders, in_memory.grown_rows([link.adapter for link in links]), live=True),
+            in_memory.open_in_memory(place, folders, live=True),
             ids,
         )
         merged = in_memory.logits_of(load.load_model(load.Place(str(out), str(out)), torch.float32).eval(), ids)
@@ -296,10 +296,7 @@ def _in_memory(
             f"该适配器无法流式合并（{reason}）；由 peft 在内存中合并整个模型",
         )
     )
-    adapters = [link.adapter for link in links]
-    model = in_memory.open_in_memory(
-        place, [adapter.folder for adapter in adapters], in_memory.grown_rows(adapters), live=False
-    )
+    model = in_memory.open_in_memory(place, [link.adapter.folder for link in links], live=False)
     dtype = DTYPES[choice.dtype]
     model.to(getattr(torch, TORCH_NAMES[dtype]) if dtype else load.load_config(place).dtype or torch.float32)
     model.save_pretrained(str(draft.path), max_shard_size=f"{choice.shard_gb}GB")
@@ -307,7 +304,7 @@ def _in_memory(
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
     if draft.fingerprint == draft.parents["base"]["fingerprint"]:
         raise ArtifactError(
-            say("the merged model equals the base", "合并结果与底座相同"), place=str(adapters[0].folder)
+            say("the merged model equals the base", "合并结果与底座相同"), place=str(links[0].adapter.folder)
         )
     return {"tensors": len(lines), "changed": len(lines)}
 

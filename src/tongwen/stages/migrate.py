@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,21 @@ from tongwen.recipe.load import read
 SCRIPTS, SHELLS = (".sh", ".bash", ".txt"), ("sh", "bash")
 
 
-def run(words: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -> list[list[str]]:
-    """Print what each old command is today; returns the tongwen commands, in their order. A folder is an old adapter: an
-    ordinary one is written to `out`, with alpha as its scale.
+def run(words: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -> Iterator[tuple[list[str], bool]]:
+    """Print what each old command is today; yields the tongwen commands in their order, and which is the last. A folder is
+    an old adapter: an ordinary one is written to `out`, with alpha as its scale.
 
-    words: files, or a command. out: where the recipe is written; beside its run's folder when it is to be run.
+    words: files, or a command. out: where the recipe is written; beside its run's folder when it is to be run. What is run
+    is run before the next line is read: a line may begin with what the one before it left.
     """
     if len(words) == 1 and Path(words[0]).is_dir():
         _migrate_adapter(Path(words[0]), Path(out or f"{words[0].rstrip('/')}-lora"), alpha)
-        return []
-    outcomes = _read(list(words))
+        return
+    outcomes = list(_read(list(words)))
     _check(outcomes, out, to_run=to_run)
-    commands, rows = list[list[str]](), list[dict[str, Any]]()
-    for one in outcomes:
+    final = max((place for place, one in enumerate(outcomes, 1) if one.recipe or one.commands), default=0)
+    rows = list[dict[str, Any]]()
+    for place, one in enumerate(_read(list(words)) if to_run else outcomes, 1):
         _report(one)
         lines, text = one.commands, ""
         if one.recipe:
@@ -47,11 +50,13 @@ def run(words: Sequence[str], out: str, alpha: float | None, *, to_run: bool) ->
             lines = [["run", target or "RECIPE", *(_fitting(one.recipe) if to_run else [])]]
         for line in lines:
             console.tell(f"  {shlex.join(['tongwen', *line])}")
-        commands += lines
+        if to_run:
+            os.environ.update(one.environment)
+        for number, line in enumerate(lines, 1):
+            yield line, place == final and number == len(lines)
         rows.append({**dataclasses.asdict(one), "commands": [["tongwen", *line] for line in lines], "text": text})
     if not to_run:  # else what runs says so itself
         console.emit({"migrated": rows})
-    return commands
 
 
 def _check(outcomes: Sequence[Outcome], out: str, *, to_run: bool) -> None:
@@ -81,7 +86,7 @@ def _migrate_adapter(folder: Path, out: Path, alpha: float | None) -> None:
     console.emit({"out": str(out), "config": config, "fingerprint": made.fingerprint})
 
 
-def _read(words: list[str]) -> list[Outcome]:
+def _read(words: list[str]) -> Iterator[Outcome]:
     """Files when the first word is one, else a command; of a script, all its commands."""
     if not words:
         raise RecipeError(
@@ -91,14 +96,15 @@ def _read(words: list[str]) -> list[Outcome]:
         )
     first = Path(words[1] if words[0] in SHELLS and len(words) > 1 else words[0])
     if first.suffix in (".json", ".yaml", ".yml"):
-        return [migrate_files(words, today)]
-    if first.suffix in SCRIPTS:
+        yield migrate_files(words, today)
+    elif first.suffix in SCRIPTS:
         try:
             text = first.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=str(first)) from None
-        return [migrate_command(line.words, today) for line in read_script(text, str(first))]
-    return [migrate_command(words, today)]
+        yield from (migrate_command(line.words, today) for line in read_script(text, str(first)))
+    else:
+        yield migrate_command(words, today)
 
 
 def _report(one: Outcome) -> None:

@@ -116,14 +116,17 @@ def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: st
 
 def run_report(base: str, other: str, texts: list[str], out: str, script: str) -> int:
     """What a tokenizer makes of texts; against another one, or against itself with pieces learned from the same texts."""
-    opened = lexicon.open_lexicon(base)
+    opened = lexicon.open_lexicon(base, to_measure=True)
     console.header("tokenizer report", f"{base} {other}".strip())
     chosen = Script(script)
     by_file = {name: lexicon.some(lexicon.iter_texts([name])) for name in texts}
     if other:
-        found = measure.survey(opened.coder, lexicon.open_lexicon(other).coder, by_file, chosen)
+        found = measure.survey(opened.coder, lexicon.open_lexicon(other, to_measure=True).coder, by_file, chosen)
     else:
         found = measure.survey(opened.coder, None, by_file, chosen)
+    if not other and not opened.grows:
+        console.notice(say("a tokenizer of this kind takes no new pieces", "此类分词器不能加入新词"))
+    elif not other:
         learn_from, rest = lexicon.split(lexicon.iter_texts(texts, lambda said: None))  # said above
         shape = lexicon.shape_of(base)
         learnt = lexicon.learn(opened, learn_from, chosen, measure.CURVE[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def run(
     *,
     adapters: Sequence[str] = (),
     system: str = "",
+    sampling: Mapping[str, Any] | None = None,
     whole: bool,
     template: str,
     thinking: str,
@@ -38,7 +39,8 @@ def run(
     host: str,
     port: int,
 ) -> int:
-    """Serve the page. models: what the chat opens with, one or two; adapters: of the first. whole: every tab, else the chat."""
+    """Serve the page. models: what the chat opens with, one or two; adapters: of the first; sampling: how they answer
+    until a visitor says otherwise. whole: every tab, else the chat."""
     try:
         from tongwen.ui.web.server import serve
     except ModuleNotFoundError as error:
@@ -48,7 +50,7 @@ def run(
     for name in models:
         voices.open(name)
     known = place.models if whole else lambda: list(models)
-    talk = Talk(known, models, voices.fit, voices.reply, system)
+    talk = Talk(known, models, voices.fit, voices.reply, system, sampling or {})
     if not whole:
         return serve(Bench(f"tongwen · {Path(models[0]).name}", talk), host, port)
     return serve(whole_bench(place, talk), host, port)
@@ -109,7 +111,7 @@ def _words(place: Workplace) -> Words:
     def compare(base: str, other: str, text: str) -> tuple[str, str]:
         if not base or not text.strip():
             raise DataError(say("a model and a text are needed", "需要模型与文本"))
-        coders = [lexicon.open_lexicon(place.model(name)).coder for name in (base, other) if name]
+        coders = [lexicon.open_lexicon(place.model(name), to_measure=True).coder for name in (base, other) if name]
         report = measure.survey(
             coders[0], coders[1] if other else None, {say("your text", "你的文本"): [text]}, Script("han")
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ Messages = list[dict[str, Any]]
 @dataclass(frozen=True)
 class Talk:
     """models: what can be opened; chosen: what stands there at first, one or two side by side. fit(model, messages, options):
-    the messages that the model sees; reply: its answer to them in pieces."""
+    the messages that the model sees; reply: its answer to them in pieces; settings: how it answers at first, as `Sampling`
+    names it."""
 
     models: Callable[[], list[str]]
     chosen: Sequence[str]
     fit: Callable[[str, Messages, dict[str, Any]], Messages]
     reply: Callable[[str, Messages, dict[str, Any]], Iterator[str]]
     system: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ LATEX: list[dict[str, str | bool]] = [
     {"left": "\\[", "right": "\\]", "display": True},
     {"left": "\\(", "right": "\\)", "display": False},
 ]
-# temperature, top_p, top_k, repetition_penalty
+KNOBS = ("temperature", "top_p", "top_k", "repetition_penalty")
+# what each preset sets them to
 PRESETS: dict[str, tuple[float, float, int, float]] = {
     "exact": (0.0, 1.0, 0, 1.0),
     "balanced": (0.7, 0.8, 20, 1.05),
@@ -59,7 +60,7 @@ def add(page: gr.Blocks, talk: Talk, hear: Hear, explain: Explain) -> None:
             )
             system = gr.Textbox(talk.system, label=say("System prompt", "系统提示"), lines=2, max_lines=8)
             with gr.Accordion(say("How it answers", "回答方式"), open=False):
-                knobs = _knobs(hear)
+                knobs = _knobs(hear, talk.settings)
     boards = [left.board, right.board]
     given = [*boards, beside, left.model, right.model, system, *knobs]
     speech = _Speech(talk, explain)
@@ -164,22 +165,26 @@ def _at_rest() -> Any:
     return gr.update(submit_btn=True, stop_btn=False)
 
 
-def _knobs(hear: Hear) -> list[gr.components.Component]:
-    """A preset's name and what it stands for: new tokens, temperature, top-p, top-k, repetition penalty, seed."""
+def _knobs(hear: Hear, settings: Mapping[str, Any]) -> list[gr.components.Component]:
+    """A preset's name and what it stands for: new tokens, temperature, top-p, top-k, repetition penalty, seed. They begin
+    with the settings, else with the first preset."""
     names = [
         (say("exact: always the same", "精确：答案固定"), "exact"),
         (say("balanced", "均衡"), "balanced"),
         (say("lively", "活泼"), "lively"),
     ]
-    preset = gr.Radio(names, value="exact", label=say("Preset", "预设"), container=False)
-    tokens = gr.Slider(16, MOST_TOKENS, 512, step=16, label=say("At most, tokens", "最多 token"))
+    begin = tuple(settings.get(name, usual) for name, usual in zip(KNOBS, PRESETS["exact"], strict=True))
+    chosen = next((name for name, values in PRESETS.items() if values == begin), None)
+    preset = gr.Radio(names, value=chosen, label=say("Preset", "预设"), container=False)
+    most = settings.get("max_new_tokens", 512)
+    tokens = gr.Slider(16, MOST_TOKENS, most, step=16, label=say("At most, tokens", "最多 token"))
     knobs = [
-        gr.Slider(0, 2, 0.0, step=0.05, label=say("Temperature", "温度")),
-        gr.Slider(0.05, 1, 1.0, step=0.05, label="top-p"),
-        gr.Slider(0, 200, 0, step=1, label="top-k"),
-        gr.Slider(1, 2, 1.0, step=0.01, label=say("Repetition penalty", "重复惩罚")),
+        gr.Slider(0, 2, begin[0], step=0.05, label=say("Temperature", "温度")),
+        gr.Slider(0.05, 1, begin[1], step=0.05, label="top-p"),
+        gr.Slider(0, 200, begin[2], step=1, label="top-k"),
+        gr.Slider(1, 2, begin[3], step=0.01, label=say("Repetition penalty", "重复惩罚")),
     ]
-    seed = gr.Number(None, label=say("Seed (empty: any)", "随机种子（空：任意）"), precision=0)
+    seed = gr.Number(settings.get("seed"), label=say("Seed (empty: any)", "随机种子（空：任意）"), precision=0)
     preset.input(hear(lambda name: list(PRESETS[name])), preset, knobs, **QUIET)
     return [tokens, *knobs, seed]
 
