@@ -19,6 +19,7 @@ import tongwen.course  # noqa: F401 (all that training imports is in memory from
 from tongwen.model import adapt as adapting
 from tongwen.model import attention, load
 from tongwen.model.blocks import fuse_blocks
+from tongwen.model.layers import recompute
 from tongwen.model.score import learned_loss
 from tongwen.model.stack import open_stack
 from tongwen.recipe.schema import Adapter, Part
@@ -112,8 +113,7 @@ def _rehearsed(config: Any, setting: Setting, micro: Micro, layers: int) -> list
     if not getattr(model, "_supports_attention_backend", False):
         raise TypeError("its attention is its own")
     if setting.checkpointing:
-        with load.quiet():  # there is no random state to keep among tensors without values
-            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        recompute(model, preserve_rng_state=False)  # there is none to keep among tensors without values
     parts = rehearse(
         model,
         micro.lengths,

@@ -88,7 +88,6 @@ class Job:
     evaluate: Callable[[int], dict[str, Any]] | None
     watch: Watch
     engine: Engine
-    checkpointing: bool = False
     embeddings: Sequence[torch.nn.Parameter] = ()
     guarded: Sequence[torch.nn.Parameter] = ()
     budget: Budget | None = None
@@ -193,8 +192,6 @@ def training_arguments(job: Job) -> TrainingArguments:
     }
     if section.schedule == "wsd":
         ours["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps_of(section.decay, total))}
-    if job.checkpointing:
-        ours |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         **ours | job.engine.arguments | section.trainer
     )  # the recipe has refused what it says in its own words
