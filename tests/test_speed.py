@@ -124,7 +124,7 @@ def test_activations_are_recomputed_where_a_gpu_has_no_room(
     words = SimpleNamespace(activation_checkpointing=word, shares="", optimizer="adamw_8bit")
     plan = SimpleNamespace(flat=lambda: [(0,), (1, 2, 3), ()], accumulate=3)
     pupil = SimpleNamespace(model=model, device="cuda", packed=True, computing=nullcontext)
-    course._set_checkpointing(pupil, SimpleNamespace(stretch=SimpleNamespace(words=words), plan=plan), store)  # type: ignore[arg-type]
+    course.set_checkpointing(pupil, SimpleNamespace(stretch=SimpleNamespace(words=words), plan=plan), store)  # type: ignore[arg-type]
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     assert bool(layers) == recomputed
     assert bool(told) == (word == "auto" and not fitting)

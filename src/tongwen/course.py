@@ -330,7 +330,7 @@ def _train(
             guarded = pupil.adapted.focus(leg.stretch.parts)
             if len(legs) > 1:
                 console.tell(f"{leg.stretch.train}: {len(leg.plan)} {say('steps', '步')}")
-            _set_checkpointing(pupil, leg, course.lesson.store)
+            set_checkpointing(pupil, leg, course.lesson.store)
             unreached += _audit(pupil, course.lesson.store, leg.plan)
             watch = Watch(
                 folder / "metrics.jsonl",
@@ -470,7 +470,7 @@ def _check_lengths(config: Any, course: Course) -> None:
         )
 
 
-def _set_checkpointing(pupil: Pupil, leg: Leg, store: TokenStore) -> None:
+def set_checkpointing(pupil: Pupil, leg: Leg, store: TokenStore) -> None:
     """Recompute activations when the recipe says so, or when the largest micro-batch does not fit a GPU otherwise. Before
     the audit, which goes through the model as a step does."""
     word = leg.stretch.words.activation_checkpointing
