@@ -323,6 +323,8 @@ class PlannedTrainer(Trainer):
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
         bases = list(self.lr_scheduler.base_lrs)
+        if self.args.device.type == "cpu":  # transformers 5.17 asks for "cpu:0", which torch cannot place
+            torch.serialization.register_package(30, lambda storage: None, _stay_on_cpu)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.is_deepspeed_enabled:
             return
@@ -418,6 +420,10 @@ class Spending(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.job.budget:
             self.job.budget.spend(state.global_step)
+
+
+def _stay_on_cpu(storage: Any, location: str) -> Any:
+    return storage if location.startswith("cpu:") else None
 
 
 def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
