@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test docs pages bench bench-large crash-storm synthesize clean
+.PHONY: demo test gpu docs pages bench bench-large crash-storm synthesize clean
 
 demo: $(VENV)/installed
 	$(BIN)/tongwen demo
 
 test:
 	bash .ci/run
+
+# on a machine with a GPU: the laws that only one can show, and the benchmark (8 minutes)
+gpu: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/test_gpu.py tests/test_train.py tests/test_speed.py
+	$(BIN)/python bench/gpu_train.py --out bench/results/gpu_train.json
 
 docs: $(VENV)/installed-dev
 	$(BIN)/python docs/generate.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -26,7 +27,14 @@ from tongwen.train.engine import Engine
 from tongwen.train.fit import PlannedTrainer
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-ENGINES = ("ddp", "fsdp2", pytest.param("zero2", marks=needs_deepspeed))
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+CASES = [
+    *itertools.product(("ddp", "fsdp2"), ("lora", "full")),
+    *(pytest.param("zero2", method, marks=needs_deepspeed) for method in ("lora", "full")),
+    *(pytest.param(engine, "qlora", marks=needs_bitsandbytes) for engine in ("ddp", "fsdp2")),
+]
 
 
 def recipe_for(folder: Path, base: Path, method: str, engine: str = "auto", sft: str = "") -> Path:
@@ -58,7 +66,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def alone(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What one process makes, by method: the folder of the whole model."""
     made = {}
-    for method in ("lora", "full"):
+    for method in ("lora", "full", *(["qlora"] if importlib.util.find_spec("bitsandbytes") else [])):
         folder = tmp_path_factory.mktemp(f"alone_{method}")
         assert in_a_child("run", recipe_for(folder, chat_model, method)) == 0
         made[method] = folder / "out" / ("sft" if method == "full" else "merge")
@@ -81,8 +89,7 @@ def die_at(step: int) -> Any:
     return arm
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "method"), CASES)
 def test_two_processes_killed_and_resumed_are_one_process(
     engine: str, method: str, chat_model: Path, tmp_path: Path, alone: dict[str, Path]
 ) -> None:

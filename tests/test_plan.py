@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from tongwen.model import attention
 from tongwen.model.adapt import adapt
 from tongwen.model.load import Place, load_config, load_model
 from tongwen.model.score import learned_loss
-from tongwen.recipe.schema import Adapter
+from tongwen.recipe.schema import Adapter, Sft
 from tongwen.stages import plan
 from tongwen.train.batches import pack
+from tongwen.train.engine import sharing_of
+from tongwen.train.memory import Shape, Sharing
 from tongwen.train.rehearsal import ROWS, Live
 
 LENGTHS = (40, 24)
@@ -124,6 +127,75 @@ def test_what_does_not_fit_gets_changes_that_make_it_fit(
             assert facts["disk_bytes"] > 0
             assert facts["memory_bytes"]["peak"] == foresight.LIBRARIES + plan.STREAMED
     assert sorted(tmp_path.iterdir()) == [tmp_path / "data.jsonl", recipe]  # nothing was written
+
+
+SHARED_BY = {
+    "ddp": (),
+    "zero1": ("optimizer",),
+    "zero2": ("gradients", "optimizer"),
+    "zero3": ("weights", "gradients", "optimizer"),
+    "fsdp2": ("weights", "gradients", "optimizer"),
+}
+
+
+@pytest.mark.parametrize("engine", SHARED_BY)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_process_holds_its_part_of_what_its_engine_shares_out(method: str, engine: str, chat_model: Path) -> None:
+    config, micro = load_config(Place("t", str(chat_model))), Micro(LENGTHS, ROWS, 2)
+    how = setting(method)
+    alone = foresight.foresee(config, how, micro)
+    four = foresight.foresee(config, replace(how, sharing=Sharing(engine, 4)), micro).bytes
+    for purpose in ("weights", "gradients", "optimizer", "activations", "head"):
+        parts = 4 if purpose in SHARED_BY[engine] else 1
+        assert four[purpose] == pytest.approx(alone.bytes[purpose] / parts, abs=4), purpose
+    shape, whole = alone.shape, 0
+    assert shape.outside + 2 * shape.of_layer == shape.parameters, "two layers, and what belongs to none"
+    if engine == "ddp":
+        whole = alone.bytes["gradients"]  # in its buckets
+    elif "weights" in SHARED_BY[engine]:  # fp32: two layers and the rest, and a layer's gradient twice
+        whole = 4 * shape.parameters + 8 * (shape.trainable // 2)
+    assert four.get("gathered", 0) == whole
+    assert four["peak"] == sum(size for name, size in four.items() if name != "peak")
+
+
+def test_deepspeed_in_16_bits_and_offloading_are_reckoned() -> None:
+    shape = Shape(1000, 100, 2, 8, 16, 32, of_layer=300, outside=400)
+    needs = {"weights": 2 * 900 + 4 * 100, "gradients": 400, "optimizer": 800, "activations": 5, "head": 7}
+    zero = Sharing("zero2", 2, bucket=50).of(needs, shape, 2, 2)
+    # All in bf16; half of the bf16 gradients, of both moments and of the fp32 originals; a bucket.
+    assert zero == {"weights": 2000, "gradients": 100, "optimizer": 600, "activations": 5, "head": 7, "gathered": 100}
+    away = Sharing("fsdp2", 2, ("weights", "gradients", "optimizer")).of(needs, shape, 2, 0.5)
+    # Embedding and head in bf16, two layers in four bits, one layer's gradient in bf16 and in fp32.
+    assert away["gathered"] == 2 * 400 + 300 + 6 * 50 and away["weights"] == away["optimizer"] == 0
+    kept = Sharing("fsdp2", 2, reshard=False).of(needs, shape, 2, 2)
+    assert kept["gathered"] == 2 * 400 + 2 * 600 + 6 * 50 and kept["weights"] == 1100
+
+
+def test_what_an_engine_shares_out_is_read_from_the_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": 10}}))
+    assert sharing_of(Sft(engine=str(file)), 4) == Sharing("zero1", 4, bucket=10)
+    assert sharing_of(Sft(engine="zero2"), 4) == Sharing("zero2", 4, bucket=1_000_000_000)
+    away = ("optimizer", "gradients", "weights")
+    assert sharing_of(Sft(engine="zero3", offload=True), 4) == Sharing("zero3", 4, away, bucket=500_000_000)
+    assert sharing_of(Sft(engine="fsdp2"), 4) == Sharing("fsdp2", 4)
+    assert sharing_of(Sft(), 2) == Sharing("ddp", 2) and sharing_of(Sft(), 1) == Sharing()
+
+
+def test_a_plan_for_several_gpus_says_whose_memory_it_is(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, chat_model, merge=False)
+    words = ("--gpu", "24GB", "--json", "sft.engine=fsdp2", "sft.adapter.method=full")
+    _, out, err = tongwen("plan", recipe, *words)
+    one = json.loads(out)["memory_bytes"]
+    assert "for one GPU; fsdp2 divides among several: --devices N" in err
+    _, out, err = tongwen("plan", recipe, *words, "--devices", "4")
+    four = json.loads(out)
+    assert "per GPU: fsdp2 divides weights, gradients, optimizer among 4" in err
+    assert four["engine"] == "fsdp2" and four["shared_out"] == ["weights", "gradients", "optimizer"]
+    assert four["memory_bytes"]["optimizer"] == pytest.approx(one["optimizer"] / 4, abs=4)
+    hopeless = json.loads(tongwen("plan", recipe, "--gpu", "0.01MB", *words[2:], "--devices", "4")[1])
+    for cure in hopeless["cures"]:  # each goes with the engine
+        assert tongwen("check", recipe, *words[3:], cure["change"])[0] == 0, cure
 
 
 def test_time_is_measured_when_asked(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:

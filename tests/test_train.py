@@ -190,6 +190,83 @@ def test_attention_of_short_documents_in_bf16_is_no_further_from_fp32_than_torch
         assert (one - right).norm() <= 1.25 * (other - right).norm() < 0.05 * right.norm()
 
 
+def flash(
+    query: torch.Tensor,  # (T, heads, width)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What torch says of `varlen_attn`, written out."""
+    assert max_q == max_k == int(cu_seq_q.diff().max()) and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    before, after = (reach if reach >= 0 else max_q for reach in window_size)
+    keys, values = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    of = torch.bucketize(torch.arange(len(query)), cu_seq_q, right=True)  # the document of each token
+    back = torch.arange(len(query))[:, None] - torch.arange(len(query))
+    hidden = (of[:, None] != of) | (back > before) | (-back > after)
+    scores = torch.einsum("qhw,khw->hqk", query, keys) * (scale or query.shape[-1] ** -0.5)
+    return torch.einsum("hqk,khw->qhw", scores.masked_fill(hidden, -math.inf).softmax(-1), values)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 99])
+def test_all_documents_at_once_are_each_document_alone(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU with the one of a CPU: outputs and gradients, with grouped heads, scale and window."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(1, heads, 12, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+    words: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "max_length_q": 7}
+    borders = torch.tensor([0, 5, 12], dtype=torch.int32)
+
+    def both() -> list[torch.Tensor]:
+        out, _ = attention.documents_attention(None, *parts, None, cu_seq_lens_q=borders, **words)  # type: ignore[arg-type]
+        return [out, *torch.autograd.grad(out.square().sum(), parts)]
+
+    alone = both()
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
+    monkeypatch.setattr(attention, "_suits_flash", lambda query, value, computed_in: True)
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", None)
+    for found, wanted in zip(both(), alone, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_torchs_own_function_takes_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without values, forward and back: its words and its shapes, in the number type of autocast."""
+    monkeypatch.setattr(attention, "_suits_flash", lambda query, value, computed_in: computed_in == torch.bfloat16)
+    parts = [torch.empty(1, heads, 12, 8, device="meta", requires_grad=True) for heads in (4, 2, 2)]
+    borders = torch.empty(3, dtype=torch.int32, device="meta")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "meta")
+    words: dict[str, Any] = {"cu_seq_lens_q": borders, "max_length_q": 7, "sliding_window": 3}
+    out, _ = attention.documents_attention(None, *parts, None, **words)  # type: ignore[arg-type]
+    assert out.shape == (1, 12, 4, 8) and out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert [part.grad.shape for part in parts if part.grad is not None] == [part.shape for part in parts]
+
+
+def test_flash_attention_is_used_where_it_computes_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gpu:
+        is_cuda, device = True, "cuda"
+
+        def __init__(self, width: int) -> None:
+            self.shape = (1, 4, 12, width)
+
+    def suits(width: int = 64, kind: torch.dtype = torch.bfloat16, of_value: int = 0) -> bool:
+        return attention._suits_flash(Gpu(width), Gpu(of_value or width), kind)  # type: ignore[arg-type]
+
+    capability = [(8, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    assert suits() and suits(256) and suits(kind=torch.float16)
+    assert not suits(kind=torch.float32) and not suits(264) and not suits(60) and not suits(192, of_value=128)
+    capability[0] = (7, 5)
+    assert not suits(), "no flash attention before Ampere"
+    assert not attention._suits_flash(torch.empty(1, 4, 12, 64), torch.empty(1, 4, 12, 64), torch.bfloat16)
+
+
 def test_attention_without_borders_or_with_unknown_scores_raises() -> None:
     part = torch.randn(1, 1, 2, 4)
     with pytest.raises(RuntimeError, match="cu_seq_lens_q"):

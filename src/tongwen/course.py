@@ -30,7 +30,7 @@ from tongwen.infer.decode import Sampling, Voice
 from tongwen.language import say
 from tongwen.lesson import Lesson, Reader, say_ledger
 from tongwen.model import adapt as adapting
-from tongwen.model import attention, dress, load
+from tongwen.model import attention, dress, layers, load
 from tongwen.model.adalora import budget_of
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from tongwen.model.score import bits_per_byte, learned_loss
@@ -45,10 +45,13 @@ from tongwen.train.batches import MicroBatches, Plan, fill, make_plan, token_bud
 from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, read_manifest, step_of
 from tongwen.train.engine import Engine, choose, gather, reshard
 from tongwen.train.fit import Job, fit
+from tongwen.train.memory import STATE_BYTES
+from tongwen.train.probe import fits
 from tongwen.train.report import held_out_table, say_result, write_report
 from tongwen.train.watch import Watch, check_forgetting, peak_memory_bytes, read_metrics
 
 SAMPLES = "samples.jsonl"
+SPARE = 0.03  # of a GPU's memory is left over when a micro-batch is tried: what the allocator breaks up in a long run
 
 
 class Question(NamedTuple):
@@ -259,6 +262,8 @@ def _open_pupil(course: Course, device: str, engine: Engine, adapter_steps: int)
         adapted.find_learners()
     elif not quantize:  # quantised weights are where they belong
         adapted.model.to(device)
+    if section.compile:
+        layers.compile_layers(adapted.model)
     return Pupil(adapted, stops, packed, fingerprint, device, dtype, engine)
 
 
@@ -327,6 +332,7 @@ def _train(
             guarded = pupil.adapted.focus(leg.stretch.parts)
             if len(legs) > 1:
                 console.tell(f"{leg.stretch.train}: {len(leg.plan)} {say('steps', '步')}")
+            set_checkpointing(pupil, leg, course.lesson.store)
             unreached += _audit(pupil, course.lesson.store, leg.plan)
             watch = Watch(
                 folder / "metrics.jsonl",
@@ -356,6 +362,7 @@ def _conditions(pupil: Pupil, leg: Leg) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "micro_batch_tokens": leg.plan.budget,
         "activation_checkpointing": leg.stretch.words.activation_checkpointing,
+        "compile": leg.stretch.words.compile,
         "versions": artifact.versions(),
     }
 
@@ -397,7 +404,6 @@ def _job(
         evaluate=evaluate,
         watch=watch,
         engine=pupil.engine,
-        checkpointing=_needs_checkpointing(leg.stretch.words, pupil.model.config, pupil.device, leg.plan.budget),
         embeddings=pupil.adapted.embeddings if apart else (),
         guarded=guarded,
         budget=budget_of(pupil.model) if "lora" in leg.stretch.parts else None,
@@ -466,15 +472,41 @@ def _check_lengths(config: Any, course: Course) -> None:
         )
 
 
-def _needs_checkpointing(section: Training, config: Any, device: str, budget: int) -> bool:
-    """On when the recipe says so, or when the activations of a micro-batch would not fit into the free GPU memory.
+def set_checkpointing(pupil: Pupil, leg: Leg, store: TokenStore) -> None:
+    """Recompute activations when the recipe says so, or when the largest micro-batch does not fit a GPU otherwise. Before
+    the audit, which goes through the model as a step does."""
+    word = leg.stretch.words.activation_checkpointing
+    layers.keep(pupil.model)
+    if word == "on":
+        layers.recompute(pupil.model)
+    elif word == "auto" and pupil.device == "cuda" and not _fits(pupil, leg, store):
+        layers.recompute(pupil.model)
+        console.notice(
+            say(
+                "a micro-batch does not fit the GPU with all its activations; they are recomputed "
+                "(micro_batch_tokens smaller would be faster where it suffices)",
+                "一个微批的全部激活放不进 GPU；改为重算激活（若减小 micro_batch_tokens 即可放下，则更快）",
+            )
+        )
 
-    About 34 numbers of the hidden width are kept per token and layer without it (performance notes of Megatron-LM,
-    arXiv 2205.05198, without the attention scores that fused attention never stores)."""
-    if section.activation_checkpointing != "auto" or device != "cuda":
-        return section.activation_checkpointing == "on"
-    free, _ = torch.cuda.mem_get_info()
-    return bool(budget * config.num_hidden_layers * config.hidden_size * 34 * 2 > 0.8 * free)
+
+def _fits(pupil: Pupil, leg: Leg, store: TokenStore) -> bool:
+    """The largest micro-batch is tried beside room for the optimizer. Where processes share the model out, one that fails
+    would leave the others waiting; there it is reckoned: about 34 numbers of the hidden width are kept per token and layer
+    (arXiv 2205.05198, without the attention scores that fused attention never stores)."""
+    free, whole = torch.cuda.mem_get_info()
+    if leg.stretch.words.shares:
+        config = pupil.model.config.get_text_config()
+        return bool(leg.plan.budget * config.num_hidden_layers * config.hidden_size * 34 * 2 <= 0.8 * free)
+    largest = max(leg.plan.flat(), key=lambda micro: int(store.lengths[list(micro)].sum()))
+    batch = MicroBatches(store, [largest], packed=pupil.packed)[0]
+    learning = sum(part.numel() for part in pupil.model.parameters() if part.requires_grad)
+    buckets = 4 * launch.is_launched()  # DDP's copy of the gradients
+    reserve = learning * (STATE_BYTES[leg.stretch.words.optimizer] + buckets) + int(SPARE * whole)
+    with console.waiting(say("trying a micro-batch on the GPU", "在 GPU 上试一个微批")):
+        return fits(
+            pupil.model, batch, learned_loss, pupil.computing(), passes=min(leg.plan.accumulate, 2), reserve=reserve
+        )
 
 
 def _score(pupil: Pupil, stores: dict[str, TokenStore], budget: int, sizes: torch.Tensor) -> dict[str, Any]:
@@ -505,7 +537,7 @@ def _answer(pupil: Pupil, course: Course) -> list[str]:
         model.set_attn_implementation("sdpa")
     try:
         ids = [reader.encoder.encode_prompt(question.prompt) for question in course.questions]
-        with pupil.computing():
+        with pupil.computing(), layers.as_written(model):
             return [voice.decode(voice.answer([one], Sampling(max_new_tokens=64))[0]).strip() for one in ids]
     finally:
         model.set_attn_implementation(trained_with)

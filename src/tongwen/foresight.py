@@ -14,20 +14,23 @@ from typing import Any
 
 import psutil
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import tongwen.course  # noqa: F401 (all that training imports is in memory from here on)
 from tongwen.model import adapt as adapting
 from tongwen.model import attention, load
 from tongwen.model.blocks import fuse_blocks
+from tongwen.model.layers import recompute
 from tongwen.model.score import learned_loss
 from tongwen.model.stack import open_stack
 from tongwen.recipe.schema import Adapter, Part
 from tongwen.train.audit import to_device
 from tongwen.train.batches import MicroBatches, Plan
-from tongwen.train.memory import CUDA_CONTEXT, QUANTIZED, STATE_BYTES, Shape, kept_for_backward
+from tongwen.train.memory import ALONE, CUDA_CONTEXT, QUANTIZED, STATE_BYTES, Shape, Sharing, kept_for_backward
 from tongwen.train.rehearsal import AT_ANY_DEPTH, rehearse
 
 ALIKE, ALTERNATING = (2, 4), (4, 8)  # layers that are rehearsed of a deeper model
+PURPOSES = ("weights", "gradients", "optimizer", "activations", "head")
 LIBRARIES = psutil.Process().memory_info().rss
 
 
@@ -46,7 +49,8 @@ class Micro:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained. parts: all that some phase trains; dtype: what is computed in; device: cpu, cuda, ..."""
+    """How a model is trained. parts: all that some phase trains; dtype: what is computed in; device: cpu, cuda, ...; sharing:
+    what of it falls to each process."""
 
     adapter: Adapter
     parts: Collection[Part]
@@ -54,6 +58,7 @@ class Setting:
     device: str
     optimizer: str = "adamw"
     checkpointing: bool = False
+    sharing: Sharing = ALONE
 
     @property
     def quantize(self) -> str:
@@ -64,13 +69,21 @@ def shape_of(config: Any, setting: Setting) -> Shape:
     """Counts and widths of the adapted model; new rows count as one."""
     text = config.get_text_config()
     model, _ = _skeleton(config, setting)
+    parameters = sum(part.numel() for part in model.parameters())
+    of_layers = [
+        sum(part.numel() for part in module.parameters())
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    ] or [parameters // int(text.num_hidden_layers)]
     return Shape(
-        parameters=sum(part.numel() for part in model.parameters()),
+        parameters=parameters,
         trainable=sum(part.numel() for part in model.parameters() if part.requires_grad),
         layers=int(text.num_hidden_layers),
         hidden=int(text.hidden_size),
         intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
         vocabulary=int(text.vocab_size),
+        of_layer=max(of_layers),
+        outside=max(parameters - sum(of_layers), 0),
     )
 
 
@@ -97,13 +110,14 @@ def foresee(config: Any, setting: Setting, micro: Micro) -> Needs:
         rehearsed = True
     except (RuntimeError, TypeError, AttributeError, KeyError):  # what an unknown model's code raises without values
         parts, rehearsed = [_by_formula(config, setting, micro, shape)], False
-    fullest = max(parts, key=lambda part: sum(part.values()))
-    needs = {
-        "libraries": LIBRARIES if setting.device == "cpu" else CUDA_CONTEXT,
-        **{purpose: fullest.get(purpose, 0) for purpose in ("weights", "gradients")},
-        "optimizer": STATE_BYTES[setting.optimizer] * shape.trainable,
-        **{purpose: fullest.get(purpose, 0) for purpose in ("activations", "head")},
-    }
+    width, state = setting.dtype.itemsize, STATE_BYTES[setting.optimizer] * shape.trainable
+    frozen = QUANTIZED[setting.quantize] if setting.quantize else width
+    found = [
+        setting.sharing.of({**dict.fromkeys(PURPOSES, 0), **part, "optimizer": state}, shape, width, frozen)
+        for part in parts
+    ]
+    fullest = max(found, key=lambda part: sum(part.values()))
+    needs = {"libraries": LIBRARIES if setting.device == "cpu" else CUDA_CONTEXT, **fullest}
     return Needs(shape, {**needs, "peak": sum(needs.values())}, rehearsed)
 
 
@@ -112,8 +126,7 @@ def _rehearsed(config: Any, setting: Setting, micro: Micro, layers: int) -> list
     if not getattr(model, "_supports_attention_backend", False):
         raise TypeError("its attention is its own")
     if setting.checkpointing:
-        with load.quiet():  # there is no random state to keep among tensors without values
-            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        recompute(model, preserve_rng_state=False)  # there is none to keep among tensors without values
     parts = rehearse(
         model,
         micro.lengths,

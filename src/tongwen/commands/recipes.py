@@ -32,7 +32,7 @@ def add_to(add: Add) -> None:
         "--from", dest="start", default="", metavar="STAGE", help=say("this stage and the later ones", "从这一阶段起")
     )
     command.add_argument("--until", default="", metavar="STAGE", help=say("up to this stage", "到这一阶段止"))
-    command.add_argument("--devices", type=int, help=say("processes, one per GPU", "进程数，每块 GPU 一个"))
+    _add_devices(command)
     command.add_argument(
         "--again",
         action="store_true",
@@ -61,6 +61,7 @@ def add_to(add: Add) -> None:
     command.add_argument(
         "--gpu", default="", metavar="24GB", help=say("a GPU of this memory that is not here", "假设有这么大显存的 GPU")
     )
+    _add_devices(command)
     command.add_argument(
         "--measure",
         action="store_true",
@@ -89,6 +90,10 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
         metavar="section.key=value",
         help=say("change a word of the recipe", "改动配方中的一个词"),
     )
+
+
+def _add_devices(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--devices", type=int, help=say("processes, one per GPU", "进程数，每块 GPU 一个"))
 
 
 def _load(parsed: argparse.Namespace) -> Any:

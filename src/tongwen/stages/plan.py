@@ -21,13 +21,15 @@ from tongwen.model import load
 from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
 from tongwen.river import standing_on
 from tongwen.train.batches import Plan, make_plan, token_budget
-from tongwen.train.memory import STREAMED, flops_per_token
+from tongwen.train.engine import sharing_of
+from tongwen.train.memory import SHARED, STREAMED, flops_per_token
 
 PURPOSES = {  # of memory, in Chinese
     "libraries": "程序库",
     "weights": "权重",
     "gradients": "梯度",
     "optimizer": "优化器",
+    "gathered": "通信缓冲与临时还原的层",
     "activations": "激活",
     "head": "输出层",
     "blocks": "分块",
@@ -60,7 +62,7 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
     lesson = _look(recipe, section, base)
     plans = _plans(section, lesson, device, recipe.devices)
     micro = _fullest(plans, lesson)
-    setting, needs = _needs(config, section, _setting(section, device, limit), micro, limit)
+    setting, needs = _needs(config, section, _setting(section, device, limit, recipe.devices), micro, limit)
     shape = needs.shape
     tokens = sum(sum(one.tokens_of(lesson.store.lengths)) for one in plans)
     steps = [len(one) for one in plans]
@@ -75,7 +77,7 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
         "checkpoints": shape.trainable * 12 * section.keep_checkpoints,
         "weights": shape.parameters * 4 if full else shape.trainable * 4,
     }
-    cures = list(_cures(name, config, section, micro, needs.bytes["peak"], limit)) if limit else []
+    cures = list(_cures(name, config, section, micro, needs.bytes["peak"], limit, recipe.devices)) if limit else []
     facts = {
         "steps": sum(steps),
         "steps_of_phases": steps,
@@ -91,6 +93,8 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
         "mask": lesson.mask,
         "trainable": shape.trainable,
         "memory_bytes": needs.bytes,
+        "engine": setting.sharing.engine or "single",
+        "shared_out": list(SHARED.get(setting.sharing.engine, ())) if recipe.devices > 1 else [],
         "rehearsed": needs.rehearsed,
         "activation_checkpointing": setting.checkpointing,
         "disk": disk,
@@ -125,12 +129,12 @@ def _plans(section: Training, lesson: Lesson, device: str, world: int) -> list[P
     ]
 
 
-def _setting(section: Training, device: str, limit: int | None) -> Setting:
+def _setting(section: Training, device: str, limit: int | None, world: int) -> Setting:
     parts = {part for stretch in section.stretches for part in stretch.parts}
     guessed = torch.float32 if section.precision == "fp32" else torch.bfloat16
     dtype = guessed if limit else load.compute_dtype(section.precision, device)[0]
     on = section.activation_checkpointing == "on"
-    return Setting(section.adapter, frozenset(parts), dtype, device, section.optimizer, on)
+    return Setting(section.adapter, frozenset(parts), dtype, device, section.optimizer, on, sharing_of(section, world))
 
 
 def _fullest(plans: list[Plan], lesson: Lesson) -> Micro:
@@ -151,12 +155,14 @@ def _needs(config: Any, section: Training, setting: Setting, micro: Micro, limit
     return setting, needs
 
 
-def _cures(name: str, config: Any, section: Training, micro: Micro, peak: int, limit: int) -> Iterator[dict[str, Any]]:
+def _cures(
+    name: str, config: Any, section: Training, micro: Micro, peak: int, limit: int, world: int
+) -> Iterator[dict[str, Any]]:
     """What to change when it does not fit, the cheapest first, each on top of those before it, until it does."""
     if peak <= limit:
         return
     for change, changed, smaller in _cheaper(name, section, micro):
-        _, needs = _needs(config, changed, _setting(changed, "cuda", limit), smaller, limit)
+        _, needs = _needs(config, changed, _setting(changed, "cuda", limit, world), smaller, limit)
         if needs.bytes["peak"] >= peak:
             continue
         peak = needs.bytes["peak"]
@@ -174,7 +180,7 @@ def _cheaper(name: str, section: Training, micro: Micro) -> Iterator[tuple[str, 
     if section.activation_checkpointing == "off":
         section = section.model_copy(update={"activation_checkpointing": "auto"})
         yield f"{name}.activation_checkpointing=auto", section, micro
-    if section.optimizer == "adamw":
+    if section.optimizer == "adamw" and not section.shares:
         section = section.model_copy(update={"optimizer": "adamw_8bit"})
         yield f"{name}.optimizer=adamw_8bit", section, micro
     while longest > 512:
@@ -186,7 +192,11 @@ def _cheaper(name: str, section: Training, micro: Micro) -> Iterator[tuple[str, 
     if all(stretch.parts == ("full",) for stretch in section.stretches):
         section, change = _with_adapter(section)
         yield f"{name}.{change}", section, micro
-    if section.adapter.method == "lora" and all("lora" in stretch.parts for stretch in section.stretches):
+    if (
+        section.adapter.method == "lora"
+        and section.shares != "deepspeed"
+        and all("lora" in stretch.parts for stretch in section.stretches)
+    ):
         quantized = section.adapter.model_copy(update={"method": "qlora"})
         yield f"{name}.adapter.method=qlora", section.model_copy(update={"adapter": quantized}), micro
 
@@ -254,6 +264,36 @@ def _memory_rows(needs: dict[str, int], note: str = "") -> list[tuple[str, str]]
     return [*rows, (say("peak memory, about", "峰值内存约"), console.human_bytes(needs["peak"]) + note)]
 
 
+def _sharing_rows(facts: dict[str, Any], section: Training) -> list[tuple[str, str]]:
+    """What the numbers above are of, where there are several processes, or should be."""
+    world, engine = facts["devices"], facts["engine"]
+    parts = [say(name, PURPOSES[name]) for name in facts["shared_out"]]
+    title = say("all of this", "以上均为")
+    if world > 1 and parts:
+        shared = say(", ".join(parts), "、".join(parts))
+        return [
+            (
+                title,
+                say(
+                    f"per GPU: {engine} divides {shared} among {world}", f"每块 GPU：{engine} 把{shared}分给 {world} 块"
+                ),
+            )
+        ]
+    if world > 1:
+        return [(title, say(f"per GPU: {engine} divides nothing", f"每块 GPU：{engine} 不分担"))]
+    if section.shares:
+        return [
+            (
+                title,
+                say(
+                    f"for one GPU; {engine} divides among several: --devices N",
+                    f"单卡；{engine} 由多卡分担：--devices N",
+                ),
+            )
+        ]
+    return []
+
+
 def _disk_row(size: int) -> tuple[str, str]:
     return say("disk", "磁盘"), console.human_bytes(size)
 
@@ -285,6 +325,7 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
                 ),
             ),
             *_memory_rows(facts["memory_bytes"], note),
+            *_sharing_rows(facts, section),
             _disk_row(facts["disk_bytes"]),
             (
                 say("time, measured", "用时（实测推算）")
@@ -302,4 +343,9 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
     for cure in facts["cures"]:
         console.tell(f"  {cure['change']}  {console.human_bytes(cure['peak'])}{' ✓' if cure['fits'] else ''}")
     if not any(cure["fits"] for cure in facts["cures"]):
-        console.tell(say("  then a smaller base, or a larger GPU", "  再不行，换更小的底座或更大的 GPU"))
+        console.tell(
+            say(
+                "  then a smaller base, a larger GPU, or several: engine: fsdp2, --devices N",
+                "  再不行，换更小的底座、更大的 GPU，或用多卡：engine: fsdp2，--devices N",
+            )
+        )

@@ -23,7 +23,9 @@ from tongwen.errors import MachineError, MissingPackage, RecipeError
 from tongwen.language import say
 from tongwen.recipe import engine_file
 from tongwen.recipe.schema import Training
+from tongwen.train.memory import SHARED, Sharing
 
+BUCKET = 500_000_000  # DeepSpeed's default
 ASKED_FROM_OUTSIDE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
@@ -151,6 +153,22 @@ def choose(words: Training) -> Engine:
         config = _deepspeed_config(words)
         return Engine(f"zero{config['zero_optimization'].get('stage', 0)}", {"deepspeed": config})
     return Engine("ddp" if launched else "single")
+
+
+def sharing_of(words: Training, world: int) -> Sharing:
+    """What each of so many processes will hold. Raises RecipeError for a file that cannot be read."""
+    if words.shares == "fsdp2":
+        config = _fsdp_config(words)
+        offloaded = SHARED["fsdp2"] if words.offload else ()
+        return Sharing("fsdp2", world, offloaded, config.get("reshard_after_forward", True))
+    if words.shares == "deepspeed":
+        zero = _deepspeed_config(words)["zero_optimization"]
+        stage = zero.get("stage", 0)
+        waits = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": ("weights",)}
+        waiting = tuple(purpose for key, what in waits.items() if key in zero for purpose in what)
+        copies = 0 if stage == 0 else 2 if stage < 3 and zero.get("overlap_comm") else 1
+        return Sharing(f"zero{stage}", world, waiting, bucket=copies * int(zero.get("reduce_bucket_size", BUCKET)))
+    return Sharing("ddp" if world > 1 else "", world)
 
 
 def _prepare_deepspeed_on_cpu() -> None:

@@ -88,7 +88,6 @@ class Job:
     evaluate: Callable[[int], dict[str, Any]] | None
     watch: Watch
     engine: Engine
-    checkpointing: bool = False
     embeddings: Sequence[torch.nn.Parameter] = ()
     guarded: Sequence[torch.nn.Parameter] = ()
     budget: Budget | None = None
@@ -193,8 +192,6 @@ def training_arguments(job: Job) -> TrainingArguments:
     }
     if section.schedule == "wsd":
         ours["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps_of(section.decay, total))}
-    if job.checkpointing:
-        ours |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     arguments = TrainingArguments(
         **ours | job.engine.arguments | section.trainer
     )  # the recipe has refused what it says in its own words
@@ -326,6 +323,8 @@ class PlannedTrainer(Trainer):
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
         bases = list(self.lr_scheduler.base_lrs)
+        if self.args.device.type == "cpu":  # transformers 5.17 asks for "cpu:0", which torch cannot place
+            torch.serialization.register_package(30, lambda storage: None, _stay_on_cpu)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.is_deepspeed_enabled:
             return
@@ -421,6 +420,10 @@ class Spending(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.job.budget:
             self.job.budget.spend(state.global_step)
+
+
+def _stay_on_cpu(storage: Any, location: str) -> Any:
+    return storage if location.startswith("cpu:") else None
 
 
 def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:

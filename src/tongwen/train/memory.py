@@ -12,7 +12,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 @dataclass(frozen=True)
 class Shape:
-    """parameters: all; trainable: those with a gradient; the rest are the model's widths."""
+    """parameters: all; trainable: those with a gradient; of_layer: those of the largest layer; outside: those of no layer; the
+    rest are the model's widths."""
 
     parameters: int
     trainable: int
@@ -20,6 +21,8 @@ class Shape:
     hidden: int
     intermediate: int
     vocabulary: int
+    of_layer: int = 0
+    outside: int = 0
 
 
 # A block of 64 weights has a scale of one byte beside it; those scales have a scale for each 256 of them.
@@ -27,6 +30,62 @@ QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0, "muon": 4}  # for each parameter
 STREAMED = 100_000_000  # bytes that merging and exporting take at any size of model (bench/results/merge.json)
 CUDA_CONTEXT = 600_000_000  # bytes of a GPU that CUDA and its libraries take before the first tensor, about
+
+
+# What each process has only its part of. ZeRO counts up: the optimizer, then the gradients, then the weights.
+SHARED = {
+    "zero1": ("optimizer",),
+    "zero2": ("gradients", "optimizer"),
+    "zero3": ("weights", "gradients", "optimizer"),
+    "fsdp2": ("weights", "gradients", "optimizer"),
+}
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How an engine divides a training among processes, each with a GPU of its own.
+
+    engine:    "" for one process, ddp, zero0 to zero3, or fsdp2
+    offloaded: purposes that wait in the host's memory
+    reshard:   fsdp2: whether a layer's weights are given back between forward and backward
+    bucket:    DeepSpeed: numbers of the buffers that gradients are collected in
+    """
+
+    engine: str = ""
+    world: int = 1
+    offloaded: tuple[str, ...] = ()
+    reshard: bool = True
+    bucket: int = 0
+
+    def of(self, needs: dict[str, int], shape: Shape, width: int, frozen_width: float) -> dict[str, int]:
+        """Bytes of one process by purpose, from those of a process alone. width: bytes of a number that is computed with;
+        frozen_width: of one of a layer's weights, which may be quantised.
+
+        DDP collects gradients in buckets, which are a second copy of them. DeepSpeed in 16 bits keeps what learns in 16 and
+        its fp32 original with the optimizer; its gradients have 16 bits. Whoever shares the weights out makes two layers
+        whole at a time, the one that is computed and the next, and what belongs to no layer (embedding, head) all along.
+        """
+        out = dict(needs)
+        if self.engine == "ddp" and self.world > 1:
+            out["gathered"] = needs["gradients"]
+        if self.engine.startswith("zero"):
+            out["gathered"] = self.bucket * width
+            if width == 2:
+                out["weights"] -= 2 * shape.trainable
+                out["gradients"] //= 2
+                out["optimizer"] += 4 * shape.trainable
+        shared = SHARED.get(self.engine, ())
+        for purpose in shared:
+            out[purpose] = -(-out[purpose] // self.world)
+        if "weights" in shared:
+            layers = 2 * shape.of_layer if self.reshard else shape.of_layer * shape.layers
+            learning = shape.trainable // shape.layers  # of a layer: its whole gradient, before it is summed in fp32
+            whole = width * shape.outside + int(frozen_width * layers) + (width + 4) * learning
+            out["gathered"] = out.get("gathered", 0) + whole
+        return {purpose: 0 if purpose in self.offloaded else size for purpose, size in out.items()}
+
+
+ALONE = Sharing()
 
 
 def kept_for_backward(shape: Shape, *, checkpointing: bool) -> int:

@@ -1,0 +1,56 @@
+"""Causal attention of one document in bf16 on a CPU, where torch's own backward takes twice as long as this one (35 against
+13 ms for two documents of 512 tokens, 9 heads of 64, with AMX)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+BLOCK = 128  # queries whose scores are in a core's cache together
+
+
+class ShortAttention(torch.autograd.Function):
+    """query: (1, heads, T, head_dim); key, value: (1, kv_heads, T, head_dim). A block of queries at a time; scores and
+    softmax in fp32, products in bf16. Saves what the softmax gave: 2 bytes for each pair of tokens and head.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        grouped, keys, values = query[0].unflatten(0, (len(key[0]), -1)), key[0], value[0]
+        wide = keys.float().transpose(1, 2)
+        out = torch.empty_like(grouped)
+        later = torch.full((BLOCK, BLOCK), -math.inf).triu(1)
+        weights = []
+        for begin, end in _blocks(grouped.shape[2]):
+            rows = grouped[:, :, begin:end]  # (kv_heads, heads of each, block, head_dim)
+            with torch.autocast("cpu", enabled=False):
+                scores = torch.bmm((rows.float() * scale).flatten(1, 2), wide[:, :, :end])
+            scores.unflatten(1, rows.shape[1:3])[..., begin:].add_(later[: end - begin, : end - begin])
+            weights.append(scores.softmax(-1).to(query.dtype))
+            out[:, :, begin:end] = torch.bmm(weights[-1], values[:, :end]).view_as(rows)
+        ctx.save_for_backward(query, key, value, *weights)
+        ctx.scale = scale
+        return out.view_as(query)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        query, key, value, *weights = ctx.saved_tensors
+        grouped, keys, values = query[0].unflatten(0, (len(key[0]), -1)), key[0], value[0]
+        of_out = (
+            gradient[0].view_as(grouped) if gradient.is_contiguous() else gradient[0].unflatten(0, grouped.shape[:2])
+        )
+        of_query, of_key, of_value = torch.empty_like(grouped), torch.zeros_like(keys), torch.zeros_like(values)
+        for (begin, end), weight in zip(_blocks(grouped.shape[2]), weights, strict=True):
+            rows, of_rows = (part[:, :, begin:end].flatten(1, 2) for part in (grouped, of_out))
+            of_weight = torch.bmm(of_rows, values[:, :end].transpose(1, 2))
+            of_scores = torch._softmax_backward_data(of_weight, weight, -1, weight.dtype)
+            of_query[:, :, begin:end] = torch.bmm(of_scores, keys[:, :end]).view_as(of_query[:, :, begin:end])
+            of_key[:, :end].baddbmm_(of_scores.transpose(1, 2), rows)
+            of_value[:, :end].baddbmm_(weight.transpose(1, 2), of_rows)
+        return of_query.mul_(ctx.scale).view_as(query), of_key.mul_(ctx.scale)[None], of_value[None], None
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(begin, min(begin + BLOCK, length)) for begin in range(0, length, BLOCK)]
