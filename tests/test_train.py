@@ -505,7 +505,7 @@ from tongwen.train.memory import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(4):
-        torch.ones(1 << 24)
+        torch.ones(1 << 22)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 usual = faults()
 keep_freed_memory()
