@@ -139,7 +139,7 @@ def _side(talk: Talk, place: int) -> Side:
             elem_id=f"board{place}",
             elem_classes="talk",
         )
-        pace = gr.Markdown("", elem_classes="pace", sanitize_html=True)
+        pace = gr.Markdown("", elem_id=f"pace{place}", elem_classes="pace", sanitize_html=True)
     return Side(model, board, pace)
 
 
