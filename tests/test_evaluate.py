@@ -324,19 +324,12 @@ def test_a_recipe_may_only_score_and_a_base_that_cannot_be_asked_is_said(
     assert "before" not in json.loads((tmp_path / "only" / "evaluate" / "scores.json").read_text())["bits_per_byte"]
     paper = read_paper(Task(task="bits_per_byte", data=Source(path=str(data))))
 
-    def refuse() -> Any:
-        raise ModelError("it has no such token")
-
-    after = evaluate.Sitter("after", lambda: opened(chat_model))
+    after, nowhere = evaluate.Sitter(str(chat_model)), str(tmp_path / "nowhere")
     section = Evaluate(tasks=[paper.task])
-    assert (
-        "before"
-        not in evaluate.examine([paper], after, evaluate.Sitter("base", refuse, optional=True), section, None)[
-            "bits_per_byte"
-        ]
-    )
+    scores = evaluate.examine([paper], after, evaluate.Sitter(nowhere, optional=True), section, None)
+    assert "before" not in scores["bits_per_byte"]
     with pytest.raises(ModelError):
-        evaluate.examine([paper], after, evaluate.Sitter("base", refuse), section, None)
+        evaluate.examine([paper], after, evaluate.Sitter(nowhere), section, None)
 
 
 @pytest.mark.parametrize(

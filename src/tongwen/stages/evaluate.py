@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,24 @@ from tongwen.speaker import Speaker, open_speaker
 
 @dataclass(frozen=True)
 class Sitter:
-    """A model that is to be examined. name: as the user says it; optional: nothing is compared when it cannot be opened."""
+    """A model that is to be examined, and how it is opened. optional: nothing is compared when it cannot be."""
 
-    name: str
-    open: Callable[[], Speaker]
+    model: str
+    adapters: tuple[str, ...] = ()
+    template: str = "own"
+    thinking: str = "off"
+    weights: str = "full"
     optional: bool = False
+
+    @property
+    def name(self) -> str:
+        return " + ".join([self.model, *self.adapters])
+
+    def open(self) -> Speaker:
+        """By transformers whatever the model is: who judges texts needs the network itself."""
+        return open_speaker(
+            self.model, self.adapters, self.template, self.thinking, weights=self.weights, engine="batched"
+        )
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -51,11 +64,11 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         model = open_model_before(recipe, "evaluate").as_parent()
     papers = [read_paper(_held_out(recipe, task) if task.needs_data else task) for task in section.tasks]
     template = "own" if recipe.sft else "auto"
-    after = Sitter(model["path"], lambda: open_speaker(model["path"], template=template))
+    after = Sitter(model["path"], template=template)
     before = None
     if section.before and finished != recipe.base:
         taught = recipe.sft.template if recipe.sft else template
-        before = Sitter(recipe.base, lambda: open_speaker(recipe.base, template=taught), optional=True)
+        before = Sitter(recipe.base, template=taught, optional=True)
     with artifact.create(out, "evaluate", {"model": model}, settings(recipe)) as draft:
         draft.facts["scores"] = examine(papers, after, before, section, draft.path)
     console.good(str(out / "report.html"))
@@ -71,11 +84,8 @@ def command(
     if out:
         artifact.make_way(Path(out), again=False)
     papers = [read_paper(task) for task in recipe.evaluate.tasks]
-    sitter = Sitter(
-        " + ".join([recipe.base, *adapters]),
-        lambda: open_speaker(recipe.base, adapters, template, thinking, weights=weights),
-    )
-    first = Sitter(before, lambda: open_speaker(before, (), template, thinking, weights=weights)) if before else None
+    sitter = Sitter(recipe.base, tuple(adapters), template, thinking, weights)
+    first = Sitter(before, (), template, thinking, weights) if before else None
     if not out:
         examine(papers, sitter, first, recipe.evaluate, None)
         return 0
