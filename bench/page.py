@@ -1,17 +1,19 @@
-"""The page under visitors: how much later than the model's own the first words stand there, and 16 clients at once.
+"""The page under visitors: how much later than the model's own the first words stand there, and 16 visitors at once of whom a
+third leave in the middle: nobody is lost, and memory does not grow.
 
-python bench/page.py --model FOLDER [--seconds 60] [--out bench/results/page.json]
+    python bench/page.py --model SMOLLM2_FOLDER --out bench/results/page.json
 
-The first figure is taken in Chromium: from the Enter key to the first words on the page, less the time that the model took for
-them in the same answer. The second speaks the page's protocol: each client asks for at most 16 tokens, a third of them leave in
-the middle; three rounds, with the server's memory after each.
+The first figure is taken in Chromium: from the Enter key to the frame that shows the first words, less the time that the
+model took for them in the same answer. The second speaks the page's protocol: a visitor opens the page, asks again and again
+for at most 16 new tokens, and in one question of three closes it while the answer grows. Every other question must be
+answered or refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import platform
 import random
 import re
 import shutil
@@ -22,125 +24,197 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 
-TOKEN = "a-token-for-measuring"
-CLIENTS, TOKENS, ROUNDS, ASKED = 16, 16, 3, 10
+VISITORS, TOKENS, ROUNDS, ASKED = 16, 16, 3, 20
+GUESTS = 100  # who come, ask nothing and leave, before the rounds: more than the page remembers
+PATIENCE = 300  # seconds without a word from the server, after which a question counts as lost
+# When Enter is pressed, and the frame that first shows words of the answer.
+WATCH = """() => {
+    addEventListener("keydown", event => { if (event.key === "Enter") window.asked = {pressed: performance.now()} }, true);
+    new MutationObserver(() => {
+        const said = document.querySelector("#board0 .bot .message-content");
+        if (window.asked && !window.asked.shows && said && said.innerText.trim()) {
+            window.asked.shows = true;
+            requestAnimationFrame(() => { window.asked.seen = performance.now() });
+        }
+    }).observe(document.body, {subtree: true, childList: true, characterData: true});
+}"""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--port", type=int, default=7869)
-    parser.add_argument("--out", default="")
-    given = parser.parse_args()
-    url = f"http://127.0.0.1:{given.port}"
-    command = [sys.executable, "-m", "tongwen", "chat", given.model, "--web", "--port", str(given.port)]
-    server = subprocess.Popen(command, env={**os.environ, "TONGWEN_API_KEY": TOKEN}, stdout=subprocess.DEVNULL)
+    parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--out", type=Path)
+    chosen = parser.parse_args()
+    command = [sys.executable, "-m", "tongwen", "chat", chosen.model, "--web", "--port", "0", "--json"]
+    page = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert page.stdout
+    url, _, token = json.loads(page.stdout.readline())["url"].partition("/?token=")
+    watched = psutil.Process(page.pid)
     try:
-        wait_for(url)
-        later = first_words(url)
-        rounds = [round_of(url, given.model, given.seconds, server.pid) for _ in range(ROUNDS)]
+        first = first_words(url, token)
+        print(first, flush=True)
+        # What is loaded and cached at first use is no growth, nor what is remembered of so many open pages and no more.
+        look_in(url, token)
+        visits(url, token, chosen.model, chosen.seconds, seed=0)
+        rounds = []
+        for number in range(1, ROUNDS + 1):
+            became = visits(url, token, chosen.model, chosen.seconds, number)
+            rounds.append(
+                {
+                    "became": dict(became),
+                    "rss_mb": round(watched.memory_info().rss / 1e6, 1),
+                    "open_files": watched.num_fds(),
+                    "threads": watched.num_threads(),
+                }
+            )
+            print(rounds[-1], flush=True)
     finally:
-        server.terminate()
-        server.wait()
-    found = {
-        "model": Path(given.model).name,
-        "load_average": os.getloadavg()[0],
-        "first_words_later_seconds": {"median": statistics.median(later), "most": max(later)},
-        "clients": CLIENTS,
-        "seconds_per_round": given.seconds,
+        page.terminate()
+    result = {
+        "model": Path(chosen.model).name,
+        "first_words": first,
+        "visitors": VISITORS,
+        "new_tokens": TOKENS,
+        "seconds_per_round": chosen.seconds,
         "rounds": rounds,
+        "exit_code": page.wait(),
+        "cores": len(psutil.Process().cpu_affinity()),
+        "load_average": round(psutil.getloadavg()[2], 1),
+        "python": platform.python_version(),
     }
-    print(json.dumps(found, indent=1))
-    if given.out:
-        Path(given.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if chosen.out:
+        chosen.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def wait_for(url: str) -> None:
-    for _ in range(600):
-        try:
-            httpx.get(url)
-            return
-        except httpx.HTTPError:
-            time.sleep(0.5)
+# -- first words ---------------------------------------------------------------------------------------------------
 
 
-def first_words(url: str) -> list[float]:
-    """Seconds between the model's first piece and its words on the page, for each of some answers."""
+def first_words(url: str, token: str) -> dict[str, Any]:
+    """Seconds until the first words stand on the page, until the model has said them, and between the two, for each of
+    ASKED answers after one that warms up."""
     from playwright.sync_api import sync_playwright
 
-    later = []
+    seen, own = [], []
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        version = browser.version
         page = browser.new_page()
-        page.set_default_timeout(120_000)
-        page.goto(f"{url}/en/?token={TOKEN}")
+        page.set_default_timeout(PATIENCE * 1000)
+        page.goto(f"{url}/en/?token={token}")
         page.wait_for_selector("#question textarea")
-        for _ in range(ASKED):
+        page.evaluate(WATCH)
+        for _ in range(1 + ASKED):
+            page.fill("#question textarea", "Say hello in one short sentence.")
+            page.press("#question textarea", "Enter")
+            page.wait_for_selector(".stop-button")
+            page.wait_for_selector(".submit-button")
+            asked = page.evaluate("() => window.asked")
+            seen.append((asked["seen"] - asked["pressed"]) / 1000)
+            own.append(float(re.findall(r"first words after ([\d.]+) s", page.locator("#pace0").inner_text())[0]))
             page.click("#fresh")
             page.wait_for_selector("#board0 .bot", state="detached")
-            page.fill("#question textarea", "Say hello in one short sentence.")
-            began = time.monotonic()
-            page.press("#question textarea", "Enter")
-            page.wait_for_selector("#board0 .bot .message-content")
-            seen = time.monotonic() - began
-            pace = page.locator(".pace", has_text="first words").first
-            pace.wait_for()
-            own = re.search(r"after ([\d.]+) s", pace.inner_text())
-            assert own
-            later.append(seen - float(own[1]))
         browser.close()
-    return later
+    later = [shown - said for shown, said in zip(seen[1:], own[1:], strict=True)]
+    return {
+        "chromium": version,
+        "answers": ASKED,
+        "on_the_page_seconds": round(statistics.median(seen[1:]), 3),
+        "the_models_own_seconds": round(statistics.median(own[1:]), 3),
+        "later_seconds": {"median": round(statistics.median(later), 3), "most": round(max(later), 3)},
+    }
 
 
-def round_of(url: str, model: str, seconds: float, server: int) -> dict[str, Any]:
-    """What became of the questions of all clients."""
-    outcomes: Counter[str] = Counter()
-    ends = time.monotonic() + seconds
-    threads = [threading.Thread(target=visit, args=(url, model, number, ends, outcomes)) for number in range(CLIENTS)]
+# -- many visitors -------------------------------------------------------------------------------------------------
+
+
+def look_in(url: str, token: str) -> None:
+    for _ in range(GUESTS):
+        with opened(url, token) as visitor:
+            visitor.type("?")
+
+
+def visits(url: str, token: str, model: str, seconds: float, seed: int) -> Counter[str]:
+    """What became of all questions that VISITORS asked in so many seconds."""
+    until = time.monotonic() + seconds
+    found: Counter[str] = Counter()
+
+    def work(number: int) -> None:
+        chance = random.Random(seed * 1000 + number)
+        while time.monotonic() < until:
+            try:
+                with opened(url, token) as visitor:
+                    while (became := visitor.ask(model, chance)) != "left" and time.monotonic() < until:
+                        found[became] += 1
+                    found[became] += 1
+            except httpx.HTTPError as error:
+                found[f"{type(error).__name__}: {error}"] += 1
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(VISITORS)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return {"outcomes": dict(outcomes), "server_rss_bytes": psutil.Process(server).memory_info().rss}
+    return found
 
 
-def visit(url: str, model: str, number: int, ends: float, outcomes: Counter[str]) -> None:
-    rng = random.Random(number)
-    with httpx.Client(base_url=url, headers={"authorization": f"Bearer {TOKEN}", "origin": url}, timeout=300) as web:
-        events = web.get("/en/config").json()["dependencies"]
-        box = next(one["id"] for one in events if one["targets"] and one["targets"][0][1] == "submit")
-        answer = next(one["id"] for one in events if one["api_name"] == "ask")
-        while time.monotonic() < ends:
-            session = uuid.uuid4().hex
-            asked = f"Question {rng.randrange(1000)}: what is {rng.randrange(100)} + {rng.randrange(100)}?"
-            values = [None, [], [], False, model, model, "", TOKENS, 0, 1, 0, 1, None]
-            outcome = call(web, session, box, [asked], leave=False)
-            outcomes[
-                outcome if outcome != "answered" else call(web, session, answer, values, leave=number % 3 == 0)
-            ] += 1
+class Visitor:
+    """One who has the page open. events: what the page can be asked, as its configuration names it."""
+
+    def __init__(self, web: httpx.Client, session: str, events: list[dict[str, Any]]) -> None:
+        self.web, self.session = web, session
+        self.box = next(one["id"] for one in events if one["targets"] and one["targets"][0][1] == "submit")
+        self.answer = next(one["id"] for one in events if one["api_name"] == "ask")
+
+    def ask(self, model: str, chance: random.Random) -> str:
+        """What became of a question: answered, refused, left, or what went wrong."""
+        leaves_at = chance.randrange(2, 8) if chance.random() < 1 / 3 else 0
+        typed = self.type(f"{chance.random()}: what is the capital of France?")
+        if typed != "answered":
+            return typed
+        return self._call(self.answer, [None, [], [], False, model, model, "", TOKENS, 0, 1, 0, 1, None], leaves_at)
+
+    def type(self, text: str) -> str:
+        return self._call(self.box, [text], 0)
+
+    def _call(self, event: int, given: list[Any], leaves_at: int) -> str:
+        """leaves_at: after so many pieces; 0: never."""
+        body = {"data": given, "fn_index": event, "session_hash": self.session}
+        joined = self.web.post("/en/gradio_api/queue/join", json=body)
+        if joined.status_code != 200:
+            time.sleep(1)
+            return "refused" if joined.status_code in (429, 503) else f"{joined.status_code}: {joined.text}"
+        pieces = 0
+        query = {"session_hash": self.session}
+        with self.web.stream("GET", "/en/gradio_api/queue/data", params=query) as lines:
+            for line in lines.iter_lines():
+                told = json.loads(line[6:]) if line.startswith("data: ") else {}
+                pieces += told.get("msg") == "process_generating"
+                if leaves_at and pieces >= leaves_at:
+                    return "left"
+                if told.get("msg") == "process_completed":
+                    return "answered" if told["success"] else f"failed: {told}"
+        return "the stream ended before the answer"
 
 
-def call(web: httpx.Client, session: str, event: int, given: list[Any], *, leave: bool) -> str:
-    joined = web.post("/en/gradio_api/queue/join", json={"data": given, "fn_index": event, "session_hash": session})
-    if joined.status_code != 200:
-        return "refused" if joined.status_code in (429, 503) else f"failed {joined.status_code}"
-    pieces = 0
-    with web.stream("GET", "/en/gradio_api/queue/data", params={"session_hash": session}) as lines:
-        for line in lines.iter_lines():
-            told = json.loads(line[6:]) if line.startswith("data: ") else {}
-            pieces += told.get("msg") == "process_generating"
-            if leave and pieces > 2:
-                return "left"
-            if told.get("msg") == "process_completed":
-                return "answered" if told["success"] else "failed"
-    return "ended early"
+@contextmanager
+def opened(url: str, token: str) -> Iterator[Visitor]:
+    """The page, opened as a browser opens it: its heart beats until it is closed."""
+    session = uuid.uuid4().hex
+    headers = {"authorization": f"Bearer {token}", "origin": url}
+    with (
+        httpx.Client(base_url=url, headers=headers, timeout=PATIENCE) as web,
+        web.stream("GET", f"/en/gradio_api/heartbeat/{session}"),
+    ):
+        yield Visitor(web, session, web.get("/en/config").json()["dependencies"])
 
 
 if __name__ == "__main__":

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import math
+import os
 import random
+import shutil
+import signal
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +21,7 @@ import pytest
 import torch
 
 from tests.conftest import dialogues, write_recipe, write_rows
+from tongwen import cli
 from tongwen.errors import ModelError
 from tongwen.exam import read_paper
 from tongwen.infer import entities
@@ -279,6 +286,49 @@ def test_two_models_are_compared_and_a_report_is_left(
     assert code == 2 and "this exists" in err
 
 
+def test_a_killed_examination_goes_on_with_what_is_missing(
+    chat_model: Path, other_model: Path, tongwen: Any, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "qa.jsonl", [{"question": f"问题{n}", "std_answer": f"答{n}"} for n in range(6)])
+    model = shutil.copytree(chat_model, tmp_path / "model")
+    out, beside = tmp_path / "out", tmp_path / "out.answers"
+    words = ["evaluate", "--model", model, "--before", other_model, "--data", data, "--task", "exact_match"]
+    words = [*map(str, words), "--task", "rouge", "--template", "chatml", "--batch-size", "1", "--max-new-tokens", "60"]
+    words += ["--out", str(out)]
+    child = os.fork()
+    if child == 0:
+        with contextlib.redirect_stdout(io.StringIO()):
+            os._exit(cli.main(words))
+
+    def kept() -> list[list[list[Any]]]:
+        """The [row, answer] of each journal, the longest first."""
+        lines = [file.read_text(encoding="utf-8").split("\n")[1:-1] for file in beside.glob("*")]
+        return sorted(([json.loads(line) for line in some] for some in lines), key=len, reverse=True)
+
+    ends = time.monotonic() + 120
+    while sum(map(len, kept())) < 8 and time.monotonic() < ends:  # in the middle of the second model
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    first, second = kept()
+    assert len(first) == 6 > len(second) >= 2 and not out.exists()
+    row, answer = second[0]
+    for file in beside.glob("*"):
+        if (text := file.read_text(encoding="utf-8")).count("\n") < 7:
+            marked = text.replace(json.dumps([row, answer], ensure_ascii=False), f'[{row}, "kept"]')
+            file.write_text(marked + '[5, "torn', encoding="utf-8")
+    shutil.copytree(beside, tmp_path / "other.answers")
+    code, said, err = tongwen(*words)
+    assert code == 0, err
+    assert "6 answers are there already" in said and f"{len(second)} answers are there already" in said
+    shown = [json.loads(line) for line in (out / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [one["answer"] for one in shown if one["row"] == row + 1] == ["kept"] * 2, "it was not asked again"
+    assert not beside.exists()
+    os.utime(model / "model.safetensors")
+    code, said, _ = tongwen(*words[:-1], str(tmp_path / "other"))
+    assert code == 0 and said.count("answers are there already") == 1, "other weights answer for themselves"
+
+
 def test_a_run_scores_what_was_held_out_as_its_report_does(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path,
@@ -324,19 +374,12 @@ def test_a_recipe_may_only_score_and_a_base_that_cannot_be_asked_is_said(
     assert "before" not in json.loads((tmp_path / "only" / "evaluate" / "scores.json").read_text())["bits_per_byte"]
     paper = read_paper(Task(task="bits_per_byte", data=Source(path=str(data))))
 
-    def refuse() -> Any:
-        raise ModelError("it has no such token")
-
-    after = evaluate.Sitter("after", lambda: opened(chat_model))
+    after, nowhere = evaluate.Sitter(str(chat_model)), str(tmp_path / "nowhere")
     section = Evaluate(tasks=[paper.task])
-    assert (
-        "before"
-        not in evaluate.examine([paper], after, evaluate.Sitter("base", refuse, optional=True), section, None)[
-            "bits_per_byte"
-        ]
-    )
+    scores = evaluate.examine([paper], after, evaluate.Sitter(nowhere, optional=True), section, tmp_path, None)
+    assert "before" not in scores["bits_per_byte"]
     with pytest.raises(ModelError):
-        evaluate.examine([paper], after, evaluate.Sitter("base", refuse), section, None)
+        evaluate.examine([paper], after, evaluate.Sitter(nowhere), section, tmp_path, None)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tongwen.errors import RecipeError, TongwenError
 from tongwen.ui.web.bench import Bench
 from tongwen.ui.web.conversation import Answer, as_json, as_markdown, drawn, note, stream, text_of, told
 from tongwen.ui.web.door import OPEN_ROUTES, Limits
-from tongwen.ui.web.server import make_app
+from tongwen.ui.web.server import SESSIONS, make_app
 from tongwen.workplace import Workplace
 
 GOLDEN = Path(__file__).parent / "golden" / "page_routes.txt"
@@ -258,6 +258,16 @@ def test_visitors_do_not_hear_each_other(address: str) -> None:
     for word in words:
         assert heard[word].count(word) == 6
         assert not any(other in heard[word] for other in words if other != word)
+
+
+def test_only_so_many_open_pages_are_remembered() -> None:
+    door = make_app(Bench("t", talk(Parrot(), "m")), TOKEN, port=7860)
+    holders = [route.app.state_holder for route in door.app.routes if isinstance(route, Mount)]
+    assert len(holders) == 2
+    for holder in holders:
+        for number in range(SESSIONS + 5):
+            assert holder[f"session {number}"]
+        assert len(holder.session_data) == SESSIONS and "session 4" not in holder.session_data
 
 
 HOSTILE = [

@@ -9,6 +9,7 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,24 @@ from tongwen.speaker import Speaker
 from tongwen.ui import api, gate
 
 TOKEN = "a-token-of-nobody-4711"
+HEAPS = """
+import ctypes, sys, threading
+from tongwen.ui import gate
+if sys.argv[1] == "shared":
+    gate.share_heaps()
+libc, together = ctypes.CDLL(None), threading.Barrier(6)
+libc.fopen.restype = ctypes.c_void_p
+def work():
+    together.wait()
+    libc.malloc(1000)
+    together.wait()
+threads = [threading.Thread(target=work) for _ in range(6)]
+[one.start() for one in threads]
+[one.join() for one in threads]
+file = ctypes.c_void_p(libc.fopen(sys.argv[2].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
 ASK = {"model": "m", "messages": [{"role": "user", "content": "你好"}]}
 
 
@@ -437,3 +456,14 @@ def test_other_machines_need_a_chosen_token(tongwen: Any, chat_model: Path, monk
     with gate.open_port("127.0.0.1", 0) as taken:
         code, _, err = tongwen("serve", chat_model, "--port", taken.getsockname()[1])
     assert code == 5 and "--port 0" in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_the_threads_of_a_server_share_few_heaps(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    found = {}
+    for way in ("shared", "alone"):
+        file = tmp_path / way
+        subprocess.run([sys.executable, "-c", HEAPS, way, str(file)], check=True, env=environment)
+        found[way] = file.read_text().count("<heap nr=")
+    assert found["shared"] <= gate.ARENAS < found["alone"]

@@ -44,7 +44,9 @@ class Speaker:
 
     def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
         """The answer to a conversation. options: max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed."""
-        return self.voice.decode(self.voice.answer([self.prompt_ids(messages)], self._sampling(options))[0])
+        said: dict[int, list[int]] = {}
+        self.voice.answer_all([self.prompt_ids(messages)], self._sampling(options), said.__setitem__)
+        return self.voice.decode(said[0])
 
     def stream(
         self,
@@ -133,16 +135,25 @@ def open_speaker(
     thinking: str = "off",
     precision: str = "auto",
     weights: str = "full",
-    engine: str = "batched",
+    engine: str = "auto",
+    rows: int = ROWS,
 ) -> Speaker:
     """Open a model by any of its names.
 
     template: own, a shipped name, a .jinja file, `completion` for a base model, or `auto`: own where the model has one,
     else completion; weights: full, 8bit, 4bit, or auto: what fits; engine: batched or paged (transformers), llama.cpp (a
-    .gguf file), vllm.
+    .gguf file), vllm, or auto (see `choose_engine`); rows: prompts side by side, at most, for which llama.cpp makes room now.
     """
     place = load.locate(model)
     place = replace(place, adapters=(*place.adapters, *adapters))
+    if place.gguf and weights in room.BITS:
+        raise ModelError(
+            say("the bits of a .gguf file are its own", ".gguf 文件的位数由文件决定"),
+            place=f"{model} · --load {weights}",
+            remedy="--load full",
+        )
+    if engine == "auto":
+        engine = choose_engine(model, adapters)
     for folder in place.adapters:
         load.find_adapter(Path(folder))
     tokenizer = load.load_tokenizer(load.dressed(place))
@@ -153,7 +164,7 @@ def open_speaker(
             console.notice(say(f"{model} has no template: texts are continued", f"{model} 没有模板：按续写处理"))
     bound = None if template == "completion" else dress.bind_template(template, tokenizer, encoder.prefix)
     if engine in ("llama.cpp", "vllm"):
-        voice = _open_elsewhere(place, tokenizer, bound, engine)
+        voice = _open_elsewhere(place, tokenizer, bound, engine, rows)
     else:
         network = _open_network(place, tokenizer, precision, weights)
         if bound is None:
@@ -161,6 +172,24 @@ def open_speaker(
         stops = _stops(model, tokenizer, bound, network.generation_config)
         voice = Voice(network, tokenizer, stops, dress.context_length(network.config), engine == "paged")
     return Speaker(model, voice, encoder, bound, thinking == "on")
+
+
+def choose_engine(model: str, adapters: Sequence[str]) -> str:
+    """llama.cpp for a .gguf file without adapters where its wheel is installed, which is said; else transformers in
+    batches."""
+    place = load.locate(model)
+    if not place.gguf or place.adapters or adapters:
+        return "batched"
+    if llamacpp.is_installed():
+        console.notice(say(f"{place.gguf}: answered by llama.cpp", f"{place.gguf}：由 llama.cpp 回答"))
+        return "llama.cpp"
+    console.notice(
+        say(
+            f"{place.gguf}: answered by transformers, which unpacks it; by llama.cpp: pip install 'tongwen[llamacpp]'",
+            f"{place.gguf}：由 transformers 解包后回答；改用 llama.cpp：pip install 'tongwen[llamacpp]'",
+        )
+    )
+    return "batched"
 
 
 def _open_network(place: load.Place, tokenizer: Any, precision: str, weights: str) -> Any:
@@ -186,7 +215,7 @@ def _check_continues(kind: str, model: str) -> None:
         )
 
 
-def _open_elsewhere(place: load.Place, tokenizer: Any, bound: Template | None, engine: str) -> Voice:
+def _open_elsewhere(place: load.Place, tokenizer: Any, bound: Template | None, engine: str, rows: int) -> Voice:
     """The voice of another engine, which reads the weights itself."""
     if place.adapters:
         raise ModelError(
@@ -194,7 +223,8 @@ def _open_elsewhere(place: load.Place, tokenizer: Any, bound: Template | None, e
             place=place.adapters[0],
             remedy="tongwen merge --base … --adapter … --out …",
         )
-    context = dress.context_length(load.load_config(place))
+    config = load.load_config(place)
+    context = dress.context_length(config)
     if engine == "vllm":
         folder = load.fetched(place).folder
         stops = _stops(place.name, tokenizer, bound, load.load_generation_config(folder))
@@ -206,7 +236,16 @@ def _open_elsewhere(place: load.Place, tokenizer: Any, bound: Template | None, e
             remedy=f"tongwen convert {place.name} --to gguf --out …",
         )
     file = str(Path(place.folder) / place.gguf)
-    return llamacpp.open_file(file, tokenizer, _stops(place.name, tokenizer, bound, None), context)
+    with console.waiting(say(f"opening {place.name}", f"打开 {place.name}")):
+        voice = llamacpp.open_file(file, tokenizer, _stops(place.name, tokenizer, bound, None), config, context, rows)
+    if voice.context < context:
+        console.notice(
+            say(
+                f"it sees {voice.context:,} tokens here, of {context:,}: more need too much memory",
+                f"此处最多看 {voice.context:,} 个 token（模型为 {context:,}）：再多则占用过多内存",
+            )
+        )
+    return voice
 
 
 def _stops(model: str, tokenizer: Any, bound: Template | None, generation_config: Any) -> tuple[int, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from queue import Queue
@@ -167,6 +168,11 @@ class Voice:
         self._check_fits(prompt, sampling)
         if sampling.beams > 1:
             raise ModelError(say("beam search cannot be streamed", "束搜索无法流式输出"), remedy="--beams 1")
+        with closing(self._new_ids(prompt, sampling)) as ids:
+            yield from self._mended(self._pieces(ids, heard))
+
+    def _new_ids(self, prompt: list[int], sampling: Sampling) -> Generator[int, None, None]:
+        """The answer's tokens one after the other, the stop token included; closing it ends the answer."""
         ids = torch.tensor([prompt], device=self.model.device)
         queue: Queue[Any] = Queue()
         cancel = threading.Event()
@@ -183,20 +189,21 @@ class Voice:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
-            yield from self._mended(self._pieces(queue, heard))
+            while (item := queue.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
         finally:
             cancel.set()
             thread.join()
 
-    def _pieces(self, queue: Queue[Any], heard: Callable[[int], None]) -> Iterator[str]:
+    def _pieces(self, ids: Iterator[int], heard: Callable[[int], None]) -> Iterator[str]:
         text = Incremental(self.tokenizer)
-        while (item := queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            heard(item)
-            if item in self.stop_ids:
+        for index in ids:
+            heard(index)
+            if index in self.stop_ids:
                 continue
-            if piece := text.add(item):
+            if piece := text.add(index):
                 yield piece
         if piece := text.rest().rstrip("\ufffd"):  # what was cut in the middle is left out, as by `decode`
             yield piece
@@ -276,13 +283,17 @@ def deal(lengths: Sequence[int], sampling: Sampling, rows: int, room: int) -> It
 
 def cache_tokens(model: Any) -> int:
     """How many tokens the cache may hold: CACHE bytes of them on a CPU, half of the free memory on a GPU."""
-    config = model.config.get_text_config()
+    room = torch.cuda.mem_get_info()[0] // 2 if model.device.type == "cuda" else CACHE
+    return int(room // cache_bytes(model.config, model.dtype.itemsize))
+
+
+def cache_bytes(config: Any, item: int) -> int:
+    """What the cache holds of one token, in numbers of so many bytes."""
+    config = config.get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    size = 2 * config.num_hidden_layers * groups * width * model.dtype.itemsize
-    room = torch.cuda.mem_get_info()[0] // 2 if model.device.type == "cuda" else CACHE
-    return int(room // size)
+    return int(2 * config.num_hidden_layers * groups * width * item)
 
 
 class Incremental:

@@ -8,39 +8,62 @@ import os
 import secrets
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from threading import BoundedSemaphore
 from typing import Any
 
 from tongwen.errors import MissingPackage, ModelError
-from tongwen.infer.decode import Sampling, Take, Voice
+from tongwen.infer.decode import Sampling, Take, Voice, cache_bytes
 from tongwen.language import say
 
-SLOTS = 8  # prompts that are answered side by side
+SLOTS = 8  # prompts that are answered side by side, at most
+CACHE = 2 << 30  # bytes for keys and values, all of which llama.cpp takes when it opens a file
+FEWEST = 4096  # tokens of context that a prompt gets even if they need more
 
 
 @dataclass(frozen=True)
 class LlamaCpp(Voice):
-    """A voice whose model is a llama.cpp server."""
+    """A voice whose model is a llama.cpp server. slots: how many prompts it answers side by side."""
 
     key: str = ""
+    slots: int = 1
+    seats: BoundedSemaphore = field(default_factory=BoundedSemaphore)
 
     def answer_all(self, prompts: Sequence[list[int]], sampling: Sampling, take: Take, rows: int = SLOTS) -> None:
-        """The same, SLOTS prompts side by side whatever `rows` says: llama.cpp made room for them when it was opened."""
+        """The same, `slots` prompts side by side whatever `rows` says: llama.cpp made room for them when it was opened."""
         for prompt in prompts:
             self._check_fits(prompt, sampling)
         if sampling.beams > 1:
             raise ModelError(say("llama.cpp has no beam search", "llama.cpp 没有束搜索"), remedy="--engine batched")
-        with ThreadPoolExecutor(SLOTS) as pool:
+        with ThreadPoolExecutor(self.slots) as pool:
             waiting = {pool.submit(self._complete, prompt, sampling): place for place, prompt in enumerate(prompts)}
             try:
                 for done in as_completed(waiting):
-                    take(waiting[done], self._until_stop(done.result()))
+                    take(waiting[done], self._until_stop(done.result()["tokens"]))
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _complete(self, prompt: list[int], sampling: Sampling) -> list[int]:
+    def _new_ids(self, prompt: list[int], sampling: Sampling) -> Generator[int, None, None]:
+        """Each token is asked for alone: llama.cpp's own stream leaves out the ids of a character that is not whole yet.
+        Its slot still holds all that stands before, so that only what is new is computed. One answer has a slot for itself,
+        lest another one take it between two tokens."""
+        said: list[int] = []
+        with self.seats:
+            for _ in range(self._room_for(len(prompt), sampling).max_new_tokens):
+                # A number of its own for each token: with the same one, all would be drawn by the same number.
+                seed = None if sampling.seed is None else (sampling.seed + len(said)) % (1 << 32)
+                one = sampling.with_(max_new_tokens=1, seed=seed)
+                found = self._complete([*prompt, *said], one)
+                said += found["tokens"]
+                yield from found["tokens"]
+                if found["stop_type"] == "eos" or said[-1] in self.stop_ids:
+                    return
+
+    def _complete(self, prompt: list[int], sampling: Sampling) -> dict[str, Any]:
+        """What llama.cpp says to a prompt: `tokens`, and `stop_type`."""
         body = {
             "prompt": prompt,
             "n_predict": self._room_for(len(prompt), sampling).max_new_tokens,
@@ -58,21 +81,33 @@ class LlamaCpp(Voice):
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)  # noqa: S310 (our own server)
         try:
             with urllib.request.urlopen(request) as answer:  # noqa: S310
-                return list(json.load(answer)["tokens"])
+                return dict(json.load(answer))
         except urllib.error.HTTPError as error:
             raise ModelError(error.read().decode(errors="replace"), place="llama.cpp") from None
 
 
-def open_file(file: str, tokenizer: Any, stop_ids: tuple[int, ...], context: int) -> LlamaCpp:
-    """llama.cpp with a file, its cache for SLOTS prompts of `context` tokens. Raises MissingPackage and ModelError."""
+def is_installed() -> bool:
+    return find_spec("xllamacpp") is not None
+
+
+def open_file(file: str, tokenizer: Any, stop_ids: tuple[int, ...], config: Any, context: int, rows: int) -> LlamaCpp:
+    """llama.cpp with a file whose model sees `context` tokens: as many of them, in as many slots, as CACHE has room for; no
+    more than `rows` slots.
+
+    Raises MissingPackage and ModelError.
+    """
     try:
         import xllamacpp
     except ImportError:
         raise MissingPackage("xllamacpp", "llama.cpp", "llamacpp") from None
+    room = CACHE // cache_bytes(config, 2)  # tokens
+    context = min(context, max(room, FEWEST))
+    slots = min(max(room // context, 1), SLOTS, rows)
     key = secrets.token_urlsafe(24)
     params = xllamacpp.CommonParams()
     params.model.path, params.api_keys = file, [key]
-    params.n_ctx, params.n_parallel, params.kv_unified = SLOTS * context, SLOTS, False
+    params.n_ctx, params.n_parallel, params.kv_unified = slots * context, slots, False
+    params.cache_ram_mib = 0  # else it keeps the keys and values of up to 8 GB of prompts that it has answered
     params.warmup, params.verbosity = False, -1
     params.cpuparams.n_threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1
     try:
@@ -81,4 +116,4 @@ def open_file(file: str, tokenizer: Any, stop_ids: tuple[int, ...], context: int
         raise ModelError(
             say(f"llama.cpp cannot open it: {error}", f"llama.cpp 无法打开：{error}"), place=file
         ) from None
-    return LlamaCpp(server, tokenizer, stop_ids, context, key=key)
+    return LlamaCpp(server, tokenizer, stop_ids, context, key=key, slots=slots, seats=BoundedSemaphore(slots))

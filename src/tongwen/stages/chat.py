@@ -23,7 +23,7 @@ def run(
 ) -> int:
     """Talk until the user leaves."""
     Sampling().with_(**sampling)
-    speaker = open_speaker(model, adapters, template, thinking, weights=weights)
+    speaker = open_speaker(model, adapters, template, thinking, weights=weights, rows=1)
 
     def reply(messages: list[dict[str, Any]], settings: dict[str, Any], heard: Callable[[int], None]) -> Iterator[str]:
         return speaker.stream(messages, heard, **settings)

@@ -1,35 +1,66 @@
 """evaluate: a model and papers in; `scores.json`, the rows behind it and a report out.
 
 The papers are read first, so that bad data costs no minute of loading. Then each model sits them: the one to be scored, and
-the one before it, where there is one; they are compared row by row.
+the one before it, where there is one; they are compared row by row. Answers are kept beside the result as they come, so that
+an examination that was killed goes on with what is missing.
 """
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tongwen import artifact, console
 from tongwen.errors import DataError, ModelError
 from tongwen.exam import Ask, Marks, Paper, Progress, read_paper
+from tongwen.infer.journal import Journal
 from tongwen.infer.report import score_table, write_report
 from tongwen.language import say
+from tongwen.model import load
 from tongwen.recipe.schema import Evaluate, Recipe, Source, Task
 from tongwen.river import open_model_before, standing_on
 from tongwen.speaker import Speaker, open_speaker
 
+OWN = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model")  # files of a model or an adapter
+
 
 @dataclass(frozen=True)
 class Sitter:
-    """A model that is to be examined. name: as the user says it; optional: nothing is compared when it cannot be opened."""
+    """A model that is to be examined, and how it is opened. optional: nothing is compared when it cannot be."""
 
-    name: str
-    open: Callable[[], Speaker]
+    model: str
+    adapters: tuple[str, ...] = ()
+    template: str = "own"
+    thinking: str = "off"
+    weights: str = "full"
     optional: bool = False
+
+    @property
+    def name(self) -> str:
+        return " + ".join([self.model, *self.adapters])
+
+    def open(self) -> Speaker:
+        """By transformers whatever the model is: who judges texts needs the network itself."""
+        return open_speaker(
+            self.model, self.adapters, self.template, self.thinking, weights=self.weights, engine="batched"
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What its answers depend on: how it is opened, and the files that it is opened from."""
+        place = load.locate(self.model)
+        folders = [Path(folder) for folder in (place.folder, *place.adapters, *self.adapters)]
+        files = [
+            file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir()) if file.suffix in OWN
+        ]
+        return {**asdict(self), "files": [[str(file), (s := file.stat()).st_size, s.st_mtime_ns] for file in files]}
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -51,13 +82,13 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         model = open_model_before(recipe, "evaluate").as_parent()
     papers = [read_paper(_held_out(recipe, task) if task.needs_data else task) for task in section.tasks]
     template = "own" if recipe.sft else "auto"
-    after = Sitter(model["path"], lambda: open_speaker(model["path"], template=template))
+    after = Sitter(model["path"], template=template)
     before = None
     if section.before and finished != recipe.base:
         taught = recipe.sft.template if recipe.sft else template
-        before = Sitter(recipe.base, lambda: open_speaker(recipe.base, template=taught), optional=True)
-    with artifact.create(out, "evaluate", {"model": model}, settings(recipe)) as draft:
-        draft.facts["scores"] = examine(papers, after, before, section, draft.path)
+        before = Sitter(recipe.base, template=taught, optional=True)
+    with _kept(out) as kept, artifact.create(out, "evaluate", {"model": model}, settings(recipe)) as draft:
+        draft.facts["scores"] = examine(papers, after, before, section, kept, draft.path)
     console.good(str(out / "report.html"))
     assert draft.artifact
     return draft.artifact
@@ -71,27 +102,36 @@ def command(
     if out:
         artifact.make_way(Path(out), again=False)
     papers = [read_paper(task) for task in recipe.evaluate.tasks]
-    sitter = Sitter(
-        " + ".join([recipe.base, *adapters]),
-        lambda: open_speaker(recipe.base, adapters, template, thinking, weights=weights),
-    )
-    first = Sitter(before, lambda: open_speaker(before, (), template, thinking, weights=weights)) if before else None
+    sitter = Sitter(recipe.base, tuple(adapters), template, thinking, weights)
+    first = Sitter(before, (), template, thinking, weights) if before else None
     if not out:
-        examine(papers, sitter, first, recipe.evaluate, None)
+        with tempfile.TemporaryDirectory() as kept:
+            examine(papers, sitter, first, recipe.evaluate, Path(kept), None)
         return 0
-    parents = {"model": {"path": sitter.name}} | ({"before": {"path": before}} if before else {})
-    with artifact.create(Path(out), "evaluate", parents, recipe.evaluate.model_dump(mode="json")) as draft:
-        draft.facts["scores"] = examine(papers, sitter, first, recipe.evaluate, draft.path)
-    console.good(str(Path(out) / "report.html"))
+    parents, folder = {"model": {"path": sitter.name}} | ({"before": {"path": before}} if before else {}), Path(out)
+    with (
+        _kept(folder) as answers,
+        artifact.create(folder, "evaluate", parents, recipe.evaluate.model_dump(mode="json")) as draft,
+    ):
+        draft.facts["scores"] = examine(papers, sitter, first, recipe.evaluate, answers, draft.path)
+    console.good(str(folder / "report.html"))
     return 0
 
 
+@contextmanager
+def _kept(out: Path) -> Iterator[Path]:
+    """A folder beside the result for the answers, until the result stands."""
+    folder = out.with_name(out.name + ".answers")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def examine(
-    papers: Sequence[Paper], after: Sitter, before: Sitter | None, section: Evaluate, out: Path | None
+    papers: Sequence[Paper], after: Sitter, before: Sitter | None, section: Evaluate, kept: Path, out: Path | None
 ) -> dict[str, Any]:
-    """The scores by task; written under `out` with the rows and a report."""
-    first = _sit_before(papers, before, section) if before else None
-    marks = _sit(papers, after, section)
+    """The scores by task; written under `out` with the rows and a report. kept: where answers stand as they come."""
+    first = _sit_before(papers, before, section, kept) if before else None
+    marks = _sit(papers, after, section, kept)
     scores = {}
     for number, paper in enumerate(papers):
         result = paper.result(marks[number])
@@ -105,9 +145,9 @@ def examine(
     return scores
 
 
-def _sit(papers: Sequence[Paper], sitter: Sitter, section: Evaluate) -> list[Marks]:
+def _sit(papers: Sequence[Paper], sitter: Sitter, section: Evaluate, kept: Path) -> list[Marks]:
     speaker, out = sitter.open(), []
-    ask = _asking_once(speaker, section)
+    ask = _asking_once(speaker, section, kept, sitter.settings())
     for paper in papers:
         with console.progress(len(paper), f"{paper.task.title} · {sitter.name}") as bar:
             out.append(paper.sit(speaker, ask, bar.update))
@@ -118,9 +158,9 @@ def _sit(papers: Sequence[Paper], sitter: Sitter, section: Evaluate) -> list[Mar
     return out
 
 
-def _sit_before(papers: Sequence[Paper], sitter: Sitter, section: Evaluate) -> list[Marks] | None:
+def _sit_before(papers: Sequence[Paper], sitter: Sitter, section: Evaluate, kept: Path) -> list[Marks] | None:
     try:
-        return _sit(papers, sitter, section)
+        return _sit(papers, sitter, section, kept)
     except ModelError as error:  # such as a base whose tokenizer cannot write the template that was taught
         if not sitter.optional:
             raise
@@ -128,21 +168,35 @@ def _sit_before(papers: Sequence[Paper], sitter: Sitter, section: Evaluate) -> l
         return None
 
 
-def _asking_once(speaker: Speaker, section: Evaluate) -> Ask:
-    """Answers to conversations: what several tasks ask is answered once."""
+def _asking_once(speaker: Speaker, section: Evaluate, kept: Path, sitter: dict[str, Any]) -> Ask:
+    """Answers to conversations: what several tasks ask is answered once, and what stands in `kept` not again."""
     known: dict[str, str] = {}
 
     def ask(conversations: Sequence[Sequence[Mapping[str, Any]]], progress: Progress) -> list[str]:
         keys = [json.dumps(messages, ensure_ascii=False) for messages in conversations]
         new = {key: messages for key, messages in zip(keys, conversations, strict=True) if key not in known}
-        names = list(new)
-
-        def take(place: int, answer: str) -> None:
-            known[names[place]] = answer
-            progress(sum(key in known for key in keys))
-
-        speaker.answer_each(list(new.values()), take, section.batch_size, max_new_tokens=section.max_new_tokens)
+        if new:
+            answer(new, lambda: progress(sum(key in known for key in keys)))
         return [known[key] for key in keys]
+
+    def answer(new: Mapping[str, Sequence[Mapping[str, Any]]], tell: Callable[[], None]) -> None:
+        names = list(new)
+        asked = {"sitter": sitter, "max_new_tokens": section.max_new_tokens, "asked": names}
+        # A file for each way of asking: answers that were given in another way are in nobody's way.
+        way = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        with closing(Journal(kept / f"{way}.jsonl", {"way": way}, f"rm -r {kept}")) as journal:
+            missing = [place for place in range(len(names)) if place not in journal.answers]
+            known.update((names[place], said) for place, said in journal.answers.items())
+            if there := len(names) - len(missing):
+                console.notice(say(f"{there} answers are there already", f"已有 {there} 个回答"))
+
+            def take(place: int, said: str) -> None:
+                journal.add(missing[place], said)
+                known[names[missing[place]]] = said
+                tell()
+
+            wanted = [new[names[place]] for place in missing]
+            speaker.answer_each(wanted, take, section.batch_size, max_new_tokens=section.max_new_tokens)
 
     return ask
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,12 @@ from tongwen.infer.journal import Journal
 from tongwen.language import say
 from tongwen.questions import Question, read_questions
 from tongwen.recipe.schema import Source
-from tongwen.speaker import open_speaker
+from tongwen.speaker import choose_engine, open_speaker
 
 
 @dataclass(frozen=True)
 class Who:
-    """Who answers: a model by one of its names, or the name of one behind an endpoint. engine `auto`: llama.cpp for a .gguf
-    file, else transformers in batches."""
+    """Who answers: a model by one of its names, or the name of one behind an endpoint."""
 
     model: str
     adapters: Sequence[str]
@@ -35,12 +34,6 @@ class Who:
     weights: str
     engine: str
     endpoint: str
-
-    @property
-    def chosen_engine(self) -> str:
-        if self.engine != "auto":
-            return self.engine
-        return "llama.cpp" if self.model.endswith(".gguf") and not self.adapters else "batched"
 
 
 @dataclass(frozen=True)
@@ -58,12 +51,9 @@ def run(who: Who, prompts: str, out: str, *, form: str, batch_size: int, samplin
     if file.exists():
         artifact.make_way(file, again=again)
     asked = hashlib.sha256(json.dumps([one.messages for one in questions], ensure_ascii=False).encode()).hexdigest()
-    settings = {
-        **vars(who),
-        "engine": who.chosen_engine,
-        "sampling": sampling,
-        "prompts": f"{len(questions)} · {asked[:16]}",
-    }
+    if who.engine == "auto" and not who.endpoint:
+        who = replace(who, engine=choose_engine(who.model, who.adapters))
+    settings = {**vars(who), "sampling": sampling, "prompts": f"{len(questions)} · {asked[:16]}"}
     beside = file.with_name(file.name + ".answers")
     if again:
         beside.unlink(missing_ok=True)
@@ -101,7 +91,13 @@ def _open(who: Who, batch_size: int, sampling: dict[str, Any]) -> Answerer:
             lambda messages: str(messages[-1]["content"]),
         )
     speaker = open_speaker(
-        who.model, who.adapters, who.template, who.thinking, weights=who.weights, engine=who.chosen_engine
+        who.model,
+        who.adapters,
+        who.template,
+        who.thinking,
+        weights=who.weights,
+        engine=who.engine,
+        rows=batch_size,
     )
     return Answerer(
         lambda conversations, take: speaker.answer_each(conversations, take, batch_size, **sampling),

@@ -40,7 +40,7 @@ def run(
     loopback = gate.is_loopback(host)
     token, made = gate.choose_token(loopback)
     with gate.open_port(host, port) as listening:
-        speaker = open_speaker(model, adapters, template, thinking, weights=weights)
+        speaker = open_speaker(model, adapters, template, thinking, weights=weights, rows=1)
 
         def speak(ids: list[int], hear: Callable[[int], None], settings: dict[str, Any]) -> Iterator[str]:
             return speaker.continue_ids(ids, hear, **settings)

@@ -16,7 +16,7 @@ from tongwen.river import holder
 from tongwen.speaker import Speaker, open_speaker
 from tongwen.template import SHIPPED
 from tongwen.ui.turns import last_turns
-from tongwen.ui.web.bench import Bench, Look, Messages, Picture, Runs, Talk, Words
+from tongwen.ui.web.bench import AT_ONCE, Bench, Look, Messages, Picture, Runs, Talk, Words
 from tongwen.vocab import measure
 from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
@@ -83,8 +83,9 @@ class _Voices:
             if name not in self.opened:
                 while len(self.opened) >= OPEN_AT_ONCE:
                     del self.opened[next(iter(self.opened))]
+                adapters = self.adapters.get(name, ())
                 self.opened[name] = open_speaker(
-                    model, self.adapters.get(name, ()), self.template, self.thinking, weights=self.weights
+                    model, adapters, self.template, self.thinking, weights=self.weights, rows=AT_ONCE
                 )
             return self.opened[name]
 

@@ -7,6 +7,7 @@ origin are looked at first, then the token.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import hashlib
 import hmac
 import ipaddress
@@ -14,6 +15,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Literal
 
@@ -33,6 +35,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 TOKEN = "TONGWEN_API_KEY"  # noqa: S105 (the name of the variable)
 SHORTEST = 16  # characters of a token that somebody chose
 REQUEST_SECONDS = 20  # a request must have come in whole
+M_ARENA_MAX, ARENAS = -8, 2  # malloc.h
 DRAIN_SECONDS = 30  # for the answers that are being given when the server is told to end
 
 
@@ -139,8 +142,19 @@ def open_port(host: str, port: int) -> socket.socket:
     return listening
 
 
+def share_heaps() -> None:
+    """Have all threads allocate from the same few heaps. glibc gives each of a server's many threads one of its own, which
+    keeps what the largest answer needed: with 16 visitors the page grew by 15 MB in a minute. Whoever has set a MALLOC_
+    variable of the environment keeps what it says."""
+    if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt:
+            mallopt(M_ARENA_MAX, ARENAS)
+
+
 def serve(app: App, listening: socket.socket, *, lifespan: Literal["on", "off"] = "off") -> None:
     """Serve until SIGTERM or Ctrl-C: then nobody new is let in, and what is being answered may end."""
+    share_heaps()
     config = uvicorn.Config(
         app,
         http=Patient,

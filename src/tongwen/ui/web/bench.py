@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Messages = list[dict[str, Any]]
+AT_ONCE = 2  # questions that are answered at the same time
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from tongwen.language import say
-from tongwen.ui.web.bench import Messages, Talk
+from tongwen.ui.web.bench import AT_ONCE, Messages, Talk
 from tongwen.ui.web.canvas import QUIET, Hear
 from tongwen.ui.web.conversation import Answer, Explain, drawn, stream, text_of
 from tongwen.ui.web.shelf import Shelf
 
-AT_ONCE = 2  # questions that are answered at the same time
 MOST_TOKENS = 4096
 LATEX: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},
@@ -140,7 +139,7 @@ def _side(talk: Talk, place: int) -> Side:
             elem_id=f"board{place}",
             elem_classes="talk",
         )
-        pace = gr.Markdown("", elem_classes="pace", sanitize_html=True)
+        pace = gr.Markdown("", elem_id=f"pace{place}", elem_classes="pace", sanitize_html=True)
     return Side(model, board, pace)
 
 

@@ -117,8 +117,8 @@ class Answer:
             return ""
         seconds = max(time.monotonic() - self.began, 1e-9)
         pace = say(
-            f"first words after {self.first:.1f} s · {len(self.text) / seconds:.0f} characters/s",
-            f"首字 {self.first:.1f} 秒 · {len(self.text) / seconds:.0f} 字/秒",
+            f"first words after {self.first:.2f} s · {len(self.text) / seconds:.0f} characters/s",
+            f"首字 {self.first:.2f} 秒 · {len(self.text) / seconds:.0f} 字/秒",
         )
         if not self.forgotten:
             return pace

@@ -24,6 +24,7 @@ from tongwen.ui.web.page import look, make_page
 
 LANGUAGES = ("en", "zh")
 WAITING = 16  # requests that may wait; the next is refused
+SESSIONS = 64  # open pages that are remembered; Gradio would keep 10,000, each with 0.2 MB and what was said in it
 ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#0f766e"/>'
     '<text x="16" y="23" fill="white" font-size="19" text-anchor="middle">同</text></svg>'
@@ -75,6 +76,7 @@ def make_app(bench: Bench, token: str, *, port: int, loopback: bool = True, limi
     for name in LANGUAGES:
         page = make_page(bench, name)
         page.queue(max_size=WAITING, default_concurrency_limit=WAITING)
+        page.state_session_capacity = SESSIONS
         gr.mount_gradio_app(
             inside,
             page,
