@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -323,8 +324,8 @@ class PlannedTrainer(Trainer):
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
         bases = list(self.lr_scheduler.base_lrs)
-        if self.args.device.type == "cpu":  # transformers 5.17 asks for "cpu:0", which torch cannot place
-            torch.serialization.register_package(30, lambda storage: None, _stay_on_cpu)
+        if self.args.device.type == "cpu":
+            _know_the_numbered_cpu()
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.is_deepspeed_enabled:
             return
@@ -422,8 +423,12 @@ class Spending(TrainerCallback):
             self.job.budget.spend(state.global_step)
 
 
-def _stay_on_cpu(storage: Any, location: str) -> Any:
-    return storage if location.startswith("cpu:") else None
+@cache
+def _know_the_numbered_cpu() -> None:
+    """transformers 5.17 asks for what a CPU saved on "cpu:0", which torch cannot place. Once: torch sorts what is registered."""
+    torch.serialization.register_package(
+        30, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
 
 
 def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
