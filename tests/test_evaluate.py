@@ -374,7 +374,7 @@ def test_a_recipe_may_only_score_and_a_base_that_cannot_be_asked_is_said(
     assert "before" not in json.loads((tmp_path / "only" / "evaluate" / "scores.json").read_text())["bits_per_byte"]
     paper = read_paper(Task(task="bits_per_byte", data=Source(path=str(data))))
 
-    after, nowhere = evaluate.Sitter(str(chat_model)), str(tmp_path / "nowhere")
+    after, nowhere = evaluate.Sitter(str(chat_model), template="chatml"), str(tmp_path / "nowhere")
     section = Evaluate(tasks=[paper.task])
     scores = evaluate.examine([paper], after, evaluate.Sitter(nowhere, optional=True), section, tmp_path, None)
     assert "before" not in scores["bits_per_byte"]
