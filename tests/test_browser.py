@@ -153,6 +153,9 @@ def test_conversations_are_kept_and_exported(page: Any, parrot: Parrot) -> None:
     ask(page, "还在吗")
     wait_for(lambda: answer(page) == "还在吗")
     assert [one["content"] for one in parrot.asked[-1]] == ["记住我", "记住我", "还在吗"]
+    wait_for(lambda: page.locator("#pace0").inner_text().strip())
+    page.click("#fresh")
+    wait_for(lambda: not page.locator("#pace0").inner_text().strip())
 
 
 def test_two_models_answer_side_by_side(page: Any) -> None:

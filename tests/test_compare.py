@@ -55,5 +55,6 @@ def test_one_curve_is_drawn_as_it_always_was() -> None:
     alone = page.curve(points, "step", "loss")
     assert alone == page.curves({"": points}, "step", "loss") and "names" not in alone
     assert page.curve([], "step", "loss") == ""
+    assert ">-" not in page.curve([(1, 0.0), (2, 1e-3)], "step", "lr"), "what is never negative has no axis below zero"
     both = page.curves({"a": points, "empty": [], "b": [(0.0, 9.0), (8.0, 0.0)]}, "step", "loss")
     assert "empty" not in both and both.count("<i ") == 2

@@ -36,6 +36,20 @@ def test_every_row_is_counted_and_every_refusal_has_its_row(chat_model: Path, tm
     assert len(re.findall('class="s"', shown[0])) == 1
 
 
+def test_what_lies_in_a_file_is_shown_also_when_the_model_cannot_read_it(chat_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    from tongwen.stages.web import whole_bench
+    from tongwen.ui.web.bench import Talk
+    from tongwen.workplace import Workplace
+
+    file = write_rows(tmp_path / "rows.jsonl", dialogues(3))
+    place = Workplace.of([str(tmp_path)], [str(chat_model)])
+    look = whole_bench(place, Talk(list, (), lambda *_: [], lambda *_: iter(()))).look
+    assert look
+    rows, samples = look.inspect(file, str(chat_model), "own")
+    assert "alpaca" in rows and "the model brings no chat template" in samples
+
+
 def test_documents_are_learned_whole(chat_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("今天天气很好。\n我们去公园散步吧。\n", encoding="utf-8")

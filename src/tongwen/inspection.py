@@ -100,7 +100,7 @@ def samples_as_html(found: Inspection, base: str, template: str) -> str:
         return trouble
     mask = reader.check(store, [])
     shown = "".join(
-        f"<section class=qa><h3>{say('row', '第')} {store.origin(index).row}{say('', ' 行')} · {store.lengths[index]} token</h3>"
+        f"<section class=qa><h3>{say('row', '第')} {store.origin(index).row}{say('', ' 行')} · {store.lengths[index]} {say('tokens', 'token')}</h3>"
         f"<p class=tokens>{coloured(reader.tokenizer, store, index, stop)}</p></section>"
         for index in range(min(SHOWN, len(store)))
     )

@@ -92,7 +92,7 @@ def curves(
     every = [point for points in drawn.values() for point in points]
     low, high = min(y for _, y in every), max(y for _, y in every)
     pad = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
-    low, high = low - pad, high + pad
+    low, high = (max(low - pad, 0.0) if low >= 0 else low - pad), high + pad
     digits = 3 if high - low > 0.02 * abs(high) else 5
     first = min(x for x, _ in every)
     last = max(*(x for x, _ in every), first + 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen import inspection, lexicon, runs
-from tongwen.errors import DataError, MissingPackage, RecipeError
+from tongwen.errors import DataError, MissingPackage, RecipeError, TongwenError
 from tongwen.language import say
 from tongwen.recipe.load import load
 from tongwen.river import holder
@@ -101,8 +101,12 @@ class _Voices:
 
 def _look(place: Workplace) -> Look:
     def inspect(file: Path, model: str, template: str) -> tuple[str, str]:
-        found = inspection.inspect(file)
-        samples = inspection.samples_as_html(found, place.model(model), template) if model and found.records else ""
+        found, samples = inspection.inspect(file), ""
+        try:
+            if model and found.records:
+                samples = inspection.samples_as_html(found, place.model(model), template)
+        except TongwenError as error:  # such as a base without a template: what lies in the file is shown all the same
+            samples = f"<p>{html.escape(error.text())}</p>"
         return "".join(inspection.as_html(found)), samples
 
     return Look(place.models, ("own", *SHIPPED), inspect)
@@ -112,24 +116,25 @@ def _words(place: Workplace) -> Words:
     def compare(base: str, other: str, text: str) -> tuple[str, str]:
         if not base or not text.strip():
             raise DataError(say("a model and a text are needed", "需要模型与文本"))
-        coders = [lexicon.open_lexicon(place.model(name), to_measure=True).coder for name in (base, other) if name]
+        names = [name for name in (base, other) if name]
+        coders = [lexicon.open_lexicon(place.model(name), to_measure=True).coder for name in names]
         report = measure.survey(
             coders[0], coders[1] if other else None, {say("your text", "你的文本"): [text]}, Script("han")
         )
-        report["summary"] = " → ".join(name for name in (base, other) if name)
-        return "".join(_tokens(coder, text) for coder in coders), as_html(say("Vocabulary", "词表"), report)
+        report["summary"] = " → ".join(names)
+        return "".join(map(_tokens, names, coders, [text] * len(names))), as_html(say("Vocabulary", "词表"), report)
 
     return Words(place.models, compare)
 
 
-def _tokens(coder: measure.Coder, text: str) -> str:
+def _tokens(name: str, coder: measure.Coder, text: str) -> str:
     pieces = measure.pieces_of(coder, text)
     spans = "".join(f"<span class=t{number % 2}>{html.escape(piece)}</span>" for number, piece in enumerate(pieces))
     facts = say(
         f"{len(pieces):,} tokens · {len(text) / max(len(pieces), 1):.2f} characters each",
         f"{len(pieces):,} 个 token · 每个 {len(text) / max(len(pieces), 1):.2f} 字",
     )
-    return f"<h3>{html.escape(coder.name)} <span class=soft>{facts}</span></h3><p class=tokens>{spans}</p>"
+    return f"<h3>{html.escape(name)} <span class=soft>{facts}</span></h3><p class=tokens>{spans}</p>"
 
 
 def _runs(place: Workplace) -> Runs:

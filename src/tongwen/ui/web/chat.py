@@ -74,7 +74,7 @@ def add(page: gr.Blocks, talk: Talk, hear: Hear, explain: Explain) -> None:
         asked.append(board.edit(hear(speech.mend), given, shown, **busy))
     ended = [event.then(_at_rest, None, box, **QUIET) for event in asked]
     stopped = box.stop(_at_rest, None, box, cancels=asked, **QUIET)
-    shelf.tie(page, hear, [*ended, stopped], boards, system)
+    shelf.tie(page, hear, [*ended, stopped], shown, system)
     models = [left.model, right.model]
     page.load(hear(lambda: [gr.update(choices=talk.models())] * 2), None, models, **QUIET)
     beside.change(lambda on: gr.update(visible=on), beside, second, **QUIET)

@@ -29,6 +29,9 @@ footer{display:none!important}.form{background:none!important;gap:.9rem!importan
 .talk{border:1px solid var(--line)!important;background:var(--paper)!important}
 .talk .message,.talk .prose{font-size:1rem;line-height:1.75}
 .talk .prose pre{border-radius:.5rem}
+.talk .icon-button-wrapper.top-panel{display:none}
+#conversations input{text-overflow:ellipsis;padding-right:1.6rem}
+#dropped{border:1px dashed var(--line)!important;border-radius:.6rem}#dropped button{padding-top:1.6rem}
 .pace{min-height:1.2rem;font-size:.85rem}.pace p{color:var(--soft);margin:0}
 #question .input-container{border:1px solid var(--line);border-radius:.6rem;padding:.2rem .4rem;background:var(--paper)}
 .tokens{line-height:2.1;overflow-wrap:anywhere;white-space:pre-wrap}
@@ -43,10 +46,12 @@ footer{display:none!important}.form{background:none!important;gap:.9rem!importan
 .ours pre.log{max-height:20rem;overflow:auto;white-space:pre-wrap;line-height:1.5;display:flex;flex-direction:column-reverse}
 .ours .cards{grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));margin:0 0 1.2rem}
 .ours .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(24rem,100%),1fr));gap:0 1.5rem}.ours svg{min-width:0}
-.ours table{border:0!important}.ours table.problems :is(td,th):nth-child(-n+2){white-space:nowrap;overflow-wrap:normal}
+.ours :is(table,thead,tbody,tr){border:0!important}.ours table.problems :is(td,th):nth-child(-n+2){white-space:nowrap;overflow-wrap:normal}
 .ours table :is(td,th){border:0;border-bottom:1px solid var(--line)}.ours table.problems{table-layout:auto}
+.ours table.problems :is(td,th):last-child{min-width:6rem}
 .ours .qa .tokens{padding:.4rem 1rem .8rem;margin:0}.across{align-items:end}
-@media (max-width:640px){.gradio-container main{padding:.6rem .8rem!important}}
+@media (max-width:640px){.gradio-container main{padding:.6rem .8rem!important}
+div:has(#board1) .talk{height:38vh!important;min-height:14rem}}
 """
 
 

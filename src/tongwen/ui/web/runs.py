@@ -35,7 +35,7 @@ def add(page: gr.Blocks, runs: Runs, hear: Hear) -> None:
                 text = gr.Code(language="yaml", interactive=False, show_label=False)
         with gr.Column(scale=3, min_width=320):
             with gr.Row(elem_classes="across"):
-                run = gr.Dropdown([], label=say("Run", "训练"), elem_id="run", scale=3, min_width=160, **ANY)
+                run = gr.Dropdown([], label=say("Run", "训练"), elem_id="run", scale=3, min_width=300, **ANY)
                 stop = gr.Button(say("Stop", "停止"), elem_id="stop", min_width=90, interactive=False)
                 resume = gr.Button(say("Resume", "继续"), elem_id="resume", min_width=90, interactive=False)
             picture = canvas(elem_id="picture")

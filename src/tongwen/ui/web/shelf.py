@@ -39,14 +39,14 @@ class Shelf:
         kept = gr.BrowserState([], storage_key="tongwen.conversations", secret=secret)
         return cls(kept, gr.State(0), picker, fresh, forget, canvas(elem_id="export"))
 
-    def tie(
-        self, page: gr.Blocks, hear: Hear, after: Sequence[Any], boards: Sequence[gr.Chatbot], system: gr.Textbox
-    ) -> None:
-        """Keep what stands on the boards after each of these events; open and delete when asked."""
-        state, empty = [self.kept, self.number], [self.number, self.picker, *boards, self.export]
+    def tie(self, page: gr.Blocks, hear: Hear, after: Sequence[Any], shown: Sequence[Any], system: gr.Textbox) -> None:
+        """Keep what stands on the boards after each of these events; open and delete when asked. shown: two boards, and
+        the pace under each."""
+        boards = shown[:2]
+        state, empty = [self.kept, self.number], [self.number, self.picker, *shown, self.export]
         for event in after:
             event.then(hear(_keep), [*state, *boards, system], [*state, self.picker, self.export], **QUIET)
-        opened = [self.number, *boards, system, self.export]
+        opened = [self.number, *shown, system, self.export]
         self.picker.input(hear(_open), [self.kept, self.picker], opened, **QUIET)
         self.fresh.click(hear(_begin), None, empty, **QUIET)
         gone = self.forget.click(hear(_forget), state, self.kept, **QUIET)
@@ -71,13 +71,13 @@ def _plain(messages: Messages) -> Messages:
 def _open(kept: Kept, number: int) -> tuple[Any, ...]:
     found = next((one for one in kept if one["number"] == number), None)
     if found is None:
-        return 0, [], [], gr.skip(), ""
+        return 0, [], [], "", "", gr.skip(), ""
     boards = [[{**one, "content": drawn(one["content"])} for one in board] for board in found["boards"]]
-    return number, *boards, found["system"], _export(found["boards"][0], found["system"])
+    return number, *boards, "", "", found["system"], _export(found["boards"][0], found["system"])
 
 
 def _begin() -> tuple[Any, ...]:
-    return 0, None, [], [], ""
+    return 0, None, [], [], "", "", ""
 
 
 def _forget(kept: Kept, number: int) -> Kept:
