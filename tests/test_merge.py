@@ -7,15 +7,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import tensors, tiny_llama
+from tongwen import weights
 from tongwen.errors import ArtifactError
 from tongwen.families import FAMILIES
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_state
 from tongwen.model.load import Place
+from tongwen.model.tensors import from_fp32, to_fp32
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -98,6 +101,30 @@ def test_bf16_is_rounded_once(chat_model: Path, tmp_path: Path, tongwen: Any) ->
     half = tensors(merged(tongwen, chat_model, [tmp_path / "adapter"], tmp_path / "b", "--dtype", "bf16"))
     assert all(torch.equal(half[name], full[name].to(torch.bfloat16)) for name in full)
     assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_bf16_is_torchs() -> None:
+    """Every upper half of a finite fp32 number, with lower halves around the tie."""
+    halves = np.array(
+        [half for half in range(1 << 16) if half & 0x7F80 < 0x7F80 and half & 0x7FFF != 0x7F7F], np.uint32
+    )
+    numbers = np.concatenate([halves << 16 | low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).view(np.float32)
+    raw = from_fp32(numbers, "BF16")
+    rounded = torch.from_numpy(numbers).bfloat16()
+    assert torch.equal(torch.from_numpy(raw).view(torch.bfloat16), rounded)
+    assert np.array_equal(to_fp32(raw, "BF16"), rounded.float().numpy())
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+def test_a_matrix_in_many_blocks_is_the_same(
+    rank: int, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_adapter(chat_model, tmp_path / "adapter", r=rank)
+    whole = tensors(merged(tongwen, chat_model, [tmp_path / "adapter"], tmp_path / "whole"))
+    monkeypatch.setattr(weights, "BLOCK", 200)
+    assert len(list(weights.blocks((70, 50)))) == 18 and list(weights.blocks((70, 50), 32))[-1] == (64, 70)
+    parts = tensors(merged(tongwen, chat_model, [tmp_path / "adapter"], tmp_path / "parts"))
+    assert all(torch.allclose(parts[name], whole[name], rtol=0, atol=1e-6) for name in whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -151,3 +151,12 @@ def test_help_and_check_import_no_torch(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_a_merge_imports_neither_torch_nor_the_recipe() -> None:
+    """Both cost a small model's merge more than its arithmetic."""
+    code = (
+        "import sys, tongwen.stages.merge; assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules), 'heavy'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

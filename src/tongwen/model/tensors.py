@@ -171,9 +171,8 @@ def _load(file: Path, *, mmap: bool) -> Any:
 def to_fp32(raw: Array, dtype: str) -> Array:
     """Raw bytes as fp32 numbers, flat. Raises KeyError for a type that is no plain float."""
     if dtype == "BF16":
-        half = raw.view(np.uint16)
-        out = np.empty(half.size, np.uint32)
-        np.left_shift(half, 16, out=out, dtype=np.uint32, casting="unsafe")
+        out = raw.view(np.uint16).astype(np.uint32)
+        out <<= 16
         return out.view(np.float32)
     return raw.view({"F32": np.float32, "F16": np.float16, "F64": np.float64}[dtype]).astype(np.float32)
 
@@ -187,7 +186,8 @@ def from_fp32(numbers: Array, dtype: str) -> Array:
         rounded &= 1
         rounded += bits
         rounded += 0x7FFF
-        return np.ascontiguousarray(rounded.view(np.uint16)[1::2]).view(np.uint8)
+        rounded >>= 16
+        return rounded.astype(np.uint16).view(np.uint8)
     with np.errstate(over="ignore"):
         return flat.astype({"F32": np.float32, "F16": np.float16, "F64": np.float64}[dtype]).view(np.uint8)
 

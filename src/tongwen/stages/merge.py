@@ -25,7 +25,6 @@ from tongwen.model.adapter import EMBEDDINGS, NotOneToOne, read_adapter
 from tongwen.model.combine import Mix
 from tongwen.model.fingerprint import combine, model_lines
 from tongwen.model.tensors import TorchTensors, load_bin, open_model
-from tongwen.river import standing_on
 from tongwen.weights import Tensors, find_tensors
 
 if TYPE_CHECKING:
@@ -56,6 +55,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Fold the adapters of the run's training stages into what they stand on."""
+    from tongwen.river import standing_on
+
     assert recipe.merge
     last = Path(standing_on(recipe, "merge"))
     trained = artifact.open_artifact(last, last.name)
