@@ -31,6 +31,7 @@ from typing import Any
 
 import httpx
 import psutil
+from serve_load import held_by
 
 VISITORS, TOKENS, ROUNDS, ASKED = 16, 16, 3, 20
 GUESTS = 100  # who come, ask nothing and leave, before the rounds: more than the page remembers
@@ -68,14 +69,7 @@ def main() -> None:
         rounds = []
         for number in range(1, ROUNDS + 1):
             became = visits(url, token, chosen.model, chosen.seconds, number)
-            rounds.append(
-                {
-                    "became": dict(became),
-                    "rss_mb": round(watched.memory_info().rss / 1e6, 1),
-                    "open_files": watched.num_fds(),
-                    "threads": watched.num_threads(),
-                }
-            )
+            rounds.append({"became": dict(became), **held_by(watched)})
             print(rounds[-1], flush=True)
     finally:
         page.terminate()

@@ -92,14 +92,7 @@ def main() -> None:
     rounds = []
     for number in range(3):
         became = load(port, opened["token"], chosen.seconds, seed=number + 1)
-        rounds.append(
-            {
-                "became": dict(became),
-                "rss_mb": round(watched.memory_info().rss / 1e6, 1),
-                "open_files": watched.num_fds(),
-                "threads": watched.num_threads(),
-            }
-        )
+        rounds.append({"became": dict(became), **held_by(watched)})
         print(rounds[-1], flush=True)
     process.terminate()
     result = {
@@ -113,6 +106,14 @@ def main() -> None:
     }
     if chosen.out:
         chosen.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def held_by(process: psutil.Process) -> dict[str, float]:
+    return {
+        "rss_mb": round(process.memory_info().rss / 1e6, 1),
+        "open_files": process.num_fds(),
+        "threads": process.num_threads(),
+    }
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +170,19 @@ def write_recipe(
     recipe = folder / "recipe.yaml"
     recipe.write_text(text, encoding="utf-8")
     return recipe
+
+
+def type_lines(lines: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody at the terminal types these lines and leaves."""
+    waiting = iter(lines)
+
+    def read(prompt: str = "") -> str:
+        try:
+            return next(waiting)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(builtins, "input", read)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

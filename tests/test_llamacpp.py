@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 
 pytest.importorskip("xllamacpp")
 
+from tests.conftest import type_lines
 from tongwen.infer import llamacpp
 from tongwen.infer.decode import Sampling, Voice
 from tongwen.infer.llamacpp import LlamaCpp
@@ -90,15 +89,7 @@ def test_it_takes_no_more_memory_than_it_may(
 
 def test_the_terminal_says_who_answers(file: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def chat() -> str:
-        lines: Iterator[str] = iter(["问"])
-
-        def read(prompt: str = "") -> str:
-            try:
-                return next(lines)
-            except StopIteration:
-                raise EOFError from None
-
-        monkeypatch.setattr(builtins, "input", read)
+        type_lines(["问"], monkeypatch)
         code, out, err = tongwen("chat", file, "--template", "chatml", "--max-new-tokens", 8)
         assert code == 0, err
         return str(out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
 import pty
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer
+from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer, type_lines
 from tongwen import cli
 from tongwen.errors import DataError, ModelError
 from tongwen.infer.decode import Incremental, Sampling, Voice
@@ -68,15 +67,7 @@ def conversation(
     lines: list[str], monkeypatch: pytest.MonkeyPatch, spoken: Spoken | None = None, system: str = "", **options: Any
 ) -> Spoken:
     spoken = spoken or Spoken()
-    waiting = iter(lines)
-
-    def read(prompt: str = "") -> str:
-        try:
-            return next(waiting)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr(builtins, "input", read)
+    type_lines(lines, monkeypatch)
     choices: dict[str, Any] = {
         "count": lambda messages: 0,
         "check": lambda settings: Sampling().with_(**settings),

@@ -22,6 +22,7 @@ HALL = (
     "console",
     "launch",
     "page",
+    "allocator",
 )
 UPPER = (
     "cli",

@@ -68,8 +68,7 @@ def run(
             for name in chosen:
                 if name not in redone:
                     _find_unchanged(recipe, name, out, fork)
-                if check := getattr(_stage(name), "check_ahead", None):
-                    check(recipe)
+            check_ahead(recipe, chosen)
             (out / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
         for name in chosen:
             path = out / name
@@ -81,6 +80,13 @@ def run(
                 continue
             done.append(_run_stage(recipe, name, path, arguments))
     return done
+
+
+def check_ahead(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Raise what would refuse one of these stages only when its turn comes."""
+    for name in stages:
+        if check := getattr(_stage(name), "check_ahead", None):
+            check(recipe)
 
 
 def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:

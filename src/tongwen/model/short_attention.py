@@ -38,9 +38,7 @@ class ShortAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, *weights = ctx.saved_tensors
         grouped, keys, values = query[0].unflatten(0, (len(key[0]), -1)), key[0], value[0]
-        of_out = (
-            gradient[0].view_as(grouped) if gradient.is_contiguous() else gradient[0].unflatten(0, grouped.shape[:2])
-        )
+        of_out = gradient[0].unflatten(0, grouped.shape[:2])
         of_query, of_key, of_value = torch.empty_like(grouped), torch.zeros_like(keys), torch.zeros_like(values)
         for (begin, end), weight in zip(_blocks(grouped.shape[2]), weights, strict=True):
             rows, of_rows = (part[:, :, begin:end].flatten(1, 2) for part in (grouped, of_out))

@@ -81,29 +81,28 @@ def make_room(model: Any, adapter: Path) -> None:
     wanted = max(rows.values(), default=held)
     if wanted == held:
         return
-    tied = model.config.get_text_config().tie_word_embeddings
-    if wanted < held or (not tied and len(rows) < 2):
-        lacks = (
-            say("the head", "输出层")
-            if any(name.endswith(EMBEDDINGS) for name in rows)
-            else say("the embedding", "词向量")
+    if wanted < held:
+        said = say(
+            f"its vocabulary has {wanted} rows, the model so far has {held}: a vocabulary never shrinks",
+            f"其词表为 {wanted} 行，而此前的模型已有 {held} 行：词表不会变小",
         )
-        raise ArtifactError(
-            say(
-                f"its vocabulary has {wanted} rows, the model so far has {held}: a vocabulary never shrinks",
-                f"其词表为 {wanted} 行，而此前的模型已有 {held} 行：词表不会变小",
-            )
-            if wanted < held
-            else say(
-                f"it brings {wanted} rows where the model has {held}, and {lacks} is not with it",
-                f"它带来 {wanted} 行，模型只有 {held} 行，却缺少{lacks}",
-            ),
-            place=str(adapter),
-            remedy=say(
-                "name the base and the adapters below it that it was trained on", "请给出训练它时的底座及其下的适配器"
-            ),
+    elif len(rows) < 2 and not model.config.get_text_config().tie_word_embeddings:
+        alone = next(iter(rows))
+        lacks = say("the head", "输出层") if alone.endswith(EMBEDDINGS) else say("the embedding", "词向量")
+        said = say(
+            f"it brings {wanted} rows where the model has {held}, and {lacks} is not with it",
+            f"它带来 {wanted} 行，模型只有 {held} 行，却缺少{lacks}",
         )
-    model.resize_token_embeddings(wanted, mean_resizing=False)
+    else:
+        model.resize_token_embeddings(wanted, mean_resizing=False)
+        return
+    raise ArtifactError(
+        said,
+        place=str(adapter),
+        remedy=say(
+            "name the base and the adapters below it that it was trained on", "请给出训练它时的底座及其下的适配器"
+        ),
+    )
 
 
 def _fingerprint_of(adapter: str) -> str:

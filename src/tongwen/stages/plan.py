@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tongwen import console, foresight, forms
+from tongwen import console, foresight
 from tongwen.errors import RecipeError
 from tongwen.export.gguf import bytes_per_weight
 from tongwen.foresight import Micro, Needs, Setting, foresee
@@ -19,7 +19,7 @@ from tongwen.language import say
 from tongwen.lesson import Lesson, look_ahead, read_dialogues, read_documents
 from tongwen.model import load
 from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
-from tongwen.river import standing_on
+from tongwen.river import check_ahead, standing_on
 from tongwen.train.batches import Plan, make_plan, token_budget
 from tongwen.train.engine import sharing_of
 from tongwen.train.memory import SHARED, STREAMED, flops_per_token
@@ -43,8 +43,7 @@ def run(recipe: Recipe, gpu: str, *, measure: bool = False) -> int:
         raise RecipeError(
             say("there is nothing to train in this recipe", "该配方没有训练阶段"), place=recipe.name, remedy="sft: {}"
         )
-    if recipe.export:
-        forms.check_ahead(recipe.base, recipe.export.formats, recipe.export.quantize)
+    check_ahead(recipe, recipe.stages)
     limit = parse_memory(gpu) if gpu else None
     found = {name: _plan(recipe, name, limit, measure) for name in recipe.stages if name in ("pretrain", "sft")}
     last = list(found.values())[-1]
@@ -268,30 +267,18 @@ def _sharing_rows(facts: dict[str, Any], section: Training) -> list[tuple[str, s
     """What the numbers above are of, where there are several processes, or should be."""
     world, engine = facts["devices"], facts["engine"]
     parts = [say(name, PURPOSES[name]) for name in facts["shared_out"]]
-    title = say("all of this", "以上均为")
+    shared = say(", ".join(parts), "、".join(parts))
     if world > 1 and parts:
-        shared = say(", ".join(parts), "、".join(parts))
-        return [
-            (
-                title,
-                say(
-                    f"per GPU: {engine} divides {shared} among {world}", f"每块 GPU：{engine} 把{shared}分给 {world} 块"
-                ),
-            )
-        ]
-    if world > 1:
-        return [(title, say(f"per GPU: {engine} divides nothing", f"每块 GPU：{engine} 不分担"))]
-    if section.shares:
-        return [
-            (
-                title,
-                say(
-                    f"for one GPU; {engine} divides among several: --devices N",
-                    f"单卡；{engine} 由多卡分担：--devices N",
-                ),
-            )
-        ]
-    return []
+        said = say(f"per GPU: {engine} divides {shared} among {world}", f"每块 GPU：{engine} 把{shared}分给 {world} 块")
+    elif world > 1:
+        said = say(f"per GPU: {engine} divides nothing", f"每块 GPU：{engine} 不分担")
+    elif section.shares:
+        said = say(
+            f"for one GPU; {engine} divides among several: --devices N", f"单卡；{engine} 由多卡分担：--devices N"
+        )
+    else:
+        return []
+    return [(say("all of this", "以上均为"), said)]
 
 
 def _disk_row(size: int) -> tuple[str, str]:

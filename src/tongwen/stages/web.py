@@ -122,7 +122,8 @@ def _words(place: Workplace) -> Words:
             coders[0], coders[1] if other else None, {say("your text", "你的文本"): [text]}, Script("han")
         )
         report["summary"] = " → ".join(names)
-        return "".join(map(_tokens, names, coders, [text] * len(names))), as_html(say("Vocabulary", "词表"), report)
+        tokens = [_tokens(name, coder, text) for name, coder in zip(names, coders, strict=True)]
+        return "".join(tokens), as_html(say("Vocabulary", "词表"), report)
 
     return Words(place.models, compare)
 

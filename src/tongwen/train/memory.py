@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
 from dataclasses import dataclass
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+from tongwen import allocator
+
 LARGEST_KEPT = 32 << 20  # bytes; more glibc does not take for the threshold
 
 
@@ -104,17 +102,11 @@ def flops_per_token(shape: Shape, learned_share: float, *, full: bool) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's allocator reuse what this process frees; elsewhere nothing is changed.
+    """Let glibc's allocator reuse what this process frees.
 
     By default each large tensor is a mapping of its own, which the kernel clears page by page when it is first written
     and takes back when it is freed: of a training step on a CPU that is 3 to 10 % of the time. The largest (logits,
     gradients of an embedding) stay mappings: kept, they leave holes that the next pack, a token longer, does not fit into,
-    and the process grows for hundreds of steps (1.8 times the memory after 60 steps in full). Whoever has set a MALLOC_
-    variable of the environment keeps what it says.
+    and the process grows for hundreds of steps (1.8 times the memory after 60 steps in full).
     """
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
-        mallopt(M_TRIM_THRESHOLD, -1)
+    allocator.tell({allocator.MMAP_THRESHOLD: LARGEST_KEPT, allocator.TRIM_THRESHOLD: -1})

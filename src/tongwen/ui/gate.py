@@ -7,7 +7,6 @@ origin are looked at first, then the token.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import hashlib
 import hmac
 import ipaddress
@@ -15,7 +14,6 @@ import os
 import secrets
 import signal
 import socket
-import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Literal
 
@@ -24,6 +22,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from tongwen import allocator
 from tongwen.errors import MachineError, RecipeError
 from tongwen.language import say
 
@@ -35,7 +34,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 TOKEN = "TONGWEN_API_KEY"  # noqa: S105 (the name of the variable)
 SHORTEST = 16  # characters of a token that somebody chose
 REQUEST_SECONDS = 20  # a request must have come in whole
-M_ARENA_MAX, ARENAS = -8, 2  # malloc.h
+ARENAS = 2
 DRAIN_SECONDS = 30  # for the answers that are being given when the server is told to end
 
 
@@ -144,12 +143,8 @@ def open_port(host: str, port: int) -> socket.socket:
 
 def share_heaps() -> None:
     """Have all threads allocate from the same few heaps. glibc gives each of a server's many threads one of its own, which
-    keeps what the largest answer needed: with 16 visitors the page grew by 15 MB in a minute. Whoever has set a MALLOC_
-    variable of the environment keeps what it says."""
-    if sys.platform == "linux" and not any(name.startswith("MALLOC_") for name in os.environ):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt:
-            mallopt(M_ARENA_MAX, ARENAS)
+    keeps what the largest answer needed: with 16 visitors the page grew by 15 MB in a minute."""
+    allocator.tell({allocator.ARENA_MAX: ARENAS})
 
 
 def serve(app: App, listening: socket.socket, *, lifespan: Literal["on", "off"] = "off") -> None:

@@ -1,0 +1,19 @@
+"""glibc's allocator, told how this process uses memory; elsewhere nothing is changed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # mallopt's names for them, malloc.h
+
+
+def tell(words: dict[int, int]) -> None:
+    """Set each of them. Whoever has set a MALLOC_ variable of the environment keeps what it says."""
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        for name, value in words.items():
+            mallopt(name, value)
