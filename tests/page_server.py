@@ -58,7 +58,8 @@ def serving(bench: Bench, limits: Limits | None = None) -> Iterator[str]:
     """The address of a running page."""
     port = free_port()
     app = make_app(bench, TOKEN, port=port, limits=limits)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", access_log=False))
+    # uvicorn's own logging would have all handlers closed that this process has, and absl's closes the stream under it.
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     ends = time.monotonic() + 60

@@ -111,6 +111,13 @@ def tab(page: Any, number: int) -> None:
     page.get_by_role("tab", name=TABS[page.language][number], exact=True).click()
 
 
+def leave(page: Any, go: Callable[[], Any]) -> None:
+    """Away from the page, which had nothing to complain of until then: that its streams are cut is what it will say."""
+    assert not page.complaints
+    go()
+    page.complaints.clear()
+
+
 def ask(page: Any, text: str) -> None:
     page.fill("#question textarea", text)
     page.press("#question textarea", "Enter")
@@ -145,7 +152,7 @@ def test_conversations_are_kept_and_exported(page: Any, parrot: Parrot) -> None:
     with page.expect_download() as taken:
         page.locator("#export a").first.click()
     assert "记住我" in Path(taken.value.path()).read_text(encoding="utf-8")
-    page.reload()
+    leave(page, page.reload)
     page.wait_for_selector("#question textarea")
     page.click("#conversations input")
     page.get_by_role("option", name="记住我").click()
@@ -214,7 +221,7 @@ def test_a_run_is_started_watched_stopped_and_taken_up(page: Any, folder: Path) 
     page.wait_for_selector("#picture polyline")
     drawn = page.locator("#picture polyline").first.get_attribute("points")
     wait_for(lambda: page.locator("#picture polyline").first.get_attribute("points") != drawn)
-    page.reload()
+    leave(page, page.reload)
     page.wait_for_selector("#question textarea")
     tab(page, 3)
     page.wait_for_selector("#picture polyline")
@@ -226,5 +233,6 @@ def test_a_run_is_started_watched_stopped_and_taken_up(page: Any, folder: Path) 
     wait_for(lambda: not holder(out))
     assert runs.facts(out)[0][0] == "finished", runs.log(out)
     link = page.locator("#picture a[href^='/report']").first
-    page.goto(f"{page.url.split('/zh')[0].split('/en')[0]}{link.get_attribute('href')}")
+    report = f"{page.url.split('/zh')[0].split('/en')[0]}{link.get_attribute('href')}"
+    leave(page, lambda: page.goto(report))
     assert "tiny" in page.locator("h1").inner_text()

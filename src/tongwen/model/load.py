@@ -14,7 +14,9 @@ import json
 import logging
 import os
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -335,30 +337,47 @@ def cpu_has_bf16() -> bool:
 
 
 class quiet:  # noqa: N801 (used like a function)
-    """Bars, hints and deprecation notes of the libraries stay out of the way; their errors are raised."""
+    """Bars, hints and deprecation notes of the libraries stay out of the way; their errors are raised.
+
+    What is set aside belongs to the process, and the page opens models in threads: the first to come in sets it aside, the
+    last to leave puts it back.
+    """
+
+    _lock = threading.Lock()
+    _inside = 0
+    _before = contextlib.ExitStack()
 
     def __enter__(self) -> None:
+        with quiet._lock:
+            if not quiet._inside:
+                self._hush()
+            quiet._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with quiet._lock:
+            quiet._inside -= 1
+            if not quiet._inside:
+                quiet._before.close()
+
+    def _hush(self) -> None:
         from transformers.utils import logging as hf
 
-        self._level = hf.get_verbosity()
+        self._before.callback(hf.set_verbosity, hf.get_verbosity())
         hf.set_verbosity_error()
         hf.disable_progress_bar()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        # Bars that libraries draw themselves (GGUF, downloads) are for a terminal; a log would fill with them.
-        self._stderr = (
-            contextlib.redirect_stderr(io.StringIO()) if not sys.stderr.isatty() else contextlib.nullcontext()
-        )
-        self._stderr.__enter__()
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
+        if not sys.stderr.isatty():
+            self._before.enter_context(_without_bars())
+        self._before.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
 
-    def __exit__(self, *error: object) -> None:
-        from transformers.utils import logging as hf
 
-        hf.set_verbosity(self._level)
-        self._stderr.__exit__(None, None, None)
-        self._warnings.__exit__(*error)  # type: ignore[arg-type]
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Bars that libraries draw themselves (GGUF) are for a terminal; a log would fill with them. All else is said at the end."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        yield
+    sys.stderr.write("\n".join(line for line in said.getvalue().split("\n") if "\r" not in line))
 
 
 class explained:  # noqa: N801
