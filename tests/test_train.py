@@ -22,7 +22,8 @@ from tongwen.data.store import SAMPLE, TokenStore, spans_of
 from tongwen.errors import ModelError, NumbersError, RecipeError
 from tongwen.model import attention
 from tongwen.model.adapt import adapt, find_untrained_rows
-from tongwen.model.blocks import GatedMlp, RmsNorm
+from tongwen.model.blocks import GatedMlp, RmsNorm, fuse_blocks
+from tongwen.model.joined import Joined, JoinedProduct
 from tongwen.model.load import Place, load_model
 from tongwen.model.score import LearnedCrossEntropy, bits_per_byte, learned_loss
 from tongwen.recipe.schema import Adapter, Duration
@@ -375,10 +376,20 @@ def with_fast_forward(model: Any) -> list[Any]:
     return [module for module in model.modules() if "forward" in vars(module)]
 
 
+def fused(model: Any, choice: Adapter) -> Any:
+    """The adapted model with its fast forms, as one process on a CPU trains it."""
+    adapted = adapt(model, choice, []).model
+    fuse_blocks(adapted)
+    return adapted
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("choice", [Adapter(rank=4), Adapter(rank=4, rslora=True), Adapter(rank=4, targets="family")])
-def test_the_fast_forms_are_pefts_and_transformers_own(folder: Path, choice: Adapter, checkpointing: bool) -> None:
-    model = adapt(packed_model(folder), choice, []).model
+@pytest.mark.parametrize("blocks", [False, True])
+def test_the_fast_forms_are_pefts_and_transformers_own(
+    folder: Path, choice: Adapter, checkpointing: bool, blocks: bool
+) -> None:
+    model = fused(packed_model(folder), choice) if blocks else adapt(packed_model(folder), choice, []).model
     with torch.no_grad():
         for name, part in model.named_parameters():
             if "lora_B" in name:
@@ -393,11 +404,11 @@ def test_the_fast_forms_are_pefts_and_transformers_own(folder: Path, choice: Ada
     batch = pack([store.sample(index) for index in range(6)])
     fast = with_fast_forward(model)
     kinds = Counter(type(module).__name__ for module in fast)
-    assert kinds == (
-        {"Linear": 8, "LlamaRMSNorm": 5}
-        if choice.targets == "family"
-        else {"Linear": 14, "LlamaRMSNorm": 5, "LlamaMLP": 2}
-    )
+    family = choice.targets == "family"
+    wanted_blocks = ({"LlamaRMSNorm": 5} if family else {"LlamaRMSNorm": 5, "LlamaMLP": 2}) if blocks else {}
+    assert kinds == {"Linear": 8 if family else 14, **wanted_blocks}
+    used = operations(model, batch)
+    assert ("JoinedProduct" in used, "LoraProduct" in used) == (blocks, not blocks)
     loss, gradients = loss_and_gradients(model, batch)
     for module in fast:
         del module.forward
@@ -413,23 +424,51 @@ def test_the_gradients_of_the_fast_blocks_are_those_of_finite_differences(small:
     x = (torch.randn(2, 3, 6, dtype=torch.float64) * small).requires_grad_()
     weight = torch.rand(6, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda part: RmsNorm.apply(part, weight, 1e-5), (x,), eps=1e-7 * small)
-    shapes = [(8, 6), (2, 6), (8, 2), (8, 6), (2, 6), (8, 2), (6, 8), (2, 8), (6, 2)]
-    parts = [
-        torch.randn(shape, dtype=torch.float64).requires_grad_(index % 3 > 0) for index, shape in enumerate(shapes)
-    ]
-    assert torch.autograd.gradcheck(lambda *all: GatedMlp.apply(all[0], (2.0, 0.5, 3.0), *all[1:]), (x, *parts))
+    shapes = [(8, 6), (2, 6), (8, 2), (8, 6), (3, 6), (8, 3), (6, 8), (2, 8), (6, 2)]
+    made = [torch.randn(shape, dtype=torch.float64).requires_grad_(index % 3 > 0) for index, shape in enumerate(shapes)]
+    parts = [(*made[begin : begin + 3], scale) for begin, scale in ((0, 2.0), (3, 0.5), (6, 3.0))]
+    adapters = [one for _, a, b, _ in parts for one in (a, b)]
+    first, last = Joined(parts[:2]), Joined(parts[2:])
+
+    def taken(x: torch.Tensor, *moved: torch.Tensor) -> tuple[float, ...]:
+        """What finite differences have moved is taken anew."""
+        pairs = zip(moved[::2], moved[1::2], strict=True)
+        now = [(weight, *pair, scale) for (weight, *_, scale), pair in zip(parts, pairs, strict=False)]
+        first.take(now[:2])
+        last.take(now[2:])
+        return tuple(scale for *_, scale in parts)
+
+    assert torch.autograd.gradcheck(
+        lambda *all: GatedMlp.apply(all[0], first, last, taken(*all), *all[1:]), (x, *adapters)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, *four: JoinedProduct.apply(x, first, taken(x, *four, *adapters[4:])[:2], *four), (x, *adapters[:4])
+    )
+
+
+def test_joined_layers_hold_nothing_twice_and_save_what_they_were(folder: Path) -> None:
+    plain = packed_model(folder)
+    before = {name: part.clone() for name, part in plain.state_dict().items()}
+    model = fused(plain, Adapter(rank=4))
+    attention, mlp = model.base_model.model.model.layers[0].self_attn, model.base_model.model.model.layers[0].mlp
+    for layers in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+        assert len({layer.weight.untyped_storage().data_ptr() for layer in layers}) == 1
+    after = {
+        name.replace("base_layer.", "").removeprefix("base_model.model."): part
+        for name, part in model.state_dict().items()
+    }
+    assert all(torch.equal(after[name], part) for name, part in before.items())
 
 
 def test_layers_that_do_not_qualify_stay_with_peft(folder: Path) -> None:
     for choice in (Adapter(rank=4, dora=True), Adapter(rank=4, dropout=0.1)):
-        assert {
-            type(module).__name__ for module in with_fast_forward(adapt(packed_model(folder), choice, []).model)
-        } == {"LlamaRMSNorm"}
+        fast = with_fast_forward(fused(packed_model(folder), choice))
+        assert {type(module).__name__ for module in fast} == {"LlamaRMSNorm"}
     assert not with_fast_forward(adapt(packed_model(folder), Adapter(method="full"), []).model)
 
 
 def test_a_switched_off_adapter_gives_the_base(folder: Path) -> None:
-    model = adapt(packed_model(folder), Adapter(rank=4), []).model
+    model = fused(packed_model(folder), Adapter(rank=4))
     store = random_store(3)
     batch = pack([store.sample(index) for index in range(3)])
     with torch.no_grad():
@@ -448,16 +487,16 @@ def test_blocks_that_compute_something_else_stay_as_they_are(tmp_path: Path) -> 
 
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     gemma = GemmaForCausalLM(GemmaConfig(vocab_size=60, num_key_value_heads=1, head_dim=16, **shape))
-    names = {type(module).__name__ for module in with_fast_forward(adapt(gemma, Adapter(rank=2), []).model)}
+    names = {type(module).__name__ for module in with_fast_forward(fused(gemma, Adapter(rank=2)))}
     assert names == {"Linear"}  # its norm is 1 + weight, its MLP has GELU
     llama = tiny_llama(tmp_path, 60, hidden_act="gelu")
-    names = {type(module).__name__ for module in with_fast_forward(adapt(llama, Adapter(rank=2), []).model)}
+    names = {type(module).__name__ for module in with_fast_forward(fused(llama, Adapter(rank=2)))}
     assert names == {"Linear", "LlamaRMSNorm"}
 
 
 def test_in_bf16_the_fast_forms_are_no_further_from_fp32_than_the_slow_ones(folder: Path) -> None:
     """Weights in bf16 and an adapter in fp32 under autocast, as a run on a CPU with bf16 has them."""
-    model = adapt(packed_model(folder).to(torch.bfloat16), Adapter(rank=4), []).model
+    model = fused(packed_model(folder).to(torch.bfloat16), Adapter(rank=4))
     with torch.no_grad():
         for name, part in model.named_parameters():
             if part.requires_grad:
@@ -467,12 +506,12 @@ def test_in_bf16_the_fast_forms_are_no_further_from_fp32_than_the_slow_ones(fold
     fast = with_fast_forward(model)
     assert Counter(type(module).__name__ for module in fast) == {"Linear": 14, "LlamaRMSNorm": 5, "LlamaMLP": 2}
     with torch.autocast("cpu", torch.bfloat16):
-        used = [name for name in ("LoraProduct", "GatedMlp", "RmsNorm") if name in operations(model, batch)]
+        used = [name for name in ("JoinedProduct", "GatedMlp", "RmsNorm") if name in operations(model, batch)]
         loss, gradients = loss_and_gradients(model, batch)
         for module in fast:
             del module.forward
         slow_loss, slow = loss_and_gradients(model, batch)
-    assert used == ["LoraProduct", "GatedMlp", "RmsNorm"]
+    assert used == ["JoinedProduct", "GatedMlp", "RmsNorm"]
     wanted_loss, wanted = loss_and_gradients(model.float(), batch)
 
     def distance(found: dict[str, torch.Tensor]) -> float:

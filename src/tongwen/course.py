@@ -32,6 +32,7 @@ from tongwen.lesson import Lesson, Reader, say_ledger
 from tongwen.model import adapt as adapting
 from tongwen.model import attention, dress, layers, load
 from tongwen.model.adalora import budget_of
+from tongwen.model.blocks import fuse_blocks
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from tongwen.model.score import bits_per_byte, learned_loss
 from tongwen.model.special import mend_ends
@@ -262,6 +263,8 @@ def _open_pupil(course: Course, device: str, engine: Engine, adapter_steps: int)
         adapted.find_learners()
     elif not quantize:  # quantised weights are where they belong
         adapted.model.to(device)
+    if device == "cpu" and engine.name in ("single", "ddp"):  # the others cut weights up, or move them
+        fuse_blocks(adapted.model)
     if section.compile:
         layers.compile_layers(adapted.model)
     return Pupil(adapted, stops, packed, fingerprint, device, dtype, engine)

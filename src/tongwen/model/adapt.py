@@ -17,7 +17,6 @@ from tongwen.errors import ModelError
 from tongwen.families import family_of
 from tongwen.language import say
 from tongwen.model.adalora import configure, write_as_lora
-from tongwen.model.blocks import fuse_blocks
 from tongwen.model.load import adapter_type, quiet
 from tongwen.model.lora import fuse
 from tongwen.model.stack import open_adapter
@@ -161,7 +160,7 @@ def _with_adapter(
 ) -> Adapted:
     if choice.continue_from:
         opened = open_adapter(model, choice.continue_from, fingerprint, trainable=True)
-        _make_fast(opened)
+        fuse(opened)
         adapted = Adapted(opened, new_rows, whole="embeddings" in parts)
         if adapted.whole and not adapted.embeddings:
             raise ModelError(
@@ -186,7 +185,7 @@ def _with_adapter(
     with quiet():
         adapted = Adapted(get_peft_model(model, config), new_rows, whole)
     adapted.notices += _experts(adapted.model)
-    _make_fast(adapted.model)
+    fuse(adapted.model)
     if control_rows:
         adapted.notices.append(
             say(
@@ -195,12 +194,6 @@ def _with_adapter(
             )
         )
     return adapted
-
-
-def _make_fast(model: Any) -> None:
-    """The exact fast forms, where they apply."""
-    fuse(model)
-    fuse_blocks(model)
 
 
 def _peft_config(model: Any, choice: Adapter, also: list[str], rows: dict[str, list[int]] | None, steps: int) -> Any:

@@ -174,7 +174,7 @@ def training_arguments(job: Job) -> TrainingArguments:
         "warmup_steps": steps_of(section.warmup, total),
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
-        "bf16": job.dtype == torch.bfloat16,
+        "bf16": job.dtype == torch.bfloat16 and job.engine.is_deepspeed,  # the others: see compute_loss
         "fp16": job.dtype == torch.float16,
         "logging_steps": section.log_every,
         "logging_first_step": True,
@@ -249,7 +249,12 @@ class PlannedTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        with self.noise.scaled_for(inputs) if self.noise else nullcontext():
+        # accelerate's own autocast would make an fp32 copy of all logits, the largest tensor of many runs.
+        half = self.job.dtype == torch.bfloat16 and not self.job.engine.is_deepspeed
+        with (
+            torch.autocast(self.args.device.type, torch.bfloat16, enabled=half),
+            self.noise.scaled_for(inputs) if self.noise else nullcontext(),
+        ):
             total, _ = self.job.loss(model, inputs)
         self.guard.note(total, num_items_in_batch)
         # DDP averages the ranks' gradients, so each rank's part of the mean is multiplied by their number.
