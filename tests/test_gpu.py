@@ -94,7 +94,7 @@ def test_a_gpu_gives_the_gradient_of_a_cpu(method: str, base: Path) -> None:
 def test_the_loss_on_a_gpu_is_torchs_own() -> None:
     logits = torch.randn(600, 50, device="cuda", requires_grad=True)
     targets = torch.randint(0, 50, (600,), device="cuda")
-    total, _ = LearnedCrossEntropy.apply(logits * 1.0, targets)
+    total, _ = LearnedCrossEntropy.apply(logits * 1.0, targets, 1.0)
     (wanted,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), logits)
     total.backward()
     assert logits.grad is not None and torch.allclose(logits.grad, wanted, atol=1e-5)

@@ -123,15 +123,17 @@ def test_packed_and_padded_loss_is_the_unpacked_reference(folder: Path, maker: A
     assert float(total.detach()) / count == pytest.approx(wanted / count, abs=1e-5)
 
 
-def test_the_loss_and_its_gradient_are_torchs_own() -> None:
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_the_loss_and_its_gradient_are_torchs_own(weight: float) -> None:
     torch.manual_seed(0)
     logits = torch.randn(600, 50, dtype=torch.float32)
     targets = torch.randint(0, 50, (600,))
     ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
-    total, nats = LearnedCrossEntropy.apply(ours * 1.0, targets)
-    (total * 0.3).backward()
+    total, nats = LearnedCrossEntropy.apply(ours * 1.0, targets, 0.5)
+    (total * weight).backward()
     wanted = cross_entropy(theirs, targets, reduction="none")
-    (wanted.sum() * 0.3).backward()
+    assert float(total.detach()) == pytest.approx(float(wanted.detach().sum()) / 2, rel=1e-6)
+    (wanted.sum() * weight / 2).backward()
     assert torch.allclose(nats, wanted, atol=1e-5)
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
 

@@ -12,20 +12,23 @@ from typing import Any
 
 import torch
 
-ROWS_AT_ONCE = {"cpu": 8}  # rows whose softmax is computed together: on a CPU their logits stay in the cache of a core
+ROWS_AT_ONCE = {"cpu": 4}  # rows whose softmax is computed together: on a CPU their logits stay in the cache of a core
 ROWS_ELSEWHERE = 256  # an accelerator would wait for the launches of small blocks
 
 
 class LearnedCrossEntropy(torch.autograd.Function):
-    """Sum of -log p(target) over rows; the gradient overwrites the logits.
+    """scale x sum of -log p(target) over rows; the gradient overwrites the logits.
 
     logits:  (R, V), consumed
     targets: (R,) ids
-    Returns (sum (), nats per row (R,)), in fp32.
+    Returns (scaled sum (), nats per row (R,)), in fp32. The scale is part of the softmax's division: afterwards, it would be
+    another pass over the logits.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, scale: float | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         nats = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
         at_once = ROWS_AT_ONCE.get(logits.device.type, ROWS_ELSEWHERE)
         for begin in range(0, len(targets), at_once):
@@ -38,23 +41,27 @@ class LearnedCrossEntropy(torch.autograd.Function):
             scores.exp_()
             total = scores.sum(dim=1, keepdim=True)
             nats[begin : begin + at_once] = (total.log() - of_target).squeeze(1)
-            scores.div_(total)
-            scores.scatter_add_(1, wanted, torch.full_like(of_target, -1.0))
+            scores.mul_(scale / total)
+            scores.scatter_add_(1, wanted, torch.zeros_like(of_target).sub_(scale))
             if scores is not block:
                 block.copy_(scores)
         ctx.gradient = logits
         ctx.mark_non_differentiable(nats)
-        return nats.sum(), nats
+        return nats.sum() * scale, nats
 
     @staticmethod
-    def backward(ctx: Any, of_sum: torch.Tensor, of_nats: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, of_sum: torch.Tensor, of_nats: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         gradient = ctx.gradient
         ctx.gradient = None
-        return gradient.mul_(of_sum.to(gradient.dtype)), None
+        if of_sum.device.type == "cpu" and of_sum == 1:  # elsewhere the question would wait for the device
+            return gradient, None, None
+        return gradient.mul_(of_sum.to(gradient.dtype)), None, None
 
 
-def learned_loss(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of nats () with gradient, nats per learned token (R,)) of one micro-batch as `train.batches` makes it.
+def learned_loss(
+    model: Any, batch: dict[str, Any], scale: float | torch.Tensor = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale x sum of nats () with gradient, nats per learned token (R,)) of one micro-batch as `train.batches` makes it.
 
     An empty micro-batch (its one token is masked) gives a zero that still touches every parameter.
     """
@@ -67,7 +74,7 @@ def learned_loss(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch
     if not batch["learned"]:
         return logits.sum() * 0.0, logits.new_zeros(0, dtype=torch.float32)
     # A view would share the memory with a tensor that autograd still needs.
-    return LearnedCrossEntropy.apply(logits if logits.is_contiguous() else logits.contiguous(), targets)  # type: ignore[no-any-return]
+    return LearnedCrossEntropy.apply(logits.contiguous(), targets, scale)  # type: ignore[no-any-return]
 
 
 INPUTS = (

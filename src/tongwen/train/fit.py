@@ -27,7 +27,7 @@ from tongwen import console, launch
 from tongwen.errors import Interrupted, MissingPackage, NumbersError, RecipeError
 from tongwen.language import say
 from tongwen.recipe.schema import Stretch
-from tongwen.train.audit import FirstSteps, Loss, first_not_finite
+from tongwen.train.audit import FirstSteps, first_not_finite
 from tongwen.train.batches import MicroBatches, Plan
 from tongwen.train.checkpoints import STAGING, check_adapter_saved, check_space, commit, last_of, stage, step_of
 from tongwen.train.engine import Engine
@@ -66,7 +66,7 @@ class Budget(Protocol):
 class Job:
     """Everything that a run needs.
 
-    loss:       gives (sum of nats, nats per learned token) of a micro-batch
+    loss:       gives (scaled sum of nats, nats per learned token) of a micro-batch and a scale
     evaluate:   scores what was held out; it is told the step of the stage
     embeddings: tensors that learn at the stretch's embedding rate
     guarded:    those of them whose gradient is zero on most rows; nothing but the gradient may move them
@@ -85,7 +85,7 @@ class Job:
     seed: int
     checkpoints: Path
     resume: Path | None
-    loss: Loss
+    loss: Callable[[Any, dict[str, Any], torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     evaluate: Callable[[int], dict[str, Any]] | None
     watch: Watch
     engine: Engine
@@ -255,10 +255,9 @@ class PlannedTrainer(Trainer):
             torch.autocast(self.args.device.type, torch.bfloat16, enabled=half),
             self.noise.scaled_for(inputs) if self.noise else nullcontext(),
         ):
-            total, _ = self.job.loss(model, inputs)
-        self.guard.note(total, num_items_in_batch)
-        # DDP averages the ranks' gradients, so each rank's part of the mean is multiplied by their number.
-        mean = total * self.args.world_size / num_items_in_batch
+            # DDP averages the ranks' gradients, so each rank's part of the mean is multiplied by their number.
+            mean, nats = self.job.loss(model, inputs, self.args.world_size / num_items_in_batch)
+        self.guard.note(nats.sum(), num_items_in_batch)
         if self.job.budget:
             mean = mean + self.job.budget.penalty() / self.job.plan.accumulate
         return mean
