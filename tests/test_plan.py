@@ -15,8 +15,9 @@ from tongwen import foresight
 from tongwen.foresight import Micro, Setting
 from tongwen.model import attention
 from tongwen.model.adapt import adapt
+from tongwen.model.blocks import fuse_blocks
 from tongwen.model.load import Place, load_config, load_model
-from tongwen.model.score import learned_loss
+from tongwen.model.score import learned_loss, spare_head
 from tongwen.recipe.schema import Adapter, Sft
 from tongwen.stages import plan
 from tongwen.train.batches import pack
@@ -40,6 +41,8 @@ def real_peak(folder: Path, how: Setting) -> dict[str, int]:
     batch = pack([(torch.ones(length).numpy(), torch.zeros(length).bool().numpy()) for length in LENGTHS])
     batch |= {"rows": torch.zeros(ROWS, dtype=torch.int64), "targets": torch.zeros(ROWS, dtype=torch.int64)}
     batch["learned"] = ROWS
+    spare_head(model, batch)
+    fuse_blocks(model)
     live = Live()
     with live:
         for part in (*model.parameters(), *model.buffers()):
@@ -86,11 +89,17 @@ def test_checkpointing_keeps_less_and_the_second_micro_batch_meets_the_gradients
     assert parts(setting("full", optimizer="adamw_8bit"))["optimizer"] == one["optimizer"] / 4
 
 
+def leave(*_: Any, **__: Any) -> int:
+    """In the place of `fuse_blocks`: layers joined with their adapters are rounded up, a half of such small ones."""
+    return 0
+
+
 def test_a_model_that_cannot_be_rehearsed_is_said(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("its shapes depend on values")
 
     config, micro = load_config(Place("t", str(chat_model))), Micro((256,), 200, 1)
+    monkeypatch.setattr(foresight, "fuse_blocks", leave)
     wanted = foresight.foresee(config, setting("lora"), micro)
     monkeypatch.setattr(foresight, "rehearse", refuse)
     found = foresight.foresee(config, setting("lora"), micro)
@@ -140,7 +149,10 @@ SHARED_BY = {
 
 @pytest.mark.parametrize("engine", SHARED_BY)
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_process_holds_its_part_of_what_its_engine_shares_out(method: str, engine: str, chat_model: Path) -> None:
+def test_a_process_holds_its_part_of_what_its_engine_shares_out(
+    method: str, engine: str, chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foresight, "fuse_blocks", leave)
     config, micro = load_config(Place("t", str(chat_model))), Micro(LENGTHS, ROWS, 2)
     how = setting(method)
     alone = foresight.foresee(config, how, micro)

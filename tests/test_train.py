@@ -20,12 +20,12 @@ from tests.conftest import byte_level_tokenizer, tiny_llama, tiny_mixture
 from tongwen.data.mix import order
 from tongwen.data.store import SAMPLE, TokenStore, spans_of
 from tongwen.errors import ModelError, NumbersError, RecipeError
-from tongwen.model import attention
+from tongwen.model import attention, score
 from tongwen.model.adapt import adapt, find_untrained_rows
 from tongwen.model.blocks import GatedMlp, RmsNorm, fuse_blocks
 from tongwen.model.joined import Joined, JoinedProduct
 from tongwen.model.load import Place, load_model
-from tongwen.model.score import LearnedCrossEntropy, bits_per_byte, learned_loss
+from tongwen.model.score import LearnedCrossEntropy, bits_per_byte, learned_loss, spare_head
 from tongwen.recipe.schema import Adapter, Duration
 from tongwen.train import audit
 from tongwen.train.batches import MicroBatches, best_fit, deal, make_plan, pack, pad
@@ -136,6 +136,45 @@ def test_the_loss_and_its_gradient_are_torchs_own(weight: float) -> None:
     (wanted.sum() * weight / 2).backward()
     assert torch.allclose(nats, wanted, atol=1e-5)
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("maker", [pack, pad])
+def test_a_spared_head_gives_the_same_loss_and_gradients(
+    folder: Path, maker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of rows, the last of them shorter."""
+    monkeypatch.setattr(score, "HEAD_ROWS", {"cpu": 7})
+    store = random_store(6)
+    batch = maker([store.sample(index) for index in range(6)])
+    model = fused(packed_model(folder) if maker is pack else load_model(Place("t", str(folder)), torch.float32), LORA)
+    with torch.no_grad():
+        for name, part in model.named_parameters():
+            if "lora_B" in name:
+                part.copy_(torch.randn_like(part) * 0.1)
+    wanted, theirs = loss_and_gradients(model, batch)
+    assert spare_head(model, batch) and "HeadLoss" in operations(model, batch)
+    loss, gradients = loss_and_gradients(model, batch)
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    assert all(torch.allclose(one, theirs[name], rtol=1e-4, atol=1e-6) for name, one in gradients.items())
+    with torch.no_grad():
+        assert torch.equal(learned_loss(model, batch)[1], learned_loss(model, batch, 0.5)[1])
+        whole = model(input_ids=batch["input_ids"][:, :4]).logits
+    assert whole.shape[-1] == model.get_output_embeddings().weight.shape[0], (
+        "outside of the loss it is a head as before"
+    )
+
+
+def test_a_head_that_learns_or_whose_output_is_changed_is_not_spared(folder: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    batch = pack([random_store(2).sample(index) for index in range(2)])
+    assert not spare_head(adapt(packed_model(folder), Adapter(method="full"), []).model, batch)
+    rows = adapt(packed_model(folder), LORA, [1, 2]).model  # tied, so the head learns these rows too
+    assert not spare_head(rows, batch)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    gemma = Gemma2ForCausalLM(Gemma2Config(vocab_size=500, num_key_value_heads=1, head_dim=16, **shape))
+    batch = pad([random_store(2).sample(index) for index in range(2)])
+    assert not spare_head(adapt(gemma, LORA, []).model, batch), "its logits are capped"
 
 
 def test_bits_per_byte_is_its_definition(folder: Path) -> None:
@@ -376,6 +415,9 @@ def loss_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[s
 
 def with_fast_forward(model: Any) -> list[Any]:
     return [module for module in model.modules() if "forward" in vars(module)]
+
+
+LORA = Adapter(rank=4)
 
 
 def fused(model: Any, choice: Adapter) -> Any:

@@ -34,7 +34,7 @@ from tongwen.model import attention, dress, layers, load
 from tongwen.model.adalora import budget_of
 from tongwen.model.blocks import fuse_blocks
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_tokenizer
-from tongwen.model.score import bits_per_byte, learned_loss
+from tongwen.model.score import bits_per_byte, learned_loss, spare_head
 from tongwen.model.special import mend_ends
 from tongwen.model.stack import make_room, open_stack
 from tongwen.recipe.load import dump
@@ -263,7 +263,7 @@ def _open_pupil(course: Course, device: str, engine: Engine, adapter_steps: int)
         adapted.find_learners()
     elif not quantize:  # quantised weights are where they belong
         adapted.model.to(device)
-    if device == "cpu" and engine.name in ("single", "ddp"):  # the others cut weights up, or move them
+    if device == "cpu" and engine.is_whole:
         fuse_blocks(adapted.model)
     if section.compile:
         layers.compile_layers(adapted.model)
@@ -295,6 +295,8 @@ def _audit(pupil: Pupil, store: TokenStore, plan: Plan) -> list[str]:
     """Nothing is trained before this has passed. Returns the trainable tensors that the first tokens did not reach."""
     first = MicroBatches(store, [plan.micro[0][0]], packed=pupil.packed)[0]
     with pupil.computing():
+        if pupil.engine.is_whole and pupil.dtype != torch.float16:  # whose small gradients wait for the scaler
+            spare_head(pupil.model, audit.to_device(first, pupil.model))
         unreached = audit.probe_gradients(pupil.model, first, learned_loss)
     console.good(say("audit: gradients reach every trained tensor", "审计通过：梯度到达所有训练参数"))
     if pupil.packed and len(store) > 1:

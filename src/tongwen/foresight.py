@@ -21,7 +21,7 @@ from tongwen.model import adapt as adapting
 from tongwen.model import attention, load
 from tongwen.model.blocks import fuse_blocks
 from tongwen.model.layers import recompute
-from tongwen.model.score import learned_loss
+from tongwen.model.score import head_rows, learned_loss, spare_head
 from tongwen.model.stack import open_stack
 from tongwen.recipe.schema import Adapter, Part
 from tongwen.train.audit import to_device
@@ -130,7 +130,7 @@ def _rehearsed(config: Any, setting: Setting, micro: Micro, layers: int) -> list
     parts = rehearse(
         model,
         micro.lengths,
-        micro.rows,
+        _logits(model, setting, micro),
         learned_loss,
         model.get_output_embeddings(),
         lambda model: _prepare(model, setting),
@@ -151,8 +151,20 @@ def _prepare(model: Any, setting: Setting) -> None:
     model.set_attn_implementation(attention.register())
     model.config.use_cache = False
     model.train()
-    if setting.device == "cpu" and setting.dtype == torch.float32 and not setting.quantize:
-        fuse_blocks(model, is_same=lambda *_: True)
+    if _is_whole(setting):
+        spare_head(model, None)
+        if setting.device == "cpu":
+            fuse_blocks(model, is_same=lambda *_: True)
+
+
+def _is_whole(setting: Setting) -> bool:
+    return setting.sharing.engine in ("", "ddp")
+
+
+def _logits(model: Any, setting: Setting, micro: Micro) -> int:
+    """Rows of logits that exist together."""
+    spared = _is_whole(setting) and spare_head(model, None)
+    return min(micro.rows, head_rows(setting.device)) if spared else micro.rows
 
 
 def _skeleton(config: Any, setting: Setting) -> tuple[Any, list[int]]:
@@ -198,7 +210,7 @@ def _by_formula(config: Any, setting: Setting, micro: Micro, shape: Shape) -> di
         "weights": weights,
         "gradients": 4 * shape.trainable,
         "activations": sum(micro.lengths) * kept_for_backward(shape, checkpointing=setting.checkpointing) * width,
-        "head": micro.rows * shape.vocabulary * width,
+        "head": _logits(model, setting, micro) * shape.vocabulary * width,
     }
 
 

@@ -2,7 +2,7 @@
 than arithmetic.
 
 Written as single modules, each step of theirs reads and writes a whole activation, and autograd keeps most of them. Here
-what can be overwritten is overwritten, and the MLP keeps two of its five wide activations. A module gets the fast form
+what can be overwritten is overwritten, and the MLP keeps three of its five wide activations. A module gets the fast form
 only when it is proven, on random rows, to compute what that form computes; all else (Gemma's 1 + weight, other
 activations, layers that peft must handle itself) stays as it is.
 """
@@ -73,26 +73,23 @@ class GatedMlp(torch.autograd.Function):
         hidden = last.entry(both)
         torch.mul(silu(gate), up, out=hidden[:, : last.inside])
         out = last.fill(hidden) @ last.forth.t()
-        # Cloned: a view would keep the hidden rows themselves.
-        ctx.save_for_backward(wide, both, hidden[:, last.inside :].clone())
+        ctx.save_for_backward(wide, both, hidden)
         return out.view(*x.shape[:-1], last.outside)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        (wide, both, low), first, last = ctx.saved_tensors, ctx.first, ctx.last
+        (wide, both, hidden), first, last = ctx.saved_tensors, ctx.first, ctx.last
         gate, up = both.split(first.widths, dim=1)
         room = last.exit(both)
         room[:, : last.outside] = gradient.reshape(len(room), -1)
         active = silu(gate)
-        of_last = last.deal(*last.gradients(active * up, low, room), ctx.scales[2:], ctx.own)
+        of_last = last.deal(*last.gradients(*last.split(hidden), room), ctx.scales[2:], ctx.own)
         of_hidden = room @ last.back
         room = first.exit(both)
         of_gate, of_up, _ = room.split([*first.widths, len(room[0]) - first.outside], dim=1)
         torch.mul(of_hidden, active, out=of_up)
         torch.ops.aten.silu_backward.grad_input(of_hidden.mul_(up), gate, grad_input=of_gate)
-        of_first = first.deal(
-            *first.gradients(wide[:, : first.inside], wide[:, first.inside :], room), ctx.scales, ctx.own
-        )
+        of_first = first.deal(*first.gradients(*first.split(wide), room), ctx.scales, ctx.own)
         of_x = (room @ first.back).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return of_x, None, None, None, *of_first, *of_last
 

@@ -61,6 +61,10 @@ class Joined:
         wide[:, self.inside :] = wide[:, : self.inside] @ self.a.t()
         return wide
 
+    def split(self, wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[x, x Aᵀ] -> x, x Aᵀ."""
+        return wide[:, : self.inside], wide[:, self.inside :]
+
     def exit(self, like: torch.Tensor) -> torch.Tensor:
         """Where dy belongs into the first columns, for `gradients`: (T, out + R)."""
         return like.new_empty(len(like), self.matrix.shape[0])
@@ -102,11 +106,10 @@ class JoinedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *of_out: torch.Tensor) -> tuple[Any, ...]:
         (wide,), joined = ctx.saved_tensors, ctx.joined
-        x, low = wide[:, : joined.inside], wide[:, joined.inside :]
         room = joined.exit(wide)
-        for columns, gradient in zip(room.split([*joined.widths, low.shape[1]], dim=1), of_out, strict=False):
+        for columns, gradient in zip(room[:, : joined.outside].split(joined.widths, dim=1), of_out, strict=True):
             columns.copy_(gradient.reshape(columns.shape))
-        of_adapters = joined.deal(*joined.gradients(x, low, room), ctx.scales, ctx.own)
+        of_adapters = joined.deal(*joined.gradients(*joined.split(wide), room), ctx.scales, ctx.own)
         of_x = (room @ joined.back).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return of_x, None, None, *of_adapters
 

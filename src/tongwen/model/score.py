@@ -1,19 +1,50 @@
 """Loss on learned tokens only, and the number that crosses every wall: bits per byte.
 
 The model's head runs on just the rows that predict a learned token (`logits_to_keep`), and the gradient of the
-cross-entropy is computed where the logits lie, so that one copy of them is all the memory that the loss needs.
+cross-entropy is computed where the logits lie, so that one copy of them is all the memory that the loss needs; where the
+head does not learn, of a block of rows at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 ROWS_AT_ONCE = {"cpu": 4}  # rows whose softmax is computed together: on a CPU their logits stay in the cache of a core
 ROWS_ELSEWHERE = 256  # an accelerator would wait for the launches of small blocks
+HEAD_ROWS = {"cpu": 256}  # rows whose logits exist together where the head is spared
+HEAD_ROWS_ELSEWHERE = 1024
+
+
+def head_rows(device: str) -> int:
+    """How many rows of logits exist together where the head is spared."""
+    return HEAD_ROWS.get(device, HEAD_ROWS_ELSEWHERE)
+
+
+def _overwrite(logits: torch.Tensor, targets: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """Nats of each row, (R,) in fp32. The logits (R, V) become the gradient of scale x their sum: the scale is part of the
+    softmax's division; afterwards, it would be another pass over the logits."""
+    nats = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+    at_once = ROWS_AT_ONCE.get(logits.device.type, ROWS_ELSEWHERE)
+    for begin in range(0, len(targets), at_once):
+        block = logits[begin : begin + at_once]
+        wanted = targets[begin : begin + at_once, None]
+        scores = block if block.dtype == torch.float32 else block.float()
+        highest = scores.amax(dim=1, keepdim=True)
+        scores.sub_(highest)
+        of_target = scores.gather(1, wanted)
+        scores.exp_()
+        total = scores.sum(dim=1, keepdim=True)
+        nats[begin : begin + at_once] = (total.log() - of_target).squeeze(1)
+        scores.mul_(scale / total)
+        scores.scatter_add_(1, wanted, torch.zeros_like(of_target).sub_(scale))
+        if scores is not block:
+            block.copy_(scores)
+    return nats
 
 
 class LearnedCrossEntropy(torch.autograd.Function):
@@ -21,30 +52,14 @@ class LearnedCrossEntropy(torch.autograd.Function):
 
     logits:  (R, V), consumed
     targets: (R,) ids
-    Returns (scaled sum (), nats per row (R,)), in fp32. The scale is part of the softmax's division: afterwards, it would be
-    another pass over the logits.
+    Returns (scaled sum (), nats per row (R,)), in fp32.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, targets: torch.Tensor, scale: float | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        nats = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-        at_once = ROWS_AT_ONCE.get(logits.device.type, ROWS_ELSEWHERE)
-        for begin in range(0, len(targets), at_once):
-            block = logits[begin : begin + at_once]
-            wanted = targets[begin : begin + at_once, None]
-            scores = block if block.dtype == torch.float32 else block.float()
-            highest = scores.amax(dim=1, keepdim=True)
-            scores.sub_(highest)
-            of_target = scores.gather(1, wanted)
-            scores.exp_()
-            total = scores.sum(dim=1, keepdim=True)
-            nats[begin : begin + at_once] = (total.log() - of_target).squeeze(1)
-            scores.mul_(scale / total)
-            scores.scatter_add_(1, wanted, torch.zeros_like(of_target).sub_(scale))
-            if scores is not block:
-                block.copy_(scores)
+        nats = _overwrite(logits, targets, scale)
         ctx.gradient = logits
         ctx.mark_non_differentiable(nats)
         return nats.sum() * scale, nats
@@ -53,9 +68,79 @@ class LearnedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, of_sum: torch.Tensor, of_nats: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         gradient = ctx.gradient
         ctx.gradient = None
-        if of_sum.device.type == "cpu" and of_sum == 1:  # elsewhere the question would wait for the device
+        # Elsewhere the question would wait for the device, and tensors without values have no answer.
+        if type(of_sum) is torch.Tensor and of_sum.device.type == "cpu" and of_sum == 1:
             return gradient, None, None
         return gradient.mul_(of_sum.to(gradient.dtype)), None, None
+
+
+class HeadLoss(torch.autograd.Function):
+    """The same through a frozen head, a block of rows at a time: the logits of all rows never exist together.
+
+    hidden:  (R, H), the head's input
+    weight:  (V, H)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scale: float | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, size = weight.to(hidden.dtype), head_rows(hidden.device.type)
+        of_hidden, nats = torch.empty_like(hidden), []
+        for rows, wanted, gradients in zip(hidden.split(size), targets.split(size), of_hidden.split(size), strict=True):
+            logits = rows @ weight.t()
+            nats.append(_overwrite(logits, wanted, scale))
+            if ctx.needs_input_grad[0]:
+                gradients.copy_(logits @ weight)
+        ctx.save_for_backward(of_hidden)
+        each = torch.cat(nats)
+        ctx.mark_non_differentiable(each)
+        return each.sum() * scale, each
+
+    @staticmethod
+    def backward(ctx: Any, of_sum: torch.Tensor, of_nats: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (of_hidden,) = ctx.saved_tensors
+        return of_hidden * of_sum.to(of_hidden.dtype), None, None, None
+
+
+def spare_head(model: Any, batch: dict[str, Any] | None) -> bool:
+    """Have `learned_loss` do the head's work from here on, where it may: nothing learns in the head, and the model's logits
+    are its output and no more (Gemma 2 and Granite go on computing with them). batch: on which that is seen; None: believed."""
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        return False
+    head.spared = not head.weight.requires_grad and (batch is None or _is_all(model, head, batch))
+    return bool(head.spared)
+
+
+def _is_all(model: Any, head: torch.nn.Linear, batch: dict[str, Any]) -> bool:
+    outputs: list[torch.Tensor] = []
+    hook = head.register_forward_hook(lambda module, given, output: outputs.append(output))
+    try:
+        with torch.no_grad():
+            logits = model(**_inputs(batch), use_cache=False).logits
+    finally:
+        hook.remove()
+    return len(outputs) == 1 and torch.equal(outputs[0], logits)
+
+
+@contextmanager
+def _spared(model: Any) -> Iterator[torch.nn.Linear | None]:
+    """The head if it is spared: inside, it hands on its input, which takes the place of the logits."""
+    head = getattr(model, "module", model).get_output_embeddings()
+    if not getattr(head, "spared", False):
+        yield None
+        return
+    head.forward = lambda hidden: hidden
+    try:
+        yield head
+    finally:
+        del head.forward
+
+
+def _inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    inputs = {key: value for key, value in batch.items() if key in INPUTS}
+    return inputs if "attention_mask" in batch else {**inputs, "logits_to_keep": batch["rows"]}
 
 
 def learned_loss(
@@ -65,16 +150,18 @@ def learned_loss(
 
     An empty micro-batch (its one token is masked) gives a zero that still touches every parameter.
     """
-    inputs = {key: value for key, value in batch.items() if key in INPUTS}
-    rows, targets = batch["rows"], batch["targets"]
+    with _spared(model) as head:
+        rows = model(**_inputs(batch), use_cache=False).logits.flatten(0, 1)
     if "attention_mask" in batch:  # padded: (B, L), rows count through the flattened batch
-        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[rows]
-    else:
-        logits = model(**inputs, logits_to_keep=rows, use_cache=False).logits.flatten(0, 1)
+        rows = rows[batch["rows"]]
     if not batch["learned"]:
-        return logits.sum() * 0.0, logits.new_zeros(0, dtype=torch.float32)
-    # A view would share the memory with a tensor that autograd still needs.
-    return LearnedCrossEntropy.apply(logits.contiguous(), targets, scale)  # type: ignore[no-any-return]
+        return rows.sum() * 0.0, rows.new_zeros(0, dtype=torch.float32)
+    if head is not None:
+        return HeadLoss.apply(rows, head.weight, batch["targets"], scale)  # type: ignore[no-any-return]
+    if rows.dtype == torch.float16:  # whose smallest numbers are larger than much of a scaled gradient
+        total, nats = LearnedCrossEntropy.apply(rows.contiguous(), batch["targets"], 1.0)
+        return total * scale, nats
+    return LearnedCrossEntropy.apply(rows.contiguous(), batch["targets"], scale)  # type: ignore[no-any-return]
 
 
 INPUTS = (

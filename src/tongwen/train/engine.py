@@ -40,6 +40,11 @@ class Engine:
     def is_deepspeed(self) -> bool:
         return self.name.startswith("zero")
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every process has the whole model, where it was put: the others cut weights up, or move them."""
+        return self.name in ("single", "ddp")
+
     def shard(self, model: Any, dtype: torch.dtype) -> None:
         """FSDP2: each process keeps its part of every tensor from here on, so that no GPU ever holds the whole model. Raises
         RecipeError for single rows of a matrix, which peft trains in a way that cannot be shared out."""
