@@ -20,6 +20,8 @@ GONE = (
     "remote process exited",
     "NCCL communicator was aborted",
 )
+# What the writers of safetensors (Rust) and torch (C++) say when the disk refuses a write.
+UNWRITTEN = ("Input/output error", "os error 5", "PytorchStreamWriter failed", "iostream error")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -133,6 +135,9 @@ def _machine_cause(error: Exception) -> str | None:
         )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return say(f"permission denied: {text}\n  → choose another `out`", f"没有权限：{text}\n  → 换一个 `out`")
-    if number == errno.EIO:
-        return say(f"the disk reports an error: {text}", f"磁盘报错：{text}")
+    if number == errno.EIO or any(words in text for words in UNWRITTEN):
+        return say(
+            f"the disk reports an error: {text}\n  → nothing committed is lost: the same command continues",
+            f"磁盘报错：{text}\n  → 已提交的不会丢失：用同一命令可以继续",
+        )
     return None
