@@ -86,7 +86,7 @@ class GatedMlp(torch.autograd.Function):
         of_last = last.deal(*last.gradients(*last.split(hidden), room), ctx.scales[2:], ctx.own)
         of_hidden = room @ last.back
         room = first.exit(both)
-        of_gate, of_up, _ = room.split([*first.widths, len(room[0]) - first.outside], dim=1)
+        of_gate, of_up = room[:, : first.outside].split(first.widths, dim=1)
         torch.mul(of_hidden, active, out=of_up)
         torch.ops.aten.silu_backward.grad_input(of_hidden.mul_(up), gate, grad_input=of_gate)
         of_first = first.deal(*first.gradients(*first.split(wide), room), ctx.scales, ctx.own)
@@ -104,10 +104,12 @@ def fuse_blocks(model: Any, is_same: Callable[..., bool] | None = None) -> int:
             continue
         if _is_norm(module) and is_same(module, partial(_norm, module), module.weight):
             fast[module] = _norm
-        elif (layers := _plain(module, MLP)) and is_same(module, partial(_silu_gated, *layers), _weight(layers[0])):
+        elif (layers := _plain(_inside(module, MLP))) and is_same(
+            module, partial(_silu_gated, *layers), _weight(layers[0])
+        ):
             fast[module] = _mlp(layers)
             fast |= dict.fromkeys(layers)
-        elif layers := _plain(module, QKV) or ([module] if is_plain(module) and _is_lean(_weight(module)) else []):
+        elif layers := _plain(_inside(module, QKV)) or _plain([module]):
             siblings = Siblings(layers)
             fast |= {layer: siblings.forward_of(number) for number, layer in enumerate(layers)}
     for module, forward in fast.items():
@@ -119,15 +121,21 @@ def fuse_blocks(model: Any, is_same: Callable[..., bool] | None = None) -> int:
 def _is_norm(module: Any) -> bool:
     if not isinstance(getattr(module, "variance_epsilon", None), float) or not _is_lean(module.weight):
         return False
-    return not list(signature(type(module).forward).parameters)[
-        2:
-    ]  # more than (self, x): a norm with a gate, for example
+    _, _, *more = signature(type(module).forward).parameters  # self, x, and the gate of another kind of norm
+    return not more
 
 
-def _plain(module: Any, names: Sequence[str]) -> list[Any]:
-    """A module's layers of these names, when all are plain."""
-    layers = [getattr(module, name, None) for name in names]
-    return layers if all(is_plain(layer) and _is_lean(_weight(layer)) for layer in layers) else []
+def _inside(module: Any, names: Sequence[str]) -> list[Any]:
+    return [getattr(module, name, None) for name in names]
+
+
+def _plain(layers: list[Any]) -> list[Any]:
+    """The layers, when all are plain, frozen and of one number type."""
+    if not all(is_plain(layer) for layer in layers):
+        return []
+    weights = [_weight(layer) for layer in layers]
+    suit = all(_is_lean(weight) and not weight.requires_grad for weight in weights)
+    return layers if suit and len({weight.dtype for weight in weights}) == 1 else []
 
 
 def _weight(layer: Any) -> torch.Tensor:
