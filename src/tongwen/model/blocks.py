@@ -1,10 +1,10 @@
 """RMSNorm, the gated MLP and adapted layers as one operation each, for training on a CPU, where memory traffic costs more
 than arithmetic.
 
-Written as single modules, each step of theirs reads and writes a whole activation, and autograd keeps most of them. Here
-what can be overwritten is overwritten, and the MLP keeps three of its five wide activations. A module gets the fast form
-only when it is proven, on random rows, to compute what that form computes; all else (Gemma's 1 + weight, other
-activations, layers that peft must handle itself) stays as it is.
+Written as single modules, each step of theirs reads and writes a whole activation. Here what can be overwritten is
+overwritten, and what is kept is not computed twice. A module gets the fast form only when it is proven, on random rows, to
+compute what that form computes; all else (Gemma's 1 + weight, other activations, layers that peft must handle itself) stays
+as it is.
 """
 
 from __future__ import annotations
@@ -70,19 +70,18 @@ class GatedMlp(torch.autograd.Function):
         wide = first.widen(x.reshape(-1, first.inside))
         both = wide @ first.forth.t()
         gate, up = both.split(first.widths, dim=1)
-        hidden = last.entry(both)
-        torch.mul(silu(gate), up, out=hidden[:, : last.inside])
+        hidden, active = last.entry(both), silu(gate)
+        torch.mul(active, up, out=hidden[:, : last.inside])
         out = last.fill(hidden) @ last.forth.t()
-        ctx.save_for_backward(wide, both, hidden)
+        ctx.save_for_backward(wide, both, active, hidden)
         return out.view(*x.shape[:-1], last.outside)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        (wide, both, hidden), first, last = ctx.saved_tensors, ctx.first, ctx.last
+        (wide, both, active, hidden), first, last = ctx.saved_tensors, ctx.first, ctx.last
         gate, up = both.split(first.widths, dim=1)
         room = last.exit(both)
         room[:, : last.outside] = gradient.reshape(len(room), -1)
-        active = silu(gate)
         of_last = last.deal(*last.gradients(*last.split(hidden), room), ctx.scales[2:], ctx.own)
         of_hidden = room @ last.back
         room = first.exit(both)
