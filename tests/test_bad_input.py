@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer, tiny_llama, write_recipe, write_rows
 
@@ -177,19 +178,30 @@ def test_a_bad_adapter_folder_is_named(chat_model: Path, tmp_path: Path, tongwen
     assert found == 4 and "some/base" in err
 
 
-def test_a_full_disk_leaves_what_was_there(
-    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device"), "disk is full"),
+        (
+            SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)"),
+            "disk reports an error",
+        ),
+        (RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"), "disk reports an error"),
+    ],
+)
+def test_a_full_or_broken_disk_leaves_what_was_there(
+    error: Exception, words: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 2 steps")
     assert tongwen("run", recipe)[0] == 0
     before = sorted(str(path) for path in (tmp_path / "out" / "sft").rglob("*"))
 
     def full(*arguments: object, **options: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr("tongwen.model.fold.copy_bytes", full)
     code, _, err = tongwen("run", recipe, "--from", "merge", "--again")
-    assert code == 5 and "disk is full" in err
+    assert code == 5 and words in err
     assert sorted(str(path) for path in (tmp_path / "out" / "sft").rglob("*")) == before
     assert not (tmp_path / "out" / "merge").exists()
     assert (tmp_path / "out" / "merge.old-1" / "manifest.json").is_file()
