@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 ROWS_AT_ONCE = {"cpu": 4}  # rows whose softmax is computed together: on a CPU their logits stay in the cache of a core
 ROWS_ELSEWHERE = 256  # an accelerator would wait for the launches of small blocks
@@ -107,7 +108,7 @@ def spare_head(model: Any, batch: dict[str, Any] | None) -> bool:
     """Have `learned_loss` do the head's work from here on, where it may: nothing learns in the head, and the model's logits
     are its output and no more (Gemma 2 and Granite go on computing with them). batch: on which that is seen; None: believed."""
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.bias is not None:
+    if type(head) is not torch.nn.Linear or head.bias is not None or "forward" in vars(head):  # or hooked by others
         return False
     head.spared = not head.weight.requires_grad and (batch is None or _is_all(model, head, batch))
     return bool(head.spared)
@@ -127,7 +128,7 @@ def _is_all(model: Any, head: torch.nn.Linear, batch: dict[str, Any]) -> bool:
 @contextmanager
 def _spared(model: Any) -> Iterator[torch.nn.Linear | None]:
     """The head if it is spared: inside, it hands on its input, which takes the place of the logits."""
-    head = getattr(model, "module", model).get_output_embeddings()
+    head = (model.module if isinstance(model, DistributedDataParallel) else model).get_output_embeddings()
     if not getattr(head, "spared", False):
         yield None
         return
