@@ -294,9 +294,10 @@ def _lay_out(course: Course, device: str, checkpoints: Path) -> list[Leg]:
 def _audit(pupil: Pupil, store: TokenStore, plan: Plan) -> list[str]:
     """Nothing is trained before this has passed. Returns the trainable tensors that the first tokens did not reach."""
     first = MicroBatches(store, [plan.micro[0][0]], packed=pupil.packed)[0]
-    with pupil.computing():
-        if pupil.engine.is_whole and pupil.dtype != torch.float16:  # whose small gradients wait for the scaler
+    if pupil.engine.is_whole and pupil.dtype != torch.float16:  # whose small gradients wait for the scaler
+        with pupil.computing():  # left at once: what autocast has cast without gradients, it would hand out again
             spare_head(pupil.model, audit.to_device(first, pupil.model))
+    with pupil.computing():
         unreached = audit.probe_gradients(pupil.model, first, learned_loss)
     console.good(say("audit: gradients reach every trained tensor", "审计通过：梯度到达所有训练参数"))
     if pupil.packed and len(store) > 1:
