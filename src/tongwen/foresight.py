@@ -130,7 +130,7 @@ def _rehearsed(config: Any, setting: Setting, micro: Micro, layers: int) -> list
     parts = rehearse(
         model,
         micro.lengths,
-        _logits(model, setting, micro),
+        _spare(model, setting, micro.rows),
         learned_loss,
         model.get_output_embeddings(),
         lambda model: _prepare(model, setting),
@@ -151,20 +151,15 @@ def _prepare(model: Any, setting: Setting) -> None:
     model.set_attn_implementation(attention.register())
     model.config.use_cache = False
     model.train()
-    if _is_whole(setting):
-        spare_head(model, None)
-        if setting.device == "cpu":
-            fuse_blocks(model, is_same=lambda *_: True)
+    if setting.device == "cpu" and setting.sharing.is_whole:
+        fuse_blocks(model, is_same=lambda *_: True)
 
 
-def _is_whole(setting: Setting) -> bool:
-    return setting.sharing.engine in ("", "ddp")
-
-
-def _logits(model: Any, setting: Setting, micro: Micro) -> int:
-    """Rows of logits that exist together."""
-    spared = _is_whole(setting) and spare_head(model, None)
-    return min(micro.rows, head_rows(setting.device)) if spared else micro.rows
+def _spare(model: Any, setting: Setting, rows: int) -> int:
+    """Spare the head where the stage does; returns how many of so many rows of logits exist together then."""
+    if setting.sharing.is_whole and setting.dtype != torch.float16 and spare_head(model, None):
+        return min(rows, head_rows(setting.device))
+    return rows
 
 
 def _skeleton(config: Any, setting: Setting) -> tuple[Any, list[int]]:
@@ -210,7 +205,7 @@ def _by_formula(config: Any, setting: Setting, micro: Micro, shape: Shape) -> di
         "weights": weights,
         "gradients": 4 * shape.trainable,
         "activations": sum(micro.lengths) * kept_for_backward(shape, checkpointing=setting.checkpointing) * width,
-        "head": _logits(model, setting, micro) * shape.vocabulary * width,
+        "head": _spare(model, setting, micro.rows) * shape.vocabulary * width,
     }
 
 
@@ -224,6 +219,7 @@ def measure(place: load.Place, setting: Setting, store: Any, plan: Plan) -> tupl
     if not setting.quantize:
         adapted.model.to(setting.device)
     _prepare(adapted.model, setting)
+    _spare(adapted.model, setting, 0)
     optimizer = torch.optim.AdamW(adapted.learners, lr=0.0)
     batch = to_device(MicroBatches(store, [plan.micro[0][0]], packed=True)[0], adapted.model)
     for _ in range(2):

@@ -171,10 +171,8 @@ def _mlp(layers: Sequence[Any]) -> Any:
         if not _is_lean(x) or not all(is_plain(layer, x) for layer in layers):
             return type(self).forward(self, x)
         parts = [parts_of(layer) for layer in layers]
-        first.take(parts[:2])
-        last.take(parts[2:])
-        adapters = (one for _, a, b, _ in parts for one in (a, b))
-        return GatedMlp.apply(x, first, last, tuple(scale for *_, scale in parts), *adapters)
+        (scales, adapters), (scale, adapter) = first.take(parts[:2]), last.take(parts[2:])
+        return GatedMlp.apply(x, first, last, scales + scale, *adapters, *adapter)
 
     return forward
 

@@ -39,13 +39,15 @@ class Joined:
         self.forth, self.back = self.matrix[: self.outside], self.matrix[:, : self.inside]
         self.a, self.b = self.matrix[self.outside :, : self.inside], self.matrix[: self.outside, self.inside :]
 
-    def take(self, parts: Sequence[Part]) -> None:
-        """The adapters as they are now: before each forward, for not every optimizer that moves them leaves a sign of it."""
+    def take(self, parts: Sequence[Part]) -> tuple[tuple[float, ...], list[torch.Tensor]]:
+        """The adapters as they are now: before each forward, for not every optimizer that moves them leaves a sign of it.
+        Returns all s, and A, B of each layer."""
         row = column = 0
         for weight, a, b, scale in parts:
             self.a[column : column + len(a)] = a.detach()
             self.b[row : row + len(weight), column : column + len(a)] = b.detach() * scale
             row, column = row + len(weight), column + len(a)
+        return tuple(scale for *_, scale in parts), [one for _, a, b, _ in parts for one in (a, b)]
 
     def widen(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in) -> [x, x Aᵀ]: (T, in + R)."""
@@ -139,7 +141,5 @@ class Siblings:
         return forward
 
     def _all(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        parts = [parts_of(layer) for layer in self.layers]
-        self.joined.take(parts)
-        adapters = [one for _, a, b, _ in parts for one in (a, b)]
-        return JoinedProduct.apply(x, self.joined, tuple(scale for *_, scale in parts), *adapters)  # type: ignore[no-any-return]
+        scales, adapters = self.joined.take([parts_of(layer) for layer in self.layers])
+        return JoinedProduct.apply(x, self.joined, scales, *adapters)  # type: ignore[no-any-return]

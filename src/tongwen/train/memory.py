@@ -56,6 +56,11 @@ class Sharing:
     reshard: bool = True
     bucket: int = 0
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every process has the whole model where it was put, as `Engine.is_whole` says of a run."""
+        return self.engine in ("", "ddp")
+
     def of(self, needs: dict[str, int], shape: Shape, width: int, frozen_width: float) -> dict[str, int]:
         """Bytes of one process by purpose, from those of a process alone. width: bytes of a number that is computed with;
         frozen_width: of one of a layer's weights, which may be quantised.
