@@ -81,8 +81,10 @@ def run(out: str, model: str) -> int:
         f"{scores['before']:.3f} → {scores['after']:.3f} ({scores['after'] / scores['before'] - 1:+.1%}) · {console.human_time(seconds)}",
     )
     console.tell(say("Next:", "接下来："))
-    for command in (f"tongwen chat {merged}", f"tongwen show {merged}", f"tongwen look {recipe_file}"):
-        console.tell(f"  {command}")
+    # As it was called, where a shell would not find it: `make demo` leaves the shell's path alone.
+    program = "tongwen" if shutil.which("tongwen") or Path(sys.argv[0]).name != "tongwen" else sys.argv[0]
+    for words in (f"chat {merged}", f"show {merged}", f"look {recipe_file}"):
+        console.tell(f"  {program} {words}")
     console.tell(f"  {folder / 'sft' / 'report.html'}")
     console.emit(
         {
