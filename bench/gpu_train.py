@@ -2,13 +2,14 @@
 
     python bench/gpu_train.py --out bench/results/gpu_train.json          # one GPU of 80 GB, under 8 minutes
     python bench/gpu_train.py --tiny --out tiny.json                      # the same script on a CPU, toy shapes
+    python bench/gpu_train.py … --llama-factory PYTHON --unsloth PYTHON   # and these, by a python that has them
 
 Random weights of a 1B and an 8B Llama shape, random tokens whose lengths are distributed as dialogues' are, 64 samples per
 optimizer step, the same ones for everybody; LoRA of rank 16 on all linear layers, and all weights where they fit; bf16. After
 WARM_UP steps each contestant is measured for some seconds, between the ends of two steps, the GPU waited for. Beside the
 Trainer as it is started by most (micro-batches of 4, shuffled) stands one whose samples are sorted by length within a step
-(micro-batches of 16); with Liger's kernels where the package liger_kernel is there. Who runs out of memory gets activation
-checkpointing, and that is told.
+(micro-batches of 16); with Liger's kernels where the package liger_kernel is there. The peers (`peers/gpu.py`) open the same
+weights from a folder. Who runs out of memory gets activation checkpointing, and that is told.
 
 The figures are real tokens per second (padding is none), MFU on real tokens with the floating-point operations of what is
 trained (see `flops_per_token`) over 989e12 and over what a product of two large matrices reached here, and peak memory.
@@ -18,16 +19,20 @@ Needed: torch, transformers, peft, and what tongwen imports; not datasets, trl, 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
 import platform
+import re
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,24 +43,32 @@ SHAPES: dict[str, dict[str, Any]] = {  # Llama-3.2-1B and Llama-3.1-8B
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "tie_word_embeddings": True},
 }
-TASKS = (("8B", "lora"), ("1B", "lora"), ("1B", "full"))
-CONTESTANTS = (
-    "tongwen",
-    "trainer, 16 x 4, sorted",
-    "trainer, 4 x 16",
-    "tongwen, compiled",
-    "trainer, 16 x 4, sorted, Liger",
+PEERS = ("LLaMA-Factory", "Unsloth")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "liger_kernel", "llamafactory", "unsloth")
+LORA = (("8B", "lora"), ("1B", "lora"))
+RUNS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (  # the most telling ones first, in case the time is over
+    ("tongwen", (*LORA, ("1B", "full"))),
+    ("tongwen, compiled", LORA),
+    ("tongwen, layers as written", LORA[:1]),
+    ("trainer, 16 x 4, sorted", (*LORA, ("1B", "full"))),
+    ("trainer, 16 x 4, sorted, Liger", LORA),
+    ("Unsloth, 16 x 4, sorted", LORA),
+    ("LLaMA-Factory, 16 x 4, Liger", LORA),
+    ("LLaMA-Factory, 1 x 64, its example", LORA[:1]),
+    ("trainer, 4 x 16", LORA[:1]),
 )
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one process measures. seconds: how long, after the warm-up; recompute: activations, for the Trainer."""
+    """What one process measures. seconds: how long, after the warm-up; folder: of the weights, for peers; recompute:
+    activations, for all but tongwen."""
 
     contestant: str
     shape: str
     method: str
     seconds: float
+    folder: str = ""
     recompute: bool = False
 
     @property
@@ -155,26 +168,33 @@ def flops_per_token(model: Any, samples: Samples, method: str) -> float:
 
 def measure(case: Case) -> dict[str, Any]:
     """Train until the time is over; the figures of the steps after the warm-up."""
+    if case.contestant.startswith("Unsloth"):
+        import unsloth  # noqa: F401 (before transformers, or it does not change it)
     import torch
     from transformers import TrainerCallback
 
-    ends: list[tuple[int, float]] = []  # (step, when the device had done it)
-
     class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.ends: list[tuple[int, float, int]] = []  # (step, when the device had done it, tokens until then)
+            self.seen: list[Any] = []  # tokens of each micro-batch, of those who draw samples in an order of their own
+            self.model: Any = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
+            self.model = model
+
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             if device() == "cuda":
                 torch.cuda.synchronize()
-            ends.append((state.global_step, time.perf_counter()))
-            measured = ends[-1][1] - ends[WARM_UP - 1][1] if len(ends) > WARM_UP else 0.0
+            tokens = sum(map(int, self.seen)) or int(samples.lengths[: state.global_step * SAMPLES].sum())
+            self.ends.append((state.global_step, time.perf_counter(), tokens))
+            measured = self.ends[-1][1] - self.ends[WARM_UP - 1][1] if len(self.ends) > WARM_UP else 0.0
             control.should_training_stop |= measured > case.seconds
 
-    samples = Samples(case.shape)
-    model = make_model(case)
-    run = ours if case.contestant.startswith("tongwen") else theirs
+    samples, clock = Samples(case.shape), Clock()
     with tempfile.TemporaryDirectory() as folder:
-        trained, told = run(case, model, samples, Clock(), Path(folder))
-    (first, begin), (last, end) = ends[WARM_UP - 1], ends[-1]
-    tokens = int(samples.lengths[first * SAMPLES : last * SAMPLES].sum())
+        trained, told = contest(case)(case, samples, clock, Path(folder))
+    (first, begin, before), (last, end, after) = clock.ends[WARM_UP - 1], clock.ends[-1]
+    tokens = after - before
     speed = tokens / (end - begin)
     operations = flops_per_token(trained, samples, case.method)
     reached = matrix_product() if device() == "cuda" else None
@@ -189,21 +209,35 @@ def measure(case: Case) -> dict[str, Any]:
         "matrix_product_flops": reached,
         "mfu_of_matrix_product": speed * operations / reached if reached else None,
         **peak_memory(),
+        "versions": versions(),
     }
 
 
-def ours(case: Case, model: Any, samples: Samples, clock: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+def contest(case: Case) -> Callable[[Case, Samples, Any, Path], tuple[Any, dict[str, Any]]]:
+    """How the contestant trains: (case, samples, clock, an empty folder) -> (the trained model, what is told of the run)."""
+    name, *_ = case.contestant.split(",")
+    if name in PEERS:
+        from peers import gpu
+
+        return gpu.unsloth if name == "Unsloth" else gpu.llama_factory
+    return ours if name == "tongwen" else theirs
+
+
+def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
     """What a training stage does after its base was opened."""
     import torch
 
     from tongwen import course
     from tongwen.model import attention, layers
     from tongwen.model.adapt import adapt
-    from tongwen.model.score import learned_loss
+    from tongwen.model.blocks import fuse_blocks
+    from tongwen.model.score import learned_loss, spare_head
     from tongwen.recipe.schema import Adapter, Duration, Sft
-    from tongwen.train.batches import make_plan, token_budget
+    from tongwen.train.audit import to_device
+    from tongwen.train.batches import MicroBatches, make_plan
     from tongwen.train.engine import Engine
     from tongwen.train.fit import Job, fit
+    from tongwen.train.memory import own_memory, token_budget
     from tongwen.train.watch import Watch
 
     class Timed(Watch):
@@ -219,6 +253,7 @@ def ours(case: Case, model: Any, samples: Samples, clock: Any, folder: Path) -> 
         log_every=10,
         trainer={"save_strategy": "no"},
     )
+    model = make_model(case)
     model.set_attn_implementation(attention.register())
     adapted = adapt(model, words.adapter, [])
     for part in adapted.learners:
@@ -229,14 +264,18 @@ def ours(case: Case, model: Any, samples: Samples, clock: Any, folder: Path) -> 
         lambda epoch: list(range(len(store))),
         batch_size=SAMPLES,
         stop_after=words.stop_after,
-        budget=token_budget(device()),
+        budget=token_budget(device(), model.config, own_memory(device()), full=case.method == "full"),
     )
     pupil = course.Pupil(adapted, (), True, None, device(), torch.bfloat16, Engine("single"))
     leg = course.Leg(stretch, plan, folder, 0, 0)
     adapted.focus(stretch.parts)
-    course.set_checkpointing(pupil, leg, store)
     if case.contestant.endswith("compiled"):
         layers.compile_layers(model)
+    elif case.contestant == "tongwen":
+        fuse_blocks(model)
+    course.set_checkpointing(pupil, leg, store)
+    with pupil.computing():
+        spare_head(model, to_device(MicroBatches(store, [plan.micro[0][0]], packed=True)[0], model))
     fit(
         Job(
             model=adapted.model,
@@ -259,13 +298,31 @@ def ours(case: Case, model: Any, samples: Samples, clock: Any, folder: Path) -> 
     return adapted.model, {"recompute": recomputes, "micro_batches": plan.accumulate}
 
 
-def theirs(case: Case, model: Any, samples: Samples, clock: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """transformers' Trainer on padded rows, under an adapter of peft's."""
+def theirs(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """transformers' Trainer, under an adapter of peft's."""
+    model = make_model(case)
+    if case.method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(
+            model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+    return in_trainer(case, model, samples, clock, folder)
+
+
+def batches_of(contestant: str) -> tuple[int, int]:
+    """(rows of a micro-batch, micro-batches of a step)"""
+    rows, accumulate = contestant.split(", ")[1].split(" x ")
+    return int(rows), int(accumulate)
+
+
+def in_trainer(case: Case, model: Any, samples: Samples, clock: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The model in transformers' Trainer, on padded rows."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
     from transformers import Trainer, TrainingArguments
 
-    rows, accumulate = (int(number) for number in case.contestant.split(", ")[1].split(" x "))
+    rows, accumulate = batches_of(case.contestant)
     order, steps = list(range(len(samples))), len(samples) // SAMPLES
     if "sorted" in case.contestant:
         order = [
@@ -273,12 +330,6 @@ def theirs(case: Case, model: Any, samples: Samples, clock: Any, folder: Path) -
             for step in range(steps)
             for one in sorted(order[step * SAMPLES : (step + 1) * SAMPLES], key=lambda one: samples.lengths[one])
         ]
-    if case.method == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(
-            model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
         ids = pad_sequence([one["input_ids"] for one in batch], batch_first=True)
@@ -316,38 +367,125 @@ def matrix_product() -> float:
     import torch
 
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for begin in (None, time.perf_counter()):  # the first round warms up
+    for _ in range(2):  # the first round warms up
+        began = time.perf_counter()
         for _ in range(10):
             left @ right
         torch.cuda.synchronize()
-        began = begin
-    return 10 * 2 * 8192**3 / (time.perf_counter() - began)  # type: ignore[operator]
+    return 10 * 2 * 8192**3 / (time.perf_counter() - began)
 
 
 def peak_memory() -> dict[str, int]:
     """Bytes: of tensors at their most, and of what the allocator held; on a CPU of the process."""
     import torch
 
-    from tongwen.train.watch import peak_memory_bytes
+    if device() == "cuda":
+        held = int(torch.cuda.max_memory_allocated()), int(torch.cuda.max_memory_reserved())
+    else:
+        held = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,) * 2
+    return dict(zip(("peak_memory_bytes", "peak_reserved_bytes"), held, strict=True))
 
-    reserved = int(torch.cuda.max_memory_reserved()) if device() == "cuda" else peak_memory_bytes()
-    return {"peak_memory_bytes": peak_memory_bytes(), "peak_reserved_bytes": reserved}
+
+def versions() -> dict[str, str]:
+    """Of what is installed of these."""
+    known = {one.metadata["Name"]: one.version for one in distributions()}
+    return {name: known[name] for name in PACKAGES if name in known}
 
 
-def in_its_own_process(case: Case, limit: float) -> dict[str, Any]:
-    """The figures, or why there are none."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "case.json"
-        command = [sys.executable, __file__, "--case", json.dumps(vars(case)), "--out", str(out)]
-        environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ, "HF_HUB_OFFLINE": "1"}
+def save_weights(shape: str, folder: Path) -> None:
+    """A folder that peers can open, with a tokenizer that nobody asks for tokens: the samples are random ids."""
+    make_model(Case("", shape, "lora", 0)).save_pretrained(folder)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    config = {
+        "version": "1.0",
+        "added_tokens": [{"id": 0, "content": "<end>", "special": True, **flags}],
+        "model": {"type": "BPE", "vocab": {"<end>": 0, "a": 1}, "merges": []},
+        **dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")),
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(config), encoding="utf-8")
+    words = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "pad_token": "<end>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words), encoding="utf-8")
+
+
+def get_ready(contestant: str) -> None:
+    """Import what it needs, before its time begins."""
+    name, *_ = contestant.split(",")
+    importlib.import_module({"Unsloth": "unsloth", "LLaMA-Factory": "llamafactory.train.tuner"}.get(name, "torch"))
+    importlib.import_module("tongwen.course" if name == "tongwen" else "peft")
+    importlib.import_module("transformers.trainer")
+
+
+@dataclass(frozen=True)
+class Race:
+    """folder: for weights and what the processes leave; end: by the monotonic clock; pythons: of the peers."""
+
+    folder: Path
+    end: float
+    seconds: float
+    pythons: dict[str, str]
+
+    def why_not(self, contestant: str) -> str:
+        """Why a contestant cannot start; empty if it can."""
+        name, *_ = contestant.split(",")
+        if name in PEERS and name not in self.pythons:
+            return f"no python was named that has {name}"
+        if name == "trainer" and "Liger" in contestant and importlib.util.find_spec("liger_kernel") is None:
+            return "the package liger_kernel is not here"
+        return ""
+
+    def start(self, words: list[str], python: str = sys.executable) -> subprocess.Popen[str]:
+        """This script in a process of its own. What it finds it writes into case.json of its folder."""
+        place = Path(tempfile.mkdtemp(dir=self.folder))  # Unsloth leaves a folder of compiled code where it runs
+        command = [python, str(Path(__file__).resolve()), *words, "--out", str(place / "case.json")]
+        environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
+        environment |= dict.fromkeys(("HF_HUB_OFFLINE", "UNSLOTH_DISABLE_STATISTICS", "TOKENIZERS_PARALLELISM"), "1")
+        with (place / "log").open("w", encoding="utf-8") as log:
+            return subprocess.Popen(
+                command, env=environment, cwd=place, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True
+            )
+
+    def start_case(self, case: Case) -> subprocess.Popen[str]:
+        name, *_ = case.contestant.split(",")
+        folder = str(self.folder / f"weights-{case.shape}")
+        words = json.dumps({**vars(case), "folder": folder if name in PEERS else ""})
+        return self.start(["--case", words], self.pythons.get(name, sys.executable))
+
+    def outcome(self, case: Case, process: subprocess.Popen[str]) -> dict[str, Any]:
+        """What a case that is ready finds from now on, or why there is nothing."""
+        name, *_ = case.contestant.split(",")
+        if self.end - time.monotonic() < 3 * self.seconds:  # to make or open the weights, to warm up
+            process.kill()
+            return {"failed": "no time was left"}
+        if name in PEERS:
+            self.weights(case.shape)
+        found = self.wait(process)
+        if "OutOfMemory" in found.get("failed", "") and not case.recompute and name != "tongwen":
+            case = replace(case, recompute=True)
+            return self.outcome(case, self.start_case(case))
+        return found
+
+    def wait(self, process: subprocess.Popen[str]) -> dict[str, Any]:
+        """Let a process go, and read what it found."""
+        limit = max(
+            1.0, min(self.end - time.monotonic(), 12 * self.seconds + 60)
+        )  # one that hangs leaves some for the rest
+        place = Path(process.args[process.args.index("--out") + 1]).parent  # type: ignore[union-attr, index, arg-type]
         try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit, check=False)
+            process.communicate("go\n", limit)
         except subprocess.TimeoutExpired:
+            process.kill()
             return {"failed": f"not done after {limit:.0f} seconds"}
-        if out.is_file():
-            found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        if (place / "case.json").is_file():
+            found: dict[str, Any] = json.loads((place / "case.json").read_text(encoding="utf-8"))
             return found
-        return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1][-500:]}
+        lines = (place / "log").read_text(encoding="utf-8").strip().splitlines() or ["no output"]
+        return {"failed": next((line for line in lines if "OutOfMemoryError" in line), lines[-1])[-500:]}
+
+    def weights(self, shape: str) -> None:
+        """Make the folder of a shape's weights, when it is first asked for."""
+        folder = self.folder / f"weights-{shape}"
+        if not folder.is_dir():
+            self.wait(self.start(["--weights", shape]))
 
 
 def main() -> None:
@@ -356,41 +494,61 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.5, help="nothing is begun that would not end in this time")
     parser.add_argument("--seconds", type=float, default=10, help="how long each contestant is measured")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, on the CPU")
+    parser.add_argument("--only", default="", help="contestants that this regular expression finds")
+    parser.add_argument("--folder", type=Path, help="for weights, and for what failed processes said; kept")
+    for name in PEERS:
+        parser.add_argument(f"--{name.lower()}", metavar="PYTHON", help=f"a python that has {name}")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--weights", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.case:
-        chosen.out.write_text(json.dumps(measure(Case(**json.loads(chosen.case)))), encoding="utf-8")
-        return
+        case = Case(**json.loads(chosen.case))
+        get_ready(case.contestant)
+        sys.stdin.readline()
+        chosen.out.write_text(json.dumps(measure(case)), encoding="utf-8")
+    elif chosen.weights:
+        save_weights(chosen.weights, chosen.out.parent.parent / f"weights-{chosen.weights}")
+        chosen.out.write_text("{}", encoding="utf-8")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            compare(chosen, chosen.folder or Path(folder))
+
+
+def compare(chosen: argparse.Namespace, folder: Path) -> None:
+    """Every contestant at its tasks, one after another; the figures are written after each."""
+    folder.mkdir(parents=True, exist_ok=True)
     if chosen.tiny:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    end = time.monotonic() + 60 * chosen.minutes
-    tasks = (("tiny", "lora"),) if chosen.tiny else TASKS
-    contestants = CONTESTANTS[:2] if chosen.tiny else CONTESTANTS
-    result = {**about(), "tasks": {f"{shape} {method}": {} for shape, method in tasks}}
-    for contestant in contestants:  # the most telling ones first, in case the time is over
-        for shape, method in tasks:
-            case = Case(contestant, shape, method, 0.1 if chosen.tiny else chosen.seconds)
-            found = run_case(case, end)
-            result["tasks"][f"{shape} {method}"][contestant] = found
-            figures = (
-                found.get("failed")
-                or f"{found['tokens_per_second']:,.0f} tokens/s, MFU {found['mfu']:.1%}, {found['peak_memory_bytes'] / 1e9:.1f} GB"
-            )
-            print(f"{shape} {method:4s} {contestant:32s} {figures}", flush=True)
-            chosen.out.parent.mkdir(parents=True, exist_ok=True)
-            chosen.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def run_case(case: Case, end: float) -> dict[str, Any]:
-    if "Liger" in case.contestant and importlib.util.find_spec("liger_kernel") is None:
-        return {"failed": "the package liger_kernel is not here"}
-    needed = 3 * case.seconds + 20  # to import, to make the weights, to warm up
-    if end - time.monotonic() < needed:
-        return {"failed": "no time was left"}
-    found = in_its_own_process(case, end - time.monotonic())
-    if "OutOfMemory" in found.get("failed", "") and not case.recompute and case.contestant.startswith("trainer"):
-        return run_case(Case(**{**vars(case), "recompute": True}), end)
-    return found
+    pythons = {name: vars(chosen)[name.lower().replace("-", "_")] for name in PEERS}
+    race = Race(
+        folder,
+        time.monotonic() + 60 * chosen.minutes,
+        0.1 if chosen.tiny else chosen.seconds,
+        {name: python for name, python in pythons.items() if python},
+    )
+    result: dict[str, Any] = {**about(), "tasks": {}}
+    chosen_ones = [(contestant, tasks) for contestant, tasks in RUNS if re.search(chosen.only, contestant)]
+    cases = [
+        Case(contestant, shape, method, race.seconds)
+        for contestant, tasks in chosen_ones
+        for shape, method in ((("tiny", "lora"),) if chosen.tiny else tasks)
+    ]
+    can = [case for case in cases if not race.why_not(case.contestant)]
+    ahead = race.start_case(can[0]) if can else None
+    for case in cases:
+        found = {"failed": race.why_not(case.contestant)}
+        if ahead and case in can:  # the next one gets ready beside it
+            following = can[can.index(case) + 1 :]
+            process, ahead = ahead, race.start_case(following[0]) if following else None
+            found = race.outcome(case, process)
+        result["tasks"].setdefault(f"{case.shape} {case.method}", {})[case.contestant] = found
+        figures = (
+            found.get("failed")
+            or f"{found['tokens_per_second']:,.0f} tokens/s, MFU {found['mfu']:.1%}, {found['peak_memory_bytes'] / 1e9:.1f} GB"
+        )
+        print(f"{case.shape} {case.method:4s} {case.contestant:34s} {figures}", flush=True)
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        chosen.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def about() -> dict[str, Any]:
@@ -400,15 +558,8 @@ def about() -> dict[str, Any]:
         gpu = subprocess.run(graphics, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
         gpu = ""
-    versions = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
     machine = {"gpu": gpu, "cpus": os.cpu_count(), "python": platform.python_version()}
-    return {
-        "machine": machine,
-        "versions": versions,
-        "commit": commit.strip(),
-        "samples_per_step": SAMPLES,
-        "peak_flops": PEAK,
-    }
+    return {"machine": machine, "commit": commit.strip(), "samples_per_step": SAMPLES, "peak_flops": PEAK}
 
 
 if __name__ == "__main__":

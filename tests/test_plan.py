@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from tests.conftest import write_recipe
 from tongwen import foresight
@@ -22,7 +23,7 @@ from tongwen.recipe.schema import Adapter, Sft
 from tongwen.stages import plan
 from tongwen.train.batches import pack
 from tongwen.train.engine import sharing_of
-from tongwen.train.memory import Shape, Sharing
+from tongwen.train.memory import Shape, Sharing, token_budget
 from tongwen.train.rehearsal import ROWS, Live
 
 LENGTHS = (40, 24)
@@ -218,3 +219,23 @@ def test_time_is_measured_when_asked(chat_model: Path, tmp_path: Path, tongwen: 
 
 def test_memory_is_read_as_people_write_it() -> None:
     assert plan.parse_memory("24GB") == 24_000_000_000 and plan.parse_memory("16 GiB") == 16 * 2**30
+
+
+def test_a_small_model_gets_more_at_once_on_a_large_gpu() -> None:
+    def tokens(memory: int, full: bool = False, **widths: int) -> int:
+        return token_budget("cuda", LlamaConfig(vocab_size=128256, **widths), memory << 30, full=full)
+
+    one: dict[str, int] = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    eight: dict[str, int] = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    assert [tokens(memory, **one) for memory in (0, 24, 80, 141)] == [8192, 8192, 16384, 32768]
+    assert tokens(80, **eight) == 8192 and tokens(80, full=True, **one) < tokens(141, full=True, **one)
+    assert tokens(10_000, **one) == 65536 and token_budget("cpu", LlamaConfig()) == 4096
+
+
+def test_plan_for_a_gpu_that_is_not_here_packs_as_a_run_there_would(
+    chat_model: Path, tmp_path: Path, tongwen: Any
+) -> None:
+    recipe = write_recipe(tmp_path, chat_model)
+    for words, tokens in (((), 65536), (("--devices", "2"), 8192)):
+        code, out, _ = tongwen("plan", recipe, "--gpu", "80GB", "--json", *words)
+        assert code == 0 and json.loads(out)["micro_batch_tokens"] == tokens

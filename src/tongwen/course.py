@@ -42,11 +42,11 @@ from tongwen.recipe.schema import Forgetting, Pretrain, Recipe, Stretch, Trainin
 from tongwen.river import standing_on
 from tongwen.template import Template
 from tongwen.train import audit, track
-from tongwen.train.batches import MicroBatches, Plan, fill, make_plan, token_budget
+from tongwen.train.batches import MicroBatches, Plan, fill, make_plan
 from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, read_manifest, step_of
 from tongwen.train.engine import Engine, choose, gather, reshard
 from tongwen.train.fit import Job, fit
-from tongwen.train.memory import STATE_BYTES
+from tongwen.train.memory import STATE_BYTES, own_memory, token_budget
 from tongwen.train.probe import fits
 from tongwen.train.report import held_out_table, say_result, write_report
 from tongwen.train.watch import Watch, check_forgetting, peak_memory_bytes, read_metrics
@@ -263,7 +263,7 @@ def _open_pupil(course: Course, device: str, engine: Engine, adapter_steps: int)
         adapted.find_learners()
     elif not quantize:  # quantised weights are where they belong
         adapted.model.to(device)
-    if device == "cpu" and engine.is_whole:
+    if engine.is_whole and not (section.compile and device == "cuda"):  # whose compiler fuses more
         fuse_blocks(adapted.model)
     if section.compile:
         layers.compile_layers(adapted.model)
@@ -273,6 +273,8 @@ def _open_pupil(course: Course, device: str, engine: Engine, adapter_steps: int)
 def _lay_out(course: Course, device: str, checkpoints: Path) -> list[Leg]:
     """The plan of each phase. A phase begins with an epoch that no phase before it has touched."""
     section, lesson, legs = course.section, course.lesson, list[Leg]()
+    full = any("full" in stretch.parts for stretch in section.stretches)
+    budget = token_budget(device, load.load_config(load.locate(course.base)), own_memory(device), full=full)
     steps, epochs = 0, 0
     for number, stretch in enumerate(section.stretches, 1):
         words = stretch.words
@@ -282,7 +284,7 @@ def _lay_out(course: Course, device: str, checkpoints: Path) -> list[Leg]:
             batch_size=words.batch_size,
             batch_tokens=words.batch_tokens,
             stop_after=words.stop_after,
-            budget=words.micro_batch_tokens or token_budget(device),
+            budget=words.micro_batch_tokens or budget,
             world=launch.world_size(),
         )
         folder = checkpoints / f"phase-{number}" if len(section.stretches) > 1 else checkpoints

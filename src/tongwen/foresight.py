@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import tongwen.course  # noqa: F401 (all that training imports is in memory from here on)
 from tongwen.model import adapt as adapting
 from tongwen.model import attention, load
-from tongwen.model.blocks import fuse_blocks
+from tongwen.model.blocks import LEAN, fuse_blocks
 from tongwen.model.layers import recompute
 from tongwen.model.score import head_rows, learned_loss, spare_head
 from tongwen.model.stack import open_stack
@@ -151,7 +151,7 @@ def _prepare(model: Any, setting: Setting) -> None:
     model.set_attn_implementation(attention.register())
     model.config.use_cache = False
     model.train()
-    if setting.device == "cpu" and setting.sharing.is_whole:
+    if setting.sharing.is_whole and setting.dtype in LEAN.get(setting.device, ()):
         fuse_blocks(model, is_same=lambda *_: True)
 
 

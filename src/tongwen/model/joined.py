@@ -1,4 +1,4 @@
-"""Adapted layers that read the same input as one matrix, for training on a CPU: an adapter costs no pass over activations.
+"""Adapted layers that read the same input as one matrix: an adapter costs no pass over activations.
 
 With W (out, in) their frozen weights below each other, A (R, in) and B (out, R) their adapters, B a block for each layer,
 
@@ -19,7 +19,7 @@ from tongwen.model.lora import is_plain, parts_of
 
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]  # W (out, in), A (r, in), B (out, r), s
 
-# R is rounded up to what the products take at a time: AMX 32 bf16 numbers, AVX-512 16 of fp32.
+# R is rounded up to what the products take at a time: AMX 32 bf16 numbers (a GPU reads 8 of them), AVX-512 16 of fp32.
 AT_A_TIME = {torch.bfloat16: 32, torch.float32: 16}
 
 

@@ -20,9 +20,9 @@ from tongwen.lesson import Lesson, look_ahead, read_dialogues, read_documents
 from tongwen.model import load
 from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
 from tongwen.river import check_ahead, standing_on
-from tongwen.train.batches import Plan, make_plan, token_budget
+from tongwen.train.batches import Plan, make_plan
 from tongwen.train.engine import sharing_of
-from tongwen.train.memory import SHARED, STREAMED, flops_per_token
+from tongwen.train.memory import SHARED, STREAMED, flops_per_token, own_memory, token_budget
 
 PURPOSES = {  # of memory, in Chinese
     "libraries": "程序库",
@@ -59,13 +59,14 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
     place = load.locate(base)
     config = load.load_config(place)
     lesson = _look(recipe, section, base)
-    plans = _plans(section, lesson, device, recipe.devices)
+    memory = 0 if recipe.devices > 1 else limit or own_memory(device)
+    full = any("full" in stretch.parts for stretch in section.stretches)
+    plans = _plans(section, lesson, token_budget(device, config, memory, full=full), recipe.devices)
     micro = _fullest(plans, lesson)
     setting, needs = _needs(config, section, _setting(section, device, limit, recipe.devices), micro, limit)
     shape = needs.shape
     tokens = sum(sum(one.tokens_of(lesson.store.lengths)) for one in plans)
     steps = [len(one) for one in plans]
-    full = shape.trainable == shape.parameters
     seconds = None
     if measure:
         of_token, of_step = foresight.measure(place, setting, lesson.store, plans[-1])
@@ -113,7 +114,7 @@ def _look(recipe: Recipe, section: Training, base: str) -> Lesson:
     return look_ahead(recipe, read_documents(base, section))
 
 
-def _plans(section: Training, lesson: Lesson, device: str, world: int) -> list[Plan]:
+def _plans(section: Training, lesson: Lesson, budget: int, world: int) -> list[Plan]:
     return [
         make_plan(
             lesson.store.lengths,
@@ -121,7 +122,7 @@ def _plans(section: Training, lesson: Lesson, device: str, world: int) -> list[P
             batch_size=stretch.words.batch_size,
             batch_tokens=stretch.words.batch_tokens,
             stop_after=stretch.words.stop_after,
-            budget=section.micro_batch_tokens or token_budget(device),
+            budget=section.micro_batch_tokens or budget,
             world=world,
         )
         for stretch in section.stretches

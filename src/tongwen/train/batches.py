@@ -52,13 +52,6 @@ class Plan:
         return [int(lengths[list(step)].sum()) for step in self.steps]
 
 
-def token_budget(device: str) -> int:
-    """Tokens that go through the model at once when the recipe does not say. On a CPU that multiplies fast, small packs
-    spend their time between the products (2.49 CPU-ms per token with 2048, 2.38 with 4096, SmolLM2-135M in bf16 with packs of
-    900 and 1,800 tokens)."""
-    return 4096 if device == "cpu" else 8192
-
-
 def make_plan(
     lengths: np.ndarray,
     draw: Callable[[int], list[int]],

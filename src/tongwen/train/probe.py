@@ -32,6 +32,7 @@ def fits(
         model.train(was_training)
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
+            torch.accelerator.reset_peak_memory_stats()  # what was held in reserve is none that the run took
 
 
 def _go_through(model: Any, batch: dict[str, Any], loss: Loss, passes: int, reserve: int) -> None:

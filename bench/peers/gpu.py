@@ -1,0 +1,93 @@
+"""How LLaMA-Factory and Unsloth train in `gpu_train.py`, by a python where the peer is installed.
+
+Both get the same model from a folder and the same samples. LLaMA-Factory is started by its own entry point with a
+configuration of the kind its YAML files hold; its micro-batches are sorted by length in its own way, or shuffled as in its
+examples. Unsloth's model and adapter go into transformers' Trainer, in its own order of imports, with the micro-batches that
+`gpu_train.py` sorts by length; its recomputation is off unless memory runs out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def llama_factory(case: Any, samples: Any, clock: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """(the trained model, what is told of the run)"""
+    from datasets import Dataset, DatasetDict
+    from gpu_train import RANK, SAMPLES, batches_of, device
+    from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
+    from llamafactory.train.tuner import run_exp
+
+    train_batch = CustomSeq2SeqTrainer.training_step
+
+    def training_step(self: Any, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        clock.seen.append(inputs["attention_mask"].sum())
+        return train_batch(self, model, inputs, *rest, **named)
+
+    CustomSeq2SeqTrainer.training_step = training_step
+    rows, accumulate = batches_of(case.contestant)
+    steps = len(samples) // SAMPLES
+    tokens = [
+        {name: part.tolist() for name, part in row.items()} | {"attention_mask": [1] * len(row["input_ids"])}
+        for row in samples.rows(list(range(len(samples))))
+    ]
+    DatasetDict({"train": Dataset.from_list(tokens)}).save_to_disk(str(folder / "tokens"))
+    is_example = "example" in case.contestant
+    run_exp(
+        {
+            "model_name_or_path": case.folder,
+            "flash_attn": "sdpa",
+            "enable_liger_kernel": "Liger" in case.contestant,
+            "disable_gradient_checkpointing": not (case.recompute or is_example),
+            "stage": "sft",
+            "do_train": True,
+            "finetuning_type": case.method,
+            **({"lora_rank": RANK, "lora_alpha": 2 * RANK, "lora_target": "all"} if case.method == "lora" else {}),
+            "template": "empty",
+            "dataset": "tokens",  # a word that must be there
+            "tokenized_path": str(folder / "tokens"),
+            "output_dir": str(folder / "output"),
+            "logging_steps": 10,
+            "save_strategy": "no",
+            "report_to": "none",
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": accumulate,
+            "train_sampling_strategy": "random" if is_example else "group_by_length",
+            "learning_rate": 1e-4,
+            "max_steps": steps,
+            "lr_scheduler_type": "cosine",
+            "bf16": True,
+            "use_cpu": device() == "cpu",
+            "disable_tqdm": True,
+        },
+        callbacks=[clock],
+    )
+    return clock.model, {"recompute": case.recompute or is_example, "micro_batches": accumulate}
+
+
+def unsloth(case: Any, samples: Any, clock: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """(the trained model, what is told of the run)"""
+    import torch
+    from gpu_train import RANK, in_trainer
+    from unsloth import FastLanguageModel  # before transformers, or it does not change it
+
+    model, _ = FastLanguageModel.from_pretrained(
+        case.folder,
+        max_seq_length=2048,
+        dtype=torch.bfloat16,
+        load_in_4bit=False,
+        full_finetuning=case.method == "full",
+    )
+    if case.method == "lora":
+        layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=RANK,
+            lora_alpha=2 * RANK,
+            lora_dropout=0.0,
+            bias="none",
+            target_modules=list(layers),
+            use_gradient_checkpointing="unsloth" if case.recompute else False,
+        )
+    return in_trainer(case, model, samples, clock, folder)
