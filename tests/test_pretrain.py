@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import dialogues, tensors, write_rows
-from tests.launching import in_a_child
+from tests.launching import in_a_child, launched
 from tests.test_run import manifest
 from tongwen import cli
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_stack
@@ -304,15 +304,29 @@ def test_the_partition_of_a_batch_changes_nothing(arrangement: str, chat_model: 
             assert norm == pytest.approx(wanted_norm, rel=2e-5)
 
 
-def test_two_processes_take_the_phases_of_one(grown: Path, tmp_path: Path) -> None:
-    words = "phases: [{train: new_rows, stop_after: 2 steps}, {train: lora+embeddings, stop_after: 2 steps}], evaluate_every: 1"
-    found = []
-    for devices in (1, 2):
-        recipe = write_recipe(tmp_path / str(devices), grown, words)
-        assert cli.main(["run", str(recipe), "--devices", str(devices)]) == 0
-        found.append(tensors(tmp_path / str(devices) / "out" / "pretrain"))
-    for name, wanted in found[0].items():
-        assert torch.allclose(found[1][name], wanted, atol=1e-4), name
+@pytest.mark.parametrize(("engine", "first"), [("ddp", "new_rows"), ("fsdp2", "embeddings")])
+def test_two_processes_killed_in_the_second_phase_take_the_phases_of_one(
+    engine: str, first: str, grown: Path, tmp_path: Path
+) -> None:
+    words = (
+        f"phases: [{{train: {first}, stop_after: 2 steps, learning_rate: 5e-3}}, {{train: lora+embeddings, stop_after: 4 steps}}],"
+        " save_every: 1, evaluate_every: 2"
+    )
+    assert in_a_child("run", write_recipe(tmp_path / "one", grown, words)) == 0
+    recipe = write_recipe(tmp_path / "two", grown, f"{words}, engine: {engine}")
+
+    def die(rank: int) -> None:
+        if rank == 1:
+            die_at(2, 1e-2)()
+
+    assert launched(2, "run", recipe, before=die)[1] == -signal.SIGKILL
+    partial = tmp_path / "two" / "out" / "pretrain.partial" / "checkpoints"
+    assert {folder.name for folder in partial.iterdir()} == {"phase-1", "phase-2"}
+    assert launched(2, "run", recipe) == [0, 0]
+    wanted, found = (tensors(tmp_path / name / "out" / "pretrain") for name in ("one", "two"))
+    assert set(wanted) == set(found)
+    for name, part in wanted.items():
+        assert torch.allclose(found[name], part, atol=1e-4), name
 
 
 def test_a_source_says_its_language_and_its_share(chat_model: Path, tmp_path: Path) -> None:
