@@ -14,8 +14,10 @@ import torch
 
 from tests.conftest import byte_level_tokenizer, dialogues, sentencepiece_tokenizer, tensors, tiny_llama, write_rows
 from tests.test_chatglm import chatglm_folder, small_ice  # noqa: F401 (a fixture)
+from tests.test_fetch import LINES, MODEL, WEIGHTS, Hub, Repo, server  # noqa: F401 (a fixture)
 from tests.test_merge import disturb
 from tests.test_migrate import LINEAR, WANTED, lines_of
+from tests.test_synthesize import faults  # noqa: F401 (a fixture)
 from tongwen.speaker import open_speaker
 
 TEXT = [
@@ -330,3 +332,36 @@ def test_an_adapter_whose_rows_cannot_be_had_is_refused(tongwen: Any, here: Path
     assert code == 4 and "310 rows" in said and "320" in said and "never shrinks" in said and "smaller" in said
     code, _, said = tongwen(*base, "--adapter", "headless", "--prompts", "p", "--out", "a")
     assert code == 4 and "brings 320 rows" in said and "300" in said and "the head is not with it" in said
+
+
+# -- what lines bring from elsewhere ----------------------------------------------------------------------------------
+
+
+def test_what_lines_download_comes_from_a_hub(again: Callable[[str | list[str]], str], server: Hub) -> None:  # noqa: F811
+    server.repos["dataset", "BelleGroup/train_0.5M_CN"] = Repo({"Belle_open_source_0.5M.json": LINES})
+    again("belle:4")
+    for size in ("1M", "0.5M"):
+        name = f"Belle_open_source_{size}"
+        rows = [Path("data_dir", size, f"{name}.{part}.json").read_text().splitlines() for part in ("train", "dev")]
+        assert len(rows[1]) == 2 and sorted(rows[0] + rows[1]) == sorted(LINES.decode().splitlines())
+    for billions, name in ((7, "yahma/llama-7b-hf"), (13, "yahma/llama-13b-hf")):
+        server.repos["model", name] = server.repos["model", MODEL]
+        for line in [f"cla:{place}" for place in (range(1, 6) if billions == 7 else range(6, 10))]:
+            again(line)
+        assert Path(f"models/llama-{billions}b-hf/model.safetensors").read_bytes() == WEIGHTS
+        assert len([one for one in server.asked(f"{name}/resolve") if "safetensors" in one["path"]]) == 1
+
+
+def test_dialogues_that_a_line_asks_a_model_for(
+    faults: Callable[..., Any],  # noqa: F811
+    tongwen: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    assert tongwen("migrate", "--out", "crawl.yaml", "--", *words_of("mentioned:9"))[0] == 0
+    code, _, said = tongwen("run", "crawl.yaml", f"synthesize.endpoint={faults().url}", "synthesize.concurrency=2")
+    assert code == 0, said
+    lines = Path("out/synthesize/dialogues.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 20 and all(json.loads(line)["messages"][1]["content"] for line in lines)
