@@ -106,7 +106,7 @@ def curves(
         y = at(first, value).split(",")[1]
         grid.append(
             f'<line x1="{left}" x2="{width - 12}" y1="{y}" y2="{y}" stroke="var(--line)"/>'
-            f'<text x="{left - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{value:.{digits}g}</text>'
+            f'<text x="{left - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{_label(value, digits)}</text>'
         )
     for part in range(5):
         value = first + (last - first) * part / 4
@@ -131,6 +131,12 @@ def curves(
         f'<text x="{left + 6}" y="{top + 12}">{html.escape(y_label)}</text></svg></div>'
         + (f"<p class=names>{names}</p>" if names else "")
     )
+
+
+def _label(value: float, digits: int) -> str:
+    """A number that fits beside the axis."""
+    text = f"{value:.{digits}g}"
+    return text if len(text) <= 6 else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -44,7 +44,7 @@ footer{display:none!important}.form{background:none!important;gap:.9rem!importan
 .ours{--learn:#bbf7d0;--stop:#fde68a}.dark .ours{--learn:#14532d;--stop:#854d0e}
 .ours h3{font-size:1rem;margin:1.4rem 0 .5rem}
 .ours pre.log{max-height:20rem;overflow:auto;white-space:pre-wrap;line-height:1.5;display:flex;flex-direction:column-reverse}
-.ours .cards{grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));margin:0 0 1.2rem}
+.ours .cards{grid-template-columns:repeat(auto-fit,minmax(8.2rem,1fr));margin:0 0 1.2rem}
 .ours .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(24rem,100%),1fr));gap:0 1.5rem}.ours svg{min-width:0}
 .ours :is(table,thead,tbody,tr){border:0!important}.ours table.problems :is(td,th):nth-child(-n+2){white-space:nowrap;overflow-wrap:normal}
 .ours table :is(td,th){border:0;border-bottom:1px solid var(--line)}.ours table.problems{table-layout:auto}
