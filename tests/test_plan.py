@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from tests.conftest import write_recipe
 from tongwen import foresight
-from tongwen.foresight import Micro, Setting
+from tongwen.foresight import Micro, Setting, foresee
 from tongwen.model import attention
 from tongwen.model.adapt import adapt
 from tongwen.model.blocks import fuse_blocks
@@ -239,3 +239,10 @@ def test_plan_for_a_gpu_that_is_not_here_packs_as_a_run_there_would(
     for words, tokens in (((), 65536), (("--devices", "2"), 8192)):
         code, out, _ = tongwen("plan", recipe, "--gpu", "80GB", "--json", *words)
         assert code == 0 and json.loads(out)["micro_batch_tokens"] == tokens
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "adalora"])
+def test_each_method_is_rehearsed_and_not_reckoned(method: str, chat_model: Path) -> None:
+    config = load_config(Place("t", str(chat_model)))
+    needs = foresee(config, setting(method), Micro(LENGTHS, ROWS, 2))
+    assert needs.rehearsed and needs.bytes["activations"] > 0

@@ -47,6 +47,10 @@ class Micro:
         return Micro((tokens,), self.rows * tokens // sum(self.lengths), max(self.passes, 2))
 
 
+class Quantised(torch.nn.Linear):
+    """In the place of a quantised layer, which `fuse_blocks` leaves as it is."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """How a model is trained. parts: all that some phase trains; dtype: what is computed in; device: cpu, cuda, ...; sharing:
@@ -140,7 +144,7 @@ def _rehearsed(config: Any, setting: Setting, micro: Micro, layers: int) -> list
     )
     if setting.quantize:
         width, spared = setting.dtype.itemsize, sum(matrices)
-        for part in parts:
+        for part in filter(None, parts):  # one that a step does not have is empty
             part["weights"] -= int(spared * (width - QUANTIZED[setting.quantize]))
             part["activations"] += max(matrices, default=0) * width  # the one that is de-quantised at the time
     return parts
@@ -166,11 +170,14 @@ def _skeleton(config: Any, setting: Setting) -> tuple[Any, list[int]]:
     """The adapted model on the meta device, and the sizes of the matrices that a quantised base has quantised."""
     model = load.make_skeleton(config).to(adapting.kept_in(setting.parts, setting.dtype))
     head = model.get_output_embeddings()
-    matrices = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    if setting.quantize:
+        for module in linear:
+            module.__class__ = Quantised
     adapter = setting.adapter.model_copy(update={"continue_from": None})  # the same shapes, and its files stay closed
     with torch.device("meta"), load.quiet():
         adapted = adapting.adapt(model, adapter, [], trained=setting.parts, new_rows=[0], steps=100)
-    return adapted.model, matrices
+    return adapted.model, [module.weight.numel() for module in linear]
 
 
 def _cut(config: Any, layers: int) -> Any:

@@ -119,7 +119,16 @@ def fuse_blocks(model: Any, is_same: Callable[..., bool] | None = None) -> int:
     for module, forward in fast.items():
         if forward:
             module.forward = MethodType(forward, module)
+    _leave_files(model)
     return sum(map(bool, fast.values()))
+
+
+def _leave_files(model: Any) -> None:
+    """A file of weights stays in the memory of a CPU's process as long as one tensor lies in it, also with what was joined and
+    stands elsewhere now. What was joined is a view, and not contiguous."""
+    for part in model.parameters():
+        if part.device.type == "cpu" and not part.requires_grad and part.is_contiguous():
+            part.data = part.data.clone()
 
 
 def _is_norm(module: Any) -> bool:
