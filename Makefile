@@ -14,7 +14,6 @@ test:
 # on a machine with a GPU: the laws that only one can show, and the benchmark (8 minutes)
 gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/test_gpu.py
-	$(BIN)/python -m pytest tests/test_train.py
 	$(BIN)/python bench/gpu_train.py --out bench/results/gpu_train.json
 
 docs: $(VENV)/installed-dev
