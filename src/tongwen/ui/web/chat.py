@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -139,8 +140,18 @@ def _side(talk: Talk, place: int) -> Side:
             elem_id=f"board{place}",
             elem_classes="talk",
         )
+        board.postprocess = partial(_titled, board.postprocess, say("Reasoning", "思考"))  # type: ignore[method-assign]
         pace = gr.Markdown("", elem_id=f"pace{place}", elem_classes="pace", sanitize_html=True)
     return Side(model, board, pace)
+
+
+def _titled(postprocess: Callable[..., Any], title: str, messages: Any) -> Any:
+    """What the page shows, its folded thinking under a title in the page's language: Gradio knows English alone."""
+    shown = postprocess(messages)
+    for message in shown.root:
+        if (message.metadata or {}).get("title") == "Reasoning":
+            message.metadata["title"] = title
+    return shown
 
 
 def _question() -> gr.Textbox:
