@@ -3,7 +3,7 @@
     python bench/instruct_cpu.py --model SMOLLM2_FOLDER --data alpaca_zh.json --belle belle_eval.jsonl --out bench/results/instruct_cpu.json
 
 One recipe fine-tunes SmolLM2 with LoRA and scores what it held out; `tongwen evaluate --before` then asks both models the same
-questions of BELLE. Bits per byte are of 60 answers that were held out and of BELLE's first 200, ROUGE of as many greedy answers
+questions of BELLE. Bits per byte are of 60 answers that were held out and of BELLE's first 60, ROUGE of as many greedy answers
 as `--questions` says. With `--folder` a command that was killed goes on when it is repeated.
 """
 
@@ -57,7 +57,7 @@ def main() -> None:
         tongwen("run", str(folder / "recipe.yaml"))
         sft, belle = folder / "out" / "sft", folder / "belle"
         of_both = ["--model", chosen.model, "--adapter", str(sft), "--before", chosen.model, "--data", chosen.belle]
-        tongwen("evaluate", *of_both, "--task", "bits_per_byte", "--limit", "200", "--out", str(belle / "all"))
+        tongwen("evaluate", *of_both, "--task", "bits_per_byte", "--limit", "60", "--out", str(belle / "all"))
         few = ["--limit", str(chosen.questions), "--max-new-tokens", "128"]
         tongwen("evaluate", *of_both, "--task", "rouge", *few, "--out", str(belle / "few"))
         lines = [json.loads(line) for line in (sft / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
