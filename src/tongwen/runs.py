@@ -28,7 +28,7 @@ from tongwen.train.watch import read_metrics
 
 LOG = "run.log"
 TAIL = 16_000  # bytes of it that are shown
-WAIT_SECONDS = 20.0  # for a run to take its lock
+WAIT_SECONDS = 60.0  # for a run to take its lock, on a machine that has other work too
 
 
 def start(arguments: Sequence[str], out: Path) -> None:
