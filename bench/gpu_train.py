@@ -467,9 +467,8 @@ class Race:
 
     def wait(self, process: subprocess.Popen[str]) -> dict[str, Any]:
         """Let a process go, and read what it found."""
-        limit = max(
-            1.0, min(self.end - time.monotonic(), 12 * self.seconds + 60)
-        )  # one that hangs leaves some for the rest
+        patience = 12 * self.seconds + 60  # one that hangs leaves some time for the rest
+        limit = max(1.0, min(self.end - time.monotonic(), patience))
         place = Path(process.args[process.args.index("--out") + 1]).parent  # type: ignore[union-attr, index, arg-type]
         try:
             process.communicate("go\n", limit)
