@@ -7,9 +7,10 @@
 Random weights of a 1B and an 8B Llama shape, random tokens whose lengths are distributed as dialogues' are, 64 samples per
 optimizer step, the same ones for everybody; LoRA of rank 16 on all linear layers, and all weights where they fit; bf16. After
 WARM_UP steps each contestant is measured for some seconds, between the ends of two steps, the GPU waited for. Beside the
-Trainer as it is started by most (micro-batches of 4, shuffled) stands one whose samples are sorted by length within a step
-(micro-batches of 16); with Liger's kernels where the package liger_kernel is there. The peers (`peers/gpu.py`) open the same
-weights from a folder. Who runs out of memory gets activation checkpointing, and that is told.
+Trainer as it is started by most (micro-batches of 4, shuffled) stands one whose samples are sorted by length within a step;
+with Liger's kernels where the package liger_kernel is there. The peers (`peers/gpu.py`) open the same weights from a folder.
+Rows of a micro-batch are as many as fit: 4 of an 8B, and 16 of a 1B for those who never hold all logits. Who runs out of
+memory nevertheless gets activation checkpointing, and that is told.
 
 The figures are real tokens per second (padding is none), MFU on real tokens with the floating-point operations of what is
 trained (see `flops_per_token`) over 989e12 and over what a product of two large matrices reached here, and peak memory.
@@ -48,10 +49,13 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "liger_kernel"
 LORA = (("8B", "lora"), ("1B", "lora"))
 RUNS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (  # the most telling ones first, in case the time is over
     ("tongwen", (*LORA, ("1B", "full"))),
-    ("trainer, 16 x 4, sorted", (*LORA, ("1B", "full"))),
-    ("trainer, 16 x 4, sorted, Liger", LORA),
-    ("Unsloth, 16 x 4, sorted", LORA),
-    ("LLaMA-Factory, 16 x 4, Liger", LORA),
+    ("trainer, 4 x 16, sorted, Liger", LORA[:1]),
+    ("Unsloth, 4 x 16, sorted", LORA[:1]),
+    ("LLaMA-Factory, 4 x 16, Liger", LORA[:1]),
+    ("trainer, 4 x 16, sorted", (*LORA, ("1B", "full"))),
+    ("trainer, 16 x 4, sorted, Liger", LORA[1:]),
+    ("Unsloth, 16 x 4, sorted", LORA[1:]),
+    ("LLaMA-Factory, 16 x 4, Liger", LORA[1:]),
     ("tongwen, compiled", LORA),
     ("tongwen, layers as written", LORA[:1]),
     ("LLaMA-Factory, 1 x 64, its example", LORA[:1]),
@@ -451,16 +455,26 @@ class Race:
         words = json.dumps({**vars(case), "folder": folder if name in PEERS else ""})
         return self.start(["--case", words], self.pythons.get(name, sys.executable))
 
+    def get_ready(self, cases: list[Case]) -> dict[Case, subprocess.Popen[str]]:
+        """A process of each case, all ready to begin: nobody imports beside another who is measured."""
+        processes = {case: self.start_case(case) for case in cases if not self.why_not(case.contestant)}
+        for shape in sorted({case.shape for case in processes if case.contestant.split(",")[0] in PEERS}):
+            self.wait(self.start(["--weights", shape]))
+        while time.monotonic() < self.end and any(map(is_coming, processes.values())):
+            time.sleep(0.1)
+        return processes
+
     def outcome(self, case: Case, process: subprocess.Popen[str]) -> dict[str, Any]:
         """What a case that is ready finds from now on, or why there is nothing."""
-        name, *_ = case.contestant.split(",")
         if self.end - time.monotonic() < 3 * self.seconds:  # to make or open the weights, to warm up
             process.kill()
             return {"failed": "no time was left"}
-        if name in PEERS:
-            self.weights(case.shape)
         found = self.wait(process)
-        if "OutOfMemory" in found.get("failed", "") and not case.recompute and name != "tongwen":
+        if (
+            "OutOfMemory" in found.get("failed", "")
+            and not case.recompute
+            and not case.contestant.startswith("tongwen")
+        ):
             case = replace(case, recompute=True)
             return self.outcome(case, self.start_case(case))
         return found
@@ -469,23 +483,27 @@ class Race:
         """Let a process go, and read what it found."""
         patience = 12 * self.seconds + 60  # one that hangs leaves some time for the rest
         limit = max(1.0, min(self.end - time.monotonic(), patience))
-        place = Path(process.args[process.args.index("--out") + 1]).parent  # type: ignore[union-attr, index, arg-type]
+        place = place_of(process)
         try:
             process.communicate("go\n", limit)
         except subprocess.TimeoutExpired:
             process.kill()
             return {"failed": f"not done after {limit:.0f} seconds"}
-        if (place / "case.json").is_file():
-            found: dict[str, Any] = json.loads((place / "case.json").read_text(encoding="utf-8"))
+        if place.is_file():
+            found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
             return found
-        lines = (place / "log").read_text(encoding="utf-8").strip().splitlines() or ["no output"]
-        return {"failed": next((line for line in lines if "OutOfMemoryError" in line), lines[-1])[-500:]}
+        lines = place.with_name("log").read_text(encoding="utf-8").strip().splitlines() or ["no output"]
+        return {"failed": next((line for line in lines if "OutOfMemoryError" in line), lines[-1])[:500]}
 
-    def weights(self, shape: str) -> None:
-        """Make the folder of a shape's weights, when it is first asked for."""
-        folder = self.folder / f"weights-{shape}"
-        if not folder.is_dir():
-            self.wait(self.start(["--weights", shape]))
+
+def place_of(process: subprocess.Popen[str]) -> Path:
+    """Where a process writes what it finds."""
+    words: list[str] = process.args  # type: ignore[assignment]
+    return Path(words[words.index("--out") + 1])
+
+
+def is_coming(process: subprocess.Popen[str]) -> bool:
+    return process.poll() is None and not place_of(process).with_name("ready").is_file()
 
 
 def main() -> None:
@@ -494,7 +512,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.5, help="nothing is begun that would not end in this time")
     parser.add_argument("--seconds", type=float, default=10, help="how long each contestant is measured")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, on the CPU")
-    parser.add_argument("--only", default="", help="contestants that this regular expression finds")
+    parser.add_argument(
+        "--only", default="", help="what this regular expression finds, of '8B lora tongwen' and its like"
+    )
     parser.add_argument("--folder", type=Path, help="for weights, and for what failed processes said; kept")
     for name in PEERS:
         parser.add_argument(f"--{name.lower()}", metavar="PYTHON", help=f"a python that has {name}")
@@ -504,8 +524,9 @@ def main() -> None:
     if chosen.case:
         case = Case(**json.loads(chosen.case))
         get_ready(case.contestant)
-        sys.stdin.readline()
-        chosen.out.write_text(json.dumps(measure(case)), encoding="utf-8")
+        chosen.out.with_name("ready").touch()
+        if sys.stdin.readline():  # else the race is over
+            chosen.out.write_text(json.dumps(measure(case)), encoding="utf-8")
     elif chosen.weights:
         save_weights(chosen.weights, chosen.out.parent.parent / f"weights-{chosen.weights}")
         chosen.out.write_text("{}", encoding="utf-8")
@@ -527,20 +548,15 @@ def compare(chosen: argparse.Namespace, folder: Path) -> None:
         {name: python for name, python in pythons.items() if python},
     )
     result: dict[str, Any] = {**about(), "tasks": {}}
-    chosen_ones = [(contestant, tasks) for contestant, tasks in RUNS if re.search(chosen.only, contestant)]
     cases = [
         Case(contestant, shape, method, race.seconds)
-        for contestant, tasks in chosen_ones
+        for contestant, tasks in RUNS
         for shape, method in ((("tiny", "lora"),) if chosen.tiny else tasks)
+        if re.search(chosen.only, f"{shape} {method} {contestant}")
     ]
-    can = [case for case in cases if not race.why_not(case.contestant)]
-    ahead = race.start_case(can[0]) if can else None
+    ready = race.get_ready(cases)
     for case in cases:
-        found = {"failed": race.why_not(case.contestant)}
-        if ahead and case in can:  # the next one gets ready beside it
-            following = can[can.index(case) + 1 :]
-            process, ahead = ahead, race.start_case(following[0]) if following else None
-            found = race.outcome(case, process)
+        found = race.outcome(case, ready[case]) if case in ready else {"failed": race.why_not(case.contestant)}
         result["tasks"].setdefault(f"{case.shape} {case.method}", {})[case.contestant] = found
         figures = (
             found.get("failed")

@@ -31,7 +31,7 @@ def test_the_whole_benchmark_in_small(tmp_path: Path) -> None:
             "--out",
             str(out),
             "--only",
-            "^tongwen$|^trainer.*sorted$|Unsloth",
+            " tongwen$| trainer.*sorted$|Unsloth, 16",
         ],
         cwd=ROOT,
         capture_output=True,
@@ -75,6 +75,13 @@ def test_what_fails_is_told_and_the_trainer_is_tried_once_more(tmp_path: Path, m
     assert "no python" in race(60).why_not("LLaMA-Factory, 16 x 4, Liger")
 
 
+def test_a_long_message_of_full_memory_is_known(tmp_path: Path) -> None:
+    said = "x\ntorch.OutOfMemoryError: " + "CUDA out of memory. " * 99 + "\nlast"
+    race = Race(tmp_path, time.monotonic() + 60, 1.0, {})
+    found = race.wait(race.start(["-c", f"print({said!r})"], str(_echo(tmp_path))))
+    assert found["failed"].startswith("torch.OutOfMemoryError")
+
+
 def test_operations_are_counted_by_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama-3.1-8B under an adapter, documents of 500 tokens, all learned: 4 x (6.98e9 + 0.525e9) + 0.39e9 and the adapter."""
     from peft import LoraConfig, get_peft_model
@@ -86,6 +93,14 @@ def test_operations_are_counted_by_the_formula(monkeypatch: pytest.MonkeyPatch) 
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
     assert flops_per_token(model, _samples(500), "lora") == pytest.approx(30.4e9 + 6 * 41.9e6, rel=1e-3)
     assert full == pytest.approx(45.4e9, rel=2e-3)
+
+
+def _echo(folder: Path) -> Path:
+    """A python that runs the words after the script's name."""
+    program = folder / "python"
+    program.write_text(f'#!/bin/sh\nshift; exec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    return program
 
 
 def _samples(length: int) -> Any:
