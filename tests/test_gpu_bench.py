@@ -31,7 +31,7 @@ def test_the_whole_benchmark_in_small(tmp_path: Path) -> None:
             "--out",
             str(out),
             "--only",
-            " tongwen$| trainer.*sorted$|Unsloth, 16",
+            " tongwen$| trainer.*sorted$|Unsloth, 16 x 4, sorted$",
         ],
         cwd=ROOT,
         capture_output=True,
