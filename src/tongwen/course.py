@@ -46,7 +46,7 @@ from tongwen.train.batches import MicroBatches, Plan, fill, make_plan
 from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, read_manifest, step_of
 from tongwen.train.engine import Engine, choose, gather, reshard
 from tongwen.train.fit import Job, fit
-from tongwen.train.memory import STATE_BYTES, own_memory, token_budget
+from tongwen.train.memory import STATE_BYTES, kept_for_backward, own_memory, rough_shape, token_budget
 from tongwen.train.probe import fits
 from tongwen.train.report import held_out_table, say_result, write_report
 from tongwen.train.watch import Watch, check_forgetting, peak_memory_bytes, read_metrics
@@ -273,8 +273,8 @@ def _open_pupil(course: Course, device: str, engine: Engine, adapter_steps: int)
 def _lay_out(course: Course, device: str, checkpoints: Path) -> list[Leg]:
     """The plan of each phase. A phase begins with an epoch that no phase before it has touched."""
     section, lesson, legs = course.section, course.lesson, list[Leg]()
-    full = any("full" in stretch.parts for stretch in section.stretches)
-    budget = token_budget(device, load.load_config(load.locate(course.base)), own_memory(device), full=full)
+    config = load.load_config(load.locate(course.base))
+    budget = token_budget(device, config, own_memory(device), full=section.learns_in_full)
     steps, epochs = 0, 0
     for number, stretch in enumerate(section.stretches, 1):
         words = stretch.words
@@ -500,12 +500,11 @@ def set_checkpointing(pupil: Pupil, leg: Leg, store: TokenStore) -> None:
 
 def _fits(pupil: Pupil, leg: Leg, store: TokenStore) -> bool:
     """The largest micro-batch is tried beside room for the optimizer. Where processes share the model out, one that fails
-    would leave the others waiting; there it is reckoned: about 34 numbers of the hidden width are kept per token and layer
-    (arXiv 2205.05198, without the attention scores that fused attention never stores)."""
+    would leave the others waiting; there it is reckoned."""
     free, whole = torch.cuda.mem_get_info()
     if leg.stretch.words.shares:
-        config = pupil.model.config.get_text_config()
-        return bool(leg.plan.budget * config.num_hidden_layers * config.hidden_size * 34 * 2 <= 0.8 * free)
+        of_token = 2 * kept_for_backward(rough_shape(pupil.model.config), checkpointing=False)
+        return bool(leg.plan.budget * of_token <= 0.8 * free)
     largest = max(leg.plan.flat(), key=lambda micro: int(store.lengths[list(micro)].sum()))
     batch = MicroBatches(store, [largest], packed=pupil.packed)[0]
     learning = sum(part.numel() for part in pupil.model.parameters() if part.requires_grad)

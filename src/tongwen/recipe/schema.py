@@ -647,6 +647,11 @@ class Training(Section):
         return "fsdp2" if self.engine == "fsdp2" or self.engine.endswith((".yaml", ".yml")) else ""
 
     @property
+    def learns_in_full(self) -> bool:
+        """Whether all weights learn, in one phase at least."""
+        return any("full" in stretch.parts for stretch in self.stretches)
+
+    @property
     def stretches(self) -> list[Stretch]:
         """What is trained, one after the other, each with its own words."""
         part = self.adapter.part

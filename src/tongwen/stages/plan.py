@@ -60,7 +60,7 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
     config = load.load_config(place)
     lesson = _look(recipe, section, base)
     memory = 0 if recipe.devices > 1 else limit or own_memory(device)
-    full = any("full" in stretch.parts for stretch in section.stretches)
+    full = section.learns_in_full
     plans = _plans(section, lesson, token_budget(device, config, memory, full=full), recipe.devices)
     micro = _fullest(plans, lesson)
     setting, needs = _needs(config, section, _setting(section, device, limit, recipe.devices), micro, limit)

@@ -103,6 +103,14 @@ def kept_for_backward(shape: Shape, *, checkpointing: bool) -> int:
     return shape.hidden * shape.layers + per_layer if checkpointing else per_layer * shape.layers
 
 
+def rough_shape(config: Any) -> Shape:
+    """Of a Llama of the configuration's widths, all of which learns, without its biases and norms."""
+    text = config.get_text_config()
+    hidden, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    numbers = text.num_hidden_layers * (4 * hidden + 3 * inner) * hidden + text.vocab_size * hidden
+    return Shape(numbers, numbers, text.num_hidden_layers, hidden, inner, text.vocab_size)
+
+
 def token_budget(device: str, config: Any, memory: int = 0, *, full: bool = False) -> int:
     """Tokens that go through the model at once when the recipe does not say. memory: bytes of the GPU, if that is known; full:
     whether all weights learn.
@@ -116,11 +124,8 @@ def token_budget(device: str, config: Any, memory: int = 0, *, full: bool = Fals
         return 4096
     budget = 8192
     if memory:
-        text = config.get_text_config()
-        hidden, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-        numbers = text.num_hidden_layers * (4 * hidden + 3 * inner) * hidden + text.vocab_size * hidden
-        shape = Shape(numbers, numbers, text.num_hidden_layers, hidden, inner, text.vocab_size)
-        spare = memory - CUDA_CONTEXT - numbers * (16 if full else 2)
+        shape = rough_shape(config)
+        spare = memory - CUDA_CONTEXT - shape.parameters * (16 if full else 2)
         per_token = 2 * kept_for_backward(shape, checkpointing=False)
         while budget < MOST_TOKENS and 2 * budget * per_token <= spare / 2:
             budget *= 2
