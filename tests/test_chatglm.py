@@ -18,7 +18,7 @@ from tongwen.model import dress, load
 from tongwen.record import Dialogue, Message, Origin
 from tongwen.speaker import open_speaker
 
-SHARED = Path(os.environ.get("TONGWEN_SHARED", "nowhere"))
+SHARED = Path(os.environ.get("TONGWEN_SHARED") or "nowhere")
 GOLDEN, ICE = SHARED / "golden", SHARED / "tokenizers" / "ice_text.model"
 needs_shared = pytest.mark.skipif(not ICE.is_file(), reason="TONGWEN_SHARED is not set")
 # What THUDM's folder says beside the vocabulary's size; its code must never be looked for.

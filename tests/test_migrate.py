@@ -32,7 +32,7 @@ READMES = {
     "cla": ("004_2a5aaade4607470b.txt", 38),
 }
 TABLES = ("trainer", "launchers", "belle", "guanaco", "cla", "llamafactory")
-SHARED = Path(os.environ.get("TONGWEN_SHARED", "nowhere"))
+SHARED = Path(os.environ.get("TONGWEN_SHARED") or "nowhere")
 COMMAND = re.compile(r"^(?:[>$] )?(?:[A-Z_]+=\S* )?(?:conda|python|deepspeed|torchrun|accelerate|wget|pip)\s+\S")
 
 

@@ -56,11 +56,19 @@ def ask(
         box = next(one["id"] for one in events if one["targets"] and one["targets"][0][1] == "submit")
         answer = next(one["id"] for one in events if one["api_name"] == "ask")
         session = uuid.uuid4().hex
-        call(web, language, session, box, [text])
+        at_once(web, language, session, box, [text])
         board = call(web, language, session, answer, [None, board, [], False, model, model, "", 64, 0, 1, 0, 1, None])[
             0
         ]
     return [{**one, "content": text_of(one["content"])} for one in board]
+
+
+def at_once(web: httpx.Client, language: str, session: str, number: int, given: list[Any]) -> httpx.Response:
+    """An event that does not wait in line."""
+    body = {"data": given, "fn_index": number, "session_hash": session}
+    answer = web.post(f"/{language}/gradio_api/run/predict", json=body)
+    assert answer.status_code in (200, 404), answer.text
+    return answer
 
 
 def call(web: httpx.Client, language: str, session: str, number: int, given: list[Any]) -> list[Any]:
@@ -93,6 +101,18 @@ def routes_of(app: Any, prefix: str = "") -> Iterator[str]:
             yield from routes_of(route.app, prefix + route.path)
         else:
             yield prefix + route.path
+
+
+def test_a_question_waits_in_line_and_small_things_do_not(address: str) -> None:
+    """A click that is told of through a stream which is just being closed is lost."""
+    with client(address) as web:
+        events = web.get("/en/config").json()["dependencies"]
+        waiting = {one["api_name"]: one["id"] for one in events if one["queue"]}
+        assert waiting.keys() == {"ask", "again", "again_1", "mend", "mend_1"}
+        for number in waiting.values():
+            assert at_once(web, "en", uuid.uuid4().hex, number, []).status_code == 404
+        fresh = next(one["id"] for one in events if one["api_name"] == "_begin")
+        assert at_once(web, "en", uuid.uuid4().hex, fresh, []).json()["data"]
 
 
 def test_the_list_of_routes_is_as_it_was_and_none_opens_without_a_token(address: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import http.client
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -39,7 +41,9 @@ from tongwen.ui import gate
 if sys.argv[1] == "shared":
     gate.share_heaps()
 libc, together = ctypes.CDLL(None), threading.Barrier(6)
-libc.fopen.restype = ctypes.c_void_p
+libc.fopen.restype = libc.malloc.restype = ctypes.c_void_p
+libc.free(ctypes.c_void_p(libc.malloc(8 << 20)))
+libc.malloc(4 << 20)
 def work():
     together.wait()
     libc.malloc(1000)
@@ -465,5 +469,16 @@ def test_the_threads_of_a_server_share_few_heaps(tmp_path: Path) -> None:
     for way in ("shared", "alone"):
         file = tmp_path / way
         subprocess.run([sys.executable, "-c", HEAPS, way, str(file)], check=True, env=environment)
-        found[way] = file.read_text().count("<heap nr=")
-    assert found["shared"] <= gate.ARENAS < found["alone"]
+        text = file.read_text()
+        *_, mapped = re.findall(r'<total type="mmap" count="\d+" size="(\d+)"', text)
+        found[way] = text.count("<heap nr="), int(mapped) >= 4 << 20
+    assert found["shared"][0] <= gate.ARENAS < found["alone"][0]
+    assert found["shared"][1] and not found["alone"][1], "what is freed makes room for nothing larger"
+
+
+def test_what_is_there_at_the_beginning_is_not_looked_through_again() -> None:
+    try:
+        gate.settle()
+        assert gc.get_freeze_count() > 10_000 > len(gc.get_objects())
+    finally:
+        gc.unfreeze()

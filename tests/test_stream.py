@@ -14,7 +14,7 @@ from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer
 from tongwen.infer.decode import Incremental
 from tongwen.model.load import Place, load_tokenizer
 
-SHARED = Path(os.environ.get("TONGWEN_SHARED", "none"))
+SHARED = Path(os.environ.get("TONGWEN_SHARED") or "none")
 SMOLLM2 = Path.home() / ".cache" / "tongwen" / "SmolLM2-135M-Instruct"
 PARTS = [
     *CORPUS[:4],

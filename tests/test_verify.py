@@ -119,7 +119,7 @@ def test_a_published_model_is_recognised_and_its_parts_belong_together(
     assert code == 4 and "no published list" in err
 
 
-@pytest.mark.skipif("TONGWEN_SHARED" not in os.environ, reason="needs LLaMA's tokenizer")
+@pytest.mark.skipif(not os.environ.get("TONGWEN_SHARED"), reason="needs LLaMA's tokenizer")
 def test_llamas_tokenizer_is_recognised(tongwen: Any) -> None:
     code, text, _ = tongwen("verify", Path(os.environ["TONGWEN_SHARED"]) / "tokenizers" / "llama.model")
     assert code == 0 and "LLaMA: tokenizer" in text

@@ -39,7 +39,7 @@ FOREIGN = [
     "def f(x):\n    return x  # ok",
 ]
 ENGLISH = ["The quick brown fox jumps over the lazy dog.", "A model learns from text, and text is made of words."] * 20
-SHARED = Path(os.environ.get("TONGWEN_SHARED", "nowhere"))
+SHARED = Path(os.environ.get("TONGWEN_SHARED") or "nowhere")
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="TONGWEN_SHARED names no folder of real data")
 
 

@@ -65,7 +65,7 @@ def add(page: gr.Blocks, talk: Talk, hear: Hear, explain: Explain) -> None:
     given = [*boards, beside, left.model, right.model, system, *knobs]
     speech = _Speech(talk, explain)
     shown = [*boards, left.pace, right.pace]
-    busy: dict[str, Any] = {**QUIET, "concurrency_limit": AT_ONCE, "concurrency_id": "talk"}
+    busy: dict[str, Any] = {**QUIET, "queue": True, "concurrency_limit": AT_ONCE, "concurrency_id": "talk"}
     # The box first: what is sent to it among an answer's pieces may be lost when many arrive at once.
     text = gr.State("")
     taken = box.submit(lambda asked: (asked, _answering(value="")), box, [text, box], **QUIET)

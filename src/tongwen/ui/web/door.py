@@ -25,7 +25,7 @@ from tongwen.ui.gate import digest, is_loopback
 # What the page asks for. Gradio has many more routes (it proxies, serves files, keeps histories): those are not there.
 OPEN_ROUTES = re.compile(
     r"/|/favicon\.ico|/report|/(en|zh)(/|/config|/theme\.css|/manifest\.json|/(assets|static)/[\w./-]+"
-    r"|/gradio_api/(info|startup-events|upload|upload_progress|queue/(join|data)|cancel|reset|heartbeat/\w+))?"
+    r"|/gradio_api/(info|startup-events|upload|upload_progress|run/predict|queue/(join|data)|cancel|reset|heartbeat/\w+))?"
 )
 UPLOAD = re.compile(r"/(en|zh)/gradio_api/upload")
 INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)

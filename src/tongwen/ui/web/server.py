@@ -75,7 +75,7 @@ def make_app(bench: Bench, token: str, *, port: int, loopback: bool = True, limi
 
     for name in LANGUAGES:
         page = make_page(bench, name)
-        page.queue(max_size=WAITING, default_concurrency_limit=WAITING)
+        page.queue(max_size=WAITING, default_concurrency_limit=WAITING, api_open=False)  # nobody passes the line
         page.state_session_capacity = SESSIONS
         gr.mount_gradio_app(
             inside,
