@@ -81,6 +81,15 @@ class Case:
     def tiny(self) -> bool:
         return self.shape == "tiny"
 
+    @property
+    def program(self) -> str:
+        return program_of(self.contestant)
+
+
+def program_of(contestant: str) -> str:
+    """What trains: tongwen, trainer, or one of the peers."""
+    return contestant.split(",")[0]
+
 
 class Samples:
     """Random tokens: (ids, learn) pairs with the lengths of dialogues, of which the first part is not learned."""
@@ -222,12 +231,11 @@ def measure(case: Case) -> dict[str, Any]:
 
 def contest(case: Case) -> Callable[[Case, Samples, Any, Path], tuple[Any, dict[str, Any]]]:
     """How the contestant trains: (case, samples, clock, an empty folder) -> (the trained model, what is told of the run)."""
-    name, *_ = case.contestant.split(",")
-    if name in PEERS:
+    if case.program in PEERS:
         from peers import gpu
 
-        return gpu.unsloth if name == "Unsloth" else gpu.llama_factory
-    return ours if name == "tongwen" else theirs
+        return gpu.unsloth if case.program == "Unsloth" else gpu.llama_factory
+    return ours if case.program == "tongwen" else theirs
 
 
 def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -326,6 +334,7 @@ def batches_of(contestant: str) -> tuple[int, int]:
 def in_trainer(case: Case, model: Any, samples: Samples, clock: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
     """The model in transformers' Trainer, on padded rows."""
     import torch
+    from torch.nn.functional import pad
     from torch.nn.utils.rnn import pad_sequence
     from transformers import Trainer, TrainingArguments
 
@@ -339,19 +348,14 @@ def in_trainer(case: Case, model: Any, samples: Samples, clock: Any, folder: Pat
         ]
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
-        longest = max(len(one["input_ids"]) for one in batch)
-        more = torch.zeros(-(-longest // PADDED) * PADDED, dtype=torch.long)  # one row of that length, taken off again
-
         def padded(parts: list[Any], value: int = 0) -> Any:
-            return pad_sequence([*parts, more], batch_first=True, padding_value=value)[:-1]
+            rows = pad_sequence(parts, batch_first=True, padding_value=value)
+            return pad(rows, (0, -rows.shape[1] % PADDED), value=value)
 
         ids = padded([one["input_ids"] for one in batch])
         labels = padded([one["labels"] for one in batch], -100)
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "attention_mask": padded([torch.ones_like(one["input_ids"]) for one in batch]),
-        }
+        real = padded([torch.ones_like(one["input_ids"]) for one in batch])
+        return {"input_ids": ids, "labels": labels, "attention_mask": real}
 
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -425,7 +429,7 @@ def save_weights(shape: str, folder: Path) -> None:
 
 def get_ready(contestant: str) -> None:
     """Import what it needs, before its time begins."""
-    name, *_ = contestant.split(",")
+    name = program_of(contestant)
     importlib.import_module({"Unsloth": "unsloth", "LLaMA-Factory": "llamafactory.train.tuner"}.get(name, "torch"))
     importlib.import_module("tongwen.course" if name == "tongwen" else "peft")
     importlib.import_module("transformers.trainer")
@@ -442,7 +446,7 @@ class Race:
 
     def why_not(self, contestant: str) -> str:
         """Why a contestant cannot start; empty if it can."""
-        name, *_ = contestant.split(",")
+        name = program_of(contestant)
         if name in PEERS and name not in self.pythons:
             return f"no python was named that has {name}"
         if name == "trainer" and "Liger" in contestant and importlib.util.find_spec("liger_kernel") is None:
@@ -461,15 +465,14 @@ class Race:
             )
 
     def start_case(self, case: Case) -> subprocess.Popen[str]:
-        name, *_ = case.contestant.split(",")
         folder = str(self.folder / f"weights-{case.shape}")
-        words = json.dumps({**vars(case), "folder": folder if name in PEERS else ""})
-        return self.start(["--case", words], self.pythons.get(name, sys.executable))
+        words = json.dumps({**vars(case), "folder": folder if case.program in PEERS else ""})
+        return self.start(["--case", words], self.pythons.get(case.program, sys.executable))
 
-    def get_ready(self, cases: list[Case]) -> dict[Case, subprocess.Popen[str]]:
+    def line_up(self, cases: list[Case]) -> dict[Case, subprocess.Popen[str]]:
         """A process of each case, all ready to begin: nobody imports beside another who is measured."""
         processes = {case: self.start_case(case) for case in cases if not self.why_not(case.contestant)}
-        for shape in sorted({case.shape for case in processes if case.contestant.split(",")[0] in PEERS}):
+        for shape in sorted({case.shape for case in processes if case.program in PEERS}):
             self.wait(self.start(["--weights", shape]))
         while time.monotonic() < self.end and any(map(is_coming, processes.values())):
             time.sleep(0.1)
@@ -481,11 +484,7 @@ class Race:
             process.kill()
             return {"failed": "no time was left"}
         found = self.wait(process)
-        if (
-            "OutOfMemory" in found.get("failed", "")
-            and not case.recompute
-            and not case.contestant.startswith("tongwen")
-        ):
+        if "OutOfMemory" in found.get("failed", "") and not case.recompute and case.program != "tongwen":
             case = replace(case, recompute=True)
             return self.outcome(case, self.start_case(case))
         return found
@@ -565,7 +564,7 @@ def compare(chosen: argparse.Namespace, folder: Path) -> None:
         for shape, method in ((("tiny", "lora"),) if chosen.tiny else tasks)
         if re.search(chosen.only, f"{shape} {method} {contestant}")
     ]
-    ready = race.get_ready(cases)
+    ready = race.line_up(cases)
     for case in cases:
         found = race.outcome(case, ready[case]) if case in ready else {"failed": race.why_not(case.contestant)}
         result["tasks"].setdefault(f"{case.shape} {case.method}", {})[case.contestant] = found

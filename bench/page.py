@@ -177,16 +177,21 @@ class Visitor:
         return self._call(self.answer, [None, [], [], False, model, model, "", TOKENS, 0, 1, 0, 1, None], leaves_at)
 
     def type(self, text: str) -> str:
-        body = {"data": [text], "fn_index": self.box, "session_hash": self.session}
-        return "answered" if self.web.post("/en/gradio_api/run/predict", json=body).status_code == 200 else "failed"
+        return self._send("run/predict", self.box, [text]) or "answered"
+
+    def _send(self, route: str, event: int, given: list[Any]) -> str:
+        """Why an event was not taken; empty when it was."""
+        body = {"data": given, "fn_index": event, "session_hash": self.session}
+        told = self.web.post(f"/en/gradio_api/{route}", json=body)
+        if told.status_code == 200:
+            return ""
+        time.sleep(1)
+        return "refused" if told.status_code in (429, 503) else f"{told.status_code}: {told.text}"
 
     def _call(self, event: int, given: list[Any], leaves_at: int) -> str:
         """leaves_at: after so many pieces; 0: never."""
-        body = {"data": given, "fn_index": event, "session_hash": self.session}
-        joined = self.web.post("/en/gradio_api/queue/join", json=body)
-        if joined.status_code != 200:
-            time.sleep(1)
-            return "refused" if joined.status_code in (429, 503) else f"{joined.status_code}: {joined.text}"
+        if why_not := self._send("queue/join", event, given):
+            return why_not
         pieces = 0
         query = {"session_hash": self.session}
         with self.web.stream("GET", "/en/gradio_api/queue/data", params=query) as lines:

@@ -28,6 +28,7 @@ CORPUS = [
     "The quick brown fox jumps over the lazy dog. Hello world, how are you today?",
     "是的，没错。否，不对。一加一等于二，二加二等于四。",
 ] * 4
+SHARED = Path(os.environ.get("TONGWEN_SHARED") or "nowhere")  # real data and tokenizers, for the tests that have them
 CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import CORPUS, dialogues, write_recipe
+from tests.conftest import CORPUS, SHARED, dialogues, write_recipe
 from tongwen.data.encode import Encoder, token_bytes
 from tongwen.errors import ModelError
 from tongwen.model import dress, load
 from tongwen.record import Dialogue, Message, Origin
 from tongwen.speaker import open_speaker
 
-SHARED = Path(os.environ.get("TONGWEN_SHARED") or "nowhere")
 GOLDEN, ICE = SHARED / "golden", SHARED / "tokenizers" / "ice_text.model"
 needs_shared = pytest.mark.skipif(not ICE.is_file(), reason="TONGWEN_SHARED is not set")
 # What THUDM's folder says beside the vocabulary's size; its code must never be looked for.

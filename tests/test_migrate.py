@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import SHARED
 from tongwen.cli import make_parser
 from tongwen.errors import TongwenError
 from tongwen.hub.names import today
@@ -32,7 +33,6 @@ READMES = {
     "cla": ("004_2a5aaade4607470b.txt", 38),
 }
 TABLES = ("trainer", "launchers", "belle", "guanaco", "cla", "llamafactory")
-SHARED = Path(os.environ.get("TONGWEN_SHARED") or "nowhere")
 COMMAND = re.compile(r"^(?:[>$] )?(?:[A-Z_]+=\S* )?(?:conda|python|deepspeed|torchrun|accelerate|wget|pip)\s+\S")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import zipfile
@@ -14,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.conftest import tensors
+from tests.conftest import SHARED, tensors
 from tests.test_bad_weights import Bomb
 from tests.test_merge import make_adapter
 
@@ -167,12 +166,12 @@ def test_a_merge_may_end_as_pth(chat_model: Path, tmp_path: Path, tongwen: Any) 
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.skipif(not os.environ.get("TONGWEN_SHARED"), reason="needs LLaMA's tokenizer")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs LLaMA's tokenizer")
 def test_llamas_tokenizer_keeps_its_marks(tmp_path: Path, tongwen: Any) -> None:
     from transformers import AutoTokenizer
 
     make_original(tmp_path / "pth", "7B")
-    model = Path(os.environ["TONGWEN_SHARED"]) / "tokenizers" / "llama.model"
+    model = SHARED / "tokenizers" / "llama.model"
     (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())  # one folder up, as in LLaMA's download
     assert tongwen("convert", tmp_path / "pth", "--to", "hf", "--out", tmp_path / "hf")[0] == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")

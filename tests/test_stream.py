@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer
+from tests.conftest import CORPUS, SHARED, byte_level_tokenizer, sentencepiece_tokenizer
 from tongwen.infer.decode import Incremental
 from tongwen.model.load import Place, load_tokenizer
 
-SHARED = Path(os.environ.get("TONGWEN_SHARED") or "none")
 SMOLLM2 = Path.home() / ".cache" / "tongwen" / "SmolLM2-135M-Instruct"
 PARTS = [
     *CORPUS[:4],

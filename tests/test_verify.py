@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import SHARED
 from tests.test_merge import make_adapter
 from tests.test_pth import make_original
 from tongwen.export import sums
@@ -119,9 +119,9 @@ def test_a_published_model_is_recognised_and_its_parts_belong_together(
     assert code == 4 and "no published list" in err
 
 
-@pytest.mark.skipif(not os.environ.get("TONGWEN_SHARED"), reason="needs LLaMA's tokenizer")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs LLaMA's tokenizer")
 def test_llamas_tokenizer_is_recognised(tongwen: Any) -> None:
-    code, text, _ = tongwen("verify", Path(os.environ["TONGWEN_SHARED"]) / "tokenizers" / "llama.model")
+    code, text, _ = tongwen("verify", SHARED / "tokenizers" / "llama.model")
     assert code == 0 and "LLaMA: tokenizer" in text
 
 

@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
-from tests.conftest import CORPUS, byte_level_tokenizer, dialogues, tensors, tiny_llama, write_rows
+from tests.conftest import CORPUS, SHARED, byte_level_tokenizer, dialogues, tensors, tiny_llama, write_rows
 from tongwen import lexicon
 from tongwen.errors import DataError, ModelError, RecipeError
 from tongwen.model import sentencepiece as sp
@@ -39,7 +39,6 @@ FOREIGN = [
     "def f(x):\n    return x  # ok",
 ]
 ENGLISH = ["The quick brown fox jumps over the lazy dog.", "A model learns from text, and text is made of words."] * 20
-SHARED = Path(os.environ.get("TONGWEN_SHARED") or "nowhere")
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="TONGWEN_SHARED names no folder of real data")
 
 

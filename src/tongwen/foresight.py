@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -26,7 +26,16 @@ from tongwen.model.stack import open_stack
 from tongwen.recipe.schema import Adapter, Part
 from tongwen.train.audit import to_device
 from tongwen.train.batches import MicroBatches, Plan
-from tongwen.train.memory import ALONE, CUDA_CONTEXT, QUANTIZED, STATE_BYTES, Shape, Sharing, kept_for_backward
+from tongwen.train.memory import (
+    ALONE,
+    CUDA_CONTEXT,
+    QUANTIZED,
+    STATE_BYTES,
+    Shape,
+    Sharing,
+    kept_for_backward,
+    rough_shape,
+)
 from tongwen.train.rehearsal import AT_ANY_DEPTH, rehearse
 
 ALIKE, ALTERNATING = (2, 4), (4, 8)  # layers that are rehearsed of a deeper model
@@ -71,21 +80,18 @@ class Setting:
 
 def shape_of(config: Any, setting: Setting) -> Shape:
     """Counts and widths of the adapted model; new rows count as one."""
-    text = config.get_text_config()
+    rough = rough_shape(config)
     model, _ = _skeleton(config, setting)
     parameters = sum(part.numel() for part in model.parameters())
     of_layers = [
         sum(part.numel() for part in module.parameters())
         for module in model.modules()
         if isinstance(module, GradientCheckpointingLayer)
-    ] or [parameters // int(text.num_hidden_layers)]
-    return Shape(
+    ] or [parameters // rough.layers]
+    return replace(
+        rough,
         parameters=parameters,
         trainable=sum(part.numel() for part in model.parameters() if part.requires_grad),
-        layers=int(text.num_hidden_layers),
-        hidden=int(text.hidden_size),
-        intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
-        vocabulary=int(text.vocab_size),
         of_layer=max(of_layers),
         outside=max(parameters - sum(of_layers), 0),
     )

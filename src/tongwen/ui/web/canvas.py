@@ -13,9 +13,10 @@ from typing import Any
 import gradio as gr
 
 Hear = Callable[[Callable[..., Any]], Callable[..., Any]]  # makes a handler speak the page's language
+QUIET: dict[str, Any] = {"show_progress": "hidden"}
 # What takes no time is answered at once, by the request itself. All that waits in line is told through one stream, which
 # closes when nothing waits: a request that arrives just then is answered into the closed stream, and the click is lost.
-QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False}
+SWIFT: dict[str, Any] = {**QUIET, "queue": False}
 
 
 def canvas(value: str = "", **options: Any) -> gr.Markdown:

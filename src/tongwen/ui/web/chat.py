@@ -11,7 +11,7 @@ import gradio as gr
 
 from tongwen.language import say
 from tongwen.ui.web.bench import AT_ONCE, Messages, Talk
-from tongwen.ui.web.canvas import QUIET, Hear
+from tongwen.ui.web.canvas import QUIET, SWIFT, Hear
 from tongwen.ui.web.conversation import Answer, Explain, drawn, stream, text_of
 from tongwen.ui.web.shelf import Shelf
 
@@ -65,20 +65,20 @@ def add(page: gr.Blocks, talk: Talk, hear: Hear, explain: Explain) -> None:
     given = [*boards, beside, left.model, right.model, system, *knobs]
     speech = _Speech(talk, explain)
     shown = [*boards, left.pace, right.pace]
-    busy: dict[str, Any] = {**QUIET, "queue": True, "concurrency_limit": AT_ONCE, "concurrency_id": "talk"}
+    busy: dict[str, Any] = {**QUIET, "concurrency_limit": AT_ONCE, "concurrency_id": "talk"}
     # The box first: what is sent to it among an answer's pieces may be lost when many arrive at once.
     text = gr.State("")
-    taken = box.submit(lambda asked: (asked, _answering(value="")), box, [text, box], **QUIET)
+    taken = box.submit(lambda asked: (asked, _answering(value="")), box, [text, box], **SWIFT)
     asked: list[Any] = [taken.then(hear(speech.ask), [text, *given], shown, **busy)]
     for board in boards:
-        asked.append(board.retry(_answering, None, box, **QUIET).then(hear(speech.again), given, shown, **busy))
+        asked.append(board.retry(_answering, None, box, **SWIFT).then(hear(speech.again), given, shown, **busy))
         asked.append(board.edit(hear(speech.mend), given, shown, **busy))
-    ended = [event.then(_at_rest, None, box, **QUIET) for event in asked]
-    stopped = box.stop(_at_rest, None, box, cancels=asked, **QUIET)
+    ended = [event.then(_at_rest, None, box, **SWIFT) for event in asked]
+    stopped = box.stop(_at_rest, None, box, cancels=asked, **SWIFT)
     shelf.tie(page, hear, [*ended, stopped], shown, system)
     models = [left.model, right.model]
-    page.load(hear(lambda: [gr.update(choices=talk.models())] * 2), None, models, **QUIET)
-    beside.change(lambda on: gr.update(visible=on), beside, second, **QUIET)
+    page.load(hear(lambda: [gr.update(choices=talk.models())] * 2), None, models, **SWIFT)
+    beside.change(lambda on: gr.update(visible=on), beside, second, **SWIFT)
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _knobs(hear: Hear, settings: Mapping[str, Any]) -> list[gr.components.Compon
         gr.Slider(1, 2, begin[3], step=0.01, label=say("Repetition penalty", "重复惩罚")),
     ]
     seed = gr.Number(settings.get("seed"), label=say("Seed (empty: any)", "随机种子（空：任意）"), precision=0)
-    preset.input(hear(lambda name: list(PRESETS[name])), preset, knobs, **QUIET)
+    preset.input(hear(lambda name: list(PRESETS[name])), preset, knobs, **SWIFT)
     return [tokens, *knobs, seed]
 
 

@@ -9,7 +9,7 @@ import gradio as gr
 
 from tongwen.language import say
 from tongwen.ui.web.bench import Look
-from tongwen.ui.web.canvas import QUIET, Hear, block, canvas
+from tongwen.ui.web.canvas import SWIFT, Hear, block, canvas
 
 
 def add(page: gr.Blocks, look: Look, hear: Hear) -> None:
@@ -45,4 +45,4 @@ def add(page: gr.Blocks, look: Look, hear: Hear) -> None:
         return block(rows), block(shown)
 
     gr.on([file.change, model.change, template.change], hear(read), [file, model, template], [ledger, samples])
-    page.load(hear(lambda: gr.update(choices=names())), None, model, **QUIET)
+    page.load(hear(lambda: gr.update(choices=names())), None, model, **SWIFT)

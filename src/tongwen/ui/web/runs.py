@@ -11,7 +11,7 @@ import gradio as gr
 from tongwen import page as pages
 from tongwen.language import say
 from tongwen.ui.web.bench import Picture, Runs
-from tongwen.ui.web.canvas import QUIET, Hear, block, canvas, sheet
+from tongwen.ui.web.canvas import SWIFT, Hear, block, canvas, sheet
 
 SECONDS = 2  # between two looks at a run
 # A page that was open before the server began again names what this one has not listed yet; who looks it up checks it.
@@ -66,10 +66,10 @@ def add(page: gr.Blocks, runs: Runs, hear: Hear) -> None:
             gr.update(choices=found),
         )
 
-    page.load(hear(listed), [recipe, run], [recipe, run, others], **QUIET)
-    recipe.change(hear(lambda name: runs.read(name) if name else ""), recipe, text, **QUIET)
+    page.load(hear(listed), [recipe, run], [recipe, run, others], **SWIFT)
+    recipe.change(hear(lambda name: runs.read(name) if name else ""), recipe, text, **SWIFT)
     start.click(hear(begin), [recipe, changes], run)
-    gr.on([run.change, clock.tick], hear(watch), run, shown, **QUIET)
+    gr.on([run.change, clock.tick], hear(watch), run, shown, **SWIFT)
     stop.click(hear(runs.stop), run, None)
     resume.click(hear(runs.resume), run, None)
     together = hear(lambda name, more: block(sheet(runs.compare([name, *more]))))

@@ -10,7 +10,7 @@ import gradio as gr
 
 from tongwen.language import say
 from tongwen.ui.web.bench import Messages
-from tongwen.ui.web.canvas import QUIET, Hear, block, canvas
+from tongwen.ui.web.canvas import SWIFT, Hear, block, canvas
 from tongwen.ui.web.conversation import as_json, as_markdown, download_link, drawn, is_note, text_of, title_of
 
 KEPT = 50  # conversations, the newest first
@@ -45,13 +45,13 @@ class Shelf:
         boards = shown[:2]
         state, empty = [self.kept, self.number], [self.number, self.picker, *shown, self.export]
         for event in after:
-            event.then(hear(_keep), [*state, *boards, system], [*state, self.picker, self.export], **QUIET)
+            event.then(hear(_keep), [*state, *boards, system], [*state, self.picker, self.export], **SWIFT)
         opened = [self.number, *shown, system, self.export]
-        self.picker.input(hear(_open), [self.kept, self.picker], opened, **QUIET)
-        self.fresh.click(hear(_begin), None, empty, **QUIET)
-        gone = self.forget.click(hear(_forget), state, self.kept, **QUIET)
-        gone.then(hear(_begin), None, empty, **QUIET).then(hear(_listed), state, self.picker, **QUIET)
-        page.load(hear(_listed), state, self.picker, **QUIET)
+        self.picker.input(hear(_open), [self.kept, self.picker], opened, **SWIFT)
+        self.fresh.click(hear(_begin), None, empty, **SWIFT)
+        gone = self.forget.click(hear(_forget), state, self.kept, **SWIFT)
+        gone.then(hear(_begin), None, empty, **SWIFT).then(hear(_listed), state, self.picker, **SWIFT)
+        page.load(hear(_listed), state, self.picker, **SWIFT)
 
 
 def _keep(kept: Kept, number: int, left: Messages, right: Messages, system: str) -> tuple[Any, ...]:

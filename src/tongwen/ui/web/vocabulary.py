@@ -8,7 +8,7 @@ import gradio as gr
 
 from tongwen.language import say
 from tongwen.ui.web.bench import Words
-from tongwen.ui.web.canvas import QUIET, Hear, block, canvas, sheet
+from tongwen.ui.web.canvas import SWIFT, Hear, block, canvas, sheet
 
 EXAMPLE = "人工智能正在改变我们学习语言的方式。月亮自己不会发光，它反射太阳的光。"
 
@@ -33,4 +33,4 @@ def add(page: gr.Blocks, words: Words, hear: Hear) -> None:
         return [gr.update(choices=words.models()), gr.update(choices=[("—", ""), *words.models()])]
 
     cut.click(hear(show), [base, other, text], [tokens, report])
-    page.load(hear(listed), None, [base, other], **QUIET)
+    page.load(hear(listed), None, [base, other], **SWIFT)
