@@ -3,6 +3,7 @@ what kills them."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import socket
@@ -10,12 +11,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 import tongwen.course
 import tongwen.stages.merge
 import tongwen.stages.prepare
 import tongwen.stages.sft  # noqa: F401 (imported here, once for all children)
 from tongwen import cli
 from tongwen.train.fit import PlannedTrainer
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
 def launched(

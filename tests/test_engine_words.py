@@ -138,7 +138,6 @@ def test_an_fsdp_file_of_the_first_version_is_read_as_the_second(
         ("zero2", ", adapter: {method: adalora}", "`method: adalora` does not work"),
         ("zero3", ", adapter: {method: qlora}", "`engine: fsdp2`"),
         ("fsdp2", ", adapter: {method: qlora, quantize: int8}", "`quantize: nf4`"),
-        ("fsdp2", ", adapter: {method: new_rows}", "`new_rows` does not work"),
         ({"optimizer": {"type": "Lamb"}}, "", "'Lamb' is not known here; known are: Adam, AdamW"),
         ({"scheduler": {"type": "OneCycle"}}, "", "'OneCycle' is not known here"),
         ("distributed_type: MULTI_GPU\nfsdp_config: {}\n", "", "'MULTI_GPU' is not known here"),

@@ -18,15 +18,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from tests.conftest import tensors, write_recipe
-from tests.launching import in_a_child, launched
+from tests.conftest import tensors, write_recipe, write_rows
+from tests.launching import in_a_child, launched, needs_deepspeed
 from tongwen import course, launch
 from tongwen.families import FAMILIES
 from tongwen.train.engine import Engine
 from tongwen.train.fit import PlannedTrainer
 
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )
@@ -162,16 +162,31 @@ def test_an_engine_that_silently_became_another_is_found(chat_model: Path, tmp_p
     assert "fsdp2 was asked for, and ddp runs" in capfd.readouterr().err
 
 
-def test_single_rows_are_refused_by_fsdp2(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
-    from safetensors.torch import save_file
-
-    base = tmp_path / "base"
+@pytest.mark.parametrize(("first", "then"), [("fsdp2", "auto"), pytest.param("zero3", "fsdp2", marks=needs_deepspeed)])
+def test_stages_under_one_launcher_follow_each_other(first: str, then: str, chat_model: Path, tmp_path: Path) -> None:
+    """The second waits for what the first writes, and nothing of the first one's engine is left. It trains single rows."""
+    base, made = tmp_path / "base", {}
     shutil.copytree(chat_model, base)
     weights = tensors(base)
     weights["model.embed_tokens.weight"][1:3] = 0  # ChatML's tokens, which this base has never seen
     save_file(weights, str(base / "model.safetensors"), metadata={"format": "pt"})
-    assert launched(2, "run", recipe_for(tmp_path, base, "lora", "fsdp2")) == [2, 2]
-    assert "single token rows are trained" in (told := capfd.readouterr().err) and "engine: zero2" in told
+    for name, engines in {"one": ("auto", "auto"), "two": (first, then)}.items():
+        recipe = recipe_for(tmp_path / name, base, "lora", engines[1])
+        text = recipe.read_text().replace("8 steps", "3 steps")
+        documents = write_rows(tmp_path / "docs.jsonl", [{"text": f"文档{number}，写给测试。"} for number in range(20)])
+        words = "train: full, learning_rate: 1e-3, stop_after: 2 steps, batch_size: 4, precision: fp32, samples: 0"
+        text = text.replace("prepare: {", f"prepare: {{documents: {documents}, ")
+        recipe.write_text(f"{text}pretrain: {{{words}, engine: {engines[0]}}}\n")
+        world = 1 if name == "one" else 2
+        assert launched(world, "run", recipe) == [0] * world
+        made[name] = tensors(tmp_path / name / "out" / "merge")
+    for name, part in made["one"].items():
+        assert torch.allclose(made["two"][name], part, atol=1e-5), name
+
+
+def test_several_processes_do_not_begin_again_at_once(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
+    assert launched(2, "run", recipe_for(tmp_path, chat_model, "lora"), "--again") == [2, 2]
+    assert "--again --devices 2" in capfd.readouterr().err
 
 
 def test_a_killed_process_is_named_and_the_others_end(chat_model: Path, tmp_path: Path) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.conftest import dialogues, tensors, write_rows
-from tests.launching import in_a_child, launched
+from tests.launching import in_a_child, launched, needs_deepspeed
 from tests.test_run import manifest
 from tongwen import cli
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_stack
@@ -52,8 +54,6 @@ def write_recipe(
 @pytest.fixture(scope="session")
 def grown(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base with four rows that its vocabulary stage is said to have added."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("grown")
     shutil.copytree(chat_model, folder, dirs_exist_ok=True)
     (folder / "new_rows.json").write_text(json.dumps(NEW))
@@ -304,29 +304,57 @@ def test_the_partition_of_a_batch_changes_nothing(arrangement: str, chat_model: 
             assert norm == pytest.approx(wanted_norm, rel=2e-5)
 
 
-@pytest.mark.parametrize(("engine", "first"), [("ddp", "new_rows"), ("fsdp2", "embeddings")])
-def test_two_processes_killed_in_the_second_phase_take_the_phases_of_one(
-    engine: str, first: str, grown: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("engine", "first", "then", "tied"),
+    [
+        ("ddp", "new_rows", "lora+embeddings", True),
+        ("fsdp2", "new_rows", "lora+embeddings", True),  # rows under a guard
+        ("fsdp2", "new_rows", "lora", True),  # rows beside an adapter, at rest in the second phase
+        ("fsdp2", "lora+embeddings", "lora", False),  # so are embeddings
+        ("fsdp2", "new_rows", "", True),  # rows alone
+        pytest.param("zero2", "new_rows", "", True, marks=needs_deepspeed),
+    ],
+)
+def test_two_processes_killed_on_the_way_take_the_phases_of_one(
+    engine: str, first: str, then: str, tied: bool, grown: Path, tmp_path: Path
 ) -> None:
+    base = grown if tied else untie(grown, tmp_path / "base")
+    second = f", {{train: {then}, stop_after: 4 steps}}" if then else ""
     words = (
-        f"phases: [{{train: {first}, stop_after: 2 steps, learning_rate: 5e-3}}, {{train: lora+embeddings, stop_after: 4 steps}}],"
-        " save_every: 1, evaluate_every: 2"
+        f"phases: [{{train: {first}, stop_after: {2 if then else 6} steps, learning_rate: 5e-3}}{second}],"
+        " save_every: 1, evaluate_every: 2, weight_decay: 0.5"
     )
-    assert in_a_child("run", write_recipe(tmp_path / "one", grown, words)) == 0
-    recipe = write_recipe(tmp_path / "two", grown, f"{words}, engine: {engine}")
+    assert in_a_child("run", write_recipe(tmp_path / "one", base, words)) == 0
+    recipe = write_recipe(tmp_path / "two", base, f"{words}, engine: {engine}")
 
     def die(rank: int) -> None:
         if rank == 1:
-            die_at(2, 1e-2)()
+            die_at(2 if then else 4, 1e-2 if then else 5e-3)()
 
     assert launched(2, "run", recipe, before=die)[1] == -signal.SIGKILL
     partial = tmp_path / "two" / "out" / "pretrain.partial" / "checkpoints"
-    assert {folder.name for folder in partial.iterdir()} == {"phase-1", "phase-2"}
+    assert {folder.name for folder in partial.iterdir()} >= ({"phase-1", "phase-2"} if then else {"checkpoint-3"})
     assert launched(2, "run", recipe) == [0, 0]
     wanted, found = (tensors(tmp_path / name / "out" / "pretrain") for name in ("one", "two"))
     assert set(wanted) == set(found)
     for name, part in wanted.items():
         assert torch.allclose(found[name], part, atol=1e-4), name
+    if not then:
+        before = tensors(base)
+        assert changed_rows(before[EMBEDDING], found[EMBEDDING]) == NEW
+        assert all(torch.equal(part, found[name]) for name, part in before.items() if name != EMBEDDING)
+
+
+def untie(base: Path, folder: Path) -> Path:
+    """The same model with a head of its own."""
+    shutil.copytree(base, folder)
+    weights = tensors(base)
+    save_file(
+        weights | {"lm_head.weight": 1.1 * weights[EMBEDDING]}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    config = json.loads((base / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    return folder
 
 
 def test_a_source_says_its_language_and_its_share(chat_model: Path, tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def take(course: Course, out: Path) -> artifact.Artifact:
         after = examine()
         if after["scores"]:  # too late to stop
             check_forgetting(before["scores"]["groups"], after["scores"]["groups"], Forgetting(warn=limits.warn))
-        whole = gather(pupil.model, pupil.adapted.learners)
+        whole = gather(pupil.model, pupil.adapted.saved)
         if launch.is_first():
             draft.fingerprint = _save(course, pupil, draft.path, whole)
             draft.facts = _facts(course, pupil, legs, throughput) | {"run": run["run"], "forks": run["forks"]}
@@ -412,6 +412,7 @@ def _job(
         evaluate=evaluate,
         watch=watch,
         engine=pupil.engine,
+        learners=pupil.adapted.learners,
         embeddings=pupil.adapted.embeddings if apart else (),
         guarded=guarded,
         budget=budget_of(pupil.model) if "lora" in leg.stretch.parts else None,

@@ -49,9 +49,23 @@ def run(
 ) -> list[artifact.Artifact]:
     """Run the chosen stages; returns their artifacts. arguments: recipe file and overrides, for launched processes.
 
-    Raises RecipeError when a finished or interrupted stage was made with other settings.
+    Raises RecipeError when a finished or interrupted stage was made with other settings, and for `again` in several processes.
     """
     launch.begin()
+    if again and launch.is_launched():
+        raise RecipeError(
+            say(
+                f"finished stages are moved aside, which {launch.world_size()} processes cannot do at once",
+                f"要把已完成的阶段移到一旁，{launch.world_size()} 个进程无法同时做",
+            ),
+            place="--again",
+            remedy=say(
+                f"tongwen run RECIPE --again --devices {launch.world_size()}; or rename the folders of {recipe.out} first, "
+                "and launch without --again",
+                f"tongwen run RECIPE --again --devices {launch.world_size()}；或先给 {recipe.out} 下的文件夹改名，"
+                "再不带 --again 启动",
+            ),
+        )
     chosen = choose(recipe, only, start, until)
     out = Path(recipe.out)
     try:
@@ -167,15 +181,17 @@ def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str]) 
         if code:
             raise Launched(code)
         return artifact.open_artifact(path, name)
-    if name not in TRAINING and not launch.is_first():
-        return _wait_for(path)
-    result: artifact.Artifact = _stage(name).run(recipe, path)
-    return result
+    if launch.is_first():
+        result: artifact.Artifact = _stage(name).run(recipe, path)
+        return result
+    if name in TRAINING:
+        _stage(name).run(recipe, path)
+    return _wait_for(path)
 
 
 def _wait_for(path: Path) -> artifact.Artifact:
-    """Under a launcher the first process alone runs what is not training; the others wait for its folder. When the first
-    one fails, the launcher ends them."""
+    """Under a launcher the first process alone runs what is not training, and writes what is; the others wait for its folder.
+    When the first one fails, the launcher ends them."""
     while (found := artifact.find(path)) is None:
         time.sleep(0.5)
     return found

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tongwen.errors import ModelError
 from tongwen.families import family_of
@@ -77,19 +78,28 @@ class Adapted:
         self.model.zero_grad(set_to_none=True)
         if "new_rows" not in parts:
             return []
-        self._guard = [part.register_hook(_only_rows(self.rows)) for part in self.embeddings]
+        self._guard = [_keep_others(part, self.rows) for part in self.embeddings]
         return self.embeddings
 
+    @property
+    def saved(self) -> list[torch.nn.Parameter]:
+        """What is written when training is over: what learned, or all weights where single rows go into their matrix."""
+        return list(self.model.parameters()) if self._has_rows_alone else self.learners
+
+    @property
+    def _has_rows_alone(self) -> bool:
+        return adapter_type(self.model) == "TRAINABLE_TOKENS"
+
     def save(self, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
-        """The adapter, or the whole model where there is none: single trained rows alone go into their matrix. whole: the
-        tensors by name, of a model that has only parts of them."""
-        kind = adapter_type(self.model)
-        if kind == "TRAINABLE_TOKENS":
-            self.model.merge_and_unload().save_pretrained(str(folder))
+        """The adapter, or the whole model where there is none. whole: what is saved, by name, of a model that has only parts
+        of it."""
+        if self._has_rows_alone:
+            base = self.model.get_base_model() if whole else self.model.merge_and_unload()
+            base.save_pretrained(str(folder), state_dict=_with_rows(self.model, whole) if whole else None)
             return
         with quiet():  # peft warns of ranks that AdaLoRA has emptied
             self.model.save_pretrained(str(folder), state_dict=whole)
-        if kind == "ADALORA":
+        if adapter_type(self.model) == "ADALORA":
             write_as_lora(folder)
 
 
@@ -233,15 +243,36 @@ def _peft_config(model: Any, choice: Adapter, also: list[str], rows: dict[str, l
     )
 
 
-def _only_rows(rows: list[int]) -> Any:
-    """A hook that leaves a gradient (V, H) on these rows only."""
+def _keep_others(part: torch.nn.Parameter, rows: list[int]) -> Any:
+    """A hook that leaves a matrix's gradient (V, H) on these rows only: before it is added up, or, where processes share the
+    matrix out, when each has got its part of the sum."""
+    others = torch.ones(len(part), 1, dtype=torch.bool, device=part.device)
+    others[rows] = False
+    if isinstance(part, DTensor):
+        mine = distribute_tensor(others, part.device_mesh, part.placements).to_local()
 
-    def keep(gradient: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros_like(gradient)
-        out[rows] = gradient[rows]
-        return out
+        def mask(part: torch.Tensor) -> None:
+            gradient = part.grad.to_local()
+            gradient.masked_fill_(mine.to(gradient.device), 0)
 
-    return keep
+        return part.register_post_accumulate_grad_hook(mask)
+    return part.register_hook(lambda gradient: gradient.masked_fill(others, 0))
+
+
+def _with_rows(model: Any, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights as the base names them, its matrices with the rows that peft keeps beside them."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, TrainableTokensLayer):
+            for adapter, rows in module.token_indices.items():
+                delta = whole[f"{name}.trainable_tokens_delta.{adapter}"]
+                matrix = whole[f"{name}.base_layer.weight"]
+                matrix[rows] = delta.to(matrix)
+    inside = {
+        name.removeprefix("base_model.model."): part for name, part in whole.items() if "trainable_tokens_" not in name
+    }
+    return {name.replace(".base_layer.", "."): part for name, part in inside.items()}
 
 
 def _embeddings(model: Any) -> list[torch.nn.Parameter]:

@@ -622,11 +622,10 @@ class Training(Section):
     def _check_sharing(self) -> None:
         """Raise for what would be computed wrongly, or not at all, on a part of a tensor."""
         stretches = self.stretches
-        rows, quantizes = any("new_rows" in one.parts for one in stretches), self.adapter.method == "qlora"
+        quantizes = self.adapter.method == "qlora"
         reasons = (
             (self.optimizer != "adamw", f"optimizer: {self.optimizer}", "optimizer: adamw"),
             (self.adapter.method == "adalora", "method: adalora", "method: lora"),
-            (rows, "new_rows", "train: lora+embeddings"),
             (self.shares == "deepspeed" and len(stretches) > 1, "phases", "engine: fsdp2"),
             (quantizes and self.shares == "deepspeed", "method: qlora", "engine: fsdp2"),
             (self.compile, "compile", "compile: false"),

@@ -133,7 +133,7 @@ def check_frozen(model: Any, when: str) -> None:
 def check_loss(total: float, learned: int, model: Any) -> float:
     """Mean nats per learned token. Raise when not finite, or far above guessing at random among the vocabulary."""
     mean = total / max(learned, 1)
-    limit = 3 * math.log(model.get_input_embeddings().weight.shape[0])
+    limit = 3 * math.log(model.config.get_text_config().vocab_size)
     if not math.isfinite(mean) or mean > limit:
         raise NumbersError(
             say(

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tongwen import launch
 from tongwen.errors import MachineError, MissingPackage, RecipeError
@@ -26,6 +28,7 @@ from tongwen.recipe.schema import Training
 from tongwen.train.memory import SHARED, Sharing
 
 BUCKET = 500_000_000  # DeepSpeed's default
+FSDP_FILE = "pytorch_model_fsdp.bin"  # accelerate's name
 ASKED_FROM_OUTSIDE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
@@ -46,26 +49,17 @@ class Engine:
         return self.name in ("single", "ddp")
 
     def shard(self, model: Any, dtype: torch.dtype) -> None:
-        """FSDP2: each process keeps its part of every tensor from here on, so that no GPU ever holds the whole model. Raises
-        RecipeError for single rows of a matrix, which peft trains in a way that cannot be shared out."""
+        """FSDP2: each process keeps its part of every tensor from here on, so that no GPU ever holds the whole model."""
         from accelerate import Accelerator
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
         from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
-        if any("trainable_tokens_" in name for name, _ in model.named_parameters()):
-            raise RecipeError(
-                say("single token rows are trained beside the adapter", "除适配器外还训练单独的词向量行"),
-                place="engine: fsdp2",
-                remedy=say(
-                    "engine: zero2 or ddp, or a template whose tokens the base knows",
-                    "engine: zero2 或 ddp，或换用底座认识的模板",
-                ),
-            )
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         plugin = _plugin(self.arguments["fsdp_config"], mixed_precision_policy=policy)
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), fsdp_plugin=plugin)
         self.insist(accelerator, plugin)
-        fsdp2_prepare_model(accelerator, model)
+        with _rows_apart(model, plugin):
+            fsdp2_prepare_model(accelerator, model)
         register_fsdp_forward_method(model, "generate")
 
     def insist(self, accelerator: Any, plugin: Any = None) -> None:
@@ -86,7 +80,7 @@ class Engine:
         """Raise RecipeError for a checkpoint of another engine, or one that DeepSpeed has cut for another number of
         processes."""
         shards, world = len(list(checkpoint.glob("global_step*/*optim_states.pt"))), launch.world_size()
-        made = "deepspeed" if shards else "fsdp2" if (checkpoint / "pytorch_model_fsdp.bin").is_file() else "ddp"
+        made = "deepspeed" if shards else "fsdp2" if (checkpoint / FSDP_FILE).is_file() else "ddp"
         mine = "deepspeed" if self.is_deepspeed else "fsdp2" if self.name == "fsdp2" else "ddp"
         if made != mine:
             raise RecipeError(
@@ -128,6 +122,7 @@ class Engine:
 
 def choose(words: Training) -> Engine:
     """The engine that a recipe asks for, in the processes that there are. Raises RecipeError or MissingPackage."""
+    unset_hf_deepspeed_config()  # of the stage before: transformers would cut the next model up while it is read
     place, launched = f"engine: {words.engine}", launch.is_launched()
     outside = [name for name in ASKED_FROM_OUTSIDE if os.environ.get(name, "").lower() == "true"]
     if outside:
@@ -222,6 +217,31 @@ def _plugin(config: dict[str, Any], **more: Any) -> Any:
     )
 
 
+@contextmanager
+def _rows_apart(model: Any, plugin: Any) -> Iterator[None]:
+    """Matrices of which peft trains single rows are shared out here: accelerate asks for their weight to see whether they
+    are tied, which peft then computes from both, and is told that there are none."""
+    from torch.distributed.fsdp import fully_shard
+
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if not any("trainable_tokens_" in name for module in modules for name, _ in module.named_parameters()):
+        yield
+        return
+    one, other = ({id(part) for part in module.parameters()} for module in modules)
+    for together in [modules] if one & other else [[module] for module in modules]:
+        fully_shard(
+            together,
+            reshard_after_forward=plugin.reshard_after_forward and len(together) == 1,  # the two are used at both ends
+            mp_policy=plugin.mixed_precision_policy,
+            offload_policy=plugin.cpu_offload,
+        )
+    model.get_input_embeddings = model.get_output_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        del model.get_input_embeddings, model.get_output_embeddings
+
+
 def _name_of(wrapped: Any) -> str:
     from torch.distributed.fsdp import FSDPModule
 
@@ -269,6 +289,17 @@ def gather(model: Any, chosen: Iterable[torch.nn.Parameter]) -> dict[str, torch.
     return out | {
         name: whole[id(part)] for name, part in model.named_parameters(remove_duplicate=False) if id(part) in whole
     }
+
+
+def scatter(model: Any, whole: dict[str, torch.Tensor]) -> None:
+    """What `gather` collected goes back into the model, to each process its part. All processes must ask."""
+    with torch.no_grad():
+        for name, part in model.named_parameters():
+            if name in whole:
+                mine = whole[name]
+                if isinstance(part, DTensor):
+                    mine = distribute_tensor(mine.to(part.device_mesh.device_type), part.device_mesh, part.placements)
+                local(part).copy_(local(mine))
 
 
 def _whole(part: torch.nn.Parameter) -> torch.Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import is_peft_model
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -30,7 +31,7 @@ from tongwen.recipe.schema import Stretch
 from tongwen.train.audit import FirstSteps, first_not_finite
 from tongwen.train.batches import MicroBatches, Plan
 from tongwen.train.checkpoints import STAGING, check_adapter_saved, check_space, commit, last_of, stage, step_of
-from tongwen.train.engine import Engine
+from tongwen.train.engine import FSDP_FILE, Engine, gather, scatter
 from tongwen.train.guard import Guard
 from tongwen.train.halt import Halt
 from tongwen.train.memory import keep_freed_memory
@@ -68,6 +69,7 @@ class Job:
 
     loss:       gives (scaled sum of nats, nats per learned token) of a micro-batch and a scale
     evaluate:   scores what was held out; it is told the step of the stage
+    learners:   what some stretch of the stage trains
     embeddings: tensors that learn at the stretch's embedding rate
     guarded:    those of them whose gradient is zero on most rows; nothing but the gradient may move them
     told:       what a checkpoint's manifest says of the run
@@ -89,6 +91,7 @@ class Job:
     evaluate: Callable[[int], dict[str, Any]] | None
     watch: Watch
     engine: Engine
+    learners: Sequence[torch.nn.Parameter] = ()
     embeddings: Sequence[torch.nn.Parameter] = ()
     guarded: Sequence[torch.nn.Parameter] = ()
     budget: Budget | None = None
@@ -226,6 +229,10 @@ class PlannedTrainer(Trainer):
             job.model.config.get_text_config().vocab_size,
         )
 
+    @property
+    def _is_shared_adapter(self) -> bool:
+        return self.job.engine.name == "fsdp2" and is_peft_model(self.job.model)
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.job.engine.insist(self.accelerator)
@@ -319,6 +326,9 @@ class PlannedTrainer(Trainer):
             self.job.budget.load(Path(resume_from_checkpoint))
         elif self.deepspeed:
             deepspeed_load_checkpoint(self.deepspeed, resume_from_checkpoint, load_module_strict=False)
+        elif self._is_shared_adapter:
+            file = Path(resume_from_checkpoint) / FSDP_FILE
+            scatter(self.job.model, torch.load(file, map_location="cpu", mmap=True, weights_only=True))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -357,6 +367,11 @@ class PlannedTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             staged, self._staging = self._staging / f"checkpoint-{self.state.global_step}", None
+        if self._is_shared_adapter:
+            # accelerate leaves out what rests in this stretch, though one before it has trained it, and tied names.
+            whole = gather(self.job.model, self.job.learners)
+            if self.args.should_save:
+                torch.save(whole, staged / FSDP_FILE)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             check_adapter_saved(staged)
