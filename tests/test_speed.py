@@ -20,8 +20,9 @@ from tongwen.errors import MachineError
 from tongwen.model.adapt import adapt
 from tongwen.model.layers import compile_layers, recompute
 from tongwen.model.score import learned_loss
-from tongwen.recipe.schema import Adapter
+from tongwen.recipe.schema import Adapter, Sft
 from tongwen.train.batches import pack
+from tongwen.train.memory import CUDA_CONTEXT
 from tongwen.train.probe import fits
 
 
@@ -94,13 +95,38 @@ def test_what_does_not_fit_is_no_error(chat_model: Path) -> None:
 
     def overflow(model: Any, batch: dict[str, Any]) -> Any:
         total, nats = learned_loss(model, batch)
-        total.register_hook(lambda gradient: (_ for _ in ()).throw(torch.OutOfMemoryError("16 GiB")))
+        total.register_hook(lambda gradient: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16 GiB")))
         return total, nats
 
     assert not fits(model, batch_of(3), overflow, nullcontext(), passes=1, reserve=0)
     assert all(part.grad is None for part in model.parameters()) and not model.training
-    with pytest.raises(RuntimeError, match="allocate"):  # what is held in reserve is really held
-        fits(model, batch_of(3), learned_loss, nullcontext(), passes=1, reserve=2**60)
+    # What is held in reserve is really held.
+    assert not fits(model, batch_of(3), learned_loss, nullcontext(), passes=1, reserve=2**60)
+
+    def fail(said: str) -> Any:
+        return lambda model, batch: (_ for _ in ()).throw(RuntimeError(said))
+
+    full = fail("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
+    assert not fits(model, batch_of(3), full, nullcontext(), passes=1, reserve=0)
+    with pytest.raises(RuntimeError, match="another"):
+        fits(model, batch_of(3), fail("another reason"), nullcontext(), passes=1, reserve=0)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_processes_that_share_weights_answer_alike(
+    engine: str, chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that differs among them is asked: not what is free, not how the model was cut up."""
+    model = packed_model(chat_model)
+    pupil, words = SimpleNamespace(model=model, device="cuda", dtype=torch.bfloat16), Sft(engine=engine)
+    size = sum(part.numel() * part.element_size() for part in model.parameters())
+    answers = {}
+    for whole in (CUDA_CONTEXT, CUDA_CONTEXT + size, 2 * CUDA_CONTEXT + 3 * size + 2**31):
+        for free in (0, whole):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free, whole=whole: (free, whole))
+            leg = SimpleNamespace(stretch=SimpleNamespace(words=words), plan=SimpleNamespace(budget=64))
+            answers.setdefault(whole, set()).add(course._fits(pupil, leg, random_store(6)))  # type: ignore[arg-type]
+    assert list(answers.values()) == [{False}, {False}, {True}]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +150,7 @@ def test_activations_are_recomputed_where_a_gpu_has_no_room(
     words = SimpleNamespace(activation_checkpointing=word, shares="", optimizer="adamw_8bit")
     plan = SimpleNamespace(flat=lambda: [(0,), (1, 2, 3), ()], accumulate=3)
     pupil = SimpleNamespace(model=model, device="cuda", packed=True, computing=nullcontext)
-    course.set_checkpointing(pupil, SimpleNamespace(stretch=SimpleNamespace(words=words), plan=plan), store)  # type: ignore[arg-type]
+    course._set_checkpointing(pupil, SimpleNamespace(stretch=SimpleNamespace(words=words), plan=plan), store)  # type: ignore[arg-type]
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     assert bool(layers) == recomputed
     assert bool(told) == (word == "auto" and not fitting)

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,9 +44,16 @@ from tongwen.template import Template
 from tongwen.train import audit, track
 from tongwen.train.batches import MicroBatches, Plan, fill, make_plan
 from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, read_manifest, step_of
-from tongwen.train.engine import Engine, choose, gather, reshard
+from tongwen.train.engine import Engine, choose, gather, reshard, sharing_of
 from tongwen.train.fit import Job, fit
-from tongwen.train.memory import STATE_BYTES, kept_for_backward, own_memory, rough_shape, token_budget
+from tongwen.train.memory import (
+    CUDA_CONTEXT,
+    STATE_BYTES,
+    kept_for_backward,
+    own_memory,
+    rough_shape,
+    token_budget,
+)
 from tongwen.train.probe import fits
 from tongwen.train.report import held_out_table, say_result, write_report
 from tongwen.train.watch import Watch, check_forgetting, peak_memory_bytes, read_metrics
@@ -293,12 +300,22 @@ def _lay_out(course: Course, device: str, checkpoints: Path) -> list[Leg]:
     return legs
 
 
-def _audit(pupil: Pupil, store: TokenStore, plan: Plan) -> list[str]:
-    """Nothing is trained before this has passed. Returns the trainable tensors that the first tokens did not reach."""
-    first = MicroBatches(store, [plan.micro[0][0]], packed=pupil.packed)[0]
+def _first(pupil: Pupil, store: TokenStore, plan: Plan) -> dict[str, Any]:
+    return MicroBatches(store, [plan.micro[0][0]], packed=pupil.packed)[0]
+
+
+def make_ready(pupil: Pupil, leg: Leg, store: TokenStore) -> None:
+    """What a phase does without: the head's logits, and activations where they do not fit. Before the audit, which goes
+    through the model as a step does."""
     if pupil.engine.is_whole and pupil.dtype != torch.float16:  # whose small gradients wait for the scaler
         with pupil.computing():  # left at once: what autocast has cast without gradients, it would hand out again
-            spare_head(pupil.model, audit.to_device(first, pupil.model))
+            spare_head(pupil.model, audit.to_device(_first(pupil, store, leg.plan), pupil.model))
+    _set_checkpointing(pupil, leg, store)
+
+
+def _audit(pupil: Pupil, store: TokenStore, plan: Plan) -> list[str]:
+    """Nothing is trained before this has passed. Returns the trainable tensors that the first tokens did not reach."""
+    first = _first(pupil, store, plan)
     with pupil.computing():
         unreached = audit.probe_gradients(pupil.model, first, learned_loss)
     console.good(say("audit: gradients reach every trained tensor", "审计通过：梯度到达所有训练参数"))
@@ -340,7 +357,7 @@ def _train(
             guarded = pupil.adapted.focus(leg.stretch.parts)
             if len(legs) > 1:
                 console.tell(f"{leg.stretch.train}: {len(leg.plan)} {say('steps', '步')}")
-            set_checkpointing(pupil, leg, course.lesson.store)
+            make_ready(pupil, leg, course.lesson.store)
             unreached += _audit(pupil, course.lesson.store, leg.plan)
             watch = Watch(
                 folder / "metrics.jsonl",
@@ -481,9 +498,8 @@ def _check_lengths(config: Any, course: Course) -> None:
         )
 
 
-def set_checkpointing(pupil: Pupil, leg: Leg, store: TokenStore) -> None:
-    """Recompute activations when the recipe says so, or when the largest micro-batch does not fit a GPU otherwise. Before
-    the audit, which goes through the model as a step does."""
+def _set_checkpointing(pupil: Pupil, leg: Leg, store: TokenStore) -> None:
+    """Recompute activations when the recipe says so, or when the largest micro-batch does not fit a GPU otherwise."""
     word = leg.stretch.words.activation_checkpointing
     layers.keep(pupil.model)
     if word == "on":
@@ -502,19 +518,34 @@ def set_checkpointing(pupil: Pupil, leg: Leg, store: TokenStore) -> None:
 def _fits(pupil: Pupil, leg: Leg, store: TokenStore) -> bool:
     """The largest micro-batch is tried beside room for the optimizer. Where processes share the model out, one that fails
     would leave the others waiting; there it is reckoned."""
-    free, whole = torch.cuda.mem_get_info()
-    if leg.stretch.words.shares:
-        of_token = 2 * kept_for_backward(rough_shape(pupil.model.config), checkpointing=False)
-        return bool(leg.plan.budget * of_token <= 0.8 * free)
+    words, whole = leg.stretch.words, torch.cuda.mem_get_info()[1]
+    learning = sum(part.numel() for part in pupil.model.parameters() if part.requires_grad)
+    if words.shares:
+        return _is_reckoned_to_fit(pupil, leg, learning, whole)
     largest = max(leg.plan.flat(), key=lambda micro: int(store.lengths[list(micro)].sum()))
     batch = MicroBatches(store, [largest], packed=pupil.packed)[0]
-    learning = sum(part.numel() for part in pupil.model.parameters() if part.requires_grad)
     buckets = 4 * launch.is_launched()  # DDP's copy of the gradients
-    reserve = learning * (STATE_BYTES[leg.stretch.words.optimizer] + buckets) + int(SPARE * whole)
+    reserve = learning * (STATE_BYTES[words.optimizer] + buckets) + int(SPARE * whole)
     with console.waiting(say("trying a micro-batch on the GPU", "在 GPU 上试一个微批")):
         return fits(
             pupil.model, batch, learned_loss, pupil.computing(), passes=min(leg.plan.accumulate, 2), reserve=reserve
         )
+
+
+def _is_reckoned_to_fit(pupil: Pupil, leg: Leg, learning: int, whole: int) -> bool:
+    """From what all processes know alike, so that all answer alike: layers that only some recompute would ask for shared
+    weights in another order, and wait for each other."""
+    words, rough = leg.stretch.words, rough_shape(pupil.model.config)
+    outside = rough.vocabulary * rough.hidden
+    shape = replace(rough, trainable=learning, outside=outside, of_layer=(rough.parameters - outside) // rough.layers)
+    weights = sum(part.numel() * part.element_size() for part in pupil.model.parameters())
+    needs = {"weights": weights, "gradients": 4 * learning, "optimizer": STATE_BYTES[words.optimizer] * learning}
+    sharing = sharing_of(words, launch.world_size())
+    needed = sum(sharing.of(needs, shape, pupil.dtype.itemsize, pupil.dtype.itemsize).values())
+    if words.shares == "deepspeed":  # which shares out after the audit
+        needed = max(needed, needs["weights"] + needs["gradients"])
+    activations = leg.plan.budget * 2 * kept_for_backward(rough, checkpointing=False)
+    return bool(CUDA_CONTEXT + needed + activations <= 0.9 * whole)
 
 
 def _score(pupil: Pupil, stores: dict[str, TokenStore], budget: int, sizes: torch.Tensor) -> dict[str, Any]:

@@ -92,8 +92,8 @@ class SeveralErrors(TongwenError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the machine or of a device did not suffice."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    said = ("out of memory", "can't allocate memory", "alloc_failed")  # the last by cuBLAS and cuDNN
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in said)
 
 
 def raise_all(errors: Sequence[TongwenError]) -> None:

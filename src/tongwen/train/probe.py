@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tongwen.errors import is_out_of_memory
 from tongwen.train.audit import Loss, to_device
 
 
@@ -25,7 +26,9 @@ def fits(
         with torch.random.fork_rng(), computing:
             _go_through(model, to_device(batch, model), loss, passes, reserve)
         return True
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return False
     finally:
         model.zero_grad(set_to_none=True)
