@@ -14,7 +14,7 @@ test:
 # on a machine with a GPU: the laws that only one can show, and the benchmark (8 minutes)
 gpu: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/test_gpu.py
-	$(BIN)/python bench/gpu_train.py --out bench/results/gpu_train.json
+	$(BIN)/python bench/gpu_train.py --out bench/results/gpu_train.json $(PEERS)
 
 docs: $(VENV)/installed-dev
 	$(BIN)/python docs/generate.py

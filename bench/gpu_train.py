@@ -5,16 +5,16 @@
     python bench/gpu_train.py … --llama-factory PYTHON --unsloth PYTHON   # and these, by a python that has them
 
 Random weights of a 1B and an 8B Llama shape, random tokens whose lengths are distributed as dialogues' are, 64 samples per
-optimizer step, the same ones for everybody; LoRA of rank 16 on all linear layers, and all weights where they fit; bf16. After
-WARM_UP steps each contestant is measured for some seconds, between the ends of two steps, the GPU waited for. Beside the
-Trainer as it is started by most (micro-batches of 4, shuffled) stands one whose samples are sorted by length within a step;
-with Liger's kernels where the package liger_kernel is there. The peers (`peers/gpu.py`) open the same weights from a folder.
-Rows of a micro-batch are 16, or 4 for who holds all logits at once; 8B takes activation checkpointing then, and who runs out
-of memory without it gets it too, which is told. Rows are padded to a multiple of PADDED, so that kernels which are compiled
-for a length are soon all there.
+optimizer step, all of them the same for everybody; LoRA of rank 16 on all linear layers, and all weights where they fit; bf16.
+After WARM_UP steps each contestant is measured for some seconds, between the ends of two steps, the GPU waited for. What takes
+padded rows gets micro-batches of like lengths, as `group_by_length` makes them (see `Samples.grouped`): 16 rows, or as many as
+fit for who holds all logits at once. 8B takes activation checkpointing then, and who runs out of memory without it gets it
+too, which is told. Liger's kernels are in where the package liger_kernel is. The peers (`peers/gpu.py`) open the same weights
+from a folder.
 
 The figures are real tokens per second (padding is none), MFU on real tokens with the floating-point operations of what is
-trained (see `flops_per_token`) over 989e12 and over what a product of two large matrices reached here, and peak memory.
+trained (see `flops_per_token`) over the GPU's data sheet and over what a product of two large matrices reached here, and peak
+memory. A run is added to those that the file holds.
 Needed: torch, transformers, peft, and what tongwen imports; not datasets, trl, flash-attn or bitsandbytes.
 """
 
@@ -28,18 +28,26 @@ import os
 import platform
 import re
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from importlib.metadata import distributions
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-SAMPLES, PEAK, WARM_UP, RANK, PADDED = 64, 989e12, 3, 16, 64  # PEAK: dense bf16 of an H100 or H200 by its data sheet
+SAMPLES, WARM_UP, RANK = 64, 3, 16
+WINDOW = 16  # steps whose samples are sorted by length together
+PADDED = 16  # rows are padded to a multiple of it: kernels are compiled anew for lengths that it does not divide
+READY = 120  # seconds in which a contestant has imported what it needs
+PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the data sheets
+FULL = re.compile(r"out of memory|outofmemory|alloc_failed", re.IGNORECASE)
 SHAPES: dict[str, dict[str, Any]] = {  # Llama-3.2-1B and Llama-3.1-8B
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False},
@@ -47,21 +55,18 @@ SHAPES: dict[str, dict[str, Any]] = {  # Llama-3.2-1B and Llama-3.1-8B
 }
 PEERS = ("LLaMA-Factory", "Unsloth")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "liger_kernel", "llamafactory", "unsloth")
-LORA = (("8B", "lora"), ("1B", "lora"))
 RUNS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (  # the most telling ones first, in case the time is over
-    ("tongwen", (*LORA, ("1B", "full"))),
-    ("trainer, 16 x 4, sorted, Liger, checkpointed", LORA[:1]),
-    ("Unsloth, 16 x 4, sorted, checkpointed", LORA[:1]),
-    ("LLaMA-Factory, 16 x 4, Liger, checkpointed", LORA[:1]),
-    ("trainer, 4 x 16, sorted, checkpointed", LORA[:1]),
-    ("trainer, 16 x 4, sorted, Liger", LORA[1:]),
-    ("Unsloth, 16 x 4, sorted", LORA[1:]),
-    ("LLaMA-Factory, 16 x 4, Liger", LORA[1:]),
-    ("trainer, 4 x 16, sorted", (*LORA[1:], ("1B", "full"))),
-    ("tongwen, compiled", LORA),
-    ("tongwen, layers as written", LORA[:1]),
-    ("LLaMA-Factory, 1 x 64, its example", LORA[:1]),
-    ("trainer, 4 x 16", LORA[:1]),
+    ("tongwen", (("8B", "lora"), ("1B", "lora"), ("1B", "full"))),
+    ("trainer, 8 x 8", (("1B", "lora"),)),
+    ("trainer, 4 x 16", (("1B", "full"),)),
+    ("trainer, 16 x 4, Liger", (("1B", "lora"),)),
+    ("Unsloth, 16 x 4", (("1B", "lora"),)),
+    ("LLaMA-Factory, 16 x 4, Liger", (("1B", "lora"),)),
+    ("LLaMA-Factory, 16 x 4, Liger, checkpointed", (("8B", "lora"),)),
+    ("Unsloth, 16 x 4, checkpointed", (("8B", "lora"),)),
+    ("trainer, 16 x 4, Liger, checkpointed", (("8B", "lora"),)),
+    ("trainer, 8 x 8, checkpointed", (("8B", "lora"),)),
+    ("tongwen, compiled", (("8B", "lora"), ("1B", "lora"))),
 )
 
 
@@ -98,7 +103,7 @@ class Samples:
         import numpy as np
 
         self.rng, shorter = np.random.default_rng(0), 16 if shape == "tiny" else 1
-        many = SAMPLES * (12 if shape == "tiny" else 200)
+        many = SAMPLES * WINDOW * (1 if shape == "tiny" else 4)
         self.lengths = np.clip(self.rng.lognormal(5.3, 0.8, many), 32, 2048).astype(np.int64) // shorter
         self.prompts = np.maximum(1, self.lengths * self.rng.uniform(0.2, 0.6, many)).astype(np.int64)
         self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
@@ -115,6 +120,18 @@ class Samples:
 
         spans = np.stack([self.offsets[:-1] + self.prompts, self.offsets[1:]], axis=1)
         return TokenStore(self.ids, self.offsets, spans, np.zeros(len(self), SAMPLE), ("random",))
+
+    def grouped(self, rows: int) -> list[int]:
+        """An order in which micro-batches of so many rows have like lengths, and every step has short and long ones: sorted
+        within WINDOW steps, cut into micro-batches, of which each step gets a short one, a longer one, and so on."""
+        import numpy as np
+
+        rng, order = np.random.default_rng(0), list[int]()
+        for first in range(0, len(self), SAMPLES * WINDOW):
+            longer = first + np.argsort(self.lengths[first : first + SAMPLES * WINDOW], kind="stable")
+            dealt = [rng.permutation(alike) for alike in longer.reshape(-1, WINDOW, rows)]
+            order += np.stack(dealt, axis=1).ravel().tolist()
+        return order
 
     def rows(self, order: list[int]) -> list[dict[str, Any]]:
         """As a Trainer takes them."""
@@ -189,10 +206,15 @@ def measure(case: Case) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
+        """tokens: of each step of who trains in another order than the samples have."""
+
         def __init__(self) -> None:
             self.ends: list[tuple[int, float, int]] = []  # (step, when the device had done it, tokens until then)
-            self.seen: list[Any] = []  # tokens of each micro-batch, of those who draw samples in an order of their own
             self.model: Any = None
+            self.follow(list(range(len(samples))))
+
+        def follow(self, order: list[int]) -> None:
+            self.tokens = samples.lengths[order].reshape(-1, SAMPLES).sum(axis=1).cumsum()
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
             self.model = model
@@ -200,28 +222,30 @@ def measure(case: Case) -> dict[str, Any]:
         def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             if device() == "cuda":
                 torch.cuda.synchronize()
-            tokens = sum(map(int, self.seen)) or int(samples.lengths[: state.global_step * SAMPLES].sum())
-            self.ends.append((state.global_step, time.perf_counter(), tokens))
+            self.ends.append((state.global_step, time.perf_counter(), int(self.tokens[state.global_step - 1])))
             measured = self.ends[-1][1] - self.ends[WARM_UP - 1][1] if len(self.ends) > WARM_UP else 0.0
             control.should_training_stop |= measured > case.seconds
 
-    began, samples, clock = time.perf_counter(), Samples(case.shape), Clock()
+    free = torch.cuda.mem_get_info()[0] if device() == "cuda" else None
+    began, samples = time.perf_counter(), Samples(case.shape)
+    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trained, told = contest(case)(case, samples, clock, Path(folder))
     (first, begin, before), (last, end, after) = clock.ends[WARM_UP - 1], clock.ends[-1]
     tokens = after - before
     speed = tokens / (end - begin)
     operations = flops_per_token(trained, samples, case.method)
-    reached = matrix_product() if device() == "cuda" else None
+    reached, peak = (matrix_product(), peak_flops()) if device() == "cuda" else (None, None)
     return {
         **told,
+        "free_memory_bytes": free,
         "steps": last - first,
         "seconds": round(end - begin, 2),
         "seconds_before": round(begin - began, 2),
         "real_tokens": tokens,
         "tokens_per_second": round(speed, 1),
         "flops_per_token": operations,
-        "mfu": speed * operations / PEAK,
+        "mfu": speed * operations / peak if peak else None,
         "matrix_product_flops": reached,
         "mfu_of_matrix_product": speed * operations / reached if reached else None,
         **peak_memory(),
@@ -246,10 +270,9 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
     from tongwen.model import attention, layers
     from tongwen.model.adapt import adapt
     from tongwen.model.blocks import fuse_blocks
-    from tongwen.model.score import learned_loss, spare_head
+    from tongwen.model.score import learned_loss
     from tongwen.recipe.schema import Adapter, Duration, Sft
-    from tongwen.train.audit import to_device
-    from tongwen.train.batches import MicroBatches, make_plan
+    from tongwen.train.batches import make_plan
     from tongwen.train.engine import Engine
     from tongwen.train.fit import Job, fit
     from tongwen.train.memory import own_memory, token_budget
@@ -286,11 +309,9 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
     adapted.focus(stretch.parts)
     if case.contestant.endswith("compiled"):
         layers.compile_layers(model)
-    elif case.contestant == "tongwen":
+    else:
         fuse_blocks(model)
-    course.set_checkpointing(pupil, leg, store)
-    with pupil.computing():
-        spare_head(model, to_device(MicroBatches(store, [plan.micro[0][0]], packed=True)[0], model))
+    course.make_ready(pupil, leg, store)
     fit(
         Job(
             model=adapted.model,
@@ -339,13 +360,8 @@ def in_trainer(case: Case, model: Any, samples: Samples, clock: Any, folder: Pat
     from transformers import Trainer, TrainingArguments
 
     rows, accumulate = batches_of(case.contestant)
-    order, steps = list(range(len(samples))), len(samples) // SAMPLES
-    if "sorted" in case.contestant:
-        order = [
-            one
-            for step in range(steps)
-            for one in sorted(order[step * SAMPLES : (step + 1) * SAMPLES], key=lambda one: samples.lengths[one])
-        ]
+    order = samples.grouped(rows)
+    clock.follow(order)
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
         def padded(parts: list[Any], value: int = 0) -> Any:
@@ -361,7 +377,7 @@ def in_trainer(case: Case, model: Any, samples: Samples, clock: Any, folder: Pat
         output_dir=str(folder),
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulate,
-        max_steps=steps,
+        max_steps=len(samples) // SAMPLES,
         learning_rate=2e-4 if case.method == "lora" else 2e-5,
         lr_scheduler_type="cosine",
         optim="adamw_torch_fused",
@@ -380,6 +396,14 @@ def in_trainer(case: Case, model: Any, samples: Samples, clock: Any, folder: Pat
         model=model, args=arguments, train_dataset=samples.rows(order), data_collator=collate, callbacks=[clock]
     ).train()
     return model, {"recompute": case.recompute, "micro_batches": accumulate}
+
+
+def peak_flops() -> float | None:
+    """Of the GPU by its data sheet, if that is known."""
+    import torch
+
+    name = torch.cuda.get_device_name()
+    return next((peak for known, peak in PEAKS.items() if known in name), None)
 
 
 def matrix_product() -> float:
@@ -407,9 +431,12 @@ def peak_memory() -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """Of what is installed of these."""
-    known = {one.metadata["Name"]: one.version for one in distributions()}
-    return {name: known[name] for name in PACKAGES if name in known}
+    """Of what is imported of these."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def save_weights(shape: str, folder: Path) -> None:
@@ -437,21 +464,29 @@ def get_ready(contestant: str) -> None:
 
 @dataclass(frozen=True)
 class Race:
-    """folder: for weights and what the processes leave; end: by the monotonic clock; pythons: of the peers."""
+    """folder: for weights and what the processes leave; end: by the monotonic clock; pythons: of the peers; missing: why there
+    are no weights of a shape."""
 
     folder: Path
     end: float
     seconds: float
     pythons: dict[str, str]
+    missing: dict[str, str] = field(default_factory=dict)
 
-    def why_not(self, contestant: str) -> str:
+    def why_not(self, case: Case) -> str:
         """Why a contestant cannot start; empty if it can."""
-        name = program_of(contestant)
-        if name in PEERS and name not in self.pythons:
-            return f"no python was named that has {name}"
-        if name == "trainer" and "Liger" in contestant and importlib.util.find_spec("liger_kernel") is None:
+        if case.program in PEERS and case.program not in self.pythons:
+            return f"no python was named that has {case.program}"
+        if (
+            case.program == "trainer"
+            and "Liger" in case.contestant
+            and importlib.util.find_spec("liger_kernel") is None
+        ):
             return "the package liger_kernel is not here"
         return ""
+
+    def weights(self, shape: str) -> Path:
+        return self.folder / f"weights-{shape}"
 
     def start(self, words: list[str], python: str = sys.executable) -> subprocess.Popen[str]:
         """This script in a process of its own. What it finds it writes into case.json of its folder."""
@@ -461,49 +496,72 @@ class Race:
         environment |= dict.fromkeys(("HF_HUB_OFFLINE", "UNSLOTH_DISABLE_STATISTICS", "TOKENIZERS_PARALLELISM"), "1")
         with (place / "log").open("w", encoding="utf-8") as log:
             return subprocess.Popen(
-                command, env=environment, cwd=place, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True
+                command,
+                env=environment,
+                cwd=place,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                text=True,
+                start_new_session=True,
             )
 
     def start_case(self, case: Case) -> subprocess.Popen[str]:
-        folder = str(self.folder / f"weights-{case.shape}")
-        words = json.dumps({**vars(case), "folder": folder if case.program in PEERS else ""})
+        words = json.dumps({**vars(case), "folder": str(self.weights(case.shape)) if case.program in PEERS else ""})
         return self.start(["--case", words], self.pythons.get(case.program, sys.executable))
 
     def line_up(self, cases: list[Case]) -> dict[Case, subprocess.Popen[str]]:
-        """A process of each case, all ready to begin: nobody imports beside another who is measured."""
-        processes = {case: self.start_case(case) for case in cases if not self.why_not(case.contestant)}
-        for shape in sorted({case.shape for case in processes if case.program in PEERS}):
-            self.wait(self.start(["--weights", shape]))
-        while time.monotonic() < self.end and any(map(is_coming, processes.values())):
+        """A process of each case, all ready to begin: nobody imports beside another who is measured. One that is late is out."""
+        cases = [case for case in cases if not self.why_not(case)]
+        limit = min(self.end, time.monotonic() + READY)
+        shapes = sorted({case.shape for case in cases if case.program in PEERS})
+        made = {shape: self.start(["--weights", shape]) for shape in shapes if not _are_whole(self.weights(shape))}
+        processes = {case: self.start_case(case) for case in cases}
+        self.missing.update({shape: failed for shape, one in made.items() if (failed := self.wait(one).get("failed"))})
+        while time.monotonic() < limit and any(map(is_coming, processes.values())):
             time.sleep(0.1)
+        for process in filter(is_coming, processes.values()):
+            stop(process)
+            leave(place_of(process), {"failed": f"not ready after {READY} seconds"})
         return processes
 
     def outcome(self, case: Case, process: subprocess.Popen[str]) -> dict[str, Any]:
         """What a case that is ready finds from now on, or why there is nothing."""
-        if self.end - time.monotonic() < 3 * self.seconds:  # to make or open the weights, to warm up
-            process.kill()
-            return {"failed": "no time was left"}
+        late = self.end - time.monotonic() < 3 * self.seconds  # to make or open the weights, to warm up
+        why = "no time was left" if late else self.missing.get(case.shape, "") if case.program in PEERS else ""
+        if why:
+            stop(process)
+            return {"failed": why}
         found = self.wait(process)
-        if "OutOfMemory" in found.get("failed", "") and not case.recompute and case.program != "tongwen":
+        if FULL.search(found.get("failed", "")) and not case.recompute and case.program != "tongwen":
             case = replace(case, recompute=True)
-            return self.outcome(case, self.start_case(case))
+            again = self.outcome(case, self.start_case(case))
+            return {"failed": f"{found['failed']} | checkpointed: {again['failed']}"} if "failed" in again else again
         return found
 
     def wait(self, process: subprocess.Popen[str]) -> dict[str, Any]:
         """Let a process go, and read what it found."""
         patience = 12 * self.seconds + 60  # one that hangs leaves some time for the rest
-        limit = max(1.0, min(self.end - time.monotonic(), patience))
-        place = place_of(process)
+        limit, late = max(1.0, min(self.end - time.monotonic(), patience)), ""
         try:
             process.communicate("go\n", limit)
         except subprocess.TimeoutExpired:
-            process.kill()
-            return {"failed": f"not done after {limit:.0f} seconds"}
+            late = f"not done after {limit:.0f} seconds"
+        stop(process)
+        place = place_of(process)
         if place.is_file():
             found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
             return found
-        lines = place.with_name("log").read_text(encoding="utf-8").strip().splitlines() or ["no output"]
-        return {"failed": next((line for line in lines if "OutOfMemoryError" in line), lines[-1])[:500]}
+        log = place.with_name("log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = next(filter(FULL.search, log), log[-1] if log else "no output")[:500]
+        return {"failed": late or f"{said} (exit status {process.returncode})"}
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a process and what it has started, and wait until its memory is free."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def place_of(process: subprocess.Popen[str]) -> Path:
@@ -512,15 +570,26 @@ def place_of(process: subprocess.Popen[str]) -> Path:
     return Path(words[words.index("--out") + 1])
 
 
+def leave(place: Path, found: Any) -> None:
+    """Write a file at once or not at all."""
+    beside = place.with_suffix(".partial")
+    beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    beside.replace(place)
+
+
 def is_coming(process: subprocess.Popen[str]) -> bool:
     return process.poll() is None and not place_of(process).with_name("ready").is_file()
+
+
+def _are_whole(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file()  # what `save_weights` writes last
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=7.5, help="nothing is begun that would not end in this time")
-    parser.add_argument("--seconds", type=float, default=10, help="how long each contestant is measured")
+    parser.add_argument("--seconds", type=float, default=5, help="how long each contestant is measured")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, on the CPU")
     parser.add_argument(
         "--only", default="", help="what this regular expression finds, of '8B lora tongwen' and its like"
@@ -536,56 +605,75 @@ def main() -> None:
         get_ready(case.contestant)
         chosen.out.with_name("ready").touch()
         if sys.stdin.readline():  # else the race is over
-            chosen.out.write_text(json.dumps(measure(case)), encoding="utf-8")
+            leave(chosen.out, measure(case))
     elif chosen.weights:
         save_weights(chosen.weights, chosen.out.parent.parent / f"weights-{chosen.weights}")
-        chosen.out.write_text("{}", encoding="utf-8")
+        leave(chosen.out, {})
     else:
+        if chosen.tiny:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        elif device() == "cpu":
+            parser.error("no GPU is here; --tiny runs on a CPU")
+        pythons = {}
+        for name in PEERS:
+            if word := vars(chosen)[name.lower().replace("-", "_")]:
+                if not (program := shutil.which(word)):
+                    parser.error(f"--{name.lower()}: {word} is no program")
+                pythons[name] = str(Path(program).absolute())
+        try:
+            cases = choose(chosen)
+        except re.error as error:
+            parser.error(f"--only: {error}")
+        if not cases:
+            parser.error(f"--only: nobody is called {chosen.only!r}")
         with tempfile.TemporaryDirectory() as folder:
-            compare(chosen, chosen.folder or Path(folder))
+            sys.exit(not compare(chosen, cases, pythons, (chosen.folder or Path(folder)).absolute()))
 
 
-def compare(chosen: argparse.Namespace, folder: Path) -> None:
-    """Every contestant at its tasks, one after another; the figures are written after each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if chosen.tiny:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    pythons = {name: vars(chosen)[name.lower().replace("-", "_")] for name in PEERS}
-    race = Race(
-        folder,
-        time.monotonic() + 60 * chosen.minutes,
-        0.1 if chosen.tiny else chosen.seconds,
-        {name: python for name, python in pythons.items() if python},
-    )
-    result: dict[str, Any] = {**about(), "tasks": {}}
-    cases = [
-        Case(contestant, shape, method, race.seconds, recompute="checkpointed" in contestant)
+def choose(chosen: argparse.Namespace) -> list[Case]:
+    return [
+        Case(contestant, shape, method, 0.1 if chosen.tiny else chosen.seconds, recompute="checkpointed" in contestant)
         for contestant, tasks in RUNS
         for shape, method in ((("tiny", "lora"),) if chosen.tiny else tasks)
         if re.search(chosen.only, f"{shape} {method} {contestant}")
     ]
+
+
+def compare(chosen: argparse.Namespace, cases: list[Case], pythons: dict[str, str], folder: Path) -> bool:
+    """Every contestant at its tasks, one after another; the figures are written after each. Whether there are any."""
+    folder.mkdir(parents=True, exist_ok=True)
+    race = Race(folder, time.monotonic() + 60 * chosen.minutes, cases[0].seconds, pythons)
+    known = json.loads(chosen.out.read_text(encoding="utf-8"))["runs"] if chosen.out.is_file() else []
+    result: dict[str, Any] = {**about(), "tasks": {}}
     ready = race.line_up(cases)
     for case in cases:
-        found = race.outcome(case, ready[case]) if case in ready else {"failed": race.why_not(case.contestant)}
+        found = race.outcome(case, ready[case]) if case in ready else {"failed": race.why_not(case)}
         result["tasks"].setdefault(f"{case.shape} {case.method}", {})[case.contestant] = found
-        figures = (
-            found.get("failed")
-            or f"{found['tokens_per_second']:,.0f} tokens/s, MFU {found['mfu']:.1%}, {found['peak_memory_bytes'] / 1e9:.1f} GB"
-        )
-        print(f"{case.shape} {case.method:4s} {case.contestant:34s} {figures}", flush=True)
+        print(f"{case.shape} {case.method:4s} {case.contestant:43s} {in_words(found)}", flush=True)
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        leave(chosen.out, {"runs": [*known, result]})
+    return any("failed" not in found for task in result["tasks"].values() for found in task.values())
+
+
+def in_words(found: dict[str, Any]) -> str:
+    if "failed" in found:
+        return str(found["failed"])
+    mfu = f"MFU {found['mfu']:.1%}, " if found["mfu"] else ""
+    return f"{found['tokens_per_second']:,.0f} tokens/s, {mfu}{found['peak_memory_bytes'] / 1e9:.1f} GB"
 
 
 def about() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    """The machine, and the commit; one with changes beside it says so."""
+    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    here = Path(__file__).parent
+    commit = subprocess.run(git, capture_output=True, text=True, check=False, cwd=here).stdout.strip()
     graphics = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         gpu = subprocess.run(graphics, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
         gpu = ""
     machine = {"gpu": gpu, "cpus": os.cpu_count(), "python": platform.python_version()}
-    return {"machine": machine, "commit": commit.strip(), "samples_per_step": SAMPLES, "peak_flops": PEAK}
+    return {"machine": machine, "commit": commit, "samples_per_step": SAMPLES}
 
 
 if __name__ == "__main__":

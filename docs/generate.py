@@ -185,8 +185,8 @@ Made by the code of `tongwen plan` with `make docs`; do not edit.
 
 GB of one GPU: bf16, one document of 2,048 or 8,192 tokens at a time, all of them learned, activation checkpointing on, LoRA
 of rank 16 on all linear layers, AdamW, and 0.6 GB for CUDA itself. The same count was held against real runs on a
-CPU (`bench/plan_memory.py`) and, without checkpointing, on an H100: planned were 67.7 GB (8B, LoRA), 17.3 (1B, LoRA) and 42.1
-(1B, full), most was in use with 70.0, 20.2 and 43.7, of which up to 2.5 was room that the trial of a micro-batch kept free.
+CPU (`bench/plan_memory.py`) and, without checkpointing, on an H100: planned are 61.1 GB (8B, LoRA), 21.8 (1B, LoRA) and 47.6
+(1B, full) beside CUDA's, most was in use with 56.3, 20.6 and 46.5.
 
 {table}
 
@@ -199,7 +199,7 @@ when it does not fit.
 
 单卡 GB 数：bf16，每次一篇 2,048 或 8,192 token 的文档且全部计入损失，开启重算激活，LoRA 秩 16、覆盖所有线性层，AdamW，另为 CUDA
 本身计 0.6 GB。同一算法与真实训练对照过：在 CPU 上（`bench/plan_memory.py`），以及在
-H100 上不重算激活时：规划 67.7 GB（8B，LoRA）、17.3（1B，LoRA）、42.1（1B，全参数），实测峰值 70.0、20.2、43.7，其中最多 2.5 是试跑微批时预留的空间。
+H100 上不重算激活时：规划（不计 CUDA）61.1 GB（8B，LoRA）、21.8（1B，LoRA）、47.6（1B，全参数），实测峰值 56.3、20.6、46.5。
 
 {table}
 

@@ -50,5 +50,9 @@ def test_the_committed_result_is_clean() -> None:
         one = found[method]
         assert one["kills"] >= 200 and one["inside_a_commit"] >= 50 and one["diverged"] == one["hand_repairs"] == 0
     assert found["flipped_bits"]["flips"] == found["flipped_bits"]["detected"] == 400
+    whole, changed, plain = (found[name] for name in ("command_line", "changed_recipes", "plain_trainer"))
+    assert whole["kills"] >= 10 and whole["diverged"] == whole["hand_repairs"] == 0
+    assert changed["changes"] == changed["refused"] == 13
+    assert plain["hand_repairs"] > 0, "else the harness is blind"
     calls = found["system_calls"]
     assert calls["killed"] == calls["killed_exact"] > 0 and calls["failed"] == calls["failed_exact"] > 0

@@ -95,7 +95,11 @@ def test_what_does_not_fit_is_no_error(chat_model: Path) -> None:
 
     def overflow(model: Any, batch: dict[str, Any]) -> Any:
         total, nats = learned_loss(model, batch)
-        total.register_hook(lambda gradient: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16 GiB")))
+        total.register_hook(
+            lambda gradient: (_ for _ in ()).throw(
+                torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16 GiB")
+            )
+        )
         return total, nats
 
     assert not fits(model, batch_of(3), overflow, nullcontext(), passes=1, reserve=0)

@@ -1,9 +1,8 @@
 """How LLaMA-Factory and Unsloth train in `gpu_train.py`, by a python where the peer is installed.
 
-Both get the same model from a folder and the same samples. LLaMA-Factory is started by its own entry point with a
-configuration of the kind its YAML files hold; its micro-batches are sorted by length in its own way, or shuffled as in its
-examples. Unsloth's model and adapter go into transformers' Trainer, in its own order of imports, with the micro-batches that
-`gpu_train.py` sorts by length; its recomputation is off unless memory runs out.
+Both get the same model from a folder, and the same samples in the order of `Samples.grouped`. LLaMA-Factory is started by its
+own entry point with a configuration of the kind its YAML files hold. Unsloth's model and adapter go into transformers' Trainer,
+in its own order of imports.
 """
 
 from __future__ import annotations
@@ -16,30 +15,22 @@ def llama_factory(case: Any, samples: Any, clock: Any, folder: Path) -> tuple[An
     """(the trained model, what is told of the run)"""
     from datasets import Dataset, DatasetDict
     from gpu_train import RANK, SAMPLES, batches_of, device
-    from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
     from llamafactory.train.tuner import run_exp
 
-    train_batch = CustomSeq2SeqTrainer.training_step
-
-    def training_step(self: Any, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-        clock.seen.append(inputs["attention_mask"].sum())
-        return train_batch(self, model, inputs, *rest, **named)
-
-    CustomSeq2SeqTrainer.training_step = training_step
     rows, accumulate = batches_of(case.contestant)
-    steps = len(samples) // SAMPLES
+    order = samples.grouped(rows)
+    clock.follow(order)
     tokens = [
         {name: part.tolist() for name, part in row.items()} | {"attention_mask": [1] * len(row["input_ids"])}
-        for row in samples.rows(list(range(len(samples))))
+        for row in samples.rows(order)
     ]
     DatasetDict({"train": Dataset.from_list(tokens)}).save_to_disk(str(folder / "tokens"))
-    is_example = "example" in case.contestant
     run_exp(
         {
             "model_name_or_path": case.folder,
             "flash_attn": "sdpa",
             "enable_liger_kernel": "Liger" in case.contestant,
-            "disable_gradient_checkpointing": not (case.recompute or is_example),
+            "disable_gradient_checkpointing": not case.recompute,
             "stage": "sft",
             "do_train": True,
             "finetuning_type": case.method,
@@ -53,9 +44,9 @@ def llama_factory(case: Any, samples: Any, clock: Any, folder: Path) -> tuple[An
             "report_to": "none",
             "per_device_train_batch_size": rows,
             "gradient_accumulation_steps": accumulate,
-            "train_sampling_strategy": "random" if is_example else "group_by_length",
+            "disable_shuffling": True,
             "learning_rate": 1e-4,
-            "max_steps": steps,
+            "max_steps": len(samples) // SAMPLES,
             "lr_scheduler_type": "cosine",
             "bf16": True,
             "use_cpu": device() == "cpu",
@@ -63,7 +54,7 @@ def llama_factory(case: Any, samples: Any, clock: Any, folder: Path) -> tuple[An
         },
         callbacks=[clock],
     )
-    return clock.model, {"recompute": case.recompute or is_example, "micro_batches": accumulate}
+    return clock.model, {"recompute": case.recompute, "micro_batches": accumulate}
 
 
 def unsloth(case: Any, samples: Any, clock: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -88,6 +79,6 @@ def unsloth(case: Any, samples: Any, clock: Any, folder: Path) -> tuple[Any, dic
             lora_dropout=0.0,
             bias="none",
             target_modules=list(layers),
-            use_gradient_checkpointing="unsloth" if case.recompute else False,
+            use_gradient_checkpointing=case.recompute,
         )
     return in_trainer(case, model, samples, clock, folder)
