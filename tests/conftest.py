@@ -105,23 +105,22 @@ def tiny_llama(folder: Path, vocabulary: int, seed: int = 0, **config: Any) -> A
     return model
 
 
-def tiny_mixture() -> Any:
+def tiny_mixture(**config: Any) -> Any:
     """A Qwen3 whose four experts are fused."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=60,
-            hidden_size=16,
-            intermediate_size=16,
-            moe_intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            num_experts=4,
-        )
-    )
+    shape: dict[str, Any] = {
+        "vocab_size": 60,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "moe_intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "num_experts": 4,
+    } | config
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,16 @@ METHODS = {
         "QLoRA, an adapter on a base in 8 bits",
         "QLoRA，8 位底座上的适配器",
     ),
+    "experts": Method(
+        "{method: lora, rank: @rank@, target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]}",
+        "LoRA on the fused weights of experts, too",
+        "LoRA 同时覆盖融合的专家权重",
+    ),
+    "also": Method(
+        "{method: lora, rank: @rank@, also_train: [embed_tokens]}",
+        "LoRA, and the embeddings in full",
+        "LoRA，并训练全部词向量",
+    ),
     "family": Method(
         "{method: lora, targets: family, rank: @rank@}",
         "LoRA on the attention only, as in 2023",
@@ -93,6 +103,7 @@ STARTS = {
     "qwen3-4b-lora-24g": Start(QWEN_4B, "lora", "24 GB GPU", 2048, "2e-4"),
     "qwen3-4b-rslora-24g": Start(QWEN_4B, "rslora", "24 GB GPU", 2048, "1e-4", rank=64),
     "qwen3-4b-dora-24g": Start(QWEN_4B, "dora", "24 GB GPU", 2048, "2e-4"),
+    "qwen3-4b-embeddings-24g": Start(QWEN_4B, "also", "24 GB GPU", 2048, "1e-4"),
     "qwen3-4b-adalora-24g": Start(QWEN_4B, "adalora", "24 GB GPU", 2048, "5e-4"),
     "qwen3-8b-qlora-24g": Start(QWEN_8B, "qlora", "24 GB GPU", 2048, "1e-4"),
     "qwen3-8b-int8-24g": Start(QWEN_8B, "int8", "24 GB GPU", 2048, "1e-4"),
@@ -100,6 +111,9 @@ STARTS = {
     "llama3.1-8b-lora-40g": Start("meta-llama/Llama-3.1-8B-Instruct", "lora", "40 GB GPU", 2048, "1e-4"),
     "llama3.1-8b-attention-40g": Start("meta-llama/Llama-3.1-8B-Instruct", "family", "40 GB GPU", 2048, "2e-4"),
     "qwen3-8b-base-chatml-40g": Start("Qwen/Qwen3-8B-Base", "lora", "40 GB GPU", 2048, "1e-4", "chatml", 64),
+    "qwen3-30b-a3b-experts-fsdp2": Start(
+        "Qwen/Qwen3-30B-A3B", "experts", "2 GPUs of 80 GB", 2048, "1e-4", rank=8, engine="fsdp2", devices=2
+    ),
     "qwen3-8b-lora-ddp": Start(QWEN_8B, "lora", "2 GPUs of 40 GB", 2048, "1e-4", engine="ddp", devices=2),
     "qwen3-8b-full-fsdp2": Start(QWEN_8B, "full", "4 GPUs of 80 GB", 2048, "1e-5", engine="fsdp2", devices=4),
     "qwen3-32b-qlora-fsdp2": Start(

@@ -307,7 +307,8 @@ def _in_memory(
         raise ArtifactError(
             say("the merged model equals the base", "合并结果与底座相同"), place=str(links[0].adapter.folder)
         )
-    return {"tensors": len(lines), "changed": len(lines)}
+    before = model_lines(place)
+    return {"tensors": len(lines), "changed": sum(before.get(name) != line for name, line in lines.items())}
 
 
 def _known(place: load.Place) -> set[str]:
