@@ -108,6 +108,24 @@ def test_two_processes_killed_and_resumed_are_one_process(
     }
 
 
+def test_a_base_in_16_bits_becomes_fp32_when_it_is_shared_out(chat_model: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(chat_model, base)
+    half = {name: part.bfloat16() for name, part in tensors(base).items()}
+    save_file(half, str(base / "model.safetensors"), metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    made = {}
+    for engine, world in (("auto", 1), ("fsdp2", 2)):
+        recipe = recipe_for(tmp_path / engine, base, "full", engine)
+        assert launched(world, "run", recipe) == [0] * world
+        made[engine] = tensors(tmp_path / engine / "out" / "sft")
+    for name, part in made["auto"].items():
+        assert part.dtype == made["fsdp2"][name].dtype == torch.float32
+        assert torch.allclose(made["fsdp2"][name], part, atol=1e-5), name
+    assert any(not torch.equal(part, part.bfloat16().float()) for part in made["fsdp2"].values())
+
+
 def first_step(folder: Path) -> tuple[float, torch.Tensor]:
     """(loss, whole gradient) of the first step. Adam's first moment is then a tenth of the gradient."""
     state = torch.load(folder / "checkpoints" / "checkpoint-1" / "optimizer.pt", weights_only=True)["state"]

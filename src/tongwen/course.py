@@ -44,7 +44,7 @@ from tongwen.template import Template
 from tongwen.train import audit, track
 from tongwen.train.batches import MicroBatches, Plan, fill, make_plan
 from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, read_manifest, step_of
-from tongwen.train.engine import Engine, choose, gather, reshard, sharing_of
+from tongwen.train.engine import Engine, choose, gather, in_fp32, reshard, sharing_of
 from tongwen.train.fit import Job, fit
 from tongwen.train.memory import (
     CUDA_CONTEXT,
@@ -241,7 +241,10 @@ def _open_pupil(course: Course, device: str, engine: Engine, adapter_steps: int)
     trained = {part for stretch in section.stretches for part in stretch.parts}
     with console.waiting(say("opening the base", "打开底座")):
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
-        model, packed, fingerprint = _open(place, adapting.kept_in(trained, dtype), quantize)
+        kept = adapting.kept_in(trained, dtype)
+        if engine.name == "fsdp2" and adapting.base_learns(trained):  # it becomes fp32 when it is shared out
+            kept = load.load_config(place).dtype or kept
+        model, packed, fingerprint = _open(place, kept, quantize)
     if section.adapter.continue_from:
         make_room(model, load.find_adapter(Path(section.adapter.continue_from)))
     load.check_tokenizer(reader.tokenizer, model, place)
@@ -260,16 +263,16 @@ def _open_pupil(course: Course, device: str, engine: Engine, adapter_steps: int)
         steps=adapter_steps,
         fingerprint=fingerprint,
     )
-    for part in adapted.learners:
-        part.data = part.data.float()
     for note in adapted.notices:
         console.notice(note)
     console.tell(f"{device} · {str(dtype)[6:]}: {why}")
     if engine.name == "fsdp2":
         engine.shard(adapted.model, dtype)
         adapted.find_learners()
-    elif not quantize:  # quantised weights are where they belong
-        adapted.model.to(device)
+    else:
+        in_fp32(adapted.learners)
+        if not quantize:  # quantised weights are where they belong
+            adapted.model.to(device)
     if engine.is_whole and not (section.compile and device == "cuda"):  # whose compiler fuses more
         fuse_blocks(adapted.model)
     if section.compile:

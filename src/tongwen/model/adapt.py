@@ -104,8 +104,13 @@ class Adapted:
 
 
 def kept_in(parts: Collection[Part], dtype: torch.dtype) -> torch.dtype:
-    """The number type of the base: fp32 where its own weights learn; adapters and single rows are tensors beside them."""
-    return dtype if "lora" in parts or set(parts) == {"new_rows"} else torch.float32
+    """The number type of the base: fp32 where its own weights learn."""
+    return torch.float32 if base_learns(parts) else dtype
+
+
+def base_learns(parts: Collection[Part]) -> bool:
+    """Whether its own weights do: adapters and single rows are tensors beside them."""
+    return "lora" not in parts and set(parts) != {"new_rows"}
 
 
 def adapt(

@@ -49,16 +49,29 @@ class Engine:
         return self.name in ("single", "ddp")
 
     def shard(self, model: Any, dtype: torch.dtype) -> None:
-        """FSDP2: each process keeps its part of every tensor from here on, so that no GPU ever holds the whole model."""
+        """FSDP2: each process keeps its part of every tensor from here on, so that no GPU ever holds the whole model. What
+        learns becomes fp32 a layer at a time: weights that are read as their file has them lie once in a machine's memory."""
         from accelerate import Accelerator
-        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-        from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy, fsdp2_prepare_model
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         plugin = _plugin(self.arguments["fsdp_config"], mixed_precision_policy=policy)
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), fsdp_plugin=plugin)
         self.insist(accelerator, plugin)
-        with _rows_apart(model, plugin):
+        words = {
+            "reshard_after_forward": plugin.reshard_after_forward,
+            "mp_policy": policy,
+            "offload_policy": plugin.cpu_offload,
+        }
+        plugin.set_auto_wrap_policy(model)
+        if is_layer := fsdp2_prepare_auto_wrap_policy(plugin, model):
+            for layer in [module for module in model.modules() if module is not model and is_layer(module)][::-1]:
+                in_fp32(layer.parameters())
+                fully_shard(layer, **words)
+        plugin.auto_wrap_policy = None  # accelerate has no layers left, only what stands around them
+        in_fp32(model.parameters())
+        with _rows_apart(model, words):
             fsdp2_prepare_model(accelerator, model)
         register_fsdp_forward_method(model, "generate")
 
@@ -218,7 +231,7 @@ def _plugin(config: dict[str, Any], **more: Any) -> Any:
 
 
 @contextmanager
-def _rows_apart(model: Any, plugin: Any) -> Iterator[None]:
+def _rows_apart(model: Any, words: dict[str, Any]) -> Iterator[None]:
     """Matrices of which peft trains single rows are shared out here: accelerate asks for their weight to see whether they
     are tied, which peft then computes from both, and is told that there are none."""
     from torch.distributed.fsdp import fully_shard
@@ -229,12 +242,8 @@ def _rows_apart(model: Any, plugin: Any) -> Iterator[None]:
         return
     one, other = ({id(part) for part in module.parameters()} for module in modules)
     for together in [modules] if one & other else [[module] for module in modules]:
-        fully_shard(
-            together,
-            reshard_after_forward=plugin.reshard_after_forward and len(together) == 1,  # the two are used at both ends
-            mp_policy=plugin.mixed_precision_policy,
-            offload_policy=plugin.cpu_offload,
-        )
+        reshard = words["reshard_after_forward"] and len(together) == 1  # the two are used at both ends of a step
+        fully_shard(together, **{**words, "reshard_after_forward": reshard})
     model.get_input_embeddings = model.get_output_embeddings = lambda: None
     try:
         yield
@@ -250,6 +259,13 @@ def _name_of(wrapped: Any) -> str:
     if hasattr(wrapped, "zero_optimization_stage"):
         return f"zero{wrapped.zero_optimization_stage()}"
     return "ddp" if isinstance(wrapped, DistributedDataParallel) else "single"
+
+
+def in_fp32(parts: Iterable[torch.nn.Parameter]) -> None:
+    """Those of the parameters that learn."""
+    for part in parts:
+        if part.requires_grad and not isinstance(part, DTensor):
+            part.data = part.data.float()
 
 
 def reshard(model: Any) -> None:
