@@ -69,17 +69,31 @@ def changed_rows(before: torch.Tensor, after: torch.Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "phases", ["[{train: new_rows}]", "[{train: new_rows}, {train: embeddings, stop_after: 1 steps}]"]
+    ("phases", "stored", "precision"),
+    [
+        ("[{train: new_rows}]", torch.float32, "fp32"),
+        ("[{train: new_rows}]", torch.float32, "bf16"),
+        ("[{train: new_rows}]", torch.float16, "bf16"),
+        ("[{train: new_rows}, {train: embeddings, stop_after: 1 steps}]", torch.float32, "fp32"),
+    ],
 )
-def test_only_the_new_rows_move(phases: str, grown: Path, tmp_path: Path) -> None:
+def test_only_the_new_rows_move(phases: str, stored: torch.dtype, precision: str, grown: Path, tmp_path: Path) -> None:
     """Alone the rows are tensors of their own; before a phase that trains all rows they are one matrix under a guard.
     Neither weight decay nor Adam's memory may move another row."""
     words = f"phases: {phases}, stop_after: 6 steps, weight_decay: 0.5, save_every: 6, max_grad_norm: 0.1"
-    assert cli.main(["run", str(write_recipe(tmp_path, grown, words))]) == 0
+    base = tmp_path / "base"
+    shutil.copytree(grown, base)
+    rough = {name: (part + 1e-4).to(stored) for name, part in tensors(base).items()}  # of which bf16 would lose a part
+    save_file(rough, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "dtype": str(stored).removeprefix("torch.")}))
+    recipe = write_recipe(tmp_path, base, words)
+    recipe.write_text(recipe.read_text().replace("precision: fp32", f"precision: {precision}"))
+    assert cli.main(["run", str(recipe)]) == 0
     stage = tmp_path / "out" / "pretrain"
     if "embeddings" in phases:
         stage = stage / "checkpoints" / "phase-1" / "checkpoint-6"
-    before, after = tensors(grown), tensors(stage)
+    before, after = tensors(base), tensors(stage)
     assert set(before) == set(after), "tied stays tied: there is no second matrix"
     assert {name for name in before if not torch.equal(before[name], after[name])} == {EMBEDDING}
     assert changed_rows(before[EMBEDDING], after[EMBEDDING]) == NEW

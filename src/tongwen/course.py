@@ -208,7 +208,7 @@ def take(course: Course, out: Path) -> artifact.Artifact:
         after = examine()
         if after["scores"]:  # too late to stop
             check_forgetting(before["scores"]["groups"], after["scores"]["groups"], Forgetting(warn=limits.warn))
-        whole = gather(pupil.model, pupil.adapted.saved)
+        whole = gather(pupil.model, pupil.adapted.learners)
         if launch.is_first():
             draft.fingerprint = _save(course, pupil, draft.path, whole)
             draft.facts = _facts(course, pupil, legs, throughput) | {"run": run["run"], "forks": run["forks"]}
@@ -602,7 +602,14 @@ def _save(course: Course, pupil: Pupil, folder: Path, whole: dict[str, torch.Ten
     if model.config._attn_implementation == attention.NAME:
         model.set_attn_implementation("sdpa")
     model.config.use_cache = True
-    pupil.adapted.save(folder, whole)
+    if pupil.adapted.has_rows_alone:
+        place = load.locate(course.base)
+        base, _ = open_stack(place, load.load_config(place).dtype or torch.float32)
+        mend_ends(course.reader.tokenizer, base, course.base)
+        pupil.adapted.put_rows(base, whole)
+        base.save_pretrained(str(folder))
+    else:
+        pupil.adapted.save(folder, whole)
     dress.save_tokenizer(course.reader.tokenizer, course.template, folder)
     dress.save_generation_config(model, pupil.stops, folder)
     check_adapter_saved(folder)

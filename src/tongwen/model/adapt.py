@@ -82,21 +82,28 @@ class Adapted:
         return self.embeddings
 
     @property
-    def saved(self) -> list[torch.nn.Parameter]:
-        """What is written when training is over: what learned, or all weights where single rows go into their matrix."""
-        return list(self.model.parameters()) if self._has_rows_alone else self.learners
-
-    @property
-    def _has_rows_alone(self) -> bool:
+    def has_rows_alone(self) -> bool:
+        """Whether single rows are all that is trained, in no adapter."""
         return adapter_type(self.model) == "TRAINABLE_TOKENS"
 
+    def put_rows(self, base: Any, whole: dict[str, torch.Tensor] | None) -> None:
+        """Single rows that learned go into the matrices of the base, which was opened anew: all else is written as its files
+        have it, and not in the number type that was computed with. whole: as for `save`."""
+        from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+        for name, module in self.model.named_modules():
+            if isinstance(module, TrainableTokensLayer):
+                matrix = base.get_submodule(name.removeprefix("base_model.model.")).weight
+                matrix.data = matrix.data.clone()  # it may lie in the file
+                for adapter, rows in module.token_indices.items():
+                    learned = whole or {
+                        f"{name}.trainable_tokens_delta.{adapter}": module.trainable_tokens_delta[adapter]
+                    }
+                    matrix.data[rows] = learned[f"{name}.trainable_tokens_delta.{adapter}"].detach().to(matrix)
+
     def save(self, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
-        """The adapter, or the whole model where there is none. whole: what is saved, by name, of a model that has only parts
-        of it."""
-        if self._has_rows_alone:
-            base = self.model.get_base_model() if whole else self.model.merge_and_unload()
-            base.save_pretrained(str(folder), state_dict=_with_rows(self.model, whole) if whole else None)
-            return
+        """The adapter, or the whole model where there is none. whole: the learners by name, of a model that has only parts of
+        them."""
         with quiet():  # peft warns of ranks that AdaLoRA has emptied
             self.model.save_pretrained(str(folder), state_dict=whole)
         if adapter_type(self.model) == "ADALORA":
@@ -262,22 +269,6 @@ def _keep_others(part: torch.nn.Parameter, rows: list[int]) -> Any:
 
         return part.register_post_accumulate_grad_hook(mask)
     return part.register_hook(lambda gradient: gradient.masked_fill(others, 0))
-
-
-def _with_rows(model: Any, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights as the base names them, its matrices with the rows that peft keeps beside them."""
-    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
-
-    for name, module in model.named_modules():
-        if isinstance(module, TrainableTokensLayer):
-            for adapter, rows in module.token_indices.items():
-                delta = whole[f"{name}.trainable_tokens_delta.{adapter}"]
-                matrix = whole[f"{name}.base_layer.weight"]
-                matrix[rows] = delta.to(matrix)
-    inside = {
-        name.removeprefix("base_model.model."): part for name, part in whole.items() if "trainable_tokens_" not in name
-    }
-    return {name.replace(".base_layer.", "."): part for name, part in inside.items()}
 
 
 def _embeddings(model: Any) -> list[torch.nn.Parameter]:
