@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.conftest import byte_level_tokenizer, tensors, tiny_llama, tiny_mixture, write_recipe
 from tests.launching import die_at, in_a_child
@@ -226,6 +227,17 @@ def test_an_adapter_is_trained_further(chat_model: Path, other_model: Path, tmp_
     other = recipe_for(tmp_path / "other", other_model, f"{{continue_from: {made}}}")
     code, _, err = tongwen("run", other)
     assert code == 4 and "trained on another base" in err
+    unseen = tmp_path / "unseen"
+    shutil.copytree(chat_model, unseen)
+    weights = tensors(unseen)
+    weights["model.embed_tokens.weight"][1:3] = 0  # ChatML's tokens, which this base has never seen
+    save_file(weights, str(unseen / "model.safetensors"), metadata={"format": "pt"})
+    bare = recipe_for(tmp_path / "bare", unseen, "{rank: 4}", sft=", stop_after: 1 steps")
+    bare.write_text(bare.read_text().replace("template: chatml", "template: alpaca"))
+    assert tongwen("run", bare)[0] == 0
+    adapter = f"{{continue_from: {tmp_path / 'bare' / 'out' / 'sft'}}}"
+    code, _, err = tongwen("run", recipe_for(tmp_path / "rows", unseen, adapter))
+    assert code == 4 and "token rows must be trained (1)" in err and "merge it first" in err
     code, _, err = tongwen("run", recipe_for(tmp_path / "none", chat_model, "{continue_from: nowhere}"))
     assert code == 4 and "adapter_config.json" in err
 

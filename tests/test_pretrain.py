@@ -245,6 +245,10 @@ def test_embeddings_learn_at_their_own_rate(grown: Path, tmp_path: Path) -> None
         moved[rate] = {name: float((merged[name] - base[name]).abs().max()) for name in base}
         line = metrics(tmp_path / rate / "out" / "pretrain")[0]
         assert (line["learning_rate"], line.get("embedding_learning_rate", 1e-2)) == (1e-2, float(rate))
+    words = "train: lora+embeddings, embedding_learning_rate: 1e-3, stop_after: 5 steps, warmup: 1, schedule: cosine"
+    assert cli.main(["run", str(write_recipe(tmp_path / "many", grown, words))]) == 0
+    for line in metrics(tmp_path / "many" / "out" / "pretrain")[1:]:
+        assert line["embedding_learning_rate"] == pytest.approx(line["learning_rate"] / 10)
     # Adam's first step is as long as its learning rate.
     assert moved["1e-2"][EMBEDDING] == pytest.approx(1e-2, rel=1e-2)
     assert moved["1e-4"][EMBEDDING] == pytest.approx(1e-4, rel=1e-2)
@@ -260,6 +264,35 @@ def test_forgetting_is_warned_of_and_stops(grown: Path, tmp_path: Path, tongwen:
     assert code == 6 and "forgetting.stop: 0.02" in err and "bits per byte of" in err and "rose from" in err
     code, out, err = tongwen("run", recipe, "pretrain.forgetting.stop=null", "pretrain.stop_after=2 steps", "--fork")
     assert code == 0 and "rose from" in out + err
+
+
+def test_forgetting_is_looked_at_where_a_phase_ends(grown: Path, tmp_path: Path, tongwen: Any) -> None:
+    """Also in a phase that is shorter than `evaluate_every`; at the end of all it is too late to stop, and said."""
+    first = "{train: embeddings, learning_rate: 5, stop_after: 3 steps}"
+    words = "warmup: 0, evaluate_every: 100, forgetting: {warn: null, stop: 0.02}"
+    recipe = write_recipe(
+        tmp_path, grown, f"phases: [{first}, {{train: lora+embeddings, stop_after: 9 steps}}], {words}"
+    )
+    code, _, err = tongwen("run", recipe)
+    assert code == 6 and "forgetting.stop: 0.02" in err
+    assert [line["step"] for line in metrics(tmp_path / "out" / "pretrain.partial")][-1] == 2, (
+        "of 3, and no phase after"
+    )
+    recipe = write_recipe(tmp_path / "one", grown, f"phases: [{first}], {words}")
+    code, out, err = tongwen("run", recipe)
+    assert code == 0 and "rose from" in out + err
+    assert "! held-out bits per byte" in out + err, "what has risen is not good"
+
+
+def test_a_rate_that_never_reaches_its_peak_is_said(grown: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, grown, "train: lora, stop_after: 2 steps")
+    for words, said in (
+        (["pretrain.warmup=100"], "warmup: 100 takes 100 steps, and there are 2"),
+        (["pretrain.schedule=wsd", "pretrain.warmup=0", "pretrain.decay=30"], "warmup and decay take 0 + 30 steps"),
+        (["pretrain.warmup=1"], ""),
+    ):
+        code, out, err = tongwen("run", recipe, *words, "--again")
+        assert code == 0 and ("never reaches its peak" in out + err) == bool(said) and said in out + err
 
 
 def test_an_instruct_model_is_warned_about(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:

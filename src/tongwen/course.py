@@ -45,7 +45,7 @@ from tongwen.train import audit, track
 from tongwen.train.batches import MicroBatches, Plan, fill, make_plan
 from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, read_manifest, step_of
 from tongwen.train.engine import Engine, choose, gather, in_fp32, reshard, sharing_of
-from tongwen.train.fit import Job, fit
+from tongwen.train.fit import Job, fit, unreached_rate
 from tongwen.train.memory import (
     CUDA_CONTEXT,
     STATE_BYTES,
@@ -207,7 +207,8 @@ def take(course: Course, out: Path) -> artifact.Artifact:
         )
         after = examine()
         if after["scores"]:  # too late to stop
-            check_forgetting(before["scores"]["groups"], after["scores"]["groups"], Forgetting(warn=limits.warn))
+            least = min((limit for limit in (limits.warn, limits.stop) if limit is not None), default=None)
+            check_forgetting(before["scores"]["groups"], after["scores"]["groups"], Forgetting(warn=least))
         whole = gather(pupil.model, pupil.adapted.learners)
         if launch.is_first():
             draft.fingerprint = _save(course, pupil, draft.path, whole)
@@ -692,6 +693,8 @@ def _say_plan(legs: list[Leg], store: TokenStore, counts: dict[str, Any]) -> Non
         )
     )
     for leg in legs:
+        if short := unreached_rate(leg.stretch.words, len(leg.plan)):
+            console.notice(short)
         every = leg.stretch.words.save_every
         if "save_every" in leg.stretch.words.model_fields_set and every >= len(leg.plan):
             console.notice(

@@ -184,6 +184,19 @@ def _with_adapter(
         opened = open_adapter(model, choice.continue_from, fingerprint, trainable=True)
         fuse(opened)
         adapted = Adapted(opened, new_rows, whole="embeddings" in parts)
+        wanted = set(control_rows) | (set(new_rows) if "new_rows" in parts else set())
+        if (lost := wanted - _rows_in(opened)) and not _embeddings(opened):
+            raise ModelError(
+                say(
+                    f"token rows must be trained ({len(lost)}), and this adapter holds no tensor for them",
+                    f"有 {len(lost)} 个词向量行需要训练，而该适配器中没有对应的张量",
+                ),
+                place="adapter.continue_from",
+                remedy=say(
+                    "merge it first, and train a new adapter on the merged model",
+                    "先合并它，再在合并后的模型上训练新的适配器",
+                ),
+            )
         if adapted.whole and not adapted.embeddings:
             raise ModelError(
                 say("this adapter holds no embeddings to train further", "该适配器不含可继续训练的词向量"),
@@ -253,6 +266,14 @@ def _peft_config(model: Any, choice: Adapter, also: list[str], rows: dict[str, l
         target_parameters=_find_parameters(model, choice),
         trainable_token_indices=rows,
     )
+
+
+def _rows_in(model: Any) -> set[int]:
+    """Ids whose rows an adapter trains one by one."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    layers = (module for module in model.modules() if isinstance(module, TrainableTokensLayer))
+    return {row for layer in layers for rows in layer.token_indices.values() for row in rows}
 
 
 def _keep_others(part: torch.nn.Parameter, rows: list[int]) -> Any:

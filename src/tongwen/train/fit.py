@@ -27,7 +27,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from tongwen import console, launch
 from tongwen.errors import Interrupted, MissingPackage, NumbersError, RecipeError
 from tongwen.language import say
-from tongwen.recipe.schema import Stretch
+from tongwen.recipe.schema import Stretch, Training
 from tongwen.train.audit import FirstSteps, first_not_finite
 from tongwen.train.batches import MicroBatches, Plan
 from tongwen.train.checkpoints import STAGING, check_adapter_saved, check_space, commit, last_of, stage, step_of
@@ -158,6 +158,22 @@ def _fit(job: Job, halt: Halt) -> int:
 def steps_of(amount: float, total: int) -> int:
     """A share (below 1) or a number of steps."""
     return round(amount * total) if amount < 1 else int(amount)
+
+
+def unreached_rate(section: Training, steps: int) -> str:
+    """What keeps the learning rate from its peak in so few steps; empty if nothing does."""
+    warm, decay = steps_of(section.warmup, steps), steps_of(section.decay, steps) if section.schedule == "wsd" else 0
+    if not steps or warm + decay <= steps:
+        return ""
+    if warm >= steps:
+        return say(
+            f"warmup: {section.warmup:g} takes {warm} steps, and there are {steps}: the learning rate never reaches its peak",
+            f"warmup: {section.warmup:g} 需要 {warm} 步，而只有 {steps} 步：学习率到不了峰值",
+        )
+    return say(
+        f"warmup and decay take {warm} + {decay} steps, and there are {steps}: the learning rate never reaches its peak",
+        f"warmup 与 decay 需要 {warm} + {decay} 步，而只有 {steps} 步：学习率到不了峰值",
+    )
 
 
 def training_arguments(job: Job) -> TrainingArguments:
@@ -411,16 +427,17 @@ def _muon(job: Job) -> tuple[Any, dict[str, Any]]:
 
 
 class Evaluations(TrainerCallback):
-    """Scores the held-out set every `evaluate_every` steps, without disturbing the run's random numbers. With `patience`
-    the best one is a checkpoint, and too many without a better one end the run."""
+    """Scores the held-out set every `evaluate_every` steps, and before the next phase begins, without disturbing the run's
+    random numbers. With `patience` the best one is a checkpoint, and too many without a better one end the run."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         words, watch = self.job.stretch.words, self.job.watch
-        every = words.evaluate_every
-        if not (every and self.job.evaluate and state.global_step % every == 0):
+        every, step = words.evaluate_every, state.global_step
+        ends_phase = step == len(self.job.plan) and watch.before_steps + step < len(watch.tokens)
+        if not (every and self.job.evaluate and (step % every == 0 or ends_phase)):
             return
         with torch.random.fork_rng():
             scores = self.job.evaluate(watch.before_steps + state.global_step)

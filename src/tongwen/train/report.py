@@ -79,18 +79,20 @@ def held_out_table(
     }
 
 
-def _change_of(scores: dict[str, float]) -> str:
+def _say_change(what: str, scores: dict[str, float]) -> None:
+    """Good is what has fallen."""
     change = scores["after"] / scores["before"] - 1 if scores["before"] else math.nan
-    return f"{scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})"
+    tell = console.notice if scores["after"] > scores["before"] else console.good
+    tell(f"{what} {scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})")
 
 
 def say_result(report: dict[str, Any], out: Path) -> None:
     """What the stage has done, in a few lines."""
     through = report["throughput"]
     if held_out := report["held_out"]:
-        console.good(f"{say('held-out bits per byte', '留出集 bits per byte')} {_change_of(held_out['bits_per_byte'])}")
+        _say_change(say("held-out bits per byte", "留出集 bits per byte"), held_out["bits_per_byte"])
         for name, group in held_out["groups"].items():
-            console.good(f"  {name} {_change_of(group['bits_per_byte'])}")
+            _say_change(f"  {name}", group["bits_per_byte"])
     console.good(
         f"{human_time(through['seconds'])} · {through['tokens_per_second']:.0f} token/s · "
         f"{say('peak', '峰值')} {human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"

@@ -41,6 +41,7 @@ class Watch(TrainerCallback):
         self.scores: dict[str, float] = {}
         self.history: list[tuple[int, float]] = []
         self.losses: list[float] = []
+        self.rates: list[float] = []  # of the step that is taken, by group
 
     def begin(self, step: int) -> None:
         """A resumed run drops the lines beyond its checkpoint: they will be written again. step: of this phase."""
@@ -67,6 +68,9 @@ class Watch(TrainerCallback):
         """Whether that many evaluations have passed since the best one."""
         return bool(patience and self.best and len(self.history) - 1 - self.history.index(self.best) >= patience)
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rates = kwargs["lr_scheduler"].get_last_lr()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
@@ -85,9 +89,8 @@ class Watch(TrainerCallback):
             "cpu_seconds": round(time.process_time(), 3),
             **self.scores,
         }
-        rates = kwargs["lr_scheduler"].get_last_lr()
-        if rates[-1] != rates[0]:  # the last group, where they have one of their own
-            line["embedding_learning_rate"] = rates[-1]
+        if len(set(self.rates)) > 1:  # the last group, where they have one of their own
+            line["embedding_learning_rate"] = self.rates[-1]
         self.scores = {}
         self.losses.append(logs["loss"])
         self._say_flat()
