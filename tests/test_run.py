@@ -383,3 +383,24 @@ def test_show_names_the_layers_of_a_model_from_elsewhere(chat_model: Path, tongw
     assert code == 0
     shown = json.loads(out)
     assert shown["family"] == "llama" and {"q_proj", "down_proj", "lm_head"} <= set(shown["linear"])
+
+
+def test_data_that_has_changed_is_not_already_done(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 1 steps", merge=False)
+    data = tmp_path / "data.jsonl"
+    assert tongwen("run", recipe)[0] == 0
+    lines = data.read_text().splitlines(keepends=True)
+    os.utime(data)
+    assert tongwen("run", recipe)[0] == 0, "a new time alone is no new file"
+    for text, said in (
+        ("".join(lines[1:]), "bytes → "),
+        ("".join([*lines[1:], lines[0]]), "sha256 "),
+    ):
+        data.write_text(text)
+        code, _, err = tongwen("run", recipe)
+        assert code == 2 and "data.jsonl" in err and said.split(" →")[0] in err and "--again" in err
+    assert tongwen("run", recipe, "--again")[0] == 0
+    assert {folder.name for folder in (tmp_path / "out").iterdir()} >= {"prepare.old-1", "sft.old-1", "sft"}
+    data.unlink()
+    code, out, _ = tongwen("run", recipe)
+    assert code == 0 and out.count("already done") == 2, "what came of a file that is gone is still there"

@@ -167,7 +167,7 @@ def _find_unchanged(recipe: Recipe, name: str, out: Path, fork: bool) -> artifac
     was made with other settings."""
     found = artifact.find(out / name)
     if found is not None:
-        artifact.refuse_changed(str(out / name), _changed(found, _settings(recipe, name)), gate.again())
+        artifact.refuse_changed(str(out / name), _changed(recipe, name, found), gate.again())
     elif name in TRAINING and not launch.is_launched() and (prepared := artifact.find(out / "prepare")):
         unfinished = artifact.partial_of(out / name)
         gate.check(unfinished, _settings(recipe, name), prepared.fingerprint, fork=fork)
@@ -197,9 +197,11 @@ def _wait_for(path: Path) -> artifact.Artifact:
     return found
 
 
-def _changed(found: artifact.Artifact, settings: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Differing settings, and parents that have been made anew since."""
-    changed = artifact.differences(found.manifest["settings"], settings)
+def _changed(recipe: Recipe, name: str, found: artifact.Artifact) -> list[tuple[str, Any, Any]]:
+    """Differing settings, files that have changed, and parents that have been made anew since."""
+    changed = artifact.differences(found.manifest["settings"], _settings(recipe, name))
+    if changed_files := getattr(_stage(name), "changed_files", None):
+        changed += changed_files(recipe, found.manifest)
     for role, parent in found.manifest["parents"].items():
         now = artifact.find(Path(parent["path"])) if parent.get("kind") else None
         if now is not None and now.fingerprint != parent["fingerprint"]:
@@ -212,7 +214,7 @@ def _first_to_redo(recipe: Recipe, chosen: list[str], out: Path, *, explicit: bo
     if not explicit:
         for name in chosen:
             found = artifact.find(out / name)
-            if found is None or _changed(found, _settings(recipe, name)):
+            if found is None or _changed(recipe, name, found):
                 return name
     return chosen[0]
 

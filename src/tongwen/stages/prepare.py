@@ -17,6 +17,7 @@ from tongwen import artifact, console
 from tongwen.data import parts as steps
 from tongwen.data.ledger import table_rows
 from tongwen.data.trove import run_tasks
+from tongwen.errors import DataError
 from tongwen.hub.fetching import local_copy
 from tongwen.language import say
 from tongwen.recipe.schema import Prepare, Recipe
@@ -51,7 +52,8 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         changed: Counter[str] = Counter()
         for scan in scans:
             changed.update(scan["changed"])
-        draft.facts = {"ledger": tables, "changed": dict(changed), "sources": _sources(section)}
+        files = {str(part.file): _state(part.file) for part in parts}
+        draft.facts = {"ledger": tables, "changed": dict(changed), "sources": _sources(section), "files": files}
     assert draft.artifact
     _show(tables, dict(changed))
     return draft.artifact
@@ -68,6 +70,35 @@ def _start(folder: Path, parts: list[steps.Part], settings: dict[str, Any]) -> N
     shutil.rmtree(folder)
     file.parent.mkdir(parents=True)
     artifact.write_json(file, now)
+
+
+def _state(file: Path) -> dict[str, Any]:
+    found = file.stat()
+    return {"bytes": found.st_size, "modified": found.st_mtime_ns, "sha256": artifact.hash_file(file)}
+
+
+def changed_files(recipe: Recipe, manifest: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(file, what it was, what it is) of the files here that would be read otherwise than they were, or were not at all. A file
+    that is gone was read, and what came of it is still there."""
+    assert recipe.prepare
+    known = manifest.get("files")
+    if known is None:
+        return []
+    changed: list[tuple[str, Any, Any]] = []
+    for part in steps.list_parts(recipe.prepare, _stay_here, lambda text: None, []):
+        file = part.file
+        was, now = known.get(str(file)), file.stat()
+        if was is None:
+            changed.append((str(file), None, f"{now.st_size} bytes"))
+        elif now.st_size != was["bytes"]:
+            changed.append((str(file), f"{was['bytes']} bytes", f"{now.st_size} bytes"))
+        elif now.st_mtime_ns != was["modified"] and (digest := artifact.hash_file(file)) != was["sha256"]:
+            changed.append((str(file), f"sha256 {was['sha256'][:12]}", f"sha256 {digest[:12]}"))
+    return changed
+
+
+def _stay_here(path: str, tell: Any) -> str:
+    raise DataError(say("this lies on a hub", "它在 hub 上"), place=path)
 
 
 def _sources(section: Prepare) -> dict[str, Any]:
