@@ -41,6 +41,8 @@ def main() -> int:
         older = HERE / f"from-older-projects{ending}.md"
         made = {"cli": cli_page(), "recipe": recipe_page(), "families": families_page(), "memory": memory_page()}
         pages = {HERE / f"{name}{ending}.md": text for name, text in made.items()} | {older: with_failures(older)}
+        readme = HERE.parent / f"README{ending}.md"
+        pages[readme] = with_memory(readme, made["memory"])
         if language == "en":
             pages |= {recipes / f"{name}.yaml": render(name) for name in STARTS}
         for file, text in pages.items():
@@ -154,6 +156,15 @@ def recipe_page() -> str:
     from tongwen.recipe.pages import to_markdown
 
     return to_markdown()
+
+
+def with_memory(file: Path, page: str) -> str:
+    """The README with the table of that page."""
+    start, end = "<!-- memory -->\n", "<!-- /memory -->"
+    text = file.read_text(encoding="utf-8")
+    head, _, rest = text.partition(start)
+    table = "".join(line for line in page.splitlines(keepends=True) if line.startswith("|"))
+    return head + start + table + end + rest.partition(end)[2]
 
 
 def with_failures(file: Path) -> str:

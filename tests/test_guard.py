@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import time
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
-from tests.conftest import tensors, write_recipe
+from tests.conftest import tensors, write_recipe, write_rows
 from tests.launching import in_a_child
 from tests.test_run import manifest
 from tongwen.errors import ArtifactError, NumbersError
@@ -66,7 +68,7 @@ def test_a_loss_above_guessing_stops_after_a_while() -> None:
 
 
 def test_overflows_of_fp16_are_counted_and_end_the_run_when_nothing_else_happens() -> None:
-    ranks = [[math.nan, 1.0, 1.0, 0.0], [1.0, 1.0, math.inf, 0.0]]
+    ranks = [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, math.inf, 0.0]]
     one = guard(ranks)
     look(one, scaled=True)
     ranks[1][2] = 1.0
@@ -76,6 +78,9 @@ def test_overflows_of_fp16_are_counted_and_end_the_run_when_nothing_else_happens
     for _ in range(SKIPS):
         look(one, scaled=True)
     with pytest.raises(NumbersError, match=r"21 steps in a row[\s\S]*bf16"):
+        look(one, scaled=True)
+    ranks[0][0] = math.nan  # which no scaler has to do with
+    with pytest.raises(NumbersError, match="the loss is NaN or infinite; rows"):
         look(one, scaled=True)
 
 
@@ -212,6 +217,40 @@ def test_fp16_leaves_out_what_overflows(
     scaler = torch.load(tmp_path / "out" / "sft" / "checkpoints" / "checkpoint-6" / "scaler.pt", weights_only=True)
     assert scaler["scale"] < 2.0**20
     assert all(part.dtype == torch.float32 and bool(part.any()) for part in tensors(tmp_path / "out" / "sft").values())
+    code, _, err = tongwen("run", recipe, f"out={tmp_path / 'short'}", "sft.stop_after=1 steps")
+    assert code == 6 and "in every step, and none was taken" in err
+
+
+def test_a_held_out_nan_is_no_score(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    """One token that is in the held-out file alone, and overflows."""
+    base = tmp_path / "base"
+    shutil.copytree(chat_model, base)
+    weights = tensors(base)
+    token = AutoTokenizer.from_pretrained(base).convert_tokens_to_ids("Z")
+    weights["model.embed_tokens.weight"][token] = 3e38
+    save_file(weights, str(base / "model.safetensors"), metadata={"format": "pt"})
+    held = write_rows(tmp_path / "held.jsonl", [{"instruction": "Z?", "output": "ZZ"}])
+    recipe = write_recipe(tmp_path, base, sft=SFT, merge=False)
+    code, _, err = tongwen("run", recipe, f"prepare.held_out={held}", "sft.samples=0")
+    assert code == 6 and "a held-out score is NaN or infinite" in err
+
+
+@pytest.mark.parametrize(
+    "said", ["Cannot allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory"]
+)
+def test_full_memory_is_known_where_it_is_met(
+    said: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a model is opened, too: its files are whole."""
+    recipe = write_recipe(tmp_path, chat_model, sft=SFT, merge=False)
+    assert tongwen("run", recipe, "--only", "prepare")[0] == 0
+
+    def fail(*words: Any, **more: Any) -> Any:
+        raise RuntimeError(f"[enforce fail] {said} (12)")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    code, _, err = tongwen("run", recipe)
+    assert code == 5 and "out of memory" in err and "micro_batch_tokens" in err
 
 
 def test_8_bit_products_are_refused_where_there_are_none(
@@ -237,6 +276,10 @@ def test_an_adapter_without_weights_is_never_saved(held: dict[str, torch.Tensor]
     with pytest.raises(ArtifactError, match="is empty"):
         check_adapter_saved(tmp_path)
     save_file({**held, "lora_E": torch.ones(1)}, str(tmp_path / "adapter_model.safetensors"))
+    if held:
+        with pytest.raises(ArtifactError, match="is empty"):  # one full tensor among empty ones is no adapter
+            check_adapter_saved(tmp_path)
+        (tmp_path / "adapter_config.json").write_text('{"peft_type": "ADALORA"}')
     check_adapter_saved(tmp_path)
 
 

@@ -320,4 +320,4 @@ def test_a_loss_that_does_not_fall_is_said(
     code, out, _ = tongwen(
         "run", recipe_for(tmp_path, chat_model, "{rank: 4}", sft=", stop_after: 110 steps"), f"sft.learning_rate={rate}"
     )
-    assert code == 0 and (out.count("the loss has not fallen in 100 logged steps") == 1) is said
+    assert code == 0 and (out.count("the loss has not fallen in 100 steps") == 1) is said

@@ -67,3 +67,12 @@ def test_links_and_paths_exist(page: str) -> None:
             source.read_text(encoding="utf-8"),
             re.MULTILINE,
         ), f"{file} has no {name}"
+
+
+@pytest.mark.parametrize("ending", ["", "_zh"])
+def test_the_table_of_memory_is_that_of_its_page(ending: str) -> None:
+    page, readme = (
+        (ROOT / file).read_text(encoding="utf-8") for file in (f"docs/memory{ending}.md", f"README{ending}.md")
+    )
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(table) > 5 and "\n".join(["<!-- memory -->", *table, "<!-- /memory -->"]) in readme

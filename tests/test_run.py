@@ -404,3 +404,11 @@ def test_data_that_has_changed_is_not_already_done(chat_model: Path, tmp_path: P
     data.unlink()
     code, out, _ = tongwen("run", recipe)
     assert code == 0 and out.count("already done") == 2, "what came of a file that is gone is still there"
+
+
+def test_qlora_does_not_stand_on_an_adapter(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    """Said before a pre-training is paid for."""
+    recipe = write_recipe(tmp_path, chat_model, extra="pretrain: {train: lora}\n", merge=False)
+    recipe.write_text(recipe.read_text().replace("prepare: {", f"prepare: {{documents: {tmp_path / 'data.jsonl'}, "))
+    code, _, err = tongwen("check", recipe, "sft.adapter.method=qlora")
+    assert code == 2 and "an adapter cannot be put into quantised weights" in err

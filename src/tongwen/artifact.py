@@ -181,7 +181,9 @@ def refuse_changed(place: str, changed: list[tuple[str, Any, Any]], remedy: str)
         return
     lines = "; ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed)
     raise RecipeError(
-        say(f"made from other settings or data than there are now: {lines}", f"已有结果与当前的设置或数据不同：{lines}"),
+        say(
+            f"made from other settings or data than there are now: {lines}", f"已有结果与当前的设置或数据不同：{lines}"
+        ),
         place=place,
         remedy=remedy,
     )

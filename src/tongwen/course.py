@@ -24,7 +24,7 @@ from transformers import set_seed
 from tongwen import artifact, console, gate, launch
 from tongwen.data.encode import token_bytes
 from tongwen.data.store import TokenStore
-from tongwen.errors import RecipeError
+from tongwen.errors import NumbersError, RecipeError
 from tongwen.families import family_of
 from tongwen.infer.decode import Sampling, Voice
 from tongwen.language import say
@@ -373,13 +373,16 @@ def _train(
             )
             done = leg.steps_before + fit(_job(course, pupil, leg, guarded, resume, evaluate, watch, told))
             resume = None
-    seconds, trained = time.monotonic() - began, tokens[done - 1] - (tokens[start - 1] if start else 0)
+    trained = tokens[done - 1] - (tokens[start - 1] if start else 0)
+    counted, seconds = tokens[done - 1], time.monotonic() - began
+    if lines := read_metrics(folder / "metrics.jsonl"):  # which counts what was before an interruption, too
+        counted, seconds = lines[-1]["tokens"], lines[-1]["seconds"]
     return {
         "steps": done,
         "tokens": tokens[done - 1],
         "tokens_this_run": trained,
         "seconds": round(seconds, 2),
-        "tokens_per_second": round(trained / max(seconds, 1e-9), 2),
+        "tokens_per_second": round(counted / max(seconds, 1e-9), 2),
     }, unreached
 
 
@@ -560,6 +563,15 @@ def _score(pupil: Pupil, stores: dict[str, TokenStore], budget: int, sizes: torc
         with pupil.computing():
             stream = (audit.to_device(batches[index], model) for index in range(len(batches)))
             groups[name] = bits_per_byte(model, stream, sizes)
+        if not math.isfinite(groups[name]["loss"]):
+            raise NumbersError(
+                say("a held-out score is NaN or infinite", "留出集得分为 NaN 或无穷"),
+                place=say("held out", "留出集") + (f" · {name}" if name else ""),
+                remedy=say(
+                    "learning_rate lower, or precision: fp32; a base that is so from the start is not whole",
+                    "降低 learning_rate，或 precision: fp32；若训练前就如此，则底座已损坏",
+                ),
+            )
     size, tokens = (sum(one[unit] for one in groups.values()) for unit in ("bytes", "tokens"))
     return {
         "bits_per_byte": sum(one["bits_per_byte"] * one["bytes"] for one in groups.values()) / max(size, 1),

@@ -92,7 +92,7 @@ class SeveralErrors(TongwenError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the machine or of a device did not suffice."""
-    said = ("out of memory", "can't allocate memory", "alloc_failed")  # the last by cuBLAS and cuDNN
+    said = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in said)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tongwen import artifact
-from tongwen.errors import ArtifactError, MachineError, MissingPackage, ModelError
+from tongwen.errors import ArtifactError, MachineError, MissingPackage, ModelError, is_out_of_memory
 from tongwen.language import say
 from tongwen.model.gguf_header import check_header
 
@@ -391,6 +391,8 @@ class explained:  # noqa: N801
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None or not isinstance(error, Exception) or isinstance(error, (ModelError, MachineError)):
+            return
+        if is_out_of_memory(error):  # the command says what helps
             return
         text = str(error)
         first_line = text.splitlines()[0] if text else type(error).__name__

@@ -987,6 +987,13 @@ class Recipe(Section):
                 "`evaluate` needs `data` for each task, or `prepare`, whose held-out rows it takes",
                 "`evaluate` 的每个任务需要 `data`，或由 `prepare` 提供留出的数据",
             )
+        if self.sft and self.sft.adapter.method == "qlora" and self.stands_on_adapter:
+            raise wrong(
+                "`sft` with `method: qlora` stands on the adapter that `pretrain` leaves, and an adapter cannot be put into "
+                "quantised weights: `method: lora`, or a recipe of its own whose base is the merged model",
+                "`method: qlora` 的 `sft` 建立在 `pretrain` 产出的适配器之上，而适配器无法并入量化权重：改用 `method: lora`，"
+                "或另写一个以合并后模型为底座的配方",
+            )
         if self.merge and not self.trains_adapters:
             raise wrong(
                 "`merge` needs a training section with an adapter: there is nothing to fold into the base",
@@ -1003,6 +1010,11 @@ class Recipe(Section):
     def training(self) -> list[Training]:
         """The sections that train, in their order."""
         return [section for section in (self.pretrain, self.sft) if section is not None]
+
+    @property
+    def stands_on_adapter(self) -> bool:
+        """Whether `sft` continues from an adapter that `pretrain` leaves."""
+        return bool(self.pretrain and self.sft and any("lora" in one.parts for one in self.pretrain.stretches))
 
     @property
     def trains_adapters(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tongwen import artifact, console, page
 from tongwen.console import human_bytes, human_time
-from tongwen.errors import ArtifactError
+from tongwen.errors import ArtifactError, RecipeError
 from tongwen.language import say
 from tongwen.river import TRAINING
 from tongwen.train.watch import read_metrics
@@ -58,6 +58,8 @@ class Trained:
 
 def run(paths: Sequence[str], html: str) -> int:
     """Compare the runs' training stages of the same kind; draw them into a page, if one is named."""
+    if html and not Path(html).absolute().parent.is_dir():
+        raise RecipeError(say("there is no such folder", "没有这个文件夹"), place=html)
     found: dict[str, list[Trained]] = {}
     for path, name in zip(paths, _names(paths), strict=True):
         for one in _trained(path, name):

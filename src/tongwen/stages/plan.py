@@ -68,6 +68,15 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
     tokens = sum(sum(one.tokens_of(lesson.store.lengths)) for one in plans)
     steps = [len(one) for one in plans]
     seconds = None
+    if measure and limit:
+        raise RecipeError(
+            say(
+                "this machine is measured, not the one that --gpu names",
+                "--measure 测的是本机，而不是 --gpu 所说的机器",
+            ),
+            place="--measure",
+            remedy=say("leave --gpu out", "去掉 --gpu"),
+        )
     if measure:
         of_token, of_step = foresight.measure(place, setting, lesson.store, plans[-1])
         seconds = of_token * tokens / recipe.devices + of_step * sum(steps)
@@ -78,6 +87,8 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
         "weights": shape.parameters * 4 if full else shape.trainable * 4,
     }
     cures = list(_cures(name, config, section, micro, needs.bytes["peak"], limit, recipe.devices)) if limit else []
+    if name == "sft" and recipe.stands_on_adapter:
+        cures = [cure for cure in cures if "qlora" not in cure["change"]]
     facts = {
         "steps": sum(steps),
         "steps_of_phases": steps,
@@ -176,7 +187,7 @@ def _cheaper(name: str, section: Training, micro: Micro) -> Iterator[tuple[str, 
     longest = max(micro.lengths)
     if sum(micro.lengths) > longest:
         micro = micro.cut(longest)
-        yield f"{name}.micro_batch_tokens={longest}", section, micro
+        yield f"{name}.micro_batch_tokens={max(longest, 16)}", section, micro  # the recipe takes no fewer
     if section.activation_checkpointing == "off":
         section = section.model_copy(update={"activation_checkpointing": "auto"})
         yield f"{name}.activation_checkpointing=auto", section, micro

@@ -140,6 +140,12 @@ def _fit(job: Job, halt: Halt) -> int:
                 ),
                 place=say(f"step {job.watch.before_steps + done}", f"第 {job.watch.before_steps + done} 步"),
             )
+        if 0 < done - start <= trainer.guard.skipped:
+            raise NumbersError(
+                say("fp16 overflowed in every step, and none was taken", "fp16 每一步都溢出，没有一步更新了权重"),
+                place="precision: fp16",
+                remedy=say("precision: bf16 (or fp32, where there is none)", "precision: bf16（不支持时用 fp32）"),
+            )
         if trainer.guard.skipped:
             console.notice(
                 say(

@@ -75,10 +75,9 @@ class Guard(TrainerCallback):
         ranks = self.gather(row[None]).tolist()  # (W, accumulate + 2)
         self.leaving = any(rank[-1] for rank in ranks)
         losses, norms = [rank[:-2] for rank in ranks], [rank[-2] for rank in ranks]
+        self._check_finite(index, losses, [] if scaled else norms, model)  # a loss is not scaled when it is noted
         if scaled:
             self._count_skip(index, not all(map(math.isfinite, norms)))
-        else:
-            self._check_finite(index, losses, norms, model)
         self._check_sane(index, sum(map(sum, losses)) / max(float(step.learned), 1.0))
 
     def _check_finite(self, index: int, losses: list[list[float]], norms: list[float], model: Any) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,11 @@ from typing import Any
 
 from tongwen.errors import MissingPackage
 from tongwen.recipe.schema import Tracker
+
+CURRENT: dict[str, Callable[[Any], Any]] = {  # the run that is told, if one is; only the first process has one
+    "wandb": lambda module: module.run,
+    "swanlab": lambda module: module.get_run(),
+}
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,8 @@ class Track:
         finally:
             for name in ours:
                 del os.environ[name]
-            for name in ("wandb", "swanlab"):  # the next phase is a run of its own there
-                if name in self.names and name in sys.modules:
+            for name, run_of in CURRENT.items():  # the next phase is a run of its own there
+                if name in self.names and name in sys.modules and run_of(sys.modules[name]):
                     sys.modules[name].finish()
 
 

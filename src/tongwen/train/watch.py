@@ -16,7 +16,7 @@ from tongwen.language import say
 from tongwen.launch import is_first
 from tongwen.recipe.schema import Forgetting
 
-FLAT_AFTER = 100  # logged steps after which a loss should have fallen
+FLAT_AFTER = 100  # steps after which a loss should have fallen
 
 
 class Watch(TrainerCallback):
@@ -41,6 +41,7 @@ class Watch(TrainerCallback):
         self.scores: dict[str, float] = {}
         self.history: list[tuple[int, float]] = []
         self.losses: list[float] = []
+        self.flat_from = 0  # the step of the last line
         self.rates: list[float] = []  # of the step that is taken, by group
 
     def begin(self, step: int) -> None:
@@ -54,6 +55,7 @@ class Watch(TrainerCallback):
             if "bits_per_byte" in line and line["step"] > self.before_steps
         ]
         self.losses = [line["loss"] for line in kept if line["step"] > self.before_steps]
+        self.flat_from = step
         if is_first():
             beside = self.file.with_suffix(".partial")
             beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -93,7 +95,9 @@ class Watch(TrainerCallback):
             line["embedding_learning_rate"] = self.rates[-1]
         self.scores = {}
         self.losses.append(logs["loss"])
-        self._say_flat()
+        if self.flat_from < FLAT_AFTER <= state.global_step:
+            self._say_flat()
+        self.flat_from = state.global_step
         self._append(line)
         self.bar.update(step, f"loss {logs['loss']:.3f} · {human_count(round(speed))} tok/s")
 
@@ -105,15 +109,13 @@ class Watch(TrainerCallback):
 
     def _say_flat(self) -> None:
         """Once in a phase: a loss that has not fallen by then is usually a learning rate that is wrong by far."""
-        if len(self.losses) != FLAT_AFTER:
-            return
-        tenth = FLAT_AFTER // 10
+        tenth = max(1, len(self.losses) // 10)
         first, last = (sum(part) / tenth for part in (self.losses[:tenth], self.losses[-tenth:]))
         if last > 0.99 * first:
             console.notice(
                 say(
-                    f"the loss has not fallen in {FLAT_AFTER} logged steps: {first:.3f} → {last:.3f}; is learning_rate right?",
-                    f"记录的 {FLAT_AFTER} 步内损失没有下降：{first:.3f} → {last:.3f}；learning_rate 合适吗？",
+                    f"the loss has not fallen in {FLAT_AFTER} steps: {first:.3f} → {last:.3f}; is learning_rate right?",
+                    f"{FLAT_AFTER} 步内损失没有下降：{first:.3f} → {last:.3f}；learning_rate 合适吗？",
                 )
             )
 
