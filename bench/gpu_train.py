@@ -284,7 +284,7 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
 
     steps = len(samples) // SAMPLES
     words = Sft(
-        adapter=Adapter(method=case.method, rank=RANK),  # type: ignore[arg-type]
+        adapter=Adapter(method="full") if case.method == "full" else Adapter(rank=RANK),
         batch_size=SAMPLES,
         precision="bf16",
         stop_after=Duration(count=steps, unit="steps"),

@@ -29,7 +29,7 @@ out: {out}
 prepare: {{dialogues: {data}, held_out: 2}}
 sft:
   template: chatml
-  adapter: {{method: {method}, rank: 8}}
+  adapter: {adapter}
   max_length: 512
   batch_tokens: 2048
   stop_after: {steps} steps
@@ -63,7 +63,8 @@ def main() -> None:
 def compare(chosen: argparse.Namespace, method: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
-        words = {"model": chosen.model, "data": chosen.data, "method": method, "steps": chosen.steps}
+        adapter = "{method: full}" if method == "full" else f"{{method: {method}, rank: 8}}"
+        words = {"model": chosen.model, "data": chosen.data, "adapter": adapter, "steps": chosen.steps}
         recipe.write_text(RECIPE.format(**words, out=f"{folder}/out"), encoding="utf-8")
         plan = json.loads(tongwen("plan", str(recipe), "--json"))
         tongwen("run", str(recipe))

@@ -317,7 +317,7 @@ def test_small_steps_are_not_lost_in_bf16(
     lost = {name: (part.bfloat16() - 1e-6 == part.bfloat16()).float().mean() for name, part in before.items()}
     assert lost["model.layers.0.self_attn.q_proj.weight"] > 0.9
     monkeypatch.setattr("tongwen.model.load.compute_dtype", lambda *words: (torch.bfloat16, "as on a GPU"))
-    words = ("sft.adapter.method=full", "sft.learning_rate=1e-6", "sft.schedule=constant", "sft.warmup=0")
+    words = ("sft.adapter={method: full}", "sft.learning_rate=1e-6", "sft.schedule=constant", "sft.warmup=0")
     assert tongwen("run", write_recipe(tmp_path, chat_model, sft=SFT, merge=False), *words)[0] == 0
     after = tensors(tmp_path / "out" / "sft")
     assert min((after[name] != part).float().mean() for name, part in before.items() if "proj" in name) > 0.9

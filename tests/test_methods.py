@@ -193,7 +193,7 @@ def test_methods_optimizers_and_schedules_resume_to_the_bit(
 def test_schedules_have_their_shapes(chat_model: Path, tmp_path: Path) -> None:
     rates = {}
     for schedule in ("constant", "linear", "cosine", "wsd", "warmup_lr"):
-        words = f", stop_after: 20 steps, warmup: 0.25, decay: 0.2, schedule: {schedule}"
+        words = f", stop_after: 20 steps, warmup: 0.25, schedule: {schedule}" + ", decay: 0.2" * (schedule == "wsd")
         recipe_for(tmp_path / schedule, chat_model, "{rank: 2}", sft=words)
         assert cli.main(["run", str(tmp_path / schedule / "recipe.yaml")]) == 0
         rates[schedule] = [line["learning_rate"] / 1e-2 for line in metrics(tmp_path / schedule)]
@@ -276,8 +276,9 @@ def test_noise_is_scaled_by_the_document(chat_model: Path) -> None:
 
 
 def test_muon_refuses_what_is_no_hidden_matrix(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    code, _, err = tongwen("run", recipe_for(tmp_path, chat_model, "{method: full}", sft=", optimizer: muon"))
-    assert code == 2 and "embed_tokens" in err and "adamw" in err
+    for words in ("{method: full}", "{rank: 4, also_train: [embed_tokens]}"):
+        code, _, err = tongwen("run", recipe_for(tmp_path, chat_model, words, sft=", optimizer: muon"))
+        assert code == 2 and "muon" in err and "adamw" in err and ("also_train" not in words or "embed_tokens" in err)
 
 
 def test_fused_experts_are_trained_by_name() -> None:
@@ -286,6 +287,56 @@ def test_fused_experts_are_trained_by_name() -> None:
     assert not any("passes by" in notice for notice in adapted.notices)
     with pytest.raises(ModelError, match=r"'mlp.experts.up'[\s\S]*gate_up_proj"):
         adapt(tiny_mixture(), Adapter(rank=2, target_parameters=["mlp.experts.up"]), [])
+
+
+@pytest.mark.parametrize(
+    ("words", "place", "said"),
+    [
+        ({"targets": ["proj"]}, "adapter.targets", "no module is called 'proj'"),  # peft takes whole words
+        ({"targets": ["self_attn"]}, "adapter.targets", "is a LlamaAttention"),
+        ({"targets": ["embed_tokens"], "method": "adalora"}, "adapter.targets", "is a Embedding"),
+        ({"also_train": ["orm"]}, "adapter.also_train", "no module is called 'orm'"),
+        ({"targets": ["q_proj"], "also_train": ["q_proj"]}, "adapter", "peft cannot place"),
+    ],
+)
+def test_what_peft_cannot_do_is_said(words: dict[str, Any], place: str, said: str, chat_model: Path) -> None:
+    with pytest.raises(ModelError, match=said) as caught:
+        adapt(load_model(Place("t", str(chat_model)), torch.float32), Adapter(rank=2, **words), [], steps=20)
+    assert caught.value.place == place and "\n" not in caught.value.rule
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_matrix_is_not_trained_in_full(kind: str, wide_model: Path) -> None:
+    base = load_model(Place("t", str(wide_model)), torch.float32, kind)
+    with pytest.raises(ModelError, match="quantised"):
+        adapt(base, Adapter(method="qlora", also_train=["mlp"]), [])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_rows_of_a_matrix_that_learns_in_full_are_not_trained_twice(method: str, tied: bool, tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path, 90, tie_word_embeddings=tied)
+    also = ["model.embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    choice = Adapter(method=method, rank=2, also_train=also)  # type: ignore[arg-type]
+    adapted = adapt(base, choice, [3, 4], steps=20)
+    names = [name for name, part in adapted.model.named_parameters() if part.requires_grad]
+    assert any("embed_tokens.modules_to_save" in name for name in names)
+    assert not any("trainable_tokens" in name for name in names) and not adapted.notices
+    half = tiny_llama(tmp_path, 90, tie_word_embeddings=False)
+    if method == "lora":
+        adapted = adapt(half, Adapter(rank=2, also_train=["embed_tokens"]), [3, 4])
+        names = [name for name, part in adapted.model.named_parameters() if part.requires_grad]
+        assert any("lm_head.token_adapter" in name for name in names)
+    else:
+        with pytest.raises(ModelError, match=r"also_train: \[lm_head\]"):
+            adapt(half, Adapter(method="adalora", rank=2, also_train=["embed_tokens"]), [3, 4], steps=20)
+
+
+def test_a_value_that_transformers_does_not_take_is_said(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = recipe_for(tmp_path, chat_model, "{rank: 4}", sft=", trainer: {dataloader_prefetch_factor: 2}")
+    code, _, err = tongwen("run", recipe)
+    assert code == 2 and "trainer:" in err and "dataloader_prefetch_factor" in err
 
 
 @pytest.mark.parametrize("kind", ["prefix", "p-tuning"])

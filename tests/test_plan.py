@@ -31,7 +31,8 @@ LENGTHS = (40, 24)
 
 def setting(method: str, dtype: torch.dtype = torch.float32, **words: Any) -> Setting:
     parts = frozenset({"full" if method == "full" else "lora"})
-    return Setting(Adapter(method=method, rank=4), parts, dtype, "cpu", **words)  # type: ignore[arg-type]
+    adapter = Adapter(method="full") if method == "full" else Adapter(method=method, rank=4)  # type: ignore[arg-type]
+    return Setting(adapter, parts, dtype, "cpu", **words)
 
 
 def real_peak(folder: Path, how: Setting) -> dict[str, int]:
@@ -115,7 +116,7 @@ def test_what_does_not_fit_gets_changes_that_make_it_fit(
 ) -> None:
     monkeypatch.setattr(foresight, "CUDA_CONTEXT", 0)
     recipe = write_recipe(tmp_path, chat_model, merge=method == "lora", extra="export: {formats: [hf]}\n")
-    word = f"sft.adapter.method={method}"
+    word = "sft.adapter={method: full}" if method == "full" else f"sft.adapter.method={method}"
     roomy = json.loads(tongwen("plan", recipe, "--gpu", "24GB", "--json", word)[1])
     assert roomy["fits"] is True and roomy["cures"] == []
     limit = 0.8 * roomy["memory_bytes"]["peak"] / 1e6
@@ -197,7 +198,7 @@ def test_what_an_engine_shares_out_is_read_from_the_recipe(tmp_path: Path) -> No
 
 def test_a_plan_for_several_gpus_says_whose_memory_it_is(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, chat_model, merge=False)
-    words = ("--gpu", "24GB", "--json", "sft.engine=fsdp2", "sft.adapter.method=full")
+    words = ("--gpu", "24GB", "--json", "sft.engine=fsdp2", "sft.adapter={method: full}")
     _, out, err = tongwen("plan", recipe, *words)
     one = json.loads(out)["memory_bytes"]
     assert "for one GPU; fsdp2 divides among several: --devices N" in err

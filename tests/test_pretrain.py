@@ -436,7 +436,7 @@ def test_other_contradictions(chat_model: Path, tmp_path: Path, tongwen: Any) ->
     recipe = write_recipe(tmp_path, chat_model, "evaluate_every: 1, stop_after: 2 steps")
     code, _, err = tongwen("run", recipe, "prepare.held_out=0")
     assert code == 2 and "nothing is held out" in err and "held_out: 0.02" in err
-    code, _, err = tongwen("check", recipe, "pretrain.adapter.method=full")
+    code, _, err = tongwen("check", recipe, "pretrain.adapter={method: full}")
     assert code == 2 and "`train: full`" in err
     text = recipe.read_text().replace("documents:", "dialogues:")
     recipe.write_text(text)

@@ -12,6 +12,7 @@ from tongwen.recipe.load import dump, load
 from tongwen.recipe.old_names import OWNED, training_arguments
 from tongwen.recipe.pages import sections, to_markdown, words
 
+PRETRAIN = "name: a\nbase: b\nprepare: {documents: d}\npretrain: {%s}\n"
 GOOD = "name: a\nbase: b\nprepare: {dialogues: d.json}\nsft: {%s}\n"
 
 
@@ -47,6 +48,35 @@ def problems(file: Path, *overrides: str) -> list[TongwenError]:
         (GOOD % "trainer: {learning_rate: 1}", 4, "learning_rate", "learning_rate"),
         (GOOD % "trainer: {adam_beta_2: 1}", 4, "adam_beta_2", "adam_beta2"),
         (GOOD % "trainer: {fp16: true}", 4, "fp16", "precision"),
+        (GOOD % "trainer: {hub_token: x}", 4, "hub_token", "export: {formats: [hf]"),
+        (GOOD % "trainer: {eval_on_start: true}", 4, "eval_on_start", "before and after"),
+        (GOOD % "trainer: {torch_compile_mode: x}", 4, "torch_compile_mode", "compile"),
+        (GOOD % "adapter: {targets: []}", 4, "targets", "all-linear"),
+        (GOOD % "adapter: {quantize: nf4}", 4, "quantize", "method: qlora"),
+        (GOOD % "adapter: {method: full, dropout: 0.0}", 4, "dropout", "method: lora"),
+        (GOOD % "adapter: {method: new_rows, continue_from: f}", 4, "continue_from", "method: lora"),
+        (GOOD % "adapter: {target_parameters: [w], dora: true}", 4, "target_parameters", "`dora`"),
+        (GOOD % "adapter: {target_parameters: [w], dropout: 0.1}", 4, "target_parameters", "`dropout`"),
+        (GOOD % "adapter: {method: qlora, quantize: int8, dora: true}", 4, "dora", "quantize: nf4"),
+        (GOOD % "decay: 0.1", 4, "decay", "schedule: wsd"),
+        (GOOD % "optimizer: muon, adapter: {method: full}", 4, "muon", "optimizer: adamw"),
+        (PRETRAIN % "optimizer: muon, train: new_rows", 4, "new_rows", "optimizer: adamw"),
+        (
+            PRETRAIN % "optimizer: muon, phases: [{train: lora}, {train: lora+embeddings}]",
+            4,
+            "lora+embeddings",
+            "adamw",
+        ),
+        (PRETRAIN % "train: full, adapter: {method: qlora}", 4, "qlora", "train: lora"),
+        (PRETRAIN % "phases: [{train: embeddings}], adapter: {method: qlora}", 4, "train: embeddings", "train: lora"),
+        (PRETRAIN % "train: full, adapter: {continue_from: f}", 4, "continue_from", "tongwen merge"),
+        (PRETRAIN % "embedding_learning_rate: 1e-4", 4, "embedding_learning_rate", "train: lora+embeddings"),
+        (
+            PRETRAIN % "phases: [{train: lora, embedding_learning_rate: 1e-4}, {train: new_rows}]",
+            4,
+            "embedding_learning_rate",
+            "train: lora+embeddings",
+        ),
         (GOOD % "batch_size: 8, per_device_train_batch_size: 2", 4, "both spellings", "batch_size"),
         (GOOD % "per_device_train_batch_size: x", 4, "whole numbers", ""),
         ("name: a b\nbase: b\n", 1, "a b", "name of the run"),
@@ -99,8 +129,18 @@ def test_overrides_pass_the_same_reader(tmp_path: Path) -> None:
     assert "section.key=value" in problems(file, "nonsense")[0].text()
 
 
-def test_a_recipe_is_frozen_and_survives_its_own_dump(tmp_path: Path) -> None:
-    recipe, _ = load(write(tmp_path, GOOD % "stop_after: 300 steps, adapter: {targets: [q_proj]}"))
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD % "stop_after: 300 steps, adapter: {targets: [q_proj]}",
+        GOOD % "batch_tokens: 400, schedule: wsd, decay: 0.2, adapter: {method: qlora, quantize: int8}",
+        GOOD % "adapter: {method: full}",
+        PRETRAIN
+        % "phases: [{train: new_rows, embedding_learning_rate: 1e-4}, {train: lora}], adapter: {method: qlora}",
+    ],
+)
+def test_a_recipe_is_frozen_and_survives_its_own_dump(text: str, tmp_path: Path) -> None:
+    recipe, _ = load(write(tmp_path, text))
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 1  # type: ignore[misc]
     again, notices = load(write(tmp_path, dump(recipe)))

@@ -209,19 +209,25 @@ def _with_adapter(
     whole = "embeddings" in parts
     also = list(choice.also_train)
     for name in also:
-        if not any(
-            module_name.split(".")[-1] == name or module_name == name for module_name, _ in model.named_modules()
-        ):
-            raise _no_module("also_train", name, model)
+        _check_also(name, model)
+    owners = _row_owners(model)
     if whole:
-        also += _row_owners(model)
-    single = [] if whole else sorted({*control_rows, *(new_rows if "new_rows" in parts else [])})
-    config = _peft_config(model, choice, also, _token_rows(model, single), steps)
-    with quiet():
-        adapted = Adapted(get_peft_model(model, config), new_rows, whole)
+        also += owners
+    single = sorted({*control_rows, *(new_rows if "new_rows" in parts else [])})
+    rows = dict.fromkeys(_owners_apart(model, also), single) if single else {}
+    config = _peft_config(model, choice, also, rows or None, steps)
+    try:
+        with quiet():
+            adapted = Adapted(get_peft_model(model, config), new_rows, whole)
+    except (ValueError, TypeError, AttributeError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            say(f"peft cannot place this adapter: {first_line}", f"peft 无法放置该适配器：{first_line}"),
+            place="adapter",
+        ) from error
     adapted.notices += _experts(adapted.model)
     fuse(adapted.model)
-    if control_rows:
+    if control_rows and rows:
         adapted.notices.append(
             say(
                 f"{len(control_rows)} token rows are trained beside the adapter",
@@ -254,7 +260,8 @@ def _peft_config(model: Any, choice: Adapter, also: list[str], rows: dict[str, l
                 ),
                 place="adapter.method",
                 remedy=say(
-                    "method: lora, or also_train: [embed_tokens]", "method: lora，或 also_train: [embed_tokens]"
+                    f"method: lora, or also_train: [{', '.join(rows)}]",
+                    f"method: lora，或 also_train: [{', '.join(rows)}]",
                 ),
             )
         return configure(choice.rank, steps, words)
@@ -326,11 +333,40 @@ def find_targets(model: Any, choice: Adapter) -> list[str] | str:
                 remedy="targets: all-linear",
             )
         return list(family.targets)
-    ends = {name.split(".")[-1] for name, _ in model.named_modules()}
+    from transformers.pytorch_utils import Conv1D
+
+    nn = torch.nn
+    fit: tuple[type, ...] = (nn.Linear, Conv1D)  # of which bitsandbytes' layers are
+    if choice.method != "adalora":
+        fit += (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
     for name in choice.targets:
-        if name not in ends and not any(module_name.endswith(name) for module_name, _ in model.named_modules()):
-            raise _no_module("targets", name, model)
+        found = [module for module_name, module in model.named_modules() if _is_called(module_name, name)]
+        unfit = next((type(module).__name__ for module in found if not isinstance(module, fit)), "")
+        if unfit or not found:
+            raise _no_module("targets", name, model, unfit)
     return list(choice.targets)
+
+
+def _is_called(module: str, name: str) -> bool:
+    """As peft reads a target: a module's whole name, or the end of it from a dot on."""
+    return module == name or module.endswith(f".{name}")
+
+
+def _check_also(name: str, model: Any) -> None:
+    """Raise ModelError when there is no such module, or it cannot learn in full."""
+    found = [module for module_name, module in model.named_modules() if _is_called(module_name, name)]
+    if not found:
+        raise _no_module("also_train", name, model)
+    held = [part for module in found for part in module.parameters()]
+    if any(getattr(part, "quant_state", None) is not None or not part.is_floating_point() for part in held):
+        raise ModelError(
+            say(f"{name!r} is quantised and cannot be trained in full", f"{name!r} 已量化，不能完整训练"),
+            place="adapter.also_train",
+            remedy=say(
+                f"method: lora, or only {', '.join(_row_owners(model))}",
+                f"method: lora，或只写 {'、'.join(_row_owners(model))}",
+            ),
+        )
 
 
 def find_untrained_rows(model: Any, ids: list[int]) -> list[int]:
@@ -379,9 +415,15 @@ def _row_owners(model: Any) -> list[str]:
     return [inside, names[id(model.get_output_embeddings())].split(".")[-1]]
 
 
-def _token_rows(model: Any, ids: list[int]) -> dict[str, list[int]] | None:
-    """peft's form: rows by the module that holds them."""
-    return dict.fromkeys(_row_owners(model), ids) if ids else None
+def _owners_apart(model: Any, also: list[str]) -> list[str]:
+    """Those that do not learn in full anyway: peft takes no single rows of a matrix that does."""
+    learned = {
+        id(part)
+        for name, part in model.named_parameters(remove_duplicate=False)
+        if any(_is_called(name.rpartition(".")[0], one) for one in also)
+    }
+    owners = zip(_row_owners(model), _weights_of_embeddings(model), strict=False)
+    return [name for name, part in owners if id(part) not in learned]
 
 
 def _experts(model: Any) -> list[str]:
@@ -410,10 +452,13 @@ def _experts(model: Any) -> list[str]:
     return []
 
 
-def _no_module(key: str, name: str, model: Any) -> ModelError:
+def _no_module(key: str, name: str, model: Any, unfit: str = "") -> ModelError:
+    """unfit: the kind of the module that has this name, and that no adapter can stand beside."""
     linear = sorted({full.split(".")[-1] for full, module in model.named_modules() if hasattr(module, "in_features")})
     return ModelError(
-        say(f"no module is called {name!r}", f"没有名为 {name!r} 的模块"),
+        say(f"{name!r} is a {unfit}, which an adapter cannot stand beside", f"{name!r} 是 {unfit}，适配器无法放在其旁")
+        if unfit
+        else say(f"no module is called {name!r}", f"没有名为 {name!r} 的模块"),
         place=f"adapter.{key}",
         remedy=say(f"this model has: {', '.join(linear)}", f"该模型有：{'、'.join(linear)}"),
     )

@@ -140,8 +140,13 @@ def from_words(data: Mapping[str, Any], command: str) -> Recipe:
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, every default filled in; sections that do not run are left out."""
-    data = {key: value for key, value in recipe.model_dump(mode="json").items() if value is not None}
+    """The resolved recipe as YAML, every default filled in that means something; sections that do not run are left out. It
+    is read again when a run goes on."""
+    sections = {"pretrain": recipe.pretrain, "sft": recipe.sft}
+    idle: Any = {
+        name: {**dict.fromkeys(one.idle, True), "adapter": one.adapter.idle} for name, one in sections.items() if one
+    }
+    data = {key: value for key, value in recipe.model_dump(mode="json", exclude=idle).items() if value is not None}
     return str(yaml.safe_dump(data, allow_unicode=True, sort_keys=False, width=100))
 
 

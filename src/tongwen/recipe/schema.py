@@ -26,6 +26,11 @@ def word(default: Any, en: str, zh: str, *, free: bool = False, **limits: Any) -
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    @property
+    def idle(self) -> set[str]:
+        """Words that say nothing beside the others: a recipe that we write leaves them out."""
+        return set()
+
 
 def wrong(en: str, zh: str) -> PydanticCustomError:
     # Braces are escaped because pydantic formats the template.
@@ -447,12 +452,40 @@ class Adapter(Section):
                 f"targets: {self.targets!r} is not `all-linear`, `family` or a list such as [q_proj, v_proj]",
                 f"targets: {self.targets!r} 应为 `all-linear`、`family` 或 [q_proj, v_proj] 这样的列表",
             )
+        if not self.targets and not self.target_parameters:
+            raise wrong(
+                "targets: the list is empty, so that the adapter would stand nowhere; write `all-linear`, or names",
+                "targets：列表为空，适配器无处可放；请写 `all-linear` 或模块名",
+            )
+        if said := sorted(self.idle & self.model_fields_set):
+            remedy = "method: qlora" if said == ["quantize"] else "method: lora"
+            raise wrong(
+                f"`method: {self.method}` does nothing with `{said[0]}`: leave it out, or write `{remedy}`",
+                f"`method: {self.method}` 不使用 `{said[0]}`：请删去，或写 `{remedy}`",
+            )
+        if self.target_parameters and (self.dora or self.dropout):
+            word = "dora" if self.dora else "dropout"
+            raise wrong(
+                f"`target_parameters` goes without `{word}`: an adapter on a bare weight has none; leave one of them out",
+                f"`target_parameters` 不能与 `{word}` 同用：单独的权重上的适配器没有它；请删去其一",
+            )
+        if self.dora and self.quantize == "int8":
+            raise wrong(
+                "dora cannot stand on a base in 8 bits; use `quantize: nf4`, or leave `dora` out",
+                "dora 不能用于 8 位底座；请用 `quantize: nf4`，或删去 `dora`",
+            )
         if self.method == "adalora" and (self.dora or self.rslora or self.target_parameters or self.continue_from):
             raise wrong(
                 "adalora has no dora, rslora, target_parameters or continue_from; use method: lora",
                 "adalora 不支持 dora、rslora、target_parameters 与 continue_from；请用 method: lora",
             )
         return self
+
+    @property
+    def idle(self) -> set[str]:
+        if self.part != "lora":
+            return {*Adapter.model_fields} - {"method"}
+        return set() if self.method == "qlora" else {"quantize"}
 
     @property
     def scale(self) -> float:
@@ -589,7 +622,23 @@ class Training(Section):
                 "`patience` counts evaluations, and there are none on the way: add `evaluate_every: 50`",
                 "`patience` 按评测次数计，而途中没有评测：请加 `evaluate_every: 50`",
             )
+        if self.schedule != "wsd" and "decay" in self.model_fields_set:
+            raise wrong(
+                f"`decay` belongs to `schedule: wsd`, and this one is {self.schedule}: leave it out, or change the schedule",
+                f"`decay` 只用于 `schedule: wsd`，而此处为 {self.schedule}：请删去，或改用 wsd",
+            )
+        whole = next((one.train for one in self.stretches if set(one.parts) != {"lora"}), None)
+        if self.optimizer == "muon" and whole:
+            raise wrong(
+                f"muon trains matrices of hidden layers, an adapter's, and {whole} has others too: use `optimizer: adamw`",
+                f"muon 只训练隐藏层矩阵（如适配器的），而 {whole} 还含其他权重：请用 `optimizer: adamw`",
+            )
         return self
+
+    @property
+    def idle(self) -> set[str]:
+        unused = {"decay": self.schedule != "wsd", "batch_size": self.batch_tokens is not None}
+        return {name for name, applies in unused.items() if applies}
 
     def deciding(self) -> dict[str, Any]:
         """The words that decide the result. When to evaluate is one of them where evaluations may end the run."""
@@ -672,6 +721,13 @@ class Stretch(NamedTuple):
     embedding_rate: float
 
 
+def no_embeddings() -> PydanticCustomError:
+    return wrong(
+        "`embedding_learning_rate` is set, and `train: lora` trains no embeddings: leave it out, or use `train: lora+embeddings`",
+        "写了 `embedding_learning_rate`，而 `train: lora` 不训练词向量：请删去，或用 `train: lora+embeddings`",
+    )
+
+
 class Phase(Section):
     """One phase of pre-training. What it does not say, the section says."""
 
@@ -683,6 +739,12 @@ class Phase(Section):
     stop_after: Length | None = word(None, "epochs, steps or tokens", "轮数、步数或 token 数")
     learning_rate: Number | None = word(None, "peak", "峰值学习率", gt=0)
     embedding_learning_rate: Number | None = word(None, "peak of the embeddings", "词向量的峰值学习率", gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Phase:
+        if self.train == "lora" and self.embedding_learning_rate is not None:
+            raise no_embeddings()
+        return self
 
 
 class Forgetting(Section):
@@ -736,6 +798,23 @@ class Pretrain(Training):
                 "`forgetting: {stop: ...}`依据评测判断，而途中没有评测：请加 `evaluate_every: 50`",
             )
         trained = [one.parts for one in self.stretches]
+        if self.embedding_learning_rate is not None and all(parts == ("lora",) for parts in trained):
+            raise no_embeddings()
+        if not any("lora" in parts for parts in trained):
+            train = self.stretches[0].train
+            if self.adapter.method == "qlora":
+                raise wrong(
+                    f"`method: qlora` quantises the base for an adapter, and `train: {train}` has none: it would be written "
+                    "in 4 or 8 bits as a whole model; leave `method` out, or use `train: lora`",
+                    f"`method: qlora` 为适配器而量化底座，而 `train: {train}` 没有适配器，会把 4 位或 8 位的底座写成完整模型；"
+                    "请删去 `method`，或用 `train: lora`",
+                )
+            if self.adapter.continue_from is not None:
+                raise wrong(
+                    f"`continue_from` opens an adapter, and `train: {train}` trains none: use `train: lora`, or make it the "
+                    "base after `tongwen merge`",
+                    f"`continue_from` 打开适配器，而 `train: {train}` 不训练适配器：请用 `train: lora`，或先 `tongwen merge` 再作底座",
+                )
         if ("full",) in trained and any("lora" in parts for parts in trained):
             raise wrong(
                 "phases train an adapter and, in full, the weights that it stands on: keep one of the two",
@@ -747,6 +826,10 @@ class Pretrain(Training):
                 "adalora 的预算只能分配在一个阶段；这里有两个阶段训练它",
             )
         return self
+
+    @property
+    def idle(self) -> set[str]:
+        return super().idle | ({"train"} if self.phases else set())
 
     @property
     def may_end_early(self) -> bool:

@@ -218,9 +218,20 @@ def training_arguments(job: Job) -> TrainingArguments:
     }
     if section.schedule == "wsd":
         ours["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps_of(section.decay, total))}
-    arguments = TrainingArguments(
-        **ours | job.engine.arguments | section.trainer
-    )  # the recipe has refused what it says in its own words
+    words = ours | job.engine.arguments | section.trainer  # the recipe has refused what it says in its own words
+    try:
+        arguments = TrainingArguments(**words)
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+        if not section.trainer:
+            raise
+        raise RecipeError(
+            say(
+                f"transformers does not take {section.trainer}: {_first_line(error)}",
+                f"transformers 不接受 {section.trainer}：{_first_line(error)}",
+            ),
+            place="trainer",
+            remedy=say("correct the value, or leave the word out", "请改正取值，或删去该项"),
+        ) from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: DataParallel would cut a pack in two (F-06)
     return arguments
 
@@ -471,6 +482,10 @@ def _know_the_numbered_cpu() -> None:
     torch.serialization.register_package(
         30, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
