@@ -202,9 +202,54 @@ def test_stages_under_one_launcher_follow_each_other(first: str, then: str, chat
         assert torch.allclose(made["two"][name], part, atol=1e-5), name
 
 
-def test_several_processes_do_not_begin_again_at_once(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
-    assert launched(2, "run", recipe_for(tmp_path, chat_model, "lora"), "--again") == [2, 2]
-    assert "--again --devices 2" in capfd.readouterr().err
+@pytest.mark.parametrize("flag", ["--again", "--fork"])
+def test_several_processes_do_not_rewrite_at_once(flag: str, chat_model: Path, tmp_path: Path, capfd: Any) -> None:
+    assert launched(2, "run", recipe_for(tmp_path, chat_model, "lora"), flag) == [2, 2]
+    assert f"{flag} --devices 2" in capfd.readouterr().err
+
+
+def test_a_changed_recipe_is_refused_under_a_launcher_too(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
+    recipe = recipe_for(tmp_path, chat_model, "lora")
+    assert launched(2, "run", recipe, before=die_at(5))[1] == -signal.SIGKILL
+    assert launched(2, "run", recipe, "sft.learning_rate=1e-3", "sft.weight_decay=0.3") == [2, 2]
+    told = capfd.readouterr().err
+    assert "sft.learning_rate: 0.01 → 0.001" in told and "sft.weight_decay: 0.0 → 0.3" in told
+    assert launched(2, "run", recipe) == [0, 0]
+
+
+def test_packs_of_another_number_of_processes_are_other_steps(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
+    recipe = recipe_for(tmp_path, chat_model, "lora", sft=", batch_tokens: 400")
+    recipe.write_text(recipe.read_text().replace("batch_size: 4, ", ""))
+    assert in_a_child("run", recipe, before=lambda: die_at(5)(1)) == signal.SIGKILL
+    assert launched(2, "run", recipe) == [2, 2]
+    assert "processes: 1 → 2" in (told := capfd.readouterr().err) and "--devices 1" in told
+    assert in_a_child("run", recipe) == 0
+
+
+def test_a_launcher_does_not_change_precision(chat_model: Path, tmp_path: Path, alone: dict[str, Path]) -> None:
+    def ask(rank: int) -> None:
+        os.environ |= {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "eager"}
+
+    assert launched(2, "run", recipe_for(tmp_path, chat_model, "lora"), before=ask) == [0, 0]
+    assert torch.allclose(logits(tmp_path / "out" / "merge"), logits(alone["lora"]), atol=1e-5)
+
+
+def test_a_signal_to_the_whole_group_saves(chat_model: Path, tmp_path: Path) -> None:
+    """As Slurm and systemd send it: to the command, to what starts the processes, and to the processes."""
+    recipe = recipe_for(tmp_path, chat_model, "lora", sft=", samples: 0")
+    recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("8 steps", "9999 steps"))
+    command = [sys.executable, "-m", "tongwen", "run", str(recipe), "--devices", "2"]
+    running = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log = tmp_path / "out" / "sft.partial" / "metrics.jsonl"
+    wait_until(lambda: log.is_file() and len(log.read_text().splitlines()) > 4)
+    os.killpg(running.pid, signal.SIGTERM)
+    _, told = running.communicate(timeout=60)
+    assert running.returncode == 130 and "the same command continues" in told and "Traceback" not in told
+    stopped = int(told.split("checkpoint-")[1].split()[0].strip(";,"))
+    assert (tmp_path / "out" / "sft.partial" / "checkpoints" / f"checkpoint-{stopped}").is_dir()
+    assert stopped == metrics(tmp_path / "out" / "sft.partial")[-1]["step"]
 
 
 def test_a_killed_process_is_named_and_the_others_end(chat_model: Path, tmp_path: Path) -> None:

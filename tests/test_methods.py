@@ -26,6 +26,7 @@ from tongwen.model.adapt import adapt
 from tongwen.model.load import Place, load_model
 from tongwen.model.stack import open_adapter
 from tongwen.recipe.schema import Adapter
+from tongwen.train import fit
 from tongwen.train.batches import pack, pad
 from tongwen.train.noise import Noise, lengths_of
 
@@ -372,3 +373,29 @@ def test_a_loss_that_does_not_fall_is_said(
         "run", recipe_for(tmp_path, chat_model, "{rank: 4}", sft=", stop_after: 110 steps"), f"sft.learning_rate={rate}"
     )
     assert code == 0 and (out.count("the loss has not fallen in 100 steps") == 1) is said
+
+
+def test_the_best_is_looked_at_before_it_is_taken(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    sft = ", stop_after: 30 steps, evaluate_every: 2, patience: 2, save_every: 2, learning_rate: 0.5, warmup: 0"
+    recipe = recipe_for(tmp_path, chat_model, "{rank: 4}", sft=sft)
+    recipe.write_text(recipe.read_text().replace("learning_rate: 1e-2, ", ""))
+
+    def spoil() -> None:
+        original = fit.damage
+        fit.damage = lambda folder: "spoilt" if folder.name.startswith("checkpoint-") else original(folder)  # type: ignore[assignment]
+
+    assert os.waitstatus_to_exitcode(in_a_child("run", recipe, before=spoil)) == 4
+    assert not (tmp_path / "out" / "sft").exists()
+
+
+def test_a_fork_is_not_shorter_than_what_is_done(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = recipe_for(tmp_path, chat_model, "{rank: 4}", sft=", stop_after: 8 steps, save_every: 2")
+    assert os.WTERMSIG(in_a_child("run", recipe, before=die_at(6))) == signal.SIGKILL
+    checkpoints = tmp_path / "out" / "sft.partial" / "checkpoints"
+    shutil.copytree(checkpoints / "checkpoint-6", checkpoints / "checkpoint-6-mine")
+    with (checkpoints.parent / "metrics.jsonl").open("ab") as stream:
+        stream.write(b"12\n\xff\n")
+    code, _, err = tongwen("run", recipe, "sft.stop_after=4 steps", "--fork")
+    assert code == 2 and "6 steps are done, and the recipe now has 4" in err
+    assert tongwen("run", recipe, "--fork")[0] == 0
+    assert (tmp_path / "out" / "sft" / "checkpoints" / "checkpoint-6-mine").is_dir(), "a copy is nobody's to delete"

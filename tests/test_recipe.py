@@ -52,8 +52,7 @@ def problems(file: Path, *overrides: str) -> list[TongwenError]:
         (GOOD % "trainer: {eval_on_start: true}", 4, "eval_on_start", "before and after"),
         (GOOD % "trainer: {torch_compile_mode: x}", 4, "torch_compile_mode", "compile"),
         (GOOD % "adapter: {targets: []}", 4, "targets", "all-linear"),
-        (GOOD % "adapter: {quantize: nf4}", 4, "quantize", "method: qlora"),
-        (GOOD % "adapter: {method: full, dropout: 0.0}", 4, "dropout", "method: lora"),
+        (GOOD % "adapter: {method: full, also_train: [norm]}", 4, "also_train", "method: lora"),
         (GOOD % "adapter: {method: new_rows, continue_from: f}", 4, "continue_from", "method: lora"),
         (GOOD % "adapter: {target_parameters: [w], dora: true}", 4, "target_parameters", "`dora`"),
         (GOOD % "adapter: {target_parameters: [w], dropout: 0.1}", 4, "target_parameters", "`dropout`"),
@@ -211,3 +210,15 @@ def test_changes_of_a_recipe_may_stand_anywhere(tongwen: Any, tmp_path: Path) ->
         assert code == 2 and "max_length" in out + err
     with pytest.raises(SystemExit):
         tongwen("check", recipe, "--jsn", "sft.max_length=9")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ("{quantize: int8}", "`method: lora` does nothing with quantize"),
+        ("{method: full, rank: 4, dropout: 0.1}", "dropout, rank"),
+    ],
+)
+def test_words_without_effect_are_said(adapter: str, said: str, tmp_path: Path) -> None:
+    _, notices = load(write(tmp_path, GOOD % f"adapter: {adapter}"))
+    assert any(said in notice for notice in notices)

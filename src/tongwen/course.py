@@ -348,7 +348,17 @@ def _train(
     resume = newest[current]
     start = legs[current].steps_before + (step_of(resume) if resume else 0)
     told = {**run, "conditions": _conditions(pupil, legs[current])}
+    if start > len(tokens):
+        raise RecipeError(
+            say(
+                f"{start} steps are done, and the recipe now has {len(tokens)}",
+                f"已完成 {start} 步，而配方现在只有 {len(tokens)} 步",
+            ),
+            place=f"{course.stage}.stop_after",
+            remedy=gate.again(),
+        )
     if resume:
+        _check_packs(read_manifest(resume)["conditions"], told["conditions"], course)
         _say_conditions(read_manifest(resume)["conditions"], told["conditions"])
     if start:
         console.notice(
@@ -397,6 +407,25 @@ def _conditions(pupil: Pupil, leg: Leg) -> dict[str, Any]:
         "compile": leg.stretch.words.compile,
         "versions": artifact.versions(),
     }
+
+
+def _check_packs(before: dict[str, Any], now: dict[str, Any], course: Course) -> None:
+    """A step of `batch_tokens` is as many samples as fit its packs: other packs would be other steps."""
+    names = ("processes", "micro_batch_tokens")
+    if course.section.batch_tokens and any(before[name] != now[name] for name in names):
+        raise RecipeError(
+            say(
+                "with batch_tokens, the samples of a step depend on processes and micro_batch_tokens, which have changed: "
+                + "; ".join(f"{name}: {before[name]} → {now[name]}" for name in names),
+                "使用 batch_tokens 时，每步的样本取决于进程数与 micro_batch_tokens，而它们变了："
+                + "；".join(f"{name}: {before[name]} → {now[name]}" for name in names),
+            ),
+            place=f"{course.stage}.batch_tokens",
+            remedy=say(
+                f"--devices {before['processes']} and {course.stage}.micro_batch_tokens={before['micro_batch_tokens']}",
+                f"--devices {before['processes']} 与 {course.stage}.micro_batch_tokens={before['micro_batch_tokens']}",
+            ),
+        )
 
 
 def _say_conditions(before: dict[str, Any], now: dict[str, Any]) -> None:

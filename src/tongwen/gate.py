@@ -24,6 +24,7 @@ RUN = "run.json"
 BEFORE = "before.json"  # what the untrained model scored; other data ask again
 # What the weights and the optimizer's memory are shaped by: a fork cannot change it. Of the adapter, dropout alone may.
 SHAPE = re.compile(r"\w+\.(adapter\.(?!dropout$).*|optimizer|train|engine)")
+DEEPSPEED = ("zero2", "zero3")
 DATA, DTYPE = "prepare (fingerprint)", "dtype"
 
 
@@ -36,6 +37,8 @@ def check(folder: Path, settings: Mapping[str, Any], prepared: str, *, fork: boo
     changed = [one for one in artifact.differences(run["settings"], settings) if one[0] != "base"]  # see `enter`
     changed += _differing(run["identity"], {DATA: prepared})
     fixed = [one for one in changed if SHAPE.fullmatch(one[0]) or _trains_other_parts(*one)]
+    if any(one.get("engine", "").endswith((".json", *DEEPSPEED)) for one in settings.values() if isinstance(one, dict)):
+        fixed = changed  # DeepSpeed goes on with the rates of its own checkpoint
     if fork:
         artifact.refuse_changed(str(folder), fixed, again() + say("; --fork cannot change it", "；--fork 不能改变它"))
         _fork(folder, run, settings, changed)
@@ -70,8 +73,9 @@ def enter(folder: Path, settings: Mapping[str, Any], identity: Mapping[str, str]
     fingerprints, and what else only an opened base tells. Raises RecipeError when they are not those that it began with."""
     run = _read(folder) or {"run": _new_id(), "began": _now(), "settings": settings, "identity": {}, "forks": []}
     changed = _differing(run["identity"], identity)
-    if changed:
-        changed += [one for one in artifact.differences(run["settings"], settings) if one[0] == "base"]
+    # A base under another path is the same where its fingerprint is. `check` has seen the rest, but under a launcher.
+    differing = artifact.differences(run["settings"], json.loads(json.dumps(settings)))
+    changed += [one for one in differing if changed or one[0] != "base"]
     artifact.refuse_changed(str(folder), changed, again())
     run |= {"settings": dict(settings), "identity": {**identity, **run["identity"]}}
     if is_first():

@@ -49,21 +49,20 @@ def run(
 ) -> list[artifact.Artifact]:
     """Run the chosen stages; returns their artifacts. arguments: recipe file and overrides, for launched processes.
 
-    Raises RecipeError when a finished or interrupted stage was made with other settings, and for `again` in several processes.
+    Raises RecipeError when a finished or interrupted stage was made with other settings, and for `again` and `fork` in several processes.
     """
     launch.begin()
-    if again and launch.is_launched():
+    if (again or fork) and launch.is_launched():
+        flag, many = "--again" if again else "--fork", launch.world_size()
         raise RecipeError(
             say(
-                f"finished stages are moved aside, which {launch.world_size()} processes cannot do at once",
-                f"要把已完成的阶段移到一旁，{launch.world_size()} 个进程无法同时做",
+                f"what is there is moved aside or rewritten, which {many} processes cannot do at once",
+                f"要移开或改写已有的内容，{many} 个进程无法同时做",
             ),
-            place="--again",
+            place=flag,
             remedy=say(
-                f"tongwen run RECIPE --again --devices {launch.world_size()}; or rename the folders of {recipe.out} first, "
-                "and launch without --again",
-                f"tongwen run RECIPE --again --devices {launch.world_size()}；或先给 {recipe.out} 下的文件夹改名，"
-                "再不带 --again 启动",
+                f"tongwen run RECIPE {flag} --devices {many}; or rename the folders of {recipe.out}, and launch without it",
+                f"tongwen run RECIPE {flag} --devices {many}；或先给 {recipe.out} 下的文件夹改名，再不带它启动",
             ),
         )
     chosen = choose(recipe, only, start, until)
@@ -83,6 +82,7 @@ def run(
                 if name not in redone:
                     _find_unchanged(recipe, name, out, fork)
             check_ahead(recipe, chosen)
+        if launch.is_first() and not launch.is_ours():
             (out / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
         for name in chosen:
             path = out / name

@@ -114,6 +114,12 @@ def read(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, l
     recipe = _validate(data, reading)
     raise_all(reading.problems)
     assert recipe is not None
+    for stage in recipe.training:
+        if said := sorted(stage.adapter.idle & stage.adapter.model_fields_set):
+            method, idle = stage.adapter.method, ", ".join(said)
+            reading.notices.append(
+                say(f"`method: {method}` does nothing with {idle}", f"`method: {method}` 不使用 {idle}")
+            )
     if not recipe.out:
         recipe = recipe.model_copy(update={"out": f"runs/{recipe.name}"})
     return recipe, reading.notices

@@ -457,11 +457,11 @@ class Adapter(Section):
                 "targets: the list is empty, so that the adapter would stand nowhere; write `all-linear`, or names",
                 "targets：列表为空，适配器无处可放；请写 `all-linear` 或模块名",
             )
-        if said := sorted(self.idle & self.model_fields_set):
-            remedy = "method: qlora" if said == ["quantize"] else "method: lora"
+        asked = {"also_train", "continue_from", "target_parameters"} & self.idle & self.model_fields_set
+        if said := sorted(word for word in asked if getattr(self, word)):
             raise wrong(
-                f"`method: {self.method}` does nothing with `{said[0]}`: leave it out, or write `{remedy}`",
-                f"`method: {self.method}` 不使用 `{said[0]}`：请删去，或写 `{remedy}`",
+                f"`method: {self.method}` does nothing with `{said[0]}`: leave it out, or write `method: lora`",
+                f"`method: {self.method}` 不使用 `{said[0]}`：请删去，或写 `method: lora`",
             )
         if self.target_parameters and (self.dora or self.dropout):
             word = "dora" if self.dora else "dropout"

@@ -28,7 +28,7 @@ def newest_checkpoint(folder: Path, runs: Collection[str] = ()) -> Path | None:
     runs: the ids that this run has had; empty: any. Raises ArtifactError when checkpoints are there and none is whole.
     """
     problems: dict[Path, str] = {}
-    for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+    for path in sorted(_all_in(folder), key=step_of, reverse=True):
         problem = damage(path, runs)
         if problem is None:
             _put_aside(problems, path)
@@ -96,10 +96,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def last_of(folder: Path) -> str:
     """The last checkpoint, in words for a message."""
-    last = max(folder.glob("checkpoint-*"), key=step_of, default=None)
+    last = max(_all_in(folder), key=step_of, default=None)
     if last is None:
         return say("there is no checkpoint yet", "还没有检查点")
     return say(f"the last checkpoint is {last}", f"最近的检查点为 {last}")
+
+
+def _all_in(folder: Path) -> list[Path]:
+    """Without somebody's copies of them."""
+    return [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -132,7 +137,7 @@ def commit(staged: Path, folder: Path, told: Mapping[str, Any], keep: int, best:
     target = folder / staged.name
     staged.rename(target)
     artifact.sync_folder(folder)
-    others = (path for path in folder.glob("checkpoint-*") if step_of(path) != best or path == target)
+    others = (path for path in _all_in(folder) if step_of(path) != best or path == target)
     for old in sorted(others, key=step_of, reverse=True)[keep:]:
         old.rename(folder / STAGING / old.name)  # first it stops being a checkpoint, then it goes
     shutil.rmtree(folder / STAGING, ignore_errors=True)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tongwen import launch
+from tongwen import console, launch
 from tongwen.errors import MachineError, MissingPackage, RecipeError
 from tongwen.language import say
 from tongwen.recipe import engine_file
@@ -29,6 +29,7 @@ from tongwen.train.memory import SHARED, Sharing
 
 BUCKET = 500_000_000  # DeepSpeed's default
 FSDP_FILE = "pytorch_model_fsdp.bin"  # accelerate's name
+OVERRIDDEN = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_")  # by `precision` and `compile`
 ASKED_FROM_OUTSIDE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
@@ -135,6 +136,15 @@ class Engine:
 
 def choose(words: Training) -> Engine:
     """The engine that a recipe asks for, in the processes that there are. Raises RecipeError or MissingPackage."""
+    for name in [name for name in os.environ if name.startswith(OVERRIDDEN)]:
+        value = os.environ.pop(name)
+        if value.lower() not in ("no", "false", ""):
+            console.notice(
+                say(
+                    f"{name}={value} of the launcher is not used: the recipe decides",
+                    f"不采用启动器的 {name}={value}：以配方为准",
+                )
+            )
     unset_hf_deepspeed_config()  # of the stage before: transformers would cut the next model up while it is read
     place, launched = f"engine: {words.engine}", launch.is_launched()
     outside = [name for name in ASKED_FROM_OUTSIDE if os.environ.get(name, "").lower() == "true"]

@@ -25,12 +25,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from tongwen import console, launch
-from tongwen.errors import Interrupted, MissingPackage, NumbersError, RecipeError
+from tongwen.errors import ArtifactError, Interrupted, MissingPackage, NumbersError, RecipeError
 from tongwen.language import say
 from tongwen.recipe.schema import Stretch, Training
 from tongwen.train.audit import FirstSteps, first_not_finite
 from tongwen.train.batches import MicroBatches, Plan
-from tongwen.train.checkpoints import STAGING, check_adapter_saved, check_space, commit, last_of, stage, step_of
+from tongwen.train.checkpoints import STAGING, check_adapter_saved, check_space, commit, damage, last_of, stage, step_of
 from tongwen.train.engine import FSDP_FILE, Engine, gather, scatter
 from tongwen.train.guard import Guard
 from tongwen.train.halt import Halt
@@ -155,6 +155,12 @@ def _fit(job: Job, halt: Halt) -> int:
             )
     if patience and (best := job.watch.best) and best[0] != done:
         console.notice(say(f"the weights of step {best[0]}, the best, are taken", f"取第 {best[0]} 步（最佳）的权重"))
+        if problem := damage(job.checkpoints / f"checkpoint-{best[0]}"):
+            raise ArtifactError(
+                problem,
+                place=str(job.checkpoints / f"checkpoint-{best[0]}"),
+                remedy=say("--again begins anew", "--again 重新开始"),
+            )
         trainer._load_from_checkpoint(str(job.checkpoints / f"checkpoint-{best[0]}"))
     if (name := first_not_finite(job.model)) is not None:
         raise NumbersError(say("weights are not finite after the run", "训练后权重含非有限值"), place=name)

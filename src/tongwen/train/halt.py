@@ -1,6 +1,6 @@
 """When a run is asked to stop: by a signal, or because its time is nearly over. It then saves at the end of the step.
 
-A second signal ends the process at once; the last checkpoint stays whole.
+A second signal, later than launchers repeat the first, ends the process at once; the last checkpoint stays whole.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 
 from tongwen.language import say
 
+REPEATED = 3.0  # seconds in which the same wish may arrive twice: to the whole group, and passed on by a parent
 SAVING_SECONDS = 30.0  # assumed until the first save has been seen
 
 
@@ -23,14 +24,18 @@ class Halt:
     def __init__(self, deadline: float | None) -> None:
         self.deadline = min(filter(None, (deadline, _end_of_job())), default=None)
         self.why = ""
+        self.heard: float | None = None
         self.step = 0.0
         self.save = SAVING_SECONDS
         self.began = time.time()
 
     def hear(self, number: int) -> None:
         """Somebody asks. A second time, the process ends at once."""
-        self.why = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        now = time.monotonic()
+        if self.heard is not None and now > self.heard + REPEATED:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.why, self.heard = signal.Signals(number).name, self.heard or now
 
     def wanted(self) -> bool:
         """Whether to stop after the step that is being taken. Called once in each step."""

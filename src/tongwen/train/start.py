@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from tongwen import console
 from tongwen.errors import MachineError
@@ -14,10 +16,23 @@ from tongwen.language import say
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun's own command line; returns 0, 5 when a process was killed, else 1: the process itself has said why."""
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    _end_with_parent()
+    stop, heard = api._terminate_process_handler, list[int]()
+
+    def stop_once(number: int, frame: Any) -> None:
+        """A second wish would break off the wait for the processes, which are saving."""
+        heard.append(number)
+        if len(heard) == 1:
+            stop(number, frame)
+
+    api._terminate_process_handler = stop_once
     try:
         run.run(run.parse_args(list(arguments)))
+    except api.SignalException:
+        return 1
     except ChildFailedError as error:
         killed = {
             rank: failure
@@ -39,6 +54,12 @@ def main(arguments: Sequence[str]) -> int:
             )
         return MachineError.exit_code if killed else 1
     return 0
+
+
+def _end_with_parent() -> None:
+    """Linux: when the command is killed, this is asked to stop, too; else its processes would go on without it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 if __name__ == "__main__":

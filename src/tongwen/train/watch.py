@@ -152,11 +152,13 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     out = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            out.append(json.loads(line))
+            read = json.loads(line)
         except ValueError:
             continue
+        if isinstance(read, dict):
+            out.append(read)
     return out
 
 
