@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import sentencepiece_tokenizer, tiny_llama, write_recipe
 from tongwen.past.failures import failures, find
@@ -55,6 +56,13 @@ def test_deepspeed_beside_8_bits_is_said(tongwen: Any) -> None:
     assert verdicts["deepspeed"]["verdict"] == "dropped" and "dropped it in silence" in verdicts["deepspeed"]["why"]
 
 
+def test_deepspeed_under_8_bits_is_refused(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, chat_model, sft=", engine: zero2")
+    recipe.write_text(recipe.read_text().replace("{rank: 4}", "{method: qlora, quantize: int8}"))
+    code, _, said = tongwen("check", recipe)
+    assert code == 2 and "`method: qlora` does not work with `engine: zero2`" in said and "engine: fsdp2" in said
+
+
 def test_a_random_seed_is_replaced_aloud(tongwen: Any) -> None:
     code, out, _ = tongwen("migrate", "--", "python", "finetune.py", "--base_model", "x", "--seed", "$RANDOM")
     assert code == 0
@@ -87,6 +95,31 @@ def test_a_tokenizer_that_extends_its_base_is_taken_whatever_its_size(tongwen: A
     recipe.write_text(recipe.read_text().replace(str(tmp_path / "merged"), str(tmp_path / "zh.model")))
     code, _, said = tongwen("run", recipe, "--again")
     assert code == 4 and "differ from id" in said
+
+
+def test_a_tokenizer_without_pad_learns_to_stop_and_gets_none(tongwen: Any, tmp_path: Path) -> None:
+    import tongwen as package
+
+    base = tmp_path / "base"
+    before = sentencepiece_tokenizer(base)
+    tiny_llama(base, len(before))
+    assert before.pad_token is None
+    rows = [{"instruction": f"{number}", "input": "", "output": "你好。"} for number in range(24)]
+    recipe = write_recipe(tmp_path, base, rows, sft=", stop_after: 30 steps")
+    recipe.write_text(
+        recipe.read_text().replace("template: chatml", "template: plain").replace("{rank: 4}", "{method: full}")
+    )
+    code, _, said = tongwen("run", recipe, "merge=null")
+    assert code == 0, said
+    made = tmp_path / "out" / "sft"
+    assert json.loads((made / "report.json").read_text())["mask"]["stop_learned_share"] == 1.0
+    after = PreTrainedTokenizerFast.from_pretrained(made)
+    assert after.get_vocab() == before.get_vocab() and after.pad_token is None
+    assert len(load_file(made / "model.safetensors")["model.embed_tokens.weight"]) == len(before)
+    told = json.loads((made / "generation_config.json").read_text())
+    assert told["eos_token_id"] == told["pad_token_id"] == before.eos_token_id == 2
+    live = package.open(str(made), precision="fp32")
+    assert live.chat([{"role": "user", "content": "7"}], max_new_tokens=20) == "你好。"
 
 
 def test_what_learns_stands_in_fp32_also_on_an_fp16_base(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
 from tests.conftest import tensors, write_recipe, write_rows
 from tests.launching import in_a_child
@@ -23,6 +24,7 @@ from tests.test_run import manifest
 from tongwen.errors import ArtifactError, NumbersError
 from tongwen.train.batches import Plan
 from tongwen.train.checkpoints import check_adapter_saved
+from tongwen.train.engine import Engine
 from tongwen.train.fit import PlannedTrainer
 from tongwen.train.guard import ABSURD, SKIPS, Guard
 from tongwen.train.halt import Halt
@@ -281,6 +283,38 @@ def test_an_adapter_without_weights_is_never_saved(held: dict[str, torch.Tensor]
             check_adapter_saved(tmp_path)
         (tmp_path / "adapter_config.json").write_text('{"peft_type": "ADALORA"}')
     check_adapter_saved(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["checkpoints", "sft.partial"])
+def test_a_run_whose_adapter_was_saved_empty_ends(
+    where: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a checkpoint, and in what the stage leaves."""
+    original = PeftModel.save_pretrained
+
+    def save(self: Any, folder: str, *arguments: Any, **options: Any) -> None:
+        original(self, folder, *arguments, **options)
+        if ("checkpoints" in Path(folder).parts) == (where == "checkpoints"):
+            save_file({}, str(Path(folder) / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", save)
+    recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 1 steps", merge=False)
+    code, _, err = tongwen("run", recipe)
+    assert code == 4 and "the saved adapter is empty" in err and where in err
+    assert not (tmp_path / "out" / "sft").exists()
+    kept = list((tmp_path / "out" / "sft.partial" / "checkpoints").glob("checkpoint-*"))
+    assert len(kept) == (0 if where == "checkpoints" else 1)
+
+
+def test_a_process_that_sees_two_gpus_takes_one(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers takes all that it sees, for DataParallel."""
+    taken = []
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 1 if self._n_gpu == 1 else 2))
+    monkeypatch.setattr(Engine, "prove", lambda self, model, *rest: taken.append(type(model).__name__))
+    assert tongwen("run", write_recipe(tmp_path, chat_model, sft=", stop_after: 1 steps", merge=False))[0] == 0
+    assert taken == ["PeftModelForCausalLM"]
 
 
 def test_one_launched_process_is_one_device(chat_model: Path, tmp_path: Path) -> None:

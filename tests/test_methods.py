@@ -164,6 +164,18 @@ def test_adaloras_second_loss_is_in_the_first(chat_model: Path) -> None:
     assert penalty == pytest.approx(float(with_it - plain), rel=1e-4) and penalty > 0
 
 
+def test_adaloras_second_loss_is_counted_once_a_step(wide_model: Path, tmp_path: Path) -> None:
+    """Both begin as the base. Small A and B are almost as far from orthogonal as zeros are, by the root of the rank."""
+    found = {}
+    for method in ("lora", "adalora"):
+        words = ", stop_after: 1 steps, micro_batch_tokens: 64"
+        recipe = recipe_for(tmp_path / method, wide_model, f"{{method: {method}, rank: 4}}", sft=words)
+        assert cli.main(["run", str(recipe)]) == 0
+        assert manifest(tmp_path / method / "out" / "sft")["micro_batches"]["accumulate"] > 1
+        found[method] = metrics(tmp_path / method)[0]["loss"]
+    assert found["adalora"] - found["lora"] == pytest.approx(0.5 * math.sqrt(6), rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("adapter", "sft"),
     [
@@ -258,6 +270,17 @@ def test_patience_ends_the_run_and_takes_the_best(chat_model: Path, tmp_path: Pa
     assert kept == {f"checkpoint-{best['step']}", f"checkpoint-{lines[-1]['step']}"}
     code, _, err = tongwen("run", recipe_for(tmp_path / "b", chat_model, "{rank: 4}", sft=", patience: 2"))
     assert code == 2 and "evaluate_every" in err
+
+
+def test_noise_is_in_the_loss_and_not_in_the_scores(chat_model: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, words in (("quiet", ""), ("loud", ", neftune: 5")):
+        sft = f", stop_after: 2 steps, warmup: 1, evaluate_every: 1{words}"
+        assert cli.main(["run", str(recipe_for(tmp_path / name, chat_model, "{rank: 4}", sft=sft))]) == 0
+        found[name] = metrics(tmp_path / name)[0]
+    assert found["quiet"]["learning_rate"] == found["loud"]["learning_rate"] == 0, "nothing has moved when it is scored"
+    assert abs(found["loud"]["loss"] - found["quiet"]["loss"]) > 1e-4
+    assert found["loud"]["bits_per_byte"] == found["quiet"]["bits_per_byte"]
 
 
 def test_noise_is_scaled_by_the_document(chat_model: Path) -> None:

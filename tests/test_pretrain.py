@@ -19,7 +19,7 @@ from tests.test_run import manifest
 from tongwen import cli
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_stack
 from tongwen.model.load import Place
-from tongwen.train.fit import PlannedTrainer
+from tongwen.train.fit import Job, PlannedTrainer, fit
 
 NEW = [300, 301, 470, 471]
 EMBEDDING = "model.embed_tokens.weight"
@@ -404,7 +404,11 @@ def untie(base: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_source_says_its_language_and_its_share(chat_model: Path, tmp_path: Path) -> None:
+def test_a_source_says_its_language_and_its_share(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = list[Job]()
+    monkeypatch.setattr("tongwen.course.fit", lambda job: (jobs.append(job), fit(job))[1])
     write_rows(tmp_path / "more.jsonl", [{"text": f"hello world, how are you today? {number}"} for number in range(60)])
     recipe = write_recipe(tmp_path, chat_model, "stop_after: 1 epoch")
     text = recipe.read_text().replace(
@@ -415,7 +419,12 @@ def test_a_source_says_its_language_and_its_share(chat_model: Path, tmp_path: Pa
     assert cli.main(["run", str(recipe)]) == 0
     report = json.loads((tmp_path / "out" / "pretrain" / "report.json").read_text())
     assert set(report["held_out"]["groups"]) == {"en", "other", "zh"}
-    assert metrics(tmp_path / "out" / "pretrain")[-1]["epoch"] == 1.0
+    lines = metrics(tmp_path / "out" / "pretrain")
+    assert lines[-1]["epoch"] == 1.0
+    english, (job,) = 0, jobs
+    for sample in (sample for micro in job.plan.flat() for sample in micro):
+        english += int(job.store.lengths[sample]) * job.store.origin(sample).file.endswith("more.jsonl")
+    assert 0.15 < english / lines[-1]["tokens"] < 0.25
 
 
 @pytest.mark.parametrize(
