@@ -15,7 +15,8 @@ import torch
 from tests.conftest import dialogues, tensors, write_recipe, write_rows
 from tests.launching import die_at, in_a_child
 from tests.test_run import manifest
-from tongwen import cli
+from tongwen import cli, gate
+from tongwen.errors import RecipeError
 from tongwen.gate import RUN
 
 SFT = ", save_every: 2, stop_after: 8 steps"
@@ -148,3 +149,17 @@ def test_two_processes_stop_when_asked_and_one_goes_on(chat_model: Path, tmp_pat
     assert 1 < taken < 24 and (out / "sft.partial" / "checkpoints" / f"checkpoint-{taken}").is_dir()
     assert cli.main(["run", str(recipe)]) == 0
     assert losses(tmp_path / "broken") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+@pytest.mark.parametrize(("engine", "passes"), [("auto", True), ("zero2", False), ("mine.json", False)])
+def test_deepspeed_goes_on_with_the_rates_of_its_checkpoint(engine: str, passes: bool, tmp_path: Path) -> None:
+    """So that a fork would say one rate and take another."""
+    words = {"sft": {"engine": engine, "learning_rate": 1e-4}, "seed": 1}
+    gate.enter(tmp_path, words, {})
+    changed = {"sft": {"engine": engine, "learning_rate": 1e-3}, "seed": 1}
+    if passes:
+        gate.check(tmp_path, changed, "", fork=True)
+        assert len(gate.enter(tmp_path, changed, {})["forks"]) == 1
+    else:
+        with pytest.raises(RecipeError, match=r"learning_rate: 0\.0001 → 0\.001"):
+            gate.check(tmp_path, changed, "", fork=True)
