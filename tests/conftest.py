@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,24 @@ def type_lines(lines: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
             raise EOFError from None
 
     monkeypatch.setattr(builtins, "input", read)
+
+
+def remade(base: Path, folder: Path, weights: dict[str, torch.Tensor], **words: Any) -> Path:
+    """A copy of a model with these weights among its own, and these words in its configuration."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(base, folder)
+    save_file(tensors(base) | weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **words}))
+    return folder
+
+
+def without_chatml(base: Path, folder: Path) -> Path:
+    """The same model, which has never seen ChatML's tokens."""
+    rows = tensors(base)["model.embed_tokens.weight"]
+    rows[1:3] = 0
+    return remade(base, folder, {"model.embed_tokens.weight": rows})
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -6,7 +6,6 @@ import importlib.util
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +17,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from tests.conftest import tensors, write_recipe, write_rows
+from tests.conftest import remade, tensors, without_chatml, write_recipe, write_rows
 from tests.launching import in_a_child, launched, needs_deepspeed
 from tongwen import course, launch
 from tongwen.families import FAMILIES
@@ -122,13 +120,8 @@ def test_two_processes_killed_and_resumed_are_one_process(
 
 
 def test_a_base_in_16_bits_becomes_fp32_when_it_is_shared_out(chat_model: Path, tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(chat_model, base)
-    half = {name: part.bfloat16() for name, part in tensors(base).items()}
-    save_file(half, str(base / "model.safetensors"), metadata={"format": "pt"})
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
-    made = {}
+    half = {name: part.bfloat16() for name, part in tensors(chat_model).items()}
+    base, made = remade(chat_model, tmp_path / "base", half, dtype="bfloat16"), {}
     for engine, world in (("auto", 1), ("fsdp2", 2)):
         recipe = recipe_for(tmp_path / engine, base, "full", engine)
         assert launched(world, "run", recipe) == [0] * world
@@ -196,11 +189,7 @@ def test_an_engine_that_silently_became_another_is_found(chat_model: Path, tmp_p
 @pytest.mark.parametrize(("first", "then"), [("fsdp2", "auto"), pytest.param("zero3", "fsdp2", marks=needs_deepspeed)])
 def test_stages_under_one_launcher_follow_each_other(first: str, then: str, chat_model: Path, tmp_path: Path) -> None:
     """The second waits for what the first writes, and nothing of the first one's engine is left. It trains single rows."""
-    base, made = tmp_path / "base", {}
-    shutil.copytree(chat_model, base)
-    weights = tensors(base)
-    weights["model.embed_tokens.weight"][1:3] = 0  # ChatML's tokens, which this base has never seen
-    save_file(weights, str(base / "model.safetensors"), metadata={"format": "pt"})
+    base, made = without_chatml(chat_model, tmp_path / "base"), {}
     for name, engines in {"one": ("auto", "auto"), "two": (first, then)}.items():
         recipe = recipe_for(tmp_path / name, base, "lora", engines[1])
         text = recipe.read_text().replace("8 steps", "3 steps")

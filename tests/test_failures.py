@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from tests.conftest import sentencepiece_tokenizer, tiny_llama, write_recipe
+from tests.conftest import remade, sentencepiece_tokenizer, tensors, tiny_llama, write_recipe
 from tongwen.past.failures import failures, find
 
 ROOT = Path(__file__).parents[1]
@@ -123,15 +123,7 @@ def test_a_tokenizer_without_pad_learns_to_stop_and_gets_none(tongwen: Any, tmp_
 
 
 def test_what_learns_stands_in_fp32_also_on_an_fp16_base(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
-    import shutil
-
-    base = tmp_path / "half"
-    shutil.copytree(chat_model, base)
-    save_file(
-        {name: one.half() for name, one in load_file(base / "model.safetensors").items()},
-        base / "model.safetensors",
-        {"format": "pt"},
-    )
+    base = remade(chat_model, tmp_path / "half", {name: one.half() for name, one in tensors(chat_model).items()})
     code, _, said = tongwen("run", write_recipe(tmp_path, base, merge=False), "sft.stop_after=2 steps")
     assert code == 0, said
     learned = load_file(tmp_path / "out" / "sft" / "adapter_model.safetensors")

@@ -16,8 +16,9 @@ from tests.conftest import dialogues, tensors, write_recipe, write_rows
 from tests.launching import die_at, in_a_child
 from tests.test_run import manifest
 from tongwen import cli, gate
-from tongwen.errors import RecipeError
+from tongwen.course import settings_of
 from tongwen.gate import RUN
+from tongwen.recipe.load import load
 
 SFT = ", save_every: 2, stop_after: 8 steps"
 
@@ -152,14 +153,20 @@ def test_two_processes_stop_when_asked_and_one_goes_on(chat_model: Path, tmp_pat
 
 
 @pytest.mark.parametrize(("engine", "passes"), [("auto", True), ("zero2", False), ("mine.json", False)])
-def test_deepspeed_goes_on_with_the_rates_of_its_checkpoint(engine: str, passes: bool, tmp_path: Path) -> None:
+def test_deepspeed_goes_on_with_the_rates_of_its_checkpoint(
+    engine: str, passes: bool, chat_model: Path, tmp_path: Path, tongwen: Any
+) -> None:
     """So that a fork would say one rate and take another."""
-    words = {"sft": {"engine": engine, "learning_rate": 1e-4}, "seed": 1}
-    gate.enter(tmp_path, words, {})
-    changed = {"sft": {"engine": engine, "learning_rate": 1e-3}, "seed": 1}
+    if engine == "mine.json":
+        engine = str(tmp_path / engine)
+        Path(engine).write_text('{"zero_optimization": {"stage": 2}}')
+    recipe = write_recipe(tmp_path, chat_model, sft=f", engine: {engine}, stop_after: 1 steps", merge=False)
+    assert tongwen("run", recipe, "--only", "prepare")[0] == 0
+    unfinished = tmp_path / "out" / "sft.partial"
+    unfinished.mkdir()
+    gate.enter(unfinished, settings_of(load(recipe)[0], "sft"), {})
+    code, _, err = tongwen("run", recipe, "--fork", "sft.learning_rate=1e-3")
     if passes:
-        gate.check(tmp_path, changed, "", fork=True)
-        assert len(gate.enter(tmp_path, changed, {})["forks"]) == 1
+        assert code == 0 and len(manifest(tmp_path / "out" / "sft")["forks"]) == 1
     else:
-        with pytest.raises(RecipeError, match=r"learning_rate: 0\.0001 → 0\.001"):
-            gate.check(tmp_path, changed, "", fork=True)
+        assert code == 2 and "learning_rate: 0.01 → 0.001" in err and "--fork cannot change it" in err

@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, TrainingArguments
 
-from tests.conftest import tensors, write_recipe, write_rows
+from tests.conftest import remade, tensors, write_recipe, write_rows
 from tests.launching import in_a_child
 from tests.test_run import manifest
 from tongwen.errors import ArtifactError, NumbersError
@@ -144,7 +144,6 @@ def test_what_is_not_finite_is_never_saved(
 
 
 def test_a_nan_among_the_weights_is_named(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    import shutil
 
     shutil.copytree(chat_model, tmp_path / "base")
     weights = tensors(chat_model)
@@ -225,12 +224,9 @@ def test_fp16_leaves_out_what_overflows(
 
 def test_a_held_out_nan_is_no_score(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     """One token that is in the held-out file alone, and overflows."""
-    base = tmp_path / "base"
-    shutil.copytree(chat_model, base)
-    weights = tensors(base)
-    token = AutoTokenizer.from_pretrained(base).convert_tokens_to_ids("Z")
-    weights["model.embed_tokens.weight"][token] = 3e38
-    save_file(weights, str(base / "model.safetensors"), metadata={"format": "pt"})
+    rows = tensors(chat_model)["model.embed_tokens.weight"]
+    rows[AutoTokenizer.from_pretrained(chat_model).convert_tokens_to_ids("Z")] = 3e38
+    base = remade(chat_model, tmp_path / "base", {"model.embed_tokens.weight": rows})
     held = write_rows(tmp_path / "held.jsonl", [{"instruction": "Z?", "output": "ZZ"}])
     recipe = write_recipe(tmp_path, base, sft=SFT, merge=False)
     code, _, err = tongwen("run", recipe, f"prepare.held_out={held}", "sft.samples=0")

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from tests.conftest import dialogues, tensors, write_rows
+from tests.conftest import dialogues, remade, tensors, write_rows
 from tests.launching import in_a_child, launched, needs_deepspeed
 from tests.test_run import manifest
 from tongwen import cli
@@ -81,12 +80,8 @@ def test_only_the_new_rows_move(phases: str, stored: torch.dtype, precision: str
     """Alone the rows are tensors of their own; before a phase that trains all rows they are one matrix under a guard.
     Neither weight decay nor Adam's memory may move another row."""
     words = f"phases: {phases}, stop_after: 6 steps, weight_decay: 0.5, save_every: 6, max_grad_norm: 0.1"
-    base = tmp_path / "base"
-    shutil.copytree(grown, base)
-    rough = {name: (part + 1e-4).to(stored) for name, part in tensors(base).items()}  # of which bf16 would lose a part
-    save_file(rough, base / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "dtype": str(stored).removeprefix("torch.")}))
+    rough = {name: (part + 1e-4).to(stored) for name, part in tensors(grown).items()}  # of which bf16 would lose a part
+    base = remade(grown, tmp_path / "base", rough, dtype=str(stored).removeprefix("torch."))
     recipe = write_recipe(tmp_path, base, words)
     recipe.write_text(recipe.read_text().replace("precision: fp32", f"precision: {precision}"))
     assert cli.main(["run", str(recipe)]) == 0
@@ -365,7 +360,8 @@ def test_the_partition_of_a_batch_changes_nothing(arrangement: str, chat_model: 
 def test_two_processes_killed_on_the_way_take_the_phases_of_one(
     engine: str, first: str, then: str, tied: bool, grown: Path, tmp_path: Path
 ) -> None:
-    base = grown if tied else untie(grown, tmp_path / "base")
+    untied = {"lm_head.weight": 1.1 * tensors(grown)[EMBEDDING]}
+    base = grown if tied else remade(grown, tmp_path / "base", untied, tie_word_embeddings=False)
     second = f", {{train: {then}, stop_after: 4 steps}}" if then else ""
     words = (
         f"phases: [{{train: {first}, stop_after: {2 if then else 6} steps, learning_rate: 5e-3}}{second}],"
@@ -390,18 +386,6 @@ def test_two_processes_killed_on_the_way_take_the_phases_of_one(
         before = tensors(base)
         assert changed_rows(before[EMBEDDING], found[EMBEDDING]) == NEW
         assert all(torch.equal(part, found[name]) for name, part in before.items() if name != EMBEDDING)
-
-
-def untie(base: Path, folder: Path) -> Path:
-    """The same model with a head of its own."""
-    shutil.copytree(base, folder)
-    weights = tensors(base)
-    save_file(
-        weights | {"lm_head.weight": 1.1 * weights[EMBEDDING]}, folder / "model.safetensors", metadata={"format": "pt"}
-    )
-    config = json.loads((base / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
-    return folder
 
 
 def test_a_source_says_its_language_and_its_share(

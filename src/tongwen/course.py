@@ -358,8 +358,9 @@ def _train(
             remedy=gate.again(),
         )
     if resume:
-        _check_packs(read_manifest(resume)["conditions"], told["conditions"], course)
-        _say_conditions(read_manifest(resume)["conditions"], told["conditions"])
+        before = read_manifest(resume)["conditions"]
+        _check_packs(before, told["conditions"], course)
+        _say_conditions(before, told["conditions"])
     if start:
         console.notice(
             say(f"continuing after step {start} of {len(tokens)}", f"从第 {start} 步（共 {len(tokens)} 步）继续")
@@ -413,18 +414,14 @@ def _check_packs(before: dict[str, Any], now: dict[str, Any], course: Course) ->
     """A step of `batch_tokens` is as many samples as fit its packs: other packs would be other steps."""
     names = ("processes", "micro_batch_tokens")
     if course.section.batch_tokens and any(before[name] != now[name] for name in names):
+        changed = "; ".join(f"{name}: {before[name]} → {now[name]}" for name in names)
         raise RecipeError(
             say(
-                "with batch_tokens, the samples of a step depend on processes and micro_batch_tokens, which have changed: "
-                + "; ".join(f"{name}: {before[name]} → {now[name]}" for name in names),
-                "使用 batch_tokens 时，每步的样本取决于进程数与 micro_batch_tokens，而它们变了："
-                + "；".join(f"{name}: {before[name]} → {now[name]}" for name in names),
+                f"with batch_tokens, the samples of a step depend on both, and they have changed: {changed}",
+                f"使用 batch_tokens 时，每步的样本取决于二者，而它们变了：{changed}",
             ),
             place=f"{course.stage}.batch_tokens",
-            remedy=say(
-                f"--devices {before['processes']} and {course.stage}.micro_batch_tokens={before['micro_batch_tokens']}",
-                f"--devices {before['processes']} 与 {course.stage}.micro_batch_tokens={before['micro_batch_tokens']}",
-            ),
+            remedy=f"--devices {before['processes']} {course.stage}.micro_batch_tokens={before['micro_batch_tokens']}",
         )
 
 

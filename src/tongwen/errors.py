@@ -90,6 +90,11 @@ class SeveralErrors(TongwenError):
         super().__init__("\n".join(error.text() for error in self.errors))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in its first line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the machine or of a device did not suffice."""
     said = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")

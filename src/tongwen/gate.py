@@ -24,21 +24,21 @@ RUN = "run.json"
 BEFORE = "before.json"  # what the untrained model scored; other data ask again
 # What the weights and the optimizer's memory are shaped by: a fork cannot change it. Of the adapter, dropout alone may.
 SHAPE = re.compile(r"\w+\.(adapter\.(?!dropout$).*|optimizer|train|engine)")
-DEEPSPEED = ("zero2", "zero3")
 DATA, DTYPE = "prepare (fingerprint)", "dtype"
 
 
-def check(folder: Path, settings: Mapping[str, Any], prepared: str, *, fork: bool) -> None:
+def check(
+    folder: Path, settings: Mapping[str, Any], prepared: str, *, fork: bool, takes_new_rates: bool = True
+) -> None:
     """Before a stage begins. Raises RecipeError, with both values, when it was interrupted under other settings or on other
-    data, and is not to be forked; a fork is recorded here. prepared: fingerprint of the data."""
+    data, and is not to be forked; a fork is recorded here. prepared: fingerprint of the data; takes_new_rates: whether its
+    engine does, or goes on with those of its checkpoint, so that nothing can be forked."""
     run = _read(folder)
     if run is None:
         return
     changed = [one for one in artifact.differences(run["settings"], settings) if one[0] != "base"]  # see `enter`
     changed += _differing(run["identity"], {DATA: prepared})
-    fixed = [one for one in changed if SHAPE.fullmatch(one[0]) or _trains_other_parts(*one)]
-    if any(one.get("engine", "").endswith((".json", *DEEPSPEED)) for one in settings.values() if isinstance(one, dict)):
-        fixed = changed  # DeepSpeed goes on with the rates of its own checkpoint
+    fixed = [one for one in changed if not takes_new_rates or SHAPE.fullmatch(one[0]) or _trains_other_parts(*one)]
     if fork:
         artifact.refuse_changed(str(folder), fixed, again() + say("; --fork cannot change it", "；--fork 不能改变它"))
         _fork(folder, run, settings, changed)

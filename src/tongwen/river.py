@@ -169,8 +169,13 @@ def _find_unchanged(recipe: Recipe, name: str, out: Path, fork: bool) -> artifac
     if found is not None:
         artifact.refuse_changed(str(out / name), _changed(recipe, name, found), gate.again())
     elif name in TRAINING and not launch.is_launched() and (prepared := artifact.find(out / "prepare")):
-        unfinished = artifact.partial_of(out / name)
-        gate.check(unfinished, _settings(recipe, name), prepared.fingerprint, fork=fork)
+        gate.check(
+            artifact.partial_of(out / name),
+            _settings(recipe, name),
+            prepared.fingerprint,
+            fork=fork,
+            takes_new_rates=getattr(recipe, name).shares != "deepspeed",
+        )
     return found
 
 

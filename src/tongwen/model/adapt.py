@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tongwen.errors import ModelError
+from tongwen.errors import ModelError, first_line
 from tongwen.families import family_of
 from tongwen.language import say
 from tongwen.model.adalora import configure, write_as_lora
@@ -96,10 +96,9 @@ class Adapted:
                 matrix = base.get_submodule(name.removeprefix("base_model.model.")).weight
                 matrix.data = matrix.data.clone()  # it may lie in the file
                 for adapter, rows in module.token_indices.items():
-                    learned = whole or {
-                        f"{name}.trainable_tokens_delta.{adapter}": module.trainable_tokens_delta[adapter]
-                    }
-                    matrix.data[rows] = learned[f"{name}.trainable_tokens_delta.{adapter}"].detach().to(matrix)
+                    key = f"{name}.trainable_tokens_delta.{adapter}"
+                    learned = whole[key] if whole else module.trainable_tokens_delta[adapter]
+                    matrix.data[rows] = learned.detach().to(matrix)
 
     def save(self, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
         """The adapter, or the whole model where there is none. whole: the learners by name, of a model that has only parts of
@@ -180,12 +179,12 @@ def _with_adapter(
     steps: int,
     fingerprint: str | None,
 ) -> Adapted:
+    single = sorted({*control_rows, *(new_rows if "new_rows" in parts else [])})
     if choice.continue_from:
         opened = open_adapter(model, choice.continue_from, fingerprint, trainable=True)
         fuse(opened)
         adapted = Adapted(opened, new_rows, whole="embeddings" in parts)
-        wanted = set(control_rows) | (set(new_rows) if "new_rows" in parts else set())
-        if (lost := wanted - _rows_in(opened)) and not _embeddings(opened):
+        if (lost := set(single) - _rows_in(opened)) and not _embeddings(opened):
             raise ModelError(
                 say(
                     f"token rows must be trained ({len(lost)}), and this adapter holds no tensor for them",
@@ -213,16 +212,15 @@ def _with_adapter(
     owners = _row_owners(model)
     if whole:
         also += owners
-    single = sorted({*control_rows, *(new_rows if "new_rows" in parts else [])})
     rows = dict.fromkeys(_owners_apart(model, also), single) if single else {}
     config = _peft_config(model, choice, also, rows or None, steps)
     try:
         with quiet():
             adapted = Adapted(get_peft_model(model, config), new_rows, whole)
     except (ValueError, TypeError, AttributeError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = first_line(error)
         raise ModelError(
-            say(f"peft cannot place this adapter: {first_line}", f"peft 无法放置该适配器：{first_line}"),
+            say(f"peft cannot place this adapter: {said}", f"peft 无法放置该适配器：{said}"),
             place="adapter",
         ) from error
     adapted.notices += _experts(adapted.model)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tongwen import artifact
-from tongwen.errors import ArtifactError, MachineError, MissingPackage, ModelError, is_out_of_memory
+from tongwen.errors import ArtifactError, MachineError, MissingPackage, ModelError, first_line, is_out_of_memory
 from tongwen.language import say
 from tongwen.model.gguf_header import check_header
 
@@ -395,14 +395,14 @@ class explained:  # noqa: N801
         if is_out_of_memory(error):  # the command says what helps
             return
         text = str(error)
-        first_line = text.splitlines()[0] if text else type(error).__name__
+        said = first_line(error)
         if isinstance(error, ImportError) and "gguf" in text.lower():
             raise MissingPackage("gguf", say("reading GGUF files", "读取 GGUF 文件"), "gguf") from None
         if not self.place.local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
             raise MachineError(
                 say(
-                    f"the hub does not give this model: {first_line[:160]}",
-                    f"无法从 hub 取得该模型：{first_line[:160]}",
+                    f"the hub does not give this model: {said[:160]}",
+                    f"无法从 hub 取得该模型：{said[:160]}",
                 ),
                 place=self.place.name,
                 remedy="export HF_ENDPOINT=https://hf-mirror.com"
@@ -422,8 +422,8 @@ class explained:  # noqa: N801
         ):
             raise ModelError(
                 say(
-                    f"the model cannot be loaded: {first_line[:300]}",
-                    f"无法加载模型：{first_line[:300]}",
+                    f"the model cannot be loaded: {said[:300]}",
+                    f"无法加载模型：{said[:300]}",
                 ),
                 place=self.place.name,
                 remedy=say("check that the files are whole", "请检查文件是否完整"),

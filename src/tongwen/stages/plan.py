@@ -86,9 +86,7 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
         "checkpoints": shape.trainable * 12 * section.keep_checkpoints,
         "weights": shape.parameters * 4 if full else shape.trainable * 4,
     }
-    cures = list(_cures(name, config, section, micro, needs.bytes["peak"], limit, recipe.devices)) if limit else []
-    if name == "sft" and recipe.stands_on_adapter:
-        cures = [cure for cure in cures if "qlora" not in cure["change"]]
+    cures = list(_cures(recipe, name, config, micro, needs.bytes["peak"], limit)) if limit else []
     facts = {
         "steps": sum(steps),
         "steps_of_phases": steps,
@@ -166,14 +164,12 @@ def _needs(config: Any, section: Training, setting: Setting, micro: Micro, limit
     return setting, needs
 
 
-def _cures(
-    name: str, config: Any, section: Training, micro: Micro, peak: int, limit: int, world: int
-) -> Iterator[dict[str, Any]]:
+def _cures(recipe: Recipe, name: str, config: Any, micro: Micro, peak: int, limit: int) -> Iterator[dict[str, Any]]:
     """What to change when it does not fit, the cheapest first, each on top of those before it, until it does."""
     if peak <= limit:
         return
-    for change, changed, smaller in _cheaper(name, section, micro):
-        _, needs = _needs(config, changed, _setting(changed, "cuda", limit, world), smaller, limit)
+    for change, changed, smaller in _cheaper(recipe, name, micro):
+        _, needs = _needs(config, changed, _setting(changed, "cuda", limit, recipe.devices), smaller, limit)
         if needs.bytes["peak"] >= peak:
             continue
         peak = needs.bytes["peak"]
@@ -182,9 +178,9 @@ def _cures(
             return
 
 
-def _cheaper(name: str, section: Training, micro: Micro) -> Iterator[tuple[str, Training, Micro]]:
+def _cheaper(recipe: Recipe, name: str, micro: Micro) -> Iterator[tuple[str, Training, Micro]]:
     """(change of the recipe, the section with it, the micro-batch with it): what costs time, then length, then precision."""
-    longest = max(micro.lengths)
+    section, longest = getattr(recipe, name), max(micro.lengths)
     if sum(micro.lengths) > longest:
         micro = micro.cut(longest)
         yield f"{name}.micro_batch_tokens={max(longest, 16)}", section, micro  # the recipe takes no fewer
@@ -206,6 +202,7 @@ def _cheaper(name: str, section: Training, micro: Micro) -> Iterator[tuple[str, 
     if (
         section.adapter.method == "lora"
         and section.shares != "deepspeed"
+        and not (name == "sft" and recipe.stands_on_adapter)
         and all("lora" in stretch.parts for stretch in section.stretches)
     ):
         quantized = section.adapter.model_copy(update={"method": "qlora"})

@@ -25,7 +25,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from tongwen import console, launch
-from tongwen.errors import ArtifactError, Interrupted, MissingPackage, NumbersError, RecipeError
+from tongwen.errors import ArtifactError, Interrupted, MissingPackage, NumbersError, RecipeError, first_line
 from tongwen.language import say
 from tongwen.recipe.schema import Stretch, Training
 from tongwen.train.audit import FirstSteps, first_not_finite
@@ -232,8 +232,8 @@ def training_arguments(job: Job) -> TrainingArguments:
             raise
         raise RecipeError(
             say(
-                f"transformers does not take {section.trainer}: {_first_line(error)}",
-                f"transformers 不接受 {section.trainer}：{_first_line(error)}",
+                f"transformers does not take {section.trainer}: {first_line(error)}",
+                f"transformers 不接受 {section.trainer}：{first_line(error)}",
             ),
             place="trainer",
             remedy=say("correct the value, or leave the word out", "请改正取值，或删去该项"),
@@ -488,10 +488,6 @@ def _know_the_numbered_cpu() -> None:
     torch.serialization.register_package(
         30, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
