@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors import SafetensorError
 
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer, tiny_llama, write_recipe, write_rows
+from tongwen import launch, river
+from tongwen.errors import MachineError
 
 GOOD = {"instruction": "问", "input": "", "output": "答"}
 
@@ -260,6 +264,25 @@ def test_two_runs_in_one_folder_do_not_meet(chat_model: Path, tmp_path: Path, to
         stream.flush()
         code, _, err = tongwen("run", write_recipe(tmp_path, chat_model))
     assert code == 5 and "another tongwen" in err and "node-7, process 4711" in err
+
+
+def test_the_folder_is_taken_until_launched_processes_have_saved(tmp_path: Path) -> None:
+    """Also when the command that started them is killed."""
+    child = os.fork()
+    if not child:
+        with river._alone(tmp_path):
+            os._exit(launch._wait_for(["sh", "-c", f"touch {tmp_path}/began; exec sleep 60"], dict(os.environ)))
+    while not (tmp_path / "began").exists():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    (saving,) = psutil.Process(child).children()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with pytest.raises(MachineError, match="another tongwen"), river._alone(tmp_path):
+        pass
+    saving.kill()
+    saving.wait()
+    with river._alone(tmp_path):
+        pass
 
 
 def test_stages_and_folders_that_are_not_there(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -36,23 +37,24 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path: Path, caps
     for step in (1, 2, 4):
         newest = make(tmp_path, step)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
-    assert newest_checkpoint(tmp_path) == newest and capsys.readouterr().out == ""
+    assert newest_checkpoint([tmp_path]) == newest and capsys.readouterr().out == ""
     file = newest / "ranks" / "0.bin"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert newest_checkpoint([tmp_path]) == tmp_path / "checkpoint-2"
     said = capsys.readouterr().out
     assert "checkpoint-4 is damaged (ranks/0.bin has changed)" in said and "2 steps are lost" in said
     assert names(tmp_path) == ["checkpoint-2", "damaged-checkpoint-4"]
     (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
     for _ in range(2):
         with pytest.raises(ArtifactError, match=r"checkpoint-2: optimizer.pt is missing[\s\S]*--again"):
-            newest_checkpoint(tmp_path)
+            newest_checkpoint([tmp_path])
 
 
 @pytest.mark.parametrize(
-    "what", ["delete", "empty", "cut", "other step", "flip", "zero tail", "no manifest", "other run"]
+    "what",
+    ["delete", "empty", "cut", "other step", "flip", "zero tail", "no manifest", "other run", "unreadable", "renamed"],
 )
-def test_every_damage_has_its_name(what: str, tmp_path: Path) -> None:
+def test_every_damage_has_its_name(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     newest, other = make(tmp_path, 7), make(tmp_path / "other", 9, run="b2")
     file = newest / "optimizer.pt"
     whole = file.read_bytes()
@@ -65,11 +67,37 @@ def test_every_damage_has_its_name(what: str, tmp_path: Path) -> None:
         "zero tail": lambda: file.write_bytes(whole[:50] + bytes(50)),
         "no manifest": (newest / MANIFEST).unlink,
         "other run": lambda: (shutil.rmtree(newest), shutil.copytree(other, newest)),
+        "unreadable": lambda: refuse_to_read(monkeypatch),
+        "renamed": lambda: (shutil.rmtree(newest), make(tmp_path, 5).rename(newest)),
     }
     words = {"delete": "missing", "empty": "0 bytes", "cut": "50 bytes", "no manifest": MANIFEST, "other run": "b2"}
+    words |= {"unreadable": "cannot be read: Input/output error", "renamed": "step 5, under another name"}
     assert damage(newest, {"a1"}) is None
     damages[what]()
     assert words.get(what, "optimizer.pt has changed") in str(damage(newest, {"a1"}))
+
+
+def refuse_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+
+    monkeypatch.setattr(artifact, "hash_file", fail)
+
+
+def test_where_a_phase_has_nothing_whole_the_one_before_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (make(tmp_path / name, step) for name, step in (("phase-1", 6), ("phase-2", 3)))
+    folders = [first.parent, second.parent, tmp_path / "phase-3"]
+    (first / "optimizer.pt").unlink()
+    assert newest_checkpoint(folders) == second and capsys.readouterr().out == "", "what is before it is in it"
+    shutil.rmtree(first)
+    make(first.parent, 6)
+    (second / "optimizer.pt").unlink()
+    assert newest_checkpoint(folders) == first
+    said = capsys.readouterr().out
+    assert "checkpoint-3 is damaged (optimizer.pt is missing)" in said and "from where phase-1 ended" in said
+    assert names(second.parent) == ["damaged-checkpoint-3"]
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
@@ -113,7 +141,7 @@ def test_what_stays(tmp_path: Path) -> None:
         assert damage(tmp_path / f"checkpoint-{step}") is None
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-5"]
     (tmp_path / STAGING / "checkpoint-6").mkdir(parents=True)  # a process died here
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    assert newest_checkpoint([tmp_path]) == tmp_path / "checkpoint-5"
     make(tmp_path, 6, keep=1)
     assert names(tmp_path) == ["checkpoint-6"]
 

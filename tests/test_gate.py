@@ -131,6 +131,41 @@ def test_a_damaged_checkpoint_is_named_and_the_run_ends_the_same(runs: Path, bro
     assert_same(runs, broken)
 
 
+@pytest.mark.parametrize(
+    "odd", ["[]", '{"run": "a1"}', '{"run": "a1", "settings": 3, "identity": {}, "forks": []}', "{"]
+)
+def test_an_odd_record_of_the_run_is_one_message(odd: str, broken: Path, tongwen: Any) -> None:
+    (broken / "out" / "sft.partial" / RUN).write_text(odd)
+    code, _, err = tongwen("run", broken / "recipe.yaml")
+    assert code == 2 and RUN in err and "cannot be read" in err and "--again" in err
+
+
+@pytest.mark.parametrize("odd", ["[]", "{}", "{"])
+def test_an_odd_score_of_the_untrained_model_is_made_again(odd: str, broken: Path, tongwen: Any) -> None:
+    file = broken / "out" / "sft.partial" / gate.BEFORE
+    whole = json.loads(file.read_text())
+    file.write_text(odd)
+    code, out, _ = tongwen("run", broken / "recipe.yaml")
+    assert code == 0 and "before.json cannot be read" in out
+    assert json.loads((broken / "out" / "sft" / gate.BEFORE).read_text()) == whole
+
+
+def test_data_that_were_touched_after_prepare_are_refused(broken: Path, tongwen: Any) -> None:
+    file = broken / "out" / "prepare" / "dialogues.jsonl"
+    file.write_text(file.read_text().replace("1", "7", 1))
+    code, _, err = tongwen("run", broken / "recipe.yaml")
+    assert code == 4 and "not as prepare has left it" in err and "--from prepare --again" in err
+
+
+def test_tokens_that_have_changed_are_made_again(runs: Path, broken: Path, tongwen: Any) -> None:
+    file = next((broken / "out" / "tokens" / "sft").glob("*/ids.bin"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:20] + bytes([whole[20] ^ 1]) + whole[21:])
+    code, out, _ = tongwen("run", broken / "recipe.yaml")
+    assert code == 0 and "is not as it was written: encoded anew" in out.replace("\n", " ")
+    assert_same(runs, broken)
+
+
 def test_two_processes_stop_when_asked_and_one_goes_on(chat_model: Path, tmp_path: Path) -> None:
     """The same samples in the same order: losses to 1e-5. The signal goes to the command alone, which passes it on."""
     for name in ("whole", "broken"):

@@ -153,23 +153,30 @@ def test_a_nan_among_the_weights_is_named(chat_model: Path, tmp_path: Path, tong
     assert code == 6 and "model.layers.1.mlp.up_proj.weight" in err
 
 
-def test_a_signal_saves_and_the_same_command_ends_the_same(chat_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_signal_saves_and_the_same_command_ends_the_same(step: int, chat_model: Path, tmp_path: Path) -> None:
+    """Also one that comes after the last step: the next stage does not begin."""
     recipes = [write_recipe(tmp_path / name, chat_model, sft=SFT, merge=False) for name in ("whole", "asked")]
     assert in_a_child("run", recipes[0]) == 0
 
     def ask() -> None:
-        step = PlannedTrainer.training_step
+        train, save = PlannedTrainer.training_step, PlannedTrainer._save_checkpoint
 
         def asked(self: Any, *arguments: Any, **options: Any) -> Any:
-            if self.state.global_step == 2 and not self.guard.step.nats:
+            if self.state.global_step == step - 1 < 5 and not self.guard.step.nats:
                 os.kill(os.getpid(), signal.SIGUSR1)
-            return step(self, *arguments, **options)
+            return train(self, *arguments, **options)
 
-        PlannedTrainer.training_step = asked  # type: ignore[method-assign]
+        def asked_late(self: Any, *arguments: Any, **options: Any) -> Any:
+            if self.state.global_step == step == 6:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return save(self, *arguments, **options)
+
+        PlannedTrainer.training_step, PlannedTrainer._save_checkpoint = asked, asked_late  # type: ignore[method-assign]
 
     assert os.WEXITSTATUS(in_a_child("run", recipes[1], before=ask)) == 130
     folder = tmp_path / "asked" / "out"
-    assert (folder / "sft.partial" / "checkpoints" / "checkpoint-3").is_dir()
+    assert (folder / "sft.partial" / "checkpoints" / f"checkpoint-{step}").is_dir()
     assert in_a_child("run", recipes[1]) == 0
     wanted, found = tensors(tmp_path / "whole" / "out" / "sft"), tensors(folder / "sft")
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)

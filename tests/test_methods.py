@@ -263,6 +263,15 @@ def test_patience_ends_the_run_and_takes_the_best(chat_model: Path, tmp_path: Pa
     assert f"the weights of step {best['step']}" in out
     kept = {path.name for path in (tmp_path / "out" / "sft" / "checkpoints").iterdir()}
     assert kept == {f"checkpoint-{best['step']}", f"checkpoint-{lines[-1]['step']}"}
+    again = recipe_for(tmp_path / "again", chat_model, "{rank: 4}", sft=words + ", learning_rate: 0.3")
+    again.write_text(again.read_text().replace("learning_rate: 1e-2, ", ""))
+    assert os.WTERMSIG(in_a_child("run", again, before=die_at(best["step"] + 3))) == signal.SIGKILL
+    (
+        tmp_path / "again" / "out" / "sft.partial" / "metrics.jsonl"
+    ).unlink()  # what a checkpoint knows, it need not read there
+    assert tongwen("run", again)[0] == 0
+    wanted, found = (tensors(folder / "out" / "sft") for folder in (tmp_path, tmp_path / "again"))
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     code, _, err = tongwen("run", recipe_for(tmp_path / "b", chat_model, "{rank: 4}", sft=", patience: 2"))
     assert code == 2 and "evaluate_every" in err
 

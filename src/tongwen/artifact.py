@@ -286,20 +286,19 @@ def sync_tree(folder: Path) -> None:
     """fsync every file and folder below: after a power cut they are whole."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_file() and not path.is_symlink():
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync_file(path)
         elif path.is_dir():
             sync_folder(path)
     sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
+    if os.name != "nt":  # Windows cannot open a folder
+        sync_file(folder)
+
+
+def sync_file(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

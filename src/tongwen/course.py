@@ -343,9 +343,9 @@ def _train(
     """Run the phases, from the newest checkpoint if there is one; returns tokens and seconds, and what the audits did not
     reach."""
     tokens = list(accumulate(size for leg in legs for size in leg.plan.tokens_of(course.lesson.store.lengths)))
-    newest = [newest_checkpoint(leg.checkpoints, gate.ids(run)) for leg in legs]
-    current = max((number for number, found in enumerate(newest) if found), default=0)  # what is before it is in it
-    resume = newest[current]
+    folders = [leg.checkpoints for leg in legs]
+    resume = newest_checkpoint(folders, gate.ids(run))
+    current = folders.index(resume.parent) if resume else 0
     start = legs[current].steps_before + (step_of(resume) if resume else 0)
     told = {**run, "conditions": _conditions(pupil, legs[current])}
     if start > len(tokens):
@@ -628,7 +628,11 @@ def _answer(pupil: Pupil, course: Course) -> list[str]:
 def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The value that an interrupted run already made, or a new one, kept for the next time."""
     if file.is_file():
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        try:
+            kept = dict(json.loads(file.read_text(encoding="utf-8")))
+            return {name: kept[name] for name in ("scores", "answers")}
+        except (ValueError, TypeError, KeyError):
+            console.notice(say(f"{file.name} cannot be read, and is made again", f"{file.name} 无法读取，重新生成"))
     value: dict[str, Any] = make()
     if launch.is_first():
         artifact.write_json(file, value)

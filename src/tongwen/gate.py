@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen import artifact, console
-from tongwen.errors import RecipeError
+from tongwen.errors import RecipeError, first_line
 from tongwen.language import say
 from tongwen.launch import is_first
 
@@ -24,6 +24,7 @@ RUN = "run.json"
 BEFORE = "before.json"  # what the untrained model scored; other data ask again
 # What the weights and the optimizer's memory are shaped by: a fork cannot change it. Of the adapter, dropout alone may.
 SHAPE = re.compile(r"\w+\.(adapter\.(?!dropout$).*|optimizer|train|engine)")
+PARTS = {"run": str, "settings": dict, "identity": dict, "forks": list}
 DATA, DTYPE = "prepare (fingerprint)", "dtype"
 
 
@@ -97,11 +98,16 @@ def again() -> str:
 
 def _read(folder: Path) -> dict[str, Any] | None:
     file = folder / RUN
+    if not file.is_file():
+        return None
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
-    except ValueError as error:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        return {**run, **{name: kind(run[name]) for name, kind in PARTS.items()}}
+    except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(
-            say(f"cannot be read: {error}", f"无法读取：{error}"), place=str(file), remedy=again()
+            say(f"cannot be read: {first_line(error)}", f"无法读取：{first_line(error)}"),
+            place=str(file),
+            remedy=again(),
         ) from None
 
 

@@ -107,7 +107,7 @@ def torchrun(devices: int, arguments: Sequence[str]) -> int:
 
 def _wait_for(command: Sequence[str], environment: dict[str, str]) -> int:
     """Run a command; whoever asks this process to stop asks that one, which answers when it has saved."""
-    process = subprocess.Popen(command, env=environment)  # noqa: S603
+    process = subprocess.Popen(command, env=environment, close_fds=False)  # noqa: S603 - it holds the folder's lock, too
     with listening(lambda number: process.terminate()):
         return process.wait()
 

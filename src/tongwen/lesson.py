@@ -28,7 +28,7 @@ from tongwen.data.legacy import LegacyEncoder
 from tongwen.data.mix import choose_held_out, draw, passes_of
 from tongwen.data.parts import iter_records, list_parts, load
 from tongwen.data.store import Batch, TokenStore
-from tongwen.errors import DataError, ModelError, RowRefused
+from tongwen.errors import ArtifactError, DataError, ModelError, RowRefused
 from tongwen.hub.fetching import local_copy
 from tongwen.language import say
 from tongwen.model import dress
@@ -265,6 +265,8 @@ def look_ahead(recipe: Recipe, reader: Reader) -> Lesson:
 def encode_prepared(prepared: artifact.Artifact, reader: Reader, seed: int, folder: Path) -> Lesson:
     """Training and held-out rows as tokens, every one of them in the ledger. Encoded once: the first process writes, an
     interrupted one goes on, the others wait and map the same files."""
+    if launch.is_first():
+        _check_unchanged(prepared)
     place = folder / key_of(prepared, reader)
     found = stores.open_store(place)
     if found:
@@ -284,6 +286,20 @@ def encode_prepared(prepared: artifact.Artifact, reader: Reader, seed: int, fold
     return Lesson(store, mask, ledger, rejected, _drawn(store, sources, files, seed), held_out, held_out_stores)
 
 
+def _check_unchanged(prepared: artifact.Artifact) -> None:
+    """Raise ArtifactError when the files are not those that `prepare` has left: what the ledger says would not be true."""
+    with console.waiting(say("checking what prepare has left", "核对 prepare 的结果")):
+        if artifact.fingerprint_files(prepared.path) != prepared.fingerprint:
+            raise ArtifactError(
+                say("a file in it is not as prepare has left it", "其中有文件与 prepare 写下的不同"),
+                place=str(prepared.path),
+                remedy=say(
+                    "change the sources instead, and tongwen run RECIPE --from prepare --again",
+                    "请改动数据源，然后 tongwen run RECIPE --from prepare --again",
+                ),
+            )
+
+
 def key_of(prepared: artifact.Artifact, reader: Reader) -> str:
     """Everything that decides the tokens: content, tokenizer, template, settings, code."""
     facts = {
@@ -300,7 +316,8 @@ def _encode(file: Path, reader: Reader, place: Path) -> None:
     for other in place.parent.glob("*") if place.parent.is_dir() else ():
         if other not in (place, artifact.partial_of(place)):
             shutil.rmtree(other)
-    if place.exists():  # not what its own record says
+    if place.exists():
+        console.notice(say(f"{place} is not as it was written: encoded anew", f"{place} 与写下时不同：重新编码"))
         shutil.rmtree(place)
     writer = stores.Writer(place, len(reader.tokenizer))
     ledger, rejected = writer.ledger, list[Rejected]()

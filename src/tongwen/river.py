@@ -253,6 +253,7 @@ def _alone(out: Path) -> Iterator[None]:
                 place=str(out),
                 remedy=say("wait for it, or choose another `out`", "请等待，或换一个 `out`"),
             ) from None
+        os.set_inheritable(stream.fileno(), True)  # processes that it launches may still be saving when it is killed
         stream.truncate(0)
         stream.write(f"{platform.node()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         stream.flush()

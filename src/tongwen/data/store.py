@@ -24,7 +24,7 @@ from tongwen import artifact
 from tongwen.data.ledger import Ledger
 from tongwen.record import Origin
 
-FORMAT = 1  # goes into the key of every cache: raise it when the same input would give other tokens
+FORMAT = 2  # goes into the key of every cache: raise it when the same input would give other tokens
 SAMPLE = np.dtype([("file", "<u4"), ("row", "<i8"), ("stop", "?")])
 FILES = ("ids.bin", "ends.bin", "spans.bin", "samples.bin", "rejected.jsonl")
 
@@ -195,7 +195,8 @@ class Writer:
         """Everything is there: name the folder."""
         for stream in (*self.streams, self.journal):
             stream.close()
-        artifact.write_json(self.working / "store.json", {**self.state, "dtype": self.dtype.name})
+        hashes = [artifact.hash_file(self.working / name) for name in FILES]
+        artifact.write_json(self.working / "store.json", {**self.state, "dtype": self.dtype.name, "sha256": hashes})
         (self.working / "journal.jsonl").unlink()
         self.working.replace(self.folder)
         artifact.sync_folder(self.folder.parent)
@@ -216,10 +217,11 @@ def _last(journal: Path) -> dict[str, Any] | None:
 def open_store(folder: Path) -> tuple[TokenStore, Ledger] | None:
     """A complete store, memory-mapped, with its ledger; None when there is none, or its files are not what they were."""
     file = folder / "store.json"
-    if not file.is_file():
-        return None
-    facts = json.loads(file.read_text(encoding="utf-8"))
-    if [(folder / name).stat().st_size for name in FILES] != facts["bytes"]:
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if [artifact.hash_file(folder / name) for name in FILES] != facts["sha256"]:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     ids = _map(folder / "ids.bin", np.dtype(facts["dtype"]))
     ends = np.fromfile(folder / "ends.bin", np.int64)

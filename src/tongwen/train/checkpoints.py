@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,25 @@ MANIFEST = "checkpoint.json"
 STAGING = "staging"  # whatever is in it is no checkpoint: half written, or half deleted
 
 
-def newest_checkpoint(folder: Path, runs: Collection[str] = ()) -> Path | None:
+def newest_checkpoint(folders: Sequence[Path], runs: Collection[str] = ()) -> Path | None:
     """The newest checkpoint that is whole, or None where there is none yet. Newer ones that are not are put aside, aloud.
 
-    runs: the ids that this run has had; empty: any. Raises ArtifactError when checkpoints are there and none is whole.
+    folders: of the phases in their order: what a phase has trained is in those of the next one, too. runs: the ids that
+    this run has had; empty: any. Raises ArtifactError when checkpoints are there and none is whole.
     """
     problems: dict[Path, str] = {}
-    for path in sorted(_all_in(folder), key=step_of, reverse=True):
-        problem = damage(path, runs)
-        if problem is None:
-            _put_aside(problems, path)
-            return path
-        problems[path] = problem
+    for folder in reversed(folders):
+        for path in sorted(_all_in(folder), key=step_of, reverse=True):
+            problem = damage(path, runs)
+            if problem is None:
+                _put_aside(problems, path)
+                return path
+            problems[path] = problem
     if problems:
         raise ArtifactError(
             say("no checkpoint is whole: ", "没有完好的检查点：")
             + "; ".join(f"{path.name}: {problem}" for path, problem in problems.items()),
-            place=str(folder),
+            place=str(next(iter(problems)).parent),
             remedy=say(
                 "--again begins anew and keeps this folder under another name", "--again 重新开始，并把此文件夹改名保留"
             ),
@@ -59,9 +61,11 @@ def _put_aside(problems: Mapping[Path, str], found: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
     if problems:
-        lost = max(map(step_of, problems)) - step_of(found)
+        lost = max((step_of(path) for path in problems if path.parent == found.parent), default=0) - step_of(found)
         console.notice(
             say(f"continuing from {found.name}: {lost} steps are lost", f"从 {found.name} 继续：损失 {lost} 步")
+            if lost > 0
+            else say(f"continuing from where {found.parent.name} ended", f"从 {found.parent.name} 结束处继续")
         )
 
 
@@ -69,24 +73,30 @@ def damage(checkpoint: Path, runs: Collection[str] = ()) -> str | None:
     """What is wrong with a checkpoint: a missing or changed file, another run's; None when it is whole."""
     try:
         manifest = read_manifest(checkpoint)
-        seal, files, run = manifest.pop("seal"), manifest["files"], manifest["run"]
+        seal, files, run, step = manifest.pop("seal"), manifest["files"], manifest["run"], manifest["step"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return say(f"no readable {MANIFEST}", f"{MANIFEST} 不可读")
     if seal != _seal(manifest):
         return say(f"{MANIFEST} has changed", f"{MANIFEST} 已改变")
     if runs and run not in runs:
         return say(f"it belongs to another run, {run}", f"属于另一次运行 {run}")
+    if step != step_of(checkpoint):
+        return say(f"it is that of step {step}, under another name", f"它是第 {step} 步的检查点，被改了名")
     for name, told in files.items():
         file = checkpoint / name
-        if not file.is_file():
+        try:
+            size = file.stat().st_size
+            if size != told["bytes"]:
+                return say(
+                    f"{name} has {size} bytes instead of {told['bytes']}",
+                    f"{name} 为 {size} 字节，应为 {told['bytes']}",
+                )
+            if artifact.hash_file(file) != told["sha256"]:
+                return say(f"{name} has changed", f"{name} 已改变")
+        except FileNotFoundError:
             return say(f"{name} is missing", f"缺少 {name}")
-        if file.stat().st_size != told["bytes"]:
-            return say(
-                f"{name} has {file.stat().st_size} bytes instead of {told['bytes']}",
-                f"{name} 为 {file.stat().st_size} 字节，应为 {told['bytes']}",
-            )
-        if artifact.hash_file(file) != told["sha256"]:
-            return say(f"{name} has changed", f"{name} 已改变")
+        except OSError as error:
+            return say(f"{name} cannot be read: {error.strerror}", f"{name} 无法读取：{error.strerror}")
     return None
 
 

@@ -24,13 +24,23 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from tongwen import console, launch
+from tongwen import artifact, console, launch
 from tongwen.errors import ArtifactError, Interrupted, MissingPackage, NumbersError, RecipeError, first_line
 from tongwen.language import say
 from tongwen.recipe.schema import Stretch, Training
 from tongwen.train.audit import FirstSteps, first_not_finite
 from tongwen.train.batches import MicroBatches, Plan
-from tongwen.train.checkpoints import STAGING, check_adapter_saved, check_space, commit, damage, last_of, stage, step_of
+from tongwen.train.checkpoints import (
+    STAGING,
+    check_adapter_saved,
+    check_space,
+    commit,
+    damage,
+    last_of,
+    read_manifest,
+    stage,
+    step_of,
+)
 from tongwen.train.engine import FSDP_FILE, Engine, gather, scatter
 from tongwen.train.guard import Guard
 from tongwen.train.halt import Halt
@@ -123,7 +133,7 @@ def _fit(job: Job, halt: Halt) -> int:
     if job.track and trainer.is_world_process_zero():
         for callback in job.track.callbacks(start):
             trainer.add_callback(callback)
-    job.watch.begin(start)
+    job.watch.begin(start, read_manifest(job.resume)["history"] if job.resume else ())
     if start >= len(job.plan) or job.watch.waited(patience):
         trainer._load_from_checkpoint(str(job.resume))
         done = start
@@ -132,7 +142,7 @@ def _fit(job: Job, halt: Halt) -> int:
             check_space(job.checkpoints, job.model)
         trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
         done = trainer.state.global_step
-        if trainer.guard.leaving:
+        if trainer.guard.leaves(trainer.args.device):
             raise Interrupted(
                 say(
                     f"stopped ({halt.why or 'by another process'}); {last_of(job.checkpoints)}; the same command continues",
@@ -417,7 +427,10 @@ class PlannedTrainer(Trainer):
             if self.job.budget:
                 self.job.budget.save(staged)
             words, best = self.job.stretch.words, self.job.watch.best
-            commit(staged, folder, self.job.told, words.keep_checkpoints, best[0] if best and words.patience else None)
+            if self.job.watch.file.is_file():
+                artifact.sync_file(self.job.watch.file)
+            told = {**self.job.told, "history": self.job.watch.history}
+            commit(staged, folder, told, words.keep_checkpoints, best[0] if best and words.patience else None)
         self.accelerator.wait_for_everyone()
         self.halt.saved(time.time() - began)
 

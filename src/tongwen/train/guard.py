@@ -80,6 +80,11 @@ class Guard(TrainerCallback):
             self._count_skip(index, not all(map(math.isfinite, norms)))
         self._check_sane(index, sum(map(sum, losses)) / max(float(step.learned), 1.0))
 
+    def leaves(self, device: torch.device) -> bool:
+        """After the last step, which did not ask for what has come since: whether any process was asked to stop."""
+        wish = torch.tensor([float(self.leaving or self.wants_out())], device=device)
+        return bool(self.gather(wish).any())
+
     def _check_finite(self, index: int, losses: list[list[float]], norms: list[float], model: Any) -> None:
         bad = [
             slot * len(losses) + rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +40,18 @@ class Watch(TrainerCallback):
         self.before_steps, self.before_epochs = before_steps, before_epochs
         self.started, self.first, self.before = time.monotonic(), before_steps, 0.0
         self.scores: dict[str, float] = {}
-        self.history: list[tuple[int, float]] = []
+        self.history: list[tuple[int, float]] = []  # step of this phase and bits per byte of each held-out evaluation
         self.losses: list[float] = []
         self.flat_from = 0  # the step of the last line
         self.rates: list[float] = []  # of the step that is taken, by group
 
-    def begin(self, step: int) -> None:
-        """A resumed run drops the lines beyond its checkpoint: they will be written again. step: of this phase."""
+    def begin(self, step: int, history: Iterable[Sequence[float]] = ()) -> None:
+        """A resumed run drops the lines beyond its checkpoint: they will be written again. step: of this phase; history: the
+        evaluations that its checkpoint knows of."""
         self.started, self.first = time.monotonic(), self.before_steps + step
         kept = [line for line in read_metrics(self.file) if line["step"] <= self.first]
         self.before = kept[-1]["seconds"] if kept else 0.0
-        self.history = [
-            (line["step"] - self.before_steps, line["bits_per_byte"])
-            for line in kept
-            if "bits_per_byte" in line and line["step"] > self.before_steps
-        ]
+        self.history = [(int(at), score) for at, score in history]
         self.losses = [line["loss"] for line in kept if line["step"] > self.before_steps]
         self.flat_from = step
         if is_first():
