@@ -3,10 +3,11 @@
     python bench/crash_storm.py --out bench/results/crash_storm.json        (or: make crash-storm)
 
 torch is imported once; every trial is a fork that runs the real command (`tongwen run`) on a tiny model, on one thread of a
-CPU. Parts: SIGKILL at random moments, one in four aimed into a commit, for a full fine-tune and for LoRA with dropout; the
-same with whole processes; every state-changing system call of one save killed once, and failed once with EIO (by strace:
-what the kernel sees, whichever library calls it); flipped bits in committed checkpoints; changed recipes; and the same kills
-against transformers' own Trainer, which must fail, or this harness would be blind.
+CPU. Parts: SIGKILL at random moments, one in four aimed into a commit, for a full fine-tune and for LoRA with dropout, and
+fewer for phases, for early stopping over batches of tokens, and for two processes that die together; the same with whole
+processes; every state-changing system call of one save killed once, and failed once with EIO (by strace: what the kernel
+sees, whichever library calls it), also of one that drops the checkpoint before; flipped bits in committed checkpoints;
+changed recipes; and the same kills against transformers' own Trainer, which must fail, or this harness would be blind.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -39,13 +42,26 @@ from tests.conftest import byte_level_tokenizer, dialogues, tensors, tiny_llama,
 from transformers import Trainer, TrainingArguments  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
-from tongwen import artifact, cli, course, river  # noqa: E402, F401 (imported here once, for all forks)
-from tongwen.stages import prepare, sft  # noqa: E402, F401
+from tongwen import artifact, cli, course, launch, river  # noqa: E402, F401 (imported here once, for all forks)
+from tongwen.stages import prepare, pretrain, sft  # noqa: E402, F401
 from tongwen.train.checkpoints import damage  # noqa: E402
 from tongwen.train.fit import PlannedTrainer  # noqa: E402
 
 STEPS, EVERY = 12, 2
-ADAPTERS = {"full": "{method: full}", "lora": "{rank: 4, dropout: 0.1}"}
+SFT = f"sft: {{template: chatml, samples: 0, max_length: 256, precision: fp32, save_every: {EVERY}, micro_batch_tokens: 96, "
+LORA = "adapter: {rank: 4, dropout: 0.1}, "
+PLAIN = f"batch_size: 4, learning_rate: 1e-3, stop_after: {STEPS} steps}}"
+RUNS = {
+    "full": SFT + "adapter: {method: full}, " + PLAIN,
+    "lora": SFT + LORA + PLAIN,
+    "phases": SFT.replace("sft: {template: chatml", "pretrain: {batch_size: 4, learning_rate: 1e-3")
+    + LORA
+    + "phases: [{train: embeddings, stop_after: 5 steps}, {train: lora+embeddings, stop_after: 7 steps}]}",
+    "patience": SFT
+    + LORA
+    + "batch_tokens: 400, learning_rate: 0.1, stop_after: 40 steps, evaluate_every: 2, patience: 2, keep_checkpoints: 1}",
+    "processes": SFT + LORA + PLAIN,
+}
 # Thirteen words that decide the result, one of each kind.
 CHANGES = (
     "sft.learning_rate=2e-3",
@@ -62,6 +78,7 @@ CHANGES = (
     "sft.precision=bf16",
     "sft.adapter={rank: 8}",
 )
+FLIPPED = ("full", "lora")
 CALLS = "openat,write,writev,pwrite64,fsync,fdatasync,ftruncate,fallocate,rename,renameat,renameat2,mkdir,unlink,unlinkat,rmdir"
 
 
@@ -83,6 +100,7 @@ def forked(
     child = os.fork()
     if not child:
         os.close(reader)
+        os.setpgid(0, 0)
         _speak_into(log)
         _announce_saves(trainer, lambda mark: os.write(writer, mark))
         try:
@@ -91,6 +109,8 @@ def forked(
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
             os._exit(99)
     os.close(writer)
+    with suppress(OSError):  # whoever comes first; it may be gone already
+        os.setpgid(child, 0)
     outcome, begun, began = Outcome(0), 0, 0.0
     while True:
         if select.select([reader], [], [], 0.002)[0]:
@@ -101,7 +121,7 @@ def forked(
             begun += outcome.in_commit
             began = outcome.saves.append(time.monotonic() - began) or 0.0 if marks == b")" else time.monotonic()
         if not outcome.killed and kill(child, begun):
-            os.kill(child, signal.SIGKILL)
+            os.killpg(child, signal.SIGKILL)
             outcome.killed = True
     os.close(reader)
     status = os.waitpid(child, 0)[1]
@@ -117,10 +137,11 @@ def _speak_into(log: Path) -> None:
     sys.stdout = sys.stderr = os.fdopen(out, "w", buffering=1, encoding="utf-8")
 
 
-def _announce_saves(trainer: type, tell: Callable[[bytes], Any]) -> None:
+def _announce_saves(trainer: type, tell_first: Callable[[bytes], Any]) -> None:
     save = trainer._save_checkpoint
 
     def told(self: Any, *arguments: Any, **options: Any) -> None:
+        tell = tell_first if launch.is_first() else len
         tell(b"(")
         save(self, *arguments, **options)
         tell(b")")
@@ -156,20 +177,36 @@ def inside_save(number: int, seconds: float) -> Callable[[int, int], bool]:
     return kill
 
 
+def in_two(command: list[str]) -> int:
+    """As a launcher starts it: this process and another one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    other = os.fork()
+    rank = "0" if other else "1"
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_PORT=str(port))
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    code = cli.main(command)
+    if not other:
+        os._exit(code)
+    return code or os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
+
+
 class Ground:
-    """A folder with a tiny model, data and, for each method, a run whose data are prepared."""
+    """A folder with a tiny model, data and, for each of RUNS, one whose data are prepared."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, folder / "log.txt"
         self.model = folder / "model"
         tiny_llama(self.model, len(byte_level_tokenizer(self.model)))
         write_rows(folder / "data.jsonl", dialogues(32))
-        for method in ADAPTERS:
+        write_rows(folder / "text.jsonl", [{"text": f"第 {row} 天，天气很好。" * 3} for row in range(32)])
+        for method, section in RUNS.items():
+            data = "documents: text.jsonl" if method == "phases" else "dialogues: data.jsonl"
+            held_out = 6 if method == "patience" else 0
             self.recipe(method).write_text(
                 f"name: {method}\nbase: {self.model}\nout: {self.out(method)}\n"
-                f"prepare: {{dialogues: {folder / 'data.jsonl'}, held_out: 0}}\n"
-                f"sft: {{template: chatml, adapter: {ADAPTERS[method]}, max_length: 256, batch_size: 4, precision: fp32, "
-                f"learning_rate: 1e-3, samples: 0, stop_after: {STEPS} steps, save_every: {EVERY}, micro_batch_tokens: 96}}\n"
+                f"prepare: {{{data.replace(': ', f': {folder}/')}, held_out: {held_out}}}\n{section}\n"
             )
             assert forked(lambda method=method: self.run(method, "--only", "prepare"), self.log, never).code == 0
             shutil.copytree(self.out(method), folder / f"{method}.prepared")
@@ -181,7 +218,8 @@ class Ground:
         return self.folder / method
 
     def run(self, method: str, *words: str) -> int:
-        return cli.main(["run", str(self.recipe(method)), *words])
+        command = ["run", str(self.recipe(method)), *words]
+        return in_two(command) if method == "processes" and not words else cli.main(command)
 
     def reset(self, method: str) -> None:
         shutil.rmtree(self.out(method), ignore_errors=True)
@@ -189,7 +227,7 @@ class Ground:
 
     def result(self, method: str) -> tuple[str, list[float]]:
         """What must be equal: the bytes of the weights, and every logged loss."""
-        done = self.out(method) / "sft"
+        done = self.out(method) / ("pretrain" if method == "phases" else "sft")
         weights = artifact.fingerprint_hashes(
             {file.name: artifact.hash_file(file) for file in done.glob("*.safetensors")}
         )
@@ -253,16 +291,17 @@ def by_the_command_line(ground: Ground, kills: int, chance: random.Random) -> di
     return dict(found)
 
 
-def every_call(ground: Ground, method: str, chosen: slice = slice(None)) -> dict[str, Any]:
-    """One save under strace: each call that changes something in the run's folder is the last one once, and fails once."""
-    short = f"sft.stop_after={2 * EVERY} steps"
+def every_call(ground: Ground, method: str, chosen: slice = slice(None), keep: int = 2) -> dict[str, Any]:
+    """One save under strace: each call that changes something in the run's folder is the last one once, and fails once.
+    keep: how many checkpoints stay; 1: the save also drops the one before."""
+    short = (f"sft.stop_after={2 * EVERY} steps", f"sft.keep_checkpoints={keep}")
     ground.reset(method)
-    assert forked(lambda: ground.run(method, short), ground.log, never).code == 0
+    assert forked(lambda: ground.run(method, *short), ground.log, never).code == 0
     wanted = ground.result(method)
     ground.reset(method)
     before = inside_save(2, 0.0)
     assert forked(
-        lambda: ground.run(method, short), ground.log, before
+        lambda: ground.run(method, *short), ground.log, before
     ).killed  # one checkpoint is there, none is being written
     snapshot = ground.folder / "snapshot"
     shutil.copytree(ground.out(method), snapshot)
@@ -271,7 +310,7 @@ def every_call(ground: Ground, method: str, chosen: slice = slice(None)) -> dict
     def attempt(inject: str) -> int:
         shutil.rmtree(ground.out(method))
         shutil.copytree(snapshot, ground.out(method))
-        return _traced(lambda: ground.run(method, short), ground.log, trace, inject)
+        return _traced(lambda: ground.run(method, *short), ground.log, trace, inject)
 
     attempt("")
     points = _changing_calls(trace, str(ground.out(method)))
@@ -282,7 +321,7 @@ def every_call(ground: Ground, method: str, chosen: slice = slice(None)) -> dict
             code = attempt(f"{call}:{how}:when={number}")
             codes[f"{kind} {code}"] += 1
             found[kind] += 1
-            done = forked(lambda: ground.run(method, short), ground.log, never)
+            done = forked(lambda: ground.run(method, *short), ground.log, never)
             found[f"{kind}_exact"] += done.code == 0 and ground.result(method) == wanted
         print("system calls", dict(found), flush=True)
     kinds = Counter(call for call, _ in points)
@@ -345,12 +384,12 @@ def _changing_calls(trace: Path, folder: str) -> list[tuple[str, int]]:
 def flipped_bits(ground: Ground, flips: int, chance: random.Random) -> dict[str, int]:
     """One bit of one file of a committed checkpoint: is it noticed?"""
     found: Counter[str] = Counter(flips=0, detected=0)
-    for method in ADAPTERS:
+    for method in FLIPPED:
         ground.reset(method)
         forked(lambda method=method: ground.run(method), ground.log, never)
         checkpoints = sorted((ground.out(method) / "sft" / "checkpoints").glob("checkpoint-*"))
         assert all(damage(path) is None for path in checkpoints)
-        for _ in range(flips // len(ADAPTERS)):
+        for _ in range(flips // len(FLIPPED)):
             checkpoint = chance.choice(checkpoints)
             file = chance.choice([file for file in checkpoint.rglob("*") if file.is_file()])
             place, bit = chance.randrange(file.stat().st_size), 1 << chance.randrange(8)
@@ -434,7 +473,9 @@ def plain_trainer(ground: Ground, kills: int, chance: random.Random) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="of: " + ", ".join(PARTS))
-    parser.add_argument("--kills", type=int, default=200, help="of each method")
+    parser.add_argument(
+        "--kills", type=int, default=200, help="of full and of lora, and four times those of the others"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
@@ -457,8 +498,12 @@ PARTS: dict[str, Callable[[Ground, int, random.Random], dict[str, Any]]] = {
     "flipped_bits": lambda ground, kills, chance: flipped_bits(ground, 400, chance),
     "plain_trainer": lambda ground, kills, chance: plain_trainer(ground, 40, chance),
     "system_calls": lambda ground, kills, chance: every_call(ground, "lora"),
+    "system_calls_full": lambda ground, kills, chance: every_call(ground, "full", keep=1),
     "full": lambda ground, kills, chance: storm(ground, "full", kills, chance),
     "lora": lambda ground, kills, chance: storm(ground, "lora", kills, chance),
+    "phases": lambda ground, kills, chance: storm(ground, "phases", kills // 4, chance),
+    "patience": lambda ground, kills, chance: storm(ground, "patience", kills // 4, chance),
+    "processes": lambda ground, kills, chance: storm(ground, "processes", kills // 4, chance),
     "command_line": lambda ground, kills, chance: by_the_command_line(ground, 10, chance),
 }
 
