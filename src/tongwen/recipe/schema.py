@@ -591,9 +591,9 @@ class Training(Section):
     engine: str = word(
         "auto",
         "what several processes share out: auto and ddp nothing, zero2 gradients and optimizer (DeepSpeed), zero3 and fsdp2 "
-        "also the weights; or a file: a DeepSpeed JSON, or accelerate's FSDP YAML",
+        "also the weights; or a file: a DeepSpeed JSON, or accelerate's YAML",
         "多进程如何分担：auto 与 ddp 不分担，zero2 分担梯度与优化器（DeepSpeed），zero3 与 fsdp2 还分担权重；或一个文件：DeepSpeed 的 JSON，"
-        "或 accelerate 的 FSDP YAML",
+        "或 accelerate 的 YAML",
     )
     offload: bool = word(
         False,
