@@ -204,7 +204,7 @@ def _wait_for(path: Path) -> artifact.Artifact:
 
 def _changed(recipe: Recipe, name: str, found: artifact.Artifact) -> list[tuple[str, Any, Any]]:
     """Differing settings, files that have changed, and parents that have been made anew since."""
-    changed = artifact.differences(found.manifest["settings"], _settings(recipe, name))
+    changed = gate.differences(found.manifest["settings"], _settings(recipe, name))
     if changed_files := getattr(_stage(name), "changed_files", None):
         changed += changed_files(recipe, found.manifest)
     for role, parent in found.manifest["parents"].items():

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from pydantic_core import PydanticCustomError
 
 from tongwen.language import say
+from tongwen.recipe import engine_file
 
 # The order in which the stages run. A section that is absent does not run.
 STAGES = ("synthesize", "prepare", "vocab", "pretrain", "sft", "merge", "evaluate", "export")
@@ -641,10 +642,12 @@ class Training(Section):
         return {name for name, applies in unused.items() if applies}
 
     def deciding(self) -> dict[str, Any]:
-        """The words that decide the result. When to evaluate is one of them where evaluations may end the run."""
+        """The words that decide the result. When to evaluate is one of them where evaluations may end the run; so is what an
+        engine's file says now, besides where it is. Raises RecipeError when that cannot be read."""
         fields = type(self).model_fields
         free = {name for name in fields if dict(fields[name].json_schema_extra or {})["free"]}  # type: ignore[arg-type]
-        return self.model_dump(mode="json", exclude=free - {"evaluate_every"} if self.may_end_early else free)
+        words = self.model_dump(mode="json", exclude=free - {"evaluate_every"} if self.may_end_early else free)
+        return words if self.engine in ENGINES else {**words, "engine_file": engine_file.read(self.engine, 1).engine}
 
     @property
     def may_end_early(self) -> bool:
