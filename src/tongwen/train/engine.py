@@ -30,7 +30,8 @@ from tongwen.train.memory import SHARED, Sharing
 
 BUCKET = 500_000_000  # DeepSpeed's default
 FSDP_FILE = "pytorch_model_fsdp.bin"  # accelerate's name
-OVERRIDDEN = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_")  # by `precision` and `compile`
+# By `precision`, `compile`, and what torch finds.
+OVERRIDDEN = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_", "ACCELERATE_USE_CPU")
 ASKED_FROM_OUTSIDE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
@@ -162,7 +163,7 @@ def choose(words: Training) -> Engine:
                 )
             )
     unset_hf_deepspeed_config()  # of the stage before: transformers would cut the next model up while it is read
-    place, launched = f"engine: {words.engine}", launch.is_launched()
+    place = f"engine: {words.engine}"
     outside = [name for name in ASKED_FROM_OUTSIDE if os.environ.get(name, "").lower() == "true"]
     if outside:
         raise RecipeError(
@@ -176,12 +177,6 @@ def choose(words: Training) -> Engine:
                 "把设置写成 engine: 文件，启动器不带设置",
             ),
         )
-    if not launched and (words.engine == "ddp" or words.shares):
-        raise RecipeError(
-            say("this engine runs in several processes", "该引擎需要多个进程"),
-            place=place,
-            remedy="tongwen run RECIPE --devices 2; torchrun, accelerate launch, deepspeed, srun: docs/engines.md",
-        )
     if words.shares == "fsdp2":
         return Engine("fsdp2", {"fsdp": True, "fsdp_config": _fsdp_config(words)}, place)
     if words.shares == "deepspeed":
@@ -190,7 +185,7 @@ def choose(words: Training) -> Engine:
         config = _deepspeed_config(words)
         _prepare_deepspeed(config["zero_optimization"], place)
         return Engine(f"zero{config['zero_optimization']['stage']}", {"deepspeed": config}, place)
-    return Engine("ddp" if launched else "single")
+    return Engine("ddp" if launch.is_launched() else "single")
 
 
 def sharing_of(words: Training, world: int) -> Sharing:
