@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import write_rows
+from tests.launching import launched as in_processes
+from tests.launching import needs_deepspeed
+from tongwen import cli, launch, river
 from tongwen.errors import TongwenError
+from tongwen.model import load as model_load
 from tongwen.recipe.load import load
 from tongwen.train import engine
 
@@ -59,10 +65,31 @@ fsdp_config:
 """
 
 
+def zero(**words: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 2, **words}}
+
+
+def rates(of_optimizer: Any, peak: Any, **words: Any) -> dict[str, Any]:
+    schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": peak, **words}}
+    return {**NO_OFFLOAD, "optimizer": {"params": {"lr": of_optimizer}}, "scheduler": schedule}
+
+
+def fsdp(words: str, beside: str = "") -> str:
+    return f"distributed_type: FSDP\n{beside}fsdp_config: {{{words}}}\n"
+
+
+def accelerates(words: str, beside: str = "") -> str:
+    return f"distributed_type: DEEPSPEED\n{beside}deepspeed_config: {{{words.strip('{}')}}}\n"
+
+
 def recipe(folder: Path, settings: Any, sft: str = "") -> Path:
     """A recipe whose engine is a file with these settings, or a word."""
     word = settings
-    if isinstance(settings, dict) or "\n" in settings:
+    if isinstance(settings, str) and settings.startswith("engine."):
+        name, text = settings.split(": ")
+        (folder / name).write_text(text)
+        word = str(folder / name)
+    elif isinstance(settings, dict) or "\n" in settings:
         file = folder / ("engine.json" if isinstance(settings, dict) else "engine.yaml")
         file.write_text(json.dumps(settings) if isinstance(settings, dict) else settings)
         word = str(file)
@@ -75,7 +102,7 @@ def recipe(folder: Path, settings: Any, sft: str = "") -> Path:
 def launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(engine, "_prepare_deepspeed_on_cpu", lambda: None)
+    monkeypatch.setattr(engine, "_prepare_deepspeed", lambda zero, place: None)
 
 
 def test_deepspeed_files_of_older_projects_load_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,10 +165,40 @@ def test_an_fsdp_file_of_the_first_version_is_read_as_the_second(
         ("zero2", ", adapter: {method: adalora}", "`method: adalora` does not work"),
         ("zero3", ", adapter: {method: qlora}", "`engine: fsdp2`"),
         ("fsdp2", ", adapter: {method: qlora, quantize: int8}", "`quantize: nf4`"),
-        ({"optimizer": {"type": "Lamb"}}, "", "'Lamb' is not known here; known are: Adam, AdamW"),
+        ({"optimizer": {"type": "Lamb"}}, "", "optimizer.type: 'Lamb' is not known here; known are: Adam, AdamW"),
+        ({"optimizer": {"params": {"betas": 0.9}}}, "", "optimizer.params.betas: 0.9 is not known here"),
+        ({"optimizer": {"params": {"eps": "x"}}}, "", "optimizer.params.eps: 'x' is not known here"),
+        ({"optimizer": []}, "", "optimizer: [] is no mapping"),
+        ("engine.json: null", "", "'null' is no mapping of keys to values"),
+        ("engine.json: true", "", "True is no mapping"),
+        ("engine.yaml: []", "", "[] is no mapping"),
+        ({}, "", "stage: 0 is not known here; known are: 1, 2, 3\n  → engine: ddp"),
+        ({"zero_optimization": {"stage": 4}}, "", "zero_optimization.stage: 4 is not known here"),
+        (zero(offload_optimizer={"device": "gpu"}), "", "offload_optimizer.device: 'gpu' is not known here"),
+        (zero(cpu_offload="maybe"), "", "cpu_offload: 'maybe' is not known here; known are: true, false"),
+        (zero(reduce_bucket_size="big"), "", "reduce_bucket_size: 'big' is not known here"),
+        ({**NO_OFFLOAD, "train_batch_size": "32"}, "", "train_batch_size: '32' is not known here"),
+        ({**NO_OFFLOAD, "train_batch_size": 32}, ", batch_tokens: 400", "says 400, ENGINE says batch_size: 32"),
+        (rates(1e-4, 2e-4), "", "warmup_max_lr: 0.0002, and optimizer.params.lr is 0.0001"),
+        (BELLE, ", trainer: {adam_beta2: 0.5}", "adam_beta2: the recipe says 0.5, ENGINE says 0.999"),
+        (BELLE, ", trainer: 5", "trainer: 5 must be a valid dictionary"),
         ({"scheduler": {"type": "OneCycle"}}, "", "'OneCycle' is not known here"),
-        ("distributed_type: MULTI_GPU\nfsdp_config: {}\n", "", "'MULTI_GPU' is not known here"),
-        ("fsdp_config: {fsdp_wonder: 1}\n", "", "'wonder' is not known here"),
+        ({"scheduler": {"type": []}}, "", "scheduler.type: [] is not known here"),
+        (
+            "distributed_type: MULTI_GPU\n",
+            "",
+            "'MULTI_GPU' is not known here; known are: FSDP, DEEPSPEED\n  → engine: ddp",
+        ),
+        (fsdp("fsdp_wonder: 1"), "", "'wonder' is not known here"),
+        (fsdp("fsdp_sharding_strategy: NO_SHARD"), "", "HYBRID_SHARD_ZERO2\n  → engine: ddp"),
+        (fsdp("fsdp_sharding_strategy: 3"), "", "HYBRID_SHARD_ZERO2\n  → engine: ddp"),
+        (fsdp("fsdp_sharding_strategy: ''"), "", "'' is not known here"),
+        (fsdp("fsdp_auto_wrap_policy: SIZE_BASED_WRAP"), "", "  → fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+        (fsdp("fsdp_transformer_layer_cls_to_wrap: 5"), "", "cls_to_wrap: 5 is not known here"),
+        (accelerates("zero_stage: 1"), "", "'1' is not known here; known are: 2, 3\n  → engine: zero2"),
+        (accelerates("zero_stage: 0"), "", "→ engine: ddp"),
+        (accelerates("offload_param_device: nvme"), "", "→ engine: FILE.json"),
+        (accelerates("deepspeed_config_file: a.txt"), "", "'a.txt' is not known here"),
         ("nowhere.json", "", "No such file"),
         ("a: [\n", "", "cannot be read"),
     ],
@@ -149,15 +206,219 @@ def test_an_fsdp_file_of_the_first_version_is_read_as_the_second(
 def test_what_does_not_work_is_refused_by_name(settings: Any, sft: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(TongwenError) as refused:
         load(recipe(tmp_path, settings, sft))
-    assert said in refused.value.text() and refused.value.exit_code == 2
+    text = refused.value.text().replace(str(tmp_path / "engine.json"), "ENGINE")
+    assert said in text and refused.value.exit_code == 2
 
 
-def test_one_process_and_other_settings_from_outside_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("settings", "unused"),
+    [
+        ({**NO_OFFLOAD, "gradient_accumulation_steps": 4}, "gradient_accumulation_steps: 4"),
+        ({**NO_OFFLOAD, "train_micro_batch_size_per_gpu": 4}, "train_micro_batch_size_per_gpu: 4"),
+        ({**NO_OFFLOAD, "train_batch_size": 8, "gradient_accumulation_steps": 4}, "gradient_accumulation_steps: 4"),
+        (rates("auto", "auto", warmup_min_lr=1e-5), "scheduler.params.warmup_min_lr: 1e-05"),
+        (rates("auto", "auto", warmup_type="linear", warmup_min_lr=0), "scheduler.params.warmup_type: linear"),
+        (rates("auto", "auto", total_num_steps=100), "scheduler.params.total_num_steps: 100"),
+        (rates("auto", "auto", warmup_type="log", warmup_min_lr=0), ""),
+        ({**NO_OFFLOAD, "optimizer": {"params": {"adam_w_mode": False}}}, "optimizer.params.adam_w_mode: False"),
+        ({**NO_OFFLOAD, "bf16": {"enabled": False}}, "bf16.enabled: false"),
+        ({**NO_OFFLOAD, "amp": {"enabled": True}}, "amp"),
+        (fsdp("", "num_processes: 8\nmachine_rank: 0\n"), "num_processes: 8"),
+        (fsdp("", "mixed_precision: fp8\n"), "mixed_precision: fp8"),
+        (fsdp("", "gradient_accumulation_steps: 4\n"), "gradient_accumulation_steps: 4"),
+        (fsdp("", "parallelism_config: {tp_size: 2}\n"), "parallelism_config"),
+        (fsdp("fsdp_sharding_strategy: HYBRID_SHARD"), "fsdp_sharding_strategy: HYBRID_SHARD (shared out among all)"),
+        (fsdp("fsdp_min_num_params: 5"), "min_num_params"),
+        (accelerates("zero3_init_flag: true"), "deepspeed_config.zero3_init_flag: True"),
+    ],
+)
+def test_what_is_not_used_is_said(settings: Any, unused: str, tmp_path: Path) -> None:
+    _, notices = read(recipe(tmp_path, settings))
+    said = [line.split("decides: ")[1] for line in notices.splitlines() if "not used" in line]
+    assert said == ([unused] if unused else [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        (zero(stage="2", overlap_comm=True), "zero2"),
+        (zero(offload_optimizer={"device": "none"}, stage3_gather_fp16_weights_on_model_save=True), zero()),
+        (zero(cpu_offload=True, cpu_offload_use_pin_memory=True), zero(offload_optimizer={"device": "cpu"})),
+        (zero(stage=3, cpu_offload_params="true"), zero(stage=3, offload_param={"device": "cpu"})),
+        (fsdp("fsdp_offload_params: 'false', fsdp_activation_checkpointing: 'False'"), fsdp("")),
+        (fsdp("fsdp_offload_params: 'true'"), fsdp("fsdp_offload_params: true")),
+        (fsdp("fsdp_reshard_after_forward: 'false'"), fsdp("fsdp_reshard_after_forward: false")),
+        (fsdp("fsdp_reshard_after_forward: SHARD_GRAD_OP"), fsdp("fsdp_reshard_after_forward: false")),
+        (fsdp("fsdp_sharding_strategy: 2"), fsdp("fsdp_reshard_after_forward: false")),
+        (fsdp("fsdp_sharding_strategy: FULL_SHARD, fsdp_reshard_after_forward: null"), fsdp("")),
+        (accelerates("zero_stage: 2, offload_optimizer_device: none"), "zero2"),
+        (accelerates("zero_stage: 3, offload_param_device: cpu"), "zero3, offload: true"),
+        (accelerates("gradient_clipping: 0.5"), "zero2, max_grad_norm: 0.5"),
+        (accelerates("{}", "mixed_precision: no\n"), "zero2, precision: fp32"),
+        (accelerates("deepspeed_config_file: FOLDER/own.json"), zero(stage=3)),
+    ],
+)
+def test_other_spellings_are_read_as_what_they_mean(
+    settings: Any, word: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(TongwenError, match="several processes"):
-        engine.choose(read(recipe(tmp_path, "ddp"))[0])
+    launched(monkeypatch)
+    (tmp_path / "own.json").write_text(json.dumps(zero(stage=3)))
+    settings = settings.replace("FOLDER", str(tmp_path)) if isinstance(settings, str) else settings
+    made = []
+    for number, one in enumerate((settings, word)):
+        (folder := tmp_path / str(number)).mkdir()
+        sft = read(recipe(folder, one))[0]
+        made.append(
+            (
+                engine.choose(sft).arguments,
+                engine.sharing_of(sft, 2),
+                sft.max_grad_norm,
+                sft.precision,
+                sft.activation_checkpointing,
+            )
+        )
+    assert made[0] == made[1]
+
+
+def test_a_layer_that_the_model_has_not_is_refused_by_name(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    launched(monkeypatch)
+    names = "fsdp_transformer_layer_cls_to_wrap: 'LlamaDecoderLayer, GPTNeoXLayer'"
+    chosen = engine.choose(read(recipe(tmp_path, fsdp(names)))[0])
+    with pytest.raises(TongwenError) as refused:
+        chosen.shard(AutoModelForCausalLM.from_pretrained(chat_model), torch.float32)
+    assert refused.value.exit_code == 2 and "no layer 'GPTNeoXLayer'" in (text := refused.value.text())
+    assert "engine.yaml" in text and "fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer" in text
+
+
+@needs_deepspeed
+def test_what_deepspeed_does_not_know_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(TongwenError, match=r"engine.json · zero_optimization.wonder: 1: Extra inputs") as refused:
+        engine.choose(read(recipe(tmp_path, zero(wonder=1, allgather_bucket_size="auto")))[0])
+    assert refused.value.exit_code == 2
+
+
+@pytest.fixture()
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher; what a command takes from the environment comes back."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", launch.EXIT_FILE, launch.BEGAN):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(launch, "torchrun", lambda *arguments: pytest.fail("no process may start"))
+
+
+@pytest.mark.parametrize(
+    ("world", "words", "code", "said"),
+    [
+        (None, (), 2, "sft.engine: ddp: this engine runs in several processes\n  → tongwen run RECIPE --devices 2"),
+        (1, (), 2, "several processes"),
+        (
+            4,
+            ("--devices", "2"),
+            2,
+            "devices: 2: the launcher has started 4 processes\n  → tongwen run RECIPE devices=4",
+        ),
+        (None, ("--devices", "0"), 2, "devices: 0 must be greater than or equal to 1"),
+        (None, ("--devices", "3"), 5, "devices: 3: this machine shows 2 GPUs, one for each process\n  → --devices 2"),
+    ],
+)
+@pytest.mark.usefixtures("alone")
+def test_another_number_of_processes_is_refused_before_anything_runs(
+    world: int | None,
+    words: tuple[str, ...],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tongwen: Any,
+) -> None:
+    if world:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setattr(model_load, "count_devices", lambda: 2)
+    out = tmp_path / "out"
+    found, _, err = tongwen("run", recipe(tmp_path, "ddp"), f"out={out}", *words)
+    assert found == code and said in err and not (out / "prepare").exists()
+
+
+@pytest.mark.usefixtures("alone")
+def test_check_says_that_an_engine_would_be_alone(tmp_path: Path, tongwen: Any) -> None:
+    file = recipe(tmp_path, "ddp")
+    assert "this engine runs in several processes" in "".join(tongwen("check", file)[1:])
+    assert "several processes" not in "".join(tongwen("check", file, "devices=2")[1:])
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_finished_training_needs_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_load, "count_devices", lambda: 1)
+    made = load(recipe(tmp_path, "auto"), ["devices=2"])[0]
+    with pytest.raises(TongwenError, match="shows 1 GPUs"):
+        river._check_devices(made, ["prepare", "sft"])
+    river._check_devices(made, ["prepare", "export"])
+
+
+@pytest.mark.usefixtures("alone")
+def test_accelerates_cpu_is_one_process_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tongwen: Any
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    out = tongwen("run", recipe(tmp_path, "auto"), f"out={tmp_path / 'out'}", "--only", "prepare")
+    assert "starts one process, whatever --num_processes says" in "".join(out[1:])
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_process_of_ours_is_launched_though_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`engine: fsdp2` on one GPU: torchrun has started it."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), (launch.EXIT_FILE, "somewhere")):
+        monkeypatch.setenv(name, value)
+    launch.adopt()
+    assert launch.is_launched()
+    monkeypatch.delenv(launch.EXIT_FILE)
+    launch.adopt()
+    assert not launch.is_launched()
+
+
+@pytest.mark.parametrize(("rank", "visible", "taken"), [(3, 8, 3), (3, 1, 0), (3, 2, 1), (3, 0, None)])
+@pytest.mark.usefixtures("alone")
+def test_a_process_takes_its_own_gpu_of_those_it_sees(
+    rank: int, visible: int, taken: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = list[int]()
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: visible > 0)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **words: torch.device("cuda"))
+    assert model_load.compute_device() == ("cuda" if visible else "cpu")
+    assert chosen == ([taken] if visible else [])
+    assert os.environ["LOCAL_RANK"] == str(rank if taken is None else taken)
+
+
+def test_two_processes_on_one_gpu_are_told_so() -> None:
+    said = cli._machine_cause(
+        RuntimeError("NCCL error: Duplicate GPU detected : rank 1 and rank 0 both on device 1b000")
+    )
+    assert said and "two processes of this run have the same GPU" in said
+
+
+def test_whoever_waits_for_a_first_process_that_failed_ends_too(tmp_path: Path, capfd: Any) -> None:
+    """As under `srun` without -K."""
+
+    def be_impatient(rank: int) -> None:
+        river.PATIENCE_SECONDS = 1  # type: ignore[assignment]
+
+    file = recipe(tmp_path, "auto")
+    (tmp_path / "data.jsonl").write_text("nonsense\n")
+    assert in_processes(2, "run", file, f"out={tmp_path / 'out'}", before=be_impatient, seconds=30) == [3, 5]
+    assert "prepare: the first process has ended without it" in capfd.readouterr().err
+
+
+def test_other_settings_from_outside_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(TongwenError, match="ACCELERATE_USE_FSDP"):

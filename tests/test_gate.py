@@ -15,8 +15,9 @@ import torch
 from tests.conftest import dialogues, tensors, write_recipe, write_rows
 from tests.launching import die_at, in_a_child
 from tests.test_run import manifest
-from tongwen import cli, gate
+from tongwen import artifact, cli, gate, river
 from tongwen.course import settings_of
+from tongwen.errors import TongwenError
 from tongwen.gate import RUN
 from tongwen.recipe.load import load
 
@@ -185,6 +186,28 @@ def test_two_processes_stop_when_asked_and_one_goes_on(chat_model: Path, tmp_pat
     assert 1 < taken < 24 and (out / "sft.partial" / "checkpoints" / f"checkpoint-{taken}").is_dir()
     assert cli.main(["run", str(recipe)]) == 0
     assert losses(tmp_path / "broken") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+def test_what_an_engine_file_says_is_a_setting(chat_model: Path, tmp_path: Path) -> None:
+    """Under the same name it was taken without a word. Records from before it was kept count as the same."""
+    file = tmp_path / "mine.json"
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    recipe = load(write_recipe(tmp_path, chat_model, sft=f", engine: {file}", merge=False))[0]
+    before = settings_of(recipe, "sft")
+    gate.enter(tmp_path, before, {})
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    now = settings_of(recipe, "sft")
+    with pytest.raises(TongwenError, match=r"sft.engine_file.zero_optimization.stage: 2 → 3[\s\S]*--again"):
+        gate.check(tmp_path, now, "", fork=False)
+    with pytest.raises(TongwenError, match="stage: 2 → 3"):
+        gate.enter(tmp_path, now, {})
+    finished = artifact.Artifact(tmp_path, {"settings": before, "parents": {}})
+    assert river._changed(recipe, "sft", finished) == [("sft.engine_file.zero_optimization.stage", 2, 3)]
+    del before["sft"]["engine_file"]
+    artifact.write_json(tmp_path / RUN, {"run": "x", "settings": before, "identity": {}, "forks": []})
+    gate.check(tmp_path, now, "", fork=False)
+    assert not river._changed(recipe, "sft", finished)
+    assert gate.enter(tmp_path, now, {})["settings"] == now, "from here on it is kept"
 
 
 @pytest.mark.parametrize(("engine", "passes"), [("auto", True), ("zero2", False), ("mine.json", False)])

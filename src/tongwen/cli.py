@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from tongwen import launch
     from tongwen.errors import TongwenError
 
-    launch.adopt_slurm()
+    launch.adopt()
     parsed = _parse(arguments)
     _hush()
     if parsed.json:
@@ -126,6 +126,12 @@ def _machine_cause(error: Exception) -> str | None:
         return say(
             f"another process of this run has ended: {text.splitlines()[0][:160]}\n  → its message tells why; the same command continues",
             f"本次运行的另一个进程已结束：{text.splitlines()[0][:160]}\n  → 原因见其信息；用同一命令可以继续",
+        )
+    if "Duplicate GPU detected" in text:
+        return say(
+            "two processes of this run have the same GPU\n  → as many processes per machine as it has GPUs, and CUDA_VISIBLE_DEVICES "
+            "that shows each its own, or all",
+            "本次运行有两个进程用了同一块 GPU\n  → 每台机器的进程数应等于 GPU 数；CUDA_VISIBLE_DEVICES 让每个进程看到自己的或全部 GPU",
         )
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "unexpected pos" in text:

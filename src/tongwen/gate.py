@@ -37,7 +37,7 @@ def check(
     run = _read(folder)
     if run is None:
         return
-    changed = [one for one in artifact.differences(run["settings"], settings) if one[0] != "base"]  # see `enter`
+    changed = [one for one in differences(run["settings"], settings) if one[0] != "base"]  # see `enter`
     changed += _differing(run["identity"], {DATA: prepared})
     fixed = [one for one in changed if not takes_new_rates or SHAPE.fullmatch(one[0]) or _trains_other_parts(*one)]
     if fork:
@@ -47,6 +47,12 @@ def check(
         artifact.refuse_changed(
             str(folder), changed, again() + say("; --fork continues with the new settings", "；--fork 以新设置继续")
         )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """As of artifact. Where only one of the two tells what an engine's file says, the other has an engine without a file, of
+    which `engine` tells; or is of a version that did not keep it, and counts as the same."""
+    return [one for one in artifact.differences(before, now) if not one[0].endswith(".engine_file")]
 
 
 def _trains_other_parts(name: str, before: Any, after: Any) -> bool:
@@ -75,7 +81,7 @@ def enter(folder: Path, settings: Mapping[str, Any], identity: Mapping[str, str]
     run = _read(folder) or {"run": _new_id(), "began": _now(), "settings": settings, "identity": {}, "forks": []}
     changed = _differing(run["identity"], identity)
     # A base under another path is the same where its fingerprint is. `check` has seen the rest, but under a launcher.
-    differing = artifact.differences(run["settings"], json.loads(json.dumps(settings)))
+    differing = differences(run["settings"], json.loads(json.dumps(settings)))
     changed += [one for one in differing if changed or one[0] != "base"]
     artifact.refuse_changed(str(folder), changed, again())
     run |= {"settings": dict(settings), "identity": {**identity, **run["identity"]}}

@@ -25,6 +25,7 @@ from tongwen.recipe.load import dump
 from tongwen.recipe.schema import STAGES, Prepare, Recipe
 
 TRAINING = ("pretrain", "sft")  # stages that run on all devices
+PATIENCE_SECONDS = 300  # without sign of a first process
 LOCK = ".lock"  # held by the process that runs in a folder, whose number it says
 MODELS = ("vocab", "pretrain", "sft", "merge")  # stages that leave a model, each standing on the one before
 
@@ -66,6 +67,7 @@ def run(
             ),
         )
     chosen = choose(recipe, only, start, until)
+    check_launcher(recipe)
     out = Path(recipe.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -78,9 +80,9 @@ def run(
         redo_from = _first_to_redo(recipe, chosen, out, explicit=bool(only or start)) if again else None
         redone = STAGES[STAGES.index(redo_from) :] if redo_from else ()
         if not launch.is_launched():
-            for name in chosen:
-                if name not in redone:
-                    _find_unchanged(recipe, name, out, fork)
+            ahead = [name for name in chosen if name in redone or _find_unchanged(recipe, name, out, fork) is None]
+            check_processes(recipe, ahead)
+            _check_devices(recipe, ahead)
             check_ahead(recipe, chosen)
         if launch.is_first() and not launch.is_ours():
             (out / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
@@ -101,6 +103,49 @@ def check_ahead(recipe: Recipe, stages: Sequence[str]) -> None:
     for name in stages:
         if check := getattr(_stage(name), "check_ahead", None):
             check(recipe)
+
+
+def check_launcher(recipe: Recipe) -> None:
+    """Raise RecipeError when a launcher has started another number of processes than the recipe says."""
+    if launch.is_launched() and recipe.devices not in (1, world := launch.world_size()):
+        raise RecipeError(
+            say(f"the launcher has started {world} processes", f"启动器启动了 {world} 个进程"),
+            place=f"devices: {recipe.devices}",
+            remedy=f"tongwen run RECIPE devices={world}",
+        )
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and not launch.is_launched() and recipe.devices == 1:
+        console.notice(
+            say(
+                "`accelerate launch --cpu` starts one process, whatever --num_processes says; several: --devices N",
+                "`accelerate launch --cpu` 只启动一个进程，与 --num_processes 无关；多进程请用 --devices N",
+            )
+        )
+
+
+def check_processes(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Raise RecipeError for an engine of several processes that would be alone."""
+    for name in stages:
+        if name in TRAINING and getattr(recipe, name).engine == "ddp" and recipe.devices == 1:
+            raise RecipeError(
+                say("this engine runs in several processes", "该引擎需要多个进程"),
+                place=f"{name}.engine: ddp",
+                remedy="tongwen run RECIPE --devices 2; torchrun, accelerate launch, deepspeed, srun: docs/engines.md",
+            )
+
+
+def _check_devices(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Raise MachineError for more processes than this machine has GPUs."""
+    if recipe.devices == 1 or not set(stages) & set(TRAINING):
+        return
+    from tongwen.model.load import count_devices
+
+    count = count_devices()
+    if count and recipe.devices > count:
+        raise MachineError(
+            say(f"this machine shows {count} GPUs, one for each process", f"本机可见 {count} 块 GPU，每个进程需要一块"),
+            place=f"devices: {recipe.devices}",
+            remedy=f"--devices {count}",
+        )
 
 
 def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:
@@ -196,15 +241,35 @@ def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str]) 
 
 def _wait_for(path: Path) -> artifact.Artifact:
     """Under a launcher the first process alone runs what is not training, and writes what is; the others wait for its folder.
-    When the first one fails, the launcher ends them."""
+    When the first one fails, most launchers end them. Raises MachineError when nobody has held the lock for a while."""
+    seen = time.monotonic()
     while (found := artifact.find(path)) is None:
+        if _is_held(path.parent):
+            seen = time.monotonic()
+        elif time.monotonic() - seen > PATIENCE_SECONDS:
+            raise MachineError(
+                say("the first process has ended without it", "首个进程已结束，而它没有完成"),
+                place=str(path),
+                remedy=say("its message tells why; the same command continues", "原因见其信息；用同一命令可以继续"),
+            )
         time.sleep(0.5)
     return found
 
 
+def _is_held(out: Path) -> bool:
+    """Whether a process runs in a folder, as far as can be seen: of another machine, one that was killed counts as running."""
+    if os.name == "nt":
+        return True
+    try:
+        node = (out / LOCK).read_text(encoding="utf-8").split(",")[0]
+    except OSError:
+        return False
+    return bool(node) and (node != platform.node() or holder(out) is not None)
+
+
 def _changed(recipe: Recipe, name: str, found: artifact.Artifact) -> list[tuple[str, Any, Any]]:
     """Differing settings, files that have changed, and parents that have been made anew since."""
-    changed = artifact.differences(found.manifest["settings"], _settings(recipe, name))
+    changed = gate.differences(found.manifest["settings"], _settings(recipe, name))
     if changed_files := getattr(_stage(name), "changed_files", None):
         changed += changed_files(recipe, found.manifest)
     for role, parent in found.manifest["parents"].items():

@@ -101,7 +101,7 @@ def _load(parsed: argparse.Namespace) -> Any:
     from tongwen.recipe.load import load
 
     overrides = list(parsed.overrides)
-    if getattr(parsed, "devices", None):
+    if getattr(parsed, "devices", None) is not None:
         overrides.append(f"devices={parsed.devices}")
     recipe, notices = load(parsed.recipe, overrides)
     for notice in notices:
@@ -119,7 +119,11 @@ def _run(parsed: argparse.Namespace) -> int:
     from tongwen import console, river
 
     recipe = _load(parsed)
-    arguments = [parsed.recipe, *parsed.overrides, *([f"devices={parsed.devices}"] if parsed.devices else [])]
+    arguments = [
+        parsed.recipe,
+        *parsed.overrides,
+        *([f"devices={parsed.devices}"] if parsed.devices is not None else []),
+    ]
     done = river.run(
         recipe,
         arguments,

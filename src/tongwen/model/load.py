@@ -289,13 +289,23 @@ def check_tokenizer(tokenizer: Any, model: Any, place: Place) -> None:
 
 
 def compute_device() -> str:
-    """cuda, npu, xpu, mps or cpu: whatever torch can compute on here. Under a launcher, this process takes its own."""
+    """cuda, npu, xpu, mps or cpu: whatever torch can compute on here. Under a launcher, this process takes its own, also
+    where it is shown no other (`srun --gpus-per-task=1`): its number is then the place among those that it sees."""
     import torch
 
-    if torch.accelerator.is_available() and "LOCAL_RANK" in os.environ:
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    if "LOCAL_RANK" in os.environ and (count := count_devices()):
+        index = int(os.environ["LOCAL_RANK"]) % count
+        os.environ["LOCAL_RANK"] = str(index)  # for DeepSpeed, which takes it as it is
+        torch.accelerator.set_device_index(index)
     kind = torch.accelerator.current_accelerator(check_available=True) if torch.accelerator.is_available() else None
     return kind.type if kind is not None else "cpu"
+
+
+def count_devices() -> int:
+    """How many accelerators this process sees; none on a CPU, where any number of processes have room."""
+    import torch
+
+    return int(torch.accelerator.device_count()) if torch.accelerator.is_available() else 0
 
 
 def compute_dtype(precision: str, device: str) -> tuple[torch.dtype, str]:

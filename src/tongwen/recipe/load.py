@@ -263,25 +263,36 @@ def _hear_engine(section: dict[str, Any], path: Path_, devices: Any, reading: Re
     except RecipeError as error:
         reading.problems.append(error)
         return
-    section["trainer"] = {**told.trainer, **(section.get("trainer") or {})}
-    for key, value in told.words.items():
-        if section.get(key, value) != value:
-            reading.wrong(
-                (*path, key),
-                say(
-                    f"the recipe says {section[key]!r}, {section['engine']} says {value!r}",
-                    f"配方为 {section[key]!r}，而 {section['engine']} 为 {value!r}",
-                ),
-                say('write "auto" in that file, or the same value', '请在该文件中写 "auto"，或改为相同的值'),
-            )
-            continue
-        section[key] = value
-        reading.places.setdefault((*path, key), section["engine"])
-        reading.notices.append(f"{section['engine']} → `{key}: {value}`")
+    file, words = section["engine"], dict(told.words)
+    section["engine"] = words.pop("engine", file)
+    trainer = section["trainer"] = section.get("trainer") or {}
+    for holder, above, said in ((section, path, words), (trainer, (*path, "trainer"), told.trainer)):
+        for key, value in said.items() if isinstance(holder, dict) else ():
+            rival = "batch_tokens" if key == "batch_size" and section.get("batch_tokens") else key
+            if holder.get(rival, value) != value:
+                theirs = repr(value) if rival == key else f"{key}: {value!r}"
+                reading.wrong(
+                    (*above, rival),
+                    say(
+                        f"the recipe says {holder[rival]!r}, {file} says {theirs}",
+                        f"配方为 {holder[rival]!r}，而 {file} 为 {theirs}",
+                    ),
+                    say('write "auto" in that file, or the same value', '请在该文件中写 "auto"，或改为相同的值'),
+                )
+                continue
+            holder[key] = value
+            reading.places.setdefault((*above, key), file)
+            reading.notices.append(f"{file} → `{key}: {value}`")
     if told.dropped:
         reading.notices.append(
-            f"{reading.place(here)}: " + say("without effect here: ", "在此不起作用：") + ", ".join(told.dropped)
+            f"{reading.place(here)}: "
+            + say("not used, the recipe or tongwen decides: ", "未采用，由配方或 tongwen 决定：")
+            + ", ".join(told.dropped)
         )
+    if section["engine"] != file:
+        reading.notices.append(f"{file} → `engine: {section['engine']}`")
+        if section["engine"].endswith(".json"):
+            _hear_engine(section, path, devices, reading)
 
 
 def _translate_old(section: dict[str, Any], holder: dict[str, Any], key: str, here: Path_, reading: Reading) -> None:

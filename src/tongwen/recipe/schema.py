@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from pydantic_core import PydanticCustomError
 
 from tongwen.language import say
+from tongwen.recipe import engine_file
 
 # The order in which the stages run. A section that is absent does not run.
 STAGES = ("synthesize", "prepare", "vocab", "pretrain", "sft", "merge", "evaluate", "export")
@@ -591,9 +592,9 @@ class Training(Section):
     engine: str = word(
         "auto",
         "what several processes share out: auto and ddp nothing, zero2 gradients and optimizer (DeepSpeed), zero3 and fsdp2 "
-        "also the weights; or a file: a DeepSpeed JSON, or accelerate's FSDP YAML",
+        "also the weights; or a file: a DeepSpeed JSON, or accelerate's YAML",
         "多进程如何分担：auto 与 ddp 不分担，zero2 分担梯度与优化器（DeepSpeed），zero3 与 fsdp2 还分担权重；或一个文件：DeepSpeed 的 JSON，"
-        "或 accelerate 的 FSDP YAML",
+        "或 accelerate 的 YAML",
     )
     offload: bool = word(
         False,
@@ -641,10 +642,12 @@ class Training(Section):
         return {name for name, applies in unused.items() if applies}
 
     def deciding(self) -> dict[str, Any]:
-        """The words that decide the result. When to evaluate is one of them where evaluations may end the run."""
+        """The words that decide the result. When to evaluate is one of them where evaluations may end the run; so is what an
+        engine's file says now, besides where it is. Raises RecipeError when that cannot be read."""
         fields = type(self).model_fields
         free = {name for name in fields if dict(fields[name].json_schema_extra or {})["free"]}  # type: ignore[arg-type]
-        return self.model_dump(mode="json", exclude=free - {"evaluate_every"} if self.may_end_early else free)
+        words = self.model_dump(mode="json", exclude=free - {"evaluate_every"} if self.may_end_early else free)
+        return words if self.engine in ENGINES else {**words, "engine_file": engine_file.read(self.engine, 1).engine}
 
     @property
     def may_end_early(self) -> bool:

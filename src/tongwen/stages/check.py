@@ -9,20 +9,24 @@ from tongwen.data import parts as steps
 from tongwen.data.clean import Cleaner
 from tongwen.data.ledger import table_rows
 from tongwen.data.mix import choose_held_out
-from tongwen.errors import DataError, TongwenError, raise_all
+from tongwen.errors import DataError, RecipeError, TongwenError, raise_all
 from tongwen.export.facts import check_family
 from tongwen.export.gguf import check_type
 from tongwen.hub.fetching import local_copy
 from tongwen.language import say
 from tongwen.model import load
 from tongwen.recipe.schema import Prepare, Recipe
-from tongwen.river import inputs
+from tongwen.river import check_processes, inputs
 
 
 def run(recipe: Recipe) -> int:
     """Report what `prepare` would keep before it compares the rows, and every problem of the data at once."""
     console.header("check", recipe.name)
     errors: list[TongwenError] = []
+    try:
+        check_processes(recipe, recipe.stages)
+    except RecipeError as error:  # a launcher may start them
+        console.notice(error.text())
     try:
         _check_forms(recipe)
     except TongwenError as error:

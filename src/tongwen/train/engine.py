@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -29,16 +30,19 @@ from tongwen.train.memory import SHARED, Sharing
 
 BUCKET = 500_000_000  # DeepSpeed's default
 FSDP_FILE = "pytorch_model_fsdp.bin"  # accelerate's name
-OVERRIDDEN = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_")  # by `precision` and `compile`
+# By `precision`, `compile`, and what torch finds.
+OVERRIDDEN = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_", "ACCELERATE_USE_CPU")
 ASKED_FROM_OUTSIDE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 @dataclass(frozen=True)
 class Engine:
-    """name: single, ddp, fsdp2 or zero0 ... zero3. arguments: what TrainingArguments are told of it."""
+    """name: single, ddp, fsdp2 or zero1 ... zero3. arguments: what TrainingArguments are told of it; place: who asked for
+    it."""
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    place: str = ""
 
     @property
     def is_deepspeed(self) -> bool:
@@ -56,6 +60,7 @@ class Engine:
         from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy, fsdp2_prepare_model
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+        self._check_layers(model)
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         plugin = _plugin(self.arguments["fsdp_config"], mixed_precision_policy=policy)
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), fsdp_plugin=plugin)
@@ -75,6 +80,18 @@ class Engine:
         with _rows_apart(model, words):
             fsdp2_prepare_model(accelerator, model)
         register_fsdp_forward_method(model, "generate")
+
+    def _check_layers(self, model: Any) -> None:
+        """Raise RecipeError for a layer that the file names and the model has not."""
+        there = {type(module).__name__ for module in model.modules()}
+        for layer in self.arguments["fsdp_config"].get("transformer_layer_cls_to_wrap") or ():
+            if layer not in there:
+                own = ",".join(sorted(getattr(model, "_no_split_modules", None) or ()))
+                raise RecipeError(
+                    say(f"this model has no layer {layer!r}", f"该模型没有层 {layer!r}"),
+                    place=f"{self.place} · fsdp_transformer_layer_cls_to_wrap",
+                    remedy=f"fsdp_transformer_layer_cls_to_wrap: {own}" if own else say("leave it out", "请删去"),
+                )
 
     def insist(self, accelerator: Any, plugin: Any = None) -> None:
         """accelerate offers FSDP on accelerators only, and says nothing; FSDP2 itself runs on CPUs as well. What it leaves in
@@ -146,7 +163,7 @@ def choose(words: Training) -> Engine:
                 )
             )
     unset_hf_deepspeed_config()  # of the stage before: transformers would cut the next model up while it is read
-    place, launched = f"engine: {words.engine}", launch.is_launched()
+    place = f"engine: {words.engine}"
     outside = [name for name in ASKED_FROM_OUTSIDE if os.environ.get(name, "").lower() == "true"]
     if outside:
         raise RecipeError(
@@ -160,22 +177,15 @@ def choose(words: Training) -> Engine:
                 "把设置写成 engine: 文件，启动器不带设置",
             ),
         )
-    if not launched and (words.engine == "ddp" or words.shares):
-        raise RecipeError(
-            say("this engine runs in several processes", "该引擎需要多个进程"),
-            place=place,
-            remedy="tongwen run RECIPE --devices 2; torchrun, accelerate launch, deepspeed, srun: docs/engines.md",
-        )
     if words.shares == "fsdp2":
-        return Engine("fsdp2", {"fsdp": True, "fsdp_config": _fsdp_config(words)})
+        return Engine("fsdp2", {"fsdp": True, "fsdp_config": _fsdp_config(words)}, place)
     if words.shares == "deepspeed":
         if importlib.util.find_spec("deepspeed") is None:
             raise MissingPackage("deepspeed", place, "deepspeed")
-        if not torch.accelerator.is_available():
-            _prepare_deepspeed_on_cpu()
         config = _deepspeed_config(words)
-        return Engine(f"zero{config['zero_optimization'].get('stage', 0)}", {"deepspeed": config})
-    return Engine("ddp" if launched else "single")
+        _prepare_deepspeed(config["zero_optimization"], place)
+        return Engine(f"zero{config['zero_optimization']['stage']}", {"deepspeed": config}, place)
+    return Engine("ddp" if launch.is_launched() else "single")
 
 
 def sharing_of(words: Training, world: int) -> Sharing:
@@ -186,20 +196,36 @@ def sharing_of(words: Training, world: int) -> Sharing:
         return Sharing("fsdp2", world, offloaded, config.get("reshard_after_forward", True))
     if words.shares == "deepspeed":
         zero = _deepspeed_config(words)["zero_optimization"]
-        stage = zero.get("stage", 0)
+        stage = zero["stage"]
         waits = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": ("weights",)}
         waiting = tuple(purpose for key, what in waits.items() if key in zero for purpose in what)
-        copies = 0 if stage == 0 else 2 if stage < 3 and zero.get("overlap_comm") else 1
-        return Sharing(f"zero{stage}", world, waiting, bucket=copies * int(zero.get("reduce_bucket_size", BUCKET)))
+        copies = 2 if stage < 3 and zero.get("overlap_comm") else 1
+        size = zero.get("reduce_bucket_size", BUCKET)
+        bucket = 0 if size == "auto" else copies * int(size)  # auto: a square of the hidden size, which is little
+        return Sharing(f"zero{stage}", world, waiting, bucket=bucket)
     return Sharing("ddp" if world > 1 else "", world)
 
 
-def _prepare_deepspeed_on_cpu() -> None:
-    """Without its own shared-memory operations, which take a compiler and minutes; gloo does the same."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+def _prepare_deepspeed(zero: dict[str, Any], place: str) -> None:
+    """On a CPU without its own shared-memory operations, which take a compiler and minutes; gloo does the same. Raises
+    RecipeError for settings that it does not know."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(
+            f"{first['input']!r}: {first['msg']}",
+            place=" · ".join([place, ".".join(map(str, ("zero_optimization", *first["loc"])))]),
+            remedy=say("DeepSpeed's own page has its words: ", "可用的词见 DeepSpeed 文档：")
+            + "https://www.deepspeed.ai/docs/config-json/",
+        ) from None
 
 
 def _fsdp_config(words: Training) -> dict[str, Any]:
@@ -213,11 +239,11 @@ def _deepspeed_config(words: Training) -> dict[str, Any]:
         config = engine_file.read(words.engine, 1).engine
     else:
         config = {"zero_optimization": {"stage": int(words.engine[-1]), "overlap_comm": True}}
-    zero = dict(config.get("zero_optimization", {}))
+    zero = dict(config["zero_optimization"])
     zero["stage3_gather_16bit_weights_on_model_save"] = True  # else only shards of the result would be saved
     if words.offload:
-        for what in ("optimizer", "param")[: 2 if zero.get("stage") == 3 else 1]:
-            zero[f"offload_{what}"] = {"device": "cpu", "pin_memory": torch.accelerator.is_available()}
+        for what in ("optimizer", "param")[: 2 if zero["stage"] == 3 else 1]:
+            zero.setdefault(f"offload_{what}", {"device": "cpu", "pin_memory": torch.accelerator.is_available()})
     autos = dict.fromkeys((*engine_file.BATCH, "gradient_clipping"), "auto")
     own = {"zero_force_ds_cpu_optimizer": False}  # torch's fused AdamW runs on a CPU too, and needs no compiler
     return {**own, **config, "zero_optimization": zero, "bf16": {"enabled": "auto"}, **autos}

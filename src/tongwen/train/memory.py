@@ -48,7 +48,7 @@ SHARED = {
 class Sharing:
     """How an engine divides a training among processes, each with a GPU of its own.
 
-    engine:    "" for one process, ddp, zero0 to zero3, or fsdp2
+    engine:    "" for one process, ddp, zero1 to zero3, or fsdp2
     offloaded: purposes that wait in the host's memory
     reshard:   fsdp2: whether a layer's weights are given back between forward and backward
     bucket:    DeepSpeed: numbers of the buffers that gradients are collected in
