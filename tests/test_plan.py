@@ -19,7 +19,8 @@ from tongwen.model.adapt import adapt
 from tongwen.model.blocks import fuse_blocks
 from tongwen.model.load import Place, load_config, load_model
 from tongwen.model.score import learned_loss, spare_head
-from tongwen.recipe.schema import Adapter, Sft
+from tongwen.recipe.cures import cheaper
+from tongwen.recipe.schema import Adapter, Recipe, Sft, Training
 from tongwen.stages import plan
 from tongwen.train.batches import pack
 from tongwen.train.engine import sharing_of
@@ -115,6 +116,7 @@ def test_what_does_not_fit_gets_changes_that_make_it_fit(
     method: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(foresight, "CUDA_CONTEXT", 0)
+    monkeypatch.setattr(foresight, "fuse_blocks", leave)
     recipe = write_recipe(tmp_path, chat_model, merge=method == "lora", extra="export: {formats: [hf]}\n")
     word = "sft.adapter={method: full}" if method == "full" else f"sft.adapter.method={method}"
     roomy = json.loads(tongwen("plan", recipe, "--gpu", "24GB", "--json", word)[1])
@@ -212,14 +214,90 @@ def test_a_plan_for_several_gpus_says_whose_memory_it_is(chat_model: Path, tmp_p
         assert tongwen("check", recipe, *words[3:], cure["change"])[0] == 0, cure
 
 
-def test_time_is_measured_when_asked(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    recipe = write_recipe(tmp_path, chat_model)
+@pytest.mark.parametrize("word", ["on", "auto"])
+def test_time_is_measured_when_asked(
+    word: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, recomputed = foresight.recompute, list[bool]()
+
+    def recompute(model: Any, **how: Any) -> None:
+        recomputed.append(bool(how))  # a rehearsal has words of its own
+        real(model, **how)
+
+    monkeypatch.setattr(foresight, "recompute", recompute)
+    recipe = write_recipe(tmp_path, chat_model, sft=f", activation_checkpointing: {word}")
     code, out, err = tongwen("plan", recipe, "--measure", "--json")
     assert code == 0 and json.loads(out)["seconds"] > 0 and "time, measured" in err
+    assert (False in recomputed) == (word == "on")
+
+
+def test_fp16_is_not_taken_for_bf16(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    """All logits exist, in 16 bits and in accelerate's fp32 copy."""
+    recipe = write_recipe(tmp_path, chat_model)
+    for word, dtype in (("fp16", "float16"), ("auto", "bfloat16"), ("fp32", "float32")):
+        _, out, err = tongwen("plan", recipe, "--gpu", "24GB", "--json", f"sft.precision={word}")
+        found = json.loads(out)
+        assert found["dtype"] == dtype and ("if that GPU can" in err) == (word == "auto") and found["rehearsed"]
+    config, micro = load_config(Place("t", str(chat_model))), Micro((4096,), 4000, 2)
+    half, brain = (foresee(config, setting("lora", dtype), micro).bytes for dtype in (torch.float16, torch.bfloat16))
+    assert half["head"] == pytest.approx(6 * 4000 * config.vocab_size, rel=0.01) and half["head"] > 4 * brain["head"]
 
 
 def test_memory_is_read_as_people_write_it() -> None:
     assert plan.parse_memory("24GB") == 24_000_000_000 and plan.parse_memory("16 GiB") == 16 * 2**30
+    assert plan.parse_memory("1.5tb") == 1_500_000_000_000
+
+
+@pytest.mark.parametrize("word", ["", "0GB", "0.0000001MB", "24", "much"])
+def test_no_amount_of_memory_is_said(word: str, chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    code, _, err = tongwen("plan", write_recipe(tmp_path, chat_model), "--gpu", word)
+    assert code == 2 and f"--gpu: {word!r} is not an amount of memory" in err
+
+
+WORDS = ["micro_batch_tokens=1024", "activation_checkpointing=on", "optimizer=adamw_8bit", "max_length=512"]
+WAYS: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("sft", {}, [*WORDS, "adapter.method=qlora"]),
+    ("sft", {"activation_checkpointing": "on", "adapter": {"method": "qlora"}}, [WORDS[0], *WORDS[2:]]),
+    (
+        "sft",
+        {"precision": "fp32", "optimizer": "adafactor"},
+        [*WORDS[:2], "precision=auto", WORDS[3], "adapter.method=qlora"],
+    ),
+    ("sft", {"adapter": {"method": "full"}}, [*WORDS, "adapter.method=lora", "adapter.method=qlora"]),
+    ("sft", {"adapter": {"method": "adalora"}}, WORDS),
+    ("sft", {"engine": "zero2"}, [*WORDS[:2], "offload=true", WORDS[3]]),  # with which neither 8 bits nor qlora go
+    ("sft", {"engine": "fsdp2", "offload": True}, [*WORDS[:2], WORDS[3], "adapter.method=qlora"]),
+    ("pretrain", {"train": "full"}, [*WORDS, "train=lora", "adapter.method=qlora"]),
+    ("pretrain", {"train": "embeddings"}, WORDS),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "wanted"), WAYS)
+def test_cures_come_from_the_recipe(name: str, words: dict[str, Any], wanted: list[str]) -> None:
+    recipe = Recipe.model_validate(
+        {"name": "a", "base": "b", "prepare": {"dialogues": "d", "documents": "d"}, name: words}
+    )
+    found = list(cheaper(recipe, name, 1024, 4096, "auto"))
+    assert found == [f"{name}.{word}" for word in wanted]
+
+
+def test_a_cure_that_does_not_help_is_not_in_those_after_it() -> None:
+    recipe = Recipe.model_validate({"name": "a", "base": "b", "prepare": {"dialogues": "d"}, "sft": {}})
+    seen = list[tuple[str, str, int]]()
+
+    def helps(section: Training, tokens: int) -> bool:
+        seen.append((section.activation_checkpointing, section.adapter.method, tokens))
+        return section.optimizer != "adamw_8bit"
+
+    found = list(cheaper(recipe, "sft", 1024, 4096, "auto", helps))
+    assert "sft.optimizer=adamw_8bit" not in found and seen[0] == ("auto", "lora", 1024)
+    assert seen[-1] == ("on", "qlora", 512)
+
+
+def test_rows_of_a_larger_vocabulary_learn_in_cures_too() -> None:
+    words = {"prepare": {"documents": "d"}, "vocab": {}, "pretrain": {"train": "full"}}
+    recipe = Recipe.model_validate({"name": "a", "base": "b", **words})
+    assert "pretrain.train=lora+embeddings" in list(cheaper(recipe, "pretrain", 9, 9))
 
 
 def test_a_small_model_gets_more_at_once_on_a_large_gpu() -> None:

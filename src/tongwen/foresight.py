@@ -36,7 +36,7 @@ from tongwen.train.memory import (
     kept_for_backward,
     rough_shape,
 )
-from tongwen.train.rehearsal import AT_ANY_DEPTH, rehearse
+from tongwen.train.rehearsal import AT_ANY_DEPTH, LOGIT, rehearse
 
 ALIKE, ALTERNATING = (2, 4), (4, 8)  # layers that are rehearsed of a deeper model
 PURPOSES = ("weights", "gradients", "optimizer", "activations", "head")
@@ -145,7 +145,7 @@ def _rehearsed(config: Any, setting: Setting, micro: Micro, layers: int) -> list
         model.get_output_embeddings(),
         lambda model: _prepare(model, setting),
         layers=layers,
-        bf16=setting.dtype == torch.bfloat16,
+        dtype=setting.dtype,
         passes=micro.passes,
     )
     if setting.quantize:
@@ -218,7 +218,7 @@ def _by_formula(config: Any, setting: Setting, micro: Micro, shape: Shape) -> di
         "weights": weights,
         "gradients": 4 * shape.trainable,
         "activations": sum(micro.lengths) * kept_for_backward(shape, checkpointing=setting.checkpointing) * width,
-        "head": _spare(model, setting, micro.rows) * shape.vocabulary * width,
+        "head": _spare(model, setting, micro.rows) * shape.vocabulary * LOGIT[setting.dtype],
     }
 
 
@@ -233,11 +233,13 @@ def measure(place: load.Place, setting: Setting, store: Any, plan: Plan) -> tupl
         adapted.model.to(setting.device)
     _prepare(adapted.model, setting)
     _spare(adapted.model, setting, 0)
+    if setting.checkpointing:
+        recompute(adapted.model)
     optimizer = torch.optim.AdamW(adapted.learners, lr=0.0)
     batch = to_device(MicroBatches(store, [plan.micro[0][0]], packed=True)[0], adapted.model)
     for _ in range(2):
         began = time.monotonic()
-        with torch.autocast(setting.device, torch.bfloat16, enabled=setting.dtype == torch.bfloat16):
+        with torch.autocast(setting.device, setting.dtype, enabled=setting.dtype != torch.float32):
             learned_loss(adapted.model, batch)[0].backward()
         turned = _now(setting.device)
         optimizer.step()

@@ -18,6 +18,7 @@ from tongwen.foresight import Micro, Needs, Setting, foresee
 from tongwen.language import say
 from tongwen.lesson import Lesson, look_ahead, read_dialogues, read_documents
 from tongwen.model import load
+from tongwen.recipe.cures import cheaper, last_resort
 from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
 from tongwen.river import check_ahead, standing_on
 from tongwen.train.batches import Plan, make_plan
@@ -36,15 +37,24 @@ PURPOSES = {  # of memory, in Chinese
 }
 
 
-def run(recipe: Recipe, gpu: str, *, measure: bool = False) -> int:
+def run(recipe: Recipe, gpu: str | None, *, measure: bool = False) -> int:
     """Print what a run would do and need, stage by stage. gpu: `24GB`, memory of a GPU that is not here; measure: time a
     micro-batch of the real model on this machine."""
+    limit = parse_memory(gpu) if gpu is not None else None
+    if measure and limit:
+        raise RecipeError(
+            say(
+                "this machine is measured, not the one that --gpu names",
+                "--measure 测的是本机，而不是 --gpu 所说的机器",
+            ),
+            place="--measure",
+            remedy=say("leave --gpu out", "去掉 --gpu"),
+        )
     if not recipe.training or recipe.prepare is None:
         raise RecipeError(
             say("there is nothing to train in this recipe", "该配方没有训练阶段"), place=recipe.name, remedy="sft: {}"
         )
     check_ahead(recipe, recipe.stages)
-    limit = parse_memory(gpu) if gpu else None
     found = {name: _plan(recipe, name, limit, measure) for name in recipe.stages if name in ("pretrain", "sft")}
     last = list(found.values())[-1]
     console.emit({**last, "stages": {**found, **_afterwards(recipe)}})
@@ -68,15 +78,6 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
     tokens = sum(sum(one.tokens_of(lesson.store.lengths)) for one in plans)
     steps = [len(one) for one in plans]
     seconds = None
-    if measure and limit:
-        raise RecipeError(
-            say(
-                "this machine is measured, not the one that --gpu names",
-                "--measure 测的是本机，而不是 --gpu 所说的机器",
-            ),
-            place="--measure",
-            remedy=say("leave --gpu out", "去掉 --gpu"),
-        )
     if measure:
         of_token, of_step = foresight.measure(place, setting, lesson.store, plans[-1])
         seconds = of_token * tokens / recipe.devices + of_step * sum(steps)
@@ -102,6 +103,7 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
         "mask": lesson.mask,
         "trainable": shape.trainable,
         "memory_bytes": needs.bytes,
+        "dtype": str(setting.dtype).removeprefix("torch."),
         "engine": setting.sharing.engine or "single",
         "shared_out": list(SHARED.get(setting.sharing.engine, ())) if recipe.devices > 1 else [],
         "rehearsed": needs.rehearsed,
@@ -140,8 +142,10 @@ def _plans(section: Training, lesson: Lesson, budget: int, world: int) -> list[P
 
 def _setting(section: Training, device: str, limit: int | None, world: int) -> Setting:
     parts = {part for stretch in section.stretches for part in stretch.parts}
-    guessed = torch.float32 if section.precision == "fp32" else torch.bfloat16
-    dtype = guessed if limit else load.compute_dtype(section.precision, device)[0]
+    guessed = {"fp32": torch.float32, "fp16": torch.float16}
+    dtype = (
+        guessed.get(section.precision, torch.bfloat16) if limit else load.compute_dtype(section.precision, device)[0]
+    )
     on = section.activation_checkpointing == "on"
     return Setting(section.adapter, frozenset(parts), dtype, device, section.optimizer, on, sharing_of(section, world))
 
@@ -166,55 +170,18 @@ def _needs(config: Any, section: Training, setting: Setting, micro: Micro, limit
 
 def _cures(recipe: Recipe, name: str, config: Any, micro: Micro, peak: int, limit: int) -> Iterator[dict[str, Any]]:
     """What to change when it does not fit, the cheapest first, each on top of those before it, until it does."""
-    if peak <= limit:
-        return
-    for change, changed, smaller in _cheaper(recipe, name, micro):
-        _, needs = _needs(config, changed, _setting(changed, "cuda", limit, recipe.devices), smaller, limit)
-        if needs.bytes["peak"] >= peak:
-            continue
-        peak = needs.bytes["peak"]
-        yield {"change": change, "peak": peak, "fits": peak <= limit}
-        if peak <= limit:
+    peaks, together = [peak], sum(micro.lengths)
+
+    def helps(section: Training, tokens: int) -> bool:
+        smaller = micro if tokens == together else micro.cut(tokens)
+        _, needs = _needs(config, section, _setting(section, "cuda", limit, recipe.devices), smaller, limit)
+        peaks.append(min(needs.bytes["peak"], peaks[-1]))
+        return peaks[-1] < peaks[-2]
+
+    for change in cheaper(recipe, name, max(micro.lengths), together, "auto", helps) if peak > limit else ():
+        yield {"change": change, "peak": peaks[-1], "fits": peaks[-1] <= limit}
+        if peaks[-1] <= limit:
             return
-
-
-def _cheaper(recipe: Recipe, name: str, micro: Micro) -> Iterator[tuple[str, Training, Micro]]:
-    """(change of the recipe, the section with it, the micro-batch with it): what costs time, then length, then precision."""
-    section, longest = getattr(recipe, name), max(micro.lengths)
-    if sum(micro.lengths) > longest:
-        micro = micro.cut(longest)
-        yield f"{name}.micro_batch_tokens={max(longest, 16)}", section, micro  # the recipe takes no fewer
-    if section.activation_checkpointing == "off":
-        section = section.model_copy(update={"activation_checkpointing": "auto"})
-        yield f"{name}.activation_checkpointing=auto", section, micro
-    if section.optimizer == "adamw" and not section.shares:
-        section = section.model_copy(update={"optimizer": "adamw_8bit"})
-        yield f"{name}.optimizer=adamw_8bit", section, micro
-    while longest > 512:
-        longest //= 2
-        micro = micro.cut(longest)
-        yield f"{name}.max_length={longest}", section, micro
-    if isinstance(section, Pretrain) and section.phases:
-        return
-    if all(stretch.parts == ("full",) for stretch in section.stretches):
-        section, change = _with_adapter(section)
-        yield f"{name}.{change}", section, micro
-    if (
-        section.adapter.method == "lora"
-        and section.shares != "deepspeed"
-        and not (name == "sft" and recipe.stands_on_adapter)
-        and all("lora" in stretch.parts for stretch in section.stretches)
-    ):
-        quantized = section.adapter.model_copy(update={"method": "qlora"})
-        yield f"{name}.adapter.method=qlora", section.model_copy(update={"adapter": quantized}), micro
-
-
-def _with_adapter(section: Training) -> tuple[Training, str]:
-    """The section with an adapter instead of all weights, and how a recipe says so."""
-    if isinstance(section, Pretrain):
-        return section.model_copy(update={"train": "lora"}), "train=lora"
-    adapter = section.adapter.model_copy(update={"method": "lora"})
-    return section.model_copy(update={"adapter": adapter}), "adapter.method=lora"
 
 
 def _afterwards(recipe: Recipe) -> dict[str, Any]:
@@ -244,12 +211,13 @@ def _summed(needs: dict[str, int]) -> dict[str, int]:
 
 def parse_memory(text: str) -> int:
     """`24GB` -> bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gm])(i?)b?\s*", text.lower())
-    if not found:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gmt])(i?)b?\s*", text.lower())
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** {"m": 2, "g": 3, "t": 4}[found[2]]) if found else 0
+    if not size:
         raise RecipeError(
             say(f"{text!r} is not an amount of memory", f"{text!r} 不是显存大小"), place="--gpu", remedy="--gpu 24GB"
         )
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** {"m": 2, "g": 3}[found[2]])
+    return size
 
 
 def _rate() -> float:
@@ -305,7 +273,9 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
     note = say(" with activation checkpointing", "（重算激活）") if facts["activation_checkpointing"] else ""
     if not facts["rehearsed"]:
         note += say(", by a formula: this model cannot be rehearsed", "，按公式估计：该模型无法预演")
-    seconds = facts["seconds"]
+    seconds, dtype = facts["seconds"], facts["dtype"]
+    if facts["fits"] is not None and dtype == "bfloat16":
+        dtype += say(", if that GPU can (those before Ampere cannot)", "（假设该 GPU 支持；Ampere 之前的不支持）")
     console.header("plan", name)
     console.table(
         ("", ""),
@@ -320,6 +290,7 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
                     f"{what}，{parts} 个微批，每个至多 {budget} token",
                 ),
             ),
+            (say("computed in", "计算类型"), dtype),
             *_memory_rows(facts["memory_bytes"], note),
             *_sharing_rows(facts, section),
             _disk_row(facts["disk_bytes"]),
@@ -339,9 +310,4 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
     for cure in facts["cures"]:
         console.tell(f"  {cure['change']}  {console.human_bytes(cure['peak'])}{' ✓' if cure['fits'] else ''}")
     if not any(cure["fits"] for cure in facts["cures"]):
-        console.tell(
-            say(
-                "  then a smaller base, a larger GPU, or several: engine: fsdp2, --devices N",
-                "  再不行，换更小的底座、更大的 GPU，或用多卡：engine: fsdp2，--devices N",
-            )
-        )
+        console.tell("  " + say("then ", "再不行，换") + last_resort(section))

@@ -151,9 +151,11 @@ def check_space(folder: Path, model: Any) -> None:
     """Raise MachineError when there is no room for one more checkpoint: what learns with two moments in fp32 (which is
     more than every other optimizer keeps), and of a whole model also what is frozen."""
     folder.mkdir(parents=True, exist_ok=True)
-    whole = not hasattr(model, "peft_config")
-    needed = sum(12 * part.numel() if part.requires_grad else whole * part.nbytes for part in model.parameters())
-    artifact.check_disk(folder, needed + (64 << 20))
+    whole, needed = not hasattr(model, "peft_config"), 64 << 20
+    for part in model.parameters():
+        numbers = getattr(part, "ds_numel", part.numel())  # ZeRO-3 leaves none in the parameter itself
+        needed += numbers * (12 if part.requires_grad else whole * part.element_size())
+    artifact.check_disk(folder, needed)
 
 
 def check_adapter_saved(folder: Path) -> None:
