@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from tests.conftest import write_recipe
+from tests.conftest import byte_level_tokenizer, dialogues, tiny_mixture, write_recipe, write_rows
 from tongwen import foresight
 from tongwen.foresight import Micro, Setting, foresee
 from tongwen.model import attention
@@ -23,6 +23,7 @@ from tongwen.recipe.cures import cheaper
 from tongwen.recipe.schema import Adapter, Recipe, Sft, Training
 from tongwen.stages import plan
 from tongwen.train.batches import pack
+from tongwen.train.checkpoints import commit
 from tongwen.train.engine import sharing_of
 from tongwen.train.memory import Shape, Sharing, token_budget
 from tongwen.train.rehearsal import ROWS, Live
@@ -252,6 +253,83 @@ def test_memory_is_read_as_people_write_it() -> None:
 def test_no_amount_of_memory_is_said(word: str, chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     code, _, err = tongwen("plan", write_recipe(tmp_path, chat_model), "--gpu", word)
     assert code == 2 and f"--gpu: {word!r} is not an amount of memory" in err
+
+
+def weights_in(folder: Path) -> int:
+    """Bytes of weights and of optimizers."""
+    files = (file for file in folder.rglob("*") if file.suffix == ".safetensors" or file.name == "optimizer.pt")
+    return sum(file.stat().st_size for file in files)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "save_every: 2, train: full",
+        "save_every: 4, train: embeddings",
+        "save_every: 2, phases: [{train: embeddings}, {train: lora+embeddings}], keep_checkpoints: 1, adapter: {rank: 4}",
+    ],
+)
+def test_the_disk_holds_what_was_planned(
+    words: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the fullest moment, too: a checkpoint is written before an older one goes. Headers are a few percent here."""
+    folder, most = tmp_path / "out" / "pretrain.partial", list[int]()
+
+    def watched(*arguments: Any) -> None:
+        most.append(weights_in(folder))
+        commit(*arguments)
+
+    monkeypatch.setattr("tongwen.train.fit.commit", watched)
+    recipe = write_recipe(tmp_path, chat_model)
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": row["output"] * 2} for row in dialogues(24)])
+    recipe.write_text(
+        f"name: t\nbase: {chat_model}\nout: {tmp_path / 'out'}\nprepare: {{documents: {texts}, held_out: 4}}\n"
+        f"pretrain: {{batch_size: 4, samples: 0, stop_after: 6 steps, precision: fp32, {words}}}\n"
+    )
+    found = json.loads(tongwen("plan", recipe, "--json")[1])
+    assert tongwen("run", recipe)[0] == 0
+    kept, result = (weights_in(tmp_path / "out" / "pretrain" / name) for name in ("checkpoints", ""))
+    assert found["disk"]["checkpoints"] == pytest.approx(kept, rel=0.12)
+    assert found["disk"]["weights"] == pytest.approx(result - kept, rel=0.05)
+    assert found["disk_bytes"] == pytest.approx(max(*most, result), rel=0.12)
+
+
+def test_rows_are_those_that_prepare_has_kept(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, chat_model, rows=dialogues(24) + dialogues(10))
+
+    def samples(*words: str) -> tuple[int, bool]:
+        _, out, err = tongwen("plan", recipe, "--json", *words)
+        return json.loads(out)["samples"], "prepare has not run" in err
+
+    assert samples() == (30, True)
+    assert tongwen("run", recipe, "--only", "prepare")[0] == 0
+    assert samples() == (20, False)
+    assert samples("prepare.held_out=8") == (26, True), "that is another preparation"
+    write_rows(tmp_path / "data.jsonl", dialogues(23))
+    assert samples() == (19, True)
+
+
+def test_a_vocabulary_to_come_is_counted(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe, words = write_recipe(tmp_path, chat_model), ("--json", "sft.adapter.method=new_rows", "sft.precision=fp32")
+    _, out, err = tongwen("plan", recipe, *words, "vocab={pieces: 90, words: [天气], pad_to_multiple: 8}", "merge=null")
+    found, config = json.loads(out), load_config(Place("t", str(chat_model)))
+    assert "vocab has not run: 91 new rows at most" in err
+    assert found["trainable"] == 91 * config.hidden_size
+    larger = -(-(config.vocab_size + 91) // 8) * 8 * config.hidden_size * 4  # tied
+    assert found["memory_bytes"]["weights"] > larger
+    _, out, err = tongwen("plan", recipe, "--json", "sft.adapter.rank=1", "vocab={pieces: 90}", "merge=null")
+    assert json.loads(out)["trainable"] > 90 * config.hidden_size, "beside an adapter, where no pretrain comes before"
+
+
+def test_fused_weights_are_merged_in_memory(tmp_path: Path, tongwen: Any) -> None:
+    base = tmp_path / "base"
+    model = tiny_mixture(vocab_size=len(byte_level_tokenizer(base)))
+    model.save_pretrained(str(base))
+    adapter = "sft.adapter={rank: 2, target_parameters: [mlp.experts.gate_up_proj]}"
+    _, out, _ = tongwen("plan", write_recipe(tmp_path, base), "--json", adapter)
+    found = json.loads(out)["stages"]["merge"]["memory_bytes"]
+    assert found["weights"] == 4 * sum(part.numel() for part in model.parameters()) and "blocks" not in found
+    assert found["merging"] == 8 * model.model.layers[0].mlp.experts.gate_up_proj.numel()
 
 
 WORDS = ["micro_batch_tokens=1024", "activation_checkpointing=on", "optimizer=adamw_8bit", "max_length=512"]

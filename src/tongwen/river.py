@@ -170,6 +170,12 @@ def inputs(recipe: Recipe) -> Prepare:
     return recipe.prepare.model_copy(update={"dialogues": there})
 
 
+def prepared(recipe: Recipe) -> artifact.Artifact | None:
+    """What `prepare` has made of this recipe's data, if it would be the same today; for those who only look."""
+    found = artifact.find(Path(recipe.out) / "prepare")
+    return None if found is None or _changed(recipe, "prepare", found) else found
+
+
 def _settings(recipe: Recipe, name: str) -> dict[str, Any]:
     return dict(json.loads(json.dumps(_stage(name).settings(recipe))))
 

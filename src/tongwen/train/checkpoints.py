@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tongwen import artifact, console
 from tongwen.errors import ArtifactError
 from tongwen.language import say
@@ -152,10 +154,14 @@ def check_space(folder: Path, model: Any) -> None:
     more than every other optimizer keeps), and of a whole model also what is frozen."""
     folder.mkdir(parents=True, exist_ok=True)
     whole, needed = not hasattr(model, "peft_config"), 64 << 20
-    for part in model.parameters():
-        numbers = getattr(part, "ds_numel", part.numel())  # ZeRO-3 leaves none in the parameter itself
-        needed += numbers * (12 if part.requires_grad else whole * part.element_size())
+    for _, part in model.named_parameters(remove_duplicate=whole):  # peft saves both names of a tied copy
+        needed += _numbers(part) * (4 if part.requires_grad else whole * part.element_size())
+    needed += sum(8 * _numbers(part) for part in model.parameters() if part.requires_grad)
     artifact.check_disk(folder, needed)
+
+
+def _numbers(part: torch.nn.Parameter) -> int:
+    return int(getattr(part, "ds_numel", part.numel()))  # ZeRO-3 leaves none in the parameter itself
 
 
 def check_adapter_saved(folder: Path) -> None:

@@ -105,6 +105,7 @@ def rehearse(
     with FakeTensorMode():
         _pretend(model)
         prepare(model)
+        width = head.weight.shape[0]  # of single rows that learn, peft makes the whole at each question
         batch, live, arrived = _batch(lengths), Live(), set[int]()
         learners = [part for part in model.parameters() if part.requires_grad]
         of_layer = len(learners) // layers
@@ -136,7 +137,7 @@ def rehearse(
                 total.backward()
                 del total
     for part in (FORWARD, HEAD):  # after them the logits are gone
-        live.fullest[part]["head"] += (rows - ROWS) * head.weight.shape[0] * LOGIT[dtype]
+        live.fullest[part]["head"] += (rows - ROWS) * width * LOGIT[dtype]
     return [dict(part) for part in live.fullest]
 
 
