@@ -206,6 +206,7 @@ def test_a_full_or_broken_disk_leaves_what_was_there(
     monkeypatch.setattr("tongwen.model.fold.copy_bytes", full)
     code, _, err = tongwen("run", recipe, "--from", "merge", "--again")
     assert code == 5 and words in err
+    assert (f"{tmp_path / 'out' / 'merge'}: the disk is full" in err and "out=" in err) == ("full" in words)
     assert sorted(str(path) for path in (tmp_path / "out" / "sft").rglob("*")) == before
     assert not (tmp_path / "out" / "merge").exists()
     assert (tmp_path / "out" / "merge.old-1" / "manifest.json").is_file()
@@ -236,9 +237,16 @@ def test_out_of_memory_names_the_cures_in_order(
         raise error
 
     monkeypatch.setattr("tongwen.train.fit.PlannedTrainer.compute_loss", exhausted)
-    code, _, err = tongwen("run", write_recipe(tmp_path, chat_model))
-    cures = ("micro_batch_tokens", "activation_checkpointing", "max_length", "qlora")
-    assert code == 5 and [err.index(cure) for cure in cures] == sorted(err.index(cure) for cure in cures)
+    monkeypatch.setattr("tongwen.model.load.cpu_has_bf16", lambda: True)
+    recipe = write_recipe(tmp_path, chat_model)
+    words = ("micro_batch_tokens=", "activation_checkpointing=on", "precision=auto", "adapter.method=qlora")
+    for told, cures in (((), words), (("sft.activation_checkpointing=on",), (words[0], *words[2:]))):
+        code, _, err = tongwen("run", recipe, *told)
+        assert code == 5 and "sft: out of memory" in err and "max_length" not in err  # no sample is so long
+        assert [err.index(f"sft.{cure}") for cure in cures] == sorted(err.index(f"sft.{cure}") for cure in cures)
+        assert ("activation_checkpointing" in err) == (not told)
+        changes = err.split("before: ")[1].split(";")[0].split()
+        assert tongwen("check", recipe, *told, *changes)[0] == 0
 
 
 def test_a_learning_rate_that_explodes_stops_with_step_and_rows(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:

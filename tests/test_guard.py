@@ -183,7 +183,8 @@ def test_a_signal_saves_and_the_same_command_ends_the_same(step: int, chat_model
 
 
 def test_time_runs_out(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    code, _, err = tongwen("run", write_recipe(tmp_path, chat_model, sft=SFT, merge=False), "stop_before=1 minute")
+    code, out, err = tongwen("run", write_recipe(tmp_path, chat_model, sft=SFT, merge=False), "stop_before=1 minute")
+    assert "one step is taken and saved" in out
     assert code == 130 and "its time is nearly over" in err and "checkpoint-1" in err and "same command" in err
     recipe = json.dumps((tmp_path / "out" / "recipe.yaml").read_text())
     assert "stop_before: 1 minutes" in recipe
@@ -195,6 +196,7 @@ def test_a_deadline_leaves_room_for_a_step_and_a_save(monkeypatch: pytest.Monkey
     halt = Halt(1300.0)
     now += 10
     assert not halt.wanted(), "twice the step of 10 seconds and a save of 30 at most would fit"
+    assert not halt.is_short and Halt(1059.0).is_short and not Halt(None).is_short
     halt.saved(5.0)
     now += 69
     assert not halt.wanted()
@@ -255,7 +257,7 @@ def test_full_memory_is_known_where_it_is_met(
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
     code, _, err = tongwen("run", recipe)
-    assert code == 5 and "out of memory" in err and "micro_batch_tokens" in err
+    assert code == 5 and "sft: out of memory" in err and "sft.activation_checkpointing=on" in err
 
 
 def test_8_bit_products_are_refused_where_there_are_none(

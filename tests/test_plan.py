@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from tests.conftest import write_recipe
+from tests.conftest import byte_level_tokenizer, dialogues, tiny_mixture, write_recipe, write_rows
 from tongwen import foresight
 from tongwen.foresight import Micro, Setting, foresee
 from tongwen.model import attention
@@ -19,9 +19,11 @@ from tongwen.model.adapt import adapt
 from tongwen.model.blocks import fuse_blocks
 from tongwen.model.load import Place, load_config, load_model
 from tongwen.model.score import learned_loss, spare_head
-from tongwen.recipe.schema import Adapter, Sft
+from tongwen.recipe.cures import cheaper
+from tongwen.recipe.schema import Adapter, Recipe, Sft, Training
 from tongwen.stages import plan
 from tongwen.train.batches import pack
+from tongwen.train.checkpoints import commit
 from tongwen.train.engine import sharing_of
 from tongwen.train.memory import Shape, Sharing, token_budget
 from tongwen.train.rehearsal import ROWS, Live
@@ -115,6 +117,7 @@ def test_what_does_not_fit_gets_changes_that_make_it_fit(
     method: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(foresight, "CUDA_CONTEXT", 0)
+    monkeypatch.setattr(foresight, "fuse_blocks", leave)
     recipe = write_recipe(tmp_path, chat_model, merge=method == "lora", extra="export: {formats: [hf]}\n")
     word = "sft.adapter={method: full}" if method == "full" else f"sft.adapter.method={method}"
     roomy = json.loads(tongwen("plan", recipe, "--gpu", "24GB", "--json", word)[1])
@@ -212,14 +215,167 @@ def test_a_plan_for_several_gpus_says_whose_memory_it_is(chat_model: Path, tmp_p
         assert tongwen("check", recipe, *words[3:], cure["change"])[0] == 0, cure
 
 
-def test_time_is_measured_when_asked(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    recipe = write_recipe(tmp_path, chat_model)
+@pytest.mark.parametrize("word", ["on", "auto"])
+def test_time_is_measured_when_asked(
+    word: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, recomputed = foresight.recompute, list[bool]()
+
+    def recompute(model: Any, **how: Any) -> None:
+        recomputed.append(bool(how))  # a rehearsal has words of its own
+        real(model, **how)
+
+    monkeypatch.setattr(foresight, "recompute", recompute)
+    recipe = write_recipe(tmp_path, chat_model, sft=f", activation_checkpointing: {word}")
     code, out, err = tongwen("plan", recipe, "--measure", "--json")
     assert code == 0 and json.loads(out)["seconds"] > 0 and "time, measured" in err
+    assert (False in recomputed) == (word == "on")
+
+
+def test_fp16_is_not_taken_for_bf16(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    """All logits exist, in 16 bits and in accelerate's fp32 copy."""
+    recipe = write_recipe(tmp_path, chat_model)
+    for word, dtype in (("fp16", "float16"), ("auto", "bfloat16"), ("fp32", "float32")):
+        _, out, err = tongwen("plan", recipe, "--gpu", "24GB", "--json", f"sft.precision={word}")
+        found = json.loads(out)
+        assert found["dtype"] == dtype and ("if that GPU can" in err) == (word == "auto") and found["rehearsed"]
+    config, micro = load_config(Place("t", str(chat_model))), Micro((4096,), 4000, 2)
+    half, brain = (foresee(config, setting("lora", dtype), micro).bytes for dtype in (torch.float16, torch.bfloat16))
+    assert half["head"] == pytest.approx(6 * 4000 * config.vocab_size, rel=0.01) and half["head"] > 4 * brain["head"]
 
 
 def test_memory_is_read_as_people_write_it() -> None:
     assert plan.parse_memory("24GB") == 24_000_000_000 and plan.parse_memory("16 GiB") == 16 * 2**30
+    assert plan.parse_memory("1.5tb") == 1_500_000_000_000
+
+
+@pytest.mark.parametrize("word", ["", "0GB", "0.0000001MB", "24", "much"])
+def test_no_amount_of_memory_is_said(word: str, chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    code, _, err = tongwen("plan", write_recipe(tmp_path, chat_model), "--gpu", word)
+    assert code == 2 and f"--gpu: {word!r} is not an amount of memory" in err
+
+
+def weights_in(folder: Path) -> int:
+    """Bytes of weights and of optimizers."""
+    files = (file for file in folder.rglob("*") if file.suffix == ".safetensors" or file.name == "optimizer.pt")
+    return sum(file.stat().st_size for file in files)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "save_every: 2, train: full",
+        "save_every: 4, train: embeddings",
+        "save_every: 2, phases: [{train: embeddings}, {train: lora+embeddings}], keep_checkpoints: 1, adapter: {rank: 4}",
+    ],
+)
+def test_the_disk_holds_what_was_planned(
+    words: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the fullest moment, too: a checkpoint is written before an older one goes. Headers are a few percent here."""
+    folder, most = tmp_path / "out" / "pretrain.partial", list[int]()
+
+    def watched(*arguments: Any) -> None:
+        most.append(weights_in(folder))
+        commit(*arguments)
+
+    monkeypatch.setattr("tongwen.train.fit.commit", watched)
+    recipe = write_recipe(tmp_path, chat_model)
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": row["output"] * 2} for row in dialogues(24)])
+    recipe.write_text(
+        f"name: t\nbase: {chat_model}\nout: {tmp_path / 'out'}\nprepare: {{documents: {texts}, held_out: 4}}\n"
+        f"pretrain: {{batch_size: 4, samples: 0, stop_after: 6 steps, precision: fp32, {words}}}\n"
+    )
+    found = json.loads(tongwen("plan", recipe, "--json")[1])
+    assert tongwen("run", recipe)[0] == 0
+    kept, result = (weights_in(tmp_path / "out" / "pretrain" / name) for name in ("checkpoints", ""))
+    assert found["disk"]["checkpoints"] == pytest.approx(kept, rel=0.12)
+    assert found["disk"]["weights"] == pytest.approx(result - kept, rel=0.05)
+    assert found["disk_bytes"] == pytest.approx(max(*most, result), rel=0.12)
+
+
+def test_rows_are_those_that_prepare_has_kept(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, chat_model, rows=dialogues(24) + dialogues(10))
+
+    def samples(*words: str) -> tuple[int, bool]:
+        _, out, err = tongwen("plan", recipe, "--json", *words)
+        return json.loads(out)["samples"], "prepare has not run" in err
+
+    assert samples() == (30, True)
+    assert tongwen("run", recipe, "--only", "prepare")[0] == 0
+    assert samples() == (20, False)
+    assert samples("prepare.held_out=8") == (26, True), "that is another preparation"
+    write_rows(tmp_path / "data.jsonl", dialogues(23))
+    assert samples() == (19, True)
+
+
+def test_a_vocabulary_to_come_is_counted(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe, words = write_recipe(tmp_path, chat_model), ("--json", "sft.adapter.method=new_rows", "sft.precision=fp32")
+    _, out, err = tongwen("plan", recipe, *words, "vocab={pieces: 90, words: [天气], pad_to_multiple: 8}", "merge=null")
+    found, config = json.loads(out), load_config(Place("t", str(chat_model)))
+    assert "vocab has not run: 91 new rows at most" in err
+    assert found["trainable"] == 91 * config.hidden_size
+    larger = -(-(config.vocab_size + 91) // 8) * 8 * config.hidden_size * 4  # tied
+    assert found["memory_bytes"]["weights"] > larger
+    _, out, err = tongwen("plan", recipe, "--json", "sft.adapter.rank=1", "vocab={pieces: 90}", "merge=null")
+    assert json.loads(out)["trainable"] > 90 * config.hidden_size, "beside an adapter, where no pretrain comes before"
+
+
+def test_fused_weights_are_merged_in_memory(tmp_path: Path, tongwen: Any) -> None:
+    base = tmp_path / "base"
+    model = tiny_mixture(vocab_size=len(byte_level_tokenizer(base)))
+    model.save_pretrained(str(base))
+    adapter = "sft.adapter={rank: 2, target_parameters: [mlp.experts.gate_up_proj]}"
+    _, out, _ = tongwen("plan", write_recipe(tmp_path, base), "--json", adapter)
+    found = json.loads(out)["stages"]["merge"]["memory_bytes"]
+    assert found["weights"] == 4 * sum(part.numel() for part in model.parameters()) and "blocks" not in found
+    assert found["merging"] == 8 * model.model.layers[0].mlp.experts.gate_up_proj.numel()
+
+
+WORDS = ["micro_batch_tokens=1024", "activation_checkpointing=on", "optimizer=adamw_8bit", "max_length=512"]
+WAYS: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("sft", {}, [*WORDS, "adapter.method=qlora"]),
+    ("sft", {"activation_checkpointing": "on", "adapter": {"method": "qlora"}}, [WORDS[0], *WORDS[2:]]),
+    (
+        "sft",
+        {"precision": "fp32", "optimizer": "adafactor"},
+        [*WORDS[:2], "precision=auto", WORDS[3], "adapter.method=qlora"],
+    ),
+    ("sft", {"adapter": {"method": "full"}}, [*WORDS, "adapter.method=lora", "adapter.method=qlora"]),
+    ("sft", {"adapter": {"method": "adalora"}}, WORDS),
+    ("sft", {"engine": "zero2"}, [*WORDS[:2], "offload=true", WORDS[3]]),  # with which neither 8 bits nor qlora go
+    ("sft", {"engine": "fsdp2", "offload": True}, [*WORDS[:2], WORDS[3], "adapter.method=qlora"]),
+    ("pretrain", {"train": "full"}, [*WORDS, "train=lora", "adapter.method=qlora"]),
+    ("pretrain", {"train": "embeddings"}, WORDS),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "wanted"), WAYS)
+def test_cures_come_from_the_recipe(name: str, words: dict[str, Any], wanted: list[str]) -> None:
+    recipe = Recipe.model_validate(
+        {"name": "a", "base": "b", "prepare": {"dialogues": "d", "documents": "d"}, name: words}
+    )
+    found = list(cheaper(recipe, name, 1024, 4096, "auto"))
+    assert found == [f"{name}.{word}" for word in wanted]
+
+
+def test_a_cure_that_does_not_help_is_not_in_those_after_it() -> None:
+    recipe = Recipe.model_validate({"name": "a", "base": "b", "prepare": {"dialogues": "d"}, "sft": {}})
+    seen = list[tuple[str, str, int]]()
+
+    def helps(section: Training, tokens: int) -> bool:
+        seen.append((section.activation_checkpointing, section.adapter.method, tokens))
+        return section.optimizer != "adamw_8bit"
+
+    found = list(cheaper(recipe, "sft", 1024, 4096, "auto", helps))
+    assert "sft.optimizer=adamw_8bit" not in found and seen[0] == ("auto", "lora", 1024)
+    assert seen[-1] == ("on", "qlora", 512)
+
+
+def test_rows_of_a_larger_vocabulary_learn_in_cures_too() -> None:
+    words = {"prepare": {"documents": "d"}, "vocab": {}, "pretrain": {"train": "full"}}
+    recipe = Recipe.model_validate({"name": "a", "base": "b", **words})
+    assert "pretrain.train=lora+embeddings" in list(cheaper(recipe, "pretrain", 9, 9))
 
 
 def test_a_small_model_gets_more_at_once_on_a_large_gpu() -> None:

@@ -16,14 +16,16 @@ from tests.conftest import write_recipe
 from tests.launching import in_a_child
 from tests.test_train import packed_model, random_store
 from tongwen import course
+from tongwen.console import human_bytes
 from tongwen.errors import MachineError
 from tongwen.model.adapt import adapt
 from tongwen.model.layers import compile_layers, recompute
 from tongwen.model.score import learned_loss
 from tongwen.recipe.schema import Adapter, Sft
 from tongwen.train.batches import pack
-from tongwen.train.memory import CUDA_CONTEXT
+from tongwen.train.memory import CUDA_CONTEXT, device_memory
 from tongwen.train.probe import fits
+from tongwen.train.watch import peak_memory_bytes
 
 
 def batch_of(count: int) -> dict[str, Any]:
@@ -129,8 +131,22 @@ def test_processes_that_share_weights_answer_alike(
         for free in (0, whole):
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free, whole=whole: (free, whole))
             leg = SimpleNamespace(stretch=SimpleNamespace(words=words), plan=SimpleNamespace(budget=64))
-            answers.setdefault(whole, set()).add(course._fits(pupil, leg, random_store(6)))  # type: ignore[arg-type]
+            fits = course._fits(pupil, leg, random_store(6), device_memory("cuda"))  # type: ignore[arg-type]
+            answers.setdefault(whole, set()).add(fits)
     assert list(answers.values()) == [{False}, {False}, {True}]
+
+
+def test_any_accelerator_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """npu and xpu have cuda's words; mps has no peak, and its memory is the machine's."""
+    npu = SimpleNamespace(mem_get_info=lambda: (1, 64), max_memory_allocated=lambda: 17)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: npu if "npu" in str(device) else SimpleNamespace())
+    assert device_memory("npu") == 64 and device_memory("mps") == device_memory("cpu") == 0
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: "npu")
+    assert peak_memory_bytes() == 17
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: "mps")
+    assert peak_memory_bytes() is None and human_bytes(None) == "not known"
+    monkeypatch.undo()
+    assert peak_memory_bytes()
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,10 @@ def check_disk(folder: Path, needed: int) -> None:
                 f"磁盘空间不足：需要 {human_bytes(needed)}，剩余 {human_bytes(free)}",
             ),
             place=str(folder),
-            remedy=say("free some space, or --out on another disk", "请清理空间，或用 --out 换一个磁盘"),
+            remedy=say(
+                "free some space, or another disk: --out, in a recipe out=FOLDER",
+                "请清理空间，或换一个磁盘：--out，配方则为 out=文件夹",
+            ),
         )
 
 

@@ -110,14 +110,11 @@ def _fail(code: int, message: str) -> int:
 
 def _machine_cause(error: Exception) -> str | None:
     """A message for what the machine refused (disk, memory, permission); None when it is a bug of ours."""
-    from tongwen.errors import is_out_of_memory
+    from tongwen.errors import is_disk_full, is_out_of_memory
 
     text = str(error)
     if is_out_of_memory(error):
-        cures = say(
-            "in this order: micro_batch_tokens smaller, activation_checkpointing: on, max_length smaller, adapter.method: qlora, a smaller base",
-            "依次尝试：减小 micro_batch_tokens，activation_checkpointing: on，减小 max_length，adapter.method: qlora，换小一点的底座",
-        )
+        cures = say("a smaller model, shorter texts, or more memory", "换小一点的模型、更短的文本，或更大的内存")
         return say(
             f"out of memory: {text.splitlines()[0][:160] if text else ''}\n  → {cures}",
             f"内存不足：{text.splitlines()[0][:160] if text else ''}\n  → {cures}",
@@ -133,12 +130,12 @@ def _machine_cause(error: Exception) -> str | None:
             "that shows each its own, or all",
             "本次运行有两个进程用了同一块 GPU\n  → 每台机器的进程数应等于 GPU 数；CUDA_VISIBLE_DEVICES 让每个进程看到自己的或全部 GPU",
         )
-    number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "unexpected pos" in text:
+    if is_disk_full(error):
         return say(
-            f"the disk is full: {text}\n  → free some space; the same command continues",
-            f"磁盘已满：{text}\n  → 请清理空间；用同一命令可以继续",
+            f"the disk is full: {text}\n  → free some space, or --out on another disk",
+            f"磁盘已满：{text}\n  → 请清理空间，或用 --out 换一个磁盘",
         )
+    number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return say(f"permission denied: {text}\n  → choose another `out`", f"没有权限：{text}\n  → 换一个 `out`")
     if number == errno.EIO or any(words in text for words in UNWRITTEN):

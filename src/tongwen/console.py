@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tongwen.language import say
 from tongwen.launch import is_first
 
 
@@ -139,8 +140,10 @@ def human_count(number: float) -> str:
     return f"{number:g}"
 
 
-def human_bytes(number: float) -> str:
+def human_bytes(number: float | None) -> str:
     """Bytes in powers of 1000, as disks and GPUs are sold: 1.2 GB"""
+    if number is None:
+        return say("not known", "未知")
     for limit, suffix in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if number >= limit:
             return f"{number / limit:.3g} {suffix}"

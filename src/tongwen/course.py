@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from transformers import set_seed
 from tongwen import artifact, console, gate, launch
 from tongwen.data.encode import token_bytes
 from tongwen.data.store import TokenStore
-from tongwen.errors import NumbersError, RecipeError
+from tongwen.errors import MachineError, NumbersError, RecipeError, first_line, is_out_of_memory
 from tongwen.families import family_of
 from tongwen.infer.decode import Sampling, Voice
 from tongwen.language import say
@@ -37,6 +37,7 @@ from tongwen.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from tongwen.model.score import bits_per_byte, learned_loss, spare_head
 from tongwen.model.special import mend_ends
 from tongwen.model.stack import make_room, open_stack
+from tongwen.recipe.cures import cheaper, last_resort
 from tongwen.recipe.load import dump
 from tongwen.recipe.schema import Forgetting, Pretrain, Recipe, Stretch, Training
 from tongwen.river import standing_on
@@ -46,14 +47,7 @@ from tongwen.train.batches import MicroBatches, Plan, fill, make_plan
 from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, read_manifest, step_of
 from tongwen.train.engine import Engine, choose, gather, in_fp32, reshard, sharing_of
 from tongwen.train.fit import Job, fit, unreached_rate
-from tongwen.train.memory import (
-    CUDA_CONTEXT,
-    STATE_BYTES,
-    kept_for_backward,
-    own_memory,
-    rough_shape,
-    token_budget,
-)
+from tongwen.train.memory import STATE_BYTES, device_memory, is_reckoned_to_fit, own_memory, token_budget
 from tongwen.train.probe import fits
 from tongwen.train.report import held_out_table, say_result, write_report
 from tongwen.train.watch import Watch, check_forgetting, peak_memory_bytes, read_metrics
@@ -152,7 +146,8 @@ class Leg:
 
 
 def take(course: Course, out: Path) -> artifact.Artifact:
-    """Adapt, score, audit and train phase by phase, score again, save."""
+    """Adapt, score, audit and train phase by phase, score again, save. Raises MachineError with what helps when the memory does
+    not suffice."""
     lesson, stage = course.lesson, course.stage
     if course.section.evaluate_every and not lesson.held_out_stores:
         raise RecipeError(
@@ -165,8 +160,41 @@ def take(course: Course, out: Path) -> artifact.Artifact:
     say_ledger(lesson)
     device = load.compute_device()
     legs = _lay_out(course, device, artifact.partial_of(out) / "checkpoints")
-    pupil = _open_pupil(course, device, engine, sum(len(leg.plan) for leg in legs if "lora" in leg.stretch.parts))
-    trained = pupil.adapted.counts
+    pupil = None
+    try:
+        pupil = _open_pupil(course, device, engine, sum(len(leg.plan) for leg in legs if "lora" in leg.stretch.parts))
+        return _teach(course, pupil, legs, out)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _out_of_memory(error, course, legs, device, pupil) from error
+
+
+def _out_of_memory(error: Exception, course: Course, legs: list[Leg], device: str, pupil: Pupil | None) -> MachineError:
+    """With the changes of this recipe that need less, in their order."""
+    recipe, lengths = course.recipe, course.lesson.store.lengths
+    if pupil and any(getattr(module, "gradient_checkpointing", False) for module in pupil.model.modules()):
+        section = course.section.model_copy(update={"activation_checkpointing": "on"})
+        recipe = recipe.model_copy(update={course.stage: section})
+    together = max(int(lengths[list(micro)].sum()) for leg in legs for micro in leg.plan.flat())
+    native = load.compute_dtype("auto", device)[0] != torch.float32
+    half = "auto" if native else "fp16" if device == "cuda" else ""
+    firsts = dict[str, str]()
+    for change in cheaper(recipe, course.stage, int(lengths.max()), together, half):
+        firsts.setdefault(change.split("=")[0], change)
+    return MachineError(
+        say(f"out of memory: {first_line(error)[:160]}", f"内存不足：{first_line(error)[:160]}"),
+        place=course.stage,
+        remedy=say("in this order, each on top of those before: ", "依次尝试，逐项叠加：")
+        + " ".join(firsts.values())
+        + say("; then ", "；再不行，换")
+        + last_resort(course.section),
+    )
+
+
+def _teach(course: Course, pupil: Pupil, legs: list[Leg], out: Path) -> artifact.Artifact:
+    """What `take` does with the opened base."""
+    lesson, stage, trained = course.lesson, course.stage, pupil.adapted.counts
     _say_plan(legs, lesson.store, trained)
     sizes = torch.from_numpy(token_bytes(course.reader.tokenizer))
     limits = course.section.forgetting if isinstance(course.section, Pretrain) else Forgetting()
@@ -537,7 +565,7 @@ def _set_checkpointing(pupil: Pupil, leg: Leg, store: TokenStore) -> None:
     layers.keep(pupil.model)
     if word == "on":
         layers.recompute(pupil.model)
-    elif word == "auto" and pupil.device == "cuda" and not _fits(pupil, leg, store):
+    elif word == "auto" and (memory := device_memory(pupil.device)) and not _fits(pupil, leg, store, memory):
         layers.recompute(pupil.model)
         console.notice(
             say(
@@ -548,37 +576,22 @@ def _set_checkpointing(pupil: Pupil, leg: Leg, store: TokenStore) -> None:
         )
 
 
-def _fits(pupil: Pupil, leg: Leg, store: TokenStore) -> bool:
+def _fits(pupil: Pupil, leg: Leg, store: TokenStore, memory: int) -> bool:
     """The largest micro-batch is tried beside room for the optimizer. Where processes share the model out, one that fails
-    would leave the others waiting; there it is reckoned."""
-    words, whole = leg.stretch.words, torch.cuda.mem_get_info()[1]
-    learning = sum(part.numel() for part in pupil.model.parameters() if part.requires_grad)
+    would leave the others waiting; there it is reckoned. memory: bytes of the GPU."""
+    words = leg.stretch.words
     if words.shares:
-        return _is_reckoned_to_fit(pupil, leg, learning, whole)
+        sharing = sharing_of(words, launch.world_size())
+        return is_reckoned_to_fit(pupil.model, words, sharing, pupil.dtype.itemsize, leg.plan.budget, memory)
+    learning = sum(part.numel() for part in pupil.model.parameters() if part.requires_grad)
     largest = max(leg.plan.flat(), key=lambda micro: int(store.lengths[list(micro)].sum()))
     batch = MicroBatches(store, [largest], packed=pupil.packed)[0]
     buckets = 4 * launch.is_launched()  # DDP's copy of the gradients
-    reserve = learning * (STATE_BYTES[words.optimizer] + buckets) + int(SPARE * whole)
+    reserve = learning * (STATE_BYTES[words.optimizer] + buckets) + int(SPARE * memory)
     with console.waiting(say("trying a micro-batch on the GPU", "在 GPU 上试一个微批")):
         return fits(
             pupil.model, batch, learned_loss, pupil.computing(), passes=min(leg.plan.accumulate, 2), reserve=reserve
         )
-
-
-def _is_reckoned_to_fit(pupil: Pupil, leg: Leg, learning: int, whole: int) -> bool:
-    """From what all processes know alike, so that all answer alike: layers that only some recompute would ask for shared
-    weights in another order, and wait for each other."""
-    words, rough = leg.stretch.words, rough_shape(pupil.model.config)
-    outside = rough.vocabulary * rough.hidden
-    shape = replace(rough, trainable=learning, outside=outside, of_layer=(rough.parameters - outside) // rough.layers)
-    weights = sum(part.numel() * part.element_size() for part in pupil.model.parameters())
-    needs = {"weights": weights, "gradients": 4 * learning, "optimizer": STATE_BYTES[words.optimizer] * learning}
-    sharing = sharing_of(words, launch.world_size())
-    needed = sum(sharing.of(needs, shape, pupil.dtype.itemsize, pupil.dtype.itemsize).values())
-    if words.shares == "deepspeed":  # which shares out after the audit
-        needed = max(needed, needs["weights"] + needs["gradients"])
-    activations = leg.plan.budget * 2 * kept_for_backward(rough, checkpointing=False)
-    return bool(CUDA_CONTEXT + needed + activations <= 0.9 * whole)
 
 
 def _score(pupil: Pupil, stores: dict[str, TokenStore], budget: int, sizes: torch.Tensor) -> dict[str, Any]:

@@ -6,6 +6,7 @@ TongwenError is a bug of ours and shows its traceback.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 from tongwen.language import say
@@ -99,6 +100,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the machine or of a device did not suffice."""
     said = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in said)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether there was no room for what was written; the writers of safetensors and torch say it without a number."""
+    said = ("No space left", "unexpected pos")
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in said)
 
 
 def raise_all(errors: Sequence[TongwenError]) -> None:

@@ -36,7 +36,7 @@ from tongwen.train.memory import (
     kept_for_backward,
     rough_shape,
 )
-from tongwen.train.rehearsal import AT_ANY_DEPTH, rehearse
+from tongwen.train.rehearsal import AT_ANY_DEPTH, LOGIT, rehearse
 
 ALIKE, ALTERNATING = (2, 4), (4, 8)  # layers that are rehearsed of a deeper model
 PURPOSES = ("weights", "gradients", "optimizer", "activations", "head")
@@ -63,7 +63,7 @@ class Quantised(torch.nn.Linear):
 @dataclass(frozen=True)
 class Setting:
     """How a model is trained. parts: all that some phase trains; dtype: what is computed in; device: cpu, cuda, ...; sharing:
-    what of it falls to each process."""
+    what of it falls to each process; rows: of new pieces, which learn one by one."""
 
     adapter: Adapter
     parts: Collection[Part]
@@ -72,6 +72,7 @@ class Setting:
     optimizer: str = "adamw"
     checkpointing: bool = False
     sharing: Sharing = ALONE
+    rows: int = 0
 
     @property
     def quantize(self) -> str:
@@ -79,9 +80,9 @@ class Setting:
 
 
 def shape_of(config: Any, setting: Setting) -> Shape:
-    """Counts and widths of the adapted model; new rows count as one."""
+    """Counts and widths of the adapted model."""
     rough = rough_shape(config)
-    model, _ = _skeleton(config, setting)
+    model = _skeleton(config, setting)[0].model
     parameters = sum(part.numel() for part in model.parameters())
     of_layers = [
         sum(part.numel() for part in module.parameters())
@@ -132,7 +133,8 @@ def foresee(config: Any, setting: Setting, micro: Micro) -> Needs:
 
 
 def _rehearsed(config: Any, setting: Setting, micro: Micro, layers: int) -> list[dict[str, int]]:
-    model, matrices = _skeleton(_cut(config, layers), setting)
+    adapted, matrices = _skeleton(_cut(config, layers), setting)
+    model = adapted.model
     if not getattr(model, "_supports_attention_backend", False):
         raise TypeError("its attention is its own")
     if setting.checkpointing:
@@ -145,7 +147,7 @@ def _rehearsed(config: Any, setting: Setting, micro: Micro, layers: int) -> list
         model.get_output_embeddings(),
         lambda model: _prepare(model, setting),
         layers=layers,
-        bf16=setting.dtype == torch.bfloat16,
+        dtype=setting.dtype,
         passes=micro.passes,
     )
     if setting.quantize:
@@ -172,7 +174,27 @@ def _spare(model: Any, setting: Setting, rows: int) -> int:
     return rows
 
 
-def _skeleton(config: Any, setting: Setting) -> tuple[Any, list[int]]:
+def foresee_files(config: Any, setting: Setting, phases: Sequence[Collection[Part]]) -> tuple[int, list[int]]:
+    """(bytes of the result's weights, bytes of a checkpoint in each phase): the weights that peft or transformers saves, and the
+    optimizer's memory of what the phase trains."""
+    adapted, _ = _skeleton(config, setting)
+    whole = sum(part.numel() for part in adapted.model.parameters())
+    if hasattr(adapted.model, "peft_config"):  # which saves both names of a tied matrix that it has copied
+        named = adapted.model.named_parameters(remove_duplicate=False)
+        saved = 4 * sum(part.numel() for _, part in named if part.requires_grad)
+    else:
+        saved = 4 * whole
+    state = STATE_BYTES[setting.optimizer] + 4 * setting.sharing.engine.startswith("zero")  # and the fp32 originals
+    sizes = []
+    for parts in phases:
+        adapted.focus(parts)
+        learning = sum(part.numel() for part in adapted.model.parameters() if part.requires_grad)
+        sizes.append(saved + state * learning)
+    result = whole * getattr(config.dtype, "itemsize", 4) if adapted.has_rows_alone else saved
+    return result, sizes
+
+
+def _skeleton(config: Any, setting: Setting) -> tuple[adapting.Adapted, list[int]]:
     """The adapted model on the meta device, and the sizes of the matrices that a quantised base has quantised."""
     model = load.make_skeleton(config).to(adapting.kept_in(setting.parts, setting.dtype))
     head = model.get_output_embeddings()
@@ -182,8 +204,9 @@ def _skeleton(config: Any, setting: Setting) -> tuple[Any, list[int]]:
             module.__class__ = Quantised
     adapter = setting.adapter.model_copy(update={"continue_from": None})  # the same shapes, and its files stay closed
     with torch.device("meta"), load.quiet():
-        adapted = adapting.adapt(model, adapter, [], trained=setting.parts, new_rows=[0], steps=100)
-    return adapted.model, [module.weight.numel() for module in linear]
+        rows = list(range(setting.rows))
+        adapted = adapting.adapt(model, adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
+    return adapted, [module.weight.numel() for module in linear]
 
 
 def _cut(config: Any, layers: int) -> Any:
@@ -209,7 +232,8 @@ def _grown(small: dict[str, int], large: dict[str, int], times: float) -> dict[s
 
 
 def _by_formula(config: Any, setting: Setting, micro: Micro, shape: Shape) -> dict[str, int]:
-    model, matrices = _skeleton(config, setting)
+    adapted, matrices = _skeleton(config, setting)
+    model = adapted.model
     width = setting.dtype.itemsize
     weights = sum(part.numel() * (4 if part.requires_grad else part.itemsize) for part in model.parameters())
     if setting.quantize:
@@ -218,7 +242,7 @@ def _by_formula(config: Any, setting: Setting, micro: Micro, shape: Shape) -> di
         "weights": weights,
         "gradients": 4 * shape.trainable,
         "activations": sum(micro.lengths) * kept_for_backward(shape, checkpointing=setting.checkpointing) * width,
-        "head": _spare(model, setting, micro.rows) * shape.vocabulary * width,
+        "head": _spare(model, setting, micro.rows) * shape.vocabulary * LOGIT[setting.dtype],
     }
 
 
@@ -226,18 +250,21 @@ def measure(place: load.Place, setting: Setting, store: Any, plan: Plan) -> tupl
     """Seconds of a token through the model and back, and of a step of the optimizer: one micro-batch of the plan, on the
     real weights, after another to warm up."""
     model, _ = open_stack(place, adapting.kept_in(setting.parts, setting.dtype), setting.quantize)
-    adapted = adapting.adapt(model, setting.adapter, [], trained=setting.parts, new_rows=[0], steps=100)
+    rows = list(range(min(setting.rows, len(model.get_input_embeddings().weight))))  # those to come are not there yet
+    adapted = adapting.adapt(model, setting.adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
     for part in adapted.learners:
         part.data = part.data.float()
     if not setting.quantize:
         adapted.model.to(setting.device)
     _prepare(adapted.model, setting)
     _spare(adapted.model, setting, 0)
+    if setting.checkpointing:
+        recompute(adapted.model)
     optimizer = torch.optim.AdamW(adapted.learners, lr=0.0)
     batch = to_device(MicroBatches(store, [plan.micro[0][0]], packed=True)[0], adapted.model)
     for _ in range(2):
         began = time.monotonic()
-        with torch.autocast(setting.device, torch.bfloat16, enabled=setting.dtype == torch.bfloat16):
+        with torch.autocast(setting.device, setting.dtype, enabled=setting.dtype != torch.float32):
             learned_loss(adapted.model, batch)[0].backward()
         turned = _now(setting.device)
         optimizer.step()

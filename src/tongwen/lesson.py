@@ -36,7 +36,7 @@ from tongwen.model import load as loading
 from tongwen.model.fingerprint import fingerprint_text, fingerprint_tokenizer
 from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
 from tongwen.record import Dialogue, Document, Span
-from tongwen.river import inputs
+from tongwen.river import inputs, prepared
 from tongwen.template import Template
 
 ROUND_TRIP = "round_trip.json"  # beside the tokens that it is about
@@ -244,22 +244,43 @@ def new_rows_of(base: str) -> list[int]:
 
 
 def look_ahead(recipe: Recipe, reader: Reader) -> Lesson:
-    """The recipe's records of the reader's kind, read, cleaned and encoded in memory. What is held out is left out, as far
-    as it is known before the rows are compared."""
-    prepare = inputs(recipe)
+    """The recipe's records of the reader's kind, encoded in memory: what `prepare` has kept of them, or else read and cleaned
+    here. What is held out is left out, as far as it is known before the rows are compared."""
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
+    if made := prepared(recipe):
+        rows = load(made.path / f"{reader.kind}.jsonl")
+        sources, files = _sources_of(made, reader.kind)
+    else:
+        rows, sources, files = _read_here(recipe, reader.kind)
+    store = stores.in_memory(reader.batches(rows, ledger, rejected.append))
+    lost = [json.loads(bad.to_line()) for bad in rejected]
+    mask = reader.check(store, lost)
+    return Lesson(store, mask, ledger, lost, _drawn(store, sources, files, recipe.seed), [], {})
+
+
+def _read_here(recipe: Recipe, kind: str) -> tuple[Iterator[Any], list[dict[str, Any]], dict[str, int]]:
+    """(records, sources, number of the source by file)."""
+    prepare = inputs(recipe)
+    console.notice(
+        say(
+            "prepare has not run on these data: rows are counted before those go that repeat each other, or what is held out",
+            "prepare 尚未处理这些数据：行数未扣除彼此重复、以及与留出数据重复的行",
+        )
+    )
     parts = list_parts(prepare, local_copy, console.notice)
-    rows = list(iter_records(parts, prepare, reader.kind, console.notice))
+    rows = list(iter_records(parts, prepare, kind, console.notice))
     if not isinstance(prepare.held_out, str):
         stays = np.ones(len(rows), bool)
         stays[choose_held_out(stays, prepare.held_out, recipe.seed, prepare.held_out_at_most)] = False
         rows = [rows[index] for index in np.flatnonzero(stays)]
-    store = stores.in_memory(reader.batches(iter(rows), ledger, rejected.append))
-    lost = [json.loads(bad.to_line()) for bad in rejected]
-    mask = reader.check(store, lost)
-    sources = [source.model_dump() for source in getattr(prepare, reader.kind)]
-    files = {part.name: part.number for part in parts if (part.kind, part.role) == (reader.kind, "train")}
-    return Lesson(store, mask, ledger, lost, _drawn(store, sources, files, recipe.seed), [], {})
+    sources = [source.model_dump() for source in getattr(prepare, kind)]
+    return iter(rows), sources, {part.name: part.number for part in parts if (part.kind, part.role) == (kind, "train")}
+
+
+def _sources_of(prepared: artifact.Artifact, kind: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """(sources, number of the source by file)."""
+    files = prepared.manifest["ledger"][kind]["files"]
+    return prepared.manifest["sources"][kind], {file: found["source"] for file, found in files.items()}
 
 
 def encode_prepared(prepared: artifact.Artifact, reader: Reader, seed: int, folder: Path) -> Lesson:
@@ -279,8 +300,7 @@ def encode_prepared(prepared: artifact.Artifact, reader: Reader, seed: int, fold
     rejected = list(stores.read_rejected(place))
     mask = reader.check(store, rejected)
     mask["round_trip"] = json.loads((place / ROUND_TRIP).read_text(encoding="utf-8"))
-    sources, table = prepared.manifest["sources"][reader.kind], prepared.manifest["ledger"][reader.kind]
-    files = {file: found["source"] for file, found in table["files"].items()}
+    sources, files = _sources_of(prepared, reader.kind)
     languages = {file: sources[number].get("language") for file, number in files.items()}
     held_out, held_out_stores = _encode_held_out(prepared, reader, ledger, languages)
     return Lesson(store, mask, ledger, rejected, _drawn(store, sources, files, seed), held_out, held_out_stores)

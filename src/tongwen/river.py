@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from tongwen import artifact, console, gate, launch
-from tongwen.errors import MachineError, RecipeError, TongwenError
+from tongwen.errors import MachineError, RecipeError, TongwenError, first_line, is_disk_full
 from tongwen.language import say
 from tongwen.recipe.load import dump
 from tongwen.recipe.schema import STAGES, Prepare, Recipe
@@ -94,8 +94,24 @@ def run(
                 console.good(say(f"{name}: already done", f"{name}：已完成"))
                 done.append(found)
                 continue
-            done.append(_run_stage(recipe, name, path, arguments))
+            try:
+                done.append(_run_stage(recipe, name, path, arguments))
+            except Exception as error:
+                if is_disk_full(error) and not isinstance(error, TongwenError):
+                    raise _disk_full(path, error) from error
+                raise
     return done
+
+
+def _disk_full(path: Path, error: Exception) -> MachineError:
+    return MachineError(
+        say(f"the disk is full: {first_line(error)}", f"磁盘已满：{first_line(error)}"),
+        place=str(path),
+        remedy=say(
+            "free some space, and the same command continues; or another disk: out=FOLDER",
+            "清理空间后用同一命令继续；或换一个磁盘：out=文件夹",
+        ),
+    )
 
 
 def check_ahead(recipe: Recipe, stages: Sequence[str]) -> None:
@@ -197,6 +213,12 @@ def inputs(recipe: Recipe) -> Prepare:
     console.notice(say("what synthesize is to make is not there yet", "synthesize 的数据尚未生成"))
     there = [source for source in recipe.prepare.dialogues if Path(source.path) != made]
     return recipe.prepare.model_copy(update={"dialogues": there})
+
+
+def prepared(recipe: Recipe) -> artifact.Artifact | None:
+    """What `prepare` has made of this recipe's data, if it would be the same today; for those who only look."""
+    found = artifact.find(Path(recipe.out) / "prepare")
+    return None if found is None or _changed(recipe, "prepare", found) else found
 
 
 def _settings(recipe: Recipe, name: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def add_to(add: Add) -> None:
     )
     _add_recipe(command)
     command.add_argument(
-        "--gpu", default="", metavar="24GB", help=say("a GPU of this memory that is not here", "假设有这么大显存的 GPU")
+        "--gpu", metavar="24GB", help=say("a GPU of this memory that is not here", "假设有这么大显存的 GPU")
     )
     _add_devices(command)
     command.add_argument(

@@ -6,18 +6,21 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tongwen import console, foresight
+from tongwen import artifact, console, foresight, lexicon
 from tongwen.errors import RecipeError
 from tongwen.export.gguf import bytes_per_weight
 from tongwen.foresight import Micro, Needs, Setting, foresee
 from tongwen.language import say
-from tongwen.lesson import Lesson, look_ahead, read_dialogues, read_documents
+from tongwen.lesson import Lesson, are_rows_untrained, look_ahead, new_rows_of, read_dialogues, read_documents
 from tongwen.model import load
+from tongwen.model.widen import plan_rows
+from tongwen.recipe.cures import cheaper, last_resort
 from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
 from tongwen.river import check_ahead, standing_on
 from tongwen.train.batches import Plan, make_plan
@@ -33,18 +36,36 @@ PURPOSES = {  # of memory, in Chinese
     "activations": "激活",
     "head": "输出层",
     "blocks": "分块",
+    "merging": "正在合并的权重",
 }
 
 
-def run(recipe: Recipe, gpu: str, *, measure: bool = False) -> int:
+def run(recipe: Recipe, gpu: str | None, *, measure: bool = False) -> int:
     """Print what a run would do and need, stage by stage. gpu: `24GB`, memory of a GPU that is not here; measure: time a
     micro-batch of the real model on this machine."""
+    limit = parse_memory(gpu) if gpu is not None else None
+    if measure and limit:
+        raise RecipeError(
+            say(
+                "this machine is measured, not the one that --gpu names",
+                "--measure 测的是本机，而不是 --gpu 所说的机器",
+            ),
+            place="--measure",
+            remedy=say("leave --gpu out", "去掉 --gpu"),
+        )
     if not recipe.training or recipe.prepare is None:
         raise RecipeError(
             say("there is nothing to train in this recipe", "该配方没有训练阶段"), place=recipe.name, remedy="sft: {}"
         )
     check_ahead(recipe, recipe.stages)
-    limit = parse_memory(gpu) if gpu else None
+    if recipe.vocab and not artifact.find(Path(recipe.out) / "vocab"):
+        _, new = _config(recipe, recipe.base)
+        console.notice(
+            say(
+                f"vocab has not run: {new:,} new rows at most are counted, and tokens as the base's tokenizer makes them, which are more",
+                f"vocab 尚未运行：按至多 {new:,} 个新行计；token 数按底座分词器计，偏多",
+            )
+        )
     found = {name: _plan(recipe, name, limit, measure) for name in recipe.stages if name in ("pretrain", "sft")}
     last = list(found.values())[-1]
     console.emit({**last, "stages": {**found, **_afterwards(recipe)}})
@@ -57,36 +78,25 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
     device = "cuda" if limit else load.compute_device()
     base = standing_on(recipe, name, finished=True)
     place = load.locate(base)
-    config = load.load_config(place)
+    config, new = _config(recipe, base)
     lesson = _look(recipe, section, base)
+    rows = _rows(recipe, section, base, new)
     memory = 0 if recipe.devices > 1 else limit or own_memory(device)
     full = section.learns_in_full
     plans = _plans(section, lesson, token_budget(device, config, memory, full=full), recipe.devices)
     micro = _fullest(plans, lesson)
-    setting, needs = _needs(config, section, _setting(section, device, limit, recipe.devices), micro, limit)
+    setting, needs = _needs(config, section, _setting(section, device, limit, recipe.devices, rows), micro, limit)
     shape = needs.shape
     tokens = sum(sum(one.tokens_of(lesson.store.lengths)) for one in plans)
     steps = [len(one) for one in plans]
     seconds = None
-    if measure and limit:
-        raise RecipeError(
-            say(
-                "this machine is measured, not the one that --gpu names",
-                "--measure 测的是本机，而不是 --gpu 所说的机器",
-            ),
-            place="--measure",
-            remedy=say("leave --gpu out", "去掉 --gpu"),
-        )
     if measure:
         of_token, of_step = foresight.measure(place, setting, lesson.store, plans[-1])
         seconds = of_token * tokens / recipe.devices + of_step * sum(steps)
     elif device == "cpu":
         seconds = tokens * flops_per_token(shape, lesson.mask["learned_share"], full=full) / _rate()
-    disk = {
-        "checkpoints": shape.trainable * 12 * section.keep_checkpoints,
-        "weights": shape.parameters * 4 if full else shape.trainable * 4,
-    }
-    cures = list(_cures(recipe, name, config, micro, needs.bytes["peak"], limit)) if limit else []
+    disk, most = _disk(config, section, setting, steps)
+    cures = list(_cures(recipe, name, config, micro, needs.bytes["peak"], limit, rows)) if limit else []
     facts = {
         "steps": sum(steps),
         "steps_of_phases": steps,
@@ -102,18 +112,58 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
         "mask": lesson.mask,
         "trainable": shape.trainable,
         "memory_bytes": needs.bytes,
+        "dtype": str(setting.dtype).removeprefix("torch."),
         "engine": setting.sharing.engine or "single",
         "shared_out": list(SHARED.get(setting.sharing.engine, ())) if recipe.devices > 1 else [],
         "rehearsed": needs.rehearsed,
         "activation_checkpointing": setting.checkpointing,
         "disk": disk,
-        "disk_bytes": sum(disk.values()),
+        "disk_bytes": most,
         "seconds": seconds,
         "fits": None if limit is None else needs.bytes["peak"] <= limit,
         "cures": cures,
     }
     _show(name, section, facts, device, measure)
     return facts
+
+
+def _config(recipe: Recipe, base: str) -> tuple[Any, int]:
+    """(the base's configuration, new rows in it that a vocabulary stage is still to make, at most)."""
+    place, section = load.locate(base), recipe.vocab
+    config = load.load_config(place)
+    if section is None or artifact.find(Path(recipe.out) / "vocab"):
+        return config, 0
+    text, held = config.get_text_config(), max(load.load_tokenizer(place).get_vocab().values()) + 1
+    new = section.pieces + len(section.words) + len(section.special_tokens)
+    if section.tokenizer:
+        new = len(lexicon.extended_by(lexicon.open_lexicon(base), section.tokenizer).parts)
+    ids = range(held, held + new)
+    text.vocab_size = plan_rows(held, ids, text.vocab_size, section.pad_to_multiple, shrink=section.shrink).wanted
+    return config, new
+
+
+def _rows(recipe: Recipe, section: Training, base: str, new: int) -> int:
+    """Rows of new pieces that learn one by one. new: those that are still to be made."""
+    parts = {part for stretch in section.stretches for part in stretch.parts}
+    if "new_rows" in parts:
+        return new or len(new_rows_of(base))
+    if isinstance(section, Sft) and parts == {"lora"} and not recipe.pretrain:  # nothing else trains them
+        return new or (len(new_rows_of(base)) if are_rows_untrained(base) else 0)
+    return 0
+
+
+def _disk(config: Any, section: Training, setting: Setting, steps: list[int]) -> tuple[dict[str, int], int]:
+    """(bytes of what stays, and of the checkpoint that is written before an older one goes; the most at one time)."""
+    result, sizes = foresight.foresee_files(config, setting, [stretch.parts for stretch in section.stretches])
+    kept, more = 0, 0
+    for size, count in zip(sizes, steps, strict=True):
+        saves = -(-count // section.save_every)
+        keeps = (
+            section.keep_checkpoints + 1 if section.patience else min(saves, section.keep_checkpoints)
+        )  # and the best
+        kept += keeps * size
+        more = max(more, size * (saves > keeps or bool(section.patience)))
+    return {"checkpoints": kept, "saving": more, "weights": result}, kept + max(more, result)
 
 
 def _look(recipe: Recipe, section: Training, base: str) -> Lesson:
@@ -138,12 +188,15 @@ def _plans(section: Training, lesson: Lesson, budget: int, world: int) -> list[P
     ]
 
 
-def _setting(section: Training, device: str, limit: int | None, world: int) -> Setting:
+def _setting(section: Training, device: str, limit: int | None, world: int, rows: int) -> Setting:
     parts = {part for stretch in section.stretches for part in stretch.parts}
-    guessed = torch.float32 if section.precision == "fp32" else torch.bfloat16
-    dtype = guessed if limit else load.compute_dtype(section.precision, device)[0]
+    guessed = {"fp32": torch.float32, "fp16": torch.float16}
+    dtype = (
+        guessed.get(section.precision, torch.bfloat16) if limit else load.compute_dtype(section.precision, device)[0]
+    )
     on = section.activation_checkpointing == "on"
-    return Setting(section.adapter, frozenset(parts), dtype, device, section.optimizer, on, sharing_of(section, world))
+    sharing = sharing_of(section, world)
+    return Setting(section.adapter, frozenset(parts), dtype, device, section.optimizer, on, sharing, rows)
 
 
 def _fullest(plans: list[Plan], lesson: Lesson) -> Micro:
@@ -164,70 +217,41 @@ def _needs(config: Any, section: Training, setting: Setting, micro: Micro, limit
     return setting, needs
 
 
-def _cures(recipe: Recipe, name: str, config: Any, micro: Micro, peak: int, limit: int) -> Iterator[dict[str, Any]]:
+def _cures(
+    recipe: Recipe, name: str, config: Any, micro: Micro, peak: int, limit: int, rows: int
+) -> Iterator[dict[str, Any]]:
     """What to change when it does not fit, the cheapest first, each on top of those before it, until it does."""
-    if peak <= limit:
-        return
-    for change, changed, smaller in _cheaper(recipe, name, micro):
-        _, needs = _needs(config, changed, _setting(changed, "cuda", limit, recipe.devices), smaller, limit)
-        if needs.bytes["peak"] >= peak:
-            continue
-        peak = needs.bytes["peak"]
-        yield {"change": change, "peak": peak, "fits": peak <= limit}
-        if peak <= limit:
+    peaks, together = [peak], sum(micro.lengths)
+
+    def helps(section: Training, tokens: int) -> bool:
+        smaller = micro if tokens == together else micro.cut(tokens)
+        _, needs = _needs(config, section, _setting(section, "cuda", limit, recipe.devices, rows), smaller, limit)
+        peaks.append(min(needs.bytes["peak"], peaks[-1]))
+        return peaks[-1] < peaks[-2]
+
+    for change in cheaper(recipe, name, max(micro.lengths), together, "auto", helps) if peak > limit else ():
+        yield {"change": change, "peak": peaks[-1], "fits": peaks[-1] <= limit}
+        if peaks[-1] <= limit:
             return
-
-
-def _cheaper(recipe: Recipe, name: str, micro: Micro) -> Iterator[tuple[str, Training, Micro]]:
-    """(change of the recipe, the section with it, the micro-batch with it): what costs time, then length, then precision."""
-    section, longest = getattr(recipe, name), max(micro.lengths)
-    if sum(micro.lengths) > longest:
-        micro = micro.cut(longest)
-        yield f"{name}.micro_batch_tokens={max(longest, 16)}", section, micro  # the recipe takes no fewer
-    if section.activation_checkpointing == "off":
-        section = section.model_copy(update={"activation_checkpointing": "auto"})
-        yield f"{name}.activation_checkpointing=auto", section, micro
-    if section.optimizer == "adamw" and not section.shares:
-        section = section.model_copy(update={"optimizer": "adamw_8bit"})
-        yield f"{name}.optimizer=adamw_8bit", section, micro
-    while longest > 512:
-        longest //= 2
-        micro = micro.cut(longest)
-        yield f"{name}.max_length={longest}", section, micro
-    if isinstance(section, Pretrain) and section.phases:
-        return
-    if all(stretch.parts == ("full",) for stretch in section.stretches):
-        section, change = _with_adapter(section)
-        yield f"{name}.{change}", section, micro
-    if (
-        section.adapter.method == "lora"
-        and section.shares != "deepspeed"
-        and not (name == "sft" and recipe.stands_on_adapter)
-        and all("lora" in stretch.parts for stretch in section.stretches)
-    ):
-        quantized = section.adapter.model_copy(update={"method": "qlora"})
-        yield f"{name}.adapter.method=qlora", section.model_copy(update={"adapter": quantized}), micro
-
-
-def _with_adapter(section: Training) -> tuple[Training, str]:
-    """The section with an adapter instead of all weights, and how a recipe says so."""
-    if isinstance(section, Pretrain):
-        return section.model_copy(update={"train": "lora"}), "train=lora"
-    adapter = section.adapter.model_copy(update={"method": "lora"})
-    return section.model_copy(update={"adapter": adapter}), "adapter.method=lora"
 
 
 def _afterwards(recipe: Recipe) -> dict[str, Any]:
     """What merging and exporting need: both go through the model a block of rows at a time."""
     found: dict[str, Any] = {}
-    config = load.load_config(load.locate(standing_on(recipe, "sft", finished=True)))
-    parameters = sum(part.numel() for part in load.make_skeleton(config).parameters())
+    config, _ = _config(recipe, standing_on(recipe, "sft", finished=True))
+    skeleton = load.make_skeleton(config)
+    parameters = sum(part.numel() for part in skeleton.parameters())
     needs = {"libraries": foresight.LIBRARIES, "blocks": STREAMED}
     width = getattr(config.dtype, "itemsize", 4)  # a config that says nothing means fp32
     if recipe.merge:
         width = {"base": width, "fp32": 4}.get(recipe.merge.dtype, 2)
         whole = {"weights": 2 * 4 * parameters} if recipe.merge.parity == "full" else {}
-        found["merge"] = {"memory_bytes": _summed({**needs, **whole}), "disk_bytes": parameters * width}
+        memory = {**needs, **whole}
+        if fused := {name for section in recipe.training for name in section.adapter.target_parameters}:
+            # peft's merge, in memory and in fp32: a copy of the weight at hand and its change beside the model
+            largest = max(part.numel() for name, part in skeleton.named_parameters() if name.endswith(tuple(fused)))
+            memory = {"libraries": foresight.LIBRARIES, "weights": 4 * parameters, "merging": 2 * 4 * largest}
+        found["merge"] = {"memory_bytes": _summed(memory), "disk_bytes": parameters * width}
     if recipe.export:
         sizes = {"pth": width, "hf": width, "gguf": bytes_per_weight(recipe.export.quantize)}
         disk = int(sum(parameters * sizes[form] for form in recipe.export.formats))
@@ -244,12 +268,13 @@ def _summed(needs: dict[str, int]) -> dict[str, int]:
 
 def parse_memory(text: str) -> int:
     """`24GB` -> bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gm])(i?)b?\s*", text.lower())
-    if not found:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gmt])(i?)b?\s*", text.lower())
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** {"m": 2, "g": 3, "t": 4}[found[2]]) if found else 0
+    if not size:
         raise RecipeError(
             say(f"{text!r} is not an amount of memory", f"{text!r} 不是显存大小"), place="--gpu", remedy="--gpu 24GB"
         )
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** {"m": 2, "g": 3}[found[2]])
+    return size
 
 
 def _rate() -> float:
@@ -305,7 +330,9 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
     note = say(" with activation checkpointing", "（重算激活）") if facts["activation_checkpointing"] else ""
     if not facts["rehearsed"]:
         note += say(", by a formula: this model cannot be rehearsed", "，按公式估计：该模型无法预演")
-    seconds = facts["seconds"]
+    seconds, dtype = facts["seconds"], facts["dtype"]
+    if facts["fits"] is not None and dtype == "bfloat16":
+        dtype += say(", if that GPU can (those before Ampere cannot)", "（假设该 GPU 支持；Ampere 之前的不支持）")
     console.header("plan", name)
     console.table(
         ("", ""),
@@ -320,6 +347,7 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
                     f"{what}，{parts} 个微批，每个至多 {budget} token",
                 ),
             ),
+            (say("computed in", "计算类型"), dtype),
             *_memory_rows(facts["memory_bytes"], note),
             *_sharing_rows(facts, section),
             _disk_row(facts["disk_bytes"]),
@@ -339,9 +367,4 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
     for cure in facts["cures"]:
         console.tell(f"  {cure['change']}  {console.human_bytes(cure['peak'])}{' ✓' if cure['fits'] else ''}")
     if not any(cure["fits"] for cure in facts["cures"]):
-        console.tell(
-            say(
-                "  then a smaller base, a larger GPU, or several: engine: fsdp2, --devices N",
-                "  再不行，换更小的底座、更大的 GPU，或用多卡：engine: fsdp2，--devices N",
-            )
-        )
+        console.tell("  " + say("then ", "再不行，换") + last_resort(section))

@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tongwen import artifact, console
 from tongwen.errors import ArtifactError
 from tongwen.language import say
@@ -161,9 +163,15 @@ def check_space(folder: Path, model: Any) -> None:
     """Raise MachineError when there is no room for one more checkpoint: what learns with two moments in fp32 (which is
     more than every other optimizer keeps), and of a whole model also what is frozen."""
     folder.mkdir(parents=True, exist_ok=True)
-    whole = not hasattr(model, "peft_config")
-    needed = sum(12 * part.numel() if part.requires_grad else whole * part.nbytes for part in model.parameters())
-    artifact.check_disk(folder, needed + (64 << 20))
+    whole, needed = not hasattr(model, "peft_config"), 64 << 20
+    for _, part in model.named_parameters(remove_duplicate=whole):  # peft saves both names of a tied copy
+        needed += _numbers(part) * (4 if part.requires_grad else whole * part.element_size())
+    needed += sum(8 * _numbers(part) for part in model.parameters() if part.requires_grad)
+    artifact.check_disk(folder, needed)
+
+
+def _numbers(part: torch.nn.Parameter) -> int:
+    return int(getattr(part, "ds_numel", part.numel()))  # ZeRO-3 leaves none in the parameter itself
 
 
 def check_adapter_saved(folder: Path) -> None:

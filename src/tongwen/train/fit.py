@@ -140,6 +140,14 @@ def _fit(job: Job, halt: Halt) -> int:
     else:
         if trainer.args.should_save:
             check_space(job.checkpoints, job.model)
+        if halt.is_short:
+            console.notice(
+                say(
+                    f"one step is taken and saved: the time that is left would not do for two saves of {halt.save:.0f} s, the "
+                    "guess until one has been seen; each command goes a step further",
+                    f"只走一步就保存：剩余时间不够两次保存（每次先按 {halt.save:.0f} 秒估计）；每次命令前进一步",
+                )
+            )
         trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
         done = trainer.state.global_step
         if trainer.guard.leaves(trainer.args.device):

@@ -29,6 +29,11 @@ class Halt:
         self.save = SAVING_SECONDS
         self.began = time.time()
 
+    @property
+    def is_short(self) -> bool:
+        """Whether the first step will be the last one, for all that is known before it."""
+        return self.deadline is not None and time.time() + 2 * self.save > self.deadline
+
     def hear(self, number: int) -> None:
         """Somebody asks. A second time, the process ends at once."""
         now = time.monotonic()

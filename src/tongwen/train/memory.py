@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from tongwen import allocator, launch
+from tongwen.recipe.schema import Training
 
 LARGEST_KEPT = 32 << 20  # bytes; more glibc does not take for the threshold
 
@@ -132,10 +133,31 @@ def token_budget(device: str, config: Any, memory: int = 0, *, full: bool = Fals
     return budget
 
 
+def device_memory(device: str) -> int:
+    """Bytes of this process's GPU, by its own module (cuda, npu, xpu); 0 where there is none, and where it does not tell
+    (mps: its memory is the machine's)."""
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return int(ask()[1]) if ask else 0
+
+
 def own_memory(device: str) -> int:
-    """Bytes of the only process's GPU; 0 where there is none, and for several processes, which must agree on a plan."""
-    alone = device == "cuda" and launch.world_size() == 1
-    return int(torch.cuda.get_device_properties(0).total_memory) if alone else 0
+    """The same of the only process; 0 for several, which must agree on a plan."""
+    return device_memory(device) if launch.world_size() == 1 else 0
+
+
+def is_reckoned_to_fit(model: Any, words: Training, sharing: Sharing, width: int, tokens: int, memory: int) -> bool:
+    """Whether so many tokens at once fit a GPU with all their activations. From what all processes know alike, so that all
+    answer alike: layers that only some recompute would ask for shared weights in another order, and wait for each other."""
+    rough, learning = rough_shape(model.config), sum(part.numel() for part in model.parameters() if part.requires_grad)
+    outside = rough.vocabulary * rough.hidden
+    shape = replace(rough, trainable=learning, outside=outside, of_layer=(rough.parameters - outside) // rough.layers)
+    weights = sum(part.numel() * part.element_size() for part in model.parameters())
+    needs = {"weights": weights, "gradients": 4 * learning, "optimizer": STATE_BYTES[words.optimizer] * learning}
+    needed = sum(sharing.of(needs, shape, width, width).values())
+    if words.shares == "deepspeed":  # which shares out after the audit
+        needed = max(needed, needs["weights"] + needs["gradients"])
+    activations = tokens * 2 * kept_for_backward(rough, checkpointing=False)
+    return bool(CUDA_CONTEXT + needed + activations <= 0.9 * memory)
 
 
 def flops_per_token(shape: Shape, learned_share: float, *, full: bool) -> float:

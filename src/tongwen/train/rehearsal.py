@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from tongwen.train.audit import Loss
 
 ROWS = 8  # learned rows that are rehearsed; all more of them are logits of a known size
+LOGIT = {torch.bfloat16: 2, torch.float16: 6, torch.float32: 4}  # bytes; accelerate makes an fp32 copy of those in fp16
 
 
 class Borders(list[int]):
@@ -88,7 +89,7 @@ def rehearse(
     prepare: Callable[[Any], Any],
     *,
     layers: int,
-    bf16: bool,
+    dtype: torch.dtype,
     passes: int,
 ) -> list[dict[str, int]]:
     """Bytes by purpose (weights, gradients, activations, head) at the fullest moment of each part of a step.
@@ -97,12 +98,14 @@ def rehearse(
     lengths: tokens of a micro-batch's documents; rows: how many of its tokens are learned
     head:    the module whose output is the logits
     prepare: called on the model once its tensors are fake
+    dtype:   what is computed in
     passes:  micro-batches per step; beyond two nothing changes
     Raises RuntimeError where the model's shapes depend on values.
     """
     with FakeTensorMode():
         _pretend(model)
         prepare(model)
+        width = head.weight.shape[0]  # of single rows that learn, peft makes the whole at each question
         batch, live, arrived = _batch(lengths), Live(), set[int]()
         learners = [part for part in model.parameters() if part.requires_grad]
         of_layer = len(learners) // layers
@@ -128,13 +131,13 @@ def rehearse(
             for _ in range(min(passes, 2)):
                 live.purpose, live.part = "activations", FORWARD
                 arrived.clear()
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                     total, _ = loss(model, batch)
                 live.purpose, live.part = "activations", HEAD
                 total.backward()
                 del total
     for part in (FORWARD, HEAD):  # after them the logits are gone
-        live.fullest[part]["head"] += (rows - ROWS) * head.weight.shape[0] * (2 if bf16 else head.weight.itemsize)
+        live.fullest[part]["head"] += (rows - ROWS) * width * LOGIT[dtype]
     return [dict(part) for part in live.fullest]
 
 

@@ -160,12 +160,14 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return out
 
 
-def peak_memory_bytes() -> int:
-    """Peak memory: of the GPU where there is one, else the resident set of this process."""
+def peak_memory_bytes() -> int | None:
+    """Peak memory: of the GPU where there is one (None for one that keeps no account of it, as mps), else the resident set of
+    this process."""
     import torch
 
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+    if device := torch.accelerator.current_accelerator(check_available=True):
+        ask = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+        return int(ask()) if ask else None
     try:  # getrusage's figure is inherited from a larger parent through exec; this one is not
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
