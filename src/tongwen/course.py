@@ -56,7 +56,7 @@ from tongwen.train.memory import (
 )
 from tongwen.train.probe import fits
 from tongwen.train.report import held_out_table, say_result, write_report
-from tongwen.train.watch import Watch, check_forgetting, peak_memory_bytes, read_metrics
+from tongwen.train.watch import Watch, check_forgetting, flat_at, peak_memory_bytes, read_metrics
 
 SAMPLES = "samples.jsonl"
 SPARE = 0.03  # of a GPU's memory is left over when a micro-batch is tried: what the allocator breaks up in a long run
@@ -162,6 +162,7 @@ def take(course: Course, out: Path) -> artifact.Artifact:
         )
     engine = choose(course.section)
     track.check(course.recipe.track)
+    adapting.check_further(course.section.adapter, stage)
     say_ledger(lesson)
     device = load.compute_device()
     legs = _lay_out(course, device, artifact.partial_of(out) / "checkpoints")
@@ -202,7 +203,7 @@ def take(course: Course, out: Path) -> artifact.Artifact:
             check_forgetting(before["scores"]["groups"], scores["groups"], limits)
             return scores
 
-        throughput, unreached = _train(
+        throughput, unreached, notices = _train(
             course, pupil, legs, draft.path, evaluate if lesson.held_out_stores else None, run
         )
         after = examine()
@@ -226,6 +227,7 @@ def take(course: Course, out: Path) -> artifact.Artifact:
                 "throughput": throughput,
                 "peak_memory_bytes": peak_memory_bytes(),
                 "unreached": unreached,
+                "notices": lesson.notices + notices,
                 "samples": _samples(
                     course.questions, before["answers"], after["answers"], read_metrics(draft.path / SAMPLES)
                 ),
@@ -339,9 +341,9 @@ def _train(
     folder: Path,
     evaluate: Callable[[int], dict[str, Any]] | None,
     run: dict[str, Any],
-) -> tuple[dict[str, Any], list[str]]:
-    """Run the phases, from the newest checkpoint if there is one; returns tokens and seconds, and what the audits did not
-    reach."""
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Run the phases, from the newest checkpoint if there is one; returns tokens and seconds, what the audits did not reach,
+    and what the report says of the run."""
     tokens = list(accumulate(size for leg in legs for size in leg.plan.tokens_of(course.lesson.store.lengths)))
     newest = [newest_checkpoint(leg.checkpoints, gate.ids(run)) for leg in legs]
     current = max((number for number, found in enumerate(newest) if found), default=0)  # what is before it is in it
@@ -365,7 +367,7 @@ def _train(
         console.notice(
             say(f"continuing after step {start} of {len(tokens)}", f"从第 {start} 步（共 {len(tokens)} 步）继续")
         )
-    unreached, done = list[str](), start
+    unreached, notices, done = list[str](), list[str](), start
     began = time.monotonic()
     with console.progress(len(tokens), course.stage, start) as bar:
         for leg in legs[current:]:
@@ -381,20 +383,37 @@ def _train(
                 bar,
                 leg.steps_before,
                 leg.epochs_before,
+                _to_beat(folder, leg),
             )
-            done = leg.steps_before + fit(_job(course, pupil, leg, guarded, resume, evaluate, watch, told))
+            job = _job(course, pupil, leg, guarded, resume, evaluate, watch, told)
+            done = leg.steps_before + fit(job)
+            notices += job.notices
             resume = None
     trained = tokens[done - 1] - (tokens[start - 1] if start else 0)
     counted, seconds = tokens[done - 1], time.monotonic() - began
     if lines := read_metrics(folder / "metrics.jsonl"):  # which counts what was before an interruption, too
         counted, seconds = lines[-1]["tokens"], lines[-1]["seconds"]
-    return {
-        "steps": done,
-        "tokens": tokens[done - 1],
-        "tokens_this_run": trained,
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(counted / max(seconds, 1e-9), 2),
-    }, unreached
+    flat = (flat_at(lines, leg.steps_before, leg.steps_before + len(leg.plan)) for leg in legs)
+    return (
+        {
+            "steps": done,
+            "tokens": tokens[done - 1],
+            "tokens_this_run": trained,
+            "seconds": round(seconds, 2),
+            "tokens_per_second": round(counted / max(seconds, 1e-9), 2),
+        },
+        unreached,
+        [*filter(None, flat), *notices],
+    )
+
+
+def _to_beat(folder: Path, leg: Leg) -> float:
+    """Held-out bits per byte of what a phase begins with: the best of the phases before it, or those before training."""
+    earlier = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] <= leg.steps_before]
+    scores = [line["bits_per_byte"] for line in earlier if "bits_per_byte" in line]
+    if not scores and (before := json.loads((folder / gate.BEFORE).read_text(encoding="utf-8"))["scores"]):
+        scores = [before["bits_per_byte"]]
+    return min(scores, default=math.inf)
 
 
 def _conditions(pupil: Pupil, leg: Leg) -> dict[str, Any]:
@@ -476,9 +495,9 @@ def _track(course: Course, leg: Leg, folder: Path, run: str) -> track.Track | No
     """Each phase is a run of its own there: its steps are counted anew."""
     if not course.recipe.track:
         return None
-    phase = [leg.checkpoints.name] if len(course.section.stretches) > 1 else []
-    title = "-".join([course.recipe.name, course.stage, *phase])
-    return track.Track(course.recipe.track, title, run, folder.joinpath("tensorboard", *phase))
+    phase = leg.checkpoints.name if len(course.section.stretches) > 1 else ""
+    title = "-".join(word for word in (course.recipe.name, course.stage, phase) if word)
+    return track.Track(course.recipe.track, title, run, folder, phase, must=not leg.steps_before)
 
 
 def _stage_below(base: str) -> dict[str, Any]:

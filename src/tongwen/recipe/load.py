@@ -115,14 +115,20 @@ def read(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, l
     raise_all(reading.problems)
     assert recipe is not None
     for stage in recipe.training:
-        if said := sorted(stage.adapter.idle & stage.adapter.model_fields_set):
-            method, idle = stage.adapter.method, ", ".join(said)
-            reading.notices.append(
-                say(f"`method: {method}` does nothing with {idle}", f"`method: {method}` 不使用 {idle}")
-            )
+        if said := sorted(stage.idle_adapter & stage.adapter.model_fields_set):
+            word, idle = _who_leaves_idle(stage), ", ".join(said)
+            reading.notices.append(say(f"`{word}` does nothing with {idle}", f"`{word}` 不使用 {idle}"))
     if not recipe.out:
         recipe = recipe.model_copy(update={"out": f"runs/{recipe.name}"})
     return recipe, reading.notices
+
+
+def _who_leaves_idle(stage: Training) -> str:
+    """The word that makes words of `adapter` say nothing."""
+    if stage.adapter.continue_from:
+        return "continue_from"
+    trains = stage.idle_adapter == stage.adapter.idle
+    return f"method: {stage.adapter.method}" if trains else f"train: {stage.stretches[-1].train}"
 
 
 def _add_made(data: dict[str, Any]) -> None:
@@ -150,7 +156,7 @@ def dump(recipe: Recipe) -> str:
     is read again when a run goes on."""
     sections = {"pretrain": recipe.pretrain, "sft": recipe.sft}
     idle: Any = {
-        name: {**dict.fromkeys(one.idle, True), "adapter": one.adapter.idle} for name, one in sections.items() if one
+        name: {**dict.fromkeys(one.idle, True), "adapter": one.idle_adapter} for name, one in sections.items() if one
     }
     data = {key: value for key, value in recipe.model_dump(mode="json", exclude=idle).items() if value is not None}
     return str(yaml.safe_dump(data, allow_unicode=True, sort_keys=False, width=100))

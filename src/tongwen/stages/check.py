@@ -17,16 +17,18 @@ from tongwen.language import say
 from tongwen.model import load
 from tongwen.recipe.schema import Prepare, Recipe
 from tongwen.river import inputs
+from tongwen.train import track
 
 
 def run(recipe: Recipe) -> int:
     """Report what `prepare` would keep before it compares the rows, and every problem of the data at once."""
     console.header("check", recipe.name)
     errors: list[TongwenError] = []
-    try:
-        _check_forms(recipe)
-    except TongwenError as error:
-        errors.append(error)
+    for ahead in (_check_forms, _check_track):
+        try:
+            ahead(recipe)
+        except TongwenError as error:
+            errors.append(error)
     tables = {}
     section = inputs(recipe) if recipe.prepare else None
     all_parts = steps.list_parts(section, local_copy, console.notice, errors) if section else []
@@ -62,6 +64,12 @@ def _check_forms(recipe: Recipe) -> None:
         kind = load.load_kind(place)
     if kind:
         check_family(kind)
+
+
+def _check_track(recipe: Recipe) -> None:
+    """Raise for a program of `track` that could not begin."""
+    if recipe.training:
+        track.check(recipe.track)
 
 
 def _read(parts: list[steps.Part], section: Prepare, errors: list[TongwenError]) -> steps.Tally:

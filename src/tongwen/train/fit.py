@@ -36,7 +36,7 @@ from tongwen.train.guard import Guard
 from tongwen.train.halt import Halt
 from tongwen.train.memory import keep_freed_memory
 from tongwen.train.noise import Noise
-from tongwen.train.track import Track
+from tongwen.train.track import Teller, Track
 from tongwen.train.watch import Watch
 
 OPTIMIZERS = {
@@ -59,6 +59,7 @@ class Budget(Protocol):
 
     def penalty(self) -> torch.Tensor: ...
     def spend(self, step: int) -> None: ...
+    def settle(self) -> int: ...
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path) -> None: ...
 
@@ -75,6 +76,7 @@ class Job:
     told:       what a checkpoint's manifest says of the run
     deadline:   when the process must be gone, in seconds since 1970
     track:      which other programs are told, and as which run
+    notices:    what the report says of the run
     """
 
     model: Any
@@ -98,6 +100,12 @@ class Job:
     told: Mapping[str, Any] = field(default_factory=dict)
     deadline: float | None = None
     track: Track | None = None
+    notices: list[str] = field(default_factory=list)
+
+    def tell(self, text: str) -> None:
+        """In the terminal and, by `notices`, in the report."""
+        console.notice(text)
+        self.notices.append(text)
 
 
 def fit(job: Job) -> int:
@@ -121,8 +129,7 @@ def _fit(job: Job, halt: Halt) -> int:
         trainer.add_callback(FirstSteps())
     start, patience = step_of(job.resume) if job.resume else 0, job.stretch.words.patience
     if job.track and trainer.is_world_process_zero():
-        for callback in job.track.callbacks(start):
-            trainer.add_callback(callback)
+        trainer.add_callback(Teller(job.track, start))
     job.watch.begin(start)
     if start >= len(job.plan) or job.watch.waited(patience):
         trainer._load_from_checkpoint(str(job.resume))
@@ -162,6 +169,15 @@ def _fit(job: Job, halt: Halt) -> int:
                 remedy=say("--again begins anew", "--again 重新开始"),
             )
         trainer._load_from_checkpoint(str(job.checkpoints / f"checkpoint-{best[0]}"))
+    if patience and job.watch.not_beaten:
+        job.tell(job.watch.not_beaten)
+    if job.budget and (cut := job.budget.settle()):
+        job.tell(
+            say(
+                f"the run ended before adalora had spent its budget: the {cut} least important ranks are cut now",
+                f"训练在 adalora 分配完预算之前结束：现在裁去最不重要的 {cut} 个秩",
+            )
+        )
     if (name := first_not_finite(job.model)) is not None:
         raise NumbersError(say("weights are not finite after the run", "训练后权重含非有限值"), place=name)
     return done
