@@ -24,7 +24,7 @@ def configure(rank: int, steps: int, words: dict[str, Any]) -> Any:
 
     return AdaLoraConfig(
         **words,
-        init_r=rank + rank // 2,
+        init_r=rank + max(1, rank // 2),  # as many as there are, peft cannot rank
         target_r=rank,
         tinit=steps // 10,
         tfinal=max(1, 3 * steps // 10),

@@ -21,6 +21,7 @@ from tongwen.recipe import engine_file
 from tongwen.recipe.old_names import OLD, OLD_REASONS, OWNED, training_arguments
 from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training, read_list
 
+ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")  # of `trainer`, for the optimizers that are AdamW
 Path_ = tuple[str | int, ...]  # where a value stands in the recipe: ("sft", "adapter", "rank")
 
 
@@ -117,6 +118,10 @@ def read(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, l
     for stage in recipe.training:
         if said := sorted(stage.idle_adapter & stage.adapter.model_fields_set):
             word, idle = _who_leaves_idle(stage), ", ".join(said)
+            reading.notices.append(say(f"`{word}` does nothing with {idle}", f"`{word}` 不使用 {idle}"))
+        unread = {"optim_args"} if "adamw" in stage.optimizer else {"optim_args", *ADAM}
+        if said := sorted(unread & {*stage.trainer}):
+            word, idle = f"optimizer: {stage.optimizer}", ", ".join(f"trainer.{name}" for name in said)
             reading.notices.append(say(f"`{word}` does nothing with {idle}", f"`{word}` 不使用 {idle}"))
     if not recipe.out:
         recipe = recipe.model_copy(update={"out": f"runs/{recipe.name}"})
@@ -252,6 +257,12 @@ def _translate(
                     ),
                     _did_you_mean(near),
                 )
+            elif known and not _is_a(value := trainer[key], known[key]):
+                reading.wrong(
+                    here,
+                    say(f"{value!r} is no {known[key]}", f"{value!r} 不是 {known[key]}"),
+                    say("correct the value, or leave the word out", "请改正取值，或删去该项"),
+                )
     for key in list(section):
         if key in OLD and key not in words.model_fields:
             _translate_old(section, section, key, (*path, key), reading)
@@ -259,6 +270,13 @@ def _translate(
     if str(section.get("engine", "")).endswith((".json", ".yaml", ".yml")):
         _hear_engine(section, path, devices, reading)
     return section
+
+
+def _is_a(value: Any, annotation: str) -> bool:
+    """Whether a value of YAML fits a field: dataclasses take what they are given, and fail when it is used."""
+    names = {*re.findall(r"\w+", annotation)}
+    kind = "None" if value is None else type(value).__name__
+    return kind in names or (kind == "int" and "float" in names)
 
 
 def _hear_engine(section: dict[str, Any], path: Path_, devices: Any, reading: Reading) -> None:

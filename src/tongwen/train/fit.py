@@ -246,14 +246,7 @@ def training_arguments(job: Job) -> TrainingArguments:
     except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         if not section.trainer:
             raise
-        raise RecipeError(
-            say(
-                f"transformers does not take {section.trainer}: {first_line(error)}",
-                f"transformers 不接受 {section.trainer}：{first_line(error)}",
-            ),
-            place="trainer",
-            remedy=say("correct the value, or leave the word out", "请改正取值，或删去该项"),
-        ) from error
+        raise _not_taken(section.trainer, error) from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: DataParallel would cut a pack in two (F-06)
     return arguments
 
@@ -336,7 +329,13 @@ class PlannedTrainer(Trainer):
         return norm
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*args, **kwargs)
+        words = self.job.stretch.words.trainer
+        try:
+            optimizer = super().create_optimizer(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            if not words:
+                raise
+            raise _not_taken(words, error) from error
         self._set_embeddings_apart(optimizer)
         inside = {id(part) for group in optimizer.param_groups for part in group["params"]}
         lost = [
@@ -503,6 +502,17 @@ def _know_the_numbered_cpu() -> None:
     """transformers 5.17 asks for what a CPU saved on "cpu:0", which torch cannot place. Once: torch sorts what is registered."""
     torch.serialization.register_package(
         30, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
+
+
+def _not_taken(words: Mapping[str, Any], error: Exception) -> RecipeError:
+    return RecipeError(
+        say(
+            f"transformers does not take {words}: {first_line(error)}",
+            f"transformers 不接受 {words}：{first_line(error)}",
+        ),
+        place="trainer",
+        remedy=say("correct the value, or leave the word out", "请改正取值，或删去该项"),
     )
 
 
