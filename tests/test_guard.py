@@ -47,7 +47,9 @@ def look(one: Guard, index: int = 0, scaled: bool = False) -> None:
 def test_all_processes_stop_for_one_and_name_its_rows() -> None:
     """A micro-batch's number is its slot times the processes, plus the process."""
     one = guard([[1.0, 1.0, 1.0, 0.0], [1.0, math.nan, 1.0, 0.0]])
-    with pytest.raises(NumbersError, match=r"step 15: the loss is NaN[\s\S]*rows f.jsonl:3\n[\s\S]*c-4"):
+    with pytest.raises(
+        NumbersError, match=r"step 15: the loss is NaN[\s\S]*micro-batch 4 of 4; rows f.jsonl:3\n[\s\S]*c-4"
+    ):
         look(one, 4)
     with pytest.raises(NumbersError, match=r"gradient is NaN[\s\S]*f.jsonl:0, f.jsonl:1"):
         look(guard([[1.0, 1.0, math.inf, 0.0], [1.0, 1.0, 1.0, 0.0]]))
@@ -82,7 +84,7 @@ def test_overflows_of_fp16_are_counted_and_end_the_run_when_nothing_else_happens
     with pytest.raises(NumbersError, match=r"21 steps in a row[\s\S]*bf16"):
         look(one, scaled=True)
     ranks[0][0] = math.nan  # which no scaler has to do with
-    with pytest.raises(NumbersError, match="the loss is NaN or infinite; rows"):
+    with pytest.raises(NumbersError, match="the loss is NaN or infinite in micro-batch 1 of 4; rows"):
         look(one, scaled=True)
 
 

@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import byte_level_tokenizer, tensors, tiny_llama, tiny_mixture, without_chatml, write_recipe
+from tests.conftest import (
+    byte_level_tokenizer,
+    tensors,
+    tiny_llama,
+    tiny_mixture,
+    without_chatml,
+    write_recipe,
+    write_rows,
+)
 from tests.launching import die_at, in_a_child
 from tests.test_run import manifest
 from tongwen import cli
@@ -246,6 +254,19 @@ def test_an_adapter_is_trained_further(chat_model: Path, other_model: Path, tmp_
     adapter = f"{{continue_from: {tmp_path / 'bare' / 'out' / 'sft'}}}"
     code, _, err = tongwen("run", recipe_for(tmp_path / "rows", unseen, adapter))
     assert code == 4 and "token rows must be trained (1)" in err and "merge it first" in err
+    for words, own in (
+        ("rank: 8", "rank: 4"),
+        ("targets: [q_proj]", "q_proj"),
+        ("also_train: [lm_head]", "also_train: None"),
+    ):
+        wrong = recipe_for(tmp_path / "wrong", chat_model, f"{{continue_from: {made}, {words}}}")
+        code, _, err = tongwen("run", wrong)
+        assert code == 2 and "adapter.continue_from" in err and own in err and "leave these words out" in err
+    assert not (tmp_path / "wrong" / "out" / "prepare").exists()
+    same = recipe_for(tmp_path / "same", chat_model, f"{{continue_from: {made}, rank: 4, alpha: 8, also_train: []}}")
+    code, out, _ = tongwen("run", same, "sft.stop_after=1 steps")
+    assert code == 0 and "`continue_from` does nothing with alpha, also_train, rank" in out
+    assert "does nothing" not in tongwen("run", tmp_path / "same" / "out" / "recipe.yaml")[1]
     code, _, err = tongwen("run", recipe_for(tmp_path / "none", chat_model, "{continue_from: nowhere}"))
     assert code == 4 and "adapter_config.json" in err
 
@@ -274,6 +295,43 @@ def test_patience_ends_the_run_and_takes_the_best(chat_model: Path, tmp_path: Pa
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     code, _, err = tongwen("run", recipe_for(tmp_path / "b", chat_model, "{rank: 4}", sft=", patience: 2"))
     assert code == 2 and "evaluate_every" in err
+
+
+def test_a_run_that_gets_worse_ends_early_and_with_its_rank(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    """What was scored before training is the first to beat, and adalora's budget is spent, though its schedule is not done."""
+    words = ", stop_after: 200 steps, evaluate_every: 2, patience: 2, warmup: 0"
+    recipe = recipe_for(tmp_path, chat_model, "{method: adalora, rank: 1}", sft=words)
+    code, out, _ = tongwen("run", recipe, "sft.learning_rate=3")
+    stage = tmp_path / "out" / "sft"
+    assert code == 0 and [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4]
+    assert sum(part.shape[0] for name, part in tensors(stage).items() if "lora_A" in name) == 14 * 1
+    notices, html = json.loads((stage / "report.json").read_text())["notices"], (stage / "report.html").read_text()
+    for said, text in zip(
+        ("no evaluation was better than before: ", "the 14 least important ranks"), notices, strict=True
+    ):
+        assert said in text and said in html and out.count(said) == 1
+
+
+def test_a_phase_has_the_best_before_it_to_beat(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    """Half a run later the base is long beaten: the second phase must do better than the first did."""
+    text = [f"今天天气很好，我们去公园散步吧。第 {number} 天。" for number in range(24)]
+    write_rows(tmp_path / "text.jsonl", [{"text": one} for one in text])
+    words = (
+        "max_length: 64, batch_size: 4, evaluate_every: 1, patience: 1, precision: fp32, warmup: 0, adapter: {rank: 4}"
+    )
+    phases = "{train: lora, stop_after: 2 steps, learning_rate: 1e-2}, {train: lora, stop_after: 9 steps, learning_rate: 0.3}"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: p\nbase: {chat_model}\nout: {tmp_path / 'out'}\nprepare: {{documents: {tmp_path / 'text.jsonl'}, held_out: 4}}\n"
+        f"pretrain: {{{words}, phases: [{phases}]}}\n"
+    )
+    code, _, err = tongwen("run", recipe)
+    assert code == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "out" / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    scores = [line["bits_per_byte"] for line in lines]
+    assert scores[1] < scores[0] and scores[2] > scores[1] and len(scores) == 3
+    (said,) = json.loads((tmp_path / "out" / "pretrain" / "report.json").read_text())["notices"]
+    assert f"{scores[1]:.4f}, and at best {scores[2]:.4f} at step 3" in said
 
 
 def test_noise_is_in_the_loss_and_not_in_the_scores(chat_model: Path, tmp_path: Path) -> None:
@@ -365,6 +423,8 @@ def test_a_value_that_transformers_does_not_take_is_said(chat_model: Path, tmp_p
     recipe = recipe_for(tmp_path, chat_model, "{rank: 4}", sft=", trainer: {dataloader_prefetch_factor: 2}")
     code, _, err = tongwen("run", recipe)
     assert code == 2 and "trainer:" in err and "dataloader_prefetch_factor" in err
+    code, _, err = tongwen("run", recipe, "sft.trainer={adam_beta1: 7}", "--again")
+    assert code == 2 and "trainer:" in err and "Invalid beta" in err
 
 
 @pytest.mark.parametrize("kind", ["prefix", "p-tuning"])
@@ -400,6 +460,8 @@ def test_a_loss_that_does_not_fall_is_said(
         "run", recipe_for(tmp_path, chat_model, "{rank: 4}", sft=", stop_after: 110 steps"), f"sft.learning_rate={rate}"
     )
     assert code == 0 and (out.count("the loss has not fallen in 100 steps") == 1) is said
+    notices = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())["notices"]
+    assert [text for text in notices if text in out] == notices and len(notices) == said
 
 
 def test_the_best_is_looked_at_before_it_is_taken(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:

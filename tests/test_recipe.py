@@ -171,7 +171,7 @@ def test_training_arguments_are_the_installed_ones() -> None:
     from transformers import TrainingArguments
 
     declared = {field.name for field in fields(TrainingArguments)}
-    assert training_arguments() <= declared
+    assert {*training_arguments()} <= declared
     assert len(training_arguments()) > 80
     dropped = {
         "group_by_length",
@@ -222,3 +222,42 @@ def test_changes_of_a_recipe_may_stand_anywhere(tongwen: Any, tmp_path: Path) ->
 def test_words_without_effect_are_said(adapter: str, said: str, tmp_path: Path) -> None:
     _, notices = load(write(tmp_path, GOOD % f"adapter: {adapter}"))
     assert any(said in notice for notice in notices)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [
+        ("adam_beta1: x", "recipe.yaml:4 · sft.trainer.adam_beta1: 'x' is no float"),
+        ("dataloader_num_workers: 1.5", "1.5 is no int"),
+        ("tf32: 1", "1 is no bool | None"),
+        ("adam_beta1: 1, tf32: null, project: a", ""),
+    ],
+)
+def test_a_value_of_another_type_is_refused_at_its_line(trainer: str, said: str, tmp_path: Path) -> None:
+    file = write(tmp_path, GOOD % f"trainer: {{{trainer}}}")
+    if said:
+        (problem,) = problems(file)
+        assert said in problem.text()
+    else:
+        assert load(file)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        (
+            "sft: {optimizer: muon, trainer: {adam_beta1: 0.5}}",
+            "`optimizer: muon` does nothing with trainer.adam_beta1",
+        ),
+        ("sft: {trainer: {optim_args: a=1}}", "`optimizer: adamw` does nothing with trainer.optim_args"),
+        ("sft: {trainer: {adam_beta1: 0.5}}", ""),
+        ("pretrain: {train: full, adapter: {rank: 8}}", "`train: full` does nothing with rank"),
+        ("pretrain: {train: lora+embeddings, adapter: {rank: 8}}", ""),
+    ],
+)
+def test_words_that_nothing_reads_are_said_once(section: str, said: str, tmp_path: Path) -> None:
+    """And do not stand in the resolved recipe, where they have no line of the user's."""
+    file = write(tmp_path, f"name: t\nbase: b\nprepare: {{dialogues: d.jsonl, documents: t.txt}}\n{section}\n")
+    recipe, notices = load(file)
+    assert notices == [said] * bool(said)
+    assert load(write(tmp_path, dump(recipe)))[1] == ([said] if "trainer" in said else [])

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from tests.conftest import write_recipe
 from tests.launching import in_a_child
-from tongwen.errors import MissingPackage
+from tongwen.errors import MachineError, MissingPackage
 from tongwen.train import track
 from tongwen.train.fit import PlannedTrainer
 from tongwen.train.track import Track
@@ -58,7 +62,7 @@ def test_a_killed_run_is_one_curve_and_its_samples_stand_once(chat_model: Path, 
     assert "step 4" in (stage / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_program_that_is_not_there_is_said_before_the_base_is_opened(
+def test_a_program_that_is_not_there_is_said_before_the_first_stage(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
@@ -68,20 +72,131 @@ def test_a_program_that_is_not_there_is_said_before_the_base_is_opened(
     recipe = write_recipe(tmp_path, chat_model, merge=False, extra="track: [swanlab, wandb]\n")
     code, _, err = tongwen("run", recipe)
     assert code == 5 and "'swanlab'" in err and "pip install 'tongwen[swanlab]'" in err
-    assert not (tmp_path / "out" / "sft.partial").exists()
+    assert not (tmp_path / "out" / "prepare").exists()
+    code, _, err = tongwen("check", recipe)
+    assert code == 5 and "'swanlab'" in err
     code, _, err = tongwen("check", recipe, "sft.trainer={report_to: wandb}")
     assert code == 2 and "track" in err
+
+
+@pytest.fixture()
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine that has all the programs, and on which nobody has logged in. Returns its home."""
+    monkeypatch.setattr(track, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name)))
+    for name in list(os.environ):
+        if name.startswith(("WANDB_", "SWANLAB_", "MLFLOW_", "NETRC")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "file", "text"),
+    [
+        ("wandb", "WANDB_API_KEY", ".netrc", "machine api.wandb.ai login user password x"),
+        ("wandb", "WANDB_MODE", "wandb/settings", "[default]\nmode = offline"),
+        ("swanlab", "SWANLAB_API_KEY", ".swanlab/.netrc", "machine api.swanlab.cn login user password x"),
+    ],
+)
+def test_a_missing_key_is_said_first(
+    name: Any, variable: str, file: str, text: str, nowhere: Path, chat_model: Path, tongwen: Any, monkeypatch: Any
+) -> None:
+    recipe = write_recipe(nowhere, chat_model, merge=False, extra=f"track: {name}\n")
+    for command in ("check", "run"):
+        code, _, err = tongwen(command, recipe)
+        assert code == 5 and f"track: {name}: there is no key" in err and f"{name.upper()}_MODE=offline" in err
+    assert not (nowhere / "out" / "prepare").exists()
+    with monkeypatch.context() as patch:
+        patch.setenv(variable, "x")
+        track.check([name])
+    (nowhere / file).parent.mkdir(exist_ok=True)
+    (nowhere / file).write_text("[default]\n")
+    with pytest.raises(MachineError):
+        track.check([name])
+    (nowhere / file).write_text(text)
+    track.check([name])
+
+
+def test_a_server_that_does_not_answer_is_said_first(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    track.check(["mlflow"])
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{door.getsockname()[1]}")
+        with pytest.raises(MachineError, match="track: mlflow: nobody answers at http://127"):
+            track.check(["mlflow"])
+        door.listen()
+        track.check(["mlflow"])
+
+
+class Failing(TrainerCallback):
+    """A program that fails at one event."""
+
+    at = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.fail("on_train_begin")
+
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.fail("on_log")
+
+    def fail(self, event: str) -> None:
+        if event == self.at:
+            raise OSError("the key is wrong\nand more")
+
+
+@pytest.mark.parametrize("at", ["on_train_begin", "on_log"])
+def test_a_program_that_fails_is_a_line(
+    at: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends a run that it was to follow from the start, and no training that goes on."""
+    monkeypatch.setattr(track, "check", lambda names: None)
+    monkeypatch.setattr(Failing, "at", at)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "trackio", Failing)
+    recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 3 steps", merge=False, extra="track: trackio\n")
+    code, out, err = tongwen("run", recipe)
+    if at == "on_train_begin":
+        assert (
+            code == 5
+            and err.strip() == "✗ track: trackio: it cannot begin: the key is wrong\n  → leave it out of `track`"
+        )
+    else:
+        assert code == 0 and out.count("trackio has failed: the key is wrong; the training goes on without it") == 1
+        assert len(lines(tmp_path / "out" / "sft" / "metrics.jsonl")) == 3
+
+
+def test_a_later_phase_begins_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Failing, "at", "on_train_begin")
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "trackio", Failing)
+    teller = track.Teller(Track(["trackio"], "zh", "0", tmp_path, must=False), 0)
+    for _ in range(2):
+        teller.on_train_begin(None, None, None)
+    assert capsys.readouterr().out.count("trackio has failed") == 1
+
+
+def test_a_resumed_run_is_the_same_run_of_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "mlflow", Failing)
+    run = SimpleNamespace(info=SimpleNamespace(run_id="aa75"))
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(active_run=lambda: run))
+    one = Track(["mlflow"], "zh-sft", "0", tmp_path)
+    for known in (None, "aa75"):
+        with one.told():
+            assert os.environ.pop("MLFLOW_RUN_ID", None) == known  # it takes it away itself
+            track.Teller(one, 0).on_train_begin(None, None, None)
+    with Track(["mlflow"], "zh-sft-phase-2", "0", tmp_path).told():
+        assert "MLFLOW_RUN_ID" not in os.environ
 
 
 def test_every_program_is_transformers_own_and_is_told_the_same_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     monkeypatch.delenv("SWANLAB_RUN_ID", raising=False)
     one = Track(["wandb", "swanlab", "mlflow", "trackio"], "zh-sft", "0123456789abcdef", tmp_path)
-    assert set(one.arguments["report_to"]) <= set(INTEGRATION_TO_CALLBACK)
+    assert set(one.names) <= set(INTEGRATION_TO_CALLBACK) and one.arguments["report_to"] == "none"
     seen = []
     for _ in range(2):
         with one.told():

@@ -50,7 +50,7 @@ from tongwen.train.fit import Job, fit, unreached_rate
 from tongwen.train.memory import STATE_BYTES, device_memory, is_reckoned_to_fit, own_memory, token_budget
 from tongwen.train.probe import fits
 from tongwen.train.report import held_out_table, say_result, write_report
-from tongwen.train.watch import Watch, check_forgetting, peak_memory_bytes, read_metrics
+from tongwen.train.watch import Watch, check_forgetting, flat_at, peak_memory_bytes, read_metrics
 
 SAMPLES = "samples.jsonl"
 SPARE = 0.03  # of a GPU's memory is left over when a micro-batch is tried: what the allocator breaks up in a long run
@@ -157,6 +157,7 @@ def take(course: Course, out: Path) -> artifact.Artifact:
         )
     engine = choose(course.section)
     track.check(course.recipe.track)
+    adapting.check_further(course.section.adapter, stage)
     say_ledger(lesson)
     device = load.compute_device()
     legs = _lay_out(course, device, artifact.partial_of(out) / "checkpoints")
@@ -230,8 +231,14 @@ def _teach(course: Course, pupil: Pupil, legs: list[Leg], out: Path) -> artifact
             check_forgetting(before["scores"]["groups"], scores["groups"], limits)
             return scores
 
-        throughput, unreached = _train(
-            course, pupil, legs, draft.path, evaluate if lesson.held_out_stores else None, run
+        throughput, unreached, notices = _train(
+            course,
+            pupil,
+            legs,
+            draft.path,
+            evaluate if lesson.held_out_stores else None,
+            run,
+            before["scores"]["bits_per_byte"] if before["scores"] else math.inf,
         )
         after = examine()
         if after["scores"]:  # too late to stop
@@ -254,6 +261,7 @@ def _teach(course: Course, pupil: Pupil, legs: list[Leg], out: Path) -> artifact
                 "throughput": throughput,
                 "peak_memory_bytes": peak_memory_bytes(),
                 "unreached": unreached,
+                "notices": lesson.notices + notices,
                 "samples": _samples(
                     course.questions, before["answers"], after["answers"], read_metrics(draft.path / SAMPLES)
                 ),
@@ -367,9 +375,10 @@ def _train(
     folder: Path,
     evaluate: Callable[[int], dict[str, Any]] | None,
     run: dict[str, Any],
-) -> tuple[dict[str, Any], list[str]]:
-    """Run the phases, from the newest checkpoint if there is one; returns tokens and seconds, and what the audits did not
-    reach."""
+    untrained: float,
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Run the phases, from the newest checkpoint if there is one; returns tokens and seconds, what the audits did not reach,
+    and what the report says of the run. untrained: bits per byte of what was held out, before."""
     tokens = list(accumulate(size for leg in legs for size in leg.plan.tokens_of(course.lesson.store.lengths)))
     folders = [leg.checkpoints for leg in legs]
     resume = newest_checkpoint(folders, gate.ids(run))
@@ -393,7 +402,7 @@ def _train(
         console.notice(
             say(f"continuing after step {start} of {len(tokens)}", f"从第 {start} 步（共 {len(tokens)} 步）继续")
         )
-    unreached, done = list[str](), start
+    unreached, notices, done, to_beat = list[str](), list[str](), start, untrained
     began = time.monotonic()
     with console.progress(len(tokens), course.stage, start) as bar:
         for leg in legs[current:]:
@@ -409,20 +418,29 @@ def _train(
                 bar,
                 leg.steps_before,
                 leg.epochs_before,
+                to_beat,
             )
-            done = leg.steps_before + fit(_job(course, pupil, leg, guarded, resume, evaluate, watch, told))
+            job = _job(course, pupil, leg, guarded, resume, evaluate, watch, told)
+            done = leg.steps_before + fit(job)
+            notices += job.notices
+            to_beat = min((score for _, score in watch.evaluations), default=math.inf)
             resume = None
     trained = tokens[done - 1] - (tokens[start - 1] if start else 0)
     counted, seconds = tokens[done - 1], time.monotonic() - began
     if lines := read_metrics(folder / "metrics.jsonl"):  # which counts what was before an interruption, too
         counted, seconds = lines[-1]["tokens"], lines[-1]["seconds"]
-    return {
-        "steps": done,
-        "tokens": tokens[done - 1],
-        "tokens_this_run": trained,
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(counted / max(seconds, 1e-9), 2),
-    }, unreached
+    flat = (flat_at(lines, leg.steps_before, leg.steps_before + len(leg.plan)) for leg in legs)
+    return (
+        {
+            "steps": done,
+            "tokens": tokens[done - 1],
+            "tokens_this_run": trained,
+            "seconds": round(seconds, 2),
+            "tokens_per_second": round(counted / max(seconds, 1e-9), 2),
+        },
+        unreached,
+        [*filter(None, flat), *notices],
+    )
 
 
 def _conditions(pupil: Pupil, leg: Leg) -> dict[str, Any]:
@@ -504,9 +522,9 @@ def _track(course: Course, leg: Leg, folder: Path, run: str) -> track.Track | No
     """Each phase is a run of its own there: its steps are counted anew."""
     if not course.recipe.track:
         return None
-    phase = [leg.checkpoints.name] if len(course.section.stretches) > 1 else []
-    title = "-".join([course.recipe.name, course.stage, *phase])
-    return track.Track(course.recipe.track, title, run, folder.joinpath("tensorboard", *phase))
+    phase = leg.checkpoints.name if len(course.section.stretches) > 1 else ""
+    title = "-".join(word for word in (course.recipe.name, course.stage, phase) if word)
+    return track.Track(course.recipe.track, title, run, folder, phase, must=not leg.steps_before)
 
 
 def _stage_below(base: str) -> dict[str, Any]:

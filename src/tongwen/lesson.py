@@ -12,7 +12,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,6 +41,7 @@ from tongwen.template import Template
 
 ROUND_TRIP = "round_trip.json"  # beside the tokens that it is about
 NEW_ROWS = "new_rows.json"  # beside a model whose vocabulary was extended
+MISSED = 0.1  # of its part of the tokens that a source may miss in silence
 MOSTLY_HAN = 0.3  # share of the letters from which a text counts as Chinese
 
 
@@ -160,6 +161,7 @@ class Lesson:
     draw: Callable[[int], list[int]]
     held_out: list[Any]
     held_out_stores: dict[str, TokenStore]
+    notices: list[str] = field(default_factory=list)
 
 
 def say_mask(mask: dict[str, Any]) -> str:
@@ -255,7 +257,8 @@ def look_ahead(recipe: Recipe, reader: Reader) -> Lesson:
     store = stores.in_memory(reader.batches(rows, ledger, rejected.append))
     lost = [json.loads(bad.to_line()) for bad in rejected]
     mask = reader.check(store, lost)
-    return Lesson(store, mask, ledger, lost, _drawn(store, sources, files, recipe.seed), [], {})
+    drawn, missed = _drawn(store, sources, files, recipe.seed)
+    return Lesson(store, mask, ledger, lost, drawn, [], {}, missed)
 
 
 def _read_here(recipe: Recipe, kind: str) -> tuple[Iterator[Any], list[dict[str, Any]], dict[str, int]]:
@@ -303,7 +306,8 @@ def encode_prepared(prepared: artifact.Artifact, reader: Reader, seed: int, fold
     sources, files = _sources_of(prepared, reader.kind)
     languages = {file: sources[number].get("language") for file, number in files.items()}
     held_out, held_out_stores = _encode_held_out(prepared, reader, ledger, languages)
-    return Lesson(store, mask, ledger, rejected, _drawn(store, sources, files, seed), held_out, held_out_stores)
+    drawn, missed = _drawn(store, sources, files, seed)
+    return Lesson(store, mask, ledger, rejected, drawn, held_out, held_out_stores, missed)
 
 
 def _check_unchanged(prepared: artifact.Artifact) -> None:
@@ -388,8 +392,9 @@ def _language_of(record: Document | Dialogue, languages: dict[str, str | None]) 
 
 def _drawn(
     store: TokenStore, sources: list[dict[str, Any]], source_of: dict[str, int], seed: int
-) -> Callable[[int], list[int]]:
-    """epoch -> its samples in their order, with the weights and shares of the sources."""
+) -> tuple[Callable[[int], list[int]], list[str]]:
+    """(epoch -> its samples in their order, with the weights and shares of the sources; what to say of those that the first
+    epoch misses, as few long samples do)."""
     by_file = np.array([source_of.get(file, 0) for file in store.files], np.int64)
     owners = by_file[store.samples["file"]] if len(by_file) else np.zeros(0, np.int64)
     tokens = np.bincount(owners, weights=store.lengths, minlength=len(sources)).astype(int).tolist()
@@ -397,4 +402,20 @@ def _drawn(
     for one, times in zip(sources, passes, strict=True):
         if times != 1:
             console.tell(say(f"{one['path']}: {times:.3g} passes per epoch", f"{one['path']}：每轮遍历 {times:.3g} 次"))
-    return lambda epoch: draw(owners, passes, seed, epoch)
+    missed = list[str]()
+    if any(times != 1 for times in passes):
+        first, asked = draw(owners, passes, seed, 0), np.multiply(tokens, passes)
+        drawn = np.bincount(owners[first], weights=store.lengths[first], minlength=len(sources))
+        for one, times, asks, got in zip(sources, passes, asked / asked.sum(), drawn / drawn.sum(), strict=True):
+            wanted = one["share"] or asks
+            if times != 1 and abs(got - wanted) > MISSED * wanted:
+                missed.append(
+                    say(
+                        f"{one['path']}: {wanted:.3g} of the tokens is asked for, and the first epoch has {got:.3g}: its samples "
+                        "are too few or too long",
+                        f"{one['path']}：要求占 token 的 {wanted:.3g}，而第一轮为 {got:.3g}：其样本太少或太长",
+                    )
+                )
+    for text in missed:
+        console.notice(text)
+    return lambda epoch: draw(owners, passes, seed, epoch), missed

@@ -23,6 +23,7 @@ from tongwen.errors import MachineError, RecipeError, TongwenError, first_line, 
 from tongwen.language import say
 from tongwen.recipe.load import dump
 from tongwen.recipe.schema import STAGES, Prepare, Recipe
+from tongwen.train import track
 
 TRAINING = ("pretrain", "sft")  # stages that run on all devices
 PATIENCE_SECONDS = 300  # without sign of a first process
@@ -80,10 +81,12 @@ def run(
         redo_from = _first_to_redo(recipe, chosen, out, explicit=bool(only or start)) if again else None
         redone = STAGES[STAGES.index(redo_from) :] if redo_from else ()
         if not launch.is_launched():
-            ahead = [name for name in chosen if name in redone or _find_unchanged(recipe, name, out, fork) is None]
-            check_processes(recipe, ahead)
-            _check_devices(recipe, ahead)
-            check_ahead(recipe, chosen)
+            left = [name for name in chosen if name in redone or not _find_unchanged(recipe, name, out, fork)]
+            check_processes(recipe, left)
+            _check_devices(recipe, left)
+            if {*left} & {*TRAINING}:
+                track.check(recipe.track)
+            check_ahead(recipe, left)
         if launch.is_first() and not launch.is_ours():
             (out / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
         for name in chosen:

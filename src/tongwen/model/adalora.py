@@ -24,7 +24,7 @@ def configure(rank: int, steps: int, words: dict[str, Any]) -> Any:
 
     return AdaLoraConfig(
         **words,
-        init_r=rank + rank // 2,
+        init_r=rank + max(1, rank // 2),  # as many as there are, peft cannot rank
         target_r=rank,
         tinit=steps // 10,
         tfinal=max(1, 3 * steps // 10),
@@ -53,6 +53,15 @@ class Budget:
     def spend(self, step: int) -> None:
         """After the optimizer's step and before the gradients go: ranks are weighed, and the least important masked."""
         self.model.base_model.update_and_allocate(step)
+
+    def settle(self) -> int:
+        """The recipe's rank also where a run has ended before the budget was spent: the least important go. Returns how many."""
+        judge, config = self.model.base_model.rankallocator, self.model.active_peft_config
+        left = sum(map(sum, config.rank_pattern.values())) if config.rank_pattern else judge.init_bgt
+        if left <= judge.target_bgt:
+            return 0
+        config.rank_pattern = judge.mask_to_budget(self.model.base_model.model, judge.target_bgt)
+        return int(left - judge.target_bgt)
 
     def save(self, folder: Path) -> None:
         """peft's own file has lost the masked ranks, and the weights that they were judged by."""

@@ -21,6 +21,7 @@ from tongwen.recipe import engine_file
 from tongwen.recipe.old_names import OLD, OLD_REASONS, OWNED, training_arguments
 from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training, read_list
 
+ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")  # of `trainer`, for the optimizers that are AdamW
 Path_ = tuple[str | int, ...]  # where a value stands in the recipe: ("sft", "adapter", "rank")
 
 
@@ -115,14 +116,24 @@ def read(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, l
     raise_all(reading.problems)
     assert recipe is not None
     for stage in recipe.training:
-        if said := sorted(stage.adapter.idle & stage.adapter.model_fields_set):
-            method, idle = stage.adapter.method, ", ".join(said)
-            reading.notices.append(
-                say(f"`method: {method}` does nothing with {idle}", f"`method: {method}` 不使用 {idle}")
-            )
+        if said := sorted(stage.idle_adapter & stage.adapter.model_fields_set):
+            word, idle = _who_leaves_idle(stage), ", ".join(said)
+            reading.notices.append(say(f"`{word}` does nothing with {idle}", f"`{word}` 不使用 {idle}"))
+        unread = {"optim_args"} if "adamw" in stage.optimizer else {"optim_args", *ADAM}
+        if said := sorted(unread & {*stage.trainer}):
+            word, idle = f"optimizer: {stage.optimizer}", ", ".join(f"trainer.{name}" for name in said)
+            reading.notices.append(say(f"`{word}` does nothing with {idle}", f"`{word}` 不使用 {idle}"))
     if not recipe.out:
         recipe = recipe.model_copy(update={"out": f"runs/{recipe.name}"})
     return recipe, reading.notices
+
+
+def _who_leaves_idle(stage: Training) -> str:
+    """The word that makes words of `adapter` say nothing."""
+    if stage.adapter.continue_from:
+        return "continue_from"
+    trains = stage.idle_adapter == stage.adapter.idle
+    return f"method: {stage.adapter.method}" if trains else f"train: {stage.stretches[-1].train}"
 
 
 def _add_made(data: dict[str, Any]) -> None:
@@ -150,7 +161,7 @@ def dump(recipe: Recipe) -> str:
     is read again when a run goes on."""
     sections = {"pretrain": recipe.pretrain, "sft": recipe.sft}
     idle: Any = {
-        name: {**dict.fromkeys(one.idle, True), "adapter": one.adapter.idle} for name, one in sections.items() if one
+        name: {**dict.fromkeys(one.idle, True), "adapter": one.idle_adapter} for name, one in sections.items() if one
     }
     data = {key: value for key, value in recipe.model_dump(mode="json", exclude=idle).items() if value is not None}
     return str(yaml.safe_dump(data, allow_unicode=True, sort_keys=False, width=100))
@@ -246,6 +257,12 @@ def _translate(
                     ),
                     _did_you_mean(near),
                 )
+            elif known and not _is_a(value := trainer[key], known[key]):
+                reading.wrong(
+                    here,
+                    say(f"{value!r} is no {known[key]}", f"{value!r} 不是 {known[key]}"),
+                    say("correct the value, or leave the word out", "请改正取值，或删去该项"),
+                )
     for key in list(section):
         if key in OLD and key not in words.model_fields:
             _translate_old(section, section, key, (*path, key), reading)
@@ -253,6 +270,13 @@ def _translate(
     if str(section.get("engine", "")).endswith((".json", ".yaml", ".yml")):
         _hear_engine(section, path, devices, reading)
     return section
+
+
+def _is_a(value: Any, annotation: str) -> bool:
+    """Whether a value of YAML fits a field: dataclasses take what they are given, and fail when it is used."""
+    names = {*re.findall(r"\w+", annotation)}
+    kind = "None" if value is None else type(value).__name__
+    return kind in names or (kind == "int" and "float" in names)
 
 
 def _hear_engine(section: dict[str, Any], path: Path_, devices: Any, reading: Reading) -> None:

@@ -127,17 +127,17 @@ OLD_REASONS = {
 
 
 @cache
-def training_arguments() -> frozenset[str]:
-    """Field names of the installed transformers' TrainingArguments, read from its source without importing it."""
+def training_arguments() -> dict[str, str]:
+    """Fields of the installed transformers' TrainingArguments and their types, read from its source without importing it."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
-        return frozenset()
+        return {}
     source = Path(spec.submodule_search_locations[0]) / "training_args.py"
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
-            return frozenset(
-                item.target.id
+            return {
+                item.target.id: ast.unparse(item.annotation)
                 for item in node.body
                 if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-            )
-    return frozenset()
+            }
+    return {}

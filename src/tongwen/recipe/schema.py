@@ -458,8 +458,8 @@ class Adapter(Section):
                 "targets: the list is empty, so that the adapter would stand nowhere; write `all-linear`, or names",
                 "targets：列表为空，适配器无处可放；请写 `all-linear` 或模块名",
             )
-        asked = {"also_train", "continue_from", "target_parameters"} & self.idle & self.model_fields_set
-        if said := sorted(word for word in asked if getattr(self, word)):
+        asked = {"also_train", "continue_from", "target_parameters"} & self.model_fields_set
+        if self.part != "lora" and (said := sorted(word for word in asked if getattr(self, word))):
             raise wrong(
                 f"`method: {self.method}` does nothing with `{said[0]}`: leave it out, or write `method: lora`",
                 f"`method: {self.method}` 不使用 `{said[0]}`：请删去，或写 `method: lora`",
@@ -486,7 +486,8 @@ class Adapter(Section):
     def idle(self) -> set[str]:
         if self.part != "lora":
             return {*Adapter.model_fields} - {"method"}
-        return set() if self.method == "qlora" else {"quantize"}
+        own = {*Adapter.model_fields} - {"method", "quantize", "continue_from"} if self.continue_from else set()
+        return own if self.method == "qlora" else own | {"quantize"}
 
     @property
     def scale(self) -> float:
@@ -640,6 +641,12 @@ class Training(Section):
     def idle(self) -> set[str]:
         unused = {"decay": self.schedule != "wsd", "batch_size": self.batch_tokens is not None}
         return {name for name, applies in unused.items() if applies}
+
+    @property
+    def idle_adapter(self) -> set[str]:
+        """Words of `adapter` that say nothing beside the others, nor to `train`."""
+        trains = self.adapter.part != "lora" or any("lora" in stretch.parts for stretch in self.stretches)
+        return self.adapter.idle if trains else {*Adapter.model_fields}
 
     def deciding(self) -> dict[str, Any]:
         """The words that decide the result. When to evaluate is one of them where evaluations may end the run; so is what an

@@ -17,6 +17,7 @@ from tongwen.language import say
 from tongwen.model import load
 from tongwen.recipe.schema import Prepare, Recipe
 from tongwen.river import check_processes, inputs
+from tongwen.train import track
 
 
 def run(recipe: Recipe) -> int:
@@ -27,10 +28,11 @@ def run(recipe: Recipe) -> int:
         check_processes(recipe, recipe.stages)
     except RecipeError as error:  # a launcher may start them
         console.notice(error.text())
-    try:
-        _check_forms(recipe)
-    except TongwenError as error:
-        errors.append(error)
+    for ahead in (_check_forms, _check_track):
+        try:
+            ahead(recipe)
+        except TongwenError as error:
+            errors.append(error)
     tables = {}
     section = inputs(recipe) if recipe.prepare else None
     all_parts = steps.list_parts(section, local_copy, console.notice, errors) if section else []
@@ -66,6 +68,12 @@ def _check_forms(recipe: Recipe) -> None:
         kind = load.load_kind(place)
     if kind:
         check_family(kind)
+
+
+def _check_track(recipe: Recipe) -> None:
+    """Raise for a program of `track` that could not begin."""
+    if recipe.training:
+        track.check(recipe.track)
 
 
 def _read(parts: list[steps.Part], section: Prepare, errors: list[TongwenError]) -> steps.Tally:

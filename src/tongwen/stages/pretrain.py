@@ -17,6 +17,7 @@ from tongwen.errors import RecipeError
 from tongwen.families import family_of
 from tongwen.language import say
 from tongwen.lesson import DocumentReader, are_rows_untrained, encode_prepared, new_rows_of, read_documents
+from tongwen.model import adapt as adapting
 from tongwen.model import dress, load
 from tongwen.recipe.schema import Pretrain, Recipe
 from tongwen.record import Document
@@ -28,6 +29,12 @@ OPENING = 24  # characters of a held-out document that the model is to continue,
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides this stage's result."""
     return settings_of(recipe, "pretrain")
+
+
+def check_ahead(recipe: Recipe) -> None:
+    """Raise what would refuse it, before the stages that lead to it."""
+    assert recipe.pretrain
+    adapting.check_further(recipe.pretrain.adapter, "pretrain")
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:

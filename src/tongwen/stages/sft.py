@@ -27,6 +27,12 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return settings_of(recipe, "sft")
 
 
+def check_ahead(recipe: Recipe) -> None:
+    """Raise what would refuse it, before the stages that lead to it."""
+    assert recipe.sft
+    adapting.check_further(recipe.sft.adapter, "sft")
+
+
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Encode the dialogues, and learn from them."""
     section, base = recipe.sft, standing_on(recipe, "sft")

@@ -46,7 +46,7 @@ from tongwen.train.guard import Guard
 from tongwen.train.halt import Halt
 from tongwen.train.memory import keep_freed_memory
 from tongwen.train.noise import Noise
-from tongwen.train.track import Track
+from tongwen.train.track import Teller, Track
 from tongwen.train.watch import Watch
 
 OPTIMIZERS = {
@@ -69,6 +69,7 @@ class Budget(Protocol):
 
     def penalty(self) -> torch.Tensor: ...
     def spend(self, step: int) -> None: ...
+    def settle(self) -> int: ...
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path) -> None: ...
 
@@ -85,6 +86,7 @@ class Job:
     told:       what a checkpoint's manifest says of the run
     deadline:   when the process must be gone, in seconds since 1970
     track:      which other programs are told, and as which run
+    notices:    what the report says of the run
     """
 
     model: Any
@@ -108,6 +110,12 @@ class Job:
     told: Mapping[str, Any] = field(default_factory=dict)
     deadline: float | None = None
     track: Track | None = None
+    notices: list[str] = field(default_factory=list)
+
+    def tell(self, text: str) -> None:
+        """In the terminal and, by `notices`, in the report."""
+        console.notice(text)
+        self.notices.append(text)
 
 
 def fit(job: Job) -> int:
@@ -131,9 +139,8 @@ def _fit(job: Job, halt: Halt) -> int:
         trainer.add_callback(FirstSteps())
     start, patience = step_of(job.resume) if job.resume else 0, job.stretch.words.patience
     if job.track and trainer.is_world_process_zero():
-        for callback in job.track.callbacks(start):
-            trainer.add_callback(callback)
-    job.watch.begin(start, read_manifest(job.resume)["history"] if job.resume else ())
+        trainer.add_callback(Teller(job.track, start))
+    job.watch.begin(start, read_manifest(job.resume)["evaluations"] if job.resume else ())
     if start >= len(job.plan) or job.watch.waited(patience):
         trainer._load_from_checkpoint(str(job.resume))
         done = start
@@ -180,6 +187,15 @@ def _fit(job: Job, halt: Halt) -> int:
                 remedy=say("--again begins anew", "--again 重新开始"),
             )
         trainer._load_from_checkpoint(str(job.checkpoints / f"checkpoint-{best[0]}"))
+    if patience and job.watch.not_beaten:
+        job.tell(job.watch.not_beaten)
+    if job.budget and (cut := job.budget.settle()):
+        job.tell(
+            say(
+                f"the run ended before adalora had spent its budget: the {cut} least important ranks are cut now",
+                f"训练在 adalora 分配完预算之前结束：现在裁去最不重要的 {cut} 个秩",
+            )
+        )
     if (name := first_not_finite(job.model)) is not None:
         raise NumbersError(say("weights are not finite after the run", "训练后权重含非有限值"), place=name)
     return done
@@ -248,14 +264,7 @@ def training_arguments(job: Job) -> TrainingArguments:
     except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         if not section.trainer:
             raise
-        raise RecipeError(
-            say(
-                f"transformers does not take {section.trainer}: {first_line(error)}",
-                f"transformers 不接受 {section.trainer}：{first_line(error)}",
-            ),
-            place="trainer",
-            remedy=say("correct the value, or leave the word out", "请改正取值，或删去该项"),
-        ) from error
+        raise _not_taken(section.trainer, error) from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: DataParallel would cut a pack in two (F-06)
     return arguments
 
@@ -338,7 +347,13 @@ class PlannedTrainer(Trainer):
         return norm
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(*args, **kwargs)
+        words = self.job.stretch.words.trainer
+        try:
+            optimizer = super().create_optimizer(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            if not words:
+                raise
+            raise _not_taken(words, error) from error
         self._set_embeddings_apart(optimizer)
         inside = {id(part) for group in optimizer.param_groups for part in group["params"]}
         lost = [
@@ -437,7 +452,7 @@ class PlannedTrainer(Trainer):
             words, best = self.job.stretch.words, self.job.watch.best
             if self.job.watch.file.is_file():
                 artifact.sync_file(self.job.watch.file)
-            told = {**self.job.told, "history": self.job.watch.history}
+            told = {**self.job.told, "evaluations": self.job.watch.evaluations}
             commit(staged, folder, told, words.keep_checkpoints, best[0] if best and words.patience else None)
         self.accelerator.wait_for_everyone()
         self.halt.saved(time.time() - began)
@@ -508,6 +523,17 @@ def _know_the_numbered_cpu() -> None:
     """transformers 5.17 asks for what a CPU saved on "cpu:0", which torch cannot place. Once: torch sorts what is registered."""
     torch.serialization.register_package(
         30, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
+
+
+def _not_taken(words: Mapping[str, Any], error: Exception) -> RecipeError:
+    return RecipeError(
+        say(
+            f"transformers does not take {words}: {first_line(error)}",
+            f"transformers 不接受 {words}：{first_line(error)}",
+        ),
+        place="trainer",
+        remedy=say("correct the value, or leave the word out", "请改正取值，或删去该项"),
     )
 
 

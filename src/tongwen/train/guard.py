@@ -94,7 +94,11 @@ class Guard(TrainerCallback):
         ]
         samples = [sample for place in bad for sample in self.plan.micro[index][place]]
         if bad:
-            what = say("the loss is NaN or infinite", "损失为 NaN 或无穷")
+            first, count = bad[0] + 1, len(self.plan.micro[index])
+            what = say(
+                f"the loss is NaN or infinite in micro-batch {first} of {count}",
+                f"第 {first} 个微批（共 {count} 个）的损失为 NaN 或无穷",
+            )
         elif not all(map(math.isfinite, norms)):
             names = [
                 name

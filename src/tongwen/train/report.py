@@ -35,6 +35,7 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
     scores = [(line["step"], line["bits_per_byte"]) for line in metrics if "bits_per_byte" in line]
     parts = [
         page.cards(facts),
+        "".join(f"<p>! {html.escape(text)}</p>" for text in report["notices"]),
         f"<h2>{say('Loss', '损失')}</h2>"
         + page.curve(losses, say("step", "步"), say("nats per learned token", "每个学习 token 的 nats")),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ class Watch(TrainerCallback):
 
     tokens:       cumulative tokens after each step of the whole stage, known from the plans
     before_steps: steps of the phases before this one; before_epochs: and their epochs
+    to_beat:      bits per byte of what was held out, before any of its steps
     """
 
     def __init__(
@@ -35,23 +37,26 @@ class Watch(TrainerCallback):
         bar: Bar,
         before_steps: int = 0,
         before_epochs: float = 0.0,
+        to_beat: float = math.inf,
     ) -> None:
         self.file, self.tokens, self.steps_per_epoch, self.bar = file, tokens, steps_per_epoch, bar
-        self.before_steps, self.before_epochs = before_steps, before_epochs
+        self.before_steps, self.before_epochs, self.to_beat = before_steps, before_epochs, to_beat
         self.started, self.first, self.before = time.monotonic(), before_steps, 0.0
         self.scores: dict[str, float] = {}
-        self.history: list[tuple[int, float]] = []  # step of this phase and bits per byte of each held-out evaluation
+        self.history: list[tuple[int, float]] = []
         self.losses: list[float] = []
         self.flat_from = 0  # the step of the last line
         self.rates: list[float] = []  # of the step that is taken, by group
 
-    def begin(self, step: int, history: Iterable[Sequence[float]] = ()) -> None:
-        """A resumed run drops the lines beyond its checkpoint: they will be written again. step: of this phase; history: the
-        evaluations that its checkpoint knows of."""
+    def begin(self, step: int, evaluations: Iterable[Sequence[float]] = ()) -> None:
+        """A resumed run drops the lines beyond its checkpoint: they will be written again. step: of this phase; evaluations: those
+        that its checkpoint knows of."""
         self.started, self.first = time.monotonic(), self.before_steps + step
         kept = [line for line in read_metrics(self.file) if line["step"] <= self.first]
         self.before = kept[-1]["seconds"] if kept else 0.0
-        self.history = [(int(at), score) for at, score in history]
+        found = {int(at): score for at, score in evaluations}
+        self.to_beat = found.pop(0, self.to_beat)
+        self.history = list(found.items())
         self.losses = [line["loss"] for line in kept if line["step"] > self.before_steps]
         self.flat_from = step
         if is_first():
@@ -60,13 +65,32 @@ class Watch(TrainerCallback):
             beside.replace(self.file)  # in one go: the other processes read it too
 
     @property
+    def evaluations(self) -> list[tuple[int, float]]:
+        """(step, bits per byte) of all of this phase; 0 is that before its first step, where there is one."""
+        return [*([(0, self.to_beat)] if math.isfinite(self.to_beat) else []), *self.history]
+
+    @property
     def best(self) -> tuple[int, float] | None:
         """(step, bits per byte) of the best held-out evaluation of this phase; the first of equals."""
         return min(self.history, key=lambda one: one[1]) if self.history else None
 
     def waited(self, patience: int | None) -> bool:
-        """Whether that many evaluations have passed since the best one."""
-        return bool(patience and self.best and len(self.history) - 1 - self.history.index(self.best) >= patience)
+        """Whether that many evaluations have passed since the best one, which may be that before the first step."""
+        scores = [score for _, score in self.evaluations]
+        return bool(patience and scores and len(scores) - 1 - scores.index(min(scores)) >= patience)
+
+    @property
+    def not_beaten(self) -> str:
+        """What to say when no evaluation was better than the one before the first step."""
+        if not self.best or self.best[1] < self.to_beat:
+            return ""
+        step, score = self.before_steps + self.best[0], self.best[1]
+        return say(
+            f"no evaluation was better than before: held-out bits per byte {self.to_beat:.4f}, and at best {score:.4f} at step "
+            f"{step}; is learning_rate right?",
+            f"没有一次评测好于训练之前：留出集 bits per byte 原为 {self.to_beat:.4f}，最好为第 {step} 步的 {score:.4f}；"
+            "learning_rate 合适吗？",
+        )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.rates = kwargs["lr_scheduler"].get_last_lr()
@@ -93,8 +117,8 @@ class Watch(TrainerCallback):
             line["embedding_learning_rate"] = self.rates[-1]
         self.scores = {}
         self.losses.append(logs["loss"])
-        if self.flat_from < FLAT_AFTER <= state.global_step:
-            self._say_flat()
+        if self.flat_from < FLAT_AFTER <= state.global_step and (flat := say_flat(self.losses)):
+            console.notice(flat)
         self.flat_from = state.global_step
         self._append(line)
         self.bar.update(step, f"loss {logs['loss']:.3f} · {human_count(round(speed))} tok/s")
@@ -105,21 +129,28 @@ class Watch(TrainerCallback):
         self.scores = {"held_out_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"]}
         self.scores |= {f"bits_per_byte_{name}": one["bits_per_byte"] for name, one in scores["groups"].items()}
 
-    def _say_flat(self) -> None:
-        """Once in a phase: a loss that has not fallen by then is usually a learning rate that is wrong by far."""
-        tenth = max(1, len(self.losses) // 10)
-        first, last = (sum(part) / tenth for part in (self.losses[:tenth], self.losses[-tenth:]))
-        if last > 0.99 * first:
-            console.notice(
-                say(
-                    f"the loss has not fallen in {FLAT_AFTER} steps: {first:.3f} → {last:.3f}; is learning_rate right?",
-                    f"{FLAT_AFTER} 步内损失没有下降：{first:.3f} → {last:.3f}；learning_rate 合适吗？",
-                )
-            )
-
     def _append(self, line: dict[str, Any]) -> None:
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
+
+
+def say_flat(losses: list[float]) -> str:
+    """What to say of a phase's losses up to its step FLAT_AFTER: one that has not fallen by then is usually a learning rate
+    that is wrong by far."""
+    tenth = max(1, len(losses) // 10)
+    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    if last <= 0.99 * first:
+        return ""
+    return say(
+        f"the loss has not fallen in {FLAT_AFTER} steps: {first:.3f} → {last:.3f}; is learning_rate right?",
+        f"{FLAT_AFTER} 步内损失没有下降：{first:.3f} → {last:.3f}；learning_rate 合适吗？",
+    )
+
+
+def flat_at(lines: list[dict[str, Any]], before_steps: int, last: int) -> str:
+    """The same, from the lines of metrics.jsonl: of the phase between these steps of the stage."""
+    steps = [line["step"] for line in lines if before_steps + FLAT_AFTER <= line["step"] <= last]
+    return say_flat([line["loss"] for line in lines if before_steps < line["step"] <= steps[0]]) if steps else ""
 
 
 def check_forgetting(before: dict[str, Any], now: dict[str, Any], limits: Forgetting) -> None:
