@@ -379,8 +379,11 @@ def test_a_process_of_ours_is_launched_though_alone(monkeypatch: pytest.MonkeyPa
     launch.adopt()
     assert launch.is_launched()
     monkeypatch.delenv(launch.EXIT_FILE)
-    launch.adopt()
-    assert not launch.is_launched()
+    for size in ("1", ""):
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", size)
+        launch.adopt()
+        assert not launch.is_launched() and launch.world_size() == 1
 
 
 @pytest.mark.parametrize(("rank", "visible", "taken"), [(3, 8, 3), (3, 1, 0), (3, 2, 1), (3, 0, None)])
