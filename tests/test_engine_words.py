@@ -250,19 +250,19 @@ def test_what_is_not_used_is_said(settings: Any, unused: str, tmp_path: Path) ->
         (fsdp("fsdp_reshard_after_forward: 'false'"), fsdp("fsdp_reshard_after_forward: false")),
         (fsdp("fsdp_reshard_after_forward: SHARD_GRAD_OP"), fsdp("fsdp_reshard_after_forward: false")),
         (fsdp("fsdp_sharding_strategy: 2"), fsdp("fsdp_reshard_after_forward: false")),
-        (fsdp("fsdp_sharding_strategy: FULL_SHARD, fsdp_reshard_after_forward: null"), fsdp("")),
+        (fsdp("fsdp_sharding_strategy: FULL_SHARD, fsdp_ignored_modules: null"), fsdp("")),
         (accelerates("zero_stage: 2, offload_optimizer_device: none"), "zero2"),
         (accelerates("zero_stage: 3, offload_param_device: cpu"), "zero3, offload: true"),
         (accelerates("gradient_clipping: 0.5"), "zero2, max_grad_norm: 0.5"),
         (accelerates("{}", "mixed_precision: no\n"), "zero2, precision: fp32"),
-        (accelerates("deepspeed_config_file: FOLDER/own.json"), zero(stage=3)),
+        (accelerates("deepspeed_config_file: FOLDER/own.json"), "zero3, max_grad_norm: 0.5"),
     ],
 )
 def test_other_spellings_are_read_as_what_they_mean(
     settings: Any, word: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched(monkeypatch)
-    (tmp_path / "own.json").write_text(json.dumps(zero(stage=3)))
+    (tmp_path / "own.json").write_text(json.dumps({**zero(stage=3, overlap_comm=True), "gradient_clipping": 0.5}))
     settings = settings.replace("FOLDER", str(tmp_path)) if isinstance(settings, str) else settings
     made = []
     for number, one in enumerate((settings, word)):
@@ -298,8 +298,10 @@ def test_a_layer_that_the_model_has_not_is_refused_by_name(
 def test_what_deepspeed_does_not_know_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(TongwenError, match=r"engine.json · zero_optimization.wonder: 1: Extra inputs") as refused:
-        engine.choose(read(recipe(tmp_path, zero(wonder=1, allgather_bucket_size="auto")))[0])
+        engine.choose(read(recipe(tmp_path, zero(wonder=1)))[0])
     assert refused.value.exit_code == 2
+    by_itself = read(recipe(tmp_path, zero(reduce_bucket_size="auto")))[0]
+    assert engine.choose(by_itself).name == "zero2" and engine.sharing_of(by_itself, 2).bucket == 0
 
 
 @pytest.fixture()
@@ -379,8 +381,11 @@ def test_a_process_of_ours_is_launched_though_alone(monkeypatch: pytest.MonkeyPa
     launch.adopt()
     assert launch.is_launched()
     monkeypatch.delenv(launch.EXIT_FILE)
-    launch.adopt()
-    assert not launch.is_launched()
+    for size in ("1", ""):
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", size)
+        launch.adopt()
+        assert not launch.is_launched() and launch.world_size() == 1
 
 
 @pytest.mark.parametrize(("rank", "visible", "taken"), [(3, 8, 3), (3, 1, 0), (3, 2, 1), (3, 0, None)])

@@ -24,7 +24,7 @@ SAVING_SECONDS = 600  # torchrun kills its processes so long after it has asked 
 def adopt() -> None:
     """Before anything asks for a place: what a launcher has told. A launcher of one process, or an image that has set its
     words, has nobody to wait for, and is none."""
-    if world_size() == 1 and not is_ours():
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1") and not is_ours():
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
     adopt_slurm()

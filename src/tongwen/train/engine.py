@@ -217,7 +217,7 @@ def _prepare_deepspeed(zero: dict[str, Any], place: str) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:
-        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+        DeepSpeedZeroConfig(**zero)  # which leaves "auto" out
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(
