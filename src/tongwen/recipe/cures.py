@@ -27,11 +27,13 @@ def cheaper(
     computes in, if it does; helps: whether it needs less with the changed section and so many tokens at once.
     """
     for word, value in _words(recipe, getattr(recipe, name), longest, together, half):
-        changed = _changed(recipe, [name, *word.split(".")], value)
+        folds = recipe.export and not recipe.merge and "lora" in str(value)  # an adapter alone is no model to export
+        changes = {f"{name}.{word}": value, **({"merge": {}} if folds else {})}
+        changed = _changed(recipe, changes)
         tokens = min(together, int(value)) if word in ("micro_batch_tokens", "max_length") else together
         if changed is not None and helps(getattr(changed, name), tokens):
             recipe, together = changed, tokens
-            yield f"{name}.{word}={str(value).lower()}"
+            yield " ".join(f"{path}={str(value).lower()}" for path, value in changes.items())
 
 
 def last_resort(section: Training) -> str:
@@ -68,13 +70,15 @@ def _words(recipe: Recipe, section: Training, longest: int, together: int, half:
         yield "adapter.method", "qlora"
 
 
-def _changed(recipe: Recipe, path: list[str], value: Any) -> Recipe | None:
-    """The recipe with one word changed; None where its own rules are against that."""
+def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe | None:
+    """The recipe with these words, named by dotted paths; None where its own rules are against them."""
     data = recipe.model_dump(exclude_unset=True)
-    section = data
-    for word in path[:-1]:
-        section = section.setdefault(word, {})
-    section[path[-1]] = value
+    for path, value in changes.items():
+        *above, last = path.split(".")
+        section = data
+        for word in above:
+            section = section.setdefault(word, {})
+        section[last] = value
     try:
         return Recipe.model_validate(data)
     except ValidationError:
