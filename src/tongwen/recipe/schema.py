@@ -649,9 +649,14 @@ class Training(Section):
 
     def deciding(self) -> dict[str, Any]:
         """The words that decide the result. When to evaluate is one of them where evaluations may end the run."""
+        return self.model_dump(mode="json", exclude=self.free)
+
+    @property
+    def free(self) -> set[str]:
+        """The other words."""
         fields = type(self).model_fields
         free = {name for name in fields if dict(fields[name].json_schema_extra or {})["free"]}  # type: ignore[arg-type]
-        return self.model_dump(mode="json", exclude=free - {"evaluate_every"} if self.may_end_early else free)
+        return free - {"evaluate_every"} if self.may_end_early else free
 
     @property
     def may_end_early(self) -> bool:
