@@ -161,7 +161,8 @@ def take(course: Course, out: Path) -> artifact.Artifact:
             remedy="prepare: {held_out: 0.02}",
         )
     engine = choose(course.section)
-    track.check(course.recipe.track)
+    if launch.is_first():  # it alone tells them
+        track.check(course.recipe.track)
     adapting.check_further(course.section.adapter, stage)
     say_ledger(lesson)
     device = load.compute_device()
@@ -204,7 +205,7 @@ def take(course: Course, out: Path) -> artifact.Artifact:
             return scores
 
         throughput, unreached, notices = _train(
-            course, pupil, legs, draft.path, evaluate if lesson.held_out_stores else None, run
+            course, pupil, legs, draft.path, evaluate if lesson.held_out_stores else None, run, before["scores"]
         )
         after = examine()
         if after["scores"]:  # too late to stop
@@ -341,6 +342,7 @@ def _train(
     folder: Path,
     evaluate: Callable[[int], dict[str, Any]] | None,
     run: dict[str, Any],
+    before: dict[str, Any] | None,
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """Run the phases, from the newest checkpoint if there is one; returns tokens and seconds, what the audits did not reach,
     and what the report says of the run."""
@@ -360,14 +362,17 @@ def _train(
             remedy=gate.again(),
         )
     if resume:
-        before = read_manifest(resume)["conditions"]
-        _check_packs(before, told["conditions"], course)
-        _say_conditions(before, told["conditions"])
+        were = read_manifest(resume)["conditions"]
+        _check_packs(were, told["conditions"], course)
+        _say_conditions(were, told["conditions"])
     if start:
         console.notice(
             say(f"continuing after step {start} of {len(tokens)}", f"从第 {start} 步（共 {len(tokens)} 步）继续")
         )
     unreached, notices, done = list[str](), list[str](), start
+    untrained, passed = before["bits_per_byte"] if before else math.inf, legs[current].steps_before
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] <= passed]
+    scores = [line["bits_per_byte"] for line in lines if "bits_per_byte" in line]  # of the phases that are done
     began = time.monotonic()
     with console.progress(len(tokens), course.stage, start) as bar:
         for leg in legs[current:]:
@@ -383,11 +388,12 @@ def _train(
                 bar,
                 leg.steps_before,
                 leg.epochs_before,
-                _to_beat(folder, leg),
+                min(scores, default=untrained),
             )
             job = _job(course, pupil, leg, guarded, resume, evaluate, watch, told)
             done = leg.steps_before + fit(job)
             notices += job.notices
+            scores += [watch.best[1]] if watch.best else []
             resume = None
     trained = tokens[done - 1] - (tokens[start - 1] if start else 0)
     counted, seconds = tokens[done - 1], time.monotonic() - began
@@ -405,15 +411,6 @@ def _train(
         unreached,
         [*filter(None, flat), *notices],
     )
-
-
-def _to_beat(folder: Path, leg: Leg) -> float:
-    """Held-out bits per byte of what a phase begins with: the best of the phases before it, or those before training."""
-    earlier = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] <= leg.steps_before]
-    scores = [line["bits_per_byte"] for line in earlier if "bits_per_byte" in line]
-    if not scores and (before := json.loads((folder / gate.BEFORE).read_text(encoding="utf-8"))["scores"]):
-        scores = [before["bits_per_byte"]]
-    return min(scores, default=math.inf)
 
 
 def _conditions(pupil: Pupil, leg: Leg) -> dict[str, Any]:

@@ -649,11 +649,13 @@ class Training(Section):
 
     def deciding(self) -> dict[str, Any]:
         """The words that decide the result. When to evaluate is one of them where evaluations may end the run."""
-        return self.model_dump(mode="json", exclude=self.free)
+        idle = {name: Adapter.model_fields[name].get_default() for name in self.idle_adapter}
+        words = self.model_copy(update={"adapter": self.adapter.model_copy(update=idle)})
+        return words.model_dump(mode="json", exclude=self.free)
 
     @property
     def free(self) -> set[str]:
-        """The other words."""
+        """The words that do not decide it."""
         fields = type(self).model_fields
         free = {name for name in fields if dict(fields[name].json_schema_extra or {})["free"]}  # type: ignore[arg-type]
         return free - {"evaluate_every"} if self.may_end_early else free
