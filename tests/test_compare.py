@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ def runs(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for name, rank in (("wide", 8), ("<narrow>", 2)):
         recipe = write_recipe(folder / name, chat_model, sft=", stop_after: 3 steps, evaluate_every: 1", merge=False)
-        assert in_a_child("run", recipe, f"sft.adapter.rank={rank}") == 0
+        words = [f"sft.adapter.rank={rank}", *(["sft.micro_batch_tokens=999"] if rank == 2 else [])]
+        assert in_a_child("run", recipe, *words) == 0
     return folder
 
 
@@ -30,6 +32,7 @@ def test_what_differs_is_named_and_drawn(runs: Path, tongwen: Any, tmp_path: Pat
     found = json.loads(out)["sft"]
     assert code == 0 and [one["settings"]["sft.adapter.rank"] for one in found.values()] == [8, 2]
     assert "sft.adapter.rank" in err and "sft.max_length" not in err, "only what differs"
+    assert "sft.micro_batch_tokens" in err and "sft.save_every" not in err, "words that decide nothing, too"
     text = html.read_text(encoding="utf-8")
     for curve in re.findall(r"<svg.*?</svg>", text):
         assert curve.count("<polyline") == 4  # each run's line and its mean
@@ -48,6 +51,26 @@ def held_out(folders: list[Path]) -> list[tuple[float, float]]:
 def test_a_folder_without_training_is_refused(runs: Path, tongwen: Any) -> None:
     code, _, err = tongwen("show", runs / "wide" / "out", runs / "wide" / "out" / "prepare")
     assert code == 4 and "no training has finished here" in err and str(runs / "wide" / "out" / "prepare") in err
+
+
+def test_one_run_is_not_compared_with_itself(runs: Path, tongwen: Any, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(runs / "wide" / "out")
+    for again in (runs / "wide" / "out", runs / "wide" / "out" / "sft", tmp_path / "link"):
+        code, _, err = tongwen("show", runs / "wide" / "out", again)
+        assert code == 2 and f"{again}: this run is named twice" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "cannot be read"), ("[]", "lacks held_out, peak"), ("3", "cannot be read"), (None, "cannot be read")],
+)
+def test_a_report_that_is_spoilt_is_said(text: str | None, said: str, runs: Path, tongwen: Any, tmp_path: Path) -> None:
+    file = shutil.copytree(runs / "wide" / "out", tmp_path / "spoilt") / "sft" / "report.json"
+    file.unlink()
+    if text:
+        file.write_text(text)
+    code, _, err = tongwen("show", runs / "wide" / "out", tmp_path / "spoilt")
+    assert code == 4 and f"{file}: it {said}" in err and "--again" in err
 
 
 def test_one_curve_is_drawn_as_it_always_was() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,23 @@ def test_a_random_seed_is_replaced_aloud(tongwen: Any) -> None:
     code, out, _ = tongwen("migrate", "--", "python", "finetune.py", "--base_model", "x", "--seed", "$RANDOM")
     assert code == 0
     assert re.search(r"mended +seed \$RANDOM → seed: 42", out)
+
+
+def test_another_process_splits_and_orders_alike(chat_model: Path, tmp_path: Path) -> None:
+    """Whatever salt Python gives its hashes there."""
+    made = []
+    for salt in ("1", "2"):
+        recipe = write_recipe(tmp_path / salt, chat_model)
+        command = [sys.executable, "-m", "tongwen", "run", str(recipe), "--only", "prepare"]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": salt})
+        folder = tmp_path / salt / "out" / "prepare"
+        made.append(
+            [
+                (folder / f"dialogues{part}.jsonl").read_text().replace(str(tmp_path / salt), "")
+                for part in ("", ".held_out")
+            ]
+        )
+    assert made[0] == made[1] and all(made[0])
 
 
 def test_a_tokenizer_that_extends_its_base_is_taken_whatever_its_size(tongwen: Any, tmp_path: Path) -> None:

@@ -115,6 +115,28 @@ def test_weights_of_sources_reach_the_epoch(chat_model: Path, tmp_path: Path) ->
         files = [Path(found.store.origin(index).file).name for index in found.draw(epoch)]
         assert (files.count("data.jsonl"), files.count("more.jsonl")) == (24, 15)
     assert set(found.draw(0)) | set(found.draw(1)) == set(range(54))
+    assert not found.notices
+
+
+def test_a_share_that_few_long_samples_miss_is_said(
+    chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"instruction": "说说天气。", "input": "", "output": "今天天气很好，我们去公园散步吧。" * 6}
+    for share, said in ((0.12, True), (0.175, False)):
+        folder = tmp_path / str(share)
+        file = write_rows(folder / "long.jsonl", [long, {**long, "instruction": "再说说天气。"}])
+        recipe = write_recipe(folder, chat_model, merge=False)
+        text = recipe.read_text(encoding="utf-8").replace("held_out: 4", "held_out: 0")
+        data = folder / "data.jsonl"
+        recipe.write_text(text.replace(f"dialogues: {data}", f"dialogues: [{data}, {{path: {file}, share: {share}}}]"))
+        ahead = lesson.look_ahead(load(recipe)[0], lesson.read_dialogues(str(chat_model), load(recipe)[0].sft))
+        drawn = ahead.draw(0)
+        inside = [ahead.store.lengths[index] * (index >= 24) for index in drawn]
+        got = sum(inside) / sum(ahead.store.lengths[index] for index in drawn)
+        assert bool(abs(got / share - 1) > 0.1) is said
+        notice = f"{file}: {share} of the tokens is asked for, and the first epoch has {got:.3g}"
+        assert [notice in text for text in ahead.notices] == [True] * said
+        assert (notice in capsys.readouterr().out) is said
 
 
 def test_looking_ahead_sees_what_training_will(chat_model: Path, tmp_path: Path) -> None:

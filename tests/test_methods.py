@@ -266,7 +266,8 @@ def test_an_adapter_is_trained_further(chat_model: Path, other_model: Path, tmp_
     same = recipe_for(tmp_path / "same", chat_model, f"{{continue_from: {made}, rank: 4, alpha: 8, also_train: []}}")
     code, out, _ = tongwen("run", same, "sft.stop_after=1 steps")
     assert code == 0 and "`continue_from` does nothing with alpha, also_train, rank" in out
-    assert "does nothing" not in tongwen("run", tmp_path / "same" / "out" / "recipe.yaml")[1]
+    code, out, err = tongwen("run", tmp_path / "same" / "out" / "recipe.yaml")
+    assert code == 0 and "sft: already done" in out and "does nothing" not in out, err
     code, _, err = tongwen("run", recipe_for(tmp_path / "none", chat_model, "{continue_from: nowhere}"))
     assert code == 4 and "adapter_config.json" in err
 

@@ -6,6 +6,11 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.conftest import insist
 
 SOURCE = Path(__file__).parents[1] / "src" / "tongwen"
 ROOMS = ("hub", "data", "vocab", "model", "train", "infer", "export", "ui", "past")
@@ -161,3 +166,24 @@ def test_a_merge_imports_neither_torch_nor_the_recipe() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("reason", "outcome"),
+    [
+        ("Skipped: deepspeed is not installed", "failed"),
+        ("Skipped: could not import 'tensorboard.backend': No module", "failed"),
+        ("Skipped: could not import 'lm_eval': No module", "skipped"),
+        ("Skipped: needs a GPU", "skipped"),
+    ],
+)
+def test_a_package_that_ci_installs_is_no_reason_to_skip(
+    reason: str, outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for may_lack, found in ((None, "skipped"), ("lm_eval strace", outcome)):
+        report = SimpleNamespace(skipped=True, outcome="skipped", longrepr=("test_x.py", 1, reason))
+        if may_lack is not None:
+            monkeypatch.setenv("TONGWEN_MAY_LACK", may_lack)
+        else:
+            monkeypatch.delenv("TONGWEN_MAY_LACK", raising=False)
+        assert insist(report).outcome == found

@@ -156,7 +156,8 @@ def take(course: Course, out: Path) -> artifact.Artifact:
             remedy="prepare: {held_out: 0.02}",
         )
     engine = choose(course.section)
-    track.check(course.recipe.track)
+    if launch.is_first():  # it alone tells them
+        track.check(course.recipe.track)
     adapting.check_further(course.section.adapter, stage)
     say_ledger(lesson)
     device = load.compute_device()
@@ -395,9 +396,9 @@ def _train(
             remedy=gate.again(),
         )
     if resume:
-        before = read_manifest(resume)["conditions"]
-        _check_packs(before, told["conditions"], course)
-        _say_conditions(before, told["conditions"])
+        were = read_manifest(resume)["conditions"]
+        _check_packs(were, told["conditions"], course)
+        _say_conditions(were, told["conditions"])
     if start:
         console.notice(
             say(f"continuing after step {start} of {len(tokens)}", f"从第 {start} 步（共 {len(tokens)} 步）继续")
@@ -696,6 +697,7 @@ def _facts(course: Course, pupil: Pupil, legs: list[Leg], throughput: dict[str, 
         "device": pupil.device,
         "dtype": str(pupil.dtype).removeprefix("torch."),
         "method": _method(course),
+        "free": {course.stage: section.model_dump(mode="json", include=section.free)},
         "steps": throughput["steps"],
         "tokens": throughput["tokens"],
         "batch": {"tokens": section.batch_tokens} if section.batch_tokens else {"samples": section.batch_size},

@@ -651,10 +651,17 @@ class Training(Section):
     def deciding(self) -> dict[str, Any]:
         """The words that decide the result. When to evaluate is one of them where evaluations may end the run; so is what an
         engine's file says now, besides where it is. Raises RecipeError when that cannot be read."""
+        idle = {name: Adapter.model_fields[name].get_default() for name in self.idle_adapter}
+        words = self.model_copy(update={"adapter": self.adapter.model_copy(update=idle)})
+        told = words.model_dump(mode="json", exclude=self.free)
+        return told if self.engine in ENGINES else {**told, "engine_file": engine_file.read(self.engine, 1).engine}
+
+    @property
+    def free(self) -> set[str]:
+        """The words that do not decide it."""
         fields = type(self).model_fields
         free = {name for name in fields if dict(fields[name].json_schema_extra or {})["free"]}  # type: ignore[arg-type]
-        words = self.model_dump(mode="json", exclude=free - {"evaluate_every"} if self.may_end_early else free)
-        return words if self.engine in ENGINES else {**words, "engine_file": engine_file.read(self.engine, 1).engine}
+        return free - {"evaluate_every"} if self.may_end_early else free
 
     @property
     def may_end_early(self) -> bool:

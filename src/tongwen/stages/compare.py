@@ -11,7 +11,7 @@ from typing import Any
 
 from tongwen import artifact, console, page
 from tongwen.console import human_bytes, human_time
-from tongwen.errors import ArtifactError, RecipeError
+from tongwen.errors import ArtifactError, RecipeError, first_line
 from tongwen.language import say
 from tongwen.river import TRAINING
 from tongwen.train.watch import read_metrics
@@ -31,12 +31,12 @@ class Trained:
         """By dotted name, and what the stage stands on."""
         parents = self.artifact.manifest["parents"]
         prepared = {"prepare (fingerprint)": parents["prepare"]["fingerprint"][:12]}
-        return _flat(self.artifact.manifest["settings"]) | prepared
+        return _flat(self.artifact.manifest["settings"]) | _flat(self.artifact.manifest.get("free", {})) | prepared
 
     @property
     def results(self) -> dict[str, str]:
         held_out, through = (self.report["held_out"] or {}).get("bits_per_byte"), self.report["throughput"]
-        last = [line["loss"] for line in self.metrics][-10:]
+        last = [line["loss"] for line in self.metrics if "loss" in line][-10:]
         return {
             say("held-out bits per byte, before", "留出集 bits per byte，训练前"): f"{held_out['before']:.4f}"
             if held_out
@@ -63,7 +63,10 @@ def run(paths: Sequence[str], html: str) -> int:
     found: dict[str, list[Trained]] = {}
     for path, name in zip(paths, _names(paths), strict=True):
         for one in _trained(path, name):
-            found.setdefault(one.artifact.kind, []).append(one)
+            runs = found.setdefault(one.artifact.kind, [])
+            if any(one.artifact.path.samefile(other.artifact.path) for other in runs):
+                raise RecipeError(say("this run is named twice", "该训练写了两次"), place=path)
+            runs.append(one)
     parts = []
     for kind, runs in found.items():
         names = [one.name for one in runs]
@@ -107,15 +110,25 @@ def _trained(path: str, name: str) -> list[Trained]:
                 "give the folder of a run, or of its pretrain or sft", "请给出训练的文件夹，或其中的 pretrain、sft"
             ),
         )
-    return [
-        Trained(
-            name,
-            one,
-            json.loads((one.path / "report.json").read_text(encoding="utf-8")),
-            read_metrics(one.path / "metrics.jsonl"),
+    return [Trained(name, one, _report(one.path), read_metrics(one.path / "metrics.jsonl")) for one in made]
+
+
+def _report(stage: Path) -> dict[str, Any]:
+    """What report.json holds. Raises ArtifactError when it is not what the stage has written."""
+    file = stage / "report.json"
+    try:
+        report = dict(json.loads(file.read_text(encoding="utf-8")))
+        lacks = {"held_out", "throughput", "trainable", "peak_memory_bytes"} - {*report}
+        what = say(f"it lacks {', '.join(sorted(lacks))}", f"缺少 {'、'.join(sorted(lacks))}") if lacks else ""
+    except (OSError, ValueError, TypeError) as error:
+        what = say(f"it cannot be read: {first_line(error)}", f"无法读取：{first_line(error)}")
+    if what:
+        raise ArtifactError(
+            what,
+            place=str(file),
+            remedy=say("tongwen run RECIPE --again makes it anew", "tongwen run RECIPE --again 重新生成"),
         )
-        for one in made
-    ]
+    return report
 
 
 def _rows(columns: Sequence[Mapping[str, Any]], *, only_differing: bool) -> list[tuple[str, ...]]:
