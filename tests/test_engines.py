@@ -236,6 +236,26 @@ def test_a_launcher_does_not_change_precision(chat_model: Path, tmp_path: Path, 
     assert torch.allclose(logits(tmp_path / "out" / "merge"), logits(alone["lora"]), atol=1e-5)
 
 
+def test_processes_whose_scores_differ_stop_at_the_same_step(chat_model: Path, tmp_path: Path) -> None:
+    """By those of the first, which fall here; by those of the second it would stop, and the first would wait for it."""
+
+    def rising(rank: int) -> None:
+        original, seen = course._score, list[int]()
+
+        def score(*words: Any) -> dict[str, Any]:
+            seen.append(rank)
+            found = original(*words)
+            return found | {"bits_per_byte": found["bits_per_byte"] + 9.0 * rank * len(seen)}
+
+        course._score = score  # type: ignore[assignment]
+
+    recipe = recipe_for(tmp_path, chat_model, "lora", sft=", evaluate_every: 1, patience: 1")
+    assert launched(2, "run", recipe, before=rising, seconds=60) == [0, 0]
+    found = metrics(tmp_path / "out" / "sft")
+    scores = [line["bits_per_byte"] for line in found]
+    assert len(found) == 8 and scores == sorted(scores, reverse=True)
+
+
 def test_a_signal_to_the_whole_group_saves(chat_model: Path, tmp_path: Path) -> None:
     """As Slurm and systemd send it: to the command, to what starts the processes, and to the processes."""
     recipe = recipe_for(tmp_path, chat_model, "lora", sft=", samples: 0")

@@ -45,7 +45,7 @@ from tongwen.template import Template
 from tongwen.train import audit, track
 from tongwen.train.batches import MicroBatches, Plan, fill, make_plan
 from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, read_manifest, step_of
-from tongwen.train.engine import Engine, choose, gather, in_fp32, reshard, sharing_of
+from tongwen.train.engine import Engine, agreed, choose, gather, in_fp32, reshard, sharing_of
 from tongwen.train.fit import Job, fit, unreached_rate
 from tongwen.train.memory import STATE_BYTES, device_memory, is_reckoned_to_fit, own_memory, token_budget
 from tongwen.train.probe import fits
@@ -227,7 +227,7 @@ def _teach(course: Course, pupil: Pupil, legs: list[Leg], out: Path) -> artifact
         before = _once(draft.path / gate.BEFORE, examine)
 
         def evaluate(step: int) -> dict[str, Any]:
-            scores = score()
+            scores: dict[str, Any] = agreed(score())
             _tell_answers(draft.path / SAMPLES, step, course.questions, _answer(pupil, course))
             check_forgetting(before["scores"]["groups"], scores["groups"], limits)
             return scores
@@ -658,17 +658,26 @@ def _answer(pupil: Pupil, course: Course) -> list[str]:
 
 
 def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The value that an interrupted run already made, or a new one, kept for the next time."""
+    """The value that an interrupted run already made, or the first process's new one, kept for the next time."""
+    if kept := _kept(file):
+        return kept
     if file.is_file():
-        try:
-            kept = dict(json.loads(file.read_text(encoding="utf-8")))
-            return {name: kept[name] for name in ("scores", "answers")}
-        except (ValueError, TypeError, KeyError):
-            console.notice(say(f"{file.name} cannot be read, and is made again", f"{file.name} 无法读取，重新生成"))
+        console.notice(say(f"{file.name} cannot be read, and is made again", f"{file.name} 无法读取，重新生成"))
     value: dict[str, Any] = make()
     if launch.is_first():
         artifact.write_json(file, value)
-    return value
+        return value
+    while (kept := _kept(file)) is None:
+        time.sleep(0.1)
+    return kept
+
+
+def _kept(file: Path) -> dict[str, Any] | None:
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        return {name: kept[name] for name in ("scores", "answers")}
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _save(course: Course, pupil: Pupil, folder: Path, whole: dict[str, torch.Tensor] | None) -> str:

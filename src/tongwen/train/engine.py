@@ -329,6 +329,14 @@ def are_somewhere(parts: Iterable[torch.Tensor], what: Any) -> list[bool]:
     return [bool(flag) for flag in flags.tolist()]
 
 
+def agreed(value: Any) -> Any:
+    """What the first process has found, on all: the last bits of what the others found may differ, and so would what they
+    decide by it. All processes must ask."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
 def gather(model: Any, chosen: Iterable[torch.nn.Parameter]) -> dict[str, torch.Tensor] | None:
     """The chosen parameters and the saved buffers of a model whose weights are shared out, whole and on the CPU, by name;
     None for a model that is whole. All processes must ask."""
