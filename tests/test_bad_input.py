@@ -247,6 +247,9 @@ def test_out_of_memory_names_the_cures_in_order(
         assert ("activation_checkpointing" in err) == (not told)
         changes = err.split("before: ")[1].split(";")[0].split()
         assert tongwen("check", recipe, *told, *changes)[0] == 0
+    monkeypatch.setattr("tongwen.course.device_memory", lambda device: 1)
+    monkeypatch.setattr("tongwen.course._fits", lambda *_: False)
+    assert "activation_checkpointing" not in tongwen("run", recipe)[2], "auto has already taken to it"
 
 
 def test_a_learning_rate_that_explodes_stops_with_step_and_rows(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
