@@ -122,7 +122,7 @@ def test_a_server_that_does_not_answer_is_said_first(nowhere: Path, monkeypatch:
     track.check(["mlflow"])
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{door.getsockname()[1]}")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{door.getsockname()[1]}")
         with pytest.raises(MachineError, match="track: mlflow: nobody answers at http://127"):
             track.check(["mlflow"])
         door.listen()

@@ -172,6 +172,7 @@ def _has_key(name: str) -> bool:
 def _check_server(address: str) -> None:
     """Raise MachineError when nobody listens there: MLflow itself would try for minutes. Behind a proxy this cannot be seen."""
     parts = urlsplit(address)
+    server = f"{parts.scheme}://{parts.hostname}"  # a password may stand before it
     if parts.scheme not in ("http", "https") or parts.scheme in getproxies():
         return
     try:
@@ -180,7 +181,7 @@ def _check_server(address: str) -> None:
     except (OSError, ValueError) as error:
         raise _unfit(
             "mlflow",
-            say(f"nobody answers at {address}: {error}", f"{address} 没有回应：{error}"),
+            say(f"nobody answers at {server}: {error}", f"{server} 没有回应：{error}"),
             "MLFLOW_TRACKING_URI=…",
         ) from None
 
