@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -39,6 +40,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch  # noqa: E402
 from tests.conftest import byte_level_tokenizer, dialogues, tensors, tiny_llama, write_rows  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
@@ -101,6 +103,7 @@ def forked(
     if not child:
         os.close(reader)
         os.setpgid(0, 0)
+        tqdm.set_lock(threading.RLock())  # the one that forks share, a killed one would keep
         _speak_into(log)
         _announce_saves(trainer, lambda mark: os.write(writer, mark))
         try:
