@@ -308,7 +308,13 @@ def test_srun_tells_what_torchrun_tells(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.delenv(name)
     told = {"PROCID": "5", "LOCALID": "1", "JOB_ID": "1234567", "STEP_NUM_TASKS": "8", "STEP_TASKS_PER_NODE": "4(x2)"}
     for name, value in {**told, "STEP_NODELIST": "gpu[03-04],gpu9"}.items():
+        launch.adopt_slurm()
+        assert not launch.is_launched(), f"nothing is known before {name}"
         monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "")
+    launch.adopt_slurm()
+    assert not launch.is_launched()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     launch.adopt_slurm()
     assert launch.is_launched() and not launch.is_first() and launch.world_size() == 8
     found = {

@@ -15,7 +15,7 @@ import torch
 from tests.conftest import dialogues, tensors, write_recipe, write_rows
 from tests.launching import die_at, in_a_child
 from tests.test_run import manifest
-from tongwen import artifact, cli, gate, river
+from tongwen import artifact, cli, course, gate, river
 from tongwen.course import settings_of
 from tongwen.errors import TongwenError
 from tongwen.gate import RUN
@@ -153,9 +153,14 @@ def test_an_odd_score_of_the_untrained_model_is_made_again(odd: str, broken: Pat
 
 def test_data_that_were_touched_after_prepare_are_refused(broken: Path, tongwen: Any) -> None:
     file = broken / "out" / "prepare" / "dialogues.jsonl"
-    file.write_text(file.read_text().replace("1", "7", 1))
+    whole = file.read_text()
+    file.write_text(whole.replace("1", "7", 1))
     code, _, err = tongwen("run", broken / "recipe.yaml")
-    assert code == 4 and "not as prepare has left it" in err and "--from prepare --again" in err
+    assert code == 4 and f"{file}: this file is not as prepare has left it" in err and "--from prepare --again" in err
+    assert not list((broken / "out").glob("*.old-*")), "before anything is moved"
+    file.write_text(whole)
+    (file.parent / ".DS_Store").write_text("x")
+    assert tongwen("run", broken / "recipe.yaml")[0] == 0, "what it has not written is nobody's business"
 
 
 def test_tokens_that_have_changed_are_made_again(runs: Path, broken: Path, tongwen: Any) -> None:
@@ -189,25 +194,67 @@ def test_two_processes_stop_when_asked_and_one_goes_on(chat_model: Path, tmp_pat
 
 
 def test_what_an_engine_file_says_is_a_setting(chat_model: Path, tmp_path: Path) -> None:
-    """Under the same name it was taken without a word. Records from before it was kept count as the same."""
+    """Under the same name it was taken without a word; but for how fast it goes and what it logs. Records from before it was
+    kept count as the same."""
     file = tmp_path / "mine.json"
     file.write_text('{"zero_optimization": {"stage": 2}}')
     recipe = load(write_recipe(tmp_path, chat_model, sft=f", engine: {file}", merge=False))[0]
     before = settings_of(recipe, "sft")
     gate.enter(tmp_path, before, {})
+    file.write_text('{"zero_optimization": {"stage": 2, "overlap_comm": true}, "steps_per_print": 5}')
+    gate.check(tmp_path, settings_of(recipe, "sft"), "", fork=False)
     file.write_text('{"zero_optimization": {"stage": 3}}')
     now = settings_of(recipe, "sft")
-    with pytest.raises(TongwenError, match=r"sft.engine_file.zero_optimization.stage: 2 → 3[\s\S]*--again"):
+    with pytest.raises(TongwenError, match=r"sft.engine_file.stage: 2 → 3[\s\S]*--again"):
         gate.check(tmp_path, now, "", fork=False)
     with pytest.raises(TongwenError, match="stage: 2 → 3"):
         gate.enter(tmp_path, now, {})
     finished = artifact.Artifact(tmp_path, {"settings": before, "parents": {}})
-    assert river._changed(recipe, "sft", finished) == [("sft.engine_file.zero_optimization.stage", 2, 3)]
+    assert river._changed(recipe, "sft", finished) == [("sft.engine_file.stage", 2, 3)]
     del before["sft"]["engine_file"]
     artifact.write_json(tmp_path / RUN, {"run": "x", "settings": before, "identity": {}, "forks": []})
     gate.check(tmp_path, now, "", fork=False)
     assert not river._changed(recipe, "sft", finished)
     assert gate.enter(tmp_path, now, {})["settings"] == now, "from here on it is kept"
+
+
+def test_words_that_decide_nothing_are_no_settings(chat_model: Path, tmp_path: Path) -> None:
+    """An adapter's rank beside `method: full`. In an older record it may stand; a word that is read is compared."""
+    recipe = load(write_recipe(tmp_path, chat_model, merge=False), ["sft.adapter={method: full, rank: 7}"])[0]
+    now = settings_of(recipe, "sft")
+    assert "rank" not in now["sft"]["adapter"]
+    old = {**now, "sft": {**now["sft"], "adapter": {**now["sft"]["adapter"], "rank": 4}}}
+    assert gate.differences(old, now) == []
+    lora, other = (
+        settings_of(load(write_recipe(tmp_path, chat_model), [f"sft.adapter={words}"])[0], "sft")
+        for words in ("{rank: 4}", "{rank: 4, alpha: 64}")
+    )
+    assert gate.differences(lora, other) == [("sft.adapter.alpha", None, 64.0)]
+    assert [name for name, *_ in gate.differences(lora, now)] == ["sft.adapter.method"]
+
+
+def test_evaluations_of_other_data_count_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"identity": {gate.DATA: "a"}, "evaluations": [[0, 1.5]]}))
+    assert course._evaluations(tmp_path, {"identity": {gate.DATA: "a"}}) == [[0, 1.5]]
+    assert course._evaluations(tmp_path, {"identity": {gate.DATA: "b"}}) == []
+    assert course._evaluations(None, {"identity": {gate.DATA: "b"}}) == []
+
+
+def test_a_finished_run_may_lie_elsewhere(tmp_path: Path, chat_model: Path, tongwen: Any) -> None:
+    """A stage that stands on another one knows it by its fingerprint."""
+    recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 1 steps", merge=False)
+    rows = write_rows(tmp_path / "text.jsonl", [{"text": f"第 {number} 天，天气很好。"} for number in range(12)])
+    recipe.write_text(
+        recipe.read_text().replace("prepare: {", f"prepare: {{documents: {rows}, ")
+        + "pretrain: {train: full, stop_after: 1 steps, batch_size: 4, samples: 0, precision: fp32}\n"
+    )
+    assert tongwen("run", recipe)[0] == 0
+    (tmp_path / "out").rename(tmp_path / "moved")
+    code, out, err = tongwen("run", recipe, f"out={tmp_path / 'moved'}")
+    assert code == 0 and "sft: already done" in out, err
+    file = tmp_path / "moved" / "pretrain" / "manifest.json"
+    file.write_text(file.read_text().replace('"fingerprint": "', '"fingerprint": "0', 1))
+    assert tongwen("run", recipe, f"out={tmp_path / 'moved'}")[0] == 2
 
 
 @pytest.mark.parametrize(("engine", "passes"), [("auto", True), ("zero2", False), ("mine.json", False)])

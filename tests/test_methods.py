@@ -35,6 +35,7 @@ from tongwen.model.stack import open_adapter
 from tongwen.recipe.schema import Adapter
 from tongwen.train import fit
 from tongwen.train.batches import pack, pad
+from tongwen.train.fit import PlannedTrainer
 from tongwen.train.noise import Noise, lengths_of
 
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
@@ -311,6 +312,43 @@ def test_a_run_that_gets_worse_ends_early_and_with_its_rank(chat_model: Path, tm
         ("no evaluation was better than before: ", "the 14 least important ranks"), notices, strict=True
     ):
         assert said in text and said in html and out.count(said) == 1
+
+
+def test_adalora_rests_in_a_phase_and_is_resumed_there(chat_model: Path, tmp_path: Path) -> None:
+    """peft's own file has cut the ranks by then."""
+    write_rows(tmp_path / "text.jsonl", [{"text": f"今天天气很好。第 {number} 天。" * 2} for number in range(24)])
+    phases = "{train: lora+embeddings, stop_after: 6 steps}, {train: embeddings, stop_after: 3 steps}"
+    made = []
+    for name in ("whole", "killed"):
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(
+            f"name: p\nbase: {chat_model}\nout: {tmp_path / name}\nprepare: {{documents: {tmp_path / 'text.jsonl'}}}\n"
+            "pretrain: {max_length: 64, batch_size: 4, samples: 0, precision: fp32, learning_rate: 1e-2, save_every: 1, "
+            f"adapter: {{method: adalora, rank: 2}}, phases: [{phases}]}}\n"
+        )
+        if name == "killed":
+            for phase, step in ((1, 4), (2, 2)):
+                assert os.WTERMSIG(in_a_child("run", recipe, before=die_in(phase, step))) == signal.SIGKILL
+        assert in_a_child("run", recipe) == 0
+        made.append(tensors(tmp_path / name / "pretrain"))
+    assert made[0].keys() == made[1].keys() and all(torch.equal(made[0][name], made[1][name]) for name in made[0])
+    assert json.loads((tmp_path / "whole" / "pretrain" / "report.json").read_text())["notices"] == []
+
+
+def die_in(phase: int, step: int) -> Any:
+    """Kill the process at a step of a phase."""
+
+    def arm() -> None:
+        original = PlannedTrainer.training_step
+
+        def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
+            if self.state.global_step == step and self.job.checkpoints.name == f"phase-{phase}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, *arguments, **options)
+
+        PlannedTrainer.training_step = step_or_die  # type: ignore[method-assign]
+
+    return arm
 
 
 def test_a_phase_has_the_best_before_it_to_beat(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:

@@ -95,7 +95,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("name", "variable", "file", "text"),
     [
         ("wandb", "WANDB_API_KEY", ".netrc", "machine api.wandb.ai login user password x"),
-        ("wandb", "WANDB_MODE", "wandb/settings", "[default]\nmode = offline"),
+        ("wandb", "WANDB_BASE_URL", "wandb/settings", "[default]\nmode = offline"),
         ("swanlab", "SWANLAB_API_KEY", ".swanlab/.netrc", "machine api.swanlab.cn login user password x"),
     ],
 )
@@ -110,8 +110,14 @@ def test_a_missing_key_is_said_first(
     with monkeypatch.context() as patch:
         patch.setenv(variable, "x")
         track.check([name])
+    with monkeypatch.context() as patch:
+        patch.setenv(f"{name.upper()}_MODE", "offline")
+        track.check([name])
+        patch.setenv(f"{name.upper()}_MODE", "online")
+        with pytest.raises(MachineError):
+            track.check([name])
     (nowhere / file).parent.mkdir(exist_ok=True)
-    (nowhere / file).write_text("[default]\n")
+    (nowhere / file).write_text("machine github.com login user password x" if file == ".netrc" else "[default]\n")
     with pytest.raises(MachineError):
         track.check([name])
     (nowhere / file).write_text(text)
@@ -127,6 +133,10 @@ def test_a_server_that_does_not_answer_is_said_first(nowhere: Path, monkeypatch:
             track.check(["mlflow"])
         door.listen()
         track.check(["mlflow"])
+    for address in ("http://[::1", "http://", "https://:5000"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        with pytest.raises(MachineError, match="nobody answers"):
+            track.check(["mlflow"])
 
 
 class Failing(TrainerCallback):
@@ -186,6 +196,8 @@ def test_a_resumed_run_is_the_same_run_of_mlflow(tmp_path: Path, monkeypatch: py
         with one.told():
             assert os.environ.pop("MLFLOW_RUN_ID", None) == known  # it takes it away itself
             track.Teller(one, 0).on_train_begin(None, None, None)
+    (tmp_path / track.IDS).write_text("{")
+    assert one._ids() == {}, "and it is another run there"
     with Track(["mlflow"], "zh-sft-phase-2", "0", tmp_path).told():
         assert "MLFLOW_RUN_ID" not in os.environ
 

@@ -426,6 +426,14 @@ def _train(
             notices += job.notices
             to_beat = min((score for _, score in watch.evaluations), default=math.inf)
             resume = None
+    if (budget := budget_of(pupil.model)) and (cut := budget.settle()):
+        notices.append(
+            say(
+                f"the run ended before adalora had spent its budget: the {cut} least important ranks are cut now",
+                f"训练在 adalora 分配完预算之前结束：现在裁去最不重要的 {cut} 个秩",
+            )
+        )
+        console.notice(notices[-1])
     trained = tokens[done - 1] - (tokens[start - 1] if start else 0)
     counted, seconds = tokens[done - 1], time.monotonic() - began
     if lines := read_metrics(folder / "metrics.jsonl"):  # which counts what was before an interruption, too
@@ -512,20 +520,29 @@ def _job(
         learners=pupil.adapted.learners,
         embeddings=pupil.adapted.embeddings if apart else (),
         guarded=guarded,
-        budget=budget_of(pupil.model) if "lora" in leg.stretch.parts else None,
+        budget=budget_of(pupil.model),
         told=told,
         deadline=launch.deadline(course.recipe.stop_before),
-        track=_track(course, leg, watch.file.parent, told["run"]),
+        evaluations=_evaluations(resume, told),
+        track=_track(course, leg, watch.file.parent, told["run"], must=not resume),
     )
 
 
-def _track(course: Course, leg: Leg, folder: Path, run: str) -> track.Track | None:
-    """Each phase is a run of its own there: its steps are counted anew."""
+def _evaluations(resume: Path | None, run: dict[str, Any]) -> list[Any]:
+    """Those that a checkpoint knows of; of none where other data was held out then (--fork), or an earlier version saved it."""
+    before = read_manifest(resume) if resume else {"identity": {}}
+    same = before["identity"].get(gate.DATA) == run["identity"][gate.DATA]
+    return list(before.get("evaluations", ())) if same else []
+
+
+def _track(course: Course, leg: Leg, folder: Path, run: str, *, must: bool) -> track.Track | None:
+    """Each phase is a run of its own there: its steps are counted anew. must: nothing is trained yet that would have to go on
+    without it."""
     if not course.recipe.track:
         return None
     phase = leg.checkpoints.name if len(course.section.stretches) > 1 else ""
     title = "-".join(word for word in (course.recipe.name, course.stage, phase) if word)
-    return track.Track(course.recipe.track, title, run, folder, phase, must=not leg.steps_before)
+    return track.Track(course.recipe.track, title, run, folder, phase, must=must and not leg.steps_before)
 
 
 def _stage_below(base: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ BEFORE = "before.json"  # what the untrained model scored; other data ask again
 # What the weights and the optimizer's memory are shaped by: a fork cannot change it. Of the adapter, dropout alone may.
 SHAPE = re.compile(r"\w+\.(adapter\.(?!dropout$).*|optimizer|train|engine)")
 PARTS = {"run": str, "settings": dict, "identity": dict, "forks": list}
+PARTLY = re.compile(r"\w+\.(engine_file|adapter\.\w+)")
 DATA, DTYPE = "prepare (fingerprint)", "dtype"
 
 
@@ -44,15 +45,26 @@ def check(
         artifact.refuse_changed(str(folder), fixed, again() + say("; --fork cannot change it", "；--fork 不能改变它"))
         _fork(folder, run, settings, changed)
     else:
-        artifact.refuse_changed(
-            str(folder), changed, again() + say("; --fork continues with the new settings", "；--fork 以新设置继续")
-        )
+        forks = say("; --fork continues with the new settings", "；--fork 以新设置继续") if not fixed else ""
+        artifact.refuse_changed(str(folder), changed, again() + forks)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """As of artifact. Where only one of the two tells what an engine's file says, the other has an engine without a file, of
-    which `engine` tells; or is of a version that did not keep it, and counts as the same."""
-    return [one for one in artifact.differences(before, now) if not one[0].endswith(".engine_file")]
+    """As of artifact. What only one of the two tells of an engine's file or of an adapter says nothing beside the other's words
+    (of which `engine`, `method` and so on tell), or was not kept by its version."""
+    return [
+        one
+        for one in artifact.differences(before, now)
+        if not PARTLY.fullmatch(one[0]) or _tells(before, one[0]) == _tells(now, one[0])
+    ]
+
+
+def _tells(settings: Any, name: str) -> bool:
+    for word in name.split("."):
+        if word not in settings:
+            return False
+        settings = settings[word]
+    return True
 
 
 def _trains_other_parts(name: str, before: Any, after: Any) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 EXIT_FILE = "TONGWEN_EXIT_FILE"
 BEGAN = "TONGWEN_BEGAN"
+SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 SAVING_SECONDS = 600  # torchrun kills its processes so long after it has asked them to stop
 
 
@@ -33,7 +34,8 @@ def adopt() -> None:
 def adopt_slurm() -> None:
     """What srun tells its tasks, in the words that torch's process groups read. Its first node listens."""
     told = os.environ
-    if int(told.get("SLURM_STEP_NUM_TASKS", "1")) < 2 or is_launched():
+    tasks = told.get("SLURM_STEP_NUM_TASKS", "")
+    if not tasks.isdigit() or int(tasks) < 2 or is_launched() or any(name not in told for name in SLURM):
         return
     told["RANK"], told["WORLD_SIZE"] = told["SLURM_PROCID"], told["SLURM_STEP_NUM_TASKS"]
     told["LOCAL_RANK"] = told["SLURM_LOCALID"]

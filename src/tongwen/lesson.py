@@ -28,7 +28,7 @@ from tongwen.data.legacy import LegacyEncoder
 from tongwen.data.mix import choose_held_out, draw, passes_of
 from tongwen.data.parts import iter_records, list_parts, load
 from tongwen.data.store import Batch, TokenStore
-from tongwen.errors import ArtifactError, DataError, ModelError, RowRefused
+from tongwen.errors import DataError, ModelError, RowRefused
 from tongwen.hub.fetching import local_copy
 from tongwen.language import say
 from tongwen.model import dress
@@ -289,10 +289,9 @@ def _sources_of(prepared: artifact.Artifact, kind: str) -> tuple[list[dict[str, 
 def encode_prepared(prepared: artifact.Artifact, reader: Reader, seed: int, folder: Path) -> Lesson:
     """Training and held-out rows as tokens, every one of them in the ledger. Encoded once: the first process writes, an
     interrupted one goes on, the others wait and map the same files."""
-    if launch.is_first():
-        _check_unchanged(prepared)
     place = folder / key_of(prepared, reader)
-    found = stores.open_store(place)
+    with console.waiting(say("looking for the tokens", "查找 token")):
+        found = stores.open_store(place)
     if found:
         console.good(say("tokens: already encoded", "token：已编码"))
     elif launch.is_first():
@@ -308,20 +307,6 @@ def encode_prepared(prepared: artifact.Artifact, reader: Reader, seed: int, fold
     held_out, held_out_stores = _encode_held_out(prepared, reader, ledger, languages)
     drawn, missed = _drawn(store, sources, files, seed)
     return Lesson(store, mask, ledger, rejected, drawn, held_out, held_out_stores, missed)
-
-
-def _check_unchanged(prepared: artifact.Artifact) -> None:
-    """Raise ArtifactError when the files are not those that `prepare` has left: what the ledger says would not be true."""
-    with console.waiting(say("checking what prepare has left", "核对 prepare 的结果")):
-        if artifact.fingerprint_files(prepared.path) != prepared.fingerprint:
-            raise ArtifactError(
-                say("a file in it is not as prepare has left it", "其中有文件与 prepare 写下的不同"),
-                place=str(prepared.path),
-                remedy=say(
-                    "change the sources instead, and tongwen run RECIPE --from prepare --again",
-                    "请改动数据源，然后 tongwen run RECIPE --from prepare --again",
-                ),
-            )
 
 
 def key_of(prepared: artifact.Artifact, reader: Reader) -> str:

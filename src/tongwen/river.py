@@ -88,6 +88,10 @@ def run(
                 track.check(recipe.track)
             check_ahead(recipe, left)
         if launch.is_first() and not launch.is_ours():
+            left = [name for name in chosen if name in redone or not artifact.find(out / name)]
+            prepared = None if "prepare" in redone else artifact.find(out / "prepare")
+            if prepared and {*left} & {*TRAINING}:
+                _stage("prepare").check_made(prepared)
             (out / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
         for name in chosen:
             path = out / name
@@ -295,6 +299,10 @@ def _is_held(out: Path) -> bool:
 def _changed(recipe: Recipe, name: str, found: artifact.Artifact) -> list[tuple[str, Any, Any]]:
     """Differing settings, files that have changed, and parents that have been made anew since."""
     changed = gate.differences(found.manifest["settings"], _settings(recipe, name))
+    parents = [parent["fingerprint"] for parent in found.manifest["parents"].values() if "fingerprint" in parent]
+    below = artifact.find(Path(standing_on(recipe, name)))
+    if below and below.fingerprint in parents:  # the same one, elsewhere
+        changed = [one for one in changed if one[0] != "base"]
     if changed_files := getattr(_stage(name), "changed_files", None):
         changed += changed_files(recipe, found.manifest)
     for role, parent in found.manifest["parents"].items():
@@ -338,7 +346,8 @@ def _alone(out: Path) -> Iterator[None]:
             owner = stream.read().strip()
             raise MachineError(
                 say(
-                    f"another tongwen is running in this folder: {owner}", f"另一个 tongwen 正在此文件夹中运行：{owner}"
+                    f"another tongwen is running in this folder: {owner}, or what it has launched",
+                    f"另一个 tongwen 正在此文件夹中运行：{owner}，或由它启动的进程",
                 ),
                 place=str(out),
                 remedy=say("wait for it, or choose another `out`", "请等待，或换一个 `out`"),

@@ -97,14 +97,14 @@ def _add_devices(command: argparse.ArgumentParser) -> None:
 
 
 def _load(parsed: argparse.Namespace) -> Any:
-    from tongwen import console
+    from tongwen import console, launch
     from tongwen.recipe.load import load
 
     overrides = list(parsed.overrides)
     if getattr(parsed, "devices", None) is not None:
         overrides.append(f"devices={parsed.devices}")
     recipe, notices = load(parsed.recipe, overrides)
-    for notice in notices:
+    for notice in () if launch.is_ours() else notices:  # whose command has said them
         console.notice(notice)
     return recipe
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tongwen.model.load import adapter_type
 
 JUDGED = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what the allocator remembers of each tensor
+OWN = ("lora_", "modules_to_save", "trainable_tokens")  # in the names of what peft adds
 
 
 def configure(rank: int, steps: int, words: dict[str, Any]) -> Any:
@@ -85,7 +86,8 @@ class Budget:
         self.model.active_peft_config.rank_pattern = json.loads((folder / "budget.json").read_text(encoding="utf-8"))
 
     def _weights(self) -> dict[str, torch.nn.Parameter]:
-        return {name: part for name, part in self.model.named_parameters() if part.requires_grad or "lora_" in name}
+        """What is not the base's, also where it rests in this phase."""
+        return {name: part for name, part in self.model.named_parameters() if any(word in name for word in OWN)}
 
 
 def write_as_lora(folder: Path) -> None:

@@ -8,6 +8,7 @@ the engine as it is, and what neither takes is listed.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,14 @@ FSDP_DROPPED = (
     "state_dict_type",
     "cpu_ram_efficient_loading",
     "min_num_params",
+    "backward_prefetch_policy",
+    "limit_all_gathers",
+)
+# Of a DeepSpeed file, what shapes numbers or checkpoints; the rest is how fast it goes, where things wait, what is logged.
+DECIDING = re.compile(r"stage|.*quantized.*|zeropp_.*|mics_.*|zero_hpz_.*|elastic_checkpoint")
+LOGGING = re.compile(
+    r"steps_per_print|wall_clock_breakdown|dump_state|flops_profiler|comms_logger|tensorboard|wandb|csv_monitor|comet|"
+    r"memory_breakdown|zero_allow_untested_optimizer"
 )
 STRATEGIES = (
     "FULL_SHARD",
@@ -89,7 +98,19 @@ def read(file: str, devices: int) -> Told:
         raise _unknown(file, "distributed_type", kind, ("FSDP", "DEEPSPEED"), "engine: ddp")
     words, dropped = _beside(data, file)
     told = _accelerates_deepspeed(data, file) if kind == "DEEPSPEED" else _fsdp(data, file)
+    if str(told.words.get("engine")).endswith(".json"):  # which has a precision of its own
+        words = {}
     return told._replace(words=words | told.words, dropped=(*dropped, *told.dropped))
+
+
+def deciding(file: str) -> dict[str, Any]:
+    """What of an engine file shapes the numbers or the checkpoints."""
+    engine = read(file, 1).engine
+    if "zero_optimization" not in engine:
+        return {}
+    zero = {key: value for key, value in engine["zero_optimization"].items() if DECIDING.fullmatch(key)}
+    rest = {key: value for key, value in engine.items() if not LOGGING.fullmatch(key) and key != "zero_optimization"}
+    return {**rest, **zero}
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -147,7 +168,7 @@ def _deepspeed(data: dict[str, Any], file: str, devices: int) -> Told:
             dropped += [] if name == "bf16" else [name]
         elif name == "bf16" and "enabled" in said:
             dropped.append("bf16.enabled: false")
-    batch = {key: data[key] for key in BATCH if data.get(key, "auto") != "auto"}
+    batch = {key: data[key] for key in BATCH if data.get(key) not in ("auto", None)}
     for key, value in batch.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise _unknown(file, key, value, ('"auto"', say("a whole number", "整数")))
@@ -156,23 +177,26 @@ def _deepspeed(data: dict[str, Any], file: str, devices: int) -> Told:
     words |= _taken(batch, train_batch_size="batch_size")
     dropped += _listed(batch)
     engine = {key: value for key, value in data.items() if key not in RECIPES}
+    if str(_section(data, "zero_optimization", file).get("stage", 0)) == "0":
+        return Told({**words, "engine": "auto"}, trainer, {}, (*dropped, *_listed(engine)))
     return Told(words, trainer, {**engine, "zero_optimization": _zero(data, file)}, tuple(dropped))
 
 
 def _zero(data: dict[str, Any], file: str) -> dict[str, Any]:
     """The section in today's spelling, without what it says twice."""
     zero = _section(data, "zero_optimization", file)
-    stage = str(zero.get("stage", 0))
+    stage = str(zero["stage"])
     if stage not in ("1", "2", "3"):
-        remedy = "engine: ddp" if stage == "0" else "stage: 2"
-        raise _unknown(file, "zero_optimization.stage", zero.get("stage", 0), ("1", "2", "3"), remedy)
+        raise _unknown(file, "zero_optimization.stage", zero["stage"], ("0", "1", "2", "3"), "stage: 2")
     zero["stage"] = int(stage)
     for old, new in OLD_OFFLOADS:
         if _is_on(zero.pop(old, False), file, f"zero_optimization.{old}"):
             zero.setdefault(new, {"device": "cpu"})
     for old in ("cpu_offload_use_pin_memory", "stage3_gather_fp16_weights_on_model_save"):
         zero.pop(old, None)
-    if not _is_number(size := zero.get("reduce_bucket_size", 1)) and size != "auto":
+    size = _number(zero.get("reduce_bucket_size", "auto"))
+    zero |= {"reduce_bucket_size": size} if "reduce_bucket_size" in zero else {}
+    if not _is_number(size) and size != "auto":
         raise _unknown(file, "zero_optimization.reduce_bucket_size", size, ('"auto"', "5e8"))
     for name in OFFLOADS:
         device = _section(zero, name, file).get("device") or "none"
@@ -197,7 +221,7 @@ def _beside(data: dict[str, Any], file: str) -> tuple[dict[str, Any], list[str]]
 
 def _fsdp(data: dict[str, Any], file: str) -> Told:
     said = _section(data, "fsdp_config", file)
-    config = {str(key).removeprefix("fsdp_"): value for key, value in said.items() if value is not None}
+    config = {str(key).removeprefix("fsdp_"): value for key, value in said.items() if value not in (None, "")}
     words: dict[str, Any] = {}
     if _is_on(config.pop("offload_params", False), file, "fsdp_offload_params"):
         words["offload"] = True
@@ -239,17 +263,24 @@ def _accelerates_deepspeed(data: dict[str, Any], file: str) -> Told:
         if not str(own).endswith(".json"):
             raise _unknown(file, "deepspeed_config.deepspeed_config_file", own, ("FILE.json",))
         return Told({"engine": own}, {}, {}, tuple(_listed(said, "deepspeed_config.")))
-    stage = str(said.pop("zero_stage", 2))
-    if stage not in ("2", "3"):
-        remedy = "engine: ddp" if stage == "0" else "engine: zero2"
-        raise _unknown(file, "deepspeed_config.zero_stage", stage, ("2", "3"), remedy)
-    words: dict[str, Any] = {"engine": f"zero{stage}"}
-    for name in OFFLOADS:
-        device = said.pop(f"{name}_device", None) or "none"
-        if device not in ("none", "cpu"):
-            remedy = say("engine: FILE.json, DeepSpeed's own file", "engine: FILE.json，DeepSpeed 自己的文件")
-            raise _unknown(file, f"deepspeed_config.{name}_device", device, ("none", "cpu"), remedy)
-        words |= {"offload": True} if device == "cpu" else {}
+    stage = str(said.get("zero_stage", 2))
+    if stage not in ("0", "1", "2", "3"):
+        raise _unknown(file, "deepspeed_config.zero_stage", stage, ("0", "1", "2", "3"), "engine: zero2")
+    if stage != "1":  # which is said: zero2 shares out the gradients, too
+        said.pop("zero_stage", None)
+    optimizer, weights = (said.pop(f"{name}_device", None) or "none" for name in OFFLOADS)
+    if stage != "3" and weights != "none":  # they are whole everywhere, and wait nowhere
+        said["offload_param_device"], weights = weights, "none"
+    if optimizer not in ("none", "cpu") or (stage == "3" and weights != optimizer):
+        raise _unknown(
+            file,
+            "deepspeed_config.offload_optimizer_device, offload_param_device",
+            f"{optimizer}, {weights}",
+            (say("none or cpu, both alike with zero_stage 3", "none 或 cpu；zero_stage 3 时二者相同"),),
+            say("engine: FILE.json, DeepSpeed's own file", "engine: FILE.json，DeepSpeed 自己的文件"),
+        )
+    words: dict[str, Any] = {"engine": "auto" if stage == "0" else f"zero{max(2, int(stage))}"}
+    words |= {"offload": True} if optimizer == "cpu" and stage != "0" else {}
     said.pop("zero3_save_16bit_model", None)  # always so here
     clips = said.pop("gradient_clipping", "auto")
     words |= {"max_grad_norm": clips} if clips not in ("auto", "none", None) else {}
@@ -270,7 +301,16 @@ def _section(data: dict[str, Any], key: str, file: str) -> dict[str, Any]:
 
 
 def _said(data: dict[str, Any], key: str, file: str) -> dict[str, Any]:
-    return {name: value for name, value in _section(data, key, file).items() if value not in ("auto", None)}
+    found = _section(data, key, file)
+    return {name: _number(value) for name, value in found.items() if value not in ("auto", None)}
+
+
+def _number(value: Any) -> Any:
+    """YAML and people write 1e-4 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _taken(said: dict[str, Any], **names: str) -> dict[str, Any]:

@@ -293,7 +293,7 @@ def _hear_engine(section: dict[str, Any], path: Path_, devices: Any, reading: Re
     for holder, above, said in ((section, path, words), (trainer, (*path, "trainer"), told.trainer)):
         for key, value in said.items() if isinstance(holder, dict) else ():
             rival = "batch_tokens" if key == "batch_size" and section.get("batch_tokens") else key
-            if holder.get(rival, value) != value:
+            if holder.get(rival, value) not in (value, "auto"):
                 theirs = repr(value) if rival == key else f"{key}: {value!r}"
                 reading.wrong(
                     (*above, rival),
@@ -301,7 +301,9 @@ def _hear_engine(section: dict[str, Any], path: Path_, devices: Any, reading: Re
                         f"the recipe says {holder[rival]!r}, {file} says {theirs}",
                         f"配方为 {holder[rival]!r}，而 {file} 为 {theirs}",
                     ),
-                    say('write "auto" in that file, or the same value', '请在该文件中写 "auto"，或改为相同的值'),
+                    say('write "auto" in that file, or the same value', '请在该文件中写 "auto"，或改为相同的值')
+                    if file.endswith(".json")
+                    else say("leave it out of that file, or write the same value", "请在该文件中删去，或改为相同的值"),
                 )
                 continue
             holder[key] = value

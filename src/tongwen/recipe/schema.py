@@ -651,10 +651,8 @@ class Training(Section):
     def deciding(self) -> dict[str, Any]:
         """The words that decide the result. When to evaluate is one of them where evaluations may end the run; so is what an
         engine's file says now, besides where it is. Raises RecipeError when that cannot be read."""
-        idle = {name: Adapter.model_fields[name].get_default() for name in self.idle_adapter}
-        words = self.model_copy(update={"adapter": self.adapter.model_copy(update=idle)})
-        told = words.model_dump(mode="json", exclude=self.free)
-        return told if self.engine in ENGINES else {**told, "engine_file": engine_file.read(self.engine, 1).engine}
+        told = self.model_dump(mode="json", exclude={**dict.fromkeys(self.free, True), "adapter": self.idle_adapter})
+        return told if self.engine in ENGINES else {**told, "engine_file": engine_file.deciding(self.engine)}
 
     @property
     def free(self) -> set[str]:

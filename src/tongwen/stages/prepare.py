@@ -17,7 +17,7 @@ from tongwen import artifact, console
 from tongwen.data import parts as steps
 from tongwen.data.ledger import table_rows
 from tongwen.data.trove import run_tasks
-from tongwen.errors import DataError
+from tongwen.errors import ArtifactError, DataError
 from tongwen.hub.fetching import local_copy
 from tongwen.language import say
 from tongwen.recipe.schema import Prepare, Recipe
@@ -53,7 +53,14 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         for scan in scans:
             changed.update(scan["changed"])
         files = {str(part.file): _state(part.file) for part in parts}
+        made = {
+            file.relative_to(draft.path).as_posix(): artifact.hash_file(file)
+            for file in draft.path.rglob("*")
+            if file.is_file()
+        }
+        draft.fingerprint = artifact.fingerprint_hashes(made)
         draft.facts = {"ledger": tables, "changed": dict(changed), "sources": _sources(section), "files": files}
+        draft.facts["made"] = made
     assert draft.artifact
     _show(tables, dict(changed))
     return draft.artifact
@@ -95,6 +102,22 @@ def changed_files(recipe: Recipe, manifest: dict[str, Any]) -> list[tuple[str, A
         elif now.st_mtime_ns != was["modified"] and (digest := artifact.hash_file(file)) != was["sha256"]:
             changed.append((str(file), f"sha256 {was['sha256'][:12]}", f"sha256 {digest[:12]}"))
     return changed
+
+
+def check_made(found: artifact.Artifact) -> None:
+    """Raise ArtifactError for a file that is not as this stage has left it: what the ledger says would not be true."""
+    with console.waiting(say("checking what prepare has left", "核对 prepare 的结果")):
+        for name, digest in found.manifest.get("made", {}).items():
+            file = found.path / name
+            if not file.is_file() or artifact.hash_file(file) != digest:
+                raise ArtifactError(
+                    say("this file is not as prepare has left it", "此文件与 prepare 写下的不同"),
+                    place=str(file),
+                    remedy=say(
+                        "change the sources instead, and tongwen run RECIPE --from prepare --again",
+                        "请改动数据源，然后 tongwen run RECIPE --from prepare --again",
+                    ),
+                )
 
 
 def _stay_here(path: str, tell: Any) -> str:

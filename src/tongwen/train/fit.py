@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -37,7 +37,6 @@ from tongwen.train.checkpoints import (
     commit,
     damage,
     last_of,
-    read_manifest,
     stage,
     step_of,
 )
@@ -69,7 +68,6 @@ class Budget(Protocol):
 
     def penalty(self) -> torch.Tensor: ...
     def spend(self, step: int) -> None: ...
-    def settle(self) -> int: ...
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path) -> None: ...
 
@@ -85,6 +83,7 @@ class Job:
     guarded:    those of them whose gradient is zero on most rows; nothing but the gradient may move them
     told:       what a checkpoint's manifest says of the run
     deadline:   when the process must be gone, in seconds since 1970
+    evaluations: what the checkpoint knows of them
     track:      which other programs are told, and as which run
     notices:    what the report says of the run
     """
@@ -109,8 +108,14 @@ class Job:
     budget: Budget | None = None
     told: Mapping[str, Any] = field(default_factory=dict)
     deadline: float | None = None
+    evaluations: Iterable[Sequence[float]] = ()
     track: Track | None = None
     notices: list[str] = field(default_factory=list)
+
+    @property
+    def spends(self) -> bool:
+        """Whether this stretch trains what the budget is of; another one keeps it."""
+        return "lora" in self.stretch.parts
 
     def tell(self, text: str) -> None:
         """In the terminal and, by `notices`, in the report."""
@@ -140,7 +145,7 @@ def _fit(job: Job, halt: Halt) -> int:
     start, patience = step_of(job.resume) if job.resume else 0, job.stretch.words.patience
     if job.track and trainer.is_world_process_zero():
         trainer.add_callback(Teller(job.track, start))
-    job.watch.begin(start, read_manifest(job.resume)["evaluations"] if job.resume else ())
+    job.watch.begin(start, job.evaluations)
     if start >= len(job.plan) or job.watch.waited(patience):
         trainer._load_from_checkpoint(str(job.resume))
         done = start
@@ -189,13 +194,6 @@ def _fit(job: Job, halt: Halt) -> int:
         trainer._load_from_checkpoint(str(job.checkpoints / f"checkpoint-{best[0]}"))
     if patience and job.watch.not_beaten:
         job.tell(job.watch.not_beaten)
-    if job.budget and (cut := job.budget.settle()):
-        job.tell(
-            say(
-                f"the run ended before adalora had spent its budget: the {cut} least important ranks are cut now",
-                f"训练在 adalora 分配完预算之前结束：现在裁去最不重要的 {cut} 个秩",
-            )
-        )
     if (name := first_not_finite(job.model)) is not None:
         raise NumbersError(say("weights are not finite after the run", "训练后权重含非有限值"), place=name)
     return done
@@ -331,7 +329,7 @@ class PlannedTrainer(Trainer):
             # DDP averages the ranks' gradients, so each rank's part of the mean is multiplied by their number.
             mean, nats = self.job.loss(model, inputs, self.args.world_size / num_items_in_batch)
         self.guard.note(nats.sum(), num_items_in_batch)
-        if self.job.budget:
+        if self.job.budget and self.job.spends:
             mean = mean + self.job.budget.penalty() / self.job.plan.accumulate
         return mean
 
@@ -514,7 +512,7 @@ class Spending(TrainerCallback):
         self.job = job
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.job.budget:
+        if self.job.budget and self.job.spends:
             self.job.budget.spend(state.global_step)
 
 

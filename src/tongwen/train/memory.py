@@ -146,8 +146,8 @@ def own_memory(device: str) -> int:
 
 
 def is_reckoned_to_fit(model: Any, words: Training, sharing: Sharing, width: int, tokens: int, memory: int) -> bool:
-    """Whether so many tokens at once fit a GPU with all their activations. From what all processes know alike, so that all
-    answer alike: layers that only some recompute would ask for shared weights in another order, and wait for each other."""
+    """Whether so many tokens at once fit a GPU with all their activations. From what all processes know alike (their GPUs
+    are of one kind), so that all answer alike: layers that only some recompute would ask for shared weights in another order, and wait for each other."""
     rough, learning = rough_shape(model.config), sum(part.numel() for part in model.parameters() if part.requires_grad)
     outside = rough.vocabulary * rough.hidden
     shape = replace(rough, trainable=learning, outside=outside, of_layer=(rough.parameters - outside) // rough.layers)

@@ -30,13 +30,14 @@ CURRENT: dict[str, Callable[[Any], Any]] = {  # the run that is told, if one is;
     "wandb": lambda module: module.run,
     "swanlab": lambda module: module.get_run(),
 }
-KEYS: dict[str, tuple[str, ...]] = {  # any of them is a key, or a wish to do without one
-    "wandb": ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_DISABLED"),
-    "swanlab": ("SWANLAB_API_KEY", "SWANLAB_MODE"),
+KEYS: dict[str, tuple[str, ...]] = {
+    "wandb": ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"),
+    "swanlab": ("SWANLAB_API_KEY",),
 }
+WITHOUT = ("offline", "disabled", "dryrun", "local")  # values of WANDB_MODE and SWANLAB_MODE that need no key
 LOGINS: dict[str, dict[str, str]] = {  # where a login has left a key, or a setting its wish, and what then stands there
     "wandb": {
-        **dict.fromkeys(("$NETRC", "~/.netrc", "~/_netrc"), "machine"),
+        **dict.fromkeys(("$NETRC", "~/.netrc", "~/_netrc"), "wandb"),
         **dict.fromkeys(("wandb/settings", "~/.config/wandb/settings"), "="),
     },
     "swanlab": dict.fromkeys(("$SWANLAB_SAVE_DIR/.netrc", "~/.swanlab/.netrc"), "machine"),
@@ -106,7 +107,10 @@ class Track:
 
     def _ids(self) -> dict[str, str]:
         file = self.folder / IDS
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        except (OSError, ValueError, TypeError):
+            return {}  # then it is another run there
 
 
 class Teller:
@@ -165,19 +169,26 @@ def check(names: Sequence[Tracker]) -> None:
 def _has_key(name: str) -> bool:
     if any(os.environ.get(variable) for variable in KEYS[name]):
         return True
+    if os.environ.get(f"{name.upper()}_MODE") in WITHOUT:
+        return True
+    if name == "wandb" and (os.environ.get("WANDB_DISABLED", "").lower() == "true" or "WANDB_BASE_URL" in os.environ):
+        return True  # a server of one's own has a name, and perhaps a key, of its own
     files = ((Path(os.path.expandvars(file)).expanduser(), word) for file, word in LOGINS[name].items())
     return any(file.is_file() and word in file.read_text(encoding="utf-8", errors="replace") for file, word in files)
 
 
 def _check_server(address: str) -> None:
     """Raise MachineError when nobody listens there: MLflow itself would try for minutes. Behind a proxy this cannot be seen."""
-    parts = urlsplit(address)
-    server = f"{parts.scheme}://{parts.hostname}"  # a password may stand before it
-    if parts.scheme not in ("http", "https") or parts.scheme in getproxies():
+    scheme = address.partition(":")[0]
+    if scheme not in ("http", "https") or scheme in getproxies():
         return
+    server = scheme  # a password may stand before the rest
     try:
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        socket.create_connection((parts.hostname or "", port), SECONDS).close()
+        parts = urlsplit(address)
+        server = f"{scheme}://{parts.hostname or ''}"
+        if not parts.hostname:
+            raise ValueError(say("it names no host", "没有主机名"))
+        socket.create_connection((parts.hostname, parts.port or {"http": 80, "https": 443}[scheme]), SECONDS).close()
     except (OSError, ValueError) as error:
         raise _unfit(
             "mlflow",
