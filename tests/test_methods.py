@@ -26,8 +26,9 @@ from tests.conftest import (
 )
 from tests.launching import die_at, in_a_child
 from tests.test_run import manifest
-from tongwen import cli
+from tongwen import artifact, cli
 from tongwen.errors import ModelError
+from tongwen.export.card import make_card
 from tongwen.model.adalora import budget_of
 from tongwen.model.adapt import adapt
 from tongwen.model.load import Place, load_model
@@ -245,6 +246,8 @@ def test_an_adapter_is_trained_further(chat_model: Path, other_model: Path, tmp_
     scores = [report["held_out"]["bits_per_byte"] for report in (before, after)]
     assert scores[1]["before"] == pytest.approx(scores[0]["after"], rel=1e-6)
     assert scores[1]["after"] < scores[1]["before"]
+    cards = [make_card("m", artifact.find(tmp_path / name / "out" / "sft")) for name in ("first", "more")]
+    assert "lora, rank 4, " in cards[0] and "lora, chatml" in cards[1]
     other = recipe_for(tmp_path / "other", other_model, f"{{continue_from: {made}}}")
     code, _, err = tongwen("run", other)
     assert code == 4 and "trained on another base" in err

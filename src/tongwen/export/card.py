@@ -48,7 +48,8 @@ def _method(manifest: Mapping[str, Any]) -> str:
     settings = manifest.get("settings", {})
     said = settings.get(str(manifest["kind"])) or settings.get("merge") or {}
     adapter = said.get("adapter", {})
-    words = [adapter.get("method"), f"rank {adapter['rank']}" if adapter.get("method") == "lora" else None]
+    rank = adapter.get("rank") if adapter.get("method") == "lora" else None  # one that is trained further keeps its own
+    words = [adapter.get("method"), f"rank {rank}" if rank else None]
     words += [f"{key} {said[key]}" for key in ("template", "learning_rate", "stop_after", "dtype") if said.get(key)]
     words += [f"{manifest['steps']} steps, {manifest['tokens']:,} tokens"] if "steps" in manifest else []
     words += ["merged against its lineage by --force"] if manifest.get("forced") else []
