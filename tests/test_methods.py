@@ -247,7 +247,7 @@ def test_an_adapter_is_trained_further(chat_model: Path, other_model: Path, tmp_
     assert scores[1]["before"] == pytest.approx(scores[0]["after"], rel=1e-6)
     assert scores[1]["after"] < scores[1]["before"]
     cards = [make_card("m", artifact.find(tmp_path / name / "out" / "sft")) for name in ("first", "more")]
-    assert "lora, rank 4, " in cards[0] and "lora, chatml" in cards[1]
+    assert "lora, rank 4, template" in cards[0] and "lora, template" in cards[1]
     other = recipe_for(tmp_path / "other", other_model, f"{{continue_from: {made}}}")
     code, _, err = tongwen("run", other)
     assert code == 4 and "trained on another base" in err
