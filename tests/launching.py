@@ -76,14 +76,15 @@ def in_a_child(*arguments: object, before: Any = None) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def die_at(step: int) -> Any:
-    """Arms a forked command: it is killed when it has taken so many steps."""
+def die_at(step: int, phase: int = 0) -> Any:
+    """Arms a forked command: it is killed when it has taken so many steps, of a phase where there are several."""
 
     def arm() -> None:
         original = PlannedTrainer.training_step
 
         def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
-            if self.state.global_step == step:
+            here = not phase or self.job.checkpoints.name == f"phase-{phase}"
+            if here and self.state.global_step == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(self, *arguments, **options)
 

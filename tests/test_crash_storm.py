@@ -47,13 +47,14 @@ def test_the_harness_is_not_blind(ground: Ground) -> None:
 
 def test_the_committed_result_is_clean() -> None:
     found = json.loads((Path(__file__).parents[1] / "bench" / "results" / "crash_storm.json").read_text())
-    for method in ("full", "lora"):
-        one = found[method]
-        assert one["kills"] >= 200 and one["inside_a_commit"] >= 50 and one["diverged"] == one["hand_repairs"] == 0
+    for method in RUNS:
+        one, least = found[method], 200 if method in ("full", "lora") else 50
+        assert one["kills"] >= least and 4 * one["inside_a_commit"] >= least
+        assert one["diverged"] == one["hand_repairs"] == 0
     assert found["flipped_bits"]["flips"] == found["flipped_bits"]["detected"] == 400
     whole, changed, plain = (found[name] for name in ("command_line", "changed_recipes", "plain_trainer"))
     assert whole["kills"] >= 10 and whole["diverged"] == whole["hand_repairs"] == 0
     assert changed["changes"] == changed["refused"] == 13
     assert plain["hand_repairs"] > 0, "else the harness is blind"
-    calls = found["system_calls"]
-    assert calls["killed"] == calls["killed_exact"] > 0 and calls["failed"] == calls["failed_exact"] > 0
+    for calls in (found["system_calls"], found["system_calls_full"]):
+        assert calls["killed"] == calls["killed_exact"] > 0 and calls["failed"] == calls["failed_exact"] > 0

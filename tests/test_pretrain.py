@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from tests.conftest import dialogues, remade, tensors, write_rows
-from tests.launching import in_a_child, launched, needs_deepspeed
+from tests.launching import die_at, in_a_child, launched, needs_deepspeed
 from tests.test_run import manifest
 from tongwen import cli
 from tongwen.model.fingerprint import fingerprint_model, fingerprint_stack
 from tongwen.model.load import Place
-from tongwen.train.fit import Job, PlannedTrainer, fit
+from tongwen.train.fit import Job, fit
 
 NEW = [300, 301, 470, 471]
 EMBEDDING = "model.embed_tokens.weight"
@@ -179,22 +179,6 @@ def test_sft_stands_on_a_pretrained_adapter(grown: Path, tmp_path: Path, tongwen
     assert code == 0 and out_text.count("already done") == 3
 
 
-def die_at(step: int, phase_rate: float) -> Any:
-    """Kill the process at a step of the phase with that learning rate."""
-
-    def arm() -> None:
-        original = PlannedTrainer.training_step
-
-        def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
-            if self.state.global_step == step and self.job.stretch.rate == phase_rate:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(self, *arguments, **options)
-
-        PlannedTrainer.training_step = step_or_die  # type: ignore[method-assign]
-
-    return arm
-
-
 def test_killed_and_resumed_across_a_phase_border(grown: Path, tmp_path: Path) -> None:
     words = (
         "phases: [{train: new_rows, stop_after: 5 steps, learning_rate: 5e-3}, {train: lora+embeddings, stop_after: 6 steps}],"
@@ -205,8 +189,8 @@ def test_killed_and_resumed_across_a_phase_border(grown: Path, tmp_path: Path) -
         write_recipe(tmp_path / name, grown, words, shape=shape)
     assert in_a_child("run", tmp_path / "whole" / "recipe.yaml") == 0
     broken = tmp_path / "broken" / "recipe.yaml"
-    for step, rate in ((3, 5e-3), (0, 1e-2), (1, 1e-2), (5, 1e-2)):
-        assert os.WTERMSIG(in_a_child("run", broken, before=die_at(step, rate))) == signal.SIGKILL
+    for step, phase in ((3, 1), (0, 2), (1, 2), (5, 2)):
+        assert os.WTERMSIG(in_a_child("run", broken, before=die_at(step, phase))) == signal.SIGKILL
     assert in_a_child("run", broken) == 0
     stages = [tmp_path / name / "out" / "pretrain" for name in ("whole", "broken")]
     wanted, found = map(tensors, stages)
@@ -372,7 +356,7 @@ def test_two_processes_killed_on_the_way_take_the_phases_of_one(
 
     def die(rank: int) -> None:
         if rank == 1:
-            die_at(2 if then else 4, 1e-2 if then else 5e-3)()
+            die_at(*((2, 2) if then else (4, 0)))()
 
     assert launched(2, "run", recipe, before=die)[1] == -signal.SIGKILL
     partial = tmp_path / "two" / "out" / "pretrain.partial" / "checkpoints"
