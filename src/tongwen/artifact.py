@@ -242,8 +242,13 @@ def versions() -> dict[str, str]:
 
 def fingerprint_files(folder: Path) -> str:
     """sha256 over names and bytes of all files in a folder, manifest and reports excepted: for data artifacts."""
+    return fingerprint_hashes(hash_files(folder))
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """The sha256 of each file in a folder by its name there; the manifest's is left out."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return fingerprint_hashes({str(file.relative_to(folder)): hash_file(file) for file in files})
+    return {str(file.relative_to(folder)): hash_file(file) for file in files}
 
 
 def fingerprint_hashes(hashes: Mapping[str, str]) -> str:

@@ -100,13 +100,16 @@ def _load(parsed: argparse.Namespace) -> Any:
     from tongwen import console, launch
     from tongwen.recipe.load import load
 
-    overrides = list(parsed.overrides)
-    if getattr(parsed, "devices", None) is not None:
-        overrides.append(f"devices={parsed.devices}")
-    recipe, notices = load(parsed.recipe, overrides)
+    recipe, notices = load(parsed.recipe, _overrides(parsed))
     for notice in () if launch.is_ours() else notices:  # whose command has said them
         console.notice(notice)
     return recipe
+
+
+def _overrides(parsed: argparse.Namespace) -> list[str]:
+    """Those of the command line; `--devices` is one of them."""
+    devices = getattr(parsed, "devices", None)
+    return [*parsed.overrides, *([f"devices={devices}"] if devices is not None else [])]
 
 
 def _demo(parsed: argparse.Namespace) -> int:
@@ -119,14 +122,9 @@ def _run(parsed: argparse.Namespace) -> int:
     from tongwen import console, river
 
     recipe = _load(parsed)
-    arguments = [
-        parsed.recipe,
-        *parsed.overrides,
-        *([f"devices={parsed.devices}"] if parsed.devices is not None else []),
-    ]
     done = river.run(
         recipe,
-        arguments,
+        [parsed.recipe, *_overrides(parsed)],
         only=parsed.only,
         start=parsed.start,
         until=parsed.until,

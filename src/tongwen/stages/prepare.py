@@ -53,11 +53,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         for scan in scans:
             changed.update(scan["changed"])
         files = {str(part.file): _state(part.file) for part in parts}
-        made = {
-            file.relative_to(draft.path).as_posix(): artifact.hash_file(file)
-            for file in draft.path.rglob("*")
-            if file.is_file()
-        }
+        made = artifact.hash_files(draft.path)
         draft.fingerprint = artifact.fingerprint_hashes(made)
         draft.facts = {"ledger": tables, "changed": dict(changed), "sources": _sources(section), "files": files}
         draft.facts["made"] = made
