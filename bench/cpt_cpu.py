@@ -151,23 +151,25 @@ def score(folder: str, adapter: str, prepared: Path) -> float:
     """Bits per byte of a model on the held-out documents."""
     import torch
 
-    from tongwen.data import store as stores
+    from tongwen.data import token_store as stores
     from tongwen.data.encode import token_bytes
     from tongwen.data.ledger import Ledger
-    from tongwen.data.parts import load as load_records
-    from tongwen.lesson import read_documents
-    from tongwen.model import attention, load, stack
-    from tongwen.model.score import bits_per_byte
+    from tongwen.data.prepare_steps import load as load_records
+    from tongwen.model.adapters import chain
+    from tongwen.model.kernels import packed_attention
+    from tongwen.model.kernels.loss import bits_per_byte
+    from tongwen.model.loading import load
     from tongwen.recipe.schema import Pretrain
-    from tongwen.train.batches import MicroBatches, fill
+    from tongwen.train.packing import MicroBatches, fill
+    from tongwen.workflows.tokenized_data import read_documents
 
     reader = read_documents(folder, Pretrain(max_length=512))
     records = list(load_records(prepared / "documents.held_out.jsonl"))
     store = stores.in_memory(reader.held_out(records, Ledger("rows", "tokens"), lambda bad: None))
     model = load.load_model(load.locate(folder), torch.float32)
     if adapter:
-        model = stack.open_adapter(model, adapter, None).merge_and_unload()
-    model.set_attn_implementation(attention.register())
+        model = chain.open_adapter(model, adapter, None).merge_and_unload()
+    model.set_attn_implementation(packed_attention.register())
     batches = MicroBatches(store, fill(store.lengths, 1024), packed=True)
     sizes = torch.from_numpy(token_bytes(reader.tokenizer))
     return bits_per_byte(model, (batches[index] for index in range(len(batches))), sizes)["bits_per_byte"]

@@ -44,10 +44,13 @@ from tqdm import tqdm  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 
-from tongwen import artifact, cli, course, launch, river  # noqa: E402, F401 (imported here once, for all forks)
+from tongwen.cli import main as cli  # noqa: E402
+from tongwen.core import artifact, distributed  # noqa: E402
 from tongwen.stages import prepare, pretrain, sft  # noqa: E402, F401
 from tongwen.train.checkpoints import damage  # noqa: E402
-from tongwen.train.fit import PlannedTrainer  # noqa: E402
+from tongwen.train.trainer import PlannedTrainer  # noqa: E402
+from tongwen.workflows import pipeline  # noqa: E402, F401
+from tongwen.workflows.training import job  # noqa: E402, F401 (imported here, once for all forks)
 
 STEPS, EVERY = 12, 2
 SFT = f"sft: {{template: chatml, samples: 0, max_length: 256, precision: fp32, save_every: {EVERY}, micro_batch_tokens: 96, "
@@ -144,7 +147,7 @@ def _announce_saves(trainer: type, tell_first: Callable[[bytes], Any]) -> None:
     save = trainer._save_checkpoint
 
     def told(self: Any, *arguments: Any, **options: Any) -> None:
-        tell = tell_first if launch.is_first() else len
+        tell = tell_first if distributed.is_first() else len
         tell(b"(")
         save(self, *arguments, **options)
         tell(b")")

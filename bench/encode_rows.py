@@ -90,10 +90,10 @@ def cpu() -> float:
 
 
 def tongwen(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
-    from tongwen.data import store as stores
+    from tongwen.data import token_store as stores
     from tongwen.data.encode import encode_dialogues
-    from tongwen.lesson import read_dialogues
     from tongwen.recipe.schema import Sft
+    from tongwen.workflows.tokenized_data import read_dialogues
 
     section = Sft(max_length=4096)
     reader = read_dialogues(chosen.model, section)
@@ -112,8 +112,8 @@ def tongwen(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str,
 
 
 def library(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
-    from tongwen.lesson import read_dialogues
     from tongwen.recipe.schema import Sft
+    from tongwen.workflows.tokenized_data import read_dialogues
 
     reader = read_dialogues(chosen.model, Sft())
     texts = [reader.template.samples(one)[0].text for one in iter_dialogues(rows)]
@@ -130,9 +130,9 @@ def library(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str,
 
 def iter_dialogues(rows: list[dict[str, str]]) -> Iterator[Any]:
     """As `prepare` reads them: the format recognised row by row."""
+    from tongwen.core.records import Origin
     from tongwen.data.formats import read_dialogue, recognise
     from tongwen.recipe.schema import Source
-    from tongwen.record import Origin
 
     source = Source(path="rows")
     for number, row in enumerate(rows, 1):

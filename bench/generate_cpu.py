@@ -74,8 +74,8 @@ def in_a_process(way: str, model: object, chosen: argparse.Namespace) -> dict[st
 
 
 def measure(way: str, model: str, prompts: list[str]) -> dict[str, Any]:
-    from tongwen.infer.decode import Sampling
-    from tongwen.speaker import open_speaker
+    from tongwen.infer.generation import Sampling
+    from tongwen.workflows.chat_model import open_speaker
 
     engine = way if way != "generate" else "batched"
     speaker = open_speaker(model, precision="fp32", engine=engine)

@@ -116,7 +116,7 @@ class Samples:
         """As tongwen keeps them."""
         import numpy as np
 
-        from tongwen.data.store import SAMPLE, TokenStore
+        from tongwen.data.token_store import SAMPLE, TokenStore
 
         spans = np.stack([self.offsets[:-1] + self.prompts, self.offsets[1:]], axis=1)
         return TokenStore(self.ids, self.offsets, spans, np.zeros(len(self), SAMPLE), ("random",))
@@ -266,17 +266,18 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
     """What a training stage does after its base was opened."""
     import torch
 
-    from tongwen import course
-    from tongwen.model import attention, layers
-    from tongwen.model.adapt import adapt
-    from tongwen.model.blocks import fuse_blocks
-    from tongwen.model.score import learned_loss
+    from tongwen.model.adapters.attach import adapt
+    from tongwen.model.kernels import checkpointing as layers
+    from tongwen.model.kernels import packed_attention as attention
+    from tongwen.model.kernels.fused_blocks import fuse_blocks
+    from tongwen.model.kernels.loss import learned_loss
     from tongwen.recipe.schema import Adapter, Duration, Sft
-    from tongwen.train.batches import make_plan
-    from tongwen.train.engine import Engine
-    from tongwen.train.fit import Job, fit
     from tongwen.train.memory import own_memory, token_budget
-    from tongwen.train.watch import Watch
+    from tongwen.train.metrics import Watch
+    from tongwen.train.packing import make_plan
+    from tongwen.train.parallel import Engine
+    from tongwen.train.trainer import Job, fit
+    from tongwen.workflows.training import job
 
     class Timed(Watch):
         def on_step_end(self, *arguments: Any, **rest: Any) -> None:
@@ -304,14 +305,14 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
         stop_after=words.stop_after,
         budget=token_budget(device(), model.config, own_memory(device()), full=case.method == "full"),
     )
-    pupil = course.Pupil(adapted, (), True, None, device(), torch.bfloat16, Engine("single"))
-    leg = course.Leg(stretch, plan, folder, 0, 0)
+    pupil = job.Pupil(adapted, (), True, None, device(), torch.bfloat16, Engine("single"))
+    leg = job.Leg(stretch, plan, folder, 0, 0)
     adapted.focus(stretch.parts)
     if case.contestant.endswith("compiled"):
         layers.compile_layers(model)
     else:
         fuse_blocks(model)
-    course.make_ready(pupil, leg, store)
+    job.make_ready(pupil, leg, store)
     fit(
         Job(
             model=adapted.model,
@@ -458,7 +459,7 @@ def get_ready(contestant: str) -> None:
     """Import what it needs, before its time begins."""
     name = program_of(contestant)
     importlib.import_module({"Unsloth": "unsloth", "LLaMA-Factory": "llamafactory.train.tuner"}.get(name, "torch"))
-    importlib.import_module("tongwen.course" if name == "tongwen" else "peft")
+    importlib.import_module("tongwen.workflows.training.job" if name == "tongwen" else "peft")
     importlib.import_module("transformers.trainer")
 
 

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from tongwen.artifact import hash_file, partial_of
+from tongwen.core.artifact import hash_file, partial_of
 
 
 def main() -> None:

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, embedding
 
-from tongwen import lexicon
-from tongwen.model import load
+from tongwen.model.loading import load
 from tongwen.vocab.script import Script
+from tongwen.workflows import tokenizer_files
 
 PIECES, LAYERS, CHUNK = 2000, 4, 300
 
@@ -37,11 +37,11 @@ def main() -> None:
     parser.add_argument("--distil-characters", type=int, default=15_000)
     chosen = parser.parse_args()
     torch.manual_seed(0)
-    base = lexicon.open_lexicon(chosen.model)
+    base = tokenizer_files.open_lexicon(chosen.model)
     lines = Path(chosen.text).read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(lines)
     held_out, rest = [line for line in lines[:3000] if len(line) > 30][:40], lines[3000:]
-    learnt = lexicon.learn(base, rest, Script("han"), PIECES)
+    learnt = tokenizer_files.learn(base, rest, Script("han"), PIECES)
     made = learnt.extended(PIECES)
     model = load.load_model(load.locate(chosen.model), torch.float32).requires_grad_(False).eval()
     old = model.get_input_embeddings().weight.clone()

@@ -87,13 +87,13 @@ def write_text(source: Path, target: Path, size: int) -> None:
 
 
 def measure(chosen: argparse.Namespace, size: int) -> dict[str, Any]:
-    from tongwen.data import parts as steps
-    from tongwen.data import store as stores
+    from tongwen.data import prepare_steps as steps
+    from tongwen.data import token_store as stores
     from tongwen.data.clean import Cleaner
     from tongwen.data.encode import Encoder, encode_documents
     from tongwen.data.ledger import Ledger
-    from tongwen.data.sources import read_rows
-    from tongwen.model import load
+    from tongwen.data.reader import read_rows
+    from tongwen.model.loading import load
     from tongwen.recipe.schema import Prepare
 
     out: dict[str, Any] = {"million_bytes": size, "mb_per_cpu_second": {}, "peak_mb": {}}

@@ -44,11 +44,11 @@ def main() -> None:
 
 
 def learning(chosen: argparse.Namespace) -> dict[str, Any]:
-    from tongwen import lexicon
     from tongwen.vocab import measure
     from tongwen.vocab.script import Script
+    from tongwen.workflows import tokenizer_files
 
-    base, han = lexicon.open_lexicon(chosen.model), Script("han")
+    base, han = tokenizer_files.open_lexicon(chosen.model), Script("han")
     lines = Path(chosen.text).read_text(encoding="utf-8").splitlines()
     held_out, rest = lines[::10], [line for place, line in enumerate(lines) if place % 10]
     english = Path(chosen.other).read_text(encoding="utf-8").splitlines()
@@ -57,7 +57,7 @@ def learning(chosen: argparse.Namespace) -> dict[str, Any]:
     costs = {}
     for part in (8, 4, 2, 1):
         began = time.process_time()
-        learnt = lexicon.learn(base, rest[::part], han, 8000)
+        learnt = tokenizer_files.learn(base, rest[::part], han, 8000)
         costs[f"{sum(len(line.encode()) for line in rest[::part]) / 1e6:.2f} MB"] = {
             "cpu_seconds": round(time.process_time() - began, 2),
             "pieces": len(learnt),
@@ -97,7 +97,7 @@ def make_model(folder: Path, hidden: int, layers: int, rows: int) -> int:
     """A random model's files, written tensor by tensor; returns their size."""
     import numpy as np
 
-    from tongwen.weights import plan_shards
+    from tongwen.core.safetensors_io import plan_shards
 
     shapes = {"model.embed_tokens.weight": (rows, hidden), "lm_head.weight": (rows, hidden)}
     for layer in range(layers):
@@ -125,19 +125,19 @@ def make_model(folder: Path, hidden: int, layers: int, rows: int) -> int:
 
 def grow(folder: Path) -> None:
     """2,000 new rows by the mean of three old ones each; prints seconds and the peak of this process."""
-    from tongwen.model import widen
-    from tongwen.model.tensors import open_tensors, read_fp32
+    from tongwen.model.loading.tensors import open_tensors, read_fp32
+    from tongwen.model.merging import resize
     from tongwen.vocab.grow import iter_rows
 
     base = open_tensors(folder, "*.bin")
-    names = widen.matrices_of(base, str(folder))
+    names = resize.matrices_of(base, str(folder))
     old = base.facts[names[0]][1][0]
-    rows = widen.plan_rows(old, range(old, old + 2000), old, 64)
+    rows = resize.plan_rows(old, range(old, old + 2000), old, 64)
     parts = [[place, place + 7, place + 31] for place in range(2000)]
     out = folder / "out"
     out.mkdir()
     wall, cpu = time.monotonic(), time.process_time()
-    widen.widen(
+    resize.widen(
         base,
         {},
         names,

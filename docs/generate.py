@@ -31,7 +31,7 @@ LENGTHS = (2048, 8192)
 
 def main() -> int:
     os.environ["COLUMNS"] = "80"
-    from tongwen.stages.init import STARTS, render
+    from tongwen.commands.init import STARTS, render
 
     recipes = HERE.parent / "recipes"
     recipes.mkdir(exist_ok=True)
@@ -59,8 +59,8 @@ def main() -> int:
 
 def families_page() -> str:
     """What each family can do, from its facts; tests/test_families.py and tests/test_gguf.py hold them to it."""
-    from tongwen.families import FAMILIES
-    from tongwen.language import say
+    from tongwen.core.i18n import say
+    from tongwen.core.model_families import FAMILIES
 
     heads = (
         say("family", "系列"),
@@ -91,7 +91,7 @@ def families_page() -> str:
 
 FAMILIES_EN = """# Model families
 
-Made from `src/tongwen/families.py` by `make docs`; do not edit. Each ✓ is what a test does at tiny size: the model is
+Made from `src/tongwen/core/model_families.py` by `make docs`; do not edit. Each ✓ is what a test does at tiny size: the model is
 trained in full on plain text, with LoRA and with QLoRA on dialogues, its adapter is merged, the merged model computes what base and adapter compute together,
 and it answers. Packed: several samples lie in one row without seeing each other; where it says no, batches are padded.
 GGUF: llama.cpp gives the same text, greedily. vLLM needs a GPU and was not run: "listed" is what its own documentation says.
@@ -114,7 +114,7 @@ before anything is trained: by `check` where the base is a folder, by `plan` and
 """
 FAMILIES_ZH = """# 模型系列
 
-由 `make docs` 从 `src/tongwen/families.py` 生成，请勿手改。每个 ✓ 都有微型模型的测试：在纯文本上全参数训练，在对话上用 LoRA 与 QLoRA 训练，合并适配器，
+由 `make docs` 从 `src/tongwen/core/model_families.py` 生成，请勿手改。每个 ✓ 都有微型模型的测试：在纯文本上全参数训练，在对话上用 LoRA 与 QLoRA 训练，合并适配器，
 合并结果与“底座 + 适配器”的计算一致，并能回答。打包：多个样本在同一行而互不可见；写“否”的使用填充批次。GGUF：llama.cpp
 贪心解码给出相同文本。vLLM 需要 GPU，未实际运行：“列出”仅表示其文档列有该架构。
 
@@ -135,8 +135,8 @@ FAMILIES_ZH = """# 模型系列
 
 
 def cli_page() -> str:
-    from tongwen.cli import make_parser
-    from tongwen.language import say
+    from tongwen.cli.main import make_parser
+    from tongwen.core.i18n import say
 
     parser = make_parser()
     parts = [
@@ -153,7 +153,7 @@ def cli_page() -> str:
 
 
 def recipe_page() -> str:
-    from tongwen.recipe.pages import to_markdown
+    from tongwen.recipe.docs import to_markdown
 
     return to_markdown()
 
@@ -169,8 +169,8 @@ def with_memory(file: Path, page: str) -> str:
 
 def with_failures(file: Path) -> str:
     """The page with its table made anew."""
-    from tongwen.language import say
-    from tongwen.past.failures import failures
+    from tongwen.core.i18n import say
+    from tongwen.migrate.failures import failures
 
     start, end = "<!-- failures -->\n", "<!-- /failures -->"
     text = file.read_text(encoding="utf-8")
@@ -183,7 +183,7 @@ def with_failures(file: Path) -> str:
 
 
 def memory_page() -> str:
-    from tongwen.language import say
+    from tongwen.core.i18n import say
 
     names = {"lora": "LoRA", "qlora": "QLoRA (nf4)", "full": say("full", "全参数")}
     head = [say("model", "模型"), *(f"{name}, {length}" for name in names.values() for length in LENGTHS)]
@@ -234,8 +234,8 @@ def peak(name: str, method: str, length: int) -> int:
     import torch
     from transformers import LlamaConfig, Qwen3Config
 
-    from tongwen.foresight import Micro, Setting, foresee
     from tongwen.recipe.schema import Adapter
+    from tongwen.workflows.memory_estimate import Micro, Setting, foresee
 
     family, hidden, intermediate, layers, heads, tied = MODELS[name]
     config = (Qwen3Config if family is QWEN3 else LlamaConfig)(

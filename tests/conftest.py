@@ -238,7 +238,7 @@ def _plain_screen() -> Any:
     yield
     from rich.console import Console
 
-    from tongwen import console
+    from tongwen.core import console
 
     console.SCREEN.json, console.SCREEN.console = False, Console(highlight=False, width=200)
 
@@ -250,11 +250,12 @@ def tongwen(capsys: pytest.CaptureFixture[str]) -> Any:
     def call(*arguments: object) -> tuple[int, str, str]:
         from rich.console import Console
 
-        from tongwen import cli, console
+        from tongwen.cli.main import main
+        from tongwen.core import console
 
         console.SCREEN.json = False
         console.SCREEN.console = Console(highlight=False, width=200)
-        code = cli.main([str(argument) for argument in arguments])
+        code = main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         return code, out, err
 

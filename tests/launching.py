@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-import tongwen.course
 import tongwen.stages.merge
 import tongwen.stages.prepare
-import tongwen.stages.sft  # noqa: F401 (imported here, once for all children)
-from tongwen import cli
-from tongwen.train.fit import PlannedTrainer
+import tongwen.stages.sft
+import tongwen.workflows.training.job  # noqa: F401 (imported here, once for all children)
+from tongwen.cli.main import main
+from tongwen.train.trainer import PlannedTrainer
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
@@ -54,7 +54,7 @@ def _start(rank: int, world: int, port: int, arguments: tuple[object, ...], befo
         os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
         if before:
             before(rank)
-        os._exit(cli.main([str(argument) for argument in arguments]))
+        os._exit(main([str(argument) for argument in arguments]))
     except BaseException:  # a forked test must not come back
         import traceback
 
@@ -70,7 +70,7 @@ def in_a_child(*arguments: object, before: Any = None) -> int:
             if before:
                 before()
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os._exit(cli.main([str(argument) for argument in arguments]))
+            os._exit(main([str(argument) for argument in arguments]))
         except BaseException:  # a forked test must not come back
             os._exit(99)
     return os.waitpid(child, 0)[1]

@@ -11,10 +11,10 @@ from typing import Any
 
 import uvicorn
 
-from tongwen.errors import NumbersError
-from tongwen.ui.web.bench import Bench, Talk
-from tongwen.ui.web.door import Limits
-from tongwen.ui.web.server import make_app
+from tongwen.core.errors import NumbersError
+from tongwen.serving.web.backend import Bench, Talk
+from tongwen.serving.web.login import Limits
+from tongwen.serving.web.server import make_app
 
 TOKEN = "right-token"
 SECRET = "canary/of/a/path"

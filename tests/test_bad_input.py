@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError
 
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer, tiny_llama, write_recipe, write_rows
-from tongwen import launch, river
-from tongwen.errors import MachineError
+from tongwen.core import distributed
+from tongwen.core.errors import MachineError
+from tongwen.workflows import pipeline
 
 GOOD = {"instruction": "问", "input": "", "output": "答"}
 
@@ -203,7 +204,7 @@ def test_a_full_or_broken_disk_leaves_what_was_there(
     def full(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("tongwen.model.fold.copy_bytes", full)
+    monkeypatch.setattr("tongwen.model.merging.merge.copy_bytes", full)
     code, _, err = tongwen("run", recipe, "--from", "merge", "--again")
     assert code == 5 and words in err
     assert (f"{tmp_path / 'out' / 'merge'}: the disk is full" in err and "out=" in err) == ("full" in words)
@@ -236,8 +237,8 @@ def test_out_of_memory_names_the_cures_in_order(
     def exhausted(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("tongwen.train.fit.PlannedTrainer.compute_loss", exhausted)
-    monkeypatch.setattr("tongwen.model.load.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("tongwen.train.trainer.PlannedTrainer.compute_loss", exhausted)
+    monkeypatch.setattr("tongwen.model.loading.load.cpu_has_bf16", lambda: True)
     recipe = write_recipe(tmp_path, chat_model)
     words = ("micro_batch_tokens=", "activation_checkpointing=on", "precision=auto", "adapter.method=qlora")
     for told, cures in (((), words), (("sft.activation_checkpointing=on",), (words[0], *words[2:]))):
@@ -247,8 +248,8 @@ def test_out_of_memory_names_the_cures_in_order(
         assert ("activation_checkpointing" in err) == (not told)
         changes = err.split("before: ")[1].split(";")[0].split()
         assert tongwen("check", recipe, *told, *changes)[0] == 0
-    monkeypatch.setattr("tongwen.course.device_memory", lambda device: 1)
-    monkeypatch.setattr("tongwen.course._fits", lambda *_: False)
+    monkeypatch.setattr("tongwen.workflows.training.job.device_memory", lambda device: 1)
+    monkeypatch.setattr("tongwen.workflows.training.job._fits", lambda *_: False)
     assert "activation_checkpointing" not in tongwen("run", recipe)[2], "auto has already taken to it"
 
 
@@ -281,18 +282,18 @@ def test_the_folder_is_taken_until_launched_processes_have_saved(tmp_path: Path)
     """Also when the command that started them is killed."""
     child = os.fork()
     if not child:
-        with river._alone(tmp_path):
-            os._exit(launch._wait_for(["sh", "-c", f"touch {tmp_path}/began; exec sleep 60"], dict(os.environ)))
+        with pipeline._alone(tmp_path):
+            os._exit(distributed._wait_for(["sh", "-c", f"touch {tmp_path}/began; exec sleep 60"], dict(os.environ)))
     while not (tmp_path / "began").exists():
         assert os.waitpid(child, os.WNOHANG) == (0, 0)
     (saving,) = psutil.Process(child).children()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    with pytest.raises(MachineError, match="another tongwen"), river._alone(tmp_path):
+    with pytest.raises(MachineError, match="another tongwen"), pipeline._alone(tmp_path):
         pass
     saving.kill()
     saving.wait()
-    with river._alone(tmp_path):
+    with pipeline._alone(tmp_path):
         pass
 
 

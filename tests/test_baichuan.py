@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from tests.conftest import CORPUS, tiny_llama
-from tongwen.model import load
+from tongwen.model.loading import load
 
 FUSED = "model.layers.{}.self_attn.W_pack.weight"
 

@@ -22,10 +22,10 @@ from playwright.sync_api import sync_playwright
 
 from tests.conftest import byte_level_tokenizer, dialogues, tiny_llama, write_recipe, write_rows
 from tests.page_server import TOKEN, Parrot, serving, talk
-from tongwen import runs
-from tongwen.river import holder
-from tongwen.stages.web import whole_bench
-from tongwen.workplace import Workplace
+from tongwen.commands.web import whole_bench
+from tongwen.workflows import run_manager
+from tongwen.workflows.pipeline import holder
+from tongwen.workflows.workspace import Workplace
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
@@ -230,9 +230,9 @@ def test_a_run_is_started_watched_stopped_and_taken_up(page: Any, folder: Path) 
         page.locator("#stop:not([disabled])").click()
         wait_for(lambda: not holder(out))
         page.locator("#resume:not([disabled])").click()
-        wait_for(lambda: holder(out) or runs.facts(out)[0][0] == "finished")
+        wait_for(lambda: holder(out) or run_manager.facts(out)[0][0] == "finished")
     wait_for(lambda: not holder(out))
-    assert runs.facts(out)[0][0] == "finished", runs.log(out)
+    assert run_manager.facts(out)[0][0] == "finished", run_manager.log(out)
     link = page.locator("#picture a[href^='/report']").first
     report = f"{page.url.split('/zh')[0].split('/en')[0]}{link.get_attribute('href')}"
     leave(page, lambda: page.goto(report))

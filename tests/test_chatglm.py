@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from tests.conftest import CORPUS, SHARED, dialogues, write_recipe
+from tongwen.core.errors import ModelError
+from tongwen.core.records import Dialogue, Message, Origin
 from tongwen.data.encode import Encoder, token_bytes
-from tongwen.errors import ModelError
-from tongwen.model import dress, load
-from tongwen.record import Dialogue, Message, Origin
-from tongwen.speaker import open_speaker
+from tongwen.model.loading import chat_setup, load
+from tongwen.workflows.chat_model import open_speaker
 
 GOLDEN, ICE = SHARED / "golden", SHARED / "tokenizers" / "ice_text.model"
 needs_shared = pytest.mark.skipif(not ICE.is_file(), reason="TONGWEN_SHARED is not set")
@@ -56,7 +56,7 @@ def chatglm_folder(folder: Path, ice: Path, images: int = 0) -> Path:
     """A folder as the original has it, with a tiny model. images: tokens before the text's."""
     from sentencepiece import SentencePieceProcessor
 
-    from tongwen.model.families.chatglm import ChatGLMConfig, ChatGLMForCausalLM
+    from tongwen.model.chatglm import ChatGLMConfig, ChatGLMForCausalLM
 
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "inner_hidden_size": 128, "num_layers": 2, "num_attention_heads": 2}
@@ -105,7 +105,7 @@ def test_padding_and_packing_change_no_number() -> None:
     """Rows padded on either side, and documents end to end, get the logits that each has alone."""
     from safetensors.torch import load_file
 
-    from tongwen.model import attention
+    from tongwen.model.kernels import packed_attention
 
     model, expected = golden_model(), load_file(GOLDEN / "chatglm_tiny" / "expected.safetensors")
     texts = [expected[f"{number}.input_ids"] for number in (0, 3)]
@@ -121,7 +121,7 @@ def test_padding_and_packing_change_no_number() -> None:
         kept = logits[0, gap:] if left else logits[0, : len(short)]
         torch.testing.assert_close(kept, alone[0], rtol=0, atol=1e-5)
         torch.testing.assert_close(logits[1], alone[1], rtol=0, atol=1e-5)
-    model.set_attn_implementation(attention.register())
+    model.set_attn_implementation(packed_attention.register())
     borders = torch.tensor([0, len(short), len(short) + len(long)])
     packed = model(torch.cat(texts)[None], cu_seq_lens_q=borders).logits[0]
     torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-5)
@@ -159,7 +159,7 @@ def test_rounds_and_answers_are_written_as_it_was_trained(small_ice: Path, tmp_p
     seen whole. An answer begins with a blank of its own, as every text does."""
     tokenizer = load.load_tokenizer(load.locate(str(chatglm_folder(tmp_path, small_ice))))
     encoder = Encoder(tokenizer)
-    template = dress.bind_template("own", tokenizer, encoder.prefix)
+    template = chat_setup.bind_template("own", tokenizer, encoder.prefix)
     assert template.prompt([Message("user", "你好")]) == "你好[gMASK]<sop>"
     turns = tuple(
         Message(role, text) for role, text in [("user", "一"), ("assistant", "二"), ("user", "三"), ("assistant", "四")]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tongwen import artifact
-from tongwen.errors import ArtifactError, MachineError
+from tongwen.core import artifact
+from tongwen.core.errors import ArtifactError, MachineError
 from tongwen.train.checkpoints import MANIFEST, STAGING, check_space, commit, damage, newest_checkpoint, stage
 
 TOLD = {"run": "a1", "settings": {"sft": {"rank": 4}}, "identity": {"base": "00ff"}}

@@ -7,10 +7,10 @@ import unicodedata
 
 import pytest
 
+from tongwen.core.records import Dialogue, Document, Message, Origin
 from tongwen.data import clean
 from tongwen.data.clean import Cleaner, Dropped
 from tongwen.recipe.schema import Clean
-from tongwen.record import Dialogue, Document, Message, Origin
 
 HERE = Origin("f", 1)
 

@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import tensors, tiny_llama
 from tests.test_merge import logits, make_adapter, merged
-from tongwen.model.combine import find_cut
+from tongwen.model.merging.combine import find_cut
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -108,7 +108,7 @@ def test_what_cannot_be_combined_is_refused(chat_model: Path, tmp_path: Path, to
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_merged_onto_what_training_saw(kind: str, tmp_path: Path, tongwen: Any) -> None:
     functional = pytest.importorskip("bitsandbytes").functional
-    from tongwen.model.load import Place, load_model
+    from tongwen.model.loading.load import Place, load_model
 
     base = tmp_path / "base"
     tiny_llama(base, 90, hidden_size=64, intermediate_size=128)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import write_recipe
 from tests.launching import in_a_child
-from tongwen import page
+from tongwen.core import html as page
 
 
 @pytest.fixture(scope="module")

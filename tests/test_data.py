@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_rows
+from tongwen.core.errors import DataError, RowRefused
+from tongwen.core.records import Origin
 from tongwen.data.clean import Cleaner, Dropped
 from tongwen.data.files import find_files
 from tongwen.data.formats import read_dialogue, recognise
 from tongwen.data.ledger import Ledger
-from tongwen.data.parts import check_losses, iter_rows, list_parts, load
-from tongwen.data.sources import read_rows
-from tongwen.errors import DataError, RowRefused
+from tongwen.data.prepare_steps import check_losses, iter_rows, list_parts, load
+from tongwen.data.reader import read_rows
 from tongwen.recipe.schema import Prepare, Source
-from tongwen.record import Origin
 
 HERE, SOURCE = Origin("f", 1), Source(path="f")
 ALPACA = {"instruction": "问", "input": "", "output": "答"}
@@ -284,7 +284,7 @@ def test_prepared_dialogues_read_back_the_same(tmp_path: Path) -> None:
 
 
 def test_the_shipped_dialogues_are_whole() -> None:
-    folder = Path(__file__).parents[1] / "src" / "tongwen" / "demo"
+    folder = Path(__file__).parents[1] / "src" / "tongwen" / "commands" / "demo_data"
     records, rejected, _ = read(folder / "dialogues.jsonl")
     assert not rejected
     assert len(records) >= 160

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
+from tongwen.core.records import Dialogue, Document, Message, Origin
 from tongwen.data import dedup
-from tongwen.record import Dialogue, Document, Message, Origin
 
 HERE = Origin("f", 1)
 CHARACTERS = [chr(code) for code in range(0x4E00, 0x4E00 + 1500)]

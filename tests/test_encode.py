@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
-from tongwen.data import store as stores
+from tongwen.core.errors import DataError
+from tongwen.core.records import Dialogue, Document, Message, Origin, Span
+from tongwen.data import token_store as stores
 from tongwen.data.encode import Encoder, check_store, encode_dialogues, encode_documents, token_bytes
 from tongwen.data.ledger import Ledger, Rejected
-from tongwen.data.store import SAMPLE, TokenStore, spans_of
-from tongwen.errors import DataError
-from tongwen.model.dress import bind_template, end_of_text
+from tongwen.data.token_store import SAMPLE, TokenStore, spans_of
+from tongwen.model.loading.chat_setup import bind_template, end_of_text
 from tongwen.recipe.schema import Sft
-from tongwen.record import Dialogue, Document, Message, Origin, Span
 
 KINDS = ("bytes", "sentencepiece", "legacy")
 

@@ -13,11 +13,13 @@ import torch
 from tests.conftest import write_rows
 from tests.launching import launched as in_processes
 from tests.launching import needs_deepspeed
-from tongwen import cli, launch, river
-from tongwen.errors import TongwenError
-from tongwen.model import load as model_load
+from tongwen.cli import main as cli
+from tongwen.core import distributed
+from tongwen.core.errors import TongwenError
+from tongwen.model.loading import load as model_load
 from tongwen.recipe.load import load
-from tongwen.train import engine
+from tongwen.train import parallel
+from tongwen.workflows import pipeline
 
 # The two files that older projects ship, as they are.
 BELLE: dict[str, Any] = {
@@ -101,8 +103,8 @@ def recipe(folder: Path, settings: Any, sft: str = "") -> Path:
 
 def launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(engine, "_prepare_deepspeed", lambda zero, place: None)
+    monkeypatch.setattr(parallel.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(parallel, "_prepare_deepspeed", lambda zero, place: None)
 
 
 def test_deepspeed_files_of_older_projects_load_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,13 +116,13 @@ def test_deepspeed_files_of_older_projects_load_as_they_are(tmp_path: Path, monk
         and sft.trainer == {"adam_beta1": 0.9, "adam_beta2": 0.999}
     )
     assert "schedule: warmup_lr" in notices and "fp16" in notices
-    made = engine.choose(sft)
+    made = parallel.choose(sft)
     config = made.arguments["deepspeed"]
     assert made.name == "zero2" and config["zero_optimization"]["allgather_bucket_size"] == 5e8
     assert config["steps_per_print"] == 5 and config["gradient_clipping"] == "auto"
     assert not {"optimizer", "scheduler", "fp16"} & set(config), "the recipe has them"
     sft, notices = read(recipe(tmp_path, NO_OFFLOAD))
-    assert engine.choose(sft).name == "zero2" and not notices
+    assert parallel.choose(sft).name == "zero2" and not notices
     sft, _ = read(recipe(tmp_path, {**NO_OFFLOAD, "gradient_clipping": 0.5, "bf16": {"enabled": True}}))
     assert sft.max_grad_norm == 0.5 and sft.precision == "bf16"
 
@@ -148,7 +150,7 @@ def test_an_fsdp_file_of_the_first_version_is_read_as_the_second(
     sft, notices = read(recipe(tmp_path, FSDP1))
     assert sft.offload and sft.precision == "bf16"
     assert "backward_prefetch" in notices and "state_dict_type" in notices
-    assert engine.choose(sft).arguments["fsdp_config"] == {
+    assert parallel.choose(sft).arguments["fsdp_config"] == {
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "reshard_after_forward": False,
@@ -284,8 +286,8 @@ def test_other_spellings_are_read_as_what_they_mean(
         sft = read(recipe(folder, one))[0]
         made.append(
             (
-                engine.choose(sft).arguments,
-                engine.sharing_of(sft, 2),
+                parallel.choose(sft).arguments,
+                parallel.sharing_of(sft, 2),
                 sft.max_grad_norm,
                 sft.precision,
                 sft.activation_checkpointing,
@@ -301,7 +303,7 @@ def test_a_layer_that_the_model_has_not_is_refused_by_name(
 
     launched(monkeypatch)
     names = "fsdp_transformer_layer_cls_to_wrap: 'LlamaDecoderLayer, GPTNeoXLayer'"
-    chosen = engine.choose(read(recipe(tmp_path, fsdp(names)))[0])
+    chosen = parallel.choose(read(recipe(tmp_path, fsdp(names)))[0])
     with pytest.raises(TongwenError) as refused:
         chosen.shard(AutoModelForCausalLM.from_pretrained(chat_model), torch.float32)
     assert refused.value.exit_code == 2 and "no layer 'GPTNeoXLayer'" in (text := refused.value.text())
@@ -312,19 +314,19 @@ def test_a_layer_that_the_model_has_not_is_refused_by_name(
 def test_what_deepspeed_does_not_know_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(TongwenError, match=r"engine.json · zero_optimization.wonder: 1: Extra inputs") as refused:
-        engine.choose(read(recipe(tmp_path, zero(wonder=1)))[0])
+        parallel.choose(read(recipe(tmp_path, zero(wonder=1)))[0])
     assert refused.value.exit_code == 2
     by_itself = read(recipe(tmp_path, zero(reduce_bucket_size="auto")))[0]
-    assert engine.choose(by_itself).name == "zero2" and engine.sharing_of(by_itself, 2).bucket == 0
+    assert parallel.choose(by_itself).name == "zero2" and parallel.sharing_of(by_itself, 2).bucket == 0
 
 
 @pytest.fixture()
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No launcher; what a command takes from the environment comes back."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", launch.EXIT_FILE, launch.BEGAN):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", distributed.EXIT_FILE, distributed.BEGAN):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setattr(launch, "torchrun", lambda *arguments: pytest.fail("no process may start"))
+    monkeypatch.setattr(distributed, "torchrun", lambda *arguments: pytest.fail("no process may start"))
 
 
 @pytest.mark.parametrize(
@@ -374,8 +376,8 @@ def test_a_finished_training_needs_no_gpus(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(model_load, "count_devices", lambda: 1)
     made = load(recipe(tmp_path, "auto"), ["devices=2"])[0]
     with pytest.raises(TongwenError, match="shows 1 GPUs"):
-        river._check_devices(made, ["prepare", "sft"])
-    river._check_devices(made, ["prepare", "export"])
+        pipeline._check_devices(made, ["prepare", "sft"])
+    pipeline._check_devices(made, ["prepare", "export"])
 
 
 @pytest.mark.usefixtures("alone")
@@ -390,16 +392,16 @@ def test_accelerates_cpu_is_one_process_and_says_so(
 @pytest.mark.usefixtures("alone")
 def test_a_process_of_ours_is_launched_though_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """`engine: fsdp2` on one GPU: torchrun has started it."""
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), (launch.EXIT_FILE, "somewhere")):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), (distributed.EXIT_FILE, "somewhere")):
         monkeypatch.setenv(name, value)
-    launch.adopt()
-    assert launch.is_launched()
-    monkeypatch.delenv(launch.EXIT_FILE)
+    distributed.adopt()
+    assert distributed.is_launched()
+    monkeypatch.delenv(distributed.EXIT_FILE)
     for size in ("1", ""):
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", size)
-        launch.adopt()
-        assert not launch.is_launched() and launch.world_size() == 1
+        distributed.adopt()
+        assert not distributed.is_launched() and distributed.world_size() == 1
 
 
 @pytest.mark.parametrize(("rank", "visible", "taken"), [(3, 8, 3), (3, 1, 0), (3, 2, 1), (3, 0, None)])
@@ -429,7 +431,7 @@ def test_whoever_waits_for_a_first_process_that_failed_ends_too(tmp_path: Path, 
     """As under `srun` without -K."""
 
     def be_impatient(rank: int) -> None:
-        river.PATIENCE_SECONDS = 1  # type: ignore[assignment]
+        pipeline.PATIENCE_SECONDS = 1  # type: ignore[assignment]
 
     file = recipe(tmp_path, "auto")
     (tmp_path / "data.jsonl").write_text("nonsense\n")
@@ -441,20 +443,20 @@ def test_other_settings_from_outside_are_refused(tmp_path: Path, monkeypatch: py
     launched(monkeypatch)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(TongwenError, match="ACCELERATE_USE_FSDP"):
-        engine.choose(read(recipe(tmp_path, "auto"))[0])
+        parallel.choose(read(recipe(tmp_path, "auto"))[0])
 
 
 def test_a_checkpoint_of_another_engine_or_of_more_processes_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
-    engine.Engine("single").check_resumes(tmp_path)
+    parallel.Engine("single").check_resumes(tmp_path)
     with pytest.raises(TongwenError, match="one of ddp, and zero2 cannot continue it"):
-        engine.Engine("zero2").check_resumes(tmp_path)
+        parallel.Engine("zero2").check_resumes(tmp_path)
     (tmp_path / "global_step3").mkdir()
     for rank in range(2):
         (tmp_path / "global_step3" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     with pytest.raises(TongwenError, match=r"2 processes, and here are 1[\s\S]*--devices 2"):
-        engine.Engine("zero2").check_resumes(tmp_path)
+        parallel.Engine("zero2").check_resumes(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    engine.Engine("zero2").check_resumes(tmp_path)
+    parallel.Engine("zero2").check_resumes(tmp_path)

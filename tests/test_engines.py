@@ -20,10 +20,11 @@ import torch
 
 from tests.conftest import remade, tensors, without_chatml, write_recipe, write_rows
 from tests.launching import in_a_child, launched, needs_deepspeed
-from tongwen import course, launch
-from tongwen.families import FAMILIES
-from tongwen.train.engine import Engine
-from tongwen.train.fit import PlannedTrainer
+from tongwen.core import distributed
+from tongwen.core.model_families import FAMILIES
+from tongwen.train.parallel import Engine
+from tongwen.train.trainer import PlannedTrainer
+from tongwen.workflows.training import job
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -141,7 +142,7 @@ def first_step(folder: Path) -> tuple[float, torch.Tensor]:
 def pad_everything(rank: int) -> None:
     """As for a family whose documents cannot be packed."""
     llama = replace(FAMILIES["llama"], padded=("a test", "测试"))
-    course.family_of = lambda model_type: llama  # type: ignore[assignment]
+    job.family_of = lambda model_type: llama  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -240,14 +241,14 @@ def test_processes_whose_scores_differ_stop_at_the_same_step(chat_model: Path, t
     """By those of the first, which fall here; by those of the second it would stop, and the first would wait for it."""
 
     def rising(rank: int) -> None:
-        original, seen = course._score, list[int]()
+        original, seen = job._score, list[int]()
 
         def score(*words: Any) -> dict[str, Any]:
             seen.append(rank)
             found = original(*words)
             return found | {"bits_per_byte": found["bits_per_byte"] + 9.0 * rank * len(seen)}
 
-        course._score = score  # type: ignore[assignment]
+        job._score = score  # type: ignore[assignment]
 
     recipe = recipe_for(tmp_path, chat_model, "lora", sft=", evaluate_every: 1, patience: 1")
     assert launched(2, "run", recipe, before=rising, seconds=60) == [0, 0]
@@ -308,15 +309,15 @@ def test_srun_tells_what_torchrun_tells(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.delenv(name)
     told = {"PROCID": "5", "LOCALID": "1", "JOB_ID": "1234567", "STEP_NUM_TASKS": "8", "STEP_TASKS_PER_NODE": "4(x2)"}
     for name, value in {**told, "STEP_NODELIST": "gpu[03-04],gpu9"}.items():
-        launch.adopt_slurm()
-        assert not launch.is_launched(), f"nothing is known before {name}"
+        distributed.adopt_slurm()
+        assert not distributed.is_launched(), f"nothing is known before {name}"
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "")
-    launch.adopt_slurm()
-    assert not launch.is_launched()
+    distributed.adopt_slurm()
+    assert not distributed.is_launched()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    launch.adopt_slurm()
-    assert launch.is_launched() and not launch.is_first() and launch.world_size() == 8
+    distributed.adopt_slurm()
+    assert distributed.is_launched() and not distributed.is_first() and distributed.world_size() == 8
     found = {
         name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     }

@@ -21,14 +21,14 @@ import pytest
 import torch
 
 from tests.conftest import dialogues, write_recipe, write_rows
-from tongwen import cli
-from tongwen.errors import ModelError
-from tongwen.exam import read_paper
+from tongwen.cli.main import main
+from tongwen.core.errors import ModelError
 from tongwen.infer import entities
-from tongwen.infer.measures import TEXT, Answered, compare, summarise, without_thinking
-from tongwen.likelihood import windows
+from tongwen.infer.metrics import TEXT, Answered, compare, summarise, without_thinking
 from tongwen.recipe.schema import Evaluate, Source, Task
 from tongwen.stages import evaluate
+from tongwen.workflows.evaluation import read_paper
+from tongwen.workflows.likelihood import windows
 
 NAMES, KINDS = ("北京", "上海", "李白", "白", "_下划线_", "联合国"), ("地名", "人名", "机构名")
 
@@ -168,7 +168,7 @@ def test_windows_score_every_token_once_with_half_a_window_before() -> None:
 
 
 def opened(folder: Path, template: str = "chatml") -> Any:
-    from tongwen.speaker import open_speaker
+    from tongwen.workflows.chat_model import open_speaker
 
     return open_speaker(str(folder), template=template, precision="fp32")
 
@@ -298,7 +298,7 @@ def test_a_killed_examination_goes_on_with_what_is_missing(
     child = os.fork()
     if child == 0:
         with contextlib.redirect_stdout(io.StringIO()):
-            os._exit(cli.main(words))
+            os._exit(main(words))
 
     def kept() -> list[list[list[Any]]]:
         """The [row, answer] of each journal, the longest first."""
@@ -415,7 +415,7 @@ def test_an_unknown_task_lists_those_that_are(tongwen: Any, tmp_path: Path) -> N
 def test_nan_logits_are_no_score(
     chat_model: Path, tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tongwen.model import load
+    from tongwen.model.loading import load
 
     def broken(*words: Any, **options: Any) -> Any:
         model = plain(*words, **options)
@@ -423,7 +423,7 @@ def test_nan_logits_are_no_score(
         return model
 
     plain = load.load_model
-    monkeypatch.setattr("tongwen.model.stack.load_model", broken)
+    monkeypatch.setattr("tongwen.model.adapters.chain.load_model", broken)
     choices = suite(tmp_path / "mc", "a.csv", CEVAL)
     text = write_rows(tmp_path / "text.jsonl", [{"text": "你好"}])
     pairs = write_rows(tmp_path / "pairs.jsonl", dialogues(2))

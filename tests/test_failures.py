@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import remade, sentencepiece_tokenizer, tensors, tiny_llama, write_recipe
-from tongwen.past.failures import failures, find
+from tongwen.migrate.failures import failures, find
 
 ROOT = Path(__file__).parents[1]
 

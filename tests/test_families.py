@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import byte_level_tokenizer, dialogues, write_recipe, write_rows
 from tests.test_chatglm import chatglm_folder, small_ice  # noqa: F401 (a fixture)
-from tongwen.families import FAMILIES
+from tongwen.core.model_families import FAMILIES
 
 SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": None, "head_dim": 16}
@@ -85,7 +85,7 @@ def test_trained_merged_and_asked(family: str, method: str, small_ice: Path, tmp
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_usual_targets_are_in_the_model(family: str, small_ice: Path, tmp_path: Path) -> None:  # noqa: F811
-    from tongwen.model import load
+    from tongwen.model.loading import load
 
     model = load.make_skeleton(load.load_config(load.locate(str(family_folder(tmp_path, family, small_ice)))))
     assert set(FAMILIES[family].targets) <= {name.split(".")[-1] for name, _ in model.named_modules()}
@@ -95,7 +95,7 @@ def check_merged(base: Path, adapter: Path, merged: Path) -> None:
     """The merged folder computes what peft computes with the adapter beside the base, whatever was trained quantised."""
     from peft import PeftModel
 
-    from tongwen.model import load
+    from tongwen.model.loading import load
 
     ids = torch.tensor([[5, 9, 30, 7, 200, 41]])
     one, other, untrained = (load.load_model(load.locate(str(place)), torch.float32) for place in (base, merged, base))

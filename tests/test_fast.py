@@ -9,10 +9,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
+from tongwen.core.records import Span
 from tongwen.data import encode
 from tongwen.data.encode import Encoder
-from tongwen.data.fast import make_fast
-from tongwen.record import Span
+from tongwen.data.tiktoken_encoder import make_fast
 
 ALPHABET = "天气很好。，今天我们 \n\t  \u3000  abcXYZ the of '123 don't—“”（）é😀𠮷\u200d\x85한"
 WORDS = ("你好，世界", "今天天气", "Hello", " world", "it's", "<|im_start|>", "<|im_end|>", "\n\n", "1234", "   ")

@@ -23,10 +23,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from rich.console import Console
 
-from tongwen import artifact, console
-from tongwen.errors import TongwenError
-from tongwen.hub import fetching, line, names
-from tongwen.stages import fetch
+from tongwen.commands import fetch
+from tongwen.core import artifact, console
+from tongwen.core.errors import TongwenError
+from tongwen.hub import download, names, transfer
 
 CANARY = "hf_canaryCanaryCANARY0123456789abcdef"
 COMMIT = "c0ffee" + "0" * 34
@@ -183,7 +183,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.setenv("HF_TOKEN", CANARY)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(line, "WAITS_SECONDS", (0.0,) * 4)
+    monkeypatch.setattr(transfer, "WAITS_SECONDS", (0.0,) * 4)
     monkeypatch.chdir(tmp_path)
     close_session()
     yield one
@@ -309,7 +309,7 @@ def test_a_bad_line_costs_requests_and_no_byte(
     waited: list[float] = []
     told: list[str] = []
     wanted = names.Wanted(MODEL, MODEL, "model")
-    found, here = fetching.fetch(wanted, tmp_path / "m", told.append, sleep=waited.append)
+    found, here = download.fetch(wanted, tmp_path / "m", told.append, sleep=waited.append)
     assert not here
     assert (found.path / "model.safetensors").read_bytes() == WEIGHTS
     assert found.manifest["files"]["model.safetensors"]["sha256"] == hashlib.sha256(WEIGHTS).hexdigest()
@@ -331,10 +331,10 @@ def test_waits_grow_and_are_capped(server: Hub, tmp_path: Path) -> None:
         ({"Retry-After": "9" * 7}, 9_999_999),
         ({"RateLimit": '"api";r=0;t=55'}, 55),
     ):
-        assert line._asked_wait(headers) == seconds
+        assert transfer._asked_wait(headers) == seconds
     waited: list[float] = []
     server.faults = [("config.json", "503"), ("config.json", "503"), ("config.json", "503")]
-    fetching.fetch(
+    download.fetch(
         names.Wanted(MODEL, MODEL, "model"),
         tmp_path / "m",
         lambda text: None,
@@ -344,13 +344,13 @@ def test_waits_grow_and_are_capped(server: Hub, tmp_path: Path) -> None:
     assert waited == [1, 2, 4]
 
     def ask() -> None:
-        raise line.Passing("429", 10**6)
+        raise transfer.Passing("429", 10**6)
 
     waited.clear()
-    patient = line.Line(names.Wanted(MODEL, MODEL, "model"), lambda text: None, (1, 1), waited.append)
+    patient = transfer.Line(names.Wanted(MODEL, MODEL, "model"), lambda text: None, (1, 1), waited.append)
     with pytest.raises(TongwenError) as error:
         patient.patiently("x", ask)
-    assert waited == [line.LONGEST_WAIT_SECONDS] * 2 and "3 tries" in error.value.text()
+    assert waited == [transfer.LONGEST_WAIT_SECONDS] * 2 and "3 tries" in error.value.text()
 
 
 @pytest.mark.parametrize(
@@ -392,8 +392,8 @@ def test_killed_in_the_middle_the_rest_alone_is_fetched(server: Hub, call: Any, 
     environment = {**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "0"}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path)
     parts, until = list[Path](), time.monotonic() + 20
-    while time.monotonic() < until and not (parts and line.size_of(parts[0]) > 400_000):
-        parts = list((tmp_path / "m.partial" / fetching.WORKPLACE).glob(hashlib.sha256(WEIGHTS).hexdigest() + "*"))
+    while time.monotonic() < until and not (parts and transfer.size_of(parts[0]) > 400_000):
+        parts = list((tmp_path / "m.partial" / download.WORKPLACE).glob(hashlib.sha256(WEIGHTS).hexdigest() + "*"))
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -465,7 +465,7 @@ def test_offline_uses_what_is_here(server: Hub, call: Any, monkeypatch: pytest.M
 
 def test_a_full_disk_is_noticed_before_the_first_byte(server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1_000_000})
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
     code, said = call(MODEL, "m", kind="model")
     assert code == 5 and "1.02 MB are needed, 1 MB are free" in said and not server.asked("resolve")
 
@@ -473,7 +473,7 @@ def test_a_full_disk_is_noticed_before_the_first_byte(server: Hub, call: Any, mo
 def test_a_disk_that_fills_is_not_taken_for_a_bad_line(
     server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real = line.Line._stream
+    real = transfer.Line._stream
 
     def fill(self: Any, url: str, place: str, remote: Any, part: Path, have: int, arrived: Any) -> None:
         def full(size: int) -> None:
@@ -481,12 +481,12 @@ def test_a_disk_that_fills_is_not_taken_for_a_bad_line(
 
         real(self, url, place, remote, part, have, full if remote.path == "model.safetensors" else arrived)
 
-    monkeypatch.setattr(line.Line, "_stream", fill)
+    monkeypatch.setattr(transfer.Line, "_stream", fill)
     with pytest.raises(OSError, match="No space left") as error:  # the front door says it, with exit code 5
         call(MODEL, "m", kind="model")
     assert error.value.errno == errno.ENOSPC and len(server.asked("model.safetensors")) == 1
     assert not (tmp_path / "m").exists()
-    monkeypatch.setattr(line.Line, "_stream", real)
+    monkeypatch.setattr(transfer.Line, "_stream", real)
     assert call(MODEL, "m", kind="model")[0] == 0
     assert server.asked("model.safetensors")[1]["range"], "the same command continues"
 
@@ -644,21 +644,21 @@ def test_what_cannot_be_split_is_said(server: Hub, call: Any, tmp_path: Path) ->
 
 def test_a_recipes_source_lies_in_the_cache(server: Hub, tmp_path: Path) -> None:
     told: list[str] = []
-    folder = Path(fetching.local_copy(f"hub:{DATA}", told.append))
+    folder = Path(download.local_copy(f"hub:{DATA}", told.append))
     assert folder == tmp_path / "cache" / "tongwen" / "data" / "BelleGroup--train_1M_CN"
     assert files_in(folder) == {"Belle_open_source_1M.json"}, "rows, and nothing that could be taken for rows"
     asked = len(server.log)
-    assert fetching.local_copy(f"hub:{DATA}", told.append) == str(folder) and len(server.log) == asked
+    assert download.local_copy(f"hub:{DATA}", told.append) == str(folder) and len(server.log) == asked
     server.repos["dataset", "a/pictures"] = Repo({"cat.png": b"x", "LICENSE.txt": b"x", "dataset_infos.json": b"{}"})
     with pytest.raises(TongwenError, match=r"cat\.png") as error:
-        fetching.local_copy("hub:a/pictures", told.append)
+        download.local_copy("hub:a/pictures", told.append)
     assert error.value.exit_code == 3
 
 
 def test_two_at_a_time_fetch_once(server: Hub, tmp_path: Path) -> None:
     found: list[str] = []
     threads = [
-        threading.Thread(target=lambda: found.append(fetching.local_copy(f"hub:{DATA}", lambda text: None)))
+        threading.Thread(target=lambda: found.append(download.local_copy(f"hub:{DATA}", lambda text: None)))
         for _ in range(3)
     ]
     for thread in threads:

@@ -15,11 +15,14 @@ import torch
 from tests.conftest import dialogues, tensors, write_recipe, write_rows
 from tests.launching import die_at, in_a_child
 from tests.test_run import manifest
-from tongwen import artifact, cli, course, gate, river
-from tongwen.course import settings_of
-from tongwen.errors import TongwenError
-from tongwen.gate import RUN
+from tongwen.cli.main import main
+from tongwen.core import artifact, resume
+from tongwen.core.errors import TongwenError
+from tongwen.core.resume import RUN
 from tongwen.recipe.load import load
+from tongwen.workflows import pipeline
+from tongwen.workflows.training import job
+from tongwen.workflows.training.job import settings_of
 
 SFT = ", save_every: 2, stop_after: 8 steps"
 
@@ -143,12 +146,12 @@ def test_an_odd_record_of_the_run_is_one_message(odd: str, broken: Path, tongwen
 
 @pytest.mark.parametrize("odd", ["[]", "{}", "{"])
 def test_an_odd_score_of_the_untrained_model_is_made_again(odd: str, broken: Path, tongwen: Any) -> None:
-    file = broken / "out" / "sft.partial" / gate.BEFORE
+    file = broken / "out" / "sft.partial" / resume.BEFORE
     whole = json.loads(file.read_text())
     file.write_text(odd)
     code, out, _ = tongwen("run", broken / "recipe.yaml")
     assert code == 0 and "before.json cannot be read" in out
-    assert json.loads((broken / "out" / "sft" / gate.BEFORE).read_text()) == whole
+    assert json.loads((broken / "out" / "sft" / resume.BEFORE).read_text()) == whole
 
 
 def test_data_that_were_touched_after_prepare_are_refused(broken: Path, tongwen: Any) -> None:
@@ -177,11 +180,11 @@ def test_two_processes_stop_when_asked_and_one_goes_on(chat_model: Path, tmp_pat
     for name in ("whole", "broken"):
         recipe = write_recipe(tmp_path / name, chat_model, sft=", stop_after: 24 steps, samples: 0", merge=False)
         recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("1e-2", "1e-3"))
-    assert cli.main(["run", str(tmp_path / "whole" / "recipe.yaml")]) == 0
+    assert main(["run", str(tmp_path / "whole" / "recipe.yaml")]) == 0
     recipe, out = tmp_path / "broken" / "recipe.yaml", tmp_path / "broken" / "out"
     child = os.fork()
     if not child:
-        os._exit(cli.main(["run", str(recipe), "--devices", "2"]))
+        os._exit(main(["run", str(recipe), "--devices", "2"]))
     metrics = out / "sft.partial" / "metrics.jsonl"
     while not (metrics.is_file() and metrics.read_text().count("\n") > 1):
         assert os.waitpid(child, os.WNOHANG) == (0, 0)
@@ -189,7 +192,7 @@ def test_two_processes_stop_when_asked_and_one_goes_on(chat_model: Path, tmp_pat
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
     taken = metrics.read_text().count("\n")
     assert 1 < taken < 24 and (out / "sft.partial" / "checkpoints" / f"checkpoint-{taken}").is_dir()
-    assert cli.main(["run", str(recipe)]) == 0
+    assert main(["run", str(recipe)]) == 0
     assert losses(tmp_path / "broken") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
 
 
@@ -200,22 +203,22 @@ def test_what_an_engine_file_says_is_a_setting(chat_model: Path, tmp_path: Path)
     file.write_text('{"zero_optimization": {"stage": 2}}')
     recipe = load(write_recipe(tmp_path, chat_model, sft=f", engine: {file}", merge=False))[0]
     before = settings_of(recipe, "sft")
-    gate.enter(tmp_path, before, {})
+    resume.enter(tmp_path, before, {})
     file.write_text('{"zero_optimization": {"stage": 2, "overlap_comm": true}, "steps_per_print": 5}')
-    gate.check(tmp_path, settings_of(recipe, "sft"), "", fork=False)
+    resume.check(tmp_path, settings_of(recipe, "sft"), "", fork=False)
     file.write_text('{"zero_optimization": {"stage": 3}}')
     now = settings_of(recipe, "sft")
     with pytest.raises(TongwenError, match=r"sft.engine_file.stage: 2 → 3[\s\S]*--again"):
-        gate.check(tmp_path, now, "", fork=False)
+        resume.check(tmp_path, now, "", fork=False)
     with pytest.raises(TongwenError, match="stage: 2 → 3"):
-        gate.enter(tmp_path, now, {})
+        resume.enter(tmp_path, now, {})
     finished = artifact.Artifact(tmp_path, {"settings": before, "parents": {}})
-    assert river._changed(recipe, "sft", finished) == [("sft.engine_file.stage", 2, 3)]
+    assert pipeline._changed(recipe, "sft", finished) == [("sft.engine_file.stage", 2, 3)]
     del before["sft"]["engine_file"]
     artifact.write_json(tmp_path / RUN, {"run": "x", "settings": before, "identity": {}, "forks": []})
-    gate.check(tmp_path, now, "", fork=False)
-    assert not river._changed(recipe, "sft", finished)
-    assert gate.enter(tmp_path, now, {})["settings"] == now, "from here on it is kept"
+    resume.check(tmp_path, now, "", fork=False)
+    assert not pipeline._changed(recipe, "sft", finished)
+    assert resume.enter(tmp_path, now, {})["settings"] == now, "from here on it is kept"
 
 
 def test_words_that_decide_nothing_are_no_settings(chat_model: Path, tmp_path: Path) -> None:
@@ -224,20 +227,20 @@ def test_words_that_decide_nothing_are_no_settings(chat_model: Path, tmp_path: P
     now = settings_of(recipe, "sft")
     assert "rank" not in now["sft"]["adapter"]
     old = {**now, "sft": {**now["sft"], "adapter": {**now["sft"]["adapter"], "rank": 4}}}
-    assert gate.differences(old, now) == []
+    assert resume.differences(old, now) == []
     lora, other = (
         settings_of(load(write_recipe(tmp_path, chat_model), [f"sft.adapter={words}"])[0], "sft")
         for words in ("{rank: 4}", "{rank: 4, alpha: 64}")
     )
-    assert gate.differences(lora, other) == [("sft.adapter.alpha", None, 64.0)]
-    assert [name for name, *_ in gate.differences(lora, now)] == ["sft.adapter.method"]
+    assert resume.differences(lora, other) == [("sft.adapter.alpha", None, 64.0)]
+    assert [name for name, *_ in resume.differences(lora, now)] == ["sft.adapter.method"]
 
 
 def test_evaluations_of_other_data_count_for_nothing(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint.json").write_text(json.dumps({"identity": {gate.DATA: "a"}, "evaluations": [[0, 1.5]]}))
-    assert course._evaluations(tmp_path, {"identity": {gate.DATA: "a"}}) == [[0, 1.5]]
-    assert course._evaluations(tmp_path, {"identity": {gate.DATA: "b"}}) == []
-    assert course._evaluations(None, {"identity": {gate.DATA: "b"}}) == []
+    (tmp_path / "checkpoint.json").write_text(json.dumps({"identity": {resume.DATA: "a"}, "evaluations": [[0, 1.5]]}))
+    assert job._evaluations(tmp_path, {"identity": {resume.DATA: "a"}}) == [[0, 1.5]]
+    assert job._evaluations(tmp_path, {"identity": {resume.DATA: "b"}}) == []
+    assert job._evaluations(None, {"identity": {resume.DATA: "b"}}) == []
 
 
 def test_a_finished_run_may_lie_elsewhere(tmp_path: Path, chat_model: Path, tongwen: Any) -> None:
@@ -269,7 +272,7 @@ def test_deepspeed_goes_on_with_the_rates_of_its_checkpoint(
     assert tongwen("run", recipe, "--only", "prepare")[0] == 0
     unfinished = tmp_path / "out" / "sft.partial"
     unfinished.mkdir()
-    gate.enter(unfinished, settings_of(load(recipe)[0], "sft"), {})
+    resume.enter(unfinished, settings_of(load(recipe)[0], "sft"), {})
     code, _, err = tongwen("run", recipe, "--fork", "sft.learning_rate=1e-3")
     if passes:
         assert code == 0 and len(manifest(tmp_path / "out" / "sft")["forks"]) == 1

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from tests.conftest import write_rows
-from tongwen import cli
-from tongwen.infer.decode import PAGE, Sampling, cache_tokens, deal
-from tongwen.infer.journal import Journal
+from tongwen.cli.main import main
+from tongwen.infer.answer_log import Journal
+from tongwen.infer.generation import PAGE, Sampling, cache_tokens, deal
 from tongwen.infer.presets import PRESETS
 
 ROWS = [
@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_with_what_is_missing_and_refuses_other_settings(
     child = os.fork()
     if child == 0:
         with contextlib.redirect_stdout(io.StringIO()):
-            os._exit(cli.main(words))
+            os._exit(main(words))
     while not journal.is_file() or journal.read_bytes().count(b"\n") < 3:
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
@@ -132,7 +132,7 @@ def test_batches_hold_every_prompt_once_and_no_more_tokens_than_there_is_room(ch
     for batch in batches[1:]:
         assert len(batch) <= 4 and (max(lengths[place] for place in batch) + 10) * len(batch) <= 200
     assert all(len(batch) == 1 for batch in deal([90, 80], Sampling(max_new_tokens=10, beams=2), 4, 200))
-    from tongwen.speaker import open_speaker
+    from tongwen.workflows.chat_model import open_speaker
 
     model = open_speaker(str(chat_model), template="completion", precision="fp32").voice.model
     assert cache_tokens(model) == (1 << 30) // (2 * 2 * 2 * 8 * 4), "keys and values, layers, heads, width, bytes"
@@ -290,7 +290,7 @@ def test_fewer_bits_with_an_adapter_on_top(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from tongwen.speaker import open_speaker
+    from tongwen.workflows.chat_model import open_speaker
 
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(str(chat_model))
@@ -308,28 +308,30 @@ def test_fewer_bits_with_an_adapter_on_top(
 def test_auto_takes_the_most_bits_that_fit(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from tongwen.errors import MachineError
-    from tongwen.model import load, room
+    from tongwen.core.errors import MachineError
+    from tongwen.model.loading import device_map, load
 
     place = load.locate(str(chat_model))
     numbers = sum(part.numel() for part in load.make_skeleton(load.load_config(place)).parameters())
     for free, wanted in ((10, ""), (2, "int8"), (1, "nf4")):
-        monkeypatch.setattr(room.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free * numbers))
-        assert room.choose(place, "auto", "cpu", torch.float32) == (False, wanted)
-    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: SimpleNamespace(available=numbers // 2))
+        monkeypatch.setattr(
+            device_map.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free * numbers)
+        )
+        assert device_map.choose(place, "auto", "cpu", torch.float32) == (False, wanted)
+    monkeypatch.setattr(device_map.psutil, "virtual_memory", lambda: SimpleNamespace(available=numbers // 2))
     with pytest.raises(MachineError, match=r"does not fit"):
-        room.choose(place, "auto", "cpu", torch.float32)
+        device_map.choose(place, "auto", "cpu", torch.float32)
 
 
 def test_a_model_too_large_for_one_gpu_is_spread(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tongwen.model import load, room
+    from tongwen.model.loading import device_map, load
 
     place = load.locate(str(chat_model))
     numbers = sum(part.numel() for part in load.make_skeleton(load.load_config(place)).parameters())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for free, spread in ((3 * numbers, True), (9 * numbers, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index, free=free: (free, free))
-        assert room.choose(place, "full", "cuda", torch.float32) == (spread, "")
+        assert device_map.choose(place, "full", "cuda", torch.float32) == (spread, "")
     model = load.load_model(place, torch.float32, device_map="auto")
     plain = load.load_model(place, torch.float32)
     assert torch.equal(model.get_input_embeddings().weight, plain.get_input_embeddings().weight)
@@ -339,7 +341,7 @@ def test_vllm_gets_ids_and_its_answers_end_at_the_stop(chat_model: Path, monkeyp
     """Against a stand-in for the package, which needs a GPU: what it is given, and what is made of what it gives."""
     from types import SimpleNamespace
 
-    from tongwen.speaker import open_speaker
+    from tongwen.workflows.chat_model import open_speaker
 
     given: list[Any] = []
 

@@ -18,15 +18,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from tests.conftest import CORPUS, byte_level_tokenizer, save_fast, sentencepiece_tokenizer, tensors, tiny_llama
 from tests.test_merge import make_adapter
-from tongwen import families
-from tongwen.errors import MissingPackage, ModelError
+from tongwen.core import model_families
+from tongwen.core.errors import MissingPackage, ModelError
 from tongwen.export import kquants
 from tongwen.export.gguf import check_type
 from tongwen.export.kquants import Mixture
-from tongwen.model.load import locate
+from tongwen.model.loading.load import locate
 
 gguf = pytest.importorskip("gguf")
-FAMILIES = tuple(name for name, family in families.FAMILIES.items() if family.gguf)
+FAMILIES = tuple(name for name, family in model_families.FAMILIES.items() if family.gguf)
 LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 32, "qk_nope_head_dim": 16, "head_dim": 8}
 LATENT |= {"qk_rope_head_dim": 8, "v_head_dim": 24, "n_routed_experts": 8, "num_experts_per_tok": 3}
 LATENT |= {"moe_intermediate_size": 32, "first_k_dense_replace": 1, "num_hidden_layers": 3, "n_shared_experts": 2}
@@ -56,8 +56,8 @@ LINES = [
 def make_tokenizer(folder: Path, kind: str) -> Any:
     if kind == "byte level":
         return byte_level_tokenizer(folder)
-    if kind in families.PATTERNS:
-        return cutting_tokenizer(folder, families.PATTERNS[kind])
+    if kind in model_families.PATTERNS:
+        return cutting_tokenizer(folder, model_families.PATTERNS[kind])
     tokenizer = sentencepiece_tokenizer(folder, legacy="legacy" in kind or kind == "phi-3")
     backend = tokenizer.backend_tokenizer
     if kind == "gemma":  # no blank before a text; runs of blanks are merged, and defined by a user as well
@@ -181,9 +181,9 @@ def test_llama_cpp_agrees(family: str, kind: str, more: dict[str, Any], tmp_path
 
 
 def test_the_way_a_text_is_cut_is_recognised_whatever_the_vocabulary(tmp_path: Path) -> None:
-    from tongwen.errors import ModelError
-    from tongwen.export.vocabulary import read_vocabulary
-    from tongwen.families import PATTERNS
+    from tongwen.core.errors import ModelError
+    from tongwen.core.model_families import PATTERNS
+    from tongwen.export.gguf_vocab import read_vocabulary
 
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     own = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -233,7 +233,7 @@ def reader_token(tokenizer: Any, index: int) -> str:
 def test_the_template_and_the_stops_go_along(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     from transformers import AutoTokenizer
 
-    from tongwen.model.dress import bind_template
+    from tongwen.model.loading.chat_setup import bind_template
 
     folder = tmp_path / "model"
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
@@ -365,8 +365,8 @@ def test_a_recipe_exports_all_forms(chat_model: Path, tmp_path: Path, tongwen: A
 @pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe", "gpt-4o", "deepseek-v3"])
 def test_a_gguf_base_cuts_texts_as_its_file_says(name: str, tmp_path: Path, tongwen: Any) -> None:
     """transformers reads every byte-level GGUF tokenizer as GPT-2's: numbers and contractions would get other ids."""
-    from tongwen.families import PATTERNS
-    from tongwen.model import load
+    from tongwen.core.model_families import PATTERNS
+    from tongwen.model.loading import load
 
     folder = tmp_path / "model"
     tokenizer = byte_level_tokenizer(folder)

@@ -14,17 +14,17 @@ import torch
 from tests.conftest import byte_level_tokenizer, tiny_llama, write_recipe
 from tests.test_speed import batch_of, gradient
 from tests.test_train import random_store
-from tongwen import cli
-from tongwen.model import attention
-from tongwen.model.adapt import adapt
-from tongwen.model.blocks import fuse_blocks
-from tongwen.model.layers import compile_layers
-from tongwen.model.load import Place, load_model
-from tongwen.model.score import LearnedCrossEntropy, learned_loss, spare_head
+from tongwen.cli.main import main
+from tongwen.model.adapters.attach import adapt
+from tongwen.model.kernels import packed_attention
+from tongwen.model.kernels.checkpointing import compile_layers
+from tongwen.model.kernels.fused_blocks import fuse_blocks
+from tongwen.model.kernels.loss import LearnedCrossEntropy, learned_loss, spare_head
+from tongwen.model.loading.load import Place, load_model
 from tongwen.recipe.schema import Adapter
 from tongwen.train import audit
 from tongwen.train.audit import to_device
-from tongwen.train.probe import fits
+from tongwen.train.try_batch import fits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -39,7 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def on_gpu(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     model = load_model(Place("t", str(folder)), dtype)
-    model.set_attn_implementation(attention.register())
+    model.set_attn_implementation(packed_attention.register())
     return model.cuda()
 
 
@@ -47,8 +47,8 @@ def on_gpu(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
 def flashes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A number for each call of flash attention."""
     called: list[int] = []
-    original = attention._all_at_once
-    monkeypatch.setattr(attention, "_all_at_once", lambda *rest: called.append(1) or original(*rest))
+    original = packed_attention._all_at_once
+    monkeypatch.setattr(packed_attention, "_all_at_once", lambda *rest: called.append(1) or original(*rest))
     return called
 
 
@@ -61,7 +61,7 @@ def test_flash_attention_is_each_document_alone(heads: int, window: int | None, 
     words: dict[str, Any] = {"cu_seq_lens_q": borders, "max_length_q": 29, "sliding_window": window}
 
     def both(*parts: torch.Tensor) -> list[torch.Tensor]:
-        out, _ = attention.documents_attention(None, *parts, None, **words)  # type: ignore[arg-type]
+        out, _ = packed_attention.documents_attention(None, *parts, None, **words)  # type: ignore[arg-type]
         return [out, *torch.autograd.grad(out.float().square().sum(), parts)]
 
     exact = both(*parts)
@@ -87,7 +87,7 @@ def test_documents_in_a_pack_do_not_see_each_other(base: Path, flashes: list[int
 def test_a_gpu_gives_the_gradient_of_a_cpu(method: str, base: Path) -> None:
     choice = Adapter(method="full") if method == "full" else Adapter(rank=4)
     model = adapt(load_model(Place("t", str(base)), torch.float32), choice, []).model
-    model.set_attn_implementation(attention.register())
+    model.set_attn_implementation(packed_attention.register())
     loss, wanted = gradient(model, batch_of(4))
     model.cuda()
     batch = to_device(batch_of(4), model)
@@ -149,7 +149,7 @@ def test_a_micro_batch_that_does_not_fit_is_found_and_leaves_room(base: Path) ->
 def test_a_run_learns_on_a_gpu(words: str, base: Path, tmp_path: Path, flashes: list[int]) -> None:
     recipe = write_recipe(tmp_path, base, sft=f", stop_after: 12 steps{words}")
     recipe.write_text(recipe.read_text().replace("precision: fp32", "precision: bf16"))
-    assert cli.main(["run", str(recipe)]) == 0
+    assert main(["run", str(recipe)]) == 0
     losses = [
         json.loads(line)["loss"] for line in (tmp_path / "out" / "sft" / "metrics.jsonl").read_text().splitlines()
     ]

@@ -21,13 +21,13 @@ from transformers import AutoTokenizer, TrainingArguments
 from tests.conftest import remade, tensors, write_recipe, write_rows
 from tests.launching import in_a_child
 from tests.test_run import manifest
-from tongwen.errors import ArtifactError, NumbersError
-from tongwen.train.batches import Plan
+from tongwen.core.errors import ArtifactError, NumbersError
 from tongwen.train.checkpoints import check_adapter_saved
-from tongwen.train.engine import Engine
-from tongwen.train.fit import PlannedTrainer
-from tongwen.train.guard import ABSURD, SKIPS, Guard
-from tongwen.train.halt import Halt
+from tongwen.train.nan_guard import ABSURD, SKIPS, Guard
+from tongwen.train.packing import Plan
+from tongwen.train.parallel import Engine
+from tongwen.train.shutdown import Halt
+from tongwen.train.trainer import PlannedTrainer
 
 SFT = ", save_every: 2, stop_after: 6 steps, micro_batch_tokens: 64"
 
@@ -215,7 +215,7 @@ def test_fp16_leaves_out_what_overflows(
     recipe = write_recipe(tmp_path, chat_model, sft=SFT.replace("64", "4096"), merge=False)
     code, _, err = tongwen("run", recipe, "sft.precision=fp16")
     assert code == 5 and "precision: auto" in err
-    monkeypatch.setattr("tongwen.model.load.compute_dtype", lambda *words: (torch.float16, "as on a GPU"))
+    monkeypatch.setattr("tongwen.model.loading.load.compute_dtype", lambda *words: (torch.float16, "as on a GPU"))
     make = PlannedTrainer.create_accelerator_and_postprocess
 
     def with_scaler(self: Any) -> None:
@@ -270,7 +270,7 @@ def test_8_bit_products_are_refused_where_there_are_none(
     assert tongwen("run", recipe, "--only", "prepare")[0] == 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    monkeypatch.setattr("tongwen.model.load.compute_device", lambda: "cpu")
+    monkeypatch.setattr("tongwen.model.loading.load.compute_device", lambda: "cpu")
     code, _, err = tongwen("run", recipe, "sft.adapter.method=qlora", "sft.adapter.quantize=int8")
     assert code == 5 and "this GPU has 7.0" in err and "quantize: nf4" in err
 
@@ -357,7 +357,7 @@ def test_small_steps_are_not_lost_in_bf16(
     before = tensors(chat_model)
     lost = {name: (part.bfloat16() - 1e-6 == part.bfloat16()).float().mean() for name, part in before.items()}
     assert lost["model.layers.0.self_attn.q_proj.weight"] > 0.9
-    monkeypatch.setattr("tongwen.model.load.compute_dtype", lambda *words: (torch.bfloat16, "as on a GPU"))
+    monkeypatch.setattr("tongwen.model.loading.load.compute_dtype", lambda *words: (torch.bfloat16, "as on a GPU"))
     words = ("sft.adapter={method: full}", "sft.learning_rate=1e-6", "sft.schedule=constant", "sft.warmup=0")
     assert tongwen("run", write_recipe(tmp_path, chat_model, sft=SFT, merge=False), *words)[0] == 0
     after = tensors(tmp_path / "out" / "sft")

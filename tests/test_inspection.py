@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import dialogues, write_rows
-from tongwen import inspection
-from tongwen.errors import DataError
+from tongwen.core.errors import DataError
+from tongwen.workflows import data_preview
 
 
 def test_every_row_is_counted_and_every_refusal_has_its_row(chat_model: Path, tmp_path: Path) -> None:
@@ -20,17 +20,17 @@ def test_every_row_is_counted_and_every_refusal_has_its_row(chat_model: Path, tm
     lines[7] = json.dumps({"instruction": "问", "input": "", "output": ""})
     lines[9] = json.dumps({"instruction": "<b>问</b>", "input": "", "output": "答 <|im_end|>"})
     file.write_text("\n".join(lines), encoding="utf-8")
-    found = inspection.inspect(file)
+    found = data_preview.inspect(file)
     assert (found.kind, found.format) == ("dialogues", "alpaca")
     assert (found.tally.ledger.things_in, found.tally.ledger.kept) == (20, 18)
     assert [(row, reason) for row, reason, _, _ in found.problems] == [(4, "not_json"), (8, "empty_answer")]
-    rows = "".join(inspection.as_html(found))
+    rows = "".join(data_preview.as_html(found))
     assert "not_json" in rows and "empty_answer" in rows and "坏的" in rows
-    samples = inspection.samples_as_html(found, str(chat_model), "chatml")
+    samples = data_preview.samples_as_html(found, str(chat_model), "chatml")
     assert "control_token_in_text" in samples, "what this model does not take is listed too"
     assert "<b>" not in samples
     shown = re.findall(r"<p class=tokens>(.*?)</p>", samples, re.DOTALL)
-    assert len(shown) == inspection.SHOWN
+    assert len(shown) == data_preview.SHOWN
     learned = "".join(re.findall(r'<span class="l"[^>]*>(.*?)</span>', shown[0], re.DOTALL))
     assert learned == dialogues(1)[0]["output"]
     assert len(re.findall('class="s"', shown[0])) == 1
@@ -38,9 +38,9 @@ def test_every_row_is_counted_and_every_refusal_has_its_row(chat_model: Path, tm
 
 def test_what_lies_in_a_file_is_shown_also_when_the_model_cannot_read_it(chat_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
-    from tongwen.stages.web import whole_bench
-    from tongwen.ui.web.bench import Talk
-    from tongwen.workplace import Workplace
+    from tongwen.commands.web import whole_bench
+    from tongwen.serving.web.backend import Talk
+    from tongwen.workflows.workspace import Workplace
 
     file = write_rows(tmp_path / "rows.jsonl", dialogues(3))
     place = Workplace.of([str(tmp_path)], [str(chat_model)])
@@ -53,9 +53,9 @@ def test_what_lies_in_a_file_is_shown_also_when_the_model_cannot_read_it(chat_mo
 def test_documents_are_learned_whole(chat_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("今天天气很好。\n我们去公园散步吧。\n", encoding="utf-8")
-    found = inspection.inspect(file)
+    found = data_preview.inspect(file)
     assert (found.kind, found.format, found.problems) == ("documents", "text", [])
-    samples = inspection.samples_as_html(found, str(chat_model), "own")
+    samples = data_preview.samples_as_html(found, str(chat_model), "own")
     assert samples.count('class="p"') == 2, "the first piece of a document is predicted by nothing"
     assert "公园" in re.sub("<[^>]*>", "", samples)
 
@@ -65,4 +65,4 @@ def test_what_is_no_data_is_an_error_with_its_cure(content: bytes, tmp_path: Pat
     file = tmp_path / "x.jsonl"
     file.write_bytes(content)
     with pytest.raises(DataError):
-        inspection.inspect(file)
+        data_preview.inspect(file)

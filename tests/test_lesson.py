@@ -10,24 +10,26 @@ import numpy as np
 import pytest
 
 from tests.conftest import dialogues, write_recipe, write_rows
-from tongwen import artifact, cli, lesson
+from tongwen.cli.main import main
+from tongwen.core import artifact
 from tongwen.recipe.load import load
+from tongwen.workflows import tokenized_data
 
 
 def prepared(folder: Path, base: Path, **options: Any) -> tuple[Any, artifact.Artifact]:
     recipe = write_recipe(folder, base, **options)
-    assert cli.main(["run", str(recipe), "--only", "prepare"]) == 0
+    assert main(["run", str(recipe), "--only", "prepare"]) == 0
     return load(recipe)[0], artifact.open_artifact(folder / "out" / "prepare", "prepare")
 
 
 def test_the_key_holds_everything_that_decides_the_tokens(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
-    reader = lesson.read_dialogues(recipe.base, recipe.sft)
-    key = lesson.key_of(made, reader)
+    reader = tokenized_data.read_dialogues(recipe.base, recipe.sft)
+    key = tokenized_data.key_of(made, reader)
 
     def changed(**words: Any) -> str:
         section = recipe.sft.model_copy(update=words)
-        return lesson.key_of(made, lesson.read_dialogues(recipe.base, section))
+        return tokenized_data.key_of(made, tokenized_data.read_dialogues(recipe.base, section))
 
     assert changed(learning_rate=1.0, batch_size=3) == key
     others = {
@@ -38,7 +40,7 @@ def test_the_key_holds_everything_that_decides_the_tokens(chat_model: Path, tmp_
     }
     assert len(others | {key}) == 5
     other_data = artifact.Artifact(made.path, {**made.manifest, "fingerprint": "f" * 64})
-    assert lesson.key_of(other_data, reader) != key
+    assert tokenized_data.key_of(other_data, reader) != key
 
 
 def test_encoding_is_done_once_and_goes_on_where_it_died(
@@ -48,13 +50,13 @@ def test_encoding_is_done_once_and_goes_on_where_it_died(
     for number, row in enumerate(rows):
         row["instruction"] += f"（{number}）"
     recipe, made = prepared(tmp_path, chat_model, rows=rows)
-    reader = lesson.read_dialogues(recipe.base, recipe.sft)
+    reader = tokenized_data.read_dialogues(recipe.base, recipe.sft)
 
-    def encode(folder: str) -> lesson.Lesson:
-        return lesson.encode_prepared(made, reader, 42, tmp_path / folder)
+    def encode(folder: str) -> tokenized_data.Lesson:
+        return tokenized_data.encode_prepared(made, reader, 42, tmp_path / folder)
 
     whole = encode("a")
-    written = lesson.stores.Writer.add
+    written = tokenized_data.stores.Writer.add
     batches = []
 
     def dying(self: Any, batch: Any, *rest: Any) -> None:
@@ -64,7 +66,7 @@ def test_encoding_is_done_once_and_goes_on_where_it_died(
         written(self, batch, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lesson.stores.Writer, "add", dying)
+        patch.setattr(tokenized_data.stores.Writer, "add", dying)
         with pytest.raises(KeyboardInterrupt):
             encode("b")
     again = encode("b")
@@ -80,8 +82,8 @@ def test_encoding_is_done_once_and_goes_on_where_it_died(
 
 def test_the_audit_counts_every_sample(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
-    reader = lesson.read_dialogues(recipe.base, recipe.sft)
-    found = lesson.encode_prepared(made, reader, 42, tmp_path / "t")
+    reader = tokenized_data.read_dialogues(recipe.base, recipe.sft)
+    found = tokenized_data.encode_prepared(made, reader, 42, tmp_path / "t")
     mask, store = found.mask, found.store
     learned = sum(int(store.sample(index)[1].sum()) for index in range(len(store)))
     assert mask["learned_tokens"] == learned == mask["roles"]["assistant"]["learned"]
@@ -107,10 +109,12 @@ def test_weights_of_sources_reach_the_epoch(chat_model: Path, tmp_path: Path) ->
         )
     )
     recipe.write_text(text, encoding="utf-8")
-    assert cli.main(["run", str(recipe), "--only", "prepare"]) == 0
+    assert main(["run", str(recipe), "--only", "prepare"]) == 0
     parsed = load(recipe)[0]
     made = artifact.open_artifact(tmp_path / "out" / "prepare", "prepare")
-    found = lesson.encode_prepared(made, lesson.read_dialogues(parsed.base, parsed.sft), 42, tmp_path / "t")
+    found = tokenized_data.encode_prepared(
+        made, tokenized_data.read_dialogues(parsed.base, parsed.sft), 42, tmp_path / "t"
+    )
     for epoch in range(2):
         files = [Path(found.store.origin(index).file).name for index in found.draw(epoch)]
         assert (files.count("data.jsonl"), files.count("more.jsonl")) == (24, 15)
@@ -129,7 +133,9 @@ def test_a_share_that_few_long_samples_miss_is_said(
         text = recipe.read_text(encoding="utf-8").replace("held_out: 4", "held_out: 0")
         data = folder / "data.jsonl"
         recipe.write_text(text.replace(f"dialogues: {data}", f"dialogues: [{data}, {{path: {file}, share: {share}}}]"))
-        ahead = lesson.look_ahead(load(recipe)[0], lesson.read_dialogues(str(chat_model), load(recipe)[0].sft))
+        ahead = tokenized_data.look_ahead(
+            load(recipe)[0], tokenized_data.read_dialogues(str(chat_model), load(recipe)[0].sft)
+        )
         drawn = ahead.draw(0)
         inside = [ahead.store.lengths[index] * (index >= 24) for index in drawn]
         got = sum(inside) / sum(ahead.store.lengths[index] for index in drawn)
@@ -141,9 +147,9 @@ def test_a_share_that_few_long_samples_miss_is_said(
 
 def test_looking_ahead_sees_what_training_will(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
-    reader = lesson.read_dialogues(recipe.base, recipe.sft)
-    ahead = lesson.look_ahead(recipe, reader)
-    later = lesson.encode_prepared(made, reader, 42, tmp_path / "t")
+    reader = tokenized_data.read_dialogues(recipe.base, recipe.sft)
+    ahead = tokenized_data.look_ahead(recipe, reader)
+    later = tokenized_data.encode_prepared(made, reader, 42, tmp_path / "t")
     assert np.array_equal(ahead.store.ids, later.store.ids)
     assert ahead.draw(0) == later.draw(0)
     assert json.dumps(ahead.mask["lengths"]) == json.dumps(later.mask["lengths"])

@@ -11,9 +11,9 @@ import pytest
 
 from tests.conftest import byte_level_tokenizer, tensors, tiny_llama
 from tests.test_merge import make_adapter
-from tongwen import artifact
-from tongwen.model.fingerprint import fingerprint_model, fingerprint_stack
-from tongwen.model.load import Place
+from tongwen.core import artifact
+from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_stack
+from tongwen.model.loading.load import Place
 
 BASES = 3
 

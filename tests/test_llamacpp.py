@@ -11,19 +11,19 @@ pytest.importorskip("xllamacpp")
 
 from tests.conftest import type_lines
 from tongwen.infer import llamacpp
-from tongwen.infer.decode import Sampling, Voice
+from tongwen.infer.generation import Sampling, Voice
 from tongwen.infer.llamacpp import LlamaCpp
-from tongwen.speaker import Speaker, open_speaker
+from tongwen.workflows.chat_model import Speaker, open_speaker
 
 ASK = [{"role": "user", "content": "你好，👍🏽 龘靐？"}]
 
 
 @pytest.fixture(scope="module")
 def file(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tongwen import cli
+    from tongwen.cli.main import main
 
     out = tmp_path_factory.mktemp("gguf") / "out"
-    assert cli.main(["convert", str(chat_model), "--to", "gguf", "--quantize", "f32", "--out", str(out)]) == 0
+    assert main(["convert", str(chat_model), "--to", "gguf", "--quantize", "f32", "--out", str(out)]) == 0
     return next(out.glob("*.gguf"))
 
 

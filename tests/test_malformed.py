@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 from tests.test_sources import SIMPLIFIED, TURNS, as_csv, as_lines, as_table, said, take
-from tongwen.data import arrays, files, sources, tables
+from tongwen.core.errors import DataError, RowRefused
+from tongwen.data import files, json_array, reader, tables
 from tongwen.data.files import find_files
-from tongwen.data.sources import read_rows
-from tongwen.errors import DataError, RowRefused
+from tongwen.data.reader import read_rows
 
 GOOD = json.dumps({"instruction": TURNS[0][1], "input": "", "output": TURNS[1][1]}, ensure_ascii=False).encode()
 DOCUMENT = json.dumps({"text": "一段很普通的文字"}, ensure_ascii=False).encode()
@@ -501,7 +501,7 @@ def test_ends_that_a_power_loss_leaves(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
 def test_a_line_too_long_costs_itself_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DA-48."""
-    monkeypatch.setattr(sources, "CAP", 1 << 16)
+    monkeypatch.setattr(reader, "CAP", 1 << 16)
     monkeypatch.setattr(files, "BLOCK", 1 << 12)
     (tmp_path / name).write_bytes(around(b'{"instruction": "' + b"a" * 200_000 + b'"}') + GOOD + b"\n" + GOOD)
     good, bad = take(tmp_path / name)
@@ -512,13 +512,13 @@ def test_a_line_too_long_costs_itself_alone(name: str, tmp_path: Path, monkeypat
 
 
 def test_records_too_large_are_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "CAP", 1000)
+    monkeypatch.setattr(reader, "CAP", 1000)
     (tmp_path / "a.txt").write_text("短\n\n" + "很长的一段\n" * 1000 + "\n短\n", encoding="utf-8")
     good, bad = take(tmp_path / "a.txt", documents=True, records="paragraph")
     assert said(good) == ["短", "短"]
     assert [(raw.row, raw.reason, len(raw.value)) for raw, _ in bad] == [(3, "too_large", 200)]
     (tmp_path / "a.json").write_bytes(b"[" + GOOD + b',{"a": "' + b"a" * 4000 + b'"}]')
-    monkeypatch.setattr(arrays, "CAP", 1000)
+    monkeypatch.setattr(json_array, "CAP", 1000)
     monkeypatch.setattr(files, "BLOCK", 100)
     with pytest.raises(DataError, match="row 2 is larger than 1,000 bytes"):
         take(tmp_path / "a.json")
@@ -526,8 +526,8 @@ def test_records_too_large_are_not_kept_in_memory(tmp_path: Path, monkeypatch: p
 
 def test_no_line_end_in_a_huge_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DA-49: nobody waits for the end of it."""
-    monkeypatch.setattr(sources, "CAP", 1 << 16)
-    monkeypatch.setattr(sources, "_SKIP", 1 << 20)
+    monkeypatch.setattr(reader, "CAP", 1 << 16)
+    monkeypatch.setattr(reader, "_SKIP", 1 << 20)
     (tmp_path / "a.txt").write_bytes(b"a" * (3 << 20))
     with pytest.raises(DataError, match=r"a.txt: no line end within"):
         take(tmp_path / "a.txt", documents=True)
@@ -581,7 +581,7 @@ def test_a_file_that_changes_is_refused(change: str, tmp_path: Path) -> None:
 def test_an_arrow_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from tongwen.errors import MissingPackage
+    from tongwen.core.errors import MissingPackage
 
     (tmp_path / "a.parquet").write_bytes(as_table("parquet")(SIMPLIFIED))
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import tensors, tiny_llama
-from tongwen import weights
-from tongwen.errors import ArtifactError
-from tongwen.families import FAMILIES
-from tongwen.model.fingerprint import fingerprint_model, fingerprint_state
-from tongwen.model.load import Place
-from tongwen.model.tensors import from_fp32, to_fp32
+from tongwen.core import safetensors_io as weights
+from tongwen.core.errors import ArtifactError
+from tongwen.core.model_families import FAMILIES
+from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_state
+from tongwen.model.loading.load import Place
+from tongwen.model.loading.tensors import from_fp32, to_fp32
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -224,8 +224,8 @@ def test_what_does_not_map_one_to_one_goes_through_peft(tmp_path: Path, tongwen:
 def test_streamed_parity_is_the_model(tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tongwen.model import parity
-    from tongwen.model.tensors import open_tensors
+    from tongwen.model.loading.tensors import open_tensors
+    from tongwen.model.merging import parity
 
     for family in (name for name, facts in FAMILIES.items() if facts.like_llama):
         shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -253,10 +253,10 @@ def _edit(folder: Path, change: Any) -> None:
 def test_parity_sees_one_wrong_matrix(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tongwen.model import fold
+    from tongwen.model.merging import merge
 
     make_adapter(chat_model, tmp_path / "adapter")
-    step, apply = fold.Step, fold.Step.apply
+    step, apply = merge.Step, merge.Step.apply
     spoiled = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 
     def wrong(self: Any, block: Any, begin: int, end: int) -> Any:

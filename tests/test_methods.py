@@ -26,17 +26,18 @@ from tests.conftest import (
 )
 from tests.launching import die_at, in_a_child
 from tests.test_run import manifest
-from tongwen import artifact, cli
-from tongwen.errors import ModelError
+from tongwen.cli.main import main
+from tongwen.core import artifact
+from tongwen.core.errors import ModelError
 from tongwen.export.card import make_card
-from tongwen.model.adalora import budget_of
-from tongwen.model.adapt import adapt
-from tongwen.model.load import Place, load_model
-from tongwen.model.stack import open_adapter
+from tongwen.model.adapters.adalora import budget_of
+from tongwen.model.adapters.attach import adapt
+from tongwen.model.adapters.chain import open_adapter
+from tongwen.model.loading.load import Place, load_model
 from tongwen.recipe.schema import Adapter
-from tongwen.train import fit
-from tongwen.train.batches import pack, pad
-from tongwen.train.noise import Noise, lengths_of
+from tongwen.train import trainer
+from tongwen.train.neftune import Noise, lengths_of
+from tongwen.train.packing import pack, pad
 
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed")
@@ -79,7 +80,7 @@ def talk(path: Path) -> str:
     ],
 )
 def test_each_adapter_learns_merges_and_talks(adapter: str, wide_model: Path, tmp_path: Path) -> None:
-    assert cli.main(["run", str(recipe_for(tmp_path, wide_model, adapter, merge=True))]) == 0
+    assert main(["run", str(recipe_for(tmp_path, wide_model, adapter, merge=True))]) == 0
     report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())
     scores = report["held_out"]["bits_per_byte"]
     assert scores["after"] < 0.97 * scores["before"]
@@ -118,7 +119,7 @@ def test_adalora_spends_its_budget_and_leaves_an_ordinary_adapter(wide_model: Pa
     """Ranks begin half as large again and end, on average, at what the recipe says; not all are alike."""
     adapter = "{method: adalora, rank: 4}"
     recipe = recipe_for(tmp_path, wide_model, adapter, sft=", stop_after: 40 steps", merge=True)
-    assert cli.main(["run", str(recipe)]) == 0
+    assert main(["run", str(recipe)]) == 0
     stage = tmp_path / "out" / "sft"
     ranks = [tensor.shape[0] for name, tensor in tensors(stage).items() if "lora_A" in name]
     assert sum(ranks) == 14 * 4 and max(ranks) <= 6 and len(set(ranks)) > 1
@@ -151,7 +152,7 @@ def test_new_rows_alone_are_trained_by_sft_too(wide_model: Path, tmp_path: Path)
     base = tmp_path / "grown"
     shutil.copytree(wide_model, base)
     (base / "new_rows.json").write_text("[300, 301]")
-    assert cli.main(["run", str(recipe_for(tmp_path, base, "{method: new_rows}"))]) == 0
+    assert main(["run", str(recipe_for(tmp_path, base, "{method: new_rows}"))]) == 0
     before, after = tensors(base), tensors(tmp_path / "out" / "sft")
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"model.embed_tokens.weight"}
     moved = (before["model.embed_tokens.weight"] != after["model.embed_tokens.weight"]).any(dim=1)
@@ -178,7 +179,7 @@ def test_adaloras_second_loss_is_counted_once_a_step(wide_model: Path, tmp_path:
     for method in ("lora", "adalora"):
         words = ", stop_after: 1 steps, micro_batch_tokens: 64"
         recipe = recipe_for(tmp_path / method, wide_model, f"{{method: {method}, rank: 4}}", sft=words)
-        assert cli.main(["run", str(recipe)]) == 0
+        assert main(["run", str(recipe)]) == 0
         assert manifest(tmp_path / method / "out" / "sft")["micro_batches"]["accumulate"] > 1
         found[method] = metrics(tmp_path / method)[0]["loss"]
     assert found["adalora"] - found["lora"] == pytest.approx(0.5 * math.sqrt(6), rel=0.1)
@@ -216,7 +217,7 @@ def test_schedules_have_their_shapes(chat_model: Path, tmp_path: Path) -> None:
     for schedule in ("constant", "linear", "cosine", "wsd", "warmup_lr"):
         words = f", stop_after: 20 steps, warmup: 0.25, schedule: {schedule}" + ", decay: 0.2" * (schedule == "wsd")
         recipe_for(tmp_path / schedule, chat_model, "{rank: 2}", sft=words)
-        assert cli.main(["run", str(tmp_path / schedule / "recipe.yaml")]) == 0
+        assert main(["run", str(tmp_path / schedule / "recipe.yaml")]) == 0
         rates[schedule] = [line["learning_rate"] / 1e-2 for line in metrics(tmp_path / schedule)]
     linear_warmup = [0, 0.2, 0.4, 0.6, 0.8, 1]
     for schedule in ("constant", "linear", "cosine", "wsd"):
@@ -363,7 +364,7 @@ def test_noise_is_in_the_loss_and_not_in_the_scores(chat_model: Path, tmp_path: 
     found = {}
     for name, words in (("quiet", ""), ("loud", ", neftune: 5")):
         sft = f", stop_after: 2 steps, warmup: 1, evaluate_every: 1{words}"
-        assert cli.main(["run", str(recipe_for(tmp_path / name, chat_model, "{rank: 4}", sft=sft))]) == 0
+        assert main(["run", str(recipe_for(tmp_path / name, chat_model, "{rank: 4}", sft=sft))]) == 0
         found[name] = metrics(tmp_path / name)[0]
     assert found["quiet"]["learning_rate"] == found["loud"]["learning_rate"] == 0, "nothing has moved when it is scored"
     assert abs(found["loud"]["loss"] - found["quiet"]["loss"]) > 1e-4
@@ -495,8 +496,8 @@ def test_the_best_is_looked_at_before_it_is_taken(chat_model: Path, tmp_path: Pa
     recipe.write_text(recipe.read_text().replace("learning_rate: 1e-2, ", ""))
 
     def spoil() -> None:
-        original = fit.damage
-        fit.damage = lambda folder: "spoilt" if folder.name.startswith("checkpoint-") else original(folder)  # type: ignore[assignment]
+        original = trainer.damage
+        trainer.damage = lambda folder: "spoilt" if folder.name.startswith("checkpoint-") else original(folder)  # type: ignore[assignment]
 
     assert os.waitstatus_to_exitcode(in_a_child("run", recipe, before=spoil)) == 4
     assert not (tmp_path / "out" / "sft").exists()

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from tests.conftest import SHARED
-from tongwen.cli import make_parser
-from tongwen.errors import TongwenError
+from tongwen.cli.main import make_parser
+from tongwen.core.errors import TongwenError
 from tongwen.hub.names import today
-from tongwen.past.building import as_yaml
-from tongwen.past.migration import Outcome, migrate_command, migrate_files
-from tongwen.past.readers import READERS
-from tongwen.past.shell import Line, read_script, split_environment
-from tongwen.past.tables import known_files, programs
+from tongwen.migrate.build_recipe import as_yaml
+from tongwen.migrate.flag_values import READERS
+from tongwen.migrate.migrate import Outcome, migrate_command, migrate_files
+from tongwen.migrate.shell import Line, read_script, split_environment
+from tongwen.migrate.tables import known_files, programs
+from tongwen.recipe.docs import sections
 from tongwen.recipe.load import read
-from tongwen.recipe.pages import sections
 
 OLD = Path(__file__).parent / "data" / "old_commands"
 # README -> (its file among the real data, command lines in its code blocks)
@@ -288,7 +288,7 @@ def test_a_script_is_read_with_its_variables(tongwen: Any, tmp_path: Path) -> No
 
 def test_what_one_line_leaves_the_next_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base of the adapter is known when the line before has run, and not when the script is read."""
-    from tongwen.stages import migrate
+    from tongwen.commands import migrate
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")

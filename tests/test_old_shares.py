@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tongwen.model.adapt import adapt
-from tongwen.model.load import make_skeleton
+from tongwen.model.adapters.attach import adapt
+from tongwen.model.loading.load import make_skeleton
 from tongwen.recipe.schema import Adapter
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

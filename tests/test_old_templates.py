@@ -11,13 +11,13 @@ import pytest
 
 from tests.conftest import dialogues, sentencepiece_tokenizer, tiny_llama, write_recipe
 from tests.test_chatglm import chatglm_folder, small_ice  # noqa: F401 (a fixture)
+from tongwen.core.chat_template import Template
+from tongwen.core.errors import RecipeError
+from tongwen.core.records import Dialogue, Message, Origin
 from tongwen.data.encode import Encoder
-from tongwen.data.legacy import WAYS, LegacyEncoder
-from tongwen.errors import RecipeError
-from tongwen.model import load
-from tongwen.model.dress import bind_template
-from tongwen.record import Dialogue, Message, Origin
-from tongwen.template import Template
+from tongwen.data.legacy_encoder import WAYS, LegacyEncoder
+from tongwen.model.loading import load
+from tongwen.model.loading.chat_setup import bind_template
 
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 CHAT = (

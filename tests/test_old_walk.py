@@ -18,7 +18,7 @@ from tests.test_fetch import LINES, MODEL, WEIGHTS, Hub, Repo, server  # noqa: F
 from tests.test_merge import disturb
 from tests.test_migrate import LINEAR, WANTED, lines_of
 from tests.test_synthesize import faults  # noqa: F401 (a fixture)
-from tongwen.speaker import open_speaker
+from tongwen.workflows.chat_model import open_speaker
 
 TEXT = [
     "今天天气很好，我们去公园散步吧。",
@@ -143,7 +143,7 @@ def visited(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             seen.append((test_page.ask(address, "你好", model=bench.talk.chosen[0])[-1]["content"], knobs))
         return 0
 
-    monkeypatch.setattr("tongwen.ui.web.server.serve", serve)
+    monkeypatch.setattr("tongwen.serving.web.server.serve", serve)
     return seen
 
 
@@ -196,7 +196,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from tongwen.cli import main
+    from tongwen.cli.main import main
     from tongwen.vocab.train import train_sentencepiece
 
     here = tmp_path_factory.mktemp("published")

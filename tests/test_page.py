@@ -20,12 +20,12 @@ from gradio_client.utils import apply_diff
 from starlette.routing import Mount
 
 from tests.page_server import SECRET, TOKEN, Parrot, serving, talk
-from tongwen.errors import RecipeError, TongwenError
-from tongwen.ui.web.bench import Bench
-from tongwen.ui.web.conversation import Answer, as_json, as_markdown, drawn, note, stream, text_of, told
-from tongwen.ui.web.door import OPEN_ROUTES, Limits
-from tongwen.ui.web.server import SESSIONS, make_app
-from tongwen.workplace import Workplace
+from tongwen.core.errors import RecipeError, TongwenError
+from tongwen.serving.web.backend import Bench
+from tongwen.serving.web.conversation import Answer, as_json, as_markdown, drawn, note, stream, text_of, told
+from tongwen.serving.web.login import OPEN_ROUTES, Limits
+from tongwen.serving.web.server import SESSIONS, make_app
+from tongwen.workflows.workspace import Workplace
 
 GOLDEN = Path(__file__).parent / "golden" / "page_routes.txt"
 

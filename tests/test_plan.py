@@ -12,21 +12,21 @@ import torch
 from transformers import LlamaConfig
 
 from tests.conftest import byte_level_tokenizer, dialogues, tiny_mixture, write_recipe, write_rows
-from tongwen import foresight
-from tongwen.foresight import Micro, Setting, foresee
-from tongwen.model import attention
-from tongwen.model.adapt import adapt
-from tongwen.model.blocks import fuse_blocks
-from tongwen.model.load import Place, load_config, load_model
-from tongwen.model.score import learned_loss, spare_head
-from tongwen.recipe.cures import cheaper
+from tongwen.commands import plan
+from tongwen.model.adapters.attach import adapt
+from tongwen.model.kernels import packed_attention
+from tongwen.model.kernels.fused_blocks import fuse_blocks
+from tongwen.model.kernels.loss import learned_loss, spare_head
+from tongwen.model.loading.load import Place, load_config, load_model
+from tongwen.recipe.memory_remedies import cheaper
 from tongwen.recipe.schema import Adapter, Recipe, Sft, Training
-from tongwen.stages import plan
-from tongwen.train.batches import pack
 from tongwen.train.checkpoints import commit
-from tongwen.train.engine import sharing_of
 from tongwen.train.memory import Shape, Sharing, token_budget
-from tongwen.train.rehearsal import ROWS, Live
+from tongwen.train.memory_trace import ROWS, Live
+from tongwen.train.packing import pack
+from tongwen.train.parallel import sharing_of
+from tongwen.workflows import memory_estimate
+from tongwen.workflows.memory_estimate import Micro, Setting, foresee
 
 LENGTHS = (40, 24)
 
@@ -40,7 +40,7 @@ def setting(method: str, dtype: torch.dtype = torch.float32, **words: Any) -> Se
 def real_peak(folder: Path, how: Setting) -> dict[str, int]:
     """The same count over a real step with real tensors."""
     model = load_model(Place("t", str(folder)), torch.float32)
-    model.set_attn_implementation(attention.register())
+    model.set_attn_implementation(packed_attention.register())
     model = adapt(model, how.adapter, []).model.train()
     batch = pack([(torch.ones(length).numpy(), torch.zeros(length).bool().numpy()) for length in LENGTHS])
     batch |= {"rows": torch.zeros(ROWS, dtype=torch.int64), "targets": torch.zeros(ROWS, dtype=torch.int64)}
@@ -59,7 +59,7 @@ def real_peak(folder: Path, how: Setting) -> dict[str, int]:
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_rehearsed_step_holds_what_a_real_step_holds(method: str, chat_model: Path) -> None:
     how = setting(method)
-    found = foresight.foresee(load_config(Place("t", str(chat_model))), how, Micro(LENGTHS, ROWS, 1))
+    found = memory_estimate.foresee(load_config(Place("t", str(chat_model))), how, Micro(LENGTHS, ROWS, 1))
     rehearsed = sum(found.bytes[name] for name in ("weights", "gradients", "activations", "head"))
     wanted = real_peak(chat_model, how)
     assert found.rehearsed and found.bytes["weights"] == wanted["weights"]
@@ -74,9 +74,9 @@ def test_a_few_layers_tell_of_many(
 ) -> None:
     config, micro = load_config(Place("t", str(chat_model))), Micro(LENGTHS, 20, 2)
     config.num_hidden_layers = 6
-    found = foresight.foresee(config, setting(method, **how), micro).bytes
-    monkeypatch.setattr(foresight, "ALIKE", (2, 6))  # all of them
-    whole = foresight.foresee(config, setting(method, **how), micro).bytes
+    found = memory_estimate.foresee(config, setting(method, **how), micro).bytes
+    monkeypatch.setattr(memory_estimate, "ALIKE", (2, 6))  # all of them
+    whole = memory_estimate.foresee(config, setting(method, **how), micro).bytes
     assert found["peak"] == pytest.approx(whole["peak"], rel=1e-3)
     assert found["weights"] == pytest.approx(whole["weights"], rel=1e-3)
 
@@ -85,11 +85,11 @@ def test_checkpointing_keeps_less_and_the_second_micro_batch_meets_the_gradients
     config, micro = load_config(Place("t", str(chat_model))), Micro((256, 256), 20, 1)
 
     def parts(how: Setting, passes: int = 1) -> dict[str, int]:
-        return foresight.foresee(config, how, Micro(micro.lengths, micro.rows, passes)).bytes
+        return memory_estimate.foresee(config, how, Micro(micro.lengths, micro.rows, passes)).bytes
 
     assert parts(setting("full", checkpointing=True))["activations"] < 0.8 * parts(setting("full"))["activations"]
     one, two = parts(setting("full")), parts(setting("full"), passes=2)
-    assert two["gradients"] == 4 * foresight.shape_of(config, setting("full")).trainable > one["gradients"]
+    assert two["gradients"] == 4 * memory_estimate.shape_of(config, setting("full")).trainable > one["gradients"]
     assert parts(setting("full", optimizer="adamw_8bit"))["optimizer"] == one["optimizer"] / 4
 
 
@@ -103,10 +103,10 @@ def test_a_model_that_cannot_be_rehearsed_is_said(chat_model: Path, monkeypatch:
         raise RuntimeError("its shapes depend on values")
 
     config, micro = load_config(Place("t", str(chat_model))), Micro((256,), 200, 1)
-    monkeypatch.setattr(foresight, "fuse_blocks", leave)
-    wanted = foresight.foresee(config, setting("lora"), micro)
-    monkeypatch.setattr(foresight, "rehearse", refuse)
-    found = foresight.foresee(config, setting("lora"), micro)
+    monkeypatch.setattr(memory_estimate, "fuse_blocks", leave)
+    wanted = memory_estimate.foresee(config, setting("lora"), micro)
+    monkeypatch.setattr(memory_estimate, "rehearse", refuse)
+    found = memory_estimate.foresee(config, setting("lora"), micro)
     assert wanted.rehearsed and not found.rehearsed
     assert found.bytes["weights"] == pytest.approx(wanted.bytes["weights"], rel=0.05)
     assert found.bytes["peak"] == pytest.approx(wanted.bytes["peak"], rel=0.5)
@@ -116,7 +116,7 @@ def test_a_model_that_cannot_be_rehearsed_is_said(chat_model: Path, monkeypatch:
 def test_what_does_not_fit_gets_changes_that_make_it_fit(
     method: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foresight, "CUDA_CONTEXT", 0)
+    monkeypatch.setattr(memory_estimate, "CUDA_CONTEXT", 0)
     recipe = write_recipe(tmp_path, chat_model, merge=method == "lora", extra="export: {formats: [hf]}\n")
     word = "sft.adapter={method: full}" if method == "full" else f"sft.adapter.method={method}"
     roomy = json.loads(tongwen("plan", recipe, "--gpu", "24GB", "--json", word)[1])
@@ -138,7 +138,7 @@ def test_what_does_not_fit_gets_changes_that_make_it_fit(
     for name, facts in found["stages"].items():
         if name != "sft":
             assert facts["disk_bytes"] > 0
-            assert facts["memory_bytes"]["peak"] == foresight.LIBRARIES + plan.STREAMED
+            assert facts["memory_bytes"]["peak"] == memory_estimate.LIBRARIES + plan.STREAMED
     assert sorted(tmp_path.iterdir()) == [tmp_path / "data.jsonl", recipe]  # nothing was written
 
 
@@ -156,11 +156,11 @@ SHARED_BY = {
 def test_a_process_holds_its_part_of_what_its_engine_shares_out(
     method: str, engine: str, chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foresight, "fuse_blocks", leave)
+    monkeypatch.setattr(memory_estimate, "fuse_blocks", leave)
     config, micro = load_config(Place("t", str(chat_model))), Micro(LENGTHS, ROWS, 2)
     how = setting(method)
-    alone = foresight.foresee(config, how, micro)
-    four = foresight.foresee(config, replace(how, sharing=Sharing(engine, 4)), micro).bytes
+    alone = memory_estimate.foresee(config, how, micro)
+    four = memory_estimate.foresee(config, replace(how, sharing=Sharing(engine, 4)), micro).bytes
     for purpose in ("weights", "gradients", "optimizer", "activations", "head"):
         parts = 4 if purpose in SHARED_BY[engine] else 1
         assert four[purpose] == pytest.approx(alone.bytes[purpose] / parts, abs=4), purpose
@@ -218,13 +218,13 @@ def test_a_plan_for_several_gpus_says_whose_memory_it_is(chat_model: Path, tmp_p
 def test_time_is_measured_when_asked(
     word: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, recomputed = foresight.recompute, list[bool]()
+    real, recomputed = memory_estimate.recompute, list[bool]()
 
     def recompute(model: Any, **how: Any) -> None:
         recomputed.append(bool(how))  # a rehearsal has words of its own
         real(model, **how)
 
-    monkeypatch.setattr(foresight, "recompute", recompute)
+    monkeypatch.setattr(memory_estimate, "recompute", recompute)
     recipe = write_recipe(tmp_path, chat_model, sft=f", activation_checkpointing: {word}")
     code, out, err = tongwen("plan", recipe, "--measure", "--json")
     assert code == 0 and json.loads(out)["seconds"] > 0 and "time, measured" in err
@@ -278,7 +278,7 @@ def test_the_disk_holds_what_was_planned(
         most.append(weights_in(folder))
         commit(*arguments)
 
-    monkeypatch.setattr("tongwen.train.fit.commit", watched)
+    monkeypatch.setattr("tongwen.train.trainer.commit", watched)
     recipe = write_recipe(tmp_path, chat_model)
     texts = write_rows(tmp_path / "texts.jsonl", [{"text": row["output"] * 2} for row in dialogues(24)])
     recipe.write_text(

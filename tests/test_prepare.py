@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import write_rows
-from tongwen import cli
-from tongwen.data import parts as steps
-from tongwen.data.mix import choose_held_out, draw, order, passes_of
-from tongwen.errors import DataError
+from tongwen.cli.main import main
+from tongwen.core.errors import DataError
+from tongwen.data import prepare_steps as steps
+from tongwen.data.sampling import choose_held_out, draw, order, passes_of
 from tongwen.stages import prepare
 
 CHARACTERS = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁律吕调阳云腾致雨露结为霜金生丽水玉出昆冈"
@@ -70,7 +70,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("all")
-    assert cli.main(["run", str(write_all(folder))]) == 0
+    assert main(["run", str(write_all(folder))]) == 0
     return folder
 
 
@@ -136,10 +136,10 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
         with monkeypatch.context() as patch:
             patch.setattr(steps, name, dying)
             with pytest.raises(Stop):
-                cli.main(["run", str(recipe)])
+                main(["run", str(recipe)])
         assert not (tmp_path / "out" / "prepare").exists(), turn
     assert len(done) == len(set(done)), "what was finished is not done again"
-    assert cli.main(["run", str(recipe)]) == 0
+    assert main(["run", str(recipe)]) == 0
     assert contents(tmp_path / "out" / "prepare") == contents(prepared / "out" / "prepare")
 
 
@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
 def test_tasks_of_datatrove_do_the_same_byte_for_byte(prepared: Path, tmp_path: Path, tasks: int) -> None:
     pytest.importorskip("datatrove")
     words = [f"out={tmp_path / 'out'}", "prepare.executor=local", f"prepare.tasks={tasks}"]
-    assert cli.main(["run", str(prepared / "recipe.yaml"), *words]) == 0
+    assert main(["run", str(prepared / "recipe.yaml"), *words]) == 0
     assert contents(tmp_path / "out" / "prepare") == contents(prepared / "out" / "prepare")
 
 
@@ -158,13 +158,13 @@ def test_a_task_of_datatrove_says_what_is_wrong(
     broken = tmp_path / "broken.json"
     broken.write_text('[{"instruction": "a", "output": "b"}, {"instr', encoding="utf-8")
     words = [f"out={tmp_path / 'out'}", "prepare.executor=local", "prepare.tasks=2", f"prepare.dialogues=[{broken}]"]
-    assert cli.main(["run", str(prepared / "recipe.yaml"), *words]) == 3
+    assert main(["run", str(prepared / "recipe.yaml"), *words]) == 3
     assert str(broken) in capsys.readouterr().err
 
 
 def test_contamination_can_be_refused(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"out={tmp_path / 'out'}", "prepare.contaminated=refuse"]
-    assert cli.main(["run", str(prepared / "recipe.yaml"), *words]) == 3
+    assert main(["run", str(prepared / "recipe.yaml"), *words]) == 3
     error = capsys.readouterr().err
     assert "b.jsonl:21" in error and "contaminated: remove" in error
 
@@ -176,7 +176,7 @@ def test_a_held_out_file_is_no_part_of_training(tmp_path: Path) -> None:
     recipe.write_text(
         f"name: x\nbase: n\nout: {tmp_path / 'o'}\nprepare: {{dialogues: {train}, held_out: {held_out}}}\n"
     )
-    assert cli.main(["run", str(recipe)]) == 0
+    assert main(["run", str(recipe)]) == 0
     out = tmp_path / "o" / "prepare"
     assert [row["origin"]["row"] for row in lines(out / "dialogues.held_out.jsonl")] == [1, 2, 3, 4, 5]
     assert [row["origin"]["row"] for row in lines(out / "dialogues.jsonl")] == [*range(1, 11), *range(16, 31)]
@@ -197,7 +197,7 @@ def test_no_kind_of_training_data_holds_what_another_kind_examines(tmp_path: Pat
         f"name: x\nbase: n\nout: {tmp_path / 'o'}\nprepare: {{dialogues: {tmp_path / 'a.jsonl'}, "
         f"documents: {tmp_path / 'd.jsonl'}, evaluation: {tmp_path / 'exam.jsonl'}, held_out: {tmp_path / 'h.txt'}}}\n"
     )
-    assert cli.main(["run", str(recipe)]) == 0
+    assert main(["run", str(recipe)]) == 0
     out = tmp_path / "o" / "prepare"
     assert [row["reason"] for row in lines(out / "rejected.jsonl")] == ["contaminated"]
     assert len(lines(out / "documents.jsonl")) == len(lines(out / "documents.held_out.jsonl")) == 1
@@ -208,7 +208,7 @@ def test_preparing_what_was_prepared_changes_nothing(prepared: Path, tmp_path: P
     kept = prepared / "out" / "prepare" / "dialogues.jsonl"
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"name: x\nbase: n\nout: {tmp_path / 'o'}\nprepare: {{dialogues: {kept}, held_out: 0}}\n")
-    assert cli.main(["run", str(recipe)]) == 0
+    assert main(["run", str(recipe)]) == 0
     again = [row["messages"] for row in lines(tmp_path / "o" / "prepare" / "dialogues.jsonl")]
     assert again == [row["messages"] for row in lines(kept)]
 
@@ -258,15 +258,15 @@ def test_a_changed_source_starts_anew(prepared: Path, tmp_path: Path, monkeypatc
     recipe.write_text(f"name: x\nbase: n\nout: {tmp_path / 'o'}\nprepare: {{dialogues: {data}, held_out: 0}}\n")
     with monkeypatch.context() as patch:
         patch.setattr(prepare.steps, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert cli.main(["run", str(recipe)]) == 130
+        assert main(["run", str(recipe)]) == 130
     write_rows(data, rows[:7])
-    assert cli.main(["run", str(recipe)]) == 0
+    assert main(["run", str(recipe)]) == 0
     assert len(lines(tmp_path / "o" / "prepare" / "dialogues.jsonl")) == 7
     shutil.rmtree(tmp_path / "o")
 
 
 def test_show_tells_where_the_rows_went(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["show", str(prepared / "out" / "prepare")]) == 0
+    assert main(["show", str(prepared / "out" / "prepare")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "dialogues: 312 − contaminated 1 − duplicate 9" in shown and shown.endswith("= 299")
 
@@ -281,7 +281,7 @@ def test_a_held_out_file_of_another_kind_is_refused(
     recipe.write_text(
         f"name: x\nbase: n\nout: {tmp_path / 'o'}\nprepare: {{dialogues: {train}, held_out: {tmp_path / 'h.txt'}}}\n"
     )
-    assert cli.main([*command, str(recipe)]) == 3
+    assert main([*command, str(recipe)]) == 3
     error = capsys.readouterr().err
     assert "h.txt" in error and "holds documents, the recipe has dialogues" in error and "held_out: 0.02" in error
 
@@ -294,5 +294,5 @@ def test_check_asks_nothing_of_a_kind_that_is_only_examined(tmp_path: Path) -> N
         f"name: x\nbase: n\nout: {tmp_path / 'o'}\n"
         f"prepare: {{documents: {tmp_path / 'd.jsonl'}, evaluation: {tmp_path / 'exam.jsonl'}, held_out: 10}}\n"
     )
-    assert cli.main(["check", str(recipe)]) == 0
-    assert cli.main(["run", str(recipe)]) == 0
+    assert main(["check", str(recipe)]) == 0
+    assert main(["run", str(recipe)]) == 0

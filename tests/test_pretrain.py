@@ -15,10 +15,10 @@ import torch
 from tests.conftest import dialogues, remade, tensors, write_rows
 from tests.launching import die_at, in_a_child, launched, needs_deepspeed
 from tests.test_run import manifest
-from tongwen import cli
-from tongwen.model.fingerprint import fingerprint_model, fingerprint_stack
-from tongwen.model.load import Place
-from tongwen.train.fit import Job, fit
+from tongwen.cli.main import main
+from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_stack
+from tongwen.model.loading.load import Place
+from tongwen.train.trainer import Job, fit
 
 NEW = [300, 301, 470, 471]
 EMBEDDING = "model.embed_tokens.weight"
@@ -84,7 +84,7 @@ def test_only_the_new_rows_move(phases: str, stored: torch.dtype, precision: str
     base = remade(grown, tmp_path / "base", rough, dtype=str(stored).removeprefix("torch."))
     recipe = write_recipe(tmp_path, base, words)
     recipe.write_text(recipe.read_text().replace("precision: fp32", f"precision: {precision}"))
-    assert cli.main(["run", str(recipe)]) == 0
+    assert main(["run", str(recipe)]) == 0
     stage = tmp_path / "out" / "pretrain"
     if "embeddings" in phases:
         stage = stage / "checkpoints" / "phase-1" / "checkpoint-6"
@@ -97,7 +97,7 @@ def test_only_the_new_rows_move(phases: str, stored: torch.dtype, precision: str
 def test_new_rows_stay_beside_an_adapter(grown: Path, tmp_path: Path) -> None:
     """Trained in the first phase, at rest in the second, and both in what is merged."""
     words = "phases: [{train: new_rows, stop_after: 3 steps}, {train: lora, stop_after: 3 steps}], save_every: 3"
-    assert cli.main(["run", str(write_recipe(tmp_path, grown, words, extra="merge: {}\n"))]) == 0
+    assert main(["run", str(write_recipe(tmp_path, grown, words, extra="merge: {}\n"))]) == 0
     before, after = tensors(grown), tensors(tmp_path / "out" / "merge")
     assert changed_rows(before[EMBEDDING], after[EMBEDDING]) == NEW
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
@@ -167,8 +167,8 @@ def test_sft_stands_on_a_pretrained_adapter(grown: Path, tmp_path: Path, tongwen
     assert below is not None
     assert tuned["parents"]["base"]["path"] == str(out / "pretrain")
     assert tuned["parents"]["base"]["fingerprint"] == fingerprint_stack(below, pretrained["fingerprint"])
-    from tongwen.model.load import locate
-    from tongwen.model.stack import open_stack
+    from tongwen.model.adapters.chain import open_stack
+    from tongwen.model.loading.load import locate
 
     place = locate(str(out / "sft"))
     assert place.adapters == (str(out / "pretrain"), str(out / "sft"))
@@ -205,9 +205,9 @@ def test_embeddings_learn_at_their_own_rate(grown: Path, tmp_path: Path) -> None
     moved = {}
     for rate in ("1e-2", "1e-4"):
         words = f"train: lora+embeddings, embedding_learning_rate: {rate}, stop_after: 1 steps, warmup: 0, schedule: constant"
-        assert cli.main(["run", str(write_recipe(tmp_path / rate, grown, words))]) == 0
+        assert main(["run", str(write_recipe(tmp_path / rate, grown, words))]) == 0
         assert (
-            cli.main(
+            main(
                 [
                     "merge",
                     "--base",
@@ -225,7 +225,7 @@ def test_embeddings_learn_at_their_own_rate(grown: Path, tmp_path: Path) -> None
         line = metrics(tmp_path / rate / "out" / "pretrain")[0]
         assert (line["learning_rate"], line.get("embedding_learning_rate", 1e-2)) == (1e-2, float(rate))
     words = "train: lora+embeddings, embedding_learning_rate: 1e-3, stop_after: 5 steps, warmup: 1, schedule: cosine"
-    assert cli.main(["run", str(write_recipe(tmp_path / "many", grown, words))]) == 0
+    assert main(["run", str(write_recipe(tmp_path / "many", grown, words))]) == 0
     for line in metrics(tmp_path / "many" / "out" / "pretrain")[1:]:
         assert line["embedding_learning_rate"] == pytest.approx(line["learning_rate"] / 10)
     # Adam's first step is as long as its learning rate.
@@ -292,9 +292,7 @@ def test_an_instruct_model_is_warned_about(chat_model: Path, tmp_path: Path, ton
 @pytest.mark.parametrize("method", ["embeddings", "full"])
 def test_without_an_adapter_a_whole_model_is_left(method: str, grown: Path, tmp_path: Path) -> None:
     assert (
-        cli.main(
-            ["run", str(write_recipe(tmp_path, grown, f"train: {method}, stop_after: 2 steps, learning_rate: 1e-3"))]
-        )
+        main(["run", str(write_recipe(tmp_path, grown, f"train: {method}, stop_after: 2 steps, learning_rate: 1e-3"))])
         == 0
     )
     before, after = tensors(grown), tensors(tmp_path / "out" / "pretrain")
@@ -322,7 +320,7 @@ def test_the_partition_of_a_batch_changes_nothing(arrangement: str, chat_model: 
         recipe = write_recipe(tmp_path / f"{budget}-{devices}", chat_model, words)
         if devices == 2 and arrangement != "apart":
             continue
-        assert cli.main(["run", str(recipe), "--devices", str(devices)]) == 0
+        assert main(["run", str(recipe), "--devices", str(devices)]) == 0
         found.append([(line["loss"], line["grad_norm"]) for line in metrics(recipe.parent / "out" / "pretrain")])
     for lines in found[1:]:
         for (loss, norm), (wanted_loss, wanted_norm) in zip(lines, found[0], strict=True):
@@ -376,7 +374,7 @@ def test_a_source_says_its_language_and_its_share(
     chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = list[Job]()
-    monkeypatch.setattr("tongwen.course.fit", lambda job: (jobs.append(job), fit(job))[1])
+    monkeypatch.setattr("tongwen.workflows.training.job.fit", lambda job: (jobs.append(job), fit(job))[1])
     write_rows(tmp_path / "more.jsonl", [{"text": f"hello world, how are you today? {number}"} for number in range(60)])
     recipe = write_recipe(tmp_path, chat_model, "stop_after: 1 epoch")
     text = recipe.read_text().replace(
@@ -384,7 +382,7 @@ def test_a_source_says_its_language_and_its_share(
         f"documents: [{tmp_path / 'docs.jsonl'}, {{path: {tmp_path / 'more.jsonl'}, language: en, share: 0.2}}]",
     )
     recipe.write_text(text)
-    assert cli.main(["run", str(recipe)]) == 0
+    assert main(["run", str(recipe)]) == 0
     report = json.loads((tmp_path / "out" / "pretrain" / "report.json").read_text())
     assert set(report["held_out"]["groups"]) == {"en", "other", "zh"}
     lines = metrics(tmp_path / "out" / "pretrain")

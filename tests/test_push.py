@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.test_fetch import CANARY, Handler, Hub, Repo, server
-from tongwen.hub import pushing
+from tongwen.hub import upload
 
 _ = server  # the fixture
 
@@ -68,11 +68,11 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_it_arrives_whole_private_and_without_the_manifest(hub: Hub, model: Path) -> None:
-    assert pushing.push(model, "me/mine", print) == f"{hub.url}/me/mine"
+    assert upload.push(model, "me/mine", print) == f"{hub.url}/me/mine"
     assert set(hub.repos["model", "me/mine"].files) == {"config.json", "README.md"}
     created = next(json.loads(one["body"]) for one in hub.log if one["path"] == "/api/repos/create")
     assert created["visibility"] == "private"
-    assert pushing.push(model, "me/mine", print, public=True)
+    assert upload.push(model, "me/mine", print, public=True)
 
 
 def test_the_command_converts_and_sends(hub: Hub, chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
@@ -88,8 +88,8 @@ def test_the_command_converts_and_sends(hub: Hub, chat_model: Path, tmp_path: Pa
 def test_what_the_hub_refuses_or_spoils_is_said_without_the_token(hub: Hub, model: Path, tongwen: Any) -> None:
     for fault, wanted in ((("create", "403"), "HTTP 403"), (("commit", "spoil"), "not what was sent")):
         hub.faults = [fault]
-        with pytest.raises(pushing.MachineError, match=wanted) as error:
-            pushing.push(model, "me/other", print)
+        with pytest.raises(upload.MachineError, match=wanted) as error:
+            upload.push(model, "me/other", print)
         assert CANARY not in error.value.text() and error.value.exit_code == 5
 
 
@@ -120,8 +120,8 @@ def test_modelscope_goes_through_its_own_package(model: Path, monkeypatch: pytes
         monkeypatch.setitem(sys.modules, name, importlib.import_module("types").ModuleType(name))
     monkeypatch.setitem(sys.modules, "modelscope.hub.api", package)
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", CANARY)
-    assert pushing.push(model, "modelscope:me/mine", print).endswith("modelscope.cn/models/me/mine")
+    assert upload.push(model, "modelscope:me/mine", print).endswith("modelscope.cn/models/me/mine")
     assert called == [("login", CANARY), ("create", "me/mine", 1), ("upload", "me/mine", str(model))]
     monkeypatch.setattr(Api, "size", 3)
-    with pytest.raises(pushing.MachineError, match=r"config\.json is not what was sent"):
-        pushing.push(model, "modelscope:me/mine", print)
+    with pytest.raises(upload.MachineError, match=r"config\.json is not what was sent"):
+        upload.push(model, "modelscope:me/mine", print)

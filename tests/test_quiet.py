@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from tongwen.model.load import quiet
+from tongwen.model.loading.load import quiet
 
 
 def test_two_that_open_at_once_put_back_what_was_there(capsys: pytest.CaptureFixture[str]) -> None:

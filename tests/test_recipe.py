@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tongwen.errors import RecipeError, SeveralErrors, TongwenError
+from tongwen.core.errors import RecipeError, SeveralErrors, TongwenError
+from tongwen.recipe.aliases import OWNED, training_arguments
+from tongwen.recipe.docs import sections, to_markdown, words
 from tongwen.recipe.load import dump, load
-from tongwen.recipe.old_names import OWNED, training_arguments
-from tongwen.recipe.pages import sections, to_markdown, words
 
 PRETRAIN = "name: a\nbase: b\nprepare: {documents: d}\npretrain: {%s}\n"
 GOOD = "name: a\nbase: b\nprepare: {dialogues: d.json}\nsft: {%s}\n"
@@ -194,7 +194,7 @@ def test_every_word_has_help_in_both_languages() -> None:
 
 
 def test_errors_keep_the_lowest_exit_code() -> None:
-    from tongwen.errors import DataError, ModelError
+    from tongwen.core.errors import DataError, ModelError
 
     assert SeveralErrors([ModelError("m"), DataError("d")]).exit_code == 3
     assert SeveralErrors([DataError("d"), RecipeError("r")]).exit_code == 2

@@ -15,9 +15,9 @@ import tongwen.stages.pretrain
 import tongwen.stages.vocab  # noqa: F401 (imported here, once for all children)
 from tests.conftest import CORPUS, byte_level_tokenizer, dialogues, tensors, tiny_llama, tiny_mixture, write_rows
 from tests.launching import in_a_child, launched
+from tongwen.commands.init import METHODS, STARTS, TRAINS, render
 from tongwen.recipe.load import load
 from tongwen.recipe.schema import Adapter
-from tongwen.stages.init import METHODS, STARTS, TRAINS, render
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 NEEDS = {"zero": "deepspeed", "qlora": "bitsandbytes", "int8": "bitsandbytes"}

@@ -13,11 +13,11 @@ import torch
 
 from tests.conftest import dialogues, tensors, write_recipe, write_rows
 from tests.launching import die_at, in_a_child
-from tongwen import cli
-from tongwen.errors import ModelError
-from tongwen.model.fingerprint import fingerprint_model
-from tongwen.model.load import Place
-from tongwen.train.fit import PlannedTrainer
+from tongwen.cli.main import main
+from tongwen.core.errors import ModelError
+from tongwen.model.loading.fingerprint import fingerprint_model
+from tongwen.model.loading.load import Place
+from tongwen.train.trainer import PlannedTrainer
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def manifest(folder: Path) -> dict[str, Any]:
 def finished(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run with LoRA and merge: its folder."""
     folder = tmp_path_factory.mktemp("finished")
-    assert cli.main(["run", str(write_recipe(folder, chat_model))]) == 0
+    assert main(["run", str(write_recipe(folder, chat_model))]) == 0
     return folder
 
 
@@ -187,7 +187,7 @@ def test_the_partition_of_a_batch_changes_nothing(chat_model: Path, tmp_path: Pa
             .replace("learning_rate: 1e-2", "learning_rate: 1e-3")
             .replace(", samples: 1,", ",")
         )
-        assert cli.main(["run", str(recipe)]) == 0
+        assert main(["run", str(recipe)]) == 0
         lines = [json.loads(line) for line in (folder / "out" / "sft" / "metrics.jsonl").read_text().splitlines()]
         found.append(
             (
@@ -208,7 +208,7 @@ def test_activation_checkpointing_changes_no_number(chat_model: Path, tmp_path: 
         recipe = write_recipe(
             tmp_path / choice, chat_model, sft=f", stop_after: 3 steps, activation_checkpointing: {choice}", merge=False
         )
-        assert cli.main(["run", str(recipe)]) == 0
+        assert main(["run", str(recipe)]) == 0
         found.append(tensors(tmp_path / choice / "out" / "sft"))
     assert all(torch.allclose(found[0][name], tensor, atol=1e-7) for name, tensor in found[1].items())
 
@@ -218,7 +218,7 @@ def test_scoring_on_the_way_is_logged_and_disturbs_nothing(chat_model: Path, tmp
     for choice in ("", ", evaluate_every: 2"):
         recipe = write_recipe(tmp_path / f"{len(found)}", chat_model, sft=f", stop_after: 5 steps{choice}", merge=False)
         recipe.write_text(recipe.read_text().replace("{rank: 4}", "{rank: 4, dropout: 0.2}"))
-        assert cli.main(["run", str(recipe)]) == 0
+        assert main(["run", str(recipe)]) == 0
         found.append(tmp_path / f"{len(found)}" / "out" / "sft")
     lines = [json.loads(line) for line in (found[1] / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "bits_per_byte" in line] == [2, 4]
@@ -255,8 +255,8 @@ def test_show_plan_look_and_schema_speak(finished: Path, tongwen: Any, tmp_path:
 
 
 def test_init_writes_recipes_that_the_reader_takes(tongwen: Any, tmp_path: Path) -> None:
+    from tongwen.commands.init import STARTS
     from tongwen.recipe.load import load
-    from tongwen.stages.init import STARTS
 
     assert "qwen3-8b" in tongwen("init")[1]
     for name in STARTS:

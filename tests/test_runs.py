@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from tests.conftest import dialogues, tensors, write_recipe
-from tongwen import runs
-from tongwen.errors import MachineError
-from tongwen.river import LOCK, holder
+from tongwen.core.errors import MachineError
+from tongwen.workflows import run_manager
+from tongwen.workflows.pipeline import LOCK, holder
 
 SAVING = ", save_every: 4"
 
@@ -31,7 +31,7 @@ def wait_for(what: Callable[[], Any], seconds: float = 300) -> Any:
 
 
 def steps(out: Path) -> int:
-    return len(curve[0][1]) if (curve := runs.curves(out)) else 0
+    return len(curve[0][1]) if (curve := run_manager.curves(out)) else 0
 
 
 def test_stopped_and_taken_up_again_it_ends_with_the_same_weights(chat_model: Path, tmp_path: Path) -> None:
@@ -48,33 +48,33 @@ def test_stopped_and_taken_up_again_it_ends_with_the_same_weights(chat_model: Pa
     assert holder(once)
     wait_for(lambda: steps(once) > 5)
     with pytest.raises(MachineError, match="is running"):
-        runs.resume(once)
-    assert dict(map(reversed, runs.facts(once)))["memory now"]
-    runs.stop(once)
+        run_manager.resume(once)
+    assert dict(map(reversed, run_manager.facts(once)))["memory now"]
+    run_manager.stop(once)
     wait_for(lambda: not holder(once))
-    assert runs.facts(once)[0][0] == "stopped" and not (once / "sft").exists()
+    assert run_manager.facts(once)[0][0] == "stopped" and not (once / "sft").exists()
     with pytest.raises(MachineError, match="nothing runs here"):
-        runs.stop(once)
-    runs.resume(once)
+        run_manager.stop(once)
+    run_manager.resume(once)
     wait_for(lambda: not holder(once))
-    assert runs.facts(once)[0][0] == "finished", runs.log(once)
+    assert run_manager.facts(once)[0][0] == "finished", run_manager.log(once)
     for stage in ("sft", "merge"):
         left, right = tensors(never / stage), tensors(once / stage)
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) for name in left)
-    assert runs.samples(once) and [file.parent.name for file in runs.reports(once)] == ["sft"]
-    assert "held-out bits per byte" in runs.log(once)
-    page = runs.compare([never, once])
+    assert run_manager.samples(once) and [file.parent.name for file in run_manager.reports(once)] == ["sft"]
+    assert "held-out bits per byte" in run_manager.log(once)
+    page = run_manager.compare([never, once])
     assert "<svg" in page and "never" in page and "once" in page
     with pytest.raises(MachineError, match="no training has finished here"):
-        runs.compare([never, tmp_path])
+        run_manager.compare([never, tmp_path])
 
 
 def test_a_run_that_cannot_begin_says_why(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("name: x\nbase: y\nsft: {learning_rat: 1}\n", encoding="utf-8")
     with pytest.raises(MachineError, match="learning_rate"):
-        runs.start([str(recipe)], tmp_path / "out")
+        run_manager.start([str(recipe)], tmp_path / "out")
 
 
 @pytest.mark.parametrize(

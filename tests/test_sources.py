@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 
+from tongwen.core.errors import DataError, RecipeError, RowRefused
+from tongwen.core.records import Dialogue, Document, Origin
 from tongwen.data import files, formats
 from tongwen.data.charset import choose, recognise
 from tongwen.data.dataset_info import entry_source
 from tongwen.data.files import find_files
-from tongwen.data.rows import RawRow
-from tongwen.data.sources import read_rows
-from tongwen.errors import DataError, RecipeError, RowRefused
+from tongwen.data.reader import read_rows
+from tongwen.data.row import RawRow
 from tongwen.recipe.schema import Source
-from tongwen.record import Dialogue, Document, Origin
 
-DEMO = Path(__file__).parents[1] / "src" / "tongwen" / "demo" / "dialogues.jsonl"
+DEMO = Path(__file__).parents[1] / "src" / "tongwen" / "commands" / "demo_data" / "dialogues.jsonl"
 HERE = Origin("f", 1)
 TURNS = [("user", "你好，今天天气怎么样？"), ("assistant", "今天天气很好，我们可以去公园。")]
 SIMPLIFIED = [

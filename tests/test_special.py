@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import dialogues, sentencepiece_tokenizer, tiny_llama, write_recipe
-from tongwen.model import load
+from tongwen.model.loading import load
 
 
 @pytest.fixture()

@@ -15,17 +15,17 @@ import torch
 from tests.conftest import write_recipe
 from tests.launching import in_a_child
 from tests.test_train import packed_model, random_store
-from tongwen import course
-from tongwen.console import human_bytes
-from tongwen.errors import MachineError
-from tongwen.model.adapt import adapt
-from tongwen.model.layers import compile_layers, recompute
-from tongwen.model.score import learned_loss
+from tongwen.core.console import human_bytes
+from tongwen.core.errors import MachineError
+from tongwen.model.adapters.attach import adapt
+from tongwen.model.kernels.checkpointing import compile_layers, recompute
+from tongwen.model.kernels.loss import learned_loss
 from tongwen.recipe.schema import Adapter, Sft
-from tongwen.train.batches import pack
 from tongwen.train.memory import CUDA_CONTEXT, device_memory
-from tongwen.train.probe import fits
-from tongwen.train.watch import peak_memory_bytes
+from tongwen.train.metrics import peak_memory_bytes
+from tongwen.train.packing import pack
+from tongwen.train.try_batch import fits
+from tongwen.workflows.training import job
 
 
 def batch_of(count: int) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def test_processes_that_share_weights_answer_alike(
         for free in (0, whole):
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free, whole=whole: (free, whole))
             leg = SimpleNamespace(stretch=SimpleNamespace(words=words), plan=SimpleNamespace(budget=64))
-            fits = course._fits(pupil, leg, random_store(6), device_memory("cuda"))  # type: ignore[arg-type]
+            fits = job._fits(pupil, leg, random_store(6), device_memory("cuda"))  # type: ignore[arg-type]
             answers.setdefault(whole, set()).add(fits)
     assert list(answers.values()) == [{False}, {False}, {True}]
 
@@ -165,12 +165,12 @@ def test_activations_are_recomputed_where_a_gpu_has_no_room(
         return fitting
 
     told = list[str]()
-    monkeypatch.setattr(course, "fits", look)
-    monkeypatch.setattr(course.console, "notice", told.append)
+    monkeypatch.setattr(job, "fits", look)
+    monkeypatch.setattr(job.console, "notice", told.append)
     words = SimpleNamespace(activation_checkpointing=word, shares="", optimizer="adamw_8bit")
     plan = SimpleNamespace(flat=lambda: [(0,), (1, 2, 3), ()], accumulate=3)
     pupil = SimpleNamespace(model=model, device="cuda", packed=True, computing=nullcontext)
-    course._set_checkpointing(pupil, SimpleNamespace(stretch=SimpleNamespace(words=words), plan=plan), store)  # type: ignore[arg-type]
+    job._set_checkpointing(pupil, SimpleNamespace(stretch=SimpleNamespace(words=words), plan=plan), store)  # type: ignore[arg-type]
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     assert bool(layers) == recomputed
     assert bool(told) == (word == "auto" and not fitting)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import CORPUS, SHARED, byte_level_tokenizer, sentencepiece_tokenizer
-from tongwen.infer.decode import Incremental
-from tongwen.model.load import Place, load_tokenizer
+from tongwen.infer.generation import Incremental
+from tongwen.model.loading.load import Place, load_tokenizer
 
 SMOLLM2 = Path.home() / ".cache" / "tongwen" / "SmolLM2-135M-Instruct"
 PARTS = [

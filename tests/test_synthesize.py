@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 
-from tongwen.data import synthesize
-from tongwen.data.alike import Index, rouge_l, terms
-from tongwen.data.journal import Journal, Reply
-from tongwen.data.replies import Item, read_blocks, read_json
-from tongwen.errors import ArtifactError, MachineError, RecipeError, RowRefused
-from tongwen.hub import paid
+from tongwen.core.errors import ArtifactError, MachineError, RecipeError, RowRefused
+from tongwen.data.synthesis import client, generate
+from tongwen.data.synthesis.journal import Journal, Reply
+from tongwen.data.synthesis.parse import Item, read_blocks, read_json
+from tongwen.data.synthesis.similarity import Index, rouge_l, terms
 from tongwen.recipe.schema import Synthesize
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -61,10 +60,10 @@ def ask(words: Synthesize, prompts: tuple[str, ...] = ("q",)) -> list[Any]:
     """What an endpoint answers to some prompts at once, errors among it."""
 
     async def work() -> list[Any]:
-        endpoint = paid.Endpoint(words, paid.Spending(words), lambda text: None)
+        endpoint = client.Endpoint(words, client.Spending(words), lambda text: None)
         async with endpoint.client:
             return await asyncio.gather(
-                *(endpoint.complete(prompt, synthesize.SCHEMA) for prompt in prompts), return_exceptions=True
+                *(endpoint.complete(prompt, generate.SCHEMA) for prompt in prompts), return_exceptions=True
             )
 
     return asyncio.run(work())
@@ -135,10 +134,10 @@ def test_a_reply_of_a_thousand_items_is_cut() -> None:
 # -- what is kept --------------------------------------------------------------------------------------------------
 
 
-def taken(*items: tuple[str, str, str], **words: Any) -> synthesize.Made:
-    made = synthesize.Made(section(rows=100, **words))
+def taken(*items: tuple[str, str, str], **words: Any) -> generate.Made:
+    made = generate.Made(section(rows=100, **words))
     text = json.dumps([dict(zip(("instruction", "input", "output"), item, strict=True)) for item in items])
-    made.take(synthesize.Request(0, "p", {}), Reply("k", text, "stop", (1, 1)))
+    made.take(generate.Request(0, "p", {}), Reply("k", text, "stop", (1, 1)))
     return made
 
 
@@ -190,17 +189,17 @@ def test_bm25_ranks_as_the_formula_says() -> None:
 
 
 def test_what_it_asks_with() -> None:
-    seeds = synthesize.shipped_seeds()
-    words = synthesize._words()
+    seeds = generate.shipped_seeds()
+    words = generate._words()
     assert (len(seeds), len(set(words["topics"])), len(set(words["kinds"]))) == (40, 82, 14)
-    prompts = [next(make).prompt for make in (synthesize.self_instruct(seeds, 1), synthesize.by_topics([], 1))]
+    prompts = [next(make).prompt for make in (generate.self_instruct(seeds, 1), generate.by_topics([], 1))]
     assert prompts[0].endswith("###\n4. 指令:") and prompts[0].count("输出:\n") == 3
     assert (
         '{"items": [{"instruction": "…"' in prompts[1] and sum(topic in prompts[1] for topic in words["topics"]) >= 10
     )
-    again = [next(make).prompt for make in (synthesize.self_instruct(seeds, 1), synthesize.by_topics([], 1))]
-    assert again == prompts != [next(synthesize.self_instruct(seeds, 2)).prompt, prompts[1]]
-    pieces = list(synthesize.about_documents([("字" * 2500, "f:1"), ("短", "f:2")]))
+    again = [next(make).prompt for make in (generate.self_instruct(seeds, 1), generate.by_topics([], 1))]
+    assert again == prompts != [next(generate.self_instruct(seeds, 2)).prompt, prompts[1]]
+    pieces = list(generate.about_documents([("字" * 2500, "f:1"), ("短", "f:2")]))
     assert [piece.number for piece in pieces] == [0, 1, 2] and pieces[2].source == {"document": "f:1", "begin": 2400}
 
 
@@ -230,13 +229,13 @@ def test_a_journal_that_was_cut_anywhere_loses_one_line_at_most(tmp_path: Path) 
 
 @pytest.mark.parametrize("fault", ["500", "529", "broken", "cut", "content_filter", "sleep 2", "drip 0.5", "429 0.02"])
 def test_what_passes_is_asked_again(faults: Callable[..., Any], fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paid, "retry_after", lambda headers: 0.02)
+    monkeypatch.setattr(client, "retry_after", lambda headers: 0.02)
     server = faults(lambda prompt, times: fault if times < 2 else "")
     assert ask(section(server.url))[0][0] == storm.answer("q")
     assert server.asked["q"] == 3
     server = faults(fault)
     (error,) = ask(section(server.url))
-    assert isinstance(error, paid.Unanswered) and str(error) and server.asked["q"] == 3
+    assert isinstance(error, client.Unanswered) and str(error) and server.asked["q"] == 3
 
 
 def test_how_long_a_429_is_waited_for() -> None:
@@ -245,9 +244,9 @@ def test_how_long_a_429_is_waited_for() -> None:
 
     soon = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=30))
     said = {"2": 2, "0.5": 0.5, "1000000": 120, "-3": 1, "x": 1, "": 1, "nan": 1}
-    assert {text: paid.retry_after({"retry-after": text}) for text in said} == said
-    assert 25 < paid.retry_after({"retry-after": soon}) <= 30
-    assert paid.retry_after({}) == 1
+    assert {text: client.retry_after({"retry-after": text}) for text in said} == said
+    assert 25 < client.retry_after({"retry-after": soon}) <= 30
+    assert client.retry_after({}) == 1
 
 
 @pytest.mark.parametrize("fault", ["400", "401", "403", "404", "422", "quota", "html", "redirect http://127.0.0.2:9/"])
@@ -261,7 +260,7 @@ def test_what_is_hopeless_is_asked_once(faults: Callable[..., Any], fault: str) 
 def test_a_large_or_packed_reply_is_not_read_to_its_end(faults: Callable[..., Any]) -> None:
     for fault in ("large", "packed"):
         (error,) = ask(section(faults(fault).url, attempts=1, seconds=20.0))
-        assert isinstance(error, paid.Unanswered), error
+        assert isinstance(error, client.Unanswered), error
 
 
 def test_an_outage_is_probed_by_one_at_a_time(faults: Callable[..., Any]) -> None:
@@ -287,9 +286,9 @@ def test_the_cap_is_kept_before_it_is_passed(faults: Callable[..., Any]) -> None
         before = sum(server.asked.values())
         words = section(server.url, at_most=cap, price=price, max_tokens=100, concurrency=1)
 
-        async def work(words: Synthesize = words) -> paid.Spending:
-            spending = paid.Spending(words)
-            endpoint = paid.Endpoint(words, spending, lambda text: None)
+        async def work(words: Synthesize = words) -> client.Spending:
+            spending = client.Spending(words)
+            endpoint = client.Endpoint(words, spending, lambda text: None)
             async with endpoint.client:
                 with pytest.raises(MachineError, match="the same command goes on"):
                     for number in range(5):
@@ -308,7 +307,7 @@ def test_the_cap_is_kept_before_it_is_passed(faults: Callable[..., Any]) -> None
 def test_a_key_is_not_sent_just_anywhere(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     with pytest.raises(RecipeError) as caught:
-        paid.check_address(address)
+        client.check_address(address)
     assert "secret" not in caught.value.text() and "https://HOST/v1" in caught.value.text()
 
 
@@ -364,7 +363,7 @@ def test_self_instruct_from_a_file_of_one_s_own(faults: Callable[..., Any], tong
     code, _, err = tongwen("run", write_recipe(tmp_path, server.url, method="self_instruct", seeds=str(seeds), rows=1))
     assert code == 0, err
     assert rows_of(tmp_path)[0]["messages"][1]["content"] == "生煎、锅贴、豆浆"
-    assert "任务" in next(iter(server.asked)) and not set(server.asked) & set(synthesize._words()["seeds"][0].values())
+    assert "任务" in next(iter(server.asked)) and not set(server.asked) & set(generate._words()["seeds"][0].values())
     seeds.write_text('{"instruction": "x"}\n')
     code, _, err = tongwen(
         "run", write_recipe(tmp_path, server.url, method="self_instruct", seeds=str(seeds)), "--again"
@@ -443,7 +442,7 @@ def test_the_wrong_key_stops_at_once(
 def test_a_full_disk_stops_before_the_next_request(
     faults: Callable[..., Any], tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tongwen.data.journal.FREE", 1 << 60)
+    monkeypatch.setattr("tongwen.data.synthesis.journal.FREE", 1 << 60)
     server = faults()
     code, _, err = tongwen("run", write_recipe(tmp_path, server.url))
     assert code == 5 and "disk" in err and not server.asked

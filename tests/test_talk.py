@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer, type_lines
-from tongwen import cli
-from tongwen.errors import DataError, ModelError
-from tongwen.infer.decode import Incremental, Sampling, Voice
-from tongwen.ui.parting import Part, part_thinking, until
-from tongwen.ui.terminal import Talk, converse, visible
+from tongwen.cli.main import main
+from tongwen.core.errors import DataError, ModelError
+from tongwen.infer.generation import Incremental, Sampling, Voice
+from tongwen.serving.stream_split import Part, part_thinking, until
+from tongwen.serving.terminal import Talk, converse, visible
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
@@ -232,7 +232,7 @@ class Terminal:
             try:
                 sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
                 os.environ["TERM"] = "xterm"
-                os._exit(cli.main(arguments))
+                os._exit(main(arguments))
             except BaseException:
                 os._exit(99)
 

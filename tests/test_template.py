@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tongwen.errors import ModelError, RowRefused
-from tongwen.record import Dialogue, Message, Origin
-from tongwen.template import SHIPPED, Template, shipped_source
+from tongwen.core.chat_template import SHIPPED, Template, shipped_source
+from tongwen.core.errors import ModelError, RowRefused
+from tongwen.core.records import Dialogue, Message, Origin
 
 ANYWHERE = tuple(name for name in SHIPPED if name != "chatglm")  # that one has tokens of its own: see test_chatglm
 SPECIAL = (

@@ -17,10 +17,10 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from tests.conftest import write_recipe
 from tests.launching import in_a_child
-from tongwen.errors import MachineError, MissingPackage
-from tongwen.train import track
-from tongwen.train.fit import PlannedTrainer
-from tongwen.train.track import Track
+from tongwen.core.errors import MachineError, MissingPackage
+from tongwen.train import trackers
+from tongwen.train.trackers import Track
+from tongwen.train.trainer import PlannedTrainer
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 WORDS = ", stop_after: 6 steps, evaluate_every: 2, save_every: 2"
@@ -66,9 +66,9 @@ def test_a_program_that_is_not_there_is_said_before_the_first_stage(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
-    monkeypatch.setattr(track, "importlib", nothing)  # not importlib itself: others ask it too, and keep the answer
+    monkeypatch.setattr(trackers, "importlib", nothing)  # not importlib itself: others ask it too, and keep the answer
     with pytest.raises(MissingPackage, match="swanlab"):
-        track.check(["swanlab"])
+        trackers.check(["swanlab"])
     recipe = write_recipe(tmp_path, chat_model, merge=False, extra="track: [swanlab, wandb]\n")
     code, _, err = tongwen("run", recipe)
     assert code == 5 and "'swanlab'" in err and "pip install 'tongwen[swanlab]'" in err
@@ -82,7 +82,7 @@ def test_a_program_that_is_not_there_is_said_before_the_first_stage(
 @pytest.fixture()
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine that has all the programs, and on which nobody has logged in. Returns its home."""
-    monkeypatch.setattr(track, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name)))
+    monkeypatch.setattr(trackers, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name)))
     for name in list(os.environ):
         if name.startswith(("WANDB_", "SWANLAB_", "MLFLOW_", "NETRC")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -109,34 +109,34 @@ def test_a_missing_key_is_said_first(
     assert not (nowhere / "out" / "prepare").exists()
     with monkeypatch.context() as patch:
         patch.setenv(variable, "x")
-        track.check([name])
+        trackers.check([name])
     with monkeypatch.context() as patch:
         patch.setenv(f"{name.upper()}_MODE", "offline")
-        track.check([name])
+        trackers.check([name])
         patch.setenv(f"{name.upper()}_MODE", "online")
         with pytest.raises(MachineError):
-            track.check([name])
+            trackers.check([name])
     (nowhere / file).parent.mkdir(exist_ok=True)
     (nowhere / file).write_text("machine github.com login user password x" if file == ".netrc" else "[default]\n")
     with pytest.raises(MachineError):
-        track.check([name])
+        trackers.check([name])
     (nowhere / file).write_text(text)
-    track.check([name])
+    trackers.check([name])
 
 
 def test_a_server_that_does_not_answer_is_said_first(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    track.check(["mlflow"])
+    trackers.check(["mlflow"])
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{door.getsockname()[1]}")
         with pytest.raises(MachineError, match="track: mlflow: nobody answers at http://127"):
-            track.check(["mlflow"])
+            trackers.check(["mlflow"])
         door.listen()
-        track.check(["mlflow"])
+        trackers.check(["mlflow"])
     for address in ("http://[::1", "http://", "https://:5000"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         with pytest.raises(MachineError, match="nobody answers"):
-            track.check(["mlflow"])
+            trackers.check(["mlflow"])
 
 
 class Failing(TrainerCallback):
@@ -160,7 +160,7 @@ def test_a_program_that_fails_is_a_line(
     at: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends a run that it was to follow from the start, and no training that goes on."""
-    monkeypatch.setattr(track, "check", lambda names: None)
+    monkeypatch.setattr(trackers, "check", lambda names: None)
     monkeypatch.setattr(Failing, "at", at)
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "trackio", Failing)
     recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 3 steps", merge=False, extra="track: trackio\n")
@@ -180,7 +180,7 @@ def test_a_later_phase_begins_without_it(
 ) -> None:
     monkeypatch.setattr(Failing, "at", "on_train_begin")
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "trackio", Failing)
-    teller = track.Teller(Track(["trackio"], "zh", "0", tmp_path, must=False), 0)
+    teller = trackers.Teller(Track(["trackio"], "zh", "0", tmp_path, must=False), 0)
     for _ in range(2):
         teller.on_train_begin(None, None, None)
     assert capsys.readouterr().out.count("trackio has failed") == 1
@@ -195,8 +195,8 @@ def test_a_resumed_run_is_the_same_run_of_mlflow(tmp_path: Path, monkeypatch: py
     for known in (None, "aa75"):
         with one.told():
             assert os.environ.pop("MLFLOW_RUN_ID", None) == known  # it takes it away itself
-            track.Teller(one, 0).on_train_begin(None, None, None)
-    (tmp_path / track.IDS).write_text("{")
+            trackers.Teller(one, 0).on_train_begin(None, None, None)
+    (tmp_path / trackers.IDS).write_text("{")
     assert one._ids() == {}, "and it is another run there"
     with Track(["mlflow"], "zh-sft-phase-2", "0", tmp_path).told():
         assert "MLFLOW_RUN_ID" not in os.environ

@@ -17,18 +17,19 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tests.conftest import byte_level_tokenizer, tiny_llama, tiny_mixture
-from tongwen.data.mix import order
-from tongwen.data.store import SAMPLE, TokenStore, spans_of
-from tongwen.errors import ModelError, NumbersError, RecipeError
-from tongwen.model import attention, score
-from tongwen.model.adapt import adapt, find_untrained_rows
-from tongwen.model.blocks import GatedMlp, RmsNorm, fuse_blocks
-from tongwen.model.joined import Joined, JoinedProduct
-from tongwen.model.load import Place, load_model
-from tongwen.model.score import LearnedCrossEntropy, bits_per_byte, learned_loss, spare_head
+from tongwen.core.errors import ModelError, NumbersError, RecipeError
+from tongwen.data.sampling import order
+from tongwen.data.token_store import SAMPLE, TokenStore, spans_of
+from tongwen.model.adapters.attach import adapt, find_untrained_rows
+from tongwen.model.kernels import loss as score
+from tongwen.model.kernels import packed_attention as attention
+from tongwen.model.kernels.fused_blocks import GatedMlp, RmsNorm, fuse_blocks
+from tongwen.model.kernels.fused_projections import Joined, JoinedProduct
+from tongwen.model.kernels.loss import LearnedCrossEntropy, bits_per_byte, learned_loss, spare_head
+from tongwen.model.loading.load import Place, load_model
 from tongwen.recipe.schema import Adapter, Duration
 from tongwen.train import audit
-from tongwen.train.batches import MicroBatches, best_fit, deal, make_plan, pack, pad
+from tongwen.train.packing import MicroBatches, best_fit, deal, make_plan, pack, pad
 
 
 def random_store(count: int, seed: int = 0, longest: int = 40, vocabulary: int = 300) -> TokenStore:

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import SHARED
 from tests.test_merge import make_adapter
 from tests.test_pth import make_original
-from tongwen.export import sums
+from tongwen.export import checksums
 
 
 @pytest.fixture()
@@ -30,7 +30,7 @@ def flip(file: Path, at: int = -5) -> None:
 
 
 def test_the_published_lists_are_all_here() -> None:
-    rows = sums.known_files()
+    rows = checksums.known_files()
     assert len(rows) == len({row.sha256 for row in rows}) == 61
     assert all(len(row.sha256) == 64 for row in rows)
     assert sum(row.file == "adapter_model.bin" for row in rows) == 15
@@ -107,8 +107,10 @@ def test_a_published_model_is_recognised_and_its_parts_belong_together(
 ) -> None:
     make_original(tmp_path / "pth", "13B, 49953 rows")
     parts = sorted((tmp_path / "pth").glob("*.pth"))
-    rows = [sums.Known("LLaMA 13B: original files", f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in parts]
-    monkeypatch.setattr("tongwen.export.sums.known_files", lambda: rows)
+    rows = [
+        checksums.Known("LLaMA 13B: original files", f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in parts
+    ]
+    monkeypatch.setattr("tongwen.export.checksums.known_files", lambda: rows)
     code, text, _ = tongwen("verify", tmp_path / "pth")
     assert code == 0 and text.count("LLaMA 13B") == 2
     flip(parts[1], 4000)
@@ -130,7 +132,7 @@ def test_a_broken_off_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for file in files:
         file.write_text(file.name)
     done, read = tmp_path / "notes" / "done.json", []
-    hashed = sums._hash
+    hashed = checksums._hash
 
     def counted(file: Path, wanted: Any) -> dict[str, str]:
         if file.name == "c" and len(read) < 3:
@@ -139,12 +141,12 @@ def test_a_broken_off_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         read.append(file.name)
         return hashed(file, wanted)
 
-    monkeypatch.setattr("tongwen.export.sums._hash", counted)
-    monkeypatch.setattr("tongwen.export.sums.WORKERS", 1)
+    monkeypatch.setattr("tongwen.export.checksums._hash", counted)
+    monkeypatch.setattr("tongwen.export.checksums.WORKERS", 1)
     wanted = dict.fromkeys(files, ("sha256",))
     with pytest.raises(KeyboardInterrupt):
-        sums.hash_files(wanted, done, lambda count: None)
+        checksums.hash_files(wanted, done, lambda count: None)
     assert done.is_file()
-    found = sums.hash_files(wanted, done, lambda count: None)
+    found = checksums.hash_files(wanted, done, lambda count: None)
     assert read == ["a", "b", "broken", "c"] and not done.exists()
     assert found[files[0]]["sha256"] == hashlib.sha256(b"a").hexdigest()

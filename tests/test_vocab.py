@@ -16,14 +16,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
 from tests.conftest import CORPUS, SHARED, byte_level_tokenizer, dialogues, tensors, tiny_llama, write_rows
-from tongwen import lexicon
-from tongwen.errors import DataError, ModelError, RecipeError
-from tongwen.model import sentencepiece as sp
-from tongwen.model import widen
-from tongwen.model.ranks import read_ranks
+from tongwen.core.errors import DataError, ModelError, RecipeError
+from tongwen.model.loading import sentencepiece as sp
+from tongwen.model.loading.tiktoken import read_ranks
+from tongwen.model.merging import resize
 from tongwen.vocab import bytelevel, grow, measure, spm
 from tongwen.vocab.learn import learn_merges
 from tongwen.vocab.script import SCRIPTS, Script, code_points_of
+from tongwen.workflows import tokenizer_files
 
 HAN = Script("han")
 CHINESE = [
@@ -148,12 +148,12 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def extended(base: lexicon.Lexicon, pieces: int = 60, **more: Any) -> lexicon.Extended:
-    return lexicon.learn(base, CHINESE, HAN, pieces).extended(pieces, **more)
+def extended(base: tokenizer_files.Lexicon, pieces: int = 60, **more: Any) -> tokenizer_files.Extended:
+    return tokenizer_files.learn(base, CHINESE, HAN, pieces).extended(pieces, **more)
 
 
 def test_other_text_keeps_its_ids_and_everything_comes_back(byte_level: Path) -> None:
-    base = lexicon.open_lexicon(str(byte_level))
+    base = tokenizer_files.open_lexicon(str(byte_level))
     made = extended(base)
     old, new = base.coder, made.lexicon.coder
     assert not measure.changed(old, new, FOREIGN)
@@ -166,11 +166,11 @@ def test_other_text_keeps_its_ids_and_everything_comes_back(byte_level: Path) ->
 
 
 def test_special_tokens_never_move(byte_level: Path, tmp_path: Path) -> None:
-    base = lexicon.open_lexicon(str(byte_level))
+    base = tokenizer_files.open_lexicon(str(byte_level))
     base.tokenizer.chat_template = "{{ messages[0].content }}"
     made = extended(base, special_tokens=["<|call|>"])
-    lexicon.save(made.lexicon, tmp_path)
-    again = lexicon.open_lexicon(str(tmp_path))
+    tokenizer_files.save(made.lexicon, tmp_path)
+    again = tokenizer_files.open_lexicon(str(tmp_path))
     for text in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
         assert again.tokenizer.convert_tokens_to_ids(text) == base.tokenizer.convert_tokens_to_ids(text)
     assert again.encode_fast(["<|call|>好"])[0][0] == made.new_ids[-1]
@@ -184,14 +184,14 @@ def test_added_tokens_outside_of_the_vocabulary_keep_their_ids(byte_level: Path)
     definition = json.loads((byte_level / "tokenizer.json").read_text())
     after = 1 + max(definition["model"]["vocab"].values())
     definition["added_tokens"].append({"id": after, "content": "<|eot|>", "special": True, **bytelevel.PLAIN_TOKEN})
-    base = lexicon.Lexicon("base", Tokenizer.from_str(json.dumps(definition)))
+    base = tokenizer_files.Lexicon("base", Tokenizer.from_str(json.dumps(definition)))
     made = extended(base)
     assert base.backend.token_to_id("<|eot|>") == made.lexicon.backend.token_to_id("<|eot|>") == after
     assert made.first_new == after + 1
 
 
 def test_words_become_one_piece_each(byte_level: Path) -> None:
-    base = lexicon.open_lexicon(str(byte_level))
+    base = tokenizer_files.open_lexicon(str(byte_level))
     made = extended(base, pieces=20, words=["Kubernetes", "大语言模型"])
     for text in ("Kubernetes", "run Kubernetes", "大语言模型"):
         ids = made.lexicon.encode_fast([text])[0]
@@ -203,9 +203,9 @@ def test_words_become_one_piece_each(byte_level: Path) -> None:
 
 
 def test_a_corpus_without_the_script_is_refused(byte_level: Path) -> None:
-    base = lexicon.open_lexicon(str(byte_level))
+    base = tokenizer_files.open_lexicon(str(byte_level))
     with pytest.raises(DataError, match="han"):
-        lexicon.learn(base, ["only English here"] * 5, HAN, 10)
+        tokenizer_files.learn(base, ["only English here"] * 5, HAN, 10)
 
 
 # -- SentencePiece -------------------------------------------------------------------------------------------------
@@ -221,20 +221,20 @@ def small_model(folder: Path, kind: str = "bpe", pieces: int = 320, texts: list[
 
 def test_default_merge_agrees_with_its_fast_form_everywhere(tmp_path: Path) -> None:
     base, other = sp.read_model(small_model(tmp_path)), sp.read_model(small_model(tmp_path, "bpe", 420, CHINESE))
-    merged = spm.merge(base, [piece.piece for piece in other.pieces], HAN, lexicon.encoder_of)
-    made = lexicon.from_model(lexicon.Lexicon("base", sp.fast_form(base), base), merged.model)
+    merged = spm.merge(base, [piece.piece for piece in other.pieces], HAN, tokenizer_files.encoder_of)
+    made = tokenizer_files.from_model(tokenizer_files.Lexicon("base", sp.fast_form(base), base), merged.model)
     texts = [*CHINESE, *CORPUS, *FOREIGN, "  two  blanks", " 模型", "哈哈哈哈哈"]
     assert not spm.disagreement(made.coder.encode, made.encode_fast, texts)
-    assert lexicon.encoder_of(base)(FOREIGN) == made.coder.encode(FOREIGN)
+    assert tokenizer_files.encoder_of(base)(FOREIGN) == made.coder.encode(FOREIGN)
     assert measure.pieces_in_use(made.coder, len(base.pieces), texts)["unreachable"] == 0
     assert all(spm.allows(HAN, piece) for piece in merged.added) and merged.added
 
 
 def test_a_word_that_no_two_pieces_make_gets_the_step_that_is_missing(tmp_path: Path) -> None:
     base = sp.read_model(small_model(tmp_path))
-    merged = spm.merge(base, ["加", "拿", "大", "加拿大", "甲乙丙丁", "甲"], HAN, lexicon.encoder_of)
+    merged = spm.merge(base, ["加", "拿", "大", "加拿大", "甲乙丙丁", "甲"], HAN, tokenizer_files.encoder_of)
     assert merged.steps == ["拿大"] or merged.steps == ["加拿"], merged.steps
-    encode = lexicon.encoder_of(spm.without_prefix(merged.model))
+    encode = tokenizer_files.encoder_of(spm.without_prefix(merged.model))
     assert [merged.model.pieces[index].piece for index in encode(["加拿大"])[0]] == ["加拿大"]
     assert "甲乙丙丁" in merged.left_out["never_produced"] and "甲乙丙丁" not in merged.added
 
@@ -251,8 +251,8 @@ def test_legacy_appends_everything_with_score_zero(tmp_path: Path) -> None:
 
 
 def test_sentencepiece_learns_from_a_corpus_and_takes_words(tmp_path: Path) -> None:
-    base = lexicon.open_lexicon(str(small_model(tmp_path)))
-    made = lexicon.learn(base, CHINESE, HAN, 60).extended(60, words=["Kubernetes"], special_tokens=["<call>"])
+    base = tokenizer_files.open_lexicon(str(small_model(tmp_path)))
+    made = tokenizer_files.learn(base, CHINESE, HAN, 60).extended(60, words=["Kubernetes"], special_tokens=["<call>"])
     old, new = base.coder, made.lexicon.coder
     assert sum(map(len, new.encode(CHINESE))) < 0.5 * sum(map(len, old.encode(CHINESE)))
     assert not spm.disagreement(new.encode, made.lexicon.encode_fast, [*CHINESE, *FOREIGN, "use Kubernetes now"])
@@ -266,7 +266,7 @@ def test_sentencepiece_learns_from_a_corpus_and_takes_words(tmp_path: Path) -> N
 def test_a_folder_with_a_model_file_alone_gives_sentencepieces_ids(tmp_path: Path) -> None:
     """A piece of a low score that stands early in the file, as LLaMA's runs of blanks do, and a text that begins with a
     blank: transformers reads both in another way."""
-    from tongwen.model import load
+    from tongwen.model.loading import load
 
     model = sp.read_model(small_model(tmp_path))
     early = next(place for place, piece in enumerate(model.pieces) if len(piece.piece) == 2)
@@ -295,7 +295,7 @@ def test_a_tokenizer_from_nothing(tongwen: Any, tmp_path: Path, kind: str, piece
     command = ("tokenizer", "train", "--kind", kind, "--corpus", corpus, "--pieces", pieces, "--out", tmp_path / "out")
     code, _, err = tongwen(*command)
     assert code == 0, err
-    made = lexicon.open_lexicon(str(tmp_path / "out"))
+    made = tokenizer_files.open_lexicon(str(tmp_path / "out"))
     assert not measure.round_trip_failures(made.coder, [*CHINESE, *CORPUS])
     code, _, err = tongwen(*command)
     assert code == 2 and "--again" in err
@@ -329,8 +329,8 @@ def test_old_rows_stay_to_the_bit_and_new_ones_are_what_they_should_be(
             if kind == "mean":
                 assert (rows - mean).abs().max() < 1e-3
             elif kind == "subtoken_mean":
-                made = lexicon.open_lexicon(str(tmp_path / "out" / "vocab"))
-                first = lexicon.open_lexicon(str(base)).encode_fast([made.coder.spelling[ids[-1]].decode()])[0]
+                made = tokenizer_files.open_lexicon(str(tmp_path / "out" / "vocab"))
+                first = tokenizer_files.open_lexicon(str(base)).encode_fast([made.coder.spelling[ids[-1]].decode()])[0]
                 assert (rows[-1] - tensor[first].float().mean(0)).abs().max() < 1e-3
             else:
                 assert 0.01 < rows.std() < 0.03
@@ -339,12 +339,12 @@ def test_old_rows_stay_to_the_bit_and_new_ones_are_what_they_should_be(
 
 
 def test_spare_rows_are_filled_first(byte_level: Path) -> None:
-    assert widen.plan_rows(100, range(100, 110), 128, 64) == widen.Rows(100, range(100, 110), 128, 128)
-    grown = widen.plan_rows(100, range(100, 200), 128, 64)
+    assert resize.plan_rows(100, range(100, 110), 128, 64) == resize.Rows(100, range(100, 110), 128, 128)
+    grown = resize.plan_rows(100, range(100, 200), 128, 64)
     assert (grown.filled, grown.added, grown.wanted, grown.padding) == (28, 128, 256, 56)
-    assert widen.plan_rows(100, range(100, 110), 512, 64, shrink=True).wanted == 128
+    assert resize.plan_rows(100, range(100, 110), 512, 64, shrink=True).wanted == 128
     with pytest.raises(ModelError, match="129"):
-        widen.plan_rows(129, range(129, 130), 128, 64)
+        resize.plan_rows(129, range(129, 130), 128, 64)
 
 
 # -- the answer ----------------------------------------------------------------------------------------------------
@@ -361,9 +361,9 @@ def write(folder: Path, base: Path, vocab: str) -> Path:
 
 
 def run(recipe: Path) -> int:
-    from tongwen import cli
+    from tongwen.cli.main import main
 
-    return cli.main(["run", str(recipe)])
+    return main(["run", str(recipe)])
 
 
 def test_the_stage_measures_advises_and_opens(byte_level: Path, tmp_path: Path, tongwen: Any) -> None:
@@ -379,14 +379,14 @@ def test_the_stage_measures_advises_and_opens(byte_level: Path, tmp_path: Path, 
     code, out, err = tongwen("run", recipe)
     assert code == 0 and "already done" in out
     manifest = json.loads((tmp_path / "out" / "vocab" / "manifest.json").read_text())
-    from tongwen.model.fingerprint import fingerprint_model
-    from tongwen.model.load import Place
+    from tongwen.model.loading.fingerprint import fingerprint_model
+    from tongwen.model.loading.load import Place
 
     folder = str(tmp_path / "out" / "vocab")
     assert manifest["fingerprint"] == fingerprint_model(Place(folder, folder))
     import torch
 
-    from tongwen.model import load
+    from tongwen.model.loading import load
 
     model = load.load_model(load.Place(folder, folder), torch.float32)
     load.check_tokenizer(load.load_tokenizer(load.Place(folder, folder)), model, load.Place(folder, folder))
@@ -465,7 +465,7 @@ def test_the_default_merge_on_real_text(tongwen: Any, tmp_path: Path) -> None:
     files = ("--base", real("llama.model"), "--add", real("chinese_sp.model"))
     code, _, err = tongwen("tokenizer", "merge", *files, "--out", out)
     assert code == 0, err
-    made, base = lexicon.open_lexicon(str(out)), lexicon.open_lexicon(real("llama.model"))
+    made, base = tokenizer_files.open_lexicon(str(out)), tokenizer_files.open_lexicon(real("llama.model"))
     chinese = (SHARED / "data" / "zh_docs.txt").read_text(encoding="utf-8").splitlines()
     english = (SHARED / "data" / "en_wiki.txt").read_text(encoding="utf-8").splitlines()
     rows = json.loads((SHARED / "data" / "alpaca_zh.json").read_text(encoding="utf-8"))
@@ -488,7 +488,8 @@ def test_a_default_merge_with_some_pieces_of_its_own_beats_the_one_of_2023(tongw
     code, _, err = tongwen(*extend, "--out", tmp_path / "own")
     assert code == 0, err
     base, old, made = (
-        lexicon.open_lexicon(place) for place in (real("llama.model"), str(tmp_path / "2023"), str(tmp_path / "own"))
+        tokenizer_files.open_lexicon(place)
+        for place in (real("llama.model"), str(tmp_path / "2023"), str(tmp_path / "own"))
     )
     lines = [line for line in held_out.splitlines() if line]
     size = sum(map(len, lines))
@@ -520,10 +521,10 @@ def from_wheel(package: str, ending: str, folder: Path) -> str:
 )
 def test_the_advice_flips(package: str, ending: str, shape: measure.Shape, extend: bool, tmp_path: Path) -> None:
     """The same text: it pays where Chinese is spelt in bytes, and not where the words are there already."""
-    base = lexicon.open_lexicon(from_wheel(package, ending, tmp_path))
-    learn_from, rest = lexicon.split(lexicon.shipped_texts())
-    learnt = lexicon.learn(base, learn_from, HAN, 500)
-    start, curve = lexicon.curve(learnt, rest, shape, (500,))
+    base = tokenizer_files.open_lexicon(from_wheel(package, ending, tmp_path))
+    learn_from, rest = tokenizer_files.split(tokenizer_files.shipped_texts())
+    learnt = tokenizer_files.learn(base, learn_from, HAN, 500)
+    start, curve = tokenizer_files.curve(learnt, rest, shape, (500,))
     advice = measure.advise(start, curve)
     assert advice.extend is extend and (advice.saving > 0.3 if extend else advice.saving < 0.1), advice
     made = learnt.extended(len(learnt)).lexicon

@@ -1,6 +1,6 @@
 """`python -m tongwen` is the `tongwen` command; torchrun starts it this way."""
 
-from tongwen.cli import main
+from tongwen.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -11,8 +11,8 @@ import codecs
 import re
 from dataclasses import dataclass
 
-from tongwen.errors import DataError
-from tongwen.language import say
+from tongwen.core.errors import DataError
+from tongwen.core.i18n import say
 
 # The most frequent characters of modern Chinese, simplified and traditional, and the punctuation around them.
 _COMMON = frozenset(

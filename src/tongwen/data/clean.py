@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from tongwen.errors import MissingPackage
-from tongwen.language import say
+from tongwen.core.errors import MissingPackage
+from tongwen.core.i18n import say
+from tongwen.core.records import Dialogue, Document, Message
 from tongwen.recipe.schema import Clean
-from tongwen.record import Dialogue, Document, Message
 
 
 @dataclass(frozen=True, slots=True)

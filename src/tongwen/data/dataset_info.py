@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tongwen.core.errors import DataError
+from tongwen.core.i18n import say
 from tongwen.data.files import shown
-from tongwen.errors import DataError
-from tongwen.language import say
 from tongwen.recipe.schema import Source
 
 # formatting: {their word under `columns`: ours}

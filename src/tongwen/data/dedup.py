@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tongwen.record import Dialogue, Document
+from tongwen.core.records import Dialogue, Document
 
 # 1 - (1 - J^ROWS)^BANDS: 0.97 of the pairs with Jaccard 0.6 become candidates, 0.997 of those with 0.7, half of those
 # with 0.4. With 5 % of the characters of a text changed, the similarity is about 0.72.

@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tongwen import console
-from tongwen.data.fast import FastEncoder, make_fast
+from tongwen.core import console
+from tongwen.core.chat_template import APART, Rendered, Template
+from tongwen.core.errors import DataError, ModelError, RowRefused
+from tongwen.core.i18n import say
+from tongwen.core.records import Dialogue, Document, Message, Span
 from tongwen.data.ledger import Ledger, Rejected
-from tongwen.data.store import Batch, TokenStore, spans_of
-from tongwen.errors import DataError, ModelError, RowRefused
-from tongwen.language import say
+from tongwen.data.tiktoken_encoder import FastEncoder, make_fast
+from tongwen.data.token_store import Batch, TokenStore, spans_of
 from tongwen.recipe.schema import Sft
-from tongwen.record import Dialogue, Document, Message, Span
-from tongwen.template import APART, Rendered, Template
 
 ANCHORS = ("\n", ":", "a")
 BATCH = 1000  # dialogues tokenised in one call of the tokenizer library

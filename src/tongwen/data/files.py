@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tongwen.errors import DataError
-from tongwen.language import say
+from tongwen.core.errors import DataError
+from tongwen.core.i18n import say
 
 JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 TEXT_SUFFIXES = {".txt", ".md"}

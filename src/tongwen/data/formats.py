@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tongwen.data.rows import RawRow, kind
-from tongwen.errors import DataError, RecipeError, RowRefused
-from tongwen.language import say
+from tongwen.core.errors import DataError, RecipeError, RowRefused
+from tongwen.core.i18n import say
+from tongwen.core.records import Dialogue, Document, Message, Origin
+from tongwen.data.row import RawRow, kind
 from tongwen.recipe.schema import Source
-from tongwen.record import Dialogue, Document, Message, Origin
 
 ROLES = {
     "human": "user",

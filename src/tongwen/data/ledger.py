@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from tongwen.language import say
-from tongwen.record import Origin
+from tongwen.core.i18n import say
+from tongwen.core.records import Origin
 
 
 @dataclass

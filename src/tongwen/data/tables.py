@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tongwen.core.errors import DataError, MissingPackage
+from tongwen.core.i18n import say
 from tongwen.data.files import BOMB_BYTES, BOMB_RATIO, Damaged
-from tongwen.data.rows import CAP, RawRow, is_deep, too_deep
-from tongwen.errors import DataError, MissingPackage
-from tongwen.language import say
+from tongwen.data.row import CAP, RawRow, is_deep, too_deep
 
 _BATCH = 256  # rows
 

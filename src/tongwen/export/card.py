@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tongwen.artifact import Artifact, find
+from tongwen.core.artifact import Artifact, find
 
 
 def make_card(title: str, model: Artifact) -> str:

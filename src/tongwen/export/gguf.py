@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from tongwen.errors import MissingPackage, ModelError, NumbersError
+from tongwen.core.errors import MissingPackage, ModelError, NumbersError
+from tongwen.core.i18n import say
+from tongwen.core.safetensors_io import Tensors, blocks, row_count
 from tongwen.export import kquants
-from tongwen.export.facts import ARCHITECTURES, add_facts, extra_tensors, head_width
+from tongwen.export.gguf_metadata import ARCHITECTURES, add_facts, extra_tensors, head_width
+from tongwen.export.gguf_vocab import Vocabulary
 from tongwen.export.pth import heads, read_rows
-from tongwen.export.vocabulary import Vocabulary
-from tongwen.language import say
-from tongwen.weights import Tensors, blocks, row_count
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 TURNED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")  # as in LLaMA's own files, see pth.py

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tongwen.errors import NumbersError
-from tongwen.language import say
-from tongwen.weights import Stored, Tensors, blocks, plan_shards
+from tongwen.core.errors import NumbersError
+from tongwen.core.i18n import say
+from tongwen.core.safetensors_io import Stored, Tensors, blocks, plan_shards
 
 
 def write(tensors: Tensors, out: Path, shard_bytes: int, progress: Callable[[int], None]) -> dict[str, Stored]:

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from tongwen.errors import MissingPackage
-from tongwen.language import say
+from tongwen.core.errors import MissingPackage
+from tongwen.core.i18n import say
 
 KINDS = {  # mixture -> the type of most tensors
     "q2_k": "Q2_K",

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from tongwen.errors import ModelError
-from tongwen.language import say
-from tongwen.weights import ITEM_BYTES, Tensors, blocks
+from tongwen.core.errors import ModelError
+from tongwen.core.i18n import say
+from tongwen.core.safetensors_io import ITEM_BYTES, Tensors, blocks
 
 # Hugging Face's name, LLaMA's, and the axis that is sliced over the files; None: each file has all of it.
 OUTSIDE = (

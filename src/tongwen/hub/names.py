@@ -15,8 +15,8 @@ from importlib import resources
 from typing import Any
 from urllib.parse import urlsplit
 
-from tongwen.errors import RecipeError
-from tongwen.language import say
+from tongwen.core.errors import RecipeError
+from tongwen.core.i18n import say
 
 Tell = Callable[[str], None]
 

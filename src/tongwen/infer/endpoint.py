@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from tongwen.errors import MachineError, MissingPackage, ModelError
-from tongwen.infer.decode import Sampling
-from tongwen.language import say
+from tongwen.core.errors import MachineError, MissingPackage, ModelError
+from tongwen.core.i18n import say
+from tongwen.infer.generation import Sampling
 
 AT_ONCE = 8  # requests
 

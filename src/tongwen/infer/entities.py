@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tongwen.errors import MissingPackage
-from tongwen.language import say
+from tongwen.core.errors import MissingPackage
+from tongwen.core.i18n import say
 
 NONE = "没有"  # what an answer says that found nothing
 

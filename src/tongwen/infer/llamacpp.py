@@ -15,9 +15,9 @@ from importlib.util import find_spec
 from threading import BoundedSemaphore
 from typing import Any
 
-from tongwen.errors import MissingPackage, ModelError
-from tongwen.infer.decode import Sampling, Take, Voice, cache_bytes
-from tongwen.language import say
+from tongwen.core.errors import MissingPackage, ModelError
+from tongwen.core.i18n import say
+from tongwen.infer.generation import Sampling, Take, Voice, cache_bytes
 
 SLOTS = 8  # prompts that are answered side by side, at most
 CACHE = 2 << 30  # bytes for keys and values, all of which llama.cpp takes when it opens a file

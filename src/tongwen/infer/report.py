@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tongwen import page
-from tongwen.language import say
+from tongwen.core import html as page
+from tongwen.core.i18n import say
 
 SHOWN = 20  # rows of a task in the report; all of them stand in rows.jsonl
 

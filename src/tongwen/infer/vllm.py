@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tongwen.errors import MissingPackage, ModelError
-from tongwen.infer.decode import ROWS, Sampling, Take, Voice
-from tongwen.language import say
+from tongwen.core.errors import MissingPackage, ModelError
+from tongwen.core.i18n import say
+from tongwen.infer.generation import ROWS, Sampling, Take, Voice
 
 HANDED = 1024  # prompts that vLLM gets together: it deals them itself, and what is done is kept after each lot
 

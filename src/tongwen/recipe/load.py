@@ -15,10 +15,10 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from tongwen.errors import RecipeError, raise_all
-from tongwen.language import say
-from tongwen.recipe import engine_file
-from tongwen.recipe.old_names import OLD, OLD_REASONS, OWNED, training_arguments
+from tongwen.core.errors import RecipeError, raise_all
+from tongwen.core.i18n import say
+from tongwen.recipe import engine_config
+from tongwen.recipe.aliases import OLD, OLD_REASONS, OWNED, training_arguments
 from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training, read_list
 
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")  # of `trainer`, for the optimizers that are AdamW
@@ -283,7 +283,7 @@ def _hear_engine(section: dict[str, Any], path: Path_, devices: Any, reading: Re
     """What a user's engine file says of batch, optimizer, schedule and precision becomes the recipe's words, aloud."""
     here = (*path, "engine")
     try:
-        told = engine_file.read(section["engine"], devices if isinstance(devices, int) else 1)
+        told = engine_config.read(section["engine"], devices if isinstance(devices, int) else 1)
     except RecipeError as error:
         reading.problems.append(error)
         return

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 from pydantic_core import PydanticCustomError
 
-from tongwen.language import say
-from tongwen.recipe import engine_file
+from tongwen.core.i18n import say
+from tongwen.recipe import engine_config
 
 # The order in which the stages run. A section that is absent does not run.
 STAGES = ("synthesize", "prepare", "vocab", "pretrain", "sft", "merge", "evaluate", "export")
@@ -652,7 +652,7 @@ class Training(Section):
         """The words that decide the result. When to evaluate is one of them where evaluations may end the run; so is what an
         engine's file says now, besides where it is. Raises RecipeError when that cannot be read."""
         told = self.model_dump(mode="json", exclude={**dict.fromkeys(self.free, True), "adapter": self.idle_adapter})
-        return told if self.engine in ENGINES else {**told, "engine_file": engine_file.deciding(self.engine)}
+        return told if self.engine in ENGINES else {**told, "engine_file": engine_config.deciding(self.engine)}
 
     @property
     def free(self) -> set[str]:

@@ -18,16 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tongwen import artifact, console
-from tongwen.errors import DataError, ModelError
-from tongwen.exam import Ask, Marks, Paper, Progress, read_paper
-from tongwen.infer.journal import Journal
+from tongwen.core import artifact, console
+from tongwen.core.errors import DataError, ModelError
+from tongwen.core.i18n import say
+from tongwen.infer.answer_log import Journal
 from tongwen.infer.report import score_table, write_report
-from tongwen.language import say
-from tongwen.model import load
+from tongwen.model.loading import load
 from tongwen.recipe.schema import Evaluate, Recipe, Source, Task
-from tongwen.river import open_model_before, standing_on
-from tongwen.speaker import Speaker, open_speaker
+from tongwen.workflows.chat_model import Speaker, open_speaker
+from tongwen.workflows.evaluation import Ask, Marks, Paper, Progress, read_paper
+from tongwen.workflows.pipeline import open_model_before, standing_on
 
 OWN = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model")  # files of a model or an adapter
 

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tongwen import artifact, console, forms
-from tongwen.hub import pushing
+from tongwen.core import artifact, console
+from tongwen.hub import upload
 from tongwen.recipe.schema import Recipe
-from tongwen.river import open_model_before, standing_on
+from tongwen.workflows import model_formats
+from tongwen.workflows.pipeline import open_model_before, standing_on
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -24,22 +25,22 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 def check_ahead(recipe: Recipe) -> None:
     """Raise what would refuse a form, before the stages that lead to it."""
     assert recipe.export
-    forms.check_ahead(recipe.base, recipe.export.formats, recipe.export.quantize)
+    model_formats.check_ahead(recipe.base, recipe.export.formats, recipe.export.quantize)
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """All forms of the recipe under `out`."""
     assert recipe.export
     finished = open_model_before(recipe, "export")
-    source = replace(forms.open_source(str(finished.path)), title=recipe.name)
+    source = replace(model_formats.open_source(str(finished.path)), title=recipe.name)
     if recipe.export.push:
-        pushing.check_name(recipe.export.push)
+        upload.check_name(recipe.export.push)
     with artifact.create(out, "export", {"model": finished.as_parent()}, settings(recipe)) as draft:
         for form in recipe.export.formats:
-            made = forms.convert(source, form, draft.path / form, recipe.export.quantize, {"to": form})
+            made = model_formats.convert(source, form, draft.path / form, recipe.export.quantize, {"to": form})
             draft.facts[form] = {"fingerprint": made.fingerprint, "files": list(made.manifest["files"])}
         if recipe.export.push:
-            draft.facts["pushed"] = pushing.push(draft.path / "hf", recipe.export.push, console.notice)
+            draft.facts["pushed"] = upload.push(draft.path / "hf", recipe.export.push, console.notice)
             console.good(str(draft.facts["pushed"]))
     assert draft.artifact
     return draft.artifact

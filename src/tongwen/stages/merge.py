@@ -15,17 +15,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tongwen import artifact, console
-from tongwen.errors import ArtifactError, RecipeError
+from tongwen.core import artifact, console
+from tongwen.core.errors import ArtifactError, RecipeError
+from tongwen.core.i18n import say
+from tongwen.core.safetensors_io import Tensors, find_tensors
 from tongwen.export import pth
 from tongwen.export.hf import check_same
-from tongwen.language import say
-from tongwen.model import dress, fold, lineage, load, parity, quantised
-from tongwen.model.adapter import EMBEDDINGS, NotOneToOne, read_adapter
-from tongwen.model.combine import Mix
-from tongwen.model.fingerprint import combine, model_lines
-from tongwen.model.tensors import TorchTensors, load_bin, open_model
-from tongwen.weights import Tensors, find_tensors
+from tongwen.model.adapters import lineage
+from tongwen.model.adapters.read import EMBEDDINGS, NotOneToOne, read_adapter
+from tongwen.model.loading import chat_setup, load, quantized
+from tongwen.model.loading.fingerprint import combine, model_lines
+from tongwen.model.loading.tensors import TorchTensors, load_bin, open_model
+from tongwen.model.merging import merge as fold
+from tongwen.model.merging import parity
+from tongwen.model.merging.combine import Mix
 
 if TYPE_CHECKING:
     from tongwen.recipe.schema import Recipe
@@ -55,7 +58,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Fold the adapters of the run's training stages into what they stand on."""
-    from tongwen.river import standing_on
+    from tongwen.workflows.pipeline import standing_on
 
     assert recipe.merge
     last = Path(standing_on(recipe, "merge"))
@@ -169,7 +172,7 @@ def _write(
 ) -> dict[str, Any]:
     """Weights and config, checked; returns counts. Sets the draft's fingerprint."""
     original, config = open_model(place)
-    base = original if choice.onto == "original" else quantised.Quantised(original, place, choice.onto)
+    base = original if choice.onto == "original" else quantized.Quantised(original, place, choice.onto)
     adapters, dtype = [link.adapter for link in links], DTYPES[choice.dtype]
     try:
         targets, config, notices = fold.plan_targets(base, config, adapters, dtype, lambda: _known(place))
@@ -191,7 +194,7 @@ def _write(
     found |= _compare(place, base, folded, config, links, draft.path, choice)
     draft.facts["parity"] = found
     if base is original and (kind := _trained_on(links)):
-        draft.facts["quantised"] = _distance(original, quantised.Quantised(original, place, kind), folded, config)
+        draft.facts["quantised"] = _distance(original, quantized.Quantised(original, place, kind), folded, config)
     draft.fingerprint, draft.facts["tensors"] = combine(folded.lines), folded.lines
     return {"tensors": len(targets), "changed": sum(bool(target.changes) for target in targets)}
 
@@ -199,15 +202,15 @@ def _write(
 def _trained_on(links: list[lineage.Link]) -> str:
     """nf4 or int8, when the last adapter learned beside a quantised base."""
     stage = links[-1].stage
-    return quantised.kind_of(stage.manifest["settings"]) if stage else ""
+    return quantized.kind_of(stage.manifest["settings"]) if stage else ""
 
 
 def _distance(
-    original: Tensors, seen: quantised.Quantised, folded: fold.Folded, config: dict[str, Any]
+    original: Tensors, seen: quantized.Quantised, folded: fold.Folded, config: dict[str, Any]
 ) -> dict[str, Any]:
     """How far the merged model is from what was trained, which saw the base quantised. Said, and recorded."""
     with console.waiting(say(f"measuring what {seen.kind} changed", f"测量 {seen.kind} 带来的差异")):
-        found: dict[str, Any] = {"kind": seen.kind, "weights": quantised.distance(original, seen)}
+        found: dict[str, Any] = {"kind": seen.kind, "weights": quantized.distance(original, seen)}
         sides = parity.logits_of_both(seen, folded, config)
         found |= {"logits": parity.measure(*sides)} if sides else {}
     moved = (
@@ -262,7 +265,7 @@ def _compare_whole(
     """Both models loaded: base with the last adapter live beside it, and the merged one."""
     import torch
 
-    from tongwen.model import in_memory
+    from tongwen.model.merging import in_memory
 
     folders = [link.adapter.folder for link in links]
     ids = parity.fixed_ids(int(config["vocab_size"]))
@@ -281,7 +284,7 @@ def _in_memory(
     """By peft, with the whole model in memory: for adapters whose tensors do not map one to one."""
     import torch
 
-    from tongwen.model import in_memory
+    from tongwen.model.merging import in_memory
 
     if choice.mix or choice.onto != "original":
         raise ArtifactError(
@@ -312,7 +315,7 @@ def _in_memory(
 
 
 def _known(place: load.Place) -> set[str]:
-    from tongwen.model.in_memory import known_names
+    from tongwen.model.merging.in_memory import known_names
 
     return known_names(place)
 
@@ -348,7 +351,7 @@ def _remarks(folded: fold.Folded) -> list[str]:
 def _dress(place: load.Place, links: list[lineage.Link], out: Path) -> None:
     """Tokenizer, template and stop tokens: from the last adapter that brings a tokenizer, else from the base."""
     folders = [Path(place.folder), *(link.adapter.folder for link in links)]
-    source = next((folder for folder in reversed(folders) if dress.has_tokenizer(folder)), None)
+    source = next((folder for folder in reversed(folders) if chat_setup.has_tokenizer(folder)), None)
     if place.gguf and source in (None, folders[0]):
         load.load_tokenizer(place).save_pretrained(str(out))
     elif source is None:
@@ -361,7 +364,7 @@ def _dress(place: load.Place, links: list[lineage.Link], out: Path) -> None:
     else:
         if source == folders[0]:
             console.notice(say("the adapter brings no tokenizer; the base's is used", "适配器没有分词器，使用底座的"))
-        dress.copy_speech(source, out)
+        chat_setup.copy_speech(source, out)
     stops = folders[0] / "generation_config.json"
     if stops.is_file() and not (out / stops.name).is_file():
         shutil.copyfile(stops, out / stops.name)

@@ -13,13 +13,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tongwen import artifact, console
-from tongwen.data import parts as steps
+from tongwen.core import artifact, console
+from tongwen.core.errors import ArtifactError, DataError
+from tongwen.core.i18n import say
+from tongwen.data import prepare_steps as steps
+from tongwen.data.datatrove_executor import run_tasks
 from tongwen.data.ledger import table_rows
-from tongwen.data.trove import run_tasks
-from tongwen.errors import ArtifactError, DataError
-from tongwen.hub.fetching import local_copy
-from tongwen.language import say
+from tongwen.hub.download import local_copy
 from tongwen.recipe.schema import Prepare, Recipe
 
 # These decide where the work is done, not what comes out.

@@ -11,17 +11,23 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tongwen import artifact, console
-from tongwen.course import Course, Question, settings_of, take
-from tongwen.errors import RecipeError
-from tongwen.families import family_of
-from tongwen.language import say
-from tongwen.lesson import DocumentReader, are_rows_untrained, encode_prepared, new_rows_of, read_documents
-from tongwen.model import adapt as adapting
-from tongwen.model import dress, load
+from tongwen.core import artifact, console
+from tongwen.core.errors import RecipeError
+from tongwen.core.i18n import say
+from tongwen.core.model_families import family_of
+from tongwen.core.records import Document
+from tongwen.model.adapters import attach as adapting
+from tongwen.model.loading import chat_setup, load
 from tongwen.recipe.schema import Pretrain, Recipe
-from tongwen.record import Document
-from tongwen.river import standing_on
+from tongwen.workflows.pipeline import standing_on
+from tongwen.workflows.tokenized_data import (
+    DocumentReader,
+    are_rows_untrained,
+    encode_prepared,
+    new_rows_of,
+    read_documents,
+)
+from tongwen.workflows.training.job import Course, Question, settings_of, take
 
 OPENING = 24  # characters of a held-out document that the model is to continue, for the report
 
@@ -94,7 +100,7 @@ def _check_learns_text(base: str) -> None:
 def _warn_of_instruct(base: str, tokenizer: Any) -> None:
     """Plain text wears off what an instruct model has learned about answering."""
     template = str(tokenizer.chat_template or "")
-    speaks = any(text in template for text in dress.special_texts(tokenizer))
+    speaks = any(text in template for text in chat_setup.special_texts(tokenizer))
     if speaks or re.search(r"instruct|chat|-it\b", Path(base).name, re.IGNORECASE):
         console.notice(
             say(

@@ -9,17 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tongwen import artifact, console
-from tongwen.course import Course, Question, settings_of, take
-from tongwen.errors import ModelError
-from tongwen.language import say
-from tongwen.lesson import DialogueReader, are_rows_untrained, encode_prepared, new_rows_of, read_dialogues
-from tongwen.model import adapt as adapting
-from tongwen.model import dress
-from tongwen.model.fingerprint import fingerprint_text
+from tongwen.core import artifact, console
+from tongwen.core.errors import ModelError
+from tongwen.core.i18n import say
+from tongwen.core.records import Dialogue
+from tongwen.model.adapters import attach as adapting
+from tongwen.model.loading import chat_setup
+from tongwen.model.loading.fingerprint import fingerprint_text
 from tongwen.recipe.schema import Recipe, Sft
-from tongwen.record import Dialogue
-from tongwen.river import standing_on
+from tongwen.workflows.pipeline import standing_on
+from tongwen.workflows.tokenized_data import (
+    DialogueReader,
+    are_rows_untrained,
+    encode_prepared,
+    new_rows_of,
+    read_dialogues,
+)
+from tongwen.workflows.training.job import Course, Question, settings_of, take
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -61,7 +67,7 @@ def _control_rows(model: Any, reader: DialogueReader, section: Sft) -> list[int]
     """Rows of control tokens that the template writes and the base never saw; under an adapter they would stay so."""
     if section.adapter.method == "full":
         return []
-    rows = adapting.find_untrained_rows(model, dress.control_ids(reader.tokenizer, reader.template))
+    rows = adapting.find_untrained_rows(model, chat_setup.control_ids(reader.tokenizer, reader.template))
     if not rows:
         return []
     names = ", ".join(reader.tokenizer.convert_ids_to_tokens(rows))

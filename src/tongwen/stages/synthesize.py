@@ -12,17 +12,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tongwen import artifact, console
-from tongwen.data import synthesize as tasks
+from tongwen.core import artifact, console
+from tongwen.core.errors import DataError, MissingPackage, RowRefused
+from tongwen.core.i18n import say
+from tongwen.core.records import Origin
 from tongwen.data.files import find_files
 from tongwen.data.formats import read_document
-from tongwen.data.journal import Journal
-from tongwen.data.replies import Item
-from tongwen.data.sources import read_rows
-from tongwen.errors import DataError, MissingPackage, RowRefused
-from tongwen.language import say
+from tongwen.data.reader import read_rows
+from tongwen.data.synthesis import generate as tasks
+from tongwen.data.synthesis.journal import Journal
+from tongwen.data.synthesis.parse import Item
 from tongwen.recipe.schema import Recipe, Source, Synthesize
-from tongwen.record import Origin
 
 # These decide how it is asked, not for what.
 _HOW = {"key", "concurrency", "requests_per_minute", "seconds", "attempts", "pause", "at_most", "price", "use_proxy"}
@@ -39,13 +39,13 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     section = recipe.synthesize
     assert section
     try:
-        from tongwen.hub import paid
+        from tongwen.data.synthesis import client
     except ImportError:
         raise MissingPackage("openai", "synthesize", "synthesize") from None
     console.header("synthesize", f"{section.model} · {section.endpoint}")
     made = tasks.Made(section)
     requests = _requests(section, recipe.seed, made)
-    spending = paid.Spending(section)
+    spending = client.Spending(section)
     with (
         artifact.create(out, "synthesize", {}, settings(recipe), resumable=True) as draft,
         Journal(draft.path / "journal.jsonl") as journal,
@@ -57,14 +57,14 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
             spending.count(reply.tokens)
 
         async def ask() -> None:
-            endpoint = paid.Endpoint(section, spending, console.notice)
+            endpoint = client.Endpoint(section, spending, console.notice)
 
             async def complete(request: tasks.Request) -> tuple[str, str, tuple[int, int]]:
                 return await endpoint.complete(request.prompt, request.schema)
 
             async with endpoint.client:
                 await tasks.gather(
-                    requests, made, journal, complete, paid.Unanswered, lambda rows: bar.update(rows, spending.said())
+                    requests, made, journal, complete, client.Unanswered, lambda rows: bar.update(rows, spending.said())
                 )
 
         with console.progress(section.rows, "synthesize") as bar:

@@ -13,18 +13,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tongwen import artifact, console, growth, lexicon
-from tongwen.data.parts import load as load_records
-from tongwen.language import say
-from tongwen.lexicon import Lexicon
-from tongwen.model import load, widen
-from tongwen.model.fingerprint import combine, model_lines
-from tongwen.model.tensors import open_model, read_fp32
+from tongwen.core import artifact, console
+from tongwen.core.i18n import say
+from tongwen.core.safetensors_io import Tensors
+from tongwen.data.prepare_steps import load as load_records
+from tongwen.model.loading import load
+from tongwen.model.loading.fingerprint import combine, model_lines
+from tongwen.model.loading.tensors import open_model, read_fp32
+from tongwen.model.merging import resize
 from tongwen.recipe.schema import Recipe, Vocab
 from tongwen.vocab import measure
 from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
-from tongwen.weights import Tensors
+from tongwen.workflows import tokenizer_files, vocab_scores
+from tongwen.workflows.tokenizer_files import Lexicon
 
 NEW_ROWS = "new_rows.json"
 
@@ -41,23 +43,23 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare") if recipe.prepare else None
     place = load.fetched(load.locate(recipe.base))
     console.header("vocab", f"{recipe.base} + {section.tokenizer or format(section.pieces, ',')}")
-    old, script = lexicon.open_lexicon(recipe.base), Script(section.script)
+    old, script = tokenizer_files.open_lexicon(recipe.base), Script(section.script)
     learn_from, rest = _texts(prepared.path if prepared else None)
     learnt = None if section.tokenizer else _learn(old, learn_from, script, section)
     if learnt is not None:
         made = learnt.extended(section.pieces, section.words, section.special_tokens)
     else:
-        made = lexicon.extended_by(old, str(section.tokenizer))
+        made = tokenizer_files.extended_by(old, str(section.tokenizer))
 
     base, config = open_model(place)
-    names = widen.matrices_of(base, place.name)
-    rows = widen.plan_rows(
+    names = resize.matrices_of(base, place.name)
+    rows = resize.plan_rows(
         made.first_new, made.new_ids, base.facts[names[0]][1][0], section.pad_to_multiple, shrink=section.shrink
     )
     report = measure.survey(old.coder, made.lexicon.coder, {say("held out", "留出文本"): rest}, script)
     report["rows"] = {"filled": rows.filled, "added": rows.added, "padding": rows.padding, "wanted": rows.wanted}
     if section.measure_bits:
-        report |= growth.bits_before_training(place, old, made, section.new_rows, recipe.seed, rest)
+        report |= vocab_scores.bits_before_training(place, old, made, section.new_rows, recipe.seed, rest)
     if learnt is not None and section.pieces:
         report |= _advise(learnt, rest, recipe.base, section, report.get("bits_per_byte"))
     report["summary"] = f"{recipe.base} · {len(made.parts):,} {say('pieces', '个词')} · {section.new_rows}"
@@ -67,12 +69,12 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     if prepared:
         parents["prepare"] = prepared.as_parent()
     with artifact.create(out, "vocab", parents, settings(recipe), swept=True) as draft:
-        artifact.check_disk(draft.path, widen.bytes_needed(base, names, rows))
-        lexicon.save(made.lexicon, draft.path)
+        artifact.check_disk(draft.path, resize.bytes_needed(base, names, rows))
+        tokenizer_files.save(made.lexicon, draft.path)
         with console.progress(len(base.facts), "grow") as bar:
             known = {} if place.gguf else base_lines  # a GGUF file names its tensors otherwise
             make = _maker(base, made, rows, recipe)
-            lines = widen.widen(base, known, names, rows, make, draft.path, bar.update)
+            lines = resize.widen(base, known, names, rows, make, draft.path, bar.update)
         artifact.write_json(draft.path / "config.json", config | {"vocab_size": rows.wanted})
         _carry(place, draft.path)
         artifact.write_json(draft.path / NEW_ROWS, list(made.new_ids))
@@ -91,48 +93,50 @@ def _texts(prepared: Path | None) -> tuple[Iterable[str], list[str]]:
     """(what is learned from, what is measured on): documents, or dialogues where there are none; what was held out, or
     every tenth text where nothing was."""
     if prepared is None:
-        return [], lexicon.shipped_texts()
+        return [], tokenizer_files.shipped_texts()
     kind = "documents" if (prepared / "documents.jsonl").is_file() else "dialogues"
     texts = _read(prepared / f"{kind}.jsonl")
     aside = prepared / f"{kind}.held_out.jsonl"
     if aside.is_file():
-        return texts, lexicon.some(_read(aside))
-    return lexicon.split(texts)
+        return texts, tokenizer_files.some(_read(aside))
+    return tokenizer_files.split(texts)
 
 
 def _read(file: Path) -> Iterator[str]:
     for record in load_records(file):
-        yield from lexicon.texts_of(record)
+        yield from tokenizer_files.texts_of(record)
 
 
-def _learn(old: Lexicon, texts: Iterable[str], script: Script, section: Vocab) -> lexicon.Learnt:
+def _learn(old: Lexicon, texts: Iterable[str], script: Script, section: Vocab) -> tokenizer_files.Learnt:
     """Enough pieces for the recipe and for the curve."""
     if not section.pieces:
-        return lexicon.learn(old, (), script, 0)
+        return tokenizer_files.learn(old, (), script, 0)
     most = max(section.pieces, measure.CURVE[-1])
     with console.progress(most, say("learning pieces", "学习新词")) as bar:
-        learnt = lexicon.learn(old, texts, script, most, bar.update)
+        learnt = tokenizer_files.learn(old, texts, script, most, bar.update)
     learnt.say_if_fewer(section.pieces)
     return learnt
 
 
-def _maker(base: Tensors, made: lexicon.Extended, rows: widen.Rows, recipe: Recipe) -> widen.MakeRows:
+def _maker(base: Tensors, made: tokenizer_files.Extended, rows: resize.Rows, recipe: Recipe) -> resize.MakeRows:
     """The rows of a matrix by its name: those of the new tokens, then the padding."""
     kind = recipe.vocab.new_rows if recipe.vocab else ""
 
     def make(name: str) -> Iterator[Any]:
-        return growth.iter_rows(kind, made, rows, recipe.seed, lambda begin, end: read_fp32(base, name, begin, end))
+        return vocab_scores.iter_rows(
+            kind, made, rows, recipe.seed, lambda begin, end: read_fp32(base, name, begin, end)
+        )
 
     return make
 
 
 def _advise(
-    learnt: lexicon.Learnt, rest: list[str], base: str, section: Vocab, bits: dict[str, float] | None
+    learnt: tokenizer_files.Learnt, rest: list[str], base: str, section: Vocab, bits: dict[str, float] | None
 ) -> dict[str, Any]:
     """The curve and the advice, said before anything costs hours."""
     steps = sorted({*measure.CURVE, section.pieces})
-    start, curve = lexicon.curve(learnt, rest, lexicon.shape_of(base), steps)
-    advice = measure.advise(start, curve, growth.damage_of(bits), min(section.pieces, len(learnt)))
+    start, curve = tokenizer_files.curve(learnt, rest, tokenizer_files.shape_of(base), steps)
+    advice = measure.advise(start, curve, vocab_scores.damage_of(bits), min(section.pieces, len(learnt)))
     said = console.good if advice.extend else console.notice
     said(
         say("it pays to extend this vocabulary", "扩充该词表是值得的")
@@ -154,7 +158,7 @@ def _carry(place: load.Place, out: Path) -> None:
         shutil.copyfile(file, out / file.name)
 
 
-def _say_rows(rows: widen.Rows, out: Path) -> None:
+def _say_rows(rows: resize.Rows, out: Path) -> None:
     console.good(
         say(
             f"{len(rows.new):,} new tokens: {rows.filled:,} in spare rows, the matrices grew by {rows.added:,} to {rows.wanted:,} · {out}",

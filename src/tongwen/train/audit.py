@@ -15,10 +15,10 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from tongwen.errors import NumbersError
-from tongwen.language import say
-from tongwen.train.batches import pack
-from tongwen.train.engine import are_somewhere, local
+from tongwen.core.errors import NumbersError
+from tongwen.core.i18n import say
+from tongwen.train.packing import pack
+from tongwen.train.parallel import are_somewhere, local
 
 Loss = Callable[[Any, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
 

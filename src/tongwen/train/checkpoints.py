@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from tongwen import artifact, console
-from tongwen.errors import ArtifactError
-from tongwen.language import say
-from tongwen.launch import is_first
+from tongwen.core import artifact, console
+from tongwen.core.distributed import is_first
+from tongwen.core.errors import ArtifactError
+from tongwen.core.i18n import say
 
 MANIFEST = "checkpoint.json"
 STAGING = "staging"  # whatever is in it is no checkpoint: half written, or half deleted

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tongwen import allocator, launch
+from tongwen.core import distributed, malloc
 from tongwen.recipe.schema import Training
 
 LARGEST_KEPT = 32 << 20  # bytes; more glibc does not take for the threshold
@@ -142,7 +142,7 @@ def device_memory(device: str) -> int:
 
 def own_memory(device: str) -> int:
     """The same of the only process; 0 for several, which must agree on a plan."""
-    return device_memory(device) if launch.world_size() == 1 else 0
+    return device_memory(device) if distributed.world_size() == 1 else 0
 
 
 def is_reckoned_to_fit(model: Any, words: Training, sharing: Sharing, width: int, tokens: int, memory: int) -> bool:
@@ -175,4 +175,4 @@ def keep_freed_memory() -> None:
     gradients of an embedding) stay mappings: kept, they leave holes that the next pack, a token longer, does not fit into,
     and the process grows for hundreds of steps (1.8 times the memory after 60 steps in full).
     """
-    allocator.tell({allocator.MMAP_THRESHOLD: LARGEST_KEPT, allocator.TRIM_THRESHOLD: -1})
+    malloc.tell({malloc.MMAP_THRESHOLD: LARGEST_KEPT, malloc.TRIM_THRESHOLD: -1})

@@ -8,9 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tongwen import console, page
-from tongwen.console import human_bytes, human_count, human_time
-from tongwen.language import language, say
+from tongwen.core import console
+from tongwen.core import html as page
+from tongwen.core.console import human_bytes, human_count, human_time
+from tongwen.core.i18n import language, say
 
 
 def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list[dict[str, Any]], recipe: str) -> None:

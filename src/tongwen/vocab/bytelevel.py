@@ -15,8 +15,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from tongwen.errors import ModelError, RecipeError
-from tongwen.language import say
+from tongwen.core.errors import ModelError, RecipeError
+from tongwen.core.i18n import say
 from tongwen.vocab.learn import Learned
 from tongwen.vocab.script import UNSPACED, Script, nothing_of
 

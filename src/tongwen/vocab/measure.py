@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tongwen.language import say
+from tongwen.core.i18n import say
 from tongwen.vocab.script import Script
 
 Ids = list[list[int]]

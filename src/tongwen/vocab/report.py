@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from tongwen import page
-from tongwen.language import say
+from tongwen.core import html as page
+from tongwen.core.i18n import say
 
 
 def as_html(title: str, report: dict[str, Any]) -> str:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tongwen.errors import DataError
-from tongwen.language import say
+from tongwen.core.errors import DataError
+from tongwen.core.i18n import say
 
 Ranges = tuple[tuple[int, int], ...]  # first and last code point, ascending
 

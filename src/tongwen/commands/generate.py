@@ -1,0 +1,132 @@
+"""generate: a file of prompts, or a dev set, in; a file of answers out, row for row, in the form that is wanted.
+
+Answers are kept beside the file as they come. A run that was killed goes on with what is missing; with other settings it is
+refused. What is finished is renamed into its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tongwen.core import artifact, console
+from tongwen.core.i18n import say
+from tongwen.infer.answer_log import Journal
+from tongwen.infer.endpoint import Endpoint
+from tongwen.infer.generation import Sampling
+from tongwen.recipe.schema import Source
+from tongwen.workflows.chat_model import choose_engine, open_speaker
+from tongwen.workflows.eval_prompts import Question, read_questions
+
+
+@dataclass(frozen=True)
+class Who:
+    """Who answers: a model by one of its names, or the name of one behind an endpoint."""
+
+    model: str
+    adapters: Sequence[str]
+    template: str
+    thinking: str
+    weights: str
+    engine: str
+    endpoint: str
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """answer_each: conversations and what takes each answer; prompt: a conversation as the model reads it."""
+
+    answer_each: Callable[[list[list[dict[str, Any]]], Callable[[int, str], None]], None]
+    prompt: Callable[[list[dict[str, Any]]], str]
+
+
+def run(who: Who, prompts: str, out: str, *, form: str, batch_size: int, sampling: dict[str, Any], again: bool) -> int:
+    """Answer every row that has no answer yet, then write them all."""
+    file = Path(out)
+    questions = read_questions(Source(path=prompts))
+    if file.exists():
+        artifact.make_way(file, again=again)
+    asked = hashlib.sha256(json.dumps([one.messages for one in questions], ensure_ascii=False).encode()).hexdigest()
+    if who.engine == "auto" and not who.endpoint:
+        who = replace(who, engine=choose_engine(who.model, who.adapters))
+    settings = {**vars(who), "sampling": sampling, "prompts": f"{len(questions)} · {asked[:16]}"}
+    beside = file.with_name(file.name + ".answers")
+    if again:
+        beside.unlink(missing_ok=True)
+    journal = Journal(beside, settings, say("--again begins anew", "--again 重新开始"))
+    missing = [row for row in range(len(questions)) if row not in journal.answers]
+    if len(missing) < len(questions):
+        console.notice(
+            say(
+                f"{len(questions) - len(missing)} answers are there already",
+                f"已有 {len(questions) - len(missing)} 个回答",
+            )
+        )
+    answerer = _open(who, batch_size, sampling)
+    with console.progress(len(questions), "generate", len(journal.answers)) as bar:
+
+        def take(place: int, answer: str) -> None:
+            journal.add(missing[place], answer)
+            bar.update(len(journal.answers))
+
+        answerer.answer_each([questions[row].messages for row in missing], take)
+    journal.close()
+    _write(file, form, questions, journal.answers, answerer.prompt, sampling)
+    beside.unlink()
+    console.good(f"{len(questions)} · {file}")
+    console.emit({"answers": len(questions), "new": len(missing), "out": str(file)})
+    return 0
+
+
+def _open(who: Who, batch_size: int, sampling: dict[str, Any]) -> Answerer:
+    if who.endpoint:
+        wanted = Sampling().with_(**sampling)
+        endpoint = Endpoint(who.endpoint, who.model, completion=who.template == "completion")
+        return Answerer(
+            lambda conversations, take: endpoint.answer_each(conversations, wanted, take),
+            lambda messages: str(messages[-1]["content"]),
+        )
+    speaker = open_speaker(
+        who.model,
+        who.adapters,
+        who.template,
+        who.thinking,
+        weights=who.weights,
+        engine=who.engine,
+        rows=batch_size,
+    )
+    return Answerer(
+        lambda conversations, take: speaker.answer_each(conversations, take, batch_size, **sampling),
+        speaker.prompt_text,
+    )
+
+
+def _write(
+    file: Path,
+    form: str,
+    questions: Sequence[Question],
+    answers: Mapping[int, str],
+    prompt: Callable[[list[dict[str, Any]]], str],
+    sampling: dict[str, Any],
+) -> None:
+    """All rows in their order. belle and chinese-llama-alpaca: one array, as the scripts of these projects wrote it."""
+    pairs = [(question, answers[row]) for row, question in enumerate(questions)]
+    if form == "jsonl":
+        rows = [
+            {"prompt": one.last, "messages": one.messages, "answer": said}
+            | ({"target": one.wanted} if one.wanted is not None else {})
+            for one, said in pairs
+        ]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    elif form == "belle":
+        table = [{"input": prompt(one.messages), "predict": said, "target": one.wanted} for one, said in pairs]
+        text = json.dumps(table, ensure_ascii=False, indent=4)
+    else:
+        table = [{"Input": prompt(one.messages), "Output": said} for one, said in pairs]
+        text = json.dumps(table, ensure_ascii=False, indent=2)
+        artifact.write_json(file.with_name("generation_config.json"), sampling)
+    artifact.write_text(file, text)

@@ -1,0 +1,226 @@
+"""init: the name of a model and a machine in; a commented recipe that fits them out.
+
+These are all recipes that there are: `docs/generate.py` writes each into `recipes/`, to be read without installing.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tongwen.core import console
+from tongwen.core.errors import RecipeError
+from tongwen.core.i18n import say
+
+
+class Method(NamedTuple):
+    """adapter: the recipe's words; then what it is, in both languages."""
+
+    adapter: str
+    en: str
+    zh: str
+
+
+METHODS = {
+    "lora": Method("{method: lora, rank: @rank@}", "LoRA, a small adapter", "LoRA 小适配器"),
+    "rslora": Method(
+        "{method: lora, rslora: true, rank: @rank@}",
+        "rsLoRA, for a high rank: scaled by its root",
+        "rsLoRA，高秩时按根号缩放",
+    ),
+    "dora": Method(
+        "{method: lora, dora: true, rank: @rank@}", "DoRA, direction and size apart", "DoRA，方向与幅度分开"
+    ),
+    "adalora": Method(
+        "{method: adalora, rank: @rank@}", "AdaLoRA, ranks go where they matter", "AdaLoRA，秩分配到重要之处"
+    ),
+    "qlora": Method(
+        "{method: qlora, rank: @rank@}", "QLoRA, an adapter on a base in 4 bits", "QLoRA，4 位底座上的适配器"
+    ),
+    "int8": Method(
+        "{method: qlora, quantize: int8, rank: @rank@}",
+        "QLoRA, an adapter on a base in 8 bits",
+        "QLoRA，8 位底座上的适配器",
+    ),
+    "experts": Method(
+        "{method: lora, rank: @rank@, target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]}",
+        "LoRA on the fused weights of experts, too",
+        "LoRA 同时覆盖融合的专家权重",
+    ),
+    "also": Method(
+        "{method: lora, rank: @rank@, also_train: [embed_tokens]}",
+        "LoRA, and the embeddings in full",
+        "LoRA，并训练全部词向量",
+    ),
+    "family": Method(
+        "{method: lora, targets: family, rank: @rank@}",
+        "LoRA on the attention only, as in 2023",
+        "仅注意力层的 LoRA（2023 年的做法）",
+    ),
+    "full": Method("{method: full}", "all weights", "全部权重"),
+}
+TRAINS = {
+    "lora": ("adapter alone", "仅适配器"),
+    "embeddings": ("embeddings alone", "仅词向量"),
+    "lora+embeddings": ("adapter and embeddings", "适配器与词向量"),
+    "full": ("all weights", "全部权重"),
+    "new_rows": ("only the new rows, the rest bit for bit as before", "只训练新增的行，其余逐比特不变"),
+    "phases": ("first the new rows, then adapter and embeddings", "先新增的行，再适配器与词向量"),
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """A recipe to start from: base model, method, and where it fits. train: what a `pretrain` trains."""
+
+    base: str
+    method: str
+    memory: str
+    max_length: int
+    learning_rate: str
+    template: str = "own"
+    rank: int = 16
+    stage: str = "sft"
+    train: str = "lora+embeddings"
+    engine: str = ""
+    offload: str = ""
+    devices: int = 1
+
+    @property
+    def leaves_adapter(self) -> bool:
+        return self.method != "full" if self.stage == "sft" else self.train not in ("full", "embeddings", "new_rows")
+
+
+QWEN_4B, QWEN_8B = "Qwen/Qwen3-4B", "Qwen/Qwen3-8B"
+SMOL, QWEN_BASE = "HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen3-0.6B-Base"
+STARTS = {
+    "smollm2-135m-lora-cpu": Start(f"{SMOL}-Instruct", "lora", "4 GB, CPU", 512, "1e-3", "chatml"),
+    "qwen3-0.6b-lora-8g": Start("Qwen/Qwen3-0.6B", "lora", "8 GB GPU", 2048, "2e-4"),
+    "qwen3-0.6b-full-16g": Start("Qwen/Qwen3-0.6B", "full", "16 GB GPU", 2048, "2e-5"),
+    "qwen3-4b-lora-24g": Start(QWEN_4B, "lora", "24 GB GPU", 2048, "2e-4"),
+    "qwen3-4b-rslora-24g": Start(QWEN_4B, "rslora", "24 GB GPU", 2048, "1e-4", rank=64),
+    "qwen3-4b-dora-24g": Start(QWEN_4B, "dora", "24 GB GPU", 2048, "2e-4"),
+    "qwen3-4b-embeddings-24g": Start(QWEN_4B, "also", "24 GB GPU", 2048, "1e-4"),
+    "qwen3-4b-adalora-24g": Start(QWEN_4B, "adalora", "24 GB GPU", 2048, "5e-4"),
+    "qwen3-8b-qlora-24g": Start(QWEN_8B, "qlora", "24 GB GPU", 2048, "1e-4"),
+    "qwen3-8b-int8-24g": Start(QWEN_8B, "int8", "24 GB GPU", 2048, "1e-4"),
+    "qwen3-8b-lora-40g": Start(QWEN_8B, "lora", "40 GB GPU", 2048, "1e-4"),
+    "llama3.1-8b-lora-40g": Start("meta-llama/Llama-3.1-8B-Instruct", "lora", "40 GB GPU", 2048, "1e-4"),
+    "llama3.1-8b-attention-40g": Start("meta-llama/Llama-3.1-8B-Instruct", "family", "40 GB GPU", 2048, "2e-4"),
+    "qwen3-8b-base-chatml-40g": Start("Qwen/Qwen3-8B-Base", "lora", "40 GB GPU", 2048, "1e-4", "chatml", 64),
+    "qwen3-30b-a3b-experts-fsdp2": Start(
+        "Qwen/Qwen3-30B-A3B", "experts", "2 GPUs of 80 GB", 2048, "1e-4", rank=8, engine="fsdp2", devices=2
+    ),
+    "qwen3-8b-lora-ddp": Start(QWEN_8B, "lora", "2 GPUs of 40 GB", 2048, "1e-4", engine="ddp", devices=2),
+    "qwen3-8b-full-fsdp2": Start(QWEN_8B, "full", "4 GPUs of 80 GB", 2048, "1e-5", engine="fsdp2", devices=4),
+    "qwen3-32b-qlora-fsdp2": Start(
+        "Qwen/Qwen3-32B", "qlora", "2 GPUs of 24 GB", 2048, "1e-4", engine="fsdp2", devices=2
+    ),
+    "qwen3-8b-lora-zero2": Start(QWEN_8B, "lora", "2 GPUs of 40 GB", 2048, "1e-4", engine="zero2", devices=2),
+    "qwen3-4b-full-zero2": Start(QWEN_4B, "full", "4 GPUs of 80 GB", 2048, "1e-5", engine="zero2", devices=4),
+    "qwen3-4b-full-zero3": Start(
+        QWEN_4B, "full", "2 GPUs of 48 GB, 128 GB of memory", 2048, "1e-5", engine="zero3", offload="true", devices=2
+    ),
+    "smollm2-135m-pretrain-cpu": Start(SMOL, "lora", "4 GB, CPU", 512, "1e-3", stage="pretrain"),
+    "smollm2-135m-vocab-cpu": Start(SMOL, "lora", "4 GB, CPU", 512, "1e-3", stage="vocab", train="phases"),
+    "smollm2-135m-rows-cpu": Start(SMOL, "lora", "4 GB, CPU", 512, "1e-3", stage="vocab", train="new_rows"),
+    "mistral-7b-vocab-80g": Start(
+        "mistralai/Mistral-7B-v0.3", "lora", "80 GB GPU", 2048, "2e-4", rank=64, stage="vocab", train="phases"
+    ),
+    "qwen3-0.6b-base-pretrain-16g": Start(QWEN_BASE, "lora", "16 GB GPU", 2048, "2e-4", rank=64, stage="pretrain"),
+    "qwen3-0.6b-base-embeddings-8g": Start(
+        QWEN_BASE, "lora", "8 GB GPU", 2048, "2e-4", stage="pretrain", train="embeddings"
+    ),
+    "qwen3-0.6b-base-pretrain-full-16g": Start(
+        QWEN_BASE, "full", "16 GB GPU", 2048, "2e-5", stage="pretrain", train="full"
+    ),
+    "qwen3-8b-base-pretrain-fsdp2": Start(
+        "Qwen/Qwen3-8B-Base",
+        "lora",
+        "4 GPUs of 80 GB",
+        4096,
+        "1e-4",
+        rank=128,
+        stage="pretrain",
+        engine="fsdp2",
+        devices=4,
+    ),
+}
+
+
+def run(name: str, out: str) -> int:
+    """Write the recipe, or list what there is."""
+    if not name:
+        rows = [(key, start.base, _kind(start), start.memory) for key, start in STARTS.items()]
+        console.table(
+            (say("template", "模板"), say("model", "模型"), say("method", "方法"), say("fits in", "适用")), rows
+        )
+        console.tell("\ntongwen init qwen3-0.6b-lora-8g --out recipe.yaml")
+        console.emit({"templates": list(STARTS)})
+        return 0
+    if name not in STARTS:
+        import difflib
+
+        near = difflib.get_close_matches(name, STARTS, 3) or list(STARTS)
+        raise RecipeError(
+            say(f"there is no template {name!r}", f"没有模板 {name!r}"), place="init", remedy=", ".join(near)
+        )
+    text = render(name)
+    if not out:
+        if console.SCREEN.json:
+            console.emit({"template": name, "recipe": text})
+        else:
+            print(text, end="")
+        return 0
+    target = Path(out)
+    if target.exists():
+        raise RecipeError(
+            say("this file exists", "该文件已存在"), place=out, remedy=say("choose another name", "换个名字")
+        )
+    target.write_text(text, encoding="utf-8")
+    console.good(say(f"{out} · next: tongwen check {out}", f"{out} · 下一步：tongwen check {out}"))
+    console.emit({"out": out})
+    return 0
+
+
+def render(name: str) -> str:
+    """The recipe of that name; its comments, which stand in both languages (`# en ¦ zh`), in the user's."""
+    start, method = STARTS[name], METHODS[STARTS[name].method]
+    text = (importlib.resources.files("tongwen.commands") / "recipe_templates" / f"{start.stage}.yaml").read_text(
+        encoding="utf-8"
+    )
+    adapter = "" if start.stage != "sft" and not start.leaves_adapter else method.adapter
+    values = {**vars(start), "name": name, "adapter": adapter, "phases": "+" if start.train == "phases" else ""}
+    values |= dict(
+        zip(("what", "what_zh"), (method.en, method.zh) if start.stage == "sft" else TRAINS[start.train], strict=True)
+    )
+    values |= dict(zip(("result", "result_zh"), _result(start), strict=True))
+    if start.devices == 1:
+        values["devices"] = ""
+    values["one"] = "" if start.train == "phases" else start.train
+    values["merge"] = "{}" if start.leaves_adapter else ""
+    lines = [
+        line for line in text.splitlines(keepends=True) if all(values[key] for key in re.findall(r"@(\w+)@", line))
+    ]
+    text = "".join(lines).replace("@phases@", "").rstrip() + "\n"
+    for _ in range(2):  # the adapter has the rank in it
+        text = re.sub(r"@(\w+)@", lambda found: str(values[found[1]]), text)
+    return re.sub(r"# (.*?) ¦ (.*)$", lambda found: "# " + say(found[1], found[2]), text, flags=re.MULTILINE)
+
+
+def _kind(start: Start) -> str:
+    what = start.method if start.stage == "sft" else start.train
+    return f"{start.stage}, {what}" + (f", {start.engine}" if start.engine else "")
+
+
+def _result(start: Start) -> tuple[str, str]:
+    stage = "sft" if start.stage == "sft" else "pretrain"
+    if start.leaves_adapter:
+        return (
+            f"an adapter in OUT/{stage}, and an ordinary model in OUT/merge",
+            f"OUT/{stage} 中的适配器，与 OUT/merge 中的普通模型",
+        )
+    return f"an ordinary model in OUT/{stage}", f"OUT/{stage} 中的普通模型"

@@ -1,0 +1,163 @@
+"""migrate: a command or the files of an older project in; a recipe, or the tongwen commands that do it, out.
+
+Every flag is accounted for. The recipe is read once more as `run` would read it, so that what is printed can be run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tongwen.core import artifact, console
+from tongwen.core.errors import RecipeError
+from tongwen.core.i18n import say
+from tongwen.hub.names import today
+from tongwen.migrate.build_recipe import as_yaml
+from tongwen.migrate.migrate import Outcome, migrate_command, migrate_files
+from tongwen.migrate.shell import read_script
+from tongwen.recipe.load import read
+
+SCRIPTS, SHELLS = (".sh", ".bash", ".txt"), ("sh", "bash")
+
+
+def run(words: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -> Iterator[tuple[list[str], bool]]:
+    """Print what each old command is today; yields the tongwen commands in their order, and which is the last. A folder is
+    an old adapter: an ordinary one is written to `out`, with alpha as its scale.
+
+    words: files, or a command. out: where the recipe is written; beside its run's folder when it is to be run. What is run
+    is run before the next line is read: a line may begin with what the one before it left.
+    """
+    if len(words) == 1 and Path(words[0]).is_dir():
+        _migrate_adapter(Path(words[0]), Path(out or f"{words[0].rstrip('/')}-lora"), alpha)
+        return
+    outcomes = list(_read(list(words)))
+    _check(outcomes, out, to_run=to_run)
+    final = max((place for place, one in enumerate(outcomes, 1) if one.recipe or one.commands), default=0)
+    rows = list[dict[str, Any]]()
+    for place, one in enumerate(_read(list(words)) if to_run else outcomes, 1):
+        _report(one)
+        lines, text = one.commands, ""
+        if one.recipe:
+            text = as_yaml(one.recipe, one.old)
+            target = out or (f"{one.recipe['out']}.yaml" if to_run else "")
+            read(text, target or "recipe.yaml")  # as `run` would, with every problem
+            _hand_over(text, target)
+            lines = [["run", target or "RECIPE", *(_fitting(one.recipe) if to_run else [])]]
+        for line in lines:
+            console.tell(f"  {shlex.join(['tongwen', *line])}")
+        if to_run:
+            os.environ.update(one.environment)
+        for number, line in enumerate(lines, 1):
+            yield line, place == final and number == len(lines)
+        rows.append({**dataclasses.asdict(one), "commands": [["tongwen", *line] for line in lines], "text": text})
+    if not to_run:  # else what runs says so itself
+        console.emit({"migrated": rows})
+
+
+def _check(outcomes: Sequence[Outcome], out: str, *, to_run: bool) -> None:
+    """Raise RecipeError when the words of the command do not fit what was found."""
+    if out and sum(bool(one.recipe) for one in outcomes) > 1:
+        raise RecipeError(
+            say("several recipes come out, and --out names one file", "得到多份配方，而 --out 只有一个文件"),
+            place=out,
+            remedy=say("leave --out away", "去掉 --out"),
+        )
+    if to_run and any(one.launch for one in outcomes):
+        raise RecipeError(
+            say("several machines are started by torchrun, one line on each", "多机须在每台机器上用 torchrun 启动"),
+            place="--run",
+            remedy=say("leave --run away: the line is printed", "去掉 --run：会打印该命令"),
+        )
+
+
+def _migrate_adapter(folder: Path, out: Path, alpha: float | None) -> None:
+    from tongwen.model.adapters.legacy import modernise
+
+    artifact.make_way(out, again=False)
+    made = modernise(folder, out, alpha)
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    console.good(f"{out} · r {config['r']}, alpha {config['lora_alpha']:g}: {', '.join(config['target_modules'])}")
+    console.tell(f"  tongwen merge --base BASE --adapter {out} --out MODEL")
+    console.emit({"out": str(out), "config": config, "fingerprint": made.fingerprint})
+
+
+def _read(words: list[str]) -> Iterator[Outcome]:
+    """Files when the first word is one, else a command; of a script, all its commands."""
+    if not words:
+        raise RecipeError(
+            say("neither a file nor a command is given", "既没有文件也没有命令"),
+            place="tongwen migrate",
+            remedy="tongwen migrate run_config/Bloom_config.json   |   tongwen migrate -- torchrun finetune.py …",
+        )
+    first = Path(words[1] if words[0] in SHELLS and len(words) > 1 else words[0])
+    if first.suffix in (".json", ".yaml", ".yml"):
+        yield migrate_files(words, today)
+    elif first.suffix in SCRIPTS:
+        try:
+            text = first.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=str(first)) from None
+        yield from (migrate_command(line.words, today) for line in read_script(text, str(first)))
+    else:
+        yield migrate_command(words, today)
+
+
+def _report(one: Outcome) -> None:
+    console.header(one.project, one.old)
+    for note in one.notes:
+        console.notice(note)
+    verdicts = {
+        "kept": say("kept", "保留"),
+        "renamed": say("renamed", "改名"),
+        "mended": say("mended", "修正"),
+        "dropped": say("dropped", "去除"),
+    }
+    for verdict in one.verdicts:
+        flag = verdict.flag if verdict.value is None else f"{verdict.flag} {verdict.value}"
+        new = f" → {verdict.becomes}" if verdict.becomes else ""
+        why = f"  ({verdict.why})" if verdict.why else ""
+        console.tell(f"  {verdicts[verdict.verdict]}  {flag}{new}{why}")
+    if one.instead:
+        console.tell(f"  {one.instead}")
+    if one.launch:
+        options = " ".join(f"--{name} {value}" for name, value in one.launch.items())
+        console.tell(say("on each machine:", "在每台机器上："))
+        console.tell(f"  torchrun {options} -m tongwen run RECIPE")
+
+
+def _hand_over(text: str, target: str) -> None:
+    """Print the recipe, or write it where nothing else stands."""
+    if not target:
+        for line in text.splitlines():
+            console.tell(line)
+        return
+    file = Path(target)
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise RecipeError(
+            say("another file stands here", "此处已有另一文件"), place=target, remedy="tongwen migrate --out FILE …"
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    console.good(target)
+
+
+def _fitting(recipe: dict[str, Any]) -> list[str]:
+    """Fewer devices than the old command had, when this machine has fewer: the batch is the same, so the result is."""
+    import torch
+
+    here = max(torch.accelerator.device_count(), 1)
+    if recipe.get("devices", 1) <= here:
+        return []
+    console.notice(
+        say(
+            f"devices: {here}, not {recipe['devices']}: this machine has no more; the batch stays what it was",
+            f"devices: {here}，而非 {recipe['devices']}：本机没有更多设备；批大小不变",
+        )
+    )
+    alone = [f"{section}.engine=auto" for section in ("pretrain", "sft") if here == 1 and section in recipe]
+    return [f"devices={here}", *alone]

@@ -1,0 +1,378 @@
+"""plan: a recipe in; steps, tokens, memory, disk and time out. Writes nothing, and opens weights only to measure time."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tongwen.core import artifact, console
+from tongwen.core.errors import RecipeError
+from tongwen.core.i18n import say
+from tongwen.export.gguf import bytes_per_weight
+from tongwen.model.loading import load
+from tongwen.model.merging.resize import plan_rows
+from tongwen.recipe.memory_remedies import cheaper, last_resort
+from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
+from tongwen.train.memory import SHARED, STREAMED, flops_per_token, own_memory, token_budget
+from tongwen.train.packing import Plan, make_plan
+from tongwen.train.parallel import sharing_of
+from tongwen.workflows import memory_estimate, tokenizer_files
+from tongwen.workflows.memory_estimate import Micro, Needs, Setting, foresee
+from tongwen.workflows.pipeline import check_ahead, standing_on
+from tongwen.workflows.tokenized_data import (
+    Lesson,
+    are_rows_untrained,
+    look_ahead,
+    new_rows_of,
+    read_dialogues,
+    read_documents,
+)
+
+PURPOSES = {  # of memory, in Chinese
+    "libraries": "程序库",
+    "weights": "权重",
+    "gradients": "梯度",
+    "optimizer": "优化器",
+    "gathered": "通信缓冲与临时还原的层",
+    "activations": "激活",
+    "head": "输出层",
+    "blocks": "分块",
+    "merging": "正在合并的权重",
+}
+
+
+def run(recipe: Recipe, gpu: str | None, *, measure: bool = False) -> int:
+    """Print what a run would do and need, stage by stage. gpu: `24GB`, memory of a GPU that is not here; measure: time a
+    micro-batch of the real model on this machine."""
+    limit = parse_memory(gpu) if gpu is not None else None
+    if measure and limit:
+        raise RecipeError(
+            say(
+                "this machine is measured, not the one that --gpu names",
+                "--measure 测的是本机，而不是 --gpu 所说的机器",
+            ),
+            place="--measure",
+            remedy=say("leave --gpu out", "去掉 --gpu"),
+        )
+    if not recipe.training or recipe.prepare is None:
+        raise RecipeError(
+            say("there is nothing to train in this recipe", "该配方没有训练阶段"), place=recipe.name, remedy="sft: {}"
+        )
+    check_ahead(recipe, recipe.stages)
+    if recipe.vocab and not artifact.find(Path(recipe.out) / "vocab"):
+        _, new = _config(recipe, recipe.base)
+        console.notice(
+            say(
+                f"vocab has not run: {new:,} new rows at most are counted, and tokens as the base's tokenizer makes them, which are more",
+                f"vocab 尚未运行：按至多 {new:,} 个新行计；token 数按底座分词器计，偏多",
+            )
+        )
+    found = {name: _plan(recipe, name, limit, measure) for name in recipe.stages if name in ("pretrain", "sft")}
+    last = list(found.values())[-1]
+    console.emit({**last, "stages": {**found, **_afterwards(recipe)}})
+    return 0
+
+
+def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[str, Any]:
+    """One stage. Where a stage before it has not run, the model that it will stand on is the one that there is."""
+    section: Training = getattr(recipe, name)
+    device = "cuda" if limit else load.compute_device()
+    base = standing_on(recipe, name, finished=True)
+    place = load.locate(base)
+    config, new = _config(recipe, base)
+    lesson = _look(recipe, section, base)
+    rows = _rows(recipe, section, base, new)
+    memory = 0 if recipe.devices > 1 else limit or own_memory(device)
+    full = section.learns_in_full
+    plans = _plans(section, lesson, token_budget(device, config, memory, full=full), recipe.devices)
+    micro = _fullest(plans, lesson)
+    setting, needs = _needs(config, section, _setting(section, device, limit, recipe.devices, rows), micro, limit)
+    shape = needs.shape
+    tokens = sum(sum(one.tokens_of(lesson.store.lengths)) for one in plans)
+    steps = [len(one) for one in plans]
+    seconds = None
+    if measure:
+        of_token, of_step = memory_estimate.measure(place, setting, lesson.store, plans[-1])
+        seconds = of_token * tokens / recipe.devices + of_step * sum(steps)
+    elif device == "cpu":
+        seconds = tokens * flops_per_token(shape, lesson.mask["learned_share"], full=full) / _rate()
+    disk, most = _disk(config, section, setting, steps)
+    cures = list(_cures(recipe, name, config, micro, needs.bytes["peak"], limit, rows)) if limit else []
+    facts = {
+        "steps": sum(steps),
+        "steps_of_phases": steps,
+        "steps_per_epoch": plans[-1].steps_per_epoch,
+        "batch_size": None if section.batch_tokens else section.batch_size,
+        "batch_tokens": section.batch_tokens,
+        "fill": round(plans[-1].fill(lesson.store.lengths), 4),
+        "micro_batches_per_step": plans[-1].accumulate,
+        "devices": plans[-1].world,
+        "micro_batch_tokens": plans[-1].budget,
+        "tokens": tokens,
+        "samples": len(lesson.store),
+        "mask": lesson.mask,
+        "trainable": shape.trainable,
+        "memory_bytes": needs.bytes,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "engine": setting.sharing.engine or "single",
+        "shared_out": list(SHARED.get(setting.sharing.engine, ())) if recipe.devices > 1 else [],
+        "rehearsed": needs.rehearsed,
+        "activation_checkpointing": setting.checkpointing,
+        "disk": disk,
+        "disk_bytes": most,
+        "seconds": seconds,
+        "fits": None if limit is None else needs.bytes["peak"] <= limit,
+        "cures": cures,
+    }
+    _show(name, section, facts, device, measure)
+    return facts
+
+
+def _config(recipe: Recipe, base: str) -> tuple[Any, int]:
+    """(the base's configuration, new rows in it that a vocabulary stage is still to make, at most)."""
+    place, section = load.locate(base), recipe.vocab
+    config = load.load_config(place)
+    if section is None or artifact.find(Path(recipe.out) / "vocab"):
+        return config, 0
+    text, held = config.get_text_config(), max(load.load_tokenizer(place).get_vocab().values()) + 1
+    new = section.pieces + len(section.words) + len(section.special_tokens)
+    if section.tokenizer:
+        new = len(tokenizer_files.extended_by(tokenizer_files.open_lexicon(base), section.tokenizer).parts)
+    ids = range(held, held + new)
+    text.vocab_size = plan_rows(held, ids, text.vocab_size, section.pad_to_multiple, shrink=section.shrink).wanted
+    return config, new
+
+
+def _rows(recipe: Recipe, section: Training, base: str, new: int) -> int:
+    """Rows of new pieces that learn one by one. new: those that are still to be made."""
+    parts = {part for stretch in section.stretches for part in stretch.parts}
+    if "new_rows" in parts:
+        return new or len(new_rows_of(base))
+    if isinstance(section, Sft) and parts == {"lora"} and not recipe.pretrain:  # nothing else trains them
+        return new or (len(new_rows_of(base)) if are_rows_untrained(base) else 0)
+    return 0
+
+
+def _disk(config: Any, section: Training, setting: Setting, steps: list[int]) -> tuple[dict[str, int], int]:
+    """(bytes of what stays, and of the checkpoint that is written before an older one goes; the most at one time)."""
+    result, sizes = memory_estimate.foresee_files(config, setting, [stretch.parts for stretch in section.stretches])
+    kept, more = 0, 0
+    for size, count in zip(sizes, steps, strict=True):
+        saves = -(-count // section.save_every)
+        keeps = (
+            section.keep_checkpoints + 1 if section.patience else min(saves, section.keep_checkpoints)
+        )  # and the best
+        kept += keeps * size
+        more = max(more, size * (saves > keeps or bool(section.patience)))
+    return {"checkpoints": kept, "saving": more, "weights": result}, kept + max(more, result)
+
+
+def _look(recipe: Recipe, section: Training, base: str) -> Lesson:
+    if isinstance(section, Sft):
+        return look_ahead(recipe, read_dialogues(base, section))
+    assert isinstance(section, Pretrain)
+    return look_ahead(recipe, read_documents(base, section))
+
+
+def _plans(section: Training, lesson: Lesson, budget: int, world: int) -> list[Plan]:
+    return [
+        make_plan(
+            lesson.store.lengths,
+            lesson.draw,
+            batch_size=stretch.words.batch_size,
+            batch_tokens=stretch.words.batch_tokens,
+            stop_after=stretch.words.stop_after,
+            budget=section.micro_batch_tokens or budget,
+            world=world,
+        )
+        for stretch in section.stretches
+    ]
+
+
+def _setting(section: Training, device: str, limit: int | None, world: int, rows: int) -> Setting:
+    parts = {part for stretch in section.stretches for part in stretch.parts}
+    guessed = {"fp32": torch.float32, "fp16": torch.float16}
+    dtype = (
+        guessed.get(section.precision, torch.bfloat16) if limit else load.compute_dtype(section.precision, device)[0]
+    )
+    on = section.activation_checkpointing == "on"
+    sharing = sharing_of(section, world)
+    return Setting(section.adapter, frozenset(parts), dtype, device, section.optimizer, on, sharing, rows)
+
+
+def _fullest(plans: list[Plan], lesson: Lesson) -> Micro:
+    """The micro-batch with the most tokens."""
+    lengths = lesson.store.lengths
+    parts = [part for plan in plans for step in plan.micro for part in step]
+    part = max(parts, key=lambda part: int(lengths[list(part)].sum()))
+    rows = sum(int(np.count_nonzero(lesson.store.sample(sample)[1])) for sample in part)
+    return Micro(tuple(int(lengths[sample]) for sample in part), rows, max(plan.accumulate for plan in plans))
+
+
+def _needs(config: Any, section: Training, setting: Setting, micro: Micro, limit: int | None) -> tuple[Setting, Needs]:
+    """With activation checkpointing where it may be on and the limit asks for it."""
+    needs = foresee(config, setting, micro)
+    if limit and needs.bytes["peak"] > limit and section.activation_checkpointing == "auto":
+        setting = replace(setting, checkpointing=True)
+        needs = foresee(config, setting, micro)
+    return setting, needs
+
+
+def _cures(
+    recipe: Recipe, name: str, config: Any, micro: Micro, peak: int, limit: int, rows: int
+) -> Iterator[dict[str, Any]]:
+    """What to change when it does not fit, the cheapest first, each on top of those before it, until it does."""
+    peaks, together = [peak], sum(micro.lengths)
+
+    def helps(section: Training, tokens: int) -> bool:
+        smaller = micro if tokens == together else micro.cut(tokens)
+        _, needs = _needs(config, section, _setting(section, "cuda", limit, recipe.devices, rows), smaller, limit)
+        peaks.append(min(needs.bytes["peak"], peaks[-1]))
+        return peaks[-1] < peaks[-2]
+
+    for change in cheaper(recipe, name, max(micro.lengths), together, "auto", helps) if peak > limit else ():
+        yield {"change": change, "peak": peaks[-1], "fits": peaks[-1] <= limit}
+        if peaks[-1] <= limit:
+            return
+
+
+def _afterwards(recipe: Recipe) -> dict[str, Any]:
+    """What merging and exporting need: both go through the model a block of rows at a time."""
+    found: dict[str, Any] = {}
+    config, _ = _config(recipe, standing_on(recipe, "sft", finished=True))
+    skeleton = load.make_skeleton(config)
+    parameters = sum(part.numel() for part in skeleton.parameters())
+    needs = {"libraries": memory_estimate.LIBRARIES, "blocks": STREAMED}
+    width = getattr(config.dtype, "itemsize", 4)  # a config that says nothing means fp32
+    if recipe.merge:
+        width = {"base": width, "fp32": 4}.get(recipe.merge.dtype, 2)
+        whole = {"weights": 2 * 4 * parameters} if recipe.merge.parity == "full" else {}
+        memory = {**needs, **whole}
+        if fused := {name for section in recipe.training for name in section.adapter.target_parameters}:
+            # peft's merge, in memory and in fp32: a copy of the weight at hand and its change beside the model
+            largest = max(part.numel() for name, part in skeleton.named_parameters() if name.endswith(tuple(fused)))
+            memory = {"libraries": memory_estimate.LIBRARIES, "weights": 4 * parameters, "merging": 2 * 4 * largest}
+        found["merge"] = {"memory_bytes": _summed(memory), "disk_bytes": parameters * width}
+    if recipe.export:
+        sizes = {"pth": width, "hf": width, "gguf": bytes_per_weight(recipe.export.quantize)}
+        disk = int(sum(parameters * sizes[form] for form in recipe.export.formats))
+        found["export"] = {"memory_bytes": _summed(needs), "disk_bytes": disk}
+    for name, facts in found.items():
+        console.header("plan", name)
+        console.table(("", ""), [*_memory_rows(facts["memory_bytes"]), _disk_row(facts["disk_bytes"])])
+    return found
+
+
+def _summed(needs: dict[str, int]) -> dict[str, int]:
+    return {**needs, "peak": sum(needs.values())}
+
+
+def parse_memory(text: str) -> int:
+    """`24GB` -> bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gmt])(i?)b?\s*", text.lower())
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** {"m": 2, "g": 3, "t": 4}[found[2]]) if found else 0
+    if not size:
+        raise RecipeError(
+            say(f"{text!r} is not an amount of memory", f"{text!r} 不是显存大小"), place="--gpu", remedy="--gpu 24GB"
+        )
+    return size
+
+
+def _rate() -> float:
+    """Floating-point operations per second of this CPU, from a quarter second of matrix products; two thirds of it is
+    what a training step reaches."""
+    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    count, began = 0, time.monotonic()
+    while (spent := time.monotonic() - began) < 0.25:
+        left @ right
+        count += 1
+    return 0.66 * count * 2 * 1024**3 / spent
+
+
+def _memory_rows(needs: dict[str, int], note: str = "") -> list[tuple[str, str]]:
+    rows = [
+        (say(name, PURPOSES[name]), console.human_bytes(size))
+        for name, size in needs.items()
+        if name != "peak" and size > 1_000_000
+    ]
+    return [*rows, (say("peak memory, about", "峰值内存约"), console.human_bytes(needs["peak"]) + note)]
+
+
+def _sharing_rows(facts: dict[str, Any], section: Training) -> list[tuple[str, str]]:
+    """What the numbers above are of, where there are several processes, or should be."""
+    world, engine = facts["devices"], facts["engine"]
+    parts = [say(name, PURPOSES[name]) for name in facts["shared_out"]]
+    shared = say(", ".join(parts), "、".join(parts))
+    if world > 1 and parts:
+        said = say(f"per GPU: {engine} divides {shared} among {world}", f"每块 GPU：{engine} 把{shared}分给 {world} 块")
+    elif world > 1:
+        said = say(f"per GPU: {engine} divides nothing", f"每块 GPU：{engine} 不分担")
+    elif section.shares:
+        said = say(
+            f"for one GPU; {engine} divides among several: --devices N", f"单卡；{engine} 由多卡分担：--devices N"
+        )
+    else:
+        return []
+    return [(say("all of this", "以上均为"), said)]
+
+
+def _disk_row(size: int) -> tuple[str, str]:
+    return say("disk", "磁盘"), console.human_bytes(size)
+
+
+def _show(name: str, section: Training, facts: dict[str, Any], device: str, measured: bool) -> None:
+    what = (
+        say(f"{section.batch_tokens} tokens", f"{section.batch_tokens} token")
+        if section.batch_tokens
+        else say(f"{section.batch_size} samples", f"{section.batch_size} 个样本")
+    )
+    parts, budget = f"{facts['micro_batches_per_step']} x {facts['devices']}", facts["micro_batch_tokens"]
+    lengths = ", ".join(str(one.words.stop_after) for one in section.stretches)
+    note = say(" with activation checkpointing", "（重算激活）") if facts["activation_checkpointing"] else ""
+    if not facts["rehearsed"]:
+        note += say(", by a formula: this model cannot be rehearsed", "，按公式估计：该模型无法预演")
+    seconds, dtype = facts["seconds"], facts["dtype"]
+    if facts["fits"] is not None and dtype == "bfloat16":
+        dtype += say(", if that GPU can (those before Ampere cannot)", "（假设该 GPU 支持；Ampere 之前的不支持）")
+    console.header("plan", name)
+    console.table(
+        ("", ""),
+        [
+            (say("samples", "样本"), f"{facts['samples']:,}"),
+            (say("steps", "步数"), f"{' + '.join(map(str, facts['steps_of_phases']))} ({lengths})"),
+            (say("tokens", "token 总数"), f"{facts['tokens']:,}"),
+            (
+                say("a step", "每步"),
+                say(
+                    f"{what} in {parts} micro-batches of at most {budget} tokens",
+                    f"{what}，{parts} 个微批，每个至多 {budget} token",
+                ),
+            ),
+            (say("computed in", "计算类型"), dtype),
+            *_memory_rows(facts["memory_bytes"], note),
+            *_sharing_rows(facts, section),
+            _disk_row(facts["disk_bytes"]),
+            (
+                say("time, measured", "用时（实测推算）")
+                if measured
+                else say("time on this machine, about", "本机用时约"),
+                console.human_time(seconds) if seconds else say(f"not known for {device}", f"{device} 上未知"),
+            ),
+        ],
+    )
+    if facts["fits"] is not False:
+        return
+    console.notice(
+        say("this does not fit; in this order, each on top of those before:", "放不下；依次尝试，逐项叠加：")
+    )
+    for cure in facts["cures"]:
+        console.tell(f"  {cure['change']}  {console.human_bytes(cure['peak'])}{' ✓' if cure['fits'] else ''}")
+    if not any(cure["fits"] for cure in facts["cures"]):
+        console.tell("  " + say("then ", "再不行，换") + last_resort(section))

@@ -1,0 +1,65 @@
+"""serve: a model in; OpenAI's API on a port of this machine out, until it is told to end.
+
+One model, one voice: answers are given one after the other, in the order of the requests. For many users at once there is
+the merged model and a server made for that (docs/serve.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tongwen.core import console
+from tongwen.core.errors import MissingPackage
+from tongwen.core.i18n import say
+from tongwen.infer.generation import Sampling
+from tongwen.workflows.chat_model import open_speaker
+
+
+def run(
+    model: str,
+    adapters: Sequence[str],
+    *,
+    name: str,
+    host: str,
+    port: int,
+    queue: int,
+    template: str,
+    thinking: str,
+    weights: str,
+    sampling: dict[str, Any],
+) -> int:
+    """Serve until SIGTERM or Ctrl-C."""
+    try:
+        from tongwen.serving import auth, openai_api
+    except ImportError:
+        raise MissingPackage("uvicorn", "tongwen serve", "serve") from None
+
+    Sampling().with_(**sampling)
+    loopback = auth.is_loopback(host)
+    token, made = auth.choose_token(loopback)
+    with auth.open_port(host, port) as listening:
+        speaker = open_speaker(model, adapters, template, thinking, weights=weights, rows=1)
+
+        def speak(ids: list[int], hear: Callable[[int], None], settings: dict[str, Any]) -> Iterator[str]:
+            return speaker.continue_ids(ids, hear, **settings)
+
+        speech = openai_api.Speech(
+            name=name or Path(model).name,
+            chat_ids=speaker.prompt_ids,
+            text_ids=speaker.text_ids,
+            speak=speak,
+            ended=speaker.ended,
+            check=lambda settings: Sampling().with_(**settings),
+            context=speaker.context,
+            settings=sampling,
+        )
+        url = f"http://{host}:{listening.getsockname()[1]}/v1"
+        console.header(speech.name, say("Ctrl-C ends it", "Ctrl-C 结束"))
+        console.tell(f"OPENAI_BASE_URL={url}")
+        console.tell(f"OPENAI_API_KEY={token}" if made else say(f"the token is ${auth.TOKEN}", f"令牌为 ${auth.TOKEN}"))
+        console.emit({"url": url, "model": speech.name, **({"token": token} if made else {})})
+        auth.serve(auth.Gate(openai_api.make_app(speech, queue), token, loopback=loopback), listening)
+    console.good(say("ended", "已结束"))
+    return 0

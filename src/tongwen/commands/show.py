@@ -1,0 +1,118 @@
+"""show: what a folder is and how it was made, up to the first ancestors; of a model from elsewhere, what it is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.tree import Tree
+
+from tongwen.core import artifact, console
+from tongwen.core.errors import ArtifactError
+from tongwen.core.i18n import say
+
+
+def run(path: str) -> int:
+    """Print the family tree of an artifact, or of every stage of a run's folder; or the linear layers of a model."""
+    place = Path(path)
+    found = [one for folder in (place, *_stages(place)) if (one := artifact.find(folder))]
+    if not found and (place / "config.json").is_file():
+        return _show_model(path)
+    if not found:
+        unfinished = sorted(folder.name for folder in place.glob("*.partial")) if place.is_dir() else []
+        raise ArtifactError(
+            say("no manifest.json here: this is not an artifact of tongwen", "没有 manifest.json：不是 tongwen 的产物")
+            if not unfinished
+            else say(
+                f"nothing has finished here; under way: {', '.join(unfinished)}",
+                f"尚无完成的阶段；进行中：{'、'.join(unfinished)}",
+            ),
+            place=path,
+        )
+    for one in found:
+        if console.SCREEN.speaks:
+            console.SCREEN.console.print(_tree(one))
+    console.emit({"artifacts": {str(one.path): one.manifest for one in found}})
+    return 0
+
+
+def _show_model(path: str) -> int:
+    """Family, size, and the names that `adapter.targets` may hold; from the config alone."""
+    from tongwen.model.loading.load import load_config, locate, make_skeleton
+
+    config = load_config(locate(path))
+    model = make_skeleton(config)
+    layers: dict[str, list[tuple[int, int]]] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "in_features"):
+            layers.setdefault(name.split(".")[-1], []).append((module.in_features, module.out_features))
+    count = sum(part.numel() for part in model.parameters())
+    console.header(path, f"{config.model_type} · {console.human_count(count)} {say('parameters', '个参数')}")
+    rows = [(name, len(sizes), " → ".join(map(str, sizes[0]))) for name, sizes in layers.items()]
+    console.table((say("linear layer", "线性层"), say("of them", "个数"), say("in → out", "输入 → 输出")), rows)
+    console.emit({"model": path, "family": config.model_type, "parameters": count, "linear": list(layers)})
+    return 0
+
+
+def _stages(place: Path) -> list[Path]:
+    return (
+        sorted((folder for folder in place.iterdir() if folder.is_dir()), key=lambda folder: folder.stat().st_mtime)
+        if place.is_dir() and not (place / artifact.MANIFEST).is_file()
+        else []
+    )
+
+
+def _tree(one: artifact.Artifact) -> Tree:
+    manifest = one.manifest
+    tree = Tree(f"[bold]{console.plain(str(one.path))}[/]  {one.kind}  [dim]{one.fingerprint[:12]}[/]")
+    tree.add(
+        f"[dim]{manifest.get('created', '')} · {console.human_time(manifest.get('seconds', 0))} · tongwen {manifest.get('tongwen', '?')} · torch {manifest.get('versions', {}).get('torch', '?')}[/]"
+    )
+    for name, value in _facts(manifest):
+        tree.add(f"{console.plain(name)}: {console.plain(value)}")
+    for role, parent in manifest.get("parents", {}).items():
+        above = artifact.find(Path(parent["path"])) if parent.get("kind") else None
+        if above is not None:
+            same = above.fingerprint == parent.get("fingerprint")
+            branch = _tree(above)
+            branch.label = f"{role}: {branch.label}" + (
+                "" if same else f"  [red]{say('has changed since', '此后已改变')}[/]"
+            )
+            tree.add(branch)
+        else:
+            tree.add(
+                f"{role}: {console.plain(str(parent.get('path') or parent.get('name') or ''))}  [dim]{str(parent.get('fingerprint') or '')[:12]}[/]"
+            )
+    return tree
+
+
+def _facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    out: list[tuple[str, str]] = []
+    for key in (
+        "method",
+        "device",
+        "dtype",
+        "steps",
+        "tokens",
+        "batch",
+        "stop_tokens",
+        "template_name",
+        "type",
+        "counts",
+        "forced_over",
+    ):
+        if key in manifest:
+            value = manifest[key]
+            out.append(
+                (
+                    key,
+                    ", ".join(f"{name} {count}" for name, count in value.items())
+                    if isinstance(value, dict)
+                    else str(value),
+                )
+            )
+    tables = manifest.get("ledger", {})
+    for name, table in tables.items() if isinstance(tables, dict) else ():
+        lost = "".join(f" − {reason} {count['rows']:,}" for reason, count in table["lost"].items())
+        out.append((name, f"{table['in']['rows']:,}{lost} = {table['kept']['rows']:,}"))
+    return out

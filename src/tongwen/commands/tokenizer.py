@@ -1,0 +1,267 @@
+"""tokenizer train | extend | merge | report: tokenizers by themselves, without a model's weights.
+
+Each takes files or models by name and leaves a folder that transformers opens (`tokenizer.json`, and `tokenizer.model`
+where the family has one), with a manifest that says from what it was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tongwen.core import artifact, console
+from tongwen.core.errors import ModelError
+from tongwen.core.i18n import say
+from tongwen.model.loading import load, sentencepiece
+from tongwen.vocab import measure, spm, train
+from tongwen.vocab.report import as_html
+from tongwen.vocab.script import Script
+from tongwen.workflows import tokenizer_files, vocab_scores
+from tongwen.workflows.tokenizer_files import Lexicon
+
+
+def run_train(corpus: list[str], kind: str, pieces: int, out: str, seed: int, *, again: bool) -> int:
+    """A tokenizer learned from nothing."""
+    target = _target(out, again)
+    texts = tokenizer_files.iter_texts(corpus)
+    with console.waiting(say("learning a tokenizer", "学习分词器")):
+        if kind == "byte-bpe":
+            made = Lexicon(out, train.train_byte_level(texts, pieces))
+        else:
+            model = sentencepiece.parse(train.train_sentencepiece(texts, pieces, kind.removeprefix("sp-"), seed), out)
+            made = Lexicon(out, sentencepiece.fast_form(model), model)
+    chosen = {"corpus": corpus, "kind": kind, "pieces": pieces, "seed": seed}
+    return _finish(made, target, {}, chosen, {"sizes": {"after": made.coder.size}})
+
+
+def run_extend(
+    base: str,
+    corpus: list[str],
+    pieces: int,
+    out: str,
+    *,
+    script: str,
+    words: Sequence[str],
+    special_tokens: Sequence[str],
+    again: bool,
+) -> int:
+    """A base's tokenizer with pieces learned from a corpus, nine tenths of it; the rest tells what they bring."""
+    target = _target(out, again)
+    opened = tokenizer_files.open_lexicon(base)
+    console.header("tokenizer extend", f"{base} + {pieces:,}")
+    learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(corpus))
+    with console.progress(pieces, say("learning", "学习")) as bar:
+        learnt = tokenizer_files.learn(opened, learn_from, Script(script), pieces, bar.update)
+    made = learnt.extended(pieces, words, special_tokens)
+    learnt.say_if_fewer(pieces)
+    found = measure.survey(opened.coder, made.lexicon.coder, {say("held out", "留出文本"): rest}, Script(script))
+    _note_fast(made.lexicon, rest, found)
+    _show(found)
+    chosen = {
+        "base": base,
+        "corpus": corpus,
+        "pieces": pieces,
+        "script": script,
+        "words": list(words),
+        "special_tokens": list(special_tokens),
+    }
+    return _finish(made.lexicon, target, _parent(opened), chosen, found, new_rows=made.new_ids)
+
+
+def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: str, again: bool) -> int:
+    """One SentencePiece model's pieces behind another's."""
+    target = _target(out, again)
+    opened, other = tokenizer_files.open_lexicon(base), tokenizer_files.open_lexicon(add)
+    for place, one in (("--base", opened), ("--add", other)):
+        if one.model is None:
+            raise ModelError(
+                say(
+                    f"{one.name} is byte-level BPE; only SentencePiece models can be merged",
+                    f"{one.name} 是字节级 BPE；只有 SentencePiece 模型可以合并",
+                ),
+                place=place,
+                remedy=f"tongwen tokenizer extend --base {base} --corpus FILE --pieces 2000 --out {out}",
+            )
+    console.header("tokenizer merge", f"{base} + {add} · {mode}")
+    if mode == "default":
+        names = [piece.piece for piece in other.model.pieces]
+        merged = spm.merge(opened.model, names, Script(script), tokenizer_files.encoder_of, pad=pad)
+    else:
+        merged = spm.merge_as_2023(opened.model, other.model, keep_scores=mode == "keep-scores", pad=pad)
+    made = tokenizer_files.from_model(opened, merged.model)
+    reasons = {
+        "already_there": say("the base has them", "底座已有"),
+        "other_script": say("digits, Latin, mixed: they would change old text", "数字、拉丁字母或混合：会改变旧文本"),
+        "never_produced": say("can never be produced", "永远不会产生"),
+    }
+    rows = [(say("pieces of the base", "底座的词"), len(opened.model.pieces))]
+    rows += [(say("pieces of the other", "另一模型的词"), len(other.model.pieces))]
+    rows += [(f"  − {reasons[reason]}", len(left)) for reason, left in merged.left_out.items()]
+    if merged.steps:
+        rows += [
+            (say("  + steps from which longer words are built", "  + 构成更长的词所需的中间词"), len(merged.steps))
+        ]
+    rows += [(say("added", "加入"), len(merged.added)), (say("together", "合计"), len(merged.model.pieces))]
+    console.table(("", say("pieces", "词数")), rows)
+    samples = tokenizer_files.shipped_texts()
+    found = measure.survey(opened.coder, made.coder, {say("shipped dialogues", "自带对话"): samples}, Script(script))
+    found["left_out"] = {reason: len(left) for reason, left in merged.left_out.items()}
+    _note_fast(made, [*samples, *(piece.replace(spm.BLANK, " ") for piece in merged.added)], found)
+    _show(found)
+    chosen = {"base": base, "add": add, "mode": mode, "pad": pad, "script": script}
+    parents = {**_parent(opened), "add": {"path": add, "fingerprint": _digest(other)}}
+    return _finish(made, target, parents, chosen, found)
+
+
+def run_report(base: str, other: str, texts: list[str], out: str, script: str) -> int:
+    """What a tokenizer makes of texts; against another one, or against itself with pieces learned from the same texts."""
+    opened = tokenizer_files.open_lexicon(base, to_measure=True)
+    console.header("tokenizer report", f"{base} {other}".strip())
+    chosen = Script(script)
+    by_file = {name: tokenizer_files.some(tokenizer_files.iter_texts([name])) for name in texts}
+    if other:
+        found = measure.survey(
+            opened.coder, tokenizer_files.open_lexicon(other, to_measure=True).coder, by_file, chosen
+        )
+    else:
+        found = measure.survey(opened.coder, None, by_file, chosen)
+    if not other and not opened.grows:
+        console.notice(say("a tokenizer of this kind takes no new pieces", "此类分词器不能加入新词"))
+    elif not other:
+        learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(texts, lambda said: None))  # said above
+        shape = tokenizer_files.shape_of(base)
+        learnt = tokenizer_files.learn(opened, learn_from, chosen, measure.CURVE[-1])
+        start, curve = tokenizer_files.curve(learnt, rest, shape)
+        advice = measure.advise(start, curve)
+        if shape is measure.NOMINAL:
+            console.notice(
+                say(
+                    "no model stands behind this tokenizer: the cost is that of an 8B model, bits per byte are not measured",
+                    "该分词器没有对应模型：按 8B 模型估算成本，不测 bits per byte",
+                )
+            )
+        else:
+            place, made = load.fetched(load.locate(base)), learnt.extended(advice.pieces)
+            found |= vocab_scores.bits_before_training(place, opened, made, "subtoken_mean", 0, rest)
+            advice = measure.advise(start, curve, vocab_scores.damage_of(found.get("bits_per_byte")), advice.pieces)
+        found |= {"curve": [vars(point) for point in (start, *curve)], "advice": advice.to_dict()}
+    found["summary"] = f"{base} {'→ ' + other if other else ''} · {', '.join(texts)}"
+    _show(found)
+    if out:
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        artifact.write_json(folder / "report.json", found)
+        (folder / "report.html").write_text(as_html(say("Vocabulary", "词表"), found), encoding="utf-8")
+        console.good(str(folder / "report.html"))
+    console.emit(found)
+    return 0
+
+
+def _target(out: str, again: bool) -> Path:
+    target = Path(out)
+    artifact.make_way(target, again=again)
+    return target
+
+
+def _note_fast(made: Lexicon, texts: list[str], found: dict[str, Any]) -> None:
+    """Say where tokenizer.json differs from tokenizer.model, which is the authority."""
+    if made.model is None:
+        return
+    differing = len(spm.disagreement(made.coder.encode, made.encode_fast, texts))
+    found["kept"]["fast_disagrees"] = differing
+    if differing:
+        console.notice(
+            say(
+                f"tokenizer.json gives other ids than tokenizer.model for {differing:,} of {len(texts):,} texts: pieces of one score cannot be ranked. "
+                "tokenizer.model is the authority: load it with SentencePiece, or merge with --mode default",
+                f"{len(texts):,} 个文本中有 {differing:,} 个，tokenizer.json 与 tokenizer.model 的 id 不同：同分的词无法排序。"
+                "以 tokenizer.model 为准：用 SentencePiece 加载，或用 --mode default 合并",
+            )
+        )
+
+
+def _show(found: dict[str, Any]) -> None:
+    rows = []
+    for name, one in found["fertility"].items():
+        before, after = one["before"], one.get("after")
+        row = [name, f"{before['characters_per_token']:.3f}"]
+        rows.append([*row, f"{after['characters_per_token']:.3f}"] if after else row)
+    head = [say("characters per token", "每个 token 的字数"), say("before", "之前")]
+    console.table([*head, say("after", "之后")] if len(rows[0]) > 2 else head, rows)
+    if kept := found.get("kept"):
+        texts, changed = kept["source_texts"], kept["source_changed"]
+        (console.notice if changed else console.good)(
+            say(
+                f"{changed} of {texts:,} texts without the script have other ids",
+                f"{texts:,} 个不含该文字的文本中 {changed} 个 id 改变",
+            )
+        )
+        failures, trips = kept["new_round_trip_failures"], kept["round_trips"]
+        (console.notice if failures else console.good)(
+            say(
+                f"{failures} new round-trip failures in {trips:,} texts",
+                f"{trips:,} 个文本中新增 {failures} 个往返失败",
+            )
+        )
+        (console.notice if kept["unreachable"] else console.good)(
+            say(
+                f"{kept['unreachable']:,} of {kept['pieces']:,} new pieces can never be produced",
+                f"{kept['pieces']:,} 个新词中 {kept['unreachable']:,} 个永远不会产生",
+            )
+        )
+    if curve := found.get("curve"):
+        columns = (
+            say("pieces", "词数"),
+            say("characters per token", "字/token"),
+            say("cost", "成本"),
+            say("learnable", "可学"),
+        )
+        console.table(
+            columns,
+            [(p["pieces"], f"{p['characters_per_token']:.3f}", f"{p['cost']:.3f}", p["seen_enough"]) for p in curve],
+        )
+    if advice := found.get("advice"):
+        verdict = say("extend", "建议扩充") if advice["extend"] else say("do not extend", "不建议扩充")
+        (console.good if advice["extend"] else console.notice)(f"{verdict}: {advice['pieces']:,}")
+        for reason in advice["reasons"]:
+            console.tell(f"  · {reason}")
+
+
+def _digest(one: Lexicon) -> str:
+    held = one.model.SerializeToString() if one.model is not None else one.backend.to_str().encode()
+    return hashlib.sha256(held).hexdigest()
+
+
+def _parent(base: Lexicon) -> dict[str, Any]:
+    return {"base": {"path": base.name, "fingerprint": _digest(base)}}
+
+
+def _finish(
+    made: Lexicon,
+    target: Path,
+    parents: dict[str, Any],
+    chosen: dict[str, Any],
+    report: dict[str, Any],
+    new_rows: Sequence[int] = (),
+) -> int:
+    with artifact.create(target, "tokenizer", parents, chosen) as draft:
+        tokenizer_files.save(made, draft.path)
+        artifact.write_json(draft.path / "report.json", report)
+        if new_rows:
+            artifact.write_json(draft.path / "new_rows.json", list(new_rows))
+        draft.fingerprint = _digest(made)
+        draft.facts = {"tokens": made.coder.size, "files": _hashes(draft.path)}
+    assert draft.artifact
+    size = made.coder.size
+    console.good(say(f"{size:,} tokens · {target}", f"{size:,} 个词 · {target}"))
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if digest := draft.facts["files"].get(name):
+            console.tell(f"  {digest}  {name}")
+    console.emit({"out": str(target), **draft.artifact.manifest, "report": report})
+    return 0
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {file.name: artifact.hash_file(file) for file in sorted(folder.glob("tokenizer.*"))}

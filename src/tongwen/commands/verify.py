@@ -1,0 +1,174 @@
+"""verify: a file or folder against every hash that is known of it.
+
+Four witnesses: what our own manifest recorded (tensors and files), md5 lists beside an original download, the published
+SHA256 of LLaMA and Chinese-LLaMA/Alpaca, and a list that the user names. One that contradicts is an error; when none
+knows anything, that is an error as well, because nothing was verified.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from tongwen.core import artifact, console
+from tongwen.core.errors import ArtifactError, ModelError, RecipeError, TongwenError, raise_all
+from tongwen.core.i18n import say
+from tongwen.core.safetensors_io import find_tensors
+from tongwen.export import checksums, pth
+from tongwen.model.loading import load
+from tongwen.model.loading.fingerprint import combine, model_lines
+
+OF_TENSORS = ("model", "vocab", "sft", "pretrain")  # kinds whose fingerprint is that of their tensors
+WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.model")
+
+
+class Verdicts:
+    """What was found out of each file, and what contradicts."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, list[str]] = defaultdict(list)
+        self.wrong: list[TongwenError] = []
+
+    def compare(self, name: str, expected: str, found: str, witness: str, place: str) -> None:
+        if expected == found:
+            self.known[name].append(witness)
+        else:
+            self.refuse(
+                say(
+                    f"its hash is {found[:16]}…, {witness} says {expected[:16]}…",
+                    f"其哈希为 {found[:16]}…，{witness} 记录为 {expected[:16]}…",
+                ),
+                place,
+            )
+
+    def refuse(self, rule: str, place: str) -> None:
+        remedy = say(
+            "fetch or make this file again: it is damaged, or another one", "请重新下载或生成：文件损坏，或不是同一个"
+        )
+        self.wrong.append(ArtifactError(rule, place=place, remedy=remedy))
+
+
+def run(path: str, against: str) -> int:
+    """Exit code 0 only when something was compared and everything agreed. against: a list's file, `known`, or empty."""
+    place = Path(path)
+    if not place.exists():
+        raise RecipeError(say("there is nothing", "不存在"), place=path)
+    folder = place if place.is_dir() else place.parent
+    files = [place] if place.is_file() else sorted(file for file in folder.iterdir() if file.is_file())
+    files = [file for file in files if file.name != artifact.MANIFEST]
+    lists = _lists(folder, against)
+    verdicts = Verdicts()
+    console.header("verify", path)
+    stage = artifact.find(folder) if place.is_dir() else None
+    _check_whole(folder, files, verdicts)
+    hashes = _hash_all(files, lists)
+    for name, expected, witness in _expectations(folder, lists, stage):
+        file = folder / name
+        if file in hashes:
+            found = hashes[file]["md5" if len(expected) == 32 else "sha256"]
+            verdicts.compare(name, expected, found, witness, str(file))
+        elif place.is_dir():
+            verdicts.refuse(
+                say(f"{witness} names this file, which is missing", f"{witness} 列有此文件，但它不存在"), str(file)
+            )
+    _compare_published(hashes, verdicts, strict=against == "known")
+    if stage and not verdicts.wrong:
+        _compare_stage(stage, verdicts)
+    raise_all(verdicts.wrong)
+    return _report(path, files, hashes, verdicts)
+
+
+def _lists(folder: Path, against: str) -> list[Path]:
+    named = [Path(against)] if against and against != "known" else []
+    for file in named:
+        if not file.is_file():
+            raise RecipeError(
+                say("there is no such list", "没有这个清单"), place=f"--against {against}", remedy="--against known"
+            )
+    return named + [folder / name for name in checksums.LISTS if (folder / name).is_file()]
+
+
+def _expectations(folder: Path, lists: list[Path], stage: artifact.Artifact | None) -> list[tuple[str, str, str]]:
+    """(file name, its hash, who says so)"""
+    out = [(name, digest, file.name) for file in lists for name, digest in checksums.read_list(file).items()]
+    recorded = stage.manifest.get("files", {}) if stage else {}
+    return out + [(name, facts["sha256"], artifact.MANIFEST) for name, facts in recorded.items()]
+
+
+def _hash_all(files: list[Path], lists: list[Path]) -> dict[Path, dict[str, str]]:
+    md5 = any(len(digest) == 32 for file in lists for digest in checksums.read_list(file).values())
+    wanted = dict.fromkeys(files, ("sha256", "md5") if md5 else ("sha256",))
+    total = sum(file.stat().st_size for file in files)
+    with console.progress(max(total // 10**6, 1), "MB") as bar:
+        return checksums.hash_files(
+            wanted, artifact.cache_folder() / "verify.json", lambda read: bar.update(read // 10**6)
+        )
+
+
+def _check_whole(folder: Path, files: list[Path], verdicts: Verdicts) -> None:
+    """Headers, indices and numbering, before any byte is hashed."""
+    try:
+        if any(file.suffix == ".safetensors" for file in files):
+            find_tensors(folder)
+        pth.find_files(folder)
+    except ModelError as error:
+        verdicts.wrong.append(error)
+
+
+def _compare_published(hashes: dict[Path, dict[str, str]], verdicts: Verdicts, *, strict: bool) -> None:
+    """Name the files that were published. A folder that holds a part of a published model holds its other parts too."""
+    published = {one.sha256: one for one in checksums.known_files()}
+    found = {file: published.get(digests["sha256"]) for file, digests in hashes.items()}
+    for file, one in found.items():
+        if one:
+            verdicts.known[file.name].append(one.what)
+    models = Counter(one.what for one in found.values() if one and one.file != "tokenizer.model")
+    for file, one in found.items():
+        of_model = [other for other in published.values() if other.what in models and other.file == file.name]
+        if one is None and of_model:
+            expected = of_model[0]
+            verdicts.compare(file.name, expected.sha256, hashes[file]["sha256"], expected.what, str(file))
+        elif one is None and strict and any(file.match(pattern) for pattern in WEIGHTS):
+            verdicts.refuse(say("it is in no published list", "不在任何已发布的清单中"), str(file))
+    for what in models:
+        for other in published.values():
+            if other.what == what and len(hashes) > 1 and other.file not in {file.name for file in hashes}:
+                verdicts.refuse(say(f"this part of {what} is missing", f"缺少 {what} 的这一部分"), other.file)
+
+
+def _compare_stage(stage: artifact.Artifact, verdicts: Verdicts) -> None:
+    """The fingerprint that the manifest recorded, and the tensors that changed since."""
+    if stage.kind in OF_TENSORS:
+        lines = model_lines(load.Place(str(stage.path), str(stage.path)))
+        found, recorded = combine(lines), stage.manifest.get("tensors", {})
+        changed = sorted(name for name in recorded.keys() | lines.keys() if recorded.get(name) != lines.get(name))
+        place = f"{stage.path} {changed[0]}" if recorded and changed else str(stage.path)
+    elif "files" in stage.manifest:
+        return  # each of them was compared
+    else:
+        found, place = artifact.fingerprint_files(stage.path), str(stage.path)
+    verdicts.compare(stage.path.name, stage.fingerprint, found, artifact.MANIFEST, place)
+
+
+def _report(path: str, files: list[Path], hashes: dict[Path, dict[str, str]], verdicts: Verdicts) -> int:
+    rows = [[f.name, hashes[f]["sha256"][:16] + "…", ", ".join(verdicts.known.get(f.name, ()))] for f in files]
+    console.table(["", "sha256", say("agrees with", "一致于")], rows)
+    if not verdicts.known:
+        raise ArtifactError(
+            say(
+                "the files are whole, but no list knows them: nothing was verified",
+                "文件完整，但没有任何清单认识它们：未能核对",
+            ),
+            place=path,
+            remedy="--against LIST",
+        )
+    count = sum(len(found) for found in verdicts.known.values())
+    console.good(say(f"{count} hashes agree", f"{count} 个哈希一致"))
+    console.emit(
+        {
+            "path": path,
+            "files": {f.name: {**hashes[f], "agrees_with": verdicts.known.get(f.name, [])} for f in files},
+            "agrees_with": dict(verdicts.known),
+        }
+    )
+    return 0

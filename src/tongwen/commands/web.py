@@ -1,0 +1,184 @@
+"""web: folders and models in; the bench in the browser, until Ctrl-C. What the page may see is in these folders alone."""
+
+from __future__ import annotations
+
+import html
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tongwen.core.chat_template import SHIPPED
+from tongwen.core.errors import DataError, MissingPackage, RecipeError, TongwenError
+from tongwen.core.i18n import say
+from tongwen.recipe.load import load
+from tongwen.serving.last_turns import last_turns
+from tongwen.serving.web.backend import AT_ONCE, Bench, Look, Messages, Picture, Runs, Talk, Words
+from tongwen.vocab import measure
+from tongwen.vocab.report import as_html
+from tongwen.vocab.script import Script
+from tongwen.workflows import data_preview, run_manager, tokenizer_files
+from tongwen.workflows.chat_model import Speaker, open_speaker
+from tongwen.workflows.pipeline import holder
+from tongwen.workflows.workspace import Workplace, shown
+
+OPEN_AT_ONCE = 2  # models in memory
+
+
+def run(
+    folders: Sequence[str],
+    models: Sequence[str],
+    *,
+    adapters: Sequence[str] = (),
+    system: str = "",
+    sampling: Mapping[str, Any] | None = None,
+    whole: bool,
+    template: str,
+    thinking: str,
+    weights: str,
+    host: str,
+    port: int,
+) -> int:
+    """Serve the page. models: what the chat opens with, one or two; adapters: of the first; sampling: how they answer
+    until a visitor says otherwise. whole: every tab, else the chat."""
+    try:
+        from tongwen.serving.web.server import serve
+    except ModuleNotFoundError as error:
+        raise MissingPackage(str(error.name), say("the page", "网页"), "web") from None
+    place = Workplace.of(folders, models)
+    voices = _Voices(place, dict.fromkeys(models[:1], tuple(adapters)), template, thinking, weights)
+    for name in models:
+        voices.open(name)
+    known = place.models if whole else lambda: list(models)
+    talk = Talk(known, models, voices.fit, voices.reply, system, sampling or {})
+    if not whole:
+        return serve(Bench(f"tongwen · {Path(models[0]).name}", talk), host, port)
+    return serve(whole_bench(place, talk), host, port)
+
+
+def whole_bench(place: Workplace, talk: Talk) -> Bench:
+    """All tabs over what lies in these folders."""
+    return Bench("同文 tongwen", talk, _look(place), _words(place), _runs(place))
+
+
+class _Voices:
+    """Models that talk, opened when they are asked, the last few kept."""
+
+    def __init__(
+        self, place: Workplace, adapters: dict[str, tuple[str, ...]], template: str, thinking: str, weights: str
+    ) -> None:
+        self.place, self.adapters, self.template, self.thinking, self.weights = (
+            place,
+            adapters,
+            template,
+            thinking,
+            weights,
+        )
+        self.opened: dict[str, Speaker] = {}
+        self.lock = threading.Lock()
+
+    def open(self, name: str) -> Speaker:
+        model = self.place.model(name)
+        with self.lock:
+            if name not in self.opened:
+                while len(self.opened) >= OPEN_AT_ONCE:
+                    del self.opened[next(iter(self.opened))]
+                adapters = self.adapters.get(name, ())
+                self.opened[name] = open_speaker(
+                    model, adapters, self.template, self.thinking, weights=self.weights, rows=AT_ONCE
+                )
+            return self.opened[name]
+
+    def fit(self, name: str, messages: Messages, options: dict[str, Any]) -> Messages:
+        """Without the oldest whole turns, when the model does not see them all; the system message stays."""
+        speaker = self.open(name)
+        room = max(speaker.context - int(options["max_new_tokens"]), speaker.context // 2)
+        return last_turns(messages, lambda turns: len(speaker.prompt_ids(turns)), room)
+
+    def reply(self, name: str, messages: Messages, options: dict[str, Any]) -> Iterator[str]:
+        return self.open(name).stream(messages, **options)
+
+
+def _look(place: Workplace) -> Look:
+    def inspect(file: Path, model: str, template: str) -> tuple[str, str]:
+        found, samples = data_preview.inspect(file), ""
+        try:
+            if model and found.records:
+                samples = data_preview.samples_as_html(found, place.model(model), template)
+        except TongwenError as error:  # such as a base without a template: what lies in the file is shown all the same
+            samples = f"<p>{html.escape(error.text())}</p>"
+        return "".join(data_preview.as_html(found)), samples
+
+    return Look(place.models, ("own", *SHIPPED), inspect)
+
+
+def _words(place: Workplace) -> Words:
+    def compare(base: str, other: str, text: str) -> tuple[str, str]:
+        if not base or not text.strip():
+            raise DataError(say("a model and a text are needed", "需要模型与文本"))
+        names = [name for name in (base, other) if name]
+        coders = [tokenizer_files.open_lexicon(place.model(name), to_measure=True).coder for name in names]
+        report = measure.survey(
+            coders[0], coders[1] if other else None, {say("your text", "你的文本"): [text]}, Script("han")
+        )
+        report["summary"] = " → ".join(names)
+        tokens = [_tokens(name, coder, text) for name, coder in zip(names, coders, strict=True)]
+        return "".join(tokens), as_html(say("Vocabulary", "词表"), report)
+
+    return Words(place.models, compare)
+
+
+def _tokens(name: str, coder: measure.Coder, text: str) -> str:
+    pieces = measure.pieces_of(coder, text)
+    spans = "".join(f"<span class=t{number % 2}>{html.escape(piece)}</span>" for number, piece in enumerate(pieces))
+    facts = say(
+        f"{len(pieces):,} tokens · {len(text) / max(len(pieces), 1):.2f} characters each",
+        f"{len(pieces):,} 个 token · 每个 {len(text) / max(len(pieces), 1):.2f} 字",
+    )
+    return f"<h3>{html.escape(name)} <span class=soft>{facts}</span></h3><p class=tokens>{spans}</p>"
+
+
+def _runs(place: Workplace) -> Runs:
+    def start(recipe: str, changes: str) -> str:
+        file = place.inside(recipe)
+        words = changes.split()
+        for word in words:
+            key, _, value = word.partition("=")
+            if key != "out" and any(mark in value for mark in "/\\~"):
+                raise RecipeError(
+                    say("a path is changed in the recipe, not here", "路径请在配方中修改"), place=word, remedy="out=…"
+                )
+        read, _ = load(file, words)
+        out = place.inside(read.out)
+        run_manager.start([str(file), *words], out)
+        return shown(out)
+
+    def picture(name: str) -> Picture:
+        out = place.inside(name)
+        return Picture(
+            running=holder(out) is not None,
+            facts=run_manager.facts(out),
+            curves=run_manager.curves(out),
+            log=run_manager.log(out),
+            samples=run_manager.samples(out),
+            reports=[(file.parent.name, shown(file)) for file in run_manager.reports(out)],
+        )
+
+    return Runs(
+        recipes=place.recipes,
+        read=lambda name: place.inside(name).read_text(encoding="utf-8", errors="replace"),
+        start=start,
+        runs=place.runs,
+        picture=picture,
+        stop=lambda name: run_manager.stop(place.inside(name)),
+        resume=lambda name: run_manager.resume(place.inside(name)),
+        compare=lambda names: run_manager.compare([place.inside(name) for name in names]),
+        report=lambda name: _report(place, name),
+    )
+
+
+def _report(place: Workplace, name: str) -> Path:
+    file = place.inside(name)
+    if file.name != "report.html":
+        raise RecipeError(say("only reports are shown", "只显示报告"), place=name)
+    return file

@@ -1,0 +1,313 @@
+"""A stage hands over a folder: made beside its place, completed by `manifest.json`, then renamed.
+
+A folder without a manifest is not an artifact. The manifest says what it is, from what it was made (with
+fingerprints), with which settings and versions. Nothing that stands in a finished place is ever written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tongwen import __version__
+from tongwen.core.console import human_bytes
+from tongwen.core.distributed import is_first
+from tongwen.core.errors import ArtifactError, MachineError, RecipeError
+from tongwen.core.i18n import say
+
+MANIFEST = "manifest.json"
+VERSIONS_OF = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished folder and what its manifest says."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return str(self.manifest["kind"])
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.manifest["fingerprint"])
+
+    def as_parent(self) -> dict[str, Any]:
+        return {"path": str(self.path), "kind": self.kind, "fingerprint": self.fingerprint}
+
+
+def find(path: Path) -> Artifact | None:
+    """The artifact at a path, or None when there is none. Raises ArtifactError when its manifest cannot be read."""
+    file = path / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        return Artifact(path, dict(manifest)) if manifest["kind"] and manifest["fingerprint"] else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            say(f"the manifest cannot be read: {error}", f"清单无法读取：{error}"),
+            place=str(file),
+            remedy=say("run the stage again with --again", "用 --again 重做该阶段"),
+        ) from None
+
+
+def open_artifact(path: Path, kind: str) -> Artifact:
+    """The finished artifact at a path. Raises ArtifactError when it is missing, unfinished or of another kind."""
+    found = find(path)
+    if found is None:
+        unfinished = partial_of(path).exists()
+        raise ArtifactError(
+            say("this stage has not finished", "该阶段尚未完成")
+            if unfinished
+            else say("this stage has not run", "该阶段尚未运行"),
+            place=str(path),
+            remedy=f"tongwen run RECIPE --until {path.name}",
+        )
+    if found.kind != kind:
+        raise ArtifactError(
+            say(f"a {found.kind} artifact stands here, {kind} is needed", f"此处是 {found.kind}，需要的是 {kind}"),
+            place=str(path),
+        )
+    return found
+
+
+def partial_of(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+@contextmanager
+def create(
+    path: Path,
+    kind: str,
+    parents: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    resumable: bool = False,
+    swept: bool = False,
+) -> Iterator[Draft]:
+    """A working folder `PATH.partial`, renamed to PATH when the block ends without an error.
+
+    resumable: keep and re-enter an unfinished folder (training); otherwise it is emptied first. swept: leave nothing when
+    the block fails: half of a model is of no use to anyone, and large.
+    """
+    working = partial_of(path)
+    if working.exists() and not resumable:  # a leftover that cannot be continued
+        shutil.rmtree(working)
+    working.mkdir(parents=True, exist_ok=True)
+    draft = Draft(working, kind, dict(parents), dict(settings))
+    try:
+        yield draft
+    except BaseException:
+        if swept:
+            shutil.rmtree(working, ignore_errors=True)
+        raise
+    if is_first():
+        draft.finish(path)
+
+
+class Draft:
+    """An artifact in the making. Set `fingerprint` and add to `facts` before the block ends."""
+
+    def __init__(self, path: Path, kind: str, parents: dict[str, Any], settings: dict[str, Any]) -> None:
+        self.path, self.kind, self.parents, self.settings = path, kind, parents, settings
+        self.facts: dict[str, Any] = {}
+        self.fingerprint = ""
+        self.started = time.time()
+        self.artifact: Artifact | None = None
+
+    def record_files(self, chosen: Callable[[Path], bool]) -> None:
+        """Note the sha256 of the chosen files, for `verify`. Tensors have lines of their own in a fingerprint."""
+        files = sorted(file for file in self.path.rglob("*") if file.is_file() and chosen(file))
+        self.facts["files"] = {
+            file.relative_to(self.path).as_posix(): {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+            for file in files
+        }
+
+    def finish(self, path: Path) -> None:
+        """Write the manifest last, bring everything to the disk, rename."""
+        manifest = {
+            "kind": self.kind,
+            "tongwen": __version__,
+            "fingerprint": self.fingerprint or fingerprint_files(self.path),
+            "parents": self.parents,
+            "settings": self.settings,
+            "versions": versions(),
+            "machine": {"system": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
+            "seconds": round(time.time() - self.started, 3),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **self.facts,
+        }
+        sync_tree(self.path)
+        write_json(self.path / MANIFEST, manifest)
+        if path.exists():
+            raise ArtifactError(
+                say("something stands where the finished stage belongs", "完成的阶段要放的位置已被占用"),
+                place=str(path),
+                remedy="--again",
+            )
+        self.path.rename(path)
+        sync_folder(path.parent)
+        self.artifact = Artifact(path, manifest)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(name, old value, new value) of every setting that differs, nested ones by dotted name."""
+    out: list[tuple[str, Any, Any]] = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            out += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            out.append((prefix + key, before, after))
+    return out
+
+
+def refuse_changed(place: str, changed: list[tuple[str, Any, Any]], remedy: str) -> None:
+    """Raise RecipeError with both values of every changed setting; nothing when none changed."""
+    if not changed:
+        return
+    lines = "; ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed)
+    raise RecipeError(
+        say(
+            f"made from other settings or data than there are now: {lines}", f"已有结果与当前的设置或数据不同：{lines}"
+        ),
+        place=place,
+        remedy=remedy,
+    )
+
+
+def make_way(path: Path, *, again: bool) -> None:
+    """Raise RecipeError where something stands; `again` keeps that under another name."""
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+    elif path.exists() and not again:
+        raise RecipeError(
+            say("this exists", "已存在"),
+            place=str(path),
+            remedy=say("choose another, or --again to keep it under another name", "换一个，或用 --again 把它改名保留"),
+        )
+    put_aside(path)
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise MachineError when fewer bytes than these are free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise MachineError(
+            say(
+                f"the disk is too full: {human_bytes(needed)} are needed, {human_bytes(free)} are free",
+                f"磁盘空间不足：需要 {human_bytes(needed)}，剩余 {human_bytes(free)}",
+            ),
+            place=str(folder),
+            remedy=say(
+                "free some space, or another disk: --out, in a recipe out=FOLDER",
+                "请清理空间，或换一个磁盘：--out，配方则为 out=文件夹",
+            ),
+        )
+
+
+def put_aside(path: Path) -> Path | None:
+    """Rename a folder to a free name `NAME.old-K`; None when there is none."""
+    if not path.exists():
+        return None
+    number = 1
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+def versions() -> dict[str, str]:
+    out = {}
+    for name in VERSIONS_OF:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def fingerprint_files(folder: Path) -> str:
+    """sha256 over names and bytes of all files in a folder, manifest and reports excepted: for data artifacts."""
+    return fingerprint_hashes(hash_files(folder))
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """The sha256 of each file in a folder by its name there; the manifest's is left out."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {str(file.relative_to(folder)): hash_file(file) for file in files}
+
+
+def fingerprint_hashes(hashes: Mapping[str, str]) -> str:
+    """The same from the sha256 of each file by its name, where they are known already."""
+    digest = hashlib.sha256()
+    for name in sorted(hashes, key=Path):
+        digest.update(name.encode() + b"\0" + bytes.fromhex(hashes[name]))
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where the user's system keeps what can be fetched or made again."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if Path(root).is_absolute() else Path.home() / ".cache") / "tongwen"
+
+
+def hash_file(file: Path) -> str:
+    """sha256 of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(file: Path, value: Any) -> None:
+    """A value as indented JSON, whole or not at all."""
+    write_text(file, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write beside, bring to the disk, rename: a reader sees the old file or the new one, never half of one."""
+    beside = file.with_name(file.name + ".partial")
+    with beside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(file)
+    sync_folder(file.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every file and folder below: after a power cut they are whole."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file() and not path.is_symlink():
+            sync_file(path)
+        elif path.is_dir():
+            sync_folder(path)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    if os.name != "nt":  # Windows cannot open a folder
+        sync_file(folder)
+
+
+def sync_file(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

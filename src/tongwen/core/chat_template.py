@@ -1,0 +1,469 @@
+"""One renderer: a Dialogue becomes text with the spans that the model is to learn, for training, scoring and chat alike.
+
+A template is one Jinja file, the same text that is stored with the tokenizer as `chat_template`. Where the learned
+text lies comes from the render itself:
+
+* our own templates carry `{% generation %}` marks; with the marks taken out, the render must be the same text;
+* for a model's own template the prompt is what it renders up to the answer (`add_generation_prompt`), the learned
+  text is what follows, and a render with a sentinel in place of the answer proves that the answer came through whole.
+
+The environment follows transformers' (`utils/chat_template_utils.py`): sandboxed, trim_blocks, lstrip_blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+from tongwen.core.errors import ModelError, RowRefused
+from tongwen.core.i18n import say
+from tongwen.core.records import Dialogue, Message, Span
+from tongwen.core.template_cache import SENTINEL, Skeleton, make_skeleton
+
+SHIPPED = (
+    "chatml", "alpaca", "alpaca-zh", "plain", "chatglm", "belle", "belle-v2", "alpaca-cla", "alpaca-llamacpp", "guanaco", "guanaco-v1", "guanaco-chat", "vicuna",
+)  # fmt: skip
+GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+# Noncharacters: Unicode keeps them out of text, so they can carry marks through a render.
+LEARN_FROM, LEARN_TO = "\ufdd0", "\ufdd1"
+# Stands between the characters of a control token that somebody only writes about: they are tokenised apart there.
+APART = "\ufdd3"
+
+
+class Generation(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}`: wraps what it encloses in marks when the context asks for them."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        show = jinja2.nodes.ContextReference()
+        call = self.call_method("_wrap", [show], lineno=line)
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    @staticmethod
+    def _wrap(context: Any, caller: Any) -> str:
+        text = str(caller())
+        return f"{LEARN_FROM}{text}{LEARN_TO}" if context.get("show_marks") else text
+
+
+@lru_cache(maxsize=64)
+def compile_template(source: str) -> jinja2.Template:
+    """A Jinja template in the sandbox that transformers uses. Raises ModelError when it is not valid Jinja."""
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
+        value, ensure_ascii=ensure_ascii, **options
+    )
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(
+            say(f"the chat template is not valid Jinja: {error.message}", f"对话模板不是合法的 Jinja：{error.message}"),
+            place=say(f"chat template, line {error.lineno}", f"对话模板第 {error.lineno} 行"),
+        ) from None
+
+
+@lru_cache(maxsize=16)
+def forbidden_in_text(special: tuple[str, ...]) -> tuple[str, re.Pattern[str]]:
+    """What no row's own text may contain, the longest first, and the characters with which it begins."""
+    tokens = sorted(filter(None, special), key=len, reverse=True)
+    marks = f"{LEARN_FROM}{LEARN_TO}{SENTINEL}{APART}"
+    firsts = "".join(sorted({token[0] for token in tokens})) + marks
+    return firsts, re.compile("|".join([f"[{marks}]", *map(re.escape, tokens)]))
+
+
+def set_apart(text: str, special: tuple[str, ...]) -> str:
+    """The text with APART inside every control token, so that it becomes ordinary tokens: what a user writes can neither
+    end a turn nor open one. Raises RowRefused for a noncharacter, and for a control token of one character."""
+
+    def spread(found: re.Match[str]) -> str:
+        if len(found[0]) == 1:
+            raise RowRefused("noncharacter_in_text", say(f"the text contains {found[0]!r}", f"文本中含有 {found[0]!r}"))
+        return APART.join(found[0])
+
+    return forbidden_in_text(special)[1].sub(spread, text)
+
+
+def shipped_source(name: str) -> str:
+    """The marked text of one of our own templates."""
+    return (resources.files("tongwen.core") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One sample: its spans in order. The last is always a stop that is learned, unless the turn is not to be learned."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(span.text for span in self.spans)
+
+    @property
+    def teaches_to_stop(self) -> bool:
+        """Whether a stop token is learned somewhere in it."""
+        return any(span.stop and span.learn for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template bound to a tokenizer's special tokens.
+
+    source:  Jinja text, as exported with the tokenizer
+    marked:  the same with generation marks, or "" when the template is not ours
+    tokens:  bos_token, eos_token, ... as the template sees them
+    special: texts of all special tokens: none of them may occur in a row's own text
+    stop:    text of the token that ends an answer
+    appended: the stop is not part of the answer's own turn (GLM-4: it is the next `<|user|>`)
+    """
+
+    name: str
+    source: str
+    marked: str
+    tokens: dict[str, str]
+    special: tuple[str, ...]
+    stop: str = ""
+    appended: bool = False
+    skeletons: dict[Any, Skeleton | None] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def make(
+        cls, name: str, own_source: str | None, tokens: dict[str, str], special: Iterable[str], prefix: str = ""
+    ) -> Template:
+        """Bind a template: `own`, a shipped name, or a .jinja file.
+
+        prefix: text of what the tokenizer itself puts before a text (`<s>`), said once by our own templates.
+        Raises ModelError when the tokenizer has no template, or cannot express this one.
+        """
+        marked = ""
+        if name == "own":
+            if not own_source:
+                raise ModelError(
+                    say("the model brings no chat template", "该模型没有自带对话模板"),
+                    place="template: own",
+                    remedy=say(
+                        f"choose one: template: {' | '.join(SHIPPED)} (a base model: chatml or alpaca)",
+                        f"请选择一个：template: {' | '.join(SHIPPED)}（基座模型可用 chatml 或 alpaca）",
+                    ),
+                )
+            source = own_source
+        else:
+            text = shipped_source(name) if name in SHIPPED else _read_template(name)
+            text = text.replace("@prefix@", prefix.replace("\\", "\\\\").replace("'", "\\'"))
+            if GENERATION_TAG.search(text):
+                marked = text
+            source = GENERATION_TAG.sub("", text)
+        template = cls(name, source, marked, dict(tokens), tuple(special))
+        template = template._with_stop()
+        template._check_expressible()
+        if marked:
+            template._check_marks()
+        return template
+
+    # -- rendering ------------------------------------------------------------------------------------------------
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), thinking: bool = False) -> str:
+        """The text up to the point where the model answers: what inference feeds, and what training calls prompt. A control
+        token in somebody's words is set apart, for `Encoder.encode_prompt`."""
+        apart = [
+            replace(
+                message,
+                content=set_apart(message.content, self.special),
+                thinking=message.thinking and set_apart(message.thinking, self.special),
+            )
+            for message in messages
+        ]
+        return self._render(apart, tools, thinking, add_generation_prompt=True)
+
+    def samples(self, dialogue: Dialogue, learn: str = "assistant", thinking: str = "mixed") -> list[Rendered]:
+        """The samples that a dialogue gives: one, or one per answer where the template treats earlier answers
+        otherwise than the last one (thinking models drop what was thought before).
+
+        learn: assistant | last_answer | everything; thinking: on | off | mixed.
+        Raises RowRefused with a reason when this dialogue cannot be rendered faithfully.
+        """
+        self._refuse_control_tokens(dialogue.messages)
+        if (skeleton := self._skeleton(dialogue, learn, thinking)) and skeleton.fits(dialogue.messages):
+            return [Rendered(spans) for spans in skeleton.fill(dialogue.messages)]
+        return self._samples(dialogue, learn, thinking)
+
+    def _samples(self, dialogue: Dialogue, learn: str, thinking: str, prove: bool = True) -> list[Rendered]:
+        messages = _with_thinking(dialogue.messages, thinking)
+        answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        if not answers:
+            raise RowRefused("no_answer", say("the dialogue has no answer to learn", "对话没有可学习的回答"))
+        chosen = answers[-1:] if learn == "last_answer" else answers
+        learned = {index for index in chosen if messages[index].learn is not False}
+        learned |= {index for index in answers if messages[index].learn is True}
+        if not learned and learn != "everything":
+            raise RowRefused("nothing_to_learn", say("every answer is switched off", "所有回答都被关闭"))
+        messages = messages[: answers[-1] + 1]
+        turns = [self._turn(messages[: index + 1], dialogue.tools, prove) for index in answers]
+        samples = self._joined(turns, answers, learned)
+        if learn == "everything":
+            samples = [Rendered(tuple(span._replace(learn=True) for span in sample.spans)) for sample in samples]
+        return samples
+
+    def _skeleton(self, dialogue: Dialogue, learn: str, thinking: str) -> Skeleton | None:
+        """What all dialogues of this shape have in common, made once; None for shapes that are rendered one by one."""
+        if dialogue.tools or any(message.thinking or message.tool_calls for message in dialogue.messages):
+            return None
+        shape = (*((message.role, message.learn) for message in dialogue.messages), learn, thinking)
+        if shape not in self.skeletons:
+            self.skeletons[shape] = make_skeleton(
+                dialogue.messages,
+                lambda messages, prove: [
+                    sample.spans
+                    for sample in self._samples(replace(dialogue, messages=messages), learn, thinking, prove)
+                ],
+            )
+        return self.skeletons[shape]
+
+    def _turn(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], prove: bool = True
+    ) -> tuple[str, str]:
+        """(prompt, answer with its stop) of the last message, proven by a sentinel in its place."""
+        last = messages[-1]
+        think = bool(last.thinking)
+        prompt = self._render(messages[:-1], tools, think, add_generation_prompt=True)
+        whole = self._render(messages, tools, think)
+        if not whole.startswith(prompt):
+            raise ModelError(
+                say(
+                    "the template renders an answered turn otherwise than the prompt that asks for it",
+                    "模板渲染的完整对话与提示部分不一致",
+                ),
+                place=f"template {self.name}",
+                remedy=say(
+                    "choose another template, for example `template: chatml`", "换用其他模板，如 `template: chatml`"
+                ),
+            )
+        if last.thinking and last.thinking.strip() not in whole[len(prompt) :]:
+            # The template does not know `reasoning_content`: the thinking stands in the answer's own text.
+            inside = replace(
+                last, thinking=None, content=f"<think>\n{last.thinking.strip()}\n</think>\n\n{last.content}"
+            )
+            return self._turn([*messages[:-1], inside], tools, prove)
+        if prove:
+            self._check_came_through(messages, tools, think, whole)
+        answer = whole[len(prompt) :]
+        if self.appended:
+            return prompt, answer + self.stop
+        end = answer.find(self.stop)
+        if end < 0:
+            raise RowRefused(
+                "no_stop",
+                say(
+                    f"the answer is rendered without its stop token {self.stop!r}", f"渲染结果缺少停止符 {self.stop!r}"
+                ),
+            )
+        return prompt, answer[: end + len(self.stop)]
+
+    def _joined(self, turns: list[tuple[str, str]], answers: list[int], learned: set[int]) -> list[Rendered]:
+        """One sample when each turn's text begins with the turns before it, else one sample per learned turn."""
+        spans: list[Span] = []
+        text = ""
+        for (prompt, answer), index in zip(turns, answers, strict=True):
+            if not prompt.startswith(text):
+                return [
+                    Rendered((Span(prompt, False), *self._answer_spans(answer, True)))
+                    for (prompt, answer), index in zip(turns, answers, strict=True)
+                    if index in learned
+                ]
+            spans += [Span(prompt[len(text) :], False), *self._answer_spans(answer, index in learned)]
+            text = prompt + answer
+        return [Rendered(tuple(spans))]
+
+    def _answer_spans(self, answer: str, learn: bool) -> tuple[Span, Span]:
+        return Span(answer[: -len(self.stop)], learn, answer=True), Span(self.stop, learn, answer=True, stop=True)
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        thinking: bool,
+        add_generation_prompt: bool = False,
+        marks: bool = False,
+    ) -> str:
+        try:
+            return compile_template(self.marked if marks else self.source).render(
+                messages=[message.to_dict() for message in messages],
+                tools=list(tools) or None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=thinking,
+                show_marks=marks,
+                **self.tokens,
+            )
+        except jinja2.TemplateError as error:
+            raise RowRefused(
+                "template_refuses", say(f"the template refuses this dialogue: {error}", f"模板拒绝该对话：{error}")
+            ) from None
+        except (TypeError, KeyError, AttributeError, IndexError, ValueError, OverflowError) as error:
+            raise RowRefused(
+                "template_fails",
+                say(
+                    f"the template fails on this dialogue: {type(error).__name__}: {error}",
+                    f"模板处理该对话出错：{error}",
+                ),
+            ) from None
+
+    # -- proofs ---------------------------------------------------------------------------------------------------
+
+    def _check_came_through(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], thinking: bool, whole: str
+    ) -> None:
+        """The answer stands in the render unchanged (or trimmed), exactly where a sentinel in its place stood."""
+        last = messages[-1]
+        if not last.content.strip():
+            return
+        probe = self._render([*messages[:-1], replace(last, content=SENTINEL)], tools, thinking)
+        if probe.count(SENTINEL) == 1:
+            head, tail = probe.split(SENTINEL)
+            for content in (last.content, last.content.strip(), last.content.lstrip(), last.content.rstrip()):
+                if whole == head + content + tail:
+                    return
+        if "</think>" in last.content and last.content.rsplit("</think>", 1)[1].strip() in whole:
+            return  # a thinking template rearranges the thinking that stands in the answer's own text
+        raise ModelError(
+            say(
+                f"the template changes the text of an answer, so what is learned would not be what is written: {last.content[:40]!r}",
+                f"模板改动了回答的文字，学到的将与数据不同：{last.content[:40]!r}",
+            ),
+            place=f"template {self.name}",
+            remedy=say(
+                "choose another template, for example `template: chatml`", "换用其他模板，如 `template: chatml`"
+            ),
+        )
+
+    def _check_marks(self) -> None:
+        """Our own marks enclose exactly what the render itself shows to be learned, and leave the text unchanged."""
+        messages = [Message("user", "A"), Message("assistant", "B"), Message("user", "C"), Message("assistant", "D")]
+        marked = self._render(messages, (), False, marks=True)
+        unmarked = marked.replace(LEARN_FROM, "").replace(LEARN_TO, "")
+        inside = [part.split(LEARN_TO)[0] for part in marked.split(LEARN_FROM)[1:]]
+        learned = [answer for _, answer in (self._turn(messages[: end + 1], ()) for end in (1, 3))]
+        if unmarked != self._render(messages, (), False) or inside != learned:
+            raise ModelError(
+                say(
+                    f"the marks of the template enclose {inside}, the render teaches {learned}",
+                    f"模板标记包住的是 {inside}，而渲染结果教的是 {learned}",
+                ),
+                place=f"template {self.name}",
+                remedy=say("mark the answer with its stop token, and nothing else", "标记应恰好包住回答及其停止符"),
+            )
+
+    def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
+        """A row's own text must not contain control tokens: they would end the answer, or open a turn, in the middle."""
+        firsts, forbidden = forbidden_in_text(self.special)
+        for message in messages:
+            for text in (message.content, message.thinking or ""):
+                for first in firsts:  # a look for one character is much cheaper than the pattern
+                    if first in text:
+                        break
+                else:
+                    continue
+                if not (found := forbidden.search(text)):
+                    continue
+                if found[0] in self.special:
+                    raise RowRefused(
+                        "control_token_in_text",
+                        say(f"the text contains the control token {found[0]!r}", f"文本中含有控制符 {found[0]!r}"),
+                    )
+                raise RowRefused(
+                    "noncharacter_in_text",
+                    say("the text contains a Unicode noncharacter", "文本含有 Unicode 非字符"),
+                )
+
+    def _with_stop(self) -> Template:
+        """Find what ends an answer: the first special token after the first of two answers, or after the last one where
+        earlier answers are written without."""
+        ask, reply = Message("user", "A"), Message("assistant", SENTINEL)
+        try:
+            one = self._render([ask, reply], (), False)
+            two = self._render([ask, reply, ask, reply], (), False)
+        except RowRefused as error:
+            raise ModelError(error.rule, place=f"template {self.name}") from None
+        if two.count(SENTINEL) != 2 or one.count(SENTINEL) != 1:
+            raise ModelError(
+                say("the template does not show each answer once", "模板没有恰好显示每个回答一次"),
+                place=f"template {self.name}",
+                remedy=say(
+                    "choose another template, for example `template: chatml`", "换用其他模板，如 `template: chatml`"
+                ),
+            )
+        between, last = two.split(SENTINEL)[1].lstrip(), one.split(SENTINEL)[1].lstrip()
+        found = [token for token in self.special if token and between.startswith(token)]
+        found = found or [token for token in self.special if token and last.startswith(token)]
+        if not found:
+            raise ModelError(
+                say(
+                    f"no special token ends an answer in this template (after an answer comes {between[:20]!r}), so a model could never learn to stop",
+                    f"该模板的回答之后没有特殊停止符（其后为 {between[:20]!r}），模型将永远学不会停止",
+                ),
+                place=f"template {self.name}",
+                remedy=say(f"choose one of: {', '.join(SHIPPED)}", f"可选：{'、'.join(SHIPPED)}"),
+            )
+        stop = max(found, key=len)
+        return replace(self, stop=stop, appended=not last.startswith(stop))
+
+    def _check_expressible(self) -> None:
+        """Control tokens that the template writes must be single tokens of this tokenizer."""
+        text = self._render([Message("user", "A"), Message("assistant", "B")], (), False)
+        missing = sorted({found for found in re.findall(r"<\|[A-Za-z_]+\|>", text) if found not in self.special})
+        if missing:
+            raise ModelError(
+                say(
+                    f"the tokenizer has no token {', '.join(missing)}, which the template writes",
+                    f"分词器没有模板所写的控制符 {', '.join(missing)}",
+                ),
+                place=f"template {self.name}",
+                remedy=say(
+                    "choose a template of plain words: `template: alpaca` or `template: plain`",
+                    "换用纯文字模板：`template: alpaca` 或 `template: plain`",
+                ),
+            )
+
+
+def _with_thinking(messages: Sequence[Message], thinking: str) -> list[Message]:
+    if thinking == "off":
+        return [replace(message, thinking=None) for message in messages]
+    if thinking == "on" and any(message.role == "assistant" and not message.thinking for message in messages[-1:]):
+        raise RowRefused(
+            "no_thinking",
+            say("`thinking: on`, but the last answer has no thinking", "`thinking: on`，但最后的回答没有思考"),
+        )
+    return list(messages)
+
+
+def _read_template(name: str) -> str:
+    path = Path(name)
+    if path.suffix in (".jinja", ".j2") and path.is_file():
+        return path.read_text(encoding="utf-8")
+    raise ModelError(
+        say(f"there is no template {name!r}", f"没有模板 {name!r}"),
+        place="template",
+        remedy=say(
+            f"one of: own, {', '.join(SHIPPED)}, or a .jinja file", f"可选：own、{'、'.join(SHIPPED)} 或 .jinja 文件"
+        ),
+    )

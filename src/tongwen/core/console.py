@@ -1,0 +1,173 @@
+"""What people see in the terminal: rank 0 only, 80 columns, quiet when nobody watches.
+
+With `--json` the human text goes to stderr and stdout carries one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tongwen.core.distributed import is_first
+from tongwen.core.i18n import say
+
+
+class Screen:
+    """Where human text goes. One per process, made by the front door."""
+
+    def __init__(self) -> None:
+        self.json = False
+        self.console = Console(highlight=False, soft_wrap=False)
+
+    def use_json(self) -> None:
+        self.json = True
+        self.console = Console(highlight=False, soft_wrap=False, stderr=True)
+
+    @property
+    def speaks(self) -> bool:
+        return is_first()
+
+
+SCREEN = Screen()
+
+
+def header(title: str, detail: str = "") -> None:
+    """The opening line of a stage."""
+    if SCREEN.speaks:
+        SCREEN.console.print()
+        SCREEN.console.print(f"[bold cyan]{title}[/]  [dim]{plain(detail)}[/]".rstrip(), soft_wrap=True)
+
+
+def tell(text: str) -> None:
+    if SCREEN.speaks:
+        SCREEN.console.print(plain(text), soft_wrap=not SCREEN.console.is_terminal)
+
+
+def notice(text: str) -> None:
+    """Something was derived, translated or left out: said, never silent."""
+    if SCREEN.speaks:
+        SCREEN.console.print(f"[yellow]![/] {plain(text)}", soft_wrap=not SCREEN.console.is_terminal)
+
+
+def good(text: str) -> None:
+    if SCREEN.speaks:
+        SCREEN.console.print(f"[green]✓[/] {plain(text)}", soft_wrap=not SCREEN.console.is_terminal)
+
+
+def error(text: str) -> None:
+    Console(stderr=True, highlight=False).print(f"[bold red]✗[/] {plain(text)}", soft_wrap=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
+    """A table; the first column is left-aligned, the others right when they hold numbers."""
+    if not SCREEN.speaks:
+        return
+    out = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(columns):
+        numeric = index > 0 and all(_is_numeric(row[index]) for row in rows)
+        out.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        out.add_row(*(plain(_cell(cell)) for cell in row))
+    SCREEN.console.print(out)
+
+
+def emit(value: dict[str, Any]) -> None:
+    """The one JSON object of `--json`; nothing otherwise."""
+    if SCREEN.json and SCREEN.speaks:
+        sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+
+
+class Bar:
+    """A progress bar in a terminal; elsewhere a line at each tenth."""
+
+    def __init__(self, progress: Progress | None, total: int, label: str, start: int) -> None:
+        self._progress, self._total, self._label = progress, max(total, 1), label
+        self._task = progress.add_task(label, total=total, completed=start, note="") if progress else None
+        self._tenth = 10 * start // self._total
+
+    def update(self, done: int, note: str = "") -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, note=note)
+        elif SCREEN.speaks and (tenth := 10 * done // self._total) > self._tenth:
+            self._tenth = tenth
+            tell(f"{self._label} {done}/{self._total}  {note}".rstrip())
+
+
+@contextmanager
+def progress(total: int, label: str, start: int = 0) -> Iterator[Bar]:
+    """A bar over `total` things with the remaining time, and a note such as the tokens per second."""
+    if not (SCREEN.speaks and SCREEN.console.is_terminal):
+        yield Bar(None, total, label, start)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    with Progress(*columns, console=SCREEN.console, transient=True) as shown:
+        yield Bar(shown, total, label, start)
+
+
+@contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """A spinner while something takes its time, and how long it took."""
+    started = time.monotonic()
+    if SCREEN.speaks and SCREEN.console.is_terminal:
+        with SCREEN.console.status(plain(label)):
+            yield
+    else:
+        yield
+    if SCREEN.speaks and (took := time.monotonic() - started) > 2:
+        SCREEN.console.print(f"[dim]{plain(label)} · {took:.0f} s[/]")
+
+
+def human_count(number: float) -> str:
+    """1234567 -> 1.23 M"""
+    for limit, suffix in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if abs(number) >= limit:
+            return f"{number / (1e3 if suffix == ' k' else limit):.3g}{suffix}"
+    return f"{number:g}"
+
+
+def human_bytes(number: float | None) -> str:
+    """Bytes in powers of 1000, as disks and GPUs are sold: 1.2 GB"""
+    if number is None:
+        return say("not known", "未知")
+    for limit, suffix in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= limit:
+            return f"{number / limit:.3g} {suffix}"
+    return f"{number:.0f} B"
+
+
+def human_time(seconds: float) -> str:
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def plain(text: str) -> str:
+    """Text in which a bracket is a bracket, not markup."""
+    return text.replace("[", "\\[")
+
+
+def _cell(cell: Any) -> str:
+    return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
+
+
+def _is_numeric(cell: Any) -> bool:
+    return (
+        isinstance(cell, (int, float))
+        or cell == ""
+        or str(cell).replace(",", "").replace(".", "").replace("%", "").strip().isdigit()
+    )

@@ -1,0 +1,141 @@
+"""One training stage on several processes: this command becomes torchrun, and torchrun starts `python -m tongwen`.
+
+Other launchers start the same command themselves, and all of them tell each process its place by the same environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+EXIT_FILE = "TONGWEN_EXIT_FILE"
+BEGAN = "TONGWEN_BEGAN"
+SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+SAVING_SECONDS = 600  # torchrun kills its processes so long after it has asked them to stop
+
+
+def adopt() -> None:
+    """Before anything asks for a place: what a launcher has told. A launcher of one process, or an image that has set its
+    words, has nobody to wait for, and is none."""
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1") and not is_ours():
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+    adopt_slurm()
+
+
+def adopt_slurm() -> None:
+    """What srun tells its tasks, in the words that torch's process groups read. Its first node listens."""
+    told = os.environ
+    tasks = told.get("SLURM_STEP_NUM_TASKS", "")
+    if not tasks.isdigit() or int(tasks) < 2 or is_launched() or any(name not in told for name in SLURM):
+        return
+    told["RANK"], told["WORLD_SIZE"] = told["SLURM_PROCID"], told["SLURM_STEP_NUM_TASKS"]
+    told["LOCAL_RANK"] = told["SLURM_LOCALID"]
+    told["LOCAL_WORLD_SIZE"] = told["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
+    told.setdefault("MASTER_ADDR", _first_host(told["SLURM_STEP_NODELIST"]))
+    told.setdefault("MASTER_PORT", str(20000 + int(told["SLURM_JOB_ID"]) % 10000))
+
+
+def _first_host(nodes: str) -> str:
+    """The first of Slurm's list: `gpu[03-05,9],login` -> gpu03."""
+    found = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
+    return "".join(part or "" for part in found.groups()) if found else nodes
+
+
+def is_launched() -> bool:
+    """Whether torchrun, accelerate, deepspeed or Slurm started this process."""
+    return "LOCAL_RANK" in os.environ or "RANK" in os.environ
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for all: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_ours() -> bool:
+    """Whether a command of ours started this process, and waits for it."""
+    return EXIT_FILE in os.environ
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def stop_signals() -> list[signal.Signals]:
+    """What asks a run to save and to end: SIGTERM, from Slurm and torchrun; SIGUSR1, for `sbatch --signal=USR1@300`."""
+    return [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+@contextmanager
+def listening(hear: Callable[[int], object]) -> Iterator[None]:
+    """Inside, `hear` is called with the number of a signal that asks to stop."""
+    before = {one: signal.signal(one, lambda number, frame: hear(number)) for one in stop_signals()}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def interrupt(number: int) -> None:
+    """As Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def begin() -> None:
+    """Note when the command began, for all processes that it starts."""
+    if not is_ours():
+        os.environ[BEGAN] = str(time.time())
+
+
+def deadline(seconds: float | None) -> float | None:
+    """When a command that may take so many seconds must be gone, in seconds since 1970."""
+    return float(os.environ[BEGAN]) + seconds if seconds is not None else None
+
+
+def torchrun(devices: int, arguments: Sequence[str]) -> int:
+    """Run `tongwen ARGUMENTS` on that many processes of this machine; returns the exit code of the first that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        exit_file = Path(folder) / "exit"
+        command = [sys.executable, "-m", "tongwen.train.spawn", "--standalone", f"--nproc-per-node={devices}"]
+        command += [f"--shutdown-timeout={SAVING_SECONDS}"]
+        environment = {
+            **os.environ,
+            EXIT_FILE: str(exit_file),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(devices)),
+        }
+        code = _wait_for([*command, "-m", "tongwen", *arguments], environment)
+        return int(exit_file.read_text(encoding="utf-8")) if code and exit_file.is_file() else code
+
+
+def _wait_for(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a command; whoever asks this process to stop asks that one, which answers when it has saved."""
+    process = subprocess.Popen(command, env=environment, close_fds=False)  # noqa: S603 - it holds the folder's lock, too
+    with listening(lambda number: process.terminate()):
+        return process.wait()
+
+
+def claim_exit(code: int) -> bool:
+    """Record the exit code of a launched process. True for the first to fail: it alone prints the message."""
+    path = os.environ.get(EXIT_FILE)
+    if not path:
+        return True
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return False
+    with os.fdopen(handle, "w") as stream:
+        stream.write(str(code))
+    return True
+
+
+def _threads(devices: int) -> str:
+    return str(max(1, (os.cpu_count() or 1) // devices))

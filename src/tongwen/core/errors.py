@@ -1,0 +1,116 @@
+"""What can go wrong by the user's hand or the machine's, each with the exit code that the front door gives it.
+
+A message holds place, thing with its value, the rule that it broke, and the remedy. Anything that is not a
+TongwenError is a bug of ours and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+from tongwen.core.i18n import say
+
+
+class TongwenError(Exception):
+    """Base of all errors that a user can cure.
+
+    rule:   one sentence: what is wrong, with the value quoted
+    place:  file, line, row or tensor where it was found
+    remedy: what to do; a command or a recipe line that can be pasted
+    """
+
+    exit_code = 1
+
+    def __init__(self, rule: str, *, place: str = "", remedy: str = "") -> None:
+        self.rule, self.place, self.remedy = rule, place, remedy
+        super().__init__(self.text())
+
+    def text(self) -> str:
+        """The message as the user sees it: `place: rule`, then the remedy on its own line."""
+        first = f"{self.place}: {self.rule}" if self.place else self.rule
+        return f"{first}\n  → {self.remedy}" if self.remedy else first
+
+
+class RecipeError(TongwenError):
+    exit_code = 2
+
+
+class DataError(TongwenError):
+    exit_code = 3
+
+
+class RowRefused(DataError):
+    """One row is not taken: `reason` is the ledger's word for it, the message says what is wrong with the row."""
+
+    def __init__(self, reason: str, rule: str) -> None:
+        self.reason = reason
+        super().__init__(rule)
+
+
+class ModelError(TongwenError):
+    exit_code = 4
+
+
+class ArtifactError(ModelError):
+    """A folder that a stage left, or should have left, is not what it must be."""
+
+
+class MachineError(TongwenError):
+    """Disk, memory, device, permission, network."""
+
+    exit_code = 5
+
+
+class NumbersError(TongwenError):
+    """NaN, Inf, or a failed audit."""
+
+    exit_code = 6
+
+
+class Interrupted(TongwenError):
+    """Somebody asked the run to stop; what it had done is saved."""
+
+    exit_code = 130
+
+
+class MissingPackage(MachineError):
+    def __init__(self, package: str, needed_for: str, extra: str) -> None:
+        super().__init__(
+            say(f"the package {package!r} is needed for {needed_for}", f"{needed_for}需要软件包 {package!r}"),
+            remedy=f"pip install 'tongwen[{extra}]'",
+        )
+
+
+class SeveralErrors(TongwenError):
+    """All problems at once. The exit code is the lowest among recipe, data and model problems."""
+
+    def __init__(self, errors: Sequence[TongwenError]) -> None:
+        self.errors = list(errors)
+        self.exit_code = min(error.exit_code for error in self.errors)
+        super().__init__("\n".join(error.text() for error in self.errors))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in its first line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of a device did not suffice."""
+    said = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in said)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether there was no room for what was written; the writers of safetensors and torch say it without a number."""
+    said = ("No space left", "unexpected pos")
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in said)
+
+
+def raise_all(errors: Sequence[TongwenError]) -> None:
+    """Raise nothing, the one error, or all of them together."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise SeveralErrors(errors)

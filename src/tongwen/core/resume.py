@@ -1,0 +1,137 @@
+"""The gate: what a run that was interrupted must share with itself to go on, and what may change in between.
+
+A training stage writes `run.json` into its unfinished folder: the id of the run, its settings, and the fingerprints of what
+it stands on. The same command continues only when all of them are the same; words that do not decide the result are not
+among the settings. `--fork` continues with other settings under a new id, and the old ones are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tongwen.core import artifact, console
+from tongwen.core.distributed import is_first
+from tongwen.core.errors import RecipeError, first_line
+from tongwen.core.i18n import say
+
+RUN = "run.json"
+BEFORE = "before.json"  # what the untrained model scored; other data ask again
+# What the weights and the optimizer's memory are shaped by: a fork cannot change it. Of the adapter, dropout alone may.
+SHAPE = re.compile(r"\w+\.(adapter\.(?!dropout$).*|optimizer|train|engine)")
+PARTS = {"run": str, "settings": dict, "identity": dict, "forks": list}
+PARTLY = re.compile(r"\w+\.(engine_file|adapter\.\w+)")
+DATA, DTYPE = "prepare (fingerprint)", "dtype"
+
+
+def check(
+    folder: Path, settings: Mapping[str, Any], prepared: str, *, fork: bool, takes_new_rates: bool = True
+) -> None:
+    """Before a stage begins. Raises RecipeError, with both values, when it was interrupted under other settings or on other
+    data, and is not to be forked; a fork is recorded here. prepared: fingerprint of the data; takes_new_rates: whether its
+    engine does, or goes on with those of its checkpoint, so that nothing can be forked."""
+    run = _read(folder)
+    if run is None:
+        return
+    changed = [one for one in differences(run["settings"], settings) if one[0] != "base"]  # see `enter`
+    changed += _differing(run["identity"], {DATA: prepared})
+    fixed = [one for one in changed if not takes_new_rates or SHAPE.fullmatch(one[0]) or _trains_other_parts(*one)]
+    if fork:
+        artifact.refuse_changed(str(folder), fixed, again() + say("; --fork cannot change it", "；--fork 不能改变它"))
+        _fork(folder, run, settings, changed)
+    else:
+        forks = say("; --fork continues with the new settings", "；--fork 以新设置继续") if not fixed else ""
+        artifact.refuse_changed(str(folder), changed, again() + forks)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """As of artifact. What only one of the two tells of an engine's file or of an adapter says nothing beside the other's words
+    (of which `engine`, `method` and so on tell), or was not kept by its version."""
+    return [
+        one
+        for one in artifact.differences(before, now)
+        if not PARTLY.fullmatch(one[0]) or _tells(before, one[0]) == _tells(now, one[0])
+    ]
+
+
+def _tells(settings: Any, name: str) -> bool:
+    for word in name.split("."):
+        if word not in settings:
+            return False
+        settings = settings[word]
+    return True
+
+
+def _trains_other_parts(name: str, before: Any, after: Any) -> bool:
+    return name.endswith(".phases") and [one["train"] for one in before] != [one["train"] for one in after]
+
+
+def _differing(known: Mapping[str, str], now: Mapping[str, str]) -> list[tuple[str, Any, Any]]:
+    return [(name, known[name][:12], now[name][:12]) for name in now if known.get(name, now[name]) != now[name]]
+
+
+def _fork(folder: Path, run: dict[str, Any], settings: Mapping[str, Any], changed: list[tuple[str, Any, Any]]) -> None:
+    if not changed:
+        return
+    lines = ", ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed)
+    console.notice(say(f"continued with other settings (--fork): {lines}", f"以不同设置继续（--fork）：{lines}"))
+    forks = [*run["forks"], {"from": run["run"], "at": _now(), "changed": changed}]
+    identity = {name: value for name, value in run["identity"].items() if name not in (DATA, DTYPE)}
+    (folder / BEFORE).unlink(missing_ok=True)
+    forked = {**run, "run": _new_id(), "settings": settings, "identity": identity, "forks": forks}
+    artifact.write_json(folder / RUN, forked)
+
+
+def enter(folder: Path, settings: Mapping[str, Any], identity: Mapping[str, str]) -> dict[str, Any]:
+    """The record of the run that begins or continues in this folder, written down by the first process. identity:
+    fingerprints, and what else only an opened base tells. Raises RecipeError when they are not those that it began with."""
+    run = _read(folder) or {"run": _new_id(), "began": _now(), "settings": settings, "identity": {}, "forks": []}
+    changed = _differing(run["identity"], identity)
+    # A base under another path is the same where its fingerprint is. `check` has seen the rest, but under a launcher.
+    differing = differences(run["settings"], json.loads(json.dumps(settings)))
+    changed += [one for one in differing if changed or one[0] != "base"]
+    artifact.refuse_changed(str(folder), changed, again())
+    run |= {"settings": dict(settings), "identity": {**identity, **run["identity"]}}
+    if is_first():
+        artifact.write_json(folder / RUN, run)
+    return run
+
+
+def ids(run: Mapping[str, Any]) -> set[str]:
+    """The ids that this run has had."""
+    return {run["run"], *(fork["from"] for fork in run["forks"])}
+
+
+def again() -> str:
+    return say(
+        "tongwen run RECIPE --again redoes it and everything after it, and keeps the old folder",
+        "tongwen run RECIPE --again 重做它及其后各阶段，并保留旧文件夹",
+    )
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    file = folder / RUN
+    if not file.is_file():
+        return None
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        return {**run, **{name: kind(run[name]) for name, kind in PARTS.items()}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            say(f"cannot be read: {first_line(error)}", f"无法读取：{first_line(error)}"),
+            place=str(file),
+            remedy=again(),
+        ) from None
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:12]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

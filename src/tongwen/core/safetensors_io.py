@@ -1,0 +1,281 @@
+"""Tensors in safetensors files as byte ranges: found, checked, planned and copied, without loading one.
+
+Nothing here computes, so that whoever moves weights about (merge, convert, verify) shares one reading of the format.
+What a header says is believed only where the file agrees: every range lies inside, none overlap, and each is as long as
+its type and shape say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+from tongwen.core.errors import ModelError
+from tongwen.core.i18n import say
+
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+CHUNK = 1 << 19
+LONGEST_HEADER = 100_000_000
+# Numbers at once. A block in fp32 and its copies stay in a core's second cache, and a product of rank 16 with it is a
+# million multiplications: up to there OpenBLAS multiplies matrices as they lie, without packing them first.
+BLOCK = 62_500
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor's place: file and the bytes [begin, end) of it."""
+
+    name: str
+    dtype: str  # as safetensors names it: BF16, F32, ...
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
+
+class Tensors(Protocol):
+    """Tensors by name, whatever holds them. facts: name -> (type, shape).
+
+    `raw` gives the bytes of rows [begin, end) as a flat numpy array: rows along the first dimension, or the elements of a
+    vector. Threads may read at once.
+    """
+
+    facts: dict[str, tuple[str, tuple[int, ...]]]
+
+    def raw(self, name: str, begin: int, end: int) -> Any: ...
+
+
+def find_tensors(folder: Path) -> dict[str, Stored]:
+    """All tensors of a model or adapter folder by name; empty when it has no safetensors files.
+
+    Raises ModelError when the index names a file outside the folder or one that is missing, when index and shards
+    disagree, or when a tensor stands in two shards.
+    """
+    index, whole = folder / INDEX, folder / "model.safetensors"
+    mapped = read_index(index) if index.is_file() and not whole.is_file() else None  # transformers' own precedence
+    if mapped is not None:
+        files = [folder / name for name in sorted(set(mapped.values()))]
+    else:
+        files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+    found: dict[str, Stored] = {}
+    for file in files:
+        for name, stored in read_header(file).items():
+            if name in found:
+                raise _broken(
+                    file, say(f"{name} also stands in {found[name].file.name}", f"{name} 也在 {found[name].file.name}")
+                )
+            found[name] = stored
+    for name, file_name in (mapped or {}).items():
+        if name not in found or found[name].file.name != file_name:
+            raise _broken(index, say(f"{name} is not in {file_name}", f"{file_name} 中没有 {name}"))
+    if mapped is not None and (strange := sorted(found.keys() - mapped.keys())):
+        raise _broken(index, say(f"{strange[0]} stands in no index", f"索引中没有 {strange[0]}"))
+    return found
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor -> name of its shard. Raises ModelError for a shard that is missing or outside of the folder."""
+    try:
+        mapped = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise _broken(index, say("the index cannot be read", "索引无法读取")) from None
+    for name, file_name in mapped.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or "\\" in file_name:
+            raise ModelError(
+                say(
+                    f"{name} is said to be in {file_name!r}, outside of this folder",
+                    f"{name} 指向文件夹之外：{file_name!r}",
+                ),
+                place=str(index),
+                remedy=say("do not use this model: its index was tampered with", "请勿使用该模型：索引被篡改"),
+            )
+    for file_name in sorted(set(mapped.values())):
+        if not (index.parent / file_name).is_file():
+            raise _broken(index, say(f"it names the shard {file_name}, which is missing", f"缺少分片 {file_name}"))
+    return mapped
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of one file, in the order of their bytes. Raises ModelError when the file is not whole."""
+    length = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        size = int.from_bytes(start, "little")
+        if len(start) < 8 or size > min(length - 8, LONGEST_HEADER):
+            raise _broken(file, what_it_is(file) or say(f"it ends after {length} bytes", f"在 {length} 字节处中断"))
+        try:
+            header: dict[str, Any] = json.loads(stream.read(size))
+            found = {
+                name: Stored(
+                    name,
+                    facts["dtype"],
+                    tuple(int(number) for number in facts["shape"]),
+                    file,
+                    8 + size + int(facts["data_offsets"][0]),
+                    8 + size + int(facts["data_offsets"][1]),
+                )
+                for name, facts in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
+            raise _broken(file, say("its header cannot be read", "文件头无法读取")) from None
+    at = 8 + size
+    ordered = sorted(found.values(), key=lambda stored: (stored.begin, stored.end))
+    for stored in ordered:
+        expected = ITEM_BYTES.get(stored.dtype, 0) * prod(stored.shape)
+        if (
+            stored.begin != at
+            or (stored.dtype in ITEM_BYTES and stored.size != expected)
+            or min(stored.shape, default=0) < 0
+        ):
+            raise _broken(file, say(f"its header lies about {stored.name}", f"文件头与 {stored.name} 不符"))
+        at = stored.end
+    if at != length:
+        raise _broken(file, say(f"it should have {at} bytes and has {length}", f"应有 {at} 字节，实为 {length} 字节"))
+    return {stored.name: stored for stored in ordered}
+
+
+def row_count(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 1
+
+
+def row_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return ITEM_BYTES[dtype] * prod(shape[1:])
+
+
+def blocks(shape: tuple[int, ...], least: int = 1) -> Iterator[tuple[int, int]]:
+    """Rows [begin, end) at a time, of about BLOCK numbers together, and no fewer than `least`."""
+    height = max(1, least, BLOCK // max(prod(shape[1:]), 1))
+    count = row_count(shape)
+    for begin in range(0, count, height):
+        yield begin, min(begin + height, count)
+
+
+def what_it_is(file: Path) -> str:
+    """What people get instead of weights: an LFS pointer, a page of HTML, nothing. Empty text when it is none of these."""
+    with file.open("rb") as stream:
+        start = stream.read(64)
+    if not start:
+        return say("it is empty", "文件为空")
+    if start.startswith(b"version https://git-lfs"):
+        return say("it is a Git LFS pointer, not the file itself", "这是 Git LFS 指针，不是文件本身")
+    if start.lstrip()[:1] == b"<":
+        return say("it is a web page", "这是一个网页")
+    return ""
+
+
+def plan_shards(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], limit: int) -> dict[str, Stored]:
+    """Make safetensors files that hold these tensors (name -> type, shape), with headers, index and full length.
+
+    Returns where each tensor's bytes belong; the caller fills them in.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, (dtype, shape) in tensors.items():
+        size = ITEM_BYTES[dtype] * prod(shape)
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    planned: dict[str, Stored] = {}
+    for number, names in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        planned |= _make_file(folder / name, {name: tensors[name] for name in names})
+    if len(shards) > 1:
+        total = sum(stored.size for stored in planned.values())
+        index = {"metadata": {"total_size": total}, "weight_map": {n: planned[n].file.name for n in sorted(planned)}}
+        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return planned
+
+
+def _make_file(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Stored]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (dtype, shape) in tensors.items():
+        end = at + ITEM_BYTES[dtype] * prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + at)
+    start = 8 + len(text)
+    return {
+        name: Stored(name, dtype, shape, file, *(start + offset for offset in header[name]["data_offsets"]))
+        for name, (dtype, shape) in tensors.items()
+    }
+
+
+def copy_bytes(source: Stored, target: Stored) -> None:
+    """A tensor's bytes from file to file, by the kernel where it can; both must be of one size."""
+    assert source.size == target.size
+    with source.file.open("rb") as reader, target.file.open("r+b") as writer:
+        done = 0
+        try:
+            while done < source.size:
+                moved = os.copy_file_range(
+                    reader.fileno(), writer.fileno(), source.size - done, source.begin + done, target.begin + done
+                )
+                if not moved:
+                    break
+                done += moved
+        except (OSError, AttributeError):  # another file system, or a system without it: plainly, from where it stopped
+            pass
+        reader.seek(source.begin + done)
+        writer.seek(target.begin + done)
+        while done < source.size:
+            block = reader.read(min(CHUNK, source.size - done))
+            if not block:
+                raise _broken(source.file, say("it ends early", "文件提前结束"))
+            writer.write(block)
+            done += len(block)
+
+
+def iter_bytes(stored: Stored) -> Iterator[bytes]:
+    """A tensor's bytes in chunks. Raises ModelError when the file ends early."""
+    with stored.file.open("rb") as stream:
+        stream.seek(stored.begin)
+        left = stored.size
+        while left:
+            block = stream.read(min(CHUNK, left))
+            if not block:
+                raise _broken(stored.file, say("it ends early", "文件提前结束"))
+            left -= len(block)
+            yield block
+
+
+def _broken(file: Path, what: str) -> ModelError:
+    return ModelError(
+        say(f"the model cannot be loaded: {what}", f"无法加载模型：{what}"),
+        place=str(file),
+        remedy=say("fetch it again: the file is not whole", "请重新下载：文件不完整"),
+    )

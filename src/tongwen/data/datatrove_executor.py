@@ -1,0 +1,79 @@
+"""The steps of preparing data as tasks: in this process, or on many machines with datatrove's executors.
+
+datatrove brings what an engine needs (ranks, logs, Slurm job arrays, Ray); the steps are ours and the same everywhere,
+and they hand over files, so a task needs nothing but a folder that all machines see.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tongwen.core import artifact, console
+from tongwen.core.errors import MachineError, MissingPackage, TongwenError
+from tongwen.core.i18n import say
+from tongwen.data.prepare_steps import Part
+from tongwen.recipe.schema import Prepare
+
+DONE = {"scan": "scan.json", "settle": "settled.json"}
+
+
+def run_tasks(section: Prepare, step: str, out: Path, parts: Sequence[Part], work: Callable[[Part], None]) -> None:
+    """Do a step on every part. Raises what a part raises; with an executor, MachineError when a task has failed."""
+    if section.executor == "here":
+        for number, part in enumerate(parts, 1):
+            with console.waiting(f"{step} {number}/{len(parts)} {part.name}"):
+                work(part)
+        return
+    try:
+        from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+    except ImportError:
+        raise MissingPackage("datatrove", f"executor: {section.executor}", "datatrove") from None
+
+    def task(data: Any, rank: int = 0, world_size: int = 1) -> Any:
+        for part in parts[rank::world_size]:
+            try:
+                work(part)
+            except TongwenError as error:  # the first process says it, and gives its exit code
+                found = {"code": error.exit_code, "rule": error.rule, "place": error.place, "remedy": error.remedy}
+                artifact.write_json(_error_file(out, step, part), found)
+        return data or ()
+
+    kinds = {"local": LocalPipelineExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}
+    options = {"tasks": section.tasks, "logging_dir": str(out / "parts" / f"logs-{step}"), "skip_completed": False}
+    if section.executor == "local":
+        options["workers"] = section.tasks
+    kinds[section.executor](pipeline=[task], **options, **section.executor_options).run()
+    _wait(section, step, out, parts)
+
+
+def _wait(section: Prepare, step: str, out: Path, parts: Sequence[Part]) -> None:
+    """Until every part is done. Slurm returns when the job is queued, and a task that died leaves no word."""
+    while True:
+        for part in parts:
+            if (file := _error_file(out, step, part)).is_file():
+                found = json.loads(file.read_text(encoding="utf-8"))
+                file.unlink()
+                error = TongwenError(found["rule"], place=found["place"], remedy=found["remedy"])
+                error.exit_code = found["code"]
+                raise error
+        undone = [part for part in parts if not (part.folder(out) / DONE[step]).is_file()]
+        if not undone:
+            return
+        if section.executor != "slurm":
+            raise MachineError(
+                say(f"{len(undone)} files were not finished", f"{len(undone)} 个文件没有完成"),
+                place=undone[0].name,
+                remedy=say(
+                    f"see the logs in {out / 'parts'}; the same command goes on",
+                    f"见日志 {out / 'parts'}；同一命令可继续",
+                ),
+            )
+        time.sleep(5)
+
+
+def _error_file(out: Path, step: str, part: Part) -> Path:
+    return out / "parts" / f"{part.index:05d}.{step}.error.json"

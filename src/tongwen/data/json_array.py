@@ -1,0 +1,160 @@
+"""A JSON array becomes rows while it is read: only the element at hand is in memory.
+
+An element that is JSON but must not be taken costs its row. Where the array itself is broken nobody can say what the next
+row is, and the reading ends with the place and the rows before it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+from tongwen.core.errors import RowRefused
+from tongwen.core.i18n import say
+from tongwen.data.charset import Charset
+from tongwen.data.files import Damaged
+from tongwen.data.row import CAP, DECODER, LENIENT, RawRow, check_object, not_json
+
+_BLANKS = re.compile(r"[ \t\r\n]*")
+
+
+def read_array(blocks: Iterator[bytes], found: Charset, name: str) -> Iterator[RawRow]:
+    """The elements of a JSON array, one after the other. Raises Damaged where it is broken."""
+    buffer = _Buffer(blocks, found.codec)
+    buffer.letter()
+    buffer.place += 1
+    if buffer.letter() == "]":
+        buffer.place += 1
+    else:
+        for number in count(1):
+            yield _element(buffer, number, name, found)
+            letter = buffer.letter()
+            if letter not in (",", "]"):
+                raise buffer.damaged(
+                    say(
+                        f"this is not a whole JSON array: {f'{letter!r} follows' if letter else 'nothing follows'} row {number}",
+                        f"这不是完整的 JSON 数组：第 {number} 行之后{f'是 {letter!r}' if letter else '没有内容'}",
+                    )
+                )
+            buffer.place += 1
+            if letter == "]":
+                break
+    if buffer.letter():
+        raise buffer.damaged(say("something follows the JSON array", "JSON 数组之后还有内容"))
+
+
+class _Buffer:
+    """The text of a file, of which only what is not yet read is kept."""
+
+    def __init__(self, blocks: Iterator[bytes], codec: str) -> None:
+        self.blocks = blocks
+        self.decoder = codecs.getincrementaldecoder(codec)("surrogateescape")
+        self.text, self.place = "", 0
+        self.lines, self.letters = 1, 0  # that were dropped before the text; the first line is 1
+        self.ended = False
+        self.more()
+        self.text = self.text.removeprefix("\ufeff")
+
+    def more(self) -> bool:
+        """At least double what is not yet read; False at the end of the file."""
+        if self.ended:
+            return False
+        self.lines += self.text.count("\n", 0, self.place)
+        self.letters += self.place
+        pieces = [self.text[self.place :]]
+        size, wanted = 0, len(pieces[0])
+        while not self.ended and (size <= wanted):
+            block = next(self.blocks, None)
+            self.ended = block is None
+            pieces.append(self.decoder.decode(block or b"", final=self.ended))
+            size += len(pieces[-1])
+        self.text, self.place = "".join(pieces), 0
+        return True
+
+    def letter(self) -> str:
+        """The next one that is no blank, or '' at the end."""
+        while True:
+            self.place = _BLANKS.match(self.text, self.place).end()  # type: ignore[union-attr]
+            if self.place < len(self.text):
+                return self.text[self.place]
+            if not self.more():
+                return ""
+
+    def damaged(self, rule: str, place: int | None = None) -> Damaged:
+        place = self.place if place is None else place
+        line = self.lines + self.text.count("\n", 0, place)
+        return Damaged(
+            say(
+                f"{rule}, at character {self.letters + place + 1:,}",
+                f"{rule}，第 {self.letters + place + 1:,} 个字符处",
+            ),
+            say(
+                "one object per line may be meant: then name the file .jsonl and drop the brackets",
+                "若本是每行一个对象，请命名为 .jsonl 并去掉方括号",
+            ),
+            line,
+        )
+
+
+def _element(buffer: _Buffer, number: int, name: str, found: Charset) -> RawRow:
+    """The next element as a row; the buffer stands behind it."""
+    buffer.letter()
+    while True:
+        value, end, refused = _decoded(buffer, number)
+        if end < 0 or (end == len(buffer.text) and not buffer.ended):
+            buffer.more()
+        else:
+            break
+    text = buffer.text[buffer.place : end]
+    buffer.place = end
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        size = len(text.encode("utf-8", "surrogatepass"))
+        text = text.encode("utf-8", "backslashreplace").decode()
+        rule = say(f"character {error.start + 1} is not {found.name}", f"第 {error.start + 1} 个字符不是 {found.name}")
+        return RawRow(name, number, text, size, rule, "not_utf8" if found.codec == "utf-8" else "bad_bytes")
+    if not refused:
+        try:
+            check_object(value, text)
+        except RowRefused as error:
+            refused = error
+    return (
+        RawRow(name, number, text, size, refused.rule, refused.reason) if refused else RawRow(name, number, value, size)
+    )
+
+
+def _decoded(buffer: _Buffer, number: int) -> tuple[Any, int, RowRefused | None]:
+    """(value, where it ends, why it is refused); the end is -1 when more must be read."""
+    text, place = buffer.text, buffer.place
+    try:
+        try:
+            return *DECODER.raw_decode(text, place), None
+        except RowRefused as error:
+            return None, LENIENT.raw_decode(text, place)[1], error
+        except RecursionError:
+            raise
+        except ValueError as error:
+            return None, LENIENT.raw_decode(text, place)[1], not_json(error, text, place)
+    except RecursionError:
+        raise buffer.damaged(say(f"row {number} is nested too deep", f"第 {number} 行嵌套过深")) from None
+    except ValueError as error:
+        where = getattr(error, "pos", place)
+        cut = str(error).startswith("Unterminated string") or where >= len(text) - 12
+        if cut and not buffer.ended and len(text) - place <= CAP:
+            return None, -1, None
+        if len(text) - place > CAP and cut:
+            raise buffer.damaged(
+                say(f"row {number} is larger than {CAP:,} bytes", f"第 {number} 行超过 {CAP:,} 字节")
+            ) from None
+        rule = getattr(error, "msg", str(error))
+        raise buffer.damaged(
+            say(
+                f"this is not a whole JSON array: {rule} in row {number}",
+                f"这不是完整的 JSON 数组：第 {number} 行 {rule}",
+            ),
+            where,
+        ) from None

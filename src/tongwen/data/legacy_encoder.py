@@ -1,0 +1,88 @@
+"""Tokens as the scripts of 2023 made them, defects included: to repeat their results, and for nothing else.
+
+What they did otherwise: `<s>` twice, prompt and answer cut into tokens together so that the mask misses their border, a
+blank of SentencePiece's before the answer, a mask that leaves ChatGLM's `<sop>` to be learned, and a cut from the right
+that may take the end of the answer along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tongwen.core.errors import RecipeError
+from tongwen.core.i18n import say
+from tongwen.core.records import Span
+from tongwen.data.encode import Encoder, Piece, join_spans
+
+
+@dataclass(frozen=True)
+class Way:
+    """together:  prompt and answer are one text; as many ids are masked as the prompt alone has
+    begun:     the tokenizer puts `<s>` before the text
+    doubled:   `<s>` stands in the text, besides that one
+    opened:    the prompt's last id, which opens the answer, is learned with it
+    halves:    prompt and answer are cut apart, each to half of max_length
+    ends:      the last id of a sample that was cut becomes the end
+    """
+
+    together: bool = False
+    begun: bool = True
+    doubled: bool = False
+    opened: bool = False
+    halves: bool = False
+    ends: bool = False
+
+
+WAYS = {
+    "belle": Way(together=True, doubled=True, ends=True),
+    "alpaca-cla": Way(),
+    "chatglm": Way(begun=False, opened=True),
+    "guanaco": Way(halves=True),
+    "guanaco-v1": Way(halves=True),
+    "vicuna": Way(halves=True),
+}
+
+
+class LegacyEncoder(Encoder):
+    """An encoder for the samples of one old template, each with one answer, its last."""
+
+    def __init__(self, tokenizer: Any, template: str, max_length: int) -> None:
+        super().__init__(tokenizer)
+        if template not in WAYS:
+            raise RecipeError(
+                say(f"template {template!r} was in none of the old scripts", f"模板 {template!r} 不属于任何旧脚本"),
+                place="sft.legacy",
+                remedy=f"template: {' | '.join(WAYS)}",
+            )
+        self.way, self.max_length = WAYS[template], max_length
+        self.begin, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.begin_text = tokenizer.decode(self.prefix) if self.prefix else ""
+
+    def encode(self, samples: Sequence[Sequence[Span]]) -> list[list[Piece]]:
+        return [self._sample(join_spans(spans)) for spans in samples]
+
+    def keeps_stop(self, pieces: Sequence[Piece]) -> bool:
+        return len(pieces[-1].ids) > 0 and pieces[-1].ids[-1] == self.end
+
+    def _sample(self, spans: list[Span]) -> list[Piece]:
+        *before, last = spans
+        if not before:
+            return super().encode([spans])[0]
+        source = "".join(span.text for span in before).removeprefix(self.begin_text)
+        start = [*(self.prefix if self.way.doubled else ()), self.begin] if self.way.begun else []
+        prompt, answer = map(list, self._slow_ids([source, last.text]))
+        if self.way.together:
+            whole = list(self._slow_ids([source + last.text])[0])
+            prompt, answer = whole[: len(prompt)], whole[len(prompt) :]
+        prompt = [*start, *prompt]
+        if self.way.halves:
+            prompt, answer = prompt[: self.max_length // 2], answer[: self.max_length // 2]
+        if self.way.opened:
+            answer.insert(0, prompt.pop())
+        answer = answer[: max(self.max_length - len(prompt), 0)]
+        prompt = prompt[: self.max_length]
+        if self.way.ends and len(prompt) + len(answer) == self.max_length:
+            (answer or prompt)[-1] = self.end
+        return [Piece(prompt, learn=False), Piece(answer, last.learn, answer=True)]

@@ -1,0 +1,517 @@
+"""The steps of preparing data, each on one file, so that one process or a hundred tasks do the same work.
+
+`scan` reads and cleans a file; `compare` looks at all files together for duplicates and chooses what is held out;
+`settle` writes what stays and what does not; `join` puts the files together in their order. The steps hand over folders
+(`parts/00003/`), and a finished one is not done again. What a step decides depends on the files and the recipe, never on
+who did which part.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tongwen.core import artifact
+from tongwen.core.errors import DataError, RecipeError, RowRefused, TongwenError, raise_all
+from tongwen.core.i18n import say
+from tongwen.core.records import Dialogue, Document, Origin, from_dict
+from tongwen.data import dataset_info, dedup, formats
+from tongwen.data.clean import Cleaner, Dropped
+from tongwen.data.files import find_files, shown
+from tongwen.data.ledger import Ledger, Rejected
+from tongwen.data.reader import read_rows
+from tongwen.data.row import RawRow
+from tongwen.data.sampling import choose_held_out
+from tongwen.recipe.schema import Prepare, Source
+
+Tell = Callable[[str], None]
+KINDS = ("documents", "dialogues")
+STAYS, SAME, ALIKE, HELD_OUT = range(4)  # verdicts of `compare`
+FIRST = 5  # unreadable rows that a message shows
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of one source. index: among all files; kind: `documents` or `dialogues`; role: `train`, `held_out` (a file
+    of the recipe) or `evaluation`; number: of its source among those of its kind."""
+
+    index: int
+    kind: str
+    role: str
+    number: int
+    source: Source
+    file: Path
+
+    @property
+    def name(self) -> str:
+        """As it stands in origins."""
+        return shown(self.file)
+
+    def folder(self, out: Path) -> Path:
+        return out / "parts" / f"{self.index:05d}"
+
+
+def list_parts(
+    section: Prepare, bring: Callable[[str, Tell], str], tell: Tell, errors: list[TongwenError] | None = None
+) -> list[Part]:
+    """All files of the recipe, in the order in which their rows count. bring(path, tell) gives the folder of what lies on
+    a hub. What names no file is put into `errors`, or raised."""
+    found = list[TongwenError]() if errors is None else errors
+    out: list[Part] = []
+
+    def add(kind: str, role: str, number: int, source: Source) -> None:
+        try:
+            formats.check_source(source)
+            for one in dataset_info.entry_source(source) if source.entry else [source]:
+                if one.path.startswith(("hub:", "modelscope:")):
+                    one = one.model_copy(update={"path": bring(one.path, tell)})
+                for file in find_files(one.path):
+                    part = Part(len(out), kind or kind_of(file, one), role, number, one, file)
+                    _check_held_out(part, section)
+                    out.append(part)
+        except (DataError, RecipeError) as error:
+            found.append(error)
+
+    if isinstance(section.held_out, str):
+        add("", "held_out", 0, Source(path=section.held_out))
+    for number, source in enumerate(section.evaluation):
+        add("", "evaluation", number, source)
+    for kind in KINDS:
+        for number, source in enumerate(getattr(section, kind)):
+            add(kind, "train", number, source)
+    if errors is None:
+        raise_all(found)
+    return out
+
+
+def _check_held_out(part: Part, section: Prepare) -> None:
+    """Raise DataError when a file is held out of a kind of data that the recipe does not have: it would never be used."""
+    if part.role == "held_out" and not getattr(section, part.kind):
+        trained = " / ".join(kind for kind in KINDS if getattr(section, kind))
+        raise DataError(
+            say(
+                f"held_out: this file holds {part.kind}, the recipe has {trained}",
+                f"held_out：该文件是 {part.kind}，而配方中是 {trained}",
+            ),
+            place=part.name,
+            remedy=say(
+                f"name a file of {trained}, or a share: held_out: 0.02",
+                f"请写 {trained} 的文件，或比例：held_out: 0.02",
+            ),
+        )
+
+
+def kind_of(file: Path, source: Source) -> str:
+    """documents or dialogues, as the first row shows."""
+    row = next(read_rows(file, source)).value
+    row = formats.with_columns(row, source) if isinstance(row, dict) else row
+    text = source.format == "text" or (not source.format and formats.recognise(row) == "text")
+    return "documents" if text else "dialogues"
+
+
+# -- one file ------------------------------------------------------------------------------------------------------
+
+
+def iter_rows(
+    part: Part, section: Prepare, cleaner: Cleaner, tell: Tell
+) -> Iterator[tuple[RawRow, Document | Dialogue | Dropped | RowRefused]]:
+    """Every row of a file with its record, or with why it is none."""
+    known = part.source.format
+    for raw in read_rows(part.file, part.source, tell):
+        origin = Origin(raw.file, raw.row)
+        try:
+            if raw.problem:
+                raise RowRefused(raw.reason, raw.problem)
+            record: Document | Dialogue
+            if part.kind == "documents":
+                record = formats.read_document(raw.value, part.source, origin)
+            else:
+                format_ = known or formats.recognise_row(raw, part.source)
+                record = formats.read_dialogue(raw.value, format_, part.source, section.fill, origin)
+        except RowRefused as refused:
+            yield raw, refused
+        except DataError as error:
+            raise DataError(error.rule, place=error.place or str(origin), remedy=error.remedy) from None
+        else:
+            yield raw, cleaner.clean(record)
+
+
+def iter_records(parts: Sequence[Part], section: Prepare, kind: str, tell: Tell) -> Iterator[Document | Dialogue]:
+    """What can be read of a kind, cleaned, before anything is compared: for those who only look."""
+    for part in parts:
+        if part.kind == kind and part.role == "train":
+            for _, record in iter_rows(part, section, Cleaner(section.clean, kind), tell):
+                if not isinstance(record, (Dropped, RowRefused)):
+                    yield record
+
+
+@dataclass
+class Tally:
+    """What became of rows: the ledger, how many were unreadable, and the first of these as (place, rule)."""
+
+    ledger: Ledger = field(default_factory=lambda: Ledger("rows", "bytes"))
+    bad: int = 0
+    first_bad: list[tuple[str, str]] = field(default_factory=list)
+
+    def count(self, raw: RawRow, record: Document | Dialogue | Dropped | RowRefused) -> None:
+        self.ledger.enter(raw.size)
+        if not isinstance(record, (Dropped, RowRefused)):
+            self.ledger.keep(raw.size)
+            return
+        self.ledger.lose(record.reason, raw.size)
+        if isinstance(record, RowRefused):
+            self.bad += 1
+            if self.bad <= FIRST:
+                self.first_bad.append((f"{raw.file}:{raw.row}", record.rule))
+
+
+INDEX = np.dtype([("digest", "<u8", 2), ("size", "<i8"), ("begin", "<i8"), ("near", "?")])
+_INDEX = struct.Struct("<16sqq?")  # the same, for writing one
+
+
+def scan(part: Part, section: Prepare, out: Path, tell: Tell) -> None:
+    """Read and clean one file into its folder: records, rejected rows, and what `compare` needs to know of each record.
+
+    index.bin: one INDEX per record; bands.bin: (n, BANDS) uint64 of the records that are compared nearly.
+    """
+    folder = part.folder(out)
+    if (folder / "scan.json").is_file():
+        return
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    cleaner = Cleaner(section.clean, part.kind)
+    wants_near = part.role == "train" and getattr(section.dedup, part.kind) == "near"
+    tally, begin = Tally(), 0
+    with (
+        (folder / "records.jsonl").open("wb") as records,
+        (folder / "rejected.jsonl").open("wb") as rejected,
+        (folder / "index.bin").open("wb") as index,
+        (folder / "bands.bin").open("wb") as bands,
+    ):
+        for raw, record in iter_rows(part, section, cleaner, tell):
+            tally.count(raw, record)
+            if isinstance(record, (Dropped, RowRefused)):
+                origin = Origin(raw.file, raw.row)
+                rejected.write(Rejected(origin, record.reason, record.rule, raw.value).to_line())
+                continue
+            line = as_line(record)
+            folded = dedup.fold(dedup.text_of(record))
+            near = wants_near and len(folded) >= section.dedup.min_chars
+            index.write(_INDEX.pack(dedup.digest(folded), raw.size, begin, near))
+            if near:
+                bands.write(dedup.signature(folded).tobytes())
+            records.write(line)
+            begin += len(line)
+    if not tally.ledger.things_in:
+        raise DataError(say("no rows in this file", "文件中没有数据"), place=part.name)
+    facts = {
+        "ledger": tally.ledger.to_dict(),
+        "bad": tally.bad,
+        "first_bad": tally.first_bad,
+        "changed": dict(cleaner.changed),
+    }
+    artifact.sync_tree(folder)
+    artifact.write_json(folder / "scan.json", facts)
+
+
+def as_line(record: Document | Dialogue) -> bytes:
+    return json.dumps(record.to_dict(), ensure_ascii=False).encode() + b"\n"
+
+
+def from_line(line: bytes) -> Document | Dialogue:
+    return from_dict(json.loads(line))
+
+
+def load(file: Path) -> Iterator[Document | Dialogue]:
+    """The records of a file that `scan`, `settle` or `join` wrote."""
+    with file.open("rb") as stream:
+        yield from map(from_line, stream)
+
+
+def read_scans(parts: Sequence[Part], out: Path) -> list[dict[str, Any]]:
+    return [json.loads((part.folder(out) / "scan.json").read_text(encoding="utf-8")) for part in parts]
+
+
+def check_readable(parts: Sequence[Part], scans: Sequence[dict[str, Any]], max_bad: float | None) -> None:
+    """Raise DataError when nothing is left of a kind, or more rows are unreadable than the recipe allows."""
+    for kind, role in sorted({(part.kind, part.role) for part in parts}):
+        chosen = [scan for part, scan in zip(parts, scans, strict=True) if (part.kind, part.role) == (kind, role)]
+        check_losses(
+            sum(scan["ledger"]["in"]["rows"] for scan in chosen),
+            sum(scan["ledger"]["kept"]["rows"] for scan in chosen),
+            sum(scan["bad"] for scan in chosen),
+            [(place, rule) for scan in chosen for place, rule in scan["first_bad"]][:FIRST],
+            max_bad,
+            say(kind, "文档" if kind == "documents" else "对话"),
+        )
+
+
+def check_losses(
+    rows: int, kept: int, bad: int, first_bad: Sequence[tuple[str, str]], max_bad: float | None, what: str
+) -> None:
+    """Raise DataError when no row of a kind is left, or more are unreadable than allowed."""
+    if not kept:
+        place, rule = first_bad[0] if first_bad else ("prepare.clean", say("all are filtered out", "全部被过滤"))
+        raise DataError(
+            say(
+                f"none of the {rows} {what} can be used; the first: {rule}",
+                f"{rows} 行{what}全部不可用；第一行：{rule}",
+            ),
+            place=place,
+            remedy=say(
+                "name the format or the columns in the recipe: {path: …, format: alpaca, columns: {output: answer}}",
+                "在配方中写明格式或列名：{path: …, format: alpaca, columns: {output: answer}}",
+            ),
+        )
+    allowed = min(100.0, 0.001 * rows) if max_bad is None else max_bad * (rows if max_bad < 1 else 1)
+    if bad > allowed:
+        shown = "\n".join(f"    {place}: {rule}" for place, rule in first_bad)
+        more = f"\n    … {bad - len(first_bad)}" if bad > len(first_bad) else ""
+        raise DataError(
+            say(
+                f"{bad} of {rows} rows cannot be used, more than the {allowed:g} allowed:\n{shown}{more}",
+                f"{rows} 行中有 {bad} 行不可用，超过允许的 {allowed:g} 行：\n{shown}{more}",
+            ),
+            place=first_bad[0][0].rpartition(":")[0],
+            remedy=say(
+                f"mend them, or allow it: prepare: {{max_bad: {bad}}}", f"请修正，或允许：prepare: {{max_bad: {bad}}}"
+            ),
+        )
+
+
+# -- all files together --------------------------------------------------------------------------------------------
+
+
+def iter_index(folder: Path) -> Iterator[np.ndarray]:
+    """The INDEX entries of a part, in pieces."""
+    with (folder / "index.bin").open("rb") as stream:
+        while len(block := np.fromfile(stream, INDEX, 65536)):
+            yield block
+
+
+class Shelf:
+    """The records of the training parts of one kind, numbered through, on disk."""
+
+    def __init__(self, parts: Sequence[Part], out: Path) -> None:
+        self.parts, self.out = list(parts), out
+        self.counts = [(part.folder(out) / "index.bin").stat().st_size // INDEX.itemsize for part in parts]
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """One column of all indices, in pieces."""
+        for part in self.parts:
+            yield from (block[name].copy() for block in iter_index(part.folder(self.out)))
+
+    def near(self) -> np.ndarray:
+        """(n,) int64: the records that are compared nearly."""
+        return np.flatnonzero(np.concatenate([np.zeros(0, bool), *self.blocks("near")]))
+
+    def band(self, number: int) -> np.ndarray:
+        """(n,) uint64: one band of them, read in blocks so that the others do not stay in memory."""
+        out = []
+        for part in self.parts:
+            with (part.folder(self.out) / "bands.bin").open("rb") as stream:
+                while len(block := np.fromfile(stream, np.uint64, dedup.BANDS * 65536)):
+                    out.append(block.reshape(-1, dedup.BANDS)[:, number].copy())
+        return np.concatenate(out) if out else np.zeros(0, np.uint64)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(part, row within it) of a record."""
+        part = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return part, number - int(self.starts[part])
+
+    def read(self, number: int) -> Document | Dialogue:
+        part, row = self.place(number)
+        folder = self.parts[part].folder(self.out)
+        with (folder / "index.bin").open("rb") as index, (folder / "records.jsonl").open("rb") as records:
+            index.seek(row * INDEX.itemsize)
+            records.seek(int(np.fromfile(index, INDEX, 1)["begin"][0]))
+            return from_line(records.readline())
+
+
+def compare(parts: Sequence[Part], section: Prepare, seed: int, out: Path) -> None:
+    """Decide on every record of the training parts: verdict.npy (int8) and repeats.npy (pairs of a lost record, in the
+    numbering of its part, and the one that it repeats, in the numbering of its kind) in each part's folder; examination.npz
+    beside them holds what must not be trained on."""
+    if (out / "parts" / "compare.json").is_file():
+        return
+    asked: list[Document | Dialogue] = []
+    for kind in KINDS:
+        chosen = [part for part in parts if part.kind == kind and part.role == "train"]
+        if not chosen:
+            continue
+        shelf = Shelf(chosen, out)
+        verdict = np.zeros(len(shelf), np.int8)
+        pairs = [np.zeros((0, 2), np.int64)]  # (a record that is lost, the record that it repeats)
+        if getattr(section.dedup, kind) != "off":
+            same, first = dedup.find_exact(lambda shelf=shelf: shelf.blocks("digest"), len(shelf))  # type: ignore[misc]
+            verdict[same] = SAME
+            pairs.append(np.stack([same, first], axis=1))
+        if getattr(section.dedup, kind) == "near":
+            numbers = shelf.near()
+
+            @lru_cache(maxsize=4096)
+            def folded(index: int, numbers: np.ndarray = numbers, shelf: Shelf = shelf) -> str:
+                return dedup.fold(dedup.text_of(shelf.read(int(numbers[index]))))
+
+            found = dedup.find_near(shelf.band, verdict[numbers] != STAYS, folded, section.dedup.threshold)
+            near = numbers[np.array(sorted(found.items()), np.int64).reshape(-1, 2)]
+            verdict[near[:, 0]] = ALIKE
+            pairs.append(near)
+        if not isinstance(section.held_out, str):
+            free = verdict == STAYS
+            verdict[choose_held_out(free, section.held_out, seed, section.held_out_at_most)] = HELD_OUT
+        asked += [shelf.read(int(number)) for number in np.flatnonzero(verdict == HELD_OUT)]
+        repeats = np.concatenate(pairs)
+        for place, part in enumerate(chosen):
+            begin, end = shelf.starts[place : place + 2]
+            mine = repeats[(repeats[:, 0] >= begin) & (repeats[:, 0] < end)]
+            np.save(part.folder(out) / "verdict.npy", verdict[begin:end])
+            np.save(part.folder(out) / "repeats.npy", mine - np.array([begin, 0]))
+    for part in parts:
+        if part.role != "train":
+            asked += load(part.folder(out) / "records.jsonl")
+    dedup.Examination.of(asked).save(out / "parts" / "examination.npz")
+    artifact.write_json(out / "parts" / "compare.json", {})
+
+
+# -- one file again ------------------------------------------------------------------------------------------------
+
+REASONS = {SAME: "duplicate", ALIKE: "near_duplicate"}
+
+
+def settle(part: Part, parts: Sequence[Part], section: Prepare, out: Path) -> None:
+    """Write the records of one file that stay (kept.jsonl), that are held out (held_out.jsonl), and the rest with its
+    reason (lost.jsonl), and close the file's ledger."""
+    folder = part.folder(out)
+    if (folder / "settled.json").is_file():
+        return
+    scanned = json.loads((folder / "scan.json").read_text(encoding="utf-8"))["ledger"]
+    ledger = Ledger.of(scanned)
+    if part.role == "train":
+        examination = dedup.Examination.load(out / "parts" / "examination.npz")
+        shelf = Shelf([one for one in parts if one.kind == part.kind and one.role == "train"], out)
+        verdict = np.load(folder / "verdict.npy")
+        repeats = dict(np.load(folder / "repeats.npy").tolist())
+    index = (entry for block in iter_index(folder) for entry in block)
+    counts: Counter[str] = Counter()
+    with (
+        (folder / "records.jsonl").open("rb") as records,
+        (folder / "kept.jsonl").open("wb") as kept,
+        (folder / "held_out.jsonl").open("wb") as held_out,
+        (folder / "lost.jsonl").open("wb") as lost,
+    ):
+        for row, (line, entry) in enumerate(zip(records, index, strict=True)):
+            if part.role == "held_out" or (part.role == "train" and verdict[row] == HELD_OUT):
+                held_out.write(line)
+                counts["held_out"] += 1
+                continue
+            if part.role == "evaluation":
+                continue
+            record = from_line(line)
+            reason, rule = "", ""
+            if verdict[row] in REASONS:
+                reason = REASONS[verdict[row]]
+                other = shelf.read(repeats[row]).origin
+                rule = say(f"repeats {other}", f"与 {other} 重复")
+            elif knows := examination.knows(record, entry["digest"].tobytes()):
+                reason = "contaminated"
+                rule = (
+                    say("stands in held-out or evaluation data", "出现在留出集或评测数据中")
+                    if knows == "same"
+                    else say("holds a text of held-out or evaluation data", "包含留出集或评测数据中的文本")
+                )
+            if reason:
+                ledger.move(reason, int(entry["size"]))
+                value = {key: text for key, text in record.to_dict().items() if key != "origin"}
+                lost.write(Rejected(record.origin, reason, rule, value).to_line())
+                counts[reason] += 1
+            else:
+                kept.write(line)
+                counts["kept"] += 1
+    artifact.sync_tree(folder)
+    artifact.write_json(folder / "settled.json", {"ledger": ledger.to_dict(), "counts": counts})
+
+
+def join(parts: Sequence[Part], section: Prepare, out: Path) -> dict[str, Any]:
+    """All files together in their order; the parts go. Returns the ledger of each kind, by reason and by file.
+
+    Raises DataError when training rows stand in an examination and the recipe wants to refuse that."""
+    tables: dict[str, Any] = {}
+    settled = {
+        part.index: json.loads((part.folder(out) / "settled.json").read_text(encoding="utf-8")) for part in parts
+    }
+    with (out / "rejected.jsonl").open("wb") as rejected:
+        for kind in KINDS:
+            chosen = [part for part in parts if part.kind == kind]
+            if not any(part.role == "train" for part in chosen):
+                continue
+            _check_contamination(
+                [part for part in chosen if settled[part.index]["counts"].get("contaminated")], section, out
+            )
+            ledger, files, held = Ledger("rows", "bytes"), {}, 0
+            with (out / f"{kind}.jsonl").open("wb") as kept, (out / f"{kind}.held_out.jsonl").open("wb") as held_out:
+                for part in chosen:
+                    folder = part.folder(out)
+                    held += settled[part.index]["counts"].get("held_out", 0)
+                    for name, stream in (
+                        ("kept", kept),
+                        ("held_out", held_out),
+                        ("rejected", rejected),
+                        ("lost", rejected),
+                    ):
+                        with (folder / f"{name}.jsonl").open("rb") as source:
+                            shutil.copyfileobj(source, stream, 1 << 20)
+                    if part.role == "train":
+                        mine = Ledger.of(settled[part.index]["ledger"])
+                        ledger.add(mine)
+                        files[part.name] = {**mine.to_dict(), "source": part.number}
+            if not held:
+                (out / f"{kind}.held_out.jsonl").unlink()
+            from_training = not isinstance(section.held_out, str)
+            tables[kind] = {
+                **ledger.to_dict(),
+                "train": ledger.kept - (held if from_training else 0),
+                "held_out": held,
+                "from_training": from_training,
+                "files": files,
+            }
+            _check_left(tables[kind], kind)
+    shutil.rmtree(out / "parts")
+    return tables
+
+
+def _check_left(table: dict[str, Any], kind: str) -> None:
+    if table["train"] < 1:
+        lost = ", ".join(f"{reason} {count['rows']}" for reason, count in table["lost"].items())
+        raise DataError(
+            say(f"no row is left to learn from: {lost}", f"没有剩下可训练的数据：{lost}"), place=f"prepare.{kind}"
+        )
+
+
+def _check_contamination(parts: Sequence[Part], section: Prepare, out: Path) -> None:
+    if section.contaminated != "refuse" or not parts:
+        return
+    rows = [json.loads(line) for line in (parts[0].folder(out) / "lost.jsonl").read_bytes().splitlines()]
+    first = next(row for row in rows if row["reason"] == "contaminated")
+    raise DataError(
+        say(
+            f"training rows stand in held-out or evaluation data, the first: row {first['row']}",
+            f"训练数据出现在留出集或评测数据中，第一处：第 {first['row']} 行",
+        ),
+        place=f"{first['file']}:{first['row']}",
+        remedy="prepare: {contaminated: remove}",
+    )

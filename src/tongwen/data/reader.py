@@ -1,0 +1,457 @@
+"""A file becomes raw rows, each with its number: what is in the file decides how it is read, not what the file is called.
+
+A row is what a file holds one of: a JSON object, a record of a table, a line or a paragraph of text. It comes out with its
+value or with its problem, and only what ends the reading is an error of the file. Bytes are never replaced, and memory is
+bounded by the largest row, not by the file.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tongwen.core.errors import DataError, RowRefused
+from tongwen.core.i18n import say
+from tongwen.data import charset, files, tables
+from tongwen.data.charset import Charset
+from tongwen.data.files import Damaged, Stream, shown
+from tongwen.data.json_array import read_array
+from tongwen.data.row import CAP, RawRow, parse_json
+from tongwen.recipe.schema import Source
+
+# A single line of this size is no line: the file has no line ends.
+_SKIP = 1 << 28
+Line = tuple[int, str, int, str, str]  # number, text, size in UTF-8, and reason and problem when it cannot be used
+Tell = Callable[[str], None]
+
+
+def _silent(text: str) -> None:
+    """Nobody wants to hear it."""
+
+
+def read_rows(file: Path, source: Source | None = None, tell: Tell = _silent) -> Iterator[RawRow]:
+    """The rows of one file. `tell` hears what was recognised about it.
+
+    Raises DataError when the file as a whole cannot be read; a row that cannot is yielded with its problem.
+    """
+    source = source or Source(path=str(file))
+    name, seen = shown(file), 0
+    with files.opened(file) as stream:
+        try:
+            for raw in _rows(stream, name, source, lambda text: tell(f"{name}: {text}")):
+                seen += 1
+                yield raw
+        except Damaged as error:
+            raise DataError(
+                say(f"{error.rule}; {seen} rows before that can be read", f"{error.rule}；在此之前有 {seen} 行可读"),
+                place=f"{name}:{error.line}" if error.line else name,
+                remedy=error.remedy,
+            ) from None
+        except DataError as error:
+            raise DataError(error.rule, place=error.place or name, remedy=error.remedy) from None
+        if not seen:
+            raise DataError(
+                say("no rows: nothing but blanks", "没有数据：只有空白"),
+                place=name,
+                remedy=say("take it out of the recipe", "请从配方中去掉它"),
+            )
+
+
+def _rows(stream: Stream, name: str, source: Source, tell: Tell) -> Iterator[RawRow]:
+    suffix = files.suffix(stream.file)
+    if stream.file.suffix.lower() in files.PACKED_SUFFIXES and not stream.packed:
+        tell(say(f"named {stream.file.suffix}, but not compressed", f"名为 {stream.file.suffix}，实际未压缩"))
+    if files.is_table(stream.head):
+        if suffix not in files.TABLE_SUFFIXES:
+            tell(
+                say(
+                    "read as a table (Parquet or Arrow), whatever its name",
+                    "按表（Parquet 或 Arrow）读取，与文件名不符",
+                )
+            )
+        return tables.read_table(stream.file, stream.head, name)
+    if suffix in files.TABLE_SUFFIXES:
+        raise DataError(
+            say(
+                f"named {suffix}, but it begins as no Parquet or Arrow file does",
+                f"名为 {suffix}，但开头不是 Parquet 或 Arrow",
+            ),
+            remedy=say("fetch the file again", "请重新获取该文件"),
+        )
+    found = charset.choose(stream.head, source.encoding, stream.whole)
+    if found.told:
+        tell(found.told)
+    if not found.by_line:
+        stream.blocks = _transcoded(stream.blocks, found)
+        stream.head = b"".join(_safely(_transcoded(iter([stream.head]), found, final=stream.whole)))
+        found = Charset("utf-8")
+    head = stream.head.decode(found.codec, "ignore").removeprefix("\ufeff")
+    return _read_as(_kind(head, suffix, stream.whole, tell), head, stream, found, name, source, tell)
+
+
+def _read_as(
+    kind: str, head: str, stream: Stream, found: Charset, name: str, source: Source, tell: Tell
+) -> Iterator[RawRow]:
+    if kind == "array":
+        return read_array(stream.blocks, found, name)
+    _check_line_ends(head)
+    if kind == "csv":
+        return tables.read_csv(_lines(stream.blocks, found), head, files.suffix(stream.file), name)
+    if kind == "lines":
+        _check_one_object(head, source)
+        return _read_json_lines(_lines(stream.blocks, found), name, source)
+    return _read_text(_lines(stream.blocks, found), name, _records(head, source, tell))
+
+
+def _kind(head: str, suffix: str, whole: bool, tell: Tell) -> str:
+    """array, lines (of JSON), csv or text."""
+    begins = head.lstrip()
+    if suffix in files.JSON_SUFFIXES:
+        return "array" if begins.startswith("[") and not _is_list_line(begins) else "lines"
+    looks = "array" if re.match(r"\[\s*\{\s*\"", begins) else "lines" if _is_object(begins, whole) else ""
+    if looks:
+        tell(
+            say("read as a JSON array", "按 JSON 数组读取")
+            if looks == "array"
+            else say("read as JSON lines", "按 JSON 行读取")
+        )
+        return looks
+    return "csv" if suffix in files.CSV_SUFFIXES else "text"
+
+
+def _is_object(begins: str, whole: bool) -> bool:
+    """Whether a text begins with a line that is a JSON object, perhaps one too long to see its end."""
+    if not begins.startswith("{"):
+        return False
+    line, end, _ = begins.partition("\n")
+    if not end and not whole:
+        return bool(re.match(r"\{\s*\"[^\"\n]{1,100}\"\s*:", begins))
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_list_line(begins: str) -> bool:
+    """Whether a text begins with a line that is a whole list and is followed by another row: lines, of which the first is bad."""
+    line, _, rest = begins.partition("\n")
+    try:
+        return rest.lstrip()[:1] in ("{", "[") and isinstance(json.loads(line), list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _check_line_ends(head: str) -> None:
+    if "\r" in head and "\n" not in head:
+        raise DataError(
+            say("no line end found: lines end with \\r alone", "没有换行符：行尾只有 \\r"),
+            remedy=say("convert it: tr '\\r' '\\n' < FILE > NEW", "请转换：tr '\\r' '\\n' < 文件 > 新文件"),
+        )
+
+
+# -- lines ---------------------------------------------------------------------------------------------------------
+
+
+class _Long(bytes):
+    """The beginning of a line that is too long to be kept; `size` is its length."""
+
+    size: int
+
+
+def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines without their \\n. What is longer than CAP comes as its beginning, and as a _Long."""
+    rest = b""
+    for block in blocks:
+        lines = (rest + block).split(b"\n")
+        rest = lines.pop()
+        yield from lines
+        if len(rest) > CAP:
+            long, rest = _skip(rest, blocks)
+            yield long
+    if rest:  # several lines, when the last block ended a long one
+        yield from rest.split(b"\n")
+
+
+def _skip(begin: bytes, blocks: Iterator[bytes]) -> tuple[_Long, bytes]:
+    """(the long line, what follows it). Raises Damaged when there is no end of it."""
+    long, size, rest = _Long(begin[:4096]), len(begin), b""
+    for block in blocks:
+        end = block.find(b"\n")
+        size += len(block) if end < 0 else end
+        if size > _SKIP:
+            raise Damaged(say(f"no line end within {size:,} bytes", f"{size:,} 字节内没有换行符"))
+        if end >= 0:
+            rest = block[end + 1 :]
+            break
+    long.size = size
+    return long, rest
+
+
+def _lines(blocks: Iterator[bytes], found: Charset) -> Iterator[Line]:
+    """Every line that is not blank is decoded by itself, so that broken bytes cost one row. Blank ones are empty."""
+    codec, is_utf8 = found.codec, found.codec == "utf-8"
+    for number, line in enumerate(_split(blocks), 1):
+        if line[-1:] == b"\r":
+            line = line[:-1]
+        try:
+            text = line.decode(codec)
+        except UnicodeDecodeError as error:
+            yield _undecodable(number, line, error, found)
+            continue
+        if text[:1] == "\ufeff":
+            text = text[1:]
+            line = line[3:] if is_utf8 else line
+        if len(line) >= 4096 and isinstance(line, _Long):
+            yield (number, text, line.size, *_too_large(line.size))
+        elif not is_utf8 and not line.isascii() and _is_utf8(line):
+            yield number, text, len(text.encode("utf-8", "surrogatepass")), "bad_bytes", _mixed(found)
+        elif "\0" in text:
+            yield number, *_without_nul(text, line, found)
+        else:
+            yield number, text, len(line) if is_utf8 else len(text.encode("utf-8", "surrogatepass")), "", ""
+
+
+def _too_large(size: int) -> tuple[str, str]:
+    rule = say(f"a row of {size:,} bytes; at most {CAP:,} are taken", f"该行有 {size:,} 字节，超过上限 {CAP:,} 字节")
+    return "too_large", rule
+
+
+def _undecodable(number: int, line: bytes, error: UnicodeDecodeError, found: Charset) -> Line:
+    if isinstance(line, _Long):
+        return (number, line[:200].decode(found.codec, "backslashreplace"), line.size, *_too_large(line.size))
+    text = line.decode(found.codec, "backslashreplace")
+    rule = say(f"the byte at {error.start} is not {found.name}", f"第 {error.start} 字节处不是 {found.name}")
+    likely = charset.recognise(line)
+    if found.codec != "utf-8" and _is_utf8(line):
+        rule = _mixed(found)
+    elif found.codec == "utf-8" and likely.codec != "utf-8":
+        rule += say(f"; it may be {likely.name}", f"；可能是 {likely.name}")
+    elif error.reason == "unexpected end of data":
+        rule += say("; cut off?", "；被截断？")
+    return number, text, len(line), "not_utf8" if found.codec == "utf-8" else "bad_bytes", rule
+
+
+def _mixed(found: Charset) -> str:
+    return say(f"this line is UTF-8 in a file of {found.name}", f"{found.name} 文件中的 UTF-8 行")
+
+
+def _is_utf8(line: bytes) -> bool:
+    """Chinese of UTF-8 in a line; chance makes four such letters of GB18030 in no text that was seen."""
+    try:
+        return sum(letter > "\u07ff" for letter in line.decode("utf-8")) >= 4
+    except UnicodeDecodeError:
+        return False
+
+
+def _without_nul(text: str, line: bytes, found: Charset) -> tuple[str, int, str, str]:
+    """A row with NUL bytes, as a disk leaves them behind after a power loss."""
+    count = text.count("\0")
+    rule = say(f"{count:,} NUL bytes: the file is damaged here", f"{count:,} 个 NUL 字节：文件此处已损坏")
+    return text.replace("\0", "\u2400") if count < 100 else text.strip("\0"), len(line), "nul_character", rule
+
+
+def _transcoded(blocks: Iterator[bytes], found: Charset, final: bool = True) -> Iterator[bytes]:
+    """UTF-8 of what has wider units than bytes. Half a surrogate pair stays, to be refused with its row."""
+    passes = "surrogatepass" if found.codec.startswith(("utf-16", "utf-32")) else "strict"
+    decoder = codecs.getincrementaldecoder(found.codec)(passes)
+    try:
+        for block in blocks:
+            if text := decoder.decode(block):
+                yield text.encode("utf-8", "surrogatepass")
+        yield decoder.decode(b"", final).encode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        raise Damaged(
+            say(f"these bytes are not {found.name}: {error.reason}", f"字节不是 {found.name}：{error.reason}")
+        ) from None
+
+
+def _safely(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """As far as it goes: the same damage is met again when the rows are read."""
+    try:
+        yield from blocks
+    except Damaged:
+        return
+
+
+# -- text ----------------------------------------------------------------------------------------------------------
+
+
+SPARSE = 50  # a blank line among more lines than this ends no paragraph
+_BLANK_LINE = re.compile(r"\n[ \t\r\u3000]*(?=\n)")
+
+
+def _records(head: str, source: Source, tell: Tell) -> str:
+    """line, paragraph or file: as the recipe says, else by whether enough blank lines stand in the beginning."""
+    if source.records:
+        return source.records
+    text = head.strip()
+    blank, lines = len(_BLANK_LINE.findall(text)), text.count("\n") + 1
+    if blank * SPARSE > lines:
+        return "paragraph"
+    seen = (
+        say(f"{blank:,} of {lines:,} lines are blank", f"{lines:,} 行中有 {blank:,} 个空行")
+        if blank
+        else say("no blank line", "没有空行")
+    )
+    tell(
+        say(
+            f"{seen}: each line is a record (records: paragraph or file changes that)",
+            f"{seen}：每行一条记录（可用 records: paragraph 或 file 更改）",
+        )
+    )
+    return "line"
+
+
+def _read_text(lines: Iterator[Line], name: str, records: str) -> Iterator[RawRow]:
+    if records != "line":
+        yield from _read_blocks(lines, name, by_file=records == "file")
+        return
+    for number, text, size, reason, problem in lines:
+        if problem:
+            yield RawRow(name, number, text, size, problem, reason)
+        elif text and not text.isspace():
+            yield RawRow(name, number, {"text": text}, size)
+
+
+def _read_blocks(lines: Iterator[Line], name: str, by_file: bool) -> Iterator[RawRow]:
+    """Lines up to a blank one, or all of them; the row's number is its first line."""
+    block = _Block(name)
+    for line in lines:
+        if line[3] or (line[1] and not line[1].isspace()) or (block.start and by_file):
+            block.add(line)
+        elif block.start:
+            yield block.row()
+            block = _Block(name)
+    if block.start:
+        yield block.row()
+
+
+class _Block:
+    """Lines that are one record. What is larger than a row may be is measured, not kept."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.start, self.size = name, 0, 0
+        self.texts: list[str] = []
+        self.reason, self.problem = "", ""
+
+    def add(self, line: Line) -> None:
+        number, text, size, reason, problem = line
+        self.start = self.start or number
+        self.size += size + 1
+        if self.size <= CAP:
+            self.texts.append(text)
+        if problem and not self.problem:
+            self.reason = reason
+            self.problem = (
+                say(f"line {number}: {problem}", f"第 {number} 行：{problem}") if number > self.start else problem
+            )
+
+    def row(self) -> RawRow:
+        text = "\n".join(self.texts).rstrip("\n")
+        if self.size > CAP:
+            self.reason, self.problem = _too_large(self.size)
+            text = text[:200]
+        if self.problem:
+            return RawRow(self.name, self.start, text, self.size, self.problem, self.reason)
+        return RawRow(self.name, self.start, {"text": text}, len(text.encode("utf-8", "surrogatepass")))
+
+
+# -- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def _read_json_lines(lines: Iterator[Line], name: str, source: Source) -> Iterator[RawRow]:
+    rows = _parsed(lines, name)
+    first, second = next(rows, None), next(rows, None)
+    if first and not second:
+        _check_wrapper(first.value, source)
+    yield from (row for row in (first, second) if row)
+    yield from rows
+
+
+def _parsed(lines: Iterator[Line], name: str) -> Iterator[RawRow]:
+    for number, text, size, reason, problem in lines:
+        if problem:
+            yield RawRow(name, number, text, size, problem, reason)
+        elif text and not text.isspace():
+            try:
+                value = parse_json(text)
+            except RowRefused as error:
+                yield RawRow(name, number, text, size, error.rule, error.reason)
+            else:
+                yield RawRow(name, number, value, size)
+
+
+# Keys that hold lists within a row, and keys that only rows have.
+_LISTS = {"messages", "conversations", "tools", "functions", "history", "prompt", "completion"}
+_OF_ROWS = {*_LISTS, "text", "instruction", "instruct", "question", "query", "input", "output", "answer"}
+
+
+def _check_wrapper(value: Any, source: Source) -> None:
+    """Raise DataError when the only object of a file holds the rows inside itself."""
+    if not isinstance(value, dict):
+        return
+    known = _OF_ROWS | set(source.columns.values())
+    parts = value.values()
+    if parts and all(isinstance(part, list) and len(part) > 1 and not isinstance(part[0], dict) for part in parts):
+        raise _wrapped(next(iter(value)), by_columns=True)
+    if parts and all(isinstance(part, dict) and "0" in part for part in parts):
+        raise _wrapped(next(iter(value)), by_columns=True)
+    if known & value.keys():
+        return
+    for key, part in value.items():
+        if isinstance(part, list) and part and isinstance(part[0], dict):
+            raise _wrapped(key)
+
+
+def _wrapped(key: str, by_columns: bool = False) -> DataError:
+    if by_columns:
+        return DataError(
+            say(
+                f"one object whose keys hold whole columns ({key!r}: […]), not rows",
+                f"整个文件是一个对象，键下是整列（{key!r}: […]），而不是数据行",
+            ),
+            remedy="python -c \"import pandas; pandas.read_json('FILE').to_json('NEW.jsonl', orient='records', "
+            'lines=True, force_ascii=False)"',
+        )
+    return DataError(
+        say(
+            f"one object that holds the rows under the key {key!r}",
+            f"整个文件是一个对象，数据行在键 {key!r} 之下",
+        ),
+        remedy=f"jq -c '.[\"{key}\"][]' FILE > NEW.jsonl",
+    )
+
+
+def _check_one_object(head: str, source: Source) -> None:
+    """Raise DataError when a file that should hold lines begins with an object that is spread over several of them, or
+    with one that is too long to be a row."""
+    begins = head.lstrip()
+    line, end, _ = begins.partition("\n")
+    found = re.match(r"\{\s*\"([^\"]{1,100})\"\s*:\s*\[\s*\{", begins)
+    key = found[1] if found and found[1] not in _LISTS | set(source.columns.values()) else ""
+    if not begins.startswith("{") or (not end and not key):
+        return
+    try:
+        json.loads(line)
+        return
+    except (ValueError, RecursionError):
+        pass
+    try:
+        value, stop = json.JSONDecoder().raw_decode(begins)
+    except RecursionError:
+        return
+    except ValueError as error:
+        cut = getattr(error, "pos", 0) >= len(begins) - 12 or "Unterminated" in str(error)
+        if key and cut and len(head) >= files.HEAD // 4:
+            raise _wrapped(key) from None
+        return
+    if "\n" in begins[:stop]:
+        _check_wrapper(value, source)
+        raise DataError(
+            say("one object is spread over several lines", "一个对象分布在多行上"),
+            remedy=say("one row per line: jq -c . FILE > NEW.jsonl", "每行一条：jq -c . 文件 > 新文件.jsonl"),
+        )

@@ -1,0 +1,128 @@
+"""One row as it stands in a file, and JSON read so strictly that nothing in it can change its meaning unseen.
+
+Python's parser takes the last of two equal keys, NaN, and any depth; other programs take the first, nothing, and crash.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from tongwen.core.errors import RowRefused
+from tongwen.core.i18n import say
+
+CAP = 1 << 24  # bytes of a row
+DEPTH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row as it stands in the file; `problem` is set when it could not even be parsed."""
+
+    file: str
+    row: int
+    value: Any
+    size: int  # UTF-8 bytes of the row's text
+    problem: str = ""
+    reason: str = ""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        keys = [key for key, _ in pairs]
+        key = next(key for key in keys if keys.count(key) > 1)
+        raise RowRefused("duplicate_key", say(f"the key {key!r} stands twice", f"键 {key!r} 重复出现"))
+    return out
+
+
+def _constant(name: str) -> Any:
+    raise RowRefused("not_a_number", say(f"{name} is not JSON", f"{name} 不是 JSON"))
+
+
+# The hook costs a third of parsing at most; counting keys afterwards cost more.
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
+# Finds the end of what the other refuses for its content.
+LENIENT = json.JSONDecoder(strict=False, parse_constant=lambda name: None, parse_int=lambda digits: 0)
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """The object that a line holds. Raises RowRefused."""
+    try:
+        value = DECODER.decode(text)
+    except RecursionError:
+        raise too_deep() from None
+    except ValueError as error:
+        raise not_json(error, text) from None
+    check_object(value, text)
+    return value  # type: ignore[no-any-return]
+
+
+def check_object(value: Any, text: str) -> None:
+    """Raise RowRefused unless the value, which the text says, is an object of bearable depth."""
+    if value.__class__ is not dict:
+        rule = say(f"a row must be an object, this is {kind(value)}", f"每行应为对象，此处是 {kind(value)}")
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            rule += say(": JSON written as text inside JSON", "：JSON 被当作文本再次编码")
+        raise RowRefused("not_an_object", rule)
+    if text.count("[") + text.count("{") > DEPTH and is_deep(value):
+        raise too_deep()
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects stand in each other more than DEPTH times."""
+    layer = [value]
+    for _ in range(DEPTH):
+        layer = [
+            part
+            for whole in layer
+            for part in (whole.values() if isinstance(whole, dict) else whole)
+            if isinstance(part, (dict, list))
+        ]
+        if not layer:
+            return False
+    return True
+
+
+def too_deep() -> RowRefused:
+    return RowRefused("too_deep", say(f"nested deeper than {DEPTH}", f"嵌套超过 {DEPTH} 层"))
+
+
+def not_json(error: ValueError, text: str, start: int = 0) -> RowRefused:
+    """Why a text, or what begins at `start`, is not JSON, with a guess at what happened."""
+    if not isinstance(error, json.JSONDecodeError):
+        return RowRefused("not_json", say(f"not JSON: {error}", f"不是 JSON：{error}"))
+    if error.msg.startswith("Invalid control character"):
+        letter = text[error.pos : error.pos + 1]
+        name = f"U+{ord(letter):04X}" if letter else ""
+        rule = say(f"the raw control character {name} in a string", f"字符串中有未转义的控制符 {name}")
+        return RowRefused("nul_character" if letter == "\0" else "control_character", rule)
+    place = say(f"at character {error.pos - start + 1}", f"第 {error.pos - start + 1} 个字符处")
+    guess = _guess(error, text[start:], error.pos - start)
+    return RowRefused(
+        "not_json", say(f"not JSON: {error.msg} {place}{guess}", f"不是 JSON：{place}，{error.msg}{guess}")
+    )
+
+
+def _guess(error: json.JSONDecodeError, text: str, place: int) -> str:
+    if re.match(r"\s*[\[{]\s*'", text):
+        return say("; written by Python's print, not by json.dumps?", "；由 Python 的 print 写出，而非 json.dumps？")
+    if error.msg.startswith("Unterminated string") or place >= len(text.rstrip()):
+        return say("; cut off?", "；被截断？")
+    if text.startswith(("//", "#", "/*"), place):
+        return say("; JSON has no comments", "；JSON 没有注释")
+    if error.msg == "Extra data":
+        return say("; two objects on one line?", "；一行有两个对象？")
+    if re.compile("None|True|False|nan").match(text, place):
+        return say("; JSON says null, true, false", "；JSON 写作 null、true、false")
+    if text[:place].rstrip().endswith(",") or text.startswith(",", place):
+        return say("; a comma too many?", "；多了一个逗号？")
+    return ""
+
+
+def kind(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true/false"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)

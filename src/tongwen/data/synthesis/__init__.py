@@ -1,0 +1,1 @@
+"""Dialogues that another model writes."""

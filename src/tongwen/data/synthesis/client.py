@@ -1,0 +1,314 @@
+"""Answers that cost money, from an OpenAI-compatible endpoint: asked again when that may help, and never beyond the cap.
+
+There is one layer that retries, this one: the client's own is off, because two multiply. An answer counts only when the
+endpoint said that it is finished. The key comes from the environment, goes to one origin, and is never written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import ipaddress
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+import openai
+
+from tongwen.core.errors import MachineError, RecipeError, TongwenError
+from tongwen.core.i18n import say
+from tongwen.recipe.schema import Synthesize
+
+LARGEST = 8 << 20  # bytes of a reply
+LONGEST_REST = 120.0  # seconds that a Retry-After is obeyed
+OUTAGE = 5  # failures in a row after which one request at a time is tried
+HOPELESS = (400, 401, 403, 404, 405, 413, 422)
+
+
+class Unanswered(Exception):
+    """A request that stays without an answer, with the reason."""
+
+
+class Cut(Exception):
+    """A reply that ended before it was finished."""
+
+
+class TooLarge(Exception):
+    """A reply of more bytes than any answer has."""
+
+
+class Spending:
+    """What was spent, and what the requests on their way may still cost, against the cap."""
+
+    def __init__(self, section: Synthesize) -> None:
+        self.cap, self.price = section.at_most, section.price
+        self.requests = 0
+        self.tokens = [0, 0]  # of prompts, of answers
+        self.reserved = [0, 0]
+
+    def money(self, tokens: list[int]) -> float:
+        price = self.price
+        return (tokens[0] * price.input + tokens[1] * price.output) / 1e6 if price else 0.0
+
+    def reserve(self, most: tuple[int, int]) -> None:
+        """Make room for a request. Raises MachineError when it could go beyond the cap."""
+        planned = [spent + kept + new for spent, kept, new in zip(self.tokens, self.reserved, most, strict=True)]
+        for name, value, cap in (
+            ("requests", self.requests + 1, self.cap.requests),
+            ("tokens", sum(planned), self.cap.tokens),
+            ("money", self.money(planned), self.cap.money),
+        ):
+            if cap is not None and value > cap:
+                raise MachineError(
+                    say(
+                        f"the next request could go beyond the cap of {cap:g} {name}; spent: {self.said()}",
+                        f"再请求一次可能超过上限 {cap:g} {name}；已用：{self.said()}",
+                    ),
+                    place=f"synthesize.at_most.{name}",
+                    remedy=say(
+                        "a higher cap, or fewer `rows`: the same command goes on",
+                        "提高上限或减少 `rows`；用同一命令可以继续",
+                    ),
+                )
+        self.requests += 1
+        self._hold(most, 1)
+
+    def settle(self, most: tuple[int, int], used: tuple[int, int]) -> None:
+        """A request has ended: what it took, instead of what was held for it."""
+        self._hold(most, -1)
+        self.count(used)
+
+    def count(self, used: tuple[int, int]) -> None:
+        self.tokens = [spent + new for spent, new in zip(self.tokens, used, strict=True)]
+
+    def said(self) -> str:
+        money = f", {self.money(self.tokens):.4g} {say('of money', '金额')}" if self.price else ""
+        return f"{self.requests} {say('requests', '次请求')}, {sum(self.tokens):,} token{money}"
+
+    def _hold(self, most: tuple[int, int], sign: int) -> None:
+        self.reserved = [kept + sign * new for kept, new in zip(self.reserved, most, strict=True)]
+
+
+class Endpoint:
+    """The place that is asked, and how patiently."""
+
+    def __init__(self, section: Synthesize, spending: Spending, tell: Callable[[str], None]) -> None:
+        self.section, self.spending, self.tell = section, spending, tell
+        self.schema = section.json_schema == "auto"
+        self.failures = 0  # in a row
+        self.rest_until = 0.0
+        self.next_start = 0.0
+        self.probing = asyncio.Lock()
+        self.client = openai.AsyncOpenAI(
+            base_url=check_address(section.endpoint),
+            api_key=_key(section),
+            max_retries=0,
+            timeout=httpx2.Timeout(section.seconds, connect=min(10.0, section.seconds)),
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=httpx2.AsyncClient(
+                # Behind a proxy the transport is the library's own; there only the text is counted.
+                transport=None if section.use_proxy else _Capped(),
+                trust_env=section.use_proxy,
+                follow_redirects=False,
+                event_hooks={"response": [_check_kind]},
+            ),
+        )
+
+    async def complete(self, prompt: str, schema: dict[str, Any] | None) -> tuple[str, str, tuple[int, int]]:
+        """(text, why it ended, tokens of prompt and answer). Raises Unanswered, or TongwenError when no request can be
+        answered."""
+        most = (len(prompt.encode()), self.section.max_tokens)  # no tokenizer makes more of it than its bytes
+        why = ""
+        for attempt in range(self.section.attempts):
+            async with _Turn(self):
+                self.spending.reserve(most)
+                used = (0, 0)
+                try:
+                    answer = await asyncio.wait_for(self._ask(prompt, schema), self.section.seconds)
+                    used = answer[2]
+                    self.failures = 0
+                    return answer
+                except (openai.APIError, Cut, TooLarge, asyncio.TimeoutError, ValueError, httpx2.HTTPError) as error:
+                    why, used = self._judged(error), (0, 0) if _cost_nothing(error) else most
+                finally:
+                    self.spending.settle(most, used)
+            await asyncio.sleep(random.uniform(0, min(60.0, self.section.pause * 2**attempt)))  # noqa: S311 (full jitter)
+        raise Unanswered(why)
+
+    async def _ask(self, prompt: str, schema: dict[str, Any] | None) -> tuple[str, str, tuple[int, int]]:
+        section = self.section
+        form: dict[str, Any] = {}
+        if schema and self.schema:
+            form = {"response_format": {"type": "json_schema", "json_schema": {"name": "tasks", "schema": schema}}}
+        text, finish, tokens = "", None, (len(prompt), 0)
+        stream = await self.client.chat.completions.create(
+            model=section.model,
+            messages=[{"role": "user", "content": prompt}],
+            temperature=section.temperature,
+            top_p=section.top_p,
+            max_tokens=section.max_tokens,
+            stream=True,
+            stream_options={"include_usage": True},
+            **form,
+        )
+        async for chunk in stream:
+            if chunk.usage:
+                tokens = (chunk.usage.prompt_tokens, chunk.usage.completion_tokens)
+            for choice in chunk.choices or ():
+                text += (choice.delta and choice.delta.content) or ""
+                finish = choice.finish_reason or finish
+            if len(text) > LARGEST:
+                raise TooLarge
+        if finish == "content_filter":
+            raise Cut(finish)
+        if finish is None:
+            raise Cut(say("the stream ended early", "流提前结束"))
+        return text, finish, tokens if tokens[1] else (tokens[0], len(text))
+
+    def _judged(self, error: Exception) -> str:
+        """Why a request failed, when it is worth asking again. Raises TongwenError when none is."""
+        if isinstance(cause := error.__cause__, TongwenError):
+            raise cause
+        self.failures += 1
+        if not isinstance(error, openai.APIStatusError):
+            return f"{type(error).__name__}: {error!s:.200}"
+        status, code = error.status_code, getattr(error, "code", None)
+        if status in (400, 422) and self.schema and "response_format" in str(error):
+            self.schema = False
+            self.tell(say("the endpoint takes no JSON schema: asked without", "该接口不支持 JSON schema：不使用"))
+            return "json_schema"
+        if status in HOPELESS or code == "insufficient_quota" or 300 <= status < 400:
+            raise RecipeError(
+                say(f"the endpoint refuses ({status}): {error!s:.300}", f"接口拒绝（{status}）：{error!s:.300}"),
+                place="synthesize.endpoint",
+                remedy=say(
+                    f"synthesize.endpoint, synthesize.model and the key in ${self.section.key}",
+                    f"检查 synthesize.endpoint、synthesize.model 与 ${self.section.key} 中的密钥",
+                ),
+            )
+        if status == 429:
+            self.failures -= 1  # it lives, and says when to come again
+            self.rest_until = max(self.rest_until, time.monotonic() + retry_after(error.response.headers))
+        return f"HTTP {status}"
+
+
+class _Turn:
+    """A moment at which a request may start: the pace is kept, a Retry-After is obeyed, and in an outage there is one
+    probe at a time, each after a longer rest."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint, self.probes = endpoint, False
+
+    async def __aenter__(self) -> None:
+        endpoint = self.endpoint
+        if endpoint.failures >= OUTAGE:
+            await endpoint.probing.acquire()
+            self.probes = True
+            if endpoint.failures >= OUTAGE:  # not ended while we waited
+                await asyncio.sleep(min(60.0, endpoint.section.pause * 2 ** (endpoint.failures - OUTAGE + 1)))
+        while (rest := endpoint.rest_until - time.monotonic()) > 0:
+            await asyncio.sleep(rest)
+        if endpoint.section.requests_per_minute:
+            now = time.monotonic()
+            start = max(now, endpoint.next_start)
+            endpoint.next_start = start + 60 / endpoint.section.requests_per_minute
+            await asyncio.sleep(start - now)
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.probes:
+            self.endpoint.probing.release()
+
+
+def _cost_nothing(error: Exception) -> bool:
+    """Whether a failed request was surely not billed: it was refused, or never got there."""
+    unreached = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
+    return unreached or isinstance(error, openai.APIStatusError)
+
+
+def check_address(address: str) -> str:
+    """The base URL. Raises RecipeError when a key should not be sent there."""
+    parts = urlsplit(address)
+    host = parts.hostname or ""
+    try:
+        near = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        near = False
+    if parts.username or parts.password or not host or parts.scheme not in ("https", "http"):
+        rule = say("this is no plain address of an endpoint", "这不是普通的接口地址")
+    elif parts.scheme == "http" and not near:
+        rule = say("without https everybody on the way reads the key", "不用 https，沿途都能读到密钥")
+    else:
+        return address
+    shown = f"{parts.scheme}://{host}{parts.path}"  # without what stands before the @
+    raise RecipeError(f"{shown}: {rule}", place="synthesize.endpoint", remedy="https://HOST/v1")
+
+
+def retry_after(headers: Any) -> float:
+    """Seconds that a 429 asks for: a number or a date; what is neither, or in the past, is one second."""
+    said = headers.get("retry-after", "")
+    try:
+        seconds = float(said)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(said).timestamp() - time.time()
+        except ValueError:
+            seconds = 1.0
+    return min(LONGEST_REST, seconds) if seconds > 0 else 1.0
+
+
+def _key(section: Synthesize) -> str:
+    key = os.environ.get(section.key, "")
+    if not key and urlsplit(section.endpoint).scheme == "https":
+        raise RecipeError(
+            say("the key is not in the environment", "环境变量中没有密钥"),
+            place=f"synthesize.key: {section.key}",
+            remedy=f"export {section.key}=…",
+        )
+    return key or "none"
+
+
+async def _check_kind(response: Any) -> None:
+    """A web page is no answer: a login, a portal, a wrong address."""
+    kind = response.headers.get("content-type", "")
+    if response.status_code == 200 and "html" in kind:
+        raise RecipeError(
+            say("the endpoint answers with a web page", "该接口返回的是网页"),
+            place="synthesize.endpoint",
+            remedy=say("the address ends with /v1 for most endpoints", "多数接口的地址以 /v1 结尾"),
+        )
+
+
+class _Capped(httpx2.AsyncHTTPTransport):
+    """What comes in is counted as it comes, and never unpacked."""
+
+    async def handle_async_request(self, request: Any) -> Any:
+        response = await super().handle_async_request(request)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            await response.aclose()
+            raise httpx2.DecodingError("a packed reply")
+        return httpx2.Response(
+            response.status_code,
+            headers=response.headers,
+            stream=_Counted(response.stream),
+            extensions=response.extensions,
+        )
+
+
+class _Counted(httpx2.AsyncByteStream):
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for block in self.stream:
+            size += len(block)
+            if size > LARGEST:
+                raise TooLarge(f"more than {LARGEST} bytes")
+            yield block
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()

@@ -1,0 +1,321 @@
+"""Dialogues that a model writes: tasks like some examples, tasks on drawn topics, or questions about one's own documents.
+
+Each request is named by all that decides it and has a number; replies are taken in the order of the numbers, whenever they
+came. So the rows follow from the journal alone: a run that was killed and one that was not end the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from itertools import count
+from typing import Any
+
+import yaml
+
+from tongwen.core.errors import DataError, RowRefused
+from tongwen.core.i18n import say
+from tongwen.data.synthesis.journal import Journal, Reply
+from tongwen.data.synthesis.parse import Item, read_blocks, read_json
+from tongwen.data.synthesis.similarity import Index, rouge_l
+from tongwen.recipe.schema import Synthesize
+
+EXAMPLES = 3  # seed tasks in a prompt, as in BELLE
+TASKS = 10  # asked for at once
+PIECE = 1200  # characters of a document in one prompt
+LONGEST = 100  # characters of an instruction that comes with an input; half as much again where it gives an example
+# What needs eyes, a network, or speaks about the model that wrote it.
+FORBIDDEN = (
+    *("图像", "图片", "照片", "截图", "文件", "图表", "图层", "曲线图", "折线图", "直线图", "柱形图", "饼状图"),
+    *("视频", "音频", "链接", "http", "chatgpt", "openai", "gpt-3", "gpt-4", "作为一个AI", "作为AI", "语言模型"),
+)
+ADDRESSED = re.compile(r"(?:请|要求|让|使用)\s*(?:GPT|AI)\s*(?:语言)?(?:模型|助手)?(?:能够|可以|来|去)?[，,：:]?")
+STRANGE = re.compile(
+    "[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufdd0-\ufdef]|<\\|[^|]{1,40}\\|>|</?s>|\\[/?INST\\]|\\[gMASK\\]"
+)
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "items": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {key: {"type": "string"} for key in ("instruction", "input", "output")},
+                "required": ["instruction", "input", "output"],
+                "additionalProperties": False,
+            },
+        }
+    },
+    "required": ["items"],
+    "additionalProperties": False,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to the endpoint. source: what it was made from, for the row's provenance."""
+
+    number: int
+    prompt: str
+    source: Any
+    schema: dict[str, Any] | None = None
+
+    def key(self, section: Synthesize) -> str:
+        asked = [section.model, section.temperature, section.top_p, section.max_tokens, self.number, self.prompt]
+        return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()[:32]
+
+
+Complete = Callable[[Request], Awaitable[tuple[str, str, tuple[int, int]]]]
+"""a request -> (text, why it ended, tokens of prompt and answer)"""
+
+
+@dataclass
+class Made:
+    """What came of the replies so far."""
+
+    section: Synthesize
+    index: Index = field(default_factory=Index)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    stale: int = 0  # replies in a row that brought nothing
+
+    @property
+    def enough(self) -> bool:
+        return len(self.rows) >= self.section.rows or self.stale >= self.section.stale
+
+    def take(self, request: Request, reply: Reply) -> None:
+        """Keep the good tasks of a reply as rows, and the others with their reasons."""
+        before = len(self.rows)
+        items = list(_read(self.section.method, reply))
+        if self.section.method == "documents":
+            self._keep_dialogue(request, reply, items)
+        else:
+            for number, item in enumerate(items):
+                self._keep(request, reply, f"{reply.key}:{number}", [item])
+        self.stale = 0 if len(self.rows) > before else self.stale + 1
+
+    def refuse(self, request: Request, reason: str, rule: str, value: Any) -> None:
+        self.reasons[reason] += 1
+        self.rejected.append({"request": request.number, "reason": reason, "rule": rule, "value": value})
+
+    def _keep_dialogue(self, request: Request, reply: Reply, items: list[Item | RowRefused]) -> None:
+        """All questions about one piece of a document are the turns of one dialogue."""
+        good = [item for item in items if isinstance(item, Item)]
+        for item in items:
+            if isinstance(item, RowRefused):
+                self._keep(request, reply, "", [item])
+        if good:
+            self._keep(request, reply, reply.key, good)
+
+    def _keep(self, request: Request, reply: Reply, name: str, items: Sequence[Item | RowRefused]) -> None:
+        if len(self.rows) >= self.section.rows:
+            return
+        turns = []
+        for item in items:
+            try:
+                if isinstance(item, RowRefused):
+                    raise item
+                turns.append(_checked(item))
+            except RowRefused as error:
+                value = {"text": reply.text} if isinstance(item, RowRefused) else vars(item)
+                self.refuse(request, error.reason, error.rule, value)
+                return
+        question = "\n".join(item.question for item in turns)
+        near = self.index.nearest(question)
+        score, likest = near[0] if near else (0.0, "")
+        same = max((rouge_l(question, other) for _, other in near), default=0.0)
+        if score > self.section.bm25_at_most or same > self.section.rouge_at_most:
+            rule = say(
+                f"BM25 {score:.1f}, ROUGE-L {same:.2f} to {likest[:40]!r}",
+                f"与 {likest[:40]!r} 的 BM25 {score:.1f}、ROUGE-L {same:.2f}",
+            )
+            self.refuse(request, "like_another", rule, {"question": question})
+            return
+        self.index.add(question)
+        messages = [
+            {"role": role, "content": text}
+            for item in turns
+            for role, text in (("user", item.question), ("assistant", item.output))
+        ]
+        meta = {
+            "id": name,
+            "method": self.section.method,
+            "model": self.section.model,
+            "endpoint": self.section.endpoint,
+            "request": request.number,
+            "from": request.source,
+            "bm25": round(score, 2),
+        }
+        self.rows.append({"messages": messages, "meta": meta})
+
+
+def _read(method: str, reply: Reply) -> Iterator[Item | RowRefused]:
+    if method == "self_instruct":
+        return read_blocks(reply.text, reply.finish, EXAMPLES + 1)
+    return read_json(reply.text)
+
+
+def _checked(item: Item) -> Item:
+    """The item with the words that address the model taken out. Raises RowRefused."""
+
+    def refuse(reason: str, en: str, zh: str) -> RowRefused:
+        return RowRefused(reason, say(en, zh))
+
+    mended = Item(ADDRESSED.sub("", item.instruction).strip(), item.input, item.output)
+    whole = f"{mended.question}\n{mended.output}"
+    if len(mended.instruction) <= 3 or not mended.output:
+        raise refuse("too_short", "no instruction, or no answer", "没有指令或回答")
+    longest = LONGEST * 3 // 2 if re.search("示例|例子", mended.instruction) else LONGEST
+    if mended.input and len(mended.instruction) >= longest:
+        raise refuse(
+            "too_long",
+            f"an instruction of {len(mended.instruction)} characters",
+            f"指令有 {len(mended.instruction)} 字",
+        )
+    if found := STRANGE.search(whole):
+        raise refuse("control_token_in_text", f"the text contains {found[0]!r}", f"文本中含有 {found[0]!r}")
+    for word in (*FORBIDDEN, "gpt"):
+        if word.lower() in (mended.question if word == "gpt" else whole).lower():
+            raise refuse("forbidden", f"it contains {word!r}", f"含有 {word!r}")
+    return mended
+
+
+async def gather(
+    requests: Iterable[Request],
+    made: Made,
+    journal: Journal,
+    complete: Complete,
+    unanswered: type[Exception],
+    progress: Callable[[int], None],
+) -> None:
+    """Ask and take replies in order until there are enough rows, or no more requests. What `complete` raises ends all that
+    is on its way; `unanswered` costs one request."""
+    section = made.section
+    waiting = iter(requests)
+    running: dict[asyncio.Task[Reply | str], Request] = {}
+    done: dict[int, tuple[Request, Reply | str]] = {}
+    following = 0
+
+    async def ask(request: Request) -> Reply | str:
+        key = request.key(section)
+        if key in journal.replies:
+            return journal.replies[key]
+        journal.check_room()
+        try:
+            reply = Reply(key, *await complete(request))
+        except unanswered as error:
+            return str(error)
+        journal.add(reply)
+        return reply
+
+    try:
+        while not made.enough:
+            # Who is far ahead waits: what lies between would be paid for, and perhaps not used.
+            while len(running) < section.concurrency and len(running) + len(done) < 2 * section.concurrency:
+                if (request := next(waiting, None)) is None:
+                    break
+                running[asyncio.create_task(ask(request))] = request
+            if not running:
+                return
+            finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in finished:
+                request = running.pop(task)
+                done[request.number] = request, task.result()
+            while following in done and not made.enough:
+                request, reply = done.pop(following)
+                following += 1
+                if isinstance(reply, Reply):
+                    made.take(request, reply)
+                else:
+                    made.refuse(request, "unanswered", reply, {"prompt": request.prompt})
+                progress(len(made.rows))
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+# -- requests ------------------------------------------------------------------------------------------------------
+
+
+def self_instruct(seeds: Sequence[Item], seed: int) -> Iterator[Request]:
+    """Three of the seed tasks as examples, drawn by the request's number."""
+    for number in count():
+        chosen = random.Random(f"{seed}:{number}").sample(range(len(seeds)), EXAMPLES)  # noqa: S311
+        examples = "".join(
+            f"###\n{place}. 指令: {task.instruction}\n{place}. 输入:\n{task.input or '<无输入>'}\n{place}. 输出:\n{task.output}\n"
+            for place, task in enumerate((seeds[index] for index in chosen), 1)
+        )
+        yield Request(number, f"{_words()['self_instruct']}{examples}###\n{EXAMPLES + 1}. 指令:", {"seeds": chosen})
+
+
+def by_topics(topics: Sequence[str], seed: int) -> Iterator[Request]:
+    """Ten topics and ten kinds of task, and how long questions and answers are to be, drawn by the request's number."""
+    words = _words()
+    for number in count():
+        draw = random.Random(f"{seed}:{number}")  # noqa: S311
+        chosen = draw.sample(list(topics or words["topics"]), min(10, len(topics or words["topics"])))
+        kinds = draw.sample(words["kinds"], 10)
+        prompt = words["by_topics"].format(
+            tasks=TASKS,
+            topics="、".join(chosen),
+            kinds="、".join(kinds),
+            question=draw.randint(80, 120),
+            answer=draw.randint(128, 512),
+        )
+        yield Request(number, prompt, {"topics": chosen, "kinds": kinds}, SCHEMA)
+
+
+def about_documents(documents: Iterable[tuple[str, str]]) -> Iterator[Request]:
+    """Questions about each piece of each document, (text, where it stands)."""
+    number = count()
+    for text, origin in documents:
+        for begin in range(0, len(text), PIECE):
+            if len(piece := text[begin : begin + PIECE].strip()) >= 40:
+                yield Request(
+                    next(number),
+                    _words()["about_documents"].format(text=piece),
+                    {"document": origin, "begin": begin},
+                    SCHEMA,
+                )
+
+
+def _words() -> dict[str, Any]:
+    """Prompts, topics and kinds of task."""
+    return dict(
+        yaml.safe_load((resources.files("tongwen.data.synthesis") / "prompts.yaml").read_text(encoding="utf-8"))
+    )
+
+
+def shipped_seeds() -> list[Item]:
+    return [Item(*(row[key] for key in ("instruction", "input", "output"))) for row in _words()["seeds"]]
+
+
+def read_seed(row: Any, place: str) -> Item:
+    """A seed task of BELLE's shape. Raises DataError."""
+    value = row if isinstance(row, dict) else {}
+    instances = value.get("instances")
+    first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else {}
+    found = (value.get("instruction"), first.get("input", ""), first.get("output"))
+    parts = zip(("instruction", "instances[0].input", "instances[0].output"), found, (False, True, False), strict=True)
+    wrong = [
+        name for name, text, may_be_empty in parts if not isinstance(text, str) or not (text.strip() or may_be_empty)
+    ]
+    if wrong:
+        raise DataError(
+            say(
+                f"no seed task: no text in {', '.join(wrong)}; it has {', '.join(map(str, value)) or 'no keys'}",
+                f"不是种子任务：{'、'.join(wrong)} 不是文本；含有 {'、'.join(map(str, value)) or '无键'}",
+            ),
+            place=place,
+            remedy='{"instruction": "…", "instances": [{"input": "", "output": "…"}]}',
+        )
+    return Item(*(str(text).strip() for text in found))

@@ -1,0 +1,100 @@
+"""Tasks out of what a model wrote: numbered blocks or JSON, fenced, wrapped in prose, or broken off in the middle.
+
+Tolerant about what stands around an item, strict about the item: all of it or nothing, and what is not taken has a
+reason. A reply is data: nothing in it is run, fetched or believed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tongwen.core.errors import RowRefused
+from tongwen.core.i18n import say
+from tongwen.data.row import DECODER
+
+MOST = 100  # items of one reply
+_LABELS = r"(?:\d+\s*[.、]\s*)?(指令|输入|输出)\s*[:：]"
+_BLOCK = re.compile(rf"{_LABELS}", re.MULTILINE)
+_NUMBER = re.compile(r"\s*\d+\s*[.、]?\s*$")
+NO_INPUT = re.compile(r"\s*[<＜《（(]?\s*无输入\s*[>＞》）)]?\s*")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A task and its answer."""
+
+    instruction: str
+    input: str
+    output: str
+
+    @property
+    def question(self) -> str:
+        return f"{self.instruction}\n{self.input}" if self.input else self.instruction
+
+
+def read_blocks(text: str, finish: str, first: int) -> Iterator[Item | RowRefused]:
+    """Blocks of 指令, 输入, 输出 between lines of ###. first: the number of the task that the prompt has begun already. The
+    last block of a reply that was cut off is left out."""
+    if not re.match(r"\s*(?:#+\s*)?(?:\d+\s*[.、]\s*)?指令\s*[:：]", text[:20]):
+        text = f"{first}. 指令: {text}"
+    blocks = [block for block in re.split(r"^\s*#{2,}\s*$|###", text, flags=re.MULTILINE) if block.strip()]
+    if finish == "length":
+        blocks.pop()
+        yield RowRefused("cut_off", say("the last task was cut off", "最后一个任务不完整"))
+    for block in blocks[:MOST]:
+        yield _read_block(block)
+
+
+def _read_block(block: str) -> Item | RowRefused:
+    parts = _BLOCK.split(block)  # before, label, text, label, text, …
+    found: dict[str, str] = {}
+    for label, text in zip(parts[1::2], parts[2::2], strict=True):
+        if label == "指令" and len(found) == 3:
+            break  # an answer went on with the next task: that is no part of it
+        if label in found:
+            return RowRefused("malformed", say(f"{label} stands twice", f"{label} 重复出现"))
+        found[label] = text
+    if list(found) != ["指令", "输入", "输出"]:
+        return RowRefused("malformed", say(f"the block holds {list(found)}", f"该块含有 {list(found)}"))
+    instruction, given, output = (_NUMBER.sub("", text).strip() for text in found.values())
+    return Item(instruction, "" if NO_INPUT.fullmatch(given) else given, output)
+
+
+def read_json(text: str) -> Iterator[Item | RowRefused]:
+    """Objects with instruction, input and output, wherever they stand: in a list, under a key, one after the other."""
+    place, count = 0, 0
+    while (place := text.find("{", place)) >= 0:
+        try:
+            value, end = DECODER.raw_decode(text, place)
+        except (ValueError, RecursionError, RowRefused):
+            place += 1  # a wrapper that was cut off, or prose: what stands inside may still be whole
+            continue
+        place = end
+        for one in _objects(value):
+            count += 1
+            if count > MOST:
+                yield RowRefused("too_many", say(f"more than {MOST} items", f"超过 {MOST} 项"))
+                return
+            yield _read_object(one)
+    if not count:
+        yield RowRefused("malformed", say("there is no task in it", "其中没有任务"))
+
+
+def _objects(value: dict[str, Any]) -> list[Any]:
+    """The object itself, or what its one list holds."""
+    lists = [inside for inside in value.values() if isinstance(inside, list)]
+    return lists[0] if len(value) == 1 and lists else [value]
+
+
+def _read_object(value: Any) -> Item | RowRefused:
+    keys = ("instruction", "input", "output")
+    given = {"input": "", **value} if isinstance(value, dict) else {}
+    if set(given) != set(keys) or not all(isinstance(given[key], str) for key in keys):
+        shown = json.dumps(value, ensure_ascii=False)[:60]
+        return RowRefused("malformed", say(f"no task with its answer: {shown}", f"不是任务与回答：{shown}"))
+    instruction, given_input, output = (given[key].strip() for key in keys)
+    return Item(instruction, "" if NO_INPUT.fullmatch(given_input) else given_input, output)

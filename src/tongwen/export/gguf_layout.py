@@ -1,0 +1,171 @@
+"""Tensors as another program lays them out, without a copy: rows that are put together from rows of others as they are read.
+
+BLOOM and GPT-NeoX interleave query, key and value head by head, where llama.cpp wants all queries first; GPT-2 stores its
+matrices transposed; Qwen3's and DeepSeek's experts lie one by one; DeepSeek's decompression is one matrix for keys and
+values; Baichuan-7B is a LLaMA whose three projections are one matrix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tongwen.core.errors import ModelError
+from tongwen.core.i18n import say
+from tongwen.core.model_families import FAMILIES
+from tongwen.core.safetensors_io import Tensors
+from tongwen.export.gguf_metadata import check_family
+
+# What a config calls the shape of a model, in LLaMA's words.
+SHAPE = {
+    "hidden_size": ("n_embd",),
+    "num_hidden_layers": ("n_layer",),
+    "num_attention_heads": ("n_head",),
+    "intermediate_size": ("n_inner",),
+    "max_position_embeddings": ("n_positions", "seq_length"),
+    "num_experts": ("num_local_experts", "n_routed_experts"),
+}
+HEADS = ("lm_head.weight", "embed_out.weight")  # not read where the embedding is the head
+LAYER = re.compile(r"model\.layers\.(\d+)\.")  # DeepSeek's files hold more of them, for further tokens
+
+
+class Run(NamedTuple):
+    """Rows [begin, end) of a tensor."""
+
+    name: str
+    begin: int
+    end: int
+
+
+class Arranged:
+    """A source's tensors, some of them put together from runs of rows. transposed: each run of these is turned over, or all
+    of the tensor where it has no runs."""
+
+    def __init__(
+        self,
+        source: Tensors,
+        runs: Mapping[str, Sequence[Run]],
+        transposed: Sequence[str] = (),
+        hidden: Sequence[str] = (),
+    ) -> None:
+        whole = {name: [Run(name, 0, source.facts[name][1][0])] for name in transposed if name not in runs}
+        self.source, self.runs, self.transposed = source, {**runs, **whole}, set(transposed)
+        self.facts = {name: facts for name, facts in source.facts.items() if name not in hidden}
+        for name, parts in self.runs.items():
+            dtype, shape = source.facts[parts[0].name]
+            rows = sum(self._height(name, part) for part in parts)
+            columns = (parts[0].end - parts[0].begin,) if name in self.transposed else shape[1:]
+            self.facts[name] = (dtype, (rows, *columns))
+
+    def _height(self, name: str, run: Run) -> int:
+        """Rows that a run makes."""
+        return self.source.facts[run.name][1][1] if name in self.transposed else run.end - run.begin
+
+    def raw(self, name: str, begin: int, end: int) -> Any:
+        if name not in self.runs:
+            return self.source.raw(name, begin, end)
+        parts, at = [], 0
+        for run in self.runs[name]:
+            height = self._height(name, run)
+            low, high = max(begin - at, 0), min(end - at, height)
+            if low < high and name in self.transposed:
+                items = self.source.raw(run.name, run.begin, run.end).reshape(run.end - run.begin, height, -1)
+                parts.append(np.ascontiguousarray(items[:, low:high].swapaxes(0, 1)).reshape(-1))
+            elif low < high:
+                parts.append(self.source.raw(run.name, run.begin + low, run.begin + high))
+            at += height
+        return np.concatenate(parts)
+
+
+def in_llamas_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with its family's defaults, which a file may leave out, and LLaMA's words for its shape.
+
+    Raises ModelError for a family whose GGUF is not proven; what transformers says of a config that contradicts itself.
+    """
+    from transformers import AutoConfig
+
+    check_family(str(config.get("model_type")))
+    whole = {**config, **type(AutoConfig.for_model(str(config["model_type"]))).from_dict(dict(config)).to_dict()}
+    for ours, others in SHAPE.items():
+        for other in others:
+            if whole.get(ours) is None and whole.get(other) is not None:
+                whole[ours] = whole[other]
+    whole["intermediate_size"] = whole.get("intermediate_size") or 4 * int(whole["hidden_size"])
+    if whole["model_type"] == "bloom":
+        whole.setdefault("max_position_embeddings", 2048)  # what it was trained on; ALiBi itself has no limit
+    return whole
+
+
+def for_llama_cpp(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """The tensors in llama.cpp's order, without those that the model does not compute with."""
+    kind, layers = str(config["model_type"]), int(config["num_hidden_layers"])
+    heads = [name for name in HEADS if name in tensors.facts and config.get("tie_word_embeddings")]
+    ahead = [name for name in tensors.facts if (found := LAYER.match(name)) and int(found[1]) >= layers]
+    tensors = Arranged(tensors, {}, hidden=[*heads, *ahead]) if heads or ahead else tensors
+    if kind in ("bloom", "gpt_neox"):
+        count = int(config["num_attention_heads"])
+        width = int(config["hidden_size"]) // count
+        fused = [name for name in tensors.facts if ".query_key_value." in name]
+        order = [3 * head + part for part in range(3) for head in range(count)]
+        return Arranged(tensors, {name: [Run(name, width * at, width * (at + 1)) for at in order] for name in fused})
+    if "num_experts" in config:
+        tensors = _stacked(tensors, int(config["num_experts"]))
+    if kind == "deepseek_v3":
+        return _decompressed(tensors, config)
+    if FAMILIES[kind].transposed:
+        matrices = [name for name in tensors.facts if name.split(".")[-2] in ("c_attn", "c_proj", "c_fc")]
+        return Arranged(tensors, {}, [name for name in matrices if len(tensors.facts[name][1]) == 2])
+    return tensors
+
+
+def _stacked(tensors: Tensors, experts: int) -> Arranged:
+    """The experts of a layer end to end, (experts x rows, columns), where the files have them one by one."""
+    runs = {}
+    alone = [name for name in tensors.facts if ".experts." in name]
+    for name in alone:
+        layer, _, rest = name.partition(".experts.")
+        expert, _, part = rest.partition(".")
+        if expert == "0":
+            each = [f"{layer}.experts.{index}.{part}" for index in range(experts)]
+            runs[f"{layer}.experts.{part}"] = [Run(one, 0, tensors.facts[one][1][0]) for one in each]
+    return Arranged(tensors, runs, hidden=alone)
+
+
+def _decompressed(tensors: Tensors, config: Mapping[str, Any]) -> Arranged:
+    """Keys and values decompressed by matrices of their own, that of the keys turned over head by head."""
+    key, value = int(config["qk_nope_head_dim"]), int(config["v_head_dim"])
+    begins = range(0, int(config["num_attention_heads"]) * (key + value), key + value)
+    fused = [name for name in tensors.facts if name.endswith(".kv_b_proj.weight")]
+    keys = {n.replace("kv_b", "k_b"): [Run(n, begin, begin + key) for begin in begins] for n in fused}
+    values = {n.replace("kv_b", "v_b"): [Run(n, begin + key, begin + key + value) for begin in begins] for n in fused}
+    return Arranged(tensors, {**keys, **values}, transposed=list(keys), hidden=fused)
+
+
+def as_llama(tensors: Tensors, config: Mapping[str, Any], place: str) -> tuple[Tensors, dict[str, Any]]:
+    """A Baichuan-7B as the LLaMA that it is. Raises ModelError for the others of that name."""
+    packed = [name for name in tensors.facts if name.endswith(".W_pack.weight")]
+    if "model_max_length" in config or not packed:  # only the 13B say it so: they have ALiBi
+        raise ModelError(
+            say("this Baichuan has ALiBi positions and is no LLaMA", "该 Baichuan 使用 ALiBi 位置，不是 LLaMA 结构"),
+            place=place,
+            remedy=say("use a Baichuan-7B, or Qwen3", "请用 Baichuan-7B，或 Qwen3"),
+        )
+    if int(config["vocab_size"]) > 100_000:
+        raise ModelError(
+            say("Baichuan2 normalises its head, which no LLaMA does", "Baichuan2 会归一化输出层，LLaMA 没有这一步"),
+            place=place,
+            remedy=say("use a Baichuan-7B, or Qwen3", "请用 Baichuan-7B，或 Qwen3"),
+        )
+    runs = {}
+    for name in packed:
+        third = tensors.facts[name][1][0] // 3
+        for at, part in enumerate("qkv"):
+            runs[name.replace("W_pack", f"{part}_proj")] = [Run(name, third * at, third * (at + 1))]
+    out = {key: value for key, value in config.items() if key not in ("auto_map", "tokenizer_class")}
+    out |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    return Arranged(
+        tensors, runs, hidden=[*packed, *(n for n in tensors.facts if n.endswith("rotary_emb.inv_freq"))]
+    ), out

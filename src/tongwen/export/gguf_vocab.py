@@ -1,0 +1,178 @@
+"""A tokenizer in the words that llama.cpp has for it, read from `tokenizer.json` alone.
+
+llama.cpp has one program per kind: byte-level BPE, which cuts text by one of a few named patterns first, and
+SentencePiece's BPE, which merges by scores. The pattern is recognised from the tokenizer's own definition, so a
+vocabulary that has grown keeps the name of its base. What has no name there is refused: it would give other ids.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tongwen.core.errors import ModelError
+from tongwen.core.i18n import say
+from tongwen.core.model_families import PATTERNS
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
+PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
+NAMES = {patterns: name for name, patterns in PATTERNS.items()}
+
+
+@dataclass
+class Vocabulary:
+    """kind: gpt2 (byte-level) or llama (SentencePiece); pre: llama.cpp's name of the pattern; lists are by id."""
+
+    kind: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    special: dict[str, int] = field(default_factory=dict)  # bos, eos, unk, pad -> id
+    add_bos: bool = False
+    add_space: bool = False
+    drops_blanks: bool = False  # behind special tokens
+    unlike: list[str] = field(default_factory=list)  # those of others, where llama.cpp does not know it
+
+
+def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
+    """The tokenizer of a folder for a model whose embedding has that many rows; what no token owns is marked unused.
+
+    Raises ModelError for a tokenizer that llama.cpp has no program for.
+    """
+    definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    model = definition["model"]
+    if model["type"] != "BPE":
+        raise _unknown(f"model {model['type']}")
+    tokens = {int(index): token for token, index in model["vocab"].items()}
+    added = {int(token["id"]): token for token in definition.get("added_tokens", ())}
+    highest = max([*tokens, *added])
+    if highest >= rows:
+        raise ModelError(
+            say(
+                f"the tokenizer has ids up to {highest}, the embedding has {rows} rows",
+                f"分词器的 id 最大为 {highest}，而词向量只有 {rows} 行",
+            ),
+            place=str(folder),
+        )
+    sentencepiece = bool(model.get("byte_fallback"))
+    out = Vocabulary("llama" if sentencepiece else "gpt2", "default", [], [])
+    for index in range(rows):
+        text, kind = _token(index, tokens.get(index), added.get(index), model, sentencepiece)
+        out.tokens.append(text)
+        out.types.append(kind)
+    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    if sentencepiece:
+        out.scores, out.add_space = _scores(folder, out.tokens, merges), _adds_space(definition)
+    else:
+        out.pre, out.merges = _pattern(definition), [f"{left} {right}" for left, right in merges]
+    out.drops_blanks, out.unlike = _dropping(added.values())
+    out.special, out.add_bos = _special(folder, definition, {**{i: t["content"] for i, t in added.items()}, **tokens})
+    return out
+
+
+def _token(index: int, token: str | None, added: Any, model: Mapping[str, Any], sentencepiece: bool) -> tuple[str, int]:
+    if added is not None:
+        if added["content"] == model.get("unk_token") and sentencepiece:
+            return added["content"], UNKNOWN
+        if added["special"]:
+            return added["content"], CONTROL
+        # Found in a text before its blanks are marked, and written out as it stands.
+        return added["content"].replace("\u2581", " ") if sentencepiece else added["content"], USER_DEFINED
+    if token is None:
+        return f"[PAD{index}]", UNUSED
+    if sentencepiece and len(token) == 6 and token.startswith("<0x"):
+        return token, BYTE
+    return token, UNKNOWN if sentencepiece and token == model.get("unk_token") else NORMAL
+
+
+def _dropping(added: Iterable[Mapping[str, Any]]) -> tuple[bool, list[str]]:
+    """(whether blanks behind special tokens are no part of a text as in Phi-3, whose tokenizer says so of all but three;
+    else the tokens of which it is said, and which llama.cpp does not know)"""
+    dropping = {token["content"]: bool(token["rstrip"]) for token in added if token["special"] or token["rstrip"]}
+    kept = {token for token, drops in dropping.items() if not drops}
+    if "</s>" in dropping and kept == PHI3_KEEPS:
+        return True, []
+    return False, sorted(dropping.keys() - kept)
+
+
+def _pattern(definition: Mapping[str, Any]) -> str:
+    """llama.cpp's name of how a byte-level tokenizer cuts a text."""
+    cut = definition.get("pre_tokenizer") or {}
+    steps = cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]
+    kinds = [step.get("type") for step in steps]
+    found = None
+    if not any(step.get("add_prefix_space") for step in steps):
+        if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+            found = "gpt-2"
+        elif kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
+            found = "smollm"
+        elif {*kinds[:-1]} == {"Split"} and kinds[-1] == "ByteLevel" and not steps[-1].get("use_regex", True):
+            found = NAMES.get(tuple(step.get("pattern", {}).get("Regex", "") for step in steps[:-1]))
+    if found is None or (found != "llama-bpe" and definition["model"].get("ignore_merges")):
+        raise _unknown(json.dumps(cut, ensure_ascii=False)[:160])
+    return found
+
+
+def _adds_space(definition: Mapping[str, Any]) -> bool:
+    """Whether a blank stands before every text."""
+    text = json.dumps([definition.get("normalizer"), definition.get("pre_tokenizer")])
+    return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
+
+
+def _scores(folder: Path, tokens: list[str], merges: list[Any]) -> list[float]:
+    """SentencePiece's scores: the file's own where it has these pieces, else the order of the merges says the same."""
+    file = folder / "tokenizer.model"
+    if file.is_file():
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError:
+            return _ranks(tokens, merges)
+        pieces = SentencePieceProcessor(model_file=str(file))
+        count = pieces.get_piece_size()
+        if count <= len(tokens) and [pieces.id_to_piece(index) for index in range(count)] == tokens[:count]:
+            return [float(pieces.get_score(index)) for index in range(count)] + [-1000.0] * (len(tokens) - count)
+    return _ranks(tokens, merges)
+
+
+def _ranks(tokens: list[str], merges: list[Any]) -> list[float]:
+    rank: dict[str, float] = {}
+    for number, (left, right) in enumerate(merges):
+        rank.setdefault(left + right, -float(number))
+    return [rank.get(token, -float(len(merges))) for token in tokens]
+
+
+def _special(folder: Path, definition: Mapping[str, Any], texts: Mapping[int, str]) -> tuple[dict[str, int], bool]:
+    """(bos, eos, unk and pad by id; whether bos is put before every text)"""
+    ids = {text: index for index, text in texts.items()}
+    config = _json(folder / "tokenizer_config.json")
+    special = {}
+    for name in ("bos", "eos", "unk", "pad"):
+        token = config.get(f"{name}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        if text in ids:
+            special[name] = ids[text]
+    stops = _json(folder / "generation_config.json").get("eos_token_id")
+    stop = stops[0] if isinstance(stops, list) and stops else stops
+    if isinstance(stop, int):  # what the model learned to stop on, rather than what its base was born with
+        special["eos"] = stop
+    from tokenizers import Tokenizer
+
+    before = Tokenizer.from_str(json.dumps(definition)).encode("").ids
+    return special, "bos" in special and before[:1] == [special["bos"]]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _unknown(what: str) -> ModelError:
+    return ModelError(
+        say(f"llama.cpp has no program for this tokenizer: {what}", f"llama.cpp 没有对应该分词器的程序：{what}"),
+        place="tokenizer.json",
+        remedy=say("--to hf, for vLLM or SGLang", "请用 --to hf，供 vLLM 或 SGLang 使用"),
+    )

@@ -1,0 +1,472 @@
+"""A name becomes a folder on disk whose every byte is what the hub says it is: data sets, models and adapters.
+
+What is wrong is never kept: a file takes its place only when size and hash agree with the hub's, and the folder takes
+its place only when all files have. The commit is pinned when a fetch begins, so that a fetch continued tomorrow does
+not mix two versions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tongwen.core import artifact, console
+from tongwen.core.errors import ArtifactError, DataError, MachineError, MissingPackage, RecipeError, TongwenError
+from tongwen.core.i18n import say
+from tongwen.hub.names import Tell, Wanted, nearest, resolve
+from tongwen.hub.transfer import (
+    Gone,
+    Line,
+    Listing,
+    Remote,
+    hash_of,
+    is_offline,
+    is_safe,
+    offline_error,
+    shown_endpoint,
+    size_of,
+)
+
+KIND = "fetch"
+WORKPLACE = ".fetch"  # inside OUT.partial: the plan and the parts; gone when the folder takes its place
+
+CODE = ("*.py",)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+ONLY_FOR_TRAINING = (
+    "training_args.bin",
+    "optimizer*.pt",
+    "optimizer*.bin",
+    "scheduler*.pt",
+    "rng_state*.pth",
+    "runs/*",
+)
+OTHER_ENGINES = ("*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "onnx/*", "openvino/*", "*.tflite", "*.mlmodel")
+ORIGINALS = ("original/*", "consolidated*")
+HOUSEKEEPING = (".*", "*/.*")
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".txt", ".parquet", ".csv", ".tsv")
+PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
+NO_ROWS = ("dataset_info*.json", "dataset_dict.json", "state.json", "LICENSE*", "README*", "requirements.txt")
+
+
+# -- choosing files ------------------------------------------------------------------------------------------------
+
+
+def choose(files: Sequence[Remote], wanted: Wanted) -> tuple[list[Remote], dict[str, list[str]]]:
+    """(the files to fetch, reason -> the files left out)."""
+    names_ = [file.path for file in files]
+    with_tensors = {_folder(name) for name in names_ if name.endswith(".safetensors")}
+    taken: list[Remote] = []
+    left: dict[str, list[str]] = {}
+    for file in files:
+        reason = _reason_to_leave(file.path, wanted, with_tensors, names_)
+        if reason:
+            left.setdefault(reason, []).append(file.path)
+        else:
+            taken.append(file)
+    return taken, left
+
+
+def _reason_to_leave(path: str, wanted: Wanted, with_tensors: set[str], all_: Sequence[str]) -> str:
+    if _is(path, HOUSEKEEPING) or path == artifact.MANIFEST:
+        return say("not needed", "用不到")
+    if wanted.files and not _is_asked(path, wanted.files):
+        return say("not asked for", "未要求")
+    if not wanted.code and _is(path, CODE):
+        return say("code, never run here", "代码，本工具从不运行")
+    if wanted.kind != "model" or wanted.files:
+        return ""
+    if _is(path, ONLY_FOR_TRAINING):
+        return say("states of a training", "训练状态")
+    if _is(path, PICKLES) and _folder(path) in with_tensors:
+        return say("pickles; the safetensors are taken", "pickle；已取 safetensors")
+    if _is(path, OTHER_ENGINES):
+        return say("for other engines", "用于其他框架")
+    if (
+        _is(path, ORIGINALS)
+        and "config.json" in all_
+        and any(name.startswith(("model", "pytorch_model")) for name in all_)
+    ):
+        return say("the same weights in another form", "同一权重的另一种形式")
+    return ""
+
+
+def _is_asked(path: str, patterns: Sequence[str]) -> bool:
+    """Whether one pattern matches and none that begins with `!`."""
+    yes = [pattern for pattern in patterns if not pattern.startswith("!")]
+    no = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+    return (_is(path, yes) or not yes) and not _is(path, no)
+
+
+def _is(path: str, patterns: Sequence[str]) -> bool:
+    """Whether the path or its last part matches."""
+    return any(fnmatch(path, pattern) or fnmatch(PurePosixPath(path).name, pattern) for pattern in patterns)
+
+
+def _folder(path: str) -> str:
+    return str(PurePosixPath(path).parent)
+
+
+# -- fetching ------------------------------------------------------------------------------------------------------
+
+
+def with_kind(wanted: Wanted, tell: Tell) -> Wanted:
+    """The same with its kind, which the hub is asked for. Raises RecipeError when there is none, or both."""
+    if wanted.kind:
+        return wanted
+    line = Line(wanted, tell)
+    found = [kind for kind in ("model", "dataset") if line.list_files(kind) is not None]
+    if not found:
+        raise _absent(wanted)
+    if len(found) == 2:
+        raise RecipeError(
+            say("there is a model and a data set of this name", "同名的模型和数据集都存在"),
+            place=wanted.id,
+            remedy="--kind model   |   --kind dataset",
+        )
+    return replace(wanted, kind=found[0])
+
+
+def fetch(
+    wanted: Wanted,
+    out: Path,
+    tell: Tell,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    complete: Callable[[artifact.Draft, list[str]], None] | None = None,
+    again: bool = False,
+    waits: Sequence[float] | None = None,
+    sleep: Callable[[float], None] | None = None,
+) -> tuple[artifact.Artifact, bool]:
+    """(the folder with everything in it, was it here already).
+
+    settings:  more that the folder depends on than the source; other ones than before are refused without `again`
+    complete:  called with the draft and the fetched paths before the folder takes its place; may add files, which
+               it puts into the fact `made`: path -> {bytes, sha256}
+    """
+    asked = {
+        "source": wanted.source,
+        "kind": wanted.kind,
+        "revision": wanted.revision,
+        "files": list(wanted.files),
+        "code": wanted.code,
+        **(settings or {}),
+    }
+    with _alone(out, tell):
+        found = _standing(out)
+        if found is not None and not again:
+            check_standing(found, asked)
+            return found, True
+        if found is not None:
+            _reuse(found, out, tell, link=wanted.where == "hub")
+        with artifact.create(out, KIND, {}, asked, resumable=True) as draft:
+            if wanted.where == "modelscope":
+                files = _from_modelscope(wanted, draft)
+            else:
+                files = _from_hub(wanted, draft, Line(wanted, tell, waits, sleep), reserve=complete is not None)
+            draft.facts["files"] = files
+            if complete is not None:
+                complete(draft, list(files))
+            _sweep(draft, files)
+            made = draft.facts.get("made", {})
+            hashes = {name: facts["sha256"] for name, facts in {**files, **made}.items()}
+            draft.fingerprint = artifact.fingerprint_hashes(hashes)
+        assert draft.artifact is not None
+        return draft.artifact, False
+
+
+def local_copy(path: str, tell: Tell) -> str:
+    """The folder that holds the data set `hub:OWNER/NAME` or `modelscope:OWNER/NAME`, fetched when it is not here."""
+    wanted = resolve(path, tell, kind="dataset")
+    rows = (f"*{suffix}{packed}" for suffix in DATA_SUFFIXES for packed in ("", *PACKED_SUFFIXES))
+    wanted = replace(wanted, files=wanted.files or (*rows, *(f"!{name}" for name in NO_ROWS)))
+    name = wanted.id.replace("/", "--") + (f"@{wanted.revision.replace('/', '--')}" if wanted.revision else "")
+    out = artifact.cache_folder() / "data" / (name if wanted.where == "hub" else f"modelscope--{name}")
+    _, here = fetch(wanted, out, tell)
+    if not here:
+        tell(f"{path} → {out}")
+    return str(out)
+
+
+def check_standing(found: artifact.Artifact, asked: Mapping[str, Any]) -> None:
+    """Raise when a finished folder was made from something else, or its files no longer have their sizes."""
+    artifact.refuse_changed(
+        str(found.path),
+        artifact.differences(found.manifest["settings"], asked),
+        say(
+            "--again fetches it anew and keeps this folder under another name; or --out ANOTHER",
+            "--again 重新获取并把现有文件夹改名保留；或 --out 另一处",
+        ),
+    )
+    for name, facts in {**found.manifest.get("files", {}), **found.manifest.get("made", {})}.items():
+        size = size_of(found.path / name)
+        if size != facts["bytes"]:
+            raise ArtifactError(
+                say(
+                    f"the file has {size} bytes, {facts['bytes']} were fetched",
+                    f"该文件有 {size} 字节，而下载时为 {facts['bytes']} 字节",
+                ),
+                place=str(found.path / name),
+                remedy=say("--again fetches what is not whole", "--again 重新获取不完整的文件")
+                + f"   |   rm -r {found.path}",
+            )
+
+
+def _from_hub(wanted: Wanted, draft: artifact.Draft, line: Line, *, reserve: bool) -> dict[str, dict[str, Any]]:
+    """All files of the plan, in the draft's folder; path -> bytes and sha256."""
+    for last in (False, True):
+        listing, planned = _plan(wanted, draft, line)
+        try:
+            files = _fill(listing, draft, line, reserve=reserve)
+        except Gone as gone:
+            _plan_file(draft).unlink(missing_ok=True)
+            if not planned or last:
+                raise MachineError(
+                    say("the hub lists this file and does not have it", "hub 列出了该文件却没有它"),
+                    place=str(gone),
+                    remedy=say("the same command tries again", "用同一命令重试"),
+                ) from None
+            continue  # the commit of an earlier day is no longer there: begin with today's
+        break
+    draft.parents["source"] = {"path": f"{wanted.source}@{listing.commit}", "fingerprint": listing.commit}
+    draft.facts["source"] = {"where": "hub", "id": listing.id, "kind": wanted.kind, "commit": listing.commit}
+    return files
+
+
+def _plan(wanted: Wanted, draft: artifact.Draft, line: Line) -> tuple[Listing, bool]:
+    """(commit and files to fetch, was it planned before the fetch was broken off)."""
+    file = _plan_file(draft)
+    request = {**asdict(wanted), "name": "", "files": list(wanted.files)}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        plan = json.loads(file.read_text(encoding="utf-8"))
+        if plan["request"] == request:
+            return Listing(plan["id"], plan["commit"], tuple(Remote(**one) for one in plan["files"])), True
+    listing = line.list_files(wanted.kind)
+    if listing is None:
+        raise _absent(wanted)
+    if listing.id.lower() != wanted.id.lower():
+        line.tell(say(f"{wanted.id} is called {listing.id} now", f"{wanted.id} 现名 {listing.id}"))
+    taken, left = choose(listing.files, wanted)
+    for reason, paths in left.items():
+        shown = ", ".join(paths[:3]) + (" …" if len(paths) > 3 else "")
+        line.tell(say(f"left out ({reason}): {shown}", f"不取（{reason}）：{shown}"))
+    if not taken:
+        have = ", ".join(file.path for file in listing.files[:10]) or say("nothing", "无")
+        raise DataError(
+            say(f"no file there that is wanted here; it holds: {have}", f"其中没有所需的文件；它包含：{have}"),
+            place=wanted.id,
+        )
+    if wanted.kind == "model" and any(_is(one.path, PICKLES) for one in taken):
+        line.tell(
+            say(
+                "its weights are pickles (there are no safetensors): tongwen reads them as tensors only",
+                "其权重为 pickle（没有 safetensors）：tongwen 只按张量读取",
+            )
+        )
+    listing = replace(listing, files=tuple(taken))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    artifact.write_json(
+        file,
+        {"request": request, "id": listing.id, "commit": listing.commit, "files": [asdict(one) for one in taken]},
+    )
+    return listing, False
+
+
+def _fill(listing: Listing, draft: artifact.Draft, line: Line, *, reserve: bool) -> dict[str, dict[str, Any]]:
+    """Fetch what is missing of a listing; what is there already is taken when its hash is right."""
+    work = draft.path / WORKPLACE
+    total = sum(one.size for one in listing.files)
+    parts = {one.path: work / f"{one.digest}.part" for one in listing.files}
+    out: dict[str, dict[str, Any]] = {}
+    for one in listing.files:
+        target = draft.path / one.path
+        if target.is_file() and target.stat().st_size == one.size:
+            found, sha256 = hash_of(target, one)
+            if found == one.digest:
+                out[one.path] = {"bytes": one.size, "sha256": sha256}
+                continue
+        target.unlink(missing_ok=True)
+    missing = [one for one in listing.files if one.path not in out]
+    held = sum(min(size_of(parts[one.path]), one.size) for one in missing)
+    done = total - sum(one.size for one in missing)
+    artifact.check_disk(draft.path, total - done - held + (total if reserve else 0))
+    with console.progress(
+        _megabytes(total), f"{listing.id.split('/')[-1]} MB", _megabytes(done + held, up=False)
+    ) as bar:
+        for one in missing:
+            before = done
+
+            def arrived(size: int, before: int = before) -> None:
+                bar.update(_megabytes(before + size, up=False))
+
+            sha256 = line.fetch(one, listing, draft.path / one.path, parts[one.path], arrived)
+            out[one.path] = {"bytes": one.size, "sha256": sha256}
+            done += one.size
+    return {one.path: out[one.path] for one in listing.files}
+
+
+def _standing(out: Path) -> artifact.Artifact | None:
+    """The finished folder that stands there, or None. Raises ArtifactError for anything that was not fetched."""
+    found = artifact.find(out)
+    if found is not None and found.kind == KIND:
+        return found
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+    if out.exists():
+        raise ArtifactError(
+            say("something else stands where it belongs", "此处已有别的内容"), place=str(out), remedy="--out ANOTHER"
+        )
+    return None
+
+
+def _reuse(found: artifact.Artifact, out: Path, tell: Tell, *, link: bool) -> None:
+    """Put a finished folder aside, and link what is whole of it into the new one: no byte is fetched twice. Not for a
+    package that may write into a file where it stands."""
+    partial = artifact.partial_of(out)
+    if partial.exists():
+        shutil.rmtree(partial)
+    aside = artifact.put_aside(out)
+    assert aside is not None
+    tell(say(f"the earlier folder is kept: {aside}", f"原文件夹保留为：{aside}"))
+    for name in found.manifest.get("files", {}) if link else ():
+        target = partial / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # it is fetched, then
+            os.link(aside / name, target)
+
+
+def _sweep(draft: artifact.Draft, files: Mapping[str, Any]) -> None:
+    """Take out of the draft what belongs to neither its files nor its facts: parts, and files of an earlier plan."""
+    keep = {*files, *draft.facts.get("made", {})}
+    for path in sorted(draft.path.rglob("*"), reverse=True):
+        name = path.relative_to(draft.path).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif name not in keep:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _alone(out: Path, tell: Tell) -> Iterator[None]:
+    """One process at a time fetches into a folder; the others wait and then find it finished."""
+    from filelock import FileLock, Timeout
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(out.with_name(f".{out.name}.lock")))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        tell(say(f"another process fetches {out}: waiting", f"另一个进程正在下载 {out}：等待"))
+        lock.acquire()
+    except NotImplementedError:  # a file system without locks: the hashes still guard the result
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _absent(wanted: Wanted) -> RecipeError:
+    near = ", ".join(nearest(wanted.id))
+    at = f"@{wanted.revision}" if wanted.revision else ""
+    return RecipeError(
+        say(
+            f"{shown_endpoint()} has no {wanted.kind or 'model or data set'} {wanted.id}{at}, or it is private",
+            f"{shown_endpoint()} 上没有 {wanted.id}{at}，或它是私有的",
+        ),
+        place=wanted.name,
+        remedy=say(
+            f"known names: {near}; for a private one: export HF_TOKEN=hf_...",
+            f"已知名称：{near}；私有的请先：export HF_TOKEN=hf_...",
+        ),
+    )
+
+
+def _plan_file(draft: artifact.Draft) -> Path:
+    return draft.path / WORKPLACE / "plan.json"
+
+
+def _megabytes(size: int, *, up: bool = True) -> int:
+    return max(-(-size // 10**6), 1) if up else size // 10**6
+
+
+# -- ModelScope ----------------------------------------------------------------------------------------------------
+
+
+def _from_modelscope(wanted: Wanted, draft: artifact.Draft) -> dict[str, dict[str, Any]]:
+    """All files of a ModelScope repository, by its own package, which continues and verifies by itself."""
+    try:
+        from modelscope import snapshot_download
+        from modelscope.hub.api import HubApi
+        from modelscope.hub.snapshot_download import dataset_snapshot_download
+    except ImportError:
+        raise MissingPackage(
+            "modelscope", say("fetching from ModelScope", "从 ModelScope 下载"), "modelscope"
+        ) from None
+    options: dict[str, Any] = {"local_dir": str(draft.path), "revision": wanted.revision or "master"}
+    expected: dict[str, int] = {}
+    if is_offline():
+        raise offline_error(wanted.source)
+    try:
+        if wanted.kind == "model":
+            listed = [
+                Remote(str(one["Path"]), int(one.get("Size") or 0))
+                for one in HubApi().get_model_files(wanted.id, revision=options["revision"], recursive=True)
+                if one.get("Type") != "tree"
+            ]
+            taken, _ = choose([one for one in listed if is_safe(one.path)], wanted)
+            expected = {one.path: one.size for one in taken}
+            snapshot_download(wanted.id, allow_patterns=sorted(expected), **options)
+        else:
+            wanted_ = [pattern for pattern in wanted.files if not pattern.startswith("!")]
+            left = [pattern[1:] for pattern in wanted.files if pattern.startswith("!")] + (
+                [] if wanted.code else [*CODE]
+            )
+            dataset_snapshot_download(wanted.id, allow_patterns=wanted_ or None, ignore_patterns=left, **options)
+    except TongwenError:
+        raise
+    except Exception as error:  # the package raises whatever its many layers do
+        if (
+            isinstance(error, OSError)
+            and error.errno is not None
+            and not isinstance(error, (ConnectionError, TimeoutError))
+        ):
+            raise
+        raise MachineError(
+            say(
+                f"ModelScope does not give this: {type(error).__name__}: {str(error)[:160]}",
+                f"无法从 ModelScope 取得：{type(error).__name__}：{str(error)[:160]}",
+            ),
+            place=wanted.source,
+            remedy=say("the same command continues", "用同一命令继续"),
+        ) from None
+    files = {
+        name: {"bytes": path.stat().st_size, "sha256": artifact.hash_file(path)}
+        for path in sorted(draft.path.rglob("*"))
+        if path.is_file() and not _is(name := path.relative_to(draft.path).as_posix(), HOUSEKEEPING)
+        if name != artifact.MANIFEST
+    }
+    for name, size in expected.items():
+        if name not in files or (size and files[name]["bytes"] != size):
+            raise MachineError(
+                say(
+                    f"ModelScope lists {size} bytes, {files.get(name, {}).get('bytes', 0)} came",
+                    f"ModelScope 声明 {size} 字节，实际 {files.get(name, {}).get('bytes', 0)} 字节",
+                ),
+                place=f"{wanted.source}/{name}",
+                remedy=say("the same command continues", "用同一命令继续"),
+            )
+    if not files:
+        raise DataError(say("no file there that is wanted here", "其中没有所需的文件"), place=wanted.source)
+    draft.parents["source"] = {"path": f"{wanted.source}@{options['revision']}"}
+    draft.facts["source"] = {"where": "modelscope", "id": wanted.id, "kind": wanted.kind, "commit": options["revision"]}
+    return files

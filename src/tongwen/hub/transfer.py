@@ -1,0 +1,410 @@
+"""The line to the hub: it lists the files of a commit, and brings one file at a time, whole and verified or not at all.
+
+What breaks on the way (a connection, a server, a proxy that answers with a web page) is tried again and continued where
+it stopped, because the files are large and the networks are not good.
+
+huggingface_hub lists, authorises and opens the connections (proxies, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE); its own
+download is not used, because it forgets a part when the process ends and does not compare the hash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from tongwen.core.errors import DataError, MachineError
+from tongwen.core.i18n import say
+from tongwen.hub.names import Tell, Wanted, unknown
+
+OFFICIAL, MIRROR = "https://huggingface.co", "https://hf-mirror.com"
+WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # before the second try, the third, ...; anew whenever bytes arrived
+FIRST_TRIES = 3  # of a hub that has not answered at all: nobody waits a minute to hear that the network is down
+WHOLE_TRIES = 3  # of a file that arrives whole and wrong: the next try would be as long as the first
+LONGEST_WAIT_SECONDS = 120.0  # of what `Retry-After` may ask
+CONNECT_SECONDS = 10.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file as the hub lists it: `sha256` of the content, or git's own hash of it where that is all there is."""
+
+    path: str
+    size: int
+    sha256: str = ""
+    git: str = ""
+
+    @property
+    def digest(self) -> str:
+        return self.sha256 or self.git
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of one commit."""
+
+    id: str
+    commit: str
+    files: tuple[Remote, ...]
+
+
+class Passing(Exception):
+    """Something that may be over at the next try; `wait` is what the server asked for, in seconds."""
+
+    def __init__(self, what: str, wait: float = 0.0, *, answered: bool = True) -> None:
+        self.what, self.wait, self.answered = what, wait, answered
+        super().__init__(what)
+
+
+class Gone(Exception):
+    """The hub has no such thing."""
+
+
+class Line:
+    """The connection to the hub: each request is tried again, later and later, while that makes sense."""
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        tell: Tell,
+        waits: Sequence[float] | None = None,
+        sleep: Callable[[float], None] | None = None,
+    ) -> None:
+        self.wanted, self.tell = wanted, tell
+        self.waits = WAITS_SECONDS if waits is None else waits
+        self.sleep = sleep or time.sleep
+        self.answered = False
+
+    def patiently(self, place: str, attempt: Callable[[], T], reached: Callable[[], int] = lambda: 0) -> T:
+        """The attempt's result. `reached` counts the bytes that are here: when it grew, patience starts anew.
+
+        Raises MachineError when it is not to be had.
+        """
+        if is_offline():
+            raise offline_error(place)
+        best, used = reached(), 0
+        while True:
+            try:
+                result = attempt()
+                self.answered = True
+                return result
+            except Passing as fault:
+                self.answered = self.answered or fault.answered
+                if reached() > best:
+                    best, used = reached(), 0
+                tries = len(self.waits) if self.answered else min(FIRST_TRIES - 1, len(self.waits))
+                if used >= tries:
+                    raise self._gave_up(place, fault.what, used + 1) from None
+                wait = max(self.waits[used], min(fault.wait, LONGEST_WAIT_SECONDS))
+                used += 1
+                self.tell(
+                    say(
+                        f"{place}: {fault.what}; again in {wait:g} s ({used} of {tries})",
+                        f"{place}：{fault.what}；{wait:g} 秒后重试（{used}/{tries}）",
+                    )
+                )
+            self.sleep(wait)
+
+    def list_files(self, kind: str) -> Listing | None:
+        """The files of the commit that the revision names now; None when there is no such repository."""
+        wanted = self.wanted
+
+        def ask() -> Listing | None:
+            from huggingface_hub import HfApi
+
+            try:
+                with self.explained(wanted.id):
+                    info: Any = HfApi(endpoint=endpoint()).repo_info(
+                        wanted.id,
+                        repo_type=kind,
+                        revision=wanted.revision or None,
+                        files_metadata=True,
+                        timeout=_timeout()[1],
+                    )
+                    files = tuple(_remote(sibling, wanted) for sibling in info.siblings or ())
+                    return Listing(str(info.id or wanted.id), str(info.sha or wanted.revision or "main"), files)
+            except Gone:
+                return None
+            except (ValueError, KeyError, TypeError, AttributeError):  # JSON was due, and this is none
+                raise Passing(
+                    say("the answer is not the hub's (a login page?)", "返回的不是 hub 的答复（登录页？）")
+                ) from None
+
+        return self.patiently(wanted.id, ask)
+
+    def fetch(self, remote: Remote, listing: Listing, target: Path, part: Path, arrived: Callable[[int], None]) -> str:
+        """Bring one file to its place, continuing `part`; returns its sha256. Raises MachineError or Gone."""
+        from huggingface_hub import hf_hub_url
+
+        place = f"{listing.id}/{remote.path}"
+        url = hf_hub_url(
+            listing.id, remote.path, repo_type=self.wanted.kind, revision=listing.commit, endpoint=endpoint()
+        )
+        wrong = 0
+
+        def attempt() -> str:
+            nonlocal wrong
+            have = size_of(part)
+            if have > remote.size:
+                part.unlink()
+                have = 0
+            if have < remote.size or not part.exists():
+                with self.explained(place):
+                    self._stream(url, place, remote, part, have, arrived)
+            found, sha256 = hash_of(part, remote)
+            if found != remote.digest:
+                part.unlink()
+                wrong += 1
+                what = say(
+                    f"wrong bytes came: their hash is {found}, the hub says {remote.digest}",
+                    f"收到的内容不对：其哈希为 {found}，而 hub 声明为 {remote.digest}",
+                )
+                raise self._gave_up(place, what, wrong) if wrong >= WHOLE_TRIES else Passing(what)
+            return sha256
+
+        sha256 = self.patiently(place, attempt, lambda: size_of(part))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.replace(target)
+        return sha256
+
+    def _stream(
+        self, url: str, place: str, remote: Remote, part: Path, have: int, arrived: Callable[[int], None]
+    ) -> None:
+        """Append to `part` what is missing of it. Raises Passing when less or more comes than was promised."""
+        from huggingface_hub import get_session
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        headers = dict(build_hf_headers())
+        headers["Accept-Encoding"] = "identity"  # else lengths and offsets are those of the packed body
+        if have:
+            headers["Range"] = f"bytes={have}-"
+        with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=_timeout()) as response:
+            if have and response.status_code == 416:
+                part.unlink()
+                raise Passing(say("the rest is refused; from the start", "服务器拒绝续传；从头开始"))
+            self._check_status(response, place)
+            is_page = response.headers.get("Content-Type", "").lower().startswith("text/html")
+            if is_page and not remote.path.lower().endswith((".html", ".htm")):
+                raise Passing(
+                    say("a web page came instead of the file (a login page?)", "返回的是网页而不是文件（登录页？）")
+                )
+            starts_there = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            if have and not (response.status_code == 206 and starts_there):
+                have = 0
+            with part.open("ab" if have else "wb") as stream:
+                for block in response.iter_bytes():
+                    if have + len(block) > remote.size:
+                        stream.truncate(0)
+                        raise Passing(
+                            say(
+                                f"more came than the {remote.size} bytes of the file",
+                                f"收到的内容超出文件的 {remote.size} 字节",
+                            )
+                        )
+                    stream.write(block)
+                    have += len(block)
+                    arrived(have)
+        if have < remote.size:
+            raise Passing(
+                say(
+                    f"the connection ended after {have} of {remote.size} bytes",
+                    f"连接在 {remote.size} 字节中的第 {have} 字节处结束",
+                )
+            )
+
+    @contextlib.contextmanager
+    def explained(self, place: str) -> Iterator[None]:
+        """What huggingface_hub and its connections raise, in our words. The server's own text is not repeated: a
+        hostile one could answer with the token that it was sent."""
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+        try:
+            yield
+        except GatedRepoError:
+            raise self._refused(place, 403) from None
+        except RepositoryNotFoundError:  # the hub says 401 of what does not exist, too
+            self.answered = True
+            raise Gone(place) from None
+        except HFValidationError:
+            raise unknown(self.wanted.name, self.wanted.id) from None
+        except HfHubHTTPError as error:
+            self._check_status(error.response, place)
+            raise
+        except UnicodeEncodeError:
+            raise MachineError(
+                say("the token holds characters that no token has", "令牌中有不该有的字符"),
+                place="HF_TOKEN",
+                remedy="export HF_TOKEN=hf_...",
+            ) from None
+        except network_error() as error:
+            raise Passing(
+                say(f"the connection failed ({type(error).__name__})", f"连接失败（{type(error).__name__}）"),
+                answered=False,
+            ) from None
+
+    def _check_status(self, response: Any, place: str) -> None:
+        """Raise Passing, Gone or MachineError for what is no success."""
+        self.answered = True
+        status = response.status_code
+        if status in (404, 410):
+            raise Gone(place)
+        if status in (408, 425, 429) or status >= 500:
+            raise Passing(f"HTTP {status}", _asked_wait(response.headers))
+        if status >= 400:
+            raise self._refused(place, status)
+
+    def _refused(self, place: str, status: int) -> MachineError:
+        if status not in (401, 403):
+            return MachineError(
+                say(f"the hub refuses: HTTP {status}", f"hub 拒绝：HTTP {status}"), place=place, remedy=self._cure()
+            )
+        page = f"{shown_endpoint()}/{'datasets/' if self.wanted.kind == 'dataset' else ''}{self.wanted.id}"
+        return MachineError(
+            say(f"the hub does not let you in: HTTP {status}", f"没有权限：HTTP {status}"),
+            place=place,
+            remedy=say(
+                f"ask for access at {page}, then: export HF_TOKEN=hf_...",
+                f"请在 {page} 申请权限，然后：export HF_TOKEN=hf_...",
+            ),
+        )
+
+    def _gave_up(self, place: str, what: str, tries: int) -> MachineError:
+        return MachineError(
+            say(
+                f"not to be had from {shown_endpoint()}: {what}; {tries} tries",
+                f"无法从 {shown_endpoint()} 取得：{what}；共 {tries} 次",
+            ),
+            place=place,
+            remedy=self._cure(),
+        )
+
+    def _cure(self) -> str:
+        other = OFFICIAL if "hf-mirror" in endpoint() else MIRROR
+        there = f"modelscope:{self.wanted.modelscope or 'OWNER/NAME'}"
+        return say(
+            f"export HF_ENDPOINT={other}   and the same command continues; or from ModelScope:   tongwen fetch {there}",
+            f"export HF_ENDPOINT={other}   后用同一命令继续；或改用 ModelScope：   tongwen fetch {there}",
+        )
+
+
+def _asked_wait(headers: Mapping[str, str]) -> float:
+    """Seconds that the server wants us to wait: `Retry-After` as a number or a date, or the hub's `RateLimit: ...;t=N`."""
+    asked = headers.get("Retry-After", "").strip()
+    if asked.isdecimal():
+        return float(asked)
+    if reset := re.search(r";\s*t=(\d{1,9})", headers.get("RateLimit", "")):
+        return float(reset[1])
+    try:
+        return max(parsedate_to_datetime(asked).timestamp() - time.time(), 0.0)
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
+
+
+def is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def endpoint() -> str:
+    """The hub's address: HF_ENDPOINT, or the official one. Raises MachineError when that is no address."""
+    from huggingface_hub import constants
+
+    address = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    if not address.startswith(("http://", "https://")):
+        raise MachineError(
+            say(f"{address!r} is not an address", f"{address!r} 不是网址"),
+            place="HF_ENDPOINT",
+            remedy=f"export HF_ENDPOINT={MIRROR}",
+        )
+    return address
+
+
+def shown_endpoint() -> str:
+    """The address as it may be printed: a name and password in it are the user's own."""
+    parts = urlsplit(endpoint())
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def network_error() -> type[Exception]:
+    """The base of all errors of the connection: httpx's or httpx2's, whichever this huggingface_hub is built on."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("httpx"))
+
+
+def _timeout() -> tuple[float, float, float, float]:
+    """(connect, read, write, pool) in seconds; HF_HUB_DOWNLOAD_TIMEOUT is the time without a byte."""
+    from huggingface_hub import constants
+
+    silence = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    return (min(CONNECT_SECONDS, silence), silence, silence, silence)
+
+
+def _remote(sibling: Any, wanted: Wanted) -> Remote:
+    path = str(sibling.rfilename)
+    if not is_safe(path):
+        raise DataError(
+            say(
+                f"the hub lists a file that would lie outside the folder: {path[:80]!r}",
+                f"hub 列出的文件会落在文件夹之外：{path[:80]!r}",
+            ),
+            place=wanted.id,
+            remedy=say("this is not a good source; nothing was fetched", "该来源不可信；未下载任何内容"),
+        )
+    large = sibling.lfs or {}
+    sha256, git = str(large.get("sha256") or ""), str(sibling.blob_id or "")
+    size = sibling.size if sibling.size is not None else large.get("size")
+    if size is None or not (
+        re.fullmatch(r"[0-9a-f]{64}", sha256) or (not large and re.fullmatch(r"[0-9a-f]{40}", git))
+    ):
+        raise MachineError(
+            say("this hub gives no size or hash, so nothing can be verified", "该 hub 不给出大小或哈希，无法校验"),
+            place=f"{wanted.id}/{path}",
+            remedy=f"export HF_ENDPOINT={OFFICIAL}",
+        )
+    return Remote(path, int(size), sha256, "" if sha256 else git)
+
+
+def is_safe(path: str) -> bool:
+    """Whether a listed path stays inside the folder, on every system."""
+    parts = path.split("/")
+    return not any(part in ("", ".", "..") for part in parts) and not re.search(r"[\\\x00-\x1f\x7f]|^[A-Za-z]:", path)
+
+
+def hash_of(file: Path, remote: Remote) -> tuple[str, str]:
+    """(what is to be compared with `remote.digest`, sha256) of a file on disk."""
+    sha256 = hashlib.sha256()
+    git = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            sha256.update(block)
+            if not remote.sha256:
+                git.update(block)
+    return (sha256 if remote.sha256 else git).hexdigest(), sha256.hexdigest()
+
+
+def size_of(file: Path) -> int:
+    """Bytes of a file; 0 when there is none."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def offline_error(place: str) -> MachineError:
+    return MachineError(
+        say("this is not here, and HF_HUB_OFFLINE=1 forbids to fetch it", "本机没有它，而 HF_HUB_OFFLINE=1 禁止下载"),
+        place=place,
+        remedy=say("unset HF_HUB_OFFLINE TRANSFORMERS_OFFLINE", "unset HF_HUB_OFFLINE TRANSFORMERS_OFFLINE"),
+    )

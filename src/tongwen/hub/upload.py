@@ -1,0 +1,107 @@
+"""A finished folder goes to a hub: private unless told otherwise, and what arrived is compared with what was sent.
+
+The hubs' own packages send it. The manifest stays here: it tells folders of this machine; what a reader needs of it is in
+the model card.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tongwen.core.errors import MachineError, MissingPackage, RecipeError
+from tongwen.core.i18n import say
+from tongwen.hub.names import Tell, Wanted, is_id
+from tongwen.hub.transfer import Gone, Line, endpoint, hash_of, shown_endpoint
+
+STAYS = ("manifest.json", "*.py", "*.partial")
+MODELSCOPE_PRIVATE, MODELSCOPE_PUBLIC = 1, 5
+TOKENS = {"hub": "HF_TOKEN", "modelscope": "MODELSCOPE_API_TOKEN"}
+
+
+def check_name(name: str) -> Wanted:
+    """OWNER/NAME or modelscope:OWNER/NAME. Raises RecipeError for anything else."""
+    where, _, text = name.rpartition(":")
+    if where not in ("", "hub", "modelscope") or not is_id(text):
+        raise RecipeError(
+            say(f"{name!r} is no name on a hub", f"{name!r} 不是 hub 上的名称"),
+            place="push",
+            remedy=say("OWNER/NAME or modelscope:OWNER/NAME", "OWNER/NAME 或 modelscope:OWNER/NAME"),
+        )
+    return Wanted(name, text, "model", where or "hub")
+
+
+def push(folder: Path, name: str, tell: Tell, *, public: bool = False) -> str:
+    """Send a folder; returns its address. Raises MachineError when the hub refuses or holds something else afterwards."""
+    wanted = check_name(name)
+    send = _to_modelscope if wanted.where == "modelscope" else _to_hub
+    return send(folder, wanted, Line(wanted, tell), public)
+
+
+def _to_hub(folder: Path, wanted: Wanted, line: Line, public: bool) -> str:
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=endpoint())
+
+    def attempt() -> None:
+        try:
+            with line.explained(wanted.id):
+                api.create_repo(wanted.id, private=not public, exist_ok=True)
+                api.upload_folder(repo_id=wanted.id, folder_path=str(folder), ignore_patterns=list(STAYS))
+        except Gone:
+            raise _refused(wanted) from None
+
+    line.patiently(wanted.id, attempt)
+    listing = line.list_files("model")
+    there = {remote.path: remote for remote in listing.files} if listing else {}
+    for file in _files(folder):
+        remote = there.get(file.relative_to(folder).as_posix())
+        if remote is None or hash_of(file, remote)[0] != remote.digest:
+            raise _unlike(file, wanted)
+    return f"{shown_endpoint()}/{wanted.id}"
+
+
+def _to_modelscope(folder: Path, wanted: Wanted, line: Line, public: bool) -> str:
+    try:
+        from modelscope.hub.api import HubApi
+    except ImportError:
+        raise MissingPackage("modelscope", say("ModelScope", "ModelScope"), "modelscope") from None
+    api: Any = HubApi()
+    try:
+        api.login(os.environ.get(TOKENS["modelscope"]))
+        if not api.repo_exists(wanted.id, repo_type="model"):
+            api.create_model(wanted.id, visibility=MODELSCOPE_PUBLIC if public else MODELSCOPE_PRIVATE)
+        api.upload_folder(repo_id=wanted.id, folder_path=str(folder), ignore_patterns=list(STAYS))
+        there = {str(one["Path"]): int(one["Size"]) for one in api.get_model_files(wanted.id, recursive=True)}
+    except Exception as error:  # a package with errors of many kinds; its text may repeat the token
+        raise _refused(wanted, type(error).__name__) from None
+    for file in _files(folder):
+        if there.get(file.relative_to(folder).as_posix()) != file.stat().st_size:
+            raise _unlike(file, wanted)
+    return f"https://modelscope.cn/models/{wanted.id}"
+
+
+def _files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if not any(path.match(pattern) for pattern in STAYS)]
+
+
+def _refused(wanted: Wanted, kind: str = "") -> MachineError:
+    token = TOKENS[wanted.where]
+    return MachineError(
+        say("the hub does not take it", "hub 不接受") + (f": {kind}" if kind else ""),
+        place=wanted.source,
+        remedy=say(
+            f"a token that may write: export {token}=...   and an OWNER that it belongs to",
+            f"需要有写权限的令牌：export {token}=...   且 OWNER 须为其所有者",
+        ),
+    )
+
+
+def _unlike(file: Path, wanted: Wanted) -> MachineError:
+    return MachineError(
+        say(f"what the hub holds as {file.name} is not what was sent", f"hub 上的 {file.name} 与发送的不同"),
+        place=wanted.source,
+        remedy=say("push it again", "请重新推送"),
+    )

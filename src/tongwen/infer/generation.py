@@ -1,0 +1,381 @@
+"""Answers from a model: greedy or sampled, one or a batch, streamed without ever showing half a character."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from queue import Queue
+from typing import Any
+
+import torch
+
+from tongwen.core.errors import ModelError, NumbersError, RecipeError
+from tongwen.core.i18n import say
+
+# option: (least, most)
+RANGES = {
+    "max_new_tokens": (1, 1 << 20),
+    "temperature": (0, 2),
+    "top_p": (1e-6, 1),
+    "top_k": (0, 1 << 20),
+    "repetition_penalty": (0.01, 10),
+    "beams": (1, 64),
+    "min_new_tokens": (0, 1 << 20),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0: the likeliest, always the same answer. Raises RecipeError for an option
+    outside its range."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    beams: int = 1
+    min_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in RANGES.items():
+            if not least <= getattr(self, name) <= most:
+                raise RecipeError(
+                    say(f"{getattr(self, name)} is out of range", f"{getattr(self, name)} 超出范围"),
+                    place=name,
+                    remedy=f"{least} … {most}",
+                )
+
+    def to_generate(self) -> dict[str, Any]:
+        """Arguments of `generate`."""
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        if self.repetition_penalty != 1.0:
+            options["repetition_penalty"] = self.repetition_penalty
+        if self.beams > 1:
+            options |= {"num_beams": self.beams, "early_stopping": True}
+        if self.min_new_tokens:
+            options["min_new_tokens"] = self.min_new_tokens
+        return options
+
+    def with_(self, **changes: Any) -> Sampling:
+        unknown = sorted(set(changes) - set(asdict(self)))
+        if unknown:
+            raise ModelError(
+                say(f"no such option: {', '.join(unknown)}", f"没有这个选项：{'、'.join(unknown)}"),
+                remedy=", ".join(asdict(self)),
+            )
+        return replace(self, **changes)
+
+
+CACHE = 1 << 30  # bytes for keys and values on a CPU, whose free memory other programs need
+ROWS = 32  # prompts side by side: twice as fast as 8 on one core, and more is no faster (bench/generate_cpu.py)
+PAGE = 32  # tokens of a block of the paged cache
+Take = Callable[[int, list[int]], None]
+"""gets the place of a prompt and its new ids"""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A model that can be asked. stop_ids end an answer; context is how many tokens it can see; paged: answer many prompts
+    from one paged cache, in which a finished answer makes room for the next prompt."""
+
+    model: Any
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    context: int
+    paged: bool = False
+
+    def answer_all(self, prompts: Sequence[list[int]], sampling: Sampling, take: Take, rows: int = ROWS) -> None:
+        """Hand the new ids of each prompt to `take` as soon as they are there. At most `rows` prompts are answered side by
+        side, and no more than the cache has room for."""
+        for prompt in prompts:
+            self._check_fits(prompt, sampling)
+        room = cache_tokens(self.model)
+        if self.paged:
+            self._answer_paged(prompts, sampling, take, rows, room)
+            return
+        for places in deal([len(prompt) for prompt in prompts], sampling, rows, room):
+            answers = self.answer([prompts[place] for place in places], sampling)
+            for place, answer in zip(places, answers, strict=True):
+                take(place, answer)
+
+    def _answer_paged(self, prompts: Sequence[list[int]], sampling: Sampling, take: Take, rows: int, room: int) -> None:
+        """transformers' continuous batching, with its memory said: left alone it takes most of what is free."""
+        from transformers import ContinuousBatchingConfig
+
+        if sampling.beams > 1:
+            raise ModelError(say("a paged cache has no beam search", "分页缓存不支持束搜索"), remedy="--engine batched")
+        config = ContinuousBatchingConfig(
+            page_size=PAGE,
+            num_blocks=max(room // PAGE, math.ceil((max(map(len, prompts)) + sampling.max_new_tokens) / PAGE) + 1),
+            max_batch_tokens=max(4 * rows, 256),
+            max_requests_per_batch=rows,
+            return_logprobs=True,
+            seed=sampling.seed,
+        )
+        with self.model.continuous_batching_context_manager(
+            generation_config=self._config(sampling), continuous_batching_config=config, block=True, timeout=5
+        ) as manager:
+            waiting = {
+                manager.add_request(prompt, max_new_tokens=self._room_for(len(prompt), sampling).max_new_tokens): place
+                for place, prompt in enumerate(prompts)
+            }
+            while waiting:
+                result = manager.get_result(timeout=1)
+                if result is None and not manager.is_running():
+                    raise ModelError(
+                        say("continuous batching ended early", "连续批处理提前结束"), remedy="--engine batched"
+                    )
+                if result is None or not result.is_finished():
+                    continue
+                if result.error:
+                    raise ModelError(str(result.error), place="continuous batching", remedy="--engine batched")
+                if any(map(math.isnan, result.logprobs)):
+                    raise _nan()
+                take(waiting.pop(result.request_id), self._until_stop(list(result.generated_tokens)))
+
+    @property
+    def mend(self) -> Callable[[str], str] | None:
+        """What a tokenizer could not write (ChatGLM's full-width punctuation), character for character."""
+        return getattr(self.tokenizer, "mend_answer", None)
+
+    def answer(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[int]]:
+        """New token ids for each prompt, without the stop token. Prompts are padded on the left by their lengths."""
+        for prompt in prompts:
+            self._check_fits(prompt, sampling)
+        longest = max(map(len, prompts))
+        device = self.model.device
+        ids = torch.zeros((len(prompts), longest), dtype=torch.long, device=device)  # (B, L)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
+            mask[row, longest - len(prompt) :] = 1
+        out = self._generate(ids, mask, sampling)[:, longest:].tolist()
+        return [self._until_stop(row) for row in out]
+
+    def stream(
+        self, prompt: list[int], sampling: Sampling, heard: Callable[[int], None] = lambda index: None
+    ) -> Iterator[str]:
+        """The answer's text in pieces; together they are exactly the decoded answer. heard: called with every new token,
+        the stop token included; what it raises ends the answer."""
+        self._check_fits(prompt, sampling)
+        if sampling.beams > 1:
+            raise ModelError(say("beam search cannot be streamed", "束搜索无法流式输出"), remedy="--beams 1")
+        with closing(self._new_ids(prompt, sampling)) as ids:
+            yield from self._mended(self._pieces(ids, heard))
+
+    def _new_ids(self, prompt: list[int], sampling: Sampling) -> Generator[int, None, None]:
+        """The answer's tokens one after the other, the stop token included; closing it ends the answer."""
+        ids = torch.tensor([prompt], device=self.model.device)
+        queue: Queue[Any] = Queue()
+        cancel = threading.Event()
+
+        def work() -> None:
+            try:
+                self._generate(
+                    ids, torch.ones_like(ids), sampling, streamer=_ToQueue(queue, len(prompt)), cancel=cancel
+                )
+                queue.put(None)
+            except BaseException as error:  # handed to the reader, who raises it
+                queue.put(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            while (item := queue.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            cancel.set()
+            thread.join()
+
+    def _pieces(self, ids: Iterator[int], heard: Callable[[int], None]) -> Iterator[str]:
+        text = Incremental(self.tokenizer)
+        for index in ids:
+            heard(index)
+            if index in self.stop_ids:
+                continue
+            if piece := text.add(index):
+                yield piece
+        if piece := text.rest().rstrip("\ufffd"):  # what was cut in the middle is left out, as by `decode`
+            yield piece
+
+    def _mended(self, pieces: Iterator[str]) -> Iterator[str]:
+        """As `decode` mends the whole: what becomes of a character may depend on the next one, so one is held back."""
+        if self.mend is None:
+            yield from pieces
+            return
+        text, shown = "", 0
+        for piece in pieces:
+            text += piece
+            if shown < len(text) - 1:
+                yield self.mend(text)[shown : len(text) - 1]
+                shown = len(text) - 1
+        yield self.mend(text)[shown:]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of an answer; a character that was cut in the middle, by max_new_tokens, is left out."""
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return self.mend(text.rstrip("\ufffd")) if self.mend else text.rstrip("\ufffd")
+
+    def _generate(
+        self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, streamer: Any = None, cancel: Any = None
+    ) -> torch.Tensor:
+        from transformers import StoppingCriteriaList
+
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        sampling = self._room_for(ids.shape[1], sampling)
+        with torch.inference_mode():
+            return self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=self._config(sampling),
+                streamer=streamer,
+                logits_processor=[_finite],
+                stopping_criteria=StoppingCriteriaList([_Cancelled(cancel)]) if cancel else None,
+            )
+
+    def _config(self, sampling: Sampling) -> Any:
+        from transformers import GenerationConfig
+
+        return GenerationConfig(
+            eos_token_id=list(self.stop_ids), pad_token_id=self.stop_ids[0], use_cache=True, **sampling.to_generate()
+        )
+
+    def _until_stop(self, row: list[int]) -> list[int]:
+        ends = [place for place, index in enumerate(row) if index in self.stop_ids]
+        return row[: ends[0]] if ends else row
+
+    def _room_for(self, prompt: int, sampling: Sampling) -> Sampling:
+        """No more new tokens than the model sees behind a prompt of so many."""
+        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self.context - prompt))
+
+    def _check_fits(self, prompt: list[int], sampling: Sampling) -> None:
+        if len(prompt) + min(sampling.max_new_tokens, 1) > self.context:
+            raise ModelError(
+                say(
+                    f"the prompt has {len(prompt)} tokens, the model sees {self.context}",
+                    f"提示有 {len(prompt)} 个 token，模型最多看 {self.context} 个",
+                ),
+                remedy=say("shorten it, or clear the history", "请缩短，或清空历史"),
+            )
+
+
+def deal(lengths: Sequence[int], sampling: Sampling, rows: int, room: int) -> Iterator[list[int]]:
+    """Places of prompts in batches: the longest first, each at most `rows` prompts, whose tokens, with the new ones and for
+    every beam, fit into `room`. A prompt that needs more stands alone."""
+    left = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    while left:
+        needed = (lengths[left[0]] + sampling.max_new_tokens) * sampling.beams
+        count = max(min(rows, room // needed), 1)
+        yield left[:count]
+        left = left[count:]
+
+
+def cache_tokens(model: Any) -> int:
+    """How many tokens the cache may hold: CACHE bytes of them on a CPU, half of the free memory on a GPU."""
+    room = torch.cuda.mem_get_info()[0] // 2 if model.device.type == "cuda" else CACHE
+    return int(room // cache_bytes(model.config, model.dtype.itemsize))
+
+
+def cache_bytes(config: Any, item: int) -> int:
+    """What the cache holds of one token, in numbers of so many bytes."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * config.num_hidden_layers * groups * width * item)
+
+
+class Incremental:
+    """Token ids to text, one at a time: a piece is given out only when its last character is complete.
+
+    The text of a token depends on its neighbours (bytes of one character, blanks of SentencePiece), so a short tail is
+    decoded again with what is new, and the difference is given out.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.shown = 0  # ids whose text has been given out
+        self.tail = 0  # ids before `shown` that give the decoder its context
+        # A run of SentencePiece's byte tokens is decoded as a whole: whether its first byte is a character of its own
+        # is known only when the run has ended.
+        self.bytes = _byte_ids(tokenizer)
+
+    def add(self, index: int) -> str:
+        self.ids.append(index)
+        if index in self.bytes:
+            return ""
+        text = self._difference()
+        if text.endswith("\ufffd"):
+            return ""
+        self.tail, self.shown = self.shown, len(self.ids)
+        return text
+
+    def rest(self) -> str:
+        """What is left at the end: bytes that never became a character show as U+FFFD, as in the decoded whole."""
+        text = self._difference()
+        self.tail, self.shown = self.shown, len(self.ids)
+        return text
+
+    def _difference(self) -> str:
+        before = self._decode(self.ids[self.tail : self.shown])
+        return self._decode(self.ids[self.tail :])[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@lru_cache(maxsize=8)
+def _byte_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids of `<0xNN>`. Kept: the whole vocabulary is copied to find them."""
+    vocabulary = tokenizer.get_vocab()
+    return frozenset(vocabulary[piece] for byte in range(256) if (piece := f"<0x{byte:02X}>") in vocabulary)
+
+
+class _ToQueue:
+    """transformers' streamer interface: the prompt comes first, then one token at a time."""
+
+    def __init__(self, queue: Queue[Any], skip: int) -> None:
+        self.queue, self.skip = queue, skip
+
+    def put(self, value: torch.Tensor) -> None:
+        for index in value.flatten().tolist():
+            if self.skip:
+                self.skip -= 1
+            else:
+                self.queue.put(index)
+
+    def end(self) -> None:
+        pass
+
+
+class _Cancelled:
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+def _finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """NaN logits are an error, not a random token."""
+    if bool(torch.isnan(scores).any()):
+        raise _nan()
+    return scores
+
+
+def _nan() -> NumbersError:
+    return NumbersError(
+        say("the model gives NaN logits", "模型输出了 NaN"), place="generate", remedy="precision: fp32 / bf16"
+    )

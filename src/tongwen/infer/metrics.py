@@ -1,0 +1,203 @@
+"""What an answer is worth: each measure counts something per row, and makes its figures from sums of counts.
+
+Sums of rows are all that a figure needs, so the spread that another choice of rows would give (the bootstrap) is a matter of
+drawing rows anew and summing again, the same for every measure, BLEU and F1 included.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tongwen.core.errors import MissingPackage
+from tongwen.core.i18n import say
+from tongwen.infer import entities
+
+DRAWS = 1000  # of the bootstrap
+
+
+class Answered(NamedTuple):
+    """One row: what was asked, what the model answers, what the data says."""
+
+    question: str
+    answer: str
+    wanted: str
+
+
+@dataclass(frozen=True)
+class Measure:
+    """count: one row's counts, always as many; figures: their sums (K,) -> named figures, the main one first; check: what is
+    wrong with a wanted answer, or "" """
+
+    count: Callable[[Answered], Sequence[float]]
+    figures: Callable[[np.ndarray], dict[str, float]]
+    check: Callable[[str], str] = lambda wanted: ""
+
+
+def without_thinking(text: str) -> str:
+    """What an answer says after its thinking; nothing when it never stopped thinking."""
+    after = text.rpartition("</think>")[2]
+    return re.sub(r"<think>.*", "", after, flags=re.DOTALL).strip()
+
+
+# -- figures and their spread --------------------------------------------------------------------------------------
+
+
+def summarise(counts: np.ndarray, figures: Callable[[np.ndarray], dict[str, float]]) -> dict[str, Any]:
+    """The main figure as `value` with its 95 % interval `low`, `high`; all figures by name; how many rows. counts: (N, K)"""
+    whole = figures(counts.sum(axis=0))
+    main = next(iter(whole))
+    low, high = _interval([figures(sums)[main] for sums in _drawn(len(counts)) @ counts])
+    return {"value": whole[main], "low": low, "high": high, "rows": len(counts), "figures": whole}
+
+
+def compare(
+    before: np.ndarray, after: np.ndarray, figures: Callable[[np.ndarray], dict[str, float]]
+) -> dict[str, float]:
+    """after - before of the main figure on the same rows, with its 95 % interval: rows are drawn in pairs. (N, K) each"""
+    main = next(iter(figures(after.sum(axis=0))))
+
+    def difference(old: np.ndarray, new: np.ndarray) -> float:
+        return figures(new)[main] - figures(old)[main]
+
+    draws = _drawn(len(before))
+    low, high = _interval([difference(*pair) for pair in zip(draws @ before, draws @ after, strict=True)])
+    return {"value": difference(before.sum(axis=0), after.sum(axis=0)), "low": low, "high": high}
+
+
+def _drawn(rows: int) -> np.ndarray:
+    """(DRAWS, N): how often each row is in each draw; always the same for as many rows."""
+    return np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), DRAWS)
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    low, high = np.percentile(values, (2.5, 97.5))
+    return float(low), float(high)
+
+
+# -- texts ---------------------------------------------------------------------------------------------------------
+
+
+def _is_same(row: Answered) -> Sequence[float]:
+    return float(row.answer.strip() == row.wanted.strip()), 1.0
+
+
+def _share(name: str, sums: np.ndarray) -> dict[str, float]:
+    return {name: float(sums[0] / max(sums[-1], 1))}
+
+
+def _bleu_counts(row: Answered) -> Sequence[float]:
+    """Matching and all n-grams of four orders, and both lengths, in the characters and words of sacrebleu's `zh`."""
+    found = _bleu().sentence_score(row.answer, [row.wanted])
+    return *found.counts, *found.totals, found.sys_len, found.ref_len
+
+
+def _bleu_of(sums: np.ndarray) -> dict[str, float]:
+    whole = [int(count) for count in sums]
+    score = _bleu().compute_bleu(whole[:4], whole[4:8], whole[8], whole[9], smooth_method="exp")
+    return {"bleu": float(score.score)}
+
+
+@cache
+def _bleu() -> Any:
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+    except ImportError:
+        raise _missing("sacrebleu", "BLEU") from None
+    return BLEU(tokenize="zh", effective_order=True)
+
+
+ROUGE = ("rougeL", "rouge1", "rouge2")
+
+
+def _rouge_counts(words: bool, row: Answered) -> Sequence[float]:
+    scores = _rouge(words).score(row.wanted, row.answer)
+    return *(scores[name].fmeasure for name in ROUGE), 1.0
+
+
+def _rouge_of(sums: np.ndarray) -> dict[str, float]:
+    return {name: float(total / max(sums[-1], 1)) for name, total in zip(ROUGE, sums, strict=False)}
+
+
+@cache
+def _rouge(words: bool) -> Any:
+    """Over characters (other scripts: words), as BLEU's `zh` cuts them; or over the words that jieba finds."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+        from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
+    except ImportError as error:
+        raise _missing(str(error.name), "ROUGE") from None
+    characters: Any = TokenizerZh()  # type: ignore[no-untyped-call]
+    return RougeScorer(ROUGE, tokenizer=_Cut(_jieba() if words else lambda text: characters(text).split()))
+
+
+def _jieba() -> Callable[[str], list[str]]:
+    import logging
+
+    try:
+        import jieba
+    except ImportError:
+        raise _missing("jieba", say("words in Chinese", "中文分词")) from None
+    jieba.setLogLevel(logging.ERROR)
+    return lambda text: [word for word in jieba.lcut(text) if word.strip()]
+
+
+class _Cut:
+    """rouge-score's tokenizer interface."""
+
+    def __init__(self, tokenize: Callable[[str], list[str]]) -> None:
+        self.tokenize = tokenize
+
+
+def _missing(package: str, needed_for: str) -> MissingPackage:
+    return MissingPackage(package.split(".")[0], needed_for, "evaluate")
+
+
+# -- likelihood ----------------------------------------------------------------------------------------------------
+
+
+def _bits_of(sums: np.ndarray) -> dict[str, float]:
+    """From sums of (nats of text, bytes, nats, tokens)."""
+    text, size, nats, tokens = map(float, sums)
+    loss = nats / max(tokens, 1)
+    return {"bits_per_byte": text / (math.log(2) * max(size, 1)), "perplexity": math.exp(min(loss, 700)), "loss": loss}
+
+
+def _perplexity_of(sums: np.ndarray) -> dict[str, float]:
+    """The same, perplexity first: per token, so only to be compared under one tokenizer."""
+    found = _bits_of(sums)
+    return {"perplexity": found.pop("perplexity"), **found}
+
+
+LIKELIHOOD = {"bits_per_byte": _bits_of, "perplexity": _perplexity_of}
+LOWER_IS_BETTER = tuple(LIKELIHOOD)
+
+
+def accuracy_of(sums: np.ndarray) -> dict[str, float]:
+    """From sums of (right, asked)."""
+    return _share("accuracy", sums)
+
+
+def score_of(sums: np.ndarray) -> dict[str, float]:
+    """From sums of (what a suite gives a row, asked)."""
+    return _share("score", sums)
+
+
+TEXT = {
+    "exact_match": Measure(_is_same, partial(_share, "exact_match")),
+    "bleu": Measure(_bleu_counts, _bleu_of),
+    "rouge": Measure(partial(_rouge_counts, False), _rouge_of),
+    "rouge_words": Measure(partial(_rouge_counts, True), _rouge_of),
+    "entity_f1": Measure(
+        lambda row: entities.match(row.answer, row.wanted), entities.f1_of, entities.check
+    ),
+    "spans": Measure(
+        lambda row: entities.match_spans(row.question, row.answer, row.wanted), entities.f1_of, entities.check
+    ),
+}  # fmt: skip

@@ -1,0 +1,122 @@
+"""Questions with options, from files in the layouts of C-Eval, CMMLU and MMLU, and the words in which they are asked."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tongwen.core.errors import DataError
+from tongwen.core.i18n import say
+
+LETTERS = "ABCDEFGH"
+SPLIT = re.compile(r"_(?:val|dev|test)$")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one suite asks. mark: what stands before the answer; blank: what a base model writes between mark and letter."""
+
+    head: str
+    mark: str
+    blank: str = ""
+
+
+CEVAL = Layout("以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。", "答案：")
+CMMLU = Layout("以下是关于{subject}的单项选择题，请直接给出正确答案的选项。", "答案是：")
+MMLU = Layout("The following are multiple choice questions (with answers) about {subject}.", "Answer:", " ")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One question. options: their texts, the first one is A; answer: the place of the right one among them."""
+
+    layout: Layout
+    subject: str
+    question: str
+    options: tuple[str, ...]
+    answer: int
+
+    def ask(self) -> str:
+        """The question with its options, up to where the letter is said."""
+        lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
+        return "\n".join([self.question, *lines, self.layout.mark])
+
+    @property
+    def letters(self) -> str:
+        return LETTERS[: len(self.options)]
+
+
+def read_choices(file: Path) -> list[Choice]:
+    """All questions of a CSV file; its name, without `_val`, `_dev` or `_test`, is the subject. Raises DataError."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            say(f"not UTF-8: {error}", f"不是 UTF-8：{error}"), place=str(file), remedy="iconv -f GB18030 -t UTF-8"
+        ) from None
+    rows = [row for row in csv.reader(io.StringIO(text, newline="")) if any(cell.strip() for cell in row)]
+    if not rows:
+        raise DataError(say("no questions: nothing but blanks", "没有题目：只有空白"), place=str(file))
+    return list(_read(rows, file))
+
+
+def _read(rows: list[list[str]], file: Path) -> Iterator[Choice]:
+    names = [name.strip().lower() for name in rows[0]]
+    subject = SPLIT.sub("", file.stem)
+    headed = "question" in names and "answer" in names
+    if headed:
+        layout, places = (CEVAL if "id" in names else CMMLU), {name: place for place, name in enumerate(names)}
+    elif len(names) == 6:
+        layout, places = MMLU, {name: place for place, name in enumerate(("question", *"abcd", "answer"))}
+        subject = subject.replace("_", " ")
+    else:
+        raise DataError(
+            say(f"not a layout that is known; the first row has: {', '.join(rows[0])}", f"不是已知的布局；首行为：{'、'.join(rows[0])}"),
+            place=f"{file}:1",
+            remedy="id,question,A,B,C,D,answer (C-Eval) · ,Question,A,B,C,D,Answer (CMMLU) · question,A,B,C,D,answer, no header (MMLU)",
+        )  # fmt: skip
+    letters = [letter for letter in LETTERS if letter.lower() in places]
+    for number, row in enumerate(rows[headed:], 1 + headed):
+        yield _choice(row, places, letters, layout, subject, f"{file}:{number}")
+
+
+def _choice(
+    row: list[str], places: Mapping[str, int], letters: Sequence[str], layout: Layout, subject: str, place: str
+) -> Choice:
+    if len(row) <= max(places[name] for name in ("question", "answer", *map(str.lower, letters))):
+        raise DataError(
+            say(f"this row has {len(row)} columns, {len(places)} are needed", f"该行有 {len(row)} 列，需要 {len(places)} 列"),
+            place=place,
+            remedy=say("a text that holds a comma stands in quotes", "含逗号的文字要加引号"),
+        )  # fmt: skip
+    options = tuple(row[places[letter.lower()]].strip() for letter in letters)
+    answer = row[places["answer"]].strip().upper()
+    if answer not in letters:
+        raise DataError(
+            say(f"the answer {answer!r} is no option; there are {', '.join(letters)}", f"答案 {answer!r} 不是选项；选项有 {'、'.join(letters)}"),
+            place=place,
+            remedy=say("C-Eval's test split has no answers; its val split has", "C-Eval 的 test 没有答案，请用 val"),
+        )  # fmt: skip
+    return Choice(layout, subject, row[places["question"]].strip(), options, letters.index(answer))
+
+
+def conversation(choice: Choice, examples: Sequence[Choice]) -> list[dict[str, Any]]:
+    """The question as a chat, behind answered examples of its subject."""
+    turns = [one.ask() for one in (*examples, choice)]
+    turns[0] = f"{choice.layout.head.format(subject=choice.subject)}\n\n{turns[0]}"
+    out: list[dict[str, Any]] = []
+    for turn, one in zip(turns, (*examples, choice), strict=True):
+        out += [{"role": "user", "content": turn}, {"role": "assistant", "content": one.letters[one.answer]}]
+    return out[:-1]
+
+
+def text(choice: Choice, examples: Sequence[Choice]) -> str:
+    """The same as one text, for a base model."""
+    turns = conversation(choice, examples)
+    gap = {"user": choice.layout.blank, "assistant": "\n\n"}
+    return "".join(turn["content"] + gap[turn["role"]] for turn in turns[:-1]) + str(turns[-1]["content"])

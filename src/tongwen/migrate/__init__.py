@@ -1,0 +1,1 @@
+"""What older projects called things, and the recipe that says the same."""

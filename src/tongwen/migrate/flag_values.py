@@ -1,0 +1,305 @@
+"""What an old value means today: a reader for each kind of value that the tables name.
+
+A reader gets the flag and its old value (text, or what JSON and YAML hold) and answers with the new value, with Mended
+(another value, and why) or Gone (nothing needs to be said, and why). ValueError: there is nothing to read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tongwen.core.i18n import say
+
+TRUE, FALSE = ("true", "yes", "y", "t", "on", "1"), ("false", "no", "n", "f", "off", "0")
+EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "transformer.wte", "word_embeddings"}
+# Templates of LLaMA-Factory that a model does not bring along.
+TEMPLATES = {"alpaca": "alpaca", "vicuna": "vicuna", "belle": "belle-v2", "chatml": "chatml"}
+
+
+@dataclass(frozen=True)
+class Mended:
+    """A value that means something else today, and why."""
+
+    value: Any
+    why: str
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A value that says nothing today, and why; the table's own reason when empty."""
+
+    why: str = ""
+
+
+@dataclass
+class Context:
+    """What readers share.
+
+    today:     (name of a model) -> its id today
+    read_file: (path, flag that names it): its keys are read like flags
+    batch:     per_device, accumulate or shared, devices, machines, whole: what multiplies to the samples of a step
+    launch:    options of a launcher on several machines
+    lengths:   of the parts of a sample, which are added up when all are known
+    fetch:     ids of adapters that have to be fetched first
+    """
+
+    today: Callable[[str], str]
+    read_file: Callable[[str, str], None]
+    batch: dict[str, int] = field(default_factory=dict)
+    launch: dict[str, str] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=dict)
+    fetch: list[str] = field(default_factory=list)
+
+
+Reader = Callable[[Context, str, Any], Any]
+
+
+# -- numbers and words ---------------------------------------------------------------------------------------------
+
+
+def text(context: Context, flag: str, value: Any) -> Any:
+    if value is None or value == "":
+        raise ValueError(say("it has no value", "没有值"))
+    return value
+
+
+def plain(context: Context, flag: str, value: Any) -> Any:
+    return scalar(context, flag, text(context, flag, value))
+
+
+def scalar(context: Context, flag: str, value: Any) -> Any:
+    """A number, a truth value or a text; a flag alone is true."""
+    if not isinstance(value, str):
+        return True if value is None else value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(value.lower(), value)
+
+
+def number(context: Context, flag: str, value: Any) -> Any:
+    found = scalar(context, flag, text(context, flag, value))
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
+        raise ValueError(say(f"{value!r} is no number", f"{value!r} 不是数字"))
+    return found
+
+
+def count(context: Context, flag: str, value: Any) -> int:
+    found = number(context, flag, value)
+    if found != int(found):
+        raise ValueError(say(f"{value!r} is no whole number", f"{value!r} 不是整数"))
+    return int(found)
+
+
+def epochs(context: Context, flag: str, value: Any) -> str:
+    return f"{number(context, flag, value):g} epochs"
+
+
+def steps(context: Context, flag: str, value: Any) -> Any:
+    found = count(context, flag, value)
+    return f"{found} steps" if found > 0 else Gone(say("epochs count", "以轮数为准"))
+
+
+def switch(context: Context, flag: str, value: Any) -> bool:
+    word = "true" if value is None else str(value).lower()
+    if word not in TRUE + FALSE:
+        raise ValueError(say(f"{value!r} is neither true nor false", f"{value!r} 既非 true 也非 false"))
+    return word in TRUE
+
+
+def items(context: Context, flag: str, value: Any) -> list[str]:
+    found = value if isinstance(value, list) else str(text(context, flag, value)).split(",")
+    return [item.strip() for item in map(str, found) if item.strip()]
+
+
+def seed(context: Context, flag: str, value: Any) -> Any:
+    if value != "$RANDOM":
+        return count(context, flag, value)
+    return Mended(
+        42,
+        say(
+            "one seed, recorded: with another on each machine, each split the data in its own way",
+            "固定并记录一个种子：各机器种子不同时，数据划分也不同",
+        ),
+    )
+
+
+def choice(context: Context, flag: str, value: Any) -> Any:
+    """`[pth|huggingface]`, as manuals write it: the first, which is what the script took when nothing was said."""
+    found = re.fullmatch(r"\[(\w+)\|.*\]", str(text(context, flag, value)))
+    if found is None:
+        return value
+    return Mended(found[1], say(f"{value} offers a choice; the first is taken", f"{value} 是可选项；取第一个"))
+
+
+def auto(context: Context, flag: str, value: Any) -> Any:
+    return Gone() if value == "auto" else number(context, flag, value)
+
+
+def targets(context: Context, flag: str, value: Any) -> Any:
+    return "all-linear" if value == "all" else items(context, flag, value)
+
+
+def whole_embeddings(context: Context, flag: str, value: Any) -> Any:
+    others = sorted(set(items(context, flag, value)) - EMBEDDINGS)
+    if others:
+        raise ValueError(say(f"{others} are no embeddings", f"{others} 不是词向量"))
+    return "lora+embeddings"
+
+
+def template(context: Context, flag: str, value: Any) -> Any:
+    known = TEMPLATES.get(str(value))
+    return known or Mended(
+        "own", say("the model brings its own; `tongwen look RECIPE` shows it", "模型自带；`tongwen look RECIPE` 可查看")
+    )
+
+
+# -- what multiplies, what belongs to a launcher -------------------------------------------------------------------
+
+
+def _factor(name: str) -> Reader:
+    """A factor of the batch, which is multiplied when all are known."""
+
+    def read(context: Context, flag: str, value: Any) -> None:
+        context.batch[name] = count(context, flag, value)
+
+    return read
+
+
+def whole_batch(context: Context, flag: str, value: Any) -> Gone:
+    if value != "auto":
+        context.batch["whole"] = count(context, flag, value)
+    return Gone(say("batch_size says it", "由 batch_size 表达"))
+
+
+def devices(context: Context, flag: str, value: Any) -> Any:
+    if not str(value).isdigit():
+        return several(context, flag, value)
+    context.batch["devices"] = int(value)
+    return int(value)
+
+
+def engine(context: Context, flag: str, value: Any) -> Any:
+    if context.batch.get("devices", 1) * context.batch.get("machines", 1) == 1:
+        return Gone(say("one device has nothing to share out", "单设备没有可分担的"))
+    return value
+
+
+def machines(context: Context, flag: str, value: Any) -> Any:
+    if str(value) == "1":
+        return Gone()
+    if str(value).isdigit():
+        context.batch["machines"] = int(value)
+    return several(context, flag, value)
+
+
+def several(context: Context, flag: str, value: Any) -> Mended:
+    context.launch[flag] = str(text(context, flag, value))
+    return Mended(None, say("stays with torchrun, on each machine", "仍由每台机器上的 torchrun 给出"))
+
+
+def length_part(context: Context, flag: str, value: Any) -> Mended:
+    context.lengths[flag] = count(context, flag, value)
+    return Mended(
+        None,
+        say("one length for question and answer; the answer is never cut", "问与答共用一个长度；回答从不被截断"),
+    )
+
+
+# -- places --------------------------------------------------------------------------------------------------------
+
+
+def file(context: Context, flag: str, value: Any) -> None:
+    context.read_file(str(text(context, flag, value)), flag)
+
+
+def folder(context: Context, flag: str, value: Any) -> str:
+    return str(text(context, flag, value)).rstrip("/") or "."
+
+
+def own_folder(context: Context, flag: str, value: Any) -> Any:
+    """Where a result goes: it has a folder of its own, not the one in which the command is given."""
+    name = folder(context, flag, value)
+    if name != ".":
+        return name
+    return Mended("merged", say("a result has a folder of its own", "结果放在自己的文件夹中"))
+
+
+def stem(context: Context, flag: str, value: Any) -> str:
+    return str(Path(str(text(context, flag, value))).with_suffix(""))
+
+
+def model(context: Context, flag: str, value: Any) -> Any:
+    """A folder that is here, or a hub's id as it is today."""
+    name = folder(context, flag, value)
+    new = name if Path(name).exists() else context.today(name)
+    return name if new == name else Mended(new, say(f"{name} has moved: {new}", f"{name} 已迁移：{new}"))
+
+
+def trained(context: Context, flag: str, value: Any) -> Any:
+    """What an old training left; or the stage that the same command leaves here."""
+    name = folder(context, flag, value)
+    if not (Path(name) / "config.json").is_file():
+        for place in (Path(name), Path(name).parent):
+            for stage in ("sft", "pretrain"):
+                if (place / stage / "manifest.json").is_file():
+                    return Mended(
+                        str(place / stage), say("where the training here left it", "此处的训练结果在该文件夹")
+                    )
+    return model(context, flag, name)
+
+
+def adapters(context: Context, flag: str, value: Any) -> Any:
+    """Several in their order; one that is on a hub is fetched first."""
+    out, why = list[str](), list[str]()
+    for name in items(context, flag, value):
+        found = trained(context, flag, name)
+        place, reason = (found.value, found.why) if isinstance(found, Mended) else (found, "")
+        if context.today(name) != name and not Path(name).exists():
+            context.fetch.append(place)
+            place = f"models/{place.split('/')[-1]}"
+        out.append(place)
+        why += [reason] if reason else []
+    return Mended(out, "; ".join(why)) if why else out
+
+
+def data(context: Context, flag: str, value: Any) -> Any:
+    """A file of data; where it is not there, one of its name a folder below, where `tongwen fetch` put it."""
+    name = str(text(context, flag, value))
+    below = sorted(Path(name).parent.glob(f"*/{Path(name).name}")) if not Path(name).exists() else []
+    return Mended(str(below[0]), say("where it was fetched to", "已获取到该处")) if below else name
+
+
+def _sources(pattern: str, **words: Any) -> Reader:
+    """The files of a folder, as a source of a recipe."""
+
+    def read(context: Context, flag: str, value: Any) -> list[dict[str, Any]]:
+        return [{"path": f"{folder(context, flag, value)}/{pattern}", **words}]
+
+    return read
+
+
+def _inside(pattern: str) -> Reader:
+    def read(context: Context, flag: str, value: Any) -> str:
+        return pattern.format(folder(context, flag, value))
+
+    return read
+
+
+READERS: dict[str, Reader] = {
+    "plain": plain, "text": text, "path": folder, "folder": folder, "own_folder": own_folder, "scalar": scalar, "number": number, "share": number, "count": count,
+    "epochs": epochs, "steps": steps, "switch": switch, "list": items, "seed": seed, "choice": choice, "auto": auto,
+    "targets": targets, "whole_embeddings": whole_embeddings, "template": template,
+    "per_device": _factor("per_device"), "accumulate": _factor("accumulate"), "shared_accumulate": _factor("shared"),
+    "whole_batch": whole_batch, "devices": devices, "engine": engine, "stem": stem, "machines": machines, "several": several, "length_part": length_part,
+    "file": file, "model": model, "trained": trained, "adapters": adapters, "data": data,
+    "text_folder": _sources("*.txt", records="line"), "json_folder": _sources("*.json"), "train_folder": _sources("*train*.txt"),
+    "tokenizer_file": _inside("{}/tokenizer.model"),
+}  # fmt: skip

@@ -1,0 +1,78 @@
+"""Lines of a shell as people keep them in scripts and READMEs: continued, with variables, with a prompt before them.
+
+Nothing is run: variables get the values that the same text gives them, and what it does not say stays `${name}`.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+
+from tongwen.core.errors import RecipeError
+from tongwen.core.i18n import say
+
+_PROMPT = re.compile(r"^[>$]\s+")
+_ASSIGNMENT = re.compile(r"^([A-Za-z_]\w*)=(.*)$", re.DOTALL)
+_VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One command. number: of the line on which it begins, from 1."""
+
+    words: tuple[str, ...]
+    number: int
+
+
+def read_script(text: str, name: str) -> list[Line]:
+    """The commands of a script. A line that begins with a dash belongs to the command above, backslash or not.
+
+    Raises RecipeError for a quote that is not closed.
+    """
+    variables: dict[str, str] = {}
+    out: list[Line] = []
+    for number, line in _joined(text):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise RecipeError(
+                say(f"this is no line of a shell: {error}", f"这不是合法的 shell 行：{error}"),
+                place=f"{name}:{number}",
+                remedy=say("close the quote", "请补全引号"),
+            ) from None
+        words = [_VARIABLE.sub(lambda found: variables.get(found[1] or found[2], found[0]), word) for word in words]
+        if len(words) == 1 and (found := _ASSIGNMENT.match(words[0])):
+            variables[found[1]] = found[2]
+        elif words:
+            out.append(Line(tuple(words), number))
+    return out
+
+
+def split_environment(words: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """(what stands before a command as NAME=value, the command)."""
+    environment: dict[str, str] = {}
+    for place, word in enumerate(words):
+        found = _ASSIGNMENT.match(word)
+        if found is None:
+            return environment, words[place:]
+        environment[found[1]] = found[2]
+    return environment, ()
+
+
+def _joined(text: str) -> list[tuple[int, str]]:
+    """Whole lines, each with the number of its first."""
+    out: list[tuple[int, str]] = []
+    goes_on = False
+    for number, raw in enumerate(text.splitlines(), 1):
+        line = _PROMPT.sub("", raw.strip())
+        if not line or line.startswith("#"):
+            goes_on = False
+            continue
+        if out and (goes_on or line.startswith("-")):
+            first, before = out.pop()
+            out.append((first, f"{before} {line.removesuffix(chr(92))}"))
+        else:
+            out.append((number, line.removesuffix("\\")))
+        goes_on = line.endswith("\\")
+    return out

@@ -1,0 +1,1 @@
+"""Adapters: attaching, reading, older forms, chains, lineage."""

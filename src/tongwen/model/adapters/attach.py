@@ -1,0 +1,511 @@
+"""What is trained: all weights, embeddings, their new rows, or adapters. Placed by peft; what peft leaves out is named.
+
+A stage may train different parts in turn. So the model is adapted once, for all of them, and `focus` says which part
+learns now; what a part is, is decided by the tensor, not by its name in a recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tongwen.core.errors import ModelError, RecipeError, first_line
+from tongwen.core.i18n import say
+from tongwen.core.model_families import family_of
+from tongwen.model.adapters.adalora import configure, write_as_lora
+from tongwen.model.adapters.chain import open_adapter
+from tongwen.model.kernels.fused_lora import fuse
+from tongwen.model.loading.load import adapter_folder, adapter_type, quiet
+from tongwen.recipe.schema import Adapter, Part
+
+# A recipe's words for an adapter, and peft's.
+OWN_WORDS = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "targets": "target_modules",
+    "target_parameters": "target_parameters",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
+    "also_train": "modules_to_save",
+}
+
+
+@dataclass
+class Adapted:
+    """A model ready to train, and what was decided on the way.
+
+    rows:       ids of the new rows
+    whole:      whether some part trains embeddings in full
+    learners:   every tensor that some part trains
+    embeddings: those of them that are whole matrices of tokens
+    """
+
+    model: Any
+    rows: list[int] = field(default_factory=list)
+    whole: bool = False
+    notices: list[str] = field(default_factory=list)
+    learners: list[torch.nn.Parameter] = field(init=False)
+    embeddings: list[torch.nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._guard: list[Any] = []
+        self.find_learners()
+
+    def find_learners(self) -> None:
+        """What learns. Once more after an engine has put its own parameters in their place."""
+        self.learners = [part for part in self.model.parameters() if part.requires_grad]
+        self.embeddings = _embeddings(self.model) if self.whole else []
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Parameters that learn now. What peft keeps of a module that is trained in full is not a second one."""
+        named = [pair for pair in self.model.named_parameters() if ".original_module." not in pair[0]]
+        trainable = sum(part.numel() for _, part in named if part.requires_grad)
+        total = sum(part.numel() for _, part in named)
+        return {"parameters": trainable, "of": total, "share": trainable / total}
+
+    def focus(self, parts: Collection[Part]) -> list[torch.nn.Parameter]:
+        """Only these parts learn from here on. Returns the whole embedding matrices of which only the new rows may learn:
+        their gradient is zero elsewhere, and the optimizer must do nothing else to them."""
+        for hook in self._guard:
+            hook.remove()
+        self._guard = []
+        whole = {id(part) for part in self.embeddings}
+        single = {id(part) for name, part in self.model.named_parameters() if "trainable_tokens_" in name and self.rows}
+        for part in self.learners:
+            if "full" in parts:
+                part.requires_grad_(True)
+            elif id(part) in whole:
+                part.requires_grad_("embeddings" in parts or "new_rows" in parts)
+            elif id(part) in single:
+                part.requires_grad_("new_rows" in parts)
+            else:
+                part.requires_grad_("lora" in parts)
+        self.model.zero_grad(set_to_none=True)
+        if "new_rows" not in parts:
+            return []
+        self._guard = [_keep_others(part, self.rows) for part in self.embeddings]
+        return self.embeddings
+
+    @property
+    def has_rows_alone(self) -> bool:
+        """Whether single rows are all that is trained, in no adapter."""
+        return adapter_type(self.model) == "TRAINABLE_TOKENS"
+
+    def put_rows(self, base: Any, whole: dict[str, torch.Tensor] | None) -> None:
+        """Single rows that learned go into the matrices of the base, which was opened anew: all else is written as its files
+        have it, and not in the number type that was computed with. whole: as for `save`."""
+        from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+        for name, module in self.model.named_modules():
+            if isinstance(module, TrainableTokensLayer):
+                matrix = base.get_submodule(name.removeprefix("base_model.model.")).weight
+                matrix.data = matrix.data.clone()  # it may lie in the file
+                for adapter, rows in module.token_indices.items():
+                    key = f"{name}.trainable_tokens_delta.{adapter}"
+                    learned = whole[key] if whole else module.trainable_tokens_delta[adapter]
+                    matrix.data[rows] = learned.detach().to(matrix)
+
+    def save(self, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
+        """The adapter, or the whole model where there is none. whole: the learners by name, of a model that has only parts of
+        them."""
+        with quiet():  # peft warns of ranks that AdaLoRA has emptied
+            self.model.save_pretrained(str(folder), state_dict=whole)
+        if adapter_type(self.model) == "ADALORA":
+            write_as_lora(folder)
+
+
+def kept_in(parts: Collection[Part], dtype: torch.dtype) -> torch.dtype:
+    """The number type of the base: fp32 where its own weights learn."""
+    return torch.float32 if base_learns(parts) else dtype
+
+
+def base_learns(parts: Collection[Part]) -> bool:
+    """Whether its own weights do: adapters and single rows are tensors beside them."""
+    return "lora" not in parts and set(parts) != {"new_rows"}
+
+
+def adapt(
+    model: Any,
+    choice: Adapter,
+    control_rows: list[int],
+    *,
+    trained: Collection[Part] = (),
+    new_rows: list[int] | None = None,
+    steps: int = 0,
+    fingerprint: str | None = None,
+) -> Adapted:
+    """Freeze what no part trains, and add what is missing.
+
+    control_rows: ids whose rows learn beside the adapter; trained: the parts that some phase trains, the adapter's own when
+    empty; new_rows: ids for the part of that name; steps: over which AdaLoRA spends its budget; fingerprint: of the model,
+    for an adapter that is trained further. Raises ModelError when a target names no module, or nothing would be trained.
+    """
+    parts = set(trained) or {choice.part}
+    rows, held = list(new_rows or []), len(model.get_input_embeddings().weight)
+    if rows and not 0 <= min(rows) <= max(rows) < held:
+        raise ModelError(
+            say(
+                f"new_rows.json names row {max(rows)}, the embedding has {held}",
+                f"new_rows.json 提到第 {max(rows)} 行，而词向量只有 {held} 行",
+            ),
+            place=str(model.name_or_path),
+            remedy=say("run the vocabulary stage again", "请重做词表阶段"),
+        )
+    if "full" in parts:
+        model.requires_grad_(True)
+        return Adapted(model, rows, whole=True)
+    if "lora" in parts:
+        adapted = _with_adapter(model, choice, parts, control_rows, rows, steps, fingerprint)
+    elif "embeddings" in parts:
+        model.requires_grad_(False)
+        for part in _weights_of_embeddings(model):
+            part.requires_grad_(True)
+        adapted = Adapted(model, rows, whole=True)
+    else:
+        from peft import TrainableTokensConfig, get_peft_model
+
+        # Not Adapted's gradient mask: here the optimizer keeps state for the rows alone.
+        config = TrainableTokensConfig(
+            token_indices=sorted({*control_rows, *rows}), target_modules=list(_row_owners(model))
+        )
+        with quiet():
+            adapted = Adapted(get_peft_model(model, config), rows)
+    if not adapted.learners:
+        raise ModelError(say("nothing would be trained", "没有任何可训练的参数"), place="adapter")
+    return adapted
+
+
+def check_further(choice: Adapter, stage: str) -> None:
+    """Raise RecipeError when the recipe says of an adapter that is trained further what it is not: it keeps its own words.
+    One that is not there yet, or cannot be read, is refused when it is opened."""
+    if not choice.continue_from:
+        return
+    try:
+        told = json.loads(
+            (adapter_folder(Path(choice.continue_from)) / "adapter_config.json").read_text(encoding="utf-8")
+        )
+        peft = {**told, **({"r": None, "lora_alpha": None} if told.get("rank_pattern") else {})}  # ranks of their own
+    except (OSError, ValueError, TypeError, AttributeError):
+        return
+    differ = [
+        f"{word}: {peft[name]}"
+        for word, name in OWN_WORDS.items()
+        if word in choice.model_fields_set and name in peft and not _agree(getattr(choice, word), peft[name])
+    ]
+    if differ:
+        own = ", ".join(differ)
+        raise RecipeError(
+            say(f"this adapter has {own}, and keeps it", f"该适配器为 {own}，且不会改变"),
+            place=f"{stage}.adapter.continue_from: {choice.continue_from}",
+            remedy=say(
+                "leave these words out; or merge it first, and train a new adapter on the merged model",
+                "请删去这些词；或先合并它，再在合并后的模型上训练新的适配器",
+            ),
+        )
+
+
+def _agree(said: Any, own: Any) -> bool:
+    """A recipe's word and peft's; what cannot be compared, agrees."""
+    if isinstance(said, list) and not isinstance(own, str):
+        return sorted(said) == sorted(own or [])
+    return said is None or own is None or isinstance(said, str) or isinstance(own, str) or said == own
+
+
+def _with_adapter(
+    model: Any,
+    choice: Adapter,
+    parts: set[Part],
+    control_rows: list[int],
+    new_rows: list[int],
+    steps: int,
+    fingerprint: str | None,
+) -> Adapted:
+    single = sorted({*control_rows, *(new_rows if "new_rows" in parts else [])})
+    if choice.continue_from:
+        opened = open_adapter(model, choice.continue_from, fingerprint, trainable=True)
+        fuse(opened)
+        adapted = Adapted(opened, new_rows, whole="embeddings" in parts)
+        if (lost := set(single) - _rows_in(opened)) and not _embeddings(opened):
+            raise ModelError(
+                say(
+                    f"token rows must be trained ({len(lost)}), and this adapter holds no tensor for them",
+                    f"有 {len(lost)} 个词向量行需要训练，而该适配器中没有对应的张量",
+                ),
+                place="adapter.continue_from",
+                remedy=say(
+                    "merge it first, and train a new adapter on the merged model",
+                    "先合并它，再在合并后的模型上训练新的适配器",
+                ),
+            )
+        if adapted.whole and not adapted.embeddings:
+            raise ModelError(
+                say("this adapter holds no embeddings to train further", "该适配器不含可继续训练的词向量"),
+                place="adapter.continue_from",
+                remedy="train: lora",
+            )
+        return adapted
+    from peft import get_peft_model
+
+    whole = "embeddings" in parts
+    also = list(choice.also_train)
+    for name in also:
+        _check_also(name, model)
+    owners = _row_owners(model)
+    if whole:
+        also += owners
+    rows = dict.fromkeys(_owners_apart(model, also), single) if single else {}
+    config = _peft_config(model, choice, also, rows or None, steps)
+    try:
+        with quiet():
+            adapted = Adapted(get_peft_model(model, config), new_rows, whole)
+    except (ValueError, TypeError, AttributeError) as error:
+        said = first_line(error)
+        raise ModelError(
+            say(f"peft cannot place this adapter: {said}", f"peft 无法放置该适配器：{said}"),
+            place="adapter",
+        ) from error
+    adapted.notices += _experts(adapted.model)
+    fuse(adapted.model)
+    if control_rows and rows:
+        adapted.notices.append(
+            say(
+                f"{len(control_rows)} token rows are trained beside the adapter",
+                f"除适配器外还训练 {len(control_rows)} 个词向量行",
+            )
+        )
+    return adapted
+
+
+def _peft_config(model: Any, choice: Adapter, also: list[str], rows: dict[str, list[int]] | None, steps: int) -> Any:
+    from peft import LoraConfig
+
+    family = family_of(model.config.model_type)
+    words: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "lora_alpha": choice.scale,
+        "lora_dropout": choice.dropout,
+        "target_modules": find_targets(model, choice),
+        "fan_in_fan_out": bool(family and family.transposed),
+        "modules_to_save": also or None,
+        # peft's default unties in silence
+        "ensure_weight_tying": bool(getattr(model.config, "tie_word_embeddings", False)),
+    }
+    if choice.method == "adalora":
+        if rows:
+            raise ModelError(
+                say(
+                    f"adalora cannot train single token rows, and {len(next(iter(rows.values())))} need it",
+                    f"adalora 不能训练单独的词向量行，而有 {len(next(iter(rows.values())))} 行需要训练",
+                ),
+                place="adapter.method",
+                remedy=say(
+                    f"method: lora, or also_train: [{', '.join(rows)}]",
+                    f"method: lora，或 also_train: [{', '.join(rows)}]",
+                ),
+            )
+        return configure(choice.rank, steps, words)
+    return LoraConfig(
+        **words,
+        r=choice.rank,
+        use_rslora=choice.rslora,
+        use_dora=choice.dora,
+        target_parameters=_find_parameters(model, choice),
+        trainable_token_indices=rows,
+    )
+
+
+def _rows_in(model: Any) -> set[int]:
+    """Ids whose rows an adapter trains one by one."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    layers = (module for module in model.modules() if isinstance(module, TrainableTokensLayer))
+    return {row for layer in layers for rows in layer.token_indices.values() for row in rows}
+
+
+def _keep_others(part: torch.nn.Parameter, rows: list[int]) -> Any:
+    """A hook that leaves a matrix's gradient (V, H) on these rows only: before it is added up, or, where processes share the
+    matrix out, when each has got its part of the sum."""
+    others = torch.ones(len(part), 1, dtype=torch.bool, device=part.device)
+    others[rows] = False
+    if isinstance(part, DTensor):
+        mine = distribute_tensor(others, part.device_mesh, part.placements).to_local()
+
+        def mask(part: torch.Tensor) -> None:
+            gradient = part.grad.to_local()
+            gradient.masked_fill_(mine.to(gradient.device), 0)
+
+        return part.register_post_accumulate_grad_hook(mask)
+    return part.register_hook(lambda gradient: gradient.masked_fill(others, 0))
+
+
+def _embeddings(model: Any) -> list[torch.nn.Parameter]:
+    """The trainable whole matrices of the input embedding and the head; one, where they are tied."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = {
+        id(part): part
+        for module in modules
+        if module is not None
+        for name, part in module.named_parameters()
+        if part.requires_grad and "lora_" not in name and "trainable_tokens_" not in name and part.dim() == 2
+    }
+    return list(found.values())
+
+
+def _weights_of_embeddings(model: Any) -> list[torch.nn.Parameter]:
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return list({id(module.weight): module.weight for module in modules if module is not None}.values())
+
+
+def find_targets(model: Any, choice: Adapter) -> list[str] | str:
+    """Module names for peft: the family's usual few, all linear layers but the head, or the user's list (checked)."""
+    if choice.targets == "all-linear":
+        return "all-linear"
+    if choice.targets == "family":
+        family = family_of(model.config.model_type)
+        if family is None:
+            raise ModelError(
+                say(
+                    f"no usual targets are known for {model.config.model_type!r}",
+                    f"未知系列 {model.config.model_type!r} 的惯用目标",
+                ),
+                place="adapter.targets",
+                remedy="targets: all-linear",
+            )
+        return list(family.targets)
+    from transformers.pytorch_utils import Conv1D
+
+    nn = torch.nn
+    fit: tuple[type, ...] = (nn.Linear, Conv1D)  # of which bitsandbytes' layers are
+    if choice.method != "adalora":
+        fit += (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+    for name in choice.targets:
+        found = [module for module_name, module in model.named_modules() if _is_called(module_name, name)]
+        unfit = next((type(module).__name__ for module in found if not isinstance(module, fit)), "")
+        if unfit or not found:
+            raise _no_module("targets", name, model, unfit)
+    return list(choice.targets)
+
+
+def _is_called(module: str, name: str) -> bool:
+    """As peft reads a target: a module's whole name, or the end of it from a dot on."""
+    return module == name or module.endswith(f".{name}")
+
+
+def _check_also(name: str, model: Any) -> None:
+    """Raise ModelError when there is no such module, or it cannot learn in full."""
+    found = [module for module_name, module in model.named_modules() if _is_called(module_name, name)]
+    if not found:
+        raise _no_module("also_train", name, model)
+    held = [part for module in found for part in module.parameters()]
+    if any(getattr(part, "quant_state", None) is not None or not part.is_floating_point() for part in held):
+        raise ModelError(
+            say(f"{name!r} is quantised and cannot be trained in full", f"{name!r} 已量化，不能完整训练"),
+            place="adapter.also_train",
+            remedy=say(
+                f"method: lora, or only {', '.join(_row_owners(model))}",
+                f"method: lora，或只写 {'、'.join(_row_owners(model))}",
+            ),
+        )
+
+
+def find_untrained_rows(model: Any, ids: list[int]) -> list[int]:
+    """Those of the ids whose output rows the base was never trained on.
+
+    A row counts as untrained when it is all but zero, when another token has exactly the same row (reserved tokens that
+    were initialised together), or when it is as small as the rows that no token owns (padding of the vocabulary).
+    """
+    head = model.get_output_embeddings()
+    weight = (head if head is not None else model.get_input_embeddings()).weight.detach()
+    norms = weight.float().norm(dim=1)
+    typical = float(norms.median())
+    untrained = []
+    for index in ids:
+        row, norm = weight[index], float(norms[index])
+        alike = torch.nonzero((norms - norm).abs() <= 1e-6 * max(norm, 1e-12)).flatten()
+        twin = any(int(other) != index and torch.equal(weight[int(other)], row) for other in alike[:64])
+        if norm <= 1e-3 * typical or twin:
+            untrained.append(index)
+    return untrained
+
+
+def _find_parameters(model: Any, choice: Adapter) -> list[str] | None:
+    names = [name for name, _ in model.named_parameters()]
+    for wanted in choice.target_parameters:
+        if not any(name.endswith(wanted) for name in names):
+            fused = sorted(
+                {".".join(name.split(".")[-3:]) for name, part in model.named_parameters() if part.dim() == 3}
+            )
+            raise ModelError(
+                say(f"no weight is called {wanted!r}", f"没有名为 {wanted!r} 的权重"),
+                place="adapter.target_parameters",
+                remedy=say(
+                    f"fused weights here: {', '.join(fused) or 'none'}", f"融合的权重：{'、'.join(fused) or '无'}"
+                ),
+            )
+    return list(choice.target_parameters) or None
+
+
+def _row_owners(model: Any) -> list[str]:
+    """Names of the modules that hold the tokens' rows: the input embedding, and the head where it is a matrix of its own."""
+    names = {id(module): name for name, module in model.named_modules()}
+    inside = names[id(model.get_input_embeddings())].split(".")[-1]
+    if getattr(model.config, "tie_word_embeddings", False):
+        return [inside]
+    return [inside, names[id(model.get_output_embeddings())].split(".")[-1]]
+
+
+def _owners_apart(model: Any, also: list[str]) -> list[str]:
+    """Those that do not learn in full anyway: peft takes no single rows of a matrix that does."""
+    learned = {
+        id(part)
+        for name, part in model.named_parameters(remove_duplicate=False)
+        if any(_is_called(name.rpartition(".")[0], one) for one in also)
+    }
+    owners = zip(_row_owners(model), _weights_of_embeddings(model), strict=False)
+    return [name for name, part in owners if id(part) not in learned]
+
+
+def _experts(model: Any) -> list[str]:
+    """Fused expert weights do a linear layer's work but are no Linear module: whether the adapter reaches them is said."""
+    fused = {
+        name: part
+        for name, part in model.named_parameters()
+        if part.dim() == 3 and "lora_" not in name and not name.endswith(("conv1d.weight", "conv.weight"))
+    }
+    passed = [name for name in fused if ".base_layer." not in name]
+    if passed:
+        size = sum(fused[name].numel() for name in passed)
+        return [
+            say(
+                f"the adapter passes by {len(passed)} fused expert weights ({size:,} parameters), the first: {passed[0]}",
+                f"适配器未覆盖 {len(passed)} 个融合的专家权重（{size:,} 个参数），第一个：{passed[0]}",
+            )
+        ]
+    if fused:
+        return [
+            say(
+                f"the adapter reaches {len(fused)} fused expert weights, each expert with matrices of its own",
+                f"适配器覆盖 {len(fused)} 个融合的专家权重，每个专家各有其矩阵",
+            )
+        ]
+    return []
+
+
+def _no_module(key: str, name: str, model: Any, unfit: str = "") -> ModelError:
+    """unfit: the kind of the module that has this name, and that no adapter can stand beside."""
+    linear = sorted({full.split(".")[-1] for full, module in model.named_modules() if hasattr(module, "in_features")})
+    return ModelError(
+        say(f"{name!r} is a {unfit}, which an adapter cannot stand beside", f"{name!r} 是 {unfit}，适配器无法放在其旁")
+        if unfit
+        else say(f"no module is called {name!r}", f"没有名为 {name!r} 的模块"),
+        place=f"adapter.{key}",
+        remedy=say(f"this model has: {', '.join(linear)}", f"该模型有：{'、'.join(linear)}"),
+    )

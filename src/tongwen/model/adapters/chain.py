@@ -1,0 +1,110 @@
+"""A base with the adapters that stand on it: each one's change goes into the weights, in their order, summed in fp32.
+
+So a stage that stands on an adapter stage, and whoever talks to it, opens the whole chain.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tongwen.core import artifact
+from tongwen.core.errors import ArtifactError, ModelError
+from tongwen.core.i18n import say
+from tongwen.model.adapters.read import EMBEDDINGS, whole_rows
+from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_stack
+from tongwen.model.loading.load import Place, explained, find_adapter, load_model, quiet
+
+
+def open_stack(
+    place: Place, dtype: torch.dtype, quantize: str = "", device_map: str | None = None, *, live: bool = False
+) -> tuple[Any, str | None]:
+    """(model, its fingerprint). A prompt that was learned (prefix or p-tuning) has no change of weights: it stays on top.
+    live: so may a single adapter on a quantised base, for those who only ask.
+
+    Raises ArtifactError when an adapter was trained on something else, ModelError when the base would be quantised before
+    an adapter's change is in its weights.
+    """
+    if quantize and live and len(place.adapters) == 1:
+        base = load_model(place, dtype, quantize, device_map)
+        return open_adapter(base, place.adapters[0], fingerprint_model(place)), None
+    if quantize and place.adapters:
+        raise ModelError(
+            say("an adapter cannot be put into quantised weights", "无法把适配器并入量化后的权重"),
+            place=place.name,
+            remedy=say(
+                f"tongwen merge first, and name the merged folder as the base; the adapter: {place.adapters[0]}",
+                f"先 tongwen merge，并以合并后的文件夹为底座；适配器：{place.adapters[0]}",
+            ),
+        )
+    model = load_model(place, torch.float32 if place.adapters else dtype, quantize, device_map)
+    fingerprint = fingerprint_model(place)  # after it was opened: only then a hub's files are surely here
+    for folder in place.adapters:
+        model = open_adapter(model, folder, fingerprint)
+        if not model.active_peft_config.is_prompt_learning:
+            model = model.merge_and_unload()
+        if fingerprint:
+            fingerprint = fingerprint_stack(fingerprint, _fingerprint_of(folder))
+    return (model.to(dtype) if place.adapters else model), fingerprint
+
+
+def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, trainable: bool = False) -> Any:
+    """The model with an adapter on it. Refuses an adapter that was trained on another base."""
+    from peft import PeftModel
+
+    path = find_adapter(Path(folder))
+    folder = str(path)
+    stage = artifact.find(path)
+    trained_on = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
+    if trained_on and fingerprint_of_base and trained_on != fingerprint_of_base:
+        raise ArtifactError(
+            say(
+                f"this adapter was trained on another base: {trained_on[:12]}, this one is {fingerprint_of_base[:12]}",
+                f"该适配器是在另一个底座上训练的：{trained_on[:12]}，当前为 {fingerprint_of_base[:12]}",
+            ),
+            place=folder,
+            remedy=say(
+                f"open it on {stage.manifest['parents']['base']['path'] if stage else ''}",
+                f"请用底座 {stage.manifest['parents']['base']['path'] if stage else ''}",
+            ),
+        )
+    make_room(model, path)
+    with quiet(), explained(Place(folder, folder)):
+        return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+
+
+def make_room(model: Any, adapter: Path) -> None:
+    """Rows for an adapter that brings a larger vocabulary, as Chinese-LLaMA's do: its embedding and head take their place."""
+    rows, held = whole_rows(adapter), model.get_input_embeddings().weight.shape[0]
+    wanted = max(rows.values(), default=held)
+    if wanted == held:
+        return
+    if wanted < held:
+        said = say(
+            f"its vocabulary has {wanted} rows, the model so far has {held}: a vocabulary never shrinks",
+            f"其词表为 {wanted} 行，而此前的模型已有 {held} 行：词表不会变小",
+        )
+    elif len(rows) < 2 and not model.config.get_text_config().tie_word_embeddings:
+        alone = next(iter(rows))
+        lacks = say("the head", "输出层") if alone.endswith(EMBEDDINGS) else say("the embedding", "词向量")
+        said = say(
+            f"it brings {wanted} rows where the model has {held}, and {lacks} is not with it",
+            f"它带来 {wanted} 行，模型只有 {held} 行，却缺少{lacks}",
+        )
+    else:
+        model.resize_token_embeddings(wanted, mean_resizing=False)
+        return
+    raise ArtifactError(
+        said,
+        place=str(adapter),
+        remedy=say(
+            "name the base and the adapters below it that it was trained on", "请给出训练它时的底座及其下的适配器"
+        ),
+    )
+
+
+def _fingerprint_of(adapter: str) -> str:
+    made = artifact.find(Path(adapter))
+    return made.fingerprint if made else str(fingerprint_model(Place(adapter, adapter)))

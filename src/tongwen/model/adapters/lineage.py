@@ -1,0 +1,174 @@
+"""Whether base, adapters and tokenizer belong together: by recorded fingerprints, else by what can be known.
+
+An adapter made here records the fingerprint of what it was trained on: a base, or a base with adapters on it. Those of
+other tools record a name at best, so for them only shapes speak, and that is said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tongwen.core import artifact
+from tongwen.core.errors import ArtifactError
+from tongwen.core.i18n import say
+from tongwen.model.adapters.read import Adapter
+from tongwen.model.loading.fingerprint import combine, fingerprint_stack, lines_of, order_that_fits
+
+
+@dataclass(frozen=True)
+class Link:
+    """One adapter in a chain. recorded: fingerprint of what it was trained on, None when it does not say."""
+
+    adapter: Adapter
+    stage: artifact.Artifact | None
+    recorded: str | None
+    own: str
+
+    @property
+    def name(self) -> str:
+        return str(self.adapter.folder)
+
+    @property
+    def trained_on(self) -> str:
+        """Path or name of what it was trained on; empty when it does not say."""
+        recorded = self.stage.manifest["parents"].get("base", {}).get("path") if self.stage else None
+        return str(recorded or self.adapter.config.get("base_model_name_or_path") or "")
+
+
+def read_link(adapter: Adapter) -> Link:
+    """Raises ArtifactError when the adapter's tensors are no longer those that its manifest recorded."""
+    stage = artifact.find(adapter.folder)
+    own = combine(lines_of(adapter.tensors))
+    if stage and stage.fingerprint != own:
+        raise ArtifactError(
+            say(
+                f"its tensors have the fingerprint {own[:12]}, its manifest recorded {stage.fingerprint[:12]}",
+                f"其张量指纹为 {own[:12]}，清单记录为 {stage.fingerprint[:12]}",
+            ),
+            place=str(adapter.folder),
+            remedy=say("the file was changed or damaged after training", "训练之后文件被改动或损坏"),
+        )
+    recorded = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
+    return Link(adapter, stage, recorded, own)
+
+
+def check_chain(base: str, fingerprint: str, links: Sequence[Link]) -> None:
+    """Raise ArtifactError when an adapter was trained on something else than what lies below it here."""
+    below = fingerprint
+    for number, link in enumerate(links):
+        if link.recorded not in (None, below):
+            raise ArtifactError(
+                say(
+                    f"the adapter was trained on a base with fingerprint {str(link.recorded)[:12]}, here it would stand on {below[:12]}",
+                    f"适配器训练时的底座指纹为 {str(link.recorded)[:12]}，此处其下为 {below[:12]}",
+                )
+                + (f" ({base})" if number == 0 else f" ({base} + {' + '.join(one.name for one in links[:number])})"),
+                place=link.name,
+                remedy=_remedy(fingerprint, links, link),
+            )
+        below = fingerprint_stack(below, link.own)
+
+
+def doubts(base: str, links: Sequence[Link]) -> list[str]:
+    """What cannot be proven, in words: for adapters that do not record what they were trained on."""
+    out = []
+    for number, link in enumerate(links):
+        if link.recorded:
+            continue
+        below = base if number == 0 else links[number - 1].name
+        named = link.trained_on
+        differs = bool(named) and Path(named).name.lower() != Path(below).name.lower()
+        out.append(
+            say(
+                f"{link.name} does not record which base it was trained on; shapes and names are all that is checked",
+                f"{link.name} 没有记录底座；只能检查形状与名称",
+            )
+            + (say(f" (it names {named})", f"（它写的是 {named}）") if differs else "")
+        )
+    return out
+
+
+def highest_token(folder: Path) -> tuple[int, str] | None:
+    """(highest id that a folder's tokenizer can make, its text); None when it has no tokenizer that can be read without
+    code."""
+    file, old = folder / "tokenizer.json", folder / "tokenizer.model"
+    tokens: dict[int, str] = {}
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            vocabulary = found["model"]["vocab"]
+            if isinstance(vocabulary, dict):
+                tokens = {int(index): text for text, index in vocabulary.items()}
+            else:
+                tokens = {index: text for index, (text, _) in enumerate(vocabulary)}
+            tokens |= {int(token["id"]): token["content"] for token in found.get("added_tokens", ())}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ArtifactError(say("the tokenizer cannot be read", "分词器无法读取"), place=str(file)) from None
+    elif old.is_file():
+        count, last = _pieces(old)
+        tokens = {count - 1: last}
+        if (folder / "added_tokens.json").is_file():
+            added = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
+            tokens |= {int(index): text for text, index in added.items()}
+    return max(tokens.items(), default=None)
+
+
+def check_vocabulary(folder: Path, rows: int, place: str) -> None:
+    """Raise ArtifactError when the tokenizer of a folder can make ids for which the embedding has no row."""
+    highest = highest_token(folder)
+    if highest is not None and highest[0] >= rows:
+        raise ArtifactError(
+            say(
+                f"the tokenizer has ids up to {highest[0]} ({highest[1]}), the merged embedding has {rows} rows",
+                f"分词器的 id 最大为 {highest[0]}（{highest[1]}），而合并后的词向量只有 {rows} 行",
+            ),
+            place=place,
+            remedy=say(
+                "this tokenizer belongs to a model with a larger vocabulary: an adapter that brings those rows is missing, or comes last here and should not",
+                "该分词器属于词表更大的模型：缺少带来这些行的适配器，或顺序不对",
+            ),
+        )
+
+
+def _remedy(fingerprint: str, links: Sequence[Link], wrong: Link) -> str:
+    order = order_that_fits(fingerprint, [(link.recorded, link.own) for link in links])
+    if order is not None:
+        return say("the order that fits: ", "合适的顺序：") + " ".join(
+            f"--adapter {links[index].name}" for index in order
+        )
+    return say(f"merge onto {wrong.trained_on}", f"请合并到 {wrong.trained_on}")
+
+
+def _pieces(file: Path) -> tuple[int, str]:
+    """(how many pieces a SentencePiece model has, the last one): its protobuf message repeats field 1 once per piece, and
+    a piece begins with its text."""
+    data, at, count, last = file.read_bytes(), 0, 0, b""
+
+    def number(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            byte = data[at]
+            value |= (byte & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 0x80:
+                return value, at
+
+    try:
+        while at < len(data):
+            key, at = number(at)
+            size = 0
+            if key & 7 == 2:  # a message or a text, with its length
+                size, at = number(at)
+                at += size
+            elif key & 7 == 0:
+                _, at = number(at)
+            else:
+                at += {1: 8, 5: 4}[key & 7]
+            if key == (1 << 3 | 2):
+                count, last = count + 1, data[at - size : at]
+    except (IndexError, KeyError):
+        raise ArtifactError(say("this is no SentencePiece model", "不是 SentencePiece 模型"), place=str(file)) from None
+    return count, last[2 : 2 + last[1]].decode("utf-8", "replace") if len(last) > 1 else ""

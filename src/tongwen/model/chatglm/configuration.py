@@ -1,0 +1,86 @@
+"""ChatGLM-6B's `config.json`, old and new; what only bears the same name is refused by its own.
+
+ChatGLM2, ChatGLM3 and GLM-4's first release also call themselves `chatglm`, and are other models: causal, with RMSNorm
+and shared key and value heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from tongwen.core.errors import ModelError
+from tongwen.core.i18n import say
+
+
+class ChatGLMConfig(PreTrainedConfig):
+    """Where a value is absent, the one of the first checkpoints holds: 150,528 tokens, of which 20,000 are of images."""
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {  # noqa: RUF012 (transformers' interface)
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "inner_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+    }
+
+    vocab_size: int = 150528
+    hidden_size: int = 4096
+    inner_hidden_size: int = 16384
+    num_layers: int = 28
+    num_attention_heads: int = 32
+    layernorm_epsilon: float = 1e-5
+    max_sequence_length: int = 2048
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int = 150004  # <sop>
+    eos_token_id: int | list[int] = 150005  # <eop>
+    mask_token_id: int = 150000
+    gmask_token_id: int = 150001
+    pad_token_id: int = 3
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if generation := _generation(kwargs):
+            raise _refused(
+                say(
+                    f"this is {generation}, another model than ChatGLM-6B",
+                    f"这是 {generation}，与 ChatGLM-6B 不是同一种模型",
+                ),
+                say(
+                    "not supported; its successor in transformers' own form is: zai-org/glm-4-9b-chat-hf",
+                    "不支持；其后继有 transformers 原生格式：zai-org/glm-4-9b-chat-hf",
+                ),
+            )
+        if kwargs.get("quantization_bit"):
+            raise _refused(
+                say(
+                    f"its weights are stored in {kwargs['quantization_bit']} bits",
+                    f"权重以 {kwargs['quantization_bit']} 位存储",
+                ),
+                say(
+                    "take the fp16 model; adapter: {method: qlora} quantises it",
+                    "请用 fp16 模型；adapter: {method: qlora} 会量化它",
+                ),
+            )
+        if kwargs.get("pre_seq_len") or not kwargs.get("position_encoding_2d", True):
+            odd = "pre_seq_len" if kwargs.get("pre_seq_len") else "position_encoding_2d"
+            raise _refused(
+                say(f"{odd}: {kwargs[odd]} is not supported", f"不支持 {odd}: {kwargs[odd]}"),
+                say("take the base model as it was published", "请用发布的原始底座"),
+            )
+        super().__post_init__(**kwargs)
+
+
+def _generation(config: dict[str, Any]) -> str:
+    """Which other generation a config is of; "" for ChatGLM-6B's own."""
+    if not {"multi_query_attention", "padded_vocab_size", "rmsnorm"} & config.keys():
+        return ""
+    if config.get("padded_vocab_size", 0) > 100_000:
+        return "GLM-4-9B"
+    return "ChatGLM2-6B / ChatGLM3-6B"
+
+
+def _refused(rule: str, remedy: str) -> ModelError:
+    return ModelError(rule, place="config.json: model_type: chatglm", remedy=remedy)

@@ -1,0 +1,198 @@
+"""RMSNorm, the gated MLP and adapted layers as one operation each, where memory traffic costs more than arithmetic: on a CPU,
+and on a GPU in 16 bits.
+
+Written as single modules, each step of theirs reads and writes a whole activation. Here what can be overwritten is
+overwritten, and what is kept is not computed twice. A module gets the fast form only when it is proven, on random rows, to
+compute what that form computes; all else (Gemma's 1 + weight, other activations, layers that peft must handle itself) stays
+as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from inspect import signature
+from itertools import islice
+from types import MethodType
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import rms_norm, silu
+
+from tongwen.model.kernels.fused_lora import is_plain, parts_of
+from tongwen.model.kernels.fused_projections import Joined, Siblings
+
+MLP, QKV = ("gate_proj", "up_proj", "down_proj"), ("q_proj", "k_proj", "v_proj")
+
+LEAN = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+ROWS = 128  # whose fp32 copies stay in a core's cache
+
+
+class RmsNorm(torch.autograd.Function):
+    """x: (..., width); weight: (width,), frozen. Saves x and one number per row, which is fp32 at least."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        wide = torch.promote_types(x.dtype, torch.float32)
+        inverse, out = flat.new_empty(len(flat), 1, dtype=wide), torch.empty_like(flat)
+        for rows, scales, results in _blocks(flat, inverse, out):
+            rows = rows.to(wide)
+            torch.linalg.vector_norm(rows, dim=-1, keepdim=True, out=scales)
+            scales.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+            results.copy_(rows * scales).mul_(weight)
+        ctx.save_for_backward(x, weight, inverse)
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        flat = (part.reshape(-1, x.shape[-1]) for part in (gradient, x))
+        for upper, rows, scales, results in _blocks(*flat, inverse, out.view(-1, x.shape[-1])):
+            rows, of_rows = rows.to(inverse.dtype), (upper * weight).to(inverse.dtype)
+            along = torch.linalg.vecdot(of_rows, rows).unsqueeze(-1).mul_(scales.pow(3)).div_(-x.shape[-1])
+            results.copy_(of_rows.mul_(scales).addcmul_(rows, along))
+        return out, None, None
+
+
+def _blocks(*parts: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of all parts; of tensors without values the first alone, which is like the others."""
+    blocks = zip(*(part.split(ROWS) for part in parts), strict=True)
+    return islice(blocks, 1) if isinstance(parts[0], FakeTensor) else blocks
+
+
+class GatedMlp(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)). x: (..., in), in the number type of the weights; first: gate and up joined, which read it;
+    last: down alone. adapters: A, B of the three, which both have taken."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, first: Joined, last: Joined, scales: tuple[float, ...], *adapters: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.first, ctx.last, ctx.scales, ctx.own, ctx.shape = first, last, scales, adapters[0].dtype, x.shape
+        wide = first.widen(x.reshape(-1, first.inside))
+        both = wide @ first.forth.t()
+        gate, up = both.split(first.widths, dim=1)
+        hidden, active = last.entry(both), silu(gate)
+        torch.mul(active, up, out=hidden[:, : last.inside])
+        out = last.fill(hidden) @ last.forth.t()
+        ctx.save_for_backward(wide, both, active, hidden)
+        return out.view(*x.shape[:-1], last.outside)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        (wide, both, active, hidden), first, last = ctx.saved_tensors, ctx.first, ctx.last
+        gate, up = both.split(first.widths, dim=1)
+        room = last.exit(both)
+        room[:, : last.outside] = gradient.reshape(len(room), -1)
+        of_last = last.deal(*last.gradients(*last.split(hidden), room), ctx.scales[2:], ctx.own)
+        of_hidden = room @ last.back
+        room = first.exit(both)
+        of_gate, of_up = room[:, : first.outside].split(first.widths, dim=1)
+        torch.mul(of_hidden, active, out=of_up)
+        torch.ops.aten.silu_backward.grad_input(of_hidden.mul_(up), gate, grad_input=of_gate)
+        of_first = first.deal(*first.gradients(*first.split(wide), room), ctx.scales, ctx.own)
+        of_x = (room @ first.back).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, None, *of_first, *of_last
+
+
+def fuse_blocks(model: Any, is_same: Callable[..., bool] | None = None) -> int:
+    """Give every RMSNorm, gated MLP and adapted linear layer that qualifies its fast forward; returns how many. is_same: decides
+    in the place of the proof, where there are only shapes."""
+    is_same = is_same or _is_same
+    fast: dict[Any, Any] = {}
+    for module in model.modules():  # a module comes before what is inside of it
+        if module in fast:
+            continue
+        if _is_norm(module) and is_same(module, partial(_norm, module), module.weight):
+            fast[module] = _norm
+        elif (layers := _plain(_inside(module, MLP))) and is_same(
+            module, partial(_silu_gated, *layers), _weight(layers[0])
+        ):
+            fast[module] = _mlp(layers)
+            fast |= dict.fromkeys(layers)
+        elif layers := _plain(_inside(module, QKV)) or _plain([module]):
+            siblings = Siblings(layers)
+            fast |= {layer: siblings.forward_of(number) for number, layer in enumerate(layers)}
+    for module, forward in fast.items():
+        if forward:
+            module.forward = MethodType(forward, module)
+    _leave_files(model)
+    return sum(map(bool, fast.values()))
+
+
+def _leave_files(model: Any) -> None:
+    """A file of weights stays in the memory of a CPU's process as long as one tensor lies in it, also with what was joined and
+    stands elsewhere now. What was joined is a view, and not contiguous."""
+    for part in model.parameters():
+        if part.device.type == "cpu" and not part.requires_grad and part.is_contiguous():
+            part.data = part.data.clone()
+
+
+def _is_norm(module: Any) -> bool:
+    if not isinstance(getattr(module, "variance_epsilon", None), float) or not _is_lean(module.weight):
+        return False
+    _, _, *more = signature(type(module).forward).parameters  # self, x, and the gate of another kind of norm
+    return not more
+
+
+def _inside(module: Any, names: Sequence[str]) -> list[Any]:
+    return [getattr(module, name, None) for name in names]
+
+
+def _plain(layers: list[Any]) -> list[Any]:
+    """The layers, when all are plain, frozen and of one number type."""
+    if not all(is_plain(layer) for layer in layers):
+        return []
+    weights = [_weight(layer) for layer in layers]
+    suit = all(_is_lean(weight) and not weight.requires_grad for weight in weights)
+    return layers if suit and len({weight.dtype for weight in weights}) == 1 else []
+
+
+def _weight(layer: Any) -> torch.Tensor:
+    return parts_of(layer)[0]
+
+
+def _is_same(module: Any, form: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor) -> bool:
+    """Rows of ordinary and of very small size give the same through both forms (the small ones show the epsilon)."""
+    rows = torch.randn(1, 4, weight.shape[-1], generator=torch.Generator().manual_seed(0))
+    rows[:, 2:] *= 1e-3
+    half = weight.dtype != torch.float32
+    near = {"rtol": 2e-2, "atol": 1e-3} if half else {"rtol": 1e-4, "atol": 1e-6}
+    rows = rows.to(weight.device, weight.dtype)
+    with torch.no_grad(), torch.autocast(weight.device.type, weight.dtype, enabled=half):
+        return bool(torch.allclose(module(rows), form(rows), **near))
+
+
+def _silu_gated(gate: Any, up: Any, down: Any, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = down(silu(gate(x)) * up(x))
+    return out
+
+
+def _norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    if not _is_lean(x) or x.dtype != self.weight.dtype or self.weight.requires_grad:
+        return type(self).forward(self, x)
+    if x.is_cuda:  # where torch has it as one operation, which autocast would take to fp32
+        with torch.autocast("cuda", enabled=False):
+            return rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+    return RmsNorm.apply(x, self.weight, self.variance_epsilon)
+
+
+def _mlp(layers: Sequence[Any]) -> Any:
+    parts = [parts_of(layer) for layer in layers]
+    first, last = Joined(parts[:2]), Joined(parts[2:])
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if not _is_lean(x) or not all(is_plain(layer, x) for layer in layers):
+            return type(self).forward(self, x)
+        parts = [parts_of(layer) for layer in layers]
+        (scales, adapters), (scale, adapter) = first.take(parts[:2]), last.take(parts[2:])
+        return GatedMlp.apply(x, first, last, scales + scale, *adapters, *adapter)
+
+    return forward
+
+
+def _is_lean(x: torch.Tensor) -> bool:
+    return x.dtype in LEAN.get(x.device.type, ())

@@ -1,0 +1,166 @@
+"""Attention over a pack of documents in which each document sees only itself.
+
+The documents' borders come as `cu_seq_lens_q` (D + 1,), as for flash attention. Where flash attention computes (CUDA, 16
+bits) one call of torch's own `varlen_attn` takes them all, and the GPU is never asked for a number. Elsewhere each document
+is one causal call of torch's scaled-dot-product attention, so no mask of the whole pack is ever built: on a CPU that is
+four times faster than the dense block mask, and nothing can leak that was not passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from tongwen.model.kernels.short_attention import ShortAttention
+
+NAME = "tongwen_documents"
+SHORT = 512  # tokens; in longer documents the pairs of tokens outweigh what a faster backward saves
+HALVES = (torch.bfloat16, torch.float16)
+AMPERE = (8, 0)  # the first GPUs that flash attention knows
+WIDEST_HEAD = 256
+# From torch 2.12 on a call says that heads are grouped; before, the kernel sees it by itself.
+GROUPED = {"enable_gqa": True} if torch.__version__ >= (2, 12) else {}
+
+
+def documents_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, heads, T, head_dim)
+    key: torch.Tensor,  # (1, kv_heads, T, head_dim)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    prefix_lengths: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    loop: Callable[..., torch.Tensor] | None = None,
+    **extra: Any,
+) -> tuple[torch.Tensor, None]:
+    """(1, T, heads, head_dim). max_length_q: tokens of the longest document; prefix_lengths: (D,) tokens from a document's
+    beginning that all of it sees; loop: in the place of `_one_by_one`. Raises RuntimeError where it could only be wrong: no
+    borders, or scores that the architecture changes in a way that this function does not know."""
+    if cu_seq_lens_q is None:
+        raise RuntimeError("documents_attention needs cu_seq_lens_q; for generation use attn_implementation='sdpa'")
+    for unknown in ("softcap", "s_aux"):
+        if extra.get(unknown) is not None:
+            raise RuntimeError(f"documents_attention does not know {unknown!r}, which this architecture uses")
+    computed_in = _computed_in(query)
+    if max_length_q and prefix_lengths is None and not dropout and _suits_flash(query, value, computed_in):
+        query, key, value = (part.to(computed_in) for part in (query, key, value))
+        return _all_at_once(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    out = (loop or _one_by_one)(query, key, value, cu_seq_lens_q, prefix_lengths, scaling, dropout, sliding_window)
+    return out.transpose(1, 2), None
+
+
+def _one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: torch.Tensor,
+    prefix_lengths: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """(1, heads, T, head_dim), a call for each document."""
+    lengths = borders.diff().tolist()
+    grouped = query.shape[1] != key.shape[1]
+    prefixes = prefix_lengths.tolist() if prefix_lengths is not None else [0] * len(lengths)
+    parts = []
+    # Split, not sliced: the backward of a slice writes and adds a whole pack of zeros for each document.
+    documents = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
+    for length, prefix, (queries, keys, values) in zip(lengths, prefixes, documents, strict=True):
+        window = sliding_window if sliding_window and length > sliding_window else None
+        mask = _band(length, window, prefix, query.device) if window or prefix else None
+        if mask is None and not dropout and length <= SHORT and _is_bf16_on_cpu(queries, values):
+            parts.append(ShortAttention.apply(queries, keys, values, scaling or queries.shape[-1] ** -0.5))
+            continue
+        parts.append(
+            scaled_dot_product_attention(
+                queries,
+                keys,
+                values,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
+        )
+    return torch.cat(parts, dim=2)
+
+
+def _is_bf16_on_cpu(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Where `ShortAttention` computes: heads of one width, too."""
+    suits: bool = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    return suits and query.shape[-1] == value.shape[-1]
+
+
+def register() -> str:
+    """Make the function known to transformers; returns the name for `attn_implementation`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, documents_attention)
+    return NAME
+
+
+def leave_out_of_graphs() -> None:
+    """The loop over documents cannot be compiled: each pack would be another program. Flash attention stays inside."""
+    from transformers import AttentionInterface
+
+    loop = torch.compiler.disable(_one_by_one)
+    AttentionInterface.register(NAME, partial(documents_attention, loop=loop))
+
+
+def _computed_in(query: torch.Tensor) -> torch.dtype:
+    """The number type that attention is computed in: under autocast rotary positions may have left a query in fp32."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
+def _suits_flash(query: torch.Tensor, value: torch.Tensor, computed_in: torch.dtype) -> bool:
+    """Whether torch's flash attention takes heads of this kind on this device."""
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and torch.version.hip is None
+        and computed_in in HALVES
+        and width == value.shape[-1] <= WIDEST_HEAD
+        and width % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= AMPERE
+    )
+
+
+def _all_at_once(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """(1, T, heads, head_dim) of all documents by one call. flash attention's window counts the tokens before the own one."""
+    from torch.nn.attention.varlen import varlen_attn  # seconds, which a CPU need not spend
+
+    flat = (part[0].transpose(0, 1) for part in (query, key, value))  # (T, heads, head_dim)
+    seen = (window - 1 if window and window < longest else -1, 0)
+    out: torch.Tensor = varlen_attn(
+        *flat, borders, borders, longest, longest, scale=scaling, window_size=seen, **GROUPED
+    )
+    return out[None]
+
+
+def _band(length: int, window: int | None, prefix: int, device: torch.device) -> torch.Tensor:
+    """(length, length) bool: each token sees itself, the window - 1 tokens before it (all of them without a window), and
+    the prefix."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    if window:
+        seen = seen.triu(1 - window)
+    seen[:, :prefix] = True
+    return seen

@@ -1,0 +1,1 @@
+"""Opening what others publish: weights, tokenizers, special tokens, devices."""

@@ -1,0 +1,43 @@
+"""Whether a model fits where it is to be opened, and what to do when it does not: fewer bits, or several GPUs."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from tongwen.core import console
+from tongwen.core.errors import MachineError
+from tongwen.core.i18n import say
+from tongwen.model.loading.load import Place, load_config, make_skeleton
+
+SPARE = 1.2  # a model's weights, and what it computes with
+BITS = {"8bit": "int8", "4bit": "nf4"}
+
+
+def choose(place: Place, weights: str, device: str, dtype: torch.dtype) -> tuple[bool, str]:
+    """(over all GPUs, quantisation of `load_model`). weights: full, 8bit, 4bit, or auto: the most bits that fit.
+
+    Raises MachineError when `auto` finds nothing that fits.
+    """
+    rooms = (
+        [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())] if device == "cuda" else []
+    )
+    if weights != "auto" and len(rooms) < 2:
+        return False, BITS.get(weights, "")
+    numbers = SPARE * sum(tensor.numel() for tensor in make_skeleton(load_config(place)).parameters())
+    needed = {"full": numbers * dtype.itemsize, "8bit": numbers, "4bit": numbers * 0.6}  # embeddings keep their bits
+    room = sum(rooms) or psutil.virtual_memory().available
+    if weights == "auto":
+        weights = next((name for name, wanted in needed.items() if wanted <= room), "")
+        if not weights:
+            raise MachineError(
+                say(
+                    f"the model does not fit: {console.human_bytes(needed['4bit'])} in 4 bits, {console.human_bytes(room)} are free",
+                    f"内存不足：4 位需要 {console.human_bytes(needed['4bit'])}，可用 {console.human_bytes(room)}",
+                ),
+                place=place.name,
+                remedy=say("a smaller model, or its .gguf by llama.cpp", "换小一点的模型，或用 llama.cpp 打开 .gguf"),
+            )
+        if weights != "full":
+            console.notice(say(f"loaded in {weights}: the whole does not fit", f"以 {weights} 载入：完整模型放不下"))
+    return len(rooms) > 1 and needed[weights] > max(rooms), BITS.get(weights, "")

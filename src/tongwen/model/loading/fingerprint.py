@@ -1,0 +1,118 @@
+"""A model's name that depends on its tensors alone: their names, types, shapes and bytes, not the files they lie in.
+
+Re-sharding, another container, or a copy of the folder leave it unchanged; one flipped bit does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from tongwen.core.safetensors_io import Stored, Tensors, blocks, find_tensors, iter_bytes
+from tongwen.model.loading.load import Place, cached_folder
+from tongwen.model.loading.tensors import TorchTensors, load_bin
+
+
+def start_digest(name: str, dtype: str, shape: tuple[int, ...]) -> Any:
+    """The beginning of one tensor's line in the fingerprint; its bytes follow, little-endian and contiguous. BLAKE3, because
+    every byte of a model passes here, and it takes a third of SHA-256's time."""
+    return blake3(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode())
+
+
+def combine(lines: dict[str, str]) -> str:
+    return hashlib.sha256("\n".join(f"{name} {lines[name]}" for name in sorted(lines)).encode()).hexdigest()
+
+
+def fingerprint_stack(base: str, adapter: str) -> str:
+    """The fingerprint of a base with an adapter on it, from those of the two: what a next adapter is trained on."""
+    return hashlib.sha256(f"{base}\0{adapter}".encode()).hexdigest()
+
+
+def fingerprint_model(place: Place) -> str | None:
+    """The fingerprint of a model's files; None for one that is only on a hub and not in the local cache."""
+    lines = model_lines(place)
+    return combine(lines) if lines else None
+
+
+def model_lines(place: Place) -> dict[str, str]:
+    """tensor -> its line of the fingerprint. Empty for a model that is not on this machine."""
+    if place.gguf:
+        return _gguf_lines(Path(place.folder) / place.gguf)
+    folder = Path(place.folder) if place.local else cached_folder(place.folder)
+    if folder is None:
+        return {}
+    if stored := find_tensors(folder):
+        with ThreadPoolExecutor() as pool:
+            return dict(zip(stored, pool.map(line_of, stored.values()), strict=True))
+    lines: dict[str, str] = {}
+    for file in sorted(folder.glob("pytorch_model*.bin")):
+        lines |= lines_of(TorchTensors(load_bin(file)))
+    return lines
+
+
+def lines_of(tensors: Tensors) -> dict[str, str]:
+    """The same of tensors in whatever holds them: a file's lines and those of its tensors in memory are equal."""
+    lines = {}
+    for name, (dtype, shape) in tensors.facts.items():
+        digest = start_digest(name, dtype, shape)
+        for rows in blocks(shape):
+            digest.update(tensors.raw(name, *rows))
+        lines[name] = digest.hexdigest()
+    return lines
+
+
+def fingerprint_state(state: dict[str, Any]) -> str:
+    """The fingerprint of torch tensors in memory: the same as that of a safetensors file that holds them."""
+    return combine(lines_of(TorchTensors(state)))
+
+
+def fingerprint_tokenizer(tokenizer: Any) -> str:
+    """sha256 over the tokenizer's complete definition (vocabulary, merges, normaliser, added tokens)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def order_that_fits(base: str, adapters: Sequence[tuple[str | None, str]]) -> tuple[int, ...] | None:
+    """The order in which each adapter was trained on what lies below it, or None. adapters: (what it was trained on, its
+    own fingerprint); one that records nothing fits anywhere."""
+    for order in itertools.permutations(range(len(adapters))):
+        below = base
+        for index in order:
+            recorded, own = adapters[index]
+            if recorded not in (None, below):
+                break
+            below = fingerprint_stack(below, own)
+        else:
+            return order
+    return None
+
+
+def line_of(stored: Stored) -> str:
+    """One tensor's line, from its bytes in the file."""
+    digest = start_digest(stored.name, stored.dtype, stored.shape)
+    for block in iter_bytes(stored):
+        digest.update(block)
+    return str(digest.hexdigest())
+
+
+def _gguf_lines(file: Path) -> dict[str, str]:
+    from gguf import GGUFReader
+
+    lines = {}
+    for tensor in GGUFReader(str(file)).tensors:
+        digest = start_digest(tensor.name, tensor.tensor_type.name, tuple(int(size) for size in tensor.shape))
+        digest.update(memoryview(tensor.data.tobytes()))
+        lines[tensor.name] = str(digest.hexdigest())
+    return lines

@@ -1,0 +1,136 @@
+"""A GGUF file's header, walked before any library reads it: no count in it reaches beyond the file.
+
+Readers trust these counts: one of 2^40 makes them loop for hours, one that points outside gives other numbers in
+silence. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from functools import cache
+from pathlib import Path
+
+from tongwen.core.errors import MissingPackage, ModelError
+from tongwen.core.i18n import say
+
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value's type, in bytes
+TEXT, ARRAY = 8, 9
+ALIGNMENT = "general.alignment"
+
+
+def check_header(file: Path) -> None:
+    """Raise ModelError when the header of a GGUF file is cut, or claims what the file does not hold."""
+    facts = file.stat()
+    _check(file, facts.st_size, facts.st_mtime_ns)
+
+
+@cache
+def _check(file: Path, size: int, changed: int) -> None:
+    if size < 24:
+        raise _wrong(file, say(f"it has {size} bytes", f"只有 {size} 字节"))
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            _Walk(data).through()
+        except (struct.error, IndexError, ValueError, UnicodeDecodeError, OverflowError) as error:
+            raise _wrong(file, str(error)) from None
+
+
+class _Walk:
+    """One pass over the bytes. Whatever leads outside of the file, or is no type, is a ValueError."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 0
+
+    def through(self) -> None:
+        magic, version, tensors, facts = struct.unpack_from("<4sIQQ", self.data)
+        self.at = 24
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError(say("it is no GGUF file of version 2 or 3", "不是版本 2 或 3 的 GGUF 文件"))
+        alignment = 32
+        for _ in range(self.possible(facts, 12)):
+            name, (kind,) = self.text(), self.take("<I")
+            at = self.at
+            self.value(kind)
+            if name == ALIGNMENT:
+                alignment = struct.unpack_from("<I", self.data, at)[0]
+                if not 0 < alignment <= 1 << 20:
+                    raise ValueError(f"{ALIGNMENT}: {alignment}")
+        ends = [self.tensor() for _ in range(self.possible(tensors, 24))]
+        begin = -(-self.at // alignment) * alignment
+        if ends and begin + max(ends) > len(self.data):
+            raise ValueError(say("the file ends before its tensors do", "文件在张量结束之前就结束了"))
+
+    def tensor(self) -> int:
+        """Where its data end, counted from the beginning of all data."""
+        sizes = _block_sizes()
+        name, (dimensions,) = self.text(), self.take("<I")
+        if not 1 <= dimensions <= 4:
+            raise ValueError(f"{name}: {dimensions} dimensions")
+        numbers = 1
+        for size in self.take(f"<{dimensions}Q"):
+            numbers *= size
+        kind, begin = self.take("<IQ")
+        if kind not in sizes:
+            raise ValueError(f"{name}: type {kind}")
+        block, width = sizes[kind]
+        if not 0 < numbers < 1 << 48 or numbers % block:
+            raise ValueError(f"{name}: {numbers} numbers")
+        return int(begin + numbers // block * width)
+
+    def value(self, kind: int) -> None:
+        if kind == TEXT:
+            self.text()
+        elif kind == ARRAY:
+            inner, count = self.take("<IQ")
+            if inner == TEXT:
+                for _ in range(self.possible(count, 8)):
+                    self.skip(self.take("<Q")[0])
+            elif inner in SIZES:
+                self.skip(count * SIZES[inner])
+            else:
+                raise ValueError(f"array of type {inner}")
+        elif kind in SIZES:
+            self.skip(SIZES[kind])
+        else:
+            raise ValueError(f"value of type {kind}")
+
+    def text(self) -> str:
+        (size,) = self.take("<Q")
+        begin = self.at
+        self.skip(size)
+        return self.data[begin : self.at].decode("utf-8")
+
+    def take(self, form: str) -> tuple[int, ...]:
+        found = struct.unpack_from(form, self.data, self.at)
+        self.at += struct.calcsize(form)
+        return found
+
+    def skip(self, size: int) -> None:
+        self.at += size
+        if self.at > len(self.data):
+            raise ValueError(say("a length leads outside of the file", "某个长度超出文件"))
+
+    def possible(self, count: int, least: int) -> int:
+        """A count of things of at least so many bytes each, if the file has room for them."""
+        if count * least > len(self.data) - self.at:
+            raise ValueError(say(f"a count of {count}", f"数量 {count}"))
+        return count
+
+
+@cache
+def _block_sizes() -> dict[int, tuple[int, int]]:
+    """number type -> (numbers in a block, bytes of a block)"""
+    try:
+        import gguf
+    except ImportError:
+        raise MissingPackage("gguf", say("reading GGUF files", "读取 GGUF 文件"), "gguf") from None
+    return {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
+
+
+def _wrong(file: Path, what: str) -> ModelError:
+    return ModelError(
+        say(f"the header of this GGUF file cannot be believed: {what[:120]}", f"GGUF 文件头不可信：{what[:120]}"),
+        place=str(file),
+        remedy=say("fetch the file again, whole", "请重新完整下载"),
+    )

@@ -1,0 +1,529 @@
+"""A name becomes a model and its tokenizer: folder, hub id, `modelscope:id`, `.gguf` file, or a stage folder.
+
+What transformers accepts in silence is refused here: weights that are missing and would be random, a tokenizer with
+more tokens than the embedding has rows. No remote code runs, and no pickle beyond `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tongwen.core import artifact
+from tongwen.core.errors import ArtifactError, MachineError, MissingPackage, ModelError, first_line, is_out_of_memory
+from tongwen.core.i18n import say
+from tongwen.model.loading.gguf_header import check_header
+
+if TYPE_CHECKING:
+    import torch
+
+# It says on every import which kernels it lacks, and at every int8 product that this is one of fp16.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is: what to hand to `from_pretrained`, and the adapters that stand on it, the first one lowest."""
+
+    name: str  # as the user wrote it
+    folder: str  # folder or hub id
+    gguf: str | None = None
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def local(self) -> bool:
+        return Path(self.folder).is_dir()
+
+
+def locate(name: str) -> Place:
+    """Find a model by name. Raises ModelError when a folder holds none."""
+    if name.startswith("modelscope:"):
+        return Place(name, _from_modelscope(name.removeprefix("modelscope:")))
+    if not name.strip():
+        raise ModelError(say("no model is named", "没有写模型"), place="MODEL", remedy="Qwen/Qwen3-0.6B")
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(say("there is no such file", "没有这个文件"), place=name)
+        check_header(path)
+        return Place(name, str(path.parent), gguf=path.name)
+    if not path.exists():
+        if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name:
+            raise ModelError(
+                say("there is no such folder", "没有这个文件夹"),
+                place=name,
+                remedy=say(
+                    "give a folder, a hub id such as Qwen/Qwen3-8B, or modelscope:Qwen/Qwen3-8B",
+                    "请给出文件夹、hub id（如 Qwen/Qwen3-8B）或 modelscope:Qwen/Qwen3-8B",
+                ),
+            )
+        return Place(name, name)
+    return _local_place(name, path)
+
+
+def _local_place(name: str, path: Path) -> Place:
+    if path.is_file():
+        raise ModelError(say("a model is a folder or a .gguf file", "模型应为文件夹或 .gguf 文件"), place=name)
+    stage = artifact.find(path)
+    if stage and stage.kind in ("sft", "pretrain") and (path / "adapter_config.json").is_file():
+        below = locate(stage.manifest["parents"]["base"]["path"])
+        return replace(below, name=name, adapters=(*below.adapters, str(path)))
+    if next(path.glob("consolidated.*.pth"), None) and not (path / "config.json").is_file():
+        raise ModelError(
+            say("these are LLaMA's own files", "这是 LLaMA 的原始文件"),
+            place=name,
+            remedy=f"tongwen convert {name} --to hf --out {path.name}-hf",
+        )
+    if not (path / "config.json").is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            check_header(ggufs[0])
+            return Place(name, str(path), gguf=ggufs[0].name)
+        if (path / "adapter_config.json").is_file():
+            base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+            raise ModelError(
+                say("this folder holds an adapter, not a model", "该文件夹是适配器，不是模型"),
+                place=name,
+                remedy=f"tongwen chat {base} --adapter {name}",
+            )
+        raise ModelError(
+            say("no config.json in this folder: it holds no model", "文件夹里没有 config.json：不是模型"),
+            place=name,
+            remedy=say("a stage folder of a run has one after `merge`", "运行中的 merge 阶段文件夹才是模型"),
+        )
+    if not any(next(path.glob(pattern), None) for pattern in WEIGHTS):
+        raise ModelError(
+            say("this model folder has no weights", "模型文件夹里没有权重"),
+            place=name,
+            remedy=say(f"one of these is needed: {', '.join(WEIGHTS)}", f"需要其中之一：{'、'.join(WEIGHTS)}"),
+        )
+    return Place(name, str(path))
+
+
+def load_tokenizer(place: Place) -> Any:
+    """The tokenizer of a model, as it stands. Raises ModelError or MachineError."""
+    from transformers import AutoTokenizer
+
+    from tongwen.model.loading import sentencepiece, special_tokens, tiktoken
+
+    _make_known(place)
+    instead = special_tokens.instead_of_empty(Path(place.folder)) if place.local else {}
+    with quiet(), explained(place):
+        tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **instead, **_gguf(place))
+
+    if place.gguf:
+        tiktoken.mend_gguf(tokenizer, Path(place.folder) / place.gguf)
+    file = _lone_sentencepiece(place)
+    if file is None:
+        return tokenizer
+    return tokenizer if tiktoken.read_ranks(file) else sentencepiece.mended(tokenizer, file)
+
+
+def dressed(place: Place) -> Place:
+    """Where the tokenizer stands with which a model and its adapters learned: with the last of them that has one."""
+    folders = [str(adapter_folder(Path(folder))) for folder in reversed(place.adapters)]
+    folder = next((folder for folder in folders if (Path(folder) / "tokenizer_config.json").is_file()), "")
+    return Place(folder, folder) if folder else place
+
+
+def _make_known(place: Place) -> None:
+    """Import the family that transformers does not have itself, where a folder names it. What only a hub has read is not
+    known yet, so it is imported for that as well (a second)."""
+    folder = Path(place.folder) if place.local else cached_folder(place.folder)
+    files = [folder / name for name in ("config.json", "tokenizer_config.json")] if folder else []
+    if folder is None or any("chatglm" in file.read_text(encoding="utf-8").lower() for file in files if file.is_file()):
+        importlib.import_module("tongwen.model.chatglm")
+
+
+def _lone_sentencepiece(place: Place) -> Path | None:
+    """A tokenizer.model without a tokenizer.json beside it."""
+    if place.local:
+        file = Path(place.folder) / "tokenizer.model"
+    elif place.gguf:
+        return None
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(place.folder, "tokenizer.model")
+        file = Path(found if isinstance(found, str) else "")
+    return file if file.is_file() and not file.with_name("tokenizer.json").is_file() else None
+
+
+def load_kind(place: Place) -> str:
+    """The model type that a folder's config.json says, read without transformers; "" without one."""
+    file = Path(place.folder) / "config.json"
+    return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")) if file.is_file() else ""
+
+
+def load_config(place: Place) -> Any:
+    from transformers import AutoConfig
+
+    _make_known(place)
+    with quiet(), explained(place):
+        return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
+
+
+def load_model(place: Place, dtype: torch.dtype, quantize: str = "", device_map: str | None = None) -> Any:
+    """The causal language model, in the given number type; its matrices quantised to nf4 or int8 on request. The adapters of
+    the place are not opened (see `stack`). Raises ModelError when a weight would be random."""
+    from transformers import AutoModelForCausalLM
+
+    from tongwen.model.loading import special_tokens
+
+    how: dict[str, Any] = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
+    config = load_config(place)
+    if special_tokens.drop_outside(config, config.get_text_config().vocab_size, f"{place.name}/config.json"):
+        how["config"] = config
+    with quiet(), explained(place):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place.folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            device_map=device_map,
+            **how,
+            **_gguf(place),
+        )
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise ModelError(
+            say(
+                f"{len(missing)} weights are not in the files and would be random, the first: {missing[0]}",
+                f"文件中缺少 {len(missing)} 个权重，它们将是随机值，第一个：{missing[0]}",
+            ),
+            place=place.name,
+            remedy=say("fetch the model again, whole", "请重新完整下载模型"),
+        )
+    if quantize:
+        _settle_quantised(model)
+    if place.gguf:  # de-quantised: from here on an ordinary model
+        model.hf_quantizer = None
+        model.config.__dict__.pop("quantization_config", None)
+    return model
+
+
+def load_generation_config(folder: str) -> Any:
+    """What a model folder says of how it generates; None when it says nothing."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder) if (Path(folder) / "generation_config.json").is_file() else None
+
+
+def _settle_quantised(model: Any) -> None:
+    """A quantised model as it can be trained, and without the file that it came from."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks such weights when they are first read in eval mode, and never back: trained after
+            # that, no gradient passes them.
+            module.support_avx512bf16_for_cpu = False
+    for part in model.parameters():
+        if part.is_floating_point():  # one tensor that lies in the mapped file would keep all of the file in memory
+            part.data = part.data.clone()
+
+
+def cached_folder(hub_id: str) -> Path | None:
+    """The snapshot of a hub model in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def fetched(place: Place) -> Place:
+    """The files of a hub model in the local cache; fetched when they are not there."""
+    if place.local or place.gguf:
+        return place
+    folder = cached_folder(place.folder)
+    if folder is None or not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
+        from huggingface_hub import snapshot_download
+
+        with explained(place):
+            folder = Path(snapshot_download(place.folder))
+    return Place(place.name, str(folder))
+
+
+def make_skeleton(config: Any) -> Any:
+    """The model of a config with shapes only: no weight has memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def count_body(config: Any) -> tuple[int, int]:
+    """(parameters that every token passes, embeddings and head left out; width of the head)."""
+    model = make_skeleton(config)
+    matrices = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part}
+    body = sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in matrices)
+    return body, int(model.get_input_embeddings().weight.shape[1])
+
+
+def check_tokenizer(tokenizer: Any, model: Any, place: Place) -> None:
+    """Raise ModelError when the tokenizer can make ids for which the embedding has no row."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= rows:
+        raise ModelError(
+            say(
+                f"the tokenizer has ids up to {highest}, the embedding has {rows} rows",
+                f"分词器的 id 最大为 {highest}，而词向量只有 {rows} 行",
+            ),
+            place=place.name,
+            remedy=say("use the tokenizer that belongs to this model", "请使用该模型自己的分词器"),
+        )
+
+
+def compute_device() -> str:
+    """cuda, npu, xpu, mps or cpu: whatever torch can compute on here. Under a launcher, this process takes its own, also
+    where it is shown no other (`srun --gpus-per-task=1`): its number is then the place among those that it sees."""
+    import torch
+
+    if "LOCAL_RANK" in os.environ and (count := count_devices()):
+        index = int(os.environ["LOCAL_RANK"]) % count
+        os.environ["LOCAL_RANK"] = str(index)  # for DeepSpeed, which takes it as it is
+        torch.accelerator.set_device_index(index)
+    kind = torch.accelerator.current_accelerator(check_available=True) if torch.accelerator.is_available() else None
+    return kind.type if kind is not None else "cpu"
+
+
+def count_devices() -> int:
+    """How many accelerators this process sees; none on a CPU, where any number of processes have room."""
+    import torch
+
+    return int(torch.accelerator.device_count()) if torch.accelerator.is_available() else 0
+
+
+def compute_dtype(precision: str, device: str) -> tuple[torch.dtype, str]:
+    """(number type, why). fp32 on a CPU that only emulates bf16: there it is about seven times slower."""
+    import torch
+
+    if precision == "fp32":
+        return torch.float32, say("as the recipe says", "按配方")
+    if precision == "fp16":
+        if device == "cpu":
+            raise MachineError(
+                say("a CPU does not train in fp16", "CPU 不支持 fp16 训练"), place="precision", remedy="precision: auto"
+            )
+        return torch.float16, say("as the recipe says; its overflows are counted", "按配方；溢出会被计数")
+    native = (
+        cpu_has_bf16()
+        if device == "cpu"
+        else device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    if precision == "bf16":
+        if not native:
+            raise MachineError(
+                say(f"this {device} does not compute in bf16", f"该 {device} 不支持 bf16 计算"),
+                place="precision",
+                remedy="precision: fp32",
+            )
+        return torch.bfloat16, say("as the recipe says", "按配方")
+    if native:
+        return torch.bfloat16, say(f"this {device} computes in it", f"该 {device} 支持")
+    return torch.float32, say(f"this {device} has no native bf16", f"该 {device} 没有原生 bf16")
+
+
+def cpu_has_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+class quiet:  # noqa: N801 (used like a function)
+    """Bars, hints and deprecation notes of the libraries stay out of the way; their errors are raised.
+
+    What is set aside belongs to the process, and the page opens models in threads: the first to come in sets it aside, the
+    last to leave puts it back.
+    """
+
+    _lock = threading.Lock()
+    _inside = 0
+    _before = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with quiet._lock:
+            if not quiet._inside:
+                self._hush()
+            quiet._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with quiet._lock:
+            quiet._inside -= 1
+            if not quiet._inside:
+                quiet._before.close()
+
+    def _hush(self) -> None:
+        from transformers.utils import logging as hf
+
+        self._before.callback(hf.set_verbosity, hf.get_verbosity())
+        hf.set_verbosity_error()
+        hf.disable_progress_bar()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+        if not sys.stderr.isatty():
+            self._before.enter_context(_without_bars())
+        self._before.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Bars that libraries draw themselves (GGUF) are for a terminal; a log would fill with them. All else is said at the end."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        yield
+    sys.stderr.write("\n".join(line for line in said.getvalue().split("\n") if "\r" not in line))
+
+
+class explained:  # noqa: N801
+    """Whatever a loader raises becomes one message with a place and a remedy."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or not isinstance(error, Exception) or isinstance(error, (ModelError, MachineError)):
+            return
+        if is_out_of_memory(error):  # the command says what helps
+            return
+        text = str(error)
+        said = first_line(error)
+        if isinstance(error, ImportError) and "gguf" in text.lower():
+            raise MissingPackage("gguf", say("reading GGUF files", "读取 GGUF 文件"), "gguf") from None
+        if not self.place.local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
+            raise MachineError(
+                say(
+                    f"the hub does not give this model: {said[:160]}",
+                    f"无法从 hub 取得该模型：{said[:160]}",
+                ),
+                place=self.place.name,
+                remedy="export HF_ENDPOINT=https://hf-mirror.com"
+                + say(
+                    f"   or write   base: modelscope:{self.place.name}", f"   或写   base: modelscope:{self.place.name}"
+                ),
+            ) from None
+        if "trust_remote_code" in text:
+            raise ModelError(
+                say("this model needs code of its own, which is never run", "该模型需要运行自带代码，本工具从不运行"),
+                place=self.place.name,
+                remedy=self._without_its_code(),
+            ) from None
+        if (
+            isinstance(error, (OSError, ValueError, KeyError, RuntimeError, TypeError))
+            or type(error).__name__ == "SafetensorError"
+        ):
+            raise ModelError(
+                say(
+                    f"the model cannot be loaded: {said[:300]}",
+                    f"无法加载模型：{said[:300]}",
+                ),
+                place=self.place.name,
+                remedy=say("check that the files are whole", "请检查文件是否完整"),
+            ) from error
+
+    def _without_its_code(self) -> str:
+        if load_kind(self.place) == "baichuan":
+            return f"tongwen convert {self.place.name} --to hf --out {Path(self.place.folder).name}-llama"
+        return say("use a version that transformers supports itself", "请使用 transformers 原生支持的版本")
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingPackage("bitsandbytes", say("a quantised base", "量化底座"), "qlora")
+    if kind == "int8":
+        _check_int8()
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # FSDP2 passes by what is stored as whole numbers
+    )
+
+
+def _check_int8() -> None:
+    """Raise MachineError on GPUs before Turing, which have no 8-bit products: there, losses of 0.0 and mixed number types
+    were what people saw (F-07, F-13)."""
+    import torch
+
+    if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (7, 5):
+        raise MachineError(
+            say(
+                f"8-bit products need compute capability 7.5, this GPU has {capability[0]}.{capability[1]}",
+                f"8 位乘法需要计算能力 7.5，该 GPU 为 {capability[0]}.{capability[1]}",
+            ),
+            place="int8",
+            remedy="adapter: {method: qlora, quantize: nf4}",
+        )
+
+
+def _gguf(place: Place) -> dict[str, str]:
+    return {"gguf_file": place.gguf} if place.gguf else {}
+
+
+def _from_modelscope(name: str) -> str:
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        raise MissingPackage(
+            "modelscope", say("models from ModelScope", "从 ModelScope 取模型"), "modelscope"
+        ) from None
+    try:
+        return str(snapshot_download(name, local_files_only=bool(os.environ.get("HF_HUB_OFFLINE"))))
+    except Exception as error:
+        raise MachineError(
+            say(f"ModelScope does not give this model: {error}", f"无法从 ModelScope 取得该模型：{error}"), place=name
+        ) from None
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Where an adapter's files are: there, or in the folder below into which the trainers of 2023 put them."""
+    if (folder / "adapter_config.json").is_file() or not folder.is_dir():
+        return folder
+    below = (folder / name for name in ("adapter_model", "sft_lora_model", "pt_lora_model"))
+    return next((place for place in below if place.is_dir()), folder)
+
+
+def find_adapter(folder: Path) -> Path:
+    """The same. Raises ArtifactError when there is no adapter."""
+    place = adapter_folder(folder)
+    if not (place / "adapter_config.json").is_file():
+        raise no_adapter_config(place)
+    return place
+
+
+def no_adapter_config(folder: Path) -> ArtifactError:
+    """What is said of a folder without adapter_config.json: a bare file of tensors can get one."""
+    bare = next((name for name in ("adapter_model.bin", "pytorch_model.bin") if (folder / name).is_file()), None)
+    return ArtifactError(
+        say("no adapter_config.json in this folder", "文件夹里没有 adapter_config.json"),
+        place=str(folder),
+        remedy=f"tongwen migrate {folder} --alpha N --out {folder}-lora" if bare else "",
+    )
+
+
+def adapter_type(model: Any) -> str:
+    """peft's name for the kind of a model's adapter, such as LORA; "" for a model without one."""
+    config = getattr(model, "peft_config", None)
+    return str(next(iter(config.values())).peft_type.value) if config else ""

@@ -1,0 +1,85 @@
+"""A base as quantised training saw it: each matrix to nf4 or int8 and back, one in memory at a time.
+
+QLoRA learns beside these numbers, not beside the original ones. Merging into the original base is the usual way and the
+better model for its precision; merging into what training saw keeps to what was learned. The difference is measured.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from tongwen.core.errors import MissingPackage
+from tongwen.core.i18n import say
+from tongwen.core.safetensors_io import Tensors, blocks, row_bytes, row_count
+from tongwen.model.loading.load import Place, load_config, make_skeleton
+from tongwen.model.loading.tensors import Array, from_fp32, read_fp32
+
+KINDS = ("nf4", "int8")
+
+
+class Quantised:
+    """Tensors (see `weights.Tensors`) of a base, with the matrices of its layers as bitsandbytes gives them back."""
+
+    def __init__(self, base: Tensors, place: Place, kind: str) -> None:
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise MissingPackage("bitsandbytes", say("a quantised base", "量化底座"), "qlora") from None
+        self.base, self.kind, self.bitsandbytes = base, kind, bitsandbytes
+        self.facts = base.facts
+        self.matrices = matrices_of(place) & base.facts.keys()
+        self._last = threading.local()
+
+    def raw(self, name: str, begin: int, end: int) -> Array:
+        if name not in self.matrices:
+            return self.base.raw(name, begin, end)
+        if getattr(self._last, "name", "") != name:
+            self._last.name, self._last.bytes = name, from_fp32(self._back(name), self.facts[name][0])
+        width = row_bytes(*self.facts[name])
+        return self._last.bytes.reshape(-1).view(np.uint8)[begin * width : end * width]
+
+    def _back(self, name: str) -> Array:
+        """Quantised and de-quantised. (out, in) fp32"""
+        import torch
+
+        shape = self.facts[name][1]
+        weight = torch.from_numpy(read_fp32(self.base, name, 0, row_count(shape)).reshape(shape))
+        parts, functional = self.bitsandbytes.nn, self.bitsandbytes.functional
+        if self.kind == "int8":
+            held = parts.Int8Params(weight.half(), requires_grad=False).to("cpu")
+            return functional.int8_vectorwise_dequant(held.CB, held.SCB).float().numpy()
+        held = parts.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to("cpu")
+        return functional.dequantize_4bit(held.data, held.quant_state).float().numpy().reshape(shape)
+
+
+def matrices_of(place: Place) -> set[str]:
+    """Names of the weights that transformers quantises: of all linear layers but the head."""
+    import torch
+
+    model = make_skeleton(load_config(place))
+    head = model.get_output_embeddings()
+    linear = (torch.nn.Linear,)
+    return {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, linear) and part is not head}
+
+
+def distance(base: Tensors, quantised: Quantised) -> float:
+    """How far the quantised matrices are from the original ones: root mean square, as a share of theirs."""
+    apart, whole = 0.0, 0.0
+    for name in sorted(quantised.matrices):
+        for begin, end in blocks(base.facts[name][1]):
+            exact = read_fp32(base, name, begin, end)
+            apart += float(np.square(read_fp32(quantised, name, begin, end) - exact).sum(dtype=np.float64))
+            whole += float(np.square(exact).sum(dtype=np.float64))
+    return float(np.sqrt(apart / whole)) if whole else 0.0
+
+
+def kind_of(settings: dict[str, Any]) -> str:
+    """nf4 or int8 for a training stage whose base was quantised, by its recorded settings; else nothing."""
+    for said in settings.values():
+        adapter = said.get("adapter") if isinstance(said, dict) else None
+        if isinstance(adapter, dict) and adapter.get("method") == "qlora":
+            return str(adapter["quantize"])
+    return ""

@@ -1,0 +1,96 @@
+"""Special tokens that a published folder has wrong, put right in memory and said aloud; the user's files stay as they are.
+
+The first LLaMA conversions on the hub say that a text begins with token 0, ends with token 1 and is padded with -1, and
+their tokenizer has empty names for all three: transformers recurses without end, or trains on, and the model never stops
+(F-11, F-12, F-15).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tongwen.core import console
+from tongwen.core.i18n import say
+
+USUAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def instead_of_empty(folder: Path) -> dict[str, str | None]:
+    """What to load for special tokens whose name is empty in a tokenizer's folder: the family's usual ones, where the
+    vocabulary has them, else none."""
+    empty = [name for name in USUAL if any(_text(held.get(name)) == "" for held in _configs(folder))]
+    if not empty:
+        return {}
+    known = _pieces(folder)
+    found = {name: text if (text := USUAL[name]) in known else None for name in empty}
+    console.notice(
+        say(
+            f"{folder}: {', '.join(empty)} are empty; taken instead: {', '.join(str(text) for text in found.values())}",
+            f"{folder}：{'、'.join(empty)} 为空；改用 {'、'.join(str(text) for text in found.values())}",
+        )
+    )
+    return found
+
+
+def drop_outside(config: Any, rows: int, place: str) -> bool:
+    """Take out ids for which the embedding has no row: one of padding would freeze the last row, or stop the loading.
+    Returns whether there were any. place: the file."""
+    wrong = [name for name in IDS if isinstance(index := getattr(config, name, None), int) and not 0 <= index < rows]
+    for name in wrong:
+        console.notice(
+            say(
+                f"{place} has {name} {getattr(config, name)}, the vocabulary {rows} tokens; it is passed by",
+                f"{place} 的 {name} 为 {getattr(config, name)}，而词表有 {rows} 个 token；忽略之",
+            )
+        )
+        setattr(config, name, None)
+    return bool(wrong)
+
+
+def mend_ends(tokenizer: Any, model: Any, place: str) -> None:
+    """A model that would stop at the token that begins a text, or at the unknown one, stops at its tokenizer's end."""
+    config = model.generation_config
+    drop_outside(config, model.get_input_embeddings().weight.shape[0], f"{place}/generation_config.json")
+    known = getattr(config, "eos_token_id", None)
+    ends = list(known) if isinstance(known, (list, tuple)) else [known]
+    never = {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id, None}
+    wrong = [index for index in ends if index in never]
+    if not wrong or tokenizer.eos_token_id is None:
+        return
+    console.notice(
+        say(
+            f"{place}: an answer would end with token {wrong[0]}, {tokenizer.convert_ids_to_tokens(wrong[0])}; "
+            f"the tokenizer's own end is taken: {tokenizer.eos_token_id}, {tokenizer.eos_token}",
+            f"{place}：回答将以 token {wrong[0]}（{tokenizer.convert_ids_to_tokens(wrong[0])}）结束；"
+            f"改用分词器自己的结束符：{tokenizer.eos_token_id}（{tokenizer.eos_token}）",
+        )
+    )
+    right = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    for held in (config, model.config):
+        for name, index in right.items():
+            setattr(held, name, index)
+
+
+def _configs(folder: Path) -> list[dict[str, Any]]:
+    files = (folder / "tokenizer_config.json", folder / "special_tokens_map.json")
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+
+
+def _text(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _pieces(folder: Path) -> set[str]:
+    """Pieces of a tokenizer's vocabulary, read from its file."""
+    if (file := folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        return set(Tokenizer.from_file(str(file)).get_vocab())
+    if (file := folder / "tokenizer.model").is_file():
+        from tongwen.model.loading.sentencepiece import read_model
+
+        return {piece.piece for piece in read_model(file).pieces}
+    return set()

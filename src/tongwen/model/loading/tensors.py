@@ -1,0 +1,214 @@
+"""A model's tensors by name, whatever holds them: safetensors files, `.bin` files, or a model in memory.
+
+All have one interface (`weights.Tensors`). Numbers are computed in fp32 with numpy; torch is
+imported only for containers that need it, because importing it costs more memory than a merge does.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tongwen.core import console
+from tongwen.core.errors import ModelError
+from tongwen.core.i18n import say
+from tongwen.core.safetensors_io import Stored, Tensors, find_tensors, read_index, row_bytes, row_count, what_it_is
+from tongwen.model.loading.load import Place, load_model
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias")  # what old files hold besides weights; models compute it anew
+Array = Any  # numpy arrays; their types are noise here
+
+
+class FileTensors:
+    """Tensors of safetensors files, read by position. Threads may read at once."""
+
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
+        self.stored = dict(stored)
+        self.facts = {name: (one.dtype, one.shape) for name, one in stored.items()}
+
+    def raw(self, name: str, begin: int, end: int) -> Array:
+        one = self.stored[name]
+        row = row_bytes(one.dtype, one.shape)
+        with one.file.open("rb", buffering=0) as stream:
+            stream.seek(one.begin + begin * row)
+            out: Array = np.empty((end - begin) * row, np.uint8)
+            if stream.readinto(out) != out.nbytes:
+                raise ModelError(say("the file ends early", "文件提前结束"), place=str(one.file))
+        return out
+
+
+class TorchTensors:
+    """Tensors that torch holds: the mapped pages of `.bin` files, or a model that had to be opened whole."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self.state = {name: tensor.detach() for name, tensor in state.items()}
+        self.facts = {
+            name: (torch_name(tensor.dtype), tuple(int(size) for size in tensor.shape))
+            for name, tensor in self.state.items()
+        }
+
+    def raw(self, name: str, begin: int, end: int) -> Array:
+        import torch
+
+        rows = self.state[name].reshape(-1) if self.state[name].dim() < 2 else self.state[name]
+        return rows[begin:end].contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def open_tensors(folder: Path, pattern: str) -> Tensors:
+    """The tensors of a folder: its safetensors files, else its `.bin` files by `pattern`. Raises ModelError without any."""
+    if stored := find_tensors(folder):
+        return FileTensors(stored)
+    state: dict[str, Any] = {}
+    index = folder / "pytorch_model.bin.index.json"
+    mapped = read_index(index) if index.is_file() else {}
+    for file in [folder / name for name in sorted(set(mapped.values()))] or sorted(folder.glob(pattern)):
+        state |= load_bin(file)
+    if not state and not any(folder.glob("*.safetensors")) and not any(folder.glob(pattern)):
+        raise ModelError(
+            say("no weights in this folder", "文件夹里没有权重"),
+            place=str(folder),
+            remedy=say(f"needed: *.safetensors or {pattern}", f"需要 *.safetensors 或 {pattern}"),
+        )
+    return TorchTensors(state)
+
+
+def open_model(place: Place) -> tuple[Tensors, dict[str, Any]]:
+    """A model's tensors and its config. One that is a GGUF file is de-quantised in memory, which is said.
+
+    Raises ModelError for a config that cannot be read and for a quantised model: its tensors are not its weights.
+    """
+    if place.gguf:
+        import torch
+
+        console.notice(
+            say("the GGUF file is de-quantised, with the whole model in memory", "GGUF 将反量化，整个模型载入内存")
+        )
+        model = load_model(place, torch.float32)
+        state = dict(model.state_dict())
+        if model.config.tie_word_embeddings:
+            state.pop("lm_head.weight", None)
+        config = json.loads(model.config.to_json_string())  # what differs from the family's defaults
+        return TorchTensors(state), {**config, "architectures": [type(model).__name__]}
+    file = Path(place.folder) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, TypeError) as error:
+        raise ModelError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(file)) from None
+    if config.get("quantization_config"):
+        raise ModelError(
+            say("this model is quantised", "该模型是量化过的"),
+            place=place.name,
+            remedy=say(
+                "use the original model that it was made from: an adapter fits both",
+                "请使用量化前的原始模型：适配器两者都适用",
+            ),
+        )
+    tensors = open_tensors(Path(place.folder), "pytorch_model*.bin")
+    tensors.facts = {name: fact for name, fact in tensors.facts.items() if not name.endswith(BUFFERS)}
+    return tensors, config
+
+
+def load_bin(file: Path) -> dict[str, Any]:
+    """The tensors of a torch file, mapped and not read. Whatever needs more than tensors is refused and never run."""
+    import torch
+
+    if what := what_it_is(file):
+        raise ModelError(what, place=str(file), remedy=say("fetch the file again", "请重新下载该文件"))
+    try:
+        state = _load(file, mmap=True)
+    except RuntimeError:  # torch's format of before 2020 cannot be mapped
+        state = _load(file, mmap=False)
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ModelError(say("it holds something else than tensors", "其中不只是张量"), place=str(file))
+    size = file.stat().st_size
+    for name, tensor in state.items():
+        if not isinstance(name, str) or tensor.layout != torch.strided:
+            raise ModelError(say(f"{name!r} is no plain tensor", f"{name!r} 不是普通张量"), place=str(file))
+        if tensor.numel() * tensor.element_size() > size:  # a stride of 0 or a squeezed archive
+            raise ModelError(
+                say(f"{name} claims more bytes than the file has", f"{name} 声称的大小超过文件本身"), place=str(file)
+            )
+    return state
+
+
+def _load(file: Path, *, mmap: bool) -> Any:
+    import pickle
+
+    import torch
+
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ModelError(
+            say(
+                f"it cannot be read as plain tensors: {(str(error).splitlines() or [''])[0][:120]}",
+                "无法作为纯张量读取",
+            ),
+            place=str(file),
+            remedy=say(
+                "a file that needs to run code is never opened; ask for safetensors",
+                "需要运行代码的文件一律不打开；请使用 safetensors",
+            ),
+        ) from None
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a cut file
+            raise
+        if mmap and isinstance(error, RuntimeError):
+            raise
+        raise ModelError(
+            say(f"it cannot be read: {str(error).splitlines()[0][:160]}", "文件无法读取"),
+            place=str(file),
+            remedy=say("fetch the file again: it is not whole", "请重新下载：文件不完整"),
+        ) from None
+
+
+def to_fp32(raw: Array, dtype: str) -> Array:
+    """Raw bytes as fp32 numbers, flat. Raises KeyError for a type that is no plain float."""
+    if dtype == "BF16":
+        out = raw.view(np.uint16).astype(np.uint32)
+        out <<= 16
+        return out.view(np.float32)
+    return raw.view({"F32": np.float32, "F16": np.float16, "F64": np.float64}[dtype]).astype(np.float32)
+
+
+def from_fp32(numbers: Array, dtype: str) -> Array:
+    """fp32 numbers rounded once to the nearest (ties to even) of a type, as raw bytes. They must be finite."""
+    flat = np.ascontiguousarray(numbers, dtype=np.float32).reshape(-1)
+    if dtype == "BF16":
+        bits = flat.view(np.uint32)
+        rounded = np.right_shift(bits, 16)
+        rounded &= 1
+        rounded += bits
+        rounded += 0x7FFF
+        rounded >>= 16
+        return rounded.astype(np.uint16).view(np.uint8)
+    with np.errstate(over="ignore"):
+        return flat.astype({"F32": np.float32, "F16": np.float16, "F64": np.float64}[dtype]).view(np.uint8)
+
+
+def read_fp32(tensors: Tensors, name: str, begin: int = 0, end: int | None = None) -> Array:
+    """Rows of a tensor as fp32, in its shape."""
+    dtype, shape = tensors.facts[name]
+    end = row_count(shape) if end is None else end
+    return to_fp32(tensors.raw(name, begin, end), dtype).reshape(end - begin, *shape[1:])
+
+
+def is_finite(numbers: Array) -> bool:
+    """Whether no number is NaN or Inf. The sum of squares tells in one fast pass; when it overflows, each is asked."""
+    flat = numbers.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.dot(flat, flat))) or bool(np.isfinite(flat).all())
+
+
+def torch_name(dtype: Any) -> str:
+    """torch.bfloat16 -> BF16, as safetensors writes it."""
+    names = {"float": "F", "bfloat": "BF", "int": "I", "uint": "U"}
+    word = str(dtype).removeprefix("torch.")
+    kind = word.rstrip("0123456789")
+    return "BOOL" if word == "bool" else names.get(kind, kind) + word.removeprefix(kind)

@@ -1,0 +1,167 @@
+"""Byte-level tokenizers from files that transformers reads in part or not at all: ranked bytes (tiktoken's, Mistral's
+tekken), and GGUF, of which it leaves out how a text is cut.
+
+They hold no merges: BPE over ranks merges the neighbours whose concatenation has the lowest rank, so every way to build
+a token is a merge of its rank. tiktoken's file does not hold the pattern that splits a text either; it is known for the
+published vocabularies, told apart by their size, and a file of another size is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from tongwen.core import console
+from tongwen.core.errors import ModelError
+from tongwen.core.i18n import say
+from tongwen.core.model_families import PATTERNS
+
+# Tokens in the file: the family, its pattern, normaliser, special tokens behind the last rank. From Qwen's
+# tokenization_qwen.py and meta-llama's tokenizer.py.
+PUBLISHED: dict[int, tuple[str, tuple[str, ...], bool, tuple[str, ...]]] = {
+    151_643: ("qwen", PATTERNS["qwen2"], True, ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
+    128_000: (
+        "llama-3",
+        PATTERNS["llama-bpe"],
+        False,
+        (
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|reserved_special_token_0|>",
+            "<|reserved_special_token_1|>",
+            "<|finetune_right_pad_id|>",
+            "<|reserved_special_token_2|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eom_id|>",
+            "<|eot_id|>",
+            "<|python_tag|>",
+            *(f"<|reserved_special_token_{number}|>" for number in range(3, 248)),
+        ),
+    ),
+}
+
+
+def read_ranks(file: Path) -> Tokenizer | None:
+    """The tokenizer of a tiktoken or tekken file; None when the file is neither. Raises ModelError for an unknown one."""
+    with file.open("rb") as stream:
+        start = stream.read(64).lstrip()
+    if start.startswith(b"{"):
+        return _read_tekken(file)
+    found = _read_tiktoken(file)
+    if found is None:
+        return None
+    if len(found) not in PUBLISHED:
+        known = ", ".join(f"{size:,} ({name})" for size, (name, *_) in PUBLISHED.items())
+        raise ModelError(
+            say(
+                f"a tiktoken file of {len(found):,} tokens: its pattern is not known",
+                f"该 tiktoken 文件有 {len(found):,} 个词：不知其切分规则",
+            ),
+            place=str(file),
+            remedy=say(f"known are {known}; give a tokenizer.json instead", f"已知：{known}；请改用 tokenizer.json"),
+        )
+    _, patterns, composed, special = PUBLISHED[len(found)]
+    tokenizer = _tokenizer(found, patterns, {})
+    if composed:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return tokenizer
+
+
+def _read_tiktoken(file: Path) -> dict[bytes, int] | None:
+    """bytes -> rank, or None when a line is not `base64 rank`."""
+    out: dict[bytes, int] = {}
+    try:
+        for line in file.read_text(encoding="ascii").splitlines():
+            piece, rank = line.split()
+            out[base64.b64decode(piece, validate=True)] = int(rank)
+    except (ValueError, binascii.Error):
+        return None
+    return out or None
+
+
+def _read_tekken(file: Path) -> Tokenizer | None:
+    """Mistral's file: special tokens first, then as many of the ranked tokens as the vocabulary has room for."""
+    try:
+        held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config = held["config"]
+        special = int(config["default_num_special_tokens"])
+        ranked = held["vocab"][: int(config["default_vocab_size"]) - special]
+        pieces = {base64.b64decode(entry["token_bytes"]): special + int(entry["rank"]) for entry in ranked}
+    except (ValueError, KeyError, TypeError):
+        return None
+    names = {int(token["rank"]): str(token["token_str"]) for token in held.get("special_tokens") or ()}
+    return _tokenizer(
+        pieces, (config["pattern"],), {names.get(place, f"<SPECIAL_{place}>"): place for place in range(special)}
+    )
+
+
+def _tokenizer(ids: dict[bytes, int], patterns: Sequence[str], special: dict[str, int]) -> Tokenizer:
+    character_of = _characters()
+    entries = {piece: "".join(character_of[byte] for byte in piece) for piece in ids}
+    merges = [
+        (entries[piece[:cut]], entries[piece[cut:]])
+        for piece in sorted(ids, key=ids.__getitem__)
+        for cut in sorted(range(1, len(piece)), key=lambda cut: (ids.get(piece[:cut], 0), ids.get(piece[cut:], 0)))
+        if piece[:cut] in ids and piece[cut:] in ids
+    ]
+    vocabulary = special | {entries[piece]: index for piece, index in ids.items()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = _cut(patterns)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return tokenizer
+
+
+def _cut(patterns: Sequence[str]) -> Any:
+    return pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def mend_gguf(tokenizer: Any, file: Path) -> None:
+    """Let a tokenizer that transformers read from a GGUF file cut texts as the file says; transformers cuts all as GPT-2
+    did, which gives a Llama-3 or Qwen other ids for numbers and more. What is not known is said."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(str(file)).fields
+    kind, name = (
+        str(fields[key].contents()) if key in fields else "" for key in ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+    )
+    if kind != "gpt2" or name in ("", "default", "gpt-2"):
+        return
+    backend = tokenizer.backend_tokenizer
+    if name == "smollm":
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    elif name in PATTERNS:
+        backend.pre_tokenizer = _cut(PATTERNS[name])
+        backend.model.ignore_merges = name == "llama-bpe"
+        if name == "qwen2":
+            backend.normalizer = normalizers.NFC()
+    else:
+        console.notice(
+            say(
+                f"the file's tokenizer cuts texts as {name!r}, which is not known here: some ids may differ from the original's",
+                f"该文件的分词器按 {name!r} 切分文本，此处未知：部分 id 可能与原模型不同",
+            )
+        )
+
+
+def _characters() -> dict[int, str]:
+    """The character that stands for each byte in a byte-level vocabulary."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    found: dict[int, str] = bytes_to_unicode()
+    return found

@@ -1,0 +1,103 @@
+"""A chat vector: what an instruct model has over its base, added to another descendant of that base.
+
+W + s (instruct - base), tensor by tensor, a block of rows in memory, in fp32 and rounded once (Huang et al. 2023,
+arXiv:2310.04799: how Chinese is brought to an instruct model without Chinese instructions). Where the descendant's
+vocabulary has grown, its new rows have no counterpart and stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tongwen.core.errors import ArtifactError, ModelError, NumbersError
+from tongwen.core.i18n import say
+from tongwen.core.safetensors_io import SHARD_BYTES, Stored, Tensors, blocks, plan_shards, row_count
+from tongwen.model.adapters.read import EMBEDDINGS, HEADS
+from tongwen.model.loading.fingerprint import line_of, start_digest
+from tongwen.model.loading.tensors import FLOATS, from_fp32, is_finite, read_fp32
+
+
+@dataclass
+class Added:
+    """lines: tensor -> its part of the fingerprint; changed: tensors of which a number differs; kept: rows of a grown
+    vocabulary to which nothing was added."""
+
+    lines: dict[str, str] = field(default_factory=dict)
+    changed: int = 0
+    kept: int = 0
+
+
+def check_alike(target: Tensors, instruct: Tensors, base: Tensors) -> None:
+    """Raise ArtifactError unless the three have the same tensors; the target's vocabulary may be larger."""
+    for name in sorted(base.facts.keys() | instruct.facts.keys() | target.facts.keys()):
+        shapes = [tensors.facts[name][1] if name in tensors.facts else None for tensors in (target, instruct, base)]
+        ours, theirs, old = shapes
+        grown = name.endswith((*EMBEDDINGS, *HEADS)) and ours and theirs and ours[0] > theirs[0]
+        if theirs != old or (ours != theirs and not (grown and ours and theirs and ours[1:] == theirs[1:])):
+            raise ArtifactError(
+                say(
+                    f"the three models are not of one family: {name} has the shapes {ours}, {theirs} and {old}",
+                    f"三个模型不属于同一系列：{name} 的形状为 {ours}、{theirs} 与 {old}",
+                ),
+                place="--chat-vector",
+                remedy=say(
+                    "an instruct model, and the base that both descend from", "请给出对话模型，以及二者共同的底座"
+                ),
+            )
+
+
+def add_difference(
+    target: Tensors, instruct: Tensors, base: Tensors, scale: float, out: Path, progress: Callable[[int], None]
+) -> Added:
+    """Write target + scale x (instruct - base) to `out` as safetensors and read it back.
+
+    Raises NumbersError on NaN or Inf and when what is read back is not what was written, ArtifactError when the
+    difference changes nothing.
+    """
+    planned, added = plan_shards(out, target.facts, SHARD_BYTES), Added()
+    for done, place in enumerate(planned.values(), 1):
+        _add_one(target, instruct, base, scale, place, added)
+        progress(done)
+    if not added.changed:
+        raise ArtifactError(
+            say("instruct model and base are the same: nothing would be added", "对话模型与底座相同：没有可加的差值"),
+            place="--chat-vector",
+        )
+    for name, place in planned.items():
+        if line_of(place) != added.lines[name]:
+            raise NumbersError(
+                say("read back, it is not what was written", "读回后与写入的不同"),
+                place=name,
+                remedy=say("the disk or the memory may be failing; try again", "磁盘或内存可能有故障；请重试"),
+            )
+    return added
+
+
+def _add_one(target: Tensors, instruct: Tensors, base: Tensors, scale: float, place: Stored, added: Added) -> None:
+    name, differs = place.name, False
+    if place.dtype not in FLOATS:
+        raise ModelError(
+            say(f"its numbers are {place.dtype}: a quantised model", f"数值类型为 {place.dtype}：量化过的模型"),
+            place=name,
+        )
+    shared = row_count(instruct.facts[name][1])
+    added.kept += row_count(place.shape) - shared
+    digest = start_digest(name, place.dtype, place.shape)
+    with place.file.open("r+b") as stream:
+        stream.seek(place.begin)
+        for begin, end in blocks(place.shape):
+            rows = read_fp32(target, name, begin, end)
+            last = min(end, shared)
+            if begin < last:
+                change = read_fp32(instruct, name, begin, last) - read_fp32(base, name, begin, last)
+                differs = differs or bool(change.any())
+                rows[: last - begin] += scale * change
+            if not is_finite(rows):
+                raise NumbersError(say("the sum has NaN or Inf", "结果含 NaN 或 Inf"), place=name)
+            new = from_fp32(rows, place.dtype)
+            digest.update(new)
+            stream.write(memoryview(new))
+    added.lines[name] = str(digest.hexdigest())
+    added.changed += differs

@@ -1,0 +1,55 @@
+"""A base with adapters on it, in memory and by peft: for what cannot be folded tensor by tensor, and to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tongwen.core.errors import ArtifactError
+from tongwen.core.i18n import say
+from tongwen.model.adapters.chain import open_adapter
+from tongwen.model.loading.load import Place, load_config, load_model, make_skeleton
+
+
+def open_in_memory(place: Place, adapters: Sequence[Path], *, live: bool) -> Any:
+    """The model in fp32 with all adapters folded in; live: the last one stays beside its weights. Raises ArtifactError when
+    peft takes only a part of an adapter."""
+    import torch
+    from peft import get_peft_model_state_dict
+
+    model = load_model(place, torch.float32)
+    for index, folder in enumerate(adapters):
+        adapted = open_adapter(model, str(folder), None)
+        _check_whole(folder, set(get_peft_model_state_dict(adapted)))
+        model = adapted if live and index == len(adapters) - 1 else adapted.merge_and_unload(safe_merge=True)
+    return model.eval()
+
+
+def known_names(place: Place) -> set[str]:
+    """What transformers calls the tensors of a model, without loading one."""
+    return set(make_skeleton(load_config(place)).state_dict())
+
+
+def logits_of(model: Any, ids: Sequence[int]) -> Any:
+    """(T, V) as a numpy array."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([list(ids)])).logits[0].float().numpy()
+
+
+def _check_whole(folder: Path, taken: set[str]) -> None:
+    from tongwen.model.loading.tensors import open_tensors
+
+    held = set(open_tensors(folder, "adapter_model.bin").facts)
+    if held != taken:
+        odd = sorted(held ^ taken)[0]
+        raise ArtifactError(
+            say(
+                f"{len(held ^ taken)} tensors do not fit this base, the first: {odd}",
+                f"{len(held ^ taken)} 个张量与该底座不符，第一个：{odd}",
+            ),
+            place=str(folder),
+            remedy=say("this adapter was trained on another base", "该适配器是在另一个底座上训练的"),
+        )

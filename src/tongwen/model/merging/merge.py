@@ -1,0 +1,439 @@
+"""Adapters are folded into their base as its tensors stream by: W + scale x B A in fp32, rounded once.
+
+A block of rows at a time is in memory, whatever the model's size; tensors that no adapter touches are copied by the
+kernel. Every adapter tensor is used exactly once and every target exists, or nothing is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tongwen.core.errors import ArtifactError, ModelError, NumbersError
+from tongwen.core.i18n import say
+from tongwen.core.safetensors_io import Stored, Tensors, blocks, copy_bytes, plan_shards, row_bytes, row_count
+from tongwen.model.adapters.lineage import highest_token
+from tongwen.model.adapters.read import EMBEDDINGS, HEADS, Adapter, Change, NotOneToOne, check_complete, same_tensor
+from tongwen.model.loading.fingerprint import start_digest
+from tongwen.model.loading.tensors import FLOATS, Array, FileTensors, from_fp32, is_finite, read_fp32, to_fp32
+from tongwen.model.merging import combine
+
+ROUNDING = {"F64": 2e-7, "F32": 2e-7, "F16": 2**-11, "BF16": 2**-8}  # of one number, relative; fp32 noise included
+
+
+@dataclass
+class Target:
+    """One tensor of the merged model. source: the base's tensor that it starts from; mix: how the changes are combined,
+    when they were not trained one upon the other, with the cuts of TIES."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: str | None
+    changes: list[Change] = field(default_factory=list)
+    mix: combine.Mix | None = None
+    cuts: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Folded:
+    """What came of it. lines: tensor -> its part of the fingerprint; same: changed tensors of which no byte differs from
+    the base; untrained: those with an adapter that is all zero."""
+
+    stored: dict[str, Stored]
+    targets: list[Target]
+    lines: dict[str, str] = field(default_factory=dict)
+    same: list[str] = field(default_factory=list)
+    untrained: list[str] = field(default_factory=list)
+
+
+class Step:
+    """One change of one tensor with its small matrices in memory, applied to rows [begin, end) of it."""
+
+    def __init__(self, change: Change) -> None:
+        self.change = change
+        self.pair = change.low_rank()
+        self.magnitude = change.read("magnitude").reshape(-1) if "magnitude" in change.parts else None
+        self.bias = change.read("bias") if "bias" in change.parts else None
+        self.values = change.read("rows") if "rows" in change.parts else None
+        self.is_zero = self.pair is not None and not all(part.any() for part in self.pair)
+        self.additive = self.magnitude is None and self.values is None  # a sum of products, and no more
+        self.place = change.place
+
+    def apply(self, block: Array, begin: int, end: int) -> Array:
+        """The changed rows, in the block's number type."""
+        change = self.change
+        if "whole" in change.parts:
+            block = read_fp32(change.source, change.parts["whole"], begin, end).astype(block.dtype, copy=False)
+        if self.values is not None:
+            for row, value in zip(change.rows, self.values, strict=True):
+                if begin <= row < end:
+                    block[row - begin] = value
+        if self.pair is not None:
+            left, right = (part.astype(block.dtype, copy=False) for part in self.pair)
+            delta = left[begin:end] @ right
+            delta *= change.scale
+            block += delta
+        if self.magnitude is not None:
+            norm = np.sqrt(np.einsum("ij,ij->i", block, block))
+            block *= (self.magnitude[begin:end].astype(block.dtype) / norm)[:, None]
+        if self.bias is not None:
+            block += self.bias[begin:end] * change.scale
+        return block
+
+
+def plan_targets(
+    base: Tensors,
+    config: dict[str, Any],
+    adapters: Sequence[Adapter],
+    dtype: str | None,
+    known: Callable[[], set[str]],
+) -> tuple[list[Target], dict[str, Any], list[str]]:
+    """(the merged model's tensors in the base's order, its config, what should be said).
+
+    known: the names that transformers has for this model's tensors; they may be others than the file's.
+    Raises ArtifactError when an adapter does not fit, NotOneToOne when only peft could know where it belongs.
+    """
+    config, notices = json.loads(json.dumps(config)), []
+    targets = {
+        name: Target(name, dtype if dtype and kind in FLOATS else kind, shape, name)
+        for name, (kind, shape) in base.facts.items()
+    }
+    head = next((name for name in targets if name.endswith(HEADS)), None)
+    embedding = next((name for name in targets if name.endswith(EMBEDDINGS)), None)
+    tied = bool(config.get("tie_word_embeddings")) and embedding is not None
+    modules = {name.removesuffix(".weight") for name, (_, shape) in base.facts.items() if len(shape) == 2}
+    for adapter in adapters:
+        if adapter.whole_model:
+            raise NotOneToOne(adapter.whole_model)
+        check_complete(adapter, modules)
+        changes = dict(adapter.changes)
+        if tied and embedding and _unties(adapter, changes, embedding):
+            head = next((name for name in changes if name.endswith(HEADS)), head or "lm_head.weight")
+            targets[head] = _twin(targets[embedding], head)
+            tied = config["tie_word_embeddings"] = False
+            notices.append(
+                say(
+                    f"{adapter.folder} trained the embedding and the head apart, so the merged model no longer ties them",
+                    f"{adapter.folder} 分开训练了词向量与输出层，合并后的模型不再共享二者",
+                )
+            )
+        for name, change in changes.items():
+            if name not in targets:
+                missing = [name for name in changes if name not in targets]
+                if known() >= set(missing):
+                    raise NotOneToOne(say(f"{name} has another name in the file", f"{name} 在文件中另有其名"))
+                raise _missing(adapter, missing)
+            _check_fit(targets[name], change)
+            targets[name].changes.append(change)
+        if tied and head and embedding:  # a file that holds both halves of a tied pair
+            targets[head] = _twin(targets[embedding], head)
+    rows = targets[embedding].shape[0] if embedding else None
+    if head and rows is not None and targets[head].shape[0] != rows:
+        raise ArtifactError(
+            say(
+                f"{embedding} would have {rows} rows and {head} {targets[head].shape[0]}",
+                f"{embedding} 将有 {rows} 行，而 {head} 有 {targets[head].shape[0]} 行",
+            ),
+            place=str(adapters[-1].folder),
+            remedy=say("the adapter must bring both: modules_to_save", "适配器须同时带有二者：modules_to_save"),
+        )
+    if embedding and rows != base.facts[embedding][1][0]:
+        config["vocab_size"] = rows
+    return list(targets.values()), config, notices
+
+
+def fold(
+    base: Tensors,
+    base_lines: Mapping[str, str],
+    targets: Sequence[Target],
+    out: Path,
+    shard_bytes: int,
+    progress: Callable[[int], None],
+) -> Folded:
+    """Write the merged tensors to `out` as safetensors. Raises NumbersError on NaN or Inf, naming the tensor.
+
+    base_lines: the base's lines of the fingerprint, so that what is copied need not be hashed again.
+    """
+    stored = plan_shards(out, {target.name: (target.dtype, target.shape) for target in targets}, shard_bytes)
+    folded = Folded(stored, list(targets))
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+        work = [pool.submit(_fold_one, base, base_lines, target, folded) for target in targets]
+        try:
+            for done, one in enumerate(work, 1):
+                one.result()
+                progress(done)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    _check_changed(folded)
+    return folded
+
+
+def _check_changed(folded: Folded) -> None:
+    changed = [target for target in folded.targets if target.changes]
+    if len(folded.same) < len(changed):
+        return
+    never = len(folded.untrained) == len(changed)
+    raise ArtifactError(
+        say("the merged model equals the base: ", "合并结果与底座相同：")
+        + (
+            say("the adapter was never trained", "适配器从未训练过")
+            if never
+            else say("its changes are too small for this number type", "其改变小于该数值类型的精度")
+        ),
+        place=changed[0].changes[0].place if changed else "",
+        remedy="" if never else "--dtype fp32",
+    )
+
+
+def check_rows(base: Tensors, folded: Folded) -> float:
+    """Read three rows of every changed tensor back from the files and recompute them in fp64.
+
+    Returns the largest difference, as a share of what rounding allows. Raises NumbersError when it exceeds that.
+    """
+    merged = FileTensors(folded.stored)
+    worst = 0.0
+    for target in folded.targets:
+        if not target.changes:
+            continue
+        steps = steps_of(target)
+        count = row_count(target.shape)
+        touched = [row for change in target.changes for row in change.rows[:3]]
+        for row in sorted({0, count // 2, count - 1, *touched}):
+            exact = base_rows(base, target, row, row + 1).astype(np.float64)
+            for step in steps:
+                exact = step.apply(exact, row, row + 1)
+            found = read_fp32(merged, target.name, row, row + 1)
+            allowed = ROUNDING[target.dtype] * np.abs(exact) + 1e-6 * np.abs(exact).max() + 1e-7
+            worst = max(worst, float((np.abs(found - exact) / allowed).max()))
+        if not worst <= 1:
+            raise NumbersError(
+                say(
+                    f"read back from the file it is {worst:.3g} times as far from base + adapter as rounding allows",
+                    f"从文件读回后，与底座 + 适配器的差是舍入允许值的 {worst:.3g} 倍",
+                ),
+                place=target.name,
+                remedy=say("the disk or the memory may be failing; merge again", "磁盘或内存可能有故障；请重新合并"),
+            )
+    return worst
+
+
+def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: Target, folded: Folded) -> None:
+    """One tensor from the base to its place in the file, and its line of the fingerprint."""
+    facts = base.facts.get(target.source or "")
+    if facts == (target.dtype, target.shape) and not target.changes:
+        _copy(base, base_lines.get(target.name) if target.source == target.name else None, target, folded)
+        return
+    if facts and facts[0] not in FLOATS:
+        raise ModelError(
+            say(f"its numbers are {facts[0]}: a quantised base", f"数值类型为 {facts[0]}：量化过的底座"),
+            place=target.name,
+            remedy=say("merge into the original, unquantised model", "请合并到未量化的原始模型"),
+        )
+    place, steps = folded.stored[target.name], steps_of(target)
+    if any(step.is_zero for step in steps):
+        folded.untrained.append(target.name)
+    digest = start_digest(target.name, target.dtype, target.shape)
+    same = facts == (target.dtype, target.shape)  # until the first block tells otherwise
+    least = 32 if any(change.rank > 16 for change in target.changes) else 1  # A is packed anew for every block
+    with place.file.open("r+b") as stream:
+        stream.seek(place.begin)
+        for begin, end in blocks(target.shape, least):
+            block = base_rows(base, target, begin, end)
+            for step in steps:
+                block = step.apply(block, begin, end)
+            new = from_fp32(_finite(block, target.name, "merged" if steps else "base"), target.dtype)
+            if target.dtype == "F16" and not np.isfinite(new.view(np.float16)).all():
+                raise NumbersError(
+                    say("the merged weight is too large for fp16", "合并后的权重超出 fp16 的范围"),
+                    place=target.name,
+                    remedy="--dtype bf16",
+                )
+            same = same and np.array_equal(base.raw(target.source or "", begin, end), new)
+            digest.update(new)
+            stream.write(memoryview(new))
+    folded.lines[target.name] = digest.hexdigest()
+    if target.changes and same:
+        folded.same.append(target.name)
+
+
+def _copy(base: Tensors, line: str | None, target: Target, folded: Folded) -> None:
+    """A tensor that nothing changes: moved by the kernel where it lies in a file, and looked over for NaN."""
+    place, digest = folded.stored[target.name], start_digest(target.name, target.dtype, target.shape)
+    if isinstance(base, FileTensors):
+        copy_bytes(base.stored[target.source or ""], place)
+    with place.file.open("r+b") as stream:
+        stream.seek(place.begin)
+        for begin, end in blocks(target.shape):
+            raw = base.raw(target.source or "", begin, end)
+            if target.dtype in FLOATS:
+                _finite(to_fp32(raw, target.dtype), target.name, "base")
+            if line is None:
+                digest.update(raw)
+            if not isinstance(base, FileTensors):
+                stream.write(memoryview(raw))
+    folded.lines[target.name] = line or digest.hexdigest()
+
+
+def size_of(target: Target) -> int:
+    """Bytes of a target in its file."""
+    return row_bytes(target.dtype, target.shape) * row_count(target.shape)
+
+
+def mix_in(base: Tensors, targets: Sequence[Target], mix: combine.Mix) -> None:
+    """The changes are combined and not applied one after the other. Raises ArtifactError when a vocabulary grew."""
+    for target in targets:
+        if not target.changes:
+            continue
+        if target.source is None or target.shape != base.facts[target.source][1]:
+            raise target.changes[-1].refuse(
+                say(
+                    "it brings a vocabulary of its own; only adapters of one vocabulary can be combined",
+                    "它带有自己的词表；只有词表相同的适配器才能组合",
+                ),
+                say("merge the one with the new vocabulary first", "请先合并带新词表的适配器"),
+            )
+        target.mix = mix
+        if mix.how == "ties":
+            keep = max(1, round(mix.density * int(np.prod(target.shape))))
+            target.cuts = [_cut(base, target, Step(change), keep) for change in target.changes]
+
+
+def _cut(base: Tensors, target: Target, step: Step, keep: int) -> float:
+    def magnitudes() -> Iterator[Array]:
+        for begin, end in blocks(target.shape):
+            exact = base_rows(base, target, begin, end).astype(np.float64)
+            yield combine.magnitude_of(combine.changed(step, exact, begin, end))
+
+    return combine.find_cut(magnitudes, keep)
+
+
+def steps_of(target: Target) -> list[Step | combine.Combined]:
+    """The changes that still count: what comes before the last whole tensor is replaced by it. Combined: one step."""
+    if target.mix:
+        return [combine.Combined([Step(change) for change in target.changes], target.mix, target.cuts)]
+    last = max((index for index, change in enumerate(target.changes) if "whole" in change.parts), default=0)
+    return [Step(change) for change in target.changes[last:]]
+
+
+def base_rows(base: Tensors, target: Target, begin: int, end: int) -> Array:
+    """Rows of the tensor that a target starts from, in fp32; zeros where a grown vocabulary has none there."""
+    facts = base.facts.get(target.source or "")
+    held = min(end, row_count(facts[1])) if facts else begin
+    if held == end:
+        return read_fp32(base, target.source or "", begin, end)
+    block = np.zeros((end - begin, *target.shape[1:]), np.float32)
+    if held > begin:
+        block[: held - begin] = read_fp32(base, target.source or "", begin, held)
+    return block
+
+
+def _finite(block: Array, name: str, whose: str) -> Array:
+    if not is_finite(block):
+        raise NumbersError(
+            say("the merged weight has NaN or Inf", "合并后的权重含 NaN 或 Inf")
+            if whose == "merged"
+            else say("the base's weight has NaN or Inf", "底座的权重含 NaN 或 Inf"),
+            place=name,
+        )
+    return block
+
+
+def _unties(adapter: Adapter, changes: dict[str, Change], embedding: str) -> bool:
+    """Whether this adapter, on a base that ties its head to the embedding, makes two matrices of them.
+
+    peft unties a pair in silence when it trains one half; it saves both halves, which are the same, when it keeps the
+    tie. Rows that are trained alone belong to both.
+    """
+    head = next((name for name in changes if name.endswith(HEADS)), None)
+    inside = changes.get(embedding)
+    if inside is None and head is None:
+        return False
+    if (
+        inside is not None
+        and head is not None
+        and (same_tensor(inside, changes[head]) or inside.parts.keys() == changes[head].parts.keys() == {"rows"})
+    ):
+        del changes[head]
+        return False
+    if inside is not None and head is None:
+        return not (adapter.config.get("ensure_weight_tying") or inside.parts.keys() == {"rows"})
+    return True
+
+
+def _twin(embedding: Target, name: str) -> Target:
+    """The other half of a tied pair, as it stands."""
+    return Target(name, embedding.dtype, embedding.shape, embedding.source, list(embedding.changes))
+
+
+def _check_fit(target: Target, change: Change) -> None:
+    """Raise ArtifactError when a change does not have the target's shape. A whole vocabulary may be larger: it grew."""
+    whole = change.shape_of("whole") if "whole" in change.parts else target.shape
+    vocabulary = target.name.endswith((*EMBEDDINGS, *HEADS))
+    if whole != target.shape:
+        if not vocabulary or whole[1:] != target.shape[1:]:
+            raise _misfit(target, change, whole)
+        if whole[0] < target.shape[0]:
+            extra = _last_token(target)
+            raise change.refuse(
+                say(
+                    f"its vocabulary has {whole[0]} rows, the model so far has {target.shape[0]}{extra}: a vocabulary never shrinks",
+                    f"其词表为 {whole[0]} 行，而此前的模型已有 {target.shape[0]} 行{extra}：词表不会变小",
+                ),
+                say("put the adapter with the smaller vocabulary first", "请把词表较小的适配器放在前面"),
+            )
+        target.shape = whole
+    added = change.low_rank_shape()
+    if added is not None and added != target.shape:
+        raise _misfit(target, change, added)
+    for role in ("magnitude", "bias"):
+        if role in change.parts and int(np.prod(change.shape_of(role))) != target.shape[0]:
+            raise _misfit(target, change, change.shape_of(role))
+    if "rows" in change.parts:
+        if change.shape_of("rows") != (len(change.rows), *target.shape[1:]):
+            raise _misfit(target, change, change.shape_of("rows"))
+        if max(change.rows) >= target.shape[0] or min(change.rows) < 0:
+            raise change.refuse(
+                say(
+                    f"it trained token {max(change.rows)}, the base has {target.shape[0]} rows",
+                    f"它训练了 token {max(change.rows)}，而底座只有 {target.shape[0]} 行",
+                )
+            )
+
+
+def _last_token(target: Target) -> str:
+    """The token of a vocabulary's last row, and whose tokenizer has it, where that is known."""
+    if not target.changes:
+        return ""
+    folder = Path(target.changes[-1].place)
+    found = highest_token(folder)
+    return f" ({found[1]}, {folder})" if found and found[0] == target.shape[0] - 1 else ""
+
+
+def _misfit(target: Target, change: Change, needed: tuple[int, ...]) -> ArtifactError:
+    return change.refuse(
+        say(
+            f"the base has shape {target.shape} at {target.name}, the adapter needs {needed}",
+            f"底座的 {target.name} 形状为 {target.shape}，适配器需要 {needed}",
+        ),
+        say("this adapter was trained on another base", "该适配器是在另一个底座上训练的"),
+    )
+
+
+def _missing(adapter: Adapter, names: list[str]) -> ArtifactError:
+    return ArtifactError(
+        say(
+            f"{len(names)} targets of the adapter are not in the base, the first: {names[0]}",
+            f"适配器的 {len(names)} 个目标不在底座中，第一个：{names[0]}",
+        ),
+        place=str(adapter.folder),
+        remedy=say("merge onto the base that the adapter was trained on", "请合并到训练该适配器的底座上"),
+    )

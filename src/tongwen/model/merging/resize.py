@@ -1,0 +1,170 @@
+"""A model with more rows in its embedding and head, written as its tensors stream by: a block of rows is in memory.
+
+Rows that the base has to spare (Qwen and BLOOM pad their matrices) are filled first, and no old row moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tongwen.core.errors import ModelError
+from tongwen.core.i18n import say
+from tongwen.core.safetensors_io import (
+    SHARD_BYTES,
+    Stored,
+    Tensors,
+    blocks,
+    copy_bytes,
+    plan_shards,
+    row_bytes,
+    row_count,
+)
+from tongwen.model.adapters.read import EMBEDDINGS, HEADS
+from tongwen.model.loading.fingerprint import line_of
+from tongwen.model.loading.tensors import Array, FileTensors, from_fp32, is_finite
+
+MakeRows = Callable[[str], Iterator[Array]]  # tensor's name -> blocks of its new rows, in fp32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """old: tokens that have a row already; new: ids of the new tokens, all from `old` on; held: rows of the base's
+    matrices; wanted: rows of the new ones."""
+
+    old: int
+    new: range
+    held: int
+    wanted: int
+
+    @property
+    def filled(self) -> int:
+        """New tokens that found a spare row."""
+        return max(0, min(self.new.stop, self.held) - self.new.start)
+
+    @property
+    def added(self) -> int:
+        return self.wanted - self.held
+
+    @property
+    def padding(self) -> int:
+        """New rows that no token has."""
+        return max(0, self.wanted - max(self.new.stop, self.held))
+
+
+def plan_rows(old: int, new: range, held: int, multiple: int, *, shrink: bool = False) -> Rows:
+    """How many rows the matrices get: room for every token, up to a multiple; never fewer than before unless asked.
+
+    Raises ModelError when the base's tokenizer has tokens for which its matrices have no row.
+    """
+    if old > held:
+        raise ModelError(
+            say(
+                f"the tokenizer has {old:,} tokens, the embedding {held:,} rows: they do not belong together",
+                f"分词器有 {old:,} 个词，词向量只有 {held:,} 行：二者不匹配",
+            ),
+            place="base",
+            remedy=say("use the tokenizer that belongs to this model", "请使用该模型自己的分词器"),
+        )
+    needed = -(-max(new.stop, old) // multiple) * multiple
+    return Rows(old, new, held, needed if shrink else max(held, needed) if new.stop > held else held)
+
+
+def matrices_of(base: Tensors, place: str) -> list[str]:
+    """Names of the input embedding and, where the file has one, of the head. Raises ModelError without an embedding."""
+    names = [name for name in base.facts if name.endswith((*EMBEDDINGS, *HEADS))]
+    if not any(name.endswith(EMBEDDINGS) for name in names):
+        raise ModelError(
+            say("no tensor of this model is known to be its embedding", "该模型没有已知名称的词向量张量"),
+            place=place,
+            remedy=say(f"known names end with {', '.join(EMBEDDINGS)}", f"已知名称以 {'、'.join(EMBEDDINGS)} 结尾"),
+        )
+    return sorted(names, key=lambda name: name.endswith(HEADS))
+
+
+def bytes_needed(base: Tensors, names: Sequence[str], rows: Rows) -> int:
+    """Bytes of the widened model's files."""
+    held = sum(row_bytes(*fact) * row_count(fact[1]) for fact in base.facts.values())
+    return held + sum(row_bytes(*base.facts[name]) * rows.added for name in names)
+
+
+def widen(
+    base: Tensors,
+    base_lines: Mapping[str, str],
+    names: Sequence[str],
+    rows: Rows,
+    make: MakeRows,
+    out: Path,
+    progress: Callable[[int], None],
+) -> dict[str, str]:
+    """Write the model to `out` as safetensors; returns the lines of its fingerprint. base_lines: the base's, as far as they
+    are known, so that what is copied need not be hashed again.
+
+    names: the tensors that get the rows; biases of a head (one number a row) grow with it, by zeros. make: the rows of
+    the new tokens in their order, then those of the padding.
+    """
+    grown = {*names, *(_bias_of(name) for name in names if _bias_of(name) in base.facts)}
+    facts = {
+        name: (dtype, (rows.wanted, *shape[1:]) if name in grown else shape)
+        for name, (dtype, shape) in base.facts.items()
+    }
+    planned = plan_shards(out, facts, SHARD_BYTES)
+    for done, (name, place) in enumerate(planned.items(), 1):
+        held = min(row_count(base.facts[name][1]), row_count(place.shape))
+        _copy_rows(base, name, held, place)
+        if name in names:
+            _write_rows(name, rows, make(name), place)
+        progress(done)
+    return {
+        name: base_lines[name] if name in base_lines and name not in grown else line_of(place)
+        for name, place in planned.items()
+    }
+
+
+def widen_in_memory(model: Any, rows: Rows, make: Callable[[Callable[[int, int], Array]], Iterator[Array]]) -> None:
+    """The same for a model in memory. make: a reader of a matrix's rows -> its new rows."""
+    import torch
+
+    model.resize_token_embeddings(rows.wanted, mean_resizing=False)
+    matrices = {id(part.weight): part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for weight in matrices.values():
+        held, at = weight.detach().clone(), rows.new.start
+        with torch.no_grad():
+            for block in make(lambda begin, end, held=held: held[begin:end].float().numpy()):  # type: ignore[misc]
+                if at == rows.new.stop:
+                    at = max(at, rows.held)
+                weight[at : at + len(block)] = torch.from_numpy(block).to(weight.dtype)
+                at += len(block)
+
+
+def _bias_of(name: str) -> str:
+    return name.removesuffix("weight") + "bias" if name.endswith(HEADS) else ""
+
+
+def _copy_rows(base: Tensors, name: str, count: int, place: Stored) -> None:
+    size = row_bytes(place.dtype, place.shape) * count
+    if isinstance(base, FileTensors):
+        one = base.stored[name]
+        copy_bytes(replace(one, end=one.begin + size), replace(place, end=place.begin + size))
+        return
+    with place.file.open("r+b") as stream:
+        stream.seek(place.begin)
+        for begin, end in blocks((count, *place.shape[1:])):
+            stream.write(memoryview(base.raw(name, begin, end)))
+
+
+def _write_rows(name: str, rows: Rows, new: Iterator[Array], place: Stored) -> None:
+    """The new rows where their ids say, the padding behind all. Raises ModelError on NaN or Inf."""
+    size, at = row_bytes(place.dtype, place.shape), rows.new.start
+    with place.file.open("r+b") as stream:
+        for block in new:
+            if not is_finite(block):
+                raise ModelError(say("a new row has NaN or Inf", "新行含 NaN 或 Inf"), place=name)
+            if at == rows.new.stop:  # spare rows of the base behind the last token stay as they are
+                at = max(at, rows.held)
+            stream.seek(place.begin + at * size)
+            stream.write(memoryview(from_fp32(block, place.dtype)))
+            at += len(block)
+    assert at >= rows.new.stop and (at == rows.wanted or not rows.padding)

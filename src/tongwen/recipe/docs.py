@@ -1,0 +1,118 @@
+"""`tongwen schema`: every word of a recipe with type, default and help, made from the schema itself."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from tongwen.core import console
+from tongwen.core.errors import RecipeError
+from tongwen.core.i18n import say
+from tongwen.recipe.schema import Duration, Recipe
+
+
+def run(section: str) -> int:
+    """Print one section or all; with --json the JSON schema of the recipe."""
+    if console.SCREEN.json:
+        console.emit(Recipe.model_json_schema())
+        return 0
+    known = dict(sections())
+    if section and section not in known:
+        raise RecipeError(
+            say(f"no section {section!r}", f"没有 {section!r} 这一段"),
+            place="schema",
+            remedy=", ".join(name for name in known if name),
+        )
+    for name, model in known.items():
+        if section and name != section:
+            continue
+        console.header(name or say("recipe", "配方"), (model.__doc__ or "").split("\n")[0])
+        for key, kind, default, help_ in words(model):
+            console.SCREEN.console.print(
+                f"  [bold]{key}[/]  [dim]{console.plain(kind)}  = {console.plain(default)}[/]", soft_wrap=True
+            )
+            console.SCREEN.console.print(f"      {console.plain(help_)}", soft_wrap=True)
+    return 0
+
+
+def sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    """(dotted name, schema class), the recipe itself first under the empty name."""
+    yield "", Recipe
+    yield from _below(Recipe, "")
+
+
+def words(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, help) of each word of a section."""
+    for key, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        zh = str(extra.get("zh", "")) if isinstance(extra, dict) else ""
+        yield key, type_name(field.annotation), _default(field), say(field.description or "", zh)
+
+
+def to_markdown() -> str:
+    """docs/recipe.md: all sections as tables."""
+    lines = [
+        say("# The recipe, word by word", "# 配方：逐词说明"),
+        "",
+        say("Made from the schema by `make docs`; do not edit.", "由 `make docs` 从模式生成，请勿手改。"),
+    ]
+    for name, model in sections():
+        lines += ["", f"## {name or say('top level', '顶层')}", "", (model.__doc__ or "").strip().split("\n")[0], ""]
+        lines += [say("| key | type | default | meaning |", "| 键 | 类型 | 默认 | 含义 |"), "|---|---|---|---|"]
+        for row in words(model):
+            lines.append(
+                "| "
+                + " | ".join(cell.replace("|", "\\|") if index == 3 else f"`{cell}`" for index, cell in enumerate(row))
+                + " |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def type_name(annotation: Any) -> str:
+    """A type in a user's words."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return type_name(typing.get_args(annotation)[0])
+    if origin is typing.Literal:
+        return " / ".join(map(str, typing.get_args(annotation)))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(
+            dict.fromkeys(type_name(part) for part in typing.get_args(annotation) if part is not type(None))
+        )
+    if origin is list:
+        return f"list of {type_name(typing.get_args(annotation)[0])}"
+    if origin is dict:
+        return "mapping"
+    if annotation is Duration:
+        return "N epochs / steps / tokens"
+    names = {str: "text", int: "whole number", float: "number", bool: "true / false"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)).lower())
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.default
+    if value is PydanticUndefined:
+        return say("required", "必填")
+    if isinstance(value, BaseModel) and not isinstance(value, Duration):
+        return say("see below", "见下")
+    return "-" if value is None or value == "" else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _below(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    for key, field in model.model_fields.items():
+        for found in _models_in(field.annotation):
+            name = f"{prefix}{key}"
+            yield name, found
+            yield from _below(found, f"{name}.")
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [] if annotation is Duration else [annotation]
+    return [found for part in typing.get_args(annotation) for found in _models_in(part)]

@@ -1,0 +1,343 @@
+"""A user's own engine file: a DeepSpeed JSON or accelerate's YAML, split in what a recipe says and what is the engine's.
+
+Such files also tell batch size, optimizer, schedule and precision, mostly as "auto". These belong to the recipe: what a file
+says of them becomes the recipe's words, aloud, and a value that contradicts the recipe is refused. The rest is handed to
+the engine as it is, and what neither takes is listed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from tongwen.core.errors import RecipeError
+from tongwen.core.i18n import say
+
+SCHEDULES = {"WarmupLR": "warmup_lr", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+# DeepSpeed keys that a recipe says.
+RECIPES = ("optimizer", "scheduler", "fp16", "bf16", "amp", "gradient_clipping", *BATCH)
+OFFLOADS = ("offload_optimizer", "offload_param")
+OLD_OFFLOADS = (
+    ("cpu_offload", "offload_optimizer"),
+    ("cpu_offload_param", "offload_param"),
+    ("cpu_offload_params", "offload_param"),
+)
+FSDP = ("reshard_after_forward", "auto_wrap_policy", "transformer_layer_cls_to_wrap")
+# What FSDP2 no longer has, or what is done here in one way only.
+FSDP_DROPPED = (
+    "version",
+    "backward_prefetch",
+    "forward_prefetch",
+    "sync_module_states",
+    "use_orig_params",
+    "state_dict_type",
+    "cpu_ram_efficient_loading",
+    "min_num_params",
+    "backward_prefetch_policy",
+    "limit_all_gathers",
+)
+# Of a DeepSpeed file, what shapes numbers or checkpoints; the rest is how fast it goes, where things wait, what is logged.
+DECIDING = re.compile(r"stage|.*quantized.*|zeropp_.*|mics_.*|zero_hpz_.*|elastic_checkpoint")
+LOGGING = re.compile(
+    r"steps_per_print|wall_clock_breakdown|dump_state|flops_profiler|comms_logger|tensorboard|wandb|csv_monitor|comet|"
+    r"memory_breakdown|zero_allow_untested_optimizer"
+)
+STRATEGIES = (
+    "FULL_SHARD",
+    "SHARD_GRAD_OP",
+    "NO_SHARD",
+    "HYBRID_SHARD",
+    "HYBRID_SHARD_ZERO2",
+)  # in torch's order, from 1
+RESHARDS = ("FULL_SHARD", "HYBRID_SHARD")
+WRAPS = ("TRANSFORMER_BASED_WRAP", "NO_WRAP")
+# Of accelerate's YAML: what says nothing of a training, or only where a launcher starts it.
+LAUNCHERS = (
+    "compute_environment",
+    "debug",
+    "distributed_type",
+    "downcast_bf16",
+    "enable_cpu_affinity",
+    "fsdp_config",
+    "deepspeed_config",
+    "machine_rank",
+    "main_process_ip",
+    "main_process_port",
+    "main_training_function",
+    "num_machines",
+    "rdzv_backend",
+    "same_network",
+    "tpu_env",
+    "tpu_use_cluster",
+    "tpu_use_sudo",
+)
+
+
+class Told(NamedTuple):
+    """What a file says. words: of the recipe; trainer: TrainingArguments; engine: the rest; dropped: without effect."""
+
+    words: dict[str, Any]
+    trainer: dict[str, Any]
+    engine: dict[str, Any]
+    dropped: tuple[str, ...]
+
+
+def read(file: str, devices: int) -> Told:
+    """Read an engine file. Raises RecipeError when it is missing, unreadable, or asks for what is not here."""
+    data = _load(Path(file))
+    if file.endswith(".json"):
+        return _deepspeed(data, file, devices)
+    kind = data.get("distributed_type", "FSDP" if "fsdp_config" in data else None)
+    if kind not in ("FSDP", "DEEPSPEED"):
+        raise _unknown(file, "distributed_type", kind, ("FSDP", "DEEPSPEED"), "engine: ddp")
+    words, dropped = _beside(data, file)
+    told = _accelerates_deepspeed(data, file) if kind == "DEEPSPEED" else _fsdp(data, file)
+    if str(told.words.get("engine")).endswith(".json"):  # which has a precision of its own
+        words = {}
+    return told._replace(words=words | told.words, dropped=(*dropped, *told.dropped))
+
+
+def deciding(file: str) -> dict[str, Any]:
+    """What of an engine file shapes the numbers or the checkpoints."""
+    engine = read(file, 1).engine
+    if "zero_optimization" not in engine:
+        return {}
+    zero = {key: value for key, value in engine["zero_optimization"].items() if DECIDING.fullmatch(key)}
+    rest = {key: value for key, value in engine.items() if not LOGGING.fullmatch(key) and key != "zero_optimization"}
+    return {**rest, **zero}
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        data = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RecipeError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=f"engine: {file}") from None
+    return _section({"": data if data is not None else "null"}, "", str(file))
+
+
+def _deepspeed(data: dict[str, Any], file: str, devices: int) -> Told:
+    words: dict[str, Any] = {}
+    trainer: dict[str, Any] = {}
+    optimizer, scheduler = _section(data, "optimizer", file), _section(data, "scheduler", file)
+    kind = optimizer.get("type", "AdamW")
+    if kind not in ("Adam", "AdamW"):
+        raise _unknown(file, "optimizer.type", kind, ("Adam", "AdamW"))
+    said = _said(optimizer, "params", file)
+    words |= _taken(said, lr="learning_rate", weight_decay="weight_decay")
+    if "betas" in said:
+        betas = said.pop("betas")
+        if not (isinstance(betas, list) and len(betas) == 2 and all(map(_is_number, betas))):
+            raise _unknown(file, "optimizer.params.betas", betas, (say("two numbers", "两个数") + ": [0.9, 0.999]",))
+        trainer |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}
+    if "eps" in said:
+        if not _is_number(said["eps"]):
+            raise _unknown(file, "optimizer.params.eps", said["eps"], ("1e-8",))
+        trainer["adam_epsilon"] = said.pop("eps")
+    dropped = _listed(said, "optimizer.params.")
+    if scheduler:
+        if scheduler.get("type") not in tuple(SCHEDULES):
+            raise _unknown(file, "scheduler.type", scheduler.get("type"), SCHEDULES)
+        words["schedule"] = SCHEDULES[scheduler["type"]]
+        said = _said(scheduler, "params", file)
+        rate = said.get("warmup_max_lr", words.get("learning_rate"))
+        if words.get("learning_rate", rate) != rate:
+            raise RecipeError(
+                say(
+                    f"{rate!r}, and optimizer.params.lr is {words['learning_rate']!r}",
+                    f"{rate!r}，而 optimizer.params.lr 为 {words['learning_rate']!r}",
+                ),
+                place=f"engine: {file} · scheduler.params.warmup_max_lr",
+                remedy=say('write "auto" for one of them', '请将其一写作 "auto"'),
+            )
+        words |= _taken(said, warmup_max_lr="learning_rate", warmup_num_steps="warmup")
+        own = {"warmup_min_lr": 0, "warmup_type": "log" if words["schedule"] == "warmup_lr" else "linear"}
+        dropped += _listed({key: value for key, value in said.items() if own.get(key) != value}, "scheduler.params.")
+    if data.get("gradient_clipping", "auto") != "auto":
+        words["max_grad_norm"] = data["gradient_clipping"]
+    for name in ("bf16", "fp16", "amp"):
+        said = _said(data, name, file)
+        if _is_on(said.get("enabled", False), file, f"{name}.enabled"):
+            words |= {"precision": "bf16"} if name == "bf16" else {}
+            dropped += [] if name == "bf16" else [name]
+        elif name == "bf16" and "enabled" in said:
+            dropped.append("bf16.enabled: false")
+    batch = {key: data[key] for key in BATCH if data.get(key) not in ("auto", None)}
+    for key, value in batch.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise _unknown(file, key, value, ('"auto"', say("a whole number", "整数")))
+    if BATCH[0] not in batch and len(batch) == 2:
+        words["batch_size"] = batch.pop(BATCH[1]) * batch.pop(BATCH[2]) * devices
+    words |= _taken(batch, train_batch_size="batch_size")
+    dropped += _listed(batch)
+    engine = {key: value for key, value in data.items() if key not in RECIPES}
+    if str(_section(data, "zero_optimization", file).get("stage", 0)) == "0":
+        return Told({**words, "engine": "auto"}, trainer, {}, (*dropped, *_listed(engine)))
+    return Told(words, trainer, {**engine, "zero_optimization": _zero(data, file)}, tuple(dropped))
+
+
+def _zero(data: dict[str, Any], file: str) -> dict[str, Any]:
+    """The section in today's spelling, without what it says twice."""
+    zero = _section(data, "zero_optimization", file)
+    stage = str(zero["stage"])
+    if stage not in ("1", "2", "3"):
+        raise _unknown(file, "zero_optimization.stage", zero["stage"], ("0", "1", "2", "3"), "stage: 2")
+    zero["stage"] = int(stage)
+    for old, new in OLD_OFFLOADS:
+        if _is_on(zero.pop(old, False), file, f"zero_optimization.{old}"):
+            zero.setdefault(new, {"device": "cpu"})
+    for old in ("cpu_offload_use_pin_memory", "stage3_gather_fp16_weights_on_model_save"):
+        zero.pop(old, None)
+    size = _number(zero.get("reduce_bucket_size", "auto"))
+    zero |= {"reduce_bucket_size": size} if "reduce_bucket_size" in zero else {}
+    if not _is_number(size) and size != "auto":
+        raise _unknown(file, "zero_optimization.reduce_bucket_size", size, ('"auto"', "5e8"))
+    for name in OFFLOADS:
+        device = _section(zero, name, file).get("device") or "none"
+        if device not in ("none", "cpu", "nvme"):
+            raise _unknown(file, f"zero_optimization.{name}.device", device, ("none", "cpu", "nvme"))
+        if device == "none":
+            zero.pop(name, None)
+    return zero
+
+
+def _beside(data: dict[str, Any], file: str) -> tuple[dict[str, Any], list[str]]:
+    """What accelerate's YAML says beside its engine: the recipe's words, and what is not used."""
+    rest = {
+        key: value for key, value in data.items() if key not in LAUNCHERS and value not in (None, False, "no", {}, [])
+    }
+    precision = {"no": "fp32", "False": "fp32", "bf16": "bf16"}.get(str(data.get("mixed_precision")))
+    if not precision:
+        return {}, _listed(rest)
+    rest.pop("mixed_precision", None)
+    return {"precision": precision}, _listed(rest)
+
+
+def _fsdp(data: dict[str, Any], file: str) -> Told:
+    said = _section(data, "fsdp_config", file)
+    config = {str(key).removeprefix("fsdp_"): value for key, value in said.items() if value not in (None, "")}
+    words: dict[str, Any] = {}
+    if _is_on(config.pop("offload_params", False), file, "fsdp_offload_params"):
+        words["offload"] = True
+    if _is_on(config.pop("activation_checkpointing", False), file, "fsdp_activation_checkpointing"):
+        words["activation_checkpointing"] = "on"
+    key = "sharding_strategy" if "sharding_strategy" in config else "reshard_after_forward"
+    strategy = config.pop(key, True)
+    config.pop("reshard_after_forward", None)
+    if key == "sharding_strategy" and str(strategy) in tuple("12345"):
+        strategy = STRATEGIES[int(strategy) - 1]
+    if strategy == "NO_SHARD":
+        raise _unknown(file, f"fsdp_{key}", strategy, [name for name in STRATEGIES if name != strategy], "engine: ddp")
+    if strategy in STRATEGIES:
+        config["reshard_after_forward"] = strategy in RESHARDS
+    else:
+        config["reshard_after_forward"] = _is_on(strategy, file, f"fsdp_{key}", STRATEGIES)
+    dropped = [name for name in FSDP_DROPPED if config.pop(name, None) is not None]
+    if str(strategy).startswith("HYBRID"):
+        dropped.append(f"fsdp_{key}: {strategy}" + say(" (shared out among all)", "（由全部进程分担）"))
+    policy = config.get("auto_wrap_policy", WRAPS[0])
+    if policy not in WRAPS:
+        raise _unknown(file, "fsdp_auto_wrap_policy", policy, WRAPS, f"fsdp_auto_wrap_policy: {WRAPS[0]}")
+    if layers := config.get("transformer_layer_cls_to_wrap"):
+        layers = layers.replace(" ", "").split(",") if isinstance(layers, str) else layers
+        if not (isinstance(layers, list) and all(isinstance(layer, str) for layer in layers)):
+            raise _unknown(file, "fsdp_transformer_layer_cls_to_wrap", layers, ("LlamaDecoderLayer", "..."))
+        config["transformer_layer_cls_to_wrap"] = layers
+    for name in config:
+        if name not in FSDP:
+            remedy = say("leave it out", "请删去")
+            raise _unknown(file, "fsdp_config", name, (*FSDP, "offload_params", "activation_checkpointing"), remedy)
+    return Told(words, {}, config, tuple(dropped))
+
+
+def _accelerates_deepspeed(data: dict[str, Any], file: str) -> Told:
+    """Its few words are the recipe's own, or name DeepSpeed's file, which is then the engine."""
+    said = _section(data, "deepspeed_config", file)
+    if (own := said.pop("deepspeed_config_file", "none")) not in ("none", None):
+        if not str(own).endswith(".json"):
+            raise _unknown(file, "deepspeed_config.deepspeed_config_file", own, ("FILE.json",))
+        return Told({"engine": own}, {}, {}, tuple(_listed(said, "deepspeed_config.")))
+    stage = str(said.get("zero_stage", 2))
+    if stage not in ("0", "1", "2", "3"):
+        raise _unknown(file, "deepspeed_config.zero_stage", stage, ("0", "1", "2", "3"), "engine: zero2")
+    if stage != "1":  # which is said: zero2 shares out the gradients, too
+        said.pop("zero_stage", None)
+    optimizer, weights = (said.pop(f"{name}_device", None) or "none" for name in OFFLOADS)
+    if stage != "3" and weights != "none":  # they are whole everywhere, and wait nowhere
+        said["offload_param_device"], weights = weights, "none"
+    if optimizer not in ("none", "cpu") or (stage == "3" and weights != optimizer):
+        raise _unknown(
+            file,
+            "deepspeed_config.offload_optimizer_device, offload_param_device",
+            f"{optimizer}, {weights}",
+            (say("none or cpu, both alike with zero_stage 3", "none 或 cpu；zero_stage 3 时二者相同"),),
+            say("engine: FILE.json, DeepSpeed's own file", "engine: FILE.json，DeepSpeed 自己的文件"),
+        )
+    words: dict[str, Any] = {"engine": "auto" if stage == "0" else f"zero{max(2, int(stage))}"}
+    words |= {"offload": True} if optimizer == "cpu" and stage != "0" else {}
+    said.pop("zero3_save_16bit_model", None)  # always so here
+    clips = said.pop("gradient_clipping", "auto")
+    words |= {"max_grad_norm": clips} if clips not in ("auto", "none", None) else {}
+    return Told(words, {}, {}, tuple(_listed(said, "deepspeed_config.")))
+
+
+def _section(data: dict[str, Any], key: str, file: str) -> dict[str, Any]:
+    """The mapping under a key; empty where there is none."""
+    found = data.get(key)
+    if found is not None and not isinstance(found, dict):
+        raise RecipeError(
+            say(f"{found!r} is no mapping of keys to values", f"{found!r} 应为键值映射"),
+            place=f"engine: {file}" + (f" · {key}" if key else ""),
+            remedy=say("a DeepSpeed JSON, or accelerate's YAML", "应为 DeepSpeed 的 JSON 或 accelerate 的 YAML")
+            + ": docs/engines.md",
+        )
+    return dict(found or {})
+
+
+def _said(data: dict[str, Any], key: str, file: str) -> dict[str, Any]:
+    found = _section(data, key, file)
+    return {name: _number(value) for name, value in found.items() if value not in ("auto", None)}
+
+
+def _number(value: Any) -> Any:
+    """YAML and people write 1e-4 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _taken(said: dict[str, Any], **names: str) -> dict[str, Any]:
+    """What is said under these names goes over to the recipe's."""
+    return {ours: said.pop(theirs) for theirs, ours in names.items() if theirs in said}
+
+
+def _listed(rest: dict[str, Any], before: str = "") -> list[str]:
+    return [f"{before}{key}" + ("" if isinstance(value, dict) else f": {value}") for key, value in rest.items()]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_on(value: Any, file: str, key: str, others: Iterable[str] = ()) -> bool:
+    """accelerate writes true, "true" and "True"."""
+    found = {"true": True, "false": False}.get(str(value).lower())
+    if found is None:
+        raise _unknown(file, key, value, ("true", "false", *others))
+    return found
+
+
+def _unknown(file: str, key: str, value: Any, known: Iterable[str], remedy: str = "") -> RecipeError:
+    known = ", ".join(known)
+    return RecipeError(
+        say(f"{value!r} is not known here; known are: {known}", f"不支持 {value!r}；支持：{known}"),
+        place=f"engine: {file} · {key}",
+        remedy=remedy or say("write one of them in that file", "请在该文件中改为其一"),
+    )

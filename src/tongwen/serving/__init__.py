@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server, the terminal chat and the web page."""

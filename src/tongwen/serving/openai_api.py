@@ -1,0 +1,361 @@
+"""The routes of OpenAI's API that a model which talks can answer: chat, completions, models; streamed or whole.
+
+What a client may ask for stands in the models of a request. A word that is not there is refused, not ignored: an answer
+that silently lacks what was asked for is worse than none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from tongwen.core import console
+from tongwen.core.errors import DataError, RecipeError, TongwenError, is_out_of_memory
+from tongwen.core.i18n import say
+from tongwen.serving.auth import REQUEST_SECONDS, Receive, Scope, Send, refusal
+from tongwen.serving.request_queue import Answer, Busy, Desk
+from tongwen.serving.stream_split import Part, part_thinking, until
+
+TURNS = 1000  # of a conversation, at most
+BYTES_PER_TOKEN = 32  # of a request's body; a token of JSON-escaped Chinese has up to 24
+DISCARDED = 64 << 20  # bytes of a body that is too large which are read, so that its sender comes to hear of it
+
+Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Turn(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    reasoning_content: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        turn = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return turn | ({"reasoning_content": self.reasoning_content} if self.reasoning_content else {})
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class Asked(Strict):
+    """What chat and completions have in common; the last words are taken only where they ask for nothing."""
+
+    model: str
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
+
+    def sampling(self) -> dict[str, Any]:
+        """What the request says of it, under the names of `Sampling`."""
+        said = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed")}
+        return {name: value for name, value in said.items() if value is not None} | self._length()
+
+    def _length(self) -> dict[str, int]:
+        return {} if self.max_tokens is None else {"max_new_tokens": self.max_tokens}
+
+
+class ChatAsked(Asked):
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=TURNS)]
+    max_completion_tokens: int | None = None
+    response_format: TextFormat | None = None
+    logprobs: Literal[False] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    def _length(self) -> dict[str, int]:
+        length = self.max_completion_tokens
+        return super()._length() if length is None else {"max_new_tokens": length}
+
+
+class TextAsked(Asked):
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    echo: Literal[False] | None = None
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What the server needs of a model.
+
+    chat_ids, text_ids: a conversation or a text -> ids. Raise TongwenError for what cannot be rendered
+    speak:    (ids, called with each new token, settings) -> the answer in pieces
+    ended:    whether an answer of these tokens came to its own end
+    check:    raises RecipeError when settings are none
+    context:  tokens that fit, prompt and answer together
+    settings: what holds where a request says nothing
+    """
+
+    name: str
+    chat_ids: Callable[[list[dict[str, Any]]], list[int]]
+    text_ids: Callable[[str], list[int]]
+    speak: Callable[[list[int], Callable[[int], None], dict[str, Any]], Iterator[str]]
+    ended: Callable[[Sequence[int]], bool]
+    check: Callable[[dict[str, Any]], object]
+    context: int
+    settings: dict[str, Any]
+
+
+class Refused(Exception):
+    """A request that is not answered, with the response that says so."""
+
+    def __init__(self, status: int, kind: str, message: str, **headers: str) -> None:
+        self.response = refusal(status, kind, message, **headers)
+        super().__init__(message)
+
+
+class Told:
+    """An answer under the names that chat or completions give to its things."""
+
+    def __init__(
+        self, asked: Asked, answer: Answer[Part], prompt: int, most: int, ended: Callable[[Sequence[int]], bool]
+    ) -> None:
+        self.answer, self.prompt, self.most, self.ended = answer, prompt, most, ended
+        self.chat = isinstance(asked, ChatAsked)
+        self.shows_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        name = ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex
+        self.head = {"id": name, "created": int(time.time()), "model": asked.model}
+
+    async def whole(self) -> Response:
+        """All of it, when it is done."""
+        try:
+            parts = [part async for part in self.answer]
+        except Exception as error:
+            return _sorry(error)
+        text, thought = ("".join(part.text for part in parts if part.thinking is which) for which in (False, True))
+        said: dict[str, Any] = {"text": text}
+        if self.chat:
+            thinking = {"reasoning_content": thought} if thought else {}
+            said = {"message": {"role": "assistant", "content": text, **thinking}}
+        choice = {"index": 0, **said, "finish_reason": self._finish(), "logprobs": None}
+        return JSONResponse({**self._head(""), "choices": [choice], "usage": self._usage()})
+
+    async def events(self) -> AsyncIterator[str]:
+        """The same as server-sent events. What goes wrong on the way is one too: the status has been sent already."""
+        try:
+            yield self._event({"role": "assistant", "content": ""} if self.chat else "")
+            async for part in self.answer:
+                if part.text:
+                    delta = {"reasoning_content" if part.thinking else "content": part.text}
+                    yield self._event(delta if self.chat else part.text)
+        except Exception as error:
+            yield f"data: {bytes(_sorry(error).body).decode()}\n\n"
+            return
+        yield self._event({} if self.chat else "", self._finish())
+        if self.shows_usage:
+            yield _data({**self._head(".chunk"), "choices": [], "usage": self._usage()})
+        yield "data: [DONE]\n\n"
+
+    def _event(self, said: Any, finish: str | None = None) -> str:
+        choice = {"index": 0, "delta" if self.chat else "text": said, "finish_reason": finish, "logprobs": None}
+        return _data({**self._head(".chunk"), "choices": [choice]})
+
+    def _head(self, chunk: str) -> dict[str, Any]:
+        return {**self.head, "object": f"chat.completion{chunk}" if self.chat else "text_completion"}
+
+    def _usage(self) -> dict[str, int]:
+        said = len(self.answer.tokens)
+        return {"prompt_tokens": self.prompt, "completion_tokens": said, "total_tokens": self.prompt + said}
+
+    def _finish(self) -> str:
+        tokens = self.answer.tokens
+        return "length" if len(tokens) >= self.most and not self.ended(tokens) else "stop"
+
+
+class Events(StreamingResponse):
+    """An answer that is streamed; when its reader has gone, the place is free."""
+
+    def __init__(self, told: Told) -> None:
+        super().__init__(told.events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self.answer = told.answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answer.leave()
+
+
+def make_app(speech: Speech, places: int) -> Starlette:
+    """The routes, without a guard before them. places: requests that may wait behind the one that is answered."""
+    server = Server(speech, Desk(places))
+    return Starlette(
+        routes=[
+            Route("/v1/models", server.models, methods=["GET"]),
+            Route("/v1/chat/completions", partial(server.answer, ChatAsked), methods=["POST"]),
+            Route("/v1/completions", partial(server.answer, TextAsked), methods=["POST"]),
+        ],
+        exception_handlers={
+            Refused: lambda request, error: error.response,
+            ClientDisconnect: lambda request, error: Response(status_code=499),
+            HTTPException: _no_route,
+        },
+    )
+
+
+class Server:
+    """The routes' answers."""
+
+    def __init__(self, speech: Speech, desk: Desk) -> None:
+        self.speech, self.desk = speech, desk
+        self.started = int(time.time())
+
+    async def models(self, request: Request) -> Response:
+        model = {"id": self.speech.name, "object": "model", "created": self.started, "owned_by": "tongwen"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def answer(self, form: type[Asked], request: Request) -> Response:
+        body = await self._read(request)
+        asked, ids, settings = await asyncio.to_thread(self._understand, form, body)
+        try:
+            answer = self.desk.ask(partial(self._speak, asked, ids, settings))
+        except Busy as busy:
+            message = say("too many requests are waiting", "等待的请求过多")
+            raise Refused(429, "busy", message, retry_after=str(busy.seconds)) from None
+        told = Told(asked, answer, len(ids), settings["max_new_tokens"], self.speech.ended)
+        return Events(told) if asked.stream else await _while_here(request, told)
+
+    async def _read(self, request: Request) -> bytes:
+        """The request's body. Raises Refused when it is too large or too slow."""
+        limit = max(1 << 16, BYTES_PER_TOKEN * self.speech.context)
+        body, size = bytearray(), 0
+
+        async def read() -> None:
+            nonlocal size
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= limit:
+                    body.extend(chunk)
+                elif size > DISCARDED:
+                    return
+
+        try:
+            await asyncio.wait_for(read(), REQUEST_SECONDS)
+        except asyncio.TimeoutError:
+            raise Refused(
+                408, "too_slow", say("the request took too long", "请求发送过慢"), connection="close"
+            ) from None
+        if size > limit:
+            message = say(f"{size:,} bytes, at most {limit:,} are taken", f"请求 {size:,} 字节，最多 {limit:,} 字节")
+            raise Refused(413, "request_too_large", message, connection="close")
+        return bytes(body)
+
+    def _understand(self, form: type[Asked], body: bytes) -> tuple[Asked, list[int], dict[str, Any]]:
+        """The request, its prompt as ids, and its settings. Raises Refused when it cannot be answered."""
+        try:
+            asked = form.model_validate_json(body)
+        except ValidationError as error:
+            raise Refused(400, "invalid_request_error", _problem(error)) from None
+        if asked.model != self.speech.name:
+            message = say(
+                f"there is no model {asked.model!r} here; this is {self.speech.name!r}",
+                f"此处没有模型 {asked.model!r}，只有 {self.speech.name!r}",
+            )
+            raise Refused(404, "model_not_found", message)
+        try:
+            settings = self.speech.settings | asked.sampling()
+            self.speech.check(settings)
+            if isinstance(asked, ChatAsked):
+                ids = self.speech.chat_ids([turn.to_dict() for turn in asked.messages])
+            else:
+                assert isinstance(asked, TextAsked)
+                ids = self.speech.text_ids(asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0])
+        except (DataError, RecipeError) as error:
+            raise Refused(400, "invalid_request_error", error.text()) from None
+        room = self.speech.context - len(ids)
+        if not ids or room < 1:
+            message = say(
+                f"the prompt has {len(ids)} tokens; from 1 to {self.speech.context - 1} can be answered",
+                f"提示有 {len(ids)} 个 token；可以回答 1 到 {self.speech.context - 1} 个",
+            )
+            raise Refused(400, "context_length_exceeded" if ids else "invalid_request_error", message)
+        return asked, ids, settings | {"max_new_tokens": min(settings["max_new_tokens"], room)}
+
+    def _speak(
+        self, asked: Asked, ids: list[int], settings: dict[str, Any], hear: Callable[[int], None]
+    ) -> Iterator[Part]:
+        """In the voice's thread: the parts of the answer."""
+        pieces = self.speech.speak(ids, hear, settings)
+        if asked.stops:
+            pieces = until(pieces, asked.stops)
+        return part_thinking(pieces) if isinstance(asked, ChatAsked) else map(Part, pieces)
+
+
+async def _while_here(request: Request, told: Told) -> Response:
+    """The whole answer, unless the client goes away before it is done."""
+    answering = asyncio.ensure_future(told.whole())
+    leaving = asyncio.ensure_future(request.receive())  # the body has been read: what comes next is the end
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return answering.result() if answering.done() else Response(status_code=499)
+    finally:
+        told.answer.leave()
+        answering.cancel()
+        leaving.cancel()
+
+
+def _data(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def _sorry(error: Exception) -> Response:
+    """What the client is told when an answer fails, and the terminal with it: a line that can be found by its id."""
+    number = uuid.uuid4().hex[:8]
+    console.error(f"{number}: {type(error).__name__}: {error!s:.300}".replace("\n", " "))
+    if is_out_of_memory(error):
+        message = say("out of memory", "内存不足")
+    elif isinstance(error, TongwenError):
+        message = error.rule
+    else:
+        message = say("the model failed", "模型出错")
+    return refusal(500, "server_error", f"{message} ({number})")
+
+
+def _problem(error: ValidationError) -> str:
+    """The first thing that is wrong with a request."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".lstrip(": ")
+
+
+def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = "method_not_allowed" if error.status_code == 405 else "not_found"
+    return refusal(error.status_code, kind, f"{request.method} {request.url.path!r}: {error.detail}")

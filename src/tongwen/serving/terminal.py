@@ -1,0 +1,261 @@
+"""A conversation in the terminal: streamed, several turns, Ctrl-C stops an answer and Ctrl-D leaves.
+
+What a model says is shown as text and never obeyed: control characters, which could set the title, write to the
+clipboard or hide what stands there, are printed escaped.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tongwen.core import artifact, console
+from tongwen.core.errors import RecipeError, TongwenError
+from tongwen.core.i18n import say
+from tongwen.serving.last_turns import last_turns
+from tongwen.serving.stream_split import Part, part_thinking
+
+Messages = list[dict[str, Any]]
+# All control characters but newline and tab, overrides of the writing direction, and halves of a surrogate pair.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+COMMANDS = (
+    "/clear  /system TEXT  /retry  /save FILE  /thinking  /set NAME VALUE  /exit",
+    "/clear 清空  /system 文字  /retry 重答  /save 文件  /thinking 看思考  /set 名称 值  /exit 离开",
+)
+
+
+@dataclass
+class Talk:
+    """What is being said, and how.
+
+    reply:    (messages, settings, called with each new token) -> the answer in pieces
+    count:    tokens of a conversation
+    check:    raises TongwenError when settings are none
+    context:  tokens that fit, prompt and answer together
+    settings: max_new_tokens, temperature, …
+    """
+
+    reply: Callable[[Messages, dict[str, Any], Callable[[int], None]], Iterator[str]]
+    count: Callable[[Messages], int]
+    check: Callable[[dict[str, Any]], object]
+    context: int
+    settings: dict[str, Any]
+    stream: bool = True
+    messages: Messages = field(default_factory=list)
+    thought: str = ""
+
+    def start(self, system: str) -> None:
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def ask(self, question: str) -> None:
+        """Put a question and show the answer; a question that got none is forgotten."""
+        self.messages.append({"role": "user", "content": question})
+        self.answer()
+
+    def answer(self) -> None:
+        """Answer the last question; remember what was said, also when it was stopped in the middle."""
+        try:
+            self._cut_to_fit()
+            text = self._show()
+        except TongwenError as error:
+            console.error(error.text())
+            self.messages.pop()
+            return
+        if text or self.thought:
+            thinking = {"reasoning_content": self.thought.strip()} if self.thought else {}
+            self.messages.append({"role": "assistant", "content": text, **thinking})
+        else:
+            self.messages.pop()
+
+    def _show(self) -> str:
+        """Print the answer; thinking is folded into one line. Returns the answer without its thinking."""
+        self.thought, text, tokens = "", "", 0
+        began = time.monotonic()
+
+        def heard(index: int) -> None:
+            nonlocal tokens
+            tokens += 1
+
+        with closing(_Shown(self.stream)) as shown:
+            try:
+                for part in part_thinking(self.reply(list(self.messages), self.settings, heard)):
+                    shown.add(part)
+                    if part.thinking:
+                        self.thought += part.text
+                    else:
+                        text += part.text
+            except KeyboardInterrupt:
+                shown.stopped = True
+        if sys.stdout.isatty():
+            seconds = max(time.monotonic() - began, 1e-9)
+            speed = say(
+                f"{tokens / seconds:.1f} tokens/s · {len(self.thought + text) / seconds:.1f} characters/s",
+                f"{tokens / seconds:.1f} token/秒 · {len(self.thought + text) / seconds:.1f} 字/秒",
+            )
+            console.SCREEN.console.print(f"[dim]{speed}[/]")
+        return text
+
+    def _cut_to_fit(self) -> None:
+        """Drop the oldest whole turns until the conversation fits; the system message stays. A question that could not be
+        answered even alone costs no turn."""
+        room = self.context - self.settings["max_new_tokens"]
+        messages = last_turns(self.messages, self.count, room)
+        dropped = (len(self.messages) - len(messages)) // 2
+        if dropped and self.count(messages) < self.context:
+            self.messages = messages
+            console.notice(
+                say(
+                    f"{dropped} of the oldest turns no longer fit and are forgotten",
+                    f"最早的 {dropped} 轮已超出长度，不再记得",
+                )
+            )
+
+    def command(self, line: str) -> bool:
+        """Do what a line with a slash says; False to leave."""
+        word, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if word in ("/exit", "/quit", "/stop"):
+            return False
+        if word == "/clear":
+            self.messages = [turn for turn in self.messages[:1] if turn["role"] == "system"]
+            console.good(say("a new conversation", "已开始新对话"))
+        elif word == "/system":
+            self.start(rest)
+            console.good(say("a new conversation with this system message", "已按新的系统提示开始新对话"))
+        elif word == "/retry":
+            self._retry()
+        elif word == "/save":
+            self._save(Path(rest or "chat.json"))
+        elif word == "/thinking":
+            print(visible(self.thought or say("there was no thinking", "没有思考")))
+        elif word == "/set":
+            self._set(rest)
+        else:
+            console.tell(say(*COMMANDS))
+        return True
+
+    def _retry(self) -> None:
+        if self.messages and self.messages[-1]["role"] == "assistant":
+            self.messages.pop()
+            self.answer()
+        else:
+            console.tell(say("there is no answer yet", "还没有回答"))
+
+    def _save(self, file: Path) -> None:
+        try:
+            artifact.write_json(file, {"messages": self.messages})
+        except OSError as error:
+            console.error(f"{file}: {error.strerror}")
+        else:
+            console.good(str(file))
+
+    def _set(self, rest: str) -> None:
+        """`temperature 0.7`; alone it shows what is set."""
+        name, _, value = rest.partition(" ")
+        if name:
+            try:
+                changed = self.settings | {name: _read_number(name, value)}
+                self.check(changed)
+            except TongwenError as error:
+                console.error(error.text())
+                return
+            self.settings = changed
+        console.tell("  ".join(f"{name} {value}" for name, value in self.settings.items()))
+
+
+def converse(talk: Talk, *, name: str, system: str) -> int:
+    """Read a line, answer it, until the user leaves."""
+    console.header(name, say("/help for commands, Ctrl-D to leave", "/help 查看命令，Ctrl-D 离开"))
+    talk.start(system)
+    read = _reader()
+    while True:
+        try:
+            line = _whole(read()).strip()
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            continue
+        if line.startswith("/"):
+            if not talk.command(line):
+                return 0
+        elif line:
+            talk.ask(line)
+
+
+def visible(text: str) -> str:
+    """The text as it may be printed: what a terminal would obey is escaped."""
+    return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class _Shown:
+    """An answer on the screen: piece by piece, or at its end; its thinking as one grey line that counts."""
+
+    def __init__(self, stream: bool) -> None:
+        self.stream, self.stopped = stream, False
+        self.waiting, self.thought = "", 0
+
+    def add(self, part: Part) -> None:
+        if part.thinking:
+            self.thought += len(part.text)
+            if sys.stdout.isatty():
+                self._grey("\r")
+            return
+        if part.text and self.thought:
+            self._unfold()
+        if self.stream:
+            print(visible(part.text), end="", flush=True)
+        else:
+            self.waiting += part.text
+
+    def close(self) -> None:
+        if self.thought:
+            self._unfold()
+        print(visible(self.waiting) + (say(" …stopped", " …已停止") if self.stopped else ""))
+
+    def _unfold(self) -> None:
+        self._grey("\r" if sys.stdout.isatty() else "")
+        print()
+        self.thought = 0
+
+    def _grey(self, start: str) -> None:
+        words = say(
+            f"thinking, {self.thought} characters (/thinking shows it)", f"思考 {self.thought} 字（/thinking 查看）"
+        )
+        print(f"{start}\x1b[2m{words}\x1b[0m" if start else words, end="", flush=True)
+
+
+def _reader() -> Callable[[], str]:
+    """How a line is read: with an editor that knows how wide a character is, where somebody types."""
+    if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
+        return input
+    from prompt_toolkit import PromptSession
+
+    session: PromptSession[str] = PromptSession(say("\nyou › ", "\n你 › "))
+    return session.prompt
+
+
+def _whole(text: str) -> str:
+    """Without the halves of surrogate pairs that stand for bytes which are no text."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _read_number(name: str, value: str) -> Any:
+    try:
+        number = json.loads(value)
+    except ValueError:
+        number = None
+    if isinstance(number, (int, float)) and not isinstance(number, bool):
+        return number
+    raise RecipeError(
+        say(f"{value!r} is not a number", f"{value!r} 不是数"), place=f"/set {name}", remedy="/set temperature 0.7"
+    )

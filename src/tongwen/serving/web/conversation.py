@@ -1,0 +1,166 @@
+"""A conversation as the page keeps it: what of it the model is told, answers as they grow, and what is exported.
+
+The history lives in the browser and comes back with every question, so nothing of one visitor can reach another.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+from tongwen.core.errors import RecipeError
+from tongwen.core.i18n import say
+from tongwen.serving.web.backend import Messages, Talk
+
+Explain = Callable[[Exception], str]
+# What Markdown and LaTeX show as it is; a fence that is not closed yet reaches to the end.
+CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`|\$\$.*?\$\$|\\\(.*?\\\)|\\\[.*?\\\])", re.DOTALL)
+ENTITY = re.compile(r"&(?=#?\w+;)")
+TAG = re.compile(r"<(?=[A-Za-z/!?])(?!/?think>)")
+ESCAPED = re.compile("&(?:lt|amp);")
+MARKS = {"&lt;": "<", "&amp;": "&"}
+PROMPT_CHARACTERS = 100_000
+TURNS = 400
+REDRAW_SECONDS = 0.05  # an answer is drawn again at most that often; its first piece at once
+
+
+def told(messages: Sequence[dict[str, Any]], system: str) -> Messages:
+    """What the model is told of what the page shows: no notes, and the system message first.
+
+    Raises RecipeError for more than a conversation may hold.
+    """
+    if len(messages) > TURNS:
+        raise RecipeError(
+            say(f"this conversation has {len(messages)} turns", f"该对话有 {len(messages)} 轮"),
+            remedy=say("begin a new one", "请开始新对话"),
+        )
+    turns = [{"role": str(one["role"]), "content": text_of(one["content"])} for one in messages if not (is_note(one))]
+    for turn in turns:
+        if len(turn["content"]) > PROMPT_CHARACTERS:
+            raise RecipeError(
+                say(
+                    f"a message has {len(turn['content']):,} characters, at most {PROMPT_CHARACTERS:,} are taken",
+                    f"一条消息有 {len(turn['content']):,} 个字符，最多 {PROMPT_CHARACTERS:,} 个",
+                ),
+                remedy=say("shorten it", "请缩短"),
+            )
+    return [*([{"role": "system", "content": system}] if system.strip() else []), *turns]
+
+
+def text_of(content: Any) -> str:
+    """The text of a message, which Gradio gives as a string or as parts, without what `drawn` did to it."""
+    if isinstance(content, list):
+        content = "".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in content)
+    return _outside_code(str(content), lambda part: ESCAPED.sub(lambda found: MARKS[found[0]], part))
+
+
+def drawn(text: str) -> str:
+    """Text as Markdown in which no HTML is meant: a tag is shown as it was written, and `text_of` takes that back."""
+    return _outside_code(text, lambda part: TAG.sub("&lt;", ENTITY.sub("&amp;", part)))
+
+
+def _outside_code(text: str, change: Callable[[str], str]) -> str:
+    return "".join(part if place % 2 else change(part) for place, part in enumerate(CODE.split(text)))
+
+
+def is_note(message: dict[str, Any]) -> bool:
+    """Whether it is the page's own word about an answer that failed."""
+    return bool((message.get("metadata") or {}).get("title"))
+
+
+def note(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": drawn(text), "metadata": {"title": say("no answer", "没有回答")}}
+
+
+class Answer:
+    """One model's answer to what stands on its side, as it grows."""
+
+    def __init__(self, talk: Talk, before: Messages, explain: Explain, *asked: Any) -> None:
+        """asked: model, system message, options."""
+        self.talk, self.before, self.explain = talk, before, explain
+        self.pieces = self._speak(*asked)
+        self.forgotten = 0  # turns that the model does not see
+        self.text, self.problem, self.ended = "", "", False
+        self.began, self.first = time.monotonic(), 0.0
+
+    def _speak(self, name: str, system: str, options: dict[str, Any]) -> Generator[str, None, None]:
+        """The answer, with all that may go wrong before its first piece inside of it."""
+        messages = told(self.before, system)
+        seen = self.talk.fit(name, messages, options)
+        self.forgotten = (len(messages) - len(seen)) // 2
+        yield from self.talk.reply(name, seen, options)
+
+    def take(self) -> None:
+        """The next piece; what goes wrong becomes a note, and the server lives on."""
+        try:
+            self.text += next(self.pieces)
+            self.first = self.first or time.monotonic() - self.began
+        except StopIteration:
+            self.ended = True
+        except Exception as error:
+            self.problem, self.ended = self.explain(error), True
+
+    @property
+    def messages(self) -> Messages:
+        out = [*self.before]
+        if self.text:
+            out.append({"role": "assistant", "content": drawn(self.text)})
+        return [*out, note(self.problem)] if self.problem else out
+
+    @property
+    def pace(self) -> str:
+        if not (self.ended and self.text):
+            return ""
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        pace = say(
+            f"first words after {self.first:.2f} s · {len(self.text) / seconds:.0f} characters/s",
+            f"首字 {self.first:.2f} 秒 · {len(self.text) / seconds:.0f} 字/秒",
+        )
+        if not self.forgotten:
+            return pace
+        return pace + say(
+            f" · the {self.forgotten} oldest turns no longer fit", f" · 最早的 {self.forgotten} 轮已超出长度"
+        )
+
+
+def stream(answers: Sequence[Answer]) -> Iterator[None]:
+    """Let the answers grow until all have ended, with a pause wherever they are to be drawn."""
+    drawn = 0.0
+    try:
+        while not all(one.ended for one in answers):
+            new = False
+            for one in answers:
+                if not one.ended:
+                    new = new or not one.text
+                    one.take()
+            if new or time.monotonic() - drawn >= REDRAW_SECONDS:
+                yield
+                drawn = time.monotonic()
+        yield
+    finally:
+        for one in answers:
+            one.pieces.close()
+
+
+def title_of(messages: Messages) -> str:
+    asked = next((text_of(one["content"]) for one in messages if one["role"] == "user"), "")
+    return " ".join(asked.split())[:24]
+
+
+def as_json(messages: Messages, system: str) -> str:
+    return json.dumps({"messages": told(messages, system)}, ensure_ascii=False, indent=1)
+
+
+def as_markdown(messages: Messages, system: str) -> str:
+    words = {"user": say("Question", "问"), "assistant": say("Answer", "答"), "system": say("System", "系统提示")}
+    return "\n\n".join(f"## {words[one['role']]}\n\n{one['content']}" for one in told(messages, system)) + "\n"
+
+
+def download_link(name: str, label: str, text: str) -> str:
+    """A link that holds its file: nothing is written on the server."""
+    held = base64.b64encode(text.encode("utf-8", "replace")).decode()
+    return f'<a class="soft" download="{name}" href="data:application/octet-stream;base64,{held}">{label}</a>'

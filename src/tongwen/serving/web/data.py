@@ -1,0 +1,48 @@
+"""The data tab: a file dropped in; its format, ledger, problems row by row, and samples as a model will see them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from tongwen.core.i18n import say
+from tongwen.serving.web.backend import Look
+from tongwen.serving.web.html_block import SWIFT, Hear, block, canvas
+
+
+def add(page: gr.Blocks, look: Look, hear: Hear) -> None:
+    """Lay out the tab and tie its events."""
+
+    def names() -> list[Any]:
+        return [(say("none: only the rows", "不选：只看数据行"), ""), *look.models()]
+
+    known = look.models()
+    with gr.Row():
+        with gr.Column(scale=1, min_width=260):
+            file = gr.File(
+                label=say("A file of data, in any format", "数据文件，任意格式"), height=150, elem_id="dropped"
+            )
+            model = gr.Dropdown(
+                names(),
+                value=next(iter(known), ""),
+                label=say("Tokens as this model sees them", "按此模型的 token 显示"),
+            )
+            template = gr.Dropdown(
+                list(look.templates), value=look.templates[0], label=say("Template", "模板"), elem_id="template"
+            )
+        with gr.Column(scale=3, min_width=320):
+            ledger = canvas(
+                f"<p class=soft>{say('What is dropped here goes when the server ends.', '拖入的文件在服务结束时删除。')}</p>"
+            )
+            samples = canvas(elem_id="samples")
+
+    def read(path: str | None, *chosen: str) -> tuple[str, str]:
+        if not path:
+            return "", ""
+        rows, shown = look.inspect(Path(path), *chosen)
+        return block(rows), block(shown)
+
+    gr.on([file.change, model.change, template.change], hear(read), [file, model, template], [ledger, samples])
+    page.load(hear(lambda: gr.update(choices=names())), None, model, **SWIFT)

@@ -1,0 +1,155 @@
+"""Who may come in: every request passes here before anything of the page sees it.
+
+A page on loopback is open to every other page in the same browser and to every user of the machine. So a request must
+name this server as its host (DNS rebinding), come from this page if it changes anything (foreign origins), carry the
+token, and ask for a route that the page uses; its body has a limit. What goes out may load and run nothing from elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import html
+import re
+from dataclasses import dataclass
+from urllib.parse import parse_qs
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tongwen.core.i18n import say
+from tongwen.serving.auth import digest, is_loopback
+
+# What the page asks for. Gradio has many more routes (it proxies, serves files, keeps histories): those are not there.
+OPEN_ROUTES = re.compile(
+    r"/|/favicon\.ico|/report|/(en|zh)(/|/config|/theme\.css|/manifest\.json|/(assets|static)/[\w./-]+"
+    r"|/gradio_api/(info|startup-events|upload|upload_progress|run/predict|queue/(join|data)|cancel|reset|heartbeat/\w+))?"
+)
+UPLOAD = re.compile(r"/(en|zh)/gradio_api/upload")
+INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
+POLICY = (
+    "default-src 'none'; script-src 'self' {scripts}; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "font-src 'self' data:; connect-src 'self'; manifest-src 'self'; frame-src 'self'; base-uri 'self'; "
+    "form-action 'self'; frame-ancestors 'self'"
+)
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes that a request may bring: any, and a file that is dropped."""
+
+    body: int = 1 << 20
+    upload: int = 200 << 20
+
+
+class Door:
+    """Stands before the application. loopback: whether only names of this machine itself are served."""
+
+    def __init__(self, app: ASGIApp, token: str, *, port: int, loopback: bool, limits: Limits) -> None:
+        self.app, self.loopback, self.limits = app, loopback, limits
+        self.token = digest(token)
+        self.cookie = f"tongwen_{port}"  # cookies are shared by all ports of a host
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            answer = self._answer(scope, Headers(scope=scope))
+            await (answer or self.app)(scope, receive, _Guarded(send))
+
+    def _answer(self, scope: Scope, headers: Headers) -> Response | None:
+        """What is said at the door; None lets the request pass."""
+        host, origin, writes = headers.get("host", ""), headers.get("origin"), scope["method"] not in ("GET", "HEAD")
+        if self.loopback and not is_loopback(host.rpartition(":")[0] or host):
+            return PlainTextResponse("this name is not served here\n", 403)
+        if (origin is not None or writes) and origin != f"http://{host}":
+            return PlainTextResponse("another page may not ask here\n", 403)
+        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        if scope["method"] == "GET" and given and self._is_right(given):
+            return self._welcome(scope["path"], given)
+        if not self._is_right(self._token_of(headers)):
+            return _ask_for_token()
+        if not OPEN_ROUTES.fullmatch(scope["path"]) or ".." in scope["path"]:
+            return PlainTextResponse("there is nothing here\n", 404)
+        return self._check_size(scope["path"], headers) if writes else None
+
+    def _token_of(self, headers: Headers) -> str:
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            return bearer
+        cookies = (part.strip().partition("=") for part in headers.get("cookie", "").split(";"))
+        return next((value for name, _, value in cookies if name == self.cookie), "")
+
+    def _is_right(self, token: str) -> bool:
+        return hmac.compare_digest(digest(token), self.token)
+
+    def _welcome(self, path: str, token: str) -> Response:
+        """The token moves from the address, which is shown and kept, into a cookie."""
+        inside = path if re.fullmatch(r"/(en|zh)/", path) else "/"
+        response = RedirectResponse(inside, 303)
+        response.set_cookie(self.cookie, token, httponly=True, samesite="strict", path="/")
+        return response
+
+    def _check_size(self, path: str, headers: Headers) -> Response | None:
+        length = headers.get("content-length", "")
+        if not length.isdigit():
+            return PlainTextResponse("how long is it?\n", 411)
+        most = self.limits.upload if UPLOAD.fullmatch(path) else self.limits.body
+        if int(length) > most:
+            return PlainTextResponse(f"at most {most} bytes\n", 413)
+        return None
+
+
+class _Guarded:
+    """Sends a response on with the headers that keep the page to itself. A page's own inline scripts are named by their
+    hashes, so that no other one runs."""
+
+    def __init__(self, send: Send) -> None:
+        self.send = send
+        self.start: Message | None = None
+        self.body = b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(raw=message["headers"])
+            for name in [name for name in headers if name.startswith("access-control-")]:
+                del headers[name]
+            for name, value in HEADERS.items():
+                headers.setdefault(name, value)
+            if "content-security-policy" not in headers and headers.get("content-type", "").startswith("text/html"):
+                self.start = message  # its policy needs its body
+                return
+        elif self.start is not None:
+            self.body += message.get("body", b"")
+            if message.get("more_body"):
+                return
+            headers = MutableHeaders(raw=self.start["headers"])
+            headers["content-security-policy"] = POLICY.format(scripts=_hashes(self.body))
+            headers["cache-control"] = "no-store"
+            await self.send(self.start)
+            message = {**message, "body": self.body}
+        await self.send(message)
+
+
+def _hashes(page: bytes) -> str:
+    scripts = INLINE_SCRIPT.findall(page)
+    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(one).digest()).decode()}'" for one in scripts)
+
+
+def _ask_for_token() -> Response:
+    text = say(
+        "Open the address that the terminal shows: it ends in ?token=…", "请打开终端里显示的地址：它以 ?token=… 结尾"
+    )
+    return HTMLResponse(
+        f'<!doctype html><meta charset="utf-8"><title>tongwen</title><p>{html.escape(text)}</p>',
+        401,
+        {"www-authenticate": "Bearer"},
+    )

@@ -1,0 +1,165 @@
+"""The page: its look, its tabs, and how it says what went wrong. One page for each language."""
+
+from __future__ import annotations
+
+import functools
+import html
+import inspect
+import secrets
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from tongwen.core.errors import TongwenError
+from tongwen.core.html import STYLE
+from tongwen.core.i18n import say, speaking
+from tongwen.serving.web import chat, data, runs, vocabulary
+from tongwen.serving.web.backend import Bench
+from tongwen.serving.web.html_block import canvas
+
+FONTS = ("system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif")
+CODE = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
+CSS = """
+footer{display:none!important}.form{background:none!important;gap:.9rem!important;border:0!important}
+.gradio-container{width:100%;max-width:78rem!important;margin:0 auto!important}
+.top{align-items:baseline;flex-wrap:nowrap!important}.top h1{font-size:1.3rem;margin:0}.top .tongue{margin:0;text-align:right}
+.talk{border:1px solid var(--line)!important;background:var(--paper)!important}
+.talk .message,.talk .prose{font-size:1rem;line-height:1.75}
+.talk .prose pre{border-radius:.5rem}
+.talk .icon-button-wrapper.top-panel{display:none}
+#conversations input{text-overflow:ellipsis;padding-right:1.6rem}
+#dropped{border:1px dashed var(--line)!important;border-radius:.6rem}#dropped button{padding-top:1.6rem}
+.pace{min-height:1.2rem;font-size:.85rem}.pace p{color:var(--soft);margin:0}
+#question .input-container{border:1px solid var(--line);border-radius:.6rem;padding:.2rem .4rem;background:var(--paper)}
+.tokens{line-height:2.1;overflow-wrap:anywhere;white-space:pre-wrap}
+.tokens span{border-radius:.25rem;padding:.1rem .1rem;box-shadow:inset 0 0 0 1px #8883}
+.tokens .l{background:var(--learn)}.tokens .s{background:var(--stop)}.tokens .p{color:var(--soft)}
+.tokens .t0{background:#0f766e22}.tokens .t1{background:#0f766e0c}
+.key span{margin-right:.6rem;padding:.1rem .5rem;border-radius:.3rem;border:1px solid var(--line);font-size:.85rem}
+.key .l{background:var(--learn)}.key .s{background:var(--stop)}
+.sheet{width:100%;height:44rem;border:1px solid var(--line);border-radius:.6rem;background:var(--paper)}
+.ours{--learn:#bbf7d0;--stop:#fde68a}.dark .ours{--learn:#14532d;--stop:#854d0e}
+.ours h3{font-size:1rem;margin:1.4rem 0 .5rem}
+.ours pre.log{max-height:20rem;overflow:auto;white-space:pre-wrap;line-height:1.5;display:flex;flex-direction:column-reverse}
+.ours .cards{grid-template-columns:repeat(auto-fit,minmax(8.2rem,1fr));margin:0 0 1.2rem}
+.ours .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(24rem,100%),1fr));gap:0 1.5rem}.ours svg{min-width:0}
+.ours :is(table,thead,tbody,tr){border:0!important}.ours table.problems :is(td,th):nth-child(-n+2){white-space:nowrap;overflow-wrap:normal}
+.ours table :is(td,th){border:0;border-bottom:1px solid var(--line)}.ours table.problems{table-layout:auto}
+.ours table.problems :is(td,th):last-child{min-width:6rem}
+.ours .qa .tokens{padding:.4rem 1rem .8rem;margin:0}.across{align-items:end}
+@media (max-width:640px){.gradio-container main{padding:.6rem .8rem!important}
+div:has(#board1) .talk{height:38vh!important;min-height:14rem}}
+"""
+
+
+def make_page(bench: Bench, language: str) -> Any:
+    """The page in one language."""
+    with speaking(language), gr.Blocks(title=bench.title, analytics_enabled=False) as page:
+        hear = functools.partial(heard, language)
+        with gr.Row(elem_classes="top"):
+            canvas(f"<h1>{html.escape(bench.title)}</h1>")
+            other, word = ("en", "English") if language == "zh" else ("zh", "中文")
+            canvas(f'<p class=tongue><a href="/{other}/">{word}</a></p>')
+        if not (bench.look or bench.words or bench.runs):
+            chat.add(page, bench.talk, hear, explain)
+            return page
+        with gr.Tab(say("Chat", "对话")):
+            chat.add(page, bench.talk, hear, explain)
+        if bench.look:
+            with gr.Tab(say("Data", "数据")):
+                data.add(page, bench.look, hear)
+        if bench.words:
+            with gr.Tab(say("Vocabulary", "词表")):
+                vocabulary.add(page, bench.words, hear)
+        if bench.runs:
+            with gr.Tab(say("Runs", "训练")):
+                runs.add(page, bench.runs, hear)
+    return page
+
+
+def look() -> dict[str, Any]:
+    """Theme and style; every font is the reader's own."""
+    fonts = [gr.themes.Font(name) for name in FONTS]
+    theme = gr.themes.Base(
+        primary_hue=gr.themes.colors.teal,
+        secondary_hue=gr.themes.colors.teal,
+        neutral_hue=gr.themes.colors.gray,
+        radius_size=gr.themes.sizes.radius_md,
+        font=fonts,
+        font_mono=[gr.themes.Font(name) for name in CODE],
+    ).set(
+        block_border_width="0px",
+        block_background_fill="transparent",
+        block_padding="0px",
+        input_background_fill="*background_fill_primary",
+        input_border_width="1px",
+    )
+    return {"theme": theme, "css": _scoped() + CSS}
+
+
+def _scoped() -> str:
+    """The style of our pages (tables, cards, curves) inside of this one. Gradio decides between light and dark by a class,
+    not by what the browser prefers."""
+    light = "--ink:#1c1e21;--soft:#6b7280;--line:#e3e6ea;--accent:#0f766e;--paper:#fff;--wash:#f6f8f9"
+    dark = "--ink:#e6e8eb;--soft:#9aa3ad;--line:#2c3238;--accent:#2dd4bf;--paper:#15181b;--wash:#1c2024"
+    kept = STYLE[STYLE.index(".soft{") :]
+    return f":root{{{light}}}.dark{{{dark}}}.ours{{{kept}}}.soft{{color:var(--soft)}}"
+
+
+def heard(language: str, handler: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler that speaks the page's language, and whose errors become a message on the page."""
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def flow(*given: Any) -> Iterator[Any]:
+            pieces = handler(*given)
+            try:
+                while True:
+                    with speaking(language):
+                        try:
+                            piece = next(pieces)
+                        except StopIteration:
+                            return
+                        except Exception as error:
+                            raise _shown(error) from None
+                    yield piece
+            finally:
+                pieces.close()
+
+        return flow
+
+    @functools.wraps(handler)
+    def call(*given: Any) -> Any:
+        with speaking(language):
+            try:
+                return handler(*given)
+            except Exception as error:
+                raise _shown(error) from None
+
+    return call
+
+
+def _shown(error: Exception) -> gr.Error:
+    if isinstance(error, gr.Error):
+        return error
+    text = html.escape(explain(error)).replace("\n", "<br>")
+    return gr.Error(text, duration=None, title=say("This did not work", "未能完成"), print_exception=False)
+
+
+def explain(error: Exception) -> str:
+    """What the user is told: our own messages as they are; of anything else a number, under which the terminal has more."""
+    if isinstance(error, TongwenError):
+        return error.text()
+    if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
+        return say(
+            "out of memory: a shorter conversation, fewer new tokens, or a smaller model",
+            "内存不足：请缩短对话、减少生成长度，或换小一点的模型",
+        )
+    number = secrets.token_hex(3)
+    print(f"[{number}]", *traceback.format_exception(error), file=sys.stderr)
+    return say(
+        f"something of ours went wrong; the terminal says what, under {number}", f"程序出错；终端中编号 {number} 有详情"
+    )

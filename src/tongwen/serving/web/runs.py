@@ -1,0 +1,109 @@
+"""The runs tab: a recipe started, its curves as they grow, stop and resume, reports."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+from urllib.parse import quote
+
+import gradio as gr
+
+from tongwen.core import html as pages
+from tongwen.core.i18n import say
+from tongwen.serving.web.backend import Picture, Runs
+from tongwen.serving.web.html_block import SWIFT, Hear, block, canvas, sheet
+
+SECONDS = 2  # between two looks at a run
+# A page that was open before the server began again names what this one has not listed yet; who looks it up checks it.
+ANY: dict[str, Any] = {"allow_custom_value": True}
+WIDTH = 440  # of a curve's drawing: two of them beside each other
+
+
+def add(page: gr.Blocks, runs: Runs, hear: Hear) -> None:
+    """Lay out the tab and tie its events."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            recipe = gr.Dropdown([], label=say("Recipe", "配方"), elem_id="recipe", **ANY)
+            changes = gr.Textbox(
+                label=say("Changes", "改动"),
+                placeholder="out=runs/second sft.learning_rate=2e-4",
+                lines=1,
+                max_lines=4,
+            )
+            start = gr.Button(say("Start", "开始"), variant="primary", elem_id="start")
+            with gr.Accordion(say("The recipe's text", "配方内容"), open=False):
+                text = gr.Code(language="yaml", interactive=False, show_label=False)
+        with gr.Column(scale=3, min_width=320):
+            with gr.Row(elem_classes="across"):
+                run = gr.Dropdown([], label=say("Run", "训练"), elem_id="run", scale=3, min_width=300, **ANY)
+                stop = gr.Button(say("Stop", "停止"), elem_id="stop", min_width=90, interactive=False)
+                resume = gr.Button(say("Resume", "继续"), elem_id="resume", min_width=90, interactive=False)
+            picture = canvas(elem_id="picture")
+            with gr.Row(elem_classes="across"):
+                others = gr.Dropdown(
+                    [], multiselect=True, label=say("Compare with", "与这些训练对比"), elem_id="others", scale=3, **ANY
+                )
+                compare = gr.Button(say("Compare", "对比"), elem_id="compare", min_width=90)
+            compared = canvas(elem_id="compared")
+    clock = gr.Timer(SECONDS)
+    shown = [picture, stop, resume]
+
+    def watch(name: str | None) -> tuple[Any, ...]:
+        if not name:
+            return block(f"<p class=soft>{say('No run yet.', '还没有训练。')}</p>"), *_buttons(None)
+        now = runs.picture(name)
+        return block(as_html(now)), *_buttons(now.running)
+
+    def begin(name: str, changed: str) -> Any:
+        made = runs.start(name, changed)
+        return gr.update(choices=list(dict.fromkeys([made, *runs.runs()])), value=made)
+
+    def listed(name: str | None, chosen: str | None) -> tuple[Any, ...]:
+        recipes, found = runs.recipes(), runs.runs()
+        return (
+            gr.update(choices=recipes, value=name or next(iter(recipes), None)),
+            gr.update(choices=found, value=chosen or next(iter(found), None)),
+            gr.update(choices=found),
+        )
+
+    page.load(hear(listed), [recipe, run], [recipe, run, others], **SWIFT)
+    recipe.change(hear(lambda name: runs.read(name) if name else ""), recipe, text, **SWIFT)
+    start.click(hear(begin), [recipe, changes], run)
+    gr.on([run.change, clock.tick], hear(watch), run, shown, **SWIFT)
+    stop.click(hear(runs.stop), run, None)
+    resume.click(hear(runs.resume), run, None)
+    together = hear(lambda name, more: block(sheet(runs.compare([name, *more]))))
+    compare.click(together, [run, others], compared)
+
+
+def _buttons(running: bool | None) -> tuple[Any, Any]:
+    return gr.update(interactive=running is True), gr.update(interactive=running is False)
+
+
+def as_html(now: Picture) -> str:
+    """A run on one sheet: figures, reports, curves, what it says, samples."""
+    links = " · ".join(
+        f'<a href="/report?name={quote(file)}" target="_blank" rel="noopener">{html.escape(name)}</a>'
+        for name, file in now.reports
+    )
+    parts = [pages.cards(now.facts)]
+    if links:
+        parts.append(f"<p>{say('Reports', '报告')}: {links}</p>")
+    drawn = (
+        f"<div><h3>{html.escape(title)}</h3>{pages.curve(points, say('step', '步'), '', width=WIDTH, smooth=smooth)}</div>"
+        for title, points, smooth in now.curves
+    )
+    parts.append(f"<div class=curves>{''.join(drawn)}</div>")
+    if now.log:
+        parts.append(f"<h3>{say('What it says', '日志')}</h3><pre class=log>{html.escape(now.log)}</pre>")
+    if now.samples:
+        parts.append(f"<h3>{say('Before and after', '训练前后')}</h3>" + "".join(map(_sample, now.samples)))
+    return "".join(parts)
+
+
+def _sample(sample: dict[str, str]) -> str:
+    rows = ((say("before", "训练前"), sample["before"]), (say("after", "训练后"), sample["after"]))
+    inside = "".join(
+        f"<div><span class=soft>{name}</span><span>{html.escape(text)}</span></div>" for name, text in rows
+    )
+    return f"<section class=qa><h3>{html.escape(sample['question'])}</h3>{inside}</section>"

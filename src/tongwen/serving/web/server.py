@@ -1,0 +1,96 @@
+"""The page on a port of this machine: two languages behind one door, for as long as the command runs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+
+import gradio as gr
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+
+from tongwen.core import console
+from tongwen.core.errors import TongwenError
+from tongwen.core.i18n import language, say
+from tongwen.serving import auth
+from tongwen.serving.auth import TOKEN, choose_token, is_loopback, open_port
+from tongwen.serving.web.backend import Bench
+from tongwen.serving.web.login import Door, Limits
+from tongwen.serving.web.page import look, make_page
+
+LANGUAGES = ("en", "zh")
+WAITING = 16  # requests that may wait; the next is refused
+SESSIONS = 64  # open pages that are remembered; Gradio would keep 10,000, each with 0.2 MB and what was said in it
+ICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#0f766e"/>'
+    '<text x="16" y="23" fill="white" font-size="19" text-anchor="middle">同</text></svg>'
+)
+REPORT = {  # a page of its own, of which nothing may run; browsers open no sandbox that has an opener's policy
+    "content-security-policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'",
+    "cross-origin-opener-policy": "unsafe-none",
+}
+
+
+def serve(bench: Bench, host: str, port: int) -> int:
+    """Serve until interrupted. Raises RecipeError for an address that others reach without a token that the user chose,
+    MachineError when the port cannot be had."""
+    loopback = is_loopback(host)
+    token, made = choose_token(loopback)
+    with open_port(host, port) as listening, tempfile.TemporaryDirectory(prefix="tongwen-web-") as dropped:
+        os.environ["GRADIO_TEMP_DIR"] = dropped
+        port = listening.getsockname()[1]
+        app = make_app(bench, token, port=port, loopback=loopback)
+        url = f"http://{host}:{port}/" + (f"?token={token}" if made else "")
+        console.good(url if made else say(f"{url}?token=…: the token is ${TOKEN}", f"{url}?token=…：令牌为 ${TOKEN}"))
+        console.tell(say("Ctrl-C ends it; runs that were started go on", "Ctrl-C 结束；已启动的训练会继续"))
+        console.emit({"url": url})
+        auth.serve(app, listening, lifespan="on")
+    return 0
+
+
+def make_app(bench: Bench, token: str, *, port: int, loopback: bool = True, limits: Limits | None = None) -> Any:
+    """The whole application: pages, reports, door."""
+    limits = limits or Limits()
+    inside = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @inside.get("/")
+    def choose(request: Request) -> Response:
+        wanted = request.headers.get("accept-language", language())
+        return RedirectResponse("/zh/" if wanted.lower().startswith("zh") else "/en/", 303)
+
+    @inside.get("/favicon.ico")
+    def icon() -> Response:
+        return Response(ICON, media_type="image/svg+xml")
+
+    @inside.get("/report")
+    def report(name: str) -> Response:
+        with suppress(TongwenError, OSError):
+            if bench.runs:
+                return HTMLResponse(bench.runs.report(name).read_bytes(), headers=REPORT)
+        return PlainTextResponse("there is nothing here\n", 404)
+
+    for name in LANGUAGES:
+        page = make_page(bench, name)
+        page.queue(max_size=WAITING, default_concurrency_limit=WAITING, api_open=False)  # nobody passes the line
+        page.state_session_capacity = SESSIONS
+        gr.mount_gradio_app(
+            inside,
+            page,
+            path=f"/{name}",
+            footer_links=[],
+            run_history=False,
+            allowed_paths=[],
+            blocked_paths=["/"],
+            show_error=True,
+            max_file_size=limits.upload,
+            ssr_mode=False,
+            enable_monitoring=False,
+            pwa=False,
+            mcp_server=False,
+            **look(),
+        )
+    return Door(inside, token, port=port, loopback=loopback, limits=limits)

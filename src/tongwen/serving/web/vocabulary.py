@@ -1,0 +1,36 @@
+"""The vocabulary tab: a text pasted in; its tokens before and after extension, and the fertility report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from tongwen.core.i18n import say
+from tongwen.serving.web.backend import Words
+from tongwen.serving.web.html_block import SWIFT, Hear, block, canvas, sheet
+
+EXAMPLE = "人工智能正在改变我们学习语言的方式。月亮自己不会发光，它反射太阳的光。"
+
+
+def add(page: gr.Blocks, words: Words, hear: Hear) -> None:
+    """Lay out the tab and tie its events."""
+    names = words.models()
+    with gr.Column():
+        with gr.Row():
+            base = gr.Dropdown(names, value=next(iter(names), None), label=say("Before", "扩充前"))
+            other = gr.Dropdown([("—", ""), *names], value="", label=say("After", "扩充后"))
+        text = gr.Textbox(EXAMPLE, label=say("Text", "文本"), lines=4, max_lines=12, elem_id="text")
+        cut = gr.Button(say("Show the tokens", "查看 token"), variant="primary", elem_id="cut")
+        tokens = canvas(elem_id="tokens")
+        report = canvas()
+
+    def show(*given: str) -> tuple[str, str]:
+        pieces, whole = words.compare(*given)
+        return block(pieces), block(sheet(whole))
+
+    def listed() -> list[Any]:
+        return [gr.update(choices=words.models()), gr.update(choices=[("—", ""), *words.models()])]
+
+    cut.click(hear(show), [base, other, text], [tokens, report])
+    page.load(hear(listed), None, [base, other], **SWIFT)

@@ -1,0 +1,209 @@
+"""What a run tells while it goes: metrics.jsonl, one object a line, and the bar in the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from tongwen.core import console
+from tongwen.core.console import Bar, human_count
+from tongwen.core.distributed import is_first
+from tongwen.core.errors import NumbersError
+from tongwen.core.i18n import say
+from tongwen.recipe.schema import Forgetting
+
+FLAT_AFTER = 100  # steps after which a loss should have fallen
+
+
+class Watch(TrainerCallback):
+    """Writes metrics.jsonl and moves the bar.
+
+    tokens:       cumulative tokens after each step of the whole stage, known from the plans
+    before_steps: steps of the phases before this one; before_epochs: and their epochs
+    to_beat:      bits per byte of what was held out, before any of its steps
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        tokens: list[int],
+        steps_per_epoch: int,
+        bar: Bar,
+        before_steps: int = 0,
+        before_epochs: float = 0.0,
+        to_beat: float = math.inf,
+    ) -> None:
+        self.file, self.tokens, self.steps_per_epoch, self.bar = file, tokens, steps_per_epoch, bar
+        self.before_steps, self.before_epochs, self.to_beat = before_steps, before_epochs, to_beat
+        self.started, self.first, self.before = time.monotonic(), before_steps, 0.0
+        self.scores: dict[str, float] = {}
+        self.history: list[tuple[int, float]] = []
+        self.losses: list[float] = []
+        self.flat_from = 0  # the step of the last line
+        self.rates: list[float] = []  # of the step that is taken, by group
+
+    def begin(self, step: int, evaluations: Iterable[Sequence[float]] = ()) -> None:
+        """A resumed run drops the lines beyond its checkpoint: they will be written again. step: of this phase; evaluations: those
+        that its checkpoint knows of."""
+        self.started, self.first = time.monotonic(), self.before_steps + step
+        kept = [line for line in read_metrics(self.file) if line["step"] <= self.first]
+        self.before = kept[-1]["seconds"] if kept else 0.0
+        found = {int(at): score for at, score in evaluations}
+        self.to_beat = found.pop(0, self.to_beat)
+        self.history = list(found.items())
+        self.losses = [line["loss"] for line in kept if line["step"] > self.before_steps]
+        self.flat_from = step
+        if is_first():
+            beside = self.file.with_suffix(".partial")
+            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            beside.replace(self.file)  # in one go: the other processes read it too
+
+    @property
+    def evaluations(self) -> list[tuple[int, float]]:
+        """(step, bits per byte) of all of this phase; 0 is that before its first step, where there is one."""
+        return [*([(0, self.to_beat)] if math.isfinite(self.to_beat) else []), *self.history]
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, bits per byte) of the best held-out evaluation of this phase; the first of equals."""
+        return min(self.history, key=lambda one: one[1]) if self.history else None
+
+    def waited(self, patience: int | None) -> bool:
+        """Whether that many evaluations have passed since the best one, which may be that before the first step."""
+        scores = [score for _, score in self.evaluations]
+        return bool(patience and scores and len(scores) - 1 - scores.index(min(scores)) >= patience)
+
+    @property
+    def not_beaten(self) -> str:
+        """What to say when no evaluation was better than the one before the first step."""
+        if not self.best or self.best[1] < self.to_beat:
+            return ""
+        step, score = self.before_steps + self.best[0], self.best[1]
+        return say(
+            f"no evaluation was better than before: held-out bits per byte {self.to_beat:.4f}, and at best {score:.4f} at step "
+            f"{step}; is learning_rate right?",
+            f"没有一次评测好于训练之前：留出集 bits per byte 原为 {self.to_beat:.4f}，最好为第 {step} 步的 {score:.4f}；"
+            "learning_rate 合适吗？",
+        )
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rates = kwargs["lr_scheduler"].get_last_lr()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        step = self.before_steps + state.global_step
+        seconds = time.monotonic() - self.started
+        speed = (self.tokens[step - 1] - (self.tokens[self.first - 1] if self.first else 0)) / max(seconds, 1e-9)
+        line = {
+            "step": step,
+            "epoch": round(self.before_epochs + state.global_step / self.steps_per_epoch, 4),
+            "loss": logs["loss"],
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "tokens": self.tokens[step - 1],
+            "tokens_per_second": round(speed, 2),
+            "seconds": round(self.before + seconds, 3),
+            "cpu_seconds": round(time.process_time(), 3),
+            **self.scores,
+        }
+        if len(set(self.rates)) > 1:  # the last group, where they have one of their own
+            line["embedding_learning_rate"] = self.rates[-1]
+        self.scores = {}
+        self.losses.append(logs["loss"])
+        if self.flat_from < FLAT_AFTER <= state.global_step and (flat := say_flat(self.losses)):
+            console.notice(flat)
+        self.flat_from = state.global_step
+        self._append(line)
+        self.bar.update(step, f"loss {logs['loss']:.3f} · {human_count(round(speed))} tok/s")
+
+    def on_scores(self, step: int, scores: dict[str, Any]) -> None:
+        """A held-out evaluation in the middle of the run: it stands in the line of its step."""
+        self.history.append((step, scores["bits_per_byte"]))
+        self.scores = {"held_out_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"]}
+        self.scores |= {f"bits_per_byte_{name}": one["bits_per_byte"] for name, one in scores["groups"].items()}
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+
+def say_flat(losses: list[float]) -> str:
+    """What to say of a phase's losses up to its step FLAT_AFTER: one that has not fallen by then is usually a learning rate
+    that is wrong by far."""
+    tenth = max(1, len(losses) // 10)
+    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    if last <= 0.99 * first:
+        return ""
+    return say(
+        f"the loss has not fallen in {FLAT_AFTER} steps: {first:.3f} → {last:.3f}; is learning_rate right?",
+        f"{FLAT_AFTER} 步内损失没有下降：{first:.3f} → {last:.3f}；learning_rate 合适吗？",
+    )
+
+
+def flat_at(lines: list[dict[str, Any]], before_steps: int, last: int) -> str:
+    """The same, from the lines of metrics.jsonl: of the phase between these steps of the stage."""
+    steps = [line["step"] for line in lines if before_steps + FLAT_AFTER <= line["step"] <= last]
+    return say_flat([line["loss"] for line in lines if before_steps < line["step"] <= steps[0]]) if steps else ""
+
+
+def check_forgetting(before: dict[str, Any], now: dict[str, Any], limits: Forgetting) -> None:
+    """The forgetting gauge: say which group's bits per byte have risen over where they began, and by how much. Raises
+    NumbersError when the recipe wants to stop there. before, now: scores by group."""
+    for name, one in now.items():
+        old, new = before[name]["bits_per_byte"], one["bits_per_byte"]
+        rise = new / old - 1 if old else 0.0
+        what = say(
+            f"held-out bits per byte of {name} rose from {old:.4f} to {new:.4f} ({rise:+.1%})",
+            f"{name} 的留出集 bits per byte 由 {old:.4f} 升至 {new:.4f}（{rise:+.1%}）",
+        )
+        if limits.stop is not None and rise >= limits.stop:
+            raise NumbersError(
+                what,
+                place=f"forgetting.stop: {limits.stop:g}",
+                remedy=say(
+                    "a lower learning_rate, or more text of that language (share: 0.3); --fork goes on with another limit",
+                    "降低 learning_rate，或增加该语言的文本（share: 0.3）；--fork 以新的限度继续",
+                ),
+            )
+        if limits.warn is not None and rise >= limits.warn:
+            console.notice(what)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a line that a crash cut short is left out."""
+    if not file.is_file():
+        return []
+    out = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            read = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(read, dict):
+            out.append(read)
+    return out
+
+
+def peak_memory_bytes() -> int | None:
+    """Peak memory: of the GPU where there is one (None for one that keeps no account of it, as mps), else the resident set of
+    this process."""
+    import torch
+
+    if device := torch.accelerator.current_accelerator(check_available=True):
+        ask = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+        return int(ask()) if ask else None
+    try:  # getrusage's figure is inherited from a larger parent through exec; this one is not
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        import psutil
+
+        facts = psutil.Process().memory_info()
+        return int(getattr(facts, "peak_wset", facts.rss))

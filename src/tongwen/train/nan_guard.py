@@ -1,0 +1,161 @@
+"""The guard: looks at each step before it is taken, on all processes together, so that all of them stop or none does.
+
+A NaN goes through a run in silence: transformers finishes it and reports a loss of 0.0. Here the losses of a step's
+micro-batches and the norm of its gradient are looked at before the weights move, so that the last checkpoint stays good.
+In the same exchange the processes agree whether they were asked to stop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from tongwen.core.errors import NumbersError
+from tongwen.core.i18n import say
+from tongwen.train.packing import Plan
+from tongwen.train.parallel import local
+
+SKIPS = 20  # overflows of fp16 in a row; its scale has halved so often by then that the loss itself does not fit
+ABSURD = 10  # steps in a row with a loss above guessing at random
+MARGIN = 2.0  # nats
+
+
+@dataclass
+class Step:
+    """What a process notes of the step that it computes.
+
+    nats:    summed loss of each micro-batch, 0-dimensional tensors that stay on the device
+    learned: learned tokens of the step over all processes
+    """
+
+    nats: list[torch.Tensor] = field(default_factory=list)
+    learned: Any = 1
+
+
+class Guard(TrainerCallback):
+    """Raises NumbersError on every process when a loss or the gradient is not finite, and when the loss is absurd.
+
+    gather:    this process's (1, N) row in, (W, N) rows of all processes out
+    origin:    where a sample came from: file and row
+    wants_out: whether this process was asked to stop
+    last:      names the last checkpoint, for the message
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        origin: Callable[[int], Any],
+        gather: Callable[[torch.Tensor], torch.Tensor],
+        wants_out: Callable[[], bool],
+        last: Callable[[], str],
+        before_steps: int,
+        vocabulary: int,
+    ) -> None:
+        self.plan, self.origin, self.gather, self.wants_out, self.last = plan, origin, gather, wants_out, last
+        self.before_steps, self.absurd = before_steps, math.log(vocabulary) + MARGIN
+        self.step, self.leaving = Step(), False
+        self.high = self.skipped = self.skipped_in_a_row = 0
+
+    def note(self, nats: torch.Tensor, learned: Any) -> None:
+        """A micro-batch was scored."""
+        self.step.nats.append(nats.detach().float())
+        self.step.learned = learned
+
+    def look(self, index: int, norm: Any, model: Any, *, scaled: bool) -> None:
+        """Before step `index` of the phase is taken. norm: of the whole gradient; scaled: a gradient scaler leaves out a
+        step that has overflowed."""
+        step, self.step = self.step, Step()
+        flags = (torch.as_tensor(value).to(step.nats[0]) for value in (norm, self.wants_out()))
+        row = torch.stack([*step.nats, *flags])
+        ranks = self.gather(row[None]).tolist()  # (W, accumulate + 2)
+        self.leaving = any(rank[-1] for rank in ranks)
+        losses, norms = [rank[:-2] for rank in ranks], [rank[-2] for rank in ranks]
+        self._check_finite(index, losses, [] if scaled else norms, model)  # a loss is not scaled when it is noted
+        if scaled:
+            self._count_skip(index, not all(map(math.isfinite, norms)))
+        self._check_sane(index, sum(map(sum, losses)) / max(float(step.learned), 1.0))
+
+    def leaves(self, device: torch.device) -> bool:
+        """After the last step, which did not ask for what has come since: whether any process was asked to stop."""
+        wish = torch.tensor([float(self.leaving or self.wants_out())], device=device)
+        return bool(self.gather(wish).any())
+
+    def _check_finite(self, index: int, losses: list[list[float]], norms: list[float], model: Any) -> None:
+        bad = [
+            slot * len(losses) + rank
+            for rank, row in enumerate(losses)
+            for slot, loss in enumerate(row)
+            if not math.isfinite(loss)
+        ]
+        samples = [sample for place in bad for sample in self.plan.micro[index][place]]
+        if bad:
+            first, count = bad[0] + 1, len(self.plan.micro[index])
+            what = say(
+                f"the loss is NaN or infinite in micro-batch {first} of {count}",
+                f"第 {first} 个微批（共 {count} 个）的损失为 NaN 或无穷",
+            )
+        elif not all(map(math.isfinite, norms)):
+            names = [
+                name
+                for name, part in model.named_parameters()
+                if part.grad is not None and not bool(torch.isfinite(local(part.grad)).all())
+            ]
+            what = say(
+                f"the gradient is NaN or infinite ({len(names)} tensors, first {names[:1]})",
+                f"梯度为 NaN 或无穷（{len(names)} 个张量，首个 {names[:1]}）",
+            )
+        else:
+            return
+        rows = self._rows(samples or self.plan.steps[index])
+        self._stop(
+            index,
+            what + say(f"; rows {rows}", f"；数据行 {rows}"),
+            say("learning_rate lower, or precision: fp32", "降低 learning_rate，或 precision: fp32"),
+        )
+
+    def _check_sane(self, index: int, loss: float) -> None:
+        self.high = self.high + 1 if loss > self.absurd else 0
+        if self.high == ABSURD:
+            self._stop(
+                index,
+                say(
+                    f"the loss is {loss:.2f}, and was above {self.absurd:.2f} for {ABSURD} steps; guessing at random gives "
+                    f"{self.absurd - MARGIN:.2f}",
+                    f"损失为 {loss:.2f}，连续 {ABSURD} 步高于 {self.absurd:.2f}；随机猜测为 {self.absurd - MARGIN:.2f}",
+                ),
+                say("learning_rate lower", "降低 learning_rate"),
+            )
+
+    def _count_skip(self, index: int, skipped: bool) -> None:
+        """By the norm: to a fused optimizer the scaler hands its verdict, and accelerate takes that for a step."""
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row > SKIPS:
+            self._stop(
+                index,
+                say(
+                    f"fp16 has overflowed in {self.skipped_in_a_row} steps in a row, and none of them was taken",
+                    f"fp16 连续 {self.skipped_in_a_row} 步溢出，这些步均未更新权重",
+                ),
+                say("precision: bf16 (or fp32, where there is none)", "precision: bf16（不支持时用 fp32）"),
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.leaving:
+            control.should_save = control.should_training_stop = True
+
+    def _rows(self, samples: Any) -> str:
+        shown = ", ".join(str(self.origin(sample)) for sample in samples[:8])
+        return shown + (f" … ({len(samples)})" if len(samples) > 8 else "")
+
+    def _stop(self, index: int, what: str, cure: str) -> None:
+        raise NumbersError(
+            what,
+            place=say(f"step {self.before_steps + index + 1}", f"第 {self.before_steps + index + 1} 步"),
+            remedy=f"{cure}; {self.last()}",
+        )

@@ -1,0 +1,371 @@
+"""The engine of a run: accelerate's and transformers' own machinery for one word of the recipe, and the proof that it runs.
+
+Both go on without a word when they cannot do what they were asked: on a CPU accelerate takes FSDP for DDP, and settings in
+the environment of a launcher change the engine from outside. So what was prepared is compared with what was asked for
+before the first step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from tongwen.core import console, distributed
+from tongwen.core.errors import MachineError, MissingPackage, RecipeError
+from tongwen.core.i18n import say
+from tongwen.recipe import engine_config
+from tongwen.recipe.schema import Training
+from tongwen.train.memory import SHARED, Sharing
+
+BUCKET = 500_000_000  # DeepSpeed's default
+FSDP_FILE = "pytorch_model_fsdp.bin"  # accelerate's name
+# By `precision`, `compile`, and what torch finds.
+OVERRIDDEN = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_", "ACCELERATE_USE_CPU")
+ASKED_FROM_OUTSIDE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """name: single, ddp, fsdp2 or zero1 ... zero3. arguments: what TrainingArguments are told of it; place: who asked for
+    it."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    place: str = ""
+
+    @property
+    def is_deepspeed(self) -> bool:
+        return self.name.startswith("zero")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every process has the whole model, where it was put: the others cut weights up, or move them."""
+        return self.name in ("single", "ddp")
+
+    def shard(self, model: Any, dtype: torch.dtype) -> None:
+        """FSDP2: each process keeps its part of every tensor from here on, so that no GPU ever holds the whole model. What
+        learns becomes fp32 a layer at a time: weights that are read as their file has them lie once in a machine's memory."""
+        from accelerate import Accelerator
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy, fsdp2_prepare_model
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+        self._check_layers(model)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        plugin = _plugin(self.arguments["fsdp_config"], mixed_precision_policy=policy)
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), fsdp_plugin=plugin)
+        self.insist(accelerator, plugin)
+        words = {
+            "reshard_after_forward": plugin.reshard_after_forward,
+            "mp_policy": policy,
+            "offload_policy": plugin.cpu_offload,
+        }
+        plugin.set_auto_wrap_policy(model)
+        if is_layer := fsdp2_prepare_auto_wrap_policy(plugin, model):
+            for layer in [module for module in model.modules() if module is not model and is_layer(module)][::-1]:
+                in_fp32(layer.parameters())
+                fully_shard(layer, **words)
+        plugin.auto_wrap_policy = None  # accelerate has no layers left, only what stands around them
+        in_fp32(model.parameters())
+        with _rows_apart(model, words):
+            fsdp2_prepare_model(accelerator, model)
+        register_fsdp_forward_method(model, "generate")
+
+    def _check_layers(self, model: Any) -> None:
+        """Raise RecipeError for a layer that the file names and the model has not."""
+        there = {type(module).__name__ for module in model.modules()}
+        for layer in self.arguments["fsdp_config"].get("transformer_layer_cls_to_wrap") or ():
+            if layer not in there:
+                own = ",".join(sorted(getattr(model, "_no_split_modules", None) or ()))
+                raise RecipeError(
+                    say(f"this model has no layer {layer!r}", f"该模型没有层 {layer!r}"),
+                    place=f"{self.place} · fsdp_transformer_layer_cls_to_wrap",
+                    remedy=f"fsdp_transformer_layer_cls_to_wrap: {own}" if own else say("leave it out", "请删去"),
+                )
+
+    def insist(self, accelerator: Any, plugin: Any = None) -> None:
+        """accelerate offers FSDP on accelerators only, and says nothing; FSDP2 itself runs on CPUs as well. What it leaves in
+        the environment would change the engine of the next stage."""
+        from accelerate import PartialState
+        from accelerate.utils import DistributedType
+
+        for name in ASKED_FROM_OUTSIDE:
+            os.environ.pop(name, None)
+        if self.name == "fsdp2":
+            accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            accelerator.state.fsdp_plugin = plugin or _plugin(
+                {**self.arguments["fsdp_config"], "auto_wrap_policy": "NO_WRAP"}
+            )
+
+    def check_resumes(self, checkpoint: Path) -> None:
+        """Raise RecipeError for a checkpoint of another engine, or one that DeepSpeed has cut for another number of
+        processes."""
+        shards, world = len(list(checkpoint.glob("global_step*/*optim_states.pt"))), distributed.world_size()
+        made = "deepspeed" if shards else "fsdp2" if (checkpoint / FSDP_FILE).is_file() else "ddp"
+        mine = "deepspeed" if self.is_deepspeed else "fsdp2" if self.name == "fsdp2" else "ddp"
+        if made != mine:
+            raise RecipeError(
+                say(
+                    f"the checkpoint is one of {made}, and {self.name} cannot continue it",
+                    f"检查点由 {made} 写成，{self.name} 无法继续",
+                ),
+                place=str(checkpoint),
+                remedy=say("the engine that wrote it, or --again", "用写它的引擎，或 --again"),
+            )
+        if shards and shards != world:
+            raise RecipeError(
+                say(
+                    f"DeepSpeed has cut this checkpoint for {shards} processes, and here are {world}",
+                    f"DeepSpeed 按 {shards} 个进程切分了该检查点，而现在有 {world} 个",
+                ),
+                place=str(checkpoint),
+                remedy=f"tongwen run RECIPE --devices {shards}",
+            )
+
+    def prove(self, wrapped: Any, model: Any, optimizer: Any) -> None:
+        """Raise MachineError unless what was prepared is what was asked for, and the optimizer holds what is trained."""
+        found = _name_of(wrapped)
+        whole = [name for name, part in model.named_parameters() if not isinstance(part, DTensor)]
+        if found == "fsdp2" and whole:
+            found = say(f"fsdp2 with {whole[0]} whole in every process", f"fsdp2，但 {whole[0]} 未被切分")
+        if found != self.name:
+            raise MachineError(
+                say(f"{self.name} was asked for, and {found} runs", f"要求 {self.name}，实际运行的是 {found}"),
+                place=f"engine: {self.name}",
+                remedy=say("engine: ddp, and report this model", "engine: ddp，并反馈该模型"),
+            )
+        if not self.is_deepspeed:
+            held = {id(part) for group in optimizer.param_groups for part in group["params"]}
+            assert held == {id(part) for part in model.parameters() if part.requires_grad}, (
+                "the optimizer lost a tensor"
+            )
+
+
+def choose(words: Training) -> Engine:
+    """The engine that a recipe asks for, in the processes that there are. Raises RecipeError or MissingPackage."""
+    for name in [name for name in os.environ if name.startswith(OVERRIDDEN)]:
+        value = os.environ.pop(name)
+        if value.lower() not in ("no", "false", ""):
+            console.notice(
+                say(
+                    f"{name}={value} of the launcher is not used: the recipe decides",
+                    f"不采用启动器的 {name}={value}：以配方为准",
+                )
+            )
+    unset_hf_deepspeed_config()  # of the stage before: transformers would cut the next model up while it is read
+    place = f"engine: {words.engine}"
+    outside = [name for name in ASKED_FROM_OUTSIDE if os.environ.get(name, "").lower() == "true"]
+    if outside:
+        raise RecipeError(
+            say(
+                f"the launcher's settings ask for another engine ({outside[0]}=true)",
+                f"启动器的设置要求另一种引擎（{outside[0]}=true）",
+            ),
+            place=place,
+            remedy=say(
+                "engine: FILE with these settings, and a launcher without them",
+                "把设置写成 engine: 文件，启动器不带设置",
+            ),
+        )
+    if words.shares == "fsdp2":
+        return Engine("fsdp2", {"fsdp": True, "fsdp_config": _fsdp_config(words)}, place)
+    if words.shares == "deepspeed":
+        if importlib.util.find_spec("deepspeed") is None:
+            raise MissingPackage("deepspeed", place, "deepspeed")
+        config = _deepspeed_config(words)
+        _prepare_deepspeed(config["zero_optimization"], place)
+        return Engine(f"zero{config['zero_optimization']['stage']}", {"deepspeed": config}, place)
+    return Engine("ddp" if distributed.is_launched() else "single")
+
+
+def sharing_of(words: Training, world: int) -> Sharing:
+    """What each of so many processes will hold. Raises RecipeError for a file that cannot be read."""
+    if words.shares == "fsdp2":
+        config = _fsdp_config(words)
+        offloaded = SHARED["fsdp2"] if words.offload else ()
+        return Sharing("fsdp2", world, offloaded, config.get("reshard_after_forward", True))
+    if words.shares == "deepspeed":
+        zero = _deepspeed_config(words)["zero_optimization"]
+        stage = zero["stage"]
+        waits = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": ("weights",)}
+        waiting = tuple(purpose for key, what in waits.items() if key in zero for purpose in what)
+        copies = 2 if stage < 3 and zero.get("overlap_comm") else 1
+        size = zero.get("reduce_bucket_size", BUCKET)
+        bucket = 0 if size == "auto" else copies * int(size)  # auto: a square of the hidden size, which is little
+        return Sharing(f"zero{stage}", world, waiting, bucket=bucket)
+    return Sharing("ddp" if world > 1 else "", world)
+
+
+def _prepare_deepspeed(zero: dict[str, Any], place: str) -> None:
+    """On a CPU without its own shared-memory operations, which take a compiler and minutes; gloo does the same. Raises
+    RecipeError for settings that it does not know."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero)  # which leaves "auto" out
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(
+            f"{first['input']!r}: {first['msg']}",
+            place=" · ".join([place, ".".join(map(str, ("zero_optimization", *first["loc"])))]),
+            remedy=say("DeepSpeed's own page has its words: ", "可用的词见 DeepSpeed 文档：")
+            + "https://www.deepspeed.ai/docs/config-json/",
+        ) from None
+
+
+def _fsdp_config(words: Training) -> dict[str, Any]:
+    config = {} if words.engine == "fsdp2" else engine_config.read(words.engine, 1).engine
+    return {"version": 2, **config, "cpu_offload": words.offload}
+
+
+def _deepspeed_config(words: Training) -> dict[str, Any]:
+    """ "auto" is filled in by transformers from its own arguments, which come from the recipe."""
+    if words.engine.endswith(".json"):
+        config = engine_config.read(words.engine, 1).engine
+    else:
+        config = {"zero_optimization": {"stage": int(words.engine[-1]), "overlap_comm": True}}
+    zero = dict(config["zero_optimization"])
+    zero["stage3_gather_16bit_weights_on_model_save"] = True  # else only shards of the result would be saved
+    if words.offload:
+        for what in ("optimizer", "param")[: 2 if zero["stage"] == 3 else 1]:
+            zero.setdefault(f"offload_{what}", {"device": "cpu", "pin_memory": torch.accelerator.is_available()})
+    autos = dict.fromkeys((*engine_config.BATCH, "gradient_clipping"), "auto")
+    own = {"zero_force_ds_cpu_optimizer": False}  # torch's fused AdamW runs on a CPU too, and needs no compiler
+    return {**own, **config, "zero_optimization": zero, "bf16": {"enabled": "auto"}, **autos}
+
+
+def _plugin(config: dict[str, Any], **more: Any) -> Any:
+    """accelerate's plugin for transformers' fsdp_config."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    wrapped = config.get("transformer_layer_cls_to_wrap")
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=config.get("reshard_after_forward", True),
+        auto_wrap_policy=config.get("auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
+        transformer_cls_names_to_wrap=[wrapped] if isinstance(wrapped, str) else wrapped,
+        min_num_params=config.get("min_num_params"),
+        cpu_offload=config["cpu_offload"],
+        state_dict_type="FULL_STATE_DICT",
+        **more,
+    )
+
+
+@contextmanager
+def _rows_apart(model: Any, words: dict[str, Any]) -> Iterator[None]:
+    """Matrices of which peft trains single rows are shared out here: accelerate asks for their weight to see whether they
+    are tied, which peft then computes from both, and is told that there are none."""
+    from torch.distributed.fsdp import fully_shard
+
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if not any("trainable_tokens_" in name for module in modules for name, _ in module.named_parameters()):
+        yield
+        return
+    one, other = ({id(part) for part in module.parameters()} for module in modules)
+    for together in [modules] if one & other else [[module] for module in modules]:
+        reshard = words["reshard_after_forward"] and len(together) == 1  # the two are used at both ends of a step
+        fully_shard(together, **{**words, "reshard_after_forward": reshard})
+    model.get_input_embeddings = model.get_output_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        del model.get_input_embeddings, model.get_output_embeddings
+
+
+def _name_of(wrapped: Any) -> str:
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(wrapped, FSDPModule):
+        return "fsdp2"
+    if hasattr(wrapped, "zero_optimization_stage"):
+        return f"zero{wrapped.zero_optimization_stage()}"
+    return "ddp" if isinstance(wrapped, DistributedDataParallel) else "single"
+
+
+def in_fp32(parts: Iterable[torch.nn.Parameter]) -> None:
+    """Those of the parameters that learn."""
+    for part in parts:
+        if part.requires_grad and not isinstance(part, DTensor):
+            part.data = part.data.float()
+
+
+def reshard(model: Any) -> None:
+    """Weights that a forward without a backward has left whole in every process are shared out again."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local(part: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that lies in this process; it shares the tensor's memory."""
+    return part.to_local() if isinstance(part, DTensor) else part
+
+
+def are_somewhere(parts: Iterable[torch.Tensor], what: Any) -> list[bool]:
+    """For each tensor, whether `what` holds of it, or of its part in some process. All processes must ask."""
+    parts = list(parts)
+    flags = torch.stack([what(local(part)) for part in parts]) if parts else torch.zeros(0, dtype=torch.bool)
+    if any(isinstance(part, DTensor) for part in parts):
+        counts = flags.int()
+        torch.distributed.all_reduce(counts)
+        flags = counts > 0
+    return [bool(flag) for flag in flags.tolist()]
+
+
+def agreed(value: Any) -> Any:
+    """What the first process has found, on all: the last bits of what the others found may differ, and so would what they
+    decide by it. All processes must ask."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+def gather(model: Any, chosen: Iterable[torch.nn.Parameter]) -> dict[str, torch.Tensor] | None:
+    """The chosen parameters and the saved buffers of a model whose weights are shared out, whole and on the CPU, by name;
+    None for a model that is whole. All processes must ask."""
+    parts = {id(part): part for part in chosen}
+    if not any(isinstance(part, DTensor) or hasattr(part, "ds_id") for part in parts.values()):
+        return None
+    whole = {key: _whole(part) for key, part in parts.items()}  # tied names share one tensor, so that it is saved once
+    state = model.state_dict()
+    out = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in state}
+    return out | {
+        name: whole[id(part)] for name, part in model.named_parameters(remove_duplicate=False) if id(part) in whole
+    }
+
+
+def scatter(model: Any, whole: dict[str, torch.Tensor]) -> None:
+    """What `gather` collected goes back into the model, to each process its part. All processes must ask."""
+    with torch.no_grad():
+        for name, part in model.named_parameters():
+            if name in whole:
+                mine = whole[name]
+                if isinstance(part, DTensor):
+                    mine = distribute_tensor(mine.to(part.device_mesh.device_type), part.device_mesh, part.placements)
+                local(part).copy_(local(mine))
+
+
+def _whole(part: torch.nn.Parameter) -> torch.Tensor:
+    if isinstance(part, DTensor):
+        return part.detach().full_tensor().cpu()
+    from deepspeed import zero
+
+    with zero.GatheredParameters([part]):
+        return part.detach().cpu().clone()

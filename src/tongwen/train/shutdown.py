@@ -1,0 +1,61 @@
+"""When a run is asked to stop: by a signal, or because its time is nearly over. It then saves at the end of the step.
+
+A second signal, later than launchers repeat the first, ends the process at once; the last checkpoint stays whole.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from tongwen.core.i18n import say
+
+REPEATED = 3.0  # seconds in which the same wish may arrive twice: to the whole group, and passed on by a parent
+SAVING_SECONDS = 30.0  # assumed until the first save has been seen
+
+
+class Halt:
+    """Whether a run is to stop after this step; it knows how long steps and saves take.
+
+    deadline: when the process must be gone, in seconds since 1970; None: never
+    """
+
+    def __init__(self, deadline: float | None) -> None:
+        self.deadline = min(filter(None, (deadline, _end_of_job())), default=None)
+        self.why = ""
+        self.heard: float | None = None
+        self.step = 0.0
+        self.save = SAVING_SECONDS
+        self.began = time.time()
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the first step will be the last one, for all that is known before it."""
+        return self.deadline is not None and time.time() + 2 * self.save > self.deadline
+
+    def hear(self, number: int) -> None:
+        """Somebody asks. A second time, the process ends at once."""
+        now = time.monotonic()
+        if self.heard is not None and now > self.heard + REPEATED:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.why, self.heard = signal.Signals(number).name, self.heard or now
+
+    def wanted(self) -> bool:
+        """Whether to stop after the step that is being taken. Called once in each step."""
+        now = time.time()
+        self.step, self.began = max(self.step, now - self.began), now
+        if not self.why and self.deadline is not None and now + 2 * (self.step + self.save) > self.deadline:
+            self.why = say("its time is nearly over", "时限将至")
+        return bool(self.why)
+
+    def saved(self, seconds: float) -> None:
+        """A checkpoint took this long; no step does."""
+        self.save, self.began = seconds, time.time()
+
+
+def _end_of_job() -> float | None:
+    """Slurm's own time limit, where it says it."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(end) if end.isdigit() else None

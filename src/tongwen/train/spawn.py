@@ -1,0 +1,66 @@
+"""Starts the processes of a stage as torchrun does, and names the one that was killed: it cannot say so itself."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tongwen.core import console
+from tongwen.core.errors import MachineError
+from tongwen.core.i18n import say
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run torchrun's own command line; returns 0, 5 when a process was killed, else 1: the process itself has said why."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import api
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    _end_with_parent()
+    stop, heard = api._terminate_process_handler, list[int]()
+
+    def stop_once(number: int, frame: Any) -> None:
+        """A second wish would break off the wait for the processes, which are saving."""
+        heard.append(number)
+        if len(heard) == 1:
+            stop(number, frame)
+
+    api._terminate_process_handler = stop_once
+    try:
+        run.run(run.parse_args(list(arguments)))
+    except api.SignalException:
+        return 1
+    except ChildFailedError as error:
+        killed = {
+            rank: failure
+            for rank, failure in error.failures.items()
+            if failure.exitcode in (-signal.SIGKILL, -signal.SIGSEGV)
+        }
+        for rank, failure in killed.items():
+            console.error(
+                MachineError(
+                    say(
+                        f"the process of rank {rank} ({failure.pid}) was ended by {failure.signal_name()}; the others were stopped",
+                        f"rank {rank} 的进程（{failure.pid}）被 {failure.signal_name()} 终止；其余进程已停止",
+                    ),
+                    remedy=say(
+                        "the system kills what takes too much memory (dmesg tells); the same command continues",
+                        "内存占用过大时系统会终止进程（见 dmesg）；用同一命令可以继续",
+                    ),
+                ).text()
+            )
+        return MachineError.exit_code if killed else 1
+    return 0
+
+
+def _end_with_parent() -> None:
+    """Linux: when the command is killed, this is asked to stop, too; else its processes would go on without it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

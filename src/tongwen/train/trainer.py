@@ -1,0 +1,539 @@
+"""One training run on transformers' Trainer, which keeps optimizer, schedule, accumulation, ranks and resume.
+
+What differs here: the batches come from a plan (no padding, no sampler), the loss is summed over learned tokens and
+divided by all learned tokens of the optimizer step over all ranks, a checkpoint is committed by a rename after its
+bytes are on the disk, a NaN stops the run before the weights move, and whoever asks it to stop gets a checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import is_peft_model
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+from tongwen.core import artifact, console, distributed
+from tongwen.core.errors import ArtifactError, Interrupted, MissingPackage, NumbersError, RecipeError, first_line
+from tongwen.core.i18n import say
+from tongwen.recipe.schema import Stretch, Training
+from tongwen.train.audit import FirstSteps, first_not_finite
+from tongwen.train.checkpoints import (
+    STAGING,
+    check_adapter_saved,
+    check_space,
+    commit,
+    damage,
+    last_of,
+    stage,
+    step_of,
+)
+from tongwen.train.memory import keep_freed_memory
+from tongwen.train.metrics import Watch
+from tongwen.train.nan_guard import Guard
+from tongwen.train.neftune import Noise
+from tongwen.train.packing import MicroBatches, Plan
+from tongwen.train.parallel import FSDP_FILE, Engine, gather, scatter
+from tongwen.train.shutdown import Halt
+from tongwen.train.trackers import Teller, Track
+
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "adafactor": "adafactor",
+}
+SCHEDULES = {
+    "constant": "constant_with_warmup",
+    "linear": "linear",
+    "cosine": "cosine",
+    "wsd": "warmup_stable_decay",
+    "warmup_lr": "constant_with_warmup",  # with another warm-up: see create_scheduler
+}
+
+
+class Budget(Protocol):
+    """What a method needs beyond loss and gradient (AdaLoRA): a second loss, a step of its own, and a memory."""
+
+    def penalty(self) -> torch.Tensor: ...
+    def spend(self, step: int) -> None: ...
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+
+
+@dataclass
+class Job:
+    """Everything that a run needs.
+
+    loss:       gives (scaled sum of nats, nats per learned token) of a micro-batch and a scale
+    evaluate:   scores what was held out; it is told the step of the stage
+    learners:   what some stretch of the stage trains
+    embeddings: tensors that learn at the stretch's embedding rate
+    guarded:    those of them whose gradient is zero on most rows; nothing but the gradient may move them
+    told:       what a checkpoint's manifest says of the run
+    deadline:   when the process must be gone, in seconds since 1970
+    evaluations: what the checkpoint knows of them
+    track:      which other programs are told, and as which run
+    notices:    what the report says of the run
+    """
+
+    model: Any
+    tokenizer: Any
+    store: Any
+    plan: Plan
+    packed: bool
+    stretch: Stretch
+    dtype: torch.dtype
+    seed: int
+    checkpoints: Path
+    resume: Path | None
+    loss: Callable[[Any, dict[str, Any], torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    evaluate: Callable[[int], dict[str, Any]] | None
+    watch: Watch
+    engine: Engine
+    learners: Sequence[torch.nn.Parameter] = ()
+    embeddings: Sequence[torch.nn.Parameter] = ()
+    guarded: Sequence[torch.nn.Parameter] = ()
+    budget: Budget | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)
+    deadline: float | None = None
+    evaluations: Iterable[Sequence[float]] = ()
+    track: Track | None = None
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def spends(self) -> bool:
+        """Whether this stretch trains what the budget is of; another one keeps it."""
+        return "lora" in self.stretch.parts
+
+    def tell(self, text: str) -> None:
+        """In the terminal and, by `notices`, in the report."""
+        console.notice(text)
+        self.notices.append(text)
+
+
+def fit(job: Job) -> int:
+    """Train to the end, from the checkpoint if there is one; returns the steps taken in all. Raises NumbersError on NaN or
+    a failed audit, Interrupted when it was asked to stop and has saved."""
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
+    halt = Halt(job.deadline)
+    with distributed.listening(halt.hear), job.track.told() if job.track else nullcontext():
+        return _fit(job, halt)
+
+
+def _fit(job: Job, halt: Halt) -> int:
+    if job.resume:
+        job.engine.check_resumes(job.resume)
+    trainer = PlannedTrainer(job, halt)
+    trainer.remove_callback(PrinterCallback)
+    for callback in (job.watch, Evaluations(job), Spending(job), trainer.guard):
+        trainer.add_callback(callback)
+    if not job.engine.is_deepspeed:  # which keeps gradients to itself
+        trainer.add_callback(FirstSteps())
+    start, patience = step_of(job.resume) if job.resume else 0, job.stretch.words.patience
+    if job.track and trainer.is_world_process_zero():
+        trainer.add_callback(Teller(job.track, start))
+    job.watch.begin(start, job.evaluations)
+    if start >= len(job.plan) or job.watch.waited(patience):
+        trainer._load_from_checkpoint(str(job.resume))
+        done = start
+    else:
+        if trainer.args.should_save:
+            check_space(job.checkpoints, job.model)
+        if halt.is_short:
+            console.notice(
+                say(
+                    f"one step is taken and saved: the time that is left would not do for two saves of {halt.save:.0f} s, the "
+                    "guess until one has been seen; each command goes a step further",
+                    f"只走一步就保存：剩余时间不够两次保存（每次先按 {halt.save:.0f} 秒估计）；每次命令前进一步",
+                )
+            )
+        trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
+        done = trainer.state.global_step
+        if trainer.guard.leaves(trainer.args.device):
+            raise Interrupted(
+                say(
+                    f"stopped ({halt.why or 'by another process'}); {last_of(job.checkpoints)}; the same command continues",
+                    f"已停止（{halt.why or '由其他进程'}）；{last_of(job.checkpoints)}；用同一命令可以继续",
+                ),
+                place=say(f"step {job.watch.before_steps + done}", f"第 {job.watch.before_steps + done} 步"),
+            )
+        if 0 < done - start <= trainer.guard.skipped:
+            raise NumbersError(
+                say("fp16 overflowed in every step, and none was taken", "fp16 每一步都溢出，没有一步更新了权重"),
+                place="precision: fp16",
+                remedy=say("precision: bf16 (or fp32, where there is none)", "precision: bf16（不支持时用 fp32）"),
+            )
+        if trainer.guard.skipped:
+            console.notice(
+                say(
+                    f"fp16 overflowed in {trainer.guard.skipped} steps, which were left out",
+                    f"fp16 有 {trainer.guard.skipped} 步溢出，已跳过",
+                )
+            )
+    if patience and (best := job.watch.best) and best[0] != done:
+        console.notice(say(f"the weights of step {best[0]}, the best, are taken", f"取第 {best[0]} 步（最佳）的权重"))
+        if problem := damage(job.checkpoints / f"checkpoint-{best[0]}"):
+            raise ArtifactError(
+                problem,
+                place=str(job.checkpoints / f"checkpoint-{best[0]}"),
+                remedy=say("--again begins anew", "--again 重新开始"),
+            )
+        trainer._load_from_checkpoint(str(job.checkpoints / f"checkpoint-{best[0]}"))
+    if patience and job.watch.not_beaten:
+        job.tell(job.watch.not_beaten)
+    if (name := first_not_finite(job.model)) is not None:
+        raise NumbersError(say("weights are not finite after the run", "训练后权重含非有限值"), place=name)
+    return done
+
+
+def steps_of(amount: float, total: int) -> int:
+    """A share (below 1) or a number of steps."""
+    return round(amount * total) if amount < 1 else int(amount)
+
+
+def unreached_rate(section: Training, steps: int) -> str:
+    """What keeps the learning rate from its peak in so few steps; empty if nothing does."""
+    warm, decay = steps_of(section.warmup, steps), steps_of(section.decay, steps) if section.schedule == "wsd" else 0
+    if not steps or warm + decay <= steps:
+        return ""
+    if warm >= steps:
+        return say(
+            f"warmup: {section.warmup:g} takes {warm} steps, and there are {steps}: the learning rate never reaches its peak",
+            f"warmup: {section.warmup:g} 需要 {warm} 步，而只有 {steps} 步：学习率到不了峰值",
+        )
+    return say(
+        f"warmup and decay take {warm} + {decay} steps, and there are {steps}: the learning rate never reaches its peak",
+        f"warmup 与 decay 需要 {warm} + {decay} 步，而只有 {steps} 步：学习率到不了峰值",
+    )
+
+
+def training_arguments(job: Job) -> TrainingArguments:
+    """The recipe's words as TrainingArguments; `trainer:` goes through as it is."""
+    section, plan = job.stretch.words, job.plan
+    total = len(plan)
+    if "8bit" in section.optimizer and importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingPackage("bitsandbytes", f"optimizer: {section.optimizer}", "qlora")
+    ours: dict[str, Any] = {
+        "output_dir": str(job.checkpoints),
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": plan.accumulate,
+        "max_steps": total,
+        "learning_rate": job.stretch.rate,
+        "optim": OPTIMIZERS.get(section.optimizer, "adamw_torch_fused"),
+        "lr_scheduler_type": SCHEDULES[section.schedule],
+        "warmup_steps": steps_of(section.warmup, total),
+        "weight_decay": section.weight_decay,
+        "max_grad_norm": section.max_grad_norm,
+        "bf16": job.dtype == torch.bfloat16 and job.engine.is_deepspeed,  # the others: see compute_loss
+        "fp16": job.dtype == torch.float16,
+        "logging_steps": section.log_every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": section.save_every,
+        "eval_strategy": "no",
+        "seed": job.seed,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "log_level": "error",
+        "use_cpu": not torch.accelerator.is_available(),  # said aloud: without it a CPU run under torchrun stays alone
+        **(job.track.arguments if job.track else {"report_to": "none"}),
+    }
+    if section.schedule == "wsd":
+        ours["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps_of(section.decay, total))}
+    words = ours | job.engine.arguments | section.trainer  # the recipe has refused what it says in its own words
+    try:
+        arguments = TrainingArguments(**words)
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+        if not section.trainer:
+            raise
+        raise _not_taken(section.trainer, error) from error
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: DataParallel would cut a pack in two (F-06)
+    return arguments
+
+
+class PlannedTrainer(Trainer):
+    """Trainer over a Plan."""
+
+    def __init__(self, job: Job, halt: Halt) -> None:
+        self.job, self.halt = job, halt
+        self.micro = MicroBatches(job.store, job.plan.flat(), packed=job.packed)
+        self._staging: Path | None = None
+        self.noise = Noise(job.model, job.stretch.words.neftune) if job.stretch.words.neftune else None
+        super().__init__(
+            model=job.model,
+            args=training_arguments(job),
+            train_dataset=self.micro,
+            processing_class=job.tokenizer,
+            optimizer_cls_and_kwargs=_muon(job) if job.stretch.words.optimizer == "muon" else None,
+        )
+        self.model_accepts_loss_kwargs = True  # the loss below is already scaled over the accumulation
+        self.guard = Guard(
+            job.plan,
+            job.store.origin,
+            self.accelerator.gather,
+            halt.wanted,
+            lambda: last_of(job.checkpoints),
+            job.watch.before_steps,
+            job.model.config.get_text_config().vocab_size,
+        )
+
+    @property
+    def _is_shared_adapter(self) -> bool:
+        return self.job.engine.name == "fsdp2" and is_peft_model(self.job.model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.job.engine.insist(self.accelerator)
+        self.is_fsdp_enabled = self.accelerator.is_fsdp2
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[Any, DataLoader]:
+        prepared: tuple[Any, DataLoader] = super()._prepare_for_training(*args, **kwargs)
+        self.job.engine.prove(self.model_wrapped, self.model, self.optimizer)
+        return prepared
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The plan's micro-batches in their order; accelerate deals them to the ranks one by one."""
+        loader = DataLoader(self.micro, batch_size=1, sampler=SequentialSampler(self.micro), collate_fn=_only)
+        return self.accelerator.prepare(loader)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
+        """Learned tokens of the whole optimizer step, over its micro-batches and all ranks."""
+        count = torch.tensor(sum(batch["learned"] for batch in batch_samples), device=device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        # accelerate's own autocast would make an fp32 copy of all logits, the largest tensor of many runs.
+        half = self.job.dtype == torch.bfloat16 and not self.job.engine.is_deepspeed
+        with (
+            torch.autocast(self.args.device.type, torch.bfloat16, enabled=half),
+            self.noise.scaled_for(inputs) if self.noise else nullcontext(),
+        ):
+            # DDP averages the ranks' gradients, so each rank's part of the mean is multiplied by their number.
+            mean, nats = self.job.loss(model, inputs, self.args.world_size / num_items_in_batch)
+        self.guard.note(nats.sum(), num_items_in_batch)
+        if self.job.budget and self.job.spends:
+            mean = mean + self.job.budget.penalty() / self.job.plan.accumulate
+        return mean
+
+    def log(self, logs: dict[str, float], *rest: Any) -> None:
+        """What was scored on the way is told with the loss of its step."""
+        super().log({**logs, **{f"eval_{name}": score for name, score in self.job.watch.scores.items()}}, *rest)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The last moment before the step is taken."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.guard.look(self.state.global_step, norm, model, scaled=self.accelerator.mixed_precision == "fp16")
+        return norm
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        words = self.job.stretch.words.trainer
+        try:
+            optimizer = super().create_optimizer(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            if not words:
+                raise
+            raise _not_taken(words, error) from error
+        self._set_embeddings_apart(optimizer)
+        inside = {id(part) for group in optimizer.param_groups for part in group["params"]}
+        lost = [
+            name for name, part in self.job.model.named_parameters() if part.requires_grad and id(part) not in inside
+        ]
+        if lost or not inside:
+            raise NumbersError(
+                say(f"{len(lost)} trainable tensors are not in the optimizer", f"{len(lost)} 个可训练张量不在优化器中"),
+                place=lost[0] if lost else "optimizer",
+            )
+        self._held = [list(group["params"]) for group in optimizer.param_groups]
+        return optimizer
+
+    def _set_embeddings_apart(self, optimizer: torch.optim.Optimizer) -> None:
+        """A group of their own with their own rate. Weight decay would move rows that have no gradient."""
+        apart, guarded = {id(part) for part in self.job.embeddings}, {id(part) for part in self.job.guarded}
+        for group in list(optimizer.param_groups):
+            for chosen in (guarded, apart - guarded):
+                mine = [part for part in group["params"] if id(part) in chosen]
+                if not mine:
+                    continue
+                group["params"] = [part for part in group["params"] if id(part) not in chosen]
+                decay = 0.0 if chosen is guarded else group["weight_decay"]
+                rate = self.job.stretch.embedding_rate
+                optimizer.add_param_group({**group, "params": mine, "lr": rate, "weight_decay": decay})
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.job.engine.name == "fsdp2":
+            # accelerate finds the shards of an optimizer's parameters by their addresses, and empty shards share one.
+            for group, parameters in zip(self.optimizer.param_groups, self._held, strict=True):
+                group["params"] = parameters
+        if self.job.stretch.words.schedule == "warmup_lr":
+            warm = max(2, self.args.get_warmup_steps(num_training_steps))
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: min(1.0, math.log(step + 1) / math.log(warm))
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.job.budget:
+            self.job.budget.load(Path(resume_from_checkpoint))
+        elif self.deepspeed:
+            deepspeed_load_checkpoint(self.deepspeed, resume_from_checkpoint, load_module_strict=False)
+        elif self._is_shared_adapter:
+            file = Path(resume_from_checkpoint) / FSDP_FILE
+            scatter(self.job.model, torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The memory comes from the checkpoint; the rate and the other words from the recipe, which a fork has changed."""
+        words = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
+        bases = list(self.lr_scheduler.base_lrs)
+        if self.args.device.type == "cpu":
+            _know_the_numbered_cpu()
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        scheduler.base_lrs = bases
+        scheduler._last_lr = [
+            base * shape(scheduler.last_epoch) for base, shape in zip(bases, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, own, rate in zip(self.optimizer.param_groups, words, scheduler._last_lr, strict=True):
+            group.update({**own, "lr": rate})
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or self.args.output_dir)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """All processes write into the staging folder, and the first commits it: a checkpoint is whole or not there."""
+        folder, began = Path(self.args.output_dir), time.time()
+        self._check_state()
+        if self.args.should_save:
+            check_space(folder, self.job.model)
+            stage(folder)
+        self.accelerator.wait_for_everyone()
+        self._staging = folder / STAGING
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staged, self._staging = self._staging / f"checkpoint-{self.state.global_step}", None
+        if self._is_shared_adapter:
+            # accelerate leaves out what rests in this stretch, though one before it has trained it, and tied names.
+            whole = gather(self.job.model, self.job.learners)
+            if self.args.should_save:
+                torch.save(whole, staged / FSDP_FILE)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            check_adapter_saved(staged)
+            if self.job.budget:
+                self.job.budget.save(staged)
+            words, best = self.job.stretch.words, self.job.watch.best
+            if self.job.watch.file.is_file():
+                artifact.sync_file(self.job.watch.file)
+            told = {**self.job.told, "evaluations": self.job.watch.evaluations}
+            commit(staged, folder, told, words.keep_checkpoints, best[0] if best and words.patience else None)
+        self.accelerator.wait_for_everyone()
+        self.halt.saved(time.time() - began)
+
+    def _check_state(self) -> None:
+        """Raise NumbersError, on all processes, when anything that would be saved is not finite on one of them."""
+        bad = first_not_finite(self.job.model, self.optimizer)
+        found = torch.tensor([float(bad is not None)], device=self.args.device)
+        if bool(self.accelerator.gather(found).any()):
+            raise NumbersError(
+                say("weights or optimizer state are not finite; nothing was saved", "权重或优化器状态非有限，未保存"),
+                place=say(f"step {self.state.global_step}", f"第 {self.state.global_step} 步") + f" · {bad or '?'}",
+                remedy=last_of(self.job.checkpoints),
+            )
+
+
+def _muon(job: Job) -> tuple[Any, dict[str, Any]]:
+    """torch's Muon, which orthogonalises the update of a matrix. Raises RecipeError where something else would learn."""
+    whole = {id(part) for part in job.embeddings}
+    for name, part in job.model.named_parameters():
+        if part.requires_grad and (part.dim() != 2 or id(part) in whole or "embed" in name or "lm_head" in name):
+            raise RecipeError(
+                say(
+                    f"muon trains matrices of hidden layers, and {name} {tuple(part.shape)} is none",
+                    f"muon 只训练隐藏层矩阵，而 {name} {tuple(part.shape)} 不是",
+                ),
+                place="optimizer",
+                remedy="optimizer: adamw",
+            )
+    return torch.optim.Muon, {"lr": job.stretch.rate, "weight_decay": job.stretch.words.weight_decay}
+
+
+class Evaluations(TrainerCallback):
+    """Scores the held-out set every `evaluate_every` steps, and before the next phase begins, without disturbing the run's
+    random numbers. With `patience` the best one is a checkpoint, and too many without a better one end the run."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        words, watch = self.job.stretch.words, self.job.watch
+        every, step = words.evaluate_every, state.global_step
+        ends_phase = step == len(self.job.plan) and watch.before_steps + step < len(watch.tokens)
+        if not (every and self.job.evaluate and (step % every == 0 or ends_phase)):
+            return
+        with torch.random.fork_rng():
+            scores = self.job.evaluate(watch.before_steps + state.global_step)
+        watch.on_scores(state.global_step, scores)
+        control.should_log = True
+        if words.patience and watch.best:
+            control.should_training_stop |= watch.waited(words.patience)
+            control.should_save |= control.should_training_stop or watch.best[0] == state.global_step
+
+
+class Spending(TrainerCallback):
+    """Calls the budget's own step, while the gradients are still there."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.job.budget and self.job.spends:
+            self.job.budget.spend(state.global_step)
+
+
+@cache
+def _know_the_numbered_cpu() -> None:
+    """transformers 5.17 asks for what a CPU saved on "cpu:0", which torch cannot place. Once: torch sorts what is registered."""
+    torch.serialization.register_package(
+        30, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
+
+
+def _not_taken(words: Mapping[str, Any], error: Exception) -> RecipeError:
+    return RecipeError(
+        say(
+            f"transformers does not take {words}: {first_line(error)}",
+            f"transformers 不接受 {words}：{first_line(error)}",
+        ),
+        place="trainer",
+        remedy=say("correct the value, or leave the word out", "请改正取值，或删去该项"),
+    )
+
+
+def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
+    return batch[0]

@@ -1,1 +1,0 @@
-"""What talks with people. Knows only the callables that a stage hands it."""

@@ -1,0 +1,1 @@
+"""Jobs that several packages share in: the pipeline, training, tokenized data, evaluation, the chat model."""

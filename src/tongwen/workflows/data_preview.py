@@ -1,0 +1,151 @@
+"""A look at data before anything is made of it: what a file is, which rows fail and why, and what would be learned of it.
+
+`look` shows the samples of a recipe, the page those of a file; both colour them here.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tongwen.core import console
+from tongwen.core import html as page
+from tongwen.core.errors import RowRefused
+from tongwen.core.i18n import say
+from tongwen.core.records import Dialogue, Document
+from tongwen.data import formats, prepare_steps
+from tongwen.data import token_store as stores
+from tongwen.data.clean import Cleaner, Dropped
+from tongwen.data.ledger import Ledger, Rejected, table_rows
+from tongwen.data.reader import read_rows
+from tongwen.data.token_store import TokenStore
+from tongwen.recipe.schema import Prepare, Pretrain, Sft, Source
+from tongwen.workflows.tokenized_data import Reader, read_dialogues, read_documents, say_mask
+
+SHOWN, ENCODED, PROBLEMS = 5, 200, 100  # samples that are shown and that are tried, rows that are listed
+EXCERPT = 160  # characters of a row
+
+
+Problem = tuple[int, str, str, str]  # row, reason, rule, the row itself
+
+
+@dataclass
+class Inspection:
+    """What a file holds: its first rows that are taken, and its first that are not."""
+
+    kind: str
+    format: str
+    tally: prepare_steps.Tally
+    problems: list[Problem] = field(default_factory=list)
+    records: list[Document | Dialogue] = field(default_factory=list)
+
+
+def inspect(file: Path) -> Inspection:
+    """Read a whole file as `prepare` would, and compare nothing. Raises DataError for what is no data."""
+    source = Source(path=str(file))
+    kind = prepare_steps.kind_of(file, source)
+    section = Prepare.model_validate({kind: [source]})
+    part = prepare_steps.Part(0, kind, "train", 0, source, file)
+    first = next(read_rows(file, source))
+    name = "text" if kind == "documents" else formats.recognise_row(first, source)
+    found = Inspection(kind, name, prepare_steps.Tally())
+    for raw, record in prepare_steps.iter_rows(part, section, Cleaner(section.clean, kind), lambda said: None):
+        found.tally.count(raw, record)
+        if not isinstance(record, (Dropped, RowRefused)):
+            if len(found.records) < ENCODED:
+                found.records.append(record)
+        elif len(found.problems) < PROBLEMS:
+            excerpt = raw.value if isinstance(raw.value, str) else json.dumps(raw.value, ensure_ascii=False)
+            found.problems.append((raw.row, record.reason, record.rule, excerpt[:EXCERPT]))
+    return found
+
+
+def as_html(found: Inspection) -> list[str]:
+    """Figures, ledger and problems, each a piece of a page."""
+    ledger = found.tally.ledger
+    facts = [
+        (found.format, say("format", "格式")),
+        (f"{ledger.things_in:,}", say("rows", "行")),
+        (f"{ledger.kept:,}", say("would be kept", "将保留")),
+        (f"{len(found.problems):,}" + ("+" if len(found.problems) == PROBLEMS else ""), say("problems", "问题")),
+        (console.human_bytes(ledger.size_in), say("of data", "数据量")),
+    ]
+    rows = table_rows(ledger.to_dict(), found.kind, say("kept", "保留"))
+    head = (say("ledger", "账目"), say("rows", "行"), say("bytes", "字节"))
+    pieces = [page.cards(facts), page.table(head, [(name, f"{count:,}", f"{size:,}") for name, count, size in rows])]
+    if found.problems:
+        pieces.append(f"<h3>{say('Rows that are not taken', '未采用的行')}</h3>{_problems(found.problems)}")
+    return pieces
+
+
+def samples_as_html(found: Inspection, base: str, template: str) -> str:
+    """The first records as a model will see them, learned tokens coloured. Only the model's tokenizer is opened."""
+    reader: Reader
+    if found.kind == "documents":
+        reader = read_documents(base, Pretrain())
+        stop = reader.end
+    else:
+        reader = dialogues = read_dialogues(base, Sft(template=template))
+        stop = int(dialogues.tokenizer.convert_tokens_to_ids(dialogues.template.stop))
+    rejected: list[Rejected] = []
+    store = stores.in_memory(reader.batches(iter(found.records), Ledger("rows", "tokens"), rejected.append))
+    lost = [(bad.origin.row, bad.reason, bad.rule, "") for bad in rejected]
+    trouble = (
+        f"<h3>{say('Rows that this model does not take', '此模型不采用的行')}</h3>{_problems(lost)}" if lost else ""
+    )
+    if not len(store):
+        return trouble
+    mask = reader.check(store, [])
+    shown = "".join(
+        f"<section class=qa><h3>{say('row', '第')} {store.origin(index).row}{say('', ' 行')} · {store.lengths[index]} {say('tokens', 'token')}</h3>"
+        f"<p class=tokens>{coloured(reader.tokenizer, store, index, stop)}</p></section>"
+        for index in range(min(SHOWN, len(store)))
+    )
+    first = say(f"Of the first {len(found.records)} rows: ", f"前 {len(found.records)} 行：")
+    return f"{trouble}<p class=soft>{first}{html.escape(say_mask(mask))}</p><p class=key>{key()}</p>{shown}"
+
+
+def key() -> str:
+    """What the colours of `coloured` mean."""
+    words = (
+        ("p", say("prompt", "提示")),
+        ("l", say("learned", "学习")),
+        ("s", say("stop token, learned", "停止符（学习）")),
+    )
+    return "".join(f"<span class={name}>{word}</span>" for name, word in words)
+
+
+def coloured(tokenizer: Any, store: TokenStore, index: int, stop: int) -> str:
+    """One sample as HTML, a span for each piece of text: prompt `p`, learned `l`, learned stop `s`."""
+    out = []
+    for text, token, learned in pieces(tokenizer, store, index):
+        kind = ("s" if token == stop else "l") if learned else "p"
+        out.append(f'<span class="{kind}" title="{token}">{html.escape(text)}</span>')
+    return "".join(out)
+
+
+def pieces(tokenizer: Any, store: TokenStore, index: int) -> Iterator[tuple[str, int, bool]]:
+    """(text, last id, learned) of one sample: tokens that together make whole characters are shown as one piece."""
+    waiting: list[int] = []
+    ids, learn = store.sample(index)
+    for token, learned in zip(ids.tolist(), learn.tolist(), strict=True):
+        waiting.append(token)
+        text = str(tokenizer.decode(waiting, clean_up_tokenization_spaces=False))
+        if not text.endswith("\ufffd"):
+            yield text, token, learned
+            waiting = []
+
+
+def _problems(rows: list[Problem]) -> str:
+    head = (say("row", "行"), say("reason", "原因"), say("rule", "说明"), say("content", "内容"))
+    cells = "".join(f"<th>{word}</th>" for word in head)
+    body = "".join(
+        f"<tr><td class=n>{row:,}</td><td>{html.escape(reason)}</td><td>{html.escape(rule)}</td>"
+        f"<td class=soft>{html.escape(excerpt)}</td></tr>"
+        for row, reason, rule, excerpt in rows
+    )
+    return f"<div class=scroll><table class=problems><tr>{cells}</tr>{body}</table></div>"

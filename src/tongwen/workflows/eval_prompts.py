@@ -1,0 +1,120 @@
+"""What a model is asked: the rows of a file as conversations up to where it answers, with the answer of the data where
+there is one.
+
+Every format that fine-tuning reads is read here too; beside these, plain lines, `prompt` alone, and conversations that end
+with a question. A row that cannot be read stops the command: a score over fewer rows would be another score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tongwen.core import console
+from tongwen.core.errors import DataError
+from tongwen.core.i18n import say
+from tongwen.core.records import Dialogue, Document, Origin
+from tongwen.data.files import find_files
+from tongwen.data.formats import read_dialogue, read_document, recognise, recognise_row, with_columns
+from tongwen.data.reader import read_rows
+from tongwen.data.row import RawRow
+from tongwen.recipe.schema import Source
+
+SHAPES = '{"prompt": "…"}   {"instruction": "…", "output": "…"}   {"messages": […]}'
+ANSWERS = ("output", "target", "completion", "response", "answer", "std_answer")
+
+
+@dataclass(frozen=True)
+class Question:
+    """messages: dictionaries with `role` and `content`; wanted: what the data answers; place: file and row."""
+
+    messages: list[dict[str, Any]]
+    wanted: str | None
+    place: str
+
+    @property
+    def last(self) -> str:
+        return str(self.messages[-1]["content"])
+
+
+def read_questions(source: Source) -> list[Question]:
+    """All rows of a file, folder or glob. Raises DataError at the first that is no question."""
+    return [_question(row, source) for row in _rows(source.model_copy(update={"records": source.records or "line"}))]
+
+
+def read_records(source: Source) -> list[Document | Dialogue]:
+    """Documents and answered dialogues, for those who score what stands there; a row whose answer is empty is left out, and
+    it is said. Raises DataError at the first that is neither."""
+    rows = list(_rows(source))
+    answered = [row for row in rows if not _is_unanswered(row.value)]
+    say_unanswered(len(rows) - len(answered), source.path)
+    return [_record(row, source) for row in answered]
+
+
+def say_unanswered(count: int, path: str) -> None:
+    """How many rows have no answer to compare with, if any."""
+    if count:
+        console.notice(
+            say(f"{path}: {count} rows have no answer and are not scored", f"{path}：{count} 行没有答案，不参与评分")
+        )
+
+
+def _rows(source: Source) -> Iterator[RawRow]:
+    for file in find_files(source.path):
+        for row in read_rows(file, source, console.notice):
+            if row.problem:
+                raise DataError(row.problem, place=_place(row))
+            yield row
+
+
+def _place(row: RawRow) -> str:
+    return f"{row.file}:{row.row}"
+
+
+def _question(row: RawRow, source: Source) -> Question:
+    messages = _unanswered(with_columns(row.value, source) if isinstance(row.value, dict) else None)
+    if messages:
+        return Question(messages, None, _place(row))
+    record = _record(row, source)
+    if isinstance(record, Document):
+        return Question([{"role": "user", "content": record.text}], None, _place(row))
+    turns = [message.to_dict() for message in record.messages]
+    return Question(turns[:-1], record.messages[-1].content, _place(row))
+
+
+def _record(row: RawRow, source: Source) -> Document | Dialogue:
+    origin = Origin(row.file, row.row)
+    try:
+        named = with_columns(row.value, source) if isinstance(row.value, dict) else row.value
+        if (source.format or recognise(named)) == "text":
+            return read_document(row.value, source, origin)
+        return read_dialogue(row.value, source.format or recognise_row(row, source), source, {}, origin)
+    except DataError as error:
+        raise DataError(
+            error.rule, place=error.place or _place(row), remedy="; ".join(filter(None, (SHAPES, error.remedy)))
+        ) from None
+
+
+def _unanswered(value: Any) -> list[dict[str, Any]]:
+    """The conversation of a row that holds no answer; nothing when it may hold one."""
+    if not isinstance(value, dict):
+        return []
+    turns = value.get("messages")
+    if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
+        asks = turns[-1].get("role") != "assistant" and all(isinstance(turn.get("content"), str) for turn in turns)
+        return list(turns) if asks else []
+    if not value.keys().isdisjoint(ANSWERS) and not _is_unanswered(value):
+        return []
+    prompt = next((value[key] for key in ("prompt", "instruction", "question", "query") if key in value), None)
+    if not isinstance(prompt, str) or not prompt.strip():
+        return []
+    more = value.get("input")
+    content = f"{prompt}\n{more}" if isinstance(more, str) and more.strip() else prompt
+    return [{"role": "user", "content": content}]
+
+
+def _is_unanswered(value: Any) -> bool:
+    """Whether a row has a place for an answer, and nothing stands there."""
+    answers = [value[key] for key in ANSWERS if key in value] if isinstance(value, dict) else []
+    return bool(answers) and all(isinstance(answer, str) and not answer.strip() for answer in answers)

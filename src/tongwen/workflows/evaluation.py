@@ -1,0 +1,296 @@
+"""An examination: papers are read before a model is opened, a model sits them, and what it gets is figures with their
+spread.
+
+Every paper gives each of its rows a few counts (see `infer.measures`); so two models that sat the same paper are compared
+row by row, also when one of them could not take a row.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tongwen.core.errors import DataError, MissingPackage, ModelError, NumbersError, RecipeError
+from tongwen.core.i18n import say
+from tongwen.core.records import Dialogue, Document
+from tongwen.data.files import find_files
+from tongwen.infer import metrics, multiple_choice
+from tongwen.infer.multiple_choice import Choice
+from tongwen.recipe.schema import Task
+from tongwen.workflows.chat_model import Speaker
+from tongwen.workflows.eval_prompts import Question, read_questions, read_records, say_unanswered
+from tongwen.workflows.likelihood import Likelihood
+
+Figures = Callable[[np.ndarray], dict[str, float]]
+Progress = Callable[[int], None]
+Ask = Callable[[Sequence[Sequence[Mapping[str, Any]]], Progress], list[str]]
+
+
+@dataclass
+class Marks:
+    """What a model got. counts: of each row that was scored; shown: what people read of each row; groups: of rows that
+    belong together, by name; notes: what is to be said."""
+
+    counts: dict[int, Sequence[float]] = field(default_factory=dict)
+    shown: dict[int, dict[str, Any]] = field(default_factory=dict)
+    groups: dict[str, list[int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def put(self, row: int, counts: Sequence[float], shown: dict[str, Any], group: str = "") -> None:
+        self.counts[row], self.shown[row] = counts, shown
+        if group:
+            self.groups.setdefault(group, []).append(row)
+
+    def table(self, rows: Sequence[int]) -> np.ndarray:
+        """(N, K)"""
+        return np.array([self.counts[row] for row in rows], np.float64)
+
+
+@dataclass(frozen=True)
+class Paper(ABC):
+    """One task with what is asked in it."""
+
+    task: Task
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def figures(self) -> Figures:
+        """Sums of counts -> figures, the main one first."""
+
+    @abstractmethod
+    def sit(self, speaker: Speaker, ask: Ask, progress: Progress) -> Marks:
+        """Have a model sit it. ask: gives the answer to each conversation."""
+
+    def result(self, marks: Marks) -> dict[str, Any]:
+        """What stands in scores.json. Raises DataError when no row could be scored."""
+        if not marks.counts:
+            raise DataError(say("no row could be scored", "没有一行可以评分"), place=self.task.title)
+        out = metrics.summarise(marks.table(sorted(marks.counts)), self.figures)
+        if len(marks.groups) > 1:
+            out["groups"] = {
+                name: {**self.figures(marks.table(rows).sum(axis=0)), "rows": len(rows)}
+                for name, rows in sorted(marks.groups.items())
+            }
+        return out
+
+    def change(self, before: Marks, after: Marks) -> dict[str, float]:
+        """The difference on the rows that both were scored on."""
+        both = sorted(before.counts.keys() & after.counts.keys())
+        return metrics.compare(before.table(both), after.table(both), self.figures)
+
+
+def read_paper(task: Task) -> Paper:
+    """The paper of a task. Raises DataError when its data cannot be read."""
+    if task.suite:
+        return SuitePaper(task)
+    assert task.data
+    if task.task == "multiple_choice":
+        return _read_choices(task)
+    if task.task in metrics.TEXT:
+        return TextPaper(task, _first(task, _answered(task, read_questions(task.data))))
+    return LikelihoodPaper(task, _first(task, read_records(task.data)))
+
+
+def _first(task: Task, rows: list[Any]) -> list[Any]:
+    return rows[: task.limit]
+
+
+def _answered(task: Task, questions: list[Question]) -> list[Question]:
+    """The questions whose answer is known. Raises DataError when there is none, or when an answer is not of the task's form."""
+    assert task.data
+    known = [one for one in questions if one.wanted is not None]
+    if not known:
+        raise DataError(
+            say(
+                f"{task.task} compares with an answer, and no row has one",
+                f"{task.task} 需要参考答案，而没有一行有答案",
+            ),
+            place=questions[0].place,
+            remedy='{"instruction": "…", "output": "…"}',
+        )
+    say_unanswered(len(questions) - len(known), task.data.path)
+    for one in known:
+        if problem := metrics.TEXT[task.task].check(str(one.wanted)):
+            raise DataError(problem, place=one.place, remedy=r'"北京_地名\n李白_人名"')
+    return known
+
+
+# -- answers -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextPaper(Paper):
+    """Questions whose answers are written out and compared with the data's."""
+
+    questions: list[Question]
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    @property
+    def figures(self) -> Figures:
+        return metrics.TEXT[self.task.task].figures
+
+    def sit(self, speaker: Speaker, ask: Ask, progress: Progress) -> Marks:
+        answers = ask([one.messages for one in self.questions], progress)
+        measure, marks = metrics.TEXT[self.task.task], Marks()
+        for row, (question, said) in enumerate(zip(self.questions, answers, strict=True)):
+            answered = metrics.Answered(question.last, metrics.without_thinking(said), str(question.wanted))
+            marks.put(row, measure.count(answered), answered._asdict())
+        return marks
+
+
+# -- options -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChoicePaper(Paper):
+    """Questions with options: the model's answer is the one that it holds to be the likeliest."""
+
+    choices: list[Choice]
+    examples: dict[str, list[Choice]]
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+    @property
+    def figures(self) -> Figures:
+        return metrics.accuracy_of
+
+    def sit(self, speaker: Speaker, ask: Ask, progress: Progress) -> Marks:
+        marks, judge = Marks(), Likelihood(speaker)
+        for row, one in enumerate(self.choices):
+            examples = self.examples.get(one.subject, [])[: self.task.shots]
+            if speaker.template is None:
+                asked, said = [{"role": "user", "content": multiple_choice.text(one, examples)}], one.layout.blank
+            else:
+                asked, said = multiple_choice.conversation(one, examples), ""
+            nats = judge.nats_of(asked, [said + letter for letter in one.letters])
+            _check_numbers(nats, self.task.title)
+            picked = int(np.argmin(nats))
+            shown = {"question": one.ask(), "answer": one.letters[picked], "wanted": one.letters[one.answer]}
+            marks.put(row, (float(picked == one.answer), 1.0), shown, one.subject)
+            progress(row + 1)
+        return marks
+
+
+def _read_choices(task: Task) -> ChoicePaper:
+    assert task.data
+    choices = [one for file in find_files(task.data.path) for one in multiple_choice.read_choices(file)]
+    examples: dict[str, list[Choice]] = {}
+    for file in find_files(task.examples) if task.examples else ():
+        for one in multiple_choice.read_choices(file):
+            examples.setdefault(one.subject, []).append(one)
+    short = sorted({one.subject for one in choices if len(examples.get(one.subject, ())) < task.shots})
+    if short:
+        raise DataError(
+            say(f"fewer than {task.shots} examples for {', '.join(short)}", f"{'、'.join(short)} 的示例少于 {task.shots} 道"),
+            place=str(task.examples),
+            remedy=say("the file of a subject is called as its questions are: SUBJECT_dev.csv", "示例文件与题目文件同名：科目_dev.csv"),
+        )  # fmt: skip
+    return ChoicePaper(task, _first(task, choices), examples)
+
+
+# -- likelihood ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LikelihoodPaper(Paper):
+    """Texts, and how well the model foresees them: documents whole, of dialogues the answers."""
+
+    records: list[Document | Dialogue]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def figures(self) -> Figures:
+        return metrics.LIKELIHOOD[self.task.task]
+
+    def sit(self, speaker: Speaker, ask: Ask, progress: Progress) -> Marks:
+        marks, judge = Marks(), Likelihood(speaker)
+        for row, record in enumerate(self.records):
+            counts = judge.score(record)
+            if counts is not None:
+                _check_numbers(np.array(counts), self.task.title)
+                is_text = isinstance(record, Document)
+                text = record.text if isinstance(record, Document) else record.messages[-1].content
+                marks.put(row, counts, {"wanted": text}, "documents" if is_text else "dialogues")
+            progress(row + 1)
+        if missing := len(self.records) - len(marks.counts):
+            marks.notes.append(
+                say(
+                    f"{missing} dialogues are longer than the model sees, or refused by its template; they are not scored",
+                    f"{missing} 个对话超出模型长度或被模板拒绝，不参与评分",
+                )
+            )
+        return marks
+
+
+# -- suites --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SuitePaper(Paper):
+    """A suite of EleutherAI's harness, which brings questions and scorer; `data` is a folder with tasks of one's own."""
+
+    def __len__(self) -> int:
+        return 1
+
+    @property
+    def figures(self) -> Figures:
+        return metrics.score_of
+
+    def sit(self, speaker: Speaker, ask: Ask, progress: Progress) -> Marks:
+        try:
+            from lm_eval import simple_evaluate
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+        except ImportError:
+            raise MissingPackage("lm_eval", self.task.suite, "lm-eval") from None
+        manager = TaskManager(include_path=self.task.data.path if self.task.data else None)
+        if not manager.match_tasks([self.task.suite]):
+            raise RecipeError(
+                say("the harness has no such task", "其中没有这个任务"),
+                place=self.task.suite,
+                remedy="lm-eval ls tasks",
+            )
+        tokenizer = speaker.voice.tokenizer
+        found = simple_evaluate(
+            model=HFLM(pretrained=speaker.voice.model, tokenizer=tokenizer),
+            tasks=[self.task.suite],
+            num_fewshot=self.task.shots or None,
+            limit=self.task.limit,
+            apply_chat_template=speaker.template is not None and bool(tokenizer.chat_template),
+            task_manager=manager,
+            bootstrap_iters=0,
+        )
+        marks = Marks()
+        for name, samples in sorted(found["samples"].items()):
+            for sample in samples:
+                value = sample[sample["metrics"][0]]
+                if not isinstance(value, (int, float)):
+                    raise ModelError(
+                        say(
+                            f"{sample['metrics'][0]} is no figure of a single row",
+                            f"{sample['metrics'][0]} 不是逐行的分数",
+                        ),
+                        place=name,
+                    )
+                marks.put(len(marks.counts), (float(value), 1.0), {"wanted": str(sample["target"])}, name)
+        progress(1)
+        return marks
+
+
+def _check_numbers(values: np.ndarray, place: str) -> None:
+    if not np.isfinite(values).all():
+        raise NumbersError(
+            say("the model gives NaN logits", "模型输出了 NaN"), place=place, remedy="precision: fp32 / bf16"
+        )

@@ -1,0 +1,280 @@
+"""What a training stage will need, before it needs it: a step of its own model is rehearsed on shapes alone.
+
+Layers are alike, so a deep model is rehearsed with a few of them, twice, and the rest follows. Where a model cannot be
+rehearsed (its shapes depend on values), a formula for Llama-like layers stands in, and that is said.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import tongwen.workflows.training.job  # noqa: F401 (all that training imports is in memory from here on)
+from tongwen.model.adapters import attach as adapting
+from tongwen.model.adapters.chain import open_stack
+from tongwen.model.kernels import packed_attention
+from tongwen.model.kernels.checkpointing import recompute
+from tongwen.model.kernels.fused_blocks import LEAN, fuse_blocks
+from tongwen.model.kernels.loss import head_rows, learned_loss, spare_head
+from tongwen.model.loading import load
+from tongwen.recipe.schema import Adapter, Part
+from tongwen.train.audit import to_device
+from tongwen.train.memory import (
+    ALONE,
+    CUDA_CONTEXT,
+    QUANTIZED,
+    STATE_BYTES,
+    Shape,
+    Sharing,
+    kept_for_backward,
+    rough_shape,
+)
+from tongwen.train.memory_trace import AT_ANY_DEPTH, LOGIT, rehearse
+from tongwen.train.packing import MicroBatches, Plan
+
+ALIKE, ALTERNATING = (2, 4), (4, 8)  # layers that are rehearsed of a deeper model
+PURPOSES = ("weights", "gradients", "optimizer", "activations", "head")
+LIBRARIES = psutil.Process().memory_info().rss
+
+
+@dataclass(frozen=True)
+class Micro:
+    """The fullest micro-batch. lengths: tokens of its documents; rows: learned tokens; passes: micro-batches per step."""
+
+    lengths: Sequence[int]
+    rows: int
+    passes: int
+
+    def cut(self, tokens: int) -> Micro:
+        """One document of so many tokens instead."""
+        return Micro((tokens,), self.rows * tokens // sum(self.lengths), max(self.passes, 2))
+
+
+class Quantised(torch.nn.Linear):
+    """In the place of a quantised layer, which `fuse_blocks` leaves as it is."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is trained. parts: all that some phase trains; dtype: what is computed in; device: cpu, cuda, ...; sharing:
+    what of it falls to each process; rows: of new pieces, which learn one by one."""
+
+    adapter: Adapter
+    parts: Collection[Part]
+    dtype: torch.dtype
+    device: str
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+    sharing: Sharing = ALONE
+    rows: int = 0
+
+    @property
+    def quantize(self) -> str:
+        return self.adapter.quantize if self.adapter.method == "qlora" else ""
+
+
+def shape_of(config: Any, setting: Setting) -> Shape:
+    """Counts and widths of the adapted model."""
+    rough = rough_shape(config)
+    model = _skeleton(config, setting)[0].model
+    parameters = sum(part.numel() for part in model.parameters())
+    of_layers = [
+        sum(part.numel() for part in module.parameters())
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    ] or [parameters // rough.layers]
+    return replace(
+        rough,
+        parameters=parameters,
+        trainable=sum(part.numel() for part in model.parameters() if part.requires_grad),
+        of_layer=max(of_layers),
+        outside=max(parameters - sum(of_layers), 0),
+    )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """bytes: by purpose, and their sum `peak`; rehearsed: whether they were counted, or come from a formula."""
+
+    shape: Shape
+    bytes: dict[str, int]
+    rehearsed: bool
+
+
+def foresee(config: Any, setting: Setting, micro: Micro) -> Needs:
+    """What a process needs that trains this model so."""
+    shape = shape_of(config, setting)
+    layers = shape.layers
+    try:
+        few, more = _few(config)
+        if layers <= more:
+            parts = _rehearsed(config, setting, micro, layers)
+        else:
+            small, large = (_rehearsed(config, setting, micro, count) for count in (few, more))
+            parts = [_grown(small[part], large[part], (layers - more) / (more - few)) for part in AT_ANY_DEPTH]
+        rehearsed = True
+    except (RuntimeError, TypeError, AttributeError, KeyError):  # what an unknown model's code raises without values
+        parts, rehearsed = [_by_formula(config, setting, micro, shape)], False
+    width, state = setting.dtype.itemsize, STATE_BYTES[setting.optimizer] * shape.trainable
+    frozen = QUANTIZED[setting.quantize] if setting.quantize else width
+    found = [
+        setting.sharing.of({**dict.fromkeys(PURPOSES, 0), **part, "optimizer": state}, shape, width, frozen)
+        for part in parts
+    ]
+    fullest = max(found, key=lambda part: sum(part.values()))
+    needs = {"libraries": LIBRARIES if setting.device == "cpu" else CUDA_CONTEXT, **fullest}
+    return Needs(shape, {**needs, "peak": sum(needs.values())}, rehearsed)
+
+
+def _rehearsed(config: Any, setting: Setting, micro: Micro, layers: int) -> list[dict[str, int]]:
+    adapted, matrices = _skeleton(_cut(config, layers), setting)
+    model = adapted.model
+    if not getattr(model, "_supports_attention_backend", False):
+        raise TypeError("its attention is its own")
+    if setting.checkpointing:
+        recompute(model, preserve_rng_state=False)  # there is none to keep among tensors without values
+    parts = rehearse(
+        model,
+        micro.lengths,
+        _spare(model, setting, micro.rows),
+        learned_loss,
+        model.get_output_embeddings(),
+        lambda model: _prepare(model, setting),
+        layers=layers,
+        dtype=setting.dtype,
+        passes=micro.passes,
+    )
+    if setting.quantize:
+        width, spared = setting.dtype.itemsize, sum(matrices)
+        for part in filter(None, parts):  # one that a step does not have is empty
+            part["weights"] -= int(spared * (width - QUANTIZED[setting.quantize]))
+            part["activations"] += max(matrices, default=0) * width  # the one that is de-quantised at the time
+    return parts
+
+
+def _prepare(model: Any, setting: Setting) -> None:
+    """As the stage does before its first step."""
+    model.set_attn_implementation(packed_attention.register())
+    model.config.use_cache = False
+    model.train()
+    if setting.sharing.is_whole and setting.dtype in LEAN.get(setting.device, ()):
+        fuse_blocks(model, is_same=lambda *_: True)
+
+
+def _spare(model: Any, setting: Setting, rows: int) -> int:
+    """Spare the head where the stage does; returns how many of so many rows of logits exist together then."""
+    if setting.sharing.is_whole and setting.dtype != torch.float16 and spare_head(model, None):
+        return min(rows, head_rows(setting.device))
+    return rows
+
+
+def foresee_files(config: Any, setting: Setting, phases: Sequence[Collection[Part]]) -> tuple[int, list[int]]:
+    """(bytes of the result's weights, bytes of a checkpoint in each phase): the weights that peft or transformers saves, and the
+    optimizer's memory of what the phase trains."""
+    adapted, _ = _skeleton(config, setting)
+    whole = sum(part.numel() for part in adapted.model.parameters())
+    if hasattr(adapted.model, "peft_config"):  # which saves both names of a tied matrix that it has copied
+        named = adapted.model.named_parameters(remove_duplicate=False)
+        saved = 4 * sum(part.numel() for _, part in named if part.requires_grad)
+    else:
+        saved = 4 * whole
+    state = STATE_BYTES[setting.optimizer] + 4 * setting.sharing.engine.startswith("zero")  # and the fp32 originals
+    sizes = []
+    for parts in phases:
+        adapted.focus(parts)
+        learning = sum(part.numel() for part in adapted.model.parameters() if part.requires_grad)
+        sizes.append(saved + state * learning)
+    result = whole * getattr(config.dtype, "itemsize", 4) if adapted.has_rows_alone else saved
+    return result, sizes
+
+
+def _skeleton(config: Any, setting: Setting) -> tuple[adapting.Adapted, list[int]]:
+    """The adapted model on the meta device, and the sizes of the matrices that a quantised base has quantised."""
+    model = load.make_skeleton(config).to(adapting.kept_in(setting.parts, setting.dtype))
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    if setting.quantize:
+        for module in linear:
+            module.__class__ = Quantised
+    adapter = setting.adapter.model_copy(update={"continue_from": None})  # the same shapes, and its files stay closed
+    with torch.device("meta"), load.quiet():
+        rows = list(range(setting.rows))
+        adapted = adapting.adapt(model, adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
+    return adapted, [module.weight.numel() for module in linear]
+
+
+def _cut(config: Any, layers: int) -> Any:
+    """The config with so many layers."""
+    cut = deepcopy(config)
+    text = cut.get_text_config()
+    whole = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == whole:  # one entry for each layer
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return cut
+
+
+def _few(config: Any) -> tuple[int, int]:
+    kinds = getattr(config.get_text_config(), "layer_types", None) or [""]
+    return ALIKE if len({*kinds}) == 1 else ALTERNATING
+
+
+def _grown(small: dict[str, int], large: dict[str, int], times: float) -> dict[str, int]:
+    """From few layers to all of them: times as much more again as lies between the two."""
+    return {purpose: round(size + (size - small.get(purpose, 0)) * times) for purpose, size in large.items()}
+
+
+def _by_formula(config: Any, setting: Setting, micro: Micro, shape: Shape) -> dict[str, int]:
+    adapted, matrices = _skeleton(config, setting)
+    model = adapted.model
+    width = setting.dtype.itemsize
+    weights = sum(part.numel() * (4 if part.requires_grad else part.itemsize) for part in model.parameters())
+    if setting.quantize:
+        weights -= int(sum(matrices) * (width - QUANTIZED[setting.quantize]))
+    return {
+        "weights": weights,
+        "gradients": 4 * shape.trainable,
+        "activations": sum(micro.lengths) * kept_for_backward(shape, checkpointing=setting.checkpointing) * width,
+        "head": _spare(model, setting, micro.rows) * shape.vocabulary * LOGIT[setting.dtype],
+    }
+
+
+def measure(place: load.Place, setting: Setting, store: Any, plan: Plan) -> tuple[float, float]:
+    """Seconds of a token through the model and back, and of a step of the optimizer: one micro-batch of the plan, on the
+    real weights, after another to warm up."""
+    model, _ = open_stack(place, adapting.kept_in(setting.parts, setting.dtype), setting.quantize)
+    rows = list(range(min(setting.rows, len(model.get_input_embeddings().weight))))  # those to come are not there yet
+    adapted = adapting.adapt(model, setting.adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
+    for part in adapted.learners:
+        part.data = part.data.float()
+    if not setting.quantize:
+        adapted.model.to(setting.device)
+    _prepare(adapted.model, setting)
+    _spare(adapted.model, setting, 0)
+    if setting.checkpointing:
+        recompute(adapted.model)
+    optimizer = torch.optim.AdamW(adapted.learners, lr=0.0)
+    batch = to_device(MicroBatches(store, [plan.micro[0][0]], packed=True)[0], adapted.model)
+    for _ in range(2):
+        began = time.monotonic()
+        with torch.autocast(setting.device, setting.dtype, enabled=setting.dtype != torch.float32):
+            learned_loss(adapted.model, batch)[0].backward()
+        turned = _now(setting.device)
+        optimizer.step()
+        ended = _now(setting.device)
+    return (turned - began) / batch["tokens"], ended - turned
+
+
+def _now(device: str) -> float:
+    """The time when the device has done what it was told."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.monotonic()

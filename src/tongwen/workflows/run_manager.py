@@ -1,0 +1,179 @@
+"""Runs from outside: started as processes of their own, watched by what they write, asked to stop, taken up again.
+
+Nothing is remembered but what lies in the run's folder: the lock says who runs, `run.log` what was said, `metrics.jsonl`
+how it goes. So whoever watches may go away and come back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tongwen.core import artifact, console
+from tongwen.core.errors import MachineError, TongwenError
+from tongwen.core.i18n import language, say
+from tongwen.recipe.load import load
+from tongwen.train.metrics import read_metrics
+from tongwen.workflows.pipeline import TRAINING, holder
+
+LOG = "run.log"
+TAIL = 16_000  # bytes of it that are shown
+WAIT_SECONDS = 60.0  # for a run to take its lock, on a machine that has other work too
+
+
+def start(arguments: Sequence[str], out: Path) -> None:
+    """`tongwen run ARGUMENTS` in a session of its own, its words in OUT/run.log. Returns when it has begun.
+
+    Raises MachineError when one runs there already, or when it ends before it has begun, with what it said.
+    """
+    if holder(out):
+        raise MachineError(say("this run is running", "该训练正在运行"), place=str(out))
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOG).open("ab") as log:
+        begun = log.tell()
+        process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "tongwen", "run", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "100", "TONGWEN_LANG": language()},
+        )
+    ends = time.monotonic() + WAIT_SECONDS
+    while holder(out) != process.pid and process.poll() is None and time.monotonic() < ends:
+        time.sleep(0.05)
+    if process.poll():
+        said = (out / LOG).read_bytes()[begun:].decode("utf-8", "replace").strip()
+        raise MachineError(say(f"it ended at once: {said}", f"立即结束：{said}"), place=str(out))
+
+
+def stop(out: Path) -> None:
+    """Ask a run to end; one that trains saves first. Raises MachineError when none runs there."""
+    running = holder(out)
+    if not running:
+        raise MachineError(say("nothing runs here", "此处没有正在运行的训练"), place=str(out))
+    with suppress(psutil.Error):
+        psutil.Process(running).terminate()  # it passes that on to the processes that it waits for
+
+
+def resume(out: Path) -> None:
+    """Go on with a run by the recipe that stands in its folder."""
+    start([str(out / "recipe.yaml")], out)
+
+
+def compare(outs: Sequence[Path]) -> str:
+    """The page of `tongwen show RUN1 RUN2`. Raises MachineError with what the command says when there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "compared.html"
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, "-m", "tongwen", "show", *map(str, outs), "--html", str(page)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "TONGWEN_LANG": language()},
+        )
+        if not page.is_file():
+            raise MachineError(done.stderr.strip() or say("two runs are needed", "需要两个训练"))
+        return page.read_text(encoding="utf-8")
+
+
+def facts(out: Path) -> list[tuple[str, str]]:
+    """(value, label): how it stands, and the last figures of what trains."""
+    running = holder(out)
+    rows = [(_state(out, running), say("state", "状态"))]
+    stage, lines = next(reversed([*_metrics(out)]), ("", []))
+    if lines:
+        last = lines[-1]
+        rows += [
+            (f"{last['step']}", say(f"step of {stage}", f"{stage} 步数")),
+            (f"{last['loss']:.3f}", say("loss", "损失")),
+            (f"{last['learning_rate'] or 0:.2e}", say("learning rate", "学习率")),
+            (console.human_count(round(last["tokens_per_second"])), say("tokens per second", "token / 秒")),
+            (console.human_time(last["seconds"]), say("training time", "训练时间")),
+        ]
+    if running:
+        rows.append((console.human_bytes(_memory(running)), say("memory now", "当前内存")))
+    return rows
+
+
+def curves(out: Path) -> list[tuple[str, list[tuple[float, float]], bool]]:
+    """(title, points over steps, whether they scatter) of the loss, what is held out, and the learning rate."""
+    names = {
+        "loss": say("loss", "损失"),
+        "bits_per_byte": say("held-out bits per byte", "留出集 bits per byte"),
+        "learning_rate": say("learning rate", "学习率"),
+    }
+    found = []
+    for stage, lines in _metrics(out):
+        for key, name in names.items():
+            points = [(float(line["step"]), float(line[key])) for line in lines if line.get(key) is not None]
+            if len(points) > 1:
+                found.append((f"{stage} · {name}", points, key == "loss"))
+    return found
+
+
+def log(out: Path) -> str:
+    """Its last words."""
+    file = out / LOG
+    if not file.is_file():
+        return ""
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - TAIL))
+        return stream.read().decode("utf-8", "replace").lstrip("\ufffd")
+
+
+def samples(out: Path) -> list[dict[str, str]]:
+    """Questions with their answers before and after, of the last training stage that has finished."""
+    for stage in reversed(TRAINING):
+        file = out / stage / "report.json"
+        if file.is_file():
+            return list(json.loads(file.read_text(encoding="utf-8")).get("samples") or [])
+    return []
+
+
+def reports(out: Path) -> list[Path]:
+    """Of the stages that have finished; what is unfinished has another name in a moment."""
+    return [file for file in sorted(out.glob("*/report.html")) if file.parent.suffix != ".partial"]
+
+
+def _metrics(out: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """(stage, lines of metrics.jsonl) of each training stage that has begun."""
+    for stage in TRAINING:
+        for folder in (out / stage, artifact.partial_of(out / stage)):
+            if lines := read_metrics(folder / "metrics.jsonl"):
+                yield stage, lines
+                break
+
+
+def _state(out: Path, running: int | None) -> str:
+    if running:
+        under_way = sorted(out.glob("*.partial"), key=lambda folder: folder.stat().st_mtime)
+        stage = under_way[-1].name.removesuffix(".partial") if under_way else ""
+        return say(f"running {stage}", f"运行中 {stage}").strip()
+    try:
+        recipe, _ = load(out / "recipe.yaml")
+        finished = all(artifact.find(out / stage) for stage in recipe.stages)
+    except TongwenError:
+        finished = False
+    return say("finished", "已完成") if finished else say("stopped", "已停止")
+
+
+def _memory(running: int) -> int:
+    """Resident bytes of a process and its children."""
+    total = 0
+    with suppress(psutil.Error):
+        process = psutil.Process(running)
+        for one in (process, *process.children(recursive=True)):
+            with suppress(psutil.Error):
+                total += one.memory_info().rss
+    return total

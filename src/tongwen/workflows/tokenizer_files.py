@@ -1,0 +1,427 @@
+"""A tokenizer by name, of whichever kind: opened, extended, and written as the files that its family has.
+
+Two kinds can take new pieces. A SentencePiece model (`tokenizer.model`: LLaMA, Mistral) is the authority, and the fast
+form is made from it; byte-level BPE (Llama-3, Qwen, SmolLM2) has only its tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from tongwen.core import console
+from tongwen.core.artifact import write_json
+from tongwen.core.errors import ModelError, RecipeError, RowRefused
+from tongwen.core.i18n import say
+from tongwen.core.records import Dialogue, Document
+from tongwen.data.clean import Cleaner
+from tongwen.data.prepare_steps import iter_rows, kind_of, list_parts
+from tongwen.hub.download import local_copy
+from tongwen.model.loading import load as loading
+from tongwen.model.loading import sentencepiece
+from tongwen.model.loading.tiktoken import read_ranks
+from tongwen.recipe.schema import Clean, Prepare, Source
+from tongwen.vocab import bytelevel, spm
+from tongwen.vocab.learn import Learned, learn_merges
+from tongwen.vocab.measure import CURVE, NOMINAL, SEEN_ENOUGH, Coder, Point, Shape, make_curve
+from tongwen.vocab.script import Script
+
+AS_IS = Clean(unicode=False, control=False, mojibake=False, html=False, unwrap=False, repetition=False)
+INPUTS = ["input_ids", "attention_mask"]
+SAMPLE = 1_000_000  # characters that are measured at most: seconds
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """backend: the fast form; model: the SentencePiece ModelProto, if there is one; tokenizer: transformers' own object,
+    with template and special tokens, when a model was named and not a file."""
+
+    name: str
+    backend: Tokenizer
+    model: Any = None
+    tokenizer: Any = None
+
+    @property
+    def coder(self) -> Coder:
+        """As what is measured: SentencePiece itself where there is a model of its kind."""
+        if self.model is not None:
+            own = sentencepiece.processor(self.model)
+            inside = encoder_of(spm.without_prefix(self.model))
+            return Coder(self.name, own.encode, inside, own.decode, spm.spelling_of(self.model), self.special)
+        spelling = bytelevel.spelling_of(self.definition) if self.grows else self._as_written()
+        return Coder(self.name, self.encode_fast, self.encode_fast, self.decode_fast, spelling, self.special)
+
+    @property
+    def grows(self) -> bool:
+        """Whether it is of a kind that takes new pieces."""
+        return self.model is not None or bytelevel.is_byte_level(self.definition)
+
+    @property
+    def special(self) -> frozenset[int]:
+        """Ids of special tokens."""
+        added = self.definition.get("added_tokens") or ()
+        return frozenset(int(token["id"]) for token in added if token["special"])
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """tokenizer.json."""
+        found: dict[str, Any] = json.loads(self.backend.to_str())
+        return found
+
+    def _as_written(self) -> list[bytes]:
+        """The bytes of each id, for kinds that are only measured: as SentencePiece writes them, and ChatGLM its blanks."""
+        written = getattr(self.tokenizer, "written", {})
+        out = [b""] * self.backend.get_vocab_size()
+        for piece, index in self.backend.get_vocab().items():
+            byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
+            text = written.get(piece, piece.replace(spm.BLANK, " "))
+            out[index] = bytes.fromhex(byte[1]) if byte else text.encode()
+        return out
+
+    def encode_fast(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
+
+    def decode_fast(self, ids: list[int]) -> str:
+        return str(self.backend.decode(ids, skip_special_tokens=False))
+
+
+@dataclass(frozen=True)
+class Extended:
+    """lexicon: the extended one; parts: for each new id, the old ids that it stands for; seen: how often each piece that
+    was learned stood in the corpus when it was chosen."""
+
+    lexicon: Lexicon
+    first_new: int
+    parts: list[list[int]]
+    seen: list[int] = field(default_factory=list)
+
+    @property
+    def new_ids(self) -> range:
+        return range(self.first_new, self.first_new + len(self.parts))
+
+
+def open_lexicon(name: str, *, to_measure: bool = False) -> Lexicon:
+    """A model's tokenizer (folder, hub id, modelscope:, .gguf) or a tokenizer's file (tokenizer.json, SentencePiece's
+    .model, tiktoken's, tekken.json). Raises ModelError for what is none of these, or of a kind that takes no pieces, unless
+    it is only to be measured."""
+    lexicon = _open(Path(name), name)
+    if not lexicon.grows and not to_measure:
+        raise ModelError(
+            say(
+                f"a {lexicon.definition['model']['type']} tokenizer without tokenizer.model: neither byte-level BPE nor SentencePiece",
+                f"{lexicon.definition['model']['type']} 分词器且没有 tokenizer.model：既非字节级 BPE，也非 SentencePiece",
+            ),
+            place=lexicon.name,
+            remedy=say("put the family's tokenizer.model beside it", "请把该系列的 tokenizer.model 放在旁边"),
+        )
+    return lexicon
+
+
+def _open(path: Path, name: str) -> Lexicon:
+    if path.is_file() and path.suffix != ".gguf":
+        return _open_file(path)
+    alone = path.is_dir() and (path / "tokenizer.json").is_file() and not (path / "config.json").is_file()
+    place = loading.Place(name, name) if alone else loading.locate(name)
+    tokenizer = loading.load_tokenizer(place)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(
+            say("this tokenizer has no fast form (tokenizer.json)", "该分词器没有快速形式（tokenizer.json）"),
+            place=name,
+        )
+    file = Path(place.folder) / "tokenizer.model"
+    model = sentencepiece.read_model(file) if file.is_file() and read_ranks(file) is None else None
+    return Lexicon(name, backend, model, tokenizer)
+
+
+def _open_file(path: Path) -> Lexicon:
+    if path.suffix == ".json":
+        held = _read_json(path)
+        if "model" in held:
+            return Lexicon(str(path), Tokenizer.from_str(json.dumps(held)))
+    ranked = read_ranks(path)
+    if ranked is not None:
+        return Lexicon(str(path), ranked)
+    model = sentencepiece.read_model(path)
+    return Lexicon(str(path), sentencepiece.fast_form(model), model)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(path)) from None
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a corpus taught, from which the first N pieces can be taken for any N.
+
+    found: merges for byte-level BPE, (piece, tokens saved) for SentencePiece, most useful first."""
+
+    base: Lexicon
+    script: Script
+    found: Any
+
+    def __len__(self) -> int:
+        return len(self.found.pieces if self.base.model is None else self.found)
+
+    def say_if_fewer(self, pieces: int) -> None:
+        if len(self) < pieces:
+            console.notice(
+                say(
+                    f"the corpus gives {len(self):,} pieces, not {pieces:,}: no other pair of the script occurs twice",
+                    f"语料只能给出 {len(self):,} 个词，而不是 {pieces:,} 个：没有其他重复出现的组合",
+                )
+            )
+
+    def extended(self, pieces: int, words: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> Extended:
+        """The base with the first pieces, then whole words, then special tokens.
+
+        Raises RecipeError when a word is a token already, or one that the base's tokenizer takes apart."""
+        _check_new(self.base, [*words, *special_tokens])
+        if self.base.model is None:
+            return _extend_byte_level(self.base, self.found.first(pieces), words, special_tokens)
+        return _extend_sentencepiece(self.base, self.found[:pieces], self.script, words, special_tokens)
+
+
+def learn(
+    base: Lexicon, texts: Iterable[str], script: Script, most: int, tell: Callable[[int], None] = lambda done: None
+) -> Learnt:
+    """At most `most` pieces. Raises DataError when the texts hold nothing of the script, ModelError when the base is no
+    BPE."""
+    if base.model is not None:
+        spm.check_base(base.model, base.name)
+        inside = encoder_of(spm.without_prefix(base.model))
+        return Learnt(base, script, spm.learn_pieces(base.model, texts, script, inside, most, tell) if most else [])
+    definition = base.definition
+    spelling = bytelevel.spelling_of(definition)
+    counted = bytelevel.count_words(base.backend, texts, script) if most else {}
+    special = [token["content"].encode() for token in definition.get("added_tokens") or ()]
+    learned = learn_merges(
+        counted, spelling, script.allows, most, first_new=len(spelling), forbidden=special, tell=tell
+    )
+    return Learnt(base, script, learned)
+
+
+def extended_by(base: Lexicon, name: str) -> Extended:
+    """The extension that another tokenizer is, made elsewhere. Raises ModelError when it is none of this base."""
+    other = open_lexicon(name)
+    if base.model is None or other.model is None:
+        raise ModelError(
+            say(
+                "both must be SentencePiece models (tokenizer.model)",
+                "两者都应是 SentencePiece 模型（tokenizer.model）",
+            ),
+            place=f"vocab.tokenizer: {name}",
+            remedy="vocab: {pieces: 2000}",
+        )
+    held = len(base.model.pieces)
+    differing = next(
+        (
+            index
+            for index, piece in enumerate(base.model.pieces)
+            if index >= len(other.model.pieces) or other.model.pieces[index].piece != piece.piece
+        ),
+        None,
+    )
+    if differing is not None or len(other.model.pieces) == held:
+        raise ModelError(
+            say(
+                f"it does not extend {base.name}: "
+                + ("it has no more pieces" if differing is None else f"their pieces differ from id {differing} on"),
+                f"它不是 {base.name} 的扩充：" + ("没有更多的词" if differing is None else f"从 id {differing} 起不同"),
+            ),
+            place=f"vocab.tokenizer: {name}",
+            remedy="tongwen tokenizer merge --base BASE/tokenizer.model --add CHINESE.model --out DIR",
+        )
+    inside = encoder_of(spm.without_prefix(base.model))
+    new = [piece.piece.replace(spm.BLANK, " ") for piece in other.model.pieces[held:]]
+    return Extended(replace(other, tokenizer=base.tokenizer), held, inside(new))
+
+
+def _extend_byte_level(
+    base: Lexicon, learned: Learned, words: Sequence[str], special_tokens: Sequence[str]
+) -> Extended:
+    seen = bytelevel.counts_of(learned)
+    definition = bytelevel.extend(base.definition, learned)
+    if words:
+        extended = Tokenizer.from_str(json.dumps(definition))
+        learned = bytelevel.with_words(learned, bytelevel.spelling_of(definition), words, extended)
+        definition = bytelevel.extend(base.definition, learned)
+    backend = Tokenizer.from_str(json.dumps(bytelevel.with_special(definition, special_tokens)))
+    return Extended(
+        Lexicon(base.name, backend, None, base.tokenizer),
+        learned.first_new,
+        [*bytelevel.parts_of(learned), *base.encode_fast(special_tokens)],
+        seen,
+    )
+
+
+def _extend_sentencepiece(
+    base: Lexicon, found: list[tuple[str, int]], script: Script, words: Sequence[str], special_tokens: Sequence[str]
+) -> Extended:
+    forms = list(bytelevel.forms_of(words))
+    pieces = [piece for piece, _ in found]
+    merged = (
+        spm.merge(base.model, pieces, script, encoder_of, words=forms) if pieces or forms else spm.unchanged(base.model)
+    )
+    for text in special_tokens:
+        merged.append_control(text)
+    seen, inside = dict(found), encoder_of(spm.without_prefix(base.model))
+    return Extended(
+        from_model(base, merged.model),
+        len(base.model.pieces),
+        inside([piece.replace(spm.BLANK, " ") for piece in merged.added]),
+        [seen[piece] for piece in merged.added if piece in seen],
+    )
+
+
+def from_model(base: Lexicon, model: Any) -> Lexicon:
+    """A SentencePiece model with the fast form made from it."""
+    return Lexicon(base.name, sentencepiece.fast_form(model), model, base.tokenizer)
+
+
+def encoder_of(model: Any) -> spm.Encode:
+    encode: spm.Encode = sentencepiece.processor(model).encode
+    return encode
+
+
+def _check_new(base: Lexicon, texts: Sequence[str]) -> None:
+    known = set(base.definition["model"]["vocab"]) | {
+        token["content"] for token in base.definition.get("added_tokens") or ()
+    }
+    for text in texts:
+        if not text.strip() or text in known or texts.count(text) > 1:
+            raise RecipeError(
+                say(f"{text!r} is a token already, or empty", f"{text!r} 已是一个词，或为空"),
+                place="vocab.words / vocab.special_tokens",
+                remedy=say("leave it out", "请删去"),
+            )
+
+
+def save(lexicon: Lexicon, folder: Path) -> None:
+    """The files of a tokenizer: tokenizer.json and its config, and tokenizer.model where there is one. Names of special
+    tokens, length and chat template are carried over."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=lexicon.backend, **_settings(lexicon))
+    own = lexicon.tokenizer
+    if own is not None and own.chat_template:
+        tokenizer.chat_template = own.chat_template
+    tokenizer.save_pretrained(str(folder))
+    config = folder / "tokenizer_config.json"
+    known = json.loads(config.read_text(encoding="utf-8"))
+    # The class that every transformers knows; what 5 writes, 4 (and what stands on it) does not.
+    write_json(config, {**known, "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": INPUTS})
+    if lexicon.model is not None:
+        (folder / "tokenizer.model").write_bytes(lexicon.model.SerializeToString())
+
+
+def _settings(lexicon: Lexicon) -> dict[str, Any]:
+    own = lexicon.tokenizer
+    if own is None:
+        return sentencepiece.special_names(lexicon.model) if lexicon.model is not None else {}
+    names = {name: str(text) for name, text in own.special_tokens_map.items() if isinstance(text, str)}
+    return {
+        **names,
+        "model_max_length": own.model_max_length,
+        "padding_side": own.padding_side,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def curve(learnt: Learnt, rest: list[str], shape: Shape, steps: Sequence[int] = CURVE) -> tuple[Point, list[Point]]:
+    """What more and more pieces bring on the rest."""
+    made = []
+    for step in _reached(steps, len(learnt)):
+        extended = learnt.extended(step)
+        seen = sum(count >= SEEN_ENOUGH for count in extended.seen)
+        made.append((step, extended.lexicon.coder, seen))
+    return make_curve(learnt.base.coder, shape, rest, made)
+
+
+def _reached(steps: Sequence[int], most: int) -> list[int]:
+    """The steps that the corpus gives pieces for, and the last piece that it gives."""
+    return sorted({min(step, most) for step in steps} - {0})
+
+
+def shape_of(name: str) -> Shape:
+    """What a token costs in a model; a nominal one for a tokenizer's file, which has none behind it."""
+    if Path(name).is_file() and Path(name).suffix != ".gguf":
+        return NOMINAL
+    place = loading.locate(name)
+    if place.local and not (Path(place.folder) / "config.json").is_file() and not place.gguf:
+        return NOMINAL
+    config = loading.load_config(place)
+    body, width = loading.count_body(config)
+    return Shape(name, body, width)
+
+
+def shipped_texts() -> list[str]:
+    """The dialogues that the package brings along: real text in reach of everyone."""
+    with resources.as_file(resources.files("tongwen.commands") / "demo_data" / "dialogues.jsonl") as file:
+        return list(iter_texts([str(file)], lambda said: None))
+
+
+# -- texts ---------------------------------------------------------------------------------------------------------
+
+
+def iter_texts(paths: Sequence[str], tell: Callable[[str], None] = console.notice) -> Iterator[str]:
+    """The texts of files of any known format as they are, record after record; dialogues turn by turn. Rows that cannot
+    be read are counted and said."""
+    section = Prepare(documents=[Source(path=path) for path in paths], clean=AS_IS)
+    for listed in list_parts(section, local_copy, tell):
+        part = replace(listed, kind=kind_of(listed.file, listed.source))
+        refused, first = 0, ""
+        for raw, record in iter_rows(part, section, Cleaner(section.clean, part.kind), tell):
+            if isinstance(record, (Document, Dialogue)):
+                yield from texts_of(record)
+            elif isinstance(record, RowRefused):
+                refused, first = refused + 1, first or f"{raw.file}:{raw.row}: {record.rule}"
+        if refused:
+            tell(
+                say(f"{refused:,} rows cannot be read, the first: {first}", f"{refused:,} 行无法读取，第一个：{first}")
+            )
+
+
+def texts_of(record: Document | Dialogue) -> Iterator[str]:
+    if isinstance(record, Document):
+        yield record.text
+    else:
+        yield from (message.content for message in record.messages if message.content)
+
+
+def split(texts: Iterable[str]) -> tuple[Iterator[str], list[str]]:
+    """(what is learned from, every tenth text): the second fills while the first is read, up to SAMPLE characters."""
+    rest: list[str] = []
+    return _without_tenth(texts, rest), rest
+
+
+def _without_tenth(texts: Iterable[str], rest: list[str]) -> Iterator[str]:
+    size = 0
+    for place, text in enumerate(texts):
+        if place % 10 == 0 and size < SAMPLE:
+            rest.append(text)
+            size += len(text)
+        else:
+            yield text
+
+
+def some(texts: Iterable[str]) -> list[str]:
+    """Texts up to SAMPLE characters, evenly from the whole; never fewer than one."""
+    return _evenly(list(texts))
+
+
+def _evenly(texts: list[str]) -> list[str]:
+    total = sum(map(len, texts))
+    step = max(1, -(-total // SAMPLE))
+    return texts[::step]

@@ -1,0 +1,92 @@
+"""What a larger vocabulary does to a model before any training: its new rows, and its bits per byte with them.
+
+The score needs the whole model in memory; where it does not fit, that is said and nothing is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tongwen.core import console
+from tongwen.core.i18n import say
+from tongwen.model.kernels.loss import bits_per_byte
+from tongwen.model.loading import load
+from tongwen.model.merging import resize
+from tongwen.vocab import grow, measure
+from tongwen.workflows.tokenizer_files import Extended, Lexicon
+
+SCORED = 8_000  # characters that are scored: half a minute for a small model on a CPU
+CHUNK = 400  # characters of a scored text
+
+
+def iter_rows(kind: str, made: Extended, rows: resize.Rows, seed: int, read: grow.ReadRows) -> Iterator[grow.Rows]:
+    """The new rows of a matrix in blocks, then the padding. read: the old rows of the matrix."""
+    return grow.iter_rows(kind, made.parts, rows.old, read, padding=rows.padding, seed=seed)
+
+
+def bits_before_training(
+    place: load.Place, old: Lexicon, made: Extended, kind: str, seed: int, texts: list[str]
+) -> dict[str, Any]:
+    """`bits_per_byte` of the base and of the grown, untrained model, on texts and on English; nothing when the model does
+    not fit into memory. kind: how new rows begin."""
+    size = sum(file.stat().st_size for pattern in load.WEIGHTS for file in Path(place.folder).glob(pattern))
+    if 2.5 * size > psutil.virtual_memory().available:
+        console.notice(
+            say(
+                f"bits per byte are not measured: the model ({console.human_bytes(size)}) does not fit into memory",
+                f"不测 bits per byte：模型（{console.human_bytes(size)}）超出内存",
+            )
+        )
+        return {}
+    scored = _chunks(texts), _chunks([measure.ENGLISH])
+    with console.waiting(say("scoring before any training", "训练前评分")):
+        model = load.load_model(place, load.compute_dtype("auto", "cpu")[0])
+        held = len(model.get_input_embeddings().weight)
+        rows = resize.plan_rows(made.first_new, made.new_ids, held, 1)
+        before = [_score(model, old, old.tokenizer, some) for some in scored]
+        resize.widen_in_memory(model, rows, lambda read: iter_rows(kind, made, rows, seed, read))
+        after = [_score(model, made.lexicon, old.tokenizer, some) for some in scored]
+    return {
+        "bits_per_byte": {
+            say("base", "底座"): before[0],
+            say("grown, untrained", "扩表后，未训练"): after[0],
+            say("base, English", "底座，英文"): before[1],
+            say("grown, untrained, English", "扩表后，未训练，英文"): after[1],
+        }
+    }
+
+
+def damage_of(bits: dict[str, float] | None) -> float | None:
+    """By how much the bits per byte of the target's texts rise; None where nothing was measured."""
+    if not bits:
+        return None
+    before, after, *_ = bits.values()
+    return after / before - 1
+
+
+def _chunks(texts: list[str]) -> list[str]:
+    """Stretches of CHUNK characters, evenly from all, SCORED characters together."""
+    whole = "\n".join(texts)
+    chunks = [whole[begin : begin + CHUNK] for begin in range(0, len(whole), CHUNK)]
+    return chunks[:: max(1, len(whole) // SCORED)]
+
+
+def _score(model: Any, one: Lexicon, tokenizer: Any, texts: list[str]) -> float:
+    """Bits per byte of texts, each by itself behind the token that begins a text."""
+    import torch
+
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    coder = one.coder
+    sizes = torch.tensor([len(piece) for piece in coder.spelling])
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for ids in coder.encode(texts):
+            whole = torch.tensor([[start, *ids] if start is not None else ids])
+            count = whole.shape[1] - 1
+            yield {"input_ids": whole, "rows": torch.arange(count), "targets": whole[0, 1:], "learned": count}
+
+    return bits_per_byte(model, batches(), sizes)["bits_per_byte"]
