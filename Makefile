@@ -13,7 +13,7 @@ test:
 
 # on a machine with a GPU: the laws that only one can show, and the benchmark (8 minutes)
 gpu: $(VENV)/installed-dev
-	$(BIN)/python -m pytest tests/test_gpu.py
+	$(BIN)/python -m pytest tests/laws/test_gpu.py
 	$(BIN)/python bench/gpu_train.py --out bench/results/gpu_train.json $(PEERS)
 
 docs: $(VENV)/installed-dev
@@ -21,7 +21,7 @@ docs: $(VENV)/installed-dev
 
 # the page in Debian's chromium (apt-get install chromium fonts-noto-cjk), both languages at both widths
 pages: $(VENV)/installed-dev
-	TONGWEN_PAGES=long $(BIN)/python -m pytest tests/test_page.py tests/test_browser.py
+	TONGWEN_PAGES=long $(BIN)/python -m pytest tests/serving/web/test_page.py tests/serving/web/test_browser.py
 
 bench: $(VENV)/installed-dev
 	@echo "see bench/README.md: each script opens with its command"
@@ -36,7 +36,7 @@ crash-storm: $(VENV)/installed-dev
 
 # make synthesize MODEL=FOLDER: a small real model behind `tongwen serve` writes two dialogues (minutes on a CPU)
 synthesize: $(VENV)/installed-dev
-	TONGWEN_SMALL_MODEL=$(MODEL) $(BIN)/python -m pytest tests/test_synthesize.py -k real_small
+	TONGWEN_SMALL_MODEL=$(MODEL) $(BIN)/python -m pytest tests/data/synthesis/test_generate.py -k real_small
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def families_page() -> str:
-    """What each family can do, from its facts; tests/test_families.py and tests/test_gguf.py hold them to it."""
+    """What each family can do, from its facts; tests/laws/test_families.py and tests/export/test_gguf.py hold them to it."""
     from tongwen.core.i18n import say
     from tongwen.core.model_families import FAMILIES
 

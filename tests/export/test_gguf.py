@@ -1,0 +1,522 @@
+"""llama.cpp reads what is written and says what transformers says: same ids for a text, same tokens after them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from tests.conftest import CORPUS, byte_level_tokenizer, save_fast, sentencepiece_tokenizer, tensors, tiny_llama
+from tests.model.merging.test_merge import make_adapter
+from tongwen.core import model_families
+from tongwen.core.errors import MissingPackage, ModelError
+from tongwen.export import kquants
+from tongwen.export.gguf import check_type
+from tongwen.export.kquants import Mixture
+from tongwen.model.loading.load import locate
+
+gguf = pytest.importorskip("gguf")
+FAMILIES = tuple(name for name, family in model_families.FAMILIES.items() if family.gguf)
+LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 32, "qk_nope_head_dim": 16, "head_dim": 8}
+LATENT |= {"qk_rope_head_dim": 8, "v_head_dim": 24, "n_routed_experts": 8, "num_experts_per_tok": 3}
+LATENT |= {"moe_intermediate_size": 32, "first_k_dense_replace": 1, "num_hidden_layers": 3, "n_shared_experts": 2}
+SMALL_WINDOW = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "tie_word_embeddings": True}
+WORDS = {  # those whose configs have words of their own
+    "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt_neox": {"num_key_value_heads": 4},
+    "gemma": {"head_dim": 32, "tie_word_embeddings": True},
+    "gemma2": {**SMALL_WINDOW, "num_hidden_layers": 4, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": {**SMALL_WINDOW, "num_hidden_layers": 7},
+    "smollm3": {"num_hidden_layers": 5},  # of which the fourth has no rotations
+    "deepseek_v3": {**LATENT, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+}
+LINES = [
+    *dict.fromkeys(CORPUS),
+    "第1章：2024年，a  b\tc\n\n它's 3.14%！",
+    "don't STOP  12345",
+    " lead",
+    "🙂 émoji",
+    "中文English混排",
+    "\n\n\n是  的   <unused7> HelloWorld",
+]
+
+
+def make_tokenizer(folder: Path, kind: str) -> Any:
+    if kind == "byte level":
+        return byte_level_tokenizer(folder)
+    if kind in model_families.PATTERNS:
+        return cutting_tokenizer(folder, model_families.PATTERNS[kind])
+    tokenizer = sentencepiece_tokenizer(folder, legacy="legacy" in kind or kind == "phi-3")
+    backend = tokenizer.backend_tokenizer
+    if kind == "gemma":  # no blank before a text; runs of blanks are merged, and defined by a user as well
+        state = json.loads(backend.to_str())
+        state["model"]["vocab"]["\u2581\u2581"] = len(state["model"]["vocab"])
+        state["model"]["merges"].append(["\u2581", "\u2581"])
+        backend = Tokenizer.from_str(json.dumps(state))
+        backend.pre_tokenizer, backend.normalizer = None, normalizers.Replace(" ", "\u2581")
+        backend.add_tokens([AddedToken(text, normalized=False) for text in ("\n\n", "\u2581\u2581", "<unused7>")])
+        return save_fast(backend, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    if kind == "phi-3":  # drops blanks behind special tokens, but for three of them
+        backend.add_special_tokens([AddedToken("</s>", rstrip=True, normalized=False)])
+        for name, drops in (("<|endoftext|>", False), ("<|user|>", True), ("<|end|>", True)):
+            backend.add_special_tokens([AddedToken(name, rstrip=drops, normalized=False)])
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def cutting_tokenizer(folder: Path, patterns: tuple[str, ...]) -> Any:
+    """Byte-level BPE whose merges reach over everything, so that only the patterns keep pieces apart."""
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = level, decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        LINES * 4, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    )
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, level])
+    return save_fast(backend, folder, eos_token="!")
+
+
+def make_model(folder: Path, family: str, rows: int, **more: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "tie_word_embeddings": False}
+    shape |= {"pad_token_id": None}
+    own = {"bloom": {}, "gpt2": {}}.get(family, shape) | WORDS.get(family, {})
+    config = AutoConfig.for_model(family, vocab_size=rows, **{**own, **more})
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for part in model.parameters():
+            part.add_(torch.randn_like(part) * 0.08)
+        for name, part in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                part.add_(torch.randn_like(part) * 0.08)
+    model.save_pretrained(folder)
+    return model
+
+
+def convert(tongwen: Any, model: Path, out: Path, kind: str) -> Path:
+    code, _, err = tongwen("convert", model, "--to", "gguf", "--quantize", kind, "--out", out)
+    assert code == 0, err
+    (file,) = out.glob("*.gguf")
+    return file
+
+
+def check_greedy(there: Any, model: Any, ids: list[int], count: int) -> None:
+    """The same tokens, up to where llama.cpp stops of itself."""
+    found, expected = there.greedy(ids, count), list(ids)
+    with torch.no_grad():
+        for _ in range(count):
+            expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+    assert found == expected[len(ids) : len(ids) + len(found)] and len(found) >= 8
+
+
+STRETCHED = {
+    "llama3": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    | {"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    "longrope": {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    | {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 2.0, 4.0, 8.0]},
+    "by layer": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    },
+}
+STRETCHED["deepseek"] = STRETCHED["yarn"] | {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "more"),
+    [
+        *((family, "byte level", {}) for family in FAMILIES),
+        ("deepseek_v3", "deepseek-v3", {}),
+        ("phi3", "gpt-4o", {}),
+        ("phi3", "phi-3", {}),
+        ("gemma", "gemma", {}),
+        *(("qwen3", pattern, {}) for pattern in ("qwen2", "llama-bpe")),
+        ("llama", "sentencepiece", {}),
+        ("llama", "sentencepiece, legacy", {"attention_bias": True}),
+        ("llama", "byte level", {"rope_parameters": STRETCHED["llama3"]}),
+        ("qwen3", "byte level", {"rope_parameters": STRETCHED["linear"]}),
+        ("qwen3", "byte level", {"rope_parameters": STRETCHED["yarn"]}),
+        ("qwen2", "byte level", {"tie_word_embeddings": True}),
+        ("gpt_neox", "byte level", {"use_parallel_residual": False}),
+        ("gemma3_text", "byte level", {"rope_parameters": STRETCHED["by layer"], "final_logit_softcapping": 5.0}),
+        ("phi3", "byte level", {"rope_parameters": STRETCHED["longrope"], "original_max_position_embeddings": 1024}),
+        ("phi3", "byte level", {"rope_parameters": STRETCHED["longrope"], "original_max_position_embeddings": 8}),
+        ("deepseek_v3", "byte level", {"q_lora_rank": None, "routed_scaling_factor": 1.0}),
+        ("deepseek_v3", "byte level", {"rope_parameters": STRETCHED["deepseek"], "norm_topk_prob": False}),
+    ],
+)
+def test_llama_cpp_agrees(family: str, kind: str, more: dict[str, Any], tmp_path: Path, tongwen: Any) -> None:
+    pytest.importorskip("xllamacpp")
+    from tests.llamacpp import LlamaCpp
+
+    folder = tmp_path / "model"
+    tokenizer = make_tokenizer(folder, kind)
+    model = make_model(folder, family, len(tokenizer) + 3, **more)  # rows that no token owns
+    there = LlamaCpp(convert(tongwen, folder, tmp_path / "gguf", "f32"))
+    for line in [*LINES, *(["<|user|>\n 你好<|end|>\n是  的</s> 好<|endoftext|> 好"] if kind == "phi-3" else ())]:
+        if kind == "sentencepiece" and line[0] == " ":
+            continue  # transformers puts no second blank before it, SentencePiece and llama.cpp do
+        assert there.encode(line) == tokenizer(line)["input_ids"], line
+    for line in LINES[:3]:
+        check_greedy(there, model, tokenizer(line)["input_ids"][:40], 24)
+
+
+def test_the_way_a_text_is_cut_is_recognised_whatever_the_vocabulary(tmp_path: Path) -> None:
+    from tongwen.core.errors import ModelError
+    from tongwen.core.model_families import PATTERNS
+    from tongwen.export.gguf_vocab import read_vocabulary
+
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    own = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cuts = {"gpt-2": own, "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), own])}
+    for name, patterns in PATTERNS.items():
+        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+        cuts[name] = pre_tokenizers.Sequence([*splits, level])
+    for name, cut in cuts.items():
+        tokenizer = byte_level_tokenizer(tmp_path)
+        tokenizer.backend_tokenizer.pre_tokenizer = cut
+        tokenizer.add_tokens(["人工智能"])
+        tokenizer.save_pretrained(tmp_path)
+        found = read_vocabulary(tmp_path, len(tokenizer))
+        assert found.pre == name and found.tokens[-1] == "人工智能"
+    strange = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\w+"), behavior="isolated"), level])
+    tokenizer.backend_tokenizer.pre_tokenizer = strange
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no program for this tokenizer"):
+        read_vocabulary(tmp_path, len(tokenizer))
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"])
+def test_each_number_type_is_what_its_bits_allow(kind: str, tmp_path: Path, tongwen: Any) -> None:
+    folder = tmp_path / "model"
+    tokenizer = byte_level_tokenizer(folder)
+    make_model(folder, "qwen3", len(tokenizer))
+    source = tensors(folder)
+    reader = gguf.GGUFReader(str(convert(tongwen, folder, tmp_path / "out", kind)))
+    allowed = {"f16": 1e-3, "bf16": 8e-3, "q8_0": 1e-2, "q4_0": 0.14, "q4_1": 0.1, "q5_0": 0.07, "q5_1": 0.05}[kind]
+    held = {tensor.name: tensor for tensor in reader.tensors}
+    assert len(held) == len(source)
+    expected = source["model.layers.1.mlp.up_proj.weight"].numpy()
+    found = held["blk.1.ffn_up.weight"]
+    back = gguf.quants.dequantize(found.data, found.tensor_type)
+    assert np.abs(back - expected).max() <= allowed * np.abs(expected).max()
+    assert held["output_norm.weight"].tensor_type.name == "F32"
+    assert (held["token_embd.weight"].tensor_type.name == "Q8_0") is (kind.startswith("q"))
+    assert bytes(reader.fields["tokenizer.ggml.tokens"].parts[-1]).decode() == reader_token(
+        tokenizer, len(tokenizer) - 1
+    )
+
+
+def reader_token(tokenizer: Any, index: int) -> str:
+    return str(tokenizer.convert_ids_to_tokens(index))
+
+
+def test_the_template_and_the_stops_go_along(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    from transformers import AutoTokenizer
+
+    from tongwen.model.loading.chat_setup import bind_template
+
+    folder = tmp_path / "model"
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.chat_template = bind_template("chatml", tokenizer, []).source
+    tokenizer.save_pretrained(folder)
+    tiny_llama(folder, len(tokenizer))
+    file = convert(tongwen, folder, tmp_path / "out", "f16")
+    fields = gguf.GGUFReader(str(file)).fields
+    assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    text = (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8")
+    assert text.startswith(f"FROM ./{file.name}\n") and 'PARAMETER stop "<|im_end|>"' in text
+    asked = "<|im_start|>user\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n{{ end }}{{ .Response }}"
+    assert asked in text and "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>" in text
+
+
+def test_what_is_not_proven_is_refused_by_name(tmp_path: Path, tongwen: Any) -> None:
+    make_model(tmp_path / "stablelm", "stablelm", 64)
+    words = ("convert", tmp_path / "stablelm", "--to", "gguf", "--out", tmp_path / "out")
+    code, _, err = tongwen(*words)
+    assert code == 4 and "'stablelm'" in err and "qwen3" in err
+    code, _, err = tongwen(*words, "--quantize", "q3")
+    assert code == 4 and "q5_1" in err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("kind", ["q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k"])
+def test_k_types_are_made_by_the_library_of_llama_cpp(kind: str, tmp_path: Path, tongwen: Any) -> None:
+    pytest.importorskip("xllamacpp")
+    from tests.llamacpp import LlamaCpp
+
+    folder = tmp_path / "model"
+    tokenizer = byte_level_tokenizer(folder)
+    tiny_llama(folder, len(tokenizer), hidden_size=256, intermediate_size=320, num_hidden_layers=8)
+    source = tensors(folder)
+    file = convert(tongwen, folder, tmp_path / "out", kind)
+    reader = gguf.GGUFReader(str(file))
+    held = {tensor.name: tensor for tensor in reader.tensors}
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
+    allowed = {"q2_k": 0.4, "q3_k_m": 0.2, "q4_k_s": 0.1, "q4_k_m": 0.1, "q5_k_m": 0.05, "q6_k": 0.03}[kind]
+    for ours, theirs in (("self_attn.v_proj", "attn_v"), ("mlp.up_proj", "ffn_up"), ("mlp.down_proj", "ffn_down")):
+        found, expected = held[f"blk.7.{theirs}.weight"], source[f"model.layers.7.{ours}.weight"].numpy()
+        back = gguf.quants.dequantize(found.data, found.tensor_type)
+        assert np.abs(back - expected).max() <= allowed * np.abs(expected).max()
+    assert held["token_embd.weight"].tensor_type.name == "Q6_K"  # the head too
+    assert held["blk.7.ffn_up.weight"].tensor_type.name == f"{kind[:4].upper()}"
+    assert held["blk.7.ffn_down.weight"].tensor_type.name in ("Q4_0", "Q5_0", "Q5_1", "Q8_0")  # rows of 320
+    assert len(LlamaCpp(file, threads=1).greedy([1, 5, 9], 4)) == 4
+
+
+def test_the_mixtures_are_those_of_llama_cpp() -> None:
+    """What the rules of llama-quant.cpp come to for 32 layers, written down by hand."""
+    mixture = Mixture("q4_k_m", 32, groups=4, tied=False)
+    more = [layer for layer in range(32) if mixture.type_of(f"blk.{layer}.ffn_down.weight", 14336) == "Q6_K"]
+    assert more == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+    assert more == [layer for layer in range(32) if mixture.type_of(f"blk.{layer}.attn_v.weight", 4096) == "Q6_K"]
+    assert mixture.type_of("token_embd.weight", 4096) == "Q4_K" and mixture.type_of("output.weight", 4096) == "Q6_K"
+    assert Mixture("q4_k_m", 30, groups=3, tied=True).type_of("token_embd.weight", 576) == "Q8_0"
+    assert Mixture("q2_k", 32, groups=8, tied=False).type_of("blk.0.attn_v.weight", 4096) == "Q4_K"
+    assert Mixture("q3_k_l", 32, groups=8, tied=False).type_of("blk.0.attn_output.weight", 100) == "F16"
+
+
+def test_k_types_without_a_library_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kquants._function.cache_clear()
+    monkeypatch.setattr(kquants, "_libraries", lambda: iter([tmp_path / "none.so"]))
+    with pytest.raises(MissingPackage, match=re.escape("tongwen[llamacpp]")):
+        check_type("q4_k_m")
+    kquants._function.cache_clear()
+
+
+def test_a_merged_model_with_a_tied_head_goes_the_whole_way(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    pytest.importorskip("xllamacpp")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.llamacpp import LlamaCpp
+
+    make_adapter(chat_model, tmp_path / "adapter")
+    words = ("merge", "--base", chat_model, "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged")
+    assert tongwen(*words)[0] == 0
+    file = convert(tongwen, tmp_path / "merged", tmp_path / "gguf", "f32")
+    model, tokenizer = (kind.from_pretrained(tmp_path / "merged") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer("今天天气很好")["input_ids"]
+    check_greedy(LlamaCpp(file), model, ids, 16)
+    manifest = json.loads((tmp_path / "gguf" / "manifest.json").read_text())
+    assert manifest["kind"] == "gguf" and file.name in manifest["files"]
+    assert tongwen("verify", tmp_path / "gguf")[0] == 0
+
+
+def test_a_gguf_base_takes_an_adapter_as_the_model_it_holds(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    make_adapter(chat_model, tmp_path / "adapter")
+    file = convert(tongwen, chat_model, tmp_path / "gguf", "f32")
+    for name, base in (("one", chat_model), ("other", file)):
+        words = ("merge", "--base", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / name)
+        code, text, err = tongwen(*words)
+        assert code == 0, err
+    assert "de-quantised" in text
+    one, other = tensors(tmp_path / "one"), tensors(tmp_path / "other")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "other" / "tokenizer.json").is_file()
+
+
+def test_a_recipe_exports_all_forms(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    from tests.conftest import write_recipe
+
+    recipe = write_recipe(
+        tmp_path, chat_model, sft=", stop_after: 1 steps", extra="export: {formats: [hf, pth, gguf], quantize: q8_0}\n"
+    )
+    code, _, err = tongwen("run", recipe)
+    assert code == 0, err
+    export = tmp_path / "out" / "export"
+    assert tensors(export / "hf").keys() == tensors(tmp_path / "out" / "merge").keys()
+    assert (export / "pth" / "consolidated.00.pth").is_file()
+    card = (export / "hf" / "README.md").read_text(encoding="utf-8")
+    report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())["held_out"]["bits_per_byte"]
+    for fact in ("# tiny", "| sft | lora, rank 4", "24 rows read", f"{report['after']:.3f}", "Not recorded"):
+        assert fact in card
+    (file,) = (export / "gguf").glob("*.gguf")
+    assert file.name == "tiny-q8_0.gguf"
+    assert sorted(json.loads((export / "manifest.json").read_text())["gguf"]["files"]) == sorted(
+        [file.name, "Modelfile"]
+    )
+    code, text, _ = tongwen("run", recipe)
+    assert code == 0 and "export: already done" in text
+    recipe.write_text(recipe.read_text().replace("merge: {}\n", ""))
+    code, _, err = tongwen("check", recipe)
+    assert code == 2 and "an adapter alone is no model" in err
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe", "gpt-4o", "deepseek-v3"])
+def test_a_gguf_base_cuts_texts_as_its_file_says(name: str, tmp_path: Path, tongwen: Any) -> None:
+    """transformers reads every byte-level GGUF tokenizer as GPT-2's: numbers and contractions would get other ids."""
+    from tongwen.core.model_families import PATTERNS
+    from tongwen.model.loading import load
+
+    folder = tmp_path / "model"
+    tokenizer = byte_level_tokenizer(folder)
+    own, backend = pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizer.backend_tokenizer
+    if name == "smollm":
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), own])
+    elif name in PATTERNS:
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in PATTERNS[name]]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, level])
+    else:
+        backend.pre_tokenizer = own
+    tokenizer.save_pretrained(folder)
+    tiny_llama(folder, len(tokenizer))
+    file = convert(tongwen, folder, tmp_path / "out", "f16")
+    again = load.load_tokenizer(load.locate(str(file)))
+    cut = again.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    for line in [*LINES, "12345 DON'T 中文，我们2024"]:
+        assert cut(line) == backend.pre_tokenizer.pre_tokenize_str(line), line
+        assert again(line)["input_ids"] == tokenizer(line)["input_ids"], line
+
+
+def damaged(sound: bytes, number: int) -> bytes:
+    """One of many ways to spoil a header: cuts, counts of 2^40, single flipped bits."""
+    header = gguf_header_size(sound)
+    if number < 6:
+        return sound[: header * number // 6]
+    if number < 8:
+        return sound[: 8 * number - 40] + (1 << 40).to_bytes(8, "little") + sound[8 * number - 32 :]
+    spot = np.random.default_rng(number).integers(header)
+    return sound[:spot] + bytes([sound[spot] ^ 1 << number % 8]) + sound[spot + 1 :]
+
+
+def gguf_header_size(sound: bytes) -> int:
+    """Where the data begin: behind the name of the last tensor and what stands beside it."""
+    return sound.rindex(b"output_norm.weight") + 64
+
+
+def test_no_damaged_header_hangs_or_is_a_bug(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    """Told at once, or read to the end: a flip inside a name or a number of the vocabulary shows in the digest alone."""
+    folder = convert(tongwen, chat_model, tmp_path / "out", "f32").parent
+    file = next(folder.glob("*.gguf"))
+    sound, refused = file.read_bytes(), 0
+    for number in range(208):
+        file.write_bytes(damaged(sound, number))
+        code, _, err = tongwen("verify", folder)
+        assert code == 4, f"{number}: {err}"
+        try:
+            locate(str(file))
+        except ModelError as error:
+            refused += 1
+            assert "cannot be believed" in str(error)
+        else:
+            assert number >= 8
+    assert refused > 20
+    file.write_bytes(damaged(sound, 7))
+    began = time.monotonic()
+    code, _, err = tongwen("merge", "--base", file, "--adapter", tmp_path, "--out", tmp_path / "no")
+    assert code == 4 and "count of 1099511627776" in err and time.monotonic() - began < 10
+
+
+def test_the_script_from_adapter_to_file(chat_model: Path, tmp_path: Path) -> None:
+    make_adapter(chat_model, tmp_path / "adapter")
+    script = Path(__file__).parents[2] / "examples" / "adapter_to_gguf.sh"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(script), str(chat_model), str(tmp_path / "adapter"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    file = next(word for word in done.stdout.split() if word.endswith(".gguf"))
+    assert gguf.GGUFReader(file).fields["general.architecture"].contents() == "llama"
+
+
+@pytest.mark.parametrize("command", ["check", "plan", "run"])
+def test_a_run_that_cannot_export_does_not_begin(command: str, tmp_path: Path, tongwen: Any) -> None:
+    from tests.conftest import write_recipe
+
+    folder = tmp_path / "model"
+    make_model(folder, "stablelm", len(byte_level_tokenizer(folder)))
+    recipe = write_recipe(tmp_path, folder, extra="export: {formats: [hf, gguf]}\n")
+    code, _, err = tongwen(command, recipe)
+    assert code == 4 and "'stablelm'" in err and "proven for" in err and not (tmp_path / "out" / "prepare").exists()
+    code, _, err = tongwen(command, recipe, "export.quantize=q3")
+    assert code == 4 and "q5_1" in err
+    if command != "check":
+        strange, split = tmp_path / "strange", pre_tokenizers.Split(Regex(r"\w+"), behavior="isolated")
+        tokenizer = byte_level_tokenizer(strange)
+        tokenizer.backend_tokenizer.pre_tokenizer = split
+        tokenizer.save_pretrained(strange)
+        tiny_llama(strange, len(tokenizer))
+        code, _, err = tongwen(command, recipe, f"base={strange}")
+        assert code == 4 and "no program for this tokenizer" in err
+    if command == "run":  # what was asked for stops before it
+        assert tongwen(command, recipe, "--until", "prepare")[0] == 0
+    else:
+        assert tongwen(command, recipe, "export.formats=[hf]")[0] == 0
+
+
+OTHERWISE = [  # what llama.cpp fixes for a family, said otherwise by a config
+    ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob: false"),
+    ("gpt_neox", {"attention_bias": False}, "attention_bias: false"),
+    ("gemma", {"tie_word_embeddings": False}, "tie_word_embeddings: false"),
+    ("gemma2", {"query_pre_attn_scalar": 144}, "query_pre_attn_scalar: 144"),
+    ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping: null"),
+    ("gemma2", {"layer_types": ["full_attention"] * 4}, "layer_types"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention: true"),
+    ("smollm3", {"no_rope_layer_interval": 2}, "no_rope_layers"),
+    ("smollm3", {"rope_parameters": STRETCHED["llama3"]}, "'llama3'"),
+    ("deepseek_v3", {"rope_parameters": STRETCHED["yarn"]}, "mscale: None"),
+    ("deepseek_v3", {"num_hidden_layers": 26}, "q_lora_rank: 32"),
+    ("deepseek_v3", {"rope_parameters": STRETCHED["linear"]}, "'linear'"),
+    ("deepseek_v3", {"rope_parameters": STRETCHED["deepseek"] | {"beta_fast": 16}}, "beta_fast: 16"),
+    ("deepseek_v3", {"rope_interleave": False}, "rope_interleave: false"),
+]
+
+
+@pytest.mark.parametrize(("family", "more", "said"), OTHERWISE)
+def test_what_llama_cpp_computes_otherwise_is_refused(
+    family: str, more: dict[str, Any], said: str, tmp_path: Path, tongwen: Any
+) -> None:
+    folder = tmp_path / "model"
+    make_model(folder, family, len(byte_level_tokenizer(folder)), **more)
+    code, _, err = tongwen("convert", folder, "--to", "gguf", "--out", tmp_path / "out")
+    assert code == 4 and said in err and "--to hf" in err and not (tmp_path / "out").exists()
+
+
+def test_a_window_that_llama_cpp_does_not_keep_ends_the_context(tmp_path: Path, tongwen: Any) -> None:
+    folder = tmp_path / "model"
+    make_model(folder, "phi3", len(byte_level_tokenizer(folder)), sliding_window=100)
+    fields = gguf.GGUFReader(str(convert(tongwen, folder, tmp_path / "out", "f16"))).fields
+    assert fields["phi3.context_length"].contents() == 100
+
+
+def test_a_tied_head_and_layers_for_further_tokens_stay_behind(tmp_path: Path, tongwen: Any) -> None:
+    """transformers reads neither: the file must not hold what the model does not compute with."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "model"
+    rows = len(byte_level_tokenizer(folder))
+    make_model(folder, "deepseek_v3", rows, tie_word_embeddings=True)
+    held = tensors(folder)
+    assert "lm_head.weight" not in held
+    ahead = {name.replace("layers.2.", "layers.3."): part.clone() for name, part in held.items() if "layers.2." in name}
+    save_file({**held, **ahead, "lm_head.weight": torch.ones(rows, 64)}, folder / "model.safetensors")
+    file = convert(tongwen, folder, tmp_path / "out", "q8_0")
+    there = {tensor.name: tensor for tensor in gguf.GGUFReader(str(file)).tensors}
+    assert "output.weight" not in there and not any(name.startswith("blk.3.") for name in there)
+    assert there["blk.2.ffn_gate_inp.weight"].tensor_type.name == "F32"  # it chooses
+    assert there["blk.2.attn_k_b.weight"].shape.tolist() == [16, 16, 4]

@@ -1,0 +1,259 @@
+"""LLaMA's own files and a Hugging Face folder are the same model, both ways, to the bit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.conftest import SHARED, tensors
+from tests.model.loading.test_bad_weights import Bomb
+from tests.model.merging.test_merge import make_adapter
+
+# the published shapes, scaled down: heads, grouped heads, files, rows of the vocabulary, norm_eps, extra params
+SIZES: dict[str, tuple[int, int, int, int, float, dict[str, Any]]] = {
+    "7B": (4, 4, 1, 32, 1e-6, {}),
+    "13B, 49953 rows": (4, 4, 2, 53, 1e-6, {}),
+    "33B": (8, 8, 4, 64, 1e-6, {}),
+    "65B": (8, 8, 8, 64, 1e-5, {}),
+    "LLaMA-2 70B": (16, 8, 8, 64, 1e-5, {"n_kv_heads": 8}),
+    "LLaMA-3 8B": (8, 2, 1, 96, 1e-5, {"n_kv_heads": 2, "rope_theta": 500000.0}),
+    "LLaMA-3.1 70B": (8, 4, 4, 96, 1e-5, {"n_kv_heads": 4, "rope_theta": 500000.0, "use_scaled_rope": True}),
+}
+WIDTH, LAYERS, WIDE = 64, 2, 192
+
+
+def make_original(folder: Path, size: str, dtype: torch.dtype = torch.float16) -> None:
+    """Random files of LLaMA's own format, written by torch.save as Meta did."""
+    heads, groups, files, vocabulary, epsilon, more = SIZES[size]
+    torch.manual_seed(0)
+    narrow = WIDTH // heads * groups
+    whole: dict[str, tuple[tuple[int, ...], int | None]] = {
+        "tok_embeddings.weight": ((vocabulary, WIDTH), 0 if "rope_theta" in more else 1),
+        "norm.weight": ((WIDTH,), None),
+        "output.weight": ((vocabulary, WIDTH), 0),
+    }
+    for layer in range(LAYERS):
+        at = f"layers.{layer}"
+        whole |= {
+            f"{at}.attention.wq.weight": ((WIDTH, WIDTH), 0),
+            f"{at}.attention.wk.weight": ((narrow, WIDTH), 0),
+            f"{at}.attention.wv.weight": ((narrow, WIDTH), 0),
+            f"{at}.attention.wo.weight": ((WIDTH, WIDTH), 1),
+            f"{at}.feed_forward.w1.weight": ((WIDE, WIDTH), 0),
+            f"{at}.feed_forward.w2.weight": ((WIDTH, WIDE), 1),
+            f"{at}.feed_forward.w3.weight": ((WIDE, WIDTH), 0),
+            f"{at}.attention_norm.weight": ((WIDTH,), None),
+            f"{at}.ffn_norm.weight": ((WIDTH,), None),
+        }
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in range(files)]
+    for name, (shape, axis) in whole.items():
+        tensor = torch.randn(shape, dtype=torch.float32).to(dtype)
+        if axis is None:
+            pieces = [tensor] * files
+        else:
+            size_ = shape[axis] // files
+            sizes = [size_] * (files - 1) + [shape[axis] - size_ * (files - 1)]
+            pieces = list(tensor.split(sizes, dim=axis))
+        for part, piece in zip(parts, pieces, strict=True):
+            part[name] = piece.clone()
+    folder.mkdir(parents=True)
+    for number, part in enumerate(parts):
+        part["rope.freqs"] = torch.zeros(4)
+        torch.save(part, folder / f"consolidated.{number:02d}.pth")
+    params = {"dim": WIDTH, "multiple_of": 64, "n_heads": heads, "n_layers": LAYERS, "norm_eps": epsilon}
+    (folder / "params.json").write_text(json.dumps({**params, "vocab_size": -1, **more}))
+
+
+def load_all(folder: Path) -> list[dict[str, torch.Tensor]]:
+    return [
+        {name: tensor for name, tensor in torch.load(file, weights_only=True).items() if name != "rope.freqs"}
+        for file in sorted(folder.glob("consolidated.*.pth"))
+    ]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_there_and_back_is_the_same(size: str, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_original(tmp_path / "pth", size)
+    monkeypatch.setattr("tongwen.export.pth.FILES_BY_WIDTH", {WIDTH: SIZES[size][2]})
+    assert tongwen("convert", tmp_path / "pth", "--to", "hf", "--out", tmp_path / "hf")[0] == 0
+    assert tongwen("convert", tmp_path / "hf", "--to", "pth", "--out", tmp_path / "back")[0] == 0
+    before, after = load_all(tmp_path / "pth"), load_all(tmp_path / "back")
+    assert len(before) == len(after) == SIZES[size][2]
+    for one, other in zip(before, after, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            if name == "tok_embeddings.weight" and "rope_theta" in SIZES[size][5]:
+                continue  # LLaMA-3 slices it by rows; compared whole below
+            assert torch.equal(one[name], other[name]), name
+    assert tongwen("convert", tmp_path / "back", "--to", "hf", "--out", tmp_path / "again")[0] == 0
+    one, other = tensors(tmp_path / "hf"), tensors(tmp_path / "again")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("hf", "again")]
+    assert manifests[0]["fingerprint"] == manifests[1]["fingerprint"]
+    for part in sorted((tmp_path / "back").glob("*.pth")):
+        assert zipfile.ZipFile(part).testzip() is None, "the zip's own checksums hold"
+    params = json.loads((tmp_path / "back" / "params.json").read_text())
+    assert params["n_heads"] == SIZES[size][0] and params["dim"] == WIDTH
+    assert {key: params.get(key) for key in ("rope_theta", "use_scaled_rope")} == {
+        key: SIZES[size][5].get(key) for key in ("rope_theta", "use_scaled_rope")
+    }
+
+
+def test_the_model_computes_what_llamas_own_code_does(tmp_path: Path, tongwen: Any) -> None:
+    """Rotation by complex pairs, as in the published code, against transformers on the converted folder."""
+    from transformers import AutoModelForCausalLM
+
+    make_original(tmp_path / "pth", "LLaMA-3 8B", torch.float32)
+    assert tongwen("convert", tmp_path / "pth", "--to", "hf", "--out", tmp_path / "hf")[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    (state,) = load_all(tmp_path / "pth")
+    ids = torch.arange(3, 20)
+    with torch.no_grad():
+        found = model(ids[None]).logits[0]
+    assert torch.allclose(found, reference(state, ids), atol=2e-3, rtol=1e-4)
+
+
+def reference(state: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    heads, groups, _, _, epsilon, more = SIZES["LLaMA-3 8B"]
+    width, length = WIDTH // heads, len(ids)
+    angles = torch.outer(torch.arange(length).float(), more["rope_theta"] ** (-torch.arange(0, width, 2) / width))
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * weight
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.reshape(length, -1, width // 2, 2))
+        return torch.view_as_real(pairs * turn).flatten(2)
+
+    x = state["tok_embeddings.weight"][ids]
+    for layer in range(LAYERS):
+        w = {name.split(".", 2)[2]: part for name, part in state.items() if name.startswith(f"layers.{layer}.")}
+        h = norm(x, w["attention_norm.weight"])
+        q, k, v = (h @ w[f"attention.w{name}.weight"].T for name in "qkv")
+        q, k = turned(q.view(length, heads, width)), turned(k.view(length, groups, width))
+        k, v = (part.view(length, groups, width).repeat_interleave(heads // groups, 1) for part in (k, v))
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            *(part.transpose(0, 1) for part in (q, k, v)), is_causal=True
+        )
+        x = x + mixed.transpose(0, 1).flatten(1) @ w["attention.wo.weight"].T
+        h = norm(x, w["ffn_norm.weight"])
+        gate = torch.nn.functional.silu(h @ w["feed_forward.w1.weight"].T) * (h @ w["feed_forward.w3.weight"].T)
+        x = x + gate @ w["feed_forward.w2.weight"].T
+    return norm(x, state["norm.weight"]) @ state["output.weight"].T
+
+
+def test_a_merge_may_end_as_pth(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    make_adapter(chat_model, tmp_path / "adapter")
+    words = ("merge", "--base", chat_model, "--adapter", tmp_path / "adapter")
+    assert tongwen(*words, "--out", tmp_path / "hf")[0] == 0
+    assert tongwen(*words, "--out", tmp_path / "pth", "--to", "pth")[0] == 0
+    assert sorted(file.name for file in (tmp_path / "pth").iterdir()) == [
+        "consolidated.00.pth",
+        "manifest.json",
+        "params.json",
+    ]
+    assert tongwen("convert", tmp_path / "hf", "--to", "pth", "--out", tmp_path / "other")[0] == 0
+    one, other = load_all(tmp_path / "pth")[0], load_all(tmp_path / "other")[0]
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs LLaMA's tokenizer")
+def test_llamas_tokenizer_keeps_its_marks(tmp_path: Path, tongwen: Any) -> None:
+    from transformers import AutoTokenizer
+
+    make_original(tmp_path / "pth", "7B")
+    model = SHARED / "tokenizers" / "llama.model"
+    (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())  # one folder up, as in LLaMA's download
+    assert tongwen("convert", tmp_path / "pth", "--to", "hf", "--out", tmp_path / "hf")[0] == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+    assert tokenizer("Hello 1000")["input_ids"] == [1, 15043, 29871, 29896, 29900, 29900, 29900]
+
+
+def without_a_part(folder: Path) -> None:
+    (folder / "consolidated.00.pth").unlink()
+
+
+def with_a_bomb(folder: Path) -> None:
+    torch.save({"x": Bomb(folder.parent / "canary")}, folder / "consolidated.00.pth")
+
+
+def as_a_bare_bomb(folder: Path) -> None:
+    (folder / "consolidated.01.pth").write_bytes(pickle.dumps(Bomb(folder.parent / "canary")))
+
+
+def without_params(folder: Path) -> None:
+    (folder / "params.json").unlink()
+
+
+def with_hostile_params(folder: Path) -> None:
+    params = json.loads((folder / "params.json").read_text())
+    (folder / "params.json").write_text(json.dumps({**params, "n_layers": 10**9}))
+
+
+def without_a_tensor(folder: Path) -> None:
+    state = torch.load(folder / "consolidated.01.pth", weights_only=True)
+    state.pop("layers.1.attention.wk.weight")
+    torch.save(state, folder / "consolidated.01.pth")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (without_a_part, "consolidated.00.pth"),
+        (with_a_bomb, "never opened"),
+        (as_a_bare_bomb, "consolidated.01.pth"),
+        (without_params, "no params.json"),
+        (with_hostile_params, "n_layers is 1000000000"),
+        (without_a_tensor, "layers.1.attention.wk.weight is missing"),
+    ],
+)
+def test_bad_files_are_refused_by_name(spoil: Any, words: str, tmp_path: Path, tongwen: Any) -> None:
+    make_original(tmp_path / "pth", "13B, 49953 rows")
+    spoil(tmp_path / "pth")
+    code, _, err = tongwen("convert", tmp_path / "pth", "--to", "hf", "--out", tmp_path / "out")
+    assert code == 4 and words in err, err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "canary").exists()
+
+
+def test_what_llamas_format_cannot_hold_is_named(tmp_path: Path, tongwen: Any) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=60, **shape)).save_pretrained(tmp_path / "qwen")
+    code, _, err = tongwen("convert", tmp_path / "qwen", "--to", "pth", "--out", tmp_path / "out")
+    assert code == 4 and "qwen2" in err and "--to hf" in err
+
+
+def test_a_merge_onto_llamas_own_files_says_what_to_do(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    make_original(tmp_path / "pth", "7B")
+    make_adapter(chat_model, tmp_path / "adapter")
+    words = ("merge", "--base", tmp_path / "pth", "--adapter", tmp_path / "adapter", "--out", tmp_path / "out")
+    code, _, err = tongwen(*words)
+    assert code == 4 and f"tongwen convert {tmp_path / 'pth'} --to hf" in err
+
+
+def test_old_files_hold_frequencies_that_are_no_weights(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(chat_model, folder)
+    state = {**tensors(folder), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(state, folder / "model.safetensors")
+    assert tongwen("convert", folder, "--to", "pth", "--out", tmp_path / "one")[0] == 0
+    assert tongwen("convert", chat_model, "--to", "pth", "--out", tmp_path / "other")[0] == 0
+    one, other = load_all(tmp_path / "one")[0], load_all(tmp_path / "other")[0]
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_tied_head_is_written_out(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    assert tongwen("convert", chat_model, "--to", "pth", "--out", tmp_path / "pth")[0] == 0
+    (state,) = load_all(tmp_path / "pth")
+    assert torch.equal(state["output.weight"], state["tok_embeddings.weight"])

@@ -1,0 +1,161 @@
+"""The failures of the older projects: each is explained, and names tests that exist; those that no other file provokes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+
+from tests.conftest import remade, sentencepiece_tokenizer, tensors, tiny_llama, write_recipe
+from tongwen.migrate.failures import failures, find
+
+ROOT = Path(__file__).parents[2]
+
+
+def exists(test: str) -> bool:
+    """Whether `tests/test_x.py::test_y` is there."""
+    file, _, name = test.partition("::")
+    return (ROOT / file).is_file() and f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_all_forty_eight_name_tests_that_exist() -> None:
+    known = failures()
+    assert list(known) == [f"F-{number:02}" for number in range(1, 49)]
+    for one in known.values():
+        assert one.shown and all(exists(test) for test in one.shown), (one.id, one.shown)
+        for en, zh in (one.says, one.why, one.here):
+            assert en and zh and not re.search("[\u4e00-\u9fff]", en.replace("是", "")), one.id
+
+
+def test_doctor_explains_one_by_its_number(tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = tongwen("doctor", "F-02")
+    assert code == 0 and "requires_grad_()" in out and "audit" in out and "test_training_step.py" in out
+    assert find("f2") is find("F-02")
+    code, _, said = tongwen("doctor", "F-49")
+    assert code == 2 and "F-01 to F-48" in said
+    monkeypatch.setenv("TONGWEN_LANG", "zh")
+    code, out, _ = tongwen("doctor", "F-08", "--json")
+    assert code == 0 and "443" in json.loads(out)["symptom"] and "由 peft 保存" in json.loads(out)["here"]
+
+
+# -- provoked here -------------------------------------------------------------------------------------------------
+
+
+def test_deepspeed_beside_8_bits_is_said(tongwen: Any) -> None:
+    line = ["deepspeed", "finetune.py", "--use_lora", "--deepspeed", "run_config/deepspeed_config.json"]
+    line += ["--lora_hyperparams_file", "lora_hyperparams_bloom.json", "--model_config_file", "Bloom_config.json"]
+    code, out, _ = tongwen("migrate", "--json", "--", *line)
+    assert code == 0
+    verdicts = {one["flag"]: one for one in json.loads(out)["migrated"][0]["verdicts"]}
+    assert verdicts["deepspeed"]["verdict"] == "dropped" and "dropped it in silence" in verdicts["deepspeed"]["why"]
+
+
+def test_deepspeed_under_8_bits_is_refused(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, chat_model, sft=", engine: zero2")
+    recipe.write_text(recipe.read_text().replace("{rank: 4}", "{method: qlora, quantize: int8}"))
+    code, _, said = tongwen("check", recipe)
+    assert code == 2 and "`method: qlora` does not work with `engine: zero2`" in said and "engine: fsdp2" in said
+
+
+def test_a_random_seed_is_replaced_aloud(tongwen: Any) -> None:
+    code, out, _ = tongwen("migrate", "--", "python", "finetune.py", "--base_model", "x", "--seed", "$RANDOM")
+    assert code == 0
+    assert re.search(r"mended +seed \$RANDOM → seed: 42", out)
+
+
+def test_another_process_splits_and_orders_alike(chat_model: Path, tmp_path: Path) -> None:
+    """Whatever salt Python gives its hashes there."""
+    made = []
+    for salt in ("1", "2"):
+        recipe = write_recipe(tmp_path / salt, chat_model)
+        command = [sys.executable, "-m", "tongwen", "run", str(recipe), "--only", "prepare"]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": salt})
+        folder = tmp_path / salt / "out" / "prepare"
+        made.append(
+            [
+                (folder / f"dialogues{part}.jsonl").read_text().replace(str(tmp_path / salt), "")
+                for part in ("", ".held_out")
+            ]
+        )
+    assert made[0] == made[1] and all(made[0])
+
+
+def test_a_tokenizer_that_extends_its_base_is_taken_whatever_its_size(tongwen: Any, tmp_path: Path) -> None:
+    from tongwen.vocab.train import train_sentencepiece
+
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "tokenizer.model").write_bytes(train_sentencepiece(["The quick brown fox."] * 9, 290, "bpe", 0))
+    (tmp_path / "zh.model").write_bytes(train_sentencepiece(["今天天气很好，我们去公园。"] * 9, 280, "bpe", 0))
+    tiny_llama(base, 290, tie_word_embeddings=False)
+    merging = ["tokenizer", "merge", "--base", base / "tokenizer.model", "--add", tmp_path / "zh.model"]
+    assert tongwen(*merging, "--out", tmp_path / "merged")[0] == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: v\nbase: {base}\nout: {tmp_path / 'out'}\nvocab: {{tokenizer: {tmp_path / 'merged'}, pad_to_multiple: 1}}\n"
+    )
+    code, _, said = tongwen("run", recipe)
+    assert code == 0, said
+    rows = load_file(next((tmp_path / "out" / "vocab").glob("*.safetensors")))["model.embed_tokens.weight"]
+    new = json.loads((tmp_path / "out" / "vocab" / "new_rows.json").read_text())
+    assert len(rows) == new[-1] + 1 and new[0] == 290
+    assert torch.equal(rows[:290], load_file(base / "model.safetensors")["model.embed_tokens.weight"])
+    assert (tmp_path / "out" / "vocab" / "tokenizer.model").read_bytes() == (
+        tmp_path / "merged" / "tokenizer.model"
+    ).read_bytes()
+    recipe.write_text(recipe.read_text().replace(str(tmp_path / "merged"), str(tmp_path / "zh.model")))
+    code, _, said = tongwen("run", recipe, "--again")
+    assert code == 4 and "differ from id" in said
+
+
+def test_a_tokenizer_without_pad_learns_to_stop_and_gets_none(tongwen: Any, tmp_path: Path) -> None:
+    import tongwen as package
+
+    base = tmp_path / "base"
+    before = sentencepiece_tokenizer(base)
+    tiny_llama(base, len(before))
+    assert before.pad_token is None
+    rows = [{"instruction": f"{number}", "input": "", "output": "你好。"} for number in range(24)]
+    recipe = write_recipe(tmp_path, base, rows, sft=", stop_after: 30 steps")
+    recipe.write_text(
+        recipe.read_text().replace("template: chatml", "template: plain").replace("{rank: 4}", "{method: full}")
+    )
+    code, _, said = tongwen("run", recipe, "merge=null")
+    assert code == 0, said
+    made = tmp_path / "out" / "sft"
+    assert json.loads((made / "report.json").read_text())["mask"]["stop_learned_share"] == 1.0
+    after = PreTrainedTokenizerFast.from_pretrained(made)
+    assert after.get_vocab() == before.get_vocab() and after.pad_token is None
+    assert len(load_file(made / "model.safetensors")["model.embed_tokens.weight"]) == len(before)
+    told = json.loads((made / "generation_config.json").read_text())
+    assert told["eos_token_id"] == told["pad_token_id"] == before.eos_token_id == 2
+    live = package.open(str(made), precision="fp32")
+    assert live.chat([{"role": "user", "content": "7"}], max_new_tokens=20) == "你好。"
+
+
+def test_what_learns_stands_in_fp32_also_on_an_fp16_base(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
+    base = remade(chat_model, tmp_path / "half", {name: one.half() for name, one in tensors(chat_model).items()})
+    code, _, said = tongwen("run", write_recipe(tmp_path, base, merge=False), "sft.stop_after=2 steps")
+    assert code == 0, said
+    learned = load_file(tmp_path / "out" / "sft" / "adapter_model.safetensors")
+    assert {one.dtype for one in learned.values()} == {torch.float32}
+    assert all(one.isfinite().all() for one in learned.values())
+
+
+def test_a_base_model_is_not_talked_to_without_a_template(tongwen: Any, tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "base", len(sentencepiece_tokenizer(tmp_path / "base")))
+    (tmp_path / "prompts.txt").write_text("你好\n", encoding="utf-8")
+    asking = ["generate", "--model", tmp_path / "base", "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 2]
+    code, _, said = tongwen(*asking, "--out", tmp_path / "a")
+    assert code == 4 and "no chat template" in said and "chatml" in said
+    code, _, said = tongwen(*asking, "--out", tmp_path / "b", "--template", "completion")
+    assert code == 0, said

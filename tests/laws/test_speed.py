@@ -1,0 +1,179 @@
+"""Laws of what makes a step faster or smaller: it changes no number, and what is tried before the run leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import write_recipe
+from tests.launching import in_a_child
+from tests.laws.test_training_step import packed_model, random_store
+from tongwen.core.console import human_bytes
+from tongwen.core.errors import MachineError
+from tongwen.model.adapters.attach import adapt
+from tongwen.model.kernels.checkpointing import compile_layers, recompute
+from tongwen.model.kernels.loss import learned_loss
+from tongwen.recipe.schema import Adapter, Sft
+from tongwen.train.memory import CUDA_CONTEXT, device_memory
+from tongwen.train.metrics import peak_memory_bytes
+from tongwen.train.packing import pack
+from tongwen.train.try_batch import fits
+from tongwen.workflows.training import job
+
+
+def batch_of(count: int) -> dict[str, Any]:
+    store = random_store(count)
+    return pack([store.sample(index) for index in range(count)])
+
+
+def gradient(model: Any, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
+    """(loss, whole gradient) of a step's only micro-batch."""
+    model.zero_grad()
+    total, _ = learned_loss(model, batch)
+    total.backward()
+    return float(total.detach()), torch.cat([part.grad.flatten() for part in model.parameters() if part.requires_grad])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch's inductor compiles with g++")
+def test_compiled_layers_give_the_same_loss_and_gradient(chat_model: Path) -> None:
+    model = adapt(packed_model(chat_model), Adapter(method="full"), []).model.train()
+    batches = [batch_of(count) for count in (2, 5)]  # other lengths, the same program
+    wanted = [gradient(model, batch) for batch in batches]
+    assert compile_layers(model) == 2
+    for batch, (wanted_loss, wanted_gradient) in zip(batches, wanted, strict=True):
+        loss, found = gradient(model, batch)
+        assert loss == pytest.approx(wanted_loss, rel=1e-5)
+        assert float((found - wanted_gradient).norm() / wanted_gradient.norm()) < 1e-5
+
+
+def test_without_a_compiler_the_cure_is_named(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(MachineError, match="no compiler for cpu") as caught:
+        compile_layers(packed_model(chat_model))
+    assert "compile: false" in caught.value.text()
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
+def test_a_compiled_run_is_the_run(checkpointing: str, chat_model: Path, tmp_path: Path) -> None:
+    """From the recipe to the saved adapter, with the graphs that inductor would be given."""
+
+    def trace_only() -> None:
+        original = torch.nn.Module.compile
+        torch.nn.Module.compile = lambda self, **words: original(self, backend="eager", **words)  # type: ignore[method-assign]
+
+    losses = []
+    for word in ("false", "true"):
+        sft = f", stop_after: 3 steps, compile: {word}, activation_checkpointing: {checkpointing}"
+        recipe = write_recipe(tmp_path / word, chat_model, sft=sft, merge=False)
+        assert in_a_child("run", recipe, before=trace_only) == 0
+        lines = (tmp_path / word / "out" / "sft" / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_micro_batch_is_tried_and_leaves_no_trace(chat_model: Path) -> None:
+    model = adapt(packed_model(chat_model), Adapter(rank=4), []).model.eval()
+    batch, state, passed = batch_of(3), torch.get_rng_state(), list[int]()
+
+    def counted(model: Any, batch: dict[str, Any]) -> Any:
+        passed.append(sum(part.grad is not None for part in model.parameters()))
+        return learned_loss(model, batch)
+
+    assert fits(model, batch, counted, nullcontext(), passes=2, reserve=1000)
+    assert passed[0] == 0 < passed[1], "the second pass meets the gradients of the first"
+    assert all(part.grad is None for part in model.parameters()) and not model.training
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_does_not_fit_is_no_error(chat_model: Path) -> None:
+    model = packed_model(chat_model).eval()
+
+    def overflow(model: Any, batch: dict[str, Any]) -> Any:
+        total, nats = learned_loss(model, batch)
+        total.register_hook(
+            lambda gradient: (_ for _ in ()).throw(
+                torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 16 GiB")
+            )
+        )
+        return total, nats
+
+    assert not fits(model, batch_of(3), overflow, nullcontext(), passes=1, reserve=0)
+    assert all(part.grad is None for part in model.parameters()) and not model.training
+    # What is held in reserve is really held.
+    assert not fits(model, batch_of(3), learned_loss, nullcontext(), passes=1, reserve=2**60)
+
+    def fail(said: str) -> Any:
+        return lambda model, batch: (_ for _ in ()).throw(RuntimeError(said))
+
+    full = fail("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
+    assert not fits(model, batch_of(3), full, nullcontext(), passes=1, reserve=0)
+    with pytest.raises(RuntimeError, match="another"):
+        fits(model, batch_of(3), fail("another reason"), nullcontext(), passes=1, reserve=0)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_processes_that_share_weights_answer_alike(
+    engine: str, chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that differs among them is asked: not what is free, not how the model was cut up."""
+    model = packed_model(chat_model)
+    pupil, words = SimpleNamespace(model=model, device="cuda", dtype=torch.bfloat16), Sft(engine=engine)
+    size = sum(part.numel() * part.element_size() for part in model.parameters())
+    answers = {}
+    for whole in (CUDA_CONTEXT, CUDA_CONTEXT + size, 2 * CUDA_CONTEXT + 3 * size + 2**31):
+        for free in (0, whole):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free, whole=whole: (free, whole))
+            leg = SimpleNamespace(stretch=SimpleNamespace(words=words), plan=SimpleNamespace(budget=64))
+            fits = job._fits(pupil, leg, random_store(6), device_memory("cuda"))  # type: ignore[arg-type]
+            answers.setdefault(whole, set()).add(fits)
+    assert list(answers.values()) == [{False}, {False}, {True}]
+
+
+def test_any_accelerator_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """npu and xpu have cuda's words; mps has no peak, and its memory is the machine's."""
+    npu = SimpleNamespace(mem_get_info=lambda: (1, 64), max_memory_allocated=lambda: 17)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: npu if "npu" in str(device) else SimpleNamespace())
+    assert device_memory("npu") == 64 and device_memory("mps") == device_memory("cpu") == 0
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: "npu")
+    assert peak_memory_bytes() == 17
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: "mps")
+    assert peak_memory_bytes() is None and human_bytes(None) == "not known"
+    monkeypatch.undo()
+    assert peak_memory_bytes()
+
+
+@pytest.mark.parametrize(
+    ("word", "fitting", "recomputed"),
+    [("on", True, True), ("off", False, False), ("auto", True, False), ("auto", False, True)],
+)
+def test_activations_are_recomputed_where_a_gpu_has_no_room(
+    word: str, fitting: bool, recomputed: bool, chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, store, tried = packed_model(chat_model), random_store(6), list[dict[str, Any]]()
+    recompute(model)  # as a phase before has left it
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (900, 1000))
+
+    def look(model: Any, batch: dict[str, Any], *rest: Any, **words: Any) -> bool:
+        tried.append({"tokens": batch["tokens"], **words})
+        return fitting
+
+    told = list[str]()
+    monkeypatch.setattr(job, "fits", look)
+    monkeypatch.setattr(job.console, "notice", told.append)
+    words = SimpleNamespace(activation_checkpointing=word, shares="", optimizer="adamw_8bit")
+    plan = SimpleNamespace(flat=lambda: [(0,), (1, 2, 3), ()], accumulate=3)
+    pupil = SimpleNamespace(model=model, device="cuda", packed=True, computing=nullcontext)
+    job._set_checkpointing(pupil, SimpleNamespace(stretch=SimpleNamespace(words=words), plan=plan), store)  # type: ignore[arg-type]
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    assert bool(layers) == recomputed
+    assert bool(told) == (word == "auto" and not fitting)
+    if word == "auto":
+        size = sum(part.numel() for part in model.parameters())
+        assert tried == [{"tokens": int(store.lengths[[1, 2, 3]].sum()), "passes": 2, "reserve": 2 * size + 30}]

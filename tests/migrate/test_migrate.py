@@ -1,0 +1,406 @@
+"""Every command line of the four older projects' READMEs is read again, each flag with one verdict; what comes out runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import SHARED
+from tongwen.cli.main import make_parser
+from tongwen.core.errors import TongwenError
+from tongwen.hub.names import today
+from tongwen.migrate.build_recipe import as_yaml
+from tongwen.migrate.flag_values import READERS
+from tongwen.migrate.migrate import Outcome, migrate_command, migrate_files
+from tongwen.migrate.shell import Line, read_script, split_environment
+from tongwen.migrate.tables import known_files, programs
+from tongwen.recipe.docs import sections
+from tongwen.recipe.load import read
+
+OLD = Path(__file__).parent / "old_commands"
+# README -> (its file among the real data, command lines in its code blocks)
+READMES = {
+    "belle": ("000_6ab032cd2b36fbc2.txt", 10),
+    "guanaco": ("002_913cd9eb0318f338.txt", 8),
+    "ner": ("003_8ef3b468e611bb48.txt", 1),
+    "cla": ("004_2a5aaade4607470b.txt", 38),
+}
+TABLES = ("trainer", "launchers", "belle", "guanaco", "cla", "llamafactory")
+COMMAND = re.compile(r"^(?:[>$] )?(?:[A-Z_]+=\S* )?(?:conda|python|deepspeed|torchrun|accelerate|wget|pip)\s+\S")
+
+
+def lines_of(name: str) -> list[Line]:
+    return read_script((OLD / f"{name}.sh").read_text(encoding="utf-8"), name)
+
+
+ALL = [(name, line) for name in (*READMES, "mentioned") for line in lines_of(name)]
+
+
+def migrated(line: Line) -> Outcome:
+    return migrate_command(line.words, today)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="TONGWEN_SHARED names no folder with the READMEs")
+@pytest.mark.parametrize("name", READMES)
+def test_the_lines_are_those_of_the_readme(name: str) -> None:
+    text = (SHARED / "seeds" / READMES[name][0]).read_text(encoding="utf-8")
+    found = []
+    for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL):
+        kept: list[str] = []
+        goes_on = False
+        for raw in block.splitlines():
+            line = raw.strip()
+            if goes_on or COMMAND.match(line) or re.match(r"[a-z_]+=\S", line) or (kept and line.startswith("--")):
+                kept.append(line)
+                goes_on = line.endswith("\\")
+        if any(COMMAND.match(line) for line in kept):
+            found += read_script("\n".join(kept), name)
+    assert [line.words for line in found] == [line.words for line in lines_of(name)]
+
+
+def test_the_count_of_lines() -> None:
+    assert {name: len(lines_of(name)) for name in READMES} == {name: count for name, (_, count) in READMES.items()}
+    assert sum(count for _, count in READMES.values()) == 57
+
+
+@pytest.mark.parametrize(("name", "line"), ALL, ids=[f"{name}:{line.number}" for name, line in ALL])
+def test_each_flag_has_one_verdict_and_what_comes_out_is_read(
+    name: str, line: Line, tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = migrated(line)
+    environment, words = split_environment(line.words)
+    verdicts = Counter(verdict.flag for verdict in one.verdicts)
+    options = [word for word in words if re.match(r"--?[A-Za-z]", word) and word != "-m"]
+    named = [re.sub(r"=.*", "", word).lstrip("-").replace("-", "_") for word in options]
+    for flag, option in zip([*environment, *named], [*environment, *options], strict=True):
+        assert sum(verdicts[word] for word in {flag, option}) == 1, f"{flag}: {verdicts}"
+    for verdict in one.verdicts:
+        assert verdict.verdict in ("kept", "renamed", "mended", "dropped")
+        assert verdict.why or verdict.becomes, verdict
+        assert verdict.why or verdict.verdict in ("kept", "renamed"), verdict
+    for command in one.commands:
+        make_parser().parse_args(command)
+    assert one.recipe or one.commands or one.instead or one.launch or one.notes
+    if one.recipe:
+        file = tmp_path / "recipe.yaml"
+        assert tongwen("migrate", "--out", file, "--", *line.words)[0] == 0
+        code, _, said = tongwen("check", file)
+        assert code == (3 if "prepare" in one.recipe else 0), said
+        assert all("there is no such file" in part for part in re.split(r"\n(?!  →)", said.strip()) if part), said
+
+
+# What the READMEs (and the files that they name) say, written down by hand: batch, learning rate, rank, targets, length,
+# template, and how long.
+LINEAR = ["q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
+WANTED = {
+    "belle:5": ("sft", 8, 1e-5, None, None, 1024, "belle", "2 epochs"),
+    "belle:6": ("sft", 16, 2e-5, None, None, 1024, "belle", "2 epochs"),
+    "belle:7": ("sft", 8, 1e-5, 8, ["query_key_value"], 1024, "belle", "2 epochs"),
+    "belle:8": ("sft", 16, 2e-5, 8, ["q_proj", "v_proj"], 1024, "belle", "2 epochs"),
+    "belle:10": ("sft", 8, 1e-5, None, None, 1024, "belle", "2 epochs"),
+    "guanaco:1": ("sft", 16, 2e-4, 64, "all-linear", 1024, "guanaco", "3 epochs"),
+    "guanaco:2": ("sft", 32, 2e-4, 64, "all-linear", 1024, "guanaco", "3 epochs"),
+    "guanaco:5": ("sft", 16, 2e-4, 64, "all-linear", 1024, "guanaco", "3 epochs"),
+    "ner:1": ("sft", 8, 3e-5, 8, ["query_key_value"], 256, "chatglm", "3 epochs"),
+    "cla:31": ("pretrain", 1, 2e-4, 8, LINEAR, 512, None, "100 steps"),
+    "cla:33": ("sft", 1, 1e-4, None, None, 512, "alpaca-cla", "100 steps"),
+}
+
+
+def test_deepspeeds_file_is_an_engine_where_there_are_devices() -> None:
+    full, lora = (migrated(lines_of("belle")[place]).recipe["sft"] for place in (4, 6))
+    assert full["engine"] == "zero2" and full["schedule"] == "warmup_lr"
+    assert "engine" not in lora and lora["schedule"] == "linear"
+
+
+def test_data_are_made_again(tongwen: Any) -> None:
+    code, out, _ = tongwen("migrate", "--json", "--", "python", "scripts/crawl_prompt.py", "out.txt")
+    assert code == 0
+    recipe = json.loads(out)["migrated"][0]["recipe"]
+    assert recipe["out"] == "out" and recipe["synthesize"]["method"] == "topics" and recipe["synthesize"]["rows"] == 20
+    line = [
+        "python",
+        "generate_instruction.py",
+        "generate_instruction_following_data",
+        "--num_instructions_to_generate=9",
+    ]
+    recipe = json.loads(tongwen("migrate", "--json", "--", *line)[1])["migrated"][0]["recipe"]
+    assert recipe["synthesize"]["rows"] == 9 and recipe["synthesize"]["seeds"] == "./zh_seed_tasks.json"
+
+
+def settings_of(name: str) -> tuple[Any, ...]:
+    readme, place = name.split(":")
+    recipe = migrated(lines_of(readme)[int(place) - 1]).recipe
+    section = "sft" if "sft" in recipe else "pretrain"
+    words = recipe[section]
+    adapter = words.get("adapter", {})
+    return (
+        section,
+        words["batch_size"],
+        words["learning_rate"],
+        adapter.get("rank"),
+        adapter.get("targets"),
+        words["max_length"],
+        words.get("template"),
+        words["stop_after"],
+    )
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_the_recipe_says_what_the_readme_said(name: str) -> None:
+    assert settings_of(name) == WANTED[name]
+
+
+def test_the_table_has_every_training_line() -> None:
+    trained = {
+        f"{name}:{place}" for name in READMES for place, line in enumerate(lines_of(name), 1) if migrated(line).recipe
+    }
+    assert trained == set(WANTED)
+
+
+def test_the_tables_name_readers_and_words_that_exist() -> None:
+    known = {f"{name}.{key}".lstrip(".") for name, section in sections() for key in section.model_fields}
+    count = 0
+    for table in TABLES:
+        for program in programs(table).values():
+            for flag, rule in [*program.flags.items(), *program.prefixes.items()]:
+                assert rule.read in READERS, (program.id, flag)
+                assert rule.to or rule.dropped or rule.sets or rule.read in ("file", "several", "whole_batch"), (
+                    program.id,
+                    flag,
+                )
+                for word in [rule.to, *rule.sets, *(() if program.command else program.always)]:
+                    words = [word.replace("@", section) for section in ("sft", "pretrain")]
+                    assert not re.match(r"[a-z@]+\.", word) or known & set(words), (program.id, flag, word)
+                for pair in (rule.mended, rule.dropped, *rule.unless.values(), *rule.needs.values()):
+                    assert pair is None or (len(pair) == 2 and all(pair)), (program.id, flag)
+                count += 1
+    assert count > 200
+
+
+# -- what cannot be read -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["python", "finetune.py", "--lora_rnk", "8", "--base_model", "x"], ["lora_rnk", "lora_r"]),
+        (["torchrun", "--nproc_per_nod=2", "finetune.py", "--use_lora"], ["nproc_per_nod", "nproc_per_node"]),
+        (["python", "finetun.py"], ["no program", "finetune.py"]),
+        (["python", "finetune.py", "--base_model", "x", "--learning_rate", "--bits", "4"], ["learning_rate", "no value"]),
+        (["python", "finetune.py", "--base_model", "x", "--learning_rate", "fast"], ["'fast' is no number"]),
+        (["python", "finetune.py", "--base_model", "x", "--bits", "3"], ["'3' is not one of: 4, 8"]),
+        (["python", "finetune.py", "--base_model=x", "--bits=4", "--bits=8"], ["bits is given twice", "'4'", "'8'"]),
+        (["python", "merge_llama_with_chinese_lora.py", "--base_model", "b", "--lora_model", "a,", "c"], ["'c' belongs to no flag"]),
+        (["python", "finetune.py", "--use_lora", "--model_config_file", "gone.json"], ["gone.json", "no such file"]),
+        (["FOO=1"], ["no command"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_said_with_the_nearest(words: list[str], parts: list[str], tongwen: Any) -> None:
+    code, _, said = tongwen("migrate", "--", *words)
+    assert code == 2
+    for part in parts:
+        assert part in said
+
+
+def write(folder: Path, name: str, value: Any) -> Path:
+    (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    return folder / name
+
+
+CONFIG = {"model_type": "bloom", "model_name_or_path": "m", "data_path": "d.json", "output_dir": "o", "num_epochs": 1}
+CONFIG |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "learning_rate": 1e-5, "cutoff_len": 64}
+
+
+def test_files_that_belong_together_make_one_recipe(tongwen: Any, tmp_path: Path) -> None:
+    files = [
+        write(tmp_path, "run.json", CONFIG),
+        write(tmp_path, "lora.json", {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0, "lora_target_modules": ["a", "b"]}),
+        write(tmp_path, "ds.json", {"train_batch_size": 8, "zero_optimization": {"stage": 2}}),
+    ]  # fmt: skip
+    code, out, _ = tongwen("migrate", *files, "--json")
+    assert code == 0
+    recipe = json.loads(out)["migrated"][0]["recipe"]
+    assert recipe["sft"]["batch_size"] == 8 and "engine" not in recipe["sft"]  # one device
+    assert recipe["sft"]["adapter"] == {"rank": 4, "alpha": 8, "dropout": 0, "targets": ["a", "b"]}
+
+
+def test_contradictory_files_are_refused(tongwen: Any, tmp_path: Path) -> None:
+    run = write(tmp_path, "run.json", CONFIG)
+    ds = write(tmp_path, "ds.json", {"train_batch_size": 64, "zero_optimization": {"stage": 2}})
+    code, _, said = tongwen("migrate", run, ds)
+    assert code == 2 and "train_batch_size is 64" in said and "multiply to 8" in said
+    code, _, said = tongwen("migrate", write(tmp_path, "strange.json", {"hidden_size": 1}))
+    assert code == 2 and "no file of an older project" in said and "hidden_size" in said
+
+
+def test_files_that_say_two_things_are_refused_with_both(tongwen: Any, tmp_path: Path) -> None:
+    one = write(tmp_path, "one.json", CONFIG)
+    other = write(tmp_path, "other.json", CONFIG | {"learning_rate": 2e-5, "cutoff_len": 512})
+    code, _, said = tongwen("migrate", one, other)
+    assert code == 2
+    for part in (
+        "contradict each other",
+        "sft.learning_rate",
+        "1e-05",
+        "2e-05",
+        "sft.max_length",
+        "64 and 512",
+        "keep one",
+    ):
+        assert part in said, said
+    code, _, said = tongwen("migrate", write(tmp_path, "odd.json", CONFIG | {"learning_rat": 1, "lora_rank": 8}))
+    assert code == 2 and "'learning_rat'" in said and "learning_rate" in said and "'lora_rank'" in said
+
+
+def test_a_part_alone_is_no_recipe(tongwen: Any, tmp_path: Path) -> None:
+    lora = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0, "lora_target_modules": ["a"]}
+    code, _, said = tongwen("migrate", write(tmp_path, "lora.json", lora))
+    assert code == 2 and "no model is named" in said and "a part" in said
+    code, _, said = tongwen("migrate", "--", "python", "run_clm_sft_with_peft.py", "--model_name_or_path", "m")
+    assert code == 2 and "prepare" in said and "recipe.yaml" in said
+
+
+def test_a_script_is_read_with_its_variables(tongwen: Any, tmp_path: Path) -> None:
+    script = tmp_path / "run.sh"
+    script.write_text(
+        '# note\nlr=1e-4\nout="o p"\npython finetune.py --base_model m \\\n  --learning_rate ${lr}\n  --output_path $out\n'
+    )
+    for words in (["migrate", script, "--json"], ["migrate", "--json", "--", "bash", script]):
+        code, out, _ = tongwen(*words)
+        recipe = json.loads(out)["migrated"][0]["recipe"]
+        assert code == 0 and recipe["sft"]["learning_rate"] == 1e-4 and recipe["out"] == "o p"
+    script.write_text("python finetune.py --base_model 'm\n")
+    code, _, said = tongwen("migrate", script)
+    assert code == 2 and "run.sh:1" in said and "quote" in said
+    assert tongwen("migrate", tmp_path / "gone.sh")[0] == 2
+    assert tongwen("migrate")[0] == 2
+    assert tongwen("migrate", tmp_path)[0] == 4
+
+
+def test_what_one_line_leaves_the_next_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base of the adapter is known when the line before has run, and not when the script is read."""
+    from tongwen.commands import migrate
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    script = tmp_path / "all.sh"
+    script.write_text(
+        "CUDA_VISIBLE_DEVICES=0 python finetune.py --base_model m --output_dir output/\npython merge_lora.py\n"
+    )
+    commands = migrate.run([str(script)], "", None, to_run=True)
+    assert next(commands) == (["run", "output.yaml"], False) and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    (tmp_path / "output" / "sft").mkdir(parents=True)
+    write(tmp_path / "output" / "sft", "manifest.json", {})
+    write(tmp_path / "output" / "sft", "adapter_config.json", {"base_model_name_or_path": "m"})
+    merge = ["merge", "--base", "m", "--adapter", "output/sft", "--out", "models/m-finetune"]
+    assert list(commands) == [(merge, True)]
+
+
+def test_a_result_has_a_folder_of_its_own() -> None:
+    line = ["python", "merge_llama_with_chinese_lora.py", "--base_model", "b", "--lora_model", "l"]
+    for more in ([], ["--output_dir", "./"]):
+        (command,) = migrate_command([*line, *more], today).commands
+        assert command[command.index("--out") + 1] == "merged"
+
+
+def test_several_machines_keep_their_torchrun(tongwen: Any) -> None:
+    line = [
+        "torchrun",
+        "--nnodes",
+        "2",
+        "--node_rank",
+        "0",
+        "--nproc_per_node",
+        "4",
+        "finetune.py",
+        "--base_model",
+        "x",
+    ]
+    code, out, _ = tongwen("migrate", "--", *line)
+    assert code == 0 and "torchrun --nnodes 2 --node_rank 0 --nproc_per_node 4 -m tongwen run RECIPE" in out
+    assert "batch_size: 128" in out  # 1 x 16 x 4 x 2
+    code, _, said = tongwen("migrate", "--run", "--", *line)
+    assert code == 2 and "one line on each" in said
+
+
+def test_llamafactorys_yaml(tongwen: Any, tmp_path: Path) -> None:
+    file = tmp_path / "qwen.yaml"
+    file.write_text(
+        "model_name_or_path: Qwen/Qwen3-4B\ntrust_remote_code: true\nstage: sft\ndo_train: true\nfinetuning_type: lora\n"
+        "lora_rank: 8\nlora_target: all\nquantization_bit: 4\ndataset: identity,alpaca_zh_demo\ntemplate: qwen3_nothink\n"
+        "cutoff_len: 2048\noverwrite_cache: true\noutput_dir: saves/qwen3\nlogging_steps: 10\nplot_loss: true\n"
+        "per_device_train_batch_size: 1\ngradient_accumulation_steps: 8\nlearning_rate: 1.0e-4\nnum_train_epochs: 3.0\n"
+        "lr_scheduler_type: cosine\nwarmup_ratio: 0.1\nbf16: true\nddp_timeout: 180000000\nadam_beta2: 0.98\n",
+        encoding="utf-8",
+    )
+    code, out, _ = tongwen("migrate", file, "--json")
+    assert code == 0
+    recipe = json.loads(out)["migrated"][0]["recipe"]
+    assert recipe["prepare"]["dialogues"][1] == {"path": "data/dataset_info.json", "entry": "alpaca_zh_demo"}
+    assert recipe["sft"]["adapter"] == {"method": "qlora", "rank": 8, "targets": "all-linear", "quantize": "nf4"}
+    assert (recipe["sft"]["batch_size"], recipe["sft"]["stop_after"], recipe["sft"]["template"]) == (
+        8,
+        "3 epochs",
+        "own",
+    )
+    assert recipe["sft"]["trainer"] == {"adam_beta2": 0.98}
+    file.write_text("model_name_or_path: a\nadapter_name_or_path: b\nexport_dir: c\n", encoding="utf-8")
+    assert json.loads(tongwen("migrate", file, "--json")[1])["migrated"][0]["commands"] == [
+        ["tongwen", "merge", "--base", "a", "--adapter", "b", "--out", "c"]
+    ]
+    file.write_text("model_name_or_path: a\nstage: dpo\n", encoding="utf-8")
+    code, _, said = tongwen("migrate", file)
+    assert code == 2 and "'dpo' is not one of: sft, pt" in said
+
+
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    1e400,
+    "",
+    [],
+    {},
+    [1, None],
+    {"a": {"b": None}},
+    "inf",
+    "nan",
+    "1e9",
+    3.7,
+    "[a|b]",
+    "auto",
+    "  ",
+]
+
+
+def test_accidents_end_in_an_outcome_or_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    chance = random.Random(0)
+    ended = Counter[bool]()
+    for _ in range(150):
+        name = chance.choice([*known_files()])
+        data = json.loads(json.dumps(known_files()[name]))
+        words = list(chance.choice(ALL)[1].words)
+        for _ in range(chance.randint(1, 3)):
+            data[chance.choice([*data])] = chance.choice(ODD)
+            words[chance.randrange(len(words))] = str(chance.choice(ODD))
+        file = write(tmp_path, name, data)
+        for attempt in (lambda: migrate_files([str(file)], today), lambda: migrate_command(words, today)):
+            try:
+                one = attempt()
+                if one.recipe:
+                    read(as_yaml(one.recipe, one.old), "recipe.yaml")
+                ended[True] += 1
+            except TongwenError:
+                ended[False] += 1
+    assert ended[True] > 20 and ended[False] > 20

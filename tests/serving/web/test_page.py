@@ -1,0 +1,363 @@
+"""The page keeps to itself: who may come in, what may be asked, what is said when a model fails, and where it may look."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio")
+
+import httpx
+from gradio_client.utils import apply_diff
+from starlette.routing import Mount
+
+from tests.serving.web.page_server import SECRET, TOKEN, Parrot, serving, talk
+from tongwen.core.errors import RecipeError, TongwenError
+from tongwen.serving.web.backend import Bench
+from tongwen.serving.web.conversation import Answer, as_json, as_markdown, drawn, note, stream, text_of, told
+from tongwen.serving.web.login import OPEN_ROUTES, Limits
+from tongwen.serving.web.server import SESSIONS, make_app
+from tongwen.workflows.workspace import Workplace
+
+GOLDEN = Path(__file__).parent / "page_routes.txt"
+
+
+@pytest.fixture(scope="module")
+def parrot() -> Parrot:
+    return Parrot()
+
+
+@pytest.fixture(scope="module")
+def address(parrot: Parrot) -> Iterator[str]:
+    with serving(Bench("tongwen", talk(parrot, "parrot"))) as url:
+        yield url
+
+
+def client(address: str, token: str = TOKEN, **headers: str) -> httpx.Client:
+    bearer = {"authorization": f"Bearer {token}"} if token else {}
+    return httpx.Client(base_url=address, headers={**bearer, "origin": address, **headers}, timeout=30)
+
+
+def ask(
+    address: str, text: str, language: str = "en", history: Sequence[dict[str, Any]] = (), model: str = "parrot"
+) -> list[dict[str, Any]]:
+    """What stands on the board after a question, asked as the browser asks it."""
+    board = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in history]
+    with client(address) as web:
+        events = web.get(f"/{language}/config").json()["dependencies"]
+        box = next(one["id"] for one in events if one["targets"] and one["targets"][0][1] == "submit")
+        answer = next(one["id"] for one in events if one["api_name"] == "ask")
+        session = uuid.uuid4().hex
+        assert at_once(web, language, session, box, [text]).status_code == 200
+        board = call(web, language, session, answer, [None, board, [], False, model, model, "", 64, 0, 1, 0, 1, None])[
+            0
+        ]
+    return [{**one, "content": text_of(one["content"])} for one in board]
+
+
+def at_once(web: httpx.Client, language: str, session: str, number: int, given: list[Any]) -> httpx.Response:
+    """An event that does not wait in line."""
+    body = {"data": given, "fn_index": number, "session_hash": session}
+    return web.post(f"/{language}/gradio_api/run/predict", json=body)
+
+
+def call(web: httpx.Client, language: str, session: str, number: int, given: list[Any]) -> list[Any]:
+    """The outputs of an event; those of a stream come as differences."""
+    body = {"data": given, "fn_index": number, "session_hash": session}
+    joined = web.post(f"/{language}/gradio_api/queue/join", json=body)
+    assert joined.status_code == 200, joined.text
+    shown: list[Any] = []
+    with web.stream("GET", f"/{language}/gradio_api/queue/data", params={"session_hash": session}) as events:
+        for line in events.iter_lines():
+            event = json.loads(line[6:]) if line.startswith("data: ") else {}
+            if event.get("msg") == "process_generating":
+                new = event["output"]["data"]
+                shown = [apply_diff(old, change) for old, change in zip(shown, new, strict=True)] if shown else new
+            if event.get("msg") == "process_completed":
+                assert event["success"], event
+                return shown or list(event["output"]["data"])
+    raise AssertionError("the stream ended before the answer did")
+
+
+# -- who may come in -----------------------------------------------------------------------------------------------
+
+
+def routes_of(app: Any, prefix: str = "") -> Iterator[str]:
+    """Every path that is registered, in what is mounted and included too."""
+    for route in app.routes:
+        if inner := getattr(route, "original_router", None):
+            yield from routes_of(inner, prefix)
+        elif isinstance(route, Mount):
+            yield from routes_of(route.app, prefix + route.path)
+        else:
+            yield prefix + route.path
+
+
+def test_a_question_waits_in_line_and_small_things_do_not(address: str) -> None:
+    """A click that is told of through a stream which is just being closed is lost."""
+    with client(address) as web:
+        events = web.get("/en/config").json()["dependencies"]
+        waiting = {one["api_name"]: one["id"] for one in events if one["queue"]}
+        assert waiting.keys() == {"ask", "again", "again_1", "mend", "mend_1"}
+        for number in waiting.values():
+            assert at_once(web, "en", uuid.uuid4().hex, number, []).status_code == 404
+        fresh = next(one["id"] for one in events if one["api_name"] == "_begin")
+        assert at_once(web, "en", uuid.uuid4().hex, fresh, []).json()["data"]
+
+
+def test_the_list_of_routes_is_as_it_was_and_none_opens_without_a_token(address: str) -> None:
+    door = make_app(Bench("t", talk(Parrot(), "m")), TOKEN, port=7860)
+    routes = sorted(set(routes_of(door.app)))
+    listed = "".join(f"{'open  ' if OPEN_ROUTES.fullmatch(_example(path)) else 'closed'} {path}\n" for path in routes)
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(listed, encoding="utf-8")
+    assert listed == GOLDEN.read_text(encoding="utf-8"), (
+        "Gradio's routes have changed: look at each, then UPDATE_GOLDEN=1"
+    )
+    assert sum(line.startswith("closed") for line in listed.splitlines()) > 60
+    with client(address, token="") as web:
+        for path in routes:
+            for method in ("GET", "POST", "HEAD", "DELETE"):
+                assert web.request(method, _example(path)).status_code == 401, (method, path)
+    with client(address) as web:
+        for path in routes:
+            if not OPEN_ROUTES.fullmatch(_example(path)):
+                assert web.get(_example(path)).status_code == 404, path
+                assert web.post(_example(path), json={}).status_code == 404, path
+
+
+def _example(path: str) -> str:
+    """A path that such a route would match."""
+    return "".join(
+        part.partition("}")[2] if place else part for place, part in enumerate(path.replace("{", "x{").split("{"))
+    )
+
+
+@pytest.mark.parametrize("token", ["", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "错"])
+def test_only_the_right_token_opens(address: str, token: str) -> None:
+    given = token.encode("utf-8")
+    with httpx.Client(base_url=address) as web:
+        assert web.get("/en/", headers=[(b"authorization", b"Bearer" + b" " * bool(given) + given)]).status_code == 401
+        assert (
+            web.get("/en/", headers=[(b"cookie", f"tongwen_{web.base_url.port}=".encode() + given)]).status_code == 401
+        )
+        assert web.get("/en/", params={"token": token}).status_code == 401
+
+
+def test_the_token_moves_from_the_address_into_a_cookie(address: str) -> None:
+    with httpx.Client(base_url=address) as web:
+        first = web.get("/", params={"token": TOKEN})
+        assert first.status_code == 303 and first.headers["location"] == "/"
+        assert {"httponly", "samesite=strict"} <= set(first.headers["set-cookie"].lower().split("; "))
+        web.cookies.set(*first.headers["set-cookie"].split(";")[0].split("="))
+        assert web.get("/", headers={"accept-language": "zh-CN,zh"}).headers["location"] == "/zh/"
+        assert web.get("/", headers={"accept-language": "en"}).headers["location"] == "/en/"
+        page = web.get("/en/")
+    assert page.status_code == 200 and TOKEN not in page.text
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://localhost.evil:1", "http://127.0.0.1:1", ""]
+)
+def test_another_page_may_not_ask(address: str, origin: str) -> None:
+    with client(address) as web:
+        if origin:
+            web.headers["origin"] = origin
+        else:
+            del web.headers["origin"]
+        answer = web.post("/en/gradio_api/queue/join", json={"data": []})
+    assert answer.status_code == 403
+    assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "127.0.0.1.evil:80", "localhost.evil:80", ""])
+def test_another_name_is_not_served(address: str, host: str) -> None:
+    with client(address, host=host) as web:
+        assert web.get("/en/").status_code == 403
+
+
+def test_nothing_is_loaded_from_elsewhere(address: str) -> None:
+    with client(address) as web:
+        page = web.get("/en/")
+        policy = page.headers["content-security-policy"]
+        assert "unsafe-eval" not in policy and "'unsafe-inline'" not in policy.split("style-src")[0]
+        assert "default-src 'none'" in policy and "http" not in policy
+        assert not [name for name in page.headers if name.startswith("access-control-")]
+        for asset in ("theme.css", "static/js/iframeResizer.contentWindow.min.js"):
+            assert web.get(f"/en/{asset}").status_code == 200
+
+
+FORMS = ["../", "..%2f", "..%252f", "%2e%2e/", "%252e%252e/", "..\\", "..%5c", "..%00/", "....//", ".%2e/", "..;/", "/"]
+TARGETS = ["{up}{file}", "{up}proc/self/environ", "//{file}", "file://{file}", "\\\\host\\{file}"]
+PLACES = [
+    "en/assets/",
+    "en/static/",
+    "report?name=",
+    "en/gradio_api/file=",
+    "en/gradio_api/heartbeat/",
+    "",
+    "zh/svelte/",
+]
+
+
+def test_no_path_leads_out(address: str, tmp_path: Path) -> None:
+    canary = tmp_path / "canary.txt"
+    canary.write_text("canary-content", encoding="utf-8")
+    tried = 0
+    with client(address) as web:
+        for place in PLACES:
+            for form in FORMS:
+                for target in TARGETS:
+                    path = place + target.format(up=form * 12, file=str(canary).lstrip("/"))
+                    answer = web.get(f"{address}/{path}")
+                    assert answer.status_code in (400, 403, 404), (path, answer)
+                    assert "canary-content" not in answer.text
+                    tried += 1
+    assert tried >= 60
+
+
+def test_what_is_too_large_is_refused_at_once(address: str) -> None:
+    with client(address) as web:
+        assert web.post("/en/gradio_api/queue/join", content=b"x" * (Limits.body + 1)).status_code == 413
+        assert web.post("/en/gradio_api/upload", content=b"x" * (Limits.body + 1)).status_code != 413
+        assert web.post("/en/gradio_api/queue/join", content=iter([b"x"])).status_code == 411
+        assert web.post("/en/gradio_api/queue/join", content=b"{broken").status_code == 422
+
+
+# -- what is said --------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_arrives_whole_and_a_failing_model_leaves_the_server_alive(address: str, parrot: Parrot) -> None:
+    assert ask(address, "你好 👍🏽 `x < y`")[-1]["content"] == "你好 👍🏽 `x < y`"
+    half = ask(address, "NAN 之后没有")
+    assert half[-2]["content"] == "NAN" and "NaN" in half[-1]["content"] and half[-1]["metadata"]["title"]
+    assert "out of memory" in ask(address, "OOM")[-1]["content"]
+    ours = ask(address, "BUG")[-1]["content"]
+    assert SECRET not in ours and "the terminal says what" in ours
+    assert "终端" in ask(address, "BUG", language="zh")[-1]["content"]
+    assert ask(address, "还在吗")[-1]["content"] == "还在吗"
+
+
+def test_a_note_of_the_page_is_never_told_to_the_model(address: str, parrot: Parrot) -> None:
+    history = ({"role": "user", "content": "一"}, {"role": "assistant", "content": "二"}, note("out of memory"))
+    ask(address, "三", history=history)
+    assert [one["content"] for one in parrot.asked[-1]] == ["一", "二", "三"]
+
+
+def test_what_no_conversation_holds_is_refused(address: str, parrot: Parrot) -> None:
+    before = len(parrot.asked)
+    assert "at most 100,000" in ask(address, "长" * 50_000 * 1 + "x" * 50_001)[-1]["content"]
+    many = tuple({"role": "user", "content": "x"} for _ in range(500))
+    assert "begin a new one" in ask(address, "?", history=many)[-1]["content"]
+    assert len(parrot.asked) == before
+
+
+def test_visitors_do_not_hear_each_other(address: str) -> None:
+    heard: dict[str, str] = {}
+
+    def visit(word: str) -> None:
+        history: list[dict[str, Any]] = []
+        for turn in range(3):
+            history = ask(address, f"{word}{turn}", history=history)
+        heard[word] = json.dumps(history)
+
+    words = [uuid.uuid4().hex for _ in range(4)]
+    threads = [threading.Thread(target=visit, args=(word,)) for word in words]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    for word in words:
+        assert heard[word].count(word) == 6
+        assert not any(other in heard[word] for other in words if other != word)
+
+
+def test_only_so_many_open_pages_are_remembered() -> None:
+    door = make_app(Bench("t", talk(Parrot(), "m")), TOKEN, port=7860)
+    holders = [route.app.state_holder for route in door.app.routes if isinstance(route, Mount)]
+    assert len(holders) == 2
+    for holder in holders:
+        for number in range(SESSIONS + 5):
+            assert holder[f"session {number}"]
+        assert len(holder.session_data) == SESSIONS and "session 4" not in holder.session_data
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '<img src=x onerror="alert(1)">',
+    "a < b && c > d; x &lt; y &amp;lt; &copy;",
+    "<svg onload=alert(1)><iframe src='http://e.example'>",
+    "<think>想</think>好",
+    "`<b>` 和 ```\n<script>\n``` 与 <b>",
+    "\\(a<b\\) $$x<y$$ <i>",
+    "std::vector<int> v; </script><!-- ",
+    "> " * 300 + "<b>",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_is_drawn_holds_no_tag_and_comes_back_as_it_was(text: str) -> None:
+    assert text_of(drawn(text)) == text
+    assert text_of([{"type": "text", "text": drawn(text)}]) == text
+
+
+def test_drawing_is_undone_for_any_text() -> None:
+    rng = random.Random(0)
+    parts = ["<b>", "</", "&lt;", "&amp;", "&", "<", "`", "```", "\n", "$$", "\\(", "\\)", "<think>", "字", "x", " "]
+    for _ in range(3000):
+        text = "".join(rng.choice(parts) for _ in range(rng.randrange(12)))
+        assert text_of(drawn(text)) == text
+    assert drawn("x <b>") == "x &lt;b>"
+    assert "<" not in drawn("<script><img><svg>")
+
+
+def test_an_answer_that_is_given_up_stops_the_model() -> None:
+    parrot = Parrot()
+    asked = [{"role": "user", "content": "很长" * 50}]
+    answers = [Answer(talk(parrot, "m"), asked, str, "m", "", {}) for _ in range(2)]
+    growing = stream(answers)
+    next(growing)
+    growing.close()
+    assert parrot.closed == 2 and all(0 < len(one.text) < 100 for one in answers)
+
+
+def test_a_conversation_is_exported_as_the_model_was_told() -> None:
+    messages = [{"role": "user", "content": "问"}, {"role": "assistant", "content": drawn("<b>")}, note("no")]
+    assert json.loads(as_json(messages, "短")) == {
+        "messages": [
+            {"role": "system", "content": "短"},
+            {"role": "user", "content": "问"},
+            {"role": "assistant", "content": "<b>"},
+        ]
+    }
+    assert "## Answer\n\n<b>\n" in as_markdown(messages, "")
+    with pytest.raises(RecipeError, match="begin a new one"):
+        told([messages[0]] * 401, "")
+
+
+# -- where it may look ---------------------------------------------------------------------------------------------
+
+
+def test_only_what_lies_in_the_folders_is_found(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside / "model", outside):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+    (inside / "link").symlink_to(outside)
+    (inside / "r.yaml").write_text("name: x\nbase: y\n", encoding="utf-8")
+    (inside / "other.yaml").write_text("a: 1\n", encoding="utf-8")
+    place = Workplace.of([str(inside)], ["hub/named"])
+    assert place.models() == ["hub/named", str(inside / "model")]
+    assert place.recipes() == [str(inside / "r.yaml")]
+    assert place.model("hub/named") == "hub/named"
+    for name in ("../out", str(outside), str(inside / "link"), f"{inside}/../out", "/etc/passwd", "x\0y", f"{inside}2"):
+        with pytest.raises(TongwenError, match="outside"):
+            place.inside(name)
+    with pytest.raises(RecipeError, match="no folder"):
+        Workplace.of([str(tmp_path / "none")])

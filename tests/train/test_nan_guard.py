@@ -1,0 +1,373 @@
+"""No step is taken on a number that is none, no such number is saved, and who asks a run to stop gets a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, TrainingArguments
+
+from tests.conftest import remade, tensors, write_recipe, write_rows
+from tests.launching import in_a_child
+from tests.laws.test_run import manifest
+from tongwen.core.errors import ArtifactError, NumbersError
+from tongwen.train.checkpoints import check_adapter_saved
+from tongwen.train.nan_guard import ABSURD, SKIPS, Guard
+from tongwen.train.packing import Plan
+from tongwen.train.parallel import Engine
+from tongwen.train.shutdown import Halt
+from tongwen.train.trainer import PlannedTrainer
+
+SFT = ", save_every: 2, stop_after: 6 steps, micro_batch_tokens: 64"
+
+
+def guard(ranks: list[list[float]], **words: Any) -> Guard:
+    """A guard over two processes with two micro-batches each; `ranks` is what they tell each other."""
+    plan = Plan(((0, 1, 2, 3),) * 99, (((0,), (1,), (2,), (3,)),) * 99, 2, 2, 8, 99)
+    told = {"wants_out": bool, "last": lambda: "the last checkpoint is c-4", "before_steps": 10, "vocabulary": 500}
+    return Guard(plan, lambda sample: f"f.jsonl:{sample}", lambda row: torch.tensor(ranks), **told | words)
+
+
+def look(one: Guard, index: int = 0, scaled: bool = False) -> None:
+    one.note(torch.tensor(1.0), 1)
+    one.look(index, 1.0, torch.nn.Linear(1, 1), scaled=scaled)
+
+
+def test_all_processes_stop_for_one_and_name_its_rows() -> None:
+    """A micro-batch's number is its slot times the processes, plus the process."""
+    one = guard([[1.0, 1.0, 1.0, 0.0], [1.0, math.nan, 1.0, 0.0]])
+    with pytest.raises(
+        NumbersError, match=r"step 15: the loss is NaN[\s\S]*micro-batch 4 of 4; rows f.jsonl:3\n[\s\S]*c-4"
+    ):
+        look(one, 4)
+    with pytest.raises(NumbersError, match=r"gradient is NaN[\s\S]*f.jsonl:0, f.jsonl:1"):
+        look(guard([[1.0, 1.0, math.inf, 0.0], [1.0, 1.0, 1.0, 0.0]]))
+
+
+def test_they_leave_together_when_one_is_asked_to() -> None:
+    one = guard([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
+    look(one)
+    assert one.leaving
+
+
+def test_a_loss_above_guessing_stops_after_a_while() -> None:
+    one, fine = (guard([[loss, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]]) for loss in (8.3, 8.1))
+    for _ in range(ABSURD - 1):
+        look(one)
+    with pytest.raises(NumbersError, match=r"8\.30[\s\S]*above 8\.21[\s\S]*guessing at random gives 6\.21"):
+        look(one)
+    for _ in range(ABSURD + 1):
+        look(fine)
+
+
+def test_overflows_of_fp16_are_counted_and_end_the_run_when_nothing_else_happens() -> None:
+    ranks = [[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, math.inf, 0.0]]
+    one = guard(ranks)
+    look(one, scaled=True)
+    ranks[1][2] = 1.0
+    look(one, scaled=True)
+    assert (one.skipped, one.skipped_in_a_row) == (1, 0)
+    ranks[1][2] = math.nan
+    for _ in range(SKIPS):
+        look(one, scaled=True)
+    with pytest.raises(NumbersError, match=r"21 steps in a row[\s\S]*bf16"):
+        look(one, scaled=True)
+    ranks[0][0] = math.nan  # which no scaler has to do with
+    with pytest.raises(NumbersError, match="the loss is NaN or infinite in micro-batch 1 of 4; rows"):
+        look(one, scaled=True)
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, name: str, before: Any) -> None:
+    """`before` runs first in that method of the trainer."""
+    original = getattr(PlannedTrainer, name)
+
+    def method(self: Any, *arguments: Any, **options: Any) -> Any:
+        before(self)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(PlannedTrainer, name, method)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_nan_stops_before_the_weights_move(
+    where: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(tmp_path, chat_model, sft=SFT, merge=False)
+    with monkeypatch.context() as patch:
+        if where == "loss":
+            loss = PlannedTrainer.compute_loss
+
+            def third(self: Any, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
+                own = self.job.loss
+                if self.state.global_step == 3 and len(self.guard.step.nats) == 1:
+                    self.job.loss = lambda *all: tuple(one * math.nan for one in own(*all))
+                try:
+                    return loss(self, model, inputs, *arguments, **options)
+                finally:
+                    self.job.loss = own
+
+            patch.setattr(PlannedTrainer, "compute_loss", third)
+        else:
+            names = lambda self: [part for part in self.job.model.parameters() if part.requires_grad]  # noqa: E731
+            patched(
+                patch,
+                "_get_grad_norm",
+                lambda self: None if self.state.global_step != 3 else names(self)[0].grad.fill_(math.inf),
+            )
+        code, _, err = tongwen("run", recipe, *(["sft.max_grad_norm=0"] if where == "gradient" else []))
+    assert code == 6 and "step 4: " in err and "data.jsonl:" in err and "checkpoint-2" in err
+    assert err.count("data.jsonl:") < (4 if where == "loss" else 5)
+    checkpoints = tmp_path / "out" / "sft.partial" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
+    assert tongwen("run", recipe, *(["sft.max_grad_norm=0"] if where == "gradient" else []))[0] == 0
+
+
+def test_what_is_not_finite_is_never_saved(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poison(self: Any) -> None:
+        if self.state.global_step == 4:
+            next(iter(self.optimizer.state.values()))["exp_avg"][0] = math.nan
+
+    patched(monkeypatch, "_save_checkpoint", poison)
+    code, _, err = tongwen("run", write_recipe(tmp_path, chat_model, sft=SFT, merge=False))
+    assert code == 6 and "exp_avg" in err and "nothing was saved" in err and "checkpoint-2" in err
+
+
+def test_a_nan_among_the_weights_is_named(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+
+    shutil.copytree(chat_model, tmp_path / "base")
+    weights = tensors(chat_model)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = math.nan
+    save_file(weights, str(tmp_path / "base" / "model.safetensors"), metadata={"format": "pt"})
+    code, _, err = tongwen("run", write_recipe(tmp_path, tmp_path / "base", sft=SFT, merge=False))
+    assert code == 6 and "model.layers.1.mlp.up_proj.weight" in err
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_signal_saves_and_the_same_command_ends_the_same(step: int, chat_model: Path, tmp_path: Path) -> None:
+    """Also one that comes after the last step: the next stage does not begin."""
+    recipes = [write_recipe(tmp_path / name, chat_model, sft=SFT, merge=False) for name in ("whole", "asked")]
+    assert in_a_child("run", recipes[0]) == 0
+
+    def ask() -> None:
+        train, save = PlannedTrainer.training_step, PlannedTrainer._save_checkpoint
+
+        def asked(self: Any, *arguments: Any, **options: Any) -> Any:
+            if self.state.global_step == step - 1 < 5 and not self.guard.step.nats:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return train(self, *arguments, **options)
+
+        def asked_late(self: Any, *arguments: Any, **options: Any) -> Any:
+            if self.state.global_step == step == 6:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return save(self, *arguments, **options)
+
+        PlannedTrainer.training_step, PlannedTrainer._save_checkpoint = asked, asked_late  # type: ignore[method-assign]
+
+    assert os.WEXITSTATUS(in_a_child("run", recipes[1], before=ask)) == 130
+    folder = tmp_path / "asked" / "out"
+    assert (folder / "sft.partial" / "checkpoints" / f"checkpoint-{step}").is_dir()
+    assert in_a_child("run", recipes[1]) == 0
+    wanted, found = tensors(tmp_path / "whole" / "out" / "sft"), tensors(folder / "sft")
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_time_runs_out(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    code, out, err = tongwen("run", write_recipe(tmp_path, chat_model, sft=SFT, merge=False), "stop_before=1 minute")
+    assert "one step is taken and saved" in out
+    assert code == 130 and "its time is nearly over" in err and "checkpoint-1" in err and "same command" in err
+    recipe = json.dumps((tmp_path / "out" / "recipe.yaml").read_text())
+    assert "stop_before: 1 minutes" in recipe
+
+
+def test_a_deadline_leaves_room_for_a_step_and_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    halt = Halt(1300.0)
+    now += 10
+    assert not halt.wanted(), "twice the step of 10 seconds and a save of 30 at most would fit"
+    assert not halt.is_short and Halt(1059.0).is_short and not Halt(None).is_short
+    halt.saved(5.0)
+    now += 69
+    assert not halt.wanted()
+    now += 80
+    assert halt.wanted(), "twice 80 and 5 would not"
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1005")
+    assert Halt(None).wanted()
+
+
+def test_fp16_leaves_out_what_overflows(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does, on a CPU, which accelerate would let train in fp32 without a word."""
+    recipe = write_recipe(tmp_path, chat_model, sft=SFT.replace("64", "4096"), merge=False)
+    code, _, err = tongwen("run", recipe, "sft.precision=fp16")
+    assert code == 5 and "precision: auto" in err
+    monkeypatch.setattr("tongwen.model.loading.load.compute_dtype", lambda *words: (torch.float16, "as on a GPU"))
+    make = PlannedTrainer.create_accelerator_and_postprocess
+
+    def with_scaler(self: Any) -> None:
+        make(self)
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+        self.accelerator.native_amp = True
+
+    monkeypatch.setattr(PlannedTrainer, "create_accelerator_and_postprocess", with_scaler)
+    code, out, _ = tongwen("run", recipe)
+    assert code == 0 and "fp16 overflowed in " in out
+    scaler = torch.load(tmp_path / "out" / "sft" / "checkpoints" / "checkpoint-6" / "scaler.pt", weights_only=True)
+    assert scaler["scale"] < 2.0**20
+    assert all(part.dtype == torch.float32 and bool(part.any()) for part in tensors(tmp_path / "out" / "sft").values())
+    code, _, err = tongwen("run", recipe, f"out={tmp_path / 'short'}", "sft.stop_after=1 steps")
+    assert code == 6 and "in every step, and none was taken" in err
+
+
+def test_a_held_out_nan_is_no_score(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    """One token that is in the held-out file alone, and overflows."""
+    rows = tensors(chat_model)["model.embed_tokens.weight"]
+    rows[AutoTokenizer.from_pretrained(chat_model).convert_tokens_to_ids("Z")] = 3e38
+    base = remade(chat_model, tmp_path / "base", {"model.embed_tokens.weight": rows})
+    held = write_rows(tmp_path / "held.jsonl", [{"instruction": "Z?", "output": "ZZ"}])
+    recipe = write_recipe(tmp_path, base, sft=SFT, merge=False)
+    code, _, err = tongwen("run", recipe, f"prepare.held_out={held}", "sft.samples=0")
+    assert code == 6 and "a held-out score is NaN or infinite" in err
+
+
+@pytest.mark.parametrize(
+    "said", ["Cannot allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory"]
+)
+def test_full_memory_is_known_where_it_is_met(
+    said: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a model is opened, too: its files are whole."""
+    recipe = write_recipe(tmp_path, chat_model, sft=SFT, merge=False)
+    assert tongwen("run", recipe, "--only", "prepare")[0] == 0
+
+    def fail(*words: Any, **more: Any) -> Any:
+        raise RuntimeError(f"[enforce fail] {said} (12)")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    code, _, err = tongwen("run", recipe)
+    assert code == 5 and "sft: out of memory" in err and "sft.activation_checkpointing=on" in err
+
+
+def test_8_bit_products_are_refused_where_there_are_none(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    recipe = write_recipe(tmp_path, chat_model, sft=SFT, merge=False)
+    assert tongwen("run", recipe, "--only", "prepare")[0] == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr("tongwen.model.loading.load.compute_device", lambda: "cpu")
+    code, _, err = tongwen("run", recipe, "sft.adapter.method=qlora", "sft.adapter.quantize=int8")
+    assert code == 5 and "this GPU has 7.0" in err and "quantize: nf4" in err
+
+
+@pytest.mark.parametrize("held", [{}, {"lora_A": torch.zeros(0), "lora_B": torch.zeros(0, 4)}])
+def test_an_adapter_without_weights_is_never_saved(held: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """443 bytes in 2023; 107 KB of names alone under ZeRO-3."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="without weights"):
+        check_adapter_saved(tmp_path)
+    save_file(held, str(tmp_path / "adapter_model.safetensors"))
+    with pytest.raises(ArtifactError, match="is empty"):
+        check_adapter_saved(tmp_path)
+    save_file({**held, "lora_E": torch.ones(1)}, str(tmp_path / "adapter_model.safetensors"))
+    if held:
+        with pytest.raises(ArtifactError, match="is empty"):  # one full tensor among empty ones is no adapter
+            check_adapter_saved(tmp_path)
+        (tmp_path / "adapter_config.json").write_text('{"peft_type": "ADALORA"}')
+    check_adapter_saved(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["checkpoints", "sft.partial"])
+def test_a_run_whose_adapter_was_saved_empty_ends(
+    where: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a checkpoint, and in what the stage leaves."""
+    original = PeftModel.save_pretrained
+
+    def save(self: Any, folder: str, *arguments: Any, **options: Any) -> None:
+        original(self, folder, *arguments, **options)
+        if ("checkpoints" in Path(folder).parts) == (where == "checkpoints"):
+            save_file({}, str(Path(folder) / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", save)
+    recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 1 steps", merge=False)
+    code, _, err = tongwen("run", recipe)
+    assert code == 4 and "the saved adapter is empty" in err and where in err
+    assert not (tmp_path / "out" / "sft").exists()
+    kept = list((tmp_path / "out" / "sft.partial" / "checkpoints").glob("checkpoint-*"))
+    assert len(kept) == (0 if where == "checkpoints" else 1)
+
+
+def test_a_process_that_sees_two_gpus_takes_one(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers takes all that it sees, for DataParallel."""
+    taken = []
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 1 if self._n_gpu == 1 else 2))
+    monkeypatch.setattr(Engine, "prove", lambda self, model, *rest: taken.append(type(model).__name__))
+    assert tongwen("run", write_recipe(tmp_path, chat_model, sft=", stop_after: 1 steps", merge=False))[0] == 0
+    assert taken == ["PeftModelForCausalLM"]
+
+
+def test_one_launched_process_is_one_device(chat_model: Path, tmp_path: Path) -> None:
+    """`torchrun --nproc-per-node 1`; and a rare save is said beforehand."""
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        port = str(door.getsockname()[1])
+
+    def launched() -> None:
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+
+    recipe = write_recipe(tmp_path, chat_model, sft=", stop_after: 2 steps", merge=False)
+    assert in_a_child("run", recipe, before=launched) == 0
+    assert manifest(tmp_path / "out" / "sft")["micro_batches"]["world"] == 1
+
+
+def test_a_rare_checkpoint_is_said_beforehand(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
+    recipe = write_recipe(tmp_path, chat_model, sft=SFT, merge=False)
+    code, out, _ = tongwen("run", recipe, "sft.save_every=6")
+    assert code == 0 and "save_every: 6, and there are 6 steps" in out
+
+
+def test_small_steps_are_not_lost_in_bf16(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A millionth is less than bf16 can add to most weights. What learns stands in fp32."""
+    before = tensors(chat_model)
+    lost = {name: (part.bfloat16() - 1e-6 == part.bfloat16()).float().mean() for name, part in before.items()}
+    assert lost["model.layers.0.self_attn.q_proj.weight"] > 0.9
+    monkeypatch.setattr("tongwen.model.loading.load.compute_dtype", lambda *words: (torch.bfloat16, "as on a GPU"))
+    words = ("sft.adapter={method: full}", "sft.learning_rate=1e-6", "sft.schedule=constant", "sft.warmup=0")
+    assert tongwen("run", write_recipe(tmp_path, chat_model, sft=SFT, merge=False), *words)[0] == 0
+    after = tensors(tmp_path / "out" / "sft")
+    assert min((after[name] != part).float().mean() for name, part in before.items() if "proj" in name) > 0.9
+
+
+def test_a_signal_outside_of_training_interrupts(
+    chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tongwen.stages.prepare.run", lambda recipe, out: os.kill(os.getpid(), signal.SIGTERM))
+    code, _, err = tongwen("run", write_recipe(tmp_path, chat_model))
+    assert code == 130 and "same command continues" in err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
