@@ -132,9 +132,9 @@ def iter_dialogues(rows: list[dict[str, str]]) -> Iterator[Any]:
     """As `prepare` reads them: the format recognised row by row."""
     from tongwen.core.records import Origin
     from tongwen.data.formats import read_dialogue, recognise
-    from tongwen.recipe.schema import Source
+    from tongwen.recipe.schema import SourceConfig
 
-    source = Source(path="rows")
+    source = SourceConfig(path="rows")
     for number, row in enumerate(rows, 1):
         yield read_dialogue(row, recognise(row) or "", source, {}, Origin("rows", number))
 

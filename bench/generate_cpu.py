@@ -75,10 +75,10 @@ def in_a_process(way: str, model: object, chosen: argparse.Namespace) -> dict[st
 
 def measure(way: str, model: str, prompts: list[str]) -> dict[str, Any]:
     from tongwen.infer.generation import Sampling
-    from tongwen.workflows.chat_model import open_speaker
+    from tongwen.workflows.chat_model import open_chat_model
 
     engine = way if way != "generate" else "batched"
-    speaker = open_speaker(model, precision="fp32", engine=engine)
+    speaker = open_chat_model(model, precision="fp32", engine=engine)
     ids = [speaker.prompt_ids([{"role": "user", "content": prompt}]) for prompt in prompts]
     sampling, answers = Sampling(max_new_tokens=TOKENS), dict[int, list[int]]()
     cpu, wall = time.process_time(), time.monotonic()

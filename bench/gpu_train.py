@@ -271,21 +271,21 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
     from tongwen.model.kernels import packed_attention as attention
     from tongwen.model.kernels.fused_blocks import fuse_blocks
     from tongwen.model.kernels.loss import learned_loss
-    from tongwen.recipe.schema import Adapter, Duration, Sft
+    from tongwen.recipe.schema import AdapterConfig, Duration, Sft
     from tongwen.train.memory import own_memory, token_budget
-    from tongwen.train.metrics import Watch
+    from tongwen.train.metrics import MetricsCallback
     from tongwen.train.packing import make_plan
     from tongwen.train.parallel import Engine
-    from tongwen.train.trainer import Job, fit
+    from tongwen.train.trainer import TrainerJob, fit
     from tongwen.workflows.training import job
 
-    class Timed(Watch):
+    class Timed(MetricsCallback):
         def on_step_end(self, *arguments: Any, **rest: Any) -> None:
             clock.on_step_end(*arguments, **rest)
 
     steps = len(samples) // SAMPLES
     words = Sft(
-        adapter=Adapter(method="full") if case.method == "full" else Adapter(rank=RANK),
+        adapter=AdapterConfig(method="full") if case.method == "full" else AdapterConfig(rank=RANK),
         batch_size=SAMPLES,
         precision="bf16",
         stop_after=Duration(count=steps, unit="steps"),
@@ -305,8 +305,8 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
         stop_after=words.stop_after,
         budget=token_budget(device(), model.config, own_memory(device()), full=case.method == "full"),
     )
-    pupil = job.Pupil(adapted, (), True, None, device(), torch.bfloat16, Engine("single"))
-    leg = job.Leg(stretch, plan, folder, 0, 0)
+    pupil = job.PreparedModel(adapted, (), True, None, device(), torch.bfloat16, Engine("single"))
+    leg = job.Phase(stretch, plan, folder, 0, 0)
     adapted.focus(stretch.parts)
     if case.contestant.endswith("compiled"):
         layers.compile_layers(model)
@@ -314,7 +314,7 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
         fuse_blocks(model)
     job.make_ready(pupil, leg, store)
     fit(
-        Job(
+        TrainerJob(
             model=adapted.model,
             tokenizer=None,
             store=store,

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--distil-characters", type=int, default=15_000)
     chosen = parser.parse_args()
     torch.manual_seed(0)
-    base = tokenizer_files.open_lexicon(chosen.model)
+    base = tokenizer_files.open_tokenizer_files(chosen.model)
     lines = Path(chosen.text).read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(lines)
     held_out, rest = [line for line in lines[:3000] if len(line) > 30][:40], lines[3000:]

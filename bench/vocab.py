@@ -48,7 +48,7 @@ def learning(chosen: argparse.Namespace) -> dict[str, Any]:
     from tongwen.vocab.script import Script
     from tongwen.workflows import tokenizer_files
 
-    base, han = tokenizer_files.open_lexicon(chosen.model), Script("han")
+    base, han = tokenizer_files.open_tokenizer_files(chosen.model), Script("han")
     lines = Path(chosen.text).read_text(encoding="utf-8").splitlines()
     held_out, rest = lines[::10], [line for place, line in enumerate(lines) if place % 10]
     english = Path(chosen.other).read_text(encoding="utf-8").splitlines()

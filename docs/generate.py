@@ -234,8 +234,8 @@ def peak(name: str, method: str, length: int) -> int:
     import torch
     from transformers import LlamaConfig, Qwen3Config
 
-    from tongwen.recipe.schema import Adapter
-    from tongwen.workflows.memory_estimate import Micro, Setting, foresee
+    from tongwen.recipe.schema import AdapterConfig
+    from tongwen.workflows.memory_estimate import MicroBatch, TrainingSetup, estimate_memory
 
     family, hidden, intermediate, layers, heads, tied = MODELS[name]
     config = (Qwen3Config if family is QWEN3 else LlamaConfig)(
@@ -246,9 +246,9 @@ def peak(name: str, method: str, length: int) -> int:
         tie_word_embeddings=tied,
         **family,
     )
-    adapter = Adapter(method=method)
-    setting = Setting(adapter, frozenset({adapter.part}), torch.bfloat16, "cuda", checkpointing=True)
-    return foresee(config, setting, Micro((length,), length, 2)).bytes["peak"]
+    adapter = AdapterConfig(method=method)
+    setting = TrainingSetup(adapter, frozenset({adapter.part}), torch.bfloat16, "cuda", checkpointing=True)
+    return estimate_memory(config, setting, MicroBatch((length,), length, 2)).bytes["peak"]
 
 
 if __name__ == "__main__":

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tongwen.workflows.chat_model import Speaker
+    from tongwen.workflows.chat_model import ChatModel
 
 
-def open(model: str, adapters: tuple[str, ...] | list[str] = (), **options: object) -> Speaker:
+def open(model: str, adapters: tuple[str, ...] | list[str] = (), **options: object) -> ChatModel:
     """Open a model to talk with: a folder, a hub id, `modelscope:id`, a `.gguf` file, or a stage folder of a run.
 
     The object that comes back has `.chat(messages)` -> str, `.stream(messages)` -> iterator of str, and
-    `.generate(prompts)` -> list of str. Options are those of `tongwen.workflows.chat_model.open_speaker`.
+    `.generate(prompts)` -> list of str. Options are those of `tongwen.workflows.chat_model.open_chat_model`.
 
     Raises ModelError when the folder holds no model, ArtifactError when an adapter was trained on another base.
     """
-    from tongwen.workflows.chat_model import open_speaker
+    from tongwen.workflows.chat_model import open_chat_model
 
-    return open_speaker(model, adapters=list(adapters), **options)  # type: ignore[arg-type]
+    return open_chat_model(model, adapters=list(adapters), **options)  # type: ignore[arg-type]

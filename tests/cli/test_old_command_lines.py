@@ -18,7 +18,7 @@ from tests.hub.test_download import LINES, MODEL, WEIGHTS, Hub, Repo, server  # 
 from tests.migrate.test_migrate import LINEAR, WANTED, lines_of
 from tests.model.chatglm.test_chatglm import chatglm_folder, small_ice  # noqa: F401 (a fixture)
 from tests.model.merging.test_merge import disturb
-from tongwen.workflows.chat_model import open_speaker
+from tongwen.workflows.chat_model import open_chat_model
 
 TEXT = [
     "今天天气很好，我们去公园散步吧。",
@@ -274,8 +274,8 @@ def test_adapters_with_a_larger_vocabulary_are_merged_and_asked(
     found, wanted = tensors(here / "back"), tensors(here / "path_to_merged_llama_or_alpaca_hf_dir")
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
     assert wanted["lm_head.weight"].shape[0] == 320
-    live = open_speaker("path_to_original_llama_hf_dir", folders, "alpaca-cla", precision="fp32")
-    merged = open_speaker("path_to_merged_llama_or_alpaca_hf_dir", [], "alpaca-cla", precision="fp32")
+    live = open_chat_model("path_to_original_llama_hf_dir", folders, "alpaca-cla", precision="fp32")
+    merged = open_chat_model("path_to_merged_llama_or_alpaca_hf_dir", [], "alpaca-cla", precision="fp32")
     question = [{"role": "user", "content": "今天天气很好吗？"}]
     ids = live.prompt_ids(question)
     assert ids == merged.prompt_ids(question) and max(ids) >= 300, "the adapter's own tokenizer is used"
@@ -299,7 +299,7 @@ def test_an_adapter_with_a_larger_vocabulary_is_trained_further(
     old, new = (tensors(here / name) for name in ("path_to_chinese_llama_or_alpaca_lora", "further/sft"))
     embedding = "base_model.model.model.embed_tokens.weight"
     assert len(new[embedding]) == 320 and not torch.equal(new[embedding], old[embedding])
-    assert max(open_speaker("further/sft").prompt_ids([{"role": "user", "content": TEXT[0]}])) >= 300
+    assert max(open_chat_model("further/sft").prompt_ids([{"role": "user", "content": TEXT[0]}])) >= 300
     assert tongwen("merge", "--base", "path_to_original_llama_hf_dir", "--adapter", "further/sft", "--out", "m")[0] == 0
 
 

@@ -19,7 +19,7 @@ import torch
 
 from tests.conftest import write_rows
 from tongwen.cli.main import main
-from tongwen.infer.answer_log import Journal
+from tongwen.infer.answer_log import AnswerJournal
 from tongwen.infer.generation import PAGE, Sampling, cache_tokens, deal
 from tongwen.infer.presets import PRESETS
 
@@ -118,10 +118,10 @@ def test_a_killed_run_goes_on_with_what_is_missing_and_refuses_other_settings(
 def test_a_journal_without_a_whole_line_begins_anew(tmp_path: Path) -> None:
     file = tmp_path / "j"
     file.write_text('{"a"')
-    journal = Journal(file, {"a": 1}, "")
+    journal = AnswerJournal(file, {"a": 1}, "")
     journal.add(0, "二\n")
     journal.close()
-    assert Journal(file, {"a": 1}, "").answers == {0: "二\n"}
+    assert AnswerJournal(file, {"a": 1}, "").answers == {0: "二\n"}
 
 
 def test_batches_hold_every_prompt_once_and_no_more_tokens_than_there_is_room(chat_model: Path) -> None:
@@ -132,9 +132,9 @@ def test_batches_hold_every_prompt_once_and_no_more_tokens_than_there_is_room(ch
     for batch in batches[1:]:
         assert len(batch) <= 4 and (max(lengths[place] for place in batch) + 10) * len(batch) <= 200
     assert all(len(batch) == 1 for batch in deal([90, 80], Sampling(max_new_tokens=10, beams=2), 4, 200))
-    from tongwen.workflows.chat_model import open_speaker
+    from tongwen.workflows.chat_model import open_chat_model
 
-    model = open_speaker(str(chat_model), template="completion", precision="fp32").voice.model
+    model = open_chat_model(str(chat_model), template="completion", precision="fp32").voice.model
     assert cache_tokens(model) == (1 << 30) // (2 * 2 * 2 * 8 * 4), "keys and values, layers, heads, width, bytes"
     assert cache_tokens(model) > PAGE
 
@@ -290,15 +290,15 @@ def test_fewer_bits_with_an_adapter_on_top(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from tongwen.workflows.chat_model import open_speaker
+    from tongwen.workflows.chat_model import open_chat_model
 
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(str(chat_model))
     tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     tuned.save_pretrained(str(tmp_path / "adapter"))
-    plain = open_speaker(str(chat_model), template="chatml", precision="fp32", weights=weights).voice.model
+    plain = open_chat_model(str(chat_model), template="chatml", precision="fp32", weights=weights).voice.model
     assert any("bit" in type(part).__name__.lower() for part in plain.modules())
-    speaker = open_speaker(str(chat_model), [str(tmp_path / "adapter")], "chatml", precision="fp32", weights=weights)
+    speaker = open_chat_model(str(chat_model), [str(tmp_path / "adapter")], "chatml", precision="fp32", weights=weights)
     ids = torch.tensor([speaker.prompt_ids([{"role": "user", "content": "你好"}])])
     with torch.no_grad():
         assert not torch.equal(speaker.voice.model(ids).logits, plain(ids).logits), "the adapter counts"
@@ -341,7 +341,7 @@ def test_vllm_gets_ids_and_its_answers_end_at_the_stop(chat_model: Path, monkeyp
     """Against a stand-in for the package, which needs a GPU: what it is given, and what is made of what it gives."""
     from types import SimpleNamespace
 
-    from tongwen.workflows.chat_model import open_speaker
+    from tongwen.workflows.chat_model import open_chat_model
 
     given: list[Any] = []
 
@@ -357,7 +357,7 @@ def test_vllm_gets_ids_and_its_answers_end_at_the_stop(chat_model: Path, monkeyp
 
     stand_in = SimpleNamespace(LLM=Engine, SamplingParams=lambda **words: words)
     monkeypatch.setitem(sys.modules, "vllm", stand_in)  # type: ignore[arg-type]
-    speaker = open_speaker(str(chat_model), template="chatml", engine="vllm")
+    speaker = open_chat_model(str(chat_model), template="chatml", engine="vllm")
     answers: dict[int, list[int]] = {}
     prompts = [[5] * (1 + number % 3) for number in range(1030)]
     speaker.voice.answer_all(prompts, Sampling(max_new_tokens=4, temperature=0.5, seed=3), answers.__setitem__)

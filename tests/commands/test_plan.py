@@ -17,29 +17,29 @@ from tongwen.model.adapters.attach import adapt
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.fused_blocks import fuse_blocks
 from tongwen.model.kernels.loss import learned_loss, spare_head
-from tongwen.model.loading.load import Place, load_config, load_model
+from tongwen.model.loading.load import ModelRef, load_config, load_model
 from tongwen.recipe.memory_remedies import cheaper
-from tongwen.recipe.schema import Adapter, Recipe, Sft, Training
+from tongwen.recipe.schema import AdapterConfig, Recipe, Sft, Training
 from tongwen.train.checkpoints import commit
-from tongwen.train.memory import Shape, Sharing, token_budget
-from tongwen.train.memory_trace import ROWS, Live
+from tongwen.train.memory import ModelShape, Sharing, token_budget
+from tongwen.train.memory_trace import ROWS, LiveTensors
 from tongwen.train.packing import pack
 from tongwen.train.parallel import sharing_of
 from tongwen.workflows import memory_estimate
-from tongwen.workflows.memory_estimate import Micro, Setting, foresee
+from tongwen.workflows.memory_estimate import MicroBatch, TrainingSetup, estimate_memory
 
 LENGTHS = (40, 24)
 
 
-def setting(method: str, dtype: torch.dtype = torch.float32, **words: Any) -> Setting:
+def setting(method: str, dtype: torch.dtype = torch.float32, **words: Any) -> TrainingSetup:
     parts = frozenset({"full" if method == "full" else "lora"})
-    adapter = Adapter(method="full") if method == "full" else Adapter(method=method, rank=4)  # type: ignore[arg-type]
-    return Setting(adapter, parts, dtype, "cpu", **words)
+    adapter = AdapterConfig(method="full") if method == "full" else AdapterConfig(method=method, rank=4)  # type: ignore[arg-type]
+    return TrainingSetup(adapter, parts, dtype, "cpu", **words)
 
 
-def real_peak(folder: Path, how: Setting) -> dict[str, int]:
+def real_peak(folder: Path, how: TrainingSetup) -> dict[str, int]:
     """The same count over a real step with real tensors."""
-    model = load_model(Place("t", str(folder)), torch.float32)
+    model = load_model(ModelRef("t", str(folder)), torch.float32)
     model.set_attn_implementation(packed_attention.register())
     model = adapt(model, how.adapter, []).model.train()
     batch = pack([(torch.ones(length).numpy(), torch.zeros(length).bool().numpy()) for length in LENGTHS])
@@ -47,7 +47,7 @@ def real_peak(folder: Path, how: Setting) -> dict[str, int]:
     batch["learned"] = ROWS
     spare_head(model, batch)
     fuse_blocks(model)
-    live = Live()
+    live = LiveTensors()
     with live:
         for part in (*model.parameters(), *model.buffers()):
             live.enter(part)
@@ -59,7 +59,9 @@ def real_peak(folder: Path, how: Setting) -> dict[str, int]:
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_rehearsed_step_holds_what_a_real_step_holds(method: str, chat_model: Path) -> None:
     how = setting(method)
-    found = memory_estimate.foresee(load_config(Place("t", str(chat_model))), how, Micro(LENGTHS, ROWS, 1))
+    found = memory_estimate.estimate_memory(
+        load_config(ModelRef("t", str(chat_model))), how, MicroBatch(LENGTHS, ROWS, 1)
+    )
     rehearsed = sum(found.bytes[name] for name in ("weights", "gradients", "activations", "head"))
     wanted = real_peak(chat_model, how)
     assert found.rehearsed and found.bytes["weights"] == wanted["weights"]
@@ -72,20 +74,20 @@ def test_a_rehearsed_step_holds_what_a_real_step_holds(method: str, chat_model: 
 def test_a_few_layers_tell_of_many(
     method: str, how: dict[str, Any], chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, micro = load_config(Place("t", str(chat_model))), Micro(LENGTHS, 20, 2)
+    config, micro = load_config(ModelRef("t", str(chat_model))), MicroBatch(LENGTHS, 20, 2)
     config.num_hidden_layers = 6
-    found = memory_estimate.foresee(config, setting(method, **how), micro).bytes
+    found = memory_estimate.estimate_memory(config, setting(method, **how), micro).bytes
     monkeypatch.setattr(memory_estimate, "ALIKE", (2, 6))  # all of them
-    whole = memory_estimate.foresee(config, setting(method, **how), micro).bytes
+    whole = memory_estimate.estimate_memory(config, setting(method, **how), micro).bytes
     assert found["peak"] == pytest.approx(whole["peak"], rel=1e-3)
     assert found["weights"] == pytest.approx(whole["weights"], rel=1e-3)
 
 
 def test_checkpointing_keeps_less_and_the_second_micro_batch_meets_the_gradients(chat_model: Path) -> None:
-    config, micro = load_config(Place("t", str(chat_model))), Micro((256, 256), 20, 1)
+    config, micro = load_config(ModelRef("t", str(chat_model))), MicroBatch((256, 256), 20, 1)
 
-    def parts(how: Setting, passes: int = 1) -> dict[str, int]:
-        return memory_estimate.foresee(config, how, Micro(micro.lengths, micro.rows, passes)).bytes
+    def parts(how: TrainingSetup, passes: int = 1) -> dict[str, int]:
+        return memory_estimate.estimate_memory(config, how, MicroBatch(micro.lengths, micro.rows, passes)).bytes
 
     assert parts(setting("full", checkpointing=True))["activations"] < 0.8 * parts(setting("full"))["activations"]
     one, two = parts(setting("full")), parts(setting("full"), passes=2)
@@ -102,11 +104,11 @@ def test_a_model_that_cannot_be_rehearsed_is_said(chat_model: Path, monkeypatch:
     def refuse(*_: Any, **__: Any) -> Any:
         raise RuntimeError("its shapes depend on values")
 
-    config, micro = load_config(Place("t", str(chat_model))), Micro((256,), 200, 1)
+    config, micro = load_config(ModelRef("t", str(chat_model))), MicroBatch((256,), 200, 1)
     monkeypatch.setattr(memory_estimate, "fuse_blocks", leave)
-    wanted = memory_estimate.foresee(config, setting("lora"), micro)
+    wanted = memory_estimate.estimate_memory(config, setting("lora"), micro)
     monkeypatch.setattr(memory_estimate, "rehearse", refuse)
-    found = memory_estimate.foresee(config, setting("lora"), micro)
+    found = memory_estimate.estimate_memory(config, setting("lora"), micro)
     assert wanted.rehearsed and not found.rehearsed
     assert found.bytes["weights"] == pytest.approx(wanted.bytes["weights"], rel=0.05)
     assert found.bytes["peak"] == pytest.approx(wanted.bytes["peak"], rel=0.5)
@@ -157,10 +159,10 @@ def test_a_process_holds_its_part_of_what_its_engine_shares_out(
     method: str, engine: str, chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_estimate, "fuse_blocks", leave)
-    config, micro = load_config(Place("t", str(chat_model))), Micro(LENGTHS, ROWS, 2)
+    config, micro = load_config(ModelRef("t", str(chat_model))), MicroBatch(LENGTHS, ROWS, 2)
     how = setting(method)
-    alone = memory_estimate.foresee(config, how, micro)
-    four = memory_estimate.foresee(config, replace(how, sharing=Sharing(engine, 4)), micro).bytes
+    alone = memory_estimate.estimate_memory(config, how, micro)
+    four = memory_estimate.estimate_memory(config, replace(how, sharing=Sharing(engine, 4)), micro).bytes
     for purpose in ("weights", "gradients", "optimizer", "activations", "head"):
         parts = 4 if purpose in SHARED_BY[engine] else 1
         assert four[purpose] == pytest.approx(alone.bytes[purpose] / parts, abs=4), purpose
@@ -175,7 +177,7 @@ def test_a_process_holds_its_part_of_what_its_engine_shares_out(
 
 
 def test_deepspeed_in_16_bits_and_offloading_are_reckoned() -> None:
-    shape = Shape(1000, 100, 2, 8, 16, 32, of_layer=300, outside=400)
+    shape = ModelShape(1000, 100, 2, 8, 16, 32, of_layer=300, outside=400)
     needs = {"weights": 2 * 900 + 4 * 100, "gradients": 400, "optimizer": 800, "activations": 5, "head": 7}
     zero = Sharing("zero2", 2, bucket=50).of(needs, shape, 2, 2)
     # All in bf16; half of the bf16 gradients, of both moments and of the fp32 originals; a bucket.
@@ -238,8 +240,10 @@ def test_fp16_is_not_taken_for_bf16(chat_model: Path, tmp_path: Path, tongwen: A
         _, out, err = tongwen("plan", recipe, "--gpu", "24GB", "--json", f"sft.precision={word}")
         found = json.loads(out)
         assert found["dtype"] == dtype and ("if that GPU can" in err) == (word == "auto") and found["rehearsed"]
-    config, micro = load_config(Place("t", str(chat_model))), Micro((4096,), 4000, 2)
-    half, brain = (foresee(config, setting("lora", dtype), micro).bytes for dtype in (torch.float16, torch.bfloat16))
+    config, micro = load_config(ModelRef("t", str(chat_model))), MicroBatch((4096,), 4000, 2)
+    half, brain = (
+        estimate_memory(config, setting("lora", dtype), micro).bytes for dtype in (torch.float16, torch.bfloat16)
+    )
     assert half["head"] == pytest.approx(6 * 4000 * config.vocab_size, rel=0.01) and half["head"] > 4 * brain["head"]
 
 
@@ -311,7 +315,7 @@ def test_rows_are_those_that_prepare_has_kept(chat_model: Path, tmp_path: Path, 
 def test_a_vocabulary_to_come_is_counted(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe, words = write_recipe(tmp_path, chat_model), ("--json", "sft.adapter.method=new_rows", "sft.precision=fp32")
     _, out, err = tongwen("plan", recipe, *words, "vocab={pieces: 90, words: [天气], pad_to_multiple: 8}", "merge=null")
-    found, config = json.loads(out), load_config(Place("t", str(chat_model)))
+    found, config = json.loads(out), load_config(ModelRef("t", str(chat_model)))
     assert "vocab has not run: 91 new rows at most" in err
     assert found["trainable"] == 91 * config.hidden_size
     larger = -(-(config.vocab_size + 91) // 8) * 8 * config.hidden_size * 4  # tied
@@ -405,6 +409,6 @@ def test_plan_for_a_gpu_that_is_not_here_packs_as_a_run_there_would(
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "adalora"])
 def test_each_method_is_rehearsed_and_not_reckoned(method: str, chat_model: Path) -> None:
-    config = load_config(Place("t", str(chat_model)))
-    needs = foresee(config, setting(method), Micro(LENGTHS, ROWS, 2))
+    config = load_config(ModelRef("t", str(chat_model)))
+    needs = estimate_memory(config, setting(method), MicroBatch(LENGTHS, ROWS, 2))
     assert needs.rehearsed and needs.bytes["activations"] > 0

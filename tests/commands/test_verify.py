@@ -108,7 +108,8 @@ def test_a_published_model_is_recognised_and_its_parts_belong_together(
     make_original(tmp_path / "pth", "13B, 49953 rows")
     parts = sorted((tmp_path / "pth").glob("*.pth"))
     rows = [
-        checksums.Known("LLaMA 13B: original files", f.name, hashlib.sha256(f.read_bytes()).hexdigest()) for f in parts
+        checksums.KnownFile("LLaMA 13B: original files", f.name, hashlib.sha256(f.read_bytes()).hexdigest())
+        for f in parts
     ]
     monkeypatch.setattr("tongwen.export.checksums.known_files", lambda: rows)
     code, text, _ = tongwen("verify", tmp_path / "pth")

@@ -17,15 +17,15 @@ from tongwen.data.formats import read_dialogue, recognise
 from tongwen.data.ledger import Ledger
 from tongwen.data.prepare_steps import check_losses, iter_rows, list_parts, load
 from tongwen.data.reader import read_rows
-from tongwen.recipe.schema import Prepare, Source
+from tongwen.recipe.schema import Prepare, SourceConfig
 
-HERE, SOURCE = Origin("f", 1), Source(path="f")
+HERE, SOURCE = Origin("f", 1), SourceConfig(path="f")
 ALPACA = {"instruction": "问", "input": "", "output": "答"}
 
 
 def read(file: Path, fill: dict[str, str] | None = None, **source: Any) -> tuple[list[Any], list[RowRefused], Ledger]:
     """A file as `prepare` reads it: its records, what was refused, and the ledger."""
-    section = Prepare(dialogues=[Source(path=str(file), **source)], fill=fill or {}, held_out=0.0)
+    section = Prepare(dialogues=[SourceConfig(path=str(file), **source)], fill=fill or {}, held_out=0.0)
     ledger, records, refused = Ledger("rows", "bytes"), [], []
     for part in list_parts(section, lambda path, tell: path, print):
         for raw, record in iter_rows(part, section, Cleaner(section.clean, part.kind), print):

@@ -113,7 +113,7 @@ def test_every_old_script_has_its_code_here() -> None:
 @pytest.mark.parametrize("length", [1000, 30, 12])
 def test_chatglms_legacy_tokens_are_those_of_the_old_code(length: int, small_ice: Path, tmp_path: Path) -> None:  # noqa: F811
     """chinese_llm_sft: ids + `[gMASK]`, then `<sop>`, answer and `<eop>` as the target, cut from the right."""
-    tokenizer = load.load_tokenizer(load.Place("", str(chatglm_folder(tmp_path, small_ice))))
+    tokenizer = load.load_tokenizer(load.ModelRef("", str(chatglm_folder(tmp_path, small_ice))))
     template = bind_template("chatglm", tokenizer, Encoder(tokenizer).prefix)
     gmask, sop, eop = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>", "<eop>"])
     question, cut = "找出地名。\n文本：我们去公园。", 0
@@ -140,7 +140,7 @@ def test_chatglms_legacy_goes_down_the_river(small_ice: Path, tmp_path: Path, to
     code, _, said = tongwen("run", recipe, *words)
     assert code == 0, said
     report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())
-    tokenizer = load.load_tokenizer(load.Place("", str(base)))
+    tokenizer = load.load_tokenizer(load.ModelRef("", str(base)))
     answers = [tokenizer.encode(row["output"], add_special_tokens=False) for row in rows]
     assert report["mask"]["learned_tokens"] == sum(len(ids) + 2 for ids in answers), "<sop> and <eop> are learned"
     assert report["ledger"]["encode"]["lost"].keys() == {"nothing_to_learn"}

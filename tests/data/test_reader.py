@@ -23,7 +23,7 @@ from tongwen.data.dataset_info import entry_source
 from tongwen.data.files import find_files
 from tongwen.data.reader import read_rows
 from tongwen.data.row import RawRow
-from tongwen.recipe.schema import Source
+from tongwen.recipe.schema import SourceConfig
 
 DEMO = Path(__file__).parents[2] / "src" / "tongwen" / "commands" / "demo_data" / "dialogues.jsonl"
 HERE = Origin("f", 1)
@@ -43,7 +43,7 @@ def take(
     file: Path, tell: Callable[[str], None] = lambda text: None, documents: bool = False, **words: Any
 ) -> tuple[list[Any], list[tuple[RawRow, RowRefused]]]:
     """A file as whoever prepares data reads it: its records, and its bad rows with why."""
-    source = Source(path=str(file), **words)
+    source = SourceConfig(path=str(file), **words)
     good: list[Any] = []
     bad: list[tuple[RawRow, RowRefused]] = []
     for raw in read_rows(file, source, tell):
@@ -70,7 +70,7 @@ def said(records: list[Any]) -> list[Any]:
 
 
 def dialogue(row: dict[str, Any], **words: Any) -> Dialogue:
-    source = Source(path="f", **words)
+    source = SourceConfig(path="f", **words)
     format_ = source.format or formats.recognise_row(RawRow("f", 1, row, 1), source)
     return formats.read_dialogue(row, format_, source, {}, HERE)
 
@@ -458,10 +458,10 @@ def test_names_inside_turns_and_roles() -> None:
     with pytest.raises(RowRefused, match=r"客户.*roles: \{客户: user\}"):
         dialogue({"conversations": [{"from": "客户", "value": ASKED}]})
     with pytest.raises(RecipeError, match=r"columns: 'outptu'"):
-        formats.check_source(Source(path="f", columns={"outptu": "answer"}))
+        formats.check_source(SourceConfig(path="f", columns={"outptu": "answer"}))
     with pytest.raises(RecipeError, match=r"roles: 'bot'"):
-        formats.check_source(Source(path="f", roles={"x": "bot"}))
-    formats.check_source(Source(path="f", **words))
+        formats.check_source(SourceConfig(path="f", roles={"x": "bot"}))
+    formats.check_source(SourceConfig(path="f", **words))
 
 
 def test_a_mapped_name_means_no_other_column() -> None:
@@ -495,7 +495,7 @@ def test_control_tokens_and_placeholders_stay_text() -> None:
 
 def test_documents_by_their_column() -> None:
     def read(row: Any, **words: Any) -> str:
-        return formats.read_document(row, Source(path="f", **words), HERE).text
+        return formats.read_document(row, SourceConfig(path="f", **words), HERE).text
 
     assert read({"text": "文", "content": "x"}) == "文"
     assert read({"text": "x", "content": "文"}, columns={"text": "content"}) == "文"
@@ -547,7 +547,7 @@ def info(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_an_entry_reads_as_its_owner_meant(entry: str, info: Path) -> None:
     for path in (info, info.parent):
-        (source,) = entry_source(Source(path=str(path), entry=entry, weight=0.5))
+        (source,) = entry_source(SourceConfig(path=str(path), entry=entry, weight=0.5))
         formats.check_source(source)
         assert (source.entry, source.weight) == (None, 0.5)
         (file,) = find_files(source.path)
@@ -556,20 +556,20 @@ def test_an_entry_reads_as_its_owner_meant(entry: str, info: Path) -> None:
 
 
 def test_an_entry_of_a_hub_and_what_is_refused(info: Path) -> None:
-    assert entry_source(Source(path=str(info), entry="hub"))[0].path == "hub:owner/name"
+    assert entry_source(SourceConfig(path=str(info), entry="hub"))[0].path == "hub:owner/name"
     words = ["ranking: True", "num_samples: 9", "subset: 'a'", "split: 'test'", "images", "formatting: 'xml'", "script_url",
              "tags must", "columns must"]  # fmt: skip
     for number, word in enumerate(words):
         with pytest.raises(DataError, match=word) as caught:
-            entry_source(Source(path=str(info), entry=f"bad{number}"))
+            entry_source(SourceConfig(path=str(info), entry=f"bad{number}"))
         assert f"dataset_info.json: bad{number}" in caught.value.text()
     for entry, word in (("nothing", "file_name"), ("list", "object"), ("plan", r"no entry 'plan'; the nearest: plain")):
         with pytest.raises(DataError, match=word):
-            entry_source(Source(path=str(info), entry=entry))
+            entry_source(SourceConfig(path=str(info), entry=entry))
     for content, word in ((b"{", "not JSON"), (b"[]", "one object")):
         info.write_bytes(content)
         with pytest.raises(DataError, match=word):
-            entry_source(Source(path=str(info), entry="plain"))
+            entry_source(SourceConfig(path=str(info), entry="plain"))
     info.unlink()
     with pytest.raises(DataError, match="cannot be opened"):
-        entry_source(Source(path=str(info), entry="plain"))
+        entry_source(SourceConfig(path=str(info), entry="plain"))

@@ -17,7 +17,7 @@ from tests.conftest import CORPUS, byte_level_tokenizer, dialogues, tensors, tin
 from tests.launching import in_a_child, launched
 from tongwen.commands.init import METHODS, STARTS, TRAINS, render
 from tongwen.recipe.load import load
-from tongwen.recipe.schema import Adapter
+from tongwen.recipe.schema import AdapterConfig
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 NEEDS = {"zero": "deepspeed", "qlora": "bitsandbytes", "int8": "bitsandbytes"}
@@ -66,7 +66,7 @@ def test_each_method_and_each_engine_has_a_recipe() -> None:
     assert {start.method for start in starts if start.stage == "sft"} == set(METHODS)
     recipes = [load(FOLDER / f"{name}.yaml")[0] for name in STARTS]
     adapters = [section.adapter for recipe in recipes for section in (recipe.sft, recipe.pretrain) if section]
-    methods = set(get_args(Adapter.model_fields["method"].annotation)) - {"new_rows"}  # a `pretrain` trains them
+    methods = set(get_args(AdapterConfig.model_fields["method"].annotation)) - {"new_rows"}  # a `pretrain` trains them
     assert {adapter.method for adapter in adapters} == methods
     for word in ("rslora", "dora", "target_parameters", "also_train"):
         assert any(getattr(adapter, word) for adapter in adapters), word

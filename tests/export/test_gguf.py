@@ -22,7 +22,7 @@ from tongwen.core import model_families
 from tongwen.core.errors import MissingPackage, ModelError
 from tongwen.export import kquants
 from tongwen.export.gguf import check_type
-from tongwen.export.kquants import Mixture
+from tongwen.export.kquants import QuantizationMix
 from tongwen.model.loading.load import locate
 
 gguf = pytest.importorskip("gguf")
@@ -286,14 +286,14 @@ def test_k_types_are_made_by_the_library_of_llama_cpp(kind: str, tmp_path: Path,
 
 def test_the_mixtures_are_those_of_llama_cpp() -> None:
     """What the rules of llama-quant.cpp come to for 32 layers, written down by hand."""
-    mixture = Mixture("q4_k_m", 32, groups=4, tied=False)
+    mixture = QuantizationMix("q4_k_m", 32, groups=4, tied=False)
     more = [layer for layer in range(32) if mixture.type_of(f"blk.{layer}.ffn_down.weight", 14336) == "Q6_K"]
     assert more == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
     assert more == [layer for layer in range(32) if mixture.type_of(f"blk.{layer}.attn_v.weight", 4096) == "Q6_K"]
     assert mixture.type_of("token_embd.weight", 4096) == "Q4_K" and mixture.type_of("output.weight", 4096) == "Q6_K"
-    assert Mixture("q4_k_m", 30, groups=3, tied=True).type_of("token_embd.weight", 576) == "Q8_0"
-    assert Mixture("q2_k", 32, groups=8, tied=False).type_of("blk.0.attn_v.weight", 4096) == "Q4_K"
-    assert Mixture("q3_k_l", 32, groups=8, tied=False).type_of("blk.0.attn_output.weight", 100) == "F16"
+    assert QuantizationMix("q4_k_m", 30, groups=3, tied=True).type_of("token_embd.weight", 576) == "Q8_0"
+    assert QuantizationMix("q2_k", 32, groups=8, tied=False).type_of("blk.0.attn_v.weight", 4096) == "Q4_K"
+    assert QuantizationMix("q3_k_l", 32, groups=8, tied=False).type_of("blk.0.attn_output.weight", 100) == "F16"
 
 
 def test_k_types_without_a_library_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -308,7 +308,7 @@ def test_a_bad_line_costs_requests_and_no_byte(
     server.faults = [("resolve/" + COMMIT + "/model.safetensors", fault) for fault in faults]
     waited: list[float] = []
     told: list[str] = []
-    wanted = names.Wanted(MODEL, MODEL, "model")
+    wanted = names.HubRef(MODEL, MODEL, "model")
     found, here = download.fetch(wanted, tmp_path / "m", told.append, sleep=waited.append)
     assert not here
     assert (found.path / "model.safetensors").read_bytes() == WEIGHTS
@@ -335,7 +335,7 @@ def test_waits_grow_and_are_capped(server: Hub, tmp_path: Path) -> None:
     waited: list[float] = []
     server.faults = [("config.json", "503"), ("config.json", "503"), ("config.json", "503")]
     download.fetch(
-        names.Wanted(MODEL, MODEL, "model"),
+        names.HubRef(MODEL, MODEL, "model"),
         tmp_path / "m",
         lambda text: None,
         waits=(1, 2, 4),
@@ -344,10 +344,10 @@ def test_waits_grow_and_are_capped(server: Hub, tmp_path: Path) -> None:
     assert waited == [1, 2, 4]
 
     def ask() -> None:
-        raise transfer.Passing("429", 10**6)
+        raise transfer.TransientError("429", 10**6)
 
     waited.clear()
-    patient = transfer.Line(names.Wanted(MODEL, MODEL, "model"), lambda text: None, (1, 1), waited.append)
+    patient = transfer.HubClient(names.HubRef(MODEL, MODEL, "model"), lambda text: None, (1, 1), waited.append)
     with pytest.raises(TongwenError) as error:
         patient.patiently("x", ask)
     assert waited == [transfer.LONGEST_WAIT_SECONDS] * 2 and "3 tries" in error.value.text()
@@ -473,7 +473,7 @@ def test_a_full_disk_is_noticed_before_the_first_byte(server: Hub, call: Any, mo
 def test_a_disk_that_fills_is_not_taken_for_a_bad_line(
     server: Hub, call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    real = transfer.Line._stream
+    real = transfer.HubClient._stream
 
     def fill(self: Any, url: str, place: str, remote: Any, part: Path, have: int, arrived: Any) -> None:
         def full(size: int) -> None:
@@ -481,12 +481,12 @@ def test_a_disk_that_fills_is_not_taken_for_a_bad_line(
 
         real(self, url, place, remote, part, have, full if remote.path == "model.safetensors" else arrived)
 
-    monkeypatch.setattr(transfer.Line, "_stream", fill)
+    monkeypatch.setattr(transfer.HubClient, "_stream", fill)
     with pytest.raises(OSError, match="No space left") as error:  # the front door says it, with exit code 5
         call(MODEL, "m", kind="model")
     assert error.value.errno == errno.ENOSPC and len(server.asked("model.safetensors")) == 1
     assert not (tmp_path / "m").exists()
-    monkeypatch.setattr(transfer.Line, "_stream", real)
+    monkeypatch.setattr(transfer.HubClient, "_stream", real)
     assert call(MODEL, "m", kind="model")[0] == 0
     assert server.asked("model.safetensors")[1]["range"], "the same command continues"
 

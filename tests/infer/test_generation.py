@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import CORPUS, SHARED, byte_level_tokenizer, sentencepiece_tokenizer
-from tongwen.infer.generation import Incremental
-from tongwen.model.loading.load import Place, load_tokenizer
+from tongwen.infer.generation import StreamDecoder
+from tongwen.model.loading.load import ModelRef, load_tokenizer
 
 SMOLLM2 = Path.home() / ".cache" / "tongwen" / "SmolLM2-135M-Instruct"
 PARTS = [
@@ -44,7 +44,7 @@ def tokenizer_of(kind: str, folder: Path) -> Any:
         (folder / "config.json").write_text('{"model_type": "llama"}')
     if not any(folder.glob("tokenizer*")):
         pytest.skip(f"{kind} is not here")
-    return load_tokenizer(Place(str(folder), str(folder)))
+    return load_tokenizer(ModelRef(str(folder), str(folder)))
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "smollm2", "llama.model", "chinese_sp.model"])
@@ -56,7 +56,7 @@ def test_what_is_streamed_is_what_is_decoded(kind: str, tmp_path: Path) -> None:
         if number % 5 == 0:  # what a model may say: cut anywhere, or any tokens at all
             ids = ids[: rng.randrange(len(ids))] + [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(8))]
         whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        stream = Incremental(tokenizer)
+        stream = StreamDecoder(tokenizer)
         pieces = [stream.add(index) for index in ids]
         assert "".join([*pieces, stream.rest()]) == whole, (number, text)
         if "\ufffd" not in whole:

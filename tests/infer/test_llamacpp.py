@@ -11,9 +11,9 @@ pytest.importorskip("xllamacpp")
 
 from tests.conftest import type_lines
 from tongwen.infer import llamacpp
-from tongwen.infer.generation import Sampling, Voice
-from tongwen.infer.llamacpp import LlamaCpp
-from tongwen.workflows.chat_model import Speaker, open_speaker
+from tongwen.infer.generation import Sampling, TextGenerator
+from tongwen.infer.llamacpp import LlamaCppBackend
+from tongwen.workflows.chat_model import ChatModel, open_chat_model
 
 ASK = [{"role": "user", "content": "你好，👍🏽 龘靐？"}]
 
@@ -28,11 +28,11 @@ def file(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def speaker(file: Path) -> Speaker:
-    return open_speaker(str(file), template="chatml")
+def speaker(file: Path) -> ChatModel:
+    return open_chat_model(str(file), template="chatml")
 
 
-def test_what_is_streamed_is_what_is_said_at_once(speaker: Speaker) -> None:
+def test_what_is_streamed_is_what_is_said_at_once(speaker: ChatModel) -> None:
     """A model of random weights says bytes that are no characters, too: no id of them is lost."""
     for text in ("你好", "👍🏽 龘靐", "x = 1"):
         ids = speaker.prompt_ids([{"role": "user", "content": text}])
@@ -45,7 +45,7 @@ def test_what_is_streamed_is_what_is_said_at_once(speaker: Speaker) -> None:
         assert len(heard) == 40 or speaker.ended(heard)
 
 
-def test_words_about_sampling_are_obeyed(speaker: Speaker) -> None:
+def test_words_about_sampling_are_obeyed(speaker: ChatModel) -> None:
     def said(**words: Any) -> str:
         return "".join(speaker.stream(ASK, max_new_tokens=24, **words))
 
@@ -62,8 +62,8 @@ def test_words_about_sampling_are_obeyed(speaker: Speaker) -> None:
     assert speaker.chat(ASK, max_new_tokens=24) == greedy
 
 
-def test_an_answer_that_is_given_up_leaves_its_slot(speaker: Speaker) -> None:
-    assert isinstance(speaker.voice, LlamaCpp)
+def test_an_answer_that_is_given_up_leaves_its_slot(speaker: ChatModel) -> None:
+    assert isinstance(speaker.voice, LlamaCppBackend)
     for _ in range(speaker.voice.slots + 1):
         pieces = speaker.stream(ASK, max_new_tokens=40)
         assert next(pieces)
@@ -74,12 +74,12 @@ def test_an_answer_that_is_given_up_leaves_its_slot(speaker: Speaker) -> None:
 def test_it_takes_no_more_memory_than_it_may(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = open_speaker(str(file), template="chatml", rows=3).voice
-    assert isinstance(whole, LlamaCpp) and whole.slots == 3
+    whole = open_chat_model(str(file), template="chatml", rows=3).voice
+    assert isinstance(whole, LlamaCppBackend) and whole.slots == 3
     monkeypatch.setattr(llamacpp, "CACHE", 1 << 12)
     monkeypatch.setattr(llamacpp, "FEWEST", 100)
-    speaker = open_speaker(str(file), template="chatml")
-    assert isinstance(speaker.voice, LlamaCpp)
+    speaker = open_chat_model(str(file), template="chatml")
+    assert isinstance(speaker.voice, LlamaCppBackend)
     assert (speaker.voice.slots, speaker.context) == (1, 100) and speaker.context < whole.context
     assert "sees 100 tokens here" in capsys.readouterr().out
     heard: list[int] = []
@@ -102,8 +102,8 @@ def test_the_terminal_says_who_answers(file: Path, tongwen: Any, monkeypatch: py
 
 def test_without_the_wheel_transformers_answers(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
-    speaker = open_speaker(str(file), template="chatml")
-    assert type(speaker.voice) is Voice
+    speaker = open_chat_model(str(file), template="chatml")
+    assert type(speaker.voice) is TextGenerator
     assert isinstance(speaker.chat(ASK, max_new_tokens=4), str)
 
 

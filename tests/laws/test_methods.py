@@ -33,10 +33,10 @@ from tongwen.export.card import make_card
 from tongwen.model.adapters.adalora import budget_of
 from tongwen.model.adapters.attach import adapt
 from tongwen.model.adapters.chain import open_adapter
-from tongwen.model.loading.load import Place, load_model
-from tongwen.recipe.schema import Adapter
+from tongwen.model.loading.load import ModelRef, load_model
+from tongwen.recipe.schema import AdapterConfig
 from tongwen.train import trainer
-from tongwen.train.neftune import Noise, lengths_of
+from tongwen.train.neftune import Neftune, lengths_of
 from tongwen.train.packing import pack, pad
 
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
@@ -99,7 +99,7 @@ def test_a_quantised_base_gives_the_same_gradients_after_it_was_scored(kind: str
     from peft import LoraConfig, get_peft_model
 
     tiny_llama(tmp_path, 90, hidden_size=64, intermediate_size=128)
-    base = load_model(Place("t", str(tmp_path)), torch.float32, kind)
+    base = load_model(ModelRef("t", str(tmp_path)), torch.float32, kind)
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     ids = torch.arange(9)[None]
 
@@ -131,8 +131,8 @@ def test_adalora_spends_its_budget_and_leaves_an_ordinary_adapter(wide_model: Pa
 
 
 def test_an_ordinary_adapter_computes_what_adalora_did(chat_model: Path, tmp_path: Path) -> None:
-    base = load_model(Place("t", str(chat_model)), torch.float32)
-    adapted = adapt(base, Adapter(method="adalora", rank=4), [], steps=20)
+    base = load_model(ModelRef("t", str(chat_model)), torch.float32)
+    adapted = adapt(base, AdapterConfig(method="adalora", rank=4), [], steps=20)
     with torch.no_grad():
         for name, part in adapted.model.named_parameters():
             if "lora_E" in name:
@@ -141,10 +141,10 @@ def test_an_ordinary_adapter_computes_what_adalora_did(chat_model: Path, tmp_pat
     adapted.model.eval()
     wanted = adapted.model(input_ids=ids).logits
     adapted.save(tmp_path)
-    model = open_adapter(load_model(Place("t", str(chat_model)), torch.float32), str(tmp_path), None)
+    model = open_adapter(load_model(ModelRef("t", str(chat_model)), torch.float32), str(tmp_path), None)
     assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-5)
     assert not torch.allclose(
-        load_model(Place("t", str(chat_model)), torch.float32)(input_ids=ids).logits, wanted, atol=1e-3
+        load_model(ModelRef("t", str(chat_model)), torch.float32)(input_ids=ids).logits, wanted, atol=1e-3
     )
 
 
@@ -161,7 +161,7 @@ def test_new_rows_alone_are_trained_by_sft_too(wide_model: Path, tmp_path: Path)
 
 def test_adaloras_second_loss_is_in_the_first(chat_model: Path) -> None:
     model = adapt(
-        load_model(Place("t", str(chat_model)), torch.float32), Adapter(method="adalora", rank=4), [], steps=20
+        load_model(ModelRef("t", str(chat_model)), torch.float32), AdapterConfig(method="adalora", rank=4), [], steps=20
     )
     budget = budget_of(model.model)
     assert budget is not None
@@ -372,14 +372,14 @@ def test_noise_is_in_the_loss_and_not_in_the_scores(chat_model: Path, tmp_path: 
 
 
 def test_noise_is_scaled_by_the_document(chat_model: Path) -> None:
-    model = load_model(Place("t", str(chat_model)), torch.float32)
+    model = load_model(ModelRef("t", str(chat_model)), torch.float32)
     samples = [(np.arange(length, dtype=np.uint32), np.ones(length, bool)) for length in (4, 100)]
     embedding = model.get_input_embeddings()
     packed, padded = pack(samples), pad(samples)
     assert lengths_of(packed).flatten().tolist() == [4] * 4 + [100] * 100
     assert lengths_of(padded).tolist() == [[4], [100]]
     quiet = embedding(packed["input_ids"])
-    with Noise(model, 5.0).scaled_for(packed):
+    with Neftune(model, 5.0).scaled_for(packed):
         loud = embedding(packed["input_ids"]) - quiet
     assert torch.equal(embedding(packed["input_ids"]), quiet)
     for part, length in ((loud[0, :4], 4), (loud[0, 4:], 100)):
@@ -394,11 +394,11 @@ def test_muon_refuses_what_is_no_hidden_matrix(chat_model: Path, tmp_path: Path,
 
 
 def test_fused_experts_are_trained_by_name() -> None:
-    adapted = adapt(tiny_mixture(), Adapter(rank=2, target_parameters=["mlp.experts.gate_up_proj"]), [])
+    adapted = adapt(tiny_mixture(), AdapterConfig(rank=2, target_parameters=["mlp.experts.gate_up_proj"]), [])
     assert any("experts" in name for name, part in adapted.model.named_parameters() if part.requires_grad)
     assert not any("passes by" in notice for notice in adapted.notices)
     with pytest.raises(ModelError, match=r"'mlp.experts.up'[\s\S]*gate_up_proj"):
-        adapt(tiny_mixture(), Adapter(rank=2, target_parameters=["mlp.experts.up"]), [])
+        adapt(tiny_mixture(), AdapterConfig(rank=2, target_parameters=["mlp.experts.up"]), [])
 
 
 @pytest.mark.parametrize(
@@ -413,16 +413,16 @@ def test_fused_experts_are_trained_by_name() -> None:
 )
 def test_what_peft_cannot_do_is_said(words: dict[str, Any], place: str, said: str, chat_model: Path) -> None:
     with pytest.raises(ModelError, match=said) as caught:
-        adapt(load_model(Place("t", str(chat_model)), torch.float32), Adapter(rank=2, **words), [], steps=20)
+        adapt(load_model(ModelRef("t", str(chat_model)), torch.float32), AdapterConfig(rank=2, **words), [], steps=20)
     assert caught.value.place == place and "\n" not in caught.value.rule
 
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_matrix_is_not_trained_in_full(kind: str, wide_model: Path) -> None:
-    base = load_model(Place("t", str(wide_model)), torch.float32, kind)
+    base = load_model(ModelRef("t", str(wide_model)), torch.float32, kind)
     with pytest.raises(ModelError, match="quantised"):
-        adapt(base, Adapter(method="qlora", also_train=["mlp"]), [])
+        adapt(base, AdapterConfig(method="qlora", also_train=["mlp"]), [])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -430,19 +430,19 @@ def test_a_quantised_matrix_is_not_trained_in_full(kind: str, wide_model: Path) 
 def test_rows_of_a_matrix_that_learns_in_full_are_not_trained_twice(method: str, tied: bool, tmp_path: Path) -> None:
     base = tiny_llama(tmp_path, 90, tie_word_embeddings=tied)
     also = ["model.embed_tokens"] if tied else ["embed_tokens", "lm_head"]
-    choice = Adapter(method=method, rank=2, also_train=also)  # type: ignore[arg-type]
+    choice = AdapterConfig(method=method, rank=2, also_train=also)  # type: ignore[arg-type]
     adapted = adapt(base, choice, [3, 4], steps=20)
     names = [name for name, part in adapted.model.named_parameters() if part.requires_grad]
     assert any("embed_tokens.modules_to_save" in name for name in names)
     assert not any("trainable_tokens" in name for name in names) and not adapted.notices
     half = tiny_llama(tmp_path, 90, tie_word_embeddings=False)
     if method == "lora":
-        adapted = adapt(half, Adapter(rank=2, also_train=["embed_tokens"]), [3, 4])
+        adapted = adapt(half, AdapterConfig(rank=2, also_train=["embed_tokens"]), [3, 4])
         names = [name for name, part in adapted.model.named_parameters() if part.requires_grad]
         assert any("lm_head.token_adapter" in name for name in names)
     else:
         with pytest.raises(ModelError, match=r"also_train: \[lm_head\]"):
-            adapt(half, Adapter(method="adalora", rank=2, also_train=["embed_tokens"]), [3, 4], steps=20)
+            adapt(half, AdapterConfig(method="adalora", rank=2, also_train=["embed_tokens"]), [3, 4], steps=20)
 
 
 def test_a_value_that_transformers_does_not_take_is_said(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
@@ -460,7 +460,7 @@ def test_learned_prompts_of_other_tools_can_be_talked_to(kind: str, chat_model: 
     words = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
     config = PrefixTuningConfig(**words) if kind == "prefix" else PromptEncoderConfig(**words, encoder_hidden_size=16)
     torch.manual_seed(1)
-    model = get_peft_model(load_model(Place("t", str(chat_model)), torch.float32), config)
+    model = get_peft_model(load_model(ModelRef("t", str(chat_model)), torch.float32), config)
     with torch.no_grad():
         for part in model.prompt_encoder.parameters():
             part.normal_(std=2.0)

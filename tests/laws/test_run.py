@@ -16,7 +16,7 @@ from tests.launching import die_at, in_a_child
 from tongwen.cli.main import main
 from tongwen.core.errors import ModelError
 from tongwen.model.loading.fingerprint import fingerprint_model
-from tongwen.model.loading.load import Place
+from tongwen.model.loading.load import ModelRef
 from tongwen.train.trainer import PlannedTrainer
 
 
@@ -70,7 +70,7 @@ def test_what_a_run_leaves(finished: Path, chat_model: Path) -> None:
     }
     assert lines[-1]["tokens"] == 2 * report["mask"]["tokens"]
     made = manifest(out / "sft")
-    assert made["parents"]["base"]["fingerprint"] == fingerprint_model(Place("", str(chat_model)))
+    assert made["parents"]["base"]["fingerprint"] == fingerprint_model(ModelRef("", str(chat_model)))
     assert made["parents"]["prepare"]["fingerprint"] == manifest(out / "prepare")["fingerprint"]
     assert {"kind", "parents", "settings", "versions", "seconds", "device"} <= set(made)
     assert json.loads((out / "merge" / "generation_config.json").read_text())["eos_token_id"] == 2
@@ -79,7 +79,7 @@ def test_what_a_run_leaves(finished: Path, chat_model: Path) -> None:
 
 
 def test_each_adapter_tensor_has_moved_and_the_base_has_not(finished: Path, chat_model: Path) -> None:
-    before = fingerprint_model(Place("", str(chat_model)))
+    before = fingerprint_model(ModelRef("", str(chat_model)))
     adapter = tensors(finished / "out" / "sft")
     assert len(adapter) == 2 * 7 * 2
     assert all(bool(tensor.any()) for tensor in adapter.values()), "a B that is still zero never learned"
@@ -87,7 +87,7 @@ def test_each_adapter_tensor_has_moved_and_the_base_has_not(finished: Path, chat
     assert set(base) == set(merged)
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
     assert changed == {name for name in base if "_proj" in name}
-    assert fingerprint_model(Place("", str(chat_model))) == before
+    assert fingerprint_model(ModelRef("", str(chat_model))) == before
 
 
 def test_twice_does_nothing_changed_is_refused_again_keeps(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:

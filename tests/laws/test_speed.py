@@ -20,7 +20,7 @@ from tongwen.core.errors import MachineError
 from tongwen.model.adapters.attach import adapt
 from tongwen.model.kernels.checkpointing import compile_layers, recompute
 from tongwen.model.kernels.loss import learned_loss
-from tongwen.recipe.schema import Adapter, Sft
+from tongwen.recipe.schema import AdapterConfig, Sft
 from tongwen.train.memory import CUDA_CONTEXT, device_memory
 from tongwen.train.metrics import peak_memory_bytes
 from tongwen.train.packing import pack
@@ -43,7 +43,7 @@ def gradient(model: Any, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch's inductor compiles with g++")
 def test_compiled_layers_give_the_same_loss_and_gradient(chat_model: Path) -> None:
-    model = adapt(packed_model(chat_model), Adapter(method="full"), []).model.train()
+    model = adapt(packed_model(chat_model), AdapterConfig(method="full"), []).model.train()
     batches = [batch_of(count) for count in (2, 5)]  # other lengths, the same program
     wanted = [gradient(model, batch) for batch in batches]
     assert compile_layers(model) == 2
@@ -79,7 +79,7 @@ def test_a_compiled_run_is_the_run(checkpointing: str, chat_model: Path, tmp_pat
 
 
 def test_a_micro_batch_is_tried_and_leaves_no_trace(chat_model: Path) -> None:
-    model = adapt(packed_model(chat_model), Adapter(rank=4), []).model.eval()
+    model = adapt(packed_model(chat_model), AdapterConfig(rank=4), []).model.eval()
     batch, state, passed = batch_of(3), torch.get_rng_state(), list[int]()
 
     def counted(model: Any, batch: dict[str, Any]) -> Any:

@@ -23,11 +23,11 @@ from tongwen.data.token_store import SAMPLE, TokenStore, spans_of
 from tongwen.model.adapters.attach import adapt, find_untrained_rows
 from tongwen.model.kernels import loss as score
 from tongwen.model.kernels import packed_attention as attention
-from tongwen.model.kernels.fused_blocks import GatedMlp, RmsNorm, fuse_blocks
-from tongwen.model.kernels.fused_projections import Joined, JoinedProduct
+from tongwen.model.kernels.fused_blocks import FusedGatedMlp, FusedRmsNorm, fuse_blocks
+from tongwen.model.kernels.fused_projections import FusedProjections, FusedProjectionsFunction
 from tongwen.model.kernels.loss import LearnedCrossEntropy, bits_per_byte, learned_loss, spare_head
-from tongwen.model.loading.load import Place, load_model
-from tongwen.recipe.schema import Adapter, Duration
+from tongwen.model.loading.load import ModelRef, load_model
+from tongwen.recipe.schema import AdapterConfig, Duration
 from tongwen.train import audit
 from tongwen.train.packing import MicroBatches, best_fit, deal, make_plan, pack, pad
 
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def packed_model(folder: Path) -> Any:
-    model = load_model(Place("t", str(folder)), torch.float32)
+    model = load_model(ModelRef("t", str(folder)), torch.float32)
     model.set_attn_implementation(attention.register())
     return model
 
@@ -116,10 +116,10 @@ def reference(model: Any, store: TokenStore) -> tuple[float, int]:
 @pytest.mark.parametrize("maker", [pack, pad])
 def test_packed_and_padded_loss_is_the_unpacked_reference(folder: Path, maker: Any) -> None:
     store = random_store(12)
-    model = packed_model(folder) if maker is pack else load_model(Place("t", str(folder)), torch.float32)
+    model = packed_model(folder) if maker is pack else load_model(ModelRef("t", str(folder)), torch.float32)
     batch = maker([store.sample(index) for index in range(12)])
     total, each = learned_loss(model, batch)
-    wanted, count = reference(load_model(Place("t", str(folder)), torch.float32), store)
+    wanted, count = reference(load_model(ModelRef("t", str(folder)), torch.float32), store)
     assert len(each) == count == batch["learned"]
     assert float(total.detach()) / count == pytest.approx(wanted / count, abs=1e-5)
 
@@ -147,7 +147,9 @@ def test_a_spared_head_gives_the_same_loss_and_gradients(
     monkeypatch.setattr(score, "HEAD_ROWS", {"cpu": 7})
     store = random_store(6)
     batch = maker([store.sample(index) for index in range(6)])
-    model = fused(packed_model(folder) if maker is pack else load_model(Place("t", str(folder)), torch.float32), LORA)
+    model = fused(
+        packed_model(folder) if maker is pack else load_model(ModelRef("t", str(folder)), torch.float32), LORA
+    )
     with torch.no_grad():
         for name, part in model.named_parameters():
             if "lora_B" in name:
@@ -167,7 +169,7 @@ def test_a_head_that_learns_or_whose_output_is_changed_is_not_spared(folder: Pat
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     batch = pack([random_store(2).sample(index) for index in range(2)])
-    assert not spare_head(adapt(packed_model(folder), Adapter(method="full"), []).model, batch)
+    assert not spare_head(adapt(packed_model(folder), AdapterConfig(method="full"), []).model, batch)
     rows = adapt(packed_model(folder), LORA, [1, 2]).model  # tied, so the head learns these rows too
     assert not spare_head(rows, batch)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -333,13 +335,13 @@ def test_the_audit_sees_documents_that_see_each_other(folder: Path) -> None:
 @pytest.mark.parametrize(
     "choice",
     [
-        Adapter(rank=4),
-        Adapter(rank=4, dora=True),
-        Adapter(rank=4, rslora=True, also_train=["embed_tokens"]),
-        Adapter(method="full"),
+        AdapterConfig(rank=4),
+        AdapterConfig(rank=4, dora=True),
+        AdapterConfig(rank=4, rslora=True, also_train=["embed_tokens"]),
+        AdapterConfig(method="full"),
     ],
 )
-def test_the_probe_passes_healthy_models_and_leaves_no_trace(folder: Path, choice: Adapter) -> None:
+def test_the_probe_passes_healthy_models_and_leaves_no_trace(folder: Path, choice: AdapterConfig) -> None:
     model = adapt(packed_model(folder), choice, []).model
     before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
@@ -360,22 +362,22 @@ def test_the_probe_refuses_what_cannot_learn(folder: Path) -> None:
         total, nats = learned_loss(model, inputs)
         return total.detach().requires_grad_(), nats
 
-    model = adapt(packed_model(folder), Adapter(rank=4), []).model
+    model = adapt(packed_model(folder), AdapterConfig(rank=4), []).model
     with pytest.raises(NumbersError, match=r"get no gradient"):
         audit.probe_gradients(model, batch, detached)
     with pytest.raises(NumbersError, match="hangs on no trainable"):
         audit.probe_gradients(
             model, batch, lambda model, inputs: tuple(part.detach() for part in learned_loss(model, inputs))
         )
-    frozen = adapt(packed_model(folder), Adapter(rank=4), []).model.requires_grad_(False)
+    frozen = adapt(packed_model(folder), AdapterConfig(rank=4), []).model.requires_grad_(False)
     with pytest.raises(NumbersError, match="no parameter is trainable"):
         audit.probe_gradients(frozen, batch, learned_loss)
-    broken = adapt(packed_model(folder), Adapter(rank=4), []).model
+    broken = adapt(packed_model(folder), AdapterConfig(rank=4), []).model
     with torch.no_grad():
         next(part for name, part in broken.named_parameters() if name.endswith("norm.weight")).fill_(math.nan)
     with pytest.raises(NumbersError, match="first loss is nan"):
         audit.probe_gradients(broken, batch, learned_loss)
-    dead = adapt(packed_model(folder), Adapter(rank=4), []).model
+    dead = adapt(packed_model(folder), AdapterConfig(rank=4), []).model
     dead.register_parameter("unused", torch.nn.Parameter(torch.zeros(2)))
     with pytest.raises(NumbersError, match=r"unused[\s\S]*get no gradient"):
         audit.probe_gradients(dead, batch, learned_loss)
@@ -383,10 +385,10 @@ def test_the_probe_refuses_what_cannot_learn(folder: Path) -> None:
 
 def test_targets_that_name_nothing_are_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"'c_attn'[\s\S]*q_proj"):
-        adapt(packed_model(folder), Adapter(targets=["c_attn"]), [])
+        adapt(packed_model(folder), AdapterConfig(targets=["c_attn"]), [])
     with pytest.raises(ModelError, match="'wte'"):
-        adapt(packed_model(folder), Adapter(also_train=["wte"]), [])
-    adapted = adapt(packed_model(folder), Adapter(targets="family", rank=2), [])
+        adapt(packed_model(folder), AdapterConfig(also_train=["wte"]), [])
+    adapted = adapt(packed_model(folder), AdapterConfig(targets="family", rank=2), [])
     assert {
         name.split(".lora_")[0].split(".")[-1] for name, part in adapted.model.named_parameters() if part.requires_grad
     } == {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -400,7 +402,7 @@ def test_rows_that_the_base_never_trained_are_found(folder: Path) -> None:
         weight[1] = 0
         weight[2] = weight[250]
     assert find_untrained_rows(model, [0, 1, 2]) == [1, 2]
-    adapted = adapt(model, Adapter(rank=2), [1, 2])
+    adapted = adapt(model, AdapterConfig(rank=2), [1, 2])
     assert any("trainable_tokens" in name for name, part in adapted.model.named_parameters() if part.requires_grad)
 
 
@@ -416,10 +418,10 @@ def with_fast_forward(model: Any) -> list[Any]:
     return [module for module in model.modules() if "forward" in vars(module)]
 
 
-LORA = Adapter(rank=4)
+LORA = AdapterConfig(rank=4)
 
 
-def fused(model: Any, choice: Adapter) -> Any:
+def fused(model: Any, choice: AdapterConfig) -> Any:
     """The adapted model with its fast forms, as one process on a CPU trains it."""
     adapted = adapt(model, choice, []).model
     fuse_blocks(adapted)
@@ -427,10 +429,12 @@ def fused(model: Any, choice: Adapter) -> Any:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("choice", [Adapter(rank=4), Adapter(rank=4, rslora=True), Adapter(rank=4, targets="family")])
+@pytest.mark.parametrize(
+    "choice", [AdapterConfig(rank=4), AdapterConfig(rank=4, rslora=True), AdapterConfig(rank=4, targets="family")]
+)
 @pytest.mark.parametrize("blocks", [False, True])
 def test_the_fast_forms_are_pefts_and_transformers_own(
-    folder: Path, choice: Adapter, checkpointing: bool, blocks: bool
+    folder: Path, choice: AdapterConfig, checkpointing: bool, blocks: bool
 ) -> None:
     model = fused(packed_model(folder), choice) if blocks else adapt(packed_model(folder), choice, []).model
     with torch.no_grad():
@@ -466,12 +470,12 @@ def test_the_gradients_of_the_fast_blocks_are_those_of_finite_differences(small:
     torch.manual_seed(0)
     x = (torch.randn(2, 3, 6, dtype=torch.float64) * small).requires_grad_()
     weight = torch.rand(6, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda part: RmsNorm.apply(part, weight, 1e-5), (x,), eps=1e-7 * small)
+    assert torch.autograd.gradcheck(lambda part: FusedRmsNorm.apply(part, weight, 1e-5), (x,), eps=1e-7 * small)
     shapes = [(8, 6), (2, 6), (8, 2), (8, 6), (3, 6), (8, 3), (6, 8), (2, 8), (6, 2)]
     made = [torch.randn(shape, dtype=torch.float64).requires_grad_(index % 3 > 0) for index, shape in enumerate(shapes)]
     parts = [(*made[begin : begin + 3], scale) for begin, scale in ((0, 2.0), (3, 0.5), (6, 3.0))]
     adapters = [one for _, a, b, _ in parts for one in (a, b)]
-    first, last = Joined(parts[:2]), Joined(parts[2:])
+    first, last = FusedProjections(parts[:2]), FusedProjections(parts[2:])
 
     def taken(x: torch.Tensor, *moved: torch.Tensor) -> tuple[float, ...]:
         """What finite differences have moved is taken anew."""
@@ -482,17 +486,18 @@ def test_the_gradients_of_the_fast_blocks_are_those_of_finite_differences(small:
         return tuple(scale for *_, scale in parts)
 
     assert torch.autograd.gradcheck(
-        lambda *all: GatedMlp.apply(all[0], first, last, taken(*all), *all[1:]), (x, *adapters)
+        lambda *all: FusedGatedMlp.apply(all[0], first, last, taken(*all), *all[1:]), (x, *adapters)
     )
     assert torch.autograd.gradcheck(
-        lambda x, *four: JoinedProduct.apply(x, first, taken(x, *four, *adapters[4:])[:2], *four), (x, *adapters[:4])
+        lambda x, *four: FusedProjectionsFunction.apply(x, first, taken(x, *four, *adapters[4:])[:2], *four),
+        (x, *adapters[:4]),
     )
 
 
 def test_joined_layers_hold_nothing_twice_and_save_what_they_were(folder: Path) -> None:
     plain = packed_model(folder)
     before = {name: part.clone() for name, part in plain.state_dict().items()}
-    model = fused(plain, Adapter(rank=4))
+    model = fused(plain, AdapterConfig(rank=4))
     attention, mlp = model.base_model.model.model.layers[0].self_attn, model.base_model.model.model.layers[0].mlp
     for layers in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
         assert len({layer.weight.untyped_storage().data_ptr() for layer in layers}) == 1
@@ -504,14 +509,14 @@ def test_joined_layers_hold_nothing_twice_and_save_what_they_were(folder: Path) 
 
 
 def test_layers_that_do_not_qualify_stay_with_peft(folder: Path) -> None:
-    for choice in (Adapter(rank=4, dora=True), Adapter(rank=4, dropout=0.1)):
+    for choice in (AdapterConfig(rank=4, dora=True), AdapterConfig(rank=4, dropout=0.1)):
         fast = with_fast_forward(fused(packed_model(folder), choice))
         assert {type(module).__name__ for module in fast} == {"LlamaRMSNorm"}
-    assert not with_fast_forward(adapt(packed_model(folder), Adapter(method="full"), []).model)
+    assert not with_fast_forward(adapt(packed_model(folder), AdapterConfig(method="full"), []).model)
 
 
 def test_a_switched_off_adapter_gives_the_base(folder: Path) -> None:
-    model = fused(packed_model(folder), Adapter(rank=4))
+    model = fused(packed_model(folder), AdapterConfig(rank=4))
     store = random_store(3)
     batch = pack([store.sample(index) for index in range(3)])
     with torch.no_grad():
@@ -530,16 +535,16 @@ def test_blocks_that_compute_something_else_stay_as_they_are(tmp_path: Path) -> 
 
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     gemma = GemmaForCausalLM(GemmaConfig(vocab_size=60, num_key_value_heads=1, head_dim=16, **shape))
-    names = {type(module).__name__ for module in with_fast_forward(fused(gemma, Adapter(rank=2)))}
+    names = {type(module).__name__ for module in with_fast_forward(fused(gemma, AdapterConfig(rank=2)))}
     assert names == {"Linear"}  # its norm is 1 + weight, its MLP has GELU
     llama = tiny_llama(tmp_path, 60, hidden_act="gelu")
-    names = {type(module).__name__ for module in with_fast_forward(fused(llama, Adapter(rank=2)))}
+    names = {type(module).__name__ for module in with_fast_forward(fused(llama, AdapterConfig(rank=2)))}
     assert names == {"Linear", "LlamaRMSNorm"}
 
 
 def test_in_bf16_the_fast_forms_are_no_further_from_fp32_than_the_slow_ones(folder: Path) -> None:
     """Weights in bf16 and an adapter in fp32 under autocast, as a run on a CPU with bf16 has them."""
-    model = fused(packed_model(folder).to(torch.bfloat16), Adapter(rank=4))
+    model = fused(packed_model(folder).to(torch.bfloat16), AdapterConfig(rank=4))
     with torch.no_grad():
         for name, part in model.named_parameters():
             if part.requires_grad:
@@ -599,9 +604,9 @@ print(usual, min(faults() for _ in range(8)))  # the heap needs a few rounds to 
 
 
 def test_whether_an_adapter_reaches_fused_experts_is_said() -> None:
-    passed = adapt(tiny_mixture(), Adapter(rank=2, targets=["q_proj"]), [])
+    passed = adapt(tiny_mixture(), AdapterConfig(rank=2, targets=["q_proj"]), [])
     assert any("passes by 2 fused expert weights" in notice and "mlp.experts" in notice for notice in passed.notices)
-    reached = adapt(tiny_mixture(), Adapter(rank=2), [])
+    reached = adapt(tiny_mixture(), AdapterConfig(rank=2), [])
     assert any("reaches 2 fused expert weights" in notice for notice in reached.notices)
     assert any("experts" in name for name, part in reached.model.named_parameters() if part.requires_grad)
 

@@ -18,8 +18,8 @@ from tongwen.core.errors import TongwenError
 from tongwen.hub.names import today
 from tongwen.migrate.build_recipe import as_yaml
 from tongwen.migrate.flag_values import READERS
-from tongwen.migrate.migrate import Outcome, migrate_command, migrate_files
-from tongwen.migrate.shell import Line, read_script, split_environment
+from tongwen.migrate.migrate import MigrationResult, migrate_command, migrate_files
+from tongwen.migrate.shell import ScriptLine, read_script, split_environment
 from tongwen.migrate.tables import known_files, programs
 from tongwen.recipe.docs import sections
 from tongwen.recipe.load import read
@@ -36,14 +36,14 @@ TABLES = ("trainer", "launchers", "belle", "guanaco", "cla", "llamafactory")
 COMMAND = re.compile(r"^(?:[>$] )?(?:[A-Z_]+=\S* )?(?:conda|python|deepspeed|torchrun|accelerate|wget|pip)\s+\S")
 
 
-def lines_of(name: str) -> list[Line]:
+def lines_of(name: str) -> list[ScriptLine]:
     return read_script((OLD / f"{name}.sh").read_text(encoding="utf-8"), name)
 
 
 ALL = [(name, line) for name in (*READMES, "mentioned") for line in lines_of(name)]
 
 
-def migrated(line: Line) -> Outcome:
+def migrated(line: ScriptLine) -> MigrationResult:
     return migrate_command(line.words, today)
 
 
@@ -72,7 +72,7 @@ def test_the_count_of_lines() -> None:
 
 @pytest.mark.parametrize(("name", "line"), ALL, ids=[f"{name}:{line.number}" for name, line in ALL])
 def test_each_flag_has_one_verdict_and_what_comes_out_is_read(
-    name: str, line: Line, tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, line: ScriptLine, tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     one = migrated(line)

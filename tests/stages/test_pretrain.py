@@ -16,9 +16,9 @@ from tests.conftest import dialogues, remade, tensors, write_rows
 from tests.launching import die_at, in_a_child, launched, needs_deepspeed
 from tests.laws.test_run import manifest
 from tongwen.cli.main import main
-from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_stack
-from tongwen.model.loading.load import Place
-from tongwen.train.trainer import Job, fit
+from tongwen.model.loading.fingerprint import fingerprint_chain, fingerprint_model
+from tongwen.model.loading.load import ModelRef
+from tongwen.train.trainer import TrainerJob, fit
 
 NEW = [300, 301, 470, 471]
 EMBEDDING = "model.embed_tokens.weight"
@@ -163,16 +163,16 @@ def test_sft_stands_on_a_pretrained_adapter(grown: Path, tmp_path: Path, tongwen
     assert tongwen("run", recipe)[0] == 0
     out = tmp_path / "out"
     pretrained, tuned = manifest(out / "pretrain"), manifest(out / "sft")
-    below = fingerprint_model(Place("", str(grown)))
+    below = fingerprint_model(ModelRef("", str(grown)))
     assert below is not None
     assert tuned["parents"]["base"]["path"] == str(out / "pretrain")
-    assert tuned["parents"]["base"]["fingerprint"] == fingerprint_stack(below, pretrained["fingerprint"])
-    from tongwen.model.adapters.chain import open_stack
+    assert tuned["parents"]["base"]["fingerprint"] == fingerprint_chain(below, pretrained["fingerprint"])
+    from tongwen.model.adapters.chain import open_adapter_chain
     from tongwen.model.loading.load import locate
 
     place = locate(str(out / "sft"))
     assert place.adapters == (str(out / "pretrain"), str(out / "sft"))
-    model, _ = open_stack(place, torch.float32)
+    model, _ = open_adapter_chain(place, torch.float32)
     found, base = model.state_dict()[EMBEDDING], tensors(grown)[EMBEDDING]
     assert not torch.equal(found, base), "what pretrain taught the embeddings is there"
     code, out_text, _ = tongwen("run", recipe)
@@ -373,7 +373,7 @@ def test_two_processes_killed_on_the_way_take_the_phases_of_one(
 def test_a_source_says_its_language_and_its_share(
     chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = list[Job]()
+    jobs = list[TrainerJob]()
     monkeypatch.setattr("tongwen.workflows.training.job.fit", lambda job: (jobs.append(job), fit(job))[1])
     write_rows(tmp_path / "more.jsonl", [{"text": f"hello world, how are you today? {number}"} for number in range(60)])
     recipe = write_recipe(tmp_path, chat_model, "stop_after: 1 epoch")

@@ -23,23 +23,23 @@ from tests.launching import in_a_child
 from tests.laws.test_run import manifest
 from tongwen.core.errors import ArtifactError, NumbersError
 from tongwen.train.checkpoints import check_adapter_saved
-from tongwen.train.nan_guard import ABSURD, SKIPS, Guard
-from tongwen.train.packing import Plan
+from tongwen.train.nan_guard import ABSURD, SKIPS, NanGuard
+from tongwen.train.packing import BatchPlan
 from tongwen.train.parallel import Engine
-from tongwen.train.shutdown import Halt
+from tongwen.train.shutdown import ShutdownRequest
 from tongwen.train.trainer import PlannedTrainer
 
 SFT = ", save_every: 2, stop_after: 6 steps, micro_batch_tokens: 64"
 
 
-def guard(ranks: list[list[float]], **words: Any) -> Guard:
+def guard(ranks: list[list[float]], **words: Any) -> NanGuard:
     """A guard over two processes with two micro-batches each; `ranks` is what they tell each other."""
-    plan = Plan(((0, 1, 2, 3),) * 99, (((0,), (1,), (2,), (3,)),) * 99, 2, 2, 8, 99)
+    plan = BatchPlan(((0, 1, 2, 3),) * 99, (((0,), (1,), (2,), (3,)),) * 99, 2, 2, 8, 99)
     told = {"wants_out": bool, "last": lambda: "the last checkpoint is c-4", "before_steps": 10, "vocabulary": 500}
-    return Guard(plan, lambda sample: f"f.jsonl:{sample}", lambda row: torch.tensor(ranks), **told | words)
+    return NanGuard(plan, lambda sample: f"f.jsonl:{sample}", lambda row: torch.tensor(ranks), **told | words)
 
 
-def look(one: Guard, index: int = 0, scaled: bool = False) -> None:
+def look(one: NanGuard, index: int = 0, scaled: bool = False) -> None:
     one.note(torch.tensor(1.0), 1)
     one.look(index, 1.0, torch.nn.Linear(1, 1), scaled=scaled)
 
@@ -195,17 +195,17 @@ def test_time_runs_out(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
 def test_a_deadline_leaves_room_for_a_step_and_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "time", lambda: now)
-    halt = Halt(1300.0)
+    halt = ShutdownRequest(1300.0)
     now += 10
     assert not halt.wanted(), "twice the step of 10 seconds and a save of 30 at most would fit"
-    assert not halt.is_short and Halt(1059.0).is_short and not Halt(None).is_short
+    assert not halt.is_short and ShutdownRequest(1059.0).is_short and not ShutdownRequest(None).is_short
     halt.saved(5.0)
     now += 69
     assert not halt.wanted()
     now += 80
     assert halt.wanted(), "twice 80 and 5 would not"
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1005")
-    assert Halt(None).wanted()
+    assert ShutdownRequest(None).wanted()
 
 
 def test_fp16_leaves_out_what_overflows(

@@ -19,7 +19,7 @@ from tests.conftest import write_recipe
 from tests.launching import in_a_child
 from tongwen.core.errors import MachineError, MissingPackage
 from tongwen.train import trackers
-from tongwen.train.trackers import Track
+from tongwen.train.trackers import TrackerRun
 from tongwen.train.trainer import PlannedTrainer
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -180,7 +180,7 @@ def test_a_later_phase_begins_without_it(
 ) -> None:
     monkeypatch.setattr(Failing, "at", "on_train_begin")
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "trackio", Failing)
-    teller = trackers.Teller(Track(["trackio"], "zh", "0", tmp_path, must=False), 0)
+    teller = trackers.TrackerCallback(TrackerRun(["trackio"], "zh", "0", tmp_path, must=False), 0)
     for _ in range(2):
         teller.on_train_begin(None, None, None)
     assert capsys.readouterr().out.count("trackio has failed") == 1
@@ -191,14 +191,14 @@ def test_a_resumed_run_is_the_same_run_of_mlflow(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "mlflow", Failing)
     run = SimpleNamespace(info=SimpleNamespace(run_id="aa75"))
     monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(active_run=lambda: run))
-    one = Track(["mlflow"], "zh-sft", "0", tmp_path)
+    one = TrackerRun(["mlflow"], "zh-sft", "0", tmp_path)
     for known in (None, "aa75"):
         with one.told():
             assert os.environ.pop("MLFLOW_RUN_ID", None) == known  # it takes it away itself
-            trackers.Teller(one, 0).on_train_begin(None, None, None)
+            trackers.TrackerCallback(one, 0).on_train_begin(None, None, None)
     (tmp_path / trackers.IDS).write_text("{")
     assert one._ids() == {}, "and it is another run there"
-    with Track(["mlflow"], "zh-sft-phase-2", "0", tmp_path).told():
+    with TrackerRun(["mlflow"], "zh-sft-phase-2", "0", tmp_path).told():
         assert "MLFLOW_RUN_ID" not in os.environ
 
 
@@ -207,7 +207,7 @@ def test_every_program_is_transformers_own_and_is_told_the_same_run_again(
 ) -> None:
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     monkeypatch.delenv("SWANLAB_RUN_ID", raising=False)
-    one = Track(["wandb", "swanlab", "mlflow", "trackio"], "zh-sft", "0123456789abcdef", tmp_path)
+    one = TrackerRun(["wandb", "swanlab", "mlflow", "trackio"], "zh-sft", "0123456789abcdef", tmp_path)
     assert set(one.names) <= set(INTEGRATION_TO_CALLBACK) and one.arguments["report_to"] == "none"
     seen = []
     for _ in range(2):

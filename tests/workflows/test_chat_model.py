@@ -20,9 +20,9 @@ import torch
 from tests.conftest import CORPUS, byte_level_tokenizer, sentencepiece_tokenizer, type_lines
 from tongwen.cli.main import main
 from tongwen.core.errors import DataError, ModelError
-from tongwen.infer.generation import Incremental, Sampling, Voice
-from tongwen.serving.stream_split import Part, part_thinking, until
-from tongwen.serving.terminal import Talk, converse, visible
+from tongwen.infer.generation import Sampling, StreamDecoder, TextGenerator
+from tongwen.serving.stream_split import StreamPart, split_thinking, until
+from tongwen.serving.terminal import TerminalChat, converse, visible
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
@@ -35,7 +35,7 @@ def test_streamed_pieces_are_whole_characters_and_add_up(kind: str, tmp_path: Pa
         [rng.randrange(3, len(tokenizer)) for _ in range(30)] for _ in range(60)
     ]  # also bytes that are no character
     for ids in samples:
-        incremental = Incremental(tokenizer)
+        incremental = StreamDecoder(tokenizer)
         pieces = [incremental.add(index) for index in ids]
         assert "".join([*pieces, incremental.rest()]) == tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -74,7 +74,7 @@ def conversation(
         "context": 100,
         "settings": {"max_new_tokens": 1, "temperature": 0.0},
     } | options
-    assert converse(Talk(reply=spoken.reply, **choices), name="m", system=system) == 0
+    assert converse(TerminalChat(reply=spoken.reply, **choices), name="m", system=system) == 0
     return spoken
 
 
@@ -134,7 +134,7 @@ class Says:
 
 def test_an_answer_ends_with_a_whole_character(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
-    voice = Voice(None, tokenizer, (0,), 100)
+    voice = TextGenerator(None, tokenizer, (0,), 100)
     ids = tokenizer("好龘", add_special_tokens=False)["input_ids"]
     assert voice.decode(ids) == "好龘"
     assert voice.decode(ids[:-1]) == "好"
@@ -213,14 +213,14 @@ def test_marks_are_found_however_the_pieces_are_cut() -> None:
     for text in texts * 40:
         cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(6)))
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        parts = list(part_thinking(iter(pieces)))
-        whole = list(part_thinking(iter([text])))
+        parts = list(split_thinking(iter(pieces)))
+        whole = list(split_thinking(iter([text])))
         for thinking in (True, False):
             assert _joined(parts, thinking) == _joined(whole, thinking)
         assert "".join(until(iter(pieces), ["</think>", "完"])) == text.split("</think>")[0].split("完")[0]
-    assert _joined(list(part_thinking(iter([texts[0]]))), True) == "想 < 想</thin"
-    assert _joined(list(part_thinking(iter([texts[0]]))), False) == "答 </think>"
-    assert _joined(list(part_thinking(iter([texts[4]]))), False) == "  答", "an answer is shown as it is"
+    assert _joined(list(split_thinking(iter([texts[0]]))), True) == "想 < 想</thin"
+    assert _joined(list(split_thinking(iter([texts[0]]))), False) == "答 </think>"
+    assert _joined(list(split_thinking(iter([texts[4]]))), False) == "  答", "an answer is shown as it is"
 
 
 class Terminal:
@@ -284,5 +284,5 @@ def test_typing_in_a_real_terminal(chat_model: Path, tmp_path: Path) -> None:
     assert messages[1]["role"] == "assistant" and len(messages) in (2, 4), "the paste left no trace"
 
 
-def _joined(parts: list[Part], thinking: bool) -> str:
+def _joined(parts: list[StreamPart], thinking: bool) -> str:
     return "".join(part.text for part in parts if part.thinking == thinking)

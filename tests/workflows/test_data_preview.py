@@ -38,13 +38,13 @@ def test_every_row_is_counted_and_every_refusal_has_its_row(chat_model: Path, tm
 
 def test_what_lies_in_a_file_is_shown_also_when_the_model_cannot_read_it(chat_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
-    from tongwen.commands.web import whole_bench
-    from tongwen.serving.web.backend import Talk
-    from tongwen.workflows.workspace import Workplace
+    from tongwen.commands.web import make_backend
+    from tongwen.serving.web.backend import ChatBackend
+    from tongwen.workflows.workspace import Workspace
 
     file = write_rows(tmp_path / "rows.jsonl", dialogues(3))
-    place = Workplace.of([str(tmp_path)], [str(chat_model)])
-    look = whole_bench(place, Talk(list, (), lambda *_: [], lambda *_: iter(()))).look
+    place = Workspace.of([str(tmp_path)], [str(chat_model)])
+    look = make_backend(place, ChatBackend(list, (), lambda *_: [], lambda *_: iter(()))).look
     assert look
     rows, samples = look.inspect(file, str(chat_model), "own")
     assert "alpaca" in rows and "the model brings no chat template" in samples

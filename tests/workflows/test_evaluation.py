@@ -24,16 +24,16 @@ from tests.conftest import dialogues, write_recipe, write_rows
 from tongwen.cli.main import main
 from tongwen.core.errors import ModelError
 from tongwen.infer import entities
-from tongwen.infer.metrics import TEXT, Answered, compare, summarise, without_thinking
-from tongwen.recipe.schema import Evaluate, Source, Task
+from tongwen.infer.metrics import TEXT, AnsweredPrompt, compare, summarise, without_thinking
+from tongwen.recipe.schema import Evaluate, SourceConfig, TaskConfig
 from tongwen.stages import evaluate
-from tongwen.workflows.evaluation import read_paper
+from tongwen.workflows.evaluation import read_task
 from tongwen.workflows.likelihood import windows
 
 NAMES, KINDS = ("北京", "上海", "李白", "白", "_下划线_", "联合国"), ("地名", "人名", "机构名")
 
 
-def entity_rows(count: int, seed: int = 0) -> list[Answered]:
+def entity_rows(count: int, seed: int = 0) -> list[AnsweredPrompt]:
     """Random answers beside random truths: doubled, missing, empty, malformed lines among them."""
     rng = random.Random(seed)
 
@@ -46,11 +46,11 @@ def entity_rows(count: int, seed: int = 0) -> list[Answered]:
         answer = [line for line in wanted if rng.random() < 0.7] + some()[: rng.randrange(3)]
         noise = [rng.choice(["没有", "", " 地名 ", "北京"])] if rng.random() < 0.2 else []
         question = "提取人名、地名。\n文本：" + "，".join(rng.sample(NAMES, len(NAMES)))
-        rows.append(Answered(question, "\n".join([*answer, *noise]) or "没有", "\n".join(wanted) or "没有"))
+        rows.append(AnsweredPrompt(question, "\n".join([*answer, *noise]) or "没有", "\n".join(wanted) or "没有"))
     return rows
 
 
-def score(name: str, rows: list[Answered]) -> dict[str, Any]:
+def score(name: str, rows: list[AnsweredPrompt]) -> dict[str, Any]:
     measure = TEXT[name]
     return summarise(np.array([measure.count(row) for row in rows]), measure.figures)
 
@@ -110,8 +110,10 @@ def test_exact_match_bleu_and_rouge_agree_with_others() -> None:
 
     rng = random.Random(0)
     texts = ["今天天气很好，我们去公园散步吧。", "人工智能可以帮助我们学习语言 Python 3", "是的", "月亮自己不会发光"]
-    rows = [Answered("", "".join(rng.choice(texts)[: rng.randrange(2, 20)]), rng.choice(texts)) for _ in range(60)]
-    rows += [Answered("", text, text) for text in texts] + [Answered("", "", texts[0])]
+    rows = [
+        AnsweredPrompt("", "".join(rng.choice(texts)[: rng.randrange(2, 20)]), rng.choice(texts)) for _ in range(60)
+    ]
+    rows += [AnsweredPrompt("", text, text) for text in texts] + [AnsweredPrompt("", "", texts[0])]
     said, wanted = [row.answer for row in rows], [row.wanted for row in rows]
     assert score("exact_match", rows)["value"] == pytest.approx(accuracy_score(wanted, said))
     assert score("bleu", rows)["value"] == pytest.approx(sacrebleu.corpus_bleu(said, [wanted], tokenize="zh").score)
@@ -131,9 +133,9 @@ def test_exact_match_bleu_and_rouge_agree_with_others() -> None:
         same, size = common(row.answer, row.wanted), len(row.answer) + len(row.wanted)
         shares.append(2 * same / size if size else 0.0)
     assert score("rouge", chinese)["value"] == pytest.approx(np.mean(shares))
-    assert score("rouge_words", [Answered("", "我爱北京", "我爱北京天安门")])["figures"]["rouge1"] == pytest.approx(
-        6 / 7
-    )
+    assert score("rouge_words", [AnsweredPrompt("", "我爱北京", "我爱北京天安门")])["figures"][
+        "rouge1"
+    ] == pytest.approx(6 / 7)
 
 
 def test_thinking_is_no_answer() -> None:
@@ -168,9 +170,9 @@ def test_windows_score_every_token_once_with_half_a_window_before() -> None:
 
 
 def opened(folder: Path, template: str = "chatml") -> Any:
-    from tongwen.workflows.chat_model import open_speaker
+    from tongwen.workflows.chat_model import open_chat_model
 
-    return open_speaker(str(folder), template=template, precision="fp32")
+    return open_chat_model(str(folder), template=template, precision="fp32")
 
 
 def test_likelihood_is_the_sum_over_all_tokens_of_a_plain_forward_pass(
@@ -372,14 +374,14 @@ def test_a_recipe_may_only_score_and_a_base_that_cannot_be_asked_is_said(
     code, _, err = tongwen("run", recipe)
     assert code == 0, err
     assert "before" not in json.loads((tmp_path / "only" / "evaluate" / "scores.json").read_text())["bits_per_byte"]
-    paper = read_paper(Task(task="bits_per_byte", data=Source(path=str(data))))
+    paper = read_task(TaskConfig(task="bits_per_byte", data=SourceConfig(path=str(data))))
 
-    after, nowhere = evaluate.Sitter(str(chat_model), template="chatml"), str(tmp_path / "nowhere")
+    after, nowhere = evaluate.EvaluatedModel(str(chat_model), template="chatml"), str(tmp_path / "nowhere")
     section = Evaluate(tasks=[paper.task])
-    scores = evaluate.examine([paper], after, evaluate.Sitter(nowhere, optional=True), section, tmp_path, None)
+    scores = evaluate.examine([paper], after, evaluate.EvaluatedModel(nowhere, optional=True), section, tmp_path, None)
     assert "before" not in scores["bits_per_byte"]
     with pytest.raises(ModelError):
-        evaluate.examine([paper], after, evaluate.Sitter(nowhere), section, tmp_path, None)
+        evaluate.examine([paper], after, evaluate.EvaluatedModel(nowhere), section, tmp_path, None)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_encoding_is_done_once_and_goes_on_where_it_died(
     recipe, made = prepared(tmp_path, chat_model, rows=rows)
     reader = tokenized_data.read_dialogues(recipe.base, recipe.sft)
 
-    def encode(folder: str) -> tokenized_data.Lesson:
+    def encode(folder: str) -> tokenized_data.TokenizedData:
         return tokenized_data.encode_prepared(made, reader, 42, tmp_path / folder)
 
     whole = encode("a")

@@ -226,7 +226,7 @@ def _generate(parsed: argparse.Namespace) -> int:
     from tongwen.commands import generate
 
     return generate.run(
-        generate.Who(
+        generate.AnswerSource(
             parsed.model,
             parsed.adapter,
             parsed.template,

@@ -260,7 +260,7 @@ def _merge(parsed: argparse.Namespace) -> int:
         if parsed.combine
         else None
     )
-    choice = merge.Choice(parsed.dtype, parsed.to, parsed.parity, parsed.onto, mix, force=parsed.force)
+    choice = merge.MergeOptions(parsed.dtype, parsed.to, parsed.parity, parsed.onto, mix, force=parsed.force)
     return merge.command(parsed.base, parsed.adapter, parsed.out, choice, again=parsed.again)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tongwen.infer.generation import Sampling
-from tongwen.serving.terminal import Talk, converse
-from tongwen.workflows.chat_model import open_speaker
+from tongwen.serving.terminal import TerminalChat, converse
+from tongwen.workflows.chat_model import open_chat_model
 
 
 def run(
@@ -23,12 +23,12 @@ def run(
 ) -> int:
     """Talk until the user leaves."""
     Sampling().with_(**sampling)
-    speaker = open_speaker(model, adapters, template, thinking, weights=weights, rows=1)
+    speaker = open_chat_model(model, adapters, template, thinking, weights=weights, rows=1)
 
     def reply(messages: list[dict[str, Any]], settings: dict[str, Any], heard: Callable[[int], None]) -> Iterator[str]:
         return speaker.stream(messages, heard, **settings)
 
-    talk = Talk(
+    talk = TerminalChat(
         reply=reply,
         count=lambda messages: len(speaker.prompt_ids(messages)),
         check=lambda settings: Sampling().with_(**settings),

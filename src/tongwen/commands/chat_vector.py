@@ -43,7 +43,7 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
     settings = {**places, "scale": scale}
     with artifact.create(folder, "model", parents, settings, swept=True) as draft:
         with console.progress(len(ours.facts), "merge") as bar:
-            added = chat_vector.add_difference(ours, theirs, old, scale, draft.path, bar.update)
+            added = chat_vector.add_chat_vector(ours, theirs, old, scale, draft.path, bar.update)
         artifact.write_json(draft.path / "config.json", config)
         _dress(tokenizer, speaks, Path(opened["instruct"].folder), draft.path)
         draft.fingerprint = combine(added.lines)

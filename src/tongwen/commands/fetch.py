@@ -181,7 +181,7 @@ def _iter_elements(content: mmap.mmap, start: int, path: str) -> Iterator[tuple[
         )
 
 
-def _check_split(wanted: names.Wanted, dev: float, old_names: bool) -> None:
+def _check_split(wanted: names.HubRef, dev: float, old_names: bool) -> None:
     if not dev and old_names:
         raise RecipeError(
             say("--old-names are names of the parts that --dev makes", "--old-names 是 --dev 所生成文件的名称"),
@@ -201,7 +201,7 @@ def _check_split(wanted: names.Wanted, dev: float, old_names: bool) -> None:
         )
 
 
-def _settle(wanted: names.Wanted, out: str) -> tuple[names.Wanted, Path]:
+def _settle(wanted: names.HubRef, out: str) -> tuple[names.HubRef, Path]:
     """The same with its kind, and its folder. What has been fetched already says its kind without the hub."""
     places = [Path(out)] if out else [Path(parent) / wanted.tail for parent in KINDS.values()]
     for place in places:

@@ -15,16 +15,16 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.i18n import say
-from tongwen.infer.answer_log import Journal
-from tongwen.infer.endpoint import Endpoint
+from tongwen.infer.answer_log import AnswerJournal
+from tongwen.infer.endpoint import EndpointBackend
 from tongwen.infer.generation import Sampling
-from tongwen.recipe.schema import Source
-from tongwen.workflows.chat_model import choose_engine, open_speaker
-from tongwen.workflows.eval_prompts import Question, read_questions
+from tongwen.recipe.schema import SourceConfig
+from tongwen.workflows.chat_model import choose_engine, open_chat_model
+from tongwen.workflows.eval_prompts import EvalPrompt, read_questions
 
 
 @dataclass(frozen=True)
-class Who:
+class AnswerSource:
     """Who answers: a model by one of its names, or the name of one behind an endpoint."""
 
     model: str
@@ -37,17 +37,19 @@ class Who:
 
 
 @dataclass(frozen=True)
-class Answerer:
+class AnswerBackend:
     """answer_each: conversations and what takes each answer; prompt: a conversation as the model reads it."""
 
     answer_each: Callable[[list[list[dict[str, Any]]], Callable[[int, str], None]], None]
     prompt: Callable[[list[dict[str, Any]]], str]
 
 
-def run(who: Who, prompts: str, out: str, *, form: str, batch_size: int, sampling: dict[str, Any], again: bool) -> int:
+def run(
+    who: AnswerSource, prompts: str, out: str, *, form: str, batch_size: int, sampling: dict[str, Any], again: bool
+) -> int:
     """Answer every row that has no answer yet, then write them all."""
     file = Path(out)
-    questions = read_questions(Source(path=prompts))
+    questions = read_questions(SourceConfig(path=prompts))
     if file.exists():
         artifact.make_way(file, again=again)
     asked = hashlib.sha256(json.dumps([one.messages for one in questions], ensure_ascii=False).encode()).hexdigest()
@@ -57,7 +59,7 @@ def run(who: Who, prompts: str, out: str, *, form: str, batch_size: int, samplin
     beside = file.with_name(file.name + ".answers")
     if again:
         beside.unlink(missing_ok=True)
-    journal = Journal(beside, settings, say("--again begins anew", "--again 重新开始"))
+    journal = AnswerJournal(beside, settings, say("--again begins anew", "--again 重新开始"))
     missing = [row for row in range(len(questions)) if row not in journal.answers]
     if len(missing) < len(questions):
         console.notice(
@@ -82,15 +84,15 @@ def run(who: Who, prompts: str, out: str, *, form: str, batch_size: int, samplin
     return 0
 
 
-def _open(who: Who, batch_size: int, sampling: dict[str, Any]) -> Answerer:
+def _open(who: AnswerSource, batch_size: int, sampling: dict[str, Any]) -> AnswerBackend:
     if who.endpoint:
         wanted = Sampling().with_(**sampling)
-        endpoint = Endpoint(who.endpoint, who.model, completion=who.template == "completion")
-        return Answerer(
+        endpoint = EndpointBackend(who.endpoint, who.model, completion=who.template == "completion")
+        return AnswerBackend(
             lambda conversations, take: endpoint.answer_each(conversations, wanted, take),
             lambda messages: str(messages[-1]["content"]),
         )
-    speaker = open_speaker(
+    speaker = open_chat_model(
         who.model,
         who.adapters,
         who.template,
@@ -99,7 +101,7 @@ def _open(who: Who, batch_size: int, sampling: dict[str, Any]) -> Answerer:
         engine=who.engine,
         rows=batch_size,
     )
-    return Answerer(
+    return AnswerBackend(
         lambda conversations, take: speaker.answer_each(conversations, take, batch_size, **sampling),
         speaker.prompt_text,
     )
@@ -108,7 +110,7 @@ def _open(who: Who, batch_size: int, sampling: dict[str, Any]) -> Answerer:
 def _write(
     file: Path,
     form: str,
-    questions: Sequence[Question],
+    questions: Sequence[EvalPrompt],
     answers: Mapping[int, str],
     prompt: Callable[[list[dict[str, Any]]], str],
     sampling: dict[str, Any],

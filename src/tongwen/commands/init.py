@@ -16,7 +16,7 @@ from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import say
 
 
-class Method(NamedTuple):
+class TrainingMethod(NamedTuple):
     """adapter: the recipe's words; then what it is, in both languages."""
 
     adapter: str
@@ -25,42 +25,42 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "lora": Method("{method: lora, rank: @rank@}", "LoRA, a small adapter", "LoRA 小适配器"),
-    "rslora": Method(
+    "lora": TrainingMethod("{method: lora, rank: @rank@}", "LoRA, a small adapter", "LoRA 小适配器"),
+    "rslora": TrainingMethod(
         "{method: lora, rslora: true, rank: @rank@}",
         "rsLoRA, for a high rank: scaled by its root",
         "rsLoRA，高秩时按根号缩放",
     ),
-    "dora": Method(
+    "dora": TrainingMethod(
         "{method: lora, dora: true, rank: @rank@}", "DoRA, direction and size apart", "DoRA，方向与幅度分开"
     ),
-    "adalora": Method(
+    "adalora": TrainingMethod(
         "{method: adalora, rank: @rank@}", "AdaLoRA, ranks go where they matter", "AdaLoRA，秩分配到重要之处"
     ),
-    "qlora": Method(
+    "qlora": TrainingMethod(
         "{method: qlora, rank: @rank@}", "QLoRA, an adapter on a base in 4 bits", "QLoRA，4 位底座上的适配器"
     ),
-    "int8": Method(
+    "int8": TrainingMethod(
         "{method: qlora, quantize: int8, rank: @rank@}",
         "QLoRA, an adapter on a base in 8 bits",
         "QLoRA，8 位底座上的适配器",
     ),
-    "experts": Method(
+    "experts": TrainingMethod(
         "{method: lora, rank: @rank@, target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]}",
         "LoRA on the fused weights of experts, too",
         "LoRA 同时覆盖融合的专家权重",
     ),
-    "also": Method(
+    "also": TrainingMethod(
         "{method: lora, rank: @rank@, also_train: [embed_tokens]}",
         "LoRA, and the embeddings in full",
         "LoRA，并训练全部词向量",
     ),
-    "family": Method(
+    "family": TrainingMethod(
         "{method: lora, targets: family, rank: @rank@}",
         "LoRA on the attention only, as in 2023",
         "仅注意力层的 LoRA（2023 年的做法）",
     ),
-    "full": Method("{method: full}", "all weights", "全部权重"),
+    "full": TrainingMethod("{method: full}", "all weights", "全部权重"),
 }
 TRAINS = {
     "lora": ("adapter alone", "仅适配器"),
@@ -73,7 +73,7 @@ TRAINS = {
 
 
 @dataclass(frozen=True)
-class Start:
+class RecipeTemplate:
     """A recipe to start from: base model, method, and where it fits. train: what a `pretrain` trains."""
 
     base: str
@@ -97,47 +97,51 @@ class Start:
 QWEN_4B, QWEN_8B = "Qwen/Qwen3-4B", "Qwen/Qwen3-8B"
 SMOL, QWEN_BASE = "HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen3-0.6B-Base"
 STARTS = {
-    "smollm2-135m-lora-cpu": Start(f"{SMOL}-Instruct", "lora", "4 GB, CPU", 512, "1e-3", "chatml"),
-    "qwen3-0.6b-lora-8g": Start("Qwen/Qwen3-0.6B", "lora", "8 GB GPU", 2048, "2e-4"),
-    "qwen3-0.6b-full-16g": Start("Qwen/Qwen3-0.6B", "full", "16 GB GPU", 2048, "2e-5"),
-    "qwen3-4b-lora-24g": Start(QWEN_4B, "lora", "24 GB GPU", 2048, "2e-4"),
-    "qwen3-4b-rslora-24g": Start(QWEN_4B, "rslora", "24 GB GPU", 2048, "1e-4", rank=64),
-    "qwen3-4b-dora-24g": Start(QWEN_4B, "dora", "24 GB GPU", 2048, "2e-4"),
-    "qwen3-4b-embeddings-24g": Start(QWEN_4B, "also", "24 GB GPU", 2048, "1e-4"),
-    "qwen3-4b-adalora-24g": Start(QWEN_4B, "adalora", "24 GB GPU", 2048, "5e-4"),
-    "qwen3-8b-qlora-24g": Start(QWEN_8B, "qlora", "24 GB GPU", 2048, "1e-4"),
-    "qwen3-8b-int8-24g": Start(QWEN_8B, "int8", "24 GB GPU", 2048, "1e-4"),
-    "qwen3-8b-lora-40g": Start(QWEN_8B, "lora", "40 GB GPU", 2048, "1e-4"),
-    "llama3.1-8b-lora-40g": Start("meta-llama/Llama-3.1-8B-Instruct", "lora", "40 GB GPU", 2048, "1e-4"),
-    "llama3.1-8b-attention-40g": Start("meta-llama/Llama-3.1-8B-Instruct", "family", "40 GB GPU", 2048, "2e-4"),
-    "qwen3-8b-base-chatml-40g": Start("Qwen/Qwen3-8B-Base", "lora", "40 GB GPU", 2048, "1e-4", "chatml", 64),
-    "qwen3-30b-a3b-experts-fsdp2": Start(
+    "smollm2-135m-lora-cpu": RecipeTemplate(f"{SMOL}-Instruct", "lora", "4 GB, CPU", 512, "1e-3", "chatml"),
+    "qwen3-0.6b-lora-8g": RecipeTemplate("Qwen/Qwen3-0.6B", "lora", "8 GB GPU", 2048, "2e-4"),
+    "qwen3-0.6b-full-16g": RecipeTemplate("Qwen/Qwen3-0.6B", "full", "16 GB GPU", 2048, "2e-5"),
+    "qwen3-4b-lora-24g": RecipeTemplate(QWEN_4B, "lora", "24 GB GPU", 2048, "2e-4"),
+    "qwen3-4b-rslora-24g": RecipeTemplate(QWEN_4B, "rslora", "24 GB GPU", 2048, "1e-4", rank=64),
+    "qwen3-4b-dora-24g": RecipeTemplate(QWEN_4B, "dora", "24 GB GPU", 2048, "2e-4"),
+    "qwen3-4b-embeddings-24g": RecipeTemplate(QWEN_4B, "also", "24 GB GPU", 2048, "1e-4"),
+    "qwen3-4b-adalora-24g": RecipeTemplate(QWEN_4B, "adalora", "24 GB GPU", 2048, "5e-4"),
+    "qwen3-8b-qlora-24g": RecipeTemplate(QWEN_8B, "qlora", "24 GB GPU", 2048, "1e-4"),
+    "qwen3-8b-int8-24g": RecipeTemplate(QWEN_8B, "int8", "24 GB GPU", 2048, "1e-4"),
+    "qwen3-8b-lora-40g": RecipeTemplate(QWEN_8B, "lora", "40 GB GPU", 2048, "1e-4"),
+    "llama3.1-8b-lora-40g": RecipeTemplate("meta-llama/Llama-3.1-8B-Instruct", "lora", "40 GB GPU", 2048, "1e-4"),
+    "llama3.1-8b-attention-40g": RecipeTemplate(
+        "meta-llama/Llama-3.1-8B-Instruct", "family", "40 GB GPU", 2048, "2e-4"
+    ),
+    "qwen3-8b-base-chatml-40g": RecipeTemplate("Qwen/Qwen3-8B-Base", "lora", "40 GB GPU", 2048, "1e-4", "chatml", 64),
+    "qwen3-30b-a3b-experts-fsdp2": RecipeTemplate(
         "Qwen/Qwen3-30B-A3B", "experts", "2 GPUs of 80 GB", 2048, "1e-4", rank=8, engine="fsdp2", devices=2
     ),
-    "qwen3-8b-lora-ddp": Start(QWEN_8B, "lora", "2 GPUs of 40 GB", 2048, "1e-4", engine="ddp", devices=2),
-    "qwen3-8b-full-fsdp2": Start(QWEN_8B, "full", "4 GPUs of 80 GB", 2048, "1e-5", engine="fsdp2", devices=4),
-    "qwen3-32b-qlora-fsdp2": Start(
+    "qwen3-8b-lora-ddp": RecipeTemplate(QWEN_8B, "lora", "2 GPUs of 40 GB", 2048, "1e-4", engine="ddp", devices=2),
+    "qwen3-8b-full-fsdp2": RecipeTemplate(QWEN_8B, "full", "4 GPUs of 80 GB", 2048, "1e-5", engine="fsdp2", devices=4),
+    "qwen3-32b-qlora-fsdp2": RecipeTemplate(
         "Qwen/Qwen3-32B", "qlora", "2 GPUs of 24 GB", 2048, "1e-4", engine="fsdp2", devices=2
     ),
-    "qwen3-8b-lora-zero2": Start(QWEN_8B, "lora", "2 GPUs of 40 GB", 2048, "1e-4", engine="zero2", devices=2),
-    "qwen3-4b-full-zero2": Start(QWEN_4B, "full", "4 GPUs of 80 GB", 2048, "1e-5", engine="zero2", devices=4),
-    "qwen3-4b-full-zero3": Start(
+    "qwen3-8b-lora-zero2": RecipeTemplate(QWEN_8B, "lora", "2 GPUs of 40 GB", 2048, "1e-4", engine="zero2", devices=2),
+    "qwen3-4b-full-zero2": RecipeTemplate(QWEN_4B, "full", "4 GPUs of 80 GB", 2048, "1e-5", engine="zero2", devices=4),
+    "qwen3-4b-full-zero3": RecipeTemplate(
         QWEN_4B, "full", "2 GPUs of 48 GB, 128 GB of memory", 2048, "1e-5", engine="zero3", offload="true", devices=2
     ),
-    "smollm2-135m-pretrain-cpu": Start(SMOL, "lora", "4 GB, CPU", 512, "1e-3", stage="pretrain"),
-    "smollm2-135m-vocab-cpu": Start(SMOL, "lora", "4 GB, CPU", 512, "1e-3", stage="vocab", train="phases"),
-    "smollm2-135m-rows-cpu": Start(SMOL, "lora", "4 GB, CPU", 512, "1e-3", stage="vocab", train="new_rows"),
-    "mistral-7b-vocab-80g": Start(
+    "smollm2-135m-pretrain-cpu": RecipeTemplate(SMOL, "lora", "4 GB, CPU", 512, "1e-3", stage="pretrain"),
+    "smollm2-135m-vocab-cpu": RecipeTemplate(SMOL, "lora", "4 GB, CPU", 512, "1e-3", stage="vocab", train="phases"),
+    "smollm2-135m-rows-cpu": RecipeTemplate(SMOL, "lora", "4 GB, CPU", 512, "1e-3", stage="vocab", train="new_rows"),
+    "mistral-7b-vocab-80g": RecipeTemplate(
         "mistralai/Mistral-7B-v0.3", "lora", "80 GB GPU", 2048, "2e-4", rank=64, stage="vocab", train="phases"
     ),
-    "qwen3-0.6b-base-pretrain-16g": Start(QWEN_BASE, "lora", "16 GB GPU", 2048, "2e-4", rank=64, stage="pretrain"),
-    "qwen3-0.6b-base-embeddings-8g": Start(
+    "qwen3-0.6b-base-pretrain-16g": RecipeTemplate(
+        QWEN_BASE, "lora", "16 GB GPU", 2048, "2e-4", rank=64, stage="pretrain"
+    ),
+    "qwen3-0.6b-base-embeddings-8g": RecipeTemplate(
         QWEN_BASE, "lora", "8 GB GPU", 2048, "2e-4", stage="pretrain", train="embeddings"
     ),
-    "qwen3-0.6b-base-pretrain-full-16g": Start(
+    "qwen3-0.6b-base-pretrain-full-16g": RecipeTemplate(
         QWEN_BASE, "full", "16 GB GPU", 2048, "2e-5", stage="pretrain", train="full"
     ),
-    "qwen3-8b-base-pretrain-fsdp2": Start(
+    "qwen3-8b-base-pretrain-fsdp2": RecipeTemplate(
         "Qwen/Qwen3-8B-Base",
         "lora",
         "4 GPUs of 80 GB",
@@ -211,12 +215,12 @@ def render(name: str) -> str:
     return re.sub(r"# (.*?) ¦ (.*)$", lambda found: "# " + say(found[1], found[2]), text, flags=re.MULTILINE)
 
 
-def _kind(start: Start) -> str:
+def _kind(start: RecipeTemplate) -> str:
     what = start.method if start.stage == "sft" else start.train
     return f"{start.stage}, {what}" + (f", {start.engine}" if start.engine else "")
 
 
-def _result(start: Start) -> tuple[str, str]:
+def _result(start: RecipeTemplate) -> tuple[str, str]:
     stage = "sft" if start.stage == "sft" else "pretrain"
     if start.leaves_adapter:
         return (

@@ -13,7 +13,7 @@ from tongwen.data.token_store import TokenStore
 from tongwen.recipe.schema import Recipe
 from tongwen.workflows.data_preview import coloured, key, pieces
 from tongwen.workflows.pipeline import standing_on
-from tongwen.workflows.tokenized_data import Reader, look_ahead, read_dialogues, read_documents, say_mask
+from tongwen.workflows.tokenized_data import RecordEncoder, look_ahead, read_dialogues, read_documents, say_mask
 
 STYLE = """
 :root{--ink:#1c1e21;--soft:#6b7280;--line:#e3e6ea;--wash:#f6f8f9;--paper:#fff;--learn:#bbf7d0;--stop:#fde68a}
@@ -52,7 +52,7 @@ def run(recipe: Recipe, count: int, page: str) -> int:
     return 0
 
 
-def _show(recipe: Recipe, reader: Reader, stop: int, template: str, count: int, page: str) -> dict[str, Any]:
+def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count: int, page: str) -> dict[str, Any]:
     """One stage's samples. stop: the id that ends them."""
     tokenizer = reader.tokenizer
     lesson = look_ahead(recipe, reader)

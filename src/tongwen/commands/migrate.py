@@ -18,7 +18,7 @@ from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import say
 from tongwen.hub.names import today
 from tongwen.migrate.build_recipe import as_yaml
-from tongwen.migrate.migrate import Outcome, migrate_command, migrate_files
+from tongwen.migrate.migrate import MigrationResult, migrate_command, migrate_files
 from tongwen.migrate.shell import read_script
 from tongwen.recipe.load import read
 
@@ -59,7 +59,7 @@ def run(words: Sequence[str], out: str, alpha: float | None, *, to_run: bool) ->
         console.emit({"migrated": rows})
 
 
-def _check(outcomes: Sequence[Outcome], out: str, *, to_run: bool) -> None:
+def _check(outcomes: Sequence[MigrationResult], out: str, *, to_run: bool) -> None:
     """Raise RecipeError when the words of the command do not fit what was found."""
     if out and sum(bool(one.recipe) for one in outcomes) > 1:
         raise RecipeError(
@@ -86,7 +86,7 @@ def _migrate_adapter(folder: Path, out: Path, alpha: float | None) -> None:
     console.emit({"out": str(out), "config": config, "fingerprint": made.fingerprint})
 
 
-def _read(words: list[str]) -> Iterator[Outcome]:
+def _read(words: list[str]) -> Iterator[MigrationResult]:
     """Files when the first word is one, else a command; of a script, all its commands."""
     if not words:
         raise RecipeError(
@@ -107,7 +107,7 @@ def _read(words: list[str]) -> Iterator[Outcome]:
         yield migrate_command(words, today)
 
 
-def _report(one: Outcome) -> None:
+def _report(one: MigrationResult) -> None:
     console.header(one.project, one.old)
     for note in one.notes:
         console.notice(note)

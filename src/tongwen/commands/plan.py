@@ -21,13 +21,13 @@ from tongwen.model.merging.resize import plan_rows
 from tongwen.recipe.memory_remedies import cheaper, last_resort
 from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
 from tongwen.train.memory import SHARED, STREAMED, flops_per_token, own_memory, token_budget
-from tongwen.train.packing import Plan, make_plan
+from tongwen.train.packing import BatchPlan, make_plan
 from tongwen.train.parallel import sharing_of
 from tongwen.workflows import memory_estimate, tokenizer_files
-from tongwen.workflows.memory_estimate import Micro, Needs, Setting, foresee
+from tongwen.workflows.memory_estimate import MemoryEstimate, MicroBatch, TrainingSetup, estimate_memory
 from tongwen.workflows.pipeline import check_ahead, standing_on
 from tongwen.workflows.tokenized_data import (
-    Lesson,
+    TokenizedData,
     are_rows_untrained,
     look_ahead,
     new_rows_of,
@@ -144,7 +144,7 @@ def _config(recipe: Recipe, base: str) -> tuple[Any, int]:
     text, held = config.get_text_config(), max(load.load_tokenizer(place).get_vocab().values()) + 1
     new = section.pieces + len(section.words) + len(section.special_tokens)
     if section.tokenizer:
-        new = len(tokenizer_files.extended_by(tokenizer_files.open_lexicon(base), section.tokenizer).parts)
+        new = len(tokenizer_files.extended_by(tokenizer_files.open_tokenizer_files(base), section.tokenizer).parts)
     ids = range(held, held + new)
     text.vocab_size = plan_rows(held, ids, text.vocab_size, section.pad_to_multiple, shrink=section.shrink).wanted
     return config, new
@@ -160,9 +160,9 @@ def _rows(recipe: Recipe, section: Training, base: str, new: int) -> int:
     return 0
 
 
-def _disk(config: Any, section: Training, setting: Setting, steps: list[int]) -> tuple[dict[str, int], int]:
+def _disk(config: Any, section: Training, setting: TrainingSetup, steps: list[int]) -> tuple[dict[str, int], int]:
     """(bytes of what stays, and of the checkpoint that is written before an older one goes; the most at one time)."""
-    result, sizes = memory_estimate.foresee_files(config, setting, [stretch.parts for stretch in section.stretches])
+    result, sizes = memory_estimate.estimate_files(config, setting, [stretch.parts for stretch in section.stretches])
     kept, more = 0, 0
     for size, count in zip(sizes, steps, strict=True):
         saves = -(-count // section.save_every)
@@ -174,14 +174,14 @@ def _disk(config: Any, section: Training, setting: Setting, steps: list[int]) ->
     return {"checkpoints": kept, "saving": more, "weights": result}, kept + max(more, result)
 
 
-def _look(recipe: Recipe, section: Training, base: str) -> Lesson:
+def _look(recipe: Recipe, section: Training, base: str) -> TokenizedData:
     if isinstance(section, Sft):
         return look_ahead(recipe, read_dialogues(base, section))
     assert isinstance(section, Pretrain)
     return look_ahead(recipe, read_documents(base, section))
 
 
-def _plans(section: Training, lesson: Lesson, budget: int, world: int) -> list[Plan]:
+def _plans(section: Training, lesson: TokenizedData, budget: int, world: int) -> list[BatchPlan]:
     return [
         make_plan(
             lesson.store.lengths,
@@ -196,7 +196,7 @@ def _plans(section: Training, lesson: Lesson, budget: int, world: int) -> list[P
     ]
 
 
-def _setting(section: Training, device: str, limit: int | None, world: int, rows: int) -> Setting:
+def _setting(section: Training, device: str, limit: int | None, world: int, rows: int) -> TrainingSetup:
     parts = {part for stretch in section.stretches for part in stretch.parts}
     guessed = {"fp32": torch.float32, "fp16": torch.float16}
     dtype = (
@@ -204,29 +204,31 @@ def _setting(section: Training, device: str, limit: int | None, world: int, rows
     )
     on = section.activation_checkpointing == "on"
     sharing = sharing_of(section, world)
-    return Setting(section.adapter, frozenset(parts), dtype, device, section.optimizer, on, sharing, rows)
+    return TrainingSetup(section.adapter, frozenset(parts), dtype, device, section.optimizer, on, sharing, rows)
 
 
-def _fullest(plans: list[Plan], lesson: Lesson) -> Micro:
+def _fullest(plans: list[BatchPlan], lesson: TokenizedData) -> MicroBatch:
     """The micro-batch with the most tokens."""
     lengths = lesson.store.lengths
     parts = [part for plan in plans for step in plan.micro for part in step]
     part = max(parts, key=lambda part: int(lengths[list(part)].sum()))
     rows = sum(int(np.count_nonzero(lesson.store.sample(sample)[1])) for sample in part)
-    return Micro(tuple(int(lengths[sample]) for sample in part), rows, max(plan.accumulate for plan in plans))
+    return MicroBatch(tuple(int(lengths[sample]) for sample in part), rows, max(plan.accumulate for plan in plans))
 
 
-def _needs(config: Any, section: Training, setting: Setting, micro: Micro, limit: int | None) -> tuple[Setting, Needs]:
+def _needs(
+    config: Any, section: Training, setting: TrainingSetup, micro: MicroBatch, limit: int | None
+) -> tuple[TrainingSetup, MemoryEstimate]:
     """With activation checkpointing where it may be on and the limit asks for it."""
-    needs = foresee(config, setting, micro)
+    needs = estimate_memory(config, setting, micro)
     if limit and needs.bytes["peak"] > limit and section.activation_checkpointing == "auto":
         setting = replace(setting, checkpointing=True)
-        needs = foresee(config, setting, micro)
+        needs = estimate_memory(config, setting, micro)
     return setting, needs
 
 
 def _cures(
-    recipe: Recipe, name: str, config: Any, micro: Micro, peak: int, limit: int, rows: int
+    recipe: Recipe, name: str, config: Any, micro: MicroBatch, peak: int, limit: int, rows: int
 ) -> Iterator[dict[str, Any]]:
     """What to change when it does not fit, the cheapest first, each on top of those before it, until it does."""
     peaks, together = [peak], sum(micro.lengths)

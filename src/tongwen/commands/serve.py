@@ -14,7 +14,7 @@ from tongwen.core import console
 from tongwen.core.errors import MissingPackage
 from tongwen.core.i18n import say
 from tongwen.infer.generation import Sampling
-from tongwen.workflows.chat_model import open_speaker
+from tongwen.workflows.chat_model import open_chat_model
 
 
 def run(
@@ -40,12 +40,12 @@ def run(
     loopback = auth.is_loopback(host)
     token, made = auth.choose_token(loopback)
     with auth.open_port(host, port) as listening:
-        speaker = open_speaker(model, adapters, template, thinking, weights=weights, rows=1)
+        speaker = open_chat_model(model, adapters, template, thinking, weights=weights, rows=1)
 
         def speak(ids: list[int], hear: Callable[[int], None], settings: dict[str, Any]) -> Iterator[str]:
             return speaker.continue_ids(ids, hear, **settings)
 
-        speech = openai_api.Speech(
+        speech = openai_api.Backend(
             name=name or Path(model).name,
             chat_ids=speaker.prompt_ids,
             text_ids=speaker.text_ids,
@@ -60,6 +60,6 @@ def run(
         console.tell(f"OPENAI_BASE_URL={url}")
         console.tell(f"OPENAI_API_KEY={token}" if made else say(f"the token is ${auth.TOKEN}", f"令牌为 ${auth.TOKEN}"))
         console.emit({"url": url, "model": speech.name, **({"token": token} if made else {})})
-        auth.serve(auth.Gate(openai_api.make_app(speech, queue), token, loopback=loopback), listening)
+        auth.serve(auth.AuthMiddleware(openai_api.make_app(speech, queue), token, loopback=loopback), listening)
     console.good(say("ended", "已结束"))
     return 0

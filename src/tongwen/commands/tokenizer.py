@@ -19,7 +19,7 @@ from tongwen.vocab import measure, spm, train
 from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
 from tongwen.workflows import tokenizer_files, vocab_scores
-from tongwen.workflows.tokenizer_files import Lexicon
+from tongwen.workflows.tokenizer_files import TokenizerFiles
 
 
 def run_train(corpus: list[str], kind: str, pieces: int, out: str, seed: int, *, again: bool) -> int:
@@ -28,10 +28,10 @@ def run_train(corpus: list[str], kind: str, pieces: int, out: str, seed: int, *,
     texts = tokenizer_files.iter_texts(corpus)
     with console.waiting(say("learning a tokenizer", "学习分词器")):
         if kind == "byte-bpe":
-            made = Lexicon(out, train.train_byte_level(texts, pieces))
+            made = TokenizerFiles(out, train.train_byte_level(texts, pieces))
         else:
             model = sentencepiece.parse(train.train_sentencepiece(texts, pieces, kind.removeprefix("sp-"), seed), out)
-            made = Lexicon(out, sentencepiece.fast_form(model), model)
+            made = TokenizerFiles(out, sentencepiece.fast_form(model), model)
     chosen = {"corpus": corpus, "kind": kind, "pieces": pieces, "seed": seed}
     return _finish(made, target, {}, chosen, {"sizes": {"after": made.coder.size}})
 
@@ -49,7 +49,7 @@ def run_extend(
 ) -> int:
     """A base's tokenizer with pieces learned from a corpus, nine tenths of it; the rest tells what they bring."""
     target = _target(out, again)
-    opened = tokenizer_files.open_lexicon(base)
+    opened = tokenizer_files.open_tokenizer_files(base)
     console.header("tokenizer extend", f"{base} + {pieces:,}")
     learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(corpus))
     with console.progress(pieces, say("learning", "学习")) as bar:
@@ -73,7 +73,7 @@ def run_extend(
 def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: str, again: bool) -> int:
     """One SentencePiece model's pieces behind another's."""
     target = _target(out, again)
-    opened, other = tokenizer_files.open_lexicon(base), tokenizer_files.open_lexicon(add)
+    opened, other = tokenizer_files.open_tokenizer_files(base), tokenizer_files.open_tokenizer_files(add)
     for place, one in (("--base", opened), ("--add", other)):
         if one.model is None:
             raise ModelError(
@@ -117,13 +117,13 @@ def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: st
 
 def run_report(base: str, other: str, texts: list[str], out: str, script: str) -> int:
     """What a tokenizer makes of texts; against another one, or against itself with pieces learned from the same texts."""
-    opened = tokenizer_files.open_lexicon(base, to_measure=True)
+    opened = tokenizer_files.open_tokenizer_files(base, to_measure=True)
     console.header("tokenizer report", f"{base} {other}".strip())
     chosen = Script(script)
     by_file = {name: tokenizer_files.some(tokenizer_files.iter_texts([name])) for name in texts}
     if other:
         found = measure.survey(
-            opened.coder, tokenizer_files.open_lexicon(other, to_measure=True).coder, by_file, chosen
+            opened.coder, tokenizer_files.open_tokenizer_files(other, to_measure=True).coder, by_file, chosen
         )
     else:
         found = measure.survey(opened.coder, None, by_file, chosen)
@@ -165,7 +165,7 @@ def _target(out: str, again: bool) -> Path:
     return target
 
 
-def _note_fast(made: Lexicon, texts: list[str], found: dict[str, Any]) -> None:
+def _note_fast(made: TokenizerFiles, texts: list[str], found: dict[str, Any]) -> None:
     """Say where tokenizer.json differs from tokenizer.model, which is the authority."""
     if made.model is None:
         return
@@ -229,17 +229,17 @@ def _show(found: dict[str, Any]) -> None:
             console.tell(f"  · {reason}")
 
 
-def _digest(one: Lexicon) -> str:
+def _digest(one: TokenizerFiles) -> str:
     held = one.model.SerializeToString() if one.model is not None else one.backend.to_str().encode()
     return hashlib.sha256(held).hexdigest()
 
 
-def _parent(base: Lexicon) -> dict[str, Any]:
+def _parent(base: TokenizerFiles) -> dict[str, Any]:
     return {"base": {"path": base.name, "fingerprint": _digest(base)}}
 
 
 def _finish(
-    made: Lexicon,
+    made: TokenizerFiles,
     target: Path,
     parents: dict[str, Any],
     chosen: dict[str, Any],

@@ -22,7 +22,7 @@ OF_TENSORS = ("model", "vocab", "sft", "pretrain")  # kinds whose fingerprint is
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.model")
 
 
-class Verdicts:
+class VerifyReport:
     """What was found out of each file, and what contradicts."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ def run(path: str, against: str) -> int:
     files = [place] if place.is_file() else sorted(file for file in folder.iterdir() if file.is_file())
     files = [file for file in files if file.name != artifact.MANIFEST]
     lists = _lists(folder, against)
-    verdicts = Verdicts()
+    verdicts = VerifyReport()
     console.header("verify", path)
     stage = artifact.find(folder) if place.is_dir() else None
     _check_whole(folder, files, verdicts)
@@ -105,7 +105,7 @@ def _hash_all(files: list[Path], lists: list[Path]) -> dict[Path, dict[str, str]
         )
 
 
-def _check_whole(folder: Path, files: list[Path], verdicts: Verdicts) -> None:
+def _check_whole(folder: Path, files: list[Path], verdicts: VerifyReport) -> None:
     """Headers, indices and numbering, before any byte is hashed."""
     try:
         if any(file.suffix == ".safetensors" for file in files):
@@ -115,7 +115,7 @@ def _check_whole(folder: Path, files: list[Path], verdicts: Verdicts) -> None:
         verdicts.wrong.append(error)
 
 
-def _compare_published(hashes: dict[Path, dict[str, str]], verdicts: Verdicts, *, strict: bool) -> None:
+def _compare_published(hashes: dict[Path, dict[str, str]], verdicts: VerifyReport, *, strict: bool) -> None:
     """Name the files that were published. A folder that holds a part of a published model holds its other parts too."""
     published = {one.sha256: one for one in checksums.known_files()}
     found = {file: published.get(digests["sha256"]) for file, digests in hashes.items()}
@@ -136,10 +136,10 @@ def _compare_published(hashes: dict[Path, dict[str, str]], verdicts: Verdicts, *
                 verdicts.refuse(say(f"this part of {what} is missing", f"缺少 {what} 的这一部分"), other.file)
 
 
-def _compare_stage(stage: artifact.Artifact, verdicts: Verdicts) -> None:
+def _compare_stage(stage: artifact.Artifact, verdicts: VerifyReport) -> None:
     """The fingerprint that the manifest recorded, and the tensors that changed since."""
     if stage.kind in OF_TENSORS:
-        lines = model_lines(load.Place(str(stage.path), str(stage.path)))
+        lines = model_lines(load.ModelRef(str(stage.path), str(stage.path)))
         found, recorded = combine(lines), stage.manifest.get("tensors", {})
         changed = sorted(name for name in recorded.keys() | lines.keys() if recorded.get(name) != lines.get(name))
         place = f"{stage.path} {changed[0]}" if recorded and changed else str(stage.path)
@@ -150,7 +150,7 @@ def _compare_stage(stage: artifact.Artifact, verdicts: Verdicts) -> None:
     verdicts.compare(stage.path.name, stage.fingerprint, found, artifact.MANIFEST, place)
 
 
-def _report(path: str, files: list[Path], hashes: dict[Path, dict[str, str]], verdicts: Verdicts) -> int:
+def _report(path: str, files: list[Path], hashes: dict[Path, dict[str, str]], verdicts: VerifyReport) -> int:
     rows = [[f.name, hashes[f]["sha256"][:16] + "…", ", ".join(verdicts.known.get(f.name, ()))] for f in files]
     console.table(["", "sha256", say("agrees with", "一致于")], rows)
     if not verdicts.known:

@@ -13,14 +13,23 @@ from tongwen.core.errors import DataError, MissingPackage, RecipeError, TongwenE
 from tongwen.core.i18n import say
 from tongwen.recipe.load import load
 from tongwen.serving.last_turns import last_turns
-from tongwen.serving.web.backend import AT_ONCE, Bench, Look, Messages, Picture, Runs, Talk, Words
+from tongwen.serving.web.backend import (
+    AT_ONCE,
+    ChatBackend,
+    DataBackend,
+    Messages,
+    PageBackend,
+    RunsBackend,
+    RunView,
+    VocabularyBackend,
+)
 from tongwen.vocab import measure
 from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
 from tongwen.workflows import data_preview, run_manager, tokenizer_files
-from tongwen.workflows.chat_model import Speaker, open_speaker
+from tongwen.workflows.chat_model import ChatModel, open_chat_model
 from tongwen.workflows.pipeline import holder
-from tongwen.workflows.workspace import Workplace, shown
+from tongwen.workflows.workspace import Workspace, shown
 
 OPEN_AT_ONCE = 2  # models in memory
 
@@ -45,27 +54,27 @@ def run(
         from tongwen.serving.web.server import serve
     except ModuleNotFoundError as error:
         raise MissingPackage(str(error.name), say("the page", "网页"), "web") from None
-    place = Workplace.of(folders, models)
-    voices = _Voices(place, dict.fromkeys(models[:1], tuple(adapters)), template, thinking, weights)
+    place = Workspace.of(folders, models)
+    voices = _ModelPool(place, dict.fromkeys(models[:1], tuple(adapters)), template, thinking, weights)
     for name in models:
         voices.open(name)
     known = place.models if whole else lambda: list(models)
-    talk = Talk(known, models, voices.fit, voices.reply, system, sampling or {})
+    talk = ChatBackend(known, models, voices.fit, voices.reply, system, sampling or {})
     if not whole:
-        return serve(Bench(f"tongwen · {Path(models[0]).name}", talk), host, port)
-    return serve(whole_bench(place, talk), host, port)
+        return serve(PageBackend(f"tongwen · {Path(models[0]).name}", talk), host, port)
+    return serve(make_backend(place, talk), host, port)
 
 
-def whole_bench(place: Workplace, talk: Talk) -> Bench:
+def make_backend(place: Workspace, talk: ChatBackend) -> PageBackend:
     """All tabs over what lies in these folders."""
-    return Bench("同文 tongwen", talk, _look(place), _words(place), _runs(place))
+    return PageBackend("同文 tongwen", talk, _look(place), _words(place), _runs(place))
 
 
-class _Voices:
+class _ModelPool:
     """Models that talk, opened when they are asked, the last few kept."""
 
     def __init__(
-        self, place: Workplace, adapters: dict[str, tuple[str, ...]], template: str, thinking: str, weights: str
+        self, place: Workspace, adapters: dict[str, tuple[str, ...]], template: str, thinking: str, weights: str
     ) -> None:
         self.place, self.adapters, self.template, self.thinking, self.weights = (
             place,
@@ -74,17 +83,17 @@ class _Voices:
             thinking,
             weights,
         )
-        self.opened: dict[str, Speaker] = {}
+        self.opened: dict[str, ChatModel] = {}
         self.lock = threading.Lock()
 
-    def open(self, name: str) -> Speaker:
+    def open(self, name: str) -> ChatModel:
         model = self.place.model(name)
         with self.lock:
             if name not in self.opened:
                 while len(self.opened) >= OPEN_AT_ONCE:
                     del self.opened[next(iter(self.opened))]
                 adapters = self.adapters.get(name, ())
-                self.opened[name] = open_speaker(
+                self.opened[name] = open_chat_model(
                     model, adapters, self.template, self.thinking, weights=self.weights, rows=AT_ONCE
                 )
             return self.opened[name]
@@ -99,7 +108,7 @@ class _Voices:
         return self.open(name).stream(messages, **options)
 
 
-def _look(place: Workplace) -> Look:
+def _look(place: Workspace) -> DataBackend:
     def inspect(file: Path, model: str, template: str) -> tuple[str, str]:
         found, samples = data_preview.inspect(file), ""
         try:
@@ -109,15 +118,15 @@ def _look(place: Workplace) -> Look:
             samples = f"<p>{html.escape(error.text())}</p>"
         return "".join(data_preview.as_html(found)), samples
 
-    return Look(place.models, ("own", *SHIPPED), inspect)
+    return DataBackend(place.models, ("own", *SHIPPED), inspect)
 
 
-def _words(place: Workplace) -> Words:
+def _words(place: Workspace) -> VocabularyBackend:
     def compare(base: str, other: str, text: str) -> tuple[str, str]:
         if not base or not text.strip():
             raise DataError(say("a model and a text are needed", "需要模型与文本"))
         names = [name for name in (base, other) if name]
-        coders = [tokenizer_files.open_lexicon(place.model(name), to_measure=True).coder for name in names]
+        coders = [tokenizer_files.open_tokenizer_files(place.model(name), to_measure=True).coder for name in names]
         report = measure.survey(
             coders[0], coders[1] if other else None, {say("your text", "你的文本"): [text]}, Script("han")
         )
@@ -125,10 +134,10 @@ def _words(place: Workplace) -> Words:
         tokens = [_tokens(name, coder, text) for name, coder in zip(names, coders, strict=True)]
         return "".join(tokens), as_html(say("Vocabulary", "词表"), report)
 
-    return Words(place.models, compare)
+    return VocabularyBackend(place.models, compare)
 
 
-def _tokens(name: str, coder: measure.Coder, text: str) -> str:
+def _tokens(name: str, coder: measure.MeasuredTokenizer, text: str) -> str:
     pieces = measure.pieces_of(coder, text)
     spans = "".join(f"<span class=t{number % 2}>{html.escape(piece)}</span>" for number, piece in enumerate(pieces))
     facts = say(
@@ -138,7 +147,7 @@ def _tokens(name: str, coder: measure.Coder, text: str) -> str:
     return f"<h3>{html.escape(name)} <span class=soft>{facts}</span></h3><p class=tokens>{spans}</p>"
 
 
-def _runs(place: Workplace) -> Runs:
+def _runs(place: Workspace) -> RunsBackend:
     def start(recipe: str, changes: str) -> str:
         file = place.inside(recipe)
         words = changes.split()
@@ -153,9 +162,9 @@ def _runs(place: Workplace) -> Runs:
         run_manager.start([str(file), *words], out)
         return shown(out)
 
-    def picture(name: str) -> Picture:
+    def picture(name: str) -> RunView:
         out = place.inside(name)
-        return Picture(
+        return RunView(
             running=holder(out) is not None,
             facts=run_manager.facts(out),
             curves=run_manager.curves(out),
@@ -164,7 +173,7 @@ def _runs(place: Workplace) -> Runs:
             reports=[(file.parent.name, shown(file)) for file in run_manager.reports(out)],
         )
 
-    return Runs(
+    return RunsBackend(
         recipes=place.recipes,
         read=lambda name: place.inside(name).read_text(encoding="utf-8", errors="replace"),
         start=start,
@@ -177,7 +186,7 @@ def _runs(place: Workplace) -> Runs:
     )
 
 
-def _report(place: Workplace, name: str) -> Path:
+def _report(place: Workspace, name: str) -> Path:
     file = place.inside(name)
     if file.name != "report.html":
         raise RecipeError(say("only reports are shown", "只显示报告"), place=name)

@@ -29,7 +29,7 @@ import jinja2.sandbox
 from tongwen.core.errors import ModelError, RowRefused
 from tongwen.core.i18n import say
 from tongwen.core.records import Dialogue, Message, Span
-from tongwen.core.template_cache import SENTINEL, Skeleton, make_skeleton
+from tongwen.core.template_cache import SENTINEL, RenderCache, make_render_cache
 
 SHIPPED = (
     "chatml", "alpaca", "alpaca-zh", "plain", "chatglm", "belle", "belle-v2", "alpaca-cla", "alpaca-llamacpp", "guanaco", "guanaco-v1", "guanaco-chat", "vicuna",
@@ -144,7 +144,7 @@ class Template:
     special: tuple[str, ...]
     stop: str = ""
     appended: bool = False
-    skeletons: dict[Any, Skeleton | None] = field(default_factory=dict, compare=False, repr=False)
+    skeletons: dict[Any, RenderCache | None] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def make(
@@ -224,13 +224,13 @@ class Template:
             samples = [Rendered(tuple(span._replace(learn=True) for span in sample.spans)) for sample in samples]
         return samples
 
-    def _skeleton(self, dialogue: Dialogue, learn: str, thinking: str) -> Skeleton | None:
+    def _skeleton(self, dialogue: Dialogue, learn: str, thinking: str) -> RenderCache | None:
         """What all dialogues of this shape have in common, made once; None for shapes that are rendered one by one."""
         if dialogue.tools or any(message.thinking or message.tool_calls for message in dialogue.messages):
             return None
         shape = (*((message.role, message.learn) for message in dialogue.messages), learn, thinking)
         if shape not in self.skeletons:
-            self.skeletons[shape] = make_skeleton(
+            self.skeletons[shape] = make_render_cache(
                 dialogue.messages,
                 lambda messages, prove: [
                     sample.spans

@@ -24,7 +24,7 @@ AWKWARD = (" 中 a ", "\n\n中\n\n", "\t'\"\\中<&>{{x}}", "a" * 3, "。\n</b>\n
 Samples = Callable[[tuple[Message, ...], bool], list[tuple[Span, ...]]]
 
 
-class Asked(Exception):
+class ContentInspected(Exception):
     """The template asked a content for something that a skeleton cannot know."""
 
 
@@ -36,7 +36,7 @@ class Slot:
     steps: tuple[tuple[str, str | None], ...] = ()
 
 
-class Watch:
+class RenderTrace:
     """The slots that were made in one render, and the substrings that contents were asked for."""
 
     def __init__(self) -> None:
@@ -44,37 +44,37 @@ class Watch:
         self.absent: set[str] = set()
 
 
-class Content(str):
+class TracedContent(str):
     """A message's content that notices what a template does with it. Its text is its slot's mark."""
 
-    watch: Watch
+    watch: RenderTrace
     slot: Slot
 
     @staticmethod
-    def make(watch: Watch, slot: Slot) -> Content:
+    def make(watch: RenderTrace, slot: Slot) -> TracedContent:
         if slot not in watch.slots:  # the same in every render, so that renders can be compared
             watch.slots.append(slot)
-        out = Content(f"{SENTINEL}{watch.slots.index(slot)}{SENTINEL}")
+        out = TracedContent(f"{SENTINEL}{watch.slots.index(slot)}{SENTINEL}")
         out.watch, out.slot = watch, slot
         return out
 
-    def _trimmed(self, method: str, characters: str | None) -> Content:
-        return Content.make(self.watch, replace(self.slot, steps=(*self.slot.steps, (method, characters))))
+    def _trimmed(self, method: str, characters: str | None) -> TracedContent:
+        return TracedContent.make(self.watch, replace(self.slot, steps=(*self.slot.steps, (method, characters))))
 
-    def strip(self, characters: str | None = None, /) -> Content:
+    def strip(self, characters: str | None = None, /) -> TracedContent:
         return self._trimmed("strip", characters)
 
-    def lstrip(self, characters: str | None = None, /) -> Content:
+    def lstrip(self, characters: str | None = None, /) -> TracedContent:
         return self._trimmed("lstrip", characters)
 
-    def rstrip(self, characters: str | None = None, /) -> Content:
+    def rstrip(self, characters: str | None = None, /) -> TracedContent:
         return self._trimmed("rstrip", characters)
 
     def _lacks(self, text: Any) -> bool:
         """No, and a real content that holds the text has no place in this skeleton."""
         for one in text if isinstance(text, tuple) else (text,):
             if not isinstance(one, str) or not one:
-                raise Asked
+                raise ContentInspected
             self.watch.absent.add(one)
         return False
 
@@ -89,37 +89,37 @@ class Content(str):
 
     def __bool__(self) -> bool:
         if self.slot.steps:  # a trimmed content may be empty
-            raise Asked
+            raise ContentInspected
         return True
 
-    def __add__(self, other: str) -> Joined:
-        return Joined(str.__add__(self, other))
+    def __add__(self, other: str) -> ConcatenatedContent:
+        return ConcatenatedContent(str.__add__(self, other))
 
-    def __radd__(self, other: str) -> Joined:
-        return Joined(str.__add__(other, self))
+    def __radd__(self, other: str) -> ConcatenatedContent:
+        return ConcatenatedContent(str.__add__(other, self))
 
     __hash__ = str.__hash__
 
 
-class Joined(str):
+class ConcatenatedContent(str):
     """A content with other text beside it: it may be written and joined further, nothing else."""
 
-    __add__, __radd__, __hash__ = Content.__add__, Content.__radd__, str.__hash__
+    __add__, __radd__, __hash__ = TracedContent.__add__, TracedContent.__radd__, str.__hash__
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
-    raise Asked
+    raise ContentInspected
 
 
 # What Python itself needs of a string, and what writes it.
 _PLAIN = set(dir(object)) - {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"} | {"__getnewargs__"}
-for _kind in (Content, Joined):
+for _kind in (TracedContent, ConcatenatedContent):
     for _name in set(dir(str)) - _PLAIN - set(vars(_kind)):
         setattr(_kind, _name, _refuse)
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class RenderCache:
     """samples: per sample its spans as (literals and slots, the span's fate); absent: what no content may hold."""
 
     samples: tuple[tuple[tuple[tuple[str | Slot, ...], Span], ...], ...]
@@ -159,32 +159,32 @@ def _content(slot: Slot, messages: Sequence[Message]) -> str:
     return text
 
 
-def make_skeleton(messages: Sequence[Message], samples: Samples) -> Skeleton | None:
+def make_render_cache(messages: Sequence[Message], samples: Samples) -> RenderCache | None:
     """The skeleton of a shape, or None. samples(messages, prove) renders: the spans of each sample."""
-    watch = Watch()
+    watch = RenderTrace()
     try:
         watched = tuple(
-            replace(message, content=Content.make(watch, Slot(index))) for index, message in enumerate(messages)
+            replace(message, content=TracedContent.make(watch, Slot(index))) for index, message in enumerate(messages)
         )
-        skeleton = Skeleton(
+        skeleton = RenderCache(
             tuple(tuple((_parts(span.text, watch), span) for span in sample) for sample in samples(watched, False)),
             tuple(sorted(watch.absent)),
         )
         if not _holds(skeleton, messages, samples):
             return None
-    except (Asked, TongwenError):
+    except (ContentInspected, TongwenError):
         return None
     return skeleton
 
 
-def _parts(text: str, watch: Watch) -> tuple[str | Slot, ...]:
+def _parts(text: str, watch: RenderTrace) -> tuple[str | Slot, ...]:
     pieces = _SLOT.split(text)  # literal, number, literal, ...
     return tuple(
         watch.slots[int(piece)] if place % 2 else piece for place, piece in enumerate(pieces) if place % 2 or piece
     )
 
 
-def _holds(skeleton: Skeleton, messages: Sequence[Message], samples: Samples) -> bool:
+def _holds(skeleton: RenderCache, messages: Sequence[Message], samples: Samples) -> bool:
     """Awkward contents, all alike and each message another, come out as the template itself renders them."""
     for turn in range(len(AWKWARD)):
         filled = tuple(

@@ -14,7 +14,7 @@ from typing import Any
 from tongwen.core.errors import DataError
 from tongwen.core.i18n import say
 from tongwen.data.files import shown
-from tongwen.recipe.schema import Source
+from tongwen.recipe.schema import SourceConfig
 
 # formatting: {their word under `columns`: ours}
 _COLUMNS = {
@@ -45,7 +45,7 @@ _ROLE_TAGS = {
 _KNOWN = {"file_name", "hf_hub_url", "ms_hub_url", "formatting", "columns", "tags", "split", "file_sha1"}
 
 
-def entry_source(source: Source) -> list[Source]:
+def entry_source(source: SourceConfig) -> list[SourceConfig]:
     """The sources that one entry stands for. Words of the recipe's own source go before those of the entry."""
     file = Path(source.path)
     file = file / "dataset_info.json" if file.is_dir() else file

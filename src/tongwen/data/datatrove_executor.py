@@ -15,13 +15,15 @@ from typing import Any
 from tongwen.core import artifact, console
 from tongwen.core.errors import MachineError, MissingPackage, TongwenError
 from tongwen.core.i18n import say
-from tongwen.data.prepare_steps import Part
+from tongwen.data.prepare_steps import InputPart
 from tongwen.recipe.schema import Prepare
 
 DONE = {"scan": "scan.json", "settle": "settled.json"}
 
 
-def run_tasks(section: Prepare, step: str, out: Path, parts: Sequence[Part], work: Callable[[Part], None]) -> None:
+def run_tasks(
+    section: Prepare, step: str, out: Path, parts: Sequence[InputPart], work: Callable[[InputPart], None]
+) -> None:
     """Do a step on every part. Raises what a part raises; with an executor, MachineError when a task has failed."""
     if section.executor == "here":
         for number, part in enumerate(parts, 1):
@@ -50,7 +52,7 @@ def run_tasks(section: Prepare, step: str, out: Path, parts: Sequence[Part], wor
     _wait(section, step, out, parts)
 
 
-def _wait(section: Prepare, step: str, out: Path, parts: Sequence[Part]) -> None:
+def _wait(section: Prepare, step: str, out: Path, parts: Sequence[InputPart]) -> None:
     """Until every part is done. Slurm returns when the job is queued, and a task that died leaves no word."""
     while True:
         for part in parts:
@@ -75,5 +77,5 @@ def _wait(section: Prepare, step: str, out: Path, parts: Sequence[Part]) -> None
         time.sleep(5)
 
 
-def _error_file(out: Path, step: str, part: Part) -> Path:
+def _error_file(out: Path, step: str, part: InputPart) -> Path:
     return out / "parts" / f"{part.index:05d}.{step}.error.json"

@@ -192,7 +192,7 @@ def _root(roots: np.ndarray, index: int) -> int:
     return index
 
 
-class Examination:
+class ContaminationIndex:
     """What must not be trained on: texts that were held out or belong to an evaluation, as sorted 13-grams.
 
     hashes: (G,) uint64 sorted; owners: (G,) int32, the text that each belongs to; sizes: (T,) own 13-grams of each text
@@ -202,7 +202,7 @@ class Examination:
         self.hashes, self.owners, self.sizes, self.exact = hashes, owners, sizes, exact
 
     @classmethod
-    def of(cls, records: Iterable[Document | Dialogue]) -> Examination:
+    def of(cls, records: Iterable[Document | Dialogue]) -> ContaminationIndex:
         """A dialogue gives what is asked; a document gives its whole text."""
         parts: list[np.ndarray] = []
         exact = set()
@@ -225,7 +225,7 @@ class Examination:
             np.savez(stream, hashes=self.hashes, owners=self.owners, sizes=self.sizes, exact=exact)
 
     @classmethod
-    def load(cls, file: Path) -> Examination:
+    def load(cls, file: Path) -> ContaminationIndex:
         with np.load(file, allow_pickle=False) as found:
             exact = found["exact"].tobytes()
             parts = frozenset(exact[place : place + 16] for place in range(0, len(exact), 16))

@@ -1,6 +1,6 @@
 """A path of the recipe becomes files, and a file a stream of its bytes, unpacked when it is compressed.
 
-What a file is shows in its first bytes, never in its name. Whatever stops the reading in the middle is a `Damaged`, so that
+What a file is shows in its first bytes, never in its name. Whatever stops the reading in the middle is a `DamagedFile`, so that
 the reader of rows can say how many it had. A file must be the same when it is closed as when it was opened.
 """
 
@@ -58,7 +58,7 @@ _FOREIGN = {
 }
 
 
-class Damaged(Exception):
+class DamagedFile(Exception):
     """The rest of a file cannot be read. rule: what is wrong with it; line: where, when that is known."""
 
     def __init__(self, rule: str, remedy: str = "", line: int = 0) -> None:
@@ -243,7 +243,7 @@ def _check_unchanged(file: Path, before: os.stat_result) -> None:
         )
 
 
-def _beginning(blocks: Iterator[bytes]) -> tuple[list[bytes], Damaged | None]:
+def _beginning(blocks: Iterator[bytes]) -> tuple[list[bytes], DamagedFile | None]:
     """The first blocks, up to HEAD bytes, and what stopped the reading before."""
     taken, size = list[bytes](), 0
     try:
@@ -252,12 +252,12 @@ def _beginning(blocks: Iterator[bytes]) -> tuple[list[bytes], Damaged | None]:
             size += len(block)
             if size >= HEAD:
                 break
-    except Damaged as failure:
+    except DamagedFile as failure:
         return taken, failure
     return taken, None
 
 
-def _again(taken: list[bytes], failure: Damaged | None, blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _again(taken: list[bytes], failure: DamagedFile | None, blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield from taken
     if failure:
         raise failure
@@ -269,7 +269,7 @@ def _plain(raw: IO[bytes]) -> Iterator[bytes]:
         while block := raw.read(BLOCK):
             yield block
     except OSError as error:
-        raise Damaged(say(f"reading fails: {error.strerror}", f"读取失败：{error.strerror}")) from None
+        raise DamagedFile(say(f"reading fails: {error.strerror}", f"读取失败：{error.strerror}")) from None
 
 
 def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -282,7 +282,7 @@ def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
             if size > BLOCK // 4:
                 yield b"".join(gathered)
                 gathered, size = [], 0
-    except Damaged:
+    except DamagedFile:
         if size:
             yield b"".join(gathered)
         raise
@@ -310,7 +310,7 @@ def _unpacked(raw: IO[bytes], packed: str) -> Iterator[bytes]:
                 for piece in step(engine, data):
                     made += len(piece)
                     if made > BOMB_BYTES and made > BOMB_RATIO * given:
-                        raise Damaged(
+                        raise DamagedFile(
                             say(
                                 f"{given:,} bytes unpack to more than {made:,}: data does not do that",
                                 f"{given:,} 字节解压后超过 {made:,} 字节：正常数据不会如此",
@@ -321,14 +321,14 @@ def _unpacked(raw: IO[bytes], packed: str) -> Iterator[bytes]:
                 if engine.eof:
                     data, engine = engine.unused_data, None
     except errors as error:
-        raise Damaged(
+        raise DamagedFile(
             say(f"the {packed} data is damaged: {error}", f"{packed} 数据已损坏：{error}"),
             say("fetch the file again", "请重新获取该文件"),
         ) from None
     except OSError as error:
-        raise Damaged(say(f"reading fails: {error.strerror}", f"读取失败：{error.strerror}")) from None
+        raise DamagedFile(say(f"reading fails: {error.strerror}", f"读取失败：{error.strerror}")) from None
     if engine is not None:
-        raise Damaged(
+        raise DamagedFile(
             say(f"the {packed} data is cut off", f"{packed} 数据不完整，被截断"),
             say("fetch the file again", "请重新获取该文件"),
         )

@@ -15,7 +15,7 @@ from tongwen.core.errors import DataError, RecipeError, RowRefused
 from tongwen.core.i18n import say
 from tongwen.core.records import Dialogue, Document, Message, Origin
 from tongwen.data.row import RawRow, kind
-from tongwen.recipe.schema import Source
+from tongwen.recipe.schema import SourceConfig
 
 ROLES = {
     "human": "user",
@@ -93,7 +93,7 @@ def recognise(row: Any) -> str | None:
     return next((name for name in ("messages", "conversations", "text") if name in row), None)
 
 
-def recognise_row(raw: RawRow, source: Source) -> str:
+def recognise_row(raw: RawRow, source: SourceConfig) -> str:
     """The format of a row of a dialogue source.
 
     Raises DataError when the file is of no known format, as its first row or the kind of data shows, and RowRefused when
@@ -123,7 +123,7 @@ def recognise_row(raw: RawRow, source: Source) -> str:
     raise DataError(rule, place=place, remedy=_columns_line(columns, raw.value))
 
 
-def check_source(source: Source) -> None:
+def check_source(source: SourceConfig) -> None:
     """Raise RecipeError when `columns` or `roles` holds a name that nothing reads."""
     roles = sorted(set(ROLES.values()))
     for word, names, known in (("columns", source.columns, NAMES), ("roles", source.roles.values(), roles)):
@@ -139,7 +139,7 @@ def check_source(source: Source) -> None:
                 )
 
 
-def _check_preferences(row: dict[str, Any], source: Source, place: str) -> None:
+def _check_preferences(row: dict[str, Any], source: SourceConfig, place: str) -> None:
     """Half of what such data holds is what a model should not say."""
     mapped = set(source.columns.values())
     found: list[str] = [name for name in ("chosen", "rejected") if name in row and name not in mapped]
@@ -188,7 +188,7 @@ def _columns_line(columns: Mapping[str, str], row: Any) -> str:
 # -- records -------------------------------------------------------------------------------------------------------
 
 
-def read_dialogue(row: Any, format_: str, source: Source, fill: Mapping[str, str], origin: Origin) -> Dialogue:
+def read_dialogue(row: Any, format_: str, source: SourceConfig, fill: Mapping[str, str], origin: Origin) -> Dialogue:
     """One dialogue from one row. Raises RowRefused, and DataError where the recipe must say more."""
     if not isinstance(row, dict):
         raise RowRefused(
@@ -210,7 +210,7 @@ def read_dialogue(row: Any, format_: str, source: Source, fill: Mapping[str, str
     return Dialogue(tuple(messages), origin, tuple(tools))
 
 
-def read_document(row: Any, source: Source, origin: Origin) -> Document:
+def read_document(row: Any, source: SourceConfig, origin: Origin) -> Document:
     """One document from one row. Raises RowRefused."""
     theirs = source.columns.get("text", "text")
     text = row.get(theirs) if isinstance(row, dict) else None
@@ -233,7 +233,7 @@ def is_blank(text: str) -> bool:
     return not ("!" <= first <= "~" or "\u4e00" <= first <= "\u9fff") and _VISIBLE.search(text) is None
 
 
-def with_columns(row: dict[str, Any], source: Source) -> dict[str, Any]:
+def with_columns(row: dict[str, Any], source: SourceConfig) -> dict[str, Any]:
     """The row under our names. A name that is mapped means the mapped column and no other."""
     if not source.columns:
         return row
@@ -244,7 +244,7 @@ def with_columns(row: dict[str, Any], source: Source) -> dict[str, Any]:
 # -- one reader per format -----------------------------------------------------------------------------------------
 
 
-def _read_alpaca(row: dict[str, Any], source: Source) -> Read:
+def _read_alpaca(row: dict[str, Any], source: SourceConfig) -> Read:
     """instruction and input are one question; BELLE also has input and target."""
     answer = "target" if "target" in row and "output" not in row else "output"
     extra = _text(row, "input", source, default="")
@@ -257,7 +257,7 @@ def _read_alpaca(row: dict[str, Any], source: Source) -> Read:
     ], _tools(row)
 
 
-def _read_turns_inside(row: dict[str, Any], source: Source) -> Read:
+def _read_turns_inside(row: dict[str, Any], source: SourceConfig) -> Read:
     """BELLE and Guanaco: `Human: …\\n\\nAssistant: …\\n\\nHuman: …` in the instruction; the output answers the last."""
     messages = [*_system(row, source), *_history(row)]
     text = _text(row, "instruction", source, default="")
@@ -274,12 +274,12 @@ def _read_turns_inside(row: dict[str, Any], source: Source) -> Read:
     return [*messages, Message("assistant", _text(row, answer, source))], _tools(row)
 
 
-def _read_messages(row: dict[str, Any], source: Source) -> Read:
+def _read_messages(row: dict[str, Any], source: SourceConfig) -> Read:
     """OpenAI: role and content, tool calls, what a model thinks."""
     return _messages(row, "messages", source), _tools(row)
 
 
-def _read_conversations(row: dict[str, Any], source: Source) -> Read:
+def _read_conversations(row: dict[str, Any], source: SourceConfig) -> Read:
     """ShareGPT and BELLE: from and value, with function_call and observation."""
     messages = _system(row, source)
     for number, turn in _turns(row, "conversations", source):
@@ -297,7 +297,7 @@ def _read_conversations(row: dict[str, Any], source: Source) -> Read:
     return messages, _tools(row)
 
 
-def _read_completion(row: dict[str, Any], source: Source) -> Read:
+def _read_completion(row: dict[str, Any], source: SourceConfig) -> Read:
     """prompt and completion (or response), both texts or both lists of messages."""
     answer = "response" if "response" in row and "completion" not in row else "completion"
     if isinstance(row.get("prompt"), list) and isinstance(row.get(answer), list):
@@ -306,7 +306,7 @@ def _read_completion(row: dict[str, Any], source: Source) -> Read:
     return _asked(row, source, "prompt", answer)
 
 
-def _read_query(row: dict[str, Any], source: Source) -> Read:
+def _read_query(row: dict[str, Any], source: SourceConfig) -> Read:
     """instruct and query are one question, as the older project joined them."""
     question = _joined(_text(row, "instruct", source, default=""), _text(row, "query", source), source)
     return [
@@ -316,12 +316,12 @@ def _read_query(row: dict[str, Any], source: Source) -> Read:
     ], _tools(row)
 
 
-def _read_pair(row: dict[str, Any], source: Source) -> Read:
+def _read_pair(row: dict[str, Any], source: SourceConfig) -> Read:
     names = next(((one, two) for one, two in PAIRS if one in row and two in row), PAIRS[0])
     return _asked(row, source, *names)
 
 
-READERS: dict[str, Callable[[dict[str, Any], Source], Read]] = {
+READERS: dict[str, Callable[[dict[str, Any], SourceConfig], Read]] = {
     "alpaca": _read_alpaca,
     "turns_inside": _read_turns_inside,
     "messages": _read_messages,
@@ -332,7 +332,7 @@ READERS: dict[str, Callable[[dict[str, Any], Source], Read]] = {
 }
 
 
-def _asked(row: dict[str, Any], source: Source, question: str, answer: str) -> Read:
+def _asked(row: dict[str, Any], source: SourceConfig, question: str, answer: str) -> Read:
     """One question, one answer."""
     asked, answered = _text(row, question, source), _text(row, answer, source)
     return [
@@ -346,12 +346,12 @@ def _asked(row: dict[str, Any], source: Source, question: str, answer: str) -> R
 # -- parts of a row ------------------------------------------------------------------------------------------------
 
 
-def _joined(first: str, second: str, source: Source) -> str:
+def _joined(first: str, second: str, source: SourceConfig) -> str:
     """One question of two texts, of which either may be empty."""
     return source.separator.join(text for text in (first, second) if not is_blank(text))
 
 
-def _system(row: dict[str, Any], source: Source) -> list[Message]:
+def _system(row: dict[str, Any], source: SourceConfig) -> list[Message]:
     text = _text(row, "system", source, default="")
     return [Message("system", text)] if not is_blank(text) else []
 
@@ -389,7 +389,7 @@ def _split_turns(text: str) -> list[Message]:
     return messages
 
 
-def _turns(row: dict[str, Any], key: str, source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
+def _turns(row: dict[str, Any], key: str, source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, turn) of each turn, which is an object, under our names."""
     turns = row.get(key)
     if isinstance(turns, str) and turns.lstrip().startswith("["):
@@ -410,7 +410,7 @@ def _turns(row: dict[str, Any], key: str, source: Source) -> Iterator[tuple[int,
         yield number, with_columns(turn, source) if mapped else turn
 
 
-def _messages(row: dict[str, Any], key: str, source: Source) -> list[Message]:
+def _messages(row: dict[str, Any], key: str, source: SourceConfig) -> list[Message]:
     messages = []
     for number, turn in _turns(row, key, source):
         role = _role(turn.get("role", turn.get("from")), number, source)
@@ -511,7 +511,7 @@ def _tool_call(call: Any, number: int) -> dict[str, Any]:
     return made
 
 
-def _text(row: dict[str, Any], key: str, source: Source, default: str | None = None) -> str:
+def _text(row: dict[str, Any], key: str, source: SourceConfig, default: str | None = None) -> str:
     """The text under a key, or the default when there is none. Raises RowRefused."""
     value = row.get(key)
     if value is None and default is not None:
@@ -559,7 +559,7 @@ def _json(text: str, where: str) -> Any:
         ) from None
 
 
-def _role(value: Any, number: int, source: Source) -> str:
+def _role(value: Any, number: int, source: SourceConfig) -> str:
     role = None
     if isinstance(value, str):
         role = source.roles.get(value) or ROLES.get(value.lower())

@@ -15,7 +15,7 @@ from typing import Any
 from tongwen.core.errors import RowRefused
 from tongwen.core.i18n import say
 from tongwen.data.charset import Charset
-from tongwen.data.files import Damaged
+from tongwen.data.files import DamagedFile
 from tongwen.data.row import CAP, DECODER, LENIENT, RawRow, check_object, not_json
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
@@ -83,10 +83,10 @@ class _Buffer:
             if not self.more():
                 return ""
 
-    def damaged(self, rule: str, place: int | None = None) -> Damaged:
+    def damaged(self, rule: str, place: int | None = None) -> DamagedFile:
         place = self.place if place is None else place
         line = self.lines + self.text.count("\n", 0, place)
-        return Damaged(
+        return DamagedFile(
             say(
                 f"{rule}, at character {self.letters + place + 1:,}",
                 f"{rule}，第 {self.letters + place + 1:,} 个字符处",

@@ -18,7 +18,7 @@ from tongwen.data.encode import Encoder, Piece, join_spans
 
 
 @dataclass(frozen=True)
-class Way:
+class LegacyRules:
     """together:  prompt and answer are one text; as many ids are masked as the prompt alone has
     begun:     the tokenizer puts `<s>` before the text
     doubled:   `<s>` stands in the text, besides that one
@@ -36,12 +36,12 @@ class Way:
 
 
 WAYS = {
-    "belle": Way(together=True, doubled=True, ends=True),
-    "alpaca-cla": Way(),
-    "chatglm": Way(begun=False, opened=True),
-    "guanaco": Way(halves=True),
-    "guanaco-v1": Way(halves=True),
-    "vicuna": Way(halves=True),
+    "belle": LegacyRules(together=True, doubled=True, ends=True),
+    "alpaca-cla": LegacyRules(),
+    "chatglm": LegacyRules(begun=False, opened=True),
+    "guanaco": LegacyRules(halves=True),
+    "guanaco-v1": LegacyRules(halves=True),
+    "vicuna": LegacyRules(halves=True),
 }
 
 

@@ -31,7 +31,7 @@ from tongwen.data.ledger import Ledger, Rejected
 from tongwen.data.reader import read_rows
 from tongwen.data.row import RawRow
 from tongwen.data.sampling import choose_held_out
-from tongwen.recipe.schema import Prepare, Source
+from tongwen.recipe.schema import Prepare, SourceConfig
 
 Tell = Callable[[str], None]
 KINDS = ("documents", "dialogues")
@@ -40,7 +40,7 @@ FIRST = 5  # unreadable rows that a message shows
 
 
 @dataclass(frozen=True)
-class Part:
+class InputPart:
     """One file of one source. index: among all files; kind: `documents` or `dialogues`; role: `train`, `held_out` (a file
     of the recipe) or `evaluation`; number: of its source among those of its kind."""
 
@@ -48,7 +48,7 @@ class Part:
     kind: str
     role: str
     number: int
-    source: Source
+    source: SourceConfig
     file: Path
 
     @property
@@ -62,27 +62,27 @@ class Part:
 
 def list_parts(
     section: Prepare, bring: Callable[[str, Tell], str], tell: Tell, errors: list[TongwenError] | None = None
-) -> list[Part]:
+) -> list[InputPart]:
     """All files of the recipe, in the order in which their rows count. bring(path, tell) gives the folder of what lies on
     a hub. What names no file is put into `errors`, or raised."""
     found = list[TongwenError]() if errors is None else errors
-    out: list[Part] = []
+    out: list[InputPart] = []
 
-    def add(kind: str, role: str, number: int, source: Source) -> None:
+    def add(kind: str, role: str, number: int, source: SourceConfig) -> None:
         try:
             formats.check_source(source)
             for one in dataset_info.entry_source(source) if source.entry else [source]:
                 if one.path.startswith(("hub:", "modelscope:")):
                     one = one.model_copy(update={"path": bring(one.path, tell)})
                 for file in find_files(one.path):
-                    part = Part(len(out), kind or kind_of(file, one), role, number, one, file)
+                    part = InputPart(len(out), kind or kind_of(file, one), role, number, one, file)
                     _check_held_out(part, section)
                     out.append(part)
         except (DataError, RecipeError) as error:
             found.append(error)
 
     if isinstance(section.held_out, str):
-        add("", "held_out", 0, Source(path=section.held_out))
+        add("", "held_out", 0, SourceConfig(path=section.held_out))
     for number, source in enumerate(section.evaluation):
         add("", "evaluation", number, source)
     for kind in KINDS:
@@ -93,7 +93,7 @@ def list_parts(
     return out
 
 
-def _check_held_out(part: Part, section: Prepare) -> None:
+def _check_held_out(part: InputPart, section: Prepare) -> None:
     """Raise DataError when a file is held out of a kind of data that the recipe does not have: it would never be used."""
     if part.role == "held_out" and not getattr(section, part.kind):
         trained = " / ".join(kind for kind in KINDS if getattr(section, kind))
@@ -110,7 +110,7 @@ def _check_held_out(part: Part, section: Prepare) -> None:
         )
 
 
-def kind_of(file: Path, source: Source) -> str:
+def kind_of(file: Path, source: SourceConfig) -> str:
     """documents or dialogues, as the first row shows."""
     row = next(read_rows(file, source)).value
     row = formats.with_columns(row, source) if isinstance(row, dict) else row
@@ -122,7 +122,7 @@ def kind_of(file: Path, source: Source) -> str:
 
 
 def iter_rows(
-    part: Part, section: Prepare, cleaner: Cleaner, tell: Tell
+    part: InputPart, section: Prepare, cleaner: Cleaner, tell: Tell
 ) -> Iterator[tuple[RawRow, Document | Dialogue | Dropped | RowRefused]]:
     """Every row of a file with its record, or with why it is none."""
     known = part.source.format
@@ -145,7 +145,7 @@ def iter_rows(
             yield raw, cleaner.clean(record)
 
 
-def iter_records(parts: Sequence[Part], section: Prepare, kind: str, tell: Tell) -> Iterator[Document | Dialogue]:
+def iter_records(parts: Sequence[InputPart], section: Prepare, kind: str, tell: Tell) -> Iterator[Document | Dialogue]:
     """What can be read of a kind, cleaned, before anything is compared: for those who only look."""
     for part in parts:
         if part.kind == kind and part.role == "train":
@@ -155,7 +155,7 @@ def iter_records(parts: Sequence[Part], section: Prepare, kind: str, tell: Tell)
 
 
 @dataclass
-class Tally:
+class ScanCounts:
     """What became of rows: the ledger, how many were unreadable, and the first of these as (place, rule)."""
 
     ledger: Ledger = field(default_factory=lambda: Ledger("rows", "bytes"))
@@ -178,7 +178,7 @@ INDEX = np.dtype([("digest", "<u8", 2), ("size", "<i8"), ("begin", "<i8"), ("nea
 _INDEX = struct.Struct("<16sqq?")  # the same, for writing one
 
 
-def scan(part: Part, section: Prepare, out: Path, tell: Tell) -> None:
+def scan(part: InputPart, section: Prepare, out: Path, tell: Tell) -> None:
     """Read and clean one file into its folder: records, rejected rows, and what `compare` needs to know of each record.
 
     index.bin: one INDEX per record; bands.bin: (n, BANDS) uint64 of the records that are compared nearly.
@@ -191,7 +191,7 @@ def scan(part: Part, section: Prepare, out: Path, tell: Tell) -> None:
     folder.mkdir(parents=True)
     cleaner = Cleaner(section.clean, part.kind)
     wants_near = part.role == "train" and getattr(section.dedup, part.kind) == "near"
-    tally, begin = Tally(), 0
+    tally, begin = ScanCounts(), 0
     with (
         (folder / "records.jsonl").open("wb") as records,
         (folder / "rejected.jsonl").open("wb") as rejected,
@@ -238,11 +238,11 @@ def load(file: Path) -> Iterator[Document | Dialogue]:
         yield from map(from_line, stream)
 
 
-def read_scans(parts: Sequence[Part], out: Path) -> list[dict[str, Any]]:
+def read_scans(parts: Sequence[InputPart], out: Path) -> list[dict[str, Any]]:
     return [json.loads((part.folder(out) / "scan.json").read_text(encoding="utf-8")) for part in parts]
 
 
-def check_readable(parts: Sequence[Part], scans: Sequence[dict[str, Any]], max_bad: float | None) -> None:
+def check_readable(parts: Sequence[InputPart], scans: Sequence[dict[str, Any]], max_bad: float | None) -> None:
     """Raise DataError when nothing is left of a kind, or more rows are unreadable than the recipe allows."""
     for kind, role in sorted({(part.kind, part.role) for part in parts}):
         chosen = [scan for part, scan in zip(parts, scans, strict=True) if (part.kind, part.role) == (kind, role)]
@@ -299,10 +299,10 @@ def iter_index(folder: Path) -> Iterator[np.ndarray]:
             yield block
 
 
-class Shelf:
+class RecordIndex:
     """The records of the training parts of one kind, numbered through, on disk."""
 
-    def __init__(self, parts: Sequence[Part], out: Path) -> None:
+    def __init__(self, parts: Sequence[InputPart], out: Path) -> None:
         self.parts, self.out = list(parts), out
         self.counts = [(part.folder(out) / "index.bin").stat().st_size // INDEX.itemsize for part in parts]
         self.starts = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64)
@@ -342,7 +342,7 @@ class Shelf:
             return from_line(records.readline())
 
 
-def compare(parts: Sequence[Part], section: Prepare, seed: int, out: Path) -> None:
+def compare(parts: Sequence[InputPart], section: Prepare, seed: int, out: Path) -> None:
     """Decide on every record of the training parts: verdict.npy (int8) and repeats.npy (pairs of a lost record, in the
     numbering of its part, and the one that it repeats, in the numbering of its kind) in each part's folder; examination.npz
     beside them holds what must not be trained on."""
@@ -353,7 +353,7 @@ def compare(parts: Sequence[Part], section: Prepare, seed: int, out: Path) -> No
         chosen = [part for part in parts if part.kind == kind and part.role == "train"]
         if not chosen:
             continue
-        shelf = Shelf(chosen, out)
+        shelf = RecordIndex(chosen, out)
         verdict = np.zeros(len(shelf), np.int8)
         pairs = [np.zeros((0, 2), np.int64)]  # (a record that is lost, the record that it repeats)
         if getattr(section.dedup, kind) != "off":
@@ -364,7 +364,7 @@ def compare(parts: Sequence[Part], section: Prepare, seed: int, out: Path) -> No
             numbers = shelf.near()
 
             @lru_cache(maxsize=4096)
-            def folded(index: int, numbers: np.ndarray = numbers, shelf: Shelf = shelf) -> str:
+            def folded(index: int, numbers: np.ndarray = numbers, shelf: RecordIndex = shelf) -> str:
                 return dedup.fold(dedup.text_of(shelf.read(int(numbers[index]))))
 
             found = dedup.find_near(shelf.band, verdict[numbers] != STAYS, folded, section.dedup.threshold)
@@ -384,7 +384,7 @@ def compare(parts: Sequence[Part], section: Prepare, seed: int, out: Path) -> No
     for part in parts:
         if part.role != "train":
             asked += load(part.folder(out) / "records.jsonl")
-    dedup.Examination.of(asked).save(out / "parts" / "examination.npz")
+    dedup.ContaminationIndex.of(asked).save(out / "parts" / "examination.npz")
     artifact.write_json(out / "parts" / "compare.json", {})
 
 
@@ -393,7 +393,7 @@ def compare(parts: Sequence[Part], section: Prepare, seed: int, out: Path) -> No
 REASONS = {SAME: "duplicate", ALIKE: "near_duplicate"}
 
 
-def settle(part: Part, parts: Sequence[Part], section: Prepare, out: Path) -> None:
+def settle(part: InputPart, parts: Sequence[InputPart], section: Prepare, out: Path) -> None:
     """Write the records of one file that stay (kept.jsonl), that are held out (held_out.jsonl), and the rest with its
     reason (lost.jsonl), and close the file's ledger."""
     folder = part.folder(out)
@@ -402,8 +402,8 @@ def settle(part: Part, parts: Sequence[Part], section: Prepare, out: Path) -> No
     scanned = json.loads((folder / "scan.json").read_text(encoding="utf-8"))["ledger"]
     ledger = Ledger.of(scanned)
     if part.role == "train":
-        examination = dedup.Examination.load(out / "parts" / "examination.npz")
-        shelf = Shelf([one for one in parts if one.kind == part.kind and one.role == "train"], out)
+        examination = dedup.ContaminationIndex.load(out / "parts" / "examination.npz")
+        shelf = RecordIndex([one for one in parts if one.kind == part.kind and one.role == "train"], out)
         verdict = np.load(folder / "verdict.npy")
         repeats = dict(np.load(folder / "repeats.npy").tolist())
     index = (entry for block in iter_index(folder) for entry in block)
@@ -446,7 +446,7 @@ def settle(part: Part, parts: Sequence[Part], section: Prepare, out: Path) -> No
     artifact.write_json(folder / "settled.json", {"ledger": ledger.to_dict(), "counts": counts})
 
 
-def join(parts: Sequence[Part], section: Prepare, out: Path) -> dict[str, Any]:
+def join(parts: Sequence[InputPart], section: Prepare, out: Path) -> dict[str, Any]:
     """All files together in their order; the parts go. Returns the ledger of each kind, by reason and by file.
 
     Raises DataError when training rows stand in an examination and the recipe wants to refuse that."""
@@ -502,7 +502,7 @@ def _check_left(table: dict[str, Any], kind: str) -> None:
         )
 
 
-def _check_contamination(parts: Sequence[Part], section: Prepare, out: Path) -> None:
+def _check_contamination(parts: Sequence[InputPart], section: Prepare, out: Path) -> None:
     if section.contaminated != "refuse" or not parts:
         return
     rows = [json.loads(line) for line in (parts[0].folder(out) / "lost.jsonl").read_bytes().splitlines()]

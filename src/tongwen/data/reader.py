@@ -18,10 +18,10 @@ from tongwen.core.errors import DataError, RowRefused
 from tongwen.core.i18n import say
 from tongwen.data import charset, files, tables
 from tongwen.data.charset import Charset
-from tongwen.data.files import Damaged, Stream, shown
+from tongwen.data.files import DamagedFile, Stream, shown
 from tongwen.data.json_array import read_array
 from tongwen.data.row import CAP, RawRow, parse_json
-from tongwen.recipe.schema import Source
+from tongwen.recipe.schema import SourceConfig
 
 # A single line of this size is no line: the file has no line ends.
 _SKIP = 1 << 28
@@ -33,19 +33,19 @@ def _silent(text: str) -> None:
     """Nobody wants to hear it."""
 
 
-def read_rows(file: Path, source: Source | None = None, tell: Tell = _silent) -> Iterator[RawRow]:
+def read_rows(file: Path, source: SourceConfig | None = None, tell: Tell = _silent) -> Iterator[RawRow]:
     """The rows of one file. `tell` hears what was recognised about it.
 
     Raises DataError when the file as a whole cannot be read; a row that cannot is yielded with its problem.
     """
-    source = source or Source(path=str(file))
+    source = source or SourceConfig(path=str(file))
     name, seen = shown(file), 0
     with files.opened(file) as stream:
         try:
             for raw in _rows(stream, name, source, lambda text: tell(f"{name}: {text}")):
                 seen += 1
                 yield raw
-        except Damaged as error:
+        except DamagedFile as error:
             raise DataError(
                 say(f"{error.rule}; {seen} rows before that can be read", f"{error.rule}；在此之前有 {seen} 行可读"),
                 place=f"{name}:{error.line}" if error.line else name,
@@ -61,7 +61,7 @@ def read_rows(file: Path, source: Source | None = None, tell: Tell = _silent) ->
             )
 
 
-def _rows(stream: Stream, name: str, source: Source, tell: Tell) -> Iterator[RawRow]:
+def _rows(stream: Stream, name: str, source: SourceConfig, tell: Tell) -> Iterator[RawRow]:
     suffix = files.suffix(stream.file)
     if stream.file.suffix.lower() in files.PACKED_SUFFIXES and not stream.packed:
         tell(say(f"named {stream.file.suffix}, but not compressed", f"名为 {stream.file.suffix}，实际未压缩"))
@@ -94,7 +94,7 @@ def _rows(stream: Stream, name: str, source: Source, tell: Tell) -> Iterator[Raw
 
 
 def _read_as(
-    kind: str, head: str, stream: Stream, found: Charset, name: str, source: Source, tell: Tell
+    kind: str, head: str, stream: Stream, found: Charset, name: str, source: SourceConfig, tell: Tell
 ) -> Iterator[RawRow]:
     if kind == "array":
         return read_array(stream.blocks, found, name)
@@ -183,7 +183,7 @@ def _skip(begin: bytes, blocks: Iterator[bytes]) -> tuple[_Long, bytes]:
         end = block.find(b"\n")
         size += len(block) if end < 0 else end
         if size > _SKIP:
-            raise Damaged(say(f"no line end within {size:,} bytes", f"{size:,} 字节内没有换行符"))
+            raise DamagedFile(say(f"no line end within {size:,} bytes", f"{size:,} 字节内没有换行符"))
         if end >= 0:
             rest = block[end + 1 :]
             break
@@ -264,7 +264,7 @@ def _transcoded(blocks: Iterator[bytes], found: Charset, final: bool = True) -> 
                 yield text.encode("utf-8", "surrogatepass")
         yield decoder.decode(b"", final).encode("utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
-        raise Damaged(
+        raise DamagedFile(
             say(f"these bytes are not {found.name}: {error.reason}", f"字节不是 {found.name}：{error.reason}")
         ) from None
 
@@ -273,7 +273,7 @@ def _safely(blocks: Iterator[bytes]) -> Iterator[bytes]:
     """As far as it goes: the same damage is met again when the rows are read."""
     try:
         yield from blocks
-    except Damaged:
+    except DamagedFile:
         return
 
 
@@ -284,7 +284,7 @@ SPARSE = 50  # a blank line among more lines than this ends no paragraph
 _BLANK_LINE = re.compile(r"\n[ \t\r\u3000]*(?=\n)")
 
 
-def _records(head: str, source: Source, tell: Tell) -> str:
+def _records(head: str, source: SourceConfig, tell: Tell) -> str:
     """line, paragraph or file: as the recipe says, else by whether enough blank lines stand in the beginning."""
     if source.records:
         return source.records
@@ -363,7 +363,7 @@ class _Block:
 # -- JSON ----------------------------------------------------------------------------------------------------------
 
 
-def _read_json_lines(lines: Iterator[Line], name: str, source: Source) -> Iterator[RawRow]:
+def _read_json_lines(lines: Iterator[Line], name: str, source: SourceConfig) -> Iterator[RawRow]:
     rows = _parsed(lines, name)
     first, second = next(rows, None), next(rows, None)
     if first and not second:
@@ -390,7 +390,7 @@ _LISTS = {"messages", "conversations", "tools", "functions", "history", "prompt"
 _OF_ROWS = {*_LISTS, "text", "instruction", "instruct", "question", "query", "input", "output", "answer"}
 
 
-def _check_wrapper(value: Any, source: Source) -> None:
+def _check_wrapper(value: Any, source: SourceConfig) -> None:
     """Raise DataError when the only object of a file holds the rows inside itself."""
     if not isinstance(value, dict):
         return
@@ -426,7 +426,7 @@ def _wrapped(key: str, by_columns: bool = False) -> DataError:
     )
 
 
-def _check_one_object(head: str, source: Source) -> None:
+def _check_one_object(head: str, source: SourceConfig) -> None:
     """Raise DataError when a file that should hold lines begins with an object that is spread over several of them, or
     with one that is too long to be a row."""
     begins = head.lstrip()

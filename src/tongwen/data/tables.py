@@ -13,7 +13,7 @@ from typing import Any
 
 from tongwen.core.errors import DataError, MissingPackage
 from tongwen.core.i18n import say
-from tongwen.data.files import BOMB_BYTES, BOMB_RATIO, Damaged
+from tongwen.data.files import BOMB_BYTES, BOMB_RATIO, DamagedFile
 from tongwen.data.row import CAP, RawRow, is_deep, too_deep
 
 _BATCH = 256  # rows
@@ -38,7 +38,7 @@ def read_csv(lines: Iterator[Line], head: str, suffix: str, name: str) -> Iterat
         try:
             record = next(reader, None)
         except csv.Error as error:
-            raise Damaged(
+            raise DamagedFile(
                 say(f"this is not CSV: {error}", f"不是 CSV：{error}"),
                 say(
                     'a quote inside a field is doubled: "he said ""yes"""',
@@ -72,7 +72,7 @@ def _fed(lines: Iterator[Line], taken: list[Line]) -> Iterator[str]:
     for line in lines:
         taken.append(line)
         if line[3] == "too_large":
-            raise Damaged(line[4], line=line[0])
+            raise DamagedFile(line[4], line=line[0])
         yield line[1] + "\n"
 
 
@@ -86,10 +86,10 @@ def _delimiter(head: str, suffix: str) -> str:
 def _header(record: list[str], line: Line) -> list[str]:
     columns = [column.strip() for column in record]
     if line[3]:
-        raise Damaged(line[4], line=line[0])
+        raise DamagedFile(line[4], line=line[0])
     if "" in columns or len(set(columns)) != len(columns):
         shown = ", ".join(map(repr, columns))
-        raise Damaged(
+        raise DamagedFile(
             say(
                 f"the first line must name every column once: {shown}",
                 f"第一行应为表头，每列一个不重复的名称：{shown}",
@@ -125,7 +125,7 @@ def _damage(pa: Any) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
         told = str(error).split("\n")[0][:200]
-        raise Damaged(
+        raise DamagedFile(
             say(f"this table is damaged: {told}", f"表已损坏：{told}"), say("fetch the file again", "请重新获取该文件")
         ) from None
 
@@ -138,7 +138,7 @@ def _parquet(raw: Any, file: Path) -> Iterator[Any]:
     groups = (table.metadata.row_group(index) for index in range(table.metadata.num_row_groups))
     size = sum(group.total_byte_size for group in groups)
     if size > BOMB_BYTES and size > BOMB_RATIO * file.stat().st_size:
-        raise Damaged(say(f"it would unpack to {size:,} bytes", f"解压后将达 {size:,} 字节"))
+        raise DamagedFile(say(f"it would unpack to {size:,} bytes", f"解压后将达 {size:,} 字节"))
     yield from table.iter_batches(batch_size=_BATCH, use_threads=False)
 
 

@@ -25,7 +25,7 @@ LISTS = ("checklist.chk", "tokenizer_checklist.chk")  # md5, beside the original
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownFile:
     """One published file: what it belongs to, its name, its hash."""
 
     what: str
@@ -33,9 +33,9 @@ class Known:
     sha256: str
 
 
-def known_files() -> list[Known]:
+def known_files() -> list[KnownFile]:
     text = (resources.files("tongwen.export") / "known.json").read_text(encoding="utf-8")
-    return [Known(**row) for row in json.loads(text)]
+    return [KnownFile(**row) for row in json.loads(text)]
 
 
 def read_list(file: Path) -> dict[str, str]:

@@ -151,7 +151,7 @@ def type_of(name: str, shape: tuple[int, ...], kind: str, config: Mapping[str, A
         heads = int(config["num_attention_heads"])
         groups = heads // int(config.get("num_key_value_heads") or heads)
         tied = bool(config.get("tie_word_embeddings"))
-        mixture = kquants.Mixture(kind, int(config["num_hidden_layers"]), groups, tied)
+        mixture = kquants.QuantizationMix(kind, int(config["num_hidden_layers"]), groups, tied)
         return mixture.type_of(name, shape[-1])
     if kind.startswith("q"):
         if shape[-1] % 32:

@@ -32,7 +32,7 @@ HEADS = ("lm_head.weight", "embed_out.weight")  # not read where the embedding i
 LAYER = re.compile(r"model\.layers\.(\d+)\.")  # DeepSeek's files hold more of them, for further tokens
 
 
-class Run(NamedTuple):
+class RowRange(NamedTuple):
     """Rows [begin, end) of a tensor."""
 
     name: str
@@ -40,18 +40,18 @@ class Run(NamedTuple):
     end: int
 
 
-class Arranged:
+class ReorderedTensors:
     """A source's tensors, some of them put together from runs of rows. transposed: each run of these is turned over, or all
     of the tensor where it has no runs."""
 
     def __init__(
         self,
         source: Tensors,
-        runs: Mapping[str, Sequence[Run]],
+        runs: Mapping[str, Sequence[RowRange]],
         transposed: Sequence[str] = (),
         hidden: Sequence[str] = (),
     ) -> None:
-        whole = {name: [Run(name, 0, source.facts[name][1][0])] for name in transposed if name not in runs}
+        whole = {name: [RowRange(name, 0, source.facts[name][1][0])] for name in transposed if name not in runs}
         self.source, self.runs, self.transposed = source, {**runs, **whole}, set(transposed)
         self.facts = {name: facts for name, facts in source.facts.items() if name not in hidden}
         for name, parts in self.runs.items():
@@ -60,7 +60,7 @@ class Arranged:
             columns = (parts[0].end - parts[0].begin,) if name in self.transposed else shape[1:]
             self.facts[name] = (dtype, (rows, *columns))
 
-    def _height(self, name: str, run: Run) -> int:
+    def _height(self, name: str, run: RowRange) -> int:
         """Rows that a run makes."""
         return self.source.facts[run.name][1][1] if name in self.transposed else run.end - run.begin
 
@@ -104,24 +104,26 @@ def for_llama_cpp(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     kind, layers = str(config["model_type"]), int(config["num_hidden_layers"])
     heads = [name for name in HEADS if name in tensors.facts and config.get("tie_word_embeddings")]
     ahead = [name for name in tensors.facts if (found := LAYER.match(name)) and int(found[1]) >= layers]
-    tensors = Arranged(tensors, {}, hidden=[*heads, *ahead]) if heads or ahead else tensors
+    tensors = ReorderedTensors(tensors, {}, hidden=[*heads, *ahead]) if heads or ahead else tensors
     if kind in ("bloom", "gpt_neox"):
         count = int(config["num_attention_heads"])
         width = int(config["hidden_size"]) // count
         fused = [name for name in tensors.facts if ".query_key_value." in name]
         order = [3 * head + part for part in range(3) for head in range(count)]
-        return Arranged(tensors, {name: [Run(name, width * at, width * (at + 1)) for at in order] for name in fused})
+        return ReorderedTensors(
+            tensors, {name: [RowRange(name, width * at, width * (at + 1)) for at in order] for name in fused}
+        )
     if "num_experts" in config:
         tensors = _stacked(tensors, int(config["num_experts"]))
     if kind == "deepseek_v3":
         return _decompressed(tensors, config)
     if FAMILIES[kind].transposed:
         matrices = [name for name in tensors.facts if name.split(".")[-2] in ("c_attn", "c_proj", "c_fc")]
-        return Arranged(tensors, {}, [name for name in matrices if len(tensors.facts[name][1]) == 2])
+        return ReorderedTensors(tensors, {}, [name for name in matrices if len(tensors.facts[name][1]) == 2])
     return tensors
 
 
-def _stacked(tensors: Tensors, experts: int) -> Arranged:
+def _stacked(tensors: Tensors, experts: int) -> ReorderedTensors:
     """The experts of a layer end to end, (experts x rows, columns), where the files have them one by one."""
     runs = {}
     alone = [name for name in tensors.facts if ".experts." in name]
@@ -130,18 +132,20 @@ def _stacked(tensors: Tensors, experts: int) -> Arranged:
         expert, _, part = rest.partition(".")
         if expert == "0":
             each = [f"{layer}.experts.{index}.{part}" for index in range(experts)]
-            runs[f"{layer}.experts.{part}"] = [Run(one, 0, tensors.facts[one][1][0]) for one in each]
-    return Arranged(tensors, runs, hidden=alone)
+            runs[f"{layer}.experts.{part}"] = [RowRange(one, 0, tensors.facts[one][1][0]) for one in each]
+    return ReorderedTensors(tensors, runs, hidden=alone)
 
 
-def _decompressed(tensors: Tensors, config: Mapping[str, Any]) -> Arranged:
+def _decompressed(tensors: Tensors, config: Mapping[str, Any]) -> ReorderedTensors:
     """Keys and values decompressed by matrices of their own, that of the keys turned over head by head."""
     key, value = int(config["qk_nope_head_dim"]), int(config["v_head_dim"])
     begins = range(0, int(config["num_attention_heads"]) * (key + value), key + value)
     fused = [name for name in tensors.facts if name.endswith(".kv_b_proj.weight")]
-    keys = {n.replace("kv_b", "k_b"): [Run(n, begin, begin + key) for begin in begins] for n in fused}
-    values = {n.replace("kv_b", "v_b"): [Run(n, begin + key, begin + key + value) for begin in begins] for n in fused}
-    return Arranged(tensors, {**keys, **values}, transposed=list(keys), hidden=fused)
+    keys = {n.replace("kv_b", "k_b"): [RowRange(n, begin, begin + key) for begin in begins] for n in fused}
+    values = {
+        n.replace("kv_b", "v_b"): [RowRange(n, begin + key, begin + key + value) for begin in begins] for n in fused
+    }
+    return ReorderedTensors(tensors, {**keys, **values}, transposed=list(keys), hidden=fused)
 
 
 def as_llama(tensors: Tensors, config: Mapping[str, Any], place: str) -> tuple[Tensors, dict[str, Any]]:
@@ -163,9 +167,9 @@ def as_llama(tensors: Tensors, config: Mapping[str, Any], place: str) -> tuple[T
     for name in packed:
         third = tensors.facts[name][1][0] // 3
         for at, part in enumerate("qkv"):
-            runs[name.replace("W_pack", f"{part}_proj")] = [Run(name, third * at, third * (at + 1))]
+            runs[name.replace("W_pack", f"{part}_proj")] = [RowRange(name, third * at, third * (at + 1))]
     out = {key: value for key, value in config.items() if key not in ("auto_map", "tokenizer_class")}
     out |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    return Arranged(
+    return ReorderedTensors(
         tensors, runs, hidden=[*packed, *(n for n in tensors.facts if n.endswith("rotary_emb.inv_freq"))]
     ), out

@@ -34,7 +34,7 @@ FUNCTION = "ggml_quantize_chunk"
 
 
 @dataclass(frozen=True)
-class Mixture:
+class QuantizationMix:
     """A mixture for one model. groups: query heads to a key head; tied: whether the embedding is the head too."""
 
     kind: str

@@ -78,7 +78,7 @@ def find_files(folder: Path) -> list[Path]:
     return files
 
 
-class Original:
+class PthTensors:
     """A folder of `.pth` files as a model's tensors, under Hugging Face's names and in its order of rows."""
 
     def __init__(self, parts: Sequence[Tensors], folder: Path) -> None:

@@ -20,11 +20,11 @@ from typing import Any
 from tongwen.core import artifact, console
 from tongwen.core.errors import ArtifactError, DataError, MachineError, MissingPackage, RecipeError, TongwenError
 from tongwen.core.i18n import say
-from tongwen.hub.names import Tell, Wanted, nearest, resolve
+from tongwen.hub.names import HubRef, Tell, nearest, resolve
 from tongwen.hub.transfer import (
-    Gone,
-    Line,
+    HubClient,
     Listing,
+    NotFound,
     Remote,
     hash_of,
     is_offline,
@@ -58,7 +58,7 @@ NO_ROWS = ("dataset_info*.json", "dataset_dict.json", "state.json", "LICENSE*", 
 # -- choosing files ------------------------------------------------------------------------------------------------
 
 
-def choose(files: Sequence[Remote], wanted: Wanted) -> tuple[list[Remote], dict[str, list[str]]]:
+def choose(files: Sequence[Remote], wanted: HubRef) -> tuple[list[Remote], dict[str, list[str]]]:
     """(the files to fetch, reason -> the files left out)."""
     names_ = [file.path for file in files]
     with_tensors = {_folder(name) for name in names_ if name.endswith(".safetensors")}
@@ -73,7 +73,7 @@ def choose(files: Sequence[Remote], wanted: Wanted) -> tuple[list[Remote], dict[
     return taken, left
 
 
-def _reason_to_leave(path: str, wanted: Wanted, with_tensors: set[str], all_: Sequence[str]) -> str:
+def _reason_to_leave(path: str, wanted: HubRef, with_tensors: set[str], all_: Sequence[str]) -> str:
     if _is(path, HOUSEKEEPING) or path == artifact.MANIFEST:
         return say("not needed", "用不到")
     if wanted.files and not _is_asked(path, wanted.files):
@@ -116,11 +116,11 @@ def _folder(path: str) -> str:
 # -- fetching ------------------------------------------------------------------------------------------------------
 
 
-def with_kind(wanted: Wanted, tell: Tell) -> Wanted:
+def with_kind(wanted: HubRef, tell: Tell) -> HubRef:
     """The same with its kind, which the hub is asked for. Raises RecipeError when there is none, or both."""
     if wanted.kind:
         return wanted
-    line = Line(wanted, tell)
+    line = HubClient(wanted, tell)
     found = [kind for kind in ("model", "dataset") if line.list_files(kind) is not None]
     if not found:
         raise _absent(wanted)
@@ -134,7 +134,7 @@ def with_kind(wanted: Wanted, tell: Tell) -> Wanted:
 
 
 def fetch(
-    wanted: Wanted,
+    wanted: HubRef,
     out: Path,
     tell: Tell,
     *,
@@ -169,7 +169,7 @@ def fetch(
             if wanted.where == "modelscope":
                 files = _from_modelscope(wanted, draft)
             else:
-                files = _from_hub(wanted, draft, Line(wanted, tell, waits, sleep), reserve=complete is not None)
+                files = _from_hub(wanted, draft, HubClient(wanted, tell, waits, sleep), reserve=complete is not None)
             draft.facts["files"] = files
             if complete is not None:
                 complete(draft, list(files))
@@ -218,13 +218,13 @@ def check_standing(found: artifact.Artifact, asked: Mapping[str, Any]) -> None:
             )
 
 
-def _from_hub(wanted: Wanted, draft: artifact.Draft, line: Line, *, reserve: bool) -> dict[str, dict[str, Any]]:
+def _from_hub(wanted: HubRef, draft: artifact.Draft, line: HubClient, *, reserve: bool) -> dict[str, dict[str, Any]]:
     """All files of the plan, in the draft's folder; path -> bytes and sha256."""
     for last in (False, True):
         listing, planned = _plan(wanted, draft, line)
         try:
             files = _fill(listing, draft, line, reserve=reserve)
-        except Gone as gone:
+        except NotFound as gone:
             _plan_file(draft).unlink(missing_ok=True)
             if not planned or last:
                 raise MachineError(
@@ -239,7 +239,7 @@ def _from_hub(wanted: Wanted, draft: artifact.Draft, line: Line, *, reserve: boo
     return files
 
 
-def _plan(wanted: Wanted, draft: artifact.Draft, line: Line) -> tuple[Listing, bool]:
+def _plan(wanted: HubRef, draft: artifact.Draft, line: HubClient) -> tuple[Listing, bool]:
     """(commit and files to fetch, was it planned before the fetch was broken off)."""
     file = _plan_file(draft)
     request = {**asdict(wanted), "name": "", "files": list(wanted.files)}
@@ -278,7 +278,7 @@ def _plan(wanted: Wanted, draft: artifact.Draft, line: Line) -> tuple[Listing, b
     return listing, False
 
 
-def _fill(listing: Listing, draft: artifact.Draft, line: Line, *, reserve: bool) -> dict[str, dict[str, Any]]:
+def _fill(listing: Listing, draft: artifact.Draft, line: HubClient, *, reserve: bool) -> dict[str, dict[str, Any]]:
     """Fetch what is missing of a listing; what is there already is taken when its hash is right."""
     work = draft.path / WORKPLACE
     total = sum(one.size for one in listing.files)
@@ -375,7 +375,7 @@ def _alone(out: Path, tell: Tell) -> Iterator[None]:
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def _absent(wanted: Wanted) -> RecipeError:
+def _absent(wanted: HubRef) -> RecipeError:
     near = ", ".join(nearest(wanted.id))
     at = f"@{wanted.revision}" if wanted.revision else ""
     return RecipeError(
@@ -402,7 +402,7 @@ def _megabytes(size: int, *, up: bool = True) -> int:
 # -- ModelScope ----------------------------------------------------------------------------------------------------
 
 
-def _from_modelscope(wanted: Wanted, draft: artifact.Draft) -> dict[str, dict[str, Any]]:
+def _from_modelscope(wanted: HubRef, draft: artifact.Draft) -> dict[str, dict[str, Any]]:
     """All files of a ModelScope repository, by its own package, which continues and verifies by itself."""
     try:
         from modelscope import snapshot_download

@@ -22,7 +22,7 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Wanted:
+class HubRef:
     """What is to be fetched, and from where. kind: `dataset`, `model`, or empty when only the hub can say."""
 
     name: str  # as the user wrote it
@@ -52,7 +52,7 @@ def names() -> dict[str, dict[str, Any]]:
     return dict(yaml.safe_load(text))
 
 
-def resolve(name: str, tell: Tell, *, kind: str = "", revision: str = "") -> Wanted:
+def resolve(name: str, tell: Tell, *, kind: str = "", revision: str = "") -> HubRef:
     """What a name means: a short name, OWNER/NAME[@REVISION], `hub:`, `modelscope:` or a page's address.
 
     Raises RecipeError for a word that means nothing, with the nearest three.
@@ -64,7 +64,7 @@ def resolve(name: str, tell: Tell, *, kind: str = "", revision: str = "") -> Wan
     if key is None:
         if not is_id(text):
             raise unknown(name, text)
-        return Wanted(name, text, kind or ("model" if where == "modelscope" else ""), where, revision)
+        return HubRef(name, text, kind or ("model" if where == "modelscope" else ""), where, revision)
     entry = names()[key]
     there = entry.get("modelscope", "")
     id_ = entry["hub"] if where == "hub" else there or (text if "/" in text and not old else "")
@@ -76,7 +76,7 @@ def resolve(name: str, tell: Tell, *, kind: str = "", revision: str = "") -> Wan
         )
     if old:
         tell(say(f"{text} has moved: {id_} is fetched in its place", f"{text} 已迁移：改取 {id_}"))
-    return Wanted(name, id_, kind or entry["kind"], where, revision, tuple(entry.get("files", ())), modelscope=there)
+    return HubRef(name, id_, kind or entry["kind"], where, revision, tuple(entry.get("files", ())), modelscope=there)
 
 
 def is_id(text: str) -> bool:

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from tongwen.core.errors import DataError, MachineError
 from tongwen.core.i18n import say
-from tongwen.hub.names import Tell, Wanted, unknown
+from tongwen.hub.names import HubRef, Tell, unknown
 
 OFFICIAL, MIRROR = "https://huggingface.co", "https://hf-mirror.com"
 WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # before the second try, the third, ...; anew whenever bytes arrived
@@ -58,7 +58,7 @@ class Listing:
     files: tuple[Remote, ...]
 
 
-class Passing(Exception):
+class TransientError(Exception):
     """Something that may be over at the next try; `wait` is what the server asked for, in seconds."""
 
     def __init__(self, what: str, wait: float = 0.0, *, answered: bool = True) -> None:
@@ -66,16 +66,16 @@ class Passing(Exception):
         super().__init__(what)
 
 
-class Gone(Exception):
+class NotFound(Exception):
     """The hub has no such thing."""
 
 
-class Line:
+class HubClient:
     """The connection to the hub: each request is tried again, later and later, while that makes sense."""
 
     def __init__(
         self,
-        wanted: Wanted,
+        wanted: HubRef,
         tell: Tell,
         waits: Sequence[float] | None = None,
         sleep: Callable[[float], None] | None = None,
@@ -98,7 +98,7 @@ class Line:
                 result = attempt()
                 self.answered = True
                 return result
-            except Passing as fault:
+            except TransientError as fault:
                 self.answered = self.answered or fault.answered
                 if reached() > best:
                     best, used = reached(), 0
@@ -133,10 +133,10 @@ class Line:
                     )
                     files = tuple(_remote(sibling, wanted) for sibling in info.siblings or ())
                     return Listing(str(info.id or wanted.id), str(info.sha or wanted.revision or "main"), files)
-            except Gone:
+            except NotFound:
                 return None
             except (ValueError, KeyError, TypeError, AttributeError):  # JSON was due, and this is none
-                raise Passing(
+                raise TransientError(
                     say("the answer is not the hub's (a login page?)", "返回的不是 hub 的答复（登录页？）")
                 ) from None
 
@@ -169,7 +169,7 @@ class Line:
                     f"wrong bytes came: their hash is {found}, the hub says {remote.digest}",
                     f"收到的内容不对：其哈希为 {found}，而 hub 声明为 {remote.digest}",
                 )
-                raise self._gave_up(place, what, wrong) if wrong >= WHOLE_TRIES else Passing(what)
+                raise self._gave_up(place, what, wrong) if wrong >= WHOLE_TRIES else TransientError(what)
             return sha256
 
         sha256 = self.patiently(place, attempt, lambda: size_of(part))
@@ -191,11 +191,11 @@ class Line:
         with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=_timeout()) as response:
             if have and response.status_code == 416:
                 part.unlink()
-                raise Passing(say("the rest is refused; from the start", "服务器拒绝续传；从头开始"))
+                raise TransientError(say("the rest is refused; from the start", "服务器拒绝续传；从头开始"))
             self._check_status(response, place)
             is_page = response.headers.get("Content-Type", "").lower().startswith("text/html")
             if is_page and not remote.path.lower().endswith((".html", ".htm")):
-                raise Passing(
+                raise TransientError(
                     say("a web page came instead of the file (a login page?)", "返回的是网页而不是文件（登录页？）")
                 )
             starts_there = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
@@ -205,7 +205,7 @@ class Line:
                 for block in response.iter_bytes():
                     if have + len(block) > remote.size:
                         stream.truncate(0)
-                        raise Passing(
+                        raise TransientError(
                             say(
                                 f"more came than the {remote.size} bytes of the file",
                                 f"收到的内容超出文件的 {remote.size} 字节",
@@ -215,7 +215,7 @@ class Line:
                     have += len(block)
                     arrived(have)
         if have < remote.size:
-            raise Passing(
+            raise TransientError(
                 say(
                     f"the connection ended after {have} of {remote.size} bytes",
                     f"连接在 {remote.size} 字节中的第 {have} 字节处结束",
@@ -234,7 +234,7 @@ class Line:
             raise self._refused(place, 403) from None
         except RepositoryNotFoundError:  # the hub says 401 of what does not exist, too
             self.answered = True
-            raise Gone(place) from None
+            raise NotFound(place) from None
         except HFValidationError:
             raise unknown(self.wanted.name, self.wanted.id) from None
         except HfHubHTTPError as error:
@@ -247,7 +247,7 @@ class Line:
                 remedy="export HF_TOKEN=hf_...",
             ) from None
         except network_error() as error:
-            raise Passing(
+            raise TransientError(
                 say(f"the connection failed ({type(error).__name__})", f"连接失败（{type(error).__name__}）"),
                 answered=False,
             ) from None
@@ -257,9 +257,9 @@ class Line:
         self.answered = True
         status = response.status_code
         if status in (404, 410):
-            raise Gone(place)
+            raise NotFound(place)
         if status in (408, 425, 429) or status >= 500:
-            raise Passing(f"HTTP {status}", _asked_wait(response.headers))
+            raise TransientError(f"HTTP {status}", _asked_wait(response.headers))
         if status >= 400:
             raise self._refused(place, status)
 
@@ -351,7 +351,7 @@ def _timeout() -> tuple[float, float, float, float]:
     return (min(CONNECT_SECONDS, silence), silence, silence, silence)
 
 
-def _remote(sibling: Any, wanted: Wanted) -> Remote:
+def _remote(sibling: Any, wanted: HubRef) -> Remote:
     path = str(sibling.rfilename)
     if not is_safe(path):
         raise DataError(

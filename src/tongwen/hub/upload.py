@@ -12,15 +12,15 @@ from typing import Any
 
 from tongwen.core.errors import MachineError, MissingPackage, RecipeError
 from tongwen.core.i18n import say
-from tongwen.hub.names import Tell, Wanted, is_id
-from tongwen.hub.transfer import Gone, Line, endpoint, hash_of, shown_endpoint
+from tongwen.hub.names import HubRef, Tell, is_id
+from tongwen.hub.transfer import HubClient, NotFound, endpoint, hash_of, shown_endpoint
 
 STAYS = ("manifest.json", "*.py", "*.partial")
 MODELSCOPE_PRIVATE, MODELSCOPE_PUBLIC = 1, 5
 TOKENS = {"hub": "HF_TOKEN", "modelscope": "MODELSCOPE_API_TOKEN"}
 
 
-def check_name(name: str) -> Wanted:
+def check_name(name: str) -> HubRef:
     """OWNER/NAME or modelscope:OWNER/NAME. Raises RecipeError for anything else."""
     where, _, text = name.rpartition(":")
     if where not in ("", "hub", "modelscope") or not is_id(text):
@@ -29,17 +29,17 @@ def check_name(name: str) -> Wanted:
             place="push",
             remedy=say("OWNER/NAME or modelscope:OWNER/NAME", "OWNER/NAME 或 modelscope:OWNER/NAME"),
         )
-    return Wanted(name, text, "model", where or "hub")
+    return HubRef(name, text, "model", where or "hub")
 
 
 def push(folder: Path, name: str, tell: Tell, *, public: bool = False) -> str:
     """Send a folder; returns its address. Raises MachineError when the hub refuses or holds something else afterwards."""
     wanted = check_name(name)
     send = _to_modelscope if wanted.where == "modelscope" else _to_hub
-    return send(folder, wanted, Line(wanted, tell), public)
+    return send(folder, wanted, HubClient(wanted, tell), public)
 
 
-def _to_hub(folder: Path, wanted: Wanted, line: Line, public: bool) -> str:
+def _to_hub(folder: Path, wanted: HubRef, line: HubClient, public: bool) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=endpoint())
@@ -49,7 +49,7 @@ def _to_hub(folder: Path, wanted: Wanted, line: Line, public: bool) -> str:
             with line.explained(wanted.id):
                 api.create_repo(wanted.id, private=not public, exist_ok=True)
                 api.upload_folder(repo_id=wanted.id, folder_path=str(folder), ignore_patterns=list(STAYS))
-        except Gone:
+        except NotFound:
             raise _refused(wanted) from None
 
     line.patiently(wanted.id, attempt)
@@ -62,7 +62,7 @@ def _to_hub(folder: Path, wanted: Wanted, line: Line, public: bool) -> str:
     return f"{shown_endpoint()}/{wanted.id}"
 
 
-def _to_modelscope(folder: Path, wanted: Wanted, line: Line, public: bool) -> str:
+def _to_modelscope(folder: Path, wanted: HubRef, line: HubClient, public: bool) -> str:
     try:
         from modelscope.hub.api import HubApi
     except ImportError:
@@ -87,7 +87,7 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in files if not any(path.match(pattern) for pattern in STAYS)]
 
 
-def _refused(wanted: Wanted, kind: str = "") -> MachineError:
+def _refused(wanted: HubRef, kind: str = "") -> MachineError:
     token = TOKENS[wanted.where]
     return MachineError(
         say("the hub does not take it", "hub 不接受") + (f": {kind}" if kind else ""),
@@ -99,7 +99,7 @@ def _refused(wanted: Wanted, kind: str = "") -> MachineError:
     )
 
 
-def _unlike(file: Path, wanted: Wanted) -> MachineError:
+def _unlike(file: Path, wanted: HubRef) -> MachineError:
     return MachineError(
         say(f"what the hub holds as {file.name} is not what was sent", f"hub 上的 {file.name} 与发送的不同"),
         place=wanted.source,

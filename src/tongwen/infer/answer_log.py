@@ -11,7 +11,7 @@ from typing import Any
 from tongwen.core import artifact
 
 
-class Journal:
+class AnswerJournal:
     """A file of answers by row. Raises RecipeError when it was begun with other settings."""
 
     def __init__(self, file: Path, settings: Mapping[str, Any], remedy: str) -> None:

@@ -17,7 +17,7 @@ from tongwen.infer.generation import Sampling
 AT_ONCE = 8  # requests
 
 
-class Endpoint:
+class EndpointBackend:
     """A model behind an address. completion: texts are continued, and no template is applied there."""
 
     def __init__(self, url: str, model: str, *, completion: bool = False) -> None:

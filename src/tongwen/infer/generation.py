@@ -82,7 +82,7 @@ Take = Callable[[int, list[int]], None]
 
 
 @dataclass(frozen=True)
-class Voice:
+class TextGenerator:
     """A model that can be asked. stop_ids end an answer; context is how many tokens it can see; paged: answer many prompts
     from one paged cache, in which a finished answer makes room for the next prompt."""
 
@@ -198,7 +198,7 @@ class Voice:
             thread.join()
 
     def _pieces(self, ids: Iterator[int], heard: Callable[[int], None]) -> Iterator[str]:
-        text = Incremental(self.tokenizer)
+        text = StreamDecoder(self.tokenizer)
         for index in ids:
             heard(index)
             if index in self.stop_ids:
@@ -296,7 +296,7 @@ def cache_bytes(config: Any, item: int) -> int:
     return int(2 * config.num_hidden_layers * groups * width * item)
 
 
-class Incremental:
+class StreamDecoder:
     """Token ids to text, one at a time: a piece is given out only when its last character is complete.
 
     The text of a token depends on its neighbours (bytes of one character, blanks of SentencePiece), so a short tail is

@@ -17,7 +17,7 @@ from typing import Any
 
 from tongwen.core.errors import MissingPackage, ModelError
 from tongwen.core.i18n import say
-from tongwen.infer.generation import Sampling, Take, Voice, cache_bytes
+from tongwen.infer.generation import Sampling, Take, TextGenerator, cache_bytes
 
 SLOTS = 8  # prompts that are answered side by side, at most
 CACHE = 2 << 30  # bytes for keys and values, all of which llama.cpp takes when it opens a file
@@ -25,7 +25,7 @@ FEWEST = 4096  # tokens of context that a prompt gets even if they need more
 
 
 @dataclass(frozen=True)
-class LlamaCpp(Voice):
+class LlamaCppBackend(TextGenerator):
     """A voice whose model is a llama.cpp server. slots: how many prompts it answers side by side."""
 
     key: str = ""
@@ -90,7 +90,9 @@ def is_installed() -> bool:
     return find_spec("xllamacpp") is not None
 
 
-def open_file(file: str, tokenizer: Any, stop_ids: tuple[int, ...], config: Any, context: int, rows: int) -> LlamaCpp:
+def open_file(
+    file: str, tokenizer: Any, stop_ids: tuple[int, ...], config: Any, context: int, rows: int
+) -> LlamaCppBackend:
     """llama.cpp with a file whose model sees `context` tokens: as many of them, in as many slots, as CACHE has room for; no
     more than `rows` slots.
 
@@ -116,4 +118,4 @@ def open_file(file: str, tokenizer: Any, stop_ids: tuple[int, ...], config: Any,
         raise ModelError(
             say(f"llama.cpp cannot open it: {error}", f"llama.cpp 无法打开：{error}"), place=file
         ) from None
-    return LlamaCpp(server, tokenizer, stop_ids, context, key=key, slots=slots, seats=BoundedSemaphore(slots))
+    return LlamaCppBackend(server, tokenizer, stop_ids, context, key=key, slots=slots, seats=BoundedSemaphore(slots))

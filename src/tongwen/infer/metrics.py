@@ -22,7 +22,7 @@ from tongwen.infer import entities
 DRAWS = 1000  # of the bootstrap
 
 
-class Answered(NamedTuple):
+class AnsweredPrompt(NamedTuple):
     """One row: what was asked, what the model answers, what the data says."""
 
     question: str
@@ -31,11 +31,11 @@ class Answered(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """count: one row's counts, always as many; figures: their sums (K,) -> named figures, the main one first; check: what is
     wrong with a wanted answer, or "" """
 
-    count: Callable[[Answered], Sequence[float]]
+    count: Callable[[AnsweredPrompt], Sequence[float]]
     figures: Callable[[np.ndarray], dict[str, float]]
     check: Callable[[str], str] = lambda wanted: ""
 
@@ -84,7 +84,7 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 # -- texts ---------------------------------------------------------------------------------------------------------
 
 
-def _is_same(row: Answered) -> Sequence[float]:
+def _is_same(row: AnsweredPrompt) -> Sequence[float]:
     return float(row.answer.strip() == row.wanted.strip()), 1.0
 
 
@@ -92,7 +92,7 @@ def _share(name: str, sums: np.ndarray) -> dict[str, float]:
     return {name: float(sums[0] / max(sums[-1], 1))}
 
 
-def _bleu_counts(row: Answered) -> Sequence[float]:
+def _bleu_counts(row: AnsweredPrompt) -> Sequence[float]:
     """Matching and all n-grams of four orders, and both lengths, in the characters and words of sacrebleu's `zh`."""
     found = _bleu().sentence_score(row.answer, [row.wanted])
     return *found.counts, *found.totals, found.sys_len, found.ref_len
@@ -116,7 +116,7 @@ def _bleu() -> Any:
 ROUGE = ("rougeL", "rouge1", "rouge2")
 
 
-def _rouge_counts(words: bool, row: Answered) -> Sequence[float]:
+def _rouge_counts(words: bool, row: AnsweredPrompt) -> Sequence[float]:
     scores = _rouge(words).score(row.wanted, row.answer)
     return *(scores[name].fmeasure for name in ROUGE), 1.0
 
@@ -190,14 +190,14 @@ def score_of(sums: np.ndarray) -> dict[str, float]:
 
 
 TEXT = {
-    "exact_match": Measure(_is_same, partial(_share, "exact_match")),
-    "bleu": Measure(_bleu_counts, _bleu_of),
-    "rouge": Measure(partial(_rouge_counts, False), _rouge_of),
-    "rouge_words": Measure(partial(_rouge_counts, True), _rouge_of),
-    "entity_f1": Measure(
+    "exact_match": Metric(_is_same, partial(_share, "exact_match")),
+    "bleu": Metric(_bleu_counts, _bleu_of),
+    "rouge": Metric(partial(_rouge_counts, False), _rouge_of),
+    "rouge_words": Metric(partial(_rouge_counts, True), _rouge_of),
+    "entity_f1": Metric(
         lambda row: entities.match(row.answer, row.wanted), entities.f1_of, entities.check
     ),
-    "spans": Measure(
+    "spans": Metric(
         lambda row: entities.match_spans(row.question, row.answer, row.wanted), entities.f1_of, entities.check
     ),
 }  # fmt: skip

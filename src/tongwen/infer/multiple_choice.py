@@ -32,7 +32,7 @@ MMLU = Layout("The following are multiple choice questions (with answers) about 
 
 
 @dataclass(frozen=True)
-class Choice:
+class MultipleChoiceQuestion:
     """One question. options: their texts, the first one is A; answer: the place of the right one among them."""
 
     layout: Layout
@@ -51,7 +51,7 @@ class Choice:
         return LETTERS[: len(self.options)]
 
 
-def read_choices(file: Path) -> list[Choice]:
+def read_choices(file: Path) -> list[MultipleChoiceQuestion]:
     """All questions of a CSV file; its name, without `_val`, `_dev` or `_test`, is the subject. Raises DataError."""
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -65,7 +65,7 @@ def read_choices(file: Path) -> list[Choice]:
     return list(_read(rows, file))
 
 
-def _read(rows: list[list[str]], file: Path) -> Iterator[Choice]:
+def _read(rows: list[list[str]], file: Path) -> Iterator[MultipleChoiceQuestion]:
     names = [name.strip().lower() for name in rows[0]]
     subject = SPLIT.sub("", file.stem)
     headed = "question" in names and "answer" in names
@@ -87,7 +87,7 @@ def _read(rows: list[list[str]], file: Path) -> Iterator[Choice]:
 
 def _choice(
     row: list[str], places: Mapping[str, int], letters: Sequence[str], layout: Layout, subject: str, place: str
-) -> Choice:
+) -> MultipleChoiceQuestion:
     if len(row) <= max(places[name] for name in ("question", "answer", *map(str.lower, letters))):
         raise DataError(
             say(f"this row has {len(row)} columns, {len(places)} are needed", f"该行有 {len(row)} 列，需要 {len(places)} 列"),
@@ -102,10 +102,10 @@ def _choice(
             place=place,
             remedy=say("C-Eval's test split has no answers; its val split has", "C-Eval 的 test 没有答案，请用 val"),
         )  # fmt: skip
-    return Choice(layout, subject, row[places["question"]].strip(), options, letters.index(answer))
+    return MultipleChoiceQuestion(layout, subject, row[places["question"]].strip(), options, letters.index(answer))
 
 
-def conversation(choice: Choice, examples: Sequence[Choice]) -> list[dict[str, Any]]:
+def conversation(choice: MultipleChoiceQuestion, examples: Sequence[MultipleChoiceQuestion]) -> list[dict[str, Any]]:
     """The question as a chat, behind answered examples of its subject."""
     turns = [one.ask() for one in (*examples, choice)]
     turns[0] = f"{choice.layout.head.format(subject=choice.subject)}\n\n{turns[0]}"
@@ -115,7 +115,7 @@ def conversation(choice: Choice, examples: Sequence[Choice]) -> list[dict[str, A
     return out[:-1]
 
 
-def text(choice: Choice, examples: Sequence[Choice]) -> str:
+def text(choice: MultipleChoiceQuestion, examples: Sequence[MultipleChoiceQuestion]) -> str:
     """The same as one text, for a base model."""
     turns = conversation(choice, examples)
     gap = {"user": choice.layout.blank, "assistant": "\n\n"}

@@ -8,13 +8,13 @@ from typing import Any
 
 from tongwen.core.errors import MissingPackage, ModelError
 from tongwen.core.i18n import say
-from tongwen.infer.generation import ROWS, Sampling, Take, Voice
+from tongwen.infer.generation import ROWS, Sampling, Take, TextGenerator
 
 HANDED = 1024  # prompts that vLLM gets together: it deals them itself, and what is done is kept after each lot
 
 
 @dataclass(frozen=True)
-class Vllm(Voice):
+class VllmBackend(TextGenerator):
     """A voice whose model is vLLM's `LLM`."""
 
     def answer_all(self, prompts: Sequence[list[int]], sampling: Sampling, take: Take, rows: int = ROWS) -> None:
@@ -41,10 +41,10 @@ class Vllm(Voice):
                 take(place, self._until_stop(list(answer.outputs[0].token_ids)))
 
 
-def open_model(folder: str, tokenizer: Any, stop_ids: tuple[int, ...], context: int) -> Vllm:
+def open_model(folder: str, tokenizer: Any, stop_ids: tuple[int, ...], context: int) -> VllmBackend:
     """vLLM with a model folder. Raises MissingPackage."""
     try:
         from vllm import LLM
     except ImportError:
         raise MissingPackage("vllm", "vLLM", "vllm") from None
-    return Vllm(LLM(model=folder), tokenizer, stop_ids, context)
+    return VllmBackend(LLM(model=folder), tokenizer, stop_ids, context)

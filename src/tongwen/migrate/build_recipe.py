@@ -10,15 +10,15 @@ from typing import Any
 import yaml
 
 from tongwen.core.i18n import say
-from tongwen.migrate.flags import Reading
-from tongwen.migrate.tables import Program
+from tongwen.migrate.flags import FlagReader
+from tongwen.migrate.tables import OldProgram
 from tongwen.recipe.schema import Pretrain, Recipe, Section, Sft, Synthesize
 
 SECTIONS: dict[str, type[Section]] = {"synthesize": Synthesize, "pretrain": Pretrain, "sft": Sft}
 POSITIONAL = ("MODEL", "SRC")
 
 
-def build_recipe(reading: Reading, place: str) -> dict[str, Any]:
+def build_recipe(reading: FlagReader, place: str) -> dict[str, Any]:
     """The recipe as nested mappings, its keys in the order of the schema. Problems go to the reading."""
     words = {word: value for word, (_, value) in reading.said.items() if value is not None}
     section = reading.section
@@ -64,7 +64,7 @@ def as_yaml(recipe: dict[str, Any], heading: str) -> str:
     return "".join(f"# {line}\n" for line in heading.splitlines()) + text
 
 
-def build_commands(reading: Reading, program: Program) -> list[list[str]]:
+def build_commands(reading: FlagReader, program: OldProgram) -> list[list[str]]:
     """The tongwen commands that do what an old program did, in their order."""
     said = {word: value for word, (_, value) in reading.said.items() if value not in (None, False)}
     out = [["fetch", id_] for id_ in reading.context.fetch]
@@ -89,7 +89,7 @@ def _short(value: Any) -> str:
     )
 
 
-def _multiply_batch(reading: Reading, words: dict[str, Any], place: str) -> None:
+def _multiply_batch(reading: FlagReader, words: dict[str, Any], place: str) -> None:
     """Samples per step over all devices. BELLE divided its accumulation by the devices, the others multiplied by them."""
     factors, word = reading.context.batch, f"{reading.section}.batch_size"
     devices = factors.get("devices", 1) * factors.get("machines", 1)
@@ -134,7 +134,7 @@ def _llama_folder(folder: str, size: str) -> str:
     return folder if size == "tokenizer_only" else str(Path(folder) / size)
 
 
-def _with_base(said: dict[str, Any], reading: Reading) -> dict[str, Any]:
+def _with_base(said: dict[str, Any], reading: FlagReader) -> dict[str, Any]:
     """The base that the adapter names, and the name that the old program gave to the result."""
     file = Path(said["--adapter"][0]) / "adapter_config.json"
     try:

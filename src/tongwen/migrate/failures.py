@@ -15,7 +15,7 @@ from tongwen.migrate.tables import Text
 
 
 @dataclass(frozen=True)
-class Failure:
+class KnownFailure:
     """says: what was seen; why: its cause; here: what happens instead; shown: tests."""
 
     id: str
@@ -26,16 +26,16 @@ class Failure:
 
 
 @cache
-def failures() -> dict[str, Failure]:
+def failures() -> dict[str, KnownFailure]:
     """All of them, by number."""
     text = (resources.files("tongwen.migrate") / "failures.yaml").read_text(encoding="utf-8")
     return {
-        id_: Failure(id_, **{key: tuple(value) for key, value in row.items()})
+        id_: KnownFailure(id_, **{key: tuple(value) for key, value in row.items()})
         for id_, row in yaml.safe_load(text).items()
     }
 
 
-def find(name: str) -> Failure:
+def find(name: str) -> KnownFailure:
     """The failure of that number, however it is written (F-02, f2). Raises RecipeError when there is none."""
     found = re.fullmatch(r"[Ff]-?0*(\d+)", name.strip())
     known = failures()

@@ -22,7 +22,7 @@ TEMPLATES = {"alpaca": "alpaca", "vicuna": "vicuna", "belle": "belle-v2", "chatm
 
 
 @dataclass(frozen=True)
-class Mended:
+class CorrectedValue:
     """A value that means something else today, and why."""
 
     value: Any
@@ -30,14 +30,14 @@ class Mended:
 
 
 @dataclass(frozen=True)
-class Gone:
+class RemovedFlag:
     """A value that says nothing today, and why; the table's own reason when empty."""
 
     why: str = ""
 
 
 @dataclass
-class Context:
+class MigrationContext:
     """What readers share.
 
     today:     (name of a model) -> its id today
@@ -56,23 +56,23 @@ class Context:
     fetch: list[str] = field(default_factory=list)
 
 
-Reader = Callable[[Context, str, Any], Any]
+Reader = Callable[[MigrationContext, str, Any], Any]
 
 
 # -- numbers and words ---------------------------------------------------------------------------------------------
 
 
-def text(context: Context, flag: str, value: Any) -> Any:
+def text(context: MigrationContext, flag: str, value: Any) -> Any:
     if value is None or value == "":
         raise ValueError(say("it has no value", "没有值"))
     return value
 
 
-def plain(context: Context, flag: str, value: Any) -> Any:
+def plain(context: MigrationContext, flag: str, value: Any) -> Any:
     return scalar(context, flag, text(context, flag, value))
 
 
-def scalar(context: Context, flag: str, value: Any) -> Any:
+def scalar(context: MigrationContext, flag: str, value: Any) -> Any:
     """A number, a truth value or a text; a flag alone is true."""
     if not isinstance(value, str):
         return True if value is None else value
@@ -84,45 +84,45 @@ def scalar(context: Context, flag: str, value: Any) -> Any:
     return {"true": True, "false": False}.get(value.lower(), value)
 
 
-def number(context: Context, flag: str, value: Any) -> Any:
+def number(context: MigrationContext, flag: str, value: Any) -> Any:
     found = scalar(context, flag, text(context, flag, value))
     if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
         raise ValueError(say(f"{value!r} is no number", f"{value!r} 不是数字"))
     return found
 
 
-def count(context: Context, flag: str, value: Any) -> int:
+def count(context: MigrationContext, flag: str, value: Any) -> int:
     found = number(context, flag, value)
     if found != int(found):
         raise ValueError(say(f"{value!r} is no whole number", f"{value!r} 不是整数"))
     return int(found)
 
 
-def epochs(context: Context, flag: str, value: Any) -> str:
+def epochs(context: MigrationContext, flag: str, value: Any) -> str:
     return f"{number(context, flag, value):g} epochs"
 
 
-def steps(context: Context, flag: str, value: Any) -> Any:
+def steps(context: MigrationContext, flag: str, value: Any) -> Any:
     found = count(context, flag, value)
-    return f"{found} steps" if found > 0 else Gone(say("epochs count", "以轮数为准"))
+    return f"{found} steps" if found > 0 else RemovedFlag(say("epochs count", "以轮数为准"))
 
 
-def switch(context: Context, flag: str, value: Any) -> bool:
+def switch(context: MigrationContext, flag: str, value: Any) -> bool:
     word = "true" if value is None else str(value).lower()
     if word not in TRUE + FALSE:
         raise ValueError(say(f"{value!r} is neither true nor false", f"{value!r} 既非 true 也非 false"))
     return word in TRUE
 
 
-def items(context: Context, flag: str, value: Any) -> list[str]:
+def items(context: MigrationContext, flag: str, value: Any) -> list[str]:
     found = value if isinstance(value, list) else str(text(context, flag, value)).split(",")
     return [item.strip() for item in map(str, found) if item.strip()]
 
 
-def seed(context: Context, flag: str, value: Any) -> Any:
+def seed(context: MigrationContext, flag: str, value: Any) -> Any:
     if value != "$RANDOM":
         return count(context, flag, value)
-    return Mended(
+    return CorrectedValue(
         42,
         say(
             "one seed, recorded: with another on each machine, each split the data in its own way",
@@ -131,32 +131,32 @@ def seed(context: Context, flag: str, value: Any) -> Any:
     )
 
 
-def choice(context: Context, flag: str, value: Any) -> Any:
+def choice(context: MigrationContext, flag: str, value: Any) -> Any:
     """`[pth|huggingface]`, as manuals write it: the first, which is what the script took when nothing was said."""
     found = re.fullmatch(r"\[(\w+)\|.*\]", str(text(context, flag, value)))
     if found is None:
         return value
-    return Mended(found[1], say(f"{value} offers a choice; the first is taken", f"{value} 是可选项；取第一个"))
+    return CorrectedValue(found[1], say(f"{value} offers a choice; the first is taken", f"{value} 是可选项；取第一个"))
 
 
-def auto(context: Context, flag: str, value: Any) -> Any:
-    return Gone() if value == "auto" else number(context, flag, value)
+def auto(context: MigrationContext, flag: str, value: Any) -> Any:
+    return RemovedFlag() if value == "auto" else number(context, flag, value)
 
 
-def targets(context: Context, flag: str, value: Any) -> Any:
+def targets(context: MigrationContext, flag: str, value: Any) -> Any:
     return "all-linear" if value == "all" else items(context, flag, value)
 
 
-def whole_embeddings(context: Context, flag: str, value: Any) -> Any:
+def whole_embeddings(context: MigrationContext, flag: str, value: Any) -> Any:
     others = sorted(set(items(context, flag, value)) - EMBEDDINGS)
     if others:
         raise ValueError(say(f"{others} are no embeddings", f"{others} 不是词向量"))
     return "lora+embeddings"
 
 
-def template(context: Context, flag: str, value: Any) -> Any:
+def template(context: MigrationContext, flag: str, value: Any) -> Any:
     known = TEMPLATES.get(str(value))
-    return known or Mended(
+    return known or CorrectedValue(
         "own", say("the model brings its own; `tongwen look RECIPE` shows it", "模型自带；`tongwen look RECIPE` 可查看")
     )
 
@@ -167,47 +167,47 @@ def template(context: Context, flag: str, value: Any) -> Any:
 def _factor(name: str) -> Reader:
     """A factor of the batch, which is multiplied when all are known."""
 
-    def read(context: Context, flag: str, value: Any) -> None:
+    def read(context: MigrationContext, flag: str, value: Any) -> None:
         context.batch[name] = count(context, flag, value)
 
     return read
 
 
-def whole_batch(context: Context, flag: str, value: Any) -> Gone:
+def whole_batch(context: MigrationContext, flag: str, value: Any) -> RemovedFlag:
     if value != "auto":
         context.batch["whole"] = count(context, flag, value)
-    return Gone(say("batch_size says it", "由 batch_size 表达"))
+    return RemovedFlag(say("batch_size says it", "由 batch_size 表达"))
 
 
-def devices(context: Context, flag: str, value: Any) -> Any:
+def devices(context: MigrationContext, flag: str, value: Any) -> Any:
     if not str(value).isdigit():
         return several(context, flag, value)
     context.batch["devices"] = int(value)
     return int(value)
 
 
-def engine(context: Context, flag: str, value: Any) -> Any:
+def engine(context: MigrationContext, flag: str, value: Any) -> Any:
     if context.batch.get("devices", 1) * context.batch.get("machines", 1) == 1:
-        return Gone(say("one device has nothing to share out", "单设备没有可分担的"))
+        return RemovedFlag(say("one device has nothing to share out", "单设备没有可分担的"))
     return value
 
 
-def machines(context: Context, flag: str, value: Any) -> Any:
+def machines(context: MigrationContext, flag: str, value: Any) -> Any:
     if str(value) == "1":
-        return Gone()
+        return RemovedFlag()
     if str(value).isdigit():
         context.batch["machines"] = int(value)
     return several(context, flag, value)
 
 
-def several(context: Context, flag: str, value: Any) -> Mended:
+def several(context: MigrationContext, flag: str, value: Any) -> CorrectedValue:
     context.launch[flag] = str(text(context, flag, value))
-    return Mended(None, say("stays with torchrun, on each machine", "仍由每台机器上的 torchrun 给出"))
+    return CorrectedValue(None, say("stays with torchrun, on each machine", "仍由每台机器上的 torchrun 给出"))
 
 
-def length_part(context: Context, flag: str, value: Any) -> Mended:
+def length_part(context: MigrationContext, flag: str, value: Any) -> CorrectedValue:
     context.lengths[flag] = count(context, flag, value)
-    return Mended(
+    return CorrectedValue(
         None,
         say("one length for question and answer; the answer is never cut", "问与答共用一个长度；回答从不被截断"),
     )
@@ -216,78 +216,78 @@ def length_part(context: Context, flag: str, value: Any) -> Mended:
 # -- places --------------------------------------------------------------------------------------------------------
 
 
-def file(context: Context, flag: str, value: Any) -> None:
+def file(context: MigrationContext, flag: str, value: Any) -> None:
     context.read_file(str(text(context, flag, value)), flag)
 
 
-def folder(context: Context, flag: str, value: Any) -> str:
+def folder(context: MigrationContext, flag: str, value: Any) -> str:
     return str(text(context, flag, value)).rstrip("/") or "."
 
 
-def own_folder(context: Context, flag: str, value: Any) -> Any:
+def own_folder(context: MigrationContext, flag: str, value: Any) -> Any:
     """Where a result goes: it has a folder of its own, not the one in which the command is given."""
     name = folder(context, flag, value)
     if name != ".":
         return name
-    return Mended("merged", say("a result has a folder of its own", "结果放在自己的文件夹中"))
+    return CorrectedValue("merged", say("a result has a folder of its own", "结果放在自己的文件夹中"))
 
 
-def stem(context: Context, flag: str, value: Any) -> str:
+def stem(context: MigrationContext, flag: str, value: Any) -> str:
     return str(Path(str(text(context, flag, value))).with_suffix(""))
 
 
-def model(context: Context, flag: str, value: Any) -> Any:
+def model(context: MigrationContext, flag: str, value: Any) -> Any:
     """A folder that is here, or a hub's id as it is today."""
     name = folder(context, flag, value)
     new = name if Path(name).exists() else context.today(name)
-    return name if new == name else Mended(new, say(f"{name} has moved: {new}", f"{name} 已迁移：{new}"))
+    return name if new == name else CorrectedValue(new, say(f"{name} has moved: {new}", f"{name} 已迁移：{new}"))
 
 
-def trained(context: Context, flag: str, value: Any) -> Any:
+def trained(context: MigrationContext, flag: str, value: Any) -> Any:
     """What an old training left; or the stage that the same command leaves here."""
     name = folder(context, flag, value)
     if not (Path(name) / "config.json").is_file():
         for place in (Path(name), Path(name).parent):
             for stage in ("sft", "pretrain"):
                 if (place / stage / "manifest.json").is_file():
-                    return Mended(
+                    return CorrectedValue(
                         str(place / stage), say("where the training here left it", "此处的训练结果在该文件夹")
                     )
     return model(context, flag, name)
 
 
-def adapters(context: Context, flag: str, value: Any) -> Any:
+def adapters(context: MigrationContext, flag: str, value: Any) -> Any:
     """Several in their order; one that is on a hub is fetched first."""
     out, why = list[str](), list[str]()
     for name in items(context, flag, value):
         found = trained(context, flag, name)
-        place, reason = (found.value, found.why) if isinstance(found, Mended) else (found, "")
+        place, reason = (found.value, found.why) if isinstance(found, CorrectedValue) else (found, "")
         if context.today(name) != name and not Path(name).exists():
             context.fetch.append(place)
             place = f"models/{place.split('/')[-1]}"
         out.append(place)
         why += [reason] if reason else []
-    return Mended(out, "; ".join(why)) if why else out
+    return CorrectedValue(out, "; ".join(why)) if why else out
 
 
-def data(context: Context, flag: str, value: Any) -> Any:
+def data(context: MigrationContext, flag: str, value: Any) -> Any:
     """A file of data; where it is not there, one of its name a folder below, where `tongwen fetch` put it."""
     name = str(text(context, flag, value))
     below = sorted(Path(name).parent.glob(f"*/{Path(name).name}")) if not Path(name).exists() else []
-    return Mended(str(below[0]), say("where it was fetched to", "已获取到该处")) if below else name
+    return CorrectedValue(str(below[0]), say("where it was fetched to", "已获取到该处")) if below else name
 
 
 def _sources(pattern: str, **words: Any) -> Reader:
     """The files of a folder, as a source of a recipe."""
 
-    def read(context: Context, flag: str, value: Any) -> list[dict[str, Any]]:
+    def read(context: MigrationContext, flag: str, value: Any) -> list[dict[str, Any]]:
         return [{"path": f"{folder(context, flag, value)}/{pattern}", **words}]
 
     return read
 
 
 def _inside(pattern: str) -> Reader:
-    def read(context: Context, flag: str, value: Any) -> str:
+    def read(context: MigrationContext, flag: str, value: Any) -> str:
         return pattern.format(folder(context, flag, value))
 
     return read

@@ -13,8 +13,8 @@ from typing import Any
 
 from tongwen.core.errors import RecipeError, TongwenError
 from tongwen.core.i18n import say
-from tongwen.migrate.flag_values import READERS, Context, Gone, Mended
-from tongwen.migrate.tables import Program, Rule, spoken
+from tongwen.migrate.flag_values import READERS, CorrectedValue, MigrationContext, RemovedFlag
+from tongwen.migrate.tables import FlagRule, OldProgram, spoken
 from tongwen.recipe.aliases import OLD, OLD_REASONS, OWNED, training_arguments
 
 
@@ -30,17 +30,17 @@ class Verdict:
 
 
 @dataclass
-class Reading:
+class FlagReader:
     """An old command, with the files that it names, on its way. said: word of today -> (flag that said it, value)."""
 
-    context: Context
+    context: MigrationContext
     section: str = ""
     said: dict[str, tuple[str, Any]] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[TongwenError] = field(default_factory=list)
 
-    def take(self, program: Program, flags: Iterable[tuple[str, Any]], place: str, inside: str = "") -> None:
+    def take(self, program: OldProgram, flags: Iterable[tuple[str, Any]], place: str, inside: str = "") -> None:
         """Read the flags of a program. place: where they stand, for messages; inside: the file that a flag has named, whose
         keys these are."""
         first = len(self.verdicts)
@@ -95,7 +95,7 @@ class Reading:
             given[name] = value
         return given
 
-    def _rule_of(self, program: Program, name: str, place: str) -> Rule | None:
+    def _rule_of(self, program: OldProgram, name: str, place: str) -> FlagRule | None:
         starts = (rule for start, rule in program.prefixes.items() if name == start or name.startswith(f"{start}."))
         rule = program.flags.get(name) or next(starts, None) or (_trainers_own(name) if program.trains else None)
         if rule is None:
@@ -107,19 +107,19 @@ class Reading:
             )
         return rule
 
-    def _apply(self, rule: Rule, name: str, value: Any, place: str, *, own: bool = True) -> None:
+    def _apply(self, rule: FlagRule, name: str, value: Any, place: str, *, own: bool = True) -> None:
         """own: the flag was given, and not only taken for granted by its program."""
         try:
             found = READERS[rule.read](self.context, name, value)
-            if rule.words and not isinstance(found, Gone):
+            if rule.words and not isinstance(found, RemovedFlag):
                 found = _worded(rule, found)
         except ValueError as error:
             self.wrong(place, f"{name}: {error}", say("write it out", "请写明"))
             return
         to = rule.to.replace("@", self.section)
-        why = found.why if isinstance(found, (Mended, Gone)) else ""
-        new = found.value if isinstance(found, Mended) else found
-        gone = isinstance(found, Gone) or bool(rule.dropped and not (to or rule.sets))
+        why = found.why if isinstance(found, (CorrectedValue, RemovedFlag)) else ""
+        new = found.value if isinstance(found, CorrectedValue) else found
+        gone = isinstance(found, RemovedFlag) or bool(rule.dropped and not (to or rule.sets))
         if own:
             self.verdicts.append(self._verdict(rule, name, value, to, gone, why or spoken(rule.mended)))
         if gone:
@@ -130,7 +130,7 @@ class Reading:
             if new:
                 self.say(word, name, constant, place)
 
-    def _verdict(self, rule: Rule, name: str, value: Any, to: str, gone: bool, why: str) -> Verdict:
+    def _verdict(self, rule: FlagRule, name: str, value: Any, to: str, gone: bool, why: str) -> Verdict:
         if gone:
             return Verdict(name, value, "dropped", why=spoken(rule.dropped) if rule.dropped else why)
         if rule.read == "file":
@@ -141,7 +141,7 @@ class Reading:
         return Verdict(name, value, verdict, to or ", ".join(rule.sets), why)
 
 
-def _why_not(rule: Rule, given: dict[str, Any]) -> str:
+def _why_not(rule: FlagRule, given: dict[str, Any]) -> str:
     """Why a flag says nothing beside the others; empty when it does."""
     for other, why in rule.unless.items():
         if other in given and str(given[other]).lower() not in ("false", "-1", "0"):  # max_steps: -1 is as good as none
@@ -149,23 +149,23 @@ def _why_not(rule: Rule, given: dict[str, Any]) -> str:
     return next((spoken(why) for other, why in rule.needs.items() if other not in given), "")
 
 
-def _worded(rule: Rule, found: Any) -> Any:
+def _worded(rule: FlagRule, found: Any) -> Any:
     """The word of today for an old one. Raises ValueError for a word that the program did not have."""
     words = {str(old).lower(): new for old, new in rule.words.items()}
-    old = str(found.value if isinstance(found, Mended) else found).lower()
+    old = str(found.value if isinstance(found, CorrectedValue) else found).lower()
     if old not in words:
         raise ValueError(say(f"{old!r} is not one of: {', '.join(words)}", f"{old!r} 不在可选值中：{'、'.join(words)}"))
     if words[old] is None:
-        return Gone(say("so it is without a word", "不写即如此"))
-    return Mended(words[old], found.why) if isinstance(found, Mended) else words[old]
+        return RemovedFlag(say("so it is without a word", "不写即如此"))
+    return CorrectedValue(words[old], found.why) if isinstance(found, CorrectedValue) else words[old]
 
 
-def _trainers_own(name: str) -> Rule | None:
+def _trainers_own(name: str) -> FlagRule | None:
     """A field of TrainingArguments that no table names."""
     if OLD.get(name):
-        return Rule(to=f"@.{OLD[name]}", read="scalar")
+        return FlagRule(to=f"@.{OLD[name]}", read="scalar")
     if name in OLD:
-        return Rule(read="scalar", dropped=OLD_REASONS.get(name, ("it has no effect any more", "它已不再有作用")))
+        return FlagRule(read="scalar", dropped=OLD_REASONS.get(name, ("it has no effect any more", "它已不再有作用")))
     if name in OWNED:
-        return Rule(read="scalar", dropped=(f"in a recipe: {OWNED[name]}", f"配方中：{OWNED[name]}"))
-    return Rule(to=f"@.trainer.{name}", read="scalar") if name in training_arguments() else None
+        return FlagRule(read="scalar", dropped=(f"in a recipe: {OWNED[name]}", f"配方中：{OWNED[name]}"))
+    return FlagRule(to=f"@.trainer.{name}", read="scalar") if name in training_arguments() else None

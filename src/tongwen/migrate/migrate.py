@@ -16,17 +16,17 @@ import yaml
 from tongwen.core.errors import RecipeError, raise_all
 from tongwen.core.i18n import say
 from tongwen.migrate import build_recipe
-from tongwen.migrate.flag_values import Context
-from tongwen.migrate.flags import Reading, Verdict
+from tongwen.migrate.flag_values import MigrationContext
+from tongwen.migrate.flags import FlagReader, Verdict
 from tongwen.migrate.shell import split_environment
-from tongwen.migrate.tables import Program, known_files, programs, scripts, spoken
+from tongwen.migrate.tables import OldProgram, known_files, programs, scripts, spoken
 
 Today = Callable[[str], str]
 SIZES = {"7B": "llama-7b", "13B": "llama-13b", "30B": "llama-30b", "65B": "llama-65b"}
 
 
 @dataclass
-class Outcome:
+class MigrationResult:
     """What an old command is today. recipe: empty when commands do it; commands: without the word `tongwen`; instead: a
     line of another program; launch: options of torchrun on several machines; environment: what stood before the command."""
 
@@ -41,7 +41,7 @@ class Outcome:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def migrate_command(words: Sequence[str], today: Today) -> Outcome:
+def migrate_command(words: Sequence[str], today: Today) -> MigrationResult:
     """Read one old command line. Raises RecipeError, or SeveralErrors with every flag that cannot be read."""
     old = shlex.join(words)
     environment, rest = split_environment(tuple(words))
@@ -59,7 +59,7 @@ def migrate_command(words: Sequence[str], today: Today) -> Outcome:
     return outcome
 
 
-def migrate_files(paths: Sequence[str], today: Today) -> Outcome:
+def migrate_files(paths: Sequence[str], today: Today) -> MigrationResult:
     """Read old configuration files that belong together. Raises RecipeError, or SeveralErrors."""
     reading, project = _new_reading(today), ""
     commands: list[list[str]] = []
@@ -72,15 +72,15 @@ def migrate_files(paths: Sequence[str], today: Today) -> Outcome:
         if program.command:
             commands = build_recipe.build_commands(reading, program)
     raise_all(reading.problems)
-    outcome = Outcome(" ".join(paths), project, reading.verdicts, commands=commands, notes=reading.notes)
+    outcome = MigrationResult(" ".join(paths), project, reading.verdicts, commands=commands, notes=reading.notes)
     if not commands:
         outcome.recipe = build_recipe.build_recipe(reading, paths[0])
         raise_all(reading.problems)
     return outcome
 
 
-def _new_reading(today: Today) -> Reading:
-    reading = Reading(Context(today, lambda path, flag: None))
+def _new_reading(today: Today) -> FlagReader:
+    reading = FlagReader(MigrationContext(today, lambda path, flag: None))
     reading.context.read_file = lambda path, flag: _take_file(reading, path)
     return reading
 
@@ -88,7 +88,7 @@ def _new_reading(today: Today) -> Reading:
 # -- lines that start no program of theirs -------------------------------------------------------------------------
 
 
-def _plain_line(words: tuple[str, ...], old: str) -> Outcome | None:
+def _plain_line(words: tuple[str, ...], old: str) -> MigrationResult | None:
     """conda, pip, git, wget, sha256sum, accelerate's questions: each word dropped, or an argument of what is done here."""
     for program in programs("lines").values():
         name = next((name for name in program.names if words[: len(name.split())] == tuple(name.split())), None)
@@ -103,7 +103,7 @@ def _plain_line(words: tuple[str, ...], old: str) -> Outcome | None:
             else Verdict(word, None, "dropped", why=spoken(program.reason))
             for word in rest
         ]
-        return Outcome(
+        return MigrationResult(
             old,
             program.project,
             verdicts,
@@ -142,7 +142,7 @@ _LINES: dict[str, Callable[[Sequence[str]], list[list[str]]]] = {
 # -- programs ------------------------------------------------------------------------------------------------------
 
 
-def _program_line(words: tuple[str, ...], old: str, today: Today) -> Outcome:
+def _program_line(words: tuple[str, ...], old: str, today: Today) -> MigrationResult:
     launcher, rest = _split_launcher(words)
     at = next((place for place, word in enumerate(rest) if _script_name(rest, place)), None)
     if at is None:
@@ -168,7 +168,7 @@ def _program_line(words: tuple[str, ...], old: str, today: Today) -> Outcome:
     launch = reading.context.launch
     if launch and "devices" in reading.context.batch:
         launch["nproc_per_node"] = str(reading.context.batch["devices"])
-    outcome = Outcome(old, program.project, reading.verdicts, launch=launch, notes=reading.notes)
+    outcome = MigrationResult(old, program.project, reading.verdicts, launch=launch, notes=reading.notes)
     if program.lines:
         outcome.commands = [list(line) for line in program.lines]
     elif program.command:
@@ -183,7 +183,7 @@ def _program_line(words: tuple[str, ...], old: str, today: Today) -> Outcome:
     return outcome
 
 
-def _split_launcher(words: tuple[str, ...]) -> tuple[Program | None, tuple[str, ...]]:
+def _split_launcher(words: tuple[str, ...]) -> tuple[OldProgram | None, tuple[str, ...]]:
     """(the program that starts the script, the rest)."""
     found = [
         (len(name.split()), one)
@@ -213,7 +213,7 @@ def _nearest_scripts(words: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(near or known))
 
 
-def _choose(name: str, flags: Sequence[str]) -> Program:
+def _choose(name: str, flags: Sequence[str]) -> OldProgram:
     """The program of that name: several projects have a finetune.py, and their flags tell them apart. One without any is
     BELLE's, whose manual alone shows such a line."""
     named = [program for program in scripts() if name in program.names]
@@ -226,7 +226,7 @@ def _choose(name: str, flags: Sequence[str]) -> Program:
 
 
 def _flags(
-    words: Sequence[str], reading: Reading, place: str, positional: Sequence[str] = ()
+    words: Sequence[str], reading: FlagReader, place: str, positional: Sequence[str] = ()
 ) -> Iterator[tuple[str, Any]]:
     """(flag, value) of each option. A word that is no flag belongs to the flag before it, or is the next positional one."""
     waiting: str | None = None
@@ -258,7 +258,7 @@ def _flags(
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-def _take_file(reading: Reading, path: str) -> None:
+def _take_file(reading: FlagReader, path: str) -> None:
     """A file that a flag names: its keys are flags of their own. The project's own when it is not here."""
     name = Path(path).name
     if not Path(path).is_file() and name in known_files():
@@ -275,7 +275,7 @@ def _take_file(reading: Reading, path: str) -> None:
     _take_keys(reading, program, data, path, name)
 
 
-def _take_keys(reading: Reading, program: Program, data: Mapping[str, Any], path: str, inside: str = "") -> None:
+def _take_keys(reading: FlagReader, program: OldProgram, data: Mapping[str, Any], path: str, inside: str = "") -> None:
     """The keys of a file as flags; a null says nothing."""
     keys = dict(_flat(data))
     reading.take(program, [pair for pair in keys.items() if pair[1] is not None], path, inside)
@@ -296,7 +296,7 @@ def _read_data(path: str) -> dict[str, Any]:
     return data
 
 
-def _recognise(data: Mapping[str, Any], path: str) -> Program:
+def _recognise(data: Mapping[str, Any], path: str) -> OldProgram:
     """What a file is by its keys: all that its program is known by must be there."""
     files = [*programs("trainer").values(), *scripts()]
     for program in files:

@@ -18,20 +18,20 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)")
 
 
 @dataclass(frozen=True)
-class Line:
+class ScriptLine:
     """One command. number: of the line on which it begins, from 1."""
 
     words: tuple[str, ...]
     number: int
 
 
-def read_script(text: str, name: str) -> list[Line]:
+def read_script(text: str, name: str) -> list[ScriptLine]:
     """The commands of a script. A line that begins with a dash belongs to the command above, backslash or not.
 
     Raises RecipeError for a quote that is not closed.
     """
     variables: dict[str, str] = {}
-    out: list[Line] = []
+    out: list[ScriptLine] = []
     for number, line in _joined(text):
         try:
             words = shlex.split(line, comments=True)
@@ -45,7 +45,7 @@ def read_script(text: str, name: str) -> list[Line]:
         if len(words) == 1 and (found := _ASSIGNMENT.match(words[0])):
             variables[found[1]] = found[2]
         elif words:
-            out.append(Line(tuple(words), number))
+            out.append(ScriptLine(tuple(words), number))
     return out
 
 

@@ -19,7 +19,7 @@ Text = tuple[str, str]  # English, Chinese
 
 
 @dataclass(frozen=True)
-class Rule:
+class FlagRule:
     """What becomes of a flag.
 
     to:      dotted word of the recipe (`@` is the program's section), or option of a command; empty: nowhere
@@ -41,7 +41,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Program:
+class OldProgram:
     """One program or file of an older project.
 
     names: of the script; keys: by which a file is recognised; signs, sign_values: flags, and parts of values, by which it is told
@@ -67,8 +67,8 @@ class Program:
     note: Text | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     always: Mapping[str, Any] = field(default_factory=dict)
-    flags: Mapping[str, Rule] = field(default_factory=dict)
-    prefixes: Mapping[str, Rule] = field(default_factory=dict)
+    flags: Mapping[str, FlagRule] = field(default_factory=dict)
+    prefixes: Mapping[str, FlagRule] = field(default_factory=dict)
     finds_base: bool = False  # the base is named by the adapter
     trains: bool = False  # takes all of transformers' TrainingArguments
 
@@ -78,7 +78,7 @@ def spoken(text: Text | None) -> str:
 
 
 @cache
-def programs(table: str) -> dict[str, Program]:
+def programs(table: str) -> dict[str, OldProgram]:
     """The programs of one table, in its order."""
     rows = _read(table)
     shared = rows if table == "trainer" else _read("trainer") | rows
@@ -86,7 +86,7 @@ def programs(table: str) -> dict[str, Program]:
 
 
 @cache
-def scripts() -> tuple[Program, ...]:
+def scripts() -> tuple[OldProgram, ...]:
     return tuple(one for table in ("belle", "guanaco", "cla", "llamafactory") for one in programs(table).values())
 
 
@@ -101,7 +101,7 @@ def _read(table: str) -> dict[str, Any]:
     return dict(yaml.safe_load(text))
 
 
-def _program(id_: str, row: dict[str, Any], shared: Mapping[str, Any]) -> Program:
+def _program(id_: str, row: dict[str, Any], shared: Mapping[str, Any]) -> OldProgram:
     used = row.get("uses", ())
     flags: dict[str, Any] = {}
     for name in reversed(used):
@@ -111,7 +111,7 @@ def _program(id_: str, row: dict[str, Any], shared: Mapping[str, Any]) -> Progra
         if key in known:
             known[key] = tuple(known[key])
     known["lines"] = tuple(tuple(line) for line in known.get("lines", ()))
-    return Program(
+    return OldProgram(
         id=id_,
         flags={name: _rule(value) for name, value in {**flags, **row.get("flags", {})}.items()},
         prefixes={name: _rule(value) for name, value in row.get("prefixes", {}).items()},
@@ -120,14 +120,14 @@ def _program(id_: str, row: dict[str, Any], shared: Mapping[str, Any]) -> Progra
     )
 
 
-def _rule(row: Any) -> Rule:
+def _rule(row: Any) -> FlagRule:
     """A word is where it goes, a pair of sentences is why it is gone, anything else says both."""
     if isinstance(row, str):
-        return Rule(to=row)
+        return FlagRule(to=row)
     if isinstance(row, list):
-        return Rule(dropped=(row[0], row[1]))
+        return FlagRule(dropped=(row[0], row[1]))
     row = dict(row)
     for key in ("mended", "dropped"):
         if key in row:
             row[key] = tuple(row[key])
-    return Rule(**row)
+    return FlagRule(**row)

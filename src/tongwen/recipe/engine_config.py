@@ -79,7 +79,7 @@ LAUNCHERS = (
 )
 
 
-class Told(NamedTuple):
+class EngineSettings(NamedTuple):
     """What a file says. words: of the recipe; trainer: TrainingArguments; engine: the rest; dropped: without effect."""
 
     words: dict[str, Any]
@@ -88,7 +88,7 @@ class Told(NamedTuple):
     dropped: tuple[str, ...]
 
 
-def read(file: str, devices: int) -> Told:
+def read(file: str, devices: int) -> EngineSettings:
     """Read an engine file. Raises RecipeError when it is missing, unreadable, or asks for what is not here."""
     data = _load(Path(file))
     if file.endswith(".json"):
@@ -122,7 +122,7 @@ def _load(file: Path) -> dict[str, Any]:
     return _section({"": data if data is not None else "null"}, "", str(file))
 
 
-def _deepspeed(data: dict[str, Any], file: str, devices: int) -> Told:
+def _deepspeed(data: dict[str, Any], file: str, devices: int) -> EngineSettings:
     words: dict[str, Any] = {}
     trainer: dict[str, Any] = {}
     optimizer, scheduler = _section(data, "optimizer", file), _section(data, "scheduler", file)
@@ -178,8 +178,8 @@ def _deepspeed(data: dict[str, Any], file: str, devices: int) -> Told:
     dropped += _listed(batch)
     engine = {key: value for key, value in data.items() if key not in RECIPES}
     if str(_section(data, "zero_optimization", file).get("stage", 0)) == "0":
-        return Told({**words, "engine": "auto"}, trainer, {}, (*dropped, *_listed(engine)))
-    return Told(words, trainer, {**engine, "zero_optimization": _zero(data, file)}, tuple(dropped))
+        return EngineSettings({**words, "engine": "auto"}, trainer, {}, (*dropped, *_listed(engine)))
+    return EngineSettings(words, trainer, {**engine, "zero_optimization": _zero(data, file)}, tuple(dropped))
 
 
 def _zero(data: dict[str, Any], file: str) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def _beside(data: dict[str, Any], file: str) -> tuple[dict[str, Any], list[str]]
     return {"precision": precision}, _listed(rest)
 
 
-def _fsdp(data: dict[str, Any], file: str) -> Told:
+def _fsdp(data: dict[str, Any], file: str) -> EngineSettings:
     said = _section(data, "fsdp_config", file)
     config = {str(key).removeprefix("fsdp_"): value for key, value in said.items() if value not in (None, "")}
     words: dict[str, Any] = {}
@@ -253,16 +253,16 @@ def _fsdp(data: dict[str, Any], file: str) -> Told:
         if name not in FSDP:
             remedy = say("leave it out", "请删去")
             raise _unknown(file, "fsdp_config", name, (*FSDP, "offload_params", "activation_checkpointing"), remedy)
-    return Told(words, {}, config, tuple(dropped))
+    return EngineSettings(words, {}, config, tuple(dropped))
 
 
-def _accelerates_deepspeed(data: dict[str, Any], file: str) -> Told:
+def _accelerates_deepspeed(data: dict[str, Any], file: str) -> EngineSettings:
     """Its few words are the recipe's own, or name DeepSpeed's file, which is then the engine."""
     said = _section(data, "deepspeed_config", file)
     if (own := said.pop("deepspeed_config_file", "none")) not in ("none", None):
         if not str(own).endswith(".json"):
             raise _unknown(file, "deepspeed_config.deepspeed_config_file", own, ("FILE.json",))
-        return Told({"engine": own}, {}, {}, tuple(_listed(said, "deepspeed_config.")))
+        return EngineSettings({"engine": own}, {}, {}, tuple(_listed(said, "deepspeed_config.")))
     stage = str(said.get("zero_stage", 2))
     if stage not in ("0", "1", "2", "3"):
         raise _unknown(file, "deepspeed_config.zero_stage", stage, ("0", "1", "2", "3"), "engine: zero2")
@@ -284,7 +284,7 @@ def _accelerates_deepspeed(data: dict[str, Any], file: str) -> Told:
     said.pop("zero3_save_16bit_model", None)  # always so here
     clips = said.pop("gradient_clipping", "auto")
     words |= {"max_grad_norm": clips} if clips not in ("auto", "none", None) else {}
-    return Told(words, {}, {}, tuple(_listed(said, "deepspeed_config.")))
+    return EngineSettings(words, {}, {}, tuple(_listed(said, "deepspeed_config.")))
 
 
 def _section(data: dict[str, Any], key: str, file: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ for _tag, _pattern, _first in (
     Loader.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
 
 
-class Reading:
+class RecipeReader:
     """One reading: the values, where each stands, what is wrong, and what was translated."""
 
     def __init__(self, file: str) -> None:
@@ -104,7 +104,7 @@ def read(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, l
     Returns the frozen recipe and notices (old names translated, batch sizes converted) to be shown to the user.
     Raises RecipeError, or SeveralErrors with every problem, each with file and line.
     """
-    reading = Reading(name)
+    reading = RecipeReader(name)
     data = _compose(text, reading)
     for override in overrides:
         _apply_override(data, override, reading)
@@ -149,7 +149,7 @@ def _add_made(data: dict[str, Any]) -> None:
 
 def from_words(data: Mapping[str, Any], command: str) -> Recipe:
     """The recipe that a command line's own words make. Raises as `load` does; what is wrong stands at the command."""
-    reading = Reading(command)
+    reading = RecipeReader(command)
     recipe = _validate(data, reading)
     raise_all(reading.problems)
     assert recipe is not None
@@ -180,7 +180,7 @@ def _text_of(file: Path) -> str:
         raise RecipeError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=str(file)) from None
 
 
-def _compose(text: str, reading: Reading) -> dict[str, Any]:
+def _compose(text: str, reading: RecipeReader) -> dict[str, Any]:
     file = reading.file
     try:
         node = yaml.compose(text, Loader=Loader)
@@ -203,7 +203,7 @@ def _compose(text: str, reading: Reading) -> dict[str, Any]:
     return data
 
 
-def _apply_override(data: dict[str, Any], override: str, reading: Reading) -> None:
+def _apply_override(data: dict[str, Any], override: str, reading: RecipeReader) -> None:
     name, equals, text = override.partition("=")
     source = say(f"command line `{override}`", f"命令行 `{override}`")
     parts = name.strip().split(".")
@@ -228,7 +228,7 @@ def _apply_override(data: dict[str, Any], override: str, reading: Reading) -> No
 
 
 def _translate(
-    section: dict[str, Any], path: Path_, words: type[Training], devices: Any, reading: Reading
+    section: dict[str, Any], path: Path_, words: type[Training], devices: Any, reading: RecipeReader
 ) -> dict[str, Any]:
     """Old and foreign names of a training section become the recipe's words; what it owns is refused by name."""
     section = dict(section)
@@ -279,7 +279,7 @@ def _is_a(value: Any, annotation: str) -> bool:
     return kind in names or (kind == "int" and "float" in names)
 
 
-def _hear_engine(section: dict[str, Any], path: Path_, devices: Any, reading: Reading) -> None:
+def _hear_engine(section: dict[str, Any], path: Path_, devices: Any, reading: RecipeReader) -> None:
     """What a user's engine file says of batch, optimizer, schedule and precision becomes the recipe's words, aloud."""
     here = (*path, "engine")
     try:
@@ -321,7 +321,9 @@ def _hear_engine(section: dict[str, Any], path: Path_, devices: Any, reading: Re
             _hear_engine(section, path, devices, reading)
 
 
-def _translate_old(section: dict[str, Any], holder: dict[str, Any], key: str, here: Path_, reading: Reading) -> None:
+def _translate_old(
+    section: dict[str, Any], holder: dict[str, Any], key: str, here: Path_, reading: RecipeReader
+) -> None:
     value, new = holder.pop(key), OLD[key]
     if not new:
         en, zh = OLD_REASONS.get(key, ("it has no effect any more", "它已不再有作用"))
@@ -340,7 +342,7 @@ def _translate_old(section: dict[str, Any], holder: dict[str, Any], key: str, he
         )
 
 
-def _convert_batch(section: dict[str, Any], path: Path_, devices: Any, reading: Reading) -> None:
+def _convert_batch(section: dict[str, Any], path: Path_, devices: Any, reading: RecipeReader) -> None:
     per_device, accumulate = (
         section.pop("per_device_train_batch_size", None),
         section.pop("gradient_accumulation_steps", None),
@@ -371,7 +373,7 @@ def _convert_batch(section: dict[str, Any], path: Path_, devices: Any, reading: 
     )
 
 
-def _validate(data: Mapping[str, Any], reading: Reading) -> Recipe | None:
+def _validate(data: Mapping[str, Any], reading: RecipeReader) -> Recipe | None:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -380,7 +382,7 @@ def _validate(data: Mapping[str, Any], reading: Reading) -> Recipe | None:
         return None
 
 
-def _explain(problem: Any, data: Any, reading: Reading) -> None:
+def _explain(problem: Any, data: Any, reading: RecipeReader) -> None:
     """One pydantic error -> one problem in our words."""
     path = _plain_path(problem["loc"], data)
     kind, value = problem["type"], problem.get("input")

@@ -98,7 +98,7 @@ Seconds = Annotated[float, BeforeValidator(read_seconds), PlainSerializer(lambda
 Length = Annotated[Duration, BeforeValidator(read_duration), PlainSerializer(str)]
 
 
-class Source(Section):
+class SourceConfig(Section):
     """Where rows come from: a file, a folder, a glob, or a data set of a hub."""
 
     path: str = word(
@@ -146,7 +146,7 @@ class Source(Section):
     )
 
     @model_validator(mode="after")
-    def _check(self) -> Source:
+    def _check(self) -> SourceConfig:
         if self.weight is not None and self.share is not None:
             raise wrong(
                 "`weight` and `share` exclude each other: passes per epoch, or a share of its tokens",
@@ -155,10 +155,10 @@ class Source(Section):
         return self
 
 
-Sources = Annotated[list[Annotated[Source, BeforeValidator(read_source)]], BeforeValidator(read_list)]
+SourceConfigs = Annotated[list[Annotated[SourceConfig, BeforeValidator(read_source)]], BeforeValidator(read_list)]
 
 
-class Spending(Section):
+class SpendingLimits(Section):
     """What `synthesize` may use at most; it stops before it would go beyond."""
 
     requests: int | None = word(None, "requests", "请求次数", ge=1)
@@ -194,7 +194,7 @@ class Synthesize(Section):
         None, "seed tasks of BELLE's shape; absent: 40 of ours", "BELLE 格式的种子任务；不写用自带的 40 个"
     )
     topics: list[str] = word([], "topics; absent: 82 of ours", "话题；不写用自带的 82 个")
-    documents: Sources = word([], "documents to talk about", "要谈论的文档")
+    documents: SourceConfigs = word([], "documents to talk about", "要谈论的文档")
     temperature: Number = word(1.0, "0: always the likeliest", "0：总取最可能的", ge=0, le=2)
     top_p: Number = word(1.0, "share of the likeliest tokens drawn from", "核采样比例", gt=0, le=1)
     max_tokens: int = word(2048, "tokens of a reply at most", "单次回答的最多 token 数", ge=1)
@@ -216,7 +216,7 @@ class Synthesize(Section):
     )
     bm25_at_most: Number = word(18.0, "likeness to any other question, BM25", "与其他问题的最大 BM25", gt=0)
     rouge_at_most: Number = word(0.7, "the same as ROUGE-L", "同上，ROUGE-L", gt=0, le=1)
-    at_most: Spending = word(Spending(), "the cap of spending", "花费上限")
+    at_most: SpendingLimits = word(SpendingLimits(), "the cap of spending", "花费上限")
     price: Price | None = word(None, "needed for at_most.money", "at_most.money 需要")
     use_proxy: bool = word(
         False,
@@ -289,8 +289,8 @@ class Dedup(Section):
 class Prepare(Section):
     """Read, clean, deduplicate, check and split the data."""
 
-    documents: Sources = word([], "plain text for continued pre-training", "继续预训练用的纯文本")
-    dialogues: Sources = word([], "conversations for fine-tuning", "微调用的对话")
+    documents: SourceConfigs = word([], "plain text for continued pre-training", "继续预训练用的纯文本")
+    dialogues: SourceConfigs = word([], "conversations for fine-tuning", "微调用的对话")
     clean: Clean = word(Clean(), "what is mended or dropped", "清洗规则")
     dedup: Dedup = word(Dedup(), "duplicates", "去重")
     held_out: Number | str = word(
@@ -299,7 +299,7 @@ class Prepare(Section):
         "留出不参与训练的部分：比例（小于 1）、条数或一个文件",
     )
     held_out_at_most: int | None = word(None, "rows that a share holds out at most", "按比例留出时的最多行数", ge=1)
-    evaluation: Sources = word(
+    evaluation: SourceConfigs = word(
         [], "data that the model will be examined on; it must not be trained on", "评测用数据，不得出现在训练中"
     )
     contaminated: Literal["remove", "refuse"] = word(
@@ -410,7 +410,7 @@ class Vocab(Section):
         return self
 
 
-class Adapter(Section):
+class AdapterConfig(Section):
     """What is trained: every weight, or a low-rank adapter beside them."""
 
     method: Literal["lora", "qlora", "adalora", "new_rows", "full"] = word(
@@ -447,7 +447,7 @@ class Adapter(Section):
     )
 
     @model_validator(mode="after")
-    def _check(self) -> Adapter:
+    def _check(self) -> AdapterConfig:
         if isinstance(self.targets, str) and self.targets not in ("all-linear", "family"):
             raise wrong(
                 f"targets: {self.targets!r} is not `all-linear`, `family` or a list such as [q_proj, v_proj]",
@@ -485,8 +485,8 @@ class Adapter(Section):
     @property
     def idle(self) -> set[str]:
         if self.part != "lora":
-            return {*Adapter.model_fields} - {"method"}
-        own = {*Adapter.model_fields} - {"method", "quantize", "continue_from"} if self.continue_from else set()
+            return {*AdapterConfig.model_fields} - {"method"}
+        own = {*AdapterConfig.model_fields} - {"method", "quantize", "continue_from"} if self.continue_from else set()
         return own if self.method == "qlora" else own | {"quantize"}
 
     @property
@@ -495,13 +495,13 @@ class Adapter(Section):
         return self.alpha if self.alpha is not None else 2.0 * self.rank
 
     @property
-    def part(self) -> Part:
+    def part(self) -> TrainedPart:
         """What it trains, in the words of `pretrain.train`."""
         return self.method if self.method in ("new_rows", "full") else "lora"
 
 
-Tracker = Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"]
-Part = Literal["new_rows", "embeddings", "lora", "full"]
+TrackerName = Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"]
+TrainedPart = Literal["new_rows", "embeddings", "lora", "full"]
 ROWS_ONLY = ("new_rows", "embeddings")
 ENGINES = ("auto", "ddp", "fsdp2", "zero2", "zero3")
 
@@ -509,7 +509,7 @@ ENGINES = ("auto", "ddp", "fsdp2", "zero2", "zero3")
 class Training(Section):
     """What every training stage knows."""
 
-    adapter: Adapter = word(Adapter(), "what is trained", "训练哪些权重")
+    adapter: AdapterConfig = word(AdapterConfig(), "what is trained", "训练哪些权重")
     max_length: int = word(1024, "tokens of a sample at most", "每个样本的最大 token 数", ge=8)
     batch_size: int = word(8, "samples per optimizer step over all devices", "每个优化步的样本数（所有设备合计）", ge=1)
     batch_tokens: int | None = word(
@@ -646,7 +646,7 @@ class Training(Section):
     def idle_adapter(self) -> set[str]:
         """Words of `adapter` that say nothing beside the others, nor to `train`."""
         trains = self.adapter.part != "lora" or any("lora" in stretch.parts for stretch in self.stretches)
-        return self.adapter.idle if trains else {*Adapter.model_fields}
+        return self.adapter.idle if trains else {*AdapterConfig.model_fields}
 
     def deciding(self) -> dict[str, Any]:
         """The words that decide the result. When to evaluate is one of them where evaluations may end the run; so is what an
@@ -715,10 +715,10 @@ class Training(Section):
         return any("full" in stretch.parts for stretch in self.stretches)
 
     @property
-    def stretches(self) -> list[Stretch]:
+    def stretches(self) -> list[TrainingPhase]:
         """What is trained, one after the other, each with its own words."""
         part = self.adapter.part
-        return [Stretch(part, (part,), self, *self.rates(part))]
+        return [TrainingPhase(part, (part,), self, *self.rates(part))]
 
     def rates(self, train: str) -> tuple[float, float]:
         """Peak learning rates: of the weights, and of embeddings."""
@@ -726,11 +726,11 @@ class Training(Section):
         return rate, rate
 
 
-class Stretch(NamedTuple):
+class TrainingPhase(NamedTuple):
     """A part of a stage's training. train: as the recipe says it; parts: what that trains; words: how; rates: see there."""
 
     train: str
-    parts: tuple[Part, ...]
+    parts: tuple[TrainedPart, ...]
     words: Training
     rate: float
     embedding_rate: float
@@ -743,7 +743,7 @@ def no_embeddings() -> PydanticCustomError:
     )
 
 
-class Phase(Section):
+class PhaseConfig(Section):
     """One phase of pre-training. What it does not say, the section says."""
 
     train: Literal["new_rows", "embeddings", "lora", "lora+embeddings", "full"] = word(
@@ -756,7 +756,7 @@ class Phase(Section):
     embedding_learning_rate: Number | None = word(None, "peak of the embeddings", "词向量的峰值学习率", gt=0)
 
     @model_validator(mode="after")
-    def _check(self) -> Phase:
+    def _check(self) -> PhaseConfig:
         if self.train == "lora" and self.embedding_learning_rate is not None:
             raise no_embeddings()
         return self
@@ -777,7 +777,7 @@ class Pretrain(Training):
         "what is trained when there are no phases: new_rows, embeddings, lora, lora+embeddings or full",
         "没有 phases 时训练什么：new_rows、embeddings、lora、lora+embeddings 或 full",
     )
-    phases: list[Phase] = word([], "one after the other, instead of `train`", "依次进行的各阶段，代替 `train`")
+    phases: list[PhaseConfig] = word([], "one after the other, instead of `train`", "依次进行的各阶段，代替 `train`")
     documents: Literal["apart", "concatenated", "blocks"] = word(
         "apart",
         "apart: each sees only itself; concatenated: end to end, cut at max_length; blocks: the same, and the remainder is "
@@ -851,14 +851,14 @@ class Pretrain(Training):
         return super().may_end_early or self.forgetting.stop is not None
 
     @property
-    def stretches(self) -> list[Stretch]:
+    def stretches(self) -> list[TrainingPhase]:
         out = []
-        for phase in self.phases or [Phase(train=self.train)]:
-            said = {name: getattr(phase, name) for name in Phase.model_fields if name != "train"}
+        for phase in self.phases or [PhaseConfig(train=self.train)]:
+            said = {name: getattr(phase, name) for name in PhaseConfig.model_fields if name != "train"}
             if phase.learning_rate is not None and phase.train in ROWS_ONLY:
                 said["embedding_learning_rate"] = phase.embedding_learning_rate or phase.learning_rate
             words = self.model_copy(update={name: value for name, value in said.items() if value is not None})
-            out.append(Stretch(phase.train, tuple(phase.train.split("+")), words, *words.rates(phase.train)))  # type: ignore[arg-type]
+            out.append(TrainingPhase(phase.train, tuple(phase.train.split("+")), words, *words.rates(phase.train)))  # type: ignore[arg-type]
         return out
 
     def rates(self, train: str) -> tuple[float, float]:
@@ -941,12 +941,12 @@ TaskName = Literal[
 ]
 
 
-class Task(Section):
+class TaskConfig(Section):
     """One thing that a model is examined in."""
 
     task: TaskName = word(..., "what is measured", "测什么")
     name: str = word("", "its name in scores.json; the task's when absent", "在 scores.json 中的名字；不写则为任务名")
-    data: Annotated[Source, BeforeValidator(read_source)] | None = word(
+    data: Annotated[SourceConfig, BeforeValidator(read_source)] | None = word(
         None, "what it is measured on; what `prepare` held out when absent", "评测数据；不写则用 prepare 留出的部分"
     )
     suite: str = word("", "lm_eval: name of a task there, such as ceval-valid", "lm_eval：其中的任务名，如 ceval-valid")
@@ -959,7 +959,7 @@ class Task(Section):
     limit: int | None = word(None, "only so many rows, the first ones", "只取前几行", ge=1)
 
     @model_validator(mode="after")
-    def _check(self) -> Task:
+    def _check(self) -> TaskConfig:
         if (self.task == "lm_eval") != bool(self.suite):
             raise wrong(
                 "`task: lm_eval` and `suite: NAME` belong together", "`task: lm_eval` 与 `suite: 名称` 须同时出现"
@@ -984,8 +984,8 @@ class Task(Section):
 class Evaluate(Section):
     """Scores of the model that the stages before leave, and of the base."""
 
-    tasks: Annotated[list[Annotated[Task, BeforeValidator(read_task)]], BeforeValidator(read_list)] = word(
-        [Task(task="bits_per_byte")],
+    tasks: Annotated[list[Annotated[TaskConfig, BeforeValidator(read_task)]], BeforeValidator(read_list)] = word(
+        [TaskConfig(task="bits_per_byte")],
         "names, or {task: NAME, data: FILE, …}",
         "任务名，或 {task: 名称, data: 文件, …}",
         min_length=1,
@@ -1044,7 +1044,7 @@ class Recipe(Section):
     out: str = word("", "folder of the run; runs/NAME when absent", "输出文件夹；不写为 runs/NAME")
     seed: int = word(42, "decides order, split and initialisation", "决定顺序、划分与初始化")
     devices: int = word(1, "processes, one per GPU", "进程数，每块 GPU 一个", ge=1)
-    track: Annotated[list[Tracker], BeforeValidator(read_list)] = word(
+    track: Annotated[list[TrackerName], BeforeValidator(read_list)] = word(
         [],
         "programs that draw the curves too: tensorboard, wandb, swanlab, mlflow, trackio; keys come from the environment",
         "另外绘制曲线的程序：tensorboard、wandb、swanlab、mlflow、trackio；密钥取自环境变量",

@@ -71,7 +71,7 @@ def choose_token(loopback: bool) -> tuple[str, bool]:
     return token, False
 
 
-class Gate:
+class AuthMiddleware:
     """Lets a request through to `app` when its host, its origin and its bearer token are right."""
 
     def __init__(self, app: App, token: str, *, loopback: bool) -> None:
@@ -104,7 +104,7 @@ def digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
-class Patient(H11Protocol):
+class TimeoutProtocol(H11Protocol):
     """A connection that is closed when the head of a request takes too long."""
 
     _deadline: asyncio.TimerHandle | None = None
@@ -163,7 +163,7 @@ def serve(app: App, listening: socket.socket, *, lifespan: Literal["on", "off"] 
     settle()
     config = uvicorn.Config(
         app,
-        http=Patient,
+        http=TimeoutProtocol,
         ws="none",
         lifespan=lifespan,
         log_config=None,

@@ -26,8 +26,8 @@ from tongwen.core import console
 from tongwen.core.errors import DataError, RecipeError, TongwenError, is_out_of_memory
 from tongwen.core.i18n import say
 from tongwen.serving.auth import REQUEST_SECONDS, Receive, Scope, Send, refusal
-from tongwen.serving.request_queue import Answer, Busy, Desk
-from tongwen.serving.stream_split import Part, part_thinking, until
+from tongwen.serving.request_queue import QueuedResponse, QueueFull, RequestQueue
+from tongwen.serving.stream_split import StreamPart, split_thinking, until
 
 TURNS = 1000  # of a conversation, at most
 BYTES_PER_TOKEN = 32  # of a request's body; a token of JSON-escaped Chinese has up to 24
@@ -36,16 +36,16 @@ DISCARDED = 64 << 20  # bytes of a body that is too large which are read, so tha
 Zero = Annotated[float, Field(ge=0, le=0)]
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class TextPart(Strict):
+class TextPart(StrictModel):
     type: Literal["text"]
     text: str
 
 
-class Turn(Strict):
+class RequestMessage(StrictModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     reasoning_content: str | None = None
@@ -56,15 +56,15 @@ class Turn(Strict):
         return turn | ({"reasoning_content": self.reasoning_content} if self.reasoning_content else {})
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     include_usage: bool = False
 
 
-class TextFormat(Strict):
+class TextFormat(StrictModel):
     type: Literal["text"]
 
 
-class Asked(Strict):
+class CompletionRequest(StrictModel):
     """What chat and completions have in common; the last words are taken only where they ask for nothing."""
 
     model: str
@@ -95,8 +95,8 @@ class Asked(Strict):
         return {} if self.max_tokens is None else {"max_new_tokens": self.max_tokens}
 
 
-class ChatAsked(Asked):
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=TURNS)]
+class ChatRequest(CompletionRequest):
+    messages: Annotated[list[RequestMessage], Field(min_length=1, max_length=TURNS)]
     max_completion_tokens: int | None = None
     response_format: TextFormat | None = None
     logprobs: Literal[False] | None = None
@@ -107,13 +107,13 @@ class ChatAsked(Asked):
         return super()._length() if length is None else {"max_new_tokens": length}
 
 
-class TextAsked(Asked):
+class TextRequest(CompletionRequest):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
     echo: Literal[False] | None = None
 
 
 @dataclass(frozen=True)
-class Speech:
+class Backend:
     """What the server needs of a model.
 
     chat_ids, text_ids: a conversation or a text -> ids. Raise TongwenError for what cannot be rendered
@@ -134,7 +134,7 @@ class Speech:
     settings: dict[str, Any]
 
 
-class Refused(Exception):
+class RequestError(Exception):
     """A request that is not answered, with the response that says so."""
 
     def __init__(self, status: int, kind: str, message: str, **headers: str) -> None:
@@ -142,14 +142,19 @@ class Refused(Exception):
         super().__init__(message)
 
 
-class Told:
+class CompletionResponse:
     """An answer under the names that chat or completions give to its things."""
 
     def __init__(
-        self, asked: Asked, answer: Answer[Part], prompt: int, most: int, ended: Callable[[Sequence[int]], bool]
+        self,
+        asked: CompletionRequest,
+        answer: QueuedResponse[StreamPart],
+        prompt: int,
+        most: int,
+        ended: Callable[[Sequence[int]], bool],
     ) -> None:
         self.answer, self.prompt, self.most, self.ended = answer, prompt, most, ended
-        self.chat = isinstance(asked, ChatAsked)
+        self.chat = isinstance(asked, ChatRequest)
         self.shows_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         name = ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex
         self.head = {"id": name, "created": int(time.time()), "model": asked.model}
@@ -200,10 +205,10 @@ class Told:
         return "length" if len(tokens) >= self.most and not self.ended(tokens) else "stop"
 
 
-class Events(StreamingResponse):
+class EventStream(StreamingResponse):
     """An answer that is streamed; when its reader has gone, the place is free."""
 
-    def __init__(self, told: Told) -> None:
+    def __init__(self, told: CompletionResponse) -> None:
         super().__init__(told.events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
         self.answer = told.answer
 
@@ -214,27 +219,27 @@ class Events(StreamingResponse):
             self.answer.leave()
 
 
-def make_app(speech: Speech, places: int) -> Starlette:
+def make_app(speech: Backend, places: int) -> Starlette:
     """The routes, without a guard before them. places: requests that may wait behind the one that is answered."""
-    server = Server(speech, Desk(places))
+    server = ApiServer(speech, RequestQueue(places))
     return Starlette(
         routes=[
             Route("/v1/models", server.models, methods=["GET"]),
-            Route("/v1/chat/completions", partial(server.answer, ChatAsked), methods=["POST"]),
-            Route("/v1/completions", partial(server.answer, TextAsked), methods=["POST"]),
+            Route("/v1/chat/completions", partial(server.answer, ChatRequest), methods=["POST"]),
+            Route("/v1/completions", partial(server.answer, TextRequest), methods=["POST"]),
         ],
         exception_handlers={
-            Refused: lambda request, error: error.response,
+            RequestError: lambda request, error: error.response,
             ClientDisconnect: lambda request, error: Response(status_code=499),
             HTTPException: _no_route,
         },
     )
 
 
-class Server:
+class ApiServer:
     """The routes' answers."""
 
-    def __init__(self, speech: Speech, desk: Desk) -> None:
+    def __init__(self, speech: Backend, desk: RequestQueue) -> None:
         self.speech, self.desk = speech, desk
         self.started = int(time.time())
 
@@ -242,16 +247,16 @@ class Server:
         model = {"id": self.speech.name, "object": "model", "created": self.started, "owned_by": "tongwen"}
         return JSONResponse({"object": "list", "data": [model]})
 
-    async def answer(self, form: type[Asked], request: Request) -> Response:
+    async def answer(self, form: type[CompletionRequest], request: Request) -> Response:
         body = await self._read(request)
         asked, ids, settings = await asyncio.to_thread(self._understand, form, body)
         try:
             answer = self.desk.ask(partial(self._speak, asked, ids, settings))
-        except Busy as busy:
+        except QueueFull as busy:
             message = say("too many requests are waiting", "等待的请求过多")
-            raise Refused(429, "busy", message, retry_after=str(busy.seconds)) from None
-        told = Told(asked, answer, len(ids), settings["max_new_tokens"], self.speech.ended)
-        return Events(told) if asked.stream else await _while_here(request, told)
+            raise RequestError(429, "busy", message, retry_after=str(busy.seconds)) from None
+        told = CompletionResponse(asked, answer, len(ids), settings["max_new_tokens"], self.speech.ended)
+        return EventStream(told) if asked.stream else await _while_here(request, told)
 
     async def _read(self, request: Request) -> bytes:
         """The request's body. Raises Refused when it is too large or too slow."""
@@ -270,56 +275,58 @@ class Server:
         try:
             await asyncio.wait_for(read(), REQUEST_SECONDS)
         except asyncio.TimeoutError:
-            raise Refused(
+            raise RequestError(
                 408, "too_slow", say("the request took too long", "请求发送过慢"), connection="close"
             ) from None
         if size > limit:
             message = say(f"{size:,} bytes, at most {limit:,} are taken", f"请求 {size:,} 字节，最多 {limit:,} 字节")
-            raise Refused(413, "request_too_large", message, connection="close")
+            raise RequestError(413, "request_too_large", message, connection="close")
         return bytes(body)
 
-    def _understand(self, form: type[Asked], body: bytes) -> tuple[Asked, list[int], dict[str, Any]]:
+    def _understand(
+        self, form: type[CompletionRequest], body: bytes
+    ) -> tuple[CompletionRequest, list[int], dict[str, Any]]:
         """The request, its prompt as ids, and its settings. Raises Refused when it cannot be answered."""
         try:
             asked = form.model_validate_json(body)
         except ValidationError as error:
-            raise Refused(400, "invalid_request_error", _problem(error)) from None
+            raise RequestError(400, "invalid_request_error", _problem(error)) from None
         if asked.model != self.speech.name:
             message = say(
                 f"there is no model {asked.model!r} here; this is {self.speech.name!r}",
                 f"此处没有模型 {asked.model!r}，只有 {self.speech.name!r}",
             )
-            raise Refused(404, "model_not_found", message)
+            raise RequestError(404, "model_not_found", message)
         try:
             settings = self.speech.settings | asked.sampling()
             self.speech.check(settings)
-            if isinstance(asked, ChatAsked):
+            if isinstance(asked, ChatRequest):
                 ids = self.speech.chat_ids([turn.to_dict() for turn in asked.messages])
             else:
-                assert isinstance(asked, TextAsked)
+                assert isinstance(asked, TextRequest)
                 ids = self.speech.text_ids(asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0])
         except (DataError, RecipeError) as error:
-            raise Refused(400, "invalid_request_error", error.text()) from None
+            raise RequestError(400, "invalid_request_error", error.text()) from None
         room = self.speech.context - len(ids)
         if not ids or room < 1:
             message = say(
                 f"the prompt has {len(ids)} tokens; from 1 to {self.speech.context - 1} can be answered",
                 f"提示有 {len(ids)} 个 token；可以回答 1 到 {self.speech.context - 1} 个",
             )
-            raise Refused(400, "context_length_exceeded" if ids else "invalid_request_error", message)
+            raise RequestError(400, "context_length_exceeded" if ids else "invalid_request_error", message)
         return asked, ids, settings | {"max_new_tokens": min(settings["max_new_tokens"], room)}
 
     def _speak(
-        self, asked: Asked, ids: list[int], settings: dict[str, Any], hear: Callable[[int], None]
-    ) -> Iterator[Part]:
+        self, asked: CompletionRequest, ids: list[int], settings: dict[str, Any], hear: Callable[[int], None]
+    ) -> Iterator[StreamPart]:
         """In the voice's thread: the parts of the answer."""
         pieces = self.speech.speak(ids, hear, settings)
         if asked.stops:
             pieces = until(pieces, asked.stops)
-        return part_thinking(pieces) if isinstance(asked, ChatAsked) else map(Part, pieces)
+        return split_thinking(pieces) if isinstance(asked, ChatRequest) else map(StreamPart, pieces)
 
 
-async def _while_here(request: Request, told: Told) -> Response:
+async def _while_here(request: Request, told: CompletionResponse) -> Response:
     """The whole answer, unless the client goes away before it is done."""
     answering = asyncio.ensure_future(told.whole())
     leaving = asyncio.ensure_future(request.receive())  # the body has been read: what comes next is the end

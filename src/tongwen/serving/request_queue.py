@@ -18,7 +18,7 @@ Work = Callable[[Callable[[int], None]], Iterator[Item]]
 """called with what hears each new token -> the pieces of an answer"""
 
 
-class Busy(Exception):
+class QueueFull(Exception):
     """All places are taken. seconds: when it is worth asking again."""
 
     def __init__(self, seconds: int) -> None:
@@ -26,12 +26,12 @@ class Busy(Exception):
         super().__init__()
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """Nobody waits for this answer any more."""
 
 
 @dataclass
-class Answer(Generic[Item]):
+class QueuedResponse(Generic[Item]):
     """An answer on its way: its pieces, and the tokens that were heard so far."""
 
     pieces: asyncio.Queue[Item | Exception | None] = field(default_factory=asyncio.Queue)
@@ -41,7 +41,7 @@ class Answer(Generic[Item]):
 
     def hear(self, index: int) -> None:
         if self.gone:
-            raise Gone
+            raise ClientDisconnected
         self.tokens.append(index)
 
     def leave(self) -> None:
@@ -57,7 +57,7 @@ class Answer(Generic[Item]):
             yield piece
 
 
-class Desk:
+class RequestQueue:
     """places: how many may wait behind the one who is being answered."""
 
     def __init__(self, places: int) -> None:
@@ -65,18 +65,18 @@ class Desk:
         self.voice = ThreadPoolExecutor(1, "voice")
         self.usual_seconds = 1.0
 
-    def ask(self, work: Work[Item]) -> Answer[Item]:
+    def ask(self, work: Work[Item]) -> QueuedResponse[Item]:
         """Take a place in the line; `leave` gives it back. Raises Busy when there is none."""
         if self.inside > self.places:
-            raise Busy(max(1, round(self.usual_seconds * self.inside)))
+            raise QueueFull(max(1, round(self.usual_seconds * self.inside)))
         loop = asyncio.get_running_loop()
-        answer: Answer[Item] = Answer()
+        answer: QueuedResponse[Item] = QueuedResponse()
         self.inside += 1
         answer.turn = self.voice.submit(self._speak, work, answer, loop)
         answer.turn.add_done_callback(lambda turn: loop.call_soon_threadsafe(self._leave, turn))
         return answer
 
-    def _speak(self, work: Work[Item], answer: Answer[Item], loop: asyncio.AbstractEventLoop) -> float:
+    def _speak(self, work: Work[Item], answer: QueuedResponse[Item], loop: asyncio.AbstractEventLoop) -> float:
         """In the voice's thread: hand over the pieces, then None or what went wrong. Returns the seconds it took."""
 
         def hand_over(item: Item | Exception | None) -> None:

@@ -11,14 +11,14 @@ from typing import NamedTuple
 OPEN, CLOSE = "<think>", "</think>"
 
 
-class Part(NamedTuple):
+class StreamPart(NamedTuple):
     """A piece of text, and whether it is thinking."""
 
     text: str
     thinking: bool = False
 
 
-def part_thinking(pieces: Iterator[str]) -> Iterator[Part]:
+def split_thinking(pieces: Iterator[str]) -> Iterator[StreamPart]:
     """Thinking that stands at the head of an answer in `<think>…</think>`, and the answer. Blanks between are left out."""
     head = ""
     for piece in pieces:
@@ -26,24 +26,24 @@ def part_thinking(pieces: Iterator[str]) -> Iterator[Part]:
         if not OPEN.startswith(head.lstrip()):
             break
     if not head.lstrip().startswith(OPEN):
-        yield Part(head)
-        yield from map(Part, pieces)
+        yield StreamPart(head)
+        yield from map(StreamPart, pieces)
         return
     text = head.lstrip()[len(OPEN) :].lstrip()
     while CLOSE not in text:
         keep = _held(text, (CLOSE,))
-        yield Part(text[: len(text) - keep], thinking=True)
+        yield StreamPart(text[: len(text) - keep], thinking=True)
         if (more := next(pieces, None)) is None:
-            yield Part(text[len(text) - keep :], thinking=True)
+            yield StreamPart(text[len(text) - keep :], thinking=True)
             return
         text = text[len(text) - keep :] + more
     thought, _, text = text.partition(CLOSE)
-    yield Part(thought, thinking=True)
+    yield StreamPart(thought, thinking=True)
     text = text.lstrip()
     while not text and (more := next(pieces, None)) is not None:
         text = more.lstrip()
-    yield Part(text)
-    yield from map(Part, pieces)
+    yield StreamPart(text)
+    yield from map(StreamPart, pieces)
 
 
 def until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from tongwen.core import artifact, console
 from tongwen.core.errors import RecipeError, TongwenError
 from tongwen.core.i18n import say
 from tongwen.serving.last_turns import last_turns
-from tongwen.serving.stream_split import Part, part_thinking
+from tongwen.serving.stream_split import StreamPart, split_thinking
 
 Messages = list[dict[str, Any]]
 # All control characters but newline and tab, overrides of the writing direction, and halves of a surrogate pair.
@@ -33,7 +33,7 @@ COMMANDS = (
 
 
 @dataclass
-class Talk:
+class TerminalChat:
     """What is being said, and how.
 
     reply:    (messages, settings, called with each new token) -> the answer in pieces
@@ -86,7 +86,7 @@ class Talk:
 
         with closing(_Shown(self.stream)) as shown:
             try:
-                for part in part_thinking(self.reply(list(self.messages), self.settings, heard)):
+                for part in split_thinking(self.reply(list(self.messages), self.settings, heard)):
                     shown.add(part)
                     if part.thinking:
                         self.thought += part.text
@@ -171,7 +171,7 @@ class Talk:
         console.tell("  ".join(f"{name} {value}" for name, value in self.settings.items()))
 
 
-def converse(talk: Talk, *, name: str, system: str) -> int:
+def converse(talk: TerminalChat, *, name: str, system: str) -> int:
     """Read a line, answer it, until the user leaves."""
     console.header(name, say("/help for commands, Ctrl-D to leave", "/help 查看命令，Ctrl-D 离开"))
     talk.start(system)
@@ -202,7 +202,7 @@ class _Shown:
         self.stream, self.stopped = stream, False
         self.waiting, self.thought = "", 0
 
-    def add(self, part: Part) -> None:
+    def add(self, part: StreamPart) -> None:
         if part.thinking:
             self.thought += len(part.text)
             if sys.stdout.isatty():

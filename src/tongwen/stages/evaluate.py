@@ -21,19 +21,19 @@ from typing import Any
 from tongwen.core import artifact, console
 from tongwen.core.errors import DataError, ModelError
 from tongwen.core.i18n import say
-from tongwen.infer.answer_log import Journal
+from tongwen.infer.answer_log import AnswerJournal
 from tongwen.infer.report import score_table, write_report
 from tongwen.model.loading import load
-from tongwen.recipe.schema import Evaluate, Recipe, Source, Task
-from tongwen.workflows.chat_model import Speaker, open_speaker
-from tongwen.workflows.evaluation import Ask, Marks, Paper, Progress, read_paper
+from tongwen.recipe.schema import Evaluate, Recipe, SourceConfig, TaskConfig
+from tongwen.workflows.chat_model import ChatModel, open_chat_model
+from tongwen.workflows.evaluation import Ask, EvalTask, Progress, Scores, read_task
 from tongwen.workflows.pipeline import open_model_before, standing_on
 
 OWN = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model")  # files of a model or an adapter
 
 
 @dataclass(frozen=True)
-class Sitter:
+class EvaluatedModel:
     """A model that is to be examined, and how it is opened. optional: nothing is compared when it cannot be."""
 
     model: str
@@ -47,9 +47,9 @@ class Sitter:
     def name(self) -> str:
         return " + ".join([self.model, *self.adapters])
 
-    def open(self) -> Speaker:
+    def open(self) -> ChatModel:
         """By transformers whatever the model is: who judges texts needs the network itself."""
-        return open_speaker(
+        return open_chat_model(
             self.model, self.adapters, self.template, self.thinking, weights=self.weights, engine="batched"
         )
 
@@ -80,13 +80,13 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     model = {"path": recipe.base}
     if finished != recipe.base:
         model = open_model_before(recipe, "evaluate").as_parent()
-    papers = [read_paper(_held_out(recipe, task) if task.needs_data else task) for task in section.tasks]
+    papers = [read_task(_held_out(recipe, task) if task.needs_data else task) for task in section.tasks]
     template = "own" if recipe.sft else "auto"
-    after = Sitter(model["path"], template=template)
+    after = EvaluatedModel(model["path"], template=template)
     before = None
     if section.before and finished != recipe.base:
         taught = recipe.sft.template if recipe.sft else template
-        before = Sitter(recipe.base, template=taught, optional=True)
+        before = EvaluatedModel(recipe.base, template=taught, optional=True)
     with _kept(out) as kept, artifact.create(out, "evaluate", {"model": model}, settings(recipe)) as draft:
         draft.facts["scores"] = examine(papers, after, before, section, kept, draft.path)
     console.good(str(out / "report.html"))
@@ -101,9 +101,9 @@ def command(
     assert recipe.evaluate
     if out:
         artifact.make_way(Path(out), again=False)
-    papers = [read_paper(task) for task in recipe.evaluate.tasks]
-    sitter = Sitter(recipe.base, tuple(adapters), template, thinking, weights)
-    first = Sitter(before, (), template, thinking, weights) if before else None
+    papers = [read_task(task) for task in recipe.evaluate.tasks]
+    sitter = EvaluatedModel(recipe.base, tuple(adapters), template, thinking, weights)
+    first = EvaluatedModel(before, (), template, thinking, weights) if before else None
     if not out:
         with tempfile.TemporaryDirectory() as kept:
             examine(papers, sitter, first, recipe.evaluate, Path(kept), None)
@@ -127,7 +127,12 @@ def _kept(out: Path) -> Iterator[Path]:
 
 
 def examine(
-    papers: Sequence[Paper], after: Sitter, before: Sitter | None, section: Evaluate, kept: Path, out: Path | None
+    papers: Sequence[EvalTask],
+    after: EvaluatedModel,
+    before: EvaluatedModel | None,
+    section: Evaluate,
+    kept: Path,
+    out: Path | None,
 ) -> dict[str, Any]:
     """The scores by task; written under `out` with the rows and a report. kept: where answers stand as they come."""
     first = _sit_before(papers, before, section, kept) if before else None
@@ -145,7 +150,7 @@ def examine(
     return scores
 
 
-def _sit(papers: Sequence[Paper], sitter: Sitter, section: Evaluate, kept: Path) -> list[Marks]:
+def _sit(papers: Sequence[EvalTask], sitter: EvaluatedModel, section: Evaluate, kept: Path) -> list[Scores]:
     speaker, out = sitter.open(), []
     ask = _asking_once(speaker, section, kept, sitter.settings())
     for paper in papers:
@@ -158,7 +163,9 @@ def _sit(papers: Sequence[Paper], sitter: Sitter, section: Evaluate, kept: Path)
     return out
 
 
-def _sit_before(papers: Sequence[Paper], sitter: Sitter, section: Evaluate, kept: Path) -> list[Marks] | None:
+def _sit_before(
+    papers: Sequence[EvalTask], sitter: EvaluatedModel, section: Evaluate, kept: Path
+) -> list[Scores] | None:
     try:
         return _sit(papers, sitter, section, kept)
     except ModelError as error:  # such as a base whose tokenizer cannot write the template that was taught
@@ -168,7 +175,7 @@ def _sit_before(papers: Sequence[Paper], sitter: Sitter, section: Evaluate, kept
         return None
 
 
-def _asking_once(speaker: Speaker, section: Evaluate, kept: Path, sitter: dict[str, Any]) -> Ask:
+def _asking_once(speaker: ChatModel, section: Evaluate, kept: Path, sitter: dict[str, Any]) -> Ask:
     """Answers to conversations: what several tasks ask is answered once, and what stands in `kept` not again."""
     known: dict[str, str] = {}
 
@@ -184,7 +191,7 @@ def _asking_once(speaker: Speaker, section: Evaluate, kept: Path, sitter: dict[s
         asked = {"sitter": sitter, "max_new_tokens": section.max_new_tokens, "asked": names}
         # A file for each way of asking: answers that were given in another way are in nobody's way.
         way = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-        with closing(Journal(kept / f"{way}.jsonl", {"way": way}, f"rm -r {kept}")) as journal:
+        with closing(AnswerJournal(kept / f"{way}.jsonl", {"way": way}, f"rm -r {kept}")) as journal:
             missing = [place for place in range(len(names)) if place not in journal.answers]
             known.update((names[place], said) for place, said in journal.answers.items())
             if there := len(names) - len(missing):
@@ -203,10 +210,10 @@ def _asking_once(speaker: Speaker, section: Evaluate, kept: Path, sitter: dict[s
 
 def _write(
     out: Path,
-    papers: Sequence[Paper],
+    papers: Sequence[EvalTask],
     scores: dict[str, Any],
-    after: list[Marks],
-    before: list[Marks] | None,
+    after: list[Scores],
+    before: list[Scores] | None,
     name: str,
     old: str,
 ) -> None:
@@ -221,7 +228,7 @@ def _write(
     write_report(out / "report.html", f"{old} → {name}" if old else name, scores, rows)
 
 
-def _rows(after: Marks, before: Marks | None) -> list[dict[str, Any]]:
+def _rows(after: Scores, before: Scores | None) -> list[dict[str, Any]]:
     """What people read of each row, with what the model before answered."""
     out = []
     for row, shown in sorted(after.shown.items()):
@@ -230,7 +237,7 @@ def _rows(after: Marks, before: Marks | None) -> list[dict[str, Any]]:
     return out
 
 
-def _held_out(recipe: Recipe, task: Task) -> Task:
+def _held_out(recipe: Recipe, task: TaskConfig) -> TaskConfig:
     """The task on what was kept away from training: the dialogues where the run fine-tunes, else the documents."""
     kind = "dialogues" if recipe.sft else "documents"
     file = Path(recipe.out) / "prepare" / f"{kind}.held_out.jsonl"
@@ -240,4 +247,4 @@ def _held_out(recipe: Recipe, task: Task) -> Task:
             place=f"evaluate: {task.title}",
             remedy="prepare: {held_out: 0.02}   evaluate: {tasks: [{task: …, data: FILE}]}",
         )
-    return task.model_copy(update={"data": Source(path=str(file))})
+    return task.model_copy(update={"data": SourceConfig(path=str(file))})

@@ -28,7 +28,7 @@ from tongwen.model.loading.fingerprint import combine, model_lines
 from tongwen.model.loading.tensors import TorchTensors, load_bin, open_model
 from tongwen.model.merging import merge as fold
 from tongwen.model.merging import parity
-from tongwen.model.merging.combine import Mix
+from tongwen.model.merging.combine import Combination
 
 if TYPE_CHECKING:
     from tongwen.recipe.schema import Recipe
@@ -38,7 +38,7 @@ TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
-class Choice:
+class MergeOptions:
     """How a merge is done. to: hf or pth; parity: streamed, or full (both models in memory); onto: the original base, or
     what training on nf4 or int8 saw of it; mix: adapters trained beside each other, and not one upon the other."""
 
@@ -46,7 +46,7 @@ class Choice:
     to: str = "hf"
     parity: str = "streamed"
     onto: str = "original"
-    mix: Mix | None = None
+    mix: Combination | None = None
     shard_gb: float = 5.0
     force: bool = False
 
@@ -64,12 +64,14 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     last = Path(standing_on(recipe, "merge"))
     trained = artifact.open_artifact(last, last.name)
     word = recipe.merge
-    choice = Choice(word.dtype, parity=word.parity, onto=word.onto, shard_gb=word.shard_gb)
+    choice = MergeOptions(word.dtype, parity=word.parity, onto=word.onto, shard_gb=word.shard_gb)
     base = str(trained.manifest["parents"]["base"]["path"])
     return merge(base, [str(trained.path)], out, settings(recipe), choice)
 
 
-def merge(base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any], choice: Choice) -> artifact.Artifact:
+def merge(
+    base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any], choice: MergeOptions
+) -> artifact.Artifact:
     """Fold adapters into a base, in this order. Raises ArtifactError when one was not trained on what lies below it
     (`force` goes on, and is recorded), NumbersError when the result is not base + adapters."""
     place, names = resolve(base, adapters)
@@ -112,7 +114,7 @@ def merge(base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any
     return draft.artifact
 
 
-def mix_of(how: str, adapters: Sequence[str], weights: Sequence[float], density: float, scale: float) -> Mix:
+def mix_of(how: str, adapters: Sequence[str], weights: Sequence[float], density: float, scale: float) -> Combination:
     """How adapters are combined. Raises RecipeError for weights that do not go with them."""
     wrong = ""
     if len(adapters) < 2 or len(set(adapters)) < len(adapters):
@@ -129,30 +131,34 @@ def mix_of(how: str, adapters: Sequence[str], weights: Sequence[float], density:
             wrong, place="tongwen merge --combine", remedy="--adapter A --weight 0.5 --adapter A2 --weight 0.5"
         )
     shares = weights or [1 / len(adapters)] * len(adapters)
-    return Mix(how, {str(Path(name)): share for name, share in zip(adapters, shares, strict=True)}, density, scale)
+    return Combination(
+        how, {str(Path(name)): share for name, share in zip(adapters, shares, strict=True)}, density, scale
+    )
 
 
 def _as_pth(draft: artifact.Draft) -> None:
     """The merged model's files become LLaMA's own; its tokenizer file stays."""
-    place = load.Place(str(draft.path), str(draft.path))
+    place = load.ModelRef(str(draft.path), str(draft.path))
     tensors, config = open_model(place)
     kept = {*draft.path.glob("tokenizer.model")}
     merged = [file for file in draft.path.iterdir() if file not in kept]
     with console.progress(len(tensors.facts), "pth") as bar:
         pth.write(tensors, config, draft.path, bar.update)
-    back = pth.Original([TorchTensors(load_bin(file)) for file in pth.find_files(draft.path)], draft.path)
+    back = pth.PthTensors([TorchTensors(load_bin(file)) for file in pth.find_files(draft.path)], draft.path)
     check_same(pth.with_head(tensors), back, str(draft.path))
     for file in merged:
         file.unlink()
 
 
-def resolve(base: str, adapters: Sequence[str]) -> tuple[load.Place, list[str]]:
+def resolve(base: str, adapters: Sequence[str]) -> tuple[load.ModelRef, list[str]]:
     """(the base, all adapters on it): a base that is itself a stage with an adapter brings that one and its own base."""
     place = load.locate(base)
     return replace(place, adapters=()), [*place.adapters, *adapters]
 
 
-def _check_lineage(place: load.Place, fingerprint: str, links: list[lineage.Link], choice: Choice) -> str | None:
+def _check_lineage(
+    place: load.ModelRef, fingerprint: str, links: list[lineage.AdapterLink], choice: MergeOptions
+) -> str | None:
     """What --force passed over, or None."""
     try:
         for chain in [[link] for link in links] if choice.mix else [links]:
@@ -168,11 +174,15 @@ def _check_lineage(place: load.Place, fingerprint: str, links: list[lineage.Link
 
 
 def _write(
-    place: load.Place, lines: dict[str, str], links: list[lineage.Link], draft: artifact.Draft, choice: Choice
+    place: load.ModelRef,
+    lines: dict[str, str],
+    links: list[lineage.AdapterLink],
+    draft: artifact.Draft,
+    choice: MergeOptions,
 ) -> dict[str, Any]:
     """Weights and config, checked; returns counts. Sets the draft's fingerprint."""
     original, config = open_model(place)
-    base = original if choice.onto == "original" else quantized.Quantised(original, place, choice.onto)
+    base = original if choice.onto == "original" else quantized.QuantizedTensors(original, place, choice.onto)
     adapters, dtype = [link.adapter for link in links], DTYPES[choice.dtype]
     try:
         targets, config, notices = fold.plan_targets(base, config, adapters, dtype, lambda: _known(place))
@@ -184,7 +194,7 @@ def _write(
         console.notice(notice)
     artifact.check_disk(draft.path, sum(fold.size_of(target) for target in targets))
     with console.progress(len(targets), "merge") as bar:
-        folded = fold.fold(
+        folded = fold.merge_adapters(
             base, lines if base is original else {}, targets, draft.path, int(choice.shard_gb * 1e9), bar.update
         )
     _write_config(config, draft.path, dtype)
@@ -194,19 +204,21 @@ def _write(
     found |= _compare(place, base, folded, config, links, draft.path, choice)
     draft.facts["parity"] = found
     if base is original and (kind := _trained_on(links)):
-        draft.facts["quantised"] = _distance(original, quantized.Quantised(original, place, kind), folded, config)
+        draft.facts["quantised"] = _distance(
+            original, quantized.QuantizedTensors(original, place, kind), folded, config
+        )
     draft.fingerprint, draft.facts["tensors"] = combine(folded.lines), folded.lines
     return {"tensors": len(targets), "changed": sum(bool(target.changes) for target in targets)}
 
 
-def _trained_on(links: list[lineage.Link]) -> str:
+def _trained_on(links: list[lineage.AdapterLink]) -> str:
     """nf4 or int8, when the last adapter learned beside a quantised base."""
     stage = links[-1].stage
     return quantized.kind_of(stage.manifest["settings"]) if stage else ""
 
 
 def _distance(
-    original: Tensors, seen: quantized.Quantised, folded: fold.Folded, config: dict[str, Any]
+    original: Tensors, seen: quantized.QuantizedTensors, folded: fold.MergeResult, config: dict[str, Any]
 ) -> dict[str, Any]:
     """How far the merged model is from what was trained, which saw the base quantised. Said, and recorded."""
     with console.waiting(say(f"measuring what {seen.kind} changed", f"测量 {seen.kind} 带来的差异")):
@@ -228,13 +240,13 @@ def _distance(
 
 
 def _compare(
-    place: load.Place,
+    place: load.ModelRef,
     base: Tensors,
-    folded: fold.Folded,
+    folded: fold.MergeResult,
     config: dict[str, Any],
-    links: list[lineage.Link],
+    links: list[lineage.AdapterLink],
     out: Path,
-    choice: Choice,
+    choice: MergeOptions,
 ) -> dict[str, Any]:
     """The logits of both, and where they were compared."""
     if choice.parity == "full":
@@ -260,7 +272,7 @@ def _compare(
 
 
 def _compare_whole(
-    place: load.Place, links: list[lineage.Link], config: dict[str, Any], out: Path, folded: fold.Folded
+    place: load.ModelRef, links: list[lineage.AdapterLink], config: dict[str, Any], out: Path, folded: fold.MergeResult
 ) -> dict[str, Any]:
     """Both models loaded: base with the last adapter live beside it, and the merged one."""
     import torch
@@ -274,12 +286,12 @@ def _compare_whole(
             in_memory.open_in_memory(place, folders, live=True),
             ids,
         )
-        merged = in_memory.logits_of(load.load_model(load.Place(str(out), str(out)), torch.float32).eval(), ids)
+        merged = in_memory.logits_of(load.load_model(load.ModelRef(str(out), str(out)), torch.float32).eval(), ids)
     return parity.judge(live, merged, parity.limit_of(folded))
 
 
 def _in_memory(
-    place: load.Place, links: list[lineage.Link], draft: artifact.Draft, choice: Choice, reason: str
+    place: load.ModelRef, links: list[lineage.AdapterLink], draft: artifact.Draft, choice: MergeOptions, reason: str
 ) -> dict[str, Any]:
     """By peft, with the whole model in memory: for adapters whose tensors do not map one to one."""
     import torch
@@ -304,7 +316,7 @@ def _in_memory(
     dtype = DTYPES[choice.dtype]
     model.to(getattr(torch, TORCH_NAMES[dtype]) if dtype else load.load_config(place).dtype or torch.float32)
     model.save_pretrained(str(draft.path), max_shard_size=f"{choice.shard_gb}GB")
-    lines = model_lines(load.Place(str(draft.path), str(draft.path)))
+    lines = model_lines(load.ModelRef(str(draft.path), str(draft.path)))
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
     if draft.fingerprint == draft.parents["base"]["fingerprint"]:
         raise ArtifactError(
@@ -314,7 +326,7 @@ def _in_memory(
     return {"tensors": len(lines), "changed": sum(before.get(name) != line for name, line in lines.items())}
 
 
-def _known(place: load.Place) -> set[str]:
+def _known(place: load.ModelRef) -> set[str]:
     from tongwen.model.merging.in_memory import known_names
 
     return known_names(place)
@@ -327,7 +339,7 @@ def _write_config(config: dict[str, Any], out: Path, dtype: str | None) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _remarks(folded: fold.Folded) -> list[str]:
+def _remarks(folded: fold.MergeResult) -> list[str]:
     """What is odd in the adapters and yet no error."""
     out = []
     if folded.untrained:
@@ -348,7 +360,7 @@ def _remarks(folded: fold.Folded) -> list[str]:
     return out
 
 
-def _dress(place: load.Place, links: list[lineage.Link], out: Path) -> None:
+def _dress(place: load.ModelRef, links: list[lineage.AdapterLink], out: Path) -> None:
     """Tokenizer, template and stop tokens: from the last adapter that brings a tokenizer, else from the base."""
     folders = [Path(place.folder), *(link.adapter.folder for link in links)]
     source = next((folder for folder in reversed(folders) if chat_setup.has_tokenizer(folder)), None)
@@ -364,7 +376,7 @@ def _dress(place: load.Place, links: list[lineage.Link], out: Path) -> None:
     else:
         if source == folders[0]:
             console.notice(say("the adapter brings no tokenizer; the base's is used", "适配器没有分词器，使用底座的"))
-        chat_setup.copy_speech(source, out)
+        chat_setup.copy_chat_setup(source, out)
     stops = folders[0] / "generation_config.json"
     if stops.is_file() and not (out / stops.name).is_file():
         shutil.copyfile(stops, out / stops.name)
@@ -374,7 +386,7 @@ def _dress(place: load.Place, links: list[lineage.Link], out: Path) -> None:
         lineage.check_vocabulary(out, stored[embedding].shape[0], str(source))
 
 
-def command(base: str, adapters: list[str], out: str, choice: Choice, *, again: bool) -> int:
+def command(base: str, adapters: list[str], out: str, choice: MergeOptions, *, again: bool) -> int:
     """`tongwen merge`: refuses to write where something stands, unless told to keep that under another name."""
     target = Path(out)
     artifact.make_way(target, again=again)

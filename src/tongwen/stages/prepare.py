@@ -62,7 +62,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     return draft.artifact
 
 
-def _start(folder: Path, parts: list[steps.Part], settings: dict[str, Any]) -> None:
+def _start(folder: Path, parts: list[steps.InputPart], settings: dict[str, Any]) -> None:
     """What an interrupted run has finished counts only when it had the same settings and the same files."""
     files = [[str(part.file), (found := part.file.stat()).st_size, found.st_mtime_ns] for part in parts]
     now = json.loads(json.dumps({**settings, "files": files}))

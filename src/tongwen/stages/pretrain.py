@@ -21,13 +21,13 @@ from tongwen.model.loading import chat_setup, load
 from tongwen.recipe.schema import Pretrain, Recipe
 from tongwen.workflows.pipeline import standing_on
 from tongwen.workflows.tokenized_data import (
-    DocumentReader,
+    DocumentEncoder,
     are_rows_untrained,
     encode_prepared,
     new_rows_of,
     read_documents,
 )
-from tongwen.workflows.training.job import Course, Question, settings_of, take
+from tongwen.workflows.training.job import SamplePrompt, TrainingJob, settings_of, train_stage
 
 OPENING = 24  # characters of a held-out document that the model is to continue, for the report
 
@@ -55,7 +55,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     _warn_of_instruct(base, reader.tokenizer)
     lesson = encode_prepared(prepared, reader, recipe.seed, out.parent / "tokens" / "pretrain")
     trains_rows = any("new_rows" in stretch.parts for stretch in section.stretches)
-    course = Course(
+    course = TrainingJob(
         recipe=recipe,
         stage="pretrain",
         prepared=prepared,
@@ -65,7 +65,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         new_rows=new_rows_of(base) if trains_rows else (),
         end=reader.end,
     )
-    return take(course, out)
+    return train_stage(course, out)
 
 
 def _check_new_rows(base: str, section: Pretrain) -> None:
@@ -112,7 +112,7 @@ def _warn_of_instruct(base: str, tokenizer: Any) -> None:
         )
 
 
-def _beginnings(held_out: list[Document], reader: DocumentReader, count: int) -> list[Question]:
+def _beginnings(held_out: list[Document], reader: DocumentEncoder, count: int) -> list[SamplePrompt]:
     """The first held-out documents that are long enough: how they begin, and how they go on."""
     long = [one.text for one in held_out if len(one.text) > 2 * OPENING]
-    return [Question(text[:OPENING], text[:OPENING], text[OPENING : 4 * OPENING]) for text in long[:count]]
+    return [SamplePrompt(text[:OPENING], text[:OPENING], text[OPENING : 4 * OPENING]) for text in long[:count]]

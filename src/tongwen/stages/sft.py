@@ -19,13 +19,13 @@ from tongwen.model.loading.fingerprint import fingerprint_text
 from tongwen.recipe.schema import Recipe, Sft
 from tongwen.workflows.pipeline import standing_on
 from tongwen.workflows.tokenized_data import (
-    DialogueReader,
+    DialogueEncoder,
     are_rows_untrained,
     encode_prepared,
     new_rows_of,
     read_dialogues,
 )
-from tongwen.workflows.training.job import Course, Question, settings_of, take
+from tongwen.workflows.training.job import SamplePrompt, TrainingJob, settings_of, train_stage
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     console.header("sft", f"{base} · {section.adapter.method}")
     reader = read_dialogues(base, section)
     lesson = encode_prepared(prepared, reader, recipe.seed, out.parent / "tokens" / "sft")
-    course = Course(
+    course = TrainingJob(
         recipe=recipe,
         stage="sft",
         prepared=prepared,
@@ -60,10 +60,10 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         parents={"template": {"name": section.template, "fingerprint": fingerprint_text(reader.template.source)}},
         facts={"template_name": section.template},
     )
-    return take(course, out)
+    return train_stage(course, out)
 
 
-def _control_rows(model: Any, reader: DialogueReader, section: Sft) -> list[int]:
+def _control_rows(model: Any, reader: DialogueEncoder, section: Sft) -> list[int]:
     """Rows of control tokens that the template writes and the base never saw; under an adapter they would stay so."""
     if section.adapter.method == "full":
         return []
@@ -102,7 +102,7 @@ def _new_pieces(base: str, section: Sft) -> list[int]:
     return new_rows_of(base)
 
 
-def _questions(held_out: list[Dialogue], reader: DialogueReader, count: int) -> list[Question]:
+def _questions(held_out: list[Dialogue], reader: DialogueEncoder, count: int) -> list[SamplePrompt]:
     """The held-out dialogues that are answered before and after: the first with a plain question at the end."""
     asked = [
         one
@@ -110,7 +110,7 @@ def _questions(held_out: list[Dialogue], reader: DialogueReader, count: int) -> 
         if len(one.messages) > 1 and one.messages[-1].role == "assistant" and one.messages[-1].content
     ]
     return [
-        Question(
+        SamplePrompt(
             one.messages[-2].content,
             reader.template.prompt(one.messages[:-1], one.tools),
             one.messages[-1].content,

@@ -20,9 +20,9 @@ from tongwen.data.files import find_files
 from tongwen.data.formats import read_document
 from tongwen.data.reader import read_rows
 from tongwen.data.synthesis import generate as tasks
-from tongwen.data.synthesis.journal import Journal
-from tongwen.data.synthesis.parse import Item
-from tongwen.recipe.schema import Recipe, Source, Synthesize
+from tongwen.data.synthesis.journal import ReplyJournal
+from tongwen.data.synthesis.parse import ParsedTask
+from tongwen.recipe.schema import Recipe, SourceConfig, Synthesize
 
 # These decide how it is asked, not for what.
 _HOW = {"key", "concurrency", "requests_per_minute", "seconds", "attempts", "pause", "at_most", "price", "use_proxy"}
@@ -43,12 +43,12 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     except ImportError:
         raise MissingPackage("openai", "synthesize", "synthesize") from None
     console.header("synthesize", f"{section.model} · {section.endpoint}")
-    made = tasks.Made(section)
+    made = tasks.GeneratedDialogues(section)
     requests = _requests(section, recipe.seed, made)
-    spending = client.Spending(section)
+    spending = client.SpendingMeter(section)
     with (
         artifact.create(out, "synthesize", {}, settings(recipe), resumable=True) as draft,
-        Journal(draft.path / "journal.jsonl") as journal,
+        ReplyJournal(draft.path / "journal.jsonl") as journal,
     ):
         if journal.replies:
             console.notice(say(f"{len(journal.replies)} replies are there", f"已有 {len(journal.replies)} 个回答"))
@@ -57,14 +57,19 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
             spending.count(reply.tokens)
 
         async def ask() -> None:
-            endpoint = client.Endpoint(section, spending, console.notice)
+            endpoint = client.SynthesisClient(section, spending, console.notice)
 
             async def complete(request: tasks.Request) -> tuple[str, str, tuple[int, int]]:
                 return await endpoint.complete(request.prompt, request.schema)
 
             async with endpoint.client:
                 await tasks.gather(
-                    requests, made, journal, complete, client.Unanswered, lambda rows: bar.update(rows, spending.said())
+                    requests,
+                    made,
+                    journal,
+                    complete,
+                    client.RequestFailed,
+                    lambda rows: bar.update(rows, spending.said()),
                 )
 
         with console.progress(section.rows, "synthesize") as bar:
@@ -90,7 +95,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     return draft.artifact
 
 
-def _requests(section: Synthesize, seed: int, made: tasks.Made) -> Iterable[tasks.Request]:
+def _requests(section: Synthesize, seed: int, made: tasks.GeneratedDialogues) -> Iterable[tasks.Request]:
     if section.method == "topics":
         return tasks.by_topics(section.topics, seed)
     if section.method == "documents":
@@ -101,12 +106,12 @@ def _requests(section: Synthesize, seed: int, made: tasks.Made) -> Iterable[task
     return tasks.self_instruct(seeds, seed)
 
 
-def _seeds(file: str | None) -> list[Item]:
+def _seeds(file: str | None) -> list[ParsedTask]:
     if file is None:
         return tasks.shipped_seeds()
     seeds = []
     for found in find_files(file):
-        for row in read_rows(found, Source(path=file), console.notice):
+        for row in read_rows(found, SourceConfig(path=file), console.notice):
             if row.problem:
                 raise DataError(row.problem, place=f"{row.file}:{row.row}")
             seeds.append(tasks.read_seed(row.value, f"{row.file}:{row.row}"))
@@ -121,7 +126,7 @@ def _seeds(file: str | None) -> list[Item]:
     return seeds
 
 
-def _documents(sources: list[Source]) -> Iterator[tuple[str, str]]:
+def _documents(sources: list[SourceConfig]) -> Iterator[tuple[str, str]]:
     for source in sources:
         for file in find_files(source.path):
             for row in read_rows(file, source, console.notice):
@@ -135,7 +140,7 @@ def _documents(sources: list[Source]) -> Iterator[tuple[str, str]]:
                     console.notice(f"{origin}: {error.rule}")
 
 
-def _check_made(made: tasks.Made) -> None:
+def _check_made(made: tasks.GeneratedDialogues) -> None:
     """Nothing at all is an error; less than was wanted is said."""
     wanted = made.section.rows
     if not made.rows:

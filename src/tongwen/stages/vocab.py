@@ -26,7 +26,7 @@ from tongwen.vocab import measure
 from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
 from tongwen.workflows import tokenizer_files, vocab_scores
-from tongwen.workflows.tokenizer_files import Lexicon
+from tongwen.workflows.tokenizer_files import TokenizerFiles
 
 NEW_ROWS = "new_rows.json"
 
@@ -43,7 +43,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare") if recipe.prepare else None
     place = load.fetched(load.locate(recipe.base))
     console.header("vocab", f"{recipe.base} + {section.tokenizer or format(section.pieces, ',')}")
-    old, script = tokenizer_files.open_lexicon(recipe.base), Script(section.script)
+    old, script = tokenizer_files.open_tokenizer_files(recipe.base), Script(section.script)
     learn_from, rest = _texts(prepared.path if prepared else None)
     learnt = None if section.tokenizer else _learn(old, learn_from, script, section)
     if learnt is not None:
@@ -107,7 +107,7 @@ def _read(file: Path) -> Iterator[str]:
         yield from tokenizer_files.texts_of(record)
 
 
-def _learn(old: Lexicon, texts: Iterable[str], script: Script, section: Vocab) -> tokenizer_files.Learnt:
+def _learn(old: TokenizerFiles, texts: Iterable[str], script: Script, section: Vocab) -> tokenizer_files.LearnedPieces:
     """Enough pieces for the recipe and for the curve."""
     if not section.pieces:
         return tokenizer_files.learn(old, (), script, 0)
@@ -118,7 +118,9 @@ def _learn(old: Lexicon, texts: Iterable[str], script: Script, section: Vocab) -
     return learnt
 
 
-def _maker(base: Tensors, made: tokenizer_files.Extended, rows: resize.Rows, recipe: Recipe) -> resize.MakeRows:
+def _maker(
+    base: Tensors, made: tokenizer_files.ExtendedTokenizer, rows: resize.RowPlan, recipe: Recipe
+) -> resize.MakeRows:
     """The rows of a matrix by its name: those of the new tokens, then the padding."""
     kind = recipe.vocab.new_rows if recipe.vocab else ""
 
@@ -131,7 +133,7 @@ def _maker(base: Tensors, made: tokenizer_files.Extended, rows: resize.Rows, rec
 
 
 def _advise(
-    learnt: tokenizer_files.Learnt, rest: list[str], base: str, section: Vocab, bits: dict[str, float] | None
+    learnt: tokenizer_files.LearnedPieces, rest: list[str], base: str, section: Vocab, bits: dict[str, float] | None
 ) -> dict[str, Any]:
     """The curve and the advice, said before anything costs hours."""
     steps = sorted({*measure.CURVE, section.pieces})
@@ -151,14 +153,14 @@ def _advise(
     return {"curve": [vars(point) for point in (start, *curve)], "advice": advice.to_dict()}
 
 
-def _carry(place: load.Place, out: Path) -> None:
+def _carry(place: load.ModelRef, out: Path) -> None:
     """What the base says beside its weights: how to generate."""
     file = Path(place.folder) / "generation_config.json"
     if file.is_file():
         shutil.copyfile(file, out / file.name)
 
 
-def _say_rows(rows: resize.Rows, out: Path) -> None:
+def _say_rows(rows: resize.RowPlan, out: Path) -> None:
     console.good(
         say(
             f"{len(rows.new):,} new tokens: {rows.filled:,} in spare rows, the matrices grew by {rows.added:,} to {rows.wanted:,} · {out}",

@@ -176,7 +176,7 @@ def check_finite_base(model: Any) -> None:
         )
 
 
-class FirstSteps(TrainerCallback):
+class FirstStepsAudit(TrainerCallback):
     """After the first optimizer step of a run or a resume: nothing frozen has a gradient."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ LARGEST_KEPT = 32 << 20  # bytes; more glibc does not take for the threshold
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """parameters: all; trainable: those with a gradient; of_layer: those of the largest layer; outside: those of no layer; the
     rest are the model's widths."""
 
@@ -66,7 +66,7 @@ class Sharing:
         """Whether every process has the whole model where it was put, as `Engine.is_whole` says of a run."""
         return self.engine in ("", "ddp")
 
-    def of(self, needs: dict[str, int], shape: Shape, width: int, frozen_width: float) -> dict[str, int]:
+    def of(self, needs: dict[str, int], shape: ModelShape, width: int, frozen_width: float) -> dict[str, int]:
         """Bytes of one process by purpose, from those of a process alone. width: bytes of a number that is computed with;
         frozen_width: of one of a layer's weights, which may be quantised.
 
@@ -97,19 +97,19 @@ class Sharing:
 ALONE = Sharing()
 
 
-def kept_for_backward(shape: Shape, *, checkpointing: bool) -> int:
+def kept_for_backward(shape: ModelShape, *, checkpointing: bool) -> int:
     """Numbers per token: the inputs of each matrix and norm, and of SwiGLU's product; an adapter adds nothing of that
     size."""
     per_layer = 13 * shape.hidden + 4 * shape.intermediate
     return shape.hidden * shape.layers + per_layer if checkpointing else per_layer * shape.layers
 
 
-def rough_shape(config: Any) -> Shape:
+def rough_shape(config: Any) -> ModelShape:
     """Of a Llama of the configuration's widths, all of which learns, without its biases and norms."""
     text = config.get_text_config()
     hidden, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     numbers = text.num_hidden_layers * (4 * hidden + 3 * inner) * hidden + text.vocab_size * hidden
-    return Shape(numbers, numbers, text.num_hidden_layers, hidden, inner, text.vocab_size)
+    return ModelShape(numbers, numbers, text.num_hidden_layers, hidden, inner, text.vocab_size)
 
 
 def token_budget(device: str, config: Any, memory: int = 0, *, full: bool = False) -> int:
@@ -160,7 +160,7 @@ def is_reckoned_to_fit(model: Any, words: Training, sharing: Sharing, width: int
     return bool(CUDA_CONTEXT + needed + activations <= 0.9 * memory)
 
 
-def flops_per_token(shape: Shape, learned_share: float, *, full: bool) -> float:
+def flops_per_token(shape: ModelShape, learned_share: float, *, full: bool) -> float:
     """Multiply-adds count two: 6 per weight in full, 4 with an adapter (no gradient of frozen weights)."""
     embedding = shape.vocabulary * shape.hidden
     layers = max(shape.parameters - shape.trainable * (not full) - embedding, 1)

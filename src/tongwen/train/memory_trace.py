@@ -24,10 +24,10 @@ ROWS = 8  # learned rows that are rehearsed; all more of them are logits of a kn
 LOGIT = {torch.bfloat16: 2, torch.float16: 6, torch.float32: 4}  # bytes; accelerate makes an fp32 copy of those in fp16
 
 
-class Borders(list[int]):
+class DocumentLengths(list[int]):
     """Lengths of a pack's documents where its attention asks the borders for them: fake tensors have no values."""
 
-    def diff(self) -> Borders:
+    def diff(self) -> DocumentLengths:
         return self
 
     def tolist(self) -> list[int]:
@@ -40,7 +40,7 @@ FORWARD, HEAD, LAST_LAYER, BETWEEN, FIRST_LAYER = range(5)
 AT_ANY_DEPTH = (FORWARD, HEAD, LAST_LAYER, FIRST_LAYER)
 
 
-class Live(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):
     """Bytes of the storages that are alive, by purpose, and how they stood in each part of a step when they were most."""
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Live(TorchDispatchMode):
         self.now[purpose] -= size
 
 
-def rehearse(
+def trace_step(
     model: Any,
     lengths: Sequence[int],
     rows: int,
@@ -106,7 +106,7 @@ def rehearse(
         _pretend(model)
         prepare(model)
         width = head.weight.shape[0]  # of single rows that learn, peft makes the whole at each question
-        batch, live, arrived = _batch(lengths), Live(), set[int]()
+        batch, live, arrived = _batch(lengths), LiveTensors(), set[int]()
         learners = [part for part in model.parameters() if part.requires_grad]
         of_layer = len(learners) // layers
 
@@ -159,7 +159,7 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
 
 def _batch(lengths: Sequence[int]) -> dict[str, Any]:
     """A micro-batch as `train.batches.pack` makes it."""
-    tokens, borders = sum(lengths), Borders(lengths)
+    tokens, borders = sum(lengths), DocumentLengths(lengths)
     return {
         "input_ids": torch.zeros(1, tokens, dtype=torch.int64),
         "position_ids": torch.zeros(1, tokens, dtype=torch.int64),

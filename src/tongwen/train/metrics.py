@@ -21,7 +21,7 @@ from tongwen.recipe.schema import Forgetting
 FLAT_AFTER = 100  # steps after which a loss should have fallen
 
 
-class Watch(TrainerCallback):
+class MetricsCallback(TrainerCallback):
     """Writes metrics.jsonl and moves the bar.
 
     tokens:       cumulative tokens after each step of the whole stage, known from the plans

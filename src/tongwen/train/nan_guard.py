@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from tongwen.core.errors import NumbersError
 from tongwen.core.i18n import say
-from tongwen.train.packing import Plan
+from tongwen.train.packing import BatchPlan
 from tongwen.train.parallel import local
 
 SKIPS = 20  # overflows of fp16 in a row; its scale has halved so often by then that the loss itself does not fit
@@ -26,7 +26,7 @@ MARGIN = 2.0  # nats
 
 
 @dataclass
-class Step:
+class StepLosses:
     """What a process notes of the step that it computes.
 
     nats:    summed loss of each micro-batch, 0-dimensional tensors that stay on the device
@@ -37,7 +37,7 @@ class Step:
     learned: Any = 1
 
 
-class Guard(TrainerCallback):
+class NanGuard(TrainerCallback):
     """Raises NumbersError on every process when a loss or the gradient is not finite, and when the loss is absurd.
 
     gather:    this process's (1, N) row in, (W, N) rows of all processes out
@@ -48,7 +48,7 @@ class Guard(TrainerCallback):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: BatchPlan,
         origin: Callable[[int], Any],
         gather: Callable[[torch.Tensor], torch.Tensor],
         wants_out: Callable[[], bool],
@@ -58,7 +58,7 @@ class Guard(TrainerCallback):
     ) -> None:
         self.plan, self.origin, self.gather, self.wants_out, self.last = plan, origin, gather, wants_out, last
         self.before_steps, self.absurd = before_steps, math.log(vocabulary) + MARGIN
-        self.step, self.leaving = Step(), False
+        self.step, self.leaving = StepLosses(), False
         self.high = self.skipped = self.skipped_in_a_row = 0
 
     def note(self, nats: torch.Tensor, learned: Any) -> None:
@@ -69,7 +69,7 @@ class Guard(TrainerCallback):
     def look(self, index: int, norm: Any, model: Any, *, scaled: bool) -> None:
         """Before step `index` of the phase is taken. norm: of the whole gradient; scaled: a gradient scaler leaves out a
         step that has overflowed."""
-        step, self.step = self.step, Step()
+        step, self.step = self.step, StepLosses()
         flags = (torch.as_tensor(value).to(step.nats[0]) for value in (norm, self.wants_out()))
         row = torch.stack([*step.nats, *flags])
         ranks = self.gather(row[None]).tolist()  # (W, accumulate + 2)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 
-class Noise:
+class Neftune:
     """A hook on the input embedding that is silent outside `scaled_for`."""
 
     def __init__(self, model: Any, alpha: float) -> None:

@@ -22,7 +22,7 @@ from tongwen.recipe.schema import Duration
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """The whole run, laid out before it starts.
 
     steps: per optimizer step, its samples in the order of the epoch
@@ -61,7 +61,7 @@ def make_plan(
     stop_after: Duration,
     budget: int,
     world: int = 1,
-) -> Plan:
+) -> BatchPlan:
     """Lay out a run. lengths: (S,) tokens per sample; draw(epoch): the samples of an epoch in their order.
 
     With batch_tokens the epoch is packed best-fit, and a step is a fixed number of packs; else a step is batch_size
@@ -86,7 +86,7 @@ def make_plan(
         micro = tuple(deal(step, lengths, accumulate * world) for step in steps)
         fullest = max(sum(int(lengths[sample]) for sample in part) for step in micro for part in step)
         if fullest <= budget or accumulate * world >= batch_size:
-            return Plan(tuple(steps), micro, accumulate, world, budget, per_epoch)
+            return BatchPlan(tuple(steps), micro, accumulate, world, budget, per_epoch)
         accumulate += 1
 
 
@@ -97,7 +97,7 @@ def _packed_plan(
     stop_after: Duration,
     budget: int,
     world: int,
-) -> Plan:
+) -> BatchPlan:
     accumulate = max(1, -(-batch_tokens // (budget * world)))
     capacity = max(int(lengths.max()), batch_tokens // (accumulate * world))
     accumulate = max(1, batch_tokens // (capacity * world))
@@ -115,7 +115,7 @@ def _packed_plan(
                 break
         epoch += 1
     steps = tuple(tuple(sample for pack in step for sample in pack) for step in micro)
-    return Plan(steps, tuple(micro), accumulate, world, capacity, per_epoch)
+    return BatchPlan(steps, tuple(micro), accumulate, world, capacity, per_epoch)
 
 
 def _check_step_size(held: int, unit: int, wanted: int, world: int) -> None:

@@ -15,7 +15,7 @@ REPEATED = 3.0  # seconds in which the same wish may arrive twice: to the whole 
 SAVING_SECONDS = 30.0  # assumed until the first save has been seen
 
 
-class Halt:
+class ShutdownRequest:
     """Whether a run is to stop after this step; it knows how long steps and saves take.
 
     deadline: when the process must be gone, in seconds since 1970; None: never

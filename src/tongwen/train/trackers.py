@@ -24,7 +24,7 @@ from urllib.request import getproxies
 from tongwen.core import artifact, console
 from tongwen.core.errors import MachineError, MissingPackage, first_line
 from tongwen.core.i18n import say
-from tongwen.recipe.schema import Tracker
+from tongwen.recipe.schema import TrackerName
 
 CURRENT: dict[str, Callable[[Any], Any]] = {  # the run that is told, if one is; only the first process has one
     "wandb": lambda module: module.run,
@@ -47,11 +47,11 @@ IDS = "mlflow.json"  # in the stage's folder: by title, the run that MLflow has 
 
 
 @dataclass(frozen=True)
-class Track:
+class TrackerRun:
     """names: of the programs; title: of the run there; run: its id, the same when it is resumed; folder: of the stage;
     phase: its name, where there are several; must: whether a program that cannot begin ends the run."""
 
-    names: Sequence[Tracker]
+    names: Sequence[TrackerName]
     title: str
     run: str
     folder: Path
@@ -63,7 +63,7 @@ class Track:
         """As TrainingArguments. The integrations are called by a Teller."""
         return {"report_to": "none", "run_name": f"{self.title}-{self.run[:8]}"}
 
-    def make(self, name: Tracker, start: int) -> Any:
+    def make(self, name: TrackerName, start: int) -> Any:
         """The program's callback. TensorBoard's is asked to forget what the run wrote beyond the step that it starts from."""
         from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -113,10 +113,10 @@ class Track:
             return {}  # then it is another run there
 
 
-class Teller:
+class TrackerCallback:
     """A callback that calls those of all programs, none of which may end a training that goes on."""
 
-    def __init__(self, track: Track, start: int) -> None:
+    def __init__(self, track: TrackerRun, start: int) -> None:
         self.track, self.programs = track, dict[str, Any]()
         for name in track.names:
             with said(name, must=track.must):
@@ -155,7 +155,7 @@ def said(name: str, *, must: bool = False) -> Iterator[None]:
         )
 
 
-def check(names: Sequence[Tracker]) -> None:
+def check(names: Sequence[TrackerName]) -> None:
     """Raises MissingPackage for the first program that is not installed, and MachineError for one without a key or a server."""
     for name in names:
         if importlib.util.find_spec(name) is None:

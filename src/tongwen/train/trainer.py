@@ -27,8 +27,8 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from tongwen.core import artifact, console, distributed
 from tongwen.core.errors import ArtifactError, Interrupted, MissingPackage, NumbersError, RecipeError, first_line
 from tongwen.core.i18n import say
-from tongwen.recipe.schema import Stretch, Training
-from tongwen.train.audit import FirstSteps, first_not_finite
+from tongwen.recipe.schema import Training, TrainingPhase
+from tongwen.train.audit import FirstStepsAudit, first_not_finite
 from tongwen.train.checkpoints import (
     STAGING,
     check_adapter_saved,
@@ -40,13 +40,13 @@ from tongwen.train.checkpoints import (
     step_of,
 )
 from tongwen.train.memory import keep_freed_memory
-from tongwen.train.metrics import Watch
-from tongwen.train.nan_guard import Guard
-from tongwen.train.neftune import Noise
-from tongwen.train.packing import MicroBatches, Plan
+from tongwen.train.metrics import MetricsCallback
+from tongwen.train.nan_guard import NanGuard
+from tongwen.train.neftune import Neftune
+from tongwen.train.packing import BatchPlan, MicroBatches
 from tongwen.train.parallel import FSDP_FILE, Engine, gather, scatter
-from tongwen.train.shutdown import Halt
-from tongwen.train.trackers import Teller, Track
+from tongwen.train.shutdown import ShutdownRequest
+from tongwen.train.trackers import TrackerCallback, TrackerRun
 
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
@@ -63,7 +63,7 @@ SCHEDULES = {
 }
 
 
-class Budget(Protocol):
+class RankAllocator(Protocol):
     """What a method needs beyond loss and gradient (AdaLoRA): a second loss, a step of its own, and a memory."""
 
     def penalty(self) -> torch.Tensor: ...
@@ -73,7 +73,7 @@ class Budget(Protocol):
 
 
 @dataclass
-class Job:
+class TrainerJob:
     """Everything that a run needs.
 
     loss:       gives (scaled sum of nats, nats per learned token) of a micro-batch and a scale
@@ -91,25 +91,25 @@ class Job:
     model: Any
     tokenizer: Any
     store: Any
-    plan: Plan
+    plan: BatchPlan
     packed: bool
-    stretch: Stretch
+    stretch: TrainingPhase
     dtype: torch.dtype
     seed: int
     checkpoints: Path
     resume: Path | None
     loss: Callable[[Any, dict[str, Any], torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     evaluate: Callable[[int], dict[str, Any]] | None
-    watch: Watch
+    watch: MetricsCallback
     engine: Engine
     learners: Sequence[torch.nn.Parameter] = ()
     embeddings: Sequence[torch.nn.Parameter] = ()
     guarded: Sequence[torch.nn.Parameter] = ()
-    budget: Budget | None = None
+    budget: RankAllocator | None = None
     told: Mapping[str, Any] = field(default_factory=dict)
     deadline: float | None = None
     evaluations: Iterable[Sequence[float]] = ()
-    track: Track | None = None
+    track: TrackerRun | None = None
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -123,28 +123,28 @@ class Job:
         self.notices.append(text)
 
 
-def fit(job: Job) -> int:
+def fit(job: TrainerJob) -> int:
     """Train to the end, from the checkpoint if there is one; returns the steps taken in all. Raises NumbersError on NaN or
     a failed audit, Interrupted when it was asked to stop and has saved."""
     if not torch.accelerator.is_available():
         keep_freed_memory()
-    halt = Halt(job.deadline)
+    halt = ShutdownRequest(job.deadline)
     with distributed.listening(halt.hear), job.track.told() if job.track else nullcontext():
         return _fit(job, halt)
 
 
-def _fit(job: Job, halt: Halt) -> int:
+def _fit(job: TrainerJob, halt: ShutdownRequest) -> int:
     if job.resume:
         job.engine.check_resumes(job.resume)
     trainer = PlannedTrainer(job, halt)
     trainer.remove_callback(PrinterCallback)
-    for callback in (job.watch, Evaluations(job), Spending(job), trainer.guard):
+    for callback in (job.watch, EvaluationCallback(job), AllocatorCallback(job), trainer.guard):
         trainer.add_callback(callback)
     if not job.engine.is_deepspeed:  # which keeps gradients to itself
-        trainer.add_callback(FirstSteps())
+        trainer.add_callback(FirstStepsAudit())
     start, patience = step_of(job.resume) if job.resume else 0, job.stretch.words.patience
     if job.track and trainer.is_world_process_zero():
-        trainer.add_callback(Teller(job.track, start))
+        trainer.add_callback(TrackerCallback(job.track, start))
     job.watch.begin(start, job.evaluations)
     if start >= len(job.plan) or job.watch.waited(patience):
         trainer._load_from_checkpoint(str(job.resume))
@@ -220,7 +220,7 @@ def unreached_rate(section: Training, steps: int) -> str:
     )
 
 
-def training_arguments(job: Job) -> TrainingArguments:
+def training_arguments(job: TrainerJob) -> TrainingArguments:
     """The recipe's words as TrainingArguments; `trainer:` goes through as it is."""
     section, plan = job.stretch.words, job.plan
     total = len(plan)
@@ -270,11 +270,11 @@ def training_arguments(job: Job) -> TrainingArguments:
 class PlannedTrainer(Trainer):
     """Trainer over a Plan."""
 
-    def __init__(self, job: Job, halt: Halt) -> None:
+    def __init__(self, job: TrainerJob, halt: ShutdownRequest) -> None:
         self.job, self.halt = job, halt
         self.micro = MicroBatches(job.store, job.plan.flat(), packed=job.packed)
         self._staging: Path | None = None
-        self.noise = Noise(job.model, job.stretch.words.neftune) if job.stretch.words.neftune else None
+        self.noise = Neftune(job.model, job.stretch.words.neftune) if job.stretch.words.neftune else None
         super().__init__(
             model=job.model,
             args=training_arguments(job),
@@ -283,7 +283,7 @@ class PlannedTrainer(Trainer):
             optimizer_cls_and_kwargs=_muon(job) if job.stretch.words.optimizer == "muon" else None,
         )
         self.model_accepts_loss_kwargs = True  # the loss below is already scaled over the accumulation
-        self.guard = Guard(
+        self.guard = NanGuard(
             job.plan,
             job.store.origin,
             self.accelerator.gather,
@@ -467,7 +467,7 @@ class PlannedTrainer(Trainer):
             )
 
 
-def _muon(job: Job) -> tuple[Any, dict[str, Any]]:
+def _muon(job: TrainerJob) -> tuple[Any, dict[str, Any]]:
     """torch's Muon, which orthogonalises the update of a matrix. Raises RecipeError where something else would learn."""
     whole = {id(part) for part in job.embeddings}
     for name, part in job.model.named_parameters():
@@ -483,11 +483,11 @@ def _muon(job: Job) -> tuple[Any, dict[str, Any]]:
     return torch.optim.Muon, {"lr": job.stretch.rate, "weight_decay": job.stretch.words.weight_decay}
 
 
-class Evaluations(TrainerCallback):
+class EvaluationCallback(TrainerCallback):
     """Scores the held-out set every `evaluate_every` steps, and before the next phase begins, without disturbing the run's
     random numbers. With `patience` the best one is a checkpoint, and too many without a better one end the run."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: TrainerJob) -> None:
         self.job = job
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -505,10 +505,10 @@ class Evaluations(TrainerCallback):
             control.should_save |= control.should_training_stop or watch.best[0] == state.global_step
 
 
-class Spending(TrainerCallback):
+class AllocatorCallback(TrainerCallback):
     """Calls the budget's own step, while the gradients are still there."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: TrainerJob) -> None:
         self.job = job
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from tongwen.core.errors import ModelError, RecipeError
 from tongwen.core.i18n import say
-from tongwen.vocab.learn import Learned
+from tongwen.vocab.learn import LearnedMerges
 from tongwen.vocab.script import UNSPACED, Script, nothing_of
 
 PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -86,7 +86,7 @@ def count_words(tokenizer: Tokenizer, texts: Iterable[str], script: Script) -> d
     return {word: count for word, count in out.items() if len(word) > 1}
 
 
-def extend(definition: dict[str, Any], learned: Learned) -> dict[str, Any]:
+def extend(definition: dict[str, Any], learned: LearnedMerges) -> dict[str, Any]:
     """The tokenizer.json with the learned merges appended. Raises ModelError when a new id is not free."""
     model = definition["model"]
     vocabulary: dict[str, int] = dict(model["vocab"])
@@ -108,7 +108,7 @@ def extend(definition: dict[str, Any], learned: Learned) -> dict[str, Any]:
     return {**definition, "model": {**model, "vocab": vocabulary, "merges": [*model["merges"], *new]}}
 
 
-def parts_of(learned: Learned) -> list[list[int]]:
+def parts_of(learned: LearnedMerges) -> list[list[int]]:
     """For each new piece the old ids that it is made of."""
     parts: dict[int, list[int]] = {}
     for left, right, made in learned.merges:
@@ -117,7 +117,7 @@ def parts_of(learned: Learned) -> list[list[int]]:
     return list(parts.values())
 
 
-def counts_of(learned: Learned) -> list[int]:
+def counts_of(learned: LearnedMerges) -> list[int]:
     """How often each new piece stood in the corpus when it was chosen."""
     counts: dict[int, int] = {}
     for (_, _, made), count in zip(learned.merges, learned.counts, strict=True):
@@ -126,13 +126,15 @@ def counts_of(learned: Learned) -> list[int]:
     return list(counts.values())
 
 
-def with_words(learned: Learned, spelling: list[bytes], words: Sequence[str], extended: Tokenizer) -> Learned:
+def with_words(
+    learned: LearnedMerges, spelling: list[bytes], words: Sequence[str], extended: Tokenizer
+) -> LearnedMerges:
     """What was learned, and whole words behind it: each joined from the left out of the tokens that `extended` (the base
     with what was learned) makes of it. A word of letters that blanks separate gets a form behind a blank as well.
 
     Raises RecipeError for a word that the pre-tokeniser takes apart: merges cannot join it.
     """
-    out = Learned(learned.first_new, list(learned.merges), list(learned.pieces), list(learned.counts))
+    out = LearnedMerges(learned.first_new, list(learned.merges), list(learned.pieces), list(learned.counts))
     id_of = {piece: index for index, piece in reversed(list(enumerate(spelling)))}
     for form in forms_of(words):
         found: list[tuple[str, Any]] = (
@@ -195,5 +197,5 @@ def _joined(tokens: list[int], left: int, right: int, made: int) -> list[int]:
     return out
 
 
-def _spelled(index: int, spelling: list[bytes], learned: Learned) -> bytes:
+def _spelled(index: int, spelling: list[bytes], learned: LearnedMerges) -> bytes:
     return learned.pieces[index - learned.first_new] if index >= learned.first_new else spelling[index]

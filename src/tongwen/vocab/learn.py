@@ -18,7 +18,7 @@ END = -1  # no neighbour
 
 
 @dataclass
-class Learned:
+class LearnedMerges:
     """merges: (left id, right id, id that they make), most frequent first; pieces: the spelling of each new id, the k-th of
     `first_new + k`; counts: how often each pair stood in the corpus when it was chosen. Where a pair makes a token that
     exists already, it is one more way to it and costs no row."""
@@ -28,14 +28,14 @@ class Learned:
     pieces: list[bytes] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
 
-    def first(self, pieces: int) -> Learned:
+    def first(self, pieces: int) -> LearnedMerges:
         """What a run for fewer pieces would have given."""
         size = self.first_new + pieces
         kept = next((place for place, merge in enumerate(self.merges) if merge[2] >= size), len(self.merges))
-        return Learned(self.first_new, self.merges[:kept], self.pieces[:pieces], self.counts[:kept])
+        return LearnedMerges(self.first_new, self.merges[:kept], self.pieces[:pieces], self.counts[:kept])
 
 
-class Corpus:
+class WordCounts:
     """Words as one linked list of tokens. N tokens take 24 bytes each."""
 
     def __init__(self, words: Mapping[tuple[int, ...], int]) -> None:
@@ -65,7 +65,7 @@ def learn_merges(
     min_count: int = 2,
     forbidden: Iterable[bytes] = (),
     tell: Callable[[int], None] = lambda done: None,
-) -> Learned:
+) -> LearnedMerges:
     """Merges that make at most `pieces` new tokens, learned from words (base tokens -> count).
 
     spelling:  the bytes of every base token by id
@@ -75,7 +75,7 @@ def learn_merges(
     tell:      called with the number of new tokens now and then
     Ends sooner when no allowed pair stands `min_count` times.
     """
-    learner = _Learner(Corpus(words), spelling, allows, first_new, min_count, set(forbidden))
+    learner = _Learner(WordCounts(words), spelling, allows, first_new, min_count, set(forbidden))
     while len(learner.out.pieces) < pieces and (best := learner.best()) is not None:
         learner.merge(*best)
         if len(learner.out.merges) % 100 == 0:
@@ -86,7 +86,7 @@ def learn_merges(
 class _Learner:
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: WordCounts,
         spelling: list[bytes],
         allows: Callable[[bytes], bool],
         first_new: int,
@@ -96,7 +96,7 @@ class _Learner:
         self.corpus, self.allows, self.min_count, self.forbidden = corpus, allows, min_count, forbidden
         self.spelling = dict(enumerate(spelling))
         self.id_of = {piece: index for index, piece in reversed(self.spelling.items())}
-        self.out = Learned(first_new)
+        self.out = LearnedMerges(first_new)
         self.count: dict[int, int] = {}
         self.places: dict[int, list[np.ndarray]] = {}
         self.allowed: dict[int, bool] = {}

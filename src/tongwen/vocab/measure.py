@@ -51,7 +51,7 @@ SELECT name, COUNT(*) AS n FROM people WHERE age >= 18 GROUP BY name ORDER BY n 
 
 
 @dataclass(frozen=True)
-class Coder:
+class MeasuredTokenizer:
     """A tokenizer as what is measured: encode texts without special tokens (as whole texts, and as they are inside of
     one), decode ids, bytes of each id, ids of special tokens."""
 
@@ -67,7 +67,7 @@ class Coder:
         return len(self.spelling)
 
 
-def fertility(coder: Coder, texts: Sequence[str]) -> dict[str, float]:
+def fertility(coder: MeasuredTokenizer, texts: Sequence[str]) -> dict[str, float]:
     """Characters, UTF-8 bytes and tokens of the texts, and their ratios."""
     characters, size = sum(map(len, texts)), sum(len(text.encode("utf-8", "replace")) for text in texts)
     tokens = sum(map(len, coder.encode(texts)))
@@ -80,12 +80,12 @@ def fertility(coder: Coder, texts: Sequence[str]) -> dict[str, float]:
     }
 
 
-def changed(old: Coder, new: Coder, texts: Sequence[str]) -> list[int]:
+def changed(old: MeasuredTokenizer, new: MeasuredTokenizer, texts: Sequence[str]) -> list[int]:
     """Places of the texts whose ids differ."""
     return [place for place, (a, b) in enumerate(zip(old.encode(texts), new.encode(texts), strict=True)) if a != b]
 
 
-def round_trip_failures(coder: Coder, texts: Sequence[str]) -> list[int]:
+def round_trip_failures(coder: MeasuredTokenizer, texts: Sequence[str]) -> list[int]:
     """Places of the texts that do not come back from their ids."""
     given = coder.encode(texts)
     return [place for place, (text, ids) in enumerate(zip(texts, given, strict=True)) if coder.decode(ids) != text]
@@ -95,7 +95,7 @@ def probes() -> list[str]:
     return [*PROBES, *(piece.decode("utf-8", "replace") for piece in BROKEN)]
 
 
-def pieces_in_use(coder: Coder, first_new: int, texts: Sequence[str]) -> dict[str, int]:
+def pieces_in_use(coder: MeasuredTokenizer, first_new: int, texts: Sequence[str]) -> dict[str, int]:
     """Of the pieces from an id on, special tokens left out: how many there are, occur in the texts, can never be produced,
     begin a character only.
 
@@ -113,7 +113,7 @@ def pieces_in_use(coder: Coder, first_new: int, texts: Sequence[str]) -> dict[st
     return {"pieces": len(new), "occur": len(counts), "unreachable": unreachable, "beginnings": beginnings}
 
 
-def seconds_per_megabyte(coder: Coder, texts: Sequence[str]) -> float:
+def seconds_per_megabyte(coder: MeasuredTokenizer, texts: Sequence[str]) -> float:
     """CPU seconds of encoding a million bytes, the best of three."""
     size = sum(len(text.encode("utf-8", "replace")) for text in texts)
     best = float("inf")
@@ -125,7 +125,7 @@ def seconds_per_megabyte(coder: Coder, texts: Sequence[str]) -> float:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelSize:
     """What a token costs in a model. body: parameters that every token passes; hidden: width of the head."""
 
     name: str
@@ -138,11 +138,11 @@ class Shape:
 
 
 # For a tokenizer without its model. Qwen3-8B's: 36 layers, hidden 4096.
-NOMINAL = Shape("8B", 6_950_000_000, 4096)
+NOMINAL = ModelSize("8B", 6_950_000_000, 4096)
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """One place on the curve. seen_enough: how many of the pieces stand SEEN_ENOUGH times in the corpus."""
 
     pieces: int
@@ -152,20 +152,20 @@ class Point:
 
 
 def make_curve(
-    base: Coder, shape: Shape, texts: Sequence[str], steps: Sequence[tuple[int, Coder, int]]
-) -> tuple[Point, list[Point]]:
+    base: MeasuredTokenizer, shape: ModelSize, texts: Sequence[str], steps: Sequence[tuple[int, MeasuredTokenizer, int]]
+) -> tuple[CurvePoint, list[CurvePoint]]:
     """(the base, one point for each (pieces, coder, seen enough)) on texts that were not learned from."""
     start = fertility(base, texts)["characters_per_token"]
     old = shape.per_token(base.size) / start
     points = []
     for pieces, coder, seen in steps:
         found = fertility(coder, texts)["characters_per_token"]
-        points.append(Point(pieces, found, shape.per_token(coder.size) / found / old, seen))
-    return Point(0, start, 1.0, 0), points
+        points.append(CurvePoint(pieces, found, shape.per_token(coder.size) / found / old, seen))
+    return CurvePoint(0, start, 1.0, 0), points
 
 
 @dataclass(frozen=True)
-class Advice:
+class VocabularyAdvice:
     """extend: whether it pays; pieces: how many; saving: share of the cost per character that it saves."""
 
     extend: bool
@@ -177,7 +177,9 @@ class Advice:
         return {"extend": self.extend, "pieces": self.pieces, "saving": self.saving, "reasons": list(self.reasons)}
 
 
-def advise(base: Point, curve: Sequence[Point], damage: float | None = None, asked: int | None = None) -> Advice:
+def advise(
+    base: CurvePoint, curve: Sequence[CurvePoint], damage: float | None = None, asked: int | None = None
+) -> VocabularyAdvice:
     """Whether to extend, from the curve and the damage.
 
     damage: bits per byte of the grown, untrained model over the base's, less 1; None when no model was at hand.
@@ -219,10 +221,12 @@ def advise(base: Point, curve: Sequence[Point], damage: float | None = None, ask
                 + ("训练可以补回" if bearable else "超过缩短文本所能补回的"),
             )
         )
-    return Advice(saving >= WORTH and bearable, best.pieces, saving, tuple(reasons))
+    return VocabularyAdvice(saving >= WORTH and bearable, best.pieces, saving, tuple(reasons))
 
 
-def survey(base: Coder, new: Coder | None, texts: dict[str, list[str]], script: Script) -> dict[str, Any]:
+def survey(
+    base: MeasuredTokenizer, new: MeasuredTokenizer | None, texts: dict[str, list[str]], script: Script
+) -> dict[str, Any]:
     """Fertility by name of text, what stayed as it was, and examples: the parts of report.json that need no model."""
     out: dict[str, Any] = {"fertility": {}, "sizes": {"before": base.size}}
     for name, some in {**texts, "English": [ENGLISH], "code": [CODE]}.items():
@@ -250,7 +254,7 @@ def survey(base: Coder, new: Coder | None, texts: dict[str, list[str]], script: 
     return out
 
 
-def pieces_of(coder: Coder, text: str) -> list[str]:
+def pieces_of(coder: MeasuredTokenizer, text: str) -> list[str]:
     """The tokens as people can read them; bytes that are no whole character as their numbers."""
     out = []
     for index in coder.encode([text])[0]:

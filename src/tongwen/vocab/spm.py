@@ -28,7 +28,7 @@ Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 @dataclass
-class Merged:
+class MergedPieces:
     """model: a new ModelProto; added: its new pieces; steps: those of them that were made for longer ones to be built from;
     left_out: reason -> pieces that were not taken."""
 
@@ -52,9 +52,9 @@ class Merged:
             self.left_out.setdefault(reason, []).extend(found)
 
 
-def merge_as_2023(base: Any, other: Any, *, keep_scores: bool, pad: bool = False) -> Merged:
+def merge_as_2023(base: Any, other: Any, *, keep_scores: bool, pad: bool = False) -> MergedPieces:
     """All pieces of `other` that `base` lacks (ModelProtos), in their order, with score 0 or their own."""
-    out = Merged(_copy(base))
+    out = MergedPieces(_copy(base))
     known = {piece.piece for piece in base.pieces}
     for piece in other.pieces:
         if piece.piece not in known:
@@ -74,7 +74,7 @@ def merge(
     pieces: int | None = None,
     words: Sequence[str] = (),
     pad: bool = False,
-) -> Merged:
+) -> MergedPieces:
     """At most `pieces` of the candidates (most wanted first) that spell the script and can be produced, then `words`,
     whatever they spell, with the pieces that each is built from.
 
@@ -82,7 +82,7 @@ def merge(
     scores could not be told apart, or when nothing is left to add.
     """
     check_base(base, "--base")
-    out = Merged(_copy(base))
+    out = MergedPieces(_copy(base))
     known = {piece.piece for piece in base.pieces}
     wanted: list[str] = []
     for piece in dict.fromkeys(candidates):
@@ -117,8 +117,8 @@ def merge(
     return out
 
 
-def unchanged(base: Any) -> Merged:
-    return Merged(_copy(base))
+def unchanged(base: Any) -> MergedPieces:
+    return MergedPieces(_copy(base))
 
 
 def check_base(base: Any, place: str) -> None:
@@ -237,10 +237,10 @@ def without_prefix(model: Any) -> Any:
     return out
 
 
-def _producible(out: Merged, base: Any, pieces: list[str], encoder_of: Callable[[Any], Encode]) -> list[str]:
+def _producible(out: MergedPieces, base: Any, pieces: list[str], encoder_of: Callable[[Any], Encode]) -> list[str]:
     """The pieces that their own text gives; the others are noted. Whatever stands around a piece can only take parts of
     it away, and what is never produced is never a part: one look is enough."""
-    trial = Merged(without_prefix(base))
+    trial = MergedPieces(without_prefix(base))
     _append_below(trial, pieces)
     given = encoder_of(trial.model)([piece.replace(BLANK, " ") for piece in pieces])
     first = len(base.pieces)
@@ -261,7 +261,7 @@ def _steps_to(pieces: list[str], known: set[str]) -> list[str]:
     return [step for step in steps if step not in set(pieces)]
 
 
-def _append_word(out: Merged, word: str, encoder_of: Callable[[Any], Encode]) -> None:
+def _append_word(out: MergedPieces, word: str, encoder_of: Callable[[Any], Encode]) -> None:
     """A word, and what is missing between its tokens and itself, joined from the left."""
     text = word.replace(BLANK, " ")
     for _ in range(len(word)):
@@ -281,7 +281,7 @@ def _names(model: Any) -> set[str]:
     return {piece.piece for piece in model.pieces}
 
 
-def _append_below(out: Merged, pieces: Sequence[str]) -> None:
+def _append_below(out: MergedPieces, pieces: Sequence[str]) -> None:
     """Append pieces with falling scores below all that the base ranks."""
     lowest = min(piece.score for piece in out.model.pieces if piece.score > -EXACT)
     if lowest - len(pieces) <= -EXACT:

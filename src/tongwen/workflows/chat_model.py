@@ -19,8 +19,8 @@ from tongwen.core.model_families import family_of
 from tongwen.core.records import Message
 from tongwen.data.encode import Encoder
 from tongwen.infer import llamacpp, vllm
-from tongwen.infer.generation import ROWS, Sampling, Voice
-from tongwen.model.adapters.chain import open_stack
+from tongwen.infer.generation import ROWS, Sampling, TextGenerator
+from tongwen.model.adapters.chain import open_adapter_chain
 from tongwen.model.loading import chat_setup, device_map, load
 from tongwen.model.loading.special_tokens import mend_ends
 
@@ -28,11 +28,11 @@ THINK = "<think>"
 
 
 @dataclass
-class Speaker:
+class ChatModel:
     """A model to talk with. Messages are dictionaries with `role` and `content`, as everywhere."""
 
     name: str
-    voice: Voice
+    voice: TextGenerator
     encoder: Encoder
     template: Template | None
     thinking: bool
@@ -128,7 +128,7 @@ class Speaker:
         return Sampling().with_(**options)
 
 
-def open_speaker(
+def open_chat_model(
     model: str,
     adapters: Sequence[str] = (),
     template: str = "own",
@@ -137,7 +137,7 @@ def open_speaker(
     weights: str = "full",
     engine: str = "auto",
     rows: int = ROWS,
-) -> Speaker:
+) -> ChatModel:
     """Open a model by any of its names.
 
     template: own, a shipped name, a .jinja file, `completion` for a base model, or `auto`: own where the model has one,
@@ -170,8 +170,8 @@ def open_speaker(
         if bound is None:
             _check_continues(network.config.model_type, model)
         stops = _stops(model, tokenizer, bound, network.generation_config)
-        voice = Voice(network, tokenizer, stops, chat_setup.context_length(network.config), engine == "paged")
-    return Speaker(model, voice, encoder, bound, thinking == "on")
+        voice = TextGenerator(network, tokenizer, stops, chat_setup.context_length(network.config), engine == "paged")
+    return ChatModel(model, voice, encoder, bound, thinking == "on")
 
 
 def choose_engine(model: str, adapters: Sequence[str]) -> str:
@@ -192,13 +192,13 @@ def choose_engine(model: str, adapters: Sequence[str]) -> str:
     return "batched"
 
 
-def _open_network(place: load.Place, tokenizer: Any, precision: str, weights: str) -> Any:
+def _open_network(place: load.ModelRef, tokenizer: Any, precision: str, weights: str) -> Any:
     """The network on its device, or over all GPUs when one is too small for it."""
     device = load.compute_device()
     dtype, _ = load.compute_dtype(precision, device)
     spread, quantize = device_map.choose(place, weights, device, dtype)
     with console.waiting(say(f"opening {place.name}", f"打开 {place.name}")):
-        network, _ = open_stack(place, dtype, quantize, device_map="auto" if spread else None, live=True)
+        network, _ = open_adapter_chain(place, dtype, quantize, device_map="auto" if spread else None, live=True)
     load.check_tokenizer(tokenizer, network, place)
     mend_ends(tokenizer, network, place.name)
     return (network if spread or quantize else network.to(device)).eval()
@@ -215,7 +215,9 @@ def _check_continues(kind: str, model: str) -> None:
         )
 
 
-def _open_elsewhere(place: load.Place, tokenizer: Any, bound: Template | None, engine: str, rows: int) -> Voice:
+def _open_elsewhere(
+    place: load.ModelRef, tokenizer: Any, bound: Template | None, engine: str, rows: int
+) -> TextGenerator:
     """The voice of another engine, which reads the weights itself."""
     if place.adapters:
         raise ModelError(

@@ -23,8 +23,8 @@ from tongwen.data.clean import Cleaner, Dropped
 from tongwen.data.ledger import Ledger, Rejected, table_rows
 from tongwen.data.reader import read_rows
 from tongwen.data.token_store import TokenStore
-from tongwen.recipe.schema import Prepare, Pretrain, Sft, Source
-from tongwen.workflows.tokenized_data import Reader, read_dialogues, read_documents, say_mask
+from tongwen.recipe.schema import Prepare, Pretrain, Sft, SourceConfig
+from tongwen.workflows.tokenized_data import RecordEncoder, read_dialogues, read_documents, say_mask
 
 SHOWN, ENCODED, PROBLEMS = 5, 200, 100  # samples that are shown and that are tried, rows that are listed
 EXCERPT = 160  # characters of a row
@@ -34,25 +34,25 @@ Problem = tuple[int, str, str, str]  # row, reason, rule, the row itself
 
 
 @dataclass
-class Inspection:
+class DataPreview:
     """What a file holds: its first rows that are taken, and its first that are not."""
 
     kind: str
     format: str
-    tally: prepare_steps.Tally
+    tally: prepare_steps.ScanCounts
     problems: list[Problem] = field(default_factory=list)
     records: list[Document | Dialogue] = field(default_factory=list)
 
 
-def inspect(file: Path) -> Inspection:
+def inspect(file: Path) -> DataPreview:
     """Read a whole file as `prepare` would, and compare nothing. Raises DataError for what is no data."""
-    source = Source(path=str(file))
+    source = SourceConfig(path=str(file))
     kind = prepare_steps.kind_of(file, source)
     section = Prepare.model_validate({kind: [source]})
-    part = prepare_steps.Part(0, kind, "train", 0, source, file)
+    part = prepare_steps.InputPart(0, kind, "train", 0, source, file)
     first = next(read_rows(file, source))
     name = "text" if kind == "documents" else formats.recognise_row(first, source)
-    found = Inspection(kind, name, prepare_steps.Tally())
+    found = DataPreview(kind, name, prepare_steps.ScanCounts())
     for raw, record in prepare_steps.iter_rows(part, section, Cleaner(section.clean, kind), lambda said: None):
         found.tally.count(raw, record)
         if not isinstance(record, (Dropped, RowRefused)):
@@ -64,7 +64,7 @@ def inspect(file: Path) -> Inspection:
     return found
 
 
-def as_html(found: Inspection) -> list[str]:
+def as_html(found: DataPreview) -> list[str]:
     """Figures, ledger and problems, each a piece of a page."""
     ledger = found.tally.ledger
     facts = [
@@ -82,9 +82,9 @@ def as_html(found: Inspection) -> list[str]:
     return pieces
 
 
-def samples_as_html(found: Inspection, base: str, template: str) -> str:
+def samples_as_html(found: DataPreview, base: str, template: str) -> str:
     """The first records as a model will see them, learned tokens coloured. Only the model's tokenizer is opened."""
-    reader: Reader
+    reader: RecordEncoder
     if found.kind == "documents":
         reader = read_documents(base, Pretrain())
         stop = reader.end

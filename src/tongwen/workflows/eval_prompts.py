@@ -19,14 +19,14 @@ from tongwen.data.files import find_files
 from tongwen.data.formats import read_dialogue, read_document, recognise, recognise_row, with_columns
 from tongwen.data.reader import read_rows
 from tongwen.data.row import RawRow
-from tongwen.recipe.schema import Source
+from tongwen.recipe.schema import SourceConfig
 
 SHAPES = '{"prompt": "…"}   {"instruction": "…", "output": "…"}   {"messages": […]}'
 ANSWERS = ("output", "target", "completion", "response", "answer", "std_answer")
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalPrompt:
     """messages: dictionaries with `role` and `content`; wanted: what the data answers; place: file and row."""
 
     messages: list[dict[str, Any]]
@@ -38,12 +38,12 @@ class Question:
         return str(self.messages[-1]["content"])
 
 
-def read_questions(source: Source) -> list[Question]:
+def read_questions(source: SourceConfig) -> list[EvalPrompt]:
     """All rows of a file, folder or glob. Raises DataError at the first that is no question."""
     return [_question(row, source) for row in _rows(source.model_copy(update={"records": source.records or "line"}))]
 
 
-def read_records(source: Source) -> list[Document | Dialogue]:
+def read_records(source: SourceConfig) -> list[Document | Dialogue]:
     """Documents and answered dialogues, for those who score what stands there; a row whose answer is empty is left out, and
     it is said. Raises DataError at the first that is neither."""
     rows = list(_rows(source))
@@ -60,7 +60,7 @@ def say_unanswered(count: int, path: str) -> None:
         )
 
 
-def _rows(source: Source) -> Iterator[RawRow]:
+def _rows(source: SourceConfig) -> Iterator[RawRow]:
     for file in find_files(source.path):
         for row in read_rows(file, source, console.notice):
             if row.problem:
@@ -72,18 +72,18 @@ def _place(row: RawRow) -> str:
     return f"{row.file}:{row.row}"
 
 
-def _question(row: RawRow, source: Source) -> Question:
+def _question(row: RawRow, source: SourceConfig) -> EvalPrompt:
     messages = _unanswered(with_columns(row.value, source) if isinstance(row.value, dict) else None)
     if messages:
-        return Question(messages, None, _place(row))
+        return EvalPrompt(messages, None, _place(row))
     record = _record(row, source)
     if isinstance(record, Document):
-        return Question([{"role": "user", "content": record.text}], None, _place(row))
+        return EvalPrompt([{"role": "user", "content": record.text}], None, _place(row))
     turns = [message.to_dict() for message in record.messages]
-    return Question(turns[:-1], record.messages[-1].content, _place(row))
+    return EvalPrompt(turns[:-1], record.messages[-1].content, _place(row))
 
 
-def _record(row: RawRow, source: Source) -> Document | Dialogue:
+def _record(row: RawRow, source: SourceConfig) -> Document | Dialogue:
     origin = Origin(row.file, row.row)
     try:
         named = with_columns(row.value, source) if isinstance(row.value, dict) else row.value

@@ -19,10 +19,10 @@ from tongwen.core.i18n import say
 from tongwen.core.records import Dialogue, Document
 from tongwen.data.files import find_files
 from tongwen.infer import metrics, multiple_choice
-from tongwen.infer.multiple_choice import Choice
-from tongwen.recipe.schema import Task
-from tongwen.workflows.chat_model import Speaker
-from tongwen.workflows.eval_prompts import Question, read_questions, read_records, say_unanswered
+from tongwen.infer.multiple_choice import MultipleChoiceQuestion
+from tongwen.recipe.schema import TaskConfig
+from tongwen.workflows.chat_model import ChatModel
+from tongwen.workflows.eval_prompts import EvalPrompt, read_questions, read_records, say_unanswered
 from tongwen.workflows.likelihood import Likelihood
 
 Figures = Callable[[np.ndarray], dict[str, float]]
@@ -31,7 +31,7 @@ Ask = Callable[[Sequence[Sequence[Mapping[str, Any]]], Progress], list[str]]
 
 
 @dataclass
-class Marks:
+class Scores:
     """What a model got. counts: of each row that was scored; shown: what people read of each row; groups: of rows that
     belong together, by name; notes: what is to be said."""
 
@@ -51,10 +51,10 @@ class Marks:
 
 
 @dataclass(frozen=True)
-class Paper(ABC):
+class EvalTask(ABC):
     """One task with what is asked in it."""
 
-    task: Task
+    task: TaskConfig
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -65,10 +65,10 @@ class Paper(ABC):
         """Sums of counts -> figures, the main one first."""
 
     @abstractmethod
-    def sit(self, speaker: Speaker, ask: Ask, progress: Progress) -> Marks:
+    def sit(self, speaker: ChatModel, ask: Ask, progress: Progress) -> Scores:
         """Have a model sit it. ask: gives the answer to each conversation."""
 
-    def result(self, marks: Marks) -> dict[str, Any]:
+    def result(self, marks: Scores) -> dict[str, Any]:
         """What stands in scores.json. Raises DataError when no row could be scored."""
         if not marks.counts:
             raise DataError(say("no row could be scored", "没有一行可以评分"), place=self.task.title)
@@ -80,29 +80,29 @@ class Paper(ABC):
             }
         return out
 
-    def change(self, before: Marks, after: Marks) -> dict[str, float]:
+    def change(self, before: Scores, after: Scores) -> dict[str, float]:
         """The difference on the rows that both were scored on."""
         both = sorted(before.counts.keys() & after.counts.keys())
         return metrics.compare(before.table(both), after.table(both), self.figures)
 
 
-def read_paper(task: Task) -> Paper:
+def read_task(task: TaskConfig) -> EvalTask:
     """The paper of a task. Raises DataError when its data cannot be read."""
     if task.suite:
-        return SuitePaper(task)
+        return LmEvalTask(task)
     assert task.data
     if task.task == "multiple_choice":
         return _read_choices(task)
     if task.task in metrics.TEXT:
-        return TextPaper(task, _first(task, _answered(task, read_questions(task.data))))
-    return LikelihoodPaper(task, _first(task, read_records(task.data)))
+        return GenerationTask(task, _first(task, _answered(task, read_questions(task.data))))
+    return LikelihoodTask(task, _first(task, read_records(task.data)))
 
 
-def _first(task: Task, rows: list[Any]) -> list[Any]:
+def _first(task: TaskConfig, rows: list[Any]) -> list[Any]:
     return rows[: task.limit]
 
 
-def _answered(task: Task, questions: list[Question]) -> list[Question]:
+def _answered(task: TaskConfig, questions: list[EvalPrompt]) -> list[EvalPrompt]:
     """The questions whose answer is known. Raises DataError when there is none, or when an answer is not of the task's form."""
     assert task.data
     known = [one for one in questions if one.wanted is not None]
@@ -126,10 +126,10 @@ def _answered(task: Task, questions: list[Question]) -> list[Question]:
 
 
 @dataclass(frozen=True)
-class TextPaper(Paper):
+class GenerationTask(EvalTask):
     """Questions whose answers are written out and compared with the data's."""
 
-    questions: list[Question]
+    questions: list[EvalPrompt]
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -138,11 +138,11 @@ class TextPaper(Paper):
     def figures(self) -> Figures:
         return metrics.TEXT[self.task.task].figures
 
-    def sit(self, speaker: Speaker, ask: Ask, progress: Progress) -> Marks:
+    def sit(self, speaker: ChatModel, ask: Ask, progress: Progress) -> Scores:
         answers = ask([one.messages for one in self.questions], progress)
-        measure, marks = metrics.TEXT[self.task.task], Marks()
+        measure, marks = metrics.TEXT[self.task.task], Scores()
         for row, (question, said) in enumerate(zip(self.questions, answers, strict=True)):
-            answered = metrics.Answered(question.last, metrics.without_thinking(said), str(question.wanted))
+            answered = metrics.AnsweredPrompt(question.last, metrics.without_thinking(said), str(question.wanted))
             marks.put(row, measure.count(answered), answered._asdict())
         return marks
 
@@ -151,11 +151,11 @@ class TextPaper(Paper):
 
 
 @dataclass(frozen=True)
-class ChoicePaper(Paper):
+class MultipleChoiceTask(EvalTask):
     """Questions with options: the model's answer is the one that it holds to be the likeliest."""
 
-    choices: list[Choice]
-    examples: dict[str, list[Choice]]
+    choices: list[MultipleChoiceQuestion]
+    examples: dict[str, list[MultipleChoiceQuestion]]
 
     def __len__(self) -> int:
         return len(self.choices)
@@ -164,8 +164,8 @@ class ChoicePaper(Paper):
     def figures(self) -> Figures:
         return metrics.accuracy_of
 
-    def sit(self, speaker: Speaker, ask: Ask, progress: Progress) -> Marks:
-        marks, judge = Marks(), Likelihood(speaker)
+    def sit(self, speaker: ChatModel, ask: Ask, progress: Progress) -> Scores:
+        marks, judge = Scores(), Likelihood(speaker)
         for row, one in enumerate(self.choices):
             examples = self.examples.get(one.subject, [])[: self.task.shots]
             if speaker.template is None:
@@ -181,10 +181,10 @@ class ChoicePaper(Paper):
         return marks
 
 
-def _read_choices(task: Task) -> ChoicePaper:
+def _read_choices(task: TaskConfig) -> MultipleChoiceTask:
     assert task.data
     choices = [one for file in find_files(task.data.path) for one in multiple_choice.read_choices(file)]
-    examples: dict[str, list[Choice]] = {}
+    examples: dict[str, list[MultipleChoiceQuestion]] = {}
     for file in find_files(task.examples) if task.examples else ():
         for one in multiple_choice.read_choices(file):
             examples.setdefault(one.subject, []).append(one)
@@ -195,14 +195,14 @@ def _read_choices(task: Task) -> ChoicePaper:
             place=str(task.examples),
             remedy=say("the file of a subject is called as its questions are: SUBJECT_dev.csv", "示例文件与题目文件同名：科目_dev.csv"),
         )  # fmt: skip
-    return ChoicePaper(task, _first(task, choices), examples)
+    return MultipleChoiceTask(task, _first(task, choices), examples)
 
 
 # -- likelihood ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class LikelihoodPaper(Paper):
+class LikelihoodTask(EvalTask):
     """Texts, and how well the model foresees them: documents whole, of dialogues the answers."""
 
     records: list[Document | Dialogue]
@@ -214,8 +214,8 @@ class LikelihoodPaper(Paper):
     def figures(self) -> Figures:
         return metrics.LIKELIHOOD[self.task.task]
 
-    def sit(self, speaker: Speaker, ask: Ask, progress: Progress) -> Marks:
-        marks, judge = Marks(), Likelihood(speaker)
+    def sit(self, speaker: ChatModel, ask: Ask, progress: Progress) -> Scores:
+        marks, judge = Scores(), Likelihood(speaker)
         for row, record in enumerate(self.records):
             counts = judge.score(record)
             if counts is not None:
@@ -238,7 +238,7 @@ class LikelihoodPaper(Paper):
 
 
 @dataclass(frozen=True)
-class SuitePaper(Paper):
+class LmEvalTask(EvalTask):
     """A suite of EleutherAI's harness, which brings questions and scorer; `data` is a folder with tasks of one's own."""
 
     def __len__(self) -> int:
@@ -248,7 +248,7 @@ class SuitePaper(Paper):
     def figures(self) -> Figures:
         return metrics.score_of
 
-    def sit(self, speaker: Speaker, ask: Ask, progress: Progress) -> Marks:
+    def sit(self, speaker: ChatModel, ask: Ask, progress: Progress) -> Scores:
         try:
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
@@ -272,7 +272,7 @@ class SuitePaper(Paper):
             task_manager=manager,
             bootstrap_iters=0,
         )
-        marks = Marks()
+        marks = Scores()
         for name, samples in sorted(found["samples"].items()):
             for sample in samples:
                 value = sample[sample["metrics"][0]]

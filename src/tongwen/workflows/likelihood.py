@@ -17,7 +17,7 @@ from tongwen.core.records import Dialogue, Document, Message, Origin, Span
 from tongwen.data.encode import Piece, token_bytes
 from tongwen.model.kernels.loss import bits_per_byte, learned_loss
 from tongwen.model.loading import chat_setup
-from tongwen.workflows.chat_model import Speaker
+from tongwen.workflows.chat_model import ChatModel
 
 WINDOW = 2048  # tokens that a document is scored in at once, at most
 
@@ -25,7 +25,7 @@ WINDOW = 2048  # tokens that a document is scored in at once, at most
 class Likelihood:
     """A speaker's model as a judge of texts."""
 
-    def __init__(self, speaker: Speaker) -> None:
+    def __init__(self, speaker: ChatModel) -> None:
         self.speaker, self.model, self.encoder = speaker, speaker.voice.model, speaker.encoder
         self.sizes = torch.from_numpy(token_bytes(speaker.voice.tokenizer))
         self.window = min(WINDOW, speaker.voice.context)

@@ -18,26 +18,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import tongwen.workflows.training.job  # noqa: F401 (all that training imports is in memory from here on)
 from tongwen.model.adapters import attach as adapting
-from tongwen.model.adapters.chain import open_stack
+from tongwen.model.adapters.chain import open_adapter_chain
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.checkpointing import recompute
 from tongwen.model.kernels.fused_blocks import LEAN, fuse_blocks
 from tongwen.model.kernels.loss import head_rows, learned_loss, spare_head
 from tongwen.model.loading import load
-from tongwen.recipe.schema import Adapter, Part
+from tongwen.recipe.schema import AdapterConfig, TrainedPart
 from tongwen.train.audit import to_device
 from tongwen.train.memory import (
     ALONE,
     CUDA_CONTEXT,
     QUANTIZED,
     STATE_BYTES,
-    Shape,
+    ModelShape,
     Sharing,
     kept_for_backward,
     rough_shape,
 )
-from tongwen.train.memory_trace import AT_ANY_DEPTH, LOGIT, rehearse
-from tongwen.train.packing import MicroBatches, Plan
+from tongwen.train.memory_trace import AT_ANY_DEPTH, LOGIT, trace_step
+from tongwen.train.packing import BatchPlan, MicroBatches
 
 ALIKE, ALTERNATING = (2, 4), (4, 8)  # layers that are rehearsed of a deeper model
 PURPOSES = ("weights", "gradients", "optimizer", "activations", "head")
@@ -45,29 +45,29 @@ LIBRARIES = psutil.Process().memory_info().rss
 
 
 @dataclass(frozen=True)
-class Micro:
+class MicroBatch:
     """The fullest micro-batch. lengths: tokens of its documents; rows: learned tokens; passes: micro-batches per step."""
 
     lengths: Sequence[int]
     rows: int
     passes: int
 
-    def cut(self, tokens: int) -> Micro:
+    def cut(self, tokens: int) -> MicroBatch:
         """One document of so many tokens instead."""
-        return Micro((tokens,), self.rows * tokens // sum(self.lengths), max(self.passes, 2))
+        return MicroBatch((tokens,), self.rows * tokens // sum(self.lengths), max(self.passes, 2))
 
 
-class Quantised(torch.nn.Linear):
+class QuantizedLinear(torch.nn.Linear):
     """In the place of a quantised layer, which `fuse_blocks` leaves as it is."""
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrainingSetup:
     """How a model is trained. parts: all that some phase trains; dtype: what is computed in; device: cpu, cuda, ...; sharing:
     what of it falls to each process; rows: of new pieces, which learn one by one."""
 
-    adapter: Adapter
-    parts: Collection[Part]
+    adapter: AdapterConfig
+    parts: Collection[TrainedPart]
     dtype: torch.dtype
     device: str
     optimizer: str = "adamw"
@@ -80,7 +80,7 @@ class Setting:
         return self.adapter.quantize if self.adapter.method == "qlora" else ""
 
 
-def shape_of(config: Any, setting: Setting) -> Shape:
+def shape_of(config: Any, setting: TrainingSetup) -> ModelShape:
     """Counts and widths of the adapted model."""
     rough = rough_shape(config)
     model = _skeleton(config, setting)[0].model
@@ -100,15 +100,15 @@ def shape_of(config: Any, setting: Setting) -> Shape:
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryEstimate:
     """bytes: by purpose, and their sum `peak`; rehearsed: whether they were counted, or come from a formula."""
 
-    shape: Shape
+    shape: ModelShape
     bytes: dict[str, int]
     rehearsed: bool
 
 
-def foresee(config: Any, setting: Setting, micro: Micro) -> Needs:
+def estimate_memory(config: Any, setting: TrainingSetup, micro: MicroBatch) -> MemoryEstimate:
     """What a process needs that trains this model so."""
     shape = shape_of(config, setting)
     layers = shape.layers
@@ -130,17 +130,17 @@ def foresee(config: Any, setting: Setting, micro: Micro) -> Needs:
     ]
     fullest = max(found, key=lambda part: sum(part.values()))
     needs = {"libraries": LIBRARIES if setting.device == "cpu" else CUDA_CONTEXT, **fullest}
-    return Needs(shape, {**needs, "peak": sum(needs.values())}, rehearsed)
+    return MemoryEstimate(shape, {**needs, "peak": sum(needs.values())}, rehearsed)
 
 
-def _rehearsed(config: Any, setting: Setting, micro: Micro, layers: int) -> list[dict[str, int]]:
+def _rehearsed(config: Any, setting: TrainingSetup, micro: MicroBatch, layers: int) -> list[dict[str, int]]:
     adapted, matrices = _skeleton(_cut(config, layers), setting)
     model = adapted.model
     if not getattr(model, "_supports_attention_backend", False):
         raise TypeError("its attention is its own")
     if setting.checkpointing:
         recompute(model, preserve_rng_state=False)  # there is none to keep among tensors without values
-    parts = rehearse(
+    parts = trace_step(
         model,
         micro.lengths,
         _spare(model, setting, micro.rows),
@@ -159,7 +159,7 @@ def _rehearsed(config: Any, setting: Setting, micro: Micro, layers: int) -> list
     return parts
 
 
-def _prepare(model: Any, setting: Setting) -> None:
+def _prepare(model: Any, setting: TrainingSetup) -> None:
     """As the stage does before its first step."""
     model.set_attn_implementation(packed_attention.register())
     model.config.use_cache = False
@@ -168,14 +168,16 @@ def _prepare(model: Any, setting: Setting) -> None:
         fuse_blocks(model, is_same=lambda *_: True)
 
 
-def _spare(model: Any, setting: Setting, rows: int) -> int:
+def _spare(model: Any, setting: TrainingSetup, rows: int) -> int:
     """Spare the head where the stage does; returns how many of so many rows of logits exist together then."""
     if setting.sharing.is_whole and setting.dtype != torch.float16 and spare_head(model, None):
         return min(rows, head_rows(setting.device))
     return rows
 
 
-def foresee_files(config: Any, setting: Setting, phases: Sequence[Collection[Part]]) -> tuple[int, list[int]]:
+def estimate_files(
+    config: Any, setting: TrainingSetup, phases: Sequence[Collection[TrainedPart]]
+) -> tuple[int, list[int]]:
     """(bytes of the result's weights, bytes of a checkpoint in each phase): the weights that peft or transformers saves, and the
     optimizer's memory of what the phase trains."""
     adapted, _ = _skeleton(config, setting)
@@ -195,14 +197,14 @@ def foresee_files(config: Any, setting: Setting, phases: Sequence[Collection[Par
     return result, sizes
 
 
-def _skeleton(config: Any, setting: Setting) -> tuple[adapting.Adapted, list[int]]:
+def _skeleton(config: Any, setting: TrainingSetup) -> tuple[adapting.Adapted, list[int]]:
     """The adapted model on the meta device, and the sizes of the matrices that a quantised base has quantised."""
     model = load.make_skeleton(config).to(adapting.kept_in(setting.parts, setting.dtype))
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
     if setting.quantize:
         for module in linear:
-            module.__class__ = Quantised
+            module.__class__ = QuantizedLinear
     adapter = setting.adapter.model_copy(update={"continue_from": None})  # the same shapes, and its files stay closed
     with torch.device("meta"), load.quiet():
         rows = list(range(setting.rows))
@@ -232,7 +234,7 @@ def _grown(small: dict[str, int], large: dict[str, int], times: float) -> dict[s
     return {purpose: round(size + (size - small.get(purpose, 0)) * times) for purpose, size in large.items()}
 
 
-def _by_formula(config: Any, setting: Setting, micro: Micro, shape: Shape) -> dict[str, int]:
+def _by_formula(config: Any, setting: TrainingSetup, micro: MicroBatch, shape: ModelShape) -> dict[str, int]:
     adapted, matrices = _skeleton(config, setting)
     model = adapted.model
     width = setting.dtype.itemsize
@@ -247,10 +249,10 @@ def _by_formula(config: Any, setting: Setting, micro: Micro, shape: Shape) -> di
     }
 
 
-def measure(place: load.Place, setting: Setting, store: Any, plan: Plan) -> tuple[float, float]:
+def measure(place: load.ModelRef, setting: TrainingSetup, store: Any, plan: BatchPlan) -> tuple[float, float]:
     """Seconds of a token through the model and back, and of a step of the optimizer: one micro-batch of the plan, on the
     real weights, after another to warm up."""
-    model, _ = open_stack(place, adapting.kept_in(setting.parts, setting.dtype), setting.quantize)
+    model, _ = open_adapter_chain(place, adapting.kept_in(setting.parts, setting.dtype), setting.quantize)
     rows = list(range(min(setting.rows, len(model.get_input_embeddings().weight))))  # those to come are not there yet
     adapted = adapting.adapt(model, setting.adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
     for part in adapted.learners:

@@ -41,7 +41,7 @@ SENTENCEPIECE = {  # what LLaMA's own tokenizer is to transformers: the file alo
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model to convert. title: what files are named after it; folder: where its tokenizer is; place: None for LLaMA's
     own files."""
 
@@ -50,21 +50,21 @@ class Source:
     tensors: Tensors
     config: dict[str, Any]
     folder: Path
-    place: load.Place | None
+    place: load.ModelRef | None
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str) -> ModelSource:
     """Open a model in any form. Raises ModelError or ArtifactError when it is not whole or is an adapter."""
     folder = Path(name)
     if folder.is_dir() and (files := pth.find_files(folder)):
-        original = pth.Original([TorchTensors(load_bin(file)) for file in files], folder)
+        original = pth.PthTensors([TorchTensors(load_bin(file)) for file in files], folder)
         console.notice(
             say(
                 f".pth files do not record the context length: {original.config['max_position_embeddings']} is taken",
                 f".pth 文件不记录上下文长度：取 {original.config['max_position_embeddings']}",
             )
         )
-        return Source(name, folder.resolve().name, original, original.config, folder, None)
+        return ModelSource(name, folder.resolve().name, original, original.config, folder, None)
     place = load.locate(name)
     if place.adapters:
         raise ArtifactError(
@@ -76,7 +76,7 @@ def open_source(name: str) -> Source:
     if config.get("model_type") == "baichuan":
         tensors, config = gguf_layout.as_llama(tensors, config, name)
         console.notice(say("this Baichuan is taken as the LLaMA that it is", "该 Baichuan 按其本来的 LLaMA 结构处理"))
-    return Source(
+    return ModelSource(
         name, Path(place.gguf or name).resolve().name.removesuffix(".gguf"), tensors, config, Path(place.folder), place
     )
 
@@ -97,15 +97,15 @@ def check_ahead(base: str, formats: Sequence[str], quantize: str) -> None:
 def _check_gguf(name: str, config: Mapping[str, Any], quantize: str) -> dict[str, Any]:
     """The config in LLaMA's words. Raises ModelError or MissingPackage when its model or type cannot be written."""
     gguf.check_type(quantize or "f16")
-    with load.explained(load.Place(name, name)):
+    with load.explained(load.ModelRef(name, name)):
         whole = gguf_layout.in_llamas_words(config)
     gguf_metadata.check_config(whole)
     return whole
 
 
-def convert(source: Source, to: str, out: Path, quantize: str, settings: Mapping[str, Any]) -> artifact.Artifact:
+def convert(source: ModelSource, to: str, out: Path, quantize: str, settings: Mapping[str, Any]) -> artifact.Artifact:
     """One form of a model at `out`, read back and compared before it stands there."""
-    writers: dict[str, Callable[[Source, artifact.Draft], None]] = {
+    writers: dict[str, Callable[[ModelSource, artifact.Draft], None]] = {
         "hf": _to_hf,
         "pth": _to_pth,
         "gguf": lambda source, draft: _to_gguf(source, draft, quantize or "f16"),
@@ -124,7 +124,7 @@ def convert(source: Source, to: str, out: Path, quantize: str, settings: Mapping
     return draft.artifact
 
 
-def _to_hf(source: Source, draft: artifact.Draft) -> None:
+def _to_hf(source: ModelSource, draft: artifact.Draft) -> None:
     with console.progress(len(source.tensors.facts), "hf") as bar:
         stored = hf.write(source.tensors, draft.path, SHARD_BYTES, bar.update)
     (draft.path / "config.json").write_text(
@@ -136,17 +136,17 @@ def _to_hf(source: Source, draft: artifact.Draft) -> None:
     elif source.place and load.load_kind(source.place) == "baichuan":
         _speak_as_llama(source, draft.path)
     elif source.place:
-        chat_setup.copy_speech(source.folder, draft.path)
+        chat_setup.copy_chat_setup(source.folder, draft.path)
     elif (model := _sentencepiece(source)) is not None:
         shutil.copyfile(model, draft.path / "tokenizer.model")
         artifact.write_json(draft.path / "tokenizer_config.json", SENTENCEPIECE)
     if (made := artifact.find(source.folder)) is not None:
         (draft.path / "README.md").write_text(make_card(source.title, made), encoding="utf-8")
-    lines = model_lines(load.Place(str(draft.path), str(draft.path)))
+    lines = model_lines(load.ModelRef(str(draft.path), str(draft.path)))
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
 
 
-def _speak_as_llama(source: Source, out: Path) -> None:
+def _speak_as_llama(source: ModelSource, out: Path) -> None:
     """Baichuan's tokenizer is of LLaMA's kind; the settings beside it name code to run, and say whether `<s>` begins a
     text."""
     from transformers import PreTrainedTokenizerFast
@@ -160,16 +160,16 @@ def _speak_as_llama(source: Source, out: Path) -> None:
     tokenizer.save_pretrained(str(out))
 
 
-def _to_pth(source: Source, draft: artifact.Draft) -> None:
+def _to_pth(source: ModelSource, draft: artifact.Draft) -> None:
     with console.progress(len(source.tensors.facts), "pth") as bar:
         pth.write(source.tensors, source.config, draft.path, bar.update)
-    back = pth.Original([TorchTensors(load_bin(file)) for file in pth.find_files(draft.path)], draft.path)
+    back = pth.PthTensors([TorchTensors(load_bin(file)) for file in pth.find_files(draft.path)], draft.path)
     hf.check_same(pth.with_head(source.tensors), back, str(draft.path))
     if (model := _sentencepiece(source)) is not None:
         shutil.copyfile(model, draft.path / "tokenizer.model")
 
 
-def _to_gguf(source: Source, draft: artifact.Draft, kind: str) -> None:
+def _to_gguf(source: ModelSource, draft: artifact.Draft, kind: str) -> None:
     """The file, and a Modelfile that says how to talk to it."""
     rows = gguf.vocabulary_rows(source.tensors, source.config)
     with tempfile.TemporaryDirectory() as made:
@@ -201,7 +201,7 @@ def _to_gguf(source: Source, draft: artifact.Draft, kind: str) -> None:
     (draft.path / "Modelfile").write_text(make_modelfile(file.name, render, stops, begin), encoding="utf-8")
 
 
-def _fast_tokenizer(source: Source, made: Path) -> Path | None:
+def _fast_tokenizer(source: ModelSource, made: Path) -> Path | None:
     """A folder with `tokenizer.json`: the source's own, or one made of what it has; None when it has no tokenizer."""
     if source.place and not source.place.gguf and (source.folder / "tokenizer.json").is_file():
         return source.folder
@@ -211,7 +211,7 @@ def _fast_tokenizer(source: Source, made: Path) -> Path | None:
         shutil.copyfile(model, made / "tokenizer.model")
         artifact.write_json(made / "tokenizer_config.json", SENTENCEPIECE)
         artifact.write_json(made / "config.json", {"model_type": "llama"})
-        place = load.Place(str(made), str(made))
+        place = load.ModelRef(str(made), str(made))
     elif not source.place.gguf and not chat_setup.has_tokenizer(source.folder):
         return None
     else:
@@ -220,18 +220,18 @@ def _fast_tokenizer(source: Source, made: Path) -> Path | None:
     return made
 
 
-def _spoken(folder: Path) -> Spoken | None:
+def _spoken(folder: Path) -> ChatTemplateFiles | None:
     """The model's own template with its stop; None when it has none."""
-    tokenizer = load.load_tokenizer(load.Place(str(folder), str(folder)))
+    tokenizer = load.load_tokenizer(load.ModelRef(str(folder), str(folder)))
     if not tokenizer.chat_template:
         return None
     prefix = list(tokenizer("").input_ids)
     template = chat_setup.bind_template("own", tokenizer, prefix)
-    return Spoken(template.source, template)
+    return ChatTemplateFiles(template.source, template)
 
 
 @dataclass(frozen=True)
-class Spoken:
+class ChatTemplateFiles:
     """A template, its text, and how it writes a conversation."""
 
     source: str
@@ -245,7 +245,7 @@ class Spoken:
         return self.template.prompt([Message(role, text) for role, text in turns])
 
 
-def _sentencepiece(source: Source) -> Path | None:
+def _sentencepiece(source: ModelSource) -> Path | None:
     """The `tokenizer.model` of the source; LLaMA's download has it one folder up. Said when there is none."""
     for file in (source.folder / "tokenizer.model", source.folder.parent / "tokenizer.model"):
         if file.is_file():
@@ -254,7 +254,7 @@ def _sentencepiece(source: Source) -> Path | None:
     return None
 
 
-def _fingerprint(source: Source) -> str:
+def _fingerprint(source: ModelSource) -> str:
     if source.place is not None:
         return combine(model_lines(source.place))
     return artifact.fingerprint_hashes({f.name: artifact.hash_file(f) for f in pth.find_files(source.folder)})

@@ -31,7 +31,7 @@ LOCK = ".lock"  # held by the process that runs in a folder, whose number it say
 MODELS = ("vocab", "pretrain", "sft", "merge")  # stages that leave a model, each standing on the one before
 
 
-class Launched(TongwenError):
+class LaunchFailed(TongwenError):
     """The processes of a launched stage failed; they have said why."""
 
     def __init__(self, code: int) -> None:
@@ -262,7 +262,7 @@ def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str]) 
     if needs_group and not distributed.is_launched():
         code = distributed.torchrun(recipe.devices, ["run", *arguments, "--only", name])
         if code:
-            raise Launched(code)
+            raise LaunchFailed(code)
         return artifact.open_artifact(path, name)
     if distributed.is_first():
         result: artifact.Artifact = _stage(name).run(recipe, path)

@@ -47,7 +47,7 @@ MOSTLY_HAN = 0.3  # share of the letters from which a text counts as Chinese
 
 
 @dataclass(frozen=True)
-class Reader(ABC):
+class RecordEncoder(ABC):
     """What turns records of one kind into tokens."""
 
     tokenizer: Any
@@ -77,7 +77,7 @@ class Reader(ABC):
 
 
 @dataclass(frozen=True)
-class DialogueReader(Reader):
+class DialogueEncoder(RecordEncoder):
     """Dialogues, rendered by a template."""
 
     template: Template
@@ -114,7 +114,7 @@ class DialogueReader(Reader):
 
 
 @dataclass(frozen=True)
-class DocumentReader(Reader):
+class DocumentEncoder(RecordEncoder):
     """Plain text. end: the id that ends a document."""
 
     end: int
@@ -152,7 +152,7 @@ class DocumentReader(Reader):
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TokenizedData:
     """The encoded data: what is learned, and what was held out, by language where that is known ("" where not)."""
 
     store: TokenStore
@@ -173,7 +173,7 @@ def say_mask(mask: dict[str, Any]) -> str:
     )
 
 
-def say_ledger(lesson: Lesson) -> None:
+def say_ledger(lesson: TokenizedData) -> None:
     """Where the rows went, and what of them is learned."""
     rows = table_rows(lesson.ledger.to_dict(), say("encode", "编码"), say("trained", "训练"))
     console.table((say("ledger", "账目"), say("rows", "行"), "token"), rows)
@@ -198,18 +198,18 @@ def say_ledger(lesson: Lesson) -> None:
         )
 
 
-def read_dialogues(base: str, section: Sft) -> DialogueReader:
+def read_dialogues(base: str, section: Sft) -> DialogueEncoder:
     tokenizer = _tokenizer_for(base, section)
     legacy = section.legacy
     encoder = LegacyEncoder(tokenizer, section.template, section.max_length) if legacy else Encoder(tokenizer)
-    return DialogueReader(
+    return DialogueEncoder(
         tokenizer, encoder, chat_setup.bind_template(section.template, tokenizer, encoder.prefix), section
     )
 
 
-def read_documents(base: str, section: Pretrain) -> DocumentReader:
+def read_documents(base: str, section: Pretrain) -> DocumentEncoder:
     tokenizer = _tokenizer_for(base, section)
-    return DocumentReader(tokenizer, Encoder(tokenizer), chat_setup.end_of_text(tokenizer), section)
+    return DocumentEncoder(tokenizer, Encoder(tokenizer), chat_setup.end_of_text(tokenizer), section)
 
 
 def _tokenizer_for(base: str, section: Training) -> Any:
@@ -248,7 +248,7 @@ def new_rows_of(base: str) -> list[int]:
     return rows
 
 
-def look_ahead(recipe: Recipe, reader: Reader) -> Lesson:
+def look_ahead(recipe: Recipe, reader: RecordEncoder) -> TokenizedData:
     """The recipe's records of the reader's kind, encoded in memory: what `prepare` has kept of them, or else read and cleaned
     here. What is held out is left out, as far as it is known before the rows are compared."""
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
@@ -261,7 +261,7 @@ def look_ahead(recipe: Recipe, reader: Reader) -> Lesson:
     lost = [json.loads(bad.to_line()) for bad in rejected]
     mask = reader.check(store, lost)
     drawn, missed = _drawn(store, sources, files, recipe.seed)
-    return Lesson(store, mask, ledger, lost, drawn, [], {}, missed)
+    return TokenizedData(store, mask, ledger, lost, drawn, [], {}, missed)
 
 
 def _read_here(recipe: Recipe, kind: str) -> tuple[Iterator[Any], list[dict[str, Any]], dict[str, int]]:
@@ -289,7 +289,7 @@ def _sources_of(prepared: artifact.Artifact, kind: str) -> tuple[list[dict[str, 
     return prepared.manifest["sources"][kind], {file: found["source"] for file, found in files.items()}
 
 
-def encode_prepared(prepared: artifact.Artifact, reader: Reader, seed: int, folder: Path) -> Lesson:
+def encode_prepared(prepared: artifact.Artifact, reader: RecordEncoder, seed: int, folder: Path) -> TokenizedData:
     """Training and held-out rows as tokens, every one of them in the ledger. Encoded once: the first process writes, an
     interrupted one goes on, the others wait and map the same files."""
     place = folder / key_of(prepared, reader)
@@ -309,10 +309,10 @@ def encode_prepared(prepared: artifact.Artifact, reader: Reader, seed: int, fold
     languages = {file: sources[number].get("language") for file, number in files.items()}
     held_out, held_out_stores = _encode_held_out(prepared, reader, ledger, languages)
     drawn, missed = _drawn(store, sources, files, seed)
-    return Lesson(store, mask, ledger, rejected, drawn, held_out, held_out_stores, missed)
+    return TokenizedData(store, mask, ledger, rejected, drawn, held_out, held_out_stores, missed)
 
 
-def key_of(prepared: artifact.Artifact, reader: Reader) -> str:
+def key_of(prepared: artifact.Artifact, reader: RecordEncoder) -> str:
     """Everything that decides the tokens: content, tokenizer, template, settings, code."""
     facts = {
         "content": prepared.fingerprint,
@@ -323,7 +323,7 @@ def key_of(prepared: artifact.Artifact, reader: Reader) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _encode(file: Path, reader: Reader, place: Path) -> None:
+def _encode(file: Path, reader: RecordEncoder, place: Path) -> None:
     """Into the store, from where an interrupted run left it; the tokens of earlier settings go."""
     for other in place.parent.glob("*") if place.parent.is_dir() else ():
         if other not in (place, artifact.partial_of(place)):
@@ -347,7 +347,7 @@ def _encode(file: Path, reader: Reader, place: Path) -> None:
 
 
 def _encode_held_out(
-    prepared: artifact.Artifact, reader: Reader, ledger: Ledger, languages: dict[str, str | None]
+    prepared: artifact.Artifact, reader: RecordEncoder, ledger: Ledger, languages: dict[str, str | None]
 ) -> tuple[list[Any], dict[str, TokenStore]]:
     """What was held out, encoded in the same way, documents by their language; in the ledger it is a loss of its own name."""
     file = prepared.path / f"{reader.kind}.held_out.jsonl"

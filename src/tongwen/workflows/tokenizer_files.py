@@ -27,10 +27,10 @@ from tongwen.hub.download import local_copy
 from tongwen.model.loading import load as loading
 from tongwen.model.loading import sentencepiece
 from tongwen.model.loading.tiktoken import read_ranks
-from tongwen.recipe.schema import Clean, Prepare, Source
+from tongwen.recipe.schema import Clean, Prepare, SourceConfig
 from tongwen.vocab import bytelevel, spm
-from tongwen.vocab.learn import Learned, learn_merges
-from tongwen.vocab.measure import CURVE, NOMINAL, SEEN_ENOUGH, Coder, Point, Shape, make_curve
+from tongwen.vocab.learn import LearnedMerges, learn_merges
+from tongwen.vocab.measure import CURVE, NOMINAL, SEEN_ENOUGH, CurvePoint, MeasuredTokenizer, ModelSize, make_curve
 from tongwen.vocab.script import Script
 
 AS_IS = Clean(unicode=False, control=False, mojibake=False, html=False, unwrap=False, repetition=False)
@@ -39,7 +39,7 @@ SAMPLE = 1_000_000  # characters that are measured at most: seconds
 
 
 @dataclass(frozen=True)
-class Lexicon:
+class TokenizerFiles:
     """backend: the fast form; model: the SentencePiece ModelProto, if there is one; tokenizer: transformers' own object,
     with template and special tokens, when a model was named and not a file."""
 
@@ -49,14 +49,18 @@ class Lexicon:
     tokenizer: Any = None
 
     @property
-    def coder(self) -> Coder:
+    def coder(self) -> MeasuredTokenizer:
         """As what is measured: SentencePiece itself where there is a model of its kind."""
         if self.model is not None:
             own = sentencepiece.processor(self.model)
             inside = encoder_of(spm.without_prefix(self.model))
-            return Coder(self.name, own.encode, inside, own.decode, spm.spelling_of(self.model), self.special)
+            return MeasuredTokenizer(
+                self.name, own.encode, inside, own.decode, spm.spelling_of(self.model), self.special
+            )
         spelling = bytelevel.spelling_of(self.definition) if self.grows else self._as_written()
-        return Coder(self.name, self.encode_fast, self.encode_fast, self.decode_fast, spelling, self.special)
+        return MeasuredTokenizer(
+            self.name, self.encode_fast, self.encode_fast, self.decode_fast, spelling, self.special
+        )
 
     @property
     def grows(self) -> bool:
@@ -94,11 +98,11 @@ class Lexicon:
 
 
 @dataclass(frozen=True)
-class Extended:
+class ExtendedTokenizer:
     """lexicon: the extended one; parts: for each new id, the old ids that it stands for; seen: how often each piece that
     was learned stood in the corpus when it was chosen."""
 
-    lexicon: Lexicon
+    lexicon: TokenizerFiles
     first_new: int
     parts: list[list[int]]
     seen: list[int] = field(default_factory=list)
@@ -108,7 +112,7 @@ class Extended:
         return range(self.first_new, self.first_new + len(self.parts))
 
 
-def open_lexicon(name: str, *, to_measure: bool = False) -> Lexicon:
+def open_tokenizer_files(name: str, *, to_measure: bool = False) -> TokenizerFiles:
     """A model's tokenizer (folder, hub id, modelscope:, .gguf) or a tokenizer's file (tokenizer.json, SentencePiece's
     .model, tiktoken's, tekken.json). Raises ModelError for what is none of these, or of a kind that takes no pieces, unless
     it is only to be measured."""
@@ -125,11 +129,11 @@ def open_lexicon(name: str, *, to_measure: bool = False) -> Lexicon:
     return lexicon
 
 
-def _open(path: Path, name: str) -> Lexicon:
+def _open(path: Path, name: str) -> TokenizerFiles:
     if path.is_file() and path.suffix != ".gguf":
         return _open_file(path)
     alone = path.is_dir() and (path / "tokenizer.json").is_file() and not (path / "config.json").is_file()
-    place = loading.Place(name, name) if alone else loading.locate(name)
+    place = loading.ModelRef(name, name) if alone else loading.locate(name)
     tokenizer = loading.load_tokenizer(place)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -139,19 +143,19 @@ def _open(path: Path, name: str) -> Lexicon:
         )
     file = Path(place.folder) / "tokenizer.model"
     model = sentencepiece.read_model(file) if file.is_file() and read_ranks(file) is None else None
-    return Lexicon(name, backend, model, tokenizer)
+    return TokenizerFiles(name, backend, model, tokenizer)
 
 
-def _open_file(path: Path) -> Lexicon:
+def _open_file(path: Path) -> TokenizerFiles:
     if path.suffix == ".json":
         held = _read_json(path)
         if "model" in held:
-            return Lexicon(str(path), Tokenizer.from_str(json.dumps(held)))
+            return TokenizerFiles(str(path), Tokenizer.from_str(json.dumps(held)))
     ranked = read_ranks(path)
     if ranked is not None:
-        return Lexicon(str(path), ranked)
+        return TokenizerFiles(str(path), ranked)
     model = sentencepiece.read_model(path)
-    return Lexicon(str(path), sentencepiece.fast_form(model), model)
+    return TokenizerFiles(str(path), sentencepiece.fast_form(model), model)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -162,12 +166,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Learnt:
+class LearnedPieces:
     """What a corpus taught, from which the first N pieces can be taken for any N.
 
     found: merges for byte-level BPE, (piece, tokens saved) for SentencePiece, most useful first."""
 
-    base: Lexicon
+    base: TokenizerFiles
     script: Script
     found: Any
 
@@ -183,7 +187,7 @@ class Learnt:
                 )
             )
 
-    def extended(self, pieces: int, words: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> Extended:
+    def extended(self, pieces: int, words: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> ExtendedTokenizer:
         """The base with the first pieces, then whole words, then special tokens.
 
         Raises RecipeError when a word is a token already, or one that the base's tokenizer takes apart."""
@@ -194,14 +198,20 @@ class Learnt:
 
 
 def learn(
-    base: Lexicon, texts: Iterable[str], script: Script, most: int, tell: Callable[[int], None] = lambda done: None
-) -> Learnt:
+    base: TokenizerFiles,
+    texts: Iterable[str],
+    script: Script,
+    most: int,
+    tell: Callable[[int], None] = lambda done: None,
+) -> LearnedPieces:
     """At most `most` pieces. Raises DataError when the texts hold nothing of the script, ModelError when the base is no
     BPE."""
     if base.model is not None:
         spm.check_base(base.model, base.name)
         inside = encoder_of(spm.without_prefix(base.model))
-        return Learnt(base, script, spm.learn_pieces(base.model, texts, script, inside, most, tell) if most else [])
+        return LearnedPieces(
+            base, script, spm.learn_pieces(base.model, texts, script, inside, most, tell) if most else []
+        )
     definition = base.definition
     spelling = bytelevel.spelling_of(definition)
     counted = bytelevel.count_words(base.backend, texts, script) if most else {}
@@ -209,12 +219,12 @@ def learn(
     learned = learn_merges(
         counted, spelling, script.allows, most, first_new=len(spelling), forbidden=special, tell=tell
     )
-    return Learnt(base, script, learned)
+    return LearnedPieces(base, script, learned)
 
 
-def extended_by(base: Lexicon, name: str) -> Extended:
+def extended_by(base: TokenizerFiles, name: str) -> ExtendedTokenizer:
     """The extension that another tokenizer is, made elsewhere. Raises ModelError when it is none of this base."""
-    other = open_lexicon(name)
+    other = open_tokenizer_files(name)
     if base.model is None or other.model is None:
         raise ModelError(
             say(
@@ -245,12 +255,12 @@ def extended_by(base: Lexicon, name: str) -> Extended:
         )
     inside = encoder_of(spm.without_prefix(base.model))
     new = [piece.piece.replace(spm.BLANK, " ") for piece in other.model.pieces[held:]]
-    return Extended(replace(other, tokenizer=base.tokenizer), held, inside(new))
+    return ExtendedTokenizer(replace(other, tokenizer=base.tokenizer), held, inside(new))
 
 
 def _extend_byte_level(
-    base: Lexicon, learned: Learned, words: Sequence[str], special_tokens: Sequence[str]
-) -> Extended:
+    base: TokenizerFiles, learned: LearnedMerges, words: Sequence[str], special_tokens: Sequence[str]
+) -> ExtendedTokenizer:
     seen = bytelevel.counts_of(learned)
     definition = bytelevel.extend(base.definition, learned)
     if words:
@@ -258,8 +268,8 @@ def _extend_byte_level(
         learned = bytelevel.with_words(learned, bytelevel.spelling_of(definition), words, extended)
         definition = bytelevel.extend(base.definition, learned)
     backend = Tokenizer.from_str(json.dumps(bytelevel.with_special(definition, special_tokens)))
-    return Extended(
-        Lexicon(base.name, backend, None, base.tokenizer),
+    return ExtendedTokenizer(
+        TokenizerFiles(base.name, backend, None, base.tokenizer),
         learned.first_new,
         [*bytelevel.parts_of(learned), *base.encode_fast(special_tokens)],
         seen,
@@ -267,8 +277,12 @@ def _extend_byte_level(
 
 
 def _extend_sentencepiece(
-    base: Lexicon, found: list[tuple[str, int]], script: Script, words: Sequence[str], special_tokens: Sequence[str]
-) -> Extended:
+    base: TokenizerFiles,
+    found: list[tuple[str, int]],
+    script: Script,
+    words: Sequence[str],
+    special_tokens: Sequence[str],
+) -> ExtendedTokenizer:
     forms = list(bytelevel.forms_of(words))
     pieces = [piece for piece, _ in found]
     merged = (
@@ -277,7 +291,7 @@ def _extend_sentencepiece(
     for text in special_tokens:
         merged.append_control(text)
     seen, inside = dict(found), encoder_of(spm.without_prefix(base.model))
-    return Extended(
+    return ExtendedTokenizer(
         from_model(base, merged.model),
         len(base.model.pieces),
         inside([piece.replace(spm.BLANK, " ") for piece in merged.added]),
@@ -285,9 +299,9 @@ def _extend_sentencepiece(
     )
 
 
-def from_model(base: Lexicon, model: Any) -> Lexicon:
+def from_model(base: TokenizerFiles, model: Any) -> TokenizerFiles:
     """A SentencePiece model with the fast form made from it."""
-    return Lexicon(base.name, sentencepiece.fast_form(model), model, base.tokenizer)
+    return TokenizerFiles(base.name, sentencepiece.fast_form(model), model, base.tokenizer)
 
 
 def encoder_of(model: Any) -> spm.Encode:
@@ -295,7 +309,7 @@ def encoder_of(model: Any) -> spm.Encode:
     return encode
 
 
-def _check_new(base: Lexicon, texts: Sequence[str]) -> None:
+def _check_new(base: TokenizerFiles, texts: Sequence[str]) -> None:
     known = set(base.definition["model"]["vocab"]) | {
         token["content"] for token in base.definition.get("added_tokens") or ()
     }
@@ -308,7 +322,7 @@ def _check_new(base: Lexicon, texts: Sequence[str]) -> None:
             )
 
 
-def save(lexicon: Lexicon, folder: Path) -> None:
+def save(lexicon: TokenizerFiles, folder: Path) -> None:
     """The files of a tokenizer: tokenizer.json and its config, and tokenizer.model where there is one. Names of special
     tokens, length and chat template are carried over."""
     from transformers import PreTrainedTokenizerFast
@@ -326,7 +340,7 @@ def save(lexicon: Lexicon, folder: Path) -> None:
         (folder / "tokenizer.model").write_bytes(lexicon.model.SerializeToString())
 
 
-def _settings(lexicon: Lexicon) -> dict[str, Any]:
+def _settings(lexicon: TokenizerFiles) -> dict[str, Any]:
     own = lexicon.tokenizer
     if own is None:
         return sentencepiece.special_names(lexicon.model) if lexicon.model is not None else {}
@@ -339,7 +353,9 @@ def _settings(lexicon: Lexicon) -> dict[str, Any]:
     }
 
 
-def curve(learnt: Learnt, rest: list[str], shape: Shape, steps: Sequence[int] = CURVE) -> tuple[Point, list[Point]]:
+def curve(
+    learnt: LearnedPieces, rest: list[str], shape: ModelSize, steps: Sequence[int] = CURVE
+) -> tuple[CurvePoint, list[CurvePoint]]:
     """What more and more pieces bring on the rest."""
     made = []
     for step in _reached(steps, len(learnt)):
@@ -354,7 +370,7 @@ def _reached(steps: Sequence[int], most: int) -> list[int]:
     return sorted({min(step, most) for step in steps} - {0})
 
 
-def shape_of(name: str) -> Shape:
+def shape_of(name: str) -> ModelSize:
     """What a token costs in a model; a nominal one for a tokenizer's file, which has none behind it."""
     if Path(name).is_file() and Path(name).suffix != ".gguf":
         return NOMINAL
@@ -363,7 +379,7 @@ def shape_of(name: str) -> Shape:
         return NOMINAL
     config = loading.load_config(place)
     body, width = loading.count_body(config)
-    return Shape(name, body, width)
+    return ModelSize(name, body, width)
 
 
 def shipped_texts() -> list[str]:
@@ -378,7 +394,7 @@ def shipped_texts() -> list[str]:
 def iter_texts(paths: Sequence[str], tell: Callable[[str], None] = console.notice) -> Iterator[str]:
     """The texts of files of any known format as they are, record after record; dialogues turn by turn. Rows that cannot
     be read are counted and said."""
-    section = Prepare(documents=[Source(path=path) for path in paths], clean=AS_IS)
+    section = Prepare(documents=[SourceConfig(path=path) for path in paths], clean=AS_IS)
     for listed in list_parts(section, local_copy, tell):
         part = replace(listed, kind=kind_of(listed.file, listed.source))
         refused, first = 0, ""

@@ -17,19 +17,21 @@ from tongwen.model.kernels.loss import bits_per_byte
 from tongwen.model.loading import load
 from tongwen.model.merging import resize
 from tongwen.vocab import grow, measure
-from tongwen.workflows.tokenizer_files import Extended, Lexicon
+from tongwen.workflows.tokenizer_files import ExtendedTokenizer, TokenizerFiles
 
 SCORED = 8_000  # characters that are scored: half a minute for a small model on a CPU
 CHUNK = 400  # characters of a scored text
 
 
-def iter_rows(kind: str, made: Extended, rows: resize.Rows, seed: int, read: grow.ReadRows) -> Iterator[grow.Rows]:
+def iter_rows(
+    kind: str, made: ExtendedTokenizer, rows: resize.RowPlan, seed: int, read: grow.ReadRows
+) -> Iterator[grow.Rows]:
     """The new rows of a matrix in blocks, then the padding. read: the old rows of the matrix."""
     return grow.iter_rows(kind, made.parts, rows.old, read, padding=rows.padding, seed=seed)
 
 
 def bits_before_training(
-    place: load.Place, old: Lexicon, made: Extended, kind: str, seed: int, texts: list[str]
+    place: load.ModelRef, old: TokenizerFiles, made: ExtendedTokenizer, kind: str, seed: int, texts: list[str]
 ) -> dict[str, Any]:
     """`bits_per_byte` of the base and of the grown, untrained model, on texts and on English; nothing when the model does
     not fit into memory. kind: how new rows begin."""
@@ -75,7 +77,7 @@ def _chunks(texts: list[str]) -> list[str]:
     return chunks[:: max(1, len(whole) // SCORED)]
 
 
-def _score(model: Any, one: Lexicon, tokenizer: Any, texts: list[str]) -> float:
+def _score(model: Any, one: TokenizerFiles, tokenizer: Any, texts: list[str]) -> float:
     """Bits per byte of texts, each by itself behind the token that begins a text."""
     import torch
 

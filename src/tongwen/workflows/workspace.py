@@ -19,14 +19,14 @@ MODEL_MARKS = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
-class Workplace:
+class Workspace:
     """folders: resolved; named: models beyond them (hub ids, paths) that the command line named itself."""
 
     folders: tuple[Path, ...]
     named: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, folders: Sequence[str], named: Sequence[str] = ()) -> Workplace:
+    def of(cls, folders: Sequence[str], named: Sequence[str] = ()) -> Workspace:
         """Raises RecipeError for what is no folder."""
         for folder in folders:
             if not Path(folder).is_dir():

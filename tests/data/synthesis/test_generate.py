@@ -17,9 +17,9 @@ import pytest
 
 from tongwen.core.errors import ArtifactError, MachineError, RecipeError, RowRefused
 from tongwen.data.synthesis import client, generate
-from tongwen.data.synthesis.journal import Journal, Reply
-from tongwen.data.synthesis.parse import Item, read_blocks, read_json
-from tongwen.data.synthesis.similarity import Index, rouge_l, terms
+from tongwen.data.synthesis.journal import Reply, ReplyJournal
+from tongwen.data.synthesis.parse import ParsedTask, read_blocks, read_json
+from tongwen.data.synthesis.similarity import SimilarityIndex, rouge_l, terms
 from tongwen.recipe.schema import Synthesize
 
 BENCH = Path(__file__).parents[3] / "bench"
@@ -60,7 +60,7 @@ def ask(words: Synthesize, prompts: tuple[str, ...] = ("q",)) -> list[Any]:
     """What an endpoint answers to some prompts at once, errors among it."""
 
     async def work() -> list[Any]:
-        endpoint = client.Endpoint(words, client.Spending(words), lambda text: None)
+        endpoint = client.SynthesisClient(words, client.SpendingMeter(words), lambda text: None)
         async with endpoint.client:
             return await asyncio.gather(
                 *(endpoint.complete(prompt, generate.SCHEMA) for prompt in prompts), return_exceptions=True
@@ -85,7 +85,7 @@ def rows_of(folder: Path, name: str = "dialogues") -> list[dict[str, Any]]:
 # -- what a reply holds --------------------------------------------------------------------------------------------
 
 
-def found(items: Iterator[Item | RowRefused]) -> list[Any]:
+def found(items: Iterator[ParsedTask | RowRefused]) -> list[Any]:
     return [
         item.reason if isinstance(item, RowRefused) else (item.instruction, item.input, item.output) for item in items
     ]
@@ -134,8 +134,8 @@ def test_a_reply_of_a_thousand_items_is_cut() -> None:
 # -- what is kept --------------------------------------------------------------------------------------------------
 
 
-def taken(*items: tuple[str, str, str], **words: Any) -> generate.Made:
-    made = generate.Made(section(rows=100, **words))
+def taken(*items: tuple[str, str, str], **words: Any) -> generate.GeneratedDialogues:
+    made = generate.GeneratedDialogues(section(rows=100, **words))
     text = json.dumps([dict(zip(("instruction", "input", "output"), item, strict=True)) for item in items])
     made.take(generate.Request(0, "p", {}), Reply("k", text, "stop", (1, 1)))
     return made
@@ -175,12 +175,12 @@ def test_every_kept_question_is_compared_with_the_next() -> None:
 
 
 def test_bm25_ranks_as_the_formula_says() -> None:
-    index = Index()
+    index = SimilarityIndex()
     for text in ("春天 江南 雨", "江南 的 桥", "北方 的 雪"):
         index.add(text)
     near = index.nearest("江南雨景")
     assert [text for _, text in near] == ["春天 江南 雨", "江南 的 桥"], "what shares more rare words comes first"
-    single = Index()
+    single = SimilarityIndex()
     single.add("a b")
     # log(1 + (1 - 1 + .5) / (1 + .5)) * 1 * 2.5 / (1 + 1.5)
     assert single.nearest("a")[0][0] == pytest.approx(0.28768, abs=1e-5)
@@ -208,20 +208,20 @@ def test_what_it_asks_with() -> None:
 
 def test_a_journal_that_was_cut_anywhere_loses_one_line_at_most(tmp_path: Path) -> None:
     file = tmp_path / "journal.jsonl"
-    with Journal(file) as journal:
+    with ReplyJournal(file) as journal:
         for number in range(5):
             journal.add(Reply(f"k{number}", "好\n", "stop", (1, 2)))
     whole = file.read_bytes()
     for cut in range(len(whole) - 200, len(whole) + 1):
         file.write_bytes(whole[:cut])
-        with Journal(file) as journal:
+        with ReplyJournal(file) as journal:
             assert len(journal.replies) == whole[:cut].count(b"\n")
             journal.add(Reply("new", "x", "stop", (1, 2)))
-        with Journal(file) as journal:
+        with ReplyJournal(file) as journal:
             assert "new" in journal.replies
     file.write_bytes(whole.replace(b'"k1"', b'"k1', 1))
     with pytest.raises(ArtifactError, match=r"jsonl:2.*\n.*delete the line"):
-        Journal(file)
+        ReplyJournal(file)
 
 
 # -- the endpoint --------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_what_passes_is_asked_again(faults: Callable[..., Any], fault: str, monk
     assert server.asked["q"] == 3
     server = faults(fault)
     (error,) = ask(section(server.url))
-    assert isinstance(error, client.Unanswered) and str(error) and server.asked["q"] == 3
+    assert isinstance(error, client.RequestFailed) and str(error) and server.asked["q"] == 3
 
 
 def test_how_long_a_429_is_waited_for() -> None:
@@ -260,7 +260,7 @@ def test_what_is_hopeless_is_asked_once(faults: Callable[..., Any], fault: str) 
 def test_a_large_or_packed_reply_is_not_read_to_its_end(faults: Callable[..., Any]) -> None:
     for fault in ("large", "packed"):
         (error,) = ask(section(faults(fault).url, attempts=1, seconds=20.0))
-        assert isinstance(error, client.Unanswered), error
+        assert isinstance(error, client.RequestFailed), error
 
 
 def test_an_outage_is_probed_by_one_at_a_time(faults: Callable[..., Any]) -> None:
@@ -286,9 +286,9 @@ def test_the_cap_is_kept_before_it_is_passed(faults: Callable[..., Any]) -> None
         before = sum(server.asked.values())
         words = section(server.url, at_most=cap, price=price, max_tokens=100, concurrency=1)
 
-        async def work(words: Synthesize = words) -> client.Spending:
-            spending = client.Spending(words)
-            endpoint = client.Endpoint(words, spending, lambda text: None)
+        async def work(words: Synthesize = words) -> client.SpendingMeter:
+            spending = client.SpendingMeter(words)
+            endpoint = client.SynthesisClient(words, spending, lambda text: None)
             async with endpoint.client:
                 with pytest.raises(MachineError, match="the same command goes on"):
                     for number in range(5):

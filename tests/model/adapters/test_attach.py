@@ -8,13 +8,18 @@ import pytest
 
 from tongwen.model.adapters.attach import adapt
 from tongwen.model.loading.load import make_skeleton
-from tongwen.recipe.schema import Adapter
+from tongwen.recipe.schema import AdapterConfig
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SHARES = {
-    "PT-1": (49953, Adapter(), {"embeddings"}, 2.972),
-    "PT-2": (49953, Adapter(rank=8, targets=ATTENTION), {"lora", "embeddings"}, 6.058),
-    "SFT": (49954, Adapter(rank=8, targets="all-linear", also_train=["embed_tokens", "lm_head"]), {"lora"}, 6.216),
+    "PT-1": (49953, AdapterConfig(), {"embeddings"}, 2.972),
+    "PT-2": (49953, AdapterConfig(rank=8, targets=ATTENTION), {"lora", "embeddings"}, 6.058),
+    "SFT": (
+        49954,
+        AdapterConfig(rank=8, targets="all-linear", also_train=["embed_tokens", "lm_head"]),
+        {"lora"},
+        6.216,
+    ),
 }
 
 

@@ -12,21 +12,21 @@ import pytest
 from tests.conftest import byte_level_tokenizer, tensors, tiny_llama
 from tests.model.merging.test_merge import make_adapter
 from tongwen.core import artifact
-from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_stack
-from tongwen.model.loading.load import Place
+from tongwen.model.loading.fingerprint import fingerprint_chain, fingerprint_model
+from tongwen.model.loading.load import ModelRef
 
 BASES = 3
 
 
 def trained(base: Path, below: list[artifact.Artifact], folder: Path, seed: int) -> artifact.Artifact:
     """An adapter with the manifest that training leaves: on a base, or on a base with adapters."""
-    fingerprint = str(fingerprint_model(Place("", str(base))))
+    fingerprint = str(fingerprint_model(ModelRef("", str(base))))
     for stage in below:
-        fingerprint = fingerprint_stack(fingerprint, stage.fingerprint)
+        fingerprint = fingerprint_chain(fingerprint, stage.fingerprint)
     parents = {"base": {"path": str(below[-1].path if below else base), "fingerprint": fingerprint}}
     with artifact.create(folder, "sft", parents, {}) as draft:
         make_adapter(base, draft.path, seed=seed, r=2)
-        draft.fingerprint = str(fingerprint_model(Place("", str(draft.path))))
+        draft.fingerprint = str(fingerprint_model(ModelRef("", str(draft.path))))
     assert draft.artifact
     return draft.artifact
 
@@ -78,8 +78,8 @@ def test_a_wrong_order_names_both_fingerprints_and_the_order_that_fits(
 ) -> None:
     (base, *_), ((first, second), *_) = family
     code, _, err = merge(tongwen, base, [second, first], tmp_path / "out")
-    below = str(fingerprint_model(Place("", str(base))))
-    assert code == 4 and below[:12] in err and fingerprint_stack(below, first.fingerprint)[:12] in err
+    below = str(fingerprint_model(ModelRef("", str(base))))
+    assert code == 4 and below[:12] in err and fingerprint_chain(below, first.fingerprint)[:12] in err
     assert f"--adapter {first.path} --adapter {second.path}" in err
     code, text, _ = merge(tongwen, base, [second, first], tmp_path / "out", "--force")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())

@@ -15,7 +15,7 @@ from tongwen.core.errors import ModelError
 from tongwen.core.records import Dialogue, Message, Origin
 from tongwen.data.encode import Encoder, token_bytes
 from tongwen.model.loading import chat_setup, load
-from tongwen.workflows.chat_model import open_speaker
+from tongwen.workflows.chat_model import open_chat_model
 
 GOLDEN, ICE = SHARED / "golden", SHARED / "tokenizers" / "ice_text.model"
 needs_shared = pytest.mark.skipif(not ICE.is_file(), reason="TONGWEN_SHARED is not set")
@@ -134,7 +134,7 @@ def test_every_text_gets_the_originals_ids(tmp_path: Path) -> None:
     cases = json.loads((GOLDEN / "chatglm_tokenizer.json").read_text(encoding="utf-8"))
     assert len(cases) == 95
     tokenizer.save_pretrained(str(tmp_path / "saved"))
-    for reader in (tokenizer, load.load_tokenizer(load.Place("saved", str(tmp_path / "saved")))):
+    for reader in (tokenizer, load.load_tokenizer(load.ModelRef("saved", str(tmp_path / "saved")))):
         for case in cases:
             assert reader(case["text"]).input_ids == case["input_ids"]
             assert reader(case["text"], add_special_tokens=False).input_ids == case["no_special"]
@@ -178,7 +178,7 @@ def test_rounds_and_answers_are_written_as_it_was_trained(small_ice: Path, tmp_p
 
 def test_punctuation_is_full_width_again_in_an_answer(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:
     folder = chatglm_folder(tmp_path, small_ice)
-    speaker = open_speaker(str(folder))
+    speaker = open_chat_model(str(folder))
     voice = speaker.voice
     ids = voice.tokenizer("你好，世界。Hello, world! 好：", add_special_tokens=False).input_ids
     assert voice.decode(ids) == "你好，世界。Hello, world! 好："
@@ -188,7 +188,7 @@ def test_punctuation_is_full_width_again_in_an_answer(small_ice: Path, tmp_path:
     asked = [{"role": "user", "content": "你好"}]
     assert "".join(speaker.stream(asked, max_new_tokens=12)).rstrip("\ufffd") == speaker.chat(asked, max_new_tokens=12)
     with pytest.raises(ModelError, match="does not continue"):
-        open_speaker(str(folder), template="completion")
+        open_chat_model(str(folder), template="completion")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_punctuation_is_full_width_again_in_an_answer(small_ice: Path, tmp_path:
 def test_other_models_of_that_name_are_refused_by_theirs(config: dict[str, Any], said: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "chatglm", "auto_map": AUTO_MAP} | config))
     with pytest.raises(ModelError, match=said):
-        load.load_config(load.Place(str(tmp_path), str(tmp_path)))
+        load.load_config(load.ModelRef(str(tmp_path), str(tmp_path)))
 
 
 @needs_shared

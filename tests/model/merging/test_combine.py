@@ -108,13 +108,13 @@ def test_what_cannot_be_combined_is_refused(chat_model: Path, tmp_path: Path, to
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_merged_onto_what_training_saw(kind: str, tmp_path: Path, tongwen: Any) -> None:
     functional = pytest.importorskip("bitsandbytes").functional
-    from tongwen.model.loading.load import Place, load_model
+    from tongwen.model.loading.load import ModelRef, load_model
 
     base = tmp_path / "base"
     tiny_llama(base, 90, hidden_size=64, intermediate_size=128)
     make_adapter(base, tmp_path / "a")
     out = merged(tongwen, base, [tmp_path / "a"], tmp_path / "out", "--onto", kind)
-    part = load_model(Place("", str(base)), torch.float32, kind).model.layers[1].mlp.up_proj
+    part = load_model(ModelRef("", str(base)), torch.float32, kind).model.layers[1].mlp.up_proj
     if kind == "nf4":
         seen = functional.dequantize_4bit(part.weight.data, part.weight.quant_state)
     else:

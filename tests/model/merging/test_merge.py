@@ -17,7 +17,7 @@ from tongwen.core import safetensors_io as weights
 from tongwen.core.errors import ArtifactError
 from tongwen.core.model_families import FAMILIES
 from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_state
-from tongwen.model.loading.load import Place
+from tongwen.model.loading.load import ModelRef
 from tongwen.model.loading.tensors import from_fp32, to_fp32
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -146,7 +146,7 @@ def test_two_adapters_are_as_peft_folds_them_one_after_the_other_in_fp32(
     found, expected = tensors(out), model.to(dtype).state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert fingerprint_model(Place("", str(out))) == json.loads((out / "manifest.json").read_text())["fingerprint"]
+    assert fingerprint_model(ModelRef("", str(out))) == json.loads((out / "manifest.json").read_text())["fingerprint"]
 
 
 def test_bin_files_are_merged_as_safetensors_are(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
@@ -236,7 +236,7 @@ def test_streamed_parity_is_the_model(tmp_path: Path) -> None:
             part.data += torch.randn_like(part) * 0.1
         model.save_pretrained(tmp_path / family)
         ids = parity.fixed_ids(90)
-        weights = parity.Merged(open_tensors(tmp_path / family, ""))
+        weights = parity.MergedWeights(open_tensors(tmp_path / family, ""))
         found = parity.logits(weights, json.loads((tmp_path / family / "config.json").read_text()), ids)
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0].numpy()
@@ -256,7 +256,7 @@ def test_parity_sees_one_wrong_matrix(
     from tongwen.model.merging import merge
 
     make_adapter(chat_model, tmp_path / "adapter")
-    step, apply = merge.Step, merge.Step.apply
+    step, apply = merge.ChangeStep, merge.ChangeStep.apply
     spoiled = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
 
     def wrong(self: Any, block: Any, begin: int, end: int) -> Any:
@@ -330,7 +330,7 @@ def test_merge_command_and_wrong_bases(chat_model: Path, other_model: Path, tmp_
     code, _, err = tongwen("merge", "--base", other_model, "--adapter", adapter, "--out", tmp_path / "wrong")
     assert code == 4
     for folder in (chat_model, other_model):
-        assert str(fingerprint_model(Place("", str(folder))))[:12] in err, "both fingerprints are named"
+        assert str(fingerprint_model(ModelRef("", str(folder))))[:12] in err, "both fingerprints are named"
     assert not (tmp_path / "wrong").exists()
     with pytest.raises(ArtifactError, match="another base"):
         __import__("tongwen").open(str(other_model), adapters=[str(adapter)])
@@ -355,8 +355,8 @@ def test_a_fingerprint_is_of_tensors_not_of_files(chat_model: Path, tmp_path: Pa
     model = AutoModelForCausalLM.from_pretrained(chat_model)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    one = fingerprint_model(Place("", str(chat_model)))
-    assert fingerprint_model(Place("", str(tmp_path / "sharded"))) == one
+    one = fingerprint_model(ModelRef("", str(chat_model)))
+    assert fingerprint_model(ModelRef("", str(tmp_path / "sharded"))) == one
     state = load_file(chat_model / "model.safetensors")
     assert fingerprint_state(state) == one
     state["model.norm.weight"][0] += 1e-7

@@ -12,8 +12,8 @@ from typing import Any
 import uvicorn
 
 from tongwen.core.errors import NumbersError
-from tongwen.serving.web.backend import Bench, Talk
-from tongwen.serving.web.login import Limits
+from tongwen.serving.web.backend import ChatBackend, PageBackend
+from tongwen.serving.web.login import UploadLimits
 from tongwen.serving.web.server import make_app
 
 TOKEN = "right-token"
@@ -54,7 +54,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(bench: Bench, limits: Limits | None = None) -> Iterator[str]:
+def serving(bench: PageBackend, limits: UploadLimits | None = None) -> Iterator[str]:
     """The address of a running page."""
     port = free_port()
     app = make_app(bench, TOKEN, port=port, limits=limits)
@@ -72,5 +72,5 @@ def serving(bench: Bench, limits: Limits | None = None) -> Iterator[str]:
         thread.join(10)
 
 
-def talk(parrot: Parrot, *chosen: str) -> Talk:
-    return Talk(lambda: list(chosen), chosen, lambda name, messages, options: messages[-9:], parrot.reply)
+def talk(parrot: Parrot, *chosen: str) -> ChatBackend:
+    return ChatBackend(lambda: list(chosen), chosen, lambda name, messages, options: messages[-9:], parrot.reply)

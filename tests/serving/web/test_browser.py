@@ -22,10 +22,10 @@ from playwright.sync_api import sync_playwright
 
 from tests.conftest import byte_level_tokenizer, dialogues, tiny_llama, write_recipe, write_rows
 from tests.serving.web.page_server import TOKEN, Parrot, serving, talk
-from tongwen.commands.web import whole_bench
+from tongwen.commands.web import make_backend
 from tongwen.workflows import run_manager
 from tongwen.workflows.pipeline import holder
-from tongwen.workflows.workspace import Workplace
+from tongwen.workflows.workspace import Workspace
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
@@ -61,8 +61,8 @@ def parrot() -> Parrot:
 
 @pytest.fixture(scope="module")
 def address(folder: Path, parrot: Parrot) -> Iterator[str]:
-    place = Workplace.of([str(folder)])
-    with serving(whole_bench(place, talk(parrot, "parrot", "second"))) as url:
+    place = Workspace.of([str(folder)])
+    with serving(make_backend(place, talk(parrot, "parrot", "second"))) as url:
         yield url
 
 

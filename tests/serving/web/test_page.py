@@ -21,11 +21,11 @@ from starlette.routing import Mount
 
 from tests.serving.web.page_server import SECRET, TOKEN, Parrot, serving, talk
 from tongwen.core.errors import RecipeError, TongwenError
-from tongwen.serving.web.backend import Bench
-from tongwen.serving.web.conversation import Answer, as_json, as_markdown, drawn, note, stream, text_of, told
-from tongwen.serving.web.login import OPEN_ROUTES, Limits
+from tongwen.serving.web.backend import PageBackend
+from tongwen.serving.web.conversation import StreamedAnswer, as_json, as_markdown, drawn, note, stream, text_of, told
+from tongwen.serving.web.login import OPEN_ROUTES, UploadLimits
 from tongwen.serving.web.server import SESSIONS, make_app
-from tongwen.workflows.workspace import Workplace
+from tongwen.workflows.workspace import Workspace
 
 GOLDEN = Path(__file__).parent / "page_routes.txt"
 
@@ -37,7 +37,7 @@ def parrot() -> Parrot:
 
 @pytest.fixture(scope="module")
 def address(parrot: Parrot) -> Iterator[str]:
-    with serving(Bench("tongwen", talk(parrot, "parrot"))) as url:
+    with serving(PageBackend("tongwen", talk(parrot, "parrot"))) as url:
         yield url
 
 
@@ -114,7 +114,7 @@ def test_a_question_waits_in_line_and_small_things_do_not(address: str) -> None:
 
 
 def test_the_list_of_routes_is_as_it_was_and_none_opens_without_a_token(address: str) -> None:
-    door = make_app(Bench("t", talk(Parrot(), "m")), TOKEN, port=7860)
+    door = make_app(PageBackend("t", talk(Parrot(), "m")), TOKEN, port=7860)
     routes = sorted(set(routes_of(door.app)))
     listed = "".join(f"{'open  ' if OPEN_ROUTES.fullmatch(_example(path)) else 'closed'} {path}\n" for path in routes)
     if os.environ.get("UPDATE_GOLDEN"):
@@ -226,8 +226,8 @@ def test_no_path_leads_out(address: str, tmp_path: Path) -> None:
 
 def test_what_is_too_large_is_refused_at_once(address: str) -> None:
     with client(address) as web:
-        assert web.post("/en/gradio_api/queue/join", content=b"x" * (Limits.body + 1)).status_code == 413
-        assert web.post("/en/gradio_api/upload", content=b"x" * (Limits.body + 1)).status_code != 413
+        assert web.post("/en/gradio_api/queue/join", content=b"x" * (UploadLimits.body + 1)).status_code == 413
+        assert web.post("/en/gradio_api/upload", content=b"x" * (UploadLimits.body + 1)).status_code != 413
         assert web.post("/en/gradio_api/queue/join", content=iter([b"x"])).status_code == 411
         assert web.post("/en/gradio_api/queue/join", content=b"{broken").status_code == 422
 
@@ -279,7 +279,7 @@ def test_visitors_do_not_hear_each_other(address: str) -> None:
 
 
 def test_only_so_many_open_pages_are_remembered() -> None:
-    door = make_app(Bench("t", talk(Parrot(), "m")), TOKEN, port=7860)
+    door = make_app(PageBackend("t", talk(Parrot(), "m")), TOKEN, port=7860)
     holders = [route.app.state_holder for route in door.app.routes if isinstance(route, Mount)]
     assert len(holders) == 2
     for holder in holders:
@@ -320,7 +320,7 @@ def test_drawing_is_undone_for_any_text() -> None:
 def test_an_answer_that_is_given_up_stops_the_model() -> None:
     parrot = Parrot()
     asked = [{"role": "user", "content": "很长" * 50}]
-    answers = [Answer(talk(parrot, "m"), asked, str, "m", "", {}) for _ in range(2)]
+    answers = [StreamedAnswer(talk(parrot, "m"), asked, str, "m", "", {}) for _ in range(2)]
     growing = stream(answers)
     next(growing)
     growing.close()
@@ -352,7 +352,7 @@ def test_only_what_lies_in_the_folders_is_found(tmp_path: Path) -> None:
     (inside / "link").symlink_to(outside)
     (inside / "r.yaml").write_text("name: x\nbase: y\n", encoding="utf-8")
     (inside / "other.yaml").write_text("a: 1\n", encoding="utf-8")
-    place = Workplace.of([str(inside)], ["hub/named"])
+    place = Workspace.of([str(inside)], ["hub/named"])
     assert place.models() == ["hub/named", str(inside / "model")]
     assert place.recipes() == [str(inside / "r.yaml")]
     assert place.model("hub/named") == "hub/named"
@@ -360,4 +360,4 @@ def test_only_what_lies_in_the_folders_is_found(tmp_path: Path) -> None:
         with pytest.raises(TongwenError, match="outside"):
             place.inside(name)
     with pytest.raises(RecipeError, match="no folder"):
-        Workplace.of([str(tmp_path / "none")])
+        Workspace.of([str(tmp_path / "none")])

@@ -29,19 +29,19 @@ OUTAGE = 5  # failures in a row after which one request at a time is tried
 HOPELESS = (400, 401, 403, 404, 405, 413, 422)
 
 
-class Unanswered(Exception):
+class RequestFailed(Exception):
     """A request that stays without an answer, with the reason."""
 
 
-class Cut(Exception):
+class TruncatedReply(Exception):
     """A reply that ended before it was finished."""
 
 
-class TooLarge(Exception):
+class ReplyTooLarge(Exception):
     """A reply of more bytes than any answer has."""
 
 
-class Spending:
+class SpendingMeter:
     """What was spent, and what the requests on their way may still cost, against the cap."""
 
     def __init__(self, section: Synthesize) -> None:
@@ -93,10 +93,10 @@ class Spending:
         self.reserved = [kept + sign * new for kept, new in zip(self.reserved, most, strict=True)]
 
 
-class Endpoint:
+class SynthesisClient:
     """The place that is asked, and how patiently."""
 
-    def __init__(self, section: Synthesize, spending: Spending, tell: Callable[[str], None]) -> None:
+    def __init__(self, section: Synthesize, spending: SpendingMeter, tell: Callable[[str], None]) -> None:
         self.section, self.spending, self.tell = section, spending, tell
         self.schema = section.json_schema == "auto"
         self.failures = 0  # in a row
@@ -132,12 +132,19 @@ class Endpoint:
                     used = answer[2]
                     self.failures = 0
                     return answer
-                except (openai.APIError, Cut, TooLarge, asyncio.TimeoutError, ValueError, httpx2.HTTPError) as error:
+                except (
+                    openai.APIError,
+                    TruncatedReply,
+                    ReplyTooLarge,
+                    asyncio.TimeoutError,
+                    ValueError,
+                    httpx2.HTTPError,
+                ) as error:
                     why, used = self._judged(error), (0, 0) if _cost_nothing(error) else most
                 finally:
                     self.spending.settle(most, used)
             await asyncio.sleep(random.uniform(0, min(60.0, self.section.pause * 2**attempt)))  # noqa: S311 (full jitter)
-        raise Unanswered(why)
+        raise RequestFailed(why)
 
     async def _ask(self, prompt: str, schema: dict[str, Any] | None) -> tuple[str, str, tuple[int, int]]:
         section = self.section
@@ -162,11 +169,11 @@ class Endpoint:
                 text += (choice.delta and choice.delta.content) or ""
                 finish = choice.finish_reason or finish
             if len(text) > LARGEST:
-                raise TooLarge
+                raise ReplyTooLarge
         if finish == "content_filter":
-            raise Cut(finish)
+            raise TruncatedReply(finish)
         if finish is None:
-            raise Cut(say("the stream ended early", "流提前结束"))
+            raise TruncatedReply(say("the stream ended early", "流提前结束"))
         return text, finish, tokens if tokens[1] else (tokens[0], len(text))
 
     def _judged(self, error: Exception) -> str:
@@ -200,7 +207,7 @@ class _Turn:
     """A moment at which a request may start: the pace is kept, a Retry-After is obeyed, and in an outage there is one
     probe at a time, each after a longer rest."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: SynthesisClient) -> None:
         self.endpoint, self.probes = endpoint, False
 
     async def __aenter__(self) -> None:
@@ -307,7 +314,7 @@ class _Counted(httpx2.AsyncByteStream):
         async for block in self.stream:
             size += len(block)
             if size > LARGEST:
-                raise TooLarge(f"more than {LARGEST} bytes")
+                raise ReplyTooLarge(f"more than {LARGEST} bytes")
             yield block
 
     async def aclose(self) -> None:

@@ -22,9 +22,9 @@ import yaml
 
 from tongwen.core.errors import DataError, RowRefused
 from tongwen.core.i18n import say
-from tongwen.data.synthesis.journal import Journal, Reply
-from tongwen.data.synthesis.parse import Item, read_blocks, read_json
-from tongwen.data.synthesis.similarity import Index, rouge_l
+from tongwen.data.synthesis.journal import Reply, ReplyJournal
+from tongwen.data.synthesis.parse import ParsedTask, read_blocks, read_json
+from tongwen.data.synthesis.similarity import SimilarityIndex, rouge_l
 from tongwen.recipe.schema import Synthesize
 
 EXAMPLES = 3  # seed tasks in a prompt, as in BELLE
@@ -77,11 +77,11 @@ Complete = Callable[[Request], Awaitable[tuple[str, str, tuple[int, int]]]]
 
 
 @dataclass
-class Made:
+class GeneratedDialogues:
     """What came of the replies so far."""
 
     section: Synthesize
-    index: Index = field(default_factory=Index)
+    index: SimilarityIndex = field(default_factory=SimilarityIndex)
     rows: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
@@ -106,16 +106,16 @@ class Made:
         self.reasons[reason] += 1
         self.rejected.append({"request": request.number, "reason": reason, "rule": rule, "value": value})
 
-    def _keep_dialogue(self, request: Request, reply: Reply, items: list[Item | RowRefused]) -> None:
+    def _keep_dialogue(self, request: Request, reply: Reply, items: list[ParsedTask | RowRefused]) -> None:
         """All questions about one piece of a document are the turns of one dialogue."""
-        good = [item for item in items if isinstance(item, Item)]
+        good = [item for item in items if isinstance(item, ParsedTask)]
         for item in items:
             if isinstance(item, RowRefused):
                 self._keep(request, reply, "", [item])
         if good:
             self._keep(request, reply, reply.key, good)
 
-    def _keep(self, request: Request, reply: Reply, name: str, items: Sequence[Item | RowRefused]) -> None:
+    def _keep(self, request: Request, reply: Reply, name: str, items: Sequence[ParsedTask | RowRefused]) -> None:
         if len(self.rows) >= self.section.rows:
             return
         turns = []
@@ -157,19 +157,19 @@ class Made:
         self.rows.append({"messages": messages, "meta": meta})
 
 
-def _read(method: str, reply: Reply) -> Iterator[Item | RowRefused]:
+def _read(method: str, reply: Reply) -> Iterator[ParsedTask | RowRefused]:
     if method == "self_instruct":
         return read_blocks(reply.text, reply.finish, EXAMPLES + 1)
     return read_json(reply.text)
 
 
-def _checked(item: Item) -> Item:
+def _checked(item: ParsedTask) -> ParsedTask:
     """The item with the words that address the model taken out. Raises RowRefused."""
 
     def refuse(reason: str, en: str, zh: str) -> RowRefused:
         return RowRefused(reason, say(en, zh))
 
-    mended = Item(ADDRESSED.sub("", item.instruction).strip(), item.input, item.output)
+    mended = ParsedTask(ADDRESSED.sub("", item.instruction).strip(), item.input, item.output)
     whole = f"{mended.question}\n{mended.output}"
     if len(mended.instruction) <= 3 or not mended.output:
         raise refuse("too_short", "no instruction, or no answer", "没有指令或回答")
@@ -190,8 +190,8 @@ def _checked(item: Item) -> Item:
 
 async def gather(
     requests: Iterable[Request],
-    made: Made,
-    journal: Journal,
+    made: GeneratedDialogues,
+    journal: ReplyJournal,
     complete: Complete,
     unanswered: type[Exception],
     progress: Callable[[int], None],
@@ -246,7 +246,7 @@ async def gather(
 # -- requests ------------------------------------------------------------------------------------------------------
 
 
-def self_instruct(seeds: Sequence[Item], seed: int) -> Iterator[Request]:
+def self_instruct(seeds: Sequence[ParsedTask], seed: int) -> Iterator[Request]:
     """Three of the seed tasks as examples, drawn by the request's number."""
     for number in count():
         chosen = random.Random(f"{seed}:{number}").sample(range(len(seeds)), EXAMPLES)  # noqa: S311
@@ -295,11 +295,11 @@ def _words() -> dict[str, Any]:
     )
 
 
-def shipped_seeds() -> list[Item]:
-    return [Item(*(row[key] for key in ("instruction", "input", "output"))) for row in _words()["seeds"]]
+def shipped_seeds() -> list[ParsedTask]:
+    return [ParsedTask(*(row[key] for key in ("instruction", "input", "output"))) for row in _words()["seeds"]]
 
 
-def read_seed(row: Any, place: str) -> Item:
+def read_seed(row: Any, place: str) -> ParsedTask:
     """A seed task of BELLE's shape. Raises DataError."""
     value = row if isinstance(row, dict) else {}
     instances = value.get("instances")
@@ -318,4 +318,4 @@ def read_seed(row: Any, place: str) -> Item:
             place=place,
             remedy='{"instruction": "…", "instances": [{"input": "", "output": "…"}]}',
         )
-    return Item(*(str(text).strip() for text in found))
+    return ParsedTask(*(str(text).strip() for text in found))

@@ -28,7 +28,7 @@ class Reply:
     tokens: tuple[int, int]
 
 
-class Journal:
+class ReplyJournal:
     """The file, and the replies in it by their keys."""
 
     def __init__(self, file: Path) -> None:
@@ -55,7 +55,7 @@ class Journal:
         self.stream = file.open("ab")
         self.stream.truncate(whole)
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> ReplyJournal:
         return self
 
     def __exit__(

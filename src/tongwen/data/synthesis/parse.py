@@ -24,7 +24,7 @@ NO_INPUT = re.compile(r"\s*[<＜《（(]?\s*无输入\s*[>＞》）)]?\s*")
 
 
 @dataclass(frozen=True)
-class Item:
+class ParsedTask:
     """A task and its answer."""
 
     instruction: str
@@ -36,7 +36,7 @@ class Item:
         return f"{self.instruction}\n{self.input}" if self.input else self.instruction
 
 
-def read_blocks(text: str, finish: str, first: int) -> Iterator[Item | RowRefused]:
+def read_blocks(text: str, finish: str, first: int) -> Iterator[ParsedTask | RowRefused]:
     """Blocks of 指令, 输入, 输出 between lines of ###. first: the number of the task that the prompt has begun already. The
     last block of a reply that was cut off is left out."""
     if not re.match(r"\s*(?:#+\s*)?(?:\d+\s*[.、]\s*)?指令\s*[:：]", text[:20]):
@@ -49,7 +49,7 @@ def read_blocks(text: str, finish: str, first: int) -> Iterator[Item | RowRefuse
         yield _read_block(block)
 
 
-def _read_block(block: str) -> Item | RowRefused:
+def _read_block(block: str) -> ParsedTask | RowRefused:
     parts = _BLOCK.split(block)  # before, label, text, label, text, …
     found: dict[str, str] = {}
     for label, text in zip(parts[1::2], parts[2::2], strict=True):
@@ -61,10 +61,10 @@ def _read_block(block: str) -> Item | RowRefused:
     if list(found) != ["指令", "输入", "输出"]:
         return RowRefused("malformed", say(f"the block holds {list(found)}", f"该块含有 {list(found)}"))
     instruction, given, output = (_NUMBER.sub("", text).strip() for text in found.values())
-    return Item(instruction, "" if NO_INPUT.fullmatch(given) else given, output)
+    return ParsedTask(instruction, "" if NO_INPUT.fullmatch(given) else given, output)
 
 
-def read_json(text: str) -> Iterator[Item | RowRefused]:
+def read_json(text: str) -> Iterator[ParsedTask | RowRefused]:
     """Objects with instruction, input and output, wherever they stand: in a list, under a key, one after the other."""
     place, count = 0, 0
     while (place := text.find("{", place)) >= 0:
@@ -90,11 +90,11 @@ def _objects(value: dict[str, Any]) -> list[Any]:
     return lists[0] if len(value) == 1 and lists else [value]
 
 
-def _read_object(value: Any) -> Item | RowRefused:
+def _read_object(value: Any) -> ParsedTask | RowRefused:
     keys = ("instruction", "input", "output")
     given = {"input": "", **value} if isinstance(value, dict) else {}
     if set(given) != set(keys) or not all(isinstance(given[key], str) for key in keys):
         shown = json.dumps(value, ensure_ascii=False)[:60]
         return RowRefused("malformed", say(f"no task with its answer: {shown}", f"不是任务与回答：{shown}"))
     instruction, given_input, output = (given[key].strip() for key in keys)
-    return Item(instruction, "" if NO_INPUT.fullmatch(given_input) else given_input, output)
+    return ParsedTask(instruction, "" if NO_INPUT.fullmatch(given_input) else given_input, output)

@@ -15,7 +15,7 @@ K1, B = 1.5, 0.75  # Okapi's usual values
 _TERM = re.compile(r"[a-z0-9_]+|[^\W_a-z0-9]", re.IGNORECASE)
 
 
-class Index:
+class SimilarityIndex:
     """Texts by the terms that occur in them."""
 
     def __init__(self) -> None:

@@ -34,7 +34,7 @@ def configure(rank: int, steps: int, words: dict[str, Any]) -> Any:
     )
 
 
-class Budget:
+class AdaLoraAllocator:
     """What AdaLoRA needs beyond the loss and its gradient, and peft leaves to whoever trains."""
 
     def __init__(self, model: Any) -> None:
@@ -119,5 +119,5 @@ def write_as_lora(folder: Path) -> None:
     save_file({name: part.contiguous() for name, part in new.items()}, str(file), metadata={"format": "pt"})
 
 
-def budget_of(model: Any) -> Budget | None:
-    return Budget(model) if adapter_type(model) == "ADALORA" else None
+def budget_of(model: Any) -> AdaLoraAllocator | None:
+    return AdaLoraAllocator(model) if adapter_type(model) == "ADALORA" else None

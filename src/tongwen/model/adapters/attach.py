@@ -22,7 +22,7 @@ from tongwen.model.adapters.adalora import configure, write_as_lora
 from tongwen.model.adapters.chain import open_adapter
 from tongwen.model.kernels.fused_lora import fuse
 from tongwen.model.loading.load import adapter_folder, adapter_type, quiet
-from tongwen.recipe.schema import Adapter, Part
+from tongwen.recipe.schema import AdapterConfig, TrainedPart
 
 # A recipe's words for an adapter, and peft's.
 OWN_WORDS = {
@@ -71,7 +71,7 @@ class Adapted:
         total = sum(part.numel() for _, part in named)
         return {"parameters": trainable, "of": total, "share": trainable / total}
 
-    def focus(self, parts: Collection[Part]) -> list[torch.nn.Parameter]:
+    def focus(self, parts: Collection[TrainedPart]) -> list[torch.nn.Parameter]:
         """Only these parts learn from here on. Returns the whole embedding matrices of which only the new rows may learn:
         their gradient is zero elsewhere, and the optimizer must do nothing else to them."""
         for hook in self._guard:
@@ -122,22 +122,22 @@ class Adapted:
             write_as_lora(folder)
 
 
-def kept_in(parts: Collection[Part], dtype: torch.dtype) -> torch.dtype:
+def kept_in(parts: Collection[TrainedPart], dtype: torch.dtype) -> torch.dtype:
     """The number type of the base: fp32 where its own weights learn."""
     return torch.float32 if base_learns(parts) else dtype
 
 
-def base_learns(parts: Collection[Part]) -> bool:
+def base_learns(parts: Collection[TrainedPart]) -> bool:
     """Whether its own weights do: adapters and single rows are tensors beside them."""
     return "lora" not in parts and set(parts) != {"new_rows"}
 
 
 def adapt(
     model: Any,
-    choice: Adapter,
+    choice: AdapterConfig,
     control_rows: list[int],
     *,
-    trained: Collection[Part] = (),
+    trained: Collection[TrainedPart] = (),
     new_rows: list[int] | None = None,
     steps: int = 0,
     fingerprint: str | None = None,
@@ -183,7 +183,7 @@ def adapt(
     return adapted
 
 
-def check_further(choice: Adapter, stage: str) -> None:
+def check_further(choice: AdapterConfig, stage: str) -> None:
     """Raise RecipeError when the recipe says of an adapter that is trained further what it is not: it keeps its own words.
     One that is not there yet, or cannot be read, is refused when it is opened."""
     if not choice.continue_from:
@@ -221,8 +221,8 @@ def _agree(said: Any, own: Any) -> bool:
 
 def _with_adapter(
     model: Any,
-    choice: Adapter,
-    parts: set[Part],
+    choice: AdapterConfig,
+    parts: set[TrainedPart],
     control_rows: list[int],
     new_rows: list[int],
     steps: int,
@@ -284,7 +284,9 @@ def _with_adapter(
     return adapted
 
 
-def _peft_config(model: Any, choice: Adapter, also: list[str], rows: dict[str, list[int]] | None, steps: int) -> Any:
+def _peft_config(
+    model: Any, choice: AdapterConfig, also: list[str], rows: dict[str, list[int]] | None, steps: int
+) -> Any:
     from peft import LoraConfig
 
     family = family_of(model.config.model_type)
@@ -364,7 +366,7 @@ def _weights_of_embeddings(model: Any) -> list[torch.nn.Parameter]:
     return list({id(module.weight): module.weight for module in modules if module is not None}.values())
 
 
-def find_targets(model: Any, choice: Adapter) -> list[str] | str:
+def find_targets(model: Any, choice: AdapterConfig) -> list[str] | str:
     """Module names for peft: the family's usual few, all linear layers but the head, or the user's list (checked)."""
     if choice.targets == "all-linear":
         return "all-linear"
@@ -436,7 +438,7 @@ def find_untrained_rows(model: Any, ids: list[int]) -> list[int]:
     return untrained
 
 
-def _find_parameters(model: Any, choice: Adapter) -> list[str] | None:
+def _find_parameters(model: Any, choice: AdapterConfig) -> list[str] | None:
     names = [name for name, _ in model.named_parameters()]
     for wanted in choice.target_parameters:
         if not any(name.endswith(wanted) for name in names):

@@ -14,12 +14,12 @@ from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError, ModelError
 from tongwen.core.i18n import say
 from tongwen.model.adapters.read import EMBEDDINGS, whole_rows
-from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_stack
-from tongwen.model.loading.load import Place, explained, find_adapter, load_model, quiet
+from tongwen.model.loading.fingerprint import fingerprint_chain, fingerprint_model
+from tongwen.model.loading.load import ModelRef, explained, find_adapter, load_model, quiet
 
 
-def open_stack(
-    place: Place, dtype: torch.dtype, quantize: str = "", device_map: str | None = None, *, live: bool = False
+def open_adapter_chain(
+    place: ModelRef, dtype: torch.dtype, quantize: str = "", device_map: str | None = None, *, live: bool = False
 ) -> tuple[Any, str | None]:
     """(model, its fingerprint). A prompt that was learned (prefix or p-tuning) has no change of weights: it stays on top.
     live: so may a single adapter on a quantised base, for those who only ask.
@@ -46,7 +46,7 @@ def open_stack(
         if not model.active_peft_config.is_prompt_learning:
             model = model.merge_and_unload()
         if fingerprint:
-            fingerprint = fingerprint_stack(fingerprint, _fingerprint_of(folder))
+            fingerprint = fingerprint_chain(fingerprint, _fingerprint_of(folder))
     return (model.to(dtype) if place.adapters else model), fingerprint
 
 
@@ -71,7 +71,7 @@ def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, tr
             ),
         )
     make_room(model, path)
-    with quiet(), explained(Place(folder, folder)):
+    with quiet(), explained(ModelRef(folder, folder)):
         return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
 
 
@@ -107,4 +107,4 @@ def make_room(model: Any, adapter: Path) -> None:
 
 def _fingerprint_of(adapter: str) -> str:
     made = artifact.find(Path(adapter))
-    return made.fingerprint if made else str(fingerprint_model(Place(adapter, adapter)))
+    return made.fingerprint if made else str(fingerprint_model(ModelRef(adapter, adapter)))

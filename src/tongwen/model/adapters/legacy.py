@@ -13,7 +13,7 @@ from typing import Any
 from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError, ModelError
 from tongwen.core.i18n import say
-from tongwen.model.loading.chat_setup import copy_speech
+from tongwen.model.loading.chat_setup import copy_chat_setup
 from tongwen.model.loading.fingerprint import combine, lines_of
 from tongwen.model.loading.load import adapter_folder
 from tongwen.model.loading.tensors import TorchTensors, load_bin
@@ -51,7 +51,7 @@ def modernise(folder: Path, out: Path, alpha: float | None) -> artifact.Artifact
             {name: tensor.contiguous() for name, tensor in state.items()}, draft.path / "adapter_model.safetensors"
         )
         artifact.write_json(draft.path / "adapter_config.json", config)
-        copy_speech(folder, draft.path)
+        copy_chat_setup(folder, draft.path)
         draft.fingerprint = combine(lines_of(TorchTensors({name: torch.as_tensor(one) for name, one in state.items()})))
     assert draft.artifact
     return draft.artifact

@@ -15,11 +15,11 @@ from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import say
 from tongwen.model.adapters.read import Adapter
-from tongwen.model.loading.fingerprint import combine, fingerprint_stack, lines_of, order_that_fits
+from tongwen.model.loading.fingerprint import combine, fingerprint_chain, lines_of, order_that_fits
 
 
 @dataclass(frozen=True)
-class Link:
+class AdapterLink:
     """One adapter in a chain. recorded: fingerprint of what it was trained on, None when it does not say."""
 
     adapter: Adapter
@@ -38,7 +38,7 @@ class Link:
         return str(recorded or self.adapter.config.get("base_model_name_or_path") or "")
 
 
-def read_link(adapter: Adapter) -> Link:
+def read_link(adapter: Adapter) -> AdapterLink:
     """Raises ArtifactError when the adapter's tensors are no longer those that its manifest recorded."""
     stage = artifact.find(adapter.folder)
     own = combine(lines_of(adapter.tensors))
@@ -52,10 +52,10 @@ def read_link(adapter: Adapter) -> Link:
             remedy=say("the file was changed or damaged after training", "训练之后文件被改动或损坏"),
         )
     recorded = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
-    return Link(adapter, stage, recorded, own)
+    return AdapterLink(adapter, stage, recorded, own)
 
 
-def check_chain(base: str, fingerprint: str, links: Sequence[Link]) -> None:
+def check_chain(base: str, fingerprint: str, links: Sequence[AdapterLink]) -> None:
     """Raise ArtifactError when an adapter was trained on something else than what lies below it here."""
     below = fingerprint
     for number, link in enumerate(links):
@@ -69,10 +69,10 @@ def check_chain(base: str, fingerprint: str, links: Sequence[Link]) -> None:
                 place=link.name,
                 remedy=_remedy(fingerprint, links, link),
             )
-        below = fingerprint_stack(below, link.own)
+        below = fingerprint_chain(below, link.own)
 
 
-def doubts(base: str, links: Sequence[Link]) -> list[str]:
+def doubts(base: str, links: Sequence[AdapterLink]) -> list[str]:
     """What cannot be proven, in words: for adapters that do not record what they were trained on."""
     out = []
     for number, link in enumerate(links):
@@ -133,7 +133,7 @@ def check_vocabulary(folder: Path, rows: int, place: str) -> None:
         )
 
 
-def _remedy(fingerprint: str, links: Sequence[Link], wrong: Link) -> str:
+def _remedy(fingerprint: str, links: Sequence[AdapterLink], wrong: AdapterLink) -> str:
     order = order_that_fits(fingerprint, [(link.recorded, link.own) for link in links])
     if order is not None:
         return say("the order that fits: ", "合适的顺序：") + " ".join(

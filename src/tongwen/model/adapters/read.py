@@ -45,7 +45,7 @@ class NotOneToOne(Exception):
 
 
 @dataclass
-class Change:
+class AdapterChange:
     """What one adapter does to one tensor. parts: role -> key in the adapter's file."""
 
     source: Tensors
@@ -99,7 +99,7 @@ class Adapter:
     folder: Path
     config: dict[str, Any]
     tensors: Tensors
-    changes: dict[str, Change]
+    changes: dict[str, AdapterChange]
     whole_model: str = ""
 
 
@@ -127,7 +127,7 @@ def read_adapter(folder: Path) -> Adapter:
                 "保存时出错（443 字节的文件即此情况）：请重新训练并保存",
             ),
         )
-    changes: dict[str, Change] = {}
+    changes: dict[str, AdapterChange] = {}
     whole_model = ""
     for key, (dtype, _) in tensors.facts.items():
         if ".original_module." in key:  # what the module was before training, which peft saves beside a resized one
@@ -146,7 +146,7 @@ def read_adapter(folder: Path) -> Adapter:
             scale, rank = _scale(config, target)
             transposed = bool(config.get("fan_in_fan_out"))
             rows = _rows_of(config.get("trainable_token_indices") or {}, target)
-            changes[name] = Change(tensors, str(folder), scale, rank, transposed, rows)
+            changes[name] = AdapterChange(tensors, str(folder), scale, rank, transposed, rows)
         if role in changes[name].parts:
             if config.get("target_parameters"):
                 whole_model = say("it adapts fused weights", "它适配融合的权重")
@@ -181,7 +181,7 @@ def check_complete(adapter: Adapter, modules: set[str]) -> None:
         )
 
 
-def same_tensor(one: Change, other: Change) -> bool:
+def same_tensor(one: AdapterChange, other: AdapterChange) -> bool:
     """Whether both bring the same whole tensor and nothing else."""
     if not one.parts.keys() == other.parts.keys() == {"whole"}:
         return False

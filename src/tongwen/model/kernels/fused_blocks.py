@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import rms_norm, silu
 
 from tongwen.model.kernels.fused_lora import is_plain, parts_of
-from tongwen.model.kernels.fused_projections import Joined, Siblings
+from tongwen.model.kernels.fused_projections import FusedProjections, SiblingProjections
 
 MLP, QKV = ("gate_proj", "up_proj", "down_proj"), ("q_proj", "k_proj", "v_proj")
 
@@ -29,7 +29,7 @@ LEAN = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 ROWS = 128  # whose fp32 copies stay in a core's cache
 
 
-class RmsNorm(torch.autograd.Function):
+class FusedRmsNorm(torch.autograd.Function):
     """x: (..., width); weight: (width,), frozen. Saves x and one number per row, which is fp32 at least."""
 
     @staticmethod
@@ -63,13 +63,18 @@ def _blocks(*parts: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     return islice(blocks, 1) if isinstance(parts[0], FakeTensor) else blocks
 
 
-class GatedMlp(torch.autograd.Function):
+class FusedGatedMlp(torch.autograd.Function):
     """down(silu(gate(x)) * up(x)). x: (..., in), in the number type of the weights; first: gate and up joined, which read it;
     last: down alone. adapters: A, B of the three, which both have taken."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, first: Joined, last: Joined, scales: tuple[float, ...], *adapters: torch.Tensor
+        ctx: Any,
+        x: torch.Tensor,
+        first: FusedProjections,
+        last: FusedProjections,
+        scales: tuple[float, ...],
+        *adapters: torch.Tensor,
     ) -> torch.Tensor:
         ctx.first, ctx.last, ctx.scales, ctx.own, ctx.shape = first, last, scales, adapters[0].dtype, x.shape
         wide = first.widen(x.reshape(-1, first.inside))
@@ -114,7 +119,7 @@ def fuse_blocks(model: Any, is_same: Callable[..., bool] | None = None) -> int:
             fast[module] = _mlp(layers)
             fast |= dict.fromkeys(layers)
         elif layers := _plain(_inside(module, QKV)) or _plain([module]):
-            siblings = Siblings(layers)
+            siblings = SiblingProjections(layers)
             fast |= {layer: siblings.forward_of(number) for number, layer in enumerate(layers)}
     for module, forward in fast.items():
         if forward:
@@ -177,19 +182,19 @@ def _norm(self: Any, x: torch.Tensor) -> torch.Tensor:
     if x.is_cuda:  # where torch has it as one operation, which autocast would take to fp32
         with torch.autocast("cuda", enabled=False):
             return rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
-    return RmsNorm.apply(x, self.weight, self.variance_epsilon)
+    return FusedRmsNorm.apply(x, self.weight, self.variance_epsilon)
 
 
 def _mlp(layers: Sequence[Any]) -> Any:
     parts = [parts_of(layer) for layer in layers]
-    first, last = Joined(parts[:2]), Joined(parts[2:])
+    first, last = FusedProjections(parts[:2]), FusedProjections(parts[2:])
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if not _is_lean(x) or not all(is_plain(layer, x) for layer in layers):
             return type(self).forward(self, x)
         parts = [parts_of(layer) for layer in layers]
         (scales, adapters), (scale, adapter) = first.take(parts[:2]), last.take(parts[2:])
-        return GatedMlp.apply(x, first, last, scales + scale, *adapters, *adapter)
+        return FusedGatedMlp.apply(x, first, last, scales + scale, *adapters, *adapter)
 
     return forward
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 
-class LoraProduct(torch.autograd.Function):
+class FusedLoraFunction(torch.autograd.Function):
     """x: (..., in); weight: (out, in), frozen, in the number type of x; a: (r, in); b: (out, r). Saves x and x Aᵀ only.
 
     The gradient of B is taken as (r, T) @ (T, out): MKL takes 0.5 ms for it and 3.8 ms for (out, T) @ (T, r), the same
@@ -104,4 +104,4 @@ def _applies(module: Any, x: torch.Tensor) -> bool:
 def _forward(self: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
     if not _applies(self, x):
         return type(self).forward(self, x, *arguments, **options)
-    return LoraProduct.apply(x, *parts_of(self))
+    return FusedLoraFunction.apply(x, *parts_of(self))

@@ -23,7 +23,7 @@ Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]  # W (out, in), A 
 AT_A_TIME = {torch.bfloat16: 32, torch.float32: 16}
 
 
-class Joined:
+class FusedProjections:
     """parts: the layers', in their order; all W of one number type and in. inside, outside: in and Σ out."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -91,13 +91,13 @@ class Joined:
             column += rank
 
 
-class JoinedProduct(torch.autograd.Function):
+class FusedProjectionsFunction(torch.autograd.Function):
     """x: (..., in), in the number type of the weights -> the layers' outputs, (..., out_i) each. adapters: A, B of each layer,
     which `joined` has taken. Saves [x, x Aᵀ] only."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, joined: Joined, scales: tuple[float, ...], *adapters: torch.Tensor
+        ctx: Any, x: torch.Tensor, joined: FusedProjections, scales: tuple[float, ...], *adapters: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         wide = joined.widen(x.reshape(-1, joined.inside))
         ctx.save_for_backward(wide)
@@ -116,12 +116,12 @@ class JoinedProduct(torch.autograd.Function):
         return of_x, None, None, *of_adapters
 
 
-class Siblings:
+class SiblingProjections:
     """Layers that a module calls one after another on the same input: the first call computes for all."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = layers
-        self.joined = Joined([parts_of(layer) for layer in layers])
+        self.joined = FusedProjections([parts_of(layer) for layer in layers])
         self._input: torch.Tensor | None = None
         self._ready: dict[int, torch.Tensor] = {}
 
@@ -142,4 +142,4 @@ class Siblings:
 
     def _all(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         scales, adapters = self.joined.take([parts_of(layer) for layer in self.layers])
-        return JoinedProduct.apply(x, self.joined, scales, *adapters)  # type: ignore[no-any-return]
+        return FusedProjectionsFunction.apply(x, self.joined, scales, *adapters)  # type: ignore[no-any-return]

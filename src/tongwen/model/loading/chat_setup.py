@@ -28,7 +28,7 @@ def has_tokenizer(folder: Path) -> bool:
     return next(folder.glob("tokenizer*"), None) is not None
 
 
-def copy_speech(source: Path, out: Path) -> None:
+def copy_chat_setup(source: Path, out: Path) -> None:
     """Tokenizer, template and stop tokens of a model folder, file by file: nothing is read into another form."""
     for pattern in (*TOKENIZER, "generation_config.json"):
         for file in source.glob(pattern):

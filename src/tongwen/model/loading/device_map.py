@@ -8,13 +8,13 @@ import torch
 from tongwen.core import console
 from tongwen.core.errors import MachineError
 from tongwen.core.i18n import say
-from tongwen.model.loading.load import Place, load_config, make_skeleton
+from tongwen.model.loading.load import ModelRef, load_config, make_skeleton
 
 SPARE = 1.2  # a model's weights, and what it computes with
 BITS = {"8bit": "int8", "4bit": "nf4"}
 
 
-def choose(place: Place, weights: str, device: str, dtype: torch.dtype) -> tuple[bool, str]:
+def choose(place: ModelRef, weights: str, device: str, dtype: torch.dtype) -> tuple[bool, str]:
     """(over all GPUs, quantisation of `load_model`). weights: full, 8bit, 4bit, or auto: the most bits that fit.
 
     Raises MachineError when `auto` finds nothing that fits.

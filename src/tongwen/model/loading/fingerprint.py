@@ -16,7 +16,7 @@ from typing import Any
 from blake3 import blake3
 
 from tongwen.core.safetensors_io import Stored, Tensors, blocks, find_tensors, iter_bytes
-from tongwen.model.loading.load import Place, cached_folder
+from tongwen.model.loading.load import ModelRef, cached_folder
 from tongwen.model.loading.tensors import TorchTensors, load_bin
 
 
@@ -30,18 +30,18 @@ def combine(lines: dict[str, str]) -> str:
     return hashlib.sha256("\n".join(f"{name} {lines[name]}" for name in sorted(lines)).encode()).hexdigest()
 
 
-def fingerprint_stack(base: str, adapter: str) -> str:
+def fingerprint_chain(base: str, adapter: str) -> str:
     """The fingerprint of a base with an adapter on it, from those of the two: what a next adapter is trained on."""
     return hashlib.sha256(f"{base}\0{adapter}".encode()).hexdigest()
 
 
-def fingerprint_model(place: Place) -> str | None:
+def fingerprint_model(place: ModelRef) -> str | None:
     """The fingerprint of a model's files; None for one that is only on a hub and not in the local cache."""
     lines = model_lines(place)
     return combine(lines) if lines else None
 
 
-def model_lines(place: Place) -> dict[str, str]:
+def model_lines(place: ModelRef) -> dict[str, str]:
     """tensor -> its line of the fingerprint. Empty for a model that is not on this machine."""
     if place.gguf:
         return _gguf_lines(Path(place.folder) / place.gguf)
@@ -93,7 +93,7 @@ def order_that_fits(base: str, adapters: Sequence[tuple[str | None, str]]) -> tu
             recorded, own = adapters[index]
             if recorded not in (None, below):
                 break
-            below = fingerprint_stack(below, own)
+            below = fingerprint_chain(below, own)
         else:
             return order
     return None

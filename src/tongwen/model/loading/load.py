@@ -36,7 +36,7 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 
 
 @dataclass(frozen=True)
-class Place:
+class ModelRef:
     """Where a model is: what to hand to `from_pretrained`, and the adapters that stand on it, the first one lowest."""
 
     name: str  # as the user wrote it
@@ -49,10 +49,10 @@ class Place:
         return Path(self.folder).is_dir()
 
 
-def locate(name: str) -> Place:
+def locate(name: str) -> ModelRef:
     """Find a model by name. Raises ModelError when a folder holds none."""
     if name.startswith("modelscope:"):
-        return Place(name, _from_modelscope(name.removeprefix("modelscope:")))
+        return ModelRef(name, _from_modelscope(name.removeprefix("modelscope:")))
     if not name.strip():
         raise ModelError(say("no model is named", "没有写模型"), place="MODEL", remedy="Qwen/Qwen3-0.6B")
     path = Path(name)
@@ -60,7 +60,7 @@ def locate(name: str) -> Place:
         if not path.is_file():
             raise ModelError(say("there is no such file", "没有这个文件"), place=name)
         check_header(path)
-        return Place(name, str(path.parent), gguf=path.name)
+        return ModelRef(name, str(path.parent), gguf=path.name)
     if not path.exists():
         if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name:
             raise ModelError(
@@ -71,11 +71,11 @@ def locate(name: str) -> Place:
                     "请给出文件夹、hub id（如 Qwen/Qwen3-8B）或 modelscope:Qwen/Qwen3-8B",
                 ),
             )
-        return Place(name, name)
+        return ModelRef(name, name)
     return _local_place(name, path)
 
 
-def _local_place(name: str, path: Path) -> Place:
+def _local_place(name: str, path: Path) -> ModelRef:
     if path.is_file():
         raise ModelError(say("a model is a folder or a .gguf file", "模型应为文件夹或 .gguf 文件"), place=name)
     stage = artifact.find(path)
@@ -92,7 +92,7 @@ def _local_place(name: str, path: Path) -> Place:
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1:
             check_header(ggufs[0])
-            return Place(name, str(path), gguf=ggufs[0].name)
+            return ModelRef(name, str(path), gguf=ggufs[0].name)
         if (path / "adapter_config.json").is_file():
             base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
             raise ModelError(
@@ -111,10 +111,10 @@ def _local_place(name: str, path: Path) -> Place:
             place=name,
             remedy=say(f"one of these is needed: {', '.join(WEIGHTS)}", f"需要其中之一：{'、'.join(WEIGHTS)}"),
         )
-    return Place(name, str(path))
+    return ModelRef(name, str(path))
 
 
-def load_tokenizer(place: Place) -> Any:
+def load_tokenizer(place: ModelRef) -> Any:
     """The tokenizer of a model, as it stands. Raises ModelError or MachineError."""
     from transformers import AutoTokenizer
 
@@ -133,14 +133,14 @@ def load_tokenizer(place: Place) -> Any:
     return tokenizer if tiktoken.read_ranks(file) else sentencepiece.mended(tokenizer, file)
 
 
-def dressed(place: Place) -> Place:
+def dressed(place: ModelRef) -> ModelRef:
     """Where the tokenizer stands with which a model and its adapters learned: with the last of them that has one."""
     folders = [str(adapter_folder(Path(folder))) for folder in reversed(place.adapters)]
     folder = next((folder for folder in folders if (Path(folder) / "tokenizer_config.json").is_file()), "")
-    return Place(folder, folder) if folder else place
+    return ModelRef(folder, folder) if folder else place
 
 
-def _make_known(place: Place) -> None:
+def _make_known(place: ModelRef) -> None:
     """Import the family that transformers does not have itself, where a folder names it. What only a hub has read is not
     known yet, so it is imported for that as well (a second)."""
     folder = Path(place.folder) if place.local else cached_folder(place.folder)
@@ -149,7 +149,7 @@ def _make_known(place: Place) -> None:
         importlib.import_module("tongwen.model.chatglm")
 
 
-def _lone_sentencepiece(place: Place) -> Path | None:
+def _lone_sentencepiece(place: ModelRef) -> Path | None:
     """A tokenizer.model without a tokenizer.json beside it."""
     if place.local:
         file = Path(place.folder) / "tokenizer.model"
@@ -163,13 +163,13 @@ def _lone_sentencepiece(place: Place) -> Path | None:
     return file if file.is_file() and not file.with_name("tokenizer.json").is_file() else None
 
 
-def load_kind(place: Place) -> str:
+def load_kind(place: ModelRef) -> str:
     """The model type that a folder's config.json says, read without transformers; "" without one."""
     file = Path(place.folder) / "config.json"
     return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")) if file.is_file() else ""
 
 
-def load_config(place: Place) -> Any:
+def load_config(place: ModelRef) -> Any:
     from transformers import AutoConfig
 
     _make_known(place)
@@ -177,7 +177,7 @@ def load_config(place: Place) -> Any:
         return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
 
 
-def load_model(place: Place, dtype: torch.dtype, quantize: str = "", device_map: str | None = None) -> Any:
+def load_model(place: ModelRef, dtype: torch.dtype, quantize: str = "", device_map: str | None = None) -> Any:
     """The causal language model, in the given number type; its matrices quantised to nf4 or int8 on request. The adapters of
     the place are not opened (see `stack`). Raises ModelError when a weight would be random."""
     from transformers import AutoModelForCausalLM
@@ -243,7 +243,7 @@ def cached_folder(hub_id: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def fetched(place: Place) -> Place:
+def fetched(place: ModelRef) -> ModelRef:
     """The files of a hub model in the local cache; fetched when they are not there."""
     if place.local or place.gguf:
         return place
@@ -253,7 +253,7 @@ def fetched(place: Place) -> Place:
 
         with explained(place):
             folder = Path(snapshot_download(place.folder))
-    return Place(place.name, str(folder))
+    return ModelRef(place.name, str(folder))
 
 
 def make_skeleton(config: Any) -> Any:
@@ -273,7 +273,7 @@ def count_body(config: Any) -> tuple[int, int]:
     return body, int(model.get_input_embeddings().weight.shape[1])
 
 
-def check_tokenizer(tokenizer: Any, model: Any, place: Place) -> None:
+def check_tokenizer(tokenizer: Any, model: Any, place: ModelRef) -> None:
     """Raise ModelError when the tokenizer can make ids for which the embedding has no row."""
     rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
@@ -393,7 +393,7 @@ def _without_bars() -> Iterator[None]:
 class explained:  # noqa: N801
     """Whatever a loader raises becomes one message with a place and a remedy."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: ModelRef) -> None:
         self.place = place
 
     def __enter__(self) -> None:
@@ -478,7 +478,7 @@ def _check_int8() -> None:
         )
 
 
-def _gguf(place: Place) -> dict[str, str]:
+def _gguf(place: ModelRef) -> dict[str, str]:
     return {"gguf_file": place.gguf} if place.gguf else {}
 
 

@@ -14,16 +14,16 @@ import numpy as np
 from tongwen.core.errors import MissingPackage
 from tongwen.core.i18n import say
 from tongwen.core.safetensors_io import Tensors, blocks, row_bytes, row_count
-from tongwen.model.loading.load import Place, load_config, make_skeleton
+from tongwen.model.loading.load import ModelRef, load_config, make_skeleton
 from tongwen.model.loading.tensors import Array, from_fp32, read_fp32
 
 KINDS = ("nf4", "int8")
 
 
-class Quantised:
+class QuantizedTensors:
     """Tensors (see `weights.Tensors`) of a base, with the matrices of its layers as bitsandbytes gives them back."""
 
-    def __init__(self, base: Tensors, place: Place, kind: str) -> None:
+    def __init__(self, base: Tensors, place: ModelRef, kind: str) -> None:
         try:
             import bitsandbytes
         except ImportError:
@@ -55,7 +55,7 @@ class Quantised:
         return functional.dequantize_4bit(held.data, held.quant_state).float().numpy().reshape(shape)
 
 
-def matrices_of(place: Place) -> set[str]:
+def matrices_of(place: ModelRef) -> set[str]:
     """Names of the weights that transformers quantises: of all linear layers but the head."""
     import torch
 
@@ -65,7 +65,7 @@ def matrices_of(place: Place) -> set[str]:
     return {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, linear) and part is not head}
 
 
-def distance(base: Tensors, quantised: Quantised) -> float:
+def distance(base: Tensors, quantised: QuantizedTensors) -> float:
     """How far the quantised matrices are from the original ones: root mean square, as a share of theirs."""
     apart, whole = 0.0, 0.0
     for name in sorted(quantised.matrices):

@@ -18,7 +18,7 @@ from tongwen.core import console
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import say
 from tongwen.core.safetensors_io import Stored, Tensors, find_tensors, read_index, row_bytes, row_count, what_it_is
-from tongwen.model.loading.load import Place, load_model
+from tongwen.model.loading.load import ModelRef, load_model
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
 BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias")  # what old files hold besides weights; models compute it anew
@@ -78,7 +78,7 @@ def open_tensors(folder: Path, pattern: str) -> Tensors:
     return TorchTensors(state)
 
 
-def open_model(place: Place) -> tuple[Tensors, dict[str, Any]]:
+def open_model(place: ModelRef) -> tuple[Tensors, dict[str, Any]]:
     """A model's tensors and its config. One that is a GGUF file is de-quantised in memory, which is said.
 
     Raises ModelError for a config that cannot be read and for a quantised model: its tensors are not its weights.

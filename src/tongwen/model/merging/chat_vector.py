@@ -20,7 +20,7 @@ from tongwen.model.loading.tensors import FLOATS, from_fp32, is_finite, read_fp3
 
 
 @dataclass
-class Added:
+class ChatVectorResult:
     """lines: tensor -> its part of the fingerprint; changed: tensors of which a number differs; kept: rows of a grown
     vocabulary to which nothing was added."""
 
@@ -48,15 +48,15 @@ def check_alike(target: Tensors, instruct: Tensors, base: Tensors) -> None:
             )
 
 
-def add_difference(
+def add_chat_vector(
     target: Tensors, instruct: Tensors, base: Tensors, scale: float, out: Path, progress: Callable[[int], None]
-) -> Added:
+) -> ChatVectorResult:
     """Write target + scale x (instruct - base) to `out` as safetensors and read it back.
 
     Raises NumbersError on NaN or Inf and when what is read back is not what was written, ArtifactError when the
     difference changes nothing.
     """
-    planned, added = plan_shards(out, target.facts, SHARD_BYTES), Added()
+    planned, added = plan_shards(out, target.facts, SHARD_BYTES), ChatVectorResult()
     for done, place in enumerate(planned.values(), 1):
         _add_one(target, instruct, base, scale, place, added)
         progress(done)
@@ -75,7 +75,9 @@ def add_difference(
     return added
 
 
-def _add_one(target: Tensors, instruct: Tensors, base: Tensors, scale: float, place: Stored, added: Added) -> None:
+def _add_one(
+    target: Tensors, instruct: Tensors, base: Tensors, scale: float, place: Stored, added: ChatVectorResult
+) -> None:
     name, differs = place.name, False
     if place.dtype not in FLOATS:
         raise ModelError(

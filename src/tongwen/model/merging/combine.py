@@ -16,7 +16,7 @@ import numpy as np
 Array = Any
 
 
-class Applied(Protocol):
+class CombinedAt(Protocol):
     """One adapter's change of one tensor. place: the adapter's folder."""
 
     place: str
@@ -25,7 +25,7 @@ class Applied(Protocol):
 
 
 @dataclass(frozen=True)
-class Mix:
+class Combination:
     """How changes are combined. how: linear or ties; weights: adapter folder -> weight; density: share of a change's
     numbers that TIES keeps; scale: of what is added."""
 
@@ -35,13 +35,13 @@ class Mix:
     scale: float = 1.0
 
 
-class Combined:
+class CombinedChange:
     """All adapters' changes of one tensor as one step. cuts: the smallest magnitude that each keeps, for TIES."""
 
     additive = False
     pair = None
 
-    def __init__(self, steps: Sequence[Applied], mix: Mix, cuts: Sequence[float]) -> None:
+    def __init__(self, steps: Sequence[CombinedAt], mix: Combination, cuts: Sequence[float]) -> None:
         self.steps, self.mix, self.cuts = steps, mix, cuts
         self.weights = [mix.weights[step.place] for step in steps]
 
@@ -60,7 +60,7 @@ class Combined:
         return (exact + self.mix.scale * added).astype(block.dtype)
 
 
-def changed(step: Applied, exact: Array, begin: int, end: int) -> Array:
+def changed(step: CombinedAt, exact: Array, begin: int, end: int) -> Array:
     """What one adapter adds to rows of a tensor, in fp64."""
     return step.apply(exact.copy(), begin, end) - exact
 

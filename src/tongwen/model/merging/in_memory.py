@@ -9,10 +9,10 @@ from typing import Any
 from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import say
 from tongwen.model.adapters.chain import open_adapter
-from tongwen.model.loading.load import Place, load_config, load_model, make_skeleton
+from tongwen.model.loading.load import ModelRef, load_config, load_model, make_skeleton
 
 
-def open_in_memory(place: Place, adapters: Sequence[Path], *, live: bool) -> Any:
+def open_in_memory(place: ModelRef, adapters: Sequence[Path], *, live: bool) -> Any:
     """The model in fp32 with all adapters folded in; live: the last one stays beside its weights. Raises ArtifactError when
     peft takes only a part of an adapter."""
     import torch
@@ -26,7 +26,7 @@ def open_in_memory(place: Place, adapters: Sequence[Path], *, live: bool) -> Any
     return model.eval()
 
 
-def known_names(place: Place) -> set[str]:
+def known_names(place: ModelRef) -> set[str]:
     """What transformers calls the tensors of a model, without loading one."""
     return set(make_skeleton(load_config(place)).state_dict())
 

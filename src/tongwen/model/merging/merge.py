@@ -20,7 +20,15 @@ from tongwen.core.errors import ArtifactError, ModelError, NumbersError
 from tongwen.core.i18n import say
 from tongwen.core.safetensors_io import Stored, Tensors, blocks, copy_bytes, plan_shards, row_bytes, row_count
 from tongwen.model.adapters.lineage import highest_token
-from tongwen.model.adapters.read import EMBEDDINGS, HEADS, Adapter, Change, NotOneToOne, check_complete, same_tensor
+from tongwen.model.adapters.read import (
+    EMBEDDINGS,
+    HEADS,
+    Adapter,
+    AdapterChange,
+    NotOneToOne,
+    check_complete,
+    same_tensor,
+)
 from tongwen.model.loading.fingerprint import start_digest
 from tongwen.model.loading.tensors import FLOATS, Array, FileTensors, from_fp32, is_finite, read_fp32, to_fp32
 from tongwen.model.merging import combine
@@ -29,7 +37,7 @@ ROUNDING = {"F64": 2e-7, "F32": 2e-7, "F16": 2**-11, "BF16": 2**-8}  # of one nu
 
 
 @dataclass
-class Target:
+class MergeTarget:
     """One tensor of the merged model. source: the base's tensor that it starts from; mix: how the changes are combined,
     when they were not trained one upon the other, with the cuts of TIES."""
 
@@ -37,27 +45,27 @@ class Target:
     dtype: str
     shape: tuple[int, ...]
     source: str | None
-    changes: list[Change] = field(default_factory=list)
-    mix: combine.Mix | None = None
+    changes: list[AdapterChange] = field(default_factory=list)
+    mix: combine.Combination | None = None
     cuts: list[float] = field(default_factory=list)
 
 
 @dataclass
-class Folded:
+class MergeResult:
     """What came of it. lines: tensor -> its part of the fingerprint; same: changed tensors of which no byte differs from
     the base; untrained: those with an adapter that is all zero."""
 
     stored: dict[str, Stored]
-    targets: list[Target]
+    targets: list[MergeTarget]
     lines: dict[str, str] = field(default_factory=dict)
     same: list[str] = field(default_factory=list)
     untrained: list[str] = field(default_factory=list)
 
 
-class Step:
+class ChangeStep:
     """One change of one tensor with its small matrices in memory, applied to rows [begin, end) of it."""
 
-    def __init__(self, change: Change) -> None:
+    def __init__(self, change: AdapterChange) -> None:
         self.change = change
         self.pair = change.low_rank()
         self.magnitude = change.read("magnitude").reshape(-1) if "magnitude" in change.parts else None
@@ -95,7 +103,7 @@ def plan_targets(
     adapters: Sequence[Adapter],
     dtype: str | None,
     known: Callable[[], set[str]],
-) -> tuple[list[Target], dict[str, Any], list[str]]:
+) -> tuple[list[MergeTarget], dict[str, Any], list[str]]:
     """(the merged model's tensors in the base's order, its config, what should be said).
 
     known: the names that transformers has for this model's tensors; they may be others than the file's.
@@ -103,7 +111,7 @@ def plan_targets(
     """
     config, notices = json.loads(json.dumps(config)), []
     targets = {
-        name: Target(name, dtype if dtype and kind in FLOATS else kind, shape, name)
+        name: MergeTarget(name, dtype if dtype and kind in FLOATS else kind, shape, name)
         for name, (kind, shape) in base.facts.items()
     }
     head = next((name for name in targets if name.endswith(HEADS)), None)
@@ -150,20 +158,20 @@ def plan_targets(
     return list(targets.values()), config, notices
 
 
-def fold(
+def merge_adapters(
     base: Tensors,
     base_lines: Mapping[str, str],
-    targets: Sequence[Target],
+    targets: Sequence[MergeTarget],
     out: Path,
     shard_bytes: int,
     progress: Callable[[int], None],
-) -> Folded:
+) -> MergeResult:
     """Write the merged tensors to `out` as safetensors. Raises NumbersError on NaN or Inf, naming the tensor.
 
     base_lines: the base's lines of the fingerprint, so that what is copied need not be hashed again.
     """
     stored = plan_shards(out, {target.name: (target.dtype, target.shape) for target in targets}, shard_bytes)
-    folded = Folded(stored, list(targets))
+    folded = MergeResult(stored, list(targets))
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
         work = [pool.submit(_fold_one, base, base_lines, target, folded) for target in targets]
         try:
@@ -177,7 +185,7 @@ def fold(
     return folded
 
 
-def _check_changed(folded: Folded) -> None:
+def _check_changed(folded: MergeResult) -> None:
     changed = [target for target in folded.targets if target.changes]
     if len(folded.same) < len(changed):
         return
@@ -194,7 +202,7 @@ def _check_changed(folded: Folded) -> None:
     )
 
 
-def check_rows(base: Tensors, folded: Folded) -> float:
+def check_rows(base: Tensors, folded: MergeResult) -> float:
     """Read three rows of every changed tensor back from the files and recompute them in fp64.
 
     Returns the largest difference, as a share of what rounding allows. Raises NumbersError when it exceeds that.
@@ -226,7 +234,7 @@ def check_rows(base: Tensors, folded: Folded) -> float:
     return worst
 
 
-def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: Target, folded: Folded) -> None:
+def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: MergeTarget, folded: MergeResult) -> None:
     """One tensor from the base to its place in the file, and its line of the fingerprint."""
     facts = base.facts.get(target.source or "")
     if facts == (target.dtype, target.shape) and not target.changes:
@@ -265,7 +273,7 @@ def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: Target, fold
         folded.same.append(target.name)
 
 
-def _copy(base: Tensors, line: str | None, target: Target, folded: Folded) -> None:
+def _copy(base: Tensors, line: str | None, target: MergeTarget, folded: MergeResult) -> None:
     """A tensor that nothing changes: moved by the kernel where it lies in a file, and looked over for NaN."""
     place, digest = folded.stored[target.name], start_digest(target.name, target.dtype, target.shape)
     if isinstance(base, FileTensors):
@@ -283,12 +291,12 @@ def _copy(base: Tensors, line: str | None, target: Target, folded: Folded) -> No
     folded.lines[target.name] = line or digest.hexdigest()
 
 
-def size_of(target: Target) -> int:
+def size_of(target: MergeTarget) -> int:
     """Bytes of a target in its file."""
     return row_bytes(target.dtype, target.shape) * row_count(target.shape)
 
 
-def mix_in(base: Tensors, targets: Sequence[Target], mix: combine.Mix) -> None:
+def mix_in(base: Tensors, targets: Sequence[MergeTarget], mix: combine.Combination) -> None:
     """The changes are combined and not applied one after the other. Raises ArtifactError when a vocabulary grew."""
     for target in targets:
         if not target.changes:
@@ -304,10 +312,10 @@ def mix_in(base: Tensors, targets: Sequence[Target], mix: combine.Mix) -> None:
         target.mix = mix
         if mix.how == "ties":
             keep = max(1, round(mix.density * int(np.prod(target.shape))))
-            target.cuts = [_cut(base, target, Step(change), keep) for change in target.changes]
+            target.cuts = [_cut(base, target, ChangeStep(change), keep) for change in target.changes]
 
 
-def _cut(base: Tensors, target: Target, step: Step, keep: int) -> float:
+def _cut(base: Tensors, target: MergeTarget, step: ChangeStep, keep: int) -> float:
     def magnitudes() -> Iterator[Array]:
         for begin, end in blocks(target.shape):
             exact = base_rows(base, target, begin, end).astype(np.float64)
@@ -316,15 +324,15 @@ def _cut(base: Tensors, target: Target, step: Step, keep: int) -> float:
     return combine.find_cut(magnitudes, keep)
 
 
-def steps_of(target: Target) -> list[Step | combine.Combined]:
+def steps_of(target: MergeTarget) -> list[ChangeStep | combine.CombinedChange]:
     """The changes that still count: what comes before the last whole tensor is replaced by it. Combined: one step."""
     if target.mix:
-        return [combine.Combined([Step(change) for change in target.changes], target.mix, target.cuts)]
+        return [combine.CombinedChange([ChangeStep(change) for change in target.changes], target.mix, target.cuts)]
     last = max((index for index, change in enumerate(target.changes) if "whole" in change.parts), default=0)
-    return [Step(change) for change in target.changes[last:]]
+    return [ChangeStep(change) for change in target.changes[last:]]
 
 
-def base_rows(base: Tensors, target: Target, begin: int, end: int) -> Array:
+def base_rows(base: Tensors, target: MergeTarget, begin: int, end: int) -> Array:
     """Rows of the tensor that a target starts from, in fp32; zeros where a grown vocabulary has none there."""
     facts = base.facts.get(target.source or "")
     held = min(end, row_count(facts[1])) if facts else begin
@@ -347,7 +355,7 @@ def _finite(block: Array, name: str, whose: str) -> Array:
     return block
 
 
-def _unties(adapter: Adapter, changes: dict[str, Change], embedding: str) -> bool:
+def _unties(adapter: Adapter, changes: dict[str, AdapterChange], embedding: str) -> bool:
     """Whether this adapter, on a base that ties its head to the embedding, makes two matrices of them.
 
     peft unties a pair in silence when it trains one half; it saves both halves, which are the same, when it keeps the
@@ -369,12 +377,12 @@ def _unties(adapter: Adapter, changes: dict[str, Change], embedding: str) -> boo
     return True
 
 
-def _twin(embedding: Target, name: str) -> Target:
+def _twin(embedding: MergeTarget, name: str) -> MergeTarget:
     """The other half of a tied pair, as it stands."""
-    return Target(name, embedding.dtype, embedding.shape, embedding.source, list(embedding.changes))
+    return MergeTarget(name, embedding.dtype, embedding.shape, embedding.source, list(embedding.changes))
 
 
-def _check_fit(target: Target, change: Change) -> None:
+def _check_fit(target: MergeTarget, change: AdapterChange) -> None:
     """Raise ArtifactError when a change does not have the target's shape. A whole vocabulary may be larger: it grew."""
     whole = change.shape_of("whole") if "whole" in change.parts else target.shape
     vocabulary = target.name.endswith((*EMBEDDINGS, *HEADS))
@@ -409,7 +417,7 @@ def _check_fit(target: Target, change: Change) -> None:
             )
 
 
-def _last_token(target: Target) -> str:
+def _last_token(target: MergeTarget) -> str:
     """The token of a vocabulary's last row, and whose tokenizer has it, where that is known."""
     if not target.changes:
         return ""
@@ -418,7 +426,7 @@ def _last_token(target: Target) -> str:
     return f" ({found[1]}, {folder})" if found and found[0] == target.shape[0] - 1 else ""
 
 
-def _misfit(target: Target, change: Change, needed: tuple[int, ...]) -> ArtifactError:
+def _misfit(target: MergeTarget, change: AdapterChange, needed: tuple[int, ...]) -> ArtifactError:
     return change.refuse(
         say(
             f"the base has shape {target.shape} at {target.name}, the adapter needs {needed}",

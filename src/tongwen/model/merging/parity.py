@@ -18,15 +18,15 @@ from tongwen.core.i18n import say
 from tongwen.core.model_families import family_of
 from tongwen.core.safetensors_io import Tensors, blocks
 from tongwen.model.loading.tensors import Array, FileTensors, read_fp32
-from tongwen.model.merging.combine import Combined
-from tongwen.model.merging.merge import Folded, Step, Target, base_rows, steps_of
+from tongwen.model.merging.combine import CombinedChange
+from tongwen.model.merging.merge import ChangeStep, MergeResult, MergeTarget, base_rows, steps_of
 
 TOKENS = 12
 # How far rounding alone may move the logits, as a share of their spread; one wrong matrix moves them by tens of percent.
 LIMITS = {"F64": 1e-3, "F32": 1e-3, "F16": 2e-2, "BF16": 1e-1}
 
 
-class Merged:
+class MergedWeights:
     """The merged model's tensors as they stand in its files."""
 
     def __init__(self, tensors: Tensors) -> None:
@@ -48,10 +48,10 @@ class Merged:
         )
 
 
-class Live:
+class LiveWeights:
     """The base's tensors, and the adapters beside them."""
 
-    def __init__(self, base: Tensors, targets: Sequence[Target]) -> None:
+    def __init__(self, base: Tensors, targets: Sequence[MergeTarget]) -> None:
         self.base, self.targets = base, {target.name: target for target in targets}
 
     def has(self, name: str) -> bool:
@@ -70,13 +70,13 @@ class Live:
         """What the layer with its adapters gives for x. (T, in) -> (T, out)"""
         target = self.targets[name]
         steps = steps_of(target)
-        products = [step for step in steps if isinstance(step, Step) and step.additive]
+        products = [step for step in steps if isinstance(step, ChangeStep) and step.additive]
         if len(products) < len(steps):
             rows = blocks(target.shape)
             return np.concatenate([x @ self._weights(target, steps, *block).T for block in rows], axis=1)
         return self._summed(target, products, x)
 
-    def _summed(self, target: Target, steps: Sequence[Step], x: Array) -> Array:
+    def _summed(self, target: MergeTarget, steps: Sequence[ChangeStep], x: Array) -> Array:
         """Each adapter on the activations, beside the base."""
         low = [x @ step.pair[1].T * step.change.scale if step.pair else None for step in steps]  # (T, r) each
         out = []
@@ -95,14 +95,16 @@ class Live:
             out.append(y)
         return np.concatenate(out, axis=1)
 
-    def _weights(self, target: Target, steps: Sequence[Step | Combined], begin: int, end: int) -> Array:
+    def _weights(
+        self, target: MergeTarget, steps: Sequence[ChangeStep | CombinedChange], begin: int, end: int
+    ) -> Array:
         block = base_rows(self.base, target, begin, end)
         for step in steps:
             block = step.apply(block, begin, end)
         return block
 
 
-def compare_logits(base: Tensors, folded: Folded, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def compare_logits(base: Tensors, folded: MergeResult, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The largest difference of two logits and what goes with it; None for a family whose layers are not known here.
 
     Raises NumbersError when the two differ by more than rounding explains.
@@ -111,14 +113,14 @@ def compare_logits(base: Tensors, folded: Folded, config: Mapping[str, Any]) -> 
     return sides and judge(*sides, limit_of(folded))
 
 
-def logits_of_both(base: Tensors, folded: Folded, config: Mapping[str, Any]) -> tuple[Array, Array] | None:
+def logits_of_both(base: Tensors, folded: MergeResult, config: Mapping[str, Any]) -> tuple[Array, Array] | None:
     """(base + adapters, merged), (T, V) each; None for a family whose layers are not known here."""
     family = family_of(str(config.get("model_type")))
     if family is None or not family.like_llama:
         return None
     ids = fixed_ids(int(config["vocab_size"]))
     with ThreadPoolExecutor(2) as pool:
-        sides = (Live(base, folded.targets), Merged(FileTensors(folded.stored)))
+        sides = (LiveWeights(base, folded.targets), MergedWeights(FileTensors(folded.stored)))
         live, merged = pool.map(lambda side: logits(side, config, ids), sides)
     return live, merged
 
@@ -128,7 +130,7 @@ def fixed_ids(vocabulary: int) -> list[int]:
     return [(7 + 997 * index) % vocabulary for index in range(TOKENS)]
 
 
-def limit_of(folded: Folded) -> float:
+def limit_of(folded: MergeResult) -> float:
     return max((LIMITS[target.dtype] for target in folded.targets if target.changes), default=LIMITS["F32"])
 
 
@@ -161,7 +163,7 @@ def measure(live: Array, merged: Array) -> dict[str, Any]:
     }
 
 
-def logits(weights: Merged | Live, config: Mapping[str, Any], ids: Sequence[int]) -> Array:
+def logits(weights: MergedWeights | LiveWeights, config: Mapping[str, Any], ids: Sequence[int]) -> Array:
     """(T, V) for one sequence of ids."""
     heads, groups = (
         int(config["num_attention_heads"]),

@@ -30,7 +30,7 @@ MakeRows = Callable[[str], Iterator[Array]]  # tensor's name -> blocks of its ne
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowPlan:
     """old: tokens that have a row already; new: ids of the new tokens, all from `old` on; held: rows of the base's
     matrices; wanted: rows of the new ones."""
 
@@ -54,7 +54,7 @@ class Rows:
         return max(0, self.wanted - max(self.new.stop, self.held))
 
 
-def plan_rows(old: int, new: range, held: int, multiple: int, *, shrink: bool = False) -> Rows:
+def plan_rows(old: int, new: range, held: int, multiple: int, *, shrink: bool = False) -> RowPlan:
     """How many rows the matrices get: room for every token, up to a multiple; never fewer than before unless asked.
 
     Raises ModelError when the base's tokenizer has tokens for which its matrices have no row.
@@ -69,7 +69,7 @@ def plan_rows(old: int, new: range, held: int, multiple: int, *, shrink: bool = 
             remedy=say("use the tokenizer that belongs to this model", "请使用该模型自己的分词器"),
         )
     needed = -(-max(new.stop, old) // multiple) * multiple
-    return Rows(old, new, held, needed if shrink else max(held, needed) if new.stop > held else held)
+    return RowPlan(old, new, held, needed if shrink else max(held, needed) if new.stop > held else held)
 
 
 def matrices_of(base: Tensors, place: str) -> list[str]:
@@ -84,7 +84,7 @@ def matrices_of(base: Tensors, place: str) -> list[str]:
     return sorted(names, key=lambda name: name.endswith(HEADS))
 
 
-def bytes_needed(base: Tensors, names: Sequence[str], rows: Rows) -> int:
+def bytes_needed(base: Tensors, names: Sequence[str], rows: RowPlan) -> int:
     """Bytes of the widened model's files."""
     held = sum(row_bytes(*fact) * row_count(fact[1]) for fact in base.facts.values())
     return held + sum(row_bytes(*base.facts[name]) * rows.added for name in names)
@@ -94,7 +94,7 @@ def widen(
     base: Tensors,
     base_lines: Mapping[str, str],
     names: Sequence[str],
-    rows: Rows,
+    rows: RowPlan,
     make: MakeRows,
     out: Path,
     progress: Callable[[int], None],
@@ -123,7 +123,7 @@ def widen(
     }
 
 
-def widen_in_memory(model: Any, rows: Rows, make: Callable[[Callable[[int, int], Array]], Iterator[Array]]) -> None:
+def widen_in_memory(model: Any, rows: RowPlan, make: Callable[[Callable[[int, int], Array]], Iterator[Array]]) -> None:
     """The same for a model in memory. make: a reader of a matrix's rows -> its new rows."""
     import torch
 
@@ -155,7 +155,7 @@ def _copy_rows(base: Tensors, name: str, count: int, place: Stored) -> None:
             stream.write(memoryview(base.raw(name, begin, end)))
 
 
-def _write_rows(name: str, rows: Rows, new: Iterator[Array], place: Stored) -> None:
+def _write_rows(name: str, rows: RowPlan, new: Iterator[Array], place: Stored) -> None:
     """The new rows where their ids say, the padding behind all. Raises ModelError on NaN or Inf."""
     size, at = row_bytes(place.dtype, place.shape), rows.new.start
     with place.file.open("r+b") as stream:

@@ -12,7 +12,7 @@ AT_ONCE = 2  # questions that are answered at the same time
 
 
 @dataclass(frozen=True)
-class Talk:
+class ChatBackend:
     """models: what can be opened; chosen: what stands there at first, one or two side by side. fit(model, messages, options):
     the messages that the model sees; reply: its answer to them in pieces; settings: how it answers at first, as `Sampling`
     names it."""
@@ -26,7 +26,7 @@ class Talk:
 
 
 @dataclass(frozen=True)
-class Look:
+class DataBackend:
     """templates: names; inspect(file, model, template): what is in a file and its samples, as HTML; model may be empty."""
 
     models: Callable[[], list[str]]
@@ -35,7 +35,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Words:
+class VocabularyBackend:
     """compare(base, other, text): the tokens of both as HTML, and the fertility report as a whole page; other may be empty."""
 
     models: Callable[[], list[str]]
@@ -43,7 +43,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Picture:
+class RunView:
     """A run as it is now. curves: (title, points, whether they scatter); log: its last lines; reports: (name, file)."""
 
     running: bool
@@ -55,7 +55,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Runs:
+class RunsBackend:
     """start(recipe, changes) gives the name of the run; stop asks a run to end, resume goes on with it; compare
     gives a page, report a file."""
 
@@ -63,7 +63,7 @@ class Runs:
     read: Callable[[str], str]
     start: Callable[[str, str], str]
     runs: Callable[[], list[str]]
-    picture: Callable[[str], Picture]
+    picture: Callable[[str], RunView]
     stop: Callable[[str], None]
     resume: Callable[[str], None]
     compare: Callable[[Sequence[str]], str]
@@ -71,11 +71,11 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class Bench:
+class PageBackend:
     """A tab for each that is there."""
 
     title: str
-    talk: Talk
-    look: Look | None = None
-    words: Words | None = None
-    runs: Runs | None = None
+    talk: ChatBackend
+    look: DataBackend | None = None
+    words: VocabularyBackend | None = None
+    runs: RunsBackend | None = None

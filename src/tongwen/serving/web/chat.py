@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from tongwen.core.i18n import say
-from tongwen.serving.web.backend import AT_ONCE, Messages, Talk
-from tongwen.serving.web.conversation import Answer, Explain, drawn, stream, text_of
+from tongwen.serving.web.backend import AT_ONCE, ChatBackend, Messages
+from tongwen.serving.web.conversation import Explain, StreamedAnswer, drawn, stream, text_of
 from tongwen.serving.web.html_block import QUIET, SWIFT, Hear
-from tongwen.serving.web.saved_chats import Shelf
+from tongwen.serving.web.saved_chats import SavedChats
 
 MOST_TOKENS = 4096
 LATEX: list[dict[str, str | bool]] = [
@@ -32,7 +32,7 @@ PRESETS: dict[str, tuple[float, float, int, float]] = {
 Shown = tuple[Any, ...]  # two boards, two paces
 
 
-class Side(NamedTuple):
+class ChatColumn(NamedTuple):
     """One model's half of the tab."""
 
     model: gr.Dropdown
@@ -40,7 +40,7 @@ class Side(NamedTuple):
     pace: gr.Markdown
 
 
-def add(page: gr.Blocks, talk: Talk, hear: Hear, explain: Explain) -> None:
+def add(page: gr.Blocks, talk: ChatBackend, hear: Hear, explain: Explain) -> None:
     """Lay out the tab and tie its events."""
     both = len(talk.chosen) > 1
     with gr.Row():
@@ -51,7 +51,7 @@ def add(page: gr.Blocks, talk: Talk, hear: Hear, explain: Explain) -> None:
                     right = _side(talk, 1)
             box = _question()
         with gr.Column(scale=1, min_width=260):
-            shelf = Shelf.laid_out()
+            shelf = SavedChats.laid_out()
             beside = gr.Checkbox(
                 both,
                 label=say("Two models side by side", "两个模型并排"),
@@ -63,7 +63,7 @@ def add(page: gr.Blocks, talk: Talk, hear: Hear, explain: Explain) -> None:
                 knobs = _knobs(hear, talk.settings)
     boards = [left.board, right.board]
     given = [*boards, beside, left.model, right.model, system, *knobs]
-    speech = _Speech(talk, explain)
+    speech = _ChatHandlers(talk, explain)
     shown = [*boards, left.pace, right.pace]
     busy: dict[str, Any] = {**QUIET, "concurrency_limit": AT_ONCE, "concurrency_id": "talk"}
     # The box first: what is sent to it among an answer's pieces may be lost when many arrive at once.
@@ -82,10 +82,10 @@ def add(page: gr.Blocks, talk: Talk, hear: Hear, explain: Explain) -> None:
 
 
 @dataclass(frozen=True)
-class _Speech:
+class _ChatHandlers:
     """Answers to what stands on the boards. chosen: beside, two models, system, knobs."""
 
-    talk: Talk
+    talk: ChatBackend
     explain: Explain
 
     def ask(self, text: str, left: Messages, right: Messages, *chosen: Any) -> Iterator[Shown]:
@@ -106,14 +106,14 @@ class _Speech:
         beside, first, second, system, *values = chosen
         asked = [(first, left), (second, right)] if beside else [(first, left)]
         options = _options(values)
-        answers = [Answer(self.talk, before, self.explain, name, system, options) for name, before in asked]
+        answers = [StreamedAnswer(self.talk, before, self.explain, name, system, options) for name, before in asked]
         yield left, right, "", ""
         for _ in stream(answers):
             now = [(one.messages, one.pace) for one in answers] + ([] if beside else [(right, "")])
             yield now[0][0], now[1][0], now[0][1], now[1][1]
 
 
-def _side(talk: Talk, place: int) -> Side:
+def _side(talk: ChatBackend, place: int) -> ChatColumn:
     with gr.Column(min_width=260):
         names = talk.models()
         model = gr.Dropdown(
@@ -142,7 +142,7 @@ def _side(talk: Talk, place: int) -> Side:
         )
         board.postprocess = partial(_titled, board.postprocess, say("Reasoning", "思考"))  # type: ignore[method-assign]
         pace = gr.Markdown("", elem_id=f"pace{place}", elem_classes="pace", sanitize_html=True)
-    return Side(model, board, pace)
+    return ChatColumn(model, board, pace)
 
 
 def _titled(postprocess: Callable[..., Any], title: str, messages: Any) -> Any:

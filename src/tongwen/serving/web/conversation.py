@@ -14,7 +14,7 @@ from typing import Any
 
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import say
-from tongwen.serving.web.backend import Messages, Talk
+from tongwen.serving.web.backend import ChatBackend, Messages
 
 Explain = Callable[[Exception], str]
 # What Markdown and LaTeX show as it is; a fence that is not closed yet reaches to the end.
@@ -76,10 +76,10 @@ def note(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": drawn(text), "metadata": {"title": say("no answer", "没有回答")}}
 
 
-class Answer:
+class StreamedAnswer:
     """One model's answer to what stands on its side, as it grows."""
 
-    def __init__(self, talk: Talk, before: Messages, explain: Explain, *asked: Any) -> None:
+    def __init__(self, talk: ChatBackend, before: Messages, explain: Explain, *asked: Any) -> None:
         """asked: model, system message, options."""
         self.talk, self.before, self.explain = talk, before, explain
         self.pieces = self._speak(*asked)
@@ -127,7 +127,7 @@ class Answer:
         )
 
 
-def stream(answers: Sequence[Answer]) -> Iterator[None]:
+def stream(answers: Sequence[StreamedAnswer]) -> Iterator[None]:
     """Let the answers grow until all have ended, with a pause wherever they are to be drawn."""
     drawn = 0.0
     try:

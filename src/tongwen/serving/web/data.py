@@ -8,11 +8,11 @@ from typing import Any
 import gradio as gr
 
 from tongwen.core.i18n import say
-from tongwen.serving.web.backend import Look
+from tongwen.serving.web.backend import DataBackend
 from tongwen.serving.web.html_block import SWIFT, Hear, block, canvas
 
 
-def add(page: gr.Blocks, look: Look, hear: Hear) -> None:
+def add(page: gr.Blocks, look: DataBackend, hear: Hear) -> None:
     """Lay out the tab and tie its events."""
 
     def names() -> list[Any]:

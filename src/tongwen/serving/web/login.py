@@ -43,17 +43,17 @@ HEADERS = {
 
 
 @dataclass(frozen=True)
-class Limits:
+class UploadLimits:
     """Bytes that a request may bring: any, and a file that is dropped."""
 
     body: int = 1 << 20
     upload: int = 200 << 20
 
 
-class Door:
+class LoginMiddleware:
     """Stands before the application. loopback: whether only names of this machine itself are served."""
 
-    def __init__(self, app: ASGIApp, token: str, *, port: int, loopback: bool, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, token: str, *, port: int, loopback: bool, limits: UploadLimits) -> None:
         self.app, self.loopback, self.limits = app, loopback, limits
         self.token = digest(token)
         self.cookie = f"tongwen_{port}"  # cookies are shared by all ports of a host

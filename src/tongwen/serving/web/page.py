@@ -17,7 +17,7 @@ from tongwen.core.errors import TongwenError
 from tongwen.core.html import STYLE
 from tongwen.core.i18n import say, speaking
 from tongwen.serving.web import chat, data, runs, vocabulary
-from tongwen.serving.web.backend import Bench
+from tongwen.serving.web.backend import PageBackend
 from tongwen.serving.web.html_block import canvas
 
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif")
@@ -55,7 +55,7 @@ div:has(#board1) .talk{height:38vh!important;min-height:14rem}}
 """
 
 
-def make_page(bench: Bench, language: str) -> Any:
+def make_page(bench: PageBackend, language: str) -> Any:
     """The page in one language."""
     with speaking(language), gr.Blocks(title=bench.title, analytics_enabled=False) as page:
         hear = functools.partial(heard, language)

@@ -10,7 +10,7 @@ import gradio as gr
 
 from tongwen.core import html as pages
 from tongwen.core.i18n import say
-from tongwen.serving.web.backend import Picture, Runs
+from tongwen.serving.web.backend import RunsBackend, RunView
 from tongwen.serving.web.html_block import SWIFT, Hear, block, canvas, sheet
 
 SECONDS = 2  # between two looks at a run
@@ -19,7 +19,7 @@ ANY: dict[str, Any] = {"allow_custom_value": True}
 WIDTH = 440  # of a curve's drawing: two of them beside each other
 
 
-def add(page: gr.Blocks, runs: Runs, hear: Hear) -> None:
+def add(page: gr.Blocks, runs: RunsBackend, hear: Hear) -> None:
     """Lay out the tab and tie its events."""
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
@@ -80,7 +80,7 @@ def _buttons(running: bool | None) -> tuple[Any, Any]:
     return gr.update(interactive=running is True), gr.update(interactive=running is False)
 
 
-def as_html(now: Picture) -> str:
+def as_html(now: RunView) -> str:
     """A run on one sheet: figures, reports, curves, what it says, samples."""
     links = " · ".join(
         f'<a href="/report?name={quote(file)}" target="_blank" rel="noopener">{html.escape(name)}</a>'

@@ -19,7 +19,7 @@ Kept = list[dict[str, Any]]  # number, title, boards (messages of each side), sy
 
 
 @dataclass(frozen=True)
-class Shelf:
+class SavedChats:
     """number: of the open conversation among those kept, 0 for one that is new."""
 
     kept: gr.BrowserState
@@ -30,7 +30,7 @@ class Shelf:
     export: gr.Markdown
 
     @classmethod
-    def laid_out(cls) -> Shelf:
+    def laid_out(cls) -> SavedChats:
         picker = gr.Dropdown([], label=say("Conversations", "对话记录"), elem_id="conversations")
         with gr.Row():
             fresh = gr.Button(say("New", "新对话"), size="sm", min_width=60, elem_id="fresh")

@@ -18,8 +18,8 @@ from tongwen.core.errors import TongwenError
 from tongwen.core.i18n import language, say
 from tongwen.serving import auth
 from tongwen.serving.auth import TOKEN, choose_token, is_loopback, open_port
-from tongwen.serving.web.backend import Bench
-from tongwen.serving.web.login import Door, Limits
+from tongwen.serving.web.backend import PageBackend
+from tongwen.serving.web.login import LoginMiddleware, UploadLimits
 from tongwen.serving.web.page import look, make_page
 
 LANGUAGES = ("en", "zh")
@@ -35,7 +35,7 @@ REPORT = {  # a page of its own, of which nothing may run; browsers open no sand
 }
 
 
-def serve(bench: Bench, host: str, port: int) -> int:
+def serve(bench: PageBackend, host: str, port: int) -> int:
     """Serve until interrupted. Raises RecipeError for an address that others reach without a token that the user chose,
     MachineError when the port cannot be had."""
     loopback = is_loopback(host)
@@ -52,9 +52,11 @@ def serve(bench: Bench, host: str, port: int) -> int:
     return 0
 
 
-def make_app(bench: Bench, token: str, *, port: int, loopback: bool = True, limits: Limits | None = None) -> Any:
+def make_app(
+    bench: PageBackend, token: str, *, port: int, loopback: bool = True, limits: UploadLimits | None = None
+) -> Any:
     """The whole application: pages, reports, door."""
-    limits = limits or Limits()
+    limits = limits or UploadLimits()
     inside = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @inside.get("/")
@@ -93,4 +95,4 @@ def make_app(bench: Bench, token: str, *, port: int, loopback: bool = True, limi
             mcp_server=False,
             **look(),
         )
-    return Door(inside, token, port=port, loopback=loopback, limits=limits)
+    return LoginMiddleware(inside, token, port=port, loopback=loopback, limits=limits)

@@ -7,13 +7,13 @@ from typing import Any
 import gradio as gr
 
 from tongwen.core.i18n import say
-from tongwen.serving.web.backend import Words
+from tongwen.serving.web.backend import VocabularyBackend
 from tongwen.serving.web.html_block import SWIFT, Hear, block, canvas, sheet
 
 EXAMPLE = "人工智能正在改变我们学习语言的方式。月亮自己不会发光，它反射太阳的光。"
 
 
-def add(page: gr.Blocks, words: Words, hear: Hear) -> None:
+def add(page: gr.Blocks, words: VocabularyBackend, hear: Hear) -> None:
     """Lay out the tab and tie its events."""
     names = words.models()
     with gr.Column():

@@ -3,7 +3,7 @@
 The base is opened and adapted. For each phase the audit proves on one micro-batch that each trainable tensor will learn
 and that packed documents do not see each other; then transformers' Trainer runs the plan, from the newest checkpoint when
 there is one. What comes out is scored in bits per byte on what was held out, before and after, and saved with tokenizer,
-template and stop tokens. What a stage alone knows stands in its `Course`.
+template and stop tokens. What a stage alone knows stands in its `TrainingJob`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from tongwen.core.i18n import say
 from tongwen.core.model_families import family_of
 from tongwen.data.encode import token_bytes
 from tongwen.data.token_store import TokenStore
-from tongwen.infer.generation import Sampling, Voice
+from tongwen.infer.generation import Sampling, TextGenerator
 from tongwen.model.adapters import attach as adapting
 from tongwen.model.adapters.adalora import budget_of
-from tongwen.model.adapters.chain import make_room, open_stack
+from tongwen.model.adapters.chain import make_room, open_adapter_chain
 from tongwen.model.kernels import checkpointing, packed_attention
 from tongwen.model.kernels.fused_blocks import fuse_blocks
 from tongwen.model.kernels.loss import bits_per_byte, learned_loss, spare_head
@@ -41,24 +41,24 @@ from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_tok
 from tongwen.model.loading.special_tokens import mend_ends
 from tongwen.recipe.load import dump
 from tongwen.recipe.memory_remedies import cheaper, last_resort
-from tongwen.recipe.schema import Forgetting, Pretrain, Recipe, Stretch, Training
+from tongwen.recipe.schema import Forgetting, Pretrain, Recipe, Training, TrainingPhase
 from tongwen.train import audit, trackers
 from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, read_manifest, step_of
 from tongwen.train.memory import STATE_BYTES, device_memory, is_reckoned_to_fit, own_memory, token_budget
-from tongwen.train.metrics import Watch, check_forgetting, flat_at, peak_memory_bytes, read_metrics
-from tongwen.train.packing import MicroBatches, Plan, fill, make_plan
+from tongwen.train.metrics import MetricsCallback, check_forgetting, flat_at, peak_memory_bytes, read_metrics
+from tongwen.train.packing import BatchPlan, MicroBatches, fill, make_plan
 from tongwen.train.parallel import Engine, agreed, choose, gather, in_fp32, reshard, sharing_of
 from tongwen.train.report import held_out_table, say_result, write_report
-from tongwen.train.trainer import Job, fit, unreached_rate
+from tongwen.train.trainer import TrainerJob, fit, unreached_rate
 from tongwen.train.try_batch import fits
 from tongwen.workflows.pipeline import standing_on
-from tongwen.workflows.tokenized_data import Lesson, Reader, say_ledger
+from tongwen.workflows.tokenized_data import RecordEncoder, TokenizedData, say_ledger
 
 SAMPLES = "samples.jsonl"
 SPARE = 0.03  # of a GPU's memory is left over when a micro-batch is tried: what the allocator breaks up in a long run
 
 
-class Question(NamedTuple):
+class SamplePrompt(NamedTuple):
     """What the model is asked before and after: a title, the prompt as text, and what the data says."""
 
     title: str
@@ -67,7 +67,7 @@ class Question(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingJob:
     """What one training stage knows of itself.
 
     rows:      finds, on the opened base, ids whose rows are trained beside the adapter
@@ -82,9 +82,9 @@ class Course:
     recipe: Recipe
     stage: str
     prepared: artifact.Artifact
-    reader: Reader
-    lesson: Lesson
-    questions: list[Question]
+    reader: RecordEncoder
+    lesson: TokenizedData
+    questions: list[SamplePrompt]
     rows: Callable[[Any], list[int]] = lambda model: []
     new_rows: Sequence[int] = ()
     template: Template | None = None
@@ -113,7 +113,7 @@ def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Pupil:
+class PreparedModel:
     """The adapted model with everything that it needs to read and to speak."""
 
     adapted: adapting.Adapted
@@ -137,17 +137,17 @@ class Pupil:
 
 
 @dataclass(frozen=True)
-class Leg:
+class Phase:
     """A phase as it will be run: the words for it, its plan, where its checkpoints are, and what goes before it."""
 
-    stretch: Stretch
-    plan: Plan
+    stretch: TrainingPhase
+    plan: BatchPlan
     checkpoints: Path
     steps_before: int
     epochs_before: float
 
 
-def take(course: Course, out: Path) -> artifact.Artifact:
+def train_stage(course: TrainingJob, out: Path) -> artifact.Artifact:
     """Adapt, score, audit and train phase by phase, score again, save. Raises MachineError with what helps when the memory does
     not suffice."""
     lesson, stage = course.lesson, course.stage
@@ -166,7 +166,9 @@ def take(course: Course, out: Path) -> artifact.Artifact:
     legs = _lay_out(course, device, artifact.partial_of(out) / "checkpoints")
     pupil = None
     try:
-        pupil = _open_pupil(course, device, engine, sum(len(leg.plan) for leg in legs if "lora" in leg.stretch.parts))
+        pupil = _prepare_model(
+            course, device, engine, sum(len(leg.plan) for leg in legs if "lora" in leg.stretch.parts)
+        )
         return _teach(course, pupil, legs, out)
     except Exception as error:
         if not is_out_of_memory(error):
@@ -174,7 +176,9 @@ def take(course: Course, out: Path) -> artifact.Artifact:
         raise _out_of_memory(error, course, legs, device, pupil) from error
 
 
-def _out_of_memory(error: Exception, course: Course, legs: list[Leg], device: str, pupil: Pupil | None) -> MachineError:
+def _out_of_memory(
+    error: Exception, course: TrainingJob, legs: list[Phase], device: str, pupil: PreparedModel | None
+) -> MachineError:
     """With the changes of this recipe that need less, in their order."""
     recipe, lengths = course.recipe, course.lesson.store.lengths
     if pupil and any(getattr(module, "gradient_checkpointing", False) for module in pupil.model.modules()):
@@ -196,8 +200,8 @@ def _out_of_memory(error: Exception, course: Course, legs: list[Leg], device: st
     )
 
 
-def _teach(course: Course, pupil: Pupil, legs: list[Leg], out: Path) -> artifact.Artifact:
-    """What `take` does with the opened base."""
+def _teach(course: TrainingJob, pupil: PreparedModel, legs: list[Phase], out: Path) -> artifact.Artifact:
+    """What `train_stage` does with the opened base."""
     lesson, stage, trained = course.lesson, course.stage, pupil.adapted.counts
     _say_plan(legs, lesson.store, trained)
     sizes = torch.from_numpy(token_bytes(course.reader.tokenizer))
@@ -274,7 +278,7 @@ def _teach(course: Course, pupil: Pupil, legs: list[Leg], out: Path) -> artifact
     return draft.artifact or artifact.Artifact(out, {"kind": stage, "fingerprint": ""})
 
 
-def _open_pupil(course: Course, device: str, engine: Engine, adapter_steps: int) -> Pupil:
+def _prepare_model(course: TrainingJob, device: str, engine: Engine, adapter_steps: int) -> PreparedModel:
     """The base, checked against its tokenizer, with what the recipe adds to it."""
     section, reader, place = course.section, course.reader, load.locate(course.base)
     dtype, why = load.compute_dtype(section.precision, device)
@@ -317,12 +321,12 @@ def _open_pupil(course: Course, device: str, engine: Engine, adapter_steps: int)
         fuse_blocks(adapted.model)
     if section.compile:
         checkpointing.compile_layers(adapted.model)
-    return Pupil(adapted, stops, packed, fingerprint, device, dtype, engine)
+    return PreparedModel(adapted, stops, packed, fingerprint, device, dtype, engine)
 
 
-def _lay_out(course: Course, device: str, checkpoints: Path) -> list[Leg]:
+def _lay_out(course: TrainingJob, device: str, checkpoints: Path) -> list[Phase]:
     """The plan of each phase. A phase begins with an epoch that no phase before it has touched."""
-    section, lesson, legs = course.section, course.lesson, list[Leg]()
+    section, lesson, legs = course.section, course.lesson, list[Phase]()
     config = load.load_config(load.locate(course.base))
     budget = token_budget(device, config, own_memory(device), full=section.learns_in_full)
     steps, epochs = 0, 0
@@ -338,16 +342,16 @@ def _lay_out(course: Course, device: str, checkpoints: Path) -> list[Leg]:
             world=distributed.world_size(),
         )
         folder = checkpoints / f"phase-{number}" if len(section.stretches) > 1 else checkpoints
-        legs.append(Leg(stretch, plan, folder, steps, epochs))
+        legs.append(Phase(stretch, plan, folder, steps, epochs))
         steps, epochs = steps + len(plan), epochs + math.ceil(len(plan) / plan.steps_per_epoch)
     return legs
 
 
-def _first(pupil: Pupil, store: TokenStore, plan: Plan) -> dict[str, Any]:
+def _first(pupil: PreparedModel, store: TokenStore, plan: BatchPlan) -> dict[str, Any]:
     return MicroBatches(store, [plan.micro[0][0]], packed=pupil.packed)[0]
 
 
-def make_ready(pupil: Pupil, leg: Leg, store: TokenStore) -> None:
+def make_ready(pupil: PreparedModel, leg: Phase, store: TokenStore) -> None:
     """What a phase does without: the head's logits, and activations where they do not fit. Before the audit, which goes
     through the model as a step does."""
     if pupil.engine.is_whole and pupil.dtype != torch.float16:  # whose small gradients wait for the scaler
@@ -356,7 +360,7 @@ def make_ready(pupil: Pupil, leg: Leg, store: TokenStore) -> None:
     _set_checkpointing(pupil, leg, store)
 
 
-def _audit(pupil: Pupil, store: TokenStore, plan: Plan) -> list[str]:
+def _audit(pupil: PreparedModel, store: TokenStore, plan: BatchPlan) -> list[str]:
     """Nothing is trained before this has passed. Returns the trainable tensors that the first tokens did not reach."""
     first = _first(pupil, store, plan)
     with pupil.computing():
@@ -372,9 +376,9 @@ def _audit(pupil: Pupil, store: TokenStore, plan: Plan) -> list[str]:
 
 
 def _train(
-    course: Course,
-    pupil: Pupil,
-    legs: list[Leg],
+    course: TrainingJob,
+    pupil: PreparedModel,
+    legs: list[Phase],
     folder: Path,
     evaluate: Callable[[int], dict[str, Any]] | None,
     run: dict[str, Any],
@@ -414,7 +418,7 @@ def _train(
                 console.tell(f"{leg.stretch.train}: {len(leg.plan)} {say('steps', '步')}")
             make_ready(pupil, leg, course.lesson.store)
             unreached += _audit(pupil, course.lesson.store, leg.plan)
-            watch = Watch(
+            watch = MetricsCallback(
                 folder / "metrics.jsonl",
                 tokens,
                 leg.plan.steps_per_epoch,
@@ -454,7 +458,7 @@ def _train(
     )
 
 
-def _conditions(pupil: Pupil, leg: Leg) -> dict[str, Any]:
+def _conditions(pupil: PreparedModel, leg: Phase) -> dict[str, Any]:
     """What does not change a result except in the order of floating-point sums, or in another version's arithmetic."""
     return {
         "processes": leg.plan.world,
@@ -467,7 +471,7 @@ def _conditions(pupil: Pupil, leg: Leg) -> dict[str, Any]:
     }
 
 
-def _check_packs(before: dict[str, Any], now: dict[str, Any], course: Course) -> None:
+def _check_packs(before: dict[str, Any], now: dict[str, Any], course: TrainingJob) -> None:
     """A step of `batch_tokens` is as many samples as fit its packs: other packs would be other steps."""
     names = ("processes", "micro_batch_tokens")
     if course.section.batch_tokens and any(before[name] != now[name] for name in names):
@@ -494,17 +498,17 @@ def _say_conditions(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _job(
-    course: Course,
-    pupil: Pupil,
-    leg: Leg,
+    course: TrainingJob,
+    pupil: PreparedModel,
+    leg: Phase,
     guarded: list[torch.nn.Parameter],
     resume: Path | None,
     evaluate: Callable[[int], dict[str, Any]] | None,
-    watch: Watch,
+    watch: MetricsCallback,
     told: dict[str, Any],
-) -> Job:
+) -> TrainerJob:
     apart = leg.stretch.embedding_rate != leg.stretch.rate
-    return Job(
+    return TrainerJob(
         model=pupil.model,
         tokenizer=course.reader.tokenizer,
         store=course.lesson.store,
@@ -537,14 +541,14 @@ def _evaluations(resume: Path | None, run: dict[str, Any]) -> list[Any]:
     return list(before.get("evaluations", ())) if same else []
 
 
-def _track(course: Course, leg: Leg, folder: Path, run: str, *, must: bool) -> trackers.Track | None:
+def _track(course: TrainingJob, leg: Phase, folder: Path, run: str, *, must: bool) -> trackers.TrackerRun | None:
     """Each phase is a run of its own there: its steps are counted anew. must: nothing is trained yet that would have to go on
     without it."""
     if not course.recipe.track:
         return None
     phase = leg.checkpoints.name if len(course.section.stretches) > 1 else ""
     title = "-".join(word for word in (course.recipe.name, course.stage, phase) if word)
-    return trackers.Track(course.recipe.track, title, run, folder, phase, must=must and not leg.steps_before)
+    return trackers.TrackerRun(course.recipe.track, title, run, folder, phase, must=must and not leg.steps_before)
 
 
 def _stage_below(base: str) -> dict[str, Any]:
@@ -553,7 +557,7 @@ def _stage_below(base: str) -> dict[str, Any]:
     return {made.kind: made.as_parent()} if made else {}
 
 
-def _method(course: Course) -> str:
+def _method(course: TrainingJob) -> str:
     method = course.section.adapter.method
     return " → ".join(
         stretch.train.replace("lora", method) if "lora" in stretch.parts else stretch.train
@@ -561,11 +565,11 @@ def _method(course: Course) -> str:
     )
 
 
-def _open(place: load.Place, dtype: torch.dtype, quantize: str) -> tuple[Any, bool, str | None]:
+def _open(place: load.ModelRef, dtype: torch.dtype, quantize: str) -> tuple[Any, bool, str | None]:
     """(model, whether documents are packed, fingerprint). Families that cannot pack get padded batches, and it is said."""
     config = load.load_config(place)
     family = family_of(config.model_type)
-    model, fingerprint = open_stack(place, dtype, quantize)
+    model, fingerprint = open_adapter_chain(place, dtype, quantize)
     why = say(*family.padded) if family and family.padded else ""
     if not why and not getattr(model, "_supports_attention_backend", False):
         why = say("its attention is its own", "其注意力实现不通用")
@@ -582,7 +586,7 @@ def _open(place: load.Place, dtype: torch.dtype, quantize: str) -> tuple[Any, bo
     return model, not why, fingerprint
 
 
-def _check_lengths(config: Any, course: Course) -> None:
+def _check_lengths(config: Any, course: TrainingJob) -> None:
     """Raise RecipeError when a sample is longer than a model's table of positions: it would read beyond its end."""
     family, limit = family_of(config.model_type), chat_setup.context_length(config)
     longest = max(int(store.lengths.max()) for store in (course.lesson.store, *course.lesson.held_out_stores.values()))
@@ -597,7 +601,7 @@ def _check_lengths(config: Any, course: Course) -> None:
         )
 
 
-def _set_checkpointing(pupil: Pupil, leg: Leg, store: TokenStore) -> None:
+def _set_checkpointing(pupil: PreparedModel, leg: Phase, store: TokenStore) -> None:
     """Recompute activations when the recipe says so, or when the largest micro-batch does not fit a GPU otherwise."""
     word = leg.stretch.words.activation_checkpointing
     checkpointing.keep(pupil.model)
@@ -614,7 +618,7 @@ def _set_checkpointing(pupil: Pupil, leg: Leg, store: TokenStore) -> None:
         )
 
 
-def _fits(pupil: Pupil, leg: Leg, store: TokenStore, memory: int) -> bool:
+def _fits(pupil: PreparedModel, leg: Phase, store: TokenStore, memory: int) -> bool:
     """The largest micro-batch is tried beside room for the optimizer. Where processes share the model out, one that fails
     would leave the others waiting; there it is reckoned. memory: bytes of the GPU."""
     words = leg.stretch.words
@@ -632,7 +636,7 @@ def _fits(pupil: Pupil, leg: Leg, store: TokenStore, memory: int) -> bool:
         )
 
 
-def _score(pupil: Pupil, stores: dict[str, TokenStore], budget: int, sizes: torch.Tensor) -> dict[str, Any]:
+def _score(pupil: PreparedModel, stores: dict[str, TokenStore], budget: int, sizes: torch.Tensor) -> dict[str, Any]:
     """Bits per byte of what was held out, in all and by group."""
     groups, model = {}, pupil.model
     for name, store in stores.items():
@@ -659,11 +663,11 @@ def _score(pupil: Pupil, stores: dict[str, TokenStore], budget: int, sizes: torc
     }
 
 
-def _answer(pupil: Pupil, course: Course) -> list[str]:
+def _answer(pupil: PreparedModel, course: TrainingJob) -> list[str]:
     """The model's own greedy answers, with the attention that generation needs."""
     model, reader = pupil.model, course.reader
     trained_with, was_training = model.config._attn_implementation, model.training
-    voice = Voice(model, reader.tokenizer, pupil.stops, chat_setup.context_length(model.config))
+    voice = TextGenerator(model, reader.tokenizer, pupil.stops, chat_setup.context_length(model.config))
     model.eval()
     if trained_with == packed_attention.NAME:
         model.set_attn_implementation("sdpa")
@@ -699,7 +703,7 @@ def _kept(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _save(course: Course, pupil: Pupil, folder: Path, whole: dict[str, torch.Tensor] | None) -> str:
+def _save(course: TrainingJob, pupil: PreparedModel, folder: Path, whole: dict[str, torch.Tensor] | None) -> str:
     """Adapter or model, tokenizer, template and stop tokens; returns the fingerprint of the trained tensors."""
     model = pupil.model
     if model.config._attn_implementation == packed_attention.NAME:
@@ -707,7 +711,7 @@ def _save(course: Course, pupil: Pupil, folder: Path, whole: dict[str, torch.Ten
     model.config.use_cache = True
     if pupil.adapted.has_rows_alone:
         place = load.locate(course.base)
-        base, _ = open_stack(place, load.load_config(place).dtype or torch.float32)
+        base, _ = open_adapter_chain(place, load.load_config(place).dtype or torch.float32)
         mend_ends(course.reader.tokenizer, base, course.base)
         pupil.adapted.put_rows(base, whole)
         base.save_pretrained(str(folder))
@@ -716,10 +720,10 @@ def _save(course: Course, pupil: Pupil, folder: Path, whole: dict[str, torch.Ten
     chat_setup.save_tokenizer(course.reader.tokenizer, course.template, folder)
     chat_setup.save_generation_config(model, pupil.stops, folder)
     check_adapter_saved(folder)
-    return fingerprint_model(load.Place(str(folder), str(folder))) or ""
+    return fingerprint_model(load.ModelRef(str(folder), str(folder))) or ""
 
 
-def _facts(course: Course, pupil: Pupil, legs: list[Leg], throughput: dict[str, Any]) -> dict[str, Any]:
+def _facts(course: TrainingJob, pupil: PreparedModel, legs: list[Phase], throughput: dict[str, Any]) -> dict[str, Any]:
     section, plan = course.section, legs[0].plan
     return {
         "device": pupil.device,
@@ -736,7 +740,7 @@ def _facts(course: Course, pupil: Pupil, legs: list[Leg], throughput: dict[str, 
     }
 
 
-def _tell_answers(file: Path, step: int, questions: list[Question], answers: list[str]) -> None:
+def _tell_answers(file: Path, step: int, questions: list[SamplePrompt], answers: list[str]) -> None:
     """samples.jsonl: what the model answers at a step; a resumed run says again what it had said beyond its checkpoint."""
     if not distributed.is_first() or not questions:
         return
@@ -750,7 +754,7 @@ def _tell_answers(file: Path, step: int, questions: list[Question], answers: lis
 
 
 def _samples(
-    questions: list[Question], before: list[str], after: list[str], lines: list[dict[str, Any]]
+    questions: list[SamplePrompt], before: list[str], after: list[str], lines: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The questions with all their answers. lines: of samples.jsonl, in which they stand in this order at each step."""
     ways = [lines[place :: len(questions)] for place in range(len(questions))]
@@ -766,7 +770,7 @@ def _samples(
     ]
 
 
-def _books(course: Course) -> dict[str, Any]:
+def _books(course: TrainingJob) -> dict[str, Any]:
     """Both tables. What the first keeps is what the second takes in, or this is a bug of ours."""
     table = course.prepared.manifest["ledger"][course.reader.kind]
     encoded = course.lesson.ledger.to_dict()
@@ -777,7 +781,7 @@ def _books(course: Course) -> dict[str, Any]:
     return tables
 
 
-def _write(course: Course, folder: Path, report: dict[str, Any]) -> None:
+def _write(course: TrainingJob, folder: Path, report: dict[str, Any]) -> None:
     artifact.write_json(folder / "report.json", report)
     with (folder / "rejected.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(bad, ensure_ascii=False) + "\n" for bad in course.lesson.rejected)
@@ -785,7 +789,7 @@ def _write(course: Course, folder: Path, report: dict[str, Any]) -> None:
     write_report(folder, title, report, read_metrics(folder / "metrics.jsonl"), dump(course.recipe))
 
 
-def _say_plan(legs: list[Leg], store: TokenStore, counts: dict[str, Any]) -> None:
+def _say_plan(legs: list[Phase], store: TokenStore, counts: dict[str, Any]) -> None:
     plan = legs[0].plan
     steps = " + ".join(str(len(leg.plan)) for leg in legs)
     tokens = console.human_count(sum(sum(leg.plan.tokens_of(store.lengths)) for leg in legs))
