@@ -151,10 +151,10 @@ def score(folder: str, adapter: str, prepared: Path) -> float:
     """Bits per byte of a model on the held-out documents."""
     import torch
 
-    from tongwen.data import token_store as stores
+    from tongwen.data import token_store
     from tongwen.data.encode import token_bytes
     from tongwen.data.ledger import Ledger
-    from tongwen.data.prepare_steps import load as load_records
+    from tongwen.data.prepare_steps import load_records
     from tongwen.model.adapters import chain
     from tongwen.model.kernels import packed_attention
     from tongwen.model.kernels.loss import bits_per_byte
@@ -165,7 +165,7 @@ def score(folder: str, adapter: str, prepared: Path) -> float:
 
     reader = read_documents(folder, Pretrain(max_length=512))
     records = list(load_records(prepared / "documents.held_out.jsonl"))
-    store = stores.in_memory(reader.held_out(records, Ledger("rows", "tokens"), lambda bad: None))
+    store = token_store.in_memory(reader.held_out(records, Ledger("rows", "tokens"), lambda bad: None))
     model = load.load_model(load.locate(folder), torch.float32)
     if adapter:
         model = chain.open_adapter(model, adapter, None).merge_and_unload()

@@ -90,7 +90,7 @@ def cpu() -> float:
 
 
 def tongwen(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
-    from tongwen.data import token_store as stores
+    from tongwen.data import token_store
     from tongwen.data.encode import encode_dialogues
     from tongwen.recipe.schema import Sft
     from tongwen.workflows.tokenized_data import read_dialogues
@@ -100,7 +100,7 @@ def tongwen(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str,
 
     def work() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
-            writer = stores.Writer(Path(folder) / "tokens", len(reader.tokenizer))
+            writer = token_store.Writer(Path(folder) / "tokens", len(reader.tokenizer))
             ledger = writer.ledger
             dialogues = iter_dialogues(rows)
             for batch in encode_dialogues(dialogues, reader.template, reader.encoder, section, ledger, print):

@@ -189,13 +189,13 @@ def flops_per_token(model: Any, samples: Samples, method: str) -> float:
         for name, one in model.named_modules()
         if isinstance(one, torch.nn.Linear) and "lora_" not in name and one is not head
     ]
-    layers, of_head = sum(one.weight.numel() for one in plain), head.weight.numel()
+    checkpointing, of_head = sum(one.weight.numel() for one in plain), head.weight.numel()
     adapter = sum(part.numel() for name, part in model.named_parameters() if "lora_" in name)
     learned = float((samples.lengths - samples.prompts).sum() / samples.lengths.sum())
     seen = float((samples.lengths**2).sum() / samples.lengths.sum())
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seen
+    packed_attention = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seen
     times = 4 if method == "lora" else 6
-    return times * (layers + learned * of_head) + attention + 6 * adapter
+    return times * (checkpointing + learned * of_head) + packed_attention + 6 * adapter
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -267,8 +267,7 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
     import torch
 
     from tongwen.model.adapters.attach import adapt
-    from tongwen.model.kernels import checkpointing as layers
-    from tongwen.model.kernels import packed_attention as attention
+    from tongwen.model.kernels import checkpointing, packed_attention
     from tongwen.model.kernels.fused_blocks import fuse_blocks
     from tongwen.model.kernels.loss import learned_loss
     from tongwen.recipe.schema import AdapterConfig, Duration, Sft
@@ -293,7 +292,7 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
         trainer={"save_strategy": "no"},
     )
     model = make_model(case)
-    model.set_attn_implementation(attention.register())
+    model.set_attn_implementation(packed_attention.register())
     adapted = adapt(model, words.adapter, [])
     for part in adapted.learners:
         part.data = part.data.float()
@@ -309,7 +308,7 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
     leg = job.Phase(stretch, plan, folder, 0, 0)
     adapted.focus(stretch.parts)
     if case.contestant.endswith("compiled"):
-        layers.compile_layers(model)
+        checkpointing.compile_layers(model)
     else:
         fuse_blocks(model)
     job.make_ready(pupil, leg, store)

@@ -87,8 +87,7 @@ def write_text(source: Path, target: Path, size: int) -> None:
 
 
 def measure(chosen: argparse.Namespace, size: int) -> dict[str, Any]:
-    from tongwen.data import prepare_steps as steps
-    from tongwen.data import token_store as stores
+    from tongwen.data import prepare_steps, token_store
     from tongwen.data.clean import Cleaner
     from tongwen.data.encode import Encoder, encode_documents
     from tongwen.data.ledger import Ledger
@@ -111,25 +110,25 @@ def measure(chosen: argparse.Namespace, size: int) -> dict[str, Any]:
         section = Prepare.model_validate(
             {"documents": [{"path": str(place / "text.txt"), "records": "line"}], "held_out": 100.0}
         )
-        parts = steps.list_parts(section, lambda path, tell: path, print)
+        parts = prepare_steps.list_parts(section, lambda path, tell: path, print)
         (place / "parts").mkdir()
         few = place / "few.txt"
         write_text(Path(chosen.text), few, 16_000_000)  # reading and cleaning by themselves, on a part
         source = parts[0].source
         step("read", lambda: sum(1 for _ in read_rows(few, source, lambda _: None)), 16)
         alone = dataclasses.replace(parts[0], file=few)
-        step("read and clean", lambda: sum(1 for _ in steps.iter_rows(alone, section, Cleaner(section.clean, "documents"), lambda _: None)), 16)  # fmt: skip
-        step("read, clean, sign, write", lambda: steps.scan(parts[0], section, place, lambda _: None))
-        step("compare", lambda: steps.compare(parts, section, 42, place))
-        step("settle", lambda: steps.settle(parts[0], parts, section, place))
-        tables = steps.join(parts, section, place)
+        step("read and clean", lambda: sum(1 for _ in prepare_steps.iter_rows(alone, section, Cleaner(section.clean, "documents"), lambda _: None)), 16)  # fmt: skip
+        step("read, clean, sign, write", lambda: prepare_steps.scan(parts[0], section, place, lambda _: None))
+        step("compare", lambda: prepare_steps.compare(parts, section, 42, place))
+        step("settle", lambda: prepare_steps.settle(parts[0], parts, section, place))
+        tables = prepare_steps.join(parts, section, place)
         out["rows"] = {"in": tables["documents"]["in"]["rows"], "kept": tables["documents"]["kept"]["rows"]}
         tokenizer = load.load_tokenizer(load.locate(chosen.tokenizer))
         encoder, ledger = Encoder(tokenizer), Ledger("rows", "tokens")
-        writer = stores.Writer(place / "tokens", len(tokenizer))
+        writer = token_store.Writer(place / "tokens", len(tokenizer))
 
         def encode() -> None:
-            texts = steps.load(place / "documents.jsonl")
+            texts = prepare_steps.load_records(place / "documents.jsonl")
             for batch in encode_documents(texts, encoder, tokenizer.eos_token_id, 1024, ledger):  # type: ignore[arg-type]
                 writer.add(batch, ledger, [])
             writer.close()

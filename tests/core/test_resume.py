@@ -19,7 +19,7 @@ from tongwen.cli.main import main
 from tongwen.core import artifact, resume
 from tongwen.core.errors import TongwenError
 from tongwen.core.resume import RUN
-from tongwen.recipe.load import load
+from tongwen.recipe.load import load_recipe
 from tongwen.workflows import pipeline
 from tongwen.workflows.training import job
 from tongwen.workflows.training.job import settings_of
@@ -201,7 +201,7 @@ def test_what_an_engine_file_says_is_a_setting(chat_model: Path, tmp_path: Path)
     kept count as the same."""
     file = tmp_path / "mine.json"
     file.write_text('{"zero_optimization": {"stage": 2}}')
-    recipe = load(write_recipe(tmp_path, chat_model, sft=f", engine: {file}", merge=False))[0]
+    recipe = load_recipe(write_recipe(tmp_path, chat_model, sft=f", engine: {file}", merge=False))[0]
     before = settings_of(recipe, "sft")
     resume.enter(tmp_path, before, {})
     file.write_text('{"zero_optimization": {"stage": 2, "overlap_comm": true}, "steps_per_print": 5}')
@@ -223,13 +223,13 @@ def test_what_an_engine_file_says_is_a_setting(chat_model: Path, tmp_path: Path)
 
 def test_words_that_decide_nothing_are_no_settings(chat_model: Path, tmp_path: Path) -> None:
     """An adapter's rank beside `method: full`. In an older record it may stand; a word that is read is compared."""
-    recipe = load(write_recipe(tmp_path, chat_model, merge=False), ["sft.adapter={method: full, rank: 7}"])[0]
+    recipe = load_recipe(write_recipe(tmp_path, chat_model, merge=False), ["sft.adapter={method: full, rank: 7}"])[0]
     now = settings_of(recipe, "sft")
     assert "rank" not in now["sft"]["adapter"]
     old = {**now, "sft": {**now["sft"], "adapter": {**now["sft"]["adapter"], "rank": 4}}}
     assert resume.differences(old, now) == []
     lora, other = (
-        settings_of(load(write_recipe(tmp_path, chat_model), [f"sft.adapter={words}"])[0], "sft")
+        settings_of(load_recipe(write_recipe(tmp_path, chat_model), [f"sft.adapter={words}"])[0], "sft")
         for words in ("{rank: 4}", "{rank: 4, alpha: 64}")
     )
     assert resume.differences(lora, other) == [("sft.adapter.alpha", None, 64.0)]
@@ -272,7 +272,7 @@ def test_deepspeed_goes_on_with_the_rates_of_its_checkpoint(
     assert tongwen("run", recipe, "--only", "prepare")[0] == 0
     unfinished = tmp_path / "out" / "sft.partial"
     unfinished.mkdir()
-    resume.enter(unfinished, settings_of(load(recipe)[0], "sft"), {})
+    resume.enter(unfinished, settings_of(load_recipe(recipe)[0], "sft"), {})
     code, _, err = tongwen("run", recipe, "--fork", "sft.learning_rate=1e-3")
     if passes:
         assert code == 0 and len(manifest(tmp_path / "out" / "sft")["forks"]) == 1

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer
 from tongwen.core.errors import DataError
 from tongwen.core.records import Dialogue, Document, Message, Origin, Span
-from tongwen.data import token_store as stores
+from tongwen.data import token_store
 from tongwen.data.encode import Encoder, check_store, encode_dialogues, encode_documents, token_bytes
 from tongwen.data.ledger import Ledger, Rejected
 from tongwen.data.token_store import SAMPLE, TokenStore, spans_of
@@ -38,7 +38,7 @@ def store_of(tokenizer, dialogues, template="plain", **options) -> tuple[TokenSt
     encoder = Encoder(tokenizer)
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
     bound = bind_template(template, tokenizer, encoder.prefix)
-    store = stores.in_memory(encode_dialogues(dialogues, bound, encoder, Sft(**options), ledger, rejected.append))
+    store = token_store.in_memory(encode_dialogues(dialogues, bound, encoder, Sft(**options), ledger, rejected.append))
     ledger.check()
     return store, ledger, rejected
 
@@ -170,8 +170,8 @@ def test_a_store_on_disk_is_the_one_in_memory_also_after_a_crash(tmp_path: Path)
         return encode_dialogues(some, bound, encoder, section, ledger, rejected.append)
 
     whole = Ledger("rows", "tokens")
-    memory = stores.in_memory(encode(rows, whole, bad := []))
-    writer = stores.Writer(tmp_path / "s", len(tokenizer))
+    memory = token_store.in_memory(encode(rows, whole, bad := []))
+    writer = token_store.Writer(tmp_path / "s", len(tokenizer))
     ledger, rejected = writer.ledger, []
     for number, batch in enumerate(encode(rows, ledger, rejected)):
         writer.add(batch, ledger, [one.to_line() for one in rejected])
@@ -180,23 +180,23 @@ def test_a_store_on_disk_is_the_one_in_memory_also_after_a_crash(tmp_path: Path)
             break
     (tmp_path / "s.partial" / "ids.bin").open("ab").write(b"half")
     (tmp_path / "s.partial" / "journal.jsonl").open("ab").write(b'{"rows": 99')
-    assert stores.open_store(tmp_path / "s") is None
-    writer = stores.Writer(tmp_path / "s", len(tokenizer))
+    assert token_store.open_store(tmp_path / "s") is None
+    writer = token_store.Writer(tmp_path / "s", len(tokenizer))
     assert writer.rows == 2000
     ledger = writer.ledger
     for batch in encode(rows[writer.rows :], ledger, rejected):
         writer.add(batch, ledger, [one.to_line() for one in rejected])
     writer.close()
-    disk, found = stores.open_store(tmp_path / "s")
+    disk, found = token_store.open_store(tmp_path / "s")
     assert found.to_dict() == whole.to_dict()
     assert disk.ids.dtype == np.uint16
     for name in ("ids", "offsets", "spans", "samples"):
         assert np.array_equal(getattr(disk, name), getattr(memory, name)), name
     assert (disk.files, disk.roles) == (memory.files, memory.roles)
-    assert [row["reason"] for row in stores.read_rejected(tmp_path / "s")] == [one.reason for one in bad]
+    assert [row["reason"] for row in token_store.read_rejected(tmp_path / "s")] == [one.reason for one in bad]
     assert len(bad) == 2
     (tmp_path / "s" / "spans.bin").open("ab").write(b"x")
-    assert stores.open_store(tmp_path / "s") is None, "a store that is not what it says is none"
+    assert token_store.open_store(tmp_path / "s") is None, "a store that is not what it says is none"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -207,7 +207,7 @@ def test_documents_lose_no_token_however_they_are_split(kind: str, window: int, 
     texts = ["今天天气很好。" * count for count in (1, 30, 7)]
     documents = [Document(text, Origin("d", row)) for row, text in enumerate(texts, 1)]
     ledger = Ledger("rows", "tokens")
-    store = stores.in_memory(encode_documents(documents, encoder, end, 16, ledger, window))
+    store = token_store.in_memory(encode_documents(documents, encoder, end, 16, ledger, window))
     wanted = [[*encoder.prefix, *tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in texts]
     assert store.ids.tolist() == [token for ids in wanted for token in ids]
     assert store.lengths.max() <= 16
@@ -225,7 +225,7 @@ def test_every_arrangement_balances_to_the_token(kind: str, arrangement: str, wi
     texts = ["今天天气很好。" * count for count in (1, 30, 7, 2, 11)]
     documents = [Document(text, Origin("d", row)) for row, text in enumerate(texts, 1)]
     ledger = Ledger("rows", "tokens")
-    store = stores.in_memory(encode_documents(documents, encoder, end, 16, ledger, window, arrangement))
+    store = token_store.in_memory(encode_documents(documents, encoder, end, 16, ledger, window, arrangement))
     table = ledger.to_dict()
     whole = [[*encoder.prefix, *tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in texts]
     assert table["in"] == {"rows": 5, "tokens": sum(map(len, whole))}
@@ -249,7 +249,7 @@ def test_a_document_begins_and_ends_once(tmp_path: Path) -> None:
     tokenizer = make("sentencepiece", tmp_path)
     documents = [Document(text, Origin("d", 1)) for text in ("你好", "<s>你好", "你好</s>", "<s>你好</s>")]
     batches = encode_documents(documents, Encoder(tokenizer), tokenizer.eos_token_id, 64, Ledger("rows", "tokens"))
-    store = stores.in_memory(batches)
+    store = token_store.in_memory(batches)
     for index in range(4):
         ids = store.sample(index)[0].tolist()
         assert (ids[0], ids[-1]) == (1, 2) and (ids.count(1), ids.count(2)) == (1, 1)

@@ -15,7 +15,7 @@ from tongwen.data.clean import Cleaner, Dropped
 from tongwen.data.files import find_files
 from tongwen.data.formats import read_dialogue, recognise
 from tongwen.data.ledger import Ledger
-from tongwen.data.prepare_steps import check_losses, iter_rows, list_parts, load
+from tongwen.data.prepare_steps import check_losses, iter_rows, list_parts, load_records
 from tongwen.data.reader import read_rows
 from tongwen.recipe.schema import Prepare, SourceConfig
 
@@ -280,7 +280,7 @@ def test_prepared_dialogues_read_back_the_same(tmp_path: Path) -> None:
     ]
     before, _, _ = read(write_rows(tmp_path / "a.jsonl", rows))
     file = write_rows(tmp_path / "b.jsonl", [dialogue.to_dict() for dialogue in before])
-    assert list(load(file)) == before
+    assert list(load_records(file)) == before
 
 
 def test_the_shipped_dialogues_are_whole() -> None:

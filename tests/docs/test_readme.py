@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tongwen.cli.main import make_parser
-from tongwen.recipe.load import load
+from tongwen.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "README_zh.md")
@@ -39,7 +39,7 @@ def test_the_recipe_shown_is_read(page: str, tmp_path: Path) -> None:
     (block,) = blocks(page, "yaml")
     file = tmp_path / "recipe.yaml"
     file.write_text(block, encoding="utf-8")
-    recipe, notices = load(file)
+    recipe, notices = load_recipe(file)
     assert recipe.stages == ["prepare", "sft", "merge", "export"]
     assert not notices
 

@@ -16,7 +16,7 @@ import tongwen.stages.vocab  # noqa: F401 (imported here, once for all children)
 from tests.conftest import CORPUS, byte_level_tokenizer, dialogues, tensors, tiny_llama, tiny_mixture, write_rows
 from tests.launching import in_a_child, launched
 from tongwen.commands.init import METHODS, STARTS, TRAINS, render
-from tongwen.recipe.load import load
+from tongwen.recipe.load import load_recipe
 from tongwen.recipe.schema import AdapterConfig
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -57,14 +57,14 @@ def test_the_recipes_are_those_of_init() -> None:
         assert text == render(file.stem) and "@" not in text and "¦" not in text
         what, cost, result = text.splitlines()[:3]
         assert "Needs: " in what and "tongwen plan" in cost and "OUT/" in result
-        recipe, notices = load(file)
+        recipe, notices = load_recipe(file)
         assert not notices and recipe.training
 
 
 def test_each_method_and_each_engine_has_a_recipe() -> None:
     starts = STARTS.values()
     assert {start.method for start in starts if start.stage == "sft"} == set(METHODS)
-    recipes = [load(FOLDER / f"{name}.yaml")[0] for name in STARTS]
+    recipes = [load_recipe(FOLDER / f"{name}.yaml")[0] for name in STARTS]
     adapters = [section.adapter for recipe in recipes for section in (recipe.sft, recipe.pretrain) if section]
     methods = set(get_args(AdapterConfig.model_fields["method"].annotation)) - {"new_rows"}  # a `pretrain` trains them
     assert {adapter.method for adapter in adapters} == methods

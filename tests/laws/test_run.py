@@ -256,13 +256,13 @@ def test_show_plan_look_and_schema_speak(finished: Path, tongwen: Any, tmp_path:
 
 def test_init_writes_recipes_that_the_reader_takes(tongwen: Any, tmp_path: Path) -> None:
     from tongwen.commands.init import STARTS
-    from tongwen.recipe.load import load
+    from tongwen.recipe.load import load_recipe
 
     assert "qwen3-8b" in tongwen("init")[1]
     for name in STARTS:
         file = tmp_path / f"{name}.yaml"
         assert tongwen("init", name, "--out", file)[0] == 0
-        recipe, notices = load(file)
+        recipe, notices = load_recipe(file)
         assert not notices and recipe.training and "¦" not in file.read_text(encoding="utf-8")
     assert tongwen("init", name, "--out", file)[0] == 2, "nothing is overwritten"
     code, _, err = tongwen("init", "qwen3-8b")

@@ -22,7 +22,7 @@ from tongwen.data.sampling import order
 from tongwen.data.token_store import SAMPLE, TokenStore, spans_of
 from tongwen.model.adapters.attach import adapt, find_untrained_rows
 from tongwen.model.kernels import loss as score
-from tongwen.model.kernels import packed_attention as attention
+from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.fused_blocks import FusedGatedMlp, FusedRmsNorm, fuse_blocks
 from tongwen.model.kernels.fused_projections import FusedProjections, FusedProjectionsFunction
 from tongwen.model.kernels.loss import LearnedCrossEntropy, bits_per_byte, learned_loss, spare_head
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def packed_model(folder: Path) -> Any:
     model = load_model(ModelRef("t", str(folder)), torch.float32)
-    model.set_attn_implementation(attention.register())
+    model.set_attn_implementation(packed_attention.register())
     return model
 
 
@@ -198,7 +198,7 @@ def test_documents_attention_is_each_document_alone(window: int | None) -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
     borders = torch.tensor([0, 5, 12], dtype=torch.int32)
-    together, _ = attention.documents_attention(
+    together, _ = packed_attention.documents_attention(
         None, query, key, value, None, cu_seq_lens_q=borders, sliding_window=window
     )  # type: ignore[arg-type]
     for begin, end in ((0, 5), (5, 12)):
@@ -220,13 +220,13 @@ def test_attention_of_short_documents_in_bf16_is_no_further_from_fp32_than_torch
     def through(kind: torch.dtype) -> list[torch.Tensor]:
         given = [part.to(kind).detach().requires_grad_() for part in parts]
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == torch.bfloat16):
-            out, _ = attention.documents_attention(None, *given, None, cu_seq_lens_q=borders)  # type: ignore[arg-type]
+            out, _ = packed_attention.documents_attention(None, *given, None, cu_seq_lens_q=borders)  # type: ignore[arg-type]
         out.float().sin().sum().backward()
         return [out.float().detach(), *(part.grad.float() for part in given)]
 
     wanted, found = through(torch.float32), through(torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "SHORT", 0)
+        patch.setattr(packed_attention, "SHORT", 0)
         torchs = through(torch.bfloat16)
     assert not torch.equal(found[0], torchs[0])
     for one, other, right in zip(found, torchs, wanted, strict=True):
@@ -266,26 +266,28 @@ def test_all_documents_at_once_are_each_document_alone(window: int | None, monke
     borders = torch.tensor([0, 5, 12], dtype=torch.int32)
 
     def both() -> list[torch.Tensor]:
-        out, _ = attention.documents_attention(None, *parts, None, cu_seq_lens_q=borders, **words)  # type: ignore[arg-type]
+        out, _ = packed_attention.documents_attention(None, *parts, None, cu_seq_lens_q=borders, **words)  # type: ignore[arg-type]
         return [out, *torch.autograd.grad(out.square().sum(), parts)]
 
     alone = both()
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
-    monkeypatch.setattr(attention, "_suits_flash", lambda query, value, computed_in: True)
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", None)
+    monkeypatch.setattr(packed_attention, "_suits_flash", lambda query, value, computed_in: True)
+    monkeypatch.setattr(packed_attention, "scaled_dot_product_attention", None)
     for found, wanted in zip(both(), alone, strict=True):
         assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_torchs_own_function_takes_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors without values, forward and back: its words and its shapes, in the number type of autocast."""
-    monkeypatch.setattr(attention, "_suits_flash", lambda query, value, computed_in: computed_in == torch.bfloat16)
+    monkeypatch.setattr(
+        packed_attention, "_suits_flash", lambda query, value, computed_in: computed_in == torch.bfloat16
+    )
     parts = [torch.empty(1, heads, 12, 8, device="meta", requires_grad=True) for heads in (4, 2, 2)]
     borders = torch.empty(3, dtype=torch.int32, device="meta")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "meta")
     words: dict[str, Any] = {"cu_seq_lens_q": borders, "max_length_q": 7, "sliding_window": 3}
-    out, _ = attention.documents_attention(None, *parts, None, **words)  # type: ignore[arg-type]
+    out, _ = packed_attention.documents_attention(None, *parts, None, **words)  # type: ignore[arg-type]
     assert out.shape == (1, 12, 4, 8) and out.dtype == torch.bfloat16
     out.sum().backward()
     assert [part.grad.shape for part in parts if part.grad is not None] == [part.shape for part in parts]
@@ -299,7 +301,7 @@ def test_flash_attention_is_used_where_it_computes_and_nowhere_else(monkeypatch:
             self.shape = (1, 4, 12, width)
 
     def suits(width: int = 64, kind: torch.dtype = torch.bfloat16, of_value: int = 0) -> bool:
-        return attention._suits_flash(Gpu(width), Gpu(of_value or width), kind)  # type: ignore[arg-type]
+        return packed_attention._suits_flash(Gpu(width), Gpu(of_value or width), kind)  # type: ignore[arg-type]
 
     capability = [(8, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
@@ -307,15 +309,17 @@ def test_flash_attention_is_used_where_it_computes_and_nowhere_else(monkeypatch:
     assert not suits(kind=torch.float32) and not suits(264) and not suits(60) and not suits(192, of_value=128)
     capability[0] = (7, 5)
     assert not suits(), "no flash attention before Ampere"
-    assert not attention._suits_flash(torch.empty(1, 4, 12, 64), torch.empty(1, 4, 12, 64), torch.bfloat16)
+    assert not packed_attention._suits_flash(torch.empty(1, 4, 12, 64), torch.empty(1, 4, 12, 64), torch.bfloat16)
 
 
 def test_attention_without_borders_or_with_unknown_scores_raises() -> None:
     part = torch.randn(1, 1, 2, 4)
     with pytest.raises(RuntimeError, match="cu_seq_lens_q"):
-        attention.documents_attention(None, part, part, part, None)  # type: ignore[arg-type]
+        packed_attention.documents_attention(None, part, part, part, None)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="softcap"):
-        attention.documents_attention(None, part, part, part, None, cu_seq_lens_q=torch.tensor([0, 2]), softcap=30.0)  # type: ignore[arg-type]
+        packed_attention.documents_attention(
+            None, part, part, part, None, cu_seq_lens_q=torch.tensor([0, 2]), softcap=30.0
+        )  # type: ignore[arg-type]
 
 
 def test_the_audit_sees_documents_that_see_each_other(folder: Path) -> None:
@@ -498,8 +502,11 @@ def test_joined_layers_hold_nothing_twice_and_save_what_they_were(folder: Path) 
     plain = packed_model(folder)
     before = {name: part.clone() for name, part in plain.state_dict().items()}
     model = fused(plain, AdapterConfig(rank=4))
-    attention, mlp = model.base_model.model.model.layers[0].self_attn, model.base_model.model.model.layers[0].mlp
-    for layers in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+    packed_attention, mlp = model.base_model.model.model.layers[0].self_attn, model.base_model.model.model.layers[0].mlp
+    for layers in (
+        (packed_attention.q_proj, packed_attention.k_proj, packed_attention.v_proj),
+        (mlp.gate_proj, mlp.up_proj),
+    ):
         assert len({layer.weight.untyped_storage().data_ptr() for layer in layers}) == 1
     after = {
         name.replace("base_layer.", "").removeprefix("base_model.model."): part

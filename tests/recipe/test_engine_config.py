@@ -13,11 +13,11 @@ import torch
 from tests.conftest import write_rows
 from tests.launching import launched as in_processes
 from tests.launching import needs_deepspeed
-from tongwen.cli import main as cli
+from tongwen.cli import main
 from tongwen.core import distributed
 from tongwen.core.errors import TongwenError
-from tongwen.model.loading import load as model_load
-from tongwen.recipe.load import load
+from tongwen.model.loading import load_recipe as model_load
+from tongwen.recipe.load import load_recipe
 from tongwen.train import parallel
 from tongwen.workflows import pipeline
 
@@ -128,7 +128,7 @@ def test_deepspeed_files_of_older_projects_load_as_they_are(tmp_path: Path, monk
 
 
 def read(file: Path) -> tuple[Any, str]:
-    made, notices = load(file)
+    made, notices = load_recipe(file)
     return made.sft, "\n".join(notices)
 
 
@@ -136,9 +136,9 @@ def test_the_batch_of_a_file_is_the_recipes_or_refused(tmp_path: Path) -> None:
     assert read(recipe(tmp_path, {**NO_OFFLOAD, "train_batch_size": 32}))[0].batch_size == 32
     per_device = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}
     file = recipe(tmp_path, {**NO_OFFLOAD, **per_device})
-    assert load(file, ["devices=4"])[0].sft.batch_size == 24  # type: ignore[union-attr]
+    assert load_recipe(file, ["devices=4"])[0].sft.batch_size == 24  # type: ignore[union-attr]
     with pytest.raises(TongwenError) as refused:
-        load(recipe(tmp_path, {**NO_OFFLOAD, "train_batch_size": 32}, ", batch_size: 16"))
+        load_recipe(recipe(tmp_path, {**NO_OFFLOAD, "train_batch_size": 32}, ", batch_size: 16"))
     text = refused.value.text()
     assert "the recipe says 16" in text and "engine.json says 32" in text and '"auto"' in text
 
@@ -208,7 +208,7 @@ def test_an_fsdp_file_of_the_first_version_is_read_as_the_second(
 )
 def test_what_does_not_work_is_refused_by_name(settings: Any, sft: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(TongwenError) as refused:
-        load(recipe(tmp_path, settings, sft))
+        load_recipe(recipe(tmp_path, settings, sft))
     text = refused.value.text().replace(str(tmp_path / "engine.json"), "ENGINE")
     assert said in text and refused.value.exit_code == 2
 
@@ -374,7 +374,7 @@ def test_check_says_that_an_engine_would_be_alone(tmp_path: Path, tongwen: Any) 
 @pytest.mark.usefixtures("alone")
 def test_a_finished_training_needs_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_load, "count_devices", lambda: 1)
-    made = load(recipe(tmp_path, "auto"), ["devices=2"])[0]
+    made = load_recipe(recipe(tmp_path, "auto"), ["devices=2"])[0]
     with pytest.raises(TongwenError, match="shows 1 GPUs"):
         pipeline._check_devices(made, ["prepare", "sft"])
     pipeline._check_devices(made, ["prepare", "export"])
@@ -421,7 +421,7 @@ def test_a_process_takes_its_own_gpu_of_those_it_sees(
 
 
 def test_two_processes_on_one_gpu_are_told_so() -> None:
-    said = cli._machine_cause(
+    said = main._machine_cause(
         RuntimeError("NCCL error: Duplicate GPU detected : rank 1 and rank 0 both on device 1b000")
     )
     assert said and "two processes of this run have the same GPU" in said

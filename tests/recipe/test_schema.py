@@ -10,7 +10,7 @@ import pytest
 from tongwen.core.errors import RecipeError, SeveralErrors, TongwenError
 from tongwen.recipe.aliases import OWNED, training_arguments
 from tongwen.recipe.docs import sections, to_markdown, words
-from tongwen.recipe.load import dump, load
+from tongwen.recipe.load import dump, load_recipe
 
 PRETRAIN = "name: a\nbase: b\nprepare: {documents: d}\npretrain: {%s}\n"
 GOOD = "name: a\nbase: b\nprepare: {dialogues: d.json}\nsft: {%s}\n"
@@ -24,7 +24,7 @@ def write(folder: Path, text: str) -> Path:
 
 def problems(file: Path, *overrides: str) -> list[TongwenError]:
     with pytest.raises(TongwenError) as caught:
-        load(file, overrides)
+        load_recipe(file, overrides)
     assert caught.value.exit_code == 2
     return caught.value.errors if isinstance(caught.value, SeveralErrors) else [caught.value]
 
@@ -112,7 +112,7 @@ def test_missing_file_and_missing_folder_are_errors(tmp_path: Path) -> None:
 
 
 def test_numbers_and_words_follow_yaml_1_2(tmp_path: Path) -> None:
-    recipe, _ = load(write(tmp_path, GOOD % "learning_rate: 1e-4, thinking: on, weight_decay: 1"))
+    recipe, _ = load_recipe(write(tmp_path, GOOD % "learning_rate: 1e-4, thinking: on, weight_decay: 1"))
     assert recipe.sft
     assert recipe.sft.learning_rate == 1e-4
     assert recipe.sft.thinking == "on"
@@ -121,7 +121,7 @@ def test_numbers_and_words_follow_yaml_1_2(tmp_path: Path) -> None:
 
 def test_overrides_pass_the_same_reader(tmp_path: Path) -> None:
     file = write(tmp_path, GOOD % "learning_rate: 1e-4")
-    recipe, _ = load(file, ["sft.learning_rate=3e-4", "sft.adapter.rank=2", "seed=7"])
+    recipe, _ = load_recipe(file, ["sft.learning_rate=3e-4", "sft.adapter.rank=2", "seed=7"])
     assert recipe.sft
     assert (recipe.sft.learning_rate, recipe.sft.adapter.rank, recipe.seed) == (3e-4, 2, 7)
     assert "command line `sft.adapter.rank=x`" in problems(file, "sft.adapter.rank=x")[0].text()
@@ -139,16 +139,16 @@ def test_overrides_pass_the_same_reader(tmp_path: Path) -> None:
     ],
 )
 def test_a_recipe_is_frozen_and_survives_its_own_dump(text: str, tmp_path: Path) -> None:
-    recipe, _ = load(write(tmp_path, text))
+    recipe, _ = load_recipe(write(tmp_path, text))
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 1  # type: ignore[misc]
-    again, notices = load(write(tmp_path, dump(recipe)))
+    again, notices = load_recipe(write(tmp_path, dump(recipe)))
     assert again == recipe
     assert not notices
 
 
 def test_old_names_are_translated_and_said(tmp_path: Path) -> None:
-    recipe, notices = load(
+    recipe, notices = load_recipe(
         write(tmp_path, GOOD % "trainer: {warmup_ratio: 0.1, group_by_length: true, adam_beta2: 0.98}, cutoff_len: 99")
     )
     assert recipe.sft
@@ -159,7 +159,7 @@ def test_old_names_are_translated_and_said(tmp_path: Path) -> None:
 
 def test_the_batch_is_converted_once_with_the_devices(tmp_path: Path) -> None:
     file = write(tmp_path, GOOD % "per_device_train_batch_size: 2, gradient_accumulation_steps: 4")
-    recipe, notices = load(file, ["devices=2"])
+    recipe, notices = load_recipe(file, ["devices=2"])
     assert recipe.sft
     assert recipe.sft.batch_size == 16
     assert "2 x 4 x 2" in notices[0]
@@ -220,7 +220,7 @@ def test_changes_of_a_recipe_may_stand_anywhere(tongwen: Any, tmp_path: Path) ->
     ],
 )
 def test_words_without_effect_are_said(adapter: str, said: str, tmp_path: Path) -> None:
-    _, notices = load(write(tmp_path, GOOD % f"adapter: {adapter}"))
+    _, notices = load_recipe(write(tmp_path, GOOD % f"adapter: {adapter}"))
     assert any(said in notice for notice in notices)
 
 
@@ -239,7 +239,7 @@ def test_a_value_of_another_type_is_refused_at_its_line(trainer: str, said: str,
         (problem,) = problems(file)
         assert said in problem.text()
     else:
-        assert load(file)[1] == []
+        assert load_recipe(file)[1] == []
 
 
 @pytest.mark.parametrize(
@@ -258,6 +258,6 @@ def test_a_value_of_another_type_is_refused_at_its_line(trainer: str, said: str,
 def test_words_that_nothing_reads_are_said_once(section: str, said: str, tmp_path: Path) -> None:
     """And do not stand in the resolved recipe, where they have no line of the user's."""
     file = write(tmp_path, f"name: t\nbase: b\nprepare: {{dialogues: d.jsonl, documents: t.txt}}\n{section}\n")
-    recipe, notices = load(file)
+    recipe, notices = load_recipe(file)
     assert notices == [said] * bool(said)
-    assert load(write(tmp_path, dump(recipe)))[1] == ([said] if "trainer" in said else [])
+    assert load_recipe(write(tmp_path, dump(recipe)))[1] == ([said] if "trainer" in said else [])

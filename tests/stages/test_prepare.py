@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import write_rows
 from tongwen.cli.main import main
 from tongwen.core.errors import DataError
-from tongwen.data import prepare_steps as steps
+from tongwen.data import prepare_steps
 from tongwen.data.sampling import choose_held_out, draw, order, passes_of
 from tongwen.stages import prepare
 
@@ -124,7 +124,9 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     class Stop(BaseException):
         pass
 
-    for turn, (name, step) in enumerate((("scan", steps.scan), ("settle", steps.settle), ("join", steps.join))):
+    for turn, (name, step) in enumerate(
+        (("scan", prepare_steps.scan), ("settle", prepare_steps.settle), ("join", prepare_steps.join))
+    ):
 
         def dying(part: Any, *rest: Any, name: str = name, step: Any = step) -> Any:
             index = getattr(part, "index", 0)
@@ -134,7 +136,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
             return step(part, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(steps, name, dying)
+            patch.setattr(prepare_steps, name, dying)
             with pytest.raises(Stop):
                 main(["run", str(recipe)])
         assert not (tmp_path / "out" / "prepare").exists(), turn

@@ -17,7 +17,7 @@ from tokenizers.models import WordPiece
 
 from tests.conftest import CORPUS, SHARED, byte_level_tokenizer, dialogues, tensors, tiny_llama, write_rows
 from tongwen.core.errors import DataError, ModelError, RecipeError
-from tongwen.model.loading import sentencepiece as sp
+from tongwen.model.loading import sentencepiece
 from tongwen.model.loading.tiktoken import read_ranks
 from tongwen.model.merging import resize
 from tongwen.vocab import bytelevel, grow, measure, spm
@@ -220,9 +220,14 @@ def small_model(folder: Path, kind: str = "bpe", pieces: int = 320, texts: list[
 
 
 def test_default_merge_agrees_with_its_fast_form_everywhere(tmp_path: Path) -> None:
-    base, other = sp.read_model(small_model(tmp_path)), sp.read_model(small_model(tmp_path, "bpe", 420, CHINESE))
+    base, other = (
+        sentencepiece.read_model(small_model(tmp_path)),
+        sentencepiece.read_model(small_model(tmp_path, "bpe", 420, CHINESE)),
+    )
     merged = spm.merge(base, [piece.piece for piece in other.pieces], HAN, tokenizer_files.encoder_of)
-    made = tokenizer_files.from_model(tokenizer_files.TokenizerFiles("base", sp.fast_form(base), base), merged.model)
+    made = tokenizer_files.from_model(
+        tokenizer_files.TokenizerFiles("base", sentencepiece.fast_form(base), base), merged.model
+    )
     texts = [*CHINESE, *CORPUS, *FOREIGN, "  two  blanks", " 模型", "哈哈哈哈哈"]
     assert not spm.disagreement(made.coder.encode, made.encode_fast, texts)
     assert tokenizer_files.encoder_of(base)(FOREIGN) == made.coder.encode(FOREIGN)
@@ -231,7 +236,7 @@ def test_default_merge_agrees_with_its_fast_form_everywhere(tmp_path: Path) -> N
 
 
 def test_a_word_that_no_two_pieces_make_gets_the_step_that_is_missing(tmp_path: Path) -> None:
-    base = sp.read_model(small_model(tmp_path))
+    base = sentencepiece.read_model(small_model(tmp_path))
     merged = spm.merge(base, ["加", "拿", "大", "加拿大", "甲乙丙丁", "甲"], HAN, tokenizer_files.encoder_of)
     assert merged.steps == ["拿大"] or merged.steps == ["加拿"], merged.steps
     encode = tokenizer_files.encoder_of(spm.without_prefix(merged.model))
@@ -240,7 +245,10 @@ def test_a_word_that_no_two_pieces_make_gets_the_step_that_is_missing(tmp_path: 
 
 
 def test_legacy_appends_everything_with_score_zero(tmp_path: Path) -> None:
-    base, other = sp.read_model(small_model(tmp_path)), sp.read_model(small_model(tmp_path, "bpe", 420, CHINESE))
+    base, other = (
+        sentencepiece.read_model(small_model(tmp_path)),
+        sentencepiece.read_model(small_model(tmp_path, "bpe", 420, CHINESE)),
+    )
     known = {piece.piece for piece in base.pieces}
     for keep in (False, True):
         merged = spm.merge_as_2023(base, other, keep_scores=keep, pad=True)
@@ -268,7 +276,7 @@ def test_a_folder_with_a_model_file_alone_gives_sentencepieces_ids(tmp_path: Pat
     blank: transformers reads both in another way."""
     from tongwen.model.loading import load
 
-    model = sp.read_model(small_model(tmp_path))
+    model = sentencepiece.read_model(small_model(tmp_path))
     early = next(place for place, piece in enumerate(model.pieces) if len(piece.piece) == 2)
     model.pieces[early].score = -1e9
     folder = tmp_path / "llama"
@@ -277,7 +285,7 @@ def test_a_folder_with_a_model_file_alone_gives_sentencepieces_ids(tmp_path: Pat
     (folder / "config.json").write_text('{"model_type": "llama"}')
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"}')
     texts = [*CORPUS, *FOREIGN, *ENGLISH[:2], " a blank before it"]
-    wanted = sp.processor(model).encode(texts)
+    wanted = sentencepiece.processor(model).encode(texts)
     tokenizer = load.load_tokenizer(load.ModelRef(str(folder), str(folder)))
     assert tokenizer(texts, add_special_tokens=False)["input_ids"] == wanted
     assert tokenizer("the")["input_ids"][0] == model.trainer_spec.bos_id and tokenizer.eos_token == "</s>"

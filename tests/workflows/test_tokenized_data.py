@@ -12,14 +12,14 @@ import pytest
 from tests.conftest import dialogues, write_recipe, write_rows
 from tongwen.cli.main import main
 from tongwen.core import artifact
-from tongwen.recipe.load import load
+from tongwen.recipe.load import load_recipe
 from tongwen.workflows import tokenized_data
 
 
 def prepared(folder: Path, base: Path, **options: Any) -> tuple[Any, artifact.Artifact]:
     recipe = write_recipe(folder, base, **options)
     assert main(["run", str(recipe), "--only", "prepare"]) == 0
-    return load(recipe)[0], artifact.open_artifact(folder / "out" / "prepare", "prepare")
+    return load_recipe(recipe)[0], artifact.open_artifact(folder / "out" / "prepare", "prepare")
 
 
 def test_the_key_holds_everything_that_decides_the_tokens(chat_model: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_weights_of_sources_reach_the_epoch(chat_model: Path, tmp_path: Path) ->
     )
     recipe.write_text(text, encoding="utf-8")
     assert main(["run", str(recipe), "--only", "prepare"]) == 0
-    parsed = load(recipe)[0]
+    parsed = load_recipe(recipe)[0]
     made = artifact.open_artifact(tmp_path / "out" / "prepare", "prepare")
     found = tokenized_data.encode_prepared(
         made, tokenized_data.read_dialogues(parsed.base, parsed.sft), 42, tmp_path / "t"
@@ -134,7 +134,7 @@ def test_a_share_that_few_long_samples_miss_is_said(
         data = folder / "data.jsonl"
         recipe.write_text(text.replace(f"dialogues: {data}", f"dialogues: [{data}, {{path: {file}, share: {share}}}]"))
         ahead = tokenized_data.look_ahead(
-            load(recipe)[0], tokenized_data.read_dialogues(str(chat_model), load(recipe)[0].sft)
+            load_recipe(recipe)[0], tokenized_data.read_dialogues(str(chat_model), load_recipe(recipe)[0].sft)
         )
         drawn = ahead.draw(0)
         inside = [ahead.store.lengths[index] * (index >= 24) for index in drawn]

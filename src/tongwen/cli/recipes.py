@@ -98,9 +98,9 @@ def _add_devices(command: argparse.ArgumentParser) -> None:
 
 def _load(parsed: argparse.Namespace) -> Any:
     from tongwen.core import console, distributed
-    from tongwen.recipe.load import load
+    from tongwen.recipe.load import load_recipe
 
-    recipe, notices = load(parsed.recipe, _overrides(parsed))
+    recipe, notices = load_recipe(parsed.recipe, _overrides(parsed))
     for notice in () if distributed.is_ours() else notices:  # whose command has said them
         console.notice(notice)
     return recipe

@@ -7,7 +7,7 @@ import numpy as np
 from tongwen.core import console
 from tongwen.core.errors import DataError, RecipeError, TongwenError, raise_all
 from tongwen.core.i18n import say
-from tongwen.data import prepare_steps as steps
+from tongwen.data import prepare_steps
 from tongwen.data.clean import Cleaner
 from tongwen.data.ledger import table_rows
 from tongwen.data.sampling import choose_held_out
@@ -35,8 +35,8 @@ def run(recipe: Recipe) -> int:
             errors.append(error)
     tables = {}
     section = inputs(recipe) if recipe.prepare else None
-    all_parts = steps.list_parts(section, local_copy, console.notice, errors) if section else []
-    for kind in steps.KINDS:
+    all_parts = prepare_steps.list_parts(section, local_copy, console.notice, errors) if section else []
+    for kind in prepare_steps.KINDS:
         parts = [part for part in all_parts if part.kind == kind]
         if not parts:
             continue
@@ -76,20 +76,24 @@ def _check_track(recipe: Recipe) -> None:
         trackers.check(recipe.track)
 
 
-def _read(parts: list[steps.InputPart], section: Prepare, errors: list[TongwenError]) -> steps.ScanCounts:
+def _read(
+    parts: list[prepare_steps.InputPart], section: Prepare, errors: list[TongwenError]
+) -> prepare_steps.ScanCounts:
     """What becomes of the rows of the training files of one kind. Raises DataError when too many rows are unreadable, of
     any role; what makes a file unreadable is put into `errors`."""
-    tallies = {role: steps.ScanCounts() for role in ("held_out", "evaluation", "train")}
+    tallies = {role: prepare_steps.ScanCounts() for role in ("held_out", "evaluation", "train")}
     for role, tally in tallies.items():
         for part in (one for one in parts if one.role == role):
             try:
-                for raw, record in steps.iter_rows(part, section, Cleaner(section.clean, part.kind), console.notice):
+                for raw, record in prepare_steps.iter_rows(
+                    part, section, Cleaner(section.clean, part.kind), console.notice
+                ):
                     tally.count(raw, record)
             except DataError as error:
                 errors.append(error)
         ledger = tally.ledger
         if ledger.things_in:
-            steps.check_losses(
+            prepare_steps.check_losses(
                 ledger.things_in, ledger.kept, tally.bad, tally.first_bad, section.max_bad, parts[0].kind
             )
         for place, rule in tally.first_bad[:3]:

@@ -20,7 +20,7 @@ from tongwen.core import artifact, console
 from tongwen.core.errors import MachineError, ModelError
 from tongwen.core.i18n import say
 from tongwen.model.loading import load
-from tongwen.recipe.load import load as load_recipe
+from tongwen.recipe.load import load_recipe
 from tongwen.workflows import pipeline
 from tongwen.workflows.chat_model import open_chat_model
 

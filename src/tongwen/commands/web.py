@@ -11,7 +11,7 @@ from typing import Any
 from tongwen.core.chat_template import SHIPPED
 from tongwen.core.errors import DataError, MissingPackage, RecipeError, TongwenError
 from tongwen.core.i18n import say
-from tongwen.recipe.load import load
+from tongwen.recipe.load import load_recipe
 from tongwen.serving.last_turns import last_turns
 from tongwen.serving.web.backend import (
     AT_ONCE,
@@ -157,7 +157,7 @@ def _runs(place: Workspace) -> RunsBackend:
                 raise RecipeError(
                     say("a path is changed in the recipe, not here", "路径请在配方中修改"), place=word, remedy="out=…"
                 )
-        read, _ = load(file, words)
+        read, _ = load_recipe(file, words)
         out = place.inside(read.out)
         run_manager.start([str(file), *words], out)
         return shown(out)

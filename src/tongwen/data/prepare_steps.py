@@ -232,7 +232,7 @@ def from_line(line: bytes) -> Document | Dialogue:
     return from_dict(json.loads(line))
 
 
-def load(file: Path) -> Iterator[Document | Dialogue]:
+def load_records(file: Path) -> Iterator[Document | Dialogue]:
     """The records of a file that `scan`, `settle` or `join` wrote."""
     with file.open("rb") as stream:
         yield from map(from_line, stream)
@@ -383,7 +383,7 @@ def compare(parts: Sequence[InputPart], section: Prepare, seed: int, out: Path) 
             np.save(part.folder(out) / "repeats.npy", mine - np.array([begin, 0]))
     for part in parts:
         if part.role != "train":
-            asked += load(part.folder(out) / "records.jsonl")
+            asked += load_records(part.folder(out) / "records.jsonl")
     dedup.ContaminationIndex.of(asked).save(out / "parts" / "examination.npz")
     artifact.write_json(out / "parts" / "compare.json", {})
 

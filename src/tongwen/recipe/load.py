@@ -93,7 +93,7 @@ class RecipeReader:
             return None
 
 
-def load(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
+def load_recipe(file: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[str]]:
     """Read a recipe file with `section.key=value` overrides: see `read`."""
     return read(_text_of(Path(file)), str(file), overrides)
 
@@ -148,7 +148,7 @@ def _add_made(data: dict[str, Any]) -> None:
 
 
 def from_words(data: Mapping[str, Any], command: str) -> Recipe:
-    """The recipe that a command line's own words make. Raises as `load` does; what is wrong stands at the command."""
+    """The recipe that a command line's own words make. Raises as `load_recipe` does; what is wrong stands at the command."""
     reading = RecipeReader(command)
     recipe = _validate(data, reading)
     raise_all(reading.problems)

@@ -16,7 +16,7 @@ from typing import Any
 from tongwen.core import artifact, console
 from tongwen.core.errors import ArtifactError, DataError
 from tongwen.core.i18n import say
-from tongwen.data import prepare_steps as steps
+from tongwen.data import prepare_steps
 from tongwen.data.datatrove_executor import run_tasks
 from tongwen.data.ledger import table_rows
 from tongwen.hub.download import local_copy
@@ -38,17 +38,23 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     assert section
     console.header("prepare", say("read, clean, compare and split the data", "读取、清洗、去重、划分数据"))
     with artifact.create(out, "prepare", {}, settings(recipe), resumable=True) as draft:
-        parts = steps.list_parts(section, local_copy, console.notice)
+        parts = prepare_steps.list_parts(section, local_copy, console.notice)
         _start(draft.path, parts, settings(recipe))
         run_tasks(
-            section, "scan", draft.path, parts, lambda part: steps.scan(part, section, draft.path, console.notice)
+            section,
+            "scan",
+            draft.path,
+            parts,
+            lambda part: prepare_steps.scan(part, section, draft.path, console.notice),
         )
-        scans = steps.read_scans(parts, draft.path)
-        steps.check_readable(parts, scans, section.max_bad)
+        scans = prepare_steps.read_scans(parts, draft.path)
+        prepare_steps.check_readable(parts, scans, section.max_bad)
         with console.waiting(say("comparing all rows", "比较所有行")):
-            steps.compare(parts, section, recipe.seed, draft.path)
-        run_tasks(section, "settle", draft.path, parts, lambda part: steps.settle(part, parts, section, draft.path))
-        tables = steps.join(parts, section, draft.path)
+            prepare_steps.compare(parts, section, recipe.seed, draft.path)
+        run_tasks(
+            section, "settle", draft.path, parts, lambda part: prepare_steps.settle(part, parts, section, draft.path)
+        )
+        tables = prepare_steps.join(parts, section, draft.path)
         changed: Counter[str] = Counter()
         for scan in scans:
             changed.update(scan["changed"])
@@ -62,7 +68,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     return draft.artifact
 
 
-def _start(folder: Path, parts: list[steps.InputPart], settings: dict[str, Any]) -> None:
+def _start(folder: Path, parts: list[prepare_steps.InputPart], settings: dict[str, Any]) -> None:
     """What an interrupted run has finished counts only when it had the same settings and the same files."""
     files = [[str(part.file), (found := part.file.stat()).st_size, found.st_mtime_ns] for part in parts]
     now = json.loads(json.dumps({**settings, "files": files}))
@@ -88,7 +94,7 @@ def changed_files(recipe: Recipe, manifest: dict[str, Any]) -> list[tuple[str, A
     if known is None:
         return []
     changed: list[tuple[str, Any, Any]] = []
-    for part in steps.list_parts(recipe.prepare, _stay_here, lambda text: None, []):
+    for part in prepare_steps.list_parts(recipe.prepare, _stay_here, lambda text: None, []):
         file = part.file
         was, now = known.get(str(file)), file.stat()
         if was is None:
@@ -126,7 +132,7 @@ def _sources(section: Prepare) -> dict[str, Any]:
             source.model_dump(mode="json", include={"path", "weight", "share", "language"})
             for source in getattr(section, kind)
         ]
-        for kind in steps.KINDS
+        for kind in prepare_steps.KINDS
     }
 
 

@@ -16,7 +16,7 @@ from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import say
 from tongwen.core.model_families import family_of
 from tongwen.core.records import Document
-from tongwen.model.adapters import attach as adapting
+from tongwen.model.adapters import attach
 from tongwen.model.loading import chat_setup, load
 from tongwen.recipe.schema import Pretrain, Recipe
 from tongwen.workflows.pipeline import standing_on
@@ -40,7 +40,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 def check_ahead(recipe: Recipe) -> None:
     """Raise what would refuse it, before the stages that lead to it."""
     assert recipe.pretrain
-    adapting.check_further(recipe.pretrain.adapter, "pretrain")
+    attach.check_further(recipe.pretrain.adapter, "pretrain")
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:

@@ -13,7 +13,7 @@ from tongwen.core import artifact, console
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import say
 from tongwen.core.records import Dialogue
-from tongwen.model.adapters import attach as adapting
+from tongwen.model.adapters import attach
 from tongwen.model.loading import chat_setup
 from tongwen.model.loading.fingerprint import fingerprint_text
 from tongwen.recipe.schema import Recipe, Sft
@@ -36,7 +36,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 def check_ahead(recipe: Recipe) -> None:
     """Raise what would refuse it, before the stages that lead to it."""
     assert recipe.sft
-    adapting.check_further(recipe.sft.adapter, "sft")
+    attach.check_further(recipe.sft.adapter, "sft")
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
@@ -67,7 +67,7 @@ def _control_rows(model: Any, reader: DialogueEncoder, section: Sft) -> list[int
     """Rows of control tokens that the template writes and the base never saw; under an adapter they would stay so."""
     if section.adapter.method == "full":
         return []
-    rows = adapting.find_untrained_rows(model, chat_setup.control_ids(reader.tokenizer, reader.template))
+    rows = attach.find_untrained_rows(model, chat_setup.control_ids(reader.tokenizer, reader.template))
     if not rows:
         return []
     names = ", ".join(reader.tokenizer.convert_ids_to_tokens(rows))

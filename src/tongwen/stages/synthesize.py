@@ -19,7 +19,7 @@ from tongwen.core.records import Origin
 from tongwen.data.files import find_files
 from tongwen.data.formats import read_document
 from tongwen.data.reader import read_rows
-from tongwen.data.synthesis import generate as tasks
+from tongwen.data.synthesis import generate
 from tongwen.data.synthesis.journal import ReplyJournal
 from tongwen.data.synthesis.parse import ParsedTask
 from tongwen.recipe.schema import Recipe, SourceConfig, Synthesize
@@ -43,7 +43,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     except ImportError:
         raise MissingPackage("openai", "synthesize", "synthesize") from None
     console.header("synthesize", f"{section.model} · {section.endpoint}")
-    made = tasks.GeneratedDialogues(section)
+    made = generate.GeneratedDialogues(section)
     requests = _requests(section, recipe.seed, made)
     spending = client.SpendingMeter(section)
     with (
@@ -59,11 +59,11 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         async def ask() -> None:
             endpoint = client.SynthesisClient(section, spending, console.notice)
 
-            async def complete(request: tasks.Request) -> tuple[str, str, tuple[int, int]]:
+            async def complete(request: generate.Request) -> tuple[str, str, tuple[int, int]]:
                 return await endpoint.complete(request.prompt, request.schema)
 
             async with endpoint.client:
-                await tasks.gather(
+                await generate.gather(
                     requests,
                     made,
                     journal,
@@ -95,31 +95,31 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     return draft.artifact
 
 
-def _requests(section: Synthesize, seed: int, made: tasks.GeneratedDialogues) -> Iterable[tasks.Request]:
+def _requests(section: Synthesize, seed: int, made: generate.GeneratedDialogues) -> Iterable[generate.Request]:
     if section.method == "topics":
-        return tasks.by_topics(section.topics, seed)
+        return generate.by_topics(section.topics, seed)
     if section.method == "documents":
-        return tasks.about_documents(_documents(section.documents))
+        return generate.about_documents(_documents(section.documents))
     seeds = _seeds(section.seeds)
     for task in seeds:
         made.index.add(task.question)  # what comes back as it was given is nothing new
-    return tasks.self_instruct(seeds, seed)
+    return generate.self_instruct(seeds, seed)
 
 
 def _seeds(file: str | None) -> list[ParsedTask]:
     if file is None:
-        return tasks.shipped_seeds()
+        return generate.shipped_seeds()
     seeds = []
     for found in find_files(file):
         for row in read_rows(found, SourceConfig(path=file), console.notice):
             if row.problem:
                 raise DataError(row.problem, place=f"{row.file}:{row.row}")
-            seeds.append(tasks.read_seed(row.value, f"{row.file}:{row.row}"))
-    if len(seeds) < tasks.EXAMPLES:
+            seeds.append(generate.read_seed(row.value, f"{row.file}:{row.row}"))
+    if len(seeds) < generate.EXAMPLES:
         raise DataError(
             say(
-                f"{len(seeds)} seed tasks; {tasks.EXAMPLES} are shown in each prompt",
-                f"只有 {len(seeds)} 个种子任务，每次需要 {tasks.EXAMPLES} 个",
+                f"{len(seeds)} seed tasks; {generate.EXAMPLES} are shown in each prompt",
+                f"只有 {len(seeds)} 个种子任务，每次需要 {generate.EXAMPLES} 个",
             ),
             place=file,
         )
@@ -140,7 +140,7 @@ def _documents(sources: list[SourceConfig]) -> Iterator[tuple[str, str]]:
                     console.notice(f"{origin}: {error.rule}")
 
 
-def _check_made(made: tasks.GeneratedDialogues) -> None:
+def _check_made(made: generate.GeneratedDialogues) -> None:
     """Nothing at all is an error; less than was wanted is said."""
     wanted = made.section.rows
     if not made.rows:

@@ -16,7 +16,7 @@ from typing import Any
 from tongwen.core import artifact, console
 from tongwen.core.i18n import say
 from tongwen.core.safetensors_io import Tensors
-from tongwen.data.prepare_steps import load as load_records
+from tongwen.data.prepare_steps import load_records
 from tongwen.model.loading import load
 from tongwen.model.loading.fingerprint import combine, model_lines
 from tongwen.model.loading.tensors import open_model, read_fp32

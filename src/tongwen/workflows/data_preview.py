@@ -17,8 +17,7 @@ from tongwen.core import html as page
 from tongwen.core.errors import RowRefused
 from tongwen.core.i18n import say
 from tongwen.core.records import Dialogue, Document
-from tongwen.data import formats, prepare_steps
-from tongwen.data import token_store as stores
+from tongwen.data import formats, prepare_steps, token_store
 from tongwen.data.clean import Cleaner, Dropped
 from tongwen.data.ledger import Ledger, Rejected, table_rows
 from tongwen.data.reader import read_rows
@@ -92,7 +91,7 @@ def samples_as_html(found: DataPreview, base: str, template: str) -> str:
         reader = dialogues = read_dialogues(base, Sft(template=template))
         stop = int(dialogues.tokenizer.convert_tokens_to_ids(dialogues.template.stop))
     rejected: list[Rejected] = []
-    store = stores.in_memory(reader.batches(iter(found.records), Ledger("rows", "tokens"), rejected.append))
+    store = token_store.in_memory(reader.batches(iter(found.records), Ledger("rows", "tokens"), rejected.append))
     lost = [(bad.origin.row, bad.reason, bad.rule, "") for bad in rejected]
     trouble = (
         f"<h3>{say('Rows that this model does not take', '此模型不采用的行')}</h3>{_problems(lost)}" if lost else ""

@@ -17,7 +17,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import tongwen.workflows.training.job  # noqa: F401 (all that training imports is in memory from here on)
-from tongwen.model.adapters import attach as adapting
+from tongwen.model.adapters import attach
 from tongwen.model.adapters.chain import open_adapter_chain
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.checkpointing import recompute
@@ -197,9 +197,9 @@ def estimate_files(
     return result, sizes
 
 
-def _skeleton(config: Any, setting: TrainingSetup) -> tuple[adapting.Adapted, list[int]]:
+def _skeleton(config: Any, setting: TrainingSetup) -> tuple[attach.Adapted, list[int]]:
     """The adapted model on the meta device, and the sizes of the matrices that a quantised base has quantised."""
-    model = load.make_skeleton(config).to(adapting.kept_in(setting.parts, setting.dtype))
+    model = load.make_skeleton(config).to(attach.kept_in(setting.parts, setting.dtype))
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
     if setting.quantize:
@@ -208,7 +208,7 @@ def _skeleton(config: Any, setting: TrainingSetup) -> tuple[adapting.Adapted, li
     adapter = setting.adapter.model_copy(update={"continue_from": None})  # the same shapes, and its files stay closed
     with torch.device("meta"), load.quiet():
         rows = list(range(setting.rows))
-        adapted = adapting.adapt(model, adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
+        adapted = attach.adapt(model, adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
     return adapted, [module.weight.numel() for module in linear]
 
 
@@ -252,9 +252,9 @@ def _by_formula(config: Any, setting: TrainingSetup, micro: MicroBatch, shape: M
 def measure(place: load.ModelRef, setting: TrainingSetup, store: Any, plan: BatchPlan) -> tuple[float, float]:
     """Seconds of a token through the model and back, and of a step of the optimizer: one micro-batch of the plan, on the
     real weights, after another to warm up."""
-    model, _ = open_adapter_chain(place, adapting.kept_in(setting.parts, setting.dtype), setting.quantize)
+    model, _ = open_adapter_chain(place, attach.kept_in(setting.parts, setting.dtype), setting.quantize)
     rows = list(range(min(setting.rows, len(model.get_input_embeddings().weight))))  # those to come are not there yet
-    adapted = adapting.adapt(model, setting.adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
+    adapted = attach.adapt(model, setting.adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
     for part in adapted.learners:
         part.data = part.data.float()
     if not setting.quantize:

@@ -22,7 +22,7 @@ import psutil
 from tongwen.core import artifact, console
 from tongwen.core.errors import MachineError, TongwenError
 from tongwen.core.i18n import language, say
-from tongwen.recipe.load import load
+from tongwen.recipe.load import load_recipe
 from tongwen.train.metrics import read_metrics
 from tongwen.workflows.pipeline import TRAINING, holder
 
@@ -161,7 +161,7 @@ def _state(out: Path, running: int | None) -> str:
         stage = under_way[-1].name.removesuffix(".partial") if under_way else ""
         return say(f"running {stage}", f"运行中 {stage}").strip()
     try:
-        recipe, _ = load(out / "recipe.yaml")
+        recipe, _ = load_recipe(out / "recipe.yaml")
         finished = all(artifact.find(out / stage) for stage in recipe.stages)
     except TongwenError:
         finished = False

@@ -25,17 +25,16 @@ from tongwen.core.chat_template import Template
 from tongwen.core.errors import DataError, ModelError, RowRefused
 from tongwen.core.i18n import say
 from tongwen.core.records import Dialogue, Document, Span
-from tongwen.data import token_store as stores
+from tongwen.data import token_store
 from tongwen.data.clean import han_share
 from tongwen.data.encode import Encoder, check_round_trip, check_store, describe, encode_dialogues, encode_documents
 from tongwen.data.ledger import Ledger, Rejected, table_rows
 from tongwen.data.legacy_encoder import LegacyEncoder
-from tongwen.data.prepare_steps import iter_records, list_parts, load
+from tongwen.data.prepare_steps import iter_records, list_parts, load_records
 from tongwen.data.sampling import choose_held_out, draw, passes_of
 from tongwen.data.token_store import Batch, TokenStore
 from tongwen.hub.download import local_copy
-from tongwen.model.loading import chat_setup
-from tongwen.model.loading import load as loading
+from tongwen.model.loading import chat_setup, load
 from tongwen.model.loading.fingerprint import fingerprint_text, fingerprint_tokenizer
 from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
 from tongwen.workflows.pipeline import inputs, prepared
@@ -215,8 +214,8 @@ def read_documents(base: str, section: Pretrain) -> DocumentEncoder:
 def _tokenizer_for(base: str, section: Training) -> Any:
     """The base's; an adapter that is trained further goes on with its own."""
     further = section.adapter.continue_from
-    place = loading.locate(base)
-    return loading.load_tokenizer(loading.dressed(replace(place, adapters=(further,))) if further else place)
+    place = load.locate(base)
+    return load.load_tokenizer(load.dressed(replace(place, adapters=(further,))) if further else place)
 
 
 def are_rows_untrained(base: str) -> bool:
@@ -253,11 +252,11 @@ def look_ahead(recipe: Recipe, reader: RecordEncoder) -> TokenizedData:
     here. What is held out is left out, as far as it is known before the rows are compared."""
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
     if made := prepared(recipe):
-        rows = load(made.path / f"{reader.kind}.jsonl")
+        rows = load_records(made.path / f"{reader.kind}.jsonl")
         sources, files = _sources_of(made, reader.kind)
     else:
         rows, sources, files = _read_here(recipe, reader.kind)
-    store = stores.in_memory(reader.batches(rows, ledger, rejected.append))
+    store = token_store.in_memory(reader.batches(rows, ledger, rejected.append))
     lost = [json.loads(bad.to_line()) for bad in rejected]
     mask = reader.check(store, lost)
     drawn, missed = _drawn(store, sources, files, recipe.seed)
@@ -294,15 +293,15 @@ def encode_prepared(prepared: artifact.Artifact, reader: RecordEncoder, seed: in
     interrupted one goes on, the others wait and map the same files."""
     place = folder / key_of(prepared, reader)
     with console.waiting(say("looking for the tokens", "查找 token")):
-        found = stores.open_store(place)
+        found = token_store.open_store(place)
     if found:
         console.good(say("tokens: already encoded", "token：已编码"))
     elif distributed.is_first():
         _encode(prepared.path / f"{reader.kind}.jsonl", reader, place)
-    while (found := found or stores.open_store(place)) is None:
+    while (found := found or token_store.open_store(place)) is None:
         time.sleep(0.2)
     store, ledger = found
-    rejected = list(stores.read_rejected(place))
+    rejected = list(token_store.read_rejected(place))
     mask = reader.check(store, rejected)
     mask["round_trip"] = json.loads((place / ROUND_TRIP).read_text(encoding="utf-8"))
     sources, files = _sources_of(prepared, reader.kind)
@@ -318,7 +317,7 @@ def key_of(prepared: artifact.Artifact, reader: RecordEncoder) -> str:
         "content": prepared.fingerprint,
         "tokenizer": fingerprint_tokenizer(reader.tokenizer),
         **reader.decides,
-        "code": [__version__, stores.FORMAT],
+        "code": [__version__, token_store.FORMAT],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -331,18 +330,18 @@ def _encode(file: Path, reader: RecordEncoder, place: Path) -> None:
     if place.exists():
         console.notice(say(f"{place} is not as it was written: encoded anew", f"{place} 与写下时不同：重新编码"))
         shutil.rmtree(place)
-    writer = stores.Writer(place, len(reader.tokenizer))
+    writer = token_store.Writer(place, len(reader.tokenizer))
     ledger, rejected = writer.ledger, list[Rejected]()
     total = sum(1 for _ in file.open("rb"))
     if writer.rows:
         console.notice(say(f"encoding goes on at row {writer.rows:,}", f"从第 {writer.rows:,} 行继续编码"))
-    rows = islice(load(file), writer.rows, None)
+    rows = islice(load_records(file), writer.rows, None)
     with console.progress(total, "encode", writer.rows) as bar:
         for batch in reader.batches(rows, ledger, rejected.append):
             writer.add(batch, ledger, [bad.to_line() for bad in rejected])
             rejected.clear()
             bar.update(writer.rows, f"{console.human_count(writer.tokens)} token")
-    artifact.write_json(writer.working / ROUND_TRIP, reader.round_trip(load(file), total))
+    artifact.write_json(writer.working / ROUND_TRIP, reader.round_trip(load_records(file), total))
     writer.close()
 
 
@@ -353,11 +352,11 @@ def _encode_held_out(
     file = prepared.path / f"{reader.kind}.held_out.jsonl"
     if not file.is_file():
         return [], {}
-    records, bad, aside = list(load(file)), list[Rejected](), Ledger("rows", "tokens")
+    records, bad, aside = list(load_records(file)), list[Rejected](), Ledger("rows", "tokens")
     groups: dict[str, list[Any]] = {}
     for record in records:
         groups.setdefault(_language_of(record, languages), []).append(record)
-    found = {name: stores.in_memory(reader.held_out(groups[name], aside, bad.append)) for name in sorted(groups)}
+    found = {name: token_store.in_memory(reader.held_out(groups[name], aside, bad.append)) for name in sorted(groups)}
     if prepared.manifest["ledger"][reader.kind]["from_training"]:
         ledger.enter(aside.size_in, things=len(records))
         ledger.lose("held_out", aside.size_in, things=len(records))

@@ -24,8 +24,7 @@ from tongwen.core.records import Dialogue, Document
 from tongwen.data.clean import Cleaner
 from tongwen.data.prepare_steps import iter_rows, kind_of, list_parts
 from tongwen.hub.download import local_copy
-from tongwen.model.loading import load as loading
-from tongwen.model.loading import sentencepiece
+from tongwen.model.loading import load, sentencepiece
 from tongwen.model.loading.tiktoken import read_ranks
 from tongwen.recipe.schema import Clean, Prepare, SourceConfig
 from tongwen.vocab import bytelevel, spm
@@ -133,8 +132,8 @@ def _open(path: Path, name: str) -> TokenizerFiles:
     if path.is_file() and path.suffix != ".gguf":
         return _open_file(path)
     alone = path.is_dir() and (path / "tokenizer.json").is_file() and not (path / "config.json").is_file()
-    place = loading.ModelRef(name, name) if alone else loading.locate(name)
-    tokenizer = loading.load_tokenizer(place)
+    place = load.ModelRef(name, name) if alone else load.locate(name)
+    tokenizer = load.load_tokenizer(place)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError(
@@ -374,11 +373,11 @@ def shape_of(name: str) -> ModelSize:
     """What a token costs in a model; a nominal one for a tokenizer's file, which has none behind it."""
     if Path(name).is_file() and Path(name).suffix != ".gguf":
         return NOMINAL
-    place = loading.locate(name)
+    place = load.locate(name)
     if place.local and not (Path(place.folder) / "config.json").is_file() and not place.gguf:
         return NOMINAL
-    config = loading.load_config(place)
-    body, width = loading.count_body(config)
+    config = load.load_config(place)
+    body, width = load.count_body(config)
     return ModelSize(name, body, width)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import tensors, tiny_llama
-from tongwen.core import safetensors_io as weights
+from tongwen.core import safetensors_io
 from tongwen.core.errors import ArtifactError
 from tongwen.core.model_families import FAMILIES
 from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_state
@@ -121,8 +121,11 @@ def test_a_matrix_in_many_blocks_is_the_same(
 ) -> None:
     make_adapter(chat_model, tmp_path / "adapter", r=rank)
     whole = tensors(merged(tongwen, chat_model, [tmp_path / "adapter"], tmp_path / "whole"))
-    monkeypatch.setattr(weights, "BLOCK", 200)
-    assert len(list(weights.blocks((70, 50)))) == 18 and list(weights.blocks((70, 50), 32))[-1] == (64, 70)
+    monkeypatch.setattr(safetensors_io, "BLOCK", 200)
+    assert len(list(safetensors_io.blocks((70, 50)))) == 18 and list(safetensors_io.blocks((70, 50), 32))[-1] == (
+        64,
+        70,
+    )
     parts = tensors(merged(tongwen, chat_model, [tmp_path / "adapter"], tmp_path / "parts"))
     assert all(torch.allclose(parts[name], whole[name], rtol=0, atol=1e-6) for name in whole)
 
@@ -236,8 +239,8 @@ def test_streamed_parity_is_the_model(tmp_path: Path) -> None:
             part.data += torch.randn_like(part) * 0.1
         model.save_pretrained(tmp_path / family)
         ids = parity.fixed_ids(90)
-        weights = parity.MergedWeights(open_tensors(tmp_path / family, ""))
-        found = parity.logits(weights, json.loads((tmp_path / family / "config.json").read_text()), ids)
+        safetensors_io = parity.MergedWeights(open_tensors(tmp_path / family, ""))
+        found = parity.logits(safetensors_io, json.loads((tmp_path / family / "config.json").read_text()), ids)
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0].numpy()
         assert abs(found - expected).max() < 1e-4, family

@@ -30,7 +30,7 @@ from tongwen.core.model_families import family_of
 from tongwen.data.encode import token_bytes
 from tongwen.data.token_store import TokenStore
 from tongwen.infer.generation import Sampling, TextGenerator
-from tongwen.model.adapters import attach as adapting
+from tongwen.model.adapters import attach
 from tongwen.model.adapters.adalora import budget_of
 from tongwen.model.adapters.chain import make_room, open_adapter_chain
 from tongwen.model.kernels import checkpointing, packed_attention
@@ -116,7 +116,7 @@ def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
 class PreparedModel:
     """The adapted model with everything that it needs to read and to speak."""
 
-    adapted: adapting.Adapted
+    adapted: attach.Adapted
     stops: tuple[int, ...]
     packed: bool
     base_fingerprint: str | None
@@ -160,7 +160,7 @@ def train_stage(course: TrainingJob, out: Path) -> artifact.Artifact:
     engine = choose(course.section)
     if distributed.is_first():  # it alone tells them
         trackers.check(course.recipe.track)
-    adapting.check_further(course.section.adapter, stage)
+    attach.check_further(course.section.adapter, stage)
     say_ledger(lesson)
     device = load.compute_device()
     legs = _lay_out(course, device, artifact.partial_of(out) / "checkpoints")
@@ -285,8 +285,8 @@ def _prepare_model(course: TrainingJob, device: str, engine: Engine, adapter_ste
     trained = {part for stretch in section.stretches for part in stretch.parts}
     with console.waiting(say("opening the base", "打开底座")):
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
-        kept = adapting.kept_in(trained, dtype)
-        if engine.name == "fsdp2" and adapting.base_learns(trained):  # it becomes fp32 when it is shared out
+        kept = attach.kept_in(trained, dtype)
+        if engine.name == "fsdp2" and attach.base_learns(trained):  # it becomes fp32 when it is shared out
             kept = load.load_config(place).dtype or kept
         model, packed, fingerprint = _open(place, kept, quantize)
     if section.adapter.continue_from:
@@ -298,7 +298,7 @@ def _prepare_model(course: TrainingJob, device: str, engine: Engine, adapter_ste
     stops = chat_setup.stop_ids(reader.tokenizer, course.template, getattr(model, "generation_config", None))
     stops = stops or ((course.end,) if course.end is not None else ())
     set_seed(course.recipe.seed)
-    adapted = adapting.adapt(
+    adapted = attach.adapt(
         model,
         section.adapter,
         course.rows(model),
