@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from tests.conftest import byte_level_tokenizer, sentencepiece_tokenizer, tiny_llama, write_recipe, write_rows
 from tongwen.core import distributed
 from tongwen.core.errors import MachineError
-from tongwen.workflows import pipeline
+from tongwen.workflows.run_lock import lock_folder
 
 GOOD = {"instruction": "问", "input": "", "output": "答"}
 
@@ -282,18 +282,18 @@ def test_the_folder_is_taken_until_launched_processes_have_saved(tmp_path: Path)
     """Also when the command that started them is killed."""
     child = os.fork()
     if not child:
-        with pipeline._alone(tmp_path):
+        with lock_folder(tmp_path):
             os._exit(distributed._wait_for(["sh", "-c", f"touch {tmp_path}/began; exec sleep 60"], dict(os.environ)))
     while not (tmp_path / "began").exists():
         assert os.waitpid(child, os.WNOHANG) == (0, 0)
     (saving,) = psutil.Process(child).children()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    with pytest.raises(MachineError, match="another tongwen"), pipeline._alone(tmp_path):
+    with pytest.raises(MachineError, match="another tongwen"), lock_folder(tmp_path):
         pass
     saving.kill()
     saving.wait()
-    with pipeline._alone(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 

@@ -20,6 +20,7 @@ from tongwen.core import artifact, resume
 from tongwen.core.errors import TongwenError
 from tongwen.core.resume import RUN
 from tongwen.recipe.load import load_recipe
+from tongwen.stages import sft
 from tongwen.workflows import pipeline
 from tongwen.workflows.training import job
 from tongwen.workflows.training.job import settings_of
@@ -213,11 +214,11 @@ def test_what_an_engine_file_says_is_a_setting(chat_model: Path, tmp_path: Path)
     with pytest.raises(TongwenError, match="stage: 2 → 3"):
         resume.enter(tmp_path, now, {})
     finished = artifact.Artifact(tmp_path, {"settings": before, "parents": {}})
-    assert pipeline._changed(recipe, "sft", finished) == [("sft.engine_file.stage", 2, 3)]
+    assert pipeline._changed(recipe, "sft", finished, sft) == [("sft.engine_file.stage", 2, 3)]
     del before["sft"]["engine_file"]
     artifact.write_json(tmp_path / RUN, {"run": "x", "settings": before, "identity": {}, "forks": []})
     resume.check(tmp_path, now, "", fork=False)
-    assert not pipeline._changed(recipe, "sft", finished)
+    assert not pipeline._changed(recipe, "sft", finished, sft)
     assert resume.enter(tmp_path, now, {})["settings"] == now, "from here on it is kept"
 
 

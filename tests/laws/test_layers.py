@@ -1,4 +1,4 @@
-"""The walls of the house: who may import whom, and that the front door stays light."""
+"""Layers: which folder may import which, without loops, and that starting a command stays light."""
 
 from __future__ import annotations
 
@@ -13,9 +13,19 @@ import pytest
 from tests.conftest import insist
 
 SOURCE = Path(__file__).parents[2] / "src" / "tongwen"
-ROOMS = ("hub", "data", "vocab", "model", "train", "infer", "export", "serving", "migrate")
-HALL = ("core",)
-UPPER = ("cli", "commands", "workflows", "__main__", "__init__")
+MIDDLE = ("data", "model", "train", "vocab", "infer", "export", "hub", "serving", "migrate")
+# What a folder may import of ours, besides itself. Every folder of the package stands here; nothing else may lie flat.
+LAYERS = {
+    "core": (),
+    "recipe": ("core",),
+    **dict.fromkeys(MIDDLE, ("core", "recipe")),
+    "workflows": ("core", "recipe", *MIDDLE),
+    "stages": ("core", "recipe", *MIDDLE, "workflows"),
+    "commands": ("core", "recipe", *MIDDLE, "workflows"),
+    "cli": ("core", "recipe", *MIDDLE, "workflows", "stages", "commands"),
+}
+FLAT = {"__init__.py", "__main__.py"}
+# The light layers are plain Python: whatever asks for one of these does it inside a function.
 HEAVY = {
     "torch",
     "transformers",
@@ -35,8 +45,13 @@ HEAVY = {
 
 
 def imports(file: Path) -> set[str]:
+    """Every dotted name that a file imports, inside of functions too."""
+    return names_in(ast.parse(file.read_text(encoding="utf-8")))
+
+
+def names_in(tree: ast.AST) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -44,48 +59,115 @@ def imports(file: Path) -> set[str]:
     return names
 
 
-def ours(file: Path) -> set[str]:
-    """First part of every import of our own: `tongwen.data.prepare_steps.x` -> data."""
-    return {name.split(".")[1] for name in imports(file) if name.startswith("tongwen.")}
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_every_file_has_a_place() -> None:
-    for file in SOURCE.rglob("*.py"):
-        top = file.relative_to(SOURCE).parts[0].removesuffix(".py")
-        assert top in (*ROOMS, *HALL, *UPPER, "stages", "commands", "recipe"), f"{file} belongs nowhere"
+MODULES = {module_of(file): file for file in sorted(SOURCE.rglob("*.py"))}
 
 
-def test_rooms_do_not_know_each_other() -> None:
-    for room in ROOMS:
-        for file in (SOURCE / room).rglob("*.py"):
-            strange = ours(file) - {room, "recipe", "__version__", *HALL}
-            assert not strange, f"{file} imports {strange}"
-
-
-def test_stages_do_not_know_each_other() -> None:
-    for file in (SOURCE / "stages").glob("*.py"):
-        assert "stages" not in ours(file), f"{file} imports another stage"
-
-
-def test_the_hall_is_plain_python() -> None:
-    files = [*(SOURCE / "core").glob("*.py"), *(SOURCE / "recipe").glob("*.py")]
-    for file in files:
-        heavy = {name.split(".")[0] for name in imports(file)} & HEAVY
-        assert not heavy, f"{file} imports {heavy}"
-        allowed = {"recipe", "__version__", *HALL} if file.parent.name == "recipe" else {*HALL, "__version__"}
-        assert not ours(file) - allowed, f"{file} imports {ours(file) - allowed}"
-    assert not ours(SOURCE / "core" / "errors.py") - {"core"}
-
-
-def test_no_mutual_imports_inside_a_room() -> None:
-    for room in (*ROOMS, "recipe"):
-        edges = {
-            file.stem: {name.split(".")[2] for name in imports(file) if name.startswith(f"tongwen.{room}.")}
-            for file in (SOURCE / room).glob("*.py")
+def module_edges() -> dict[str, set[str]]:
+    """Module -> the modules of ours that it imports."""
+    edges = dict[str, set[str]]()
+    for name, file in MODULES.items():
+        found = {
+            one if one in MODULES else one.rpartition(".")[0] for one in imports(file) if one != "tongwen.__version__"
         }
-        for one, others in edges.items():
-            for other in others:
-                assert one not in edges.get(other, ()), f"{room}: {one} and {other} import each other"
+        edges[name] = {one for one in found if one in MODULES} - {name}
+    return edges
+
+
+def folder_edges() -> dict[str, set[str]]:
+    """Folder -> the folders of ours that its files import, as dotted names below `tongwen`."""
+
+    def folder(module: str) -> str:
+        file = MODULES[module]
+        return ".".join(file.relative_to(SOURCE).parent.parts)
+
+    edges: dict[str, set[str]] = {}
+    for name, others in module_edges().items():
+        edges.setdefault(folder(name), set()).update(folder(other) for other in others)
+    return {name: others - {name, ""} for name, others in edges.items() if name}
+
+
+def find_loop(edges: dict[str, set[str]]) -> list[str]:
+    """The names on a loop of any length, in order; empty when there is none."""
+    done: set[str] = set()
+    for start in edges:
+        path, ways = [start], [iter(sorted(edges.get(start, ())))]
+        while ways:
+            following = next(ways[-1], None)
+            if following is None:
+                done.add(path.pop())
+                ways.pop()
+            elif following in path:
+                return [*path[path.index(following) :], following]
+            elif following not in done:
+                path.append(following)
+                ways.append(iter(sorted(edges.get(following, ()))))
+    return []
+
+
+def longest_chain(edges: dict[str, set[str]]) -> list[str]:
+    """The longest way from folder to folder along imports. There must be no loop."""
+    known: dict[str, list[str]] = {}
+
+    def chain(name: str) -> list[str]:
+        if name not in known:
+            below = max((chain(other) for other in sorted(edges.get(name, ()))), key=len, default=[])
+            known[name] = [name, *below]
+        return known[name]
+
+    return max((chain(name) for name in sorted(edges)), key=len)
+
+
+def test_every_folder_imports_only_what_lies_below() -> None:
+    assert {file.name for file in SOURCE.glob("*.py")} <= FLAT
+    assert {folder.name for folder in SOURCE.iterdir() if any(folder.glob("*.py"))} == {*LAYERS}
+    for name, file in MODULES.items():
+        top = name.split(".")[1] if "." in name else ""
+        if top not in LAYERS:
+            continue
+        found = {one.split(".")[1] for one in imports(file) if one.startswith("tongwen.")} - {top, "__version__"}
+        assert found <= {*LAYERS[top]}, f"{file} imports {found - {*LAYERS[top]}}"
+
+
+def test_no_loop_of_any_length() -> None:
+    assert find_loop({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    assert find_loop({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert not find_loop(module_edges())
+    assert not find_loop(folder_edges())
+
+
+def test_at_most_eight_levels_of_folders() -> None:
+    chain = longest_chain(folder_edges())
+    assert len(chain) <= 8, " -> ".join(chain)
+
+
+def test_a_class_name_stands_once_in_the_package() -> None:
+    found = dict[str, str]()
+    for name, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                assert node.name not in found, f"{node.name} stands in {found.get(node.name)} and {name}"
+                found[node.name] = name
+
+
+def test_no_function_is_longer_than_a_hundred_lines() -> None:
+    for file in MODULES.values():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 100, f"{file}: {node.name} has {length} lines"
+
+
+def test_light_layers_are_plain_python() -> None:
+    for folder in ("core", "recipe", "cli", "stages"):
+        for file in (SOURCE / folder).rglob("*.py"):
+            body = ast.parse(file.read_text(encoding="utf-8")).body
+            top = ast.Module([node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+            heavy = {one.split(".")[0] for one in names_in(top)} & HEAVY
+            assert not heavy, f"{file} imports {heavy} at its top"
 
 
 def test_nothing_unpickles_or_runs_foreign_code() -> None:

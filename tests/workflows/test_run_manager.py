@@ -17,7 +17,7 @@ import torch
 from tests.conftest import dialogues, tensors, write_recipe
 from tongwen.core.errors import MachineError
 from tongwen.workflows import run_manager
-from tongwen.workflows.pipeline import LOCK, holder
+from tongwen.workflows.run_lock import LOCK, lock_holder
 
 SAVING = ", save_every: 4"
 
@@ -45,18 +45,18 @@ def test_stopped_and_taken_up_again_it_ends_with_the_same_weights(chat_model: Pa
         "import sys; from pathlib import Path; from tongwen import runs; runs.start(sys.argv[1:2], Path(sys.argv[2]))"
     )
     subprocess.run([sys.executable, "-c", code, str(once.parent / "recipe.yaml"), str(once)], check=True)
-    assert holder(once)
+    assert lock_holder(once)
     wait_for(lambda: steps(once) > 5)
     with pytest.raises(MachineError, match="is running"):
         run_manager.resume(once)
     assert dict(map(reversed, run_manager.facts(once)))["memory now"]
     run_manager.stop(once)
-    wait_for(lambda: not holder(once))
+    wait_for(lambda: not lock_holder(once))
     assert run_manager.facts(once)[0][0] == "stopped" and not (once / "sft").exists()
     with pytest.raises(MachineError, match="nothing runs here"):
         run_manager.stop(once)
     run_manager.resume(once)
-    wait_for(lambda: not holder(once))
+    wait_for(lambda: not lock_holder(once))
     assert run_manager.facts(once)[0][0] == "finished", run_manager.log(once)
     for stage in ("sft", "merge"):
         left, right = tensors(never / stage), tensors(once / stage)
@@ -89,6 +89,6 @@ def test_a_lock_that_a_killed_run_left_holds_nothing(left: str, tmp_path: Path) 
     text = left.format(here=here, dead=ended.stdout.strip(), young=os.getpid())
     (tmp_path / LOCK).write_text(text, encoding="utf-8")
     os.utime(tmp_path / LOCK, (1e9, 1e9))  # long before any process of today began
-    assert holder(tmp_path) is None
+    assert lock_holder(tmp_path) is None
     (tmp_path / LOCK).write_text(f"{here}, process {os.getpid()}, since", encoding="utf-8")
-    assert holder(tmp_path) == os.getpid()
+    assert lock_holder(tmp_path) == os.getpid()

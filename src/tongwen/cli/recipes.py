@@ -114,18 +114,21 @@ def _overrides(parsed: argparse.Namespace) -> list[str]:
 
 def _demo(parsed: argparse.Namespace) -> int:
     from tongwen.commands import demo
+    from tongwen.stages.base import STAGES
 
-    return demo.run(parsed.out, parsed.model)
+    return demo.run(parsed.out, parsed.model, STAGES)
 
 
 def _run(parsed: argparse.Namespace) -> int:
     from tongwen.core import console
+    from tongwen.stages.base import STAGES
     from tongwen.workflows import pipeline
 
     recipe = _load(parsed)
     done = pipeline.run(
         recipe,
         [parsed.recipe, *_overrides(parsed)],
+        STAGES,
         only=parsed.only,
         start=parsed.start,
         until=parsed.until,
@@ -144,8 +147,9 @@ def _check(parsed: argparse.Namespace) -> int:
 
 def _plan(parsed: argparse.Namespace) -> int:
     from tongwen.commands import plan
+    from tongwen.stages.base import STAGES
 
-    return plan.run(_load(parsed), parsed.gpu, measure=parsed.measure)
+    return plan.run(_load(parsed), parsed.gpu, STAGES, measure=parsed.measure)
 
 
 def _look(parsed: argparse.Namespace) -> int:

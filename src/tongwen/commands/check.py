@@ -17,7 +17,8 @@ from tongwen.hub.download import local_copy
 from tongwen.model.loading import load
 from tongwen.recipe.schema import Prepare, Recipe
 from tongwen.train import trackers
-from tongwen.workflows.pipeline import check_processes, inputs
+from tongwen.workflows.pipeline import check_processes
+from tongwen.workflows.stage_inputs import inputs
 
 
 def run(recipe: Recipe) -> int:

@@ -15,7 +15,7 @@ from tongwen.core.console import human_bytes, human_time
 from tongwen.core.errors import ArtifactError, RecipeError, first_line
 from tongwen.core.i18n import say
 from tongwen.train.metrics import read_metrics
-from tongwen.workflows.pipeline import TRAINING
+from tongwen.workflows.stage_inputs import TRAINING
 
 
 @dataclass(frozen=True)

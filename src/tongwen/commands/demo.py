@@ -48,7 +48,7 @@ merge: {{}}
 """
 
 
-def run(out: str, model: str) -> int:
+def run(out: str, model: str, stages: pipeline.Stages) -> int:
     """Fetch, train, merge, answer."""
     began = time.monotonic()
     folder = Path(out)
@@ -64,7 +64,7 @@ def run(out: str, model: str) -> int:
     recipe_file = folder / "demo.yaml"
     recipe_file.write_text(RECIPE.format(comment=comment, base=base, out=out), encoding="utf-8")
     recipe, _ = load_recipe(recipe_file)
-    pipeline.run(recipe, [str(recipe_file)])
+    pipeline.run(recipe, [str(recipe_file)], stages)
     report = json.loads((folder / "sft" / "report.json").read_text(encoding="utf-8"))
     for sample in report["samples"]:
         console.header(sample["question"])

@@ -12,7 +12,7 @@ from tongwen.core.i18n import language, say
 from tongwen.data.token_store import TokenStore
 from tongwen.recipe.schema import Recipe
 from tongwen.workflows.data_preview import coloured, key, pieces
-from tongwen.workflows.pipeline import standing_on
+from tongwen.workflows.stage_inputs import base_of_stage
 from tongwen.workflows.tokenized_data import RecordEncoder, look_ahead, read_dialogues, read_documents, say_mask
 
 STYLE = """
@@ -40,11 +40,11 @@ def run(recipe: Recipe, count: int, page: str) -> int:
         )
     found = {}
     if recipe.pretrain:
-        reader = read_documents(standing_on(recipe, "pretrain", finished=True), recipe.pretrain)
+        reader = read_documents(base_of_stage(recipe, "pretrain", finished=True), recipe.pretrain)
         place = Path(page) if not recipe.sft else Path(page).with_suffix(".pretrain.html")
         found["pretrain"] = _show(recipe, reader, reader.end, "", count, str(place) if page else "")
     if recipe.sft:
-        base = standing_on(recipe, "sft", finished=True)
+        base = base_of_stage(recipe, "sft", finished=True)
         dialogues = read_dialogues(base, recipe.sft)
         stop = int(dialogues.tokenizer.convert_tokens_to_ids(dialogues.template.stop))
         found["sft"] = _show(recipe, dialogues, stop, recipe.sft.template, count, page)

@@ -25,7 +25,8 @@ from tongwen.train.packing import BatchPlan, make_plan
 from tongwen.train.parallel import sharing_of
 from tongwen.workflows import memory_estimate, tokenizer_files
 from tongwen.workflows.memory_estimate import MemoryEstimate, MicroBatch, TrainingSetup, estimate_memory
-from tongwen.workflows.pipeline import check_ahead, standing_on
+from tongwen.workflows.pipeline import Stages, check_ahead
+from tongwen.workflows.stage_inputs import base_of_stage
 from tongwen.workflows.tokenized_data import (
     TokenizedData,
     are_rows_untrained,
@@ -48,7 +49,7 @@ PURPOSES = {  # of memory, in Chinese
 }
 
 
-def run(recipe: Recipe, gpu: str | None, *, measure: bool = False) -> int:
+def run(recipe: Recipe, gpu: str | None, stages: Stages, *, measure: bool = False) -> int:
     """Print what a run would do and need, stage by stage. gpu: `24GB`, memory of a GPU that is not here; measure: time a
     micro-batch of the real model on this machine."""
     limit = parse_memory(gpu) if gpu is not None else None
@@ -65,7 +66,7 @@ def run(recipe: Recipe, gpu: str | None, *, measure: bool = False) -> int:
         raise RecipeError(
             say("there is nothing to train in this recipe", "该配方没有训练阶段"), place=recipe.name, remedy="sft: {}"
         )
-    check_ahead(recipe, recipe.stages)
+    check_ahead(recipe, recipe.stages, stages)
     if recipe.vocab and not artifact.find(Path(recipe.out) / "vocab"):
         _, new = _config(recipe, recipe.base)
         console.notice(
@@ -84,7 +85,7 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
     """One stage. Where a stage before it has not run, the model that it will stand on is the one that there is."""
     section: Training = getattr(recipe, name)
     device = "cuda" if limit else load.compute_device()
-    base = standing_on(recipe, name, finished=True)
+    base = base_of_stage(recipe, name, finished=True)
     place = load.locate(base)
     config, new = _config(recipe, base)
     lesson = _look(recipe, section, base)
@@ -248,7 +249,7 @@ def _cures(
 def _afterwards(recipe: Recipe) -> dict[str, Any]:
     """What merging and exporting need: both go through the model a block of rows at a time."""
     found: dict[str, Any] = {}
-    config, _ = _config(recipe, standing_on(recipe, "sft", finished=True))
+    config, _ = _config(recipe, base_of_stage(recipe, "sft", finished=True))
     skeleton = load.make_skeleton(config)
     parameters = sum(part.numel() for part in skeleton.parameters())
     needs = {"libraries": memory_estimate.LIBRARIES, "blocks": STREAMED}

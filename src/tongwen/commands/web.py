@@ -28,7 +28,7 @@ from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
 from tongwen.workflows import data_preview, run_manager, tokenizer_files
 from tongwen.workflows.chat_model import ChatModel, open_chat_model
-from tongwen.workflows.pipeline import holder
+from tongwen.workflows.run_lock import lock_holder
 from tongwen.workflows.workspace import Workspace, shown
 
 OPEN_AT_ONCE = 2  # models in memory
@@ -165,7 +165,7 @@ def _runs(place: Workspace) -> RunsBackend:
     def picture(name: str) -> RunView:
         out = place.inside(name)
         return RunView(
-            running=holder(out) is not None,
+            running=lock_holder(out) is not None,
             facts=run_manager.facts(out),
             curves=run_manager.curves(out),
             log=run_manager.log(out),

@@ -27,7 +27,7 @@ from tongwen.model.loading import load
 from tongwen.recipe.schema import Evaluate, Recipe, SourceConfig, TaskConfig
 from tongwen.workflows.chat_model import ChatModel, open_chat_model
 from tongwen.workflows.evaluation import Ask, EvalTask, Progress, Scores, read_task
-from tongwen.workflows.pipeline import open_model_before, standing_on
+from tongwen.workflows.stage_inputs import base_of_stage, open_model_before
 
 OWN = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model")  # files of a model or an adapter
 
@@ -67,16 +67,20 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     assert recipe.evaluate
     return {
         "evaluate": recipe.evaluate.model_dump(mode="json"),
-        "from": Path(standing_on(recipe, "evaluate")).name,
+        "from": Path(base_of_stage(recipe, "evaluate")).name,
         "base": recipe.base,
     }
+
+
+def check_ahead(recipe: Recipe) -> None:
+    """The tasks are read when the model exists."""
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Examine what the stages before have left, and the base."""
     section = recipe.evaluate
     assert section
-    finished = standing_on(recipe, "evaluate")
+    finished = base_of_stage(recipe, "evaluate")
     model = {"path": recipe.base}
     if finished != recipe.base:
         model = open_model_before(recipe, "evaluate").as_parent()

@@ -14,12 +14,12 @@ from tongwen.core import artifact, console
 from tongwen.hub import upload
 from tongwen.recipe.schema import Recipe
 from tongwen.workflows import model_formats
-from tongwen.workflows.pipeline import open_model_before, standing_on
+from tongwen.workflows.stage_inputs import base_of_stage, open_model_before
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     assert recipe.export
-    return {"export": recipe.export.model_dump(mode="json"), "from": Path(standing_on(recipe, "export")).name}
+    return {"export": recipe.export.model_dump(mode="json"), "from": Path(base_of_stage(recipe, "export")).name}
 
 
 def check_ahead(recipe: Recipe) -> None:

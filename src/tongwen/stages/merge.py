@@ -56,12 +56,16 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return {"merge": recipe.merge.model_dump(mode="json"), "base": recipe.base}
 
 
+def check_ahead(recipe: Recipe) -> None:
+    """The adapters do not exist yet."""
+
+
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Fold the adapters of the run's training stages into what they stand on."""
-    from tongwen.workflows.pipeline import standing_on
+    from tongwen.workflows.stage_inputs import base_of_stage
 
     assert recipe.merge
-    last = Path(standing_on(recipe, "merge"))
+    last = Path(base_of_stage(recipe, "merge"))
     trained = artifact.open_artifact(last, last.name)
     word = recipe.merge
     choice = MergeOptions(word.dtype, parity=word.parity, onto=word.onto, shard_gb=word.shard_gb)

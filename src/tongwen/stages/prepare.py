@@ -14,22 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import artifact, console
-from tongwen.core.errors import ArtifactError, DataError
 from tongwen.core.i18n import say
 from tongwen.data import prepare_steps
 from tongwen.data.datatrove_executor import run_tasks
 from tongwen.data.ledger import table_rows
 from tongwen.hub.download import local_copy
 from tongwen.recipe.schema import Prepare, Recipe
-
-# These decide where the work is done, not what comes out.
-_HOW = {"executor", "tasks", "executor_options"}
+from tongwen.workflows.prepared_data import prepare_settings
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """What decides this stage's result: a change of any of it asks for `--again`."""
-    assert recipe.prepare
-    return {"prepare": recipe.prepare.model_dump(mode="json", exclude=_HOW), "seed": recipe.seed}
+    return prepare_settings(recipe)
+
+
+def check_ahead(recipe: Recipe) -> None:
+    """Nothing is known before the files are read."""
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
@@ -84,46 +83,6 @@ def _start(folder: Path, parts: list[prepare_steps.InputPart], settings: dict[st
 def _state(file: Path) -> dict[str, Any]:
     found = file.stat()
     return {"bytes": found.st_size, "modified": found.st_mtime_ns, "sha256": artifact.hash_file(file)}
-
-
-def changed_files(recipe: Recipe, manifest: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(file, what it was, what it is) of the files here that would be read otherwise than they were, or were not at all. A file
-    that is gone was read, and what came of it is still there."""
-    assert recipe.prepare
-    known = manifest.get("files")
-    if known is None:
-        return []
-    changed: list[tuple[str, Any, Any]] = []
-    for part in prepare_steps.list_parts(recipe.prepare, _stay_here, lambda text: None, []):
-        file = part.file
-        was, now = known.get(str(file)), file.stat()
-        if was is None:
-            changed.append((str(file), None, f"{now.st_size} bytes"))
-        elif now.st_size != was["bytes"]:
-            changed.append((str(file), f"{was['bytes']} bytes", f"{now.st_size} bytes"))
-        elif now.st_mtime_ns != was["modified"] and (digest := artifact.hash_file(file)) != was["sha256"]:
-            changed.append((str(file), f"sha256 {was['sha256'][:12]}", f"sha256 {digest[:12]}"))
-    return changed
-
-
-def check_made(found: artifact.Artifact) -> None:
-    """Raise ArtifactError for a file that is not as this stage has left it: what the ledger says would not be true."""
-    with console.waiting(say("checking what prepare has left", "核对 prepare 的结果")):
-        for name, digest in found.manifest.get("made", {}).items():
-            file = found.path / name
-            if not file.is_file() or artifact.hash_file(file) != digest:
-                raise ArtifactError(
-                    say("this file is not as prepare has left it", "此文件与 prepare 写下的不同"),
-                    place=str(file),
-                    remedy=say(
-                        "change the sources instead, and tongwen run RECIPE --from prepare --again",
-                        "请改动数据源，然后 tongwen run RECIPE --from prepare --again",
-                    ),
-                )
-
-
-def _stay_here(path: str, tell: Any) -> str:
-    raise DataError(say("this lies on a hub", "它在 hub 上"), place=path)
 
 
 def _sources(section: Prepare) -> dict[str, Any]:

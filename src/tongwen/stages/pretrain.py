@@ -19,7 +19,7 @@ from tongwen.core.records import Document
 from tongwen.model.adapters import attach
 from tongwen.model.loading import chat_setup, load
 from tongwen.recipe.schema import Pretrain, Recipe
-from tongwen.workflows.pipeline import standing_on
+from tongwen.workflows.stage_inputs import base_of_stage
 from tongwen.workflows.tokenized_data import (
     DocumentEncoder,
     are_rows_untrained,
@@ -45,7 +45,7 @@ def check_ahead(recipe: Recipe) -> None:
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Encode the documents, and learn from them."""
-    section, base = recipe.pretrain, standing_on(recipe, "pretrain")
+    section, base = recipe.pretrain, base_of_stage(recipe, "pretrain")
     assert section
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
     console.header("pretrain", f"{base} · {' → '.join(stretch.train for stretch in section.stretches)}")

@@ -17,7 +17,7 @@ from tongwen.model.adapters import attach
 from tongwen.model.loading import chat_setup
 from tongwen.model.loading.fingerprint import fingerprint_text
 from tongwen.recipe.schema import Recipe, Sft
-from tongwen.workflows.pipeline import standing_on
+from tongwen.workflows.stage_inputs import base_of_stage
 from tongwen.workflows.tokenized_data import (
     DialogueEncoder,
     are_rows_untrained,
@@ -41,7 +41,7 @@ def check_ahead(recipe: Recipe) -> None:
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Encode the dialogues, and learn from them."""
-    section, base = recipe.sft, standing_on(recipe, "sft")
+    section, base = recipe.sft, base_of_stage(recipe, "sft")
     assert section
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
     console.header("sft", f"{base} · {section.adapter.method}")

@@ -34,6 +34,10 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return {"synthesize": recipe.synthesize.model_dump(mode="json", exclude=_HOW), "seed": recipe.seed}
 
 
+def check_ahead(recipe: Recipe) -> None:
+    """The endpoint answers when it is asked."""
+
+
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Ask, take what is good, write it down."""
     section = recipe.synthesize

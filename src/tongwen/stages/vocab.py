@@ -36,6 +36,10 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return {"vocab": recipe.vocab.model_dump(mode="json"), "seed": recipe.seed, "base": recipe.base}
 
 
+def check_ahead(recipe: Recipe) -> None:
+    """Its texts come from `prepare`."""
+
+
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Learn, measure, advise, write."""
     section = recipe.vocab

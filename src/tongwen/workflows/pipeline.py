@@ -1,34 +1,42 @@
-"""The river: a recipe's stages in their order, each once. What is finished is left alone, what changed is refused.
-
-A stage is a module in `tongwen.stages` with `settings(recipe)`, what decides its result, and `run(recipe, out)`; one with
-`check_ahead(recipe)` is asked before any runs.
-"""
+"""A recipe's stages in their order, each once. What is finished is left alone, what changed is refused."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
-import platform
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import psutil
+from typing import Any, Protocol
 
 from tongwen.core import artifact, console, distributed, resume
 from tongwen.core.errors import MachineError, RecipeError, TongwenError, first_line, is_disk_full
 from tongwen.core.i18n import say
 from tongwen.recipe.load import dump
-from tongwen.recipe.schema import STAGES, Prepare, Recipe
+from tongwen.recipe.schema import STAGES, Recipe
 from tongwen.train import trackers
+from tongwen.workflows.prepared_data import changed_files, check_prepared
+from tongwen.workflows.run_lock import is_locked, lock_folder
+from tongwen.workflows.stage_inputs import TRAINING, base_of_stage
 
-TRAINING = ("pretrain", "sft")  # stages that run on all devices
 PATIENCE_SECONDS = 300  # without sign of a first process
-LOCK = ".lock"  # held by the process that runs in a folder, whose number it says
-MODELS = ("vocab", "pretrain", "sft", "merge")  # stages that leave a model, each standing on the one before
+
+
+class Stage(Protocol):
+    """One stage of a recipe. Its module imports what is heavy inside `run`: a finished stage is only asked for its settings."""
+
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        """The settings that decide its result: when one of them changes, a finished stage has to be redone."""
+
+    def check_ahead(self, recipe: Recipe) -> None:
+        """Raise what would refuse this stage, before an earlier stage has taken hours."""
+
+    def run(self, recipe: Recipe, out: Path) -> artifact.Artifact:
+        """Do the work, and leave the finished folder `out`."""
+
+
+Stages = Mapping[str, Stage]
+"""All stages by their section's name (`tongwen.stages.base.STAGES`)."""
 
 
 class LaunchFailed(TongwenError):
@@ -42,6 +50,7 @@ class LaunchFailed(TongwenError):
 def run(
     recipe: Recipe,
     arguments: Sequence[str],
+    stages: Stages,
     *,
     only: str = "",
     start: str = "",
@@ -49,7 +58,9 @@ def run(
     again: bool = False,
     fork: bool = False,
 ) -> list[artifact.Artifact]:
-    """Run the chosen stages; returns their artifacts. arguments: recipe file and overrides, for launched processes.
+    """Run the chosen stages; returns their artifacts.
+
+    arguments: recipe file and overrides, for the processes that it launches.
 
     Raises RecipeError when a finished or interrupted stage was made with other settings, and for `again` and `fork` in several processes.
     """
@@ -77,32 +88,32 @@ def run(
             say(f"cannot be made: {error.strerror}", f"无法创建：{error.strerror}"), place=str(out)
         ) from None
     done: list[artifact.Artifact] = []
-    with _alone(out), distributed.listening(distributed.interrupt):
-        redo_from = _first_to_redo(recipe, chosen, out, explicit=bool(only or start)) if again else None
+    with lock_folder(out), distributed.listening(distributed.interrupt):
+        redo_from = _first_to_redo(recipe, chosen, out, stages, explicit=bool(only or start)) if again else None
         redone = STAGES[STAGES.index(redo_from) :] if redo_from else ()
         if not distributed.is_launched():
-            left = [name for name in chosen if name in redone or not _find_unchanged(recipe, name, out, fork)]
+            left = [name for name in chosen if name in redone or not _find_unchanged(recipe, name, out, stages, fork)]
             check_processes(recipe, left)
             _check_devices(recipe, left)
             if {*left} & {*TRAINING}:
                 trackers.check(recipe.track)
-            check_ahead(recipe, left)
+            check_ahead(recipe, left, stages)
         if distributed.is_first() and not distributed.is_ours():
             left = [name for name in chosen if name in redone or not artifact.find(out / name)]
             prepared = None if "prepare" in redone else artifact.find(out / "prepare")
             if prepared and {*left} & {*TRAINING}:
-                _stage("prepare").check_made(prepared)
+                check_prepared(prepared)
             (out / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
         for name in chosen:
             path = out / name
             if name in redone:
                 _put_aside(path)
-            elif (found := _find_unchanged(recipe, name, out, fork)) is not None:
+            elif (found := _find_unchanged(recipe, name, out, stages, fork)) is not None:
                 console.good(say(f"{name}: already done", f"{name}：已完成"))
                 done.append(found)
                 continue
             try:
-                done.append(_run_stage(recipe, name, path, arguments))
+                done.append(_run_stage(recipe, name, path, arguments, stages))
             except Exception as error:
                 if is_disk_full(error) and not isinstance(error, TongwenError):
                     raise _disk_full(path, error) from error
@@ -121,11 +132,10 @@ def _disk_full(path: Path, error: Exception) -> MachineError:
     )
 
 
-def check_ahead(recipe: Recipe, stages: Sequence[str]) -> None:
+def check_ahead(recipe: Recipe, names: Sequence[str], stages: Stages) -> None:
     """Raise what would refuse one of these stages only when its turn comes."""
-    for name in stages:
-        if check := getattr(_stage(name), "check_ahead", None):
-            check(recipe)
+    for name in names:
+        stages[name].check_ahead(recipe)
 
 
 def check_launcher(recipe: Recipe) -> None:
@@ -198,58 +208,21 @@ def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:
     return stages[first : last + 1]
 
 
-def standing_on(recipe: Recipe, stage: str, *, finished: bool = False) -> str:
-    """The model that a stage stands on: what the last stage before it left, else the recipe's base. finished: of the stages
-    that have run, for those who only look."""
-    before = [name for name in MODELS if name in recipe.stages and STAGES.index(name) < STAGES.index(stage)]
-    for name in reversed(before):
-        folder = Path(recipe.out) / name
-        if not finished or artifact.find(folder):
-            return str(folder)
-    return recipe.base
+def _settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """As a manifest keeps them."""
+    return dict(json.loads(json.dumps(stage.settings(recipe))))
 
 
-def open_model_before(recipe: Recipe, stage: str) -> artifact.Artifact:
-    """What a stage after all training stands on, finished. Raises ArtifactError when it is not."""
-    place = Path(standing_on(recipe, stage))
-    return artifact.open_artifact(place, "model" if recipe.merge else place.name)
-
-
-def inputs(recipe: Recipe) -> Prepare:
-    """What `prepare` reads, for those who only look: rows that `synthesize` has yet to make are left out, and said."""
-    assert recipe.prepare
-    made = Path(recipe.out) / "synthesize" / "dialogues.jsonl"
-    if recipe.synthesize is None or made.exists():
-        return recipe.prepare
-    console.notice(say("what synthesize is to make is not there yet", "synthesize 的数据尚未生成"))
-    there = [source for source in recipe.prepare.dialogues if Path(source.path) != made]
-    return recipe.prepare.model_copy(update={"dialogues": there})
-
-
-def prepared(recipe: Recipe) -> artifact.Artifact | None:
-    """What `prepare` has made of this recipe's data, if it would be the same today; for those who only look."""
-    found = artifact.find(Path(recipe.out) / "prepare")
-    return None if found is None or _changed(recipe, "prepare", found) else found
-
-
-def _settings(recipe: Recipe, name: str) -> dict[str, Any]:
-    return dict(json.loads(json.dumps(_stage(name).settings(recipe))))
-
-
-def _stage(name: str) -> Any:
-    return importlib.import_module(f"tongwen.stages.{name}")
-
-
-def _find_unchanged(recipe: Recipe, name: str, out: Path, fork: bool) -> artifact.Artifact | None:
+def _find_unchanged(recipe: Recipe, name: str, out: Path, stages: Stages, fork: bool) -> artifact.Artifact | None:
     """The finished stage, or None when it is still to be run. Raises RecipeError when what is there, finished or interrupted,
     was made with other settings."""
     found = artifact.find(out / name)
     if found is not None:
-        artifact.refuse_changed(str(out / name), _changed(recipe, name, found), resume.again())
+        artifact.refuse_changed(str(out / name), _changed(recipe, name, found, stages[name]), resume.again())
     elif name in TRAINING and not distributed.is_launched() and (prepared := artifact.find(out / "prepare")):
         resume.check(
             artifact.partial_of(out / name),
-            _settings(recipe, name),
+            _settings(recipe, stages[name]),
             prepared.fingerprint,
             fork=fork,
             takes_new_rates=getattr(recipe, name).shares != "deepspeed",
@@ -257,7 +230,7 @@ def _find_unchanged(recipe: Recipe, name: str, out: Path, fork: bool) -> artifac
     return found
 
 
-def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str]) -> artifact.Artifact:
+def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str], stages: Stages) -> artifact.Artifact:
     needs_group = name in TRAINING and (recipe.devices > 1 or getattr(recipe, name).shares)
     if needs_group and not distributed.is_launched():
         code = distributed.torchrun(recipe.devices, ["run", *arguments, "--only", name])
@@ -265,10 +238,9 @@ def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str]) 
             raise LaunchFailed(code)
         return artifact.open_artifact(path, name)
     if distributed.is_first():
-        result: artifact.Artifact = _stage(name).run(recipe, path)
-        return result
+        return stages[name].run(recipe, path)
     if name in TRAINING:
-        _stage(name).run(recipe, path)
+        stages[name].run(recipe, path)
     return _wait_for(path)
 
 
@@ -277,7 +249,7 @@ def _wait_for(path: Path) -> artifact.Artifact:
     When the first one fails, most launchers end them. Raises MachineError when nobody has held the lock for a while."""
     seen = time.monotonic()
     while (found := artifact.find(path)) is None:
-        if _is_held(path.parent):
+        if is_locked(path.parent):
             seen = time.monotonic()
         elif time.monotonic() - seen > PATIENCE_SECONDS:
             raise MachineError(
@@ -289,25 +261,14 @@ def _wait_for(path: Path) -> artifact.Artifact:
     return found
 
 
-def _is_held(out: Path) -> bool:
-    """Whether a process runs in a folder, as far as can be seen: of another machine, one that was killed counts as running."""
-    if os.name == "nt":
-        return True
-    try:
-        node = (out / LOCK).read_text(encoding="utf-8").split(",")[0]
-    except OSError:
-        return False
-    return bool(node) and (node != platform.node() or holder(out) is not None)
-
-
-def _changed(recipe: Recipe, name: str, found: artifact.Artifact) -> list[tuple[str, Any, Any]]:
+def _changed(recipe: Recipe, name: str, found: artifact.Artifact, stage: Stage) -> list[tuple[str, Any, Any]]:
     """Differing settings, files that have changed, and parents that have been made anew since."""
-    changed = resume.differences(found.manifest["settings"], _settings(recipe, name))
+    changed = resume.differences(found.manifest["settings"], _settings(recipe, stage))
     parents = [parent["fingerprint"] for parent in found.manifest["parents"].values() if "fingerprint" in parent]
-    below = artifact.find(Path(standing_on(recipe, name)))
+    below = artifact.find(Path(base_of_stage(recipe, name)))
     if below and below.fingerprint in parents:  # the same one, elsewhere
         changed = [one for one in changed if one[0] != "base"]
-    if changed_files := getattr(_stage(name), "changed_files", None):
+    if name == "prepare":
         changed += changed_files(recipe, found.manifest)
     for role, parent in found.manifest["parents"].items():
         now = artifact.find(Path(parent["path"])) if parent.get("kind") else None
@@ -316,12 +277,12 @@ def _changed(recipe: Recipe, name: str, found: artifact.Artifact) -> list[tuple[
     return changed
 
 
-def _first_to_redo(recipe: Recipe, chosen: list[str], out: Path, *, explicit: bool) -> str:
+def _first_to_redo(recipe: Recipe, chosen: list[str], out: Path, stages: Stages, *, explicit: bool) -> str:
     """Where `--again` begins: at the stage that was named, else at the first that changed, else at the first."""
     if not explicit:
         for name in chosen:
             found = artifact.find(out / name)
-            if found is None or _changed(recipe, name, found):
+            if found is None or _changed(recipe, name, found, stages[name]):
                 return name
     return chosen[0]
 
@@ -331,48 +292,3 @@ def _put_aside(path: Path) -> None:
         aside = artifact.put_aside(place)
         if aside:
             console.notice(say(f"{place.name} is kept as {aside.name}", f"{place.name} 保留为 {aside.name}"))
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """One run at a time in a folder: the first process of a run holds its lock, unless the command that started it does.
-    Raises MachineError, naming who holds it."""
-    if not distributed.is_first() or distributed.is_ours() or os.name == "nt":
-        yield
-        return
-    import fcntl
-
-    with (out / LOCK).open("a+", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            stream.seek(0)
-            owner = stream.read().strip()
-            raise MachineError(
-                say(
-                    f"another tongwen is running in this folder: {owner}, or what it has launched",
-                    f"另一个 tongwen 正在此文件夹中运行：{owner}，或由它启动的进程",
-                ),
-                place=str(out),
-                remedy=say("wait for it, or choose another `out`", "请等待，或换一个 `out`"),
-            ) from None
-        os.set_inheritable(stream.fileno(), True)  # processes that it launches may still be saving when it is killed
-        stream.truncate(0)
-        stream.write(f"{platform.node()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        stream.flush()
-        try:
-            yield
-        finally:
-            stream.truncate(0)
-
-
-def holder(out: Path) -> int | None:
-    """The process of this machine that runs in a folder. The number that a killed one left there counts for nothing."""
-    try:
-        lock = out / LOCK
-        node, number, *_ = lock.read_text(encoding="utf-8").split(", ")
-        process = psutil.Process(int(number.removeprefix("process ")))
-        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= lock.stat().st_mtime + 1.0
-        return process.pid if alive and node == platform.node() else None
-    except (OSError, ValueError, psutil.Error):
-        return None

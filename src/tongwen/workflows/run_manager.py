@@ -24,7 +24,8 @@ from tongwen.core.errors import MachineError, TongwenError
 from tongwen.core.i18n import language, say
 from tongwen.recipe.load import load_recipe
 from tongwen.train.metrics import read_metrics
-from tongwen.workflows.pipeline import TRAINING, holder
+from tongwen.workflows.run_lock import lock_holder
+from tongwen.workflows.stage_inputs import TRAINING
 
 LOG = "run.log"
 TAIL = 16_000  # bytes of it that are shown
@@ -36,7 +37,7 @@ def start(arguments: Sequence[str], out: Path) -> None:
 
     Raises MachineError when one runs there already, or when it ends before it has begun, with what it said.
     """
-    if holder(out):
+    if lock_holder(out):
         raise MachineError(say("this run is running", "该训练正在运行"), place=str(out))
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOG).open("ab") as log:
@@ -50,7 +51,7 @@ def start(arguments: Sequence[str], out: Path) -> None:
             env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "100", "TONGWEN_LANG": language()},
         )
     ends = time.monotonic() + WAIT_SECONDS
-    while holder(out) != process.pid and process.poll() is None and time.monotonic() < ends:
+    while lock_holder(out) != process.pid and process.poll() is None and time.monotonic() < ends:
         time.sleep(0.05)
     if process.poll():
         said = (out / LOG).read_bytes()[begun:].decode("utf-8", "replace").strip()
@@ -59,7 +60,7 @@ def start(arguments: Sequence[str], out: Path) -> None:
 
 def stop(out: Path) -> None:
     """Ask a run to end; one that trains saves first. Raises MachineError when none runs there."""
-    running = holder(out)
+    running = lock_holder(out)
     if not running:
         raise MachineError(say("nothing runs here", "此处没有正在运行的训练"), place=str(out))
     with suppress(psutil.Error):
@@ -89,7 +90,7 @@ def compare(outs: Sequence[Path]) -> str:
 
 def facts(out: Path) -> list[tuple[str, str]]:
     """(value, label): how it stands, and the last figures of what trains."""
-    running = holder(out)
+    running = lock_holder(out)
     rows = [(_state(out, running), say("state", "状态"))]
     stage, lines = next(reversed([*_metrics(out)]), ("", []))
     if lines:

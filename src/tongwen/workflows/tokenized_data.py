@@ -37,7 +37,8 @@ from tongwen.hub.download import local_copy
 from tongwen.model.loading import chat_setup, load
 from tongwen.model.loading.fingerprint import fingerprint_text, fingerprint_tokenizer
 from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
-from tongwen.workflows.pipeline import inputs, prepared
+from tongwen.workflows.prepared_data import find_prepared
+from tongwen.workflows.stage_inputs import inputs
 
 ROUND_TRIP = "round_trip.json"  # beside the tokens that it is about
 NEW_ROWS = "new_rows.json"  # beside a model whose vocabulary was extended
@@ -251,7 +252,7 @@ def look_ahead(recipe: Recipe, reader: RecordEncoder) -> TokenizedData:
     """The recipe's records of the reader's kind, encoded in memory: what `prepare` has kept of them, or else read and cleaned
     here. What is held out is left out, as far as it is known before the rows are compared."""
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
-    if made := prepared(recipe):
+    if made := find_prepared(recipe):
         rows = load_records(made.path / f"{reader.kind}.jsonl")
         sources, files = _sources_of(made, reader.kind)
     else:

@@ -24,7 +24,7 @@ from tests.conftest import byte_level_tokenizer, dialogues, tiny_llama, write_re
 from tests.serving.web.page_server import TOKEN, Parrot, serving, talk
 from tongwen.commands.web import make_backend
 from tongwen.workflows import run_manager
-from tongwen.workflows.pipeline import holder
+from tongwen.workflows.run_lock import lock_holder
 from tongwen.workflows.workspace import Workspace
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or ""
@@ -226,12 +226,12 @@ def test_a_run_is_started_watched_stopped_and_taken_up(page: Any, folder: Path) 
     page.wait_for_selector("#question textarea")
     tab(page, 3)
     page.wait_for_selector("#picture polyline")
-    if holder(out):
+    if lock_holder(out):
         page.locator("#stop:not([disabled])").click()
-        wait_for(lambda: not holder(out))
+        wait_for(lambda: not lock_holder(out))
         page.locator("#resume:not([disabled])").click()
-        wait_for(lambda: holder(out) or run_manager.facts(out)[0][0] == "finished")
-    wait_for(lambda: not holder(out))
+        wait_for(lambda: lock_holder(out) or run_manager.facts(out)[0][0] == "finished")
+    wait_for(lambda: not lock_holder(out))
     assert run_manager.facts(out)[0][0] == "finished", run_manager.log(out)
     link = page.locator("#picture a[href^='/report']").first
     report = f"{page.url.split('/zh')[0].split('/en')[0]}{link.get_attribute('href')}"

@@ -51,7 +51,7 @@ from tongwen.train.parallel import Engine, agreed, choose, gather, in_fp32, resh
 from tongwen.train.report import held_out_table, say_result, write_report
 from tongwen.train.trainer import TrainerJob, fit, unreached_rate
 from tongwen.train.try_batch import fits
-from tongwen.workflows.pipeline import standing_on
+from tongwen.workflows.stage_inputs import base_of_stage
 from tongwen.workflows.tokenized_data import RecordEncoder, TokenizedData, say_ledger
 
 SAMPLES = "samples.jsonl"
@@ -99,7 +99,7 @@ class TrainingJob:
 
     @property
     def base(self) -> str:
-        return standing_on(self.recipe, self.stage)
+        return base_of_stage(self.recipe, self.stage)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class TrainingJob:
 def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
     """What decides a training stage's result."""
     section: Training = getattr(recipe, stage)
-    return {stage: section.deciding(), "seed": recipe.seed, "base": standing_on(recipe, stage)}
+    return {stage: section.deciding(), "seed": recipe.seed, "base": base_of_stage(recipe, stage)}
 
 
 @dataclass(frozen=True)

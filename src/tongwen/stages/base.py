@@ -1,0 +1,17 @@
+"""The stages of a recipe. A module of this package is one stage: `settings`, `check_ahead` and `run`."""
+
+from __future__ import annotations
+
+from tongwen.stages import evaluate, export, merge, prepare, pretrain, sft, synthesize, vocab
+from tongwen.workflows.pipeline import Stages
+
+STAGES: Stages = {
+    "synthesize": synthesize,
+    "prepare": prepare,
+    "vocab": vocab,
+    "pretrain": pretrain,
+    "sft": sft,
+    "merge": merge,
+    "evaluate": evaluate,
+    "export": export,
+}

@@ -1,0 +1,74 @@
+"""One run at a time in a folder: the lock that the first process of a run holds, and who holds it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tongwen.core import distributed
+from tongwen.core.errors import MachineError
+from tongwen.core.i18n import say
+
+LOCK = ".lock"  # held by the process that runs in a folder, whose number it says
+
+
+@contextmanager
+def lock_folder(out: Path) -> Iterator[None]:
+    """One run at a time in a folder: the first process of a run holds its lock, unless the command that started it does.
+    Raises MachineError, naming who holds it."""
+    if not distributed.is_first() or distributed.is_ours() or os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    with (out / LOCK).open("a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stream.seek(0)
+            owner = stream.read().strip()
+            raise MachineError(
+                say(
+                    f"another tongwen is running in this folder: {owner}, or what it has launched",
+                    f"另一个 tongwen 正在此文件夹中运行：{owner}，或由它启动的进程",
+                ),
+                place=str(out),
+                remedy=say("wait for it, or choose another `out`", "请等待，或换一个 `out`"),
+            ) from None
+        os.set_inheritable(stream.fileno(), True)  # processes that it launches may still be saving when it is killed
+        stream.truncate(0)
+        stream.write(f"{platform.node()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        stream.flush()
+        try:
+            yield
+        finally:
+            stream.truncate(0)
+
+
+def lock_holder(out: Path) -> int | None:
+    """The process of this machine that runs in a folder. The number that a killed one left there counts for nothing."""
+    try:
+        lock = out / LOCK
+        node, number, *_ = lock.read_text(encoding="utf-8").split(", ")
+        process = psutil.Process(int(number.removeprefix("process ")))
+        alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= lock.stat().st_mtime + 1.0
+        return process.pid if alive and node == platform.node() else None
+    except (OSError, ValueError, psutil.Error):
+        return None
+
+
+def is_locked(out: Path) -> bool:
+    """Whether a process runs in a folder, as far as can be seen: of another machine, one that was killed counts as running."""
+    if os.name == "nt":
+        return True
+    try:
+        node = (out / LOCK).read_text(encoding="utf-8").split(",")[0]
+    except OSError:
+        return False
+    return bool(node) and (node != platform.node() or lock_holder(out) is not None)

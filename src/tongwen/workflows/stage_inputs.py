@@ -1,0 +1,40 @@
+"""What a stage of a recipe starts from: the base, the model that an earlier stage left, the data that exist so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tongwen.core import artifact, console
+from tongwen.core.i18n import say
+from tongwen.recipe.schema import STAGES, Prepare, Recipe
+
+TRAINING = ("pretrain", "sft")  # stages that run on all devices
+MODELS = ("vocab", "pretrain", "sft", "merge")  # stages that leave a model, each based on the one before
+
+
+def base_of_stage(recipe: Recipe, stage: str, *, finished: bool = False) -> str:
+    """The model that a stage stands on: what the last stage before it left, else the recipe's base. finished: of the stages
+    that have run, for those who only look."""
+    before = [name for name in MODELS if name in recipe.stages and STAGES.index(name) < STAGES.index(stage)]
+    for name in reversed(before):
+        folder = Path(recipe.out) / name
+        if not finished or artifact.find(folder):
+            return str(folder)
+    return recipe.base
+
+
+def open_model_before(recipe: Recipe, stage: str) -> artifact.Artifact:
+    """What a stage after all training stands on, finished. Raises ArtifactError when it is not."""
+    place = Path(base_of_stage(recipe, stage))
+    return artifact.open_artifact(place, "model" if recipe.merge else place.name)
+
+
+def inputs(recipe: Recipe) -> Prepare:
+    """What `prepare` reads, for those who only look: rows that `synthesize` has yet to make are left out, and said."""
+    assert recipe.prepare
+    made = Path(recipe.out) / "synthesize" / "dialogues.jsonl"
+    if recipe.synthesize is None or made.exists():
+        return recipe.prepare
+    console.notice(say("what synthesize is to make is not there yet", "synthesize 的数据尚未生成"))
+    there = [source for source in recipe.prepare.dialogues if Path(source.path) != made]
+    return recipe.prepare.model_copy(update={"dialogues": there})
