@@ -275,8 +275,10 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
     from tongwen.train.metrics import MetricsCallback
     from tongwen.train.packing import make_plan
     from tongwen.train.parallel import Engine
-    from tongwen.train.trainer import TrainerJob, fit
-    from tongwen.workflows.training import job
+    from tongwen.train.phase import Phase
+    from tongwen.train.trainer import PhaseRun, train_phase
+    from tongwen.workflows.training.model import set_memory_savers
+    from tongwen.workflows.training.types import PreparedModel
 
     class Timed(MetricsCallback):
         def on_step_end(self, *arguments: Any, **rest: Any) -> None:
@@ -296,7 +298,7 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
     adapted = adapt(model, words.adapter, [])
     for part in adapted.learners:
         part.data = part.data.float()
-    store, stretch = samples.store(), words.stretches[0]
+    store = samples.store()
     plan = make_plan(
         store.lengths,
         lambda epoch: list(range(len(store))),
@@ -304,30 +306,30 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
         stop_after=words.stop_after,
         budget=token_budget(device(), model.config, own_memory(device()), full=case.method == "full"),
     )
-    pupil = job.PreparedModel(adapted, (), True, None, device(), torch.bfloat16, Engine("single"))
-    leg = job.Phase(stretch, plan, folder, 0, 0)
-    adapted.focus(stretch.parts)
+    prepared = PreparedModel(adapted, (), True, None, device(), torch.bfloat16, Engine("single"))
+    phase = Phase(*words.stretches[0], plan, folder)
+    adapted.focus(phase.parts)
     if case.contestant.endswith("compiled"):
         checkpointing.compile_layers(model)
     else:
         fuse_blocks(model)
-    job.make_ready(pupil, leg, store)
-    fit(
-        TrainerJob(
+    set_memory_savers(prepared, phase, store)
+    train_phase(
+        PhaseRun(
+            phase=phase,
             model=adapted.model,
             tokenizer=None,
             store=store,
-            plan=plan,
             packed=True,
-            stretch=stretch,
             dtype=torch.bfloat16,
             seed=0,
-            checkpoints=folder,
-            resume=None,
+            checkpoint=None,
             loss=learned_loss,
             evaluate=None,
-            watch=Timed(folder / "metrics.jsonl", plan.tokens_of(store.lengths), steps, SimpleNamespace(update=print)),  # type: ignore[arg-type]
-            engine=pupil.engine,
+            metrics=Timed(
+                folder / "metrics.jsonl", plan.tokens_of(store.lengths), phase, SimpleNamespace(update=print)
+            ),  # type: ignore[arg-type]
+            engine=prepared.engine,
         )
     )
     recomputes = any(getattr(one, "gradient_checkpointing", False) for one in model.modules())

@@ -235,7 +235,7 @@ def peak(name: str, method: str, length: int) -> int:
     from transformers import LlamaConfig, Qwen3Config
 
     from tongwen.recipe.schema import AdapterConfig
-    from tongwen.workflows.memory_estimate import MicroBatch, TrainingSetup, estimate_memory
+    from tongwen.workflows.training.memory_estimate import MicroBatch, TrainingSetup, estimate_memory
 
     family, hidden, intermediate, layers, heads, tied = MODELS[name]
     config = (Qwen3Config if family is QWEN3 else LlamaConfig)(

@@ -248,8 +248,8 @@ def test_out_of_memory_names_the_cures_in_order(
         assert ("activation_checkpointing" in err) == (not told)
         changes = err.split("before: ")[1].split(";")[0].split()
         assert tongwen("check", recipe, *told, *changes)[0] == 0
-    monkeypatch.setattr("tongwen.workflows.training.job.device_memory", lambda device: 1)
-    monkeypatch.setattr("tongwen.workflows.training.job._fits", lambda *_: False)
+    monkeypatch.setattr("tongwen.workflows.training.model.device_memory", lambda device: 1)
+    monkeypatch.setattr("tongwen.workflows.training.model._fits", lambda *_: False)
     assert "activation_checkpointing" not in tongwen("run", recipe)[2], "auto has already taken to it"
 
 

@@ -25,8 +25,8 @@ from tongwen.train.memory import ModelShape, Sharing, token_budget
 from tongwen.train.memory_trace import ROWS, LiveTensors
 from tongwen.train.packing import pack
 from tongwen.train.parallel import sharing_of
-from tongwen.workflows import memory_estimate
-from tongwen.workflows.memory_estimate import MicroBatch, TrainingSetup, estimate_memory
+from tongwen.workflows.training import memory_estimate
+from tongwen.workflows.training.memory_estimate import MicroBatch, TrainingSetup, estimate_memory
 
 LENGTHS = (40, 24)
 

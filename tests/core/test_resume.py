@@ -22,8 +22,8 @@ from tongwen.core.resume import RUN
 from tongwen.recipe.load import load_recipe
 from tongwen.stages import sft
 from tongwen.workflows import pipeline
-from tongwen.workflows.training import job
-from tongwen.workflows.training.job import settings_of
+from tongwen.workflows.training.phases import evaluations_of
+from tongwen.workflows.training.types import settings_of
 
 SFT = ", save_every: 2, stop_after: 8 steps"
 
@@ -239,9 +239,9 @@ def test_words_that_decide_nothing_are_no_settings(chat_model: Path, tmp_path: P
 
 def test_evaluations_of_other_data_count_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.json").write_text(json.dumps({"identity": {resume.DATA: "a"}, "evaluations": [[0, 1.5]]}))
-    assert job._evaluations(tmp_path, {"identity": {resume.DATA: "a"}}) == [[0, 1.5]]
-    assert job._evaluations(tmp_path, {"identity": {resume.DATA: "b"}}) == []
-    assert job._evaluations(None, {"identity": {resume.DATA: "b"}}) == []
+    assert evaluations_of(tmp_path, {"identity": {resume.DATA: "a"}}) == [[0, 1.5]]
+    assert evaluations_of(tmp_path, {"identity": {resume.DATA: "b"}}) == []
+    assert evaluations_of(None, {"identity": {resume.DATA: "b"}}) == []
 
 
 def test_a_finished_run_may_lie_elsewhere(tmp_path: Path, chat_model: Path, tongwen: Any) -> None:

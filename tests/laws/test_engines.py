@@ -25,6 +25,7 @@ from tongwen.core.model_families import FAMILIES
 from tongwen.train.parallel import Engine
 from tongwen.train.trainer import PlannedTrainer
 from tongwen.workflows.training import job
+from tongwen.workflows.training import model as training_model
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -142,7 +143,7 @@ def first_step(folder: Path) -> tuple[float, torch.Tensor]:
 def pad_everything(rank: int) -> None:
     """As for a family whose documents cannot be packed."""
     llama = replace(FAMILIES["llama"], padded=("a test", "测试"))
-    job.family_of = lambda model_type: llama  # type: ignore[assignment]
+    training_model.family_of = lambda model_type: llama  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

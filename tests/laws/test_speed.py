@@ -25,7 +25,7 @@ from tongwen.train.memory import CUDA_CONTEXT, device_memory
 from tongwen.train.metrics import peak_memory_bytes
 from tongwen.train.packing import pack
 from tongwen.train.try_batch import fits
-from tongwen.workflows.training import job
+from tongwen.workflows.training import model as training_model
 
 
 def batch_of(count: int) -> dict[str, Any]:
@@ -124,14 +124,14 @@ def test_processes_that_share_weights_answer_alike(
 ) -> None:
     """Nothing that differs among them is asked: not what is free, not how the model was cut up."""
     model = packed_model(chat_model)
-    pupil, words = SimpleNamespace(model=model, device="cuda", dtype=torch.bfloat16), Sft(engine=engine)
+    prepared, config = SimpleNamespace(model=model, device="cuda", dtype=torch.bfloat16), Sft(engine=engine)
     size = sum(part.numel() * part.element_size() for part in model.parameters())
     answers = {}
     for whole in (CUDA_CONTEXT, CUDA_CONTEXT + size, 2 * CUDA_CONTEXT + 3 * size + 2**31):
         for free in (0, whole):
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free, whole=whole: (free, whole))
-            leg = SimpleNamespace(stretch=SimpleNamespace(words=words), plan=SimpleNamespace(budget=64))
-            fits = job._fits(pupil, leg, random_store(6), device_memory("cuda"))  # type: ignore[arg-type]
+            phase = SimpleNamespace(config=config, plan=SimpleNamespace(budget=64))
+            fits = training_model._fits(prepared, phase, random_store(6), device_memory("cuda"))  # type: ignore[arg-type]
             answers.setdefault(whole, set()).add(fits)
     assert list(answers.values()) == [{False}, {False}, {True}]
 
@@ -165,12 +165,12 @@ def test_activations_are_recomputed_where_a_gpu_has_no_room(
         return fitting
 
     told = list[str]()
-    monkeypatch.setattr(job, "fits", look)
-    monkeypatch.setattr(job.console, "notice", told.append)
-    words = SimpleNamespace(activation_checkpointing=word, shares="", optimizer="adamw_8bit")
+    monkeypatch.setattr(training_model, "fits", look)
+    monkeypatch.setattr(training_model.console, "notice", told.append)
+    config = SimpleNamespace(activation_checkpointing=word, shares="", optimizer="adamw_8bit")
     plan = SimpleNamespace(flat=lambda: [(0,), (1, 2, 3), ()], accumulate=3)
-    pupil = SimpleNamespace(model=model, device="cuda", packed=True, computing=nullcontext)
-    job._set_checkpointing(pupil, SimpleNamespace(stretch=SimpleNamespace(words=words), plan=plan), store)  # type: ignore[arg-type]
+    prepared = SimpleNamespace(model=model, device="cuda", packed=True, computing=nullcontext)
+    training_model._set_checkpointing(prepared, SimpleNamespace(config=config, plan=plan), store)  # type: ignore[arg-type]
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     assert bool(layers) == recomputed
     assert bool(told) == (word == "auto" and not fitting)

@@ -18,7 +18,7 @@ from tests.laws.test_run import manifest
 from tongwen.cli.main import main
 from tongwen.model.loading.fingerprint import fingerprint_chain, fingerprint_model
 from tongwen.model.loading.load import ModelRef
-from tongwen.train.trainer import TrainerJob, fit
+from tongwen.train.trainer import PhaseRun, train_phase
 
 NEW = [300, 301, 470, 471]
 EMBEDDING = "model.embed_tokens.weight"
@@ -373,8 +373,10 @@ def test_two_processes_killed_on_the_way_take_the_phases_of_one(
 def test_a_source_says_its_language_and_its_share(
     chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = list[TrainerJob]()
-    monkeypatch.setattr("tongwen.workflows.training.job.fit", lambda job: (jobs.append(job), fit(job))[1])
+    jobs = list[PhaseRun]()
+    monkeypatch.setattr(
+        "tongwen.workflows.training.job.train_phase", lambda job: (jobs.append(job), train_phase(job))[1]
+    )
     write_rows(tmp_path / "more.jsonl", [{"text": f"hello world, how are you today? {number}"} for number in range(60)])
     recipe = write_recipe(tmp_path, chat_model, "stop_after: 1 epoch")
     text = recipe.read_text().replace(
@@ -388,7 +390,7 @@ def test_a_source_says_its_language_and_its_share(
     lines = metrics(tmp_path / "out" / "pretrain")
     assert lines[-1]["epoch"] == 1.0
     english, (job,) = 0, jobs
-    for sample in (sample for micro in job.plan.flat() for sample in micro):
+    for sample in (sample for micro in job.phase.plan.flat() for sample in micro):
         english += int(job.store.lengths[sample]) * job.store.origin(sample).file.endswith("more.jsonl")
     assert 0.15 < english / lines[-1]["tokens"] < 0.25
 

@@ -23,8 +23,7 @@ from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
 from tongwen.train.memory import SHARED, STREAMED, flops_per_token, own_memory, token_budget
 from tongwen.train.packing import BatchPlan, make_plan
 from tongwen.train.parallel import sharing_of
-from tongwen.workflows import memory_estimate, tokenizer_files
-from tongwen.workflows.memory_estimate import MemoryEstimate, MicroBatch, TrainingSetup, estimate_memory
+from tongwen.workflows import tokenizer_files
 from tongwen.workflows.pipeline import Stages, check_ahead
 from tongwen.workflows.stage_inputs import base_of_stage
 from tongwen.workflows.tokenized_data import (
@@ -35,6 +34,8 @@ from tongwen.workflows.tokenized_data import (
     read_dialogues,
     read_documents,
 )
+from tongwen.workflows.training import memory_estimate
+from tongwen.workflows.training.memory_estimate import MemoryEstimate, MicroBatch, TrainingSetup, estimate_memory
 
 PURPOSES = {  # of memory, in Chinese
     "libraries": "程序库",

@@ -1,7 +1,7 @@
 """pretrain: prepared documents and a base in; the same model that has read them out, as an adapter or whole.
 
-The documents are encoded as the recipe arranges them, with every token accounted for. What follows is the course that
-every training stage takes, in as many phases as the recipe has; on the way each language's held-out text is scored, so
+The documents are encoded as the recipe arranges them, with every token accounted for. What follows is the training
+job of every such stage, in as many phases as the recipe has; on the way each language's held-out text is scored, so
 that what is forgotten is seen.
 """
 
@@ -27,7 +27,8 @@ from tongwen.workflows.tokenized_data import (
     new_rows_of,
     read_documents,
 )
-from tongwen.workflows.training.job import SamplePrompt, TrainingJob, settings_of, train_stage
+from tongwen.workflows.training.job import train_stage
+from tongwen.workflows.training.types import SamplePrompt, TrainingJob, settings_of
 
 OPENING = 24  # characters of a held-out document that the model is to continue, for the report
 
@@ -48,29 +49,29 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     section, base = recipe.pretrain, base_of_stage(recipe, "pretrain")
     assert section
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
-    console.header("pretrain", f"{base} · {' → '.join(stretch.train for stretch in section.stretches)}")
+    console.header("pretrain", f"{base} · {' → '.join(phase.train for phase in section.stretches)}")
     _check_new_rows(base, section)
     _check_learns_text(base)
-    reader = read_documents(base, section)
-    _warn_of_instruct(base, reader.tokenizer)
-    lesson = encode_prepared(prepared, reader, recipe.seed, out.parent / "tokens" / "pretrain")
-    trains_rows = any("new_rows" in stretch.parts for stretch in section.stretches)
-    course = TrainingJob(
+    records = read_documents(base, section)
+    _warn_of_instruct(base, records.tokenizer)
+    data = encode_prepared(prepared, records, recipe.seed, out.parent / "tokens" / "pretrain")
+    trains_rows = any("new_rows" in phase.parts for phase in section.stretches)
+    job = TrainingJob(
         recipe=recipe,
         stage="pretrain",
         prepared=prepared,
-        reader=reader,
-        lesson=lesson,
-        questions=_beginnings(lesson.held_out, reader, section.samples),
+        records=records,
+        data=data,
+        prompts=_beginnings(data.held_out, records, section.samples),
         new_rows=new_rows_of(base) if trains_rows else (),
-        end=reader.end,
+        end=records.end,
     )
-    return train_stage(course, out)
+    return train_stage(job, out)
 
 
 def _check_new_rows(base: str, section: Pretrain) -> None:
     """Raise RecipeError when the base has rows that no phase would train: their pieces would never be learned."""
-    trained = {part for stretch in section.stretches for part in stretch.parts}
+    trained = {part for phase in section.stretches for part in phase.parts}
     if are_rows_untrained(base) and not trained & {"new_rows", "embeddings", "full"}:
         raise RecipeError(
             say(
@@ -112,7 +113,7 @@ def _warn_of_instruct(base: str, tokenizer: Any) -> None:
         )
 
 
-def _beginnings(held_out: list[Document], reader: DocumentEncoder, count: int) -> list[SamplePrompt]:
+def _beginnings(held_out: list[Document], records: DocumentEncoder, count: int) -> list[SamplePrompt]:
     """The first held-out documents that are long enough: how they begin, and how they go on."""
     long = [one.text for one in held_out if len(one.text) > 2 * OPENING]
     return [SamplePrompt(text[:OPENING], text[:OPENING], text[OPENING : 4 * OPENING]) for text in long[:count]]

@@ -1,7 +1,7 @@
 """sft: prepared dialogues and a base in; an adapter (or a whole model) that learned from them out.
 
-The dialogues are rendered by the template and encoded, with every row accounted for. What follows is the course that
-every training stage takes.
+The dialogues are rendered by the template and encoded, with every row accounted for. What follows is the training
+job of every such stage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from tongwen.workflows.tokenized_data import (
     new_rows_of,
     read_dialogues,
 )
-from tongwen.workflows.training.job import SamplePrompt, TrainingJob, settings_of, train_stage
+from tongwen.workflows.training.job import train_stage
+from tongwen.workflows.training.types import SamplePrompt, TrainingJob, settings_of
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -45,32 +46,32 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     assert section
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
     console.header("sft", f"{base} · {section.adapter.method}")
-    reader = read_dialogues(base, section)
-    lesson = encode_prepared(prepared, reader, recipe.seed, out.parent / "tokens" / "sft")
-    course = TrainingJob(
+    records = read_dialogues(base, section)
+    data = encode_prepared(prepared, records, recipe.seed, out.parent / "tokens" / "sft")
+    job = TrainingJob(
         recipe=recipe,
         stage="sft",
         prepared=prepared,
-        reader=reader,
-        lesson=lesson,
-        questions=_questions(lesson.held_out, reader, section.samples),
-        rows=lambda model: sorted({*_control_rows(model, reader, section), *_new_pieces(base, section)}),
+        records=records,
+        data=data,
+        prompts=_prompts(data.held_out, records, section.samples),
+        find_rows=lambda model: sorted({*_control_rows(model, records, section), *_new_pieces(base, section)}),
         new_rows=new_rows_of(base) if section.adapter.method == "new_rows" else (),
-        template=reader.template,
-        parents={"template": {"name": section.template, "fingerprint": fingerprint_text(reader.template.source)}},
+        template=records.template,
+        parents={"template": {"name": section.template, "fingerprint": fingerprint_text(records.template.source)}},
         facts={"template_name": section.template},
     )
-    return train_stage(course, out)
+    return train_stage(job, out)
 
 
-def _control_rows(model: Any, reader: DialogueEncoder, section: Sft) -> list[int]:
+def _control_rows(model: Any, records: DialogueEncoder, section: Sft) -> list[int]:
     """Rows of control tokens that the template writes and the base never saw; under an adapter they would stay so."""
     if section.adapter.method == "full":
         return []
-    rows = attach.find_untrained_rows(model, chat_setup.control_ids(reader.tokenizer, reader.template))
+    rows = attach.find_untrained_rows(model, chat_setup.control_ids(records.tokenizer, records.template))
     if not rows:
         return []
-    names = ", ".join(reader.tokenizer.convert_ids_to_tokens(rows))
+    names = ", ".join(records.tokenizer.convert_ids_to_tokens(rows))
     if not section.train_new_control_tokens:
         raise ModelError(
             say(
@@ -102,7 +103,7 @@ def _new_pieces(base: str, section: Sft) -> list[int]:
     return new_rows_of(base)
 
 
-def _questions(held_out: list[Dialogue], reader: DialogueEncoder, count: int) -> list[SamplePrompt]:
+def _prompts(held_out: list[Dialogue], records: DialogueEncoder, count: int) -> list[SamplePrompt]:
     """The held-out dialogues that are answered before and after: the first with a plain question at the end."""
     asked = [
         one
@@ -112,7 +113,7 @@ def _questions(held_out: list[Dialogue], reader: DialogueEncoder, count: int) ->
     return [
         SamplePrompt(
             one.messages[-2].content,
-            reader.template.prompt(one.messages[:-1], one.tools),
+            records.template.prompt(one.messages[:-1], one.tools),
             one.messages[-1].content,
         )
         for one in asked[:count]

@@ -17,6 +17,7 @@ from tongwen.core.distributed import is_first
 from tongwen.core.errors import NumbersError
 from tongwen.core.i18n import say
 from tongwen.recipe.schema import Forgetting
+from tongwen.train.phase import Phase
 
 FLAT_AFTER = 100  # steps after which a loss should have fallen
 
@@ -24,24 +25,15 @@ FLAT_AFTER = 100  # steps after which a loss should have fallen
 class MetricsCallback(TrainerCallback):
     """Writes metrics.jsonl and moves the bar.
 
-    tokens:       cumulative tokens after each step of the whole stage, known from the plans
-    before_steps: steps of the phases before this one; before_epochs: and their epochs
-    to_beat:      bits per byte of what was held out, before any of its steps
+    tokens:  cumulative tokens after each step of the whole stage, known from the plans
+    to_beat: bits per byte of what was held out, before any of the phase's steps
     """
 
-    def __init__(
-        self,
-        file: Path,
-        tokens: list[int],
-        steps_per_epoch: int,
-        bar: Bar,
-        before_steps: int = 0,
-        before_epochs: float = 0.0,
-        to_beat: float = math.inf,
-    ) -> None:
-        self.file, self.tokens, self.steps_per_epoch, self.bar = file, tokens, steps_per_epoch, bar
-        self.before_steps, self.before_epochs, self.to_beat = before_steps, before_epochs, to_beat
-        self.started, self.first, self.before = time.monotonic(), before_steps, 0.0
+    def __init__(self, file: Path, tokens: list[int], phase: Phase, bar: Bar, to_beat: float = math.inf) -> None:
+        self.file, self.tokens, self.bar, self.to_beat = file, tokens, bar, to_beat
+        self.before_steps, self.before_epochs = phase.steps_before, phase.epochs_before
+        self.steps_per_epoch = phase.plan.steps_per_epoch
+        self.started, self.first, self.before = time.monotonic(), phase.steps_before, 0.0
         self.scores: dict[str, float] = {}
         self.history: list[tuple[int, float]] = []
         self.losses: list[float] = []

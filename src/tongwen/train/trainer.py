@@ -27,7 +27,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from tongwen.core import artifact, console, distributed
 from tongwen.core.errors import ArtifactError, Interrupted, MissingPackage, NumbersError, RecipeError, first_line
 from tongwen.core.i18n import say
-from tongwen.recipe.schema import Training, TrainingPhase
+from tongwen.recipe.schema import Training
 from tongwen.train.audit import FirstStepsAudit, first_not_finite
 from tongwen.train.checkpoints import (
     STAGING,
@@ -43,8 +43,9 @@ from tongwen.train.memory import keep_freed_memory
 from tongwen.train.metrics import MetricsCallback
 from tongwen.train.nan_guard import NanGuard
 from tongwen.train.neftune import Neftune
-from tongwen.train.packing import BatchPlan, MicroBatches
+from tongwen.train.packing import MicroBatches
 from tongwen.train.parallel import FSDP_FILE, Engine, gather, scatter
+from tongwen.train.phase import Phase
 from tongwen.train.shutdown import ShutdownRequest
 from tongwen.train.trackers import TrackerCallback, TrackerRun
 
@@ -73,49 +74,49 @@ class RankAllocator(Protocol):
 
 
 @dataclass
-class TrainerJob:
-    """Everything that a run needs.
+class PhaseRun:
+    """Everything that training one phase needs.
 
-    loss:       gives (scaled sum of nats, nats per learned token) of a micro-batch and a scale
-    evaluate:   scores what was held out; it is told the step of the stage
-    learners:   what some stretch of the stage trains
-    embeddings: tensors that learn at the stretch's embedding rate
-    guarded:    those of them whose gradient is zero on most rows; nothing but the gradient may move them
-    told:       what a checkpoint's manifest says of the run
-    deadline:   when the process must be gone, in seconds since 1970
+    checkpoint:  the one to go on from
+    loss:        gives (scaled sum of nats, nats per learned token) of a micro-batch and a scale
+    evaluate:    scores what was held out; takes the step of the stage
+    learners:    what some phase of the stage trains
+    embeddings:  tensors that learn at the phase's embedding rate
+    guarded:     those of them whose gradient is zero on most rows; nothing but the gradient may move them
+    allocator:   AdaLoRA's
+    manifest:    what a checkpoint's manifest says of the run
+    deadline:    when the process must be gone, in seconds since 1970
     evaluations: what the checkpoint knows of them
-    track:      which other programs are told, and as which run
-    notices:    what the report says of the run
+    tracker:     which other programs are told, and as which run
+    notices:     what the report says of the run
     """
 
+    phase: Phase
     model: Any
     tokenizer: Any
     store: Any
-    plan: BatchPlan
     packed: bool
-    stretch: TrainingPhase
     dtype: torch.dtype
     seed: int
-    checkpoints: Path
-    resume: Path | None
+    checkpoint: Path | None
     loss: Callable[[Any, dict[str, Any], torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     evaluate: Callable[[int], dict[str, Any]] | None
-    watch: MetricsCallback
+    metrics: MetricsCallback
     engine: Engine
     learners: Sequence[torch.nn.Parameter] = ()
     embeddings: Sequence[torch.nn.Parameter] = ()
     guarded: Sequence[torch.nn.Parameter] = ()
-    budget: RankAllocator | None = None
-    told: Mapping[str, Any] = field(default_factory=dict)
+    allocator: RankAllocator | None = None
+    manifest: Mapping[str, Any] = field(default_factory=dict)
     deadline: float | None = None
     evaluations: Iterable[Sequence[float]] = ()
-    track: TrackerRun | None = None
+    tracker: TrackerRun | None = None
     notices: list[str] = field(default_factory=list)
 
     @property
     def spends(self) -> bool:
-        """Whether this stretch trains what the budget is of; another one keeps it."""
-        return "lora" in self.stretch.parts
+        """Whether this phase trains the adapter whose ranks are allocated; another phase keeps them."""
+        return "lora" in self.phase.parts
 
     def tell(self, text: str) -> None:
         """In the terminal and, by `notices`, in the report."""
@@ -123,80 +124,94 @@ class TrainerJob:
         self.notices.append(text)
 
 
-def fit(job: TrainerJob) -> int:
-    """Train to the end, from the checkpoint if there is one; returns the steps taken in all. Raises NumbersError on NaN or
-    a failed audit, Interrupted when it was asked to stop and has saved."""
+def train_phase(job: PhaseRun) -> int:
+    """Train to the end, from the checkpoint if there is one; returns the phase's steps that are done.
+
+    Raises NumbersError on NaN or a failed audit, Interrupted when it was asked to stop and has saved.
+    """
     if not torch.accelerator.is_available():
         keep_freed_memory()
-    halt = ShutdownRequest(job.deadline)
-    with distributed.listening(halt.hear), job.track.told() if job.track else nullcontext():
-        return _fit(job, halt)
+    if job.checkpoint:
+        job.engine.check_resumes(job.checkpoint)
+    shutdown = ShutdownRequest(job.deadline)
+    with distributed.listening(shutdown.hear), job.tracker.told() if job.tracker else nullcontext():
+        # Put the Trainer together.
+        trainer = PlannedTrainer(job, shutdown)
+        trainer.remove_callback(PrinterCallback)
+        for callback in (job.metrics, EvaluationCallback(job), AllocatorCallback(job), trainer.guard):
+            trainer.add_callback(callback)
+        if not job.engine.is_deepspeed:  # it keeps gradients to itself
+            trainer.add_callback(FirstStepsAudit())
+        start, patience = step_of(job.checkpoint) if job.checkpoint else 0, job.phase.config.patience
+        if job.tracker and trainer.is_world_process_zero():
+            trainer.add_callback(TrackerCallback(job.tracker, start))
+        job.metrics.begin(start, job.evaluations)
 
+        # Train what is left.
+        if start >= len(job.phase.plan) or job.metrics.waited(patience):
+            trainer._load_from_checkpoint(str(job.checkpoint))
+            done = start
+        else:
+            done = _train(trainer, job, shutdown, start)
 
-def _fit(job: TrainerJob, halt: ShutdownRequest) -> int:
-    if job.resume:
-        job.engine.check_resumes(job.resume)
-    trainer = PlannedTrainer(job, halt)
-    trainer.remove_callback(PrinterCallback)
-    for callback in (job.watch, EvaluationCallback(job), AllocatorCallback(job), trainer.guard):
-        trainer.add_callback(callback)
-    if not job.engine.is_deepspeed:  # which keeps gradients to itself
-        trainer.add_callback(FirstStepsAudit())
-    start, patience = step_of(job.resume) if job.resume else 0, job.stretch.words.patience
-    if job.track and trainer.is_world_process_zero():
-        trainer.add_callback(TrackerCallback(job.track, start))
-    job.watch.begin(start, job.evaluations)
-    if start >= len(job.plan) or job.watch.waited(patience):
-        trainer._load_from_checkpoint(str(job.resume))
-        done = start
-    else:
-        if trainer.args.should_save:
-            check_space(job.checkpoints, job.model)
-        if halt.is_short:
-            console.notice(
-                say(
-                    f"one step is taken and saved: the time that is left would not do for two saves of {halt.save:.0f} s, the "
-                    "guess until one has been seen; each command goes a step further",
-                    f"只走一步就保存：剩余时间不够两次保存（每次先按 {halt.save:.0f} 秒估计）；每次命令前进一步",
-                )
-            )
-        trainer.train(resume_from_checkpoint=str(job.resume) if job.resume else None)
-        done = trainer.state.global_step
-        if trainer.guard.leaves(trainer.args.device):
-            raise Interrupted(
-                say(
-                    f"stopped ({halt.why or 'by another process'}); {last_of(job.checkpoints)}; the same command continues",
-                    f"已停止（{halt.why or '由其他进程'}）；{last_of(job.checkpoints)}；用同一命令可以继续",
-                ),
-                place=say(f"step {job.watch.before_steps + done}", f"第 {job.watch.before_steps + done} 步"),
-            )
-        if 0 < done - start <= trainer.guard.skipped:
-            raise NumbersError(
-                say("fp16 overflowed in every step, and none was taken", "fp16 每一步都溢出，没有一步更新了权重"),
-                place="precision: fp16",
-                remedy=say("precision: bf16 (or fp32, where there is none)", "precision: bf16（不支持时用 fp32）"),
-            )
-        if trainer.guard.skipped:
-            console.notice(
-                say(
-                    f"fp16 overflowed in {trainer.guard.skipped} steps, which were left out",
-                    f"fp16 有 {trainer.guard.skipped} 步溢出，已跳过",
-                )
-            )
-    if patience and (best := job.watch.best) and best[0] != done:
-        console.notice(say(f"the weights of step {best[0]}, the best, are taken", f"取第 {best[0]} 步（最佳）的权重"))
-        if problem := damage(job.checkpoints / f"checkpoint-{best[0]}"):
-            raise ArtifactError(
-                problem,
-                place=str(job.checkpoints / f"checkpoint-{best[0]}"),
-                remedy=say("--again begins anew", "--again 重新开始"),
-            )
-        trainer._load_from_checkpoint(str(job.checkpoints / f"checkpoint-{best[0]}"))
-    if patience and job.watch.not_beaten:
-        job.tell(job.watch.not_beaten)
-    if (name := first_not_finite(job.model)) is not None:
-        raise NumbersError(say("weights are not finite after the run", "训练后权重含非有限值"), place=name)
+        # Leave the best weights, and finite ones.
+        if patience:
+            _take_best(trainer, job, done)
+        if (name := first_not_finite(job.model)) is not None:
+            raise NumbersError(say("weights are not finite after the run", "训练后权重含非有限值"), place=name)
     return done
+
+
+def _train(trainer: PlannedTrainer, job: PhaseRun, shutdown: ShutdownRequest, start: int) -> int:
+    """Take the steps after `start`; returns the steps that are done."""
+    if trainer.args.should_save:
+        check_space(job.phase.checkpoints, job.model)
+    if shutdown.is_short:
+        console.notice(
+            say(
+                f"one step is taken and saved: the time that is left would not do for two saves of {shutdown.save:.0f} s, the "
+                "guess until one has been seen; each command goes a step further",
+                f"只走一步就保存：剩余时间不够两次保存（每次先按 {shutdown.save:.0f} 秒估计）；每次命令前进一步",
+            )
+        )
+    trainer.train(resume_from_checkpoint=str(job.checkpoint) if job.checkpoint else None)
+    done: int = trainer.state.global_step
+    if trainer.guard.leaves(trainer.args.device):
+        last = last_of(job.phase.checkpoints)
+        raise Interrupted(
+            say(
+                f"stopped ({shutdown.why or 'by another process'}); {last}; the same command continues",
+                f"已停止（{shutdown.why or '由其他进程'}）；{last}；用同一命令可以继续",
+            ),
+            place=say(f"step {job.phase.steps_before + done}", f"第 {job.phase.steps_before + done} 步"),
+        )
+    skipped = trainer.guard.skipped
+    if 0 < done - start <= skipped:
+        raise NumbersError(
+            say("fp16 overflowed in every step, and none was taken", "fp16 每一步都溢出，没有一步更新了权重"),
+            place="precision: fp16",
+            remedy=say("precision: bf16 (or fp32, where there is none)", "precision: bf16（不支持时用 fp32）"),
+        )
+    if skipped:
+        console.notice(
+            say(
+                f"fp16 overflowed in {skipped} steps, which were left out",
+                f"fp16 有 {skipped} 步溢出，已跳过",
+            )
+        )
+    return done
+
+
+def _take_best(trainer: PlannedTrainer, job: PhaseRun, done: int) -> None:
+    """Load the checkpoint of the best evaluation, where a later step is worse. Raises ArtifactError when it is damaged."""
+    if (best := job.metrics.best) and best[0] != done:
+        checkpoint = job.phase.checkpoints / f"checkpoint-{best[0]}"
+        console.notice(say(f"the weights of step {best[0]}, the best, are taken", f"取第 {best[0]} 步（最佳）的权重"))
+        if problem := damage(checkpoint):
+            raise ArtifactError(problem, place=str(checkpoint), remedy=say("--again begins anew", "--again 重新开始"))
+        trainer._load_from_checkpoint(str(checkpoint))
+    if job.metrics.not_beaten:
+        job.tell(job.metrics.not_beaten)
 
 
 def steps_of(amount: float, total: int) -> int:
@@ -220,18 +235,18 @@ def unreached_rate(section: Training, steps: int) -> str:
     )
 
 
-def training_arguments(job: TrainerJob) -> TrainingArguments:
-    """The recipe's words as TrainingArguments; `trainer:` goes through as it is."""
-    section, plan = job.stretch.words, job.plan
+def training_arguments(job: PhaseRun) -> TrainingArguments:
+    """The recipe's settings as TrainingArguments; `trainer:` goes through as it is."""
+    section, plan = job.phase.config, job.phase.plan
     total = len(plan)
     if "8bit" in section.optimizer and importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackage("bitsandbytes", f"optimizer: {section.optimizer}", "qlora")
     ours: dict[str, Any] = {
-        "output_dir": str(job.checkpoints),
+        "output_dir": str(job.phase.checkpoints),
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": plan.accumulate,
         "max_steps": total,
-        "learning_rate": job.stretch.rate,
+        "learning_rate": job.phase.learning_rate,
         "optim": OPTIMIZERS.get(section.optimizer, "adamw_torch_fused"),
         "lr_scheduler_type": SCHEDULES[section.schedule],
         "warmup_steps": steps_of(section.warmup, total),
@@ -252,13 +267,13 @@ def training_arguments(job: TrainerJob) -> TrainingArguments:
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "log_level": "error",
         "use_cpu": not torch.accelerator.is_available(),  # said aloud: without it a CPU run under torchrun stays alone
-        **(job.track.arguments if job.track else {"report_to": "none"}),
+        **(job.tracker.arguments if job.tracker else {"report_to": "none"}),
     }
     if section.schedule == "wsd":
         ours["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps_of(section.decay, total))}
-    words = ours | job.engine.arguments | section.trainer  # the recipe has refused what it says in its own words
+    settings = ours | job.engine.arguments | section.trainer  # the recipe refuses keys that it owns
     try:
-        arguments = TrainingArguments(**words)
+        arguments = TrainingArguments(**settings)
     except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         if not section.trainer:
             raise
@@ -268,28 +283,39 @@ def training_arguments(job: TrainerJob) -> TrainingArguments:
 
 
 class PlannedTrainer(Trainer):
-    """Trainer over a Plan."""
+    """transformers' Trainer over the batches of a plan.
 
-    def __init__(self, job: TrainerJob, halt: ShutdownRequest) -> None:
+    Seven private methods of Trainer are overridden, as transformers 5.17 to 5.18 has them; tests/train/test_trainer.py fails
+    when a name or a signature is gone:
+
+    _prepare_for_training            the engine proves what accelerate has made of model and optimizer
+    _get_num_items_in_batch          learned tokens of the whole step, over all ranks
+    _get_grad_norm                   the last moment before a step is taken: NaN stops the run here
+    _load_from_checkpoint            FSDP2 shards, DeepSpeed's own folder, AdaLoRA's ranks
+    _load_optimizer_and_scheduler    a fork keeps its new learning rates
+    _get_output_dir, _save_checkpoint  a checkpoint is staged, then committed by a rename
+    """
+
+    def __init__(self, job: PhaseRun, halt: ShutdownRequest) -> None:
         self.job, self.halt = job, halt
-        self.micro = MicroBatches(job.store, job.plan.flat(), packed=job.packed)
+        self.micro = MicroBatches(job.store, job.phase.plan.flat(), packed=job.packed)
         self._staging: Path | None = None
-        self.noise = Neftune(job.model, job.stretch.words.neftune) if job.stretch.words.neftune else None
+        self.noise = Neftune(job.model, job.phase.config.neftune) if job.phase.config.neftune else None
         super().__init__(
             model=job.model,
             args=training_arguments(job),
             train_dataset=self.micro,
             processing_class=job.tokenizer,
-            optimizer_cls_and_kwargs=_muon(job) if job.stretch.words.optimizer == "muon" else None,
+            optimizer_cls_and_kwargs=_muon(job) if job.phase.config.optimizer == "muon" else None,
         )
         self.model_accepts_loss_kwargs = True  # the loss below is already scaled over the accumulation
         self.guard = NanGuard(
-            job.plan,
+            job.phase.plan,
             job.store.origin,
             self.accelerator.gather,
             halt.wanted,
-            lambda: last_of(job.checkpoints),
-            job.watch.before_steps,
+            lambda: last_of(job.phase.checkpoints),
+            job.metrics.before_steps,
             job.model.config.get_text_config().vocab_size,
         )
 
@@ -329,13 +355,13 @@ class PlannedTrainer(Trainer):
             # DDP averages the ranks' gradients, so each rank's part of the mean is multiplied by their number.
             mean, nats = self.job.loss(model, inputs, self.args.world_size / num_items_in_batch)
         self.guard.note(nats.sum(), num_items_in_batch)
-        if self.job.budget and self.job.spends:
-            mean = mean + self.job.budget.penalty() / self.job.plan.accumulate
+        if self.job.allocator and self.job.spends:
+            mean = mean + self.job.allocator.penalty() / self.job.phase.plan.accumulate
         return mean
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:
         """What was scored on the way is told with the loss of its step."""
-        super().log({**logs, **{f"eval_{name}": score for name, score in self.job.watch.scores.items()}}, *rest)
+        super().log({**logs, **{f"eval_{name}": score for name, score in self.job.metrics.scores.items()}}, *rest)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The last moment before the step is taken."""
@@ -345,13 +371,13 @@ class PlannedTrainer(Trainer):
         return norm
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        words = self.job.stretch.words.trainer
+        passed = self.job.phase.config.trainer
         try:
             optimizer = super().create_optimizer(*args, **kwargs)
         except (ValueError, TypeError) as error:
-            if not words:
+            if not passed:
                 raise
-            raise _not_taken(words, error) from error
+            raise _not_taken(passed, error) from error
         self._set_embeddings_apart(optimizer)
         inside = {id(part) for group in optimizer.param_groups for part in group["params"]}
         lost = [
@@ -375,7 +401,7 @@ class PlannedTrainer(Trainer):
                     continue
                 group["params"] = [part for part in group["params"] if id(part) not in chosen]
                 decay = 0.0 if chosen is guarded else group["weight_decay"]
-                rate = self.job.stretch.embedding_rate
+                rate = self.job.phase.embedding_learning_rate
                 optimizer.add_param_group({**group, "params": mine, "lr": rate, "weight_decay": decay})
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -383,7 +409,7 @@ class PlannedTrainer(Trainer):
             # accelerate finds the shards of an optimizer's parameters by their addresses, and empty shards share one.
             for group, parameters in zip(self.optimizer.param_groups, self._held, strict=True):
                 group["params"] = parameters
-        if self.job.stretch.words.schedule == "warmup_lr":
+        if self.job.phase.config.schedule == "warmup_lr":
             warm = max(2, self.args.get_warmup_steps(num_training_steps))
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer, lambda step: min(1.0, math.log(step + 1) / math.log(warm))
@@ -392,8 +418,8 @@ class PlannedTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.job.budget:
-            self.job.budget.load(Path(resume_from_checkpoint))
+        if self.job.allocator:
+            self.job.allocator.load(Path(resume_from_checkpoint))
         elif self.deepspeed:
             deepspeed_load_checkpoint(self.deepspeed, resume_from_checkpoint, load_module_strict=False)
         elif self._is_shared_adapter:
@@ -403,8 +429,9 @@ class PlannedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The memory comes from the checkpoint; the rate and the other words from the recipe, which a fork has changed."""
-        words = [
+        """The optimizer's state comes from the checkpoint; learning rate and other settings from the recipe, which a fork has
+        changed."""
+        settings = [
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
         bases = list(self.lr_scheduler.base_lrs)
@@ -418,7 +445,7 @@ class PlannedTrainer(Trainer):
         scheduler._last_lr = [
             base * shape(scheduler.last_epoch) for base, shape in zip(bases, scheduler.lr_lambdas, strict=True)
         ]
-        for group, own, rate in zip(self.optimizer.param_groups, words, scheduler._last_lr, strict=True):
+        for group, own, rate in zip(self.optimizer.param_groups, settings, scheduler._last_lr, strict=True):
             group.update({**own, "lr": rate})
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -438,20 +465,20 @@ class PlannedTrainer(Trainer):
         finally:
             staged, self._staging = self._staging / f"checkpoint-{self.state.global_step}", None
         if self._is_shared_adapter:
-            # accelerate leaves out what rests in this stretch, though one before it has trained it, and tied names.
+            # accelerate leaves out what rests in this phase, though an earlier one has trained it, and tied names.
             whole = gather(self.job.model, self.job.learners)
             if self.args.should_save:
                 torch.save(whole, staged / FSDP_FILE)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             check_adapter_saved(staged)
-            if self.job.budget:
-                self.job.budget.save(staged)
-            words, best = self.job.stretch.words, self.job.watch.best
-            if self.job.watch.file.is_file():
-                artifact.sync_file(self.job.watch.file)
-            told = {**self.job.told, "evaluations": self.job.watch.evaluations}
-            commit(staged, folder, told, words.keep_checkpoints, best[0] if best and words.patience else None)
+            if self.job.allocator:
+                self.job.allocator.save(staged)
+            config, best = self.job.phase.config, self.job.metrics.best
+            if self.job.metrics.file.is_file():
+                artifact.sync_file(self.job.metrics.file)
+            manifest = {**self.job.manifest, "evaluations": self.job.metrics.evaluations}
+            commit(staged, folder, manifest, config.keep_checkpoints, best[0] if best and config.patience else None)
         self.accelerator.wait_for_everyone()
         self.halt.saved(time.time() - began)
 
@@ -463,11 +490,11 @@ class PlannedTrainer(Trainer):
             raise NumbersError(
                 say("weights or optimizer state are not finite; nothing was saved", "权重或优化器状态非有限，未保存"),
                 place=say(f"step {self.state.global_step}", f"第 {self.state.global_step} 步") + f" · {bad or '?'}",
-                remedy=last_of(self.job.checkpoints),
+                remedy=last_of(self.job.phase.checkpoints),
             )
 
 
-def _muon(job: TrainerJob) -> tuple[Any, dict[str, Any]]:
+def _muon(job: PhaseRun) -> tuple[Any, dict[str, Any]]:
     """torch's Muon, which orthogonalises the update of a matrix. Raises RecipeError where something else would learn."""
     whole = {id(part) for part in job.embeddings}
     for name, part in job.model.named_parameters():
@@ -480,40 +507,40 @@ def _muon(job: TrainerJob) -> tuple[Any, dict[str, Any]]:
                 place="optimizer",
                 remedy="optimizer: adamw",
             )
-    return torch.optim.Muon, {"lr": job.stretch.rate, "weight_decay": job.stretch.words.weight_decay}
+    return torch.optim.Muon, {"lr": job.phase.learning_rate, "weight_decay": job.phase.config.weight_decay}
 
 
 class EvaluationCallback(TrainerCallback):
     """Scores the held-out set every `evaluate_every` steps, and before the next phase begins, without disturbing the run's
     random numbers. With `patience` the best one is a checkpoint, and too many without a better one end the run."""
 
-    def __init__(self, job: TrainerJob) -> None:
+    def __init__(self, job: PhaseRun) -> None:
         self.job = job
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        words, watch = self.job.stretch.words, self.job.watch
-        every, step = words.evaluate_every, state.global_step
-        ends_phase = step == len(self.job.plan) and watch.before_steps + step < len(watch.tokens)
+        config, metrics = self.job.phase.config, self.job.metrics
+        every, step = config.evaluate_every, state.global_step
+        ends_phase = step == len(self.job.phase.plan) and metrics.before_steps + step < len(metrics.tokens)
         if not (every and self.job.evaluate and (step % every == 0 or ends_phase)):
             return
         with torch.random.fork_rng():
-            scores = self.job.evaluate(watch.before_steps + state.global_step)
-        watch.on_scores(state.global_step, scores)
+            scores = self.job.evaluate(metrics.before_steps + state.global_step)
+        metrics.on_scores(state.global_step, scores)
         control.should_log = True
-        if words.patience and watch.best:
-            control.should_training_stop |= watch.waited(words.patience)
-            control.should_save |= control.should_training_stop or watch.best[0] == state.global_step
+        if config.patience and metrics.best:
+            control.should_training_stop |= metrics.waited(config.patience)
+            control.should_save |= control.should_training_stop or metrics.best[0] == state.global_step
 
 
 class AllocatorCallback(TrainerCallback):
     """Calls the budget's own step, while the gradients are still there."""
 
-    def __init__(self, job: TrainerJob) -> None:
+    def __init__(self, job: PhaseRun) -> None:
         self.job = job
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.job.budget and self.job.spends:
-            self.job.budget.spend(state.global_step)
+        if self.job.allocator and self.job.spends:
+            self.job.allocator.spend(state.global_step)
 
 
 @cache
@@ -524,14 +551,14 @@ def _know_the_numbered_cpu() -> None:
     )
 
 
-def _not_taken(words: Mapping[str, Any], error: Exception) -> RecipeError:
+def _not_taken(arguments: Mapping[str, Any], error: Exception) -> RecipeError:
     return RecipeError(
         say(
-            f"transformers does not take {words}: {first_line(error)}",
-            f"transformers 不接受 {words}：{first_line(error)}",
+            f"transformers does not take {arguments}: {first_line(error)}",
+            f"transformers 不接受 {arguments}：{first_line(error)}",
         ),
         place="trainer",
-        remedy=say("correct the value, or leave the word out", "请改正取值，或删去该项"),
+        remedy=say("correct the value, or leave the setting out", "请改正取值，或删去该项"),
     )
 
 

@@ -1,0 +1,37 @@
+"""A phase of a training stage, as it is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tongwen.recipe.schema import TrainedPart, Training
+from tongwen.train.packing import BatchPlan
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase trains, with which settings, over which batches.
+
+    train:         what it trains, as the recipe writes it (`new_rows`, `lora+embeddings`, …); parts: the same, taken apart
+    config:        the stage's section, with this phase's own settings filled in
+    learning_rate: peak of the weights; embedding_learning_rate: peak of the embeddings
+    plan:          its batches
+    checkpoints:   the folder of its checkpoints
+    steps_before:  optimizer steps of the stage's earlier phases; epochs_before: their epochs
+    """
+
+    train: str
+    parts: tuple[TrainedPart, ...]
+    config: Training
+    learning_rate: float
+    embedding_learning_rate: float
+    plan: BatchPlan
+    checkpoints: Path
+    steps_before: int = 0
+    epochs_before: float = 0.0
+
+    @property
+    def last_step(self) -> int:
+        """The stage's step that ends this phase."""
+        return self.steps_before + len(self.plan)

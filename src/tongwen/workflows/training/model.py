@@ -1,0 +1,263 @@
+"""The model of a training job: opened, adapted and placed; audited before each phase; scored, asked and saved."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from tongwen.core import console, distributed
+from tongwen.core.errors import NumbersError, RecipeError
+from tongwen.core.i18n import say
+from tongwen.core.model_families import family_of
+from tongwen.data.token_store import TokenStore
+from tongwen.infer.generation import Sampling, TextGenerator
+from tongwen.model.adapters import attach
+from tongwen.model.adapters.chain import make_room, open_adapter_chain
+from tongwen.model.kernels import checkpointing, packed_attention
+from tongwen.model.kernels.fused_blocks import fuse_blocks
+from tongwen.model.kernels.loss import bits_per_byte, learned_loss, spare_head
+from tongwen.model.loading import chat_setup, load
+from tongwen.model.loading.fingerprint import fingerprint_model
+from tongwen.model.loading.special_tokens import mend_ends
+from tongwen.train import audit
+from tongwen.train.checkpoints import check_adapter_saved
+from tongwen.train.memory import STATE_BYTES, device_memory, is_reckoned_to_fit
+from tongwen.train.packing import BatchPlan, MicroBatches, fill
+from tongwen.train.parallel import Engine, in_fp32, sharing_of
+from tongwen.train.phase import Phase
+from tongwen.train.try_batch import fits
+from tongwen.workflows.tokenized_data import RecordEncoder
+from tongwen.workflows.training.types import PreparedModel, TrainingJob
+
+SPARE = 0.03  # of a GPU's memory is left free when a micro-batch is tried: a long run fragments the allocator
+
+
+def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: Engine) -> PreparedModel:
+    """Open the base, check it against its tokenizer, attach what the recipe trains, and place it on the device."""
+    section, place = job.section, load.locate(job.base)
+    tokenizer = job.records.tokenizer
+    dtype, why = load.compute_dtype(section.precision, device)
+    trained = {part for phase in phases for part in phase.parts}
+
+    # Open the base, and check what its files say.
+    with console.waiting(say("opening the base", "打开底座")):
+        quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
+        kept = attach.kept_in(trained, dtype)
+        if engine.name == "fsdp2" and attach.base_learns(trained):  # it becomes fp32 when it is sharded
+            kept = load.load_config(place).dtype or kept
+        model, packed, fingerprint = _open(place, kept, quantize)
+    if section.adapter.continue_from:
+        make_room(model, load.find_adapter(Path(section.adapter.continue_from)))
+    load.check_tokenizer(tokenizer, model, place)
+    mend_ends(tokenizer, model, job.base)
+    _check_lengths(model.config, job)
+    audit.check_finite_base(model)
+    stops = chat_setup.stop_ids(tokenizer, job.template, getattr(model, "generation_config", None))
+    stops = stops or ((job.end,) if job.end is not None else ())
+
+    # Attach what is trained.
+    set_seed(job.recipe.seed)
+    adapted = attach.adapt(
+        model,
+        section.adapter,
+        job.find_rows(model),
+        trained=trained,
+        new_rows=list(job.new_rows),
+        steps=sum(len(phase.plan) for phase in phases if "lora" in phase.parts),
+        fingerprint=fingerprint,
+    )
+    for notice in adapted.notices:
+        console.notice(notice)
+    console.tell(f"{device} · {str(dtype)[6:]}: {why}")
+
+    # Place it, and turn on the faster forms of its layers.
+    if engine.name == "fsdp2":
+        engine.shard(adapted.model, dtype)
+        adapted.find_learners()
+    else:
+        in_fp32(adapted.learners)
+        if not quantize:  # quantised weights are on their device already
+            adapted.model.to(device)
+    if engine.is_whole and not (section.compile and device == "cuda"):  # the compiler fuses more
+        fuse_blocks(adapted.model)
+    if section.compile:
+        checkpointing.compile_layers(adapted.model)
+    return PreparedModel(adapted, stops, packed, fingerprint, device, dtype, engine)
+
+
+def _open(place: load.ModelRef, dtype: torch.dtype, quantize: str) -> tuple[Any, bool, str | None]:
+    """(model, whether documents are packed, fingerprint). Families that cannot pack get padded batches, and a notice."""
+    config = load.load_config(place)
+    family = family_of(config.model_type)
+    model, fingerprint = open_adapter_chain(place, dtype, quantize)
+    why = say(*family.padded) if family and family.padded else ""
+    if not why and not getattr(model, "_supports_attention_backend", False):
+        why = say("its attention is its own", "其注意力实现不通用")
+    if not why:
+        model.set_attn_implementation(packed_attention.register())
+    else:
+        console.notice(
+            say(
+                f"{config.model_type} is trained in padded batches: {why}",
+                f"{config.model_type} 使用填充批次训练：{why}",
+            )
+        )
+    model.config.use_cache = False
+    return model, not why, fingerprint
+
+
+def _check_lengths(config: Any, job: TrainingJob) -> None:
+    """Raise RecipeError when a sample is longer than a model's table of positions: it would read beyond its end."""
+    family, limit = family_of(config.model_type), chat_setup.context_length(config)
+    longest = max(int(store.lengths.max()) for store in (job.data.store, *job.data.held_out_stores.values()))
+    if family and family.table and longest > limit:
+        raise RecipeError(
+            say(
+                f"a sample has {longest} tokens, and {config.model_type} has a table of {limit} positions",
+                f"有样本长达 {longest} 个 token，而 {config.model_type} 的位置表只有 {limit} 行",
+            ),
+            place=f"{job.stage}.max_length: {job.section.max_length}",
+            remedy=f"{job.stage}: {{max_length: {limit}}}",
+        )
+
+
+def set_memory_savers(model: PreparedModel, phase: Phase, store: TokenStore) -> None:
+    """Turn on a phase's memory savers: blockwise logits, recomputed activations. The audit goes through the model as a step
+    does, so this comes before it."""
+    if model.engine.is_whole and model.dtype != torch.float16:  # fp16's small gradients wait for the scaler
+        with model.computing():  # autocast would reuse later what it has cast here without gradients
+            spare_head(model.model, audit.to_device(_first_batch(model, store, phase.plan), model.model))
+    _set_checkpointing(model, phase, store)
+
+
+def _first_batch(model: PreparedModel, store: TokenStore, plan: BatchPlan) -> dict[str, Any]:
+    return MicroBatches(store, [plan.micro[0][0]], packed=model.packed)[0]
+
+
+def _set_checkpointing(model: PreparedModel, phase: Phase, store: TokenStore) -> None:
+    """Recompute activations when the recipe says so, or when the largest micro-batch does not fit a GPU otherwise."""
+    setting = phase.config.activation_checkpointing
+    checkpointing.keep(model.model)
+    if setting == "on":
+        checkpointing.recompute(model.model)
+    elif setting == "auto" and (memory := device_memory(model.device)) and not _fits(model, phase, store, memory):
+        checkpointing.recompute(model.model)
+        console.notice(
+            say(
+                "a micro-batch does not fit the GPU with all its activations; they are recomputed "
+                "(micro_batch_tokens smaller would be faster where it suffices)",
+                "一个微批的全部激活放不进 GPU；改为重算激活（若减小 micro_batch_tokens 即可放下，则更快）",
+            )
+        )
+
+
+def _fits(model: PreparedModel, phase: Phase, store: TokenStore, memory: int) -> bool:
+    """Try the largest micro-batch beside room for the optimizer. memory: bytes of the GPU.
+
+    Where processes share the model, one that fails would leave the others waiting; there the need is estimated instead.
+    """
+    section, plan = phase.config, phase.plan
+    if section.shares:
+        sharing = sharing_of(section, distributed.world_size())
+        return is_reckoned_to_fit(model.model, section, sharing, model.dtype.itemsize, plan.budget, memory)
+    learning = sum(part.numel() for part in model.model.parameters() if part.requires_grad)
+    largest = max(plan.flat(), key=lambda micro: int(store.lengths[list(micro)].sum()))
+    batch = MicroBatches(store, [largest], packed=model.packed)[0]
+    buckets = 4 * distributed.is_launched()  # DDP's copy of the gradients
+    reserve = learning * (STATE_BYTES[section.optimizer] + buckets) + int(SPARE * memory)
+    with console.waiting(say("trying a micro-batch on the GPU", "在 GPU 上试一个微批")):
+        return fits(
+            model.model, batch, learned_loss, model.computing(), passes=min(plan.accumulate, 2), reserve=reserve
+        )
+
+
+def audit_phase(model: PreparedModel, phase: Phase, store: TokenStore) -> list[str]:
+    """Prove on the first micro-batch that each trainable tensor gets a gradient and that packed documents do not see each
+    other. Returns the trainable tensors that its tokens did not reach. Raises NumbersError."""
+    first = _first_batch(model, store, phase.plan)
+    with model.computing():
+        unreached = audit.probe_gradients(model.model, first, learned_loss)
+    console.good(say("audit: gradients reach every trained tensor", "审计通过：梯度到达所有训练参数"))
+    if model.packed and len(store) > 1:
+        with model.computing():
+            audit.check_isolation(model.model, [store.sample(0), store.sample(1)], learned_loss)
+        console.good(say("audit: documents in a pack do not see each other", "审计通过：打包的文档互不可见"))
+    for name in unreached:
+        console.notice(say(f"no token reached {name} in the first micro-batch", f"首个微批没有 token 到达 {name}"))
+    return unreached
+
+
+def score_held_out(
+    model: PreparedModel, stores: dict[str, TokenStore], budget: int, sizes: torch.Tensor
+) -> dict[str, Any]:
+    """Bits per byte of what was held out, in all and by group.
+
+    stores: by group; budget: tokens of a micro-batch; sizes: (V,) bytes of each token. Raises NumbersError for NaN.
+    """
+    groups = {}
+    for name, store in stores.items():
+        batches = MicroBatches(store, fill(store.lengths, budget), packed=model.packed)
+        with model.computing():
+            stream = (audit.to_device(batches[index], model.model) for index in range(len(batches)))
+            groups[name] = bits_per_byte(model.model, stream, sizes)
+        if not math.isfinite(groups[name]["loss"]):
+            raise NumbersError(
+                say("a held-out score is NaN or infinite", "留出集得分为 NaN 或无穷"),
+                place=say("held out", "留出集") + (f" · {name}" if name else ""),
+                remedy=say(
+                    "learning_rate lower, or precision: fp32; a base that is so from the start is not whole",
+                    "降低 learning_rate，或 precision: fp32；若训练前就如此，则底座已损坏",
+                ),
+            )
+    size, tokens = (sum(one[unit] for one in groups.values()) for unit in ("bytes", "tokens"))
+    return {
+        "bits_per_byte": sum(one["bits_per_byte"] * one["bytes"] for one in groups.values()) / max(size, 1),
+        "loss": sum(one["loss"] * one["tokens"] for one in groups.values()) / max(tokens, 1),
+        "bytes": size,
+        "tokens": tokens,
+        "groups": {name: one for name, one in groups.items() if name},
+    }
+
+
+def answer_prompts(prepared: PreparedModel, records: RecordEncoder, prompts: list[str]) -> list[str]:
+    """The model's own greedy answers, with the attention that generation needs."""
+    model = prepared.model
+    trained_with, was_training = model.config._attn_implementation, model.training
+    generator = TextGenerator(model, records.tokenizer, prepared.stops, chat_setup.context_length(model.config))
+    model.eval()
+    if trained_with == packed_attention.NAME:
+        model.set_attn_implementation("sdpa")
+    try:
+        ids = [records.encoder.encode_prompt(prompt) for prompt in prompts]
+        with prepared.computing(), checkpointing.as_written(model):
+            return [generator.decode(generator.answer([one], Sampling(max_new_tokens=64))[0]).strip() for one in ids]
+    finally:
+        model.set_attn_implementation(trained_with)
+        model.train(was_training)
+
+
+def save_model(job: TrainingJob, prepared: PreparedModel, folder: Path, whole: dict[str, torch.Tensor] | None) -> str:
+    """Save adapter or model, tokenizer, template and stop tokens. Returns the fingerprint of the trained tensors.
+
+    whole: the trained tensors by name, of a model that this process has only parts of.
+    """
+    model, tokenizer = prepared.model, job.records.tokenizer
+    if model.config._attn_implementation == packed_attention.NAME:
+        model.set_attn_implementation("sdpa")
+    model.config.use_cache = True
+    if prepared.adapted.has_rows_alone:
+        place = load.locate(job.base)
+        base, _ = open_adapter_chain(place, load.load_config(place).dtype or torch.float32)
+        mend_ends(tokenizer, base, job.base)
+        prepared.adapted.put_rows(base, whole)
+        base.save_pretrained(str(folder))
+    else:
+        prepared.adapted.save(folder, whole)
+    chat_setup.save_tokenizer(tokenizer, job.template, folder)
+    chat_setup.save_generation_config(model, prepared.stops, folder)
+    check_adapter_saved(folder)
+    return fingerprint_model(load.ModelRef(str(folder), str(folder))) or ""

@@ -1,0 +1,200 @@
+"""The phases of a training job: their batches, the checkpoint that an interrupted run goes on from, and its conditions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tongwen.core import artifact, console, distributed, resume
+from tongwen.core.errors import RecipeError
+from tongwen.core.i18n import say
+from tongwen.data.token_store import TokenStore
+from tongwen.model.loading import load
+from tongwen.train.checkpoints import newest_checkpoint, read_manifest, step_of
+from tongwen.train.memory import own_memory, token_budget
+from tongwen.train.metrics import flat_at, read_metrics
+from tongwen.train.packing import make_plan
+from tongwen.train.phase import Phase
+from tongwen.train.trainer import unreached_rate
+from tongwen.workflows.training.types import PreparedModel, TrainingJob
+
+
+def plan_phases(job: TrainingJob, device: str, checkpoints: Path) -> list[Phase]:
+    """The recipe's phases with their batches. A phase begins with an epoch that no phase before it has touched."""
+    section, phases = job.section, list[Phase]()
+    config = load.load_config(load.locate(job.base))
+    budget = token_budget(device, config, own_memory(device), full=section.learns_in_full)
+    steps, epochs = 0, 0
+    for number, resolved in enumerate(section.stretches, 1):
+        settings = resolved.words
+        plan = make_plan(
+            job.data.store.lengths,
+            lambda epoch, before=epochs: job.data.draw(before + epoch),  # type: ignore[misc]
+            batch_size=settings.batch_size,
+            batch_tokens=settings.batch_tokens,
+            stop_after=settings.stop_after,
+            budget=settings.micro_batch_tokens or budget,
+            world=distributed.world_size(),
+        )
+        folder = checkpoints / f"phase-{number}" if len(section.stretches) > 1 else checkpoints
+        phases.append(Phase(*resolved, plan, folder, steps, epochs))
+        steps, epochs = steps + len(plan), epochs + math.ceil(len(plan) / plan.steps_per_epoch)
+    return phases
+
+
+def say_plan(phases: list[Phase], store: TokenStore, counts: dict[str, Any]) -> None:
+    """Print steps, tokens and trained parameters, and what the plan keeps from happening."""
+    plan = phases[0].plan
+    steps = " + ".join(str(len(phase.plan)) for phase in phases)
+    tokens = console.human_count(sum(sum(phase.plan.tokens_of(store.lengths)) for phase in phases))
+    console.tell(
+        say(
+            f"{steps} steps, {tokens} tokens; a step is {plan.accumulate} x {plan.world} micro-batches of at most {plan.budget} tokens",
+            f"{steps} 步，{tokens} token；每步 {plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token",
+        )
+    )
+    for phase in phases:
+        if notice := unreached_rate(phase.config, len(phase.plan)):
+            console.notice(notice)
+        every = phase.config.save_every
+        if "save_every" in phase.config.model_fields_set and every >= len(phase.plan):
+            console.notice(
+                say(
+                    f"save_every: {every}, and there are {len(phase.plan)} steps: if it is interrupted, it begins anew",
+                    f"save_every: {every}，而只有 {len(phase.plan)} 步：若被中断则从头开始",
+                )
+            )
+    console.tell(
+        say(
+            f"{counts['parameters']:,} of {counts['of']:,} parameters are trained ({counts['share']:.2%})",
+            f"训练 {counts['parameters']:,} / {counts['of']:,} 个参数（{counts['share']:.2%}）",
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    phases:     those that are left, the current one first; is_phased: whether the stage has several
+    checkpoint: of the current phase; None at its beginning
+    start:      the stage's steps that are done
+    tokens:     cumulative tokens after each step of the whole stage
+    budget:     tokens of a micro-batch when scoring
+    manifest:   what a checkpoint's manifest says of the run
+    """
+
+    phases: list[Phase]
+    is_phased: bool
+    checkpoint: Path | None
+    start: int
+    tokens: list[int]
+    budget: int
+    manifest: dict[str, Any]
+
+    def checkpoint_of(self, phase: Phase) -> Path | None:
+        return self.checkpoint if phase is self.phases[0] else None
+
+    def evaluations_of(self, checkpoint: Path | None) -> list[Any]:
+        return evaluations_of(checkpoint, self.manifest)
+
+    def throughput(self, done: int, metrics: Path, seconds: float) -> dict[str, Any]:
+        """Steps, tokens and seconds of the run; the metrics also count what was before an interruption."""
+        trained = self.tokens[done - 1] - (self.tokens[self.start - 1] if self.start else 0)
+        counted = self.tokens[done - 1]
+        if lines := read_metrics(metrics):
+            counted, seconds = lines[-1]["tokens"], lines[-1]["seconds"]
+        return {
+            "steps": done,
+            "tokens": self.tokens[done - 1],
+            "tokens_this_run": trained,
+            "seconds": round(seconds, 2),
+            "tokens_per_second": round(counted / max(seconds, 1e-9), 2),
+        }
+
+    def flat_losses(self, phases: list[Phase], metrics: Path) -> list[str]:
+        """What the report says of phases whose loss has not fallen."""
+        lines = read_metrics(metrics)
+        return [flat for phase in phases if (flat := flat_at(lines, phase.steps_before, phase.last_step))]
+
+
+def find_progress(job: TrainingJob, model: PreparedModel, phases: list[Phase], run: dict[str, Any]) -> Progress:
+    """Where the run goes on. Raises RecipeError when the recipe now ends before, or would train other batches."""
+    tokens = list(accumulate(size for phase in phases for size in phase.plan.tokens_of(job.data.store.lengths)))
+    folders = [phase.checkpoints for phase in phases]
+    checkpoint = newest_checkpoint(folders, resume.ids(run))
+    current = folders.index(checkpoint.parent) if checkpoint else 0
+    start = phases[current].steps_before + (step_of(checkpoint) if checkpoint else 0)
+    conditions = _conditions(model, phases[current])
+    if start > len(tokens):
+        raise RecipeError(
+            say(
+                f"{start} steps are done, and the recipe now has {len(tokens)}",
+                f"已完成 {start} 步，而配方现在只有 {len(tokens)} 步",
+            ),
+            place=f"{job.stage}.stop_after",
+            remedy=resume.again(),
+        )
+    if checkpoint:
+        before = read_manifest(checkpoint)["conditions"]
+        _check_packs(before, conditions, job)
+        _say_conditions(before, conditions)
+    if start:
+        console.notice(
+            say(f"continuing after step {start} of {len(tokens)}", f"从第 {start} 步（共 {len(tokens)} 步）继续")
+        )
+    manifest = {**run, "conditions": conditions}
+    budget = phases[0].plan.budget
+    return Progress(phases[current:], len(phases) > 1, checkpoint, start, tokens, budget, manifest)
+
+
+def evaluations_of(checkpoint: Path | None, run: dict[str, Any]) -> list[Any]:
+    """The evaluations that a checkpoint knows of: none where other data was held out then (--fork), or an earlier version
+    saved it."""
+    before = read_manifest(checkpoint) if checkpoint else {"identity": {}}
+    same = before["identity"].get(resume.DATA) == run["identity"][resume.DATA]
+    return list(before.get("evaluations", ())) if same else []
+
+
+def _conditions(model: PreparedModel, phase: Phase) -> dict[str, Any]:
+    """What changes a result only in the order of floating-point sums, or in another version's arithmetic."""
+    return {
+        "processes": phase.plan.world,
+        "device": model.device,
+        "threads": torch.get_num_threads(),
+        "micro_batch_tokens": phase.plan.budget,
+        "activation_checkpointing": phase.config.activation_checkpointing,
+        "compile": phase.config.compile,
+        "versions": artifact.versions(),
+    }
+
+
+def _check_packs(before: dict[str, Any], now: dict[str, Any], job: TrainingJob) -> None:
+    """A step of `batch_tokens` is as many samples as fit its packs: other packs would be other steps."""
+    names = ("processes", "micro_batch_tokens")
+    if job.section.batch_tokens and any(before[name] != now[name] for name in names):
+        changed = "; ".join(f"{name}: {before[name]} → {now[name]}" for name in names)
+        raise RecipeError(
+            say(
+                f"with batch_tokens, the samples of a step depend on both, and they have changed: {changed}",
+                f"使用 batch_tokens 时，每步的样本取决于二者，而它们变了：{changed}",
+            ),
+            place=f"{job.stage}.batch_tokens",
+            remedy=f"--devices {before['processes']} {job.stage}.micro_batch_tokens={before['micro_batch_tokens']}",
+        )
+
+
+def _say_conditions(before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = ", ".join(f"{name}: {old} → {new}" for name, old, new in artifact.differences(before, now))
+    if changed:
+        console.notice(
+            say(
+                f"{changed}: the same samples in the same order, but numbers no longer equal to the bit",
+                f"{changed}：样本与顺序不变，但数值不再逐位相同",
+            )
+        )

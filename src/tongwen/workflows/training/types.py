@@ -1,0 +1,106 @@
+"""What the parts of the training job hand to each other: the job itself, and the model that it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tongwen.core import artifact
+from tongwen.core.chat_template import Template
+from tongwen.model.adapters.attach import Adapted
+from tongwen.recipe.schema import Forgetting, Pretrain, Recipe, Training
+from tongwen.train.parallel import Engine, reshard
+from tongwen.workflows.stage_inputs import base_of_stage
+from tongwen.workflows.tokenized_data import RecordEncoder, TokenizedData
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A prompt that the model answers before and after: a title, the prompt as text, and the answer in the data."""
+
+    title: str
+    prompt: str
+    wanted: str
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What one training stage alone knows.
+
+    prepared:  what `prepare` left
+    records:   turns its records into tokens; data: the tokens
+    prompts:   answered before and after, for the report
+    find_rows: on the opened base, the ids whose rows are trained beside the adapter
+    new_rows:  the ids that `train: new_rows` trains
+    template:  saved with the model, with its stop token
+    end:       the id that ends a text, for a base without one that ends an answer
+    parents:   what else the result was made from, by role; facts: what else its manifest holds
+    """
+
+    recipe: Recipe
+    stage: str
+    prepared: artifact.Artifact
+    records: RecordEncoder
+    data: TokenizedData
+    prompts: list[SamplePrompt]
+    find_rows: Callable[[Any], list[int]] = lambda model: []
+    new_rows: Sequence[int] = ()
+    template: Template | None = None
+    end: int | None = None
+    parents: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def section(self) -> Training:
+        section: Training = getattr(self.recipe, self.stage)
+        return section
+
+    @property
+    def base(self) -> str:
+        return base_of_stage(self.recipe, self.stage)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return settings_of(self.recipe, self.stage)
+
+    @property
+    def forgetting(self) -> Forgetting:
+        return self.section.forgetting if isinstance(self.section, Pretrain) else Forgetting()
+
+
+def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The settings that decide a training stage's result."""
+    section: Training = getattr(recipe, stage)
+    return {stage: section.deciding(), "seed": recipe.seed, "base": base_of_stage(recipe, stage)}
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """The adapted model on its device, with everything that reading and answering need.
+
+    stops:  ids that end an answer; packed: whether documents are packed, or padded to batches
+    dtype:  what the Trainer computes in
+    """
+
+    adapted: Adapted
+    stops: tuple[int, ...]
+    packed: bool
+    base_fingerprint: str | None
+    device: str
+    dtype: torch.dtype
+    engine: Engine
+
+    @property
+    def model(self) -> Any:
+        return self.adapted.model
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The Trainer's number type, for what is computed outside of it."""
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+            yield
+        reshard(self.model)
