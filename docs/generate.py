@@ -135,7 +135,7 @@ FAMILIES_ZH = """# 模型系列
 
 
 def cli_page() -> str:
-    from tongwen.cli.main import make_parser
+    from tongwen.cli.parser import make_parser
     from tongwen.core.i18n import say
 
     parser = make_parser()
@@ -144,7 +144,7 @@ def cli_page() -> str:
         "",
         say("Made from `--help` by `make docs`; do not edit.", "由 `make docs` 从 `--help` 生成，请勿手改。"),
     ]
-    parts += ["", "```", parser.format_help().rstrip(), "```"]
+    parts += ["", "```", parser.format_help().replace(f"{HERE.parent}{os.sep}", "").rstrip(), "```"]
     for action in parser._subparsers._group_actions if parser._subparsers else []:
         assert isinstance(action, argparse._SubParsersAction)
         for name, command in action.choices.items():

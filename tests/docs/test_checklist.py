@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from tests.laws.test_failures import exists
-from tongwen.cli.main import make_parser
+from tongwen.cli.parser import make_parser
 
 ROOT = Path(__file__).parents[2]
 ROWS = [

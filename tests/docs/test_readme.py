@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tongwen.cli.main import make_parser
+from tongwen.cli.parser import make_parser
 from tongwen.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]

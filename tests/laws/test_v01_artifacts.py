@@ -201,12 +201,12 @@ def test_the_page_opens_what_the_browser_has_kept(place: Path) -> None:
     pytest.importorskip("gradio")
     import httpx
 
-    from tests.page_server import TOKEN, Parrot, serving, talk
-    from tongwen.ui.web.bench import Bench
+    from tests.serving.web.page_server import TOKEN, Parrot, serving, talk
+    from tongwen.serving.web.backend import PageBackend
 
     kept = read(place / "shelf.json")
     with (
-        serving(Bench("tongwen", talk(Parrot(), "parrot"))) as url,
+        serving(PageBackend("tongwen", talk(Parrot(), "parrot"))) as url,
         httpx.Client(base_url=url, headers={"authorization": f"Bearer {TOKEN}", "origin": url}, timeout=30) as web,
     ):
         page = web.get("/en/config").json()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import SHARED
-from tongwen.cli.main import make_parser
+from tongwen.cli.parser import make_parser
 from tongwen.core.errors import TongwenError
 from tongwen.hub.names import today
 from tongwen.migrate.build_recipe import as_yaml

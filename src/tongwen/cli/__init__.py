@@ -1,10 +1,5 @@
-"""The words of the command line, by what they are about: each file adds its commands and hands them to their stages."""
+"""The command line: one command, one file.
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Callable
-
-Handler = Callable[[argparse.Namespace], int]
-Add = Callable[[str, str, Handler], argparse.ArgumentParser]
-"""name, help and handler of a command -> its parser"""
+A command's module has `summary()` (its line of help), `add_arguments(parser)` and `run(arguments)` (its exit code). It imports
+what it calls inside `run`, so that `tongwen --help` stays light.
+"""

@@ -1,16 +1,13 @@
-"""The front door: words become a recipe and a stage. Nothing heavy is imported before a command needs it."""
+"""The entry point of the command line: runs one command and turns its errors into messages and exit codes."""
 
 from __future__ import annotations
 
-import argparse
 import errno
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
-from tongwen import __version__
-from tongwen.cli import Handler, inference, migrate, models, recipes, tokenizers
+from tongwen.cli.parser import parse
 from tongwen.core.i18n import say
 
 # What torch's process groups (gloo, NCCL) say when a process that they wait for is gone.
@@ -24,21 +21,21 @@ GONE = (
 UNWRITTEN = ("Input/output error", "os error 5", "PytorchStreamWriter failed", "iostream error")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (see docs/errors.md)."""
     from tongwen.core import distributed
     from tongwen.core.errors import TongwenError
 
     distributed.adopt()
-    parsed = _parse(arguments)
-    _hush()
-    if parsed.json:
+    arguments = parse(argv)
+    arguments.main = main  # `migrate --run` runs the commands that it prints
+    _silence_libraries()
+    if arguments.json:
         from tongwen.core import console
 
         console.SCREEN.use_json()
     try:
-        handler: Handler = parsed.handler
-        return handler(parsed)
+        return int(arguments.run_command(arguments))
     except TongwenError as error:
         return _fail(error.exit_code, error.text())
     except KeyboardInterrupt:
@@ -54,49 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(5, cause)
 
 
-def _hush() -> None:
-    """Two libraries, when they are installed, tell at every start what they will not do on a CPU."""
+def _silence_libraries() -> None:
+    """bitsandbytes and DeepSpeed, when they are installed, warn at every start of what they cannot do on a CPU."""
+    import logging
+
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command's words. argparse takes changes of a recipe only right behind it; here they may stand anywhere."""
-    parser = make_parser()
-    parsed, rest = parser.parse_known_args(arguments)
-    changes = [word for word in rest if "=" in word and not word.startswith("-")] if "overrides" in parsed else []
-    if len(changes) < len(rest):
-        parser.error(say("unrecognized arguments: ", "无法识别的参数：") + " ".join(rest))
-    if changes:
-        parsed.overrides = [*parsed.overrides, *changes]
-    return parsed
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """All commands with their help, in the user's language."""
-    parser = argparse.ArgumentParser(
-        prog="tongwen",
-        description=say("Teach a language model Chinese.", "教语言模型中文。"),
-        epilog=say("docs: README.md", "文档：README_zh.md"),
-    )
-    parser.add_argument("--version", action="version", version=f"tongwen {__version__}")
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # DeepSpeed's launcher says it here and in the environment
-    parser.set_defaults(json=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, help_: str, handler: Handler) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help_, description=help_)
-        command.add_argument(
-            "--json", action="store_true", help=say("one JSON object on stdout", "在标准输出给出一个 JSON 对象")
-        )
-        command.set_defaults(handler=handler)
-        return command
-
-    for part in (recipes, tokenizers, models, inference, migrate):
-        part.add_to(add)
-    return parser
 
 
 def _fail(code: int, message: str) -> int:

@@ -1,24 +1,21 @@
-"""What leads here from older projects: migrate."""
+"""The `tongwen migrate` command."""
 
 from __future__ import annotations
 
 import argparse
 
-from tongwen.cli import Add
 from tongwen.core.i18n import say
 
 
-def add_to(add: Add) -> None:
-    """Add these commands."""
-    command = add(
-        "migrate",
-        say(
-            "a command or the files of an older project: the recipe, or the command that does it",
-            "旧项目的命令或文件：得到配方，或完成同样工作的命令",
-        ),
-        _migrate,
+def summary() -> str:
+    return say(
+        "an older project's command or files as a recipe or a command",
+        "旧项目的命令或文件：得到配方，或完成同样工作的命令",
     )
-    command.add_argument(
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "words",
         nargs="*",
         metavar="FILE",
@@ -27,14 +24,14 @@ def add_to(add: Add) -> None:
             "run_config/*.json、DeepSpeed 的 JSON、LLaMA-Factory 的 YAML、shell 脚本、适配器文件夹；或：-- 旧命令 …",
         ),
     )
-    command.add_argument("--run", action="store_true", help=say("and run it", "并运行"))
-    command.add_argument(
+    parser.add_argument("--run", action="store_true", help=say("and run it", "并运行"))
+    parser.add_argument(
         "--out",
         default="",
         metavar="FILE",
         help=say("write the recipe, or the adapter, here", "把配方或适配器写到此处"),
     )
-    command.add_argument(
+    parser.add_argument(
         "--alpha",
         type=float,
         metavar="N",
@@ -42,11 +39,13 @@ def add_to(add: Add) -> None:
     )
 
 
-def _migrate(parsed: argparse.Namespace) -> int:
-    from tongwen.cli.main import main
+def run(arguments: argparse.Namespace) -> int:
     from tongwen.commands import migrate
 
-    for command, last in migrate.run(parsed.words, parsed.out, parsed.alpha, to_run=parsed.run):
-        if parsed.run and (code := main([*command, *(["--json"] if parsed.json and last else [])])):
-            return code
+    for command, last in migrate.run(arguments.words, arguments.out, arguments.alpha, to_run=arguments.run):
+        if not arguments.run:
+            continue
+        json = ["--json"] if arguments.json and last else []
+        if code := arguments.main([*command, *json]):
+            return int(code)
     return 0

@@ -1,0 +1,70 @@
+"""The `tongwen chat` command."""
+
+from __future__ import annotations
+
+import argparse
+
+from tongwen.cli import model_arguments, shared_arguments
+from tongwen.core.i18n import say
+
+
+def summary() -> str:
+    return say("talk to a model in the terminal", "在终端里与模型对话")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help=say(
+            "folder, hub id, modelscope:id, .gguf, or a stage folder",
+            "文件夹、hub id、modelscope:id、.gguf 或阶段文件夹",
+        ),
+    )
+    model_arguments.add_adapters(parser)
+    parser.add_argument("--system", default="", help=say("system message", "系统提示"))
+    parser.add_argument(
+        "--no-stream", action="store_true", help=say("show each answer when it is whole", "回答完整后再显示")
+    )
+    parser.add_argument("--web", action="store_true", help=say("in the browser", "在浏览器里"))
+    parser.add_argument(
+        "--beside",
+        default="",
+        metavar="MODEL",
+        help=say("--web: a second model answers too", "--web：另一个模型同时回答"),
+    )
+    shared_arguments.add_page_address(parser)
+    model_arguments.add_opening(parser)
+    model_arguments.add_sampling(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    sampling = model_arguments.sampling(arguments)
+    if arguments.web:
+        from tongwen.commands import web
+
+        return web.run(
+            [],
+            [arguments.model, *([arguments.beside] if arguments.beside else [])],
+            adapters=arguments.adapter,
+            system=arguments.system,
+            sampling=sampling,
+            whole=False,
+            template=arguments.template,
+            thinking=arguments.thinking,
+            weights=arguments.load,
+            host=arguments.host,
+            port=arguments.port,
+        )
+    from tongwen.commands import chat
+
+    return chat.run(
+        arguments.model,
+        arguments.adapter,
+        template=arguments.template,
+        thinking=arguments.thinking,
+        weights=arguments.load,
+        sampling=sampling,
+        system=arguments.system,
+        stream=not arguments.no_stream,
+    )

@@ -1,0 +1,152 @@
+"""The parser of the command line: all commands, in groups, with their help in the user's language."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from tongwen import __version__
+from tongwen.cli import (
+    chat,
+    check,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    fetch,
+    generate,
+    init,
+    look,
+    merge,
+    migrate,
+    plan,
+    run,
+    schema,
+    serve,
+    show,
+    tokenizer,
+    verify,
+    web,
+)
+from tongwen.cli.shared_arguments import add_json
+from tongwen.core.i18n import say
+
+
+class Command(Protocol):
+    """What a module of a command has."""
+
+    __name__: str
+
+    def summary(self) -> str:
+        """One line of help."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's arguments to its own parser."""
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Do it. Returns the exit code."""
+
+
+def command_groups() -> dict[str, dict[str, Command]]:
+    """All commands by name, in the groups and the order in which `--help` lists them."""
+    groups: dict[str, tuple[Command, ...]] = {
+        say("recipes, from data to a trained model", "配方（从数据到训练好的模型）"): (
+            demo,
+            init,
+            check,
+            plan,
+            look,
+            run,
+            schema,
+        ),
+        say("models, adapters and data sets", "模型、适配器与数据集"): (fetch, merge, convert, verify, show),
+        say("use and score a model", "使用与评测模型"): (chat, generate, evaluate, serve, web),
+        say("tools", "工具"): (tokenizer, migrate, doctor),
+    }
+    return {
+        title: {command.__name__.rpartition(".")[2]: command for command in commands}
+        for title, commands in groups.items()
+    }
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, whose errors suggest what may have been meant."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            problem = say(f"unknown command: {value}", f"未知命令：{value}")
+            self.error(f"{problem}\n  → {self._suggestion([value], action.choices)}")
+        super()._check_value(action, value)
+
+    def reject(self, unknown: Sequence[str]) -> NoReturn:
+        """Exit because of arguments that the command does not take."""
+        problem = say("unrecognized arguments: ", "无法识别的参数：") + " ".join(unknown)
+        options = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
+        self.error(f"{problem}\n  → {self._suggestion(options, self._option_string_actions)}")
+
+    def _suggestion(self, names: Iterable[str], known: Iterable[str]) -> str:
+        from difflib import get_close_matches  # here, since most command lines are right
+
+        nearest = [match for name in names for match in get_close_matches(name, known, n=1)]
+        if nearest:
+            return say(f"did you mean {', '.join(nearest)}?", f"是否想写 {'、'.join(nearest)}？")
+        return say(f"`{self.prog} --help` lists all", f"`{self.prog} --help` 列出全部")
+
+
+def make_parser() -> Parser:
+    """All commands with their help, in the user's language."""
+    parser = Parser(
+        prog="tongwen",
+        usage="%(prog)s [-h] [--version] COMMAND ...",
+        description=say("Teach a language model Chinese.", "教语言模型中文。"),
+        epilog=_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"tongwen {__version__}")
+    # DeepSpeed's launcher passes it here and in the environment.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    parser.set_defaults(json=False, parser=parser, run_command=_print_help)
+    subparsers = parser.add_subparsers(prog="tongwen", metavar="COMMAND", help=argparse.SUPPRESS)
+    for title, commands in command_groups().items():
+        # argparse has no groups of commands, so each group is a heading with lines of text.
+        parser.add_argument_group(title, "\n".join(f"{name:10}  {one.summary()}" for name, one in commands.items()))
+        for name, command in commands.items():
+            subparser = subparsers.add_parser(name, description=command.summary())
+            add_json(subparser)
+            command.add_arguments(subparser)
+            subparser.set_defaults(parser=subparser, run_command=command.run)
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with `run_command` as the command's `run`. Exits with 2 when they are wrong.
+
+    argparse takes overrides of a recipe only right behind it; here they may stand anywhere.
+    """
+    arguments, rest = make_parser().parse_known_args(argv)
+    overrides = [one for one in rest if "=" in one and not one.startswith("-")] if "overrides" in arguments else []
+    if len(overrides) < len(rest):
+        arguments.parser.reject([one for one in rest if one not in overrides])
+    if overrides:
+        arguments.overrides = [*arguments.overrides, *overrides]
+    return arguments
+
+
+def readme() -> Path | None:
+    """The README in the user's language, which leads to all other pages. A wheel has it beside the modules, a checkout at its
+    root."""
+    name, package = say("README.md", "README_zh.md"), Path(__file__).parents[1]
+    pages = [folder / name for folder in (package, package.parents[1])]
+    return next((page for page in pages if page.is_file()), None)
+
+
+def _epilog() -> str | None:
+    page = readme()
+    return say(f"docs: {page}", f"文档：{page}") if page else None
+
+
+def _print_help(arguments: argparse.Namespace) -> int:
+    arguments.parser.print_help()
+    return 0

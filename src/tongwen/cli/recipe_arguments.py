@@ -1,0 +1,45 @@
+"""Arguments of the commands that read a recipe, and the recipe that they name."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from tongwen.core.i18n import say
+
+if TYPE_CHECKING:
+    from tongwen.recipe.schema import Recipe
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The recipe file, and overrides of its keys."""
+    parser.add_argument("recipe", metavar="RECIPE", help=say("recipe file", "配方文件"))
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],  # without a default argparse counts them among the required arguments
+        metavar="section.key=value",
+        help=say("override a key of the recipe", "改动配方中的一个键"),
+    )
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    """`--devices N`, another way to write the override `devices=N`."""
+    parser.add_argument("--devices", type=int, help=say("processes, one per GPU", "进程数，每块 GPU 一个"))
+
+
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    """The overrides of the command line, `--devices` among them."""
+    devices = getattr(arguments, "devices", None)
+    return [*arguments.overrides, *([f"devices={devices}"] if devices is not None else [])]
+
+
+def load(arguments: argparse.Namespace) -> Recipe:
+    """The recipe with its overrides; prints the notices of the loader."""
+    from tongwen.core import console, distributed
+    from tongwen.recipe.load import load_recipe
+
+    recipe, notices = load_recipe(arguments.recipe, overrides(arguments))
+    for notice in () if distributed.is_ours() else notices:  # the command that started this process has printed them
+        console.notice(notice)
+    return recipe
