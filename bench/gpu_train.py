@@ -270,7 +270,9 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
     from tongwen.model.kernels import checkpointing, packed_attention
     from tongwen.model.kernels.fused_blocks import fuse_blocks
     from tongwen.model.kernels.loss import learned_loss
-    from tongwen.recipe.schema import AdapterConfig, Duration, Sft
+    from tongwen.recipe.fields import Duration
+    from tongwen.recipe.phases import training_phases
+    from tongwen.recipe.training import AdapterConfig, Sft
     from tongwen.train.memory import own_memory, token_budget
     from tongwen.train.metrics import MetricsCallback
     from tongwen.train.packing import make_plan
@@ -296,7 +298,7 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
     adapted = adapt(model, words.adapter, [])
     for part in adapted.learners:
         part.data = part.data.float()
-    store, stretch = samples.store(), words.stretches[0]
+    store, phase = samples.store(), training_phases(words)[0]
     plan = make_plan(
         store.lengths,
         lambda epoch: list(range(len(store))),
@@ -305,8 +307,8 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
         budget=token_budget(device(), model.config, own_memory(device()), full=case.method == "full"),
     )
     pupil = job.PreparedModel(adapted, (), True, None, device(), torch.bfloat16, Engine("single"))
-    leg = job.Phase(stretch, plan, folder, 0, 0)
-    adapted.focus(stretch.parts)
+    leg = job.Phase(phase, plan, folder, 0, 0)
+    adapted.focus(phase.parts)
     if case.contestant.endswith("compiled"):
         checkpointing.compile_layers(model)
     else:
@@ -319,7 +321,7 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
             store=store,
             plan=plan,
             packed=True,
-            stretch=stretch,
+            stretch=phase,
             dtype=torch.bfloat16,
             seed=0,
             checkpoints=folder,

@@ -245,13 +245,13 @@ def _generate(parsed: argparse.Namespace) -> int:
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
-    from tongwen.recipe.load import from_words
+    from tongwen.recipe.load import from_options
     from tongwen.stages import evaluate
 
     words = {name: getattr(parsed, name) for name in ("data", "suite", "examples", "shots", "limit")}
     section = {name: getattr(parsed, name) for name in ("batch_size", "max_new_tokens")}
     section["tasks"] = [{"task": name, **words} for name in parsed.task]
-    recipe = from_words({"name": "evaluate", "base": parsed.model, "evaluate": section}, "tongwen evaluate")
+    recipe = from_options({"name": "evaluate", "base": parsed.model, "evaluate": section}, "tongwen evaluate")
     return evaluate.command(
         recipe,
         parsed.adapter,

@@ -27,7 +27,8 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from tongwen.core import artifact, console, distributed
 from tongwen.core.errors import ArtifactError, Interrupted, MissingPackage, NumbersError, RecipeError, first_line
 from tongwen.core.i18n import say
-from tongwen.recipe.schema import Training, TrainingPhase
+from tongwen.recipe.phases import TrainingPhase
+from tongwen.recipe.training import Training
 from tongwen.train.audit import FirstStepsAudit, first_not_finite
 from tongwen.train.checkpoints import (
     STAGING,
@@ -142,7 +143,7 @@ def _fit(job: TrainerJob, halt: ShutdownRequest) -> int:
         trainer.add_callback(callback)
     if not job.engine.is_deepspeed:  # which keeps gradients to itself
         trainer.add_callback(FirstStepsAudit())
-    start, patience = step_of(job.resume) if job.resume else 0, job.stretch.words.patience
+    start, patience = step_of(job.resume) if job.resume else 0, job.stretch.config.patience
     if job.track and trainer.is_world_process_zero():
         trainer.add_callback(TrackerCallback(job.track, start))
     job.watch.begin(start, job.evaluations)
@@ -222,7 +223,7 @@ def unreached_rate(section: Training, steps: int) -> str:
 
 def training_arguments(job: TrainerJob) -> TrainingArguments:
     """The recipe's words as TrainingArguments; `trainer:` goes through as it is."""
-    section, plan = job.stretch.words, job.plan
+    section, plan = job.stretch.config, job.plan
     total = len(plan)
     if "8bit" in section.optimizer and importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackage("bitsandbytes", f"optimizer: {section.optimizer}", "qlora")
@@ -231,7 +232,7 @@ def training_arguments(job: TrainerJob) -> TrainingArguments:
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": plan.accumulate,
         "max_steps": total,
-        "learning_rate": job.stretch.rate,
+        "learning_rate": job.stretch.learning_rate,
         "optim": OPTIMIZERS.get(section.optimizer, "adamw_torch_fused"),
         "lr_scheduler_type": SCHEDULES[section.schedule],
         "warmup_steps": steps_of(section.warmup, total),
@@ -274,13 +275,13 @@ class PlannedTrainer(Trainer):
         self.job, self.halt = job, halt
         self.micro = MicroBatches(job.store, job.plan.flat(), packed=job.packed)
         self._staging: Path | None = None
-        self.noise = Neftune(job.model, job.stretch.words.neftune) if job.stretch.words.neftune else None
+        self.noise = Neftune(job.model, job.stretch.config.neftune) if job.stretch.config.neftune else None
         super().__init__(
             model=job.model,
             args=training_arguments(job),
             train_dataset=self.micro,
             processing_class=job.tokenizer,
-            optimizer_cls_and_kwargs=_muon(job) if job.stretch.words.optimizer == "muon" else None,
+            optimizer_cls_and_kwargs=_muon(job) if job.stretch.config.optimizer == "muon" else None,
         )
         self.model_accepts_loss_kwargs = True  # the loss below is already scaled over the accumulation
         self.guard = NanGuard(
@@ -345,7 +346,7 @@ class PlannedTrainer(Trainer):
         return norm
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        words = self.job.stretch.words.trainer
+        words = self.job.stretch.config.trainer
         try:
             optimizer = super().create_optimizer(*args, **kwargs)
         except (ValueError, TypeError) as error:
@@ -375,7 +376,7 @@ class PlannedTrainer(Trainer):
                     continue
                 group["params"] = [part for part in group["params"] if id(part) not in chosen]
                 decay = 0.0 if chosen is guarded else group["weight_decay"]
-                rate = self.job.stretch.embedding_rate
+                rate = self.job.stretch.embedding_learning_rate
                 optimizer.add_param_group({**group, "params": mine, "lr": rate, "weight_decay": decay})
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -383,7 +384,7 @@ class PlannedTrainer(Trainer):
             # accelerate finds the shards of an optimizer's parameters by their addresses, and empty shards share one.
             for group, parameters in zip(self.optimizer.param_groups, self._held, strict=True):
                 group["params"] = parameters
-        if self.job.stretch.words.schedule == "warmup_lr":
+        if self.job.stretch.config.schedule == "warmup_lr":
             warm = max(2, self.args.get_warmup_steps(num_training_steps))
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer, lambda step: min(1.0, math.log(step + 1) / math.log(warm))
@@ -447,7 +448,7 @@ class PlannedTrainer(Trainer):
             check_adapter_saved(staged)
             if self.job.budget:
                 self.job.budget.save(staged)
-            words, best = self.job.stretch.words, self.job.watch.best
+            words, best = self.job.stretch.config, self.job.watch.best
             if self.job.watch.file.is_file():
                 artifact.sync_file(self.job.watch.file)
             told = {**self.job.told, "evaluations": self.job.watch.evaluations}
@@ -480,7 +481,7 @@ def _muon(job: TrainerJob) -> tuple[Any, dict[str, Any]]:
                 place="optimizer",
                 remedy="optimizer: adamw",
             )
-    return torch.optim.Muon, {"lr": job.stretch.rate, "weight_decay": job.stretch.words.weight_decay}
+    return torch.optim.Muon, {"lr": job.stretch.learning_rate, "weight_decay": job.stretch.config.weight_decay}
 
 
 class EvaluationCallback(TrainerCallback):
@@ -491,7 +492,7 @@ class EvaluationCallback(TrainerCallback):
         self.job = job
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        words, watch = self.job.stretch.words, self.job.watch
+        words, watch = self.job.stretch.config, self.job.watch
         every, step = words.evaluate_every, state.global_step
         ends_phase = step == len(self.job.plan) and watch.before_steps + step < len(watch.tokens)
         if not (every and self.job.evaluate and (step % every == 0 or ends_phase)):

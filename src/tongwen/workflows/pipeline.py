@@ -21,8 +21,9 @@ import psutil
 from tongwen.core import artifact, console, distributed, resume
 from tongwen.core.errors import MachineError, RecipeError, TongwenError, first_line, is_disk_full
 from tongwen.core.i18n import say
+from tongwen.recipe.data import Prepare
 from tongwen.recipe.load import dump
-from tongwen.recipe.schema import STAGES, Prepare, Recipe
+from tongwen.recipe.schema import STAGES, Recipe
 from tongwen.train import trackers
 
 TRAINING = ("pretrain", "sft")  # stages that run on all devices
@@ -252,13 +253,13 @@ def _find_unchanged(recipe: Recipe, name: str, out: Path, fork: bool) -> artifac
             _settings(recipe, name),
             prepared.fingerprint,
             fork=fork,
-            takes_new_rates=getattr(recipe, name).shares != "deepspeed",
+            takes_new_rates=getattr(recipe, name).sharded_by != "deepspeed",
         )
     return found
 
 
 def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str]) -> artifact.Artifact:
-    needs_group = name in TRAINING and (recipe.devices > 1 or getattr(recipe, name).shares)
+    needs_group = name in TRAINING and (recipe.devices > 1 or getattr(recipe, name).sharded_by)
     if needs_group and not distributed.is_launched():
         code = distributed.torchrun(recipe.devices, ["run", *arguments, "--only", name])
         if code:

@@ -39,9 +39,12 @@ from tongwen.model.kernels.loss import bits_per_byte, learned_loss, spare_head
 from tongwen.model.loading import chat_setup, load
 from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_tokenizer
 from tongwen.model.loading.special_tokens import mend_ends
+from tongwen.recipe.effects import deciding_settings, free_settings
 from tongwen.recipe.load import dump
 from tongwen.recipe.memory_remedies import cheaper, last_resort
-from tongwen.recipe.schema import Forgetting, Pretrain, Recipe, Training, TrainingPhase
+from tongwen.recipe.phases import TrainingPhase, training_phases
+from tongwen.recipe.schema import Recipe
+from tongwen.recipe.training import Forgetting, Pretrain, Training
 from tongwen.train import audit, trackers
 from tongwen.train.checkpoints import check_adapter_saved, newest_checkpoint, read_manifest, step_of
 from tongwen.train.memory import STATE_BYTES, device_memory, is_reckoned_to_fit, own_memory, token_budget
@@ -109,7 +112,7 @@ class TrainingJob:
 def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
     """What decides a training stage's result."""
     section: Training = getattr(recipe, stage)
-    return {stage: section.deciding(), "seed": recipe.seed, "base": standing_on(recipe, stage)}
+    return {stage: deciding_settings(section), "seed": recipe.seed, "base": standing_on(recipe, stage)}
 
 
 @dataclass(frozen=True)
@@ -282,7 +285,7 @@ def _prepare_model(course: TrainingJob, device: str, engine: Engine, adapter_ste
     """The base, checked against its tokenizer, with what the recipe adds to it."""
     section, reader, place = course.section, course.reader, load.locate(course.base)
     dtype, why = load.compute_dtype(section.precision, device)
-    trained = {part for stretch in section.stretches for part in stretch.parts}
+    trained = section.trained_parts
     with console.waiting(say("opening the base", "打开底座")):
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
         kept = attach.kept_in(trained, dtype)
@@ -328,10 +331,10 @@ def _lay_out(course: TrainingJob, device: str, checkpoints: Path) -> list[Phase]
     """The plan of each phase. A phase begins with an epoch that no phase before it has touched."""
     section, lesson, legs = course.section, course.lesson, list[Phase]()
     config = load.load_config(load.locate(course.base))
-    budget = token_budget(device, config, own_memory(device), full=section.learns_in_full)
+    budget = token_budget(device, config, own_memory(device), full="full" in section.trained_parts)
     steps, epochs = 0, 0
-    for number, stretch in enumerate(section.stretches, 1):
-        words = stretch.words
+    for number, stretch in enumerate(training_phases(section), 1):
+        words = stretch.config
         plan = make_plan(
             lesson.store.lengths,
             lambda epoch, before=epochs: lesson.draw(before + epoch),  # type: ignore[misc]
@@ -341,7 +344,7 @@ def _lay_out(course: TrainingJob, device: str, checkpoints: Path) -> list[Phase]
             budget=words.micro_batch_tokens or budget,
             world=distributed.world_size(),
         )
-        folder = checkpoints / f"phase-{number}" if len(section.stretches) > 1 else checkpoints
+        folder = checkpoints / f"phase-{number}" if len(section.trains) > 1 else checkpoints
         legs.append(Phase(stretch, plan, folder, steps, epochs))
         steps, epochs = steps + len(plan), epochs + math.ceil(len(plan) / plan.steps_per_epoch)
     return legs
@@ -465,8 +468,8 @@ def _conditions(pupil: PreparedModel, leg: Phase) -> dict[str, Any]:
         "device": pupil.device,
         "threads": torch.get_num_threads(),
         "micro_batch_tokens": leg.plan.budget,
-        "activation_checkpointing": leg.stretch.words.activation_checkpointing,
-        "compile": leg.stretch.words.compile,
+        "activation_checkpointing": leg.stretch.config.activation_checkpointing,
+        "compile": leg.stretch.config.compile,
         "versions": artifact.versions(),
     }
 
@@ -507,7 +510,7 @@ def _job(
     watch: MetricsCallback,
     told: dict[str, Any],
 ) -> TrainerJob:
-    apart = leg.stretch.embedding_rate != leg.stretch.rate
+    apart = leg.stretch.embedding_learning_rate != leg.stretch.learning_rate
     return TrainerJob(
         model=pupil.model,
         tokenizer=course.reader.tokenizer,
@@ -546,7 +549,7 @@ def _track(course: TrainingJob, leg: Phase, folder: Path, run: str, *, must: boo
     without it."""
     if not course.recipe.track:
         return None
-    phase = leg.checkpoints.name if len(course.section.stretches) > 1 else ""
+    phase = leg.checkpoints.name if len(course.section.trains) > 1 else ""
     title = "-".join(word for word in (course.recipe.name, course.stage, phase) if word)
     return trackers.TrackerRun(course.recipe.track, title, run, folder, phase, must=must and not leg.steps_before)
 
@@ -561,7 +564,7 @@ def _method(course: TrainingJob) -> str:
     method = course.section.adapter.method
     return " → ".join(
         stretch.train.replace("lora", method) if "lora" in stretch.parts else stretch.train
-        for stretch in course.section.stretches
+        for stretch in training_phases(course.section)
     )
 
 
@@ -603,7 +606,7 @@ def _check_lengths(config: Any, course: TrainingJob) -> None:
 
 def _set_checkpointing(pupil: PreparedModel, leg: Phase, store: TokenStore) -> None:
     """Recompute activations when the recipe says so, or when the largest micro-batch does not fit a GPU otherwise."""
-    word = leg.stretch.words.activation_checkpointing
+    word = leg.stretch.config.activation_checkpointing
     checkpointing.keep(pupil.model)
     if word == "on":
         checkpointing.recompute(pupil.model)
@@ -621,8 +624,8 @@ def _set_checkpointing(pupil: PreparedModel, leg: Phase, store: TokenStore) -> N
 def _fits(pupil: PreparedModel, leg: Phase, store: TokenStore, memory: int) -> bool:
     """The largest micro-batch is tried beside room for the optimizer. Where processes share the model out, one that fails
     would leave the others waiting; there it is reckoned. memory: bytes of the GPU."""
-    words = leg.stretch.words
-    if words.shares:
+    words = leg.stretch.config
+    if words.sharded_by:
         sharing = sharing_of(words, distributed.world_size())
         return is_reckoned_to_fit(pupil.model, words, sharing, pupil.dtype.itemsize, leg.plan.budget, memory)
     learning = sum(part.numel() for part in pupil.model.parameters() if part.requires_grad)
@@ -729,7 +732,7 @@ def _facts(course: TrainingJob, pupil: PreparedModel, legs: list[Phase], through
         "device": pupil.device,
         "dtype": str(pupil.dtype).removeprefix("torch."),
         "method": _method(course),
-        "free": {course.stage: section.model_dump(mode="json", include=section.free)},
+        "free": {course.stage: section.model_dump(mode="json", include=free_settings(section))},
         "steps": throughput["steps"],
         "tokens": throughput["tokens"],
         "batch": {"tokens": section.batch_tokens} if section.batch_tokens else {"samples": section.batch_size},
@@ -800,10 +803,10 @@ def _say_plan(legs: list[Phase], store: TokenStore, counts: dict[str, Any]) -> N
         )
     )
     for leg in legs:
-        if short := unreached_rate(leg.stretch.words, len(leg.plan)):
+        if short := unreached_rate(leg.stretch.config, len(leg.plan)):
             console.notice(short)
-        every = leg.stretch.words.save_every
-        if "save_every" in leg.stretch.words.model_fields_set and every >= len(leg.plan):
+        every = leg.stretch.config.save_every
+        if "save_every" in leg.stretch.config.model_fields_set and every >= len(leg.plan):
             console.notice(
                 say(
                     f"save_every: {every}, and there are {len(leg.plan)} steps: if it is interrupted, it begins anew",
