@@ -159,7 +159,7 @@ def score(folder: str, adapter: str, prepared: Path) -> float:
     from tongwen.model.kernels import packed_attention
     from tongwen.model.kernels.loss import bits_per_byte
     from tongwen.model.loading import load
-    from tongwen.recipe.schema import Pretrain
+    from tongwen.recipe.training import Pretrain
     from tongwen.train.packing import MicroBatches, fill
     from tongwen.workflows.tokenized_data import read_documents
 

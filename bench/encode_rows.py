@@ -92,7 +92,7 @@ def cpu() -> float:
 def tongwen(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
     from tongwen.data import token_store
     from tongwen.data.encode import encode_dialogues
-    from tongwen.recipe.schema import Sft
+    from tongwen.recipe.training import Sft
     from tongwen.workflows.tokenized_data import read_dialogues
 
     section = Sft(max_length=4096)
@@ -112,7 +112,7 @@ def tongwen(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str,
 
 
 def library(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
-    from tongwen.recipe.schema import Sft
+    from tongwen.recipe.training import Sft
     from tongwen.workflows.tokenized_data import read_dialogues
 
     reader = read_dialogues(chosen.model, Sft())
@@ -132,7 +132,7 @@ def iter_dialogues(rows: list[dict[str, str]]) -> Iterator[Any]:
     """As `prepare` reads them: the format recognised row by row."""
     from tongwen.core.records import Origin
     from tongwen.data.formats import read_dialogue, recognise
-    from tongwen.recipe.schema import SourceConfig
+    from tongwen.recipe.data import SourceConfig
 
     source = SourceConfig(path="rows")
     for number, row in enumerate(rows, 1):

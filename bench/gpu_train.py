@@ -270,7 +270,9 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
     from tongwen.model.kernels import checkpointing, packed_attention
     from tongwen.model.kernels.fused_blocks import fuse_blocks
     from tongwen.model.kernels.loss import learned_loss
-    from tongwen.recipe.schema import AdapterConfig, Duration, Sft
+    from tongwen.recipe.fields import Duration
+    from tongwen.recipe.phases import training_phases
+    from tongwen.recipe.training import AdapterConfig, Sft
     from tongwen.train.memory import own_memory, token_budget
     from tongwen.train.metrics import MetricsCallback
     from tongwen.train.packing import make_plan
@@ -307,7 +309,7 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
         budget=token_budget(device(), model.config, own_memory(device()), full=case.method == "full"),
     )
     prepared = PreparedModel(adapted, (), True, None, device(), torch.bfloat16, Engine("single"))
-    phase = Phase(*words.stretches[0], plan, folder)
+    phase = Phase(*training_phases(words)[0], plan, folder)
     adapted.focus(phase.parts)
     if case.contestant.endswith("compiled"):
         checkpointing.compile_layers(model)

@@ -93,7 +93,7 @@ def measure(chosen: argparse.Namespace, size: int) -> dict[str, Any]:
     from tongwen.data.ledger import Ledger
     from tongwen.data.reader import read_rows
     from tongwen.model.loading import load
-    from tongwen.recipe.schema import Prepare
+    from tongwen.recipe.data import Prepare
 
     out: dict[str, Any] = {"million_bytes": size, "mb_per_cpu_second": {}, "peak_mb": {}}
 

@@ -234,7 +234,7 @@ def peak(name: str, method: str, length: int) -> int:
     import torch
     from transformers import LlamaConfig, Qwen3Config
 
-    from tongwen.recipe.schema import AdapterConfig
+    from tongwen.recipe.training import AdapterConfig
     from tongwen.workflows.training.memory_estimate import MicroBatch, TrainingSetup, estimate_memory
 
     family, hidden, intermediate, layers, heads, tied = MODELS[name]

@@ -19,7 +19,8 @@ from tongwen.model.kernels.fused_blocks import fuse_blocks
 from tongwen.model.kernels.loss import learned_loss, spare_head
 from tongwen.model.loading.load import ModelRef, load_config, load_model
 from tongwen.recipe.memory_remedies import cheaper
-from tongwen.recipe.schema import AdapterConfig, Recipe, Sft, Training
+from tongwen.recipe.schema import Recipe
+from tongwen.recipe.training import AdapterConfig, Sft, Training
 from tongwen.train.checkpoints import commit
 from tongwen.train.memory import ModelShape, Sharing, token_budget
 from tongwen.train.memory_trace import ROWS, LiveTensors

@@ -10,7 +10,7 @@ import pytest
 from tongwen.core.records import Dialogue, Document, Message, Origin
 from tongwen.data import clean
 from tongwen.data.clean import Cleaner, Dropped
-from tongwen.recipe.schema import Clean
+from tongwen.recipe.data import Clean
 
 HERE = Origin("f", 1)
 

@@ -16,7 +16,7 @@ from tongwen.data.encode import Encoder, check_store, encode_dialogues, encode_d
 from tongwen.data.ledger import Ledger, Rejected
 from tongwen.data.token_store import SAMPLE, TokenStore, spans_of
 from tongwen.model.loading.chat_setup import bind_template, end_of_text
-from tongwen.recipe.schema import Sft
+from tongwen.recipe.training import Sft
 
 KINDS = ("bytes", "sentencepiece", "legacy")
 

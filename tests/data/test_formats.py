@@ -17,7 +17,7 @@ from tongwen.data.formats import read_dialogue, recognise
 from tongwen.data.ledger import Ledger
 from tongwen.data.prepare_steps import check_losses, iter_rows, list_parts, load_records
 from tongwen.data.reader import read_rows
-from tongwen.recipe.schema import Prepare, SourceConfig
+from tongwen.recipe.data import Prepare, SourceConfig
 
 HERE, SOURCE = Origin("f", 1), SourceConfig(path="f")
 ALPACA = {"instruction": "问", "input": "", "output": "答"}

@@ -23,7 +23,7 @@ from tongwen.data.dataset_info import entry_source
 from tongwen.data.files import find_files
 from tongwen.data.reader import read_rows
 from tongwen.data.row import RawRow
-from tongwen.recipe.schema import SourceConfig
+from tongwen.recipe.data import SourceConfig
 
 DEMO = Path(__file__).parents[2] / "src" / "tongwen" / "commands" / "demo_data" / "dialogues.jsonl"
 HERE = Origin("f", 1)

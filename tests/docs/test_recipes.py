@@ -17,7 +17,7 @@ from tests.conftest import CORPUS, byte_level_tokenizer, dialogues, tensors, tin
 from tests.launching import in_a_child, launched
 from tongwen.commands.init import METHODS, STARTS, TRAINS, render
 from tongwen.recipe.load import load_recipe
-from tongwen.recipe.schema import AdapterConfig
+from tongwen.recipe.training import AdapterConfig
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 NEEDS = {"zero": "deepspeed", "qlora": "bitsandbytes", "int8": "bitsandbytes"}

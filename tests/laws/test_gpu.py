@@ -21,7 +21,7 @@ from tongwen.model.kernels.checkpointing import compile_layers
 from tongwen.model.kernels.fused_blocks import fuse_blocks
 from tongwen.model.kernels.loss import LearnedCrossEntropy, learned_loss, spare_head
 from tongwen.model.loading.load import ModelRef, load_model
-from tongwen.recipe.schema import AdapterConfig
+from tongwen.recipe.training import AdapterConfig
 from tongwen.train import audit
 from tongwen.train.audit import to_device
 from tongwen.train.try_batch import fits

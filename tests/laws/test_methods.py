@@ -34,7 +34,7 @@ from tongwen.model.adapters.adalora import budget_of
 from tongwen.model.adapters.attach import adapt
 from tongwen.model.adapters.chain import open_adapter
 from tongwen.model.loading.load import ModelRef, load_model
-from tongwen.recipe.schema import AdapterConfig
+from tongwen.recipe.training import AdapterConfig
 from tongwen.train import trainer
 from tongwen.train.neftune import Neftune, lengths_of
 from tongwen.train.packing import pack, pad

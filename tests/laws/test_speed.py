@@ -20,7 +20,7 @@ from tongwen.core.errors import MachineError
 from tongwen.model.adapters.attach import adapt
 from tongwen.model.kernels.checkpointing import compile_layers, recompute
 from tongwen.model.kernels.loss import learned_loss
-from tongwen.recipe.schema import AdapterConfig, Sft
+from tongwen.recipe.training import AdapterConfig, Sft
 from tongwen.train.memory import CUDA_CONTEXT, device_memory
 from tongwen.train.metrics import peak_memory_bytes
 from tongwen.train.packing import pack

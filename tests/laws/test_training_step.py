@@ -27,7 +27,8 @@ from tongwen.model.kernels.fused_blocks import FusedGatedMlp, FusedRmsNorm, fuse
 from tongwen.model.kernels.fused_projections import FusedProjections, FusedProjectionsFunction
 from tongwen.model.kernels.loss import LearnedCrossEntropy, bits_per_byte, learned_loss, spare_head
 from tongwen.model.loading.load import ModelRef, load_model
-from tongwen.recipe.schema import AdapterConfig, Duration
+from tongwen.recipe.fields import Duration
+from tongwen.recipe.training import AdapterConfig
 from tongwen.train import audit
 from tongwen.train.packing import MicroBatches, best_fit, deal, make_plan, pack, pad
 

@@ -9,7 +9,7 @@ import pytest
 
 from tongwen.core.errors import RecipeError, SeveralErrors, TongwenError
 from tongwen.recipe.aliases import OWNED, training_arguments
-from tongwen.recipe.docs import sections, to_markdown, words
+from tongwen.recipe.docs import sections, settings, to_markdown
 from tongwen.recipe.load import dump, load_recipe
 
 PRETRAIN = "name: a\nbase: b\nprepare: {documents: d}\npretrain: {%s}\n"
@@ -189,7 +189,7 @@ def test_every_word_has_help_in_both_languages() -> None:
             extra = field.json_schema_extra
             assert field.description, f"{name}.{key}"
             assert isinstance(extra, dict) and extra["zh"], f"{name}.{key}"
-        assert list(words(model))
+        assert list(settings(model))
     assert "| `learning_rate` |" in to_markdown()
 
 

@@ -30,7 +30,7 @@ from tongwen.data.synthesis.client import SpendingMeter, SynthesisClient
 from tongwen.data.synthesis.generate import SCHEMA
 from tongwen.infer.generation import Sampling, TextGenerator
 from tongwen.model.loading import chat_setup
-from tongwen.recipe.schema import Synthesize
+from tongwen.recipe.data import Synthesize
 from tongwen.serving import auth, openai_api
 from tongwen.workflows.chat_model import ChatModel
 

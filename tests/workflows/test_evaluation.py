@@ -25,7 +25,8 @@ from tongwen.cli.main import main
 from tongwen.core.errors import ModelError
 from tongwen.infer import entities
 from tongwen.infer.metrics import TEXT, AnsweredPrompt, compare, summarise, without_thinking
-from tongwen.recipe.schema import Evaluate, SourceConfig, TaskConfig
+from tongwen.recipe.data import SourceConfig
+from tongwen.recipe.outputs import Evaluate, TaskConfig
 from tongwen.stages import evaluate
 from tongwen.workflows.evaluation import read_task
 from tongwen.workflows.likelihood import windows

@@ -63,13 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from tongwen.recipe.load import from_words
+    from tongwen.recipe.load import from_options
     from tongwen.stages import evaluate
 
     task = {name: getattr(arguments, name) for name in ("data", "suite", "examples", "shots", "limit")}
     section = {name: getattr(arguments, name) for name in ("batch_size", "max_new_tokens")}
     section["tasks"] = [{"task": name, **task} for name in arguments.task]
-    recipe = from_words({"name": "evaluate", "base": arguments.model, "evaluate": section}, "tongwen evaluate")
+    recipe = from_options({"name": "evaluate", "base": arguments.model, "evaluate": section}, "tongwen evaluate")
     return evaluate.command(
         recipe,
         arguments.adapter,

@@ -15,7 +15,8 @@ from tongwen.export.gguf import check_type
 from tongwen.export.gguf_metadata import check_family
 from tongwen.hub.download import local_copy
 from tongwen.model.loading import load
-from tongwen.recipe.schema import Prepare, Recipe
+from tongwen.recipe.data import Prepare
+from tongwen.recipe.schema import Recipe
 from tongwen.train import trackers
 from tongwen.workflows.pipeline import check_processes
 from tongwen.workflows.stage_inputs import inputs

@@ -18,7 +18,7 @@ from tongwen.core.i18n import say
 from tongwen.infer.answer_log import AnswerJournal
 from tongwen.infer.endpoint import EndpointBackend
 from tongwen.infer.generation import Sampling
-from tongwen.recipe.schema import SourceConfig
+from tongwen.recipe.data import SourceConfig
 from tongwen.workflows.chat_model import choose_engine, open_chat_model
 from tongwen.workflows.eval_prompts import EvalPrompt, read_questions
 

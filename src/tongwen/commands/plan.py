@@ -19,7 +19,9 @@ from tongwen.export.gguf import bytes_per_weight
 from tongwen.model.loading import load
 from tongwen.model.merging.resize import plan_rows
 from tongwen.recipe.memory_remedies import cheaper, last_resort
-from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
+from tongwen.recipe.phases import training_phases
+from tongwen.recipe.schema import Recipe
+from tongwen.recipe.training import Pretrain, Sft, Training, parts_of
 from tongwen.train.memory import SHARED, STREAMED, flops_per_token, own_memory, token_budget
 from tongwen.train.packing import BatchPlan, make_plan
 from tongwen.train.parallel import sharing_of
@@ -92,7 +94,7 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
     lesson = _look(recipe, section, base)
     rows = _rows(recipe, section, base, new)
     memory = 0 if recipe.devices > 1 else limit or own_memory(device)
-    full = section.learns_in_full
+    full = "full" in section.trained_parts
     plans = _plans(section, lesson, token_budget(device, config, memory, full=full), recipe.devices)
     micro = _fullest(plans, lesson)
     setting, needs = _needs(config, section, _setting(section, device, limit, recipe.devices, rows), micro, limit)
@@ -154,7 +156,7 @@ def _config(recipe: Recipe, base: str) -> tuple[Any, int]:
 
 def _rows(recipe: Recipe, section: Training, base: str, new: int) -> int:
     """Rows of new pieces that learn one by one. new: those that are still to be made."""
-    parts = {part for stretch in section.stretches for part in stretch.parts}
+    parts = section.trained_parts
     if "new_rows" in parts:
         return new or len(new_rows_of(base))
     if isinstance(section, Sft) and parts == {"lora"} and not recipe.pretrain:  # nothing else trains them
@@ -164,7 +166,7 @@ def _rows(recipe: Recipe, section: Training, base: str, new: int) -> int:
 
 def _disk(config: Any, section: Training, setting: TrainingSetup, steps: list[int]) -> tuple[dict[str, int], int]:
     """(bytes of what stays, and of the checkpoint that is written before an older one goes; the most at one time)."""
-    result, sizes = memory_estimate.estimate_files(config, setting, [stretch.parts for stretch in section.stretches])
+    result, sizes = memory_estimate.estimate_files(config, setting, [parts_of(train) for train in section.trains])
     kept, more = 0, 0
     for size, count in zip(sizes, steps, strict=True):
         saves = -(-count // section.save_every)
@@ -188,25 +190,24 @@ def _plans(section: Training, lesson: TokenizedData, budget: int, world: int) ->
         make_plan(
             lesson.store.lengths,
             lesson.draw,
-            batch_size=stretch.words.batch_size,
-            batch_tokens=stretch.words.batch_tokens,
-            stop_after=stretch.words.stop_after,
+            batch_size=phase.config.batch_size,
+            batch_tokens=phase.config.batch_tokens,
+            stop_after=phase.config.stop_after,
             budget=section.micro_batch_tokens or budget,
             world=world,
         )
-        for stretch in section.stretches
+        for phase in training_phases(section)
     ]
 
 
 def _setting(section: Training, device: str, limit: int | None, world: int, rows: int) -> TrainingSetup:
-    parts = {part for stretch in section.stretches for part in stretch.parts}
     guessed = {"fp32": torch.float32, "fp16": torch.float16}
     dtype = (
         guessed.get(section.precision, torch.bfloat16) if limit else load.compute_dtype(section.precision, device)[0]
     )
     on = section.activation_checkpointing == "on"
     sharing = sharing_of(section, world)
-    return TrainingSetup(section.adapter, frozenset(parts), dtype, device, section.optimizer, on, sharing, rows)
+    return TrainingSetup(section.adapter, section.trained_parts, dtype, device, section.optimizer, on, sharing, rows)
 
 
 def _fullest(plans: list[BatchPlan], lesson: TokenizedData) -> MicroBatch:
@@ -318,7 +319,7 @@ def _sharing_rows(facts: dict[str, Any], section: Training) -> list[tuple[str, s
         said = say(f"per GPU: {engine} divides {shared} among {world}", f"每块 GPU：{engine} 把{shared}分给 {world} 块")
     elif world > 1:
         said = say(f"per GPU: {engine} divides nothing", f"每块 GPU：{engine} 不分担")
-    elif section.shares:
+    elif section.sharded_by:
         said = say(
             f"for one GPU; {engine} divides among several: --devices N", f"单卡；{engine} 由多卡分担：--devices N"
         )
@@ -338,7 +339,7 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
         else say(f"{section.batch_size} samples", f"{section.batch_size} 个样本")
     )
     parts, budget = f"{facts['micro_batches_per_step']} x {facts['devices']}", facts["micro_batch_tokens"]
-    lengths = ", ".join(str(one.words.stop_after) for one in section.stretches)
+    lengths = ", ".join(str(phase.config.stop_after) for phase in training_phases(section))
     note = say(" with activation checkpointing", "（重算激活）") if facts["activation_checkpointing"] else ""
     if not facts["rehearsed"]:
         note += say(", by a formula: this model cannot be rehearsed", "，按公式估计：该模型无法预演")

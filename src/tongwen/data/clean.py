@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from tongwen.core.errors import MissingPackage
 from tongwen.core.i18n import say
 from tongwen.core.records import Dialogue, Document, Message
-from tongwen.recipe.schema import Clean
+from tongwen.recipe.data import Clean
 
 
 @dataclass(frozen=True, slots=True)

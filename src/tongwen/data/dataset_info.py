@@ -14,7 +14,7 @@ from typing import Any
 from tongwen.core.errors import DataError
 from tongwen.core.i18n import say
 from tongwen.data.files import shown
-from tongwen.recipe.schema import SourceConfig
+from tongwen.recipe.data import SourceConfig
 
 # formatting: {their word under `columns`: ours}
 _COLUMNS = {

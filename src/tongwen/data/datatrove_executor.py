@@ -16,7 +16,7 @@ from tongwen.core import artifact, console
 from tongwen.core.errors import MachineError, MissingPackage, TongwenError
 from tongwen.core.i18n import say
 from tongwen.data.prepare_steps import InputPart
-from tongwen.recipe.schema import Prepare
+from tongwen.recipe.data import Prepare
 
 DONE = {"scan": "scan.json", "settle": "settled.json"}
 

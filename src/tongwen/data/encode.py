@@ -26,7 +26,7 @@ from tongwen.core.records import Dialogue, Document, Message, Span
 from tongwen.data.ledger import Ledger, Rejected
 from tongwen.data.tiktoken_encoder import FastEncoder, make_fast
 from tongwen.data.token_store import Batch, TokenStore, spans_of
-from tongwen.recipe.schema import Sft
+from tongwen.recipe.training import Sft
 
 ANCHORS = ("\n", ":", "a")
 BATCH = 1000  # dialogues tokenised in one call of the tokenizer library

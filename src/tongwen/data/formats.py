@@ -15,7 +15,7 @@ from tongwen.core.errors import DataError, RecipeError, RowRefused
 from tongwen.core.i18n import say
 from tongwen.core.records import Dialogue, Document, Message, Origin
 from tongwen.data.row import RawRow, kind
-from tongwen.recipe.schema import SourceConfig
+from tongwen.recipe.data import SourceConfig
 
 ROLES = {
     "human": "user",

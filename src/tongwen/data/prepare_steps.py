@@ -31,7 +31,7 @@ from tongwen.data.ledger import Ledger, Rejected
 from tongwen.data.reader import read_rows
 from tongwen.data.row import RawRow
 from tongwen.data.sampling import choose_held_out
-from tongwen.recipe.schema import Prepare, SourceConfig
+from tongwen.recipe.data import Prepare, SourceConfig
 
 Tell = Callable[[str], None]
 KINDS = ("documents", "dialogues")

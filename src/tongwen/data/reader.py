@@ -21,7 +21,7 @@ from tongwen.data.charset import Charset
 from tongwen.data.files import DamagedFile, Stream, shown
 from tongwen.data.json_array import read_array
 from tongwen.data.row import CAP, RawRow, parse_json
-from tongwen.recipe.schema import SourceConfig
+from tongwen.recipe.data import SourceConfig
 
 # A single line of this size is no line: the file has no line ends.
 _SKIP = 1 << 28

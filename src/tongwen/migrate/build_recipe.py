@@ -12,7 +12,10 @@ import yaml
 from tongwen.core.i18n import say
 from tongwen.migrate.flags import FlagReader
 from tongwen.migrate.tables import OldProgram
-from tongwen.recipe.schema import Pretrain, Recipe, Section, Sft, Synthesize
+from tongwen.recipe.data import Synthesize
+from tongwen.recipe.fields import Section
+from tongwen.recipe.schema import Recipe
+from tongwen.recipe.training import Pretrain, Sft
 
 SECTIONS: dict[str, type[Section]] = {"synthesize": Synthesize, "pretrain": Pretrain, "sft": Sft}
 POSITIONAL = ("MODEL", "SRC")

@@ -1,1 +1,1 @@
-"""The recipe: every word that it may say (`schema`), and how a file becomes one (`load`)."""
+"""The recipe: its sections and their settings (`schema`), and how a file becomes one (`load`)."""

@@ -1,7 +1,7 @@
-"""Words of other tools that a recipe understands: translated and said, or refused with the recipe's own word.
+"""Names of other tools in a recipe: translated with a notice, or refused with the recipe's own name.
 
-`OWNED` are TrainingArguments that a recipe already says in its own words. `OLD` are names that transformers 5 dropped,
-or that other trainers use, with what they become here.
+`OWNED` are TrainingArguments for which a recipe has settings of its own. `OLD` are names that transformers 5 dropped, or
+that other trainers use, with what they become here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
-# TrainingArguments name -> the recipe's word (in the training section unless a dot or another section is named).
+# TrainingArguments name -> the recipe's setting (in the training section unless another section is named).
 OWNED = {
     "output_dir": "out",
     "seed": "seed",
@@ -86,7 +86,7 @@ OWNED = {
     "deepspeed": "engine: zero2, zero3 or FILE.json",
 }
 
-# Dropped or foreign name -> (the recipe's key, or "" when nothing needs to be said any more).
+# Dropped or foreign name -> the recipe's key, or "" when it has no effect any more.
 OLD = {
     "warmup_ratio": "warmup",
     "lr_scheduler_type": "schedule",

@@ -1,7 +1,8 @@
-"""`tongwen schema`: every word of a recipe with type, default and help, made from the schema itself."""
+"""`tongwen schema`: every setting of a recipe with type, default and help, made from the schema itself."""
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from pydantic_core import PydanticUndefined
 from tongwen.core import console
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import say
-from tongwen.recipe.schema import Duration, Recipe
+from tongwen.recipe.fields import Duration
+from tongwen.recipe.schema import Recipe
 
 
 def run(section: str) -> int:
@@ -33,7 +35,7 @@ def run(section: str) -> int:
         if section and name != section:
             continue
         console.header(name or say("recipe", "配方"), (model.__doc__ or "").split("\n")[0])
-        for key, kind, default, help_ in words(model):
+        for key, kind, default, help_ in settings(model):
             console.SCREEN.console.print(
                 f"  [bold]{key}[/]  [dim]{console.plain(kind)}  = {console.plain(default)}[/]", soft_wrap=True
             )
@@ -47,8 +49,8 @@ def sections() -> Iterator[tuple[str, type[BaseModel]]]:
     yield from _below(Recipe, "")
 
 
-def words(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
-    """(key, type, default, help) of each word of a section."""
+def settings(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, help) of each setting of a section."""
     for key, field in model.model_fields.items():
         extra = field.json_schema_extra
         zh = str(extra.get("zh", "")) if isinstance(extra, dict) else ""
@@ -65,7 +67,7 @@ def to_markdown() -> str:
     for name, model in sections():
         lines += ["", f"## {name or say('top level', '顶层')}", "", (model.__doc__ or "").strip().split("\n")[0], ""]
         lines += [say("| key | type | default | meaning |", "| 键 | 类型 | 默认 | 含义 |"), "|---|---|---|---|"]
-        for row in words(model):
+        for row in settings(model):
             lines.append(
                 "| "
                 + " | ".join(cell.replace("|", "\\|") if index == 3 else f"`{cell}`" for index, cell in enumerate(row))
@@ -75,7 +77,7 @@ def to_markdown() -> str:
 
 
 def type_name(annotation: Any) -> str:
-    """A type in a user's words."""
+    """A type as a user calls it."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         return type_name(typing.get_args(annotation)[0])
@@ -92,7 +94,10 @@ def type_name(annotation: Any) -> str:
     if annotation is Duration:
         return "N epochs / steps / tokens"
     names = {str: "text", int: "whole number", float: "number", bool: "true / false"}
-    return names.get(annotation, getattr(annotation, "__name__", str(annotation)).lower())
+    if annotation in names:
+        return names[annotation]
+    name = getattr(annotation, "__name__", str(annotation)).removesuffix("Config")
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()  # SpendingLimits: spending limits
 
 
 def _default(field: FieldInfo) -> str:
@@ -101,6 +106,8 @@ def _default(field: FieldInfo) -> str:
         return say("required", "必填")
     if isinstance(value, BaseModel) and not isinstance(value, Duration):
         return say("see below", "见下")
+    if isinstance(value, list):
+        value = [entry.model_dump(exclude_unset=True) if isinstance(entry, BaseModel) else entry for entry in value]
     return "-" if value is None or value == "" else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -1,8 +1,8 @@
-"""A user's own engine file: a DeepSpeed JSON or accelerate's YAML, split in what a recipe says and what is the engine's.
+"""A user's own engine file, a DeepSpeed JSON or accelerate's YAML, split into settings of the recipe and of the engine.
 
-Such files also tell batch size, optimizer, schedule and precision, mostly as "auto". These belong to the recipe: what a file
-says of them becomes the recipe's words, aloud, and a value that contradicts the recipe is refused. The rest is handed to
-the engine as it is, and what neither takes is listed.
+Such files also set batch size, optimizer, schedule and precision, mostly as "auto". These belong to the recipe: the file's
+values become the recipe's settings, with a notice, and a value that contradicts the recipe is refused. The rest goes to the
+engine unchanged, and what neither takes is listed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from tongwen.core.i18n import say
 
 SCHEDULES = {"WarmupLR": "warmup_lr", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-# DeepSpeed keys that a recipe says.
-RECIPES = ("optimizer", "scheduler", "fp16", "bf16", "amp", "gradient_clipping", *BATCH)
+# DeepSpeed keys for which the recipe has settings.
+RECIPE_KEYS = ("optimizer", "scheduler", "fp16", "bf16", "amp", "gradient_clipping", *BATCH)
 OFFLOADS = ("offload_optimizer", "offload_param")
 OLD_OFFLOADS = (
     ("cpu_offload", "offload_optimizer"),
@@ -29,7 +29,7 @@ OLD_OFFLOADS = (
     ("cpu_offload_params", "offload_param"),
 )
 FSDP = ("reshard_after_forward", "auto_wrap_policy", "transformer_layer_cls_to_wrap")
-# What FSDP2 no longer has, or what is done here in one way only.
+# Keys that FSDP2 no longer has, or that have one fixed value here.
 FSDP_DROPPED = (
     "version",
     "backward_prefetch",
@@ -42,7 +42,7 @@ FSDP_DROPPED = (
     "backward_prefetch_policy",
     "limit_all_gathers",
 )
-# Of a DeepSpeed file, what shapes numbers or checkpoints; the rest is how fast it goes, where things wait, what is logged.
+# Keys of `zero_optimization` that shape numbers or checkpoints; the rest is speed, placement and logging.
 DECIDING = re.compile(r"stage|.*quantized.*|zeropp_.*|mics_.*|zero_hpz_.*|elastic_checkpoint")
 LOGGING = re.compile(
     r"steps_per_print|wall_clock_breakdown|dump_state|flops_profiler|comms_logger|tensorboard|wandb|csv_monitor|comet|"
@@ -57,8 +57,8 @@ STRATEGIES = (
 )  # in torch's order, from 1
 RESHARDS = ("FULL_SHARD", "HYBRID_SHARD")
 WRAPS = ("TRANSFORMER_BASED_WRAP", "NO_WRAP")
-# Of accelerate's YAML: what says nothing of a training, or only where a launcher starts it.
-LAUNCHERS = (
+# Keys of accelerate's YAML that do not concern the training, or only where a launcher starts it.
+LAUNCHER_KEYS = (
     "compute_environment",
     "debug",
     "distributed_type",
@@ -80,31 +80,31 @@ LAUNCHERS = (
 
 
 class EngineSettings(NamedTuple):
-    """What a file says. words: of the recipe; trainer: TrainingArguments; engine: the rest; dropped: without effect."""
+    """A file's settings. settings: the recipe's; trainer: TrainingArguments; engine: the rest; dropped: without effect."""
 
-    words: dict[str, Any]
+    settings: dict[str, Any]
     trainer: dict[str, Any]
     engine: dict[str, Any]
     dropped: tuple[str, ...]
 
 
 def read(file: str, devices: int) -> EngineSettings:
-    """Read an engine file. Raises RecipeError when it is missing, unreadable, or asks for what is not here."""
+    """Read an engine file. Raises RecipeError when it is missing, unreadable, or has a value that is not supported here."""
     data = _load(Path(file))
     if file.endswith(".json"):
         return _deepspeed(data, file, devices)
     kind = data.get("distributed_type", "FSDP" if "fsdp_config" in data else None)
     if kind not in ("FSDP", "DEEPSPEED"):
         raise _unknown(file, "distributed_type", kind, ("FSDP", "DEEPSPEED"), "engine: ddp")
-    words, dropped = _beside(data, file)
-    told = _accelerates_deepspeed(data, file) if kind == "DEEPSPEED" else _fsdp(data, file)
-    if str(told.words.get("engine")).endswith(".json"):  # which has a precision of its own
-        words = {}
-    return told._replace(words=words | told.words, dropped=(*dropped, *told.dropped))
+    outside, dropped = _outside_engine(data)
+    found = _accelerate_deepspeed(data, file) if kind == "DEEPSPEED" else _fsdp(data, file)
+    if str(found.settings.get("engine")).endswith(".json"):  # that file has a precision of its own
+        outside = {}
+    return found._replace(settings=outside | found.settings, dropped=(*dropped, *found.dropped))
 
 
-def deciding(file: str) -> dict[str, Any]:
-    """What of an engine file shapes the numbers or the checkpoints."""
+def deciding_settings(file: str) -> dict[str, Any]:
+    """The settings of an engine file that shape the numbers or the checkpoints."""
     engine = read(file, 1).engine
     if "zero_optimization" not in engine:
         return {}
@@ -123,67 +123,78 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _deepspeed(data: dict[str, Any], file: str, devices: int) -> EngineSettings:
-    words: dict[str, Any] = {}
-    trainer: dict[str, Any] = {}
-    optimizer, scheduler = _section(data, "optimizer", file), _section(data, "scheduler", file)
-    kind = optimizer.get("type", "AdamW")
-    if kind not in ("Adam", "AdamW"):
-        raise _unknown(file, "optimizer.type", kind, ("Adam", "AdamW"))
-    said = _said(optimizer, "params", file)
-    words |= _taken(said, lr="learning_rate", weight_decay="weight_decay")
-    if "betas" in said:
-        betas = said.pop("betas")
-        if not (isinstance(betas, list) and len(betas) == 2 and all(map(_is_number, betas))):
-            raise _unknown(file, "optimizer.params.betas", betas, (say("two numbers", "两个数") + ": [0.9, 0.999]",))
-        trainer |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}
-    if "eps" in said:
-        if not _is_number(said["eps"]):
-            raise _unknown(file, "optimizer.params.eps", said["eps"], ("1e-8",))
-        trainer["adam_epsilon"] = said.pop("eps")
-    dropped = _listed(said, "optimizer.params.")
-    if scheduler:
-        if scheduler.get("type") not in tuple(SCHEDULES):
-            raise _unknown(file, "scheduler.type", scheduler.get("type"), SCHEDULES)
-        words["schedule"] = SCHEDULES[scheduler["type"]]
-        said = _said(scheduler, "params", file)
-        rate = said.get("warmup_max_lr", words.get("learning_rate"))
-        if words.get("learning_rate", rate) != rate:
-            raise RecipeError(
-                say(
-                    f"{rate!r}, and optimizer.params.lr is {words['learning_rate']!r}",
-                    f"{rate!r}，而 optimizer.params.lr 为 {words['learning_rate']!r}",
-                ),
-                place=f"engine: {file} · scheduler.params.warmup_max_lr",
-                remedy=say('write "auto" for one of them', '请将其一写作 "auto"'),
-            )
-        words |= _taken(said, warmup_max_lr="learning_rate", warmup_num_steps="warmup")
-        own = {"warmup_min_lr": 0, "warmup_type": "log" if words["schedule"] == "warmup_lr" else "linear"}
-        dropped += _listed({key: value for key, value in said.items() if own.get(key) != value}, "scheduler.params.")
+    """DeepSpeed's own JSON."""
+    settings, trainer, dropped = _deepspeed_optimizer(data, file)
+    if _section(data, "scheduler", file):
+        dropped += _deepspeed_scheduler(data, file, settings)
     if data.get("gradient_clipping", "auto") != "auto":
-        words["max_grad_norm"] = data["gradient_clipping"]
+        settings["max_grad_norm"] = data["gradient_clipping"]
     for name in ("bf16", "fp16", "amp"):
-        said = _said(data, name, file)
-        if _is_on(said.get("enabled", False), file, f"{name}.enabled"):
-            words |= {"precision": "bf16"} if name == "bf16" else {}
+        given = _given(data, name, file)
+        if _is_on(given.get("enabled", False), file, f"{name}.enabled"):
+            settings |= {"precision": "bf16"} if name == "bf16" else {}
             dropped += [] if name == "bf16" else [name]
-        elif name == "bf16" and "enabled" in said:
+        elif name == "bf16" and "enabled" in given:
             dropped.append("bf16.enabled: false")
     batch = {key: data[key] for key in BATCH if data.get(key) not in ("auto", None)}
     for key, value in batch.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise _unknown(file, key, value, ('"auto"', say("a whole number", "整数")))
     if BATCH[0] not in batch and len(batch) == 2:
-        words["batch_size"] = batch.pop(BATCH[1]) * batch.pop(BATCH[2]) * devices
-    words |= _taken(batch, train_batch_size="batch_size")
-    dropped += _listed(batch)
-    engine = {key: value for key, value in data.items() if key not in RECIPES}
+        settings["batch_size"] = batch.pop(BATCH[1]) * batch.pop(BATCH[2]) * devices
+    settings |= _pop_renamed(batch, train_batch_size="batch_size")
+    dropped += _lines_of(batch)
+    engine = {key: value for key, value in data.items() if key not in RECIPE_KEYS}
     if str(_section(data, "zero_optimization", file).get("stage", 0)) == "0":
-        return EngineSettings({**words, "engine": "auto"}, trainer, {}, (*dropped, *_listed(engine)))
-    return EngineSettings(words, trainer, {**engine, "zero_optimization": _zero(data, file)}, tuple(dropped))
+        return EngineSettings({**settings, "engine": "auto"}, trainer, {}, (*dropped, *_lines_of(engine)))
+    return EngineSettings(settings, trainer, {**engine, "zero_optimization": _zero(data, file)}, tuple(dropped))
+
+
+def _deepspeed_optimizer(data: dict[str, Any], file: str) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """(settings of the recipe, TrainingArguments, what is not used) of DeepSpeed's `optimizer`."""
+    optimizer = _section(data, "optimizer", file)
+    kind = optimizer.get("type", "AdamW")
+    if kind not in ("Adam", "AdamW"):
+        raise _unknown(file, "optimizer.type", kind, ("Adam", "AdamW"))
+    given = _given(optimizer, "params", file)
+    settings = _pop_renamed(given, lr="learning_rate", weight_decay="weight_decay")
+    trainer: dict[str, Any] = {}
+    if "betas" in given:
+        betas = given.pop("betas")
+        if not (isinstance(betas, list) and len(betas) == 2 and all(map(_is_number, betas))):
+            raise _unknown(file, "optimizer.params.betas", betas, (say("two numbers", "两个数") + ": [0.9, 0.999]",))
+        trainer |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}
+    if "eps" in given:
+        if not _is_number(given["eps"]):
+            raise _unknown(file, "optimizer.params.eps", given["eps"], ("1e-8",))
+        trainer["adam_epsilon"] = given.pop("eps")
+    return settings, trainer, _lines_of(given, "optimizer.params.")
+
+
+def _deepspeed_scheduler(data: dict[str, Any], file: str, settings: dict[str, Any]) -> list[str]:
+    """Add DeepSpeed's `scheduler` to the recipe's settings; returns what is not used."""
+    scheduler = _section(data, "scheduler", file)
+    if scheduler.get("type") not in tuple(SCHEDULES):
+        raise _unknown(file, "scheduler.type", scheduler.get("type"), SCHEDULES)
+    settings["schedule"] = SCHEDULES[scheduler["type"]]
+    given = _given(scheduler, "params", file)
+    rate = given.get("warmup_max_lr", settings.get("learning_rate"))
+    if settings.get("learning_rate", rate) != rate:
+        raise RecipeError(
+            say(
+                f"{rate!r}, and optimizer.params.lr is {settings['learning_rate']!r}",
+                f"{rate!r}，而 optimizer.params.lr 为 {settings['learning_rate']!r}",
+            ),
+            place=f"engine: {file} · scheduler.params.warmup_max_lr",
+            remedy=say('write "auto" for one of them', '请将其一写作 "auto"'),
+        )
+    settings |= _pop_renamed(given, warmup_max_lr="learning_rate", warmup_num_steps="warmup")
+    usual = {"warmup_min_lr": 0, "warmup_type": "log" if settings["schedule"] == "warmup_lr" else "linear"}
+    return _lines_of({key: value for key, value in given.items() if usual.get(key) != value}, "scheduler.params.")
 
 
 def _zero(data: dict[str, Any], file: str) -> dict[str, Any]:
-    """The section in today's spelling, without what it says twice."""
+    """`zero_optimization` with today's keys only."""
     zero = _section(data, "zero_optimization", file)
     stage = str(zero["stage"])
     if stage not in ("1", "2", "3"):
@@ -207,26 +218,29 @@ def _zero(data: dict[str, Any], file: str) -> dict[str, Any]:
     return zero
 
 
-def _beside(data: dict[str, Any], file: str) -> tuple[dict[str, Any], list[str]]:
-    """What accelerate's YAML says beside its engine: the recipe's words, and what is not used."""
+def _outside_engine(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Settings of accelerate's YAML outside its engine's section: those of the recipe, and what is not used."""
     rest = {
-        key: value for key, value in data.items() if key not in LAUNCHERS and value not in (None, False, "no", {}, [])
+        key: value
+        for key, value in data.items()
+        if key not in LAUNCHER_KEYS and value not in (None, False, "no", {}, [])
     }
     precision = {"no": "fp32", "False": "fp32", "bf16": "bf16"}.get(str(data.get("mixed_precision")))
     if not precision:
-        return {}, _listed(rest)
+        return {}, _lines_of(rest)
     rest.pop("mixed_precision", None)
-    return {"precision": precision}, _listed(rest)
+    return {"precision": precision}, _lines_of(rest)
 
 
 def _fsdp(data: dict[str, Any], file: str) -> EngineSettings:
-    said = _section(data, "fsdp_config", file)
-    config = {str(key).removeprefix("fsdp_"): value for key, value in said.items() if value not in (None, "")}
-    words: dict[str, Any] = {}
+    """accelerate's `fsdp_config`, of either version, as the second version."""
+    given = _section(data, "fsdp_config", file)
+    config = {str(key).removeprefix("fsdp_"): value for key, value in given.items() if value not in (None, "")}
+    settings: dict[str, Any] = {}
     if _is_on(config.pop("offload_params", False), file, "fsdp_offload_params"):
-        words["offload"] = True
+        settings["offload"] = True
     if _is_on(config.pop("activation_checkpointing", False), file, "fsdp_activation_checkpointing"):
-        words["activation_checkpointing"] = "on"
+        settings["activation_checkpointing"] = "on"
     key = "sharding_strategy" if "sharding_strategy" in config else "reshard_after_forward"
     strategy = config.pop(key, True)
     config.pop("reshard_after_forward", None)
@@ -253,24 +267,24 @@ def _fsdp(data: dict[str, Any], file: str) -> EngineSettings:
         if name not in FSDP:
             remedy = say("leave it out", "请删去")
             raise _unknown(file, "fsdp_config", name, (*FSDP, "offload_params", "activation_checkpointing"), remedy)
-    return EngineSettings(words, {}, config, tuple(dropped))
+    return EngineSettings(settings, {}, config, tuple(dropped))
 
 
-def _accelerates_deepspeed(data: dict[str, Any], file: str) -> EngineSettings:
-    """Its few words are the recipe's own, or name DeepSpeed's file, which is then the engine."""
-    said = _section(data, "deepspeed_config", file)
-    if (own := said.pop("deepspeed_config_file", "none")) not in ("none", None):
+def _accelerate_deepspeed(data: dict[str, Any], file: str) -> EngineSettings:
+    """accelerate's `deepspeed_config`: a few settings of the recipe, or the name of DeepSpeed's file, which is the engine then."""
+    given = _section(data, "deepspeed_config", file)
+    if (own := given.pop("deepspeed_config_file", "none")) not in ("none", None):
         if not str(own).endswith(".json"):
             raise _unknown(file, "deepspeed_config.deepspeed_config_file", own, ("FILE.json",))
-        return EngineSettings({"engine": own}, {}, {}, tuple(_listed(said, "deepspeed_config.")))
-    stage = str(said.get("zero_stage", 2))
+        return EngineSettings({"engine": own}, {}, {}, tuple(_lines_of(given, "deepspeed_config.")))
+    stage = str(given.get("zero_stage", 2))
     if stage not in ("0", "1", "2", "3"):
         raise _unknown(file, "deepspeed_config.zero_stage", stage, ("0", "1", "2", "3"), "engine: zero2")
-    if stage != "1":  # which is said: zero2 shares out the gradients, too
-        said.pop("zero_stage", None)
-    optimizer, weights = (said.pop(f"{name}_device", None) or "none" for name in OFFLOADS)
-    if stage != "3" and weights != "none":  # they are whole everywhere, and wait nowhere
-        said["offload_param_device"], weights = weights, "none"
+    if stage != "1":  # stage 1 is listed as not used: zero2 shards the gradients too
+        given.pop("zero_stage", None)
+    optimizer, weights = (given.pop(f"{name}_device", None) or "none" for name in OFFLOADS)
+    if stage != "3" and weights != "none":  # every process has all weights, on its device
+        given["offload_param_device"], weights = weights, "none"
     if optimizer not in ("none", "cpu") or (stage == "3" and weights != optimizer):
         raise _unknown(
             file,
@@ -279,12 +293,12 @@ def _accelerates_deepspeed(data: dict[str, Any], file: str) -> EngineSettings:
             (say("none or cpu, both alike with zero_stage 3", "none 或 cpu；zero_stage 3 时二者相同"),),
             say("engine: FILE.json, DeepSpeed's own file", "engine: FILE.json，DeepSpeed 自己的文件"),
         )
-    words: dict[str, Any] = {"engine": "auto" if stage == "0" else f"zero{max(2, int(stage))}"}
-    words |= {"offload": True} if optimizer == "cpu" and stage != "0" else {}
-    said.pop("zero3_save_16bit_model", None)  # always so here
-    clips = said.pop("gradient_clipping", "auto")
-    words |= {"max_grad_norm": clips} if clips not in ("auto", "none", None) else {}
-    return EngineSettings(words, {}, {}, tuple(_listed(said, "deepspeed_config.")))
+    settings: dict[str, Any] = {"engine": "auto" if stage == "0" else f"zero{max(2, int(stage))}"}
+    settings |= {"offload": True} if optimizer == "cpu" and stage != "0" else {}
+    given.pop("zero3_save_16bit_model", None)  # always so here
+    clips = given.pop("gradient_clipping", "auto")
+    settings |= {"max_grad_norm": clips} if clips not in ("auto", "none", None) else {}
+    return EngineSettings(settings, {}, {}, tuple(_lines_of(given, "deepspeed_config.")))
 
 
 def _section(data: dict[str, Any], key: str, file: str) -> dict[str, Any]:
@@ -300,7 +314,8 @@ def _section(data: dict[str, Any], key: str, file: str) -> dict[str, Any]:
     return dict(found or {})
 
 
-def _said(data: dict[str, Any], key: str, file: str) -> dict[str, Any]:
+def _given(data: dict[str, Any], key: str, file: str) -> dict[str, Any]:
+    """The values of a section that are not left to "auto"."""
     found = _section(data, key, file)
     return {name: _number(value) for name, value in found.items() if value not in ("auto", None)}
 
@@ -313,13 +328,14 @@ def _number(value: Any) -> Any:
         return value
 
 
-def _taken(said: dict[str, Any], **names: str) -> dict[str, Any]:
-    """What is said under these names goes over to the recipe's."""
-    return {ours: said.pop(theirs) for theirs, ours in names.items() if theirs in said}
+def _pop_renamed(given: dict[str, Any], **names: str) -> dict[str, Any]:
+    """Remove the values of these keys; returns them under the recipe's names. names: theirs=ours."""
+    return {ours: given.pop(theirs) for theirs, ours in names.items() if theirs in given}
 
 
-def _listed(rest: dict[str, Any], before: str = "") -> list[str]:
-    return [f"{before}{key}" + ("" if isinstance(value, dict) else f": {value}") for key, value in rest.items()]
+def _lines_of(unused: dict[str, Any], prefix: str = "") -> list[str]:
+    """Settings that are not used, as a notice names them."""
+    return [f"{prefix}{key}" + ("" if isinstance(value, dict) else f": {value}") for key, value in unused.items()]
 
 
 def _is_number(value: Any) -> bool:

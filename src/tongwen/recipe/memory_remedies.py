@@ -1,4 +1,4 @@
-"""What lets a training stage do with less memory: changes of its recipe, the cheapest first, each one that it can say."""
+"""Changes of a recipe with which a training stage needs less memory, the cheapest first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from tongwen.core.i18n import say
-from tongwen.recipe.schema import Pretrain, Recipe, Training
+from tongwen.recipe.schema import Recipe
+from tongwen.recipe.training import Pretrain, Training
 
 SHORTEST = 512  # tokens of a sample; below that, other things are given up first
 
@@ -23,22 +24,28 @@ def cheaper(
 ) -> Iterator[str]:
     """Changes of the recipe, each on top of those before: first what costs time, then length, then precision.
 
-    longest: tokens of the longest sample; together: of the fullest micro-batch; half: a `precision` of 16 bits that the device
-    computes in, if it does; helps: whether it needs less with the changed section and so many tokens at once.
+    Args:
+        recipe: Its stage needs too much memory.
+        name: The stage.
+        longest: Tokens of the longest sample.
+        together: Tokens of the fullest micro-batch.
+        half: A `precision` of 16 bits that the device computes in; empty if it computes in none.
+        helps: Whether the changed section needs less memory, with this many tokens at once.
     """
-    for word, value in _words(recipe, getattr(recipe, name), longest, together, half):
-        folds = recipe.export and not recipe.merge and "lora" in str(value)  # an adapter alone is no model to export
-        changes = {f"{name}.{word}": value, **({"merge": {}} if folds else {})}
+    for setting, value in _candidates(recipe, getattr(recipe, name), longest, together, half):
+        # An adapter alone is no model to export.
+        needs_merge = recipe.export and not recipe.merge and "lora" in str(value)
+        changes = {f"{name}.{setting}": value, **({"merge": {}} if needs_merge else {})}
         changed = _changed(recipe, changes)
-        tokens = min(together, int(value)) if word in ("micro_batch_tokens", "max_length") else together
+        tokens = min(together, int(value)) if setting in ("micro_batch_tokens", "max_length") else together
         if changed is not None and helps(getattr(changed, name), tokens):
             recipe, together = changed, tokens
             yield " ".join(f"{path}={str(value).lower()}" for path, value in changes.items())
 
 
 def last_resort(section: Training) -> str:
-    """What is left when no word of the recipe suffices."""
-    if section.shares:
+    """The remedy when no change of the recipe suffices."""
+    if section.sharded_by:
         return say(
             "a smaller base, a larger GPU, or more of them: --devices N", "更小的底座、更大或更多的 GPU：--devices N"
         )
@@ -48,7 +55,8 @@ def last_resort(section: Training) -> str:
     )
 
 
-def _words(recipe: Recipe, section: Training, longest: int, together: int, half: str) -> Iterator[tuple[str, Any]]:
+def _candidates(recipe: Recipe, section: Training, longest: int, together: int, half: str) -> Iterator[tuple[str, Any]]:
+    """(setting, value) pairs that may help, in the order in which `cheaper` tries them."""
     if together > longest:
         yield "micro_batch_tokens", max(longest, 16)  # the recipe takes no fewer
     if section.activation_checkpointing != "on":
@@ -62,8 +70,8 @@ def _words(recipe: Recipe, section: Training, longest: int, together: int, half:
     while longest > SHORTEST:
         longest //= 2
         yield "max_length", longest
-    if isinstance(section, Pretrain) and section.learns_in_full and not section.phases:
-        yield "train", "lora+embeddings" if recipe.vocab else "lora"  # whose new rows have to learn
+    if isinstance(section, Pretrain) and section.train == "full" and not section.phases:
+        yield "train", "lora+embeddings" if recipe.vocab else "lora"  # new rows have to learn
     elif section.adapter.method == "full":
         yield "adapter.method", "lora"
     if section.adapter.method in ("lora", "full"):
@@ -71,13 +79,13 @@ def _words(recipe: Recipe, section: Training, longest: int, together: int, half:
 
 
 def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe | None:
-    """The recipe with these words, named by dotted paths; None where its own rules are against them."""
+    """The recipe with these settings, named by dotted paths; None where they break its rules."""
     data = recipe.model_dump(exclude_unset=True)
     for path, value in changes.items():
         *above, last = path.split(".")
         section = data
-        for word in above:
-            section = section.setdefault(word, {})
+        for part in above:
+            section = section.setdefault(part, {})
         section[last] = value
     try:
         return Recipe.model_validate(data)

@@ -24,7 +24,9 @@ from tongwen.core.i18n import say
 from tongwen.infer.answer_log import AnswerJournal
 from tongwen.infer.report import score_table, write_report
 from tongwen.model.loading import load
-from tongwen.recipe.schema import Evaluate, Recipe, SourceConfig, TaskConfig
+from tongwen.recipe.data import SourceConfig
+from tongwen.recipe.outputs import Evaluate, TaskConfig
+from tongwen.recipe.schema import Recipe
 from tongwen.workflows.chat_model import ChatModel, open_chat_model
 from tongwen.workflows.evaluation import Ask, EvalTask, Progress, Scores, read_task
 from tongwen.workflows.stage_inputs import base_of_stage, open_model_before

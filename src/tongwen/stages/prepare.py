@@ -19,7 +19,8 @@ from tongwen.data import prepare_steps
 from tongwen.data.datatrove_executor import run_tasks
 from tongwen.data.ledger import table_rows
 from tongwen.hub.download import local_copy
-from tongwen.recipe.schema import Prepare, Recipe
+from tongwen.recipe.data import Prepare
+from tongwen.recipe.schema import Recipe
 from tongwen.workflows.prepared_data import prepare_settings
 
 

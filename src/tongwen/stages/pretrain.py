@@ -18,7 +18,8 @@ from tongwen.core.model_families import family_of
 from tongwen.core.records import Document
 from tongwen.model.adapters import attach
 from tongwen.model.loading import chat_setup, load
-from tongwen.recipe.schema import Pretrain, Recipe
+from tongwen.recipe.schema import Recipe
+from tongwen.recipe.training import Pretrain
 from tongwen.workflows.stage_inputs import base_of_stage
 from tongwen.workflows.tokenized_data import (
     DocumentEncoder,
@@ -49,13 +50,13 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     section, base = recipe.pretrain, base_of_stage(recipe, "pretrain")
     assert section
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
-    console.header("pretrain", f"{base} · {' → '.join(phase.train for phase in section.stretches)}")
+    console.header("pretrain", f"{base} · {' → '.join(section.trains)}")
     _check_new_rows(base, section)
     _check_learns_text(base)
     records = read_documents(base, section)
     _warn_of_instruct(base, records.tokenizer)
     data = encode_prepared(prepared, records, recipe.seed, out.parent / "tokens" / "pretrain")
-    trains_rows = any("new_rows" in phase.parts for phase in section.stretches)
+    trains_rows = "new_rows" in section.trained_parts
     job = TrainingJob(
         recipe=recipe,
         stage="pretrain",
@@ -71,7 +72,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
 
 def _check_new_rows(base: str, section: Pretrain) -> None:
     """Raise RecipeError when the base has rows that no phase would train: their pieces would never be learned."""
-    trained = {part for phase in section.stretches for part in phase.parts}
+    trained = section.trained_parts
     if are_rows_untrained(base) and not trained & {"new_rows", "embeddings", "full"}:
         raise RecipeError(
             say(

@@ -16,7 +16,8 @@ from tongwen.core.records import Dialogue
 from tongwen.model.adapters import attach
 from tongwen.model.loading import chat_setup
 from tongwen.model.loading.fingerprint import fingerprint_text
-from tongwen.recipe.schema import Recipe, Sft
+from tongwen.recipe.schema import Recipe
+from tongwen.recipe.training import Sft
 from tongwen.workflows.stage_inputs import base_of_stage
 from tongwen.workflows.tokenized_data import (
     DialogueEncoder,

@@ -22,7 +22,8 @@ from tongwen.data.reader import read_rows
 from tongwen.data.synthesis import generate
 from tongwen.data.synthesis.journal import ReplyJournal
 from tongwen.data.synthesis.parse import ParsedTask
-from tongwen.recipe.schema import Recipe, SourceConfig, Synthesize
+from tongwen.recipe.data import SourceConfig, Synthesize
+from tongwen.recipe.schema import Recipe
 
 # These decide how it is asked, not for what.
 _HOW = {"key", "concurrency", "requests_per_minute", "seconds", "attempts", "pause", "at_most", "price", "use_proxy"}

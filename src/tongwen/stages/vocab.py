@@ -21,7 +21,8 @@ from tongwen.model.loading import load
 from tongwen.model.loading.fingerprint import combine, model_lines
 from tongwen.model.loading.tensors import open_model, read_fp32
 from tongwen.model.merging import resize
-from tongwen.recipe.schema import Recipe, Vocab
+from tongwen.recipe.data import Vocab
+from tongwen.recipe.schema import Recipe
 from tongwen.vocab import measure
 from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tongwen.core import distributed, malloc
-from tongwen.recipe.schema import Training
+from tongwen.recipe.training import Training
 
 LARGEST_KEPT = 32 << 20  # bytes; more glibc does not take for the threshold
 
@@ -154,7 +154,7 @@ def is_reckoned_to_fit(model: Any, words: Training, sharing: Sharing, width: int
     weights = sum(part.numel() * part.element_size() for part in model.parameters())
     needs = {"weights": weights, "gradients": 4 * learning, "optimizer": STATE_BYTES[words.optimizer] * learning}
     needed = sum(sharing.of(needs, shape, width, width).values())
-    if words.shares == "deepspeed":  # which shares out after the audit
+    if words.sharded_by == "deepspeed":  # which shares out after the audit
         needed = max(needed, needs["weights"] + needs["gradients"])
     activations = tokens * 2 * kept_for_backward(rough, checkpointing=False)
     return bool(CUDA_CONTEXT + needed + activations <= 0.9 * memory)

@@ -16,7 +16,7 @@ from tongwen.core.console import Bar, human_count
 from tongwen.core.distributed import is_first
 from tongwen.core.errors import NumbersError
 from tongwen.core.i18n import say
-from tongwen.recipe.schema import Forgetting
+from tongwen.recipe.training import Forgetting
 from tongwen.train.phase import Phase
 
 FLAT_AFTER = 100  # steps after which a loss should have fallen

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import say
-from tongwen.recipe.schema import Duration
+from tongwen.recipe.fields import Duration
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tongwen.core import console, distributed
 from tongwen.core.errors import MachineError, MissingPackage, RecipeError
 from tongwen.core.i18n import say
 from tongwen.recipe import engine_config
-from tongwen.recipe.schema import Training
+from tongwen.recipe.training import Training
 from tongwen.train.memory import SHARED, Sharing
 
 BUCKET = 500_000_000  # DeepSpeed's default
@@ -177,9 +177,9 @@ def choose(words: Training) -> Engine:
                 "把设置写成 engine: 文件，启动器不带设置",
             ),
         )
-    if words.shares == "fsdp2":
+    if words.sharded_by == "fsdp2":
         return Engine("fsdp2", {"fsdp": True, "fsdp_config": _fsdp_config(words)}, place)
-    if words.shares == "deepspeed":
+    if words.sharded_by == "deepspeed":
         if importlib.util.find_spec("deepspeed") is None:
             raise MissingPackage("deepspeed", place, "deepspeed")
         config = _deepspeed_config(words)
@@ -190,11 +190,11 @@ def choose(words: Training) -> Engine:
 
 def sharing_of(words: Training, world: int) -> Sharing:
     """What each of so many processes will hold. Raises RecipeError for a file that cannot be read."""
-    if words.shares == "fsdp2":
+    if words.sharded_by == "fsdp2":
         config = _fsdp_config(words)
         offloaded = SHARED["fsdp2"] if words.offload else ()
         return Sharing("fsdp2", world, offloaded, config.get("reshard_after_forward", True))
-    if words.shares == "deepspeed":
+    if words.sharded_by == "deepspeed":
         zero = _deepspeed_config(words)["zero_optimization"]
         stage = zero["stage"]
         waits = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": ("weights",)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tongwen.recipe.schema import TrainedPart, Training
+from tongwen.recipe.training import TrainedPart, Training
 from tongwen.train.packing import BatchPlan
 
 

@@ -27,7 +27,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from tongwen.core import artifact, console, distributed
 from tongwen.core.errors import ArtifactError, Interrupted, MissingPackage, NumbersError, RecipeError, first_line
 from tongwen.core.i18n import say
-from tongwen.recipe.schema import Training
+from tongwen.recipe.training import Training
 from tongwen.train.audit import FirstStepsAudit, first_not_finite
 from tongwen.train.checkpoints import (
     STAGING,

@@ -22,7 +22,8 @@ from tongwen.data.clean import Cleaner, Dropped
 from tongwen.data.ledger import Ledger, Rejected, table_rows
 from tongwen.data.reader import read_rows
 from tongwen.data.token_store import TokenStore
-from tongwen.recipe.schema import Prepare, Pretrain, Sft, SourceConfig
+from tongwen.recipe.data import Prepare, SourceConfig
+from tongwen.recipe.training import Pretrain, Sft
 from tongwen.workflows.tokenized_data import RecordEncoder, read_dialogues, read_documents, say_mask
 
 SHOWN, ENCODED, PROBLEMS = 5, 200, 100  # samples that are shown and that are tried, rows that are listed

@@ -19,7 +19,7 @@ from tongwen.data.files import find_files
 from tongwen.data.formats import read_dialogue, read_document, recognise, recognise_row, with_columns
 from tongwen.data.reader import read_rows
 from tongwen.data.row import RawRow
-from tongwen.recipe.schema import SourceConfig
+from tongwen.recipe.data import SourceConfig
 
 SHAPES = '{"prompt": "…"}   {"instruction": "…", "output": "…"}   {"messages": […]}'
 ANSWERS = ("output", "target", "completion", "response", "answer", "std_answer")

@@ -20,7 +20,7 @@ from tongwen.core.records import Dialogue, Document
 from tongwen.data.files import find_files
 from tongwen.infer import metrics, multiple_choice
 from tongwen.infer.multiple_choice import MultipleChoiceQuestion
-from tongwen.recipe.schema import TaskConfig
+from tongwen.recipe.outputs import TaskConfig
 from tongwen.workflows.chat_model import ChatModel
 from tongwen.workflows.eval_prompts import EvalPrompt, read_questions, read_records, say_unanswered
 from tongwen.workflows.likelihood import Likelihood

@@ -225,13 +225,13 @@ def _find_unchanged(recipe: Recipe, name: str, out: Path, stages: Stages, fork: 
             _settings(recipe, stages[name]),
             prepared.fingerprint,
             fork=fork,
-            takes_new_rates=getattr(recipe, name).shares != "deepspeed",
+            takes_new_rates=getattr(recipe, name).sharded_by != "deepspeed",
         )
     return found
 
 
 def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str], stages: Stages) -> artifact.Artifact:
-    needs_group = name in TRAINING and (recipe.devices > 1 or getattr(recipe, name).shares)
+    needs_group = name in TRAINING and (recipe.devices > 1 or getattr(recipe, name).sharded_by)
     if needs_group and not distributed.is_launched():
         code = distributed.torchrun(recipe.devices, ["run", *arguments, "--only", name])
         if code:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tongwen.core import artifact, console
 from tongwen.core.i18n import say
-from tongwen.recipe.schema import STAGES, Prepare, Recipe
+from tongwen.recipe.data import Prepare
+from tongwen.recipe.schema import STAGES, Recipe
 
 TRAINING = ("pretrain", "sft")  # stages that run on all devices
 MODELS = ("vocab", "pretrain", "sft", "merge")  # stages that leave a model, each based on the one before

@@ -36,7 +36,8 @@ from tongwen.data.token_store import Batch, TokenStore
 from tongwen.hub.download import local_copy
 from tongwen.model.loading import chat_setup, load
 from tongwen.model.loading.fingerprint import fingerprint_text, fingerprint_tokenizer
-from tongwen.recipe.schema import Pretrain, Recipe, Sft, Training
+from tongwen.recipe.schema import Recipe
+from tongwen.recipe.training import Pretrain, Sft, Training
 from tongwen.workflows.prepared_data import find_prepared
 from tongwen.workflows.stage_inputs import inputs
 

@@ -26,7 +26,7 @@ from tongwen.data.prepare_steps import iter_rows, kind_of, list_parts
 from tongwen.hub.download import local_copy
 from tongwen.model.loading import load, sentencepiece
 from tongwen.model.loading.tiktoken import read_ranks
-from tongwen.recipe.schema import Clean, Prepare, SourceConfig
+from tongwen.recipe.data import Clean, Prepare, SourceConfig
 from tongwen.vocab import bytelevel, spm
 from tongwen.vocab.learn import LearnedMerges, learn_merges
 from tongwen.vocab.measure import CURVE, NOMINAL, SEEN_ENOUGH, CurvePoint, MeasuredTokenizer, ModelSize, make_curve

@@ -20,7 +20,7 @@ from tongwen.data.synthesis import client, generate
 from tongwen.data.synthesis.journal import Reply, ReplyJournal
 from tongwen.data.synthesis.parse import ParsedTask, read_blocks, read_json
 from tongwen.data.synthesis.similarity import SimilarityIndex, rouge_l, terms
-from tongwen.recipe.schema import Synthesize
+from tongwen.recipe.data import Synthesize
 
 BENCH = Path(__file__).parents[3] / "bench"
 

@@ -8,7 +8,7 @@ import pytest
 
 from tongwen.model.adapters.attach import adapt
 from tongwen.model.loading.load import make_skeleton
-from tongwen.recipe.schema import AdapterConfig
+from tongwen.recipe.training import AdapterConfig
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 SHARES = {

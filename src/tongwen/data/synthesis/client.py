@@ -21,7 +21,7 @@ import openai
 
 from tongwen.core.errors import MachineError, RecipeError, TongwenError
 from tongwen.core.i18n import say
-from tongwen.recipe.schema import Synthesize
+from tongwen.recipe.data import Synthesize
 
 LARGEST = 8 << 20  # bytes of a reply
 LONGEST_REST = 120.0  # seconds that a Retry-After is obeyed

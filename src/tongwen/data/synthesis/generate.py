@@ -25,7 +25,7 @@ from tongwen.core.i18n import say
 from tongwen.data.synthesis.journal import Reply, ReplyJournal
 from tongwen.data.synthesis.parse import ParsedTask, read_blocks, read_json
 from tongwen.data.synthesis.similarity import SimilarityIndex, rouge_l
-from tongwen.recipe.schema import Synthesize
+from tongwen.recipe.data import Synthesize
 
 EXAMPLES = 3  # seed tasks in a prompt, as in BELLE
 TASKS = 10  # asked for at once

@@ -22,7 +22,7 @@ from tongwen.model.adapters.adalora import configure, write_as_lora
 from tongwen.model.adapters.chain import open_adapter
 from tongwen.model.kernels.fused_lora import fuse
 from tongwen.model.loading.load import adapter_folder, adapter_type, quiet
-from tongwen.recipe.schema import AdapterConfig, TrainedPart
+from tongwen.recipe.training import AdapterConfig, TrainedPart
 
 # A recipe's words for an adapter, and peft's.
 OWN_WORDS = {

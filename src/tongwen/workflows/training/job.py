@@ -22,7 +22,7 @@ from tongwen.model.kernels.loss import learned_loss
 from tongwen.model.loading import load
 from tongwen.model.loading.fingerprint import fingerprint_tokenizer
 from tongwen.recipe.memory_remedies import cheaper, last_resort
-from tongwen.recipe.schema import Forgetting
+from tongwen.recipe.training import Forgetting
 from tongwen.train import trackers
 from tongwen.train.metrics import MetricsCallback, check_forgetting
 from tongwen.train.parallel import agreed, choose, gather

@@ -24,7 +24,7 @@ from tongwen.model.kernels.checkpointing import recompute
 from tongwen.model.kernels.fused_blocks import LEAN, fuse_blocks
 from tongwen.model.kernels.loss import head_rows, learned_loss, spare_head
 from tongwen.model.loading import load
-from tongwen.recipe.schema import AdapterConfig, TrainedPart
+from tongwen.recipe.training import AdapterConfig, TrainedPart
 from tongwen.train.audit import to_device
 from tongwen.train.memory import (
     ALONE,

@@ -161,7 +161,7 @@ def _fits(model: PreparedModel, phase: Phase, store: TokenStore, memory: int) ->
     Where processes share the model, one that fails would leave the others waiting; there the need is estimated instead.
     """
     section, plan = phase.config, phase.plan
-    if section.shares:
+    if section.sharded_by:
         sharing = sharing_of(section, distributed.world_size())
         return is_reckoned_to_fit(model.model, section, sharing, model.dtype.itemsize, plan.budget, memory)
     learning = sum(part.numel() for part in model.model.parameters() if part.requires_grad)

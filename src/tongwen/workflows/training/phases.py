@@ -15,6 +15,7 @@ from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import say
 from tongwen.data.token_store import TokenStore
 from tongwen.model.loading import load
+from tongwen.recipe.phases import training_phases
 from tongwen.train.checkpoints import newest_checkpoint, read_manifest, step_of
 from tongwen.train.memory import own_memory, token_budget
 from tongwen.train.metrics import flat_at, read_metrics
@@ -28,10 +29,10 @@ def plan_phases(job: TrainingJob, device: str, checkpoints: Path) -> list[Phase]
     """The recipe's phases with their batches. A phase begins with an epoch that no phase before it has touched."""
     section, phases = job.section, list[Phase]()
     config = load.load_config(load.locate(job.base))
-    budget = token_budget(device, config, own_memory(device), full=section.learns_in_full)
+    budget = token_budget(device, config, own_memory(device), full="full" in section.trained_parts)
     steps, epochs = 0, 0
-    for number, resolved in enumerate(section.stretches, 1):
-        settings = resolved.words
+    for number, resolved in enumerate(training_phases(section), 1):
+        settings = resolved.config
         plan = make_plan(
             job.data.store.lengths,
             lambda epoch, before=epochs: job.data.draw(before + epoch),  # type: ignore[misc]
@@ -41,7 +42,7 @@ def plan_phases(job: TrainingJob, device: str, checkpoints: Path) -> list[Phase]
             budget=settings.micro_batch_tokens or budget,
             world=distributed.world_size(),
         )
-        folder = checkpoints / f"phase-{number}" if len(section.stretches) > 1 else checkpoints
+        folder = checkpoints / f"phase-{number}" if len(section.trains) > 1 else checkpoints
         phases.append(Phase(*resolved, plan, folder, steps, epochs))
         steps, epochs = steps + len(plan), epochs + math.ceil(len(plan) / plan.steps_per_epoch)
     return phases

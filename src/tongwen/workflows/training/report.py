@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import artifact, distributed
+from tongwen.recipe.effects import free_settings
 from tongwen.recipe.load import dump
-from tongwen.recipe.schema import Training
+from tongwen.recipe.phases import training_phases
+from tongwen.recipe.training import Training
 from tongwen.train.metrics import peak_memory_bytes, read_metrics
 from tongwen.train.phase import Phase
 from tongwen.train.report import held_out_table, write_report
@@ -21,7 +23,8 @@ def method_of(section: Training) -> str:
     """What is trained, in one phrase: `lora`, `new_rows → qlora+embeddings`."""
     method = section.adapter.method
     return " → ".join(
-        phase.train.replace("lora", method) if "lora" in phase.parts else phase.train for phase in section.stretches
+        phase.train.replace("lora", method) if "lora" in phase.parts else phase.train
+        for phase in training_phases(section)
     )
 
 
@@ -32,7 +35,7 @@ def facts_of(job: TrainingJob, model: PreparedModel, phases: list[Phase], throug
         "device": model.device,
         "dtype": str(model.dtype).removeprefix("torch."),
         "method": method_of(section),
-        "free": {job.stage: section.model_dump(mode="json", include=section.free)},
+        "free": {job.stage: section.model_dump(mode="json", include=free_settings(section))},
         "steps": throughput["steps"],
         "tokens": throughput["tokens"],
         "batch": {"tokens": section.batch_tokens} if section.batch_tokens else {"samples": section.batch_size},

@@ -12,7 +12,9 @@ import torch
 from tongwen.core import artifact
 from tongwen.core.chat_template import Template
 from tongwen.model.adapters.attach import Adapted
-from tongwen.recipe.schema import Forgetting, Pretrain, Recipe, Training
+from tongwen.recipe.effects import deciding_settings
+from tongwen.recipe.schema import Recipe
+from tongwen.recipe.training import Forgetting, Pretrain, Training
 from tongwen.train.parallel import Engine, reshard
 from tongwen.workflows.stage_inputs import base_of_stage
 from tongwen.workflows.tokenized_data import RecordEncoder, TokenizedData
@@ -75,7 +77,7 @@ class TrainingJob:
 def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The settings that decide a training stage's result."""
     section: Training = getattr(recipe, stage)
-    return {stage: section.deciding(), "seed": recipe.seed, "base": base_of_stage(recipe, stage)}
+    return {stage: deciding_settings(section), "seed": recipe.seed, "base": base_of_stage(recipe, stage)}
 
 
 @dataclass(frozen=True)

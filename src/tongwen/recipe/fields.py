@@ -1,0 +1,116 @@
+"""The parts that sections of a recipe are made of: settings with help, rules between them, and the types of their values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic_core import PydanticCustomError
+
+from tongwen.core.i18n import say
+
+# Rows of (when, message): if `when` is true, the section breaks the rule, and its user reads the message.
+Rules = Iterator[tuple[object, str]]
+SectionType = TypeVar("SectionType", bound="Section")
+
+
+def setting(default: Any, en: str, zh: str, *, free: bool = False, **limits: Any) -> Any:
+    """A field with its help in both languages.
+
+    Args:
+        default: `...` makes the setting required.
+        free: The setting does not decide the result, so it may change while a run is interrupted, and after it.
+        limits: Limits of the value, as pydantic's `Field` takes them.
+    """
+    return Field(default, description=en, json_schema_extra={"zh": zh, "free": free}, **limits)
+
+
+def problem(message: str) -> PydanticCustomError:
+    """The exception for a value that is refused. The message is already in the user's language."""
+    # Braces are escaped because pydantic formats the template.
+    return PydanticCustomError("tongwen", message.replace("{", "{{").replace("}", "}}"))
+
+
+class Section(BaseModel):
+    """A section of a recipe: its settings, and the rules between them. Frozen after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def rules(self) -> Rules:
+        """The rules between this section's settings, in the order in which they are checked."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _refuse_broken_rule(self: SectionType) -> SectionType:
+        for broken, message in self.rules():
+            if broken:
+                raise problem(message)
+        return self
+
+
+class Duration(BaseModel):
+    """How long to train: `2 epochs`, `300 steps`, `5000000 tokens`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    count: float
+    unit: Literal["epochs", "steps", "tokens"]
+
+    def __str__(self) -> str:
+        number = int(self.count) if self.count == int(self.count) else self.count
+        return f"{number} {self.unit[:-1] if number == 1 else self.unit}"
+
+
+def read_duration(value: Any) -> Any:
+    if isinstance(value, Duration):
+        return value
+    found = re.fullmatch(r"\s*([\d_.,]*\d[\d_.,]*(?:e\d+)?)\s*(epochs?|steps?|tokens?)\s*", str(value))
+    try:
+        count = float(found[1].replace("_", "").replace(",", "")) if found else 0.0
+    except ValueError:
+        count = 0.0
+    if not found or count <= 0:
+        raise problem(
+            say(
+                f"{value!r} is not a length of training; write for example `2 epochs`, `300 steps` or `5000000 tokens`",
+                f"{value!r} 不是训练时长；请写成 `2 epochs`、`300 steps` 或 `5000000 tokens` 这样",
+            )
+        )
+    return Duration(count=count, unit=found[2].rstrip("s") + "s")
+
+
+def read_source(value: Any) -> Any:
+    """A path alone is a source."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+def read_list(value: Any) -> Any:
+    """One entry alone is a list of one."""
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+def read_number(value: Any) -> Any:
+    """A whole number is a float too; a boolean is not."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+UNITS = {"minute": 60, "hour": 3600, "day": 86400}
+
+
+def read_seconds(value: Any) -> Any:
+    """`90 minutes`, `6 hours`, `2 days`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(minute|hour|day)s?\s*", str(value))
+    if not found or not float(found[1]):
+        raise problem(
+            say(
+                f"{value!r} is not a time; write for example `90 minutes`, `6 hours` or `2 days`",
+                f"{value!r} 不是时间；请写成 `90 minutes`、`6 hours` 或 `2 days` 这样",
+            )
+        )
+    return float(found[1]) * UNITS[found[2]]
+
+
+Number = Annotated[float, BeforeValidator(read_number)]
+Seconds = Annotated[float, BeforeValidator(read_seconds), PlainSerializer(lambda value: f"{value / 60:g} minutes")]
+Length = Annotated[Duration, BeforeValidator(read_duration), PlainSerializer(str)]

@@ -1,0 +1,177 @@
+"""Settings under the names of other tools, and those of an engine's own file, become the recipe's settings."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+from tongwen.core.errors import RecipeError
+from tongwen.core.i18n import say
+from tongwen.recipe import engine_config
+from tongwen.recipe.aliases import OLD, OLD_REASONS, OWNED, training_arguments
+from tongwen.recipe.training import Training
+from tongwen.recipe.yaml_reader import RecipeReader, ValuePath, did_you_mean
+
+
+def translate_section(
+    section: dict[str, Any], path: ValuePath, model: type[Training], devices: Any, reader: RecipeReader
+) -> dict[str, Any]:
+    """A training section with the recipe's names only.
+
+    Args:
+        section: As it was read; it is not changed.
+        path: Where it stands in the recipe.
+        model: The schema class of the section.
+        devices: The recipe's `devices` as they were read; a batch size per device is multiplied by them.
+        reader: Takes the problems and notices, and the places of the new names.
+    """
+    section = dict(section)
+    if isinstance(section.get("trainer"), dict):
+        section["trainer"] = dict(section["trainer"])
+        _translate_trainer(section, path, reader)
+    for key in list(section):
+        if key in OLD and key not in model.model_fields:
+            _translate_old(section, section, key, (*path, key), reader)
+    _convert_batch(section, path, devices, reader)
+    if str(section.get("engine", "")).endswith((".json", ".yaml", ".yml")):
+        _apply_engine_file(section, path, devices, reader)
+    return section
+
+
+def _translate_trainer(section: dict[str, Any], path: ValuePath, reader: RecipeReader) -> None:
+    """Old names in `trainer` become the recipe's; a TrainingArguments that the recipe owns is refused."""
+    trainer, known = section["trainer"], training_arguments()
+    for key in list(trainer):
+        here = (*path, "trainer", key)
+        if key in OLD and key not in known:
+            _translate_old(section, trainer, key, here, reader)
+        elif key in OWNED:
+            reader.add_problem(
+                here,
+                say(f"{key!r} is said by the recipe itself", f"{key!r} 由配方自己的词表达"),
+                say(f"instead of trainer.{key}: {OWNED[key]}", f"请改用：{OWNED[key]}"),
+            )
+        elif known and key not in known:
+            reader.add_problem(
+                here,
+                say(
+                    f"transformers' TrainingArguments has no field {key!r}",
+                    f"transformers 的 TrainingArguments 没有字段 {key!r}",
+                ),
+                did_you_mean(difflib.get_close_matches(key, known, 3)),
+            )
+        elif known and not _fits(value := trainer[key], known[key]):
+            reader.add_problem(
+                here,
+                say(f"{value!r} is no {known[key]}", f"{value!r} 不是 {known[key]}"),
+                say("correct the value, or leave the word out", "请改正取值，或删去该项"),
+            )
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a value of YAML fits a field's type: a dataclass takes any value, and fails only when it is used."""
+    names = {*re.findall(r"\w+", annotation)}
+    kind = "None" if value is None else type(value).__name__
+    return kind in names or (kind == "int" and "float" in names)
+
+
+def _translate_old(
+    section: dict[str, Any], holder: dict[str, Any], key: str, here: ValuePath, reader: RecipeReader
+) -> None:
+    """Move an old key to its new name. holder: the mapping that has it: the section, or its `trainer`."""
+    value, new = holder.pop(key), OLD[key]
+    if not new:
+        en, zh = OLD_REASONS.get(key, ("it has no effect any more", "它已不再有作用"))
+        reader.add_notice(here, say(f"{key!r} is dropped: {en}", f"{key!r} 已忽略：{zh}"))
+    elif new in section:
+        reader.add_problem(
+            here,
+            say(f"{key!r} and {new!r} say the same", f"{key!r} 与 {new!r} 含义相同"),
+            say(f"keep {new!r}", f"保留 {new!r}"),
+        )
+    else:
+        section[new] = value
+        reader.places[(here[0], new)] = reader.places.get(here, reader.file)
+        reader.add_notice(here, say(f"{key!r} is read as `{new}: {value}`", f"{key!r} 读作 `{new}: {value}`"))
+
+
+def _convert_batch(section: dict[str, Any], path: ValuePath, devices: Any, reader: RecipeReader) -> None:
+    """A batch size per device becomes `batch_size`: samples per optimizer step over all devices."""
+    per_device = section.pop("per_device_train_batch_size", None)
+    accumulate = section.pop("gradient_accumulation_steps", None)
+    if per_device is None and accumulate is None:
+        return
+    here = (*path, "per_device_train_batch_size" if per_device is not None else "gradient_accumulation_steps")
+    if "batch_size" in section:
+        reader.add_problem(
+            here,
+            say("both spellings of the batch stand here", "批大小的两种写法同时出现"),
+            say(
+                "keep `batch_size`: samples per optimizer step over all devices",
+                "保留 `batch_size`：每个优化步的总样本数",
+            ),
+        )
+        return
+    numbers = (per_device if per_device is not None else 1, accumulate if accumulate is not None else 1, devices)
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 1 for number in numbers):
+        reader.add_problem(
+            here, say(f"these must be whole numbers from 1: {numbers}", f"应为不小于 1 的整数：{numbers}")
+        )
+        return
+    section["batch_size"] = numbers[0] * numbers[1] * numbers[2]
+    batch_size: ValuePath = (*path, "batch_size")
+    reader.places[batch_size] = reader.places.get(here, reader.file)
+    reader.add_notice(
+        here,
+        f"{numbers[0]} x {numbers[1]} x {numbers[2]} → `batch_size: {section['batch_size']}`"
+        + say(" (per device x accumulation x devices)", "（每设备 x 累积 x 设备数）"),
+    )
+
+
+def _apply_engine_file(section: dict[str, Any], path: ValuePath, devices: Any, reader: RecipeReader) -> None:
+    """Take batch, optimizer, schedule and precision from an engine's file into the section, with a notice each."""
+    file, here = section["engine"], (*path, "engine")
+    try:
+        found = engine_config.read(file, devices if isinstance(devices, int) else 1)
+    except RecipeError as error:
+        reader.problems.append(error)
+        return
+    settings = dict(found.settings)
+    section["engine"] = settings.pop("engine", file)
+    trainer = section["trainer"] = section.get("trainer") or {}
+    _merge(settings, section, path, file, reader)
+    if isinstance(trainer, dict):
+        _merge(found.trainer, trainer, (*path, "trainer"), file, reader)
+    if found.dropped:
+        reader.add_notice(
+            here,
+            say("not used, the recipe or tongwen decides: ", "未采用，由配方或 tongwen 决定：")
+            + ", ".join(found.dropped),
+        )
+    if section["engine"] != file:
+        reader.notices.append(f"{file} → `engine: {section['engine']}`")
+        if section["engine"].endswith(".json"):
+            _apply_engine_file(section, path, devices, reader)
+
+
+def _merge(settings: dict[str, Any], into: dict[str, Any], path: ValuePath, file: str, reader: RecipeReader) -> None:
+    """Add an engine file's settings to a mapping of the recipe; one that contradicts the recipe is a problem."""
+    for key, value in settings.items():
+        rival = "batch_tokens" if key == "batch_size" and into.get("batch_tokens") else key
+        if into.get(rival, value) in (value, "auto"):
+            into[key] = value
+            reader.places.setdefault((*path, key), file)
+            reader.notices.append(f"{file} → `{key}: {value}`")
+            continue
+        theirs = repr(value) if rival == key else f"{key}: {value!r}"
+        reader.add_problem(
+            (*path, rival),
+            say(
+                f"the recipe says {into[rival]!r}, {file} says {theirs}",
+                f"配方为 {into[rival]!r}，而 {file} 为 {theirs}",
+            ),
+            say('write "auto" in that file, or the same value', '请在该文件中写 "auto"，或改为相同的值')
+            if file.endswith(".json")
+            else say("leave it out of that file, or write the same value", "请在该文件中删去，或改为相同的值"),
+        )

@@ -1,0 +1,100 @@
+"""Values become a Recipe, or problems in our own words: each with place, value, rule and remedy."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from pydantic import BaseModel, ValidationError
+
+from tongwen.core.errors import raise_all
+from tongwen.core.i18n import say
+from tongwen.recipe.schema import Recipe
+from tongwen.recipe.yaml_reader import RecipeReader, ValuePath, did_you_mean
+
+
+def validate(data: Mapping[str, Any], reader: RecipeReader) -> Recipe:
+    """The recipe that the data makes. Raises RecipeError, or SeveralErrors with every problem of this reading."""
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        for found in error.errors(include_url=False):
+            _explain(found, data, reader)
+    raise_all(reader.problems)
+    assert recipe is not None
+    return recipe
+
+
+def _explain(error: Any, data: Any, reader: RecipeReader) -> None:
+    """One error of pydantic -> one problem in our words."""
+    path = _plain_path(error["loc"], data)
+    kind, value = error["type"], error.get("input")
+    key = str(path[-1]) if path else ""
+    if kind == "extra_forbidden":
+        known = list(_section_at(path[:-1]).model_fields)
+        near = difflib.get_close_matches(key, known, 1 if len(known) > 9 else 3)
+        remedy = did_you_mean(near) or say("known here: ", "可用：") + ", ".join(known)
+        reader.add_problem(path, say(f"no such key: {key!r}", f"没有这个键：{key!r}"), remedy)
+    elif kind == "missing":
+        reader.add_problem(path, say(f"the key {key!r} is required", f"缺少必需的键 {key!r}"), _help_of(path))
+    elif kind == "tongwen":
+        reader.add_problem(path, error["msg"])
+    elif kind == "literal_error":
+        choices = error["ctx"]["expected"].replace("'", "")
+        near = difflib.get_close_matches(str(value), re.split(r", | or ", choices), 1)
+        rule = say(f"{value!r} is not one of: {choices}", f"{value!r} 不在可选值中：{choices}")
+        reader.add_problem(path, rule, did_you_mean(near))
+    else:
+        limit = error["msg"].removeprefix("Input ").replace("should be", say("must be", "应当 (must be)"))
+        place = reader.place(path)
+        if not any(known.place == place for known in reader.problems):  # a union reports each of its branches
+            reader.add_problem(path, say(f"{value!r} {limit}", f"{value!r} 不合规则：{limit}"), _help_of(path))
+
+
+def _plain_path(location: Sequence[str | int], data: Any) -> ValuePath:
+    """pydantic's location without the tags of union branches: only what can be walked in the data."""
+    path: list[str | int] = []
+    here: Any = data
+    for index, part in enumerate(location):
+        if (isinstance(here, dict) and part in here) or (
+            isinstance(here, list) and isinstance(part, int) and part < len(here)
+        ):
+            here = cast("Any", here)[part]
+            path.append(part)
+        elif isinstance(here, dict) and index == len(location) - 1:
+            path.append(part)
+    return tuple(path)
+
+
+def _section_at(path: ValuePath) -> type[BaseModel]:
+    """The schema class that holds the keys at a path."""
+    section: type[BaseModel] = Recipe
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        found = _sections_in(field.annotation) if field else []
+        if not found:
+            return section
+        section = found[0]
+    return section
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for inner in getattr(annotation, "__args__", ()) for found in _sections_in(inner)]
+
+
+def _help_of(path: ValuePath) -> str:
+    """The help of the setting at a path; empty where there is none."""
+    names = [part for part in path if isinstance(part, str)]
+    field = _section_at(path[:-1]).model_fields.get(names[-1]) if names else None
+    if field is None:
+        return ""
+    extra = field.json_schema_extra
+    zh = str(extra.get("zh", "")) if isinstance(extra, dict) else ""
+    return f"{names[-1]}: " + say(field.description or "", zh)
