@@ -1,7 +1,18 @@
-"""What can go wrong by the user's hand or the machine's, each with the exit code that the front door gives it.
+"""What can go wrong by the user's hand or the machine's. Anything else is a bug and shows its traceback.
 
-A message holds place, thing with its value, the rule that it broke, and the remedy. Anything that is not a
-TongwenError is a bug of ours and shows its traceback.
+    TongwenError                    exit code
+      RecipeError                   2    recipe or command
+      DataError                     3    data
+        RowRefused                       one row, with the ledger's word for the reason
+      ModelError                    4    model or adapter
+        ArtifactError                    a folder that a stage left, or should have left
+      MachineError                  5    disk, memory, device, permission, network
+        MissingPackage                   an extra that is not installed
+      NumbersError                  6    NaN, Inf, a failed audit
+      Interrupted                   130  stopped on request, with everything saved
+      SeveralErrors                      all problems at once: the lowest code of 2, 3 and 4
+
+A message holds the place, the value, the rule that it breaks, and the remedy.
 """
 
 from __future__ import annotations
