@@ -23,12 +23,13 @@ UNWRITTEN = ("Input/output error", "os error 5", "PytorchStreamWriter failed", "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (see docs/errors.md)."""
-    from tongwen.core import distributed
+    arguments = parse(argv)
+    arguments.main = main  # `migrate --run` runs the commands that it prints
+
+    from tongwen.core import distributed  # after parse, which exits on --help: these imports take a third of its time
     from tongwen.core.errors import TongwenError
 
     distributed.adopt()
-    arguments = parse(argv)
-    arguments.main = main  # `migrate --run` runs the commands that it prints
     _silence_libraries()
     if arguments.json:
         from tongwen.core import console
