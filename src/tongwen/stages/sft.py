@@ -69,10 +69,12 @@ def _control_rows(model: Any, records: DialogueEncoder, section: Sft) -> list[in
     """Rows of control tokens that the template writes and the base never saw; under an adapter they would stay so."""
     if section.adapter.method == "full":
         return []
-    rows = attach.find_untrained_rows(model, chat_setup.control_ids(records.tokenizer, records.template))
+    tokenizer = records.tokenizer
+    control = chat_setup.control_ids(tokenizer, records.template)
+    rows = attach.find_untrained_rows(model, control, {*tokenizer.get_vocab().values()})
     if not rows:
         return []
-    names = ", ".join(records.tokenizer.convert_ids_to_tokens(rows))
+    names = ", ".join(tokenizer.convert_ids_to_tokens(rows))
     if not section.train_new_control_tokens:
         raise ModelError(
             say(

@@ -35,6 +35,8 @@ OWN_WORDS = {
     "dora": "use_dora",
     "also_train": "modules_to_save",
 }
+# Rows that were initialised alike differ in norm by about 1 / sqrt(2 * width): 1.5 is 4 times that at a width of 32.
+PADDING_SPREAD = 1.5
 
 
 @dataclass
@@ -418,24 +420,38 @@ def _check_also(name: str, model: Any) -> None:
         )
 
 
-def find_untrained_rows(model: Any, ids: list[int]) -> list[int]:
+def find_untrained_rows(model: Any, ids: list[int], owned: Collection[int] = ()) -> list[int]:
     """Those of the ids whose output rows the base was never trained on.
 
     A row counts as untrained when it is all but zero, when another token has exactly the same row (reserved tokens that
     were initialised together), or when it is as small as the rows that no token owns (padding of the vocabulary).
+
+    owned: the ids of all tokens of the tokenizer; without them no row is known to be padding.
     """
     head = model.get_output_embeddings()
     weight = (head if head is not None else model.get_input_embeddings()).weight.detach()
     norms = weight.float().norm(dim=1)
     typical = float(norms.median())
+    smallest = max(1e-3 * typical, _norm_of_padding(norms, owned, typical))
     untrained = []
     for index in ids:
         row, norm = weight[index], float(norms[index])
         alike = torch.nonzero((norms - norm).abs() <= 1e-6 * max(norm, 1e-12)).flatten()
         twin = any(int(other) != index and torch.equal(weight[int(other)], row) for other in alike[:64])
-        if norm <= 1e-3 * typical or twin:
+        if norm <= smallest or twin:
             untrained.append(index)
     return untrained
+
+
+def _norm_of_padding(norms: torch.Tensor, owned: Collection[int], typical: float) -> float:
+    """The norm up to which a row (norms: (V,)) is as small as those that no token owns. 0 where there are none, and where
+    their norms are close to the trained ones and tell nothing."""
+    spare = torch.ones(len(norms), dtype=torch.bool)
+    spare[[index for index in owned if index < len(norms)]] = False
+    if not owned or not spare.any():
+        return 0.0
+    limit = PADDING_SPREAD * float(norms[spare.to(norms.device)].median())
+    return limit if limit <= typical / 2 else 0.0
 
 
 def _find_parameters(model: Any, choice: AdapterConfig) -> list[str] | None:
