@@ -16,7 +16,7 @@ from tests.launching import needs_deepspeed
 from tongwen.cli import main
 from tongwen.core import distributed
 from tongwen.core.errors import TongwenError
-from tongwen.model.loading import load_recipe as model_load
+from tongwen.model.loading import load as model_load
 from tongwen.recipe.load import load_recipe
 from tongwen.train import parallel
 from tongwen.workflows import pipeline
