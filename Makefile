@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test gpu docs pages bench bench-large crash-storm synthesize clean
+.PHONY: demo test lowest newest gpu docs pages bench bench-large crash-storm synthesize clean
 
 demo: $(VENV)/installed
 	$(BIN)/tongwen demo
 
 test:
 	bash .ci/run
+
+# The tests beside the lowest releases that pyproject.toml allows, and beside the newest ones (make lowest TESTS=tests/laws).
+# torch alone stays as constraints.txt has it.
+TESTS ?= tests
+lowest newest: %: $(VENV)-%/installed
+	$(VENV)-$@/bin/python -m pytest $(TESTS)
 
 # on a machine with a GPU: the laws that only one can show, and the benchmark (8 minutes)
 gpu: $(VENV)/installed-dev
@@ -47,5 +53,12 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VENV)-%/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --no-deps --constraint constraints.txt torch uv
+	$(VENV)-$*/bin/uv pip install --quiet --python $(VENV)-$*/bin/python --editable '.[dev]' \
+		--resolution $(if $(filter lowest,$*),lowest-direct,highest)
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest runs

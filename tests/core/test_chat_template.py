@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from tongwen.core.chat_template import SHIPPED, Template, shipped_source
 from tongwen.core.errors import ModelError, RowRefused
@@ -252,3 +254,10 @@ def test_a_template_that_asks_more_of_a_content_has_no_skeleton() -> None:
     template = own(ASKS_MORE)
     template.samples(talk("问", "答"))
     assert list(template.skeletons.values()) == [None]
+
+
+def test_a_jinja_whose_sandbox_can_be_left_is_not_installed_beside_us() -> None:
+    """Templates come with models, from anybody; up to jinja2 3.1.5 one can run code (CVE-2025-27516)."""
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    (jinja,) = map(Requirement, re.findall(r'"(jinja2\b[^"]*)"', project))
+    assert not jinja.specifier.contains("3.1.5") and jinja.specifier.contains("3.1.6")

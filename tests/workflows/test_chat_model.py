@@ -227,6 +227,7 @@ class Terminal:
     """A terminal of 100 columns in which a command runs."""
 
     def __init__(self, *arguments: str) -> None:
+        self.out = b""
         self.process, self.handle = pty.fork()
         if not self.process:
             try:
@@ -237,15 +238,12 @@ class Terminal:
                 os._exit(99)
 
     def until(self, text: str) -> str:
-        """What comes out up to this text; where a program asks for the cursor's place, it is told one."""
-        out = b""
-        while text.encode() not in out:
-            assert select.select([self.handle], [], [], 60)[0], f"no {text!r} in {out.decode()!r}"
-            out += os.read(self.handle, 65536)
-            if b"\x1b[6n" in out:
-                self.write("\x1b[1;1R")
-                out = out.replace(b"\x1b[6n", b"")
-        return out.decode(errors="replace")
+        """What comes out up to this text; what follows it is kept for the next time."""
+        while text.encode() not in self.out:
+            assert select.select([self.handle], [], [], 60)[0], f"no {text!r} in {self.out.decode()!r}"
+            self.out += os.read(self.handle, 65536)
+        before, found, self.out = self.out.partition(text.encode())
+        return (before + found).decode(errors="replace")
 
     def write(self, text: str) -> None:
         data = text.encode("utf-8", "surrogateescape")
@@ -265,7 +263,7 @@ def test_typing_in_a_real_terminal(chat_model: Path, tmp_path: Path) -> None:
     terminal.write("你龘\x7f好\udcff\r")  # a wide character taken back, and a byte that is no text
     terminal.until("characters/s")
     terminal.until("you ›")
-    terminal.write("\x1b[200~" + "长" * 100_000 + "\x1b[201~\r")  # a paste
+    terminal.write("\x1b[200~" + "长\n" * 50_000 + "\x1b[201~\r")  # a paste of many lines is one question
     terminal.until("the model sees 512")
     terminal.until("you ›")
     terminal.write("再说\r")

@@ -17,7 +17,7 @@ from tongwen.core.i18n import say
 from tongwen.migrate.failures import find
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
-EXTRAS = ("gguf", "sentencepiece", "modelscope", "bitsandbytes", "deepspeed", "tensorboard")
+EXTRAS = ("gguf", "sentencepiece", "modelscope", "bitsandbytes", "deepspeed", "tensorboard", "matplotlib")
 
 
 def run() -> int:
@@ -25,7 +25,7 @@ def run() -> int:
     import torch
 
     from tongwen.model.loading.load import compute_device, compute_dtype
-    from tongwen.train.report import cjk_font
+    from tongwen.train.loss_plot import cjk_font, is_installed
 
     console.header(
         "doctor",
@@ -47,11 +47,10 @@ def run() -> int:
         (say("processors", "处理器"), f"{os.cpu_count()}, torch: {torch.get_num_threads()}"),
         (say("memory", "内存"), console.human_bytes(memory) if memory else "?"),
         (say("free disk here", "当前磁盘剩余"), console.human_bytes(shutil.disk_usage(".").free)),
-        (
-            say("font for Chinese in plots", "图中可用的中文字体"),
-            cjk_font() or say("none: plots are labelled in English", "无：图中用英文标注"),
-        ),
     ]
+    if is_installed():
+        font = cjk_font() or say("none: plots are labelled in English", "无：图中用英文标注")
+        facts.append((say("font for Chinese in plots", "图中可用的中文字体"), font))
     console.table(("", ""), facts)
     places = hubs()
     with ThreadPoolExecutor() as pool:

@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ def converse(talk: TerminalChat, *, name: str, system: str) -> int:
     read = _reader()
     while True:
         try:
-            line = _whole(read()).strip()
+            line = read().strip()
         except EOFError:
             return 0
         except KeyboardInterrupt:
@@ -233,20 +233,17 @@ class _Shown:
 
 
 def _reader() -> Callable[[], str]:
-    """How a line is read: with an editor that knows how wide a character is, where somebody types."""
+    """How a question is read: from a terminal with Python's own line editor, which knows how wide a character is."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if not sys.stdin.isatty():
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="replace")
         return input
-    from prompt_toolkit import PromptSession
+    with suppress(ImportError):  # on Windows the console itself edits the line
+        import readline
 
-    session: PromptSession[str] = PromptSession(say("\nyou › ", "\n你 › "))
-    return session.prompt
-
-
-def _whole(text: str) -> str:
-    """Without the halves of surrogate pairs that stand for bytes which are no text."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        readline.parse_and_bind("set enable-bracketed-paste on")  # several lines that are pasted are one question
+    prompt = say("\nyou › ", "\n你 › ")
+    return lambda: input(prompt)
 
 
 def _read_number(name: str, value: str) -> Any:

@@ -1,21 +1,24 @@
-"""What a run leaves for people: report.html, which asks nothing of the network, and the loss curve as a PNG."""
+"""What a run leaves for people: report.html, which asks nothing of the network, and a few lines in the terminal."""
 
 from __future__ import annotations
 
 import html
 import math
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tongwen.core import console
 from tongwen.core import html as page
 from tongwen.core.console import human_bytes, human_count, human_time
-from tongwen.core.i18n import language, say
+from tongwen.core.i18n import say
+from tongwen.train.loss_plot import is_installed, write_png
 
 
 def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list[dict[str, Any]], recipe: str) -> None:
-    """report.html and loss.png from report.json's content, the lines of metrics.jsonl and the resolved recipe."""
+    """report.html, and loss.png where matplotlib is installed.
+
+    report: what report.json holds; metrics: the lines of metrics.jsonl; recipe: the resolved one.
+    """
     held_out, through = report.get("held_out") or {}, report["throughput"]
     facts = [
         (f"{_change(held_out)}", say("held-out bits per byte", "留出集 bits per byte")),
@@ -55,7 +58,8 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
         parts.append(f"<h2>{say('Before and after', '训练前后')}</h2>" + "".join(map(_sample, report["samples"])))
     parts.append(f"<h2>{say('Recipe', '配方')}</h2><pre>{html.escape(recipe)}</pre>")
     (folder / "report.html").write_text(page.document(title, report["summary"], parts), encoding="utf-8")
-    write_png(folder / "loss.png", title, losses)
+    if is_installed():
+        write_png(folder / "loss.png", title, losses)
 
 
 def held_out_table(
@@ -99,58 +103,6 @@ def say_result(report: dict[str, Any], out: Path) -> None:
         f"{human_time(through['seconds'])} · {through['tokens_per_second']:.0f} token/s · "
         f"{say('peak', '峰值')} {human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"
     )
-
-
-def write_png(file: Path, title: str, points: list[tuple[float, float]]) -> None:
-    """The loss curve as an image, with a font that has the characters, or else with English labels."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    font = cjk_font()
-    chinese = language() == "zh" and font is not None
-    if not title.isascii() and font is None:
-        title = title.encode("latin-1", "ignore").decode("latin-1")
-    with mpl.rc_context(
-        {"font.family": [font, "DejaVu Sans"] if font else ["DejaVu Sans"], "axes.unicode_minus": False}
-    ):
-        figure, axes = plt.subplots(figsize=(8, 4), dpi=120, layout="constrained")
-        axes.plot(*zip(*points, strict=True), color="#0f766e", alpha=0.3, linewidth=1)
-        axes.plot(*zip(*page.running_mean(points), strict=True), color="#0f766e", linewidth=2)
-        axes.set(
-            title=title,
-            xlabel="步" if chinese else "step",
-            ylabel="损失（nats / token）" if chinese else "loss (nats per learned token)",
-        )
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(file)
-        plt.close(figure)
-
-
-@cache
-def cjk_font() -> str | None:
-    """The name of an installed font that really has Chinese glyphs; None when there is none."""
-    from matplotlib import font_manager, ft2font
-
-    preferred = ("notosanscjk", "sourcehan", "wqy", "pingfang", "msyh", "simhei", "heiti", "droidsansfallback")
-
-    def rank(file: str) -> int:
-        name = Path(file).name.lower().replace("-", "").replace(" ", "")
-        return next((place for place, wanted in enumerate(preferred) if wanted in name), len(preferred))
-
-    # The regular weight of a family first: a curve titled in bold alone makes matplotlib complain.
-    for file in sorted(font_manager.findSystemFonts(), key=lambda file: (rank(file), "egular" not in file, file)):
-        try:
-            font = ft2font.FT2Font(file)
-            # A last-resort font has a box for every code point, even for one that Unicode has not assigned.
-            if font.get_char_index(ord("同")) and not font.get_char_index(0x0378):
-                font_manager.fontManager.addfont(file)
-                return str(font.family_name)
-        except (RuntimeError, OSError):
-            continue
-    return None
 
 
 def _change(held_out: dict[str, Any]) -> str:
