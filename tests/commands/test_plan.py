@@ -18,9 +18,7 @@ from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.fused_blocks import fuse_blocks
 from tongwen.model.kernels.loss import learned_loss, spare_head
 from tongwen.model.loading.load import ModelRef, load_config, load_model
-from tongwen.recipe.memory_remedies import cheaper
-from tongwen.recipe.schema import Recipe
-from tongwen.recipe.training import AdapterConfig, Sft, Training
+from tongwen.recipe.training import AdapterConfig, Sft
 from tongwen.train.checkpoints import commit
 from tongwen.train.memory import ModelShape, Sharing, token_budget
 from tongwen.train.memory_trace import ROWS, LiveTensors
@@ -334,58 +332,6 @@ def test_fused_weights_are_merged_in_memory(tmp_path: Path, tongwen: Any) -> Non
     found = json.loads(out)["stages"]["merge"]["memory_bytes"]
     assert found["weights"] == 4 * sum(part.numel() for part in model.parameters()) and "blocks" not in found
     assert found["merging"] == 8 * model.model.layers[0].mlp.experts.gate_up_proj.numel()
-
-
-WORDS = ["micro_batch_tokens=1024", "activation_checkpointing=on", "optimizer=adamw_8bit", "max_length=512"]
-WAYS: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("sft", {}, [*WORDS, "adapter.method=qlora"]),
-    ("sft", {"activation_checkpointing": "on", "adapter": {"method": "qlora"}}, [WORDS[0], *WORDS[2:]]),
-    (
-        "sft",
-        {"precision": "fp32", "optimizer": "adafactor"},
-        [*WORDS[:2], "precision=auto", WORDS[3], "adapter.method=qlora"],
-    ),
-    ("sft", {"adapter": {"method": "full"}}, [*WORDS, "adapter.method=lora", "adapter.method=qlora"]),
-    ("sft", {"adapter": {"method": "adalora"}}, WORDS),
-    ("sft", {"engine": "zero2"}, [*WORDS[:2], "offload=true", WORDS[3]]),  # with which neither 8 bits nor qlora go
-    ("sft", {"engine": "fsdp2", "offload": True}, [*WORDS[:2], WORDS[3], "adapter.method=qlora"]),
-    ("pretrain", {"train": "full"}, [*WORDS, "train=lora", "adapter.method=qlora"]),
-    ("pretrain", {"train": "embeddings"}, WORDS),
-]
-
-
-@pytest.mark.parametrize(("name", "words", "wanted"), WAYS)
-def test_cures_come_from_the_recipe(name: str, words: dict[str, Any], wanted: list[str]) -> None:
-    recipe = Recipe.model_validate(
-        {"name": "a", "base": "b", "prepare": {"dialogues": "d", "documents": "d"}, name: words}
-    )
-    found = list(cheaper(recipe, name, 1024, 4096, "auto"))
-    assert found == [f"{name}.{word}" for word in wanted]
-
-
-def test_a_cure_that_does_not_help_is_not_in_those_after_it() -> None:
-    recipe = Recipe.model_validate({"name": "a", "base": "b", "prepare": {"dialogues": "d"}, "sft": {}})
-    seen = list[tuple[str, str, int]]()
-
-    def helps(section: Training, tokens: int) -> bool:
-        seen.append((section.activation_checkpointing, section.adapter.method, tokens))
-        return section.optimizer != "adamw_8bit"
-
-    found = list(cheaper(recipe, "sft", 1024, 4096, "auto", helps))
-    assert "sft.optimizer=adamw_8bit" not in found and seen[0] == ("auto", "lora", 1024)
-    assert seen[-1] == ("on", "qlora", 512)
-
-
-def test_an_adapter_is_merged_where_the_model_goes_out() -> None:
-    words = {"prepare": {"dialogues": "d"}, "sft": {"adapter": {"method": "full"}}, "export": {}}
-    recipe = Recipe.model_validate({"name": "a", "base": "b", **words})
-    assert list(cheaper(recipe, "sft", 9, 9))[-2:] == ["sft.adapter.method=lora merge={}", "sft.adapter.method=qlora"]
-
-
-def test_rows_of_a_larger_vocabulary_learn_in_cures_too() -> None:
-    words = {"prepare": {"documents": "d"}, "vocab": {}, "pretrain": {"train": "full"}}
-    recipe = Recipe.model_validate({"name": "a", "base": "b", **words})
-    assert "pretrain.train=lora+embeddings" in list(cheaper(recipe, "pretrain", 9, 9))
 
 
 def test_a_small_model_gets_more_at_once_on_a_large_gpu() -> None:

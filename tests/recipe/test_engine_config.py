@@ -161,12 +161,6 @@ def test_an_fsdp_file_of_the_first_version_is_read_as_the_second(
 @pytest.mark.parametrize(
     ("settings", "sft", "said"),
     [
-        ("zero4", "", "'zero4' is not one of auto, ddp, fsdp2, zero2, zero3"),
-        ("ddp", ", offload: true", "`offload` needs an engine that shares out"),
-        ("fsdp2", ", optimizer: muon", "`optimizer: muon` does not work with `engine: fsdp2`"),
-        ("zero2", ", adapter: {method: adalora}", "`method: adalora` does not work"),
-        ("zero3", ", adapter: {method: qlora}", "`engine: fsdp2`"),
-        ("fsdp2", ", adapter: {method: qlora, quantize: int8}", "`quantize: nf4`"),
         ({"optimizer": {"type": "Lamb"}}, "", "optimizer.type: 'Lamb' is not known here; known are: Adam, AdamW"),
         ({"optimizer": {"params": {"betas": 0.9}}}, "", "optimizer.params.betas: 0.9 is not known here"),
         ({"optimizer": {"params": {"eps": "x"}}}, "", "optimizer.params.eps: 'x' is not known here"),

@@ -314,12 +314,12 @@ class Vocab(Section):
     )
 
     def rules(self) -> Rules:
-        made = sorted(self.model_fields_set & {"pieces", "words", "special_tokens", "script"})
+        made = min(self.model_fields_set & {"pieces", "words", "special_tokens", "script"}, default="")
         yield (
             self.tokenizer and made,
             say(
-                f"`tokenizer` and `{''.join(made[:1])}` exclude each other: pieces that are there, or pieces to be made",
-                f"`tokenizer` 与 `{''.join(made[:1])}` 只能写一个：现成的词，或要新加的词",
+                f"`tokenizer` and `{made}` exclude each other: pieces that are there, or pieces to be made",
+                f"`tokenizer` 与 `{made}` 只能写一个：现成的词，或要新加的词",
             ),
         )
         yield (

@@ -29,8 +29,8 @@ def setting(default: Any, en: str, zh: str, *, free: bool = False, **limits: Any
 
 def problem(message: str) -> PydanticCustomError:
     """The exception for a value that is refused. The message is already in the user's language."""
-    # Braces are escaped because pydantic formats the template.
-    return PydanticCustomError("tongwen", message.replace("{", "{{").replace("}", "}}"))
+    # Without a context, pydantic takes the template as it is, braces included.
+    return PydanticCustomError("tongwen", message)
 
 
 class Section(BaseModel):

@@ -46,7 +46,7 @@ class AdapterConfig(Section):
 
     def rules(self) -> Rules:
         unused = {"also_train", "continue_from", "target_parameters"} if self.part != "lora" else set()
-        given = sorted(name for name in unused & self.model_fields_set if getattr(self, name))
+        given = min((name for name in unused & self.model_fields_set if getattr(self, name)), default="")
         not_on_a_weight = "dora" if self.dora else "dropout" if self.dropout else ""
         yield (
             isinstance(self.targets, str) and self.targets not in ("all-linear", "family"),
@@ -65,8 +65,8 @@ class AdapterConfig(Section):
         yield (
             given,
             say(
-                f"`method: {self.method}` does nothing with `{''.join(given[:1])}`: leave it out, or write `method: lora`",
-                f"`method: {self.method}` 不使用 `{''.join(given[:1])}`：请删去，或写 `method: lora`",
+                f"`method: {self.method}` does nothing with `{given}`: leave it out, or write `method: lora`",
+                f"`method: {self.method}` 不使用 `{given}`：请删去，或写 `method: lora`",
             ),
         )
         yield (
@@ -98,7 +98,7 @@ class AdapterConfig(Section):
 
     @property
     def part(self) -> TrainedPart:
-        """What it trains, in the words of `pretrain.train`."""
+        """What it trains, as `pretrain.train` names it."""
         return self.method if self.method in ("new_rows", "full") else "lora"
 
 
@@ -220,7 +220,8 @@ class Training(Section):
     trainer: dict[str, Any] = setting({}, "other transformers TrainingArguments", "其他 transformers TrainingArguments")
 
     def rules(self) -> Rules:
-        beyond_adapter = next((train for train in self.trains if train != "lora"), None)
+        beyond_adapter = next((train for train in self.trains if train != "lora"), "")
+        engines = ", ".join(ENGINES)
         yield (
             self.batch_tokens is not None and "batch_size" in self.model_fields_set,
             say(
@@ -259,8 +260,8 @@ class Training(Section):
         yield (
             self.engine not in ENGINES and not self.engine.endswith((".json", ".yaml", ".yml")),
             say(
-                f"engine: {self.engine!r} is not one of {', '.join(ENGINES)}, and no .json or .yaml file",
-                f"engine: {self.engine!r} 不在 {', '.join(ENGINES)} 之中，也不是 .json 或 .yaml 文件",
+                f"engine: {self.engine!r} is not one of {engines}, and no .json or .yaml file",
+                f"engine: {self.engine!r} 不在 {engines} 之中，也不是 .json 或 .yaml 文件",
             ),
         )
         yield (
@@ -304,7 +305,7 @@ class Training(Section):
 
     @property
     def sharded_by(self) -> Literal["", "fsdp2", "deepspeed"]:
-        """Who cuts the model or its optimizer up for several processes, if anyone does."""
+        """The library that divides the model or its optimizer among processes; empty if none does."""
         if self.engine in ("zero2", "zero3") or self.engine.endswith(".json"):
             return "deepspeed"
         return "fsdp2" if self.engine == "fsdp2" or self.engine.endswith((".yaml", ".yml")) else ""
@@ -318,7 +319,7 @@ def _no_embeddings() -> str:
 
 
 class PhaseConfig(Section):
-    """One phase of pre-training. What it does not say, the section says."""
+    """One phase of pre-training. What it does not set, it takes from the section."""
 
     train: Literal["new_rows", "embeddings", "lora", "lora+embeddings", "full"] = setting(
         ...,

@@ -1,0 +1,21 @@
+"""The tables of settings come from the schema, complete and in both languages."""
+
+from __future__ import annotations
+
+from tongwen.recipe.docs import sections, settings, to_markdown
+
+
+def test_every_setting_has_help_in_both_languages() -> None:
+    for name, model in sections():
+        for key, field in model.model_fields.items():
+            extra = field.json_schema_extra
+            assert field.description, f"{name}.{key}"
+            assert isinstance(extra, dict) and extra["zh"], f"{name}.{key}"
+        assert list(settings(model))
+    assert "| `learning_rate` |" in to_markdown()
+
+
+def test_types_and_defaults_are_named_for_users_and_not_for_the_code() -> None:
+    page = to_markdown()
+    assert "| `documents` | `list of source` |" in page and "| `at_most` | `spending limits` |" in page
+    assert "| `tasks` | `list of task` | `[{'task': 'bits_per_byte'}]` |" in page
