@@ -19,10 +19,8 @@ from tongwen.core.i18n import N_, _, language, speaking
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").glob("*.py")])
 TEXT = "show this help message and exit"
-SCOPES = (
-    *(ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda),
-    *(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
-)
+STATEMENTS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+EXPRESSIONS = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 # -- at run time ---------------------------------------------------------------------------------------------------
@@ -88,7 +86,7 @@ def test_every_text_has_a_translation() -> None:
 def test_a_translation_has_the_placeholders_of_its_text() -> None:
     """Names, conversions and formats: {rank}, {value!r}, {share:.1%}, %(prog)s."""
     for entry in messages.saved():
-        for pattern in (r"\{[^{}]*\}", r"%(?:\(\w+\))?[rs]"):
+        for pattern in (r"\{\w*(?:![rsa])?(?::[^{} ]*)?\}", r"%(?:\(\w+\))?[rs]"):
             theirs, ours = (sorted(set(re.findall(pattern, str(text)))) for text in (entry.id, entry.string))
             assert theirs == ours, entry.id
 
@@ -118,11 +116,11 @@ def test_the_values_of_a_text_are_those_that_it_names() -> None:
                 assert named == placeholders(method.value.args[0].value), (file, node.lineno)
 
 
-def test_no_scope_that_translates_has_a_variable_of_that_name() -> None:
-    """`for _ in …` would make `_("…")` call a number."""
+def test_no_variable_has_the_name_of_the_translation() -> None:
+    """After `for _ in …` the call `_("…")` would call a number. A comprehension has a scope of its own."""
     for file, tree in trees():
         for scope in ast.walk(tree):
-            if isinstance(scope, SCOPES) and (any(calls(scope)) or isinstance(scope, ast.Module)):
+            if isinstance(scope, STATEMENTS) or (isinstance(scope, EXPRESSIONS) and any(calls(scope))):
                 bound = [node.lineno for node in own_nodes(scope) if isinstance(node, ast.Name) and is_bound(node)]
                 assert not bound, (file, bound)
 
@@ -149,7 +147,7 @@ def own_nodes(scope: ast.AST) -> Iterator[ast.AST]:
     while waiting:
         node = waiting.pop()
         yield node
-        if not isinstance(node, SCOPES):
+        if not isinstance(node, (*STATEMENTS, *EXPRESSIONS)):
             waiting += ast.iter_child_nodes(node)
 
 
