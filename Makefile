@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lowest newest gpu docs pages bench bench-large crash-storm synthesize clean
+.PHONY: demo test lowest newest gpu docs messages pages bench bench-large crash-storm synthesize clean
 
 demo: $(VENV)/installed
 	$(BIN)/tongwen demo
@@ -24,6 +24,10 @@ gpu: $(VENV)/installed-dev
 
 docs: $(VENV)/installed-dev
 	$(BIN)/python docs/generate.py
+
+# after a text for users was added or changed: the catalogue gets its entry; translate it there, then run this again
+messages: $(VENV)/installed-dev
+	$(BIN)/python docs/messages.py
 
 # the page in Debian's chromium (apt-get install chromium fonts-noto-cjk), both languages at both widths
 pages: $(VENV)/installed-dev

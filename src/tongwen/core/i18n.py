@@ -1,6 +1,8 @@
-"""Two languages side by side at the place where a sentence is said, so that neither can be changed without the other.
+"""The user's language. The code holds the English texts, `locale/` their Chinese translations (`make messages`).
 
-`TONGWEN_LANG=en|zh` decides; without it the locale does. A page that is open in both says which it speaks.
+`TONGWEN_LANG=en|zh` decides; without it the locale does. A page that is open in both says which it speaks. A text is
+translated when it is shown, never when its module is imported, since one process may speak both languages. Readers of
+Traditional Chinese get the Simplified texts; a catalogue `zh_TW` could be made from these by OpenCC (`s2twp`).
 """
 
 from __future__ import annotations
@@ -9,8 +11,27 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from gettext import GNUTranslations
+
+LOCALE = Path(__file__).parent / "locale"
 _SPOKEN: ContextVar[str] = ContextVar("spoken", default="")
+
+
+def _(text: str) -> str:
+    """The text in the user's language. A text with {placeholders} is formatted after it was translated:
+    `_("{count} rows are lost").format(count=lost)`."""
+    # gettext answers the empty text with the catalogue's header.
+    return _chinese().gettext(text) if text and language() == "zh" else text
+
+
+def N_(text: str) -> str:  # noqa: N802 (gettext's own name)
+    """Mark a text for the catalogue where it stands in a table; `_` translates it where it is shown."""
+    return text
 
 
 def language() -> str:
@@ -30,6 +51,13 @@ def speaking(name: str) -> Iterator[None]:
         yield
     finally:
         _SPOKEN.reset(before)
+
+
+@cache
+def _chinese() -> GNUTranslations:
+    from gettext import translation  # here: an English user's start needs no catalogue
+
+    return translation("tongwen", LOCALE, ["zh_CN"])
 
 
 def say(en: str, zh: str) -> str:

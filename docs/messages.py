@@ -1,0 +1,116 @@
+"""Keep the Chinese catalogue in step with the code: src/tongwen/core/locale/zh_CN/LC_MESSAGES/tongwen.po, and the .mo that
+Python reads.
+
+`make messages` runs it. A text that is new in the code is added without a translation, one that is gone is dropped, one
+whose English was changed keeps its translation and is marked `fuzzy`. Translate these in the .po, delete the `fuzzy`,
+and run it once more. With `--check` it writes nothing, says what is stale, and fails; tests/core/test_i18n.py does the same
+and refuses texts without a translation.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from babel.messages import Catalog
+from babel.messages.mofile import write_mo
+from babel.messages.pofile import read_po, write_po
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "tongwen"
+PO = PACKAGE / "core" / "locale" / "zh_CN" / "LC_MESSAGES" / "tongwen.po"
+MO = PO.with_suffix(".mo")
+# Functions whose literal is a text for users, and which of their arguments it is.
+MARKS = {"_": 0, "N_": 0}
+HEADER = """# Chinese texts of tongwen. `make messages` keeps the entries in step with the code; translate them here.
+msgid ""
+msgstr ""
+"Language: zh_CN\\n"
+"MIME-Version: 1.0\\n"
+"Content-Type: text/plain; charset=utf-8\\n"
+"Content-Transfer-Encoding: 8bit\\n"
+
+"""
+
+
+class Texts(Catalog):
+    """Its header has no dates and no version of Babel, so that the .mo changes with its texts alone."""
+
+    mime_headers = (("Content-Type", "text/plain; charset=utf-8"),)
+
+
+def main() -> int:
+    catalog = updated()
+    made = {PO: po_of(catalog), MO: mo_of(catalog)}
+    stale = [file for file, content in made.items() if not file.is_file() or file.read_bytes() != content]
+    if "--check" in sys.argv:
+        names = ", ".join(str(file.relative_to(ROOT)) for file in stale)
+        print(f"stale: {names}; run: make messages" if stale else "the catalogue is up to date", file=sys.stderr)
+        return int(bool(stale))
+    for file in stale:
+        file.write_bytes(made[file])
+    todo = [message for message in catalog if message.id and (message.fuzzy or not message.string)]
+    print(f'{len(catalog)} texts, {len(todo)} to be translated: search for `fuzzy` and `msgstr ""` in {PO.name}')
+    return 0
+
+
+def texts() -> Iterator[tuple[Path, int, str]]:
+    """(file, line, English text) of all that users read, in the order of the files."""
+    for file in sorted([*PACKAGE.rglob("*.py"), ROOT / "docs" / "generate.py"]):
+        yield from ((file, line, text) for line, text in in_python(file.read_text(encoding="utf-8")))
+
+
+def in_python(source: str) -> Iterator[tuple[int, str]]:
+    """Literals in the functions of MARKS; read from the syntax tree, since a tokenizer does not look into f-strings."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in MARKS:
+            place = MARKS[node.func.id]
+            text = node.args[place] if len(node.args) > place else None
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                found.append((node.lineno, node.col_offset, text.value))
+    yield from ((line, text) for line, _, text in sorted(found))
+
+
+def updated() -> Catalog:
+    """The catalogue with the texts of the code, and the translations that the file has."""
+    template = Catalog()
+    for file, line, text in texts():
+        template.add(text, locations=[(str(file.relative_to(ROOT)), line)])
+    catalog = saved()
+    catalog.update(template)
+    catalog.obsolete.clear()
+    return catalog
+
+
+def saved() -> Catalog:
+    """The catalogue as it lies in the file."""
+    return read_po(io.BytesIO(PO.read_bytes()), locale="zh_CN")
+
+
+def po_of(catalog: Catalog) -> bytes:
+    for message in catalog:
+        if not re.search(r"%[(rs]", message.id):  # `99 % of` is no placeholder
+            message.flags.discard("python-format")
+    out = io.BytesIO()
+    write_po(out, catalog, width=0, omit_header=True, include_lineno=False)
+    return HEADER.encode() + out.getvalue()
+
+
+def mo_of(catalog: Catalog) -> bytes:
+    """The file that Python's gettext reads."""
+    texts = Texts()
+    for message in catalog:
+        if message.id:
+            texts.add(message.id, message.string, flags=message.flags)
+    out = io.BytesIO()
+    write_mo(out, texts)
+    return out.getvalue()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
