@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import write_recipe
 from tests.launching import in_a_child
-from tongwen.core import html as page
+from tongwen.core.html import curve, curves
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def test_what_differs_is_named_and_drawn(runs: Path, tongwen: Any, tmp_path: Pat
     assert "sft.adapter.rank" in err and "sft.max_length" not in err, "only what differs"
     assert "sft.micro_batch_tokens" in err and "sft.save_every" not in err, "words that decide nothing, too"
     text = html.read_text(encoding="utf-8")
-    for curve in re.findall(r"<svg.*?</svg>", text):
-        assert curve.count("<polyline") == 4  # each run's line and its mean
+    for drawing in re.findall(r"<svg.*?</svg>", text):
+        assert drawing.count("<polyline") == 4  # each run's line and its mean
     assert text.count("<svg") == 2 and "http" not in text
     assert "&lt;narrow&gt;" in text and "<narrow>" not in text
     for one, (before, after) in zip(found.values(), held_out(folders), strict=True):
@@ -75,9 +75,9 @@ def test_a_report_that_is_spoilt_is_said(text: str | None, said: str, runs: Path
 
 def test_one_curve_is_drawn_as_it_always_was() -> None:
     points = [(1.0, 2.0), (2.0, 1.0), (4.0, 1.5)]
-    alone = page.curve(points, "step", "loss")
-    assert alone == page.curves({"": points}, "step", "loss") and "names" not in alone
-    assert page.curve([], "step", "loss") == ""
-    assert ">-" not in page.curve([(1, 0.0), (2, 1e-3)], "step", "lr"), "what is never negative has no axis below zero"
-    both = page.curves({"a": points, "empty": [], "b": [(0.0, 9.0), (8.0, 0.0)]}, "step", "loss")
+    alone = curve(points, "step", "loss")
+    assert alone == curves({"": points}, "step", "loss") and "names" not in alone
+    assert curve([], "step", "loss") == ""
+    assert ">-" not in curve([(1, 0.0), (2, 1e-3)], "step", "lr"), "what is never negative has no axis below zero"
+    both = curves({"a": points, "empty": [], "b": [(0.0, 9.0), (8.0, 0.0)]}, "step", "loss")
     assert "empty" not in both and both.count("<i ") == 2

@@ -24,7 +24,7 @@ def test_every_row_is_counted_and_every_refusal_has_its_row(chat_model: Path, tm
     assert (found.kind, found.format) == ("dialogues", "alpaca")
     assert (found.tally.ledger.things_in, found.tally.ledger.kept) == (20, 18)
     assert [(row, reason) for row, reason, _, _ in found.problems] == [(4, "not_json"), (8, "empty_answer")]
-    rows = "".join(data_preview.as_html(found))
+    rows = data_preview.as_html(found)
     assert "not_json" in rows and "empty_answer" in rows and "坏的" in rows
     samples = data_preview.samples_as_html(found, str(chat_model), "chatml")
     assert "control_token_in_text" in samples, "what this model does not take is listed too"

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from tongwen.core import artifact, console
-from tongwen.core import html as page
 from tongwen.core.console import human_bytes, human_time
 from tongwen.core.errors import ArtifactError, RecipeError, first_line
+from tongwen.core.html import curves, render
 from tongwen.core.i18n import say
 from tongwen.train.metrics import read_metrics
 from tongwen.workflows.stage_inputs import TRAINING
@@ -68,20 +70,21 @@ def run(paths: Sequence[str], html: str) -> int:
             if any(one.artifact.path.samefile(other.artifact.path) for other in runs):
                 raise RecipeError(say("this run is named twice", "该训练写了两次"), place=path)
             runs.append(one)
-    parts = []
+    kinds = []
     for kind, runs in found.items():
         names = [one.name for one in runs]
         differing = _rows([one.settings for one in runs], only_differing=True)
         results = _rows([one.results for one in runs], only_differing=False)
         console.header("compare", kind)
+        tables = []
         for title, rows in ((say("settings", "设置"), differing), (say("results", "结果"), results)):
             console.table((title, *names), rows)
-            parts += [f"<h2>{kind} · {title}</h2>", page.table(("", *names), rows)]
-        parts += _drawn(kind, runs)
+            tables.append((f"{kind} · {title}", (("", *names), rows)))
+        kinds.append({"tables": tables, "curves": _curves(kind, runs)})
     if html:
-        Path(html).write_text(
-            page.document(say("Runs compared", "训练对比"), " · ".join(paths), parts), encoding="utf-8"
-        )
+        title = say("Runs compared", "训练对比")
+        page = render("commands/compare.html.jinja", title=title, summary=" · ".join(paths), kinds=kinds)
+        Path(html).write_text(page, encoding="utf-8")
         console.good(html)
     console.emit(
         {
@@ -143,17 +146,18 @@ def _rows(columns: Sequence[Mapping[str, Any]], *, only_differing: bool) -> list
     ]
 
 
-def _drawn(kind: str, runs: Sequence[TrainedRun]) -> list[str]:
-    step, parts = say("step", "步"), []
-    curves = (
+def _curves(kind: str, runs: Sequence[TrainedRun]) -> list[tuple[str, Markup]]:
+    """(heading, drawing): each score of the runs over each other."""
+    step, drawn = say("step", "步"), []
+    scores = (
         ("loss", say("loss", "损失"), say("nats per learned token", "每个学习 token 的 nats")),
         ("bits_per_byte", say("held-out bits per byte", "留出集 bits per byte"), "bits per byte"),
     )
-    for key, title, label in curves:
+    for key, title, label in scores:
         lines = {one.name: [(line["step"], line[key]) for line in one.metrics if key in line] for one in runs}
         if any(lines.values()):
-            parts += [f"<h2>{kind} · {title}</h2>", page.curves(lines, step, label, smooth=key == "loss")]
-    return parts
+            drawn.append((f"{kind} · {title}", curves(lines, step, label, smooth=key == "loss")))
+    return drawn
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

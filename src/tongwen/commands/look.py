@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 from typing import Any
 
 from tongwen.core import console
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import language, say
+from tongwen.core.html import render
+from tongwen.core.i18n import say
 from tongwen.data.token_store import TokenStore
 from tongwen.recipe.schema import Recipe
-from tongwen.workflows.data_preview import coloured, key, pieces
+from tongwen.workflows.data_preview import coloured, pieces, token_kinds
 from tongwen.workflows.stage_inputs import base_of_stage
 from tongwen.workflows.tokenized_data import RecordEncoder, look_ahead, read_dialogues, read_documents, say_mask
-
-STYLE = """
-:root{--ink:#1c1e21;--soft:#6b7280;--line:#e3e6ea;--wash:#f6f8f9;--paper:#fff;--learn:#bbf7d0;--stop:#fde68a}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--soft:#9aa3ad;--line:#2c3238;--wash:#1c2024;--paper:#15181b;--learn:#14532d;--stop:#854d0e}}
-body{margin:0 auto;max-width:56rem;padding:2rem 1rem 4rem;background:var(--paper);color:var(--ink);
- font:16px/1.75 system-ui,"PingFang SC","Noto Sans CJK SC","Microsoft YaHei",sans-serif}
-h1{font-size:1.6rem;margin:0}.soft,.p{color:var(--soft)}.key{margin:1rem 0 0}
-.key span{margin-right:.6rem;padding:.1rem .5rem;border-radius:.3rem;border:1px solid var(--line)}
-section{border:1px solid var(--line);border-radius:.6rem;margin:1.2rem 0;overflow:hidden}
-h2{display:flex;justify-content:space-between;gap:1rem;font-size:.85rem;font-weight:500;color:var(--soft);margin:0;padding:.5rem 1rem;
- background:var(--wash);border-bottom:1px solid var(--line);overflow-wrap:anywhere}
-div{padding:.8rem 1rem;white-space:pre-wrap;overflow-wrap:anywhere}
-div span{border-radius:.2rem;box-shadow:inset 0 0 0 1px #8883;padding:1px 1px}.l{background:var(--learn)}.s{background:var(--stop)}
-"""
 
 
 def run(recipe: Recipe, count: int, page: str) -> int:
@@ -60,19 +46,18 @@ def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count
     shown = range(min(count, len(store)))
     said = say_mask(mask)
     if page:
-        sections = "".join(
-            f"<section><h2><span>{html.escape(str(store.origin(index)))}</span><span>{store.lengths[index]} token</span></h2>"
-            f"<div>{coloured(tokenizer, store, index, stop)}</div></section>"
-            for index in shown
+        text = render(
+            "commands/look.html.jinja",
+            title=recipe.name,
+            source=f"{recipe.base} · {template}" if template else recipe.base,
+            mask=said,
+            kinds=token_kinds(),
+            samples=[
+                (str(store.origin(index)), store.lengths[index], coloured(tokenizer, store, index, stop))
+                for index in shown
+            ],
         )
-        Path(page).write_text(
-            f'<!doctype html><html lang="{"zh-CN" if language() == "zh" else "en"}"><meta charset="utf-8">'
-            f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(recipe.name)}</title>'
-            f"<style>{STYLE}</style><h1>{html.escape(recipe.name)}</h1>"
-            f"<p class=soft>{html.escape(recipe.base)}{html.escape(f' · {template}' if template else '')}<br>{said}</p>"
-            f"<p class=key>{key()}</p>{sections}</html>",
-            encoding="utf-8",
-        )
+        Path(page).write_text(text, encoding="utf-8")
         console.good(page)
     else:
         for index in shown:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import html
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from tongwen.core.chat_template import SHIPPED
 from tongwen.core.errors import DataError, MissingPackage, RecipeError, TongwenError
+from tongwen.core.html import render
 from tongwen.core.i18n import say
 from tongwen.recipe.load import load_recipe
 from tongwen.serving.last_turns import last_turns
@@ -115,8 +117,8 @@ def _look(place: Workspace) -> DataBackend:
             if model and found.records:
                 samples = data_preview.samples_as_html(found, place.model(model), template)
         except TongwenError as error:  # such as a base without a template: what lies in the file is shown all the same
-            samples = f"<p>{html.escape(error.text())}</p>"
-        return "".join(data_preview.as_html(found)), samples
+            samples = Markup("<p>{}</p>").format(error.text())
+        return data_preview.as_html(found), samples
 
     return DataBackend(place.models, ("own", *SHIPPED), inspect)
 
@@ -139,12 +141,11 @@ def _words(place: Workspace) -> VocabularyBackend:
 
 def _tokens(name: str, coder: measure.MeasuredTokenizer, text: str) -> str:
     pieces = measure.pieces_of(coder, text)
-    spans = "".join(f"<span class=t{number % 2}>{html.escape(piece)}</span>" for number, piece in enumerate(pieces))
     facts = say(
         f"{len(pieces):,} tokens · {len(text) / max(len(pieces), 1):.2f} characters each",
         f"{len(pieces):,} 个 token · 每个 {len(text) / max(len(pieces), 1):.2f} 字",
     )
-    return f"<h3>{html.escape(name)} <span class=soft>{facts}</span></h3><p class=tokens>{spans}</p>"
+    return render("commands/tokens.html.jinja", name=name, facts=facts, pieces=pieces)
 
 
 def _runs(place: Workspace) -> RunsBackend:

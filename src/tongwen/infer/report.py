@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tongwen.core import html as page
+from tongwen.core.html import Table, render
 from tongwen.core.i18n import say
 
 SHOWN = 20  # rows of a task in the report; all of them stand in rows.jsonl
@@ -39,18 +38,28 @@ def write_report(
     file: Path, summary: str, scores: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
     """The page: all figures, their groups, and some rows with what was answered."""
-    cards = [(f"{one['value']:.4g}", title) for title, one in scores.items()]
-    note = say(
-        "In brackets: 95 % of the scores that other rows of the same kind would give (bootstrap over rows). A change whose bracket holds 0 may be chance.",
-        "括号内为 95% 区间（对行做自助抽样）。变化的区间若包含 0，则可能只是偶然。",
+    tasks = [
+        {
+            "title": title,
+            "figures": _figures(one),
+            "groups": _groups(one["groups"]) if "groups" in one else None,
+            "rows": [(row["question"], _answers(row)) for row in rows[title][:SHOWN] if "answer" in row],
+        }
+        for title, one in scores.items()
+    ]
+    page = render(
+        "infer/report.html.jinja",
+        title=say("Evaluation", "评测"),
+        summary=summary,
+        facts=[(f"{one['value']:.4g}", title) for title, one in scores.items()],
+        scores=score_table(scores),
+        note=say(
+            "In brackets: 95 % of the scores that other rows of the same kind would give (bootstrap over rows). A change whose bracket holds 0 may be chance.",
+            "括号内为 95% 区间（对行做自助抽样）。变化的区间若包含 0，则可能只是偶然。",
+        ),
+        tasks=tasks,
     )
-    parts = [page.cards(cards), page.table(*score_table(scores)), f"<p class=soft>{html.escape(note)}</p>"]
-    for title, one in scores.items():
-        parts += [f"<h2>{html.escape(title)}</h2>", _figures(one)]
-        if "groups" in one:
-            parts.append(_groups(one["groups"]))
-        parts += [_row(row) for row in rows[title][:SHOWN] if "answer" in row]
-    file.write_text(page.document(say("Evaluation", "评测"), summary, parts), encoding="utf-8")
+    file.write_text(page, encoding="utf-8")
 
 
 def _with_interval(one: Mapping[str, float]) -> str:
@@ -61,27 +70,20 @@ def _signed(one: Mapping[str, float]) -> str:
     return f"{one['value']:+.4g} [{one['low']:+.4g}, {one['high']:+.4g}]"
 
 
-def _figures(one: Mapping[str, Any]) -> str:
+def _figures(one: Mapping[str, Any]) -> Table:
     before = one.get("before", {}).get("figures")
     if before is None:
-        return page.table(
-            ("", say("score", "分数")), [(name, f"{value:.4g}") for name, value in one["figures"].items()]
-        )
+        return ("", say("score", "分数")), [(name, f"{value:.4g}") for name, value in one["figures"].items()]
     head = ("", say("before", "之前"), say("after", "之后"))
-    return page.table(head, [(name, f"{before[name]:.4g}", f"{value:.4g}") for name, value in one["figures"].items()])
+    return head, [(name, f"{before[name]:.4g}", f"{value:.4g}") for name, value in one["figures"].items()]
 
 
-def _groups(groups: Mapping[str, Mapping[str, float]]) -> str:
+def _groups(groups: Mapping[str, Mapping[str, float]]) -> Table:
     names = [name for name in next(iter(groups.values())) if name != "rows"]
     body = [(title, str(one["rows"]), *(f"{one[name]:.4g}" for name in names)) for title, one in groups.items()]
-    return page.table((say("group", "分组"), say("rows", "行数"), *names), body)
+    return (say("group", "分组"), say("rows", "行数"), *names), body
 
 
-def _row(row: Mapping[str, Any]) -> str:
+def _answers(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
     names = (("before", say("before", "之前")), ("answer", say("answer", "回答")), ("wanted", say("data", "数据")))
-    inside = "".join(
-        f"<div><span class=soft>{label}</span><span>{html.escape(str(row[name]))}</span></div>"
-        for name, label in names
-        if name in row
-    )
-    return f"<section class=qa><h3>{html.escape(str(row['question']))}</h3>{inside}</section>"
+    return [(label, row[name]) for name, label in names if name in row]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import html
 import math
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from tongwen.core import console
-from tongwen.core import html as page
 from tongwen.core.console import human_bytes, human_count, human_time
+from tongwen.core.html import Table, curve, render
 from tongwen.core.i18n import say
 from tongwen.train.loss_plot import is_installed, write_png
 
@@ -36,28 +37,28 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
         (human_bytes(report["peak_memory_bytes"]), say("peak memory", "峰值内存")),
     ]
     losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
-    scores = [(line["step"], line["bits_per_byte"]) for line in metrics if "bits_per_byte" in line]
-    parts = [
-        page.cards(facts),
-        "".join(f"<p>! {html.escape(text)}</p>" for text in report["notices"]),
-        f"<h2>{say('Loss', '损失')}</h2>"
-        + page.curve(losses, say("step", "步"), say("nats per learned token", "每个学习 token 的 nats")),
-    ]
-    if len(scores) > 1:
-        parts.append(
-            f"<h2>{say('Held-out bits per byte', '留出集 bits per byte')}</h2>"
-            + page.curve(scores, say("step", "步"), "bits per byte")
-        )
-    if held_out.get("groups"):
-        parts.append(f"<h2>{say('Held out, by language', '按语言的留出集')}</h2>{_groups(held_out['groups'], metrics)}")
-    parts.append(
-        f"<h2>{say('Ledger', '账目')}</h2>" + "".join(_ledger(name, table) for name, table in report["ledger"].items())
+    page = render(
+        "train/report.html.jinja",
+        title=title,
+        summary=report["summary"],
+        facts=facts,
+        notices=report["notices"],
+        headings={
+            "groups": say("Held out, by language", "按语言的留出集"),
+            "ledger": say("Ledger", "账目"),
+            "mask": say("What is learned", "学习内容"),
+            "samples": say("Before and after", "训练前后"),
+            "recipe": say("Recipe", "配方"),
+        },
+        curves=_curves(losses, metrics),
+        groups=_groups(held_out["groups"], metrics) if held_out.get("groups") else None,
+        ledger=[_ledger(name, table) for name, table in report["ledger"].items()],
+        roles=_roles(report["mask"]["roles"]),
+        lengths=_lengths(report["mask"]["lengths"]),
+        samples=[(sample["question"], _answers(sample)) for sample in report.get("samples") or ()],
+        recipe=recipe,
     )
-    parts.append(f"<h2>{say('What is learned', '学习内容')}</h2>{_mask(report['mask'])}")
-    if report.get("samples"):
-        parts.append(f"<h2>{say('Before and after', '训练前后')}</h2>" + "".join(map(_sample, report["samples"])))
-    parts.append(f"<h2>{say('Recipe', '配方')}</h2><pre>{html.escape(recipe)}</pre>")
-    (folder / "report.html").write_text(page.document(title, report["summary"], parts), encoding="utf-8")
+    (folder / "report.html").write_text(page, encoding="utf-8")
     if is_installed():
         write_png(folder / "loss.png", title, losses)
 
@@ -110,84 +111,76 @@ def _change(held_out: dict[str, Any]) -> str:
     return f"{scores['before']:.3f} → {scores['after']:.3f}" if scores else ""
 
 
-def _groups(groups: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+def _curves(losses: list[tuple[float, float]], metrics: list[dict[str, Any]]) -> list[tuple[str, Markup]]:
+    """(heading, drawing): the loss, and what was held out where it was scored on the way."""
+    step = say("step", "步")
+    drawn = [(say("Loss", "损失"), curve(losses, step, say("nats per learned token", "每个学习 token 的 nats")))]
+    scores = [(line["step"], line["bits_per_byte"]) for line in metrics if "bits_per_byte" in line]
+    if len(scores) > 1:
+        drawn.append((say("Held-out bits per byte", "留出集 bits per byte"), curve(scores, step, "bits per byte")))
+    return drawn
+
+
+def _groups(groups: dict[str, Any], metrics: list[dict[str, Any]]) -> Table:
     """What each language's bits per byte were and have become: what was learned, and what was forgotten."""
     head = (say("language", "语言"), say("before", "训练前"), say("on the way", "途中"), say("after", "训练后"))
-    rows = ""
+    rows = []
     for name, group in groups.items():
         scores, key = group["bits_per_byte"], f"bits_per_byte_{name}"
         way = " · ".join(f"{line[key]:.3f}" for line in metrics if key in line)
         change = f"{scores['after'] / scores['before'] - 1:+.1%}" if scores["before"] else ""
-        rows += (
-            f"<tr><td>{html.escape(name)}</td><td class=n>{scores['before']:.3f}</td><td class=n>{way}</td>"
-            f"<td class=n>{scores['after']:.3f} ({change})</td></tr>"
-        )
-    cells = f"<th>{head[0]}</th>" + "".join(f"<th class=n>{word}</th>" for word in head[1:])
-    return f"<div class=scroll><table><tr>{cells}</tr>{rows}</table></div>"
+        rows.append((name, f"{scores['before']:.3f}", way, f"{scores['after']:.3f} ({change})"))
+    return head, rows
 
 
-def _ledger(name: str, table: dict[str, Any]) -> str:
-    units = list(table["in"])
-    head = (
-        f"<tr><th>{html.escape(name)}</th>"
-        + "".join(f"<th class=n>{html.escape(unit)}</th>" for unit in units)
-        + "</tr>"
-    )
-    rows = [(say("in", "读入"), table["in"])]
-    rows += [(f"− {reason}", lost) for reason, lost in table["lost"].items()]
-    rows.append((f"= {say('kept', '保留')}", table["kept"]))
-    body = "".join(
-        f"<tr><td>{html.escape(label)}</td>" + "".join(f"<td class=n>{values[unit]:,}</td>" for unit in units) + "</tr>"
-        for label, values in rows
-    )
-    files = table.get("files", {})
-    return f"<div class=scroll><table>{head}{body}</table></div>{_files(files) if len(files) > 1 else ''}"
+def _ledger(name: str, table: dict[str, Any]) -> dict[str, Any]:
+    units, files = list(table["in"]), table.get("files", {})
+    entries = [(say("in", "读入"), table["in"])]
+    entries += [(f"− {reason}", lost) for reason, lost in table["lost"].items()]
+    entries.append((f"= {say('kept', '保留')}", table["kept"]))
+    return {
+        "head": (name, *units),
+        "rows": [(label, *(f"{values[unit]:,}" for unit in units)) for label, values in entries],
+        "title": say(f"by file ({len(files)})", f"按文件（{len(files)}）"),
+        "files": _files(files) if len(files) > 1 else None,
+    }
 
 
-def _files(files: dict[str, Any]) -> str:
+def _files(files: dict[str, Any]) -> Table:
     """The same by file: rows in, kept, and the reasons of the rest."""
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td class=n>{table['in']['rows']:,}</td><td class=n>{table['kept']['rows']:,}</td>"
-        f"<td>{html.escape(_reasons(table['lost']))}</td></tr>"
+    rows = [
+        (name, f"{table['in']['rows']:,}", f"{table['kept']['rows']:,}", _reasons(table["lost"]))
         for name, table in files.items()
-    )
-    head = (say("file", "文件"), say("rows in", "读入行"), say("kept", "保留"), say("lost", "损失"))
-    cells = f"<th>{head[0]}</th><th class=n>{head[1]}</th><th class=n>{head[2]}</th><th>{head[3]}</th>"
-    title = say(f"by file ({len(files)})", f"按文件（{len(files)}）")
-    return f"<details><summary>{title}</summary><div class=scroll><table><tr>{cells}</tr>{rows}</table></div></details>"
+    ]
+    return (say("file", "文件"), say("rows in", "读入行"), say("kept", "保留"), say("lost", "损失")), rows
 
 
 def _reasons(lost: dict[str, Any]) -> str:
     return ", ".join(f"{reason} {count['rows']:,}" for reason, count in lost.items())
 
 
-def _mask(mask: dict[str, Any]) -> str:
-    """Tokens per role with the learned share, and how long the samples are."""
-    head = f"<tr><th>{say('role', '角色')}</th><th class=n>token</th><th class=n>{say('learned', '学习')}</th></tr>"
-    rows = "".join(
-        f"<tr><td>{role}</td><td class=n>{count['tokens']:,}</td>"
-        f"<td class=n>{count['learned'] / max(1, count['tokens']):.1%}</td></tr>"
-        for role, count in mask["roles"].items()
-    )
-    most = max(count for _, count in mask["lengths"])
-    bars = "".join(
-        f"<tr><td class=n>≤ {edge:,}</td><td class=n>{count:,}</td>"
-        f'<td><div class=bar style="width:{count / most * 16:.2f}rem"></div></td></tr>'
-        for edge, count in mask["lengths"]
-    )
-    title = f"<tr><th class=n>token</th><th class=n>{say('samples', '样本')}</th><th></th></tr>"
-    return f"<div class=scroll><table>{head}{rows}</table></div><div class=scroll><table>{title}{bars}</table></div>"
+def _roles(roles: dict[str, Any]) -> Table:
+    """Tokens per role with the learned share."""
+    rows = [
+        (role, f"{count['tokens']:,}", f"{count['learned'] / max(1, count['tokens']):.1%}")
+        for role, count in roles.items()
+    ]
+    return (say("role", "角色"), "token", say("learned", "学习")), rows
 
 
-def _sample(sample: dict[str, Any]) -> str:
-    way = sample["on_the_way"].items()
-    rows = (
+def _lengths(lengths: list[tuple[int, int]]) -> dict[str, Any]:
+    """How long the samples are, with a bar for each length."""
+    most = max(count for _, count in lengths)
+    return {
+        "head": ("token", say("samples", "样本"), ""),
+        "rows": [(f"≤ {edge:,}", f"{count:,}", f"{count / most * 16:.2f}") for edge, count in lengths],
+    }
+
+
+def _answers(sample: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
         (say("before", "训练前"), sample["before"]),
-        *((say(f"step {step}", f"第 {step} 步"), answer) for step, answer in way),
+        *((say(f"step {step}", f"第 {step} 步"), answer) for step, answer in sample["on_the_way"].items()),
         (say("after", "训练后"), sample["after"]),
         (say("data", "数据"), sample["wanted"]),
-    )
-    inside = "".join(
-        f"<div><span class=soft>{label}</span><span>{html.escape(text)}</span></div>" for label, text in rows
-    )
-    return f"<section class=qa><h3>{html.escape(sample['question'])}</h3>{inside}</section>"
+    ]

@@ -2,63 +2,75 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any
 
-from tongwen.core import html as page
+from tongwen.core.html import Table, curve, render
 from tongwen.core.i18n import say
 
 
 def as_html(title: str, report: dict[str, Any]) -> str:
     """report.html from report.json's content; sections that were not measured are left out."""
-    return page.document(title, report["summary"], [part for part in _parts(report) if part])
+    return str(
+        render(
+            "vocab/report.html.jinja",
+            title=title,
+            summary=report["summary"],
+            facts=_facts(report),
+            headings={
+                "gain": say("What pieces bring", "增加词的收益"),
+                "fertility": say("Fertility", "编码效率"),
+                "kept": say("What stays as it was", "保持不变"),
+                "bits_per_byte": say("Before any training", "训练之前"),
+                "examples": say("Examples", "示例"),
+            },
+            advice=_advice(report["advice"]) if report.get("advice") else None,
+            gain=_gain(report["curve"]) if report.get("curve") else None,
+            fertility=_fertility(report["fertility"]),
+            kept=_kept(report["kept"]) if report.get("kept") else None,
+            bits_per_byte=_bits_per_byte(report["bits_per_byte"]) if report.get("bits_per_byte") else None,
+            examples=[
+                [(say("before", "之前"), example["before"]), (say("after", "之后"), example["after"])]
+                for example in report.get("examples") or ()
+            ],
+        )
+    )
 
 
-def _parts(report: dict[str, Any]) -> list[str]:
-    parts = [page.cards(_cards(report))]
-    if advice := report.get("advice"):
-        verdict = say("Extend", "建议扩充") if advice["extend"] else say("Do not extend", "不建议扩充")
-        reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in advice["reasons"])
-        parts.append(f"<h2>{verdict}</h2><ul>{reasons}</ul>")
-    if curve := report.get("curve"):
-        pieces = say("pieces added", "增加的词数")
-        parts += [
-            f"<h2>{say('What pieces bring', '增加词的收益')}</h2>",
-            page.curve(
-                [(point["pieces"], point["characters_per_token"]) for point in curve],
-                pieces,
-                say("characters per token", "每个 token 的字数"),
-            ),
-            page.curve(
-                [(point["pieces"], point["cost"]) for point in curve],
-                pieces,
-                say("cost of a character, head included; the base is 1", "处理一个字的成本（含输出层），底座为 1"),
-            ),
-            page.table(
-                (pieces, say("characters per token", "字/token"), say("cost", "成本"), say("learnable", "可学")),
-                [
-                    (
-                        f"{point['pieces']:,}",
-                        f"{point['characters_per_token']:.3f}",
-                        f"{point['cost']:.3f}",
-                        f"{point['seen_enough']:,}",
-                    )
-                    for point in curve
-                ],
-            ),
-        ]
-    parts.append(f"<h2>{say('Fertility', '编码效率')}</h2>{_fertility(report['fertility'])}")
-    if kept := report.get("kept"):
-        parts.append(f"<h2>{say('What stays as it was', '保持不变')}</h2>{_kept(kept)}")
-    if bits := report.get("bits_per_byte"):
-        rows = [(name, f"{value:.3f}") for name, value in bits.items()]
-        parts.append(f"<h2>{say('Before any training', '训练之前')}</h2>{page.table(('', 'bits per byte'), rows)}")
-    if examples := report.get("examples"):
-        parts.append(f"<h2>{say('Examples', '示例')}</h2>" + "".join(map(_example, examples)))
-    return parts
+def _advice(advice: dict[str, Any]) -> dict[str, Any]:
+    verdict = say("Extend", "建议扩充") if advice["extend"] else say("Do not extend", "不建议扩充")
+    return {"verdict": verdict, "reasons": advice["reasons"]}
 
 
-def _cards(report: dict[str, Any]) -> list[tuple[str, str]]:
+def _gain(points: list[dict[str, Any]]) -> dict[str, Any]:
+    """What more pieces bring: two curves over their number, and the same as a table."""
+    pieces = say("pieces added", "增加的词数")
+    shorter = [(point["pieces"], point["characters_per_token"]) for point in points]
+    cost = [(point["pieces"], point["cost"]) for point in points]
+    cost_label = say("cost of a character, head included; the base is 1", "处理一个字的成本（含输出层），底座为 1")
+    head = (pieces, say("characters per token", "字/token"), say("cost", "成本"), say("learnable", "可学"))
+    rows = [
+        (
+            f"{point['pieces']:,}",
+            f"{point['characters_per_token']:.3f}",
+            f"{point['cost']:.3f}",
+            f"{point['seen_enough']:,}",
+        )
+        for point in points
+    ]
+    return {
+        "curves": [
+            curve(shorter, pieces, say("characters per token", "每个 token 的字数")),
+            curve(cost, pieces, cost_label),
+        ],
+        "table": (head, rows),
+    }
+
+
+def _bits_per_byte(bits: dict[str, float]) -> Table:
+    return ("", "bits per byte"), [(name, f"{value:.3f}") for name, value in bits.items()]
+
+
+def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     first = next(iter(report["fertility"].values()))
     old, new = first["before"], first.get("after")
     ratio = f"{old['characters_per_token']:.2f}" + (f" → {new['characters_per_token']:.2f}" if new else "")
@@ -84,9 +96,9 @@ def _cards(report: dict[str, Any]) -> list[tuple[str, str]]:
     return out
 
 
-def _fertility(table: dict[str, Any]) -> str:
+def _fertility(texts: dict[str, Any]) -> Table:
     rows = []
-    for name, found in table.items():
+    for name, found in texts.items():
         old, new = found["before"], found.get("after")
         for unit, label in (
             ("characters_per_token", say("characters per token", "字/token")),
@@ -95,12 +107,12 @@ def _fertility(table: dict[str, Any]) -> str:
             row = [f"{name}: {label}", f"{old[unit]:.3f}"]
             rows.append([*row, f"{new[unit]:.3f}", f"{new[unit] / old[unit]:.2f} x"] if new else row)
     head = [say("text", "文本"), say("before", "之前")]
-    if any(found.get("after") for found in table.values()):
+    if any(found.get("after") for found in texts.values()):
         head += [say("after", "之后"), ""]
-    return page.table(head, rows)
+    return head, rows
 
 
-def _kept(kept: dict[str, Any]) -> str:
+def _kept(kept: dict[str, Any]) -> Table:
     labels = {
         "source_texts": say("texts without the script", "不含该文字的文本"),
         "source_changed": say("of these with other ids", "其中 id 改变的"),
@@ -113,23 +125,9 @@ def _kept(kept: dict[str, Any]) -> str:
         "speed": say("time to encode a text, the base is 1", "编码同一文本的时间，底座为 1"),
         "fast_disagrees": say("texts that tokenizer.json encodes in another way", "tokenizer.json 编码不同的文本"),
     }
-    return page.table(
-        ("", ""),
-        [
-            (label, f"{kept[name]:,}" if isinstance(kept[name], int) else f"{kept[name]:.3g}")
-            for name, label in labels.items()
-            if kept.get(name) is not None
-        ],
-    )
-
-
-def _example(example: dict[str, Any]) -> str:
-    lines = "".join(
-        f"<div><span class=soft>{html.escape(label)}<br>{len(pieces)} token</span><span>{_pieces(pieces)}</span></div>"
-        for label, pieces in ((say("before", "之前"), example["before"]), (say("after", "之后"), example["after"]))
-    )
-    return f"<section class=qa>{lines}</section>"
-
-
-def _pieces(pieces: list[str]) -> str:
-    return "".join(f"<mark>{html.escape(piece)}</mark>" for piece in pieces)
+    rows = [
+        (label, f"{kept[name]:,}" if isinstance(kept[name], int) else f"{kept[name]:.3g}")
+        for name, label in labels.items()
+        if kept.get(name) is not None
+    ]
+    return ("", ""), rows

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import console
-from tongwen.core import html as page
 from tongwen.core.errors import RowRefused
+from tongwen.core.html import render
 from tongwen.core.i18n import say
 from tongwen.core.records import Dialogue, Document
 from tongwen.data import formats, prepare_steps, token_store
@@ -64,22 +63,25 @@ def inspect(file: Path) -> DataPreview:
     return found
 
 
-def as_html(found: DataPreview) -> list[str]:
-    """Figures, ledger and problems, each a piece of a page."""
+def as_html(found: DataPreview) -> str:
+    """Figures, ledger and problems, as a piece of a page."""
     ledger = found.tally.ledger
+    more = "+" if len(found.problems) == PROBLEMS else ""
     facts = [
         (found.format, say("format", "格式")),
         (f"{ledger.things_in:,}", say("rows", "行")),
         (f"{ledger.kept:,}", say("would be kept", "将保留")),
-        (f"{len(found.problems):,}" + ("+" if len(found.problems) == PROBLEMS else ""), say("problems", "问题")),
+        (f"{len(found.problems):,}{more}", say("problems", "问题")),
         (console.human_bytes(ledger.size_in), say("of data", "数据量")),
     ]
-    rows = table_rows(ledger.to_dict(), found.kind, say("kept", "保留"))
     head = (say("ledger", "账目"), say("rows", "行"), say("bytes", "字节"))
-    pieces = [page.cards(facts), page.table(head, [(name, f"{count:,}", f"{size:,}") for name, count, size in rows])]
-    if found.problems:
-        pieces.append(f"<h3>{say('Rows that are not taken', '未采用的行')}</h3>{_problems(found.problems)}")
-    return pieces
+    rows = table_rows(ledger.to_dict(), found.kind, say("kept", "保留"))
+    return render(
+        "workflows/rows.html.jinja",
+        facts=facts,
+        ledger=(head, [(name, f"{count:,}", f"{size:,}") for name, count, size in rows]),
+        refused=_refused(say("Rows that are not taken", "未采用的行"), found.problems),
+    )
 
 
 def samples_as_html(found: DataPreview, base: str, template: str) -> str:
@@ -94,38 +96,38 @@ def samples_as_html(found: DataPreview, base: str, template: str) -> str:
     rejected: list[Rejected] = []
     store = token_store.in_memory(reader.batches(iter(found.records), Ledger("rows", "tokens"), rejected.append))
     lost = [(bad.origin.row, bad.reason, bad.rule, "") for bad in rejected]
-    trouble = (
-        f"<h3>{say('Rows that this model does not take', '此模型不采用的行')}</h3>{_problems(lost)}" if lost else ""
+    summary, samples = "", []
+    if len(store):
+        first = say(f"Of the first {len(found.records)} rows: ", f"前 {len(found.records)} 行：")
+        summary = first + say_mask(reader.check(store, []))
+        for index in range(min(SHOWN, len(store))):
+            row, length = store.origin(index).row, store.lengths[index]
+            heading = say(f"row {row} · {length} tokens", f"第 {row} 行 · {length} token")
+            samples.append((heading, coloured(reader.tokenizer, store, index, stop)))
+    return render(
+        "workflows/samples.html.jinja",
+        refused=_refused(say("Rows that this model does not take", "此模型不采用的行"), lost),
+        summary=summary,
+        kinds=token_kinds(),
+        samples=samples,
     )
-    if not len(store):
-        return trouble
-    mask = reader.check(store, [])
-    shown = "".join(
-        f"<section class=qa><h3>{say('row', '第')} {store.origin(index).row}{say('', ' 行')} · {store.lengths[index]} {say('tokens', 'token')}</h3>"
-        f"<p class=tokens>{coloured(reader.tokenizer, store, index, stop)}</p></section>"
-        for index in range(min(SHOWN, len(store)))
-    )
-    first = say(f"Of the first {len(found.records)} rows: ", f"前 {len(found.records)} 行：")
-    return f"{trouble}<p class=soft>{first}{html.escape(say_mask(mask))}</p><p class=key>{key()}</p>{shown}"
 
 
-def key() -> str:
-    """What the colours of `coloured` mean."""
-    words = (
+def token_kinds() -> list[tuple[str, str]]:
+    """What the kinds of `coloured` mean."""
+    return [
         ("p", say("prompt", "提示")),
         ("l", say("learned", "学习")),
         ("s", say("stop token, learned", "停止符（学习）")),
-    )
-    return "".join(f"<span class={name}>{word}</span>" for name, word in words)
+    ]
 
 
-def coloured(tokenizer: Any, store: TokenStore, index: int, stop: int) -> str:
-    """One sample as HTML, a span for each piece of text: prompt `p`, learned `l`, learned stop `s`."""
-    out = []
-    for text, token, learned in pieces(tokenizer, store, index):
-        kind = ("s" if token == stop else "l") if learned else "p"
-        out.append(f'<span class="{kind}" title="{token}">{html.escape(text)}</span>')
-    return "".join(out)
+def coloured(tokenizer: Any, store: TokenStore, index: int, stop: int) -> list[tuple[str, int, str]]:
+    """(text, last id, kind) of one sample: prompt `p`, learned `l`, learned stop `s`."""
+    return [
+        (text, token, ("s" if token == stop else "l") if learned else "p")
+        for text, token, learned in pieces(tokenizer, store, index)
+    ]
 
 
 def pieces(tokenizer: Any, store: TokenStore, index: int) -> Iterator[tuple[str, int, bool]]:
@@ -140,12 +142,5 @@ def pieces(tokenizer: Any, store: TokenStore, index: int) -> Iterator[tuple[str,
             waiting = []
 
 
-def _problems(rows: list[Problem]) -> str:
-    head = (say("row", "行"), say("reason", "原因"), say("rule", "说明"), say("content", "内容"))
-    cells = "".join(f"<th>{word}</th>" for word in head)
-    body = "".join(
-        f"<tr><td class=n>{row:,}</td><td>{html.escape(reason)}</td><td>{html.escape(rule)}</td>"
-        f"<td class=soft>{html.escape(excerpt)}</td></tr>"
-        for row, reason, rule, excerpt in rows
-    )
-    return f"<div class=scroll><table class=problems><tr>{cells}</tr>{body}</table></div>"
+def _refused(heading: str, rows: list[Problem]) -> tuple[str, tuple[str, ...], list[Problem]]:
+    return heading, (say("row", "行"), say("reason", "原因"), say("rule", "说明"), say("content", "内容")), rows

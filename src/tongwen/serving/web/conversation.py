@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import say
 from tongwen.serving.web.backend import ChatBackend, Messages
@@ -160,7 +162,8 @@ def as_markdown(messages: Messages, system: str) -> str:
     return "\n\n".join(f"## {words[one['role']]}\n\n{one['content']}" for one in told(messages, system)) + "\n"
 
 
-def download_link(name: str, label: str, text: str) -> str:
+def download_link(name: str, label: str, text: str) -> Markup:
     """A link that holds its file: nothing is written on the server."""
     held = base64.b64encode(text.encode("utf-8", "replace")).decode()
-    return f'<a class="soft" download="{name}" href="data:application/octet-stream;base64,{held}">{label}</a>'
+    link = Markup('<a class="soft" download="{}" href="data:application/octet-stream;base64,{}">{}</a>')
+    return link.format(name, held, label)

@@ -9,7 +9,7 @@ import gradio as gr
 
 from tongwen.core.i18n import say
 from tongwen.serving.web.backend import DataBackend
-from tongwen.serving.web.html_block import SWIFT, Hear, block, canvas
+from tongwen.serving.web.html_block import NOTE, SWIFT, Hear, block, canvas
 
 
 def add(page: gr.Blocks, look: DataBackend, hear: Hear) -> None:
@@ -33,9 +33,8 @@ def add(page: gr.Blocks, look: DataBackend, hear: Hear) -> None:
                 list(look.templates), value=look.templates[0], label=say("Template", "模板"), elem_id="template"
             )
         with gr.Column(scale=3, min_width=320):
-            ledger = canvas(
-                f"<p class=soft>{say('What is dropped here goes when the server ends.', '拖入的文件在服务结束时删除。')}</p>"
-            )
+            dropped = say("What is dropped here goes when the server ends.", "拖入的文件在服务结束时删除。")
+            ledger = canvas(NOTE.format(dropped))
             samples = canvas(elem_id="samples")
 
     def read(path: str | None, *chosen: str) -> tuple[str, str]:

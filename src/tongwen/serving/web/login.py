@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import html
 import re
 from dataclasses import dataclass
 from urllib.parse import parse_qs
@@ -19,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tongwen.core.html import render
 from tongwen.core.i18n import say
 from tongwen.serving.auth import digest, is_loopback
 
@@ -148,8 +148,4 @@ def _ask_for_token() -> Response:
     text = say(
         "Open the address that the terminal shows: it ends in ?token=…", "请打开终端里显示的地址：它以 ?token=… 结尾"
     )
-    return HTMLResponse(
-        f'<!doctype html><meta charset="utf-8"><title>tongwen</title><p>{html.escape(text)}</p>',
-        401,
-        {"www-authenticate": "Bearer"},
-    )
+    return HTMLResponse(render("serving/web/login.html.jinja", text=text), 401, {"www-authenticate": "Bearer"})

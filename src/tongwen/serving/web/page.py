@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import html
 import inspect
 import secrets
 import sys
@@ -12,9 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
+from markupsafe import Markup, escape
 
 from tongwen.core.errors import TongwenError
-from tongwen.core.html import STYLE
+from tongwen.core.html import render
 from tongwen.core.i18n import say, speaking
 from tongwen.serving.web import chat, data, runs, vocabulary
 from tongwen.serving.web.backend import PageBackend
@@ -60,9 +60,9 @@ def make_page(bench: PageBackend, language: str) -> Any:
     with speaking(language), gr.Blocks(title=bench.title, analytics_enabled=False) as page:
         hear = functools.partial(heard, language)
         with gr.Row(elem_classes="top"):
-            canvas(f"<h1>{html.escape(bench.title)}</h1>")
+            canvas(Markup("<h1>{}</h1>").format(bench.title))
             other, word = ("en", "English") if language == "zh" else ("zh", "中文")
-            canvas(f'<p class=tongue><a href="/{other}/">{word}</a></p>')
+            canvas(Markup('<p class=tongue><a href="/{}/">{}</a></p>').format(other, word))
         if not (bench.look or bench.words or bench.runs):
             chat.add(page, bench.talk, hear, explain)
             return page
@@ -105,7 +105,7 @@ def _scoped() -> str:
     not by what the browser prefers."""
     light = "--ink:#1c1e21;--soft:#6b7280;--line:#e3e6ea;--accent:#0f766e;--paper:#fff;--wash:#f6f8f9"
     dark = "--ink:#e6e8eb;--soft:#9aa3ad;--line:#2c3238;--accent:#2dd4bf;--paper:#15181b;--wash:#1c2024"
-    kept = STYLE[STYLE.index(".soft{") :]
+    kept = render("core/parts.css")
     return f":root{{{light}}}.dark{{{dark}}}.ours{{{kept}}}.soft{{color:var(--soft)}}"
 
 
@@ -145,7 +145,7 @@ def heard(language: str, handler: Callable[..., Any]) -> Callable[..., Any]:
 def _shown(error: Exception) -> gr.Error:
     if isinstance(error, gr.Error):
         return error
-    text = html.escape(explain(error)).replace("\n", "<br>")
+    text = str(escape(explain(error))).replace("\n", "<br>")
     return gr.Error(text, duration=None, title=say("This did not work", "未能完成"), print_exception=False)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
 
-from tongwen.core import html as pages
+from tongwen.core.html import curve, render
 from tongwen.core.i18n import say
 from tongwen.serving.web.backend import RunsBackend, RunView
-from tongwen.serving.web.html_block import SWIFT, Hear, block, canvas, sheet
+from tongwen.serving.web.html_block import NOTE, SWIFT, Hear, block, canvas, sheet
 
 SECONDS = 2  # between two looks at a run
 # A page that was open before the server began again names what this one has not listed yet; who looks it up checks it.
@@ -50,7 +49,7 @@ def add(page: gr.Blocks, runs: RunsBackend, hear: Hear) -> None:
 
     def watch(name: str | None) -> tuple[Any, ...]:
         if not name:
-            return block(f"<p class=soft>{say('No run yet.', '还没有训练。')}</p>"), *_buttons(None)
+            return block(NOTE.format(say("No run yet.", "还没有训练。"))), *_buttons(None)
         now = runs.picture(name)
         return block(as_html(now)), *_buttons(now.running)
 
@@ -81,29 +80,20 @@ def _buttons(running: bool | None) -> tuple[Any, Any]:
 
 
 def as_html(now: RunView) -> str:
-    """A run on one sheet: figures, reports, curves, what it says, samples."""
-    links = " · ".join(
-        f'<a href="/report?name={quote(file)}" target="_blank" rel="noopener">{html.escape(name)}</a>'
-        for name, file in now.reports
+    """A run on one sheet."""
+    step, before, after = say("step", "步"), say("before", "训练前"), say("after", "训练后")
+    return render(
+        "serving/web/run.html.jinja",
+        facts=now.facts,
+        headings={
+            "reports": say("Reports", "报告"),
+            "log": say("What it says", "日志"),
+            "samples": say("Before and after", "训练前后"),
+        },
+        reports=[(name, f"/report?name={quote(file)}") for name, file in now.reports],
+        curves=[(title, curve(points, step, "", width=WIDTH, smooth=smooth)) for title, points, smooth in now.curves],
+        log=now.log,
+        samples=[
+            (sample["question"], [(before, sample["before"]), (after, sample["after"])]) for sample in now.samples
+        ],
     )
-    parts = [pages.cards(now.facts)]
-    if links:
-        parts.append(f"<p>{say('Reports', '报告')}: {links}</p>")
-    drawn = (
-        f"<div><h3>{html.escape(title)}</h3>{pages.curve(points, say('step', '步'), '', width=WIDTH, smooth=smooth)}</div>"
-        for title, points, smooth in now.curves
-    )
-    parts.append(f"<div class=curves>{''.join(drawn)}</div>")
-    if now.log:
-        parts.append(f"<h3>{say('What it says', '日志')}</h3><pre class=log>{html.escape(now.log)}</pre>")
-    if now.samples:
-        parts.append(f"<h3>{say('Before and after', '训练前后')}</h3>" + "".join(map(_sample, now.samples)))
-    return "".join(parts)
-
-
-def _sample(sample: dict[str, str]) -> str:
-    rows = ((say("before", "训练前"), sample["before"]), (say("after", "训练后"), sample["after"]))
-    inside = "".join(
-        f"<div><span class=soft>{name}</span><span>{html.escape(text)}</span></div>" for name, text in rows
-    )
-    return f"<section class=qa><h3>{html.escape(sample['question'])}</h3>{inside}</section>"

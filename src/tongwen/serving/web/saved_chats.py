@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from markupsafe import Markup
 
 from tongwen.core.i18n import say
 from tongwen.serving.web.backend import Messages
 from tongwen.serving.web.conversation import as_json, as_markdown, download_link, drawn, is_note, text_of, title_of
-from tongwen.serving.web.html_block import SWIFT, Hear, block, canvas
+from tongwen.serving.web.html_block import NOTE, SWIFT, Hear, block, canvas
 
 KEPT = 50  # conversations, the newest first
 
@@ -93,4 +94,4 @@ def _export(messages: Messages, system: str) -> str:
         download_link("conversation.md", say("Export as Markdown", "导出 Markdown"), as_markdown(messages, system)),
         download_link("conversation.json", say("as JSON", "导出 JSON"), as_json(messages, system)),
     )
-    return block(f"<p class=soft>{' · '.join(links)}</p>")
+    return block(NOTE.format(Markup(" · ").join(links)))
