@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+from tongwen.core.i18n import N_, _
+
 HERE = Path(__file__).parent
 QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
 LLAMA = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256}
@@ -59,37 +61,36 @@ def main() -> int:
 
 def families_page() -> str:
     """What each family can do, from its facts; tests/laws/test_families.py and tests/export/test_gguf.py hold them to it."""
-    from tongwen.core.i18n import say
     from tongwen.core.model_families import FAMILIES
 
     heads = (
-        say("family", "系列"),
-        say("models", "模型"),
-        say("LoRA, full", "LoRA、全参数"),
+        _("family"),
+        _("models"),
+        _("LoRA, full"),
         "QLoRA",
-        say("packed", "打包"),
-        say("plain text", "纯文本"),
-        say("merge", "合并"),
+        _("packed"),
+        _("plain text"),
+        _("merge"),
         "GGUF",
         "vLLM",
     )
     rows, notes = [heads, ("---",) * len(heads)], []
     for name, family in FAMILIES.items():
         for about, limit in (
-            (say("packed", "打包"), family.padded),
-            (say("plain text", "纯文本"), family.dialogues_only),
+            (_("packed"), family.padded),
+            (_("plain text"), family.dialogues_only),
         ):
             if limit:
-                notes.append(f"- `{name}`, {about}: {say(*limit)}")
-        merged = say("in memory", "内存中") if family.experts else say("streamed", "流式")
+                notes.append(f"- `{name}`, {about}: {_(limit)}")
+        merged = _("in memory") if family.experts else _("streamed")
         packed, text = ("no" if family.padded else "✓"), ("no" if family.dialogues_only else "✓")
-        vllm = say("listed", "列出") if family.vllm else "no"
+        vllm = _("listed") if family.vllm else "no"
         rows.append((f"`{name}`", family.models, "✓", "✓", packed, text, merged, "✓" if family.gguf else "no", vllm))
-    table = "\n".join(f"| {' | '.join(row)} |".replace("| no ", say("| no ", "| 否 ")) for row in rows)
-    return say(FAMILIES_EN, FAMILIES_ZH).format(table=table, notes="\n".join(notes))
+    table = "\n".join(f"| {' | '.join(row)} |".replace("| no ", _("| no ")) for row in rows)
+    return _(FAMILIES_PAGE).format(table=table, notes="\n".join(notes))
 
 
-FAMILIES_EN = """# Model families
+FAMILIES_PAGE = N_("""# Model families
 
 Made from `src/tongwen/core/model_families.py` by `make docs`; do not edit. Each ✓ is what a test does at tiny size: the model is
 trained in full on plain text, with LoRA and with QLoRA on dialogues, its adapter is merged, the merged model computes what base and adapter compute together,
@@ -111,38 +112,17 @@ before anything is trained: by `check` where the base is a folder, by `plan` and
   Baichuan-7B-llama`. Baichuan-13B (ALiBi) and Baichuan2 (a normalised head) are refused by name.
 - **The first LLaMA conversions** say that a text ends with token 1 and is padded with -1, and name no special tokens. They
   are trained as they were meant, and it is said; their files stay as they are.
-"""
-FAMILIES_ZH = """# 模型系列
-
-由 `make docs` 从 `src/tongwen/core/model_families.py` 生成，请勿手改。每个 ✓ 都有微型模型的测试：在纯文本上全参数训练，在对话上用 LoRA 与 QLoRA 训练，合并适配器，
-合并结果与“底座 + 适配器”的计算一致，并能回答。打包：多个样本在同一行而互不可见；写“否”的使用填充批次。GGUF：llama.cpp
-贪心解码给出相同文本。vLLM 需要 GPU，未实际运行：“列出”仅表示其文档列有该架构。
-
-{table}
-
-{notes}
-
-未列出的系列，只要 transformers 本身支持即可训练：开始时的审计会在首个微批上证明每个被训练的张量都会学习、打包的样本互不可见。
-其 GGUF 会在训练之前按名称拒绝：底座是文件夹时由 `check` 拒绝，其余由 `plan` 与 `run` 拒绝。
-
-- **ChatGLM-6B** 不需要远程代码：`import tongwen.model.families.chatglm` 之后 transformers 即可打开这里训练的模型。最早的
-  150,528 词表检查点同样可用。ChatGLM2-6B、ChatGLM3-6B 与最初形式的 GLM-4-9B 也自称 `model_type: chatglm`，会按名称拒绝；请用
-  GLM-4 的 `-hf` 版本。
-- **Baichuan-7B** 就是把三个投影合为一个矩阵的 LLaMA：`tongwen convert Baichuan-7B --to hf --out Baichuan-7B-llama`。
-  Baichuan-13B（ALiBi）与 Baichuan2（归一化的输出层）会按名称拒绝。
-- **最早的 LLaMA 转换版**声称文本以 token 1 结束、以 -1 填充，且没有特殊符号的名字。它们会按本意训练并说明；文件保持原样。
-"""
+""")
 
 
 def cli_page() -> str:
     from tongwen.cli.parser import make_parser
-    from tongwen.core.i18n import say
 
     parser = make_parser()
     parts = [
-        say("# Commands", "# 命令"),
+        _("# Commands"),
         "",
-        say("Made from `--help` by `make docs`; do not edit.", "由 `make docs` 从 `--help` 生成，请勿手改。"),
+        _("Made from `--help` by `make docs`; do not edit."),
     ]
     parts += ["", "```", parser.format_help().replace(f"{HERE.parent}{os.sep}", "").rstrip(), "```"]
     for action in parser._subparsers._group_actions if parser._subparsers else []:
@@ -162,35 +142,32 @@ def with_memory(file: Path, page: str) -> str:
     """The README with the table of that page."""
     start, end = "<!-- memory -->\n", "<!-- /memory -->"
     text = file.read_text(encoding="utf-8")
-    head, _, rest = text.partition(start)
+    head, _unused, rest = text.partition(start)
     table = "".join(line for line in page.splitlines(keepends=True) if line.startswith("|"))
     return head + start + table + end + rest.partition(end)[2]
 
 
 def with_failures(file: Path) -> str:
     """The page with its table made anew."""
-    from tongwen.core.i18n import say
     from tongwen.migrate.failures import failures
 
     start, end = "<!-- failures -->\n", "<!-- /failures -->"
     text = file.read_text(encoding="utf-8")
     head, rest = text.split(start)
-    rows = [say("| | what was seen | why | here |", "| | 现象 | 原因 | 此处 |"), "|---|---|---|---|"]
+    rows = [_("| | what was seen | why | here |"), "|---|---|---|---|"]
     for one in failures().values():
-        cells = (one.id, *(say(*pair).replace("|", "\\|") for pair in (one.says, one.why, one.here)))
+        cells = (one.id, *(_(pair).replace("|", "\\|") for pair in (one.says, one.why, one.here)))
         rows.append(f"| {' | '.join(cells)} |")
     return f"{head}{start}\n" + "\n".join(rows) + f"\n\n{end}{rest.split(end)[1]}"
 
 
 def memory_page() -> str:
-    from tongwen.core.i18n import say
 
-    names = {"lora": "LoRA", "qlora": "QLoRA (nf4)", "full": say("full", "全参数")}
-    head = [say("model", "模型"), *(f"{name}, {length}" for name in names.values() for length in LENGTHS)]
+    names = {"lora": "LoRA", "qlora": "QLoRA (nf4)", "full": _("full")}
+    head = [_("model"), *(f"{name}, {length}" for name in names.values() for length in LENGTHS)]
     rows = [memory_row(name, names) for name in MODELS]
     table = "\n".join([f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *rows])
-    return say(
-        f"""# Memory against plan
+    return _("""# Memory against plan
 
 Made by the code of `tongwen plan` with `make docs`; do not edit.
 
@@ -203,20 +180,7 @@ CPU (`bench/plan_memory.py`) and, without checkpointing, on an H100: planned are
 
 `tongwen plan RECIPE --gpu 24GB` reckons with your own recipe and data, splits the sum by purpose, and says what to change
 when it does not fit.
-""",
-        f"""# 显存规划表
-
-由 `tongwen plan` 的代码经 `make docs` 生成，请勿手改。
-
-单卡 GB 数：bf16，每次一篇 2,048 或 8,192 token 的文档且全部计入损失，开启重算激活，LoRA 秩 16、覆盖所有线性层，AdamW，另为 CUDA
-本身计 0.6 GB。同一算法与真实训练对照过：在 CPU 上（`bench/plan_memory.py`），以及在
-H100 上不重算激活时：规划（不计 CUDA）61.1 GB（8B，LoRA）、21.8（1B，LoRA）、47.6（1B，全参数），实测峰值 56.3、20.6、46.5。
-
-{table}
-
-`tongwen plan RECIPE --gpu 24GB` 按你自己的配方与数据计算，按用途列出，放不下时给出修改建议。
-""",
-    )
+""").format(table=table)
 
 
 def memory_row(name: str, methods: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
 from babel.messages import Catalog
 from babel.messages.mofile import write_mo
 from babel.messages.pofile import read_po, write_po
@@ -25,7 +26,7 @@ PACKAGE = ROOT / "src" / "tongwen"
 PO = PACKAGE / "core" / "locale" / "zh_CN" / "LC_MESSAGES" / "tongwen.po"
 MO = PO.with_suffix(".mo")
 # Functions whose literal is a text for users, and which of their arguments it is.
-MARKS = {"_": 0, "N_": 0}
+MARKS = {"_": 0, "N_": 0, "setting": 1}
 HEADER = """# Chinese texts of tongwen. `make messages` keeps the entries in step with the code; translate them here.
 msgid ""
 msgstr ""
@@ -62,6 +63,9 @@ def texts() -> Iterator[tuple[Path, int, str]]:
     """(file, line, English text) of all that users read, in the order of the files."""
     for file in sorted([*PACKAGE.rglob("*.py"), ROOT / "docs" / "generate.py"]):
         yield from ((file, line, text) for line, text in in_python(file.read_text(encoding="utf-8")))
+    for file in sorted(PACKAGE.rglob("*.yaml")):
+        found = in_template if file.parent.name == "recipe_templates" else in_table
+        yield from ((file, line, text) for line, text in found(file.read_text(encoding="utf-8")))
 
 
 def in_python(source: str) -> Iterator[tuple[int, str]]:
@@ -74,6 +78,30 @@ def in_python(source: str) -> Iterator[tuple[int, str]]:
             if isinstance(text, ast.Constant) and isinstance(text.value, str):
                 found.append((node.lineno, node.col_offset, text.value))
     yield from ((line, text) for line, _, text in sorted(found))
+
+
+def in_table(source: str) -> Iterator[tuple[int, str]]:
+    """Scalars with the tag `!_`."""
+    waiting, seen = [yaml.compose(source)], set()
+    while waiting:
+        node = waiting.pop(0)
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode) and node.tag == "!_":
+            yield node.start_mark.line + 1, node.value
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            waiting += [value for _, value in node.value]
+
+
+def in_template(source: str) -> Iterator[tuple[int, str]]:
+    """The comment of each line."""
+    from tongwen.commands.init import COMMENT
+
+    for number, line in enumerate(source.splitlines(), 1):
+        yield from ((number, found[1]) for found in COMMENT.finditer(line))
 
 
 def updated() -> Catalog:

@@ -13,7 +13,7 @@ from tongwen.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 FILES = {file.stem for file in (ROOT / "src" / "tongwen" / "cli").glob("*.py")}
-COMMANDS = sorted(name for name in FILES - {"__init__", "main", "parser"} if not name.endswith("_arguments"))
+COMMANDS = sorted(name for name in FILES - {"__init__", "localized_parser", "main", "parser"} if not name.endswith("_arguments"))
 LANGUAGES = ("en", "zh")
 
 
@@ -31,7 +31,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert exit_.value.code == 2
     out, err = capsys.readouterr()
     assert not out
-    return err[err.index(" error: ") :]
+    return re.split(" error: |：错误：", err, maxsplit=1)[1]
 
 
 def columns(line: str) -> int:

@@ -32,8 +32,8 @@ def test_all_forty_eight_name_tests_that_exist() -> None:
     assert list(known) == [f"F-{number:02}" for number in range(1, 49)]
     for one in known.values():
         assert one.shown and all(exists(test) for test in one.shown), (one.id, one.shown)
-        for en, zh in (one.says, one.why, one.here):
-            assert en and zh and not re.search("[\u4e00-\u9fff]", en.replace("是", "")), one.id
+        for text in (one.says, one.why, one.here):
+            assert text and not re.search("[\u4e00-\u9fff]", text.replace("是", "")), one.id
 
 
 def test_doctor_explains_one_by_its_number(tongwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:

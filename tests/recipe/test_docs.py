@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
+from tongwen.core.i18n import _, speaking
 from tongwen.recipe.docs import sections, settings, to_markdown
 
 
 def test_every_setting_has_help_in_both_languages() -> None:
     for name, model in sections():
         for key, field in model.model_fields.items():
-            extra = field.json_schema_extra
             assert field.description, f"{name}.{key}"
-            assert isinstance(extra, dict) and extra["zh"], f"{name}.{key}"
+            with speaking("zh"):
+                assert re.search("[\u4e00-\u9fff]", _(field.description)), f"{name}.{key}"
         assert list(settings(model))
     assert "| `learning_rate` |" in to_markdown()
 

@@ -5,33 +5,28 @@ from __future__ import annotations
 import argparse
 
 from tongwen.cli import model_arguments, shared_arguments
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return say("talk to a model in the terminal", "在终端里与模型对话")
+    return _("talk to a model in the terminal")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help=say(
-            "folder, hub id, modelscope:id, .gguf, or a stage folder",
-            "文件夹、hub id、modelscope:id、.gguf 或阶段文件夹",
-        ),
+        help=_("folder, hub id, modelscope:id, .gguf, or a stage folder"),
     )
     model_arguments.add_adapters(parser)
-    parser.add_argument("--system", default="", help=say("system message", "系统提示"))
-    parser.add_argument(
-        "--no-stream", action="store_true", help=say("show each answer when it is whole", "回答完整后再显示")
-    )
-    parser.add_argument("--web", action="store_true", help=say("in the browser", "在浏览器里"))
+    parser.add_argument("--system", default="", help=_("system message"))
+    parser.add_argument("--no-stream", action="store_true", help=_("show each answer when it is whole"))
+    parser.add_argument("--web", action="store_true", help=_("in the browser"))
     parser.add_argument(
         "--beside",
         default="",
         metavar="MODEL",
-        help=say("--web: a second model answers too", "--web：另一个模型同时回答"),
+        help=_("--web: a second model answers too"),
     )
     shared_arguments.add_page_address(parser)
     model_arguments.add_opening(parser)

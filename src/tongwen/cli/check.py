@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 from tongwen.cli import recipe_arguments
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return say("read the recipe and the data; no model, no torch", "读配方与数据；不需要模型与 torch")
+    return _("read the recipe and the data; no model, no torch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

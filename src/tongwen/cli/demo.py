@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return say("the whole pipeline on a small real model, on a laptop CPU", "在笔记本 CPU 上用真实小模型走完整个流程")
+    return _("the whole pipeline on a small real model, on a laptop CPU")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="runs/demo", help=say("folder of the run", "输出文件夹"))
+    parser.add_argument("--out", default="runs/demo", help=_("folder of the run"))
     parser.add_argument(
         "--model",
         default="",
-        help=say(
-            "folder of the model, instead of fetching SmolLM2-135M-Instruct",
-            "模型文件夹，代替下载 SmolLM2-135M-Instruct",
-        ),
+        help=_("folder of the model, instead of fetching SmolLM2-135M-Instruct"),
     )
 
 

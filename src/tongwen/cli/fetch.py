@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return say("public data sets, models and adapters by name, verified", "按名称获取公开数据集、模型与适配器并校验")
+    return _("public data sets, models and adapters by name, verified")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,16 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default="",
         metavar="NAME",
-        help=say(
-            "a short name, OWNER/NAME or modelscope:OWNER/NAME; none: the list",
-            "简称、OWNER/NAME 或 modelscope:OWNER/NAME；不写则列出",
-        ),
+        help=_("a short name, OWNER/NAME or modelscope:OWNER/NAME; none: the list"),
     )
     parser.add_argument(
         "--out",
         default="",
         metavar="DIR",
-        help=say("folder; data/NAME or models/NAME", "文件夹；默认 data/NAME 或 models/NAME"),
+        help=_("folder; data/NAME or models/NAME"),
     )
     parser.add_argument(
         "--dev",
@@ -36,34 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=0.01,
         default=0.0,
         metavar="SHARE",
-        help=say("split off this share of the rows", "划出这一比例的行"),
+        help=_("split off this share of the rows"),
     )
-    parser.add_argument("--seed", type=int, default=42, help=say("of the split", "划分的种子"))
-    parser.add_argument(
-        "--old-names", action="store_true", help=say("name the parts as BELLE did", "按 BELLE 的旧文件名命名")
-    )
-    parser.add_argument("--revision", default="", help=say("branch, tag or commit", "分支、标签或提交"))
-    parser.add_argument(
-        "--kind", default="", choices=("model", "dataset"), help=say("when the hub has both", "hub 上两者同名时")
-    )
+    parser.add_argument("--seed", type=int, default=42, help=_("of the split"))
+    parser.add_argument("--old-names", action="store_true", help=_("name the parts as BELLE did"))
+    parser.add_argument("--revision", default="", help=_("branch, tag or commit"))
+    parser.add_argument("--kind", default="", choices=("model", "dataset"), help=_("when the hub has both"))
     parser.add_argument(
         "--files",
         action="append",
         default=[],
         metavar="PATTERN",
-        help=say("these files only; !PATTERN leaves out", "只取这些文件；!模式 表示排除"),
+        help=_("these files only; !PATTERN leaves out"),
     )
     parser.add_argument(
         "--local-files-only",
         action="store_true",
-        help=say("use files on this machine, else fail; ask no hub", "不访问模型站：只用本机已有的，否则报错"),
+        help=_("use files on this machine, else fail; ask no hub"),
     )
-    parser.add_argument(
-        "--code", action="store_true", help=say("fetch *.py too (never run here)", "也获取 *.py（本工具从不运行）")
-    )
-    parser.add_argument(
-        "--again", action="store_true", help=say("fetch again; the old folder is kept", "重新获取；保留旧文件夹")
-    )
+    parser.add_argument("--code", action="store_true", help=_("fetch *.py too (never run here)"))
+    parser.add_argument("--again", action="store_true", help=_("fetch again; the old folder is kept"))
 
 
 def run(arguments: argparse.Namespace) -> int:

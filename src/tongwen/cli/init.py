@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return say("a commented recipe to start from", "生成一份带注释的配方")
+    return _("a commented recipe to start from")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default="",
         metavar="TEMPLATE",
-        help=say("which one; without it they are listed", "哪一份；不写则列出"),
+        help=_("which one; without it they are listed"),
     )
-    parser.add_argument("--out", default="", metavar="FILE", help=say("write it here", "写到此文件"))
+    parser.add_argument("--out", default="", metavar="FILE", help=_("write it here"))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from tongwen.cli.parser import parse
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 # What torch's process groups (gloo, NCCL) say when a process that they wait for is gone.
 GONE = (
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TongwenError as error:
         return _fail(error.exit_code, error.text())
     except KeyboardInterrupt:
-        again = say("the same command continues", "用同一命令可以继续")
-        return _fail(130, say(f"interrupted; {again}", f"已中断；{again}"))
+        again = _("the same command continues")
+        return _fail(130, _("interrupted; {again}").format(again=again))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -75,33 +75,26 @@ def _machine_cause(error: Exception) -> str | None:
 
     text = str(error)
     if is_out_of_memory(error):
-        cures = say("a smaller model, shorter texts, or more memory", "换小一点的模型、更短的文本，或更大的内存")
-        return say(
-            f"out of memory: {text.splitlines()[0][:160] if text else ''}\n  → {cures}",
-            f"内存不足：{text.splitlines()[0][:160] if text else ''}\n  → {cures}",
+        cures = _("a smaller model, shorter texts, or more memory")
+        return _("out of memory: {text}\n  → {cures}").format(
+            text=text.splitlines()[0][:160] if text else "", cures=cures
         )
     if any(words in text for words in GONE):
-        return say(
-            f"another process of this run has ended: {text.splitlines()[0][:160]}\n  → its message tells why; the same command continues",
-            f"本次运行的另一个进程已结束：{text.splitlines()[0][:160]}\n  → 原因见其信息；用同一命令可以继续",
-        )
+        return _(
+            "another process of this run has ended: {text}\n  → its message tells why; the same command continues"
+        ).format(text=text.splitlines()[0][:160])
     if "Duplicate GPU detected" in text:
-        return say(
+        return _(
             "two processes of this run have the same GPU\n  → as many processes per machine as it has GPUs, and CUDA_VISIBLE_DEVICES "
-            "that shows each its own, or all",
-            "本次运行有两个进程用了同一块 GPU\n  → 每台机器的进程数应等于 GPU 数；CUDA_VISIBLE_DEVICES 让每个进程看到自己的或全部 GPU",
+            "that shows each its own, or all"
         )
     if is_disk_full(error):
-        return say(
-            f"the disk is full: {text}\n  → free some space, or --out on another disk",
-            f"磁盘已满：{text}\n  → 请清理空间，或用 --out 换一个磁盘",
-        )
+        return _("the disk is full: {text}\n  → free some space, or --out on another disk").format(text=text)
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return say(f"permission denied: {text}\n  → choose another `out`", f"没有权限：{text}\n  → 换一个 `out`")
+        return _("permission denied: {text}\n  → choose another `out`").format(text=text)
     if number == errno.EIO or any(words in text for words in UNWRITTEN):
-        return say(
-            f"the disk reports an error: {text}\n  → nothing committed is lost: the same command continues",
-            f"磁盘报错：{text}\n  → 已提交的不会丢失：用同一命令可以继续",
+        return _("the disk reports an error: {text}\n  → nothing committed is lost: the same command continues").format(
+            text=text
         )
     return None

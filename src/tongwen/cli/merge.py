@@ -4,45 +4,35 @@ from __future__ import annotations
 
 import argparse
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return say("merge adapters into their base", "把适配器并入底座")
+    return _("merge adapters into their base")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", required=True, help=say("model", "模型"))
+    parser.add_argument("--base", required=True, help=_("model"))
     _add_what_is_merged(parser)
-    parser.add_argument("--out", required=True, help=say("folder of the merged model", "合并后的模型文件夹"))
-    parser.add_argument(
-        "--dtype", default="base", choices=("base", "fp32", "bf16", "fp16"), help=say("number type", "数值类型")
-    )
+    parser.add_argument("--out", required=True, help=_("folder of the merged model"))
+    parser.add_argument("--dtype", default="base", choices=("base", "fp32", "bf16", "fp16"), help=_("number type"))
     parser.add_argument(
         "--to",
         default="hf",
         choices=("hf", "pth"),
-        help=say("Hugging Face, or LLaMA's own files", "Hugging Face，或 LLaMA 原始文件"),
+        help=_("Hugging Face, or LLaMA's own files"),
     )
     parser.add_argument(
         "--parity",
         default="streamed",
         choices=("streamed", "full"),
-        help=say(
-            "compare logits layer by layer, or with both models in memory",
-            "逐层比较 logits，或两个模型同时载入内存比较",
-        ),
+        help=_("compare logits layer by layer, or with both models in memory"),
     )
-    parser.add_argument(
-        "--again", action="store_true", help=say("keep the old folder under another name", "把已有的改名保留")
-    )
+    parser.add_argument("--again", action="store_true", help=_("keep the old folder under another name"))
     parser.add_argument(
         "--force",
         action="store_true",
-        help=say(
-            "merge onto a base that is not the adapter's own, or in another order",
-            "合并到非原配的底座，或以别的顺序合并",
-        ),
+        help=_("merge onto a base that is not the adapter's own, or in another order"),
     )
 
 
@@ -51,24 +41,20 @@ def _add_what_is_merged(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         default=[],
         action="append",
-        help=say("adapter folder; several in the order in which they were trained", "适配器文件夹；多个则按训练的先后"),
+        help=_("adapter folder; several in the order in which they were trained"),
     )
     parser.add_argument(
         "--chat-vector",
         nargs=2,
         metavar=("INSTRUCT", "BASE"),
-        help=say(
-            "instead: add what INSTRUCT has over BASE to a model that descends from BASE",
-            "或：把 INSTRUCT 相对 BASE 的差值加到同源的模型上",
-        ),
+        help=_("instead: add what INSTRUCT has over BASE to a model that descends from BASE"),
     )
     parser.add_argument(
         "--combine",
         default="",
         choices=("linear", "ties"),
-        help=say(
-            "combine adapters that were trained separately on one base, as a sum or by TIES, instead of one upon the other",
-            "不是依次叠加，而是组合在同一底座上分别训练的适配器：求和，或 TIES",
+        help=_(
+            "combine adapters that were trained separately on one base, as a sum or by TIES, instead of one upon the other"
         ),
     )
     parser.add_argument(
@@ -77,25 +63,25 @@ def _add_what_is_merged(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="W",
-        help=say("of each adapter that is combined; equal shares when absent", "被组合的各适配器的权重；不写则均等"),
+        help=_("of each adapter that is combined; equal shares when absent"),
     )
     parser.add_argument(
         "--density",
         type=float,
         default=0.2,
-        help=say("share of each adapter's changes that TIES keeps", "TIES 保留的改变的比例"),
+        help=_("share of each adapter's changes that TIES keeps"),
     )
     parser.add_argument(
         "--scale",
         type=float,
         default=1.0,
-        help=say("of the chat vector, or of the combined adapters", "差值或组合结果的系数"),
+        help=_("of the chat vector, or of the combined adapters"),
     )
     parser.add_argument(
         "--onto",
         default="original",
         choices=("original", "nf4", "int8"),
-        help=say("the base, or its quantised weights as training saw them", "原始底座，或量化训练时所见的底座"),
+        help=_("the base, or its quantised weights as training saw them"),
     )
 
 
@@ -110,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.chat_vector or not arguments.adapter:
         raise RecipeError(
-            say("either adapters are merged, or a chat vector", "合并适配器与差值，二者择一"),
+            _("either adapters are merged, or a chat vector"),
             place="tongwen merge",
             remedy="--adapter A [--adapter A2 …]   |   --chat-vector INSTRUCT BASE",
         )

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return say(
-        "an older project's command or files as a recipe or a command",
-        "旧项目的命令或文件：得到配方，或完成同样工作的命令",
-    )
+    return _("an older project's command or files as a recipe or a command")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,23 +16,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="FILE",
-        help=say(
-            "run_config/*.json, DeepSpeed's JSON, LLaMA-Factory's YAML, a shell script, an adapter's folder; or: -- OLD COMMAND …",
-            "run_config/*.json、DeepSpeed 的 JSON、LLaMA-Factory 的 YAML、shell 脚本、适配器文件夹；或：-- 旧命令 …",
+        help=_(
+            "run_config/*.json, DeepSpeed's JSON, LLaMA-Factory's YAML, a shell script, an adapter's folder; or: -- OLD COMMAND …"
         ),
     )
-    parser.add_argument("--run", action="store_true", help=say("and run it", "并运行"))
+    parser.add_argument("--run", action="store_true", help=_("and run it"))
     parser.add_argument(
         "--out",
         default="",
         metavar="FILE",
-        help=say("write the recipe, or the adapter, here", "把配方或适配器写到此处"),
+        help=_("write the recipe, or the adapter, here"),
     )
     parser.add_argument(
         "--alpha",
         type=float,
         metavar="N",
-        help=say("scale (lora_alpha) of an adapter without a config", "没有配置的适配器的缩放（lora_alpha）"),
+        help=_("scale (lora_alpha) of an adapter without a config"),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.infer.presets import PRESETS
 
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "beams")
@@ -13,7 +13,7 @@ SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penal
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
     """Adapters upon the model."""
-    parser.add_argument("--adapter", action="append", default=[], help=say("adapter folder", "适配器文件夹"))
+    parser.add_argument("--adapter", action="append", default=[], help=_("adapter folder"))
 
 
 def add_opening(parser: argparse.ArgumentParser, template: str = "own") -> None:
@@ -21,18 +21,14 @@ def add_opening(parser: argparse.ArgumentParser, template: str = "own") -> None:
     parser.add_argument(
         "--template",
         default=template,
-        help=say(
-            "own, a template's name, or `completion` for a base model", "own、模板名，或 `completion`（基座模型续写）"
-        ),
+        help=_("own, a template's name, or `completion` for a base model"),
     )
-    parser.add_argument(
-        "--thinking", default="off", choices=("on", "off"), help=say("let a thinking model think", "让思考模型思考")
-    )
+    parser.add_argument("--thinking", default="off", choices=("on", "off"), help=_("let a thinking model think"))
     parser.add_argument(
         "--load",
         default="full",
         choices=("full", "8bit", "4bit", "auto"),
-        help=say("weights: whole, in fewer bits, or what fits", "权重：完整、更少的位数，或放得下的"),
+        help=_("weights: whole, in fewer bits, or what fits"),
     )
 
 
@@ -41,10 +37,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help=say("sample as this project did; the options below win", "按该项目的方式采样；以下选项优先"),
+        help=_("sample as this project did; the options below win"),
     )
     parser.add_argument("--max-new-tokens", type=int, help="512")
-    parser.add_argument("--temperature", type=float, help=say("0: always the likeliest", "0：总取最可能的"))
+    parser.add_argument("--temperature", type=float, help=_("0: always the likeliest"))
     parser.add_argument("--top-p", type=float, help="1")
     parser.add_argument("--top-k", type=int, help="0")
     parser.add_argument("--repetition-penalty", type=float, help="1")

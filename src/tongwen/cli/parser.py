@@ -30,8 +30,9 @@ from tongwen.cli import (
     verify,
     web,
 )
+from tongwen.cli.localized_parser import LocalizedParser
 from tongwen.cli.shared_arguments import add_json
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 class Command(Protocol):
@@ -52,7 +53,7 @@ class Command(Protocol):
 def command_groups() -> dict[str, dict[str, Command]]:
     """All commands by name, in the groups and the order in which `--help` lists them."""
     groups: dict[str, tuple[Command, ...]] = {
-        say("recipes, from data to a trained model", "配方（从数据到训练好的模型）"): (
+        _("recipes, from data to a trained model"): (
             demo,
             init,
             check,
@@ -61,9 +62,9 @@ def command_groups() -> dict[str, dict[str, Command]]:
             run,
             schema,
         ),
-        say("models, adapters and data sets", "模型、适配器与数据集"): (fetch, merge, convert, verify, show),
-        say("use and score a model", "使用与评测模型"): (chat, generate, evaluate, serve, web),
-        say("tools", "工具"): (tokenizer, migrate, doctor),
+        _("models, adapters and data sets"): (fetch, merge, convert, verify, show),
+        _("use and score a model"): (chat, generate, evaluate, serve, web),
+        _("tools"): (tokenizer, migrate, doctor),
     }
     return {
         title: {command.__name__.rpartition(".")[2]: command for command in commands}
@@ -71,18 +72,18 @@ def command_groups() -> dict[str, dict[str, Command]]:
     }
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(LocalizedParser):
     """argparse's parser, whose errors suggest what may have been meant."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
-            problem = say(f"unknown command: {value}", f"未知命令：{value}")
+            problem = _("unknown command: {value}").format(value=value)
             self.error(f"{problem}\n  → {self._suggestion([value], action.choices)}")
         super()._check_value(action, value)
 
     def reject(self, unknown: Sequence[str]) -> NoReturn:
         """Exit because of arguments that the command does not take."""
-        problem = say("unrecognized arguments: ", "无法识别的参数：") + " ".join(unknown)
+        problem = _("unrecognized arguments: ") + " ".join(unknown)
         options = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
         self.error(f"{problem}\n  → {self._suggestion(options, self._option_string_actions)}")
 
@@ -91,8 +92,8 @@ class Parser(argparse.ArgumentParser):
 
         nearest = [match for name in names for match in get_close_matches(name, known, n=1)]
         if nearest:
-            return say(f"did you mean {', '.join(nearest)}?", f"是否想写 {'、'.join(nearest)}？")
-        return say(f"`{self.prog} --help` lists all", f"`{self.prog} --help` 列出全部")
+            return _("did you mean {nearest}?").format(nearest=_(", ").join(nearest))
+        return _("`{prog} --help` lists all").format(prog=self.prog)
 
 
 def make_parser() -> Parser:
@@ -100,11 +101,16 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="tongwen",
         usage="%(prog)s [-h] [--version] COMMAND ...",
-        description=say("Teach a language model Chinese.", "教语言模型中文。"),
+        description=_("Teach a language model Chinese."),
         epilog=_epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"tongwen {__version__}")
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"tongwen {__version__}",
+        help=_("show program's version number and exit"),
+    )
     # DeepSpeed's launcher passes it here and in the environment.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.set_defaults(json=False, parser=parser, run_command=_print_help)
@@ -137,14 +143,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def readme() -> Path | None:
     """The README in the user's language, which leads to all other pages. A wheel has it beside the modules, a checkout at its
     root."""
-    name, package = say("README.md", "README_zh.md"), Path(__file__).parents[1]
+    name, package = _("README.md"), Path(__file__).parents[1]
     pages = [folder / name for folder in (package, package.parents[1])]
     return next((page for page in pages if page.is_file()), None)
 
 
 def _epilog() -> str | None:
     page = readme()
-    return say(f"docs: {page}", f"文档：{page}") if page else None
+    return _("docs: {page}").format(page=page) if page else None
 
 
 def _print_help(arguments: argparse.Namespace) -> int:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 
 from tongwen.cli import recipe_arguments
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return say(
-        "batch sizes, tokens, steps, memory, disk, time; writes nothing",
-        "批大小、token、步数、内存、磁盘与时间；不写任何东西",
-    )
+    return _("batch sizes, tokens, steps, memory, disk, time; writes nothing")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,13 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu",
         metavar="24GB",
-        help=say("plan for a GPU with this much memory, which need not be here", "假设有这么大显存的 GPU"),
+        help=_("plan for a GPU with this much memory, which need not be here"),
     )
     recipe_arguments.add_devices(parser)
     parser.add_argument(
         "--measure",
         action="store_true",
-        help=say("open the model and time a micro-batch here", "打开模型，在本机实测一个微批的用时"),
+        help=_("open the model and time a micro-batch here"),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 if TYPE_CHECKING:
     from tongwen.recipe.schema import Recipe
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """The recipe file, and overrides of its keys."""
-    parser.add_argument("recipe", metavar="RECIPE", help=say("recipe file", "配方文件"))
+    parser.add_argument("recipe", metavar="RECIPE", help=_("recipe file"))
     parser.add_argument(
         "overrides",
         nargs="*",
         default=[],  # without a default argparse counts them among the required arguments
         metavar="section.key=value",
-        help=say("override a key of the recipe", "改动配方中的一个键"),
+        help=_("override a key of the recipe"),
     )
 
 
 def add_devices(parser: argparse.ArgumentParser) -> None:
     """`--devices N`, another way to write the override `devices=N`."""
-    parser.add_argument("--devices", type=int, help=say("processes, one per GPU", "进程数，每块 GPU 一个"))
+    parser.add_argument("--devices", type=int, help=_("processes, one per GPU"))
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:

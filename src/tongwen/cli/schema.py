@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return say("every key of a recipe", "配方的每一个键")
+    return _("every key of a recipe")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("section", nargs="?", default="", metavar="SECTION", help=say("one section", "某一段"))
+    parser.add_argument("section", nargs="?", default="", metavar="SECTION", help=_("one section"))
 
 
 def run(arguments: argparse.Namespace) -> int:

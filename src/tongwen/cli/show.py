@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return say(
-        "what an artifact is and how it was made; or compare runs",
-        "这个文件夹是什么、怎么来的；或对比几次训练",
-    )
+    return _("what an artifact is and how it was made; or compare runs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "path", nargs="+", metavar="PATH", help=say("folder; several are compared", "文件夹；多个则对比")
-    )
-    parser.add_argument(
-        "--html", default="", metavar="FILE", help=say("draw the comparison into this page", "把对比画成此网页")
-    )
+    parser.add_argument("path", nargs="+", metavar="PATH", help=_("folder; several are compared"))
+    parser.add_argument("--html", default="", metavar="FILE", help=_("draw the comparison into this page"))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 from tongwen.cli.shared_arguments import add_json
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return say("train, extend, merge and judge tokenizers", "训练、扩充、合并、评估分词器")
+    return _("train, extend, merge and judge tokenizers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,20 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_json(task)
         return task
 
-    _add_train(add("train", say("a tokenizer from nothing", "从头训练分词器")))
-    _add_extend(
-        add("extend", say("a base's tokenizer with pieces learned from a corpus", "用语料学到的词扩充底座的分词器"))
-    )
+    _add_train(add("train", _("a tokenizer from nothing")))
+    _add_extend(add("extend", _("a base's tokenizer with pieces learned from a corpus")))
     _add_merge(
         add(
             "merge",
-            say("a SentencePiece model's pieces behind another's", "把一个 SentencePiece 模型的词加到另一个之后"),
+            _("a SentencePiece model's pieces behind another's"),
         )
     )
     _add_report(
         add(
             "report",
-            say("how well a tokenizer encodes texts, and whether to extend it", "分词器对文本的效果，以及是否值得扩充"),
+            _("how well a tokenizer encodes texts, and whether to extend it"),
         )
     )
 
@@ -61,13 +59,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _add_extend(task: argparse.ArgumentParser) -> None:
     _add_out(task)
-    task.add_argument("--base", required=True, metavar="MODEL", help=say("model or tokenizer file", "模型或分词器文件"))
+    task.add_argument("--base", required=True, metavar="MODEL", help=_("model or tokenizer file"))
     _add_corpus(task)
     _add_script(task)
-    task.add_argument(
-        "--word", action="append", default=[], help=say("a whole word as one piece", "整个词作为一个 token")
-    )
-    task.add_argument("--special", action="append", default=[], help=say("a special token", "特殊符号"))
+    task.add_argument("--word", action="append", default=[], help=_("a whole word as one piece"))
+    task.add_argument("--special", action="append", default=[], help=_("a special token"))
 
 
 def _extend(arguments: argparse.Namespace) -> int:
@@ -93,12 +89,9 @@ def _add_merge(task: argparse.ArgumentParser) -> None:
         "--mode",
         default="default",
         choices=("default", "legacy", "keep-scores"),
-        help=say(
-            "legacy: as Chinese-LLaMA-Alpaca; keep-scores: as BELLE",
-            "legacy：同 Chinese-LLaMA-Alpaca；keep-scores：同 BELLE",
-        ),
+        help=_("legacy: as Chinese-LLaMA-Alpaca; keep-scores: as BELLE"),
     )
-    task.add_argument("--pad", action="store_true", help=say("and [PAD] behind them", "最后再加 [PAD]"))
+    task.add_argument("--pad", action="store_true", help=_("and [PAD] behind them"))
     _add_script(task)
 
 
@@ -117,10 +110,10 @@ def _merge(arguments: argparse.Namespace) -> int:
 
 
 def _add_report(task: argparse.ArgumentParser) -> None:
-    task.add_argument("--out", default="", metavar="DIR", help=say("folder", "文件夹"))
-    task.add_argument("--base", required=True, metavar="A", help=say("model or tokenizer file", "模型或分词器文件"))
-    task.add_argument("--other", default="", metavar="B", help=say("compare with this one", "与此对比"))
-    task.add_argument("--text", required=True, nargs="+", metavar="F", help=say("text or data", "文本或数据"))
+    task.add_argument("--out", default="", metavar="DIR", help=_("folder"))
+    task.add_argument("--base", required=True, metavar="A", help=_("model or tokenizer file"))
+    task.add_argument("--other", default="", metavar="B", help=_("compare with this one"))
+    task.add_argument("--text", required=True, nargs="+", metavar="F", help=_("text or data"))
     _add_script(task)
 
 
@@ -131,10 +124,8 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _add_out(task: argparse.ArgumentParser) -> None:
-    task.add_argument("--out", required=True, metavar="DIR", help=say("folder", "文件夹"))
-    task.add_argument(
-        "--again", action="store_true", help=say("start over; the old folder is kept", "重新生成；保留旧文件夹")
-    )
+    task.add_argument("--out", required=True, metavar="DIR", help=_("folder"))
+    task.add_argument("--again", action="store_true", help=_("start over; the old folder is kept"))
 
 
 def _add_corpus(task: argparse.ArgumentParser) -> None:
@@ -143,12 +134,10 @@ def _add_corpus(task: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="F",
-        help=say("text or data of any format", "任意格式的文本或数据"),
+        help=_("text or data of any format"),
     )
-    task.add_argument("--pieces", type=int, required=True, metavar="N", help=say("how many", "词数"))
+    task.add_argument("--pieces", type=int, required=True, metavar="N", help=_("how many"))
 
 
 def _add_script(task: argparse.ArgumentParser) -> None:
-    task.add_argument(
-        "--script", default="han", help=say("han, japanese, hangul, cyrillic, …", "han、japanese、hangul、cyrillic 等")
-    )
+    task.add_argument("--script", default="han", help=_("han, japanese, hangul, cyrillic, …"))

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return say(
-        "compare weights, tokenizer, adapter with known or recorded hashes",
-        "用已知或记录的哈希核对权重、分词器与适配器",
-    )
+    return _("compare weights, tokenizer, adapter with known or recorded hashes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help=say("file or folder", "文件或文件夹"))
+    parser.add_argument("path", metavar="PATH", help=_("file or folder"))
     parser.add_argument(
         "--against",
         default="",
         metavar="LIST",
-        help=say(
-            "a file of hashes, or `known`: only published hashes pass", "哈希清单文件，或 `known`：只接受已发布的"
-        ),
+        help=_("a file of hashes, or `known`: only published hashes pass"),
     )
 
 

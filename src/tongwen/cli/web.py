@@ -5,22 +5,20 @@ from __future__ import annotations
 import argparse
 
 from tongwen.cli import model_arguments, shared_arguments
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return say("the whole workbench in the browser", "浏览器里的整个工作台")
+    return _("the whole workbench in the browser")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folders", nargs="*", default=["."], metavar="FOLDER", help=say("what the page may see", "网页可以访问的文件夹")
-    )
+    parser.add_argument("folders", nargs="*", default=["."], metavar="FOLDER", help=_("what the page may see"))
     parser.add_argument(
         "--model",
         action="append",
         default=[],
-        help=say("model of the chat; twice: side by side", "对话使用的模型；写两次则并排"),
+        help=_("model of the chat; twice: side by side"),
     )
     shared_arguments.add_page_address(parser)
     model_arguments.add_opening(parser)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import ArtifactError, RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.model.loading import chat_setup, load
 from tongwen.model.loading.fingerprint import combine, model_lines
 from tongwen.model.loading.tensors import open_model
@@ -28,12 +28,12 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
     for role, place in opened.items():
         if place.adapters:
             raise RecipeError(
-                say("an adapter: merge it first", "这是适配器：请先合并"),
+                _("an adapter: merge it first"),
                 place=places[role],
                 remedy=f"tongwen merge --base {place.folder} --adapter {places[role]} --out MERGED",
             )
     console.header("chat vector", f"{target} + {scale:g} x ({instruct} − {base})")
-    (ours, config), (theirs, _), (old, _) = (open_model(place) for place in opened.values())
+    (ours, config), (theirs, _unused), (old, _unused2) = (open_model(place) for place in opened.values())
     chat_vector.check_alike(ours, theirs, old)
     tokenizer, speaks = (load.load_tokenizer(opened[role]) for role in ("target", "instruct"))
     _check_control_tokens(tokenizer, speaks, instruct)
@@ -52,16 +52,10 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
     assert draft.artifact
     if added.kept:
         console.notice(
-            say(
-                f"{added.kept:,} rows of the larger vocabulary have no counterpart and stay as they are",
-                f"较大词表中的 {added.kept:,} 行没有对应行，保持不变",
-            )
+            _("{kept:,} rows of the larger vocabulary have no counterpart and stay as they are").format(kept=added.kept)
         )
     console.good(
-        say(
-            f"{added.changed} of {len(added.lines)} tensors changed · {out}",
-            f"改变了 {len(added.lines)} 个张量中的 {added.changed} 个 · {out}",
-        )
+        _("{changed} of {count} tensors changed · {out}").format(changed=added.changed, count=len(added.lines), out=out)
     )
     console.emit({"out": out, **{key: value for key, value in draft.artifact.manifest.items() if key != "tensors"}})
     return 0
@@ -73,12 +67,11 @@ def _check_control_tokens(tokenizer: Any, speaks: Any, instruct: str) -> None:
         index = speaks.convert_tokens_to_ids(text)
         if tokenizer.convert_tokens_to_ids(text) != index:
             raise ArtifactError(
-                say(
-                    f"{text!r} is token {index} of the instruct model, and another or none here",
-                    f"{text!r} 在对话模型中是第 {index} 号，在此处不同或没有",
+                _("{text!r} is token {index} of the instruct model, and another or none here").format(
+                    text=text, index=index
                 ),
                 place=instruct,
-                remedy=say("start from the base of this very instruct model", "请从该对话模型自己的底座开始"),
+                remedy=_("start from the base of this very instruct model"),
             )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from tongwen.core import console
 from tongwen.core.errors import DataError, RecipeError, TongwenError, raise_all
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.data import prepare_steps
 from tongwen.data.clean import Cleaner
 from tongwen.data.ledger import table_rows
@@ -53,9 +53,9 @@ def run(recipe: Recipe) -> int:
         except DataError as error:
             errors.append(error)
     raise_all(errors)
-    rows = [row for kind, table in tables.items() for row in table_rows(table, kind, say("kept", "保留"))]
-    console.table((say("data", "数据"), say("rows", "行"), say("bytes", "字节")), rows)
-    console.good(say(f"stages: {', '.join(recipe.stages)}", f"阶段：{'、'.join(recipe.stages)}"))
+    rows = [row for kind, table in tables.items() for row in table_rows(table, kind, _("kept"))]
+    console.table((_("data"), _("rows"), _("bytes")), rows)
+    console.good(_("stages: {stages}").format(stages=_(", ").join(recipe.stages)))
     console.emit({"name": recipe.name, "stages": recipe.stages, "data": tables})
     return 0
 

@@ -15,7 +15,7 @@ from tongwen.core import artifact, console
 from tongwen.core.console import human_bytes, human_time
 from tongwen.core.errors import ArtifactError, RecipeError, first_line
 from tongwen.core.html import curves, render
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.train.metrics import read_metrics
 from tongwen.workflows.stage_inputs import TRAINING
 
@@ -41,34 +41,28 @@ class TrainedRun:
         held_out, through = (self.report["held_out"] or {}).get("bits_per_byte"), self.report["throughput"]
         last = [line["loss"] for line in self.metrics if "loss" in line][-10:]
         return {
-            say("held-out bits per byte, before", "留出集 bits per byte，训练前"): f"{held_out['before']:.4f}"
-            if held_out
-            else "",
-            say("held-out bits per byte, after", "留出集 bits per byte，训练后"): f"{held_out['after']:.4f}"
-            if held_out
-            else "",
-            say("loss, mean of the last ten lines", "损失，最后十行均值"): f"{sum(last) / len(last):.4f}"
-            if last
-            else "",
-            say("trained parameters", "训练参数"): f"{self.report['trainable']['parameters']:,}",
-            say("steps", "步数"): f"{through['steps']:,}",
+            _("held-out bits per byte, before"): f"{held_out['before']:.4f}" if held_out else "",
+            _("held-out bits per byte, after"): f"{held_out['after']:.4f}" if held_out else "",
+            _("loss, mean of the last ten lines"): f"{sum(last) / len(last):.4f}" if last else "",
+            _("trained parameters"): f"{self.report['trainable']['parameters']:,}",
+            _("steps"): f"{through['steps']:,}",
             "token": f"{through['tokens']:,}",
-            say("tokens per second", "token / 秒"): f"{through['tokens_per_second']:.0f}",
-            say("time", "用时"): human_time(through["seconds"]),
-            say("peak memory", "峰值内存"): human_bytes(self.report["peak_memory_bytes"]),
+            _("tokens per second"): f"{through['tokens_per_second']:.0f}",
+            _("time"): human_time(through["seconds"]),
+            _("peak memory"): human_bytes(self.report["peak_memory_bytes"]),
         }
 
 
 def run(paths: Sequence[str], html: str) -> int:
     """Compare the runs' training stages of the same kind; draw them into a page, if one is named."""
     if html and not Path(html).absolute().parent.is_dir():
-        raise RecipeError(say("there is no such folder", "没有这个文件夹"), place=html)
+        raise RecipeError(_("there is no such folder"), place=html)
     found: dict[str, list[TrainedRun]] = {}
     for path, name in zip(paths, _names(paths), strict=True):
         for one in _trained(path, name):
             runs = found.setdefault(one.artifact.kind, [])
             if any(one.artifact.path.samefile(other.artifact.path) for other in runs):
-                raise RecipeError(say("this run is named twice", "该训练写了两次"), place=path)
+                raise RecipeError(_("this run is named twice"), place=path)
             runs.append(one)
     kinds = []
     for kind, runs in found.items():
@@ -77,12 +71,12 @@ def run(paths: Sequence[str], html: str) -> int:
         results = _rows([one.results for one in runs], only_differing=False)
         console.header("compare", kind)
         tables = []
-        for title, rows in ((say("settings", "设置"), differing), (say("results", "结果"), results)):
+        for title, rows in ((_("settings"), differing), (_("results"), results)):
             console.table((title, *names), rows)
             tables.append((f"{kind} · {title}", (("", *names), rows)))
         kinds.append({"tables": tables, "curves": _curves(kind, runs)})
     if html:
-        title = say("Runs compared", "训练对比")
+        title = _("Runs compared")
         page = render("commands/compare.html.jinja", title=title, summary=" · ".join(paths), kinds=kinds)
         Path(html).write_text(page, encoding="utf-8")
         console.good(html)
@@ -108,11 +102,9 @@ def _trained(path: str, name: str) -> list[TrainedRun]:
     made = [one for one in map(artifact.find, places) if one and one.kind in TRAINING]
     if not made:
         raise ArtifactError(
-            say("no training has finished here", "此处没有已完成的训练"),
+            _("no training has finished here"),
             place=path,
-            remedy=say(
-                "give the folder of a run, or of its pretrain or sft", "请给出训练的文件夹，或其中的 pretrain、sft"
-            ),
+            remedy=_("give the folder of a run, or of its pretrain or sft"),
         )
     return [TrainedRun(name, one, _report(one.path), read_metrics(one.path / "metrics.jsonl")) for one in made]
 
@@ -123,14 +115,14 @@ def _report(stage: Path) -> dict[str, Any]:
     try:
         report = dict(json.loads(file.read_text(encoding="utf-8")))
         lacks = {"held_out", "throughput", "trainable", "peak_memory_bytes"} - {*report}
-        what = say(f"it lacks {', '.join(sorted(lacks))}", f"缺少 {'、'.join(sorted(lacks))}") if lacks else ""
+        what = _("it lacks {lacks}").format(lacks=_(", ").join(sorted(lacks))) if lacks else ""
     except (OSError, ValueError, TypeError) as error:
-        what = say(f"it cannot be read: {first_line(error)}", f"无法读取：{first_line(error)}")
+        what = _("it cannot be read: {error}").format(error=first_line(error))
     if what:
         raise ArtifactError(
             what,
             place=str(file),
-            remedy=say("tongwen run RECIPE --again makes it anew", "tongwen run RECIPE --again 重新生成"),
+            remedy=_("tongwen run RECIPE --again makes it anew"),
         )
     return report
 
@@ -148,10 +140,10 @@ def _rows(columns: Sequence[Mapping[str, Any]], *, only_differing: bool) -> list
 
 def _curves(kind: str, runs: Sequence[TrainedRun]) -> list[tuple[str, Markup]]:
     """(heading, drawing): each score of the runs over each other."""
-    step, drawn = say("step", "步"), []
+    step, drawn = _("step"), []
     scores = (
-        ("loss", say("loss", "损失"), say("nats per learned token", "每个学习 token 的 nats")),
-        ("bits_per_byte", say("held-out bits per byte", "留出集 bits per byte"), "bits per byte"),
+        ("loss", _("loss"), _("nats per learned token")),
+        ("bits_per_byte", _("held-out bits per byte"), "bits per byte"),
     )
     for key, title, label in scores:
         lines = {one.name: [(line["step"], line[key]) for line in one.metrics if key in line] for one in runs}

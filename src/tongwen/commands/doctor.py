@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 from tongwen import __version__
 from tongwen.core import console
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.migrate.failures import find
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
@@ -34,7 +34,7 @@ def run() -> int:
     packages = {name: _version(name) for name in PACKAGES}
     extras = {name: _version(name) for name in EXTRAS}
     console.table(
-        (say("package", "软件包"), say("version", "版本")),
+        (_("package"), _("version")),
         [*packages.items(), *((name, version or f"– (pip install {name})") for name, version in extras.items())],
     )
     device = compute_device()
@@ -42,31 +42,28 @@ def run() -> int:
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     memory = _memory_bytes()
     facts = [
-        (say("device", "设备"), f"{device}; {str(dtype)[6:]}: {why}"),
+        (_("device"), f"{device}; {str(dtype)[6:]}: {why}"),
         *((f"GPU {index}", f"{gpu.name}, {console.human_bytes(gpu.total_memory)}") for index, gpu in enumerate(gpus)),
-        (say("processors", "处理器"), f"{os.cpu_count()}, torch: {torch.get_num_threads()}"),
-        (say("memory", "内存"), console.human_bytes(memory) if memory else "?"),
-        (say("free disk here", "当前磁盘剩余"), console.human_bytes(shutil.disk_usage(".").free)),
+        (_("processors"), f"{os.cpu_count()}, torch: {torch.get_num_threads()}"),
+        (_("memory"), console.human_bytes(memory) if memory else "?"),
+        (_("free disk here"), console.human_bytes(shutil.disk_usage(".").free)),
     ]
     if is_installed():
-        font = cjk_font() or say("none: plots are labelled in English", "无：图中用英文标注")
-        facts.append((say("font for Chinese in plots", "图中可用的中文字体"), font))
+        font = cjk_font() or _("none: plots are labelled in English")
+        facts.append((_("font for Chinese in plots"), font))
     console.table(("", ""), facts)
     places = hubs()
     with ThreadPoolExecutor() as pool:
         reached = dict(zip(places, pool.map(reach, places.values()), strict=True))
     console.table(
-        (say("reachable", "可达"), "", "ms"),
-        [
-            (name, places[name], f"{took:.0f}" if took is not None else say("no", "否"))
-            for name, took in reached.items()
-        ],
+        (_("reachable"), "", "ms"),
+        [(name, places[name], f"{took:.0f}" if took is not None else _("no")) for name, took in reached.items()],
     )
     if reached["hub"] is None:
         console.notice(
-            say("the hub is out of reach: ", "连不上 hub：")
+            _("the hub is out of reach: ")
             + "export HF_ENDPOINT=https://hf-mirror.com"
-            + say("   or write   base: modelscope:Qwen/Qwen3-8B", "   或写   base: modelscope:Qwen/Qwen3-8B")
+            + _("   or write   base: modelscope:Qwen/Qwen3-8B")
         )
     console.emit(
         {
@@ -86,14 +83,12 @@ def run() -> int:
 def explain(name: str) -> int:
     """Print one failure of the older projects: what was seen, why, and what happens here instead."""
     one = find(name)
-    console.header(one.id, say(*one.says))
-    console.tell(say("cause: ", "原因：") + say(*one.why))
-    console.tell(say("here:  ", "此处：") + say(*one.here))
+    console.header(one.id, _(one.says))
+    console.tell(_("cause: ") + _(one.why))
+    console.tell(_("here:  ") + _(one.here))
     for test in one.shown:
         console.tell(f"  {test}")
-    console.emit(
-        {"id": one.id, "symptom": say(*one.says), "cause": say(*one.why), "here": say(*one.here), "tests": one.shown}
-    )
+    console.emit({"id": one.id, "symptom": _(one.says), "cause": _(one.why), "here": _(one.here), "tests": one.shown})
     return 0
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import DataError, RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.hub import download, names
 
 ROW_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -81,7 +81,7 @@ def split_files(
         with (folder / path).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             starts, ends = _find_rows(content, path)
             if len(starts) < 2:
-                console.notice(say(f"{path} has no rows to split", f"{path} 没有可拆分的行"))
+                console.notice(_("{path} has no rows to split").format(path=path))
                 continue
             order = array("Q", range(len(starts)))
             random.Random(seed).shuffle(order)  # noqa: S311 (no secret)
@@ -90,14 +90,12 @@ def split_files(
                 target = _part_name(path, part, {*made, *paths}, old_names)
                 rows = (content[starts[row] : ends[row]] for row in chosen)
                 made[target] = _write_rows(folder / target, rows)
-                console.tell(say(f"{target}: {len(chosen):,} rows", f"{target}：{len(chosen):,} 行"))
+                console.tell(_("{target}: {count:,} rows").format(target=target, count=len(chosen)))
     if not made:
         raise DataError(
-            say("--dev found no file with rows (JSON or JSON lines)", "--dev 没有找到含多行的文件（JSON 或 JSONL）"),
+            _("--dev found no file with rows (JSON or JSON lines)"),
             place=str(folder),
-            remedy=say(
-                "fetch without --dev; a recipe splits with held_out: 0.01", "去掉 --dev；配方可用 held_out: 0.01 划分"
-            ),
+            remedy=_("fetch without --dev; a recipe splits with held_out: 0.01"),
         )
     return made
 
@@ -175,27 +173,27 @@ def _iter_elements(content: mmap.mmap, start: int, path: str) -> Iterator[tuple[
             break
     if depth or content[begin:].strip():
         raise DataError(
-            say("this is not one whole JSON array", "这不是一个完整的 JSON 数组"),
+            _("this is not one whole JSON array"),
             place=path,
-            remedy=say("fetch without --dev, and look at the end of the file", "去掉 --dev 下载，并查看文件末尾"),
+            remedy=_("fetch without --dev, and look at the end of the file"),
         )
 
 
 def _check_split(wanted: names.HubRef, dev: float, old_names: bool) -> None:
     if not dev and old_names:
         raise RecipeError(
-            say("--old-names are names of the parts that --dev makes", "--old-names 是 --dev 所生成文件的名称"),
+            _("--old-names are names of the parts that --dev makes"),
             place="--old-names",
             remedy="--dev 0.01 --old-names",
         )
     if dev and wanted.kind != "dataset":
         raise RecipeError(
-            say(f"only a data set is split, {wanted.id} is a model", f"只有数据集可以拆分，{wanted.id} 是模型"),
+            _("only a data set is split, {wanted} is a model").format(wanted=wanted.id),
             place="--dev",
         )
     if dev and not 0 < dev < 1:
         raise RecipeError(
-            say(f"{dev:g} is not a share between 0 and 1", f"{dev:g} 不是 0 与 1 之间的比例"),
+            _("{dev:g} is not a share between 0 and 1").format(dev=dev),
             place="--dev",
             remedy="--dev 0.01",
         )
@@ -221,11 +219,10 @@ def _report(found: artifact.Artifact, here: bool) -> None:
     size = console.human_bytes(sum(file["bytes"] for file in files.values()))
     commit = found.manifest["source"]["commit"][:12]
     console.good(
-        say(f"already here: {found.path}", f"已在此处：{found.path}")
+        _("already here: {path}").format(path=found.path)
         if here
-        else say(
-            f"{found.path}: {len(files)} files, {size}, commit {commit}, all hashes agree",
-            f"{found.path}：{len(files)} 个文件，{size}，提交 {commit}，哈希全部一致",
+        else _("{path}: {count} files, {size}, commit {commit}, all hashes agree").format(
+            path=found.path, count=len(files), size=size, commit=commit
         )
     )
     console.tell("  → " + _next_step(found, [*made] or [*files]))
@@ -260,7 +257,7 @@ def _base_of(adapter: Path) -> str:
 def _list_names() -> int:
     table = names.names()
     console.table(
-        (say("name", "名称"), say("kind", "种类"), "hub", "ModelScope"),
+        (_("name"), _("kind"), "hub", "ModelScope"),
         [(key, entry["kind"], entry["hub"], entry.get("modelscope", "")) for key, entry in table.items()],
     )
     console.tell("\ntongwen fetch belle-1m --dev 0.01")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import artifact, console
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.infer.answer_log import AnswerJournal
 from tongwen.infer.endpoint import EndpointBackend
 from tongwen.infer.generation import Sampling
@@ -59,15 +59,10 @@ def run(
     beside = file.with_name(file.name + ".answers")
     if again:
         beside.unlink(missing_ok=True)
-    journal = AnswerJournal(beside, settings, say("--again begins anew", "--again 重新开始"))
+    journal = AnswerJournal(beside, settings, _("--again begins anew"))
     missing = [row for row in range(len(questions)) if row not in journal.answers]
     if len(missing) < len(questions):
-        console.notice(
-            say(
-                f"{len(questions) - len(missing)} answers are there already",
-                f"已有 {len(questions) - len(missing)} 个回答",
-            )
-        )
+        console.notice(_("{count} answers are there already").format(count=len(questions) - len(missing)))
     answerer = _open(who, batch_size, sampling)
     with console.progress(len(questions), "generate", len(journal.answers)) as bar:
 

@@ -13,62 +13,53 @@ from typing import NamedTuple
 
 from tongwen.core import console
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import N_, _
 
 
 class TrainingMethod(NamedTuple):
-    """adapter: the recipe's words; then what it is, in both languages."""
+    """adapter: the recipe's words; description: what it is, in English."""
 
     adapter: str
-    en: str
-    zh: str
+    description: str
 
+
+# The comment of a line of a template: what stands behind its last `# `.
+COMMENT = re.compile(r"# ((?:(?!# ).)*)$", re.MULTILINE)
 
 METHODS = {
-    "lora": TrainingMethod("{method: lora, rank: @rank@}", "LoRA, a small adapter", "LoRA 小适配器"),
+    "lora": TrainingMethod("{method: lora, rank: @rank@}", N_("LoRA, a small adapter")),
     "rslora": TrainingMethod(
         "{method: lora, rslora: true, rank: @rank@}",
-        "rsLoRA, for a high rank: scaled by its root",
-        "rsLoRA，高秩时按根号缩放",
+        N_("rsLoRA, for a high rank: scaled by its root"),
     ),
-    "dora": TrainingMethod(
-        "{method: lora, dora: true, rank: @rank@}", "DoRA, direction and size apart", "DoRA，方向与幅度分开"
-    ),
-    "adalora": TrainingMethod(
-        "{method: adalora, rank: @rank@}", "AdaLoRA, ranks go where they matter", "AdaLoRA，秩分配到重要之处"
-    ),
-    "qlora": TrainingMethod(
-        "{method: qlora, rank: @rank@}", "QLoRA, an adapter on a base in 4 bits", "QLoRA，4 位底座上的适配器"
-    ),
+    "dora": TrainingMethod("{method: lora, dora: true, rank: @rank@}", N_("DoRA, direction and size apart")),
+    "adalora": TrainingMethod("{method: adalora, rank: @rank@}", N_("AdaLoRA, ranks go where they matter")),
+    "qlora": TrainingMethod("{method: qlora, rank: @rank@}", N_("QLoRA, an adapter on a base in 4 bits")),
     "int8": TrainingMethod(
         "{method: qlora, quantize: int8, rank: @rank@}",
-        "QLoRA, an adapter on a base in 8 bits",
-        "QLoRA，8 位底座上的适配器",
+        N_("QLoRA, an adapter on a base in 8 bits"),
     ),
     "experts": TrainingMethod(
         "{method: lora, rank: @rank@, target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]}",
-        "LoRA on the fused weights of experts, too",
-        "LoRA 同时覆盖融合的专家权重",
+        N_("LoRA on the fused weights of experts, too"),
     ),
     "also": TrainingMethod(
         "{method: lora, rank: @rank@, also_train: [embed_tokens]}",
-        "LoRA, and the embeddings in full",
-        "LoRA，并训练全部词向量",
+        N_("LoRA, and the embeddings in full"),
     ),
     "family": TrainingMethod(
         "{method: lora, targets: family, rank: @rank@}",
-        "LoRA on the attention only, as in 2023",
-        "仅注意力层的 LoRA（2023 年的做法）",
+        N_("LoRA on the attention only, as in 2023"),
     ),
-    "full": TrainingMethod("{method: full}", "all weights", "全部权重"),
+    "full": TrainingMethod("{method: full}", N_("all weights")),
 }
 TRAINS = {
-    "lora": ("adapter alone", "仅适配器"),
-    "embeddings": ("embeddings alone", "仅词向量"),
-    "lora+embeddings": ("adapter and embeddings", "适配器与词向量"),
-    "full": ("all weights", "全部权重"),
-    "new_rows": ("only the new rows, the rest bit for bit as before", "只训练新增的行，其余逐比特不变"),
-    "phases": ("first the new rows, then adapter and embeddings", "先新增的行，再适配器与词向量"),
+    "lora": N_("adapter alone"),
+    "embeddings": N_("embeddings alone"),
+    "lora+embeddings": N_("adapter and embeddings"),
+    "full": N_("all weights"),
+    "new_rows": N_("only the new rows, the rest bit for bit as before"),
+    "phases": N_("first the new rows, then adapter and embeddings"),
 }
 
 
@@ -159,9 +150,7 @@ def run(name: str, out: str) -> int:
     """Write the recipe, or list what there is."""
     if not name:
         rows = [(key, start.base, _kind(start), start.memory) for key, start in STARTS.items()]
-        console.table(
-            (say("template", "模板"), say("model", "模型"), say("method", "方法"), say("fits in", "适用")), rows
-        )
+        console.table((_("template"), _("model"), _("method"), _("fits in")), rows)
         console.tell("\ntongwen init qwen3-0.6b-lora-8g --out recipe.yaml")
         console.emit({"templates": list(STARTS)})
         return 0
@@ -169,9 +158,7 @@ def run(name: str, out: str) -> int:
         import difflib
 
         near = difflib.get_close_matches(name, STARTS, 3) or list(STARTS)
-        raise RecipeError(
-            say(f"there is no template {name!r}", f"没有模板 {name!r}"), place="init", remedy=", ".join(near)
-        )
+        raise RecipeError(_("there is no template {name!r}").format(name=name), place="init", remedy=", ".join(near))
     text = render(name)
     if not out:
         if console.SCREEN.json:
@@ -181,27 +168,23 @@ def run(name: str, out: str) -> int:
         return 0
     target = Path(out)
     if target.exists():
-        raise RecipeError(
-            say("this file exists", "该文件已存在"), place=out, remedy=say("choose another name", "换个名字")
-        )
+        raise RecipeError(_("this file exists"), place=out, remedy=_("choose another name"))
     target.write_text(text, encoding="utf-8")
-    console.good(say(f"{out} · next: tongwen check {out}", f"{out} · 下一步：tongwen check {out}"))
+    console.good(_("{out} · next: tongwen check {out}").format(out=out))
     console.emit({"out": out})
     return 0
 
 
 def render(name: str) -> str:
-    """The recipe of that name; its comments, which stand in both languages (`# en ¦ zh`), in the user's."""
+    """The recipe of that name, with its comments in the user's language."""
     start, method = STARTS[name], METHODS[STARTS[name].method]
     text = (importlib.resources.files("tongwen.commands") / "recipe_templates" / f"{start.stage}.yaml").read_text(
         encoding="utf-8"
     )
     adapter = "" if start.stage != "sft" and not start.leaves_adapter else method.adapter
     values = {**vars(start), "name": name, "adapter": adapter, "phases": "+" if start.train == "phases" else ""}
-    values |= dict(
-        zip(("what", "what_zh"), (method.en, method.zh) if start.stage == "sft" else TRAINS[start.train], strict=True)
-    )
-    values |= dict(zip(("result", "result_zh"), _result(start), strict=True))
+    what = method.description if start.stage == "sft" else TRAINS[start.train]
+    values |= {"what": _(what), "result": _result(start)}
     if start.devices == 1:
         values["devices"] = ""
     values["one"] = "" if start.train == "phases" else start.train
@@ -210,9 +193,10 @@ def render(name: str) -> str:
         line for line in text.splitlines(keepends=True) if all(values[key] for key in re.findall(r"@(\w+)@", line))
     ]
     text = "".join(lines).replace("@phases@", "").rstrip() + "\n"
-    for _ in range(2):  # the adapter has the rank in it
+    text = COMMENT.sub(lambda found: f"# {_(found[1])}", text)
+    for _index in range(2):  # the adapter has the rank in it
         text = re.sub(r"@(\w+)@", lambda found: str(values[found[1]]), text)
-    return re.sub(r"# (.*?) ¦ (.*)$", lambda found: "# " + say(found[1], found[2]), text, flags=re.MULTILINE)
+    return text
 
 
 def _kind(start: RecipeTemplate) -> str:
@@ -220,11 +204,8 @@ def _kind(start: RecipeTemplate) -> str:
     return f"{start.stage}, {what}" + (f", {start.engine}" if start.engine else "")
 
 
-def _result(start: RecipeTemplate) -> tuple[str, str]:
+def _result(start: RecipeTemplate) -> str:
     stage = "sft" if start.stage == "sft" else "pretrain"
     if start.leaves_adapter:
-        return (
-            f"an adapter in OUT/{stage}, and an ordinary model in OUT/merge",
-            f"OUT/{stage} 中的适配器，与 OUT/merge 中的普通模型",
-        )
-    return f"an ordinary model in OUT/{stage}", f"OUT/{stage} 中的普通模型"
+        return _("an adapter in OUT/{stage}, and an ordinary model in OUT/merge").format(stage=stage)
+    return _("an ordinary model in OUT/{stage}").format(stage=stage)

@@ -8,7 +8,7 @@ from typing import Any
 from tongwen.core import console
 from tongwen.core.errors import RecipeError
 from tongwen.core.html import render
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.data.token_store import TokenStore
 from tongwen.recipe.schema import Recipe
 from tongwen.workflows.data_preview import coloured, pieces, token_kinds
@@ -20,7 +20,7 @@ def run(recipe: Recipe, count: int, page: str) -> int:
     """Encode what the recipe trains on and show the first `count` samples of each training stage, token by token."""
     if not recipe.training:
         raise RecipeError(
-            say("there is nothing to look at: no training stage", "没有可查看的内容：没有训练阶段"),
+            _("there is nothing to look at: no training stage"),
             place=recipe.name,
             remedy="sft: {}",
         )
@@ -67,10 +67,7 @@ def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count
     if rejected:
         first = "{file}:{row}: {rule}".format(**rejected[0])
         console.notice(
-            say(
-                f"{len(rejected)} samples would not be trained, the first: {first}",
-                f"{len(rejected)} 个样本不会参与训练，第一个：{first}",
-            )
+            _("{count} samples would not be trained, the first: {first}").format(count=len(rejected), first=first)
         )
     return {"mask": mask, "ledger": lesson.ledger.to_dict(), "rejected": len(rejected)}
 

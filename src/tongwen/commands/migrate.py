@@ -15,7 +15,7 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.hub.names import today
 from tongwen.migrate.build_recipe import as_yaml
 from tongwen.migrate.migrate import MigrationResult, migrate_command, migrate_files
@@ -63,15 +63,15 @@ def _check(outcomes: Sequence[MigrationResult], out: str, *, to_run: bool) -> No
     """Raise RecipeError when the words of the command do not fit what was found."""
     if out and sum(bool(one.recipe) for one in outcomes) > 1:
         raise RecipeError(
-            say("several recipes come out, and --out names one file", "得到多份配方，而 --out 只有一个文件"),
+            _("several recipes come out, and --out names one file"),
             place=out,
-            remedy=say("leave --out away", "去掉 --out"),
+            remedy=_("leave --out away"),
         )
     if to_run and any(one.launch for one in outcomes):
         raise RecipeError(
-            say("several machines are started by torchrun, one line on each", "多机须在每台机器上用 torchrun 启动"),
+            _("several machines are started by torchrun, one line on each"),
             place="--run",
-            remedy=say("leave --run away: the line is printed", "去掉 --run：会打印该命令"),
+            remedy=_("leave --run away: the line is printed"),
         )
 
 
@@ -90,7 +90,7 @@ def _read(words: list[str]) -> Iterator[MigrationResult]:
     """Files when the first word is one, else a command; of a script, all its commands."""
     if not words:
         raise RecipeError(
-            say("neither a file nor a command is given", "既没有文件也没有命令"),
+            _("neither a file nor a command is given"),
             place="tongwen migrate",
             remedy="tongwen migrate run_config/Bloom_config.json   |   tongwen migrate -- torchrun finetune.py …",
         )
@@ -101,7 +101,7 @@ def _read(words: list[str]) -> Iterator[MigrationResult]:
         try:
             text = first.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=str(first)) from None
+            raise RecipeError(_("cannot be read: {error}").format(error=error), place=str(first)) from None
         yield from (migrate_command(line.words, today) for line in read_script(text, str(first)))
     else:
         yield migrate_command(words, today)
@@ -112,10 +112,10 @@ def _report(one: MigrationResult) -> None:
     for note in one.notes:
         console.notice(note)
     verdicts = {
-        "kept": say("kept", "保留"),
-        "renamed": say("renamed", "改名"),
-        "mended": say("mended", "修正"),
-        "dropped": say("dropped", "去除"),
+        "kept": _("kept"),
+        "renamed": _("renamed"),
+        "mended": _("mended"),
+        "dropped": _("dropped"),
     }
     for verdict in one.verdicts:
         flag = verdict.flag if verdict.value is None else f"{verdict.flag} {verdict.value}"
@@ -126,7 +126,7 @@ def _report(one: MigrationResult) -> None:
         console.tell(f"  {one.instead}")
     if one.launch:
         options = " ".join(f"--{name} {value}" for name, value in one.launch.items())
-        console.tell(say("on each machine:", "在每台机器上："))
+        console.tell(_("on each machine:"))
         console.tell(f"  torchrun {options} -m tongwen run RECIPE")
 
 
@@ -138,9 +138,7 @@ def _hand_over(text: str, target: str) -> None:
         return
     file = Path(target)
     if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise RecipeError(
-            say("another file stands here", "此处已有另一文件"), place=target, remedy="tongwen migrate --out FILE …"
-        )
+        raise RecipeError(_("another file stands here"), place=target, remedy="tongwen migrate --out FILE …")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
     console.good(target)
@@ -154,9 +152,8 @@ def _fitting(recipe: dict[str, Any]) -> list[str]:
     if recipe.get("devices", 1) <= here:
         return []
     console.notice(
-        say(
-            f"devices: {here}, not {recipe['devices']}: this machine has no more; the batch stays what it was",
-            f"devices: {here}，而非 {recipe['devices']}：本机没有更多设备；批大小不变",
+        _("devices: {here}, not {devices}: this machine has no more; the batch stays what it was").format(
+            here=here, devices=recipe["devices"]
         )
     )
     alone = [f"{section}.engine=auto" for section in ("pretrain", "sft") if here == 1 and section in recipe]

@@ -14,7 +14,7 @@ import torch
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import N_, _
 from tongwen.export.gguf import bytes_per_weight
 from tongwen.model.loading import load
 from tongwen.model.merging.resize import plan_rows
@@ -39,17 +39,17 @@ from tongwen.workflows.tokenized_data import (
 from tongwen.workflows.training import memory_estimate
 from tongwen.workflows.training.memory_estimate import MemoryEstimate, MicroBatch, TrainingSetup, estimate_memory
 
-PURPOSES = {  # of memory, in Chinese
-    "libraries": "程序库",
-    "weights": "权重",
-    "gradients": "梯度",
-    "optimizer": "优化器",
-    "gathered": "通信缓冲与临时还原的层",
-    "activations": "激活",
-    "head": "输出层",
-    "blocks": "分块",
-    "merging": "正在合并的权重",
-}
+PURPOSES = (  # of memory, as an estimate names them
+    N_("libraries"),
+    N_("weights"),
+    N_("gradients"),
+    N_("optimizer"),
+    N_("gathered"),
+    N_("activations"),
+    N_("head"),
+    N_("blocks"),
+    N_("merging"),
+)
 
 
 def run(recipe: Recipe, gpu: str | None, stages: Stages, *, measure: bool = False) -> int:
@@ -58,25 +58,19 @@ def run(recipe: Recipe, gpu: str | None, stages: Stages, *, measure: bool = Fals
     limit = parse_memory(gpu) if gpu is not None else None
     if measure and limit:
         raise RecipeError(
-            say(
-                "this machine is measured, not the one that --gpu names",
-                "--measure 测的是本机，而不是 --gpu 所说的机器",
-            ),
+            _("this machine is measured, not the one that --gpu names"),
             place="--measure",
-            remedy=say("leave --gpu out", "去掉 --gpu"),
+            remedy=_("leave --gpu out"),
         )
     if not recipe.training or recipe.prepare is None:
-        raise RecipeError(
-            say("there is nothing to train in this recipe", "该配方没有训练阶段"), place=recipe.name, remedy="sft: {}"
-        )
+        raise RecipeError(_("there is nothing to train in this recipe"), place=recipe.name, remedy="sft: {}")
     check_ahead(recipe, recipe.stages, stages)
     if recipe.vocab and not artifact.find(Path(recipe.out) / "vocab"):
-        _, new = _config(recipe, recipe.base)
+        _unused, new = _config(recipe, recipe.base)
         console.notice(
-            say(
-                f"vocab has not run: {new:,} new rows at most are counted, and tokens as the base's tokenizer makes them, which are more",
-                f"vocab 尚未运行：按至多 {new:,} 个新行计；token 数按底座分词器计，偏多",
-            )
+            _(
+                "vocab has not run: {new:,} new rows at most are counted, and tokens as the base's tokenizer makes them, which are more"
+            ).format(new=new)
         )
     found = {name: _plan(recipe, name, limit, measure) for name in recipe.stages if name in ("pretrain", "sft")}
     last = list(found.values())[-1]
@@ -238,7 +232,7 @@ def _cures(
 
     def helps(section: Training, tokens: int) -> bool:
         smaller = micro if tokens == together else micro.cut(tokens)
-        _, needs = _needs(config, section, _setting(section, "cuda", limit, recipe.devices, rows), smaller, limit)
+        _unused, needs = _needs(config, section, _setting(section, "cuda", limit, recipe.devices, rows), smaller, limit)
         peaks.append(min(needs.bytes["peak"], peaks[-1]))
         return peaks[-1] < peaks[-2]
 
@@ -251,7 +245,7 @@ def _cures(
 def _afterwards(recipe: Recipe) -> dict[str, Any]:
     """What merging and exporting need: both go through the model a block of rows at a time."""
     found: dict[str, Any] = {}
-    config, _ = _config(recipe, base_of_stage(recipe, "sft", finished=True))
+    config, _unused = _config(recipe, base_of_stage(recipe, "sft", finished=True))
     skeleton = load.make_skeleton(config)
     parameters = sum(part.numel() for part in skeleton.parameters())
     needs = {"libraries": memory_estimate.LIBRARIES, "blocks": STREAMED}
@@ -285,7 +279,7 @@ def parse_memory(text: str) -> int:
     size = int(float(found[1]) * (1024 if found[3] else 1000) ** {"m": 2, "g": 3, "t": 4}[found[2]]) if found else 0
     if not size:
         raise RecipeError(
-            say(f"{text!r} is not an amount of memory", f"{text!r} 不是显存大小"), place="--gpu", remedy="--gpu 24GB"
+            _("{text!r} is not an amount of memory").format(text=text), place="--gpu", remedy="--gpu 24GB"
         )
     return size
 
@@ -302,82 +296,71 @@ def _rate() -> float:
 
 
 def _memory_rows(needs: dict[str, int], note: str = "") -> list[tuple[str, str]]:
-    rows = [
-        (say(name, PURPOSES[name]), console.human_bytes(size))
-        for name, size in needs.items()
-        if name != "peak" and size > 1_000_000
-    ]
-    return [*rows, (say("peak memory, about", "峰值内存约"), console.human_bytes(needs["peak"]) + note)]
+    rows = [(_(name), console.human_bytes(size)) for name, size in needs.items() if name != "peak" and size > 1_000_000]
+    return [*rows, (_("peak memory, about"), console.human_bytes(needs["peak"]) + note)]
 
 
 def _sharing_rows(facts: dict[str, Any], section: Training) -> list[tuple[str, str]]:
     """What the numbers above are of, where there are several processes, or should be."""
     world, engine = facts["devices"], facts["engine"]
-    parts = [say(name, PURPOSES[name]) for name in facts["shared_out"]]
-    shared = say(", ".join(parts), "、".join(parts))
+    parts = [_(name) for name in facts["shared_out"]]
+    shared = _(", ").join(parts)
     if world > 1 and parts:
-        said = say(f"per GPU: {engine} divides {shared} among {world}", f"每块 GPU：{engine} 把{shared}分给 {world} 块")
+        said = _("per GPU: {engine} divides {shared} among {world}").format(engine=engine, shared=shared, world=world)
     elif world > 1:
-        said = say(f"per GPU: {engine} divides nothing", f"每块 GPU：{engine} 不分担")
+        said = _("per GPU: {engine} divides nothing").format(engine=engine)
     elif section.sharded_by:
-        said = say(
-            f"for one GPU; {engine} divides among several: --devices N", f"单卡；{engine} 由多卡分担：--devices N"
-        )
+        said = _("for one GPU; {engine} divides among several: --devices N").format(engine=engine)
     else:
         return []
-    return [(say("all of this", "以上均为"), said)]
+    return [(_("all of this"), said)]
 
 
 def _disk_row(size: int) -> tuple[str, str]:
-    return say("disk", "磁盘"), console.human_bytes(size)
+    return _("disk"), console.human_bytes(size)
 
 
 def _show(name: str, section: Training, facts: dict[str, Any], device: str, measured: bool) -> None:
     what = (
-        say(f"{section.batch_tokens} tokens", f"{section.batch_tokens} token")
+        _("{batch_tokens} tokens").format(batch_tokens=section.batch_tokens)
         if section.batch_tokens
-        else say(f"{section.batch_size} samples", f"{section.batch_size} 个样本")
+        else _("{batch_size} samples").format(batch_size=section.batch_size)
     )
     parts, budget = f"{facts['micro_batches_per_step']} x {facts['devices']}", facts["micro_batch_tokens"]
     lengths = ", ".join(str(phase.config.stop_after) for phase in training_phases(section))
-    note = say(" with activation checkpointing", "（重算激活）") if facts["activation_checkpointing"] else ""
+    note = _(" with activation checkpointing") if facts["activation_checkpointing"] else ""
     if not facts["rehearsed"]:
-        note += say(", by a formula: this model cannot be rehearsed", "，按公式估计：该模型无法预演")
+        note += _(", by a formula: this model cannot be rehearsed")
     seconds, dtype = facts["seconds"], facts["dtype"]
     if facts["fits"] is not None and dtype == "bfloat16":
-        dtype += say(", if that GPU can (those before Ampere cannot)", "（假设该 GPU 支持；Ampere 之前的不支持）")
+        dtype += _(", if that GPU can (those before Ampere cannot)")
     console.header("plan", name)
     console.table(
         ("", ""),
         [
-            (say("samples", "样本"), f"{facts['samples']:,}"),
-            (say("steps", "步数"), f"{' + '.join(map(str, facts['steps_of_phases']))} ({lengths})"),
-            (say("tokens", "token 总数"), f"{facts['tokens']:,}"),
+            (_("samples"), f"{facts['samples']:,}"),
+            (_("steps"), f"{' + '.join(map(str, facts['steps_of_phases']))} ({lengths})"),
+            (_("tokens"), f"{facts['tokens']:,}"),
             (
-                say("a step", "每步"),
-                say(
-                    f"{what} in {parts} micro-batches of at most {budget} tokens",
-                    f"{what}，{parts} 个微批，每个至多 {budget} token",
+                _("a step"),
+                _("{what} in {parts} micro-batches of at most {budget} tokens").format(
+                    what=what, parts=parts, budget=budget
                 ),
             ),
-            (say("computed in", "计算类型"), dtype),
+            (_("computed in"), dtype),
             *_memory_rows(facts["memory_bytes"], note),
             *_sharing_rows(facts, section),
             _disk_row(facts["disk_bytes"]),
             (
-                say("time, measured", "用时（实测推算）")
-                if measured
-                else say("time on this machine, about", "本机用时约"),
-                console.human_time(seconds) if seconds else say(f"not known for {device}", f"{device} 上未知"),
+                _("time, measured") if measured else _("time on this machine, about"),
+                console.human_time(seconds) if seconds else _("not known for {device}").format(device=device),
             ),
         ],
     )
     if facts["fits"] is not False:
         return
-    console.notice(
-        say("this does not fit; in this order, each on top of those before:", "放不下；依次尝试，逐项叠加：")
-    )
+    console.notice(_("this does not fit; in this order, each on top of those before:"))
     for cure in facts["cures"]:
         console.tell(f"  {cure['change']}  {console.human_bytes(cure['peak'])}{' ✓' if cure['fits'] else ''}")
     if not any(cure["fits"] for cure in facts["cures"]):
-        console.tell("  " + say("then ", "再不行，换") + last_resort(section))
+        console.tell("  " + _("then ") + last_resort(section))

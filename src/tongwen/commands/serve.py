@@ -12,7 +12,7 @@ from typing import Any
 
 from tongwen.core import console
 from tongwen.core.errors import MissingPackage
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.infer.generation import Sampling
 from tongwen.workflows.chat_model import open_chat_model
 
@@ -56,10 +56,10 @@ def run(
             settings=sampling,
         )
         url = f"http://{host}:{listening.getsockname()[1]}/v1"
-        console.header(speech.name, say("Ctrl-C ends it", "Ctrl-C 结束"))
+        console.header(speech.name, _("Ctrl-C ends it"))
         console.tell(f"OPENAI_BASE_URL={url}")
-        console.tell(f"OPENAI_API_KEY={token}" if made else say(f"the token is ${auth.TOKEN}", f"令牌为 ${auth.TOKEN}"))
+        console.tell(f"OPENAI_API_KEY={token}" if made else _("the token is ${token}").format(token=auth.TOKEN))
         console.emit({"url": url, "model": speech.name, **({"token": token} if made else {})})
         auth.serve(auth.AuthMiddleware(openai_api.make_app(speech, queue), token, loopback=loopback), listening)
-    console.good(say("ended", "已结束"))
+    console.good(_("ended"))
     return 0

@@ -9,7 +9,7 @@ from rich.tree import Tree
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import ArtifactError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 def run(path: str) -> int:
@@ -21,12 +21,9 @@ def run(path: str) -> int:
     if not found:
         unfinished = sorted(folder.name for folder in place.glob("*.partial")) if place.is_dir() else []
         raise ArtifactError(
-            say("no manifest.json here: this is not an artifact of tongwen", "没有 manifest.json：不是 tongwen 的产物")
+            _("no manifest.json here: this is not an artifact of tongwen")
             if not unfinished
-            else say(
-                f"nothing has finished here; under way: {', '.join(unfinished)}",
-                f"尚无完成的阶段；进行中：{'、'.join(unfinished)}",
-            ),
+            else _("nothing has finished here; under way: {unfinished}").format(unfinished=_(", ").join(unfinished)),
             place=path,
         )
     for one in found:
@@ -47,9 +44,11 @@ def _show_model(path: str) -> int:
         if hasattr(module, "in_features"):
             layers.setdefault(name.split(".")[-1], []).append((module.in_features, module.out_features))
     count = sum(part.numel() for part in model.parameters())
-    console.header(path, f"{config.model_type} · {console.human_count(count)} {say('parameters', '个参数')}")
+    console.header(
+        path, f"{config.model_type} · {_('{parameters} parameters').format(parameters=console.human_count(count))}"
+    )
     rows = [(name, len(sizes), " → ".join(map(str, sizes[0]))) for name, sizes in layers.items()]
-    console.table((say("linear layer", "线性层"), say("of them", "个数"), say("in → out", "输入 → 输出")), rows)
+    console.table((_("linear layer"), _("of them"), _("in → out")), rows)
     console.emit({"model": path, "family": config.model_type, "parameters": count, "linear": list(layers)})
     return 0
 
@@ -75,9 +74,7 @@ def _tree(one: artifact.Artifact) -> Tree:
         if above is not None:
             same = above.fingerprint == parent.get("fingerprint")
             branch = _tree(above)
-            branch.label = f"{role}: {branch.label}" + (
-                "" if same else f"  [red]{say('has changed since', '此后已改变')}[/]"
-            )
+            branch.label = f"{role}: {branch.label}" + ("" if same else f"  [red]{_('has changed since')}[/]")
             tree.add(branch)
         else:
             tree.add(

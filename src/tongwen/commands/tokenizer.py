@@ -13,7 +13,7 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.model.loading import load, sentencepiece
 from tongwen.vocab import measure, spm, train
 from tongwen.vocab.report import as_html
@@ -26,7 +26,7 @@ def run_train(corpus: list[str], kind: str, pieces: int, out: str, seed: int, *,
     """A tokenizer learned from nothing."""
     target = _target(out, again)
     texts = tokenizer_files.iter_texts(corpus)
-    with console.waiting(say("learning a tokenizer", "学习分词器")):
+    with console.waiting(_("learning a tokenizer")):
         if kind == "byte-bpe":
             made = TokenizerFiles(out, train.train_byte_level(texts, pieces))
         else:
@@ -52,11 +52,11 @@ def run_extend(
     opened = tokenizer_files.open_tokenizer_files(base)
     console.header("tokenizer extend", f"{base} + {pieces:,}")
     learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(corpus))
-    with console.progress(pieces, say("learning", "学习")) as bar:
+    with console.progress(pieces, _("learning")) as bar:
         learnt = tokenizer_files.learn(opened, learn_from, Script(script), pieces, bar.update)
     made = learnt.extended(pieces, words, special_tokens)
     learnt.say_if_fewer(pieces)
-    found = measure.survey(opened.coder, made.lexicon.coder, {say("held out", "留出文本"): rest}, Script(script))
+    found = measure.survey(opened.coder, made.lexicon.coder, {_("held out"): rest}, Script(script))
     _note_fast(made.lexicon, rest, found)
     _show(found)
     chosen = {
@@ -77,10 +77,7 @@ def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: st
     for place, one in (("--base", opened), ("--add", other)):
         if one.model is None:
             raise ModelError(
-                say(
-                    f"{one.name} is byte-level BPE; only SentencePiece models can be merged",
-                    f"{one.name} 是字节级 BPE；只有 SentencePiece 模型可以合并",
-                ),
+                _("{one} is byte-level BPE; only SentencePiece models can be merged").format(one=one.name),
                 place=place,
                 remedy=f"tongwen tokenizer extend --base {base} --corpus FILE --pieces 2000 --out {out}",
             )
@@ -92,21 +89,19 @@ def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: st
         merged = spm.merge_as_2023(opened.model, other.model, keep_scores=mode == "keep-scores", pad=pad)
     made = tokenizer_files.from_model(opened, merged.model)
     reasons = {
-        "already_there": say("the base has them", "底座已有"),
-        "other_script": say("digits, Latin, mixed: they would change old text", "数字、拉丁字母或混合：会改变旧文本"),
-        "never_produced": say("can never be produced", "永远不会产生"),
+        "already_there": _("the base has them"),
+        "other_script": _("digits, Latin, mixed: they would change old text"),
+        "never_produced": _("can never be produced"),
     }
-    rows = [(say("pieces of the base", "底座的词"), len(opened.model.pieces))]
-    rows += [(say("pieces of the other", "另一模型的词"), len(other.model.pieces))]
+    rows = [(_("pieces of the base"), len(opened.model.pieces))]
+    rows += [(_("pieces of the other"), len(other.model.pieces))]
     rows += [(f"  − {reasons[reason]}", len(left)) for reason, left in merged.left_out.items()]
     if merged.steps:
-        rows += [
-            (say("  + steps from which longer words are built", "  + 构成更长的词所需的中间词"), len(merged.steps))
-        ]
-    rows += [(say("added", "加入"), len(merged.added)), (say("together", "合计"), len(merged.model.pieces))]
-    console.table(("", say("pieces", "词数")), rows)
+        rows += [(_("  + steps from which longer words are built"), len(merged.steps))]
+    rows += [(_("added"), len(merged.added)), (_("together"), len(merged.model.pieces))]
+    console.table(("", _("pieces")), rows)
     samples = tokenizer_files.shipped_texts()
-    found = measure.survey(opened.coder, made.coder, {say("shipped dialogues", "自带对话"): samples}, Script(script))
+    found = measure.survey(opened.coder, made.coder, {_("shipped dialogues"): samples}, Script(script))
     found["left_out"] = {reason: len(left) for reason, left in merged.left_out.items()}
     _note_fast(made, [*samples, *(piece.replace(spm.BLANK, " ") for piece in merged.added)], found)
     _show(found)
@@ -128,7 +123,7 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
     else:
         found = measure.survey(opened.coder, None, by_file, chosen)
     if not other and not opened.grows:
-        console.notice(say("a tokenizer of this kind takes no new pieces", "此类分词器不能加入新词"))
+        console.notice(_("a tokenizer of this kind takes no new pieces"))
     elif not other:
         learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(texts, lambda said: None))  # said above
         shape = tokenizer_files.shape_of(base)
@@ -137,9 +132,8 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
         advice = measure.advise(start, curve)
         if shape is measure.NOMINAL:
             console.notice(
-                say(
-                    "no model stands behind this tokenizer: the cost is that of an 8B model, bits per byte are not measured",
-                    "该分词器没有对应模型：按 8B 模型估算成本，不测 bits per byte",
+                _(
+                    "no model stands behind this tokenizer: the cost is that of an 8B model, bits per byte are not measured"
                 )
             )
         else:
@@ -153,7 +147,7 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         artifact.write_json(folder / "report.json", found)
-        (folder / "report.html").write_text(as_html(say("Vocabulary", "词表"), found), encoding="utf-8")
+        (folder / "report.html").write_text(as_html(_("Vocabulary"), found), encoding="utf-8")
         console.good(str(folder / "report.html"))
     console.emit(found)
     return 0
@@ -173,12 +167,10 @@ def _note_fast(made: TokenizerFiles, texts: list[str], found: dict[str, Any]) ->
     found["kept"]["fast_disagrees"] = differing
     if differing:
         console.notice(
-            say(
-                f"tokenizer.json gives other ids than tokenizer.model for {differing:,} of {len(texts):,} texts: pieces of one score cannot be ranked. "
-                "tokenizer.model is the authority: load it with SentencePiece, or merge with --mode default",
-                f"{len(texts):,} 个文本中有 {differing:,} 个，tokenizer.json 与 tokenizer.model 的 id 不同：同分的词无法排序。"
-                "以 tokenizer.model 为准：用 SentencePiece 加载，或用 --mode default 合并",
-            )
+            _(
+                "tokenizer.json gives other ids than tokenizer.model for {differing:,} of {count:,} texts: pieces of one score cannot be ranked. "
+                "tokenizer.model is the authority: load it with SentencePiece, or merge with --mode default"
+            ).format(differing=differing, count=len(texts))
         )
 
 
@@ -188,42 +180,35 @@ def _show(found: dict[str, Any]) -> None:
         before, after = one["before"], one.get("after")
         row = [name, f"{before['characters_per_token']:.3f}"]
         rows.append([*row, f"{after['characters_per_token']:.3f}"] if after else row)
-    head = [say("characters per token", "每个 token 的字数"), say("before", "之前")]
-    console.table([*head, say("after", "之后")] if len(rows[0]) > 2 else head, rows)
+    head = [_("characters per token"), _("before")]
+    console.table([*head, _("after")] if len(rows[0]) > 2 else head, rows)
     if kept := found.get("kept"):
         texts, changed = kept["source_texts"], kept["source_changed"]
         (console.notice if changed else console.good)(
-            say(
-                f"{changed} of {texts:,} texts without the script have other ids",
-                f"{texts:,} 个不含该文字的文本中 {changed} 个 id 改变",
-            )
+            _("{changed} of {texts:,} texts without the script have other ids").format(changed=changed, texts=texts)
         )
         failures, trips = kept["new_round_trip_failures"], kept["round_trips"]
         (console.notice if failures else console.good)(
-            say(
-                f"{failures} new round-trip failures in {trips:,} texts",
-                f"{trips:,} 个文本中新增 {failures} 个往返失败",
-            )
+            _("{failures} new round-trip failures in {trips:,} texts").format(failures=failures, trips=trips)
         )
         (console.notice if kept["unreachable"] else console.good)(
-            say(
-                f"{kept['unreachable']:,} of {kept['pieces']:,} new pieces can never be produced",
-                f"{kept['pieces']:,} 个新词中 {kept['unreachable']:,} 个永远不会产生",
+            _("{unreachable:,} of {pieces:,} new pieces can never be produced").format(
+                unreachable=kept["unreachable"], pieces=kept["pieces"]
             )
         )
     if curve := found.get("curve"):
         columns = (
-            say("pieces", "词数"),
-            say("characters per token", "字/token"),
-            say("cost", "成本"),
-            say("learnable", "可学"),
+            _("pieces"),
+            _("characters per token"),
+            _("cost"),
+            _("learnable"),
         )
         console.table(
             columns,
             [(p["pieces"], f"{p['characters_per_token']:.3f}", f"{p['cost']:.3f}", p["seen_enough"]) for p in curve],
         )
     if advice := found.get("advice"):
-        verdict = say("extend", "建议扩充") if advice["extend"] else say("do not extend", "不建议扩充")
+        verdict = _("extend") if advice["extend"] else _("do not extend")
         (console.good if advice["extend"] else console.notice)(f"{verdict}: {advice['pieces']:,}")
         for reason in advice["reasons"]:
             console.tell(f"  · {reason}")
@@ -255,7 +240,7 @@ def _finish(
         draft.facts = {"tokens": made.coder.size, "files": _hashes(draft.path)}
     assert draft.artifact
     size = made.coder.size
-    console.good(say(f"{size:,} tokens · {target}", f"{size:,} 个词 · {target}"))
+    console.good(_("{size:,} tokens · {target}").format(size=size, target=target))
     for name in ("tokenizer.model", "tokenizer.json"):
         if digest := draft.facts["files"].get(name):
             console.tell(f"  {digest}  {name}")

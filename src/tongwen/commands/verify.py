@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import ArtifactError, ModelError, RecipeError, TongwenError, raise_all
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import find_tensors
 from tongwen.export import checksums, pth
 from tongwen.model.loading import load
@@ -34,17 +34,14 @@ class VerifyReport:
             self.known[name].append(witness)
         else:
             self.refuse(
-                say(
-                    f"its hash is {found[:16]}…, {witness} says {expected[:16]}…",
-                    f"其哈希为 {found[:16]}…，{witness} 记录为 {expected[:16]}…",
+                _("its hash is {found}…, {witness} says {expected}…").format(
+                    found=found[:16], witness=witness, expected=expected[:16]
                 ),
                 place,
             )
 
     def refuse(self, rule: str, place: str) -> None:
-        remedy = say(
-            "fetch or make this file again: it is damaged, or another one", "请重新下载或生成：文件损坏，或不是同一个"
-        )
+        remedy = _("fetch or make this file again: it is damaged, or another one")
         self.wrong.append(ArtifactError(rule, place=place, remedy=remedy))
 
 
@@ -52,7 +49,7 @@ def run(path: str, against: str) -> int:
     """Exit code 0 only when something was compared and everything agreed. against: a list's file, `known`, or empty."""
     place = Path(path)
     if not place.exists():
-        raise RecipeError(say("there is nothing", "不存在"), place=path)
+        raise RecipeError(_("there is nothing"), place=path)
     folder = place if place.is_dir() else place.parent
     files = [place] if place.is_file() else sorted(file for file in folder.iterdir() if file.is_file())
     files = [file for file in files if file.name != artifact.MANIFEST]
@@ -68,9 +65,7 @@ def run(path: str, against: str) -> int:
             found = hashes[file]["md5" if len(expected) == 32 else "sha256"]
             verdicts.compare(name, expected, found, witness, str(file))
         elif place.is_dir():
-            verdicts.refuse(
-                say(f"{witness} names this file, which is missing", f"{witness} 列有此文件，但它不存在"), str(file)
-            )
+            verdicts.refuse(_("{witness} names this file, which is missing").format(witness=witness), str(file))
     _compare_published(hashes, verdicts, strict=against == "known")
     if stage and not verdicts.wrong:
         _compare_stage(stage, verdicts)
@@ -82,9 +77,7 @@ def _lists(folder: Path, against: str) -> list[Path]:
     named = [Path(against)] if against and against != "known" else []
     for file in named:
         if not file.is_file():
-            raise RecipeError(
-                say("there is no such list", "没有这个清单"), place=f"--against {against}", remedy="--against known"
-            )
+            raise RecipeError(_("there is no such list"), place=f"--against {against}", remedy="--against known")
     return named + [folder / name for name in checksums.LISTS if (folder / name).is_file()]
 
 
@@ -129,11 +122,11 @@ def _compare_published(hashes: dict[Path, dict[str, str]], verdicts: VerifyRepor
             expected = of_model[0]
             verdicts.compare(file.name, expected.sha256, hashes[file]["sha256"], expected.what, str(file))
         elif one is None and strict and any(file.match(pattern) for pattern in WEIGHTS):
-            verdicts.refuse(say("it is in no published list", "不在任何已发布的清单中"), str(file))
+            verdicts.refuse(_("it is in no published list"), str(file))
     for what in models:
         for other in published.values():
             if other.what == what and len(hashes) > 1 and other.file not in {file.name for file in hashes}:
-                verdicts.refuse(say(f"this part of {what} is missing", f"缺少 {what} 的这一部分"), other.file)
+                verdicts.refuse(_("this part of {what} is missing").format(what=what), other.file)
 
 
 def _compare_stage(stage: artifact.Artifact, verdicts: VerifyReport) -> None:
@@ -152,18 +145,15 @@ def _compare_stage(stage: artifact.Artifact, verdicts: VerifyReport) -> None:
 
 def _report(path: str, files: list[Path], hashes: dict[Path, dict[str, str]], verdicts: VerifyReport) -> int:
     rows = [[f.name, hashes[f]["sha256"][:16] + "…", ", ".join(verdicts.known.get(f.name, ()))] for f in files]
-    console.table(["", "sha256", say("agrees with", "一致于")], rows)
+    console.table(["", "sha256", _("agrees with")], rows)
     if not verdicts.known:
         raise ArtifactError(
-            say(
-                "the files are whole, but no list knows them: nothing was verified",
-                "文件完整，但没有任何清单认识它们：未能核对",
-            ),
+            _("the files are whole, but no list knows them: nothing was verified"),
             place=path,
             remedy="--against LIST",
         )
     count = sum(len(found) for found in verdicts.known.values())
-    console.good(say(f"{count} hashes agree", f"{count} 个哈希一致"))
+    console.good(_("{count} hashes agree").format(count=count))
     console.emit(
         {
             "path": path,

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from tongwen.core.chat_template import SHIPPED
 from tongwen.core.errors import DataError, MissingPackage, RecipeError, TongwenError
 from tongwen.core.html import render
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.recipe.load import load_recipe
 from tongwen.serving.last_turns import last_turns
 from tongwen.serving.web.backend import (
@@ -55,7 +55,7 @@ def run(
     try:
         from tongwen.serving.web.server import serve
     except ModuleNotFoundError as error:
-        raise MissingPackage(str(error.name), say("the page", "网页"), "web") from None
+        raise MissingPackage(str(error.name), _("the page"), "web") from None
     place = Workspace.of(folders, models)
     voices = _ModelPool(place, dict.fromkeys(models[:1], tuple(adapters)), template, thinking, weights)
     for name in models:
@@ -126,24 +126,21 @@ def _look(place: Workspace) -> DataBackend:
 def _words(place: Workspace) -> VocabularyBackend:
     def compare(base: str, other: str, text: str) -> tuple[str, str]:
         if not base or not text.strip():
-            raise DataError(say("a model and a text are needed", "需要模型与文本"))
+            raise DataError(_("a model and a text are needed"))
         names = [name for name in (base, other) if name]
         coders = [tokenizer_files.open_tokenizer_files(place.model(name), to_measure=True).coder for name in names]
-        report = measure.survey(
-            coders[0], coders[1] if other else None, {say("your text", "你的文本"): [text]}, Script("han")
-        )
+        report = measure.survey(coders[0], coders[1] if other else None, {_("your text"): [text]}, Script("han"))
         report["summary"] = " → ".join(names)
         tokens = [_tokens(name, coder, text) for name, coder in zip(names, coders, strict=True)]
-        return "".join(tokens), as_html(say("Vocabulary", "词表"), report)
+        return "".join(tokens), as_html(_("Vocabulary"), report)
 
     return VocabularyBackend(place.models, compare)
 
 
 def _tokens(name: str, coder: measure.MeasuredTokenizer, text: str) -> str:
     pieces = measure.pieces_of(coder, text)
-    facts = say(
-        f"{len(pieces):,} tokens · {len(text) / max(len(pieces), 1):.2f} characters each",
-        f"{len(pieces):,} 个 token · 每个 {len(text) / max(len(pieces), 1):.2f} 字",
+    facts = _("{pieces_count:,} tokens · {count_highest:.2f} characters each").format(
+        pieces_count=len(pieces), count_highest=len(text) / max(len(pieces), 1)
     )
     return render("commands/tokens.html.jinja", name=name, facts=facts, pieces=pieces)
 
@@ -153,12 +150,10 @@ def _runs(place: Workspace) -> RunsBackend:
         file = place.inside(recipe)
         words = changes.split()
         for word in words:
-            key, _, value = word.partition("=")
+            key, _unused, value = word.partition("=")
             if key != "out" and any(mark in value for mark in "/\\~"):
-                raise RecipeError(
-                    say("a path is changed in the recipe, not here", "路径请在配方中修改"), place=word, remedy="out=…"
-                )
-        read, _ = load_recipe(file, words)
+                raise RecipeError(_("a path is changed in the recipe, not here"), place=word, remedy="out=…")
+        read, _unused2 = load_recipe(file, words)
         out = place.inside(read.out)
         run_manager.start([str(file), *words], out)
         return shown(out)
@@ -190,5 +185,5 @@ def _runs(place: Workspace) -> RunsBackend:
 def _report(place: Workspace, name: str) -> Path:
     file = place.inside(name)
     if file.name != "report.html":
-        raise RecipeError(say("only reports are shown", "只显示报告"), place=name)
+        raise RecipeError(_("only reports are shown"), place=name)
     return file

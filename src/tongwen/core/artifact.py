@@ -23,7 +23,7 @@ from tongwen import __version__
 from tongwen.core.console import human_bytes
 from tongwen.core.distributed import is_first
 from tongwen.core.errors import ArtifactError, MachineError, RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 MANIFEST = "manifest.json"
 VERSIONS_OF = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
@@ -58,9 +58,9 @@ def find(path: Path) -> Artifact | None:
         return Artifact(path, dict(manifest)) if manifest["kind"] and manifest["fingerprint"] else None
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
-            say(f"the manifest cannot be read: {error}", f"清单无法读取：{error}"),
+            _("the manifest cannot be read: {error}").format(error=error),
             place=str(file),
-            remedy=say("run the stage again with --again", "用 --again 重做该阶段"),
+            remedy=_("run the stage again with --again"),
         ) from None
 
 
@@ -70,15 +70,13 @@ def open_artifact(path: Path, kind: str) -> Artifact:
     if found is None:
         unfinished = partial_of(path).exists()
         raise ArtifactError(
-            say("this stage has not finished", "该阶段尚未完成")
-            if unfinished
-            else say("this stage has not run", "该阶段尚未运行"),
+            _("this stage has not finished") if unfinished else _("this stage has not run"),
             place=str(path),
             remedy=f"tongwen run RECIPE --until {path.name}",
         )
     if found.kind != kind:
         raise ArtifactError(
-            say(f"a {found.kind} artifact stands here, {kind} is needed", f"此处是 {found.kind}，需要的是 {kind}"),
+            _("a {found_kind} artifact stands here, {kind} is needed").format(found_kind=found.kind, kind=kind),
             place=str(path),
         )
     return found
@@ -154,7 +152,7 @@ class Draft:
         write_json(self.path / MANIFEST, manifest)
         if path.exists():
             raise ArtifactError(
-                say("something stands where the finished stage belongs", "完成的阶段要放的位置已被占用"),
+                _("something stands where the finished stage belongs"),
                 place=str(path),
                 remedy="--again",
             )
@@ -181,9 +179,7 @@ def refuse_changed(place: str, changed: list[tuple[str, Any, Any]], remedy: str)
         return
     lines = "; ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed)
     raise RecipeError(
-        say(
-            f"made from other settings or data than there are now: {lines}", f"已有结果与当前的设置或数据不同：{lines}"
-        ),
+        _("made from other settings or data than there are now: {lines}").format(lines=lines),
         place=place,
         remedy=remedy,
     )
@@ -195,9 +191,9 @@ def make_way(path: Path, *, again: bool) -> None:
         path.rmdir()
     elif path.exists() and not again:
         raise RecipeError(
-            say("this exists", "已存在"),
+            _("this exists"),
             place=str(path),
-            remedy=say("choose another, or --again to keep it under another name", "换一个，或用 --again 把它改名保留"),
+            remedy=_("choose another, or --again to keep it under another name"),
         )
     put_aside(path)
 
@@ -207,15 +203,11 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise MachineError(
-            say(
-                f"the disk is too full: {human_bytes(needed)} are needed, {human_bytes(free)} are free",
-                f"磁盘空间不足：需要 {human_bytes(needed)}，剩余 {human_bytes(free)}",
+            _("the disk is too full: {needed} are needed, {free} are free").format(
+                needed=human_bytes(needed), free=human_bytes(free)
             ),
             place=str(folder),
-            remedy=say(
-                "free some space, or another disk: --out, in a recipe out=FOLDER",
-                "请清理空间，或换一个磁盘：--out，配方则为 out=文件夹",
-            ),
+            remedy=_("free some space, or another disk: --out, in a recipe out=FOLDER"),
         )
 
 

@@ -27,7 +27,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 from tongwen.core.errors import ModelError, RowRefused
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Message, Span
 from tongwen.core.template_cache import SENTINEL, RenderCache, make_render_cache
 
@@ -78,8 +78,8 @@ def compile_template(source: str) -> jinja2.Template:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(
-            say(f"the chat template is not valid Jinja: {error.message}", f"对话模板不是合法的 Jinja：{error.message}"),
-            place=say(f"chat template, line {error.lineno}", f"对话模板第 {error.lineno} 行"),
+            _("the chat template is not valid Jinja: {message}").format(message=error.message),
+            place=_("chat template, line {lineno}").format(lineno=error.lineno),
         ) from None
 
 
@@ -98,7 +98,7 @@ def set_apart(text: str, special: tuple[str, ...]) -> str:
 
     def spread(found: re.Match[str]) -> str:
         if len(found[0]) == 1:
-            raise RowRefused("noncharacter_in_text", say(f"the text contains {found[0]!r}", f"文本中含有 {found[0]!r}"))
+            raise RowRefused("noncharacter_in_text", _("the text contains {found!r}").format(found=found[0]))
         return APART.join(found[0])
 
     return forbidden_in_text(special)[1].sub(spread, text)
@@ -159,11 +159,10 @@ class Template:
         if name == "own":
             if not own_source:
                 raise ModelError(
-                    say("the model brings no chat template", "该模型没有自带对话模板"),
+                    _("the model brings no chat template"),
                     place="template: own",
-                    remedy=say(
-                        f"choose one: template: {' | '.join(SHIPPED)} (a base model: chatml or alpaca)",
-                        f"请选择一个：template: {' | '.join(SHIPPED)}（基座模型可用 chatml 或 alpaca）",
+                    remedy=_("choose one: template: {shipped} (a base model: chatml or alpaca)").format(
+                        shipped=" | ".join(SHIPPED)
                     ),
                 )
             source = own_source
@@ -211,12 +210,12 @@ class Template:
         messages = _with_thinking(dialogue.messages, thinking)
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
         if not answers:
-            raise RowRefused("no_answer", say("the dialogue has no answer to learn", "对话没有可学习的回答"))
+            raise RowRefused("no_answer", _("the dialogue has no answer to learn"))
         chosen = answers[-1:] if learn == "last_answer" else answers
         learned = {index for index in chosen if messages[index].learn is not False}
         learned |= {index for index in answers if messages[index].learn is True}
         if not learned and learn != "everything":
-            raise RowRefused("nothing_to_learn", say("every answer is switched off", "所有回答都被关闭"))
+            raise RowRefused("nothing_to_learn", _("every answer is switched off"))
         messages = messages[: answers[-1] + 1]
         turns = [self._turn(messages[: index + 1], dialogue.tools, prove) for index in answers]
         samples = self._joined(turns, answers, learned)
@@ -249,14 +248,9 @@ class Template:
         whole = self._render(messages, tools, think)
         if not whole.startswith(prompt):
             raise ModelError(
-                say(
-                    "the template renders an answered turn otherwise than the prompt that asks for it",
-                    "模板渲染的完整对话与提示部分不一致",
-                ),
+                _("the template renders an answered turn otherwise than the prompt that asks for it"),
                 place=f"template {self.name}",
-                remedy=say(
-                    "choose another template, for example `template: chatml`", "换用其他模板，如 `template: chatml`"
-                ),
+                remedy=_("choose another template, for example `template: chatml`"),
             )
         if last.thinking and last.thinking.strip() not in whole[len(prompt) :]:
             # The template does not know `reasoning_content`: the thinking stands in the answer's own text.
@@ -273,9 +267,7 @@ class Template:
         if end < 0:
             raise RowRefused(
                 "no_stop",
-                say(
-                    f"the answer is rendered without its stop token {self.stop!r}", f"渲染结果缺少停止符 {self.stop!r}"
-                ),
+                _("the answer is rendered without its stop token {stop!r}").format(stop=self.stop),
             )
         return prompt, answer[: end + len(self.stop)]
 
@@ -317,14 +309,13 @@ class Template:
             )
         except jinja2.TemplateError as error:
             raise RowRefused(
-                "template_refuses", say(f"the template refuses this dialogue: {error}", f"模板拒绝该对话：{error}")
+                "template_refuses", _("the template refuses this dialogue: {error}").format(error=error)
             ) from None
         except (TypeError, KeyError, AttributeError, IndexError, ValueError, OverflowError) as error:
             raise RowRefused(
                 "template_fails",
-                say(
-                    f"the template fails on this dialogue: {type(error).__name__}: {error}",
-                    f"模板处理该对话出错：{error}",
+                _("the template fails on this dialogue: {type}: {error}").format(
+                    type=type(error).__name__, error=error
                 ),
             ) from None
 
@@ -346,14 +337,11 @@ class Template:
         if "</think>" in last.content and last.content.rsplit("</think>", 1)[1].strip() in whole:
             return  # a thinking template rearranges the thinking that stands in the answer's own text
         raise ModelError(
-            say(
-                f"the template changes the text of an answer, so what is learned would not be what is written: {last.content[:40]!r}",
-                f"模板改动了回答的文字，学到的将与数据不同：{last.content[:40]!r}",
-            ),
+            _(
+                "the template changes the text of an answer, so what is learned would not be what is written: {last!r}"
+            ).format(last=last.content[:40]),
             place=f"template {self.name}",
-            remedy=say(
-                "choose another template, for example `template: chatml`", "换用其他模板，如 `template: chatml`"
-            ),
+            remedy=_("choose another template, for example `template: chatml`"),
         )
 
     def _check_marks(self) -> None:
@@ -365,12 +353,11 @@ class Template:
         learned = [answer for _, answer in (self._turn(messages[: end + 1], ()) for end in (1, 3))]
         if unmarked != self._render(messages, (), False) or inside != learned:
             raise ModelError(
-                say(
-                    f"the marks of the template enclose {inside}, the render teaches {learned}",
-                    f"模板标记包住的是 {inside}，而渲染结果教的是 {learned}",
+                _("the marks of the template enclose {inside}, the render teaches {learned}").format(
+                    inside=inside, learned=learned
                 ),
                 place=f"template {self.name}",
-                remedy=say("mark the answer with its stop token, and nothing else", "标记应恰好包住回答及其停止符"),
+                remedy=_("mark the answer with its stop token, and nothing else"),
             )
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
@@ -388,11 +375,11 @@ class Template:
                 if found[0] in self.special:
                     raise RowRefused(
                         "control_token_in_text",
-                        say(f"the text contains the control token {found[0]!r}", f"文本中含有控制符 {found[0]!r}"),
+                        _("the text contains the control token {found!r}").format(found=found[0]),
                     )
                 raise RowRefused(
                     "noncharacter_in_text",
-                    say("the text contains a Unicode noncharacter", "文本含有 Unicode 非字符"),
+                    _("the text contains a Unicode noncharacter"),
                 )
 
     def _with_stop(self) -> Template:
@@ -406,23 +393,20 @@ class Template:
             raise ModelError(error.rule, place=f"template {self.name}") from None
         if two.count(SENTINEL) != 2 or one.count(SENTINEL) != 1:
             raise ModelError(
-                say("the template does not show each answer once", "模板没有恰好显示每个回答一次"),
+                _("the template does not show each answer once"),
                 place=f"template {self.name}",
-                remedy=say(
-                    "choose another template, for example `template: chatml`", "换用其他模板，如 `template: chatml`"
-                ),
+                remedy=_("choose another template, for example `template: chatml`"),
             )
         between, last = two.split(SENTINEL)[1].lstrip(), one.split(SENTINEL)[1].lstrip()
         found = [token for token in self.special if token and between.startswith(token)]
         found = found or [token for token in self.special if token and last.startswith(token)]
         if not found:
             raise ModelError(
-                say(
-                    f"no special token ends an answer in this template (after an answer comes {between[:20]!r}), so a model could never learn to stop",
-                    f"该模板的回答之后没有特殊停止符（其后为 {between[:20]!r}），模型将永远学不会停止",
-                ),
+                _(
+                    "no special token ends an answer in this template (after an answer comes {between!r}), so a model could never learn to stop"
+                ).format(between=between[:20]),
                 place=f"template {self.name}",
-                remedy=say(f"choose one of: {', '.join(SHIPPED)}", f"可选：{'、'.join(SHIPPED)}"),
+                remedy=_("choose one of: {shipped}").format(shipped=_(", ").join(SHIPPED)),
             )
         stop = max(found, key=len)
         return replace(self, stop=stop, appended=not last.startswith(stop))
@@ -433,15 +417,9 @@ class Template:
         missing = sorted({found for found in re.findall(r"<\|[A-Za-z_]+\|>", text) if found not in self.special})
         if missing:
             raise ModelError(
-                say(
-                    f"the tokenizer has no token {', '.join(missing)}, which the template writes",
-                    f"分词器没有模板所写的控制符 {', '.join(missing)}",
-                ),
+                _("the tokenizer has no token {missing}, which the template writes").format(missing=", ".join(missing)),
                 place=f"template {self.name}",
-                remedy=say(
-                    "choose a template of plain words: `template: alpaca` or `template: plain`",
-                    "换用纯文字模板：`template: alpaca` 或 `template: plain`",
-                ),
+                remedy=_("choose a template of plain words: `template: alpaca` or `template: plain`"),
             )
 
 
@@ -451,7 +429,7 @@ def _with_thinking(messages: Sequence[Message], thinking: str) -> list[Message]:
     if thinking == "on" and any(message.role == "assistant" and not message.thinking for message in messages[-1:]):
         raise RowRefused(
             "no_thinking",
-            say("`thinking: on`, but the last answer has no thinking", "`thinking: on`，但最后的回答没有思考"),
+            _("`thinking: on`, but the last answer has no thinking"),
         )
     return list(messages)
 
@@ -461,9 +439,7 @@ def _read_template(name: str) -> str:
     if path.suffix in (".jinja", ".j2") and path.is_file():
         return path.read_text(encoding="utf-8")
     raise ModelError(
-        say(f"there is no template {name!r}", f"没有模板 {name!r}"),
+        _("there is no template {name!r}").format(name=name),
         place="template",
-        remedy=say(
-            f"one of: own, {', '.join(SHIPPED)}, or a .jinja file", f"可选：own、{'、'.join(SHIPPED)} 或 .jinja 文件"
-        ),
+        remedy=_("one of: own, {shipped}, or a .jinja file").format(shipped=_(", ").join(SHIPPED)),
     )

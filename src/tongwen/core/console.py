@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tongwen.core.distributed import is_first
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 class Screen:
@@ -143,7 +143,7 @@ def human_count(number: float) -> str:
 def human_bytes(number: float | None) -> str:
     """Bytes in powers of 1000, as disks and GPUs are sold: 1.2 GB"""
     if number is None:
-        return say("not known", "未知")
+        return _("not known")
     for limit, suffix in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if number >= limit:
             return f"{number / limit:.3g} {suffix}"

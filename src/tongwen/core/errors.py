@@ -20,7 +20,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 class TongwenError(Exception):
@@ -88,7 +88,7 @@ class Interrupted(TongwenError):
 class MissingPackage(MachineError):
     def __init__(self, package: str, needed_for: str, extra: str) -> None:
         super().__init__(
-            say(f"the package {package!r} is needed for {needed_for}", f"{needed_for}需要软件包 {package!r}"),
+            _("the package {package!r} is needed for {needed_for}").format(package=package, needed_for=needed_for),
             remedy=f"pip install 'tongwen[{extra}]'",
         )
 

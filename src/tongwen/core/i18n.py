@@ -58,8 +58,3 @@ def _chinese() -> GNUTranslations:
     from gettext import translation  # here: an English user's start needs no catalogue
 
     return translation("tongwen", LOCALE, ["zh_CN"])
-
-
-def say(en: str, zh: str) -> str:
-    """The sentence in the user's language."""
-    return zh if language() == "zh" else en

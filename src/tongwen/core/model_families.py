@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-Words = tuple[str, str]  # English, Chinese
+from tongwen.core.i18n import N_
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Family:
 
     models: str
     targets: tuple[str, ...]
-    padded: Words | None = None
-    dialogues_only: Words | None = None
+    padded: str | None = None
+    dialogues_only: str | None = None
     table: bool = False
     transposed: bool = False
     experts: bool = False
@@ -56,16 +56,13 @@ FAMILIES: dict[str, Family] = {
     "chatglm": Family(
         "ChatGLM-6B",
         ("query_key_value",),
-        dialogues_only=(
-            "it is a prefix language model: what it learns stands behind <sop>",
-            "它是前缀语言模型：学习的内容须位于 <sop> 之后",
-        ),
+        dialogues_only=N_("it is a prefix language model: what it learns stands behind <sop>"),
         vllm=False,
     ),
     "bloom": Family(
         "BLOOM, BLOOMZ, BELLE",
         ("query_key_value",),
-        padded=("ALiBi adds a bias by absolute distance", "ALiBi 按绝对距离加偏置"),
+        padded=N_("ALiBi adds a bias by absolute distance"),
         gguf="bloom",
     ),
     "gpt2": Family("GPT-2, Wenzhong", ("c_attn",), table=True, transposed=True, gguf="gpt2"),
@@ -74,7 +71,7 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(
         "Gemma 2",
         _ATTENTION,
-        padded=("soft-capped attention scores", "注意力分数有软上限"),
+        padded=N_("soft-capped attention scores"),
         gguf="gemma2",
     ),
     "gemma3_text": Family("Gemma 3 (text)", _ATTENTION, gguf="gemma3"),

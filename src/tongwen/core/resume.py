@@ -18,7 +18,7 @@ from typing import Any
 from tongwen.core import artifact, console
 from tongwen.core.distributed import is_first
 from tongwen.core.errors import RecipeError, first_line
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 RUN = "run.json"
 BEFORE = "before.json"  # what the untrained model scored; other data ask again
@@ -42,10 +42,10 @@ def check(
     changed += _differing(run["identity"], {DATA: prepared})
     fixed = [one for one in changed if not takes_new_rates or SHAPE.fullmatch(one[0]) or _trains_other_parts(*one)]
     if fork:
-        artifact.refuse_changed(str(folder), fixed, again() + say("; --fork cannot change it", "；--fork 不能改变它"))
+        artifact.refuse_changed(str(folder), fixed, again() + _("; --fork cannot change it"))
         _fork(folder, run, settings, changed)
     else:
-        forks = say("; --fork continues with the new settings", "；--fork 以新设置继续") if not fixed else ""
+        forks = _("; --fork continues with the new settings") if not fixed else ""
         artifact.refuse_changed(str(folder), changed, again() + forks)
 
 
@@ -79,7 +79,7 @@ def _fork(folder: Path, run: dict[str, Any], settings: Mapping[str, Any], change
     if not changed:
         return
     lines = ", ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed)
-    console.notice(say(f"continued with other settings (--fork): {lines}", f"以不同设置继续（--fork）：{lines}"))
+    console.notice(_("continued with other settings (--fork): {lines}").format(lines=lines))
     forks = [*run["forks"], {"from": run["run"], "at": _now(), "changed": changed}]
     identity = {name: value for name, value in run["identity"].items() if name not in (DATA, DTYPE)}
     (folder / BEFORE).unlink(missing_ok=True)
@@ -108,10 +108,7 @@ def ids(run: Mapping[str, Any]) -> set[str]:
 
 
 def again() -> str:
-    return say(
-        "tongwen run RECIPE --again redoes it and everything after it, and keeps the old folder",
-        "tongwen run RECIPE --again 重做它及其后各阶段，并保留旧文件夹",
-    )
+    return _("tongwen run RECIPE --again redoes it and everything after it, and keeps the old folder")
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
@@ -123,7 +120,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
         return {**run, **{name: kind(run[name]) for name, kind in PARTS.items()}}
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(
-            say(f"cannot be read: {first_line(error)}", f"无法读取：{first_line(error)}"),
+            _("cannot be read: {error}").format(error=first_line(error)),
             place=str(file),
             remedy=again(),
         ) from None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tongwen.core.errors import ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 ITEM_BYTES = {
     "F64": 8,
@@ -88,15 +88,13 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     for file in files:
         for name, stored in read_header(file).items():
             if name in found:
-                raise _broken(
-                    file, say(f"{name} also stands in {found[name].file.name}", f"{name} 也在 {found[name].file.name}")
-                )
+                raise _broken(file, _("{name} also stands in {file}").format(name=name, file=found[name].file.name))
             found[name] = stored
     for name, file_name in (mapped or {}).items():
         if name not in found or found[name].file.name != file_name:
-            raise _broken(index, say(f"{name} is not in {file_name}", f"{file_name} 中没有 {name}"))
+            raise _broken(index, _("{name} is not in {file_name}").format(name=name, file_name=file_name))
     if mapped is not None and (strange := sorted(found.keys() - mapped.keys())):
-        raise _broken(index, say(f"{strange[0]} stands in no index", f"索引中没有 {strange[0]}"))
+        raise _broken(index, _("{strange} stands in no index").format(strange=strange[0]))
     return found
 
 
@@ -105,20 +103,19 @@ def read_index(index: Path) -> dict[str, str]:
     try:
         mapped = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError):
-        raise _broken(index, say("the index cannot be read", "索引无法读取")) from None
+        raise _broken(index, _("the index cannot be read")) from None
     for name, file_name in mapped.items():
         if not isinstance(file_name, str) or Path(file_name).name != file_name or "\\" in file_name:
             raise ModelError(
-                say(
-                    f"{name} is said to be in {file_name!r}, outside of this folder",
-                    f"{name} 指向文件夹之外：{file_name!r}",
+                _("{name} is said to be in {file_name!r}, outside of this folder").format(
+                    name=name, file_name=file_name
                 ),
                 place=str(index),
-                remedy=say("do not use this model: its index was tampered with", "请勿使用该模型：索引被篡改"),
+                remedy=_("do not use this model: its index was tampered with"),
             )
     for file_name in sorted(set(mapped.values())):
         if not (index.parent / file_name).is_file():
-            raise _broken(index, say(f"it names the shard {file_name}, which is missing", f"缺少分片 {file_name}"))
+            raise _broken(index, _("it names the shard {file_name}, which is missing").format(file_name=file_name))
     return mapped
 
 
@@ -129,7 +126,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         start = stream.read(8)
         size = int.from_bytes(start, "little")
         if len(start) < 8 or size > min(length - 8, LONGEST_HEADER):
-            raise _broken(file, what_it_is(file) or say(f"it ends after {length} bytes", f"在 {length} 字节处中断"))
+            raise _broken(file, what_it_is(file) or _("it ends after {length} bytes").format(length=length))
         try:
             header: dict[str, Any] = json.loads(stream.read(size))
             found = {
@@ -145,7 +142,7 @@ def read_header(file: Path) -> dict[str, Stored]:
                 if name != "__metadata__"
             }
         except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
-            raise _broken(file, say("its header cannot be read", "文件头无法读取")) from None
+            raise _broken(file, _("its header cannot be read")) from None
     at = 8 + size
     ordered = sorted(found.values(), key=lambda stored: (stored.begin, stored.end))
     for stored in ordered:
@@ -155,10 +152,10 @@ def read_header(file: Path) -> dict[str, Stored]:
             or (stored.dtype in ITEM_BYTES and stored.size != expected)
             or min(stored.shape, default=0) < 0
         ):
-            raise _broken(file, say(f"its header lies about {stored.name}", f"文件头与 {stored.name} 不符"))
+            raise _broken(file, _("its header lies about {stored}").format(stored=stored.name))
         at = stored.end
     if at != length:
-        raise _broken(file, say(f"it should have {at} bytes and has {length}", f"应有 {at} 字节，实为 {length} 字节"))
+        raise _broken(file, _("it should have {at} bytes and has {length}").format(at=at, length=length))
     return {stored.name: stored for stored in ordered}
 
 
@@ -183,11 +180,11 @@ def what_it_is(file: Path) -> str:
     with file.open("rb") as stream:
         start = stream.read(64)
     if not start:
-        return say("it is empty", "文件为空")
+        return _("it is empty")
     if start.startswith(b"version https://git-lfs"):
-        return say("it is a Git LFS pointer, not the file itself", "这是 Git LFS 指针，不是文件本身")
+        return _("it is a Git LFS pointer, not the file itself")
     if start.lstrip()[:1] == b"<":
-        return say("it is a web page", "这是一个网页")
+        return _("it is a web page")
     return ""
 
 
@@ -255,7 +252,7 @@ def copy_bytes(source: Stored, target: Stored) -> None:
         while done < source.size:
             block = reader.read(min(CHUNK, source.size - done))
             if not block:
-                raise _broken(source.file, say("it ends early", "文件提前结束"))
+                raise _broken(source.file, _("it ends early"))
             writer.write(block)
             done += len(block)
 
@@ -268,14 +265,14 @@ def iter_bytes(stored: Stored) -> Iterator[bytes]:
         while left:
             block = stream.read(min(CHUNK, left))
             if not block:
-                raise _broken(stored.file, say("it ends early", "文件提前结束"))
+                raise _broken(stored.file, _("it ends early"))
             left -= len(block)
             yield block
 
 
 def _broken(file: Path, what: str) -> ModelError:
     return ModelError(
-        say(f"the model cannot be loaded: {what}", f"无法加载模型：{what}"),
+        _("the model cannot be loaded: {what}").format(what=what),
         place=str(file),
-        remedy=say("fetch it again: the file is not whole", "请重新下载：文件不完整"),
+        remedy=_("fetch it again: the file is not whole"),
     )

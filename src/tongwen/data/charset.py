@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 
 from tongwen.core.errors import DataError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 # The most frequent characters of modern Chinese, simplified and traditional, and the punctuation around them.
 _COMMON = frozenset(
@@ -76,11 +76,8 @@ def choose(head: bytes, wanted: str | None, whole: bool) -> Charset:
     codec = named(wanted)
     if codec != found.codec and not found.codec.startswith(codec) and not _fits(sample, codec, found):
         raise DataError(
-            say(
-                f"encoding: {wanted} is named, but this is {found.name}",
-                f"指定了 encoding: {wanted}，但该文件是 {found.name}",
-            ),
-            remedy=say(f"encoding: {found.codec}, or leave the word out", f"encoding: {found.codec}，或不写"),
+            _("encoding: {wanted} is named, but this is {found}").format(wanted=wanted, found=found.name),
+            remedy=_("encoding: {codec}, or leave the word out").format(codec=found.codec),
         )
     return found if found.codec.startswith(codec) else Charset(codec)
 
@@ -92,7 +89,7 @@ def named(wanted: str) -> str:
         "中".encode(info.name, "replace").decode(info.name, "replace")
     except (LookupError, UnicodeError, ValueError):
         raise DataError(
-            say(f"encoding: {wanted!r} is not known", f"未知的 encoding: {wanted!r}"),
+            _("encoding: {wanted!r} is not known").format(wanted=wanted),
             remedy="encoding: utf-8 | gb18030 | big5 | utf-16",
         ) from None
     name = info.name.removesuffix("-sig")
@@ -164,4 +161,4 @@ def _fits(sample: bytes, codec: str, found: Charset) -> bool:
 
 def _told(codec: str) -> str:
     name = Charset(codec).name
-    return say(f"read as {name}", f"按 {name} 读取")
+    return _("read as {name}").format(name=name)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from tongwen.core.errors import MissingPackage
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Message
 from tongwen.recipe.data import Clean
 
@@ -80,11 +80,11 @@ class Cleaner:
                 self.changed[name] += 1
                 text = found
         if text is not before and not text.strip():
-            return Dropped("empty_after_cleaning", say("nothing is left after cleaning", "清洗后为空"))
+            return Dropped("empty_after_cleaning", _("nothing is left after cleaning"))
         return text
 
     def _judged(self, text: str) -> Dropped | None:
-        for _, rule in self.judge:
+        for _unused, rule in self.judge:
             if isinstance(found := rule(text), Dropped):
                 return found
         return None
@@ -185,12 +185,10 @@ def mend_mojibake(text: str) -> str | Dropped:
         try:
             return text.encode("gb18030").decode("utf-8")
         except UnicodeError:
-            return Dropped(
-                "mojibake", say("UTF-8 that was read as GBK, beyond repair", "被当作 GBK 读取的 UTF-8，无法还原")
-            )
+            return Dropped("mojibake", _("UTF-8 that was read as GBK, beyond repair"))
     lost = sum(map(len, _LOST.findall(text)))
     if lost > 0.01 * len(text):
-        return Dropped("mojibake", say(f"{lost} characters are lost (�, 锟斤拷)", f"{lost} 个字符已损坏（�、锟斤拷）"))
+        return Dropped("mojibake", _("{lost} characters are lost (�, 锟斤拷)").format(lost=lost))
     return text
 
 
@@ -307,7 +305,7 @@ def mask_personal_data(text: str) -> str:
 def refuse_personal_data(text: str) -> str | Dropped:
     for mark, pattern in _PERSONAL:
         if any(_is_real(mark, found[0]) for found in pattern.finditer(text)):
-            return Dropped("personal_data", say(f"contains personal data: {mark}", f"含有个人信息：{mark}"))
+            return Dropped("personal_data", _("contains personal data: {mark}").format(mark=mark))
     return text
 
 
@@ -323,20 +321,16 @@ def make_converter(direction: str) -> Filter:
     try:
         from opencc import OpenCC
     except ImportError:
-        raise MissingPackage("opencc", say(f"convert: {direction}", f"convert: {direction}"), "opencc") from None
+        raise MissingPackage("opencc", f"convert: {direction}", "opencc") from None
     convert: Filter = OpenCC(direction).convert
     return convert
 
 
 def check_length(text: str, least: int, most: int | None) -> str | Dropped:
     if len(text) < least:
-        return Dropped(
-            "too_short", say(f"{len(text)} characters, min_chars is {least}", f"{len(text)} 字，min_chars 为 {least}")
-        )
+        return Dropped("too_short", _("{count} characters, min_chars is {least}").format(count=len(text), least=least))
     if most and len(text) > most:
-        return Dropped(
-            "too_long_text", say(f"{len(text)} characters, max_chars is {most}", f"{len(text)} 字，max_chars 为 {most}")
-        )
+        return Dropped("too_long_text", _("{count} characters, max_chars is {most}").format(count=len(text), most=most))
     return text
 
 
@@ -354,7 +348,7 @@ def check_han(text: str, least: float) -> str | Dropped:
     if share < least:
         return Dropped(
             "language",
-            say(f"{share:.0%} Chinese characters, min_han is {least:g}", f"汉字占 {share:.0%}，min_han 为 {least:g}"),
+            _("{share:.0%} Chinese characters, min_han is {least:g}").format(share=share, least=least),
         )
     return text
 
@@ -371,10 +365,10 @@ def check_repetition(text: str) -> str | Dropped:
         if repeated > 0.5 * len(text):
             return Dropped(
                 "repetition",
-                say(f"{repeated / len(text):.0%} is in repeated lines", f"{repeated / len(text):.0%} 为重复行"),
+                _("{repeated:.0%} is in repeated lines").format(repeated=repeated / len(text)),
             )
     data = text[:100_000].encode("utf-8", "surrogatepass")
     ratio = len(zlib.compress(data, 1)) / len(data)
     if ratio < 0.1:
-        return Dropped("repetition", say(f"it deflates to {ratio:.1%}", f"可压缩到 {ratio:.1%}"))
+        return Dropped("repetition", _("it deflates to {ratio:.1%}").format(ratio=ratio))
     return text

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core.errors import DataError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.data.files import shown
 from tongwen.recipe.data import SourceConfig
 
@@ -55,9 +55,8 @@ def entry_source(source: SourceConfig) -> list[SourceConfig]:
     formatting = entry.get("formatting", "alpaca")
     if formatting not in _FORMATS:
         raise DataError(
-            say(
-                f"formatting: {formatting!r} is not {', '.join(_FORMATS)}",
-                f"formatting: {formatting!r} 应为 {'、'.join(_FORMATS)}",
+            _("formatting: {formatting!r} is not {formats}").format(
+                formatting=formatting, formats=_(", ").join(_FORMATS)
             ),
             place=place,
         )
@@ -77,32 +76,24 @@ def _entry(file: Path, name: str) -> dict[str, Any]:
         entries = json.loads(file.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise DataError(
-            say(f"this cannot be opened: {error.strerror}", f"无法打开：{error.strerror}"), place=shown(file)
+            _("this cannot be opened: {strerror}").format(strerror=error.strerror), place=shown(file)
         ) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(say(f"this is not JSON: {error}", f"不是 JSON：{error}"), place=shown(file)) from None
+        raise DataError(_("this is not JSON: {error}").format(error=error), place=shown(file)) from None
     if not isinstance(entries, dict):
         raise DataError(
-            say(
-                "a dataset_info.json holds one object: {name: {file_name: …}}",
-                "dataset_info.json 应为一个对象：{名称: {file_name: …}}",
-            ),
+            _("a dataset_info.json holds one object: {name: {file_name: …}}"),
             place=shown(file),
         )
     if name not in entries:
         near = difflib.get_close_matches(name, entries, n=3, cutoff=0)
         raise DataError(
-            say(
-                f"there is no entry {name!r}; the nearest: {', '.join(near)}",
-                f"没有条目 {name!r}；最接近的是：{'、'.join(near)}",
-            ),
+            _("there is no entry {name!r}; the nearest: {near}").format(name=name, near=_(", ").join(near)),
             place=shown(file),
             remedy=f"entry: {near[0]}" if near else "",
         )
     if not isinstance(entries[name], dict):
-        raise DataError(
-            say("an entry is an object: {file_name: …}", "条目应为对象：{file_name: …}"), place=f"{shown(file)}: {name}"
-        )
+        raise DataError(_("an entry is an object: {file_name: …}"), place=f"{shown(file)}: {name}")
     return dict(entries[name])
 
 
@@ -113,21 +104,17 @@ def _check_known(entry: dict[str, Any], place: str) -> None:
         foreign.append("split")
     if foreign:
         raise DataError(
-            say(
-                f"the entry asks for what is not done here: {', '.join(f'{key}: {entry[key]!r}' for key in foreign)}",
-                f"该条目要求了不支持的内容：{'、'.join(f'{key}: {entry[key]!r}' for key in foreign)}",
+            _("the entry asks for what is not done here: {foreign}").format(
+                foreign=_(", ").join(f"{key}: {entry[key]!r}" for key in foreign)
             ),
             place=place,
-            remedy=say(
-                "name the file itself in the recipe: {path: …, format: …, columns: {…}}",
-                "请在配方中直接写明文件：{path: …, format: …, columns: {…}}",
-            ),
+            remedy=_("name the file itself in the recipe: {path: …, format: …, columns: {…}}"),
         )
     for word in ("columns", "tags"):
         if not isinstance(entry.get(word, {}), dict) or not all(
             value is None or isinstance(value, str) for value in entry.get(word, {}).values()
         ):
-            raise DataError(say(f"{word} must be an object of names", f"{word} 应为由名称组成的对象"), place=place)
+            raise DataError(_("{word} must be an object of names").format(word=word), place=place)
 
 
 def _names(entry: dict[str, Any], formatting: str, place: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -144,9 +131,8 @@ def _names(entry: dict[str, Any], formatting: str, place: str) -> tuple[dict[str
             columns[ours_of[word]] = theirs
         else:
             raise DataError(
-                say(
-                    f"{word}: {theirs!r} is not read for formatting {formatting}; known: {', '.join(ours_of)}",
-                    f"formatting {formatting} 不读取 {word}: {theirs!r}；可用：{'、'.join(ours_of)}",
+                _("{word}: {theirs!r} is not read for formatting {formatting}; known: {known}").format(
+                    word=word, theirs=theirs, formatting=formatting, known=_(", ").join(ours_of)
                 ),
                 place=place,
             )
@@ -160,6 +146,6 @@ def _path(entry: dict[str, Any], file: Path, place: str) -> str:
         if isinstance(value, str) and value:
             return start + value if start else str(file.parent / value)
     raise DataError(
-        say("the entry names no file_name, hf_hub_url or ms_hub_url", "条目没有 file_name、hf_hub_url 或 ms_hub_url"),
+        _("the entry names no file_name, hf_hub_url or ms_hub_url"),
         place=place,
     )

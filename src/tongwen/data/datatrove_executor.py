@@ -14,7 +14,7 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import MachineError, MissingPackage, TongwenError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.data.prepare_steps import InputPart
 from tongwen.recipe.data import Prepare
 
@@ -67,12 +67,9 @@ def _wait(section: Prepare, step: str, out: Path, parts: Sequence[InputPart]) ->
             return
         if section.executor != "slurm":
             raise MachineError(
-                say(f"{len(undone)} files were not finished", f"{len(undone)} 个文件没有完成"),
+                _("{count} files were not finished").format(count=len(undone)),
                 place=undone[0].name,
-                remedy=say(
-                    f"see the logs in {out / 'parts'}; the same command goes on",
-                    f"见日志 {out / 'parts'}；同一命令可继续",
-                ),
+                remedy=_("see the logs in {out}; the same command goes on").format(out=out / "parts"),
             )
         time.sleep(5)
 

@@ -21,7 +21,7 @@ import numpy as np
 from tongwen.core import console
 from tongwen.core.chat_template import APART, Rendered, Template
 from tongwen.core.errors import DataError, ModelError, RowRefused
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Message, Span
 from tongwen.data.ledger import Ledger, Rejected
 from tongwen.data.tiktoken_encoder import FastEncoder, make_fast
@@ -58,7 +58,7 @@ class Encoder:
         self.backend: Any = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "_tokenizer", None)
         if self.backend is None:
             raise ModelError(
-                say("this tokenizer has no fast form (tokenizer.json)", "该分词器没有快速形式（tokenizer.json）"),
+                _("this tokenizer has no fast form (tokenizer.json)"),
                 place=type(tokenizer).__name__,
                 remedy="AutoTokenizer.from_pretrained(…).save_pretrained(…)",
             )
@@ -90,10 +90,7 @@ class Encoder:
             found = fast.encode(text)
             if found is not None and found.tolist() != wanted:
                 console.notice(
-                    say(
-                        f"tiktoken splits {text[:20]!r} in another way; the tokenizers library is used",
-                        f"tiktoken 对 {text[:20]!r} 的切分不同；改用 tokenizers 库",
-                    )
+                    _("tiktoken splits {text!r} in another way; the tokenizers library is used").format(text=text[:20])
                 )
                 return None
         return fast
@@ -115,7 +112,7 @@ class Encoder:
             if list(joined[: len(head)]) == head:
                 return joined[len(head) :]
         raise ModelError(
-            say(f"the tokenizer cannot continue a text with {text[:20]!r}", f"分词器无法以 {text[:20]!r} 接续文本"),
+            _("the tokenizer cannot continue a text with {text!r}").format(text=text[:20]),
             place=type(self.backend).__name__,
         )
 
@@ -299,12 +296,12 @@ def _fitting(
 
 def _unfit(sample: _Sample, max_length: int) -> tuple[str, str]:
     if sample.size > max_length:
-        return "too_long", say(
-            f"{sample.size} tokens, max_length is {max_length}", f"{sample.size} 个 token，max_length 为 {max_length}"
+        return "too_long", _("{size} tokens, max_length is {max_length}").format(
+            size=sample.size, max_length=max_length
         )
     learned = sum([len(piece.ids) for piece in sample.pieces if piece.learn])
     if learned < 1 or (learned == 1 and sample.pieces[0].learn):
-        return "nothing_to_learn", say("no token of this sample is learned", "该样本没有要学习的 token")
+        return "nothing_to_learn", _("no token of this sample is learned")
     return "", ""
 
 
@@ -458,27 +455,23 @@ def check_store(store: TokenStore, section: Sft, rejected: Sequence[dict[str, An
         too_long = sum(bad["reason"] == "too_long" for bad in rejected)
         first = rejected[0] if rejected else None
         raise DataError(
-            say(
-                f"no sample is left to learn ({too_long} of {len(rejected)} are longer than max_length {section.max_length})"
-                + (f"; the first: {first['rule']}" if first else ""),
-                f"没有可训练的样本（{len(rejected)} 个中有 {too_long} 个超过 max_length {section.max_length}）"
-                + (f"；第一个：{first['rule']}" if first else ""),
+            (
+                _("no sample is left to learn ({too_long} of {count} are longer than max_length {max_length})").format(
+                    too_long=too_long, count=len(rejected), max_length=section.max_length
+                )
+                + (_("; the first: {rule}").format(rule=first["rule"]) if first else "")
             ),
             place=f"{first['file']}:{first['row']}" if first else "sft",
-            remedy=say(
-                "raise sft.max_length, or shorten the samples (sft.too_long: drop_turns or cut_prompt)",
-                "增大 sft.max_length，或缩短样本（sft.too_long: drop_turns 或 cut_prompt）",
-            ),
+            remedy=_("raise sft.max_length, or shorten the samples (sft.too_long: drop_turns or cut_prompt)"),
         )
     stops = float(np.mean(store.stops))
     if stops < section.min_stop_learned:
         raise DataError(
-            say(
-                f"only {stops:.1%} of the samples learn their stop token; the model would not learn to end its answers",
-                f"只有 {stops:.1%} 的样本会学到停止符，模型学不会结束回答",
-            ),
+            _(
+                "only {stops:.1%} of the samples learn their stop token; the model would not learn to end its answers"
+            ).format(stops=stops),
             place="sft.learn",
-            remedy="sft: {learn: assistant}" + say(", or lower sft.min_stop_learned", "，或降低 sft.min_stop_learned"),
+            remedy="sft: {learn: assistant}" + _(", or lower sft.min_stop_learned"),
         )
     return describe(store)
 

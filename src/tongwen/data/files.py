@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tongwen.core.errors import DataError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 JSON_SUFFIXES = {".json", ".jsonl", ".ndjson"}
 TEXT_SUFFIXES = {".txt", ".md"}
@@ -100,13 +100,11 @@ def find_files(path: str) -> list[Path]:
     if found:
         return found
     if place.is_symlink():
-        raise DataError(say("a link to a file that does not exist", "链接指向不存在的文件"), place=shown(path))
+        raise DataError(_("a link to a file that does not exist"), place=shown(path))
     raise DataError(
-        say("there is no such file", "没有这个文件"),
+        _("there is no such file"),
         place=shown(path),
-        remedy=say(
-            f"paths are taken from the folder where you stand: {Path.cwd()}", f"相对路径从当前目录算起：{Path.cwd()}"
-        ),
+        remedy=_("paths are taken from the folder where you stand: {folder}").format(folder=Path.cwd()),
     )
 
 
@@ -115,9 +113,7 @@ def _kind(place: Path) -> str:
     try:
         mode = place.stat().st_mode
     except ValueError:
-        raise DataError(
-            say("a path cannot hold a NUL", "路径不能含有 NUL"), place=shown(str(place).replace("\0", "\\0"))
-        ) from None
+        raise DataError(_("a path cannot hold a NUL"), place=shown(str(place).replace("\0", "\\0"))) from None
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return ""
@@ -133,7 +129,7 @@ def _kind(place: Path) -> str:
 def _checked(file: Path, kind: str) -> Path:
     if kind != "file":
         raise DataError(
-            say(f"this is a {kind or 'broken link'}, not a file", f"这是 {kind or '失效的链接'}，不是文件"),
+            _("this is a {kind}, not a file").format(kind=kind or _("broken link")),
             place=shown(file),
         )
     if not os.access(file, os.R_OK):
@@ -151,7 +147,7 @@ def _in_folder(folder: Path) -> list[Path]:
     for top, folders, names in os.walk(folder, followlinks=True, onerror=fail):
         here = Path(top)
         if here.is_symlink() and here.resolve() in here.absolute().parent.resolve().joinpath("x").parents:
-            raise DataError(say("this link leads back to a folder above it", "该链接指回上层文件夹"), place=shown(here))
+            raise DataError(_("this link leads back to a folder above it"), place=shown(here))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             file = here / name
@@ -165,26 +161,21 @@ def _in_folder(folder: Path) -> list[Path]:
         return sorted(found)
     known = sorted(DATA_SUFFIXES)
     raise DataError(
-        say(
-            f"no data file ({', '.join(known)}; also .gz, .zst, .xz) in this folder",
-            f"文件夹里没有数据文件（{'、'.join(known)}；可带 .gz、.zst、.xz）",
-        ),
+        _("no data file ({known}; also .gz, .zst, .xz) in this folder").format(known=_(", ").join(known)),
         place=shown(folder),
-        remedy=say(f"archives are not read; unpack {archives[0]}", f"不读取归档文件；请先解包 {archives[0]}")
-        if archives
-        else "",
+        remedy=_("archives are not read; unpack {archives}").format(archives=archives[0]) if archives else "",
     )
 
 
 def _cannot_open(place: Path, error: OSError) -> DataError:
     if error.errno == errno.ELOOP:
-        rule = say("this link leads to itself", "该链接指向自身")
+        rule = _("this link leads to itself")
     elif error.errno in (errno.EACCES, errno.EPERM):
-        rule = say("there is no permission to read this", "没有读取权限")
+        rule = _("there is no permission to read this")
     elif error.errno == errno.ENAMETOOLONG:
-        rule = say("this name is too long for a file", "文件名过长")
+        rule = _("this name is too long for a file")
     else:
-        rule = say(f"this cannot be opened: {error.strerror}", f"无法打开：{error.strerror}")
+        rule = _("this cannot be opened: {strerror}").format(strerror=error.strerror)
     remedy = f"chmod +r {shown(place)}" if error.errno == errno.EACCES else ""
     return DataError(rule, place=shown(place), remedy=remedy)
 
@@ -212,9 +203,9 @@ def opened(file: Path) -> Iterator[Stream]:
         before = os.fstat(raw.fileno())
         if not before.st_size:
             raise DataError(
-                say("no rows: the file is empty", "没有数据：文件为空"),
+                _("no rows: the file is empty"),
                 place=shown(file),
-                remedy=say("take it out of the recipe", "请从配方中去掉它"),
+                remedy=_("take it out of the recipe"),
             )
         magic = raw.read(16)
         raw.seek(0)
@@ -237,9 +228,9 @@ def _check_unchanged(file: Path, before: os.stat_result) -> None:
         getattr(after, name) != getattr(before, name) for name in ("st_size", "st_mtime_ns", "st_ino")
     ):
         raise DataError(
-            say("this file changed while it was read", "该文件在读取过程中被改动"),
+            _("this file changed while it was read"),
             place=shown(file),
-            remedy=say("wait until it is written, then run again", "请等它写完后再运行"),
+            remedy=_("wait until it is written, then run again"),
         )
 
 
@@ -269,7 +260,7 @@ def _plain(raw: IO[bytes]) -> Iterator[bytes]:
         while block := raw.read(BLOCK):
             yield block
     except OSError as error:
-        raise DamagedFile(say(f"reading fails: {error.strerror}", f"读取失败：{error.strerror}")) from None
+        raise DamagedFile(_("reading fails: {strerror}").format(strerror=error.strerror)) from None
 
 
 def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -311,9 +302,8 @@ def _unpacked(raw: IO[bytes], packed: str) -> Iterator[bytes]:
                     made += len(piece)
                     if made > BOMB_BYTES and made > BOMB_RATIO * given:
                         raise DamagedFile(
-                            say(
-                                f"{given:,} bytes unpack to more than {made:,}: data does not do that",
-                                f"{given:,} 字节解压后超过 {made:,} 字节：正常数据不会如此",
+                            _("{given:,} bytes unpack to more than {made:,}: data does not do that").format(
+                                given=given, made=made
                             )
                         )
                     yield piece
@@ -322,15 +312,15 @@ def _unpacked(raw: IO[bytes], packed: str) -> Iterator[bytes]:
                     data, engine = engine.unused_data, None
     except errors as error:
         raise DamagedFile(
-            say(f"the {packed} data is damaged: {error}", f"{packed} 数据已损坏：{error}"),
-            say("fetch the file again", "请重新获取该文件"),
+            _("the {packed} data is damaged: {error}").format(packed=packed, error=error),
+            _("fetch the file again"),
         ) from None
     except OSError as error:
-        raise DamagedFile(say(f"reading fails: {error.strerror}", f"读取失败：{error.strerror}")) from None
+        raise DamagedFile(_("reading fails: {strerror}").format(strerror=error.strerror)) from None
     if engine is not None:
         raise DamagedFile(
-            say(f"the {packed} data is cut off", f"{packed} 数据不完整，被截断"),
-            say("fetch the file again", "请重新获取该文件"),
+            _("the {packed} data is cut off").format(packed=packed),
+            _("fetch the file again"),
         )
 
 
@@ -380,35 +370,32 @@ def is_table(head: bytes) -> bool:
 def check_signature(file: Path, head: bytes, packed: str = "") -> None:
     """Raise DataError when the first bytes show that this holds no rows."""
 
-    def refuse(en: str, zh: str, remedy: str = "") -> DataError:
-        return DataError(say(en, zh), place=shown(file), remedy=remedy)
+    def refuse(rule: str, remedy: str = "") -> DataError:
+        return DataError(rule, place=shown(file), remedy=remedy)
 
     archive = next((name for sign, name in _ARCHIVES.items() if head.startswith(sign)), "")
     if head[257:262] == b"ustar":
         archive = "tar"
     if archive:
         raise refuse(
-            f"this is a {archive} archive; archives are not read",
-            f"这是 {archive} 归档文件；不读取归档文件",
-            say("unpack it and name the files", "请解包后写明其中的文件"),
+            _("this is a {archive} archive; archives are not read").format(archive=archive),
+            _("unpack it and name the files"),
         )
     if inner := next((name for sign, name in _PACKED.items() if packed and head.startswith(sign)), ""):
-        raise refuse(f"this is compressed twice ({packed}, {inner})", f"该文件被压缩了两次（{packed}、{inner}）")
+        raise refuse(_("this is compressed twice ({packed}, {inner})").format(packed=packed, inner=inner))
     if packed and is_table(head):
         raise refuse(
-            f"this is a table (Parquet or Arrow) inside {packed}; it cannot be read from there",
-            f"这是 {packed} 压缩的表（Parquet 或 Arrow），无法直接读取",
-            say("unpack it", "请先解压"),
+            _("this is a table (Parquet or Arrow) inside {packed}; it cannot be read from there").format(packed=packed),
+            _("unpack it"),
         )
     if foreign := next((name for sign, name in _FOREIGN.items() if head.startswith(sign)), ""):
-        raise refuse(f"this is a {foreign} file; it holds no rows", f"这是 {foreign} 文件，不含数据行")
+        raise refuse(_("this is a {foreign} file; it holds no rows").format(foreign=foreign))
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise refuse("this is a Git LFS pointer, not the data", "这是 Git LFS 指针，不是数据本身", "git lfs pull")
+        raise refuse(_("this is a Git LFS pointer, not the data"), "git lfs pull")
     if re.match(rb"(?:\xef\xbb\xbf)?\s*(?:<!doctype html|<html[\s>]|<\?xml\s)", head, re.IGNORECASE):
         raise refuse(
-            "this is a web page (HTML or XML), perhaps an error page of the download",
-            "这是网页（HTML 或 XML），可能是下载时的错误页",
-            say("look into it, then fetch the data again", "请查看其内容，再重新下载数据"),
+            _("this is a web page (HTML or XML), perhaps an error page of the download"),
+            _("look into it, then fetch the data again"),
         )
     if head and not head.strip(b"\0"):
-        raise refuse("this file holds only NUL bytes: it is damaged", "文件只有 NUL 字节：已损坏")
+        raise refuse(_("this file holds only NUL bytes: it is damaged"))

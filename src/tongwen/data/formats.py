@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tongwen.core.errors import DataError, RecipeError, RowRefused
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Message, Origin
 from tongwen.data.row import RawRow, kind
 from tongwen.recipe.data import SourceConfig
@@ -75,9 +75,8 @@ def recognise(row: Any) -> str | None:
         names = [*turns, *(["instruction"] if is_alpaca else [])]
         raise RowRefused(
             "ambiguous",
-            say(
-                f"the row is of more than one format: it has {', '.join(names)}; name the format in the recipe",
-                f"该行同时符合多种格式：{'、'.join(names)}；请在配方中写明 format",
+            _("the row is of more than one format: it has {names}; name the format in the recipe").format(
+                names=_(", ").join(names)
             ),
         )
     if turns:
@@ -108,11 +107,10 @@ def recognise_row(raw: RawRow, source: SourceConfig) -> str:
     if found and found != "text":
         return found
     keys = _keys(raw.value)
-    rule = say(f"this row is no dialogue of a known format; it has: {keys}", f"该行不是已知格式的对话；现有：{keys}")
+    rule = _("this row is no dialogue of a known format; it has: {keys}").format(keys=keys)
     if found == "text":
-        remedy = say(
-            "plain text belongs under prepare.documents; or name the columns: {path: …, columns: {instruction: text, output: YOUR_ANSWER}}",
-            "纯文本应放在 prepare.documents；或写明列名：{path: …, columns: {instruction: text, output: 你的回答列}}",
+        remedy = _(
+            "plain text belongs under prepare.documents; or name the columns: {path: …, columns: {instruction: text, output: YOUR_ANSWER}}"
         )
         raise DataError(rule, place=place, remedy=remedy)
     columns = _meant(row)
@@ -130,9 +128,8 @@ def check_source(source: SourceConfig) -> None:
         for name in names:
             if name not in known:
                 raise RecipeError(
-                    say(
-                        f"{word}: {name!r} is none of our names: {', '.join(known)}",
-                        f"{word}: {name!r} 不是可用的名称：{'、'.join(known)}",
+                    _("{word}: {name!r} is none of our names: {known}").format(
+                        word=word, name=name, known=_(", ").join(known)
                     ),
                     place=source.path,
                     remedy="{columns: {output: answer}, roles: {Customer: user}}",
@@ -148,14 +145,10 @@ def _check_preferences(row: dict[str, Any], source: SourceConfig, place: str) ->
     if found and not mapped & {"chosen", "label"}:
         names = ", ".join(found)
         raise DataError(
-            say(
-                f"this is preference data ({names}), which is for other training than this",
-                f"这是偏好数据（{names}），不用于此种训练",
-            ),
+            _("this is preference data ({names}), which is for other training than this").format(names=names),
             place=place,
-            remedy=say(
-                "to learn the chosen answers alone: {path: …, format: pair, columns: {question: prompt, answer: chosen}}",
-                "若只学习被选中的回答：{path: …, format: pair, columns: {question: prompt, answer: chosen}}",
+            remedy=_(
+                "to learn the chosen answers alone: {path: …, format: pair, columns: {question: prompt, answer: chosen}}"
             ),
         )
 
@@ -179,9 +172,8 @@ def _columns_line(columns: Mapping[str, str], row: Any) -> str:
         texts = [key for key, value in row.items() if isinstance(value, str) and str(key).lower() not in ("id", "text")]
         columns = dict(zip(("instruction", "output"), texts, strict=False)) if len(texts) > 1 else {}
     pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
-    return say(
-        f"name the columns in the recipe: {{path: …, columns: {{{pairs or 'instruction: YOUR_QUESTION, output: YOUR_ANSWER'}}}}}",
-        f"在配方中写明列名：{{path: …, columns: {{{pairs or 'instruction: 你的问题列, output: 你的回答列'}}}}}",
+    return _("name the columns in the recipe: {{path: …, columns: {{{pairs}}}}}").format(
+        pairs=pairs or _("instruction: YOUR_QUESTION, output: YOUR_ANSWER")
     )
 
 
@@ -191,14 +183,12 @@ def _columns_line(columns: Mapping[str, str], row: Any) -> str:
 def read_dialogue(row: Any, format_: str, source: SourceConfig, fill: Mapping[str, str], origin: Origin) -> Dialogue:
     """One dialogue from one row. Raises RowRefused, and DataError where the recipe must say more."""
     if not isinstance(row, dict):
-        raise RowRefused(
-            "not_an_object", say(f"a row must be an object, this is {kind(row)}", f"每行应为对象，此处是 {kind(row)}")
-        )
+        raise RowRefused("not_an_object", _("a row must be an object, this is {kind}").format(kind=kind(row)))
     if format_ == "text":
         raise DataError(
-            say("plain text is no dialogue", "纯文本不是对话"),
+            _("plain text is no dialogue"),
             place=str(origin),
-            remedy=say("put it under prepare.documents", "请放在 prepare.documents 下"),
+            remedy=_("put it under prepare.documents"),
         )
     named = with_columns(row, source)
     if format_ == "alpaca" and _has_turns_inside(named):
@@ -215,15 +205,13 @@ def read_document(row: Any, source: SourceConfig, origin: Origin) -> Document:
     theirs = source.columns.get("text", "text")
     text = row.get(theirs) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        rule = say(f"no text under {theirs!r}: the row has {_keys(row)}", f"{theirs!r} 下没有文本：该行有 {_keys(row)}")
+        rule = _("no text under {theirs!r}: the row has {keys}").format(theirs=theirs, keys=_keys(row))
         if isinstance(row, dict) and text is not None:
-            raise RowRefused(
-                "not_text", say(f"{theirs} is {kind(text)}, not text", f"{theirs} 是 {kind(text)}，不是文本")
-            )
+            raise RowRefused("not_text", _("{theirs} is {kind}, not text").format(theirs=theirs, kind=kind(text)))
         likely = next((key for key in row if str(key).strip().lower() in (theirs.lower(), "content")), "") if isinstance(row, dict) else ""  # fmt: skip
         raise RowRefused("no_text", rule + (_did_you_mean("text", likely) if likely and likely != theirs else ""))
     if is_blank(text):
-        raise RowRefused("empty_text", say("the text is empty", "文本为空"))
+        raise RowRefused("empty_text", _("the text is empty"))
     return Document(_checked(text, theirs), origin)
 
 
@@ -289,7 +277,7 @@ def _read_conversations(row: dict[str, Any], source: SourceConfig) -> Read:
             raise _bad_content(number, "value", content, turn)
         learn = _learn(turn, number)
         if role == "function_call":
-            call = _json(content, say(f"turn {number}", f"第 {number} 轮"))
+            call = _json(content, _("turn {number}").format(number=number))
             calls = call if isinstance(call, list) else [call]
             messages.append(Message("assistant", "", None, tuple(_tool_call(one, number) for one in calls), learn))
         else:
@@ -362,9 +350,7 @@ def _history(row: dict[str, Any]) -> list[Message]:
         isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(part, str) for part in turn)
         for turn in turns
     ):
-        raise RowRefused(
-            "bad_history", say("history must be a list of [question, answer]", "history 应为 [问, 答] 的列表")
-        )
+        raise RowRefused("bad_history", _("history must be a list of [question, answer]"))
     return [Message(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
 
 
@@ -379,9 +365,7 @@ def _split_turns(text: str) -> list[Message]:
     """The turns of a text with marks; an empty `Assistant:` at the end waits for the output."""
     marks = list(_MARK.finditer(text))
     if text[: marks[0].start() if marks else len(text)].strip():
-        raise RowRefused(
-            "no_mark", say("the text does not begin with `Human:` or `User:`", "文本不以 `Human:` 或 `User:` 开头")
-        )
+        raise RowRefused("no_mark", _("the text does not begin with `Human:` or `User:`"))
     ends = [*(mark.start() for mark in marks[1:]), len(text)]
     messages = [Message(_WHO[mark[1]], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True)]
     if messages and messages[-1].role == "assistant" and not messages[-1].content:
@@ -395,17 +379,17 @@ def _turns(row: dict[str, Any], key: str, source: SourceConfig) -> Iterator[tupl
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         raise _double_encoded(key)
     if not isinstance(turns, list) or not turns:
-        found = say("empty", "空的") if turns == [] else kind(turns)
+        found = _("empty") if turns == [] else kind(turns)
         raise RowRefused(
             "no_messages",
-            say(f"{key} must be a list with turns, this is {found}", f"{key} 应为非空列表，此处是 {found}"),
+            _("{key} must be a list with turns, this is {found}").format(key=key, found=found),
         )
     mapped = any(name in source.columns for name in IN_TURNS)
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             raise RowRefused(
                 "bad_turn",
-                say(f"turn {number} is {kind(turn)}, not an object", f"第 {number} 轮是 {kind(turn)}，不是对象"),
+                _("turn {number} is {kind}, not an object").format(number=number, kind=kind(turn)),
             )
         yield number, with_columns(turn, source) if mapped else turn
 
@@ -420,7 +404,7 @@ def _messages(row: dict[str, Any], key: str, source: SourceConfig) -> list[Messa
         if not isinstance(calls, (list, tuple)) or not all(isinstance(call, dict) for call in calls):
             raise RowRefused(
                 "bad_tool_calls",
-                say(f"turn {number}: tool_calls must be a list of objects", f"第 {number} 轮：tool_calls 应为对象列表"),
+                _("turn {number}: tool_calls must be a list of objects").format(number=number),
             )
         if turn.get("function_call"):
             calls = [*calls, turn["function_call"]]
@@ -428,10 +412,7 @@ def _messages(row: dict[str, Any], key: str, source: SourceConfig) -> list[Messa
         if thinking is not None and not isinstance(thinking, str):
             raise RowRefused(
                 "bad_thinking",
-                say(
-                    f"turn {number}: reasoning_content is {kind(thinking)}",
-                    f"第 {number} 轮：reasoning_content 是 {kind(thinking)}",
-                ),
+                _("turn {number}: reasoning_content is {kind}").format(number=number, kind=kind(thinking)),
             )
         made = tuple(_tool_call(call, number) for call in calls)
         content = _content(turn, number, optional=bool(made))
@@ -451,9 +432,8 @@ def _content(turn: dict[str, Any], number: int, optional: bool) -> str:
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise RowRefused(
                     "not_only_text",
-                    say(
-                        f"turn {number} has a part of type {part.get('type')!r}; only text is learned",
-                        f"第 {number} 轮含有 {part.get('type')!r} 类型的内容；只支持文本",
+                    _("turn {number} has a part of type {type!r}; only text is learned").format(
+                        number=number, type=part.get("type")
                     ),
                 )
         return "".join(part["text"] for part in content)
@@ -465,9 +445,8 @@ def _content(turn: dict[str, Any], number: int, optional: bool) -> str:
 def _bad_content(number: int, key: str, content: Any, turn: dict[str, Any]) -> RowRefused:
     return RowRefused(
         "bad_content",
-        say(
-            f"turn {number}: {key} is {kind(content)}, not text; the turn has {_keys(turn)}",
-            f"第 {number} 轮：{key} 是 {kind(content)}，不是文本；该轮有 {_keys(turn)}",
+        _("turn {number}: {key} is {kind}, not text; the turn has {keys}").format(
+            number=number, key=key, kind=kind(content), keys=_keys(turn)
         ),
     )
 
@@ -477,9 +456,8 @@ def _learn(turn: dict[str, Any], number: int) -> bool | None:
     if learn not in (None, 0, 1):
         raise RowRefused(
             "bad_learn",
-            say(
-                f"turn {number}: {learn!r} does not say whether to learn it; write true or false",
-                f"第 {number} 轮：{learn!r} 没有说明是否学习；应为 true 或 false",
+            _("turn {number}: {learn!r} does not say whether to learn it; write true or false").format(
+                number=number, learn=learn
             ),
         )
     return None if learn is None else bool(learn)
@@ -490,7 +468,7 @@ def _tools(row: dict[str, Any]) -> list[Any]:
     if isinstance(tools, str):
         tools = _json(tools, "tools") if tools.strip() else []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowRefused("bad_tools", say("tools must be a list of objects", "tools 应为对象列表"))
+        raise RowRefused("bad_tools", _("tools must be a list of objects"))
     return tools
 
 
@@ -498,16 +476,12 @@ def _tool_call(call: Any, number: int) -> dict[str, Any]:
     """OpenAI's shape, with the arguments as an object: what chat templates read."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowRefused(
-            "bad_tool_calls", say(f"turn {number}: a tool call needs a name", f"第 {number} 轮：工具调用需要 name")
-        )
+        raise RowRefused("bad_tool_calls", _("turn {number}: a tool call needs a name").format(number=number))
     arguments = function.get("arguments", function.get("parameters", {}))
     if isinstance(arguments, str):
-        arguments = (
-            _json(arguments, say(f"turn {number}: arguments", f"第 {number} 轮：arguments")) if arguments else {}
-        )
+        arguments = _json(arguments, _("turn {number}: arguments").format(number=number)) if arguments else {}
     made = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    _check_data(made, say(f"turn {number}: tool_calls", f"第 {number} 轮：tool_calls"))
+    _check_data(made, _("turn {number}: tool_calls").format(number=number))
     return made
 
 
@@ -519,14 +493,12 @@ def _text(row: dict[str, Any], key: str, source: SourceConfig, default: str | No
     shown = f"{key} ({source.columns[key]})" if key in source.columns else key
     if key not in row:
         near = next((str(name) for name in row if str(name).strip().lower() == key), "")
-        rule = say(f"no key {shown!r}; the row has {_keys(row)}", f"没有键 {shown!r}；该行有 {_keys(row)}")
+        rule = _("no key {shown!r}; the row has {keys}").format(shown=shown, keys=_keys(row))
         raise RowRefused("missing_key", rule + (_did_you_mean(key, near) if near else ""))
     if not isinstance(value, str):
-        raise RowRefused("not_text", say(f"{shown} is {kind(value)}, not text", f"{shown} 是 {kind(value)}，不是文本"))
+        raise RowRefused("not_text", _("{shown} is {kind}, not text").format(shown=shown, kind=kind(value)))
     if key in ("output", "target", "completion", "response", "answer") and is_blank(value):
-        raise RowRefused(
-            "empty_answer", say(f"{shown} is empty: there is no answer to learn", f"{shown} 为空：没有可学习的回答")
-        )
+        raise RowRefused("empty_answer", _("{shown} is empty: there is no answer to learn").format(shown=shown))
     if default is None and value[:1] in ("{", '"') and _is_encoded_again(value):
         raise _double_encoded(shown)
     return value
@@ -546,7 +518,7 @@ def _is_encoded_again(text: str) -> bool:
 def _double_encoded(key: str) -> RowRefused:
     return RowRefused(
         "double_encoded",
-        say(f"{key} holds JSON that was written as text inside JSON", f"{key} 中是被当作文本再次编码的 JSON"),
+        _("{key} holds JSON that was written as text inside JSON").format(key=key),
     )
 
 
@@ -555,7 +527,7 @@ def _json(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RowRefused(
-            "bad_json_inside", say(f"{where} is not JSON: {error}", f"{where} 不是 JSON：{error}")
+            "bad_json_inside", _("{where} is not JSON: {error}").format(where=where, error=error)
         ) from None
 
 
@@ -566,9 +538,8 @@ def _role(value: Any, number: int, source: SourceConfig) -> str:
     if role is None:
         raise RowRefused(
             "unknown_role",
-            say(
-                f"turn {number}: unknown role {value!r}; the recipe can name it: roles: {{{value}: user}}",
-                f"第 {number} 轮：未知角色 {value!r}；可在配方中写明 roles: {{{value}: user}}",
+            _("turn {number}: unknown role {value!r}; the recipe can name it: roles: {{{value}: user}}").format(
+                number=number, value=value
             ),
         )
     return role
@@ -580,9 +551,9 @@ def _role(value: Any, number: int, source: SourceConfig) -> str:
 def _check_dialogue(messages: Sequence[Message]) -> None:
     for turn, message in enumerate(messages, 1):
         if message.role == "assistant" and not message.tool_calls and is_blank(message.content):
-            raise RowRefused("empty_answer", say(f"turn {turn}: an answer is empty", f"第 {turn} 轮：回答为空"))
+            raise RowRefused("empty_answer", _("turn {turn}: an answer is empty").format(turn=turn))
         if message.role == "user" and is_blank(message.content):
-            raise RowRefused("empty_question", say(f"turn {turn}: a question is empty", f"第 {turn} 轮：提问为空"))
+            raise RowRefused("empty_question", _("turn {turn}: a question is empty").format(turn=turn))
         _checked(message.content, turn)
         if message.thinking:
             _checked(message.thinking, turn)
@@ -590,14 +561,14 @@ def _check_dialogue(messages: Sequence[Message]) -> None:
             found := [name for name in PLACEHOLDER.findall(message.content) if name in MUST_FILL]
         ):
             raise DataError(
-                say(f"the placeholder {{{{{found[0]}}}}} is not filled in", f"占位符 {{{{{found[0]}}}}} 未填写"),
+                _("the placeholder {{{{{found}}}}} is not filled in").format(found=found[0]),
                 remedy=f"prepare: {{fill: {{{found[0]}: …}}}}",
             )
     roles = [message.role for message in messages]
     if "assistant" not in roles:
-        raise RowRefused("no_answer", say("the dialogue has no answer to learn", "对话没有可学习的回答"))
+        raise RowRefused("no_answer", _("the dialogue has no answer to learn"))
     if "user" not in roles and "tool" not in roles:
-        raise RowRefused("no_question", say("the dialogue has no question", "对话没有提问"))
+        raise RowRefused("no_question", _("the dialogue has no question"))
     _check_order(roles)
 
 
@@ -607,28 +578,28 @@ def _check_order(roles: Sequence[str]) -> None:
         turn = roles.index("system", 1) + 1
         raise RowRefused(
             "late_system",
-            say(f"turn {turn}: a system message after the first turn", f"第 {turn} 轮：system 消息出现在首轮之后"),
+            _("turn {turn}: a system message after the first turn").format(turn=turn),
         )
     start = int(roles[0] == "system")
     if roles[start] == "assistant":
-        raise RowRefused("answer_first", say("the dialogue begins with an answer", "对话以回答开头"))
+        raise RowRefused("answer_first", _("the dialogue begins with an answer"))
     before = "user"
     for turn, role in enumerate(roles[start:], start + 1):
         if turn > start + 1 and role == before and role != "tool":
             raise RowRefused(
                 "roles_repeat",
-                say(f"turn {turn}: {role} speaks twice in a row", f"第 {turn} 轮：{role} 连续发言"),
+                _("turn {turn}: {role} speaks twice in a row").format(turn=turn, role=role),
             )
         if role == "tool" and before == "user":
             raise RowRefused(
                 "tool_first",
-                say(f"turn {turn}: a tool answers before it is called", f"第 {turn} 轮：工具未被调用就返回结果"),
+                _("turn {turn}: a tool answers before it is called").format(turn=turn),
             )
         before = role
     if before != "assistant":
         raise RowRefused(
             "ends_unanswered",
-            say(f"the dialogue ends with turn {len(roles)} of {before}", f"对话以 {before} 的第 {len(roles)} 轮结束"),
+            _("the dialogue ends with turn {count} of {before}").format(count=len(roles), before=before),
         )
 
 
@@ -640,7 +611,7 @@ def _split_thinking(message: Message, turn: int) -> Message:
     if is_blank(content) and not message.tool_calls:
         raise RowRefused(
             "only_thinking",
-            say(f"turn {turn}: the answer holds only thinking", f"第 {turn} 轮：回答只有思考过程"),
+            _("turn {turn}: the answer holds only thinking").format(turn=turn),
         )
     return Message(message.role, content, found[1].strip() or None, message.tool_calls, message.learn)
 
@@ -660,12 +631,10 @@ def _checked(text: str, place: str | int) -> str:
     except UnicodeEncodeError:
         broken = True
     if broken or "\0" in text:
-        key = say(f"turn {place}", f"第 {place} 轮") if isinstance(place, int) else place
+        key = _("turn {place}").format(place=place) if isinstance(place, int) else place
         if broken:
-            raise RowRefused(
-                "lone_surrogate", say(f"{key} contains half of a surrogate pair", f"{key} 含有不成对的代理字符")
-            )
-        raise RowRefused("nul_character", say(f"{key} contains a NUL character", f"{key} 含有 NUL 字符"))
+            raise RowRefused("lone_surrogate", _("{key} contains half of a surrogate pair").format(key=key))
+        raise RowRefused("nul_character", _("{key} contains a NUL character").format(key=key))
     return text
 
 
@@ -680,7 +649,7 @@ def _check_data(value: Any, key: str) -> None:
 
 
 def _did_you_mean(ours: str, theirs: str) -> str:
-    return say(f"; {theirs!r}: did you mean {ours!r}?", f"；{theirs!r}：是否指 {ours!r}？")
+    return _("; {theirs!r}: did you mean {ours!r}?").format(theirs=theirs, ours=ours)
 
 
 def _keys(row: Any) -> str:

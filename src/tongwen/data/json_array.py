@@ -13,7 +13,7 @@ from itertools import count
 from typing import Any
 
 from tongwen.core.errors import RowRefused
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.data.charset import Charset
 from tongwen.data.files import DamagedFile
 from tongwen.data.row import CAP, DECODER, LENIENT, RawRow, check_object, not_json
@@ -34,16 +34,16 @@ def read_array(blocks: Iterator[bytes], found: Charset, name: str) -> Iterator[R
             letter = buffer.letter()
             if letter not in (",", "]"):
                 raise buffer.damaged(
-                    say(
-                        f"this is not a whole JSON array: {f'{letter!r} follows' if letter else 'nothing follows'} row {number}",
-                        f"这不是完整的 JSON 数组：第 {number} 行之后{f'是 {letter!r}' if letter else '没有内容'}",
+                    _("this is not a whole JSON array: {letter} row {number}").format(
+                        letter=_("{letter!r} follows").format(letter=letter) if letter else _("nothing follows"),
+                        number=number,
                     )
                 )
             buffer.place += 1
             if letter == "]":
                 break
     if buffer.letter():
-        raise buffer.damaged(say("something follows the JSON array", "JSON 数组之后还有内容"))
+        raise buffer.damaged(_("something follows the JSON array"))
 
 
 class _Buffer:
@@ -87,14 +87,8 @@ class _Buffer:
         place = self.place if place is None else place
         line = self.lines + self.text.count("\n", 0, place)
         return DamagedFile(
-            say(
-                f"{rule}, at character {self.letters + place + 1:,}",
-                f"{rule}，第 {self.letters + place + 1:,} 个字符处",
-            ),
-            say(
-                "one object per line may be meant: then name the file .jsonl and drop the brackets",
-                "若本是每行一个对象，请命名为 .jsonl 并去掉方括号",
-            ),
+            _("{rule}, at character {letters:,}").format(rule=rule, letters=self.letters + place + 1),
+            _("one object per line may be meant: then name the file .jsonl and drop the brackets"),
             line,
         )
 
@@ -115,7 +109,7 @@ def _element(buffer: _Buffer, number: int, name: str, found: Charset) -> RawRow:
     except UnicodeEncodeError as error:
         size = len(text.encode("utf-8", "surrogatepass"))
         text = text.encode("utf-8", "backslashreplace").decode()
-        rule = say(f"character {error.start + 1} is not {found.name}", f"第 {error.start + 1} 个字符不是 {found.name}")
+        rule = _("character {start} is not {found}").format(start=error.start + 1, found=found.name)
         return RawRow(name, number, text, size, rule, "not_utf8" if found.codec == "utf-8" else "bad_bytes")
     if not refused:
         try:
@@ -140,7 +134,7 @@ def _decoded(buffer: _Buffer, number: int) -> tuple[Any, int, RowRefused | None]
         except ValueError as error:
             return None, LENIENT.raw_decode(text, place)[1], not_json(error, text, place)
     except RecursionError:
-        raise buffer.damaged(say(f"row {number} is nested too deep", f"第 {number} 行嵌套过深")) from None
+        raise buffer.damaged(_("row {number} is nested too deep").format(number=number)) from None
     except ValueError as error:
         where = getattr(error, "pos", place)
         cut = str(error).startswith("Unterminated string") or where >= len(text) - 12
@@ -148,13 +142,10 @@ def _decoded(buffer: _Buffer, number: int) -> tuple[Any, int, RowRefused | None]
             return None, -1, None
         if len(text) - place > CAP and cut:
             raise buffer.damaged(
-                say(f"row {number} is larger than {CAP:,} bytes", f"第 {number} 行超过 {CAP:,} 字节")
+                _("row {number} is larger than {cap:,} bytes").format(number=number, cap=CAP)
             ) from None
         rule = getattr(error, "msg", str(error))
         raise buffer.damaged(
-            say(
-                f"this is not a whole JSON array: {rule} in row {number}",
-                f"这不是完整的 JSON 数组：第 {number} 行 {rule}",
-            ),
+            _("this is not a whole JSON array: {rule} in row {number}").format(rule=rule, number=number),
             where,
         ) from None

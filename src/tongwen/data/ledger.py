@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.records import Origin
 
 
@@ -82,7 +82,7 @@ class Ledger:
 def table_rows(table: dict[str, Any], name: str, kept: str) -> list[tuple[str, int, int]]:
     """The lines of a ledger as people read it: (what, things, size)."""
     unit, size_unit = table["in"]
-    lines = [(f"{name}: {say('in', '读入')}", table["in"])]
+    lines = [(f"{name}: {_('in')}", table["in"])]
     lines += [(f"  − {reason}", lost) for reason, lost in table["lost"].items()]
     lines.append((f"  = {kept}", table["kept"]))
     return [(word, count[unit], count[size_unit]) for word, count in lines]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.records import Span
 from tongwen.data.encode import Encoder, Piece, join_spans
 
@@ -52,7 +52,7 @@ class LegacyEncoder(Encoder):
         super().__init__(tokenizer)
         if template not in WAYS:
             raise RecipeError(
-                say(f"template {template!r} was in none of the old scripts", f"模板 {template!r} 不属于任何旧脚本"),
+                _("template {template!r} was in none of the old scripts").format(template=template),
                 place="sft.legacy",
                 remedy=f"template: {' | '.join(WAYS)}",
             )

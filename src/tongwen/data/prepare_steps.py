@@ -22,7 +22,7 @@ import numpy as np
 
 from tongwen.core import artifact
 from tongwen.core.errors import DataError, RecipeError, RowRefused, TongwenError, raise_all
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Origin, from_dict
 from tongwen.data import dataset_info, dedup, formats
 from tongwen.data.clean import Cleaner, Dropped
@@ -98,15 +98,9 @@ def _check_held_out(part: InputPart, section: Prepare) -> None:
     if part.role == "held_out" and not getattr(section, part.kind):
         trained = " / ".join(kind for kind in KINDS if getattr(section, kind))
         raise DataError(
-            say(
-                f"held_out: this file holds {part.kind}, the recipe has {trained}",
-                f"held_out：该文件是 {part.kind}，而配方中是 {trained}",
-            ),
+            _("held_out: this file holds {kind}, the recipe has {trained}").format(kind=part.kind, trained=trained),
             place=part.name,
-            remedy=say(
-                f"name a file of {trained}, or a share: held_out: 0.02",
-                f"请写 {trained} 的文件，或比例：held_out: 0.02",
-            ),
+            remedy=_("name a file of {trained}, or a share: held_out: 0.02").format(trained=trained),
         )
 
 
@@ -149,7 +143,7 @@ def iter_records(parts: Sequence[InputPart], section: Prepare, kind: str, tell: 
     """What can be read of a kind, cleaned, before anything is compared: for those who only look."""
     for part in parts:
         if part.kind == kind and part.role == "train":
-            for _, record in iter_rows(part, section, Cleaner(section.clean, kind), tell):
+            for _unused, record in iter_rows(part, section, Cleaner(section.clean, kind), tell):
                 if not isinstance(record, (Dropped, RowRefused)):
                     yield record
 
@@ -213,7 +207,7 @@ def scan(part: InputPart, section: Prepare, out: Path, tell: Tell) -> None:
             records.write(line)
             begin += len(line)
     if not tally.ledger.things_in:
-        raise DataError(say("no rows in this file", "文件中没有数据"), place=part.name)
+        raise DataError(_("no rows in this file"), place=part.name)
     facts = {
         "ledger": tally.ledger.to_dict(),
         "bad": tally.bad,
@@ -252,7 +246,7 @@ def check_readable(parts: Sequence[InputPart], scans: Sequence[dict[str, Any]], 
             sum(scan["bad"] for scan in chosen),
             [(place, rule) for scan in chosen for place, rule in scan["first_bad"]][:FIRST],
             max_bad,
-            say(kind, "文档" if kind == "documents" else "对话"),
+            {"documents": _("documents"), "dialogues": _("dialogues")}[kind],
         )
 
 
@@ -261,16 +255,12 @@ def check_losses(
 ) -> None:
     """Raise DataError when no row of a kind is left, or more are unreadable than allowed."""
     if not kept:
-        place, rule = first_bad[0] if first_bad else ("prepare.clean", say("all are filtered out", "全部被过滤"))
+        place, rule = first_bad[0] if first_bad else ("prepare.clean", _("all are filtered out"))
         raise DataError(
-            say(
-                f"none of the {rows} {what} can be used; the first: {rule}",
-                f"{rows} 行{what}全部不可用；第一行：{rule}",
-            ),
+            _("none of the {rows} {what} can be used; the first: {rule}").format(rows=rows, what=what, rule=rule),
             place=place,
-            remedy=say(
-                "name the format or the columns in the recipe: {path: …, format: alpaca, columns: {output: answer}}",
-                "在配方中写明格式或列名：{path: …, format: alpaca, columns: {output: answer}}",
+            remedy=_(
+                "name the format or the columns in the recipe: {path: …, format: alpaca, columns: {output: answer}}"
             ),
         )
     allowed = min(100.0, 0.001 * rows) if max_bad is None else max_bad * (rows if max_bad < 1 else 1)
@@ -278,14 +268,11 @@ def check_losses(
         shown = "\n".join(f"    {place}: {rule}" for place, rule in first_bad)
         more = f"\n    … {bad - len(first_bad)}" if bad > len(first_bad) else ""
         raise DataError(
-            say(
-                f"{bad} of {rows} rows cannot be used, more than the {allowed:g} allowed:\n{shown}{more}",
-                f"{rows} 行中有 {bad} 行不可用，超过允许的 {allowed:g} 行：\n{shown}{more}",
+            _("{bad} of {rows} rows cannot be used, more than the {allowed:g} allowed:\n{shown}{more}").format(
+                bad=bad, rows=rows, allowed=allowed, shown=shown, more=more
             ),
             place=first_bad[0][0].rpartition(":")[0],
-            remedy=say(
-                f"mend them, or allow it: prepare: {{max_bad: {bad}}}", f"请修正，或允许：prepare: {{max_bad: {bad}}}"
-            ),
+            remedy=_("mend them, or allow it: prepare: {{max_bad: {bad}}}").format(bad=bad),
         )
 
 
@@ -426,13 +413,13 @@ def settle(part: InputPart, parts: Sequence[InputPart], section: Prepare, out: P
             if verdict[row] in REASONS:
                 reason = REASONS[verdict[row]]
                 other = shelf.read(repeats[row]).origin
-                rule = say(f"repeats {other}", f"与 {other} 重复")
+                rule = _("repeats {other}").format(other=other)
             elif knows := examination.knows(record, entry["digest"].tobytes()):
                 reason = "contaminated"
                 rule = (
-                    say("stands in held-out or evaluation data", "出现在留出集或评测数据中")
+                    _("stands in held-out or evaluation data")
                     if knows == "same"
-                    else say("holds a text of held-out or evaluation data", "包含留出集或评测数据中的文本")
+                    else _("holds a text of held-out or evaluation data")
                 )
             if reason:
                 ledger.move(reason, int(entry["size"]))
@@ -497,9 +484,7 @@ def join(parts: Sequence[InputPart], section: Prepare, out: Path) -> dict[str, A
 def _check_left(table: dict[str, Any], kind: str) -> None:
     if table["train"] < 1:
         lost = ", ".join(f"{reason} {count['rows']}" for reason, count in table["lost"].items())
-        raise DataError(
-            say(f"no row is left to learn from: {lost}", f"没有剩下可训练的数据：{lost}"), place=f"prepare.{kind}"
-        )
+        raise DataError(_("no row is left to learn from: {lost}").format(lost=lost), place=f"prepare.{kind}")
 
 
 def _check_contamination(parts: Sequence[InputPart], section: Prepare, out: Path) -> None:
@@ -508,10 +493,7 @@ def _check_contamination(parts: Sequence[InputPart], section: Prepare, out: Path
     rows = [json.loads(line) for line in (parts[0].folder(out) / "lost.jsonl").read_bytes().splitlines()]
     first = next(row for row in rows if row["reason"] == "contaminated")
     raise DataError(
-        say(
-            f"training rows stand in held-out or evaluation data, the first: row {first['row']}",
-            f"训练数据出现在留出集或评测数据中，第一处：第 {first['row']} 行",
-        ),
+        _("training rows stand in held-out or evaluation data, the first: row {row}").format(row=first["row"]),
         place=f"{first['file']}:{first['row']}",
         remedy="prepare: {contaminated: remove}",
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core.errors import DataError, RowRefused
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.data import charset, files, tables
 from tongwen.data.charset import Charset
 from tongwen.data.files import DamagedFile, Stream, shown
@@ -47,7 +47,7 @@ def read_rows(file: Path, source: SourceConfig | None = None, tell: Tell = _sile
                 yield raw
         except DamagedFile as error:
             raise DataError(
-                say(f"{error.rule}; {seen} rows before that can be read", f"{error.rule}；在此之前有 {seen} 行可读"),
+                _("{rule}; {seen} rows before that can be read").format(rule=error.rule, seen=seen),
                 place=f"{name}:{error.line}" if error.line else name,
                 remedy=error.remedy,
             ) from None
@@ -55,32 +55,24 @@ def read_rows(file: Path, source: SourceConfig | None = None, tell: Tell = _sile
             raise DataError(error.rule, place=error.place or name, remedy=error.remedy) from None
         if not seen:
             raise DataError(
-                say("no rows: nothing but blanks", "没有数据：只有空白"),
+                _("no rows: nothing but blanks"),
                 place=name,
-                remedy=say("take it out of the recipe", "请从配方中去掉它"),
+                remedy=_("take it out of the recipe"),
             )
 
 
 def _rows(stream: Stream, name: str, source: SourceConfig, tell: Tell) -> Iterator[RawRow]:
     suffix = files.suffix(stream.file)
     if stream.file.suffix.lower() in files.PACKED_SUFFIXES and not stream.packed:
-        tell(say(f"named {stream.file.suffix}, but not compressed", f"名为 {stream.file.suffix}，实际未压缩"))
+        tell(_("named {suffix}, but not compressed").format(suffix=stream.file.suffix))
     if files.is_table(stream.head):
         if suffix not in files.TABLE_SUFFIXES:
-            tell(
-                say(
-                    "read as a table (Parquet or Arrow), whatever its name",
-                    "按表（Parquet 或 Arrow）读取，与文件名不符",
-                )
-            )
+            tell(_("read as a table (Parquet or Arrow), whatever its name"))
         return tables.read_table(stream.file, stream.head, name)
     if suffix in files.TABLE_SUFFIXES:
         raise DataError(
-            say(
-                f"named {suffix}, but it begins as no Parquet or Arrow file does",
-                f"名为 {suffix}，但开头不是 Parquet 或 Arrow",
-            ),
-            remedy=say("fetch the file again", "请重新获取该文件"),
+            _("named {suffix}, but it begins as no Parquet or Arrow file does").format(suffix=suffix),
+            remedy=_("fetch the file again"),
         )
     found = charset.choose(stream.head, source.encoding, stream.whole)
     if found.told:
@@ -114,11 +106,7 @@ def _kind(head: str, suffix: str, whole: bool, tell: Tell) -> str:
         return "array" if begins.startswith("[") and not _is_list_line(begins) else "lines"
     looks = "array" if re.match(r"\[\s*\{\s*\"", begins) else "lines" if _is_object(begins, whole) else ""
     if looks:
-        tell(
-            say("read as a JSON array", "按 JSON 数组读取")
-            if looks == "array"
-            else say("read as JSON lines", "按 JSON 行读取")
-        )
+        tell(_("read as a JSON array") if looks == "array" else _("read as JSON lines"))
         return looks
     return "csv" if suffix in files.CSV_SUFFIXES else "text"
 
@@ -127,7 +115,7 @@ def _is_object(begins: str, whole: bool) -> bool:
     """Whether a text begins with a line that is a JSON object, perhaps one too long to see its end."""
     if not begins.startswith("{"):
         return False
-    line, end, _ = begins.partition("\n")
+    line, end, _unused = begins.partition("\n")
     if not end and not whole:
         return bool(re.match(r"\{\s*\"[^\"\n]{1,100}\"\s*:", begins))
     try:
@@ -138,7 +126,7 @@ def _is_object(begins: str, whole: bool) -> bool:
 
 def _is_list_line(begins: str) -> bool:
     """Whether a text begins with a line that is a whole list and is followed by another row: lines, of which the first is bad."""
-    line, _, rest = begins.partition("\n")
+    line, _unused, rest = begins.partition("\n")
     try:
         return rest.lstrip()[:1] in ("{", "[") and isinstance(json.loads(line), list)
     except (ValueError, RecursionError):
@@ -148,8 +136,8 @@ def _is_list_line(begins: str) -> bool:
 def _check_line_ends(head: str) -> None:
     if "\r" in head and "\n" not in head:
         raise DataError(
-            say("no line end found: lines end with \\r alone", "没有换行符：行尾只有 \\r"),
-            remedy=say("convert it: tr '\\r' '\\n' < FILE > NEW", "请转换：tr '\\r' '\\n' < 文件 > 新文件"),
+            _("no line end found: lines end with \\r alone"),
+            remedy=_("convert it: tr '\\r' '\\n' < FILE > NEW"),
         )
 
 
@@ -183,7 +171,7 @@ def _skip(begin: bytes, blocks: Iterator[bytes]) -> tuple[_Long, bytes]:
         end = block.find(b"\n")
         size += len(block) if end < 0 else end
         if size > _SKIP:
-            raise DamagedFile(say(f"no line end within {size:,} bytes", f"{size:,} 字节内没有换行符"))
+            raise DamagedFile(_("no line end within {size:,} bytes").format(size=size))
         if end >= 0:
             rest = block[end + 1 :]
             break
@@ -216,7 +204,7 @@ def _lines(blocks: Iterator[bytes], found: Charset) -> Iterator[Line]:
 
 
 def _too_large(size: int) -> tuple[str, str]:
-    rule = say(f"a row of {size:,} bytes; at most {CAP:,} are taken", f"该行有 {size:,} 字节，超过上限 {CAP:,} 字节")
+    rule = _("a row of {size:,} bytes; at most {cap:,} are taken").format(size=size, cap=CAP)
     return "too_large", rule
 
 
@@ -224,19 +212,19 @@ def _undecodable(number: int, line: bytes, error: UnicodeDecodeError, found: Cha
     if isinstance(line, _Long):
         return (number, line[:200].decode(found.codec, "backslashreplace"), line.size, *_too_large(line.size))
     text = line.decode(found.codec, "backslashreplace")
-    rule = say(f"the byte at {error.start} is not {found.name}", f"第 {error.start} 字节处不是 {found.name}")
+    rule = _("the byte at {start} is not {found}").format(start=error.start, found=found.name)
     likely = charset.recognise(line)
     if found.codec != "utf-8" and _is_utf8(line):
         rule = _mixed(found)
     elif found.codec == "utf-8" and likely.codec != "utf-8":
-        rule += say(f"; it may be {likely.name}", f"；可能是 {likely.name}")
+        rule += _("; it may be {likely}").format(likely=likely.name)
     elif error.reason == "unexpected end of data":
-        rule += say("; cut off?", "；被截断？")
+        rule += _("; cut off?")
     return number, text, len(line), "not_utf8" if found.codec == "utf-8" else "bad_bytes", rule
 
 
 def _mixed(found: Charset) -> str:
-    return say(f"this line is UTF-8 in a file of {found.name}", f"{found.name} 文件中的 UTF-8 行")
+    return _("this line is UTF-8 in a file of {found}").format(found=found.name)
 
 
 def _is_utf8(line: bytes) -> bool:
@@ -250,7 +238,7 @@ def _is_utf8(line: bytes) -> bool:
 def _without_nul(text: str, line: bytes, found: Charset) -> tuple[str, int, str, str]:
     """A row with NUL bytes, as a disk leaves them behind after a power loss."""
     count = text.count("\0")
-    rule = say(f"{count:,} NUL bytes: the file is damaged here", f"{count:,} 个 NUL 字节：文件此处已损坏")
+    rule = _("{count:,} NUL bytes: the file is damaged here").format(count=count)
     return text.replace("\0", "\u2400") if count < 100 else text.strip("\0"), len(line), "nul_character", rule
 
 
@@ -265,7 +253,7 @@ def _transcoded(blocks: Iterator[bytes], found: Charset, final: bool = True) -> 
         yield decoder.decode(b"", final).encode("utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
         raise DamagedFile(
-            say(f"these bytes are not {found.name}: {error.reason}", f"字节不是 {found.name}：{error.reason}")
+            _("these bytes are not {found}: {reason}").format(found=found.name, reason=error.reason)
         ) from None
 
 
@@ -292,17 +280,8 @@ def _records(head: str, source: SourceConfig, tell: Tell) -> str:
     blank, lines = len(_BLANK_LINE.findall(text)), text.count("\n") + 1
     if blank * SPARSE > lines:
         return "paragraph"
-    seen = (
-        say(f"{blank:,} of {lines:,} lines are blank", f"{lines:,} 行中有 {blank:,} 个空行")
-        if blank
-        else say("no blank line", "没有空行")
-    )
-    tell(
-        say(
-            f"{seen}: each line is a record (records: paragraph or file changes that)",
-            f"{seen}：每行一条记录（可用 records: paragraph 或 file 更改）",
-        )
-    )
+    seen = _("{blank:,} of {lines:,} lines are blank").format(blank=blank, lines=lines) if blank else _("no blank line")
+    tell(_("{seen}: each line is a record (records: paragraph or file changes that)").format(seen=seen))
     return "line"
 
 
@@ -347,7 +326,7 @@ class _Block:
         if problem and not self.problem:
             self.reason = reason
             self.problem = (
-                say(f"line {number}: {problem}", f"第 {number} 行：{problem}") if number > self.start else problem
+                _("line {number}: {problem}").format(number=number, problem=problem) if number > self.start else problem
             )
 
     def row(self) -> RawRow:
@@ -410,18 +389,12 @@ def _check_wrapper(value: Any, source: SourceConfig) -> None:
 def _wrapped(key: str, by_columns: bool = False) -> DataError:
     if by_columns:
         return DataError(
-            say(
-                f"one object whose keys hold whole columns ({key!r}: […]), not rows",
-                f"整个文件是一个对象，键下是整列（{key!r}: […]），而不是数据行",
-            ),
+            _("one object whose keys hold whole columns ({key!r}: […]), not rows").format(key=key),
             remedy="python -c \"import pandas; pandas.read_json('FILE').to_json('NEW.jsonl', orient='records', "
             'lines=True, force_ascii=False)"',
         )
     return DataError(
-        say(
-            f"one object that holds the rows under the key {key!r}",
-            f"整个文件是一个对象，数据行在键 {key!r} 之下",
-        ),
+        _("one object that holds the rows under the key {key!r}").format(key=key),
         remedy=f"jq -c '.[\"{key}\"][]' FILE > NEW.jsonl",
     )
 
@@ -430,7 +403,7 @@ def _check_one_object(head: str, source: SourceConfig) -> None:
     """Raise DataError when a file that should hold lines begins with an object that is spread over several of them, or
     with one that is too long to be a row."""
     begins = head.lstrip()
-    line, end, _ = begins.partition("\n")
+    line, end, _unused = begins.partition("\n")
     found = re.match(r"\{\s*\"([^\"]{1,100})\"\s*:\s*\[\s*\{", begins)
     key = found[1] if found and found[1] not in _LISTS | set(source.columns.values()) else ""
     if not begins.startswith("{") or (not end and not key):
@@ -452,6 +425,6 @@ def _check_one_object(head: str, source: SourceConfig) -> None:
     if "\n" in begins[:stop]:
         _check_wrapper(value, source)
         raise DataError(
-            say("one object is spread over several lines", "一个对象分布在多行上"),
-            remedy=say("one row per line: jq -c . FILE > NEW.jsonl", "每行一条：jq -c . 文件 > 新文件.jsonl"),
+            _("one object is spread over several lines"),
+            remedy=_("one row per line: jq -c . FILE > NEW.jsonl"),
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tongwen.core.errors import RowRefused
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 CAP = 1 << 24  # bytes of a row
 DEPTH = 32
@@ -34,12 +34,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) != len(pairs):
         keys = [key for key, _ in pairs]
         key = next(key for key in keys if keys.count(key) > 1)
-        raise RowRefused("duplicate_key", say(f"the key {key!r} stands twice", f"键 {key!r} 重复出现"))
+        raise RowRefused("duplicate_key", _("the key {key!r} stands twice").format(key=key))
     return out
 
 
 def _constant(name: str) -> Any:
-    raise RowRefused("not_a_number", say(f"{name} is not JSON", f"{name} 不是 JSON"))
+    raise RowRefused("not_a_number", _("{name} is not JSON").format(name=name))
 
 
 # The hook costs a third of parsing at most; counting keys afterwards cost more.
@@ -63,9 +63,9 @@ def parse_json(text: str) -> dict[str, Any]:
 def check_object(value: Any, text: str) -> None:
     """Raise RowRefused unless the value, which the text says, is an object of bearable depth."""
     if value.__class__ is not dict:
-        rule = say(f"a row must be an object, this is {kind(value)}", f"每行应为对象，此处是 {kind(value)}")
+        rule = _("a row must be an object, this is {kind}").format(kind=kind(value))
         if isinstance(value, str) and value.lstrip().startswith("{"):
-            rule += say(": JSON written as text inside JSON", "：JSON 被当作文本再次编码")
+            rule += _(": JSON written as text inside JSON")
         raise RowRefused("not_an_object", rule)
     if text.count("[") + text.count("{") > DEPTH and is_deep(value):
         raise too_deep()
@@ -74,7 +74,7 @@ def check_object(value: Any, text: str) -> None:
 def is_deep(value: Any) -> bool:
     """Whether lists and objects stand in each other more than DEPTH times."""
     layer = [value]
-    for _ in range(DEPTH):
+    for _index in range(DEPTH):
         layer = [
             part
             for whole in layer
@@ -87,38 +87,36 @@ def is_deep(value: Any) -> bool:
 
 
 def too_deep() -> RowRefused:
-    return RowRefused("too_deep", say(f"nested deeper than {DEPTH}", f"嵌套超过 {DEPTH} 层"))
+    return RowRefused("too_deep", _("nested deeper than {depth}").format(depth=DEPTH))
 
 
 def not_json(error: ValueError, text: str, start: int = 0) -> RowRefused:
     """Why a text, or what begins at `start`, is not JSON, with a guess at what happened."""
     if not isinstance(error, json.JSONDecodeError):
-        return RowRefused("not_json", say(f"not JSON: {error}", f"不是 JSON：{error}"))
+        return RowRefused("not_json", _("not JSON: {error}").format(error=error))
     if error.msg.startswith("Invalid control character"):
         letter = text[error.pos : error.pos + 1]
         name = f"U+{ord(letter):04X}" if letter else ""
-        rule = say(f"the raw control character {name} in a string", f"字符串中有未转义的控制符 {name}")
+        rule = _("the raw control character {name} in a string").format(name=name)
         return RowRefused("nul_character" if letter == "\0" else "control_character", rule)
-    place = say(f"at character {error.pos - start + 1}", f"第 {error.pos - start + 1} 个字符处")
+    place = _("at character {pos}").format(pos=error.pos - start + 1)
     guess = _guess(error, text[start:], error.pos - start)
-    return RowRefused(
-        "not_json", say(f"not JSON: {error.msg} {place}{guess}", f"不是 JSON：{place}，{error.msg}{guess}")
-    )
+    return RowRefused("not_json", _("not JSON: {msg} {place}{guess}").format(msg=error.msg, place=place, guess=guess))
 
 
 def _guess(error: json.JSONDecodeError, text: str, place: int) -> str:
     if re.match(r"\s*[\[{]\s*'", text):
-        return say("; written by Python's print, not by json.dumps?", "；由 Python 的 print 写出，而非 json.dumps？")
+        return _("; written by Python's print, not by json.dumps?")
     if error.msg.startswith("Unterminated string") or place >= len(text.rstrip()):
-        return say("; cut off?", "；被截断？")
+        return _("; cut off?")
     if text.startswith(("//", "#", "/*"), place):
-        return say("; JSON has no comments", "；JSON 没有注释")
+        return _("; JSON has no comments")
     if error.msg == "Extra data":
-        return say("; two objects on one line?", "；一行有两个对象？")
+        return _("; two objects on one line?")
     if re.compile("None|True|False|nan").match(text, place):
-        return say("; JSON says null, true, false", "；JSON 写作 null、true、false")
+        return _("; JSON says null, true, false")
     if text[:place].rstrip().endswith(",") or text.startswith(",", place):
-        return say("; a comma too many?", "；多了一个逗号？")
+        return _("; a comma too many?")
     return ""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tongwen.core.errors import DataError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.data.dedup import GOLDEN, mix
 
 
@@ -35,9 +35,8 @@ def choose_held_out(free: np.ndarray, amount: float, seed: int, at_most: int | N
         wanted = min(max(wanted, 1), at_most or count)
     if wanted >= count and wanted:
         raise DataError(
-            say(
-                f"held_out: {amount:g} takes all {count} rows; none would be left to learn",
-                f"held_out: {amount:g} 会取走全部 {count} 行，无可训练",
+            _("held_out: {amount:g} takes all {count} rows; none would be left to learn").format(
+                amount=amount, count=count
             ),
             place="prepare.held_out",
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core.errors import DataError, MissingPackage
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.data.files import BOMB_BYTES, BOMB_RATIO, DamagedFile
 from tongwen.data.row import CAP, RawRow, is_deep, too_deep
 
@@ -39,11 +39,8 @@ def read_csv(lines: Iterator[Line], head: str, suffix: str, name: str) -> Iterat
             record = next(reader, None)
         except csv.Error as error:
             raise DamagedFile(
-                say(f"this is not CSV: {error}", f"不是 CSV：{error}"),
-                say(
-                    'a quote inside a field is doubled: "he said ""yes"""',
-                    '字段中的引号应双写："他说""好"""',
-                ),
+                _("this is not CSV: {error}").format(error=error),
+                _('a quote inside a field is doubled: "he said ""yes"""'),
                 line=taken[0][0] if taken else 0,
             ) from None
         if record is None:
@@ -58,9 +55,8 @@ def read_csv(lines: Iterator[Line], head: str, suffix: str, name: str) -> Iterat
         if problem:
             yield RawRow(name, start, "\n".join(line[1] for line in taken), size, *problem)
         elif len(record) != len(columns):
-            rule = say(
-                f"{len(record)} columns, the header has {len(columns)}",
-                f"有 {len(record)} 列，表头有 {len(columns)} 列",
+            rule = _("{record_count} columns, the header has {columns_count}").format(
+                record_count=len(record), columns_count=len(columns)
             )
             yield RawRow(name, start, record, size, rule, "bad_columns")
         else:
@@ -90,10 +86,7 @@ def _header(record: list[str], line: Line) -> list[str]:
     if "" in columns or len(set(columns)) != len(columns):
         shown = ", ".join(map(repr, columns))
         raise DamagedFile(
-            say(
-                f"the first line must name every column once: {shown}",
-                f"第一行应为表头，每列一个不重复的名称：{shown}",
-            ),
+            _("the first line must name every column once: {shown}").format(shown=shown),
             line=line[0],
         )
     return columns
@@ -107,9 +100,7 @@ def read_table(file: Path, head: bytes, name: str) -> Iterator[RawRow]:
     try:
         import pyarrow as pa
     except ImportError:
-        raise MissingPackage(
-            "pyarrow", say("Parquet and Arrow files", "读取 Parquet 和 Arrow 文件"), "parquet"
-        ) from None
+        raise MissingPackage("pyarrow", _("Parquet and Arrow files"), "parquet") from None
 
     number = 0
     with file.open("rb") as raw, _damage(pa):
@@ -125,9 +116,7 @@ def _damage(pa: Any) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
         told = str(error).split("\n")[0][:200]
-        raise DamagedFile(
-            say(f"this table is damaged: {told}", f"表已损坏：{told}"), say("fetch the file again", "请重新获取该文件")
-        ) from None
+        raise DamagedFile(_("this table is damaged: {told}").format(told=told), _("fetch the file again")) from None
 
 
 def _parquet(raw: Any, file: Path) -> Iterator[Any]:
@@ -138,7 +127,7 @@ def _parquet(raw: Any, file: Path) -> Iterator[Any]:
     groups = (table.metadata.row_group(index) for index in range(table.metadata.num_row_groups))
     size = sum(group.total_byte_size for group in groups)
     if size > BOMB_BYTES and size > BOMB_RATIO * file.stat().st_size:
-        raise DamagedFile(say(f"it would unpack to {size:,} bytes", f"解压后将达 {size:,} 字节"))
+        raise DamagedFile(_("it would unpack to {size:,} bytes").format(size=size))
     yield from table.iter_batches(batch_size=_BATCH, use_threads=False)
 
 
@@ -168,14 +157,13 @@ def _check_types(schema: Any) -> None:
         bad = any(isinstance(type_, pa.BaseExtensionType) for type_ in inner(field.type))
         if bad or b"ARROW:extension:name" in (field.metadata or {}):
             raise DataError(
-                say(
-                    f"the column {field.name!r} has an extension type ({field.type}), which is not read",
-                    f"列 {field.name!r} 是扩展类型（{field.type}），不予读取",
+                _("the column {field!r} has an extension type ({type}), which is not read").format(
+                    field=field.name, type=field.type
                 )
             )
     names = list(schema.names)
     if len(set(names)) != len(names):
-        raise DataError(say(f"columns of the same name: {', '.join(names)}", f"有同名的列：{'、'.join(names)}"))
+        raise DataError(_("columns of the same name: {names}").format(names=_(", ").join(names)))
 
 
 def _values(batch: Any) -> Iterator[Any]:
@@ -192,14 +180,12 @@ def _values(batch: Any) -> Iterator[Any]:
 
 def _row(name: str, number: int, value: Any) -> RawRow:
     if isinstance(value, UnicodeDecodeError):
-        rule = say(f"the byte at {value.start} is not UTF-8", f"第 {value.start} 字节处不是 UTF-8")
+        rule = _("the byte at {start} is not UTF-8").format(start=value.start)
         return RawRow(name, number, repr(value.object[:200]), len(value.object), rule, "not_utf8")
     value = _as_json(value)
     size = len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     if size > CAP:
-        rule = say(
-            f"a row of {size:,} bytes; at most {CAP:,} are taken", f"该行有 {size:,} 字节，超过上限 {CAP:,} 字节"
-        )
+        rule = _("a row of {size:,} bytes; at most {cap:,} are taken").format(size=size, cap=CAP)
         return RawRow(name, number, "", size, rule, "too_large")
     if is_deep(value):
         refused = too_deep()

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 from tongwen.core.errors import ArtifactError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 CHUNK = 1 << 22
 WORKERS = 4
@@ -110,7 +110,7 @@ def _read_notes(done: Path) -> dict[str, dict[str, str]]:
 
 def _unreadable(file: Path, number: int, line: str) -> ArtifactError:
     return ArtifactError(
-        say(f"{line[:80]!r} is no line of a hash list", f"{line[:80]!r} 不是哈希清单的一行"),
+        _("{line!r} is no line of a hash list").format(line=line[:80]),
         place=f"{file}:{number}",
         remedy="SHA256_OR_MD5  FILE",
     )

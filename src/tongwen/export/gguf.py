@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tongwen.core.errors import MissingPackage, ModelError, NumbersError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import Tensors, blocks, row_count
 from tongwen.export import kquants
 from tongwen.export.gguf_metadata import ARCHITECTURES, add_facts, extra_tensors, head_width
@@ -33,7 +33,7 @@ def check_type(kind: str) -> None:
         kquants.check_library()
     elif kind not in TYPES:
         raise ModelError(
-            say(f"{kind!r} is no number type of GGUF that is known here", f"未知的 GGUF 数值类型 {kind!r}"),
+            _("{kind!r} is no number type of GGUF that is known here").format(kind=kind),
             place="--quantize",
             remedy=", ".join((*TYPES, *kquants.KINDS)),
         )
@@ -71,7 +71,7 @@ def write(
     for name, tensor in extra.items():
         writer.add_tensor_info(name, tensor.shape, tensor.dtype, tensor.nbytes)
     for ours, theirs in names.items():
-        _, shape = tensors.facts[ours]
+        _unused, shape = tensors.facts[ours]
         stored = type_of(theirs, shape, kind, config)
         nbytes = row_count(shape) * kquants.row_bytes(shape[1] if len(shape) > 1 else 1, stored)
         there = _shape_there(theirs, shape, config)
@@ -114,7 +114,7 @@ def check(tensors: Tensors, config: Mapping[str, Any], vocabulary: Vocabulary | 
     for name in extra_tensors(config):
         held.pop(name)
     for ours, theirs in _names(tensors, config).items():
-        tensor, (_, shape) = held.pop(theirs, None), tensors.facts[ours]
+        tensor, (_unused, shape) = held.pop(theirs, None), tensors.facts[ours]
         if tensor is None or tuple(map(int, reversed(tensor.shape))) != _shape_there(theirs, shape, config):
             raise _unlike(theirs, file)
         stored = type_of(theirs, shape, kind, config)
@@ -164,7 +164,7 @@ def type_of(name: str, shape: tuple[int, ...], kind: str, config: Mapping[str, A
 def iter_rows(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Iterator[Any]:
     """A tensor's rows in fp32 in llama.cpp's order, a block at a time. (n, columns); (n, 1) for a vector."""
     width = _turned_width(name, config)
-    _, shape = tensors.facts[name]
+    _unused, shape = tensors.facts[name]
     for begin, end in heads(shape[0], width) if width else blocks(shape):
         yield _fp32(tensors, name, begin, end, config)
 
@@ -204,9 +204,7 @@ def _quantised(rows: Any, stored: str) -> Any:
 
 def _checked(data: Any, stored: str, name: str) -> Any:
     if stored == "F16" and not np.isfinite(data.view(np.float16)).all():
-        raise NumbersError(
-            say("a number is too large for f16", "有数值超出 f16 的范围"), place=name, remedy="--quantize bf16"
-        )
+        raise NumbersError(_("a number is too large for f16"), place=name, remedy="--quantize bf16")
     return data
 
 
@@ -220,7 +218,7 @@ def _names(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
     gguf = _library()
     kind = str(config["model_type"])
     if odd := sorted({dtype for dtype, _ in tensors.facts.values()} - {"F32", "F16", "BF16"}):
-        raise ModelError(say(f"weights of type {odd[0]}", f"权重类型 {odd[0]}"), place="--to gguf", remedy="--to hf")
+        raise ModelError(_("weights of type {odd}").format(odd=odd[0]), place="--to gguf", remedy="--to hf")
     arch = gguf.MODEL_ARCH[ARCHITECTURES[kind].upper()]
     known = gguf.get_tensor_name_map(arch, int(config["num_hidden_layers"]))
     out = {}
@@ -229,9 +227,7 @@ def _names(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
         known_as = known_as.replace("e_score_correction_bias", "e_score_correction.bias")
         theirs = known.get_name(known_as, try_suffixes=(".weight", ".bias"))
         if theirs is None:
-            raise ModelError(
-                say(f"llama.cpp has no name for {name}", f"llama.cpp 没有 {name} 的名称"), place="--to gguf"
-            )
+            raise ModelError(_("llama.cpp has no name for {name}").format(name=name), place="--to gguf")
         out[name] = theirs
     return out
 
@@ -256,9 +252,9 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, template: str | None) -
 
 def _unlike(name: str, file: Path) -> NumbersError:
     return NumbersError(
-        say(f"read back, {name} is not what was written", f"读回后 {name} 与写入的不同"),
+        _("read back, {name} is not what was written").format(name=name),
         place=str(file),
-        remedy=say("the disk or the memory may be failing; try again", "磁盘或内存可能有故障；请重试"),
+        remedy=_("the disk or the memory may be failing; try again"),
     )
 
 
@@ -266,5 +262,5 @@ def _library() -> Any:
     try:
         import gguf
     except ImportError:
-        raise MissingPackage("gguf", say("writing GGUF files", "写 GGUF 文件"), "gguf") from None
+        raise MissingPackage("gguf", _("writing GGUF files"), "gguf") from None
     return gguf

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tongwen.core.errors import ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.model_families import FAMILIES
 from tongwen.core.safetensors_io import Tensors
 from tongwen.export.gguf_metadata import check_family
@@ -128,8 +128,8 @@ def _stacked(tensors: Tensors, experts: int) -> ReorderedTensors:
     runs = {}
     alone = [name for name in tensors.facts if ".experts." in name]
     for name in alone:
-        layer, _, rest = name.partition(".experts.")
-        expert, _, part = rest.partition(".")
+        layer, _unused, rest = name.partition(".experts.")
+        expert, _unused2, part = rest.partition(".")
         if expert == "0":
             each = [f"{layer}.experts.{index}.{part}" for index in range(experts)]
             runs[f"{layer}.experts.{part}"] = [RowRange(one, 0, tensors.facts[one][1][0]) for one in each]
@@ -153,15 +153,15 @@ def as_llama(tensors: Tensors, config: Mapping[str, Any], place: str) -> tuple[T
     packed = [name for name in tensors.facts if name.endswith(".W_pack.weight")]
     if "model_max_length" in config or not packed:  # only the 13B say it so: they have ALiBi
         raise ModelError(
-            say("this Baichuan has ALiBi positions and is no LLaMA", "该 Baichuan 使用 ALiBi 位置，不是 LLaMA 结构"),
+            _("this Baichuan has ALiBi positions and is no LLaMA"),
             place=place,
-            remedy=say("use a Baichuan-7B, or Qwen3", "请用 Baichuan-7B，或 Qwen3"),
+            remedy=_("use a Baichuan-7B, or Qwen3"),
         )
     if int(config["vocab_size"]) > 100_000:
         raise ModelError(
-            say("Baichuan2 normalises its head, which no LLaMA does", "Baichuan2 会归一化输出层，LLaMA 没有这一步"),
+            _("Baichuan2 normalises its head, which no LLaMA does"),
             place=place,
-            remedy=say("use a Baichuan-7B, or Qwen3", "请用 Baichuan-7B，或 Qwen3"),
+            remedy=_("use a Baichuan-7B, or Qwen3"),
         )
     runs = {}
     for name in packed:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tongwen.core.errors import ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.model_families import FAMILIES
 
 Config = Mapping[str, Any]
@@ -28,9 +28,9 @@ def check_family(kind: str) -> None:
     """Raise ModelError for a family whose GGUF is not proven."""
     if kind not in ARCHITECTURES:
         raise ModelError(
-            say(f"GGUF is not written for the family {kind!r}", f"尚不支持为 {kind!r} 系列写 GGUF"),
+            _("GGUF is not written for the family {kind!r}").format(kind=kind),
             place="--to gguf",
-            remedy=say(f"it is proven for {', '.join(ARCHITECTURES)}", f"已验证：{'、'.join(ARCHITECTURES)}"),
+            remedy=_("it is proven for {architectures}").format(architectures=_(", ").join(ARCHITECTURES)),
         )
 
 
@@ -46,10 +46,7 @@ def check_config(config: Config) -> None:
     how = rope.get("rope_type") or rope.get("type") or "default"
     if how not in _rotations(kind):
         raise ModelError(
-            say(
-                f"llama.cpp has no rotary positions of the kind {how!r} for {kind}",
-                f"llama.cpp 没有适用于 {kind} 的 {how!r} 旋转位置",
-            ),
+            _("llama.cpp has no rotary positions of the kind {how!r} for {kind}").format(how=how, kind=kind),
             place="rope_scaling",
             remedy="--to hf",
         )
@@ -60,10 +57,7 @@ def check_config(config: Config) -> None:
 
 def _unlike(place: str, expected: str) -> ModelError:
     return ModelError(
-        say(
-            f"llama.cpp would compute another model: it takes this for {expected}",
-            f"llama.cpp 的计算会与该模型不同：它把此项当作 {expected}",
-        ),
+        _("llama.cpp would compute another model: it takes this for {expected}").format(expected=expected),
         place=place,
         remedy="--to hf",
     )

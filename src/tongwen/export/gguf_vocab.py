@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core.errors import ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.model_families import PATTERNS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
@@ -53,9 +53,8 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     highest = max([*tokens, *added])
     if highest >= rows:
         raise ModelError(
-            say(
-                f"the tokenizer has ids up to {highest}, the embedding has {rows} rows",
-                f"分词器的 id 最大为 {highest}，而词向量只有 {rows} 行",
+            _("the tokenizer has ids up to {highest}, the embedding has {rows} rows").format(
+                highest=highest, rows=rows
             ),
             place=str(folder),
         )
@@ -172,7 +171,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _unknown(what: str) -> ModelError:
     return ModelError(
-        say(f"llama.cpp has no program for this tokenizer: {what}", f"llama.cpp 没有对应该分词器的程序：{what}"),
+        _("llama.cpp has no program for this tokenizer: {what}").format(what=what),
         place="tokenizer.json",
-        remedy=say("--to hf, for vLLM or SGLang", "请用 --to hf，供 vLLM 或 SGLang 使用"),
+        remedy=_("--to hf, for vLLM or SGLang"),
     )

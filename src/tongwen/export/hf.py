@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tongwen.core.errors import NumbersError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import Stored, Tensors, blocks, plan_shards
 
 
@@ -28,15 +28,14 @@ def check_same(source: Tensors, written: Tensors, place: str) -> None:
     """Raise NumbersError unless the two hold the same tensors to the bit."""
     if source.facts != written.facts:
         odd = sorted(source.facts.items() ^ written.facts.items())[0][0]
-        raise NumbersError(say(f"read back, {odd} is another tensor", f"读回后 {odd} 与原来不同"), place=place)
-    for name, (_, shape) in source.facts.items():
+        raise NumbersError(_("read back, {odd} is another tensor").format(odd=odd), place=place)
+    for name, (_unused, shape) in source.facts.items():
         for rows in blocks(shape):
             if not np.array_equal(source.raw(name, *rows), written.raw(name, *rows)):
                 raise NumbersError(
-                    say(
-                        f"read back, rows {rows[0]} to {rows[1]} of {name} are not what was written",
-                        f"读回后 {name} 的第 {rows[0]} 至 {rows[1]} 行与写入的不同",
+                    _("read back, rows {start} to {end} of {name} are not what was written").format(
+                        start=rows[0], end=rows[1], name=name
                     ),
                     place=place,
-                    remedy=say("the disk or the memory may be failing; try again", "磁盘或内存可能有故障；请重试"),
+                    remedy=_("the disk or the memory may be failing; try again"),
                 )

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tongwen.core.errors import MissingPackage
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 KINDS = {  # mixture -> the type of most tensors
     "q2_k": "Q2_K",
@@ -137,7 +137,7 @@ def _function() -> Any:
         function.restype = ctypes.c_size_t
         function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
         return function
-    raise MissingPackage("xllamacpp", say("the K types of GGUF", "GGUF 的 K 类型"), "llamacpp")
+    raise MissingPackage("xllamacpp", _("the K types of GGUF"), "llamacpp")
 
 
 def _libraries() -> Iterator[Path | str]:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tongwen.core.errors import ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import ITEM_BYTES, Tensors, blocks
 
 # Hugging Face's name, LLaMA's, and the axis that is sliced over the files; None: each file has all of it.
@@ -72,7 +72,7 @@ def find_files(folder: Path) -> list[Path]:
     if numbers != list(range(len(files))):
         missing = next(number for number in range(len(files) + 1) if number not in numbers)
         raise ModelError(
-            say("a part of the model is missing", "缺少模型的一部分"),
+            _("a part of the model is missing"),
             place=str(folder / f"consolidated.{missing:02d}.pth"),
         )
     return files
@@ -98,9 +98,7 @@ class PthTensors:
             self._at[ours] = (theirs, axis)
         spare = parts[0].facts.keys() - {theirs for theirs, _ in self._at.values()}
         if odd := sorted(name for name in spare if not name.endswith("rope.freqs")):
-            raise ModelError(
-                say(f"{odd[0]} is no part of a LLaMA model", f"{odd[0]} 不属于 LLaMA 模型"), place=str(folder)
-            )
+            raise ModelError(_("{odd} is no part of a LLaMA model").format(odd=odd[0]), place=str(folder))
 
     def raw(self, name: str, begin: int, end: int) -> Any:
         if not name.endswith(TURNED):
@@ -207,7 +205,7 @@ def make_params(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
     ):
         if wrong:
             raise ModelError(
-                say(f"LLaMA's own format cannot hold this model: {what}", f"LLaMA 原始格式装不下该模型：{what}"),
+                _("LLaMA's own format cannot hold this model: {what}").format(what=what),
                 place="--to pth",
                 remedy="--to hf",
             )
@@ -312,14 +310,12 @@ def _read_params(folder: Path) -> dict[str, Any]:
         params = dict(json.loads(file.read_text(encoding="utf-8")))
         for key in ("dim", "n_heads", "n_layers", "norm_eps"):
             if not isinstance(params.get(key), (int, float)) or not 0 < params[key] < 1 << 20:
-                raise ModelError(say(f"{key} is {params.get(key)!r}", f"{key} 为 {params.get(key)!r}"), place=str(file))
+                raise ModelError(_("{key} is {params!r}").format(key=key, params=params.get(key)), place=str(file))
         return params
     except FileNotFoundError:
-        raise ModelError(
-            say("no params.json beside the .pth files", ".pth 旁没有 params.json"), place=str(folder)
-        ) from None
+        raise ModelError(_("no params.json beside the .pth files"), place=str(folder)) from None
     except (ValueError, TypeError) as error:
-        raise ModelError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(file)) from None
+        raise ModelError(_("not JSON: {error}").format(error=error), place=str(file)) from None
 
 
 def _config(parts: Sequence[Tensors], params: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -359,7 +355,7 @@ def _config(parts: Sequence[Tensors], params: Mapping[str, Any], folder: Path) -
 
 def _fact(part: Tensors, name: str, folder: Path) -> tuple[str, tuple[int, ...]]:
     if name not in part.facts:
-        raise ModelError(say(f"{name} is missing in a part", f"某一部分缺少 {name}"), place=str(folder))
+        raise ModelError(_("{name} is missing in a part").format(name=name), place=str(folder))
     return part.facts[name]
 
 

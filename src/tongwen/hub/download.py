@@ -19,7 +19,7 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import ArtifactError, DataError, MachineError, MissingPackage, RecipeError, TongwenError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.hub.names import HubRef, Tell, nearest, resolve
 from tongwen.hub.transfer import (
     HubClient,
@@ -75,25 +75,25 @@ def choose(files: Sequence[Remote], wanted: HubRef) -> tuple[list[Remote], dict[
 
 def _reason_to_leave(path: str, wanted: HubRef, with_tensors: set[str], all_: Sequence[str]) -> str:
     if _is(path, HOUSEKEEPING) or path == artifact.MANIFEST:
-        return say("not needed", "用不到")
+        return _("not needed")
     if wanted.files and not _is_asked(path, wanted.files):
-        return say("not asked for", "未要求")
+        return _("not asked for")
     if not wanted.code and _is(path, CODE):
-        return say("code, never run here", "代码，本工具从不运行")
+        return _("code, never run here")
     if wanted.kind != "model" or wanted.files:
         return ""
     if _is(path, ONLY_FOR_TRAINING):
-        return say("states of a training", "训练状态")
+        return _("states of a training")
     if _is(path, PICKLES) and _folder(path) in with_tensors:
-        return say("pickles; the safetensors are taken", "pickle；已取 safetensors")
+        return _("pickles; the safetensors are taken")
     if _is(path, OTHER_ENGINES):
-        return say("for other engines", "用于其他框架")
+        return _("for other engines")
     if (
         _is(path, ORIGINALS)
         and "config.json" in all_
         and any(name.startswith(("model", "pytorch_model")) for name in all_)
     ):
-        return say("the same weights in another form", "同一权重的另一种形式")
+        return _("the same weights in another form")
     return ""
 
 
@@ -126,7 +126,7 @@ def with_kind(wanted: HubRef, tell: Tell) -> HubRef:
         raise _absent(wanted)
     if len(found) == 2:
         raise RecipeError(
-            say("there is a model and a data set of this name", "同名的模型和数据集都存在"),
+            _("there is a model and a data set of this name"),
             place=wanted.id,
             remedy="--kind model   |   --kind dataset",
         )
@@ -188,7 +188,7 @@ def local_copy(path: str, tell: Tell) -> str:
     wanted = replace(wanted, files=wanted.files or (*rows, *(f"!{name}" for name in NO_ROWS)))
     name = wanted.id.replace("/", "--") + (f"@{wanted.revision.replace('/', '--')}" if wanted.revision else "")
     out = artifact.cache_folder() / "data" / (name if wanted.where == "hub" else f"modelscope--{name}")
-    _, here = fetch(wanted, out, tell)
+    _unused, here = fetch(wanted, out, tell)
     if not here:
         tell(f"{path} → {out}")
     return str(out)
@@ -199,22 +199,15 @@ def check_standing(found: artifact.Artifact, asked: Mapping[str, Any]) -> None:
     artifact.refuse_changed(
         str(found.path),
         artifact.differences(found.manifest["settings"], asked),
-        say(
-            "--again fetches it anew and keeps this folder under another name; or --out ANOTHER",
-            "--again 重新获取并把现有文件夹改名保留；或 --out 另一处",
-        ),
+        _("--again fetches it anew and keeps this folder under another name; or --out ANOTHER"),
     )
     for name, facts in {**found.manifest.get("files", {}), **found.manifest.get("made", {})}.items():
         size = size_of(found.path / name)
         if size != facts["bytes"]:
             raise ArtifactError(
-                say(
-                    f"the file has {size} bytes, {facts['bytes']} were fetched",
-                    f"该文件有 {size} 字节，而下载时为 {facts['bytes']} 字节",
-                ),
+                _("the file has {size} bytes, {bytes} were fetched").format(size=size, bytes=facts["bytes"]),
                 place=str(found.path / name),
-                remedy=say("--again fetches what is not whole", "--again 重新获取不完整的文件")
-                + f"   |   rm -r {found.path}",
+                remedy=_("--again fetches what is not whole") + f"   |   rm -r {found.path}",
             )
 
 
@@ -228,9 +221,9 @@ def _from_hub(wanted: HubRef, draft: artifact.Draft, line: HubClient, *, reserve
             _plan_file(draft).unlink(missing_ok=True)
             if not planned or last:
                 raise MachineError(
-                    say("the hub lists this file and does not have it", "hub 列出了该文件却没有它"),
+                    _("the hub lists this file and does not have it"),
                     place=str(gone),
-                    remedy=say("the same command tries again", "用同一命令重试"),
+                    remedy=_("the same command tries again"),
                 ) from None
             continue  # the commit of an earlier day is no longer there: begin with today's
         break
@@ -251,24 +244,19 @@ def _plan(wanted: HubRef, draft: artifact.Draft, line: HubClient) -> tuple[Listi
     if listing is None:
         raise _absent(wanted)
     if listing.id.lower() != wanted.id.lower():
-        line.tell(say(f"{wanted.id} is called {listing.id} now", f"{wanted.id} 现名 {listing.id}"))
+        line.tell(_("{wanted} is called {listing} now").format(wanted=wanted.id, listing=listing.id))
     taken, left = choose(listing.files, wanted)
     for reason, paths in left.items():
         shown = ", ".join(paths[:3]) + (" …" if len(paths) > 3 else "")
-        line.tell(say(f"left out ({reason}): {shown}", f"不取（{reason}）：{shown}"))
+        line.tell(_("left out ({reason}): {shown}").format(reason=reason, shown=shown))
     if not taken:
-        have = ", ".join(file.path for file in listing.files[:10]) or say("nothing", "无")
+        have = ", ".join(file.path for file in listing.files[:10]) or _("nothing")
         raise DataError(
-            say(f"no file there that is wanted here; it holds: {have}", f"其中没有所需的文件；它包含：{have}"),
+            _("no file there that is wanted here; it holds: {have}").format(have=have),
             place=wanted.id,
         )
     if wanted.kind == "model" and any(_is(one.path, PICKLES) for one in taken):
-        line.tell(
-            say(
-                "its weights are pickles (there are no safetensors): tongwen reads them as tensors only",
-                "其权重为 pickle（没有 safetensors）：tongwen 只按张量读取",
-            )
-        )
+        line.tell(_("its weights are pickles (there are no safetensors): tongwen reads them as tensors only"))
     listing = replace(listing, files=tuple(taken))
     file.parent.mkdir(parents=True, exist_ok=True)
     artifact.write_json(
@@ -319,9 +307,7 @@ def _standing(out: Path) -> artifact.Artifact | None:
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()
     if out.exists():
-        raise ArtifactError(
-            say("something else stands where it belongs", "此处已有别的内容"), place=str(out), remedy="--out ANOTHER"
-        )
+        raise ArtifactError(_("something else stands where it belongs"), place=str(out), remedy="--out ANOTHER")
     return None
 
 
@@ -333,7 +319,7 @@ def _reuse(found: artifact.Artifact, out: Path, tell: Tell, *, link: bool) -> No
         shutil.rmtree(partial)
     aside = artifact.put_aside(out)
     assert aside is not None
-    tell(say(f"the earlier folder is kept: {aside}", f"原文件夹保留为：{aside}"))
+    tell(_("the earlier folder is kept: {aside}").format(aside=aside))
     for name in found.manifest.get("files", {}) if link else ():
         target = partial / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -363,7 +349,7 @@ def _alone(out: Path, tell: Tell) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        tell(say(f"another process fetches {out}: waiting", f"另一个进程正在下载 {out}：等待"))
+        tell(_("another process fetches {out}: waiting").format(out=out))
         lock.acquire()
     except NotImplementedError:  # a file system without locks: the hashes still guard the result
         yield
@@ -378,16 +364,14 @@ def _alone(out: Path, tell: Tell) -> Iterator[None]:
 def _absent(wanted: HubRef) -> RecipeError:
     near = ", ".join(nearest(wanted.id))
     at = f"@{wanted.revision}" if wanted.revision else ""
+    kinds = {"model": _("model"), "dataset": _("dataset")}
+    kind = kinds.get(wanted.kind, _("model or data set"))
     return RecipeError(
-        say(
-            f"{shown_endpoint()} has no {wanted.kind or 'model or data set'} {wanted.id}{at}, or it is private",
-            f"{shown_endpoint()} 上没有 {wanted.id}{at}，或它是私有的",
+        _("{endpoint} has no {kind} {wanted}{at}, or it is private").format(
+            endpoint=shown_endpoint(), kind=kind, wanted=wanted.id, at=at
         ),
         place=wanted.name,
-        remedy=say(
-            f"known names: {near}; for a private one: export HF_TOKEN=hf_...",
-            f"已知名称：{near}；私有的请先：export HF_TOKEN=hf_...",
-        ),
+        remedy=_("known names: {near}; for a private one: export HF_TOKEN=hf_...").format(near=near),
     )
 
 
@@ -409,9 +393,7 @@ def _from_modelscope(wanted: HubRef, draft: artifact.Draft) -> dict[str, dict[st
         from modelscope.hub.api import HubApi
         from modelscope.hub.snapshot_download import dataset_snapshot_download
     except ImportError:
-        raise MissingPackage(
-            "modelscope", say("fetching from ModelScope", "从 ModelScope 下载"), "modelscope"
-        ) from None
+        raise MissingPackage("modelscope", _("fetching from ModelScope"), "modelscope") from None
     options: dict[str, Any] = {"local_dir": str(draft.path), "revision": wanted.revision or "master"}
     expected: dict[str, int] = {}
     if is_offline():
@@ -423,7 +405,7 @@ def _from_modelscope(wanted: HubRef, draft: artifact.Draft) -> dict[str, dict[st
                 for one in HubApi().get_model_files(wanted.id, revision=options["revision"], recursive=True)
                 if one.get("Type") != "tree"
             ]
-            taken, _ = choose([one for one in listed if is_safe(one.path)], wanted)
+            taken, _unused = choose([one for one in listed if is_safe(one.path)], wanted)
             expected = {one.path: one.size for one in taken}
             snapshot_download(wanted.id, allow_patterns=sorted(expected), **options)
         else:
@@ -442,12 +424,11 @@ def _from_modelscope(wanted: HubRef, draft: artifact.Draft) -> dict[str, dict[st
         ):
             raise
         raise MachineError(
-            say(
-                f"ModelScope does not give this: {type(error).__name__}: {str(error)[:160]}",
-                f"无法从 ModelScope 取得：{type(error).__name__}：{str(error)[:160]}",
+            _("ModelScope does not give this: {type}: {error}").format(
+                type=type(error).__name__, error=str(error)[:160]
             ),
             place=wanted.source,
-            remedy=say("the same command continues", "用同一命令继续"),
+            remedy=_("the same command continues"),
         ) from None
     files = {
         name: {"bytes": path.stat().st_size, "sha256": artifact.hash_file(path)}
@@ -458,15 +439,14 @@ def _from_modelscope(wanted: HubRef, draft: artifact.Draft) -> dict[str, dict[st
     for name, size in expected.items():
         if name not in files or (size and files[name]["bytes"] != size):
             raise MachineError(
-                say(
-                    f"ModelScope lists {size} bytes, {files.get(name, {}).get('bytes', 0)} came",
-                    f"ModelScope 声明 {size} 字节，实际 {files.get(name, {}).get('bytes', 0)} 字节",
+                _("ModelScope lists {size} bytes, {bytes} came").format(
+                    size=size, bytes=files.get(name, {}).get("bytes", 0)
                 ),
                 place=f"{wanted.source}/{name}",
-                remedy=say("the same command continues", "用同一命令继续"),
+                remedy=_("the same command continues"),
             )
     if not files:
-        raise DataError(say("no file there that is wanted here", "其中没有所需的文件"), place=wanted.source)
+        raise DataError(_("no file there that is wanted here"), place=wanted.source)
     draft.parents["source"] = {"path": f"{wanted.source}@{options['revision']}"}
     draft.facts["source"] = {"where": "modelscope", "id": wanted.id, "kind": wanted.kind, "commit": options["revision"]}
     return files

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 Tell = Callable[[str], None]
 
@@ -58,7 +58,7 @@ def resolve(name: str, tell: Tell, *, kind: str = "", revision: str = "") -> Hub
     Raises RecipeError for a word that means nothing, with the nearest three.
     """
     text, where, kind = _without_address(name.strip(), kind)
-    text, _, at = text.partition("@")
+    text, _unused, at = text.partition("@")
     key, old = _look_up(text)
     revision = revision or at
     if key is None:
@@ -70,12 +70,12 @@ def resolve(name: str, tell: Tell, *, kind: str = "", revision: str = "") -> Hub
     id_ = entry["hub"] if where == "hub" else there or (text if "/" in text and not old else "")
     if not id_:
         raise RecipeError(
-            say(f"where {key} is on ModelScope is not known", f"不知道 {key} 在 ModelScope 上的位置"),
+            _("where {key} is on ModelScope is not known").format(key=key),
             place=name,
             remedy="modelscope:OWNER/NAME",
         )
     if old:
-        tell(say(f"{text} has moved: {id_} is fetched in its place", f"{text} 已迁移：改取 {id_}"))
+        tell(_("{text} has moved: {id} is fetched in its place").format(text=text, id=id_))
     return HubRef(name, id_, kind or entry["kind"], where, revision, tuple(entry.get("files", ())), modelscope=there)
 
 
@@ -86,7 +86,7 @@ def is_id(text: str) -> bool:
 
 def today(text: str) -> str:
     """The id on the hub of a short name or of an id that has moved; any other text as it is."""
-    key, _ = _look_up(text)
+    key, _unused = _look_up(text)
     return str(names()[key]["hub"]) if key is not None else text
 
 
@@ -135,7 +135,7 @@ def _without_address(text: str, kind: str) -> tuple[str, str, str]:
 def unknown(name: str, text: str) -> RecipeError:
     near = ", ".join(nearest(text))
     return RecipeError(
-        say(f"there is no {text!r} among the known names", f"已知名称中没有 {text!r}"),
+        _("there is no {text!r} among the known names").format(text=text),
         place=name or "tongwen fetch",
-        remedy=say(f"{near}; or OWNER/NAME as on the hub", f"{near}；或写 hub 上的 OWNER/NAME"),
+        remedy=_("{near}; or OWNER/NAME as on the hub").format(near=near),
     )

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from tongwen.core.errors import DataError, MachineError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.hub.names import HubRef, Tell, unknown
 
 OFFICIAL, MIRROR = "https://huggingface.co", "https://hf-mirror.com"
@@ -108,9 +108,8 @@ class HubClient:
                 wait = max(self.waits[used], min(fault.wait, LONGEST_WAIT_SECONDS))
                 used += 1
                 self.tell(
-                    say(
-                        f"{place}: {fault.what}; again in {wait:g} s ({used} of {tries})",
-                        f"{place}：{fault.what}；{wait:g} 秒后重试（{used}/{tries}）",
+                    _("{place}: {what}; again in {wait:g} s ({used} of {tries})").format(
+                        place=place, what=fault.what, wait=wait, used=used, tries=tries
                     )
                 )
             self.sleep(wait)
@@ -136,9 +135,7 @@ class HubClient:
             except NotFound:
                 return None
             except (ValueError, KeyError, TypeError, AttributeError):  # JSON was due, and this is none
-                raise TransientError(
-                    say("the answer is not the hub's (a login page?)", "返回的不是 hub 的答复（登录页？）")
-                ) from None
+                raise TransientError(_("the answer is not the hub's (a login page?)")) from None
 
         return self.patiently(wanted.id, ask)
 
@@ -165,9 +162,8 @@ class HubClient:
             if found != remote.digest:
                 part.unlink()
                 wrong += 1
-                what = say(
-                    f"wrong bytes came: their hash is {found}, the hub says {remote.digest}",
-                    f"收到的内容不对：其哈希为 {found}，而 hub 声明为 {remote.digest}",
+                what = _("wrong bytes came: their hash is {found}, the hub says {digest}").format(
+                    found=found, digest=remote.digest
                 )
                 raise self._gave_up(place, what, wrong) if wrong >= WHOLE_TRIES else TransientError(what)
             return sha256
@@ -191,13 +187,11 @@ class HubClient:
         with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=_timeout()) as response:
             if have and response.status_code == 416:
                 part.unlink()
-                raise TransientError(say("the rest is refused; from the start", "服务器拒绝续传；从头开始"))
+                raise TransientError(_("the rest is refused; from the start"))
             self._check_status(response, place)
             is_page = response.headers.get("Content-Type", "").lower().startswith("text/html")
             if is_page and not remote.path.lower().endswith((".html", ".htm")):
-                raise TransientError(
-                    say("a web page came instead of the file (a login page?)", "返回的是网页而不是文件（登录页？）")
-                )
+                raise TransientError(_("a web page came instead of the file (a login page?)"))
             starts_there = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
             if have and not (response.status_code == 206 and starts_there):
                 have = 0
@@ -205,21 +199,13 @@ class HubClient:
                 for block in response.iter_bytes():
                     if have + len(block) > remote.size:
                         stream.truncate(0)
-                        raise TransientError(
-                            say(
-                                f"more came than the {remote.size} bytes of the file",
-                                f"收到的内容超出文件的 {remote.size} 字节",
-                            )
-                        )
+                        raise TransientError(_("more came than the {size} bytes of the file").format(size=remote.size))
                     stream.write(block)
                     have += len(block)
                     arrived(have)
         if have < remote.size:
             raise TransientError(
-                say(
-                    f"the connection ended after {have} of {remote.size} bytes",
-                    f"连接在 {remote.size} 字节中的第 {have} 字节处结束",
-                )
+                _("the connection ended after {have} of {size} bytes").format(have=have, size=remote.size)
             )
 
     @contextlib.contextmanager
@@ -242,13 +228,13 @@ class HubClient:
             raise
         except UnicodeEncodeError:
             raise MachineError(
-                say("the token holds characters that no token has", "令牌中有不该有的字符"),
+                _("the token holds characters that no token has"),
                 place="HF_TOKEN",
                 remedy="export HF_TOKEN=hf_...",
             ) from None
         except network_error() as error:
             raise TransientError(
-                say(f"the connection failed ({type(error).__name__})", f"连接失败（{type(error).__name__}）"),
+                _("the connection failed ({type})").format(type=type(error).__name__),
                 answered=False,
             ) from None
 
@@ -266,23 +252,19 @@ class HubClient:
     def _refused(self, place: str, status: int) -> MachineError:
         if status not in (401, 403):
             return MachineError(
-                say(f"the hub refuses: HTTP {status}", f"hub 拒绝：HTTP {status}"), place=place, remedy=self._cure()
+                _("the hub refuses: HTTP {status}").format(status=status), place=place, remedy=self._cure()
             )
         page = f"{shown_endpoint()}/{'datasets/' if self.wanted.kind == 'dataset' else ''}{self.wanted.id}"
         return MachineError(
-            say(f"the hub does not let you in: HTTP {status}", f"没有权限：HTTP {status}"),
+            _("the hub does not let you in: HTTP {status}").format(status=status),
             place=place,
-            remedy=say(
-                f"ask for access at {page}, then: export HF_TOKEN=hf_...",
-                f"请在 {page} 申请权限，然后：export HF_TOKEN=hf_...",
-            ),
+            remedy=_("ask for access at {page}, then: export HF_TOKEN=hf_...").format(page=page),
         )
 
     def _gave_up(self, place: str, what: str, tries: int) -> MachineError:
         return MachineError(
-            say(
-                f"not to be had from {shown_endpoint()}: {what}; {tries} tries",
-                f"无法从 {shown_endpoint()} 取得：{what}；共 {tries} 次",
+            _("not to be had from {endpoint}: {what}; {tries} tries").format(
+                endpoint=shown_endpoint(), what=what, tries=tries
             ),
             place=place,
             remedy=self._cure(),
@@ -291,10 +273,9 @@ class HubClient:
     def _cure(self) -> str:
         other = OFFICIAL if "hf-mirror" in endpoint() else MIRROR
         there = f"modelscope:{self.wanted.modelscope or 'OWNER/NAME'}"
-        return say(
-            f"export HF_ENDPOINT={other}   and the same command continues; or from ModelScope:   tongwen fetch {there}",
-            f"export HF_ENDPOINT={other}   后用同一命令继续；或改用 ModelScope：   tongwen fetch {there}",
-        )
+        return _(
+            "export HF_ENDPOINT={other}   and the same command continues; or from ModelScope:   tongwen fetch {there}"
+        ).format(other=other, there=there)
 
 
 def _asked_wait(headers: Mapping[str, str]) -> float:
@@ -323,7 +304,7 @@ def endpoint() -> str:
     address = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     if not address.startswith(("http://", "https://")):
         raise MachineError(
-            say(f"{address!r} is not an address", f"{address!r} 不是网址"),
+            _("{address!r} is not an address").format(address=address),
             place="HF_ENDPOINT",
             remedy=f"export HF_ENDPOINT={MIRROR}",
         )
@@ -355,12 +336,9 @@ def _remote(sibling: Any, wanted: HubRef) -> Remote:
     path = str(sibling.rfilename)
     if not is_safe(path):
         raise DataError(
-            say(
-                f"the hub lists a file that would lie outside the folder: {path[:80]!r}",
-                f"hub 列出的文件会落在文件夹之外：{path[:80]!r}",
-            ),
+            _("the hub lists a file that would lie outside the folder: {path!r}").format(path=path[:80]),
             place=wanted.id,
-            remedy=say("this is not a good source; nothing was fetched", "该来源不可信；未下载任何内容"),
+            remedy=_("this is not a good source; nothing was fetched"),
         )
     large = sibling.lfs or {}
     sha256, git = str(large.get("sha256") or ""), str(sibling.blob_id or "")
@@ -369,7 +347,7 @@ def _remote(sibling: Any, wanted: HubRef) -> Remote:
         re.fullmatch(r"[0-9a-f]{64}", sha256) or (not large and re.fullmatch(r"[0-9a-f]{40}", git))
     ):
         raise MachineError(
-            say("this hub gives no size or hash, so nothing can be verified", "该 hub 不给出大小或哈希，无法校验"),
+            _("this hub gives no size or hash, so nothing can be verified"),
             place=f"{wanted.id}/{path}",
             remedy=f"export HF_ENDPOINT={OFFICIAL}",
         )
@@ -404,7 +382,7 @@ def size_of(file: Path) -> int:
 
 def offline_error(place: str) -> MachineError:
     return MachineError(
-        say("this is not here, and HF_HUB_OFFLINE=1 forbids to fetch it", "本机没有它，而 HF_HUB_OFFLINE=1 禁止下载"),
+        _("this is not here, and HF_HUB_OFFLINE=1 forbids to fetch it"),
         place=place,
-        remedy=say("unset HF_HUB_OFFLINE TRANSFORMERS_OFFLINE", "unset HF_HUB_OFFLINE TRANSFORMERS_OFFLINE"),
+        remedy="unset HF_HUB_OFFLINE TRANSFORMERS_OFFLINE",
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core.errors import MachineError, MissingPackage, RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.hub.names import HubRef, Tell, is_id
 from tongwen.hub.transfer import HubClient, NotFound, endpoint, hash_of, shown_endpoint
 
@@ -22,12 +22,12 @@ TOKENS = {"hub": "HF_TOKEN", "modelscope": "MODELSCOPE_API_TOKEN"}
 
 def check_name(name: str) -> HubRef:
     """OWNER/NAME or modelscope:OWNER/NAME. Raises RecipeError for anything else."""
-    where, _, text = name.rpartition(":")
+    where, _unused, text = name.rpartition(":")
     if where not in ("", "hub", "modelscope") or not is_id(text):
         raise RecipeError(
-            say(f"{name!r} is no name on a hub", f"{name!r} 不是 hub 上的名称"),
+            _("{name!r} is no name on a hub").format(name=name),
             place="push",
-            remedy=say("OWNER/NAME or modelscope:OWNER/NAME", "OWNER/NAME 或 modelscope:OWNER/NAME"),
+            remedy=_("OWNER/NAME or modelscope:OWNER/NAME"),
         )
     return HubRef(name, text, "model", where or "hub")
 
@@ -66,7 +66,7 @@ def _to_modelscope(folder: Path, wanted: HubRef, line: HubClient, public: bool) 
     try:
         from modelscope.hub.api import HubApi
     except ImportError:
-        raise MissingPackage("modelscope", say("ModelScope", "ModelScope"), "modelscope") from None
+        raise MissingPackage("modelscope", "ModelScope", "modelscope") from None
     api: Any = HubApi()
     try:
         api.login(os.environ.get(TOKENS["modelscope"]))
@@ -90,18 +90,15 @@ def _files(folder: Path) -> list[Path]:
 def _refused(wanted: HubRef, kind: str = "") -> MachineError:
     token = TOKENS[wanted.where]
     return MachineError(
-        say("the hub does not take it", "hub 不接受") + (f": {kind}" if kind else ""),
+        _("the hub does not take it") + (f": {kind}" if kind else ""),
         place=wanted.source,
-        remedy=say(
-            f"a token that may write: export {token}=...   and an OWNER that it belongs to",
-            f"需要有写权限的令牌：export {token}=...   且 OWNER 须为其所有者",
-        ),
+        remedy=_("a token that may write: export {token}=...   and an OWNER that it belongs to").format(token=token),
     )
 
 
 def _unlike(file: Path, wanted: HubRef) -> MachineError:
     return MachineError(
-        say(f"what the hub holds as {file.name} is not what was sent", f"hub 上的 {file.name} 与发送的不同"),
+        _("what the hub holds as {file} is not what was sent").format(file=file.name),
         place=wanted.source,
-        remedy=say("push it again", "请重新推送"),
+        remedy=_("push it again"),
     )

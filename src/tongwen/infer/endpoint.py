@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from tongwen.core.errors import MachineError, MissingPackage, ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.infer.generation import Sampling
 
 AT_ONCE = 8  # requests
@@ -24,7 +24,7 @@ class EndpointBackend:
         try:
             import openai
         except ImportError:
-            raise MissingPackage("openai", say("answers from an endpoint", "从接口取得回答"), "endpoint") from None
+            raise MissingPackage("openai", _("answers from an endpoint"), "endpoint") from None
         self.url, self.model, self.completion, self._openai = url, model, completion, openai
         self._client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=4)
 
@@ -34,9 +34,7 @@ class EndpointBackend:
         """Hand each answer to `take` with its place. Raises MachineError when the endpoint cannot be reached, ModelError
         when it refuses."""
         if sampling.beams > 1:
-            raise ModelError(
-                say("an endpoint has no beam search", "接口不支持束搜索"), place=self.url, remedy="--beams 1"
-            )
+            raise ModelError(_("an endpoint has no beam search"), place=self.url, remedy="--beams 1")
         with ThreadPoolExecutor(AT_ONCE) as pool:
             waiting = {
                 pool.submit(self._ask, messages, sampling): place for place, messages in enumerate(conversations)
@@ -64,24 +62,18 @@ class EndpointBackend:
                 answer = self._client.chat.completions.create(messages=turns, **options)
         except self._openai.APIConnectionError as error:
             raise MachineError(
-                say(f"no answer from there: {error.__cause__ or error}", f"没有回应：{error.__cause__ or error}"),
+                _("no answer from there: {cause}").format(cause=error.__cause__ or error),
                 place=self.url,
             ) from None
         except self._openai.AuthenticationError:
             raise MachineError(
-                say("it does not accept the key", "密钥未被接受"), place=self.url, remedy="export OPENAI_API_KEY=…"
+                _("it does not accept the key"), place=self.url, remedy="export OPENAI_API_KEY=…"
             ) from None
         except self._openai.APIStatusError as error:
             raise ModelError(
-                say(
-                    f"it refuses ({error.status_code}): {error.message}",
-                    f"它拒绝（{error.status_code}）：{error.message}",
-                ),
+                _("it refuses ({status_code}): {message}").format(status_code=error.status_code, message=error.message),
                 place=self.url,
-                remedy=say(
-                    "--model is the name that the endpoint knows: GET /v1/models",
-                    "--model 应为接口所知的名字：GET /v1/models",
-                ),
+                remedy=_("--model is the name that the endpoint knows: GET /v1/models"),
             ) from None
         except ValueError:  # no JSON at all
             answer = None
@@ -90,11 +82,8 @@ class EndpointBackend:
         found = getattr(held, "text" if self.completion else "content", None)
         if held is None or (self.completion and found is None):
             raise ModelError(
-                say(
-                    f"what comes from there is no answer: {str(answer)[:60]!r}",
-                    f"返回的不是回答：{str(answer)[:60]!r}",
-                ),
+                _("what comes from there is no answer: {answer!r}").format(answer=str(answer)[:60]),
                 place=self.url,
-                remedy=say("the address ends with /v1 for most endpoints", "多数接口的地址以 /v1 结尾"),
+                remedy=_("the address ends with /v1 for most endpoints"),
             )
         return str(found or "")  # of a conversation it may be null: all was thinking

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tongwen.core.errors import MissingPackage
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 NONE = "没有"  # what an answer says that found nothing
 
@@ -25,7 +25,7 @@ def check(wanted: str) -> str:
     bad = next((kind for name, kind in read_entities(wanted) if not name or not kind), None)
     if bad is None:
         return ""
-    return say(f"{bad!r} is neither `实体_类型` nor `{NONE}`", f"{bad!r} 既不是 `实体_类型` 也不是 `{NONE}`")
+    return _("{bad!r} is neither `实体_类型` nor `{none}`").format(bad=bad, none=NONE)
 
 
 def match(answer: str, wanted: str) -> Sequence[float]:
@@ -39,7 +39,7 @@ def match_spans(question: str, answer: str, wanted: str) -> Sequence[float]:
     try:
         from seqeval.metrics.sequence_labeling import get_entities
     except ImportError:
-        raise MissingPackage("seqeval", say("scoring spans", "按位置评分"), "evaluate") from None
+        raise MissingPackage("seqeval", _("scoring spans"), "evaluate") from None
     found, expected = (set(get_entities(tags)) for tags in tag(question, answer, wanted))
     return float(len(found & expected)), float(len(found)), float(len(expected))
 

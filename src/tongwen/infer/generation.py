@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tongwen.core.errors import ModelError, NumbersError, RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 # option: (least, most)
 RANGES = {
@@ -46,7 +46,7 @@ class Sampling:
         for name, (least, most) in RANGES.items():
             if not least <= getattr(self, name) <= most:
                 raise RecipeError(
-                    say(f"{getattr(self, name)} is out of range", f"{getattr(self, name)} 超出范围"),
+                    _("{value} is out of range").format(value=getattr(self, name)),
                     place=name,
                     remedy=f"{least} … {most}",
                 )
@@ -68,7 +68,7 @@ class Sampling:
         unknown = sorted(set(changes) - set(asdict(self)))
         if unknown:
             raise ModelError(
-                say(f"no such option: {', '.join(unknown)}", f"没有这个选项：{'、'.join(unknown)}"),
+                _("no such option: {unknown}").format(unknown=_(", ").join(unknown)),
                 remedy=", ".join(asdict(self)),
             )
         return replace(self, **changes)
@@ -111,7 +111,7 @@ class TextGenerator:
         from transformers import ContinuousBatchingConfig
 
         if sampling.beams > 1:
-            raise ModelError(say("a paged cache has no beam search", "分页缓存不支持束搜索"), remedy="--engine batched")
+            raise ModelError(_("a paged cache has no beam search"), remedy="--engine batched")
         config = ContinuousBatchingConfig(
             page_size=PAGE,
             num_blocks=max(room // PAGE, math.ceil((max(map(len, prompts)) + sampling.max_new_tokens) / PAGE) + 1),
@@ -130,9 +130,7 @@ class TextGenerator:
             while waiting:
                 result = manager.get_result(timeout=1)
                 if result is None and not manager.is_running():
-                    raise ModelError(
-                        say("continuous batching ended early", "连续批处理提前结束"), remedy="--engine batched"
-                    )
+                    raise ModelError(_("continuous batching ended early"), remedy="--engine batched")
                 if result is None or not result.is_finished():
                     continue
                 if result.error:
@@ -167,7 +165,7 @@ class TextGenerator:
         the stop token included; what it raises ends the answer."""
         self._check_fits(prompt, sampling)
         if sampling.beams > 1:
-            raise ModelError(say("beam search cannot be streamed", "束搜索无法流式输出"), remedy="--beams 1")
+            raise ModelError(_("beam search cannot be streamed"), remedy="--beams 1")
         with closing(self._new_ids(prompt, sampling)) as ids:
             yield from self._mended(self._pieces(ids, heard))
 
@@ -262,11 +260,10 @@ class TextGenerator:
     def _check_fits(self, prompt: list[int], sampling: Sampling) -> None:
         if len(prompt) + min(sampling.max_new_tokens, 1) > self.context:
             raise ModelError(
-                say(
-                    f"the prompt has {len(prompt)} tokens, the model sees {self.context}",
-                    f"提示有 {len(prompt)} 个 token，模型最多看 {self.context} 个",
+                _("the prompt has {count} tokens, the model sees {context}").format(
+                    count=len(prompt), context=self.context
                 ),
-                remedy=say("shorten it, or clear the history", "请缩短，或清空历史"),
+                remedy=_("shorten it, or clear the history"),
             )
 
 
@@ -376,6 +373,4 @@ def _finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 
 def _nan() -> NumbersError:
-    return NumbersError(
-        say("the model gives NaN logits", "模型输出了 NaN"), place="generate", remedy="precision: fp32 / bf16"
-    )
+    return NumbersError(_("the model gives NaN logits"), place="generate", remedy="precision: fp32 / bf16")

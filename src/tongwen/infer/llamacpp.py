@@ -16,7 +16,7 @@ from threading import BoundedSemaphore
 from typing import Any
 
 from tongwen.core.errors import MissingPackage, ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.infer.generation import Sampling, Take, TextGenerator, cache_bytes
 
 SLOTS = 8  # prompts that are answered side by side, at most
@@ -37,7 +37,7 @@ class LlamaCppBackend(TextGenerator):
         for prompt in prompts:
             self._check_fits(prompt, sampling)
         if sampling.beams > 1:
-            raise ModelError(say("llama.cpp has no beam search", "llama.cpp 没有束搜索"), remedy="--engine batched")
+            raise ModelError(_("llama.cpp has no beam search"), remedy="--engine batched")
         with ThreadPoolExecutor(self.slots) as pool:
             waiting = {pool.submit(self._complete, prompt, sampling): place for place, prompt in enumerate(prompts)}
             try:
@@ -52,7 +52,7 @@ class LlamaCppBackend(TextGenerator):
         lest another one take it between two tokens."""
         said: list[int] = []
         with self.seats:
-            for _ in range(self._room_for(len(prompt), sampling).max_new_tokens):
+            for _index in range(self._room_for(len(prompt), sampling).max_new_tokens):
                 # A number of its own for each token: with the same one, all would be drawn by the same number.
                 seed = None if sampling.seed is None else (sampling.seed + len(said)) % (1 << 32)
                 one = sampling.with_(max_new_tokens=1, seed=seed)
@@ -115,7 +115,5 @@ def open_file(
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
-        raise ModelError(
-            say(f"llama.cpp cannot open it: {error}", f"llama.cpp 无法打开：{error}"), place=file
-        ) from None
+        raise ModelError(_("llama.cpp cannot open it: {error}").format(error=error), place=file) from None
     return LlamaCppBackend(server, tokenizer, stop_ids, context, key=key, slots=slots, seats=BoundedSemaphore(slots))

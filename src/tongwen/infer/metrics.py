@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tongwen.core.errors import MissingPackage
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.infer import entities
 
 DRAWS = 1000  # of the bootstrap
@@ -143,7 +143,7 @@ def _jieba() -> Callable[[str], list[str]]:
     try:
         import jieba
     except ImportError:
-        raise _missing("jieba", say("words in Chinese", "中文分词")) from None
+        raise _missing("jieba", _("words in Chinese")) from None
     jieba.setLogLevel(logging.ERROR)
     return lambda text: [word for word in jieba.lcut(text) if word.strip()]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core.errors import DataError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 LETTERS = "ABCDEFGH"
 SPLIT = re.compile(r"_(?:val|dev|test)$")
@@ -57,11 +57,11 @@ def read_choices(file: Path) -> list[MultipleChoiceQuestion]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
-            say(f"not UTF-8: {error}", f"不是 UTF-8：{error}"), place=str(file), remedy="iconv -f GB18030 -t UTF-8"
+            _("not UTF-8: {error}").format(error=error), place=str(file), remedy="iconv -f GB18030 -t UTF-8"
         ) from None
     rows = [row for row in csv.reader(io.StringIO(text, newline="")) if any(cell.strip() for cell in row)]
     if not rows:
-        raise DataError(say("no questions: nothing but blanks", "没有题目：只有空白"), place=str(file))
+        raise DataError(_("no questions: nothing but blanks"), place=str(file))
     return list(_read(rows, file))
 
 
@@ -76,7 +76,7 @@ def _read(rows: list[list[str]], file: Path) -> Iterator[MultipleChoiceQuestion]
         subject = subject.replace("_", " ")
     else:
         raise DataError(
-            say(f"not a layout that is known; the first row has: {', '.join(rows[0])}", f"不是已知的布局；首行为：{'、'.join(rows[0])}"),
+            _("not a layout that is known; the first row has: {rows}").format(rows=_(', ').join(rows[0])),
             place=f"{file}:1",
             remedy="id,question,A,B,C,D,answer (C-Eval) · ,Question,A,B,C,D,Answer (CMMLU) · question,A,B,C,D,answer, no header (MMLU)",
         )  # fmt: skip
@@ -90,17 +90,17 @@ def _choice(
 ) -> MultipleChoiceQuestion:
     if len(row) <= max(places[name] for name in ("question", "answer", *map(str.lower, letters))):
         raise DataError(
-            say(f"this row has {len(row)} columns, {len(places)} are needed", f"该行有 {len(row)} 列，需要 {len(places)} 列"),
+            _("this row has {row_count} columns, {places_count} are needed").format(row_count=len(row), places_count=len(places)),
             place=place,
-            remedy=say("a text that holds a comma stands in quotes", "含逗号的文字要加引号"),
+            remedy=_("a text that holds a comma stands in quotes"),
         )  # fmt: skip
     options = tuple(row[places[letter.lower()]].strip() for letter in letters)
     answer = row[places["answer"]].strip().upper()
     if answer not in letters:
         raise DataError(
-            say(f"the answer {answer!r} is no option; there are {', '.join(letters)}", f"答案 {answer!r} 不是选项；选项有 {'、'.join(letters)}"),
+            _("the answer {answer!r} is no option; there are {letters}").format(answer=answer, letters=_(', ').join(letters)),
             place=place,
-            remedy=say("C-Eval's test split has no answers; its val split has", "C-Eval 的 test 没有答案，请用 val"),
+            remedy=_("C-Eval's test split has no answers; its val split has"),
         )  # fmt: skip
     return MultipleChoiceQuestion(layout, subject, row[places["question"]].strip(), options, letters.index(answer))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core.html import Table, render
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 SHOWN = 20  # rows of a task in the report; all of them stand in rows.jsonl
 
@@ -15,8 +15,8 @@ SHOWN = 20  # rows of a task in the report; all of them stand in rows.jsonl
 def score_table(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(columns, rows): each task's main figure with its 95 % interval, before and after where both are known."""
     compared = any("before" in one for one in scores.values())
-    head = [say("task", "任务"), say("rows", "行数")]
-    head += [say("before", "之前"), say("after", "之后"), say("change", "变化")] if compared else [say("score", "分数")]
+    head = [_("task"), _("rows")]
+    head += [_("before"), _("after"), _("change")] if compared else [_("score")]
     body = []
     for title, one in scores.items():
         cells = (
@@ -49,13 +49,12 @@ def write_report(
     ]
     page = render(
         "infer/report.html.jinja",
-        title=say("Evaluation", "评测"),
+        title=_("Evaluation"),
         summary=summary,
         facts=[(f"{one['value']:.4g}", title) for title, one in scores.items()],
         scores=score_table(scores),
-        note=say(
-            "In brackets: 95 % of the scores that other rows of the same kind would give (bootstrap over rows). A change whose bracket holds 0 may be chance.",
-            "括号内为 95% 区间（对行做自助抽样）。变化的区间若包含 0，则可能只是偶然。",
+        note=_(
+            "In brackets: 95 % of the scores that other rows of the same kind would give (bootstrap over rows). A change whose bracket holds 0 may be chance."
         ),
         tasks=tasks,
     )
@@ -73,17 +72,17 @@ def _signed(one: Mapping[str, float]) -> str:
 def _figures(one: Mapping[str, Any]) -> Table:
     before = one.get("before", {}).get("figures")
     if before is None:
-        return ("", say("score", "分数")), [(name, f"{value:.4g}") for name, value in one["figures"].items()]
-    head = ("", say("before", "之前"), say("after", "之后"))
+        return ("", _("score")), [(name, f"{value:.4g}") for name, value in one["figures"].items()]
+    head = ("", _("before"), _("after"))
     return head, [(name, f"{before[name]:.4g}", f"{value:.4g}") for name, value in one["figures"].items()]
 
 
 def _groups(groups: Mapping[str, Mapping[str, float]]) -> Table:
     names = [name for name in next(iter(groups.values())) if name != "rows"]
     body = [(title, str(one["rows"]), *(f"{one[name]:.4g}" for name in names)) for title, one in groups.items()]
-    return (say("group", "分组"), say("rows", "行数"), *names), body
+    return (_("group"), _("rows"), *names), body
 
 
 def _answers(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    names = (("before", say("before", "之前")), ("answer", say("answer", "回答")), ("wanted", say("data", "数据")))
+    names = (("before", _("before")), ("answer", _("answer")), ("wanted", _("data")))
     return [(label, row[name]) for name, label in names if name in row]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tongwen.core.errors import MissingPackage, ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.infer.generation import ROWS, Sampling, Take, TextGenerator
 
 HANDED = 1024  # prompts that vLLM gets together: it deals them itself, and what is done is kept after each lot
@@ -22,7 +22,7 @@ class VllmBackend(TextGenerator):
         from vllm import SamplingParams
 
         if sampling.beams > 1:
-            raise ModelError(say("no beam search by this engine", "该引擎不支持束搜索"), remedy="--engine batched")
+            raise ModelError(_("no beam search by this engine"), remedy="--engine batched")
         for prompt in prompts:
             self._check_fits(prompt, sampling)
         params = SamplingParams(

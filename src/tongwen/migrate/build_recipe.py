@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.migrate.flags import FlagReader
 from tongwen.migrate.tables import OldProgram
 from tongwen.recipe.data import Synthesize
@@ -37,11 +37,8 @@ def build_recipe(reading: FlagReader, place: str) -> dict[str, Any]:
     if "base" not in words:
         reading.wrong(
             place,
-            say("no model is named here", "此处没有写模型"),
-            say(
-                "this is a part: give the file or the command that names the model, too",
-                "这只是一部分：请同时给出写明模型的文件或命令",
-            ),
+            _("no model is named here"),
+            _("this is a part: give the file or the command that names the model, too"),
         )
     words.setdefault("out", f"runs/{section}")
     words["name"] = re.sub(r"[^\w.\-]", "-", Path(words["out"]).name) or section
@@ -104,11 +101,10 @@ def _multiply_batch(reading: FlagReader, words: dict[str, Any], place: str) -> N
     if whole not in (None, words.get(word)):
         reading.wrong(
             place,
-            say(
-                f"train_batch_size is {whole} in DeepSpeed's file, the other files multiply to {words.get(word)}",
-                f"DeepSpeed 文件中 train_batch_size 为 {whole}，其余各项相乘为 {words.get(word)}",
+            _("train_batch_size is {whole} in DeepSpeed's file, the other files multiply to {words}").format(
+                whole=whole, words=words.get(word)
             ),
-            say("make them agree, or write train_batch_size: auto", "请使其一致，或写 train_batch_size: auto"),
+            _("make them agree, or write train_batch_size: auto"),
         )
 
 
@@ -144,5 +140,5 @@ def _with_base(said: dict[str, Any], reading: FlagReader) -> dict[str, Any]:
         base = str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] or "BASE")
     except (OSError, ValueError, KeyError, TypeError):
         base = "BASE"
-        reading.notes.append(say(f"{file} does not say which base: name it", f"{file} 没有写明底座：请自行填写"))
+        reading.notes.append(_("{file} does not say which base: name it").format(file=file))
     return {"--base": base, **said, "--out": f"{said['--out']}/{Path(base).name}-finetune"}

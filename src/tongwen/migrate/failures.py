@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-import yaml
-
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
-from tongwen.migrate.tables import Text
+from tongwen.core.i18n import _
+from tongwen.migrate.tables import read_table
 
 
 @dataclass(frozen=True)
@@ -19,9 +17,9 @@ class KnownFailure:
     """says: what was seen; why: its cause; here: what happens instead; shown: tests."""
 
     id: str
-    says: Text
-    why: Text
-    here: Text
+    says: str
+    why: str
+    here: str
     shown: tuple[str, ...]
 
 
@@ -29,10 +27,7 @@ class KnownFailure:
 def failures() -> dict[str, KnownFailure]:
     """All of them, by number."""
     text = (resources.files("tongwen.migrate") / "failures.yaml").read_text(encoding="utf-8")
-    return {
-        id_: KnownFailure(id_, **{key: tuple(value) for key, value in row.items()})
-        for id_, row in yaml.safe_load(text).items()
-    }
+    return {id_: KnownFailure(id_, **{**row, "shown": tuple(row["shown"])}) for id_, row in read_table(text).items()}
 
 
 def find(name: str) -> KnownFailure:
@@ -41,11 +36,10 @@ def find(name: str) -> KnownFailure:
     known = failures()
     if found is None or (id_ := f"F-{int(found[1]):02}") not in known:
         raise RecipeError(
-            say(f"there is no failure {name!r}", f"没有编号 {name!r}"),
+            _("there is no failure {name!r}").format(name=name),
             place="tongwen doctor",
-            remedy=say(
-                f"{min(known)} to {max(known)}; docs/from-older-projects.md has them all",
-                f"{min(known)} 至 {max(known)}；全部见 docs/from-older-projects_zh.md",
+            remedy=_("{lowest} to {highest}; docs/from-older-projects.md has them all").format(
+                lowest=min(known), highest=max(known)
             ),
         )
     return known[id_]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 TRUE, FALSE = ("true", "yes", "y", "t", "on", "1"), ("false", "no", "n", "f", "off", "0")
 EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "transformer.wte", "word_embeddings"}
@@ -64,7 +64,7 @@ Reader = Callable[[MigrationContext, str, Any], Any]
 
 def text(context: MigrationContext, flag: str, value: Any) -> Any:
     if value is None or value == "":
-        raise ValueError(say("it has no value", "没有值"))
+        raise ValueError(_("it has no value"))
     return value
 
 
@@ -87,14 +87,14 @@ def scalar(context: MigrationContext, flag: str, value: Any) -> Any:
 def number(context: MigrationContext, flag: str, value: Any) -> Any:
     found = scalar(context, flag, text(context, flag, value))
     if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
-        raise ValueError(say(f"{value!r} is no number", f"{value!r} 不是数字"))
+        raise ValueError(_("{value!r} is no number").format(value=value))
     return found
 
 
 def count(context: MigrationContext, flag: str, value: Any) -> int:
     found = number(context, flag, value)
     if found != int(found):
-        raise ValueError(say(f"{value!r} is no whole number", f"{value!r} 不是整数"))
+        raise ValueError(_("{value!r} is no whole number").format(value=value))
     return int(found)
 
 
@@ -104,13 +104,13 @@ def epochs(context: MigrationContext, flag: str, value: Any) -> str:
 
 def steps(context: MigrationContext, flag: str, value: Any) -> Any:
     found = count(context, flag, value)
-    return f"{found} steps" if found > 0 else RemovedFlag(say("epochs count", "以轮数为准"))
+    return f"{found} steps" if found > 0 else RemovedFlag(_("epochs count"))
 
 
 def switch(context: MigrationContext, flag: str, value: Any) -> bool:
     word = "true" if value is None else str(value).lower()
     if word not in TRUE + FALSE:
-        raise ValueError(say(f"{value!r} is neither true nor false", f"{value!r} 既非 true 也非 false"))
+        raise ValueError(_("{value!r} is neither true nor false").format(value=value))
     return word in TRUE
 
 
@@ -124,10 +124,7 @@ def seed(context: MigrationContext, flag: str, value: Any) -> Any:
         return count(context, flag, value)
     return CorrectedValue(
         42,
-        say(
-            "one seed, recorded: with another on each machine, each split the data in its own way",
-            "固定并记录一个种子：各机器种子不同时，数据划分也不同",
-        ),
+        _("one seed, recorded: with another on each machine, each split the data in its own way"),
     )
 
 
@@ -136,7 +133,7 @@ def choice(context: MigrationContext, flag: str, value: Any) -> Any:
     found = re.fullmatch(r"\[(\w+)\|.*\]", str(text(context, flag, value)))
     if found is None:
         return value
-    return CorrectedValue(found[1], say(f"{value} offers a choice; the first is taken", f"{value} 是可选项；取第一个"))
+    return CorrectedValue(found[1], _("{value} offers a choice; the first is taken").format(value=value))
 
 
 def auto(context: MigrationContext, flag: str, value: Any) -> Any:
@@ -150,15 +147,13 @@ def targets(context: MigrationContext, flag: str, value: Any) -> Any:
 def whole_embeddings(context: MigrationContext, flag: str, value: Any) -> Any:
     others = sorted(set(items(context, flag, value)) - EMBEDDINGS)
     if others:
-        raise ValueError(say(f"{others} are no embeddings", f"{others} 不是词向量"))
+        raise ValueError(_("{others} are no embeddings").format(others=others))
     return "lora+embeddings"
 
 
 def template(context: MigrationContext, flag: str, value: Any) -> Any:
     known = TEMPLATES.get(str(value))
-    return known or CorrectedValue(
-        "own", say("the model brings its own; `tongwen look RECIPE` shows it", "模型自带；`tongwen look RECIPE` 可查看")
-    )
+    return known or CorrectedValue("own", _("the model brings its own; `tongwen look RECIPE` shows it"))
 
 
 # -- what multiplies, what belongs to a launcher -------------------------------------------------------------------
@@ -176,7 +171,7 @@ def _factor(name: str) -> Reader:
 def whole_batch(context: MigrationContext, flag: str, value: Any) -> RemovedFlag:
     if value != "auto":
         context.batch["whole"] = count(context, flag, value)
-    return RemovedFlag(say("batch_size says it", "由 batch_size 表达"))
+    return RemovedFlag(_("batch_size says it"))
 
 
 def devices(context: MigrationContext, flag: str, value: Any) -> Any:
@@ -188,7 +183,7 @@ def devices(context: MigrationContext, flag: str, value: Any) -> Any:
 
 def engine(context: MigrationContext, flag: str, value: Any) -> Any:
     if context.batch.get("devices", 1) * context.batch.get("machines", 1) == 1:
-        return RemovedFlag(say("one device has nothing to share out", "单设备没有可分担的"))
+        return RemovedFlag(_("one device has nothing to share out"))
     return value
 
 
@@ -202,14 +197,14 @@ def machines(context: MigrationContext, flag: str, value: Any) -> Any:
 
 def several(context: MigrationContext, flag: str, value: Any) -> CorrectedValue:
     context.launch[flag] = str(text(context, flag, value))
-    return CorrectedValue(None, say("stays with torchrun, on each machine", "仍由每台机器上的 torchrun 给出"))
+    return CorrectedValue(None, _("stays with torchrun, on each machine"))
 
 
 def length_part(context: MigrationContext, flag: str, value: Any) -> CorrectedValue:
     context.lengths[flag] = count(context, flag, value)
     return CorrectedValue(
         None,
-        say("one length for question and answer; the answer is never cut", "问与答共用一个长度；回答从不被截断"),
+        _("one length for question and answer; the answer is never cut"),
     )
 
 
@@ -229,7 +224,7 @@ def own_folder(context: MigrationContext, flag: str, value: Any) -> Any:
     name = folder(context, flag, value)
     if name != ".":
         return name
-    return CorrectedValue("merged", say("a result has a folder of its own", "结果放在自己的文件夹中"))
+    return CorrectedValue("merged", _("a result has a folder of its own"))
 
 
 def stem(context: MigrationContext, flag: str, value: Any) -> str:
@@ -240,7 +235,7 @@ def model(context: MigrationContext, flag: str, value: Any) -> Any:
     """A folder that is here, or a hub's id as it is today."""
     name = folder(context, flag, value)
     new = name if Path(name).exists() else context.today(name)
-    return name if new == name else CorrectedValue(new, say(f"{name} has moved: {new}", f"{name} 已迁移：{new}"))
+    return name if new == name else CorrectedValue(new, _("{name} has moved: {new}").format(name=name, new=new))
 
 
 def trained(context: MigrationContext, flag: str, value: Any) -> Any:
@@ -250,9 +245,7 @@ def trained(context: MigrationContext, flag: str, value: Any) -> Any:
         for place in (Path(name), Path(name).parent):
             for stage in ("sft", "pretrain"):
                 if (place / stage / "manifest.json").is_file():
-                    return CorrectedValue(
-                        str(place / stage), say("where the training here left it", "此处的训练结果在该文件夹")
-                    )
+                    return CorrectedValue(str(place / stage), _("where the training here left it"))
     return model(context, flag, name)
 
 
@@ -274,7 +267,7 @@ def data(context: MigrationContext, flag: str, value: Any) -> Any:
     """A file of data; where it is not there, one of its name a folder below, where `tongwen fetch` put it."""
     name = str(text(context, flag, value))
     below = sorted(Path(name).parent.glob(f"*/{Path(name).name}")) if not Path(name).exists() else []
-    return CorrectedValue(str(below[0]), say("where it was fetched to", "已获取到该处")) if below else name
+    return CorrectedValue(str(below[0]), _("where it was fetched to")) if below else name
 
 
 def _sources(pattern: str, **words: Any) -> Reader:

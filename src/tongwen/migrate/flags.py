@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tongwen.core.errors import RecipeError, TongwenError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import N_, _
 from tongwen.migrate.flag_values import READERS, CorrectedValue, MigrationContext, RemovedFlag
 from tongwen.migrate.tables import FlagRule, OldProgram, spoken
 from tongwen.recipe.aliases import OLD, OLD_REASONS, OWNED, training_arguments
@@ -68,11 +68,10 @@ class FlagReader:
         if flag and before and old != value:
             self.wrong(
                 place,
-                say(
-                    f"{before} and {flag} contradict each other: `{word}` would be {old!r} and {value!r}",
-                    f"{before} 与 {flag} 矛盾：`{word}` 将为 {old!r} 与 {value!r}",
+                _("{before} and {flag} contradict each other: `{word}` would be {old!r} and {value!r}").format(
+                    before=before, flag=flag, word=word, old=old, value=value
                 ),
-                say(f"keep one of {before}, {flag}", f"{before} 与 {flag} 只留一个"),
+                _("keep one of {before}, {flag}").format(before=before, flag=flag),
             )
         if flag or word not in self.said:
             self.said[word] = (flag, value)
@@ -86,11 +85,10 @@ class FlagReader:
             if name in given and given[name] != value:
                 self.wrong(
                     place,
-                    say(
-                        f"{name} is given twice: {given[name]!r} and {value!r}",
-                        f"{name} 给出了两次：{given[name]!r} 与 {value!r}",
+                    _("{name} is given twice: {given!r} and {value!r}").format(
+                        name=name, given=given[name], value=value
                     ),
-                    say("keep one", "保留一个"),
+                    _("keep one"),
                 )
             given[name] = value
         return given
@@ -102,8 +100,8 @@ class FlagReader:
             near = difflib.get_close_matches(name, [*program.flags, *(OWNED if program.trains else ())], 3)
             self.wrong(
                 place,
-                say(f"{program.project} has no {name!r} here", f"{program.project} 此处没有 {name!r}"),
-                say("did you mean ", "是否想写 ") + " / ".join(near) if near else say("leave it out", "请删去"),
+                _("{project} has no {name!r} here").format(project=program.project, name=name),
+                _("did you mean ") + " / ".join(near) if near else _("leave it out"),
             )
         return rule
 
@@ -114,7 +112,7 @@ class FlagReader:
             if rule.words and not isinstance(found, RemovedFlag):
                 found = _worded(rule, found)
         except ValueError as error:
-            self.wrong(place, f"{name}: {error}", say("write it out", "请写明"))
+            self.wrong(place, f"{name}: {error}", _("write it out"))
             return
         to = rule.to.replace("@", self.section)
         why = found.why if isinstance(found, (CorrectedValue, RemovedFlag)) else ""
@@ -134,7 +132,7 @@ class FlagReader:
         if gone:
             return Verdict(name, value, "dropped", why=spoken(rule.dropped) if rule.dropped else why)
         if rule.read == "file":
-            to = say("its own keys, above", "其各键见上")
+            to = _("its own keys, above")
         same = to.split(".")[-1].lstrip("-").replace("-", "_") == name.split(".")[-1]
         same = same or rule.read == "file" or not (to or rule.sets)
         verdict = "mended" if why else "kept" if same else "renamed"
@@ -154,9 +152,9 @@ def _worded(rule: FlagRule, found: Any) -> Any:
     words = {str(old).lower(): new for old, new in rule.words.items()}
     old = str(found.value if isinstance(found, CorrectedValue) else found).lower()
     if old not in words:
-        raise ValueError(say(f"{old!r} is not one of: {', '.join(words)}", f"{old!r} 不在可选值中：{'、'.join(words)}"))
+        raise ValueError(_("{old!r} is not one of: {words}").format(old=old, words=_(", ").join(words)))
     if words[old] is None:
-        return RemovedFlag(say("so it is without a word", "不写即如此"))
+        return RemovedFlag(_("so it is without a word"))
     return CorrectedValue(words[old], found.why) if isinstance(found, CorrectedValue) else words[old]
 
 
@@ -165,7 +163,7 @@ def _trainers_own(name: str) -> FlagRule | None:
     if OLD.get(name):
         return FlagRule(to=f"@.{OLD[name]}", read="scalar")
     if name in OLD:
-        return FlagRule(read="scalar", dropped=OLD_REASONS.get(name, ("it has no effect any more", "它已不再有作用")))
+        return FlagRule(read="scalar", dropped=OLD_REASONS.get(name, N_("it has no effect any more")))
     if name in OWNED:
-        return FlagRule(read="scalar", dropped=(f"in a recipe: {OWNED[name]}", f"配方中：{OWNED[name]}"))
+        return FlagRule(read="scalar", dropped=_("in a recipe: {owned}").format(owned=OWNED[name]))
     return FlagRule(to=f"@.trainer.{name}", read="scalar") if name in training_arguments() else None

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tongwen.core.errors import RecipeError, raise_all
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.migrate import build_recipe
 from tongwen.migrate.flag_values import MigrationContext
 from tongwen.migrate.flags import FlagReader, Verdict
@@ -46,12 +46,12 @@ def migrate_command(words: Sequence[str], today: Today) -> MigrationResult:
     old = shlex.join(words)
     environment, rest = split_environment(tuple(words))
     if not rest:
-        raise RecipeError(say("there is no command", "没有命令"), place=old or "tongwen migrate --")
+        raise RecipeError(_("there is no command"), place=old or "tongwen migrate --")
     outcome = _plain_line(rest, old) or _program_line(rest, old, today)
     outcome.environment = environment
     outcome.verdicts = [
         *(
-            Verdict(name, value, "kept", f"{name}={value}", say("in front of the new command", "写在新命令之前"))
+            Verdict(name, value, "kept", f"{name}={value}", _("in front of the new command"))
             for name, value in environment.items()
         ),
         *outcome.verdicts,
@@ -147,7 +147,7 @@ def _program_line(words: tuple[str, ...], old: str, today: Today) -> MigrationRe
     at = next((place for place, word in enumerate(rest) if _script_name(rest, place)), None)
     if at is None:
         raise RecipeError(
-            say("no program of an older project is named here", "没有发现旧项目的程序"),
+            _("no program of an older project is named here"),
             place=old,
             remedy=_nearest_scripts(rest),
         )
@@ -174,9 +174,7 @@ def _program_line(words: tuple[str, ...], old: str, today: Today) -> MigrationRe
     elif program.command:
         outcome.commands = build_recipe.build_commands(reading, program)
     elif as_above:
-        outcome.verdicts.append(
-            Verdict("...", None, "kept", "RECIPE", say("the recipe of the command above", "即上面命令的配方"))
-        )
+        outcome.verdicts.append(Verdict("...", None, "kept", "RECIPE", _("the recipe of the command above")))
     else:
         outcome.recipe = build_recipe.build_recipe(reading, old)
     raise_all(reading.problems)
@@ -248,8 +246,8 @@ def _flags(
         else:
             reading.wrong(
                 place,
-                say(f"{word!r} belongs to no flag", f"{word!r} 不属于任何参数"),
-                say("a blank too many?", "是否多了空格？"),
+                _("{word!r} belongs to no flag").format(word=word),
+                _("a blank too many?"),
             )
     if waiting is not None:
         yield waiting, None
@@ -263,12 +261,7 @@ def _take_file(reading: FlagReader, path: str) -> None:
     name = Path(path).name
     if not Path(path).is_file() and name in known_files():
         data = known_files()[name]
-        reading.notes.append(
-            say(
-                f"{path} is not here: the one that its project shipped is taken",
-                f"{path} 不在此处：采用其项目自带的文件",
-            )
-        )
+        reading.notes.append(_("{path} is not here: the one that its project shipped is taken").format(path=path))
     else:
         data = _read_data(path)
     program = _recognise(data, path)
@@ -280,7 +273,7 @@ def _take_keys(reading: FlagReader, program: OldProgram, data: Mapping[str, Any]
     keys = dict(_flat(data))
     reading.take(program, [pair for pair in keys.items() if pair[1] is not None], path, inside)
     said = [f"{inside}:{key}" if inside else key for key, value in keys.items() if value is None]
-    reading.verdicts += [Verdict(key, None, "dropped", why=say("null says nothing", "null 等于没写")) for key in said]
+    reading.verdicts += [Verdict(key, None, "dropped", why=_("null says nothing")) for key in said]
 
 
 def _read_data(path: str) -> dict[str, Any]:
@@ -288,11 +281,11 @@ def _read_data(path: str) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8-sig")
         data = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except FileNotFoundError:
-        raise RecipeError(say("there is no such file", "没有这个文件"), place=path) from None
+        raise RecipeError(_("there is no such file"), place=path) from None
     except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=path) from None
+        raise RecipeError(_("cannot be read: {error}").format(error=error), place=path) from None
     if not isinstance(data, dict):
-        raise RecipeError(say("a configuration is a mapping of keys to values", "配置应是键值映射"), place=path)
+        raise RecipeError(_("a configuration is a mapping of keys to values"), place=path)
     return data
 
 
@@ -304,12 +297,9 @@ def _recognise(data: Mapping[str, Any], path: str) -> OldProgram:
             return program
     near = [name for name in known_files() if name != Path(path).name][:4]
     raise RecipeError(
-        say(
-            f"this is no file of an older project; it has: {', '.join(list(data)[:6])}",
-            f"不是旧项目的配置文件；现有：{'、'.join(list(data)[:6])}",
-        ),
+        _("this is no file of an older project; it has: {data}").format(data=_(", ").join(list(data)[:6])),
         place=path,
-        remedy=say("read are: ", "可读取：") + ", ".join([*near, "LLaMA-Factory's YAML"]),
+        remedy=_("read are: ") + ", ".join([*near, "LLaMA-Factory's YAML"]),
     )
 
 

@@ -10,7 +10,7 @@ import shlex
 from dataclasses import dataclass
 
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 _PROMPT = re.compile(r"^[>$]\s+")
 _ASSIGNMENT = re.compile(r"^([A-Za-z_]\w*)=(.*)$", re.DOTALL)
@@ -37,9 +37,9 @@ def read_script(text: str, name: str) -> list[ScriptLine]:
             words = shlex.split(line, comments=True)
         except ValueError as error:
             raise RecipeError(
-                say(f"this is no line of a shell: {error}", f"这不是合法的 shell 行：{error}"),
+                _("this is no line of a shell: {error}").format(error=error),
                 place=f"{name}:{number}",
-                remedy=say("close the quote", "请补全引号"),
+                remedy=_("close the quote"),
             ) from None
         words = [_VARIABLE.sub(lambda found: variables.get(found[1] or found[2], found[0]), word) for word in words]
         if len(words) == 1 and (found := _ASSIGNMENT.match(words[0])):

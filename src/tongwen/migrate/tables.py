@@ -1,6 +1,7 @@
 """The tables of old programs (tables/*.yaml): for each flag where it stands today, or why it is gone.
 
-Data as data: a flag is a row, its reason stands beside it in both languages, and the code knows no flag by name.
+Data as data: a flag is a row, its reason stands beside it, and the code knows no flag by name. The tag `!_` marks texts
+for the catalogue: they are translated when they are shown.
 """
 
 from __future__ import annotations
@@ -13,9 +14,27 @@ from typing import Any
 
 import yaml
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
-Text = tuple[str, str]  # English, Chinese
+
+class Text(str):
+    """A text for users: what the tag `!_` marks. `spoken` gives it in the user's language."""
+
+
+class TableLoader(yaml.SafeLoader):
+    """Reads tables whose texts are marked."""
+
+
+def _read_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Text:
+    return Text(loader.construct_scalar(node))
+
+
+TableLoader.add_constructor("!_", _read_text)
+
+
+def read_table(text: str) -> Any:
+    """The data of a table, with its texts as `Text`."""
+    return TableLoader(text).get_single_data()
 
 
 @dataclass(frozen=True)
@@ -34,10 +53,10 @@ class FlagRule:
     read: str = "plain"
     words: Mapping[Any, Any] = field(default_factory=dict)
     sets: Mapping[str, Any] = field(default_factory=dict)
-    mended: Text | None = None
-    dropped: Text | None = None
-    unless: Mapping[str, Text] = field(default_factory=dict)
-    needs: Mapping[str, Text] = field(default_factory=dict)
+    mended: str | None = None
+    dropped: str | None = None
+    unless: Mapping[str, str] = field(default_factory=dict)
+    needs: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,8 +82,8 @@ class OldProgram:
     instead: tuple[str, ...] = ()
     holds: str = ""
     read: str = ""
-    reason: Text | None = None
-    note: Text | None = None
+    reason: str | None = None
+    note: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     always: Mapping[str, Any] = field(default_factory=dict)
     flags: Mapping[str, FlagRule] = field(default_factory=dict)
@@ -73,8 +92,8 @@ class OldProgram:
     trains: bool = False  # takes all of transformers' TrainingArguments
 
 
-def spoken(text: Text | None) -> str:
-    return say(*text) if text else ""
+def spoken(text: str | None) -> str:
+    return _(text or "")
 
 
 @cache
@@ -98,7 +117,7 @@ def known_files() -> dict[str, dict[str, Any]]:
 
 def _read(table: str) -> dict[str, Any]:
     text = (resources.files("tongwen.migrate") / "tables" / f"{table}.yaml").read_text(encoding="utf-8")
-    return dict(yaml.safe_load(text))
+    return dict(read_table(text))
 
 
 def _program(id_: str, row: dict[str, Any], shared: Mapping[str, Any]) -> OldProgram:
@@ -107,7 +126,7 @@ def _program(id_: str, row: dict[str, Any], shared: Mapping[str, Any]) -> OldPro
     for name in reversed(used):
         flags |= shared[name]["flags"]
     known = {key: value for key, value in row.items() if key not in ("uses", "flags", "prefixes")}
-    for key in ("names", "keys", "signs", "sign_values", "positional", "command", "after", "instead", "reason", "note"):
+    for key in ("names", "keys", "signs", "sign_values", "positional", "command", "after", "instead"):
         if key in known:
             known[key] = tuple(known[key])
     known["lines"] = tuple(tuple(line) for line in known.get("lines", ()))
@@ -121,13 +140,7 @@ def _program(id_: str, row: dict[str, Any], shared: Mapping[str, Any]) -> OldPro
 
 
 def _rule(row: Any) -> FlagRule:
-    """A word is where it goes, a pair of sentences is why it is gone, anything else says both."""
-    if isinstance(row, str):
-        return FlagRule(to=row)
-    if isinstance(row, list):
-        return FlagRule(dropped=(row[0], row[1]))
-    row = dict(row)
-    for key in ("mended", "dropped"):
-        if key in row:
-            row[key] = tuple(row[key])
-    return FlagRule(**row)
+    """A word is where it goes, a text is why it is gone, anything else says both."""
+    if isinstance(row, Text):
+        return FlagRule(dropped=row)
+    return FlagRule(to=row) if isinstance(row, str) else FlagRule(**row)

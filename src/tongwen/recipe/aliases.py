@@ -11,6 +11,8 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
+from tongwen.core.i18n import N_
+
 # TrainingArguments name -> the recipe's setting (in the training section unless another section is named).
 OWNED = {
     "output_dir": "out",
@@ -107,22 +109,12 @@ OLD = {
 }
 
 OLD_REASONS = {
-    "evaluation_strategy": (
-        "the held-out set is always scored before and after; `evaluate_every: N` scores it in between",
-        "留出集总会在前后评测；`evaluate_every: N` 可在中途评测",
+    "evaluation_strategy": N_(
+        "the held-out set is always scored before and after; `evaluate_every: N` scores it in between"
     ),
-    "group_by_length": (
-        "micro-batches carry no padding, so grouping has nothing to save",
-        "微批不含填充，无需按长度分组",
-    ),
-    "overwrite_output_dir": (
-        "`tongwen run RECIPE --again` redoes a stage and keeps the old folder",
-        "用 `tongwen run RECIPE --again` 重做并保留旧文件夹",
-    ),
-    "logging_dir": (
-        "metrics.jsonl and report.html stand in the stage's folder",
-        "metrics.jsonl 与 report.html 就在该阶段文件夹中",
-    ),
+    "group_by_length": N_("micro-batches carry no padding, so grouping has nothing to save"),
+    "overwrite_output_dir": N_("`tongwen run RECIPE --again` redoes a stage and keeps the old folder"),
+    "logging_dir": N_("metrics.jsonl and report.html stand in the stage's folder"),
 }
 
 

@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from tongwen.core import console
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.recipe.fields import Duration
 from tongwen.recipe.schema import Recipe
 
@@ -22,25 +22,37 @@ from tongwen.recipe.schema import Recipe
 def run(section: str) -> int:
     """Print one section or all; with --json the JSON schema of the recipe."""
     if console.SCREEN.json:
-        console.emit(Recipe.model_json_schema())
+        console.emit(_translated(Recipe.model_json_schema()))
         return 0
     known = dict(sections())
     if section and section not in known:
         raise RecipeError(
-            say(f"no section {section!r}", f"没有 {section!r} 这一段"),
+            _("no section {section!r}").format(section=section),
             place="schema",
             remedy=", ".join(name for name in known if name),
         )
     for name, model in known.items():
         if section and name != section:
             continue
-        console.header(name or say("recipe", "配方"), (model.__doc__ or "").split("\n")[0])
+        console.header(name or _("recipe"), (model.__doc__ or "").split("\n")[0])
         for key, kind, default, help_ in settings(model):
             console.SCREEN.console.print(
                 f"  [bold]{key}[/]  [dim]{console.plain(kind)}  = {console.plain(default)}[/]", soft_wrap=True
             )
             console.SCREEN.console.print(f"      {console.plain(help_)}", soft_wrap=True)
     return 0
+
+
+def _translated(schema: Any) -> Any:
+    """A JSON schema with its descriptions in the user's language."""
+    if isinstance(schema, list):
+        return [_translated(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: _(value) if key == "description" and isinstance(value, str) else _translated(value)
+        for key, value in schema.items()
+    }
 
 
 def sections() -> Iterator[tuple[str, type[BaseModel]]]:
@@ -52,21 +64,19 @@ def sections() -> Iterator[tuple[str, type[BaseModel]]]:
 def settings(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
     """(key, type, default, help) of each setting of a section."""
     for key, field in model.model_fields.items():
-        extra = field.json_schema_extra
-        zh = str(extra.get("zh", "")) if isinstance(extra, dict) else ""
-        yield key, type_name(field.annotation), _default(field), say(field.description or "", zh)
+        yield key, type_name(field.annotation), _default(field), _(field.description or "")
 
 
 def to_markdown() -> str:
     """docs/recipe.md: all sections as tables."""
     lines = [
-        say("# The recipe, word by word", "# 配方：逐词说明"),
+        _("# The recipe, word by word"),
         "",
-        say("Made from the schema by `make docs`; do not edit.", "由 `make docs` 从模式生成，请勿手改。"),
+        _("Made from the schema by `make docs`; do not edit."),
     ]
     for name, model in sections():
-        lines += ["", f"## {name or say('top level', '顶层')}", "", (model.__doc__ or "").strip().split("\n")[0], ""]
-        lines += [say("| key | type | default | meaning |", "| 键 | 类型 | 默认 | 含义 |"), "|---|---|---|---|"]
+        lines += ["", f"## {name or _('top level')}", "", (model.__doc__ or "").strip().split("\n")[0], ""]
+        lines += [_("| key | type | default | meaning |"), "|---|---|---|---|"]
         for row in settings(model):
             lines.append(
                 "| "
@@ -103,9 +113,9 @@ def type_name(annotation: Any) -> str:
 def _default(field: FieldInfo) -> str:
     value = field.default
     if value is PydanticUndefined:
-        return say("required", "必填")
+        return _("required")
     if isinstance(value, BaseModel) and not isinstance(value, Duration):
-        return say("see below", "见下")
+        return _("see below")
     if isinstance(value, list):
         value = [entry.model_dump(exclude_unset=True) if isinstance(entry, BaseModel) else entry for entry in value]
     return "-" if value is None or value == "" else str(value).lower() if isinstance(value, bool) else str(value)

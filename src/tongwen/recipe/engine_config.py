@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 SCHEDULES = {"WarmupLR": "warmup_lr", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -118,7 +118,7 @@ def _load(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8-sig")
         data = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=f"engine: {file}") from None
+        raise RecipeError(_("cannot be read: {error}").format(error=error), place=f"engine: {file}") from None
     return _section({"": data if data is not None else "null"}, "", str(file))
 
 
@@ -139,7 +139,7 @@ def _deepspeed(data: dict[str, Any], file: str, devices: int) -> EngineSettings:
     batch = {key: data[key] for key in BATCH if data.get(key) not in ("auto", None)}
     for key, value in batch.items():
         if not isinstance(value, int) or isinstance(value, bool):
-            raise _unknown(file, key, value, ('"auto"', say("a whole number", "整数")))
+            raise _unknown(file, key, value, ('"auto"', _("a whole number")))
     if BATCH[0] not in batch and len(batch) == 2:
         settings["batch_size"] = batch.pop(BATCH[1]) * batch.pop(BATCH[2]) * devices
     settings |= _pop_renamed(batch, train_batch_size="batch_size")
@@ -162,7 +162,7 @@ def _deepspeed_optimizer(data: dict[str, Any], file: str) -> tuple[dict[str, Any
     if "betas" in given:
         betas = given.pop("betas")
         if not (isinstance(betas, list) and len(betas) == 2 and all(map(_is_number, betas))):
-            raise _unknown(file, "optimizer.params.betas", betas, (say("two numbers", "两个数") + ": [0.9, 0.999]",))
+            raise _unknown(file, "optimizer.params.betas", betas, (_("two numbers") + ": [0.9, 0.999]",))
         trainer |= {"adam_beta1": betas[0], "adam_beta2": betas[1]}
     if "eps" in given:
         if not _is_number(given["eps"]):
@@ -181,12 +181,11 @@ def _deepspeed_scheduler(data: dict[str, Any], file: str, settings: dict[str, An
     rate = given.get("warmup_max_lr", settings.get("learning_rate"))
     if settings.get("learning_rate", rate) != rate:
         raise RecipeError(
-            say(
-                f"{rate!r}, and optimizer.params.lr is {settings['learning_rate']!r}",
-                f"{rate!r}，而 optimizer.params.lr 为 {settings['learning_rate']!r}",
+            _("{rate!r}, and optimizer.params.lr is {learning_rate!r}").format(
+                rate=rate, learning_rate=settings["learning_rate"]
             ),
             place=f"engine: {file} · scheduler.params.warmup_max_lr",
-            remedy=say('write "auto" for one of them', '请将其一写作 "auto"'),
+            remedy=_('write "auto" for one of them'),
         )
     settings |= _pop_renamed(given, warmup_max_lr="learning_rate", warmup_num_steps="warmup")
     usual = {"warmup_min_lr": 0, "warmup_type": "log" if settings["schedule"] == "warmup_lr" else "linear"}
@@ -254,7 +253,7 @@ def _fsdp(data: dict[str, Any], file: str) -> EngineSettings:
         config["reshard_after_forward"] = _is_on(strategy, file, f"fsdp_{key}", STRATEGIES)
     dropped = [name for name in FSDP_DROPPED if config.pop(name, None) is not None]
     if str(strategy).startswith("HYBRID"):
-        dropped.append(f"fsdp_{key}: {strategy}" + say(" (shared out among all)", "（由全部进程分担）"))
+        dropped.append(f"fsdp_{key}: {strategy}" + _(" (shared out among all)"))
     policy = config.get("auto_wrap_policy", WRAPS[0])
     if policy not in WRAPS:
         raise _unknown(file, "fsdp_auto_wrap_policy", policy, WRAPS, f"fsdp_auto_wrap_policy: {WRAPS[0]}")
@@ -265,7 +264,7 @@ def _fsdp(data: dict[str, Any], file: str) -> EngineSettings:
         config["transformer_layer_cls_to_wrap"] = layers
     for name in config:
         if name not in FSDP:
-            remedy = say("leave it out", "请删去")
+            remedy = _("leave it out")
             raise _unknown(file, "fsdp_config", name, (*FSDP, "offload_params", "activation_checkpointing"), remedy)
     return EngineSettings(settings, {}, config, tuple(dropped))
 
@@ -290,8 +289,8 @@ def _accelerate_deepspeed(data: dict[str, Any], file: str) -> EngineSettings:
             file,
             "deepspeed_config.offload_optimizer_device, offload_param_device",
             f"{optimizer}, {weights}",
-            (say("none or cpu, both alike with zero_stage 3", "none 或 cpu；zero_stage 3 时二者相同"),),
-            say("engine: FILE.json, DeepSpeed's own file", "engine: FILE.json，DeepSpeed 自己的文件"),
+            (_("none or cpu, both alike with zero_stage 3"),),
+            _("engine: FILE.json, DeepSpeed's own file"),
         )
     settings: dict[str, Any] = {"engine": "auto" if stage == "0" else f"zero{max(2, int(stage))}"}
     settings |= {"offload": True} if optimizer == "cpu" and stage != "0" else {}
@@ -306,10 +305,9 @@ def _section(data: dict[str, Any], key: str, file: str) -> dict[str, Any]:
     found = data.get(key)
     if found is not None and not isinstance(found, dict):
         raise RecipeError(
-            say(f"{found!r} is no mapping of keys to values", f"{found!r} 应为键值映射"),
+            _("{found!r} is no mapping of keys to values").format(found=found),
             place=f"engine: {file}" + (f" · {key}" if key else ""),
-            remedy=say("a DeepSpeed JSON, or accelerate's YAML", "应为 DeepSpeed 的 JSON 或 accelerate 的 YAML")
-            + ": docs/engines.md",
+            remedy=_("a DeepSpeed JSON, or accelerate's YAML") + ": docs/engines.md",
         )
     return dict(found or {})
 
@@ -353,7 +351,7 @@ def _is_on(value: Any, file: str, key: str, others: Iterable[str] = ()) -> bool:
 def _unknown(file: str, key: str, value: Any, known: Iterable[str], remedy: str = "") -> RecipeError:
     known = ", ".join(known)
     return RecipeError(
-        say(f"{value!r} is not known here; known are: {known}", f"不支持 {value!r}；支持：{known}"),
+        _("{value!r} is not known here; known are: {known}").format(value=value, known=known),
         place=f"engine: {file} · {key}",
-        remedy=remedy or say("write one of them in that file", "请在该文件中改为其一"),
+        remedy=remedy or _("write one of them in that file"),
     )

@@ -9,22 +9,23 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 from pydantic_core import PydanticCustomError
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 # Rows of (when, message): if `when` is true, the section breaks the rule, and its user reads the message.
 Rules = Iterator[tuple[object, str]]
 SectionType = TypeVar("SectionType", bound="Section")
 
 
-def setting(default: Any, en: str, zh: str, *, free: bool = False, **limits: Any) -> Any:
-    """A field with its help in both languages.
+def setting(default: Any, help_: str, *, free: bool = False, **limits: Any) -> Any:
+    """A field with its help.
 
     Args:
         default: `...` makes the setting required.
+        help_: English; it is translated where it is shown.
         free: The setting does not decide the result, so it may change while a run is interrupted, and after it.
         limits: Limits of the value, as pydantic's `Field` takes them.
     """
-    return Field(default, description=en, json_schema_extra={"zh": zh, "free": free}, **limits)
+    return Field(default, description=help_, json_schema_extra={"free": free}, **limits)
 
 
 def problem(message: str) -> PydanticCustomError:
@@ -72,10 +73,9 @@ def read_duration(value: Any) -> Any:
         count = 0.0
     if not found or count <= 0:
         raise problem(
-            say(
-                f"{value!r} is not a length of training; write for example `2 epochs`, `300 steps` or `5000000 tokens`",
-                f"{value!r} 不是训练时长；请写成 `2 epochs`、`300 steps` 或 `5000000 tokens` 这样",
-            )
+            _(
+                "{value!r} is not a length of training; write for example `2 epochs`, `300 steps` or `5000000 tokens`"
+            ).format(value=value)
         )
     return Duration(count=count, unit=found[2].rstrip("s") + "s")
 
@@ -103,10 +103,7 @@ def read_seconds(value: Any) -> Any:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(minute|hour|day)s?\s*", str(value))
     if not found or not float(found[1]):
         raise problem(
-            say(
-                f"{value!r} is not a time; write for example `90 minutes`, `6 hours` or `2 days`",
-                f"{value!r} 不是时间；请写成 `90 minutes`、`6 hours` 或 `2 days` 这样",
-            )
+            _("{value!r} is not a time; write for example `90 minutes`, `6 hours` or `2 days`").format(value=value)
         )
     return float(found[1]) * UNITS[found[2]]
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.recipe.effects import unused_adapter_settings, unused_because_of, unused_settings
 from tongwen.recipe.fields import read_list
 from tongwen.recipe.schema import Recipe
@@ -78,12 +78,12 @@ def _text_of(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(
-            say("there is no such recipe file", "没有这个配方文件"),
+            _("there is no such recipe file"),
             place=str(file),
-            remedy=say("`tongwen init` lists recipes to start from", "`tongwen init` 列出可用的起点"),
+            remedy=_("`tongwen init` lists recipes to start from"),
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=str(file)) from None
+        raise RecipeError(_("cannot be read: {error}").format(error=error), place=str(file)) from None
 
 
 def _add_synthesized(data: dict[str, Any]) -> None:
@@ -109,7 +109,7 @@ def _notices_of_unused(section: Training) -> list[str]:
         (f"optimizer: {section.optimizer}", [f"trainer.{name}" for name in trainer]),
     )
     return [
-        say(f"`{cause}` does nothing with {', '.join(unused)}", f"`{cause}` 不使用 {', '.join(unused)}")
+        _("`{cause}` does nothing with {unused}").format(cause=cause, unused=", ".join(unused))
         for cause, unused in found
         if unused
     ]

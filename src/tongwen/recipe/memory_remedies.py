@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.recipe.schema import Recipe
 from tongwen.recipe.training import Pretrain, Training
 
@@ -46,13 +46,8 @@ def cheaper(
 def last_resort(section: Training) -> str:
     """The remedy when no change of the recipe suffices."""
     if section.sharded_by:
-        return say(
-            "a smaller base, a larger GPU, or more of them: --devices N", "更小的底座、更大或更多的 GPU：--devices N"
-        )
-    return say(
-        "a smaller base, a larger GPU, or several: engine: fsdp2, --devices N",
-        "更小的底座、更大的 GPU，或多卡：engine: fsdp2，--devices N",
-    )
+        return _("a smaller base, a larger GPU, or more of them: --devices N")
+    return _("a smaller base, a larger GPU, or several: engine: fsdp2, --devices N")
 
 
 def _candidates(recipe: Recipe, section: Training, longest: int, together: int, half: str) -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import N_, _
 from tongwen.recipe import engine_config
 from tongwen.recipe.aliases import OLD, OLD_REASONS, OWNED, training_arguments
 from tongwen.recipe.training import Training
@@ -49,23 +49,20 @@ def _translate_trainer(section: dict[str, Any], path: ValuePath, reader: RecipeR
         elif key in OWNED:
             reader.add_problem(
                 here,
-                say(f"{key!r} is said by the recipe itself", f"{key!r} 由配方自己的词表达"),
-                say(f"instead of trainer.{key}: {OWNED[key]}", f"请改用：{OWNED[key]}"),
+                _("{key!r} is said by the recipe itself").format(key=key),
+                _("instead of trainer.{key}: {owned}").format(key=key, owned=OWNED[key]),
             )
         elif known and key not in known:
             reader.add_problem(
                 here,
-                say(
-                    f"transformers' TrainingArguments has no field {key!r}",
-                    f"transformers 的 TrainingArguments 没有字段 {key!r}",
-                ),
+                _("transformers' TrainingArguments has no field {key!r}").format(key=key),
                 did_you_mean(difflib.get_close_matches(key, known, 3)),
             )
         elif known and not _fits(value := trainer[key], known[key]):
             reader.add_problem(
                 here,
-                say(f"{value!r} is no {known[key]}", f"{value!r} 不是 {known[key]}"),
-                say("correct the value, or leave the word out", "请改正取值，或删去该项"),
+                _("{value!r} is no {known}").format(value=value, known=known[key]),
+                _("correct the value, or leave the word out"),
             )
 
 
@@ -82,18 +79,18 @@ def _translate_old(
     """Move an old key to its new name. holder: the mapping that has it: the section, or its `trainer`."""
     value, new = holder.pop(key), OLD[key]
     if not new:
-        en, zh = OLD_REASONS.get(key, ("it has no effect any more", "它已不再有作用"))
-        reader.add_notice(here, say(f"{key!r} is dropped: {en}", f"{key!r} 已忽略：{zh}"))
+        reason = _(OLD_REASONS.get(key, N_("it has no effect any more")))
+        reader.add_notice(here, _("{key!r} is dropped: {reason}").format(key=key, reason=reason))
     elif new in section:
         reader.add_problem(
             here,
-            say(f"{key!r} and {new!r} say the same", f"{key!r} 与 {new!r} 含义相同"),
-            say(f"keep {new!r}", f"保留 {new!r}"),
+            _("{key!r} and {new!r} say the same").format(key=key, new=new),
+            _("keep {new!r}").format(new=new),
         )
     else:
         section[new] = value
         reader.places[(here[0], new)] = reader.places.get(here, reader.file)
-        reader.add_notice(here, say(f"{key!r} is read as `{new}: {value}`", f"{key!r} 读作 `{new}: {value}`"))
+        reader.add_notice(here, _("{key!r} is read as `{new}: {value}`").format(key=key, new=new, value=value))
 
 
 def _convert_batch(section: dict[str, Any], path: ValuePath, devices: Any, reader: RecipeReader) -> None:
@@ -106,18 +103,13 @@ def _convert_batch(section: dict[str, Any], path: ValuePath, devices: Any, reade
     if "batch_size" in section:
         reader.add_problem(
             here,
-            say("both spellings of the batch stand here", "批大小的两种写法同时出现"),
-            say(
-                "keep `batch_size`: samples per optimizer step over all devices",
-                "保留 `batch_size`：每个优化步的总样本数",
-            ),
+            _("both spellings of the batch stand here"),
+            _("keep `batch_size`: samples per optimizer step over all devices"),
         )
         return
     numbers = (per_device if per_device is not None else 1, accumulate if accumulate is not None else 1, devices)
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 1 for number in numbers):
-        reader.add_problem(
-            here, say(f"these must be whole numbers from 1: {numbers}", f"应为不小于 1 的整数：{numbers}")
-        )
+        reader.add_problem(here, _("these must be whole numbers from 1: {numbers}").format(numbers=numbers))
         return
     section["batch_size"] = numbers[0] * numbers[1] * numbers[2]
     batch_size: ValuePath = (*path, "batch_size")
@@ -125,7 +117,7 @@ def _convert_batch(section: dict[str, Any], path: ValuePath, devices: Any, reade
     reader.add_notice(
         here,
         f"{numbers[0]} x {numbers[1]} x {numbers[2]} → `batch_size: {section['batch_size']}`"
-        + say(" (per device x accumulation x devices)", "（每设备 x 累积 x 设备数）"),
+        + _(" (per device x accumulation x devices)"),
     )
 
 
@@ -146,8 +138,7 @@ def _apply_engine_file(section: dict[str, Any], path: ValuePath, devices: Any, r
     if found.dropped:
         reader.add_notice(
             here,
-            say("not used, the recipe or tongwen decides: ", "未采用，由配方或 tongwen 决定：")
-            + ", ".join(found.dropped),
+            _("not used, the recipe or tongwen decides: ") + ", ".join(found.dropped),
         )
     if section["engine"] != file:
         reader.notices.append(f"{file} → `engine: {section['engine']}`")
@@ -167,11 +158,8 @@ def _merge(settings: dict[str, Any], into: dict[str, Any], path: ValuePath, file
         theirs = repr(value) if rival == key else f"{key}: {value!r}"
         reader.add_problem(
             (*path, rival),
-            say(
-                f"the recipe says {into[rival]!r}, {file} says {theirs}",
-                f"配方为 {into[rival]!r}，而 {file} 为 {theirs}",
-            ),
-            say('write "auto" in that file, or the same value', '请在该文件中写 "auto"，或改为相同的值')
+            _("the recipe says {into!r}, {file} says {theirs}").format(into=into[rival], file=file, theirs=theirs),
+            _('write "auto" in that file, or the same value')
             if file.endswith(".json")
-            else say("leave it out of that file, or write the same value", "请在该文件中删去，或改为相同的值"),
+            else _("leave it out of that file, or write the same value"),
         )

@@ -10,7 +10,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ValidationError
 
 from tongwen.core.errors import raise_all
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.recipe.schema import Recipe
 from tongwen.recipe.yaml_reader import RecipeReader, ValuePath, did_you_mean
 
@@ -36,22 +36,22 @@ def _explain(error: Any, data: Any, reader: RecipeReader) -> None:
     if kind == "extra_forbidden":
         known = list(_section_at(path[:-1]).model_fields)
         near = difflib.get_close_matches(key, known, 1 if len(known) > 9 else 3)
-        remedy = did_you_mean(near) or say("known here: ", "可用：") + ", ".join(known)
-        reader.add_problem(path, say(f"no such key: {key!r}", f"没有这个键：{key!r}"), remedy)
+        remedy = did_you_mean(near) or _("known here: ") + ", ".join(known)
+        reader.add_problem(path, _("no such key: {key!r}").format(key=key), remedy)
     elif kind == "missing":
-        reader.add_problem(path, say(f"the key {key!r} is required", f"缺少必需的键 {key!r}"), _help_of(path))
+        reader.add_problem(path, _("the key {key!r} is required").format(key=key), _help_of(path))
     elif kind == "tongwen":
         reader.add_problem(path, error["msg"])
     elif kind == "literal_error":
         choices = error["ctx"]["expected"].replace("'", "")
         near = difflib.get_close_matches(str(value), re.split(r", | or ", choices), 1)
-        rule = say(f"{value!r} is not one of: {choices}", f"{value!r} 不在可选值中：{choices}")
+        rule = _("{value!r} is not one of: {choices}").format(value=value, choices=choices)
         reader.add_problem(path, rule, did_you_mean(near))
     else:
-        limit = error["msg"].removeprefix("Input ").replace("should be", say("must be", "应当 (must be)"))
+        limit = error["msg"].removeprefix("Input ").replace("should be", _("must be"))
         place = reader.place(path)
         if not any(known.place == place for known in reader.problems):  # a union reports each of its branches
-            reader.add_problem(path, say(f"{value!r} {limit}", f"{value!r} 不合规则：{limit}"), _help_of(path))
+            reader.add_problem(path, _("{value!r} {limit}").format(value=value, limit=limit), _help_of(path))
 
 
 def _plain_path(location: Sequence[str | int], data: Any) -> ValuePath:
@@ -95,6 +95,4 @@ def _help_of(path: ValuePath) -> str:
     field = _section_at(path[:-1]).model_fields.get(names[-1]) if names else None
     if field is None:
         return ""
-    extra = field.json_schema_extra
-    zh = str(extra.get("zh", "")) if isinstance(extra, dict) else ""
-    return f"{names[-1]}: " + say(field.description or "", zh)
+    return f"{names[-1]}: " + _(field.description or "")

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 ValuePath = tuple[str | int, ...]  # where a value stands in the recipe: ("sft", "adapter", "rank")
 
@@ -72,7 +72,7 @@ class RecipeReader:
         try:
             return constructor.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
-            self.add_problem(path, say(f"{node.value!r} cannot be read: {error}", f"无法读取 {node.value!r}：{error}"))
+            self.add_problem(path, _("{node!r} cannot be read: {error}").format(node=node.value, error=error))
             return None
 
     def _mapping(self, node: yaml.MappingNode, path: ValuePath, source: str) -> dict[str, Any]:
@@ -84,8 +84,8 @@ class RecipeReader:
                 self.places[here] = f"{source}:{key_node.start_mark.line + 1}"
                 self.add_problem(
                     here,
-                    say(f"the key {key!r} stands here twice", f"键 {key!r} 出现了两次"),
-                    say("keep one", "保留一个"),
+                    _("the key {key!r} stands here twice").format(key=key),
+                    _("keep one"),
                 )
                 continue
             mapping[key] = self.value(value_node, here, source)
@@ -100,17 +100,17 @@ def parse(text: str, reader: RecipeReader) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(
-            say(f"this is not YAML: {error.problem}", f"这不是合法的 YAML：{error.problem}"),
+            _("this is not YAML: {problem}").format(problem=error.problem),
             place=f"{file}:{line}",
-            remedy=say("check the indentation and the quotes of this line", "请检查这一行的缩进与引号"),
+            remedy=_("check the indentation and the quotes of this line"),
         ) from None
     except yaml.YAMLError as error:
-        raise RecipeError(say(f"this is not YAML: {error}", f"这不是合法的 YAML：{error}"), place=file) from None
+        raise RecipeError(_("this is not YAML: {error}").format(error=error), place=file) from None
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(
-            say("a recipe is a mapping of keys to values, this is not", "配方应是键值映射"),
+            _("a recipe is a mapping of keys to values, this is not"),
             place=f"{file}:1",
-            remedy=say("`tongwen init` writes one to start from", "`tongwen init` 可生成一份"),
+            remedy=_("`tongwen init` writes one to start from"),
         )
     data: dict[str, Any] = reader.value(node, (), file)
     return data
@@ -119,12 +119,10 @@ def parse(text: str, reader: RecipeReader) -> dict[str, Any]:
 def apply_override(data: dict[str, Any], override: str, reader: RecipeReader) -> None:
     """Put the value of `section.key=value` into the data; its place is the command line."""
     name, equals, text = override.partition("=")
-    source = say(f"command line `{override}`", f"命令行 `{override}`")
+    source = _("command line `{override}`").format(override=override)
     parts = name.strip().split(".")
     if not equals or not all(parts):
-        reader.problems.append(
-            RecipeError(say("an override is written section.key=value", "覆盖项应写成 section.key=value"), place=source)
-        )
+        reader.problems.append(RecipeError(_("an override is written section.key=value"), place=source))
         return
     section = data
     for part in parts[:-1]:
@@ -143,4 +141,4 @@ def apply_override(data: dict[str, Any], override: str, reader: RecipeReader) ->
 
 def did_you_mean(near: Sequence[str]) -> str:
     """A remedy that lists keys or values with a similar name; empty when there are none."""
-    return say("did you mean ", "是否想写 ") + " / ".join(f"`{name}`" for name in near) if near else ""
+    return _("did you mean ") + " / ".join(f"`{name}`" for name in near) if near else ""

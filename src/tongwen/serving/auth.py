@@ -25,7 +25,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tongwen.core import malloc
 from tongwen.core.errors import MachineError, RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -61,9 +61,8 @@ def choose_token(loopback: bool) -> tuple[str, bool]:
         return secrets.token_urlsafe(24), True
     if len(token) < SHORTEST:
         raise RecipeError(
-            say(
-                f"a token of at least {SHORTEST} characters is needed, this one has {len(token)}",
-                f"需要至少 {SHORTEST} 个字符的令牌，当前为 {len(token)} 个",
+            _("a token of at least {shortest} characters is needed, this one has {count}").format(
+                shortest=SHORTEST, count=len(token)
             ),
             place=f"${TOKEN}",
             remedy=f"export {TOKEN}=$(openssl rand -hex 24)",
@@ -85,15 +84,15 @@ class AuthMiddleware:
     def _refused(self, headers: Headers) -> JSONResponse | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.loopback and not is_loopback(host.rpartition(":")[0] or host):
-            return refusal(403, "host_refused", say("this server answers to 127.0.0.1", "本服务只应答 127.0.0.1"))
+            return refusal(403, "host_refused", _("this server answers to 127.0.0.1"))
         if origin is not None and origin != f"http://{host}":
-            return refusal(403, "origin_refused", say("not for pages of other sites", "不接受其他网站页面的请求"))
-        scheme, _, token = headers.get("authorization", "").partition(" ")
+            return refusal(403, "origin_refused", _("not for pages of other sites"))
+        scheme, _unused, token = headers.get("authorization", "").partition(" ")
         if not hmac.compare_digest(digest(token), self.token) or scheme.lower() != "bearer":
             return refusal(
                 401,
                 "invalid_api_key",
-                say("the token is missing or wrong", "缺少令牌或令牌错误"),
+                _("the token is missing or wrong"),
                 www_authenticate="Bearer",
             )
         return None
@@ -129,14 +128,14 @@ class TimeoutProtocol(H11Protocol):
 def open_port(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises MachineError when it cannot be had."""
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, *_unused, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen()
     except OSError as error:
         raise MachineError(
-            say(f"this address cannot be had: {error.strerror}", f"无法使用该地址：{error.strerror}"),
+            _("this address cannot be had: {strerror}").format(strerror=error.strerror),
             place=f"{host}:{port}",
             remedy="--port 0",
         ) from None

@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from tongwen.core import console
 from tongwen.core.errors import DataError, RecipeError, TongwenError, is_out_of_memory
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.serving.auth import REQUEST_SECONDS, Receive, Scope, Send, refusal
 from tongwen.serving.request_queue import QueuedResponse, QueueFull, RequestQueue
 from tongwen.serving.stream_split import StreamPart, split_thinking, until
@@ -253,7 +253,7 @@ class ApiServer:
         try:
             answer = self.desk.ask(partial(self._speak, asked, ids, settings))
         except QueueFull as busy:
-            message = say("too many requests are waiting", "等待的请求过多")
+            message = _("too many requests are waiting")
             raise RequestError(429, "busy", message, retry_after=str(busy.seconds)) from None
         told = CompletionResponse(asked, answer, len(ids), settings["max_new_tokens"], self.speech.ended)
         return EventStream(told) if asked.stream else await _while_here(request, told)
@@ -275,11 +275,9 @@ class ApiServer:
         try:
             await asyncio.wait_for(read(), REQUEST_SECONDS)
         except asyncio.TimeoutError:
-            raise RequestError(
-                408, "too_slow", say("the request took too long", "请求发送过慢"), connection="close"
-            ) from None
+            raise RequestError(408, "too_slow", _("the request took too long"), connection="close") from None
         if size > limit:
-            message = say(f"{size:,} bytes, at most {limit:,} are taken", f"请求 {size:,} 字节，最多 {limit:,} 字节")
+            message = _("{size:,} bytes, at most {limit:,} are taken").format(size=size, limit=limit)
             raise RequestError(413, "request_too_large", message, connection="close")
         return bytes(body)
 
@@ -292,9 +290,8 @@ class ApiServer:
         except ValidationError as error:
             raise RequestError(400, "invalid_request_error", _problem(error)) from None
         if asked.model != self.speech.name:
-            message = say(
-                f"there is no model {asked.model!r} here; this is {self.speech.name!r}",
-                f"此处没有模型 {asked.model!r}，只有 {self.speech.name!r}",
+            message = _("there is no model {model!r} here; this is {speech!r}").format(
+                model=asked.model, speech=self.speech.name
             )
             raise RequestError(404, "model_not_found", message)
         try:
@@ -309,9 +306,8 @@ class ApiServer:
             raise RequestError(400, "invalid_request_error", error.text()) from None
         room = self.speech.context - len(ids)
         if not ids or room < 1:
-            message = say(
-                f"the prompt has {len(ids)} tokens; from 1 to {self.speech.context - 1} can be answered",
-                f"提示有 {len(ids)} 个 token；可以回答 1 到 {self.speech.context - 1} 个",
+            message = _("the prompt has {count} tokens; from 1 to {context} can be answered").format(
+                count=len(ids), context=self.speech.context - 1
             )
             raise RequestError(400, "context_length_exceeded" if ids else "invalid_request_error", message)
         return asked, ids, settings | {"max_new_tokens": min(settings["max_new_tokens"], room)}
@@ -348,11 +344,11 @@ def _sorry(error: Exception) -> Response:
     number = uuid.uuid4().hex[:8]
     console.error(f"{number}: {type(error).__name__}: {error!s:.300}".replace("\n", " "))
     if is_out_of_memory(error):
-        message = say("out of memory", "内存不足")
+        message = _("out of memory")
     elif isinstance(error, TongwenError):
         message = error.rule
     else:
-        message = say("the model failed", "模型出错")
+        message = _("the model failed")
     return refusal(500, "server_error", f"{message} ({number})")
 
 

@@ -19,17 +19,14 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import RecipeError, TongwenError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import N_, _
 from tongwen.serving.last_turns import last_turns
 from tongwen.serving.stream_split import StreamPart, split_thinking
 
 Messages = list[dict[str, Any]]
 # All control characters but newline and tab, overrides of the writing direction, and halves of a surrogate pair.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-COMMANDS = (
-    "/clear  /system TEXT  /retry  /save FILE  /thinking  /set NAME VALUE  /exit",
-    "/clear 清空  /system 文字  /retry 重答  /save 文件  /thinking 看思考  /set 名称 值  /exit 离开",
-)
+COMMANDS = N_("/clear  /system TEXT  /retry  /save FILE  /thinking  /set NAME VALUE  /exit")
 
 
 @dataclass
@@ -96,9 +93,8 @@ class TerminalChat:
                 shown.stopped = True
         if sys.stdout.isatty():
             seconds = max(time.monotonic() - began, 1e-9)
-            speed = say(
-                f"{tokens / seconds:.1f} tokens/s · {len(self.thought + text) / seconds:.1f} characters/s",
-                f"{tokens / seconds:.1f} token/秒 · {len(self.thought + text) / seconds:.1f} 字/秒",
+            speed = _("{tokens:.1f} tokens/s · {count:.1f} characters/s").format(
+                tokens=tokens / seconds, count=len(self.thought + text) / seconds
             )
             console.SCREEN.console.print(f"[dim]{speed}[/]")
         return text
@@ -111,35 +107,30 @@ class TerminalChat:
         dropped = (len(self.messages) - len(messages)) // 2
         if dropped and self.count(messages) < self.context:
             self.messages = messages
-            console.notice(
-                say(
-                    f"{dropped} of the oldest turns no longer fit and are forgotten",
-                    f"最早的 {dropped} 轮已超出长度，不再记得",
-                )
-            )
+            console.notice(_("{dropped} of the oldest turns no longer fit and are forgotten").format(dropped=dropped))
 
     def command(self, line: str) -> bool:
         """Do what a line with a slash says; False to leave."""
-        word, _, rest = line.partition(" ")
+        word, _unused, rest = line.partition(" ")
         rest = rest.strip()
         if word in ("/exit", "/quit", "/stop"):
             return False
         if word == "/clear":
             self.messages = [turn for turn in self.messages[:1] if turn["role"] == "system"]
-            console.good(say("a new conversation", "已开始新对话"))
+            console.good(_("a new conversation"))
         elif word == "/system":
             self.start(rest)
-            console.good(say("a new conversation with this system message", "已按新的系统提示开始新对话"))
+            console.good(_("a new conversation with this system message"))
         elif word == "/retry":
             self._retry()
         elif word == "/save":
             self._save(Path(rest or "chat.json"))
         elif word == "/thinking":
-            print(visible(self.thought or say("there was no thinking", "没有思考")))
+            print(visible(self.thought or _("there was no thinking")))
         elif word == "/set":
             self._set(rest)
         else:
-            console.tell(say(*COMMANDS))
+            console.tell(_(COMMANDS))
         return True
 
     def _retry(self) -> None:
@@ -147,7 +138,7 @@ class TerminalChat:
             self.messages.pop()
             self.answer()
         else:
-            console.tell(say("there is no answer yet", "还没有回答"))
+            console.tell(_("there is no answer yet"))
 
     def _save(self, file: Path) -> None:
         try:
@@ -159,7 +150,7 @@ class TerminalChat:
 
     def _set(self, rest: str) -> None:
         """`temperature 0.7`; alone it shows what is set."""
-        name, _, value = rest.partition(" ")
+        name, _unused, value = rest.partition(" ")
         if name:
             try:
                 changed = self.settings | {name: _read_number(name, value)}
@@ -173,7 +164,7 @@ class TerminalChat:
 
 def converse(talk: TerminalChat, *, name: str, system: str) -> int:
     """Read a line, answer it, until the user leaves."""
-    console.header(name, say("/help for commands, Ctrl-D to leave", "/help 查看命令，Ctrl-D 离开"))
+    console.header(name, _("/help for commands, Ctrl-D to leave"))
     talk.start(system)
     read = _reader()
     while True:
@@ -218,7 +209,7 @@ class _Shown:
     def close(self) -> None:
         if self.thought:
             self._unfold()
-        print(visible(self.waiting) + (say(" …stopped", " …已停止") if self.stopped else ""))
+        print(visible(self.waiting) + (_(" …stopped") if self.stopped else ""))
 
     def _unfold(self) -> None:
         self._grey("\r" if sys.stdout.isatty() else "")
@@ -226,9 +217,7 @@ class _Shown:
         self.thought = 0
 
     def _grey(self, start: str) -> None:
-        words = say(
-            f"thinking, {self.thought} characters (/thinking shows it)", f"思考 {self.thought} 字（/thinking 查看）"
-        )
+        words = _("thinking, {thought} characters (/thinking shows it)").format(thought=self.thought)
         print(f"{start}\x1b[2m{words}\x1b[0m" if start else words, end="", flush=True)
 
 
@@ -242,7 +231,7 @@ def _reader() -> Callable[[], str]:
         import readline
 
         readline.parse_and_bind("set enable-bracketed-paste on")  # several lines that are pasted are one question
-    prompt = say("\nyou › ", "\n你 › ")
+    prompt = _("\nyou › ")
     return lambda: input(prompt)
 
 
@@ -254,5 +243,5 @@ def _read_number(name: str, value: str) -> Any:
     if isinstance(number, (int, float)) and not isinstance(number, bool):
         return number
     raise RecipeError(
-        say(f"{value!r} is not a number", f"{value!r} 不是数"), place=f"/set {name}", remedy="/set temperature 0.7"
+        _("{value!r} is not a number").format(value=value), place=f"/set {name}", remedy="/set temperature 0.7"
     )

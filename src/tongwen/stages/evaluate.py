@@ -20,7 +20,7 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import DataError, ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.infer.answer_log import AnswerJournal
 from tongwen.infer.report import score_table, write_report
 from tongwen.model.loading import load
@@ -177,7 +177,7 @@ def _sit_before(
     except ModelError as error:  # such as a base whose tokenizer cannot write the template that was taught
         if not sitter.optional:
             raise
-        console.notice(say(f"not compared with the base: {error.text()}", f"不与底座比较：{error.text()}"))
+        console.notice(_("not compared with the base: {error}").format(error=error.text()))
         return None
 
 
@@ -201,7 +201,7 @@ def _asking_once(speaker: ChatModel, section: Evaluate, kept: Path, sitter: dict
             missing = [place for place in range(len(names)) if place not in journal.answers]
             known.update((names[place], said) for place, said in journal.answers.items())
             if there := len(names) - len(missing):
-                console.notice(say(f"{there} answers are there already", f"已有 {there} 个回答"))
+                console.notice(_("{there} answers are there already").format(there=there))
 
             def take(place: int, said: str) -> None:
                 journal.add(missing[place], said)
@@ -249,7 +249,7 @@ def _held_out(recipe: Recipe, task: TaskConfig) -> TaskConfig:
     file = Path(recipe.out) / "prepare" / f"{kind}.held_out.jsonl"
     if not file.is_file() or not file.stat().st_size:
         raise DataError(
-            say("nothing was held out that could be scored", "没有留出可评分的数据"),
+            _("nothing was held out that could be scored"),
             place=f"evaluate: {task.title}",
             remedy="prepare: {held_out: 0.02}   evaluate: {tasks: [{task: …, data: FILE}]}",
         )

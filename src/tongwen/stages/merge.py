@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import ArtifactError, RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import Tensors, find_tensors
 from tongwen.export import pth
 from tongwen.export.hf import check_same
@@ -81,14 +81,14 @@ def merge(
     place, names = resolve(base, adapters)
     if choice.mix and len(names) != len(adapters):
         raise ArtifactError(
-            say("it is an adapter itself, and not what all of them stand on", "它本身是适配器，不是共同的底座"),
+            _("it is an adapter itself, and not what all of them stand on"),
             place=base,
             remedy=f"tongwen merge --base {place.name} --adapter {names[0]} --out MERGED",
         )
     console.header("merge", " + ".join([place.name, *names]))
     links = [lineage.read_link(read_adapter(Path(name))) for name in names]
     place = load.fetched(place)
-    with console.waiting(say("reading the base", "读取底座")):
+    with console.waiting(_("reading the base")):
         lines = model_lines(place)
     fingerprint = combine(lines)
     forced = _check_lineage(place, fingerprint, links, choice)
@@ -110,9 +110,8 @@ def merge(
             draft.facts["template_name"] = last.manifest.get("template_name")
     assert draft.artifact
     console.good(
-        say(
-            f"{counts['changed']} of {counts['tensors']} tensors changed · {out}",
-            f"改变了 {counts['tensors']} 个张量中的 {counts['changed']} 个 · {out}",
+        _("{changed} of {tensors} tensors changed · {out}").format(
+            changed=counts["changed"], tensors=counts["tensors"], out=out
         )
     )
     return draft.artifact
@@ -122,14 +121,13 @@ def mix_of(how: str, adapters: Sequence[str], weights: Sequence[float], density:
     """How adapters are combined. Raises RecipeError for weights that do not go with them."""
     wrong = ""
     if len(adapters) < 2 or len(set(adapters)) < len(adapters):
-        wrong = say("two adapters or more are combined, each once", "组合至少需要两个适配器，且各一次")
+        wrong = _("two adapters or more are combined, each once")
     elif weights and len(weights) != len(adapters):
-        wrong = say(
-            f"{len(weights)} weights for {len(adapters)} adapters",
-            f"{len(adapters)} 个适配器却有 {len(weights)} 个权重",
+        wrong = _("{weights_count} weights for {adapters_count} adapters").format(
+            weights_count=len(weights), adapters_count=len(adapters)
         )
     elif not 0 < density <= 1:
-        wrong = say(f"a density of {density:g} is no share", f"density {density:g} 不是比例")
+        wrong = _("a density of {density:g} is no share").format(density=density)
     if wrong:
         raise RecipeError(
             wrong, place="tongwen merge --combine", remedy="--adapter A --weight 0.5 --adapter A2 --weight 0.5"
@@ -170,7 +168,7 @@ def _check_lineage(
     except ArtifactError as error:
         if not choice.force:
             raise
-        console.notice(say(f"--force: {error.text()}", f"--force：{error.text()}"))
+        console.notice(_("--force: {error}").format(error=error.text()))
         return error.text()
     for doubt in lineage.doubts(place.name, links):
         console.notice(doubt)
@@ -225,20 +223,15 @@ def _distance(
     original: Tensors, seen: quantized.QuantizedTensors, folded: fold.MergeResult, config: dict[str, Any]
 ) -> dict[str, Any]:
     """How far the merged model is from what was trained, which saw the base quantised. Said, and recorded."""
-    with console.waiting(say(f"measuring what {seen.kind} changed", f"测量 {seen.kind} 带来的差异")):
+    with console.waiting(_("measuring what {kind} changed").format(kind=seen.kind)):
         found: dict[str, Any] = {"kind": seen.kind, "weights": quantized.distance(original, seen)}
         sides = parity.logits_of_both(seen, folded, config)
         found |= {"logits": parity.measure(*sides)} if sides else {}
-    moved = (
-        say(f", logits by {found['logits']['relative']:.1%}", f"，logits 相差 {found['logits']['relative']:.1%}")
-        if sides
-        else ""
-    )
+    moved = _(", logits by {relative:.1%}").format(relative=found["logits"]["relative"]) if sides else ""
     console.notice(
-        say(
-            f"the adapter learned beside the base in {seen.kind} and is merged into the original: the weights differ by {found['weights']:.1%}{moved}; onto: {seen.kind} merges into what training saw",
-            f"适配器是在 {seen.kind} 量化的底座上学习的，现并入原始底座：权重相差 {found['weights']:.1%}{moved}；onto: {seen.kind} 则并入训练时所见的底座",
-        )
+        _(
+            "the adapter learned beside the base in {kind} and is merged into the original: the weights differ by {weights:.1%}{moved}; onto: {kind} merges into what training saw"
+        ).format(kind=seen.kind, weights=found["weights"], moved=moved)
     )
     return found
 
@@ -256,20 +249,18 @@ def _compare(
     if choice.parity == "full":
         found: dict[str, Any] | None = _compare_whole(place, links, config, out, folded)
     else:
-        with console.waiting(say("comparing logits, layer by layer", "逐层比较 logits")):
+        with console.waiting(_("comparing logits, layer by layer")):
             found = parity.compare_logits(base, folded, config)
     if found is None:
         console.notice(
-            say(
-                f"logits are not compared layer by layer for {config.get('model_type')!r}; --parity full compares them in memory",
-                f"{config.get('model_type')!r} 不支持逐层比较 logits；--parity full 在内存中比较",
-            )
+            _(
+                "logits are not compared layer by layer for {model_type!r}; --parity full compares them in memory"
+            ).format(model_type=config.get("model_type"))
         )
         return {}
     console.good(
-        say(
-            f"base + adapters and merged: logits at most {found['max_logit_difference']:.2g} apart ({found['relative']:.2g} of their spread)",
-            f"底座 + 适配器与合并结果：logits 最大相差 {found['max_logit_difference']:.2g}（其离散程度的 {found['relative']:.2g}）",
+        _("base + adapters and merged: logits at most {difference:.2g} apart ({relative:.2g} of their spread)").format(
+            difference=found["max_logit_difference"], relative=found["relative"]
         )
     )
     return found
@@ -285,7 +276,7 @@ def _compare_whole(
 
     folders = [link.adapter.folder for link in links]
     ids = parity.fixed_ids(int(config["vocab_size"]))
-    with console.waiting(say("comparing logits, both models in memory", "在内存中比较两个模型的 logits")):
+    with console.waiting(_("comparing logits, both models in memory")):
         live = in_memory.logits_of(
             in_memory.open_in_memory(place, folders, live=True),
             ids,
@@ -304,16 +295,14 @@ def _in_memory(
 
     if choice.mix or choice.onto != "original":
         raise ArtifactError(
-            say(
-                f"this adapter can only be merged in memory by peft, alone and into the original base: {reason}",
-                f"该适配器只能由 peft 在内存中单独并入原始底座：{reason}",
+            _("this adapter can only be merged in memory by peft, alone and into the original base: {reason}").format(
+                reason=reason
             ),
             place=links[0].name,
         )
     console.notice(
-        say(
-            f"the adapter cannot be streamed ({reason}); peft folds it with the whole model in memory",
-            f"该适配器无法流式合并（{reason}）；由 peft 在内存中合并整个模型",
+        _("the adapter cannot be streamed ({reason}); peft folds it with the whole model in memory").format(
+            reason=reason
         )
     )
     model = in_memory.open_in_memory(place, [link.adapter.folder for link in links], live=False)
@@ -323,9 +312,7 @@ def _in_memory(
     lines = model_lines(load.ModelRef(str(draft.path), str(draft.path)))
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
     if draft.fingerprint == draft.parents["base"]["fingerprint"]:
-        raise ArtifactError(
-            say("the merged model equals the base", "合并结果与底座相同"), place=str(links[0].adapter.folder)
-        )
+        raise ArtifactError(_("the merged model equals the base"), place=str(links[0].adapter.folder))
     before = model_lines(place)
     return {"tensors": len(lines), "changed": sum(before.get(name) != line for name, line in lines.items())}
 
@@ -349,17 +336,13 @@ def _remarks(folded: fold.MergeResult) -> list[str]:
     if folded.untrained:
         name, count = folded.untrained[0], len(folded.untrained)
         out.append(
-            say(
-                f"{count} targets have an adapter that is all zero, the first: {name}",
-                f"{count} 个目标的适配器全为零，第一个：{name}",
-            )
+            _("{count} targets have an adapter that is all zero, the first: {name}").format(count=count, name=name)
         )
     if lost := [name for name in folded.same if name not in folded.untrained]:
         out.append(
-            say(
-                f"the change of {len(lost)} tensors is too small for their number type and was lost, the first: {lost[0]}; --dtype fp32 keeps it",
-                f"{len(lost)} 个张量的改变小于其数值类型的精度而丢失，第一个：{lost[0]}；--dtype fp32 可保留",
-            )
+            _(
+                "the change of {count} tensors is too small for their number type and was lost, the first: {lost}; --dtype fp32 keeps it"
+            ).format(count=len(lost), lost=lost[0])
         )
     return out
 
@@ -371,15 +354,10 @@ def _dress(place: load.ModelRef, links: list[lineage.AdapterLink], out: Path) ->
     if place.gguf and source in (None, folders[0]):
         load.load_tokenizer(place).save_pretrained(str(out))
     elif source is None:
-        console.notice(
-            say(
-                "neither base nor adapter has a tokenizer: the merged model has none",
-                "底座与适配器都没有分词器：合并结果也没有",
-            )
-        )
+        console.notice(_("neither base nor adapter has a tokenizer: the merged model has none"))
     else:
         if source == folders[0]:
-            console.notice(say("the adapter brings no tokenizer; the base's is used", "适配器没有分词器，使用底座的"))
+            console.notice(_("the adapter brings no tokenizer; the base's is used"))
         chat_setup.copy_chat_setup(source, out)
     stops = folders[0] / "generation_config.json"
     if stops.is_file() and not (out / stops.name).is_file():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import artifact, console
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.data import prepare_steps
 from tongwen.data.datatrove_executor import run_tasks
 from tongwen.data.ledger import table_rows
@@ -36,7 +36,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Read and clean each file, compare all, settle each file, join."""
     section = recipe.prepare
     assert section
-    console.header("prepare", say("read, clean, compare and split the data", "读取、清洗、去重、划分数据"))
+    console.header("prepare", _("read, clean, compare and split the data"))
     with artifact.create(out, "prepare", {}, settings(recipe), resumable=True) as draft:
         parts = prepare_steps.list_parts(section, local_copy, console.notice)
         _start(draft.path, parts, settings(recipe))
@@ -49,7 +49,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         )
         scans = prepare_steps.read_scans(parts, draft.path)
         prepare_steps.check_readable(parts, scans, section.max_bad)
-        with console.waiting(say("comparing all rows", "比较所有行")):
+        with console.waiting(_("comparing all rows")):
             prepare_steps.compare(parts, section, recipe.seed, draft.path)
         run_tasks(
             section, "settle", draft.path, parts, lambda part: prepare_steps.settle(part, parts, section, draft.path)
@@ -74,7 +74,7 @@ def _start(folder: Path, parts: list[prepare_steps.InputPart], settings: dict[st
     now = json.loads(json.dumps({**settings, "files": files}))
     file = folder / "parts" / "settings.json"
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == now:
-        console.notice(say("continuing what was interrupted", "继续上次中断的工作"))
+        console.notice(_("continuing what was interrupted"))
         return
     shutil.rmtree(folder)
     file.parent.mkdir(parents=True)
@@ -100,15 +100,11 @@ def _show(tables: dict[str, Any], changed: dict[str, int]) -> None:
     """The ledger, and how many texts each rule mended."""
     rows: list[tuple[Any, ...]] = []
     for name, table in tables.items():
-        rows += table_rows(table, name, say("kept", "保留"))
+        rows += table_rows(table, name, _("kept"))
         if table["held_out"]:
-            words = (
-                say("of these held out", "其中留出")
-                if table["from_training"]
-                else say("held out: a file", "留出：文件")
-            )
+            words = _("of these held out") if table["from_training"] else _("held out: a file")
             rows.append((f"    {words}", table["held_out"], ""))
-    console.table((say("ledger", "账目"), say("rows", "行"), say("bytes", "字节")), rows)
+    console.table((_("ledger"), _("rows"), _("bytes")), rows)
     if changed:
         mended = ", ".join(f"{name} {count:,}" for name, count in sorted(changed.items()))
-        console.tell(say(f"texts mended: {mended}", f"修整的文本：{mended}"))
+        console.tell(_("texts mended: {mended}").format(mended=mended))

@@ -13,7 +13,7 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.core.records import Document
 from tongwen.model.adapters import attach
@@ -75,10 +75,7 @@ def _check_new_rows(base: str, section: Pretrain) -> None:
     trained = section.trained_parts
     if are_rows_untrained(base) and not trained & {"new_rows", "embeddings", "full"}:
         raise RecipeError(
-            say(
-                "the rows of the new pieces would never be trained: no phase trains new_rows, embeddings or full",
-                "新词的行不会得到训练：没有阶段训练 new_rows、embeddings 或 full",
-            ),
+            _("the rows of the new pieces would never be trained: no phase trains new_rows, embeddings or full"),
             place=f"pretrain · {base}",
             remedy="phases: [{train: new_rows, stop_after: 100 steps}, {train: lora+embeddings}]",
         )
@@ -90,12 +87,11 @@ def _check_learns_text(base: str) -> None:
     family = family_of(kind)
     if family and family.dialogues_only:
         raise RecipeError(
-            say(
-                f"{kind} does not learn from plain text here: {family.dialogues_only[0]}",
-                f"此处 {kind} 不学习纯文本：{family.dialogues_only[1]}",
+            _("{kind} does not learn from plain text here: {reason}").format(
+                kind=kind, reason=_(family.dialogues_only)
             ),
             place=f"pretrain · {base}",
-            remedy=say("leave `pretrain` out and give dialogues: sft", "去掉 `pretrain`，改用对话数据：sft"),
+            remedy=_("leave `pretrain` out and give dialogues: sft"),
         )
 
 
@@ -105,11 +101,9 @@ def _warn_of_instruct(base: str, tokenizer: Any) -> None:
     speaks = any(text in template for text in chat_setup.special_texts(tokenizer))
     if speaks or re.search(r"instruct|chat|-it\b", Path(base).name, re.IGNORECASE):
         console.notice(
-            say(
+            _(
                 "the base answers questions; plain text wears that off. Better: pre-train its base model, then add what the "
-                "instruct model learned (tongwen merge --base RESULT --chat-vector INSTRUCT BASE), or fine-tune again with `sft`",
-                "该底座是对话模型，纯文本会磨损其问答能力。更好的做法：在其基础模型上继续预训练，再加上对话模型学到的差值"
-                "（tongwen merge --base 结果 --chat-vector INSTRUCT BASE），或之后再做 `sft`",
+                "instruct model learned (tongwen merge --base RESULT --chat-vector INSTRUCT BASE), or fine-tune again with `sft`"
             )
         )
 

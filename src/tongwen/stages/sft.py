@@ -11,7 +11,7 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue
 from tongwen.model.adapters import attach
 from tongwen.model.loading import chat_setup
@@ -77,19 +77,11 @@ def _control_rows(model: Any, records: DialogueEncoder, section: Sft) -> list[in
     names = ", ".join(tokenizer.convert_ids_to_tokens(rows))
     if not section.train_new_control_tokens:
         raise ModelError(
-            say(
-                f"the base never trained the rows of {names}: with a frozen head it would never stop",
-                f"底座从未训练过 {names} 的词向量：冻结时模型不会停止",
-            ),
+            _("the base never trained the rows of {names}: with a frozen head it would never stop").format(names=names),
             place="sft.train_new_control_tokens",
-            remedy=say(
-                "train_new_control_tokens: true, or a template whose tokens the base knows",
-                "train_new_control_tokens: true，或换用底座认识的模板",
-            ),
+            remedy=_("train_new_control_tokens: true, or a template whose tokens the base knows"),
         )
-    console.notice(
-        say(f"the base never trained {names}; their rows are trained now", f"底座从未训练过 {names}；现在训练这些行")
-    )
+    console.notice(_("the base never trained {names}; their rows are trained now").format(names=names))
     return rows
 
 
@@ -97,12 +89,7 @@ def _new_pieces(base: str, section: Sft) -> list[int]:
     """Rows that a vocabulary stage added and no stage has trained since; under an adapter they would stay so."""
     if section.adapter.method in ("full", "new_rows") or not are_rows_untrained(base):
         return []
-    console.notice(
-        say(
-            "no `pretrain` has trained the rows of the new pieces; they are trained beside the adapter",
-            "新词的行尚未经 `pretrain` 训练；现在与适配器一起训练",
-        )
-    )
+    console.notice(_("no `pretrain` has trained the rows of the new pieces; they are trained beside the adapter"))
     return new_rows_of(base)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import DataError, MissingPackage, RowRefused
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.records import Origin
 from tongwen.data.files import find_files
 from tongwen.data.formats import read_document
@@ -56,7 +56,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         ReplyJournal(draft.path / "journal.jsonl") as journal,
     ):
         if journal.replies:
-            console.notice(say(f"{len(journal.replies)} replies are there", f"已有 {len(journal.replies)} 个回答"))
+            console.notice(_("{count} replies are there").format(count=len(journal.replies)))
         for reply in journal.replies.values():
             spending.requests += 1
             spending.count(reply.tokens)
@@ -94,9 +94,9 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         }
     assert draft.artifact
     lost = ", ".join(f"{reason} {count}" for reason, count in made.reasons.most_common())
-    console.good(say(f"{len(made.rows)} dialogues · {spending.said()}", f"{len(made.rows)} 个对话 · {spending.said()}"))
+    console.good(_("{count} dialogues · {spending}").format(count=len(made.rows), spending=spending.said()))
     if lost:
-        console.tell(say(f"not taken: {lost}", f"未采用：{lost}"))
+        console.tell(_("not taken: {lost}").format(lost=lost))
     return draft.artifact
 
 
@@ -122,9 +122,8 @@ def _seeds(file: str | None) -> list[ParsedTask]:
             seeds.append(generate.read_seed(row.value, f"{row.file}:{row.row}"))
     if len(seeds) < generate.EXAMPLES:
         raise DataError(
-            say(
-                f"{len(seeds)} seed tasks; {generate.EXAMPLES} are shown in each prompt",
-                f"只有 {len(seeds)} 个种子任务，每次需要 {generate.EXAMPLES} 个",
+            _("{count} seed tasks; {examples} are shown in each prompt").format(
+                count=len(seeds), examples=generate.EXAMPLES
             ),
             place=file,
         )
@@ -151,19 +150,17 @@ def _check_made(made: generate.GeneratedDialogues) -> None:
     if not made.rows:
         reasons = ", ".join(f"{reason} {count}" for reason, count in made.reasons.most_common())
         raise DataError(
-            say(f"no reply held a row that can be taken: {reasons}", f"没有任何可用的回答：{reasons}"),
+            _("no reply held a row that can be taken: {reasons}").format(reasons=reasons),
             place="synthesize",
-            remedy=say("another model, or another method", "换一个模型或方法"),
+            remedy=_("another model, or another method"),
         )
     if len(made.rows) < wanted:
         why = (
-            say(f"{made.stale} replies in a row brought nothing new", f"连续 {made.stale} 个回答没有新内容")
+            _("{stale} replies in a row brought nothing new").format(stale=made.stale)
             if made.enough
-            else say("there is nothing more to ask about", "没有更多可问的内容")
+            else _("there is nothing more to ask about")
         )
-        console.notice(
-            say(f"{len(made.rows)} of {wanted} rows: {why}", f"{wanted} 行中得到 {len(made.rows)} 行：{why}")
-        )
+        console.notice(_("{count} of {wanted} rows: {why}").format(count=len(made.rows), wanted=wanted, why=why))
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import artifact, console
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import Tensors
 from tongwen.data.prepare_steps import load_records
 from tongwen.model.loading import load
@@ -61,13 +61,13 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     rows = resize.plan_rows(
         made.first_new, made.new_ids, base.facts[names[0]][1][0], section.pad_to_multiple, shrink=section.shrink
     )
-    report = measure.survey(old.coder, made.lexicon.coder, {say("held out", "留出文本"): rest}, script)
+    report = measure.survey(old.coder, made.lexicon.coder, {_("held out"): rest}, script)
     report["rows"] = {"filled": rows.filled, "added": rows.added, "padding": rows.padding, "wanted": rows.wanted}
     if section.measure_bits:
         report |= vocab_scores.bits_before_training(place, old, made, section.new_rows, recipe.seed, rest)
     if learnt is not None and section.pieces:
         report |= _advise(learnt, rest, recipe.base, section, report.get("bits_per_byte"))
-    report["summary"] = f"{recipe.base} · {len(made.parts):,} {say('pieces', '个词')} · {section.new_rows}"
+    report["summary"] = f"{recipe.base} · {_('{pieces:,} pieces').format(pieces=len(made.parts))} · {section.new_rows}"
 
     base_lines = model_lines(place)
     parents: dict[str, Any] = {"base": {"path": recipe.base, "fingerprint": combine(base_lines)}}
@@ -117,7 +117,7 @@ def _learn(old: TokenizerFiles, texts: Iterable[str], script: Script, section: V
     if not section.pieces:
         return tokenizer_files.learn(old, (), script, 0)
     most = max(section.pieces, measure.CURVE[-1])
-    with console.progress(most, say("learning pieces", "学习新词")) as bar:
+    with console.progress(most, _("learning pieces")) as bar:
         learnt = tokenizer_files.learn(old, texts, script, most, bar.update)
     learnt.say_if_fewer(section.pieces)
     return learnt
@@ -146,11 +146,10 @@ def _advise(
     advice = measure.advise(start, curve, vocab_scores.damage_of(bits), min(section.pieces, len(learnt)))
     said = console.good if advice.extend else console.notice
     said(
-        say("it pays to extend this vocabulary", "扩充该词表是值得的")
+        _("it pays to extend this vocabulary")
         if advice.extend
-        else say(
-            "it does not pay to extend this vocabulary: leave `vocab` out of the recipe, and train on the base as it is",
-            "扩充该词表不值得：请从配方中去掉 `vocab`，直接训练原底座",
+        else _(
+            "it does not pay to extend this vocabulary: leave `vocab` out of the recipe, and train on the base as it is"
         )
     )
     for reason in advice.reasons:
@@ -167,8 +166,7 @@ def _carry(place: load.ModelRef, out: Path) -> None:
 
 def _say_rows(rows: resize.RowPlan, out: Path) -> None:
     console.good(
-        say(
-            f"{len(rows.new):,} new tokens: {rows.filled:,} in spare rows, the matrices grew by {rows.added:,} to {rows.wanted:,} · {out}",
-            f"{len(rows.new):,} 个新词：{rows.filled:,} 个用了空行，矩阵增加 {rows.added:,} 行至 {rows.wanted:,} 行 · {out}",
-        )
+        _(
+            "{count:,} new tokens: {filled:,} in spare rows, the matrices grew by {added:,} to {wanted:,} · {out}"
+        ).format(count=len(rows.new), filled=rows.filled, added=rows.added, wanted=rows.wanted, out=out)
     )

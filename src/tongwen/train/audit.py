@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from tongwen.core.errors import NumbersError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.train.packing import pack
 from tongwen.train.parallel import are_somewhere, local
 
@@ -29,27 +29,23 @@ def check_isolation(model: Any, samples: list[Any], loss: Loss) -> float:
     samples: two (ids, learn) pairs, cut to 64 tokens here. Returns the largest difference in nats.
     """
     short = [(ids[:64], learn[:64].copy()) for ids, learn in samples]
-    for _, learn in short:
+    for _unused, learn in short:
         learn[1:] = True
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        _, together = loss(model, to_device(pack(short), model))
+        _unused2, together = loss(model, to_device(pack(short), model))
         alone = torch.cat([loss(model, to_device(pack([one]), model))[1] for one in short])
     model.train(was_training)
     worst = float((together - alone).abs().max())
     limit = 2e-3 if next(model.parameters()).dtype == torch.float32 else 0.3
     if not worst <= limit:
         raise NumbersError(
-            say(
-                f"documents in one pack see each other: a score changes by {worst:.3g} nats (limit {limit:g})",
-                f"同一打包中的文档互相可见：得分相差 {worst:.3g} nats（上限 {limit:g}）",
+            _("documents in one pack see each other: a score changes by {worst:.3g} nats (limit {limit:g})").format(
+                worst=worst, limit=limit
             ),
             place=f"attention {getattr(model.config, '_attn_implementation', '?')}",
-            remedy=say(
-                "report this architecture; padded batches are used for those known not to pack",
-                "请反馈该架构；已知不能打包的架构会用填充批次",
-            ),
+            remedy=_("report this architecture; padded batches are used for those known not to pack"),
         )
     return worst
 
@@ -63,7 +59,7 @@ def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:
     """
     trainable = {name: part for name, part in model.named_parameters() if part.requires_grad}
     if not trainable:
-        raise NumbersError(say("no parameter is trainable", "没有可训练的参数"), place="audit")
+        raise NumbersError(_("no parameter is trainable"), place="audit")
     generator = torch.Generator().manual_seed(0)
     filled = are_somewhere((part.detach() for part in trainable.values()), torch.any)
     zeros = [local(part) for part, some in zip(trainable.values(), filled, strict=True) if not some]
@@ -77,9 +73,7 @@ def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:
             total, nats = loss(model, to_device(batch, model))
             mean = check_loss(float(total.detach()), len(nats), model)
             if not total.requires_grad:
-                raise NumbersError(
-                    say("the loss hangs on no trainable tensor", "损失与可训练参数没有关联"), place="audit (F-01)"
-                )
+                raise NumbersError(_("the loss hangs on no trainable tensor"), place="audit (F-01)")
             (total / max(len(nats), 1)).backward()
             unreached = _judge(model, trainable, mean)
         finally:
@@ -99,10 +93,7 @@ def _judge(model: Any, trainable: dict[str, torch.nn.Parameter], loss: float) ->
     broken = [name for name, one in zip(reached, are_somewhere(reached.values(), is_broken), strict=True) if one]
     if broken:
         raise NumbersError(
-            say(
-                f"{len(broken)} gradients are not finite at a loss of {loss:.4g}",
-                f"损失为 {loss:.4g} 时有 {len(broken)} 个梯度非有限",
-            ),
+            _("{count} gradients are not finite at a loss of {loss:.4g}").format(count=len(broken), loss=loss),
             place=f"audit · {broken[0]}",
             remedy="precision: fp32",
         )
@@ -111,14 +102,11 @@ def _judge(model: Any, trainable: dict[str, torch.nn.Parameter], loss: float) ->
     dead = [name for name in none if name not in routed and not name.endswith(".bias")]
     if dead:
         raise NumbersError(
-            say(
-                f"{len(dead)} of {len(trainable)} trainable tensors get no gradient: they would never learn",
-                f"{len(trainable)} 个可训练张量中有 {len(dead)} 个得不到梯度，永远学不到东西",
+            _("{dead_count} of {trainable_count} trainable tensors get no gradient: they would never learn").format(
+                dead_count=len(dead), trainable_count=len(trainable)
             ),
             place=f"audit (F-02) · {dead[0]}",
-            remedy=say(
-                "take it out of the targets, or check that the layer is used", "请从 targets 去掉，或检查该层是否被使用"
-            ),
+            remedy=_("take it out of the targets, or check that the layer is used"),
         )
     return none
 
@@ -127,7 +115,7 @@ def check_frozen(model: Any, when: str) -> None:
     """Raise NumbersError when a frozen tensor has a gradient."""
     for name, part in model.named_parameters():
         if not part.requires_grad and part.grad is not None:
-            raise NumbersError(say("a frozen tensor has a gradient", "被冻结的张量有梯度"), place=f"{when} · {name}")
+            raise NumbersError(_("a frozen tensor has a gradient"), place=f"{when} · {name}")
 
 
 def check_loss(total: float, learned: int, model: Any) -> float:
@@ -136,12 +124,11 @@ def check_loss(total: float, learned: int, model: Any) -> float:
     limit = 3 * math.log(model.config.get_text_config().vocab_size)
     if not math.isfinite(mean) or mean > limit:
         raise NumbersError(
-            say(
-                f"the first loss is {mean:.4g} nats per token; guessing at random would give {limit / 3:.3g}",
-                f"初始损失为每 token {mean:.4g} nats；随机猜测也只有 {limit / 3:.3g}",
+            _("the first loss is {mean:.4g} nats per token; guessing at random would give {limit:.3g}").format(
+                mean=mean, limit=limit / 3
             ),
             place="audit",
-            remedy=say("the weights do not fit this architecture or tokenizer", "权重与架构或分词器不匹配"),
+            remedy=_("the weights do not fit this architecture or tokenizer"),
         )
     return mean
 
@@ -170,9 +157,9 @@ def check_finite_base(model: Any) -> None:
     """Raise NumbersError with the name of a tensor that holds NaN or infinity before anything was trained."""
     if (name := first_not_finite(model, frozen=True)) is not None:
         raise NumbersError(
-            say("this tensor of the base holds NaN or infinity", "底座的该张量含 NaN 或无穷"),
+            _("this tensor of the base holds NaN or infinity"),
             place=name,
-            remedy=say("fetch or make the base again: tongwen verify BASE", "请重新获取底座：tongwen verify BASE"),
+            remedy=_("fetch or make the base again: tongwen verify BASE"),
         )
 
 
@@ -189,9 +176,7 @@ class FirstStepsAudit(TrainerCallback):
         check_frozen(model, "step 1")
         for name, part in model.named_parameters():
             if part.requires_grad and part.grad is None:
-                raise NumbersError(
-                    say("a trainable tensor has no gradient", "可训练的张量没有梯度"), place=f"step 1 · {name}"
-                )
+                raise NumbersError(_("a trainable tensor has no gradient"), place=f"step 1 · {name}")
 
 
 def to_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from tongwen.core import artifact, console
 from tongwen.core.distributed import is_first
 from tongwen.core.errors import ArtifactError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 MANIFEST = "checkpoint.json"
 STAGING = "staging"  # whatever is in it is no checkpoint: half written, or half deleted
@@ -40,12 +40,9 @@ def newest_checkpoint(folders: Sequence[Path], runs: Collection[str] = ()) -> Pa
             problems[path] = problem
     if problems:
         raise ArtifactError(
-            say("no checkpoint is whole: ", "没有完好的检查点：")
-            + "; ".join(f"{path.name}: {problem}" for path, problem in problems.items()),
+            _("no checkpoint is whole: ") + "; ".join(f"{path.name}: {problem}" for path, problem in problems.items()),
             place=str(next(iter(problems)).parent),
-            remedy=say(
-                "--again begins anew and keeps this folder under another name", "--again 重新开始，并把此文件夹改名保留"
-            ),
+            remedy=_("--again begins anew and keeps this folder under another name"),
         )
     return None
 
@@ -54,9 +51,8 @@ def _put_aside(problems: Mapping[Path, str], found: Path) -> None:
     for path, problem in problems.items():
         aside = path.with_name(f"damaged-{path.name}")
         console.notice(
-            say(
-                f"{path.name} is damaged ({problem}); put aside as {aside.name}",
-                f"{path.name} 已损坏（{problem}），改名为 {aside.name}",
+            _("{path} is damaged ({problem}); put aside as {aside}").format(
+                path=path.name, problem=problem, aside=aside.name
             )
         )
         if is_first():
@@ -65,9 +61,9 @@ def _put_aside(problems: Mapping[Path, str], found: Path) -> None:
     if problems:
         lost = max((step_of(path) for path in problems if path.parent == found.parent), default=0) - step_of(found)
         console.notice(
-            say(f"continuing from {found.name}: {lost} steps are lost", f"从 {found.name} 继续：损失 {lost} 步")
+            _("continuing from {found}: {lost} steps are lost").format(found=found.name, lost=lost)
             if lost > 0
-            else say(f"continuing from where {found.parent.name} ended", f"从 {found.parent.name} 结束处继续")
+            else _("continuing from where {found} ended").format(found=found.parent.name)
         )
 
 
@@ -77,28 +73,25 @@ def damage(checkpoint: Path, runs: Collection[str] = ()) -> str | None:
         manifest = read_manifest(checkpoint)
         seal, files, run, step = manifest.pop("seal"), manifest["files"], manifest["run"], manifest["step"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return say(f"no readable {MANIFEST}", f"{MANIFEST} 不可读")
+        return _("no readable {manifest}").format(manifest=MANIFEST)
     if seal != _seal(manifest):
-        return say(f"{MANIFEST} has changed", f"{MANIFEST} 已改变")
+        return _("{manifest} has changed").format(manifest=MANIFEST)
     if runs and run not in runs:
-        return say(f"it belongs to another run, {run}", f"属于另一次运行 {run}")
+        return _("it belongs to another run, {run}").format(run=run)
     if step != step_of(checkpoint):
-        return say(f"it is that of step {step}, under another name", f"它是第 {step} 步的检查点，被改了名")
+        return _("it is that of step {step}, under another name").format(step=step)
     for name, told in files.items():
         file = checkpoint / name
         try:
             size = file.stat().st_size
             if size != told["bytes"]:
-                return say(
-                    f"{name} has {size} bytes instead of {told['bytes']}",
-                    f"{name} 为 {size} 字节，应为 {told['bytes']}",
-                )
+                return _("{name} has {size} bytes instead of {bytes}").format(name=name, size=size, bytes=told["bytes"])
             if artifact.hash_file(file) != told["sha256"]:
-                return say(f"{name} has changed", f"{name} 已改变")
+                return _("{name} has changed").format(name=name)
         except FileNotFoundError:
-            return say(f"{name} is missing", f"缺少 {name}")
+            return _("{name} is missing").format(name=name)
         except OSError as error:
-            return say(f"{name} cannot be read: {error.strerror}", f"{name} 无法读取：{error.strerror}")
+            return _("{name} cannot be read: {strerror}").format(name=name, strerror=error.strerror)
     return None
 
 
@@ -110,8 +103,8 @@ def last_of(folder: Path) -> str:
     """The last checkpoint, in words for a message."""
     last = max(_all_in(folder), key=step_of, default=None)
     if last is None:
-        return say("there is no checkpoint yet", "还没有检查点")
-    return say(f"the last checkpoint is {last}", f"最近的检查点为 {last}")
+        return _("there is no checkpoint yet")
+    return _("the last checkpoint is {last}").format(last=last)
 
 
 def _all_in(folder: Path) -> list[Path]:
@@ -164,7 +157,7 @@ def check_space(folder: Path, model: Any) -> None:
     more than every other optimizer keeps), and of a whole model also what is frozen."""
     folder.mkdir(parents=True, exist_ok=True)
     whole, needed = not hasattr(model, "peft_config"), 64 << 20
-    for _, part in model.named_parameters(remove_duplicate=whole):  # peft saves both names of a tied copy
+    for _unused, part in model.named_parameters(remove_duplicate=whole):  # peft saves both names of a tied copy
         needed += _numbers(part) * (4 if part.requires_grad else whole * part.element_size())
     needed += sum(8 * _numbers(part) for part in model.parameters() if part.requires_grad)
     artifact.check_disk(folder, needed)
@@ -183,9 +176,9 @@ def check_adapter_saved(folder: Path) -> None:
     from safetensors import safe_open
 
     if not file.is_file():
-        raise ArtifactError(say("the adapter was saved without weights", "保存的适配器没有权重"), place=str(folder))
+        raise ArtifactError(_("the adapter was saved without weights"), place=str(folder))
     with safe_open(str(file), "pt") as tensors:
         filled = [0 not in tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
     kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
     if not (any(filled) if kind == "ADALORA" else filled and all(filled)):  # which empties ranks on purpose
-        raise ArtifactError(say("the saved adapter is empty", "保存的适配器为空"), place=str(file))
+        raise ArtifactError(_("the saved adapter is empty"), place=str(file))

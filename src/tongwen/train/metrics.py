@@ -15,7 +15,7 @@ from tongwen.core import console
 from tongwen.core.console import Bar, human_count
 from tongwen.core.distributed import is_first
 from tongwen.core.errors import NumbersError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.recipe.training import Forgetting
 from tongwen.train.phase import Phase
 
@@ -77,12 +77,10 @@ class MetricsCallback(TrainerCallback):
         if not self.best or self.best[1] < self.to_beat:
             return ""
         step, score = self.before_steps + self.best[0], self.best[1]
-        return say(
-            f"no evaluation was better than before: held-out bits per byte {self.to_beat:.4f}, and at best {score:.4f} at step "
-            f"{step}; is learning_rate right?",
-            f"没有一次评测好于训练之前：留出集 bits per byte 原为 {self.to_beat:.4f}，最好为第 {step} 步的 {score:.4f}；"
-            "learning_rate 合适吗？",
-        )
+        return _(
+            "no evaluation was better than before: held-out bits per byte {to_beat:.4f}, and at best {score:.4f} at step "
+            "{step}; is learning_rate right?"
+        ).format(to_beat=self.to_beat, score=score, step=step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.rates = kwargs["lr_scheduler"].get_last_lr()
@@ -133,9 +131,8 @@ def say_flat(losses: list[float]) -> str:
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
     if last <= 0.99 * first:
         return ""
-    return say(
-        f"the loss has not fallen in {FLAT_AFTER} steps: {first:.3f} → {last:.3f}; is learning_rate right?",
-        f"{FLAT_AFTER} 步内损失没有下降：{first:.3f} → {last:.3f}；learning_rate 合适吗？",
+    return _("the loss has not fallen in {flat_after} steps: {first:.3f} → {last:.3f}; is learning_rate right?").format(
+        flat_after=FLAT_AFTER, first=first, last=last
     )
 
 
@@ -151,17 +148,15 @@ def check_forgetting(before: dict[str, Any], now: dict[str, Any], limits: Forget
     for name, one in now.items():
         old, new = before[name]["bits_per_byte"], one["bits_per_byte"]
         rise = new / old - 1 if old else 0.0
-        what = say(
-            f"held-out bits per byte of {name} rose from {old:.4f} to {new:.4f} ({rise:+.1%})",
-            f"{name} 的留出集 bits per byte 由 {old:.4f} 升至 {new:.4f}（{rise:+.1%}）",
+        what = _("held-out bits per byte of {name} rose from {old:.4f} to {new:.4f} ({rise:+.1%})").format(
+            name=name, old=old, new=new, rise=rise
         )
         if limits.stop is not None and rise >= limits.stop:
             raise NumbersError(
                 what,
                 place=f"forgetting.stop: {limits.stop:g}",
-                remedy=say(
-                    "a lower learning_rate, or more text of that language (share: 0.3); --fork goes on with another limit",
-                    "降低 learning_rate，或增加该语言的文本（share: 0.3）；--fork 以新的限度继续",
+                remedy=_(
+                    "a lower learning_rate, or more text of that language (share: 0.3); --fork goes on with another limit"
                 ),
             )
         if limits.warn is not None and rise >= limits.warn:

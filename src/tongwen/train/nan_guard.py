@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from tongwen.core.errors import NumbersError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.train.packing import BatchPlan
 from tongwen.train.parallel import local
 
@@ -95,27 +95,23 @@ class NanGuard(TrainerCallback):
         samples = [sample for place in bad for sample in self.plan.micro[index][place]]
         if bad:
             first, count = bad[0] + 1, len(self.plan.micro[index])
-            what = say(
-                f"the loss is NaN or infinite in micro-batch {first} of {count}",
-                f"第 {first} 个微批（共 {count} 个）的损失为 NaN 或无穷",
-            )
+            what = _("the loss is NaN or infinite in micro-batch {first} of {count}").format(first=first, count=count)
         elif not all(map(math.isfinite, norms)):
             names = [
                 name
                 for name, part in model.named_parameters()
                 if part.grad is not None and not bool(torch.isfinite(local(part.grad)).all())
             ]
-            what = say(
-                f"the gradient is NaN or infinite ({len(names)} tensors, first {names[:1]})",
-                f"梯度为 NaN 或无穷（{len(names)} 个张量，首个 {names[:1]}）",
+            what = _("the gradient is NaN or infinite ({count} tensors, first {names})").format(
+                count=len(names), names=names[:1]
             )
         else:
             return
         rows = self._rows(samples or self.plan.steps[index])
         self._stop(
             index,
-            what + say(f"; rows {rows}", f"；数据行 {rows}"),
-            say("learning_rate lower, or precision: fp32", "降低 learning_rate，或 precision: fp32"),
+            what + _("; rows {rows}").format(rows=rows),
+            _("learning_rate lower, or precision: fp32"),
         )
 
     def _check_sane(self, index: int, loss: float) -> None:
@@ -123,12 +119,11 @@ class NanGuard(TrainerCallback):
         if self.high == ABSURD:
             self._stop(
                 index,
-                say(
-                    f"the loss is {loss:.2f}, and was above {self.absurd:.2f} for {ABSURD} steps; guessing at random gives "
-                    f"{self.absurd - MARGIN:.2f}",
-                    f"损失为 {loss:.2f}，连续 {ABSURD} 步高于 {self.absurd:.2f}；随机猜测为 {self.absurd - MARGIN:.2f}",
-                ),
-                say("learning_rate lower", "降低 learning_rate"),
+                _(
+                    "the loss is {loss:.2f}, and was above {limit:.2f} for {steps} steps; guessing at random gives "
+                    "{chance:.2f}"
+                ).format(loss=loss, limit=self.absurd, steps=ABSURD, chance=self.absurd - MARGIN),
+                _("learning_rate lower"),
             )
 
     def _count_skip(self, index: int, skipped: bool) -> None:
@@ -138,11 +133,10 @@ class NanGuard(TrainerCallback):
         if self.skipped_in_a_row > SKIPS:
             self._stop(
                 index,
-                say(
-                    f"fp16 has overflowed in {self.skipped_in_a_row} steps in a row, and none of them was taken",
-                    f"fp16 连续 {self.skipped_in_a_row} 步溢出，这些步均未更新权重",
+                _("fp16 has overflowed in {skipped_in_a_row} steps in a row, and none of them was taken").format(
+                    skipped_in_a_row=self.skipped_in_a_row
                 ),
-                say("precision: bf16 (or fp32, where there is none)", "precision: bf16（不支持时用 fp32）"),
+                _("precision: bf16 (or fp32, where there is none)"),
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -156,6 +150,6 @@ class NanGuard(TrainerCallback):
     def _stop(self, index: int, what: str, cure: str) -> None:
         raise NumbersError(
             what,
-            place=say(f"step {self.before_steps + index + 1}", f"第 {self.before_steps + index + 1} 步"),
+            place=_("step {before_steps}").format(before_steps=self.before_steps + index + 1),
             remedy=f"{cure}; {self.last()}",
         )

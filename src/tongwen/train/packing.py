@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.recipe.fields import Duration
 
 
@@ -124,15 +124,11 @@ def _check_step_size(held: int, unit: int, wanted: int, world: int) -> None:
         return
     fitting = max(1, round(wanted / unit)) * unit
     raise RecipeError(
-        say(
-            f"a step would have {held} tokens: {world} processes take {unit} at once, because of the longest sample",
-            f"一步将有 {held} 个 token：因最长样本所限，{world} 个进程每次共处理 {unit} 个",
-        ),
+        _(
+            "a step would have {held} tokens: {world} processes take {unit} at once, because of the longest sample"
+        ).format(held=held, world=world, unit=unit),
         place=f"batch_tokens: {wanted}",
-        remedy=say(
-            f"batch_tokens: {fitting}, fewer devices, or a smaller max_length",
-            f"batch_tokens: {fitting}，减少 devices，或减小 max_length",
-        ),
+        remedy=_("batch_tokens: {fitting}, fewer devices, or a smaller max_length").format(fitting=fitting),
     )
 
 

@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tongwen.core import console, distributed
 from tongwen.core.errors import MachineError, MissingPackage, RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.recipe import engine_config
 from tongwen.recipe.training import Training
 from tongwen.train.memory import SHARED, Sharing
@@ -88,9 +88,9 @@ class Engine:
             if layer not in there:
                 own = ",".join(sorted(getattr(model, "_no_split_modules", None) or ()))
                 raise RecipeError(
-                    say(f"this model has no layer {layer!r}", f"该模型没有层 {layer!r}"),
+                    _("this model has no layer {layer!r}").format(layer=layer),
                     place=f"{self.place} · fsdp_transformer_layer_cls_to_wrap",
-                    remedy=f"fsdp_transformer_layer_cls_to_wrap: {own}" if own else say("leave it out", "请删去"),
+                    remedy=f"fsdp_transformer_layer_cls_to_wrap: {own}" if own else _("leave it out"),
                 )
 
     def insist(self, accelerator: Any, plugin: Any = None) -> None:
@@ -115,18 +115,14 @@ class Engine:
         mine = "deepspeed" if self.is_deepspeed else "fsdp2" if self.name == "fsdp2" else "ddp"
         if made != mine:
             raise RecipeError(
-                say(
-                    f"the checkpoint is one of {made}, and {self.name} cannot continue it",
-                    f"检查点由 {made} 写成，{self.name} 无法继续",
-                ),
+                _("the checkpoint is one of {made}, and {name} cannot continue it").format(made=made, name=self.name),
                 place=str(checkpoint),
-                remedy=say("the engine that wrote it, or --again", "用写它的引擎，或 --again"),
+                remedy=_("the engine that wrote it, or --again"),
             )
         if shards and shards != world:
             raise RecipeError(
-                say(
-                    f"DeepSpeed has cut this checkpoint for {shards} processes, and here are {world}",
-                    f"DeepSpeed 按 {shards} 个进程切分了该检查点，而现在有 {world} 个",
+                _("DeepSpeed has cut this checkpoint for {shards} processes, and here are {world}").format(
+                    shards=shards, world=world
                 ),
                 place=str(checkpoint),
                 remedy=f"tongwen run RECIPE --devices {shards}",
@@ -137,12 +133,12 @@ class Engine:
         found = _name_of(wrapped)
         whole = [name for name, part in model.named_parameters() if not isinstance(part, DTensor)]
         if found == "fsdp2" and whole:
-            found = say(f"fsdp2 with {whole[0]} whole in every process", f"fsdp2，但 {whole[0]} 未被切分")
+            found = _("fsdp2 with {whole} whole in every process").format(whole=whole[0])
         if found != self.name:
             raise MachineError(
-                say(f"{self.name} was asked for, and {found} runs", f"要求 {self.name}，实际运行的是 {found}"),
+                _("{name} was asked for, and {found} runs").format(name=self.name, found=found),
                 place=f"engine: {self.name}",
-                remedy=say("engine: ddp, and report this model", "engine: ddp，并反馈该模型"),
+                remedy=_("engine: ddp, and report this model"),
             )
         if not self.is_deepspeed:
             held = {id(part) for group in optimizer.param_groups for part in group["params"]}
@@ -157,25 +153,16 @@ def choose(words: Training) -> Engine:
         value = os.environ.pop(name)
         if value.lower() not in ("no", "false", ""):
             console.notice(
-                say(
-                    f"{name}={value} of the launcher is not used: the recipe decides",
-                    f"不采用启动器的 {name}={value}：以配方为准",
-                )
+                _("{name}={value} of the launcher is not used: the recipe decides").format(name=name, value=value)
             )
     unset_hf_deepspeed_config()  # of the stage before: transformers would cut the next model up while it is read
     place = f"engine: {words.engine}"
     outside = [name for name in ASKED_FROM_OUTSIDE if os.environ.get(name, "").lower() == "true"]
     if outside:
         raise RecipeError(
-            say(
-                f"the launcher's settings ask for another engine ({outside[0]}=true)",
-                f"启动器的设置要求另一种引擎（{outside[0]}=true）",
-            ),
+            _("the launcher's settings ask for another engine ({outside}=true)").format(outside=outside[0]),
             place=place,
-            remedy=say(
-                "engine: FILE with these settings, and a launcher without them",
-                "把设置写成 engine: 文件，启动器不带设置",
-            ),
+            remedy=_("engine: FILE with these settings, and a launcher without them"),
         )
     if words.sharded_by == "fsdp2":
         return Engine("fsdp2", {"fsdp": True, "fsdp_config": _fsdp_config(words)}, place)
@@ -223,8 +210,7 @@ def _prepare_deepspeed(zero: dict[str, Any], place: str) -> None:
         raise RecipeError(
             f"{first['input']!r}: {first['msg']}",
             place=" · ".join([place, ".".join(map(str, ("zero_optimization", *first["loc"])))]),
-            remedy=say("DeepSpeed's own page has its words: ", "可用的词见 DeepSpeed 文档：")
-            + "https://www.deepspeed.ai/docs/config-json/",
+            remedy=_("DeepSpeed's own page has its words: ") + "https://www.deepspeed.ai/docs/config-json/",
         ) from None
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from tongwen.core import console
 from tongwen.core.console import human_bytes, human_count, human_time
 from tongwen.core.html import Table, curve, render
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.train.loss_plot import is_installed, write_png
 
 
@@ -22,19 +22,16 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
     """
     held_out, through = report.get("held_out") or {}, report["throughput"]
     facts = [
-        (f"{_change(held_out)}", say("held-out bits per byte", "留出集 bits per byte")),
+        (f"{_change(held_out)}", _("held-out bits per byte")),
         (
             f"{report['trainable']['share']:.2%}",
-            say(
-                f"trained: {human_count(report['trainable']['parameters'])} parameters",
-                f"训练参数 {human_count(report['trainable']['parameters'])}",
-            ),
+            _("trained: {parameters} parameters").format(parameters=human_count(report["trainable"]["parameters"])),
         ),
-        (f"{report['mask']['learned_share']:.0%}", say("of the tokens are learned", "的 token 计入损失")),
-        (f"{report['mask']['stop_learned_share']:.0%}", say("of the samples learn to stop", "的样本学到停止符")),
-        (f"{through['tokens_per_second']:.0f}", say("tokens per second", "token / 秒")),
-        (human_time(through["seconds"]), say("training time", "训练时间")),
-        (human_bytes(report["peak_memory_bytes"]), say("peak memory", "峰值内存")),
+        (f"{report['mask']['learned_share']:.0%}", _("of the tokens are learned")),
+        (f"{report['mask']['stop_learned_share']:.0%}", _("of the samples learn to stop")),
+        (f"{through['tokens_per_second']:.0f}", _("tokens per second")),
+        (human_time(through["seconds"]), _("training time")),
+        (human_bytes(report["peak_memory_bytes"]), _("peak memory")),
     ]
     losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     page = render(
@@ -44,11 +41,11 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
         facts=facts,
         notices=report["notices"],
         headings={
-            "groups": say("Held out, by language", "按语言的留出集"),
-            "ledger": say("Ledger", "账目"),
-            "mask": say("What is learned", "学习内容"),
-            "samples": say("Before and after", "训练前后"),
-            "recipe": say("Recipe", "配方"),
+            "groups": _("Held out, by language"),
+            "ledger": _("Ledger"),
+            "mask": _("What is learned"),
+            "samples": _("Before and after"),
+            "recipe": _("Recipe"),
         },
         curves=_curves(losses, metrics),
         groups=_groups(held_out["groups"], metrics) if held_out.get("groups") else None,
@@ -97,12 +94,12 @@ def say_result(report: dict[str, Any], out: Path) -> None:
     """What the stage has done, in a few lines."""
     through = report["throughput"]
     if held_out := report["held_out"]:
-        _say_change(say("held-out bits per byte", "留出集 bits per byte"), held_out["bits_per_byte"])
+        _say_change(_("held-out bits per byte"), held_out["bits_per_byte"])
         for name, group in held_out["groups"].items():
             _say_change(f"  {name}", group["bits_per_byte"])
     console.good(
         f"{human_time(through['seconds'])} · {through['tokens_per_second']:.0f} token/s · "
-        f"{say('peak', '峰值')} {human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"
+        f"{_('peak')} {human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"
     )
 
 
@@ -113,17 +110,17 @@ def _change(held_out: dict[str, Any]) -> str:
 
 def _curves(losses: list[tuple[float, float]], metrics: list[dict[str, Any]]) -> list[tuple[str, Markup]]:
     """(heading, drawing): the loss, and what was held out where it was scored on the way."""
-    step = say("step", "步")
-    drawn = [(say("Loss", "损失"), curve(losses, step, say("nats per learned token", "每个学习 token 的 nats")))]
+    step = _("step")
+    drawn = [(_("Loss"), curve(losses, step, _("nats per learned token")))]
     scores = [(line["step"], line["bits_per_byte"]) for line in metrics if "bits_per_byte" in line]
     if len(scores) > 1:
-        drawn.append((say("Held-out bits per byte", "留出集 bits per byte"), curve(scores, step, "bits per byte")))
+        drawn.append((_("Held-out bits per byte"), curve(scores, step, "bits per byte")))
     return drawn
 
 
 def _groups(groups: dict[str, Any], metrics: list[dict[str, Any]]) -> Table:
     """What each language's bits per byte were and have become: what was learned, and what was forgotten."""
-    head = (say("language", "语言"), say("before", "训练前"), say("on the way", "途中"), say("after", "训练后"))
+    head = (_("language"), _("before"), _("on the way"), _("after"))
     rows = []
     for name, group in groups.items():
         scores, key = group["bits_per_byte"], f"bits_per_byte_{name}"
@@ -135,13 +132,13 @@ def _groups(groups: dict[str, Any], metrics: list[dict[str, Any]]) -> Table:
 
 def _ledger(name: str, table: dict[str, Any]) -> dict[str, Any]:
     units, files = list(table["in"]), table.get("files", {})
-    entries = [(say("in", "读入"), table["in"])]
+    entries = [(_("in"), table["in"])]
     entries += [(f"− {reason}", lost) for reason, lost in table["lost"].items()]
-    entries.append((f"= {say('kept', '保留')}", table["kept"]))
+    entries.append((f"= {_('kept')}", table["kept"]))
     return {
         "head": (name, *units),
         "rows": [(label, *(f"{values[unit]:,}" for unit in units)) for label, values in entries],
-        "title": say(f"by file ({len(files)})", f"按文件（{len(files)}）"),
+        "title": _("by file ({count})").format(count=len(files)),
         "files": _files(files) if len(files) > 1 else None,
     }
 
@@ -152,7 +149,7 @@ def _files(files: dict[str, Any]) -> Table:
         (name, f"{table['in']['rows']:,}", f"{table['kept']['rows']:,}", _reasons(table["lost"]))
         for name, table in files.items()
     ]
-    return (say("file", "文件"), say("rows in", "读入行"), say("kept", "保留"), say("lost", "损失")), rows
+    return (_("file"), _("rows in"), _("kept"), _("lost")), rows
 
 
 def _reasons(lost: dict[str, Any]) -> str:
@@ -165,22 +162,22 @@ def _roles(roles: dict[str, Any]) -> Table:
         (role, f"{count['tokens']:,}", f"{count['learned'] / max(1, count['tokens']):.1%}")
         for role, count in roles.items()
     ]
-    return (say("role", "角色"), "token", say("learned", "学习")), rows
+    return (_("role"), "token", _("learned")), rows
 
 
 def _lengths(lengths: list[tuple[int, int]]) -> dict[str, Any]:
     """How long the samples are, with a bar for each length."""
     most = max(count for _, count in lengths)
     return {
-        "head": ("token", say("samples", "样本"), ""),
+        "head": ("token", _("samples"), ""),
         "rows": [(f"≤ {edge:,}", f"{count:,}", f"{count / most * 16:.2f}") for edge, count in lengths],
     }
 
 
 def _answers(sample: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        (say("before", "训练前"), sample["before"]),
-        *((say(f"step {step}", f"第 {step} 步"), answer) for step, answer in sample["on_the_way"].items()),
-        (say("after", "训练后"), sample["after"]),
-        (say("data", "数据"), sample["wanted"]),
+        (_("before"), sample["before"]),
+        *((_("step {step}").format(step=step), answer) for step, answer in sample["on_the_way"].items()),
+        (_("after"), sample["after"]),
+        (_("data"), sample["wanted"]),
     ]

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 REPEATED = 3.0  # seconds in which the same wish may arrive twice: to the whole group, and passed on by a parent
 SAVING_SECONDS = 30.0  # assumed until the first save has been seen
@@ -47,7 +47,7 @@ class ShutdownRequest:
         now = time.time()
         self.step, self.began = max(self.step, now - self.began), now
         if not self.why and self.deadline is not None and now + 2 * (self.step + self.save) > self.deadline:
-            self.why = say("its time is nearly over", "时限将至")
+            self.why = _("its time is nearly over")
         return bool(self.why)
 
     def saved(self, seconds: float) -> None:

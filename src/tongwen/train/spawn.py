@@ -10,7 +10,7 @@ from typing import Any
 
 from tongwen.core import console
 from tongwen.core.errors import MachineError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,14 +42,10 @@ def main(arguments: Sequence[str]) -> int:
         for rank, failure in killed.items():
             console.error(
                 MachineError(
-                    say(
-                        f"the process of rank {rank} ({failure.pid}) was ended by {failure.signal_name()}; the others were stopped",
-                        f"rank {rank} 的进程（{failure.pid}）被 {failure.signal_name()} 终止；其余进程已停止",
+                    _("the process of rank {rank} ({pid}) was ended by {signal}; the others were stopped").format(
+                        rank=rank, pid=failure.pid, signal=failure.signal_name()
                     ),
-                    remedy=say(
-                        "the system kills what takes too much memory (dmesg tells); the same command continues",
-                        "内存占用过大时系统会终止进程（见 dmesg）；用同一命令可以继续",
-                    ),
+                    remedy=_("the system kills what takes too much memory (dmesg tells); the same command continues"),
                 ).text()
             )
         return MachineError.exit_code if killed else 1

@@ -23,7 +23,7 @@ from urllib.request import getproxies
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import MachineError, MissingPackage, first_line
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.recipe.schema import TrackerName
 
 CURRENT: dict[str, Callable[[Any], Any]] = {  # the run that is told, if one is; only the first process has one
@@ -146,11 +146,10 @@ def said(name: str, *, must: bool = False) -> Iterator[None]:
     except Exception as error:
         why = first_line(error)
         if must:
-            raise _unfit(name, say(f"it cannot begin: {why}", f"无法开始：{why}")) from error
+            raise _unfit(name, _("it cannot begin: {why}").format(why=why)) from error
         console.notice(
-            say(
-                f"{name} has failed: {why}; the training goes on without it, and metrics.jsonl has every line",
-                f"{name} 出错：{why}；训练继续但不再使用它，metrics.jsonl 仍有每一行",
+            _("{name} has failed: {why}; the training goes on without it, and metrics.jsonl has every line").format(
+                name=name, why=why
             )
         )
 
@@ -161,7 +160,7 @@ def check(names: Sequence[TrackerName]) -> None:
         if importlib.util.find_spec(name) is None:
             raise MissingPackage(name, f"track: {name}", name)
         if name in KEYS and not _has_key(name):
-            raise _unfit(name, say("there is no key for it here", "此处没有它的密钥"), f"{KEYS[name][0]}=…")
+            raise _unfit(name, _("there is no key for it here"), f"{KEYS[name][0]}=…")
         if name == "mlflow":
             _check_server(os.environ.get("MLFLOW_TRACKING_URI", ""))
 
@@ -187,17 +186,17 @@ def _check_server(address: str) -> None:
         parts = urlsplit(address)
         server = f"{scheme}://{parts.hostname or ''}"
         if not parts.hostname:
-            raise ValueError(say("it names no host", "没有主机名"))
+            raise ValueError(_("it names no host"))
         socket.create_connection((parts.hostname, parts.port or {"http": 80, "https": 443}[scheme]), SECONDS).close()
     except (OSError, ValueError) as error:
         raise _unfit(
             "mlflow",
-            say(f"nobody answers at {server}: {error}", f"{server} 没有回应：{error}"),
+            _("nobody answers at {server}: {error}").format(server=server, error=error),
             "MLFLOW_TRACKING_URI=…",
         ) from None
 
 
 def _unfit(name: str, what: str, cure: str = "") -> MachineError:
     offline = {"wandb": "WANDB_MODE=offline", "swanlab": "SWANLAB_MODE=offline"}.get(name)
-    ways = [way for way in (cure, offline, say("leave it out of `track`", "从 `track` 中去掉它")) if way]
-    return MachineError(what, place=f"track: {name}", remedy=say(" or ", "，或").join(ways))
+    ways = [way for way in (cure, offline, _("leave it out of `track`")) if way]
+    return MachineError(what, place=f"track: {name}", remedy=_(" or ").join(ways))

@@ -26,7 +26,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from tongwen.core import artifact, console, distributed
 from tongwen.core.errors import ArtifactError, Interrupted, MissingPackage, NumbersError, RecipeError, first_line
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.recipe.training import Training
 from tongwen.train.audit import FirstStepsAudit, first_not_finite
 from tongwen.train.checkpoints import (
@@ -158,7 +158,7 @@ def train_phase(job: PhaseRun) -> int:
         if patience:
             _take_best(trainer, job, done)
         if (name := first_not_finite(job.model)) is not None:
-            raise NumbersError(say("weights are not finite after the run", "训练后权重含非有限值"), place=name)
+            raise NumbersError(_("weights are not finite after the run"), place=name)
     return done
 
 
@@ -168,37 +168,30 @@ def _train(trainer: PlannedTrainer, job: PhaseRun, shutdown: ShutdownRequest, st
         check_space(job.phase.checkpoints, job.model)
     if shutdown.is_short:
         console.notice(
-            say(
-                f"one step is taken and saved: the time that is left would not do for two saves of {shutdown.save:.0f} s, the "
-                "guess until one has been seen; each command goes a step further",
-                f"只走一步就保存：剩余时间不够两次保存（每次先按 {shutdown.save:.0f} 秒估计）；每次命令前进一步",
-            )
+            _(
+                "one step is taken and saved: the time that is left would not do for two saves of {save:.0f} s, the "
+                "guess until one has been seen; each command goes a step further"
+            ).format(save=shutdown.save)
         )
     trainer.train(resume_from_checkpoint=str(job.checkpoint) if job.checkpoint else None)
     done: int = trainer.state.global_step
     if trainer.guard.leaves(trainer.args.device):
         last = last_of(job.phase.checkpoints)
         raise Interrupted(
-            say(
-                f"stopped ({shutdown.why or 'by another process'}); {last}; the same command continues",
-                f"已停止（{shutdown.why or '由其他进程'}）；{last}；用同一命令可以继续",
+            _("stopped ({why}); {last}; the same command continues").format(
+                why=shutdown.why or _("by another process"), last=last
             ),
-            place=say(f"step {job.phase.steps_before + done}", f"第 {job.phase.steps_before + done} 步"),
+            place=_("step {steps_before}").format(steps_before=job.phase.steps_before + done),
         )
     skipped = trainer.guard.skipped
     if 0 < done - start <= skipped:
         raise NumbersError(
-            say("fp16 overflowed in every step, and none was taken", "fp16 每一步都溢出，没有一步更新了权重"),
+            _("fp16 overflowed in every step, and none was taken"),
             place="precision: fp16",
-            remedy=say("precision: bf16 (or fp32, where there is none)", "precision: bf16（不支持时用 fp32）"),
+            remedy=_("precision: bf16 (or fp32, where there is none)"),
         )
     if skipped:
-        console.notice(
-            say(
-                f"fp16 overflowed in {skipped} steps, which were left out",
-                f"fp16 有 {skipped} 步溢出，已跳过",
-            )
-        )
+        console.notice(_("fp16 overflowed in {skipped} steps, which were left out").format(skipped=skipped))
     return done
 
 
@@ -206,9 +199,9 @@ def _take_best(trainer: PlannedTrainer, job: PhaseRun, done: int) -> None:
     """Load the checkpoint of the best evaluation, where a later step is worse. Raises ArtifactError when it is damaged."""
     if (best := job.metrics.best) and best[0] != done:
         checkpoint = job.phase.checkpoints / f"checkpoint-{best[0]}"
-        console.notice(say(f"the weights of step {best[0]}, the best, are taken", f"取第 {best[0]} 步（最佳）的权重"))
+        console.notice(_("the weights of step {best}, the best, are taken").format(best=best[0]))
         if problem := damage(checkpoint):
-            raise ArtifactError(problem, place=str(checkpoint), remedy=say("--again begins anew", "--again 重新开始"))
+            raise ArtifactError(problem, place=str(checkpoint), remedy=_("--again begins anew"))
         trainer._load_from_checkpoint(str(checkpoint))
     if job.metrics.not_beaten:
         job.tell(job.metrics.not_beaten)
@@ -225,14 +218,12 @@ def unreached_rate(section: Training, steps: int) -> str:
     if not steps or warm + decay <= steps:
         return ""
     if warm >= steps:
-        return say(
-            f"warmup: {section.warmup:g} takes {warm} steps, and there are {steps}: the learning rate never reaches its peak",
-            f"warmup: {section.warmup:g} 需要 {warm} 步，而只有 {steps} 步：学习率到不了峰值",
-        )
-    return say(
-        f"warmup and decay take {warm} + {decay} steps, and there are {steps}: the learning rate never reaches its peak",
-        f"warmup 与 decay 需要 {warm} + {decay} 步，而只有 {steps} 步：学习率到不了峰值",
-    )
+        return _(
+            "warmup: {warmup:g} takes {warm} steps, and there are {steps}: the learning rate never reaches its peak"
+        ).format(warmup=section.warmup, warm=warm, steps=steps)
+    return _(
+        "warmup and decay take {warm} + {decay} steps, and there are {steps}: the learning rate never reaches its peak"
+    ).format(warm=warm, decay=decay, steps=steps)
 
 
 def training_arguments(job: PhaseRun) -> TrainingArguments:
@@ -385,7 +376,7 @@ class PlannedTrainer(Trainer):
         ]
         if lost or not inside:
             raise NumbersError(
-                say(f"{len(lost)} trainable tensors are not in the optimizer", f"{len(lost)} 个可训练张量不在优化器中"),
+                _("{count} trainable tensors are not in the optimizer").format(count=len(lost)),
                 place=lost[0] if lost else "optimizer",
             )
         self._held = [list(group["params"]) for group in optimizer.param_groups]
@@ -488,8 +479,8 @@ class PlannedTrainer(Trainer):
         found = torch.tensor([float(bad is not None)], device=self.args.device)
         if bool(self.accelerator.gather(found).any()):
             raise NumbersError(
-                say("weights or optimizer state are not finite; nothing was saved", "权重或优化器状态非有限，未保存"),
-                place=say(f"step {self.state.global_step}", f"第 {self.state.global_step} 步") + f" · {bad or '?'}",
+                _("weights or optimizer state are not finite; nothing was saved"),
+                place=_("step {global_step}").format(global_step=self.state.global_step) + f" · {bad or '?'}",
                 remedy=last_of(self.job.phase.checkpoints),
             )
 
@@ -500,9 +491,8 @@ def _muon(job: PhaseRun) -> tuple[Any, dict[str, Any]]:
     for name, part in job.model.named_parameters():
         if part.requires_grad and (part.dim() != 2 or id(part) in whole or "embed" in name or "lm_head" in name):
             raise RecipeError(
-                say(
-                    f"muon trains matrices of hidden layers, and {name} {tuple(part.shape)} is none",
-                    f"muon 只训练隐藏层矩阵，而 {name} {tuple(part.shape)} 不是",
+                _("muon trains matrices of hidden layers, and {name} {shape} is none").format(
+                    name=name, shape=tuple(part.shape)
                 ),
                 place="optimizer",
                 remedy="optimizer: adamw",
@@ -553,12 +543,9 @@ def _know_the_numbered_cpu() -> None:
 
 def _not_taken(arguments: Mapping[str, Any], error: Exception) -> RecipeError:
     return RecipeError(
-        say(
-            f"transformers does not take {arguments}: {first_line(error)}",
-            f"transformers 不接受 {arguments}：{first_line(error)}",
-        ),
+        _("transformers does not take {arguments}: {error}").format(arguments=arguments, error=first_line(error)),
         place="trainer",
-        remedy=say("correct the value, or leave the setting out", "请改正取值，或删去该项"),
+        remedy=_("correct the value, or leave the setting out"),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tongwen.core.errors import ModelError, RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.vocab.learn import LearnedMerges
 from tongwen.vocab.script import UNSPACED, Script, nothing_of
 
@@ -97,7 +97,7 @@ def extend(definition: dict[str, Any], learned: LearnedMerges) -> dict[str, Any]
         entry, index = to_entry(piece), learned.first_new + place
         if entry in vocabulary or index in used:
             raise ModelError(
-                say(f"the new piece {entry!r} collides with a token that exists", f"新词 {entry!r} 与已有词冲突"),
+                _("the new piece {entry!r} collides with a token that exists").format(entry=entry),
                 place=f"id {index}",
             )
         vocabulary[entry] = index
@@ -120,7 +120,7 @@ def parts_of(learned: LearnedMerges) -> list[list[int]]:
 def counts_of(learned: LearnedMerges) -> list[int]:
     """How often each new piece stood in the corpus when it was chosen."""
     counts: dict[int, int] = {}
-    for (_, _, made), count in zip(learned.merges, learned.counts, strict=True):
+    for (_unused, _unused2, made), count in zip(learned.merges, learned.counts, strict=True):
         if made >= learned.first_new:
             counts.setdefault(made, count)
     return list(counts.values())
@@ -143,12 +143,11 @@ def with_words(
         split = [to_bytes(part).decode("utf-8", "replace") for part, _ in found]
         if len(split) != 1:
             raise RecipeError(
-                say(
-                    f"the base's tokenizer takes {form!r} apart into {split}: it can be no single piece",
-                    f"底座的分词器把 {form!r} 拆成 {split}：无法成为一个词",
+                _("the base's tokenizer takes {form!r} apart into {split}: it can be no single piece").format(
+                    form=form, split=split
                 ),
                 place="vocab.words",
-                remedy=say("write it under special_tokens, or leave it out", "请写到 special_tokens 下，或删去"),
+                remedy=_("write it under special_tokens, or leave it out"),
             )
         tokens = list(extended.encode(form, add_special_tokens=False).ids)
         for left, right, made in out.merges[len(learned.merges) :]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.vocab.script import Script
 
 Ids = list[list[int]]
@@ -117,7 +117,7 @@ def seconds_per_megabyte(coder: MeasuredTokenizer, texts: Sequence[str]) -> floa
     """CPU seconds of encoding a million bytes, the best of three."""
     size = sum(len(text.encode("utf-8", "replace")) for text in texts)
     best = float("inf")
-    for _ in range(3):
+    for _index in range(3):
         began = time.process_time()
         coder.encode(texts)
         best = min(best, time.process_time() - began)
@@ -195,31 +195,29 @@ def advise(
     saving = 1 - best.cost
     longer = best.characters_per_token / base.characters_per_token
     reasons = [
-        say(
-            f"{base.characters_per_token:.2f} characters per token become {best.characters_per_token:.2f} with {best.pieces:,} pieces: {longer:.2f} times the text in the same context",
-            f"每个 token 从 {base.characters_per_token:.2f} 个字变为 {best.characters_per_token:.2f} 个（增加 {best.pieces:,} 个词）：同样的上下文可容纳 {longer:.2f} 倍文字",
+        _(
+            "{base_characters_per_token:.2f} characters per token become {best_characters_per_token:.2f} with {pieces:,} pieces: {longer:.2f} times the text in the same context"
+        ).format(
+            base_characters_per_token=base.characters_per_token,
+            best_characters_per_token=best.characters_per_token,
+            pieces=best.pieces,
+            longer=longer,
         ),
-        say(
-            f"a character costs {saving:.0%} less to process, the larger head included; {WORTH:.0%} would pay for the rows to be learned",
-            f"处理一个字的成本降低 {saving:.0%}（含更大的输出层）；达到 {WORTH:.0%} 才抵得过学习新行的代价",
-        ),
+        _(
+            "a character costs {saving:.0%} less to process, the larger head included; {worth:.0%} would pay for the rows to be learned"
+        ).format(saving=saving, worth=WORTH),
     ]
     if best.seen_enough < 0.9 * best.pieces:
         reasons.append(
-            say(
-                f"the corpus shows only {best.seen_enough:,} of the {best.pieces:,} pieces {SEEN_ENOUGH} times: more text, or fewer pieces",
-                f"{best.pieces:,} 个词中只有 {best.seen_enough:,} 个在语料中出现 {SEEN_ENOUGH} 次以上：需要更多文本或更少的词",
-            )
+            _(
+                "the corpus shows only {enough:,} of the {pieces:,} pieces {enough_2} times: more text, or fewer pieces"
+            ).format(enough=best.seen_enough, pieces=best.pieces, enough_2=SEEN_ENOUGH)
         )
     bearable = damage is None or damage <= longer - 1
     if damage is not None:
         reasons.append(
-            say(
-                f"untrained, the grown model needs {damage:+.1%} bits per byte; "
-                + ("training wins that back" if bearable else "that is more than the shorter text can give back"),
-                f"未经训练时，扩表模型的 bits per byte 变化 {damage:+.1%}；"
-                + ("训练可以补回" if bearable else "超过缩短文本所能补回的"),
-            )
+            _("untrained, the grown model needs {damage:+.1%} bits per byte; ").format(damage=damage)
+            + (_("training wins that back") if bearable else _("that is more than the shorter text can give back"))
         )
     return VocabularyAdvice(saving >= WORTH and bearable, best.pieces, saving, tuple(reasons))
 

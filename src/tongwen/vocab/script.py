@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tongwen.core.errors import DataError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 Ranges = tuple[tuple[int, int], ...]  # first and last code point, ascending
 
@@ -114,12 +114,9 @@ class Script:
 def nothing_of(script: Script) -> DataError:
     """For a corpus from which no piece can be learned."""
     return DataError(
-        say(f"the corpus holds no text of the script {script.name!r}", f"语料中没有 {script.name!r} 文字"),
+        _("the corpus holds no text of the script {script!r}").format(script=script.name),
         place="corpus",
-        remedy=say(
-            f"give such text, or another script: {', '.join(SCRIPTS)}",
-            f"请提供该文字的文本，或换用：{'、'.join(SCRIPTS)}",
-        ),
+        remedy=_("give such text, or another script: {scripts}").format(scripts=_(", ").join(SCRIPTS)),
     )
 
 

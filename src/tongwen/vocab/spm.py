@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tongwen.core.errors import ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.vocab.learn import learn_merges
 from tongwen.vocab.script import Script, nothing_of
 
@@ -103,10 +103,7 @@ def merge(
         wanted = _producible(out, base, wanted[:pieces], encoder_of)  # some may have been built from those beyond
     if not wanted and not words:
         raise ModelError(
-            say(
-                f"no piece of the script {script.name!r} is left to add",
-                f"没有可添加的 {script.name!r} 文字的词",
-            ),
+            _("no piece of the script {script!r} is left to add").format(script=script.name),
             place="--add",
         )
     _append_below(out, wanted)
@@ -125,9 +122,9 @@ def check_base(base: Any, place: str) -> None:
     """Raise ModelError when a model's pieces are not merged in an order."""
     if base.trainer_spec.model_type != BPE:
         raise ModelError(
-            say("the base is a unigram model; pieces can be put onto BPE only", "底座是 unigram 模型；只能加到 BPE 上"),
+            _("the base is a unigram model; pieces can be put onto BPE only"),
             place=place,
-            remedy=say("a base of LLaMA's or Mistral's kind", "请用 LLaMA 或 Mistral 一类的底座"),
+            remedy=_("a base of LLaMA's or Mistral's kind"),
         )
 
 
@@ -166,7 +163,7 @@ def learn_pieces(
     )
     made, gains = list[str](), list[int]()
     size = learned.first_new
-    for (_, _, result), count in zip(learned.merges, learned.counts, strict=True):
+    for (_unused, _unused2, result), count in zip(learned.merges, learned.counts, strict=True):
         if result == size + len(made):
             made.append(learned.pieces[result - size].decode("utf-8").replace(" ", BLANK))
             gains.append(count)
@@ -264,7 +261,7 @@ def _steps_to(pieces: list[str], known: set[str]) -> list[str]:
 def _append_word(out: MergedPieces, word: str, encoder_of: Callable[[Any], Encode]) -> None:
     """A word, and what is missing between its tokens and itself, joined from the left."""
     text = word.replace(BLANK, " ")
-    for _ in range(len(word)):
+    for _index in range(len(word)):
         ids = encoder_of(without_prefix(out.model))([text])[0]
         if len(ids) == 1:
             return
@@ -274,7 +271,7 @@ def _append_word(out: MergedPieces, word: str, encoder_of: Callable[[Any], Encod
             _append_below(out, ["".join(piece.piece for piece in names[:2])])
         else:  # a character must be a piece before it can be a part of one
             _append_below(out, [next(character for character in word if character not in _names(out.model))])
-    raise ModelError(say(f"{text!r} cannot become one piece", f"{text!r} 无法成为一个词"), place="vocab.words")
+    raise ModelError(_("{text!r} cannot become one piece").format(text=text), place="vocab.words")
 
 
 def _names(model: Any) -> set[str]:
@@ -285,9 +282,7 @@ def _append_below(out: MergedPieces, pieces: Sequence[str]) -> None:
     """Append pieces with falling scores below all that the base ranks."""
     lowest = min(piece.score for piece in out.model.pieces if piece.score > -EXACT)
     if lowest - len(pieces) <= -EXACT:
-        raise ModelError(
-            say(f"scores below {lowest:g} cannot be told apart", f"低于 {lowest:g} 的分数无法区分"), place="--base"
-        )
+        raise ModelError(_("scores below {lowest:g} cannot be told apart").format(lowest=lowest), place="--base")
     for place, piece in enumerate(pieces):
         out.append(piece, float(int(lowest) - 1 - place))
 

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from tongwen.core import console
 from tongwen.core.errors import DataError, MissingPackage, RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.model_families import PATTERNS
 
 END = "<|endoftext|>"
@@ -51,9 +51,7 @@ def train_sentencepiece(texts: Iterable[str], pieces: int, kind: str, seed: int)
     try:
         import sentencepiece
     except ImportError:
-        raise MissingPackage(
-            "sentencepiece", say("training a SentencePiece model", "训练 SentencePiece 模型"), "sentencepiece"
-        ) from None
+        raise MissingPackage("sentencepiece", _("training a SentencePiece model"), "sentencepiece") from None
     sentencepiece.set_random_generator_seed(seed)
     out = io.BytesIO()
     lines = _Lines(texts)
@@ -78,18 +76,14 @@ def train_sentencepiece(texts: Iterable[str], pieces: int, kind: str, seed: int)
         lines.check()
         reason = str(error).split("] ")[-1].split(" Increase")[0]
         raise RecipeError(
-            say(
-                f"SentencePiece cannot make {pieces:,} pieces: {reason}",
-                f"SentencePiece 无法生成 {pieces:,} 个词：{reason}",
-            ),
+            _("SentencePiece cannot make {pieces:,} pieces: {reason}").format(pieces=pieces, reason=reason),
             place="--pieces",
-            remedy=say("another number of pieces, or more text", "换一个词数，或增加文本"),
+            remedy=_("another number of pieces, or more text"),
         ) from None
     if lines.count > SENTENCES:
         console.notice(
-            say(
-                f"SentencePiece learned from {SENTENCES:,} of {lines.count:,} lines, chosen at random",
-                f"SentencePiece 从 {lines.count:,} 行中随机选取 {SENTENCES:,} 行学习",
+            _("SentencePiece learned from {sentences:,} of {count:,} lines, chosen at random").format(
+                sentences=SENTENCES, count=lines.count
             )
         )
     return out.getvalue()
@@ -110,4 +104,4 @@ class _Lines:
 
     def check(self) -> None:
         if not self.count:
-            raise DataError(say("the corpus is empty", "语料为空"), place="corpus")
+            raise DataError(_("the corpus is empty"), place="corpus")

@@ -14,7 +14,7 @@ from typing import Any
 from tongwen.core import console
 from tongwen.core.chat_template import Template, set_apart
 from tongwen.core.errors import DataError, ModelError, RowRefused
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.core.records import Message
 from tongwen.data.encode import Encoder
@@ -122,7 +122,7 @@ class ChatModel:
         try:
             return self.prompt_ids(messages)
         except RowRefused as error:
-            raise DataError(error.rule, place=say(f"prompt {number}", f"第 {number} 个提示")) from None
+            raise DataError(error.rule, place=_("prompt {number}").format(number=number)) from None
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
         return Sampling().with_(**options)
@@ -148,7 +148,7 @@ def open_chat_model(
     place = replace(place, adapters=(*place.adapters, *adapters))
     if place.gguf and weights in device_map.BITS:
         raise ModelError(
-            say("the bits of a .gguf file are its own", ".gguf 文件的位数由文件决定"),
+            _("the bits of a .gguf file are its own"),
             place=f"{model} · --load {weights}",
             remedy="--load full",
         )
@@ -161,7 +161,7 @@ def open_chat_model(
     if template == "auto":
         template = "own" if tokenizer.chat_template else "completion"
         if template == "completion":
-            console.notice(say(f"{model} has no template: texts are continued", f"{model} 没有模板：按续写处理"))
+            console.notice(_("{model} has no template: texts are continued").format(model=model))
     bound = None if template == "completion" else chat_setup.bind_template(template, tokenizer, encoder.prefix)
     if engine in ("llama.cpp", "vllm"):
         voice = _open_elsewhere(place, tokenizer, bound, engine, rows)
@@ -181,12 +181,11 @@ def choose_engine(model: str, adapters: Sequence[str]) -> str:
     if not place.gguf or place.adapters or adapters:
         return "batched"
     if llamacpp.is_installed():
-        console.notice(say(f"{place.gguf}: answered by llama.cpp", f"{place.gguf}：由 llama.cpp 回答"))
+        console.notice(_("{gguf}: answered by llama.cpp").format(gguf=place.gguf))
         return "llama.cpp"
     console.notice(
-        say(
-            f"{place.gguf}: answered by transformers, which unpacks it; by llama.cpp: pip install 'tongwen[llamacpp]'",
-            f"{place.gguf}：由 transformers 解包后回答；改用 llama.cpp：pip install 'tongwen[llamacpp]'",
+        _("{gguf}: answered by transformers, which unpacks it; by llama.cpp: pip install 'tongwen[llamacpp]'").format(
+            gguf=place.gguf
         )
     )
     return "batched"
@@ -195,10 +194,10 @@ def choose_engine(model: str, adapters: Sequence[str]) -> str:
 def _open_network(place: load.ModelRef, tokenizer: Any, precision: str, weights: str) -> Any:
     """The network on its device, or over all GPUs when one is too small for it."""
     device = load.compute_device()
-    dtype, _ = load.compute_dtype(precision, device)
+    dtype, _unused = load.compute_dtype(precision, device)
     spread, quantize = device_map.choose(place, weights, device, dtype)
-    with console.waiting(say(f"opening {place.name}", f"打开 {place.name}")):
-        network, _ = open_adapter_chain(place, dtype, quantize, device_map="auto" if spread else None, live=True)
+    with console.waiting(_("opening {place}").format(place=place.name)):
+        network, _unused2 = open_adapter_chain(place, dtype, quantize, device_map="auto" if spread else None, live=True)
     load.check_tokenizer(tokenizer, network, place)
     mend_ends(tokenizer, network, place.name)
     return (network if spread or quantize else network.to(device)).eval()
@@ -209,7 +208,7 @@ def _check_continues(kind: str, model: str) -> None:
     family = family_of(kind)
     if family and family.dialogues_only:
         raise ModelError(
-            say(f"{kind} answers, it does not continue a text", f"{kind} 只能回答，不能续写"),
+            _("{kind} answers, it does not continue a text").format(kind=kind),
             place=f"{model} · template: completion",
             remedy=f"--template {kind}",
         )
@@ -221,7 +220,7 @@ def _open_elsewhere(
     """The voice of another engine, which reads the weights itself."""
     if place.adapters:
         raise ModelError(
-            say(f"{engine} reads a whole model, without adapters", f"{engine} 只读取完整模型，不带适配器"),
+            _("{engine} reads a whole model, without adapters").format(engine=engine),
             place=place.adapters[0],
             remedy="tongwen merge --base … --adapter … --out …",
         )
@@ -233,18 +232,17 @@ def _open_elsewhere(
         return vllm.open_model(folder, tokenizer, stops, context)
     if not place.gguf:
         raise ModelError(
-            say("llama.cpp reads a .gguf file", "llama.cpp 读取 .gguf 文件"),
+            _("llama.cpp reads a .gguf file"),
             place=place.name,
             remedy=f"tongwen convert {place.name} --to gguf --out …",
         )
     file = str(Path(place.folder) / place.gguf)
-    with console.waiting(say(f"opening {place.name}", f"打开 {place.name}")):
+    with console.waiting(_("opening {place}").format(place=place.name)):
         voice = llamacpp.open_file(file, tokenizer, _stops(place.name, tokenizer, bound, None), config, context, rows)
     if voice.context < context:
         console.notice(
-            say(
-                f"it sees {voice.context:,} tokens here, of {context:,}: more need too much memory",
-                f"此处最多看 {voice.context:,} 个 token（模型为 {context:,}）：再多则占用过多内存",
+            _("it sees {voice_context:,} tokens here, of {context:,}: more need too much memory").format(
+                voice_context=voice.context, context=context
             )
         )
     return voice
@@ -253,5 +251,5 @@ def _open_elsewhere(
 def _stops(model: str, tokenizer: Any, bound: Template | None, generation_config: Any) -> tuple[int, ...]:
     stops = chat_setup.stop_ids(tokenizer, bound, generation_config)
     if not stops:
-        raise ModelError(say("no token ends an answer in this model", "该模型没有结束回答的停止符"), place=model)
+        raise ModelError(_("no token ends an answer in this model"), place=model)
     return stops

@@ -14,7 +14,7 @@ from typing import Any
 from tongwen.core import console
 from tongwen.core.errors import RowRefused
 from tongwen.core.html import render
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document
 from tongwen.data import formats, prepare_steps, token_store
 from tongwen.data.clean import Cleaner, Dropped
@@ -68,19 +68,19 @@ def as_html(found: DataPreview) -> str:
     ledger = found.tally.ledger
     more = "+" if len(found.problems) == PROBLEMS else ""
     facts = [
-        (found.format, say("format", "格式")),
-        (f"{ledger.things_in:,}", say("rows", "行")),
-        (f"{ledger.kept:,}", say("would be kept", "将保留")),
-        (f"{len(found.problems):,}{more}", say("problems", "问题")),
-        (console.human_bytes(ledger.size_in), say("of data", "数据量")),
+        (found.format, _("format")),
+        (f"{ledger.things_in:,}", _("rows")),
+        (f"{ledger.kept:,}", _("would be kept")),
+        (f"{len(found.problems):,}{more}", _("problems")),
+        (console.human_bytes(ledger.size_in), _("of data")),
     ]
-    head = (say("ledger", "账目"), say("rows", "行"), say("bytes", "字节"))
-    rows = table_rows(ledger.to_dict(), found.kind, say("kept", "保留"))
+    head = (_("ledger"), _("rows"), _("bytes"))
+    rows = table_rows(ledger.to_dict(), found.kind, _("kept"))
     return render(
         "workflows/rows.html.jinja",
         facts=facts,
         ledger=(head, [(name, f"{count:,}", f"{size:,}") for name, count, size in rows]),
-        refused=_refused(say("Rows that are not taken", "未采用的行"), found.problems),
+        refused=_refused(_("Rows that are not taken"), found.problems),
     )
 
 
@@ -98,15 +98,15 @@ def samples_as_html(found: DataPreview, base: str, template: str) -> str:
     lost = [(bad.origin.row, bad.reason, bad.rule, "") for bad in rejected]
     summary, samples = "", []
     if len(store):
-        first = say(f"Of the first {len(found.records)} rows: ", f"前 {len(found.records)} 行：")
+        first = _("Of the first {count} rows: ").format(count=len(found.records))
         summary = first + say_mask(reader.check(store, []))
         for index in range(min(SHOWN, len(store))):
             row, length = store.origin(index).row, store.lengths[index]
-            heading = say(f"row {row} · {length} tokens", f"第 {row} 行 · {length} token")
+            heading = _("row {row} · {length} tokens").format(row=row, length=length)
             samples.append((heading, coloured(reader.tokenizer, store, index, stop)))
     return render(
         "workflows/samples.html.jinja",
-        refused=_refused(say("Rows that this model does not take", "此模型不采用的行"), lost),
+        refused=_refused(_("Rows that this model does not take"), lost),
         summary=summary,
         kinds=token_kinds(),
         samples=samples,
@@ -116,9 +116,9 @@ def samples_as_html(found: DataPreview, base: str, template: str) -> str:
 def token_kinds() -> list[tuple[str, str]]:
     """What the kinds of `coloured` mean."""
     return [
-        ("p", say("prompt", "提示")),
-        ("l", say("learned", "学习")),
-        ("s", say("stop token, learned", "停止符（学习）")),
+        ("p", _("prompt")),
+        ("l", _("learned")),
+        ("s", _("stop token, learned")),
     ]
 
 
@@ -143,4 +143,4 @@ def pieces(tokenizer: Any, store: TokenStore, index: int) -> Iterator[tuple[str,
 
 
 def _refused(heading: str, rows: list[Problem]) -> tuple[str, tuple[str, ...], list[Problem]]:
-    return heading, (say("row", "行"), say("reason", "原因"), say("rule", "说明"), say("content", "内容")), rows
+    return heading, (_("row"), _("reason"), _("rule"), _("content")), rows

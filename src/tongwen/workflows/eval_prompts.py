@@ -13,7 +13,7 @@ from typing import Any
 
 from tongwen.core import console
 from tongwen.core.errors import DataError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Origin
 from tongwen.data.files import find_files
 from tongwen.data.formats import read_dialogue, read_document, recognise, recognise_row, with_columns
@@ -55,9 +55,7 @@ def read_records(source: SourceConfig) -> list[Document | Dialogue]:
 def say_unanswered(count: int, path: str) -> None:
     """How many rows have no answer to compare with, if any."""
     if count:
-        console.notice(
-            say(f"{path}: {count} rows have no answer and are not scored", f"{path}：{count} 行没有答案，不参与评分")
-        )
+        console.notice(_("{path}: {count} rows have no answer and are not scored").format(path=path, count=count))
 
 
 def _rows(source: SourceConfig) -> Iterator[RawRow]:

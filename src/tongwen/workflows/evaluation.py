@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tongwen.core.errors import DataError, MissingPackage, ModelError, NumbersError, RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document
 from tongwen.data.files import find_files
 from tongwen.infer import metrics, multiple_choice
@@ -71,7 +71,7 @@ class EvalTask(ABC):
     def result(self, marks: Scores) -> dict[str, Any]:
         """What stands in scores.json. Raises DataError when no row could be scored."""
         if not marks.counts:
-            raise DataError(say("no row could be scored", "没有一行可以评分"), place=self.task.title)
+            raise DataError(_("no row could be scored"), place=self.task.title)
         out = metrics.summarise(marks.table(sorted(marks.counts)), self.figures)
         if len(marks.groups) > 1:
             out["groups"] = {
@@ -108,10 +108,7 @@ def _answered(task: TaskConfig, questions: list[EvalPrompt]) -> list[EvalPrompt]
     known = [one for one in questions if one.wanted is not None]
     if not known:
         raise DataError(
-            say(
-                f"{task.task} compares with an answer, and no row has one",
-                f"{task.task} 需要参考答案，而没有一行有答案",
-            ),
+            _("{task} compares with an answer, and no row has one").format(task=task.task),
             place=questions[0].place,
             remedy='{"instruction": "…", "output": "…"}',
         )
@@ -191,9 +188,9 @@ def _read_choices(task: TaskConfig) -> MultipleChoiceTask:
     short = sorted({one.subject for one in choices if len(examples.get(one.subject, ())) < task.shots})
     if short:
         raise DataError(
-            say(f"fewer than {task.shots} examples for {', '.join(short)}", f"{'、'.join(short)} 的示例少于 {task.shots} 道"),
+            _("fewer than {shots} examples for {short}").format(shots=task.shots, short=_(', ').join(short)),
             place=str(task.examples),
-            remedy=say("the file of a subject is called as its questions are: SUBJECT_dev.csv", "示例文件与题目文件同名：科目_dev.csv"),
+            remedy=_("the file of a subject is called as its questions are: SUBJECT_dev.csv"),
         )  # fmt: skip
     return MultipleChoiceTask(task, _first(task, choices), examples)
 
@@ -226,10 +223,9 @@ class LikelihoodTask(EvalTask):
             progress(row + 1)
         if missing := len(self.records) - len(marks.counts):
             marks.notes.append(
-                say(
-                    f"{missing} dialogues are longer than the model sees, or refused by its template; they are not scored",
-                    f"{missing} 个对话超出模型长度或被模板拒绝，不参与评分",
-                )
+                _(
+                    "{missing} dialogues are longer than the model sees, or refused by its template; they are not scored"
+                ).format(missing=missing)
             )
         return marks
 
@@ -258,7 +254,7 @@ class LmEvalTask(EvalTask):
         manager = TaskManager(include_path=self.task.data.path if self.task.data else None)
         if not manager.match_tasks([self.task.suite]):
             raise RecipeError(
-                say("the harness has no such task", "其中没有这个任务"),
+                _("the harness has no such task"),
                 place=self.task.suite,
                 remedy="lm-eval ls tasks",
             )
@@ -278,10 +274,7 @@ class LmEvalTask(EvalTask):
                 value = sample[sample["metrics"][0]]
                 if not isinstance(value, (int, float)):
                     raise ModelError(
-                        say(
-                            f"{sample['metrics'][0]} is no figure of a single row",
-                            f"{sample['metrics'][0]} 不是逐行的分数",
-                        ),
+                        _("{metrics} is no figure of a single row").format(metrics=sample["metrics"][0]),
                         place=name,
                     )
                 marks.put(len(marks.counts), (float(value), 1.0), {"wanted": str(sample["target"])}, name)
@@ -291,6 +284,4 @@ class LmEvalTask(EvalTask):
 
 def _check_numbers(values: np.ndarray, place: str) -> None:
     if not np.isfinite(values).all():
-        raise NumbersError(
-            say("the model gives NaN logits", "模型输出了 NaN"), place=place, remedy="precision: fp32 / bf16"
-        )
+        raise NumbersError(_("the model gives NaN logits"), place=place, remedy="precision: fp32 / bf16")

@@ -17,7 +17,7 @@ from typing import Any
 from tongwen.core import artifact, console
 from tongwen.core.chat_template import Template
 from tongwen.core.errors import ArtifactError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.records import Message
 from tongwen.core.safetensors_io import SHARD_BYTES, Tensors
 from tongwen.export import gguf, gguf_layout, gguf_metadata, hf, pth
@@ -59,23 +59,22 @@ def open_source(name: str) -> ModelSource:
     if folder.is_dir() and (files := pth.find_files(folder)):
         original = pth.PthTensors([TorchTensors(load_bin(file)) for file in files], folder)
         console.notice(
-            say(
-                f".pth files do not record the context length: {original.config['max_position_embeddings']} is taken",
-                f".pth 文件不记录上下文长度：取 {original.config['max_position_embeddings']}",
+            _(".pth files do not record the context length: {max_position_embeddings} is taken").format(
+                max_position_embeddings=original.config["max_position_embeddings"]
             )
         )
         return ModelSource(name, folder.resolve().name, original, original.config, folder, None)
     place = load.locate(name)
     if place.adapters:
         raise ArtifactError(
-            say("this folder holds an adapter", "该文件夹是适配器"),
+            _("this folder holds an adapter"),
             place=name,
             remedy=f"tongwen merge --base {place.folder} --adapter {name} --out MERGED",
         )
     tensors, config = open_model(place)
     if config.get("model_type") == "baichuan":
         tensors, config = gguf_layout.as_llama(tensors, config, name)
-        console.notice(say("this Baichuan is taken as the LLaMA that it is", "该 Baichuan 按其本来的 LLaMA 结构处理"))
+        console.notice(_("this Baichuan is taken as the LLaMA that it is"))
     return ModelSource(
         name, Path(place.gguf or name).resolve().name.removesuffix(".gguf"), tensors, config, Path(place.folder), place
     )
@@ -120,7 +119,7 @@ def convert(source: ModelSource, to: str, out: Path, quantize: str, settings: Ma
         writers[to](source, draft)
         draft.record_files(lambda file: file.suffix != ".safetensors")
     assert draft.artifact
-    console.good(say(f"written and read back: {out}", f"已写入并读回核对：{out}"))
+    console.good(_("written and read back: {out}").format(out=out))
     return draft.artifact
 
 
@@ -183,17 +182,12 @@ def _to_gguf(source: ModelSource, draft: artifact.Draft, kind: str) -> None:
     gguf.check(source.tensors, source.config, vocabulary, file, kind)
     draft.facts["type"] = kind
     if vocabulary is None:
-        console.notice(
-            say("no tokenizer: llama.cpp cannot read text with this file", "没有分词器：llama.cpp 无法用此文件读文字")
-        )
+        console.notice(_("no tokenizer: llama.cpp cannot read text with this file"))
         return
     if vocabulary.unlike:
         named = ", ".join(vocabulary.unlike[:3])
         console.notice(
-            say(
-                f"llama.cpp keeps blanks behind {named}, which the tokenizer drops: write none there",
-                f"llama.cpp 会保留 {named} 之后的空白，而分词器会丢弃：请勿在其后写空白",
-            )
+            _("llama.cpp keeps blanks behind {named}, which the tokenizer drops: write none there").format(named=named)
         )
     begin = vocabulary.tokens[vocabulary.special["bos"]] if vocabulary.add_bos else ""
     render = spoken.render_pairs if spoken else None
@@ -250,7 +244,7 @@ def _sentencepiece(source: ModelSource) -> Path | None:
     for file in (source.folder / "tokenizer.model", source.folder.parent / "tokenizer.model"):
         if file.is_file():
             return file
-    console.notice(say("no tokenizer.model beside the model: none is written", "模型旁没有 tokenizer.model：不写出"))
+    console.notice(_("no tokenizer.model beside the model: none is written"))
     return None
 
 

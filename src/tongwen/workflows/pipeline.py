@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from tongwen.core import artifact, console, distributed, resume
 from tongwen.core.errors import MachineError, RecipeError, TongwenError, first_line, is_disk_full
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.recipe.load import dump
 from tongwen.recipe.schema import STAGES, Recipe
 from tongwen.train import trackers
@@ -68,15 +68,11 @@ def run(
     if (again or fork) and distributed.is_launched():
         flag, many = "--again" if again else "--fork", distributed.world_size()
         raise RecipeError(
-            say(
-                f"what is there is moved aside or rewritten, which {many} processes cannot do at once",
-                f"要移开或改写已有的内容，{many} 个进程无法同时做",
-            ),
+            _("what is there is moved aside or rewritten, which {many} processes cannot do at once").format(many=many),
             place=flag,
-            remedy=say(
-                f"tongwen run RECIPE {flag} --devices {many}; or rename the folders of {recipe.out}, and launch without it",
-                f"tongwen run RECIPE {flag} --devices {many}；或先给 {recipe.out} 下的文件夹改名，再不带它启动",
-            ),
+            remedy=_(
+                "tongwen run RECIPE {flag} --devices {many}; or rename the folders of {out}, and launch without it"
+            ).format(flag=flag, many=many, out=recipe.out),
         )
     chosen = choose(recipe, only, start, until)
     check_launcher(recipe)
@@ -84,9 +80,7 @@ def run(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MachineError(
-            say(f"cannot be made: {error.strerror}", f"无法创建：{error.strerror}"), place=str(out)
-        ) from None
+        raise MachineError(_("cannot be made: {strerror}").format(strerror=error.strerror), place=str(out)) from None
     done: list[artifact.Artifact] = []
     with lock_folder(out), distributed.listening(distributed.interrupt):
         redo_from = _first_to_redo(recipe, chosen, out, stages, explicit=bool(only or start)) if again else None
@@ -109,7 +103,7 @@ def run(
             if name in redone:
                 _put_aside(path)
             elif (found := _find_unchanged(recipe, name, out, stages, fork)) is not None:
-                console.good(say(f"{name}: already done", f"{name}：已完成"))
+                console.good(_("{name}: already done").format(name=name))
                 done.append(found)
                 continue
             try:
@@ -123,12 +117,9 @@ def run(
 
 def _disk_full(path: Path, error: Exception) -> MachineError:
     return MachineError(
-        say(f"the disk is full: {first_line(error)}", f"磁盘已满：{first_line(error)}"),
+        _("the disk is full: {error}").format(error=first_line(error)),
         place=str(path),
-        remedy=say(
-            "free some space, and the same command continues; or another disk: out=FOLDER",
-            "清理空间后用同一命令继续；或换一个磁盘：out=文件夹",
-        ),
+        remedy=_("free some space, and the same command continues; or another disk: out=FOLDER"),
     )
 
 
@@ -142,7 +133,7 @@ def check_launcher(recipe: Recipe) -> None:
     """Raise RecipeError when a launcher has started another number of processes than the recipe says."""
     if distributed.is_launched() and recipe.devices not in (1, world := distributed.world_size()):
         raise RecipeError(
-            say(f"the launcher has started {world} processes", f"启动器启动了 {world} 个进程"),
+            _("the launcher has started {world} processes").format(world=world),
             place=f"devices: {recipe.devices}",
             remedy=f"tongwen run RECIPE devices={world}",
         )
@@ -152,10 +143,7 @@ def check_launcher(recipe: Recipe) -> None:
         and recipe.devices == 1
     ):
         console.notice(
-            say(
-                "`accelerate launch --cpu` starts one process, whatever --num_processes says; several: --devices N",
-                "`accelerate launch --cpu` 只启动一个进程，与 --num_processes 无关；多进程请用 --devices N",
-            )
+            _("`accelerate launch --cpu` starts one process, whatever --num_processes says; several: --devices N")
         )
 
 
@@ -164,7 +152,7 @@ def check_processes(recipe: Recipe, stages: Sequence[str]) -> None:
     for name in stages:
         if name in TRAINING and getattr(recipe, name).engine == "ddp" and recipe.devices == 1:
             raise RecipeError(
-                say("this engine runs in several processes", "该引擎需要多个进程"),
+                _("this engine runs in several processes"),
                 place=f"{name}.engine: ddp",
                 remedy="tongwen run RECIPE --devices 2; torchrun, accelerate launch, deepspeed, srun: docs/engines.md",
             )
@@ -179,7 +167,7 @@ def _check_devices(recipe: Recipe, stages: Sequence[str]) -> None:
     count = count_devices()
     if count and recipe.devices > count:
         raise MachineError(
-            say(f"this machine shows {count} GPUs, one for each process", f"本机可见 {count} 块 GPU，每个进程需要一块"),
+            _("this machine shows {count} GPUs, one for each process").format(count=count),
             place=f"devices: {recipe.devices}",
             remedy=f"--devices {count}",
         )
@@ -191,9 +179,9 @@ def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:
     for flag, name in (("--only", only), ("--from", start), ("--until", until)):
         if name and name not in stages:
             raise RecipeError(
-                say(f"{name!r} is no stage of this recipe", f"该配方没有阶段 {name!r}"),
+                _("{name!r} is no stage of this recipe").format(name=name),
                 place=flag,
-                remedy=say("it has: ", "现有：") + ", ".join(stages),
+                remedy=_("it has: ") + ", ".join(stages),
             )
     if only:
         return [only]
@@ -201,9 +189,9 @@ def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:
     last = stages.index(until) if until else len(stages) - 1
     if not stages:
         raise RecipeError(
-            say("this recipe has no stage to run", "该配方没有可运行的阶段"),
+            _("this recipe has no stage to run"),
             place=recipe.name,
-            remedy=say("add a section: ", "请添加一段：") + ", ".join(STAGES),
+            remedy=_("add a section: ") + ", ".join(STAGES),
         )
     return stages[first : last + 1]
 
@@ -253,9 +241,9 @@ def _wait_for(path: Path) -> artifact.Artifact:
             seen = time.monotonic()
         elif time.monotonic() - seen > PATIENCE_SECONDS:
             raise MachineError(
-                say("the first process has ended without it", "首个进程已结束，而它没有完成"),
+                _("the first process has ended without it"),
                 place=str(path),
-                remedy=say("its message tells why; the same command continues", "原因见其信息；用同一命令可以继续"),
+                remedy=_("its message tells why; the same command continues"),
             )
         time.sleep(0.5)
     return found
@@ -291,4 +279,4 @@ def _put_aside(path: Path) -> None:
     for place in (path, artifact.partial_of(path)):
         aside = artifact.put_aside(place)
         if aside:
-            console.notice(say(f"{place.name} is kept as {aside.name}", f"{place.name} 保留为 {aside.name}"))
+            console.notice(_("{place} is kept as {aside}").format(place=place.name, aside=aside.name))

@@ -8,7 +8,7 @@ from typing import Any
 
 from tongwen.core import artifact, console, resume
 from tongwen.core.errors import ArtifactError, DataError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.recipe.schema import Recipe
 
 # These decide where the work is done, not what comes out.
@@ -55,19 +55,16 @@ def changed_files(recipe: Recipe, manifest: dict[str, Any]) -> list[tuple[str, A
 
 def check_prepared(found: artifact.Artifact) -> None:
     """Raise ArtifactError for a file that is not as this stage has left it: what the ledger says would not be true."""
-    with console.waiting(say("checking what prepare has left", "核对 prepare 的结果")):
+    with console.waiting(_("checking what prepare has left")):
         for name, digest in found.manifest.get("made", {}).items():
             file = found.path / name
             if not file.is_file() or artifact.hash_file(file) != digest:
                 raise ArtifactError(
-                    say("this file is not as prepare has left it", "此文件与 prepare 写下的不同"),
+                    _("this file is not as prepare has left it"),
                     place=str(file),
-                    remedy=say(
-                        "change the sources instead, and tongwen run RECIPE --from prepare --again",
-                        "请改动数据源，然后 tongwen run RECIPE --from prepare --again",
-                    ),
+                    remedy=_("change the sources instead, and tongwen run RECIPE --from prepare --again"),
                 )
 
 
 def _stay_here(path: str, tell: Any) -> str:
-    raise DataError(say("this lies on a hub", "它在 hub 上"), place=path)
+    raise DataError(_("this lies on a hub"), place=path)

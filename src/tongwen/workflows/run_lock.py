@@ -13,7 +13,7 @@ import psutil
 
 from tongwen.core import distributed
 from tongwen.core.errors import MachineError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 LOCK = ".lock"  # held by the process that runs in a folder, whose number it says
 
@@ -34,12 +34,9 @@ def lock_folder(out: Path) -> Iterator[None]:
             stream.seek(0)
             owner = stream.read().strip()
             raise MachineError(
-                say(
-                    f"another tongwen is running in this folder: {owner}, or what it has launched",
-                    f"另一个 tongwen 正在此文件夹中运行：{owner}，或由它启动的进程",
-                ),
+                _("another tongwen is running in this folder: {owner}, or what it has launched").format(owner=owner),
                 place=str(out),
-                remedy=say("wait for it, or choose another `out`", "请等待，或换一个 `out`"),
+                remedy=_("wait for it, or choose another `out`"),
             ) from None
         os.set_inheritable(stream.fileno(), True)  # processes that it launches may still be saving when it is killed
         stream.truncate(0)
@@ -55,7 +52,7 @@ def lock_holder(out: Path) -> int | None:
     """The process of this machine that runs in a folder. The number that a killed one left there counts for nothing."""
     try:
         lock = out / LOCK
-        node, number, *_ = lock.read_text(encoding="utf-8").split(", ")
+        node, number, *_unused = lock.read_text(encoding="utf-8").split(", ")
         process = psutil.Process(int(number.removeprefix("process ")))
         alive = process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= lock.stat().st_mtime + 1.0
         return process.pid if alive and node == platform.node() else None

@@ -21,7 +21,7 @@ import psutil
 
 from tongwen.core import artifact, console
 from tongwen.core.errors import MachineError, TongwenError
-from tongwen.core.i18n import language, say
+from tongwen.core.i18n import _, language
 from tongwen.recipe.load import load_recipe
 from tongwen.train.metrics import read_metrics
 from tongwen.workflows.run_lock import lock_holder
@@ -38,7 +38,7 @@ def start(arguments: Sequence[str], out: Path) -> None:
     Raises MachineError when one runs there already, or when it ends before it has begun, with what it said.
     """
     if lock_holder(out):
-        raise MachineError(say("this run is running", "该训练正在运行"), place=str(out))
+        raise MachineError(_("this run is running"), place=str(out))
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOG).open("ab") as log:
         begun = log.tell()
@@ -55,14 +55,14 @@ def start(arguments: Sequence[str], out: Path) -> None:
         time.sleep(0.05)
     if process.poll():
         said = (out / LOG).read_bytes()[begun:].decode("utf-8", "replace").strip()
-        raise MachineError(say(f"it ended at once: {said}", f"立即结束：{said}"), place=str(out))
+        raise MachineError(_("it ended at once: {said}").format(said=said), place=str(out))
 
 
 def stop(out: Path) -> None:
     """Ask a run to end; one that trains saves first. Raises MachineError when none runs there."""
     running = lock_holder(out)
     if not running:
-        raise MachineError(say("nothing runs here", "此处没有正在运行的训练"), place=str(out))
+        raise MachineError(_("nothing runs here"), place=str(out))
     with suppress(psutil.Error):
         psutil.Process(running).terminate()  # it passes that on to the processes that it waits for
 
@@ -84,35 +84,35 @@ def compare(outs: Sequence[Path]) -> str:
             env={**os.environ, "TONGWEN_LANG": language()},
         )
         if not page.is_file():
-            raise MachineError(done.stderr.strip() or say("two runs are needed", "需要两个训练"))
+            raise MachineError(done.stderr.strip() or _("two runs are needed"))
         return page.read_text(encoding="utf-8")
 
 
 def facts(out: Path) -> list[tuple[str, str]]:
     """(value, label): how it stands, and the last figures of what trains."""
     running = lock_holder(out)
-    rows = [(_state(out, running), say("state", "状态"))]
+    rows = [(_state(out, running), _("state"))]
     stage, lines = next(reversed([*_metrics(out)]), ("", []))
     if lines:
         last = lines[-1]
         rows += [
-            (f"{last['step']}", say(f"step of {stage}", f"{stage} 步数")),
-            (f"{last['loss']:.3f}", say("loss", "损失")),
-            (f"{last['learning_rate'] or 0:.2e}", say("learning rate", "学习率")),
-            (console.human_count(round(last["tokens_per_second"])), say("tokens per second", "token / 秒")),
-            (console.human_time(last["seconds"]), say("training time", "训练时间")),
+            (f"{last['step']}", _("step of {stage}").format(stage=stage)),
+            (f"{last['loss']:.3f}", _("loss")),
+            (f"{last['learning_rate'] or 0:.2e}", _("learning rate")),
+            (console.human_count(round(last["tokens_per_second"])), _("tokens per second")),
+            (console.human_time(last["seconds"]), _("training time")),
         ]
     if running:
-        rows.append((console.human_bytes(_memory(running)), say("memory now", "当前内存")))
+        rows.append((console.human_bytes(_memory(running)), _("memory now")))
     return rows
 
 
 def curves(out: Path) -> list[tuple[str, list[tuple[float, float]], bool]]:
     """(title, points over steps, whether they scatter) of the loss, what is held out, and the learning rate."""
     names = {
-        "loss": say("loss", "损失"),
-        "bits_per_byte": say("held-out bits per byte", "留出集 bits per byte"),
-        "learning_rate": say("learning rate", "学习率"),
+        "loss": _("loss"),
+        "bits_per_byte": _("held-out bits per byte"),
+        "learning_rate": _("learning rate"),
     }
     found = []
     for stage, lines in _metrics(out):
@@ -160,13 +160,13 @@ def _state(out: Path, running: int | None) -> str:
     if running:
         under_way = sorted(out.glob("*.partial"), key=lambda folder: folder.stat().st_mtime)
         stage = under_way[-1].name.removesuffix(".partial") if under_way else ""
-        return say(f"running {stage}", f"运行中 {stage}").strip()
+        return _("running {stage}").format(stage=stage).strip()
     try:
-        recipe, _ = load_recipe(out / "recipe.yaml")
+        recipe, _unused = load_recipe(out / "recipe.yaml")
         finished = all(artifact.find(out / stage) for stage in recipe.stages)
     except TongwenError:
         finished = False
-    return say("finished", "已完成") if finished else say("stopped", "已停止")
+    return _("finished") if finished else _("stopped")
 
 
 def _memory(running: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tongwen.core import artifact, console
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.recipe.data import Prepare
 from tongwen.recipe.schema import STAGES, Recipe
 
@@ -36,6 +36,6 @@ def inputs(recipe: Recipe) -> Prepare:
     made = Path(recipe.out) / "synthesize" / "dialogues.jsonl"
     if recipe.synthesize is None or made.exists():
         return recipe.prepare
-    console.notice(say("what synthesize is to make is not there yet", "synthesize 的数据尚未生成"))
+    console.notice(_("what synthesize is to make is not there yet"))
     there = [source for source in recipe.prepare.dialogues if Path(source.path) != made]
     return recipe.prepare.model_copy(update={"dialogues": there})

@@ -23,7 +23,7 @@ from tongwen import __version__
 from tongwen.core import artifact, console, distributed
 from tongwen.core.chat_template import Template
 from tongwen.core.errors import DataError, ModelError, RowRefused
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Span
 from tongwen.data import token_store
 from tongwen.data.clean import han_share
@@ -138,12 +138,9 @@ class DocumentEncoder(RecordEncoder):
     def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
         if not len(store):
             raise DataError(
-                say(
-                    f"the text fills no block of {self.section.max_length} tokens",
-                    f"文本不足一个 {self.section.max_length} token 的块",
-                ),
+                _("the text fills no block of {max_length} tokens").format(max_length=self.section.max_length),
                 place="pretrain.max_length",
-                remedy=say("a smaller max_length, or documents: apart", "减小 max_length，或 documents: apart"),
+                remedy=_("a smaller max_length, or documents: apart"),
             )
         text = {"tokens": len(store.ids), "learned": store.learned_tokens}
         return {**describe(store), "roles": {"text": text}}
@@ -168,33 +165,33 @@ class TokenizedData:
 
 def say_mask(mask: dict[str, Any]) -> str:
     """What is learned, in a line."""
-    return say(
-        f"{mask['learned_share']:.0%} of {mask['tokens']:,} tokens are learned; {mask['stop_learned_share']:.0%} of {mask['samples']:,} samples learn to stop",
-        f"{mask['tokens']:,} 个 token 中 {mask['learned_share']:.0%} 计入损失；{mask['samples']:,} 个样本中 {mask['stop_learned_share']:.0%} 学到停止符",
+    return _(
+        "{learned_share:.0%} of {tokens:,} tokens are learned; {stop_learned_share:.0%} of {samples:,} samples learn to stop"
+    ).format(
+        learned_share=mask["learned_share"],
+        tokens=mask["tokens"],
+        stop_learned_share=mask["stop_learned_share"],
+        samples=mask["samples"],
     )
 
 
 def say_ledger(lesson: TokenizedData) -> None:
     """Where the rows went, and what of them is learned."""
-    rows = table_rows(lesson.ledger.to_dict(), say("encode", "编码"), say("trained", "训练"))
-    console.table((say("ledger", "账目"), say("rows", "行"), "token"), rows)
+    rows = table_rows(lesson.ledger.to_dict(), _("encode"), _("trained"))
+    console.table((_("ledger"), _("rows"), "token"), rows)
     mask, rejected = lesson.mask, lesson.rejected
     console.tell(say_mask(mask))
     if mask["round_trip"]["differ"]:
         console.notice(
-            say(
-                "{differ} of {checked} samples do not decode to their own text: the tokenizer lacks or changes characters".format(
-                    **mask["round_trip"]
-                ),
-                "{checked} 个样本中有 {differ} 个无法解码回原文：分词器缺少或改变了字符".format(**mask["round_trip"]),
-            )
+            _(
+                "{differ} of {checked} samples do not decode to their own text: the tokenizer lacks or changes characters"
+            ).format(**mask["round_trip"])
         )
     if rejected:
         first = rejected[0]
         console.notice(
-            say(
-                f"{len(rejected)} samples are not trained, the first: {first['file']}:{first['row']}: {first['rule']}",
-                f"{len(rejected)} 个样本未参与训练，第一个：{first['file']}:{first['row']}: {first['rule']}",
+            _("{count} samples are not trained, the first: {file}:{row}: {rule}").format(
+                count=len(rejected), file=first["file"], row=first["row"], rule=first["rule"]
             )
         )
 
@@ -234,17 +231,12 @@ def new_rows_of(base: str) -> list[int]:
     except FileNotFoundError:
         rows = []
     except (OSError, ValueError, TypeError) as error:
-        raise ModelError(say(f"cannot be read: {error}", f"无法读取：{error}"), place=str(file)) from None
+        raise ModelError(_("cannot be read: {error}").format(error=error), place=str(file)) from None
     if not rows:
         raise ModelError(
-            say(
-                "new_rows is to be trained, and this base says of no row that it is new",
-                "要训练 new_rows，但该底座没有新增的行",
-            ),
+            _("new_rows is to be trained, and this base says of no row that it is new"),
             place=str(file),
-            remedy=say(
-                "a `vocab` section before it, or train: embeddings", "在此之前加 `vocab` 段，或 train: embeddings"
-            ),
+            remedy=_("a `vocab` section before it, or train: embeddings"),
         )
     return rows
 
@@ -269,9 +261,8 @@ def _read_here(recipe: Recipe, kind: str) -> tuple[Iterator[Any], list[dict[str,
     """(records, sources, number of the source by file)."""
     prepare = inputs(recipe)
     console.notice(
-        say(
-            "prepare has not run on these data: rows are counted before those go that repeat each other, or what is held out",
-            "prepare 尚未处理这些数据：行数未扣除彼此重复、以及与留出数据重复的行",
+        _(
+            "prepare has not run on these data: rows are counted before those go that repeat each other, or what is held out"
         )
     )
     parts = list_parts(prepare, local_copy, console.notice)
@@ -294,10 +285,10 @@ def encode_prepared(prepared: artifact.Artifact, reader: RecordEncoder, seed: in
     """Training and held-out rows as tokens, every one of them in the ledger. Encoded once: the first process writes, an
     interrupted one goes on, the others wait and map the same files."""
     place = folder / key_of(prepared, reader)
-    with console.waiting(say("looking for the tokens", "查找 token")):
+    with console.waiting(_("looking for the tokens")):
         found = token_store.open_store(place)
     if found:
-        console.good(say("tokens: already encoded", "token：已编码"))
+        console.good(_("tokens: already encoded"))
     elif distributed.is_first():
         _encode(prepared.path / f"{reader.kind}.jsonl", reader, place)
     while (found := found or token_store.open_store(place)) is None:
@@ -330,13 +321,13 @@ def _encode(file: Path, reader: RecordEncoder, place: Path) -> None:
         if other not in (place, artifact.partial_of(place)):
             shutil.rmtree(other)
     if place.exists():
-        console.notice(say(f"{place} is not as it was written: encoded anew", f"{place} 与写下时不同：重新编码"))
+        console.notice(_("{place} is not as it was written: encoded anew").format(place=place))
         shutil.rmtree(place)
     writer = token_store.Writer(place, len(reader.tokenizer))
     ledger, rejected = writer.ledger, list[Rejected]()
     total = sum(1 for _ in file.open("rb"))
     if writer.rows:
-        console.notice(say(f"encoding goes on at row {writer.rows:,}", f"从第 {writer.rows:,} 行继续编码"))
+        console.notice(_("encoding goes on at row {rows:,}").format(rows=writer.rows))
     rows = islice(load_records(file), writer.rows, None)
     with console.progress(total, "encode", writer.rows) as bar:
         for batch in reader.batches(rows, ledger, rejected.append):
@@ -364,10 +355,7 @@ def _encode_held_out(
         ledger.lose("held_out", aside.size_in, things=len(records))
     if bad:
         console.notice(
-            say(
-                f"{len(bad)} held-out samples are not scored, the first: {bad[0].rule}",
-                f"{len(bad)} 个留出样本不参与评分，第一个：{bad[0].rule}",
-            )
+            _("{count} held-out samples are not scored, the first: {rule}").format(count=len(bad), rule=bad[0].rule)
         )
     return records, {name: store for name, store in found.items() if len(store)}
 
@@ -390,7 +378,7 @@ def _drawn(
     passes = passes_of(tokens, [one["weight"] for one in sources], [one["share"] for one in sources])
     for one, times in zip(sources, passes, strict=True):
         if times != 1:
-            console.tell(say(f"{one['path']}: {times:.3g} passes per epoch", f"{one['path']}：每轮遍历 {times:.3g} 次"))
+            console.tell(_("{path}: {times:.3g} passes per epoch").format(path=one["path"], times=times))
     missed = list[str]()
     if any(times != 1 for times in passes):
         first, asked = draw(owners, passes, seed, 0), np.multiply(tokens, passes)
@@ -399,11 +387,10 @@ def _drawn(
             wanted = one["share"] or asks
             if times != 1 and abs(got - wanted) > MISSED * wanted:
                 missed.append(
-                    say(
-                        f"{one['path']}: {wanted:.3g} of the tokens is asked for, and the first epoch has {got:.3g}: its samples "
-                        "are too few or too long",
-                        f"{one['path']}：要求占 token 的 {wanted:.3g}，而第一轮为 {got:.3g}：其样本太少或太长",
-                    )
+                    _(
+                        "{path}: {wanted:.3g} of the tokens is asked for, and the first epoch has {got:.3g}: its samples "
+                        "are too few or too long"
+                    ).format(path=one["path"], wanted=wanted, got=got)
                 )
     for text in missed:
         console.notice(text)

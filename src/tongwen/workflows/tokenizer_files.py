@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tongwen.core import console
 from tongwen.core.artifact import write_json
 from tongwen.core.errors import ModelError, RecipeError, RowRefused
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document
 from tongwen.data.clean import Cleaner
 from tongwen.data.prepare_steps import iter_rows, kind_of, list_parts
@@ -118,12 +118,11 @@ def open_tokenizer_files(name: str, *, to_measure: bool = False) -> TokenizerFil
     lexicon = _open(Path(name), name)
     if not lexicon.grows and not to_measure:
         raise ModelError(
-            say(
-                f"a {lexicon.definition['model']['type']} tokenizer without tokenizer.model: neither byte-level BPE nor SentencePiece",
-                f"{lexicon.definition['model']['type']} 分词器且没有 tokenizer.model：既非字节级 BPE，也非 SentencePiece",
+            _("a {type} tokenizer without tokenizer.model: neither byte-level BPE nor SentencePiece").format(
+                type=lexicon.definition["model"]["type"]
             ),
             place=lexicon.name,
-            remedy=say("put the family's tokenizer.model beside it", "请把该系列的 tokenizer.model 放在旁边"),
+            remedy=_("put the family's tokenizer.model beside it"),
         )
     return lexicon
 
@@ -137,7 +136,7 @@ def _open(path: Path, name: str) -> TokenizerFiles:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError(
-            say("this tokenizer has no fast form (tokenizer.json)", "该分词器没有快速形式（tokenizer.json）"),
+            _("this tokenizer has no fast form (tokenizer.json)"),
             place=name,
         )
     file = Path(place.folder) / "tokenizer.model"
@@ -161,7 +160,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ModelError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(path)) from None
+        raise ModelError(_("not JSON: {error}").format(error=error), place=str(path)) from None
 
 
 @dataclass(frozen=True)
@@ -180,9 +179,8 @@ class LearnedPieces:
     def say_if_fewer(self, pieces: int) -> None:
         if len(self) < pieces:
             console.notice(
-                say(
-                    f"the corpus gives {len(self):,} pieces, not {pieces:,}: no other pair of the script occurs twice",
-                    f"语料只能给出 {len(self):,} 个词，而不是 {pieces:,} 个：没有其他重复出现的组合",
+                _("the corpus gives {count:,} pieces, not {pieces:,}: no other pair of the script occurs twice").format(
+                    count=len(self), pieces=pieces
                 )
             )
 
@@ -226,10 +224,7 @@ def extended_by(base: TokenizerFiles, name: str) -> ExtendedTokenizer:
     other = open_tokenizer_files(name)
     if base.model is None or other.model is None:
         raise ModelError(
-            say(
-                "both must be SentencePiece models (tokenizer.model)",
-                "两者都应是 SentencePiece 模型（tokenizer.model）",
-            ),
+            _("both must be SentencePiece models (tokenizer.model)"),
             place=f"vocab.tokenizer: {name}",
             remedy="vocab: {pieces: 2000}",
         )
@@ -244,10 +239,13 @@ def extended_by(base: TokenizerFiles, name: str) -> ExtendedTokenizer:
     )
     if differing is not None or len(other.model.pieces) == held:
         raise ModelError(
-            say(
-                f"it does not extend {base.name}: "
-                + ("it has no more pieces" if differing is None else f"their pieces differ from id {differing} on"),
-                f"它不是 {base.name} 的扩充：" + ("没有更多的词" if differing is None else f"从 id {differing} 起不同"),
+            (
+                _("it does not extend {base}: ").format(base=base.name)
+                + (
+                    _("it has no more pieces")
+                    if differing is None
+                    else _("their pieces differ from id {differing} on").format(differing=differing)
+                )
             ),
             place=f"vocab.tokenizer: {name}",
             remedy="tongwen tokenizer merge --base BASE/tokenizer.model --add CHINESE.model --out DIR",
@@ -315,9 +313,9 @@ def _check_new(base: TokenizerFiles, texts: Sequence[str]) -> None:
     for text in texts:
         if not text.strip() or text in known or texts.count(text) > 1:
             raise RecipeError(
-                say(f"{text!r} is a token already, or empty", f"{text!r} 已是一个词，或为空"),
+                _("{text!r} is a token already, or empty").format(text=text),
                 place="vocab.words / vocab.special_tokens",
-                remedy=say("leave it out", "请删去"),
+                remedy=_("leave it out"),
             )
 
 
@@ -403,9 +401,7 @@ def iter_texts(paths: Sequence[str], tell: Callable[[str], None] = console.notic
             elif isinstance(record, RowRefused):
                 refused, first = refused + 1, first or f"{raw.file}:{raw.row}: {record.rule}"
         if refused:
-            tell(
-                say(f"{refused:,} rows cannot be read, the first: {first}", f"{refused:,} 行无法读取，第一个：{first}")
-            )
+            tell(_("{refused:,} rows cannot be read, the first: {first}").format(refused=refused, first=first))
 
 
 def texts_of(record: Document | Dialogue) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from tongwen.core import console
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.model.kernels.loss import bits_per_byte
 from tongwen.model.loading import load
 from tongwen.model.merging import resize
@@ -38,14 +38,13 @@ def bits_before_training(
     size = sum(file.stat().st_size for pattern in load.WEIGHTS for file in Path(place.folder).glob(pattern))
     if 2.5 * size > psutil.virtual_memory().available:
         console.notice(
-            say(
-                f"bits per byte are not measured: the model ({console.human_bytes(size)}) does not fit into memory",
-                f"不测 bits per byte：模型（{console.human_bytes(size)}）超出内存",
+            _("bits per byte are not measured: the model ({size}) does not fit into memory").format(
+                size=console.human_bytes(size)
             )
         )
         return {}
     scored = _chunks(texts), _chunks([measure.ENGLISH])
-    with console.waiting(say("scoring before any training", "训练前评分")):
+    with console.waiting(_("scoring before any training")):
         model = load.load_model(place, load.compute_dtype("auto", "cpu")[0])
         held = len(model.get_input_embeddings().weight)
         rows = resize.plan_rows(made.first_new, made.new_ids, held, 1)
@@ -54,10 +53,10 @@ def bits_before_training(
         after = [_score(model, made.lexicon, old.tokenizer, some) for some in scored]
     return {
         "bits_per_byte": {
-            say("base", "底座"): before[0],
-            say("grown, untrained", "扩表后，未训练"): after[0],
-            say("base, English", "底座，英文"): before[1],
-            say("grown, untrained, English", "扩表后，未训练，英文"): after[1],
+            _("base"): before[0],
+            _("grown, untrained"): after[0],
+            _("base, English"): before[1],
+            _("grown, untrained, English"): after[1],
         }
     }
 
@@ -66,7 +65,7 @@ def damage_of(bits: dict[str, float] | None) -> float | None:
     """By how much the bits per byte of the target's texts rise; None where nothing was measured."""
     if not bits:
         return None
-    before, after, *_ = bits.values()
+    before, after, *_unused = bits.values()
     return after / before - 1
 
 

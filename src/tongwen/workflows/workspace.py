@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 DEEPEST = 5  # folders below a given one that are looked into
 MOST = 500  # things of a kind that are listed
@@ -30,7 +30,7 @@ class Workspace:
         """Raises RecipeError for what is no folder."""
         for folder in folders:
             if not Path(folder).is_dir():
-                raise RecipeError(say("this is no folder", "不是文件夹"), place=folder)
+                raise RecipeError(_("this is no folder"), place=folder)
         return cls(tuple(Path(folder).resolve() for folder in folders), tuple(named))
 
     def inside(self, name: str) -> Path:
@@ -41,7 +41,7 @@ class Workspace:
             path = Path("/")
         if not any(path.is_relative_to(folder) for folder in self.folders):
             raise RecipeError(
-                say("this lies outside of the folders that the page was given", "不在网页可访问的文件夹内"),
+                _("this lies outside of the folders that the page was given"),
                 place=name[:200],
                 remedy=" ".join(map(str, self.folders)),
             )
@@ -69,7 +69,7 @@ class Workspace:
 
     def _walk(self) -> Iterator[Path]:
         for top in self.folders:
-            for place, below, _ in os.walk(top):
+            for place, below, _unused in os.walk(top):
                 folder = Path(place)
                 deep = len(folder.relative_to(top).parts)
                 hidden = [name for name in below if name.startswith((".", "__")) or deep >= DEEPEST]

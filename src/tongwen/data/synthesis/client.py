@@ -20,7 +20,7 @@ import httpx2
 import openai
 
 from tongwen.core.errors import MachineError, RecipeError, TongwenError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.recipe.data import Synthesize
 
 LARGEST = 8 << 20  # bytes of a reply
@@ -64,15 +64,11 @@ class SpendingMeter:
         ):
             if cap is not None and value > cap:
                 raise MachineError(
-                    say(
-                        f"the next request could go beyond the cap of {cap:g} {name}; spent: {self.said()}",
-                        f"再请求一次可能超过上限 {cap:g} {name}；已用：{self.said()}",
+                    _("the next request could go beyond the cap of {cap:g} {name}; spent: {said}").format(
+                        cap=cap, name=name, said=self.said()
                     ),
                     place=f"synthesize.at_most.{name}",
-                    remedy=say(
-                        "a higher cap, or fewer `rows`: the same command goes on",
-                        "提高上限或减少 `rows`；用同一命令可以继续",
-                    ),
+                    remedy=_("a higher cap, or fewer `rows`: the same command goes on"),
                 )
         self.requests += 1
         self._hold(most, 1)
@@ -86,8 +82,8 @@ class SpendingMeter:
         self.tokens = [spent + new for spent, new in zip(self.tokens, used, strict=True)]
 
     def said(self) -> str:
-        money = f", {self.money(self.tokens):.4g} {say('of money', '金额')}" if self.price else ""
-        return f"{self.requests} {say('requests', '次请求')}, {sum(self.tokens):,} token{money}"
+        money = f", {self.money(self.tokens):.4g} {_('of money')}" if self.price else ""
+        return f"{_('{requests} requests').format(requests=self.requests)}, {sum(self.tokens):,} token{money}"
 
     def _hold(self, most: tuple[int, int], sign: int) -> None:
         self.reserved = [kept + sign * new for kept, new in zip(self.reserved, most, strict=True)]
@@ -173,7 +169,7 @@ class SynthesisClient:
         if finish == "content_filter":
             raise TruncatedReply(finish)
         if finish is None:
-            raise TruncatedReply(say("the stream ended early", "流提前结束"))
+            raise TruncatedReply(_("the stream ended early"))
         return text, finish, tokens if tokens[1] else (tokens[0], len(text))
 
     def _judged(self, error: Exception) -> str:
@@ -186,15 +182,14 @@ class SynthesisClient:
         status, code = error.status_code, getattr(error, "code", None)
         if status in (400, 422) and self.schema and "response_format" in str(error):
             self.schema = False
-            self.tell(say("the endpoint takes no JSON schema: asked without", "该接口不支持 JSON schema：不使用"))
+            self.tell(_("the endpoint takes no JSON schema: asked without"))
             return "json_schema"
         if status in HOPELESS or code == "insufficient_quota" or 300 <= status < 400:
             raise RecipeError(
-                say(f"the endpoint refuses ({status}): {error!s:.300}", f"接口拒绝（{status}）：{error!s:.300}"),
+                _("the endpoint refuses ({status}): {error!s:.300}").format(status=status, error=error),
                 place="synthesize.endpoint",
-                remedy=say(
-                    f"synthesize.endpoint, synthesize.model and the key in ${self.section.key}",
-                    f"检查 synthesize.endpoint、synthesize.model 与 ${self.section.key} 中的密钥",
+                remedy=_("synthesize.endpoint, synthesize.model and the key in ${section}").format(
+                    section=self.section.key
                 ),
             )
         if status == 429:
@@ -225,7 +220,7 @@ class _Turn:
             endpoint.next_start = start + 60 / endpoint.section.requests_per_minute
             await asyncio.sleep(start - now)
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, *_unused: object) -> None:
         if self.probes:
             self.endpoint.probing.release()
 
@@ -245,9 +240,9 @@ def check_address(address: str) -> str:
     except ValueError:
         near = False
     if parts.username or parts.password or not host or parts.scheme not in ("https", "http"):
-        rule = say("this is no plain address of an endpoint", "这不是普通的接口地址")
+        rule = _("this is no plain address of an endpoint")
     elif parts.scheme == "http" and not near:
-        rule = say("without https everybody on the way reads the key", "不用 https，沿途都能读到密钥")
+        rule = _("without https everybody on the way reads the key")
     else:
         return address
     shown = f"{parts.scheme}://{host}{parts.path}"  # without what stands before the @
@@ -271,7 +266,7 @@ def _key(section: Synthesize) -> str:
     key = os.environ.get(section.key, "")
     if not key and urlsplit(section.endpoint).scheme == "https":
         raise RecipeError(
-            say("the key is not in the environment", "环境变量中没有密钥"),
+            _("the key is not in the environment"),
             place=f"synthesize.key: {section.key}",
             remedy=f"export {section.key}=…",
         )
@@ -283,9 +278,9 @@ async def _check_kind(response: Any) -> None:
     kind = response.headers.get("content-type", "")
     if response.status_code == 200 and "html" in kind:
         raise RecipeError(
-            say("the endpoint answers with a web page", "该接口返回的是网页"),
+            _("the endpoint answers with a web page"),
             place="synthesize.endpoint",
-            remedy=say("the address ends with /v1 for most endpoints", "多数接口的地址以 /v1 结尾"),
+            remedy=_("the address ends with /v1 for most endpoints"),
         )
 
 

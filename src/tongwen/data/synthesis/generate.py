@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from tongwen.core.errors import DataError, RowRefused
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.data.synthesis.journal import Reply, ReplyJournal
 from tongwen.data.synthesis.parse import ParsedTask, read_blocks, read_json
 from tongwen.data.synthesis.similarity import SimilarityIndex, rouge_l
@@ -133,9 +133,8 @@ class GeneratedDialogues:
         score, likest = near[0] if near else (0.0, "")
         same = max((rouge_l(question, other) for _, other in near), default=0.0)
         if score > self.section.bm25_at_most or same > self.section.rouge_at_most:
-            rule = say(
-                f"BM25 {score:.1f}, ROUGE-L {same:.2f} to {likest[:40]!r}",
-                f"与 {likest[:40]!r} 的 BM25 {score:.1f}、ROUGE-L {same:.2f}",
+            rule = _("BM25 {score:.1f}, ROUGE-L {same:.2f} to {likest!r}").format(
+                score=score, same=same, likest=likest[:40]
             )
             self.refuse(request, "like_another", rule, {"question": question})
             return
@@ -166,25 +165,21 @@ def _read(method: str, reply: Reply) -> Iterator[ParsedTask | RowRefused]:
 def _checked(item: ParsedTask) -> ParsedTask:
     """The item with the words that address the model taken out. Raises RowRefused."""
 
-    def refuse(reason: str, en: str, zh: str) -> RowRefused:
-        return RowRefused(reason, say(en, zh))
-
     mended = ParsedTask(ADDRESSED.sub("", item.instruction).strip(), item.input, item.output)
     whole = f"{mended.question}\n{mended.output}"
     if len(mended.instruction) <= 3 or not mended.output:
-        raise refuse("too_short", "no instruction, or no answer", "没有指令或回答")
+        raise RowRefused("too_short", _("no instruction, or no answer"))
     longest = LONGEST * 3 // 2 if re.search("示例|例子", mended.instruction) else LONGEST
     if mended.input and len(mended.instruction) >= longest:
-        raise refuse(
+        raise RowRefused(
             "too_long",
-            f"an instruction of {len(mended.instruction)} characters",
-            f"指令有 {len(mended.instruction)} 字",
+            _("an instruction of {count} characters").format(count=len(mended.instruction)),
         )
     if found := STRANGE.search(whole):
-        raise refuse("control_token_in_text", f"the text contains {found[0]!r}", f"文本中含有 {found[0]!r}")
+        raise RowRefused("control_token_in_text", _("the text contains {found!r}").format(found=found[0]))
     for word in (*FORBIDDEN, "gpt"):
         if word.lower() in (mended.question if word == "gpt" else whole).lower():
-            raise refuse("forbidden", f"it contains {word!r}", f"含有 {word!r}")
+            raise RowRefused("forbidden", _("it contains {word!r}").format(word=word))
     return mended
 
 
@@ -225,7 +220,7 @@ async def gather(
                 running[asyncio.create_task(ask(request))] = request
             if not running:
                 return
-            finished, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            finished, _unused = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in finished:
                 request = running.pop(task)
                 done[request.number] = request, task.result()
@@ -311,9 +306,8 @@ def read_seed(row: Any, place: str) -> ParsedTask:
     ]
     if wrong:
         raise DataError(
-            say(
-                f"no seed task: no text in {', '.join(wrong)}; it has {', '.join(map(str, value)) or 'no keys'}",
-                f"不是种子任务：{'、'.join(wrong)} 不是文本；含有 {'、'.join(map(str, value)) or '无键'}",
+            _("no seed task: no text in {wrong}; it has {value}").format(
+                wrong=_(", ").join(wrong), value=_(", ").join(map(str, value)) or _("no keys")
             ),
             place=place,
             remedy='{"instruction": "…", "instances": [{"input": "", "output": "…"}]}',

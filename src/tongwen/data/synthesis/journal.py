@@ -13,7 +13,7 @@ from types import TracebackType
 
 from tongwen.core.artifact import check_disk
 from tongwen.core.errors import ArtifactError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 FREE = 64 << 20  # bytes of disk without which nothing more is asked
 
@@ -46,9 +46,9 @@ class ReplyJournal:
             if reply is None:
                 if number < len(lines):
                     raise ArtifactError(
-                        say("this line of the journal is damaged", "日志的这一行已损坏"),
+                        _("this line of the journal is damaged"),
                         place=f"{file}:{number}",
-                        remedy=say("delete the line: its answer is asked again", "删除该行：其回答会重新请求"),
+                        remedy=_("delete the line: its answer is asked again"),
                     )
                 break
             whole += len(line)

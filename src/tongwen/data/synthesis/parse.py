@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tongwen.core.errors import RowRefused
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.data.row import DECODER
 
 MOST = 100  # items of one reply
@@ -44,7 +44,7 @@ def read_blocks(text: str, finish: str, first: int) -> Iterator[ParsedTask | Row
     blocks = [block for block in re.split(r"^\s*#{2,}\s*$|###", text, flags=re.MULTILINE) if block.strip()]
     if finish == "length":
         blocks.pop()
-        yield RowRefused("cut_off", say("the last task was cut off", "最后一个任务不完整"))
+        yield RowRefused("cut_off", _("the last task was cut off"))
     for block in blocks[:MOST]:
         yield _read_block(block)
 
@@ -56,10 +56,10 @@ def _read_block(block: str) -> ParsedTask | RowRefused:
         if label == "指令" and len(found) == 3:
             break  # an answer went on with the next task: that is no part of it
         if label in found:
-            return RowRefused("malformed", say(f"{label} stands twice", f"{label} 重复出现"))
+            return RowRefused("malformed", _("{label} stands twice").format(label=label))
         found[label] = text
     if list(found) != ["指令", "输入", "输出"]:
-        return RowRefused("malformed", say(f"the block holds {list(found)}", f"该块含有 {list(found)}"))
+        return RowRefused("malformed", _("the block holds {found}").format(found=list(found)))
     instruction, given, output = (_NUMBER.sub("", text).strip() for text in found.values())
     return ParsedTask(instruction, "" if NO_INPUT.fullmatch(given) else given, output)
 
@@ -77,11 +77,11 @@ def read_json(text: str) -> Iterator[ParsedTask | RowRefused]:
         for one in _objects(value):
             count += 1
             if count > MOST:
-                yield RowRefused("too_many", say(f"more than {MOST} items", f"超过 {MOST} 项"))
+                yield RowRefused("too_many", _("more than {most} items").format(most=MOST))
                 return
             yield _read_object(one)
     if not count:
-        yield RowRefused("malformed", say("there is no task in it", "其中没有任务"))
+        yield RowRefused("malformed", _("there is no task in it"))
 
 
 def _objects(value: dict[str, Any]) -> list[Any]:
@@ -95,6 +95,6 @@ def _read_object(value: Any) -> ParsedTask | RowRefused:
     given = {"input": "", **value} if isinstance(value, dict) else {}
     if set(given) != set(keys) or not all(isinstance(given[key], str) for key in keys):
         shown = json.dumps(value, ensure_ascii=False)[:60]
-        return RowRefused("malformed", say(f"no task with its answer: {shown}", f"不是任务与回答：{shown}"))
+        return RowRefused("malformed", _("no task with its answer: {shown}").format(shown=shown))
     instruction, given_input, output = (given[key].strip() for key in keys)
     return ParsedTask(instruction, "" if NO_INPUT.fullmatch(given_input) else given_input, output)

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tongwen.core.errors import ModelError, RecipeError, first_line
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.model.adapters.adalora import configure, write_as_lora
 from tongwen.model.adapters.chain import open_adapter
@@ -154,12 +154,9 @@ def adapt(
     rows, held = list(new_rows or []), len(model.get_input_embeddings().weight)
     if rows and not 0 <= min(rows) <= max(rows) < held:
         raise ModelError(
-            say(
-                f"new_rows.json names row {max(rows)}, the embedding has {held}",
-                f"new_rows.json 提到第 {max(rows)} 行，而词向量只有 {held} 行",
-            ),
+            _("new_rows.json names row {highest}, the embedding has {held}").format(highest=max(rows), held=held),
             place=str(model.name_or_path),
-            remedy=say("run the vocabulary stage again", "请重做词表阶段"),
+            remedy=_("run the vocabulary stage again"),
         )
     if "full" in parts:
         model.requires_grad_(True)
@@ -181,7 +178,7 @@ def adapt(
         with quiet():
             adapted = Adapted(get_peft_model(model, config), rows)
     if not adapted.learners:
-        raise ModelError(say("nothing would be trained", "没有任何可训练的参数"), place="adapter")
+        raise ModelError(_("nothing would be trained"), place="adapter")
     return adapted
 
 
@@ -205,12 +202,9 @@ def check_further(choice: AdapterConfig, stage: str) -> None:
     if differ:
         own = ", ".join(differ)
         raise RecipeError(
-            say(f"this adapter has {own}, and keeps it", f"该适配器为 {own}，且不会改变"),
+            _("this adapter has {own}, and keeps it").format(own=own),
             place=f"{stage}.adapter.continue_from: {choice.continue_from}",
-            remedy=say(
-                "leave these words out; or merge it first, and train a new adapter on the merged model",
-                "请删去这些词；或先合并它，再在合并后的模型上训练新的适配器",
-            ),
+            remedy=_("leave these words out; or merge it first, and train a new adapter on the merged model"),
         )
 
 
@@ -237,19 +231,15 @@ def _with_adapter(
         adapted = Adapted(opened, new_rows, whole="embeddings" in parts)
         if (lost := set(single) - _rows_in(opened)) and not _embeddings(opened):
             raise ModelError(
-                say(
-                    f"token rows must be trained ({len(lost)}), and this adapter holds no tensor for them",
-                    f"有 {len(lost)} 个词向量行需要训练，而该适配器中没有对应的张量",
+                _("token rows must be trained ({count}), and this adapter holds no tensor for them").format(
+                    count=len(lost)
                 ),
                 place="adapter.continue_from",
-                remedy=say(
-                    "merge it first, and train a new adapter on the merged model",
-                    "先合并它，再在合并后的模型上训练新的适配器",
-                ),
+                remedy=_("merge it first, and train a new adapter on the merged model"),
             )
         if adapted.whole and not adapted.embeddings:
             raise ModelError(
-                say("this adapter holds no embeddings to train further", "该适配器不含可继续训练的词向量"),
+                _("this adapter holds no embeddings to train further"),
                 place="adapter.continue_from",
                 remedy="train: lora",
             )
@@ -271,18 +261,13 @@ def _with_adapter(
     except (ValueError, TypeError, AttributeError) as error:
         said = first_line(error)
         raise ModelError(
-            say(f"peft cannot place this adapter: {said}", f"peft 无法放置该适配器：{said}"),
+            _("peft cannot place this adapter: {said}").format(said=said),
             place="adapter",
         ) from error
     adapted.notices += _experts(adapted.model)
     fuse(adapted.model)
     if control_rows and rows:
-        adapted.notices.append(
-            say(
-                f"{len(control_rows)} token rows are trained beside the adapter",
-                f"除适配器外还训练 {len(control_rows)} 个词向量行",
-            )
-        )
+        adapted.notices.append(_("{count} token rows are trained beside the adapter").format(count=len(control_rows)))
     return adapted
 
 
@@ -305,15 +290,11 @@ def _peft_config(
     if choice.method == "adalora":
         if rows:
             raise ModelError(
-                say(
-                    f"adalora cannot train single token rows, and {len(next(iter(rows.values())))} need it",
-                    f"adalora 不能训练单独的词向量行，而有 {len(next(iter(rows.values())))} 行需要训练",
+                _("adalora cannot train single token rows, and {count} need it").format(
+                    count=len(next(iter(rows.values())))
                 ),
                 place="adapter.method",
-                remedy=say(
-                    f"method: lora, or also_train: [{', '.join(rows)}]",
-                    f"method: lora，或 also_train: [{', '.join(rows)}]",
-                ),
+                remedy=_("method: lora, or also_train: [{rows}]").format(rows=", ".join(rows)),
             )
         return configure(choice.rank, steps, words)
     return LoraConfig(
@@ -376,10 +357,7 @@ def find_targets(model: Any, choice: AdapterConfig) -> list[str] | str:
         family = family_of(model.config.model_type)
         if family is None:
             raise ModelError(
-                say(
-                    f"no usual targets are known for {model.config.model_type!r}",
-                    f"未知系列 {model.config.model_type!r} 的惯用目标",
-                ),
+                _("no usual targets are known for {model_type!r}").format(model_type=model.config.model_type),
                 place="adapter.targets",
                 remedy="targets: all-linear",
             )
@@ -411,12 +389,9 @@ def _check_also(name: str, model: Any) -> None:
     held = [part for module in found for part in module.parameters()]
     if any(getattr(part, "quant_state", None) is not None or not part.is_floating_point() for part in held):
         raise ModelError(
-            say(f"{name!r} is quantised and cannot be trained in full", f"{name!r} 已量化，不能完整训练"),
+            _("{name!r} is quantised and cannot be trained in full").format(name=name),
             place="adapter.also_train",
-            remedy=say(
-                f"method: lora, or only {', '.join(_row_owners(model))}",
-                f"method: lora，或只写 {'、'.join(_row_owners(model))}",
-            ),
+            remedy=_("method: lora, or only {modules}").format(modules=_(", ").join(_row_owners(model))),
         )
 
 
@@ -462,11 +437,9 @@ def _find_parameters(model: Any, choice: AdapterConfig) -> list[str] | None:
                 {".".join(name.split(".")[-3:]) for name, part in model.named_parameters() if part.dim() == 3}
             )
             raise ModelError(
-                say(f"no weight is called {wanted!r}", f"没有名为 {wanted!r} 的权重"),
+                _("no weight is called {wanted!r}").format(wanted=wanted),
                 place="adapter.target_parameters",
-                remedy=say(
-                    f"fused weights here: {', '.join(fused) or 'none'}", f"融合的权重：{'、'.join(fused) or '无'}"
-                ),
+                remedy=_("fused weights here: {fused}").format(fused=_(", ").join(fused) or _("none")),
             )
     return list(choice.target_parameters) or None
 
@@ -502,16 +475,14 @@ def _experts(model: Any) -> list[str]:
     if passed:
         size = sum(fused[name].numel() for name in passed)
         return [
-            say(
-                f"the adapter passes by {len(passed)} fused expert weights ({size:,} parameters), the first: {passed[0]}",
-                f"适配器未覆盖 {len(passed)} 个融合的专家权重（{size:,} 个参数），第一个：{passed[0]}",
+            _("the adapter passes by {count} fused expert weights ({size:,} parameters), the first: {passed}").format(
+                count=len(passed), size=size, passed=passed[0]
             )
         ]
     if fused:
         return [
-            say(
-                f"the adapter reaches {len(fused)} fused expert weights, each expert with matrices of its own",
-                f"适配器覆盖 {len(fused)} 个融合的专家权重，每个专家各有其矩阵",
+            _("the adapter reaches {count} fused expert weights, each expert with matrices of its own").format(
+                count=len(fused)
             )
         ]
     return []
@@ -521,9 +492,9 @@ def _no_module(key: str, name: str, model: Any, unfit: str = "") -> ModelError:
     """unfit: the kind of the module that has this name, and that no adapter can stand beside."""
     linear = sorted({full.split(".")[-1] for full, module in model.named_modules() if hasattr(module, "in_features")})
     return ModelError(
-        say(f"{name!r} is a {unfit}, which an adapter cannot stand beside", f"{name!r} 是 {unfit}，适配器无法放在其旁")
+        _("{name!r} is a {unfit}, which an adapter cannot stand beside").format(name=name, unfit=unfit)
         if unfit
-        else say(f"no module is called {name!r}", f"没有名为 {name!r} 的模块"),
+        else _("no module is called {name!r}").format(name=name),
         place=f"adapter.{key}",
-        remedy=say(f"this model has: {', '.join(linear)}", f"该模型有：{'、'.join(linear)}"),
+        remedy=_("this model has: {linear}").format(linear=_(", ").join(linear)),
     )

@@ -12,7 +12,7 @@ import torch
 
 from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError, ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.model.adapters.read import EMBEDDINGS, whole_rows
 from tongwen.model.loading.fingerprint import fingerprint_chain, fingerprint_model
 from tongwen.model.loading.load import ModelRef, explained, find_adapter, load_model, quiet
@@ -32,11 +32,10 @@ def open_adapter_chain(
         return open_adapter(base, place.adapters[0], fingerprint_model(place)), None
     if quantize and place.adapters:
         raise ModelError(
-            say("an adapter cannot be put into quantised weights", "无法把适配器并入量化后的权重"),
+            _("an adapter cannot be put into quantised weights"),
             place=place.name,
-            remedy=say(
-                f"tongwen merge first, and name the merged folder as the base; the adapter: {place.adapters[0]}",
-                f"先 tongwen merge，并以合并后的文件夹为底座；适配器：{place.adapters[0]}",
+            remedy=_("tongwen merge first, and name the merged folder as the base; the adapter: {adapters}").format(
+                adapters=place.adapters[0]
             ),
         )
     model = load_model(place, torch.float32 if place.adapters else dtype, quantize, device_map)
@@ -60,15 +59,11 @@ def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, tr
     trained_on = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
     if trained_on and fingerprint_of_base and trained_on != fingerprint_of_base:
         raise ArtifactError(
-            say(
-                f"this adapter was trained on another base: {trained_on[:12]}, this one is {fingerprint_of_base[:12]}",
-                f"该适配器是在另一个底座上训练的：{trained_on[:12]}，当前为 {fingerprint_of_base[:12]}",
+            _("this adapter was trained on another base: {trained_on}, this one is {fingerprint_of_base}").format(
+                trained_on=trained_on[:12], fingerprint_of_base=fingerprint_of_base[:12]
             ),
             place=folder,
-            remedy=say(
-                f"open it on {stage.manifest['parents']['base']['path'] if stage else ''}",
-                f"请用底座 {stage.manifest['parents']['base']['path'] if stage else ''}",
-            ),
+            remedy=_("open it on {path}").format(path=stage.manifest["parents"]["base"]["path"] if stage else ""),
         )
     make_room(model, path)
     with quiet(), explained(ModelRef(folder, folder)):
@@ -82,16 +77,14 @@ def make_room(model: Any, adapter: Path) -> None:
     if wanted == held:
         return
     if wanted < held:
-        said = say(
-            f"its vocabulary has {wanted} rows, the model so far has {held}: a vocabulary never shrinks",
-            f"其词表为 {wanted} 行，而此前的模型已有 {held} 行：词表不会变小",
+        said = _("its vocabulary has {wanted} rows, the model so far has {held}: a vocabulary never shrinks").format(
+            wanted=wanted, held=held
         )
     elif len(rows) < 2 and not model.config.get_text_config().tie_word_embeddings:
         alone = next(iter(rows))
-        lacks = say("the head", "输出层") if alone.endswith(EMBEDDINGS) else say("the embedding", "词向量")
-        said = say(
-            f"it brings {wanted} rows where the model has {held}, and {lacks} is not with it",
-            f"它带来 {wanted} 行，模型只有 {held} 行，却缺少{lacks}",
+        lacks = _("the head") if alone.endswith(EMBEDDINGS) else _("the embedding")
+        said = _("it brings {wanted} rows where the model has {held}, and {lacks} is not with it").format(
+            wanted=wanted, held=held, lacks=lacks
         )
     else:
         model.resize_token_embeddings(wanted, mean_resizing=False)
@@ -99,9 +92,7 @@ def make_room(model: Any, adapter: Path) -> None:
     raise ArtifactError(
         said,
         place=str(adapter),
-        remedy=say(
-            "name the base and the adapters below it that it was trained on", "请给出训练它时的底座及其下的适配器"
-        ),
+        remedy=_("name the base and the adapters below it that it was trained on"),
     )
 
 

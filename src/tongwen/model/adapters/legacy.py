@@ -12,7 +12,7 @@ from typing import Any
 
 from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError, ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.model.loading.chat_setup import copy_chat_setup
 from tongwen.model.loading.fingerprint import combine, lines_of
 from tongwen.model.loading.load import adapter_folder
@@ -32,18 +32,13 @@ def modernise(folder: Path, out: Path, alpha: float | None) -> artifact.Artifact
     folder = adapter_folder(folder)
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
-        raise ArtifactError(
-            say(f"none of {', '.join(FILES)} is in this folder", f"文件夹里没有 {'、'.join(FILES)}"), place=str(folder)
-        )
+        raise ArtifactError(_("none of {files} is in this folder").format(files=_(", ").join(FILES)), place=str(folder))
     state = _adapters_own(load_bin(file))
     if not any(".lora_A." in name for name in state):
         raise ArtifactError(
-            say("it holds no LoRA tensors", "其中没有 LoRA 张量"),
+            _("it holds no LoRA tensors"),
             place=str(file),
-            remedy=say(
-                "a file of 443 bytes was saved wrongly, and what it should hold is lost: train again",
-                "443 字节的文件保存有误，内容已丢失：请重新训练",
-            ),
+            remedy=_("a file of 443 bytes was saved wrongly, and what it should hold is lost: train again"),
         )
     config = _config_of(folder, state, alpha)
     with artifact.create(out, "adapter", {"source": {"path": str(file)}}, {"alpha": alpha}, swept=True) as draft:
@@ -79,16 +74,12 @@ def _config_of(folder: Path, state: dict[str, Any], alpha: float | None) -> dict
     whole = sorted({name.split(".")[-2] for name in state if ".lora_" not in name})
     found = f"r: {', '.join(map(str, ranks))}; target_modules: {', '.join(targets)}"
     if len(ranks) > 1:
-        raise ModelError(say(f"it has several ranks: {found}", f"秩不止一个：{found}"), place=str(folder))
+        raise ModelError(_("it has several ranks: {found}").format(found=found), place=str(folder))
     if alpha is None:
         raise ArtifactError(
-            say(f"its scale (lora_alpha) is in no tensor; {found}", f"张量中没有缩放（lora_alpha）；{found}"),
+            _("its scale (lora_alpha) is in no tensor; {found}").format(found=found),
             place=str(folder),
-            remedy="--alpha N: "
-            + say(
-                "Chinese-LLaMA-Alpaca and chinese_llm_sft had 32, BELLE and Chinese-LLM-Chat 16",
-                "Chinese-LLaMA-Alpaca 与 chinese_llm_sft 为 32，BELLE 与 Chinese-LLM-Chat 为 16",
-            ),
+            remedy="--alpha N: " + _("Chinese-LLaMA-Alpaca and chinese_llm_sft had 32, BELLE and Chinese-LLM-Chat 16"),
         )
     return {
         "peft_type": "LORA",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.model.adapters.read import Adapter
 from tongwen.model.loading.fingerprint import combine, fingerprint_chain, lines_of, order_that_fits
 
@@ -44,12 +44,11 @@ def read_link(adapter: Adapter) -> AdapterLink:
     own = combine(lines_of(adapter.tensors))
     if stage and stage.fingerprint != own:
         raise ArtifactError(
-            say(
-                f"its tensors have the fingerprint {own[:12]}, its manifest recorded {stage.fingerprint[:12]}",
-                f"其张量指纹为 {own[:12]}，清单记录为 {stage.fingerprint[:12]}",
+            _("its tensors have the fingerprint {own}, its manifest recorded {fingerprint}").format(
+                own=own[:12], fingerprint=stage.fingerprint[:12]
             ),
             place=str(adapter.folder),
-            remedy=say("the file was changed or damaged after training", "训练之后文件被改动或损坏"),
+            remedy=_("the file was changed or damaged after training"),
         )
     recorded = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
     return AdapterLink(adapter, stage, recorded, own)
@@ -61,10 +60,9 @@ def check_chain(base: str, fingerprint: str, links: Sequence[AdapterLink]) -> No
     for number, link in enumerate(links):
         if link.recorded not in (None, below):
             raise ArtifactError(
-                say(
-                    f"the adapter was trained on a base with fingerprint {str(link.recorded)[:12]}, here it would stand on {below[:12]}",
-                    f"适配器训练时的底座指纹为 {str(link.recorded)[:12]}，此处其下为 {below[:12]}",
-                )
+                _(
+                    "the adapter was trained on a base with fingerprint {recorded}, here it would stand on {below}"
+                ).format(recorded=str(link.recorded)[:12], below=below[:12])
                 + (f" ({base})" if number == 0 else f" ({base} + {' + '.join(one.name for one in links[:number])})"),
                 place=link.name,
                 remedy=_remedy(fingerprint, links, link),
@@ -82,11 +80,10 @@ def doubts(base: str, links: Sequence[AdapterLink]) -> list[str]:
         named = link.trained_on
         differs = bool(named) and Path(named).name.lower() != Path(below).name.lower()
         out.append(
-            say(
-                f"{link.name} does not record which base it was trained on; shapes and names are all that is checked",
-                f"{link.name} 没有记录底座；只能检查形状与名称",
+            _("{link} does not record which base it was trained on; shapes and names are all that is checked").format(
+                link=link.name
             )
-            + (say(f" (it names {named})", f"（它写的是 {named}）") if differs else "")
+            + (_(" (it names {named})").format(named=named) if differs else "")
         )
     return out
 
@@ -106,7 +103,7 @@ def highest_token(folder: Path) -> tuple[int, str] | None:
                 tokens = {index: text for index, (text, _) in enumerate(vocabulary)}
             tokens |= {int(token["id"]): token["content"] for token in found.get("added_tokens", ())}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ArtifactError(say("the tokenizer cannot be read", "分词器无法读取"), place=str(file)) from None
+            raise ArtifactError(_("the tokenizer cannot be read"), place=str(file)) from None
     elif old.is_file():
         count, last = _pieces(old)
         tokens = {count - 1: last}
@@ -121,14 +118,12 @@ def check_vocabulary(folder: Path, rows: int, place: str) -> None:
     highest = highest_token(folder)
     if highest is not None and highest[0] >= rows:
         raise ArtifactError(
-            say(
-                f"the tokenizer has ids up to {highest[0]} ({highest[1]}), the merged embedding has {rows} rows",
-                f"分词器的 id 最大为 {highest[0]}（{highest[1]}），而合并后的词向量只有 {rows} 行",
+            _("the tokenizer has ids up to {highest} ({token}), the merged embedding has {rows} rows").format(
+                highest=highest[0], token=highest[1], rows=rows
             ),
             place=place,
-            remedy=say(
-                "this tokenizer belongs to a model with a larger vocabulary: an adapter that brings those rows is missing, or comes last here and should not",
-                "该分词器属于词表更大的模型：缺少带来这些行的适配器，或顺序不对",
+            remedy=_(
+                "this tokenizer belongs to a model with a larger vocabulary: an adapter that brings those rows is missing, or comes last here and should not"
             ),
         )
 
@@ -136,10 +131,8 @@ def check_vocabulary(folder: Path, rows: int, place: str) -> None:
 def _remedy(fingerprint: str, links: Sequence[AdapterLink], wrong: AdapterLink) -> str:
     order = order_that_fits(fingerprint, [(link.recorded, link.own) for link in links])
     if order is not None:
-        return say("the order that fits: ", "合适的顺序：") + " ".join(
-            f"--adapter {links[index].name}" for index in order
-        )
-    return say(f"merge onto {wrong.trained_on}", f"请合并到 {wrong.trained_on}")
+        return _("the order that fits: ") + " ".join(f"--adapter {links[index].name}" for index in order)
+    return _("merge onto {trained_on}").format(trained_on=wrong.trained_on)
 
 
 def _pieces(file: Path) -> tuple[int, str]:
@@ -164,11 +157,11 @@ def _pieces(file: Path) -> tuple[int, str]:
                 size, at = number(at)
                 at += size
             elif key & 7 == 0:
-                _, at = number(at)
+                _unused, at = number(at)
             else:
                 at += {1: 8, 5: 4}[key & 7]
             if key == (1 << 3 | 2):
                 count, last = count + 1, data[at - size : at]
     except (IndexError, KeyError):
-        raise ArtifactError(say("this is no SentencePiece model", "不是 SentencePiece 模型"), place=str(file)) from None
+        raise ArtifactError(_("this is no SentencePiece model"), place=str(file)) from None
     return count, last[2 : 2 + last[1]].decode("utf-8", "replace") if len(last) > 1 else ""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tongwen.core.errors import ArtifactError, ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import Tensors, blocks, read_header
 from tongwen.model.loading.load import adapter_folder, no_adapter_config
 from tongwen.model.loading.tensors import FLOATS, Array, FileTensors, TorchTensors, load_bin, read_fp32
@@ -77,13 +77,12 @@ class AdapterChange:
         if not self.parts.keys() & set(pair):
             return None
         if not self.parts.keys() >= set(pair):
-            raise self.refuse(say("half of an A/B pair is missing", "缺少 A/B 矩阵之一"))
+            raise self.refuse(_("half of an A/B pair is missing"))
         (rank, inside), (outside, other) = self.shape_of(pair[0]), self.shape_of(pair[1])
         if not rank == other == self.rank:
             raise self.refuse(
-                say(
-                    f"its config says rank {self.rank}, its tensors have {rank} and {other}",
-                    f"配置的秩为 {self.rank}，张量为 {rank} 与 {other}",
+                _("its config says rank {rank}, its tensors have {rank_2} and {other}").format(
+                    rank=self.rank, rank_2=rank, other=other
                 )
             )
         return (inside, outside) if self.transposed or pair[0] == "embedding_a" else (outside, inside)
@@ -106,7 +105,7 @@ class Adapter:
 def whole_rows(folder: Path) -> dict[str, int]:
     """Embedding and head that an adapter brings whole, of whatever kind it is: tensor of the base -> its rows."""
     out: dict[str, int] = {}
-    for key, (_, shape) in _open(folder).facts.items():
+    for key, (_unused, shape) in _open(folder).facts.items():
         target, role = _role(key)
         if role == "whole" and f"{target}.weight".endswith((*EMBEDDINGS, *HEADS)) and ".original_module." not in key:
             out[f"{target}.weight"] = shape[0]
@@ -120,25 +119,22 @@ def read_adapter(folder: Path) -> Adapter:
     tensors = _open(folder)
     if not tensors.facts:
         raise ArtifactError(
-            say("the adapter is empty: merged would equal base", "适配器为空：合并结果将等于底座"),
+            _("the adapter is empty: merged would equal base"),
             place=str(folder),
-            remedy=say(
-                "it was saved wrongly (a 443-byte file is the well-known case): train and save it again",
-                "保存时出错（443 字节的文件即此情况）：请重新训练并保存",
-            ),
+            remedy=_("it was saved wrongly (a 443-byte file is the well-known case): train and save it again"),
         )
     changes: dict[str, AdapterChange] = {}
     whole_model = ""
-    for key, (dtype, _) in tensors.facts.items():
+    for key, (dtype, _unused) in tensors.facts.items():
         if ".original_module." in key:  # what the module was before training, which peft saves beside a resized one
             continue
         target, role = _role(key)
         if role is None or dtype not in FLOATS:
             if config.get("target_parameters"):
-                whole_model = say("it adapts fused weights", "它适配融合的权重")
+                whole_model = _("it adapts fused weights")
                 continue
             raise ArtifactError(
-                say(f"the adapter tensor {key!r} is of a kind that cannot be folded", f"无法合并的适配器张量 {key!r}"),
+                _("the adapter tensor {key!r} is of a kind that cannot be folded").format(key=key),
                 place=str(folder),
             )
         name = f"{target}.bias" if role == "bias" or key.endswith(".bias") else f"{target}.weight"
@@ -149,15 +145,15 @@ def read_adapter(folder: Path) -> Adapter:
             changes[name] = AdapterChange(tensors, str(folder), scale, rank, transposed, rows)
         if role in changes[name].parts:
             if config.get("target_parameters"):
-                whole_model = say("it adapts fused weights", "它适配融合的权重")
+                whole_model = _("it adapts fused weights")
                 continue
             if same_numbers(tensors, key, tensors, changes[name].parts[role]):  # peft saves a resized embedding twice
                 continue
-            raise ArtifactError(say(f"{key!r} stands there twice", f"{key!r} 重复出现"), place=str(folder))
+            raise ArtifactError(_("{key!r} stands there twice").format(key=key), place=str(folder))
         changes[name].parts[role] = key
     for change in changes.values():
         if "magnitude" in change.parts and (change.transposed or "embedding_a" in change.parts):
-            whole_model = say("its DoRA norms run over columns", "其 DoRA 范数按列计算")
+            whole_model = _("its DoRA norms run over columns")
     return Adapter(folder, config, tensors, changes, whole_model)
 
 
@@ -172,12 +168,11 @@ def check_complete(adapter: Adapter, modules: set[str]) -> None:
     missing += [name for name in config.get("modules_to_save") or [] if not any(_matches([name], m) for m in adapted)]
     if missing:
         raise ArtifactError(
-            say(
-                f"{len(missing)} modules that it says it trained are not in its file, the first: {sorted(missing)[0]}",
-                f"声称训练过的 {len(missing)} 个模块不在文件中，第一个：{sorted(missing)[0]}",
+            _("{count} modules that it says it trained are not in its file, the first: {missing}").format(
+                count=len(missing), missing=sorted(missing)[0]
             ),
             place=str(adapter.folder),
-            remedy=say("half of it was lost when it was saved: save it again", "保存时丢失了一部分：请重新保存"),
+            remedy=_("half of it was lost when it was saved: save it again"),
         )
 
 
@@ -203,12 +198,11 @@ def _open(folder: Path) -> Tensors:
     if old.is_file():
         return TorchTensors(load_bin(old))
     raise ArtifactError(
-        say("no adapter_model.safetensors in this folder", "文件夹里没有 adapter_model.safetensors"),
+        _("no adapter_model.safetensors in this folder"),
         place=str(folder),
-        remedy=say(
-            f"an old trainer may have called it pytorch_model.bin: tongwen migrate {folder} --out {folder}-lora",
-            f"旧训练脚本可能把它存为 pytorch_model.bin：tongwen migrate {folder} --out {folder}-lora",
-        ),
+        remedy=_(
+            "an old trainer may have called it pytorch_model.bin: tongwen migrate {folder} --out {folder}-lora"
+        ).format(folder=folder),
     )
 
 
@@ -219,18 +213,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise no_adapter_config(folder) from None
     except (ValueError, TypeError) as error:
-        raise ArtifactError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(file)) from None
+        raise ArtifactError(_("not JSON: {error}").format(error=error), place=str(file)) from None
     if config.get("peft_type") != "LORA":
         raise ModelError(
-            say(
-                f"adapters of type {config.get('peft_type')!r} cannot be folded into weights",
-                f"{config.get('peft_type')!r} 类型的适配器不能并入权重",
-            ),
+            _("adapters of type {peft_type!r} cannot be folded into weights").format(peft_type=config.get("peft_type")),
             place=str(file),
         )
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
-            raise ArtifactError(say(f"{key} is {config.get(key)!r}", f"{key} 为 {config.get(key)!r}"), place=str(file))
+            raise ArtifactError(_("{key} is {config!r}").format(key=key, config=config.get(key)), place=str(file))
     return config
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from tongwen.core.errors import ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 
 class ChatGLMConfig(PreTrainedConfig):
@@ -44,31 +44,21 @@ class ChatGLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if generation := _generation(kwargs):
             raise _refused(
-                say(
-                    f"this is {generation}, another model than ChatGLM-6B",
-                    f"这是 {generation}，与 ChatGLM-6B 不是同一种模型",
-                ),
-                say(
-                    "not supported; its successor in transformers' own form is: zai-org/glm-4-9b-chat-hf",
-                    "不支持；其后继有 transformers 原生格式：zai-org/glm-4-9b-chat-hf",
-                ),
+                _("this is {generation}, another model than ChatGLM-6B").format(generation=generation),
+                _("not supported; its successor in transformers' own form is: zai-org/glm-4-9b-chat-hf"),
             )
         if kwargs.get("quantization_bit"):
             raise _refused(
-                say(
-                    f"its weights are stored in {kwargs['quantization_bit']} bits",
-                    f"权重以 {kwargs['quantization_bit']} 位存储",
+                _("its weights are stored in {quantization_bit} bits").format(
+                    quantization_bit=kwargs["quantization_bit"]
                 ),
-                say(
-                    "take the fp16 model; adapter: {method: qlora} quantises it",
-                    "请用 fp16 模型；adapter: {method: qlora} 会量化它",
-                ),
+                _("take the fp16 model; adapter: {method: qlora} quantises it"),
             )
         if kwargs.get("pre_seq_len") or not kwargs.get("position_encoding_2d", True):
             odd = "pre_seq_len" if kwargs.get("pre_seq_len") else "position_encoding_2d"
             raise _refused(
-                say(f"{odd}: {kwargs[odd]} is not supported", f"不支持 {odd}: {kwargs[odd]}"),
-                say("take the base model as it was published", "请用发布的原始底座"),
+                _("{odd}: {kwargs} is not supported").format(odd=odd, kwargs=kwargs[odd]),
+                _("take the base model as it was published"),
             )
         super().__post_init__(**kwargs)
 

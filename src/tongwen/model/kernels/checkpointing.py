@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tongwen.core.errors import MachineError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.model.kernels import packed_attention
 
 
@@ -41,14 +41,11 @@ def compile_layers(model: Any) -> int:
     compiler = importlib.util.find_spec("triton") if device == "cuda" else shutil.which(os.environ.get("CXX", "g++"))
     if not layers or not compiler:
         raise MachineError(
-            say("this model has no layers that could be compiled", "该模型没有可编译的层")
+            _("this model has no layers that could be compiled")
             if compiler
-            else say(f"no compiler for {device} is here", f"没有用于 {device} 的编译器"),
+            else _("no compiler for {device} is here").format(device=device),
             place="compile",
-            remedy=say(
-                "compile: false, or install triton (GPU) or g++ (CPU)",
-                "compile: false，或安装 triton（GPU）、g++（CPU）",
-            ),
+            remedy=_("compile: false, or install triton (GPU) or g++ (CPU)"),
         )
     packed_attention.leave_out_of_graphs()
     for layer in layers:

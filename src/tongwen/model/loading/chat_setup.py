@@ -8,7 +8,7 @@ from typing import Any
 
 from tongwen.core.chat_template import Template
 from tongwen.core.errors import ArtifactError, ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.model_families import ENDS_OF_TEXT
 from tongwen.core.records import Message
 
@@ -73,7 +73,7 @@ def end_of_text(tokenizer: Any) -> int:
             return int(tokenizer.convert_tokens_to_ids(text))
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            say("this tokenizer has no token that ends a text", "该分词器没有结束文本的 token"),
+            _("this tokenizer has no token that ends a text"),
             place=type(tokenizer).__name__,
             remedy="tokenizer_config.json: eos_token",
         )
@@ -95,9 +95,7 @@ def save_tokenizer(tokenizer: Any, template: Template | None, folder: Path) -> N
     tokenizer.save_pretrained(str(folder))
     saved = folder / "chat_template.jinja"
     if saved.is_file() and saved.read_bytes() != template.source.encode():
-        raise ArtifactError(
-            say("the saved template differs from the one trained with", "保存的模板与训练时不同"), place=str(saved)
-        )
+        raise ArtifactError(_("the saved template differs from the one trained with"), place=str(saved))
 
 
 def save_generation_config(model: Any, stops: tuple[int, ...], folder: Path) -> None:

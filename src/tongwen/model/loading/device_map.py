@@ -7,7 +7,7 @@ import torch
 
 from tongwen.core import console
 from tongwen.core.errors import MachineError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.model.loading.load import ModelRef, load_config, make_skeleton
 
 SPARE = 1.2  # a model's weights, and what it computes with
@@ -31,13 +31,12 @@ def choose(place: ModelRef, weights: str, device: str, dtype: torch.dtype) -> tu
         weights = next((name for name, wanted in needed.items() if wanted <= room), "")
         if not weights:
             raise MachineError(
-                say(
-                    f"the model does not fit: {console.human_bytes(needed['4bit'])} in 4 bits, {console.human_bytes(room)} are free",
-                    f"内存不足：4 位需要 {console.human_bytes(needed['4bit'])}，可用 {console.human_bytes(room)}",
+                _("the model does not fit: {needed_4bit} in 4 bits, {room} are free").format(
+                    needed_4bit=console.human_bytes(needed["4bit"]), room=console.human_bytes(room)
                 ),
                 place=place.name,
-                remedy=say("a smaller model, or its .gguf by llama.cpp", "换小一点的模型，或用 llama.cpp 打开 .gguf"),
+                remedy=_("a smaller model, or its .gguf by llama.cpp"),
             )
         if weights != "full":
-            console.notice(say(f"loaded in {weights}: the whole does not fit", f"以 {weights} 载入：完整模型放不下"))
+            console.notice(_("loaded in {weights}: the whole does not fit").format(weights=weights))
     return len(rooms) > 1 and needed[weights] > max(rooms), BITS.get(weights, "")

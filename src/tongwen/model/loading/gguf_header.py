@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from tongwen.core.errors import MissingPackage, ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value's type, in bytes
 TEXT, ARRAY = 8, 9
@@ -28,7 +28,7 @@ def check_header(file: Path) -> None:
 @cache
 def _check(file: Path, size: int, changed: int) -> None:
     if size < 24:
-        raise _wrong(file, say(f"it has {size} bytes", f"只有 {size} 字节"))
+        raise _wrong(file, _("it has {size} bytes").format(size=size))
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             _Walk(data).through()
@@ -46,9 +46,9 @@ class _Walk:
         magic, version, tensors, facts = struct.unpack_from("<4sIQQ", self.data)
         self.at = 24
         if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(say("it is no GGUF file of version 2 or 3", "不是版本 2 或 3 的 GGUF 文件"))
+            raise ValueError(_("it is no GGUF file of version 2 or 3"))
         alignment = 32
-        for _ in range(self.possible(facts, 12)):
+        for _index in range(self.possible(facts, 12)):
             name, (kind,) = self.text(), self.take("<I")
             at = self.at
             self.value(kind)
@@ -59,7 +59,7 @@ class _Walk:
         ends = [self.tensor() for _ in range(self.possible(tensors, 24))]
         begin = -(-self.at // alignment) * alignment
         if ends and begin + max(ends) > len(self.data):
-            raise ValueError(say("the file ends before its tensors do", "文件在张量结束之前就结束了"))
+            raise ValueError(_("the file ends before its tensors do"))
 
     def tensor(self) -> int:
         """Where its data end, counted from the beginning of all data."""
@@ -84,7 +84,7 @@ class _Walk:
         elif kind == ARRAY:
             inner, count = self.take("<IQ")
             if inner == TEXT:
-                for _ in range(self.possible(count, 8)):
+                for _index in range(self.possible(count, 8)):
                     self.skip(self.take("<Q")[0])
             elif inner in SIZES:
                 self.skip(count * SIZES[inner])
@@ -109,12 +109,12 @@ class _Walk:
     def skip(self, size: int) -> None:
         self.at += size
         if self.at > len(self.data):
-            raise ValueError(say("a length leads outside of the file", "某个长度超出文件"))
+            raise ValueError(_("a length leads outside of the file"))
 
     def possible(self, count: int, least: int) -> int:
         """A count of things of at least so many bytes each, if the file has room for them."""
         if count * least > len(self.data) - self.at:
-            raise ValueError(say(f"a count of {count}", f"数量 {count}"))
+            raise ValueError(_("a count of {count}").format(count=count))
         return count
 
 
@@ -124,13 +124,13 @@ def _block_sizes() -> dict[int, tuple[int, int]]:
     try:
         import gguf
     except ImportError:
-        raise MissingPackage("gguf", say("reading GGUF files", "读取 GGUF 文件"), "gguf") from None
+        raise MissingPackage("gguf", _("reading GGUF files"), "gguf") from None
     return {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
 
 
 def _wrong(file: Path, what: str) -> ModelError:
     return ModelError(
-        say(f"the header of this GGUF file cannot be believed: {what[:120]}", f"GGUF 文件头不可信：{what[:120]}"),
+        _("the header of this GGUF file cannot be believed: {what}").format(what=what[:120]),
         place=str(file),
-        remedy=say("fetch the file again, whole", "请重新完整下载"),
+        remedy=_("fetch the file again, whole"),
     )

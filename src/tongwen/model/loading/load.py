@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError, MachineError, MissingPackage, ModelError, first_line, is_out_of_memory
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.model.loading.gguf_header import check_header
 
 if TYPE_CHECKING:
@@ -54,22 +54,19 @@ def locate(name: str) -> ModelRef:
     if name.startswith("modelscope:"):
         return ModelRef(name, _from_modelscope(name.removeprefix("modelscope:")))
     if not name.strip():
-        raise ModelError(say("no model is named", "没有写模型"), place="MODEL", remedy="Qwen/Qwen3-0.6B")
+        raise ModelError(_("no model is named"), place="MODEL", remedy="Qwen/Qwen3-0.6B")
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelError(say("there is no such file", "没有这个文件"), place=name)
+            raise ModelError(_("there is no such file"), place=name)
         check_header(path)
         return ModelRef(name, str(path.parent), gguf=path.name)
     if not path.exists():
         if name.count("/") > 1 or name.startswith((".", "/", "~")) or "\\" in name:
             raise ModelError(
-                say("there is no such folder", "没有这个文件夹"),
+                _("there is no such folder"),
                 place=name,
-                remedy=say(
-                    "give a folder, a hub id such as Qwen/Qwen3-8B, or modelscope:Qwen/Qwen3-8B",
-                    "请给出文件夹、hub id（如 Qwen/Qwen3-8B）或 modelscope:Qwen/Qwen3-8B",
-                ),
+                remedy=_("give a folder, a hub id such as Qwen/Qwen3-8B, or modelscope:Qwen/Qwen3-8B"),
             )
         return ModelRef(name, name)
     return _local_place(name, path)
@@ -77,14 +74,14 @@ def locate(name: str) -> ModelRef:
 
 def _local_place(name: str, path: Path) -> ModelRef:
     if path.is_file():
-        raise ModelError(say("a model is a folder or a .gguf file", "模型应为文件夹或 .gguf 文件"), place=name)
+        raise ModelError(_("a model is a folder or a .gguf file"), place=name)
     stage = artifact.find(path)
     if stage and stage.kind in ("sft", "pretrain") and (path / "adapter_config.json").is_file():
         below = locate(stage.manifest["parents"]["base"]["path"])
         return replace(below, name=name, adapters=(*below.adapters, str(path)))
     if next(path.glob("consolidated.*.pth"), None) and not (path / "config.json").is_file():
         raise ModelError(
-            say("these are LLaMA's own files", "这是 LLaMA 的原始文件"),
+            _("these are LLaMA's own files"),
             place=name,
             remedy=f"tongwen convert {name} --to hf --out {path.name}-hf",
         )
@@ -96,20 +93,20 @@ def _local_place(name: str, path: Path) -> ModelRef:
         if (path / "adapter_config.json").is_file():
             base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
             raise ModelError(
-                say("this folder holds an adapter, not a model", "该文件夹是适配器，不是模型"),
+                _("this folder holds an adapter, not a model"),
                 place=name,
                 remedy=f"tongwen chat {base} --adapter {name}",
             )
         raise ModelError(
-            say("no config.json in this folder: it holds no model", "文件夹里没有 config.json：不是模型"),
+            _("no config.json in this folder: it holds no model"),
             place=name,
-            remedy=say("a stage folder of a run has one after `merge`", "运行中的 merge 阶段文件夹才是模型"),
+            remedy=_("a stage folder of a run has one after `merge`"),
         )
     if not any(next(path.glob(pattern), None) for pattern in WEIGHTS):
         raise ModelError(
-            say("this model folder has no weights", "模型文件夹里没有权重"),
+            _("this model folder has no weights"),
             place=name,
-            remedy=say(f"one of these is needed: {', '.join(WEIGHTS)}", f"需要其中之一：{'、'.join(WEIGHTS)}"),
+            remedy=_("one of these is needed: {weights}").format(weights=_(", ").join(WEIGHTS)),
         )
     return ModelRef(name, str(path))
 
@@ -201,12 +198,11 @@ def load_model(place: ModelRef, dtype: torch.dtype, quantize: str = "", device_m
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise ModelError(
-            say(
-                f"{len(missing)} weights are not in the files and would be random, the first: {missing[0]}",
-                f"文件中缺少 {len(missing)} 个权重，它们将是随机值，第一个：{missing[0]}",
+            _("{count} weights are not in the files and would be random, the first: {missing}").format(
+                count=len(missing), missing=missing[0]
             ),
             place=place.name,
-            remedy=say("fetch the model again, whole", "请重新完整下载模型"),
+            remedy=_("fetch the model again, whole"),
         )
     if quantize:
         _settle_quantised(model)
@@ -279,12 +275,11 @@ def check_tokenizer(tokenizer: Any, model: Any, place: ModelRef) -> None:
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ModelError(
-            say(
-                f"the tokenizer has ids up to {highest}, the embedding has {rows} rows",
-                f"分词器的 id 最大为 {highest}，而词向量只有 {rows} 行",
+            _("the tokenizer has ids up to {highest}, the embedding has {rows} rows").format(
+                highest=highest, rows=rows
             ),
             place=place.name,
-            remedy=say("use the tokenizer that belongs to this model", "请使用该模型自己的分词器"),
+            remedy=_("use the tokenizer that belongs to this model"),
         )
 
 
@@ -313,13 +308,11 @@ def compute_dtype(precision: str, device: str) -> tuple[torch.dtype, str]:
     import torch
 
     if precision == "fp32":
-        return torch.float32, say("as the recipe says", "按配方")
+        return torch.float32, _("as the recipe says")
     if precision == "fp16":
         if device == "cpu":
-            raise MachineError(
-                say("a CPU does not train in fp16", "CPU 不支持 fp16 训练"), place="precision", remedy="precision: auto"
-            )
-        return torch.float16, say("as the recipe says; its overflows are counted", "按配方；溢出会被计数")
+            raise MachineError(_("a CPU does not train in fp16"), place="precision", remedy="precision: auto")
+        return torch.float16, _("as the recipe says; its overflows are counted")
     native = (
         cpu_has_bf16()
         if device == "cpu"
@@ -328,14 +321,14 @@ def compute_dtype(precision: str, device: str) -> tuple[torch.dtype, str]:
     if precision == "bf16":
         if not native:
             raise MachineError(
-                say(f"this {device} does not compute in bf16", f"该 {device} 不支持 bf16 计算"),
+                _("this {device} does not compute in bf16").format(device=device),
                 place="precision",
                 remedy="precision: fp32",
             )
-        return torch.bfloat16, say("as the recipe says", "按配方")
+        return torch.bfloat16, _("as the recipe says")
     if native:
-        return torch.bfloat16, say(f"this {device} computes in it", f"该 {device} 支持")
-    return torch.float32, say(f"this {device} has no native bf16", f"该 {device} 没有原生 bf16")
+        return torch.bfloat16, _("this {device} computes in it").format(device=device)
+    return torch.float32, _("this {device} has no native bf16").format(device=device)
 
 
 def cpu_has_bf16() -> bool:
@@ -407,22 +400,17 @@ class explained:  # noqa: N801
         text = str(error)
         said = first_line(error)
         if isinstance(error, ImportError) and "gguf" in text.lower():
-            raise MissingPackage("gguf", say("reading GGUF files", "读取 GGUF 文件"), "gguf") from None
+            raise MissingPackage("gguf", _("reading GGUF files"), "gguf") from None
         if not self.place.local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
             raise MachineError(
-                say(
-                    f"the hub does not give this model: {said[:160]}",
-                    f"无法从 hub 取得该模型：{said[:160]}",
-                ),
+                _("the hub does not give this model: {said}").format(said=said[:160]),
                 place=self.place.name,
                 remedy="export HF_ENDPOINT=https://hf-mirror.com"
-                + say(
-                    f"   or write   base: modelscope:{self.place.name}", f"   或写   base: modelscope:{self.place.name}"
-                ),
+                + _("   or write   base: modelscope:{place}").format(place=self.place.name),
             ) from None
         if "trust_remote_code" in text:
             raise ModelError(
-                say("this model needs code of its own, which is never run", "该模型需要运行自带代码，本工具从不运行"),
+                _("this model needs code of its own, which is never run"),
                 place=self.place.name,
                 remedy=self._without_its_code(),
             ) from None
@@ -431,25 +419,22 @@ class explained:  # noqa: N801
             or type(error).__name__ == "SafetensorError"
         ):
             raise ModelError(
-                say(
-                    f"the model cannot be loaded: {said[:300]}",
-                    f"无法加载模型：{said[:300]}",
-                ),
+                _("the model cannot be loaded: {said}").format(said=said[:300]),
                 place=self.place.name,
-                remedy=say("check that the files are whole", "请检查文件是否完整"),
+                remedy=_("check that the files are whole"),
             ) from error
 
     def _without_its_code(self) -> str:
         if load_kind(self.place) == "baichuan":
             return f"tongwen convert {self.place.name} --to hf --out {Path(self.place.folder).name}-llama"
-        return say("use a version that transformers supports itself", "请使用 transformers 原生支持的版本")
+        return _("use a version that transformers supports itself")
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingPackage("bitsandbytes", say("a quantised base", "量化底座"), "qlora")
+        raise MissingPackage("bitsandbytes", _("a quantised base"), "qlora")
     if kind == "int8":
         _check_int8()
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -469,9 +454,8 @@ def _check_int8() -> None:
 
     if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (7, 5):
         raise MachineError(
-            say(
-                f"8-bit products need compute capability 7.5, this GPU has {capability[0]}.{capability[1]}",
-                f"8 位乘法需要计算能力 7.5，该 GPU 为 {capability[0]}.{capability[1]}",
+            _("8-bit products need compute capability 7.5, this GPU has {major}.{minor}").format(
+                major=capability[0], minor=capability[1]
             ),
             place="int8",
             remedy="adapter: {method: qlora, quantize: nf4}",
@@ -486,15 +470,11 @@ def _from_modelscope(name: str) -> str:
     try:
         from modelscope import snapshot_download
     except ImportError:
-        raise MissingPackage(
-            "modelscope", say("models from ModelScope", "从 ModelScope 取模型"), "modelscope"
-        ) from None
+        raise MissingPackage("modelscope", _("models from ModelScope"), "modelscope") from None
     try:
         return str(snapshot_download(name, local_files_only=bool(os.environ.get("HF_HUB_OFFLINE"))))
     except Exception as error:
-        raise MachineError(
-            say(f"ModelScope does not give this model: {error}", f"无法从 ModelScope 取得该模型：{error}"), place=name
-        ) from None
+        raise MachineError(_("ModelScope does not give this model: {error}").format(error=error), place=name) from None
 
 
 def adapter_folder(folder: Path) -> Path:
@@ -517,7 +497,7 @@ def no_adapter_config(folder: Path) -> ArtifactError:
     """What is said of a folder without adapter_config.json: a bare file of tensors can get one."""
     bare = next((name for name in ("adapter_model.bin", "pytorch_model.bin") if (folder / name).is_file()), None)
     return ArtifactError(
-        say("no adapter_config.json in this folder", "文件夹里没有 adapter_config.json"),
+        _("no adapter_config.json in this folder"),
         place=str(folder),
         remedy=f"tongwen migrate {folder} --alpha N --out {folder}-lora" if bare else "",
     )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tongwen.core.errors import MissingPackage
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import Tensors, blocks, row_bytes, row_count
 from tongwen.model.loading.load import ModelRef, load_config, make_skeleton
 from tongwen.model.loading.tensors import Array, from_fp32, read_fp32
@@ -27,7 +27,7 @@ class QuantizedTensors:
         try:
             import bitsandbytes
         except ImportError:
-            raise MissingPackage("bitsandbytes", say("a quantised base", "量化底座"), "qlora") from None
+            raise MissingPackage("bitsandbytes", _("a quantised base"), "qlora") from None
         self.base, self.kind, self.bitsandbytes = base, kind, bitsandbytes
         self.facts = base.facts
         self.matrices = matrices_of(place) & base.facts.keys()

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 
 from tongwen.core.errors import MissingPackage, ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 BLANK = "\u2581"
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
@@ -30,9 +30,7 @@ def parse(held: bytes, place: str) -> Any:
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2 as proto
     except ImportError:
-        raise MissingPackage(
-            "sentencepiece", say("reading a SentencePiece model", "读取 SentencePiece 模型"), "sentencepiece"
-        ) from None
+        raise MissingPackage("sentencepiece", _("reading a SentencePiece model"), "sentencepiece") from None
     model: Any = proto.ModelProto()  # type: ignore[attr-defined]
     try:
         model.ParseFromString(held)
@@ -40,9 +38,9 @@ def parse(held: bytes, place: str) -> Any:
         model.Clear()
     if not model.pieces or model.trainer_spec.model_type not in (UNIGRAM, BPE):
         raise ModelError(
-            say("this is no SentencePiece model of kind BPE or unigram", "不是 BPE 或 unigram 的 SentencePiece 模型"),
+            _("this is no SentencePiece model of kind BPE or unigram"),
             place=place,
-            remedy=say("fetch the file again, whole", "请重新完整取得该文件"),
+            remedy=_("fetch the file again, whole"),
         )
     return model
 

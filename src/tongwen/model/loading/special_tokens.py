@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import console
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 
 USUAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -27,9 +27,8 @@ def instead_of_empty(folder: Path) -> dict[str, str | None]:
     known = _pieces(folder)
     found = {name: text if (text := USUAL[name]) in known else None for name in empty}
     console.notice(
-        say(
-            f"{folder}: {', '.join(empty)} are empty; taken instead: {', '.join(str(text) for text in found.values())}",
-            f"{folder}：{'、'.join(empty)} 为空；改用 {'、'.join(str(text) for text in found.values())}",
+        _("{folder}: {empty} are empty; taken instead: {found}").format(
+            folder=folder, empty=_(", ").join(empty), found=_(", ").join(str(text) for text in found.values())
         )
     )
     return found
@@ -41,9 +40,8 @@ def drop_outside(config: Any, rows: int, place: str) -> bool:
     wrong = [name for name in IDS if isinstance(index := getattr(config, name, None), int) and not 0 <= index < rows]
     for name in wrong:
         console.notice(
-            say(
-                f"{place} has {name} {getattr(config, name)}, the vocabulary {rows} tokens; it is passed by",
-                f"{place} 的 {name} 为 {getattr(config, name)}，而词表有 {rows} 个 token；忽略之",
+            _("{place} has {name} {value}, the vocabulary {rows} tokens; it is passed by").format(
+                place=place, name=name, value=getattr(config, name), rows=rows
             )
         )
         setattr(config, name, None)
@@ -61,11 +59,15 @@ def mend_ends(tokenizer: Any, model: Any, place: str) -> None:
     if not wrong or tokenizer.eos_token_id is None:
         return
     console.notice(
-        say(
-            f"{place}: an answer would end with token {wrong[0]}, {tokenizer.convert_ids_to_tokens(wrong[0])}; "
-            f"the tokenizer's own end is taken: {tokenizer.eos_token_id}, {tokenizer.eos_token}",
-            f"{place}：回答将以 token {wrong[0]}（{tokenizer.convert_ids_to_tokens(wrong[0])}）结束；"
-            f"改用分词器自己的结束符：{tokenizer.eos_token_id}（{tokenizer.eos_token}）",
+        _(
+            "{place}: an answer would end with token {wrong}, {token}; "
+            "the tokenizer's own end is taken: {eos_token_id}, {eos_token}"
+        ).format(
+            place=place,
+            wrong=wrong[0],
+            token=tokenizer.convert_ids_to_tokens(wrong[0]),
+            eos_token_id=tokenizer.eos_token_id,
+            eos_token=tokenizer.eos_token,
         )
     )
     right = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}

@@ -16,7 +16,7 @@ import numpy as np
 
 from tongwen.core import console
 from tongwen.core.errors import ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import Stored, Tensors, find_tensors, read_index, row_bytes, row_count, what_it_is
 from tongwen.model.loading.load import ModelRef, load_model
 
@@ -39,7 +39,7 @@ class FileTensors:
             stream.seek(one.begin + begin * row)
             out: Array = np.empty((end - begin) * row, np.uint8)
             if stream.readinto(out) != out.nbytes:
-                raise ModelError(say("the file ends early", "文件提前结束"), place=str(one.file))
+                raise ModelError(_("the file ends early"), place=str(one.file))
         return out
 
 
@@ -71,9 +71,9 @@ def open_tensors(folder: Path, pattern: str) -> Tensors:
         state |= load_bin(file)
     if not state and not any(folder.glob("*.safetensors")) and not any(folder.glob(pattern)):
         raise ModelError(
-            say("no weights in this folder", "文件夹里没有权重"),
+            _("no weights in this folder"),
             place=str(folder),
-            remedy=say(f"needed: *.safetensors or {pattern}", f"需要 *.safetensors 或 {pattern}"),
+            remedy=_("needed: *.safetensors or {pattern}").format(pattern=pattern),
         )
     return TorchTensors(state)
 
@@ -86,9 +86,7 @@ def open_model(place: ModelRef) -> tuple[Tensors, dict[str, Any]]:
     if place.gguf:
         import torch
 
-        console.notice(
-            say("the GGUF file is de-quantised, with the whole model in memory", "GGUF 将反量化，整个模型载入内存")
-        )
+        console.notice(_("the GGUF file is de-quantised, with the whole model in memory"))
         model = load_model(place, torch.float32)
         state = dict(model.state_dict())
         if model.config.tie_word_embeddings:
@@ -99,15 +97,12 @@ def open_model(place: ModelRef) -> tuple[Tensors, dict[str, Any]]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, TypeError) as error:
-        raise ModelError(say(f"not JSON: {error}", f"不是 JSON：{error}"), place=str(file)) from None
+        raise ModelError(_("not JSON: {error}").format(error=error), place=str(file)) from None
     if config.get("quantization_config"):
         raise ModelError(
-            say("this model is quantised", "该模型是量化过的"),
+            _("this model is quantised"),
             place=place.name,
-            remedy=say(
-                "use the original model that it was made from: an adapter fits both",
-                "请使用量化前的原始模型：适配器两者都适用",
-            ),
+            remedy=_("use the original model that it was made from: an adapter fits both"),
         )
     tensors = open_tensors(Path(place.folder), "pytorch_model*.bin")
     tensors.facts = {name: fact for name, fact in tensors.facts.items() if not name.endswith(BUFFERS)}
@@ -119,21 +114,19 @@ def load_bin(file: Path) -> dict[str, Any]:
     import torch
 
     if what := what_it_is(file):
-        raise ModelError(what, place=str(file), remedy=say("fetch the file again", "请重新下载该文件"))
+        raise ModelError(what, place=str(file), remedy=_("fetch the file again"))
     try:
         state = _load(file, mmap=True)
     except RuntimeError:  # torch's format of before 2020 cannot be mapped
         state = _load(file, mmap=False)
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ModelError(say("it holds something else than tensors", "其中不只是张量"), place=str(file))
+        raise ModelError(_("it holds something else than tensors"), place=str(file))
     size = file.stat().st_size
     for name, tensor in state.items():
         if not isinstance(name, str) or tensor.layout != torch.strided:
-            raise ModelError(say(f"{name!r} is no plain tensor", f"{name!r} 不是普通张量"), place=str(file))
+            raise ModelError(_("{name!r} is no plain tensor").format(name=name), place=str(file))
         if tensor.numel() * tensor.element_size() > size:  # a stride of 0 or a squeezed archive
-            raise ModelError(
-                say(f"{name} claims more bytes than the file has", f"{name} 声称的大小超过文件本身"), place=str(file)
-            )
+            raise ModelError(_("{name} claims more bytes than the file has").format(name=name), place=str(file))
     return state
 
 
@@ -146,15 +139,9 @@ def _load(file: Path, *, mmap: bool) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ModelError(
-            say(
-                f"it cannot be read as plain tensors: {(str(error).splitlines() or [''])[0][:120]}",
-                "无法作为纯张量读取",
-            ),
+            _("it cannot be read as plain tensors: {error}").format(error=(str(error).splitlines() or [""])[0][:120]),
             place=str(file),
-            remedy=say(
-                "a file that needs to run code is never opened; ask for safetensors",
-                "需要运行代码的文件一律不打开；请使用 safetensors",
-            ),
+            remedy=_("a file that needs to run code is never opened; ask for safetensors"),
         ) from None
     except (RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a cut file
@@ -162,9 +149,9 @@ def _load(file: Path, *, mmap: bool) -> Any:
         if mmap and isinstance(error, RuntimeError):
             raise
         raise ModelError(
-            say(f"it cannot be read: {str(error).splitlines()[0][:160]}", "文件无法读取"),
+            _("it cannot be read: {error}").format(error=str(error).splitlines()[0][:160]),
             place=str(file),
-            remedy=say("fetch the file again: it is not whole", "请重新下载：文件不完整"),
+            remedy=_("fetch the file again: it is not whole"),
         ) from None
 
 

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from tongwen.core import console
 from tongwen.core.errors import ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.model_families import PATTERNS
 
 # Tokens in the file: the family, its pattern, normaliser, special tokens behind the last rank. From Qwen's
@@ -60,14 +60,11 @@ def read_ranks(file: Path) -> Tokenizer | None:
     if len(found) not in PUBLISHED:
         known = ", ".join(f"{size:,} ({name})" for size, (name, *_) in PUBLISHED.items())
         raise ModelError(
-            say(
-                f"a tiktoken file of {len(found):,} tokens: its pattern is not known",
-                f"该 tiktoken 文件有 {len(found):,} 个词：不知其切分规则",
-            ),
+            _("a tiktoken file of {count:,} tokens: its pattern is not known").format(count=len(found)),
             place=str(file),
-            remedy=say(f"known are {known}; give a tokenizer.json instead", f"已知：{known}；请改用 tokenizer.json"),
+            remedy=_("known are {known}; give a tokenizer.json instead").format(known=known),
         )
-    _, patterns, composed, special = PUBLISHED[len(found)]
+    _unused, patterns, composed, special = PUBLISHED[len(found)]
     tokenizer = _tokenizer(found, patterns, {})
     if composed:
         tokenizer.normalizer = normalizers.NFC()
@@ -152,10 +149,9 @@ def mend_gguf(tokenizer: Any, file: Path) -> None:
             backend.normalizer = normalizers.NFC()
     else:
         console.notice(
-            say(
-                f"the file's tokenizer cuts texts as {name!r}, which is not known here: some ids may differ from the original's",
-                f"该文件的分词器按 {name!r} 切分文本，此处未知：部分 id 可能与原模型不同",
-            )
+            _(
+                "the file's tokenizer cuts texts as {name!r}, which is not known here: some ids may differ from the original's"
+            ).format(name=name)
         )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tongwen.core.errors import ArtifactError, ModelError, NumbersError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import SHARD_BYTES, Stored, Tensors, blocks, plan_shards, row_count
 from tongwen.model.adapters.read import EMBEDDINGS, HEADS
 from tongwen.model.loading.fingerprint import line_of, start_digest
@@ -37,14 +37,11 @@ def check_alike(target: Tensors, instruct: Tensors, base: Tensors) -> None:
         grown = name.endswith((*EMBEDDINGS, *HEADS)) and ours and theirs and ours[0] > theirs[0]
         if theirs != old or (ours != theirs and not (grown and ours and theirs and ours[1:] == theirs[1:])):
             raise ArtifactError(
-                say(
-                    f"the three models are not of one family: {name} has the shapes {ours}, {theirs} and {old}",
-                    f"三个模型不属于同一系列：{name} 的形状为 {ours}、{theirs} 与 {old}",
+                _("the three models are not of one family: {name} has the shapes {ours}, {theirs} and {old}").format(
+                    name=name, ours=ours, theirs=theirs, old=old
                 ),
                 place="--chat-vector",
-                remedy=say(
-                    "an instruct model, and the base that both descend from", "请给出对话模型，以及二者共同的底座"
-                ),
+                remedy=_("an instruct model, and the base that both descend from"),
             )
 
 
@@ -62,15 +59,15 @@ def add_chat_vector(
         progress(done)
     if not added.changed:
         raise ArtifactError(
-            say("instruct model and base are the same: nothing would be added", "对话模型与底座相同：没有可加的差值"),
+            _("instruct model and base are the same: nothing would be added"),
             place="--chat-vector",
         )
     for name, place in planned.items():
         if line_of(place) != added.lines[name]:
             raise NumbersError(
-                say("read back, it is not what was written", "读回后与写入的不同"),
+                _("read back, it is not what was written"),
                 place=name,
-                remedy=say("the disk or the memory may be failing; try again", "磁盘或内存可能有故障；请重试"),
+                remedy=_("the disk or the memory may be failing; try again"),
             )
     return added
 
@@ -81,7 +78,7 @@ def _add_one(
     name, differs = place.name, False
     if place.dtype not in FLOATS:
         raise ModelError(
-            say(f"its numbers are {place.dtype}: a quantised model", f"数值类型为 {place.dtype}：量化过的模型"),
+            _("its numbers are {dtype}: a quantised model").format(dtype=place.dtype),
             place=name,
         )
     shared = row_count(instruct.facts[name][1])
@@ -97,7 +94,7 @@ def _add_one(
                 differs = differs or bool(change.any())
                 rows[: last - begin] += scale * change
             if not is_finite(rows):
-                raise NumbersError(say("the sum has NaN or Inf", "结果含 NaN 或 Inf"), place=name)
+                raise NumbersError(_("the sum has NaN or Inf"), place=name)
             new = from_fp32(rows, place.dtype)
             digest.update(new)
             stream.write(memoryview(new))

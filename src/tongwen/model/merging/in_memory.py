@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core.errors import ArtifactError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.model.adapters.chain import open_adapter
 from tongwen.model.loading.load import ModelRef, load_config, load_model, make_skeleton
 
@@ -46,10 +46,7 @@ def _check_whole(folder: Path, taken: set[str]) -> None:
     if held != taken:
         odd = sorted(held ^ taken)[0]
         raise ArtifactError(
-            say(
-                f"{len(held ^ taken)} tensors do not fit this base, the first: {odd}",
-                f"{len(held ^ taken)} 个张量与该底座不符，第一个：{odd}",
-            ),
+            _("{count} tensors do not fit this base, the first: {odd}").format(count=len(held ^ taken), odd=odd),
             place=str(folder),
-            remedy=say("this adapter was trained on another base", "该适配器是在另一个底座上训练的"),
+            remedy=_("this adapter was trained on another base"),
         )

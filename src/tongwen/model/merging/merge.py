@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tongwen.core.errors import ArtifactError, ModelError, NumbersError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import Stored, Tensors, blocks, copy_bytes, plan_shards, row_bytes, row_count
 from tongwen.model.adapters.lineage import highest_token
 from tongwen.model.adapters.read import (
@@ -128,16 +128,15 @@ def plan_targets(
             targets[head] = _twin(targets[embedding], head)
             tied = config["tie_word_embeddings"] = False
             notices.append(
-                say(
-                    f"{adapter.folder} trained the embedding and the head apart, so the merged model no longer ties them",
-                    f"{adapter.folder} 分开训练了词向量与输出层，合并后的模型不再共享二者",
+                _("{folder} trained the embedding and the head apart, so the merged model no longer ties them").format(
+                    folder=adapter.folder
                 )
             )
         for name, change in changes.items():
             if name not in targets:
                 missing = [name for name in changes if name not in targets]
                 if known() >= set(missing):
-                    raise NotOneToOne(say(f"{name} has another name in the file", f"{name} 在文件中另有其名"))
+                    raise NotOneToOne(_("{name} has another name in the file").format(name=name))
                 raise _missing(adapter, missing)
             _check_fit(targets[name], change)
             targets[name].changes.append(change)
@@ -146,12 +145,11 @@ def plan_targets(
     rows = targets[embedding].shape[0] if embedding else None
     if head and rows is not None and targets[head].shape[0] != rows:
         raise ArtifactError(
-            say(
-                f"{embedding} would have {rows} rows and {head} {targets[head].shape[0]}",
-                f"{embedding} 将有 {rows} 行，而 {head} 有 {targets[head].shape[0]} 行",
+            _("{embedding} would have {rows} rows and {head} {shape}").format(
+                embedding=embedding, rows=rows, head=head, shape=targets[head].shape[0]
             ),
             place=str(adapters[-1].folder),
-            remedy=say("the adapter must bring both: modules_to_save", "适配器须同时带有二者：modules_to_save"),
+            remedy=_("the adapter must bring both: modules_to_save"),
         )
     if embedding and rows != base.facts[embedding][1][0]:
         config["vocab_size"] = rows
@@ -191,12 +189,8 @@ def _check_changed(folded: MergeResult) -> None:
         return
     never = len(folded.untrained) == len(changed)
     raise ArtifactError(
-        say("the merged model equals the base: ", "合并结果与底座相同：")
-        + (
-            say("the adapter was never trained", "适配器从未训练过")
-            if never
-            else say("its changes are too small for this number type", "其改变小于该数值类型的精度")
-        ),
+        _("the merged model equals the base: ")
+        + (_("the adapter was never trained") if never else _("its changes are too small for this number type")),
         place=changed[0].changes[0].place if changed else "",
         remedy="" if never else "--dtype fp32",
     )
@@ -224,12 +218,11 @@ def check_rows(base: Tensors, folded: MergeResult) -> float:
             worst = max(worst, float((np.abs(found - exact) / allowed).max()))
         if not worst <= 1:
             raise NumbersError(
-                say(
-                    f"read back from the file it is {worst:.3g} times as far from base + adapter as rounding allows",
-                    f"从文件读回后，与底座 + 适配器的差是舍入允许值的 {worst:.3g} 倍",
-                ),
+                _(
+                    "read back from the file it is {worst:.3g} times as far from base + adapter as rounding allows"
+                ).format(worst=worst),
                 place=target.name,
-                remedy=say("the disk or the memory may be failing; merge again", "磁盘或内存可能有故障；请重新合并"),
+                remedy=_("the disk or the memory may be failing; merge again"),
             )
     return worst
 
@@ -242,9 +235,9 @@ def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: MergeTarget,
         return
     if facts and facts[0] not in FLOATS:
         raise ModelError(
-            say(f"its numbers are {facts[0]}: a quantised base", f"数值类型为 {facts[0]}：量化过的底座"),
+            _("its numbers are {facts}: a quantised base").format(facts=facts[0]),
             place=target.name,
-            remedy=say("merge into the original, unquantised model", "请合并到未量化的原始模型"),
+            remedy=_("merge into the original, unquantised model"),
         )
     place, steps = folded.stored[target.name], steps_of(target)
     if any(step.is_zero for step in steps):
@@ -261,7 +254,7 @@ def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: MergeTarget,
             new = from_fp32(_finite(block, target.name, "merged" if steps else "base"), target.dtype)
             if target.dtype == "F16" and not np.isfinite(new.view(np.float16)).all():
                 raise NumbersError(
-                    say("the merged weight is too large for fp16", "合并后的权重超出 fp16 的范围"),
+                    _("the merged weight is too large for fp16"),
                     place=target.name,
                     remedy="--dtype bf16",
                 )
@@ -303,11 +296,8 @@ def mix_in(base: Tensors, targets: Sequence[MergeTarget], mix: combine.Combinati
             continue
         if target.source is None or target.shape != base.facts[target.source][1]:
             raise target.changes[-1].refuse(
-                say(
-                    "it brings a vocabulary of its own; only adapters of one vocabulary can be combined",
-                    "它带有自己的词表；只有词表相同的适配器才能组合",
-                ),
-                say("merge the one with the new vocabulary first", "请先合并带新词表的适配器"),
+                _("it brings a vocabulary of its own; only adapters of one vocabulary can be combined"),
+                _("merge the one with the new vocabulary first"),
             )
         target.mix = mix
         if mix.how == "ties":
@@ -347,9 +337,7 @@ def base_rows(base: Tensors, target: MergeTarget, begin: int, end: int) -> Array
 def _finite(block: Array, name: str, whose: str) -> Array:
     if not is_finite(block):
         raise NumbersError(
-            say("the merged weight has NaN or Inf", "合并后的权重含 NaN 或 Inf")
-            if whose == "merged"
-            else say("the base's weight has NaN or Inf", "底座的权重含 NaN 或 Inf"),
+            _("the merged weight has NaN or Inf") if whose == "merged" else _("the base's weight has NaN or Inf"),
             place=name,
         )
     return block
@@ -392,11 +380,10 @@ def _check_fit(target: MergeTarget, change: AdapterChange) -> None:
         if whole[0] < target.shape[0]:
             extra = _last_token(target)
             raise change.refuse(
-                say(
-                    f"its vocabulary has {whole[0]} rows, the model so far has {target.shape[0]}{extra}: a vocabulary never shrinks",
-                    f"其词表为 {whole[0]} 行，而此前的模型已有 {target.shape[0]} 行{extra}：词表不会变小",
-                ),
-                say("put the adapter with the smaller vocabulary first", "请把词表较小的适配器放在前面"),
+                _(
+                    "its vocabulary has {whole} rows, the model so far has {shape}{extra}: a vocabulary never shrinks"
+                ).format(whole=whole[0], shape=target.shape[0], extra=extra),
+                _("put the adapter with the smaller vocabulary first"),
             )
         target.shape = whole
     added = change.low_rank_shape()
@@ -410,9 +397,8 @@ def _check_fit(target: MergeTarget, change: AdapterChange) -> None:
             raise _misfit(target, change, change.shape_of("rows"))
         if max(change.rows) >= target.shape[0] or min(change.rows) < 0:
             raise change.refuse(
-                say(
-                    f"it trained token {max(change.rows)}, the base has {target.shape[0]} rows",
-                    f"它训练了 token {max(change.rows)}，而底座只有 {target.shape[0]} 行",
+                _("it trained token {highest}, the base has {shape} rows").format(
+                    highest=max(change.rows), shape=target.shape[0]
                 )
             )
 
@@ -428,20 +414,18 @@ def _last_token(target: MergeTarget) -> str:
 
 def _misfit(target: MergeTarget, change: AdapterChange, needed: tuple[int, ...]) -> ArtifactError:
     return change.refuse(
-        say(
-            f"the base has shape {target.shape} at {target.name}, the adapter needs {needed}",
-            f"底座的 {target.name} 形状为 {target.shape}，适配器需要 {needed}",
+        _("the base has shape {shape} at {target}, the adapter needs {needed}").format(
+            shape=target.shape, target=target.name, needed=needed
         ),
-        say("this adapter was trained on another base", "该适配器是在另一个底座上训练的"),
+        _("this adapter was trained on another base"),
     )
 
 
 def _missing(adapter: Adapter, names: list[str]) -> ArtifactError:
     return ArtifactError(
-        say(
-            f"{len(names)} targets of the adapter are not in the base, the first: {names[0]}",
-            f"适配器的 {len(names)} 个目标不在底座中，第一个：{names[0]}",
+        _("{count} targets of the adapter are not in the base, the first: {names}").format(
+            count=len(names), names=names[0]
         ),
         place=str(adapter.folder),
-        remedy=say("merge onto the base that the adapter was trained on", "请合并到训练该适配器的底座上"),
+        remedy=_("merge onto the base that the adapter was trained on"),
     )

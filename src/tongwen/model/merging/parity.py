@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tongwen.core.errors import NumbersError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.core.safetensors_io import Tensors, blocks
 from tongwen.model.loading.tensors import Array, FileTensors, read_fp32
@@ -139,12 +139,11 @@ def judge(live: Array, merged: Array, limit: float) -> dict[str, Any]:
     found = measure(live, merged)
     if not found["relative"] <= limit:
         raise NumbersError(
-            say(
-                f"the merged model's logits differ from base + adapters by {found['relative']:.2%} of their spread; rounding explains {limit:.1%}",
-                f"合并模型的 logits 与底座 + 适配器相差其离散程度的 {found['relative']:.2%}；舍入只能解释 {limit:.1%}",
-            ),
+            _(
+                "the merged model's logits differ from base + adapters by {relative:.2%} of their spread; rounding explains {limit:.1%}"
+            ).format(relative=found["relative"], limit=limit),
             place="parity",
-            remedy=say("keep more digits: --dtype fp32", "保留更多位数：--dtype fp32"),
+            remedy=_("keep more digits: --dtype fp32"),
         )
     return found
 
@@ -152,7 +151,7 @@ def judge(live: Array, merged: Array, limit: float) -> dict[str, Any]:
 def measure(live: Array, merged: Array) -> dict[str, Any]:
     """How far two sides are apart; relative: root mean square as a share of the spread. Raises NumbersError on NaN."""
     if not (np.isfinite(live).all() and np.isfinite(merged).all()):
-        raise NumbersError(say("the logits have NaN or Inf", "logits 含 NaN 或 Inf"), place="parity")
+        raise NumbersError(_("the logits have NaN or Inf"), place="parity")
     apart = np.abs(live - merged)
     return {
         "tokens": len(live),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core.errors import ModelError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.safetensors_io import (
     SHARD_BYTES,
     Stored,
@@ -61,12 +61,11 @@ def plan_rows(old: int, new: range, held: int, multiple: int, *, shrink: bool = 
     """
     if old > held:
         raise ModelError(
-            say(
-                f"the tokenizer has {old:,} tokens, the embedding {held:,} rows: they do not belong together",
-                f"分词器有 {old:,} 个词，词向量只有 {held:,} 行：二者不匹配",
+            _("the tokenizer has {old:,} tokens, the embedding {held:,} rows: they do not belong together").format(
+                old=old, held=held
             ),
             place="base",
-            remedy=say("use the tokenizer that belongs to this model", "请使用该模型自己的分词器"),
+            remedy=_("use the tokenizer that belongs to this model"),
         )
     needed = -(-max(new.stop, old) // multiple) * multiple
     return RowPlan(old, new, held, needed if shrink else max(held, needed) if new.stop > held else held)
@@ -77,9 +76,9 @@ def matrices_of(base: Tensors, place: str) -> list[str]:
     names = [name for name in base.facts if name.endswith((*EMBEDDINGS, *HEADS))]
     if not any(name.endswith(EMBEDDINGS) for name in names):
         raise ModelError(
-            say("no tensor of this model is known to be its embedding", "该模型没有已知名称的词向量张量"),
+            _("no tensor of this model is known to be its embedding"),
             place=place,
-            remedy=say(f"known names end with {', '.join(EMBEDDINGS)}", f"已知名称以 {'、'.join(EMBEDDINGS)} 结尾"),
+            remedy=_("known names end with {embeddings}").format(embeddings=_(", ").join(EMBEDDINGS)),
         )
     return sorted(names, key=lambda name: name.endswith(HEADS))
 
@@ -161,7 +160,7 @@ def _write_rows(name: str, rows: RowPlan, new: Iterator[Array], place: Stored) -
     with place.file.open("r+b") as stream:
         for block in new:
             if not is_finite(block):
-                raise ModelError(say("a new row has NaN or Inf", "新行含 NaN 或 Inf"), place=name)
+                raise ModelError(_("a new row has NaN or Inf"), place=name)
             if at == rows.new.stop:  # spare rows of the base behind the last token stay as they are
                 at = max(at, rows.held)
             stream.seek(place.begin + at * size)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.serving.web.backend import AT_ONCE, ChatBackend, Messages
 from tongwen.serving.web.conversation import Explain, StreamedAnswer, drawn, stream, text_of
 from tongwen.serving.web.html_block import QUIET, SWIFT, Hear
@@ -54,12 +54,12 @@ def add(page: gr.Blocks, talk: ChatBackend, hear: Hear, explain: Explain) -> Non
             shelf = SavedChats.laid_out()
             beside = gr.Checkbox(
                 both,
-                label=say("Two models side by side", "两个模型并排"),
+                label=_("Two models side by side"),
                 container=False,
                 visible=len(talk.models()) > 1,
             )
-            system = gr.Textbox(talk.system, label=say("System prompt", "系统提示"), lines=2, max_lines=8)
-            with gr.Accordion(say("How it answers", "回答方式"), open=False):
+            system = gr.Textbox(talk.system, label=_("System prompt"), lines=2, max_lines=8)
+            with gr.Accordion(_("How it answers"), open=False):
                 knobs = _knobs(hear, talk.settings)
     boards = [left.board, right.board]
     given = [*boards, beside, left.model, right.model, system, *knobs]
@@ -108,7 +108,7 @@ class _ChatHandlers:
         options = _options(values)
         answers = [StreamedAnswer(self.talk, before, self.explain, name, system, options) for name, before in asked]
         yield left, right, "", ""
-        for _ in stream(answers):
+        for _index in stream(answers):
             now = [(one.messages, one.pace) for one in answers] + ([] if beside else [(right, "")])
             yield now[0][0], now[1][0], now[0][1], now[1][1]
 
@@ -119,7 +119,7 @@ def _side(talk: ChatBackend, place: int) -> ChatColumn:
         model = gr.Dropdown(
             names,
             value=talk.chosen[place] if place < len(talk.chosen) else next(iter(names), None),
-            label=say("Model", "模型"),
+            label=_("Model"),
             container=False,
             visible=len(names) > 1,
             elem_id=f"model{place}",
@@ -136,11 +136,11 @@ def _side(talk: ChatBackend, place: int) -> ChatColumn:
             sanitize_html=True,
             feedback_options=None,
             allow_file_downloads=False,
-            placeholder=say("What would you like to know?", "想问点什么？"),
+            placeholder=_("What would you like to know?"),
             elem_id=f"board{place}",
             elem_classes="talk",
         )
-        board.postprocess = partial(_titled, board.postprocess, say("Reasoning", "思考"))  # type: ignore[method-assign]
+        board.postprocess = partial(_titled, board.postprocess, _("Reasoning"))  # type: ignore[method-assign]
         pace = gr.Markdown("", elem_id=f"pace{place}", elem_classes="pace", sanitize_html=True)
     return ChatColumn(model, board, pace)
 
@@ -156,7 +156,7 @@ def _titled(postprocess: Callable[..., Any], title: str, messages: Any) -> Any:
 
 def _question() -> gr.Textbox:
     return gr.Textbox(
-        placeholder=say("Ask something; Shift+Enter for a new line", "输入问题；Shift+Enter 换行"),
+        placeholder=_("Ask something; Shift+Enter for a new line"),
         show_label=False,
         container=False,
         lines=1,
@@ -179,22 +179,22 @@ def _knobs(hear: Hear, settings: Mapping[str, Any]) -> list[gr.components.Compon
     """A preset's name and what it stands for: new tokens, temperature, top-p, top-k, repetition penalty, seed. They begin
     with the settings, else with the first preset."""
     names = [
-        (say("exact: always the same", "精确：答案固定"), "exact"),
-        (say("balanced", "均衡"), "balanced"),
-        (say("lively", "活泼"), "lively"),
+        (_("exact: always the same"), "exact"),
+        (_("balanced"), "balanced"),
+        (_("lively"), "lively"),
     ]
     begin = tuple(settings.get(name, usual) for name, usual in zip(KNOBS, PRESETS["exact"], strict=True))
     chosen = next((name for name, values in PRESETS.items() if values == begin), None)
-    preset = gr.Radio(names, value=chosen, label=say("Preset", "预设"), container=False)
+    preset = gr.Radio(names, value=chosen, label=_("Preset"), container=False)
     most = settings.get("max_new_tokens", 512)
-    tokens = gr.Slider(16, MOST_TOKENS, most, step=16, label=say("At most, tokens", "最多 token"))
+    tokens = gr.Slider(16, MOST_TOKENS, most, step=16, label=_("At most, tokens"))
     knobs = [
-        gr.Slider(0, 2, begin[0], step=0.05, label=say("Temperature", "温度")),
+        gr.Slider(0, 2, begin[0], step=0.05, label=_("Temperature")),
         gr.Slider(0.05, 1, begin[1], step=0.05, label="top-p"),
         gr.Slider(0, 200, begin[2], step=1, label="top-k"),
-        gr.Slider(1, 2, begin[3], step=0.01, label=say("Repetition penalty", "重复惩罚")),
+        gr.Slider(1, 2, begin[3], step=0.01, label=_("Repetition penalty")),
     ]
-    seed = gr.Number(settings.get("seed"), label=say("Seed (empty: any)", "随机种子（空：任意）"), precision=0)
+    seed = gr.Number(settings.get("seed"), label=_("Seed (empty: any)"), precision=0)
     preset.input(hear(lambda name: list(PRESETS[name])), preset, knobs, **SWIFT)
     return [tokens, *knobs, seed]
 

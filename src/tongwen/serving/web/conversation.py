@@ -15,7 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.serving.web.backend import ChatBackend, Messages
 
 Explain = Callable[[Exception], str]
@@ -37,18 +37,17 @@ def told(messages: Sequence[dict[str, Any]], system: str) -> Messages:
     """
     if len(messages) > TURNS:
         raise RecipeError(
-            say(f"this conversation has {len(messages)} turns", f"该对话有 {len(messages)} 轮"),
-            remedy=say("begin a new one", "请开始新对话"),
+            _("this conversation has {count} turns").format(count=len(messages)),
+            remedy=_("begin a new one"),
         )
     turns = [{"role": str(one["role"]), "content": text_of(one["content"])} for one in messages if not (is_note(one))]
     for turn in turns:
         if len(turn["content"]) > PROMPT_CHARACTERS:
             raise RecipeError(
-                say(
-                    f"a message has {len(turn['content']):,} characters, at most {PROMPT_CHARACTERS:,} are taken",
-                    f"一条消息有 {len(turn['content']):,} 个字符，最多 {PROMPT_CHARACTERS:,} 个",
+                _("a message has {count:,} characters, at most {prompt_characters:,} are taken").format(
+                    count=len(turn["content"]), prompt_characters=PROMPT_CHARACTERS
                 ),
-                remedy=say("shorten it", "请缩短"),
+                remedy=_("shorten it"),
             )
     return [*([{"role": "system", "content": system}] if system.strip() else []), *turns]
 
@@ -75,7 +74,7 @@ def is_note(message: dict[str, Any]) -> bool:
 
 
 def note(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": drawn(text), "metadata": {"title": say("no answer", "没有回答")}}
+    return {"role": "assistant", "content": drawn(text), "metadata": {"title": _("no answer")}}
 
 
 class StreamedAnswer:
@@ -118,15 +117,12 @@ class StreamedAnswer:
         if not (self.ended and self.text):
             return ""
         seconds = max(time.monotonic() - self.began, 1e-9)
-        pace = say(
-            f"first words after {self.first:.2f} s · {len(self.text) / seconds:.0f} characters/s",
-            f"首字 {self.first:.2f} 秒 · {len(self.text) / seconds:.0f} 字/秒",
+        pace = _("first words after {first:.2f} s · {count:.0f} characters/s").format(
+            first=self.first, count=len(self.text) / seconds
         )
         if not self.forgotten:
             return pace
-        return pace + say(
-            f" · the {self.forgotten} oldest turns no longer fit", f" · 最早的 {self.forgotten} 轮已超出长度"
-        )
+        return pace + _(" · the {forgotten} oldest turns no longer fit").format(forgotten=self.forgotten)
 
 
 def stream(answers: Sequence[StreamedAnswer]) -> Iterator[None]:
@@ -158,7 +154,7 @@ def as_json(messages: Messages, system: str) -> str:
 
 
 def as_markdown(messages: Messages, system: str) -> str:
-    words = {"user": say("Question", "问"), "assistant": say("Answer", "答"), "system": say("System", "系统提示")}
+    words = {"user": _("Question"), "assistant": _("Answer"), "system": _("System")}
     return "\n\n".join(f"## {words[one['role']]}\n\n{one['content']}" for one in told(messages, system)) + "\n"
 
 

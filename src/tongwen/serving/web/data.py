@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.serving.web.backend import DataBackend
 from tongwen.serving.web.html_block import NOTE, SWIFT, Hear, block, canvas
 
@@ -16,24 +16,22 @@ def add(page: gr.Blocks, look: DataBackend, hear: Hear) -> None:
     """Lay out the tab and tie its events."""
 
     def names() -> list[Any]:
-        return [(say("none: only the rows", "不选：只看数据行"), ""), *look.models()]
+        return [(_("none: only the rows"), ""), *look.models()]
 
     known = look.models()
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
-            file = gr.File(
-                label=say("A file of data, in any format", "数据文件，任意格式"), height=150, elem_id="dropped"
-            )
+            file = gr.File(label=_("A file of data, in any format"), height=150, elem_id="dropped")
             model = gr.Dropdown(
                 names(),
                 value=next(iter(known), ""),
-                label=say("Tokens as this model sees them", "按此模型的 token 显示"),
+                label=_("Tokens as this model sees them"),
             )
             template = gr.Dropdown(
-                list(look.templates), value=look.templates[0], label=say("Template", "模板"), elem_id="template"
+                list(look.templates), value=look.templates[0], label=_("Template"), elem_id="template"
             )
         with gr.Column(scale=3, min_width=320):
-            dropped = say("What is dropped here goes when the server ends.", "拖入的文件在服务结束时删除。")
+            dropped = _("What is dropped here goes when the server ends.")
             ledger = canvas(NOTE.format(dropped))
             samples = canvas(elem_id="samples")
 

@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tongwen.core.html import render
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.serving.auth import digest, is_loopback
 
 # What the page asks for. Gradio has many more routes (it proxies, serves files, keeps histories): those are not there.
@@ -82,7 +82,7 @@ class LoginMiddleware:
         return self._check_size(scope["path"], headers) if writes else None
 
     def _token_of(self, headers: Headers) -> str:
-        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        scheme, _unused, bearer = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             return bearer
         cookies = (part.strip().partition("=") for part in headers.get("cookie", "").split(";"))
@@ -145,7 +145,5 @@ def _hashes(page: bytes) -> str:
 
 
 def _ask_for_token() -> Response:
-    text = say(
-        "Open the address that the terminal shows: it ends in ?token=…", "请打开终端里显示的地址：它以 ?token=… 结尾"
-    )
+    text = _("Open the address that the terminal shows: it ends in ?token=…")
     return HTMLResponse(render("serving/web/login.html.jinja", text=text), 401, {"www-authenticate": "Bearer"})

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from tongwen.core.errors import TongwenError
 from tongwen.core.html import render
-from tongwen.core.i18n import say, speaking
+from tongwen.core.i18n import _, speaking
 from tongwen.serving.web import chat, data, runs, vocabulary
 from tongwen.serving.web.backend import PageBackend
 from tongwen.serving.web.html_block import canvas
@@ -66,16 +66,16 @@ def make_page(bench: PageBackend, language: str) -> Any:
         if not (bench.look or bench.words or bench.runs):
             chat.add(page, bench.talk, hear, explain)
             return page
-        with gr.Tab(say("Chat", "对话")):
+        with gr.Tab(_("Chat")):
             chat.add(page, bench.talk, hear, explain)
         if bench.look:
-            with gr.Tab(say("Data", "数据")):
+            with gr.Tab(_("Data")):
                 data.add(page, bench.look, hear)
         if bench.words:
-            with gr.Tab(say("Vocabulary", "词表")):
+            with gr.Tab(_("Vocabulary")):
                 vocabulary.add(page, bench.words, hear)
         if bench.runs:
-            with gr.Tab(say("Runs", "训练")):
+            with gr.Tab(_("Runs")):
                 runs.add(page, bench.runs, hear)
     return page
 
@@ -146,7 +146,7 @@ def _shown(error: Exception) -> gr.Error:
     if isinstance(error, gr.Error):
         return error
     text = str(escape(explain(error))).replace("\n", "<br>")
-    return gr.Error(text, duration=None, title=say("This did not work", "未能完成"), print_exception=False)
+    return gr.Error(text, duration=None, title=_("This did not work"), print_exception=False)
 
 
 def explain(error: Exception) -> str:
@@ -154,12 +154,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, TongwenError):
         return error.text()
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
-        return say(
-            "out of memory: a shorter conversation, fewer new tokens, or a smaller model",
-            "内存不足：请缩短对话、减少生成长度，或换小一点的模型",
-        )
+        return _("out of memory: a shorter conversation, fewer new tokens, or a smaller model")
     number = secrets.token_hex(3)
     print(f"[{number}]", *traceback.format_exception(error), file=sys.stderr)
-    return say(
-        f"something of ours went wrong; the terminal says what, under {number}", f"程序出错；终端中编号 {number} 有详情"
-    )
+    return _("something of ours went wrong; the terminal says what, under {number}").format(number=number)

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import gradio as gr
 
 from tongwen.core.html import curve, render
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.serving.web.backend import RunsBackend, RunView
 from tongwen.serving.web.html_block import NOTE, SWIFT, Hear, block, canvas, sheet
 
@@ -22,34 +22,32 @@ def add(page: gr.Blocks, runs: RunsBackend, hear: Hear) -> None:
     """Lay out the tab and tie its events."""
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            recipe = gr.Dropdown([], label=say("Recipe", "配方"), elem_id="recipe", **ANY)
+            recipe = gr.Dropdown([], label=_("Recipe"), elem_id="recipe", **ANY)
             changes = gr.Textbox(
-                label=say("Changes", "改动"),
+                label=_("Changes"),
                 placeholder="out=runs/second sft.learning_rate=2e-4",
                 lines=1,
                 max_lines=4,
             )
-            start = gr.Button(say("Start", "开始"), variant="primary", elem_id="start")
-            with gr.Accordion(say("The recipe's text", "配方内容"), open=False):
+            start = gr.Button(_("Start"), variant="primary", elem_id="start")
+            with gr.Accordion(_("The recipe's text"), open=False):
                 text = gr.Code(language="yaml", interactive=False, show_label=False)
         with gr.Column(scale=3, min_width=320):
             with gr.Row(elem_classes="across"):
-                run = gr.Dropdown([], label=say("Run", "训练"), elem_id="run", scale=3, min_width=300, **ANY)
-                stop = gr.Button(say("Stop", "停止"), elem_id="stop", min_width=90, interactive=False)
-                resume = gr.Button(say("Resume", "继续"), elem_id="resume", min_width=90, interactive=False)
+                run = gr.Dropdown([], label=_("Run"), elem_id="run", scale=3, min_width=300, **ANY)
+                stop = gr.Button(_("Stop"), elem_id="stop", min_width=90, interactive=False)
+                resume = gr.Button(_("Resume"), elem_id="resume", min_width=90, interactive=False)
             picture = canvas(elem_id="picture")
             with gr.Row(elem_classes="across"):
-                others = gr.Dropdown(
-                    [], multiselect=True, label=say("Compare with", "与这些训练对比"), elem_id="others", scale=3, **ANY
-                )
-                compare = gr.Button(say("Compare", "对比"), elem_id="compare", min_width=90)
+                others = gr.Dropdown([], multiselect=True, label=_("Compare with"), elem_id="others", scale=3, **ANY)
+                compare = gr.Button(_("Compare"), elem_id="compare", min_width=90)
             compared = canvas(elem_id="compared")
     clock = gr.Timer(SECONDS)
     shown = [picture, stop, resume]
 
     def watch(name: str | None) -> tuple[Any, ...]:
         if not name:
-            return block(NOTE.format(say("No run yet.", "还没有训练。"))), *_buttons(None)
+            return block(NOTE.format(_("No run yet."))), *_buttons(None)
         now = runs.picture(name)
         return block(as_html(now)), *_buttons(now.running)
 
@@ -81,14 +79,14 @@ def _buttons(running: bool | None) -> tuple[Any, Any]:
 
 def as_html(now: RunView) -> str:
     """A run on one sheet."""
-    step, before, after = say("step", "步"), say("before", "训练前"), say("after", "训练后")
+    step, before, after = _("step"), _("before"), _("after")
     return render(
         "serving/web/run.html.jinja",
         facts=now.facts,
         headings={
-            "reports": say("Reports", "报告"),
-            "log": say("What it says", "日志"),
-            "samples": say("Before and after", "训练前后"),
+            "reports": _("Reports"),
+            "log": _("What it says"),
+            "samples": _("Before and after"),
         },
         reports=[(name, f"/report?name={quote(file)}") for name, file in now.reports],
         curves=[(title, curve(points, step, "", width=WIDTH, smooth=smooth)) for title, points, smooth in now.curves],

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.serving.web.backend import Messages
 from tongwen.serving.web.conversation import as_json, as_markdown, download_link, drawn, is_note, text_of, title_of
 from tongwen.serving.web.html_block import NOTE, SWIFT, Hear, block, canvas
@@ -32,10 +32,10 @@ class SavedChats:
 
     @classmethod
     def laid_out(cls) -> SavedChats:
-        picker = gr.Dropdown([], label=say("Conversations", "对话记录"), elem_id="conversations")
+        picker = gr.Dropdown([], label=_("Conversations"), elem_id="conversations")
         with gr.Row():
-            fresh = gr.Button(say("New", "新对话"), size="sm", min_width=60, elem_id="fresh")
-            forget = gr.Button(say("Delete", "删除"), size="sm", min_width=60, elem_id="forget")
+            fresh = gr.Button(_("New"), size="sm", min_width=60, elem_id="fresh")
+            forget = gr.Button(_("Delete"), size="sm", min_width=60, elem_id="forget")
         secret = "tongwen"  # noqa: S105 (Gradio wants one; it is the reader's own browser)
         kept = gr.BrowserState([], storage_key="tongwen.conversations", secret=secret)
         return cls(kept, gr.State(0), picker, fresh, forget, canvas(elem_id="export"))
@@ -91,7 +91,7 @@ def _listed(kept: Kept, number: int) -> Any:
 
 def _export(messages: Messages, system: str) -> str:
     links = (
-        download_link("conversation.md", say("Export as Markdown", "导出 Markdown"), as_markdown(messages, system)),
-        download_link("conversation.json", say("as JSON", "导出 JSON"), as_json(messages, system)),
+        download_link("conversation.md", _("Export as Markdown"), as_markdown(messages, system)),
+        download_link("conversation.json", _("as JSON"), as_json(messages, system)),
     )
     return block(NOTE.format(Markup(" · ").join(links)))

@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse,
 
 from tongwen.core import console
 from tongwen.core.errors import TongwenError
-from tongwen.core.i18n import language, say
+from tongwen.core.i18n import _, language
 from tongwen.serving import auth
 from tongwen.serving.auth import TOKEN, choose_token, is_loopback, open_port
 from tongwen.serving.web.backend import PageBackend
@@ -45,8 +45,8 @@ def serve(bench: PageBackend, host: str, port: int) -> int:
         port = listening.getsockname()[1]
         app = make_app(bench, token, port=port, loopback=loopback)
         url = f"http://{host}:{port}/" + (f"?token={token}" if made else "")
-        console.good(url if made else say(f"{url}?token=…: the token is ${TOKEN}", f"{url}?token=…：令牌为 ${TOKEN}"))
-        console.tell(say("Ctrl-C ends it; runs that were started go on", "Ctrl-C 结束；已启动的训练会继续"))
+        console.good(url if made else _("{url}?token=…: the token is ${token}").format(url=url, token=TOKEN))
+        console.tell(_("Ctrl-C ends it; runs that were started go on"))
         console.emit({"url": url})
         auth.serve(app, listening, lifespan="on")
     return 0

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.serving.web.backend import VocabularyBackend
 from tongwen.serving.web.html_block import SWIFT, Hear, block, canvas, sheet
 
@@ -18,10 +18,10 @@ def add(page: gr.Blocks, words: VocabularyBackend, hear: Hear) -> None:
     names = words.models()
     with gr.Column():
         with gr.Row():
-            base = gr.Dropdown(names, value=next(iter(names), None), label=say("Before", "扩充前"))
-            other = gr.Dropdown([("—", ""), *names], value="", label=say("After", "扩充后"))
-        text = gr.Textbox(EXAMPLE, label=say("Text", "文本"), lines=4, max_lines=12, elem_id="text")
-        cut = gr.Button(say("Show the tokens", "查看 token"), variant="primary", elem_id="cut")
+            base = gr.Dropdown(names, value=next(iter(names), None), label=_("Before"))
+            other = gr.Dropdown([("—", ""), *names], value="", label=_("After"))
+        text = gr.Textbox(EXAMPLE, label=_("Text"), lines=4, max_lines=12, elem_id="text")
+        cut = gr.Button(_("Show the tokens"), variant="primary", elem_id="cut")
         tokens = canvas(elem_id="tokens")
         report = canvas()
 

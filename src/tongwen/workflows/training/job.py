@@ -14,7 +14,7 @@ import torch
 
 from tongwen.core import artifact, console, distributed, resume
 from tongwen.core.errors import MachineError, RecipeError, first_line, is_out_of_memory
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.data.encode import token_bytes
 from tongwen.model.adapters.adalora import budget_of
 from tongwen.model.adapters.attach import check_further
@@ -99,7 +99,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
                 draft.facts = facts_of(job, model, phases, throughput) | {"run": run["run"], "forks": run["forks"]}
                 flat = progress.flat_losses(phases, draft.path / "metrics.jsonl")
                 report = make_report(job, before, after, draft.path / SAMPLES) | {
-                    "summary": f"{job.base} · {method_of(job.section)} · {throughput['steps']} {say('steps', '步')}",
+                    "summary": f"{job.base} · {method_of(job.section)} · {_('{steps} steps').format(steps=throughput['steps'])}",
                     "trainable": trained,
                     "throughput": throughput,
                     "unreached": unreached,
@@ -113,7 +113,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
 def _check_evaluations(job: TrainingJob) -> None:
     if job.section.evaluate_every and not job.data.held_out_stores:
         raise RecipeError(
-            say("nothing is held out that could be evaluated on the way", "没有留出数据，途中无从评测"),
+            _("nothing is held out that could be evaluated on the way"),
             place=f"{job.stage}.evaluate_every: {job.section.evaluate_every}",
             remedy="prepare: {held_out: 0.02}",
         )
@@ -150,14 +150,14 @@ def _begin_phase(
     """
     guarded = model.adapted.focus(phase.parts)
     if is_named:
-        console.tell(f"{phase.train}: {len(phase.plan)} {say('steps', '步')}")
+        console.tell(f"{phase.train}: {_('{steps} steps').format(steps=len(phase.plan))}")
     set_memory_savers(model, phase, job.data.store)
     return guarded, audit_phase(model, phase, job.data.store)
 
 
 def _examine(job: TrainingJob, model: PreparedModel, budget: int) -> dict[str, Any]:
     """The scores of what was held out, and the answers to the sample prompts."""
-    with torch.random.fork_rng(), console.waiting(say("scoring what was held out", "评测留出集")):
+    with torch.random.fork_rng(), console.waiting(_("scoring what was held out")):
         return {
             "scores": _score(job, model, budget) if job.data.held_out_stores else None,
             "answers": answer_prompts(model, job.records, [prompt.prompt for prompt in job.prompts]),
@@ -232,9 +232,8 @@ def _settle_adalora(model: PreparedModel) -> list[str]:
     allocator = budget_of(model.model)
     if not allocator or not (cut := allocator.settle()):
         return []
-    notice = say(
-        f"the run ended before adalora had spent its budget: the {cut} least important ranks are cut now",
-        f"训练在 adalora 分配完预算之前结束：现在裁去最不重要的 {cut} 个秩",
+    notice = _("the run ended before adalora had spent its budget: the {cut} least important ranks are cut now").format(
+        cut=cut
     )
     console.notice(notice)
     return [notice]
@@ -276,11 +275,11 @@ def _out_of_memory(
     for change in cheaper(recipe, job.stage, int(lengths.max()), together, half):
         firsts.setdefault(change.split("=")[0], change)
     return MachineError(
-        say(f"out of memory: {first_line(error)[:160]}", f"内存不足：{first_line(error)[:160]}"),
+        _("out of memory: {error}").format(error=first_line(error)[:160]),
         place=job.stage,
-        remedy=say("in this order, each on top of those before: ", "依次尝试，逐项叠加：")
+        remedy=_("in this order, each on top of those before: ")
         + " ".join(firsts.values())
-        + say("; then ", "；再不行，换")
+        + _("; then ")
         + last_resort(job.section),
     )
 
@@ -290,7 +289,7 @@ def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if kept := _kept(file):
         return kept
     if file.is_file():
-        console.notice(say(f"{file.name} cannot be read, and is made again", f"{file.name} 无法读取，重新生成"))
+        console.notice(_("{file} cannot be read, and is made again").format(file=file.name))
     value: dict[str, Any] = make()
     if distributed.is_first():
         artifact.write_json(file, value)

@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from tongwen.core import console, distributed
 from tongwen.core.errors import NumbersError, RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.data.token_store import TokenStore
 from tongwen.infer.generation import Sampling, TextGenerator
@@ -44,7 +44,7 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
     trained = {part for phase in phases for part in phase.parts}
 
     # Open the base, and check what its files say.
-    with console.waiting(say("opening the base", "打开底座")):
+    with console.waiting(_("opening the base")):
         quantize = section.adapter.quantize if section.adapter.method == "qlora" else ""
         kept = attach.kept_in(trained, dtype)
         if engine.name == "fsdp2" and attach.base_learns(trained):  # it becomes fp32 when it is sharded
@@ -94,17 +94,14 @@ def _open(place: load.ModelRef, dtype: torch.dtype, quantize: str) -> tuple[Any,
     config = load.load_config(place)
     family = family_of(config.model_type)
     model, fingerprint = open_adapter_chain(place, dtype, quantize)
-    why = say(*family.padded) if family and family.padded else ""
+    why = _(family.padded) if family and family.padded else ""
     if not why and not getattr(model, "_supports_attention_backend", False):
-        why = say("its attention is its own", "其注意力实现不通用")
+        why = _("its attention is its own")
     if not why:
         model.set_attn_implementation(packed_attention.register())
     else:
         console.notice(
-            say(
-                f"{config.model_type} is trained in padded batches: {why}",
-                f"{config.model_type} 使用填充批次训练：{why}",
-            )
+            _("{model_type} is trained in padded batches: {why}").format(model_type=config.model_type, why=why)
         )
     model.config.use_cache = False
     return model, not why, fingerprint
@@ -116,9 +113,8 @@ def _check_lengths(config: Any, job: TrainingJob) -> None:
     longest = max(int(store.lengths.max()) for store in (job.data.store, *job.data.held_out_stores.values()))
     if family and family.table and longest > limit:
         raise RecipeError(
-            say(
-                f"a sample has {longest} tokens, and {config.model_type} has a table of {limit} positions",
-                f"有样本长达 {longest} 个 token，而 {config.model_type} 的位置表只有 {limit} 行",
+            _("a sample has {longest} tokens, and {model_type} has a table of {limit} positions").format(
+                longest=longest, model_type=config.model_type, limit=limit
             ),
             place=f"{job.stage}.max_length: {job.section.max_length}",
             remedy=f"{job.stage}: {{max_length: {limit}}}",
@@ -147,10 +143,9 @@ def _set_checkpointing(model: PreparedModel, phase: Phase, store: TokenStore) ->
     elif setting == "auto" and (memory := device_memory(model.device)) and not _fits(model, phase, store, memory):
         checkpointing.recompute(model.model)
         console.notice(
-            say(
+            _(
                 "a micro-batch does not fit the GPU with all its activations; they are recomputed "
-                "(micro_batch_tokens smaller would be faster where it suffices)",
-                "一个微批的全部激活放不进 GPU；改为重算激活（若减小 micro_batch_tokens 即可放下，则更快）",
+                "(micro_batch_tokens smaller would be faster where it suffices)"
             )
         )
 
@@ -169,7 +164,7 @@ def _fits(model: PreparedModel, phase: Phase, store: TokenStore, memory: int) ->
     batch = MicroBatches(store, [largest], packed=model.packed)[0]
     buckets = 4 * distributed.is_launched()  # DDP's copy of the gradients
     reserve = learning * (STATE_BYTES[section.optimizer] + buckets) + int(SPARE * memory)
-    with console.waiting(say("trying a micro-batch on the GPU", "在 GPU 上试一个微批")):
+    with console.waiting(_("trying a micro-batch on the GPU")):
         return fits(
             model.model, batch, learned_loss, model.computing(), passes=min(plan.accumulate, 2), reserve=reserve
         )
@@ -181,13 +176,13 @@ def audit_phase(model: PreparedModel, phase: Phase, store: TokenStore) -> list[s
     first = _first_batch(model, store, phase.plan)
     with model.computing():
         unreached = audit.probe_gradients(model.model, first, learned_loss)
-    console.good(say("audit: gradients reach every trained tensor", "审计通过：梯度到达所有训练参数"))
+    console.good(_("audit: gradients reach every trained tensor"))
     if model.packed and len(store) > 1:
         with model.computing():
             audit.check_isolation(model.model, [store.sample(0), store.sample(1)], learned_loss)
-        console.good(say("audit: documents in a pack do not see each other", "审计通过：打包的文档互不可见"))
+        console.good(_("audit: documents in a pack do not see each other"))
     for name in unreached:
-        console.notice(say(f"no token reached {name} in the first micro-batch", f"首个微批没有 token 到达 {name}"))
+        console.notice(_("no token reached {name} in the first micro-batch").format(name=name))
     return unreached
 
 
@@ -206,12 +201,9 @@ def score_held_out(
             groups[name] = bits_per_byte(model.model, stream, sizes)
         if not math.isfinite(groups[name]["loss"]):
             raise NumbersError(
-                say("a held-out score is NaN or infinite", "留出集得分为 NaN 或无穷"),
-                place=say("held out", "留出集") + (f" · {name}" if name else ""),
-                remedy=say(
-                    "learning_rate lower, or precision: fp32; a base that is so from the start is not whole",
-                    "降低 learning_rate，或 precision: fp32；若训练前就如此，则底座已损坏",
-                ),
+                _("a held-out score is NaN or infinite"),
+                place=_("held out") + (f" · {name}" if name else ""),
+                remedy=_("learning_rate lower, or precision: fp32; a base that is so from the start is not whole"),
             )
     size, tokens = (sum(one[unit] for one in groups.values()) for unit in ("bytes", "tokens"))
     return {
@@ -251,7 +243,7 @@ def save_model(job: TrainingJob, prepared: PreparedModel, folder: Path, whole: d
     model.config.use_cache = True
     if prepared.adapted.has_rows_alone:
         place = load.locate(job.base)
-        base, _ = open_adapter_chain(place, load.load_config(place).dtype or torch.float32)
+        base, _unused = open_adapter_chain(place, load.load_config(place).dtype or torch.float32)
         mend_ends(tokenizer, base, job.base)
         prepared.adapted.put_rows(base, whole)
         base.save_pretrained(str(folder))

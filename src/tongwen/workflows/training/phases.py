@@ -12,7 +12,7 @@ import torch
 
 from tongwen.core import artifact, console, distributed, resume
 from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import say
+from tongwen.core.i18n import _
 from tongwen.data.token_store import TokenStore
 from tongwen.model.loading import load
 from tongwen.recipe.phases import training_phases
@@ -54,10 +54,9 @@ def say_plan(phases: list[Phase], store: TokenStore, counts: dict[str, Any]) -> 
     steps = " + ".join(str(len(phase.plan)) for phase in phases)
     tokens = console.human_count(sum(sum(phase.plan.tokens_of(store.lengths)) for phase in phases))
     console.tell(
-        say(
-            f"{steps} steps, {tokens} tokens; a step is {plan.accumulate} x {plan.world} micro-batches of at most {plan.budget} tokens",
-            f"{steps} 步，{tokens} token；每步 {plan.accumulate} x {plan.world} 个微批，每个至多 {plan.budget} token",
-        )
+        _(
+            "{steps} steps, {tokens} tokens; a step is {accumulate} x {world} micro-batches of at most {budget} tokens"
+        ).format(steps=steps, tokens=tokens, accumulate=plan.accumulate, world=plan.world, budget=plan.budget)
     )
     for phase in phases:
         if notice := unreached_rate(phase.config, len(phase.plan)):
@@ -65,15 +64,13 @@ def say_plan(phases: list[Phase], store: TokenStore, counts: dict[str, Any]) -> 
         every = phase.config.save_every
         if "save_every" in phase.config.model_fields_set and every >= len(phase.plan):
             console.notice(
-                say(
-                    f"save_every: {every}, and there are {len(phase.plan)} steps: if it is interrupted, it begins anew",
-                    f"save_every: {every}，而只有 {len(phase.plan)} 步：若被中断则从头开始",
+                _("save_every: {every}, and there are {count} steps: if it is interrupted, it begins anew").format(
+                    every=every, count=len(phase.plan)
                 )
             )
     console.tell(
-        say(
-            f"{counts['parameters']:,} of {counts['of']:,} parameters are trained ({counts['share']:.2%})",
-            f"训练 {counts['parameters']:,} / {counts['of']:,} 个参数（{counts['share']:.2%}）",
+        _("{parameters:,} of {total:,} parameters are trained ({share:.2%})").format(
+            parameters=counts["parameters"], total=counts["of"], share=counts["share"]
         )
     )
 
@@ -134,10 +131,7 @@ def find_progress(job: TrainingJob, model: PreparedModel, phases: list[Phase], r
     conditions = _conditions(model, phases[current])
     if start > len(tokens):
         raise RecipeError(
-            say(
-                f"{start} steps are done, and the recipe now has {len(tokens)}",
-                f"已完成 {start} 步，而配方现在只有 {len(tokens)} 步",
-            ),
+            _("{start} steps are done, and the recipe now has {count}").format(start=start, count=len(tokens)),
             place=f"{job.stage}.stop_after",
             remedy=resume.again(),
         )
@@ -146,9 +140,7 @@ def find_progress(job: TrainingJob, model: PreparedModel, phases: list[Phase], r
         _check_packs(before, conditions, job)
         _say_conditions(before, conditions)
     if start:
-        console.notice(
-            say(f"continuing after step {start} of {len(tokens)}", f"从第 {start} 步（共 {len(tokens)} 步）继续")
-        )
+        console.notice(_("continuing after step {start} of {count}").format(start=start, count=len(tokens)))
     manifest = {**run, "conditions": conditions}
     budget = phases[0].plan.budget
     return Progress(phases[current:], len(phases) > 1, checkpoint, start, tokens, budget, manifest)
@@ -181,9 +173,8 @@ def _check_packs(before: dict[str, Any], now: dict[str, Any], job: TrainingJob) 
     if job.section.batch_tokens and any(before[name] != now[name] for name in names):
         changed = "; ".join(f"{name}: {before[name]} → {now[name]}" for name in names)
         raise RecipeError(
-            say(
-                f"with batch_tokens, the samples of a step depend on both, and they have changed: {changed}",
-                f"使用 batch_tokens 时，每步的样本取决于二者，而它们变了：{changed}",
+            _("with batch_tokens, the samples of a step depend on both, and they have changed: {changed}").format(
+                changed=changed
             ),
             place=f"{job.stage}.batch_tokens",
             remedy=f"--devices {before['processes']} {job.stage}.micro_batch_tokens={before['micro_batch_tokens']}",
@@ -194,8 +185,7 @@ def _say_conditions(before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = ", ".join(f"{name}: {old} → {new}" for name, old, new in artifact.differences(before, now))
     if changed:
         console.notice(
-            say(
-                f"{changed}: the same samples in the same order, but numbers no longer equal to the bit",
-                f"{changed}：样本与顺序不变，但数值不再逐位相同",
+            _("{changed}: the same samples in the same order, but numbers no longer equal to the bit").format(
+                changed=changed
             )
         )
