@@ -109,7 +109,7 @@ def test_a_name_without_a_near_one_is_answered_with_the_help(
     ],
 )
 def test_only_what_is_required_is_asked_for(argv: str, required: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert refused(capsys, *argv.split()) == f" error: the following arguments are required: {required}\n"
+    assert refused(capsys, *argv.split()) == f"the following arguments are required: {required}\n"
 
 
 def test_overrides_stand_anywhere_behind_the_recipe() -> None:
