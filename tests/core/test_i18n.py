@@ -19,6 +19,27 @@ from tongwen.core.i18n import N_, _, language, speaking
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").glob("*.py")])
 TEXT = "show this help message and exit"
+CHINESE_DATA = {
+    "src/tongwen/commands/demo.py",
+    "src/tongwen/commands/web.py",
+    "src/tongwen/core/model_families.py",
+    "src/tongwen/core/template_cache.py",
+    "src/tongwen/data/charset.py",
+    "src/tongwen/data/clean.py",
+    "src/tongwen/data/encode.py",
+    "src/tongwen/data/formats.py",
+    "src/tongwen/data/synthesis/generate.py",
+    "src/tongwen/data/synthesis/parse.py",
+    "src/tongwen/data/tiktoken_encoder.py",
+    "src/tongwen/infer/entities.py",
+    "src/tongwen/infer/multiple_choice.py",
+    "src/tongwen/serving/web/page.py",
+    "src/tongwen/serving/web/server.py",
+    "src/tongwen/serving/web/vocabulary.py",
+    "src/tongwen/train/loss_plot.py",
+    "src/tongwen/vocab/measure.py",
+    "src/tongwen/workflows/evaluation.py",
+}
 STATEMENTS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 EXPRESSIONS = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -163,3 +184,19 @@ def placeholders(text: str) -> set[str]:
         if name is not None:
             found |= {re.split(r"[.\[]", name)[0], *placeholders(form or "")}
     return found
+
+
+def test_messages_in_the_code_are_english() -> None:
+    """Chinese stands in the catalogue. The modules of CHINESE_DATA handle Chinese text: its characters, prompts, columns."""
+    found = set()
+    for file in SOURCES:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        docstrings = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, STATEMENTS) and node.body and isinstance(node.body[0], ast.Expr)
+        }
+        texts = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docstrings)
+        if any(isinstance(text.value, str) and re.search("[\u4e00-\u9fff]", text.value) for text in texts):
+            found.add(str(file.relative_to(ROOT)))
+    assert found == CHINESE_DATA

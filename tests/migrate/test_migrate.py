@@ -20,7 +20,7 @@ from tongwen.migrate.build_recipe import as_yaml
 from tongwen.migrate.flag_values import READERS
 from tongwen.migrate.migrate import MigrationResult, migrate_command, migrate_files
 from tongwen.migrate.shell import ScriptLine, read_script, split_environment
-from tongwen.migrate.tables import known_files, programs
+from tongwen.migrate.tables import Text, known_files, programs
 from tongwen.recipe.docs import sections
 from tongwen.recipe.load import read
 
@@ -180,8 +180,8 @@ def test_the_tables_name_readers_and_words_that_exist() -> None:
                 for word in [rule.to, *rule.sets, *(() if program.command else program.always)]:
                     words = [word.replace("@", section) for section in ("sft", "pretrain")]
                     assert not re.match(r"[a-z@]+\.", word) or known & set(words), (program.id, flag, word)
-                for pair in (rule.mended, rule.dropped, *rule.unless.values(), *rule.needs.values()):
-                    assert pair is None or (len(pair) == 2 and all(pair)), (program.id, flag)
+                for text in (rule.mended, rule.dropped, *rule.unless.values(), *rule.needs.values()):
+                    assert text is None or (isinstance(text, Text) and text), (program.id, flag)
                 count += 1
     assert count > 200
 

@@ -37,9 +37,9 @@ from tongwen.workflows.chat_model import ChatModel
 TOKEN = "a-token-of-nobody-4711"
 HEAPS = """
 import ctypes, sys, threading
-from tongwen.serving import gate
+from tongwen.serving import auth
 if sys.argv[1] == "shared":
-    gate.share_heaps()
+    auth.share_heaps()
 libc, together = ctypes.CDLL(None), threading.Barrier(6)
 libc.fopen.restype = libc.malloc.restype = ctypes.c_void_p
 libc.free(ctypes.c_void_p(libc.malloc(8 << 20)))

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import artifact, console
+from tongwen.core.errors import MissingPackage
 from tongwen.core.i18n import _
 from tongwen.infer.answer_log import AnswerJournal
-from tongwen.infer.endpoint import EndpointBackend
 from tongwen.infer.generation import Sampling
 from tongwen.recipe.data import SourceConfig
 from tongwen.workflows.chat_model import choose_engine, open_chat_model
@@ -81,6 +81,10 @@ def run(
 
 def _open(who: AnswerSource, batch_size: int, sampling: dict[str, Any]) -> AnswerBackend:
     if who.endpoint:
+        try:
+            from tongwen.infer.endpoint import EndpointBackend
+        except ImportError:
+            raise MissingPackage("openai", _("answers from an endpoint"), "endpoint") from None
         wanted = Sampling().with_(**sampling)
         endpoint = EndpointBackend(who.endpoint, who.model, completion=who.template == "completion")
         return AnswerBackend(

@@ -1,32 +1,32 @@
-"""Answers from an OpenAI-compatible endpoint (vLLM, SGLang, Ollama, llama-server, …), by the official client.
+"""Answers from an OpenAI-compatible endpoint (vLLM, SGLang, Ollama, llama-server, …), several at a time.
 
-The key is read from OPENAI_API_KEY and goes nowhere else; a local server needs none.
+The key is read from OPENAI_API_KEY and goes nowhere else; a local server needs none. Importing this module needs the package
+`openai`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from tongwen.core.errors import MachineError, MissingPackage, ModelError
+import openai
+
+from tongwen.core.errors import MachineError, ModelError
 from tongwen.core.i18n import _
+from tongwen.core.openai_client import OpenAIClient, UnreadableReply
 from tongwen.infer.generation import Sampling
 
 AT_ONCE = 8  # requests
+RETRIES = 4  # of a request, by the official client
 
 
 class EndpointBackend:
     """A model behind an address. completion: texts are continued, and no template is applied there."""
 
     def __init__(self, url: str, model: str, *, completion: bool = False) -> None:
-        try:
-            import openai
-        except ImportError:
-            raise MissingPackage("openai", _("answers from an endpoint"), "endpoint") from None
-        self.url, self.model, self.completion, self._openai = url, model, completion, openai
-        self._client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=4)
+        self.url, self.model, self.completion = url, model, completion
 
     def answer_each(
         self, conversations: Sequence[Sequence[Mapping[str, Any]]], sampling: Sampling, take: Callable[[int, str], None]
@@ -35,55 +35,68 @@ class EndpointBackend:
         when it refuses."""
         if sampling.beams > 1:
             raise ModelError(_("an endpoint has no beam search"), place=self.url, remedy="--beams 1")
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            waiting = {
-                pool.submit(self._ask, messages, sampling): place for place, messages in enumerate(conversations)
-            }
-            try:
-                for done in as_completed(waiting):
-                    take(waiting[done], done.result())
-            finally:
-                pool.shutdown(cancel_futures=True)
+        asyncio.run(self._answer_each(conversations, _options(sampling), take))
 
-    def _ask(self, messages: Sequence[Mapping[str, Any]], sampling: Sampling) -> str:
-        options: dict[str, Any] = {"model": self.model, "temperature": sampling.temperature, "top_p": sampling.top_p}
-        extra: dict[str, float] = {}  # not OpenAI's own words, but vLLM's and SGLang's
-        if sampling.top_k:
-            extra["top_k"] = sampling.top_k
-        if sampling.repetition_penalty != 1.0:
-            extra["repetition_penalty"] = sampling.repetition_penalty
-        options |= {"max_tokens": sampling.max_new_tokens, "seed": sampling.seed, "extra_body": extra or None}
+    async def _answer_each(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        options: dict[str, Any],
+        take: Callable[[int, str], None],
+    ) -> None:
+        places = enumerate(conversations)
+
+        async def work() -> None:
+            for place, messages in places:  # shared by all workers
+                take(place, await self._ask(client, messages, options))
+
+        async with OpenAIClient(self.url, self.model, os.environ.get("OPENAI_API_KEY", ""), retries=RETRIES) as client:
+            workers = [asyncio.create_task(work()) for _ in range(AT_ONCE)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _ask(self, client: OpenAIClient, messages: Sequence[Mapping[str, Any]], options: dict[str, Any]) -> str:
         try:
             if self.completion:
-                text = "".join(str(turn["content"]) for turn in messages)
-                answer: Any = self._client.completions.create(prompt=text, **options)
-            else:
-                turns: Any = [dict(turn) for turn in messages]
-                answer = self._client.chat.completions.create(messages=turns, **options)
-        except self._openai.APIConnectionError as error:
+                return await client.complete("".join(str(turn["content"]) for turn in messages), **options)
+            return await client.chat(messages, **options)
+        except openai.APIConnectionError as error:
             raise MachineError(
                 _("no answer from there: {cause}").format(cause=error.__cause__ or error),
                 place=self.url,
             ) from None
-        except self._openai.AuthenticationError:
+        except openai.AuthenticationError:
             raise MachineError(
                 _("it does not accept the key"), place=self.url, remedy="export OPENAI_API_KEY=…"
             ) from None
-        except self._openai.APIStatusError as error:
+        except openai.APIStatusError as error:
             raise ModelError(
                 _("it refuses ({status_code}): {message}").format(status_code=error.status_code, message=error.message),
                 place=self.url,
                 remedy=_("--model is the name that the endpoint knows: GET /v1/models"),
             ) from None
-        except ValueError:  # no JSON at all
-            answer = None
-        choice = next(iter(getattr(answer, "choices", None) or ()), None)
-        held = choice if self.completion else getattr(choice, "message", None)
-        found = getattr(held, "text" if self.completion else "content", None)
-        if held is None or (self.completion and found is None):
+        except UnreadableReply as error:
             raise ModelError(
-                _("what comes from there is no answer: {answer!r}").format(answer=str(answer)[:60]),
+                _("what comes from there is no answer: {error!r}").format(error=str(error)),
                 place=self.url,
                 remedy=_("the address ends with /v1 for most endpoints"),
-            )
-        return str(found or "")  # of a conversation it may be null: all was thinking
+            ) from None
+
+
+def _options(sampling: Sampling) -> dict[str, Any]:
+    """The sampling in OpenAI's words, and in vLLM's and SGLang's where it has none."""
+    extra: dict[str, float] = {}
+    if sampling.top_k:
+        extra["top_k"] = sampling.top_k
+    if sampling.repetition_penalty != 1.0:
+        extra["repetition_penalty"] = sampling.repetition_penalty
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_new_tokens,
+        "seed": sampling.seed,
+        "extra_body": extra or None,
+    }

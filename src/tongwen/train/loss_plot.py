@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tongwen.core.html import running_mean
-from tongwen.core.i18n import language
+from tongwen.core.i18n import _, language, speaking
 
 
 def is_installed() -> bool:
@@ -23,7 +23,8 @@ def write_png(file: Path, title: str, points: list[tuple[float, float]]) -> None
     from matplotlib import pyplot as plt
 
     font = cjk_font()
-    chinese = language() == "zh" and font is not None
+    with speaking(language() if font else "en"):
+        xlabel, ylabel = _("step"), _("loss (nats per learned token)")
     if not title.isascii() and font is None:
         title = title.encode("latin-1", "ignore").decode("latin-1")
     with mpl.rc_context(
@@ -34,8 +35,8 @@ def write_png(file: Path, title: str, points: list[tuple[float, float]]) -> None
         axes.plot(*zip(*running_mean(points), strict=True), color="#0f766e", linewidth=2)
         axes.set(
             title=title,
-            xlabel="步" if chinese else "step",
-            ylabel="损失（nats / token）" if chinese else "loss (nats per learned token)",
+            xlabel=xlabel,
+            ylabel=ylabel,
         )
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -12,7 +12,7 @@ import ipaddress
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,9 +21,9 @@ import openai
 
 from tongwen.core.errors import MachineError, RecipeError, TongwenError
 from tongwen.core.i18n import _
+from tongwen.core.openai_client import CappedTransport, OpenAIClient, ReplyTooLarge, TruncatedReply
 from tongwen.recipe.data import Synthesize
 
-LARGEST = 8 << 20  # bytes of a reply
 LONGEST_REST = 120.0  # seconds that a Retry-After is obeyed
 OUTAGE = 5  # failures in a row after which one request at a time is tried
 HOPELESS = (400, 401, 403, 404, 405, 413, 422)
@@ -31,14 +31,6 @@ HOPELESS = (400, 401, 403, 404, 405, 413, 422)
 
 class RequestFailed(Exception):
     """A request that stays without an answer, with the reason."""
-
-
-class TruncatedReply(Exception):
-    """A reply that ended before it was finished."""
-
-
-class ReplyTooLarge(Exception):
-    """A reply of more bytes than any answer has."""
 
 
 class SpendingMeter:
@@ -99,15 +91,16 @@ class SynthesisClient:
         self.rest_until = 0.0
         self.next_start = 0.0
         self.probing = asyncio.Lock()
-        self.client = openai.AsyncOpenAI(
-            base_url=check_address(section.endpoint),
-            api_key=_key(section),
-            max_retries=0,
+        self.client = OpenAIClient(
+            check_address(section.endpoint),
+            section.model,
+            _key(section),
+            retries=0,
             timeout=httpx2.Timeout(section.seconds, connect=min(10.0, section.seconds)),
             default_headers={"Accept-Encoding": "identity"},
             http_client=httpx2.AsyncClient(
                 # Behind a proxy the transport is the library's own; there only the text is counted.
-                transport=None if section.use_proxy else _Capped(),
+                transport=None if section.use_proxy else CappedTransport(),
                 trust_env=section.use_proxy,
                 follow_redirects=False,
                 event_hooks={"response": [_check_kind]},
@@ -147,30 +140,16 @@ class SynthesisClient:
         form: dict[str, Any] = {}
         if schema and self.schema:
             form = {"response_format": {"type": "json_schema", "json_schema": {"name": "tasks", "schema": schema}}}
-        text, finish, tokens = "", None, (len(prompt), 0)
-        stream = await self.client.chat.completions.create(
-            model=section.model,
-            messages=[{"role": "user", "content": prompt}],
+        text, finish, tokens = await self.client.stream_chat(
+            [{"role": "user", "content": prompt}],
             temperature=section.temperature,
             top_p=section.top_p,
             max_tokens=section.max_tokens,
-            stream=True,
-            stream_options={"include_usage": True},
             **form,
         )
-        async for chunk in stream:
-            if chunk.usage:
-                tokens = (chunk.usage.prompt_tokens, chunk.usage.completion_tokens)
-            for choice in chunk.choices or ():
-                text += (choice.delta and choice.delta.content) or ""
-                finish = choice.finish_reason or finish
-            if len(text) > LARGEST:
-                raise ReplyTooLarge
-        if finish == "content_filter":
-            raise TruncatedReply(finish)
-        if finish is None:
-            raise TruncatedReply(_("the stream ended early"))
-        return text, finish, tokens if tokens[1] else (tokens[0], len(text))
+        if not tokens or not tokens[1]:  # at least as many characters as tokens
+            tokens = (tokens[0] if tokens else len(prompt), len(text))
+        return text, finish, tokens
 
     def _judged(self, error: Exception) -> str:
         """Why a request failed, when it is worth asking again. Raises TongwenError when none is."""
@@ -270,7 +249,7 @@ def _key(section: Synthesize) -> str:
             place=f"synthesize.key: {section.key}",
             remedy=f"export {section.key}=…",
         )
-    return key or "none"
+    return key
 
 
 async def _check_kind(response: Any) -> None:
@@ -282,35 +261,3 @@ async def _check_kind(response: Any) -> None:
             place="synthesize.endpoint",
             remedy=_("the address ends with /v1 for most endpoints"),
         )
-
-
-class _Capped(httpx2.AsyncHTTPTransport):
-    """What comes in is counted as it comes, and never unpacked."""
-
-    async def handle_async_request(self, request: Any) -> Any:
-        response = await super().handle_async_request(request)
-        if response.headers.get("content-encoding", "identity") != "identity":
-            await response.aclose()
-            raise httpx2.DecodingError("a packed reply")
-        return httpx2.Response(
-            response.status_code,
-            headers=response.headers,
-            stream=_Counted(response.stream),
-            extensions=response.extensions,
-        )
-
-
-class _Counted(httpx2.AsyncByteStream):
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        size = 0
-        async for block in self.stream:
-            size += len(block)
-            if size > LARGEST:
-                raise ReplyTooLarge(f"more than {LARGEST} bytes")
-            yield block
-
-    async def aclose(self) -> None:
-        await self.stream.aclose()

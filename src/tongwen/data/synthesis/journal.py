@@ -1,19 +1,13 @@
-"""Answers that were paid for, one JSON line each, on the disk before they are used: what is killed never pays twice.
-
-A line that a kill cut in the middle is taken off when the journal is opened again; what it held is asked once more.
-"""
+"""Answers that were paid for, one JSON line each, on the disk before they are used: what is killed never pays twice."""
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from tongwen.core.artifact import check_disk
-from tongwen.core.errors import ArtifactError
-from tongwen.core.i18n import _
+from tongwen.core.journal import Journal
 
 FREE = 64 << 20  # bytes of disk without which nothing more is asked
 
@@ -28,40 +22,15 @@ class Reply:
     tokens: tuple[int, int]
 
 
-class ReplyJournal:
-    """The file, and the replies in it by their keys."""
+class ReplyJournal(Journal):
+    """The replies by their keys."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
         self.replies: dict[str, Reply] = {}
-        whole = 0
-        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                reply = json.loads(line) if line.endswith(b"\n") else None
-                if reply is not None:
-                    self.replies[reply["key"]] = Reply(**{**reply, "tokens": tuple(reply["tokens"])})
-            except (ValueError, KeyError, TypeError):
-                reply = None
-            if reply is None:
-                if number < len(lines):
-                    raise ArtifactError(
-                        _("this line of the journal is damaged"),
-                        place=f"{file}:{number}",
-                        remedy=_("delete the line: its answer is asked again"),
-                    )
-                break
-            whole += len(line)
-        self.stream = file.open("ab")
-        self.stream.truncate(whole)
+        super().__init__(file, durable=True)
 
-    def __enter__(self) -> ReplyJournal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stream.close()
+    def load(self, entry: Any) -> None:
+        self.replies[entry["key"]] = Reply(**{**entry, "tokens": tuple(entry["tokens"])})
 
     def check_room(self) -> None:
         """Raise MachineError when what is asked next might find no place."""
@@ -69,8 +38,5 @@ class ReplyJournal:
 
     def add(self, reply: Reply) -> None:
         """Keep a reply: it is on the disk when this returns."""
-        line = json.dumps(asdict(reply), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        self.stream.write(line)
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
+        self.append(asdict(reply))
         self.replies[reply.key] = reply

@@ -1,0 +1,135 @@
+"""A model behind an address that speaks OpenAI's API (vLLM, SGLang, Ollama, llama-server, …), asked by the official client.
+
+Importing this module needs the package `openai`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import httpx2
+import openai
+
+from tongwen.core.i18n import _
+
+LARGEST = 8 << 20  # bytes of a reply
+
+
+class UnreadableReply(Exception):
+    """A reply that holds no answer, with its first characters."""
+
+
+class TruncatedReply(Exception):
+    """A reply that ended before it was finished."""
+
+
+class ReplyTooLarge(Exception):
+    """A reply of more bytes than any answer has."""
+
+
+class OpenAIClient:
+    """One model of one endpoint.
+
+    The official client's own errors (`openai.APIError`) come through as they are.
+    """
+
+    def __init__(self, url: str, model: str, key: str, *, retries: int, **options: Any) -> None:
+        """key: empty for a server that needs none. retries: how often the official client asks again by itself.
+        options: passed on to it."""
+        self.model = model
+        self._client = openai.AsyncOpenAI(base_url=url, api_key=key or "none", max_retries=retries, **options)
+        # Loaded here, which may take seconds, and not in the time that the first request has.
+        self._chat, self._completions = self._client.chat.completions, self._client.completions
+
+    async def __aenter__(self) -> OpenAIClient:
+        return self
+
+    async def __aexit__(self, *_unused: object) -> None:
+        await self._client.close()
+
+    async def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The answer to a conversation; empty when all was thinking. Raises UnreadableReply."""
+        turns: Any = [dict(turn) for turn in messages]
+        reply = await self._read(self._chat.create(model=self.model, messages=turns, **options))
+        message = getattr(_first_choice(reply), "message", None)
+        if message is None:
+            raise UnreadableReply(str(reply)[:60])
+        return str(getattr(message, "content", None) or "")
+
+    async def complete(self, prompt: str, **options: Any) -> str:
+        """How a text goes on. Raises UnreadableReply."""
+        reply = await self._read(self._completions.create(model=self.model, prompt=prompt, **options))
+        text = getattr(_first_choice(reply), "text", None)
+        if text is None:
+            raise UnreadableReply(str(reply)[:60])
+        return str(text)
+
+    async def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Any
+    ) -> tuple[str, str, tuple[int, int] | None]:
+        """(text, why it ended, tokens of prompt and answer where the endpoint counts them), read as it comes.
+
+        Raises TruncatedReply, or ReplyTooLarge.
+        """
+        text, finish, tokens = "", None, None
+        turns: Any = [dict(turn) for turn in messages]
+        stream: Any = await self._chat.create(
+            model=self.model, messages=turns, stream=True, stream_options={"include_usage": True}, **options
+        )
+        async for chunk in stream:
+            if chunk.usage:
+                tokens = (chunk.usage.prompt_tokens, chunk.usage.completion_tokens)
+            for choice in chunk.choices or ():
+                text += (choice.delta and choice.delta.content) or ""
+                finish = choice.finish_reason or finish
+            if len(text) > LARGEST:
+                raise ReplyTooLarge
+        if finish is None:
+            raise TruncatedReply(_("the stream ended early"))
+        if finish == "content_filter":
+            raise TruncatedReply(finish)
+        return text, finish, tokens
+
+    async def _read(self, request: Any) -> Any:
+        """What comes back, whatever it is: the official client takes any JSON, and a page as its text."""
+        try:
+            return await request
+        except ValueError:  # no JSON at all
+            return None
+
+
+def _first_choice(reply: Any) -> Any:
+    return next(iter(getattr(reply, "choices", None) or ()), None)
+
+
+class CappedTransport(httpx2.AsyncHTTPTransport):
+    """What comes in is counted as it comes, and never unpacked."""
+
+    async def handle_async_request(self, request: Any) -> Any:
+        response = await super().handle_async_request(request)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            await response.aclose()
+            raise httpx2.DecodingError("a packed reply")
+        return httpx2.Response(
+            response.status_code,
+            headers=response.headers,
+            stream=_CountedStream(response.stream),
+            extensions=response.extensions,
+        )
+
+
+class _CountedStream(httpx2.AsyncByteStream):
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for block in self.stream:
+            size += len(block)
+            if size > LARGEST:
+                raise ReplyTooLarge(f"more than {LARGEST} bytes")
+            yield block
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
