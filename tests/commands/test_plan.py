@@ -106,7 +106,7 @@ def test_a_model_that_cannot_be_rehearsed_is_said(chat_model: Path, monkeypatch:
     config, micro = load_config(ModelRef("t", str(chat_model))), MicroBatch((256,), 200, 1)
     monkeypatch.setattr(memory_estimate, "fuse_blocks", leave)
     wanted = memory_estimate.estimate_memory(config, setting("lora"), micro)
-    monkeypatch.setattr(memory_estimate, "rehearse", refuse)
+    monkeypatch.setattr(memory_estimate, "trace_step", refuse)
     found = memory_estimate.estimate_memory(config, setting("lora"), micro)
     assert wanted.rehearsed and not found.rehearsed
     assert found.bytes["weights"] == pytest.approx(wanted.bytes["weights"], rel=0.05)

@@ -460,7 +460,7 @@ def test_the_fast_forms_are_pefts_and_transformers_own(
     wanted_blocks = ({"LlamaRMSNorm": 5} if family else {"LlamaRMSNorm": 5, "LlamaMLP": 2}) if blocks else {}
     assert kinds == {"Linear": 8 if family else 14, **wanted_blocks}
     used = operations(model, batch)
-    assert ("JoinedProduct" in used, "LoraProduct" in used) == (blocks, not blocks)
+    assert ("FusedProjectionsFunction" in used, "FusedLoraFunction" in used) == (blocks, not blocks)
     loss, gradients = loss_and_gradients(model, batch)
     for module in fast:
         del module.forward
@@ -562,12 +562,12 @@ def test_in_bf16_the_fast_forms_are_no_further_from_fp32_than_the_slow_ones(fold
     fast = with_fast_forward(model)
     assert Counter(type(module).__name__ for module in fast) == {"Linear": 14, "LlamaRMSNorm": 5, "LlamaMLP": 2}
     with torch.autocast("cpu", torch.bfloat16):
-        used = [name for name in ("JoinedProduct", "GatedMlp", "RmsNorm") if name in operations(model, batch)]
+        used = [name for name in ("FusedProjectionsFunction", "FusedGatedMlp", "FusedRmsNorm") if name in operations(model, batch)]
         loss, gradients = loss_and_gradients(model, batch)
         for module in fast:
             del module.forward
         slow_loss, slow = loss_and_gradients(model, batch)
-    assert used == ["JoinedProduct", "GatedMlp", "RmsNorm"]
+    assert used == ["FusedProjectionsFunction", "FusedGatedMlp", "FusedRmsNorm"]
     wanted_loss, wanted = loss_and_gradients(model.float(), batch)
 
     def distance(found: dict[str, torch.Tensor]) -> float:
