@@ -387,7 +387,7 @@ def test_what_cannot_be_had_is_said_and_never_kept(
 
 def test_killed_in_the_middle_the_rest_alone_is_fetched(server: Hub, call: Any, tmp_path: Path) -> None:
     server.faults = [("model.safetensors", "stalled")]
-    code = f"from tongwen.stages import fetch; fetch.run({MODEL!r}, 'm', kind='model')"
+    code = f"from tongwen.commands import fetch; fetch.run({MODEL!r}, 'm', kind='model')"
     source = str(Path(fetch.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "0"}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path)
