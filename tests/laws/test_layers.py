@@ -225,13 +225,33 @@ def test_help_and_check_import_no_torch(tmp_path: Path) -> None:
     assert not {"torch", "transformers", "huggingface_hub"} & imported_by(COMMAND, "check", recipe)
 
 
-def test_a_finished_run_imports_only_what_says_so(tmp_path: Path) -> None:
-    for name in ("finished", "base", "dialogues.jsonl"):
+def copy_of_a_run(folder: Path) -> None:
+    for name in ("sft.yaml", "finished", "base", "dialogues.jsonl"):
         copy = shutil.copytree if (DATA / name).is_dir() else shutil.copyfile
-        copy(DATA / name, tmp_path / name)
+        copy(DATA / name, folder / name)
+
+
+def test_a_finished_run_imports_only_what_says_so(tmp_path: Path) -> None:
+    copy_of_a_run(tmp_path)
     found = imported_by(COMMAND, "run", "finished/recipe.yaml", folder=tmp_path)
     assert "tongwen.stages.sft" in found
     assert not {*HEAVY, "psutil", "jinja2"} & found
+
+
+def test_a_plan_imports_neither_the_trainer_nor_the_compiler(tmp_path: Path) -> None:
+    """The Trainer brings datasets and pandas; bitsandbytes, which peft imports, hands functions to torch's compiler."""
+    copy_of_a_run(tmp_path)
+    found = imported_by(COMMAND, "plan", "sft.yaml", folder=tmp_path)
+    assert {"torch", "peft"} <= found, "it does rehearse a step"
+    assert not {"transformers.trainer", "datasets", "pandas", "deepspeed", "torch._inductor.compile_fx"} & found
+
+
+@pytest.mark.parametrize(
+    ("command", "needs"), [("compare", ""), ("tokenizer", "tokenizers numpy"), ("web", "tokenizers numpy")]
+)
+def test_commands_that_compute_with_no_model_import_no_torch(command: str, needs: str) -> None:
+    found = imported_by(f"import tongwen.commands.{command}")
+    assert not ({*HEAVY} - {*needs.split()}) & found
 
 
 def test_a_merge_imports_neither_torch_nor_the_recipe() -> None:
