@@ -23,7 +23,7 @@ from tongwen.model.kernels.loss import LearnedCrossEntropy, learned_loss, spare_
 from tongwen.model.loading.load import ModelRef, load_model
 from tongwen.recipe.training import AdapterConfig
 from tongwen.train import audit
-from tongwen.train.audit import to_device
+from tongwen.train.packing import to_device
 from tongwen.train.try_batch import fits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

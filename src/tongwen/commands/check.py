@@ -9,6 +9,7 @@ from tongwen.core.errors import DataError, RecipeError, TongwenError, raise_all
 from tongwen.core.i18n import _
 from tongwen.data import prepare_steps
 from tongwen.data.clean import Cleaner
+from tongwen.data.input_parts import KINDS, InputPart, list_parts
 from tongwen.data.ledger import table_rows
 from tongwen.data.sampling import choose_held_out
 from tongwen.export.gguf import check_type
@@ -37,8 +38,8 @@ def run(recipe: Recipe) -> int:
             errors.append(error)
     tables = {}
     section = inputs(recipe) if recipe.prepare else None
-    all_parts = prepare_steps.list_parts(section, local_copy, console.notice, errors) if section else []
-    for kind in prepare_steps.KINDS:
+    all_parts = list_parts(section, local_copy, console.notice, errors) if section else []
+    for kind in KINDS:
         parts = [part for part in all_parts if part.kind == kind]
         if not parts:
             continue
@@ -78,9 +79,7 @@ def _check_track(recipe: Recipe) -> None:
         trackers.check(recipe.track)
 
 
-def _read(
-    parts: list[prepare_steps.InputPart], section: Prepare, errors: list[TongwenError]
-) -> prepare_steps.ScanCounts:
+def _read(parts: list[InputPart], section: Prepare, errors: list[TongwenError]) -> prepare_steps.ScanCounts:
     """What becomes of the rows of the training files of one kind. Raises DataError when too many rows are unreadable, of
     any role; what makes a file unreadable is put into `errors`."""
     tallies = {role: prepare_steps.ScanCounts() for role in ("held_out", "evaluation", "train")}

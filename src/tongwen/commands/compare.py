@@ -16,7 +16,7 @@ from tongwen.core.console import human_bytes, human_time
 from tongwen.core.errors import ArtifactError, RecipeError, first_line
 from tongwen.core.html import curves, render
 from tongwen.core.i18n import _
-from tongwen.train.metrics import read_metrics
+from tongwen.train.metrics_file import read_metrics
 from tongwen.workflows.stage_inputs import TRAINING
 
 

@@ -64,6 +64,8 @@ def run(recipe: Recipe, gpu: str | None, stages: Stages, *, measure: bool = Fals
         )
     if not recipe.training or recipe.prepare is None:
         raise RecipeError(_("there is nothing to train in this recipe"), place=recipe.name, remedy="sft: {}")
+    if measure:
+        import peft  # noqa: F401 (with all that it compiles, as training has it: the estimate would import less)
     check_ahead(recipe, recipe.stages, stages)
     if recipe.vocab and not artifact.find(Path(recipe.out) / "vocab"):
         _unused, new = _config(recipe, recipe.base)

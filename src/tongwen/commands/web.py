@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -29,9 +29,11 @@ from tongwen.vocab import measure
 from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
 from tongwen.workflows import data_preview, run_manager, tokenizer_files
-from tongwen.workflows.chat_model import ChatModel, open_chat_model
 from tongwen.workflows.run_lock import lock_holder
 from tongwen.workflows.workspace import Workspace, shown
+
+if TYPE_CHECKING:
+    from tongwen.workflows.chat_model import ChatModel
 
 OPEN_AT_ONCE = 2  # models in memory
 
@@ -89,6 +91,9 @@ class _ModelPool:
         self.lock = threading.Lock()
 
     def open(self, name: str) -> ChatModel:
+        """The model of this name, read when it is first asked for: the page alone needs no torch."""
+        from tongwen.workflows.chat_model import open_chat_model
+
         model = self.place.model(name)
         with self.lock:
             if name not in self.opened:

@@ -12,7 +12,7 @@ import json
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,95 +21,20 @@ from typing import Any
 import numpy as np
 
 from tongwen.core import artifact
-from tongwen.core.errors import DataError, RecipeError, RowRefused, TongwenError, raise_all
+from tongwen.core.errors import DataError, RowRefused
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Origin, from_dict
-from tongwen.data import dataset_info, dedup, formats
+from tongwen.data import dedup, formats
 from tongwen.data.clean import Cleaner, Dropped
-from tongwen.data.files import find_files, shown
+from tongwen.data.input_parts import KINDS, InputPart, Tell
 from tongwen.data.ledger import Ledger, Rejected
 from tongwen.data.reader import read_rows
 from tongwen.data.row import RawRow
 from tongwen.data.sampling import choose_held_out
-from tongwen.recipe.data import Prepare, SourceConfig
+from tongwen.recipe.data import Prepare
 
-Tell = Callable[[str], None]
-KINDS = ("documents", "dialogues")
 STAYS, SAME, ALIKE, HELD_OUT = range(4)  # verdicts of `compare`
 FIRST = 5  # unreadable rows that a message shows
-
-
-@dataclass(frozen=True)
-class InputPart:
-    """One file of one source. index: among all files; kind: `documents` or `dialogues`; role: `train`, `held_out` (a file
-    of the recipe) or `evaluation`; number: of its source among those of its kind."""
-
-    index: int
-    kind: str
-    role: str
-    number: int
-    source: SourceConfig
-    file: Path
-
-    @property
-    def name(self) -> str:
-        """As it stands in origins."""
-        return shown(self.file)
-
-    def folder(self, out: Path) -> Path:
-        return out / "parts" / f"{self.index:05d}"
-
-
-def list_parts(
-    section: Prepare, bring: Callable[[str, Tell], str], tell: Tell, errors: list[TongwenError] | None = None
-) -> list[InputPart]:
-    """All files of the recipe, in the order in which their rows count. bring(path, tell) gives the folder of what lies on
-    a hub. What names no file is put into `errors`, or raised."""
-    found = list[TongwenError]() if errors is None else errors
-    out: list[InputPart] = []
-
-    def add(kind: str, role: str, number: int, source: SourceConfig) -> None:
-        try:
-            formats.check_source(source)
-            for one in dataset_info.entry_source(source) if source.entry else [source]:
-                if one.path.startswith(("hub:", "modelscope:")):
-                    one = one.model_copy(update={"path": bring(one.path, tell)})
-                for file in find_files(one.path):
-                    part = InputPart(len(out), kind or kind_of(file, one), role, number, one, file)
-                    _check_held_out(part, section)
-                    out.append(part)
-        except (DataError, RecipeError) as error:
-            found.append(error)
-
-    if isinstance(section.held_out, str):
-        add("", "held_out", 0, SourceConfig(path=section.held_out))
-    for number, source in enumerate(section.evaluation):
-        add("", "evaluation", number, source)
-    for kind in KINDS:
-        for number, source in enumerate(getattr(section, kind)):
-            add(kind, "train", number, source)
-    if errors is None:
-        raise_all(found)
-    return out
-
-
-def _check_held_out(part: InputPart, section: Prepare) -> None:
-    """Raise DataError when a file is held out of a kind of data that the recipe does not have: it would never be used."""
-    if part.role == "held_out" and not getattr(section, part.kind):
-        trained = " / ".join(kind for kind in KINDS if getattr(section, kind))
-        raise DataError(
-            _("held_out: this file holds {kind}, the recipe has {trained}").format(kind=part.kind, trained=trained),
-            place=part.name,
-            remedy=_("name a file of {trained}, or a share: held_out: 0.02").format(trained=trained),
-        )
-
-
-def kind_of(file: Path, source: SourceConfig) -> str:
-    """documents or dialogues, as the first row shows."""
-    row = next(read_rows(file, source)).value
-    row = formats.with_columns(row, source) if isinstance(row, dict) else row
-    text = source.format == "text" or (not source.format and formats.recognise(row) == "text")
-    return "documents" if text else "dialogues"
 
 
 # -- one file ------------------------------------------------------------------------------------------------------

@@ -8,19 +8,15 @@ nothing frozen has one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from tongwen.core.errors import NumbersError
 from tongwen.core.i18n import _
-from tongwen.train.packing import pack
+from tongwen.train.packing import Loss, pack, to_device
 from tongwen.train.parallel import are_somewhere, local
-
-Loss = Callable[[Any, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
 
 
 def check_isolation(model: Any, samples: list[Any], loss: Loss) -> float:
@@ -177,10 +173,3 @@ class FirstStepsAudit(TrainerCallback):
         for name, part in model.named_parameters():
             if part.requires_grad and part.grad is None:
                 raise NumbersError(_("a trainable tensor has no gradient"), place=f"step 1 · {name}")
-
-
-def to_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
-    """A batch where the model computes. Weights that wait in the host's memory are not computed on there."""
-    part = next(model.parameters())
-    device = part.device_mesh.device_type if isinstance(part, DTensor) else part.device
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tongwen.train.audit import Loss
+from tongwen.train.packing import Loss
 
 ROWS = 8  # learned rows that are rehearsed; all more of them are logits of a known size
 LOGIT = {torch.bfloat16: 2, torch.float16: 6, torch.float32: 4}  # bytes; accelerate makes an fp32 copy of those in fp16

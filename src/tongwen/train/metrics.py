@@ -17,6 +17,7 @@ from tongwen.core.distributed import is_first
 from tongwen.core.errors import NumbersError
 from tongwen.core.i18n import _
 from tongwen.recipe.training import Forgetting
+from tongwen.train.metrics_file import read_metrics
 from tongwen.train.phase import Phase
 
 FLAT_AFTER = 100  # steps after which a loss should have fallen
@@ -161,21 +162,6 @@ def check_forgetting(before: dict[str, Any], now: dict[str, Any], limits: Forget
             )
         if limits.warn is not None and rise >= limits.warn:
             console.notice(what)
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a line that a crash cut short is left out."""
-    if not file.is_file():
-        return []
-    out = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            read = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(read, dict):
-            out.append(read)
-    return out
 
 
 def peak_memory_bytes() -> int | None:

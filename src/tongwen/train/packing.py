@@ -14,11 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 from tongwen.recipe.fields import Duration
+
+# (model, batch) -> (the loss that is learned, nats of each learned token)
+Loss = Callable[[Any, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -258,3 +262,10 @@ def empty(packed: bool) -> dict[str, Any]:
     batch["rows"] = torch.zeros(1, dtype=torch.int64)
     batch["tokens"] = 0
     return batch
+
+
+def to_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
+    """A batch where the model computes. Weights that wait in the host's memory are not computed on there."""
+    part = next(model.parameters())
+    device = part.device_mesh.device_type if isinstance(part, DTensor) else part.device
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

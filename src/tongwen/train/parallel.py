@@ -19,7 +19,6 @@ import torch
 from pydantic import ValidationError
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tongwen.core import console, distributed
 from tongwen.core.errors import MachineError, MissingPackage, RecipeError
@@ -149,6 +148,8 @@ class Engine:
 
 def choose(words: Training) -> Engine:
     """The engine that a recipe asks for, in the processes that there are. Raises RecipeError or MissingPackage."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     for name in [name for name in os.environ if name.startswith(OVERRIDDEN)]:
         value = os.environ.pop(name)
         if value.lower() not in ("no", "false", ""):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tongwen.core.errors import is_out_of_memory
-from tongwen.train.audit import Loss, to_device
+from tongwen.train.packing import Loss, to_device
 
 
 def fits(

@@ -23,7 +23,7 @@ from tongwen.core import artifact, console
 from tongwen.core.errors import MachineError, TongwenError
 from tongwen.core.i18n import _, language
 from tongwen.recipe.load import load_recipe
-from tongwen.train.metrics import read_metrics
+from tongwen.train.metrics_file import read_metrics
 from tongwen.workflows.run_lock import lock_holder
 from tongwen.workflows.stage_inputs import TRAINING
 

@@ -9,11 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from tongwen.core import console
 from tongwen.core.i18n import _
-from tongwen.model.kernels.loss import bits_per_byte
 from tongwen.model.loading import load
 from tongwen.model.merging import resize
 from tongwen.vocab import grow, measure
@@ -35,6 +32,8 @@ def bits_before_training(
 ) -> dict[str, Any]:
     """`bits_per_byte` of the base and of the grown, untrained model, on texts and on English; nothing when the model does
     not fit into memory. kind: how new rows begin."""
+    import psutil
+
     size = sum(file.stat().st_size for pattern in load.WEIGHTS for file in Path(place.folder).glob(pattern))
     if 2.5 * size > psutil.virtual_memory().available:
         console.notice(
@@ -79,6 +78,8 @@ def _chunks(texts: list[str]) -> list[str]:
 def _score(model: Any, one: TokenizerFiles, tokenizer: Any, texts: list[str]) -> float:
     """Bits per byte of texts, each by itself behind the token that begins a text."""
     import torch
+
+    from tongwen.model.kernels.loss import bits_per_byte
 
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     coder = one.coder

@@ -6,7 +6,10 @@ better model for its precision; merging into what training saw keeps to what was
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -83,3 +86,21 @@ def kind_of(settings: dict[str, Any]) -> str:
         if isinstance(adapter, dict) and adapter.get("method") == "qlora":
             return str(adapter["quantize"])
     return ""
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """bitsandbytes imported in this block leaves torch's compiler alone.
+
+    peft imports bitsandbytes wherever it is installed, and that hands its functions for CPUs to `torch.compile` at once:
+    a sixth of all that a command with an adapter imports. They stay uncompiled in this process, which is for those who
+    compute with none of them.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("TORCHDYNAMO_DISABLE")
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before

@@ -26,7 +26,7 @@ from tongwen.model.loading.special_tokens import mend_ends
 from tongwen.train import audit
 from tongwen.train.checkpoints import check_adapter_saved
 from tongwen.train.memory import STATE_BYTES, device_memory, is_reckoned_to_fit
-from tongwen.train.packing import BatchPlan, MicroBatches, fill
+from tongwen.train.packing import BatchPlan, MicroBatches, fill, to_device
 from tongwen.train.parallel import Engine, in_fp32, sharing_of
 from tongwen.train.phase import Phase
 from tongwen.train.try_batch import fits
@@ -126,7 +126,7 @@ def set_memory_savers(model: PreparedModel, phase: Phase, store: TokenStore) -> 
     does, so this comes before it."""
     if model.engine.is_whole and model.dtype != torch.float16:  # fp16's small gradients wait for the scaler
         with model.computing():  # autocast would reuse later what it has cast here without gradients
-            spare_head(model.model, audit.to_device(_first_batch(model, store, phase.plan), model.model))
+            spare_head(model.model, to_device(_first_batch(model, store, phase.plan), model.model))
     _set_checkpointing(model, phase, store)
 
 
@@ -197,7 +197,7 @@ def score_held_out(
     for name, store in stores.items():
         batches = MicroBatches(store, fill(store.lengths, budget), packed=model.packed)
         with model.computing():
-            stream = (audit.to_device(batches[index], model.model) for index in range(len(batches)))
+            stream = (to_device(batches[index], model.model) for index in range(len(batches)))
             groups[name] = bits_per_byte(model.model, stream, sizes)
         if not math.isfinite(groups[name]["loss"]):
             raise NumbersError(

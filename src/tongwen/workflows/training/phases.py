@@ -18,7 +18,8 @@ from tongwen.model.loading import load
 from tongwen.recipe.phases import training_phases
 from tongwen.train.checkpoints import newest_checkpoint, read_manifest, step_of
 from tongwen.train.memory import own_memory, token_budget
-from tongwen.train.metrics import flat_at, read_metrics
+from tongwen.train.metrics import flat_at
+from tongwen.train.metrics_file import read_metrics
 from tongwen.train.packing import make_plan
 from tongwen.train.phase import Phase
 from tongwen.train.trainer import unreached_rate

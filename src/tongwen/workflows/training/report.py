@@ -11,7 +11,8 @@ from tongwen.recipe.effects import free_settings
 from tongwen.recipe.load import dump
 from tongwen.recipe.phases import training_phases
 from tongwen.recipe.training import Training
-from tongwen.train.metrics import peak_memory_bytes, read_metrics
+from tongwen.train.metrics import peak_memory_bytes
+from tongwen.train.metrics_file import read_metrics
 from tongwen.train.phase import Phase
 from tongwen.train.report import held_out_table, write_report
 from tongwen.workflows.training.types import PreparedModel, SamplePrompt, TrainingJob
