@@ -83,7 +83,7 @@ def die_at(step: int, phase: int = 0) -> Any:
         original = PlannedTrainer.training_step
 
         def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
-            here = not phase or self.job.checkpoints.name == f"phase-{phase}"
+            here = not phase or self.job.phase.checkpoints.name == f"phase-{phase}"
             if here and self.state.global_step == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(self, *arguments, **options)
