@@ -41,9 +41,7 @@ def test_stopped_and_taken_up_again_it_ends_with_the_same_weights(chat_model: Pa
     terminal = [sys.executable, "-m", "tongwen", "run", str(never.parent / "recipe.yaml")]
     assert subprocess.run(terminal, capture_output=True, check=False).returncode == 0
     # The page's server is a process of its own here, and is gone before the run has ended.
-    code = (
-        "import sys; from pathlib import Path; from tongwen import runs; runs.start(sys.argv[1:2], Path(sys.argv[2]))"
-    )
+    code = "import sys; from pathlib import Path; from tongwen.workflows import run_manager; run_manager.start(sys.argv[1:2], Path(sys.argv[2]))"
     subprocess.run([sys.executable, "-c", code, str(once.parent / "recipe.yaml"), str(once)], check=True)
     assert lock_holder(once)
     wait_for(lambda: steps(once) > 5)
