@@ -167,7 +167,7 @@ def test_activations_are_recomputed_where_a_gpu_has_no_room(
     told = list[str]()
     monkeypatch.setattr(training_model, "fits", look)
     monkeypatch.setattr(training_model.console, "notice", told.append)
-    config = SimpleNamespace(activation_checkpointing=word, shares="", optimizer="adamw_8bit")
+    config = SimpleNamespace(activation_checkpointing=word, sharded_by="", optimizer="adamw_8bit")
     plan = SimpleNamespace(flat=lambda: [(0,), (1, 2, 3), ()], accumulate=3)
     prepared = SimpleNamespace(model=model, device="cuda", packed=True, computing=nullcontext)
     training_model._set_checkpointing(prepared, SimpleNamespace(config=config, plan=plan), store)  # type: ignore[arg-type]

@@ -234,13 +234,19 @@ def test_fp16_leaves_out_what_overflows(
 
 
 def test_a_held_out_nan_is_no_score(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    """One token that is in the held-out file alone, and overflows."""
-    rows = tensors(chat_model)["model.embed_tokens.weight"]
-    rows[AutoTokenizer.from_pretrained(chat_model).convert_tokens_to_ids("Z")] = 3e38
-    base = remade(chat_model, tmp_path / "base", {"model.embed_tokens.weight": rows})
+    """A token of the held-out file alone overflows: only its row has the first coordinate, which one MLP row multiplies."""
+    weights = tensors(chat_model)
+    layer = "model.layers.0.{}_proj.weight".format
+    rows = weights["model.embed_tokens.weight"]
+    rows[:, 0] = 0
+    rows[AutoTokenizer.from_pretrained(chat_model).convert_tokens_to_ids("Z")] = torch.eye(rows.shape[1])[0]
+    weights[layer("self_attn.o")][0] = 0
+    weights[layer("mlp.gate")][0] = 0
+    weights[layer("mlp.up")][0] = 3e38 * torch.eye(rows.shape[1])[0]
+    base = remade(chat_model, tmp_path / "base", weights)
     held = write_rows(tmp_path / "held.jsonl", [{"instruction": "Z?", "output": "ZZ"}])
     recipe = write_recipe(tmp_path, base, sft=SFT, merge=False)
-    code, _, err = tongwen("run", recipe, f"prepare.held_out={held}", "sft.samples=0")
+    code, _, err = tongwen("run", recipe, f"prepare.held_out={held}", "sft.samples=0", "sft.adapter.targets=[q_proj]")
     assert code == 6 and "a held-out score is NaN or infinite" in err
 
 

@@ -56,7 +56,7 @@ def test_encoding_is_done_once_and_goes_on_where_it_died(
         return tokenized_data.encode_prepared(made, reader, 42, tmp_path / folder)
 
     whole = encode("a")
-    written = tokenized_data.stores.Writer.add
+    written = tokenized_data.token_store.Writer.add
     batches = []
 
     def dying(self: Any, batch: Any, *rest: Any) -> None:
@@ -66,7 +66,7 @@ def test_encoding_is_done_once_and_goes_on_where_it_died(
         written(self, batch, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenized_data.stores.Writer, "add", dying)
+        patch.setattr(tokenized_data.token_store.Writer, "add", dying)
         with pytest.raises(KeyboardInterrupt):
             encode("b")
     again = encode("b")
