@@ -56,7 +56,7 @@ FAMILIES: dict[str, Family] = {
     "chatglm": Family(
         "ChatGLM-6B",
         ("query_key_value",),
-        dialogues_only=N_("it is a prefix language model: what it learns stands behind <sop>"),
+        dialogues_only=N_("it is a prefix language model: the learned text must follow <sop>"),
         vllm=False,
     ),
     "bloom": Family(

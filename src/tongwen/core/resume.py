@@ -79,7 +79,7 @@ def _fork(folder: Path, run: dict[str, Any], settings: Mapping[str, Any], change
     if not changed:
         return
     lines = ", ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed)
-    console.notice(_("continued with other settings (--fork): {lines}").format(lines=lines))
+    console.notice(_("continued with different settings (--fork): {lines}").format(lines=lines))
     forks = [*run["forks"], {"from": run["run"], "at": _now(), "changed": changed}]
     identity = {name: value for name, value in run["identity"].items() if name not in (DATA, DTYPE)}
     (folder / BEFORE).unlink(missing_ok=True)
@@ -108,7 +108,7 @@ def ids(run: Mapping[str, Any]) -> set[str]:
 
 
 def again() -> str:
-    return _("tongwen run RECIPE --again redoes it and everything after it, and keeps the old folder")
+    return _("tongwen run RECIPE --again redoes this stage and all later ones, and keeps the old folder")
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

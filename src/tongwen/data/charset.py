@@ -76,8 +76,8 @@ def choose(head: bytes, wanted: str | None, whole: bool) -> Charset:
     codec = named(wanted)
     if codec != found.codec and not found.codec.startswith(codec) and not _fits(sample, codec, found):
         raise DataError(
-            _("encoding: {wanted} is named, but this is {found}").format(wanted=wanted, found=found.name),
-            remedy=_("encoding: {codec}, or leave the word out").format(codec=found.codec),
+            _("encoding: {wanted} is set, but the file is {found}").format(wanted=wanted, found=found.name),
+            remedy=_("encoding: {codec}, or omit it").format(codec=found.codec),
         )
     return found if found.codec.startswith(codec) else Charset(codec)
 

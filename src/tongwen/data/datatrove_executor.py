@@ -69,7 +69,7 @@ def _wait(section: Prepare, step: str, out: Path, parts: Sequence[InputPart]) ->
             raise MachineError(
                 _("{count} files were not finished").format(count=len(undone)),
                 place=undone[0].name,
-                remedy=_("see the logs in {out}; the same command goes on").format(out=out / "parts"),
+                remedy=_("see the logs in {out}; the same command continues").format(out=out / "parts"),
             )
         time.sleep(5)
 

@@ -90,7 +90,9 @@ class Encoder:
             found = fast.encode(text)
             if found is not None and found.tolist() != wanted:
                 console.notice(
-                    _("tiktoken splits {text!r} in another way; the tokenizers library is used").format(text=text[:20])
+                    _("tiktoken splits {text!r} differently; using the tokenizers library instead").format(
+                        text=text[:20]
+                    )
                 )
                 return None
         return fast
@@ -301,7 +303,7 @@ def _unfit(sample: _Sample, max_length: int) -> tuple[str, str]:
         )
     learned = sum([len(piece.ids) for piece in sample.pieces if piece.learn])
     if learned < 1 or (learned == 1 and sample.pieces[0].learn):
-        return "nothing_to_learn", _("no token of this sample is learned")
+        return "nothing_to_learn", _("this sample has no token to learn")
     return "", ""
 
 
@@ -456,9 +458,9 @@ def check_store(store: TokenStore, section: Sft, rejected: Sequence[dict[str, An
         first = rejected[0] if rejected else None
         raise DataError(
             (
-                _("no sample is left to learn ({too_long} of {count} are longer than max_length {max_length})").format(
-                    too_long=too_long, count=len(rejected), max_length=section.max_length
-                )
+                _(
+                    "no sample is left to train on ({too_long} of {count} are longer than max_length {max_length})"
+                ).format(too_long=too_long, count=len(rejected), max_length=section.max_length)
                 + (_("; the first: {rule}").format(rule=first["rule"]) if first else "")
             ),
             place=f"{first['file']}:{first['row']}" if first else "sft",

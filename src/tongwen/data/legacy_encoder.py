@@ -52,7 +52,7 @@ class LegacyEncoder(Encoder):
         super().__init__(tokenizer)
         if template not in WAYS:
             raise RecipeError(
-                _("template {template!r} was in none of the old scripts").format(template=template),
+                _("template {template!r} belongs to none of the old scripts").format(template=template),
                 place="sft.legacy",
                 remedy=f"template: {' | '.join(WAYS)}",
             )

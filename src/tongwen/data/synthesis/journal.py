@@ -48,7 +48,7 @@ class ReplyJournal:
                     raise ArtifactError(
                         _("this line of the journal is damaged"),
                         place=f"{file}:{number}",
-                        remedy=_("delete the line: its answer is asked again"),
+                        remedy=_("delete the line: its answer will be requested again"),
                     )
                 break
             whole += len(line)
