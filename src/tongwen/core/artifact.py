@@ -1,7 +1,7 @@
-"""A stage hands over a folder: made beside its place, completed by `manifest.json`, then renamed.
+"""A stage outputs a folder: built beside its final place, completed by `manifest.json`, then renamed.
 
 A folder without a manifest is not an artifact. The manifest says what it is, from what it was made (with
-fingerprints), with which settings and versions. Nothing that stands in a finished place is ever written again.
+fingerprints), with which settings and versions. A finished folder is never written to again.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def refuse_changed(place: str, changed: list[tuple[str, Any, Any]], remedy: str)
 
 
 def make_way(path: Path, *, again: bool) -> None:
-    """Raise RecipeError where something stands; `again` keeps that under another name."""
+    """Raise RecipeError when the path exists; with `again`, rename what exists instead."""
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
     elif path.exists() and not again:

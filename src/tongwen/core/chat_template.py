@@ -253,7 +253,7 @@ class Template:
                 remedy=_("choose another template, for example `template: chatml`"),
             )
         if last.thinking and last.thinking.strip() not in whole[len(prompt) :]:
-            # The template does not know `reasoning_content`: the thinking stands in the answer's own text.
+            # The template does not know `reasoning_content`: the thinking is part of the answer's own text.
             inside = replace(
                 last, thinking=None, content=f"<think>\n{last.thinking.strip()}\n</think>\n\n{last.content}"
             )
@@ -324,7 +324,7 @@ class Template:
     def _check_came_through(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], thinking: bool, whole: str
     ) -> None:
-        """The answer stands in the render unchanged (or trimmed), exactly where a sentinel in its place stood."""
+        """Check that the render contains the answer unchanged (or trimmed), exactly where a sentinel would be."""
         last = messages[-1]
         if not last.content.strip():
             return
@@ -335,7 +335,7 @@ class Template:
                 if whole == head + content + tail:
                     return
         if "</think>" in last.content and last.content.rsplit("</think>", 1)[1].strip() in whole:
-            return  # a thinking template rearranges the thinking that stands in the answer's own text
+            return  # a thinking template rearranges the thinking inside the answer's own text
         raise ModelError(
             _(
                 "the template changes the text of an answer, so the model would not learn what the data says: {last!r}"

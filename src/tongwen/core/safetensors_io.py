@@ -1,6 +1,6 @@
 """Tensors in safetensors files as byte ranges: found, checked, planned and copied, without loading one.
 
-Nothing here computes, so that whoever moves weights about (merge, convert, verify) shares one reading of the format.
+Nothing here computes, so merge, convert and verify share one reader of the format.
 What a header says is believed only where the file agrees: every range lies inside, none overlap, and each is as long as
 its type and shape say.
 """
@@ -76,7 +76,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     """All tensors of a model or adapter folder by name; empty when it has no safetensors files.
 
     Raises ModelError when the index names a file outside the folder or one that is missing, when index and shards
-    disagree, or when a tensor stands in two shards.
+    disagree, or when two shards contain the same tensor.
     """
     index, whole = folder / INDEX, folder / "model.safetensors"
     mapped = read_index(index) if index.is_file() and not whole.is_file() else None  # transformers' own precedence

@@ -1,6 +1,6 @@
 """A path of the recipe becomes files, and a file a stream of its bytes, unpacked when it is compressed.
 
-What a file is shows in its first bytes, never in its name. Whatever stops the reading in the middle is a `DamagedFile`, so that
+What a file is shows in its first bytes, never in its name. Any error in the middle of reading is a `DamagedFile`, so that
 the reader of rows can say how many it had. A file must be the same when it is closed as when it was opened.
 """
 

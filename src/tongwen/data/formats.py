@@ -1,7 +1,7 @@
-"""Raw rows become Documents and Dialogues. The format is recognised from the keys that a row has.
+"""Convert raw rows to Documents and Dialogues. The keys of a row decide its format.
 
-A row answers with a record, or is refused with a reason that stands in the ledger and in rejected.jsonl. Nothing is guessed:
-a value that is no text is not made one, a row that could mean two things is refused, and so is a turn out of order.
+A row gives a record, or is refused with a reason that goes to the ledger and rejected.jsonl. Nothing is guessed: values that
+are not text are not converted, and ambiguous rows and turns out of order are refused.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def check_source(source: SourceConfig) -> None:
 
 
 def _check_preferences(row: dict[str, Any], source: SourceConfig, place: str) -> None:
-    """Half of what such data holds is what a model should not say."""
+    """Raise DataError for preference data: half of it is text that a model should not learn."""
     mapped = set(source.columns.values())
     found: list[str] = [name for name in ("chosen", "rejected") if name in row and name not in mapped]
     if isinstance(row.get("label"), bool) and "prompt" in row and "completion" in row:

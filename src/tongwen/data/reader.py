@@ -1,6 +1,6 @@
-"""A file becomes raw rows, each with its number: what is in the file decides how it is read, not what the file is called.
+"""Read a file as numbered raw rows: its content decides how it is read, not its name.
 
-A row is what a file holds one of: a JSON object, a record of a table, a line or a paragraph of text. It comes out with its
+A row is a JSON object, a record of a table, a line or a paragraph of text. It comes out with its
 value or with its problem, and only what ends the reading is an error of the file. Bytes are never replaced, and memory is
 bounded by the largest row, not by the file.
 """
@@ -30,11 +30,11 @@ Tell = Callable[[str], None]
 
 
 def _silent(text: str) -> None:
-    """Nobody wants to hear it."""
+    """Ignore the message."""
 
 
 def read_rows(file: Path, source: SourceConfig | None = None, tell: Tell = _silent) -> Iterator[RawRow]:
-    """The rows of one file. `tell` hears what was recognised about it.
+    """The rows of one file. `tell` gets notices about the recognised format.
 
     Raises DataError when the file as a whole cannot be read; a row that cannot is yielded with its problem.
     """
@@ -273,7 +273,7 @@ _BLANK_LINE = re.compile(r"\n[ \t\r\u3000]*(?=\n)")
 
 
 def _records(head: str, source: SourceConfig, tell: Tell) -> str:
-    """line, paragraph or file: as the recipe says, else by whether enough blank lines stand in the beginning."""
+    """line, paragraph or file: as the recipe says, else by the number of blank lines at the beginning."""
     if source.records:
         return source.records
     text = head.strip()

@@ -1,4 +1,4 @@
-"""One row as it stands in a file, and JSON read so strictly that nothing in it can change its meaning unseen.
+"""One row of a file, and a strict JSON parser that never changes the meaning of a row silently.
 
 Python's parser takes the last of two equal keys, NaN, and any depth; other programs take the first, nothing, and crash.
 """
@@ -19,7 +19,7 @@ DEPTH = 32
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row as it stands in the file; `problem` is set when it could not even be parsed."""
+    """One unchanged row of a file; `problem` is set when it could not even be parsed."""
 
     file: str
     row: int
@@ -72,7 +72,7 @@ def check_object(value: Any, text: str) -> None:
 
 
 def is_deep(value: Any) -> bool:
-    """Whether lists and objects stand in each other more than DEPTH times."""
+    """Whether lists and objects are nested more than DEPTH times."""
     layer = [value]
     for _index in range(DEPTH):
         layer = [
