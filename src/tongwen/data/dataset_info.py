@@ -1,7 +1,6 @@
 """An entry of LLaMA-Factory's dataset_info.json becomes sources of ours, so that its folders can be used as they are.
 
-What an entry asks for and this cannot do is refused by name: data read in another way than its owner meant is worse than
-none.
+Unsupported options of an entry are refused by name: misread data is worse than none.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ def _entry(file: Path, name: str) -> dict[str, Any]:
 
 
 def _check_known(entry: dict[str, Any], place: str) -> None:
-    """Raise DataError for what the entry asks for and nothing here does."""
+    """Raise DataError for unsupported options of the entry."""
     foreign = [key for key, value in entry.items() if key not in _KNOWN and value not in (None, False)]
     if entry.get("split") not in (None, "train"):
         foreign.append("split")

@@ -49,7 +49,7 @@ class Encoder:
     """A tokenizer with its prefix and the rule for continuing a text.
 
     tokenizer: a fast transformers tokenizer
-    prefix:    ids that the tokenizer itself puts before a text, such as `<s>`; said exactly once
+    prefix:    ids that the tokenizer itself puts before a text, such as `<s>`; written exactly once
     anchor:    what a continuation is tokenised behind; "" where that is as it stands, or where the model was trained with
                answers that begin as a text does (ChatGLM)
     """
@@ -233,8 +233,7 @@ def encode_dialogues(
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without the search for cycles: there are none, and it would walk over millions of ids again and again (a tenth of
-    the time)."""
+    """Turn off cycle collection: there are no cycles, and scanning millions of ids repeatedly costs a tenth of the time."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -311,7 +310,7 @@ def _shortened(
     dialogue: Dialogue, sample: _Sample, template: Template, encoder: Encoder, section: Sft
 ) -> tuple[_Sample, str]:
     """The dialogue without its oldest turns, or with the end of its longest question cut, so that it fits; its answer and
-    stop token stay whole. The sample itself when that is not possible. With the ledger's word for what was lost."""
+    stop token stay whole. The sample itself when that is not possible. Also returns the ledger's reason for the loss."""
 
     def fitting(messages: Sequence[Message]) -> _Sample | None:
         try:
@@ -382,7 +381,7 @@ def encode_documents(
 
 
 def _whole(ids: Ids, encoder: Encoder, end: int) -> np.ndarray:
-    """A document with its prefix before and its end after it, also where the text says them itself."""
+    """A document with its prefix before and its end after it, also where the text already contains them."""
     pieces = encoder.with_prefix([Piece(ids, learn=True)]) if encoder.prefix else [Piece(ids, learn=True)]
     whole = np.concatenate([np.asarray(piece.ids, np.uint32) for piece in pieces])
     return whole if len(whole) > 1 and whole[-1] == end else np.append(whole, np.uint32(end))

@@ -42,7 +42,7 @@ class ReplyTooLarge(Exception):
 
 
 class SpendingMeter:
-    """What was spent, and what the requests on their way may still cost, against the cap."""
+    """Compare what was spent, and what running requests may still cost, with the cap."""
 
     def __init__(self, section: Synthesize) -> None:
         self.cap, self.price = section.at_most, section.price
@@ -90,7 +90,7 @@ class SpendingMeter:
 
 
 class SynthesisClient:
-    """The place that is asked, and how patiently."""
+    """A client of one endpoint with its retry policy."""
 
     def __init__(self, section: Synthesize, spending: SpendingMeter, tell: Callable[[str], None]) -> None:
         self.section, self.spending, self.tell = section, spending, tell
@@ -285,7 +285,7 @@ async def _check_kind(response: Any) -> None:
 
 
 class _Capped(httpx2.AsyncHTTPTransport):
-    """What comes in is counted as it comes, and never unpacked."""
+    """Count incoming bytes as they arrive, and never decompress them."""
 
     async def handle_async_request(self, request: Any) -> Any:
         response = await super().handle_async_request(request)
