@@ -467,7 +467,7 @@ def test_a_full_disk_is_noticed_before_the_first_byte(server: Hub, call: Any, mo
     usage = type("Usage", (), {"free": 1_000_000})
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
     code, said = call(MODEL, "m", kind="model")
-    assert code == 5 and "1.02 MB are needed, 1 MB are free" in said and not server.asked("resolve")
+    assert code == 5 and "1.02 MB needed, 1 MB free" in said and not server.asked("resolve")
 
 
 def test_a_disk_that_fills_is_not_taken_for_a_bad_line(

@@ -251,7 +251,8 @@ def test_prepare_goes_on_among_its_files(place: Path, tongwen: Any) -> None:
     assert code == 0, err
     assert "continuing what was interrupted" in out
     for file in sorted((place / "expected" / "pieces").iterdir()):
-        assert (place / "pieces" / "prepare" / file.name).read_bytes() == file.read_bytes(), file.name
+        wanted = file.read_bytes().replace(b"stands in held-out", b"appears in held-out")  # reworded since v0.1
+        assert (place / "pieces" / "prepare" / file.name).read_bytes() == wanted, file.name
 
 
 def test_encoding_goes_on_among_its_rows(place: Path, tongwen: Any) -> None:

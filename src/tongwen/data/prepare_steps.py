@@ -1,9 +1,9 @@
 """The steps of preparing data, each on one file, so that one process or a hundred tasks do the same work.
 
-`scan` reads and cleans a file; `compare` looks at all files together for duplicates and chooses what is held out;
-`settle` writes what stays and what does not; `join` puts the files together in their order. The steps hand over folders
-(`parts/00003/`), and a finished one is not done again. What a step decides depends on the files and the recipe, never on
-who did which part.
+`scan` reads and cleans one file; `compare` finds duplicates across all files and chooses the held-out records; `settle`
+writes the kept and the rejected records; `join` concatenates the files in their order. The steps pass on folders
+(`parts/00003/`), and finished ones are skipped. The result depends only on the files and the recipe, never on which task
+did which part.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class InputPart:
 
     @property
     def name(self) -> str:
-        """As it stands in origins."""
+        """The file name as origins show it."""
         return shown(self.file)
 
     def folder(self, out: Path) -> Path:
@@ -63,8 +63,8 @@ class InputPart:
 def list_parts(
     section: Prepare, bring: Callable[[str, Tell], str], tell: Tell, errors: list[TongwenError] | None = None
 ) -> list[InputPart]:
-    """All files of the recipe, in the order in which their rows count. bring(path, tell) gives the folder of what lies on
-    a hub. What names no file is put into `errors`, or raised."""
+    """List all files of the recipe in row order. bring(path, tell) downloads a hub data set and returns its folder. Errors go
+    into `errors`, or are raised without it."""
     found = list[TongwenError]() if errors is None else errors
     out: list[InputPart] = []
 
@@ -94,18 +94,20 @@ def list_parts(
 
 
 def _check_held_out(part: InputPart, section: Prepare) -> None:
-    """Raise DataError when a file is held out of a kind of data that the recipe does not have: it would never be used."""
+    """Raise DataError when a held-out file has a kind of data that the recipe does not train on."""
     if part.role == "held_out" and not getattr(section, part.kind):
         trained = " / ".join(kind for kind in KINDS if getattr(section, kind))
         raise DataError(
-            _("held_out: this file holds {kind}, the recipe has {trained}").format(kind=part.kind, trained=trained),
+            _("held_out: this file contains {kind}, but the recipe has {trained}").format(
+                kind=part.kind, trained=trained
+            ),
             place=part.name,
             remedy=_("name a file of {trained}, or a share: held_out: 0.02").format(trained=trained),
         )
 
 
 def kind_of(file: Path, source: SourceConfig) -> str:
-    """documents or dialogues, as the first row shows."""
+    """Tell `documents` from `dialogues` by the first row."""
     row = next(read_rows(file, source)).value
     row = formats.with_columns(row, source) if isinstance(row, dict) else row
     text = source.format == "text" or (not source.format and formats.recognise(row) == "text")
@@ -118,7 +120,7 @@ def kind_of(file: Path, source: SourceConfig) -> str:
 def iter_rows(
     part: InputPart, section: Prepare, cleaner: Cleaner, tell: Tell
 ) -> Iterator[tuple[RawRow, Document | Dialogue | Dropped | RowRefused]]:
-    """Every row of a file with its record, or with why it is none."""
+    """Yield every row of a file with its record or the reason for refusing it."""
     known = part.source.format
     for raw in read_rows(part.file, part.source, tell):
         origin = Origin(raw.file, raw.row)
@@ -140,7 +142,7 @@ def iter_rows(
 
 
 def iter_records(parts: Sequence[InputPart], section: Prepare, kind: str, tell: Tell) -> Iterator[Document | Dialogue]:
-    """What can be read of a kind, cleaned, before anything is compared: for those who only look."""
+    """Yield the readable training records of a kind, cleaned but not compared: for previews."""
     for part in parts:
         if part.kind == kind and part.role == "train":
             for _unused, record in iter_rows(part, section, Cleaner(section.clean, kind), tell):
@@ -150,7 +152,7 @@ def iter_records(parts: Sequence[InputPart], section: Prepare, kind: str, tell: 
 
 @dataclass
 class ScanCounts:
-    """What became of rows: the ledger, how many were unreadable, and the first of these as (place, rule)."""
+    """Counts of one scan: the ledger, the number of unreadable rows, and the first of them as (place, rule)."""
 
     ledger: Ledger = field(default_factory=lambda: Ledger("rows", "bytes"))
     bad: int = 0
@@ -175,7 +177,7 @@ _INDEX = struct.Struct("<16sqq?")  # the same, for writing one
 def scan(part: InputPart, section: Prepare, out: Path, tell: Tell) -> None:
     """Read and clean one file into its folder: records, rejected rows, and what `compare` needs to know of each record.
 
-    index.bin: one INDEX per record; bands.bin: (n, BANDS) uint64 of the records that are compared nearly.
+    index.bin: one INDEX per record; bands.bin: (n, BANDS) uint64 of the records that are compared for near duplicates.
     """
     folder = part.folder(out)
     if (folder / "scan.json").is_file():
@@ -272,7 +274,7 @@ def check_losses(
                 bad=bad, rows=rows, allowed=allowed, shown=shown, more=more
             ),
             place=first_bad[0][0].rpartition(":")[0],
-            remedy=_("mend them, or allow it: prepare: {{max_bad: {bad}}}").format(bad=bad),
+            remedy=_("fix them, or allow them: prepare: {{max_bad: {bad}}}").format(bad=bad),
         )
 
 
@@ -303,7 +305,7 @@ class RecordIndex:
             yield from (block[name].copy() for block in iter_index(part.folder(self.out)))
 
     def near(self) -> np.ndarray:
-        """(n,) int64: the records that are compared nearly."""
+        """(n,) int64: the records that are compared for near duplicates."""
         return np.flatnonzero(np.concatenate([np.zeros(0, bool), *self.blocks("near")]))
 
     def band(self, number: int) -> np.ndarray:
@@ -417,9 +419,9 @@ def settle(part: InputPart, parts: Sequence[InputPart], section: Prepare, out: P
             elif knows := examination.knows(record, entry["digest"].tobytes()):
                 reason = "contaminated"
                 rule = (
-                    _("stands in held-out or evaluation data")
+                    _("appears in held-out or evaluation data")
                     if knows == "same"
-                    else _("holds a text of held-out or evaluation data")
+                    else _("contains a text from held-out or evaluation data")
                 )
             if reason:
                 ledger.move(reason, int(entry["size"]))
@@ -434,9 +436,9 @@ def settle(part: InputPart, parts: Sequence[InputPart], section: Prepare, out: P
 
 
 def join(parts: Sequence[InputPart], section: Prepare, out: Path) -> dict[str, Any]:
-    """All files together in their order; the parts go. Returns the ledger of each kind, by reason and by file.
+    """Concatenate all files in their order and delete the parts. Returns the ledger of each kind, by reason and by file.
 
-    Raises DataError when training rows stand in an examination and the recipe wants to refuse that."""
+    Raises DataError when training rows appear in held-out or evaluation data and the recipe refuses that."""
     tables: dict[str, Any] = {}
     settled = {
         part.index: json.loads((part.folder(out) / "settled.json").read_text(encoding="utf-8")) for part in parts
@@ -484,7 +486,7 @@ def join(parts: Sequence[InputPart], section: Prepare, out: Path) -> dict[str, A
 def _check_left(table: dict[str, Any], kind: str) -> None:
     if table["train"] < 1:
         lost = ", ".join(f"{reason} {count['rows']}" for reason, count in table["lost"].items())
-        raise DataError(_("no row is left to learn from: {lost}").format(lost=lost), place=f"prepare.{kind}")
+        raise DataError(_("no row is left to train on: {lost}").format(lost=lost), place=f"prepare.{kind}")
 
 
 def _check_contamination(parts: Sequence[InputPart], section: Prepare, out: Path) -> None:
@@ -493,7 +495,7 @@ def _check_contamination(parts: Sequence[InputPart], section: Prepare, out: Path
     rows = [json.loads(line) for line in (parts[0].folder(out) / "lost.jsonl").read_bytes().splitlines()]
     first = next(row for row in rows if row["reason"] == "contaminated")
     raise DataError(
-        _("training rows stand in held-out or evaluation data, the first: row {row}").format(row=first["row"]),
+        _("training rows appear in held-out or evaluation data, the first: row {row}").format(row=first["row"]),
         place=f"{first['file']}:{first['row']}",
         remedy="prepare: {contaminated: remove}",
     )
