@@ -13,7 +13,9 @@ from tongwen.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 FILES = {file.stem for file in (ROOT / "src" / "tongwen" / "cli").glob("*.py")}
-COMMANDS = sorted(name for name in FILES - {"__init__", "localized_parser", "main", "parser"} if not name.endswith("_arguments"))
+COMMANDS = sorted(
+    name for name in FILES - {"__init__", "localized_parser", "main", "parser"} if not name.endswith("_arguments")
+)
 LANGUAGES = ("en", "zh")
 
 
