@@ -229,11 +229,11 @@ CASES: list[tuple[Any, int, str]] = [
     (of_another_size, 4, "(48, 64)"),
     (empty_as_of_old, 4, "empty"),
     (without_weights, 4, "pytorch_model.bin"),
-    (bomb_in_the_adapter, 4, "never opened"),
-    (bomb_in_the_base, 4, "never opened"),
+    (bomb_in_the_adapter, 4, "never opens"),
+    (bomb_in_the_base, 4, "never opens"),
     (bare_bomb_in_the_base, 4, "pytorch_model.bin"),
     (stretched_bin, 4, "more bytes than the file"),
-    (something_else_in_bin, 4, "something else than tensors"),
+    (something_else_in_bin, 4, "more than tensors"),
     (without_a_bin, 4, "pytorch_model-00002-of-00002.bin is missing"),
     (with_a_bin_outside, 4, "outside this folder"),
     (with_a_cut_bin, 4, "00002.bin"),
@@ -265,7 +265,7 @@ def test_a_large_number_is_not_lost_in_fp16(pair: tuple[Path, Path], tmp_path: P
     edit(pair[0] / WEIGHTS, lambda state: state["model.layers.0.mlp.up_proj.weight"].mul_(1e7))
     words = ("merge", "--base", pair[0], "--adapter", pair[1], "--out", tmp_path / "out", "--dtype", "fp16")
     code, _, err = tongwen(*words)
-    assert code == 6 and "too large for fp16" in err and "bf16" in err
+    assert code == 6 and "exceeds the range of fp16" in err and "bf16" in err
 
 
 def test_a_base_without_tokenizer_is_said(pair: tuple[Path, Path], tmp_path: Path, tongwen: Any) -> None:
