@@ -201,7 +201,7 @@ def _asking_once(speaker: ChatModel, section: Evaluate, kept: Path, sitter: dict
             missing = [place for place in range(len(names)) if place not in journal.answers]
             known.update((names[place], said) for place, said in journal.answers.items())
             if there := len(names) - len(missing):
-                console.notice(_("{there} answers are there already").format(there=there))
+                console.notice(_("{there} answers already exist").format(there=there))
 
             def take(place: int, said: str) -> None:
                 journal.add(missing[place], said)
@@ -249,7 +249,7 @@ def _held_out(recipe: Recipe, task: TaskConfig) -> TaskConfig:
     file = Path(recipe.out) / "prepare" / f"{kind}.held_out.jsonl"
     if not file.is_file() or not file.stat().st_size:
         raise DataError(
-            _("nothing was held out that could be scored"),
+            _("there is no held-out data to score"),
             place=f"evaluate: {task.title}",
             remedy="prepare: {held_out: 0.02}   evaluate: {tasks: [{task: …, data: FILE}]}",
         )

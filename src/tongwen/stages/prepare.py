@@ -36,7 +36,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Read and clean each file, compare all, settle each file, join."""
     section = recipe.prepare
     assert section
-    console.header("prepare", _("read, clean, compare and split the data"))
+    console.header("prepare", _("read, clean, deduplicate and split the data"))
     with artifact.create(out, "prepare", {}, settings(recipe), resumable=True) as draft:
         parts = prepare_steps.list_parts(section, local_copy, console.notice)
         _start(draft.path, parts, settings(recipe))
@@ -74,7 +74,7 @@ def _start(folder: Path, parts: list[prepare_steps.InputPart], settings: dict[st
     now = json.loads(json.dumps({**settings, "files": files}))
     file = folder / "parts" / "settings.json"
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == now:
-        console.notice(_("continuing what was interrupted"))
+        console.notice(_("continuing the interrupted work"))
         return
     shutil.rmtree(folder)
     file.parent.mkdir(parents=True)
@@ -102,9 +102,9 @@ def _show(tables: dict[str, Any], changed: dict[str, int]) -> None:
     for name, table in tables.items():
         rows += table_rows(table, name, _("kept"))
         if table["held_out"]:
-            words = _("of these held out") if table["from_training"] else _("held out: a file")
+            words = _("of which held out") if table["from_training"] else _("held out: a file")
             rows.append((f"    {words}", table["held_out"], ""))
     console.table((_("ledger"), _("rows"), _("bytes")), rows)
     if changed:
         mended = ", ".join(f"{name} {count:,}" for name, count in sorted(changed.items()))
-        console.tell(_("texts mended: {mended}").format(mended=mended))
+        console.tell(_("texts repaired: {mended}").format(mended=mended))
