@@ -1,8 +1,8 @@
-"""Write what is made from the code: docs/cli*.md from `--help`, docs/recipe*.md from the schema, docs/families*.md from the
-facts, docs/memory*.md by what `tongwen plan` reckons with, the table of failures in docs/from-older-projects*.md, and
+"""Write the pages that are made from the code: docs/cli*.md from `--help`, docs/recipe*.md from the schema, docs/families*.md from the
+facts, docs/memory*.md with the estimates of `tongwen plan`, the table of failures in docs/from-older-projects*.md, and
 recipes/ from `tongwen init`.
 
-`python docs/generate.py` writes them; with `--check` it only says which are stale, and fails.
+`python docs/generate.py` writes them; with `--check` it only lists stale ones, and fails if there are any.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ before anything is trained: by `check` where the base is a folder, by `plan` and
 - **Baichuan-7B** is a LLaMA with its three projections in one matrix: `tongwen convert Baichuan-7B --to hf --out
   Baichuan-7B-llama`. Baichuan-13B (ALiBi) and Baichuan2 (a normalised head) are refused by name.
 - **The first LLaMA conversions** say that a text ends with token 1 and is padded with -1, and name no special tokens. They
-  are trained as they were meant, and it is said; their files stay as they are.
+  are trained as intended, and tongwen reports it; their files stay unchanged.
 """)
 
 
@@ -148,7 +148,7 @@ def with_memory(file: Path, page: str) -> str:
 
 
 def with_failures(file: Path) -> str:
-    """The page with its table made anew."""
+    """The page with a new table of failures."""
     from tongwen.migrate.failures import failures
 
     start, end = "<!-- failures -->\n", "<!-- /failures -->"
@@ -184,7 +184,7 @@ when it does not fit.
 
 
 def memory_row(name: str, methods: Iterable[str]) -> str:
-    """A check reckons the first row anew and believes the others, which take a minute."""
+    """A check computes only the first row again; all rows take a minute."""
     file = HERE / "memory.md"
     if "--check" in sys.argv and name != next(iter(MODELS)):
         return next(line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |"))
