@@ -92,16 +92,16 @@ def families_page() -> str:
 
 FAMILIES_PAGE = N_("""# Model families
 
-Made from `src/tongwen/core/model_families.py` by `make docs`; do not edit. Each ✓ is what a test does at tiny size: the model is
+Made from `src/tongwen/core/model_families.py` by `make docs`; do not edit. Each ✓ is tested at tiny size: the model is
 trained in full on plain text, with LoRA and with QLoRA on dialogues, its adapter is merged, the merged model computes what base and adapter compute together,
-and it answers. Packed: several samples lie in one row without seeing each other; where it says no, batches are padded.
-GGUF: llama.cpp gives the same text, greedily. vLLM needs a GPU and was not run: "listed" is what its own documentation says.
+and it answers. Packed: several samples lie in one row without seeing each other; where the table says no, batches are padded.
+GGUF: llama.cpp gives the same greedy text. vLLM needs a GPU and was not run: "listed" means that its documentation lists it.
 
 {table}
 
 {notes}
 
-A family that is not listed is trained when transformers itself knows it: the audit at the start proves on its first
+A family that is not listed can be trained if transformers itself supports it: the audit at the start proves on its first
 micro-batch that every trained tensor learns and that packed samples do not see each other. GGUF is then refused by name,
 before anything is trained: by `check` where the base is a folder, by `plan` and `run` wherever it is.
 
@@ -172,14 +172,14 @@ def memory_page() -> str:
 Made by the code of `tongwen plan` with `make docs`; do not edit.
 
 GB of one GPU: bf16, one document of 2,048 or 8,192 tokens at a time, all of them learned, activation checkpointing on, LoRA
-of rank 16 on all linear layers, AdamW, and 0.6 GB for CUDA itself. The same count was held against real runs on a
-CPU (`bench/plan_memory.py`) and, without checkpointing, on an H100: planned are 61.1 GB (8B, LoRA), 21.8 (1B, LoRA) and 47.6
-(1B, full) beside CUDA's, most was in use with 56.3, 20.6 and 46.5.
+of rank 16 on all linear layers, AdamW, and 0.6 GB for CUDA itself. The same estimate was compared with real runs on
+a CPU (`bench/plan_memory.py`) and, without checkpointing, on an H100: the plan gives 61.1 GB (8B, LoRA), 21.8 (1B, LoRA) and
+47.6 (1B, full) without CUDA's share; the measured peaks were 56.3, 20.6 and 46.5.
 
 {table}
 
-`tongwen plan RECIPE --gpu 24GB` reckons with your own recipe and data, splits the sum by purpose, and says what to change
-when it does not fit.
+`tongwen plan RECIPE --gpu 24GB` uses your own recipe and data, splits the sum by purpose, and says what to change when it
+does not fit.
 """).format(table=table)
 
 
