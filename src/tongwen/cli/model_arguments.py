@@ -28,7 +28,7 @@ def add_opening(parser: argparse.ArgumentParser, template: str = "own") -> None:
         "--load",
         default="full",
         choices=("full", "8bit", "4bit", "auto"),
-        help=_("weights: whole, in fewer bits, or what fits"),
+        help=_("weights: unquantised, in fewer bits, or the most bits that fit"),
     )
 
 

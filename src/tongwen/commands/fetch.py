@@ -232,7 +232,7 @@ def _report(found: artifact.Artifact, here: bool) -> None:
 
 
 def _next_step(found: artifact.Artifact, files: list[str]) -> str:
-    """The line to write next."""
+    """The recipe line, or the command, that uses the fetched folder."""
     if found.manifest["source"]["kind"] == "dataset":
         rows = [f"{found.path}/{name}" for name in files if name.lower().endswith(ROW_SUFFIXES)]
         train = [name for name in rows if ".train.json" in name] or rows or [str(found.path)]

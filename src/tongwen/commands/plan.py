@@ -159,7 +159,7 @@ def _rows(recipe: Recipe, section: Training, base: str, new: int) -> int:
 
 
 def _disk(config: Any, section: Training, setting: TrainingSetup, steps: list[int]) -> tuple[dict[str, int], int]:
-    """(bytes of what stays, and of the checkpoint that is written before an older one goes; the most at one time)."""
+    """(bytes by file kind, with the checkpoint that is written before an older one is deleted; the peak)."""
     result, sizes = memory_estimate.estimate_files(config, setting, [parts_of(train) for train in section.trains])
     kept, more = 0, 0
     for size, count in zip(sizes, steps, strict=True):
