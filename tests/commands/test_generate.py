@@ -107,7 +107,7 @@ def test_a_killed_run_goes_on_with_what_is_missing_and_refuses_other_settings(
     journal.write_text(marked + '[9, "torn', encoding="utf-8")
     code, said, err = tongwen(*words)
     assert code == 0, err
-    assert f"{len(kept)} answers are there already" in said
+    assert f"{len(kept)} answers already exist" in said
     assert read(out)[first]["answer"] == "kept", "it was not asked again"
     assert not journal.exists()
     code, _, err = tongwen(*words)

@@ -622,7 +622,7 @@ def test_what_cannot_be_split_is_said(server: Hub, call: Any, tmp_path: Path) ->
         ("quote.json", '[{"a": "'),
     ):
         (tmp_path / name).write_text(content)
-        with pytest.raises(TongwenError, match="one whole JSON array") as error:
+        with pytest.raises(TongwenError, match="one complete JSON array") as error:
             fetch.split_files(tmp_path, [name], 0.1, 1)
         assert name in error.value.text() and error.value.exit_code == 3
     (tmp_path / "config.json").write_text('{\n "a": 1\n}')

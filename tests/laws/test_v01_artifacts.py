@@ -275,7 +275,7 @@ def test_answers_that_are_there_are_not_asked_again(place: Path, tongwen: Any) -
     words = ["--prompts", "prompts.jsonl", "--max-new-tokens", 40, "--batch-size", 1, "--out", "answers.jsonl"]
     code, out, err = tongwen("generate", "--model", "base", "--template", "chatml", *words)
     assert code == 0, err
-    assert f"{len(done)} answers are there already" in out and 0 < len(done) < 12
+    assert f"{len(done)} answers already exist" in out and 0 < len(done) < 12
     found, wanted = rows(place / "answers.jsonl"), rows(place / "expected" / "answers.jsonl")
     assert found[first].pop("answer") == "kept" and wanted[first].pop("answer") == said
     assert found == wanted and not journal.exists()

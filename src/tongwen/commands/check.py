@@ -1,4 +1,4 @@
-"""check: the recipe and all its data are read and cleaned as `prepare` would, and nothing is written. No model, no torch."""
+"""check: read the recipe, read and clean all its data as `prepare` would, and write nothing. No model, no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tongwen.workflows.stage_inputs import inputs
 
 
 def run(recipe: Recipe) -> int:
-    """Report what `prepare` would keep before it compares the rows, and every problem of the data at once."""
+    """Report the rows that `prepare` would keep before it compares them, and every problem of the data at once."""
     console.header("check", recipe.name)
     errors: list[TongwenError] = []
     try:
@@ -61,7 +61,7 @@ def run(recipe: Recipe) -> int:
 
 
 def _check_forms(recipe: Recipe) -> None:
-    """Raise for a GGUF file that `export` could not write. What a base is, a folder says here; a hub says it to `plan`."""
+    """Raise if `export` could not write the GGUF file. Only a base in a folder is checked here; `plan` checks one on a hub."""
     if recipe.export is None or "gguf" not in recipe.export.formats:
         return
     check_type(recipe.export.quantize)
@@ -73,7 +73,7 @@ def _check_forms(recipe: Recipe) -> None:
 
 
 def _check_track(recipe: Recipe) -> None:
-    """Raise for a program of `track` that could not begin."""
+    """Raise if a tracker of `track` could not start."""
     if recipe.training:
         trackers.check(recipe.track)
 
@@ -81,8 +81,8 @@ def _check_track(recipe: Recipe) -> None:
 def _read(
     parts: list[prepare_steps.InputPart], section: Prepare, errors: list[TongwenError]
 ) -> prepare_steps.ScanCounts:
-    """What becomes of the rows of the training files of one kind. Raises DataError when too many rows are unreadable, of
-    any role; what makes a file unreadable is put into `errors`."""
+    """Count the rows of the training files of one kind, kept and lost. Raises DataError when too many rows of any role are
+    unreadable; appends the error of an unreadable file to `errors`."""
     tallies = {role: prepare_steps.ScanCounts() for role in ("held_out", "evaluation", "train")}
     for role, tally in tallies.items():
         for part in (one for one in parts if one.role == role):
