@@ -24,7 +24,7 @@ class EndpointBackend:
         try:
             import openai
         except ImportError:
-            raise MissingPackage("openai", _("answers from an endpoint"), "endpoint") from None
+            raise MissingPackage("openai", _("getting answers from an endpoint"), "endpoint") from None
         self.url, self.model, self.completion, self._openai = url, model, completion, openai
         self._client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=4)
 
@@ -34,7 +34,7 @@ class EndpointBackend:
         """Hand each answer to `take` with its place. Raises MachineError when the endpoint cannot be reached, ModelError
         when it refuses."""
         if sampling.beams > 1:
-            raise ModelError(_("an endpoint has no beam search"), place=self.url, remedy="--beams 1")
+            raise ModelError(_("endpoints do not support beam search"), place=self.url, remedy="--beams 1")
         with ThreadPoolExecutor(AT_ONCE) as pool:
             waiting = {
                 pool.submit(self._ask, messages, sampling): place for place, messages in enumerate(conversations)
@@ -62,18 +62,20 @@ class EndpointBackend:
                 answer = self._client.chat.completions.create(messages=turns, **options)
         except self._openai.APIConnectionError as error:
             raise MachineError(
-                _("no answer from there: {cause}").format(cause=error.__cause__ or error),
+                _("no response: {cause}").format(cause=error.__cause__ or error),
                 place=self.url,
             ) from None
         except self._openai.AuthenticationError:
             raise MachineError(
-                _("it does not accept the key"), place=self.url, remedy="export OPENAI_API_KEY=…"
+                _("the endpoint rejected the key"), place=self.url, remedy="export OPENAI_API_KEY=…"
             ) from None
         except self._openai.APIStatusError as error:
             raise ModelError(
-                _("it refuses ({status_code}): {message}").format(status_code=error.status_code, message=error.message),
+                _("the endpoint refused ({status_code}): {message}").format(
+                    status_code=error.status_code, message=error.message
+                ),
                 place=self.url,
-                remedy=_("--model is the name that the endpoint knows: GET /v1/models"),
+                remedy=_("--model must be a name that the endpoint knows: GET /v1/models"),
             ) from None
         except ValueError:  # no JSON at all
             answer = None
@@ -82,7 +84,7 @@ class EndpointBackend:
         found = getattr(held, "text" if self.completion else "content", None)
         if held is None or (self.completion and found is None):
             raise ModelError(
-                _("what comes from there is no answer: {answer!r}").format(answer=str(answer)[:60]),
+                _("the response is not an answer: {answer!r}").format(answer=str(answer)[:60]),
                 place=self.url,
                 remedy=_("the address ends with /v1 for most endpoints"),
             )
