@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-import tongwen.stages.merge
-import tongwen.stages.prepare
-import tongwen.stages.sft
+import tongwen.workflows.data_preparation
+import tongwen.workflows.merging
+import tongwen.workflows.training.dialogues
 import tongwen.workflows.training.job  # noqa: F401 (imported here, once for all children)
 from tongwen.cli.main import main
 from tongwen.train.trainer import PlannedTrainer

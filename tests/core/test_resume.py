@@ -22,8 +22,8 @@ from tongwen.core.resume import RUN
 from tongwen.recipe.load import load_recipe
 from tongwen.stages import sft
 from tongwen.workflows import pipeline
+from tongwen.workflows.stage_inputs import training_settings
 from tongwen.workflows.training.phases import evaluations_of
-from tongwen.workflows.training.types import settings_of
 
 SFT = ", save_every: 2, stop_after: 8 steps"
 
@@ -203,12 +203,12 @@ def test_what_an_engine_file_says_is_a_setting(chat_model: Path, tmp_path: Path)
     file = tmp_path / "mine.json"
     file.write_text('{"zero_optimization": {"stage": 2}}')
     recipe = load_recipe(write_recipe(tmp_path, chat_model, sft=f", engine: {file}", merge=False))[0]
-    before = settings_of(recipe, "sft")
+    before = training_settings(recipe, "sft")
     resume.enter(tmp_path, before, {})
     file.write_text('{"zero_optimization": {"stage": 2, "overlap_comm": true}, "steps_per_print": 5}')
-    resume.check(tmp_path, settings_of(recipe, "sft"), "", fork=False)
+    resume.check(tmp_path, training_settings(recipe, "sft"), "", fork=False)
     file.write_text('{"zero_optimization": {"stage": 3}}')
-    now = settings_of(recipe, "sft")
+    now = training_settings(recipe, "sft")
     with pytest.raises(TongwenError, match=r"sft.engine_file.stage: 2 → 3[\s\S]*--again"):
         resume.check(tmp_path, now, "", fork=False)
     with pytest.raises(TongwenError, match="stage: 2 → 3"):
@@ -225,12 +225,12 @@ def test_what_an_engine_file_says_is_a_setting(chat_model: Path, tmp_path: Path)
 def test_words_that_decide_nothing_are_no_settings(chat_model: Path, tmp_path: Path) -> None:
     """An adapter's rank beside `method: full`. In an older record it may stand; a word that is read is compared."""
     recipe = load_recipe(write_recipe(tmp_path, chat_model, merge=False), ["sft.adapter={method: full, rank: 7}"])[0]
-    now = settings_of(recipe, "sft")
+    now = training_settings(recipe, "sft")
     assert "rank" not in now["sft"]["adapter"]
     old = {**now, "sft": {**now["sft"], "adapter": {**now["sft"]["adapter"], "rank": 4}}}
     assert resume.differences(old, now) == []
     lora, other = (
-        settings_of(load_recipe(write_recipe(tmp_path, chat_model), [f"sft.adapter={words}"])[0], "sft")
+        training_settings(load_recipe(write_recipe(tmp_path, chat_model), [f"sft.adapter={words}"])[0], "sft")
         for words in ("{rank: 4}", "{rank: 4, alpha: 64}")
     )
     assert resume.differences(lora, other) == [("sft.adapter.alpha", None, 64.0)]
@@ -273,7 +273,7 @@ def test_deepspeed_goes_on_with_the_rates_of_its_checkpoint(
     assert tongwen("run", recipe, "--only", "prepare")[0] == 0
     unfinished = tmp_path / "out" / "sft.partial"
     unfinished.mkdir()
-    resume.enter(unfinished, settings_of(load_recipe(recipe)[0], "sft"), {})
+    resume.enter(unfinished, training_settings(load_recipe(recipe)[0], "sft"), {})
     code, _, err = tongwen("run", recipe, "--fork", "sft.learning_rate=1e-3")
     if passes:
         assert code == 0 and len(manifest(tmp_path / "out" / "sft")["forks"]) == 1

@@ -14,8 +14,9 @@ from tongwen.core.records import Origin
 from tongwen.data.clean import Cleaner, Dropped
 from tongwen.data.files import find_files
 from tongwen.data.formats import read_dialogue, recognise
+from tongwen.data.input_parts import list_parts
 from tongwen.data.ledger import Ledger
-from tongwen.data.prepare_steps import check_losses, iter_rows, list_parts, load_records
+from tongwen.data.prepare_steps import check_losses, iter_rows, load_records
 from tongwen.data.reader import read_rows
 from tongwen.recipe.data import Prepare, SourceConfig
 

@@ -11,8 +11,8 @@ from typing import get_args
 import pytest
 import torch
 
-import tongwen.stages.pretrain
-import tongwen.stages.vocab  # noqa: F401 (imported here, once for all children)
+import tongwen.workflows.training.documents
+import tongwen.workflows.vocab_extension  # noqa: F401 (imported here, once for all children)
 from tests.conftest import CORPUS, byte_level_tokenizer, dialogues, tensors, tiny_llama, tiny_mixture, write_rows
 from tests.launching import in_a_child, launched
 from tongwen.commands.init import METHODS, STARTS, TRAINS, render

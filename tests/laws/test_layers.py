@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from tests.conftest import insist
 
 SOURCE = Path(__file__).parents[2] / "src" / "tongwen"
+DATA = Path(__file__).parents[1] / "data" / "v0.1"  # among others a run that is finished
 MIDDLE = ("data", "model", "train", "vocab", "infer", "export", "hub", "serving", "migrate")
 # What a folder may import of ours, besides itself. Every folder of the package stands here; nothing else may lie flat.
 LAYERS = {
@@ -186,6 +188,32 @@ def test_nothing_unpickles_or_runs_foreign_code() -> None:
                 assert ast.unparse(keywords["trust_remote_code"]) == "False", file
 
 
+def imported_by(code: str, *arguments: object, folder: Path | None = None) -> set[str]:
+    """The modules that a fresh Python has imported when this code has run."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys\n{code}\nsys.stderr.write('\\n' + ' '.join(sys.modules))",
+            *map(str, arguments),
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines()[-1].split())
+
+
+COMMAND = """from tongwen.cli.main import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+assert code == 0"""
+
+
 def test_help_and_check_import_no_torch(tmp_path: Path) -> None:
     rows = "".join(
         f'{{"instruction": "问{number}", "input": "", "output": "答{number}"}}\n' for number in range(10_000)
@@ -193,29 +221,22 @@ def test_help_and_check_import_no_torch(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(rows, encoding="utf-8")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"name: big\nbase: nowhere\nprepare: {{dialogues: {tmp_path / 'data.jsonl'}}}\nsft: {{}}\n")
-    code = (
-        "import sys; from tongwen.cli.main import main\n"
-        "try: main(sys.argv[1:])\n"
-        "except SystemExit: pass\n"
-        "assert not {'torch', 'transformers', HEAVY} & set(sys.modules), 'heavy'"
-    )
-    for heavy, arguments in (("'numpy'", ["--help"]), ("'huggingface_hub'", ["check", str(recipe)])):
-        done = subprocess.run(
-            [sys.executable, "-c", code.replace("HEAVY", heavy), *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+    assert not {"torch", "transformers", "numpy"} & imported_by(COMMAND, "--help")
+    assert not {"torch", "transformers", "huggingface_hub"} & imported_by(COMMAND, "check", recipe)
+
+
+def test_a_finished_run_imports_only_what_says_so(tmp_path: Path) -> None:
+    for name in ("finished", "base", "dialogues.jsonl"):
+        copy = shutil.copytree if (DATA / name).is_dir() else shutil.copyfile
+        copy(DATA / name, tmp_path / name)
+    found = imported_by(COMMAND, "run", "finished/recipe.yaml", folder=tmp_path)
+    assert "tongwen.stages.sft" in found
+    assert not {*HEAVY, "psutil", "jinja2"} & found
 
 
 def test_a_merge_imports_neither_torch_nor_the_recipe() -> None:
     """Both cost a small model's merge more than its arithmetic."""
-    code = (
-        "import sys, tongwen.stages.merge; assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules), 'heavy'"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert not {"torch", "transformers", "pydantic"} & imported_by("import tongwen.commands.merge")
 
 
 @pytest.mark.parametrize(

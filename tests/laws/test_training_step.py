@@ -562,7 +562,11 @@ def test_in_bf16_the_fast_forms_are_no_further_from_fp32_than_the_slow_ones(fold
     fast = with_fast_forward(model)
     assert Counter(type(module).__name__ for module in fast) == {"Linear": 14, "LlamaRMSNorm": 5, "LlamaMLP": 2}
     with torch.autocast("cpu", torch.bfloat16):
-        used = [name for name in ("FusedProjectionsFunction", "FusedGatedMlp", "FusedRmsNorm") if name in operations(model, batch)]
+        used = [
+            name
+            for name in ("FusedProjectionsFunction", "FusedGatedMlp", "FusedRmsNorm")
+            if name in operations(model, batch)
+        ]
         loss, gradients = loss_and_gradients(model, batch)
         for module in fast:
             del module.forward

@@ -16,7 +16,6 @@ from tongwen.cli.main import main
 from tongwen.core.errors import DataError
 from tongwen.data import prepare_steps
 from tongwen.data.sampling import choose_held_out, draw, order, passes_of
-from tongwen.stages import prepare
 
 CHARACTERS = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁律吕调阳云腾致雨露结为霜金生丽水玉出昆冈"
 
@@ -259,7 +258,7 @@ def test_a_changed_source_starts_anew(prepared: Path, tmp_path: Path, monkeypatc
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"name: x\nbase: n\nout: {tmp_path / 'o'}\nprepare: {{dialogues: {data}, held_out: 0}}\n")
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.steps, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prepare_steps, "compare", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(["run", str(recipe)]) == 130
     write_rows(data, rows[:7])
     assert main(["run", str(recipe)]) == 0

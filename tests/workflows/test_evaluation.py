@@ -27,7 +27,7 @@ from tongwen.infer import entities
 from tongwen.infer.metrics import TEXT, AnsweredPrompt, compare, summarise, without_thinking
 from tongwen.recipe.data import SourceConfig
 from tongwen.recipe.outputs import Evaluate, TaskConfig
-from tongwen.stages import evaluate
+from tongwen.workflows import scoring
 from tongwen.workflows.evaluation import read_task
 from tongwen.workflows.likelihood import windows
 
@@ -377,12 +377,12 @@ def test_a_recipe_may_only_score_and_a_base_that_cannot_be_asked_is_said(
     assert "before" not in json.loads((tmp_path / "only" / "evaluate" / "scores.json").read_text())["bits_per_byte"]
     paper = read_task(TaskConfig(task="bits_per_byte", data=SourceConfig(path=str(data))))
 
-    after, nowhere = evaluate.EvaluatedModel(str(chat_model), template="chatml"), str(tmp_path / "nowhere")
+    after, nowhere = scoring.EvaluatedModel(str(chat_model), template="chatml"), str(tmp_path / "nowhere")
     section = Evaluate(tasks=[paper.task])
-    scores = evaluate.examine([paper], after, evaluate.EvaluatedModel(nowhere, optional=True), section, tmp_path, None)
+    scores = scoring.examine([paper], after, scoring.EvaluatedModel(nowhere, optional=True), section, tmp_path, None)
     assert "before" not in scores["bits_per_byte"]
     with pytest.raises(ModelError):
-        evaluate.examine([paper], after, evaluate.EvaluatedModel(nowhere), section, tmp_path, None)
+        scoring.examine([paper], after, scoring.EvaluatedModel(nowhere), section, tmp_path, None)
 
 
 @pytest.mark.parametrize(

@@ -58,14 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from tongwen.commands import evaluate
     from tongwen.recipe.load import from_options
-    from tongwen.stages import evaluate
 
     task = {name: getattr(arguments, name) for name in ("data", "suite", "examples", "shots", "limit")}
     section = {name: getattr(arguments, name) for name in ("batch_size", "max_new_tokens")}
     section["tasks"] = [{"task": name, **task} for name in arguments.task]
     recipe = from_options({"name": "evaluate", "base": arguments.model, "evaluate": section}, "tongwen evaluate")
-    return evaluate.command(
+    return evaluate.run(
         recipe,
         arguments.adapter,
         before=arguments.before,

@@ -91,8 +91,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         instruct, base = arguments.chat_vector
         return chat_vector.run(arguments.base, instruct, base, arguments.scale, arguments.out, again=arguments.again)
+    from tongwen.commands import merge
     from tongwen.core.errors import RecipeError
-    from tongwen.stages import merge
+    from tongwen.workflows.merging import MergeOptions
 
     if arguments.chat_vector or not arguments.adapter:
         raise RecipeError(
@@ -105,7 +106,5 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.combine
         else None
     )
-    options = merge.MergeOptions(
-        arguments.dtype, arguments.to, arguments.parity, arguments.onto, mix, force=arguments.force
-    )
-    return merge.command(arguments.base, arguments.adapter, arguments.out, options, again=arguments.again)
+    options = MergeOptions(arguments.dtype, arguments.to, arguments.parity, arguments.onto, mix, force=arguments.force)
+    return merge.run(arguments.base, arguments.adapter, arguments.out, options, again=arguments.again)

@@ -1,4 +1,4 @@
-"""check: read the recipe, read and clean all its data as `prepare` would, and write nothing. No model, no torch."""
+"""check: the recipe and all its data are read and cleaned as `prepare` would, and nothing is written. No model, no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tongwen.core.errors import DataError, RecipeError, TongwenError, raise_all
 from tongwen.core.i18n import _
 from tongwen.data import prepare_steps
 from tongwen.data.clean import Cleaner
+from tongwen.data.input_parts import KINDS, InputPart, list_parts
 from tongwen.data.ledger import table_rows
 from tongwen.data.sampling import choose_held_out
 from tongwen.export.gguf import check_type
@@ -23,7 +24,7 @@ from tongwen.workflows.stage_inputs import inputs
 
 
 def run(recipe: Recipe) -> int:
-    """Report the rows that `prepare` would keep before it compares them, and every problem of the data at once."""
+    """Report what `prepare` would keep before it compares the rows, and every problem of the data at once."""
     console.header("check", recipe.name)
     errors: list[TongwenError] = []
     try:
@@ -37,8 +38,8 @@ def run(recipe: Recipe) -> int:
             errors.append(error)
     tables = {}
     section = inputs(recipe) if recipe.prepare else None
-    all_parts = prepare_steps.list_parts(section, local_copy, console.notice, errors) if section else []
-    for kind in prepare_steps.KINDS:
+    all_parts = list_parts(section, local_copy, console.notice, errors) if section else []
+    for kind in KINDS:
         parts = [part for part in all_parts if part.kind == kind]
         if not parts:
             continue
@@ -61,7 +62,7 @@ def run(recipe: Recipe) -> int:
 
 
 def _check_forms(recipe: Recipe) -> None:
-    """Raise if `export` could not write the GGUF file. Only a base in a folder is checked here; `plan` checks one on a hub."""
+    """Raise for a GGUF file that `export` could not write. What a base is, a folder says here; a hub says it to `plan`."""
     if recipe.export is None or "gguf" not in recipe.export.formats:
         return
     check_type(recipe.export.quantize)
@@ -73,16 +74,14 @@ def _check_forms(recipe: Recipe) -> None:
 
 
 def _check_track(recipe: Recipe) -> None:
-    """Raise if a tracker of `track` could not start."""
+    """Raise for a program of `track` that could not begin."""
     if recipe.training:
         trackers.check(recipe.track)
 
 
-def _read(
-    parts: list[prepare_steps.InputPart], section: Prepare, errors: list[TongwenError]
-) -> prepare_steps.ScanCounts:
-    """Count the rows of the training files of one kind, kept and lost. Raises DataError when too many rows of any role are
-    unreadable; appends the error of an unreadable file to `errors`."""
+def _read(parts: list[InputPart], section: Prepare, errors: list[TongwenError]) -> prepare_steps.ScanCounts:
+    """What becomes of the rows of the training files of one kind. Raises DataError when too many rows are unreadable, of
+    any role; what makes a file unreadable is put into `errors`."""
     tallies = {role: prepare_steps.ScanCounts() for role in ("held_out", "evaluation", "train")}
     for role, tally in tallies.items():
         for part in (one for one in parts if one.role == role):

@@ -84,7 +84,7 @@ def _open(who: AnswerSource, batch_size: int, sampling: dict[str, Any]) -> Answe
         try:
             from tongwen.infer.endpoint import EndpointBackend
         except ImportError:
-            raise MissingPackage("openai", _("answers from an endpoint"), "endpoint") from None
+            raise MissingPackage("openai", _("getting answers from an endpoint"), "endpoint") from None
         wanted = Sampling().with_(**sampling)
         endpoint = EndpointBackend(who.endpoint, who.model, completion=who.template == "completion")
         return AnswerBackend(

@@ -15,7 +15,7 @@ from typing import Any
 from tongwen.core import artifact, console
 from tongwen.core.errors import MachineError, MissingPackage, TongwenError
 from tongwen.core.i18n import _
-from tongwen.data.prepare_steps import InputPart
+from tongwen.data.input_parts import InputPart
 from tongwen.recipe.data import Prepare
 
 DONE = {"scan": "scan.json", "settle": "settled.json"}

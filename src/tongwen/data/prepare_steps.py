@@ -1,9 +1,9 @@
 """The steps of preparing data, each on one file, so that one process or a hundred tasks do the same work.
 
-`scan` reads and cleans one file; `compare` finds duplicates across all files and chooses the held-out records; `settle`
-writes the kept and the rejected records; `join` concatenates the files in their order. The steps pass on folders
-(`parts/00003/`), and finished ones are skipped. The result depends only on the files and the recipe, never on which task
-did which part.
+`scan` reads and cleans a file; `compare` looks at all files together for duplicates and chooses what is held out;
+`settle` writes what stays and what does not; `join` puts the files together in their order. The steps hand over folders
+(`parts/00003/`), and a finished one is not done again. What a step decides depends on the files and the recipe, never on
+who did which part.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,97 +21,20 @@ from typing import Any
 import numpy as np
 
 from tongwen.core import artifact
-from tongwen.core.errors import DataError, RecipeError, RowRefused, TongwenError, raise_all
+from tongwen.core.errors import DataError, RowRefused
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Origin, from_dict
-from tongwen.data import dataset_info, dedup, formats
+from tongwen.data import dedup, formats
 from tongwen.data.clean import Cleaner, Dropped
-from tongwen.data.files import find_files, shown
+from tongwen.data.input_parts import KINDS, InputPart, Tell
 from tongwen.data.ledger import Ledger, Rejected
 from tongwen.data.reader import read_rows
 from tongwen.data.row import RawRow
 from tongwen.data.sampling import choose_held_out
-from tongwen.recipe.data import Prepare, SourceConfig
+from tongwen.recipe.data import Prepare
 
-Tell = Callable[[str], None]
-KINDS = ("documents", "dialogues")
 STAYS, SAME, ALIKE, HELD_OUT = range(4)  # verdicts of `compare`
 FIRST = 5  # unreadable rows that a message shows
-
-
-@dataclass(frozen=True)
-class InputPart:
-    """One file of one source. index: among all files; kind: `documents` or `dialogues`; role: `train`, `held_out` (a file
-    of the recipe) or `evaluation`; number: of its source among those of its kind."""
-
-    index: int
-    kind: str
-    role: str
-    number: int
-    source: SourceConfig
-    file: Path
-
-    @property
-    def name(self) -> str:
-        """The file name as origins show it."""
-        return shown(self.file)
-
-    def folder(self, out: Path) -> Path:
-        return out / "parts" / f"{self.index:05d}"
-
-
-def list_parts(
-    section: Prepare, bring: Callable[[str, Tell], str], tell: Tell, errors: list[TongwenError] | None = None
-) -> list[InputPart]:
-    """List all files of the recipe in row order. bring(path, tell) downloads a hub data set and returns its folder. Errors go
-    into `errors`, or are raised without it."""
-    found = list[TongwenError]() if errors is None else errors
-    out: list[InputPart] = []
-
-    def add(kind: str, role: str, number: int, source: SourceConfig) -> None:
-        try:
-            formats.check_source(source)
-            for one in dataset_info.entry_source(source) if source.entry else [source]:
-                if one.path.startswith(("hub:", "modelscope:")):
-                    one = one.model_copy(update={"path": bring(one.path, tell)})
-                for file in find_files(one.path):
-                    part = InputPart(len(out), kind or kind_of(file, one), role, number, one, file)
-                    _check_held_out(part, section)
-                    out.append(part)
-        except (DataError, RecipeError) as error:
-            found.append(error)
-
-    if isinstance(section.held_out, str):
-        add("", "held_out", 0, SourceConfig(path=section.held_out))
-    for number, source in enumerate(section.evaluation):
-        add("", "evaluation", number, source)
-    for kind in KINDS:
-        for number, source in enumerate(getattr(section, kind)):
-            add(kind, "train", number, source)
-    if errors is None:
-        raise_all(found)
-    return out
-
-
-def _check_held_out(part: InputPart, section: Prepare) -> None:
-    """Raise DataError when a held-out file has a kind of data that the recipe does not train on."""
-    if part.role == "held_out" and not getattr(section, part.kind):
-        trained = " / ".join(kind for kind in KINDS if getattr(section, kind))
-        raise DataError(
-            _("held_out: this file contains {kind}, but the recipe has {trained}").format(
-                kind=part.kind, trained=trained
-            ),
-            place=part.name,
-            remedy=_("name a file of {trained}, or a share: held_out: 0.02").format(trained=trained),
-        )
-
-
-def kind_of(file: Path, source: SourceConfig) -> str:
-    """Tell `documents` from `dialogues` by the first row."""
-    row = next(read_rows(file, source)).value
-    row = formats.with_columns(row, source) if isinstance(row, dict) else row
-    text = source.format == "text" or (not source.format and formats.recognise(row) == "text")
-    return "documents" if text else "dialogues"
 
 
 # -- one file ------------------------------------------------------------------------------------------------------
@@ -120,7 +43,7 @@ def kind_of(file: Path, source: SourceConfig) -> str:
 def iter_rows(
     part: InputPart, section: Prepare, cleaner: Cleaner, tell: Tell
 ) -> Iterator[tuple[RawRow, Document | Dialogue | Dropped | RowRefused]]:
-    """Yield every row of a file with its record or the reason for refusing it."""
+    """Every row of a file with its record, or with why it is none."""
     known = part.source.format
     for raw in read_rows(part.file, part.source, tell):
         origin = Origin(raw.file, raw.row)
@@ -142,7 +65,7 @@ def iter_rows(
 
 
 def iter_records(parts: Sequence[InputPart], section: Prepare, kind: str, tell: Tell) -> Iterator[Document | Dialogue]:
-    """Yield the readable training records of a kind, cleaned but not compared: for previews."""
+    """What can be read of a kind, cleaned, before anything is compared: for those who only look."""
     for part in parts:
         if part.kind == kind and part.role == "train":
             for _unused, record in iter_rows(part, section, Cleaner(section.clean, kind), tell):
@@ -152,7 +75,7 @@ def iter_records(parts: Sequence[InputPart], section: Prepare, kind: str, tell: 
 
 @dataclass
 class ScanCounts:
-    """Counts of one scan: the ledger, the number of unreadable rows, and the first of them as (place, rule)."""
+    """What became of rows: the ledger, how many were unreadable, and the first of these as (place, rule)."""
 
     ledger: Ledger = field(default_factory=lambda: Ledger("rows", "bytes"))
     bad: int = 0
@@ -177,7 +100,7 @@ _INDEX = struct.Struct("<16sqq?")  # the same, for writing one
 def scan(part: InputPart, section: Prepare, out: Path, tell: Tell) -> None:
     """Read and clean one file into its folder: records, rejected rows, and what `compare` needs to know of each record.
 
-    index.bin: one INDEX per record; bands.bin: (n, BANDS) uint64 of the records that are compared for near duplicates.
+    index.bin: one INDEX per record; bands.bin: (n, BANDS) uint64 of the records that are compared nearly.
     """
     folder = part.folder(out)
     if (folder / "scan.json").is_file():
@@ -305,7 +228,7 @@ class RecordIndex:
             yield from (block[name].copy() for block in iter_index(part.folder(self.out)))
 
     def near(self) -> np.ndarray:
-        """(n,) int64: the records that are compared for near duplicates."""
+        """(n,) int64: the records that are compared nearly."""
         return np.flatnonzero(np.concatenate([np.zeros(0, bool), *self.blocks("near")]))
 
     def band(self, number: int) -> np.ndarray:
@@ -436,9 +359,9 @@ def settle(part: InputPart, parts: Sequence[InputPart], section: Prepare, out: P
 
 
 def join(parts: Sequence[InputPart], section: Prepare, out: Path) -> dict[str, Any]:
-    """Concatenate all files in their order and delete the parts. Returns the ledger of each kind, by reason and by file.
+    """All files together in their order; the parts go. Returns the ledger of each kind, by reason and by file.
 
-    Raises DataError when training rows appear in held-out or evaluation data and the recipe refuses that."""
+    Raises DataError when training rows stand in an examination and the recipe wants to refuse that."""
     tables: dict[str, Any] = {}
     settled = {
         part.index: json.loads((part.folder(out) / "settled.json").read_text(encoding="utf-8")) for part in parts

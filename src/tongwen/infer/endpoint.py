@@ -34,7 +34,7 @@ class EndpointBackend:
         """Hand each answer to `take` with its place. Raises MachineError when the endpoint cannot be reached, ModelError
         when it refuses."""
         if sampling.beams > 1:
-            raise ModelError(_("an endpoint has no beam search"), place=self.url, remedy="--beams 1")
+            raise ModelError(_("endpoints do not support beam search"), place=self.url, remedy="--beams 1")
         asyncio.run(self._answer_each(conversations, _options(sampling), take))
 
     async def _answer_each(

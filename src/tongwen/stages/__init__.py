@@ -1,1 +1,1 @@
-"""Stages: verbs, one thin file per command, where a job can be read from beginning to end."""
+"""The stages of a recipe, one file each: its settings, what refuses it ahead of its turn, and the job of `workflows` that it runs."""

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import artifact, console
-from tongwen.hub import upload
 from tongwen.recipe.schema import Recipe
-from tongwen.workflows import model_formats
 from tongwen.workflows.stage_inputs import base_of_stage, open_model_before
 
 
@@ -24,12 +22,17 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 def check_ahead(recipe: Recipe) -> None:
     """Raise what would refuse a form, before the stages that lead to it."""
+    from tongwen.workflows import model_formats
+
     assert recipe.export
     model_formats.check_ahead(recipe.base, recipe.export.formats, recipe.export.quantize)
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """All forms of the recipe under `out`."""
+    from tongwen.hub import upload
+    from tongwen.workflows import model_formats
+
     assert recipe.export
     finished = open_model_before(recipe, "export")
     source = replace(model_formats.open_source(str(finished.path)), title=recipe.name)

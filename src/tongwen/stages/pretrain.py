@@ -1,113 +1,38 @@
 """pretrain: prepared documents and a base in; the same model that has read them out, as an adapter or whole.
 
-The documents are encoded as the recipe arranges them, with every token accounted for. What follows is the training
-job of every such stage, in as many phases as the recipe has; on the way each language's held-out text is scored, so
-that what is forgotten is seen.
+It learns in as many phases as the recipe has. On the way each language's held-out text is scored, so that forgetting
+shows.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from tongwen.core import artifact, console
-from tongwen.core.errors import RecipeError
-from tongwen.core.i18n import _
-from tongwen.core.model_families import family_of
-from tongwen.core.records import Document
-from tongwen.model.adapters import attach
-from tongwen.model.loading import chat_setup, load
+from tongwen.model.adapters.settings import check_further
 from tongwen.recipe.schema import Recipe
-from tongwen.recipe.training import Pretrain
-from tongwen.workflows.stage_inputs import base_of_stage
-from tongwen.workflows.tokenized_data import (
-    DocumentEncoder,
-    are_rows_untrained,
-    encode_prepared,
-    new_rows_of,
-    read_documents,
-)
-from tongwen.workflows.training.job import train_stage
-from tongwen.workflows.training.types import SamplePrompt, TrainingJob, settings_of
-
-OPENING = 24  # characters of a held-out document that the model is to continue, for the report
+from tongwen.workflows.stage_inputs import base_of_stage, training_settings
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides this stage's result."""
-    return settings_of(recipe, "pretrain")
+    return training_settings(recipe, "pretrain")
 
 
 def check_ahead(recipe: Recipe) -> None:
     """Raise what would refuse it, before the stages that lead to it."""
     assert recipe.pretrain
-    attach.check_further(recipe.pretrain.adapter, "pretrain")
+    check_further(recipe.pretrain.adapter, "pretrain")
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Encode the documents, and learn from them."""
-    section, base = recipe.pretrain, base_of_stage(recipe, "pretrain")
-    assert section
+    from tongwen.workflows.training.documents import document_job
+    from tongwen.workflows.training.job import train_stage
+
+    assert recipe.pretrain
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
-    console.header("pretrain", f"{base} · {' → '.join(section.trains)}")
-    _check_new_rows(base, section)
-    _check_learns_text(base)
-    records = read_documents(base, section)
-    _warn_of_instruct(base, records.tokenizer)
-    data = encode_prepared(prepared, records, recipe.seed, out.parent / "tokens" / "pretrain")
-    trains_rows = "new_rows" in section.trained_parts
-    job = TrainingJob(
-        recipe=recipe,
-        stage="pretrain",
-        prepared=prepared,
-        records=records,
-        data=data,
-        prompts=_beginnings(data.held_out, records, section.samples),
-        new_rows=new_rows_of(base) if trains_rows else (),
-        end=records.end,
-    )
+    console.header("pretrain", f"{base_of_stage(recipe, 'pretrain')} · {' → '.join(recipe.pretrain.trains)}")
+    job = document_job(recipe, prepared, out.parent / "tokens" / "pretrain")
     return train_stage(job, out)
-
-
-def _check_new_rows(base: str, section: Pretrain) -> None:
-    """Raise RecipeError when the base has rows that no phase would train: their pieces would never be learned."""
-    trained = section.trained_parts
-    if are_rows_untrained(base) and not trained & {"new_rows", "embeddings", "full"}:
-        raise RecipeError(
-            _("the new pieces' rows would never be trained: no phase trains new_rows, embeddings or full"),
-            place=f"pretrain · {base}",
-            remedy="phases: [{train: new_rows, stop_after: 100 steps}, {train: lora+embeddings}]",
-        )
-
-
-def _check_learns_text(base: str) -> None:
-    """Raise RecipeError for a family that learns from dialogues only."""
-    kind = load.load_config(load.locate(base)).model_type
-    family = family_of(kind)
-    if family and family.dialogues_only:
-        raise RecipeError(
-            _("{kind} cannot be trained on plain text here: {reason}").format(
-                kind=kind, reason=_(family.dialogues_only)
-            ),
-            place=f"pretrain · {base}",
-            remedy=_("leave out `pretrain` and train on dialogues instead: sft"),
-        )
-
-
-def _warn_of_instruct(base: str, tokenizer: Any) -> None:
-    """Plain text wears off what an instruct model has learned about answering."""
-    template = str(tokenizer.chat_template or "")
-    speaks = any(text in template for text in chat_setup.special_texts(tokenizer))
-    if speaks or re.search(r"instruct|chat|-it\b", Path(base).name, re.IGNORECASE):
-        console.notice(
-            _(
-                "the base is an instruct model, and plain text wears down its ability to answer. Better: pre-train its base model, then add what the instruct model learned (tongwen merge --base RESULT --chat-vector INSTRUCT BASE), or run `sft` afterwards"
-            )
-        )
-
-
-def _beginnings(held_out: list[Document], records: DocumentEncoder, count: int) -> list[SamplePrompt]:
-    """The first held-out documents that are long enough: how they begin, and how they go on."""
-    long = [one.text for one in held_out if len(one.text) > 2 * OPENING]
-    return [SamplePrompt(text[:OPENING], text[:OPENING], text[OPENING : 4 * OPENING]) for text in long[:count]]

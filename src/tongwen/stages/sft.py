@@ -1,8 +1,4 @@
-"""sft: prepared dialogues and a base in; an adapter (or a whole model) that learned from them out.
-
-The dialogues are rendered by the template and encoded, with every row accounted for. What follows is the training
-job of every such stage.
-"""
+"""sft: prepared dialogues and a base in; an adapter (or a whole model) that learned from them out."""
 
 from __future__ import annotations
 
@@ -10,103 +6,29 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import artifact, console
-from tongwen.core.errors import ModelError
-from tongwen.core.i18n import _
-from tongwen.core.records import Dialogue
-from tongwen.model.adapters import attach
-from tongwen.model.loading import chat_setup
-from tongwen.model.loading.fingerprint import fingerprint_text
+from tongwen.model.adapters.settings import check_further
 from tongwen.recipe.schema import Recipe
-from tongwen.recipe.training import Sft
-from tongwen.workflows.stage_inputs import base_of_stage
-from tongwen.workflows.tokenized_data import (
-    DialogueEncoder,
-    are_rows_untrained,
-    encode_prepared,
-    new_rows_of,
-    read_dialogues,
-)
-from tongwen.workflows.training.job import train_stage
-from tongwen.workflows.training.types import SamplePrompt, TrainingJob, settings_of
+from tongwen.workflows.stage_inputs import base_of_stage, training_settings
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides this stage's result."""
-    return settings_of(recipe, "sft")
+    return training_settings(recipe, "sft")
 
 
 def check_ahead(recipe: Recipe) -> None:
     """Raise what would refuse it, before the stages that lead to it."""
     assert recipe.sft
-    attach.check_further(recipe.sft.adapter, "sft")
+    check_further(recipe.sft.adapter, "sft")
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Encode the dialogues, and learn from them."""
-    section, base = recipe.sft, base_of_stage(recipe, "sft")
-    assert section
+    from tongwen.workflows.training.dialogues import dialogue_job
+    from tongwen.workflows.training.job import train_stage
+
+    assert recipe.sft
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare")
-    console.header("sft", f"{base} · {section.adapter.method}")
-    records = read_dialogues(base, section)
-    data = encode_prepared(prepared, records, recipe.seed, out.parent / "tokens" / "sft")
-    job = TrainingJob(
-        recipe=recipe,
-        stage="sft",
-        prepared=prepared,
-        records=records,
-        data=data,
-        prompts=_prompts(data.held_out, records, section.samples),
-        find_rows=lambda model: sorted({*_control_rows(model, records, section), *_new_pieces(base, section)}),
-        new_rows=new_rows_of(base) if section.adapter.method == "new_rows" else (),
-        template=records.template,
-        parents={"template": {"name": section.template, "fingerprint": fingerprint_text(records.template.source)}},
-        facts={"template_name": section.template},
-    )
+    console.header("sft", f"{base_of_stage(recipe, 'sft')} · {recipe.sft.adapter.method}")
+    job = dialogue_job(recipe, prepared, out.parent / "tokens" / "sft")
     return train_stage(job, out)
-
-
-def _control_rows(model: Any, records: DialogueEncoder, section: Sft) -> list[int]:
-    """Rows of control tokens that the template writes and the base never saw; under an adapter they would stay so."""
-    if section.adapter.method == "full":
-        return []
-    tokenizer = records.tokenizer
-    control = chat_setup.control_ids(tokenizer, records.template)
-    rows = attach.find_untrained_rows(model, control, {*tokenizer.get_vocab().values()})
-    if not rows:
-        return []
-    names = ", ".join(tokenizer.convert_ids_to_tokens(rows))
-    if not section.train_new_control_tokens:
-        raise ModelError(
-            _("the base never trained the rows of {names}: if they stay frozen, the model never stops").format(
-                names=names
-            ),
-            place="sft.train_new_control_tokens",
-            remedy=_("train_new_control_tokens: true, or a template with tokens that the base knows"),
-        )
-    console.notice(_("the base never trained {names}; this stage trains their rows").format(names=names))
-    return rows
-
-
-def _new_pieces(base: str, section: Sft) -> list[int]:
-    """Rows that a vocabulary stage added and no stage has trained since; under an adapter they would stay so."""
-    if section.adapter.method in ("full", "new_rows") or not are_rows_untrained(base):
-        return []
-    console.notice(_("no `pretrain` has trained the new pieces' rows; this stage trains them with the adapter"))
-    return new_rows_of(base)
-
-
-def _prompts(held_out: list[Dialogue], records: DialogueEncoder, count: int) -> list[SamplePrompt]:
-    """The held-out dialogues that are answered before and after: the first with a plain question at the end."""
-    asked = [
-        one
-        for one in held_out
-        if len(one.messages) > 1 and one.messages[-1].role == "assistant" and one.messages[-1].content
-    ]
-    return [
-        SamplePrompt(
-            one.messages[-2].content,
-            records.template.prompt(one.messages[:-1], one.tools),
-            one.messages[-1].content,
-        )
-        for one in asked[:count]
-    ]

@@ -18,6 +18,7 @@ from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document
 from tongwen.data import formats, prepare_steps, token_store
 from tongwen.data.clean import Cleaner, Dropped
+from tongwen.data.input_parts import InputPart, kind_of
 from tongwen.data.ledger import Ledger, Rejected, table_rows
 from tongwen.data.reader import read_rows
 from tongwen.data.token_store import TokenStore
@@ -46,9 +47,9 @@ class DataPreview:
 def inspect(file: Path) -> DataPreview:
     """Read a whole file as `prepare` would, and compare nothing. Raises DataError for what is no data."""
     source = SourceConfig(path=str(file))
-    kind = prepare_steps.kind_of(file, source)
+    kind = kind_of(file, source)
     section = Prepare.model_validate({kind: [source]})
-    part = prepare_steps.InputPart(0, kind, "train", 0, source, file)
+    part = InputPart(0, kind, "train", 0, source, file)
     first = next(read_rows(file, source))
     name = "text" if kind == "documents" else formats.recognise_row(first, source)
     found = DataPreview(kind, name, prepare_steps.ScanCounts())

@@ -14,7 +14,6 @@ from tongwen.core.errors import MachineError, RecipeError, TongwenError, first_l
 from tongwen.core.i18n import _
 from tongwen.recipe.load import dump
 from tongwen.recipe.schema import STAGES, Recipe
-from tongwen.train import trackers
 from tongwen.workflows.prepared_data import changed_files, check_prepared
 from tongwen.workflows.run_lock import is_locked, lock_folder
 from tongwen.workflows.stage_inputs import TRAINING, base_of_stage
@@ -23,7 +22,7 @@ PATIENCE_SECONDS = 300  # without sign of a first process
 
 
 class Stage(Protocol):
-    """One stage of a recipe. Its module imports what is heavy inside `run`: a finished stage is only asked for its settings."""
+    """One stage of a recipe. Its module imports what is heavy inside of functions: a finished stage is only asked for its settings."""
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """The settings that decide its result: when one of them changes, a finished stage has to be redone."""
@@ -92,6 +91,8 @@ def run(
             check_processes(recipe, left)
             _check_devices(recipe, left)
             if {*left} & {*TRAINING}:
+                from tongwen.train import trackers
+
                 trackers.check(recipe.track)
             check_ahead(recipe, left, stages)
         if distributed.is_first() and not distributed.is_ours():

@@ -34,14 +34,14 @@ def find_prepared(recipe: Recipe) -> artifact.Artifact | None:
 def changed_files(recipe: Recipe, manifest: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(file, what it was, what it is) of the files here that would be read otherwise than they were, or were not at all. A file
     that is gone was read, and what came of it is still there."""
-    from tongwen.data import prepare_steps
+    from tongwen.data.input_parts import list_parts
 
     assert recipe.prepare
     known = manifest.get("files")
     if known is None:
         return []
     changed: list[tuple[str, Any, Any]] = []
-    for part in prepare_steps.list_parts(recipe.prepare, _stay_here, lambda text: None, []):
+    for part in list_parts(recipe.prepare, _stay_here, lambda text: None, []):
         file = part.file
         was, now = known.get(str(file)), file.stat()
         if was is None:

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-
 from tongwen.core import distributed
 from tongwen.core.errors import MachineError
 from tongwen.core.i18n import _
@@ -52,6 +50,8 @@ def lock_folder(out: Path) -> Iterator[None]:
 
 def lock_holder(out: Path) -> int | None:
     """The process of this machine that runs in a folder. The number that a killed one left there counts for nothing."""
+    import psutil
+
     try:
         lock = out / LOCK
         node, number, *_unused = lock.read_text(encoding="utf-8").split(", ")

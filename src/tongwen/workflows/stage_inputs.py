@@ -1,13 +1,17 @@
-"""What a stage of a recipe starts from: the base, the model that an earlier stage left, the data that exist so far."""
+"""What a stage of a recipe starts from: the base, the model that an earlier stage left, the data that exist so far, and
+the settings that decide a training."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tongwen.core import artifact, console
 from tongwen.core.i18n import _
 from tongwen.recipe.data import Prepare
+from tongwen.recipe.effects import deciding_settings
 from tongwen.recipe.schema import STAGES, Recipe
+from tongwen.recipe.training import Training
 
 TRAINING = ("pretrain", "sft")  # stages that run on all devices
 MODELS = ("vocab", "pretrain", "sft", "merge")  # stages that leave a model, each based on the one before
@@ -22,6 +26,12 @@ def base_of_stage(recipe: Recipe, stage: str, *, finished: bool = False) -> str:
         if not finished or artifact.find(folder):
             return str(folder)
     return recipe.base
+
+
+def training_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The settings that decide a training stage's result."""
+    section: Training = getattr(recipe, stage)
+    return {stage: deciding_settings(section), "seed": recipe.seed, "base": base_of_stage(recipe, stage)}
 
 
 def open_model_before(recipe: Recipe, stage: str) -> artifact.Artifact:

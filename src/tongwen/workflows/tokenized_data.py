@@ -28,9 +28,10 @@ from tongwen.core.records import Dialogue, Document, Span
 from tongwen.data import token_store
 from tongwen.data.clean import han_share
 from tongwen.data.encode import Encoder, check_round_trip, check_store, describe, encode_dialogues, encode_documents
+from tongwen.data.input_parts import list_parts
 from tongwen.data.ledger import Ledger, Rejected, table_rows
 from tongwen.data.legacy_encoder import LegacyEncoder
-from tongwen.data.prepare_steps import iter_records, list_parts, load_records
+from tongwen.data.prepare_steps import iter_records, load_records
 from tongwen.data.sampling import choose_held_out, draw, passes_of
 from tongwen.data.token_store import Batch, TokenStore
 from tongwen.hub.download import local_copy

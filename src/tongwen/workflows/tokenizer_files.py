@@ -22,7 +22,8 @@ from tongwen.core.errors import ModelError, RecipeError, RowRefused
 from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document
 from tongwen.data.clean import Cleaner
-from tongwen.data.prepare_steps import iter_rows, kind_of, list_parts
+from tongwen.data.input_parts import kind_of, list_parts
+from tongwen.data.prepare_steps import iter_rows
 from tongwen.hub.download import local_copy
 from tongwen.model.loading import load, sentencepiece
 from tongwen.model.loading.tiktoken import read_ranks

@@ -286,7 +286,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
     pair: tuple[Path, Path], tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("tongwen.stages.merge.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("tongwen.workflows.merging.shutil.disk_usage", lambda folder: usage)
     code, _, err = tongwen("merge", "--base", pair[0], "--adapter", pair[1], "--out", tmp_path / "out")
     assert code == 5 and "1 kB free" in err and not (tmp_path / "out.partial").exists()
 

@@ -275,7 +275,7 @@ def test_parity_sees_one_wrong_matrix(
         patch.setattr(step, "apply", wrong)
         code, _, err = tongwen(*words)
         assert code == 6 and "layers.1.mlp.up_proj" in err and "read back" in err
-        patch.setattr("tongwen.stages.merge.fold.check_rows", lambda base, folded: 0.0)
+        patch.setattr("tongwen.workflows.merging.check_rows", lambda base, folded: 0.0)
         code, _, err = tongwen(*words)
         assert code == 6 and "logits" in err
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

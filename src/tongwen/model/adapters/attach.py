@@ -6,7 +6,6 @@ learns now; what a part is, is decided by the tensor, not by its name in a recip
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,26 +14,15 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tongwen.core.errors import ModelError, RecipeError, first_line
+from tongwen.core.errors import ModelError, first_line
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
 from tongwen.model.adapters.adalora import configure, write_as_lora
 from tongwen.model.adapters.chain import open_adapter
 from tongwen.model.kernels.fused_lora import fuse
-from tongwen.model.loading.load import adapter_folder, adapter_type, quiet
+from tongwen.model.loading.load import adapter_type, quiet
 from tongwen.recipe.training import AdapterConfig, TrainedPart
 
-# A recipe's words for an adapter, and peft's.
-OWN_WORDS = {
-    "rank": "r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "targets": "target_modules",
-    "target_parameters": "target_parameters",
-    "rslora": "use_rslora",
-    "dora": "use_dora",
-    "also_train": "modules_to_save",
-}
 # Rows that were initialised alike differ in norm by about 1 / sqrt(2 * width): 1.5 is 4 times that at a width of 32.
 PADDING_SPREAD = 1.5
 
@@ -182,39 +170,6 @@ def adapt(
     if not adapted.learners:
         raise ModelError(_("no parameter would be trained"), place="adapter")
     return adapted
-
-
-def check_further(choice: AdapterConfig, stage: str) -> None:
-    """Raise RecipeError when the recipe says of an adapter that is trained further what it is not: it keeps its own words.
-    One that is not there yet, or cannot be read, is refused when it is opened."""
-    if not choice.continue_from:
-        return
-    try:
-        told = json.loads(
-            (adapter_folder(Path(choice.continue_from)) / "adapter_config.json").read_text(encoding="utf-8")
-        )
-        peft = {**told, **({"r": None, "lora_alpha": None} if told.get("rank_pattern") else {})}  # ranks of their own
-    except (OSError, ValueError, TypeError, AttributeError):
-        return
-    differ = [
-        f"{word}: {peft[name]}"
-        for word, name in OWN_WORDS.items()
-        if word in choice.model_fields_set and name in peft and not _agree(getattr(choice, word), peft[name])
-    ]
-    if differ:
-        own = ", ".join(differ)
-        raise RecipeError(
-            _("this adapter was trained with {own}, which cannot change").format(own=own),
-            place=f"{stage}.adapter.continue_from: {choice.continue_from}",
-            remedy=_("remove these keys; or merge it first, then train a new adapter on the merged model"),
-        )
-
-
-def _agree(said: Any, own: Any) -> bool:
-    """A recipe's word and peft's; what cannot be compared, agrees."""
-    if isinstance(said, list) and not isinstance(own, str):
-        return sorted(said) == sorted(own or [])
-    return said is None or own is None or isinstance(said, str) or isinstance(own, str) or said == own
 
 
 def _with_adapter(

@@ -17,7 +17,7 @@ from tongwen.core.errors import MachineError, RecipeError, first_line, is_out_of
 from tongwen.core.i18n import _
 from tongwen.data.encode import token_bytes
 from tongwen.model.adapters.adalora import budget_of
-from tongwen.model.adapters.attach import check_further
+from tongwen.model.adapters.settings import check_further
 from tongwen.model.kernels.loss import learned_loss
 from tongwen.model.loading import load
 from tongwen.model.loading.fingerprint import fingerprint_tokenizer

@@ -12,11 +12,10 @@ import torch
 from tongwen.core import artifact
 from tongwen.core.chat_template import Template
 from tongwen.model.adapters.attach import Adapted
-from tongwen.recipe.effects import deciding_settings
 from tongwen.recipe.schema import Recipe
 from tongwen.recipe.training import Forgetting, Pretrain, Training
 from tongwen.train.parallel import Engine, reshard
-from tongwen.workflows.stage_inputs import base_of_stage
+from tongwen.workflows.stage_inputs import base_of_stage, training_settings
 from tongwen.workflows.tokenized_data import RecordEncoder, TokenizedData
 
 
@@ -67,17 +66,11 @@ class TrainingJob:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return settings_of(self.recipe, self.stage)
+        return training_settings(self.recipe, self.stage)
 
     @property
     def forgetting(self) -> Forgetting:
         return self.section.forgetting if isinstance(self.section, Pretrain) else Forgetting()
-
-
-def settings_of(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The settings that decide a training stage's result."""
-    section: Training = getattr(recipe, stage)
-    return {stage: deciding_settings(section), "seed": recipe.seed, "base": base_of_stage(recipe, stage)}
 
 
 @dataclass(frozen=True)

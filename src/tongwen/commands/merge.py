@@ -1,0 +1,48 @@
+"""merge: adapters and their base in, a model folder out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from tongwen.core import artifact, console
+from tongwen.core.errors import RecipeError
+from tongwen.core.i18n import _
+from tongwen.model.merging.combine import Combination
+from tongwen.workflows.merging import MergeOptions, merge
+
+
+def run(base: str, adapters: list[str], out: str, options: MergeOptions, *, again: bool) -> int:
+    """Merge into a new folder. again: keep what is in it under another name, instead of refusing."""
+    target = Path(out)
+    artifact.make_way(target, again=again)
+    chosen = {
+        "base": base,
+        "adapters": adapters,
+        **{key: value for key, value in asdict(options).items() if key != "force"},
+    }
+    made = merge(base, adapters, target, chosen, options)
+    console.emit({"out": out, **{key: value for key, value in made.manifest.items() if key != "tensors"}})
+    return 0
+
+
+def mix_of(how: str, adapters: Sequence[str], weights: Sequence[float], density: float, scale: float) -> Combination:
+    """How adapters are combined. Raises RecipeError for weights that do not go with them."""
+    wrong = ""
+    if len(adapters) < 2 or len(set(adapters)) < len(adapters):
+        wrong = _("combining needs at least two adapters, each once")
+    elif weights and len(weights) != len(adapters):
+        wrong = _("{weights_count} weights given for {adapters_count} adapters").format(
+            weights_count=len(weights), adapters_count=len(adapters)
+        )
+    elif not 0 < density <= 1:
+        wrong = _("density {density:g} is not a share").format(density=density)
+    if wrong:
+        raise RecipeError(
+            wrong, place="tongwen merge --combine", remedy="--adapter A --weight 0.5 --adapter A2 --weight 0.5"
+        )
+    shares = weights or [1 / len(adapters)] * len(adapters)
+    return Combination(
+        how, {str(Path(name)): share for name, share in zip(adapters, shares, strict=True)}, density, scale
+    )

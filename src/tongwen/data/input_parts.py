@@ -1,0 +1,95 @@
+"""The files that a recipe's data come from, in the order in which their rows count.
+
+Whether a finished `prepare` would be the same today depends on this list, so it imports only what reading a row needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tongwen.core.errors import DataError, RecipeError, TongwenError, raise_all
+from tongwen.core.i18n import _
+from tongwen.data import dataset_info, formats
+from tongwen.data.files import find_files, shown
+from tongwen.data.reader import read_rows
+from tongwen.recipe.data import Prepare, SourceConfig
+
+Tell = Callable[[str], None]
+KINDS = ("documents", "dialogues")
+
+
+@dataclass(frozen=True)
+class InputPart:
+    """One file of one source. index: among all files; kind: `documents` or `dialogues`; role: `train`, `held_out` (a file
+    of the recipe) or `evaluation`; number: of its source among those of its kind."""
+
+    index: int
+    kind: str
+    role: str
+    number: int
+    source: SourceConfig
+    file: Path
+
+    @property
+    def name(self) -> str:
+        """As it stands in origins."""
+        return shown(self.file)
+
+    def folder(self, out: Path) -> Path:
+        return out / "parts" / f"{self.index:05d}"
+
+
+def list_parts(
+    section: Prepare, bring: Callable[[str, Tell], str], tell: Tell, errors: list[TongwenError] | None = None
+) -> list[InputPart]:
+    """All files of the recipe, in the order in which their rows count. bring(path, tell) gives the folder of what lies on
+    a hub. What names no file is put into `errors`, or raised."""
+    found = list[TongwenError]() if errors is None else errors
+    out: list[InputPart] = []
+
+    def add(kind: str, role: str, number: int, source: SourceConfig) -> None:
+        try:
+            formats.check_source(source)
+            for one in dataset_info.entry_source(source) if source.entry else [source]:
+                if one.path.startswith(("hub:", "modelscope:")):
+                    one = one.model_copy(update={"path": bring(one.path, tell)})
+                for file in find_files(one.path):
+                    part = InputPart(len(out), kind or kind_of(file, one), role, number, one, file)
+                    _check_held_out(part, section)
+                    out.append(part)
+        except (DataError, RecipeError) as error:
+            found.append(error)
+
+    if isinstance(section.held_out, str):
+        add("", "held_out", 0, SourceConfig(path=section.held_out))
+    for number, source in enumerate(section.evaluation):
+        add("", "evaluation", number, source)
+    for kind in KINDS:
+        for number, source in enumerate(getattr(section, kind)):
+            add(kind, "train", number, source)
+    if errors is None:
+        raise_all(found)
+    return out
+
+
+def _check_held_out(part: InputPart, section: Prepare) -> None:
+    """Raise DataError when a file is held out of a kind of data that the recipe does not have: it would never be used."""
+    if part.role == "held_out" and not getattr(section, part.kind):
+        trained = " / ".join(kind for kind in KINDS if getattr(section, kind))
+        raise DataError(
+            _("held_out: this file contains {kind}, but the recipe has {trained}").format(
+                kind=part.kind, trained=trained
+            ),
+            place=part.name,
+            remedy=_("name a file of {trained}, or a share: held_out: 0.02").format(trained=trained),
+        )
+
+
+def kind_of(file: Path, source: SourceConfig) -> str:
+    """documents or dialogues, as the first row shows."""
+    row = next(read_rows(file, source)).value
+    row = formats.with_columns(row, source) if isinstance(row, dict) else row
+    text = source.format == "text" or (not source.format and formats.recognise(row) == "text")
+    return "documents" if text else "dialogues"

@@ -1,0 +1,99 @@
+"""Preparing data: the recipe's sources in; documents, dialogues and what was held out and rejected out, with the ledger.
+
+Each file is read and cleaned by itself. All files together are searched for duplicates, and a seeded part is held out.
+Then each file's rows are kept, or stand in rejected.jsonl with their reason: also those that say what was held out. What
+is kept is what the training stages take in. The steps on files run here, or as the tasks of a datatrove pipeline.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tongwen.core import artifact, console
+from tongwen.core.i18n import _
+from tongwen.data import prepare_steps
+from tongwen.data.datatrove_executor import run_tasks
+from tongwen.data.input_parts import KINDS, InputPart, list_parts
+from tongwen.data.ledger import table_rows
+from tongwen.hub.download import local_copy
+from tongwen.recipe.data import Prepare
+
+
+def prepare(section: Prepare, seed: int, settings: dict[str, Any], out: Path) -> artifact.Artifact:
+    """Read and clean each file, compare all, settle each file, join. settings: those that decide what comes out."""
+    console.header("prepare", _("read, clean, deduplicate and split the data"))
+    with artifact.create(out, "prepare", {}, settings, resumable=True) as draft:
+        parts = list_parts(section, local_copy, console.notice)
+        _start(draft.path, parts, settings)
+        run_tasks(
+            section,
+            "scan",
+            draft.path,
+            parts,
+            lambda part: prepare_steps.scan(part, section, draft.path, console.notice),
+        )
+        scans = prepare_steps.read_scans(parts, draft.path)
+        prepare_steps.check_readable(parts, scans, section.max_bad)
+        with console.waiting(_("comparing all rows")):
+            prepare_steps.compare(parts, section, seed, draft.path)
+        run_tasks(
+            section, "settle", draft.path, parts, lambda part: prepare_steps.settle(part, parts, section, draft.path)
+        )
+        tables = prepare_steps.join(parts, section, draft.path)
+        changed: Counter[str] = Counter()
+        for scan in scans:
+            changed.update(scan["changed"])
+        files = {str(part.file): _state(part.file) for part in parts}
+        made = artifact.hash_files(draft.path)
+        draft.fingerprint = artifact.fingerprint_hashes(made)
+        draft.facts = {"ledger": tables, "changed": dict(changed), "sources": _sources(section), "files": files}
+        draft.facts["made"] = made
+    assert draft.artifact
+    _show(tables, dict(changed))
+    return draft.artifact
+
+
+def _start(folder: Path, parts: list[InputPart], settings: dict[str, Any]) -> None:
+    """What an interrupted run has finished counts only when it had the same settings and the same files."""
+    files = [[str(part.file), (found := part.file.stat()).st_size, found.st_mtime_ns] for part in parts]
+    now = json.loads(json.dumps({**settings, "files": files}))
+    file = folder / "parts" / "settings.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == now:
+        console.notice(_("continuing the interrupted work"))
+        return
+    shutil.rmtree(folder)
+    file.parent.mkdir(parents=True)
+    artifact.write_json(file, now)
+
+
+def _state(file: Path) -> dict[str, Any]:
+    found = file.stat()
+    return {"bytes": found.st_size, "modified": found.st_mtime_ns, "sha256": artifact.hash_file(file)}
+
+
+def _sources(section: Prepare) -> dict[str, Any]:
+    return {
+        kind: [
+            source.model_dump(mode="json", include={"path", "weight", "share", "language"})
+            for source in getattr(section, kind)
+        ]
+        for kind in KINDS
+    }
+
+
+def _show(tables: dict[str, Any], changed: dict[str, int]) -> None:
+    """The ledger, and how many texts each rule mended."""
+    rows: list[tuple[Any, ...]] = []
+    for name, table in tables.items():
+        rows += table_rows(table, name, _("kept"))
+        if table["held_out"]:
+            words = _("of which held out") if table["from_training"] else _("held out: a file")
+            rows.append((f"    {words}", table["held_out"], ""))
+    console.table((_("ledger"), _("rows"), _("bytes")), rows)
+    if changed:
+        mended = ", ".join(f"{name} {count:,}" for name, count in sorted(changed.items()))
+        console.tell(_("texts repaired: {mended}").format(mended=mended))

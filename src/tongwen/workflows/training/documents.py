@@ -1,0 +1,95 @@
+"""The training job of documents: encoded as the recipe arranges them, with every token accounted for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tongwen.core import artifact, console
+from tongwen.core.errors import RecipeError
+from tongwen.core.i18n import _
+from tongwen.core.model_families import family_of
+from tongwen.core.records import Document
+from tongwen.model.loading import chat_setup, load
+from tongwen.recipe.schema import Recipe
+from tongwen.recipe.training import Pretrain
+from tongwen.workflows.stage_inputs import base_of_stage
+from tongwen.workflows.tokenized_data import (
+    DocumentEncoder,
+    are_rows_untrained,
+    encode_prepared,
+    new_rows_of,
+    read_documents,
+)
+from tongwen.workflows.training.types import SamplePrompt, TrainingJob
+
+OPENING = 24  # characters of a held-out document that the model is to continue, for the report
+
+
+def document_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> TrainingJob:
+    """Encode the documents for the `pretrain` stage. tokens: the folder that keeps them.
+
+    Raises RecipeError for a base or phases that could not learn from them.
+    """
+    section, base = recipe.pretrain, base_of_stage(recipe, "pretrain")
+    assert section
+    _check_new_rows(base, section)
+    _check_learns_text(base)
+    records = read_documents(base, section)
+    _warn_of_instruct(base, records.tokenizer)
+    data = encode_prepared(prepared, records, recipe.seed, tokens)
+    trains_rows = "new_rows" in section.trained_parts
+    return TrainingJob(
+        recipe=recipe,
+        stage="pretrain",
+        prepared=prepared,
+        records=records,
+        data=data,
+        prompts=_beginnings(data.held_out, records, section.samples),
+        new_rows=new_rows_of(base) if trains_rows else (),
+        end=records.end,
+    )
+
+
+def _check_new_rows(base: str, section: Pretrain) -> None:
+    """Raise RecipeError when the base has rows that no phase would train: their pieces would never be learned."""
+    trained = section.trained_parts
+    if are_rows_untrained(base) and not trained & {"new_rows", "embeddings", "full"}:
+        raise RecipeError(
+            _("the new pieces' rows would never be trained: no phase trains new_rows, embeddings or full"),
+            place=f"pretrain · {base}",
+            remedy="phases: [{train: new_rows, stop_after: 100 steps}, {train: lora+embeddings}]",
+        )
+
+
+def _check_learns_text(base: str) -> None:
+    """Raise RecipeError for a family that learns from dialogues only."""
+    kind = load.load_config(load.locate(base)).model_type
+    family = family_of(kind)
+    if family and family.dialogues_only:
+        raise RecipeError(
+            _("{kind} cannot be trained on plain text here: {reason}").format(
+                kind=kind, reason=_(family.dialogues_only)
+            ),
+            place=f"pretrain · {base}",
+            remedy=_("leave out `pretrain` and train on dialogues instead: sft"),
+        )
+
+
+def _warn_of_instruct(base: str, tokenizer: Any) -> None:
+    """Plain text wears off what an instruct model has learned about answering."""
+    template = str(tokenizer.chat_template or "")
+    speaks = any(text in template for text in chat_setup.special_texts(tokenizer))
+    if speaks or re.search(r"instruct|chat|-it\b", Path(base).name, re.IGNORECASE):
+        console.notice(
+            _(
+                "the base is an instruct model, and plain text wears down its ability to answer. Better: pre-train its base model, then add what the instruct model learned (tongwen merge --base RESULT --chat-vector INSTRUCT BASE), or run `sft` afterwards"
+            )
+        )
+
+
+def _beginnings(held_out: list[Document], records: DocumentEncoder, count: int) -> list[SamplePrompt]:
+    """The first held-out documents that are long enough: how they begin, and how they go on."""
+    long = [one.text for one in held_out if len(one.text) > 2 * OPENING]
+    return [SamplePrompt(text[:OPENING], text[:OPENING], text[OPENING : 4 * OPENING]) for text in long[:count]]
