@@ -1,8 +1,8 @@
-"""Write what is made from the code: docs/cli*.md from `--help`, docs/recipe*.md from the schema, docs/families*.md from the
-facts, docs/memory*.md by what `tongwen plan` reckons with, the table of failures in docs/from-older-projects*.md, and
+"""Write the pages that are made from the code: docs/cli*.md from `--help`, docs/recipe*.md from the schema, docs/families*.md from the
+facts, docs/memory*.md with the estimates of `tongwen plan`, the table of failures in docs/from-older-projects*.md, and
 recipes/ from `tongwen init`.
 
-`python docs/generate.py` writes them; with `--check` it only says which are stale, and fails.
+`python docs/generate.py` writes them; with `--check` it only lists stale ones, and fails if there are any.
 """
 
 from __future__ import annotations
@@ -92,16 +92,16 @@ def families_page() -> str:
 
 FAMILIES_PAGE = N_("""# Model families
 
-Made from `src/tongwen/core/model_families.py` by `make docs`; do not edit. Each ✓ is what a test does at tiny size: the model is
+Made from `src/tongwen/core/model_families.py` by `make docs`; do not edit. Each ✓ is tested at tiny size: the model is
 trained in full on plain text, with LoRA and with QLoRA on dialogues, its adapter is merged, the merged model computes what base and adapter compute together,
-and it answers. Packed: several samples lie in one row without seeing each other; where it says no, batches are padded.
-GGUF: llama.cpp gives the same text, greedily. vLLM needs a GPU and was not run: "listed" is what its own documentation says.
+and it answers. Packed: several samples lie in one row without seeing each other; where the table says no, batches are padded.
+GGUF: llama.cpp gives the same greedy text. vLLM needs a GPU and was not run: "listed" means that its documentation lists it.
 
 {table}
 
 {notes}
 
-A family that is not listed is trained when transformers itself knows it: the audit at the start proves on its first
+A family that is not listed can be trained if transformers itself supports it: the audit at the start proves on its first
 micro-batch that every trained tensor learns and that packed samples do not see each other. GGUF is then refused by name,
 before anything is trained: by `check` where the base is a folder, by `plan` and `run` wherever it is.
 
@@ -111,7 +111,7 @@ before anything is trained: by `check` where the base is a folder, by `plan` and
 - **Baichuan-7B** is a LLaMA with its three projections in one matrix: `tongwen convert Baichuan-7B --to hf --out
   Baichuan-7B-llama`. Baichuan-13B (ALiBi) and Baichuan2 (a normalised head) are refused by name.
 - **The first LLaMA conversions** say that a text ends with token 1 and is padded with -1, and name no special tokens. They
-  are trained as they were meant, and it is said; their files stay as they are.
+  are trained as intended, and tongwen reports it; their files stay unchanged.
 """)
 
 
@@ -148,7 +148,7 @@ def with_memory(file: Path, page: str) -> str:
 
 
 def with_failures(file: Path) -> str:
-    """The page with its table made anew."""
+    """The page with a new table of failures."""
     from tongwen.migrate.failures import failures
 
     start, end = "<!-- failures -->\n", "<!-- /failures -->"
@@ -172,19 +172,19 @@ def memory_page() -> str:
 Made by the code of `tongwen plan` with `make docs`; do not edit.
 
 GB of one GPU: bf16, one document of 2,048 or 8,192 tokens at a time, all of them learned, activation checkpointing on, LoRA
-of rank 16 on all linear layers, AdamW, and 0.6 GB for CUDA itself. The same count was held against real runs on a
-CPU (`bench/plan_memory.py`) and, without checkpointing, on an H100: planned are 61.1 GB (8B, LoRA), 21.8 (1B, LoRA) and 47.6
-(1B, full) beside CUDA's, most was in use with 56.3, 20.6 and 46.5.
+of rank 16 on all linear layers, AdamW, and 0.6 GB for CUDA itself. The same estimate was compared with real runs on
+a CPU (`bench/plan_memory.py`) and, without checkpointing, on an H100: the plan gives 61.1 GB (8B, LoRA), 21.8 (1B, LoRA) and
+47.6 (1B, full) without CUDA's share; the measured peaks were 56.3, 20.6 and 46.5.
 
 {table}
 
-`tongwen plan RECIPE --gpu 24GB` reckons with your own recipe and data, splits the sum by purpose, and says what to change
-when it does not fit.
+`tongwen plan RECIPE --gpu 24GB` uses your own recipe and data, splits the sum by purpose, and says what to change when it
+does not fit.
 """).format(table=table)
 
 
 def memory_row(name: str, methods: Iterable[str]) -> str:
-    """A check reckons the first row anew and believes the others, which take a minute."""
+    """A check computes only the first row again; all rows take a minute."""
     file = HERE / "memory.md"
     if "--check" in sys.argv and name != next(iter(MODELS)):
         return next(line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |"))

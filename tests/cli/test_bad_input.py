@@ -103,11 +103,11 @@ def remote_code(folder: Path) -> None:
     ("damage", "words"),
     [
         (without_weights, ("no weights", "safetensors")),
-        (truncated, ("cannot be loaded", "whole")),
-        (without_a_tensor, ("not in the files", "layers.1.mlp.up_proj.weight")),
-        (larger_tokenizer, ("embedding has", "belongs to this model")),
+        (truncated, ("cannot be loaded", "complete")),
+        (without_a_tensor, ("the files lack", "layers.1.mlp.up_proj.weight")),
+        (larger_tokenizer, ("embedding has", "this model's own tokenizer")),
         (without_config, ("no config.json",)),
-        (remote_code, ("code of its own",)),
+        (remote_code, ("needs its own code",)),
     ],
 )
 def test_bad_models(damage: Any, words: tuple[str, ...], chat_model: Path, tmp_path: Path, tongwen: Any) -> None:

@@ -331,7 +331,7 @@ def test_an_adapter_whose_rows_cannot_be_had_is_refused(tongwen: Any, here: Path
     code, _, said = tongwen(*base, *again_smaller)
     assert code == 4 and "310 rows" in said and "320" in said and "never shrinks" in said and "smaller" in said
     code, _, said = tongwen(*base, "--adapter", "headless", "--prompts", "p", "--out", "a")
-    assert code == 4 and "brings 320 rows" in said and "300" in said and "the head is not with it" in said
+    assert code == 4 and "brings 320 rows" in said and "300" in said and "it lacks the head" in said
 
 
 # -- what lines bring from elsewhere ----------------------------------------------------------------------------------

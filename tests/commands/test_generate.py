@@ -107,7 +107,7 @@ def test_a_killed_run_goes_on_with_what_is_missing_and_refuses_other_settings(
     journal.write_text(marked + '[9, "torn', encoding="utf-8")
     code, said, err = tongwen(*words)
     assert code == 0, err
-    assert f"{len(kept)} answers are there already" in said
+    assert f"{len(kept)} answers already exist" in said
     assert read(out)[first]["answer"] == "kept", "it was not asked again"
     assert not journal.exists()
     code, _, err = tongwen(*words)
@@ -319,7 +319,7 @@ def test_auto_takes_the_most_bits_that_fit(chat_model: Path, monkeypatch: pytest
         )
         assert device_map.choose(place, "auto", "cpu", torch.float32) == (False, wanted)
     monkeypatch.setattr(device_map.psutil, "virtual_memory", lambda: SimpleNamespace(available=numbers // 2))
-    with pytest.raises(MachineError, match=r"does not fit"):
+    with pytest.raises(MachineError, match=r"not enough memory"):
         device_map.choose(place, "auto", "cpu", torch.float32)
 
 

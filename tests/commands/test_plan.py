@@ -238,7 +238,7 @@ def test_fp16_is_not_taken_for_bf16(chat_model: Path, tmp_path: Path, tongwen: A
     for word, dtype in (("fp16", "float16"), ("auto", "bfloat16"), ("fp32", "float32")):
         _, out, err = tongwen("plan", recipe, "--gpu", "24GB", "--json", f"sft.precision={word}")
         found = json.loads(out)
-        assert found["dtype"] == dtype and ("if that GPU can" in err) == (word == "auto") and found["rehearsed"]
+        assert found["dtype"] == dtype and ("if that GPU supports it" in err) == (word == "auto") and found["rehearsed"]
     config, micro = load_config(ModelRef("t", str(chat_model))), MicroBatch((4096,), 4000, 2)
     half, brain = (
         estimate_memory(config, setting("lora", dtype), micro).bytes for dtype in (torch.float16, torch.bfloat16)
@@ -315,7 +315,7 @@ def test_a_vocabulary_to_come_is_counted(chat_model: Path, tmp_path: Path, tongw
     recipe, words = write_recipe(tmp_path, chat_model), ("--json", "sft.adapter.method=new_rows", "sft.precision=fp32")
     _, out, err = tongwen("plan", recipe, *words, "vocab={pieces: 90, words: [天气], pad_to_multiple: 8}", "merge=null")
     found, config = json.loads(out), load_config(ModelRef("t", str(chat_model)))
-    assert "vocab has not run: 91 new rows at most" in err
+    assert "vocab has not run yet: the plan counts at most 91 new rows" in err
     assert found["trainable"] == 91 * config.hidden_size
     larger = -(-(config.vocab_size + 91) // 8) * 8 * config.hidden_size * 4  # tied
     assert found["memory_bytes"]["weights"] > larger

@@ -173,7 +173,7 @@ def test_marks_that_miss_the_answer_are_refused(tmp_path: Path) -> None:
         "{% generation %}{{- message['content'] }}{% endgeneration %}{{- '<|im_end|>' }}",
     )
     (tmp_path / "wrong.jinja").write_text(wrong, encoding="utf-8")
-    with pytest.raises(ModelError, match="marks of the template"):
+    with pytest.raises(ModelError, match="the template marks"):
         Template.make(str(tmp_path / "wrong.jinja"), None, TOKENS, SPECIAL)
 
 

@@ -563,7 +563,7 @@ def test_an_entry_of_a_hub_and_what_is_refused(info: Path) -> None:
         with pytest.raises(DataError, match=word) as caught:
             entry_source(SourceConfig(path=str(info), entry=f"bad{number}"))
         assert f"dataset_info.json: bad{number}" in caught.value.text()
-    for entry, word in (("nothing", "file_name"), ("list", "object"), ("plan", r"no entry 'plan'; the nearest: plain")):
+    for entry, word in (("nothing", "file_name"), ("list", "object"), ("plan", r"no entry 'plan'; the closest: plain")):
         with pytest.raises(DataError, match=word):
             entry_source(SourceConfig(path=str(info), entry=entry))
     for content, word in ((b"{", "not JSON"), (b"[]", "one object")):

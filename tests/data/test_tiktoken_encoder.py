@@ -118,4 +118,4 @@ def test_one_difference_and_it_is_not_used(
     monkeypatch.setattr(encode, "make_fast", lambda backend: wrong)
     ids = encoder.encode_texts(["今天天气很好"] * 20)
     assert encoder.fast is None and list(ids[0]) == tokenizer.backend_tokenizer.encode("今天天气很好").ids
-    assert "tokenizers library is used" in capsys.readouterr().out
+    assert "using the tokenizers library instead" in capsys.readouterr().out

@@ -210,7 +210,7 @@ def without_a_tensor(folder: Path) -> None:
     ("spoil", "words"),
     [
         (without_a_part, "consolidated.00.pth"),
-        (with_a_bomb, "never opened"),
+        (with_a_bomb, "never opens"),
         (as_a_bare_bomb, "consolidated.01.pth"),
         (without_params, "no params.json"),
         (with_hostile_params, "n_layers is 1000000000"),

@@ -467,7 +467,7 @@ def test_a_full_disk_is_noticed_before_the_first_byte(server: Hub, call: Any, mo
     usage = type("Usage", (), {"free": 1_000_000})
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
     code, said = call(MODEL, "m", kind="model")
-    assert code == 5 and "1.02 MB are needed, 1 MB are free" in said and not server.asked("resolve")
+    assert code == 5 and "1.02 MB needed, 1 MB free" in said and not server.asked("resolve")
 
 
 def test_a_disk_that_fills_is_not_taken_for_a_bad_line(
@@ -622,7 +622,7 @@ def test_what_cannot_be_split_is_said(server: Hub, call: Any, tmp_path: Path) ->
         ("quote.json", '[{"a": "'),
     ):
         (tmp_path / name).write_text(content)
-        with pytest.raises(TongwenError, match="one whole JSON array") as error:
+        with pytest.raises(TongwenError, match="one complete JSON array") as error:
             fetch.split_files(tmp_path, [name], 0.1, 1)
         assert name in error.value.text() and error.value.exit_code == 3
     (tmp_path / "config.json").write_text('{\n "a": 1\n}')

@@ -69,13 +69,13 @@ BAD_LINES: list[tuple[str, bytes, str, str]] = [  # id, the line, the reason, a 
     ("DA-21 NUL in the middle", bytes(300), "nul_character", "300 NUL"),
     ("DA-22 raw control character", b'{"instruction": "a\x01", "output": "b"}', "control_character", "U+0001"),
     ("DA-22 raw tab", b'{"instruction": "a\tb", "output": "b"}', "control_character", "U+0009"),
-    ("DA-31 cut line", GOOD[:44], "not_json", "cut off"),
-    ("cut in a key", b'{"instr', "not_json", "cut off"),
-    ("only a brace", b"{", "not_json", "cut off"),
+    ("DA-31 cut line", GOOD[:44], "not_json", "truncated"),
+    ("cut in a key", b'{"instr', "not_json", "truncated"),
+    ("only a brace", b"{", "not_json", "truncated"),
     ("only a closing brace", b"}", "not_json", "character 1"),
     ("DA-32 two objects", GOOD + GOOD, "not_json", "two objects"),
     ("two objects with a comma", GOOD + b"," + GOOD, "not_json", "Extra data"),
-    ("DA-33 trailing comma", b'{"instruction": "a", "output": "b",}', "not_json", "comma too many"),
+    ("DA-33 trailing comma", b'{"instruction": "a", "output": "b",}', "not_json", "an extra comma"),
     ("comma after the object", GOOD + b",", "not_json", "Extra data"),
     ("DA-34 Python's repr", b"{'instruction': 'a', 'output': 'b'}", "not_json", "json.dumps"),
     ("DA-35 NaN", b'{"instruction": "a", "output": NaN}', "not_a_number", "NaN"),
@@ -97,7 +97,7 @@ BAD_LINES: list[tuple[str, bytes, str, str]] = [  # id, the line, the reason, a 
     ("DA-40 number", b"3", "not_an_object", "a number"),
     ("DA-40 string", '"一句话"'.encode(), "not_an_object", "text"),
     ("DA-40 true", b"true", "not_an_object", "true/false"),
-    ("DA-69 object inside a string", json.dumps(GOOD.decode()).encode(), "not_an_object", "text inside JSON"),
+    ("DA-69 object inside a string", json.dumps(GOOD.decode()).encode(), "not_an_object", "encoded again as text"),
     ("DA-41 array", b"[" + GOOD + b"]", "not_an_object", "a list"),
     ("DA-42 null", b"null", "not_an_object", "null"),
     ("plain text", "一句话".encode(), "not_json", "character 1"),
@@ -336,8 +336,8 @@ BAD_FILES: list[tuple[str, str, bytes | Callable[[], bytes], dict[str, Any], str
     ("DA-33 trailing comma", "a.json", b"[" + GOOD + b",]", {}, "Expecting value in row 2.*1 rows"),
     ("no comma", "a.json", b"[" + GOOD + GOOD + b"]", {}, r"'\{' follows row 1"),
     ("wrong bracket", "a.json", b"[" + GOOD + b"}", {}, r"'\}' follows row 1"),
-    ("DA-44 trailing garbage", "a.json", b"[" + GOOD + b"]x", {}, "something follows.*1 rows"),
-    ("DA-44 two arrays", "a.json", b"[" + GOOD + b"][]", {}, "something follows"),
+    ("DA-44 trailing garbage", "a.json", b"[" + GOOD + b"]x", {}, "more text follows.*1 rows"),
+    ("DA-44 two arrays", "a.json", b"[" + GOOD + b"][]", {}, "more text follows"),
     ("DA-38 deep element", "a.json", b"[" + GOOD + b"," + b"[" * 100_000, {}, "row 2 is nested"),
     ("array of broken bytes", "a.json", b"[" + GOOD + b"\xff" + b"," + GOOD + b"]", {}, "follows row 1"),
     ("DA-45 data", "a.json", json.dumps({"version": "1", "data": SIMPLIFIED}).encode(), {}, r"'data'.*jq.*\.\[\"data\"\]"),
@@ -373,20 +373,20 @@ BAD_FILES: list[tuple[str, str, bytes | Callable[[], bytes], dict[str, Any], str
     ("PDF", "a.txt", b"%PDF-1.7\n", {}, "PDF"),
     ("bzip2", "a.jsonl.bz2", b"BZh91AY&SY", {}, "bzip2"),
     ("pickle", "a.json", b"\x80\x04\x95\x10\0\0\0\0\0\0\0", {}, "pickle"),
-    ("DA-87 cut gz", "a.jsonl.gz", lambda: gzip.compress(LINES)[:-9], {}, "gzip data is cut off; [23] rows before"),
-    ("DA-87 cut gz header", "a.jsonl.gz", lambda: gzip.compress(LINES)[:9], {}, "cut off; 0 rows"),
-    ("DA-87 cut xz", "a.jsonl.xz", lambda: lzma.compress(LINES)[:-20], {}, "xz data is cut off"),
-    ("DA-87 cut zst", "a.jsonl.zst", lambda: zstd(LINES)[:-6], {}, "zstd data is cut off"),
+    ("DA-87 cut gz", "a.jsonl.gz", lambda: gzip.compress(LINES)[:-9], {}, "gzip data is truncated; [23] rows before"),
+    ("DA-87 cut gz header", "a.jsonl.gz", lambda: gzip.compress(LINES)[:9], {}, "truncated; 0 rows"),
+    ("DA-87 cut xz", "a.jsonl.xz", lambda: lzma.compress(LINES)[:-20], {}, "xz data is truncated"),
+    ("DA-87 cut zst", "a.jsonl.zst", lambda: zstd(LINES)[:-6], {}, "zstd data is truncated"),
     ("DA-88 bad CRC", "a.jsonl.gz", lambda: flipped(gzip.compress(LINES), -6), {}, "gzip data is damaged.*rows before"),
     ("DA-88 flipped gz", "a.jsonl.gz", lambda: flipped(gzip.compress(LINES), 40), {}, "gzip data is damaged"),
     ("DA-88 flipped xz", "a.jsonl.xz", lambda: flipped(lzma.compress(LINES), 60), {}, "xz data is damaged"),
     ("DA-88 flipped zst", "a.jsonl.zst", lambda: flipped(zstd(LINES), 60), {}, "zstd data is damaged"),
     ("DA-88 garbage after gz", "a.jsonl.gz", lambda: gzip.compress(LINES) + b"garbage", {}, "gzip data is damaged"),
     ("compressed twice", "a.jsonl.gz", lambda: gzip.compress(lzma.compress(LINES)), {}, "compressed twice"),
-    ("parquet in gz", "a.parquet.gz", lambda: gzip.compress(table("parquet")()), {}, "inside gzip"),
+    ("parquet in gz", "a.parquet.gz", lambda: gzip.compress(table("parquet")()), {}, "compressed with gzip"),
     ("DA-91 cut parquet", "a.parquet", table("parquet", lambda data: data[:-20]), {}, "table is damaged"),
     ("DA-91 magic alone", "a.parquet", b"PAR1", {}, "table is damaged"),
-    ("DA-91 no parquet", "a.parquet", LINES, {}, "begins as no Parquet"),
+    ("DA-91 no parquet", "a.parquet", LINES, {}, "does not begin like a Parquet"),
     ("DA-91 cut arrow", "a.arrow", table("arrow", lambda data: data[:-200]), {}, "table is damaged"),
     ("DA-91 cut stream", "a.arrow", table("stream", lambda data: data[:500]), {}, "table is damaged"),
     ("DA-92 other columns", "a.parquet", lambda: as_table("parquet")([{"x": "a", "y": "b"}]), {}, ":1: .*it has: x, y.*columns: {instruction: x, output: y}"),
@@ -394,12 +394,12 @@ BAD_FILES: list[tuple[str, str, bytes | Callable[[], bytes], dict[str, Any], str
     ("CSV without a header", "a.csv", b"a,,b\nc,d,e\n", {}, ":1: .*name every column"),
     ("CSV with a column twice", "a.csv", b"instruction,output,output\na,b,c\n", {}, "name every column once"),
     ("CSV with an open quote", "a.csv", b'instruction,output\na,b\n"c,d\ne,f\n', {}, ":3: .*not CSV.*1 rows"),
-    ("CSV with a quote in the middle", "a.csv", b'instruction,output\na,b\n"c"d,e\n', {}, ":3: .*not CSV.*doubled"),
+    ("CSV with a quote in the middle", "a.csv", b'instruction,output\na,b\n"c"d,e\n', {}, ":3: .*not CSV.*double each quote"),
     ("DA-54 other keys", "a.jsonl", b'{"ask": "a", "reply": "b", "id": 1}\n' * 3, {}, ":1: .*ask, reply, id.*columns: {instruction: ask, output: reply}"),
     ("DA-54 wrong case", "a.jsonl", b'{"Instruction": "a", "Output": "b"}\n', {}, "did you mean.*columns: {instruction: Instruction, output: Output}"),
     ("plain text", "a.txt", "一段文字\n".encode(), {}, ":1: .*known format.*prepare.documents"),
     ("text rows", "a.jsonl", b'{"text": "a"}\n', {}, "prepare.documents"),
-    ("text named as format", "a.jsonl", b'{"text": "a"}\n', {"format": "text"}, "no dialogue"),
+    ("text named as format", "a.jsonl", b'{"text": "a"}\n', {"format": "text"}, "not a dialogue"),
     ("preferences", "a.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n', {}, ":1: .*preference data .chosen, rejected"),
     ("KTO", "a.jsonl", b'{"prompt": "a", "completion": "b", "label": false}\n', {}, "preference data .label"),
     ("placeholder", "a.jsonl", row(output="我是{{name}}"), {}, "{{name}} is not filled"),
@@ -490,7 +490,7 @@ def test_ends_that_a_power_loss_leaves(tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes((GOOD + b"\n") * 2 + GOOD[:-cut])
         good, bad = take(tmp_path / "a.jsonl")
         assert (len(good), len(bad)) == (2, 1)
-        assert "cut off" in bad[0][1].rule, cut
+        assert "truncated" in bad[0][1].rule, cut
     (tmp_path / "a.jsonl").write_bytes((GOOD + b"\n") * 2 + bytes(100_000))
     good, bad = take(tmp_path / "a.jsonl")
     assert (len(good), len(bad)) == (2, 1)
@@ -574,7 +574,7 @@ def test_a_file_that_changes_is_refused(change: str, tmp_path: Path) -> None:
         (tmp_path / "b").replace(file)
     else:
         file.unlink()
-    with pytest.raises(DataError, match=r"a.jsonl: this file changed while it was read"):
+    with pytest.raises(DataError, match=r"a.jsonl: this file changed while it was being read"):
         list(reading)
 
 
@@ -599,7 +599,7 @@ def places(folder: Path) -> Iterator[tuple[str, str]]:
     yield str(folder / "f*.jsonl"), "this is a FIFO"
     yield "/dev/null", "this is a device"
     yield "/dev/zero", "this is a device"
-    yield str(folder / "none.jsonl"), "no such file.*where you stand"
+    yield str(folder / "none.jsonl"), "no such file.*current folder"
     yield str(folder / "none*.jsonl"), "no such file"
     yield str(folder / "fifo.jsonl" / "x"), "no such file"
     yield "", "no such file|no data file|FIFO"

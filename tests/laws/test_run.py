@@ -411,4 +411,4 @@ def test_qlora_does_not_stand_on_an_adapter(chat_model: Path, tmp_path: Path, to
     recipe = write_recipe(tmp_path, chat_model, extra="pretrain: {train: lora}\n", merge=False)
     recipe.write_text(recipe.read_text().replace("prepare: {", f"prepare: {{documents: {tmp_path / 'data.jsonl'}, "))
     code, _, err = tongwen("check", recipe, "sft.adapter.method=qlora")
-    assert code == 2 and "an adapter cannot be put into quantised weights" in err
+    assert code == 2 and "an adapter cannot be merged into quantised weights" in err

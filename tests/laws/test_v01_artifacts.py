@@ -251,7 +251,8 @@ def test_prepare_goes_on_among_its_files(place: Path, tongwen: Any) -> None:
     assert code == 0, err
     assert "continuing what was interrupted" in out
     for file in sorted((place / "expected" / "pieces").iterdir()):
-        assert (place / "pieces" / "prepare" / file.name).read_bytes() == file.read_bytes(), file.name
+        wanted = file.read_bytes().replace(b"stands in held-out", b"appears in held-out")  # reworded since v0.1
+        assert (place / "pieces" / "prepare" / file.name).read_bytes() == wanted, file.name
 
 
 def test_encoding_goes_on_among_its_rows(place: Path, tongwen: Any) -> None:
@@ -274,7 +275,7 @@ def test_answers_that_are_there_are_not_asked_again(place: Path, tongwen: Any) -
     words = ["--prompts", "prompts.jsonl", "--max-new-tokens", 40, "--batch-size", 1, "--out", "answers.jsonl"]
     code, out, err = tongwen("generate", "--model", "base", "--template", "chatml", *words)
     assert code == 0, err
-    assert f"{len(done)} answers are there already" in out and 0 < len(done) < 12
+    assert f"{len(done)} answers already exist" in out and 0 < len(done) < 12
     found, wanted = rows(place / "answers.jsonl"), rows(place / "expected" / "answers.jsonl")
     assert found[first].pop("answer") == "kept" and wanted[first].pop("answer") == said
     assert found == wanted and not journal.exists()

@@ -329,7 +329,7 @@ def test_several_machines_keep_their_torchrun(tongwen: Any) -> None:
     assert code == 0 and "torchrun --nnodes 2 --node_rank 0 --nproc_per_node 4 -m tongwen run RECIPE" in out
     assert "batch_size: 128" in out  # 1 x 16 x 4 x 2
     code, _, said = tongwen("migrate", "--run", "--", *line)
-    assert code == 2 and "one line on each" in said
+    assert code == 2 and "with torchrun on each of them" in said
 
 
 def test_llamafactorys_yaml(tongwen: Any, tmp_path: Path) -> None:

@@ -418,7 +418,7 @@ def test_two_processes_on_one_gpu_are_told_so() -> None:
     said = main._machine_cause(
         RuntimeError("NCCL error: Duplicate GPU detected : rank 1 and rank 0 both on device 1b000")
     )
-    assert said and "two processes of this run have the same GPU" in said
+    assert said and "two processes of this run use the same GPU" in said
 
 
 def test_whoever_waits_for_a_first_process_that_failed_ends_too(tmp_path: Path, capfd: Any) -> None:

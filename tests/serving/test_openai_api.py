@@ -245,7 +245,7 @@ def test_synthesize_asks_our_own_server(model: Served, monkeypatch: pytest.Monke
     whole = model.chat(max_tokens=7)[2]
     assert (text, finish) == (whole["choices"][0]["message"]["content"], "length")
     assert tokens == (whole["usage"]["prompt_tokens"], 7)
-    assert told == ["the endpoint takes no JSON schema: asked without"]
+    assert told == ["the endpoint does not support JSON schema: not using it"]
 
 
 def test_what_does_not_fit_is_refused_at_once(model: Served) -> None:

@@ -47,7 +47,7 @@ def test_what_lies_in_a_file_is_shown_also_when_the_model_cannot_read_it(chat_mo
     look = make_backend(place, ChatBackend(list, (), lambda *_: [], lambda *_: iter(()))).look
     assert look
     rows, samples = look.inspect(file, str(chat_model), "own")
-    assert "alpaca" in rows and "the model brings no chat template" in samples
+    assert "alpaca" in rows and "the model has no chat template of its own" in samples
 
 
 def test_documents_are_learned_whole(chat_model: Path, tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_two_models_are_compared_and_a_report_is_left(
     shown = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     assert {"question", "answer", "wanted", "before"} <= shown[0].keys()
     code, _, err = tongwen(*words, "--out", out)
-    assert code == 2 and "this exists" in err
+    assert code == 2 and "this already exists" in err
 
 
 def test_a_killed_examination_goes_on_with_what_is_missing(

@@ -20,13 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model_arguments.add_adapters(parser)
     parser.add_argument("--system", default="", help=_("system message"))
-    parser.add_argument("--no-stream", action="store_true", help=_("show each answer when it is whole"))
+    parser.add_argument("--no-stream", action="store_true", help=_("show each answer only when it is complete"))
     parser.add_argument("--web", action="store_true", help=_("in the browser"))
     parser.add_argument(
         "--beside",
         default="",
         metavar="MODEL",
-        help=_("--web: a second model answers too"),
+        help=_("--web: another model that answers at the same time"),
     )
     shared_arguments.add_page_address(parser)
     model_arguments.add_opening(parser)

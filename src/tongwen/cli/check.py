@@ -9,7 +9,7 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("read the recipe and the data; no model, no torch")
+    return _("check the recipe and the data; needs neither a model nor torch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

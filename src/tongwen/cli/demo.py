@@ -8,15 +8,15 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("the whole pipeline on a small real model, on a laptop CPU")
+    return _("run the whole pipeline with a small real model on a laptop CPU")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="runs/demo", help=_("folder of the run"))
+    parser.add_argument("--out", default="runs/demo", help=_("output folder"))
     parser.add_argument(
         "--model",
         default="",
-        help=_("folder of the model, instead of fetching SmolLM2-135M-Instruct"),
+        help=_("use the model in this folder instead of fetching SmolLM2-135M-Instruct"),
     )
 
 

@@ -8,7 +8,7 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("what this machine can do and reach; or explain an old failure")
+    return _("show what this machine can do and reach, or explain an old failure")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="NAME",
-        help=_("bits_per_byte, entity_f1, multiple_choice, …; may stand several times, a wrong name lists all"),
+        help=_("bits_per_byte, entity_f1, multiple_choice, …; repeatable; a wrong name lists all"),
     )
     parser.add_argument(
         "--data",
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite",
         default="",
         metavar="NAME",
-        help=_("task lm_eval: a task of that harness"),
+        help=_("task lm_eval: the harness's name of the task"),
     )
     parser.add_argument("--before", default="", metavar="MODEL", help=_("a model to compare with"))
     parser.add_argument(
@@ -40,19 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help=_("folder for scores, rows and report"),
     )
-    parser.add_argument("--limit", type=int, help=_("only the first rows"))
+    parser.add_argument("--limit", type=int, help=_("use only this many rows, from the first"))
     parser.add_argument(
         "--shots",
         type=int,
         default=0,
-        help=_("examples before a question with options"),
+        help=_("examples before each multiple-choice question"),
     )
     parser.add_argument(
         "--examples",
         metavar="F",
-        help=_("multiple_choice: where they are, such as dev/"),
+        help=_("multiple_choice: where the examples are, such as dev/"),
     )
-    parser.add_argument("--batch-size", type=int, default=32, help=_("questions side by side, at most"))
+    parser.add_argument("--batch-size", type=int, default=32, help=_("maximum number of questions at a time"))
     parser.add_argument("--max-new-tokens", type=int, default=256)
     model_arguments.add_opening(parser, template="auto")
 

@@ -9,7 +9,7 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("public data sets, models and adapters by name, verified")
+    return _("fetch public data sets, models and adapters by name and verify them")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,13 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default="",
         metavar="NAME",
-        help=_("a short name, OWNER/NAME or modelscope:OWNER/NAME; none: the list"),
+        help=_("a short name, OWNER/NAME or modelscope:OWNER/NAME; without it, list all"),
     )
     parser.add_argument(
         "--out",
         default="",
         metavar="DIR",
-        help=_("folder; data/NAME or models/NAME"),
+        help=_("folder; data/NAME or models/NAME by default"),
     )
     parser.add_argument(
         "--dev",
@@ -35,21 +35,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help=_("split off this share of the rows"),
     )
-    parser.add_argument("--seed", type=int, default=42, help=_("of the split"))
-    parser.add_argument("--old-names", action="store_true", help=_("name the parts as BELLE did"))
+    parser.add_argument("--seed", type=int, default=42, help=_("seed of the split"))
+    parser.add_argument("--old-names", action="store_true", help=_("use BELLE's old file names"))
     parser.add_argument("--revision", default="", help=_("branch, tag or commit"))
-    parser.add_argument("--kind", default="", choices=("model", "dataset"), help=_("when the hub has both"))
+    parser.add_argument(
+        "--kind",
+        default="",
+        choices=("model", "dataset"),
+        help=_("which to fetch when the hub has both under this name"),
+    )
     parser.add_argument(
         "--files",
         action="append",
         default=[],
         metavar="PATTERN",
-        help=_("these files only; !PATTERN leaves out"),
+        help=_("fetch only these files; !PATTERN excludes files"),
     )
     parser.add_argument(
         "--local-files-only",
         action="store_true",
-        help=_("use files on this machine, else fail; ask no hub"),
+        help=_("ask no hub: use the files on this machine, or fail"),
     )
     parser.add_argument("--code", action="store_true", help=_("fetch *.py too (never run here)"))
     parser.add_argument("--again", action="store_true", help=_("fetch again; the old folder is kept"))

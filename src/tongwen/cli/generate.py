@@ -9,7 +9,7 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("answer a file of prompts")
+    return _("answer the prompts in a file")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help=_("text (one a line), JSON with `prompt` or `messages`, or a data set with answers"),
     )
-    parser.add_argument("--out", required=True, metavar="F", help=_("the answers"))
+    parser.add_argument("--out", required=True, metavar="F", help=_("file for the answers"))
     parser.add_argument(
         "--form",
         default="jsonl",
         choices=("jsonl", "belle", "chinese-llama-alpaca"),
-        help=_("rows, or the array that the project's script wrote"),
+        help=_("JSON lines, or the array that the project's script wrote"),
     )
     parser.add_argument(
         "--engine",
@@ -38,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--endpoint",
         default="",
         metavar="URL",
-        help=_("an OpenAI-compatible address, which knows --model; key: OPENAI_API_KEY"),
+        help=_("address of an OpenAI-compatible API, with --model as a name there; key: OPENAI_API_KEY"),
     )
     parser.add_argument("--beams", type=int, help=_("beam search"))
-    parser.add_argument("--batch-size", type=int, default=32, help=_("prompts side by side, at most"))
+    parser.add_argument("--batch-size", type=int, default=32, help=_("maximum number of prompts at a time"))
     parser.add_argument("--again", action="store_true", help=_("start over; the old file is kept"))
     model_arguments.add_opening(parser)
     model_arguments.add_sampling(parser)

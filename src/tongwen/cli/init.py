@@ -8,7 +8,7 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("a commented recipe to start from")
+    return _("write a commented recipe to start from")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default="",
         metavar="TEMPLATE",
-        help=_("which one; without it they are listed"),
+        help=_("which template; without it, list all"),
     )
-    parser.add_argument("--out", default="", metavar="FILE", help=_("write it here"))
+    parser.add_argument("--out", default="", metavar="FILE", help=_("write the recipe to this file"))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""An argument parser that speaks the user's language in argparse's own words, too."""
+"""An argument parser that also translates argparse's own messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from tongwen.core.i18n import N_, _
 
-# What argparse (Python 3.10 to 3.13) tells a user; what it tells a programmer stays English.
+# Messages of argparse (Python 3.10 to 3.13) to users; those to programmers stay English.
 WORDS = (
     N_("usage: "),
     N_("positional arguments"),
@@ -46,7 +46,7 @@ WORDS = (
 
 
 class LocalizedParser(argparse.ArgumentParser):
-    """argparse looks its words up by the names `_` and `ngettext` of its module. While this parser is made, parses or
+    """argparse looks its messages up by the names `_` and `ngettext` of its module. While this parser is made, parses or
     prints, they lead to our catalogue; other parsers of the process keep theirs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -9,13 +9,13 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("encoded samples, learned tokens coloured")
+    return _("show encoded samples, with the learned tokens coloured")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments.add_recipe(parser)
     parser.add_argument("-n", type=int, default=3, help=_("how many"))
-    parser.add_argument("--html", default="", metavar="FILE", help=_("write a page instead"))
+    parser.add_argument("--html", default="", metavar="FILE", help=_("write an HTML page instead"))
 
 
 def run(arguments: argparse.Namespace) -> int:

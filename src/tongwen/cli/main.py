@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from tongwen.cli.parser import parse
 from tongwen.core.i18n import _
 
-# What torch's process groups (gloo, NCCL) say when a process that they wait for is gone.
+# Messages of torch's process groups (gloo, NCCL) when another process has ended.
 GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
     "remote process exited",
     "NCCL communicator was aborted",
 )
-# What the writers of safetensors (Rust) and torch (C++) say when the disk refuses a write.
+# Messages of the writers of safetensors (Rust) and torch (C++) when a write to the disk fails.
 UNWRITTEN = ("Input/output error", "os error 5", "PytorchStreamWriter failed", "iostream error")
 
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _silence_libraries() -> None:
-    """bitsandbytes and DeepSpeed, when they are installed, warn at every start of what they cannot do on a CPU."""
+    """Silence bitsandbytes and DeepSpeed, which warn at every start that features are missing on a CPU."""
     import logging
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -70,7 +70,7 @@ def _fail(code: int, message: str) -> int:
 
 
 def _machine_cause(error: Exception) -> str | None:
-    """A message for what the machine refused (disk, memory, permission); None when it is a bug of ours."""
+    """A message for an error of the machine (disk, memory, permission); None for a bug of ours."""
     from tongwen.core.errors import is_disk_full, is_out_of_memory
 
     text = str(error)
@@ -81,12 +81,11 @@ def _machine_cause(error: Exception) -> str | None:
         )
     if any(words in text for words in GONE):
         return _(
-            "another process of this run has ended: {text}\n  → its message tells why; the same command continues"
+            "another process of this run has ended: {text}\n  → its message gives the reason; the same command continues"
         ).format(text=text.splitlines()[0][:160])
     if "Duplicate GPU detected" in text:
         return _(
-            "two processes of this run have the same GPU\n  → as many processes per machine as it has GPUs, and CUDA_VISIBLE_DEVICES "
-            "that shows each its own, or all"
+            "two processes of this run use the same GPU\n  → start as many processes per machine as it has GPUs; CUDA_VISIBLE_DEVICES must show each process its own GPU, or all"
         )
     if is_disk_full(error):
         return _("the disk is full: {text}\n  → free some space, or --out on another disk").format(text=text)

@@ -28,11 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("streamed", "full"),
         help=_("compare logits layer by layer, or with both models in memory"),
     )
-    parser.add_argument("--again", action="store_true", help=_("keep the old folder under another name"))
+    parser.add_argument("--again", action="store_true", help=_("merge again; keep the old folder under another name"))
     parser.add_argument(
         "--force",
         action="store_true",
-        help=_("merge onto a base that is not the adapter's own, or in another order"),
+        help=_("allow a base that is not the adapter's own, or another order of adapters"),
     )
 
 
@@ -41,20 +41,20 @@ def _add_what_is_merged(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         default=[],
         action="append",
-        help=_("adapter folder; several in the order in which they were trained"),
+        help=_("adapter folder; give several in the order of their training"),
     )
     parser.add_argument(
         "--chat-vector",
         nargs=2,
         metavar=("INSTRUCT", "BASE"),
-        help=_("instead: add what INSTRUCT has over BASE to a model that descends from BASE"),
+        help=_("instead: add the difference between INSTRUCT and BASE to a model that descends from BASE"),
     )
     parser.add_argument(
         "--combine",
         default="",
         choices=("linear", "ties"),
         help=_(
-            "combine adapters that were trained separately on one base, as a sum or by TIES, instead of one upon the other"
+            "combine adapters that were trained separately on one base, as a sum or by TIES, instead of stacking them"
         ),
     )
     parser.add_argument(
@@ -63,7 +63,7 @@ def _add_what_is_merged(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="W",
-        help=_("of each adapter that is combined; equal shares when absent"),
+        help=_("weight of each combined adapter; equal by default"),
     )
     parser.add_argument(
         "--density",
@@ -75,13 +75,13 @@ def _add_what_is_merged(parser: argparse.ArgumentParser) -> None:
         "--scale",
         type=float,
         default=1.0,
-        help=_("of the chat vector, or of the combined adapters"),
+        help=_("factor of the chat vector, or of the combined adapters"),
     )
     parser.add_argument(
         "--onto",
         default="original",
         choices=("original", "nf4", "int8"),
-        help=_("the base, or its quantised weights as training saw them"),
+        help=_("merge into the original base, or into the quantised weights that training saw"),
     )
 
 
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.chat_vector or not arguments.adapter:
         raise RecipeError(
-            _("either adapters are merged, or a chat vector"),
+            _("merge either adapters or a chat vector, not both"),
             place="tongwen merge",
             remedy="--adapter A [--adapter A2 …]   |   --chat-vector INSTRUCT BASE",
         )

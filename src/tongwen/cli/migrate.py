@@ -8,7 +8,7 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("an older project's command or files as a recipe or a command")
+    return _("turn an older project's command or files into a recipe or a command")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,12 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "run_config/*.json, DeepSpeed's JSON, LLaMA-Factory's YAML, a shell script, an adapter's folder; or: -- OLD COMMAND …"
         ),
     )
-    parser.add_argument("--run", action="store_true", help=_("and run it"))
+    parser.add_argument("--run", action="store_true", help=_("also run it"))
     parser.add_argument(
         "--out",
         default="",
         metavar="FILE",
-        help=_("write the recipe, or the adapter, here"),
+        help=_("write the recipe, or the adapter, to this place"),
     )
     parser.add_argument(
         "--alpha",

@@ -12,12 +12,12 @@ SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penal
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
-    """Adapters upon the model."""
+    """Add `--adapter`, which may be repeated."""
     parser.add_argument("--adapter", action="append", default=[], help=_("adapter folder"))
 
 
 def add_opening(parser: argparse.ArgumentParser, template: str = "own") -> None:
-    """How a model is opened; `template` is the default of `--template`."""
+    """Add the options for opening a model; `template` is the default of `--template`."""
     parser.add_argument(
         "--template",
         default=template,
@@ -28,16 +28,16 @@ def add_opening(parser: argparse.ArgumentParser, template: str = "own") -> None:
         "--load",
         default="full",
         choices=("full", "8bit", "4bit", "auto"),
-        help=_("weights: whole, in fewer bits, or what fits"),
+        help=_("weights: unquantised, in fewer bits, or the most bits that fit"),
     )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """How the next token is chosen."""
+    """Add the sampling options."""
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help=_("sample as this project did; the options below win"),
+        help=_("sample as this project did; the options below override it"),
     )
     parser.add_argument("--max-new-tokens", type=int, help="512")
     parser.add_argument("--temperature", type=float, help=_("0: always the likeliest"))
@@ -48,7 +48,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All sampling options: the defaults, over them the preset, over it what the command line sets."""
+    """All sampling options: the defaults, overridden by the preset, overridden by the command line."""
     from dataclasses import asdict
 
     from tongwen.infer.generation import Sampling

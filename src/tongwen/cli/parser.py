@@ -36,7 +36,7 @@ from tongwen.core.i18n import _
 
 
 class Command(Protocol):
-    """What a module of a command has."""
+    """The functions of a command's module."""
 
     __name__: str
 
@@ -47,7 +47,7 @@ class Command(Protocol):
         """Add the command's arguments to its own parser."""
 
     def run(self, arguments: argparse.Namespace) -> int:
-        """Do it. Returns the exit code."""
+        """Run the command. Returns the exit code."""
 
 
 def command_groups() -> dict[str, dict[str, Command]]:
@@ -73,7 +73,7 @@ def command_groups() -> dict[str, dict[str, Command]]:
 
 
 class Parser(LocalizedParser):
-    """argparse's parser, whose errors suggest what may have been meant."""
+    """argparse's parser; its errors suggest the nearest names."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
@@ -82,7 +82,7 @@ class Parser(LocalizedParser):
         super()._check_value(action, value)
 
     def reject(self, unknown: Sequence[str]) -> NoReturn:
-        """Exit because of arguments that the command does not take."""
+        """Exit because of arguments that the command does not accept."""
         problem = _("unrecognized arguments: ") + " ".join(unknown)
         options = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
         self.error(f"{problem}\n  → {self._suggestion(options, self._option_string_actions)}")
@@ -129,7 +129,7 @@ def make_parser() -> Parser:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, with `run_command` as the command's `run`. Exits with 2 when they are wrong.
 
-    argparse takes overrides of a recipe only right behind it; here they may stand anywhere.
+    argparse accepts overrides only right after the recipe; here they may be anywhere.
     """
     arguments, rest = make_parser().parse_known_args(argv)
     overrides = [one for one in rest if "=" in one and not one.startswith("-")] if "overrides" in arguments else []

@@ -9,7 +9,7 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("batch sizes, tokens, steps, memory, disk, time; writes nothing")
+    return _("show batch sizes, tokens, steps, memory, disk and time; writes nothing")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,13 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu",
         metavar="24GB",
-        help=_("plan for a GPU with this much memory, which need not be here"),
+        help=_("plan for a GPU with this much memory, even if this machine has none"),
     )
     recipe_arguments.add_devices(parser)
     parser.add_argument(
         "--measure",
         action="store_true",
-        help=_("open the model and time a micro-batch here"),
+        help=_("open the model and time a micro-batch on this machine"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Arguments of the commands that read a recipe, and the recipe that they name."""
+"""Arguments of the commands that read a recipe, and the loaded recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """The recipe file, and overrides of its keys."""
+    """Add the recipe file and overrides of its keys."""
     parser.add_argument("recipe", metavar="RECIPE", help=_("recipe file"))
     parser.add_argument(
         "overrides",
@@ -24,7 +24,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def add_devices(parser: argparse.ArgumentParser) -> None:
-    """`--devices N`, another way to write the override `devices=N`."""
+    """Add `--devices N`, another way to write the override `devices=N`."""
     parser.add_argument("--devices", type=int, help=_("processes, one per GPU"))
 
 

@@ -14,14 +14,14 @@ def summary() -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe_arguments.add_recipe(parser)
-    parser.add_argument("--only", default="", metavar="STAGE", help=_("this stage alone"))
-    parser.add_argument("--from", dest="start", default="", metavar="STAGE", help=_("this stage and the later ones"))
-    parser.add_argument("--until", default="", metavar="STAGE", help=_("up to this stage"))
+    parser.add_argument("--only", default="", metavar="STAGE", help=_("run only this stage"))
+    parser.add_argument("--from", dest="start", default="", metavar="STAGE", help=_("start with this stage"))
+    parser.add_argument("--until", default="", metavar="STAGE", help=_("stop after this stage"))
     recipe_arguments.add_devices(parser)
     parser.add_argument(
         "--again",
         action="store_true",
-        help=_("redo what changed and all after it; the old folders are kept"),
+        help=_("redo changed stages and all later ones; the old folders are kept"),
     )
     parser.add_argument(
         "--fork",

@@ -8,11 +8,11 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("every key of a recipe")
+    return _("list every key of a recipe")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("section", nargs="?", default="", metavar="SECTION", help=_("one section"))
+    parser.add_argument("section", nargs="?", default="", metavar="SECTION", help=_("list only this section"))
 
 
 def run(arguments: argparse.Namespace) -> int:

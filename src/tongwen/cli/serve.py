@@ -9,24 +9,24 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("OpenAI's API for a model, on this machine")
+    return _("serve a model through OpenAI's API on this machine")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_("as for chat"))
     model_arguments.add_adapters(parser)
-    parser.add_argument("--name", default="", help=_("the model's name; absent: its folder's"))
+    parser.add_argument("--name", default="", help=_("the model's name; its folder's by default"))
     parser.add_argument(
         "--host",
         default="127.0.0.1",
         help=_("an address other than loopback needs a token in TONGWEN_API_KEY"),
     )
-    parser.add_argument("--port", type=int, default=8000, help=_("0: a free one"))
+    parser.add_argument("--port", type=int, default=8000, help=_("0: any free port"))
     parser.add_argument(
         "--queue",
         type=int,
         default=16,
-        help=_("requests that may wait; further ones get a 429"),
+        help=_("maximum number of waiting requests; further ones get a 429"),
     )
     model_arguments.add_opening(parser)
     model_arguments.add_sampling(parser)

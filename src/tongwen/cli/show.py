@@ -8,12 +8,12 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("what an artifact is and how it was made; or compare runs")
+    return _("show what an artifact is and how it was made, or compare runs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", nargs="+", metavar="PATH", help=_("folder; several are compared"))
-    parser.add_argument("--html", default="", metavar="FILE", help=_("draw the comparison into this page"))
+    parser.add_argument("path", nargs="+", metavar="PATH", help=_("folder; give several to compare them"))
+    parser.add_argument("--html", default="", metavar="FILE", help=_("write the comparison to this HTML page"))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("train, extend, merge and judge tokenizers")
+    return _("train, extend, merge and evaluate tokenizers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,18 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_json(task)
         return task
 
-    _add_train(add("train", _("a tokenizer from nothing")))
-    _add_extend(add("extend", _("a base's tokenizer with pieces learned from a corpus")))
+    _add_train(add("train", _("train a tokenizer from scratch")))
+    _add_extend(add("extend", _("extend a base's tokenizer with pieces learned from a corpus")))
     _add_merge(
         add(
             "merge",
-            _("a SentencePiece model's pieces behind another's"),
+            _("append one SentencePiece model's pieces to another's"),
         )
     )
     _add_report(
         add(
             "report",
-            _("how well a tokenizer encodes texts, and whether to extend it"),
+            _("report how well a tokenizer encodes texts and whether to extend it"),
         )
     )
 
@@ -62,8 +62,8 @@ def _add_extend(task: argparse.ArgumentParser) -> None:
     task.add_argument("--base", required=True, metavar="MODEL", help=_("model or tokenizer file"))
     _add_corpus(task)
     _add_script(task)
-    task.add_argument("--word", action="append", default=[], help=_("a whole word as one piece"))
-    task.add_argument("--special", action="append", default=[], help=_("a special token"))
+    task.add_argument("--word", action="append", default=[], help=_("add this whole word as one piece"))
+    task.add_argument("--special", action="append", default=[], help=_("add this special token"))
 
 
 def _extend(arguments: argparse.Namespace) -> int:
@@ -91,7 +91,7 @@ def _add_merge(task: argparse.ArgumentParser) -> None:
         choices=("default", "legacy", "keep-scores"),
         help=_("legacy: as Chinese-LLaMA-Alpaca; keep-scores: as BELLE"),
     )
-    task.add_argument("--pad", action="store_true", help=_("and [PAD] behind them"))
+    task.add_argument("--pad", action="store_true", help=_("also add [PAD] at the end"))
     _add_script(task)
 
 

@@ -8,7 +8,7 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("compare weights, tokenizer, adapter with known or recorded hashes")
+    return _("compare weights, tokenizer and adapter with known or recorded hashes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against",
         default="",
         metavar="LIST",
-        help=_("a file of hashes, or `known`: only published hashes pass"),
+        help=_("a file of hashes, or `known`: accept only published hashes"),
     )
 
 

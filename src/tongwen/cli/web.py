@@ -9,16 +9,18 @@ from tongwen.core.i18n import _
 
 
 def summary() -> str:
-    return _("the whole workbench in the browser")
+    return _("open the whole workbench in the browser")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", nargs="*", default=["."], metavar="FOLDER", help=_("what the page may see"))
+    parser.add_argument(
+        "folders", nargs="*", default=["."], metavar="FOLDER", help=_("folder that the page may access")
+    )
     parser.add_argument(
         "--model",
         action="append",
         default=[],
-        help=_("model of the chat; twice: side by side"),
+        help=_("model of the chat; give two to see them side by side"),
     )
     shared_arguments.add_page_address(parser)
     model_arguments.add_opening(parser)

@@ -1,4 +1,4 @@
-"""chat: a model and a terminal in; a conversation out, streamed, with its history cut by whole turns."""
+"""chat: talk to a model in the terminal. Answers are streamed; the history is cut by whole turns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(
     system: str,
     stream: bool,
 ) -> int:
-    """Talk until the user leaves."""
+    """Run the conversation until the user leaves."""
     Sampling().with_(**sampling)
     speaker = open_chat_model(model, adapters, template, thinking, weights=weights, rows=1)
 

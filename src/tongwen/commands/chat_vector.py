@@ -1,7 +1,7 @@
-"""chat vector: a model that learned a language, an instruct model and the base of both in; one that speaks it out.
+"""chat vector: add the difference of an instruct model and its base to a model that learned a language on that base.
 
-The difference of the two others is added to the first as its tensors stream by. Template and stop tokens come from the
-instruct model, the tokenizer from the first, whose vocabulary may have grown; a control token must have one id in both.
+The tensors are streamed. Template and stop tokens come from the instruct model, the tokenizer from the target model, whose
+vocabulary may have grown; each control token must have the same id in both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
     for role, place in opened.items():
         if place.adapters:
             raise RecipeError(
-                _("an adapter: merge it first"),
+                _("this is an adapter: merge it first"),
                 place=places[role],
                 remedy=f"tongwen merge --base {place.folder} --adapter {places[role]} --out MERGED",
             )
@@ -52,7 +52,7 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
     assert draft.artifact
     if added.kept:
         console.notice(
-            _("{kept:,} rows of the larger vocabulary have no counterpart and stay as they are").format(kept=added.kept)
+            _("{kept:,} rows of the larger vocabulary have no counterpart and stay unchanged").format(kept=added.kept)
         )
     console.good(
         _("{changed} of {count} tensors changed · {out}").format(changed=added.changed, count=len(added.lines), out=out)
@@ -67,11 +67,11 @@ def _check_control_tokens(tokenizer: Any, speaks: Any, instruct: str) -> None:
         index = speaks.convert_tokens_to_ids(text)
         if tokenizer.convert_tokens_to_ids(text) != index:
             raise ArtifactError(
-                _("{text!r} is token {index} of the instruct model, and another or none here").format(
+                _("{text!r} is token {index} of the instruct model, but another token or none here").format(
                     text=text, index=index
                 ),
                 place=instruct,
-                remedy=_("start from the base of this very instruct model"),
+                remedy=_("start from this instruct model's own base"),
             )
 
 

@@ -1,4 +1,4 @@
-"""compare: several runs side by side: what their recipes say differently, what came out, their curves over each other."""
+"""compare: several runs side by side: differing settings, results, and their curves in one drawing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tongwen.workflows.stage_inputs import TRAINING
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished training stage. name: what tells it from the others."""
+    """A finished training stage. name: distinguishes it from the others."""
 
     name: str
     artifact: artifact.Artifact
@@ -31,7 +31,7 @@ class TrainedRun:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """By dotted name, and what the stage stands on."""
+        """Settings by dotted name, and the fingerprint of the prepared data."""
         parents = self.artifact.manifest["parents"]
         prepared = {"prepare (fingerprint)": parents["prepare"]["fingerprint"][:12]}
         return _flat(self.artifact.manifest["settings"]) | _flat(self.artifact.manifest.get("free", {})) | prepared
@@ -54,7 +54,7 @@ class TrainedRun:
 
 
 def run(paths: Sequence[str], html: str) -> int:
-    """Compare the runs' training stages of the same kind; draw them into a page, if one is named."""
+    """Compare the runs' training stages of the same kind; write them to an HTML page if one is named."""
     if html and not Path(html).absolute().parent.is_dir():
         raise RecipeError(_("there is no such folder"), place=html)
     found: dict[str, list[TrainedRun]] = {}
@@ -90,14 +90,14 @@ def run(paths: Sequence[str], html: str) -> int:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """What is left of the paths without what all share."""
-    whole = [os.path.abspath(path) for path in paths]  # noqa: PTH100 (a link stays the name that was said)
+    """The paths without their common parent."""
+    whole = [os.path.abspath(path) for path in paths]  # noqa: PTH100 (a link keeps the name that the user gave)
     shared = os.path.commonpath(whole)
     return [os.path.relpath(path, shared) for path in whole]
 
 
 def _trained(path: str, name: str) -> list[TrainedRun]:
-    """The finished training stages of a run's folder, or the stage that the folder is. Raises ArtifactError when none is."""
+    """The finished training stages of a run's folder, or the stage in this folder itself. Raises ArtifactError if there is none."""
     places = [folder for folder in (Path(path), *(Path(path) / stage for stage in TRAINING)) if folder.is_dir()]
     made = [one for one in map(artifact.find, places) if one and one.kind in TRAINING]
     if not made:
@@ -110,7 +110,7 @@ def _trained(path: str, name: str) -> list[TrainedRun]:
 
 
 def _report(stage: Path) -> dict[str, Any]:
-    """What report.json holds. Raises ArtifactError when it is not what the stage has written."""
+    """The content of report.json. Raises ArtifactError when it is not as the stage wrote it."""
     file = stage / "report.json"
     try:
         report = dict(json.loads(file.read_text(encoding="utf-8")))
@@ -122,7 +122,7 @@ def _report(stage: Path) -> dict[str, Any]:
         raise ArtifactError(
             what,
             place=str(file),
-            remedy=_("tongwen run RECIPE --again makes it anew"),
+            remedy=_("tongwen run RECIPE --again writes it again"),
         )
     return report
 
@@ -139,7 +139,7 @@ def _rows(columns: Sequence[Mapping[str, Any]], *, only_differing: bool) -> list
 
 
 def _curves(kind: str, runs: Sequence[TrainedRun]) -> list[tuple[str, Markup]]:
-    """(heading, drawing): each score of the runs over each other."""
+    """(heading, drawing) of each score, with the curves of all runs."""
     step, drawn = _("step"), []
     scores = (
         ("loss", _("loss"), _("nats per learned token")),

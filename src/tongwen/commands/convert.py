@@ -1,4 +1,4 @@
-"""convert: a model in one form to another, in a folder of its own, and on request to a hub."""
+"""convert: write a model in another format to a folder of its own, and push it to a hub on request."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tongwen.workflows import model_formats
 
 
 def run(source: str, to: str, out: str, quantize: str, push: str = "", *, again: bool, public: bool = False) -> int:
-    """Refuses to write where something stands, unless told to keep that under another name."""
+    """Convert. Refuses to write to an existing folder unless `again` allows to rename the old one."""
     if push:
         upload.check_name(push)
         if to != "hf":
-            raise RecipeError(_("only the hf form is sent to a hub"), place="--push", remedy="--to hf")
+            raise RecipeError(_("only the hf format can be pushed to a hub"), place="--push", remedy="--to hf")
     target = Path(out)
     artifact.make_way(target, again=again)
     settings = {"source": source, "to": to, "quantize": quantize}

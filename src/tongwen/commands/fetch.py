@@ -1,9 +1,9 @@
-"""fetch: the name of a data set, a model or an adapter in; a verified folder with its manifest out.
+"""fetch: download a data set, a model or an adapter by name into a verified folder with a manifest.
 
 The name is looked up (hub/names.yaml) or taken as the hub's id; every file is fetched, compared with the hub's hash and
-put in its place; what was broken off goes on where it stopped. A data set may be split on the way: the rows of each
-JSON file are shuffled with the seed, and the last share of them is the dev part, as BELLE's downloader did. Only the
-places of the rows are held in memory, and a row is written as its bytes stand in the file.
+put in its place; an interrupted download resumes where it stopped. A data set may be split: the rows of each JSON file are
+shuffled with the seed, and the last share of them is the dev part, as BELLE's downloader did. Only the positions of the
+rows are held in memory, and each row is copied byte for byte.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tongwen.core.i18n import _
 from tongwen.hub import download, names
 
 ROW_SUFFIXES = (".json", ".jsonl", ".ndjson")
-KINDS = {"dataset": "data", "model": "models"}  # kind -> the folder for it when none is said
+KINDS = {"dataset": "data", "model": "models"}  # kind -> its default folder
 TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)  # a whole string, or what makes structure
 
 
@@ -95,7 +95,7 @@ def split_files(
         raise DataError(
             _("--dev found no file with rows (JSON or JSON lines)"),
             place=str(folder),
-            remedy=_("fetch without --dev; a recipe splits with held_out: 0.01"),
+            remedy=_("fetch without --dev; a recipe can split with held_out: 0.01"),
         )
     return made
 
@@ -107,7 +107,7 @@ def _part_name(path: str, part: str, taken: set[str], old_names: bool) -> str:
 
 
 def _write_rows(file: Path, rows: Iterable[bytes]) -> dict[str, Any]:
-    """One row a line: a line break can only stand between the parts of a row, because JSON has none inside a string."""
+    """One row a line: a line break can only occur between the parts of a row, because JSON has none inside a string."""
     digest, count, size = hashlib.sha256(), 0, 0
     with file.open("wb") as stream:
         for row in rows:
@@ -173,7 +173,7 @@ def _iter_elements(content: mmap.mmap, start: int, path: str) -> Iterator[tuple[
             break
     if depth or content[begin:].strip():
         raise DataError(
-            _("this is not one whole JSON array"),
+            _("this is not one complete JSON array"),
             place=path,
             remedy=_("fetch without --dev, and look at the end of the file"),
         )
@@ -182,13 +182,13 @@ def _iter_elements(content: mmap.mmap, start: int, path: str) -> Iterator[tuple[
 def _check_split(wanted: names.HubRef, dev: float, old_names: bool) -> None:
     if not dev and old_names:
         raise RecipeError(
-            _("--old-names are names of the parts that --dev makes"),
+            _("--old-names only names the files that --dev makes"),
             place="--old-names",
             remedy="--dev 0.01 --old-names",
         )
     if dev and wanted.kind != "dataset":
         raise RecipeError(
-            _("only a data set is split, {wanted} is a model").format(wanted=wanted.id),
+            _("only a data set can be split; {wanted} is a model").format(wanted=wanted.id),
             place="--dev",
         )
     if dev and not 0 < dev < 1:
@@ -200,7 +200,7 @@ def _check_split(wanted: names.HubRef, dev: float, old_names: bool) -> None:
 
 
 def _settle(wanted: names.HubRef, out: str) -> tuple[names.HubRef, Path]:
-    """The same with its kind, and its folder. What has been fetched already says its kind without the hub."""
+    """`wanted` with its kind, and its folder. A folder that was fetched before gives the kind without asking the hub."""
     places = [Path(out)] if out else [Path(parent) / wanted.tail for parent in KINDS.values()]
     for place in places:
         found = artifact.find(place) if not wanted.kind else None
@@ -232,7 +232,7 @@ def _report(found: artifact.Artifact, here: bool) -> None:
 
 
 def _next_step(found: artifact.Artifact, files: list[str]) -> str:
-    """The line to write next."""
+    """The recipe line, or the command, that uses the fetched folder."""
     if found.manifest["source"]["kind"] == "dataset":
         rows = [f"{found.path}/{name}" for name in files if name.lower().endswith(ROW_SUFFIXES)]
         train = [name for name in rows if ".train.json" in name] or rows or [str(found.path)]
@@ -245,7 +245,7 @@ def _next_step(found: artifact.Artifact, files: list[str]) -> str:
 
 
 def _base_of(adapter: Path) -> str:
-    """The id of the base that an adapter names, as it is today."""
+    """The current id of the base that an adapter names."""
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         base = str(config["base_model_name_or_path"])

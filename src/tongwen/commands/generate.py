@@ -1,7 +1,7 @@
-"""generate: a file of prompts, or a dev set, in; a file of answers out, row for row, in the form that is wanted.
+"""generate: answer a file of prompts, or a dev set, row for row, in the requested format.
 
-Answers are kept beside the file as they come. A run that was killed goes on with what is missing; with other settings it is
-refused. What is finished is renamed into its place.
+Answers are saved beside the output file as they come. An interrupted run continues with the missing answers; with other
+settings it is refused. The output file appears when it is complete.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tongwen.workflows.eval_prompts import EvalPrompt, read_questions
 
 @dataclass(frozen=True)
 class AnswerSource:
-    """Who answers: a model by one of its names, or the name of one behind an endpoint."""
+    """The model that answers: a local model, or the name of a model at an endpoint."""
 
     model: str
     adapters: Sequence[str]
@@ -38,7 +38,7 @@ class AnswerSource:
 
 @dataclass(frozen=True)
 class AnswerBackend:
-    """answer_each: conversations and what takes each answer; prompt: a conversation as the model reads it."""
+    """answer_each: takes conversations and a callback for each answer; prompt: gives a conversation as the model reads it."""
 
     answer_each: Callable[[list[list[dict[str, Any]]], Callable[[int, str], None]], None]
     prompt: Callable[[list[dict[str, Any]]], str]
@@ -59,10 +59,10 @@ def run(
     beside = file.with_name(file.name + ".answers")
     if again:
         beside.unlink(missing_ok=True)
-    journal = AnswerJournal(beside, settings, _("--again begins anew"))
+    journal = AnswerJournal(beside, settings, _("--again starts over"))
     missing = [row for row in range(len(questions)) if row not in journal.answers]
     if len(missing) < len(questions):
-        console.notice(_("{count} answers are there already").format(count=len(questions) - len(missing)))
+        console.notice(_("{count} answers already exist").format(count=len(questions) - len(missing)))
     answerer = _open(who, batch_size, sampling)
     with console.progress(len(questions), "generate", len(journal.answers)) as bar:
 
@@ -84,7 +84,7 @@ def _open(who: AnswerSource, batch_size: int, sampling: dict[str, Any]) -> Answe
         try:
             from tongwen.infer.endpoint import EndpointBackend
         except ImportError:
-            raise MissingPackage("openai", _("answers from an endpoint"), "endpoint") from None
+            raise MissingPackage("openai", _("getting answers from an endpoint"), "endpoint") from None
         wanted = Sampling().with_(**sampling)
         endpoint = EndpointBackend(who.endpoint, who.model, completion=who.template == "completion")
         return AnswerBackend(

@@ -1,6 +1,6 @@
-"""init: the name of a model and a machine in; a commented recipe that fits them out.
+"""init: write a commented recipe for a model and a machine.
 
-These are all recipes that there are: `docs/generate.py` writes each into `recipes/`, to be read without installing.
+`docs/generate.py` writes each of these recipes into `recipes/`, for readers who have not installed the package.
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ from tongwen.core.i18n import N_, _
 
 
 class TrainingMethod(NamedTuple):
-    """adapter: the recipe's words; description: what it is, in English."""
+    """adapter: the value of the recipe's `adapter`; description: in English."""
 
     adapter: str
     description: str
 
 
-# The comment of a line of a template: what stands behind its last `# `.
+# The comment of a line of a template: the text after its last `# `.
 COMMENT = re.compile(r"# ((?:(?!# ).)*)$", re.MULTILINE)
 
 METHODS = {
     "lora": TrainingMethod("{method: lora, rank: @rank@}", N_("LoRA, a small adapter")),
     "rslora": TrainingMethod(
         "{method: lora, rslora: true, rank: @rank@}",
-        N_("rsLoRA, for a high rank: scaled by its root"),
+        N_("rsLoRA, scaled by the root of the rank, for high ranks"),
     ),
-    "dora": TrainingMethod("{method: lora, dora: true, rank: @rank@}", N_("DoRA, direction and size apart")),
-    "adalora": TrainingMethod("{method: adalora, rank: @rank@}", N_("AdaLoRA, ranks go where they matter")),
+    "dora": TrainingMethod(
+        "{method: lora, dora: true, rank: @rank@}", N_("DoRA, which separates direction and magnitude")
+    ),
+    "adalora": TrainingMethod(
+        "{method: adalora, rank: @rank@}", N_("AdaLoRA, which gives more rank to important layers")
+    ),
     "qlora": TrainingMethod("{method: qlora, rank: @rank@}", N_("QLoRA, an adapter on a base in 4 bits")),
     "int8": TrainingMethod(
         "{method: qlora, quantize: int8, rank: @rank@}",
@@ -41,7 +45,7 @@ METHODS = {
     ),
     "experts": TrainingMethod(
         "{method: lora, rank: @rank@, target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]}",
-        N_("LoRA on the fused weights of experts, too"),
+        N_("LoRA, also on the experts' fused weights"),
     ),
     "also": TrainingMethod(
         "{method: lora, rank: @rank@, also_train: [embed_tokens]}",
@@ -58,7 +62,7 @@ TRAINS = {
     "embeddings": N_("embeddings alone"),
     "lora+embeddings": N_("adapter and embeddings"),
     "full": N_("all weights"),
-    "new_rows": N_("only the new rows, the rest bit for bit as before"),
+    "new_rows": N_("only the new rows; the rest stays the same bit for bit"),
     "phases": N_("first the new rows, then adapter and embeddings"),
 }
 
@@ -147,7 +151,7 @@ STARTS = {
 
 
 def run(name: str, out: str) -> int:
-    """Write the recipe, or list what there is."""
+    """Write the recipe, or list all templates."""
     if not name:
         rows = [(key, start.base, _kind(start), start.memory) for key, start in STARTS.items()]
         console.table((_("template"), _("model"), _("method"), _("fits in")), rows)
@@ -168,7 +172,7 @@ def run(name: str, out: str) -> int:
         return 0
     target = Path(out)
     if target.exists():
-        raise RecipeError(_("this file exists"), place=out, remedy=_("choose another name"))
+        raise RecipeError(_("this file already exists"), place=out, remedy=_("choose another name"))
     target.write_text(text, encoding="utf-8")
     console.good(_("{out} · next: tongwen check {out}").format(out=out))
     console.emit({"out": out})

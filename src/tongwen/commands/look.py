@@ -1,4 +1,4 @@
-"""look: samples as the model will see them, what it learns coloured, in the terminal or as a page to send around."""
+"""look: show samples as the model will see them, with the learned tokens coloured, in the terminal or as an HTML page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(recipe: Recipe, count: int, page: str) -> int:
     """Encode what the recipe trains on and show the first `count` samples of each training stage, token by token."""
     if not recipe.training:
         raise RecipeError(
-            _("there is nothing to look at: no training stage"),
+            _("there is nothing to look at: the recipe has no training stage"),
             place=recipe.name,
             remedy="sft: {}",
         )
@@ -39,7 +39,7 @@ def run(recipe: Recipe, count: int, page: str) -> int:
 
 
 def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count: int, page: str) -> dict[str, Any]:
-    """One stage's samples. stop: the id that ends them."""
+    """Show one stage's samples. stop: the id that ends them."""
     tokenizer = reader.tokenizer
     lesson = look_ahead(recipe, reader)
     store, mask, rejected = lesson.store, lesson.mask, lesson.rejected
@@ -67,7 +67,9 @@ def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count
     if rejected:
         first = "{file}:{row}: {rule}".format(**rejected[0])
         console.notice(
-            _("{count} samples would not be trained, the first: {first}").format(count=len(rejected), first=first)
+            _("{count} samples would be left out of training; the first: {first}").format(
+                count=len(rejected), first=first
+            )
         )
     return {"mask": mask, "ledger": lesson.ledger.to_dict(), "rejected": len(rejected)}
 

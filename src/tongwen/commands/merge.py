@@ -31,13 +31,13 @@ def mix_of(how: str, adapters: Sequence[str], weights: Sequence[float], density:
     """How adapters are combined. Raises RecipeError for weights that do not go with them."""
     wrong = ""
     if len(adapters) < 2 or len(set(adapters)) < len(adapters):
-        wrong = _("two adapters or more are combined, each once")
+        wrong = _("combining needs at least two adapters, each once")
     elif weights and len(weights) != len(adapters):
-        wrong = _("{weights_count} weights for {adapters_count} adapters").format(
+        wrong = _("{weights_count} weights given for {adapters_count} adapters").format(
             weights_count=len(weights), adapters_count=len(adapters)
         )
     elif not 0 < density <= 1:
-        wrong = _("a density of {density:g} is no share").format(density=density)
+        wrong = _("density {density:g} is not a share").format(density=density)
     if wrong:
         raise RecipeError(
             wrong, place="tongwen merge --combine", remedy="--adapter A --weight 0.5 --adapter A2 --weight 0.5"

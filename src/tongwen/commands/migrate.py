@@ -1,6 +1,6 @@
-"""migrate: a command or the files of an older project in; a recipe, or the tongwen commands that do it, out.
+"""migrate: turn a command or files of an older project into a recipe, or into the tongwen commands that do the same.
 
-Every flag is accounted for. The recipe is read once more as `run` would read it, so that what is printed can be run.
+Every flag is accounted for. The recipe is read again as `run` would read it, so that every printed recipe can be run.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SCRIPTS, SHELLS = (".sh", ".bash", ".txt"), ("sh", "bash")
 
 
 def run(words: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -> Iterator[tuple[list[str], bool]]:
-    """Print what each old command is today; yields the tongwen commands in their order, and which is the last. A folder is
-    an old adapter: an ordinary one is written to `out`, with alpha as its scale.
+    """Print the replacement of each old command; yield the tongwen commands in their order, and whether each is the last. A
+    folder is an old adapter: it is written to `out` as an ordinary one, with alpha as its scale.
 
-    words: files, or a command. out: where the recipe is written; beside its run's folder when it is to be run. What is run
-    is run before the next line is read: a line may begin with what the one before it left.
+    words: files, or a command. out: the recipe's file; by default beside the run's folder if `to_run`. Each command runs
+    before the next line is read, because a line may need what the line before it wrote.
     """
     if len(words) == 1 and Path(words[0]).is_dir():
         _migrate_adapter(Path(words[0]), Path(out or f"{words[0].rstrip('/')}-lora"), alpha)
@@ -55,23 +55,23 @@ def run(words: Sequence[str], out: str, alpha: float | None, *, to_run: bool) ->
         for number, line in enumerate(lines, 1):
             yield line, place == final and number == len(lines)
         rows.append({**dataclasses.asdict(one), "commands": [["tongwen", *line] for line in lines], "text": text})
-    if not to_run:  # else what runs says so itself
+    if not to_run:  # else the commands that run print their own JSON
         console.emit({"migrated": rows})
 
 
 def _check(outcomes: Sequence[MigrationResult], out: str, *, to_run: bool) -> None:
-    """Raise RecipeError when the words of the command do not fit what was found."""
+    """Raise RecipeError when the options do not fit the old commands."""
     if out and sum(bool(one.recipe) for one in outcomes) > 1:
         raise RecipeError(
-            _("several recipes come out, and --out names one file"),
+            _("the result is several recipes, but --out names one file"),
             place=out,
-            remedy=_("leave --out away"),
+            remedy=_("omit --out"),
         )
     if to_run and any(one.launch for one in outcomes):
         raise RecipeError(
-            _("several machines are started by torchrun, one line on each"),
+            _("a run on several machines has to be started with torchrun on each of them"),
             place="--run",
-            remedy=_("leave --run away: the line is printed"),
+            remedy=_("omit --run: the command is printed"),
         )
 
 
@@ -87,10 +87,10 @@ def _migrate_adapter(folder: Path, out: Path, alpha: float | None) -> None:
 
 
 def _read(words: list[str]) -> Iterator[MigrationResult]:
-    """Files when the first word is one, else a command; of a script, all its commands."""
+    """Read files if the first word is one, else a command; all commands of a script."""
     if not words:
         raise RecipeError(
-            _("neither a file nor a command is given"),
+            _("give a file or a command"),
             place="tongwen migrate",
             remedy="tongwen migrate run_config/Bloom_config.json   |   tongwen migrate -- torchrun finetune.py …",
         )
@@ -131,28 +131,28 @@ def _report(one: MigrationResult) -> None:
 
 
 def _hand_over(text: str, target: str) -> None:
-    """Print the recipe, or write it where nothing else stands."""
+    """Print the recipe, or write it unless another file is in the way."""
     if not target:
         for line in text.splitlines():
             console.tell(line)
         return
     file = Path(target)
     if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise RecipeError(_("another file stands here"), place=target, remedy="tongwen migrate --out FILE …")
+        raise RecipeError(_("another file already exists here"), place=target, remedy="tongwen migrate --out FILE …")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
     console.good(target)
 
 
 def _fitting(recipe: dict[str, Any]) -> list[str]:
-    """Fewer devices than the old command had, when this machine has fewer: the batch is the same, so the result is."""
+    """Overrides for a machine with fewer devices than the old command used. The batch size, and so the result, stays the same."""
     import torch
 
     here = max(torch.accelerator.device_count(), 1)
     if recipe.get("devices", 1) <= here:
         return []
     console.notice(
-        _("devices: {here}, not {devices}: this machine has no more; the batch stays what it was").format(
+        _("devices: {here}, not {devices}: this machine has no more; the batch size stays the same").format(
             here=here, devices=recipe["devices"]
         )
     )

@@ -1,4 +1,4 @@
-"""plan: a recipe in; steps, tokens, memory, disk and time out. Writes nothing, and opens weights only to measure time."""
+"""plan: show steps, tokens, memory, disk and time of a recipe. Writes nothing, and opens weights only to measure time."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ PURPOSES = (  # of memory, as an estimate names them
 
 
 def run(recipe: Recipe, gpu: str | None, stages: Stages, *, measure: bool = False) -> int:
-    """Print what a run would do and need, stage by stage. gpu: `24GB`, memory of a GPU that is not here; measure: time a
+    """Print what a run would do and need, stage by stage. gpu: `24GB`, the memory of another GPU; measure: time a
     micro-batch of the real model on this machine."""
     limit = parse_memory(gpu) if gpu is not None else None
     if measure and limit:
         raise RecipeError(
-            _("this machine is measured, not the one that --gpu names"),
+            _("--measure measures this machine, not the GPU that --gpu names"),
             place="--measure",
             remedy=_("leave --gpu out"),
         )
     if not recipe.training or recipe.prepare is None:
-        raise RecipeError(_("there is nothing to train in this recipe"), place=recipe.name, remedy="sft: {}")
+        raise RecipeError(_("this recipe has no training stage"), place=recipe.name, remedy="sft: {}")
     if measure:
         import peft  # noqa: F401 (with all that it compiles, as training has it: the estimate would import less)
     check_ahead(recipe, recipe.stages, stages)
@@ -71,7 +71,7 @@ def run(recipe: Recipe, gpu: str | None, stages: Stages, *, measure: bool = Fals
         _unused, new = _config(recipe, recipe.base)
         console.notice(
             _(
-                "vocab has not run: {new:,} new rows at most are counted, and tokens as the base's tokenizer makes them, which are more"
+                "vocab has not run yet: the plan counts at most {new:,} new rows, and the tokens of the base's tokenizer, which makes more"
             ).format(new=new)
         )
     found = {name: _plan(recipe, name, limit, measure) for name in recipe.stages if name in ("pretrain", "sft")}
@@ -81,7 +81,7 @@ def run(recipe: Recipe, gpu: str | None, stages: Stages, *, measure: bool = Fals
 
 
 def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[str, Any]:
-    """One stage. Where a stage before it has not run, the model that it will stand on is the one that there is."""
+    """Plan one stage. If the stage before it has not run, plan with the model that exists now."""
     section: Training = getattr(recipe, name)
     device = "cuda" if limit else load.compute_device()
     base = base_of_stage(recipe, name, finished=True)
@@ -136,7 +136,7 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
 
 
 def _config(recipe: Recipe, base: str) -> tuple[Any, int]:
-    """(the base's configuration, new rows in it that a vocabulary stage is still to make, at most)."""
+    """(the base's configuration, the most new rows that a vocabulary stage will still add)."""
     place, section = load.locate(base), recipe.vocab
     config = load.load_config(place)
     if section is None or artifact.find(Path(recipe.out) / "vocab"):
@@ -151,7 +151,7 @@ def _config(recipe: Recipe, base: str) -> tuple[Any, int]:
 
 
 def _rows(recipe: Recipe, section: Training, base: str, new: int) -> int:
-    """Rows of new pieces that learn one by one. new: those that are still to be made."""
+    """Rows of new pieces that are trained one by one. new: rows that `vocab` will still add."""
     parts = section.trained_parts
     if "new_rows" in parts:
         return new or len(new_rows_of(base))
@@ -161,7 +161,7 @@ def _rows(recipe: Recipe, section: Training, base: str, new: int) -> int:
 
 
 def _disk(config: Any, section: Training, setting: TrainingSetup, steps: list[int]) -> tuple[dict[str, int], int]:
-    """(bytes of what stays, and of the checkpoint that is written before an older one goes; the most at one time)."""
+    """(bytes by file kind, with the checkpoint that is written before an older one is deleted; the peak)."""
     result, sizes = memory_estimate.estimate_files(config, setting, [parts_of(train) for train in section.trains])
     kept, more = 0, 0
     for size, count in zip(sizes, steps, strict=True):
@@ -218,7 +218,7 @@ def _fullest(plans: list[BatchPlan], lesson: TokenizedData) -> MicroBatch:
 def _needs(
     config: Any, section: Training, setting: TrainingSetup, micro: MicroBatch, limit: int | None
 ) -> tuple[TrainingSetup, MemoryEstimate]:
-    """With activation checkpointing where it may be on and the limit asks for it."""
+    """Estimate the memory, with activation checkpointing if it is allowed and the limit requires it."""
     needs = estimate_memory(config, setting, micro)
     if limit and needs.bytes["peak"] > limit and section.activation_checkpointing == "auto":
         setting = replace(setting, checkpointing=True)
@@ -229,7 +229,7 @@ def _needs(
 def _cures(
     recipe: Recipe, name: str, config: Any, micro: MicroBatch, peak: int, limit: int, rows: int
 ) -> Iterator[dict[str, Any]]:
-    """What to change when it does not fit, the cheapest first, each on top of those before it, until it does."""
+    """Changes that make it fit: the cheapest first, each on top of those before it, until it fits."""
     peaks, together = [peak], sum(micro.lengths)
 
     def helps(section: Training, tokens: int) -> bool:
@@ -245,13 +245,13 @@ def _cures(
 
 
 def _afterwards(recipe: Recipe) -> dict[str, Any]:
-    """What merging and exporting need: both go through the model a block of rows at a time."""
+    """Needs of merging and exporting, which both read the model a block of rows at a time."""
     found: dict[str, Any] = {}
     config, _unused = _config(recipe, base_of_stage(recipe, "sft", finished=True))
     skeleton = load.make_skeleton(config)
     parameters = sum(part.numel() for part in skeleton.parameters())
     needs = {"libraries": memory_estimate.LIBRARIES, "blocks": STREAMED}
-    width = getattr(config.dtype, "itemsize", 4)  # a config that says nothing means fp32
+    width = getattr(config.dtype, "itemsize", 4)  # a config without a dtype means fp32
     if recipe.merge:
         width = {"base": width, "fp32": 4}.get(recipe.merge.dtype, 2)
         whole = {"weights": 2 * 4 * parameters} if recipe.merge.parity == "full" else {}
@@ -303,7 +303,7 @@ def _memory_rows(needs: dict[str, int], note: str = "") -> list[tuple[str, str]]
 
 
 def _sharing_rows(facts: dict[str, Any], section: Training) -> list[tuple[str, str]]:
-    """What the numbers above are of, where there are several processes, or should be."""
+    """Say what the numbers above refer to when there are, or should be, several processes."""
     world, engine = facts["devices"], facts["engine"]
     parts = [_(name) for name in facts["shared_out"]]
     shared = _(", ").join(parts)
@@ -315,7 +315,7 @@ def _sharing_rows(facts: dict[str, Any], section: Training) -> list[tuple[str, s
         said = _("for one GPU; {engine} divides among several: --devices N").format(engine=engine)
     else:
         return []
-    return [(_("all of this"), said)]
+    return [(_("all of the above"), said)]
 
 
 def _disk_row(size: int) -> tuple[str, str]:
@@ -332,10 +332,10 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
     lengths = ", ".join(str(phase.config.stop_after) for phase in training_phases(section))
     note = _(" with activation checkpointing") if facts["activation_checkpointing"] else ""
     if not facts["rehearsed"]:
-        note += _(", by a formula: this model cannot be rehearsed")
+        note += _(", estimated by a formula: this model allows no dry run")
     seconds, dtype = facts["seconds"], facts["dtype"]
     if facts["fits"] is not None and dtype == "bfloat16":
-        dtype += _(", if that GPU can (those before Ampere cannot)")
+        dtype += _(", if that GPU supports it (none before Ampere does)")
     console.header("plan", name)
     console.table(
         ("", ""),
@@ -344,7 +344,7 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
             (_("steps"), f"{' + '.join(map(str, facts['steps_of_phases']))} ({lengths})"),
             (_("tokens"), f"{facts['tokens']:,}"),
             (
-                _("a step"),
+                _("per step"),
                 _("{what} in {parts} micro-batches of at most {budget} tokens").format(
                     what=what, parts=parts, budget=budget
                 ),
@@ -361,7 +361,7 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
     )
     if facts["fits"] is not False:
         return
-    console.notice(_("this does not fit; in this order, each on top of those before:"))
+    console.notice(_("this does not fit; try in this order, each change on top of those before:"))
     for cure in facts["cures"]:
         console.tell(f"  {cure['change']}  {console.human_bytes(cure['peak'])}{' ✓' if cure['fits'] else ''}")
     if not any(cure["fits"] for cure in facts["cures"]):

@@ -1,7 +1,7 @@
-"""serve: a model in; OpenAI's API on a port of this machine out, until it is told to end.
+"""serve: offer a model through OpenAI's API on a port of this machine, until SIGTERM or Ctrl-C.
 
-One model, one voice: answers are given one after the other, in the order of the requests. For many users at once there is
-the merged model and a server made for that (docs/serve.md).
+The model answers one request after the other, in their order. For many users at once, give the merged model to a server
+made for that (docs/serve.md).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def run(
             settings=sampling,
         )
         url = f"http://{host}:{listening.getsockname()[1]}/v1"
-        console.header(speech.name, _("Ctrl-C ends it"))
+        console.header(speech.name, _("Ctrl-C stops it"))
         console.tell(f"OPENAI_BASE_URL={url}")
         console.tell(f"OPENAI_API_KEY={token}" if made else _("the token is ${token}").format(token=auth.TOKEN))
         console.emit({"url": url, "model": speech.name, **({"token": token} if made else {})})

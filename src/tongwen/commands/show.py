@@ -1,4 +1,4 @@
-"""show: what a folder is and how it was made, up to the first ancestors; of a model from elsewhere, what it is made of."""
+"""show: print what a folder is and how it was made, up to its first ancestors; for a model from elsewhere, its layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(path: str) -> int:
         raise ArtifactError(
             _("no manifest.json here: this is not an artifact of tongwen")
             if not unfinished
-            else _("nothing has finished here; under way: {unfinished}").format(unfinished=_(", ").join(unfinished)),
+            else _("no stage has finished here; in progress: {unfinished}").format(unfinished=_(", ").join(unfinished)),
             place=path,
         )
     for one in found:
@@ -48,7 +48,7 @@ def _show_model(path: str) -> int:
         path, f"{config.model_type} · {_('{parameters} parameters').format(parameters=console.human_count(count))}"
     )
     rows = [(name, len(sizes), " → ".join(map(str, sizes[0]))) for name, sizes in layers.items()]
-    console.table((_("linear layer"), _("of them"), _("in → out")), rows)
+    console.table((_("linear layer"), _("count"), _("in → out")), rows)
     console.emit({"model": path, "family": config.model_type, "parameters": count, "linear": list(layers)})
     return 0
 

@@ -1,7 +1,7 @@
-"""tokenizer train | extend | merge | report: tokenizers by themselves, without a model's weights.
+"""tokenizer train | extend | merge | report: work on tokenizers without a model's weights.
 
 Each takes files or models by name and leaves a folder that transformers opens (`tokenizer.json`, and `tokenizer.model`
-where the family has one), with a manifest that says from what it was made.
+where the family has one), with a manifest that names its sources.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tongwen.workflows.tokenizer_files import TokenizerFiles
 
 
 def run_train(corpus: list[str], kind: str, pieces: int, out: str, seed: int, *, again: bool) -> int:
-    """A tokenizer learned from nothing."""
+    """Train a tokenizer from scratch."""
     target = _target(out, again)
     texts = tokenizer_files.iter_texts(corpus)
     with console.waiting(_("learning a tokenizer")):
@@ -47,7 +47,7 @@ def run_extend(
     special_tokens: Sequence[str],
     again: bool,
 ) -> int:
-    """A base's tokenizer with pieces learned from a corpus, nine tenths of it; the rest tells what they bring."""
+    """Extend a base's tokenizer with pieces learned from nine tenths of a corpus; the rest measures their benefit."""
     target = _target(out, again)
     opened = tokenizer_files.open_tokenizer_files(base)
     console.header("tokenizer extend", f"{base} + {pieces:,}")
@@ -71,7 +71,7 @@ def run_extend(
 
 
 def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: str, again: bool) -> int:
-    """One SentencePiece model's pieces behind another's."""
+    """Append one SentencePiece model's pieces to another's."""
     target = _target(out, again)
     opened, other = tokenizer_files.open_tokenizer_files(base), tokenizer_files.open_tokenizer_files(add)
     for place, one in (("--base", opened), ("--add", other)):
@@ -89,15 +89,15 @@ def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: st
         merged = spm.merge_as_2023(opened.model, other.model, keep_scores=mode == "keep-scores", pad=pad)
     made = tokenizer_files.from_model(opened, merged.model)
     reasons = {
-        "already_there": _("the base has them"),
-        "other_script": _("digits, Latin, mixed: they would change old text"),
+        "already_there": _("already in the base"),
+        "other_script": _("digits, Latin letters or mixed: they would change old text"),
         "never_produced": _("can never be produced"),
     }
     rows = [(_("pieces of the base"), len(opened.model.pieces))]
-    rows += [(_("pieces of the other"), len(other.model.pieces))]
+    rows += [(_("pieces of the other model"), len(other.model.pieces))]
     rows += [(f"  − {reasons[reason]}", len(left)) for reason, left in merged.left_out.items()]
     if merged.steps:
-        rows += [(_("  + steps from which longer words are built"), len(merged.steps))]
+        rows += [(_("  + intermediate pieces of longer words"), len(merged.steps))]
     rows += [(_("added"), len(merged.added)), (_("together"), len(merged.model.pieces))]
     console.table(("", _("pieces")), rows)
     samples = tokenizer_files.shipped_texts()
@@ -111,7 +111,7 @@ def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: st
 
 
 def run_report(base: str, other: str, texts: list[str], out: str, script: str) -> int:
-    """What a tokenizer makes of texts; against another one, or against itself with pieces learned from the same texts."""
+    """Measure a tokenizer on texts: against another one, or against itself with pieces learned from the same texts."""
     opened = tokenizer_files.open_tokenizer_files(base, to_measure=True)
     console.header("tokenizer report", f"{base} {other}".strip())
     chosen = Script(script)
@@ -123,9 +123,9 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
     else:
         found = measure.survey(opened.coder, None, by_file, chosen)
     if not other and not opened.grows:
-        console.notice(_("a tokenizer of this kind takes no new pieces"))
+        console.notice(_("a tokenizer of this kind cannot take new pieces"))
     elif not other:
-        learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(texts, lambda said: None))  # said above
+        learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(texts, lambda said: None))  # reported above
         shape = tokenizer_files.shape_of(base)
         learnt = tokenizer_files.learn(opened, learn_from, chosen, measure.CURVE[-1])
         start, curve = tokenizer_files.curve(learnt, rest, shape)
@@ -133,7 +133,7 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
         if shape is measure.NOMINAL:
             console.notice(
                 _(
-                    "no model stands behind this tokenizer: the cost is that of an 8B model, bits per byte are not measured"
+                    "this tokenizer has no model: the cost is estimated for an 8B model, and bits per byte are not measured"
                 )
             )
         else:
@@ -160,7 +160,7 @@ def _target(out: str, again: bool) -> Path:
 
 
 def _note_fast(made: TokenizerFiles, texts: list[str], found: dict[str, Any]) -> None:
-    """Say where tokenizer.json differs from tokenizer.model, which is the authority."""
+    """Report where tokenizer.json differs from tokenizer.model, which is right."""
     if made.model is None:
         return
     differing = len(spm.disagreement(made.coder.encode, made.encode_fast, texts))
@@ -168,8 +168,7 @@ def _note_fast(made: TokenizerFiles, texts: list[str], found: dict[str, Any]) ->
     if differing:
         console.notice(
             _(
-                "tokenizer.json gives other ids than tokenizer.model for {differing:,} of {count:,} texts: pieces of one score cannot be ranked. "
-                "tokenizer.model is the authority: load it with SentencePiece, or merge with --mode default"
+                "tokenizer.json gives other ids than tokenizer.model for {differing:,} of {count:,} texts: pieces with equal scores cannot be ranked. tokenizer.model is right: load it with SentencePiece, or merge with --mode default"
             ).format(differing=differing, count=len(texts))
         )
 
@@ -185,7 +184,7 @@ def _show(found: dict[str, Any]) -> None:
     if kept := found.get("kept"):
         texts, changed = kept["source_texts"], kept["source_changed"]
         (console.notice if changed else console.good)(
-            _("{changed} of {texts:,} texts without the script have other ids").format(changed=changed, texts=texts)
+            _("{changed} of {texts:,} texts without the script get other ids").format(changed=changed, texts=texts)
         )
         failures, trips = kept["new_round_trip_failures"], kept["round_trips"]
         (console.notice if failures else console.good)(

@@ -1,8 +1,8 @@
-"""verify: a file or folder against every hash that is known of it.
+"""verify: compare a file or folder with every known hash of it.
 
-Four witnesses: what our own manifest recorded (tensors and files), md5 lists beside an original download, the published
-SHA256 of LLaMA and Chinese-LLaMA/Alpaca, and a list that the user names. One that contradicts is an error; when none
-knows anything, that is an error as well, because nothing was verified.
+Four sources: our own manifest (tensors and files), md5 lists beside an original download, the published SHA256 of LLaMA
+and Chinese-LLaMA/Alpaca, and a list that the user names. A contradiction is an error; if no source knows the files, that is
+an error as well, because nothing was verified.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.model")
 
 
 class VerifyReport:
-    """What was found out of each file, and what contradicts."""
+    """The sources that agree with each file, and the contradictions."""
 
     def __init__(self) -> None:
         self.known: dict[str, list[str]] = defaultdict(list)
@@ -41,15 +41,15 @@ class VerifyReport:
             )
 
     def refuse(self, rule: str, place: str) -> None:
-        remedy = _("fetch or make this file again: it is damaged, or another one")
+        remedy = _("fetch or make this file again: it is damaged or not the same file")
         self.wrong.append(ArtifactError(rule, place=place, remedy=remedy))
 
 
 def run(path: str, against: str) -> int:
-    """Exit code 0 only when something was compared and everything agreed. against: a list's file, `known`, or empty."""
+    """Return 0 only when something was compared and everything agreed. against: a list's file, `known`, or empty."""
     place = Path(path)
     if not place.exists():
-        raise RecipeError(_("there is nothing"), place=path)
+        raise RecipeError(_("this path does not exist"), place=path)
     folder = place if place.is_dir() else place.parent
     files = [place] if place.is_file() else sorted(file for file in folder.iterdir() if file.is_file())
     files = [file for file in files if file.name != artifact.MANIFEST]
@@ -65,7 +65,7 @@ def run(path: str, against: str) -> int:
             found = hashes[file]["md5" if len(expected) == 32 else "sha256"]
             verdicts.compare(name, expected, found, witness, str(file))
         elif place.is_dir():
-            verdicts.refuse(_("{witness} names this file, which is missing").format(witness=witness), str(file))
+            verdicts.refuse(_("{witness} lists this file, but it is missing").format(witness=witness), str(file))
     _compare_published(hashes, verdicts, strict=against == "known")
     if stage and not verdicts.wrong:
         _compare_stage(stage, verdicts)
@@ -82,7 +82,7 @@ def _lists(folder: Path, against: str) -> list[Path]:
 
 
 def _expectations(folder: Path, lists: list[Path], stage: artifact.Artifact | None) -> list[tuple[str, str, str]]:
-    """(file name, its hash, who says so)"""
+    """(file name, its hash, the source)"""
     out = [(name, digest, file.name) for file in lists for name, digest in checksums.read_list(file).items()]
     recorded = stage.manifest.get("files", {}) if stage else {}
     return out + [(name, facts["sha256"], artifact.MANIFEST) for name, facts in recorded.items()]
@@ -99,7 +99,7 @@ def _hash_all(files: list[Path], lists: list[Path]) -> dict[Path, dict[str, str]
 
 
 def _check_whole(folder: Path, files: list[Path], verdicts: VerifyReport) -> None:
-    """Headers, indices and numbering, before any byte is hashed."""
+    """Check headers, indices and numbering before any byte is hashed."""
     try:
         if any(file.suffix == ".safetensors" for file in files):
             find_tensors(folder)
@@ -109,7 +109,7 @@ def _check_whole(folder: Path, files: list[Path], verdicts: VerifyReport) -> Non
 
 
 def _compare_published(hashes: dict[Path, dict[str, str]], verdicts: VerifyReport, *, strict: bool) -> None:
-    """Name the files that were published. A folder that holds a part of a published model holds its other parts too."""
+    """Record which published files these are. A folder with one part of a published model must hold its other parts too."""
     published = {one.sha256: one for one in checksums.known_files()}
     found = {file: published.get(digests["sha256"]) for file, digests in hashes.items()}
     for file, one in found.items():
@@ -122,7 +122,7 @@ def _compare_published(hashes: dict[Path, dict[str, str]], verdicts: VerifyRepor
             expected = of_model[0]
             verdicts.compare(file.name, expected.sha256, hashes[file]["sha256"], expected.what, str(file))
         elif one is None and strict and any(file.match(pattern) for pattern in WEIGHTS):
-            verdicts.refuse(_("it is in no published list"), str(file))
+            verdicts.refuse(_("no published list contains it"), str(file))
     for what in models:
         for other in published.values():
             if other.what == what and len(hashes) > 1 and other.file not in {file.name for file in hashes}:
@@ -130,7 +130,7 @@ def _compare_published(hashes: dict[Path, dict[str, str]], verdicts: VerifyRepor
 
 
 def _compare_stage(stage: artifact.Artifact, verdicts: VerifyReport) -> None:
-    """The fingerprint that the manifest recorded, and the tensors that changed since."""
+    """Compare with the fingerprint in the manifest, and name a tensor that changed since."""
     if stage.kind in OF_TENSORS:
         lines = model_lines(load.ModelRef(str(stage.path), str(stage.path)))
         found, recorded = combine(lines), stage.manifest.get("tensors", {})
@@ -148,7 +148,7 @@ def _report(path: str, files: list[Path], hashes: dict[Path, dict[str, str]], ve
     console.table(["", "sha256", _("agrees with")], rows)
     if not verdicts.known:
         raise ArtifactError(
-            _("the files are whole, but no list knows them: nothing was verified"),
+            _("the files are complete, but no list contains them: nothing was verified"),
             place=path,
             remedy="--against LIST",
         )

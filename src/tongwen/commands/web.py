@@ -1,4 +1,4 @@
-"""web: folders and models in; the bench in the browser, until Ctrl-C. What the page may see is in these folders alone."""
+"""web: serve the workbench in the browser until Ctrl-C. The page can access only files in the given folders."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def run(
     host: str,
     port: int,
 ) -> int:
-    """Serve the page. models: what the chat opens with, one or two; adapters: of the first; sampling: how they answer
-    until a visitor says otherwise. whole: every tab, else the chat."""
+    """Serve the page. models: one or two that the chat opens with; adapters: of the first; sampling: the settings until a
+    visitor changes them. whole: every tab, else the chat."""
     try:
         from tongwen.serving.web.server import serve
     except ModuleNotFoundError as error:
@@ -70,12 +70,12 @@ def run(
 
 
 def make_backend(place: Workspace, talk: ChatBackend) -> PageBackend:
-    """All tabs over what lies in these folders."""
+    """All tabs, for the files in these folders."""
     return PageBackend("同文 tongwen", talk, _look(place), _words(place), _runs(place))
 
 
 class _ModelPool:
-    """Models that talk, opened when they are asked, the last few kept."""
+    """Models of the chat, opened at their first question; the last few stay open."""
 
     def __init__(
         self, place: Workspace, adapters: dict[str, tuple[str, ...]], template: str, thinking: str, weights: str
@@ -106,7 +106,7 @@ class _ModelPool:
             return self.opened[name]
 
     def fit(self, name: str, messages: Messages, options: dict[str, Any]) -> Messages:
-        """Without the oldest whole turns, when the model does not see them all; the system message stays."""
+        """The messages without the oldest turns that do not fit the context; the system message stays."""
         speaker = self.open(name)
         room = max(speaker.context - int(options["max_new_tokens"]), speaker.context // 2)
         return last_turns(messages, lambda turns: len(speaker.prompt_ids(turns)), room)
@@ -121,7 +121,7 @@ def _look(place: Workspace) -> DataBackend:
         try:
             if model and found.records:
                 samples = data_preview.samples_as_html(found, place.model(model), template)
-        except TongwenError as error:  # such as a base without a template: what lies in the file is shown all the same
+        except TongwenError as error:  # such as a base without a template: show the content of the file anyway
             samples = Markup("<p>{}</p>").format(error.text())
         return data_preview.as_html(found), samples
 
@@ -131,7 +131,7 @@ def _look(place: Workspace) -> DataBackend:
 def _words(place: Workspace) -> VocabularyBackend:
     def compare(base: str, other: str, text: str) -> tuple[str, str]:
         if not base or not text.strip():
-            raise DataError(_("a model and a text are needed"))
+            raise DataError(_("this needs a model and a text"))
         names = [name for name in (base, other) if name]
         coders = [tokenizer_files.open_tokenizer_files(place.model(name), to_measure=True).coder for name in names]
         report = measure.survey(coders[0], coders[1] if other else None, {_("your text"): [text]}, Script("han"))
@@ -157,7 +157,7 @@ def _runs(place: Workspace) -> RunsBackend:
         for word in words:
             key, _unused, value = word.partition("=")
             if key != "out" and any(mark in value for mark in "/\\~"):
-                raise RecipeError(_("a path is changed in the recipe, not here"), place=word, remedy="out=…")
+                raise RecipeError(_("change paths in the recipe, not here"), place=word, remedy="out=…")
         read, _unused2 = load_recipe(file, words)
         out = place.inside(read.out)
         run_manager.start([str(file), *words], out)

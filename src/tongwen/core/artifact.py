@@ -1,7 +1,7 @@
-"""A stage hands over a folder: made beside its place, completed by `manifest.json`, then renamed.
+"""A stage outputs a folder: built beside its final place, completed by `manifest.json`, then renamed.
 
 A folder without a manifest is not an artifact. The manifest says what it is, from what it was made (with
-fingerprints), with which settings and versions. Nothing that stands in a finished place is ever written again.
+fingerprints), with which settings and versions. A finished folder is never written to again.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def open_artifact(path: Path, kind: str) -> Artifact:
         )
     if found.kind != kind:
         raise ArtifactError(
-            _("a {found_kind} artifact stands here, {kind} is needed").format(found_kind=found.kind, kind=kind),
+            _("this is a {found_kind} artifact, {kind} is needed").format(found_kind=found.kind, kind=kind),
             place=str(path),
         )
     return found
@@ -152,7 +152,7 @@ class Draft:
         write_json(self.path / MANIFEST, manifest)
         if path.exists():
             raise ArtifactError(
-                _("something stands where the finished stage belongs"),
+                _("the place of the finished stage is already taken"),
                 place=str(path),
                 remedy="--again",
             )
@@ -179,21 +179,21 @@ def refuse_changed(place: str, changed: list[tuple[str, Any, Any]], remedy: str)
         return
     lines = "; ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed)
     raise RecipeError(
-        _("made from other settings or data than there are now: {lines}").format(lines=lines),
+        _("the existing result was made from different settings or data: {lines}").format(lines=lines),
         place=place,
         remedy=remedy,
     )
 
 
 def make_way(path: Path, *, again: bool) -> None:
-    """Raise RecipeError where something stands; `again` keeps that under another name."""
+    """Raise RecipeError when the path exists; with `again`, rename what exists instead."""
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
     elif path.exists() and not again:
         raise RecipeError(
-            _("this exists"),
+            _("this already exists"),
             place=str(path),
-            remedy=_("choose another, or --again to keep it under another name"),
+            remedy=_("choose another, or use --again to keep it under another name"),
         )
     put_aside(path)
 
@@ -203,11 +203,11 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise MachineError(
-            _("the disk is too full: {needed} are needed, {free} are free").format(
+            _("not enough disk space: {needed} needed, {free} free").format(
                 needed=human_bytes(needed), free=human_bytes(free)
             ),
             place=str(folder),
-            remedy=_("free some space, or another disk: --out, in a recipe out=FOLDER"),
+            remedy=_("free some space, or use another disk: --out, in a recipe out=FOLDER"),
         )
 
 

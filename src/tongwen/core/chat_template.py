@@ -159,7 +159,7 @@ class Template:
         if name == "own":
             if not own_source:
                 raise ModelError(
-                    _("the model brings no chat template"),
+                    _("the model has no chat template of its own"),
                     place="template: own",
                     remedy=_("choose one: template: {shipped} (a base model: chatml or alpaca)").format(
                         shipped=" | ".join(SHIPPED)
@@ -215,7 +215,7 @@ class Template:
         learned = {index for index in chosen if messages[index].learn is not False}
         learned |= {index for index in answers if messages[index].learn is True}
         if not learned and learn != "everything":
-            raise RowRefused("nothing_to_learn", _("every answer is switched off"))
+            raise RowRefused("nothing_to_learn", _("learning is turned off for every answer"))
         messages = messages[: answers[-1] + 1]
         turns = [self._turn(messages[: index + 1], dialogue.tools, prove) for index in answers]
         samples = self._joined(turns, answers, learned)
@@ -248,12 +248,12 @@ class Template:
         whole = self._render(messages, tools, think)
         if not whole.startswith(prompt):
             raise ModelError(
-                _("the template renders an answered turn otherwise than the prompt that asks for it"),
+                _("the template renders the full dialogue differently from its prompt"),
                 place=f"template {self.name}",
                 remedy=_("choose another template, for example `template: chatml`"),
             )
         if last.thinking and last.thinking.strip() not in whole[len(prompt) :]:
-            # The template does not know `reasoning_content`: the thinking stands in the answer's own text.
+            # The template does not know `reasoning_content`: the thinking is part of the answer's own text.
             inside = replace(
                 last, thinking=None, content=f"<think>\n{last.thinking.strip()}\n</think>\n\n{last.content}"
             )
@@ -324,7 +324,7 @@ class Template:
     def _check_came_through(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], thinking: bool, whole: str
     ) -> None:
-        """The answer stands in the render unchanged (or trimmed), exactly where a sentinel in its place stood."""
+        """Check that the render contains the answer unchanged (or trimmed), exactly where a sentinel would be."""
         last = messages[-1]
         if not last.content.strip():
             return
@@ -335,10 +335,10 @@ class Template:
                 if whole == head + content + tail:
                     return
         if "</think>" in last.content and last.content.rsplit("</think>", 1)[1].strip() in whole:
-            return  # a thinking template rearranges the thinking that stands in the answer's own text
+            return  # a thinking template rearranges the thinking inside the answer's own text
         raise ModelError(
             _(
-                "the template changes the text of an answer, so what is learned would not be what is written: {last!r}"
+                "the template changes the text of an answer, so the model would not learn what the data says: {last!r}"
             ).format(last=last.content[:40]),
             place=f"template {self.name}",
             remedy=_("choose another template, for example `template: chatml`"),
@@ -353,11 +353,11 @@ class Template:
         learned = [answer for _, answer in (self._turn(messages[: end + 1], ()) for end in (1, 3))]
         if unmarked != self._render(messages, (), False) or inside != learned:
             raise ModelError(
-                _("the marks of the template enclose {inside}, the render teaches {learned}").format(
+                _("the template marks {inside}, but the render teaches {learned}").format(
                     inside=inside, learned=learned
                 ),
                 place=f"template {self.name}",
-                remedy=_("mark the answer with its stop token, and nothing else"),
+                remedy=_("mark exactly the answer and its stop token"),
             )
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
@@ -393,7 +393,7 @@ class Template:
             raise ModelError(error.rule, place=f"template {self.name}") from None
         if two.count(SENTINEL) != 2 or one.count(SENTINEL) != 1:
             raise ModelError(
-                _("the template does not show each answer once"),
+                _("the template does not show each answer exactly once"),
                 place=f"template {self.name}",
                 remedy=_("choose another template, for example `template: chatml`"),
             )
@@ -403,7 +403,7 @@ class Template:
         if not found:
             raise ModelError(
                 _(
-                    "no special token ends an answer in this template (after an answer comes {between!r}), so a model could never learn to stop"
+                    "this template writes no special stop token after an answer (it writes {between!r}), so the model would never learn to stop"
                 ).format(between=between[:20]),
                 place=f"template {self.name}",
                 remedy=_("choose one of: {shipped}").format(shipped=_(", ").join(SHIPPED)),
@@ -419,7 +419,7 @@ class Template:
             raise ModelError(
                 _("the tokenizer has no token {missing}, which the template writes").format(missing=", ".join(missing)),
                 place=f"template {self.name}",
-                remedy=_("choose a template of plain words: `template: alpaca` or `template: plain`"),
+                remedy=_("choose a plain-text template: `template: alpaca` or `template: plain`"),
             )
 
 

@@ -52,7 +52,7 @@ def tell(text: str) -> None:
 
 
 def notice(text: str) -> None:
-    """Something was derived, translated or left out: said, never silent."""
+    """Report something that was derived, translated or left out."""
     if SCREEN.speaks:
         SCREEN.console.print(f"[yellow]![/] {plain(text)}", soft_wrap=not SCREEN.console.is_terminal)
 

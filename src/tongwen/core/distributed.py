@@ -19,12 +19,12 @@ from pathlib import Path
 EXIT_FILE = "TONGWEN_EXIT_FILE"
 BEGAN = "TONGWEN_BEGAN"
 SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
-SAVING_SECONDS = 600  # torchrun kills its processes so long after it has asked them to stop
+SAVING_SECONDS = 600  # torchrun kills its processes this long after asking them to stop
 
 
 def adopt() -> None:
-    """Before anything asks for a place: what a launcher has told. A launcher of one process, or an image that has set its
-    words, has nobody to wait for, and is none."""
+    """Read the launcher's environment, before anything asks for a rank. A launcher that starts a single process, or an image
+    that presets these variables, counts as no launcher."""
     if os.environ.get("WORLD_SIZE", "1") in ("", "1") and not is_ours():
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
@@ -32,7 +32,7 @@ def adopt() -> None:
 
 
 def adopt_slurm() -> None:
-    """What srun tells its tasks, in the words that torch's process groups read. Its first node listens."""
+    """Translate srun's variables into those that torch's process groups read. Its first node is the master."""
     told = os.environ
     tasks = told.get("SLURM_STEP_NUM_TASKS", "")
     if not tasks.isdigit() or int(tasks) < 2 or is_launched() or any(name not in told for name in SLURM):
@@ -97,7 +97,7 @@ def begin() -> None:
 
 
 def deadline(seconds: float | None) -> float | None:
-    """When a command that may take so many seconds must be gone, in seconds since 1970."""
+    """The time, in seconds since 1970, at which a command with this time limit must have ended."""
     return float(os.environ[BEGAN]) + seconds if seconds is not None else None
 
 
@@ -117,7 +117,7 @@ def torchrun(devices: int, arguments: Sequence[str]) -> int:
 
 
 def _wait_for(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a command; whoever asks this process to stop asks that one, which answers when it has saved."""
+    """Run a command and pass stop signals on to it; it ends when it has saved."""
     process = subprocess.Popen(command, env=environment, close_fds=False)  # noqa: S603 - it holds the folder's lock, too
     with listening(lambda number: process.terminate()):
         return process.wait()

@@ -1,4 +1,4 @@
-"""What can go wrong by the user's hand or the machine's. Anything else is a bug and shows its traceback.
+"""Errors that the user or the machine causes. Anything else is a bug and shows its traceback.
 
     TongwenError                    exit code
       RecipeError                   2    recipe or command

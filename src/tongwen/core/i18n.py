@@ -30,7 +30,7 @@ def _(text: str) -> str:
 
 
 def N_(text: str) -> str:  # noqa: N802 (gettext's own name)
-    """Mark a text for the catalogue where it stands in a table; `_` translates it where it is shown."""
+    """Mark a text for the catalogue inside a table; `_` translates it where it is shown."""
     return text
 
 

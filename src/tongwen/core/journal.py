@@ -80,7 +80,7 @@ class Journal(ABC):
                 raise ArtifactError(
                     _("this line of the journal is damaged"),
                     place=f"{self.file}:{number}",
-                    remedy=_("delete the line: its answer is asked again"),
+                    remedy=_("delete the line: its answer will be requested again"),
                 ) from None
             size += len(line)
         return size

@@ -1,4 +1,4 @@
-"""glibc's allocator, told how this process uses memory; elsewhere nothing is changed."""
+"""Tune glibc's allocator to how this process uses memory; on other systems change nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # mallopt's names for th
 
 
 def tell(words: dict[int, int]) -> None:
-    """Set each of them. Whoever has set a MALLOC_ variable of the environment keeps what it says."""
+    """Set these mallopt parameters, unless the user has set a MALLOC_ environment variable."""
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

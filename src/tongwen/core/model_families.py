@@ -13,7 +13,7 @@ class Family:
     """models:     whose they are, for a reader
     targets:    module names that the family's users train with LoRA (`targets: family`)
     padded:     why documents cannot be kept apart in one row, so that batches are padded; None where they can (positions
-                that may begin anew, attention through transformers' interface)
+                that may restart, attention through transformers' interface)
     dialogues_only: why it does not learn from plain text; None where it does
     table:      positions are rows of a table: nothing longer can be computed
     transposed: the file holds matrices (in, out), as GPT-2's Conv1D does
@@ -56,7 +56,7 @@ FAMILIES: dict[str, Family] = {
     "chatglm": Family(
         "ChatGLM-6B",
         ("query_key_value",),
-        dialogues_only=N_("it is a prefix language model: what it learns stands behind <sop>"),
+        dialogues_only=N_("it is a prefix language model: the learned text must follow <sop>"),
         vllm=False,
     ),
     "bloom": Family(

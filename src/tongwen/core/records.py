@@ -1,4 +1,4 @@
-"""The records that flow through the river: a Document, a Dialogue of Messages, and the Spans of a rendered text."""
+"""The records that all stages share: a Document, a Dialogue of Messages, and the Spans of a rendered text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate: what a run that was interrupted must share with itself to go on, and what may change in between.
+"""Decide whether an interrupted run may continue: which settings must be the same, and which may change.
 
 A training stage writes `run.json` into its unfinished folder: the id of the run, its settings, and the fingerprints of what
 it stands on. The same command continues only when all of them are the same; words that do not decide the result are not
@@ -50,8 +50,8 @@ def check(
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """As of artifact. What only one of the two tells of an engine's file or of an adapter says nothing beside the other's words
-    (of which `engine`, `method` and so on tell), or was not kept by its version."""
+    """Like artifact.differences, but ignore keys of an engine file or adapter that only one side has: `engine`, `method` and so
+    on already show the difference, or an older version did not store them."""
     return [
         one
         for one in artifact.differences(before, now)
@@ -79,7 +79,7 @@ def _fork(folder: Path, run: dict[str, Any], settings: Mapping[str, Any], change
     if not changed:
         return
     lines = ", ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed)
-    console.notice(_("continued with other settings (--fork): {lines}").format(lines=lines))
+    console.notice(_("continued with different settings (--fork): {lines}").format(lines=lines))
     forks = [*run["forks"], {"from": run["run"], "at": _now(), "changed": changed}]
     identity = {name: value for name, value in run["identity"].items() if name not in (DATA, DTYPE)}
     (folder / BEFORE).unlink(missing_ok=True)
@@ -108,7 +108,7 @@ def ids(run: Mapping[str, Any]) -> set[str]:
 
 
 def again() -> str:
-    return _("tongwen run RECIPE --again redoes it and everything after it, and keeps the old folder")
+    return _("tongwen run RECIPE --again redoes this stage and all later ones, and keeps the old folder")
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

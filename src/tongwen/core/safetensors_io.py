@@ -1,6 +1,6 @@
 """Tensors in safetensors files as byte ranges: found, checked, planned and copied, without loading one.
 
-Nothing here computes, so that whoever moves weights about (merge, convert, verify) shares one reading of the format.
+Nothing here computes, so merge, convert and verify share one reader of the format.
 What a header says is believed only where the file agrees: every range lies inside, none overlap, and each is as long as
 its type and shape say.
 """
@@ -76,7 +76,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     """All tensors of a model or adapter folder by name; empty when it has no safetensors files.
 
     Raises ModelError when the index names a file outside the folder or one that is missing, when index and shards
-    disagree, or when a tensor stands in two shards.
+    disagree, or when two shards contain the same tensor.
     """
     index, whole = folder / INDEX, folder / "model.safetensors"
     mapped = read_index(index) if index.is_file() and not whole.is_file() else None  # transformers' own precedence
@@ -88,13 +88,13 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     for file in files:
         for name, stored in read_header(file).items():
             if name in found:
-                raise _broken(file, _("{name} also stands in {file}").format(name=name, file=found[name].file.name))
+                raise _broken(file, _("{name} is also in {file}").format(name=name, file=found[name].file.name))
             found[name] = stored
     for name, file_name in (mapped or {}).items():
         if name not in found or found[name].file.name != file_name:
             raise _broken(index, _("{name} is not in {file_name}").format(name=name, file_name=file_name))
     if mapped is not None and (strange := sorted(found.keys() - mapped.keys())):
-        raise _broken(index, _("{strange} stands in no index").format(strange=strange[0]))
+        raise _broken(index, _("the index does not list {strange}").format(strange=strange[0]))
     return found
 
 
@@ -107,7 +107,7 @@ def read_index(index: Path) -> dict[str, str]:
     for name, file_name in mapped.items():
         if not isinstance(file_name, str) or Path(file_name).name != file_name or "\\" in file_name:
             raise ModelError(
-                _("{name} is said to be in {file_name!r}, outside of this folder").format(
+                _("the index places {name} in {file_name!r}, outside this folder").format(
                     name=name, file_name=file_name
                 ),
                 place=str(index),
@@ -115,7 +115,7 @@ def read_index(index: Path) -> dict[str, str]:
             )
     for file_name in sorted(set(mapped.values())):
         if not (index.parent / file_name).is_file():
-            raise _broken(index, _("it names the shard {file_name}, which is missing").format(file_name=file_name))
+            raise _broken(index, _("the shard {file_name} is missing").format(file_name=file_name))
     return mapped
 
 
@@ -126,7 +126,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         start = stream.read(8)
         size = int.from_bytes(start, "little")
         if len(start) < 8 or size > min(length - 8, LONGEST_HEADER):
-            raise _broken(file, what_it_is(file) or _("it ends after {length} bytes").format(length=length))
+            raise _broken(file, what_it_is(file) or _("the file ends after {length} bytes").format(length=length))
         try:
             header: dict[str, Any] = json.loads(stream.read(size))
             found = {
@@ -142,7 +142,7 @@ def read_header(file: Path) -> dict[str, Stored]:
                 if name != "__metadata__"
             }
         except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
-            raise _broken(file, _("its header cannot be read")) from None
+            raise _broken(file, _("the file header cannot be read")) from None
     at = 8 + size
     ordered = sorted(found.values(), key=lambda stored: (stored.begin, stored.end))
     for stored in ordered:
@@ -152,10 +152,10 @@ def read_header(file: Path) -> dict[str, Stored]:
             or (stored.dtype in ITEM_BYTES and stored.size != expected)
             or min(stored.shape, default=0) < 0
         ):
-            raise _broken(file, _("its header lies about {stored}").format(stored=stored.name))
+            raise _broken(file, _("the file header does not match {stored}").format(stored=stored.name))
         at = stored.end
     if at != length:
-        raise _broken(file, _("it should have {at} bytes and has {length}").format(at=at, length=length))
+        raise _broken(file, _("the file should have {at} bytes but has {length}").format(at=at, length=length))
     return {stored.name: stored for stored in ordered}
 
 
@@ -180,7 +180,7 @@ def what_it_is(file: Path) -> str:
     with file.open("rb") as stream:
         start = stream.read(64)
     if not start:
-        return _("it is empty")
+        return _("the file is empty")
     if start.startswith(b"version https://git-lfs"):
         return _("it is a Git LFS pointer, not the file itself")
     if start.lstrip()[:1] == b"<":
@@ -252,7 +252,7 @@ def copy_bytes(source: Stored, target: Stored) -> None:
         while done < source.size:
             block = reader.read(min(CHUNK, source.size - done))
             if not block:
-                raise _broken(source.file, _("it ends early"))
+                raise _broken(source.file, _("the file ends early"))
             writer.write(block)
             done += len(block)
 
@@ -265,7 +265,7 @@ def iter_bytes(stored: Stored) -> Iterator[bytes]:
         while left:
             block = stream.read(min(CHUNK, left))
             if not block:
-                raise _broken(stored.file, _("it ends early"))
+                raise _broken(stored.file, _("the file ends early"))
             left -= len(block)
             yield block
 
@@ -274,5 +274,5 @@ def _broken(file: Path, what: str) -> ModelError:
     return ModelError(
         _("the model cannot be loaded: {what}").format(what=what),
         place=str(file),
-        remedy=_("fetch it again: the file is not whole"),
+        remedy=_("fetch it again: the file is incomplete"),
     )

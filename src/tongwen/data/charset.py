@@ -1,4 +1,4 @@
-"""Which encoding the bytes of a text are in: named by the recipe, said by a mark at the beginning, or recognised.
+"""Which encoding the bytes of a text are in: set by the recipe, given by a byte order mark, or detected.
 
 UTF-8 is what nearly all files are, and stays the answer for a file with a few broken lines. Otherwise GB18030 or Big5 are
 found by what they give: everyday Chinese consists of few characters, and wrongly decoded Chinese of rare ones. That tells
@@ -49,8 +49,8 @@ _NON_ASCII = re.compile("[^\0-\x7f]")
 
 @dataclass(frozen=True)
 class Charset:
-    """codec: Python's name; by_line: its line ends are the byte \\n, so that lines can be decoded one by one; told: what
-    the user should hear."""
+    """codec: Python's name; by_line: its line ends are the byte \\n, so that lines can be decoded one by one; told: a
+    notice for the user."""
 
     codec: str
     told: str = ""
@@ -76,8 +76,8 @@ def choose(head: bytes, wanted: str | None, whole: bool) -> Charset:
     codec = named(wanted)
     if codec != found.codec and not found.codec.startswith(codec) and not _fits(sample, codec, found):
         raise DataError(
-            _("encoding: {wanted} is named, but this is {found}").format(wanted=wanted, found=found.name),
-            remedy=_("encoding: {codec}, or leave the word out").format(codec=found.codec),
+            _("encoding: {wanted} is set, but the file is {found}").format(wanted=wanted, found=found.name),
+            remedy=_("encoding: {codec}, or omit it").format(codec=found.codec),
         )
     return found if found.codec.startswith(codec) else Charset(codec)
 

@@ -185,10 +185,10 @@ def mend_mojibake(text: str) -> str | Dropped:
         try:
             return text.encode("gb18030").decode("utf-8")
         except UnicodeError:
-            return Dropped("mojibake", _("UTF-8 that was read as GBK, beyond repair"))
+            return Dropped("mojibake", _("UTF-8 that was decoded as GBK and cannot be restored"))
     lost = sum(map(len, _LOST.findall(text)))
     if lost > 0.01 * len(text):
-        return Dropped("mojibake", _("{lost} characters are lost (�, 锟斤拷)").format(lost=lost))
+        return Dropped("mojibake", _("{lost} characters are corrupt (�, 锟斤拷)").format(lost=lost))
     return text
 
 
@@ -365,10 +365,10 @@ def check_repetition(text: str) -> str | Dropped:
         if repeated > 0.5 * len(text):
             return Dropped(
                 "repetition",
-                _("{repeated:.0%} is in repeated lines").format(repeated=repeated / len(text)),
+                _("{repeated:.0%} of the text is repeated lines").format(repeated=repeated / len(text)),
             )
     data = text[:100_000].encode("utf-8", "surrogatepass")
     ratio = len(zlib.compress(data, 1)) / len(data)
     if ratio < 0.1:
-        return Dropped("repetition", _("it deflates to {ratio:.1%}").format(ratio=ratio))
+        return Dropped("repetition", _("the text compresses to {ratio:.1%}").format(ratio=ratio))
     return text

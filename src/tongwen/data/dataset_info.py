@@ -1,7 +1,6 @@
 """An entry of LLaMA-Factory's dataset_info.json becomes sources of ours, so that its folders can be used as they are.
 
-What an entry asks for and this cannot do is refused by name: data read in another way than its owner meant is worse than
-none.
+Unsupported options of an entry are refused by name: misread data is worse than none.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def entry_source(source: SourceConfig) -> list[SourceConfig]:
     formatting = entry.get("formatting", "alpaca")
     if formatting not in _FORMATS:
         raise DataError(
-            _("formatting: {formatting!r} is not {formats}").format(
+            _("formatting: {formatting!r} should be one of {formats}").format(
                 formatting=formatting, formats=_(", ").join(_FORMATS)
             ),
             place=place,
@@ -82,29 +81,29 @@ def _entry(file: Path, name: str) -> dict[str, Any]:
         raise DataError(_("this is not JSON: {error}").format(error=error), place=shown(file)) from None
     if not isinstance(entries, dict):
         raise DataError(
-            _("a dataset_info.json holds one object: {name: {file_name: …}}"),
+            _("dataset_info.json must be one object: {name: {file_name: …}}"),
             place=shown(file),
         )
     if name not in entries:
         near = difflib.get_close_matches(name, entries, n=3, cutoff=0)
         raise DataError(
-            _("there is no entry {name!r}; the nearest: {near}").format(name=name, near=_(", ").join(near)),
+            _("there is no entry {name!r}; the closest: {near}").format(name=name, near=_(", ").join(near)),
             place=shown(file),
             remedy=f"entry: {near[0]}" if near else "",
         )
     if not isinstance(entries[name], dict):
-        raise DataError(_("an entry is an object: {file_name: …}"), place=f"{shown(file)}: {name}")
+        raise DataError(_("an entry must be an object: {file_name: …}"), place=f"{shown(file)}: {name}")
     return dict(entries[name])
 
 
 def _check_known(entry: dict[str, Any], place: str) -> None:
-    """Raise DataError for what the entry asks for and nothing here does."""
+    """Raise DataError for unsupported options of the entry."""
     foreign = [key for key, value in entry.items() if key not in _KNOWN and value not in (None, False)]
     if entry.get("split") not in (None, "train"):
         foreign.append("split")
     if foreign:
         raise DataError(
-            _("the entry asks for what is not done here: {foreign}").format(
+            _("the entry uses unsupported options: {foreign}").format(
                 foreign=_(", ").join(f"{key}: {entry[key]!r}" for key in foreign)
             ),
             place=place,
@@ -114,7 +113,7 @@ def _check_known(entry: dict[str, Any], place: str) -> None:
         if not isinstance(entry.get(word, {}), dict) or not all(
             value is None or isinstance(value, str) for value in entry.get(word, {}).values()
         ):
-            raise DataError(_("{word} must be an object of names").format(word=word), place=place)
+            raise DataError(_("{word} must be an object whose values are names").format(word=word), place=place)
 
 
 def _names(entry: dict[str, Any], formatting: str, place: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -131,7 +130,7 @@ def _names(entry: dict[str, Any], formatting: str, place: str) -> tuple[dict[str
             columns[ours_of[word]] = theirs
         else:
             raise DataError(
-                _("{word}: {theirs!r} is not read for formatting {formatting}; known: {known}").format(
+                _("formatting {formatting} does not read {word}: {theirs!r}; known: {known}").format(
                     word=word, theirs=theirs, formatting=formatting, known=_(", ").join(ours_of)
                 ),
                 place=place,
@@ -146,6 +145,6 @@ def _path(entry: dict[str, Any], file: Path, place: str) -> str:
         if isinstance(value, str) and value:
             return start + value if start else str(file.parent / value)
     raise DataError(
-        _("the entry names no file_name, hf_hub_url or ms_hub_url"),
+        _("the entry has no file_name, hf_hub_url or ms_hub_url"),
         place=place,
     )

@@ -39,7 +39,7 @@ def run_tasks(
         for part in parts[rank::world_size]:
             try:
                 work(part)
-            except TongwenError as error:  # the first process says it, and gives its exit code
+            except TongwenError as error:  # the first process reports it and returns its exit code
                 found = {"code": error.exit_code, "rule": error.rule, "place": error.place, "remedy": error.remedy}
                 artifact.write_json(_error_file(out, step, part), found)
         return data or ()
@@ -53,7 +53,7 @@ def run_tasks(
 
 
 def _wait(section: Prepare, step: str, out: Path, parts: Sequence[InputPart]) -> None:
-    """Until every part is done. Slurm returns when the job is queued, and a task that died leaves no word."""
+    """Wait until every part is done. Slurm returns when the job is queued, and a task that died reports nothing."""
     while True:
         for part in parts:
             if (file := _error_file(out, step, part)).is_file():
@@ -69,7 +69,7 @@ def _wait(section: Prepare, step: str, out: Path, parts: Sequence[InputPart]) ->
             raise MachineError(
                 _("{count} files were not finished").format(count=len(undone)),
                 place=undone[0].name,
-                remedy=_("see the logs in {out}; the same command goes on").format(out=out / "parts"),
+                remedy=_("see the logs in {out}; the same command continues").format(out=out / "parts"),
             )
         time.sleep(5)
 

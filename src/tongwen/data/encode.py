@@ -49,7 +49,7 @@ class Encoder:
     """A tokenizer with its prefix and the rule for continuing a text.
 
     tokenizer: a fast transformers tokenizer
-    prefix:    ids that the tokenizer itself puts before a text, such as `<s>`; said exactly once
+    prefix:    ids that the tokenizer itself puts before a text, such as `<s>`; written exactly once
     anchor:    what a continuation is tokenised behind; "" where that is as it stands, or where the model was trained with
                answers that begin as a text does (ChatGLM)
     """
@@ -90,7 +90,9 @@ class Encoder:
             found = fast.encode(text)
             if found is not None and found.tolist() != wanted:
                 console.notice(
-                    _("tiktoken splits {text!r} in another way; the tokenizers library is used").format(text=text[:20])
+                    _("tiktoken splits {text!r} differently; using the tokenizers library instead").format(
+                        text=text[:20]
+                    )
                 )
                 return None
         return fast
@@ -231,8 +233,7 @@ def encode_dialogues(
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without the search for cycles: there are none, and it would walk over millions of ids again and again (a tenth of
-    the time)."""
+    """Turn off cycle collection: there are no cycles, and scanning millions of ids repeatedly costs a tenth of the time."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -301,7 +302,7 @@ def _unfit(sample: _Sample, max_length: int) -> tuple[str, str]:
         )
     learned = sum([len(piece.ids) for piece in sample.pieces if piece.learn])
     if learned < 1 or (learned == 1 and sample.pieces[0].learn):
-        return "nothing_to_learn", _("no token of this sample is learned")
+        return "nothing_to_learn", _("this sample has no token to learn")
     return "", ""
 
 
@@ -309,7 +310,7 @@ def _shortened(
     dialogue: Dialogue, sample: _Sample, template: Template, encoder: Encoder, section: Sft
 ) -> tuple[_Sample, str]:
     """The dialogue without its oldest turns, or with the end of its longest question cut, so that it fits; its answer and
-    stop token stay whole. The sample itself when that is not possible. With the ledger's word for what was lost."""
+    stop token stay whole. The sample itself when that is not possible. Also returns the ledger's reason for the loss."""
 
     def fitting(messages: Sequence[Message]) -> _Sample | None:
         try:
@@ -380,7 +381,7 @@ def encode_documents(
 
 
 def _whole(ids: Ids, encoder: Encoder, end: int) -> np.ndarray:
-    """A document with its prefix before and its end after it, also where the text says them itself."""
+    """A document with its prefix before and its end after it, also where the text already contains them."""
     pieces = encoder.with_prefix([Piece(ids, learn=True)]) if encoder.prefix else [Piece(ids, learn=True)]
     whole = np.concatenate([np.asarray(piece.ids, np.uint32) for piece in pieces])
     return whole if len(whole) > 1 and whole[-1] == end else np.append(whole, np.uint32(end))
@@ -456,9 +457,9 @@ def check_store(store: TokenStore, section: Sft, rejected: Sequence[dict[str, An
         first = rejected[0] if rejected else None
         raise DataError(
             (
-                _("no sample is left to learn ({too_long} of {count} are longer than max_length {max_length})").format(
-                    too_long=too_long, count=len(rejected), max_length=section.max_length
-                )
+                _(
+                    "no sample is left to train on ({too_long} of {count} are longer than max_length {max_length})"
+                ).format(too_long=too_long, count=len(rejected), max_length=section.max_length)
                 + (_("; the first: {rule}").format(rule=first["rule"]) if first else "")
             ),
             place=f"{first['file']}:{first['row']}" if first else "sft",

@@ -1,6 +1,6 @@
 """A path of the recipe becomes files, and a file a stream of its bytes, unpacked when it is compressed.
 
-What a file is shows in its first bytes, never in its name. Whatever stops the reading in the middle is a `DamagedFile`, so that
+What a file is shows in its first bytes, never in its name. Any error in the middle of reading is a `DamagedFile`, so that
 the reader of rows can say how many it had. A file must be the same when it is closed as when it was opened.
 """
 
@@ -104,7 +104,7 @@ def find_files(path: str) -> list[Path]:
     raise DataError(
         _("there is no such file"),
         place=shown(path),
-        remedy=_("paths are taken from the folder where you stand: {folder}").format(folder=Path.cwd()),
+        remedy=_("relative paths start from the current folder: {folder}").format(folder=Path.cwd()),
     )
 
 
@@ -113,7 +113,7 @@ def _kind(place: Path) -> str:
     try:
         mode = place.stat().st_mode
     except ValueError:
-        raise DataError(_("a path cannot hold a NUL"), place=shown(str(place).replace("\0", "\\0"))) from None
+        raise DataError(_("a path cannot contain a NUL"), place=shown(str(place).replace("\0", "\\0"))) from None
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return ""
@@ -171,9 +171,9 @@ def _cannot_open(place: Path, error: OSError) -> DataError:
     if error.errno == errno.ELOOP:
         rule = _("this link leads to itself")
     elif error.errno in (errno.EACCES, errno.EPERM):
-        rule = _("there is no permission to read this")
+        rule = _("no permission to read this")
     elif error.errno == errno.ENAMETOOLONG:
-        rule = _("this name is too long for a file")
+        rule = _("this file name is too long")
     else:
         rule = _("this cannot be opened: {strerror}").format(strerror=error.strerror)
     remedy = f"chmod +r {shown(place)}" if error.errno == errno.EACCES else ""
@@ -205,7 +205,7 @@ def opened(file: Path) -> Iterator[Stream]:
             raise DataError(
                 _("no rows: the file is empty"),
                 place=shown(file),
-                remedy=_("take it out of the recipe"),
+                remedy=_("remove it from the recipe"),
             )
         magic = raw.read(16)
         raw.seek(0)
@@ -228,9 +228,9 @@ def _check_unchanged(file: Path, before: os.stat_result) -> None:
         getattr(after, name) != getattr(before, name) for name in ("st_size", "st_mtime_ns", "st_ino")
     ):
         raise DataError(
-            _("this file changed while it was read"),
+            _("this file changed while it was being read"),
             place=shown(file),
-            remedy=_("wait until it is written, then run again"),
+            remedy=_("wait until it is fully written, then run again"),
         )
 
 
@@ -260,7 +260,7 @@ def _plain(raw: IO[bytes]) -> Iterator[bytes]:
         while block := raw.read(BLOCK):
             yield block
     except OSError as error:
-        raise DamagedFile(_("reading fails: {strerror}").format(strerror=error.strerror)) from None
+        raise DamagedFile(_("reading failed: {strerror}").format(strerror=error.strerror)) from None
 
 
 def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -302,7 +302,7 @@ def _unpacked(raw: IO[bytes], packed: str) -> Iterator[bytes]:
                     made += len(piece)
                     if made > BOMB_BYTES and made > BOMB_RATIO * given:
                         raise DamagedFile(
-                            _("{given:,} bytes unpack to more than {made:,}: data does not do that").format(
+                            _("{given:,} bytes unpack to more than {made:,}: normal data does not do that").format(
                                 given=given, made=made
                             )
                         )
@@ -316,10 +316,10 @@ def _unpacked(raw: IO[bytes], packed: str) -> Iterator[bytes]:
             _("fetch the file again"),
         ) from None
     except OSError as error:
-        raise DamagedFile(_("reading fails: {strerror}").format(strerror=error.strerror)) from None
+        raise DamagedFile(_("reading failed: {strerror}").format(strerror=error.strerror)) from None
     if engine is not None:
         raise DamagedFile(
-            _("the {packed} data is cut off").format(packed=packed),
+            _("the {packed} data is truncated").format(packed=packed),
             _("fetch the file again"),
         )
 
@@ -379,23 +379,25 @@ def check_signature(file: Path, head: bytes, packed: str = "") -> None:
     if archive:
         raise refuse(
             _("this is a {archive} archive; archives are not read").format(archive=archive),
-            _("unpack it and name the files"),
+            _("unpack it and name the files in the recipe"),
         )
     if inner := next((name for sign, name in _PACKED.items() if packed and head.startswith(sign)), ""):
         raise refuse(_("this is compressed twice ({packed}, {inner})").format(packed=packed, inner=inner))
     if packed and is_table(head):
         raise refuse(
-            _("this is a table (Parquet or Arrow) inside {packed}; it cannot be read from there").format(packed=packed),
+            _("this is a table (Parquet or Arrow) compressed with {packed}; it cannot be read directly").format(
+                packed=packed
+            ),
             _("unpack it"),
         )
     if foreign := next((name for sign, name in _FOREIGN.items() if head.startswith(sign)), ""):
-        raise refuse(_("this is a {foreign} file; it holds no rows").format(foreign=foreign))
+        raise refuse(_("this is a {foreign} file; it contains no rows").format(foreign=foreign))
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         raise refuse(_("this is a Git LFS pointer, not the data"), "git lfs pull")
     if re.match(rb"(?:\xef\xbb\xbf)?\s*(?:<!doctype html|<html[\s>]|<\?xml\s)", head, re.IGNORECASE):
         raise refuse(
             _("this is a web page (HTML or XML), perhaps an error page of the download"),
-            _("look into it, then fetch the data again"),
+            _("look at its content, then fetch the data again"),
         )
     if head and not head.strip(b"\0"):
-        raise refuse(_("this file holds only NUL bytes: it is damaged"))
+        raise refuse(_("this file contains only NUL bytes: it is damaged"))

@@ -1,7 +1,7 @@
-"""Raw rows become Documents and Dialogues. The format is recognised from the keys that a row has.
+"""Convert raw rows to Documents and Dialogues. The keys of a row decide its format.
 
-A row answers with a record, or is refused with a reason that stands in the ledger and in rejected.jsonl. Nothing is guessed:
-a value that is no text is not made one, a row that could mean two things is refused, and so is a turn out of order.
+A row gives a record, or is refused with a reason that goes to the ledger and rejected.jsonl. Nothing is guessed: values that
+are not text are not converted, and ambiguous rows and turns out of order are refused.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def recognise(row: Any) -> str | None:
         names = [*turns, *(["instruction"] if is_alpaca else [])]
         raise RowRefused(
             "ambiguous",
-            _("the row is of more than one format: it has {names}; name the format in the recipe").format(
+            _("the row matches more than one format: it has {names}; name the format in the recipe").format(
                 names=_(", ").join(names)
             ),
         )
@@ -107,7 +107,7 @@ def recognise_row(raw: RawRow, source: SourceConfig) -> str:
     if found and found != "text":
         return found
     keys = _keys(raw.value)
-    rule = _("this row is no dialogue of a known format; it has: {keys}").format(keys=keys)
+    rule = _("this row is not a dialogue in a known format; it has: {keys}").format(keys=keys)
     if found == "text":
         remedy = _(
             "plain text belongs under prepare.documents; or name the columns: {path: …, columns: {instruction: text, output: YOUR_ANSWER}}"
@@ -128,7 +128,7 @@ def check_source(source: SourceConfig) -> None:
         for name in names:
             if name not in known:
                 raise RecipeError(
-                    _("{word}: {name!r} is none of our names: {known}").format(
+                    _("{word}: {name!r} is not one of the known names: {known}").format(
                         word=word, name=name, known=_(", ").join(known)
                     ),
                     place=source.path,
@@ -137,7 +137,7 @@ def check_source(source: SourceConfig) -> None:
 
 
 def _check_preferences(row: dict[str, Any], source: SourceConfig, place: str) -> None:
-    """Half of what such data holds is what a model should not say."""
+    """Raise DataError for preference data: half of it is text that a model should not learn."""
     mapped = set(source.columns.values())
     found: list[str] = [name for name in ("chosen", "rejected") if name in row and name not in mapped]
     if isinstance(row.get("label"), bool) and "prompt" in row and "completion" in row:
@@ -145,10 +145,10 @@ def _check_preferences(row: dict[str, Any], source: SourceConfig, place: str) ->
     if found and not mapped & {"chosen", "label"}:
         names = ", ".join(found)
         raise DataError(
-            _("this is preference data ({names}), which is for other training than this").format(names=names),
+            _("this is preference data ({names}); this kind of training does not use it").format(names=names),
             place=place,
             remedy=_(
-                "to learn the chosen answers alone: {path: …, format: pair, columns: {question: prompt, answer: chosen}}"
+                "to learn only the chosen answers: {path: …, format: pair, columns: {question: prompt, answer: chosen}}"
             ),
         )
 
@@ -186,7 +186,7 @@ def read_dialogue(row: Any, format_: str, source: SourceConfig, fill: Mapping[st
         raise RowRefused("not_an_object", _("a row must be an object, this is {kind}").format(kind=kind(row)))
     if format_ == "text":
         raise DataError(
-            _("plain text is no dialogue"),
+            _("plain text is not a dialogue"),
             place=str(origin),
             remedy=_("put it under prepare.documents"),
         )
@@ -382,7 +382,7 @@ def _turns(row: dict[str, Any], key: str, source: SourceConfig) -> Iterator[tupl
         found = _("empty") if turns == [] else kind(turns)
         raise RowRefused(
             "no_messages",
-            _("{key} must be a list with turns, this is {found}").format(key=key, found=found),
+            _("{key} must be a non-empty list, this is {found}").format(key=key, found=found),
         )
     mapped = any(name in source.columns for name in IN_TURNS)
     for number, turn in enumerate(turns, 1):
@@ -432,7 +432,7 @@ def _content(turn: dict[str, Any], number: int, optional: bool) -> str:
             if part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise RowRefused(
                     "not_only_text",
-                    _("turn {number} has a part of type {type!r}; only text is learned").format(
+                    _("turn {number} has a part of type {type!r}; only text is supported").format(
                         number=number, type=part.get("type")
                     ),
                 )
@@ -518,7 +518,7 @@ def _is_encoded_again(text: str) -> bool:
 def _double_encoded(key: str) -> RowRefused:
     return RowRefused(
         "double_encoded",
-        _("{key} holds JSON that was written as text inside JSON").format(key=key),
+        _("{key} contains JSON that was encoded again as text").format(key=key),
     )
 
 
@@ -538,7 +538,7 @@ def _role(value: Any, number: int, source: SourceConfig) -> str:
     if role is None:
         raise RowRefused(
             "unknown_role",
-            _("turn {number}: unknown role {value!r}; the recipe can name it: roles: {{{value}: user}}").format(
+            _("turn {number}: unknown role {value!r}; map it in the recipe: roles: {{{value}: user}}").format(
                 number=number, value=value
             ),
         )
@@ -599,7 +599,7 @@ def _check_order(roles: Sequence[str]) -> None:
     if before != "assistant":
         raise RowRefused(
             "ends_unanswered",
-            _("the dialogue ends with turn {count} of {before}").format(count=len(roles), before=before),
+            _("the dialogue ends with turn {count}, a {before} turn").format(count=len(roles), before=before),
         )
 
 
@@ -611,7 +611,7 @@ def _split_thinking(message: Message, turn: int) -> Message:
     if is_blank(content) and not message.tool_calls:
         raise RowRefused(
             "only_thinking",
-            _("turn {turn}: the answer holds only thinking").format(turn=turn),
+            _("turn {turn}: the answer contains only thinking").format(turn=turn),
         )
     return Message(message.role, content, found[1].strip() or None, message.tool_calls, message.learn)
 
@@ -633,7 +633,7 @@ def _checked(text: str, place: str | int) -> str:
     if broken or "\0" in text:
         key = _("turn {place}").format(place=place) if isinstance(place, int) else place
         if broken:
-            raise RowRefused("lone_surrogate", _("{key} contains half of a surrogate pair").format(key=key))
+            raise RowRefused("lone_surrogate", _("{key} contains an unpaired surrogate").format(key=key))
         raise RowRefused("nul_character", _("{key} contains a NUL character").format(key=key))
     return text
 

@@ -79,7 +79,9 @@ def _check_held_out(part: InputPart, section: Prepare) -> None:
     if part.role == "held_out" and not getattr(section, part.kind):
         trained = " / ".join(kind for kind in KINDS if getattr(section, kind))
         raise DataError(
-            _("held_out: this file holds {kind}, the recipe has {trained}").format(kind=part.kind, trained=trained),
+            _("held_out: this file contains {kind}, but the recipe has {trained}").format(
+                kind=part.kind, trained=trained
+            ),
             place=part.name,
             remedy=_("name a file of {trained}, or a share: held_out: 0.02").format(trained=trained),
         )

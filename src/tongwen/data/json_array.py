@@ -34,7 +34,7 @@ def read_array(blocks: Iterator[bytes], found: Charset, name: str) -> Iterator[R
             letter = buffer.letter()
             if letter not in (",", "]"):
                 raise buffer.damaged(
-                    _("this is not a whole JSON array: {letter} row {number}").format(
+                    _("this is not a complete JSON array: {letter} row {number}").format(
                         letter=_("{letter!r} follows").format(letter=letter) if letter else _("nothing follows"),
                         number=number,
                     )
@@ -43,7 +43,7 @@ def read_array(blocks: Iterator[bytes], found: Charset, name: str) -> Iterator[R
             if letter == "]":
                 break
     if buffer.letter():
-        raise buffer.damaged(_("something follows the JSON array"))
+        raise buffer.damaged(_("more text follows the JSON array"))
 
 
 class _Buffer:
@@ -88,7 +88,7 @@ class _Buffer:
         line = self.lines + self.text.count("\n", 0, place)
         return DamagedFile(
             _("{rule}, at character {letters:,}").format(rule=rule, letters=self.letters + place + 1),
-            _("one object per line may be meant: then name the file .jsonl and drop the brackets"),
+            _("if each line is one object, name the file .jsonl and remove the brackets"),
             line,
         )
 
@@ -134,7 +134,7 @@ def _decoded(buffer: _Buffer, number: int) -> tuple[Any, int, RowRefused | None]
         except ValueError as error:
             return None, LENIENT.raw_decode(text, place)[1], not_json(error, text, place)
     except RecursionError:
-        raise buffer.damaged(_("row {number} is nested too deep").format(number=number)) from None
+        raise buffer.damaged(_("row {number} is nested too deeply").format(number=number)) from None
     except ValueError as error:
         where = getattr(error, "pos", place)
         cut = str(error).startswith("Unterminated string") or where >= len(text) - 12
@@ -146,6 +146,6 @@ def _decoded(buffer: _Buffer, number: int) -> tuple[Any, int, RowRefused | None]
             ) from None
         rule = getattr(error, "msg", str(error))
         raise buffer.damaged(
-            _("this is not a whole JSON array: {rule} in row {number}").format(rule=rule, number=number),
+            _("this is not a complete JSON array: {rule} in row {number}").format(rule=rule, number=number),
             where,
         ) from None

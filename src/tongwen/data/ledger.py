@@ -37,7 +37,7 @@ class Ledger:
         self.size_lost[reason] += size
 
     def move(self, reason: str, size: int) -> None:
-        """A row that was kept so far is lost after all."""
+        """Count a row that was kept so far as lost."""
         self.keep(-size, things=-1)
         self.lose(reason, size)
 
@@ -90,7 +90,7 @@ def table_rows(table: dict[str, Any], name: str, kept: str) -> list[tuple[str, i
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that was not taken, as it stands in rejected.jsonl."""
+    """A rejected row, as written to rejected.jsonl."""
 
     origin: Origin
     reason: str

@@ -21,7 +21,7 @@ from tongwen.data.encode import Encoder, Piece, join_spans
 class LegacyRules:
     """together:  prompt and answer are one text; as many ids are masked as the prompt alone has
     begun:     the tokenizer puts `<s>` before the text
-    doubled:   `<s>` stands in the text, besides that one
+    doubled:   the text itself contains another `<s>`
     opened:    the prompt's last id, which opens the answer, is learned with it
     halves:    prompt and answer are cut apart, each to half of max_length
     ends:      the last id of a sample that was cut becomes the end
@@ -52,7 +52,7 @@ class LegacyEncoder(Encoder):
         super().__init__(tokenizer)
         if template not in WAYS:
             raise RecipeError(
-                _("template {template!r} was in none of the old scripts").format(template=template),
+                _("template {template!r} belongs to none of the old scripts").format(template=template),
                 place="sft.legacy",
                 remedy=f"template: {' | '.join(WAYS)}",
             )

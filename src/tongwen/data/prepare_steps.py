@@ -197,7 +197,7 @@ def check_losses(
                 bad=bad, rows=rows, allowed=allowed, shown=shown, more=more
             ),
             place=first_bad[0][0].rpartition(":")[0],
-            remedy=_("mend them, or allow it: prepare: {{max_bad: {bad}}}").format(bad=bad),
+            remedy=_("fix them, or allow them: prepare: {{max_bad: {bad}}}").format(bad=bad),
         )
 
 
@@ -342,9 +342,9 @@ def settle(part: InputPart, parts: Sequence[InputPart], section: Prepare, out: P
             elif knows := examination.knows(record, entry["digest"].tobytes()):
                 reason = "contaminated"
                 rule = (
-                    _("stands in held-out or evaluation data")
+                    _("appears in held-out or evaluation data")
                     if knows == "same"
-                    else _("holds a text of held-out or evaluation data")
+                    else _("contains a text from held-out or evaluation data")
                 )
             if reason:
                 ledger.move(reason, int(entry["size"]))
@@ -409,7 +409,7 @@ def join(parts: Sequence[InputPart], section: Prepare, out: Path) -> dict[str, A
 def _check_left(table: dict[str, Any], kind: str) -> None:
     if table["train"] < 1:
         lost = ", ".join(f"{reason} {count['rows']}" for reason, count in table["lost"].items())
-        raise DataError(_("no row is left to learn from: {lost}").format(lost=lost), place=f"prepare.{kind}")
+        raise DataError(_("no row is left to train on: {lost}").format(lost=lost), place=f"prepare.{kind}")
 
 
 def _check_contamination(parts: Sequence[InputPart], section: Prepare, out: Path) -> None:
@@ -418,7 +418,7 @@ def _check_contamination(parts: Sequence[InputPart], section: Prepare, out: Path
     rows = [json.loads(line) for line in (parts[0].folder(out) / "lost.jsonl").read_bytes().splitlines()]
     first = next(row for row in rows if row["reason"] == "contaminated")
     raise DataError(
-        _("training rows stand in held-out or evaluation data, the first: row {row}").format(row=first["row"]),
+        _("training rows appear in held-out or evaluation data, the first: row {row}").format(row=first["row"]),
         place=f"{first['file']}:{first['row']}",
         remedy="prepare: {contaminated: remove}",
     )

@@ -1,6 +1,6 @@
-"""A file becomes raw rows, each with its number: what is in the file decides how it is read, not what the file is called.
+"""Read a file as numbered raw rows: its content decides how it is read, not its name.
 
-A row is what a file holds one of: a JSON object, a record of a table, a line or a paragraph of text. It comes out with its
+A row is a JSON object, a record of a table, a line or a paragraph of text. It comes out with its
 value or with its problem, and only what ends the reading is an error of the file. Bytes are never replaced, and memory is
 bounded by the largest row, not by the file.
 """
@@ -30,11 +30,11 @@ Tell = Callable[[str], None]
 
 
 def _silent(text: str) -> None:
-    """Nobody wants to hear it."""
+    """Ignore the message."""
 
 
 def read_rows(file: Path, source: SourceConfig | None = None, tell: Tell = _silent) -> Iterator[RawRow]:
-    """The rows of one file. `tell` hears what was recognised about it.
+    """The rows of one file. `tell` gets notices about the recognised format.
 
     Raises DataError when the file as a whole cannot be read; a row that cannot is yielded with its problem.
     """
@@ -47,7 +47,7 @@ def read_rows(file: Path, source: SourceConfig | None = None, tell: Tell = _sile
                 yield raw
         except DamagedFile as error:
             raise DataError(
-                _("{rule}; {seen} rows before that can be read").format(rule=error.rule, seen=seen),
+                _("{rule}; {seen} rows before it are readable").format(rule=error.rule, seen=seen),
                 place=f"{name}:{error.line}" if error.line else name,
                 remedy=error.remedy,
             ) from None
@@ -55,9 +55,9 @@ def read_rows(file: Path, source: SourceConfig | None = None, tell: Tell = _sile
             raise DataError(error.rule, place=error.place or name, remedy=error.remedy) from None
         if not seen:
             raise DataError(
-                _("no rows: nothing but blanks"),
+                _("no rows: only whitespace"),
                 place=name,
-                remedy=_("take it out of the recipe"),
+                remedy=_("remove it from the recipe"),
             )
 
 
@@ -67,11 +67,11 @@ def _rows(stream: Stream, name: str, source: SourceConfig, tell: Tell) -> Iterat
         tell(_("named {suffix}, but not compressed").format(suffix=stream.file.suffix))
     if files.is_table(stream.head):
         if suffix not in files.TABLE_SUFFIXES:
-            tell(_("read as a table (Parquet or Arrow), whatever its name"))
+            tell(_("read as a table (Parquet or Arrow) despite its name"))
         return tables.read_table(stream.file, stream.head, name)
     if suffix in files.TABLE_SUFFIXES:
         raise DataError(
-            _("named {suffix}, but it begins as no Parquet or Arrow file does").format(suffix=suffix),
+            _("named {suffix}, but it does not begin like a Parquet or Arrow file").format(suffix=suffix),
             remedy=_("fetch the file again"),
         )
     found = charset.choose(stream.head, source.encoding, stream.whole)
@@ -204,7 +204,7 @@ def _lines(blocks: Iterator[bytes], found: Charset) -> Iterator[Line]:
 
 
 def _too_large(size: int) -> tuple[str, str]:
-    rule = _("a row of {size:,} bytes; at most {cap:,} are taken").format(size=size, cap=CAP)
+    rule = _("this row has {size:,} bytes; the limit is {cap:,}").format(size=size, cap=CAP)
     return "too_large", rule
 
 
@@ -219,12 +219,12 @@ def _undecodable(number: int, line: bytes, error: UnicodeDecodeError, found: Cha
     elif found.codec == "utf-8" and likely.codec != "utf-8":
         rule += _("; it may be {likely}").format(likely=likely.name)
     elif error.reason == "unexpected end of data":
-        rule += _("; cut off?")
+        rule += _("; truncated?")
     return number, text, len(line), "not_utf8" if found.codec == "utf-8" else "bad_bytes", rule
 
 
 def _mixed(found: Charset) -> str:
-    return _("this line is UTF-8 in a file of {found}").format(found=found.name)
+    return _("this line is UTF-8 in a {found} file").format(found=found.name)
 
 
 def _is_utf8(line: bytes) -> bool:
@@ -273,7 +273,7 @@ _BLANK_LINE = re.compile(r"\n[ \t\r\u3000]*(?=\n)")
 
 
 def _records(head: str, source: SourceConfig, tell: Tell) -> str:
-    """line, paragraph or file: as the recipe says, else by whether enough blank lines stand in the beginning."""
+    """line, paragraph or file: as the recipe says, else by the number of blank lines at the beginning."""
     if source.records:
         return source.records
     text = head.strip()
@@ -389,12 +389,12 @@ def _check_wrapper(value: Any, source: SourceConfig) -> None:
 def _wrapped(key: str, by_columns: bool = False) -> DataError:
     if by_columns:
         return DataError(
-            _("one object whose keys hold whole columns ({key!r}: […]), not rows").format(key=key),
+            _("the file is one object whose keys hold whole columns ({key!r}: […]), not rows").format(key=key),
             remedy="python -c \"import pandas; pandas.read_json('FILE').to_json('NEW.jsonl', orient='records', "
             'lines=True, force_ascii=False)"',
         )
     return DataError(
-        _("one object that holds the rows under the key {key!r}").format(key=key),
+        _("the file is one object with the rows under the key {key!r}").format(key=key),
         remedy=f"jq -c '.[\"{key}\"][]' FILE > NEW.jsonl",
     )
 

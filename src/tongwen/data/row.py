@@ -1,4 +1,4 @@
-"""One row as it stands in a file, and JSON read so strictly that nothing in it can change its meaning unseen.
+"""One row of a file, and a strict JSON parser that never changes the meaning of a row silently.
 
 Python's parser takes the last of two equal keys, NaN, and any depth; other programs take the first, nothing, and crash.
 """
@@ -19,7 +19,7 @@ DEPTH = 32
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row as it stands in the file; `problem` is set when it could not even be parsed."""
+    """One unchanged row of a file; `problem` is set when it could not even be parsed."""
 
     file: str
     row: int
@@ -34,7 +34,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(out) != len(pairs):
         keys = [key for key, _ in pairs]
         key = next(key for key in keys if keys.count(key) > 1)
-        raise RowRefused("duplicate_key", _("the key {key!r} stands twice").format(key=key))
+        raise RowRefused("duplicate_key", _("the key {key!r} appears twice").format(key=key))
     return out
 
 
@@ -65,14 +65,14 @@ def check_object(value: Any, text: str) -> None:
     if value.__class__ is not dict:
         rule = _("a row must be an object, this is {kind}").format(kind=kind(value))
         if isinstance(value, str) and value.lstrip().startswith("{"):
-            rule += _(": JSON written as text inside JSON")
+            rule += _(": JSON that was encoded again as text")
         raise RowRefused("not_an_object", rule)
     if text.count("[") + text.count("{") > DEPTH and is_deep(value):
         raise too_deep()
 
 
 def is_deep(value: Any) -> bool:
-    """Whether lists and objects stand in each other more than DEPTH times."""
+    """Whether lists and objects are nested more than DEPTH times."""
     layer = [value]
     for _index in range(DEPTH):
         layer = [
@@ -87,7 +87,7 @@ def is_deep(value: Any) -> bool:
 
 
 def too_deep() -> RowRefused:
-    return RowRefused("too_deep", _("nested deeper than {depth}").format(depth=DEPTH))
+    return RowRefused("too_deep", _("nested deeper than {depth} levels").format(depth=DEPTH))
 
 
 def not_json(error: ValueError, text: str, start: int = 0) -> RowRefused:
@@ -97,7 +97,7 @@ def not_json(error: ValueError, text: str, start: int = 0) -> RowRefused:
     if error.msg.startswith("Invalid control character"):
         letter = text[error.pos : error.pos + 1]
         name = f"U+{ord(letter):04X}" if letter else ""
-        rule = _("the raw control character {name} in a string").format(name=name)
+        rule = _("the unescaped control character {name} in a string").format(name=name)
         return RowRefused("nul_character" if letter == "\0" else "control_character", rule)
     place = _("at character {pos}").format(pos=error.pos - start + 1)
     guess = _guess(error, text[start:], error.pos - start)
@@ -108,15 +108,15 @@ def _guess(error: json.JSONDecodeError, text: str, place: int) -> str:
     if re.match(r"\s*[\[{]\s*'", text):
         return _("; written by Python's print, not by json.dumps?")
     if error.msg.startswith("Unterminated string") or place >= len(text.rstrip()):
-        return _("; cut off?")
+        return _("; truncated?")
     if text.startswith(("//", "#", "/*"), place):
         return _("; JSON has no comments")
     if error.msg == "Extra data":
         return _("; two objects on one line?")
     if re.compile("None|True|False|nan").match(text, place):
-        return _("; JSON says null, true, false")
+        return _("; JSON writes null, true, false")
     if text[:place].rstrip().endswith(",") or text.startswith(",", place):
-        return _("; a comma too many?")
+        return _("; an extra comma?")
     return ""
 
 

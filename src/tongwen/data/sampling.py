@@ -35,7 +35,7 @@ def choose_held_out(free: np.ndarray, amount: float, seed: int, at_most: int | N
         wanted = min(max(wanted, 1), at_most or count)
     if wanted >= count and wanted:
         raise DataError(
-            _("held_out: {amount:g} takes all {count} rows; none would be left to learn").format(
+            _("held_out: {amount:g} takes all {count} rows; none would be left to train on").format(
                 amount=amount, count=count
             ),
             place="prepare.held_out",

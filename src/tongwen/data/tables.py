@@ -40,7 +40,7 @@ def read_csv(lines: Iterator[Line], head: str, suffix: str, name: str) -> Iterat
         except csv.Error as error:
             raise DamagedFile(
                 _("this is not CSV: {error}").format(error=error),
-                _('a quote inside a field is doubled: "he said ""yes"""'),
+                _('double each quote inside a field: "he said ""yes"""'),
                 line=taken[0][0] if taken else 0,
             ) from None
         if record is None:
@@ -157,13 +157,13 @@ def _check_types(schema: Any) -> None:
         bad = any(isinstance(type_, pa.BaseExtensionType) for type_ in inner(field.type))
         if bad or b"ARROW:extension:name" in (field.metadata or {}):
             raise DataError(
-                _("the column {field!r} has an extension type ({type}), which is not read").format(
+                _("the column {field!r} has an extension type ({type}), which is not supported").format(
                     field=field.name, type=field.type
                 )
             )
     names = list(schema.names)
     if len(set(names)) != len(names):
-        raise DataError(_("columns of the same name: {names}").format(names=_(", ").join(names)))
+        raise DataError(_("columns with the same name: {names}").format(names=_(", ").join(names)))
 
 
 def _values(batch: Any) -> Iterator[Any]:
@@ -185,7 +185,7 @@ def _row(name: str, number: int, value: Any) -> RawRow:
     value = _as_json(value)
     size = len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     if size > CAP:
-        rule = _("a row of {size:,} bytes; at most {cap:,} are taken").format(size=size, cap=CAP)
+        rule = _("this row has {size:,} bytes; the limit is {cap:,}").format(size=size, cap=CAP)
         return RawRow(name, number, "", size, rule, "too_large")
     if is_deep(value):
         refused = too_deep()

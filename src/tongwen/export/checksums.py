@@ -110,7 +110,7 @@ def _read_notes(done: Path) -> dict[str, dict[str, str]]:
 
 def _unreadable(file: Path, number: int, line: str) -> ArtifactError:
     return ArtifactError(
-        _("{line!r} is no line of a hash list").format(line=line[:80]),
+        _("{line!r} is not a line of a hash list").format(line=line[:80]),
         place=f"{file}:{number}",
         remedy="SHA256_OR_MD5  FILE",
     )

@@ -33,7 +33,7 @@ def check_type(kind: str) -> None:
         kquants.check_library()
     elif kind not in TYPES:
         raise ModelError(
-            _("{kind!r} is no number type of GGUF that is known here").format(kind=kind),
+            _("unknown GGUF number type {kind!r}").format(kind=kind),
             place="--quantize",
             remedy=", ".join((*TYPES, *kquants.KINDS)),
         )
@@ -204,7 +204,7 @@ def _quantised(rows: Any, stored: str) -> Any:
 
 def _checked(data: Any, stored: str, name: str) -> Any:
     if stored == "F16" and not np.isfinite(data.view(np.float16)).all():
-        raise NumbersError(_("a number is too large for f16"), place=name, remedy="--quantize bf16")
+        raise NumbersError(_("a number exceeds the range of f16"), place=name, remedy="--quantize bf16")
     return data
 
 
@@ -252,7 +252,7 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, template: str | None) -
 
 def _unlike(name: str, file: Path) -> NumbersError:
     return NumbersError(
-        _("read back, {name} is not what was written").format(name=name),
+        _("read back from the file, {name} differs from the tensor written").format(name=name),
         place=str(file),
         remedy=_("the disk or the memory may be failing; try again"),
     )

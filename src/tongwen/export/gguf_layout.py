@@ -153,13 +153,13 @@ def as_llama(tensors: Tensors, config: Mapping[str, Any], place: str) -> tuple[T
     packed = [name for name in tensors.facts if name.endswith(".W_pack.weight")]
     if "model_max_length" in config or not packed:  # only the 13B say it so: they have ALiBi
         raise ModelError(
-            _("this Baichuan has ALiBi positions and is no LLaMA"),
+            _("this Baichuan uses ALiBi positions: it does not have the LLaMA architecture"),
             place=place,
             remedy=_("use a Baichuan-7B, or Qwen3"),
         )
     if int(config["vocab_size"]) > 100_000:
         raise ModelError(
-            _("Baichuan2 normalises its head, which no LLaMA does"),
+            _("Baichuan2 normalises its head; LLaMA does not"),
             place=place,
             remedy=_("use a Baichuan-7B, or Qwen3"),
         )

@@ -28,9 +28,9 @@ def check_family(kind: str) -> None:
     """Raise ModelError for a family whose GGUF is not proven."""
     if kind not in ARCHITECTURES:
         raise ModelError(
-            _("GGUF is not written for the family {kind!r}").format(kind=kind),
+            _("writing GGUF is not supported for the family {kind!r}").format(kind=kind),
             place="--to gguf",
-            remedy=_("it is proven for {architectures}").format(architectures=_(", ").join(ARCHITECTURES)),
+            remedy=_("verified for {architectures}").format(architectures=_(", ").join(ARCHITECTURES)),
         )
 
 
@@ -46,7 +46,7 @@ def check_config(config: Config) -> None:
     how = rope.get("rope_type") or rope.get("type") or "default"
     if how not in _rotations(kind):
         raise ModelError(
-            _("llama.cpp has no rotary positions of the kind {how!r} for {kind}").format(how=how, kind=kind),
+            _("llama.cpp does not support {how!r} rotary positions for {kind}").format(how=how, kind=kind),
             place="rope_scaling",
             remedy="--to hf",
         )
@@ -57,7 +57,7 @@ def check_config(config: Config) -> None:
 
 def _unlike(place: str, expected: str) -> ModelError:
     return ModelError(
-        _("llama.cpp would compute another model: it takes this for {expected}").format(expected=expected),
+        _("llama.cpp would compute a different model: it assumes {expected} here").format(expected=expected),
         place=place,
         remedy="--to hf",
     )

@@ -53,7 +53,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     highest = max([*tokens, *added])
     if highest >= rows:
         raise ModelError(
-            _("the tokenizer has ids up to {highest}, the embedding has {rows} rows").format(
+            _("the tokenizer has ids up to {highest}, but the embedding has only {rows} rows").format(
                 highest=highest, rows=rows
             ),
             place=str(folder),
@@ -171,7 +171,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _unknown(what: str) -> ModelError:
     return ModelError(
-        _("llama.cpp has no program for this tokenizer: {what}").format(what=what),
+        _("llama.cpp has no code for this tokenizer: {what}").format(what=what),
         place="tokenizer.json",
-        remedy=_("--to hf, for vLLM or SGLang"),
+        remedy=_("use --to hf, for vLLM or SGLang"),
     )

@@ -28,12 +28,12 @@ def check_same(source: Tensors, written: Tensors, place: str) -> None:
     """Raise NumbersError unless the two hold the same tensors to the bit."""
     if source.facts != written.facts:
         odd = sorted(source.facts.items() ^ written.facts.items())[0][0]
-        raise NumbersError(_("read back, {odd} is another tensor").format(odd=odd), place=place)
+        raise NumbersError(_("read back from the file, {odd} differs from the original").format(odd=odd), place=place)
     for name, (_unused, shape) in source.facts.items():
         for rows in blocks(shape):
             if not np.array_equal(source.raw(name, *rows), written.raw(name, *rows)):
                 raise NumbersError(
-                    _("read back, rows {start} to {end} of {name} are not what was written").format(
+                    _("read back from the file, rows {start} to {end} of {name} differ from the rows written").format(
                         start=rows[0], end=rows[1], name=name
                     ),
                     place=place,

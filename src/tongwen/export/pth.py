@@ -72,7 +72,7 @@ def find_files(folder: Path) -> list[Path]:
     if numbers != list(range(len(files))):
         missing = next(number for number in range(len(files) + 1) if number not in numbers)
         raise ModelError(
-            _("a part of the model is missing"),
+            _("part of the model is missing"),
             place=str(folder / f"consolidated.{missing:02d}.pth"),
         )
     return files
@@ -98,7 +98,7 @@ class PthTensors:
             self._at[ours] = (theirs, axis)
         spare = parts[0].facts.keys() - {theirs for theirs, _ in self._at.values()}
         if odd := sorted(name for name in spare if not name.endswith("rope.freqs")):
-            raise ModelError(_("{odd} is no part of a LLaMA model").format(odd=odd[0]), place=str(folder))
+            raise ModelError(_("{odd} does not belong to a LLaMA model").format(odd=odd[0]), place=str(folder))
 
     def raw(self, name: str, begin: int, end: int) -> Any:
         if not name.endswith(TURNED):
@@ -205,7 +205,7 @@ def make_params(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
     ):
         if wrong:
             raise ModelError(
-                _("LLaMA's own format cannot hold this model: {what}").format(what=what),
+                _("the original LLaMA format cannot hold this model: {what}").format(what=what),
                 place="--to pth",
                 remedy="--to hf",
             )
@@ -355,7 +355,7 @@ def _config(parts: Sequence[Tensors], params: Mapping[str, Any], folder: Path) -
 
 def _fact(part: Tensors, name: str, folder: Path) -> tuple[str, tuple[int, ...]]:
     if name not in part.facts:
-        raise ModelError(_("{name} is missing in a part").format(name=name), place=str(folder))
+        raise ModelError(_("{name} is missing from a part").format(name=name), place=str(folder))
     return part.facts[name]
 
 

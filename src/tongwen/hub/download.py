@@ -77,23 +77,23 @@ def _reason_to_leave(path: str, wanted: HubRef, with_tensors: set[str], all_: Se
     if _is(path, HOUSEKEEPING) or path == artifact.MANIFEST:
         return _("not needed")
     if wanted.files and not _is_asked(path, wanted.files):
-        return _("not asked for")
+        return _("not requested")
     if not wanted.code and _is(path, CODE):
-        return _("code, never run here")
+        return _("code, which tongwen never runs")
     if wanted.kind != "model" or wanted.files:
         return ""
     if _is(path, ONLY_FOR_TRAINING):
-        return _("states of a training")
+        return _("training state")
     if _is(path, PICKLES) and _folder(path) in with_tensors:
-        return _("pickles; the safetensors are taken")
+        return _("pickles; safetensors are fetched instead")
     if _is(path, OTHER_ENGINES):
-        return _("for other engines")
+        return _("for other frameworks")
     if (
         _is(path, ORIGINALS)
         and "config.json" in all_
         and any(name.startswith(("model", "pytorch_model")) for name in all_)
     ):
-        return _("the same weights in another form")
+        return _("the same weights in another format")
     return ""
 
 
@@ -126,7 +126,7 @@ def with_kind(wanted: HubRef, tell: Tell) -> HubRef:
         raise _absent(wanted)
     if len(found) == 2:
         raise RecipeError(
-            _("there is a model and a data set of this name"),
+            _("both a model and a data set have this name"),
             place=wanted.id,
             remedy="--kind model   |   --kind dataset",
         )
@@ -199,15 +199,15 @@ def check_standing(found: artifact.Artifact, asked: Mapping[str, Any]) -> None:
     artifact.refuse_changed(
         str(found.path),
         artifact.differences(found.manifest["settings"], asked),
-        _("--again fetches it anew and keeps this folder under another name; or --out ANOTHER"),
+        _("--again fetches again and keeps this folder under another name; or --out ANOTHER"),
     )
     for name, facts in {**found.manifest.get("files", {}), **found.manifest.get("made", {})}.items():
         size = size_of(found.path / name)
         if size != facts["bytes"]:
             raise ArtifactError(
-                _("the file has {size} bytes, {bytes} were fetched").format(size=size, bytes=facts["bytes"]),
+                _("the file has {size} bytes, but the download had {bytes}").format(size=size, bytes=facts["bytes"]),
                 place=str(found.path / name),
-                remedy=_("--again fetches what is not whole") + f"   |   rm -r {found.path}",
+                remedy=_("--again fetches incomplete files again") + f"   |   rm -r {found.path}",
             )
 
 
@@ -221,9 +221,9 @@ def _from_hub(wanted: HubRef, draft: artifact.Draft, line: HubClient, *, reserve
             _plan_file(draft).unlink(missing_ok=True)
             if not planned or last:
                 raise MachineError(
-                    _("the hub lists this file and does not have it"),
+                    _("the hub lists this file but does not have it"),
                     place=str(gone),
-                    remedy=_("the same command tries again"),
+                    remedy=_("run the same command again"),
                 ) from None
             continue  # the commit of an earlier day is no longer there: begin with today's
         break
@@ -244,19 +244,19 @@ def _plan(wanted: HubRef, draft: artifact.Draft, line: HubClient) -> tuple[Listi
     if listing is None:
         raise _absent(wanted)
     if listing.id.lower() != wanted.id.lower():
-        line.tell(_("{wanted} is called {listing} now").format(wanted=wanted.id, listing=listing.id))
+        line.tell(_("{wanted} is now called {listing}").format(wanted=wanted.id, listing=listing.id))
     taken, left = choose(listing.files, wanted)
     for reason, paths in left.items():
         shown = ", ".join(paths[:3]) + (" …" if len(paths) > 3 else "")
-        line.tell(_("left out ({reason}): {shown}").format(reason=reason, shown=shown))
+        line.tell(_("skipped ({reason}): {shown}").format(reason=reason, shown=shown))
     if not taken:
         have = ", ".join(file.path for file in listing.files[:10]) or _("nothing")
         raise DataError(
-            _("no file there that is wanted here; it holds: {have}").format(have=have),
+            _("it contains no file that tongwen needs; it contains: {have}").format(have=have),
             place=wanted.id,
         )
     if wanted.kind == "model" and any(_is(one.path, PICKLES) for one in taken):
-        line.tell(_("its weights are pickles (there are no safetensors): tongwen reads them as tensors only"))
+        line.tell(_("its weights are pickles (it has no safetensors): tongwen reads only tensors from them"))
     listing = replace(listing, files=tuple(taken))
     file.parent.mkdir(parents=True, exist_ok=True)
     artifact.write_json(
@@ -307,7 +307,9 @@ def _standing(out: Path) -> artifact.Artifact | None:
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()
     if out.exists():
-        raise ArtifactError(_("something else stands where it belongs"), place=str(out), remedy="--out ANOTHER")
+        raise ArtifactError(
+            _("another file or folder already exists at this path"), place=str(out), remedy="--out ANOTHER"
+        )
     return None
 
 
@@ -319,7 +321,7 @@ def _reuse(found: artifact.Artifact, out: Path, tell: Tell, *, link: bool) -> No
         shutil.rmtree(partial)
     aside = artifact.put_aside(out)
     assert aside is not None
-    tell(_("the earlier folder is kept: {aside}").format(aside=aside))
+    tell(_("the old folder is kept as {aside}").format(aside=aside))
     for name in found.manifest.get("files", {}) if link else ():
         target = partial / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -349,7 +351,7 @@ def _alone(out: Path, tell: Tell) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        tell(_("another process fetches {out}: waiting").format(out=out))
+        tell(_("another process is downloading {out}: waiting").format(out=out))
         lock.acquire()
     except NotImplementedError:  # a file system without locks: the hashes still guard the result
         yield
@@ -393,7 +395,7 @@ def _from_modelscope(wanted: HubRef, draft: artifact.Draft) -> dict[str, dict[st
         from modelscope.hub.api import HubApi
         from modelscope.hub.snapshot_download import dataset_snapshot_download
     except ImportError:
-        raise MissingPackage("modelscope", _("fetching from ModelScope"), "modelscope") from None
+        raise MissingPackage("modelscope", _("downloading from ModelScope"), "modelscope") from None
     options: dict[str, Any] = {"local_dir": str(draft.path), "revision": wanted.revision or "master"}
     expected: dict[str, int] = {}
     if is_offline():
@@ -424,7 +426,7 @@ def _from_modelscope(wanted: HubRef, draft: artifact.Draft) -> dict[str, dict[st
         ):
             raise
         raise MachineError(
-            _("ModelScope does not give this: {type}: {error}").format(
+            _("cannot download this from ModelScope: {type}: {error}").format(
                 type=type(error).__name__, error=str(error)[:160]
             ),
             place=wanted.source,
@@ -439,14 +441,14 @@ def _from_modelscope(wanted: HubRef, draft: artifact.Draft) -> dict[str, dict[st
     for name, size in expected.items():
         if name not in files or (size and files[name]["bytes"] != size):
             raise MachineError(
-                _("ModelScope lists {size} bytes, {bytes} came").format(
+                _("ModelScope lists {size} bytes, but {bytes} arrived").format(
                     size=size, bytes=files.get(name, {}).get("bytes", 0)
                 ),
                 place=f"{wanted.source}/{name}",
                 remedy=_("the same command continues"),
             )
     if not files:
-        raise DataError(_("no file there that is wanted here"), place=wanted.source)
+        raise DataError(_("it contains no file that tongwen needs"), place=wanted.source)
     draft.parents["source"] = {"path": f"{wanted.source}@{options['revision']}"}
     draft.facts["source"] = {"where": "modelscope", "id": wanted.id, "kind": wanted.kind, "commit": options["revision"]}
     return files

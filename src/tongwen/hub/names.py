@@ -70,12 +70,12 @@ def resolve(name: str, tell: Tell, *, kind: str = "", revision: str = "") -> Hub
     id_ = entry["hub"] if where == "hub" else there or (text if "/" in text and not old else "")
     if not id_:
         raise RecipeError(
-            _("where {key} is on ModelScope is not known").format(key=key),
+            _("the ModelScope location of {key} is unknown").format(key=key),
             place=name,
             remedy="modelscope:OWNER/NAME",
         )
     if old:
-        tell(_("{text} has moved: {id} is fetched in its place").format(text=text, id=id_))
+        tell(_("{text} has moved: fetching {id} instead").format(text=text, id=id_))
     return HubRef(name, id_, kind or entry["kind"], where, revision, tuple(entry.get("files", ())), modelscope=there)
 
 
@@ -135,7 +135,7 @@ def _without_address(text: str, kind: str) -> tuple[str, str, str]:
 def unknown(name: str, text: str) -> RecipeError:
     near = ", ".join(nearest(text))
     return RecipeError(
-        _("there is no {text!r} among the known names").format(text=text),
+        _("{text!r} is not a known name").format(text=text),
         place=name or "tongwen fetch",
-        remedy=_("{near}; or OWNER/NAME as on the hub").format(near=near),
+        remedy=_("{near}; or OWNER/NAME from the hub").format(near=near),
     )

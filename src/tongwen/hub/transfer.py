@@ -108,7 +108,7 @@ class HubClient:
                 wait = max(self.waits[used], min(fault.wait, LONGEST_WAIT_SECONDS))
                 used += 1
                 self.tell(
-                    _("{place}: {what}; again in {wait:g} s ({used} of {tries})").format(
+                    _("{place}: {what}; retrying in {wait:g} s ({used} of {tries})").format(
                         place=place, what=fault.what, wait=wait, used=used, tries=tries
                     )
                 )
@@ -135,7 +135,7 @@ class HubClient:
             except NotFound:
                 return None
             except (ValueError, KeyError, TypeError, AttributeError):  # JSON was due, and this is none
-                raise TransientError(_("the answer is not the hub's (a login page?)")) from None
+                raise TransientError(_("the response is not from the hub (a login page?)")) from None
 
         return self.patiently(wanted.id, ask)
 
@@ -162,7 +162,7 @@ class HubClient:
             if found != remote.digest:
                 part.unlink()
                 wrong += 1
-                what = _("wrong bytes came: their hash is {found}, the hub says {digest}").format(
+                what = _("the content is wrong: its hash is {found}, but the hub lists {digest}").format(
                     found=found, digest=remote.digest
                 )
                 raise self._gave_up(place, what, wrong) if wrong >= WHOLE_TRIES else TransientError(what)
@@ -187,11 +187,11 @@ class HubClient:
         with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=_timeout()) as response:
             if have and response.status_code == 416:
                 part.unlink()
-                raise TransientError(_("the rest is refused; from the start"))
+                raise TransientError(_("the server refuses to resume; starting over"))
             self._check_status(response, place)
             is_page = response.headers.get("Content-Type", "").lower().startswith("text/html")
             if is_page and not remote.path.lower().endswith((".html", ".htm")):
-                raise TransientError(_("a web page came instead of the file (a login page?)"))
+                raise TransientError(_("the server sent a web page instead of the file (a login page?)"))
             starts_there = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
             if have and not (response.status_code == 206 and starts_there):
                 have = 0
@@ -199,7 +199,9 @@ class HubClient:
                 for block in response.iter_bytes():
                     if have + len(block) > remote.size:
                         stream.truncate(0)
-                        raise TransientError(_("more came than the {size} bytes of the file").format(size=remote.size))
+                        raise TransientError(
+                            _("the server sent more than the {size} bytes of the file").format(size=remote.size)
+                        )
                     stream.write(block)
                     have += len(block)
                     arrived(have)
@@ -228,7 +230,7 @@ class HubClient:
             raise
         except UnicodeEncodeError:
             raise MachineError(
-                _("the token holds characters that no token has"),
+                _("the token contains characters that cannot occur in a token"),
                 place="HF_TOKEN",
                 remedy="export HF_TOKEN=hf_...",
             ) from None
@@ -252,18 +254,18 @@ class HubClient:
     def _refused(self, place: str, status: int) -> MachineError:
         if status not in (401, 403):
             return MachineError(
-                _("the hub refuses: HTTP {status}").format(status=status), place=place, remedy=self._cure()
+                _("the hub refused: HTTP {status}").format(status=status), place=place, remedy=self._cure()
             )
         page = f"{shown_endpoint()}/{'datasets/' if self.wanted.kind == 'dataset' else ''}{self.wanted.id}"
         return MachineError(
-            _("the hub does not let you in: HTTP {status}").format(status=status),
+            _("the hub denied access: HTTP {status}").format(status=status),
             place=place,
-            remedy=_("ask for access at {page}, then: export HF_TOKEN=hf_...").format(page=page),
+            remedy=_("request access at {page}, then: export HF_TOKEN=hf_...").format(page=page),
         )
 
     def _gave_up(self, place: str, what: str, tries: int) -> MachineError:
         return MachineError(
-            _("not to be had from {endpoint}: {what}; {tries} tries").format(
+            _("cannot download from {endpoint}: {what}; {tries} tries").format(
                 endpoint=shown_endpoint(), what=what, tries=tries
             ),
             place=place,
@@ -274,7 +276,7 @@ class HubClient:
         other = OFFICIAL if "hf-mirror" in endpoint() else MIRROR
         there = f"modelscope:{self.wanted.modelscope or 'OWNER/NAME'}"
         return _(
-            "export HF_ENDPOINT={other}   and the same command continues; or from ModelScope:   tongwen fetch {there}"
+            "export HF_ENDPOINT={other}   and run the same command to continue; or use ModelScope:   tongwen fetch {there}"
         ).format(other=other, there=there)
 
 
@@ -304,7 +306,7 @@ def endpoint() -> str:
     address = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     if not address.startswith(("http://", "https://")):
         raise MachineError(
-            _("{address!r} is not an address").format(address=address),
+            _("{address!r} is not a URL").format(address=address),
             place="HF_ENDPOINT",
             remedy=f"export HF_ENDPOINT={MIRROR}",
         )
@@ -336,9 +338,9 @@ def _remote(sibling: Any, wanted: HubRef) -> Remote:
     path = str(sibling.rfilename)
     if not is_safe(path):
         raise DataError(
-            _("the hub lists a file that would lie outside the folder: {path!r}").format(path=path[:80]),
+            _("the hub lists a file whose path leads outside the folder: {path!r}").format(path=path[:80]),
             place=wanted.id,
-            remedy=_("this is not a good source; nothing was fetched"),
+            remedy=_("do not trust this source; nothing was downloaded"),
         )
     large = sibling.lfs or {}
     sha256, git = str(large.get("sha256") or ""), str(sibling.blob_id or "")
@@ -347,7 +349,7 @@ def _remote(sibling: Any, wanted: HubRef) -> Remote:
         re.fullmatch(r"[0-9a-f]{64}", sha256) or (not large and re.fullmatch(r"[0-9a-f]{40}", git))
     ):
         raise MachineError(
-            _("this hub gives no size or hash, so nothing can be verified"),
+            _("this hub gives no size or hash, so downloads cannot be verified"),
             place=f"{wanted.id}/{path}",
             remedy=f"export HF_ENDPOINT={OFFICIAL}",
         )
@@ -382,7 +384,7 @@ def size_of(file: Path) -> int:
 
 def offline_error(place: str) -> MachineError:
     return MachineError(
-        _("this is not here, and HF_HUB_OFFLINE=1 forbids to fetch it"),
+        _("this is not on the machine, and HF_HUB_OFFLINE=1 forbids downloading it"),
         place=place,
         remedy="unset HF_HUB_OFFLINE TRANSFORMERS_OFFLINE",
     )

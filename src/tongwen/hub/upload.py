@@ -25,7 +25,7 @@ def check_name(name: str) -> HubRef:
     where, _unused, text = name.rpartition(":")
     if where not in ("", "hub", "modelscope") or not is_id(text):
         raise RecipeError(
-            _("{name!r} is no name on a hub").format(name=name),
+            _("{name!r} is not a hub name").format(name=name),
             place="push",
             remedy=_("OWNER/NAME or modelscope:OWNER/NAME"),
         )
@@ -90,15 +90,17 @@ def _files(folder: Path) -> list[Path]:
 def _refused(wanted: HubRef, kind: str = "") -> MachineError:
     token = TOKENS[wanted.where]
     return MachineError(
-        _("the hub does not take it") + (f": {kind}" if kind else ""),
+        _("the hub rejected the upload") + (f": {kind}" if kind else ""),
         place=wanted.source,
-        remedy=_("a token that may write: export {token}=...   and an OWNER that it belongs to").format(token=token),
+        remedy=_("use a token with write access: export {token}=...   and an OWNER that the token belongs to").format(
+            token=token
+        ),
     )
 
 
 def _unlike(file: Path, wanted: HubRef) -> MachineError:
     return MachineError(
-        _("what the hub holds as {file} is not what was sent").format(file=file.name),
+        _("{file} on the hub differs from the file that was sent").format(file=file.name),
         place=wanted.source,
         remedy=_("push it again"),
     )

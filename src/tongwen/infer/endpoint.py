@@ -34,7 +34,7 @@ class EndpointBackend:
         """Hand each answer to `take` with its place. Raises MachineError when the endpoint cannot be reached, ModelError
         when it refuses."""
         if sampling.beams > 1:
-            raise ModelError(_("an endpoint has no beam search"), place=self.url, remedy="--beams 1")
+            raise ModelError(_("endpoints do not support beam search"), place=self.url, remedy="--beams 1")
         asyncio.run(self._answer_each(conversations, _options(sampling), take))
 
     async def _answer_each(
@@ -65,18 +65,20 @@ class EndpointBackend:
             return await client.chat(messages, **options)
         except openai.APIConnectionError as error:
             raise MachineError(
-                _("no answer from there: {cause}").format(cause=error.__cause__ or error),
+                _("no response: {cause}").format(cause=error.__cause__ or error),
                 place=self.url,
             ) from None
         except openai.AuthenticationError:
             raise MachineError(
-                _("it does not accept the key"), place=self.url, remedy="export OPENAI_API_KEY=…"
+                _("the endpoint rejected the key"), place=self.url, remedy="export OPENAI_API_KEY=…"
             ) from None
         except openai.APIStatusError as error:
             raise ModelError(
-                _("it refuses ({status_code}): {message}").format(status_code=error.status_code, message=error.message),
+                _("the endpoint refused ({status_code}): {message}").format(
+                    status_code=error.status_code, message=error.message
+                ),
                 place=self.url,
-                remedy=_("--model is the name that the endpoint knows: GET /v1/models"),
+                remedy=_("--model must be a name that the endpoint knows: GET /v1/models"),
             ) from None
         except UnreadableReply as error:
             raise ModelError(

@@ -68,7 +68,7 @@ class Sampling:
         unknown = sorted(set(changes) - set(asdict(self)))
         if unknown:
             raise ModelError(
-                _("no such option: {unknown}").format(unknown=_(", ").join(unknown)),
+                _("unknown option: {unknown}").format(unknown=_(", ").join(unknown)),
                 remedy=", ".join(asdict(self)),
             )
         return replace(self, **changes)
@@ -111,7 +111,7 @@ class TextGenerator:
         from transformers import ContinuousBatchingConfig
 
         if sampling.beams > 1:
-            raise ModelError(_("a paged cache has no beam search"), remedy="--engine batched")
+            raise ModelError(_("the paged cache does not support beam search"), remedy="--engine batched")
         config = ContinuousBatchingConfig(
             page_size=PAGE,
             num_blocks=max(room // PAGE, math.ceil((max(map(len, prompts)) + sampling.max_new_tokens) / PAGE) + 1),
@@ -165,7 +165,7 @@ class TextGenerator:
         the stop token included; what it raises ends the answer."""
         self._check_fits(prompt, sampling)
         if sampling.beams > 1:
-            raise ModelError(_("beam search cannot be streamed"), remedy="--beams 1")
+            raise ModelError(_("beam search cannot stream its output"), remedy="--beams 1")
         with closing(self._new_ids(prompt, sampling)) as ids:
             yield from self._mended(self._pieces(ids, heard))
 
@@ -260,7 +260,7 @@ class TextGenerator:
     def _check_fits(self, prompt: list[int], sampling: Sampling) -> None:
         if len(prompt) + min(sampling.max_new_tokens, 1) > self.context:
             raise ModelError(
-                _("the prompt has {count} tokens, the model sees {context}").format(
+                _("the prompt has {count} tokens, but the model sees at most {context}").format(
                     count=len(prompt), context=self.context
                 ),
                 remedy=_("shorten it, or clear the history"),

@@ -37,7 +37,7 @@ class LlamaCppBackend(TextGenerator):
         for prompt in prompts:
             self._check_fits(prompt, sampling)
         if sampling.beams > 1:
-            raise ModelError(_("llama.cpp has no beam search"), remedy="--engine batched")
+            raise ModelError(_("llama.cpp does not support beam search"), remedy="--engine batched")
         with ThreadPoolExecutor(self.slots) as pool:
             waiting = {pool.submit(self._complete, prompt, sampling): place for place, prompt in enumerate(prompts)}
             try:

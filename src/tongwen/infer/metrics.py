@@ -143,7 +143,7 @@ def _jieba() -> Callable[[str], list[str]]:
     try:
         import jieba
     except ImportError:
-        raise _missing("jieba", _("words in Chinese")) from None
+        raise _missing("jieba", _("Chinese word segmentation")) from None
     jieba.setLogLevel(logging.ERROR)
     return lambda text: [word for word in jieba.lcut(text) if word.strip()]
 

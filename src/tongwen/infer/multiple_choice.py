@@ -61,7 +61,7 @@ def read_choices(file: Path) -> list[MultipleChoiceQuestion]:
         ) from None
     rows = [row for row in csv.reader(io.StringIO(text, newline="")) if any(cell.strip() for cell in row)]
     if not rows:
-        raise DataError(_("no questions: nothing but blanks"), place=str(file))
+        raise DataError(_("no questions: the file contains only whitespace"), place=str(file))
     return list(_read(rows, file))
 
 
@@ -76,7 +76,7 @@ def _read(rows: list[list[str]], file: Path) -> Iterator[MultipleChoiceQuestion]
         subject = subject.replace("_", " ")
     else:
         raise DataError(
-            _("not a layout that is known; the first row has: {rows}").format(rows=_(', ').join(rows[0])),
+            _("unknown layout; the first row has: {rows}").format(rows=_(', ').join(rows[0])),
             place=f"{file}:1",
             remedy="id,question,A,B,C,D,answer (C-Eval) · ,Question,A,B,C,D,Answer (CMMLU) · question,A,B,C,D,answer, no header (MMLU)",
         )  # fmt: skip
@@ -90,17 +90,17 @@ def _choice(
 ) -> MultipleChoiceQuestion:
     if len(row) <= max(places[name] for name in ("question", "answer", *map(str.lower, letters))):
         raise DataError(
-            _("this row has {row_count} columns, {places_count} are needed").format(row_count=len(row), places_count=len(places)),
+            _("this row has {row_count} columns, but {places_count} are needed").format(row_count=len(row), places_count=len(places)),
             place=place,
-            remedy=_("a text that holds a comma stands in quotes"),
+            remedy=_("put quotes around a text that contains a comma"),
         )  # fmt: skip
     options = tuple(row[places[letter.lower()]].strip() for letter in letters)
     answer = row[places["answer"]].strip().upper()
     if answer not in letters:
         raise DataError(
-            _("the answer {answer!r} is no option; there are {letters}").format(answer=answer, letters=_(', ').join(letters)),
+            _("the answer {answer!r} is not an option; the options are {letters}").format(answer=answer, letters=_(', ').join(letters)),
             place=place,
-            remedy=_("C-Eval's test split has no answers; its val split has"),
+            remedy=_("C-Eval's test split has no answers; use its val split"),
         )  # fmt: skip
     return MultipleChoiceQuestion(layout, subject, row[places["question"]].strip(), options, letters.index(answer))
 

@@ -54,7 +54,7 @@ def write_report(
         facts=[(f"{one['value']:.4g}", title) for title, one in scores.items()],
         scores=score_table(scores),
         note=_(
-            "In brackets: 95 % of the scores that other rows of the same kind would give (bootstrap over rows). A change whose bracket holds 0 may be chance."
+            "In brackets: the 95 % interval (bootstrap over rows). If the interval of a change contains 0, the change may be chance."
         ),
         tasks=tasks,
     )

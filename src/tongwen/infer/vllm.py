@@ -22,7 +22,7 @@ class VllmBackend(TextGenerator):
         from vllm import SamplingParams
 
         if sampling.beams > 1:
-            raise ModelError(_("no beam search by this engine"), remedy="--engine batched")
+            raise ModelError(_("this engine does not support beam search"), remedy="--engine batched")
         for prompt in prompts:
             self._check_fits(prompt, sampling)
         params = SamplingParams(

@@ -37,8 +37,8 @@ def build_recipe(reading: FlagReader, place: str) -> dict[str, Any]:
     if "base" not in words:
         reading.wrong(
             place,
-            _("no model is named here"),
-            _("this is a part: give the file or the command that names the model, too"),
+            _("this names no model"),
+            _("this is only a part: also give the file or command that names the model"),
         )
     words.setdefault("out", f"runs/{section}")
     words["name"] = re.sub(r"[^\w.\-]", "-", Path(words["out"]).name) or section
@@ -101,7 +101,7 @@ def _multiply_batch(reading: FlagReader, words: dict[str, Any], place: str) -> N
     if whole not in (None, words.get(word)):
         reading.wrong(
             place,
-            _("train_batch_size is {whole} in DeepSpeed's file, the other files multiply to {words}").format(
+            _("train_batch_size is {whole} in DeepSpeed's file, but the other values multiply to {words}").format(
                 whole=whole, words=words.get(word)
             ),
             _("make them agree, or write train_batch_size: auto"),
@@ -140,5 +140,5 @@ def _with_base(said: dict[str, Any], reading: FlagReader) -> dict[str, Any]:
         base = str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] or "BASE")
     except (OSError, ValueError, KeyError, TypeError):
         base = "BASE"
-        reading.notes.append(_("{file} does not say which base: name it").format(file=file))
+        reading.notes.append(_("{file} does not name its base: fill it in yourself").format(file=file))
     return {"--base": base, **said, "--out": f"{said['--out']}/{Path(base).name}-finetune"}

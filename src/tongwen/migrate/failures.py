@@ -36,9 +36,9 @@ def find(name: str) -> KnownFailure:
     known = failures()
     if found is None or (id_ := f"F-{int(found[1]):02}") not in known:
         raise RecipeError(
-            _("there is no failure {name!r}").format(name=name),
+            _("no failure has the number {name!r}").format(name=name),
             place="tongwen doctor",
-            remedy=_("{lowest} to {highest}; docs/from-older-projects.md has them all").format(
+            remedy=_("{lowest} to {highest}; docs/from-older-projects.md lists them all").format(
                 lowest=min(known), highest=max(known)
             ),
         )

@@ -87,14 +87,14 @@ def scalar(context: MigrationContext, flag: str, value: Any) -> Any:
 def number(context: MigrationContext, flag: str, value: Any) -> Any:
     found = scalar(context, flag, text(context, flag, value))
     if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
-        raise ValueError(_("{value!r} is no number").format(value=value))
+        raise ValueError(_("{value!r} is not a valid number").format(value=value))
     return found
 
 
 def count(context: MigrationContext, flag: str, value: Any) -> int:
     found = number(context, flag, value)
     if found != int(found):
-        raise ValueError(_("{value!r} is no whole number").format(value=value))
+        raise ValueError(_("{value!r} is not an integer").format(value=value))
     return int(found)
 
 
@@ -104,7 +104,7 @@ def epochs(context: MigrationContext, flag: str, value: Any) -> str:
 
 def steps(context: MigrationContext, flag: str, value: Any) -> Any:
     found = count(context, flag, value)
-    return f"{found} steps" if found > 0 else RemovedFlag(_("epochs count"))
+    return f"{found} steps" if found > 0 else RemovedFlag(_("epochs take precedence"))
 
 
 def switch(context: MigrationContext, flag: str, value: Any) -> bool:
@@ -124,7 +124,7 @@ def seed(context: MigrationContext, flag: str, value: Any) -> Any:
         return count(context, flag, value)
     return CorrectedValue(
         42,
-        _("one seed, recorded: with another on each machine, each split the data in its own way"),
+        _("fixed and recorded: with a different seed, each machine would split the data differently"),
     )
 
 
@@ -133,7 +133,7 @@ def choice(context: MigrationContext, flag: str, value: Any) -> Any:
     found = re.fullmatch(r"\[(\w+)\|.*\]", str(text(context, flag, value)))
     if found is None:
         return value
-    return CorrectedValue(found[1], _("{value} offers a choice; the first is taken").format(value=value))
+    return CorrectedValue(found[1], _("{value} is a choice; tongwen takes the first").format(value=value))
 
 
 def auto(context: MigrationContext, flag: str, value: Any) -> Any:
@@ -147,13 +147,13 @@ def targets(context: MigrationContext, flag: str, value: Any) -> Any:
 def whole_embeddings(context: MigrationContext, flag: str, value: Any) -> Any:
     others = sorted(set(items(context, flag, value)) - EMBEDDINGS)
     if others:
-        raise ValueError(_("{others} are no embeddings").format(others=others))
+        raise ValueError(_("{others} are not embeddings").format(others=others))
     return "lora+embeddings"
 
 
 def template(context: MigrationContext, flag: str, value: Any) -> Any:
     known = TEMPLATES.get(str(value))
-    return known or CorrectedValue("own", _("the model brings its own; `tongwen look RECIPE` shows it"))
+    return known or CorrectedValue("own", _("the model has its own; `tongwen look RECIPE` shows it"))
 
 
 # -- what multiplies, what belongs to a launcher -------------------------------------------------------------------
@@ -171,7 +171,7 @@ def _factor(name: str) -> Reader:
 def whole_batch(context: MigrationContext, flag: str, value: Any) -> RemovedFlag:
     if value != "auto":
         context.batch["whole"] = count(context, flag, value)
-    return RemovedFlag(_("batch_size says it"))
+    return RemovedFlag(_("batch_size sets it"))
 
 
 def devices(context: MigrationContext, flag: str, value: Any) -> Any:
@@ -183,7 +183,7 @@ def devices(context: MigrationContext, flag: str, value: Any) -> Any:
 
 def engine(context: MigrationContext, flag: str, value: Any) -> Any:
     if context.batch.get("devices", 1) * context.batch.get("machines", 1) == 1:
-        return RemovedFlag(_("one device has nothing to share out"))
+        return RemovedFlag(_("a single device has nothing to share"))
     return value
 
 
@@ -197,14 +197,14 @@ def machines(context: MigrationContext, flag: str, value: Any) -> Any:
 
 def several(context: MigrationContext, flag: str, value: Any) -> CorrectedValue:
     context.launch[flag] = str(text(context, flag, value))
-    return CorrectedValue(None, _("stays with torchrun, on each machine"))
+    return CorrectedValue(None, _("still passed to torchrun on each machine"))
 
 
 def length_part(context: MigrationContext, flag: str, value: Any) -> CorrectedValue:
     context.lengths[flag] = count(context, flag, value)
     return CorrectedValue(
         None,
-        _("one length for question and answer; the answer is never cut"),
+        _("question and answer share one length; the answer is never cut"),
     )
 
 
@@ -224,7 +224,7 @@ def own_folder(context: MigrationContext, flag: str, value: Any) -> Any:
     name = folder(context, flag, value)
     if name != ".":
         return name
-    return CorrectedValue("merged", _("a result has a folder of its own"))
+    return CorrectedValue("merged", _("results go to their own folder"))
 
 
 def stem(context: MigrationContext, flag: str, value: Any) -> str:
@@ -245,7 +245,7 @@ def trained(context: MigrationContext, flag: str, value: Any) -> Any:
         for place in (Path(name), Path(name).parent):
             for stage in ("sft", "pretrain"):
                 if (place / stage / "manifest.json").is_file():
-                    return CorrectedValue(str(place / stage), _("where the training here left it"))
+                    return CorrectedValue(str(place / stage), _("the training result is in this folder"))
     return model(context, flag, name)
 
 
@@ -267,7 +267,7 @@ def data(context: MigrationContext, flag: str, value: Any) -> Any:
     """A file of data; where it is not there, one of its name a folder below, where `tongwen fetch` put it."""
     name = str(text(context, flag, value))
     below = sorted(Path(name).parent.glob(f"*/{Path(name).name}")) if not Path(name).exists() else []
-    return CorrectedValue(str(below[0]), _("where it was fetched to")) if below else name
+    return CorrectedValue(str(below[0]), _("it was fetched to this path")) if below else name
 
 
 def _sources(pattern: str, **words: Any) -> Reader:

@@ -100,7 +100,7 @@ class FlagReader:
             near = difflib.get_close_matches(name, [*program.flags, *(OWNED if program.trains else ())], 3)
             self.wrong(
                 place,
-                _("{project} has no {name!r} here").format(project=program.project, name=name),
+                _("{project} has no flag {name!r} here").format(project=program.project, name=name),
                 _("did you mean ") + " / ".join(near) if near else _("leave it out"),
             )
         return rule
@@ -112,7 +112,7 @@ class FlagReader:
             if rule.words and not isinstance(found, RemovedFlag):
                 found = _worded(rule, found)
         except ValueError as error:
-            self.wrong(place, f"{name}: {error}", _("write it out"))
+            self.wrong(place, f"{name}: {error}", _("write the value explicitly"))
             return
         to = rule.to.replace("@", self.section)
         why = found.why if isinstance(found, (CorrectedValue, RemovedFlag)) else ""
@@ -154,7 +154,7 @@ def _worded(rule: FlagRule, found: Any) -> Any:
     if old not in words:
         raise ValueError(_("{old!r} is not one of: {words}").format(old=old, words=_(", ").join(words)))
     if words[old] is None:
-        return RemovedFlag(_("so it is without a word"))
+        return RemovedFlag(_("this is the default"))
     return CorrectedValue(words[old], found.why) if isinstance(found, CorrectedValue) else words[old]
 
 

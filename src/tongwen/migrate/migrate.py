@@ -46,12 +46,12 @@ def migrate_command(words: Sequence[str], today: Today) -> MigrationResult:
     old = shlex.join(words)
     environment, rest = split_environment(tuple(words))
     if not rest:
-        raise RecipeError(_("there is no command"), place=old or "tongwen migrate --")
+        raise RecipeError(_("no command given"), place=old or "tongwen migrate --")
     outcome = _plain_line(rest, old) or _program_line(rest, old, today)
     outcome.environment = environment
     outcome.verdicts = [
         *(
-            Verdict(name, value, "kept", f"{name}={value}", _("in front of the new command"))
+            Verdict(name, value, "kept", f"{name}={value}", _("set in front of the new command"))
             for name, value in environment.items()
         ),
         *outcome.verdicts,
@@ -147,7 +147,7 @@ def _program_line(words: tuple[str, ...], old: str, today: Today) -> MigrationRe
     at = next((place for place, word in enumerate(rest) if _script_name(rest, place)), None)
     if at is None:
         raise RecipeError(
-            _("no program of an older project is named here"),
+            _("this names no program of an older project"),
             place=old,
             remedy=_nearest_scripts(rest),
         )
@@ -246,8 +246,8 @@ def _flags(
         else:
             reading.wrong(
                 place,
-                _("{word!r} belongs to no flag").format(word=word),
-                _("a blank too many?"),
+                _("{word!r} does not belong to any flag").format(word=word),
+                _("an extra space?"),
             )
     if waiting is not None:
         yield waiting, None
@@ -261,7 +261,7 @@ def _take_file(reading: FlagReader, path: str) -> None:
     name = Path(path).name
     if not Path(path).is_file() and name in known_files():
         data = known_files()[name]
-        reading.notes.append(_("{path} is not here: the one that its project shipped is taken").format(path=path))
+        reading.notes.append(_("{path} does not exist here: using its project's own file").format(path=path))
     else:
         data = _read_data(path)
     program = _recognise(data, path)
@@ -273,7 +273,7 @@ def _take_keys(reading: FlagReader, program: OldProgram, data: Mapping[str, Any]
     keys = dict(_flat(data))
     reading.take(program, [pair for pair in keys.items() if pair[1] is not None], path, inside)
     said = [f"{inside}:{key}" if inside else key for key, value in keys.items() if value is None]
-    reading.verdicts += [Verdict(key, None, "dropped", why=_("null says nothing")) for key in said]
+    reading.verdicts += [Verdict(key, None, "dropped", why=_("null sets nothing")) for key in said]
 
 
 def _read_data(path: str) -> dict[str, Any]:
@@ -285,7 +285,7 @@ def _read_data(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         raise RecipeError(_("cannot be read: {error}").format(error=error), place=path) from None
     if not isinstance(data, dict):
-        raise RecipeError(_("a configuration is a mapping of keys to values"), place=path)
+        raise RecipeError(_("a configuration must map keys to values"), place=path)
     return data
 
 
@@ -297,9 +297,11 @@ def _recognise(data: Mapping[str, Any], path: str) -> OldProgram:
             return program
     near = [name for name in known_files() if name != Path(path).name][:4]
     raise RecipeError(
-        _("this is no file of an older project; it has: {data}").format(data=_(", ").join(list(data)[:6])),
+        _("this is not a configuration file of an older project; it has: {data}").format(
+            data=_(", ").join(list(data)[:6])
+        ),
         place=path,
-        remedy=_("read are: ") + ", ".join([*near, "LLaMA-Factory's YAML"]),
+        remedy=_("readable files: ") + ", ".join([*near, "LLaMA-Factory's YAML"]),
     )
 
 

@@ -37,7 +37,7 @@ def read_script(text: str, name: str) -> list[ScriptLine]:
             words = shlex.split(line, comments=True)
         except ValueError as error:
             raise RecipeError(
-                _("this is no line of a shell: {error}").format(error=error),
+                _("this is not a valid shell line: {error}").format(error=error),
                 place=f"{name}:{number}",
                 remedy=_("close the quote"),
             ) from None

@@ -112,9 +112,9 @@ OLD_REASONS = {
     "evaluation_strategy": N_(
         "the held-out set is always scored before and after; `evaluate_every: N` scores it in between"
     ),
-    "group_by_length": N_("micro-batches carry no padding, so grouping has nothing to save"),
+    "group_by_length": N_("micro-batches contain no padding, so grouping by length saves nothing"),
     "overwrite_output_dir": N_("`tongwen run RECIPE --again` redoes a stage and keeps the old folder"),
-    "logging_dir": N_("metrics.jsonl and report.html stand in the stage's folder"),
+    "logging_dir": N_("metrics.jsonl and report.html are in the stage's folder"),
 }
 
 

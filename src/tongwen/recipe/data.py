@@ -19,35 +19,35 @@ class SourceConfig(Section):
     )
     format: (
         Literal["alpaca", "messages", "conversations", "completion", "query", "pair", "turns_inside", "text"] | None
-    ) = setting(None, "format of the rows; recognised from the content when absent")
-    columns: dict[str, str] = setting({}, "our name: the file's name, e.g. {output: answer}")
-    roles: dict[str, str] = setting({}, "the file's name of a role: ours, e.g. {Customer: user}")
+    ) = setting(None, "data format; detected from the content when absent")
+    columns: dict[str, str] = setting({}, "column names, ours to the file's, e.g. {output: answer}")
+    roles: dict[str, str] = setting({}, "role names, the file's to ours, e.g. {Customer: user}")
     separator: str = setting(
         "\n",
-        "between instruction and input, instruct and query; BELLE had nothing there",
+        "text between instruction and input, instruct and query; BELLE has none",
     )
     records: Literal["line", "paragraph", "file"] | None = setting(
         None,
-        "what one record of a text file is; absent: paragraphs where blank lines are frequent, else lines",
+        "unit of one record in a text file; absent: paragraphs if blank lines are frequent, else lines",
     )
-    encoding: str | None = setting(None, "character encoding; recognised when absent")
-    entry: str | None = setting(None, "name of an entry, when path is a dataset_info.json")
+    encoding: str | None = setting(None, "character encoding; detected when absent")
+    entry: str | None = setting(None, "entry name, when path is a dataset_info.json")
     weight: Number | None = setting(
         None,
-        "passes over its rows per epoch: 0.5 is a new half each time",
+        "passes over its rows per epoch; 0.5 takes a different half each epoch",
         gt=0,
     )
-    share: Number | None = setting(None, "share of the tokens of an epoch that come from here", gt=0, lt=1)
+    share: Number | None = setting(None, "share of an epoch's tokens that come from this source", gt=0, lt=1)
     language: str | None = setting(
         None,
-        "zh, en or another name: held-out documents are scored by it; absent: zh or other, by their characters",
+        "zh, en or another name; held-out documents are scored per language; absent: zh or other, judged by their characters",
         pattern=r"^\w+$",
     )
 
     def rules(self) -> Rules:
         yield (
             self.weight is not None and self.share is not None,
-            _("`weight` and `share` exclude each other: passes per epoch, or a share of its tokens"),
+            _("give only one of `weight` and `share`: passes per epoch, or a share of its tokens"),
         )
 
 
@@ -58,66 +58,68 @@ class SpendingLimits(Section):
     """What `synthesize` may use at most; it stops before it would go beyond."""
 
     requests: int | None = setting(None, "requests", ge=1)
-    tokens: int | None = setting(None, "tokens, of prompts and answers together", ge=1)
+    tokens: int | None = setting(None, "tokens of prompts and answers together", ge=1)
     money: Number | None = setting(None, "money, in the unit of `price`", gt=0)
 
 
 class Price(Section):
     """What a million tokens cost."""
 
-    input: Number = setting(..., "a million tokens of prompts", ge=0)
-    output: Number = setting(..., "a million tokens of answers", ge=0)
+    input: Number = setting(..., "per million prompt tokens", ge=0)
+    output: Number = setting(..., "per million answer tokens", ge=0)
 
 
 class Synthesize(Section):
     """Dialogues written by another model, through an OpenAI-compatible endpoint; one more input of `prepare`."""
 
-    endpoint: str = setting(..., "base URL, as https://api.deepseek.com/v1")
-    model: str = setting(..., "the model's name there")
+    endpoint: str = setting(..., "base URL, such as https://api.deepseek.com/v1")
+    model: str = setting(..., "model name at this endpoint")
     key: str = setting(
         "OPENAI_API_KEY",
-        "environment variable that holds the key; the key itself stands in no file",
+        "environment variable that holds the key; the key is never written to a file",
         pattern=r"^[A-Z_][A-Z0-9_]*$",
     )
     method: Literal["self_instruct", "topics", "documents"] = setting(
         "self_instruct",
-        "tasks like drawn examples; tasks on drawn topics; conversations about one's own documents",
+        "tasks modelled on sampled examples; tasks on sampled topics; conversations about your own documents",
     )
-    rows: int = setting(..., "dialogues to make", ge=1)
-    seeds: str | None = setting(None, "seed tasks of BELLE's shape; absent: 40 of ours")
-    topics: list[str] = setting([], "topics; absent: 82 of ours")
-    documents: SourceConfigs = setting([], "documents to talk about")
+    rows: int = setting(..., "number of dialogues to generate", ge=1)
+    seeds: str | None = setting(None, "seed tasks in BELLE's format; absent: the 40 included ones")
+    topics: list[str] = setting([], "topics; absent: the 82 included ones")
+    documents: SourceConfigs = setting([], "documents for the conversations")
     temperature: Number = setting(1.0, "0: always the likeliest", ge=0, le=2)
-    top_p: Number = setting(1.0, "share of the likeliest tokens drawn from", gt=0, le=1)
-    max_tokens: int = setting(2048, "tokens of a reply at most", ge=1)
-    json_schema: Literal["auto", "off"] = setting("auto", "ask for JSON of a schema, where the endpoint can")
-    concurrency: int = setting(8, "requests at once", ge=1, le=1000)
-    requests_per_minute: Number | None = setting(None, "requests begun in a minute at most", gt=0)
-    seconds: Number = setting(300.0, "for a request, from its start to its end", gt=0)
-    attempts: int = setting(8, "tries of a request that fails for a passing reason", ge=1)
+    top_p: Number = setting(1.0, "nucleus sampling (top-p) share", gt=0, le=1)
+    max_tokens: int = setting(2048, "maximum tokens of a reply", ge=1)
+    json_schema: Literal["auto", "off"] = setting(
+        "auto", "request JSON that follows a schema, if the endpoint supports it"
+    )
+    concurrency: int = setting(8, "concurrent requests", ge=1, le=1000)
+    requests_per_minute: Number | None = setting(None, "maximum requests per minute", gt=0)
+    seconds: Number = setting(300.0, "total time limit of one request, in seconds", gt=0)
+    attempts: int = setting(8, "maximum attempts after a temporary failure", ge=1)
     pause: Number = setting(
         1.0,
-        "seconds before a second try at most; doubled for each further one",
+        "longest pause before the first retry, in seconds; doubled for each further retry",
         gt=0,
     )
-    stale: int = setting(50, "stop after so many replies in a row that brought nothing new", ge=1)
-    bm25_at_most: Number = setting(18.0, "likeness to any other question, BM25", gt=0)
-    rouge_at_most: Number = setting(0.7, "the same as ROUGE-L", gt=0, le=1)
-    at_most: SpendingLimits = setting(SpendingLimits(), "the cap of spending")
+    stale: int = setting(50, "stop after this many replies in a row without anything new", ge=1)
+    bm25_at_most: Number = setting(18.0, "maximum BM25 similarity to any other question", gt=0)
+    rouge_at_most: Number = setting(0.7, "the same, as ROUGE-L", gt=0, le=1)
+    at_most: SpendingLimits = setting(SpendingLimits(), "spending limit")
     price: Price | None = setting(None, "needed for at_most.money")
     use_proxy: bool = setting(
         False,
-        "take proxies and certificates from the environment (HTTPS_PROXY)",
+        "use the environment's proxies and certificates (HTTPS_PROXY)",
     )
 
     def rules(self) -> Rules:
         yield (
             self.at_most.money is not None and self.price is None,
-            _("`at_most.money` needs `price: {input: …, output: …}`, of a million tokens"),
+            _("`at_most.money` needs `price: {input: …, output: …}`, per million tokens"),
         )
         yield (
             (self.method == "documents") != bool(self.documents),
-            _("`documents` belong to `method: documents`"),
+            _("`documents` and `method: documents` must be used together"),
         )
 
 
@@ -126,25 +128,25 @@ class Clean(Section):
 
     unicode: bool = setting(
         True,
-        "compose characters, fold the radicals that PDFs leave behind; full-width punctuation stays",
+        "compose characters, turn radicals left by PDFs into characters; keep full-width punctuation",
     )
     control: bool = setting(True, "remove control, zero-width and private-use characters")
-    mojibake: bool = setting(True, "mend text that was decoded wrongly; drop what cannot be mended")
-    html: bool = setting(True, "remove rests of HTML from documents")
-    unwrap: bool = setting(True, "join hard-wrapped lines of documents, without a blank in Chinese")
+    mojibake: bool = setting(True, "repair wrongly decoded text; drop it if it cannot be repaired")
+    html: bool = setting(True, "remove leftover HTML from documents")
+    unwrap: bool = setting(True, "join hard-wrapped lines of documents; no space between Chinese characters")
     repetition: bool = setting(True, "drop documents that repeat themselves")
-    full_width: bool = setting(False, "full-width letters and digits become plain ones")
+    full_width: bool = setting(False, "convert full-width letters and digits to half-width")
     convert: Literal["none", "t2s", "s2t", "tw2s", "tw2sp", "s2tw", "s2twp", "hk2s", "s2hk"] = setting(
         "none", "convert between traditional and simplified Chinese (OpenCC)"
     )
     personal_data: Literal["keep", "mask", "drop"] = setting(
-        "keep", "telephone numbers, identity cards, e-mail addresses"
+        "keep", "telephone numbers, identity card numbers, e-mail addresses"
     )
     min_chars: int = setting(1, "drop shorter texts", ge=1)
     max_chars: int | None = setting(None, "drop longer texts", ge=1)
     min_han: Number = setting(
         0.0,
-        "drop texts with a smaller share of Chinese characters among their letters",
+        "drop texts with a smaller share of Chinese characters",
         ge=0,
         le=1,
     )
@@ -153,13 +155,13 @@ class Clean(Section):
 class Dedup(Section):
     """Duplicates: the first stays. Near duplicates share most of their character 3-grams (Jaccard)."""
 
-    documents: Literal["off", "exact", "near"] = setting("near", "duplicates among documents")
+    documents: Literal["off", "exact", "near"] = setting("near", "deduplication of documents")
     dialogues: Literal["off", "exact", "near"] = setting(
         "exact",
-        "duplicates among dialogues; near also drops rows that differ only a little, as short tasks under one instruction do",
+        "deduplication of dialogues; near also drops rows that differ in a few characters, such as short tasks under one instruction",
     )
-    threshold: Number = setting(0.6, "Jaccard similarity of near duplicates", gt=0.3, lt=1)
-    min_chars: int = setting(100, "shorter texts are compared exactly only", ge=3)
+    threshold: Number = setting(0.6, "Jaccard threshold of near duplicates", gt=0.3, lt=1)
+    min_chars: int = setting(100, "shorter texts are only compared exactly", ge=3)
 
 
 class Prepare(Section):
@@ -167,17 +169,17 @@ class Prepare(Section):
 
     documents: SourceConfigs = setting([], "plain text for continued pre-training")
     dialogues: SourceConfigs = setting([], "conversations for fine-tuning")
-    clean: Clean = setting(Clean(), "what is mended or dropped")
-    dedup: Dedup = setting(Dedup(), "duplicates")
+    clean: Clean = setting(Clean(), "cleaning rules")
+    dedup: Dedup = setting(Dedup(), "deduplication")
     held_out: Number | str = setting(
         0.02,
-        "kept away from training: a share (below 1), a count, or a file",
+        "held out from training: a share (below 1), a count, or a file",
     )
-    held_out_at_most: int | None = setting(None, "rows that a share holds out at most", ge=1)
-    evaluation: SourceConfigs = setting([], "data that the model will be examined on; it must not be trained on")
+    held_out_at_most: int | None = setting(None, "maximum rows when held_out is a share", ge=1)
+    evaluation: SourceConfigs = setting([], "evaluation data, which must not occur in training")
     contaminated: Literal["remove", "refuse"] = setting(
         "remove",
-        "training rows that appear in held-out or evaluation data are removed, or the run refuses",
+        "training rows that appear in held-out or evaluation data: remove them, or refuse to run",
     )
     fill: dict[str, str] = setting(
         {},
@@ -185,11 +187,13 @@ class Prepare(Section):
     )
     max_bad: Number | None = setting(
         None,
-        "refuse to go on when more rows than this cannot be read: a share (below 1) or a count; 0.1 %, at most 100 rows",
+        "stop when more rows than this cannot be read: a share (below 1) or a count; default 0.1 %, at most 100 rows",
         ge=0,
     )
-    executor: Literal["here", "local", "slurm", "ray"] = setting("here", "in this process, or as a datatrove pipeline")
-    tasks: int = setting(1, "tasks of the datatrove pipeline", ge=1)
+    executor: Literal["here", "local", "slurm", "ray"] = setting(
+        "here", "run in this process, or as a datatrove pipeline"
+    )
+    tasks: int = setting(1, "number of tasks of the datatrove pipeline", ge=1)
     executor_options: dict[str, Any] = setting({}, "other arguments of the datatrove executor")
 
     def rules(self) -> Rules:
@@ -199,7 +203,7 @@ class Prepare(Section):
         )
         yield (
             isinstance(self.held_out, float) and self.held_out < 0,
-            _("held_out: {held_out} is negative").format(held_out=self.held_out),
+            _("held_out: {held_out} must not be negative").format(held_out=self.held_out),
         )
         for name, sources in (("documents", self.documents), ("dialogues", self.dialogues)):
             shares = [source.share for source in sources if source.share is not None]
@@ -207,7 +211,7 @@ class Prepare(Section):
             yield (
                 total > 1 or (all_have_shares and abs(total - 1) > 1e-6),
                 _(
-                    "{name}: the shares sum to {total:g}; they must leave room for the other sources, or sum to 1"
+                    "{name}: the shares sum to {total:g}; they must leave room for the other sources or sum to exactly 1"
                 ).format(name=name, total=total),
             )
 
@@ -215,10 +219,10 @@ class Prepare(Section):
 class Vocab(Section):
     """Extend the base's tokenizer with pieces of the target script, and grow the model's rows."""
 
-    pieces: int = setting(2000, "new pieces at most, learned from the documents", ge=0)
+    pieces: int = setting(2000, "maximum number of new pieces learned from the documents", ge=0)
     tokenizer: str | None = setting(
         None,
-        "instead of learning pieces: a SentencePiece tokenizer that was extended already (folder or file)",
+        "instead of learning pieces: an already extended SentencePiece tokenizer (folder or file)",
     )
     script: Literal[
         "han",
@@ -240,30 +244,28 @@ class Vocab(Section):
         "mongolian",
     ] = setting(
         "han",
-        "the script that new pieces spell; all other text keeps its ids",
+        "script of the new pieces; all other text keeps its ids",
     )
-    words: list[str] = setting([], "domain words, each one piece, whatever script")
+    words: list[str] = setting([], "domain words, one piece each, in any script")
     special_tokens: list[str] = setting([], "special tokens, such as <|call|>")
     new_rows: Literal["subtoken_mean", "mean", "normal"] = setting(
         "subtoken_mean",
-        "first values of new rows: the mean of the old pieces' rows; the mean of all; drawn anew, as in 2023",
+        "initial values of new rows: mean of the old pieces' rows; mean of all rows; random (as in 2023)",
     )
-    pad_to_multiple: int = setting(64, "rows of embedding and head up to a multiple of this", ge=1)
-    shrink: bool = setting(False, "drop rows that no token has")
+    pad_to_multiple: int = setting(64, "pad the rows of embedding and head to a multiple of this", ge=1)
+    shrink: bool = setting(False, "drop rows without a token")
     measure_bits: bool = setting(
         True,
-        "bits per byte before any training: of the base and of the grown model",
+        "bits per byte before training: base and extended model",
     )
 
     def rules(self) -> Rules:
         made = min(self.model_fields_set & {"pieces", "words", "special_tokens", "script"}, default="")
         yield (
             self.tokenizer and made,
-            _("`tokenizer` and `{made}` exclude each other: pieces that are there, or pieces to be made").format(
-                made=made
-            ),
+            _("give only one of `tokenizer` and `{made}`: existing pieces, or pieces to add").format(made=made),
         )
         yield (
             not (self.pieces or self.words or self.special_tokens),
-            _("`vocab` adds nothing: `pieces` is 0 and there are no `words` and `special_tokens`"),
+            _("`vocab` adds nothing: `pieces` is 0, and `words` and `special_tokens` are empty"),
         )

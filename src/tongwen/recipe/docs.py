@@ -70,9 +70,9 @@ def settings(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
 def to_markdown() -> str:
     """docs/recipe.md: all sections as tables."""
     lines = [
-        _("# The recipe, word by word"),
+        _("# The recipe, key by key"),
         "",
-        _("Made from the schema by `make docs`; do not edit."),
+        _("Generated from the schema by `make docs`; do not edit."),
     ]
     for name, model in sections():
         lines += ["", f"## {name or _('top level')}", "", (model.__doc__ or "").strip().split("\n")[0], ""]

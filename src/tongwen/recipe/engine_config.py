@@ -181,7 +181,7 @@ def _deepspeed_scheduler(data: dict[str, Any], file: str, settings: dict[str, An
     rate = given.get("warmup_max_lr", settings.get("learning_rate"))
     if settings.get("learning_rate", rate) != rate:
         raise RecipeError(
-            _("{rate!r}, and optimizer.params.lr is {learning_rate!r}").format(
+            _("{rate!r}, but optimizer.params.lr is {learning_rate!r}").format(
                 rate=rate, learning_rate=settings["learning_rate"]
             ),
             place=f"engine: {file} · scheduler.params.warmup_max_lr",
@@ -253,7 +253,7 @@ def _fsdp(data: dict[str, Any], file: str) -> EngineSettings:
         config["reshard_after_forward"] = _is_on(strategy, file, f"fsdp_{key}", STRATEGIES)
     dropped = [name for name in FSDP_DROPPED if config.pop(name, None) is not None]
     if str(strategy).startswith("HYBRID"):
-        dropped.append(f"fsdp_{key}: {strategy}" + _(" (shared out among all)"))
+        dropped.append(f"fsdp_{key}: {strategy}" + _(" (sharded over all processes)"))
     policy = config.get("auto_wrap_policy", WRAPS[0])
     if policy not in WRAPS:
         raise _unknown(file, "fsdp_auto_wrap_policy", policy, WRAPS, f"fsdp_auto_wrap_policy: {WRAPS[0]}")
@@ -289,7 +289,7 @@ def _accelerate_deepspeed(data: dict[str, Any], file: str) -> EngineSettings:
             file,
             "deepspeed_config.offload_optimizer_device, offload_param_device",
             f"{optimizer}, {weights}",
-            (_("none or cpu, both alike with zero_stage 3"),),
+            (_("none or cpu; both the same with zero_stage 3"),),
             _("engine: FILE.json, DeepSpeed's own file"),
         )
     settings: dict[str, Any] = {"engine": "auto" if stage == "0" else f"zero{max(2, int(stage))}"}
@@ -305,9 +305,9 @@ def _section(data: dict[str, Any], key: str, file: str) -> dict[str, Any]:
     found = data.get(key)
     if found is not None and not isinstance(found, dict):
         raise RecipeError(
-            _("{found!r} is no mapping of keys to values").format(found=found),
+            _("{found!r} must be a mapping of keys to values").format(found=found),
             place=f"engine: {file}" + (f" · {key}" if key else ""),
-            remedy=_("a DeepSpeed JSON, or accelerate's YAML") + ": docs/engines.md",
+            remedy=_("use a DeepSpeed JSON or accelerate's YAML") + ": docs/engines.md",
         )
     return dict(found or {})
 
@@ -351,7 +351,7 @@ def _is_on(value: Any, file: str, key: str, others: Iterable[str] = ()) -> bool:
 def _unknown(file: str, key: str, value: Any, known: Iterable[str], remedy: str = "") -> RecipeError:
     known = ", ".join(known)
     return RecipeError(
-        _("{value!r} is not known here; known are: {known}").format(value=value, known=known),
+        _("{value!r} is not supported; supported: {known}").format(value=value, known=known),
         place=f"engine: {file} · {key}",
-        remedy=remedy or _("write one of them in that file"),
+        remedy=remedy or _("change it to one of these in that file"),
     )

@@ -74,7 +74,7 @@ def read_duration(value: Any) -> Any:
     if not found or count <= 0:
         raise problem(
             _(
-                "{value!r} is not a length of training; write for example `2 epochs`, `300 steps` or `5000000 tokens`"
+                "{value!r} is not a training length; write for example `2 epochs`, `300 steps` or `5000000 tokens`"
             ).format(value=value)
         )
     return Duration(count=count, unit=found[2].rstrip("s") + "s")

@@ -78,7 +78,7 @@ def _text_of(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(
-            _("there is no such recipe file"),
+            _("this recipe file does not exist"),
             place=str(file),
             remedy=_("`tongwen init` lists recipes to start from"),
         ) from None
@@ -109,7 +109,7 @@ def _notices_of_unused(section: Training) -> list[str]:
         (f"optimizer: {section.optimizer}", [f"trainer.{name}" for name in trainer]),
     )
     return [
-        _("`{cause}` does nothing with {unused}").format(cause=cause, unused=", ".join(unused))
+        _("`{cause}` does not use {unused}").format(cause=cause, unused=", ".join(unused))
         for cause, unused in found
         if unused
     ]

@@ -46,8 +46,8 @@ def cheaper(
 def last_resort(section: Training) -> str:
     """The remedy when no change of the recipe suffices."""
     if section.sharded_by:
-        return _("a smaller base, a larger GPU, or more of them: --devices N")
-    return _("a smaller base, a larger GPU, or several: engine: fsdp2, --devices N")
+        return _("a smaller base, a larger GPU, or more GPUs: --devices N")
+    return _("a smaller base, a larger GPU, or several GPUs: engine: fsdp2, --devices N")
 
 
 def _candidates(recipe: Recipe, section: Training, longest: int, together: int, half: str) -> Iterator[tuple[str, Any]]:

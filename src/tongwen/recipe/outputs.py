@@ -21,9 +21,9 @@ class Merge(Section):
     )
     onto: Literal["original", "nf4", "int8"] = setting(
         "original",
-        "base that QLoRA's adapter goes into: the original one, or what training saw of it (the difference is measured)",
+        "base that a QLoRA adapter is merged into: the original, or the quantised one used in training (the difference is measured)",
     )
-    shard_gb: Number = setting(5.0, "size of a weights file at most, in GB", gt=0)
+    shard_gb: Number = setting(5.0, "maximum size of one weights file, in GB", gt=0)
 
 
 def read_task(value: Any) -> Any:
@@ -47,27 +47,27 @@ TaskName = Literal[
 class TaskConfig(Section):
     """One thing that a model is examined in."""
 
-    task: TaskName = setting(..., "what is measured")
-    name: str = setting("", "its name in scores.json; the task's when absent")
+    task: TaskName = setting(..., "what to measure")
+    name: str = setting("", "name in scores.json; absent: the task's name")
     data: Annotated[SourceConfig, BeforeValidator(read_source)] | None = setting(
-        None, "what it is measured on; what `prepare` held out when absent"
+        None, "evaluation data; absent: the part that `prepare` held out"
     )
-    suite: str = setting("", "lm_eval: name of a task there, such as ceval-valid")
+    suite: str = setting("", "lm_eval: task name, such as ceval-valid")
     examples: str | None = setting(
         None,
-        "multiple_choice: file or folder of answered questions, such as dev/",
+        "multiple_choice: file or folder of example questions with answers, such as dev/",
     )
-    shots: int = setting(0, "examples before each question with options", ge=0)
-    limit: int | None = setting(None, "only so many rows, the first ones", ge=1)
+    shots: int = setting(0, "number of examples before each multiple-choice question", ge=0)
+    limit: int | None = setting(None, "use only the first N rows", ge=1)
 
     def rules(self) -> Rules:
         yield (
             (self.task == "lm_eval") != bool(self.suite),
-            _("`task: lm_eval` and `suite: NAME` belong together"),
+            _("`task: lm_eval` and `suite: NAME` must be used together"),
         )
         yield (
             self.shots and not self.examples and not self.suite,
-            _("shots: {shots} needs `examples`, such as the folder dev/ of C-Eval").format(shots=self.shots),
+            _("shots: {shots} needs `examples`, such as C-Eval's dev/ folder").format(shots=self.shots),
         )
 
     @property
@@ -85,18 +85,18 @@ class Evaluate(Section):
 
     tasks: Annotated[list[Annotated[TaskConfig, BeforeValidator(read_task)]], BeforeValidator(read_list)] = setting(
         [TaskConfig(task="bits_per_byte")],
-        "names, or {task: NAME, data: FILE, …}",
+        "task names, or {task: NAME, data: FILE, …}",
         min_length=1,
     )
-    before: bool = setting(True, "score the recipe's base too")
-    batch_size: int = setting(32, "questions answered side by side, at most", ge=1)
-    max_new_tokens: int = setting(256, "tokens of an answer at most", ge=1)
+    before: bool = setting(True, "also score the recipe's base")
+    batch_size: int = setting(32, "maximum number of questions answered at once", ge=1)
+    max_new_tokens: int = setting(256, "maximum tokens of an answer", ge=1)
 
     def rules(self) -> Rules:
         names = [task.title for task in self.tasks]
         yield (
             len({*names}) < len(names),
-            _("two tasks have one name: {names}; give one a `name`").format(names=_(", ").join(names)),
+            _("two tasks have the same name: {names}; give one of them a `name`").format(names=_(", ").join(names)),
         )
 
 
@@ -110,15 +110,15 @@ class Export(Section):
     )
     quantize: str = setting(
         "f16",
-        "number type of the GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; with `tongwen[llamacpp]` also q2_k to q6_k (q4_k_m …)",
+        "number type of the GGUF file: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; with `tongwen[llamacpp]` also q2_k to q6_k (q4_k_m etc.)",
     )
     push: str = setting(
         "",
-        "send the hf form to this place on a hub, private: OWNER/NAME or modelscope:OWNER/NAME",
+        "push the hf format to a hub, as a private repository: OWNER/NAME or modelscope:OWNER/NAME",
     )
 
     def rules(self) -> Rules:
         yield (
             self.push and "hf" not in self.formats,
-            _("`push` sends the hf form: `formats: [hf]`"),
+            _("`push` sends the hf format: `formats: [hf]`"),
         )

@@ -31,58 +31,57 @@ class Recipe(Section):
         ...,
         "model: folder, hub id, modelscope:id, .gguf file, or a stage folder",
     )
-    out: str = setting("", "folder of the run; runs/NAME when absent")
-    seed: int = setting(42, "decides order, split and initialisation")
+    out: str = setting("", "output folder; runs/NAME when absent")
+    seed: int = setting(42, "determines order, split and initialisation")
     devices: int = setting(1, "processes, one per GPU", ge=1)
     track: Annotated[list[TrackerName], BeforeValidator(read_list)] = setting(
         [],
-        "programs that draw the curves too: tensorboard, wandb, swanlab, mlflow, trackio; keys come from the environment",
+        "programs that also plot the curves: tensorboard, wandb, swanlab, mlflow, trackio; keys come from the environment",
     )
     stop_before: Seconds | None = setting(
         None,
-        "this long after the command began, a training that is not done has been saved and has ended: 90 minutes, 6 hours",
+        "save a checkpoint and stop unfinished training within this wall time of the command: 90 minutes, 6 hours",
     )
-    synthesize: Synthesize | None = setting(None, "let another model write data")
+    synthesize: Synthesize | None = setting(None, "let another model generate data")
     prepare: Prepare | None = setting(None, "read, check and split the data")
-    vocab: Vocab | None = setting(None, "extend the tokenizer and grow the model")
+    vocab: Vocab | None = setting(None, "extend the tokenizer and enlarge the model")
     pretrain: Pretrain | None = setting(None, "continued pre-training")
     sft: Sft | None = setting(None, "supervised fine-tuning")
-    merge: Merge | None = setting(None, "fold the adapter into the base")
-    evaluate: Evaluate | None = setting(None, "scores of the model and of its base")
-    export: Export | None = setting(None, "the model in the forms of other programs")
+    merge: Merge | None = setting(None, "merge the adapter into the base")
+    evaluate: Evaluate | None = setting(None, "scores of the model and its base")
+    export: Export | None = setting(None, "export the model in the formats of other programs")
 
     def rules(self) -> Rules:
         leaves_adapter = any("lora" in section.trained_parts for section in self.training)
         yield (
             self.sft and not (self.prepare and self.prepare.dialogues),
-            _("`sft` needs `prepare: {dialogues: ...}`: the data that it learns from"),
+            _("`sft` needs `prepare: {dialogues: ...}` for its training data"),
         )
         yield (
             self.vocab and self.vocab.pieces and not self.vocab.tokenizer and not self.prepare,
-            _("`vocab` needs `prepare: {documents: ...}`: the text that pieces are learned from"),
+            _("`vocab` needs `prepare: {documents: ...}`: it learns new pieces from this text"),
         )
         yield (
             self.pretrain and not (self.prepare and self.prepare.documents),
-            _("`pretrain` needs `prepare: {documents: ...}`: the text that it learns from"),
+            _("`pretrain` needs `prepare: {documents: ...}` for its training text"),
         )
         yield (
             self.evaluate and not self.prepare and any(task.needs_data for task in self.evaluate.tasks),
-            _("`evaluate` needs `data` for each task, or `prepare`, whose held-out rows it takes"),
+            _("`evaluate` needs `data` for each task, or held-out data from `prepare`"),
         )
         yield (
             self.sft and self.sft.adapter.method == "qlora" and self.pretrain and "lora" in self.pretrain.trained_parts,
             _(
-                "`sft` with `method: qlora` stands on the adapter that `pretrain` leaves, and an adapter cannot be put into "
-                "quantised weights: `method: lora`, or a recipe of its own whose base is the merged model"
+                "`sft` with `method: qlora` builds on the adapter from `pretrain`, but an adapter cannot be merged into quantised weights: use `method: lora`, or write a second recipe with the merged model as its base"
             ),
         )
         yield (
             self.merge and not leaves_adapter,
-            _("`merge` needs a training section with an adapter: there is nothing to fold into the base"),
+            _("`merge` needs a training section with an adapter: otherwise there is nothing to merge"),
         )
         yield (
             self.export and not self.merge and (leaves_adapter or not (self.vocab or self.training)),
-            _("`export` needs `merge`, or a stage that leaves a whole model: an adapter alone is no model"),
+            _("`export` needs `merge`, or a stage that produces a whole model: an adapter alone is not a model"),
         )
 
     @property

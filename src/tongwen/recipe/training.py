@@ -13,25 +13,24 @@ class AdapterConfig(Section):
 
     method: Literal["lora", "qlora", "adalora", "new_rows", "full"] = setting(
         "lora",
-        "lora: a small adapter; qlora: on a quantised base; adalora: its ranks go where they matter; new_rows: only the rows "
-        "that the vocabulary stage added; full: all weights",
+        "lora: a small adapter; qlora: on a quantised base; adalora: ranks allocated where they matter; new_rows: only the rows that the vocabulary stage added; full: all weights",
     )
-    rank: int = setting(16, "rank of the adapter: higher learns more, costs memory", ge=1)
+    rank: int = setting(16, "rank of the adapter: higher learns more and costs more memory", ge=1)
     alpha: Number | None = setting(None, "scale of the adapter; 2 x rank when absent", gt=0)
     dropout: Number = setting(0.0, "dropout on the adapter's input", ge=0, lt=1)
     targets: str | list[str] = setting(
         "all-linear",
-        "all-linear, family (the family's usual few), or a list of module names",
+        "all-linear, family (the usual few of this model family), or a list of module names",
     )
     target_parameters: list[str] = setting(
         [],
-        "names of weights that are no module of their own, such as mlp.experts.gate_up_proj (fused experts)",
+        "names of weights that are not separate modules, such as mlp.experts.gate_up_proj (fused experts)",
     )
     rslora: bool = setting(False, "scale by alpha / sqrt(rank)")
-    dora: bool = setting(False, "train direction and magnitude apart (DoRA)")
-    quantize: Literal["nf4", "int8"] = setting("nf4", "qlora: 4 bits with double quantisation, or 8 bits")
-    also_train: list[str] = setting([], "modules trained in full beside the adapter")
-    continue_from: str | None = setting(None, "folder of an adapter on the same base that is trained further")
+    dora: bool = setting(False, "train direction and magnitude separately (DoRA)")
+    quantize: Literal["nf4", "int8"] = setting("nf4", "qlora: 4 bits (double quantisation) or 8 bits")
+    also_train: list[str] = setting([], "modules trained in full in addition to the adapter")
+    continue_from: str | None = setting(None, "folder of an adapter (on the same base) to continue training")
 
     def rules(self) -> Rules:
         unused = {"also_train", "continue_from", "target_parameters"} if self.part != "lora" else set()
@@ -39,33 +38,33 @@ class AdapterConfig(Section):
         not_on_a_weight = "dora" if self.dora else "dropout" if self.dropout else ""
         yield (
             isinstance(self.targets, str) and self.targets not in ("all-linear", "family"),
-            _("targets: {targets!r} is not `all-linear`, `family` or a list such as [q_proj, v_proj]").format(
+            _("targets: {targets!r} must be `all-linear`, `family` or a list such as [q_proj, v_proj]").format(
                 targets=self.targets
             ),
         )
         yield (
             not self.targets and not self.target_parameters,
-            _("targets: the list is empty, so that the adapter would stand nowhere; write `all-linear`, or names"),
+            _("targets: the list is empty, so the adapter would have no place; write `all-linear` or module names"),
         )
         yield (
             given,
-            _("`method: {method}` does nothing with `{given}`: leave it out, or write `method: lora`").format(
+            _("`method: {method}` does not use `{given}`: leave it out, or write `method: lora`").format(
                 method=self.method, given=given
             ),
         )
         yield (
             self.target_parameters and not_on_a_weight,
             _(
-                "`target_parameters` goes without `{not_on_a_weight}`: an adapter on a bare weight has none; leave one of them out"
+                "`target_parameters` and `{not_on_a_weight}` cannot be combined: an adapter on a bare weight does not support it; leave one of them out"
             ).format(not_on_a_weight=not_on_a_weight),
         )
         yield (
             self.dora and self.quantize == "int8",
-            _("dora cannot stand on a base in 8 bits; use `quantize: nf4`, or leave `dora` out"),
+            _("dora does not work on an 8-bit base; use `quantize: nf4`, or leave `dora` out"),
         )
         yield (
             self.method == "adalora" and (self.dora or self.rslora or self.target_parameters or self.continue_from),
-            _("adalora has no dora, rslora, target_parameters or continue_from; use method: lora"),
+            _("adalora does not support dora, rslora, target_parameters or continue_from; use method: lora"),
         )
 
     @property
@@ -96,23 +95,22 @@ def parts_of(train: str) -> tuple[TrainedPart, ...]:
 class Training(Section):
     """What every training stage knows."""
 
-    adapter: AdapterConfig = setting(AdapterConfig(), "what is trained")
-    max_length: int = setting(1024, "tokens of a sample at most", ge=8)
-    batch_size: int = setting(8, "samples per optimizer step over all devices", ge=1)
+    adapter: AdapterConfig = setting(AdapterConfig(), "which weights to train")
+    max_length: int = setting(1024, "maximum tokens of a sample", ge=8)
+    batch_size: int = setting(8, "samples per optimizer step, all devices together", ge=1)
     batch_tokens: int | None = setting(
         None,
-        "instead of batch_size: tokens per optimizer step over all devices; the epoch is packed best-fit",
+        "instead of batch_size: tokens per optimizer step, all devices together; the epoch is packed best-fit",
         ge=16,
     )
-    learning_rate: Number | None = setting(None, "peak; 2e-4 with an adapter, 2e-5 in full", gt=0)
+    learning_rate: Number | None = setting(None, "peak learning rate; default 2e-4 with an adapter, 2e-5 in full", gt=0)
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "muon"] = setting(
         "adamw",
-        "adamw (fused); 8 bits or paged need bitsandbytes; muon trains matrices only, such as LoRA's",
+        "adamw (fused); 8-bit and paged ones need bitsandbytes; muon trains only matrices, such as LoRA's",
     )
     schedule: Literal["constant", "linear", "cosine", "wsd", "warmup_lr"] = setting(
         "cosine",
-        "shape after the warm-up; wsd: constant, then down in the last `decay`; warmup_lr: constant, warmed up by a logarithm "
-        "(DeepSpeed's WarmupLR)",
+        "shape after the warm-up; wsd: constant, then falling over the last `decay`; warmup_lr: logarithmic warm-up, then constant (DeepSpeed's WarmupLR)",
     )
     warmup: Number = setting(0.03, "share of all steps (below 1) or a number of steps", ge=0)
     decay: Number = setting(0.1, "wsd: share of all steps (below 1) or a number of steps", gt=0)
@@ -125,50 +123,48 @@ class Training(Section):
     )
     stop_after: Length = setting(Duration(count=2, unit="epochs"), "epochs, steps or tokens")
     save_every: int = setting(100, "optimizer steps between checkpoints", ge=1, free=True)
-    keep_checkpoints: int = setting(2, "how many checkpoints stay, besides the best", ge=1, free=True)
+    keep_checkpoints: int = setting(2, "number of checkpoints to keep besides the best", ge=1, free=True)
     evaluate_every: int | None = setting(
         None,
-        "steps between held-out evaluations; before and after always",
+        "steps between held-out evaluations; evaluation before and after always runs",
         ge=1,
         free=True,
     )
     patience: int | None = setting(
         None,
-        "stop after this many evaluations without a better one, and take the best checkpoint",
+        "stop after this many evaluations without improvement and use the best checkpoint",
         ge=1,
     )
     log_every: int = setting(1, "steps between lines of metrics.jsonl", ge=1, free=True)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto",
-        "auto: bf16 where the device computes in it, else fp32; fp16: for GPUs without bf16, with a scaled gradient. What "
-        "learns stands in fp32 always",
+        "auto: bf16 if the device supports it, else fp32; fp16: for GPUs without bf16, with gradient scaling. Trained weights are always fp32",
     )
     activation_checkpointing: Literal["auto", "on", "off"] = setting(
         "auto",
-        "recompute activations to save memory; auto: only when memory needs it, which is tried on a GPU before the run",
+        "recompute activations to save memory; auto: only if needed (on a GPU, tried before training)",
         free=True,
     )
     compile: bool = setting(
         False,
-        "compile each decoder layer: faster on a GPU, after a minute at the beginning (auto and ddp)",
+        "compile each decoder layer: faster on a GPU; costs about a minute at the start (auto and ddp)",
         free=True,
     )
     micro_batch_tokens: int | None = setting(
         None,
-        "tokens that go through the model at once; derived when absent",
+        "tokens that pass through the model at once; derived when absent",
         ge=16,
         free=True,
     )
     engine: str = setting(
         "auto",
-        "what several processes share out: auto and ddp nothing, zero2 gradients and optimizer (DeepSpeed), zero3 and fsdp2 "
-        "also the weights; or a file: a DeepSpeed JSON, or accelerate's YAML",
+        "what is sharded over the processes: auto and ddp nothing, zero2 gradients and optimizer (DeepSpeed), zero3 and fsdp2 also the weights; or a file: a DeepSpeed JSON or accelerate's YAML",
     )
     offload: bool = setting(
         False,
-        "fsdp2, zero2, zero3: what is shared out waits in the host's memory",
+        "fsdp2, zero2, zero3: keep the sharded parts in host memory",
     )
-    samples: int = setting(3, "held-out questions answered before and after, for the report", ge=0)
+    samples: int = setting(3, "number of held-out questions answered before and after training, for the report", ge=0)
     trainer: dict[str, Any] = setting({}, "other transformers TrainingArguments")
 
     def rules(self) -> Rules:
@@ -176,39 +172,39 @@ class Training(Section):
         engines = ", ".join(ENGINES)
         yield (
             self.batch_tokens is not None and "batch_size" in self.model_fields_set,
-            _("`batch_size` and `batch_tokens` exclude each other: samples per step, or tokens per step"),
+            _("give only one of `batch_size` and `batch_tokens`: samples per step, or tokens per step"),
         )
         yield (
             self.precision == "fp16" and self.sharded_by,
             _(
-                "precision: fp16 goes with one device or `engine: ddp`; the engines that share weights compute in bf16 or fp32"
+                "precision: fp16 needs a single device or `engine: ddp`; engines that shard weights compute in bf16 or fp32"
             ),
         )
         yield (
             self.patience is not None and self.evaluate_every is None,
-            _("`patience` counts evaluations, and there are none on the way: add `evaluate_every: 50`"),
+            _("`patience` counts evaluations, but none run during training: add `evaluate_every: 50`"),
         )
         yield (
             self.schedule != "wsd" and "decay" in self.model_fields_set,
-            _(
-                "`decay` belongs to `schedule: wsd`, and this one is {schedule}: leave it out, or change the schedule"
-            ).format(schedule=self.schedule),
+            _("`decay` is only for `schedule: wsd`, but the schedule is {schedule}: leave it out, or use wsd").format(
+                schedule=self.schedule
+            ),
         )
         yield (
             self.optimizer == "muon" and beyond_adapter,
             _(
-                "muon trains matrices of hidden layers, an adapter's, and {beyond_adapter} has others too: use `optimizer: adamw`"
+                "muon only trains matrices of hidden layers, such as an adapter's, but {beyond_adapter} has other weights too: use `optimizer: adamw`"
             ).format(beyond_adapter=beyond_adapter),
         )
         yield (
             self.engine not in ENGINES and not self.engine.endswith((".json", ".yaml", ".yml")),
-            _("engine: {engine!r} is not one of {engines}, and no .json or .yaml file").format(
+            _("engine: {engine!r} is neither one of {engines} nor a .json or .yaml file").format(
                 engine=self.engine, engines=engines
             ),
         )
         yield (
             self.offload and not self.sharded_by,
-            _("`offload` needs an engine that shares out: fsdp2, zero2 or zero3, not {engine!r}").format(
+            _("`offload` needs an engine that shards: fsdp2, zero2 or zero3, not {engine!r}").format(
                 engine=self.engine
             ),
         )
@@ -253,7 +249,7 @@ class Training(Section):
 
 def _no_embeddings() -> str:
     return _(
-        "`embedding_learning_rate` is set, and `train: lora` trains no embeddings: leave it out, or use `train: lora+embeddings`"
+        "`embedding_learning_rate` is set, but `train: lora` trains no embeddings: leave it out, or use `train: lora+embeddings`"
     )
 
 
@@ -262,11 +258,11 @@ class PhaseConfig(Section):
 
     train: Literal["new_rows", "embeddings", "lora", "lora+embeddings", "full"] = setting(
         ...,
-        "new_rows (of the vocabulary stage), embeddings, lora, lora+embeddings or full",
+        "new_rows (added by the vocabulary stage), embeddings, lora, lora+embeddings or full",
     )
     stop_after: Length | None = setting(None, "epochs, steps or tokens")
     learning_rate: Number | None = setting(None, "peak", gt=0)
-    embedding_learning_rate: Number | None = setting(None, "peak of the embeddings", gt=0)
+    embedding_learning_rate: Number | None = setting(None, "peak learning rate of the embeddings", gt=0)
 
     def rules(self) -> Rules:
         yield self.train == "lora" and self.embedding_learning_rate is not None, _no_embeddings()
@@ -275,8 +271,8 @@ class PhaseConfig(Section):
 class Forgetting(Section):
     """A rise of the held-out bits per byte of any language over where it began."""
 
-    warn: Number | None = setting(0.05, "say it from this share on", gt=0)
-    stop: Number | None = setting(None, "stop from this share on", gt=0)
+    warn: Number | None = setting(0.05, "warn when the rise exceeds this share", gt=0)
+    stop: Number | None = setting(None, "stop when the rise exceeds this share", gt=0)
 
 
 class Pretrain(Training):
@@ -284,21 +280,20 @@ class Pretrain(Training):
 
     train: Literal["new_rows", "embeddings", "lora", "lora+embeddings", "full"] = setting(
         "lora",
-        "what is trained when there are no phases: new_rows, embeddings, lora, lora+embeddings or full",
+        "what to train without phases: new_rows, embeddings, lora, lora+embeddings or full",
     )
-    phases: list[PhaseConfig] = setting([], "one after the other, instead of `train`")
+    phases: list[PhaseConfig] = setting([], "training phases in sequence, instead of `train`")
     documents: Literal["apart", "concatenated", "blocks"] = setting(
         "apart",
-        "apart: each sees only itself; concatenated: end to end, cut at max_length; blocks: the same, and the remainder is "
-        "dropped (the scripts of 2023)",
+        "apart: documents cannot see each other; concatenated: joined end to end, cut at max_length; blocks: the same, dropping the remainder (the scripts of 2023)",
     )
     embedding_learning_rate: Number | None = setting(
         None,
-        "peak of the embeddings; beside an adapter a fifth of learning_rate when absent",
+        "peak learning rate of the embeddings; absent, with an adapter: a fifth of learning_rate",
         gt=0,
     )
     stop_after: Length = setting(Duration(count=1, unit="epochs"), "epochs, steps or tokens")
-    forgetting: Forgetting = setting(Forgetting(), "held-out bits per byte of each language may rise by this share")
+    forgetting: Forgetting = setting(Forgetting(), "allowed rise of each language's held-out bits per byte, as a share")
 
     def rules(self) -> Rules:
         yield from super().rules()
@@ -306,40 +301,38 @@ class Pretrain(Training):
         no_adapter = "lora" not in self.trained_parts
         yield (
             self.phases and "train" in self.model_fields_set,
-            _("`train` and `phases` exclude each other; each phase has its own `train`"),
+            _("give only one of `train` and `phases`; each phase has its own `train`"),
         )
         yield (
             self.adapter.part != "lora",
-            _("adapter: {{method: {method}}} is said by `train: {method}` here").format(method=self.adapter.method),
+            _("instead of adapter: {{method: {method}}}, write `train: {method}` here").format(
+                method=self.adapter.method
+            ),
         )
         yield (
             self.forgetting.stop is not None and self.evaluate_every is None,
-            _(
-                "`forgetting: {stop: ...}` looks at evaluations, and there are none on the way: add `evaluate_every: 50`"
-            ),
+            _("`forgetting: {stop: ...}` needs evaluations, but none run during training: add `evaluate_every: 50`"),
         )
         yield self.embedding_learning_rate is not None and {*self.trains} == {"lora"}, _no_embeddings()
         yield (
             no_adapter and self.adapter.method == "qlora",
             _(
-                "`method: qlora` quantises the base for an adapter, and `train: {first}` has none: it would be written "
-                "in 4 or 8 bits as a whole model; leave `method` out, or use `train: lora`"
+                "`method: qlora` quantises the base for an adapter, but `train: {first}` has none and would write the 4-bit or 8-bit base as a whole model; leave `method` out, or use `train: lora`"
             ).format(first=first),
         )
         yield (
             no_adapter and self.adapter.continue_from is not None,
             _(
-                "`continue_from` opens an adapter, and `train: {first}` trains none: use `train: lora`, or make it the "
-                "base after `tongwen merge`"
+                "`continue_from` opens an adapter, but `train: {first}` trains none: use `train: lora`, or run `tongwen merge` first and use the result as the base"
             ).format(first=first),
         )
         yield (
             {"full", "lora"} <= self.trained_parts,
-            _("phases train an adapter and, in full, the weights that it stands on: keep one of the two"),
+            _("the phases train both an adapter and, in full, its base weights: keep one of the two"),
         )
         yield (
             self.adapter.method == "adalora" and sum("lora" in parts_of(train) for train in self.trains) > 1,
-            _("adalora spends its budget over one phase; two phases train it"),
+            _("adalora allocates its budget in one phase, but two phases train it"),
         )
 
     @property
@@ -352,23 +345,23 @@ class Sft(Training):
 
     template: str = setting(
         "own",
-        "own (the model's), chatml, alpaca, alpaca-zh, plain, one of an older project (docs/templates.md), or a .jinja file",
+        "own (the model's), chatml, alpaca, alpaca-zh, plain, a template of an older project (docs/templates.md), or a .jinja file",
     )
-    learn: Literal["assistant", "last_answer", "everything"] = setting("assistant", "which text counts in the loss")
+    learn: Literal["assistant", "last_answer", "everything"] = setting("assistant", "which text counts toward the loss")
     thinking: Literal["on", "off", "mixed"] = setting(
         "mixed",
-        "for thinking models: every answer thinks (on), none does (off), or as each row has it (mixed)",
+        "for thinking models: every answer thinks (on), none does (off), or each row decides (mixed)",
     )
     too_long: Literal["reject", "drop_turns", "cut_prompt"] = setting(
         "reject",
-        "what happens to longer samples: rejected; their oldest turns dropped; or then also the end of the question cut",
+        "longer samples: reject; drop their oldest turns; or then also cut the end of the question",
     )
     legacy: bool = setting(
         False,
-        "tokens as the project of this template made them in 2023, defects included: docs/templates.md",
+        "tokenise as this template's project did in 2023, including its defects: docs/templates.md",
     )
     train_new_control_tokens: bool = setting(
         True,
-        "train the rows of control tokens that the base never saw; false: refuse such a base instead",
+        "train the embedding rows of control tokens that the base never saw; false: refuse such a base",
     )
-    min_stop_learned: Number = setting(0.99, "refuse when fewer samples than this share learn to stop", ge=0, le=1)
+    min_stop_learned: Number = setting(0.99, "refuse when less than this share of samples learn to stop", ge=0, le=1)

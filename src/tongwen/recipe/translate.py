@@ -49,8 +49,8 @@ def _translate_trainer(section: dict[str, Any], path: ValuePath, reader: RecipeR
         elif key in OWNED:
             reader.add_problem(
                 here,
-                _("{key!r} is said by the recipe itself").format(key=key),
-                _("instead of trainer.{key}: {owned}").format(key=key, owned=OWNED[key]),
+                _("the recipe has its own key for {key!r}").format(key=key),
+                _("instead of trainer.{key}, use: {owned}").format(key=key, owned=OWNED[key]),
             )
         elif known and key not in known:
             reader.add_problem(
@@ -61,8 +61,8 @@ def _translate_trainer(section: dict[str, Any], path: ValuePath, reader: RecipeR
         elif known and not _fits(value := trainer[key], known[key]):
             reader.add_problem(
                 here,
-                _("{value!r} is no {known}").format(value=value, known=known[key]),
-                _("correct the value, or leave the word out"),
+                _("{value!r} is not of type {known}").format(value=value, known=known[key]),
+                _("correct the value, or leave the setting out"),
             )
 
 
@@ -80,11 +80,11 @@ def _translate_old(
     value, new = holder.pop(key), OLD[key]
     if not new:
         reason = _(OLD_REASONS.get(key, N_("it has no effect any more")))
-        reader.add_notice(here, _("{key!r} is dropped: {reason}").format(key=key, reason=reason))
+        reader.add_notice(here, _("{key!r} is ignored: {reason}").format(key=key, reason=reason))
     elif new in section:
         reader.add_problem(
             here,
-            _("{key!r} and {new!r} say the same").format(key=key, new=new),
+            _("{key!r} and {new!r} mean the same").format(key=key, new=new),
             _("keep {new!r}").format(new=new),
         )
     else:
@@ -103,13 +103,13 @@ def _convert_batch(section: dict[str, Any], path: ValuePath, devices: Any, reade
     if "batch_size" in section:
         reader.add_problem(
             here,
-            _("both spellings of the batch stand here"),
+            _("the batch size is given in both spellings"),
             _("keep `batch_size`: samples per optimizer step over all devices"),
         )
         return
     numbers = (per_device if per_device is not None else 1, accumulate if accumulate is not None else 1, devices)
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 1 for number in numbers):
-        reader.add_problem(here, _("these must be whole numbers from 1: {numbers}").format(numbers=numbers))
+        reader.add_problem(here, _("these must be whole numbers of at least 1: {numbers}").format(numbers=numbers))
         return
     section["batch_size"] = numbers[0] * numbers[1] * numbers[2]
     batch_size: ValuePath = (*path, "batch_size")
@@ -138,7 +138,7 @@ def _apply_engine_file(section: dict[str, Any], path: ValuePath, devices: Any, r
     if found.dropped:
         reader.add_notice(
             here,
-            _("not used, the recipe or tongwen decides: ") + ", ".join(found.dropped),
+            _("not used; the recipe or tongwen decides: ") + ", ".join(found.dropped),
         )
     if section["engine"] != file:
         reader.notices.append(f"{file} → `engine: {section['engine']}`")
@@ -158,8 +158,8 @@ def _merge(settings: dict[str, Any], into: dict[str, Any], path: ValuePath, file
         theirs = repr(value) if rival == key else f"{key}: {value!r}"
         reader.add_problem(
             (*path, rival),
-            _("the recipe says {into!r}, {file} says {theirs}").format(into=into[rival], file=file, theirs=theirs),
-            _('write "auto" in that file, or the same value')
+            _("the recipe has {into!r}, but {file} has {theirs}").format(into=into[rival], file=file, theirs=theirs),
+            _('in that file, write "auto" or the same value')
             if file.endswith(".json")
-            else _("leave it out of that file, or write the same value"),
+            else _("in that file, leave it out or write the same value"),
         )

@@ -84,7 +84,7 @@ class RecipeReader:
                 self.places[here] = f"{source}:{key_node.start_mark.line + 1}"
                 self.add_problem(
                     here,
-                    _("the key {key!r} stands here twice").format(key=key),
+                    _("the key {key!r} occurs twice").format(key=key),
                     _("keep one"),
                 )
                 continue
@@ -100,17 +100,17 @@ def parse(text: str, reader: RecipeReader) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(
-            _("this is not YAML: {problem}").format(problem=error.problem),
+            _("this is not valid YAML: {problem}").format(problem=error.problem),
             place=f"{file}:{line}",
-            remedy=_("check the indentation and the quotes of this line"),
+            remedy=_("check the indentation and quotes of this line"),
         ) from None
     except yaml.YAMLError as error:
-        raise RecipeError(_("this is not YAML: {error}").format(error=error), place=file) from None
+        raise RecipeError(_("this is not valid YAML: {error}").format(error=error), place=file) from None
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(
-            _("a recipe is a mapping of keys to values, this is not"),
+            _("a recipe must be a mapping of keys to values"),
             place=f"{file}:1",
-            remedy=_("`tongwen init` writes one to start from"),
+            remedy=_("`tongwen init` writes one"),
         )
     data: dict[str, Any] = reader.value(node, (), file)
     return data
@@ -122,7 +122,7 @@ def apply_override(data: dict[str, Any], override: str, reader: RecipeReader) ->
     source = _("command line `{override}`").format(override=override)
     parts = name.strip().split(".")
     if not equals or not all(parts):
-        reader.problems.append(RecipeError(_("an override is written section.key=value"), place=source))
+        reader.problems.append(RecipeError(_("write an override as section.key=value"), place=source))
         return
     section = data
     for part in parts[:-1]:

@@ -61,7 +61,7 @@ def choose_token(loopback: bool) -> tuple[str, bool]:
         return secrets.token_urlsafe(24), True
     if len(token) < SHORTEST:
         raise RecipeError(
-            _("a token of at least {shortest} characters is needed, this one has {count}").format(
+            _("the token must have at least {shortest} characters; this one has {count}").format(
                 shortest=SHORTEST, count=len(token)
             ),
             place=f"${TOKEN}",
@@ -84,9 +84,9 @@ class AuthMiddleware:
     def _refused(self, headers: Headers) -> JSONResponse | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.loopback and not is_loopback(host.rpartition(":")[0] or host):
-            return refusal(403, "host_refused", _("this server answers to 127.0.0.1"))
+            return refusal(403, "host_refused", _("this server only answers requests to 127.0.0.1"))
         if origin is not None and origin != f"http://{host}":
-            return refusal(403, "origin_refused", _("not for pages of other sites"))
+            return refusal(403, "origin_refused", _("pages of other sites may not send requests here"))
         scheme, _unused, token = headers.get("authorization", "").partition(" ")
         if not hmac.compare_digest(digest(token), self.token) or scheme.lower() != "bearer":
             return refusal(
@@ -135,7 +135,7 @@ def open_port(host: str, port: int) -> socket.socket:
         listening.listen()
     except OSError as error:
         raise MachineError(
-            _("this address cannot be had: {strerror}").format(strerror=error.strerror),
+            _("cannot use this address: {strerror}").format(strerror=error.strerror),
             place=f"{host}:{port}",
             remedy="--port 0",
         ) from None

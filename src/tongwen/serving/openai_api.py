@@ -275,9 +275,11 @@ class ApiServer:
         try:
             await asyncio.wait_for(read(), REQUEST_SECONDS)
         except asyncio.TimeoutError:
-            raise RequestError(408, "too_slow", _("the request took too long"), connection="close") from None
+            raise RequestError(
+                408, "too_slow", _("the client sent the request too slowly"), connection="close"
+            ) from None
         if size > limit:
-            message = _("{size:,} bytes, at most {limit:,} are taken").format(size=size, limit=limit)
+            message = _("the request has {size:,} bytes; the limit is {limit:,}").format(size=size, limit=limit)
             raise RequestError(413, "request_too_large", message, connection="close")
         return bytes(body)
 
@@ -290,7 +292,7 @@ class ApiServer:
         except ValidationError as error:
             raise RequestError(400, "invalid_request_error", _problem(error)) from None
         if asked.model != self.speech.name:
-            message = _("there is no model {model!r} here; this is {speech!r}").format(
+            message = _("this server has no model {model!r}, only {speech!r}").format(
                 model=asked.model, speech=self.speech.name
             )
             raise RequestError(404, "model_not_found", message)
@@ -306,7 +308,7 @@ class ApiServer:
             raise RequestError(400, "invalid_request_error", error.text()) from None
         room = self.speech.context - len(ids)
         if not ids or room < 1:
-            message = _("the prompt has {count} tokens; from 1 to {context} can be answered").format(
+            message = _("the prompt has {count} tokens; it must have 1 to {context}").format(
                 count=len(ids), context=self.speech.context - 1
             )
             raise RequestError(400, "context_length_exceeded" if ids else "invalid_request_error", message)

@@ -107,7 +107,7 @@ class TerminalChat:
         dropped = (len(self.messages) - len(messages)) // 2
         if dropped and self.count(messages) < self.context:
             self.messages = messages
-            console.notice(_("{dropped} of the oldest turns no longer fit and are forgotten").format(dropped=dropped))
+            console.notice(_("the {dropped} oldest turns no longer fit and are forgotten").format(dropped=dropped))
 
     def command(self, line: str) -> bool:
         """Do what a line with a slash says; False to leave."""
@@ -117,16 +117,16 @@ class TerminalChat:
             return False
         if word == "/clear":
             self.messages = [turn for turn in self.messages[:1] if turn["role"] == "system"]
-            console.good(_("a new conversation"))
+            console.good(_("started a new conversation"))
         elif word == "/system":
             self.start(rest)
-            console.good(_("a new conversation with this system message"))
+            console.good(_("started a new conversation with this system message"))
         elif word == "/retry":
             self._retry()
         elif word == "/save":
             self._save(Path(rest or "chat.json"))
         elif word == "/thinking":
-            print(visible(self.thought or _("there was no thinking")))
+            print(visible(self.thought or _("the last answer has no thinking")))
         elif word == "/set":
             self._set(rest)
         else:
@@ -138,7 +138,7 @@ class TerminalChat:
             self.messages.pop()
             self.answer()
         else:
-            console.tell(_("there is no answer yet"))
+            console.tell(_("no answer yet"))
 
     def _save(self, file: Path) -> None:
         try:

@@ -58,7 +58,7 @@ def _held_out(recipe: Recipe, task: TaskConfig) -> TaskConfig:
     file = Path(recipe.out) / "prepare" / f"{kind}.held_out.jsonl"
     if not file.is_file() or not file.stat().st_size:
         raise DataError(
-            _("nothing was held out that could be scored"),
+            _("there is no held-out data to score"),
             place=f"evaluate: {task.title}",
             remedy="prepare: {held_out: 0.02}   evaluate: {tasks: [{task: …, data: FILE}]}",
         )

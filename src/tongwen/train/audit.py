@@ -37,11 +37,11 @@ def check_isolation(model: Any, samples: list[Any], loss: Loss) -> float:
     limit = 2e-3 if next(model.parameters()).dtype == torch.float32 else 0.3
     if not worst <= limit:
         raise NumbersError(
-            _("documents in one pack see each other: a score changes by {worst:.3g} nats (limit {limit:g})").format(
+            _("documents in one pack can see each other: a score changes by {worst:.3g} nats (limit {limit:g})").format(
                 worst=worst, limit=limit
             ),
             place=f"attention {getattr(model.config, '_attn_implementation', '?')}",
-            remedy=_("report this architecture; padded batches are used for those known not to pack"),
+            remedy=_("report this architecture; architectures known not to support packing use padded batches"),
         )
     return worst
 
@@ -69,7 +69,7 @@ def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:
             total, nats = loss(model, to_device(batch, model))
             mean = check_loss(float(total.detach()), len(nats), model)
             if not total.requires_grad:
-                raise NumbersError(_("the loss hangs on no trainable tensor"), place="audit (F-01)")
+                raise NumbersError(_("the loss does not depend on any trainable tensor"), place="audit (F-01)")
             (total / max(len(nats), 1)).backward()
             unreached = _judge(model, trainable, mean)
         finally:
@@ -89,7 +89,7 @@ def _judge(model: Any, trainable: dict[str, torch.nn.Parameter], loss: float) ->
     broken = [name for name, one in zip(reached, are_somewhere(reached.values(), is_broken), strict=True) if one]
     if broken:
         raise NumbersError(
-            _("{count} gradients are not finite at a loss of {loss:.4g}").format(count=len(broken), loss=loss),
+            _("{count} gradients are not finite (loss {loss:.4g})").format(count=len(broken), loss=loss),
             place=f"audit · {broken[0]}",
             remedy="precision: fp32",
         )
@@ -98,11 +98,11 @@ def _judge(model: Any, trainable: dict[str, torch.nn.Parameter], loss: float) ->
     dead = [name for name in none if name not in routed and not name.endswith(".bias")]
     if dead:
         raise NumbersError(
-            _("{dead_count} of {trainable_count} trainable tensors get no gradient: they would never learn").format(
+            _("{dead_count} of {trainable_count} trainable tensors get no gradient and would never learn").format(
                 dead_count=len(dead), trainable_count=len(trainable)
             ),
             place=f"audit (F-02) · {dead[0]}",
-            remedy=_("take it out of the targets, or check that the layer is used"),
+            remedy=_("remove it from the targets, or check that the layer is used"),
         )
     return none
 
@@ -120,11 +120,11 @@ def check_loss(total: float, learned: int, model: Any) -> float:
     limit = 3 * math.log(model.config.get_text_config().vocab_size)
     if not math.isfinite(mean) or mean > limit:
         raise NumbersError(
-            _("the first loss is {mean:.4g} nats per token; guessing at random would give {limit:.3g}").format(
+            _("the first loss is {mean:.4g} nats per token; random guessing would give {limit:.3g}").format(
                 mean=mean, limit=limit / 3
             ),
             place="audit",
-            remedy=_("the weights do not fit this architecture or tokenizer"),
+            remedy=_("the weights do not match this architecture or tokenizer"),
         )
     return mean
 
@@ -153,9 +153,9 @@ def check_finite_base(model: Any) -> None:
     """Raise NumbersError with the name of a tensor that holds NaN or infinity before anything was trained."""
     if (name := first_not_finite(model, frozen=True)) is not None:
         raise NumbersError(
-            _("this tensor of the base holds NaN or infinity"),
+            _("this tensor of the base contains NaN or infinity"),
             place=name,
-            remedy=_("fetch or make the base again: tongwen verify BASE"),
+            remedy=_("get the base again: tongwen verify BASE"),
         )
 
 

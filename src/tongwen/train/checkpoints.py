@@ -40,9 +40,9 @@ def newest_checkpoint(folders: Sequence[Path], runs: Collection[str] = ()) -> Pa
             problems[path] = problem
     if problems:
         raise ArtifactError(
-            _("no checkpoint is whole: ") + "; ".join(f"{path.name}: {problem}" for path, problem in problems.items()),
+            _("no checkpoint is intact: ") + "; ".join(f"{path.name}: {problem}" for path, problem in problems.items()),
             place=str(next(iter(problems)).parent),
-            remedy=_("--again begins anew and keeps this folder under another name"),
+            remedy=_("--again starts over and keeps this folder under another name"),
         )
     return None
 
@@ -51,7 +51,7 @@ def _put_aside(problems: Mapping[Path, str], found: Path) -> None:
     for path, problem in problems.items():
         aside = path.with_name(f"damaged-{path.name}")
         console.notice(
-            _("{path} is damaged ({problem}); put aside as {aside}").format(
+            _("{path} is damaged ({problem}); renamed to {aside}").format(
                 path=path.name, problem=problem, aside=aside.name
             )
         )
@@ -77,9 +77,9 @@ def damage(checkpoint: Path, runs: Collection[str] = ()) -> str | None:
     if seal != _seal(manifest):
         return _("{manifest} has changed").format(manifest=MANIFEST)
     if runs and run not in runs:
-        return _("it belongs to another run, {run}").format(run=run)
+        return _("it belongs to a different run, {run}").format(run=run)
     if step != step_of(checkpoint):
-        return _("it is that of step {step}, under another name").format(step=step)
+        return _("it is the checkpoint of step {step}, renamed").format(step=step)
     for name, told in files.items():
         file = checkpoint / name
         try:

@@ -79,8 +79,7 @@ class MetricsCallback(TrainerCallback):
             return ""
         step, score = self.before_steps + self.best[0], self.best[1]
         return _(
-            "no evaluation was better than before: held-out bits per byte {to_beat:.4f}, and at best {score:.4f} at step "
-            "{step}; is learning_rate right?"
+            "no evaluation beat the one before training: held-out bits per byte {to_beat:.4f}, at best {score:.4f} at step {step}; is learning_rate right?"
         ).format(to_beat=self.to_beat, score=score, step=step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -157,7 +156,7 @@ def check_forgetting(before: dict[str, Any], now: dict[str, Any], limits: Forget
                 what,
                 place=f"forgetting.stop: {limits.stop:g}",
                 remedy=_(
-                    "a lower learning_rate, or more text of that language (share: 0.3); --fork goes on with another limit"
+                    "lower learning_rate, or add text in that language (share: 0.3); --fork continues with another limit"
                 ),
             )
         if limits.warn is not None and rise >= limits.warn:

@@ -111,7 +111,7 @@ class NanGuard(TrainerCallback):
         self._stop(
             index,
             what + _("; rows {rows}").format(rows=rows),
-            _("learning_rate lower, or precision: fp32"),
+            _("lower learning_rate, or precision: fp32"),
         )
 
     def _check_sane(self, index: int, loss: float) -> None:
@@ -120,10 +120,9 @@ class NanGuard(TrainerCallback):
             self._stop(
                 index,
                 _(
-                    "the loss is {loss:.2f}, and was above {limit:.2f} for {steps} steps; guessing at random gives "
-                    "{chance:.2f}"
+                    "the loss is {loss:.2f} and was above {limit:.2f} for {steps} steps; random guessing gives {chance:.2f}"
                 ).format(loss=loss, limit=self.absurd, steps=ABSURD, chance=self.absurd - MARGIN),
-                _("learning_rate lower"),
+                _("lower learning_rate"),
             )
 
     def _count_skip(self, index: int, skipped: bool) -> None:
@@ -133,10 +132,10 @@ class NanGuard(TrainerCallback):
         if self.skipped_in_a_row > SKIPS:
             self._stop(
                 index,
-                _("fp16 has overflowed in {skipped_in_a_row} steps in a row, and none of them was taken").format(
+                _("fp16 overflowed in {skipped_in_a_row} steps in a row; none of them updated the weights").format(
                     skipped_in_a_row=self.skipped_in_a_row
                 ),
-                _("precision: bf16 (or fp32, where there is none)"),
+                _("precision: bf16 (or fp32 if the device has no bf16)"),
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -129,7 +129,7 @@ def _check_step_size(held: int, unit: int, wanted: int, world: int) -> None:
     fitting = max(1, round(wanted / unit)) * unit
     raise RecipeError(
         _(
-            "a step would have {held} tokens: {world} processes take {unit} at once, because of the longest sample"
+            "a step would have {held} tokens: because of the longest sample, {world} processes take {unit} at once"
         ).format(held=held, world=world, unit=unit),
         place=f"batch_tokens: {wanted}",
         remedy=_("batch_tokens: {fitting}, fewer devices, or a smaller max_length").format(fitting=fitting),

@@ -114,13 +114,13 @@ class Engine:
         mine = "deepspeed" if self.is_deepspeed else "fsdp2" if self.name == "fsdp2" else "ddp"
         if made != mine:
             raise RecipeError(
-                _("the checkpoint is one of {made}, and {name} cannot continue it").format(made=made, name=self.name),
+                _("{made} wrote the checkpoint, and {name} cannot continue it").format(made=made, name=self.name),
                 place=str(checkpoint),
-                remedy=_("the engine that wrote it, or --again"),
+                remedy=_("use the engine that wrote it, or --again"),
             )
         if shards and shards != world:
             raise RecipeError(
-                _("DeepSpeed has cut this checkpoint for {shards} processes, and here are {world}").format(
+                _("DeepSpeed split this checkpoint over {shards} processes, but {world} are running").format(
                     shards=shards, world=world
                 ),
                 place=str(checkpoint),
@@ -132,10 +132,10 @@ class Engine:
         found = _name_of(wrapped)
         whole = [name for name, part in model.named_parameters() if not isinstance(part, DTensor)]
         if found == "fsdp2" and whole:
-            found = _("fsdp2 with {whole} whole in every process").format(whole=whole[0])
+            found = _("fsdp2 without sharding {whole}").format(whole=whole[0])
         if found != self.name:
             raise MachineError(
-                _("{name} was asked for, and {found} runs").format(name=self.name, found=found),
+                _("the recipe asks for {name}, but {found} is running").format(name=self.name, found=found),
                 place=f"engine: {self.name}",
                 remedy=_("engine: ddp, and report this model"),
             )
@@ -154,7 +154,7 @@ def choose(words: Training) -> Engine:
         value = os.environ.pop(name)
         if value.lower() not in ("no", "false", ""):
             console.notice(
-                _("{name}={value} of the launcher is not used: the recipe decides").format(name=name, value=value)
+                _("the launcher's {name}={value} is not used: the recipe decides").format(name=name, value=value)
             )
     unset_hf_deepspeed_config()  # of the stage before: transformers would cut the next model up while it is read
     place = f"engine: {words.engine}"
@@ -163,7 +163,7 @@ def choose(words: Training) -> Engine:
         raise RecipeError(
             _("the launcher's settings ask for another engine ({outside}=true)").format(outside=outside[0]),
             place=place,
-            remedy=_("engine: FILE with these settings, and a launcher without them"),
+            remedy=_("put these settings into engine: FILE, and start the launcher without them"),
         )
     if words.sharded_by == "fsdp2":
         return Engine("fsdp2", {"fsdp": True, "fsdp_config": _fsdp_config(words)}, place)
@@ -211,7 +211,7 @@ def _prepare_deepspeed(zero: dict[str, Any], place: str) -> None:
         raise RecipeError(
             f"{first['input']!r}: {first['msg']}",
             place=" · ".join([place, ".".join(map(str, ("zero_optimization", *first["loc"])))]),
-            remedy=_("DeepSpeed's own page has its words: ") + "https://www.deepspeed.ai/docs/config-json/",
+            remedy=_("DeepSpeed documents its settings: ") + "https://www.deepspeed.ai/docs/config-json/",
         ) from None
 
 

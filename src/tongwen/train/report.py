@@ -25,9 +25,9 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
         (f"{_change(held_out)}", _("held-out bits per byte")),
         (
             f"{report['trainable']['share']:.2%}",
-            _("trained: {parameters} parameters").format(parameters=human_count(report["trainable"]["parameters"])),
+            _("{parameters} parameters trained").format(parameters=human_count(report["trainable"]["parameters"])),
         ),
-        (f"{report['mask']['learned_share']:.0%}", _("of the tokens are learned")),
+        (f"{report['mask']['learned_share']:.0%}", _("of the tokens count toward the loss")),
         (f"{report['mask']['stop_learned_share']:.0%}", _("of the samples learn to stop")),
         (f"{through['tokens_per_second']:.0f}", _("tokens per second")),
         (human_time(through["seconds"]), _("training time")),
@@ -41,7 +41,7 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
         facts=facts,
         notices=report["notices"],
         headings={
-            "groups": _("Held out, by language"),
+            "groups": _("Held-out data by language"),
             "ledger": _("Ledger"),
             "mask": _("What is learned"),
             "samples": _("Before and after"),
@@ -120,7 +120,7 @@ def _curves(losses: list[tuple[float, float]], metrics: list[dict[str, Any]]) ->
 
 def _groups(groups: dict[str, Any], metrics: list[dict[str, Any]]) -> Table:
     """What each language's bits per byte were and have become: what was learned, and what was forgotten."""
-    head = (_("language"), _("before"), _("on the way"), _("after"))
+    head = (_("language"), _("before"), _("during training"), _("after"))
     rows = []
     for name, group in groups.items():
         scores, key = group["bits_per_byte"], f"bits_per_byte_{name}"

@@ -47,7 +47,7 @@ class ShutdownRequest:
         now = time.time()
         self.step, self.began = max(self.step, now - self.began), now
         if not self.why and self.deadline is not None and now + 2 * (self.step + self.save) > self.deadline:
-            self.why = _("its time is nearly over")
+            self.why = _("the time limit is near")
         return bool(self.why)
 
     def saved(self, seconds: float) -> None:

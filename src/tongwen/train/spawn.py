@@ -42,10 +42,12 @@ def main(arguments: Sequence[str]) -> int:
         for rank, failure in killed.items():
             console.error(
                 MachineError(
-                    _("the process of rank {rank} ({pid}) was ended by {signal}; the others were stopped").format(
+                    _("{signal} ended the process of rank {rank} ({pid}); the other processes were stopped").format(
                         rank=rank, pid=failure.pid, signal=failure.signal_name()
                     ),
-                    remedy=_("the system kills what takes too much memory (dmesg tells); the same command continues"),
+                    remedy=_(
+                        "the system kills processes that use too much memory (see dmesg); the same command continues"
+                    ),
                 ).text()
             )
         return MachineError.exit_code if killed else 1

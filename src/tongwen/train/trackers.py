@@ -146,9 +146,9 @@ def said(name: str, *, must: bool = False) -> Iterator[None]:
     except Exception as error:
         why = first_line(error)
         if must:
-            raise _unfit(name, _("it cannot begin: {why}").format(why=why)) from error
+            raise _unfit(name, _("it cannot start: {why}").format(why=why)) from error
         console.notice(
-            _("{name} has failed: {why}; the training goes on without it, and metrics.jsonl has every line").format(
+            _("{name} failed: {why}; training continues without it, and metrics.jsonl has every line").format(
                 name=name, why=why
             )
         )
@@ -160,7 +160,7 @@ def check(names: Sequence[TrackerName]) -> None:
         if importlib.util.find_spec(name) is None:
             raise MissingPackage(name, f"track: {name}", name)
         if name in KEYS and not _has_key(name):
-            raise _unfit(name, _("there is no key for it here"), f"{KEYS[name][0]}=…")
+            raise _unfit(name, _("no key is set for it"), f"{KEYS[name][0]}=…")
         if name == "mlflow":
             _check_server(os.environ.get("MLFLOW_TRACKING_URI", ""))
 
@@ -186,17 +186,17 @@ def _check_server(address: str) -> None:
         parts = urlsplit(address)
         server = f"{scheme}://{parts.hostname or ''}"
         if not parts.hostname:
-            raise ValueError(_("it names no host"))
+            raise ValueError(_("the address has no host name"))
         socket.create_connection((parts.hostname, parts.port or {"http": 80, "https": 443}[scheme]), SECONDS).close()
     except (OSError, ValueError) as error:
         raise _unfit(
             "mlflow",
-            _("nobody answers at {server}: {error}").format(server=server, error=error),
+            _("{server} does not answer: {error}").format(server=server, error=error),
             "MLFLOW_TRACKING_URI=…",
         ) from None
 
 
 def _unfit(name: str, what: str, cure: str = "") -> MachineError:
     offline = {"wandb": "WANDB_MODE=offline", "swanlab": "SWANLAB_MODE=offline"}.get(name)
-    ways = [way for way in (cure, offline, _("leave it out of `track`")) if way]
+    ways = [way for way in (cure, offline, _("remove it from `track`")) if way]
     return MachineError(what, place=f"track: {name}", remedy=_(" or ").join(ways))

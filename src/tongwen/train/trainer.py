@@ -158,7 +158,7 @@ def train_phase(job: PhaseRun) -> int:
         if patience:
             _take_best(trainer, job, done)
         if (name := first_not_finite(job.model)) is not None:
-            raise NumbersError(_("weights are not finite after the run"), place=name)
+            raise NumbersError(_("some weights are not finite after training"), place=name)
     return done
 
 
@@ -169,8 +169,7 @@ def _train(trainer: PlannedTrainer, job: PhaseRun, shutdown: ShutdownRequest, st
     if shutdown.is_short:
         console.notice(
             _(
-                "one step is taken and saved: the time that is left would not do for two saves of {save:.0f} s, the "
-                "guess until one has been seen; each command goes a step further"
+                "only one step is run and saved: the time left is too short for two saves (estimated at {save:.0f} s each until one is measured); each command advances one step"
             ).format(save=shutdown.save)
         )
     trainer.train(resume_from_checkpoint=str(job.checkpoint) if job.checkpoint else None)
@@ -186,12 +185,12 @@ def _train(trainer: PlannedTrainer, job: PhaseRun, shutdown: ShutdownRequest, st
     skipped = trainer.guard.skipped
     if 0 < done - start <= skipped:
         raise NumbersError(
-            _("fp16 overflowed in every step, and none was taken"),
+            _("fp16 overflowed in every step; none updated the weights"),
             place="precision: fp16",
-            remedy=_("precision: bf16 (or fp32, where there is none)"),
+            remedy=_("precision: bf16 (or fp32 if the device has no bf16)"),
         )
     if skipped:
-        console.notice(_("fp16 overflowed in {skipped} steps, which were left out").format(skipped=skipped))
+        console.notice(_("fp16 overflowed in {skipped} steps; they were skipped").format(skipped=skipped))
     return done
 
 
@@ -199,9 +198,9 @@ def _take_best(trainer: PlannedTrainer, job: PhaseRun, done: int) -> None:
     """Load the checkpoint of the best evaluation, where a later step is worse. Raises ArtifactError when it is damaged."""
     if (best := job.metrics.best) and best[0] != done:
         checkpoint = job.phase.checkpoints / f"checkpoint-{best[0]}"
-        console.notice(_("the weights of step {best}, the best, are taken").format(best=best[0]))
+        console.notice(_("using the weights of step {best}, the best").format(best=best[0]))
         if problem := damage(checkpoint):
-            raise ArtifactError(problem, place=str(checkpoint), remedy=_("--again begins anew"))
+            raise ArtifactError(problem, place=str(checkpoint), remedy=_("--again starts over"))
         trainer._load_from_checkpoint(str(checkpoint))
     if job.metrics.not_beaten:
         job.tell(job.metrics.not_beaten)
@@ -219,10 +218,10 @@ def unreached_rate(section: Training, steps: int) -> str:
         return ""
     if warm >= steps:
         return _(
-            "warmup: {warmup:g} takes {warm} steps, and there are {steps}: the learning rate never reaches its peak"
+            "warmup: {warmup:g} takes {warm} steps, but there are only {steps}: the learning rate never reaches its peak"
         ).format(warmup=section.warmup, warm=warm, steps=steps)
     return _(
-        "warmup and decay take {warm} + {decay} steps, and there are {steps}: the learning rate never reaches its peak"
+        "warmup and decay take {warm} + {decay} steps, but there are only {steps}: the learning rate never reaches its peak"
     ).format(warm=warm, decay=decay, steps=steps)
 
 
@@ -491,7 +490,7 @@ def _muon(job: PhaseRun) -> tuple[Any, dict[str, Any]]:
     for name, part in job.model.named_parameters():
         if part.requires_grad and (part.dim() != 2 or id(part) in whole or "embed" in name or "lm_head" in name):
             raise RecipeError(
-                _("muon trains matrices of hidden layers, and {name} {shape} is none").format(
+                _("muon only trains matrices of hidden layers; {name} {shape} is not one").format(
                     name=name, shape=tuple(part.shape)
                 ),
                 place="optimizer",
@@ -543,7 +542,7 @@ def _know_the_numbered_cpu() -> None:
 
 def _not_taken(arguments: Mapping[str, Any], error: Exception) -> RecipeError:
     return RecipeError(
-        _("transformers does not take {arguments}: {error}").format(arguments=arguments, error=first_line(error)),
+        _("transformers does not accept {arguments}: {error}").format(arguments=arguments, error=first_line(error)),
         place="trainer",
         remedy=_("correct the value, or leave the setting out"),
     )

@@ -97,7 +97,7 @@ def extend(definition: dict[str, Any], learned: LearnedMerges) -> dict[str, Any]
         entry, index = to_entry(piece), learned.first_new + place
         if entry in vocabulary or index in used:
             raise ModelError(
-                _("the new piece {entry!r} collides with a token that exists").format(entry=entry),
+                _("the new piece {entry!r} collides with an existing token").format(entry=entry),
                 place=f"id {index}",
             )
         vocabulary[entry] = index
@@ -143,11 +143,11 @@ def with_words(
         split = [to_bytes(part).decode("utf-8", "replace") for part, _ in found]
         if len(split) != 1:
             raise RecipeError(
-                _("the base's tokenizer takes {form!r} apart into {split}: it can be no single piece").format(
+                _("the base's tokenizer splits {form!r} into {split}: it cannot become one piece").format(
                     form=form, split=split
                 ),
                 place="vocab.words",
-                remedy=_("write it under special_tokens, or leave it out"),
+                remedy=_("list it under special_tokens, or remove it"),
             )
         tokens = list(extended.encode(form, add_special_tokens=False).ids)
         for left, right, made in out.merges[len(learned.merges) :]:

@@ -196,7 +196,7 @@ def advise(
     longer = best.characters_per_token / base.characters_per_token
     reasons = [
         _(
-            "{base_characters_per_token:.2f} characters per token become {best_characters_per_token:.2f} with {pieces:,} pieces: {longer:.2f} times the text in the same context"
+            "with {pieces:,} new pieces, {base_characters_per_token:.2f} characters per token become {best_characters_per_token:.2f}: the same context holds {longer:.2f} times the text"
         ).format(
             base_characters_per_token=base.characters_per_token,
             best_characters_per_token=best.characters_per_token,
@@ -204,20 +204,20 @@ def advise(
             longer=longer,
         ),
         _(
-            "a character costs {saving:.0%} less to process, the larger head included; {worth:.0%} would pay for the rows to be learned"
+            "a character costs {saving:.0%} less to process, including the larger head; {worth:.0%} is needed to pay for training the new rows"
         ).format(saving=saving, worth=WORTH),
     ]
     if best.seen_enough < 0.9 * best.pieces:
         reasons.append(
             _(
-                "the corpus shows only {enough:,} of the {pieces:,} pieces {enough_2} times: more text, or fewer pieces"
+                "only {enough:,} of the {pieces:,} pieces occur at least {enough_2} times in the corpus: use more text or fewer pieces"
             ).format(enough=best.seen_enough, pieces=best.pieces, enough_2=SEEN_ENOUGH)
         )
     bearable = damage is None or damage <= longer - 1
     if damage is not None:
         reasons.append(
-            _("untrained, the grown model needs {damage:+.1%} bits per byte; ").format(damage=damage)
-            + (_("training wins that back") if bearable else _("that is more than the shorter text can give back"))
+            _("before training, the extended model changes bits per byte by {damage:+.1%}; ").format(damage=damage)
+            + (_("training can recover that") if bearable else _("that is more than the shorter text can recover"))
         )
     return VocabularyAdvice(saving >= WORTH and bearable, best.pieces, saving, tuple(reasons))
 

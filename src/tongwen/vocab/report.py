@@ -17,9 +17,9 @@ def as_html(title: str, report: dict[str, Any]) -> str:
             summary=report["summary"],
             facts=_facts(report),
             headings={
-                "gain": _("What pieces bring"),
+                "gain": _("Gain from new pieces"),
                 "fertility": _("Fertility"),
-                "kept": _("What stays as it was"),
+                "kept": _("What stays unchanged"),
                 "bits_per_byte": _("Before any training"),
                 "examples": _("Examples"),
             },
@@ -46,7 +46,7 @@ def _gain(points: list[dict[str, Any]]) -> dict[str, Any]:
     pieces = _("pieces added")
     shorter = [(point["pieces"], point["characters_per_token"]) for point in points]
     cost = [(point["pieces"], point["cost"]) for point in points]
-    cost_label = _("cost of a character, head included; the base is 1")
+    cost_label = _("cost per character, including the head (base = 1)")
     head = (pieces, _("characters per token"), _("cost"), _("learnable"))
     rows = [
         (
@@ -84,7 +84,7 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         out.append(
             (
                 f"{kept['source_changed']} / {kept['source_texts']:,}",
-                _("old texts with other ids"),
+                _("old texts whose ids changed"),
             )
         )
         out.append((f"{kept['new_round_trip_failures']}", _("new round-trip failures")))
@@ -112,16 +112,16 @@ def _fertility(texts: dict[str, Any]) -> Table:
 
 def _kept(kept: dict[str, Any]) -> Table:
     labels = {
-        "source_texts": _("texts without the script"),
-        "source_changed": _("of these with other ids"),
-        "round_trips": _("texts decoded again"),
-        "new_round_trip_failures": _("that the base gives back and this does not"),
+        "source_texts": _("texts without this script"),
+        "source_changed": _("of these, with changed ids"),
+        "round_trips": _("texts checked by round trip"),
+        "new_round_trip_failures": _("that the base restores and this tokenizer does not"),
         "pieces": _("new pieces"),
         "occur": _("that occur in the sample"),
         "unreachable": _("that can never be produced"),
-        "beginnings": _("beginnings of a character"),
-        "speed": _("time to encode a text, the base is 1"),
-        "fast_disagrees": _("texts that tokenizer.json encodes in another way"),
+        "beginnings": _("first parts of a character"),
+        "speed": _("time to encode a text (base = 1)"),
+        "fast_disagrees": _("texts that tokenizer.json encodes differently"),
     }
     rows = [
         (label, f"{kept[name]:,}" if isinstance(kept[name], int) else f"{kept[name]:.3g}")

@@ -114,9 +114,9 @@ class Script:
 def nothing_of(script: Script) -> DataError:
     """For a corpus from which no piece can be learned."""
     return DataError(
-        _("the corpus holds no text of the script {script!r}").format(script=script.name),
+        _("the corpus contains no text in the script {script!r}").format(script=script.name),
         place="corpus",
-        remedy=_("give such text, or another script: {scripts}").format(scripts=_(", ").join(SCRIPTS)),
+        remedy=_("provide text in this script, or choose another: {scripts}").format(scripts=_(", ").join(SCRIPTS)),
     )
 
 

@@ -103,7 +103,7 @@ def merge(
         wanted = _producible(out, base, wanted[:pieces], encoder_of)  # some may have been built from those beyond
     if not wanted and not words:
         raise ModelError(
-            _("no piece of the script {script!r} is left to add").format(script=script.name),
+            _("there is no piece in the script {script!r} to add").format(script=script.name),
             place="--add",
         )
     _append_below(out, wanted)
@@ -122,9 +122,9 @@ def check_base(base: Any, place: str) -> None:
     """Raise ModelError when a model's pieces are not merged in an order."""
     if base.trainer_spec.model_type != BPE:
         raise ModelError(
-            _("the base is a unigram model; pieces can be put onto BPE only"),
+            _("the base is a unigram model; pieces can only be added to BPE"),
             place=place,
-            remedy=_("a base of LLaMA's or Mistral's kind"),
+            remedy=_("use a base such as LLaMA or Mistral"),
         )
 
 
@@ -282,7 +282,7 @@ def _append_below(out: MergedPieces, pieces: Sequence[str]) -> None:
     """Append pieces with falling scores below all that the base ranks."""
     lowest = min(piece.score for piece in out.model.pieces if piece.score > -EXACT)
     if lowest - len(pieces) <= -EXACT:
-        raise ModelError(_("scores below {lowest:g} cannot be told apart").format(lowest=lowest), place="--base")
+        raise ModelError(_("scores below {lowest:g} are indistinguishable").format(lowest=lowest), place="--base")
     for place, piece in enumerate(pieces):
         out.append(piece, float(int(lowest) - 1 - place))
 

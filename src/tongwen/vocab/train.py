@@ -78,11 +78,11 @@ def train_sentencepiece(texts: Iterable[str], pieces: int, kind: str, seed: int)
         raise RecipeError(
             _("SentencePiece cannot make {pieces:,} pieces: {reason}").format(pieces=pieces, reason=reason),
             place="--pieces",
-            remedy=_("another number of pieces, or more text"),
+            remedy=_("choose another number of pieces, or add text"),
         ) from None
     if lines.count > SENTENCES:
         console.notice(
-            _("SentencePiece learned from {sentences:,} of {count:,} lines, chosen at random").format(
+            _("SentencePiece learned from {sentences:,} randomly chosen lines of {count:,}").format(
                 sentences=SENTENCES, count=lines.count
             )
         )

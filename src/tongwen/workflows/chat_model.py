@@ -148,7 +148,7 @@ def open_chat_model(
     place = replace(place, adapters=(*place.adapters, *adapters))
     if place.gguf and weights in device_map.BITS:
         raise ModelError(
-            _("the bits of a .gguf file are its own"),
+            _("a .gguf file determines its own number of bits"),
             place=f"{model} · --load {weights}",
             remedy="--load full",
         )
@@ -161,7 +161,7 @@ def open_chat_model(
     if template == "auto":
         template = "own" if tokenizer.chat_template else "completion"
         if template == "completion":
-            console.notice(_("{model} has no template: texts are continued").format(model=model))
+            console.notice(_("{model} has no template: it continues texts").format(model=model))
     bound = None if template == "completion" else chat_setup.bind_template(template, tokenizer, encoder.prefix)
     if engine in ("llama.cpp", "vllm"):
         voice = _open_elsewhere(place, tokenizer, bound, engine, rows)
@@ -181,10 +181,10 @@ def choose_engine(model: str, adapters: Sequence[str]) -> str:
     if not place.gguf or place.adapters or adapters:
         return "batched"
     if llamacpp.is_installed():
-        console.notice(_("{gguf}: answered by llama.cpp").format(gguf=place.gguf))
+        console.notice(_("{gguf}: llama.cpp answers").format(gguf=place.gguf))
         return "llama.cpp"
     console.notice(
-        _("{gguf}: answered by transformers, which unpacks it; by llama.cpp: pip install 'tongwen[llamacpp]'").format(
+        _("{gguf}: transformers unpacks it and answers; to use llama.cpp: pip install 'tongwen[llamacpp]'").format(
             gguf=place.gguf
         )
     )
@@ -208,7 +208,7 @@ def _check_continues(kind: str, model: str) -> None:
     family = family_of(kind)
     if family and family.dialogues_only:
         raise ModelError(
-            _("{kind} answers, it does not continue a text").format(kind=kind),
+            _("{kind} can only answer, not continue a text").format(kind=kind),
             place=f"{model} · template: completion",
             remedy=f"--template {kind}",
         )
@@ -220,7 +220,7 @@ def _open_elsewhere(
     """The voice of another engine, which reads the weights itself."""
     if place.adapters:
         raise ModelError(
-            _("{engine} reads a whole model, without adapters").format(engine=engine),
+            _("{engine} only reads a whole model, without adapters").format(engine=engine),
             place=place.adapters[0],
             remedy="tongwen merge --base … --adapter … --out …",
         )
@@ -232,7 +232,7 @@ def _open_elsewhere(
         return vllm.open_model(folder, tokenizer, stops, context)
     if not place.gguf:
         raise ModelError(
-            _("llama.cpp reads a .gguf file"),
+            _("llama.cpp only reads .gguf files"),
             place=place.name,
             remedy=f"tongwen convert {place.name} --to gguf --out …",
         )
@@ -241,9 +241,9 @@ def _open_elsewhere(
         voice = llamacpp.open_file(file, tokenizer, _stops(place.name, tokenizer, bound, None), config, context, rows)
     if voice.context < context:
         console.notice(
-            _("it sees {voice_context:,} tokens here, of {context:,}: more need too much memory").format(
-                voice_context=voice.context, context=context
-            )
+            _(
+                "it sees at most {voice_context:,} tokens here, of the model's {context:,}: more need too much memory"
+            ).format(voice_context=voice.context, context=context)
         )
     return voice
 
@@ -251,5 +251,5 @@ def _open_elsewhere(
 def _stops(model: str, tokenizer: Any, bound: Template | None, generation_config: Any) -> tuple[int, ...]:
     stops = chat_setup.stop_ids(tokenizer, bound, generation_config)
     if not stops:
-        raise ModelError(_("no token ends an answer in this model"), place=model)
+        raise ModelError(_("this model has no stop token to end an answer"), place=model)
     return stops

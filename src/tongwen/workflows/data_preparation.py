@@ -25,7 +25,7 @@ from tongwen.recipe.data import Prepare
 
 def prepare(section: Prepare, seed: int, settings: dict[str, Any], out: Path) -> artifact.Artifact:
     """Read and clean each file, compare all, settle each file, join. settings: those that decide what comes out."""
-    console.header("prepare", _("read, clean, compare and split the data"))
+    console.header("prepare", _("read, clean, deduplicate and split the data"))
     with artifact.create(out, "prepare", {}, settings, resumable=True) as draft:
         parts = list_parts(section, local_copy, console.notice)
         _start(draft.path, parts, settings)
@@ -63,7 +63,7 @@ def _start(folder: Path, parts: list[InputPart], settings: dict[str, Any]) -> No
     now = json.loads(json.dumps({**settings, "files": files}))
     file = folder / "parts" / "settings.json"
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == now:
-        console.notice(_("continuing what was interrupted"))
+        console.notice(_("continuing the interrupted work"))
         return
     shutil.rmtree(folder)
     file.parent.mkdir(parents=True)
@@ -91,9 +91,9 @@ def _show(tables: dict[str, Any], changed: dict[str, int]) -> None:
     for name, table in tables.items():
         rows += table_rows(table, name, _("kept"))
         if table["held_out"]:
-            words = _("of these held out") if table["from_training"] else _("held out: a file")
+            words = _("of which held out") if table["from_training"] else _("held out: a file")
             rows.append((f"    {words}", table["held_out"], ""))
     console.table((_("ledger"), _("rows"), _("bytes")), rows)
     if changed:
         mended = ", ".join(f"{name} {count:,}" for name, count in sorted(changed.items()))
-        console.tell(_("texts mended: {mended}").format(mended=mended))
+        console.tell(_("texts repaired: {mended}").format(mended=mended))

@@ -73,7 +73,7 @@ def as_html(found: DataPreview) -> str:
         (f"{ledger.things_in:,}", _("rows")),
         (f"{ledger.kept:,}", _("would be kept")),
         (f"{len(found.problems):,}{more}", _("problems")),
-        (console.human_bytes(ledger.size_in), _("of data")),
+        (console.human_bytes(ledger.size_in), _("amount of data")),
     ]
     head = (_("ledger"), _("rows"), _("bytes"))
     rows = table_rows(ledger.to_dict(), found.kind, _("kept"))
@@ -81,7 +81,7 @@ def as_html(found: DataPreview) -> str:
         "workflows/rows.html.jinja",
         facts=facts,
         ledger=(head, [(name, f"{count:,}", f"{size:,}") for name, count, size in rows]),
-        refused=_refused(_("Rows that are not taken"), found.problems),
+        refused=_refused(_("Rows that are not used"), found.problems),
     )
 
 
@@ -107,7 +107,7 @@ def samples_as_html(found: DataPreview, base: str, template: str) -> str:
             samples.append((heading, coloured(reader.tokenizer, store, index, stop)))
     return render(
         "workflows/samples.html.jinja",
-        refused=_refused(_("Rows that this model does not take"), lost),
+        refused=_refused(_("Rows that this model does not use"), lost),
         summary=summary,
         kinds=token_kinds(),
         samples=samples,

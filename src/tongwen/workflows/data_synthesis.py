@@ -40,7 +40,7 @@ def synthesize(section: Synthesize, seed: int, settings: dict[str, Any], out: Pa
         ReplyJournal(draft.path / "journal.jsonl") as journal,
     ):
         if journal.replies:
-            console.notice(_("{count} replies are there").format(count=len(journal.replies)))
+            console.notice(_("{count} replies already exist").format(count=len(journal.replies)))
         for reply in journal.replies.values():
             spending.requests += 1
             spending.count(reply.tokens)
@@ -80,7 +80,7 @@ def synthesize(section: Synthesize, seed: int, settings: dict[str, Any], out: Pa
     lost = ", ".join(f"{reason} {count}" for reason, count in made.reasons.most_common())
     console.good(_("{count} dialogues · {spending}").format(count=len(made.rows), spending=spending.said()))
     if lost:
-        console.tell(_("not taken: {lost}").format(lost=lost))
+        console.tell(_("not used: {lost}").format(lost=lost))
     return draft.artifact
 
 
@@ -106,7 +106,7 @@ def _seeds(file: str | None) -> list[ParsedTask]:
             seeds.append(generate.read_seed(row.value, f"{row.file}:{row.row}"))
     if len(seeds) < generate.EXAMPLES:
         raise DataError(
-            _("{count} seed tasks; {examples} are shown in each prompt").format(
+            _("only {count} seed tasks, but each prompt needs {examples}").format(
                 count=len(seeds), examples=generate.EXAMPLES
             ),
             place=file,
@@ -134,17 +134,17 @@ def _check_made(made: generate.GeneratedDialogues) -> None:
     if not made.rows:
         reasons = ", ".join(f"{reason} {count}" for reason, count in made.reasons.most_common())
         raise DataError(
-            _("no reply held a row that can be taken: {reasons}").format(reasons=reasons),
+            _("no reply contained a usable row: {reasons}").format(reasons=reasons),
             place="synthesize",
-            remedy=_("another model, or another method"),
+            remedy=_("try another model or method"),
         )
     if len(made.rows) < wanted:
         why = (
-            _("{stale} replies in a row brought nothing new").format(stale=made.stale)
+            _("{stale} replies in a row contained nothing new").format(stale=made.stale)
             if made.enough
-            else _("there is nothing more to ask about")
+            else _("nothing more to ask about")
         )
-        console.notice(_("{count} of {wanted} rows: {why}").format(count=len(made.rows), wanted=wanted, why=why))
+        console.notice(_("got {count} of {wanted} rows: {why}").format(count=len(made.rows), wanted=wanted, why=why))
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -55,7 +55,7 @@ def read_records(source: SourceConfig) -> list[Document | Dialogue]:
 def say_unanswered(count: int, path: str) -> None:
     """How many rows have no answer to compare with, if any."""
     if count:
-        console.notice(_("{path}: {count} rows have no answer and are not scored").format(path=path, count=count))
+        console.notice(_("{path}: {count} rows without an answer are not scored").format(path=path, count=count))
 
 
 def _rows(source: SourceConfig) -> Iterator[RawRow]:

@@ -108,7 +108,7 @@ def _answered(task: TaskConfig, questions: list[EvalPrompt]) -> list[EvalPrompt]
     known = [one for one in questions if one.wanted is not None]
     if not known:
         raise DataError(
-            _("{task} compares with an answer, and no row has one").format(task=task.task),
+            _("{task} needs reference answers, but no row has one").format(task=task.task),
             place=questions[0].place,
             remedy='{"instruction": "…", "output": "…"}',
         )
@@ -190,7 +190,7 @@ def _read_choices(task: TaskConfig) -> MultipleChoiceTask:
         raise DataError(
             _("fewer than {shots} examples for {short}").format(shots=task.shots, short=_(', ').join(short)),
             place=str(task.examples),
-            remedy=_("the file of a subject is called as its questions are: SUBJECT_dev.csv"),
+            remedy=_("the example file is named after its question file: SUBJECT_dev.csv"),
         )  # fmt: skip
     return MultipleChoiceTask(task, _first(task, choices), examples)
 
@@ -224,7 +224,7 @@ class LikelihoodTask(EvalTask):
         if missing := len(self.records) - len(marks.counts):
             marks.notes.append(
                 _(
-                    "{missing} dialogues are longer than the model sees, or refused by its template; they are not scored"
+                    "{missing} dialogues exceed the model's context or are refused by its template; they are not scored"
                 ).format(missing=missing)
             )
         return marks
@@ -254,7 +254,7 @@ class LmEvalTask(EvalTask):
         manager = TaskManager(include_path=self.task.data.path if self.task.data else None)
         if not manager.match_tasks([self.task.suite]):
             raise RecipeError(
-                _("the harness has no such task"),
+                _("lm_eval has no such task"),
                 place=self.task.suite,
                 remedy="lm-eval ls tasks",
             )
@@ -274,7 +274,7 @@ class LmEvalTask(EvalTask):
                 value = sample[sample["metrics"][0]]
                 if not isinstance(value, (int, float)):
                     raise ModelError(
-                        _("{metrics} is no figure of a single row").format(metrics=sample["metrics"][0]),
+                        _("{metrics} is not a score of a single row").format(metrics=sample["metrics"][0]),
                         place=name,
                     )
                 marks.put(len(marks.counts), (float(value), 1.0), {"wanted": str(sample["target"])}, name)

@@ -56,7 +56,7 @@ def merge(
     place, names = resolve(base, adapters)
     if choice.mix and len(names) != len(adapters):
         raise ArtifactError(
-            _("it is an adapter itself, and not what all of them stand on"),
+            _("it is itself an adapter, not the common base"),
             place=base,
             remedy=f"tongwen merge --base {place.name} --adapter {names[0]} --out MERGED",
         )
@@ -177,14 +177,14 @@ def _distance(
     original: Tensors, seen: quantized.QuantizedTensors, folded: MergeResult, config: dict[str, Any]
 ) -> dict[str, Any]:
     """How far the merged model is from what was trained, which saw the base quantised. Said, and recorded."""
-    with console.waiting(_("measuring what {kind} changed").format(kind=seen.kind)):
+    with console.waiting(_("measuring the difference that {kind} makes").format(kind=seen.kind)):
         found: dict[str, Any] = {"kind": seen.kind, "weights": quantized.distance(original, seen)}
         sides = parity.logits_of_both(seen, folded, config)
         found |= {"logits": parity.measure(*sides)} if sides else {}
     moved = _(", logits by {relative:.1%}").format(relative=found["logits"]["relative"]) if sides else ""
     console.notice(
         _(
-            "the adapter learned beside the base in {kind} and is merged into the original: the weights differ by {weights:.1%}{moved}; onto: {kind} merges into what training saw"
+            "the adapter was trained on the base in {kind} and is merged into the original base: the weights differ by {weights:.1%}{moved}; onto: {kind} merges into the base used in training"
         ).format(kind=seen.kind, weights=found["weights"], moved=moved)
     )
     return found
@@ -208,14 +208,14 @@ def _compare(
     if found is None:
         console.notice(
             _(
-                "logits are not compared layer by layer for {model_type!r}; --parity full compares them in memory"
+                "{model_type!r} does not support comparing logits layer by layer; --parity full compares them in memory"
             ).format(model_type=config.get("model_type"))
         )
         return {}
     console.good(
-        _("base + adapters and merged: logits at most {difference:.2g} apart ({relative:.2g} of their spread)").format(
-            difference=found["max_logit_difference"], relative=found["relative"]
-        )
+        _(
+            "base + adapters against the merged model: logits differ by at most {difference:.2g} ({relative:.2g} of their spread)"
+        ).format(difference=found["max_logit_difference"], relative=found["relative"])
     )
     return found
 
@@ -230,7 +230,7 @@ def _compare_whole(
 
     folders = [link.adapter.folder for link in links]
     ids = parity.fixed_ids(int(config["vocab_size"]))
-    with console.waiting(_("comparing logits, both models in memory")):
+    with console.waiting(_("comparing the logits of both models in memory")):
         live = in_memory.logits_of(
             in_memory.open_in_memory(place, folders, live=True),
             ids,
@@ -249,13 +249,13 @@ def _in_memory(
 
     if choice.mix or choice.onto != "original":
         raise ArtifactError(
-            _("this adapter can only be merged in memory by peft, alone and into the original base: {reason}").format(
+            _("only peft can merge this adapter, in memory, alone and into the original base: {reason}").format(
                 reason=reason
             ),
             place=links[0].name,
         )
     console.notice(
-        _("the adapter cannot be streamed ({reason}); peft folds it with the whole model in memory").format(
+        _("the adapter cannot be merged by streaming ({reason}); peft merges the whole model in memory").format(
             reason=reason
         )
     )
@@ -289,13 +289,11 @@ def _remarks(folded: MergeResult) -> list[str]:
     out = []
     if folded.untrained:
         name, count = folded.untrained[0], len(folded.untrained)
-        out.append(
-            _("{count} targets have an adapter that is all zero, the first: {name}").format(count=count, name=name)
-        )
+        out.append(_("the adapter is all zero on {count} targets, the first: {name}").format(count=count, name=name))
     if lost := [name for name in folded.same if name not in folded.untrained]:
         out.append(
             _(
-                "the change of {count} tensors is too small for their number type and was lost, the first: {lost}; --dtype fp32 keeps it"
+                "the change of {count} tensors is below the precision of their number type and was lost, the first: {lost}; --dtype fp32 keeps it"
             ).format(count=len(lost), lost=lost[0])
         )
     return out
@@ -308,10 +306,10 @@ def _copy_chat_setup(place: load.ModelRef, links: list[lineage.AdapterLink], out
     if place.gguf and source in (None, folders[0]):
         load.load_tokenizer(place).save_pretrained(str(out))
     elif source is None:
-        console.notice(_("neither base nor adapter has a tokenizer: the merged model has none"))
+        console.notice(_("neither the base nor the adapter has a tokenizer: the merged model has none"))
     else:
         if source == folders[0]:
-            console.notice(_("the adapter brings no tokenizer; the base's is used"))
+            console.notice(_("the adapter has no tokenizer; using the base's"))
         chat_setup.copy_chat_setup(source, out)
     stops = folders[0] / "generation_config.json"
     if stops.is_file() and not (out / stops.name).is_file():

@@ -59,7 +59,7 @@ def open_source(name: str) -> ModelSource:
     if folder.is_dir() and (files := pth.find_files(folder)):
         original = pth.PthTensors([TorchTensors(load_bin(file)) for file in files], folder)
         console.notice(
-            _(".pth files do not record the context length: {max_position_embeddings} is taken").format(
+            _(".pth files do not record the context length: using {max_position_embeddings}").format(
                 max_position_embeddings=original.config["max_position_embeddings"]
             )
         )
@@ -67,14 +67,14 @@ def open_source(name: str) -> ModelSource:
     place = load.locate(name)
     if place.adapters:
         raise ArtifactError(
-            _("this folder holds an adapter"),
+            _("this folder contains an adapter"),
             place=name,
             remedy=f"tongwen merge --base {place.folder} --adapter {name} --out MERGED",
         )
     tensors, config = open_model(place)
     if config.get("model_type") == "baichuan":
         tensors, config = gguf_layout.as_llama(tensors, config, name)
-        console.notice(_("this Baichuan is taken as the LLaMA that it is"))
+        console.notice(_("this Baichuan is a LLaMA in structure and is treated as one"))
     return ModelSource(
         name, Path(place.gguf or name).resolve().name.removesuffix(".gguf"), tensors, config, Path(place.folder), place
     )
@@ -119,7 +119,7 @@ def convert(source: ModelSource, to: str, out: Path, quantize: str, settings: Ma
         writers[to](source, draft)
         draft.record_files(lambda file: file.suffix != ".safetensors")
     assert draft.artifact
-    console.good(_("written and read back: {out}").format(out=out))
+    console.good(_("written and verified: {out}").format(out=out))
     return draft.artifact
 
 
@@ -182,12 +182,14 @@ def _to_gguf(source: ModelSource, draft: artifact.Draft, kind: str) -> None:
     gguf.check(source.tensors, source.config, vocabulary, file, kind)
     draft.facts["type"] = kind
     if vocabulary is None:
-        console.notice(_("no tokenizer: llama.cpp cannot read text with this file"))
+        console.notice(_("no tokenizer: llama.cpp cannot process text with this file"))
         return
     if vocabulary.unlike:
         named = ", ".join(vocabulary.unlike[:3])
         console.notice(
-            _("llama.cpp keeps blanks behind {named}, which the tokenizer drops: write none there").format(named=named)
+            _("llama.cpp keeps spaces after {named}, but the tokenizer drops them: write none there").format(
+                named=named
+            )
         )
     begin = vocabulary.tokens[vocabulary.special["bos"]] if vocabulary.add_bos else ""
     render = spoken.render_pairs if spoken else None
@@ -244,7 +246,7 @@ def _sentencepiece(source: ModelSource) -> Path | None:
     for file in (source.folder / "tokenizer.model", source.folder.parent / "tokenizer.model"):
         if file.is_file():
             return file
-    console.notice(_("no tokenizer.model beside the model: none is written"))
+    console.notice(_("no tokenizer.model next to the model: none is written"))
     return None
 
 

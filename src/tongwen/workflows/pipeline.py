@@ -67,10 +67,12 @@ def run(
     if (again or fork) and distributed.is_launched():
         flag, many = "--again" if again else "--fork", distributed.world_size()
         raise RecipeError(
-            _("what is there is moved aside or rewritten, which {many} processes cannot do at once").format(many=many),
+            _("this moves or rewrites existing folders; only one process may do that, and {many} are running").format(
+                many=many
+            ),
             place=flag,
             remedy=_(
-                "tongwen run RECIPE {flag} --devices {many}; or rename the folders of {out}, and launch without it"
+                "tongwen run RECIPE {flag} --devices {many}; or rename the folders in {out}, then launch without this option"
             ).format(flag=flag, many=many, out=recipe.out),
         )
     chosen = choose(recipe, only, start, until)
@@ -79,7 +81,7 @@ def run(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MachineError(_("cannot be made: {strerror}").format(strerror=error.strerror), place=str(out)) from None
+        raise MachineError(_("cannot be created: {strerror}").format(strerror=error.strerror), place=str(out)) from None
     done: list[artifact.Artifact] = []
     with lock_folder(out), distributed.listening(distributed.interrupt):
         redo_from = _first_to_redo(recipe, chosen, out, stages, explicit=bool(only or start)) if again else None
@@ -120,7 +122,7 @@ def _disk_full(path: Path, error: Exception) -> MachineError:
     return MachineError(
         _("the disk is full: {error}").format(error=first_line(error)),
         place=str(path),
-        remedy=_("free some space, and the same command continues; or another disk: out=FOLDER"),
+        remedy=_("free some space and run the same command to continue; or use another disk: out=FOLDER"),
     )
 
 
@@ -134,7 +136,7 @@ def check_launcher(recipe: Recipe) -> None:
     """Raise RecipeError when a launcher has started another number of processes than the recipe says."""
     if distributed.is_launched() and recipe.devices not in (1, world := distributed.world_size()):
         raise RecipeError(
-            _("the launcher has started {world} processes").format(world=world),
+            _("the launcher started {world} processes").format(world=world),
             place=f"devices: {recipe.devices}",
             remedy=f"tongwen run RECIPE devices={world}",
         )
@@ -144,7 +146,7 @@ def check_launcher(recipe: Recipe) -> None:
         and recipe.devices == 1
     ):
         console.notice(
-            _("`accelerate launch --cpu` starts one process, whatever --num_processes says; several: --devices N")
+            _("`accelerate launch --cpu` starts only one process and ignores --num_processes; for several: --devices N")
         )
 
 
@@ -153,7 +155,7 @@ def check_processes(recipe: Recipe, stages: Sequence[str]) -> None:
     for name in stages:
         if name in TRAINING and getattr(recipe, name).engine == "ddp" and recipe.devices == 1:
             raise RecipeError(
-                _("this engine runs in several processes"),
+                _("this engine needs several processes"),
                 place=f"{name}.engine: ddp",
                 remedy="tongwen run RECIPE --devices 2; torchrun, accelerate launch, deepspeed, srun: docs/engines.md",
             )
@@ -168,7 +170,7 @@ def _check_devices(recipe: Recipe, stages: Sequence[str]) -> None:
     count = count_devices()
     if count and recipe.devices > count:
         raise MachineError(
-            _("this machine shows {count} GPUs, one for each process").format(count=count),
+            _("this machine has {count} visible GPUs; each process needs one").format(count=count),
             place=f"devices: {recipe.devices}",
             remedy=f"--devices {count}",
         )
@@ -180,7 +182,7 @@ def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:
     for flag, name in (("--only", only), ("--from", start), ("--until", until)):
         if name and name not in stages:
             raise RecipeError(
-                _("{name!r} is no stage of this recipe").format(name=name),
+                _("this recipe has no stage {name!r}").format(name=name),
                 place=flag,
                 remedy=_("it has: ") + ", ".join(stages),
             )
@@ -242,9 +244,9 @@ def _wait_for(path: Path) -> artifact.Artifact:
             seen = time.monotonic()
         elif time.monotonic() - seen > PATIENCE_SECONDS:
             raise MachineError(
-                _("the first process has ended without it"),
+                _("the first process ended without finishing it"),
                 place=str(path),
-                remedy=_("its message tells why; the same command continues"),
+                remedy=_("its message gives the reason; the same command continues"),
             )
         time.sleep(0.5)
     return found

@@ -55,16 +55,16 @@ def changed_files(recipe: Recipe, manifest: dict[str, Any]) -> list[tuple[str, A
 
 def check_prepared(found: artifact.Artifact) -> None:
     """Raise ArtifactError for a file that is not as this stage has left it: what the ledger says would not be true."""
-    with console.waiting(_("checking what prepare has left")):
+    with console.waiting(_("checking the output of prepare")):
         for name, digest in found.manifest.get("made", {}).items():
             file = found.path / name
             if not file.is_file() or artifact.hash_file(file) != digest:
                 raise ArtifactError(
-                    _("this file is not as prepare has left it"),
+                    _("this file differs from the one that prepare wrote"),
                     place=str(file),
-                    remedy=_("change the sources instead, and tongwen run RECIPE --from prepare --again"),
+                    remedy=_("change the sources instead, then tongwen run RECIPE --from prepare --again"),
                 )
 
 
 def _stay_here(path: str, tell: Any) -> str:
-    raise DataError(_("this lies on a hub"), place=path)
+    raise DataError(_("this is on a hub"), place=path)

@@ -32,7 +32,9 @@ def lock_folder(out: Path) -> Iterator[None]:
             stream.seek(0)
             owner = stream.read().strip()
             raise MachineError(
-                _("another tongwen is running in this folder: {owner}, or what it has launched").format(owner=owner),
+                _("another tongwen is running in this folder: {owner}, or a process that it started").format(
+                    owner=owner
+                ),
                 place=str(out),
                 remedy=_("wait for it, or choose another `out`"),
             ) from None

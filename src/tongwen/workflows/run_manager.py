@@ -38,7 +38,7 @@ def start(arguments: Sequence[str], out: Path) -> None:
     Raises MachineError when one runs there already, or when it ends before it has begun, with what it said.
     """
     if lock_holder(out):
-        raise MachineError(_("this run is running"), place=str(out))
+        raise MachineError(_("this run is already in progress"), place=str(out))
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOG).open("ab") as log:
         begun = log.tell()
@@ -55,14 +55,14 @@ def start(arguments: Sequence[str], out: Path) -> None:
         time.sleep(0.05)
     if process.poll():
         said = (out / LOG).read_bytes()[begun:].decode("utf-8", "replace").strip()
-        raise MachineError(_("it ended at once: {said}").format(said=said), place=str(out))
+        raise MachineError(_("it ended immediately: {said}").format(said=said), place=str(out))
 
 
 def stop(out: Path) -> None:
     """Ask a run to end; one that trains saves first. Raises MachineError when none runs there."""
     running = lock_holder(out)
     if not running:
-        raise MachineError(_("nothing runs here"), place=str(out))
+        raise MachineError(_("no training is running here"), place=str(out))
     with suppress(psutil.Error):
         psutil.Process(running).terminate()  # it passes that on to the processes that it waits for
 
@@ -84,7 +84,7 @@ def compare(outs: Sequence[Path]) -> str:
             env={**os.environ, "TONGWEN_LANG": language()},
         )
         if not page.is_file():
-            raise MachineError(done.stderr.strip() or _("two runs are needed"))
+            raise MachineError(done.stderr.strip() or _("this needs two runs"))
         return page.read_text(encoding="utf-8")
 
 
@@ -103,7 +103,7 @@ def facts(out: Path) -> list[tuple[str, str]]:
             (console.human_time(last["seconds"]), _("training time")),
         ]
     if running:
-        rows.append((console.human_bytes(_memory(running)), _("memory now")))
+        rows.append((console.human_bytes(_memory(running)), _("current memory")))
     return rows
 
 

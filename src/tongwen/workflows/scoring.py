@@ -138,7 +138,7 @@ def _asking_once(speaker: ChatModel, section: Evaluate, kept: Path, sitter: dict
             missing = [place for place in range(len(names)) if place not in journal.answers]
             known.update((names[place], said) for place, said in journal.answers.items())
             if there := len(names) - len(missing):
-                console.notice(_("{there} answers are there already").format(there=there))
+                console.notice(_("{there} answers already exist").format(there=there))
 
             def take(place: int, said: str) -> None:
                 journal.add(missing[place], said)

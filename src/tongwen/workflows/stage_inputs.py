@@ -46,6 +46,6 @@ def inputs(recipe: Recipe) -> Prepare:
     made = Path(recipe.out) / "synthesize" / "dialogues.jsonl"
     if recipe.synthesize is None or made.exists():
         return recipe.prepare
-    console.notice(_("what synthesize is to make is not there yet"))
+    console.notice(_("synthesize has not generated its data yet"))
     there = [source for source in recipe.prepare.dialogues if Path(source.path) != made]
     return recipe.prepare.model_copy(update={"dialogues": there})

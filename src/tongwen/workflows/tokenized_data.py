@@ -139,7 +139,9 @@ class DocumentEncoder(RecordEncoder):
     def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
         if not len(store):
             raise DataError(
-                _("the text fills no block of {max_length} tokens").format(max_length=self.section.max_length),
+                _("the text is shorter than one block of {max_length} tokens").format(
+                    max_length=self.section.max_length
+                ),
                 place="pretrain.max_length",
                 remedy=_("a smaller max_length, or documents: apart"),
             )
@@ -167,7 +169,7 @@ class TokenizedData:
 def say_mask(mask: dict[str, Any]) -> str:
     """What is learned, in a line."""
     return _(
-        "{learned_share:.0%} of {tokens:,} tokens are learned; {stop_learned_share:.0%} of {samples:,} samples learn to stop"
+        "{learned_share:.0%} of {tokens:,} tokens count toward the loss; {stop_learned_share:.0%} of {samples:,} samples learn to stop"
     ).format(
         learned_share=mask["learned_share"],
         tokens=mask["tokens"],
@@ -191,7 +193,7 @@ def say_ledger(lesson: TokenizedData) -> None:
     if rejected:
         first = rejected[0]
         console.notice(
-            _("{count} samples are not trained, the first: {file}:{row}: {rule}").format(
+            _("{count} samples are not used in training, the first: {file}:{row}: {rule}").format(
                 count=len(rejected), file=first["file"], row=first["row"], rule=first["rule"]
             )
         )
@@ -235,9 +237,9 @@ def new_rows_of(base: str) -> list[int]:
         raise ModelError(_("cannot be read: {error}").format(error=error), place=str(file)) from None
     if not rows:
         raise ModelError(
-            _("new_rows is to be trained, and this base says of no row that it is new"),
+            _("`train: new_rows` needs a base with an extended vocabulary, but new_rows.json lists no new rows"),
             place=str(file),
-            remedy=_("a `vocab` section before it, or train: embeddings"),
+            remedy=_("add a `vocab` section before it, or train: embeddings"),
         )
     return rows
 
@@ -263,7 +265,7 @@ def _read_here(recipe: Recipe, kind: str) -> tuple[Iterator[Any], list[dict[str,
     prepare = inputs(recipe)
     console.notice(
         _(
-            "prepare has not run on these data: rows are counted before those go that repeat each other, or what is held out"
+            "prepare has not run on these data: the row counts still include duplicates and rows that repeat held-out data"
         )
     )
     parts = list_parts(prepare, local_copy, console.notice)
@@ -286,7 +288,7 @@ def encode_prepared(prepared: artifact.Artifact, reader: RecordEncoder, seed: in
     """Training and held-out rows as tokens, every one of them in the ledger. Encoded once: the first process writes, an
     interrupted one goes on, the others wait and map the same files."""
     place = folder / key_of(prepared, reader)
-    with console.waiting(_("looking for the tokens")):
+    with console.waiting(_("finding the tokens")):
         found = token_store.open_store(place)
     if found:
         console.good(_("tokens: already encoded"))
@@ -322,13 +324,13 @@ def _encode(file: Path, reader: RecordEncoder, place: Path) -> None:
         if other not in (place, artifact.partial_of(place)):
             shutil.rmtree(other)
     if place.exists():
-        console.notice(_("{place} is not as it was written: encoded anew").format(place=place))
+        console.notice(_("{place} has changed since it was written: encoding it again").format(place=place))
         shutil.rmtree(place)
     writer = token_store.Writer(place, len(reader.tokenizer))
     ledger, rejected = writer.ledger, list[Rejected]()
     total = sum(1 for _ in file.open("rb"))
     if writer.rows:
-        console.notice(_("encoding goes on at row {rows:,}").format(rows=writer.rows))
+        console.notice(_("encoding continues at row {rows:,}").format(rows=writer.rows))
     rows = islice(load_records(file), writer.rows, None)
     with console.progress(total, "encode", writer.rows) as bar:
         for batch in reader.batches(rows, ledger, rejected.append):
@@ -389,8 +391,7 @@ def _drawn(
             if times != 1 and abs(got - wanted) > MISSED * wanted:
                 missed.append(
                     _(
-                        "{path}: {wanted:.3g} of the tokens is asked for, and the first epoch has {got:.3g}: its samples "
-                        "are too few or too long"
+                        "{path}: the recipe asks for {wanted:.3g} of the tokens, but the first epoch has {got:.3g}: its samples are too few or too long"
                     ).format(path=one["path"], wanted=wanted, got=got)
                 )
     for text in missed:

@@ -123,7 +123,7 @@ def open_tokenizer_files(name: str, *, to_measure: bool = False) -> TokenizerFil
                 type=lexicon.definition["model"]["type"]
             ),
             place=lexicon.name,
-            remedy=_("put the family's tokenizer.model beside it"),
+            remedy=_("put the model family's tokenizer.model next to it"),
         )
     return lexicon
 
@@ -180,9 +180,9 @@ class LearnedPieces:
     def say_if_fewer(self, pieces: int) -> None:
         if len(self) < pieces:
             console.notice(
-                _("the corpus gives {count:,} pieces, not {pieces:,}: no other pair of the script occurs twice").format(
-                    count=len(self), pieces=pieces
-                )
+                _(
+                    "the corpus yields only {count:,} pieces, not {pieces:,}: no other pair in this script occurs twice"
+                ).format(count=len(self), pieces=pieces)
             )
 
     def extended(self, pieces: int, words: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> ExtendedTokenizer:
@@ -241,11 +241,11 @@ def extended_by(base: TokenizerFiles, name: str) -> ExtendedTokenizer:
     if differing is not None or len(other.model.pieces) == held:
         raise ModelError(
             (
-                _("it does not extend {base}: ").format(base=base.name)
+                _("it is not an extension of {base}: ").format(base=base.name)
                 + (
                     _("it has no more pieces")
                     if differing is None
-                    else _("their pieces differ from id {differing} on").format(differing=differing)
+                    else _("the pieces differ from id {differing} on").format(differing=differing)
                 )
             ),
             place=f"vocab.tokenizer: {name}",
@@ -314,7 +314,7 @@ def _check_new(base: TokenizerFiles, texts: Sequence[str]) -> None:
     for text in texts:
         if not text.strip() or text in known or texts.count(text) > 1:
             raise RecipeError(
-                _("{text!r} is a token already, or empty").format(text=text),
+                _("{text!r} is already a token, or empty").format(text=text),
                 place="vocab.words / vocab.special_tokens",
                 remedy=_("leave it out"),
             )

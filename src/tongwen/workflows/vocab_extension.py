@@ -137,10 +137,10 @@ def _advise(
     advice = measure.advise(start, curve, vocab_scores.damage_of(bits), min(section.pieces, len(learnt)))
     said = console.good if advice.extend else console.notice
     said(
-        _("it pays to extend this vocabulary")
+        _("extending this vocabulary is worthwhile")
         if advice.extend
         else _(
-            "it does not pay to extend this vocabulary: leave `vocab` out of the recipe, and train on the base as it is"
+            "extending this vocabulary is not worthwhile: leave `vocab` out of the recipe and train on the base as it is"
         )
     )
     for reason in advice.reasons:
@@ -158,6 +158,6 @@ def _carry(place: load.ModelRef, out: Path) -> None:
 def _say_rows(rows: resize.RowPlan, out: Path) -> None:
     console.good(
         _(
-            "{count:,} new tokens: {filled:,} in spare rows, the matrices grew by {added:,} to {wanted:,} · {out}"
+            "{count:,} new tokens: {filled:,} use spare rows, the matrices grew by {added:,} to {wanted:,} rows · {out}"
         ).format(count=len(rows.new), filled=rows.filled, added=rows.added, wanted=rows.wanted, out=out)
     )

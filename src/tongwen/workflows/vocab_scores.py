@@ -37,13 +37,13 @@ def bits_before_training(
     size = sum(file.stat().st_size for pattern in load.WEIGHTS for file in Path(place.folder).glob(pattern))
     if 2.5 * size > psutil.virtual_memory().available:
         console.notice(
-            _("bits per byte are not measured: the model ({size}) does not fit into memory").format(
+            _("bits per byte are not measured: the model ({size}) does not fit in memory").format(
                 size=console.human_bytes(size)
             )
         )
         return {}
     scored = _chunks(texts), _chunks([measure.ENGLISH])
-    with console.waiting(_("scoring before any training")):
+    with console.waiting(_("scoring before training")):
         model = load.load_model(place, load.compute_dtype("auto", "cpu")[0])
         held = len(model.get_input_embeddings().weight)
         rows = resize.plan_rows(made.first_new, made.new_ids, held, 1)
@@ -53,9 +53,9 @@ def bits_before_training(
     return {
         "bits_per_byte": {
             _("base"): before[0],
-            _("grown, untrained"): after[0],
+            _("extended, untrained"): after[0],
             _("base, English"): before[1],
-            _("grown, untrained, English"): after[1],
+            _("extended, untrained, English"): after[1],
         }
     }
 

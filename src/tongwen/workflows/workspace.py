@@ -30,7 +30,7 @@ class Workspace:
         """Raises RecipeError for what is no folder."""
         for folder in folders:
             if not Path(folder).is_dir():
-                raise RecipeError(_("this is no folder"), place=folder)
+                raise RecipeError(_("this is not a folder"), place=folder)
         return cls(tuple(Path(folder).resolve() for folder in folders), tuple(named))
 
     def inside(self, name: str) -> Path:
@@ -41,7 +41,7 @@ class Workspace:
             path = Path("/")
         if not any(path.is_relative_to(folder) for folder in self.folders):
             raise RecipeError(
-                _("this lies outside of the folders that the page was given"),
+                _("this is outside the folders that the page may access"),
                 place=name[:200],
                 remedy=" ".join(map(str, self.folders)),
             )

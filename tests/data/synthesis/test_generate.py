@@ -290,7 +290,7 @@ def test_the_cap_is_kept_before_it_is_passed(faults: Callable[..., Any]) -> None
             spending = client.SpendingMeter(words)
             endpoint = client.SynthesisClient(words, spending, lambda text: None)
             async with endpoint.client:
-                with pytest.raises(MachineError, match="the same command goes on"):
+                with pytest.raises(MachineError, match="the same command continues"):
                     for number in range(5):
                         await endpoint.complete(f"q{number}", None)
             return spending

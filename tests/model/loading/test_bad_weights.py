@@ -212,12 +212,12 @@ def with_a_larger_tokenizer(base: Path, adapter: Path) -> None:
 CASES: list[tuple[Any, int, str]] = [
     (without_a_shard, 4, "missing"),
     (with_a_lying_index, 4, "is not in"),
-    (with_a_tensor_in_two_shards, 4, "also stands in"),
-    (with_an_index_outside, 4, "outside of this folder"),
+    (with_a_tensor_in_two_shards, 4, "is also in"),
+    (with_an_index_outside, 4, "outside this folder"),
     (cut, 4, "bytes"),
     (with_a_spare_tail, 4, "should have"),
     (with_a_broken_header, 4, "header"),
-    (with_a_shape_that_lies, 4, "lies about"),
+    (with_a_shape_that_lies, 4, "header does not match"),
     (with_nan_in_the_base, 6, "model.norm.weight"),
     (with_inf_in_an_adapted_weight, 6, "layers.0.mlp.up_proj"),
     (as_content(b""), 4, "empty"),
@@ -229,13 +229,13 @@ CASES: list[tuple[Any, int, str]] = [
     (of_another_size, 4, "(48, 64)"),
     (empty_as_of_old, 4, "empty"),
     (without_weights, 4, "pytorch_model.bin"),
-    (bomb_in_the_adapter, 4, "never opened"),
-    (bomb_in_the_base, 4, "never opened"),
+    (bomb_in_the_adapter, 4, "never opens"),
+    (bomb_in_the_base, 4, "never opens"),
     (bare_bomb_in_the_base, 4, "pytorch_model.bin"),
     (stretched_bin, 4, "more bytes than the file"),
-    (something_else_in_bin, 4, "something else than tensors"),
-    (without_a_bin, 4, "pytorch_model-00002-of-00002.bin, which is missing"),
-    (with_a_bin_outside, 4, "outside of this folder"),
+    (something_else_in_bin, 4, "more than tensors"),
+    (without_a_bin, 4, "pytorch_model-00002-of-00002.bin is missing"),
+    (with_a_bin_outside, 4, "outside this folder"),
     (with_a_cut_bin, 4, "00002.bin"),
     (quantised, 4, "quantised"),
     (with_a_larger_tokenizer, 4, "ids up to 999"),
@@ -265,7 +265,7 @@ def test_a_large_number_is_not_lost_in_fp16(pair: tuple[Path, Path], tmp_path: P
     edit(pair[0] / WEIGHTS, lambda state: state["model.layers.0.mlp.up_proj.weight"].mul_(1e7))
     words = ("merge", "--base", pair[0], "--adapter", pair[1], "--out", tmp_path / "out", "--dtype", "fp16")
     code, _, err = tongwen(*words)
-    assert code == 6 and "too large for fp16" in err and "bf16" in err
+    assert code == 6 and "exceeds the range of fp16" in err and "bf16" in err
 
 
 def test_a_base_without_tokenizer_is_said(pair: tuple[Path, Path], tmp_path: Path, tongwen: Any) -> None:
@@ -288,7 +288,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("tongwen.workflows.merging.shutil.disk_usage", lambda folder: usage)
     code, _, err = tongwen("merge", "--base", pair[0], "--adapter", pair[1], "--out", tmp_path / "out")
-    assert code == 5 and "1 kB are free" in err and not (tmp_path / "out.partial").exists()
+    assert code == 5 and "1 kB free" in err and not (tmp_path / "out.partial").exists()
 
 
 def test_a_killed_merge_is_no_model_and_the_same_command_ends_the_same(

@@ -40,10 +40,10 @@ def test_a_first_conversion_learns_to_stop(first_conversion: Path, tmp_path: Pat
     code, out, err = tongwen("run", recipe)
     assert code == 0, err
     said = out + err
-    assert "bos_token, eos_token, unk_token are empty; taken instead: <s>, </s>, <unk>" in said
+    assert "bos_token, eos_token, unk_token are empty; using <s>, </s>, <unk> instead" in said
     for name in ("config.json", "generation_config.json"):
-        assert f"{name} has pad_token_id -1, the vocabulary 355 tokens" in said
-    assert "would end with token 1, <s>" in said and "taken: 2, </s>" in said
+        assert f"{name} has pad_token_id -1, but the vocabulary has 355 tokens" in said
+    assert "would end with token 1 (<s>)" in said and "own end token: 2 (</s>)" in said
     manifest = json.loads((tmp_path / "out" / "sft" / "manifest.json").read_text())
     assert manifest["stop_tokens"] == ["</s>"]
     saved = json.loads((tmp_path / "out" / "merge" / "generation_config.json").read_text())

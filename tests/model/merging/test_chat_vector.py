@@ -69,10 +69,14 @@ def test_what_does_not_belong_together_is_refused(tongwen: Any, tmp_path: Path) 
     merge = ("merge", "--out", out, "--base")
     for words, code, said in (
         ((target, "--chat-vector", base, base), 4, "same"),
-        ((target, "--chat-vector", instruct, other), 4, "one family"),
+        ((target, "--chat-vector", instruct, other), 4, "different families"),
         ((target,), 2, "--chat-vector"),
         ((target, "--chat-vector", instruct, base, "--adapter", base), 2, "either"),
-        ((base, "--chat-vector", target, target), 4, "one family"),  # a smaller vocabulary than the difference has
+        (
+            (base, "--chat-vector", target, target),
+            4,
+            "different families",
+        ),  # a smaller vocabulary than the difference has
     ):
         found, _, err = tongwen(*merge, *words)
         assert found == code and said in err and not out.exists(), err

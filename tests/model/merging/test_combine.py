@@ -98,7 +98,7 @@ def test_what_cannot_be_combined_is_refused(chat_model: Path, tmp_path: Path, to
         (["--adapter", one, "--adapter", one], "each once", "--adapter A2"),
         (["--adapter", one, "--adapter", other, "--weight", 1], "1 weights for 2", "--weight"),
         (["--adapter", one, "--adapter", other, "--density", 0], "density of 0", ""),
-        (["--adapter", one, "--adapter", tmp_path / "grown"], "vocabulary of its own", "first"),
+        (["--adapter", one, "--adapter", tmp_path / "grown"], "its own vocabulary", "first"),
     ):
         code, _, err = tongwen(*command, *words)
         assert code in (2, 4) and wrong in err and remedy in err, err

@@ -287,7 +287,7 @@ def test_parity_sees_one_wrong_matrix(
     [
         (lambda state: [tensor.zero_() for name, tensor in state.items() if "lora_B" in name], "never trained"),
         (lambda state: state.clear(), "empty"),
-        (lambda state: state.pop(next(name for name in state if "lora_A" in name)), "half of an A/B pair"),
+        (lambda state: state.pop(next(name for name in state if "lora_A" in name)), "one matrix of an A/B pair"),
         (
             lambda state: state.update(
                 {
@@ -297,7 +297,7 @@ def test_parity_sees_one_wrong_matrix(
             ),
             "layers.9",
         ),
-        (lambda state: state.update({"base_model.model.model.prompt": torch.ones(3)}), "cannot be folded"),
+        (lambda state: state.update({"base_model.model.model.prompt": torch.ones(3)}), "cannot be merged"),
         (
             lambda state: state.update({next(iter(state)): torch.full_like(state[next(iter(state))], float("nan"))}),
             "NaN",

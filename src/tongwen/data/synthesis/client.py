@@ -34,7 +34,7 @@ class RequestFailed(Exception):
 
 
 class SpendingMeter:
-    """What was spent, and what the requests on their way may still cost, against the cap."""
+    """Compare what was spent, and what running requests may still cost, with the cap."""
 
     def __init__(self, section: Synthesize) -> None:
         self.cap, self.price = section.at_most, section.price
@@ -56,11 +56,11 @@ class SpendingMeter:
         ):
             if cap is not None and value > cap:
                 raise MachineError(
-                    _("the next request could go beyond the cap of {cap:g} {name}; spent: {said}").format(
+                    _("the next request could exceed the cap of {cap:g} {name}; spent: {said}").format(
                         cap=cap, name=name, said=self.said()
                     ),
                     place=f"synthesize.at_most.{name}",
-                    remedy=_("a higher cap, or fewer `rows`: the same command goes on"),
+                    remedy=_("raise the cap or reduce `rows`; the same command continues"),
                 )
         self.requests += 1
         self._hold(most, 1)
@@ -74,7 +74,7 @@ class SpendingMeter:
         self.tokens = [spent + new for spent, new in zip(self.tokens, used, strict=True)]
 
     def said(self) -> str:
-        money = f", {self.money(self.tokens):.4g} {_('of money')}" if self.price else ""
+        money = f", {self.money(self.tokens):.4g} {_('in money')}" if self.price else ""
         return f"{_('{requests} requests').format(requests=self.requests)}, {sum(self.tokens):,} token{money}"
 
     def _hold(self, most: tuple[int, int], sign: int) -> None:
@@ -82,7 +82,7 @@ class SpendingMeter:
 
 
 class SynthesisClient:
-    """The place that is asked, and how patiently."""
+    """A client of one endpoint with its retry policy."""
 
     def __init__(self, section: Synthesize, spending: SpendingMeter, tell: Callable[[str], None]) -> None:
         self.section, self.spending, self.tell = section, spending, tell
@@ -161,13 +161,13 @@ class SynthesisClient:
         status, code = error.status_code, getattr(error, "code", None)
         if status in (400, 422) and self.schema and "response_format" in str(error):
             self.schema = False
-            self.tell(_("the endpoint takes no JSON schema: asked without"))
+            self.tell(_("the endpoint does not support JSON schema: not using it"))
             return "json_schema"
         if status in HOPELESS or code == "insufficient_quota" or 300 <= status < 400:
             raise RecipeError(
-                _("the endpoint refuses ({status}): {error!s:.300}").format(status=status, error=error),
+                _("the endpoint refused the request ({status}): {error!s:.300}").format(status=status, error=error),
                 place="synthesize.endpoint",
-                remedy=_("synthesize.endpoint, synthesize.model and the key in ${section}").format(
+                remedy=_("check synthesize.endpoint, synthesize.model and the key in ${section}").format(
                     section=self.section.key
                 ),
             )
@@ -219,9 +219,9 @@ def check_address(address: str) -> str:
     except ValueError:
         near = False
     if parts.username or parts.password or not host or parts.scheme not in ("https", "http"):
-        rule = _("this is no plain address of an endpoint")
+        rule = _("this is not a plain endpoint address")
     elif parts.scheme == "http" and not near:
-        rule = _("without https everybody on the way reads the key")
+        rule = _("without https, anyone on the way can read the key")
     else:
         return address
     shown = f"{parts.scheme}://{host}{parts.path}"  # without what stands before the @

@@ -173,7 +173,7 @@ def _checked(item: ParsedTask) -> ParsedTask:
     if mended.input and len(mended.instruction) >= longest:
         raise RowRefused(
             "too_long",
-            _("an instruction of {count} characters").format(count=len(mended.instruction)),
+            _("the instruction has {count} characters").format(count=len(mended.instruction)),
         )
     if found := STRANGE.search(whole):
         raise RowRefused("control_token_in_text", _("the text contains {found!r}").format(found=found[0]))
@@ -306,7 +306,7 @@ def read_seed(row: Any, place: str) -> ParsedTask:
     ]
     if wrong:
         raise DataError(
-            _("no seed task: no text in {wrong}; it has {value}").format(
+            _("not a seed task: no text in {wrong}; it has {value}").format(
                 wrong=_(", ").join(wrong), value=_(", ").join(map(str, value)) or _("no keys")
             ),
             place=place,

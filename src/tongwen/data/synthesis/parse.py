@@ -56,10 +56,10 @@ def _read_block(block: str) -> ParsedTask | RowRefused:
         if label == "指令" and len(found) == 3:
             break  # an answer went on with the next task: that is no part of it
         if label in found:
-            return RowRefused("malformed", _("{label} stands twice").format(label=label))
+            return RowRefused("malformed", _("{label} appears twice").format(label=label))
         found[label] = text
     if list(found) != ["指令", "输入", "输出"]:
-        return RowRefused("malformed", _("the block holds {found}").format(found=list(found)))
+        return RowRefused("malformed", _("the block contains {found}").format(found=list(found)))
     instruction, given, output = (_NUMBER.sub("", text).strip() for text in found.values())
     return ParsedTask(instruction, "" if NO_INPUT.fullmatch(given) else given, output)
 
@@ -81,7 +81,7 @@ def read_json(text: str) -> Iterator[ParsedTask | RowRefused]:
                 return
             yield _read_object(one)
     if not count:
-        yield RowRefused("malformed", _("there is no task in it"))
+        yield RowRefused("malformed", _("it contains no task"))
 
 
 def _objects(value: dict[str, Any]) -> list[Any]:
@@ -95,6 +95,6 @@ def _read_object(value: Any) -> ParsedTask | RowRefused:
     given = {"input": "", **value} if isinstance(value, dict) else {}
     if set(given) != set(keys) or not all(isinstance(given[key], str) for key in keys):
         shown = json.dumps(value, ensure_ascii=False)[:60]
-        return RowRefused("malformed", _("no task with its answer: {shown}").format(shown=shown))
+        return RowRefused("malformed", _("not a task with its answer: {shown}").format(shown=shown))
     instruction, given_input, output = (given[key].strip() for key in keys)
     return ParsedTask(instruction, "" if NO_INPUT.fullmatch(given_input) else given_input, output)

@@ -142,7 +142,9 @@ def adapt(
     rows, held = list(new_rows or []), len(model.get_input_embeddings().weight)
     if rows and not 0 <= min(rows) <= max(rows) < held:
         raise ModelError(
-            _("new_rows.json names row {highest}, the embedding has {held}").format(highest=max(rows), held=held),
+            _("new_rows.json names row {highest}, but the embedding has only {held} rows").format(
+                highest=max(rows), held=held
+            ),
             place=str(model.name_or_path),
             remedy=_("run the vocabulary stage again"),
         )
@@ -166,7 +168,7 @@ def adapt(
         with quiet():
             adapted = Adapted(get_peft_model(model, config), rows)
     if not adapted.learners:
-        raise ModelError(_("nothing would be trained"), place="adapter")
+        raise ModelError(_("no parameter would be trained"), place="adapter")
     return adapted
 
 
@@ -186,15 +188,15 @@ def _with_adapter(
         adapted = Adapted(opened, new_rows, whole="embeddings" in parts)
         if (lost := set(single) - _rows_in(opened)) and not _embeddings(opened):
             raise ModelError(
-                _("token rows must be trained ({count}), and this adapter holds no tensor for them").format(
+                _("{count} token rows must be trained, but this adapter has no tensor for them").format(
                     count=len(lost)
                 ),
                 place="adapter.continue_from",
-                remedy=_("merge it first, and train a new adapter on the merged model"),
+                remedy=_("merge it first, then train a new adapter on the merged model"),
             )
         if adapted.whole and not adapted.embeddings:
             raise ModelError(
-                _("this adapter holds no embeddings to train further"),
+                _("this adapter has no embeddings to train further"),
                 place="adapter.continue_from",
                 remedy="train: lora",
             )
@@ -222,7 +224,9 @@ def _with_adapter(
     adapted.notices += _experts(adapted.model)
     fuse(adapted.model)
     if control_rows and rows:
-        adapted.notices.append(_("{count} token rows are trained beside the adapter").format(count=len(control_rows)))
+        adapted.notices.append(
+            _("{count} token rows are trained in addition to the adapter").format(count=len(control_rows))
+        )
     return adapted
 
 
@@ -245,7 +249,7 @@ def _peft_config(
     if choice.method == "adalora":
         if rows:
             raise ModelError(
-                _("adalora cannot train single token rows, and {count} need it").format(
+                _("adalora cannot train single token rows, but {count} rows need training").format(
                     count=len(next(iter(rows.values())))
                 ),
                 place="adapter.method",
@@ -312,7 +316,9 @@ def find_targets(model: Any, choice: AdapterConfig) -> list[str] | str:
         family = family_of(model.config.model_type)
         if family is None:
             raise ModelError(
-                _("no usual targets are known for {model_type!r}").format(model_type=model.config.model_type),
+                _("the usual targets of the family {model_type!r} are not known").format(
+                    model_type=model.config.model_type
+                ),
                 place="adapter.targets",
                 remedy="targets: all-linear",
             )
@@ -344,7 +350,7 @@ def _check_also(name: str, model: Any) -> None:
     held = [part for module in found for part in module.parameters()]
     if any(getattr(part, "quant_state", None) is not None or not part.is_floating_point() for part in held):
         raise ModelError(
-            _("{name!r} is quantised and cannot be trained in full").format(name=name),
+            _("{name!r} is quantised, so it cannot be trained in full").format(name=name),
             place="adapter.also_train",
             remedy=_("method: lora, or only {modules}").format(modules=_(", ").join(_row_owners(model))),
         )
@@ -392,7 +398,7 @@ def _find_parameters(model: Any, choice: AdapterConfig) -> list[str] | None:
                 {".".join(name.split(".")[-3:]) for name, part in model.named_parameters() if part.dim() == 3}
             )
             raise ModelError(
-                _("no weight is called {wanted!r}").format(wanted=wanted),
+                _("there is no weight named {wanted!r}").format(wanted=wanted),
                 place="adapter.target_parameters",
                 remedy=_("fused weights here: {fused}").format(fused=_(", ").join(fused) or _("none")),
             )
@@ -430,13 +436,13 @@ def _experts(model: Any) -> list[str]:
     if passed:
         size = sum(fused[name].numel() for name in passed)
         return [
-            _("the adapter passes by {count} fused expert weights ({size:,} parameters), the first: {passed}").format(
-                count=len(passed), size=size, passed=passed[0]
-            )
+            _(
+                "the adapter does not cover {count} fused expert weights ({size:,} parameters), the first: {passed}"
+            ).format(count=len(passed), size=size, passed=passed[0])
         ]
     if fused:
         return [
-            _("the adapter reaches {count} fused expert weights, each expert with matrices of its own").format(
+            _("the adapter covers {count} fused expert weights, with separate matrices for each expert").format(
                 count=len(fused)
             )
         ]
@@ -447,9 +453,9 @@ def _no_module(key: str, name: str, model: Any, unfit: str = "") -> ModelError:
     """unfit: the kind of the module that has this name, and that no adapter can stand beside."""
     linear = sorted({full.split(".")[-1] for full, module in model.named_modules() if hasattr(module, "in_features")})
     return ModelError(
-        _("{name!r} is a {unfit}, which an adapter cannot stand beside").format(name=name, unfit=unfit)
+        _("{name!r} is a {unfit}; an adapter cannot be attached to it").format(name=name, unfit=unfit)
         if unfit
-        else _("no module is called {name!r}").format(name=name),
+        else _("there is no module named {name!r}").format(name=name),
         place=f"adapter.{key}",
         remedy=_("this model has: {linear}").format(linear=_(", ").join(linear)),
     )

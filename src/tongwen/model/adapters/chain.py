@@ -32,9 +32,9 @@ def open_adapter_chain(
         return open_adapter(base, place.adapters[0], fingerprint_model(place)), None
     if quantize and place.adapters:
         raise ModelError(
-            _("an adapter cannot be put into quantised weights"),
+            _("an adapter cannot be merged into quantised weights"),
             place=place.name,
-            remedy=_("tongwen merge first, and name the merged folder as the base; the adapter: {adapters}").format(
+            remedy=_("run tongwen merge first and use the merged folder as the base; the adapter: {adapters}").format(
                 adapters=place.adapters[0]
             ),
         )
@@ -59,11 +59,11 @@ def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, tr
     trained_on = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
     if trained_on and fingerprint_of_base and trained_on != fingerprint_of_base:
         raise ArtifactError(
-            _("this adapter was trained on another base: {trained_on}, this one is {fingerprint_of_base}").format(
-                trained_on=trained_on[:12], fingerprint_of_base=fingerprint_of_base[:12]
-            ),
+            _(
+                "this adapter was trained on another base: {trained_on}; the current base is {fingerprint_of_base}"
+            ).format(trained_on=trained_on[:12], fingerprint_of_base=fingerprint_of_base[:12]),
             place=folder,
-            remedy=_("open it on {path}").format(path=stage.manifest["parents"]["base"]["path"] if stage else ""),
+            remedy=_("use the base {path}").format(path=stage.manifest["parents"]["base"]["path"] if stage else ""),
         )
     make_room(model, path)
     with quiet(), explained(ModelRef(folder, folder)):
@@ -77,13 +77,13 @@ def make_room(model: Any, adapter: Path) -> None:
     if wanted == held:
         return
     if wanted < held:
-        said = _("its vocabulary has {wanted} rows, the model so far has {held}: a vocabulary never shrinks").format(
-            wanted=wanted, held=held
-        )
+        said = _(
+            "its vocabulary has {wanted} rows, but the model already has {held}: a vocabulary never shrinks"
+        ).format(wanted=wanted, held=held)
     elif len(rows) < 2 and not model.config.get_text_config().tie_word_embeddings:
         alone = next(iter(rows))
         lacks = _("the head") if alone.endswith(EMBEDDINGS) else _("the embedding")
-        said = _("it brings {wanted} rows where the model has {held}, and {lacks} is not with it").format(
+        said = _("it brings {wanted} rows and the model has only {held}, but it lacks {lacks}").format(
             wanted=wanted, held=held, lacks=lacks
         )
     else:
@@ -92,7 +92,7 @@ def make_room(model: Any, adapter: Path) -> None:
     raise ArtifactError(
         said,
         place=str(adapter),
-        remedy=_("name the base and the adapters below it that it was trained on"),
+        remedy=_("give the base it was trained on, and the adapters below it"),
     )
 
 

@@ -32,13 +32,13 @@ def modernise(folder: Path, out: Path, alpha: float | None) -> artifact.Artifact
     folder = adapter_folder(folder)
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
-        raise ArtifactError(_("none of {files} is in this folder").format(files=_(", ").join(FILES)), place=str(folder))
+        raise ArtifactError(_("this folder has none of {files}").format(files=_(", ").join(FILES)), place=str(folder))
     state = _adapters_own(load_bin(file))
     if not any(".lora_A." in name for name in state):
         raise ArtifactError(
-            _("it holds no LoRA tensors"),
+            _("it has no LoRA tensors"),
             place=str(file),
-            remedy=_("a file of 443 bytes was saved wrongly, and what it should hold is lost: train again"),
+            remedy=_("a 443-byte file was saved wrongly and its content is lost: train again"),
         )
     config = _config_of(folder, state, alpha)
     with artifact.create(out, "adapter", {"source": {"path": str(file)}}, {"alpha": alpha}, swept=True) as draft:
@@ -74,12 +74,12 @@ def _config_of(folder: Path, state: dict[str, Any], alpha: float | None) -> dict
     whole = sorted({name.split(".")[-2] for name in state if ".lora_" not in name})
     found = f"r: {', '.join(map(str, ranks))}; target_modules: {', '.join(targets)}"
     if len(ranks) > 1:
-        raise ModelError(_("it has several ranks: {found}").format(found=found), place=str(folder))
+        raise ModelError(_("it has more than one rank: {found}").format(found=found), place=str(folder))
     if alpha is None:
         raise ArtifactError(
-            _("its scale (lora_alpha) is in no tensor; {found}").format(found=found),
+            _("the tensors do not contain its scale (lora_alpha); {found}").format(found=found),
             place=str(folder),
-            remedy="--alpha N: " + _("Chinese-LLaMA-Alpaca and chinese_llm_sft had 32, BELLE and Chinese-LLM-Chat 16"),
+            remedy="--alpha N: " + _("Chinese-LLaMA-Alpaca and chinese_llm_sft used 32, BELLE and Chinese-LLM-Chat 16"),
         )
     return {
         "peft_type": "LORA",

@@ -44,7 +44,7 @@ def read_link(adapter: Adapter) -> AdapterLink:
     own = combine(lines_of(adapter.tensors))
     if stage and stage.fingerprint != own:
         raise ArtifactError(
-            _("its tensors have the fingerprint {own}, its manifest recorded {fingerprint}").format(
+            _("its tensors have the fingerprint {own}, but its manifest records {fingerprint}").format(
                 own=own[:12], fingerprint=stage.fingerprint[:12]
             ),
             place=str(adapter.folder),
@@ -60,9 +60,9 @@ def check_chain(base: str, fingerprint: str, links: Sequence[AdapterLink]) -> No
     for number, link in enumerate(links):
         if link.recorded not in (None, below):
             raise ArtifactError(
-                _(
-                    "the adapter was trained on a base with fingerprint {recorded}, here it would stand on {below}"
-                ).format(recorded=str(link.recorded)[:12], below=below[:12])
+                _("the adapter was trained on a base with fingerprint {recorded}, but here the base is {below}").format(
+                    recorded=str(link.recorded)[:12], below=below[:12]
+                )
                 + (f" ({base})" if number == 0 else f" ({base} + {' + '.join(one.name for one in links[:number])})"),
                 place=link.name,
                 remedy=_remedy(fingerprint, links, link),
@@ -80,9 +80,7 @@ def doubts(base: str, links: Sequence[AdapterLink]) -> list[str]:
         named = link.trained_on
         differs = bool(named) and Path(named).name.lower() != Path(below).name.lower()
         out.append(
-            _("{link} does not record which base it was trained on; shapes and names are all that is checked").format(
-                link=link.name
-            )
+            _("{link} does not record its base; only shapes and names can be checked").format(link=link.name)
             + (_(" (it names {named})").format(named=named) if differs else "")
         )
     return out
@@ -118,12 +116,12 @@ def check_vocabulary(folder: Path, rows: int, place: str) -> None:
     highest = highest_token(folder)
     if highest is not None and highest[0] >= rows:
         raise ArtifactError(
-            _("the tokenizer has ids up to {highest} ({token}), the merged embedding has {rows} rows").format(
+            _("the tokenizer has ids up to {highest} ({token}), but the merged embedding has only {rows} rows").format(
                 highest=highest[0], token=highest[1], rows=rows
             ),
             place=place,
             remedy=_(
-                "this tokenizer belongs to a model with a larger vocabulary: an adapter that brings those rows is missing, or comes last here and should not"
+                "this tokenizer belongs to a model with a larger vocabulary: the adapter that brings those rows is missing, or the order is wrong"
             ),
         )
 
@@ -131,7 +129,7 @@ def check_vocabulary(folder: Path, rows: int, place: str) -> None:
 def _remedy(fingerprint: str, links: Sequence[AdapterLink], wrong: AdapterLink) -> str:
     order = order_that_fits(fingerprint, [(link.recorded, link.own) for link in links])
     if order is not None:
-        return _("the order that fits: ") + " ".join(f"--adapter {links[index].name}" for index in order)
+        return _("the correct order: ") + " ".join(f"--adapter {links[index].name}" for index in order)
     return _("merge onto {trained_on}").format(trained_on=wrong.trained_on)
 
 
@@ -163,5 +161,5 @@ def _pieces(file: Path) -> tuple[int, str]:
             if key == (1 << 3 | 2):
                 count, last = count + 1, data[at - size : at]
     except (IndexError, KeyError):
-        raise ArtifactError(_("this is no SentencePiece model"), place=str(file)) from None
+        raise ArtifactError(_("this is not a SentencePiece model"), place=str(file)) from None
     return count, last[2 : 2 + last[1]].decode("utf-8", "replace") if len(last) > 1 else ""

@@ -77,11 +77,11 @@ class AdapterChange:
         if not self.parts.keys() & set(pair):
             return None
         if not self.parts.keys() >= set(pair):
-            raise self.refuse(_("half of an A/B pair is missing"))
+            raise self.refuse(_("one matrix of an A/B pair is missing"))
         (rank, inside), (outside, other) = self.shape_of(pair[0]), self.shape_of(pair[1])
         if not rank == other == self.rank:
             raise self.refuse(
-                _("its config says rank {rank}, its tensors have {rank_2} and {other}").format(
+                _("its config has rank {rank}, but its tensors have {rank_2} and {other}").format(
                     rank=self.rank, rank_2=rank, other=other
                 )
             )
@@ -119,9 +119,9 @@ def read_adapter(folder: Path) -> Adapter:
     tensors = _open(folder)
     if not tensors.facts:
         raise ArtifactError(
-            _("the adapter is empty: merged would equal base"),
+            _("the adapter is empty: the merged model would equal the base"),
             place=str(folder),
-            remedy=_("it was saved wrongly (a 443-byte file is the well-known case): train and save it again"),
+            remedy=_("saving went wrong (a 443-byte file is this case): train and save it again"),
         )
     changes: dict[str, AdapterChange] = {}
     whole_model = ""
@@ -134,7 +134,7 @@ def read_adapter(folder: Path) -> Adapter:
                 whole_model = _("it adapts fused weights")
                 continue
             raise ArtifactError(
-                _("the adapter tensor {key!r} is of a kind that cannot be folded").format(key=key),
+                _("the adapter tensor {key!r} cannot be merged").format(key=key),
                 place=str(folder),
             )
         name = f"{target}.bias" if role == "bias" or key.endswith(".bias") else f"{target}.weight"
@@ -149,11 +149,11 @@ def read_adapter(folder: Path) -> Adapter:
                 continue
             if same_numbers(tensors, key, tensors, changes[name].parts[role]):  # peft saves a resized embedding twice
                 continue
-            raise ArtifactError(_("{key!r} stands there twice").format(key=key), place=str(folder))
+            raise ArtifactError(_("{key!r} occurs twice").format(key=key), place=str(folder))
         changes[name].parts[role] = key
     for change in changes.values():
         if "magnitude" in change.parts and (change.transposed or "embedding_a" in change.parts):
-            whole_model = _("its DoRA norms run over columns")
+            whole_model = _("its DoRA norms are computed by column")
     return Adapter(folder, config, tensors, changes, whole_model)
 
 
@@ -168,11 +168,11 @@ def check_complete(adapter: Adapter, modules: set[str]) -> None:
     missing += [name for name in config.get("modules_to_save") or [] if not any(_matches([name], m) for m in adapted)]
     if missing:
         raise ArtifactError(
-            _("{count} modules that it says it trained are not in its file, the first: {missing}").format(
+            _("{count} modules listed as trained are not in its file, the first: {missing}").format(
                 count=len(missing), missing=sorted(missing)[0]
             ),
             place=str(adapter.folder),
-            remedy=_("half of it was lost when it was saved: save it again"),
+            remedy=_("part of it was lost when it was saved: save it again"),
         )
 
 
@@ -201,7 +201,7 @@ def _open(folder: Path) -> Tensors:
         _("no adapter_model.safetensors in this folder"),
         place=str(folder),
         remedy=_(
-            "an old trainer may have called it pytorch_model.bin: tongwen migrate {folder} --out {folder}-lora"
+            "an old training script may have saved it as pytorch_model.bin: tongwen migrate {folder} --out {folder}-lora"
         ).format(folder=folder),
     )
 
@@ -216,7 +216,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ArtifactError(_("not JSON: {error}").format(error=error), place=str(file)) from None
     if config.get("peft_type") != "LORA":
         raise ModelError(
-            _("adapters of type {peft_type!r} cannot be folded into weights").format(peft_type=config.get("peft_type")),
+            _("adapters of type {peft_type!r} cannot be merged into weights").format(peft_type=config.get("peft_type")),
             place=str(file),
         )
     for key in ("r", "lora_alpha"):

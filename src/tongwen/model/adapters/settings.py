@@ -44,9 +44,9 @@ def check_further(choice: AdapterConfig, stage: str) -> None:
     if differ:
         own = ", ".join(differ)
         raise RecipeError(
-            _("this adapter has {own}, and keeps it").format(own=own),
+            _("this adapter was trained with {own}, which cannot change").format(own=own),
             place=f"{stage}.adapter.continue_from: {choice.continue_from}",
-            remedy=_("leave these words out; or merge it first, and train a new adapter on the merged model"),
+            remedy=_("remove these keys; or merge it first, then train a new adapter on the merged model"),
         )
 
 

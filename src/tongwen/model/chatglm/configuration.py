@@ -44,21 +44,21 @@ class ChatGLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if generation := _generation(kwargs):
             raise _refused(
-                _("this is {generation}, another model than ChatGLM-6B").format(generation=generation),
-                _("not supported; its successor in transformers' own form is: zai-org/glm-4-9b-chat-hf"),
+                _("this is {generation}, not the same model as ChatGLM-6B").format(generation=generation),
+                _("not supported; its successor has a native transformers format: zai-org/glm-4-9b-chat-hf"),
             )
         if kwargs.get("quantization_bit"):
             raise _refused(
                 _("its weights are stored in {quantization_bit} bits").format(
                     quantization_bit=kwargs["quantization_bit"]
                 ),
-                _("take the fp16 model; adapter: {method: qlora} quantises it"),
+                _("use the fp16 model; adapter: {method: qlora} quantises it"),
             )
         if kwargs.get("pre_seq_len") or not kwargs.get("position_encoding_2d", True):
             odd = "pre_seq_len" if kwargs.get("pre_seq_len") else "position_encoding_2d"
             raise _refused(
                 _("{odd}: {kwargs} is not supported").format(odd=odd, kwargs=kwargs[odd]),
-                _("take the base model as it was published"),
+                _("use the original base model as published"),
             )
         super().__post_init__(**kwargs)
 

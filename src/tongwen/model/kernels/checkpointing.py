@@ -41,9 +41,9 @@ def compile_layers(model: Any) -> int:
     compiler = importlib.util.find_spec("triton") if device == "cuda" else shutil.which(os.environ.get("CXX", "g++"))
     if not layers or not compiler:
         raise MachineError(
-            _("this model has no layers that could be compiled")
+            _("this model has no layers to compile")
             if compiler
-            else _("no compiler for {device} is here").format(device=device),
+            else _("no compiler for {device} was found").format(device=device),
             place="compile",
             remedy=_("compile: false, or install triton (GPU) or g++ (CPU)"),
         )

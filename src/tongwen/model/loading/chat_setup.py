@@ -73,7 +73,7 @@ def end_of_text(tokenizer: Any) -> int:
             return int(tokenizer.convert_tokens_to_ids(text))
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            _("this tokenizer has no token that ends a text"),
+            _("this tokenizer has no end-of-text token"),
             place=type(tokenizer).__name__,
             remedy="tokenizer_config.json: eos_token",
         )
@@ -95,7 +95,7 @@ def save_tokenizer(tokenizer: Any, template: Template | None, folder: Path) -> N
     tokenizer.save_pretrained(str(folder))
     saved = folder / "chat_template.jinja"
     if saved.is_file() and saved.read_bytes() != template.source.encode():
-        raise ArtifactError(_("the saved template differs from the one trained with"), place=str(saved))
+        raise ArtifactError(_("the saved template differs from the one used in training"), place=str(saved))
 
 
 def save_generation_config(model: Any, stops: tuple[int, ...], folder: Path) -> None:

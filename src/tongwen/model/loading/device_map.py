@@ -31,12 +31,12 @@ def choose(place: ModelRef, weights: str, device: str, dtype: torch.dtype) -> tu
         weights = next((name for name, wanted in needed.items() if wanted <= room), "")
         if not weights:
             raise MachineError(
-                _("the model does not fit: {needed_4bit} in 4 bits, {room} are free").format(
+                _("not enough memory: the model needs {needed_4bit} in 4 bits, and {room} are free").format(
                     needed_4bit=console.human_bytes(needed["4bit"]), room=console.human_bytes(room)
                 ),
                 place=place.name,
-                remedy=_("a smaller model, or its .gguf by llama.cpp"),
+                remedy=_("use a smaller model, or open its .gguf with llama.cpp"),
             )
         if weights != "full":
-            console.notice(_("loaded in {weights}: the whole does not fit").format(weights=weights))
+            console.notice(_("loaded in {weights}: the full model does not fit").format(weights=weights))
     return len(rooms) > 1 and needed[weights] > max(rooms), BITS.get(weights, "")

@@ -28,7 +28,7 @@ def check_header(file: Path) -> None:
 @cache
 def _check(file: Path, size: int, changed: int) -> None:
     if size < 24:
-        raise _wrong(file, _("it has {size} bytes").format(size=size))
+        raise _wrong(file, _("it has only {size} bytes").format(size=size))
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             _Walk(data).through()
@@ -46,7 +46,7 @@ class _Walk:
         magic, version, tensors, facts = struct.unpack_from("<4sIQQ", self.data)
         self.at = 24
         if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(_("it is no GGUF file of version 2 or 3"))
+            raise ValueError(_("it is not a GGUF file of version 2 or 3"))
         alignment = 32
         for _index in range(self.possible(facts, 12)):
             name, (kind,) = self.text(), self.take("<I")
@@ -59,7 +59,7 @@ class _Walk:
         ends = [self.tensor() for _ in range(self.possible(tensors, 24))]
         begin = -(-self.at // alignment) * alignment
         if ends and begin + max(ends) > len(self.data):
-            raise ValueError(_("the file ends before its tensors do"))
+            raise ValueError(_("the file ends before its tensors end"))
 
     def tensor(self) -> int:
         """Where its data end, counted from the beginning of all data."""
@@ -109,7 +109,7 @@ class _Walk:
     def skip(self, size: int) -> None:
         self.at += size
         if self.at > len(self.data):
-            raise ValueError(_("a length leads outside of the file"))
+            raise ValueError(_("a length points beyond the end of the file"))
 
     def possible(self, count: int, least: int) -> int:
         """A count of things of at least so many bytes each, if the file has room for them."""
@@ -130,7 +130,7 @@ def _block_sizes() -> dict[int, tuple[int, int]]:
 
 def _wrong(file: Path, what: str) -> ModelError:
     return ModelError(
-        _("the header of this GGUF file cannot be believed: {what}").format(what=what[:120]),
+        _("the header of this GGUF file is not credible: {what}").format(what=what[:120]),
         place=str(file),
-        remedy=_("fetch the file again, whole"),
+        remedy=_("download the whole file again"),
     )

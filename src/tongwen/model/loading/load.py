@@ -54,7 +54,7 @@ def locate(name: str) -> ModelRef:
     if name.startswith("modelscope:"):
         return ModelRef(name, _from_modelscope(name.removeprefix("modelscope:")))
     if not name.strip():
-        raise ModelError(_("no model is named"), place="MODEL", remedy="Qwen/Qwen3-0.6B")
+        raise ModelError(_("no model is given"), place="MODEL", remedy="Qwen/Qwen3-0.6B")
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -74,14 +74,14 @@ def locate(name: str) -> ModelRef:
 
 def _local_place(name: str, path: Path) -> ModelRef:
     if path.is_file():
-        raise ModelError(_("a model is a folder or a .gguf file"), place=name)
+        raise ModelError(_("a model must be a folder or a .gguf file"), place=name)
     stage = artifact.find(path)
     if stage and stage.kind in ("sft", "pretrain") and (path / "adapter_config.json").is_file():
         below = locate(stage.manifest["parents"]["base"]["path"])
         return replace(below, name=name, adapters=(*below.adapters, str(path)))
     if next(path.glob("consolidated.*.pth"), None) and not (path / "config.json").is_file():
         raise ModelError(
-            _("these are LLaMA's own files"),
+            _("these are original LLaMA files"),
             place=name,
             remedy=f"tongwen convert {name} --to hf --out {path.name}-hf",
         )
@@ -98,9 +98,9 @@ def _local_place(name: str, path: Path) -> ModelRef:
                 remedy=f"tongwen chat {base} --adapter {name}",
             )
         raise ModelError(
-            _("no config.json in this folder: it holds no model"),
+            _("no config.json in this folder: it is not a model"),
             place=name,
-            remedy=_("a stage folder of a run has one after `merge`"),
+            remedy=_("in a run, only the folder of the `merge` stage is a model"),
         )
     if not any(next(path.glob(pattern), None) for pattern in WEIGHTS):
         raise ModelError(
@@ -198,11 +198,11 @@ def load_model(place: ModelRef, dtype: torch.dtype, quantize: str = "", device_m
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise ModelError(
-            _("{count} weights are not in the files and would be random, the first: {missing}").format(
+            _("the files lack {count} weights, which would be random; the first: {missing}").format(
                 count=len(missing), missing=missing[0]
             ),
             place=place.name,
-            remedy=_("fetch the model again, whole"),
+            remedy=_("download the whole model again"),
         )
     if quantize:
         _settle_quantised(model)
@@ -275,11 +275,11 @@ def check_tokenizer(tokenizer: Any, model: Any, place: ModelRef) -> None:
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ModelError(
-            _("the tokenizer has ids up to {highest}, the embedding has {rows} rows").format(
+            _("the tokenizer has ids up to {highest}, but the embedding has only {rows} rows").format(
                 highest=highest, rows=rows
             ),
             place=place.name,
-            remedy=_("use the tokenizer that belongs to this model"),
+            remedy=_("use this model's own tokenizer"),
         )
 
 
@@ -308,11 +308,11 @@ def compute_dtype(precision: str, device: str) -> tuple[torch.dtype, str]:
     import torch
 
     if precision == "fp32":
-        return torch.float32, _("as the recipe says")
+        return torch.float32, _("set by the recipe")
     if precision == "fp16":
         if device == "cpu":
-            raise MachineError(_("a CPU does not train in fp16"), place="precision", remedy="precision: auto")
-        return torch.float16, _("as the recipe says; its overflows are counted")
+            raise MachineError(_("CPUs do not support fp16 training"), place="precision", remedy="precision: auto")
+        return torch.float16, _("set by the recipe; overflows are counted")
     native = (
         cpu_has_bf16()
         if device == "cpu"
@@ -321,13 +321,13 @@ def compute_dtype(precision: str, device: str) -> tuple[torch.dtype, str]:
     if precision == "bf16":
         if not native:
             raise MachineError(
-                _("this {device} does not compute in bf16").format(device=device),
+                _("this {device} does not support bf16").format(device=device),
                 place="precision",
                 remedy="precision: fp32",
             )
-        return torch.bfloat16, _("as the recipe says")
+        return torch.bfloat16, _("set by the recipe")
     if native:
-        return torch.bfloat16, _("this {device} computes in it").format(device=device)
+        return torch.bfloat16, _("this {device} supports it").format(device=device)
     return torch.float32, _("this {device} has no native bf16").format(device=device)
 
 
@@ -403,14 +403,14 @@ class explained:  # noqa: N801
             raise MissingPackage("gguf", _("reading GGUF files"), "gguf") from None
         if not self.place.local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
             raise MachineError(
-                _("the hub does not give this model: {said}").format(said=said[:160]),
+                _("cannot get this model from the hub: {said}").format(said=said[:160]),
                 place=self.place.name,
                 remedy="export HF_ENDPOINT=https://hf-mirror.com"
                 + _("   or write   base: modelscope:{place}").format(place=self.place.name),
             ) from None
         if "trust_remote_code" in text:
             raise ModelError(
-                _("this model needs code of its own, which is never run"),
+                _("this model needs its own code, which tongwen never runs"),
                 place=self.place.name,
                 remedy=self._without_its_code(),
             ) from None
@@ -421,13 +421,13 @@ class explained:  # noqa: N801
             raise ModelError(
                 _("the model cannot be loaded: {said}").format(said=said[:300]),
                 place=self.place.name,
-                remedy=_("check that the files are whole"),
+                remedy=_("check that the files are complete"),
             ) from error
 
     def _without_its_code(self) -> str:
         if load_kind(self.place) == "baichuan":
             return f"tongwen convert {self.place.name} --to hf --out {Path(self.place.folder).name}-llama"
-        return _("use a version that transformers supports itself")
+        return _("use a version that transformers supports natively")
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:
@@ -454,7 +454,7 @@ def _check_int8() -> None:
 
     if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < (7, 5):
         raise MachineError(
-            _("8-bit products need compute capability 7.5, this GPU has {major}.{minor}").format(
+            _("8-bit multiplication needs compute capability 7.5, but this GPU has {major}.{minor}").format(
                 major=capability[0], minor=capability[1]
             ),
             place="int8",
@@ -474,7 +474,9 @@ def _from_modelscope(name: str) -> str:
     try:
         return str(snapshot_download(name, local_files_only=bool(os.environ.get("HF_HUB_OFFLINE"))))
     except Exception as error:
-        raise MachineError(_("ModelScope does not give this model: {error}").format(error=error), place=name) from None
+        raise MachineError(
+            _("cannot get this model from ModelScope: {error}").format(error=error), place=name
+        ) from None
 
 
 def adapter_folder(folder: Path) -> Path:

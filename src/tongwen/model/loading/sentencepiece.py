@@ -38,9 +38,9 @@ def parse(held: bytes, place: str) -> Any:
         model.Clear()
     if not model.pieces or model.trainer_spec.model_type not in (UNIGRAM, BPE):
         raise ModelError(
-            _("this is no SentencePiece model of kind BPE or unigram"),
+            _("this is not a BPE or unigram SentencePiece model"),
             place=place,
-            remedy=_("fetch the file again, whole"),
+            remedy=_("download the whole file again"),
         )
     return model
 

@@ -27,7 +27,7 @@ def instead_of_empty(folder: Path) -> dict[str, str | None]:
     known = _pieces(folder)
     found = {name: text if (text := USUAL[name]) in known else None for name in empty}
     console.notice(
-        _("{folder}: {empty} are empty; taken instead: {found}").format(
+        _("{folder}: {empty} are empty; using {found} instead").format(
             folder=folder, empty=_(", ").join(empty), found=_(", ").join(str(text) for text in found.values())
         )
     )
@@ -40,7 +40,7 @@ def drop_outside(config: Any, rows: int, place: str) -> bool:
     wrong = [name for name in IDS if isinstance(index := getattr(config, name, None), int) and not 0 <= index < rows]
     for name in wrong:
         console.notice(
-            _("{place} has {name} {value}, the vocabulary {rows} tokens; it is passed by").format(
+            _("{place} has {name} {value}, but the vocabulary has {rows} tokens; it is ignored").format(
                 place=place, name=name, value=getattr(config, name), rows=rows
             )
         )
@@ -60,8 +60,7 @@ def mend_ends(tokenizer: Any, model: Any, place: str) -> None:
         return
     console.notice(
         _(
-            "{place}: an answer would end with token {wrong}, {token}; "
-            "the tokenizer's own end is taken: {eos_token_id}, {eos_token}"
+            "{place}: an answer would end with token {wrong} ({token}); using the tokenizer's own end token: {eos_token_id} ({eos_token})"
         ).format(
             place=place,
             wrong=wrong[0],

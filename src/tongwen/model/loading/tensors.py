@@ -73,7 +73,7 @@ def open_tensors(folder: Path, pattern: str) -> Tensors:
         raise ModelError(
             _("no weights in this folder"),
             place=str(folder),
-            remedy=_("needed: *.safetensors or {pattern}").format(pattern=pattern),
+            remedy=_("it needs *.safetensors or {pattern}").format(pattern=pattern),
         )
     return TorchTensors(state)
 
@@ -86,7 +86,7 @@ def open_model(place: ModelRef) -> tuple[Tensors, dict[str, Any]]:
     if place.gguf:
         import torch
 
-        console.notice(_("the GGUF file is de-quantised, with the whole model in memory"))
+        console.notice(_("de-quantising the GGUF file: the whole model is loaded into memory"))
         model = load_model(place, torch.float32)
         state = dict(model.state_dict())
         if model.config.tie_word_embeddings:
@@ -102,7 +102,7 @@ def open_model(place: ModelRef) -> tuple[Tensors, dict[str, Any]]:
         raise ModelError(
             _("this model is quantised"),
             place=place.name,
-            remedy=_("use the original model that it was made from: an adapter fits both"),
+            remedy=_("use the original, unquantised model: an adapter fits both"),
         )
     tensors = open_tensors(Path(place.folder), "pytorch_model*.bin")
     tensors.facts = {name: fact for name, fact in tensors.facts.items() if not name.endswith(BUFFERS)}
@@ -120,11 +120,11 @@ def load_bin(file: Path) -> dict[str, Any]:
     except RuntimeError:  # torch's format of before 2020 cannot be mapped
         state = _load(file, mmap=False)
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ModelError(_("it holds something else than tensors"), place=str(file))
+        raise ModelError(_("it contains more than tensors"), place=str(file))
     size = file.stat().st_size
     for name, tensor in state.items():
         if not isinstance(name, str) or tensor.layout != torch.strided:
-            raise ModelError(_("{name!r} is no plain tensor").format(name=name), place=str(file))
+            raise ModelError(_("{name!r} is not a plain tensor").format(name=name), place=str(file))
         if tensor.numel() * tensor.element_size() > size:  # a stride of 0 or a squeezed archive
             raise ModelError(_("{name} claims more bytes than the file has").format(name=name), place=str(file))
     return state
@@ -141,7 +141,7 @@ def _load(file: Path, *, mmap: bool) -> Any:
         raise ModelError(
             _("it cannot be read as plain tensors: {error}").format(error=(str(error).splitlines() or [""])[0][:120]),
             place=str(file),
-            remedy=_("a file that needs to run code is never opened; ask for safetensors"),
+            remedy=_("tongwen never opens a file that needs to run code; use safetensors"),
         ) from None
     except (RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch seeks before the start of a cut file
@@ -151,7 +151,7 @@ def _load(file: Path, *, mmap: bool) -> Any:
         raise ModelError(
             _("it cannot be read: {error}").format(error=str(error).splitlines()[0][:160]),
             place=str(file),
-            remedy=_("fetch the file again: it is not whole"),
+            remedy=_("download the file again: it is incomplete"),
         ) from None
 
 

@@ -60,9 +60,9 @@ def read_ranks(file: Path) -> Tokenizer | None:
     if len(found) not in PUBLISHED:
         known = ", ".join(f"{size:,} ({name})" for size, (name, *_) in PUBLISHED.items())
         raise ModelError(
-            _("a tiktoken file of {count:,} tokens: its pattern is not known").format(count=len(found)),
+            _("this tiktoken file has {count:,} tokens: its splitting pattern is not known").format(count=len(found)),
             place=str(file),
-            remedy=_("known are {known}; give a tokenizer.json instead").format(known=known),
+            remedy=_("known sizes: {known}; use a tokenizer.json instead").format(known=known),
         )
     _unused, patterns, composed, special = PUBLISHED[len(found)]
     tokenizer = _tokenizer(found, patterns, {})
@@ -150,7 +150,7 @@ def mend_gguf(tokenizer: Any, file: Path) -> None:
     else:
         console.notice(
             _(
-                "the file's tokenizer cuts texts as {name!r}, which is not known here: some ids may differ from the original's"
+                "the file's tokenizer splits text by the unknown rule {name!r}: some ids may differ from the original model's"
             ).format(name=name)
         )
 

@@ -37,11 +37,11 @@ def check_alike(target: Tensors, instruct: Tensors, base: Tensors) -> None:
         grown = name.endswith((*EMBEDDINGS, *HEADS)) and ours and theirs and ours[0] > theirs[0]
         if theirs != old or (ours != theirs and not (grown and ours and theirs and ours[1:] == theirs[1:])):
             raise ArtifactError(
-                _("the three models are not of one family: {name} has the shapes {ours}, {theirs} and {old}").format(
-                    name=name, ours=ours, theirs=theirs, old=old
-                ),
+                _(
+                    "the three models belong to different families: {name} has the shapes {ours}, {theirs} and {old}"
+                ).format(name=name, ours=ours, theirs=theirs, old=old),
                 place="--chat-vector",
-                remedy=_("an instruct model, and the base that both descend from"),
+                remedy=_("give an instruct model, and the base that both models share"),
             )
 
 
@@ -59,13 +59,13 @@ def add_chat_vector(
         progress(done)
     if not added.changed:
         raise ArtifactError(
-            _("instruct model and base are the same: nothing would be added"),
+            _("instruct model and base are the same: there is no difference to add"),
             place="--chat-vector",
         )
     for name, place in planned.items():
         if line_of(place) != added.lines[name]:
             raise NumbersError(
-                _("read back, it is not what was written"),
+                _("read back from the file, it differs from what was written"),
                 place=name,
                 remedy=_("the disk or the memory may be failing; try again"),
             )
@@ -78,7 +78,7 @@ def _add_one(
     name, differs = place.name, False
     if place.dtype not in FLOATS:
         raise ModelError(
-            _("its numbers are {dtype}: a quantised model").format(dtype=place.dtype),
+            _("its number type is {dtype}: a quantised model").format(dtype=place.dtype),
             place=name,
         )
     shared = row_count(instruct.facts[name][1])
@@ -94,7 +94,7 @@ def _add_one(
                 differs = differs or bool(change.any())
                 rows[: last - begin] += scale * change
             if not is_finite(rows):
-                raise NumbersError(_("the sum has NaN or Inf"), place=name)
+                raise NumbersError(_("the result contains NaN or Inf"), place=name)
             new = from_fp32(rows, place.dtype)
             digest.update(new)
             stream.write(memoryview(new))

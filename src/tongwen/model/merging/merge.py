@@ -128,15 +128,15 @@ def plan_targets(
             targets[head] = _twin(targets[embedding], head)
             tied = config["tie_word_embeddings"] = False
             notices.append(
-                _("{folder} trained the embedding and the head apart, so the merged model no longer ties them").format(
-                    folder=adapter.folder
-                )
+                _(
+                    "{folder} trained the embedding and the head separately, so the merged model no longer ties them"
+                ).format(folder=adapter.folder)
             )
         for name, change in changes.items():
             if name not in targets:
                 missing = [name for name in changes if name not in targets]
                 if known() >= set(missing):
-                    raise NotOneToOne(_("{name} has another name in the file").format(name=name))
+                    raise NotOneToOne(_("the file uses another name for {name}").format(name=name))
                 raise _missing(adapter, missing)
             _check_fit(targets[name], change)
             targets[name].changes.append(change)
@@ -145,7 +145,7 @@ def plan_targets(
     rows = targets[embedding].shape[0] if embedding else None
     if head and rows is not None and targets[head].shape[0] != rows:
         raise ArtifactError(
-            _("{embedding} would have {rows} rows and {head} {shape}").format(
+            _("{embedding} would have {rows} rows, but {head} has {shape}").format(
                 embedding=embedding, rows=rows, head=head, shape=targets[head].shape[0]
             ),
             place=str(adapters[-1].folder),
@@ -190,7 +190,11 @@ def _check_changed(folded: MergeResult) -> None:
     never = len(folded.untrained) == len(changed)
     raise ArtifactError(
         _("the merged model equals the base: ")
-        + (_("the adapter was never trained") if never else _("its changes are too small for this number type")),
+        + (
+            _("the adapter was never trained")
+            if never
+            else _("its changes are smaller than the precision of this number type")
+        ),
         place=changed[0].changes[0].place if changed else "",
         remedy="" if never else "--dtype fp32",
     )
@@ -219,7 +223,7 @@ def check_rows(base: Tensors, folded: MergeResult) -> float:
         if not worst <= 1:
             raise NumbersError(
                 _(
-                    "read back from the file it is {worst:.3g} times as far from base + adapter as rounding allows"
+                    "read back from the file, it differs from base + adapter by {worst:.3g} times the rounding limit"
                 ).format(worst=worst),
                 place=target.name,
                 remedy=_("the disk or the memory may be failing; merge again"),
@@ -235,7 +239,7 @@ def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: MergeTarget,
         return
     if facts and facts[0] not in FLOATS:
         raise ModelError(
-            _("its numbers are {facts}: a quantised base").format(facts=facts[0]),
+            _("its number type is {facts}: a quantised base").format(facts=facts[0]),
             place=target.name,
             remedy=_("merge into the original, unquantised model"),
         )
@@ -254,7 +258,7 @@ def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: MergeTarget,
             new = from_fp32(_finite(block, target.name, "merged" if steps else "base"), target.dtype)
             if target.dtype == "F16" and not np.isfinite(new.view(np.float16)).all():
                 raise NumbersError(
-                    _("the merged weight is too large for fp16"),
+                    _("the merged weight exceeds the range of fp16"),
                     place=target.name,
                     remedy="--dtype bf16",
                 )
@@ -296,8 +300,8 @@ def mix_in(base: Tensors, targets: Sequence[MergeTarget], mix: combine.Combinati
             continue
         if target.source is None or target.shape != base.facts[target.source][1]:
             raise target.changes[-1].refuse(
-                _("it brings a vocabulary of its own; only adapters of one vocabulary can be combined"),
-                _("merge the one with the new vocabulary first"),
+                _("it has its own vocabulary; only adapters with the same vocabulary can be combined"),
+                _("merge the adapter with the new vocabulary first"),
             )
         target.mix = mix
         if mix.how == "ties":
@@ -337,7 +341,9 @@ def base_rows(base: Tensors, target: MergeTarget, begin: int, end: int) -> Array
 def _finite(block: Array, name: str, whose: str) -> Array:
     if not is_finite(block):
         raise NumbersError(
-            _("the merged weight has NaN or Inf") if whose == "merged" else _("the base's weight has NaN or Inf"),
+            _("the merged weight contains NaN or Inf")
+            if whose == "merged"
+            else _("the base's weight contains NaN or Inf"),
             place=name,
         )
     return block
@@ -381,7 +387,7 @@ def _check_fit(target: MergeTarget, change: AdapterChange) -> None:
             extra = _last_token(target)
             raise change.refuse(
                 _(
-                    "its vocabulary has {whole} rows, the model so far has {shape}{extra}: a vocabulary never shrinks"
+                    "its vocabulary has {whole} rows, but the model already has {shape}{extra}: a vocabulary never shrinks"
                 ).format(whole=whole[0], shape=target.shape[0], extra=extra),
                 _("put the adapter with the smaller vocabulary first"),
             )
@@ -397,7 +403,7 @@ def _check_fit(target: MergeTarget, change: AdapterChange) -> None:
             raise _misfit(target, change, change.shape_of("rows"))
         if max(change.rows) >= target.shape[0] or min(change.rows) < 0:
             raise change.refuse(
-                _("it trained token {highest}, the base has {shape} rows").format(
+                _("it trained token {highest}, but the base has only {shape} rows").format(
                     highest=max(change.rows), shape=target.shape[0]
                 )
             )
@@ -414,7 +420,7 @@ def _last_token(target: MergeTarget) -> str:
 
 def _misfit(target: MergeTarget, change: AdapterChange, needed: tuple[int, ...]) -> ArtifactError:
     return change.refuse(
-        _("the base has shape {shape} at {target}, the adapter needs {needed}").format(
+        _("{target} has shape {shape} in the base, but the adapter needs {needed}").format(
             shape=target.shape, target=target.name, needed=needed
         ),
         _("this adapter was trained on another base"),
@@ -423,9 +429,7 @@ def _misfit(target: MergeTarget, change: AdapterChange, needed: tuple[int, ...])
 
 def _missing(adapter: Adapter, names: list[str]) -> ArtifactError:
     return ArtifactError(
-        _("{count} targets of the adapter are not in the base, the first: {names}").format(
-            count=len(names), names=names[0]
-        ),
+        _("the base lacks {count} targets of the adapter, the first: {names}").format(count=len(names), names=names[0]),
         place=str(adapter.folder),
-        remedy=_("merge onto the base that the adapter was trained on"),
+        remedy=_("merge onto the adapter's own base"),
     )

@@ -140,7 +140,7 @@ def judge(live: Array, merged: Array, limit: float) -> dict[str, Any]:
     if not found["relative"] <= limit:
         raise NumbersError(
             _(
-                "the merged model's logits differ from base + adapters by {relative:.2%} of their spread; rounding explains {limit:.1%}"
+                "the merged model's logits differ from base + adapters by {relative:.2%} of their spread; rounding explains only {limit:.1%}"
             ).format(relative=found["relative"], limit=limit),
             place="parity",
             remedy=_("keep more digits: --dtype fp32"),
@@ -151,7 +151,7 @@ def judge(live: Array, merged: Array, limit: float) -> dict[str, Any]:
 def measure(live: Array, merged: Array) -> dict[str, Any]:
     """How far two sides are apart; relative: root mean square as a share of the spread. Raises NumbersError on NaN."""
     if not (np.isfinite(live).all() and np.isfinite(merged).all()):
-        raise NumbersError(_("the logits have NaN or Inf"), place="parity")
+        raise NumbersError(_("the logits contain NaN or Inf"), place="parity")
     apart = np.abs(live - merged)
     return {
         "tokens": len(live),

@@ -61,11 +61,11 @@ def plan_rows(old: int, new: range, held: int, multiple: int, *, shrink: bool = 
     """
     if old > held:
         raise ModelError(
-            _("the tokenizer has {old:,} tokens, the embedding {held:,} rows: they do not belong together").format(
+            _("the tokenizer has {old:,} tokens, but the embedding has only {held:,} rows: they do not match").format(
                 old=old, held=held
             ),
             place="base",
-            remedy=_("use the tokenizer that belongs to this model"),
+            remedy=_("use this model's own tokenizer"),
         )
     needed = -(-max(new.stop, old) // multiple) * multiple
     return RowPlan(old, new, held, needed if shrink else max(held, needed) if new.stop > held else held)
@@ -76,7 +76,7 @@ def matrices_of(base: Tensors, place: str) -> list[str]:
     names = [name for name in base.facts if name.endswith((*EMBEDDINGS, *HEADS))]
     if not any(name.endswith(EMBEDDINGS) for name in names):
         raise ModelError(
-            _("no tensor of this model is known to be its embedding"),
+            _("this model has no embedding tensor with a known name"),
             place=place,
             remedy=_("known names end with {embeddings}").format(embeddings=_(", ").join(EMBEDDINGS)),
         )
@@ -160,7 +160,7 @@ def _write_rows(name: str, rows: RowPlan, new: Iterator[Array], place: Stored) -
     with place.file.open("r+b") as stream:
         for block in new:
             if not is_finite(block):
-                raise ModelError(_("a new row has NaN or Inf"), place=name)
+                raise ModelError(_("a new row contains NaN or Inf"), place=name)
             if at == rows.new.stop:  # spare rows of the base behind the last token stay as they are
                 at = max(at, rows.held)
             stream.seek(place.begin + at * size)

@@ -59,7 +59,7 @@ def add(page: gr.Blocks, talk: ChatBackend, hear: Hear, explain: Explain) -> Non
                 visible=len(talk.models()) > 1,
             )
             system = gr.Textbox(talk.system, label=_("System prompt"), lines=2, max_lines=8)
-            with gr.Accordion(_("How it answers"), open=False):
+            with gr.Accordion(_("Sampling"), open=False):
                 knobs = _knobs(hear, talk.settings)
     boards = [left.board, right.board]
     given = [*boards, beside, left.model, right.model, system, *knobs]
@@ -179,7 +179,7 @@ def _knobs(hear: Hear, settings: Mapping[str, Any]) -> list[gr.components.Compon
     """A preset's name and what it stands for: new tokens, temperature, top-p, top-k, repetition penalty, seed. They begin
     with the settings, else with the first preset."""
     names = [
-        (_("exact: always the same"), "exact"),
+        (_("exact: always the same answer"), "exact"),
         (_("balanced"), "balanced"),
         (_("lively"), "lively"),
     ]
@@ -187,7 +187,7 @@ def _knobs(hear: Hear, settings: Mapping[str, Any]) -> list[gr.components.Compon
     chosen = next((name for name, values in PRESETS.items() if values == begin), None)
     preset = gr.Radio(names, value=chosen, label=_("Preset"), container=False)
     most = settings.get("max_new_tokens", 512)
-    tokens = gr.Slider(16, MOST_TOKENS, most, step=16, label=_("At most, tokens"))
+    tokens = gr.Slider(16, MOST_TOKENS, most, step=16, label=_("Maximum tokens"))
     knobs = [
         gr.Slider(0, 2, begin[0], step=0.05, label=_("Temperature")),
         gr.Slider(0.05, 1, begin[1], step=0.05, label="top-p"),

@@ -38,13 +38,13 @@ def told(messages: Sequence[dict[str, Any]], system: str) -> Messages:
     if len(messages) > TURNS:
         raise RecipeError(
             _("this conversation has {count} turns").format(count=len(messages)),
-            remedy=_("begin a new one"),
+            remedy=_("start a new one"),
         )
     turns = [{"role": str(one["role"]), "content": text_of(one["content"])} for one in messages if not (is_note(one))]
     for turn in turns:
         if len(turn["content"]) > PROMPT_CHARACTERS:
             raise RecipeError(
-                _("a message has {count:,} characters, at most {prompt_characters:,} are taken").format(
+                _("a message has {count:,} characters; the limit is {prompt_characters:,}").format(
                     count=len(turn["content"]), prompt_characters=PROMPT_CHARACTERS
                 ),
                 remedy=_("shorten it"),

@@ -16,12 +16,12 @@ def add(page: gr.Blocks, look: DataBackend, hear: Hear) -> None:
     """Lay out the tab and tie its events."""
 
     def names() -> list[Any]:
-        return [(_("none: only the rows"), ""), *look.models()]
+        return [(_("none: show only the rows"), ""), *look.models()]
 
     known = look.models()
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
-            file = gr.File(label=_("A file of data, in any format"), height=150, elem_id="dropped")
+            file = gr.File(label=_("A data file in any format"), height=150, elem_id="dropped")
             model = gr.Dropdown(
                 names(),
                 value=next(iter(known), ""),
@@ -31,7 +31,7 @@ def add(page: gr.Blocks, look: DataBackend, hear: Hear) -> None:
                 list(look.templates), value=look.templates[0], label=_("Template"), elem_id="template"
             )
         with gr.Column(scale=3, min_width=320):
-            dropped = _("What is dropped here goes when the server ends.")
+            dropped = _("Files dropped here are deleted when the server stops.")
             ledger = canvas(NOTE.format(dropped))
             samples = canvas(elem_id="samples")
 

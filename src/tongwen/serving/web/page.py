@@ -154,7 +154,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, TongwenError):
         return error.text()
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):
-        return _("out of memory: a shorter conversation, fewer new tokens, or a smaller model")
+        return _("out of memory: shorten the conversation, generate fewer tokens, or use a smaller model")
     number = secrets.token_hex(3)
     print(f"[{number}]", *traceback.format_exception(error), file=sys.stderr)
-    return _("something of ours went wrong; the terminal says what, under {number}").format(number=number)
+    return _("internal error; the terminal has the details under {number}").format(number=number)

@@ -85,7 +85,7 @@ def as_html(now: RunView) -> str:
         facts=now.facts,
         headings={
             "reports": _("Reports"),
-            "log": _("What it says"),
+            "log": _("Log"),
             "samples": _("Before and after"),
         },
         reports=[(name, f"/report?name={quote(file)}") for name, file in now.reports],

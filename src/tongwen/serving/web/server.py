@@ -46,7 +46,7 @@ def serve(bench: PageBackend, host: str, port: int) -> int:
         app = make_app(bench, token, port=port, loopback=loopback)
         url = f"http://{host}:{port}/" + (f"?token={token}" if made else "")
         console.good(url if made else _("{url}?token=…: the token is ${token}").format(url=url, token=TOKEN))
-        console.tell(_("Ctrl-C ends it; runs that were started go on"))
+        console.tell(_("Ctrl-C stops it; runs that have started continue"))
         console.emit({"url": url})
         auth.serve(app, listening, lifespan="on")
     return 0

@@ -58,11 +58,13 @@ def _control_rows(model: Any, records: DialogueEncoder, section: Sft) -> list[in
     names = ", ".join(tokenizer.convert_ids_to_tokens(rows))
     if not section.train_new_control_tokens:
         raise ModelError(
-            _("the base never trained the rows of {names}: with a frozen head it would never stop").format(names=names),
+            _("the base never trained the rows of {names}: if they stay frozen, the model never stops").format(
+                names=names
+            ),
             place="sft.train_new_control_tokens",
-            remedy=_("train_new_control_tokens: true, or a template whose tokens the base knows"),
+            remedy=_("train_new_control_tokens: true, or a template with tokens that the base knows"),
         )
-    console.notice(_("the base never trained {names}; their rows are trained now").format(names=names))
+    console.notice(_("the base never trained {names}; this stage trains their rows").format(names=names))
     return rows
 
 
@@ -70,7 +72,7 @@ def _new_pieces(base: str, section: Sft) -> list[int]:
     """Rows that a vocabulary stage added and no stage has trained since; under an adapter they would stay so."""
     if section.adapter.method in ("full", "new_rows") or not are_rows_untrained(base):
         return []
-    console.notice(_("no `pretrain` has trained the rows of the new pieces; they are trained beside the adapter"))
+    console.notice(_("no `pretrain` has trained the new pieces' rows; this stage trains them with the adapter"))
     return new_rows_of(base)
 
 

@@ -57,7 +57,7 @@ def _check_new_rows(base: str, section: Pretrain) -> None:
     trained = section.trained_parts
     if are_rows_untrained(base) and not trained & {"new_rows", "embeddings", "full"}:
         raise RecipeError(
-            _("the rows of the new pieces would never be trained: no phase trains new_rows, embeddings or full"),
+            _("the new pieces' rows would never be trained: no phase trains new_rows, embeddings or full"),
             place=f"pretrain · {base}",
             remedy="phases: [{train: new_rows, stop_after: 100 steps}, {train: lora+embeddings}]",
         )
@@ -69,11 +69,11 @@ def _check_learns_text(base: str) -> None:
     family = family_of(kind)
     if family and family.dialogues_only:
         raise RecipeError(
-            _("{kind} does not learn from plain text here: {reason}").format(
+            _("{kind} cannot be trained on plain text here: {reason}").format(
                 kind=kind, reason=_(family.dialogues_only)
             ),
             place=f"pretrain · {base}",
-            remedy=_("leave `pretrain` out and give dialogues: sft"),
+            remedy=_("leave out `pretrain` and train on dialogues instead: sft"),
         )
 
 
@@ -84,8 +84,7 @@ def _warn_of_instruct(base: str, tokenizer: Any) -> None:
     if speaks or re.search(r"instruct|chat|-it\b", Path(base).name, re.IGNORECASE):
         console.notice(
             _(
-                "the base answers questions; plain text wears that off. Better: pre-train its base model, then add what the "
-                "instruct model learned (tongwen merge --base RESULT --chat-vector INSTRUCT BASE), or fine-tune again with `sft`"
+                "the base is an instruct model, and plain text wears down its ability to answer. Better: pre-train its base model, then add what the instruct model learned (tongwen merge --base RESULT --chat-vector INSTRUCT BASE), or run `sft` afterwards"
             )
         )
 

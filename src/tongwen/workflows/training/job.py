@@ -113,7 +113,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
 def _check_evaluations(job: TrainingJob) -> None:
     if job.section.evaluate_every and not job.data.held_out_stores:
         raise RecipeError(
-            _("nothing is held out that could be evaluated on the way"),
+            _("there is no held-out data to evaluate during training"),
             place=f"{job.stage}.evaluate_every: {job.section.evaluate_every}",
             remedy="prepare: {held_out: 0.02}",
         )
@@ -157,7 +157,7 @@ def _begin_phase(
 
 def _examine(job: TrainingJob, model: PreparedModel, budget: int) -> dict[str, Any]:
     """The scores of what was held out, and the answers to the sample prompts."""
-    with torch.random.fork_rng(), console.waiting(_("scoring what was held out")):
+    with torch.random.fork_rng(), console.waiting(_("scoring the held-out data")):
         return {
             "scores": _score(job, model, budget) if job.data.held_out_stores else None,
             "answers": answer_prompts(model, job.records, [prompt.prompt for prompt in job.prompts]),
@@ -232,9 +232,9 @@ def _settle_adalora(model: PreparedModel) -> list[str]:
     allocator = budget_of(model.model)
     if not allocator or not (cut := allocator.settle()):
         return []
-    notice = _("the run ended before adalora had spent its budget: the {cut} least important ranks are cut now").format(
-        cut=cut
-    )
+    notice = _(
+        "training ended before adalora had allocated its budget: cutting the {cut} least important ranks now"
+    ).format(cut=cut)
     console.notice(notice)
     return [notice]
 
@@ -277,7 +277,7 @@ def _out_of_memory(
     return MachineError(
         _("out of memory: {error}").format(error=first_line(error)[:160]),
         place=job.stage,
-        remedy=_("in this order, each on top of those before: ")
+        remedy=_("try in this order, each in addition to the ones before: ")
         + " ".join(firsts.values())
         + _("; then ")
         + last_resort(job.section),
@@ -289,7 +289,7 @@ def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if kept := _kept(file):
         return kept
     if file.is_file():
-        console.notice(_("{file} cannot be read, and is made again").format(file=file.name))
+        console.notice(_("{file} cannot be read and is created again").format(file=file.name))
     value: dict[str, Any] = make()
     if distributed.is_first():
         artifact.write_json(file, value)

@@ -142,7 +142,7 @@ def _rehearsed(config: Any, setting: TrainingSetup, micro: MicroBatch, layers: i
     adapted, matrices = _skeleton(_cut(config, layers), setting)
     model = adapted.model
     if not getattr(model, "_supports_attention_backend", False):
-        raise TypeError("its attention is its own")
+        raise TypeError("it has its own attention implementation")
     if setting.checkpointing:
         recompute(model, preserve_rng_state=False)  # there is none to keep among tensors without values
     parts = trace_step(

@@ -96,13 +96,11 @@ def _open(place: load.ModelRef, dtype: torch.dtype, quantize: str) -> tuple[Any,
     model, fingerprint = open_adapter_chain(place, dtype, quantize)
     why = _(family.padded) if family and family.padded else ""
     if not why and not getattr(model, "_supports_attention_backend", False):
-        why = _("its attention is its own")
+        why = _("it has its own attention implementation")
     if not why:
         model.set_attn_implementation(packed_attention.register())
     else:
-        console.notice(
-            _("{model_type} is trained in padded batches: {why}").format(model_type=config.model_type, why=why)
-        )
+        console.notice(_("{model_type} trains in padded batches: {why}").format(model_type=config.model_type, why=why))
     model.config.use_cache = False
     return model, not why, fingerprint
 
@@ -113,7 +111,7 @@ def _check_lengths(config: Any, job: TrainingJob) -> None:
     longest = max(int(store.lengths.max()) for store in (job.data.store, *job.data.held_out_stores.values()))
     if family and family.table and longest > limit:
         raise RecipeError(
-            _("a sample has {longest} tokens, and {model_type} has a table of {limit} positions").format(
+            _("a sample has {longest} tokens, but {model_type} has a table of only {limit} positions").format(
                 longest=longest, model_type=config.model_type, limit=limit
             ),
             place=f"{job.stage}.max_length: {job.section.max_length}",
@@ -144,8 +142,7 @@ def _set_checkpointing(model: PreparedModel, phase: Phase, store: TokenStore) ->
         checkpointing.recompute(model.model)
         console.notice(
             _(
-                "a micro-batch does not fit the GPU with all its activations; they are recomputed "
-                "(micro_batch_tokens smaller would be faster where it suffices)"
+                "a micro-batch does not fit on the GPU with all activations, so they are recomputed (a smaller micro_batch_tokens is faster if it fits)"
             )
         )
 
@@ -176,11 +173,11 @@ def audit_phase(model: PreparedModel, phase: Phase, store: TokenStore) -> list[s
     first = _first_batch(model, store, phase.plan)
     with model.computing():
         unreached = audit.probe_gradients(model.model, first, learned_loss)
-    console.good(_("audit: gradients reach every trained tensor"))
+    console.good(_("audit passed: gradients reach every trained tensor"))
     if model.packed and len(store) > 1:
         with model.computing():
             audit.check_isolation(model.model, [store.sample(0), store.sample(1)], learned_loss)
-        console.good(_("audit: documents in a pack do not see each other"))
+        console.good(_("audit passed: documents in a pack cannot see each other"))
     for name in unreached:
         console.notice(_("no token reached {name} in the first micro-batch").format(name=name))
     return unreached
@@ -203,7 +200,9 @@ def score_held_out(
             raise NumbersError(
                 _("a held-out score is NaN or infinite"),
                 place=_("held out") + (f" · {name}" if name else ""),
-                remedy=_("learning_rate lower, or precision: fp32; a base that is so from the start is not whole"),
+                remedy=_(
+                    "lower learning_rate, or precision: fp32; if this happens before training, the base is damaged"
+                ),
             )
     size, tokens = (sum(one[unit] for one in groups.values()) for unit in ("bytes", "tokens"))
     return {

@@ -56,7 +56,7 @@ def say_plan(phases: list[Phase], store: TokenStore, counts: dict[str, Any]) -> 
     tokens = console.human_count(sum(sum(phase.plan.tokens_of(store.lengths)) for phase in phases))
     console.tell(
         _(
-            "{steps} steps, {tokens} tokens; a step is {accumulate} x {world} micro-batches of at most {budget} tokens"
+            "{steps} steps, {tokens} tokens; each step has {accumulate} x {world} micro-batches of at most {budget} tokens"
         ).format(steps=steps, tokens=tokens, accumulate=plan.accumulate, world=plan.world, budget=plan.budget)
     )
     for phase in phases:
@@ -65,12 +65,12 @@ def say_plan(phases: list[Phase], store: TokenStore, counts: dict[str, Any]) -> 
         every = phase.config.save_every
         if "save_every" in phase.config.model_fields_set and every >= len(phase.plan):
             console.notice(
-                _("save_every: {every}, and there are {count} steps: if it is interrupted, it begins anew").format(
+                _("save_every: {every}, but there are only {count} steps: if interrupted, training starts over").format(
                     every=every, count=len(phase.plan)
                 )
             )
     console.tell(
-        _("{parameters:,} of {total:,} parameters are trained ({share:.2%})").format(
+        _("training {parameters:,} of {total:,} parameters ({share:.2%})").format(
             parameters=counts["parameters"], total=counts["of"], share=counts["share"]
         )
     )
@@ -132,7 +132,7 @@ def find_progress(job: TrainingJob, model: PreparedModel, phases: list[Phase], r
     conditions = _conditions(model, phases[current])
     if start > len(tokens):
         raise RecipeError(
-            _("{start} steps are done, and the recipe now has {count}").format(start=start, count=len(tokens)),
+            _("{start} steps are done, but the recipe now has only {count}").format(start=start, count=len(tokens)),
             place=f"{job.stage}.stop_after",
             remedy=resume.again(),
         )
@@ -174,7 +174,7 @@ def _check_packs(before: dict[str, Any], now: dict[str, Any], job: TrainingJob) 
     if job.section.batch_tokens and any(before[name] != now[name] for name in names):
         changed = "; ".join(f"{name}: {before[name]} → {now[name]}" for name in names)
         raise RecipeError(
-            _("with batch_tokens, the samples of a step depend on both, and they have changed: {changed}").format(
+            _("with batch_tokens, the samples of a step depend on both settings, which have changed: {changed}").format(
                 changed=changed
             ),
             place=f"{job.stage}.batch_tokens",
@@ -186,7 +186,7 @@ def _say_conditions(before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = ", ".join(f"{name}: {old} → {new}" for name, old, new in artifact.differences(before, now))
     if changed:
         console.notice(
-            _("{changed}: the same samples in the same order, but numbers no longer equal to the bit").format(
+            _("{changed}: the same samples in the same order, but the numbers are no longer bit-identical").format(
                 changed=changed
             )
         )
