@@ -359,7 +359,7 @@ def test_a_recipe_exports_all_forms(chat_model: Path, tmp_path: Path, tongwen: A
     assert code == 0 and "export: already done" in text
     recipe.write_text(recipe.read_text().replace("merge: {}\n", ""))
     code, _, err = tongwen("check", recipe)
-    assert code == 2 and "an adapter alone is no model" in err
+    assert code == 2 and "an adapter alone is not a model" in err
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "smollm", "qwen2", "llama-bpe", "gpt-4o", "deepseek-v3"])

@@ -358,10 +358,10 @@ def test_waits_grow_and_are_capped(server: Hub, tmp_path: Path) -> None:
     [
         ("wrong", 9, 3, ("tiny/model/model.safetensors", "the hub says", hashlib.sha256(WEIGHTS).hexdigest())),
         ("500", 99, 5, ("HTTP 500", "5 tries", "HF_ENDPOINT=https://hf-mirror.com", "modelscope:")),
-        ("page", 99, 5, ("a web page came", "login")),
-        ("error:401:GatedRepo", 1, 1, ("HTTP 401", "ask for access at", "HF_TOKEN")),
-        ("error:403:", 1, 1, ("HTTP 403", "ask for access at", "HF_TOKEN")),
-        ("404", 1, 1, ("lists this file and does not have it", "model.safetensors")),
+        ("page", 99, 5, ("the server sent a web page", "login")),
+        ("error:401:GatedRepo", 1, 1, ("HTTP 401", "request access at", "HF_TOKEN")),
+        ("error:403:", 1, 1, ("HTTP 403", "request access at", "HF_TOKEN")),
+        ("404", 1, 1, ("lists this file but does not have it", "model.safetensors")),
         ("418", 1, 1, ("refuses", "418")),
     ],
 )
@@ -431,7 +431,7 @@ def test_a_path_that_leaves_the_folder_is_refused(path: str, server: Hub, call: 
 def test_a_listing_without_hashes_or_without_sense(server: Hub, call: Any) -> None:
     server.repos["model", MODEL].claims["model.safetensors"] = {"lfs": None, "blobId": None}
     code, said = call(MODEL, "m", kind="model")
-    assert code == 5 and "nothing can be verified" in said and "model.safetensors" in said
+    assert code == 5 and "downloads cannot be verified" in said and "model.safetensors" in said
     server.faults = [("/api/", "page")] * 99
     code, said = call(MODEL, "n", kind="model")
     assert code == 5 and "login page" in said and len(server.asked("/api/")) == 1 + 5
@@ -549,7 +549,7 @@ def test_forms_of_a_name() -> None:
     ):
         wanted = names.resolve(name, silent)
         assert (wanted.id, wanted.kind, wanted.where, wanted.revision) == expected
-    with pytest.raises(TongwenError, match="ModelScope is not known"):
+    with pytest.raises(TongwenError, match="the ModelScope location of"):
         names.resolve("modelscope:belle-1m", silent)
 
 

@@ -86,7 +86,7 @@ def test_the_command_converts_and_sends(hub: Hub, chat_model: Path, tmp_path: Pa
 
 
 def test_what_the_hub_refuses_or_spoils_is_said_without_the_token(hub: Hub, model: Path, tongwen: Any) -> None:
-    for fault, wanted in ((("create", "403"), "HTTP 403"), (("commit", "spoil"), "not what was sent")):
+    for fault, wanted in ((("create", "403"), "HTTP 403"), (("commit", "spoil"), "differs from the file that was sent")):
         hub.faults = [fault]
         with pytest.raises(upload.MachineError, match=wanted) as error:
             upload.push(model, "me/other", print)
@@ -123,5 +123,5 @@ def test_modelscope_goes_through_its_own_package(model: Path, monkeypatch: pytes
     assert upload.push(model, "modelscope:me/mine", print).endswith("modelscope.cn/models/me/mine")
     assert called == [("login", CANARY), ("create", "me/mine", 1), ("upload", "me/mine", str(model))]
     monkeypatch.setattr(Api, "size", 3)
-    with pytest.raises(upload.MachineError, match=r"config\.json is not what was sent"):
+    with pytest.raises(upload.MachineError, match=r"config\.json is differs from the file that was sent"):
         upload.push(model, "modelscope:me/mine", print)

@@ -94,10 +94,10 @@ def test_the_terminal_says_who_answers(file: Path, tongwen: Any, monkeypatch: py
         assert code == 0, err
         return str(out)
 
-    assert f"{file.name}: answered by llama.cpp" in chat()
+    assert f"{file.name}: llama.cpp answers" in chat()
     monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
     said = chat()
-    assert "answered by transformers" in said and "pip install 'tongwen[llamacpp]'" in said
+    assert "transformers unpacks it and answers" in said and "pip install 'tongwen[llamacpp]'" in said
 
 
 def test_without_the_wheel_transformers_answers(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -313,7 +313,7 @@ def test_a_run_that_gets_worse_ends_early_and_with_its_rank(chat_model: Path, tm
     assert sum(part.shape[0] for name, part in tensors(stage).items() if "lora_A" in name) == 14 * 1
     notices, html = json.loads((stage / "report.json").read_text())["notices"], (stage / "report.html").read_text()
     for said, text in zip(
-        ("no evaluation was better than before: ", "the 14 least important ranks"), notices, strict=True
+        ("no evaluation beat the one before training: ", "the 14 least important ranks"), notices, strict=True
     ):
         assert said in text and said in html and out.count(said) == 1
 
@@ -358,7 +358,7 @@ def test_a_phase_has_the_best_before_it_to_beat(chat_model: Path, tmp_path: Path
     scores = [line["bits_per_byte"] for line in lines]
     assert scores[1] < scores[0] and scores[2] > scores[1] and len(scores) == 3
     (said,) = json.loads((tmp_path / "out" / "pretrain" / "report.json").read_text())["notices"]
-    assert f"{scores[1]:.4f}, and at best {scores[2]:.4f} at step 3" in said
+    assert f"{scores[1]:.4f}, at best {scores[2]:.4f} at step 3" in said
 
 
 def test_noise_is_in_the_loss_and_not_in_the_scores(chat_model: Path, tmp_path: Path) -> None:
@@ -512,6 +512,6 @@ def test_a_fork_is_not_shorter_than_what_is_done(chat_model: Path, tmp_path: Pat
     with (checkpoints.parent / "metrics.jsonl").open("ab") as stream:
         stream.write(b"12\n\xff\n")
     code, _, err = tongwen("run", recipe, "sft.stop_after=4 steps", "--fork")
-    assert code == 2 and "6 steps are done, and the recipe now has 4" in err
+    assert code == 2 and "6 steps are done, but the recipe now has only 4" in err
     assert tongwen("run", recipe, "--fork")[0] == 0
     assert (tmp_path / "out" / "sft" / "checkpoints" / "checkpoint-6-mine").is_dir(), "a copy is nobody's to delete"

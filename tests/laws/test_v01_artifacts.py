@@ -249,7 +249,7 @@ def test_prepare_goes_on_among_its_files(place: Path, tongwen: Any) -> None:
     assert 0 < len(done) < 8
     code, out, err = tongwen("run", "pieces.yaml")
     assert code == 0, err
-    assert "continuing what was interrupted" in out
+    assert "continuing the interrupted work" in out
     for file in sorted((place / "expected" / "pieces").iterdir()):
         wanted = file.read_bytes().replace(b"stands in held-out", b"appears in held-out")  # reworded since v0.1
         assert (place / "pieces" / "prepare" / file.name).read_bytes() == wanted, file.name
@@ -260,7 +260,7 @@ def test_encoding_goes_on_among_its_rows(place: Path, tongwen: Any) -> None:
     done = json.loads((left / "journal.jsonl").read_text().splitlines()[-1])["rows"]
     code, out, err = tongwen("run", "encode.yaml")
     assert code == 0, err
-    assert (f"encoding goes on at row {done:,}" in out) == is_of_this_version(place / "encode")
+    assert (f"encoding continues at row {done:,}" in out) == is_of_this_version(place / "encode")
     (made,) = place.glob("encode/tokens/sft/*/store.json")
     assert read(made) == read(place / "expected" / "encode" / "store.json")
 
@@ -310,7 +310,7 @@ def test_replies_that_were_paid_for_are_not_asked_again(place: Path, tongwen: An
     with make.serving(make.Endpoint) as (url, asked):
         code, out, err = tongwen("run", "synthesize.yaml", f"synthesize.endpoint={url}/v1")
     assert code == 0, err
-    assert len(paid) == 3 and "3 replies are there" in out and len(asked) == 3
+    assert len(paid) == 3 and "3 replies already exist" in out and len(asked) == 3
     made, expected = (folder / "synthesize" for folder in (place / "synthesize", place / "expected"))
     found, wanted = rows(made / "dialogues.jsonl"), rows(expected / "dialogues.jsonl")
     for row in (*found, *wanted):

@@ -239,7 +239,7 @@ def test_contradictory_files_are_refused(tongwen: Any, tmp_path: Path) -> None:
     code, _, said = tongwen("migrate", run, ds)
     assert code == 2 and "train_batch_size is 64" in said and "multiply to 8" in said
     code, _, said = tongwen("migrate", write(tmp_path, "strange.json", {"hidden_size": 1}))
-    assert code == 2 and "no file of an older project" in said and "hidden_size" in said
+    assert code == 2 and "not a configuration file of an older project" in said and "hidden_size" in said
 
 
 def test_files_that_say_two_things_are_refused_with_both(tongwen: Any, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_files_that_say_two_things_are_refused_with_both(tongwen: Any, tmp_path:
 def test_a_part_alone_is_no_recipe(tongwen: Any, tmp_path: Path) -> None:
     lora = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0, "lora_target_modules": ["a"]}
     code, _, said = tongwen("migrate", write(tmp_path, "lora.json", lora))
-    assert code == 2 and "no model is named" in said and "a part" in said
+    assert code == 2 and "this names no model" in said and "a part" in said
     code, _, said = tongwen("migrate", "--", "python", "run_clm_sft_with_peft.py", "--model_name_or_path", "m")
     assert code == 2 and "prepare" in said and "recipe.yaml" in said
 

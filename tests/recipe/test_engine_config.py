@@ -161,41 +161,41 @@ def test_an_fsdp_file_of_the_first_version_is_read_as_the_second(
 @pytest.mark.parametrize(
     ("settings", "sft", "said"),
     [
-        ({"optimizer": {"type": "Lamb"}}, "", "optimizer.type: 'Lamb' is not known here; known are: Adam, AdamW"),
-        ({"optimizer": {"params": {"betas": 0.9}}}, "", "optimizer.params.betas: 0.9 is not known here"),
-        ({"optimizer": {"params": {"eps": "x"}}}, "", "optimizer.params.eps: 'x' is not known here"),
+        ({"optimizer": {"type": "Lamb"}}, "", "optimizer.type: 'Lamb' is not supported; known are: Adam, AdamW"),
+        ({"optimizer": {"params": {"betas": 0.9}}}, "", "optimizer.params.betas: 0.9 is not supported"),
+        ({"optimizer": {"params": {"eps": "x"}}}, "", "optimizer.params.eps: 'x' is not supported"),
         ({"optimizer": []}, "", "optimizer: [] is no mapping"),
         ("engine.json: null", "", "'null' is no mapping of keys to values"),
         ("engine.json: true", "", "True is no mapping"),
         ("engine.yaml: []", "", "[] is no mapping"),
-        ({"zero_optimization": {"stage": 4}}, "", "zero_optimization.stage: 4 is not known here"),
-        (zero(offload_optimizer={"device": "gpu"}), "", "offload_optimizer.device: 'gpu' is not known here"),
-        (zero(cpu_offload="maybe"), "", "cpu_offload: 'maybe' is not known here; known are: true, false"),
-        (zero(reduce_bucket_size="big"), "", "reduce_bucket_size: 'big' is not known here"),
-        ({**NO_OFFLOAD, "train_batch_size": "32"}, "", "train_batch_size: '32' is not known here"),
+        ({"zero_optimization": {"stage": 4}}, "", "zero_optimization.stage: 4 is not supported"),
+        (zero(offload_optimizer={"device": "gpu"}), "", "offload_optimizer.device: 'gpu' is not supported"),
+        (zero(cpu_offload="maybe"), "", "cpu_offload: 'maybe' is not supported; known are: true, false"),
+        (zero(reduce_bucket_size="big"), "", "reduce_bucket_size: 'big' is not supported"),
+        ({**NO_OFFLOAD, "train_batch_size": "32"}, "", "train_batch_size: '32' is not supported"),
         (fsdp("", "mixed_precision: bf16\n"), ", precision: fp32", "→ leave it out of that file"),
         ({**NO_OFFLOAD, "train_batch_size": 32}, ", batch_tokens: 400", "says 400, ENGINE says batch_size: 32"),
-        (rates(1e-4, 2e-4), "", "warmup_max_lr: 0.0002, and optimizer.params.lr is 0.0001"),
+        (rates(1e-4, 2e-4), "", "warmup_max_lr: 0.0002, but optimizer.params.lr is 0.0001"),
         (BELLE, ", trainer: {adam_beta2: 0.5}", "adam_beta2: the recipe says 0.5, ENGINE says 0.999"),
         (BELLE, ", trainer: 5", "trainer: 5 must be a valid dictionary"),
-        ({"scheduler": {"type": "OneCycle"}}, "", "'OneCycle' is not known here"),
-        ({"scheduler": {"type": []}}, "", "scheduler.type: [] is not known here"),
+        ({"scheduler": {"type": "OneCycle"}}, "", "'OneCycle' is not supported"),
+        ({"scheduler": {"type": []}}, "", "scheduler.type: [] is not supported"),
         (
             "distributed_type: MULTI_GPU\n",
             "",
-            "'MULTI_GPU' is not known here; known are: FSDP, DEEPSPEED\n  → engine: ddp",
+            "'MULTI_GPU' is not supported; known are: FSDP, DEEPSPEED\n  → engine: ddp",
         ),
-        (fsdp("fsdp_wonder: 1"), "", "'wonder' is not known here"),
+        (fsdp("fsdp_wonder: 1"), "", "'wonder' is not supported"),
         (fsdp("fsdp_sharding_strategy: NO_SHARD"), "", "HYBRID_SHARD_ZERO2\n  → engine: ddp"),
         (fsdp("fsdp_sharding_strategy: 3"), "", "HYBRID_SHARD_ZERO2\n  → engine: ddp"),
-        (fsdp("fsdp_sharding_strategy: 9"), "", "9 is not known here"),
+        (fsdp("fsdp_sharding_strategy: 9"), "", "9 is not supported"),
         (fsdp("fsdp_auto_wrap_policy: SIZE_BASED_WRAP"), "", "  → fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
-        (fsdp("fsdp_transformer_layer_cls_to_wrap: 5"), "", "cls_to_wrap: 5 is not known here"),
-        (accelerates("zero_stage: 4"), "", "'4' is not known here; known are: 0, 1, 2, 3\n  → engine: zero2"),
-        (accelerates("zero_stage: 3, offload_optimizer_device: cpu"), "", "'cpu, none' is not known here"),
-        (accelerates("zero_stage: 3, offload_param_device: cpu"), "", "'none, cpu' is not known here"),
+        (fsdp("fsdp_transformer_layer_cls_to_wrap: 5"), "", "cls_to_wrap: 5 is not supported"),
+        (accelerates("zero_stage: 4"), "", "'4' is not supported; supported: 0, 1, 2, 3\n  → engine: zero2"),
+        (accelerates("zero_stage: 3, offload_optimizer_device: cpu"), "", "'cpu, none' is not supported"),
+        (accelerates("zero_stage: 3, offload_param_device: cpu"), "", "'none, cpu' is not supported"),
         (accelerates("offload_optimizer_device: nvme"), "", "→ engine: FILE.json"),
-        (accelerates("deepspeed_config_file: a.txt"), "", "'a.txt' is not known here"),
+        (accelerates("deepspeed_config_file: a.txt"), "", "'a.txt' is not supported"),
         ("nowhere.json", "", "No such file"),
         ("a: [\n", "", "cannot be read"),
     ],
@@ -326,7 +326,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("world", "words", "code", "said"),
     [
-        (None, (), 2, "sft.engine: ddp: this engine runs in several processes\n  → tongwen run RECIPE --devices 2"),
+        (None, (), 2, "sft.engine: ddp: this engine needs several processes\n  → tongwen run RECIPE --devices 2"),
         (1, (), 2, "several processes"),
         (
             4,
@@ -335,7 +335,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
             "devices: 2: the launcher has started 4 processes\n  → tongwen run RECIPE devices=4",
         ),
         (None, ("--devices", "0"), 2, "devices: 0 must be greater than or equal to 1"),
-        (None, ("--devices", "3"), 5, "devices: 3: this machine shows 2 GPUs, one for each process\n  → --devices 2"),
+        (None, ("--devices", "3"), 5, "devices: 3: this machine has 2 visible GPUs; each process needs one\n  → --devices 2"),
     ],
 )
 @pytest.mark.usefixtures("alone")
@@ -361,7 +361,7 @@ def test_another_number_of_processes_is_refused_before_anything_runs(
 @pytest.mark.usefixtures("alone")
 def test_check_says_that_an_engine_would_be_alone(tmp_path: Path, tongwen: Any) -> None:
     file = recipe(tmp_path, "ddp")
-    assert "this engine runs in several processes" in "".join(tongwen("check", file)[1:])
+    assert "this engine needs several processes" in "".join(tongwen("check", file)[1:])
     assert "several processes" not in "".join(tongwen("check", file, "devices=2")[1:])
 
 
@@ -380,7 +380,7 @@ def test_accelerates_cpu_is_one_process_and_says_so(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     out = tongwen("run", recipe(tmp_path, "auto"), f"out={tmp_path / 'out'}", "--only", "prepare")
-    assert "starts one process, whatever --num_processes says" in "".join(out[1:])
+    assert "starts only one process and ignores --num_processes" in "".join(out[1:])
 
 
 @pytest.mark.usefixtures("alone")
@@ -450,7 +450,7 @@ def test_a_checkpoint_of_another_engine_or_of_more_processes_is_refused(
     (tmp_path / "global_step3").mkdir()
     for rank in range(2):
         (tmp_path / "global_step3" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
-    with pytest.raises(TongwenError, match=r"2 processes, and here are 1[\s\S]*--devices 2"):
+    with pytest.raises(TongwenError, match=r"2 processes, but 1 are running[\s\S]*--devices 2"):
         parallel.Engine("zero2").check_resumes(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
     parallel.Engine("zero2").check_resumes(tmp_path)

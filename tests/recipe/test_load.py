@@ -11,7 +11,7 @@ from tongwen.recipe.load import dump, load_recipe
 
 
 def test_missing_file_and_missing_folder_are_errors(tmp_path: Path) -> None:
-    assert "no such recipe" in problems(tmp_path / "none.yaml")[0].text()
+    assert "this recipe file does not exist" in problems(tmp_path / "none.yaml")[0].text()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tests.recipe.reading import PRETRAIN, SFT, check_problem
         (SFT % "decay: 0.1", 4, "decay", "schedule: wsd"),
         (SFT % "optimizer: muon, adapter: {method: full}", 4, "muon", "optimizer: adamw"),
         (SFT % "engine: zero4", 4, "'zero4'", "is not one of auto, ddp, fsdp2, zero2, zero3"),
-        (SFT % "engine: ddp, offload: true", 4, "`offload` needs an engine that shares out", "fsdp2"),
+        (SFT % "engine: ddp, offload: true", 4, "`offload` needs an engine that shards", "fsdp2"),
         (SFT % "engine: fsdp2, optimizer: muon", 4, "`optimizer: muon` does not work with `engine: fsdp2`", "adamw"),
         (SFT % "engine: zero2, adapter: {method: adalora}", 4, "`method: adalora` does not work", "method: lora"),
         (SFT % "engine: zero3, adapter: {method: qlora}", 4, "method: qlora", "`engine: fsdp2`"),

@@ -269,7 +269,7 @@ def test_forgetting_is_looked_at_where_a_phase_ends(grown: Path, tmp_path: Path,
 def test_a_rate_that_never_reaches_its_peak_is_said(grown: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, grown, "train: lora, stop_after: 2 steps")
     for words, said in (
-        (["pretrain.warmup=100"], "warmup: 100 takes 100 steps, and there are 2"),
+        (["pretrain.warmup=100"], "warmup: 100 takes 100 steps, but there are only 2"),
         (["pretrain.schedule=wsd", "pretrain.warmup=0", "pretrain.decay=30"], "warmup and decay take 0 + 30 steps"),
         (["pretrain.warmup=1"], ""),
     ):
@@ -415,7 +415,7 @@ def test_what_cannot_be_meant_is_refused(words: str, said: str, chat_model: Path
 def test_other_contradictions(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
     recipe = write_recipe(tmp_path, chat_model, "evaluate_every: 1, stop_after: 2 steps")
     code, _, err = tongwen("run", recipe, "prepare.held_out=0")
-    assert code == 2 and "nothing is held out" in err and "held_out: 0.02" in err
+    assert code == 2 and "there is no held-out data" in err and "held_out: 0.02" in err
     code, _, err = tongwen("check", recipe, "pretrain.adapter={method: full}")
     assert code == 2 and "`train: full`" in err
     text = recipe.read_text().replace("documents:", "dialogues:")

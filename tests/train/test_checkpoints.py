@@ -71,7 +71,7 @@ def test_every_damage_has_its_name(what: str, tmp_path: Path, monkeypatch: pytes
         "renamed": lambda: (shutil.rmtree(newest), make(tmp_path, 5).rename(newest)),
     }
     words = {"delete": "missing", "empty": "0 bytes", "cut": "50 bytes", "no manifest": MANIFEST, "other run": "b2"}
-    words |= {"unreadable": "cannot be read: Input/output error", "renamed": "step 5, under another name"}
+    words |= {"unreadable": "cannot be read: Input/output error", "renamed": "step 5, renamed"}
     assert damage(newest, {"a1"}) is None
     damages[what]()
     assert words.get(what, "optimizer.pt has changed") in str(damage(newest, {"a1"}))

@@ -430,7 +430,7 @@ def test_new_rows_are_never_left_untrained(byte_level: Path, tmp_path: Path, ton
     recipe.write_text(words + f"sft: {{{sft}}}\nmerge: {{}}\n")
     code, out, err = tongwen("run", recipe, "--again")
     assert code == 0, err
-    assert "rows of the new pieces" in out
+    assert "the new pieces' rows" in out
     new = json.loads((tmp_path / "out" / "vocab" / "new_rows.json").read_text())
     name = "model.embed_tokens.weight"
     before, after = tensors(tmp_path / "out" / "vocab")[name], tensors(tmp_path / "out" / "merge")[name]

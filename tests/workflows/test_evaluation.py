@@ -323,13 +323,13 @@ def test_a_killed_examination_goes_on_with_what_is_missing(
     shutil.copytree(beside, tmp_path / "other.answers")
     code, said, err = tongwen(*words)
     assert code == 0, err
-    assert "6 answers are there already" in said and f"{len(second)} answers are there already" in said
+    assert "6 answers already exist" in said and f"{len(second)} answers already exist" in said
     shown = [json.loads(line) for line in (out / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [one["answer"] for one in shown if one["row"] == row + 1] == ["kept"] * 2, "it was not asked again"
     assert not beside.exists()
     os.utime(model / "model.safetensors")
     code, said, _ = tongwen(*words[:-1], str(tmp_path / "other"))
-    assert code == 0 and said.count("answers are there already") == 1, "other weights answer for themselves"
+    assert code == 0 and said.count("answers already exist") == 1, "other weights answer for themselves"
 
 
 def test_a_run_scores_what_was_held_out_as_its_report_does(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:

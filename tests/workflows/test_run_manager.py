@@ -47,11 +47,11 @@ def test_stopped_and_taken_up_again_it_ends_with_the_same_weights(chat_model: Pa
     wait_for(lambda: steps(once) > 5)
     with pytest.raises(MachineError, match="is running"):
         run_manager.resume(once)
-    assert dict(map(reversed, run_manager.facts(once)))["memory now"]
+    assert dict(map(reversed, run_manager.facts(once)))["current memory"]
     run_manager.stop(once)
     wait_for(lambda: not lock_holder(once))
     assert run_manager.facts(once)[0][0] == "stopped" and not (once / "sft").exists()
-    with pytest.raises(MachineError, match="nothing runs here"):
+    with pytest.raises(MachineError, match="no training is running here"):
         run_manager.stop(once)
     run_manager.resume(once)
     wait_for(lambda: not lock_holder(once))

@@ -71,7 +71,7 @@ def test_encoding_is_done_once_and_goes_on_where_it_died(
             encode("b")
     again = encode("b")
     assert batches == [1000, 1000]
-    assert "goes on at row 2,000" in capsys.readouterr().out
+    assert "continues at row 2,000" in capsys.readouterr().out
     for name in ("ids", "offsets", "spans", "samples"):
         assert np.array_equal(getattr(again.store, name), getattr(whole.store, name)), name
     assert again.ledger.to_dict() == whole.ledger.to_dict()
@@ -140,7 +140,7 @@ def test_a_share_that_few_long_samples_miss_is_said(
         inside = [ahead.store.lengths[index] * (index >= 24) for index in drawn]
         got = sum(inside) / sum(ahead.store.lengths[index] for index in drawn)
         assert bool(abs(got / share - 1) > 0.1) is said
-        notice = f"{file}: {share} of the tokens is asked for, and the first epoch has {got:.3g}"
+        notice = f"{file}: the recipe asks for {share} of the tokens, but the first epoch has {got:.3g}"
         assert [notice in text for text in ahead.notices] == [True] * said
         assert (notice in capsys.readouterr().out) is said
 

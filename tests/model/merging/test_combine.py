@@ -94,10 +94,10 @@ def test_what_cannot_be_combined_is_refused(chat_model: Path, tmp_path: Path, to
     make_adapter(tmp_path / "larger", tmp_path / "grown", modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     command = ("merge", "--base", chat_model, "--out", tmp_path / "out", "--combine", "ties")
     for words, wrong, remedy in (
-        (["--adapter", one], "two adapters or more", "--adapter A2"),
+        (["--adapter", one], "at least two adapters", "--adapter A2"),
         (["--adapter", one, "--adapter", one], "each once", "--adapter A2"),
-        (["--adapter", one, "--adapter", other, "--weight", 1], "1 weights for 2", "--weight"),
-        (["--adapter", one, "--adapter", other, "--density", 0], "density of 0", ""),
+        (["--adapter", one, "--adapter", other, "--weight", 1], "1 weights given for 2", "--weight"),
+        (["--adapter", one, "--adapter", other, "--density", 0], "density 0 is not a share", ""),
         (["--adapter", one, "--adapter", tmp_path / "grown"], "its own vocabulary", "first"),
     ):
         code, _, err = tongwen(*command, *words)

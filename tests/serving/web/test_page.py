@@ -241,7 +241,7 @@ def test_an_answer_arrives_whole_and_a_failing_model_leaves_the_server_alive(add
     assert half[-2]["content"] == "NAN" and "NaN" in half[-1]["content"] and half[-1]["metadata"]["title"]
     assert "out of memory" in ask(address, "OOM")[-1]["content"]
     ours = ask(address, "BUG")[-1]["content"]
-    assert SECRET not in ours and "the terminal says what" in ours
+    assert SECRET not in ours and "the terminal has the details" in ours
     assert "终端" in ask(address, "BUG", language="zh")[-1]["content"]
     assert ask(address, "还在吗")[-1]["content"] == "还在吗"
 
@@ -256,7 +256,7 @@ def test_what_no_conversation_holds_is_refused(address: str, parrot: Parrot) -> 
     before = len(parrot.asked)
     assert "at most 100,000" in ask(address, "长" * 50_000 * 1 + "x" * 50_001)[-1]["content"]
     many = tuple({"role": "user", "content": "x"} for _ in range(500))
-    assert "begin a new one" in ask(address, "?", history=many)[-1]["content"]
+    assert "start a new one" in ask(address, "?", history=many)[-1]["content"]
     assert len(parrot.asked) == before
 
 
@@ -337,7 +337,7 @@ def test_a_conversation_is_exported_as_the_model_was_told() -> None:
         ]
     }
     assert "## Answer\n\n<b>\n" in as_markdown(messages, "")
-    with pytest.raises(RecipeError, match="begin a new one"):
+    with pytest.raises(RecipeError, match="start a new one"):
         told([messages[0]] * 401, "")
 
 

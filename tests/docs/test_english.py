@@ -1,0 +1,70 @@
+"""The English of code and documents is plain: phrases that a reader stumbles over stand nowhere."""
+
+from __future__ import annotations
+
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# What to write instead: name the thing, in the active voice.
+PHRASES = (
+    "anew",  # again
+    "as such",  # name it
+    "is not to be had",  # is not available
+    "is such",  # name it
+    "is|are|was|were said",  # a notice says, the user sees, tongwen reports
+    "is|are|was|were told",  # gets, receives
+    "so many",  # that number of
+    "stands|stand|stood in",  # is in
+    "that which",  # what
+    "whoever",  # the user, a program
+)
+FORBIDDEN = re.compile(
+    r"\b("
+    + "|".join(re.sub(r"^([\w|]+\|\w+) ", r"(?:\1) ", phrase).replace(" ", r"\s+") for phrase in PHRASES)
+    + r")\b",
+    re.IGNORECASE,
+)
+PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md"), ROOT / "CHANGELOG.md"])
+MODULES = sorted((ROOT / "src").rglob("*.py"))
+TABLES = sorted((ROOT / "src").rglob("*.yaml"))
+
+
+def prose(file: Path) -> Iterator[tuple[int, str]]:
+    """(line, text): comments, docstrings and texts of a module; a page without its examples."""
+    source = file.read_text(encoding="utf-8")
+    if file.suffix == ".py":
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT or "STRING" in tokenize.tok_name[token.type]:
+                yield token.start[0], token.string
+        return
+    if file.suffix == ".md":
+        source = re.sub(
+            r"^```.*?^```", lambda found: re.sub(r".", "", found[0]), source, flags=re.DOTALL | re.MULTILINE
+        )
+    yield 1, source
+
+
+def found_in(file: Path) -> list[str]:
+    """`line: phrase` of each that stands in the file."""
+    return [
+        f"{line + text.count(chr(10), 0, found.start())}: {' '.join(found[0].split())}"
+        for line, text in prose(file)
+        for found in FORBIDDEN.finditer(text)
+    ]
+
+
+@pytest.mark.parametrize("file", [*PAGES, *MODULES, *TABLES], ids=lambda file: str(file.relative_to(ROOT)))
+def test_no_phrase_that_readers_stumble_over(file: Path) -> None:
+    assert not found_in(file)
+
+
+def test_the_check_finds_them(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text('"""What is\nsaid here."""\nx = "whoever stands in it"  # made anew\nanew = 1\n')
+    assert found_in(file) == ["1: is said", "3: whoever", "3: stands in", "3: anew"]
