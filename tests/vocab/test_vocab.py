@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import zipfile
@@ -16,6 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
 from tests.conftest import CORPUS, SHARED, byte_level_tokenizer, dialogues, tensors, tiny_llama, write_rows
+from tongwen.cli.main import main
 from tongwen.core.errors import DataError, ModelError, RecipeError
 from tongwen.model.loading import sentencepiece
 from tongwen.model.loading.tiktoken import read_ranks
@@ -457,27 +460,36 @@ def real(name: str) -> str:
     return str(SHARED / "tokenizers" / name)
 
 
-@needs_shared
-def test_the_published_files_to_the_byte(tongwen: Any, tmp_path: Path) -> None:
-    merge = ("tokenizer", "merge", "--base", real("llama.model"), "--add", real("chinese_sp.model"), "--json")
-    for pad, size, digest in ((False, 49953, "e2676d4c"), (True, 49954, "2d967e85")):
-        out = tmp_path / str(size)
-        code, said, err = tongwen(*merge, "--mode", "legacy", "--out", out, *(["--pad"] if pad else []))
-        assert code == 0, err
-        found = json.loads(said)
-        assert found["tokens"] == size and found["files"]["tokenizer.model"].startswith(digest)
-        assert found["report"]["kept"]["fast_disagrees"] > 0  # said, not hidden
+@pytest.fixture(scope="module")
+def merges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """LLaMA's tokenizer with the Chinese one of 2023, in the three ways: `result.json` is what the command printed."""
+    folder = tmp_path_factory.mktemp("merges")
+    merge = ["tokenizer", "merge", "--base", real("llama.model"), "--add", real("chinese_sp.model"), "--json", "--out"]
+    ways: dict[str, list[str]] = {
+        "legacy": ["--mode", "legacy"],
+        "padded": ["--mode", "legacy", "--pad"],
+        "default": [],
+    }
+    for name, options in ways.items():
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            assert main([*merge, str(folder / name), *options]) == 0
+        (folder / f"{name}.json").write_text(printed.getvalue())
+    return {name: folder / name for name in ways}
 
 
 @needs_shared
-def test_the_default_merge_on_real_text(tongwen: Any, tmp_path: Path) -> None:
-    out = tmp_path / "merged"
-    files = ("--base", real("llama.model"), "--add", real("chinese_sp.model"))
-    code, _, err = tongwen("tokenizer", "merge", *files, "--out", out)
-    assert code == 0, err
+@pytest.mark.parametrize(("name", "size", "digest"), [("legacy", 49953, "e2676d4c"), ("padded", 49954, "2d967e85")])
+def test_the_published_files_to_the_byte(name: str, size: int, digest: str, merges: dict[str, Path]) -> None:
+    found = json.loads(merges[name].with_suffix(".json").read_text())
+    assert found["tokens"] == size and found["files"]["tokenizer.model"].startswith(digest)
+    assert found["report"]["kept"]["fast_disagrees"] > 0  # reported, not hidden
+
+
+@needs_shared
+def test_the_default_merge_on_real_text(merges: dict[str, Path]) -> None:
     made, base = (
-        tokenizer_files.open_tokenizer_files(str(out)),
-        tokenizer_files.open_tokenizer_files(real("llama.model")),
+        tokenizer_files.open_tokenizer_files(place) for place in (str(merges["default"]), real("llama.model"))
     )
     chinese = (SHARED / "data" / "zh_docs.txt").read_text(encoding="utf-8").splitlines()
     english = (SHARED / "data" / "en_wiki.txt").read_text(encoding="utf-8").splitlines()
@@ -490,19 +502,18 @@ def test_the_default_merge_on_real_text(tongwen: Any, tmp_path: Path) -> None:
 
 
 @needs_shared
-def test_a_default_merge_with_some_pieces_of_its_own_beats_the_one_of_2023(tongwen: Any, tmp_path: Path) -> None:
+def test_a_default_merge_with_some_pieces_of_its_own_beats_the_one_of_2023(
+    tongwen: Any, tmp_path: Path, merges: dict[str, Path]
+) -> None:
     text = (SHARED / "data" / "zh_docs.txt").read_text(encoding="utf-8")
     held_out, seen = text[:120_000], tmp_path / "seen.txt"
     seen.write_text(text[120_000:], encoding="utf-8")
-    merge = ("tokenizer", "merge", "--base", real("llama.model"), "--add", real("chinese_sp.model"))
-    assert tongwen(*merge, "--mode", "legacy", "--out", tmp_path / "2023")[0] == 0
-    assert tongwen(*merge, "--out", tmp_path / "merged")[0] == 0
-    extend = ("tokenizer", "extend", "--base", tmp_path / "merged", "--corpus", seen, "--pieces", "500")
+    extend = ("tokenizer", "extend", "--base", merges["default"], "--corpus", seen, "--pieces", "500")
     code, _, err = tongwen(*extend, "--out", tmp_path / "own")
     assert code == 0, err
     base, old, made = (
         tokenizer_files.open_tokenizer_files(place)
-        for place in (real("llama.model"), str(tmp_path / "2023"), str(tmp_path / "own"))
+        for place in (real("llama.model"), str(merges["legacy"]), str(tmp_path / "own"))
     )
     lines = [line for line in held_out.splitlines() if line]
     size = sum(map(len, lines))
