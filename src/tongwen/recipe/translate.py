@@ -43,24 +43,24 @@ def _translate_trainer(section: dict[str, Any], path: ValuePath, reader: RecipeR
     """Old names in `trainer` become the recipe's; a TrainingArguments that the recipe owns is refused."""
     trainer, known = section["trainer"], training_arguments()
     for key in list(trainer):
-        here = (*path, "trainer", key)
+        key_path = (*path, "trainer", key)
         if key in OLD and key not in known:
-            _translate_old(section, trainer, key, here, reader)
+            _translate_old(section, trainer, key, key_path, reader)
         elif key in OWNED:
             reader.add_problem(
-                here,
+                key_path,
                 _("the recipe has its own key for {key!r}").format(key=key),
                 _("instead of trainer.{key}, use: {owned}").format(key=key, owned=OWNED[key]),
             )
         elif known and key not in known:
             reader.add_problem(
-                here,
+                key_path,
                 _("transformers' TrainingArguments has no field {key!r}").format(key=key),
                 did_you_mean(difflib.get_close_matches(key, known, 3)),
             )
         elif known and not _fits(value := trainer[key], known[key]):
             reader.add_problem(
-                here,
+                key_path,
                 _("{value!r} is not of type {known}").format(value=value, known=known[key]),
                 _("correct the value, or leave the setting out"),
             )
@@ -74,23 +74,23 @@ def _fits(value: Any, annotation: str) -> bool:
 
 
 def _translate_old(
-    section: dict[str, Any], holder: dict[str, Any], key: str, here: ValuePath, reader: RecipeReader
+    section: dict[str, Any], mapping: dict[str, Any], key: str, key_path: ValuePath, reader: RecipeReader
 ) -> None:
-    """Move an old key to its new name. holder: the mapping that has it: the section, or its `trainer`."""
-    value, new = holder.pop(key), OLD[key]
+    """Move an old key to its new name. mapping: the one that has it: the section, or its `trainer`."""
+    value, new = mapping.pop(key), OLD[key]
     if not new:
         reason = _(OLD_REASONS.get(key, N_("it has no effect any more")))
-        reader.add_notice(here, _("{key!r} is ignored: {reason}").format(key=key, reason=reason))
+        reader.add_notice(key_path, _("{key!r} is ignored: {reason}").format(key=key, reason=reason))
     elif new in section:
         reader.add_problem(
-            here,
+            key_path,
             _("{key!r} and {new!r} mean the same").format(key=key, new=new),
             _("keep {new!r}").format(new=new),
         )
     else:
         section[new] = value
-        reader.places[(here[0], new)] = reader.places.get(here, reader.file)
-        reader.add_notice(here, _("{key!r} is read as `{new}: {value}`").format(key=key, new=new, value=value))
+        reader.places[(key_path[0], new)] = reader.places.get(key_path, reader.file)
+        reader.add_notice(key_path, _("{key!r} is read as `{new}: {value}`").format(key=key, new=new, value=value))
 
 
 def _convert_batch(section: dict[str, Any], path: ValuePath, devices: Any, reader: RecipeReader) -> None:
@@ -99,23 +99,23 @@ def _convert_batch(section: dict[str, Any], path: ValuePath, devices: Any, reade
     accumulate = section.pop("gradient_accumulation_steps", None)
     if per_device is None and accumulate is None:
         return
-    here = (*path, "per_device_train_batch_size" if per_device is not None else "gradient_accumulation_steps")
+    key_path = (*path, "per_device_train_batch_size" if per_device is not None else "gradient_accumulation_steps")
     if "batch_size" in section:
         reader.add_problem(
-            here,
+            key_path,
             _("the batch size is given in both spellings"),
             _("keep `batch_size`: samples per optimizer step over all devices"),
         )
         return
     numbers = (per_device if per_device is not None else 1, accumulate if accumulate is not None else 1, devices)
     if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 1 for number in numbers):
-        reader.add_problem(here, _("these must be whole numbers of at least 1: {numbers}").format(numbers=numbers))
+        reader.add_problem(key_path, _("these must be whole numbers of at least 1: {numbers}").format(numbers=numbers))
         return
     section["batch_size"] = numbers[0] * numbers[1] * numbers[2]
     batch_size: ValuePath = (*path, "batch_size")
-    reader.places[batch_size] = reader.places.get(here, reader.file)
+    reader.places[batch_size] = reader.places.get(key_path, reader.file)
     reader.add_notice(
-        here,
+        key_path,
         f"{numbers[0]} x {numbers[1]} x {numbers[2]} → `batch_size: {section['batch_size']}`"
         + _(" (per device x accumulation x devices)"),
     )
@@ -123,7 +123,7 @@ def _convert_batch(section: dict[str, Any], path: ValuePath, devices: Any, reade
 
 def _apply_engine_file(section: dict[str, Any], path: ValuePath, devices: Any, reader: RecipeReader) -> None:
     """Take batch, optimizer, schedule and precision from an engine's file into the section, with a notice each."""
-    file, here = section["engine"], (*path, "engine")
+    file, key_path = section["engine"], (*path, "engine")
     try:
         found = engine_config.read(file, devices if isinstance(devices, int) else 1)
     except RecipeError as error:
@@ -137,7 +137,7 @@ def _apply_engine_file(section: dict[str, Any], path: ValuePath, devices: Any, r
         _merge(found.trainer, trainer, (*path, "trainer"), file, reader)
     if found.dropped:
         reader.add_notice(
-            here,
+            key_path,
             _("not used; the recipe or tongwen decides: ") + ", ".join(found.dropped),
         )
     if section["engine"] != file:

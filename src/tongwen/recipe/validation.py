@@ -57,14 +57,14 @@ def _explain(error: Any, data: Any, reader: RecipeReader) -> None:
 def _plain_path(location: Sequence[str | int], data: Any) -> ValuePath:
     """pydantic's location without the tags of union branches: only what can be walked in the data."""
     path: list[str | int] = []
-    here: Any = data
+    value: Any = data
     for index, part in enumerate(location):
-        if (isinstance(here, dict) and part in here) or (
-            isinstance(here, list) and isinstance(part, int) and part < len(here)
+        if (isinstance(value, dict) and part in value) or (
+            isinstance(value, list) and isinstance(part, int) and part < len(value)
         ):
-            here = cast("Any", here)[part]
+            value = cast("Any", value)[part]
             path.append(part)
-        elif isinstance(here, dict) and index == len(location) - 1:
+        elif isinstance(value, dict) and index == len(location) - 1:
             path.append(part)
     return tuple(path)
 

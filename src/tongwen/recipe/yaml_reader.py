@@ -79,16 +79,16 @@ class RecipeReader:
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = str(key_node.value)
-            here = (*path, key)
+            key_path = (*path, key)
             if key in mapping:
-                self.places[here] = f"{source}:{key_node.start_mark.line + 1}"
+                self.places[key_path] = f"{source}:{key_node.start_mark.line + 1}"
                 self.add_problem(
-                    here,
+                    key_path,
                     _("the key {key!r} occurs twice").format(key=key),
                     _("keep one"),
                 )
                 continue
-            mapping[key] = self.value(value_node, here, source)
+            mapping[key] = self.value(value_node, key_path, source)
         return mapping
 
 

@@ -30,7 +30,7 @@ def check_ahead(recipe: Recipe) -> None:
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     """Examine what the stages before have left, and the base."""
     from tongwen.workflows.evaluation import read_task
-    from tongwen.workflows.scoring import EvaluatedModel, examine, keep_answers
+    from tongwen.workflows.scoring import EvaluatedModel, evaluate_models, keep_answers
 
     section = recipe.evaluate
     assert section
@@ -38,15 +38,15 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     model = {"path": recipe.base}
     if finished != recipe.base:
         model = open_model_before(recipe, "evaluate").as_parent()
-    papers = [read_task(_held_out(recipe, task) if task.needs_data else task) for task in section.tasks]
+    tasks = [read_task(_held_out(recipe, task) if task.needs_data else task) for task in section.tasks]
     template = "own" if recipe.sft else "auto"
     after = EvaluatedModel(model["path"], template=template)
     before = None
     if section.before and finished != recipe.base:
-        taught = recipe.sft.template if recipe.sft else template
-        before = EvaluatedModel(recipe.base, template=taught, optional=True)
+        base_template = recipe.sft.template if recipe.sft else template
+        before = EvaluatedModel(recipe.base, template=base_template, optional=True)
     with keep_answers(out) as kept, artifact.create(out, "evaluate", {"model": model}, settings(recipe)) as draft:
-        draft.facts["scores"] = examine(papers, after, before, section, kept, draft.path)
+        draft.facts["scores"] = evaluate_models(tasks, after, before, section, kept, draft.path)
     console.good(str(out / "report.html"))
     assert draft.artifact
     return draft.artifact

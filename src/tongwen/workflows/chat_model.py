@@ -32,7 +32,7 @@ class ChatModel:
     """A model to talk with. Messages are dictionaries with `role` and `content`, as everywhere."""
 
     name: str
-    voice: TextGenerator
+    generator: TextGenerator
     encoder: Encoder
     template: Template | None
     thinking: bool
@@ -40,35 +40,37 @@ class ChatModel:
     @property
     def context(self) -> int:
         """How many tokens the model sees, prompt and answer together."""
-        return self.voice.context
+        return self.generator.context
 
     def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
         """The answer to a conversation. options: max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed."""
-        said: dict[int, list[int]] = {}
-        self.voice.answer_all([self.prompt_ids(messages)], self._sampling(options), said.__setitem__)
-        return self.voice.decode(said[0])
+        answers: dict[int, list[int]] = {}
+        self.generator.answer_all([self.prompt_ids(messages)], self._sampling(options), answers.__setitem__)
+        return self.generator.decode(answers[0])
 
     def stream(
         self,
         messages: Sequence[dict[str, Any]],
-        heard: Callable[[int], None] = lambda index: None,
+        on_token: Callable[[int], None] = lambda index: None,
         **options: Any,
     ) -> Iterator[str]:
-        """The same answer in pieces of whole characters. heard: called with each new token."""
-        return self.continue_ids(self.prompt_ids(messages), heard, **options)
+        """The same answer in pieces of whole characters. on_token: called with each new token."""
+        return self.continue_ids(self.prompt_ids(messages), on_token, **options)
 
-    def continue_ids(self, ids: list[int], heard: Callable[[int], None], **options: Any) -> Iterator[str]:
+    def continue_ids(self, ids: list[int], on_token: Callable[[int], None], **options: Any) -> Iterator[str]:
         """What the model says after these ids, in pieces of whole characters. Where the prompt itself opens the thinking,
         the first piece says so."""
         if self.encoder.backend.decode(ids[-8:], skip_special_tokens=False).rstrip().endswith(THINK):
             yield THINK
         sampling = self._sampling(options)
         left = max(self.context - len(ids), 1)
-        yield from self.voice.stream(ids, sampling.with_(max_new_tokens=min(sampling.max_new_tokens, left)), heard)
+        yield from self.generator.stream(
+            ids, sampling.with_(max_new_tokens=min(sampling.max_new_tokens, left)), on_token
+        )
 
     def ended(self, ids: Sequence[int]) -> bool:
         """Whether an answer of these tokens came to its own end, and was not cut off."""
-        return bool(ids) and ids[-1] in self.voice.stop_ids
+        return bool(ids) and ids[-1] in self.generator.stop_ids
 
     def generate(self, prompts: Sequence[str], batch_size: int = ROWS, **options: Any) -> list[str]:
         """One answer per prompt. Prompts are questions for a chat model, beginnings for `template="completion"`."""
@@ -80,17 +82,17 @@ class ChatModel:
     def answer_each(
         self,
         conversations: Sequence[Sequence[Mapping[str, Any]]],
-        take: Callable[[int, str], None],
+        on_answer: Callable[[int, str], None],
         batch_size: int = ROWS,
         **options: Any,
     ) -> None:
         """Hand each answer to `take` with the place of its conversation, as soon as it is there."""
         ids = [self._numbered(number, messages) for number, messages in enumerate(conversations, 1)]
         if ids:
-            self.voice.answer_all(
+            self.generator.answer_all(
                 ids,
                 self._sampling(options),
-                lambda place, answer: take(place, self.voice.decode(answer)),
+                lambda place, answer: on_answer(place, self.generator.decode(answer)),
                 batch_size,
             )
 
@@ -116,7 +118,7 @@ class ChatModel:
 
     def text_ids(self, text: str) -> list[int]:
         """A text as ids, to be continued without any template; a control token in it is only text."""
-        return self.encoder.encode_prompt(set_apart(text, tuple(chat_setup.special_texts(self.voice.tokenizer))))
+        return self.encoder.encode_prompt(set_apart(text, tuple(chat_setup.special_texts(self.generator.tokenizer))))
 
     def _numbered(self, number: int, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         try:
@@ -164,14 +166,16 @@ def open_chat_model(
             console.notice(_("{model} has no template: it continues texts").format(model=model))
     bound = None if template == "completion" else chat_setup.bind_template(template, tokenizer, encoder.prefix)
     if engine in ("llama.cpp", "vllm"):
-        voice = _open_elsewhere(place, tokenizer, bound, engine, rows)
+        generator = _open_with_engine(place, tokenizer, bound, engine, rows)
     else:
         network = _open_network(place, tokenizer, precision, weights)
         if bound is None:
             _check_continues(network.config.model_type, model)
         stops = _stops(model, tokenizer, bound, network.generation_config)
-        voice = TextGenerator(network, tokenizer, stops, chat_setup.context_length(network.config), engine == "paged")
-    return ChatModel(model, voice, encoder, bound, thinking == "on")
+        generator = TextGenerator(
+            network, tokenizer, stops, chat_setup.context_length(network.config), engine == "paged"
+        )
+    return ChatModel(model, generator, encoder, bound, thinking == "on")
 
 
 def choose_engine(model: str, adapters: Sequence[str]) -> str:
@@ -214,7 +218,7 @@ def _check_continues(kind: str, model: str) -> None:
         )
 
 
-def _open_elsewhere(
+def _open_with_engine(
     place: load.ModelRef, tokenizer: Any, bound: Template | None, engine: str, rows: int
 ) -> TextGenerator:
     """The voice of another engine, which reads the weights itself."""
@@ -238,14 +242,14 @@ def _open_elsewhere(
         )
     file = str(Path(place.folder) / place.gguf)
     with console.waiting(_("opening {place}").format(place=place.name)):
-        voice = llamacpp.open_file(file, tokenizer, _stops(place.name, tokenizer, bound, None), config, context, rows)
-    if voice.context < context:
+        backend = llamacpp.open_file(file, tokenizer, _stops(place.name, tokenizer, bound, None), config, context, rows)
+    if backend.context < context:
         console.notice(
             _(
                 "it sees at most {voice_context:,} tokens here, of the model's {context:,}: more need too much memory"
-            ).format(voice_context=voice.context, context=context)
+            ).format(voice_context=backend.context, context=context)
         )
-    return voice
+    return backend
 
 
 def _stops(model: str, tokenizer: Any, bound: Template | None, generation_config: Any) -> tuple[int, ...]:

@@ -91,8 +91,8 @@ def _show(tables: dict[str, Any], changed: dict[str, int]) -> None:
     for name, table in tables.items():
         rows += table_rows(table, name, _("kept"))
         if table["held_out"]:
-            words = _("of which held out") if table["from_training"] else _("held out: a file")
-            rows.append((f"    {words}", table["held_out"], ""))
+            label = _("of which held out") if table["from_training"] else _("held out: a file")
+            rows.append((f"    {label}", table["held_out"], ""))
     console.table((_("ledger"), _("rows"), _("bytes")), rows)
     if changed:
         mended = ", ".join(f"{name} {count:,}" for name, count in sorted(changed.items()))

@@ -24,7 +24,7 @@ from tongwen.data.reader import read_rows
 from tongwen.data.token_store import TokenStore
 from tongwen.recipe.data import Prepare, SourceConfig
 from tongwen.recipe.training import Pretrain, Sft
-from tongwen.workflows.tokenized_data import RecordEncoder, read_dialogues, read_documents, say_mask
+from tongwen.workflows.tokenized_data import RecordEncoder, describe_mask, make_dialogue_encoder, make_document_encoder
 
 SHOWN, ENCODED, PROBLEMS = 5, 200, 100  # samples that are shown and that are tried, rows that are listed
 EXCERPT = 160  # characters of a row
@@ -39,7 +39,7 @@ class DataPreview:
 
     kind: str
     format: str
-    tally: prepare_steps.ScanCounts
+    counts: prepare_steps.ScanCounts
     problems: list[Problem] = field(default_factory=list)
     records: list[Document | Dialogue] = field(default_factory=list)
 
@@ -53,8 +53,8 @@ def inspect(file: Path) -> DataPreview:
     first = next(read_rows(file, source))
     name = "text" if kind == "documents" else formats.recognise_row(first, source)
     found = DataPreview(kind, name, prepare_steps.ScanCounts())
-    for raw, record in prepare_steps.iter_rows(part, section, Cleaner(section.clean, kind), lambda said: None):
-        found.tally.count(raw, record)
+    for raw, record in prepare_steps.iter_rows(part, section, Cleaner(section.clean, kind), lambda text: None):
+        found.counts.count(raw, record)
         if not isinstance(record, (Dropped, RowRefused)):
             if len(found.records) < ENCODED:
                 found.records.append(record)
@@ -66,7 +66,7 @@ def inspect(file: Path) -> DataPreview:
 
 def as_html(found: DataPreview) -> str:
     """Figures, ledger and problems, as a piece of a page."""
-    ledger = found.tally.ledger
+    ledger = found.counts.ledger
     more = "+" if len(found.problems) == PROBLEMS else ""
     facts = [
         (found.format, _("format")),
@@ -87,24 +87,26 @@ def as_html(found: DataPreview) -> str:
 
 def samples_as_html(found: DataPreview, base: str, template: str) -> str:
     """The first records as a model will see them, learned tokens coloured. Only the model's tokenizer is opened."""
-    reader: RecordEncoder
+    record_encoder: RecordEncoder
     if found.kind == "documents":
-        reader = read_documents(base, Pretrain())
-        stop = reader.end
+        record_encoder = make_document_encoder(base, Pretrain())
+        stop = record_encoder.end
     else:
-        reader = dialogues = read_dialogues(base, Sft(template=template))
+        record_encoder = dialogues = make_dialogue_encoder(base, Sft(template=template))
         stop = int(dialogues.tokenizer.convert_tokens_to_ids(dialogues.template.stop))
     rejected: list[Rejected] = []
-    store = token_store.in_memory(reader.batches(iter(found.records), Ledger("rows", "tokens"), rejected.append))
+    store = token_store.in_memory(
+        record_encoder.batches(iter(found.records), Ledger("rows", "tokens"), rejected.append)
+    )
     lost = [(bad.origin.row, bad.reason, bad.rule, "") for bad in rejected]
     summary, samples = "", []
     if len(store):
         first = _("Of the first {count} rows: ").format(count=len(found.records))
-        summary = first + say_mask(reader.check(store, []))
+        summary = first + describe_mask(record_encoder.check(store, []))
         for index in range(min(SHOWN, len(store))):
             row, length = store.origin(index).row, store.lengths[index]
             heading = _("row {row} · {length} tokens").format(row=row, length=length)
-            samples.append((heading, coloured(reader.tokenizer, store, index, stop)))
+            samples.append((heading, coloured(record_encoder.tokenizer, store, index, stop)))
     return render(
         "workflows/samples.html.jinja",
         refused=_refused(_("Rows that this model does not use"), lost),

@@ -27,10 +27,10 @@ ANSWERS = ("output", "target", "completion", "response", "answer", "std_answer")
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """messages: dictionaries with `role` and `content`; wanted: what the data answers; place: file and row."""
+    """messages: dictionaries with `role` and `content`; reference: the answer in the data, if there is one; place: file and row."""
 
     messages: list[dict[str, Any]]
-    wanted: str | None
+    reference: str | None
     place: str
 
     @property
@@ -48,11 +48,11 @@ def read_records(source: SourceConfig) -> list[Document | Dialogue]:
     it is said. Raises DataError at the first that is neither."""
     rows = list(_rows(source))
     answered = [row for row in rows if not _is_unanswered(row.value)]
-    say_unanswered(len(rows) - len(answered), source.path)
+    report_unanswered(len(rows) - len(answered), source.path)
     return [_record(row, source) for row in answered]
 
 
-def say_unanswered(count: int, path: str) -> None:
+def report_unanswered(count: int, path: str) -> None:
     """How many rows have no answer to compare with, if any."""
     if count:
         console.notice(_("{path}: {count} rows without an answer are not scored").format(path=path, count=count))

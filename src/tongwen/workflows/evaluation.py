@@ -22,7 +22,7 @@ from tongwen.infer import metrics, multiple_choice
 from tongwen.infer.multiple_choice import MultipleChoiceQuestion
 from tongwen.recipe.outputs import TaskConfig
 from tongwen.workflows.chat_model import ChatModel
-from tongwen.workflows.eval_prompts import EvalPrompt, read_questions, read_records, say_unanswered
+from tongwen.workflows.eval_prompts import EvalPrompt, read_questions, read_records, report_unanswered
 from tongwen.workflows.likelihood import Likelihood
 
 Figures = Callable[[np.ndarray], dict[str, float]]
@@ -52,9 +52,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class EvalTask(ABC):
-    """One task with what is asked in it."""
+    """A task with its data."""
 
-    task: TaskConfig
+    config: TaskConfig
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -65,18 +65,18 @@ class EvalTask(ABC):
         """Sums of counts -> figures, the main one first."""
 
     @abstractmethod
-    def sit(self, speaker: ChatModel, ask: Ask, progress: Progress) -> Scores:
-        """Have a model sit it. ask: gives the answer to each conversation."""
+    def run(self, chat_model: ChatModel, ask: Ask, progress: Progress) -> Scores:
+        """Score a model on the task. ask: returns the answer to each conversation."""
 
-    def result(self, marks: Scores) -> dict[str, Any]:
+    def result(self, scores: Scores) -> dict[str, Any]:
         """What stands in scores.json. Raises DataError when no row could be scored."""
-        if not marks.counts:
-            raise DataError(_("no row could be scored"), place=self.task.title)
-        out = metrics.summarise(marks.table(sorted(marks.counts)), self.figures)
-        if len(marks.groups) > 1:
+        if not scores.counts:
+            raise DataError(_("no row could be scored"), place=self.config.title)
+        out = metrics.summarise(scores.table(sorted(scores.counts)), self.figures)
+        if len(scores.groups) > 1:
             out["groups"] = {
-                name: {**self.figures(marks.table(rows).sum(axis=0)), "rows": len(rows)}
-                for name, rows in sorted(marks.groups.items())
+                name: {**self.figures(scores.table(rows).sum(axis=0)), "rows": len(rows)}
+                for name, rows in sorted(scores.groups.items())
             }
         return out
 
@@ -105,16 +105,16 @@ def _first(task: TaskConfig, rows: list[Any]) -> list[Any]:
 def _answered(task: TaskConfig, questions: list[EvalPrompt]) -> list[EvalPrompt]:
     """The questions whose answer is known. Raises DataError when there is none, or when an answer is not of the task's form."""
     assert task.data
-    known = [one for one in questions if one.wanted is not None]
+    known = [one for one in questions if one.reference is not None]
     if not known:
         raise DataError(
             _("{task} needs reference answers, but no row has one").format(task=task.task),
             place=questions[0].place,
             remedy='{"instruction": "…", "output": "…"}',
         )
-    say_unanswered(len(questions) - len(known), task.data.path)
+    report_unanswered(len(questions) - len(known), task.data.path)
     for one in known:
-        if problem := metrics.TEXT[task.task].check(str(one.wanted)):
+        if problem := metrics.TEXT[task.task].check(str(one.reference)):
             raise DataError(problem, place=one.place, remedy=r'"北京_地名\n李白_人名"')
     return known
 
@@ -133,15 +133,15 @@ class GenerationTask(EvalTask):
 
     @property
     def figures(self) -> Figures:
-        return metrics.TEXT[self.task.task].figures
+        return metrics.TEXT[self.config.task].figures
 
-    def sit(self, speaker: ChatModel, ask: Ask, progress: Progress) -> Scores:
+    def run(self, chat_model: ChatModel, ask: Ask, progress: Progress) -> Scores:
         answers = ask([one.messages for one in self.questions], progress)
-        measure, marks = metrics.TEXT[self.task.task], Scores()
-        for row, (question, said) in enumerate(zip(self.questions, answers, strict=True)):
-            answered = metrics.AnsweredPrompt(question.last, metrics.without_thinking(said), str(question.wanted))
-            marks.put(row, measure.count(answered), answered._asdict())
-        return marks
+        measure, scores = metrics.TEXT[self.config.task], Scores()
+        for row, (question, answer) in enumerate(zip(self.questions, answers, strict=True)):
+            prompt = metrics.AnsweredPrompt(question.last, metrics.without_thinking(answer), str(question.reference))
+            scores.put(row, measure.count(prompt), prompt._asdict())
+        return scores
 
 
 # -- options -------------------------------------------------------------------------------------------------------
@@ -161,21 +161,21 @@ class MultipleChoiceTask(EvalTask):
     def figures(self) -> Figures:
         return metrics.accuracy_of
 
-    def sit(self, speaker: ChatModel, ask: Ask, progress: Progress) -> Scores:
-        marks, judge = Scores(), Likelihood(speaker)
+    def run(self, chat_model: ChatModel, ask: Ask, progress: Progress) -> Scores:
+        scores, likelihood = Scores(), Likelihood(chat_model)
         for row, one in enumerate(self.choices):
-            examples = self.examples.get(one.subject, [])[: self.task.shots]
-            if speaker.template is None:
-                asked, said = [{"role": "user", "content": multiple_choice.text(one, examples)}], one.layout.blank
+            examples = self.examples.get(one.subject, [])[: self.config.shots]
+            if chat_model.template is None:
+                messages, prefix = [{"role": "user", "content": multiple_choice.text(one, examples)}], one.layout.blank
             else:
-                asked, said = multiple_choice.conversation(one, examples), ""
-            nats = judge.nats_of(asked, [said + letter for letter in one.letters])
-            _check_numbers(nats, self.task.title)
+                messages, prefix = multiple_choice.conversation(one, examples), ""
+            nats = likelihood.nats_of(messages, [prefix + letter for letter in one.letters])
+            _check_numbers(nats, self.config.title)
             picked = int(np.argmin(nats))
             shown = {"question": one.ask(), "answer": one.letters[picked], "wanted": one.letters[one.answer]}
-            marks.put(row, (float(picked == one.answer), 1.0), shown, one.subject)
+            scores.put(row, (float(picked == one.answer), 1.0), shown, one.subject)
             progress(row + 1)
-        return marks
+        return scores
 
 
 def _read_choices(task: TaskConfig) -> MultipleChoiceTask:
@@ -209,25 +209,25 @@ class LikelihoodTask(EvalTask):
 
     @property
     def figures(self) -> Figures:
-        return metrics.LIKELIHOOD[self.task.task]
+        return metrics.LIKELIHOOD[self.config.task]
 
-    def sit(self, speaker: ChatModel, ask: Ask, progress: Progress) -> Scores:
-        marks, judge = Scores(), Likelihood(speaker)
+    def run(self, chat_model: ChatModel, ask: Ask, progress: Progress) -> Scores:
+        scores, likelihood = Scores(), Likelihood(chat_model)
         for row, record in enumerate(self.records):
-            counts = judge.score(record)
+            counts = likelihood.score(record)
             if counts is not None:
-                _check_numbers(np.array(counts), self.task.title)
+                _check_numbers(np.array(counts), self.config.title)
                 is_text = isinstance(record, Document)
                 text = record.text if isinstance(record, Document) else record.messages[-1].content
-                marks.put(row, counts, {"wanted": text}, "documents" if is_text else "dialogues")
+                scores.put(row, counts, {"wanted": text}, "documents" if is_text else "dialogues")
             progress(row + 1)
-        if missing := len(self.records) - len(marks.counts):
-            marks.notes.append(
+        if missing := len(self.records) - len(scores.counts):
+            scores.notes.append(
                 _(
                     "{missing} dialogues exceed the model's context or are refused by its template; they are not scored"
                 ).format(missing=missing)
             )
-        return marks
+        return scores
 
 
 # -- suites --------------------------------------------------------------------------------------------------------
@@ -244,31 +244,31 @@ class LmEvalTask(EvalTask):
     def figures(self) -> Figures:
         return metrics.score_of
 
-    def sit(self, speaker: ChatModel, ask: Ask, progress: Progress) -> Scores:
+    def run(self, chat_model: ChatModel, ask: Ask, progress: Progress) -> Scores:
         try:
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
         except ImportError:
-            raise MissingPackage("lm_eval", self.task.suite, "lm-eval") from None
-        manager = TaskManager(include_path=self.task.data.path if self.task.data else None)
-        if not manager.match_tasks([self.task.suite]):
+            raise MissingPackage("lm_eval", self.config.suite, "lm-eval") from None
+        manager = TaskManager(include_path=self.config.data.path if self.config.data else None)
+        if not manager.match_tasks([self.config.suite]):
             raise RecipeError(
                 _("lm_eval has no such task"),
-                place=self.task.suite,
+                place=self.config.suite,
                 remedy="lm-eval ls tasks",
             )
-        tokenizer = speaker.voice.tokenizer
+        tokenizer = chat_model.generator.tokenizer
         found = simple_evaluate(
-            model=HFLM(pretrained=speaker.voice.model, tokenizer=tokenizer),
-            tasks=[self.task.suite],
-            num_fewshot=self.task.shots or None,
-            limit=self.task.limit,
-            apply_chat_template=speaker.template is not None and bool(tokenizer.chat_template),
+            model=HFLM(pretrained=chat_model.generator.model, tokenizer=tokenizer),
+            tasks=[self.config.suite],
+            num_fewshot=self.config.shots or None,
+            limit=self.config.limit,
+            apply_chat_template=chat_model.template is not None and bool(tokenizer.chat_template),
             task_manager=manager,
             bootstrap_iters=0,
         )
-        marks = Scores()
+        scores = Scores()
         for name, samples in sorted(found["samples"].items()):
             for sample in samples:
                 value = sample[sample["metrics"][0]]
@@ -277,9 +277,9 @@ class LmEvalTask(EvalTask):
                         _("{metrics} is not a score of a single row").format(metrics=sample["metrics"][0]),
                         place=name,
                     )
-                marks.put(len(marks.counts), (float(value), 1.0), {"wanted": str(sample["target"])}, name)
+                scores.put(len(scores.counts), (float(value), 1.0), {"wanted": str(sample["target"])}, name)
         progress(1)
-        return marks
+        return scores
 
 
 def _check_numbers(values: np.ndarray, place: str) -> None:

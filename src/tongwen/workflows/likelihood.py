@@ -25,10 +25,10 @@ WINDOW = 2048  # tokens that a document is scored in at once, at most
 class Likelihood:
     """A speaker's model as a judge of texts."""
 
-    def __init__(self, speaker: ChatModel) -> None:
-        self.speaker, self.model, self.encoder = speaker, speaker.voice.model, speaker.encoder
-        self.sizes = torch.from_numpy(token_bytes(speaker.voice.tokenizer))
-        self.window = min(WINDOW, speaker.voice.context)
+    def __init__(self, chat_model: ChatModel) -> None:
+        self.chat_model, self.model, self.encoder = chat_model, chat_model.generator.model, chat_model.encoder
+        self.sizes = torch.from_numpy(token_bytes(chat_model.generator.tokenizer))
+        self.window = min(WINDOW, chat_model.generator.context)
 
     def score(self, record: Document | Dialogue) -> tuple[float, ...] | None:
         """(nats of text, bytes, nats, tokens) of one record; None for a dialogue that is longer than the model sees, or
@@ -43,7 +43,7 @@ class Likelihood:
 
     def nats_of(self, messages: Sequence[dict[str, Any]], options: Sequence[str]) -> np.ndarray:
         """(O,) nats of each option as the answer, without its stop token."""
-        pairs = [self._asked(messages, option) for option in options]
+        pairs = [self._prompt_and_answer(messages, option) for option in options]
         if all(
             prompt == pairs[0][0] and len(answer) == 1 for prompt, answer in pairs
         ):  # one look at the prompt is enough
@@ -55,19 +55,19 @@ class Likelihood:
     def _windows(self, text: str) -> Iterator[dict[str, Any]]:
         """Every token once. Behind what begins a text the first window is scored whole; of each other one only what is new,
         which has at least half a window before it."""
-        start = self.encoder.prefix or [chat_setup.end_of_text(self.speaker.voice.tokenizer)]
+        start = self.encoder.prefix or [chat_setup.end_of_text(self.chat_model.generator.tokenizer)]
         ids = [*start, *map(int, self.encoder.encode_texts([text])[0])]
         for begin, end, first in windows(len(ids), self.window, len(start)):
             yield self._learned(ids[begin:end], first - begin)
 
     def _answers(self, dialogue: Dialogue) -> list[dict[str, Any]]:
-        assert self.speaker.template
+        assert self.chat_model.template
         try:
-            samples = self.speaker.template.samples(dialogue)
+            samples = self.chat_model.template.samples(dialogue)
         except RowRefused:
             return []
         encoded = self.encoder.encode([sample.spans for sample in samples])
-        if max(sum(len(piece.ids) for piece in pieces) for pieces in encoded) > self.speaker.voice.context:
+        if max(sum(len(piece.ids) for piece in pieces) for pieces in encoded) > self.chat_model.generator.context:
             return []
         return [self._of_pieces(pieces) for pieces in encoded]
 
@@ -76,15 +76,15 @@ class Likelihood:
         places = np.flatnonzero(np.repeat([piece.learn for piece in pieces], [len(piece.ids) for piece in pieces]))
         return self._batch(ids, (places - 1).tolist(), [ids[place] for place in places])
 
-    def _asked(self, messages: Sequence[dict[str, Any]], option: str) -> tuple[list[int], list[int]]:
+    def _prompt_and_answer(self, messages: Sequence[dict[str, Any]], option: str) -> tuple[list[int], list[int]]:
         """(prompt, answer) as the template says an answered dialogue; without a template, one after the other."""
-        if self.speaker.template is None:
+        if self.chat_model.template is None:
             text = "".join(str(turn["content"]) for turn in messages)
             spans = [Span(text, False), Span(option, True, answer=True)]
         else:
             turns = [Message(str(turn["role"]), str(turn["content"])) for turn in messages]
             dialogue = Dialogue((*turns, Message("assistant", option)), Origin("", 0))
-            sample = self.speaker.template.samples(dialogue, "last_answer", "off")[-1]
+            sample = self.chat_model.template.samples(dialogue, "last_answer", "off")[-1]
             spans = [span for span in sample.spans if not (span.stop and span.learn)]
         *before, answer = self.encoder.encode([spans])[0]
         return [int(index) for piece in before for index in piece.ids], [int(index) for index in answer.ids]

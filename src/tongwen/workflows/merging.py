@@ -49,12 +49,12 @@ class MergeOptions:
 
 
 def merge(
-    base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any], choice: MergeOptions
+    base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any], options: MergeOptions
 ) -> artifact.Artifact:
     """Fold adapters into a base, in this order. Raises ArtifactError when one was not trained on what lies below it
     (`force` goes on, and is recorded), NumbersError when the result is not base + adapters."""
     place, names = resolve(base, adapters)
-    if choice.mix and len(names) != len(adapters):
+    if options.mix and len(names) != len(adapters):
         raise ArtifactError(
             _("it is itself an adapter, not the common base"),
             place=base,
@@ -66,18 +66,18 @@ def merge(
     with console.waiting(_("reading the base")):
         lines = model_lines(place)
     fingerprint = combine(lines)
-    forced = _check_lineage(place, fingerprint, links, choice)
+    forced = _check_lineage(place, fingerprint, links, options)
     parents = {"base": {"path": place.name, "fingerprint": fingerprint}}
     for number, link in enumerate(links, 1):
         role = "adapter" if len(links) == 1 else f"adapter_{number}"
         parents[role] = link.stage.as_parent() if link.stage else {"path": link.name, "fingerprint": link.own}
-    with artifact.create(out, "model" if choice.to == "hf" else "pth", parents, settings, swept=True) as draft:
-        counts = _write(place, {} if place.gguf else lines, links, draft, choice)
+    with artifact.create(out, "model" if options.to == "hf" else "pth", parents, settings, swept=True) as draft:
+        counts = _write(place, {} if place.gguf else lines, links, draft, options)
         _copy_chat_setup(place, links, draft.path)
-        if choice.to == "pth":
+        if options.to == "pth":
             _as_pth(draft)
         draft.facts["counts"], draft.facts["forced"] = counts, bool(forced)
-        draft.record_files(lambda file: choice.to == "pth" or file.suffix != ".safetensors")
+        draft.record_files(lambda file: options.to == "pth" or file.suffix != ".safetensors")
         if forced:
             draft.facts["forced_over"] = forced
         last = links[-1].stage
@@ -113,14 +113,14 @@ def resolve(base: str, adapters: Sequence[str]) -> tuple[load.ModelRef, list[str
 
 
 def _check_lineage(
-    place: load.ModelRef, fingerprint: str, links: list[lineage.AdapterLink], choice: MergeOptions
+    place: load.ModelRef, fingerprint: str, links: list[lineage.AdapterLink], options: MergeOptions
 ) -> str | None:
     """What --force passed over, or None."""
     try:
-        for chain in [[link] for link in links] if choice.mix else [links]:
+        for chain in [[link] for link in links] if options.mix else [links]:
             lineage.check_chain(place.name, fingerprint, chain)
     except ArtifactError as error:
-        if not choice.force:
+        if not options.force:
             raise
         console.notice(_("--force: {error}").format(error=error.text()))
         return error.text()
@@ -134,36 +134,36 @@ def _write(
     lines: dict[str, str],
     links: list[lineage.AdapterLink],
     draft: artifact.Draft,
-    choice: MergeOptions,
+    options: MergeOptions,
 ) -> dict[str, Any]:
     """Weights and config, checked; returns counts. Sets the draft's fingerprint."""
     original, config = open_model(place)
-    base = original if choice.onto == "original" else quantized.QuantizedTensors(original, place, choice.onto)
-    adapters, dtype = [link.adapter for link in links], DTYPES[choice.dtype]
+    base = original if options.onto == "original" else quantized.QuantizedTensors(original, place, options.onto)
+    adapters, dtype = [link.adapter for link in links], DTYPES[options.dtype]
     try:
         targets, config, notices = plan_targets(base, config, adapters, dtype, lambda: _known(place))
-        if choice.mix:
-            mix_in(base, targets, choice.mix)
+        if options.mix:
+            mix_in(base, targets, options.mix)
     except NotOneToOne as reason:
-        return _in_memory(place, links, draft, choice, str(reason))
+        return _in_memory(place, links, draft, options, str(reason))
     for notice in notices:
         console.notice(notice)
     artifact.check_disk(draft.path, sum(size_of(target) for target in targets))
     with console.progress(len(targets), "merge") as bar:
-        folded = merge_adapters(
-            base, lines if base is original else {}, targets, draft.path, int(choice.shard_gb * 1e9), bar.update
+        merged = merge_adapters(
+            base, lines if base is original else {}, targets, draft.path, int(options.shard_gb * 1e9), bar.update
         )
     _write_config(config, draft.path, dtype)
-    for notice in _remarks(folded):
+    for notice in _find_warnings(merged):
         console.notice(notice)
-    found = {"rows": check_rows(base, folded)}
-    found |= _compare(place, base, folded, config, links, draft.path, choice)
+    found = {"rows": check_rows(base, merged)}
+    found |= _compare(place, base, merged, config, links, draft.path, options)
     draft.facts["parity"] = found
     if base is original and (kind := _trained_on(links)):
         draft.facts["quantised"] = _distance(
-            original, quantized.QuantizedTensors(original, place, kind), folded, config
+            original, quantized.QuantizedTensors(original, place, kind), merged, config
         )
-    draft.fingerprint, draft.facts["tensors"] = combine(folded.lines), folded.lines
+    draft.fingerprint, draft.facts["tensors"] = combine(merged.lines), merged.lines
     return {"tensors": len(targets), "changed": sum(bool(target.changes) for target in targets)}
 
 
@@ -174,12 +174,12 @@ def _trained_on(links: list[lineage.AdapterLink]) -> str:
 
 
 def _distance(
-    original: Tensors, seen: quantized.QuantizedTensors, folded: MergeResult, config: dict[str, Any]
+    original: Tensors, seen: quantized.QuantizedTensors, merged: MergeResult, config: dict[str, Any]
 ) -> dict[str, Any]:
     """How far the merged model is from what was trained, which saw the base quantised. Said, and recorded."""
     with console.waiting(_("measuring the difference that {kind} makes").format(kind=seen.kind)):
         found: dict[str, Any] = {"kind": seen.kind, "weights": quantized.distance(original, seen)}
-        sides = parity.logits_of_both(seen, folded, config)
+        sides = parity.logits_of_both(seen, merged, config)
         found |= {"logits": parity.measure(*sides)} if sides else {}
     moved = _(", logits by {relative:.1%}").format(relative=found["logits"]["relative"]) if sides else ""
     console.notice(
@@ -193,18 +193,18 @@ def _distance(
 def _compare(
     place: load.ModelRef,
     base: Tensors,
-    folded: MergeResult,
+    merged: MergeResult,
     config: dict[str, Any],
     links: list[lineage.AdapterLink],
     out: Path,
-    choice: MergeOptions,
+    options: MergeOptions,
 ) -> dict[str, Any]:
     """The logits of both, and where they were compared."""
-    if choice.parity == "full":
-        found: dict[str, Any] | None = _compare_whole(place, links, config, out, folded)
+    if options.parity == "full":
+        found: dict[str, Any] | None = _compare_whole(place, links, config, out, merged)
     else:
         with console.waiting(_("comparing logits, layer by layer")):
-            found = parity.compare_logits(base, folded, config)
+            found = parity.compare_logits(base, merged, config)
     if found is None:
         console.notice(
             _(
@@ -221,7 +221,7 @@ def _compare(
 
 
 def _compare_whole(
-    place: load.ModelRef, links: list[lineage.AdapterLink], config: dict[str, Any], out: Path, folded: MergeResult
+    place: load.ModelRef, links: list[lineage.AdapterLink], config: dict[str, Any], out: Path, merged: MergeResult
 ) -> dict[str, Any]:
     """Both models loaded: base with the last adapter live beside it, and the merged one."""
     import torch
@@ -231,23 +231,25 @@ def _compare_whole(
     folders = [link.adapter.folder for link in links]
     ids = parity.fixed_ids(int(config["vocab_size"]))
     with console.waiting(_("comparing the logits of both models in memory")):
-        live = in_memory.logits_of(
+        live_logits = in_memory.logits_of(
             in_memory.open_in_memory(place, folders, live=True),
             ids,
         )
-        merged = in_memory.logits_of(load.load_model(load.ModelRef(str(out), str(out)), torch.float32).eval(), ids)
-    return parity.judge(live, merged, parity.limit_of(folded))
+        merged_logits = in_memory.logits_of(
+            load.load_model(load.ModelRef(str(out), str(out)), torch.float32).eval(), ids
+        )
+    return parity.judge(live_logits, merged_logits, parity.limit_of(merged))
 
 
 def _in_memory(
-    place: load.ModelRef, links: list[lineage.AdapterLink], draft: artifact.Draft, choice: MergeOptions, reason: str
+    place: load.ModelRef, links: list[lineage.AdapterLink], draft: artifact.Draft, options: MergeOptions, reason: str
 ) -> dict[str, Any]:
     """By peft, with the whole model in memory: for adapters whose tensors do not map one to one."""
     import torch
 
     from tongwen.model.merging import in_memory
 
-    if choice.mix or choice.onto != "original":
+    if options.mix or options.onto != "original":
         raise ArtifactError(
             _("only peft can merge this adapter, in memory, alone and into the original base: {reason}").format(
                 reason=reason
@@ -260,9 +262,9 @@ def _in_memory(
         )
     )
     model = in_memory.open_in_memory(place, [link.adapter.folder for link in links], live=False)
-    dtype = DTYPES[choice.dtype]
+    dtype = DTYPES[options.dtype]
     model.to(getattr(torch, TORCH_NAMES[dtype]) if dtype else load.load_config(place).dtype or torch.float32)
-    model.save_pretrained(str(draft.path), max_shard_size=f"{choice.shard_gb}GB")
+    model.save_pretrained(str(draft.path), max_shard_size=f"{options.shard_gb}GB")
     lines = model_lines(load.ModelRef(str(draft.path), str(draft.path)))
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
     if draft.fingerprint == draft.parents["base"]["fingerprint"]:
@@ -284,13 +286,13 @@ def _write_config(config: dict[str, Any], out: Path, dtype: str | None) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _remarks(folded: MergeResult) -> list[str]:
+def _find_warnings(merged: MergeResult) -> list[str]:
     """What is odd in the adapters and yet no error."""
     out = []
-    if folded.untrained:
-        name, count = folded.untrained[0], len(folded.untrained)
+    if merged.untrained:
+        name, count = merged.untrained[0], len(merged.untrained)
         out.append(_("the adapter is all zero on {count} targets, the first: {name}").format(count=count, name=name))
-    if lost := [name for name in folded.same if name not in folded.untrained]:
+    if lost := [name for name in merged.same if name not in merged.untrained]:
         out.append(
             _(
                 "the change of {count} tensors is below the precision of their number type and was lost, the first: {lost}; --dtype fp32 keeps it"

@@ -97,9 +97,9 @@ def _check_gguf(name: str, config: Mapping[str, Any], quantize: str) -> dict[str
     """The config in LLaMA's words. Raises ModelError or MissingPackage when its model or type cannot be written."""
     gguf.check_type(quantize or "f16")
     with load.explained(load.ModelRef(name, name)):
-        whole = gguf_layout.in_llamas_words(config)
-    gguf_metadata.check_config(whole)
-    return whole
+        llama_config = gguf_layout.in_llamas_words(config)
+    gguf_metadata.check_config(llama_config)
+    return llama_config
 
 
 def convert(source: ModelSource, to: str, out: Path, quantize: str, settings: Mapping[str, Any]) -> artifact.Artifact:
@@ -133,7 +133,7 @@ def _to_hf(source: ModelSource, draft: artifact.Draft) -> None:
     if source.place and source.place.gguf:
         load.load_tokenizer(source.place).save_pretrained(str(draft.path))
     elif source.place and load.load_kind(source.place) == "baichuan":
-        _speak_as_llama(source, draft.path)
+        _save_llama_tokenizer(source, draft.path)
     elif source.place:
         chat_setup.copy_chat_setup(source.folder, draft.path)
     elif (model := _sentencepiece(source)) is not None:
@@ -145,15 +145,15 @@ def _to_hf(source: ModelSource, draft: artifact.Draft) -> None:
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
 
 
-def _speak_as_llama(source: ModelSource, out: Path) -> None:
+def _save_llama_tokenizer(source: ModelSource, out: Path) -> None:
     """Baichuan's tokenizer is of LLaMA's kind; the settings beside it name code to run, and say whether `<s>` begins a
     text."""
     from transformers import PreTrainedTokenizerFast
 
     model, file = sentencepiece.read_model(source.folder / "tokenizer.model"), source.folder / "tokenizer_config.json"
-    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     backend = sentencepiece.fast_form(model)
-    if not said.get("add_bos_token", True):
+    if not settings.get("add_bos_token", True):
         backend.post_processor = None
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **sentencepiece.special_names(model))
     tokenizer.save_pretrained(str(out))
@@ -174,10 +174,10 @@ def _to_gguf(source: ModelSource, draft: artifact.Draft, kind: str) -> None:
     with tempfile.TemporaryDirectory() as made:
         tokenizer = _fast_tokenizer(source, Path(made))
         vocabulary = read_vocabulary(tokenizer, rows) if tokenizer else None
-        spoken = _spoken(tokenizer) if tokenizer else None
+        template_files = _own_template(tokenizer) if tokenizer else None
     file = draft.path / f"{source.title}-{kind}.gguf"
     with console.progress(len(source.tensors.facts), "gguf") as bar:
-        template = spoken.source if spoken else None
+        template = template_files.source if template_files else None
         gguf.write(source.tensors, source.config, vocabulary, template, file, kind, bar.update)
     gguf.check(source.tensors, source.config, vocabulary, file, kind)
     draft.facts["type"] = kind
@@ -192,8 +192,8 @@ def _to_gguf(source: ModelSource, draft: artifact.Draft, kind: str) -> None:
             )
         )
     begin = vocabulary.tokens[vocabulary.special["bos"]] if vocabulary.add_bos else ""
-    render = spoken.render_pairs if spoken else None
-    stops = sorted({spoken.stop} if spoken else set())
+    render = template_files.render_pairs if template_files else None
+    stops = sorted({template_files.stop} if template_files else set())
     (draft.path / "Modelfile").write_text(make_modelfile(file.name, render, stops, begin), encoding="utf-8")
 
 
@@ -216,7 +216,7 @@ def _fast_tokenizer(source: ModelSource, made: Path) -> Path | None:
     return made
 
 
-def _spoken(folder: Path) -> ChatTemplateFiles | None:
+def _own_template(folder: Path) -> ChatTemplateFiles | None:
     """The model's own template with its stop; None when it has none."""
     tokenizer = load.load_tokenizer(load.ModelRef(str(folder), str(folder)))
     if not tokenizer.chat_template:

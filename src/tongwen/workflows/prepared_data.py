@@ -41,7 +41,7 @@ def changed_files(recipe: Recipe, manifest: dict[str, Any]) -> list[tuple[str, A
     if known is None:
         return []
     changed: list[tuple[str, Any, Any]] = []
-    for part in list_parts(recipe.prepare, _stay_here, lambda text: None, []):
+    for part in list_parts(recipe.prepare, _refuse_download, lambda text: None, []):
         file = part.file
         was, now = known.get(str(file)), file.stat()
         if was is None:
@@ -66,5 +66,5 @@ def check_prepared(found: artifact.Artifact) -> None:
                 )
 
 
-def _stay_here(path: str, tell: Any) -> str:
+def _refuse_download(path: str, notify: Any) -> str:
     raise DataError(_("this is on a hub"), place=path)

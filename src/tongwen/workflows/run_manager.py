@@ -41,7 +41,7 @@ def start(arguments: Sequence[str], out: Path) -> None:
         raise MachineError(_("this run is already in progress"), place=str(out))
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOG).open("ab") as log:
-        begun = log.tell()
+        log_start = log.tell()
         process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", "tongwen", "run", *arguments],
             stdin=subprocess.DEVNULL,
@@ -50,12 +50,12 @@ def start(arguments: Sequence[str], out: Path) -> None:
             start_new_session=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "100", "TONGWEN_LANG": language()},
         )
-    ends = time.monotonic() + WAIT_SECONDS
-    while lock_holder(out) != process.pid and process.poll() is None and time.monotonic() < ends:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while lock_holder(out) != process.pid and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     if process.poll():
-        said = (out / LOG).read_bytes()[begun:].decode("utf-8", "replace").strip()
-        raise MachineError(_("it ended immediately: {said}").format(said=said), place=str(out))
+        output = (out / LOG).read_bytes()[log_start:].decode("utf-8", "replace").strip()
+        raise MachineError(_("it ended immediately: {said}").format(said=output), place=str(out))
 
 
 def stop(out: Path) -> None:

@@ -47,5 +47,5 @@ def inputs(recipe: Recipe) -> Prepare:
     if recipe.synthesize is None or made.exists():
         return recipe.prepare
     console.notice(_("synthesize has not generated its data yet"))
-    there = [source for source in recipe.prepare.dialogues if Path(source.path) != made]
-    return recipe.prepare.model_copy(update={"dialogues": there})
+    existing = [source for source in recipe.prepare.dialogues if Path(source.path) != made]
+    return recipe.prepare.model_copy(update={"dialogues": existing})

@@ -125,12 +125,13 @@ class DocumentEncoder(RecordEncoder):
 
     @property
     def decides(self) -> dict[str, Any]:
-        words = self.section.model_dump(mode="json", include={"max_length", "documents"})
-        return {"end": self.end, "settings": words}
+        settings = self.section.model_dump(mode="json", include={"max_length", "documents"})
+        return {"end": self.end, "settings": settings}
 
     def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
-        words = self.section
-        return encode_documents(records, self.encoder, self.end, words.max_length, ledger, arrangement=words.documents)
+        return encode_documents(
+            records, self.encoder, self.end, self.section.max_length, ledger, arrangement=self.section.documents
+        )
 
     def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
         """Apart, however they are trained: so that scores of different arrangements can be compared."""
@@ -166,7 +167,7 @@ class TokenizedData:
     notices: list[str] = field(default_factory=list)
 
 
-def say_mask(mask: dict[str, Any]) -> str:
+def describe_mask(mask: dict[str, Any]) -> str:
     """What is learned, in a line."""
     return _(
         "{learned_share:.0%} of {tokens:,} tokens count toward the loss; {stop_learned_share:.0%} of {samples:,} samples learn to stop"
@@ -178,12 +179,12 @@ def say_mask(mask: dict[str, Any]) -> str:
     )
 
 
-def say_ledger(lesson: TokenizedData) -> None:
+def report_ledger(data: TokenizedData) -> None:
     """Where the rows went, and what of them is learned."""
-    rows = table_rows(lesson.ledger.to_dict(), _("encode"), _("trained"))
+    rows = table_rows(data.ledger.to_dict(), _("encode"), _("trained"))
     console.table((_("ledger"), _("rows"), "token"), rows)
-    mask, rejected = lesson.mask, lesson.rejected
-    console.tell(say_mask(mask))
+    mask, rejected = data.mask, data.rejected
+    console.tell(describe_mask(mask))
     if mask["round_trip"]["differ"]:
         console.notice(
             _(
@@ -199,7 +200,7 @@ def say_ledger(lesson: TokenizedData) -> None:
         )
 
 
-def read_dialogues(base: str, section: Sft) -> DialogueEncoder:
+def make_dialogue_encoder(base: str, section: Sft) -> DialogueEncoder:
     tokenizer = _tokenizer_for(base, section)
     legacy = section.legacy
     encoder = LegacyEncoder(tokenizer, section.template, section.max_length) if legacy else Encoder(tokenizer)
@@ -208,7 +209,7 @@ def read_dialogues(base: str, section: Sft) -> DialogueEncoder:
     )
 
 
-def read_documents(base: str, section: Pretrain) -> DocumentEncoder:
+def make_document_encoder(base: str, section: Pretrain) -> DocumentEncoder:
     tokenizer = _tokenizer_for(base, section)
     return DocumentEncoder(tokenizer, Encoder(tokenizer), chat_setup.end_of_text(tokenizer), section)
 
@@ -244,23 +245,23 @@ def new_rows_of(base: str) -> list[int]:
     return rows
 
 
-def look_ahead(recipe: Recipe, reader: RecordEncoder) -> TokenizedData:
+def encode_in_memory(recipe: Recipe, record_encoder: RecordEncoder) -> TokenizedData:
     """The recipe's records of the reader's kind, encoded in memory: what `prepare` has kept of them, or else read and cleaned
     here. What is held out is left out, as far as it is known before the rows are compared."""
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
     if made := find_prepared(recipe):
-        rows = load_records(made.path / f"{reader.kind}.jsonl")
-        sources, files = _sources_of(made, reader.kind)
+        rows = load_records(made.path / f"{record_encoder.kind}.jsonl")
+        sources, files = _sources_of(made, record_encoder.kind)
     else:
-        rows, sources, files = _read_here(recipe, reader.kind)
-    store = token_store.in_memory(reader.batches(rows, ledger, rejected.append))
+        rows, sources, files = _read_sources(recipe, record_encoder.kind)
+    store = token_store.in_memory(record_encoder.batches(rows, ledger, rejected.append))
     lost = [json.loads(bad.to_line()) for bad in rejected]
-    mask = reader.check(store, lost)
+    mask = record_encoder.check(store, lost)
     drawn, missed = _drawn(store, sources, files, recipe.seed)
     return TokenizedData(store, mask, ledger, lost, drawn, [], {}, missed)
 
 
-def _read_here(recipe: Recipe, kind: str) -> tuple[Iterator[Any], list[dict[str, Any]], dict[str, int]]:
+def _read_sources(recipe: Recipe, kind: str) -> tuple[Iterator[Any], list[dict[str, Any]], dict[str, int]]:
     """(records, sources, number of the source by file)."""
     prepare = inputs(recipe)
     console.notice(
@@ -271,9 +272,9 @@ def _read_here(recipe: Recipe, kind: str) -> tuple[Iterator[Any], list[dict[str,
     parts = list_parts(prepare, local_copy, console.notice)
     rows = list(iter_records(parts, prepare, kind, console.notice))
     if not isinstance(prepare.held_out, str):
-        stays = np.ones(len(rows), bool)
-        stays[choose_held_out(stays, prepare.held_out, recipe.seed, prepare.held_out_at_most)] = False
-        rows = [rows[index] for index in np.flatnonzero(stays)]
+        keep = np.ones(len(rows), bool)
+        keep[choose_held_out(keep, prepare.held_out, recipe.seed, prepare.held_out_at_most)] = False
+        rows = [rows[index] for index in np.flatnonzero(keep)]
     sources = [source.model_dump() for source in getattr(prepare, kind)]
     return iter(rows), sources, {part.name: part.number for part in parts if (part.kind, part.role) == (kind, "train")}
 
@@ -284,41 +285,43 @@ def _sources_of(prepared: artifact.Artifact, kind: str) -> tuple[list[dict[str, 
     return prepared.manifest["sources"][kind], {file: found["source"] for file, found in files.items()}
 
 
-def encode_prepared(prepared: artifact.Artifact, reader: RecordEncoder, seed: int, folder: Path) -> TokenizedData:
+def encode_prepared(
+    prepared: artifact.Artifact, record_encoder: RecordEncoder, seed: int, folder: Path
+) -> TokenizedData:
     """Training and held-out rows as tokens, every one of them in the ledger. Encoded once: the first process writes, an
     interrupted one goes on, the others wait and map the same files."""
-    place = folder / key_of(prepared, reader)
+    place = folder / key_of(prepared, record_encoder)
     with console.waiting(_("finding the tokens")):
         found = token_store.open_store(place)
     if found:
         console.good(_("tokens: already encoded"))
     elif distributed.is_first():
-        _encode(prepared.path / f"{reader.kind}.jsonl", reader, place)
+        _encode(prepared.path / f"{record_encoder.kind}.jsonl", record_encoder, place)
     while (found := found or token_store.open_store(place)) is None:
         time.sleep(0.2)
     store, ledger = found
     rejected = list(token_store.read_rejected(place))
-    mask = reader.check(store, rejected)
+    mask = record_encoder.check(store, rejected)
     mask["round_trip"] = json.loads((place / ROUND_TRIP).read_text(encoding="utf-8"))
-    sources, files = _sources_of(prepared, reader.kind)
+    sources, files = _sources_of(prepared, record_encoder.kind)
     languages = {file: sources[number].get("language") for file, number in files.items()}
-    held_out, held_out_stores = _encode_held_out(prepared, reader, ledger, languages)
+    held_out, held_out_stores = _encode_held_out(prepared, record_encoder, ledger, languages)
     drawn, missed = _drawn(store, sources, files, seed)
     return TokenizedData(store, mask, ledger, rejected, drawn, held_out, held_out_stores, missed)
 
 
-def key_of(prepared: artifact.Artifact, reader: RecordEncoder) -> str:
+def key_of(prepared: artifact.Artifact, record_encoder: RecordEncoder) -> str:
     """Everything that decides the tokens: content, tokenizer, template, settings, code."""
     facts = {
         "content": prepared.fingerprint,
-        "tokenizer": fingerprint_tokenizer(reader.tokenizer),
-        **reader.decides,
+        "tokenizer": fingerprint_tokenizer(record_encoder.tokenizer),
+        **record_encoder.decides,
         "code": [__version__, token_store.FORMAT],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _encode(file: Path, reader: RecordEncoder, place: Path) -> None:
+def _encode(file: Path, record_encoder: RecordEncoder, place: Path) -> None:
     """Into the store, from where an interrupted run left it; the tokens of earlier settings go."""
     for other in place.parent.glob("*") if place.parent.is_dir() else ():
         if other not in (place, artifact.partial_of(place)):
@@ -326,34 +329,36 @@ def _encode(file: Path, reader: RecordEncoder, place: Path) -> None:
     if place.exists():
         console.notice(_("{place} has changed since it was written: encoding it again").format(place=place))
         shutil.rmtree(place)
-    writer = token_store.Writer(place, len(reader.tokenizer))
+    writer = token_store.Writer(place, len(record_encoder.tokenizer))
     ledger, rejected = writer.ledger, list[Rejected]()
     total = sum(1 for _ in file.open("rb"))
     if writer.rows:
         console.notice(_("encoding continues at row {rows:,}").format(rows=writer.rows))
     rows = islice(load_records(file), writer.rows, None)
     with console.progress(total, "encode", writer.rows) as bar:
-        for batch in reader.batches(rows, ledger, rejected.append):
+        for batch in record_encoder.batches(rows, ledger, rejected.append):
             writer.add(batch, ledger, [bad.to_line() for bad in rejected])
             rejected.clear()
             bar.update(writer.rows, f"{console.human_count(writer.tokens)} token")
-    artifact.write_json(writer.working / ROUND_TRIP, reader.round_trip(load_records(file), total))
+    artifact.write_json(writer.working / ROUND_TRIP, record_encoder.round_trip(load_records(file), total))
     writer.close()
 
 
 def _encode_held_out(
-    prepared: artifact.Artifact, reader: RecordEncoder, ledger: Ledger, languages: dict[str, str | None]
+    prepared: artifact.Artifact, record_encoder: RecordEncoder, ledger: Ledger, languages: dict[str, str | None]
 ) -> tuple[list[Any], dict[str, TokenStore]]:
     """What was held out, encoded in the same way, documents by their language; in the ledger it is a loss of its own name."""
-    file = prepared.path / f"{reader.kind}.held_out.jsonl"
+    file = prepared.path / f"{record_encoder.kind}.held_out.jsonl"
     if not file.is_file():
         return [], {}
     records, bad, aside = list(load_records(file)), list[Rejected](), Ledger("rows", "tokens")
     groups: dict[str, list[Any]] = {}
     for record in records:
         groups.setdefault(_language_of(record, languages), []).append(record)
-    found = {name: token_store.in_memory(reader.held_out(groups[name], aside, bad.append)) for name in sorted(groups)}
-    if prepared.manifest["ledger"][reader.kind]["from_training"]:
+    found = {
+        name: token_store.in_memory(record_encoder.held_out(groups[name], aside, bad.append)) for name in sorted(groups)
+    }
+    if prepared.manifest["ledger"][record_encoder.kind]["from_training"]:
         ledger.enter(aside.size_in, things=len(records))
         ledger.lose("held_out", aside.size_in, things=len(records))
     if bad:

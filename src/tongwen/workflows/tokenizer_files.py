@@ -57,13 +57,13 @@ class TokenizerFiles:
             return MeasuredTokenizer(
                 self.name, own.encode, inside, own.decode, spm.spelling_of(self.model), self.special
             )
-        spelling = bytelevel.spelling_of(self.definition) if self.grows else self._as_written()
+        spelling = bytelevel.spelling_of(self.definition) if self.is_extensible else self._as_written()
         return MeasuredTokenizer(
             self.name, self.encode_fast, self.encode_fast, self.decode_fast, spelling, self.special
         )
 
     @property
-    def grows(self) -> bool:
+    def is_extensible(self) -> bool:
         """Whether it is of a kind that takes new pieces."""
         return self.model is not None or bytelevel.is_byte_level(self.definition)
 
@@ -102,7 +102,7 @@ class ExtendedTokenizer:
     """lexicon: the extended one; parts: for each new id, the old ids that it stands for; seen: how often each piece that
     was learned stood in the corpus when it was chosen."""
 
-    lexicon: TokenizerFiles
+    files: TokenizerFiles
     first_new: int
     parts: list[list[int]]
     seen: list[int] = field(default_factory=list)
@@ -116,16 +116,16 @@ def open_tokenizer_files(name: str, *, to_measure: bool = False) -> TokenizerFil
     """A model's tokenizer (folder, hub id, modelscope:, .gguf) or a tokenizer's file (tokenizer.json, SentencePiece's
     .model, tiktoken's, tekken.json). Raises ModelError for what is none of these, or of a kind that takes no pieces, unless
     it is only to be measured."""
-    lexicon = _open(Path(name), name)
-    if not lexicon.grows and not to_measure:
+    files = _open(Path(name), name)
+    if not files.is_extensible and not to_measure:
         raise ModelError(
             _("a {type} tokenizer without tokenizer.model: neither byte-level BPE nor SentencePiece").format(
-                type=lexicon.definition["model"]["type"]
+                type=files.definition["model"]["type"]
             ),
-            place=lexicon.name,
+            place=files.name,
             remedy=_("put the model family's tokenizer.model next to it"),
         )
-    return lexicon
+    return files
 
 
 def _open(path: Path, name: str) -> TokenizerFiles:
@@ -147,9 +147,9 @@ def _open(path: Path, name: str) -> TokenizerFiles:
 
 def _open_file(path: Path) -> TokenizerFiles:
     if path.suffix == ".json":
-        held = _read_json(path)
-        if "model" in held:
-            return TokenizerFiles(str(path), Tokenizer.from_str(json.dumps(held)))
+        definition = _read_json(path)
+        if "model" in definition:
+            return TokenizerFiles(str(path), Tokenizer.from_str(json.dumps(definition)))
     ranked = read_ranks(path)
     if ranked is not None:
         return TokenizerFiles(str(path), ranked)
@@ -177,7 +177,7 @@ class LearnedPieces:
     def __len__(self) -> int:
         return len(self.found.pieces if self.base.model is None else self.found)
 
-    def say_if_fewer(self, pieces: int) -> None:
+    def warn_if_fewer(self, pieces: int) -> None:
         if len(self) < pieces:
             console.notice(
                 _(
@@ -200,7 +200,7 @@ def learn(
     texts: Iterable[str],
     script: Script,
     most: int,
-    tell: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> LearnedPieces:
     """At most `most` pieces. Raises DataError when the texts hold nothing of the script, ModelError when the base is no
     BPE."""
@@ -208,14 +208,14 @@ def learn(
         spm.check_base(base.model, base.name)
         inside = encoder_of(spm.without_prefix(base.model))
         return LearnedPieces(
-            base, script, spm.learn_pieces(base.model, texts, script, inside, most, tell) if most else []
+            base, script, spm.learn_pieces(base.model, texts, script, inside, most, on_progress) if most else []
         )
     definition = base.definition
     spelling = bytelevel.spelling_of(definition)
     counted = bytelevel.count_words(base.backend, texts, script) if most else {}
     special = [token["content"].encode() for token in definition.get("added_tokens") or ()]
     learned = learn_merges(
-        counted, spelling, script.allows, most, first_new=len(spelling), forbidden=special, tell=tell
+        counted, spelling, script.allows, most, first_new=len(spelling), forbidden=special, tell=on_progress
     )
     return LearnedPieces(base, script, learned)
 
@@ -320,13 +320,13 @@ def _check_new(base: TokenizerFiles, texts: Sequence[str]) -> None:
             )
 
 
-def save(lexicon: TokenizerFiles, folder: Path) -> None:
+def save(files: TokenizerFiles, folder: Path) -> None:
     """The files of a tokenizer: tokenizer.json and its config, and tokenizer.model where there is one. Names of special
     tokens, length and chat template are carried over."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=lexicon.backend, **_settings(lexicon))
-    own = lexicon.tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=files.backend, **_settings(files))
+    own = files.tokenizer
     if own is not None and own.chat_template:
         tokenizer.chat_template = own.chat_template
     tokenizer.save_pretrained(str(folder))
@@ -334,14 +334,14 @@ def save(lexicon: TokenizerFiles, folder: Path) -> None:
     known = json.loads(config.read_text(encoding="utf-8"))
     # The class that every transformers knows; what 5 writes, 4 (and what stands on it) does not.
     write_json(config, {**known, "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": INPUTS})
-    if lexicon.model is not None:
-        (folder / "tokenizer.model").write_bytes(lexicon.model.SerializeToString())
+    if files.model is not None:
+        (folder / "tokenizer.model").write_bytes(files.model.SerializeToString())
 
 
-def _settings(lexicon: TokenizerFiles) -> dict[str, Any]:
-    own = lexicon.tokenizer
+def _settings(files: TokenizerFiles) -> dict[str, Any]:
+    own = files.tokenizer
     if own is None:
-        return sentencepiece.special_names(lexicon.model) if lexicon.model is not None else {}
+        return sentencepiece.special_names(files.model) if files.model is not None else {}
     names = {name: str(text) for name, text in own.special_tokens_map.items() if isinstance(text, str)}
     return {
         **names,
@@ -352,15 +352,15 @@ def _settings(lexicon: TokenizerFiles) -> dict[str, Any]:
 
 
 def curve(
-    learnt: LearnedPieces, rest: list[str], shape: ModelSize, steps: Sequence[int] = CURVE
+    learned_pieces: LearnedPieces, rest: list[str], shape: ModelSize, steps: Sequence[int] = CURVE
 ) -> tuple[CurvePoint, list[CurvePoint]]:
     """What more and more pieces bring on the rest."""
     made = []
-    for step in _reached(steps, len(learnt)):
-        extended = learnt.extended(step)
+    for step in _reached(steps, len(learned_pieces)):
+        extended = learned_pieces.extended(step)
         seen = sum(count >= SEEN_ENOUGH for count in extended.seen)
-        made.append((step, extended.lexicon.coder, seen))
-    return make_curve(learnt.base.coder, shape, rest, made)
+        made.append((step, extended.files.coder, seen))
+    return make_curve(learned_pieces.base.coder, shape, rest, made)
 
 
 def _reached(steps: Sequence[int], most: int) -> list[int]:
@@ -383,26 +383,26 @@ def shape_of(name: str) -> ModelSize:
 def shipped_texts() -> list[str]:
     """The dialogues that the package brings along: real text in reach of everyone."""
     with resources.as_file(resources.files("tongwen.commands") / "demo_data" / "dialogues.jsonl") as file:
-        return list(iter_texts([str(file)], lambda said: None))
+        return list(iter_texts([str(file)], lambda text: None))
 
 
 # -- texts ---------------------------------------------------------------------------------------------------------
 
 
-def iter_texts(paths: Sequence[str], tell: Callable[[str], None] = console.notice) -> Iterator[str]:
+def iter_texts(paths: Sequence[str], notify: Callable[[str], None] = console.notice) -> Iterator[str]:
     """The texts of files of any known format as they are, record after record; dialogues turn by turn. Rows that cannot
     be read are counted and said."""
     section = Prepare(documents=[SourceConfig(path=path) for path in paths], clean=AS_IS)
-    for listed in list_parts(section, local_copy, tell):
+    for listed in list_parts(section, local_copy, notify):
         part = replace(listed, kind=kind_of(listed.file, listed.source))
         refused, first = 0, ""
-        for raw, record in iter_rows(part, section, Cleaner(section.clean, part.kind), tell):
+        for raw, record in iter_rows(part, section, Cleaner(section.clean, part.kind), notify):
             if isinstance(record, (Document, Dialogue)):
                 yield from texts_of(record)
             elif isinstance(record, RowRefused):
                 refused, first = refused + 1, first or f"{raw.file}:{raw.row}: {record.rule}"
         if refused:
-            tell(_("{refused:,} rows cannot be read, the first: {first}").format(refused=refused, first=first))
+            notify(_("{refused:,} rows cannot be read, the first: {first}").format(refused=refused, first=first))
 
 
 def texts_of(record: Document | Dialogue) -> Iterator[str]:
@@ -420,15 +420,15 @@ def split(texts: Iterable[str]) -> tuple[Iterator[str], list[str]]:
 
 def _without_tenth(texts: Iterable[str], rest: list[str]) -> Iterator[str]:
     size = 0
-    for place, text in enumerate(texts):
-        if place % 10 == 0 and size < SAMPLE:
+    for index, text in enumerate(texts):
+        if index % 10 == 0 and size < SAMPLE:
             rest.append(text)
             size += len(text)
         else:
             yield text
 
 
-def some(texts: Iterable[str]) -> list[str]:
+def sample_texts(texts: Iterable[str]) -> list[str]:
     """Texts up to SAMPLE characters, evenly from the whole; never fewer than one."""
     return _evenly(list(texts))
 

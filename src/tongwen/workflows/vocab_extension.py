@@ -41,9 +41,9 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
     console.header("vocab", f"{recipe.base} + {section.tokenizer or format(section.pieces, ',')}")
     old, script = tokenizer_files.open_tokenizer_files(recipe.base), Script(section.script)
     learn_from, rest = _texts(prepared.path if prepared else None)
-    learnt = None if section.tokenizer else _learn(old, learn_from, script, section)
-    if learnt is not None:
-        made = learnt.extended(section.pieces, section.words, section.special_tokens)
+    learned = None if section.tokenizer else _learn(old, learn_from, script, section)
+    if learned is not None:
+        made = learned.extended(section.pieces, section.words, section.special_tokens)
     else:
         made = tokenizer_files.extended_by(old, str(section.tokenizer))
 
@@ -52,12 +52,12 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
     rows = resize.plan_rows(
         made.first_new, made.new_ids, base.facts[names[0]][1][0], section.pad_to_multiple, shrink=section.shrink
     )
-    report = measure.survey(old.coder, made.lexicon.coder, {_("held out"): rest}, script)
+    report = measure.survey(old.coder, made.files.coder, {_("held out"): rest}, script)
     report["rows"] = {"filled": rows.filled, "added": rows.added, "padding": rows.padding, "wanted": rows.wanted}
     if section.measure_bits:
         report |= vocab_scores.bits_before_training(place, old, made, section.new_rows, recipe.seed, rest)
-    if learnt is not None and section.pieces:
-        report |= _advise(learnt, rest, recipe.base, section, report.get("bits_per_byte"))
+    if learned is not None and section.pieces:
+        report |= _advise(learned, rest, recipe.base, section, report.get("bits_per_byte"))
     report["summary"] = f"{recipe.base} · {_('{pieces:,} pieces').format(pieces=len(made.parts))} · {section.new_rows}"
 
     base_lines = model_lines(place)
@@ -66,13 +66,13 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
         parents["prepare"] = prepared.as_parent()
     with artifact.create(out, "vocab", parents, settings, swept=True) as draft:
         artifact.check_disk(draft.path, resize.bytes_needed(base, names, rows))
-        tokenizer_files.save(made.lexicon, draft.path)
+        tokenizer_files.save(made.files, draft.path)
         with console.progress(len(base.facts), "grow") as bar:
             known = {} if place.gguf else base_lines  # a GGUF file names its tensors otherwise
             make = _maker(base, made, rows, recipe)
             lines = resize.widen(base, known, names, rows, make, draft.path, bar.update)
         artifact.write_json(draft.path / "config.json", config | {"vocab_size": rows.wanted})
-        _carry(place, draft.path)
+        _copy_generation_config(place, draft.path)
         artifact.write_json(draft.path / NEW_ROWS, list(made.new_ids))
         artifact.write_json(draft.path / "report.json", report)
         title = f"{recipe.name} · vocab"
@@ -80,7 +80,7 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
         draft.fingerprint = combine(lines)
         draft.facts = {"tokens": report["sizes"], "rows": report["rows"], "tensors": lines}
         draft.record_files(lambda file: file.suffix != ".safetensors")
-    _say_rows(rows, out)
+    _report_rows(rows, out)
     assert draft.artifact
     return draft.artifact
 
@@ -94,7 +94,7 @@ def _texts(prepared: Path | None) -> tuple[Iterable[str], list[str]]:
     texts = _read(prepared / f"{kind}.jsonl")
     aside = prepared / f"{kind}.held_out.jsonl"
     if aside.is_file():
-        return texts, tokenizer_files.some(_read(aside))
+        return texts, tokenizer_files.sample_texts(_read(aside))
     return tokenizer_files.split(texts)
 
 
@@ -109,9 +109,9 @@ def _learn(old: TokenizerFiles, texts: Iterable[str], script: Script, section: V
         return tokenizer_files.learn(old, (), script, 0)
     most = max(section.pieces, measure.CURVE[-1])
     with console.progress(most, _("learning pieces")) as bar:
-        learnt = tokenizer_files.learn(old, texts, script, most, bar.update)
-    learnt.say_if_fewer(section.pieces)
-    return learnt
+        learned = tokenizer_files.learn(old, texts, script, most, bar.update)
+    learned.warn_if_fewer(section.pieces)
+    return learned
 
 
 def _maker(
@@ -129,14 +129,14 @@ def _maker(
 
 
 def _advise(
-    learnt: tokenizer_files.LearnedPieces, rest: list[str], base: str, section: Vocab, bits: dict[str, float] | None
+    learned: tokenizer_files.LearnedPieces, rest: list[str], base: str, section: Vocab, bits: dict[str, float] | None
 ) -> dict[str, Any]:
     """The curve and the advice, said before anything costs hours."""
     steps = sorted({*measure.CURVE, section.pieces})
-    start, curve = tokenizer_files.curve(learnt, rest, tokenizer_files.shape_of(base), steps)
-    advice = measure.advise(start, curve, vocab_scores.damage_of(bits), min(section.pieces, len(learnt)))
-    said = console.good if advice.extend else console.notice
-    said(
+    start, curve = tokenizer_files.curve(learned, rest, tokenizer_files.shape_of(base), steps)
+    advice = measure.advise(start, curve, vocab_scores.damage_of(bits), min(section.pieces, len(learned)))
+    report = console.good if advice.extend else console.notice
+    report(
         _("extending this vocabulary is worthwhile")
         if advice.extend
         else _(
@@ -148,14 +148,14 @@ def _advise(
     return {"curve": [vars(point) for point in (start, *curve)], "advice": advice.to_dict()}
 
 
-def _carry(place: load.ModelRef, out: Path) -> None:
+def _copy_generation_config(place: load.ModelRef, out: Path) -> None:
     """What the base says beside its weights: how to generate."""
     file = Path(place.folder) / "generation_config.json"
     if file.is_file():
         shutil.copyfile(file, out / file.name)
 
 
-def _say_rows(rows: resize.RowPlan, out: Path) -> None:
+def _report_rows(rows: resize.RowPlan, out: Path) -> None:
     console.good(
         _(
             "{count:,} new tokens: {filled:,} use spare rows, the matrices grew by {added:,} to {wanted:,} rows · {out}"

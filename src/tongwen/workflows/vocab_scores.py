@@ -49,7 +49,7 @@ def bits_before_training(
         rows = resize.plan_rows(made.first_new, made.new_ids, held, 1)
         before = [_score(model, old, old.tokenizer, some) for some in scored]
         resize.widen_in_memory(model, rows, lambda read: iter_rows(kind, made, rows, seed, read))
-        after = [_score(model, made.lexicon, old.tokenizer, some) for some in scored]
+        after = [_score(model, made.files, old.tokenizer, some) for some in scored]
     return {
         "bits_per_byte": {
             _("base"): before[0],

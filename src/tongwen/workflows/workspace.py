@@ -54,18 +54,18 @@ class Workspace:
     def models(self) -> list[str]:
         found = [folder for folder in self._walk() if any((folder / mark).is_file() for mark in MODEL_MARKS)]
         files = [file for folder in self._walk() for file in sorted(folder.glob("*.gguf"))]
-        return [*self.named, *map(shown, [*found, *files][:MOST])]
+        return [*self.named, *map(display_path, [*found, *files][:MOST])]
 
     def recipes(self) -> list[str]:
         files = [
             file for folder in self._walk() for ending in ("yaml", "yml") for file in sorted(folder.glob(f"*.{ending}"))
         ]
-        return [shown(file) for file in files if _is_recipe(file)][:MOST]
+        return [display_path(file) for file in files if _is_recipe(file)][:MOST]
 
     def runs(self) -> list[str]:
         """The newest first."""
         found = [folder for folder in self._walk() if _is_run(folder)]
-        return [shown(folder) for folder in sorted(found, key=_changed, reverse=True)][:MOST]
+        return [display_path(folder) for folder in sorted(found, key=_changed, reverse=True)][:MOST]
 
     def _walk(self) -> Iterator[Path]:
         for top in self.folders:
@@ -77,10 +77,10 @@ class Workspace:
                 yield folder
 
 
-def shown(path: Path) -> str:
+def display_path(path: Path) -> str:
     """As short as it can be said from where the command was started."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
+    cwd = Path.cwd()
+    return str(path.relative_to(cwd)) if path.is_relative_to(cwd) and path != cwd else str(path)
 
 
 def _is_run(folder: Path) -> bool:

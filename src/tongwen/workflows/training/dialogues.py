@@ -19,8 +19,8 @@ from tongwen.workflows.tokenized_data import (
     DialogueEncoder,
     are_rows_untrained,
     encode_prepared,
+    make_dialogue_encoder,
     new_rows_of,
-    read_dialogues,
 )
 from tongwen.workflows.training.types import SamplePrompt, TrainingJob
 
@@ -29,29 +29,31 @@ def dialogue_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> T
     """Encode the dialogues for the `sft` stage. tokens: the folder that keeps them."""
     section, base = recipe.sft, base_of_stage(recipe, "sft")
     assert section
-    records = read_dialogues(base, section)
-    data = encode_prepared(prepared, records, recipe.seed, tokens)
+    record_encoder = make_dialogue_encoder(base, section)
+    data = encode_prepared(prepared, record_encoder, recipe.seed, tokens)
     return TrainingJob(
         recipe=recipe,
         stage="sft",
         prepared=prepared,
-        records=records,
+        record_encoder=record_encoder,
         data=data,
-        prompts=_prompts(data.held_out, records, section.samples),
-        find_rows=lambda model: sorted({*_control_rows(model, records, section), *_new_pieces(base, section)}),
+        prompts=_prompts(data.held_out, record_encoder, section.samples),
+        find_rows=lambda model: sorted({*_control_rows(model, record_encoder, section), *_new_pieces(base, section)}),
         new_rows=new_rows_of(base) if section.adapter.method == "new_rows" else (),
-        template=records.template,
-        parents={"template": {"name": section.template, "fingerprint": fingerprint_text(records.template.source)}},
+        template=record_encoder.template,
+        parents={
+            "template": {"name": section.template, "fingerprint": fingerprint_text(record_encoder.template.source)}
+        },
         facts={"template_name": section.template},
     )
 
 
-def _control_rows(model: Any, records: DialogueEncoder, section: Sft) -> list[int]:
+def _control_rows(model: Any, record_encoder: DialogueEncoder, section: Sft) -> list[int]:
     """Rows of control tokens that the template writes and the base never saw; under an adapter they would stay so."""
     if section.adapter.method == "full":
         return []
-    tokenizer = records.tokenizer
-    control = chat_setup.control_ids(tokenizer, records.template)
+    tokenizer = record_encoder.tokenizer
+    control = chat_setup.control_ids(tokenizer, record_encoder.template)
     rows = attach.find_untrained_rows(model, control, {*tokenizer.get_vocab().values()})
     if not rows:
         return []
@@ -76,7 +78,7 @@ def _new_pieces(base: str, section: Sft) -> list[int]:
     return new_rows_of(base)
 
 
-def _prompts(held_out: list[Dialogue], records: DialogueEncoder, count: int) -> list[SamplePrompt]:
+def _prompts(held_out: list[Dialogue], record_encoder: DialogueEncoder, count: int) -> list[SamplePrompt]:
     """The held-out dialogues that are answered before and after: the first with a plain question at the end."""
     asked = [
         one
@@ -86,7 +88,7 @@ def _prompts(held_out: list[Dialogue], records: DialogueEncoder, count: int) -> 
     return [
         SamplePrompt(
             one.messages[-2].content,
-            records.template.prompt(one.messages[:-1], one.tools),
+            record_encoder.template.prompt(one.messages[:-1], one.tools),
             one.messages[-1].content,
         )
         for one in asked[:count]

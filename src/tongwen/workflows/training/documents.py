@@ -19,8 +19,8 @@ from tongwen.workflows.tokenized_data import (
     DocumentEncoder,
     are_rows_untrained,
     encode_prepared,
+    make_document_encoder,
     new_rows_of,
-    read_documents,
 )
 from tongwen.workflows.training.types import SamplePrompt, TrainingJob
 
@@ -36,19 +36,19 @@ def document_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> T
     assert section
     _check_new_rows(base, section)
     _check_learns_text(base)
-    records = read_documents(base, section)
-    _warn_of_instruct(base, records.tokenizer)
-    data = encode_prepared(prepared, records, recipe.seed, tokens)
+    record_encoder = make_document_encoder(base, section)
+    _warn_of_instruct(base, record_encoder.tokenizer)
+    data = encode_prepared(prepared, record_encoder, recipe.seed, tokens)
     trains_rows = "new_rows" in section.trained_parts
     return TrainingJob(
         recipe=recipe,
         stage="pretrain",
         prepared=prepared,
-        records=records,
+        record_encoder=record_encoder,
         data=data,
-        prompts=_beginnings(data.held_out, records, section.samples),
+        prompts=_beginnings(data.held_out, record_encoder, section.samples),
         new_rows=new_rows_of(base) if trains_rows else (),
-        end=records.end,
+        end=record_encoder.end,
     )
 
 
@@ -80,8 +80,8 @@ def _check_learns_text(base: str) -> None:
 def _warn_of_instruct(base: str, tokenizer: Any) -> None:
     """Plain text wears off what an instruct model has learned about answering."""
     template = str(tokenizer.chat_template or "")
-    speaks = any(text in template for text in chat_setup.special_texts(tokenizer))
-    if speaks or re.search(r"instruct|chat|-it\b", Path(base).name, re.IGNORECASE):
+    has_control_tokens = any(text in template for text in chat_setup.special_texts(tokenizer))
+    if has_control_tokens or re.search(r"instruct|chat|-it\b", Path(base).name, re.IGNORECASE):
         console.notice(
             _(
                 "the base is an instruct model, and plain text wears down its ability to answer. Better: pre-train its base model, then add what the instruct model learned (tongwen merge --base RESULT --chat-vector INSTRUCT BASE), or run `sft` afterwards"
@@ -89,7 +89,7 @@ def _warn_of_instruct(base: str, tokenizer: Any) -> None:
         )
 
 
-def _beginnings(held_out: list[Document], records: DocumentEncoder, count: int) -> list[SamplePrompt]:
+def _beginnings(held_out: list[Document], record_encoder: DocumentEncoder, count: int) -> list[SamplePrompt]:
     """The first held-out documents that are long enough: how they begin, and how they go on."""
     long = [one.text for one in held_out if len(one.text) > 2 * OPENING]
     return [SamplePrompt(text[:OPENING], text[:OPENING], text[OPENING : 4 * OPENING]) for text in long[:count]]

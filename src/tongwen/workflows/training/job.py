@@ -29,7 +29,7 @@ from tongwen.train.parallel import agreed, choose, gather
 from tongwen.train.phase import Phase
 from tongwen.train.report import say_result
 from tongwen.train.trainer import PhaseRun, train_phase
-from tongwen.workflows.tokenized_data import say_ledger
+from tongwen.workflows.tokenized_data import report_ledger
 from tongwen.workflows.training.model import (
     answer_prompts,
     audit_phase,
@@ -38,7 +38,7 @@ from tongwen.workflows.training.model import (
     score_held_out,
     set_memory_savers,
 )
-from tongwen.workflows.training.phases import Progress, find_progress, plan_phases, say_plan
+from tongwen.workflows.training.phases import Progress, find_progress, plan_phases, report_plan
 from tongwen.workflows.training.report import SAMPLES, facts_of, make_report, method_of, save_answers, write_results
 from tongwen.workflows.training.types import PreparedModel, TrainingJob
 
@@ -55,7 +55,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
     if distributed.is_first():  # it alone reports to them
         trackers.check(job.recipe.track)
     check_further(job.section.adapter, job.stage)
-    say_ledger(job.data)
+    report_ledger(job.data)
     device = load.compute_device()
     phases = plan_phases(job, device, artifact.partial_of(out) / "checkpoints")
     with _explain_out_of_memory(job, phases, device) as opened:
@@ -63,7 +63,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
         model = prepare_model(job, phases, device, engine)
         opened.append(model)
         trained = model.adapted.counts
-        say_plan(phases, job.data.store, trained)
+        report_plan(phases, job.data.store, trained)
         parents = _parents(job, model)
         with artifact.create(out, job.stage, parents, job.settings, resumable=True) as draft:
             # Enter the run: a new one, or an interrupted one with the same settings, data and base.
@@ -126,7 +126,7 @@ def _parents(job: TrainingJob, model: PreparedModel) -> dict[str, Any]:
         "prepare": job.prepared.as_parent(),
         "base": {"path": job.base, "fingerprint": model.base_fingerprint},
         **({made.kind: made.as_parent()} if made else {}),
-        "tokenizer": {"fingerprint": fingerprint_tokenizer(job.records.tokenizer)},
+        "tokenizer": {"fingerprint": fingerprint_tokenizer(job.record_encoder.tokenizer)},
         **job.parents,
     }
 
@@ -160,12 +160,12 @@ def _examine(job: TrainingJob, model: PreparedModel, budget: int) -> dict[str, A
     with torch.random.fork_rng(), console.waiting(_("scoring the held-out data")):
         return {
             "scores": _score(job, model, budget) if job.data.held_out_stores else None,
-            "answers": answer_prompts(model, job.records, [prompt.prompt for prompt in job.prompts]),
+            "answers": answer_prompts(model, job.record_encoder, [prompt.prompt for prompt in job.prompts]),
         }
 
 
 def _score(job: TrainingJob, model: PreparedModel, budget: int) -> dict[str, Any]:
-    sizes = torch.from_numpy(token_bytes(job.records.tokenizer))
+    sizes = torch.from_numpy(token_bytes(job.record_encoder.tokenizer))
     return score_held_out(model, job.data.held_out_stores, budget, sizes)
 
 
@@ -182,7 +182,7 @@ def _phase_run(
 
     def evaluate(step: int) -> dict[str, Any]:
         scores: dict[str, Any] = agreed(_score(job, model, progress.budget))
-        answers = answer_prompts(model, job.records, [prompt.prompt for prompt in job.prompts])
+        answers = answer_prompts(model, job.record_encoder, [prompt.prompt for prompt in job.prompts])
         save_answers(folder / SAMPLES, step, [prompt.title for prompt in job.prompts], answers)
         check_forgetting(before["scores"]["groups"], scores["groups"], job.forgetting)
         return scores
@@ -192,7 +192,7 @@ def _phase_run(
     return PhaseRun(
         phase=phase,
         model=model.model,
-        tokenizer=job.records.tokenizer,
+        tokenizer=job.record_encoder.tokenizer,
         store=job.data.store,
         packed=model.packed,
         dtype=model.dtype,

@@ -39,8 +39,8 @@ SPARE = 0.03  # of a GPU's memory is left free when a micro-batch is tried: a lo
 def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: Engine) -> PreparedModel:
     """Open the base, check it against its tokenizer, attach what the recipe trains, and place it on the device."""
     section, place = job.section, load.locate(job.base)
-    tokenizer = job.records.tokenizer
-    dtype, why = load.compute_dtype(section.precision, device)
+    tokenizer = job.record_encoder.tokenizer
+    dtype, dtype_reason = load.compute_dtype(section.precision, device)
     trained = {part for phase in phases for part in phase.parts}
 
     # Open the base, and check what its files say.
@@ -72,7 +72,7 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
     )
     for notice in adapted.notices:
         console.notice(notice)
-    console.tell(f"{device} · {str(dtype)[6:]}: {why}")
+    console.tell(f"{device} · {str(dtype)[6:]}: {dtype_reason}")
 
     # Place it, and turn on the faster forms of its layers.
     if engine.name == "fsdp2":
@@ -94,15 +94,17 @@ def _open(place: load.ModelRef, dtype: torch.dtype, quantize: str) -> tuple[Any,
     config = load.load_config(place)
     family = family_of(config.model_type)
     model, fingerprint = open_adapter_chain(place, dtype, quantize)
-    why = _(family.padded) if family and family.padded else ""
-    if not why and not getattr(model, "_supports_attention_backend", False):
-        why = _("it has its own attention implementation")
-    if not why:
+    padding_reason = _(family.padded) if family and family.padded else ""
+    if not padding_reason and not getattr(model, "_supports_attention_backend", False):
+        padding_reason = _("it has its own attention implementation")
+    if not padding_reason:
         model.set_attn_implementation(packed_attention.register())
     else:
-        console.notice(_("{model_type} trains in padded batches: {why}").format(model_type=config.model_type, why=why))
+        console.notice(
+            _("{model_type} trains in padded batches: {why}").format(model_type=config.model_type, why=padding_reason)
+        )
     model.config.use_cache = False
-    return model, not why, fingerprint
+    return model, not padding_reason, fingerprint
 
 
 def _check_lengths(config: Any, job: TrainingJob) -> None:
@@ -214,16 +216,16 @@ def score_held_out(
     }
 
 
-def answer_prompts(prepared: PreparedModel, records: RecordEncoder, prompts: list[str]) -> list[str]:
+def answer_prompts(prepared: PreparedModel, record_encoder: RecordEncoder, prompts: list[str]) -> list[str]:
     """The model's own greedy answers, with the attention that generation needs."""
     model = prepared.model
     trained_with, was_training = model.config._attn_implementation, model.training
-    generator = TextGenerator(model, records.tokenizer, prepared.stops, chat_setup.context_length(model.config))
+    generator = TextGenerator(model, record_encoder.tokenizer, prepared.stops, chat_setup.context_length(model.config))
     model.eval()
     if trained_with == packed_attention.NAME:
         model.set_attn_implementation("sdpa")
     try:
-        ids = [records.encoder.encode_prompt(prompt) for prompt in prompts]
+        ids = [record_encoder.encoder.encode_prompt(prompt) for prompt in prompts]
         with prepared.computing(), checkpointing.as_written(model):
             return [generator.decode(generator.answer([one], Sampling(max_new_tokens=64))[0]).strip() for one in ids]
     finally:
@@ -236,7 +238,7 @@ def save_model(job: TrainingJob, prepared: PreparedModel, folder: Path, whole: d
 
     whole: the trained tensors by name, of a model that this process has only parts of.
     """
-    model, tokenizer = prepared.model, job.records.tokenizer
+    model, tokenizer = prepared.model, job.record_encoder.tokenizer
     if model.config._attn_implementation == packed_attention.NAME:
         model.set_attn_implementation("sdpa")
     model.config.use_cache = True

@@ -49,7 +49,7 @@ def plan_phases(job: TrainingJob, device: str, checkpoints: Path) -> list[Phase]
     return phases
 
 
-def say_plan(phases: list[Phase], store: TokenStore, counts: dict[str, Any]) -> None:
+def report_plan(phases: list[Phase], store: TokenStore, counts: dict[str, Any]) -> None:
     """Print steps, tokens and trained parameters, and what the plan keeps from happening."""
     plan = phases[0].plan
     steps = " + ".join(str(len(phase.plan)) for phase in phases)
@@ -139,7 +139,7 @@ def find_progress(job: TrainingJob, model: PreparedModel, phases: list[Phase], r
     if checkpoint:
         before = read_manifest(checkpoint)["conditions"]
         _check_packs(before, conditions, job)
-        _say_conditions(before, conditions)
+        _report_conditions(before, conditions)
     if start:
         console.notice(_("continuing after step {start} of {count}").format(start=start, count=len(tokens)))
     manifest = {**run, "conditions": conditions}
@@ -182,7 +182,7 @@ def _check_packs(before: dict[str, Any], now: dict[str, Any], job: TrainingJob) 
         )
 
 
-def _say_conditions(before: dict[str, Any], now: dict[str, Any]) -> None:
+def _report_conditions(before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = ", ".join(f"{name}: {old} → {new}" for name, old, new in artifact.differences(before, now))
     if changed:
         console.notice(

@@ -42,7 +42,7 @@ def facts_of(job: TrainingJob, model: PreparedModel, phases: list[Phase], throug
         "batch": {"tokens": section.batch_tokens} if section.batch_tokens else {"samples": section.batch_size},
         "engine": model.engine.name,
         "micro_batches": {"accumulate": plan.accumulate, "world": plan.world, "token_budget": plan.budget},
-        "stop_tokens": [job.records.tokenizer.convert_ids_to_tokens(index) for index in model.stops],
+        "stop_tokens": [job.record_encoder.tokenizer.convert_ids_to_tokens(index) for index in model.stops],
         **job.facts,
     }
 
@@ -83,7 +83,7 @@ def _samples(
             "before": old,
             "on_the_way": {line["step"]: line["answer"] for line in own},
             "after": new,
-            "wanted": prompt.wanted,
+            "wanted": prompt.reference,
         }
         for prompt, old, own, new in zip(prompts, before, by_prompt, after, strict=True)
     ]
@@ -91,7 +91,7 @@ def _samples(
 
 def _ledgers(job: TrainingJob) -> dict[str, Any]:
     """Both ledgers. What the first keeps is what the second takes in, or this is a bug of ours."""
-    table = job.prepared.manifest["ledger"][job.records.kind]
+    table = job.prepared.manifest["ledger"][job.record_encoder.kind]
     encoded = job.data.ledger.to_dict()
     tables = {"prepare": {key: table[key] for key in ("in", "kept", "lost", "files")}, "encode": encoded}
     kept, taken = tables["prepare"]["kept"]["rows"], tables["encode"]["in"]["rows"]

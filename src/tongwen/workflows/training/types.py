@@ -25,7 +25,7 @@ class SamplePrompt:
 
     title: str
     prompt: str
-    wanted: str
+    reference: str
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TrainingJob:
     recipe: Recipe
     stage: str
     prepared: artifact.Artifact
-    records: RecordEncoder
+    record_encoder: RecordEncoder
     data: TokenizedData
     prompts: list[SamplePrompt]
     find_rows: Callable[[Any], list[int]] = lambda model: []
