@@ -75,9 +75,9 @@ class ChatModel:
     def generate(self, prompts: Sequence[str], batch_size: int = ROWS, **options: Any) -> list[str]:
         """One answer per prompt. Prompts are questions for a chat model, beginnings for `template="completion"`."""
         answers: dict[int, str] = {}
-        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        self.answer_each(asked, answers.__setitem__, batch_size, **options)
-        return [answers[place] for place in range(len(prompts))]
+        conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        self.answer_each(conversations, answers.__setitem__, batch_size, **options)
+        return [answers[index] for index in range(len(prompts))]
 
     def answer_each(
         self,
@@ -92,7 +92,7 @@ class ChatModel:
             self.generator.answer_all(
                 ids,
                 self._sampling(options),
-                lambda place, answer: on_answer(place, self.generator.decode(answer)),
+                lambda index, answer: on_answer(index, self.generator.decode(answer)),
                 batch_size,
             )
 
@@ -164,18 +164,18 @@ def open_chat_model(
         template = "own" if tokenizer.chat_template else "completion"
         if template == "completion":
             console.notice(_("{model} has no template: it continues texts").format(model=model))
-    bound = None if template == "completion" else chat_setup.bind_template(template, tokenizer, encoder.prefix)
+    chat_template = None if template == "completion" else chat_setup.bind_template(template, tokenizer, encoder.prefix)
     if engine in ("llama.cpp", "vllm"):
-        generator = _open_with_engine(place, tokenizer, bound, engine, rows)
+        generator = _open_with_engine(place, tokenizer, chat_template, engine, rows)
     else:
         network = _open_network(place, tokenizer, precision, weights)
-        if bound is None:
+        if chat_template is None:
             _check_continues(network.config.model_type, model)
-        stops = _stops(model, tokenizer, bound, network.generation_config)
+        stops = _stops(model, tokenizer, chat_template, network.generation_config)
         generator = TextGenerator(
             network, tokenizer, stops, chat_setup.context_length(network.config), engine == "paged"
         )
-    return ChatModel(model, generator, encoder, bound, thinking == "on")
+    return ChatModel(model, generator, encoder, chat_template, thinking == "on")
 
 
 def choose_engine(model: str, adapters: Sequence[str]) -> str:
@@ -199,12 +199,14 @@ def _open_network(place: load.ModelRef, tokenizer: Any, precision: str, weights:
     """The network on its device, or over all GPUs when one is too small for it."""
     device = load.compute_device()
     dtype, _unused = load.compute_dtype(precision, device)
-    spread, quantize = device_map.choose(place, weights, device, dtype)
+    multi_device, quantize = device_map.choose(place, weights, device, dtype)
     with console.waiting(_("opening {place}").format(place=place.name)):
-        network, _unused2 = open_adapter_chain(place, dtype, quantize, device_map="auto" if spread else None, live=True)
+        network, _unused2 = open_adapter_chain(
+            place, dtype, quantize, device_map="auto" if multi_device else None, live=True
+        )
     load.check_tokenizer(tokenizer, network, place)
     mend_ends(tokenizer, network, place.name)
-    return (network if spread or quantize else network.to(device)).eval()
+    return (network if multi_device or quantize else network.to(device)).eval()
 
 
 def _check_continues(kind: str, model: str) -> None:
@@ -219,7 +221,7 @@ def _check_continues(kind: str, model: str) -> None:
 
 
 def _open_with_engine(
-    place: load.ModelRef, tokenizer: Any, bound: Template | None, engine: str, rows: int
+    place: load.ModelRef, tokenizer: Any, chat_template: Template | None, engine: str, rows: int
 ) -> TextGenerator:
     """The voice of another engine, which reads the weights itself."""
     if place.adapters:
@@ -232,7 +234,7 @@ def _open_with_engine(
     context = chat_setup.context_length(config)
     if engine == "vllm":
         folder = load.fetched(place).folder
-        stops = _stops(place.name, tokenizer, bound, load.load_generation_config(folder))
+        stops = _stops(place.name, tokenizer, chat_template, load.load_generation_config(folder))
         return vllm.open_model(folder, tokenizer, stops, context)
     if not place.gguf:
         raise ModelError(
@@ -242,7 +244,9 @@ def _open_with_engine(
         )
     file = str(Path(place.folder) / place.gguf)
     with console.waiting(_("opening {place}").format(place=place.name)):
-        backend = llamacpp.open_file(file, tokenizer, _stops(place.name, tokenizer, bound, None), config, context, rows)
+        backend = llamacpp.open_file(
+            file, tokenizer, _stops(place.name, tokenizer, chat_template, None), config, context, rows
+        )
     if backend.context < context:
         console.notice(
             _(
@@ -252,8 +256,8 @@ def _open_with_engine(
     return backend
 
 
-def _stops(model: str, tokenizer: Any, bound: Template | None, generation_config: Any) -> tuple[int, ...]:
-    stops = chat_setup.stop_ids(tokenizer, bound, generation_config)
+def _stops(model: str, tokenizer: Any, chat_template: Template | None, generation_config: Any) -> tuple[int, ...]:
+    stops = chat_setup.stop_ids(tokenizer, chat_template, generation_config)
     if not stops:
         raise ModelError(_("this model has no stop token to end an answer"), place=model)
     return stops

@@ -53,7 +53,7 @@ def prepare(section: Prepare, seed: int, settings: dict[str, Any], out: Path) ->
         draft.facts = {"ledger": tables, "changed": dict(changed), "sources": _sources(section), "files": files}
         draft.facts["made"] = made
     assert draft.artifact
-    _show(tables, dict(changed))
+    _report_ledger(tables, dict(changed))
     return draft.artifact
 
 
@@ -85,7 +85,7 @@ def _sources(section: Prepare) -> dict[str, Any]:
     }
 
 
-def _show(tables: dict[str, Any], changed: dict[str, int]) -> None:
+def _report_ledger(tables: dict[str, Any], changed: dict[str, int]) -> None:
     """The ledger, and how many texts each rule mended."""
     rows: list[tuple[Any, ...]] = []
     for name, table in tables.items():

@@ -139,12 +139,12 @@ def _check_made(made: generate.GeneratedDialogues) -> None:
             remedy=_("try another model or method"),
         )
     if len(made.rows) < wanted:
-        why = (
+        cause = (
             _("{stale} replies in a row contained nothing new").format(stale=made.stale)
             if made.enough
             else _("nothing more to ask about")
         )
-        console.notice(_("got {count} of {wanted} rows: {why}").format(count=len(made.rows), wanted=wanted, why=why))
+        console.notice(_("got {count} of {wanted} rows: {why}").format(count=len(made.rows), wanted=wanted, why=cause))
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:

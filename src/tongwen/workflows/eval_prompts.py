@@ -100,8 +100,10 @@ def _unanswered(value: Any) -> list[dict[str, Any]]:
         return []
     turns = value.get("messages")
     if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
-        asks = turns[-1].get("role") != "assistant" and all(isinstance(turn.get("content"), str) for turn in turns)
-        return list(turns) if asks else []
+        ends_with_question = turns[-1].get("role") != "assistant" and all(
+            isinstance(turn.get("content"), str) for turn in turns
+        )
+        return list(turns) if ends_with_question else []
     if not value.keys().isdisjoint(ANSWERS) and not _is_unanswered(value):
         return []
     prompt = next((value[key] for key in ("prompt", "instruction", "question", "query") if key in value), None)

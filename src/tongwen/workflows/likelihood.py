@@ -73,8 +73,8 @@ class Likelihood:
 
     def _of_pieces(self, pieces: list[Piece]) -> dict[str, Any]:
         ids = [int(index) for piece in pieces for index in piece.ids]
-        places = np.flatnonzero(np.repeat([piece.learn for piece in pieces], [len(piece.ids) for piece in pieces]))
-        return self._batch(ids, (places - 1).tolist(), [ids[place] for place in places])
+        positions = np.flatnonzero(np.repeat([piece.learn for piece in pieces], [len(piece.ids) for piece in pieces]))
+        return self._batch(ids, (positions - 1).tolist(), [ids[position] for position in positions])
 
     def _prompt_and_answer(self, messages: Sequence[dict[str, Any]], option: str) -> tuple[list[int], list[int]]:
         """(prompt, answer) as the template says an answered dialogue; without a template, one after the other."""

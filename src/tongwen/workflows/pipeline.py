@@ -65,15 +65,15 @@ def run(
     """
     distributed.begin()
     if (again or fork) and distributed.is_launched():
-        flag, many = "--again" if again else "--fork", distributed.world_size()
+        flag, count = "--again" if again else "--fork", distributed.world_size()
         raise RecipeError(
             _("this moves or rewrites existing folders; only one process may do that, and {many} are running").format(
-                many=many
+                many=count
             ),
             place=flag,
             remedy=_(
                 "tongwen run RECIPE {flag} --devices {many}; or rename the folders in {out}, then launch without this option"
-            ).format(flag=flag, many=many, out=recipe.out),
+            ).format(flag=flag, many=count, out=recipe.out),
         )
     chosen = choose(recipe, only, start, until)
     check_launcher(recipe)
@@ -279,7 +279,7 @@ def _first_to_redo(recipe: Recipe, chosen: list[str], out: Path, stages: Stages,
 
 
 def _put_aside(path: Path) -> None:
-    for place in (path, artifact.partial_of(path)):
-        aside = artifact.put_aside(place)
+    for folder in (path, artifact.partial_of(path)):
+        aside = artifact.put_aside(folder)
         if aside:
-            console.notice(_("{place} is kept as {aside}").format(place=place.name, aside=aside.name))
+            console.notice(_("{place} is kept as {aside}").format(place=folder.name, aside=aside.name))

@@ -140,9 +140,9 @@ def _make_ask(chat_model: ChatModel, section: Evaluate, answers_folder: Path, mo
         names = list(new)
         asked = {"sitter": model_settings, "max_new_tokens": section.max_new_tokens, "asked": names}
         # A file for each way of asking: answers that were given in another way are in nobody's way.
-        way = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
         with closing(
-            AnswerJournal(answers_folder / f"{way}.jsonl", {"way": way}, f"rm -r {answers_folder}")
+            AnswerJournal(answers_folder / f"{digest}.jsonl", {"way": digest}, f"rm -r {answers_folder}")
         ) as journal:
             missing = [index for index in range(len(names)) if index not in journal.answers]
             known.update((names[index], text) for index, text in journal.answers.items())

@@ -36,8 +36,8 @@ def training_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 def open_model_before(recipe: Recipe, stage: str) -> artifact.Artifact:
     """What a stage after all training stands on, finished. Raises ArtifactError when it is not."""
-    place = Path(base_of_stage(recipe, stage))
-    return artifact.open_artifact(place, "model" if recipe.merge else place.name)
+    folder = Path(base_of_stage(recipe, stage))
+    return artifact.open_artifact(folder, "model" if recipe.merge else folder.name)
 
 
 def inputs(recipe: Recipe) -> Prepare:

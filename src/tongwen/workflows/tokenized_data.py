@@ -257,7 +257,7 @@ def encode_in_memory(recipe: Recipe, record_encoder: RecordEncoder) -> Tokenized
     store = token_store.in_memory(record_encoder.batches(rows, ledger, rejected.append))
     lost = [json.loads(bad.to_line()) for bad in rejected]
     mask = record_encoder.check(store, lost)
-    drawn, missed = _drawn(store, sources, files, recipe.seed)
+    drawn, missed = _make_sampler(store, sources, files, recipe.seed)
     return TokenizedData(store, mask, ledger, lost, drawn, [], {}, missed)
 
 
@@ -290,23 +290,23 @@ def encode_prepared(
 ) -> TokenizedData:
     """Training and held-out rows as tokens, every one of them in the ledger. Encoded once: the first process writes, an
     interrupted one goes on, the others wait and map the same files."""
-    place = folder / key_of(prepared, record_encoder)
+    store_folder = folder / key_of(prepared, record_encoder)
     with console.waiting(_("finding the tokens")):
-        found = token_store.open_store(place)
+        found = token_store.open_store(store_folder)
     if found:
         console.good(_("tokens: already encoded"))
     elif distributed.is_first():
-        _encode(prepared.path / f"{record_encoder.kind}.jsonl", record_encoder, place)
-    while (found := found or token_store.open_store(place)) is None:
+        _encode(prepared.path / f"{record_encoder.kind}.jsonl", record_encoder, store_folder)
+    while (found := found or token_store.open_store(store_folder)) is None:
         time.sleep(0.2)
     store, ledger = found
-    rejected = list(token_store.read_rejected(place))
+    rejected = list(token_store.read_rejected(store_folder))
     mask = record_encoder.check(store, rejected)
-    mask["round_trip"] = json.loads((place / ROUND_TRIP).read_text(encoding="utf-8"))
+    mask["round_trip"] = json.loads((store_folder / ROUND_TRIP).read_text(encoding="utf-8"))
     sources, files = _sources_of(prepared, record_encoder.kind)
     languages = {file: sources[number].get("language") for file, number in files.items()}
     held_out, held_out_stores = _encode_held_out(prepared, record_encoder, ledger, languages)
-    drawn, missed = _drawn(store, sources, files, seed)
+    drawn, missed = _make_sampler(store, sources, files, seed)
     return TokenizedData(store, mask, ledger, rejected, drawn, held_out, held_out_stores, missed)
 
 
@@ -321,15 +321,15 @@ def key_of(prepared: artifact.Artifact, record_encoder: RecordEncoder) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _encode(file: Path, record_encoder: RecordEncoder, place: Path) -> None:
+def _encode(file: Path, record_encoder: RecordEncoder, store_folder: Path) -> None:
     """Into the store, from where an interrupted run left it; the tokens of earlier settings go."""
-    for other in place.parent.glob("*") if place.parent.is_dir() else ():
-        if other not in (place, artifact.partial_of(place)):
+    for other in store_folder.parent.glob("*") if store_folder.parent.is_dir() else ():
+        if other not in (store_folder, artifact.partial_of(store_folder)):
             shutil.rmtree(other)
-    if place.exists():
-        console.notice(_("{place} has changed since it was written: encoding it again").format(place=place))
-        shutil.rmtree(place)
-    writer = token_store.Writer(place, len(record_encoder.tokenizer))
+    if store_folder.exists():
+        console.notice(_("{place} has changed since it was written: encoding it again").format(place=store_folder))
+        shutil.rmtree(store_folder)
+    writer = token_store.Writer(store_folder, len(record_encoder.tokenizer))
     ledger, rejected = writer.ledger, list[Rejected]()
     total = sum(1 for _ in file.open("rb"))
     if writer.rows:
@@ -375,7 +375,7 @@ def _language_of(record: Document | Dialogue, languages: dict[str, str | None]) 
     return languages.get(record.origin.file) or ("zh" if han_share(record.text) >= MOSTLY_HAN else "other")
 
 
-def _drawn(
+def _make_sampler(
     store: TokenStore, sources: list[dict[str, Any]], source_of: dict[str, int], seed: int
 ) -> tuple[Callable[[int], list[int]], list[str]]:
     """(epoch -> its samples in their order, with the weights and shares of the sources; what to say of those that the first

@@ -355,12 +355,12 @@ def curve(
     learned_pieces: LearnedPieces, rest: list[str], shape: ModelSize, steps: Sequence[int] = CURVE
 ) -> tuple[CurvePoint, list[CurvePoint]]:
     """What more and more pieces bring on the rest."""
-    made = []
+    points = []
     for step in _reached(steps, len(learned_pieces)):
         extended = learned_pieces.extended(step)
         seen = sum(count >= SEEN_ENOUGH for count in extended.seen)
-        made.append((step, extended.files.coder, seen))
-    return make_curve(learned_pieces.base.coder, shape, rest, made)
+        points.append((step, extended.files.coder, seen))
+    return make_curve(learned_pieces.base.coder, shape, rest, points)
 
 
 def _reached(steps: Sequence[int], most: int) -> list[int]:
@@ -393,8 +393,8 @@ def iter_texts(paths: Sequence[str], notify: Callable[[str], None] = console.not
     """The texts of files of any known format as they are, record after record; dialogues turn by turn. Rows that cannot
     be read are counted and said."""
     section = Prepare(documents=[SourceConfig(path=path) for path in paths], clean=AS_IS)
-    for listed in list_parts(section, local_copy, notify):
-        part = replace(listed, kind=kind_of(listed.file, listed.source))
+    for input_part in list_parts(section, local_copy, notify):
+        part = replace(input_part, kind=kind_of(input_part.file, input_part.source))
         refused, first = 0, ""
         for raw, record in iter_rows(part, section, Cleaner(section.clean, part.kind), notify):
             if isinstance(record, (Document, Dialogue)):

@@ -43,22 +43,24 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
     learn_from, rest = _texts(prepared.path if prepared else None)
     learned = None if section.tokenizer else _learn(old, learn_from, script, section)
     if learned is not None:
-        made = learned.extended(section.pieces, section.words, section.special_tokens)
+        extended = learned.extended(section.pieces, section.words, section.special_tokens)
     else:
-        made = tokenizer_files.extended_by(old, str(section.tokenizer))
+        extended = tokenizer_files.extended_by(old, str(section.tokenizer))
 
     base, config = open_model(place)
     names = resize.matrices_of(base, place.name)
     rows = resize.plan_rows(
-        made.first_new, made.new_ids, base.facts[names[0]][1][0], section.pad_to_multiple, shrink=section.shrink
+        extended.first_new, extended.new_ids, base.facts[names[0]][1][0], section.pad_to_multiple, shrink=section.shrink
     )
-    report = measure.survey(old.coder, made.files.coder, {_("held out"): rest}, script)
+    report = measure.survey(old.coder, extended.files.coder, {_("held out"): rest}, script)
     report["rows"] = {"filled": rows.filled, "added": rows.added, "padding": rows.padding, "wanted": rows.wanted}
     if section.measure_bits:
-        report |= vocab_scores.bits_before_training(place, old, made, section.new_rows, recipe.seed, rest)
+        report |= vocab_scores.bits_before_training(place, old, extended, section.new_rows, recipe.seed, rest)
     if learned is not None and section.pieces:
         report |= _advise(learned, rest, recipe.base, section, report.get("bits_per_byte"))
-    report["summary"] = f"{recipe.base} · {_('{pieces:,} pieces').format(pieces=len(made.parts))} · {section.new_rows}"
+    report["summary"] = (
+        f"{recipe.base} · {_('{pieces:,} pieces').format(pieces=len(extended.parts))} · {section.new_rows}"
+    )
 
     base_lines = model_lines(place)
     parents: dict[str, Any] = {"base": {"path": recipe.base, "fingerprint": combine(base_lines)}}
@@ -66,14 +68,14 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
         parents["prepare"] = prepared.as_parent()
     with artifact.create(out, "vocab", parents, settings, swept=True) as draft:
         artifact.check_disk(draft.path, resize.bytes_needed(base, names, rows))
-        tokenizer_files.save(made.files, draft.path)
+        tokenizer_files.save(extended.files, draft.path)
         with console.progress(len(base.facts), "grow") as bar:
             known = {} if place.gguf else base_lines  # a GGUF file names its tensors otherwise
-            make = _maker(base, made, rows, recipe)
+            make = _maker(base, extended, rows, recipe)
             lines = resize.widen(base, known, names, rows, make, draft.path, bar.update)
         artifact.write_json(draft.path / "config.json", config | {"vocab_size": rows.wanted})
         _copy_generation_config(place, draft.path)
-        artifact.write_json(draft.path / NEW_ROWS, list(made.new_ids))
+        artifact.write_json(draft.path / NEW_ROWS, list(extended.new_ids))
         artifact.write_json(draft.path / "report.json", report)
         title = f"{recipe.name} · vocab"
         (draft.path / "report.html").write_text(as_html(title, report), encoding="utf-8")
@@ -115,14 +117,14 @@ def _learn(old: TokenizerFiles, texts: Iterable[str], script: Script, section: V
 
 
 def _maker(
-    base: Tensors, made: tokenizer_files.ExtendedTokenizer, rows: resize.RowPlan, recipe: Recipe
+    base: Tensors, extended: tokenizer_files.ExtendedTokenizer, rows: resize.RowPlan, recipe: Recipe
 ) -> resize.MakeRows:
     """The rows of a matrix by its name: those of the new tokens, then the padding."""
     kind = recipe.vocab.new_rows if recipe.vocab else ""
 
     def make(name: str) -> Iterator[Any]:
         return vocab_scores.iter_rows(
-            kind, made, rows, recipe.seed, lambda begin, end: read_fp32(base, name, begin, end)
+            kind, extended, rows, recipe.seed, lambda begin, end: read_fp32(base, name, begin, end)
         )
 
     return make

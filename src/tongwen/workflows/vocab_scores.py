@@ -21,14 +21,14 @@ CHUNK = 400  # characters of a scored text
 
 
 def iter_rows(
-    kind: str, made: ExtendedTokenizer, rows: resize.RowPlan, seed: int, read: grow.ReadRows
+    kind: str, extended: ExtendedTokenizer, rows: resize.RowPlan, seed: int, read: grow.ReadRows
 ) -> Iterator[grow.Rows]:
     """The new rows of a matrix in blocks, then the padding. read: the old rows of the matrix."""
-    return grow.iter_rows(kind, made.parts, rows.old, read, padding=rows.padding, seed=seed)
+    return grow.iter_rows(kind, extended.parts, rows.old, read, padding=rows.padding, seed=seed)
 
 
 def bits_before_training(
-    place: load.ModelRef, old: TokenizerFiles, made: ExtendedTokenizer, kind: str, seed: int, texts: list[str]
+    place: load.ModelRef, old: TokenizerFiles, extended: ExtendedTokenizer, kind: str, seed: int, texts: list[str]
 ) -> dict[str, Any]:
     """`bits_per_byte` of the base and of the grown, untrained model, on texts and on English; nothing when the model does
     not fit into memory. kind: how new rows begin."""
@@ -45,11 +45,11 @@ def bits_before_training(
     scored = _chunks(texts), _chunks([measure.ENGLISH])
     with console.waiting(_("scoring before training")):
         model = load.load_model(place, load.compute_dtype("auto", "cpu")[0])
-        held = len(model.get_input_embeddings().weight)
-        rows = resize.plan_rows(made.first_new, made.new_ids, held, 1)
-        before = [_score(model, old, old.tokenizer, some) for some in scored]
-        resize.widen_in_memory(model, rows, lambda read: iter_rows(kind, made, rows, seed, read))
-        after = [_score(model, made.files, old.tokenizer, some) for some in scored]
+        row_count = len(model.get_input_embeddings().weight)
+        rows = resize.plan_rows(extended.first_new, extended.new_ids, row_count, 1)
+        before = [_score(model, old, old.tokenizer, texts_part) for texts_part in scored]
+        resize.widen_in_memory(model, rows, lambda read: iter_rows(kind, extended, rows, seed, read))
+        after = [_score(model, extended.files, old.tokenizer, texts_part) for texts_part in scored]
     return {
         "bits_per_byte": {
             _("base"): before[0],
@@ -75,14 +75,14 @@ def _chunks(texts: list[str]) -> list[str]:
     return chunks[:: max(1, len(whole) // SCORED)]
 
 
-def _score(model: Any, one: TokenizerFiles, tokenizer: Any, texts: list[str]) -> float:
+def _score(model: Any, files: TokenizerFiles, tokenizer: Any, texts: list[str]) -> float:
     """Bits per byte of texts, each by itself behind the token that begins a text."""
     import torch
 
     from tongwen.model.kernels.loss import bits_per_byte
 
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    coder = one.coder
+    coder = files.coder
     sizes = torch.tensor([len(piece) for piece in coder.spelling])
 
     def batches() -> Iterator[dict[str, Any]]:

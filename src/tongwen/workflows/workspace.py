@@ -69,11 +69,11 @@ class Workspace:
 
     def _walk(self) -> Iterator[Path]:
         for top in self.folders:
-            for place, below, _unused in os.walk(top):
-                folder = Path(place)
-                deep = len(folder.relative_to(top).parts)
-                hidden = [name for name in below if name.startswith((".", "__")) or deep >= DEEPEST]
-                below[:] = sorted(set(below) - set(hidden))
+            for root, subfolders, _unused in os.walk(top):
+                folder = Path(root)
+                depth = len(folder.relative_to(top).parts)
+                hidden = [name for name in subfolders if name.startswith((".", "__")) or depth >= DEEPEST]
+                subfolders[:] = sorted(set(subfolders) - set(hidden))
                 yield folder
 
 

@@ -80,7 +80,7 @@ def _new_pieces(base: str, section: Sft) -> list[int]:
 
 def _prompts(held_out: list[Dialogue], record_encoder: DialogueEncoder, count: int) -> list[SamplePrompt]:
     """The held-out dialogues that are answered before and after: the first with a plain question at the end."""
-    asked = [
+    dialogues = [
         one
         for one in held_out
         if len(one.messages) > 1 and one.messages[-1].role == "assistant" and one.messages[-1].content
@@ -91,5 +91,5 @@ def _prompts(held_out: list[Dialogue], record_encoder: DialogueEncoder, count: i
             record_encoder.template.prompt(one.messages[:-1], one.tools),
             one.messages[-1].content,
         )
-        for one in asked[:count]
+        for one in dialogues[:count]
     ]

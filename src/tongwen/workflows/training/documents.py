@@ -46,7 +46,7 @@ def document_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> T
         prepared=prepared,
         record_encoder=record_encoder,
         data=data,
-        prompts=_beginnings(data.held_out, record_encoder, section.samples),
+        prompts=_completion_prompts(data.held_out, record_encoder, section.samples),
         new_rows=new_rows_of(base) if trains_rows else (),
         end=record_encoder.end,
     )
@@ -89,7 +89,7 @@ def _warn_of_instruct(base: str, tokenizer: Any) -> None:
         )
 
 
-def _beginnings(held_out: list[Document], record_encoder: DocumentEncoder, count: int) -> list[SamplePrompt]:
+def _completion_prompts(held_out: list[Document], record_encoder: DocumentEncoder, count: int) -> list[SamplePrompt]:
     """The first held-out documents that are long enough: how they begin, and how they go on."""
-    long = [one.text for one in held_out if len(one.text) > 2 * OPENING]
-    return [SamplePrompt(text[:OPENING], text[:OPENING], text[OPENING : 4 * OPENING]) for text in long[:count]]
+    texts = [one.text for one in held_out if len(one.text) > 2 * OPENING]
+    return [SamplePrompt(text[:OPENING], text[:OPENING], text[OPENING : 4 * OPENING]) for text in texts[:count]]

@@ -72,26 +72,28 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
 
             # Audit the first phase before anything slow. Then score what was held out, once.
             guarded, unreached = _begin_phase(model, progress.phases[0], job, len(phases) > 1)
-            before = _once(draft.path / resume.BEFORE, lambda: _examine(job, model, phases[0].plan.budget))
+            before = _load_or_make(
+                draft.path / resume.BEFORE, lambda: _score_and_answer(job, model, phases[0].plan.budget)
+            )
 
             # Train each phase that is left, from the newest checkpoint if there is one.
             notices, done, began = list[str](), progress.start, time.monotonic()
-            to_beat = before["scores"]["bits_per_byte"] if before["scores"] else math.inf
+            best_score = before["scores"]["bits_per_byte"] if before["scores"] else math.inf
             with console.progress(len(progress.tokens), job.stage, progress.start) as bar:
                 for phase in progress.phases:
                     if phase is not progress.phases[0]:
                         guarded, more = _begin_phase(model, phase, job, True)
                         unreached += more
-                    metrics = MetricsCallback(draft.path / "metrics.jsonl", progress.tokens, phase, bar, to_beat)
+                    metrics = MetricsCallback(draft.path / "metrics.jsonl", progress.tokens, phase, bar, best_score)
                     phase_run = _phase_run(job, model, phase, guarded, progress, metrics, before)
                     done = phase.steps_before + train_phase(phase_run)
                     notices += phase_run.notices
-                    to_beat = min((score for _, score in metrics.evaluations), default=math.inf)
+                    best_score = min((score for _, score in metrics.evaluations), default=math.inf)
             notices += _settle_adalora(model)
             throughput = progress.throughput(done, draft.path / "metrics.jsonl", time.monotonic() - began)
 
             # Score again, save, report.
-            after = _examine(job, model, phases[0].plan.budget)
+            after = _score_and_answer(job, model, phases[0].plan.budget)
             _check_forgotten(job, before, after)
             whole = gather(model.model, model.adapted.learners)
             if distributed.is_first():
@@ -155,7 +157,7 @@ def _begin_phase(
     return guarded, audit_phase(model, phase, job.data.store)
 
 
-def _examine(job: TrainingJob, model: PreparedModel, budget: int) -> dict[str, Any]:
+def _score_and_answer(job: TrainingJob, model: PreparedModel, budget: int) -> dict[str, Any]:
     """The scores of what was held out, and the answers to the sample prompts."""
     with torch.random.fork_rng(), console.waiting(_("scoring the held-out data")):
         return {
@@ -284,9 +286,9 @@ def _out_of_memory(
     )
 
 
-def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _load_or_make(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The value that an interrupted run already made, or the first process's new one, kept for the next time."""
-    if kept := _kept(file):
+    if kept := _read_scores(file):
         return kept
     if file.is_file():
         console.notice(_("{file} cannot be read and is created again").format(file=file.name))
@@ -294,12 +296,12 @@ def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if distributed.is_first():
         artifact.write_json(file, value)
         return value
-    while (kept := _kept(file)) is None:
+    while (kept := _read_scores(file)) is None:
         time.sleep(0.1)
     return kept
 
 
-def _kept(file: Path) -> dict[str, Any] | None:
+def _read_scores(file: Path) -> dict[str, Any] | None:
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         return {name: kept[name] for name in ("scores", "answers")}

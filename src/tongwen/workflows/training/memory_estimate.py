@@ -118,12 +118,12 @@ def estimate_memory(config: Any, setting: TrainingSetup, micro: MicroBatch) -> M
     shape = shape_of(config, setting)
     layers = shape.layers
     try:
-        few, more = _few(config)
+        few, more = _layer_counts(config)
         if layers <= more:
-            parts = _rehearsed(config, setting, micro, layers)
+            parts = _trace(config, setting, micro, layers)
         else:
-            small, large = (_rehearsed(config, setting, micro, count) for count in (few, more))
-            parts = [_grown(small[part], large[part], (layers - more) / (more - few)) for part in AT_ANY_DEPTH]
+            small, large = (_trace(config, setting, micro, count) for count in (few, more))
+            parts = [_extrapolate(small[part], large[part], (layers - more) / (more - few)) for part in AT_ANY_DEPTH]
         rehearsed = True
     except (RuntimeError, TypeError, AttributeError, KeyError):  # what an unknown model's code raises without values
         parts, rehearsed = [_by_formula(config, setting, micro, shape)], False
@@ -138,8 +138,8 @@ def estimate_memory(config: Any, setting: TrainingSetup, micro: MicroBatch) -> M
     return MemoryEstimate(shape, {**needs, "peak": sum(needs.values())}, rehearsed)
 
 
-def _rehearsed(config: Any, setting: TrainingSetup, micro: MicroBatch, layers: int) -> list[dict[str, int]]:
-    adapted, matrices = _skeleton(_cut(config, layers), setting)
+def _trace(config: Any, setting: TrainingSetup, micro: MicroBatch, layers: int) -> list[dict[str, int]]:
+    adapted, matrices = _skeleton(_with_layers(config, layers), setting)
     model = adapted.model
     if not getattr(model, "_supports_attention_backend", False):
         raise TypeError("it has its own attention implementation")
@@ -217,7 +217,7 @@ def _skeleton(config: Any, setting: TrainingSetup) -> tuple[attach.Adapted, list
     return adapted, [module.weight.numel() for module in linear]
 
 
-def _cut(config: Any, layers: int) -> Any:
+def _with_layers(config: Any, layers: int) -> Any:
     """The config with so many layers."""
     cut = deepcopy(config)
     text = cut.get_text_config()
@@ -229,12 +229,12 @@ def _cut(config: Any, layers: int) -> Any:
     return cut
 
 
-def _few(config: Any) -> tuple[int, int]:
+def _layer_counts(config: Any) -> tuple[int, int]:
     kinds = getattr(config.get_text_config(), "layer_types", None) or [""]
     return ALIKE if len({*kinds}) == 1 else ALTERNATING
 
 
-def _grown(small: dict[str, int], large: dict[str, int], times: float) -> dict[str, int]:
+def _extrapolate(small: dict[str, int], large: dict[str, int], times: float) -> dict[str, int]:
     """From few layers to all of them: times as much more again as lies between the two."""
     return {purpose: round(size + (size - small.get(purpose, 0)) * times) for purpose, size in large.items()}
 
@@ -274,10 +274,10 @@ def measure(place: load.ModelRef, setting: TrainingSetup, store: Any, plan: Batc
         began = time.monotonic()
         with torch.autocast(setting.device, setting.dtype, enabled=setting.dtype != torch.float32):
             learned_loss(adapted.model, batch)[0].backward()
-        turned = _now(setting.device)
+        backward_ended = _now(setting.device)
         optimizer.step()
         ended = _now(setting.device)
-    return (turned - began) / batch["tokens"], ended - turned
+    return (backward_ended - began) / batch["tokens"], ended - backward_ended
 
 
 def _now(device: str) -> float:

@@ -76,7 +76,7 @@ def _samples(
     prompts: list[SamplePrompt], before: list[str], after: list[str], lines: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The prompts with all their answers. lines: of samples.jsonl, where the prompts stand in this order at each step."""
-    by_prompt = [lines[place :: len(prompts)] for place in range(len(prompts))]
+    by_prompt = [lines[index :: len(prompts)] for index in range(len(prompts))]
     return [
         {
             "question": prompt.title,
