@@ -1,6 +1,6 @@
-"""A look at data before anything is made of it: what a file is, which rows fail and why, and what would be learned of it.
+"""Preview data before using it: a file's format, the rows that fail and why, and the tokens that would be learned.
 
-`look` shows the samples of a recipe, the page those of a file; both colour them here.
+`look` shows samples of a recipe, the web page shows samples of a file; both colour them with `coloured`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tongwen.recipe.data import Prepare, SourceConfig
 from tongwen.recipe.training import Pretrain, Sft
 from tongwen.workflows.tokenized_data import RecordEncoder, describe_mask, make_dialogue_encoder, make_document_encoder
 
-SHOWN, ENCODED, PROBLEMS = 5, 200, 100  # samples that are shown and that are tried, rows that are listed
+SHOWN, ENCODED, PROBLEMS = 5, 200, 100  # samples that are shown, samples that are encoded, rows that are listed
 EXCERPT = 160  # characters of a row
 
 
@@ -35,7 +35,7 @@ Problem = tuple[int, str, str, str]  # row, reason, rule, the row itself
 
 @dataclass
 class DataPreview:
-    """What a file holds: its first rows that are taken, and its first that are not."""
+    """A file's format and counts, its first usable rows, and its first rows with problems."""
 
     kind: str
     format: str
@@ -45,7 +45,7 @@ class DataPreview:
 
 
 def inspect(file: Path) -> DataPreview:
-    """Read a whole file as `prepare` would, and compare nothing. Raises DataError for what is no data."""
+    """Read a whole file as `prepare` would, without the search for duplicates. Raises DataError if it is not a data file."""
     source = SourceConfig(path=str(file))
     kind = kind_of(file, source)
     section = Prepare.model_validate({kind: [source]})
@@ -65,7 +65,7 @@ def inspect(file: Path) -> DataPreview:
 
 
 def as_html(found: DataPreview) -> str:
-    """Figures, ledger and problems, as a piece of a page."""
+    """Return counts, ledger and problems as an HTML fragment."""
     ledger = found.counts.ledger
     more = "+" if len(found.problems) == PROBLEMS else ""
     facts = [
@@ -86,7 +86,7 @@ def as_html(found: DataPreview) -> str:
 
 
 def samples_as_html(found: DataPreview, base: str, template: str) -> str:
-    """The first records as a model will see them, learned tokens coloured. Only the model's tokenizer is opened."""
+    """Return the first records as HTML, encoded for a model, with learned tokens coloured. Opens only its tokenizer."""
     record_encoder: RecordEncoder
     if found.kind == "documents":
         record_encoder = make_document_encoder(base, Pretrain())
@@ -117,7 +117,7 @@ def samples_as_html(found: DataPreview, base: str, template: str) -> str:
 
 
 def token_kinds() -> list[tuple[str, str]]:
-    """What the kinds of `coloured` mean."""
+    """Return (kind, meaning) of the kinds that `coloured` gives."""
     return [
         ("p", _("prompt")),
         ("l", _("learned")),
@@ -126,7 +126,7 @@ def token_kinds() -> list[tuple[str, str]]:
 
 
 def coloured(tokenizer: Any, store: TokenStore, index: int, stop: int) -> list[tuple[str, int, str]]:
-    """(text, last id, kind) of one sample: prompt `p`, learned `l`, learned stop `s`."""
+    """Return (text, last id, kind) of each piece of a sample. Kinds: prompt `p`, learned `l`, learned stop token `s`."""
     return [
         (text, token, ("s" if token == stop else "l") if learned else "p")
         for text, token, learned in pieces(tokenizer, store, index)
@@ -134,7 +134,7 @@ def coloured(tokenizer: Any, store: TokenStore, index: int, stop: int) -> list[t
 
 
 def pieces(tokenizer: Any, store: TokenStore, index: int) -> Iterator[tuple[str, int, bool]]:
-    """(text, last id, learned) of one sample: tokens that together make whole characters are shown as one piece."""
+    """Yield (text, last id, learned) of a sample's pieces; tokens that form whole characters only together are one piece."""
     waiting: list[int] = []
     ids, learn = store.sample(index)
     for token, learned in zip(ids.tolist(), learn.tolist(), strict=True):

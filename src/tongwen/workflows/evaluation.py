@@ -1,8 +1,7 @@
-"""An examination: papers are read before a model is opened, a model sits them, and what it gets is figures with their
-spread.
+"""Evaluation tasks: read their data before a model is opened, run a model on them, return scores with their spread.
 
-Every paper gives each of its rows a few counts (see `infer.measures`); so two models that sat the same paper are compared
-row by row, also when one of them could not take a row.
+A task gives each row a few counts (see `infer.metrics`). Two models can therefore be compared row by row, also if one
+of them could not be scored on some rows.
 """
 
 from __future__ import annotations
@@ -32,8 +31,10 @@ Ask = Callable[[Sequence[Sequence[Mapping[str, Any]]], Progress], list[str]]
 
 @dataclass
 class Scores:
-    """What a model got. counts: of each row that was scored; shown: what people read of each row; groups: of rows that
-    belong together, by name; notes: what is to be said."""
+    """A model's results on a task.
+
+    counts: of each scored row; shown: text of each row for the report; groups: rows by group name; notes: for the user.
+    """
 
     counts: dict[int, Sequence[float]] = field(default_factory=dict)
     shown: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -62,14 +63,14 @@ class EvalTask(ABC):
     @property
     @abstractmethod
     def figures(self) -> Figures:
-        """Sums of counts -> figures, the main one first."""
+        """The function from summed counts to metrics, the main one first."""
 
     @abstractmethod
     def run(self, chat_model: ChatModel, ask: Ask, progress: Progress) -> Scores:
         """Score a model on the task. ask: returns the answer to each conversation."""
 
     def result(self, scores: Scores) -> dict[str, Any]:
-        """What stands in scores.json. Raises DataError when no row could be scored."""
+        """Return the task's entry in scores.json. Raises DataError if no row was scored."""
         if not scores.counts:
             raise DataError(_("no row could be scored"), place=self.config.title)
         out = metrics.summarise(scores.table(sorted(scores.counts)), self.figures)
@@ -81,13 +82,13 @@ class EvalTask(ABC):
         return out
 
     def change(self, before: Scores, after: Scores) -> dict[str, float]:
-        """The difference on the rows that both were scored on."""
+        """Return the difference on the rows that both models were scored on."""
         both = sorted(before.counts.keys() & after.counts.keys())
         return metrics.compare(before.table(both), after.table(both), self.figures)
 
 
 def read_task(task: TaskConfig) -> EvalTask:
-    """The paper of a task. Raises DataError when its data cannot be read."""
+    """Read the data of a task. Raises DataError if it cannot be read."""
     if task.suite:
         return LmEvalTask(task)
     assert task.data
@@ -103,7 +104,7 @@ def _first(task: TaskConfig, rows: list[Any]) -> list[Any]:
 
 
 def _answered(task: TaskConfig, questions: list[EvalPrompt]) -> list[EvalPrompt]:
-    """The questions whose answer is known. Raises DataError when there is none, or when an answer is not of the task's form."""
+    """Return the questions with a reference answer. Raises DataError if there are none, or one does not fit the task."""
     assert task.data
     known = [one for one in questions if one.reference is not None]
     if not known:
@@ -124,7 +125,7 @@ def _answered(task: TaskConfig, questions: list[EvalPrompt]) -> list[EvalPrompt]
 
 @dataclass(frozen=True)
 class GenerationTask(EvalTask):
-    """Questions whose answers are written out and compared with the data's."""
+    """Questions whose generated answers are compared with the reference answers."""
 
     questions: list[EvalPrompt]
 
@@ -149,7 +150,7 @@ class GenerationTask(EvalTask):
 
 @dataclass(frozen=True)
 class MultipleChoiceTask(EvalTask):
-    """Questions with options: the model's answer is the one that it holds to be the likeliest."""
+    """Questions with options: the model's answer is the option with the highest likelihood."""
 
     choices: list[MultipleChoiceQuestion]
     examples: dict[str, list[MultipleChoiceQuestion]]
@@ -200,7 +201,7 @@ def _read_choices(task: TaskConfig) -> MultipleChoiceTask:
 
 @dataclass(frozen=True)
 class LikelihoodTask(EvalTask):
-    """Texts, and how well the model foresees them: documents whole, of dialogues the answers."""
+    """Texts scored by likelihood: whole documents, and the answers of dialogues."""
 
     records: list[Document | Dialogue]
 
@@ -235,7 +236,7 @@ class LikelihoodTask(EvalTask):
 
 @dataclass(frozen=True)
 class LmEvalTask(EvalTask):
-    """A suite of EleutherAI's harness, which brings questions and scorer; `data` is a folder with tasks of one's own."""
+    """A task of EleutherAI's lm_eval, which has its own data and metrics; `data` is a folder with further tasks."""
 
     def __len__(self) -> int:
         return 1

@@ -1,6 +1,6 @@
-"""How likely a model holds a text to be: whole documents, the answers of dialogues, and the options of a question.
+"""The likelihood of texts under a model: whole documents, the answers of dialogues, and the options of a question.
 
-Ids are made as in training, and the loss is the one that training minimises.
+Texts are encoded as in training, and the loss is the training loss.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WINDOW = 2048  # tokens that a document is scored in at once, at most
 
 
 class Likelihood:
-    """A speaker's model as a judge of texts."""
+    """Scores texts by their likelihood under a chat model."""
 
     def __init__(self, chat_model: ChatModel) -> None:
         self.chat_model, self.model, self.encoder = chat_model, chat_model.generator.model, chat_model.encoder
@@ -31,8 +31,8 @@ class Likelihood:
         self.window = min(WINDOW, chat_model.generator.context)
 
     def score(self, record: Document | Dialogue) -> tuple[float, ...] | None:
-        """(nats of text, bytes, nats, tokens) of one record; None for a dialogue that is longer than the model sees, or
-        that the template cannot say."""
+        """Return (nats of text, bytes, nats, tokens) of one record; None for a dialogue that exceeds the context length or
+        that the template refuses."""
         if isinstance(record, Document):
             batches = list(self._windows(record.text))
         elif not (batches := self._answers(record)):
@@ -42,19 +42,19 @@ class Likelihood:
         return text, found["bytes"], found["loss"] * found["tokens"], found["tokens"]
 
     def nats_of(self, messages: Sequence[dict[str, Any]], options: Sequence[str]) -> np.ndarray:
-        """(O,) nats of each option as the answer, without its stop token."""
+        """Return the nats of each option as the answer, without its stop token: shape (O,)."""
         pairs = [self._prompt_and_answer(messages, option) for option in options]
         if all(
             prompt == pairs[0][0] and len(answer) == 1 for prompt, answer in pairs
-        ):  # one look at the prompt is enough
+        ):  # one pass over the prompt scores all options
             prompt, last = pairs[0][0], len(pairs[0][0]) - 1
             batch = self._batch(prompt, [last] * len(pairs), [answer[0] for _, answer in pairs])
             return self._nats(batch)
         return np.array([self._nats(self._learned([*prompt, *answer], len(prompt))).sum() for prompt, answer in pairs])
 
     def _windows(self, text: str) -> Iterator[dict[str, Any]]:
-        """Every token once. Behind what begins a text the first window is scored whole; of each other one only what is new,
-        which has at least half a window before it."""
+        """Score every token once: all of the first window after the start token, and the new tokens of each later one,
+        which have at least half a window of context."""
         start = self.encoder.prefix or [chat_setup.end_of_text(self.chat_model.generator.tokenizer)]
         ids = [*start, *map(int, self.encoder.encode_texts([text])[0])]
         for begin, end, first in windows(len(ids), self.window, len(start)):
@@ -77,7 +77,7 @@ class Likelihood:
         return self._batch(ids, (positions - 1).tolist(), [ids[position] for position in positions])
 
     def _prompt_and_answer(self, messages: Sequence[dict[str, Any]], option: str) -> tuple[list[int], list[int]]:
-        """(prompt, answer) as the template says an answered dialogue; without a template, one after the other."""
+        """Return the ids of (prompt, answer) as the template renders them; without a template, simply concatenated."""
         if self.chat_model.template is None:
             text = "".join(str(turn["content"]) for turn in messages)
             spans = [Span(text, False), Span(option, True, answer=True)]
@@ -90,14 +90,14 @@ class Likelihood:
         return [int(index) for piece in before for index in piece.ids], [int(index) for index in answer.ids]
 
     def _learned(self, ids: list[int], first: int) -> dict[str, Any]:
-        """All ids from `first` on are scored."""
+        """Return a batch in which all ids from `first` on are scored."""
         return self._batch(ids, range(first - 1, len(ids) - 1), ids[first:])
 
     def _batch(self, ids: list[int], rows: Sequence[int], targets: list[int]) -> dict[str, Any]:
         device = self.model.device
         return {
             "input_ids": torch.tensor([ids], device=device),  # (1, T)
-            "rows": torch.tensor(list(rows), device=device),  # (R,) each is read for the target at its place
+            "rows": torch.tensor(list(rows), device=device),  # (R,) each is the row of logits for the target at the same index
             "targets": torch.tensor(targets, device=device),  # (R,)
             "learned": len(targets),
         }
@@ -108,7 +108,7 @@ class Likelihood:
 
 
 def windows(count: int, size: int, first: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, first scored) of each window over `count` ids, of which those before `first` are not scored."""
+    """Yield (begin, end, first scored) of each window over `count` ids; ids before `first` are not scored."""
     begin = 0
     while first < count:
         end = min(begin + size, count)

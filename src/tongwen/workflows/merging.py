@@ -1,9 +1,9 @@
-"""Merging: a base and the adapters that were trained on it, in their order; an ordinary Hugging Face model folder out.
+"""Merge adapters into their base, in order; write an ordinary Hugging Face model folder.
 
-First whether they belong together, by the fingerprints that training recorded. Then the base's tensors stream through, a
-block of rows at a time; tokenizer, template and stop tokens come from the last adapter's folder, because the model
-learned with those. At the end the result is read back and compared with base + adapters. Nothing is imported that this
-does not need: torch alone would cost more memory than the merge.
+The fingerprints that training recorded show whether base and adapters belong together. The base's tensors are streamed, a
+block of rows at a time. Tokenizer, template and stop tokens come from the last adapter's folder, because the model was
+trained with them. The result is read back and compared with base + adapters. Heavy imports are avoided: torch alone
+would need more memory than the merge.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How a merge is done. to: hf or pth; parity: streamed, or full (both models in memory); onto: the original base, or
-    what training on nf4 or int8 saw of it; mix: adapters trained beside each other, and not one upon the other."""
+    """Options of a merge.
+
+    to: hf or pth; parity: streamed, or full (both models in memory); onto: the original base, or the base as quantised in
+    training (nf4 or int8); mix: how to combine adapters that were all trained on the same base.
+    """
 
     dtype: str = "base"
     to: str = "hf"
@@ -51,8 +54,11 @@ class MergeOptions:
 def merge(
     base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any], options: MergeOptions
 ) -> artifact.Artifact:
-    """Fold adapters into a base, in this order. Raises ArtifactError when one was not trained on what lies below it
-    (`force` goes on, and is recorded), NumbersError when the result is not base + adapters."""
+    """Merge adapters into a base, in this order.
+
+    Raises ArtifactError if an adapter was not trained on the model below it (`force` continues, and is recorded), and
+    NumbersError if the result differs from base + adapters.
+    """
     place, names = resolve(base, adapters)
     if options.mix and len(names) != len(adapters):
         raise ArtifactError(
@@ -93,7 +99,7 @@ def merge(
 
 
 def _as_pth(draft: artifact.Draft) -> None:
-    """The merged model's files become LLaMA's own; its tokenizer file stays."""
+    """Replace the merged model's files with LLaMA's original `.pth` format; keep its tokenizer file."""
     place = load.ModelRef(str(draft.path), str(draft.path))
     tensors, config = open_model(place)
     kept = {*draft.path.glob("tokenizer.model")}
@@ -107,7 +113,7 @@ def _as_pth(draft: artifact.Draft) -> None:
 
 
 def resolve(base: str, adapters: Sequence[str]) -> tuple[load.ModelRef, list[str]]:
-    """(the base, all adapters on it): a base that is itself a stage with an adapter brings that one and its own base."""
+    """Return (base, all adapters). If `base` is itself a stage with an adapter, its own base and adapter come first."""
     place = load.locate(base)
     return replace(place, adapters=()), [*place.adapters, *adapters]
 
@@ -115,7 +121,7 @@ def resolve(base: str, adapters: Sequence[str]) -> tuple[load.ModelRef, list[str
 def _check_lineage(
     place: load.ModelRef, fingerprint: str, links: list[lineage.AdapterLink], options: MergeOptions
 ) -> str | None:
-    """What --force passed over, or None."""
+    """Raise ArtifactError if base and adapters do not belong together; with --force, return the error's text instead."""
     try:
         for chain in [[link] for link in links] if options.mix else [links]:
             lineage.check_chain(place.name, fingerprint, chain)
@@ -136,7 +142,7 @@ def _write(
     draft: artifact.Draft,
     options: MergeOptions,
 ) -> dict[str, Any]:
-    """Weights and config, checked; returns counts. Sets the draft's fingerprint."""
+    """Write and check weights and config, and set the draft's fingerprint. Returns counts of tensors."""
     original, config = open_model(place)
     base = original if options.onto == "original" else quantized.QuantizedTensors(original, place, options.onto)
     adapters, dtype = [link.adapter for link in links], DTYPES[options.dtype]
@@ -168,7 +174,7 @@ def _write(
 
 
 def _trained_on(links: list[lineage.AdapterLink]) -> str:
-    """nf4 or int8, when the last adapter learned beside a quantised base."""
+    """Return nf4 or int8 if the last adapter was trained on a quantised base, else an empty string."""
     stage = links[-1].stage
     return quantized.kind_of(stage.manifest["settings"]) if stage else ""
 
@@ -176,7 +182,7 @@ def _trained_on(links: list[lineage.AdapterLink]) -> str:
 def _distance(
     original: Tensors, seen: quantized.QuantizedTensors, merged: MergeResult, config: dict[str, Any]
 ) -> dict[str, Any]:
-    """How far the merged model is from what was trained, which saw the base quantised. Said, and recorded."""
+    """Measure and print the distance between the merged model and the trained one, whose base was quantised."""
     with console.waiting(_("measuring the difference that {kind} makes").format(kind=seen.kind)):
         found: dict[str, Any] = {"kind": seen.kind, "weights": quantized.distance(original, seen)}
         sides = parity.logits_of_both(seen, merged, config)
@@ -199,7 +205,7 @@ def _compare(
     out: Path,
     options: MergeOptions,
 ) -> dict[str, Any]:
-    """The logits of both, and where they were compared."""
+    """Compare the logits of base + adapters with those of the merged model."""
     if options.parity == "full":
         found: dict[str, Any] | None = _compare_whole(place, links, config, out, merged)
     else:
@@ -223,7 +229,7 @@ def _compare(
 def _compare_whole(
     place: load.ModelRef, links: list[lineage.AdapterLink], config: dict[str, Any], out: Path, merged: MergeResult
 ) -> dict[str, Any]:
-    """Both models loaded: base with the last adapter live beside it, and the merged one."""
+    """Compare with both models loaded: the base with its adapters, and the merged model."""
     import torch
 
     from tongwen.model.merging import in_memory
@@ -244,7 +250,7 @@ def _compare_whole(
 def _in_memory(
     place: load.ModelRef, links: list[lineage.AdapterLink], draft: artifact.Draft, options: MergeOptions, reason: str
 ) -> dict[str, Any]:
-    """By peft, with the whole model in memory: for adapters whose tensors do not map one to one."""
+    """Merge with peft and the whole model in memory, for adapters whose tensors do not map one to one."""
     import torch
 
     from tongwen.model.merging import in_memory
@@ -287,7 +293,7 @@ def _write_config(config: dict[str, Any], out: Path, dtype: str | None) -> None:
 
 
 def _find_warnings(merged: MergeResult) -> list[str]:
-    """What is odd in the adapters and yet no error."""
+    """Return warnings about the adapters: targets that are all zero, changes that the number type loses."""
     out = []
     if merged.untrained:
         name, count = merged.untrained[0], len(merged.untrained)
@@ -302,7 +308,7 @@ def _find_warnings(merged: MergeResult) -> list[str]:
 
 
 def _copy_chat_setup(place: load.ModelRef, links: list[lineage.AdapterLink], out: Path) -> None:
-    """Tokenizer, template and stop tokens: from the last adapter that brings a tokenizer, else from the base."""
+    """Copy tokenizer, template and stop tokens from the last adapter that has a tokenizer, else from the base."""
     folders = [Path(place.folder), *(link.adapter.folder for link in links)]
     source = next((folder for folder in reversed(folders) if chat_setup.has_tokenizer(folder)), None)
     if place.gguf and source in (None, folders[0]):

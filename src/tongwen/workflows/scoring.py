@@ -1,8 +1,8 @@
-"""Scoring: models and papers in; `scores.json`, the rows behind it and a report out.
+"""Evaluate models on tasks; write `scores.json`, the scored rows and a report.
 
-The papers are read first, so that bad data costs no minute of loading. Then each model sits them: the one to be scored, and
-the one before it, where there is one; they are compared row by row. Answers are kept beside the result as they come, so that
-an examination that was killed goes on with what is missing.
+The tasks' data is read first, so that bad data fails before a model is loaded. Then the model runs on all tasks, after
+the model before it if there is one; both are compared row by row. Each answer is written to a folder beside the result at
+once, so that a killed evaluation continues with the missing ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OWN = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model")  # files of
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model that is to be examined, and how it is opened. optional: nothing is compared when it cannot be."""
+    """A model to evaluate, and how to open it. optional: if it cannot be opened, the comparison is skipped."""
 
     model: str
     adapters: tuple[str, ...] = ()
@@ -46,13 +46,13 @@ class EvaluatedModel:
         return " + ".join([self.model, *self.adapters])
 
     def open(self) -> ChatModel:
-        """By transformers whatever the model is: who judges texts needs the network itself."""
+        """Open it with transformers in any case: likelihoods need the network itself."""
         return open_chat_model(
             self.model, self.adapters, self.template, self.thinking, weights=self.weights, engine="batched"
         )
 
     def settings(self) -> dict[str, Any]:
-        """What its answers depend on: how it is opened, and the files that it is opened from."""
+        """Return everything its answers depend on: the options it is opened with, and its files."""
         place = load.locate(self.model)
         folders = [Path(folder) for folder in (place.folder, *place.adapters, *self.adapters)]
         files = [
@@ -63,7 +63,7 @@ class EvaluatedModel:
 
 @contextmanager
 def keep_answers(out: Path) -> Iterator[Path]:
-    """A folder beside the result for the answers, until the result stands."""
+    """A folder for the answers beside the result; it is removed when the result is complete."""
     folder = out.with_name(out.name + ".answers")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -77,7 +77,10 @@ def evaluate_models(
     answers_folder: Path,
     out: Path | None,
 ) -> dict[str, Any]:
-    """The scores by task; written under `out` with the rows and a report. kept: where answers stand as they come."""
+    """Return the scores by task, and write them to `out` with the rows and a report.
+
+    answers_folder: keeps each answer as soon as it is complete.
+    """
     before_scores = _run_tasks_on_base(tasks, before, section, answers_folder) if before else None
     after_scores = _run_tasks(tasks, after, section, answers_folder)
     scores = {}
@@ -109,7 +112,7 @@ def _run_tasks(
         for note in out[-1].notes:
             console.notice(note)
     del chat_model, ask
-    gc.collect()  # the next model needs the room
+    gc.collect()  # the next model needs the memory
     return out
 
 
@@ -118,7 +121,7 @@ def _run_tasks_on_base(
 ) -> list[Scores] | None:
     try:
         return _run_tasks(tasks, model, section, answers_folder)
-    except ModelError as error:  # such as a base whose tokenizer cannot write the template that was taught
+    except ModelError as error:  # such as a base whose tokenizer lacks tokens of the trained template
         if not model.optional:
             raise
         console.notice(_("not compared with the base: {error}").format(error=error.text()))
@@ -126,7 +129,7 @@ def _run_tasks_on_base(
 
 
 def _make_ask(chat_model: ChatModel, section: Evaluate, answers_folder: Path, model_settings: dict[str, Any]) -> Ask:
-    """Answers to conversations: what several tasks ask is answered once, and what stands in `kept` not again."""
+    """Return a function that answers conversations, each only once: several tasks share answers, and earlier runs too."""
     known: dict[str, str] = {}
 
     def ask(conversations: Sequence[Sequence[Mapping[str, Any]]], progress: Progress) -> list[str]:
@@ -139,7 +142,7 @@ def _make_ask(chat_model: ChatModel, section: Evaluate, answers_folder: Path, mo
     def answer(new: Mapping[str, Sequence[Mapping[str, Any]]], on_answer: Callable[[], None]) -> None:
         names = list(new)
         asked = {"sitter": model_settings, "max_new_tokens": section.max_new_tokens, "asked": names}
-        # A file for each way of asking: answers that were given in another way are in nobody's way.
+        # One file for each model, settings and set of prompts: answers made otherwise are never reused.
         digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
         with closing(
             AnswerJournal(answers_folder / f"{digest}.jsonl", {"way": digest}, f"rm -r {answers_folder}")
@@ -180,7 +183,7 @@ def _write(
 
 
 def _rows(after: Scores, before: Scores | None) -> list[dict[str, Any]]:
-    """What people read of each row, with what the model before answered."""
+    """Return the rows for the report, with the answers of the model before."""
     out = []
     for row, shown in sorted(after.shown.items()):
         old = before.shown.get(row, {}) if before else {}
