@@ -76,7 +76,7 @@ class TaskConfig(Section):
 
     @property
     def needs_data(self) -> bool:
-        """Whether it is measured on rows that somebody must name; a suite brings its own."""
+        """Whether it needs held-out data from `prepare`: it names no data, and a suite has its own."""
         return self.data is None and not self.suite
 
 

@@ -1,4 +1,4 @@
-"""Settings under the names of other tools, and those of an engine's own file, become the recipe's settings."""
+"""Translate other tools' settings, and the settings in an engine's own file, into the recipe's settings."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tongwen.recipe.yaml_reader import RecipeReader, ValuePath, did_you_mean
 def translate_section(
     section: dict[str, Any], path: ValuePath, model: type[Training], devices: Any, reader: RecipeReader
 ) -> dict[str, Any]:
-    """A training section with the recipe's names only.
+    """Return a training section with the recipe's names only.
 
     Args:
-        section: As it was read; it is not changed.
-        path: Where it stands in the recipe.
+        section: The section as read; it is not changed.
+        path: The section's path in the recipe.
         model: The schema class of the section.
-        devices: The recipe's `devices` as they were read; a batch size per device is multiplied by them.
-        reader: Takes the problems and notices, and the places of the new names.
+        devices: The recipe's `devices` as read; a batch size per device is multiplied by it.
+        reader: Collects problems, notices, and the places of new names.
     """
     section = dict(section)
     if isinstance(section.get("trainer"), dict):
@@ -40,7 +40,7 @@ def translate_section(
 
 
 def _translate_trainer(section: dict[str, Any], path: ValuePath, reader: RecipeReader) -> None:
-    """Old names in `trainer` become the recipe's; a TrainingArguments that the recipe owns is refused."""
+    """Translate old names in `trainer`, and refuse TrainingArguments for which the recipe has its own settings."""
     trainer, known = section["trainer"], training_arguments()
     for key in list(trainer):
         key_path = (*path, "trainer", key)
@@ -67,7 +67,7 @@ def _translate_trainer(section: dict[str, Any], path: ValuePath, reader: RecipeR
 
 
 def _fits(value: Any, annotation: str) -> bool:
-    """Whether a value of YAML fits a field's type: a dataclass takes any value, and fails only when it is used."""
+    """Return whether a YAML value fits a field's type: a dataclass would accept any value and fail only when it is used."""
     names = {*re.findall(r"\w+", annotation)}
     kind = "None" if value is None else type(value).__name__
     return kind in names or (kind == "int" and "float" in names)
@@ -76,7 +76,7 @@ def _fits(value: Any, annotation: str) -> bool:
 def _translate_old(
     section: dict[str, Any], mapping: dict[str, Any], key: str, key_path: ValuePath, reader: RecipeReader
 ) -> None:
-    """Move an old key to its new name. mapping: the one that has it: the section, or its `trainer`."""
+    """Move an old key to its new name. mapping: holds the old key; the section or its `trainer`."""
     value, new = mapping.pop(key), OLD[key]
     if not new:
         reason = _(OLD_REASONS.get(key, N_("it has no effect any more")))
@@ -94,7 +94,7 @@ def _translate_old(
 
 
 def _convert_batch(section: dict[str, Any], path: ValuePath, devices: Any, reader: RecipeReader) -> None:
-    """A batch size per device becomes `batch_size`: samples per optimizer step over all devices."""
+    """Convert a batch size per device to `batch_size`: samples per optimizer step over all devices."""
     per_device = section.pop("per_device_train_batch_size", None)
     accumulate = section.pop("gradient_accumulation_steps", None)
     if per_device is None and accumulate is None:
@@ -122,7 +122,7 @@ def _convert_batch(section: dict[str, Any], path: ValuePath, devices: Any, reade
 
 
 def _apply_engine_file(section: dict[str, Any], path: ValuePath, devices: Any, reader: RecipeReader) -> None:
-    """Take batch, optimizer, schedule and precision from an engine's file into the section, with a notice each."""
+    """Copy batch, optimizer, schedule and precision from an engine's file into the section, with a notice for each."""
     file, key_path = section["engine"], (*path, "engine")
     try:
         found = engine_config.read(file, devices if isinstance(devices, int) else 1)

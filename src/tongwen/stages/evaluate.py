@@ -1,4 +1,4 @@
-"""evaluate: the run's model and tasks in; `scores.json`, the rows behind it and a report out, beside the base's scores."""
+"""evaluate: score the run's model and its base on tasks; write `scores.json`, the scored rows and a report."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_ahead(recipe: Recipe) -> None:
-    """The tasks are read when the model exists."""
+    """Check nothing: the tasks are read when the model exists."""
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
-    """Examine what the stages before have left, and the base."""
+    """Evaluate the model of the stages before, and the base."""
     from tongwen.workflows.evaluation import read_task
     from tongwen.workflows.scoring import EvaluatedModel, evaluate_models, keep_answers
 
@@ -53,7 +53,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
 
 
 def _held_out(recipe: Recipe, task: TaskConfig) -> TaskConfig:
-    """The task on what was kept away from training: the dialogues where the run fine-tunes, else the documents."""
+    """Return the task with the held-out data: dialogues if the run fine-tunes, else documents."""
     kind = "dialogues" if recipe.sft else "documents"
     file = Path(recipe.out) / "prepare" / f"{kind}.held_out.jsonl"
     if not file.is_file() or not file.stat().st_size:

@@ -1,7 +1,7 @@
-"""What a recipe teaches, as tokens: for the stage that trains on it, and for those that only look.
+"""A recipe's training data as tokens: stored for the stage that trains on it, in memory for `look` and `plan`.
 
-The training stage reads what `prepare` kept, and keeps the tokens beside it, under a key of everything that decides
-them; whoever looks reads the sources themselves and writes nothing.
+The training stage encodes the output of `prepare` and stores the tokens beside it, in a folder named by a hash of
+everything that decides them. `look` and `plan` may also read the sources themselves, and write nothing.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from tongwen.recipe.training import Pretrain, Sft, Training
 from tongwen.workflows.prepared_data import find_prepared
 from tongwen.workflows.stage_inputs import inputs
 
-ROUND_TRIP = "round_trip.json"  # beside the tokens that it is about
+ROUND_TRIP = "round_trip.json"  # in the folder of the tokens
 NEW_ROWS = "new_rows.json"  # beside a model whose vocabulary was extended
-MISSED = 0.1  # of its part of the tokens that a source may miss in silence
+MISSED = 0.1  # share of its tokens by which a source may fall short without a notice
 MOSTLY_HAN = 0.3  # share of the letters from which a text counts as Chinese
 
 
 @dataclass(frozen=True)
 class RecordEncoder(ABC):
-    """What turns records of one kind into tokens."""
+    """Encodes records of one kind as tokens."""
 
     tokenizer: Any
     encoder: Encoder
@@ -59,28 +59,28 @@ class RecordEncoder(ABC):
     @property
     @abstractmethod
     def decides(self) -> dict[str, Any]:
-        """What decides the tokens, besides content and tokenizer."""
+        """The settings that decide the tokens, besides content and tokenizer."""
 
     @abstractmethod
     def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
-        """The samples to train on."""
+        """Yield the samples to train on."""
 
     @abstractmethod
     def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
-        """The samples to be scored."""
+        """Yield the held-out samples to score."""
 
     @abstractmethod
     def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
-        """The mask's statistics. Raises DataError when there is nothing to learn."""
+        """Return statistics of the loss mask. Raises DataError if there is nothing to learn."""
 
     @abstractmethod
     def round_trip(self, records: Iterator[Any], count: int) -> dict[str, int]:
-        """How many records do not decode to their own text."""
+        """Count the records that do not decode to their own text."""
 
 
 @dataclass(frozen=True)
 class DialogueEncoder(RecordEncoder):
-    """Dialogues, rendered by a template."""
+    """Encodes dialogues, rendered by a template."""
 
     template: Template
     section: Sft
@@ -117,7 +117,7 @@ class DialogueEncoder(RecordEncoder):
 
 @dataclass(frozen=True)
 class DocumentEncoder(RecordEncoder):
-    """Plain text. end: the id that ends a document."""
+    """Encodes plain text. end: the id that ends a document."""
 
     end: int
     section: Pretrain
@@ -134,7 +134,7 @@ class DocumentEncoder(RecordEncoder):
         )
 
     def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
-        """Apart, however they are trained: so that scores of different arrangements can be compared."""
+        """Encode documents apart, even if training concatenates them, so that scores of both can be compared."""
         return encode_documents(records, self.encoder, self.end, self.section.max_length, ledger)
 
     def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class DocumentEncoder(RecordEncoder):
 
 @dataclass(frozen=True)
 class TokenizedData:
-    """The encoded data: what is learned, and what was held out, by language where that is known ("" where not)."""
+    """The encoded data: training samples, and held-out samples by language ("" if unknown)."""
 
     store: TokenStore
     mask: dict[str, Any]
@@ -168,7 +168,7 @@ class TokenizedData:
 
 
 def describe_mask(mask: dict[str, Any]) -> str:
-    """What is learned, in a line."""
+    """Return a line about the share of learned tokens."""
     return _(
         "{learned_share:.0%} of {tokens:,} tokens count toward the loss; {stop_learned_share:.0%} of {samples:,} samples learn to stop"
     ).format(
@@ -180,7 +180,7 @@ def describe_mask(mask: dict[str, Any]) -> str:
 
 
 def report_ledger(data: TokenizedData) -> None:
-    """Where the rows went, and what of them is learned."""
+    """Print the ledger, the share of learned tokens, and notices about samples that are not used."""
     rows = table_rows(data.ledger.to_dict(), _("encode"), _("trained"))
     console.table((_("ledger"), _("rows"), "token"), rows)
     mask, rejected = data.mask, data.rejected
@@ -215,20 +215,20 @@ def make_document_encoder(base: str, section: Pretrain) -> DocumentEncoder:
 
 
 def _tokenizer_for(base: str, section: Training) -> Any:
-    """The base's; an adapter that is trained further goes on with its own."""
+    """Return the base's tokenizer, or that of the adapter whose training continues."""
     further = section.adapter.continue_from
     place = load.locate(base)
     return load.load_tokenizer(load.dressed(replace(place, adapters=(further,))) if further else place)
 
 
 def are_rows_untrained(base: str) -> bool:
-    """Whether a base comes straight from the vocabulary stage."""
+    """Return whether a base is the output of the vocabulary stage, so that its new rows are untrained."""
     made = artifact.find(Path(base))
     return made is not None and made.kind == "vocab"
 
 
 def new_rows_of(base: str) -> list[int]:
-    """The ids that the vocabulary stage added to this base. Raises ModelError when it says none."""
+    """Return the ids that the vocabulary stage added to this base. Raises ModelError if new_rows.json lists none."""
     file = Path(base) / NEW_ROWS
     try:
         rows = [int(row) for row in json.loads(file.read_text(encoding="utf-8"))]
@@ -246,8 +246,11 @@ def new_rows_of(base: str) -> list[int]:
 
 
 def encode_in_memory(recipe: Recipe, record_encoder: RecordEncoder) -> TokenizedData:
-    """The recipe's records of the reader's kind, encoded in memory: what `prepare` has kept of them, or else read and cleaned
-    here. What is held out is left out, as far as it is known before the rows are compared."""
+    """Encode the recipe's training records of the encoder's kind in memory.
+
+    The records come from `prepare` if its output is up to date. Otherwise the sources are read and cleaned, and held-out
+    rows are left out as far as they are known without the search for duplicates.
+    """
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
     if made := find_prepared(recipe):
         rows = load_records(made.path / f"{record_encoder.kind}.jsonl")
@@ -262,7 +265,7 @@ def encode_in_memory(recipe: Recipe, record_encoder: RecordEncoder) -> Tokenized
 
 
 def _read_sources(recipe: Recipe, kind: str) -> tuple[Iterator[Any], list[dict[str, Any]], dict[str, int]]:
-    """(records, sources, number of the source by file)."""
+    """Return (records, sources, number of the source by file)."""
     prepare = inputs(recipe)
     console.notice(
         _(
@@ -280,7 +283,7 @@ def _read_sources(recipe: Recipe, kind: str) -> tuple[Iterator[Any], list[dict[s
 
 
 def _sources_of(prepared: artifact.Artifact, kind: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """(sources, number of the source by file)."""
+    """Return (sources, number of the source by file)."""
     files = prepared.manifest["ledger"][kind]["files"]
     return prepared.manifest["sources"][kind], {file: found["source"] for file, found in files.items()}
 
@@ -288,8 +291,11 @@ def _sources_of(prepared: artifact.Artifact, kind: str) -> tuple[list[dict[str, 
 def encode_prepared(
     prepared: artifact.Artifact, record_encoder: RecordEncoder, seed: int, folder: Path
 ) -> TokenizedData:
-    """Training and held-out rows as tokens, every one of them in the ledger. Encoded once: the first process writes, an
-    interrupted one goes on, the others wait and map the same files."""
+    """Return training and held-out rows as tokens, each accounted for in the ledger.
+
+    Rows are encoded once: the first process writes the tokens and continues after an interruption; the other processes
+    wait and map the same files.
+    """
     store_folder = folder / key_of(prepared, record_encoder)
     with console.waiting(_("finding the tokens")):
         found = token_store.open_store(store_folder)
@@ -311,7 +317,7 @@ def encode_prepared(
 
 
 def key_of(prepared: artifact.Artifact, record_encoder: RecordEncoder) -> str:
-    """Everything that decides the tokens: content, tokenizer, template, settings, code."""
+    """Return a hash of everything that decides the tokens: content, tokenizer, template, settings, code."""
     facts = {
         "content": prepared.fingerprint,
         "tokenizer": fingerprint_tokenizer(record_encoder.tokenizer),
@@ -322,7 +328,7 @@ def key_of(prepared: artifact.Artifact, record_encoder: RecordEncoder) -> str:
 
 
 def _encode(file: Path, record_encoder: RecordEncoder, store_folder: Path) -> None:
-    """Into the store, from where an interrupted run left it; the tokens of earlier settings go."""
+    """Encode a file into the store, continuing an interrupted run; tokens of earlier settings are deleted."""
     for other in store_folder.parent.glob("*") if store_folder.parent.is_dir() else ():
         if other not in (store_folder, artifact.partial_of(store_folder)):
             shutil.rmtree(other)
@@ -347,7 +353,7 @@ def _encode(file: Path, record_encoder: RecordEncoder, store_folder: Path) -> No
 def _encode_held_out(
     prepared: artifact.Artifact, record_encoder: RecordEncoder, ledger: Ledger, languages: dict[str, str | None]
 ) -> tuple[list[Any], dict[str, TokenStore]]:
-    """What was held out, encoded in the same way, documents by their language; in the ledger it is a loss of its own name."""
+    """Return held-out records and their tokens, documents by language; the ledger lists them as lost to `held_out`."""
     file = prepared.path / f"{record_encoder.kind}.held_out.jsonl"
     if not file.is_file():
         return [], {}
@@ -369,7 +375,7 @@ def _encode_held_out(
 
 
 def _language_of(record: Document | Dialogue, languages: dict[str, str | None]) -> str:
-    """What the source says, else zh or other by the share of Chinese characters."""
+    """Return the source's language, else zh or other by the share of Chinese characters."""
     if isinstance(record, Dialogue):
         return ""
     return languages.get(record.origin.file) or ("zh" if han_share(record.text) >= MOSTLY_HAN else "other")
@@ -378,8 +384,8 @@ def _language_of(record: Document | Dialogue, languages: dict[str, str | None]) 
 def _make_sampler(
     store: TokenStore, sources: list[dict[str, Any]], source_of: dict[str, int], seed: int
 ) -> tuple[Callable[[int], list[int]], list[str]]:
-    """(epoch -> its samples in their order, with the weights and shares of the sources; what to say of those that the first
-    epoch misses, as few long samples do)."""
+    """Return (function from epoch to its samples in order, by the weights and shares of the sources; notices about sources
+    whose share the first epoch misses, because their samples are few and long)."""
     by_file = np.array([source_of.get(file, 0) for file in store.files], np.int64)
     owners = by_file[store.samples["file"]] if len(by_file) else np.zeros(0, np.int64)
     tokens = np.bincount(owners, weights=store.lengths, minlength=len(sources)).astype(int).tolist()

@@ -1,9 +1,9 @@
-"""Extending a vocabulary: prepared text and a base in; the base with a larger vocabulary out, its tokenizer and its rows.
+"""Extend a base's vocabulary with pieces learned from prepared text; write the larger model and its tokenizer.
 
-Pieces are learned from what `prepare` kept, and what they bring is measured on what it held out. Before anything is
-written, the advice: whether a character becomes so much cheaper that it pays to learn new rows. Then the tokenizer is
-written in all its forms and the weights stream through, with the new rows behind the old ones. What comes out is an
-ordinary model folder; `new_rows.json` names the rows that have to be trained.
+Pieces are learned from the rows that `prepare` kept, and measured on the rows that it held out. Before anything is
+written, a report advises whether text becomes cheap enough to pay for training the new rows. Then the tokenizer is
+written in all its forms, and the weights are streamed with the new rows after the old ones. The result is an ordinary
+model folder; `new_rows.json` lists the rows that have to be trained.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NEW_ROWS = "new_rows.json"
 
 
 def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> artifact.Artifact:
-    """Learn, measure, advise, write. settings: those that decide what comes out."""
+    """Learn pieces, measure them, print advice, write the model. settings: recorded in the manifest."""
     section = recipe.vocab
     assert section
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare") if recipe.prepare else None
@@ -88,8 +88,8 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
 
 
 def _texts(prepared: Path | None) -> tuple[Iterable[str], list[str]]:
-    """(what is learned from, what is measured on): documents, or dialogues where there are none; what was held out, or
-    every tenth text where nothing was."""
+    """Return (texts to learn from, texts to measure on): documents, or dialogues without documents; held-out texts, or every
+    tenth text if none were held out."""
     if prepared is None:
         return [], tokenizer_files.shipped_texts()
     kind = "documents" if (prepared / "documents.jsonl").is_file() else "dialogues"
@@ -106,7 +106,7 @@ def _read(file: Path) -> Iterator[str]:
 
 
 def _learn(old: TokenizerFiles, texts: Iterable[str], script: Script, section: Vocab) -> tokenizer_files.LearnedPieces:
-    """Enough pieces for the recipe and for the curve."""
+    """Learn enough pieces for the recipe and for the curve."""
     if not section.pieces:
         return tokenizer_files.learn(old, (), script, 0)
     most = max(section.pieces, measure.CURVE[-1])
@@ -119,7 +119,7 @@ def _learn(old: TokenizerFiles, texts: Iterable[str], script: Script, section: V
 def _maker(
     base: Tensors, extended: tokenizer_files.ExtendedTokenizer, rows: resize.RowPlan, recipe: Recipe
 ) -> resize.MakeRows:
-    """The rows of a matrix by its name: those of the new tokens, then the padding."""
+    """Return a function from a matrix's name to its new rows: those of the new tokens, then the padding."""
     kind = recipe.vocab.new_rows if recipe.vocab else ""
 
     def make(name: str) -> Iterator[Any]:
@@ -133,7 +133,7 @@ def _maker(
 def _advise(
     learned: tokenizer_files.LearnedPieces, rest: list[str], base: str, section: Vocab, bits: dict[str, float] | None
 ) -> dict[str, Any]:
-    """The curve and the advice, said before anything costs hours."""
+    """Print the advice, and return it with the curve; this comes before the steps that take hours."""
     steps = sorted({*measure.CURVE, section.pieces})
     start, curve = tokenizer_files.curve(learned, rest, tokenizer_files.shape_of(base), steps)
     advice = measure.advise(start, curve, vocab_scores.damage_of(bits), min(section.pieces, len(learned)))
@@ -151,7 +151,7 @@ def _advise(
 
 
 def _copy_generation_config(place: load.ModelRef, out: Path) -> None:
-    """What the base says beside its weights: how to generate."""
+    """Copy the base's generation_config.json, if it has one."""
     file = Path(place.folder) / "generation_config.json"
     if file.is_file():
         shutil.copyfile(file, out / file.name)

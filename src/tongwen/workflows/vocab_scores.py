@@ -1,6 +1,6 @@
-"""What a larger vocabulary does to a model before any training: its new rows, and its bits per byte with them.
+"""A model with a larger vocabulary before any training: its new rows, and its bits per byte.
 
-The score needs the whole model in memory; where it does not fit, that is said and nothing is scored.
+Scoring needs the whole model in memory; if it does not fit, a notice says so and nothing is scored.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ CHUNK = 400  # characters of a scored text
 def iter_rows(
     kind: str, extended: ExtendedTokenizer, rows: resize.RowPlan, seed: int, read: grow.ReadRows
 ) -> Iterator[grow.Rows]:
-    """The new rows of a matrix in blocks, then the padding. read: the old rows of the matrix."""
+    """Yield the new rows of a matrix in blocks, then the padding. read: returns old rows of the matrix."""
     return grow.iter_rows(kind, extended.parts, rows.old, read, padding=rows.padding, seed=seed)
 
 
 def bits_before_training(
     place: load.ModelRef, old: TokenizerFiles, extended: ExtendedTokenizer, kind: str, seed: int, texts: list[str]
 ) -> dict[str, Any]:
-    """`bits_per_byte` of the base and of the grown, untrained model, on texts and on English; nothing when the model does
-    not fit into memory. kind: how new rows begin."""
+    """Return `bits_per_byte` of the base and of the extended, untrained model, on the texts and on English; an empty dict if
+    the model does not fit in memory. kind: initial values of the new rows (`vocab.new_rows`)."""
     import psutil
 
     size = sum(file.stat().st_size for pattern in load.WEIGHTS for file in Path(place.folder).glob(pattern))
@@ -61,7 +61,7 @@ def bits_before_training(
 
 
 def damage_of(bits: dict[str, float] | None) -> float | None:
-    """By how much the bits per byte of the target's texts rise; None where nothing was measured."""
+    """Return the relative rise of the bits per byte on the target's texts; None if nothing was measured."""
     if not bits:
         return None
     before, after, *_unused = bits.values()
@@ -69,14 +69,14 @@ def damage_of(bits: dict[str, float] | None) -> float | None:
 
 
 def _chunks(texts: list[str]) -> list[str]:
-    """Stretches of CHUNK characters, evenly from all, SCORED characters together."""
+    """Return pieces of CHUNK characters, spread evenly over the texts, about SCORED characters in all."""
     whole = "\n".join(texts)
     chunks = [whole[begin : begin + CHUNK] for begin in range(0, len(whole), CHUNK)]
     return chunks[:: max(1, len(whole) // SCORED)]
 
 
 def _score(model: Any, files: TokenizerFiles, tokenizer: Any, texts: list[str]) -> float:
-    """Bits per byte of texts, each by itself behind the token that begins a text."""
+    """Return the bits per byte of texts, each scored alone after the token that begins a text."""
     import torch
 
     from tongwen.model.kernels.loss import bits_per_byte
