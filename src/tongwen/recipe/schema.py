@@ -24,7 +24,7 @@ TrackerName = Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"]
 
 
 class Recipe(Section):
-    """Who and where; below, each stage that has a section runs, in the program's order."""
+    """The run's name, base and output folder, and its stages. Each stage with a section runs, in the order below."""
 
     name: str = setting(..., "name of the run", pattern=r"^[\w.\-]+$")
     base: str = setting(

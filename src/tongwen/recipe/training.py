@@ -9,7 +9,7 @@ from tongwen.recipe.fields import Duration, Length, Number, Rules, Section, sett
 
 
 class AdapterConfig(Section):
-    """What is trained: every weight, or a low-rank adapter beside them."""
+    """Which weights are trained: all of them, or a low-rank adapter."""
 
     method: Literal["lora", "qlora", "adalora", "new_rows", "full"] = setting(
         "lora",
@@ -269,7 +269,7 @@ class PhaseConfig(Section):
 
 
 class Forgetting(Section):
-    """A rise of the held-out bits per byte of any language over where it began."""
+    """Limits for the rise of the held-out bits per byte of any language during training."""
 
     warn: Number | None = setting(0.05, "warn when the rise exceeds this share", gt=0)
     stop: Number | None = setting(None, "stop when the rise exceeds this share", gt=0)
