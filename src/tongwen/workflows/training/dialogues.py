@@ -1,4 +1,4 @@
-"""The training job of dialogues: rendered by a template and encoded, with every row accounted for."""
+"""Make the training job of the `sft` stage: dialogues are rendered by a template and encoded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tongwen.workflows.training.types import SamplePrompt, TrainingJob
 
 
 def dialogue_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> TrainingJob:
-    """Encode the dialogues for the `sft` stage. tokens: the folder that keeps them."""
+    """Encode the dialogues for the `sft` stage. tokens: the folder for the encoded data."""
     section, base = recipe.sft, base_of_stage(recipe, "sft")
     assert section
     record_encoder = make_dialogue_encoder(base, section)
@@ -49,7 +49,7 @@ def dialogue_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> T
 
 
 def _control_rows(model: Any, record_encoder: DialogueEncoder, section: Sft) -> list[int]:
-    """Rows of control tokens that the template writes and the base never saw; under an adapter they would stay so."""
+    """Return rows of the template's control tokens that the base never trained; an adapter alone would not train them."""
     if section.adapter.method == "full":
         return []
     tokenizer = record_encoder.tokenizer
@@ -71,7 +71,7 @@ def _control_rows(model: Any, record_encoder: DialogueEncoder, section: Sft) -> 
 
 
 def _new_pieces(base: str, section: Sft) -> list[int]:
-    """Rows that a vocabulary stage added and no stage has trained since; under an adapter they would stay so."""
+    """Return rows that a vocabulary stage added and no stage trained since; an adapter alone would not train them."""
     if section.adapter.method in ("full", "new_rows") or not are_rows_untrained(base):
         return []
     console.notice(_("no `pretrain` has trained the new pieces' rows; this stage trains them with the adapter"))
@@ -79,7 +79,7 @@ def _new_pieces(base: str, section: Sft) -> list[int]:
 
 
 def _prompts(held_out: list[Dialogue], record_encoder: DialogueEncoder, count: int) -> list[SamplePrompt]:
-    """The held-out dialogues that are answered before and after: the first with a plain question at the end."""
+    """Return prompts from the first held-out dialogues that end with an answer; the report shows answers to them."""
     dialogues = [
         one
         for one in held_out

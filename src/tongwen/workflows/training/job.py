@@ -1,4 +1,4 @@
-"""The training job: what `pretrain` and `sft` do between their data and their folder, in one function."""
+"""The training job of `pretrain` and `sft`, in one function: from the encoded data to the finished folder."""
 
 from __future__ import annotations
 
@@ -44,15 +44,18 @@ from tongwen.workflows.training.types import PreparedModel, TrainingJob
 
 
 def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
-    """Train a stage's model phase by phase, and leave the finished folder `out`.
+    """Train a stage's model phase by phase, and write the finished folder `out`.
 
-    Raises RecipeError and ModelError for what cannot be trained, NumbersError when an audit fails or a number is not finite,
-    Interrupted when the run was asked to stop and has saved, MachineError with remedies when memory does not suffice.
+    Raises:
+        RecipeError, ModelError: The model cannot be trained this way.
+        NumbersError: An audit failed, or a number is not finite.
+        Interrupted: The run was asked to stop, and has saved a checkpoint.
+        MachineError: Out of memory; the error lists remedies.
     """
     # Check the inputs, and plan the batches of each phase.
     _check_evaluations(job)
     engine = choose(job.section)
-    if distributed.is_first():  # it alone reports to them
+    if distributed.is_first():  # only this process reports to trackers
         trackers.check(job.recipe.track)
     check_further(job.section.adapter, job.stage)
     report_ledger(job.data)
@@ -70,13 +73,13 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
             run = resume.enter(draft.path, job.settings, _identity(job, model, parents))
             progress = find_progress(job, model, phases, run)
 
-            # Audit the first phase before anything slow. Then score what was held out, once.
+            # Audit the first phase before anything slow. Then score the held-out data, once.
             guarded, unreached = _begin_phase(model, progress.phases[0], job, len(phases) > 1)
             before = _load_or_make(
                 draft.path / resume.BEFORE, lambda: _score_and_answer(job, model, phases[0].plan.budget)
             )
 
-            # Train each phase that is left, from the newest checkpoint if there is one.
+            # Train each remaining phase, from the newest checkpoint if there is one.
             notices, done, began = list[str](), progress.start, time.monotonic()
             best_score = before["scores"]["bits_per_byte"] if before["scores"] else math.inf
             with console.progress(len(progress.tokens), job.stage, progress.start) as bar:
@@ -122,7 +125,7 @@ def _check_evaluations(job: TrainingJob) -> None:
 
 
 def _parents(job: TrainingJob, model: PreparedModel) -> dict[str, Any]:
-    """What the result is made from, by role. The stage that made the base is one, so that `run` notices when it was redone."""
+    """Return the result's parents by role. The stage that made the base is one, so that `run` detects when it was redone."""
     made = artifact.find(Path(job.base))
     return {
         "prepare": job.prepared.as_parent(),
@@ -134,7 +137,7 @@ def _parents(job: TrainingJob, model: PreparedModel) -> dict[str, Any]:
 
 
 def _identity(job: TrainingJob, model: PreparedModel, parents: dict[str, Any]) -> dict[str, str]:
-    """What an interrupted run must share with itself to go on, besides its settings."""
+    """Return what must be unchanged for an interrupted run to continue, besides its settings."""
     return {
         resume.DATA: job.prepared.fingerprint,
         "base (fingerprint)": model.base_fingerprint or job.base,
@@ -146,9 +149,9 @@ def _identity(job: TrainingJob, model: PreparedModel, parents: dict[str, Any]) -
 def _begin_phase(
     model: PreparedModel, phase: Phase, job: TrainingJob, is_named: bool
 ) -> tuple[list[torch.nn.Parameter], list[str]]:
-    """Only what the phase trains learns from here on, and the audit has passed.
+    """Make exactly the phase's parts trainable, turn on its memory savers, and audit its gradients.
 
-    Returns the embeddings of which only single rows may learn, and the trainable tensors that the first tokens did not reach.
+    Returns (embeddings of which only some rows are trained, trainable tensors that got no gradient in the audit).
     """
     guarded = model.adapted.focus(phase.parts)
     if is_named:
@@ -158,7 +161,7 @@ def _begin_phase(
 
 
 def _score_and_answer(job: TrainingJob, model: PreparedModel, budget: int) -> dict[str, Any]:
-    """The scores of what was held out, and the answers to the sample prompts."""
+    """Return the scores of the held-out data, and the answers to the sample prompts."""
     with torch.random.fork_rng(), console.waiting(_("scoring the held-out data")):
         return {
             "scores": _score(job, model, budget) if job.data.held_out_stores else None,
@@ -218,8 +221,10 @@ def _phase_run(
 def _tracker_run(
     job: TrainingJob, phase: Phase, folder: Path, progress: Progress, *, must: bool
 ) -> trackers.TrackerRun | None:
-    """Each phase is a run of its own there, with steps counted from its start. must: nothing is trained yet that would have
-    to continue without it."""
+    """Return the phase's run for the trackers; each phase is a separate run with steps counted from its start.
+
+    must: a tracker that fails is an error, because nothing has been trained yet.
+    """
     if not job.recipe.track:
         return None
     name = phase.checkpoints.name if progress.is_phased else ""
@@ -230,7 +235,7 @@ def _tracker_run(
 
 
 def _settle_adalora(model: PreparedModel) -> list[str]:
-    """Cut what AdaLoRA's schedule had left to cut when the run ended early, and say so."""
+    """Make the cuts that AdaLoRA's schedule had left when training ended early, and return a notice about them."""
     allocator = budget_of(model.model)
     if not allocator or not (cut := allocator.settle()):
         return []
@@ -242,7 +247,7 @@ def _settle_adalora(model: PreparedModel) -> list[str]:
 
 
 def _check_forgotten(job: TrainingJob, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Report what the finished model has forgotten: it is too late to stop."""
+    """Report what the finished model has forgotten; unlike during training, nothing is stopped."""
     if after["scores"]:
         limits = [limit for limit in (job.forgetting.warn, job.forgetting.stop) if limit is not None]
         least = Forgetting(warn=min(limits, default=None))
@@ -251,8 +256,8 @@ def _check_forgotten(job: TrainingJob, before: dict[str, Any], after: dict[str, 
 
 @contextmanager
 def _explain_out_of_memory(job: TrainingJob, phases: list[Phase], device: str) -> Iterator[list[PreparedModel]]:
-    """Turn full memory into MachineError with the changes of this recipe that need less, in their order. The model is put
-    into the list when it is open."""
+    """Turn an out-of-memory error into MachineError that lists changes to the recipe. The caller appends the opened model to
+    the yielded list."""
     opened = list[PreparedModel]()
     try:
         yield opened
@@ -287,7 +292,7 @@ def _out_of_memory(
 
 
 def _load_or_make(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The value that an interrupted run already made, or the first process's new one, kept for the next time."""
+    """Return the value in the file if an interrupted run wrote it; otherwise the first process makes and writes it."""
     if kept := _read_scores(file):
         return kept
     if file.is_file():
