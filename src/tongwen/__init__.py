@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def open(model: str, adapters: tuple[str, ...] | list[str] = (), **options: object) -> ChatModel:
-    """Open a model for chat and generation: a folder, a hub id, `modelscope:id`, a `.gguf` file, or a run's stage folder.
+    """Open a model for chat and generation: a folder, a hub id, `modelscope:id`, a `.gguf` file, or a stage folder.
 
     The returned object has `.chat(messages)` -> str, `.stream(messages)` -> iterator of str, and
     `.generate(prompts)` -> list of str. Options are those of `tongwen.workflows.chat_model.open_chat_model`.

@@ -1,8 +1,8 @@
 """A user's own engine file, a DeepSpeed JSON or accelerate's YAML, split into settings of the recipe and of the engine.
 
-Such files also set batch size, optimizer, schedule and precision, mostly as "auto". These belong to the recipe: the file's
-values become the recipe's settings, with a notice, and a value that contradicts the recipe is refused. The rest goes to the
-engine unchanged, and what neither takes is listed.
+Such files also set batch size, optimizer, schedule and precision, mostly as "auto". These belong to the recipe: the
+file's values become the recipe's settings, with a notice, and a value that contradicts the recipe is refused. The rest
+goes to the engine unchanged, and what neither takes is listed.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class EngineSettings(NamedTuple):
 
 
 def read(file: str, devices: int) -> EngineSettings:
-    """Read an engine file. Raises RecipeError when it is missing, unreadable, or has a value that is not supported here."""
+    """Read an engine file. Raises RecipeError if it is missing, unreadable, or has an unsupported value."""
     data = _load(Path(file))
     if file.endswith(".json"):
         return _deepspeed(data, file, devices)

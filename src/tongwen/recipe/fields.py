@@ -22,7 +22,7 @@ def setting(default: Any, help_: str, *, free: bool = False, **limits: Any) -> A
     Args:
         default: `...` makes the setting required.
         help_: English; it is translated where it is shown.
-        free: The setting does not decide the result, so it may change when an interrupted run continues, and afterwards.
+        free: The setting does not decide the result, so it may change in an interrupted run, and after the run.
         limits: Limits of the value, as pydantic's `Field` takes them.
     """
     return Field(default, description=help_, json_schema_extra={"free": free}, **limits)

@@ -56,13 +56,13 @@ def read(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, l
 
 
 def from_options(data: Mapping[str, Any], command: str) -> Recipe:
-    """Return the recipe that a command's options describe. Raises as `read` does; problems name the command as place."""
+    """Return the recipe that a command's options describe. Raises as `read` does, with the command as place."""
     return validate(data, RecipeReader(command))
 
 
 def dump(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML, from which a run is resumed. Defaults that have an effect are filled in; sections
-    that do not run are left out."""
+    """Return the resolved recipe as YAML, from which a run is resumed. Defaults that have an effect are filled in;
+    sections that do not run are left out."""
     sections = {"pretrain": recipe.pretrain, "sft": recipe.sft}
     unused: Any = {
         name: {**dict.fromkeys(unused_settings(section), True), "adapter": unused_adapter_settings(section)}

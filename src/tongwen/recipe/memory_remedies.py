@@ -22,7 +22,7 @@ def cheaper(
     half: str = "",
     helps: Callable[[Training, int], bool] = lambda section, tokens: True,
 ) -> Iterator[str]:
-    """Yield changes to the recipe, each on top of those before: first those that cost time, then length, then precision.
+    """Yield changes to the recipe, each on top of those before: those that cost time first, then length, precision.
 
     Args:
         recipe: The recipe with a stage that needs too much memory.

@@ -10,8 +10,8 @@ from tongwen.recipe.training import ROWS_ONLY, PhaseConfig, Pretrain, TrainedPar
 class TrainingPhase(NamedTuple):
     """One phase of a stage's training.
 
-    train: what it trains, as written in the recipe; parts: the same as separate parts; config: the section with this phase's
-    settings; learning_rate and embedding_learning_rate: peak rates of the weights and of embeddings.
+    train: what it trains, as written in the recipe; parts: the same as separate parts; config: the section with this
+    phase's settings; learning_rate and embedding_learning_rate: peak rates of the weights and of embeddings.
     """
 
     train: str

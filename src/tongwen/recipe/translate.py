@@ -67,7 +67,7 @@ def _translate_trainer(section: dict[str, Any], path: ValuePath, reader: RecipeR
 
 
 def _fits(value: Any, annotation: str) -> bool:
-    """Return whether a YAML value fits a field's type: a dataclass would accept any value and fail only when it is used."""
+    """Return whether a YAML value fits a field's type: a dataclass accepts any value and fails only when used."""
     names = {*re.findall(r"\w+", annotation)}
     kind = "None" if value is None else type(value).__name__
     return kind in names or (kind == "int" and "float" in names)

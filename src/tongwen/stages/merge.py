@@ -1,4 +1,4 @@
-"""merge: merge the adapters of the run's training stages into their base; write an ordinary Hugging Face model folder."""
+"""merge: merge the adapters of the run's training stages into their base; write a Hugging Face model folder."""
 
 from __future__ import annotations
 

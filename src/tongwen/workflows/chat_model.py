@@ -61,8 +61,8 @@ class ChatModel:
         return self.continue_ids(self.prompt_ids(messages), on_token, **options)
 
     def continue_ids(self, ids: list[int], on_token: Callable[[int], None], **options: Any) -> Iterator[str]:
-        """Yield the continuation of these ids in pieces of whole characters. If the prompt itself ends with `<think>`, the
-        first piece is `<think>`."""
+        """Yield the continuation of these ids in pieces of whole characters. If the prompt itself ends with `<think>`,
+        the first piece is `<think>`."""
         if self.encoder.backend.decode(ids[-8:], skip_special_tokens=False).rstrip().endswith(THINK):
             yield THINK
         sampling = self._sampling(options)
@@ -76,7 +76,7 @@ class ChatModel:
         return bool(ids) and ids[-1] in self.generator.stop_ids
 
     def generate(self, prompts: Sequence[str], batch_size: int = ROWS, **options: Any) -> list[str]:
-        """Return one answer per prompt: a question for a chat model, the beginning of a text with `template="completion"`."""
+        """Return one answer per prompt: a question, or with `template="completion"` the beginning of a text."""
         answers: dict[int, str] = {}
         conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
         self.answer_each(conversations, answers.__setitem__, batch_size, **options)
@@ -146,8 +146,8 @@ def open_chat_model(
     """Open a model: a folder, a hub id, `modelscope:id`, a .gguf file, or a stage folder of a run.
 
     Args:
-        template: own, a shipped name, a .jinja file, `completion` for a base model, or `auto`: own if the model has one,
-            else completion.
+        template: own, a shipped name, a .jinja file, `completion` for a base model, or `auto`: own if the
+            model has one, else completion.
         weights: full, 8bit, 4bit, or auto: what fits.
         engine: batched or paged (transformers), llama.cpp (a .gguf file), vllm, or auto (see `choose_engine`).
         rows: Most prompts in one batch; llama.cpp allocates memory for them when it starts.
@@ -185,8 +185,8 @@ def open_chat_model(
 
 
 def choose_engine(model: str, adapters: Sequence[str]) -> str:
-    """Return "llama.cpp" for a .gguf file without adapters if its wheel is installed, else "batched" (transformers). For a
-    .gguf file a notice names the choice."""
+    """Return "llama.cpp" for a .gguf file without adapters if its wheel is installed, else "batched" (transformers).
+    For a .gguf file a notice names the choice."""
     place = load.locate(model)
     if not place.gguf or place.adapters or adapters:
         return "batched"

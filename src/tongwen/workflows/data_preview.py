@@ -45,7 +45,7 @@ class DataPreview:
 
 
 def inspect(file: Path) -> DataPreview:
-    """Read a whole file as `prepare` would, without the search for duplicates. Raises DataError if it is not a data file."""
+    """Read a whole file as `prepare` would, without the search for duplicates. Raises DataError for other files."""
     source = SourceConfig(path=str(file))
     kind = kind_of(file, source)
     section = Prepare.model_validate({kind: [source]})
@@ -126,7 +126,7 @@ def token_kinds() -> list[tuple[str, str]]:
 
 
 def coloured(tokenizer: Any, store: TokenStore, index: int, stop: int) -> list[tuple[str, int, str]]:
-    """Return (text, last id, kind) of each piece of a sample. Kinds: prompt `p`, learned `l`, learned stop token `s`."""
+    """Return (text, last id, kind) of each piece of a sample. Kinds: `p` prompt, `l` learned, `s` learned stop."""
     return [
         (text, token, ("s" if token == stop else "l") if learned else "p")
         for text, token, learned in pieces(tokenizer, store, index)
@@ -134,7 +134,7 @@ def coloured(tokenizer: Any, store: TokenStore, index: int, stop: int) -> list[t
 
 
 def pieces(tokenizer: Any, store: TokenStore, index: int) -> Iterator[tuple[str, int, bool]]:
-    """Yield (text, last id, learned) of a sample's pieces; tokens that form whole characters only together are one piece."""
+    """Yield (text, last id, learned) of a sample's pieces; tokens of one character are one piece."""
     waiting: list[int] = []
     ids, learn = store.sample(index)
     for token, learned in zip(ids.tolist(), learn.tolist(), strict=True):

@@ -46,8 +46,8 @@ def read_questions(source: SourceConfig) -> list[EvalPrompt]:
 
 
 def read_records(source: SourceConfig) -> list[Document | Dialogue]:
-    """Return documents and answered dialogues whose text is to be scored. Rows with an empty answer are left out, with a
-    notice. Raises DataError at the first row that is neither."""
+    """Return documents and answered dialogues whose text is to be scored. Rows with an empty answer are left out, with
+    a notice. Raises DataError at the first row that is neither."""
     rows = list(_rows(source))
     answered = [row for row in rows if not _is_unanswered(row.value)]
     report_unanswered(len(rows) - len(answered), source.path)

@@ -104,7 +104,7 @@ def _first(task: TaskConfig, rows: list[Any]) -> list[Any]:
 
 
 def _answered(task: TaskConfig, questions: list[EvalPrompt]) -> list[EvalPrompt]:
-    """Return the questions with a reference answer. Raises DataError if there are none, or one does not fit the task."""
+    """Return the questions with a reference answer. Raises DataError if none has one, or one is malformed."""
     assert task.data
     known = [one for one in questions if one.reference is not None]
     if not known:

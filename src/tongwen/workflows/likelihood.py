@@ -31,8 +31,8 @@ class Likelihood:
         self.window = min(WINDOW, chat_model.generator.context)
 
     def score(self, record: Document | Dialogue) -> tuple[float, ...] | None:
-        """Return (nats of text, bytes, nats, tokens) of one record; None for a dialogue that exceeds the context length or
-        that the template refuses."""
+        """Return (nats of text, bytes, nats, tokens) of one record; None for a dialogue that exceeds the context length
+        or that the template refuses."""
         if isinstance(record, Document):
             batches = list(self._windows(record.text))
         elif not (batches := self._answers(record)):
@@ -97,7 +97,7 @@ class Likelihood:
         device = self.model.device
         return {
             "input_ids": torch.tensor([ids], device=device),  # (1, T)
-            "rows": torch.tensor(list(rows), device=device),  # (R,) each is the row of logits for the target at the same index
+            "rows": torch.tensor(list(rows), device=device),  # (R,) the row of logits for each target
             "targets": torch.tensor(targets, device=device),  # (R,)
             "learned": len(targets),
         }

@@ -1,8 +1,8 @@
 """Merge adapters into their base, in order; write an ordinary Hugging Face model folder.
 
-The fingerprints that training recorded show whether base and adapters belong together. The base's tensors are streamed, a
-block of rows at a time. Tokenizer, template and stop tokens come from the last adapter's folder, because the model was
-trained with them. The result is read back and compared with base + adapters. Heavy imports are avoided: torch alone
+The fingerprints that training recorded show whether base and adapters belong together. The base's tensors are streamed,
+a block of rows at a time. Tokenizer, template and stop tokens come from the last adapter's folder, because the model
+was trained with them. The result is read back and compared with base + adapters. Heavy imports are avoided: torch alone
 would need more memory than the merge.
 """
 
@@ -38,8 +38,8 @@ TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 class MergeOptions:
     """Options of a merge.
 
-    to: hf or pth; parity: streamed, or full (both models in memory); onto: the original base, or the base as quantised in
-    training (nf4 or int8); mix: how to combine adapters that were all trained on the same base.
+    to: hf or pth; parity: streamed, or full (both models in memory); onto: the original base, or the base as quantised
+    in training (nf4 or int8); mix: how to combine adapters that were all trained on the same base.
     """
 
     dtype: str = "base"
@@ -121,7 +121,7 @@ def resolve(base: str, adapters: Sequence[str]) -> tuple[load.ModelRef, list[str
 def _check_lineage(
     place: load.ModelRef, fingerprint: str, links: list[lineage.AdapterLink], options: MergeOptions
 ) -> str | None:
-    """Raise ArtifactError if base and adapters do not belong together; with --force, return the error's text instead."""
+    """Raise ArtifactError if base and adapters do not belong together; with --force, return its text."""
     try:
         for chain in [[link] for link in links] if options.mix else [links]:
             lineage.check_chain(place.name, fingerprint, chain)

@@ -1,4 +1,4 @@
-"""Convert a model between formats: Hugging Face folder, LLaMA's original `.pth` files, GGUF. For `convert` and `export`.
+"""Convert a model between formats: Hugging Face folder, LLaMA's original `.pth` files, GGUF.
 
 A source in any format is opened as tensors and written a few rows at a time. The result is read back and compared with
 the source before it gets its final name.
@@ -96,7 +96,7 @@ def check_ahead(base: str, formats: Sequence[str], quantize: str) -> None:
 
 
 def _check_gguf(name: str, config: Mapping[str, Any], quantize: str) -> dict[str, Any]:
-    """Return the config with LLaMA's keys. Raises ModelError or MissingPackage if the model or type cannot be written."""
+    """Return the config with LLaMA's keys. Raises ModelError or MissingPackage if GGUF cannot hold the model."""
     gguf.check_type(quantize or "f16")
     with load.explained(load.ModelRef(name, name)):
         llama_config = gguf_layout.in_llamas_words(config)
@@ -200,7 +200,7 @@ def _to_gguf(source: ModelSource, draft: artifact.Draft, kind: str) -> None:
 
 
 def _fast_tokenizer(source: ModelSource, made: Path) -> Path | None:
-    """Return a folder with `tokenizer.json`: the source's own, or `made` with a converted one; None without a tokenizer."""
+    """Return a folder with `tokenizer.json`: the source's own, or `made` after conversion; None without one."""
     if source.place and not source.place.gguf and (source.folder / "tokenizer.json").is_file():
         return source.folder
     if source.place is None:
@@ -244,7 +244,7 @@ class ChatTemplateFiles:
 
 
 def _sentencepiece(source: ModelSource) -> Path | None:
-    """Return the source's `tokenizer.model`, which LLaMA's download has one folder up; None, with a notice, without one."""
+    """Return the source's `tokenizer.model`, which LLaMA's download has one folder up; None if missing."""
     for file in (source.folder / "tokenizer.model", source.folder.parent / "tokenizer.model"):
         if file.is_file():
             return file

@@ -206,8 +206,8 @@ def _settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
 
 
 def _find_unchanged(recipe: Recipe, name: str, out: Path, stages: Stages, fork: bool) -> artifact.Artifact | None:
-    """Return the finished stage, or None if it has to run. Raises RecipeError if a finished or interrupted stage was made
-    with other settings."""
+    """Return the finished stage, or None if it has to run. Raises RecipeError if a finished or interrupted stage was
+    made with other settings."""
     found = artifact.find(out / name)
     if found is not None:
         artifact.refuse_changed(str(out / name), _changed(recipe, name, found, stages[name]), resume.again())
@@ -239,8 +239,8 @@ def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str], 
 def _wait_for(path: Path) -> artifact.Artifact:
     """Wait for the folder that the first process writes.
 
-    Under a launcher only the first process runs stages other than training, and only it writes results. If it fails, most
-    launchers end the others. Raises MachineError if no process has held the lock for a while.
+    Under a launcher only the first process runs stages other than training, and only it writes results. If it fails,
+    most launchers end the others. Raises MachineError if no process has held the lock for a while.
     """
     seen = time.monotonic()
     while (found := artifact.find(path)) is None:

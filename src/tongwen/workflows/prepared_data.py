@@ -32,8 +32,8 @@ def find_prepared(recipe: Recipe) -> artifact.Artifact | None:
 
 
 def changed_files(recipe: Recipe, manifest: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return (file, before, now) of input files that changed or are new. A missing file is no change: its rows are in the
-    prepared data."""
+    """Return (file, before, now) of input files that changed or are new. A missing file is no change: its rows are in
+    the prepared data."""
     from tongwen.data.input_parts import list_parts
 
     assert recipe.prepare

@@ -1,8 +1,8 @@
 """Evaluate models on tasks; write `scores.json`, the scored rows and a report.
 
 The tasks' data is read first, so that bad data fails before a model is loaded. Then the model runs on all tasks, after
-the model before it if there is one; both are compared row by row. Each answer is written to a folder beside the result at
-once, so that a killed evaluation continues with the missing ones.
+the model before it if there is one; both are compared row by row. Each answer is written to a folder beside the result
+at once, so that a killed evaluation continues with the missing ones.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _run_tasks_on_base(
 
 
 def _make_ask(chat_model: ChatModel, section: Evaluate, answers_folder: Path, model_settings: dict[str, Any]) -> Ask:
-    """Return a function that answers conversations, each only once: several tasks share answers, and earlier runs too."""
+    """Return a function that answers conversations, each only once across tasks and interrupted runs."""
     known: dict[str, str] = {}
 
     def ask(conversations: Sequence[Sequence[Mapping[str, Any]]], progress: Progress) -> list[str]:

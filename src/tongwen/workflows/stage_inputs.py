@@ -37,13 +37,13 @@ def training_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 def open_model_before(recipe: Recipe, stage: str) -> artifact.Artifact:
-    """Open the finished model that a stage after the training starts from. Raises ArtifactError if it is not finished."""
+    """Open the model that a stage after training starts from. Raises ArtifactError if it is not finished."""
     folder = Path(base_of_stage(recipe, stage))
     return artifact.open_artifact(folder, "model" if recipe.merge else folder.name)
 
 
 def inputs(recipe: Recipe) -> Prepare:
-    """Return the `prepare` section for commands that write nothing: rows not yet synthesized are left out, with a notice."""
+    """Return the `prepare` section for commands that write nothing: data not yet synthesized is left out."""
     assert recipe.prepare
     made = Path(recipe.out) / "synthesize" / "dialogues.jsonl"
     if recipe.synthesize is None or made.exists():

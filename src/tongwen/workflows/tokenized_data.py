@@ -248,8 +248,8 @@ def new_rows_of(base: str) -> list[int]:
 def encode_in_memory(recipe: Recipe, record_encoder: RecordEncoder) -> TokenizedData:
     """Encode the recipe's training records of the encoder's kind in memory.
 
-    The records come from `prepare` if its output is up to date. Otherwise the sources are read and cleaned, and held-out
-    rows are left out as far as they are known without the search for duplicates.
+    The records come from `prepare` if its output is up to date. Otherwise the sources are read and cleaned, and
+    held-out rows are left out as far as they are known without the search for duplicates.
     """
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
     if made := find_prepared(recipe):
@@ -384,8 +384,8 @@ def _language_of(record: Document | Dialogue, languages: dict[str, str | None]) 
 def _make_sampler(
     store: TokenStore, sources: list[dict[str, Any]], source_of: dict[str, int], seed: int
 ) -> tuple[Callable[[int], list[int]], list[str]]:
-    """Return (function from epoch to its samples in order, by the weights and shares of the sources; notices about sources
-    whose share the first epoch misses, because their samples are few and long)."""
+    """Return (function from epoch to its samples in order, by the weights and shares of the sources; notices about
+    sources whose share the first epoch misses, because their samples are few and long)."""
     by_file = np.array([source_of.get(file, 0) for file in store.files], np.int64)
     owners = by_file[store.samples["file"]] if len(by_file) else np.zeros(0, np.int64)
     tokens = np.bincount(owners, weights=store.lengths, minlength=len(sources)).astype(int).tolist()

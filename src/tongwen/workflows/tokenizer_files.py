@@ -42,8 +42,8 @@ SAMPLE = 1_000_000  # most characters to measure: takes seconds
 class TokenizerFiles:
     """A tokenizer in all its forms.
 
-    backend: the fast form; model: the SentencePiece ModelProto, if any; tokenizer: transformers' object with chat template
-    and special tokens, if it was opened from a model and not from a file.
+    backend: the fast form; model: the SentencePiece ModelProto, if any; tokenizer: transformers' object with chat
+    template and special tokens, if it was opened from a model and not from a file.
     """
 
     name: str
@@ -104,8 +104,8 @@ class TokenizerFiles:
 class ExtendedTokenizer:
     """A tokenizer with new tokens.
 
-    files: the extended tokenizer; parts: for each new id, the old ids of the same text; seen: how often each learned piece
-    occurred in the corpus when it was chosen.
+    files: the extended tokenizer; parts: for each new id, the old ids of the same text; seen: how often each learned
+    piece occurred in the corpus when it was chosen.
     """
 
     files: TokenizerFiles
@@ -119,8 +119,8 @@ class ExtendedTokenizer:
 
 
 def open_tokenizer_files(name: str, *, to_measure: bool = False) -> TokenizerFiles:
-    """Open a model's tokenizer (folder, hub id, modelscope:, .gguf) or a tokenizer file (tokenizer.json, a SentencePiece
-    .model, a tiktoken file, tekken.json).
+    """Open a model's tokenizer (folder, hub id, modelscope:, .gguf) or a tokenizer file (tokenizer.json, a
+    SentencePiece .model, a tiktoken file, tekken.json).
 
     to_measure: also accept a tokenizer that cannot be extended. Raises ModelError if it is none of these.
     """
@@ -212,8 +212,8 @@ def learn(
     most: int,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> LearnedPieces:
-    """Learn at most `most` pieces. Raises DataError if the texts contain nothing in the script, ModelError if the base is
-    not BPE."""
+    """Learn at most `most` pieces. Raises DataError if the texts contain nothing in the script, ModelError if the base
+    is not BPE."""
     if base.model is not None:
         spm.check_base(base.model, base.name)
         inside = encoder_of(spm.without_prefix(base.model))
@@ -331,8 +331,8 @@ def _check_new(base: TokenizerFiles, texts: Sequence[str]) -> None:
 
 
 def save(files: TokenizerFiles, folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json, and tokenizer.model if there is one. Names of special tokens, maximum
-    length and chat template are kept."""
+    """Write tokenizer.json, tokenizer_config.json, and tokenizer.model if there is one. Names of special tokens,
+    maximum length and chat template are kept."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=files.backend, **_settings(files))
@@ -342,7 +342,7 @@ def save(files: TokenizerFiles, folder: Path) -> None:
     tokenizer.save_pretrained(str(folder))
     config = folder / "tokenizer_config.json"
     known = json.loads(config.read_text(encoding="utf-8"))
-    # Every transformers knows this class; the one that version 5 writes is unknown to version 4 and to tools based on it.
+    # All versions of transformers know this class; version 4 does not know the one that version 5 writes.
     write_json(config, {**known, "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": INPUTS})
     if files.model is not None:
         (folder / "tokenizer.model").write_bytes(files.model.SerializeToString())
@@ -379,7 +379,7 @@ def _reached(steps: Sequence[int], most: int) -> list[int]:
 
 
 def shape_of(name: str) -> ModelSize:
-    """Return the size of the model, which decides the cost of a token; a nominal size for a tokenizer without a model."""
+    """Return the size of the model, which decides a token's cost; a nominal size without a model."""
     if Path(name).is_file() and Path(name).suffix != ".gguf":
         return NOMINAL
     place = load.locate(name)
@@ -423,7 +423,7 @@ def texts_of(record: Document | Dialogue) -> Iterator[str]:
 
 
 def split(texts: Iterable[str]) -> tuple[Iterator[str], list[str]]:
-    """Return (texts to learn from, every tenth text up to SAMPLE characters). The list fills while the texts are read."""
+    """Return (texts to learn from, every tenth text up to SAMPLE characters). The list fills during reading."""
     rest: list[str] = []
     return _without_tenth(texts, rest), rest
 

@@ -88,8 +88,8 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
 
 
 def _texts(prepared: Path | None) -> tuple[Iterable[str], list[str]]:
-    """Return (texts to learn from, texts to measure on): documents, or dialogues without documents; held-out texts, or every
-    tenth text if none were held out."""
+    """Return (texts to learn from, texts to measure on): documents, or dialogues without documents; held-out texts, or
+    every tenth text if none were held out."""
     if prepared is None:
         return [], tokenizer_files.shipped_texts()
     kind = "documents" if (prepared / "documents.jsonl").is_file() else "dialogues"

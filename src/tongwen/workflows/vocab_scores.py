@@ -30,8 +30,8 @@ def iter_rows(
 def bits_before_training(
     place: load.ModelRef, old: TokenizerFiles, extended: ExtendedTokenizer, kind: str, seed: int, texts: list[str]
 ) -> dict[str, Any]:
-    """Return `bits_per_byte` of the base and of the extended, untrained model, on the texts and on English; an empty dict if
-    the model does not fit in memory. kind: initial values of the new rows (`vocab.new_rows`)."""
+    """Return `bits_per_byte` of the base and of the extended, untrained model, on the texts and on English; an empty
+    dict if the model does not fit in memory. kind: initial values of the new rows (`vocab.new_rows`)."""
     import psutil
 
     size = sum(file.stat().st_size for pattern in load.WEIGHTS for file in Path(place.folder).glob(pattern))

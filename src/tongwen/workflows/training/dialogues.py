@@ -49,7 +49,7 @@ def dialogue_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> T
 
 
 def _control_rows(model: Any, record_encoder: DialogueEncoder, section: Sft) -> list[int]:
-    """Return rows of the template's control tokens that the base never trained; an adapter alone would not train them."""
+    """Return rows of the template's control tokens that are untrained, and would stay so under an adapter."""
     if section.adapter.method == "full":
         return []
     tokenizer = record_encoder.tokenizer

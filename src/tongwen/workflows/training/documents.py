@@ -90,6 +90,6 @@ def _warn_of_instruct(base: str, tokenizer: Any) -> None:
 
 
 def _completion_prompts(held_out: list[Document], record_encoder: DocumentEncoder, count: int) -> list[SamplePrompt]:
-    """Return prompts from the first held-out documents that are long enough: their beginnings, with the continuations."""
+    """Return prompts from the first held-out documents that are long enough: beginning and continuation."""
     texts = [one.text for one in held_out if len(one.text) > 2 * OPENING]
     return [SamplePrompt(text[:OPENING], text[:OPENING], text[OPENING : 4 * OPENING]) for text in texts[:count]]

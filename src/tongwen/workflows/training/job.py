@@ -125,7 +125,7 @@ def _check_evaluations(job: TrainingJob) -> None:
 
 
 def _parents(job: TrainingJob, model: PreparedModel) -> dict[str, Any]:
-    """Return the result's parents by role. The stage that made the base is one, so that `run` detects when it was redone."""
+    """Return the result's parents by role. The stage that made the base is one: `run` detects if it was redone."""
     made = artifact.find(Path(job.base))
     return {
         "prepare": job.prepared.as_parent(),
@@ -256,8 +256,8 @@ def _check_forgotten(job: TrainingJob, before: dict[str, Any], after: dict[str, 
 
 @contextmanager
 def _explain_out_of_memory(job: TrainingJob, phases: list[Phase], device: str) -> Iterator[list[PreparedModel]]:
-    """Turn an out-of-memory error into MachineError that lists changes to the recipe. The caller appends the opened model to
-    the yielded list."""
+    """Turn an out-of-memory error into MachineError that lists changes to the recipe. The caller appends the opened
+    model to the yielded list."""
     opened = list[PreparedModel]()
     try:
         yield opened

@@ -51,7 +51,7 @@ LIBRARIES = psutil.Process().memory_info().rss + sum(
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The fullest micro-batch. lengths: tokens of its documents; rows: learned tokens; passes: micro-batches per step."""
+    """The fullest micro-batch. lengths: of its documents; rows: learned tokens; passes: micro-batches per step."""
 
     lengths: Sequence[int]
     rows: int
@@ -186,8 +186,8 @@ def _spare(model: Any, setting: TrainingSetup, rows: int) -> int:
 def estimate_files(
     config: Any, setting: TrainingSetup, phases: Sequence[Collection[TrainedPart]]
 ) -> tuple[int, list[int]]:
-    """Return (bytes of the result's weights, bytes of a checkpoint in each phase). A checkpoint has the weights that peft or
-    transformers saves, and the optimizer's state for the phase's parts."""
+    """Return (bytes of the result's weights, bytes of a checkpoint in each phase). A checkpoint has the weights that
+    peft or transformers saves, and the optimizer's state for the phase's parts."""
     adapted, _ = _skeleton(config, setting)
     whole = sum(part.numel() for part in adapted.model.parameters())
     if hasattr(adapted.model, "peft_config"):  # peft saves both names of a tied matrix that it has copied
@@ -206,14 +206,14 @@ def estimate_files(
 
 
 def _skeleton(config: Any, setting: TrainingSetup) -> tuple[attach.Adapted, list[int]]:
-    """Return the adapted model on the meta device, and the sizes of its linear layers, which quantisation applies to."""
+    """Return the adapted model on the meta device, and the sizes of its quantisable matrices."""
     model = load.make_skeleton(config).to(attach.kept_in(setting.parts, setting.dtype))
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
     if setting.quantize:
         for module in linear:
             module.__class__ = QuantizedLinear
-    adapter = setting.adapter.model_copy(update={"continue_from": None})  # the shapes are the same, and its files need not be opened
+    adapter = setting.adapter.model_copy(update={"continue_from": None})  # same shapes, no files
     with torch.device("meta"), load.quiet(), without_compiler():
         rows = list(range(setting.rows))
         adapted = attach.adapt(model, adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
@@ -258,8 +258,8 @@ def _by_formula(config: Any, setting: TrainingSetup, micro: MicroBatch, shape: M
 
 
 def measure(place: load.ModelRef, setting: TrainingSetup, store: Any, plan: BatchPlan) -> tuple[float, float]:
-    """Return (seconds per token forward and backward, seconds per optimizer step), measured with the real weights on one
-    micro-batch of the plan, after a warm-up."""
+    """Return (seconds per token forward and backward, seconds per optimizer step), measured with the real weights on
+    one micro-batch of the plan, after a warm-up."""
     model, _ = open_adapter_chain(place, attach.kept_in(setting.parts, setting.dtype), setting.quantize)
     rows = list(range(min(setting.rows, len(model.get_input_embeddings().weight))))  # new rows may not exist yet
     adapted = attach.adapt(model, setting.adapter, rows, trained=setting.parts, new_rows=[0], steps=100)

@@ -90,7 +90,7 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
 
 
 def _open(place: load.ModelRef, dtype: torch.dtype, quantize: str) -> tuple[Any, bool, str | None]:
-    """Return (model, whether documents are packed, fingerprint). Families that cannot pack get padded batches, and a notice."""
+    """Return (model, whether documents are packed, fingerprint). Families that cannot pack get padded batches."""
     config = load.load_config(place)
     family = family_of(config.model_type)
     model, fingerprint = open_adapter_chain(place, dtype, quantize)
@@ -122,8 +122,8 @@ def _check_lengths(config: Any, job: TrainingJob) -> None:
 
 
 def set_memory_savers(model: PreparedModel, phase: Phase, store: TokenStore) -> None:
-    """Turn on a phase's memory savers: blockwise logits, activation recomputation. Call this before the audit, which runs a
-    training step."""
+    """Turn on a phase's memory savers: blockwise logits, activation recomputation. Call this before the audit, which
+    runs a training step."""
     if model.engine.is_whole and model.dtype != torch.float16:  # fp16's small gradients wait for the scaler
         with model.computing():  # autocast would later reuse casts made here without gradients
             spare_head(model.model, to_device(_first_batch(model, store, phase.plan), model.model))
@@ -152,8 +152,8 @@ def _set_checkpointing(model: PreparedModel, phase: Phase, store: TokenStore) ->
 def _fits(model: PreparedModel, phase: Phase, store: TokenStore, memory: int) -> bool:
     """Return whether the largest micro-batch fits beside the optimizer's memory. memory: bytes of the GPU.
 
-    The micro-batch is tried for real. If processes share the model, one that fails would leave the others waiting, so the
-    memory is estimated instead.
+    The micro-batch is tried for real. If processes share the model, one that fails would leave the others waiting, so
+    the memory is estimated instead.
     """
     section, plan = phase.config, phase.plan
     if section.sharded_by:
@@ -171,7 +171,7 @@ def _fits(model: PreparedModel, phase: Phase, store: TokenStore, memory: int) ->
 
 
 def audit_phase(model: PreparedModel, phase: Phase, store: TokenStore) -> list[str]:
-    """Check on the first micro-batch that every trainable tensor gets a gradient and packed documents cannot see each other.
+    """Check on the first micro-batch that each trainable tensor gets a gradient and packed documents are isolated.
 
     Returns the trainable tensors that its tokens did not reach. Raises NumbersError if a check fails.
     """

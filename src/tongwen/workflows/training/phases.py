@@ -27,7 +27,7 @@ from tongwen.workflows.training.types import PreparedModel, TrainingJob
 
 
 def plan_phases(job: TrainingJob, device: str, checkpoints: Path) -> list[Phase]:
-    """Return the recipe's phases with their batches. Each phase begins with an epoch that no phase before it has used."""
+    """Return the recipe's phases with their batches. A phase begins with an epoch that no earlier one has used."""
     section, phases = job.section, list[Phase]()
     config = load.load_config(load.locate(job.base))
     budget = token_budget(device, config, own_memory(device), full="full" in section.trained_parts)
@@ -123,7 +123,7 @@ class Progress:
 
 
 def find_progress(job: TrainingJob, model: PreparedModel, phases: list[Phase], run: dict[str, Any]) -> Progress:
-    """Return where the run continues. Raises RecipeError if the recipe now ends earlier, or would train other batches."""
+    """Return where the run continues. Raises RecipeError if the recipe ends earlier or has other batches."""
     tokens = list(accumulate(size for phase in phases for size in phase.plan.tokens_of(job.data.store.lengths)))
     folders = [phase.checkpoints for phase in phases]
     checkpoint = newest_checkpoint(folders, resume.ids(run))
@@ -156,7 +156,7 @@ def evaluations_of(checkpoint: Path | None, run: dict[str, Any]) -> list[Any]:
 
 
 def _conditions(model: PreparedModel, phase: Phase) -> dict[str, Any]:
-    """Return conditions that change a result only by the order of floating-point sums or by another version's arithmetic."""
+    """Return conditions that change a result only by the order of sums or by a version's arithmetic."""
     return {
         "processes": phase.plan.world,
         "device": model.device,

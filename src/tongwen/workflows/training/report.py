@@ -75,7 +75,7 @@ def make_report(job: TrainingJob, before: dict[str, Any], after: dict[str, Any],
 def _samples(
     prompts: list[SamplePrompt], before: list[str], after: list[str], lines: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return the prompts with all their answers. lines: of samples.jsonl, with the prompts in this order at each step."""
+    """Return the prompts with all their answers. lines: of samples.jsonl, in this order at each step."""
     by_prompt = [lines[index :: len(prompts)] for index in range(len(prompts))]
     return [
         {
