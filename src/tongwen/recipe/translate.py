@@ -146,19 +146,21 @@ def _apply_engine_file(section: dict[str, Any], path: ValuePath, devices: Any, r
             _apply_engine_file(section, path, devices, reader)
 
 
-def _merge(settings: dict[str, Any], into: dict[str, Any], path: ValuePath, file: str, reader: RecipeReader) -> None:
+def _merge(settings: dict[str, Any], target: dict[str, Any], path: ValuePath, file: str, reader: RecipeReader) -> None:
     """Add an engine file's settings to a mapping of the recipe; one that contradicts the recipe is a problem."""
     for key, value in settings.items():
-        rival = "batch_tokens" if key == "batch_size" and into.get("batch_tokens") else key
-        if into.get(rival, value) in (value, "auto"):
-            into[key] = value
+        conflicting_key = "batch_tokens" if key == "batch_size" and target.get("batch_tokens") else key
+        if target.get(conflicting_key, value) in (value, "auto"):
+            target[key] = value
             reader.places.setdefault((*path, key), file)
             reader.notices.append(f"{file} → `{key}: {value}`")
             continue
-        theirs = repr(value) if rival == key else f"{key}: {value!r}"
+        theirs = repr(value) if conflicting_key == key else f"{key}: {value!r}"
         reader.add_problem(
-            (*path, rival),
-            _("the recipe has {into!r}, but {file} has {theirs}").format(into=into[rival], file=file, theirs=theirs),
+            (*path, conflicting_key),
+            _("the recipe has {into!r}, but {file} has {theirs}").format(
+                into=target[conflicting_key], file=file, theirs=theirs
+            ),
             _('in that file, write "auto" or the same value')
             if file.endswith(".json")
             else _("in that file, leave it out or write the same value"),

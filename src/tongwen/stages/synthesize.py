@@ -9,13 +9,23 @@ from tongwen.core import artifact
 from tongwen.recipe.schema import Recipe
 
 # These decide how requests are sent, not what they ask for.
-_HOW = {"key", "concurrency", "requests_per_minute", "seconds", "attempts", "pause", "at_most", "price", "use_proxy"}
+_REQUEST_SETTINGS = {
+    "key",
+    "concurrency",
+    "requests_per_minute",
+    "seconds",
+    "attempts",
+    "pause",
+    "at_most",
+    "price",
+    "use_proxy",
+}
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that decide this stage's result."""
     assert recipe.synthesize
-    return {"synthesize": recipe.synthesize.model_dump(mode="json", exclude=_HOW), "seed": recipe.seed}
+    return {"synthesize": recipe.synthesize.model_dump(mode="json", exclude=_REQUEST_SETTINGS), "seed": recipe.seed}
 
 
 def check_ahead(recipe: Recipe) -> None:

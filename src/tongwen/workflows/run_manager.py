@@ -28,7 +28,7 @@ from tongwen.workflows.run_lock import lock_holder
 from tongwen.workflows.stage_inputs import TRAINING
 
 LOG = "run.log"
-TAIL = 16_000  # bytes of the log that are shown
+LOG_BYTES = 16_000  # bytes of the log that are shown
 WAIT_SECONDS = 60.0  # for a run to take its lock, on a machine that has other work too
 
 
@@ -129,7 +129,7 @@ def log(out: Path) -> str:
     if not file.is_file():
         return ""
     with file.open("rb") as stream:
-        stream.seek(max(0, file.stat().st_size - TAIL))
+        stream.seek(max(0, file.stat().st_size - LOG_BYTES))
         return stream.read().decode("utf-8", "replace").lstrip("\ufffd")
 
 

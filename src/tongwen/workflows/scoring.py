@@ -27,7 +27,7 @@ from tongwen.recipe.outputs import Evaluate
 from tongwen.workflows.chat_model import ChatModel, open_chat_model
 from tongwen.workflows.evaluation import Ask, EvalTask, Progress, Scores
 
-OWN = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model")  # files of a model or an adapter
+MODEL_SUFFIXES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model")  # files of a model or an adapter
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,11 @@ class EvaluatedModel:
         place = load.locate(self.model)
         folders = [Path(folder) for folder in (place.folder, *place.adapters, *self.adapters)]
         files = [
-            file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir()) if file.suffix in OWN
+            file
+            for folder in folders
+            if folder.is_dir()
+            for file in sorted(folder.iterdir())
+            if file.suffix in MODEL_SUFFIXES
         ]
         return {**asdict(self), "files": [[str(file), (s := file.stat()).st_size, s.st_mtime_ns] for file in files]}
 

@@ -44,7 +44,7 @@ from tongwen.workflows.stage_inputs import inputs
 
 ROUND_TRIP = "round_trip.json"  # in the folder of the tokens
 NEW_ROWS = "new_rows.json"  # beside a model whose vocabulary was extended
-MISSED = 0.1  # share of its tokens by which a source may fall short without a notice
+TOLERANCE = 0.1  # share of its tokens by which a source may fall short without a notice
 MOSTLY_HAN = 0.3  # share of the letters from which a text counts as Chinese
 
 
@@ -260,8 +260,8 @@ def encode_in_memory(recipe: Recipe, record_encoder: RecordEncoder) -> Tokenized
     store = token_store.in_memory(record_encoder.batches(rows, ledger, rejected.append))
     lost = [json.loads(bad.to_line()) for bad in rejected]
     mask = record_encoder.check(store, lost)
-    drawn, missed = _make_sampler(store, sources, files, recipe.seed)
-    return TokenizedData(store, mask, ledger, lost, drawn, [], {}, missed)
+    sampler, missed = _make_sampler(store, sources, files, recipe.seed)
+    return TokenizedData(store, mask, ledger, lost, sampler, [], {}, missed)
 
 
 def _read_sources(recipe: Recipe, kind: str) -> tuple[Iterator[Any], list[dict[str, Any]], dict[str, int]]:
@@ -312,8 +312,8 @@ def encode_prepared(
     sources, files = _sources_of(prepared, record_encoder.kind)
     languages = {file: sources[number].get("language") for file, number in files.items()}
     held_out, held_out_stores = _encode_held_out(prepared, record_encoder, ledger, languages)
-    drawn, missed = _make_sampler(store, sources, files, seed)
-    return TokenizedData(store, mask, ledger, rejected, drawn, held_out, held_out_stores, missed)
+    sampler, missed = _make_sampler(store, sources, files, seed)
+    return TokenizedData(store, mask, ledger, rejected, sampler, held_out, held_out_stores, missed)
 
 
 def key_of(prepared: artifact.Artifact, record_encoder: RecordEncoder) -> str:
@@ -399,7 +399,7 @@ def _make_sampler(
         drawn = np.bincount(owners[first], weights=store.lengths[first], minlength=len(sources))
         for one, times, asks, got in zip(sources, passes, asked / asked.sum(), drawn / drawn.sum(), strict=True):
             wanted = one["share"] or asks
-            if times != 1 and abs(got - wanted) > MISSED * wanted:
+            if times != 1 and abs(got - wanted) > TOLERANCE * wanted:
                 missed.append(
                     _(
                         "{path}: the recipe asks for {wanted:.3g} of the tokens, but the first epoch has {got:.3g}: its samples are too few or too long"

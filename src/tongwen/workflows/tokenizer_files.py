@@ -33,9 +33,9 @@ from tongwen.vocab.learn import LearnedMerges, learn_merges
 from tongwen.vocab.measure import CURVE, NOMINAL, SEEN_ENOUGH, CurvePoint, MeasuredTokenizer, ModelSize, make_curve
 from tongwen.vocab.script import Script
 
-AS_IS = Clean(unicode=False, control=False, mojibake=False, html=False, unwrap=False, repetition=False)
+NO_CLEANING = Clean(unicode=False, control=False, mojibake=False, html=False, unwrap=False, repetition=False)
 INPUTS = ["input_ids", "attention_mask"]
-SAMPLE = 1_000_000  # most characters to measure: takes seconds
+SAMPLE_CHARACTERS = 1_000_000  # most characters to measure: takes seconds
 
 
 @dataclass(frozen=True)
@@ -402,7 +402,7 @@ def shipped_texts() -> list[str]:
 def iter_texts(paths: Sequence[str], notify: Callable[[str], None] = console.notice) -> Iterator[str]:
     """Yield the unchanged texts of files in any known format; dialogues turn by turn. Unreadable rows are counted and
     reported through `notify`."""
-    section = Prepare(documents=[SourceConfig(path=path) for path in paths], clean=AS_IS)
+    section = Prepare(documents=[SourceConfig(path=path) for path in paths], clean=NO_CLEANING)
     for input_part in list_parts(section, local_copy, notify):
         part = replace(input_part, kind=kind_of(input_part.file, input_part.source))
         refused, first = 0, ""
@@ -423,7 +423,7 @@ def texts_of(record: Document | Dialogue) -> Iterator[str]:
 
 
 def split(texts: Iterable[str]) -> tuple[Iterator[str], list[str]]:
-    """Return (texts to learn from, every tenth text up to SAMPLE characters). The list fills during reading."""
+    """Return (texts to learn from, every tenth text up to SAMPLE_CHARACTERS). The list fills during reading."""
     rest: list[str] = []
     return _without_tenth(texts, rest), rest
 
@@ -431,7 +431,7 @@ def split(texts: Iterable[str]) -> tuple[Iterator[str], list[str]]:
 def _without_tenth(texts: Iterable[str], rest: list[str]) -> Iterator[str]:
     size = 0
     for index, text in enumerate(texts):
-        if index % 10 == 0 and size < SAMPLE:
+        if index % 10 == 0 and size < SAMPLE_CHARACTERS:
             rest.append(text)
             size += len(text)
         else:
@@ -439,11 +439,11 @@ def _without_tenth(texts: Iterable[str], rest: list[str]) -> Iterator[str]:
 
 
 def sample_texts(texts: Iterable[str]) -> list[str]:
-    """Return about SAMPLE characters of texts, spread evenly over all; at least one text."""
+    """Return about SAMPLE_CHARACTERS of texts, spread evenly over all; at least one text."""
     return _evenly(list(texts))
 
 
 def _evenly(texts: list[str]) -> list[str]:
     total = sum(map(len, texts))
-    step = max(1, -(-total // SAMPLE))
+    step = max(1, -(-total // SAMPLE_CHARACTERS))
     return texts[::step]

@@ -13,8 +13,8 @@ from pathlib import Path
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 
-DEEPEST = 5  # levels of subfolders that are searched
-MOST = 500  # most models, recipes or runs that are listed
+MAX_DEPTH = 5  # levels of subfolders that are searched
+MAX_LISTED = 500  # most models, recipes or runs that are listed
 MODEL_MARKS = ("config.json", "adapter_config.json")
 
 
@@ -54,25 +54,25 @@ class Workspace:
     def models(self) -> list[str]:
         found = [folder for folder in self._walk() if any((folder / mark).is_file() for mark in MODEL_MARKS)]
         files = [file for folder in self._walk() for file in sorted(folder.glob("*.gguf"))]
-        return [*self.named, *map(display_path, [*found, *files][:MOST])]
+        return [*self.named, *map(display_path, [*found, *files][:MAX_LISTED])]
 
     def recipes(self) -> list[str]:
         files = [
             file for folder in self._walk() for ending in ("yaml", "yml") for file in sorted(folder.glob(f"*.{ending}"))
         ]
-        return [display_path(file) for file in files if _is_recipe(file)][:MOST]
+        return [display_path(file) for file in files if _is_recipe(file)][:MAX_LISTED]
 
     def runs(self) -> list[str]:
         """Return the runs, the newest first."""
         found = [folder for folder in self._walk() if _is_run(folder)]
-        return [display_path(folder) for folder in sorted(found, key=_changed, reverse=True)][:MOST]
+        return [display_path(folder) for folder in sorted(found, key=_changed, reverse=True)][:MAX_LISTED]
 
     def _walk(self) -> Iterator[Path]:
         for top in self.folders:
             for root, subfolders, _unused in os.walk(top):
                 folder = Path(root)
                 depth = len(folder.relative_to(top).parts)
-                hidden = [name for name in subfolders if name.startswith((".", "__")) or depth >= DEEPEST]
+                hidden = [name for name in subfolders if name.startswith((".", "__")) or depth >= MAX_DEPTH]
                 subfolders[:] = sorted(set(subfolders) - set(hidden))
                 yield folder
 

@@ -275,11 +275,11 @@ def _out_of_memory(
     if any(getattr(module, "gradient_checkpointing", False) for module in modules):
         section = job.section.model_copy(update={"activation_checkpointing": "on"})
         recipe = recipe.model_copy(update={job.stage: section})
-    together = max(int(lengths[list(micro)].sum()) for phase in phases for micro in phase.plan.flat())
+    micro_tokens = max(int(lengths[list(micro)].sum()) for phase in phases for micro in phase.plan.flat())
     native = load.compute_dtype("auto", device)[0] != torch.float32
     half = "auto" if native else "fp16" if device == "cuda" else ""
     firsts = dict[str, str]()
-    for change in cheaper(recipe, job.stage, int(lengths.max()), together, half):
+    for change in cheaper(recipe, job.stage, int(lengths.max()), micro_tokens, half):
         firsts.setdefault(change.split("=")[0], change)
     return MachineError(
         _("out of memory: {error}").format(error=first_line(error)[:160]),

@@ -33,7 +33,7 @@ from tongwen.train.try_batch import fits
 from tongwen.workflows.tokenized_data import RecordEncoder
 from tongwen.workflows.training.types import PreparedModel, TrainingJob
 
-SPARE = 0.03  # share of a GPU's memory to leave free when trying a micro-batch: long runs fragment the allocator
+FREE_SHARE = 0.03  # share of a GPU's memory to leave free when trying a micro-batch: long runs fragment the allocator
 
 
 def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: Engine) -> PreparedModel:
@@ -163,7 +163,7 @@ def _fits(model: PreparedModel, phase: Phase, store: TokenStore, memory: int) ->
     largest = max(plan.flat(), key=lambda micro: int(store.lengths[list(micro)].sum()))
     batch = MicroBatches(store, [largest], packed=model.packed)[0]
     buckets = 4 * distributed.is_launched()  # DDP's copy of the gradients
-    reserve = learning * (STATE_BYTES[section.optimizer] + buckets) + int(SPARE * memory)
+    reserve = learning * (STATE_BYTES[section.optimizer] + buckets) + int(FREE_SHARE * memory)
     with console.waiting(_("trying a micro-batch on the GPU")):
         return fits(
             model.model, batch, learned_loss, model.computing(), passes=min(plan.accumulate, 2), reserve=reserve
