@@ -161,9 +161,9 @@ def score(folder: str, adapter: str, prepared: Path) -> float:
     from tongwen.model.loading import load
     from tongwen.recipe.training import Pretrain
     from tongwen.train.packing import MicroBatches, fill
-    from tongwen.workflows.tokenized_data import read_documents
+    from tongwen.workflows.tokenized_data import make_document_encoder
 
-    reader = read_documents(folder, Pretrain(max_length=512))
+    reader = make_document_encoder(folder, Pretrain(max_length=512))
     records = list(load_records(prepared / "documents.held_out.jsonl"))
     store = token_store.in_memory(reader.held_out(records, Ledger("rows", "tokens"), lambda bad: None))
     model = load.load_model(load.locate(folder), torch.float32)

@@ -93,10 +93,10 @@ def tongwen(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str,
     from tongwen.data import token_store
     from tongwen.data.encode import encode_dialogues
     from tongwen.recipe.training import Sft
-    from tongwen.workflows.tokenized_data import read_dialogues
+    from tongwen.workflows.tokenized_data import make_dialogue_encoder
 
     section = Sft(max_length=4096)
-    reader = read_dialogues(chosen.model, section)
+    reader = make_dialogue_encoder(chosen.model, section)
 
     def work() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -113,9 +113,9 @@ def tongwen(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str,
 
 def library(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
     from tongwen.recipe.training import Sft
-    from tongwen.workflows.tokenized_data import read_dialogues
+    from tongwen.workflows.tokenized_data import make_dialogue_encoder
 
-    reader = read_dialogues(chosen.model, Sft())
+    reader = make_dialogue_encoder(chosen.model, Sft())
     texts = [reader.template.samples(one)[0].text for one in iter_dialogues(rows)]
 
     def work() -> dict[str, Any]:

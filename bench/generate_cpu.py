@@ -84,10 +84,10 @@ def measure(way: str, model: str, prompts: list[str]) -> dict[str, Any]:
     cpu, wall = time.process_time(), time.monotonic()
     if way == "generate":
         for begin in range(0, len(ids), BATCH):
-            for place, answer in enumerate(speaker.voice.answer(ids[begin : begin + BATCH], sampling), begin):
+            for place, answer in enumerate(speaker.generator.answer(ids[begin : begin + BATCH], sampling), begin):
                 answers[place] = answer
     else:
-        speaker.voice.answer_all(ids, sampling, answers.__setitem__)
+        speaker.generator.answer_all(ids, sampling, answers.__setitem__)
     cpu, wall = time.process_time() - cpu, time.monotonic() - wall
     tokens = sum(map(len, answers.values()))
     return {

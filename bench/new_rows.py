@@ -41,14 +41,14 @@ def main() -> None:
     lines = Path(chosen.text).read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(lines)
     held_out, rest = [line for line in lines[:3000] if len(line) > 30][:40], lines[3000:]
-    learnt = tokenizer_files.learn(base, rest, Script("han"), PIECES)
-    made = learnt.extended(PIECES)
+    learned = tokenizer_files.learn(base, rest, Script("han"), PIECES)
+    made = learned.extended(PIECES)
     model = load.load_model(load.locate(chosen.model), torch.float32).requires_grad_(False).eval()
     old = model.get_input_embeddings().weight.clone()
     trial = Trial(model, old, made, held_out)
     found = {"base": trial.score(base, old)}
     print("base", found["base"], flush=True)
-    for name, rows in candidates(trial, learnt, made.parts):
+    for name, rows in candidates(trial, learned, made.parts):
         found[name] = trial.with_rows(rows)
         print(f"{name:40s} {found[name]:.4f}", flush=True)
     for name, share in (("distilled", 1.0), ("distilled where the output hardly looks", 0.75)):
@@ -65,7 +65,7 @@ class Trial:
         self.model, self.old, self.made, self.held_out = model, old, made, held_out
 
     def with_rows(self, rows: torch.Tensor) -> float:
-        return self.score(self.made.lexicon, torch.cat([self.old, rows]))
+        return self.score(self.made.files, torch.cat([self.old, rows]))
 
     def score(self, one: Any, matrix: torch.Tensor) -> float:
         """Bits per byte, each text by itself behind the token that begins one."""
@@ -79,7 +79,7 @@ class Trial:
         return nats / size / math.log(2)
 
 
-def candidates(trial: Trial, learnt: Any, parts: list[list[int]]) -> Any:
+def candidates(trial: Trial, learned: Any, parts: list[list[int]]) -> Any:
     old = trial.old
     mean, count, width = old.mean(0), len(parts), old.shape[1]
     middle = torch.stack([old[part].mean(0) for part in parts])
@@ -92,12 +92,12 @@ def candidates(trial: Trial, learnt: Any, parts: list[list[int]]) -> Any:
         yield f"mean + {factor} x (subtoken_mean - mean)", mean + factor * (middle - mean)
     norm = old.norm(dim=1).mean()
     yield "subtoken_mean at the base's norm", middle / middle.norm(dim=1, keepdim=True) * norm
-    yield "composition by ridge regression", composed(trial, learnt)
+    yield "composition by ridge regression", composed(trial, learned)
 
 
-def composed(trial: Trial, learnt: Any) -> torch.Tensor:
+def composed(trial: Trial, learned: Any) -> torch.Tensor:
     """Rows by the map that best gives the base's own merged rows from those of their two halves."""
-    old, definition = trial.old, learnt.base.definition
+    old, definition = trial.old, learned.base.definition
     ids = definition["model"]["vocab"]
     halves = [merge if isinstance(merge, list) else merge.split(" ") for merge in definition["model"]["merges"]]
     pairs = [(ids[left], ids[right], ids[left + right]) for left, right in halves if left + right in ids]
@@ -106,7 +106,7 @@ def composed(trial: Trial, learnt: Any) -> torch.Tensor:
     both = torch.cat([left, right], dim=1)
     weights = torch.linalg.solve(both.T @ both + 30 * torch.eye(both.shape[1]), both.T @ whole)
     rows: dict[int, torch.Tensor] = {}
-    for one, other, made in learnt.found.merges:
+    for one, other, made in learned.found.merges:
         if made >= len(old) and made not in rows:
             pair = torch.cat(
                 [rows.get(one, old[min(one, len(old) - 1)]), rows.get(other, old[min(other, len(old) - 1)])]
@@ -121,7 +121,7 @@ def distil(trial: Trial, texts: list[str], characters: int, share: float) -> Any
     whole = "\n".join(texts)[:characters]
     lessons, states = [], []
     for begin in range(0, len(whole), CHUNK):
-        new = trial.made.lexicon.encode_fast([whole[begin : begin + CHUNK]])[0]
+        new = trial.made.files.encode_fast([whole[begin : begin + CHUNK]])[0]
         as_old, ends = [0], [0]
         for token in new:
             as_old += trial.made.parts[token - len(old)] if token >= len(old) else [token]

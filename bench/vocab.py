@@ -57,15 +57,15 @@ def learning(chosen: argparse.Namespace) -> dict[str, Any]:
     costs = {}
     for part in (8, 4, 2, 1):
         began = time.process_time()
-        learnt = tokenizer_files.learn(base, rest[::part], han, 8000)
+        learned = tokenizer_files.learn(base, rest[::part], han, 8000)
         costs[f"{sum(len(line.encode()) for line in rest[::part]) / 1e6:.2f} MB"] = {
             "cpu_seconds": round(time.process_time() - began, 2),
-            "pieces": len(learnt),
+            "pieces": len(learned),
         }
     out: dict[str, Any] = {"cpu_seconds_of_8000_merges": costs, "characters_per_token": {}}
     out["characters_per_token"]["base"] = measure.fertility(base.coder, held_out)["characters_per_token"]
     for pieces in (1000, 2000, 4000, 8000):
-        made = learnt.extended(pieces).lexicon.coder
+        made = learned.extended(pieces).files.coder
         out["characters_per_token"][pieces] = measure.fertility(made, held_out)["characters_per_token"]
         speeds = [measure.seconds_per_megabyte(one, lines[:20_000]) for one in (base.coder, made)]
         out[f"with {pieces}"] = {

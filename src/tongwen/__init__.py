@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def open(model: str, adapters: tuple[str, ...] | list[str] = (), **options: object) -> ChatModel:
-    """Open a model to talk with: a folder, a hub id, `modelscope:id`, a `.gguf` file, or a stage folder of a run.
+    """Open a model for chat and generation: a folder, a hub id, `modelscope:id`, a `.gguf` file, or a stage folder.
 
-    The object that comes back has `.chat(messages)` -> str, `.stream(messages)` -> iterator of str, and
+    The returned object has `.chat(messages)` -> str, `.stream(messages)` -> iterator of str, and
     `.generate(prompts)` -> list of str. Options are those of `tongwen.workflows.chat_model.open_chat_model`.
 
     Raises ModelError when the folder holds no model, ArtifactError when an adapter was trained on another base.

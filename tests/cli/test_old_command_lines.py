@@ -280,7 +280,7 @@ def test_adapters_with_a_larger_vocabulary_are_merged_and_asked(
     ids = live.prompt_ids(question)
     assert ids == merged.prompt_ids(question) and max(ids) >= 300, "the adapter's own tokenizer is used"
     with torch.no_grad():
-        logits = [one.voice.model(torch.tensor([ids])).logits.float() for one in (live, merged)]
+        logits = [one.generator.model(torch.tensor([ids])).logits.float() for one in (live, merged)]
     assert torch.allclose(*logits, atol=1e-4)
     if line == "cla:35":
         assert again("cla:37").strip() and again("cla:38").strip()

@@ -134,7 +134,7 @@ def test_batches_hold_every_prompt_once_and_no_more_tokens_than_there_is_room(ch
     assert all(len(batch) == 1 for batch in deal([90, 80], Sampling(max_new_tokens=10, beams=2), 4, 200))
     from tongwen.workflows.chat_model import open_chat_model
 
-    model = open_chat_model(str(chat_model), template="completion", precision="fp32").voice.model
+    model = open_chat_model(str(chat_model), template="completion", precision="fp32").generator.model
     assert cache_tokens(model) == (1 << 30) // (2 * 2 * 2 * 8 * 4), "keys and values, layers, heads, width, bytes"
     assert cache_tokens(model) > PAGE
 
@@ -296,12 +296,12 @@ def test_fewer_bits_with_an_adapter_on_top(
     base = AutoModelForCausalLM.from_pretrained(str(chat_model))
     tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     tuned.save_pretrained(str(tmp_path / "adapter"))
-    plain = open_chat_model(str(chat_model), template="chatml", precision="fp32", weights=weights).voice.model
+    plain = open_chat_model(str(chat_model), template="chatml", precision="fp32", weights=weights).generator.model
     assert any("bit" in type(part).__name__.lower() for part in plain.modules())
     speaker = open_chat_model(str(chat_model), [str(tmp_path / "adapter")], "chatml", precision="fp32", weights=weights)
     ids = torch.tensor([speaker.prompt_ids([{"role": "user", "content": "你好"}])])
     with torch.no_grad():
-        assert not torch.equal(speaker.voice.model(ids).logits, plain(ids).logits), "the adapter counts"
+        assert not torch.equal(speaker.generator.model(ids).logits, plain(ids).logits), "the adapter counts"
     assert isinstance(speaker.chat([{"role": "user", "content": "你好"}], max_new_tokens=2), str)
 
 
@@ -360,7 +360,7 @@ def test_vllm_gets_ids_and_its_answers_end_at_the_stop(chat_model: Path, monkeyp
     speaker = open_chat_model(str(chat_model), template="chatml", engine="vllm")
     answers: dict[int, list[int]] = {}
     prompts = [[5] * (1 + number % 3) for number in range(1030)]
-    speaker.voice.answer_all(prompts, Sampling(max_new_tokens=4, temperature=0.5, seed=3), answers.__setitem__)
+    speaker.generator.answer_all(prompts, Sampling(max_new_tokens=4, temperature=0.5, seed=3), answers.__setitem__)
     assert answers == {place: [9, 8] for place in range(1030)}
     assert given[0] == str(chat_model)
     assert [row["prompt_token_ids"] for asked, _ in given[1:] for row in asked] == prompts

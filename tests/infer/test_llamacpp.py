@@ -37,11 +37,11 @@ def test_what_is_streamed_is_what_is_said_at_once(speaker: ChatModel) -> None:
     for text in ("你好", "👍🏽 龘靐", "x = 1"):
         ids = speaker.prompt_ids([{"role": "user", "content": text}])
         whole: dict[int, list[int]] = {}
-        speaker.voice.answer_all([ids], Sampling(max_new_tokens=40), whole.__setitem__)
+        speaker.generator.answer_all([ids], Sampling(max_new_tokens=40), whole.__setitem__)
         heard: list[int] = []
-        pieces = list(speaker.voice.stream(ids, Sampling(max_new_tokens=40), heard.append))
-        assert speaker.voice._until_stop(heard) == whole[0]
-        assert "".join(pieces) == speaker.voice.decode(whole[0]) and len(pieces) > 1
+        pieces = list(speaker.generator.stream(ids, Sampling(max_new_tokens=40), heard.append))
+        assert speaker.generator._until_stop(heard) == whole[0]
+        assert "".join(pieces) == speaker.generator.decode(whole[0]) and len(pieces) > 1
         assert len(heard) == 40 or speaker.ended(heard)
 
 
@@ -63,8 +63,8 @@ def test_words_about_sampling_are_obeyed(speaker: ChatModel) -> None:
 
 
 def test_an_answer_that_is_given_up_leaves_its_slot(speaker: ChatModel) -> None:
-    assert isinstance(speaker.voice, LlamaCppBackend)
-    for _ in range(speaker.voice.slots + 1):
+    assert isinstance(speaker.generator, LlamaCppBackend)
+    for _ in range(speaker.generator.slots + 1):
         pieces = speaker.stream(ASK, max_new_tokens=40)
         assert next(pieces)
         pieces.close()  # type: ignore[attr-defined]
@@ -74,13 +74,13 @@ def test_an_answer_that_is_given_up_leaves_its_slot(speaker: ChatModel) -> None:
 def test_it_takes_no_more_memory_than_it_may(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = open_chat_model(str(file), template="chatml", rows=3).voice
+    whole = open_chat_model(str(file), template="chatml", rows=3).generator
     assert isinstance(whole, LlamaCppBackend) and whole.slots == 3
     monkeypatch.setattr(llamacpp, "CACHE", 1 << 12)
     monkeypatch.setattr(llamacpp, "FEWEST", 100)
     speaker = open_chat_model(str(file), template="chatml")
-    assert isinstance(speaker.voice, LlamaCppBackend)
-    assert (speaker.voice.slots, speaker.context) == (1, 100) and speaker.context < whole.context
+    assert isinstance(speaker.generator, LlamaCppBackend)
+    assert (speaker.generator.slots, speaker.context) == (1, 100) and speaker.context < whole.context
     assert "sees 100 tokens here" in capsys.readouterr().out
     heard: list[int] = []
     list(speaker.stream(ASK, heard.append, max_new_tokens=400))
@@ -103,7 +103,7 @@ def test_the_terminal_says_who_answers(file: Path, tongwen: Any, monkeypatch: py
 def test_without_the_wheel_transformers_answers(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
     speaker = open_chat_model(str(file), template="chatml")
-    assert type(speaker.voice) is TextGenerator
+    assert type(speaker.generator) is TextGenerator
     assert isinstance(speaker.chat(ASK, max_new_tokens=4), str)
 
 

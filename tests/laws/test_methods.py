@@ -473,8 +473,8 @@ def test_learned_prompts_of_other_tools_can_be_talked_to(kind: str, chat_model: 
     led = tongwen.open(str(chat_model), [str(tmp_path)], template="chatml", precision="fp32")
     with torch.no_grad():
         wanted = model.eval()(input_ids=ids).logits[0, -1]
-        found = led.voice.model(input_ids=ids).logits[0, -1]
-        without = plain.voice.model(input_ids=ids).logits[0, -1]
+        found = led.generator.model(input_ids=ids).logits[0, -1]
+        without = plain.generator.model(input_ids=ids).logits[0, -1]
     assert torch.allclose(found, wanted, atol=1e-5) and not torch.allclose(found, without, atol=1e-2)
     assert led.chat([{"role": "user", "content": "你好"}], max_new_tokens=4)
 

@@ -158,7 +158,7 @@ def extended(base: tokenizer_files.TokenizerFiles, pieces: int = 60, **more: Any
 def test_other_text_keeps_its_ids_and_everything_comes_back(byte_level: Path) -> None:
     base = tokenizer_files.open_tokenizer_files(str(byte_level))
     made = extended(base)
-    old, new = base.coder, made.lexicon.coder
+    old, new = base.coder, made.files.coder
     assert not measure.changed(old, new, FOREIGN)
     assert not measure.round_trip_failures(new, [*FOREIGN, *CHINESE, *CORPUS, *measure.probes()])
     assert sum(map(len, new.encode(CHINESE))) < 0.6 * sum(map(len, old.encode(CHINESE)))
@@ -172,12 +172,12 @@ def test_special_tokens_never_move(byte_level: Path, tmp_path: Path) -> None:
     base = tokenizer_files.open_tokenizer_files(str(byte_level))
     base.tokenizer.chat_template = "{{ messages[0].content }}"
     made = extended(base, special_tokens=["<|call|>"])
-    tokenizer_files.save(made.lexicon, tmp_path)
+    tokenizer_files.save(made.files, tmp_path)
     again = tokenizer_files.open_tokenizer_files(str(tmp_path))
     for text in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
         assert again.tokenizer.convert_tokens_to_ids(text) == base.tokenizer.convert_tokens_to_ids(text)
     assert again.encode_fast(["<|call|>好"])[0][0] == made.new_ids[-1]
-    assert again.encode_fast(CHINESE) == made.lexicon.encode_fast(CHINESE)
+    assert again.encode_fast(CHINESE) == made.files.encode_fast(CHINESE)
     assert again.tokenizer.eos_token == base.tokenizer.eos_token
     assert again.tokenizer.chat_template == base.tokenizer.chat_template
 
@@ -189,7 +189,7 @@ def test_added_tokens_outside_of_the_vocabulary_keep_their_ids(byte_level: Path)
     definition["added_tokens"].append({"id": after, "content": "<|eot|>", "special": True, **bytelevel.PLAIN_TOKEN})
     base = tokenizer_files.TokenizerFiles("base", Tokenizer.from_str(json.dumps(definition)))
     made = extended(base)
-    assert base.backend.token_to_id("<|eot|>") == made.lexicon.backend.token_to_id("<|eot|>") == after
+    assert base.backend.token_to_id("<|eot|>") == made.files.backend.token_to_id("<|eot|>") == after
     assert made.first_new == after + 1
 
 
@@ -197,8 +197,8 @@ def test_words_become_one_piece_each(byte_level: Path) -> None:
     base = tokenizer_files.open_tokenizer_files(str(byte_level))
     made = extended(base, pieces=20, words=["Kubernetes", "大语言模型"])
     for text in ("Kubernetes", "run Kubernetes", "大语言模型"):
-        ids = made.lexicon.encode_fast([text])[0]
-        assert made.lexicon.coder.spelling[ids[-1]].decode().strip() == text.split()[-1]
+        ids = made.files.encode_fast([text])[0]
+        assert made.files.coder.spelling[ids[-1]].decode().strip() == text.split()[-1]
     with pytest.raises(RecipeError, match=r"'C\+\+'"):
         extended(base, pieces=5, words=["C++"])
     with pytest.raises(RecipeError, match=r"<\|im_end\|>"):
@@ -264,9 +264,9 @@ def test_legacy_appends_everything_with_score_zero(tmp_path: Path) -> None:
 def test_sentencepiece_learns_from_a_corpus_and_takes_words(tmp_path: Path) -> None:
     base = tokenizer_files.open_tokenizer_files(str(small_model(tmp_path)))
     made = tokenizer_files.learn(base, CHINESE, HAN, 60).extended(60, words=["Kubernetes"], special_tokens=["<call>"])
-    old, new = base.coder, made.lexicon.coder
+    old, new = base.coder, made.files.coder
     assert sum(map(len, new.encode(CHINESE))) < 0.5 * sum(map(len, old.encode(CHINESE)))
-    assert not spm.disagreement(new.encode, made.lexicon.encode_fast, [*CHINESE, *FOREIGN, "use Kubernetes now"])
+    assert not spm.disagreement(new.encode, made.files.encode_fast, [*CHINESE, *FOREIGN, "use Kubernetes now"])
     assert not measure.changed(old, new, FOREIGN)
     for token, parts in zip(made.new_ids, made.parts, strict=True):
         assert b"".join(old.spelling[part] for part in parts) == new.spelling[token]
@@ -551,7 +551,7 @@ def test_the_advice_flips(package: str, ending: str, shape: measure.ModelSize, e
     start, curve = tokenizer_files.curve(learnt, rest, shape, (500,))
     advice = measure.advise(start, curve)
     assert advice.extend is extend and (advice.saving > 0.3 if extend else advice.saving < 0.1), advice
-    made = learnt.extended(len(learnt)).lexicon
+    made = learnt.extended(len(learnt)).files
     assert not measure.changed(base.coder, made.coder, [*FOREIGN, measure.ENGLISH, measure.CODE])
     for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
         assert made.backend.token_to_id(token) == base.backend.token_to_id(token) is not None

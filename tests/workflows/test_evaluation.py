@@ -186,7 +186,7 @@ def test_likelihood_is_the_sum_over_all_tokens_of_a_plain_forward_pass(
     )
     assert code == 0, err
     scores = json.loads(out)["scores"]
-    model, nats, tokens, size = opened(chat_model, "completion").voice, 0.0, 0, 0
+    model, nats, tokens, size = opened(chat_model, "completion").generator, 0.0, 0, 0
     for text in texts:
         ids = [model.tokenizer.convert_tokens_to_ids("<|endoftext|>"), *model.tokenizer(text)["input_ids"]]
         for begin, end, first in windows(len(ids), model.context, 1):
@@ -233,7 +233,7 @@ def test_options_are_chosen_by_their_likelihood_in_the_text_as_rendered(
         "--shots", 1, "--template", template, "--out", tmp_path / "out",
     )  # fmt: skip
     assert code == 0, err
-    voice = opened(chat_model).voice
+    voice = opened(chat_model).generator
 
     def block(cells: list[str]) -> str:
         return "\n".join(
@@ -375,14 +375,16 @@ def test_a_recipe_may_only_score_and_a_base_that_cannot_be_asked_is_said(
     code, _, err = tongwen("run", recipe)
     assert code == 0, err
     assert "before" not in json.loads((tmp_path / "only" / "evaluate" / "scores.json").read_text())["bits_per_byte"]
-    paper = read_task(TaskConfig(task="bits_per_byte", data=SourceConfig(path=str(data))))
+    task = read_task(TaskConfig(task="bits_per_byte", data=SourceConfig(path=str(data))))
 
     after, nowhere = scoring.EvaluatedModel(str(chat_model), template="chatml"), str(tmp_path / "nowhere")
-    section = Evaluate(tasks=[paper.task])
-    scores = scoring.examine([paper], after, scoring.EvaluatedModel(nowhere, optional=True), section, tmp_path, None)
+    section = Evaluate(tasks=[task.config])
+    scores = scoring.evaluate_models(
+        [task], after, scoring.EvaluatedModel(nowhere, optional=True), section, tmp_path, None
+    )
     assert "before" not in scores["bits_per_byte"]
     with pytest.raises(ModelError):
-        scoring.examine([paper], after, scoring.EvaluatedModel(nowhere), section, tmp_path, None)
+        scoring.evaluate_models([task], after, scoring.EvaluatedModel(nowhere), section, tmp_path, None)
 
 
 @pytest.mark.parametrize(
@@ -448,7 +450,7 @@ def test_a_suite_of_the_harness(chat_model: Path, tongwen: Any, tmp_path: Path) 
     words = ["evaluate", "--model", chat_model, "--task", "lm_eval", "--data", data.parent, "--json"]
     code, out, err = tongwen(*words, "--suite", "tiny_zh")
     assert code == 0, err
-    voice, right = opened(chat_model, "completion").voice, 0
+    voice, right = opened(chat_model, "completion").generator, 0
     for row in rows:
         prompt = voice.tokenizer(row["question"])["input_ids"]
         nats = []

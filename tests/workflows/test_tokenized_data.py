@@ -24,12 +24,12 @@ def prepared(folder: Path, base: Path, **options: Any) -> tuple[Any, artifact.Ar
 
 def test_the_key_holds_everything_that_decides_the_tokens(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
-    reader = tokenized_data.read_dialogues(recipe.base, recipe.sft)
+    reader = tokenized_data.make_dialogue_encoder(recipe.base, recipe.sft)
     key = tokenized_data.key_of(made, reader)
 
     def changed(**words: Any) -> str:
         section = recipe.sft.model_copy(update=words)
-        return tokenized_data.key_of(made, tokenized_data.read_dialogues(recipe.base, section))
+        return tokenized_data.key_of(made, tokenized_data.make_dialogue_encoder(recipe.base, section))
 
     assert changed(learning_rate=1.0, batch_size=3) == key
     others = {
@@ -50,7 +50,7 @@ def test_encoding_is_done_once_and_goes_on_where_it_died(
     for number, row in enumerate(rows):
         row["instruction"] += f"（{number}）"
     recipe, made = prepared(tmp_path, chat_model, rows=rows)
-    reader = tokenized_data.read_dialogues(recipe.base, recipe.sft)
+    reader = tokenized_data.make_dialogue_encoder(recipe.base, recipe.sft)
 
     def encode(folder: str) -> tokenized_data.TokenizedData:
         return tokenized_data.encode_prepared(made, reader, 42, tmp_path / folder)
@@ -82,7 +82,7 @@ def test_encoding_is_done_once_and_goes_on_where_it_died(
 
 def test_the_audit_counts_every_sample(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
-    reader = tokenized_data.read_dialogues(recipe.base, recipe.sft)
+    reader = tokenized_data.make_dialogue_encoder(recipe.base, recipe.sft)
     found = tokenized_data.encode_prepared(made, reader, 42, tmp_path / "t")
     mask, store = found.mask, found.store
     learned = sum(int(store.sample(index)[1].sum()) for index in range(len(store)))
@@ -113,7 +113,7 @@ def test_weights_of_sources_reach_the_epoch(chat_model: Path, tmp_path: Path) ->
     parsed = load_recipe(recipe)[0]
     made = artifact.open_artifact(tmp_path / "out" / "prepare", "prepare")
     found = tokenized_data.encode_prepared(
-        made, tokenized_data.read_dialogues(parsed.base, parsed.sft), 42, tmp_path / "t"
+        made, tokenized_data.make_dialogue_encoder(parsed.base, parsed.sft), 42, tmp_path / "t"
     )
     for epoch in range(2):
         files = [Path(found.store.origin(index).file).name for index in found.draw(epoch)]
@@ -133,8 +133,8 @@ def test_a_share_that_few_long_samples_miss_is_said(
         text = recipe.read_text(encoding="utf-8").replace("held_out: 4", "held_out: 0")
         data = folder / "data.jsonl"
         recipe.write_text(text.replace(f"dialogues: {data}", f"dialogues: [{data}, {{path: {file}, share: {share}}}]"))
-        ahead = tokenized_data.look_ahead(
-            load_recipe(recipe)[0], tokenized_data.read_dialogues(str(chat_model), load_recipe(recipe)[0].sft)
+        ahead = tokenized_data.encode_in_memory(
+            load_recipe(recipe)[0], tokenized_data.make_dialogue_encoder(str(chat_model), load_recipe(recipe)[0].sft)
         )
         drawn = ahead.draw(0)
         inside = [ahead.store.lengths[index] * (index >= 24) for index in drawn]
@@ -147,8 +147,8 @@ def test_a_share_that_few_long_samples_miss_is_said(
 
 def test_looking_ahead_sees_what_training_will(chat_model: Path, tmp_path: Path) -> None:
     recipe, made = prepared(tmp_path, chat_model)
-    reader = tokenized_data.read_dialogues(recipe.base, recipe.sft)
-    ahead = tokenized_data.look_ahead(recipe, reader)
+    reader = tokenized_data.make_dialogue_encoder(recipe.base, recipe.sft)
+    ahead = tokenized_data.encode_in_memory(recipe, reader)
     later = tokenized_data.encode_prepared(made, reader, 42, tmp_path / "t")
     assert np.array_equal(ahead.store.ids, later.store.ids)
     assert ahead.draw(0) == later.draw(0)

@@ -119,12 +119,12 @@ def _write(
     if form == "jsonl":
         rows = [
             {"prompt": one.last, "messages": one.messages, "answer": said}
-            | ({"target": one.wanted} if one.wanted is not None else {})
+            | ({"target": one.reference} if one.reference is not None else {})
             for one, said in pairs
         ]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     elif form == "belle":
-        table = [{"input": prompt(one.messages), "predict": said, "target": one.wanted} for one, said in pairs]
+        table = [{"input": prompt(one.messages), "predict": said, "target": one.reference} for one, said in pairs]
         text = json.dumps(table, ensure_ascii=False, indent=4)
     else:
         table = [{"Input": prompt(one.messages), "Output": said} for one, said in pairs]

@@ -13,7 +13,13 @@ from tongwen.data.token_store import TokenStore
 from tongwen.recipe.schema import Recipe
 from tongwen.workflows.data_preview import coloured, pieces, token_kinds
 from tongwen.workflows.stage_inputs import base_of_stage
-from tongwen.workflows.tokenized_data import RecordEncoder, look_ahead, read_dialogues, read_documents, say_mask
+from tongwen.workflows.tokenized_data import (
+    RecordEncoder,
+    describe_mask,
+    encode_in_memory,
+    make_dialogue_encoder,
+    make_document_encoder,
+)
 
 
 def run(recipe: Recipe, count: int, page: str) -> int:
@@ -26,12 +32,12 @@ def run(recipe: Recipe, count: int, page: str) -> int:
         )
     found = {}
     if recipe.pretrain:
-        reader = read_documents(base_of_stage(recipe, "pretrain", finished=True), recipe.pretrain)
+        reader = make_document_encoder(base_of_stage(recipe, "pretrain", finished=True), recipe.pretrain)
         place = Path(page) if not recipe.sft else Path(page).with_suffix(".pretrain.html")
         found["pretrain"] = _show(recipe, reader, reader.end, "", count, str(place) if page else "")
     if recipe.sft:
         base = base_of_stage(recipe, "sft", finished=True)
-        dialogues = read_dialogues(base, recipe.sft)
+        dialogues = make_dialogue_encoder(base, recipe.sft)
         stop = int(dialogues.tokenizer.convert_tokens_to_ids(dialogues.template.stop))
         found["sft"] = _show(recipe, dialogues, stop, recipe.sft.template, count, page)
     console.emit({**list(found.values())[-1], "stages": found})
@@ -41,10 +47,10 @@ def run(recipe: Recipe, count: int, page: str) -> int:
 def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count: int, page: str) -> dict[str, Any]:
     """Show one stage's samples. stop: the id that ends them."""
     tokenizer = reader.tokenizer
-    lesson = look_ahead(recipe, reader)
+    lesson = encode_in_memory(recipe, reader)
     store, mask, rejected = lesson.store, lesson.mask, lesson.rejected
     shown = range(min(count, len(store)))
-    said = say_mask(mask)
+    said = describe_mask(mask)
     if page:
         text = render(
             "commands/look.html.jinja",

@@ -31,10 +31,10 @@ from tongwen.workflows.stage_inputs import base_of_stage
 from tongwen.workflows.tokenized_data import (
     TokenizedData,
     are_rows_untrained,
-    look_ahead,
+    encode_in_memory,
+    make_dialogue_encoder,
+    make_document_encoder,
     new_rows_of,
-    read_dialogues,
-    read_documents,
 )
 from tongwen.workflows.training import memory_estimate
 from tongwen.workflows.training.memory_estimate import MemoryEstimate, MicroBatch, TrainingSetup, estimate_memory
@@ -176,9 +176,9 @@ def _disk(config: Any, section: Training, setting: TrainingSetup, steps: list[in
 
 def _look(recipe: Recipe, section: Training, base: str) -> TokenizedData:
     if isinstance(section, Sft):
-        return look_ahead(recipe, read_dialogues(base, section))
+        return encode_in_memory(recipe, make_dialogue_encoder(base, section))
     assert isinstance(section, Pretrain)
-    return look_ahead(recipe, read_documents(base, section))
+    return encode_in_memory(recipe, make_document_encoder(base, section))
 
 
 def _plans(section: Training, lesson: TokenizedData, budget: int, world: int) -> list[BatchPlan]:

@@ -53,11 +53,11 @@ def run_extend(
     console.header("tokenizer extend", f"{base} + {pieces:,}")
     learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(corpus))
     with console.progress(pieces, _("learning")) as bar:
-        learnt = tokenizer_files.learn(opened, learn_from, Script(script), pieces, bar.update)
-    made = learnt.extended(pieces, words, special_tokens)
-    learnt.say_if_fewer(pieces)
-    found = measure.survey(opened.coder, made.lexicon.coder, {_("held out"): rest}, Script(script))
-    _note_fast(made.lexicon, rest, found)
+        learned = tokenizer_files.learn(opened, learn_from, Script(script), pieces, bar.update)
+    made = learned.extended(pieces, words, special_tokens)
+    learned.warn_if_fewer(pieces)
+    found = measure.survey(opened.coder, made.files.coder, {_("held out"): rest}, Script(script))
+    _note_fast(made.files, rest, found)
     _show(found)
     chosen = {
         "base": base,
@@ -67,7 +67,7 @@ def run_extend(
         "words": list(words),
         "special_tokens": list(special_tokens),
     }
-    return _finish(made.lexicon, target, _parent(opened), chosen, found, new_rows=made.new_ids)
+    return _finish(made.files, target, _parent(opened), chosen, found, new_rows=made.new_ids)
 
 
 def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: str, again: bool) -> int:
@@ -115,20 +115,20 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
     opened = tokenizer_files.open_tokenizer_files(base, to_measure=True)
     console.header("tokenizer report", f"{base} {other}".strip())
     chosen = Script(script)
-    by_file = {name: tokenizer_files.some(tokenizer_files.iter_texts([name])) for name in texts}
+    by_file = {name: tokenizer_files.sample_texts(tokenizer_files.iter_texts([name])) for name in texts}
     if other:
         found = measure.survey(
             opened.coder, tokenizer_files.open_tokenizer_files(other, to_measure=True).coder, by_file, chosen
         )
     else:
         found = measure.survey(opened.coder, None, by_file, chosen)
-    if not other and not opened.grows:
+    if not other and not opened.is_extensible:
         console.notice(_("a tokenizer of this kind cannot take new pieces"))
     elif not other:
-        learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(texts, lambda said: None))  # reported above
+        learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(texts, lambda text: None))  # reported above
         shape = tokenizer_files.shape_of(base)
-        learnt = tokenizer_files.learn(opened, learn_from, chosen, measure.CURVE[-1])
-        start, curve = tokenizer_files.curve(learnt, rest, shape)
+        learned = tokenizer_files.learn(opened, learn_from, chosen, measure.CURVE[-1])
+        start, curve = tokenizer_files.curve(learned, rest, shape)
         advice = measure.advise(start, curve)
         if shape is measure.NOMINAL:
             console.notice(
@@ -137,7 +137,7 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
                 )
             )
         else:
-            place, made = load.fetched(load.locate(base)), learnt.extended(advice.pieces)
+            place, made = load.fetched(load.locate(base)), learned.extended(advice.pieces)
             found |= vocab_scores.bits_before_training(place, opened, made, "subtoken_mean", 0, rest)
             advice = measure.advise(start, curve, vocab_scores.damage_of(found.get("bits_per_byte")), advice.pieces)
         found |= {"curve": [vars(point) for point in (start, *curve)], "advice": advice.to_dict()}

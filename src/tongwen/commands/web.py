@@ -30,7 +30,7 @@ from tongwen.vocab.report import as_html
 from tongwen.vocab.script import Script
 from tongwen.workflows import data_preview, run_manager, tokenizer_files
 from tongwen.workflows.run_lock import lock_holder
-from tongwen.workflows.workspace import Workspace, shown
+from tongwen.workflows.workspace import Workspace, display_path
 
 if TYPE_CHECKING:
     from tongwen.workflows.chat_model import ChatModel
@@ -161,7 +161,7 @@ def _runs(place: Workspace) -> RunsBackend:
         read, _unused2 = load_recipe(file, words)
         out = place.inside(read.out)
         run_manager.start([str(file), *words], out)
-        return shown(out)
+        return display_path(out)
 
     def picture(name: str) -> RunView:
         out = place.inside(name)
@@ -171,7 +171,7 @@ def _runs(place: Workspace) -> RunsBackend:
             curves=run_manager.curves(out),
             log=run_manager.log(out),
             samples=run_manager.samples(out),
-            reports=[(file.parent.name, shown(file)) for file in run_manager.reports(out)],
+            reports=[(file.parent.name, display_path(file)) for file in run_manager.reports(out)],
         )
 
     return RunsBackend(

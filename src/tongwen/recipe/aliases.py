@@ -1,7 +1,7 @@
 """Names of other tools in a recipe: translated with a notice, or refused with the recipe's own name.
 
-`OWNED` are TrainingArguments for which a recipe has settings of its own. `OLD` are names that transformers 5 dropped, or
-that other trainers use, with what they become here.
+`OWNED`: TrainingArguments for which the recipe has its own settings. `OLD`: names that transformers 5 dropped or other
+trainers use, with the recipe's name for each.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ OLD_REASONS = {
 
 @cache
 def training_arguments() -> dict[str, str]:
-    """Fields of the installed transformers' TrainingArguments and their types, read from its source without importing it."""
+    """Return the fields of the installed TrainingArguments with their types, read from the source without an import."""
     spec = importlib.util.find_spec("transformers")
     if spec is None or not spec.submodule_search_locations:
         return {}

@@ -11,7 +11,7 @@ from tongwen.recipe.fields import Number, Rules, Section, read_list, read_source
 
 
 class SourceConfig(Section):
-    """Where rows come from: a file, a folder, a glob, or a data set of a hub."""
+    """A source of rows: a file, a folder, a glob, or a data set on a hub."""
 
     path: str = setting(
         ...,
@@ -55,7 +55,7 @@ SourceConfigs = Annotated[list[Annotated[SourceConfig, BeforeValidator(read_sour
 
 
 class SpendingLimits(Section):
-    """What `synthesize` may use at most; it stops before it would go beyond."""
+    """Spending limits of `synthesize`, which stops before it would exceed one."""
 
     requests: int | None = setting(None, "requests", ge=1)
     tokens: int | None = setting(None, "tokens of prompts and answers together", ge=1)
@@ -63,7 +63,7 @@ class SpendingLimits(Section):
 
 
 class Price(Section):
-    """What a million tokens cost."""
+    """The price of a million tokens."""
 
     input: Number = setting(..., "per million prompt tokens", ge=0)
     output: Number = setting(..., "per million answer tokens", ge=0)
@@ -124,7 +124,7 @@ class Synthesize(Section):
 
 
 class Clean(Section):
-    """What is mended or dropped in a text. Each rule counts what it does."""
+    """Repairs and filters for texts. Each rule counts its changes."""
 
     unicode: bool = setting(
         True,

@@ -1,4 +1,4 @@
-"""`tongwen schema`: every setting of a recipe with type, default and help, made from the schema itself."""
+"""`tongwen schema`: print every setting of a recipe with type, default and help, from the schema itself."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(section: str) -> int:
 
 
 def _translated(schema: Any) -> Any:
-    """A JSON schema with its descriptions in the user's language."""
+    """Return a JSON schema with its descriptions in the user's language."""
     if isinstance(schema, list):
         return [_translated(part) for part in schema]
     if not isinstance(schema, dict):
@@ -56,19 +56,19 @@ def _translated(schema: Any) -> Any:
 
 
 def sections() -> Iterator[tuple[str, type[BaseModel]]]:
-    """(dotted name, schema class), the recipe itself first under the empty name."""
+    """Yield (dotted name, schema class) of all sections; the recipe itself comes first, with an empty name."""
     yield "", Recipe
     yield from _below(Recipe, "")
 
 
 def settings(model: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
-    """(key, type, default, help) of each setting of a section."""
+    """Yield (key, type, default, help) of each setting of a section."""
     for key, field in model.model_fields.items():
         yield key, type_name(field.annotation), _default(field), _(field.description or "")
 
 
 def to_markdown() -> str:
-    """docs/recipe.md: all sections as tables."""
+    """Return docs/recipe.md: all sections as tables."""
     lines = [
         _("# The recipe, key by key"),
         "",
@@ -87,7 +87,7 @@ def to_markdown() -> str:
 
 
 def type_name(annotation: Any) -> str:
-    """A type as a user calls it."""
+    """Return the name of a type for users."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         return type_name(typing.get_args(annotation)[0])

@@ -9,7 +9,7 @@ from tongwen.recipe.training import ENGINES, AdapterConfig, Pretrain, Training
 
 
 def unused_settings(section: Training) -> set[str]:
-    """Settings that have no effect beside the others."""
+    """Return the settings that have no effect because of others."""
     unused = {
         "decay": section.schedule != "wsd",
         "batch_size": section.batch_tokens is not None,
@@ -19,7 +19,7 @@ def unused_settings(section: Training) -> set[str]:
 
 
 def unused_adapter_settings(section: Training) -> set[str]:
-    """Settings of `adapter` that have no effect beside the others, or on what the section trains."""
+    """Return the settings of `adapter` that have no effect because of others, or of what the section trains."""
     adapter, every = section.adapter, {*AdapterConfig.model_fields}
     if adapter.part != "lora":
         return every - {"method"}
@@ -30,7 +30,7 @@ def unused_adapter_settings(section: Training) -> set[str]:
 
 
 def unused_because_of(section: Training) -> str:
-    """The setting that leaves settings of `adapter` without effect."""
+    """Return the setting that leaves settings of `adapter` without effect."""
     if section.adapter.continue_from:
         return "continue_from"
     if section.adapter.part == "lora" and "lora" not in section.trained_parts:
@@ -39,7 +39,7 @@ def unused_because_of(section: Training) -> str:
 
 
 def free_settings(section: Training) -> set[str]:
-    """The settings that do not decide the result. When to evaluate decides it where an evaluation may end the run."""
+    """Return the settings that do not decide the result. `evaluate_every` does if an evaluation may end the run."""
     fields = type(section).model_fields
     free = {name for name in fields if dict(fields[name].json_schema_extra or {})["free"]}  # type: ignore[arg-type]
     may_end_early = section.patience is not None or (
@@ -49,7 +49,7 @@ def free_settings(section: Training) -> set[str]:
 
 
 def deciding_settings(section: Training) -> dict[str, Any]:
-    """The settings that decide the result, and what the engine's own file contains now, besides where it is.
+    """Return the settings that decide the result, and the deciding content of the engine's own file.
 
     Raises:
         RecipeError: The engine's file cannot be read.

@@ -1,8 +1,8 @@
 """A user's own engine file, a DeepSpeed JSON or accelerate's YAML, split into settings of the recipe and of the engine.
 
-Such files also set batch size, optimizer, schedule and precision, mostly as "auto". These belong to the recipe: the file's
-values become the recipe's settings, with a notice, and a value that contradicts the recipe is refused. The rest goes to the
-engine unchanged, and what neither takes is listed.
+Such files also set batch size, optimizer, schedule and precision, mostly as "auto". These belong to the recipe: the
+file's values become the recipe's settings, with a notice, and a value that contradicts the recipe is refused. The rest
+goes to the engine unchanged, and what neither takes is listed.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ LAUNCHER_KEYS = (
 
 
 class EngineSettings(NamedTuple):
-    """A file's settings. settings: the recipe's; trainer: TrainingArguments; engine: the rest; dropped: without effect."""
+    """The settings of an engine file.
+
+    settings: for the recipe; trainer: TrainingArguments; engine: for the engine; dropped: without effect.
+    """
 
     settings: dict[str, Any]
     trainer: dict[str, Any]
@@ -89,7 +92,7 @@ class EngineSettings(NamedTuple):
 
 
 def read(file: str, devices: int) -> EngineSettings:
-    """Read an engine file. Raises RecipeError when it is missing, unreadable, or has a value that is not supported here."""
+    """Read an engine file. Raises RecipeError if it is missing, unreadable, or has an unsupported value."""
     data = _load(Path(file))
     if file.endswith(".json"):
         return _deepspeed(data, file, devices)
@@ -104,7 +107,7 @@ def read(file: str, devices: int) -> EngineSettings:
 
 
 def deciding_settings(file: str) -> dict[str, Any]:
-    """The settings of an engine file that shape the numbers or the checkpoints."""
+    """Return the settings of an engine file that change the numbers or the checkpoints."""
     engine = read(file, 1).engine
     if "zero_optimization" not in engine:
         return {}
@@ -123,7 +126,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _deepspeed(data: dict[str, Any], file: str, devices: int) -> EngineSettings:
-    """DeepSpeed's own JSON."""
+    """Read DeepSpeed's own JSON."""
     settings, trainer, dropped = _deepspeed_optimizer(data, file)
     if _section(data, "scheduler", file):
         dropped += _deepspeed_scheduler(data, file, settings)
@@ -151,7 +154,7 @@ def _deepspeed(data: dict[str, Any], file: str, devices: int) -> EngineSettings:
 
 
 def _deepspeed_optimizer(data: dict[str, Any], file: str) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """(settings of the recipe, TrainingArguments, what is not used) of DeepSpeed's `optimizer`."""
+    """Return (settings of the recipe, TrainingArguments, unused settings) of DeepSpeed's `optimizer`."""
     optimizer = _section(data, "optimizer", file)
     kind = optimizer.get("type", "AdamW")
     if kind not in ("Adam", "AdamW"):
@@ -172,7 +175,7 @@ def _deepspeed_optimizer(data: dict[str, Any], file: str) -> tuple[dict[str, Any
 
 
 def _deepspeed_scheduler(data: dict[str, Any], file: str, settings: dict[str, Any]) -> list[str]:
-    """Add DeepSpeed's `scheduler` to the recipe's settings; returns what is not used."""
+    """Add DeepSpeed's `scheduler` to the recipe's settings; returns the unused settings."""
     scheduler = _section(data, "scheduler", file)
     if scheduler.get("type") not in tuple(SCHEDULES):
         raise _unknown(file, "scheduler.type", scheduler.get("type"), SCHEDULES)
@@ -193,7 +196,7 @@ def _deepspeed_scheduler(data: dict[str, Any], file: str, settings: dict[str, An
 
 
 def _zero(data: dict[str, Any], file: str) -> dict[str, Any]:
-    """`zero_optimization` with today's keys only."""
+    """Return `zero_optimization` with old keys replaced by current ones."""
     zero = _section(data, "zero_optimization", file)
     stage = str(zero["stage"])
     if stage not in ("1", "2", "3"):
@@ -218,7 +221,7 @@ def _zero(data: dict[str, Any], file: str) -> dict[str, Any]:
 
 
 def _outside_engine(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Settings of accelerate's YAML outside its engine's section: those of the recipe, and what is not used."""
+    """Return (settings of the recipe, unused settings) in accelerate's YAML outside its engine's section."""
     rest = {
         key: value
         for key, value in data.items()
@@ -232,7 +235,7 @@ def _outside_engine(data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _fsdp(data: dict[str, Any], file: str) -> EngineSettings:
-    """accelerate's `fsdp_config`, of either version, as the second version."""
+    """Read accelerate's `fsdp_config` of FSDP 1 or 2 as one of FSDP 2."""
     given = _section(data, "fsdp_config", file)
     config = {str(key).removeprefix("fsdp_"): value for key, value in given.items() if value not in (None, "")}
     settings: dict[str, Any] = {}
@@ -270,7 +273,8 @@ def _fsdp(data: dict[str, Any], file: str) -> EngineSettings:
 
 
 def _accelerate_deepspeed(data: dict[str, Any], file: str) -> EngineSettings:
-    """accelerate's `deepspeed_config`: a few settings of the recipe, or the name of DeepSpeed's file, which is the engine then."""
+    """Read accelerate's `deepspeed_config`: a few settings of the recipe, or the name of DeepSpeed's file, which then
+    becomes the engine."""
     given = _section(data, "deepspeed_config", file)
     if (own := given.pop("deepspeed_config_file", "none")) not in ("none", None):
         if not str(own).endswith(".json"):
@@ -301,7 +305,7 @@ def _accelerate_deepspeed(data: dict[str, Any], file: str) -> EngineSettings:
 
 
 def _section(data: dict[str, Any], key: str, file: str) -> dict[str, Any]:
-    """The mapping under a key; empty where there is none."""
+    """Return the mapping under a key; empty if there is none. Raises RecipeError if it is not a mapping."""
     found = data.get(key)
     if found is not None and not isinstance(found, dict):
         raise RecipeError(
@@ -313,13 +317,13 @@ def _section(data: dict[str, Any], key: str, file: str) -> dict[str, Any]:
 
 
 def _given(data: dict[str, Any], key: str, file: str) -> dict[str, Any]:
-    """The values of a section that are not left to "auto"."""
+    """Return the values of a section that are not "auto"."""
     found = _section(data, key, file)
     return {name: _number(value) for name, value in found.items() if value not in ("auto", None)}
 
 
 def _number(value: Any) -> Any:
-    """YAML and people write 1e-4 as text."""
+    """Convert text to a number if possible: YAML 1.1 reads 1e-4 as text."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -332,7 +336,7 @@ def _pop_renamed(given: dict[str, Any], **names: str) -> dict[str, Any]:
 
 
 def _lines_of(unused: dict[str, Any], prefix: str = "") -> list[str]:
-    """Settings that are not used, as a notice names them."""
+    """Return unused settings as a notice names them."""
     return [f"{prefix}{key}" + ("" if isinstance(value, dict) else f": {value}") for key, value in unused.items()]
 
 
@@ -341,7 +345,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_on(value: Any, file: str, key: str, others: Iterable[str] = ()) -> bool:
-    """accelerate writes true, "true" and "True"."""
+    """Return a boolean from true, "true" or "True": accelerate writes all three."""
     found = {"true": True, "false": False}.get(str(value).lower())
     if found is None:
         raise _unknown(file, key, value, ("true", "false", *others))

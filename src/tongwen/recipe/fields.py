@@ -1,4 +1,4 @@
-"""The parts that sections of a recipe are made of: settings with help, rules between them, and the types of their values."""
+"""Building blocks of a recipe's sections: settings with help, rules between settings, and types of values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from tongwen.core.i18n import _
 
-# Rows of (when, message): if `when` is true, the section breaks the rule, and its user reads the message.
+# (broken, message) pairs: if `broken` is true, the section is refused with the message.
 Rules = Iterator[tuple[object, str]]
 SectionType = TypeVar("SectionType", bound="Section")
 
@@ -22,14 +22,14 @@ def setting(default: Any, help_: str, *, free: bool = False, **limits: Any) -> A
     Args:
         default: `...` makes the setting required.
         help_: English; it is translated where it is shown.
-        free: The setting does not decide the result, so it may change while a run is interrupted, and after it.
+        free: The setting does not decide the result, so it may change in an interrupted run, and after the run.
         limits: Limits of the value, as pydantic's `Field` takes them.
     """
     return Field(default, description=help_, json_schema_extra={"free": free}, **limits)
 
 
 def problem(message: str) -> PydanticCustomError:
-    """The exception for a value that is refused. The message is already in the user's language."""
+    """Return the exception for a refused value. The message is already in the user's language."""
     # Without a context, pydantic takes the template as it is, braces included.
     return PydanticCustomError("tongwen", message)
 
@@ -40,7 +40,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     def rules(self) -> Rules:
-        """The rules between this section's settings, in the order in which they are checked."""
+        """Yield the rules between this section's settings, in the order in which they are checked."""
         yield from ()
 
     @model_validator(mode="after")
@@ -81,17 +81,17 @@ def read_duration(value: Any) -> Any:
 
 
 def read_source(value: Any) -> Any:
-    """A path alone is a source."""
+    """Accept a path alone as a source."""
     return {"path": value} if isinstance(value, str) else value
 
 
 def read_list(value: Any) -> Any:
-    """One entry alone is a list of one."""
+    """Accept a single entry as a list with one element."""
     return [value] if isinstance(value, (str, dict)) else value
 
 
 def read_number(value: Any) -> Any:
-    """A whole number is a float too; a boolean is not."""
+    """Accept a whole number as a float, but not a boolean."""
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -99,7 +99,7 @@ UNITS = {"minute": 60, "hour": 3600, "day": 86400}
 
 
 def read_seconds(value: Any) -> Any:
-    """`90 minutes`, `6 hours`, `2 days`."""
+    """Read `90 minutes`, `6 hours` or `2 days` as seconds."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(minute|hour|day)s?\s*", str(value))
     if not found or not float(found[1]):
         raise problem(

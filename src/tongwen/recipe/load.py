@@ -1,4 +1,4 @@
-"""A recipe file and overrides become one frozen Recipe, or one error that lists every problem with its line."""
+"""Read a recipe file and overrides as a frozen Recipe, or raise one error that lists every problem with its line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, l
 
     Args:
         text: The YAML.
-        name: Of its file, for messages.
+        name: The file's name, for messages.
         overrides: `section.key=value`, applied in their order.
 
     Returns:
@@ -56,12 +56,12 @@ def read(text: str, name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, l
 
 
 def from_options(data: Mapping[str, Any], command: str) -> Recipe:
-    """The recipe that a command's own options make. Raises as `read` does; the place of a problem is the command."""
+    """Return the recipe that a command's options describe. Raises as `read` does, with the command as place."""
     return validate(data, RecipeReader(command))
 
 
 def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, which is read again when a run goes on: every default that has an effect is filled in;
+    """Return the resolved recipe as YAML, from which a run is resumed. Defaults that have an effect are filled in;
     sections that do not run are left out."""
     sections = {"pretrain": recipe.pretrain, "sft": recipe.sft}
     unused: Any = {
@@ -87,7 +87,7 @@ def _text_of(file: Path) -> str:
 
 
 def _add_synthesized(data: dict[str, Any]) -> None:
-    """What `synthesize` writes is one more input of `prepare`: it stands in the resolved recipe like any other."""
+    """Add the output of `synthesize` to the inputs of `prepare`, unless the recipe already lists it."""
     if data.get("synthesize") is None or not isinstance(prepare := data.get("prepare"), dict):
         return
     folder = data.get("out") or f"runs/{data.get('name')}"
@@ -100,7 +100,7 @@ def _add_synthesized(data: dict[str, Any]) -> None:
 
 
 def _notices_of_unused(section: Training) -> list[str]:
-    """Notices of settings in the recipe that have no effect."""
+    """Return notices about settings in the recipe that have no effect."""
     adapter = sorted(unused_adapter_settings(section) & section.adapter.model_fields_set)
     of_other_optimizers = {"optim_args"} if "adamw" in section.optimizer else {"optim_args", *ADAM}
     trainer = sorted(of_other_optimizers & {*section.trainer})

@@ -1,4 +1,4 @@
-"""Changes of a recipe with which a training stage needs less memory, the cheapest first."""
+"""Changes to a recipe that reduce a training stage's memory, the cheapest first."""
 
 from __future__ import annotations
 
@@ -11,48 +11,50 @@ from tongwen.core.i18n import _
 from tongwen.recipe.schema import Recipe
 from tongwen.recipe.training import Pretrain, Training
 
-SHORTEST = 512  # tokens of a sample; below that, other things are given up first
+MIN_LENGTH = 512  # tokens of a sample; other remedies come before shorter ones
 
 
 def cheaper(
     recipe: Recipe,
     name: str,
     longest: int,
-    together: int,
+    micro_tokens: int,
     half: str = "",
     helps: Callable[[Training, int], bool] = lambda section, tokens: True,
 ) -> Iterator[str]:
-    """Changes of the recipe, each on top of those before: first what costs time, then length, then precision.
+    """Yield changes to the recipe, each on top of those before: those that cost time first, then length, precision.
 
     Args:
-        recipe: Its stage needs too much memory.
-        name: The stage.
+        recipe: The recipe with a stage that needs too much memory.
+        name: The name of that stage.
         longest: Tokens of the longest sample.
-        together: Tokens of the fullest micro-batch.
-        half: A `precision` of 16 bits that the device computes in; empty if it computes in none.
-        helps: Whether the changed section needs less memory, with this many tokens at once.
+        micro_tokens: Tokens of the fullest micro-batch.
+        half: A 16-bit `precision` that the device supports; empty if there is none.
+        helps: Returns whether the changed section needs less memory, with this many tokens at once.
     """
-    for setting, value in _candidates(recipe, getattr(recipe, name), longest, together, half):
+    for setting, value in _candidates(recipe, getattr(recipe, name), longest, micro_tokens, half):
         # An adapter alone is no model to export.
         needs_merge = recipe.export and not recipe.merge and "lora" in str(value)
         changes = {f"{name}.{setting}": value, **({"merge": {}} if needs_merge else {})}
         changed = _changed(recipe, changes)
-        tokens = min(together, int(value)) if setting in ("micro_batch_tokens", "max_length") else together
+        tokens = min(micro_tokens, int(value)) if setting in ("micro_batch_tokens", "max_length") else micro_tokens
         if changed is not None and helps(getattr(changed, name), tokens):
-            recipe, together = changed, tokens
+            recipe, micro_tokens = changed, tokens
             yield " ".join(f"{path}={str(value).lower()}" for path, value in changes.items())
 
 
 def last_resort(section: Training) -> str:
-    """The remedy when no change of the recipe suffices."""
+    """Return the remedy for when no change to the recipe is enough."""
     if section.sharded_by:
         return _("a smaller base, a larger GPU, or more GPUs: --devices N")
     return _("a smaller base, a larger GPU, or several GPUs: engine: fsdp2, --devices N")
 
 
-def _candidates(recipe: Recipe, section: Training, longest: int, together: int, half: str) -> Iterator[tuple[str, Any]]:
-    """(setting, value) pairs that may help, in the order in which `cheaper` tries them."""
-    if together > longest:
+def _candidates(
+    recipe: Recipe, section: Training, longest: int, micro_tokens: int, half: str
+) -> Iterator[tuple[str, Any]]:
+    """Yield (setting, value) pairs that may help, in the order in which `cheaper` tries them."""
+    if micro_tokens > longest:
         yield "micro_batch_tokens", max(longest, 16)  # the recipe takes no fewer
     if section.activation_checkpointing != "on":
         yield "activation_checkpointing", "on"
@@ -62,7 +64,7 @@ def _candidates(recipe: Recipe, section: Training, longest: int, together: int, 
         yield "optimizer", "adamw_8bit"
     if not section.offload:
         yield "offload", True
-    while longest > SHORTEST:
+    while longest > MIN_LENGTH:
         longest //= 2
         yield "max_length", longest
     if isinstance(section, Pretrain) and section.train == "full" and not section.phases:
@@ -74,7 +76,7 @@ def _candidates(recipe: Recipe, section: Training, longest: int, together: int, 
 
 
 def _changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe | None:
-    """The recipe with these settings, named by dotted paths; None where they break its rules."""
+    """Return the recipe with these settings, named by dotted paths; None if they break its rules."""
     data = recipe.model_dump(exclude_unset=True)
     for path, value in changes.items():
         *above, last = path.split(".")

@@ -12,7 +12,7 @@ from tongwen.recipe.fields import Number, Rules, Section, read_list, read_source
 
 
 class Merge(Section):
-    """Fold the adapter into the base."""
+    """Merge the adapter into the base."""
 
     dtype: Literal["base", "fp32", "bf16", "fp16"] = setting("base", "number type of the merged model")
     parity: Literal["streamed", "full"] = setting(
@@ -45,7 +45,7 @@ TaskName = Literal[
 
 
 class TaskConfig(Section):
-    """One thing that a model is examined in."""
+    """One evaluation task."""
 
     task: TaskName = setting(..., "what to measure")
     name: str = setting("", "name in scores.json; absent: the task's name")
@@ -76,12 +76,12 @@ class TaskConfig(Section):
 
     @property
     def needs_data(self) -> bool:
-        """Whether it is measured on rows that somebody must name; a suite brings its own."""
+        """Whether it needs held-out data from `prepare`: it names no data, and a suite has its own."""
         return self.data is None and not self.suite
 
 
 class Evaluate(Section):
-    """Scores of the model that the stages before leave, and of the base."""
+    """Scores of the run's model and of its base."""
 
     tasks: Annotated[list[Annotated[TaskConfig, BeforeValidator(read_task)]], BeforeValidator(read_list)] = setting(
         [TaskConfig(task="bits_per_byte")],
@@ -101,7 +101,7 @@ class Evaluate(Section):
 
 
 class Export(Section):
-    """The finished model in the forms that other programs read."""
+    """The finished model in the formats of other programs."""
 
     formats: Annotated[list[Literal["hf", "pth", "gguf"]], BeforeValidator(read_list)] = setting(
         ["gguf"],

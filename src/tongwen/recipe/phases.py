@@ -1,4 +1,4 @@
-"""The phases of a training section, in order: what each trains, with which settings and learning rates."""
+"""The phases of a training section: what each trains, with which settings and learning rates."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tongwen.recipe.training import ROWS_ONLY, PhaseConfig, Pretrain, TrainedPar
 class TrainingPhase(NamedTuple):
     """One phase of a stage's training.
 
-    train: what it trains, as the recipe writes it; parts: the same, taken apart; config: the section with the settings of
-    this phase; learning_rate and embedding_learning_rate: the peaks for the weights and for embeddings.
+    train: what it trains, as written in the recipe; parts: the same as separate parts; config: the section with this
+    phase's settings; learning_rate and embedding_learning_rate: peak rates of the weights and of embeddings.
     """
 
     train: str
@@ -22,7 +22,7 @@ class TrainingPhase(NamedTuple):
 
 
 def training_phases(section: Training) -> list[TrainingPhase]:
-    """The section's phases; a section without `phases` is one."""
+    """Return the section's phases; a section without `phases` has one."""
     phases = section.phases if isinstance(section, Pretrain) else []
     configs = [_config_of(section, phase) for phase in phases] or [section]
     return [
@@ -32,7 +32,7 @@ def training_phases(section: Training) -> list[TrainingPhase]:
 
 
 def learning_rates(section: Training, train: str) -> tuple[float, float]:
-    """Peak learning rates where `train` is trained: of the weights, and of embeddings."""
+    """Return the peak learning rates of (weights, embeddings) when training `train`."""
     default = 2e-5 if train == "full" else 2e-4
     rate = section.learning_rate if section.learning_rate is not None else default
     if not isinstance(section, Pretrain):
@@ -43,7 +43,7 @@ def learning_rates(section: Training, train: str) -> tuple[float, float]:
 
 
 def _config_of(section: Training, phase: PhaseConfig) -> Training:
-    """The section with what the phase sets itself."""
+    """Return the section with the phase's own settings."""
     settings = {name: getattr(phase, name) for name in PhaseConfig.model_fields if name != "train"}
     if phase.learning_rate is not None and phase.train in ROWS_ONLY:
         settings["embedding_learning_rate"] = phase.embedding_learning_rate or phase.learning_rate

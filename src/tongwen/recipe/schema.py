@@ -1,7 +1,7 @@
 """The recipe: its own settings, its sections, and the rules between them.
 
-Type, default, unit and help of every setting stand in this package's section files and nowhere else. The documentation,
-`tongwen schema` and the messages are made from them.
+The section modules of this package are the only place for a setting's type, default, unit and help. The documentation,
+`tongwen schema` and the messages are generated from them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TrackerName = Literal["tensorboard", "wandb", "swanlab", "mlflow", "trackio"]
 
 
 class Recipe(Section):
-    """Who and where; below, each stage that has a section runs, in the program's order."""
+    """The run's name, base and output folder, and its stages. Each stage with a section runs, in the order below."""
 
     name: str = setting(..., "name of the run", pattern=r"^[\w.\-]+$")
     base: str = setting(
@@ -86,7 +86,7 @@ class Recipe(Section):
 
     @property
     def training(self) -> list[Training]:
-        """The sections that train, in their order."""
+        """The training sections, in order."""
         return [section for section in (self.pretrain, self.sft) if section is not None]
 
     @property

@@ -1,4 +1,4 @@
-"""The sections that train, `pretrain` and `sft`, and what they share."""
+"""The training sections, `pretrain` and `sft`, and the settings they share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tongwen.recipe.fields import Duration, Length, Number, Rules, Section, sett
 
 
 class AdapterConfig(Section):
-    """What is trained: every weight, or a low-rank adapter beside them."""
+    """Which weights are trained: all of them, or a low-rank adapter."""
 
     method: Literal["lora", "qlora", "adalora", "new_rows", "full"] = setting(
         "lora",
@@ -93,7 +93,7 @@ def parts_of(train: str) -> tuple[TrainedPart, ...]:
 
 
 class Training(Section):
-    """What every training stage knows."""
+    """The settings of every training stage."""
 
     adapter: AdapterConfig = setting(AdapterConfig(), "which weights to train")
     max_length: int = setting(1024, "maximum tokens of a sample", ge=8)
@@ -212,7 +212,7 @@ class Training(Section):
             yield from self._rules_of_sharding()
 
     def _rules_of_sharding(self) -> Rules:
-        """What would be computed wrongly, or not at all, on a part of a tensor."""
+        """Yield the rules for settings that give wrong results, or none, on a sharded tensor."""
         by_deepspeed, quantized = self.sharded_by == "deepspeed", self.adapter.method == "qlora"
         for broken, what, instead in (
             (self.optimizer != "adamw", f"optimizer: {self.optimizer}", "optimizer: adamw"),
@@ -231,12 +231,12 @@ class Training(Section):
 
     @property
     def trains(self) -> list[str]:
-        """What its phases train, in order, as `pretrain.train` writes it."""
+        """What its phases train, in order, in the spelling of `pretrain.train`."""
         return [self.adapter.part]
 
     @property
     def trained_parts(self) -> frozenset[TrainedPart]:
-        """All that it trains, in one phase or another."""
+        """All parts that any of its phases trains."""
         return frozenset(part for train in self.trains for part in parts_of(train))
 
     @property
@@ -269,7 +269,7 @@ class PhaseConfig(Section):
 
 
 class Forgetting(Section):
-    """A rise of the held-out bits per byte of any language over where it began."""
+    """Limits for the rise of the held-out bits per byte of any language during training."""
 
     warn: Number | None = setting(0.05, "warn when the rise exceeds this share", gt=0)
     stop: Number | None = setting(None, "stop when the rise exceeds this share", gt=0)

@@ -1,4 +1,4 @@
-"""Values become a Recipe, or problems in our own words: each with place, value, rule and remedy."""
+"""Validate values as a Recipe, or report problems with place, value, rule and remedy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tongwen.recipe.yaml_reader import RecipeReader, ValuePath, did_you_mean
 
 
 def validate(data: Mapping[str, Any], reader: RecipeReader) -> Recipe:
-    """The recipe that the data makes. Raises RecipeError, or SeveralErrors with every problem of this reading."""
+    """Return the data as a recipe. Raises RecipeError, or SeveralErrors with every problem of this reading."""
     recipe = None
     try:
         recipe = Recipe.model_validate(data)
@@ -29,7 +29,7 @@ def validate(data: Mapping[str, Any], reader: RecipeReader) -> Recipe:
 
 
 def _explain(error: Any, data: Any, reader: RecipeReader) -> None:
-    """One error of pydantic -> one problem in our words."""
+    """Add a problem in our own words for one pydantic error."""
     path = _plain_path(error["loc"], data)
     kind, value = error["type"], error.get("input")
     key = str(path[-1]) if path else ""
@@ -55,22 +55,22 @@ def _explain(error: Any, data: Any, reader: RecipeReader) -> None:
 
 
 def _plain_path(location: Sequence[str | int], data: Any) -> ValuePath:
-    """pydantic's location without the tags of union branches: only what can be walked in the data."""
+    """Return pydantic's location without the tags of union branches: only keys and indexes that exist in the data."""
     path: list[str | int] = []
-    here: Any = data
+    value: Any = data
     for index, part in enumerate(location):
-        if (isinstance(here, dict) and part in here) or (
-            isinstance(here, list) and isinstance(part, int) and part < len(here)
+        if (isinstance(value, dict) and part in value) or (
+            isinstance(value, list) and isinstance(part, int) and part < len(value)
         ):
-            here = cast("Any", here)[part]
+            value = cast("Any", value)[part]
             path.append(part)
-        elif isinstance(here, dict) and index == len(location) - 1:
+        elif isinstance(value, dict) and index == len(location) - 1:
             path.append(part)
     return tuple(path)
 
 
 def _section_at(path: ValuePath) -> type[BaseModel]:
-    """The schema class that holds the keys at a path."""
+    """Return the schema class that holds the keys at a path."""
     section: type[BaseModel] = Recipe
     for part in path:
         if isinstance(part, int):
@@ -90,7 +90,7 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _help_of(path: ValuePath) -> str:
-    """The help of the setting at a path; empty where there is none."""
+    """Return the help of the setting at a path; empty if there is none."""
     names = [part for part in path if isinstance(part, str)]
     field = _section_at(path[:-1]).model_fields.get(names[-1]) if names else None
     if field is None:

@@ -1,7 +1,7 @@
-"""A recipe's YAML and overrides become plain values, each with its place.
+"""Read a recipe's YAML and overrides as plain values, and remember the place of each.
 
-YAML is read node by node, so that each key keeps its line and a doubled key is noticed. Numbers, `on` and `off` follow
-YAML 1.2: `1e-4` is a number and `on` is text (PyYAML follows 1.1, which has it the other way round).
+YAML is read node by node to keep each key's line and detect duplicate keys. Numbers, `on` and `off` follow YAML 1.2:
+`1e-4` is a number and `on` is text (PyYAML follows 1.1, where it is the other way round).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 
-ValuePath = tuple[str | int, ...]  # where a value stands in the recipe: ("sft", "adapter", "rank")
+ValuePath = tuple[str | int, ...]  # path of a value in the recipe: ("sft", "adapter", "rank")
 
 
 class Loader(yaml.SafeLoader):
@@ -39,7 +39,7 @@ for _tag, _pattern, _first in (
 
 
 class RecipeReader:
-    """One reading of a recipe: the place of each value, the problems found, and notices of what was translated."""
+    """One reading of a recipe: the place of each value, the problems found, and notices about translated settings."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -48,7 +48,7 @@ class RecipeReader:
         self.notices: list[str] = []
 
     def place(self, path: ValuePath) -> str:
-        """File and line of the value, or of the nearest value around it; then the dotted name."""
+        """Return file and line of the value, or of the nearest value around it, and the dotted name."""
         around = path
         while around and around not in self.places:
             around = around[:-1]
@@ -62,7 +62,7 @@ class RecipeReader:
         self.notices.append(f"{self.place(path)}: {text}")
 
     def value(self, node: yaml.Node, path: ValuePath, source: str) -> Any:
-        """The plain value of a node. Remembers places, reports doubled keys."""
+        """Return the plain value of a node. Remembers places and reports duplicate keys."""
         self.places[path] = f"{source}:{node.start_mark.line + 1}" if source == self.file else source
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path, source)
@@ -79,21 +79,21 @@ class RecipeReader:
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = str(key_node.value)
-            here = (*path, key)
+            key_path = (*path, key)
             if key in mapping:
-                self.places[here] = f"{source}:{key_node.start_mark.line + 1}"
+                self.places[key_path] = f"{source}:{key_node.start_mark.line + 1}"
                 self.add_problem(
-                    here,
+                    key_path,
                     _("the key {key!r} occurs twice").format(key=key),
                     _("keep one"),
                 )
                 continue
-            mapping[key] = self.value(value_node, here, source)
+            mapping[key] = self.value(value_node, key_path, source)
         return mapping
 
 
 def parse(text: str, reader: RecipeReader) -> dict[str, Any]:
-    """The values of a recipe's text. Raises RecipeError when it is not YAML, or not a mapping."""
+    """Return the values of a recipe's text. Raises RecipeError if it is not YAML, or not a mapping."""
     file = reader.file
     try:
         node = yaml.compose(text, Loader=Loader)
@@ -117,7 +117,7 @@ def parse(text: str, reader: RecipeReader) -> dict[str, Any]:
 
 
 def apply_override(data: dict[str, Any], override: str, reader: RecipeReader) -> None:
-    """Put the value of `section.key=value` into the data; its place is the command line."""
+    """Set the value of `section.key=value` in the data; its place is the command line."""
     name, equals, text = override.partition("=")
     source = _("command line `{override}`").format(override=override)
     parts = name.strip().split(".")
@@ -140,5 +140,5 @@ def apply_override(data: dict[str, Any], override: str, reader: RecipeReader) ->
 
 
 def did_you_mean(near: Sequence[str]) -> str:
-    """A remedy that lists keys or values with a similar name; empty when there are none."""
+    """Return a remedy that lists keys or values with a similar name; empty if there are none."""
     return _("did you mean ") + " / ".join(f"`{name}`" for name in near) if near else ""

@@ -1,1 +1,1 @@
-"""The stages of a recipe, one file each: its settings, what refuses it ahead of its turn, and the job of `workflows` that it runs."""
+"""The stages of a recipe, one module each: the settings, the early check, and the job in `workflows` that it runs."""

@@ -1,4 +1,4 @@
-"""The stages of a recipe. A module of this package is one stage: `settings`, `check_ahead` and `run`."""
+"""The stages of a recipe by name. Each is a module of this package with `settings`, `check_ahead` and `run`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""evaluate: the run's model and tasks in; `scores.json`, the rows behind it and a report out, beside the base's scores."""
+"""evaluate: score the run's model and its base on tasks; write `scores.json`, the scored rows and a report."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_ahead(recipe: Recipe) -> None:
-    """The tasks are read when the model exists."""
+    """Check nothing: the tasks are read when the model exists."""
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
-    """Examine what the stages before have left, and the base."""
+    """Evaluate the model of the stages before, and the base."""
     from tongwen.workflows.evaluation import read_task
-    from tongwen.workflows.scoring import EvaluatedModel, examine, keep_answers
+    from tongwen.workflows.scoring import EvaluatedModel, evaluate_models, keep_answers
 
     section = recipe.evaluate
     assert section
@@ -38,22 +38,22 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
     model = {"path": recipe.base}
     if finished != recipe.base:
         model = open_model_before(recipe, "evaluate").as_parent()
-    papers = [read_task(_held_out(recipe, task) if task.needs_data else task) for task in section.tasks]
+    tasks = [read_task(_held_out(recipe, task) if task.needs_data else task) for task in section.tasks]
     template = "own" if recipe.sft else "auto"
     after = EvaluatedModel(model["path"], template=template)
     before = None
     if section.before and finished != recipe.base:
-        taught = recipe.sft.template if recipe.sft else template
-        before = EvaluatedModel(recipe.base, template=taught, optional=True)
+        base_template = recipe.sft.template if recipe.sft else template
+        before = EvaluatedModel(recipe.base, template=base_template, optional=True)
     with keep_answers(out) as kept, artifact.create(out, "evaluate", {"model": model}, settings(recipe)) as draft:
-        draft.facts["scores"] = examine(papers, after, before, section, kept, draft.path)
+        draft.facts["scores"] = evaluate_models(tasks, after, before, section, kept, draft.path)
     console.good(str(out / "report.html"))
     assert draft.artifact
     return draft.artifact
 
 
 def _held_out(recipe: Recipe, task: TaskConfig) -> TaskConfig:
-    """The task on what was kept away from training: the dialogues where the run fine-tunes, else the documents."""
+    """Return the task with the held-out data: dialogues if the run fine-tunes, else documents."""
     kind = "dialogues" if recipe.sft else "documents"
     file = Path(recipe.out) / "prepare" / f"{kind}.held_out.jsonl"
     if not file.is_file() or not file.stat().st_size:

@@ -1,7 +1,7 @@
-"""export: the run's finished model in the forms that other programs read, each in a folder of its own.
+"""export: write the run's model in the formats of other programs, each in its own folder.
 
-What goes in is the merged model, or the whole one that the last stage before left. Each form is written and read back by itself; the
-stage is finished when all are.
+The source is the merged model, or the whole model of the last stage before. Each format is written and read back by
+itself; the stage is finished when all are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_ahead(recipe: Recipe) -> None:
-    """Raise what would refuse a form, before the stages that lead to it."""
+    """Raise now, before the earlier stages run, if a format could not be written."""
     from tongwen.workflows import model_formats
 
     assert recipe.export
@@ -29,7 +29,7 @@ def check_ahead(recipe: Recipe) -> None:
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
-    """All forms of the recipe under `out`."""
+    """Write all formats of the recipe to `out`."""
     from tongwen.hub import upload
     from tongwen.workflows import model_formats
 

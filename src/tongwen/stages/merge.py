@@ -1,4 +1,4 @@
-"""merge: what the run's training stages left and the base below it in; an ordinary Hugging Face model folder out."""
+"""merge: merge the adapters of the run's training stages into their base; write a Hugging Face model folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_ahead(recipe: Recipe) -> None:
-    """The adapters do not exist yet."""
+    """Check nothing: the adapters do not exist yet."""
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:

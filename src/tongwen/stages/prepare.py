@@ -1,4 +1,4 @@
-"""prepare: the recipe's sources in; documents, dialogues and what was held out and rejected out, with the ledger."""
+"""prepare: read the recipe's sources; write documents, dialogues, held-out and rejected rows, and the ledger."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_ahead(recipe: Recipe) -> None:
-    """Nothing is known before the files are read."""
+    """Check nothing: problems appear only when the files are read."""
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:

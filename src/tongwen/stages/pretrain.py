@@ -1,7 +1,6 @@
-"""pretrain: prepared documents and a base in; the same model that has read them out, as an adapter or whole.
+"""pretrain: train the base on prepared documents; write an adapter or a whole model.
 
-It learns in as many phases as the recipe has. On the way each language's held-out text is scored, so that forgetting
-shows.
+Training has as many phases as the recipe. The held-out text of each language is scored on the way to show forgetting.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from tongwen.workflows.stage_inputs import base_of_stage, training_settings
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """What decides this stage's result."""
+    """Return the settings that decide this stage's result."""
     return training_settings(recipe, "pretrain")
 
 
 def check_ahead(recipe: Recipe) -> None:
-    """Raise what would refuse it, before the stages that lead to it."""
+    """Raise now, before the earlier stages run, if this stage would fail."""
     assert recipe.pretrain
     check_further(recipe.pretrain.adapter, "pretrain")
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
-    """Encode the documents, and learn from them."""
+    """Encode the documents and train on them."""
     from tongwen.workflows.training.documents import document_job
     from tongwen.workflows.training.job import train_stage
 

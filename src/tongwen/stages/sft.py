@@ -1,4 +1,4 @@
-"""sft: prepared dialogues and a base in; an adapter (or a whole model) that learned from them out."""
+"""sft: fine-tune the base on prepared dialogues; write an adapter or a whole model."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from tongwen.workflows.stage_inputs import base_of_stage, training_settings
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """What decides this stage's result."""
+    """Return the settings that decide this stage's result."""
     return training_settings(recipe, "sft")
 
 
 def check_ahead(recipe: Recipe) -> None:
-    """Raise what would refuse it, before the stages that lead to it."""
+    """Raise now, before the earlier stages run, if this stage would fail."""
     assert recipe.sft
     check_further(recipe.sft.adapter, "sft")
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
-    """Encode the dialogues, and learn from them."""
+    """Encode the dialogues and train on them."""
     from tongwen.workflows.training.dialogues import dialogue_job
     from tongwen.workflows.training.job import train_stage
 

@@ -1,4 +1,4 @@
-"""vocab: prepared text and a base in; the base with a larger vocabulary out, its tokenizer and its rows."""
+"""vocab: learn new pieces from prepared text; write the base with a larger vocabulary."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_ahead(recipe: Recipe) -> None:
-    """Its texts come from `prepare`."""
+    """Check nothing: the texts come from `prepare`."""
 
 
 def run(recipe: Recipe, out: Path) -> artifact.Artifact:
-    """Learn new pieces, say whether they pay, and write the base with rows for them."""
+    """Learn new pieces, report whether they pay, and write the base with rows for them."""
     from tongwen.workflows.vocab_extension import extend_vocabulary
 
     return extend_vocabulary(recipe, settings(recipe), out)

@@ -1,7 +1,7 @@
-"""A model, with or without adapters, that can be talked to: what Python, the terminal and batch generation share.
+"""A model, with or without adapters, that answers messages: used from Python, the terminal, the server and `generate`.
 
-The template is the one that stands with the tokenizer, the prompt is encoded as in training, and an answer ends on the
-stop tokens that the model learned.
+The chat template comes with the tokenizer, prompts are encoded as in training, and an answer ends on the stop tokens
+that the model learned.
 """
 
 from __future__ import annotations
@@ -29,78 +29,83 @@ THINK = "<think>"
 
 @dataclass
 class ChatModel:
-    """A model to talk with. Messages are dictionaries with `role` and `content`, as everywhere."""
+    """An opened model with its tokenizer and chat template. Messages are dictionaries with `role` and `content`."""
 
     name: str
-    voice: TextGenerator
+    generator: TextGenerator
     encoder: Encoder
     template: Template | None
     thinking: bool
 
     @property
     def context(self) -> int:
-        """How many tokens the model sees, prompt and answer together."""
-        return self.voice.context
+        """The context length in tokens: prompt and answer together."""
+        return self.generator.context
 
     def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
-        """The answer to a conversation. options: max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed."""
-        said: dict[int, list[int]] = {}
-        self.voice.answer_all([self.prompt_ids(messages)], self._sampling(options), said.__setitem__)
-        return self.voice.decode(said[0])
+        """Return the answer to a conversation.
+
+        options: max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed.
+        """
+        answers: dict[int, list[int]] = {}
+        self.generator.answer_all([self.prompt_ids(messages)], self._sampling(options), answers.__setitem__)
+        return self.generator.decode(answers[0])
 
     def stream(
         self,
         messages: Sequence[dict[str, Any]],
-        heard: Callable[[int], None] = lambda index: None,
+        on_token: Callable[[int], None] = lambda index: None,
         **options: Any,
     ) -> Iterator[str]:
-        """The same answer in pieces of whole characters. heard: called with each new token."""
-        return self.continue_ids(self.prompt_ids(messages), heard, **options)
+        """Yield the answer in pieces of whole characters. on_token: called with the id of each new token."""
+        return self.continue_ids(self.prompt_ids(messages), on_token, **options)
 
-    def continue_ids(self, ids: list[int], heard: Callable[[int], None], **options: Any) -> Iterator[str]:
-        """What the model says after these ids, in pieces of whole characters. Where the prompt itself opens the thinking,
-        the first piece says so."""
+    def continue_ids(self, ids: list[int], on_token: Callable[[int], None], **options: Any) -> Iterator[str]:
+        """Yield the continuation of these ids in pieces of whole characters. If the prompt itself ends with `<think>`,
+        the first piece is `<think>`."""
         if self.encoder.backend.decode(ids[-8:], skip_special_tokens=False).rstrip().endswith(THINK):
             yield THINK
         sampling = self._sampling(options)
         left = max(self.context - len(ids), 1)
-        yield from self.voice.stream(ids, sampling.with_(max_new_tokens=min(sampling.max_new_tokens, left)), heard)
+        yield from self.generator.stream(
+            ids, sampling.with_(max_new_tokens=min(sampling.max_new_tokens, left)), on_token
+        )
 
     def ended(self, ids: Sequence[int]) -> bool:
-        """Whether an answer of these tokens came to its own end, and was not cut off."""
-        return bool(ids) and ids[-1] in self.voice.stop_ids
+        """Return whether an answer with these tokens ended on a stop token; otherwise it was cut off."""
+        return bool(ids) and ids[-1] in self.generator.stop_ids
 
     def generate(self, prompts: Sequence[str], batch_size: int = ROWS, **options: Any) -> list[str]:
-        """One answer per prompt. Prompts are questions for a chat model, beginnings for `template="completion"`."""
+        """Return one answer per prompt: a question, or with `template="completion"` the beginning of a text."""
         answers: dict[int, str] = {}
-        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        self.answer_each(asked, answers.__setitem__, batch_size, **options)
-        return [answers[place] for place in range(len(prompts))]
+        conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        self.answer_each(conversations, answers.__setitem__, batch_size, **options)
+        return [answers[index] for index in range(len(prompts))]
 
     def answer_each(
         self,
         conversations: Sequence[Sequence[Mapping[str, Any]]],
-        take: Callable[[int, str], None],
+        on_answer: Callable[[int, str], None],
         batch_size: int = ROWS,
         **options: Any,
     ) -> None:
-        """Hand each answer to `take` with the place of its conversation, as soon as it is there."""
+        """Call `on_answer(index of the conversation, answer)` for each answer as soon as it is complete."""
         ids = [self._numbered(number, messages) for number, messages in enumerate(conversations, 1)]
         if ids:
-            self.voice.answer_all(
+            self.generator.answer_all(
                 ids,
                 self._sampling(options),
-                lambda place, answer: take(place, self.voice.decode(answer)),
+                lambda index, answer: on_answer(index, self.generator.decode(answer)),
                 batch_size,
             )
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """The conversation as ids, up to where the model answers."""
+        """Return the ids of the conversation, up to where the model's answer begins."""
         text = self.prompt_text(messages)
         return self.text_ids(text) if self.template is None else self.encoder.encode_prompt(text)
 
     def prompt_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The same as text."""
+        """Return the conversation as text, up to where the model's answer begins."""
         turns = [
             Message(
                 str(turn["role"]),
@@ -115,8 +120,8 @@ class ChatModel:
         return self.template.prompt(turns, thinking=self.thinking)
 
     def text_ids(self, text: str) -> list[int]:
-        """A text as ids, to be continued without any template; a control token in it is only text."""
-        return self.encoder.encode_prompt(set_apart(text, tuple(chat_setup.special_texts(self.voice.tokenizer))))
+        """Return the ids of a text to continue without a template; control tokens in it are encoded as plain text."""
+        return self.encoder.encode_prompt(set_apart(text, tuple(chat_setup.special_texts(self.generator.tokenizer))))
 
     def _numbered(self, number: int, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         try:
@@ -138,11 +143,14 @@ def open_chat_model(
     engine: str = "auto",
     rows: int = ROWS,
 ) -> ChatModel:
-    """Open a model by any of its names.
+    """Open a model: a folder, a hub id, `modelscope:id`, a .gguf file, or a stage folder of a run.
 
-    template: own, a shipped name, a .jinja file, `completion` for a base model, or `auto`: own where the model has one,
-    else completion; weights: full, 8bit, 4bit, or auto: what fits; engine: batched or paged (transformers), llama.cpp (a
-    .gguf file), vllm, or auto (see `choose_engine`); rows: prompts side by side, at most, for which llama.cpp makes room now.
+    Args:
+        template: own, a shipped name, a .jinja file, `completion` for a base model, or `auto`: own if the
+            model has one, else completion.
+        weights: full, 8bit, 4bit, or auto: what fits.
+        engine: batched or paged (transformers), llama.cpp (a .gguf file), vllm, or auto (see `choose_engine`).
+        rows: Most prompts in one batch; llama.cpp allocates memory for them when it starts.
     """
     place = load.locate(model)
     place = replace(place, adapters=(*place.adapters, *adapters))
@@ -162,21 +170,23 @@ def open_chat_model(
         template = "own" if tokenizer.chat_template else "completion"
         if template == "completion":
             console.notice(_("{model} has no template: it continues texts").format(model=model))
-    bound = None if template == "completion" else chat_setup.bind_template(template, tokenizer, encoder.prefix)
+    chat_template = None if template == "completion" else chat_setup.bind_template(template, tokenizer, encoder.prefix)
     if engine in ("llama.cpp", "vllm"):
-        voice = _open_elsewhere(place, tokenizer, bound, engine, rows)
+        generator = _open_with_engine(place, tokenizer, chat_template, engine, rows)
     else:
         network = _open_network(place, tokenizer, precision, weights)
-        if bound is None:
+        if chat_template is None:
             _check_continues(network.config.model_type, model)
-        stops = _stops(model, tokenizer, bound, network.generation_config)
-        voice = TextGenerator(network, tokenizer, stops, chat_setup.context_length(network.config), engine == "paged")
-    return ChatModel(model, voice, encoder, bound, thinking == "on")
+        stops = _stops(model, tokenizer, chat_template, network.generation_config)
+        generator = TextGenerator(
+            network, tokenizer, stops, chat_setup.context_length(network.config), engine == "paged"
+        )
+    return ChatModel(model, generator, encoder, chat_template, thinking == "on")
 
 
 def choose_engine(model: str, adapters: Sequence[str]) -> str:
-    """llama.cpp for a .gguf file without adapters where its wheel is installed, which is said; else transformers in
-    batches."""
+    """Return "llama.cpp" for a .gguf file without adapters if its wheel is installed, else "batched" (transformers).
+    For a .gguf file a notice names the choice."""
     place = load.locate(model)
     if not place.gguf or place.adapters or adapters:
         return "batched"
@@ -192,19 +202,21 @@ def choose_engine(model: str, adapters: Sequence[str]) -> str:
 
 
 def _open_network(place: load.ModelRef, tokenizer: Any, precision: str, weights: str) -> Any:
-    """The network on its device, or over all GPUs when one is too small for it."""
+    """Load the network onto its device, or over all GPUs if one is too small."""
     device = load.compute_device()
     dtype, _unused = load.compute_dtype(precision, device)
-    spread, quantize = device_map.choose(place, weights, device, dtype)
+    multi_device, quantize = device_map.choose(place, weights, device, dtype)
     with console.waiting(_("opening {place}").format(place=place.name)):
-        network, _unused2 = open_adapter_chain(place, dtype, quantize, device_map="auto" if spread else None, live=True)
+        network, _unused2 = open_adapter_chain(
+            place, dtype, quantize, device_map="auto" if multi_device else None, live=True
+        )
     load.check_tokenizer(tokenizer, network, place)
     mend_ends(tokenizer, network, place.name)
-    return (network if spread or quantize else network.to(device)).eval()
+    return (network if multi_device or quantize else network.to(device)).eval()
 
 
 def _check_continues(kind: str, model: str) -> None:
-    """Raise ModelError for a family that answers, and does not continue a text."""
+    """Raise ModelError for a family that only answers dialogues and cannot continue a text."""
     family = family_of(kind)
     if family and family.dialogues_only:
         raise ModelError(
@@ -214,10 +226,10 @@ def _check_continues(kind: str, model: str) -> None:
         )
 
 
-def _open_elsewhere(
-    place: load.ModelRef, tokenizer: Any, bound: Template | None, engine: str, rows: int
+def _open_with_engine(
+    place: load.ModelRef, tokenizer: Any, chat_template: Template | None, engine: str, rows: int
 ) -> TextGenerator:
-    """The voice of another engine, which reads the weights itself."""
+    """Open the model with vLLM or llama.cpp, which read the weights themselves."""
     if place.adapters:
         raise ModelError(
             _("{engine} only reads a whole model, without adapters").format(engine=engine),
@@ -228,7 +240,7 @@ def _open_elsewhere(
     context = chat_setup.context_length(config)
     if engine == "vllm":
         folder = load.fetched(place).folder
-        stops = _stops(place.name, tokenizer, bound, load.load_generation_config(folder))
+        stops = _stops(place.name, tokenizer, chat_template, load.load_generation_config(folder))
         return vllm.open_model(folder, tokenizer, stops, context)
     if not place.gguf:
         raise ModelError(
@@ -238,18 +250,20 @@ def _open_elsewhere(
         )
     file = str(Path(place.folder) / place.gguf)
     with console.waiting(_("opening {place}").format(place=place.name)):
-        voice = llamacpp.open_file(file, tokenizer, _stops(place.name, tokenizer, bound, None), config, context, rows)
-    if voice.context < context:
+        backend = llamacpp.open_file(
+            file, tokenizer, _stops(place.name, tokenizer, chat_template, None), config, context, rows
+        )
+    if backend.context < context:
         console.notice(
             _(
                 "it sees at most {voice_context:,} tokens here, of the model's {context:,}: more need too much memory"
-            ).format(voice_context=voice.context, context=context)
+            ).format(voice_context=backend.context, context=context)
         )
-    return voice
+    return backend
 
 
-def _stops(model: str, tokenizer: Any, bound: Template | None, generation_config: Any) -> tuple[int, ...]:
-    stops = chat_setup.stop_ids(tokenizer, bound, generation_config)
+def _stops(model: str, tokenizer: Any, chat_template: Template | None, generation_config: Any) -> tuple[int, ...]:
+    stops = chat_setup.stop_ids(tokenizer, chat_template, generation_config)
     if not stops:
         raise ModelError(_("this model has no stop token to end an answer"), place=model)
     return stops

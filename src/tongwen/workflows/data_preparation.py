@@ -1,8 +1,8 @@
-"""Preparing data: the recipe's sources in; documents, dialogues and what was held out and rejected out, with the ledger.
+"""Prepare data: read the recipe's sources; write documents, dialogues, held-out and rejected rows, and the ledger.
 
-Each file is read and cleaned by itself. All files together are searched for duplicates, and a seeded part is held out.
-Then each file's rows are kept, or stand in rejected.jsonl with their reason: also those that say what was held out. What
-is kept is what the training stages take in. The steps on files run here, or as the tasks of a datatrove pipeline.
+Each file is read and cleaned by itself. Then all files together are searched for duplicates, and a seeded part is held
+out. Each row is either kept for the training stages or written to rejected.jsonl with the reason; rows that repeat
+held-out data are rejected too. The steps on files run in this process, or as tasks of a datatrove pipeline.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from tongwen.recipe.data import Prepare
 
 
 def prepare(section: Prepare, seed: int, settings: dict[str, Any], out: Path) -> artifact.Artifact:
-    """Read and clean each file, compare all, settle each file, join. settings: those that decide what comes out."""
+    """Read and clean each file, compare all rows, decide on each row, join the files.
+
+    settings: the settings that decide the result; they are recorded in the manifest.
+    """
     console.header("prepare", _("read, clean, deduplicate and split the data"))
     with artifact.create(out, "prepare", {}, settings, resumable=True) as draft:
         parts = list_parts(section, local_copy, console.notice)
@@ -53,12 +56,12 @@ def prepare(section: Prepare, seed: int, settings: dict[str, Any], out: Path) ->
         draft.facts = {"ledger": tables, "changed": dict(changed), "sources": _sources(section), "files": files}
         draft.facts["made"] = made
     assert draft.artifact
-    _show(tables, dict(changed))
+    _report_ledger(tables, dict(changed))
     return draft.artifact
 
 
 def _start(folder: Path, parts: list[InputPart], settings: dict[str, Any]) -> None:
-    """What an interrupted run has finished counts only when it had the same settings and the same files."""
+    """Keep the finished work of an interrupted run only if it had the same settings and files; otherwise start over."""
     files = [[str(part.file), (found := part.file.stat()).st_size, found.st_mtime_ns] for part in parts]
     now = json.loads(json.dumps({**settings, "files": files}))
     file = folder / "parts" / "settings.json"
@@ -85,14 +88,14 @@ def _sources(section: Prepare) -> dict[str, Any]:
     }
 
 
-def _show(tables: dict[str, Any], changed: dict[str, int]) -> None:
-    """The ledger, and how many texts each rule mended."""
+def _report_ledger(tables: dict[str, Any], changed: dict[str, int]) -> None:
+    """Print the ledger, and how many texts each rule repaired."""
     rows: list[tuple[Any, ...]] = []
     for name, table in tables.items():
         rows += table_rows(table, name, _("kept"))
         if table["held_out"]:
-            words = _("of which held out") if table["from_training"] else _("held out: a file")
-            rows.append((f"    {words}", table["held_out"], ""))
+            label = _("of which held out") if table["from_training"] else _("held out: a file")
+            rows.append((f"    {label}", table["held_out"], ""))
     console.table((_("ledger"), _("rows"), _("bytes")), rows)
     if changed:
         mended = ", ".join(f"{name} {count:,}" for name, count in sorted(changed.items()))

@@ -1,6 +1,6 @@
-"""A look at data before anything is made of it: what a file is, which rows fail and why, and what would be learned of it.
+"""Preview data before using it: a file's format, the rows that fail and why, and the tokens that would be learned.
 
-`look` shows the samples of a recipe, the page those of a file; both colour them here.
+`look` shows samples of a recipe, the web page shows samples of a file; both colour them with `coloured`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from tongwen.data.reader import read_rows
 from tongwen.data.token_store import TokenStore
 from tongwen.recipe.data import Prepare, SourceConfig
 from tongwen.recipe.training import Pretrain, Sft
-from tongwen.workflows.tokenized_data import RecordEncoder, read_dialogues, read_documents, say_mask
+from tongwen.workflows.tokenized_data import RecordEncoder, describe_mask, make_dialogue_encoder, make_document_encoder
 
-SHOWN, ENCODED, PROBLEMS = 5, 200, 100  # samples that are shown and that are tried, rows that are listed
+SHOWN, ENCODED, PROBLEMS = 5, 200, 100  # samples that are shown, samples that are encoded, rows that are listed
 EXCERPT = 160  # characters of a row
 
 
@@ -35,17 +35,17 @@ Problem = tuple[int, str, str, str]  # row, reason, rule, the row itself
 
 @dataclass
 class DataPreview:
-    """What a file holds: its first rows that are taken, and its first that are not."""
+    """A file's format and counts, its first usable rows, and its first rows with problems."""
 
     kind: str
     format: str
-    tally: prepare_steps.ScanCounts
+    counts: prepare_steps.ScanCounts
     problems: list[Problem] = field(default_factory=list)
     records: list[Document | Dialogue] = field(default_factory=list)
 
 
 def inspect(file: Path) -> DataPreview:
-    """Read a whole file as `prepare` would, and compare nothing. Raises DataError for what is no data."""
+    """Read a whole file as `prepare` would, without the search for duplicates. Raises DataError for other files."""
     source = SourceConfig(path=str(file))
     kind = kind_of(file, source)
     section = Prepare.model_validate({kind: [source]})
@@ -53,8 +53,8 @@ def inspect(file: Path) -> DataPreview:
     first = next(read_rows(file, source))
     name = "text" if kind == "documents" else formats.recognise_row(first, source)
     found = DataPreview(kind, name, prepare_steps.ScanCounts())
-    for raw, record in prepare_steps.iter_rows(part, section, Cleaner(section.clean, kind), lambda said: None):
-        found.tally.count(raw, record)
+    for raw, record in prepare_steps.iter_rows(part, section, Cleaner(section.clean, kind), lambda text: None):
+        found.counts.count(raw, record)
         if not isinstance(record, (Dropped, RowRefused)):
             if len(found.records) < ENCODED:
                 found.records.append(record)
@@ -65,8 +65,8 @@ def inspect(file: Path) -> DataPreview:
 
 
 def as_html(found: DataPreview) -> str:
-    """Figures, ledger and problems, as a piece of a page."""
-    ledger = found.tally.ledger
+    """Return counts, ledger and problems as an HTML fragment."""
+    ledger = found.counts.ledger
     more = "+" if len(found.problems) == PROBLEMS else ""
     facts = [
         (found.format, _("format")),
@@ -86,25 +86,27 @@ def as_html(found: DataPreview) -> str:
 
 
 def samples_as_html(found: DataPreview, base: str, template: str) -> str:
-    """The first records as a model will see them, learned tokens coloured. Only the model's tokenizer is opened."""
-    reader: RecordEncoder
+    """Return the first records as HTML, encoded for a model, with learned tokens coloured. Opens only its tokenizer."""
+    record_encoder: RecordEncoder
     if found.kind == "documents":
-        reader = read_documents(base, Pretrain())
-        stop = reader.end
+        record_encoder = make_document_encoder(base, Pretrain())
+        stop = record_encoder.end
     else:
-        reader = dialogues = read_dialogues(base, Sft(template=template))
+        record_encoder = dialogues = make_dialogue_encoder(base, Sft(template=template))
         stop = int(dialogues.tokenizer.convert_tokens_to_ids(dialogues.template.stop))
     rejected: list[Rejected] = []
-    store = token_store.in_memory(reader.batches(iter(found.records), Ledger("rows", "tokens"), rejected.append))
+    store = token_store.in_memory(
+        record_encoder.batches(iter(found.records), Ledger("rows", "tokens"), rejected.append)
+    )
     lost = [(bad.origin.row, bad.reason, bad.rule, "") for bad in rejected]
     summary, samples = "", []
     if len(store):
         first = _("Of the first {count} rows: ").format(count=len(found.records))
-        summary = first + say_mask(reader.check(store, []))
+        summary = first + describe_mask(record_encoder.check(store, []))
         for index in range(min(SHOWN, len(store))):
             row, length = store.origin(index).row, store.lengths[index]
             heading = _("row {row} · {length} tokens").format(row=row, length=length)
-            samples.append((heading, coloured(reader.tokenizer, store, index, stop)))
+            samples.append((heading, coloured(record_encoder.tokenizer, store, index, stop)))
     return render(
         "workflows/samples.html.jinja",
         refused=_refused(_("Rows that this model does not use"), lost),
@@ -115,7 +117,7 @@ def samples_as_html(found: DataPreview, base: str, template: str) -> str:
 
 
 def token_kinds() -> list[tuple[str, str]]:
-    """What the kinds of `coloured` mean."""
+    """Return (kind, meaning) of the kinds that `coloured` gives."""
     return [
         ("p", _("prompt")),
         ("l", _("learned")),
@@ -124,7 +126,7 @@ def token_kinds() -> list[tuple[str, str]]:
 
 
 def coloured(tokenizer: Any, store: TokenStore, index: int, stop: int) -> list[tuple[str, int, str]]:
-    """(text, last id, kind) of one sample: prompt `p`, learned `l`, learned stop `s`."""
+    """Return (text, last id, kind) of each piece of a sample. Kinds: `p` prompt, `l` learned, `s` learned stop."""
     return [
         (text, token, ("s" if token == stop else "l") if learned else "p")
         for text, token, learned in pieces(tokenizer, store, index)
@@ -132,7 +134,7 @@ def coloured(tokenizer: Any, store: TokenStore, index: int, stop: int) -> list[t
 
 
 def pieces(tokenizer: Any, store: TokenStore, index: int) -> Iterator[tuple[str, int, bool]]:
-    """(text, last id, learned) of one sample: tokens that together make whole characters are shown as one piece."""
+    """Yield (text, last id, learned) of a sample's pieces; tokens of one character are one piece."""
     waiting: list[int] = []
     ids, learn = store.sample(index)
     for token, learned in zip(ids.tolist(), learn.tolist(), strict=True):

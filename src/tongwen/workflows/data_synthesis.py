@@ -1,7 +1,7 @@
-"""Synthesising dialogues: an endpoint and something to start from in; dialogues with their provenance out, and what was not taken.
+"""Synthesize dialogues with an endpoint from topics, documents or seed tasks; write them with their provenance.
 
-Every reply is in the journal before it is used, so a run that is killed goes on where it was and pays for nothing twice
-but what was on its way.
+Each reply is written to the journal before it is used. A killed run therefore continues where it was, and pays twice
+only for requests that were still in progress. Rejected replies are written too, with the reason.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tongwen.recipe.data import SourceConfig, Synthesize
 
 
 def synthesize(section: Synthesize, seed: int, settings: dict[str, Any], out: Path) -> artifact.Artifact:
-    """Ask, take what is good, write it down. settings: those that decide what is asked for."""
+    """Send requests until there are enough usable dialogues, and write them. settings: recorded in the manifest."""
     try:
         from tongwen.data.synthesis import client
     except ImportError:
@@ -91,7 +91,7 @@ def _requests(section: Synthesize, seed: int, made: generate.GeneratedDialogues)
         return generate.about_documents(_documents(section.documents))
     seeds = _seeds(section.seeds)
     for task in seeds:
-        made.index.add(task.question)  # what comes back as it was given is nothing new
+        made.index.add(task.question)  # a reply that repeats a seed task is not new
     return generate.self_instruct(seeds, seed)
 
 
@@ -129,7 +129,7 @@ def _documents(sources: list[SourceConfig]) -> Iterator[tuple[str, str]]:
 
 
 def _check_made(made: generate.GeneratedDialogues) -> None:
-    """Nothing at all is an error; less than was wanted is said."""
+    """Raise DataError if there are no dialogues; print a notice if there are fewer than the recipe asks for."""
     wanted = made.section.rows
     if not made.rows:
         reasons = ", ".join(f"{reason} {count}" for reason, count in made.reasons.most_common())
@@ -139,12 +139,12 @@ def _check_made(made: generate.GeneratedDialogues) -> None:
             remedy=_("try another model or method"),
         )
     if len(made.rows) < wanted:
-        why = (
+        cause = (
             _("{stale} replies in a row contained nothing new").format(stale=made.stale)
             if made.enough
             else _("nothing more to ask about")
         )
-        console.notice(_("got {count} of {wanted} rows: {why}").format(count=len(made.rows), wanted=wanted, why=why))
+        console.notice(_("got {count} of {wanted} rows: {why}").format(count=len(made.rows), wanted=wanted, why=cause))
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,8 +1,7 @@
-"""What a model is asked: the rows of a file as conversations up to where it answers, with the answer of the data where
-there is one.
+"""Read a file's rows as prompts: conversations up to the model's answer, with the reference answer if there is one.
 
-Every format that fine-tuning reads is read here too; beside these, plain lines, `prompt` alone, and conversations that end
-with a question. A row that cannot be read stops the command: a score over fewer rows would be another score.
+All formats of fine-tuning are supported, and also plain lines, `prompt` alone, and conversations that end with a
+question. An unreadable row stops the command: a score over fewer rows would not be comparable.
 """
 
 from __future__ import annotations
@@ -27,10 +26,13 @@ ANSWERS = ("output", "target", "completion", "response", "answer", "std_answer")
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """messages: dictionaries with `role` and `content`; wanted: what the data answers; place: file and row."""
+    """A conversation to answer.
+
+    messages: dictionaries with `role` and `content`; reference: the answer in the data, if any; place: file and row.
+    """
 
     messages: list[dict[str, Any]]
-    wanted: str | None
+    reference: str | None
     place: str
 
     @property
@@ -39,21 +41,21 @@ class EvalPrompt:
 
 
 def read_questions(source: SourceConfig) -> list[EvalPrompt]:
-    """All rows of a file, folder or glob. Raises DataError at the first that is no question."""
+    """Return all rows of a file, folder or glob. Raises DataError at the first row without a question."""
     return [_question(row, source) for row in _rows(source.model_copy(update={"records": source.records or "line"}))]
 
 
 def read_records(source: SourceConfig) -> list[Document | Dialogue]:
-    """Documents and answered dialogues, for those who score what stands there; a row whose answer is empty is left out, and
-    it is said. Raises DataError at the first that is neither."""
+    """Return documents and answered dialogues whose text is to be scored. Rows with an empty answer are left out, with
+    a notice. Raises DataError at the first row that is neither."""
     rows = list(_rows(source))
     answered = [row for row in rows if not _is_unanswered(row.value)]
-    say_unanswered(len(rows) - len(answered), source.path)
+    report_unanswered(len(rows) - len(answered), source.path)
     return [_record(row, source) for row in answered]
 
 
-def say_unanswered(count: int, path: str) -> None:
-    """How many rows have no answer to compare with, if any."""
+def report_unanswered(count: int, path: str) -> None:
+    """Print how many rows have no reference answer, if any."""
     if count:
         console.notice(_("{path}: {count} rows without an answer are not scored").format(path=path, count=count))
 
@@ -95,13 +97,15 @@ def _record(row: RawRow, source: SourceConfig) -> Document | Dialogue:
 
 
 def _unanswered(value: Any) -> list[dict[str, Any]]:
-    """The conversation of a row that holds no answer; nothing when it may hold one."""
+    """Return the conversation of a row without an answer; an empty list if the row may hold one."""
     if not isinstance(value, dict):
         return []
     turns = value.get("messages")
     if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
-        asks = turns[-1].get("role") != "assistant" and all(isinstance(turn.get("content"), str) for turn in turns)
-        return list(turns) if asks else []
+        ends_with_question = turns[-1].get("role") != "assistant" and all(
+            isinstance(turn.get("content"), str) for turn in turns
+        )
+        return list(turns) if ends_with_question else []
     if not value.keys().isdisjoint(ANSWERS) and not _is_unanswered(value):
         return []
     prompt = next((value[key] for key in ("prompt", "instruction", "question", "query") if key in value), None)
@@ -113,6 +117,6 @@ def _unanswered(value: Any) -> list[dict[str, Any]]:
 
 
 def _is_unanswered(value: Any) -> bool:
-    """Whether a row has a place for an answer, and nothing stands there."""
+    """Return whether a row has a key for the answer, and its value is empty."""
     answers = [value[key] for key in ANSWERS if key in value] if isinstance(value, dict) else []
     return bool(answers) and all(isinstance(answer, str) and not answer.strip() for answer in answers)

@@ -1,8 +1,7 @@
-"""An examination: papers are read before a model is opened, a model sits them, and what it gets is figures with their
-spread.
+"""Evaluation tasks: read their data before a model is opened, run a model on them, return scores with their spread.
 
-Every paper gives each of its rows a few counts (see `infer.measures`); so two models that sat the same paper are compared
-row by row, also when one of them could not take a row.
+A task gives each row a few counts (see `infer.metrics`). Two models can therefore be compared row by row, also if one
+of them could not be scored on some rows.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from tongwen.infer import metrics, multiple_choice
 from tongwen.infer.multiple_choice import MultipleChoiceQuestion
 from tongwen.recipe.outputs import TaskConfig
 from tongwen.workflows.chat_model import ChatModel
-from tongwen.workflows.eval_prompts import EvalPrompt, read_questions, read_records, say_unanswered
+from tongwen.workflows.eval_prompts import EvalPrompt, read_questions, read_records, report_unanswered
 from tongwen.workflows.likelihood import Likelihood
 
 Figures = Callable[[np.ndarray], dict[str, float]]
@@ -32,8 +31,10 @@ Ask = Callable[[Sequence[Sequence[Mapping[str, Any]]], Progress], list[str]]
 
 @dataclass
 class Scores:
-    """What a model got. counts: of each row that was scored; shown: what people read of each row; groups: of rows that
-    belong together, by name; notes: what is to be said."""
+    """A model's results on a task.
+
+    counts: of each scored row; shown: text of each row for the report; groups: rows by group name; notes: for the user.
+    """
 
     counts: dict[int, Sequence[float]] = field(default_factory=dict)
     shown: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -52,9 +53,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class EvalTask(ABC):
-    """One task with what is asked in it."""
+    """A task with its data."""
 
-    task: TaskConfig
+    config: TaskConfig
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -62,32 +63,32 @@ class EvalTask(ABC):
     @property
     @abstractmethod
     def figures(self) -> Figures:
-        """Sums of counts -> figures, the main one first."""
+        """The function from summed counts to metrics, the main one first."""
 
     @abstractmethod
-    def sit(self, speaker: ChatModel, ask: Ask, progress: Progress) -> Scores:
-        """Have a model sit it. ask: gives the answer to each conversation."""
+    def run(self, chat_model: ChatModel, ask: Ask, progress: Progress) -> Scores:
+        """Score a model on the task. ask: returns the answer to each conversation."""
 
-    def result(self, marks: Scores) -> dict[str, Any]:
-        """What stands in scores.json. Raises DataError when no row could be scored."""
-        if not marks.counts:
-            raise DataError(_("no row could be scored"), place=self.task.title)
-        out = metrics.summarise(marks.table(sorted(marks.counts)), self.figures)
-        if len(marks.groups) > 1:
+    def result(self, scores: Scores) -> dict[str, Any]:
+        """Return the task's entry in scores.json. Raises DataError if no row was scored."""
+        if not scores.counts:
+            raise DataError(_("no row could be scored"), place=self.config.title)
+        out = metrics.summarise(scores.table(sorted(scores.counts)), self.figures)
+        if len(scores.groups) > 1:
             out["groups"] = {
-                name: {**self.figures(marks.table(rows).sum(axis=0)), "rows": len(rows)}
-                for name, rows in sorted(marks.groups.items())
+                name: {**self.figures(scores.table(rows).sum(axis=0)), "rows": len(rows)}
+                for name, rows in sorted(scores.groups.items())
             }
         return out
 
     def change(self, before: Scores, after: Scores) -> dict[str, float]:
-        """The difference on the rows that both were scored on."""
+        """Return the difference on the rows that both models were scored on."""
         both = sorted(before.counts.keys() & after.counts.keys())
         return metrics.compare(before.table(both), after.table(both), self.figures)
 
 
 def read_task(task: TaskConfig) -> EvalTask:
-    """The paper of a task. Raises DataError when its data cannot be read."""
+    """Read the data of a task. Raises DataError if it cannot be read."""
     if task.suite:
         return LmEvalTask(task)
     assert task.data
@@ -103,18 +104,18 @@ def _first(task: TaskConfig, rows: list[Any]) -> list[Any]:
 
 
 def _answered(task: TaskConfig, questions: list[EvalPrompt]) -> list[EvalPrompt]:
-    """The questions whose answer is known. Raises DataError when there is none, or when an answer is not of the task's form."""
+    """Return the questions with a reference answer. Raises DataError if none has one, or one is malformed."""
     assert task.data
-    known = [one for one in questions if one.wanted is not None]
+    known = [one for one in questions if one.reference is not None]
     if not known:
         raise DataError(
             _("{task} needs reference answers, but no row has one").format(task=task.task),
             place=questions[0].place,
             remedy='{"instruction": "…", "output": "…"}',
         )
-    say_unanswered(len(questions) - len(known), task.data.path)
+    report_unanswered(len(questions) - len(known), task.data.path)
     for one in known:
-        if problem := metrics.TEXT[task.task].check(str(one.wanted)):
+        if problem := metrics.TEXT[task.task].check(str(one.reference)):
             raise DataError(problem, place=one.place, remedy=r'"北京_地名\n李白_人名"')
     return known
 
@@ -124,7 +125,7 @@ def _answered(task: TaskConfig, questions: list[EvalPrompt]) -> list[EvalPrompt]
 
 @dataclass(frozen=True)
 class GenerationTask(EvalTask):
-    """Questions whose answers are written out and compared with the data's."""
+    """Questions whose generated answers are compared with the reference answers."""
 
     questions: list[EvalPrompt]
 
@@ -133,15 +134,15 @@ class GenerationTask(EvalTask):
 
     @property
     def figures(self) -> Figures:
-        return metrics.TEXT[self.task.task].figures
+        return metrics.TEXT[self.config.task].figures
 
-    def sit(self, speaker: ChatModel, ask: Ask, progress: Progress) -> Scores:
+    def run(self, chat_model: ChatModel, ask: Ask, progress: Progress) -> Scores:
         answers = ask([one.messages for one in self.questions], progress)
-        measure, marks = metrics.TEXT[self.task.task], Scores()
-        for row, (question, said) in enumerate(zip(self.questions, answers, strict=True)):
-            answered = metrics.AnsweredPrompt(question.last, metrics.without_thinking(said), str(question.wanted))
-            marks.put(row, measure.count(answered), answered._asdict())
-        return marks
+        measure, scores = metrics.TEXT[self.config.task], Scores()
+        for row, (question, answer) in enumerate(zip(self.questions, answers, strict=True)):
+            prompt = metrics.AnsweredPrompt(question.last, metrics.without_thinking(answer), str(question.reference))
+            scores.put(row, measure.count(prompt), prompt._asdict())
+        return scores
 
 
 # -- options -------------------------------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ class GenerationTask(EvalTask):
 
 @dataclass(frozen=True)
 class MultipleChoiceTask(EvalTask):
-    """Questions with options: the model's answer is the one that it holds to be the likeliest."""
+    """Questions with options: the model's answer is the option with the highest likelihood."""
 
     choices: list[MultipleChoiceQuestion]
     examples: dict[str, list[MultipleChoiceQuestion]]
@@ -161,21 +162,21 @@ class MultipleChoiceTask(EvalTask):
     def figures(self) -> Figures:
         return metrics.accuracy_of
 
-    def sit(self, speaker: ChatModel, ask: Ask, progress: Progress) -> Scores:
-        marks, judge = Scores(), Likelihood(speaker)
+    def run(self, chat_model: ChatModel, ask: Ask, progress: Progress) -> Scores:
+        scores, likelihood = Scores(), Likelihood(chat_model)
         for row, one in enumerate(self.choices):
-            examples = self.examples.get(one.subject, [])[: self.task.shots]
-            if speaker.template is None:
-                asked, said = [{"role": "user", "content": multiple_choice.text(one, examples)}], one.layout.blank
+            examples = self.examples.get(one.subject, [])[: self.config.shots]
+            if chat_model.template is None:
+                messages, prefix = [{"role": "user", "content": multiple_choice.text(one, examples)}], one.layout.blank
             else:
-                asked, said = multiple_choice.conversation(one, examples), ""
-            nats = judge.nats_of(asked, [said + letter for letter in one.letters])
-            _check_numbers(nats, self.task.title)
+                messages, prefix = multiple_choice.conversation(one, examples), ""
+            nats = likelihood.nats_of(messages, [prefix + letter for letter in one.letters])
+            _check_numbers(nats, self.config.title)
             picked = int(np.argmin(nats))
             shown = {"question": one.ask(), "answer": one.letters[picked], "wanted": one.letters[one.answer]}
-            marks.put(row, (float(picked == one.answer), 1.0), shown, one.subject)
+            scores.put(row, (float(picked == one.answer), 1.0), shown, one.subject)
             progress(row + 1)
-        return marks
+        return scores
 
 
 def _read_choices(task: TaskConfig) -> MultipleChoiceTask:
@@ -200,7 +201,7 @@ def _read_choices(task: TaskConfig) -> MultipleChoiceTask:
 
 @dataclass(frozen=True)
 class LikelihoodTask(EvalTask):
-    """Texts, and how well the model foresees them: documents whole, of dialogues the answers."""
+    """Texts scored by likelihood: whole documents, and the answers of dialogues."""
 
     records: list[Document | Dialogue]
 
@@ -209,25 +210,25 @@ class LikelihoodTask(EvalTask):
 
     @property
     def figures(self) -> Figures:
-        return metrics.LIKELIHOOD[self.task.task]
+        return metrics.LIKELIHOOD[self.config.task]
 
-    def sit(self, speaker: ChatModel, ask: Ask, progress: Progress) -> Scores:
-        marks, judge = Scores(), Likelihood(speaker)
+    def run(self, chat_model: ChatModel, ask: Ask, progress: Progress) -> Scores:
+        scores, likelihood = Scores(), Likelihood(chat_model)
         for row, record in enumerate(self.records):
-            counts = judge.score(record)
+            counts = likelihood.score(record)
             if counts is not None:
-                _check_numbers(np.array(counts), self.task.title)
+                _check_numbers(np.array(counts), self.config.title)
                 is_text = isinstance(record, Document)
                 text = record.text if isinstance(record, Document) else record.messages[-1].content
-                marks.put(row, counts, {"wanted": text}, "documents" if is_text else "dialogues")
+                scores.put(row, counts, {"wanted": text}, "documents" if is_text else "dialogues")
             progress(row + 1)
-        if missing := len(self.records) - len(marks.counts):
-            marks.notes.append(
+        if missing := len(self.records) - len(scores.counts):
+            scores.notes.append(
                 _(
                     "{missing} dialogues exceed the model's context or are refused by its template; they are not scored"
                 ).format(missing=missing)
             )
-        return marks
+        return scores
 
 
 # -- suites --------------------------------------------------------------------------------------------------------
@@ -235,7 +236,7 @@ class LikelihoodTask(EvalTask):
 
 @dataclass(frozen=True)
 class LmEvalTask(EvalTask):
-    """A suite of EleutherAI's harness, which brings questions and scorer; `data` is a folder with tasks of one's own."""
+    """A task of EleutherAI's lm_eval, which has its own data and metrics; `data` is a folder with further tasks."""
 
     def __len__(self) -> int:
         return 1
@@ -244,31 +245,31 @@ class LmEvalTask(EvalTask):
     def figures(self) -> Figures:
         return metrics.score_of
 
-    def sit(self, speaker: ChatModel, ask: Ask, progress: Progress) -> Scores:
+    def run(self, chat_model: ChatModel, ask: Ask, progress: Progress) -> Scores:
         try:
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
         except ImportError:
-            raise MissingPackage("lm_eval", self.task.suite, "lm-eval") from None
-        manager = TaskManager(include_path=self.task.data.path if self.task.data else None)
-        if not manager.match_tasks([self.task.suite]):
+            raise MissingPackage("lm_eval", self.config.suite, "lm-eval") from None
+        manager = TaskManager(include_path=self.config.data.path if self.config.data else None)
+        if not manager.match_tasks([self.config.suite]):
             raise RecipeError(
                 _("lm_eval has no such task"),
-                place=self.task.suite,
+                place=self.config.suite,
                 remedy="lm-eval ls tasks",
             )
-        tokenizer = speaker.voice.tokenizer
+        tokenizer = chat_model.generator.tokenizer
         found = simple_evaluate(
-            model=HFLM(pretrained=speaker.voice.model, tokenizer=tokenizer),
-            tasks=[self.task.suite],
-            num_fewshot=self.task.shots or None,
-            limit=self.task.limit,
-            apply_chat_template=speaker.template is not None and bool(tokenizer.chat_template),
+            model=HFLM(pretrained=chat_model.generator.model, tokenizer=tokenizer),
+            tasks=[self.config.suite],
+            num_fewshot=self.config.shots or None,
+            limit=self.config.limit,
+            apply_chat_template=chat_model.template is not None and bool(tokenizer.chat_template),
             task_manager=manager,
             bootstrap_iters=0,
         )
-        marks = Scores()
+        scores = Scores()
         for name, samples in sorted(found["samples"].items()):
             for sample in samples:
                 value = sample[sample["metrics"][0]]
@@ -277,9 +278,9 @@ class LmEvalTask(EvalTask):
                         _("{metrics} is not a score of a single row").format(metrics=sample["metrics"][0]),
                         place=name,
                     )
-                marks.put(len(marks.counts), (float(value), 1.0), {"wanted": str(sample["target"])}, name)
+                scores.put(len(scores.counts), (float(value), 1.0), {"wanted": str(sample["target"])}, name)
         progress(1)
-        return marks
+        return scores
 
 
 def _check_numbers(values: np.ndarray, place: str) -> None:

@@ -1,6 +1,6 @@
-"""How likely a model holds a text to be: whole documents, the answers of dialogues, and the options of a question.
+"""The likelihood of texts under a model: whole documents, the answers of dialogues, and the options of a question.
 
-Ids are made as in training, and the loss is the one that training minimises.
+Texts are encoded as in training, and the loss is the training loss.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ WINDOW = 2048  # tokens that a document is scored in at once, at most
 
 
 class Likelihood:
-    """A speaker's model as a judge of texts."""
+    """Scores texts by their likelihood under a chat model."""
 
-    def __init__(self, speaker: ChatModel) -> None:
-        self.speaker, self.model, self.encoder = speaker, speaker.voice.model, speaker.encoder
-        self.sizes = torch.from_numpy(token_bytes(speaker.voice.tokenizer))
-        self.window = min(WINDOW, speaker.voice.context)
+    def __init__(self, chat_model: ChatModel) -> None:
+        self.chat_model, self.model, self.encoder = chat_model, chat_model.generator.model, chat_model.encoder
+        self.sizes = torch.from_numpy(token_bytes(chat_model.generator.tokenizer))
+        self.window = min(WINDOW, chat_model.generator.context)
 
     def score(self, record: Document | Dialogue) -> tuple[float, ...] | None:
-        """(nats of text, bytes, nats, tokens) of one record; None for a dialogue that is longer than the model sees, or
-        that the template cannot say."""
+        """Return (nats of text, bytes, nats, tokens) of one record; None for a dialogue that exceeds the context length
+        or that the template refuses."""
         if isinstance(record, Document):
             batches = list(self._windows(record.text))
         elif not (batches := self._answers(record)):
@@ -42,62 +42,62 @@ class Likelihood:
         return text, found["bytes"], found["loss"] * found["tokens"], found["tokens"]
 
     def nats_of(self, messages: Sequence[dict[str, Any]], options: Sequence[str]) -> np.ndarray:
-        """(O,) nats of each option as the answer, without its stop token."""
-        pairs = [self._asked(messages, option) for option in options]
+        """Return the nats of each option as the answer, without its stop token: shape (O,)."""
+        pairs = [self._prompt_and_answer(messages, option) for option in options]
         if all(
             prompt == pairs[0][0] and len(answer) == 1 for prompt, answer in pairs
-        ):  # one look at the prompt is enough
+        ):  # one pass over the prompt scores all options
             prompt, last = pairs[0][0], len(pairs[0][0]) - 1
             batch = self._batch(prompt, [last] * len(pairs), [answer[0] for _, answer in pairs])
             return self._nats(batch)
         return np.array([self._nats(self._learned([*prompt, *answer], len(prompt))).sum() for prompt, answer in pairs])
 
     def _windows(self, text: str) -> Iterator[dict[str, Any]]:
-        """Every token once. Behind what begins a text the first window is scored whole; of each other one only what is new,
-        which has at least half a window before it."""
-        start = self.encoder.prefix or [chat_setup.end_of_text(self.speaker.voice.tokenizer)]
+        """Score every token once: all of the first window after the start token, and the new tokens of each later one,
+        which have at least half a window of context."""
+        start = self.encoder.prefix or [chat_setup.end_of_text(self.chat_model.generator.tokenizer)]
         ids = [*start, *map(int, self.encoder.encode_texts([text])[0])]
         for begin, end, first in windows(len(ids), self.window, len(start)):
             yield self._learned(ids[begin:end], first - begin)
 
     def _answers(self, dialogue: Dialogue) -> list[dict[str, Any]]:
-        assert self.speaker.template
+        assert self.chat_model.template
         try:
-            samples = self.speaker.template.samples(dialogue)
+            samples = self.chat_model.template.samples(dialogue)
         except RowRefused:
             return []
         encoded = self.encoder.encode([sample.spans for sample in samples])
-        if max(sum(len(piece.ids) for piece in pieces) for pieces in encoded) > self.speaker.voice.context:
+        if max(sum(len(piece.ids) for piece in pieces) for pieces in encoded) > self.chat_model.generator.context:
             return []
         return [self._of_pieces(pieces) for pieces in encoded]
 
     def _of_pieces(self, pieces: list[Piece]) -> dict[str, Any]:
         ids = [int(index) for piece in pieces for index in piece.ids]
-        places = np.flatnonzero(np.repeat([piece.learn for piece in pieces], [len(piece.ids) for piece in pieces]))
-        return self._batch(ids, (places - 1).tolist(), [ids[place] for place in places])
+        positions = np.flatnonzero(np.repeat([piece.learn for piece in pieces], [len(piece.ids) for piece in pieces]))
+        return self._batch(ids, (positions - 1).tolist(), [ids[position] for position in positions])
 
-    def _asked(self, messages: Sequence[dict[str, Any]], option: str) -> tuple[list[int], list[int]]:
-        """(prompt, answer) as the template says an answered dialogue; without a template, one after the other."""
-        if self.speaker.template is None:
+    def _prompt_and_answer(self, messages: Sequence[dict[str, Any]], option: str) -> tuple[list[int], list[int]]:
+        """Return the ids of (prompt, answer) as the template renders them; without a template, simply concatenated."""
+        if self.chat_model.template is None:
             text = "".join(str(turn["content"]) for turn in messages)
             spans = [Span(text, False), Span(option, True, answer=True)]
         else:
             turns = [Message(str(turn["role"]), str(turn["content"])) for turn in messages]
             dialogue = Dialogue((*turns, Message("assistant", option)), Origin("", 0))
-            sample = self.speaker.template.samples(dialogue, "last_answer", "off")[-1]
+            sample = self.chat_model.template.samples(dialogue, "last_answer", "off")[-1]
             spans = [span for span in sample.spans if not (span.stop and span.learn)]
         *before, answer = self.encoder.encode([spans])[0]
         return [int(index) for piece in before for index in piece.ids], [int(index) for index in answer.ids]
 
     def _learned(self, ids: list[int], first: int) -> dict[str, Any]:
-        """All ids from `first` on are scored."""
+        """Return a batch in which all ids from `first` on are scored."""
         return self._batch(ids, range(first - 1, len(ids) - 1), ids[first:])
 
     def _batch(self, ids: list[int], rows: Sequence[int], targets: list[int]) -> dict[str, Any]:
         device = self.model.device
         return {
             "input_ids": torch.tensor([ids], device=device),  # (1, T)
-            "rows": torch.tensor(list(rows), device=device),  # (R,) each is read for the target at its place
+            "rows": torch.tensor(list(rows), device=device),  # (R,) the row of logits for each target
             "targets": torch.tensor(targets, device=device),  # (R,)
             "learned": len(targets),
         }
@@ -108,7 +108,7 @@ class Likelihood:
 
 
 def windows(count: int, size: int, first: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, first scored) of each window over `count` ids, of which those before `first` are not scored."""
+    """Yield (begin, end, first scored) of each window over `count` ids; ids before `first` are not scored."""
     begin = 0
     while first < count:
         end = min(begin + size, count)

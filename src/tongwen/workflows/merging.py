@@ -1,9 +1,9 @@
-"""Merging: a base and the adapters that were trained on it, in their order; an ordinary Hugging Face model folder out.
+"""Merge adapters into their base, in order; write an ordinary Hugging Face model folder.
 
-First whether they belong together, by the fingerprints that training recorded. Then the base's tensors stream through, a
-block of rows at a time; tokenizer, template and stop tokens come from the last adapter's folder, because the model
-learned with those. At the end the result is read back and compared with base + adapters. Nothing is imported that this
-does not need: torch alone would cost more memory than the merge.
+The fingerprints that training recorded show whether base and adapters belong together. The base's tensors are streamed,
+a block of rows at a time. Tokenizer, template and stop tokens come from the last adapter's folder, because the model
+was trained with them. The result is read back and compared with base + adapters. Heavy imports are avoided: torch alone
+would need more memory than the merge.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How a merge is done. to: hf or pth; parity: streamed, or full (both models in memory); onto: the original base, or
-    what training on nf4 or int8 saw of it; mix: adapters trained beside each other, and not one upon the other."""
+    """Options of a merge.
+
+    to: hf or pth; parity: streamed, or full (both models in memory); onto: the original base, or the base as quantised
+    in training (nf4 or int8); mix: how to combine adapters that were all trained on the same base.
+    """
 
     dtype: str = "base"
     to: str = "hf"
@@ -49,12 +52,15 @@ class MergeOptions:
 
 
 def merge(
-    base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any], choice: MergeOptions
+    base: str, adapters: Sequence[str], out: Path, settings: dict[str, Any], options: MergeOptions
 ) -> artifact.Artifact:
-    """Fold adapters into a base, in this order. Raises ArtifactError when one was not trained on what lies below it
-    (`force` goes on, and is recorded), NumbersError when the result is not base + adapters."""
+    """Merge adapters into a base, in this order.
+
+    Raises ArtifactError if an adapter was not trained on the model below it (`force` continues, and is recorded), and
+    NumbersError if the result differs from base + adapters.
+    """
     place, names = resolve(base, adapters)
-    if choice.mix and len(names) != len(adapters):
+    if options.mix and len(names) != len(adapters):
         raise ArtifactError(
             _("it is itself an adapter, not the common base"),
             place=base,
@@ -66,18 +72,18 @@ def merge(
     with console.waiting(_("reading the base")):
         lines = model_lines(place)
     fingerprint = combine(lines)
-    forced = _check_lineage(place, fingerprint, links, choice)
+    forced = _check_lineage(place, fingerprint, links, options)
     parents = {"base": {"path": place.name, "fingerprint": fingerprint}}
     for number, link in enumerate(links, 1):
         role = "adapter" if len(links) == 1 else f"adapter_{number}"
         parents[role] = link.stage.as_parent() if link.stage else {"path": link.name, "fingerprint": link.own}
-    with artifact.create(out, "model" if choice.to == "hf" else "pth", parents, settings, swept=True) as draft:
-        counts = _write(place, {} if place.gguf else lines, links, draft, choice)
+    with artifact.create(out, "model" if options.to == "hf" else "pth", parents, settings, swept=True) as draft:
+        counts = _write(place, {} if place.gguf else lines, links, draft, options)
         _copy_chat_setup(place, links, draft.path)
-        if choice.to == "pth":
+        if options.to == "pth":
             _as_pth(draft)
         draft.facts["counts"], draft.facts["forced"] = counts, bool(forced)
-        draft.record_files(lambda file: choice.to == "pth" or file.suffix != ".safetensors")
+        draft.record_files(lambda file: options.to == "pth" or file.suffix != ".safetensors")
         if forced:
             draft.facts["forced_over"] = forced
         last = links[-1].stage
@@ -93,7 +99,7 @@ def merge(
 
 
 def _as_pth(draft: artifact.Draft) -> None:
-    """The merged model's files become LLaMA's own; its tokenizer file stays."""
+    """Replace the merged model's files with LLaMA's original `.pth` format; keep its tokenizer file."""
     place = load.ModelRef(str(draft.path), str(draft.path))
     tensors, config = open_model(place)
     kept = {*draft.path.glob("tokenizer.model")}
@@ -107,20 +113,20 @@ def _as_pth(draft: artifact.Draft) -> None:
 
 
 def resolve(base: str, adapters: Sequence[str]) -> tuple[load.ModelRef, list[str]]:
-    """(the base, all adapters on it): a base that is itself a stage with an adapter brings that one and its own base."""
+    """Return (base, all adapters). If `base` is itself a stage with an adapter, its own base and adapter come first."""
     place = load.locate(base)
     return replace(place, adapters=()), [*place.adapters, *adapters]
 
 
 def _check_lineage(
-    place: load.ModelRef, fingerprint: str, links: list[lineage.AdapterLink], choice: MergeOptions
+    place: load.ModelRef, fingerprint: str, links: list[lineage.AdapterLink], options: MergeOptions
 ) -> str | None:
-    """What --force passed over, or None."""
+    """Raise ArtifactError if base and adapters do not belong together; with --force, return its text."""
     try:
-        for chain in [[link] for link in links] if choice.mix else [links]:
+        for chain in [[link] for link in links] if options.mix else [links]:
             lineage.check_chain(place.name, fingerprint, chain)
     except ArtifactError as error:
-        if not choice.force:
+        if not options.force:
             raise
         console.notice(_("--force: {error}").format(error=error.text()))
         return error.text()
@@ -134,52 +140,52 @@ def _write(
     lines: dict[str, str],
     links: list[lineage.AdapterLink],
     draft: artifact.Draft,
-    choice: MergeOptions,
+    options: MergeOptions,
 ) -> dict[str, Any]:
-    """Weights and config, checked; returns counts. Sets the draft's fingerprint."""
+    """Write and check weights and config, and set the draft's fingerprint. Returns counts of tensors."""
     original, config = open_model(place)
-    base = original if choice.onto == "original" else quantized.QuantizedTensors(original, place, choice.onto)
-    adapters, dtype = [link.adapter for link in links], DTYPES[choice.dtype]
+    base = original if options.onto == "original" else quantized.QuantizedTensors(original, place, options.onto)
+    adapters, dtype = [link.adapter for link in links], DTYPES[options.dtype]
     try:
         targets, config, notices = plan_targets(base, config, adapters, dtype, lambda: _known(place))
-        if choice.mix:
-            mix_in(base, targets, choice.mix)
+        if options.mix:
+            mix_in(base, targets, options.mix)
     except NotOneToOne as reason:
-        return _in_memory(place, links, draft, choice, str(reason))
+        return _in_memory(place, links, draft, options, str(reason))
     for notice in notices:
         console.notice(notice)
     artifact.check_disk(draft.path, sum(size_of(target) for target in targets))
     with console.progress(len(targets), "merge") as bar:
-        folded = merge_adapters(
-            base, lines if base is original else {}, targets, draft.path, int(choice.shard_gb * 1e9), bar.update
+        merged = merge_adapters(
+            base, lines if base is original else {}, targets, draft.path, int(options.shard_gb * 1e9), bar.update
         )
     _write_config(config, draft.path, dtype)
-    for notice in _remarks(folded):
+    for notice in _find_warnings(merged):
         console.notice(notice)
-    found = {"rows": check_rows(base, folded)}
-    found |= _compare(place, base, folded, config, links, draft.path, choice)
+    found = {"rows": check_rows(base, merged)}
+    found |= _compare(place, base, merged, config, links, draft.path, options)
     draft.facts["parity"] = found
     if base is original and (kind := _trained_on(links)):
         draft.facts["quantised"] = _distance(
-            original, quantized.QuantizedTensors(original, place, kind), folded, config
+            original, quantized.QuantizedTensors(original, place, kind), merged, config
         )
-    draft.fingerprint, draft.facts["tensors"] = combine(folded.lines), folded.lines
+    draft.fingerprint, draft.facts["tensors"] = combine(merged.lines), merged.lines
     return {"tensors": len(targets), "changed": sum(bool(target.changes) for target in targets)}
 
 
 def _trained_on(links: list[lineage.AdapterLink]) -> str:
-    """nf4 or int8, when the last adapter learned beside a quantised base."""
+    """Return nf4 or int8 if the last adapter was trained on a quantised base, else an empty string."""
     stage = links[-1].stage
     return quantized.kind_of(stage.manifest["settings"]) if stage else ""
 
 
 def _distance(
-    original: Tensors, seen: quantized.QuantizedTensors, folded: MergeResult, config: dict[str, Any]
+    original: Tensors, seen: quantized.QuantizedTensors, merged: MergeResult, config: dict[str, Any]
 ) -> dict[str, Any]:
-    """How far the merged model is from what was trained, which saw the base quantised. Said, and recorded."""
+    """Measure and print the distance between the merged model and the trained one, whose base was quantised."""
     with console.waiting(_("measuring the difference that {kind} makes").format(kind=seen.kind)):
         found: dict[str, Any] = {"kind": seen.kind, "weights": quantized.distance(original, seen)}
-        sides = parity.logits_of_both(seen, folded, config)
+        sides = parity.logits_of_both(seen, merged, config)
         found |= {"logits": parity.measure(*sides)} if sides else {}
     moved = _(", logits by {relative:.1%}").format(relative=found["logits"]["relative"]) if sides else ""
     console.notice(
@@ -193,18 +199,18 @@ def _distance(
 def _compare(
     place: load.ModelRef,
     base: Tensors,
-    folded: MergeResult,
+    merged: MergeResult,
     config: dict[str, Any],
     links: list[lineage.AdapterLink],
     out: Path,
-    choice: MergeOptions,
+    options: MergeOptions,
 ) -> dict[str, Any]:
-    """The logits of both, and where they were compared."""
-    if choice.parity == "full":
-        found: dict[str, Any] | None = _compare_whole(place, links, config, out, folded)
+    """Compare the logits of base + adapters with those of the merged model."""
+    if options.parity == "full":
+        found: dict[str, Any] | None = _compare_whole(place, links, config, out, merged)
     else:
         with console.waiting(_("comparing logits, layer by layer")):
-            found = parity.compare_logits(base, folded, config)
+            found = parity.compare_logits(base, merged, config)
     if found is None:
         console.notice(
             _(
@@ -221,9 +227,9 @@ def _compare(
 
 
 def _compare_whole(
-    place: load.ModelRef, links: list[lineage.AdapterLink], config: dict[str, Any], out: Path, folded: MergeResult
+    place: load.ModelRef, links: list[lineage.AdapterLink], config: dict[str, Any], out: Path, merged: MergeResult
 ) -> dict[str, Any]:
-    """Both models loaded: base with the last adapter live beside it, and the merged one."""
+    """Compare with both models loaded: the base with its adapters, and the merged model."""
     import torch
 
     from tongwen.model.merging import in_memory
@@ -231,23 +237,25 @@ def _compare_whole(
     folders = [link.adapter.folder for link in links]
     ids = parity.fixed_ids(int(config["vocab_size"]))
     with console.waiting(_("comparing the logits of both models in memory")):
-        live = in_memory.logits_of(
+        live_logits = in_memory.logits_of(
             in_memory.open_in_memory(place, folders, live=True),
             ids,
         )
-        merged = in_memory.logits_of(load.load_model(load.ModelRef(str(out), str(out)), torch.float32).eval(), ids)
-    return parity.judge(live, merged, parity.limit_of(folded))
+        merged_logits = in_memory.logits_of(
+            load.load_model(load.ModelRef(str(out), str(out)), torch.float32).eval(), ids
+        )
+    return parity.judge(live_logits, merged_logits, parity.limit_of(merged))
 
 
 def _in_memory(
-    place: load.ModelRef, links: list[lineage.AdapterLink], draft: artifact.Draft, choice: MergeOptions, reason: str
+    place: load.ModelRef, links: list[lineage.AdapterLink], draft: artifact.Draft, options: MergeOptions, reason: str
 ) -> dict[str, Any]:
-    """By peft, with the whole model in memory: for adapters whose tensors do not map one to one."""
+    """Merge with peft and the whole model in memory, for adapters whose tensors do not map one to one."""
     import torch
 
     from tongwen.model.merging import in_memory
 
-    if choice.mix or choice.onto != "original":
+    if options.mix or options.onto != "original":
         raise ArtifactError(
             _("only peft can merge this adapter, in memory, alone and into the original base: {reason}").format(
                 reason=reason
@@ -260,9 +268,9 @@ def _in_memory(
         )
     )
     model = in_memory.open_in_memory(place, [link.adapter.folder for link in links], live=False)
-    dtype = DTYPES[choice.dtype]
+    dtype = DTYPES[options.dtype]
     model.to(getattr(torch, TORCH_NAMES[dtype]) if dtype else load.load_config(place).dtype or torch.float32)
-    model.save_pretrained(str(draft.path), max_shard_size=f"{choice.shard_gb}GB")
+    model.save_pretrained(str(draft.path), max_shard_size=f"{options.shard_gb}GB")
     lines = model_lines(load.ModelRef(str(draft.path), str(draft.path)))
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
     if draft.fingerprint == draft.parents["base"]["fingerprint"]:
@@ -284,13 +292,13 @@ def _write_config(config: dict[str, Any], out: Path, dtype: str | None) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _remarks(folded: MergeResult) -> list[str]:
-    """What is odd in the adapters and yet no error."""
+def _find_warnings(merged: MergeResult) -> list[str]:
+    """Return warnings about the adapters: targets that are all zero, changes that the number type loses."""
     out = []
-    if folded.untrained:
-        name, count = folded.untrained[0], len(folded.untrained)
+    if merged.untrained:
+        name, count = merged.untrained[0], len(merged.untrained)
         out.append(_("the adapter is all zero on {count} targets, the first: {name}").format(count=count, name=name))
-    if lost := [name for name in folded.same if name not in folded.untrained]:
+    if lost := [name for name in merged.same if name not in merged.untrained]:
         out.append(
             _(
                 "the change of {count} tensors is below the precision of their number type and was lost, the first: {lost}; --dtype fp32 keeps it"
@@ -300,7 +308,7 @@ def _remarks(folded: MergeResult) -> list[str]:
 
 
 def _copy_chat_setup(place: load.ModelRef, links: list[lineage.AdapterLink], out: Path) -> None:
-    """Tokenizer, template and stop tokens: from the last adapter that brings a tokenizer, else from the base."""
+    """Copy tokenizer, template and stop tokens from the last adapter that has a tokenizer, else from the base."""
     folders = [Path(place.folder), *(link.adapter.folder for link in links)]
     source = next((folder for folder in reversed(folders) if chat_setup.has_tokenizer(folder)), None)
     if place.gguf and source in (None, folders[0]):

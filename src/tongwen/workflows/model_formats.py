@@ -1,7 +1,7 @@
-"""A model from one form to another: a Hugging Face folder, LLaMA's own `.pth` files, GGUF. What `convert` and `export` share.
+"""Convert a model between formats: Hugging Face folder, LLaMA's original `.pth` files, GGUF.
 
-The source is opened as tensors whatever its form, written a few rows at a time, and the result is read back and compared
-with the source before it gets its name.
+A source in any format is opened as tensors and written a few rows at a time. The result is read back and compared with
+the source before it gets its final name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tongwen.model.loading.fingerprint import combine, model_lines
 from tongwen.model.loading.tensors import FileTensors, TorchTensors, load_bin, open_model
 
 FORMATS = ("hf", "pth", "gguf")
-SENTENCEPIECE = {  # what LLaMA's own tokenizer is to transformers: the file alone does not say
+SENTENCEPIECE = {  # tokenizer_config.json for LLaMA's tokenizer.model, which does not contain these settings
     "tokenizer_class": "LlamaTokenizer",
     "bos_token": "<s>",
     "eos_token": "</s>",
@@ -42,8 +42,10 @@ SENTENCEPIECE = {  # what LLaMA's own tokenizer is to transformers: the file alo
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model to convert. title: what files are named after it; folder: where its tokenizer is; place: None for LLaMA's
-    own files."""
+    """A model to convert.
+
+    title: the base of the output's file names; folder: holds the tokenizer; place: None for LLaMA's original files.
+    """
 
     name: str
     title: str
@@ -54,7 +56,7 @@ class ModelSource:
 
 
 def open_source(name: str) -> ModelSource:
-    """Open a model in any form. Raises ModelError or ArtifactError when it is not whole or is an adapter."""
+    """Open a model in any format. Raises ModelError or ArtifactError if it is incomplete or an adapter."""
     folder = Path(name)
     if folder.is_dir() and (files := pth.find_files(folder)):
         original = pth.PthTensors([TorchTensors(load_bin(file)) for file in files], folder)
@@ -81,8 +83,8 @@ def open_source(name: str) -> ModelSource:
 
 
 def check_ahead(base: str, formats: Sequence[str], quantize: str) -> None:
-    """Raise before anything is trained what would refuse its result afterwards: a family, its config or its tokenizer, a
-    number type."""
+    """Raise now, before training, if the result could not be exported: because of family, config, tokenizer or number
+    type."""
     if "gguf" not in formats:
         return
     place = load.locate(base)
@@ -94,16 +96,16 @@ def check_ahead(base: str, formats: Sequence[str], quantize: str) -> None:
 
 
 def _check_gguf(name: str, config: Mapping[str, Any], quantize: str) -> dict[str, Any]:
-    """The config in LLaMA's words. Raises ModelError or MissingPackage when its model or type cannot be written."""
+    """Return the config with LLaMA's keys. Raises ModelError or MissingPackage if GGUF cannot hold the model."""
     gguf.check_type(quantize or "f16")
     with load.explained(load.ModelRef(name, name)):
-        whole = gguf_layout.in_llamas_words(config)
-    gguf_metadata.check_config(whole)
-    return whole
+        llama_config = gguf_layout.in_llamas_words(config)
+    gguf_metadata.check_config(llama_config)
+    return llama_config
 
 
 def convert(source: ModelSource, to: str, out: Path, quantize: str, settings: Mapping[str, Any]) -> artifact.Artifact:
-    """One form of a model at `out`, read back and compared before it stands there."""
+    """Write a model in one format to `out`; it is read back and compared before it gets this name."""
     writers: dict[str, Callable[[ModelSource, artifact.Draft], None]] = {
         "hf": _to_hf,
         "pth": _to_pth,
@@ -133,7 +135,7 @@ def _to_hf(source: ModelSource, draft: artifact.Draft) -> None:
     if source.place and source.place.gguf:
         load.load_tokenizer(source.place).save_pretrained(str(draft.path))
     elif source.place and load.load_kind(source.place) == "baichuan":
-        _speak_as_llama(source, draft.path)
+        _save_llama_tokenizer(source, draft.path)
     elif source.place:
         chat_setup.copy_chat_setup(source.folder, draft.path)
     elif (model := _sentencepiece(source)) is not None:
@@ -145,15 +147,15 @@ def _to_hf(source: ModelSource, draft: artifact.Draft) -> None:
     draft.fingerprint, draft.facts["tensors"] = combine(lines), lines
 
 
-def _speak_as_llama(source: ModelSource, out: Path) -> None:
-    """Baichuan's tokenizer is of LLaMA's kind; the settings beside it name code to run, and say whether `<s>` begins a
-    text."""
+def _save_llama_tokenizer(source: ModelSource, out: Path) -> None:
+    """Save Baichuan's tokenizer as the LLaMA tokenizer that it is: its own settings name remote code, but also whether
+    `<s>` begins a text."""
     from transformers import PreTrainedTokenizerFast
 
     model, file = sentencepiece.read_model(source.folder / "tokenizer.model"), source.folder / "tokenizer_config.json"
-    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     backend = sentencepiece.fast_form(model)
-    if not said.get("add_bos_token", True):
+    if not settings.get("add_bos_token", True):
         backend.post_processor = None
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **sentencepiece.special_names(model))
     tokenizer.save_pretrained(str(out))
@@ -169,15 +171,15 @@ def _to_pth(source: ModelSource, draft: artifact.Draft) -> None:
 
 
 def _to_gguf(source: ModelSource, draft: artifact.Draft, kind: str) -> None:
-    """The file, and a Modelfile that says how to talk to it."""
+    """Write the GGUF file, and a Modelfile with the chat template for Ollama."""
     rows = gguf.vocabulary_rows(source.tensors, source.config)
     with tempfile.TemporaryDirectory() as made:
         tokenizer = _fast_tokenizer(source, Path(made))
         vocabulary = read_vocabulary(tokenizer, rows) if tokenizer else None
-        spoken = _spoken(tokenizer) if tokenizer else None
+        template_files = _own_template(tokenizer) if tokenizer else None
     file = draft.path / f"{source.title}-{kind}.gguf"
     with console.progress(len(source.tensors.facts), "gguf") as bar:
-        template = spoken.source if spoken else None
+        template = template_files.source if template_files else None
         gguf.write(source.tensors, source.config, vocabulary, template, file, kind, bar.update)
     gguf.check(source.tensors, source.config, vocabulary, file, kind)
     draft.facts["type"] = kind
@@ -192,13 +194,13 @@ def _to_gguf(source: ModelSource, draft: artifact.Draft, kind: str) -> None:
             )
         )
     begin = vocabulary.tokens[vocabulary.special["bos"]] if vocabulary.add_bos else ""
-    render = spoken.render_pairs if spoken else None
-    stops = sorted({spoken.stop} if spoken else set())
+    render = template_files.render_pairs if template_files else None
+    stops = sorted({template_files.stop} if template_files else set())
     (draft.path / "Modelfile").write_text(make_modelfile(file.name, render, stops, begin), encoding="utf-8")
 
 
 def _fast_tokenizer(source: ModelSource, made: Path) -> Path | None:
-    """A folder with `tokenizer.json`: the source's own, or one made of what it has; None when it has no tokenizer."""
+    """Return a folder with `tokenizer.json`: the source's own, or `made` after conversion; None without one."""
     if source.place and not source.place.gguf and (source.folder / "tokenizer.json").is_file():
         return source.folder
     if source.place is None:
@@ -216,8 +218,8 @@ def _fast_tokenizer(source: ModelSource, made: Path) -> Path | None:
     return made
 
 
-def _spoken(folder: Path) -> ChatTemplateFiles | None:
-    """The model's own template with its stop; None when it has none."""
+def _own_template(folder: Path) -> ChatTemplateFiles | None:
+    """Return the model's own chat template with its stop token; None if it has none."""
     tokenizer = load.load_tokenizer(load.ModelRef(str(folder), str(folder)))
     if not tokenizer.chat_template:
         return None
@@ -228,7 +230,7 @@ def _spoken(folder: Path) -> ChatTemplateFiles | None:
 
 @dataclass(frozen=True)
 class ChatTemplateFiles:
-    """A template, its text, and how it writes a conversation."""
+    """A chat template and its source text."""
 
     source: str
     template: Template
@@ -242,7 +244,7 @@ class ChatTemplateFiles:
 
 
 def _sentencepiece(source: ModelSource) -> Path | None:
-    """The `tokenizer.model` of the source; LLaMA's download has it one folder up. Said when there is none."""
+    """Return the source's `tokenizer.model`, which LLaMA's download has one folder up; None if missing."""
     for file in (source.folder / "tokenizer.model", source.folder.parent / "tokenizer.model"):
         if file.is_file():
             return file

@@ -1,4 +1,4 @@
-"""A recipe's stages in their order, each once. What is finished is left alone, what changed is refused."""
+"""Run a recipe's stages in order. A finished stage is skipped; if its settings or inputs changed, it is refused."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tongwen.workflows.prepared_data import changed_files, check_prepared
 from tongwen.workflows.run_lock import is_locked, lock_folder
 from tongwen.workflows.stage_inputs import TRAINING, base_of_stage
 
-PATIENCE_SECONDS = 300  # without sign of a first process
+PATIENCE_SECONDS = 300  # that processes wait while no first process holds the lock
 
 
 class Stage(Protocol):
-    """One stage of a recipe. Its module imports what is heavy inside of functions: a finished stage is only asked for its settings."""
+    """One stage of a recipe. Its module does heavy imports inside functions: a finished stage needs only `settings`."""
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
-        """The settings that decide its result: when one of them changes, a finished stage has to be redone."""
+        """Return the settings that decide its result: if one of them changes, a finished stage has to be redone."""
 
     def check_ahead(self, recipe: Recipe) -> None:
-        """Raise what would refuse this stage, before an earlier stage has taken hours."""
+        """Raise now, before earlier stages run for hours, if this stage would fail later."""
 
     def run(self, recipe: Recipe, out: Path) -> artifact.Artifact:
-        """Do the work, and leave the finished folder `out`."""
+        """Do the work and write the finished folder `out`."""
 
 
 Stages = Mapping[str, Stage]
@@ -39,7 +39,7 @@ Stages = Mapping[str, Stage]
 
 
 class LaunchFailed(TongwenError):
-    """The processes of a launched stage failed; they have said why."""
+    """The processes of a launched stage failed; they have printed the reason."""
 
     def __init__(self, code: int) -> None:
         super().__init__("")
@@ -61,19 +61,20 @@ def run(
 
     arguments: recipe file and overrides, for the processes that it launches.
 
-    Raises RecipeError when a finished or interrupted stage was made with other settings, and for `again` and `fork` in several processes.
+    Raises RecipeError if a finished or interrupted stage was made with other settings, and for `again` and `fork` in
+    several processes.
     """
     distributed.begin()
     if (again or fork) and distributed.is_launched():
-        flag, many = "--again" if again else "--fork", distributed.world_size()
+        flag, count = "--again" if again else "--fork", distributed.world_size()
         raise RecipeError(
             _("this moves or rewrites existing folders; only one process may do that, and {many} are running").format(
-                many=many
+                many=count
             ),
             place=flag,
             remedy=_(
                 "tongwen run RECIPE {flag} --devices {many}; or rename the folders in {out}, then launch without this option"
-            ).format(flag=flag, many=many, out=recipe.out),
+            ).format(flag=flag, many=count, out=recipe.out),
         )
     chosen = choose(recipe, only, start, until)
     check_launcher(recipe)
@@ -127,13 +128,13 @@ def _disk_full(path: Path, error: Exception) -> MachineError:
 
 
 def check_ahead(recipe: Recipe, names: Sequence[str], stages: Stages) -> None:
-    """Raise what would refuse one of these stages only when its turn comes."""
+    """Raise now if one of these stages would fail when its turn comes."""
     for name in names:
         stages[name].check_ahead(recipe)
 
 
 def check_launcher(recipe: Recipe) -> None:
-    """Raise RecipeError when a launcher has started another number of processes than the recipe says."""
+    """Raise RecipeError if a launcher started another number of processes than the recipe's `devices`."""
     if distributed.is_launched() and recipe.devices not in (1, world := distributed.world_size()):
         raise RecipeError(
             _("the launcher started {world} processes").format(world=world),
@@ -151,7 +152,7 @@ def check_launcher(recipe: Recipe) -> None:
 
 
 def check_processes(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Raise RecipeError for an engine of several processes that would be alone."""
+    """Raise RecipeError if `engine: ddp` would run in a single process."""
     for name in stages:
         if name in TRAINING and getattr(recipe, name).engine == "ddp" and recipe.devices == 1:
             raise RecipeError(
@@ -162,7 +163,7 @@ def check_processes(recipe: Recipe, stages: Sequence[str]) -> None:
 
 
 def _check_devices(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Raise MachineError for more processes than this machine has GPUs."""
+    """Raise MachineError if the recipe wants more processes than this machine has GPUs."""
     if recipe.devices == 1 or not set(stages) & set(TRAINING):
         return
     from tongwen.model.loading.load import count_devices
@@ -177,7 +178,7 @@ def _check_devices(recipe: Recipe, stages: Sequence[str]) -> None:
 
 
 def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:
-    """The recipe's stages, narrowed by the command's words. Raises RecipeError when a word names none of them."""
+    """Return the recipe's stages that --only, --from and --until select. Raises RecipeError for an unknown stage."""
     stages = recipe.stages
     for flag, name in (("--only", only), ("--from", start), ("--until", until)):
         if name and name not in stages:
@@ -200,13 +201,13 @@ def choose(recipe: Recipe, only: str, start: str, until: str) -> list[str]:
 
 
 def _settings(recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    """As a manifest keeps them."""
+    """Return the stage's settings as they are stored in a manifest."""
     return dict(json.loads(json.dumps(stage.settings(recipe))))
 
 
 def _find_unchanged(recipe: Recipe, name: str, out: Path, stages: Stages, fork: bool) -> artifact.Artifact | None:
-    """The finished stage, or None when it is still to be run. Raises RecipeError when what is there, finished or interrupted,
-    was made with other settings."""
+    """Return the finished stage, or None if it has to run. Raises RecipeError if a finished or interrupted stage was
+    made with other settings."""
     found = artifact.find(out / name)
     if found is not None:
         artifact.refuse_changed(str(out / name), _changed(recipe, name, found, stages[name]), resume.again())
@@ -236,8 +237,11 @@ def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str], 
 
 
 def _wait_for(path: Path) -> artifact.Artifact:
-    """Under a launcher the first process alone runs what is not training, and writes what is; the others wait for its folder.
-    When the first one fails, most launchers end them. Raises MachineError when nobody has held the lock for a while."""
+    """Wait for the folder that the first process writes.
+
+    Under a launcher only the first process runs stages other than training, and only it writes results. If it fails,
+    most launchers end the others. Raises MachineError if no process has held the lock for a while.
+    """
     seen = time.monotonic()
     while (found := artifact.find(path)) is None:
         if is_locked(path.parent):
@@ -253,11 +257,11 @@ def _wait_for(path: Path) -> artifact.Artifact:
 
 
 def _changed(recipe: Recipe, name: str, found: artifact.Artifact, stage: Stage) -> list[tuple[str, Any, Any]]:
-    """Differing settings, files that have changed, and parents that have been made anew since."""
+    """Return differing settings, changed files, and parents that were made again since."""
     changed = resume.differences(found.manifest["settings"], _settings(recipe, stage))
     parents = [parent["fingerprint"] for parent in found.manifest["parents"].values() if "fingerprint" in parent]
     below = artifact.find(Path(base_of_stage(recipe, name)))
-    if below and below.fingerprint in parents:  # the same one, elsewhere
+    if below and below.fingerprint in parents:  # the same base in another folder
         changed = [one for one in changed if one[0] != "base"]
     if name == "prepare":
         changed += changed_files(recipe, found.manifest)
@@ -269,7 +273,7 @@ def _changed(recipe: Recipe, name: str, found: artifact.Artifact, stage: Stage) 
 
 
 def _first_to_redo(recipe: Recipe, chosen: list[str], out: Path, stages: Stages, *, explicit: bool) -> str:
-    """Where `--again` begins: at the stage that was named, else at the first that changed, else at the first."""
+    """Return where `--again` begins: at the named stage, else at the first changed one, else at the first."""
     if not explicit:
         for name in chosen:
             found = artifact.find(out / name)
@@ -279,7 +283,7 @@ def _first_to_redo(recipe: Recipe, chosen: list[str], out: Path, stages: Stages,
 
 
 def _put_aside(path: Path) -> None:
-    for place in (path, artifact.partial_of(path)):
-        aside = artifact.put_aside(place)
+    for folder in (path, artifact.partial_of(path)):
+        aside = artifact.put_aside(folder)
         if aside:
-            console.notice(_("{place} is kept as {aside}").format(place=place.name, aside=aside.name))
+            console.notice(_("{place} is kept as {aside}").format(place=folder.name, aside=aside.name))

@@ -1,4 +1,4 @@
-"""What `prepare` left in a run: whether it would be the same today, and whether its files are still as they were."""
+"""The output of `prepare` in a run: whether it is up to date with the recipe, and whether its files are unchanged."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ EXECUTION = {"executor", "tasks", "executor_options"}
 
 
 def prepare_settings(recipe: Recipe) -> dict[str, Any]:
-    """The settings that decide what `prepare` leaves."""
+    """Return the settings that decide the result of `prepare`."""
     assert recipe.prepare
     return {"prepare": recipe.prepare.model_dump(mode="json", exclude=EXECUTION), "seed": recipe.seed}
 
 
 def find_prepared(recipe: Recipe) -> artifact.Artifact | None:
-    """What `prepare` has made of this recipe's data, if it would be the same today; for commands that only look."""
+    """Return the output of `prepare` if it is up to date, else None; for commands that write nothing."""
     found = artifact.find(Path(recipe.out) / "prepare")
     if found is None:
         return None
@@ -32,8 +32,8 @@ def find_prepared(recipe: Recipe) -> artifact.Artifact | None:
 
 
 def changed_files(recipe: Recipe, manifest: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(file, what it was, what it is) of the files here that would be read otherwise than they were, or were not at all. A file
-    that is gone was read, and what came of it is still there."""
+    """Return (file, before, now) of input files that changed or are new. A missing file is no change: its rows are in
+    the prepared data."""
     from tongwen.data.input_parts import list_parts
 
     assert recipe.prepare
@@ -41,7 +41,7 @@ def changed_files(recipe: Recipe, manifest: dict[str, Any]) -> list[tuple[str, A
     if known is None:
         return []
     changed: list[tuple[str, Any, Any]] = []
-    for part in list_parts(recipe.prepare, _stay_here, lambda text: None, []):
+    for part in list_parts(recipe.prepare, _refuse_download, lambda text: None, []):
         file = part.file
         was, now = known.get(str(file)), file.stat()
         if was is None:
@@ -54,7 +54,7 @@ def changed_files(recipe: Recipe, manifest: dict[str, Any]) -> list[tuple[str, A
 
 
 def check_prepared(found: artifact.Artifact) -> None:
-    """Raise ArtifactError for a file that is not as this stage has left it: what the ledger says would not be true."""
+    """Raise ArtifactError if a file was changed after this stage wrote it: the ledger would no longer be true."""
     with console.waiting(_("checking the output of prepare")):
         for name, digest in found.manifest.get("made", {}).items():
             file = found.path / name
@@ -66,5 +66,5 @@ def check_prepared(found: artifact.Artifact) -> None:
                 )
 
 
-def _stay_here(path: str, tell: Any) -> str:
+def _refuse_download(path: str, notify: Any) -> str:
     raise DataError(_("this is on a hub"), place=path)

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: the lock that the first process of a run holds, and who holds it."""
+"""The lock on a run's folder: the first process of a run holds it, so that only one run uses a folder."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from tongwen.core import distributed
 from tongwen.core.errors import MachineError
 from tongwen.core.i18n import _
 
-LOCK = ".lock"  # held by the process that runs in a folder, whose number it says
+LOCK = ".lock"  # held by the process that runs in a folder; contains its host and process id
 
 
 @contextmanager
 def lock_folder(out: Path) -> Iterator[None]:
-    """One run at a time in a folder: the first process of a run holds its lock, unless the command that started it does.
-    Raises MachineError, naming who holds it."""
+    """Hold the folder's lock in the first process of a run, unless the command that started it holds it already.
+
+    Raises MachineError with the holder's name if another run has the lock.
+    """
     if not distributed.is_first() or distributed.is_ours() or os.name == "nt":
         yield
         return
@@ -49,7 +51,7 @@ def lock_folder(out: Path) -> Iterator[None]:
 
 
 def lock_holder(out: Path) -> int | None:
-    """The process of this machine that runs in a folder. The number that a killed one left there counts for nothing."""
+    """Return the id of the process on this machine that runs in a folder; None if the process that wrote it is dead."""
     import psutil
 
     try:
@@ -63,7 +65,7 @@ def lock_holder(out: Path) -> int | None:
 
 
 def is_locked(out: Path) -> bool:
-    """Whether a process runs in a folder, as far as can be seen: of another machine, one that was killed counts as running."""
+    """Return whether a process runs in a folder. A process of another machine always counts as running."""
     if os.name == "nt":
         return True
     try:

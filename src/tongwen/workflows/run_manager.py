@@ -1,7 +1,7 @@
-"""Runs from outside: started as processes of their own, watched by what they write, asked to stop, taken up again.
+"""Start runs as separate processes, watch them through the files they write, stop them, and resume them.
 
-Nothing is remembered but what lies in the run's folder: the lock says who runs, `run.log` what was said, `metrics.jsonl`
-how it goes. So whoever watches may go away and come back.
+All state is in the run's folder: the lock names the process, `run.log` has its output, `metrics.jsonl` its progress. A
+watching page may therefore be closed and opened again.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from tongwen.workflows.run_lock import lock_holder
 from tongwen.workflows.stage_inputs import TRAINING
 
 LOG = "run.log"
-TAIL = 16_000  # bytes of it that are shown
+LOG_BYTES = 16_000  # bytes of the log that are shown
 WAIT_SECONDS = 60.0  # for a run to take its lock, on a machine that has other work too
 
 
 def start(arguments: Sequence[str], out: Path) -> None:
-    """`tongwen run ARGUMENTS` in a session of its own, its words in OUT/run.log. Returns when it has begun.
+    """Start `tongwen run ARGUMENTS` in a new session, with its output in OUT/run.log. Returns when it holds the lock.
 
-    Raises MachineError when one runs there already, or when it ends before it has begun, with what it said.
+    Raises MachineError if a run is in progress there, or if it ends at once (with its output).
     """
     if lock_holder(out):
         raise MachineError(_("this run is already in progress"), place=str(out))
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOG).open("ab") as log:
-        begun = log.tell()
+        log_start = log.tell()
         process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-m", "tongwen", "run", *arguments],
             stdin=subprocess.DEVNULL,
@@ -50,30 +50,30 @@ def start(arguments: Sequence[str], out: Path) -> None:
             start_new_session=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "100", "TONGWEN_LANG": language()},
         )
-    ends = time.monotonic() + WAIT_SECONDS
-    while lock_holder(out) != process.pid and process.poll() is None and time.monotonic() < ends:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while lock_holder(out) != process.pid and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     if process.poll():
-        said = (out / LOG).read_bytes()[begun:].decode("utf-8", "replace").strip()
-        raise MachineError(_("it ended immediately: {said}").format(said=said), place=str(out))
+        output = (out / LOG).read_bytes()[log_start:].decode("utf-8", "replace").strip()
+        raise MachineError(_("it ended immediately: {said}").format(said=output), place=str(out))
 
 
 def stop(out: Path) -> None:
-    """Ask a run to end; one that trains saves first. Raises MachineError when none runs there."""
+    """Ask a run to stop; a training saves a checkpoint first. Raises MachineError if none runs there."""
     running = lock_holder(out)
     if not running:
         raise MachineError(_("no training is running here"), place=str(out))
     with suppress(psutil.Error):
-        psutil.Process(running).terminate()  # it passes that on to the processes that it waits for
+        psutil.Process(running).terminate()  # it passes the signal on to the processes it started
 
 
 def resume(out: Path) -> None:
-    """Go on with a run by the recipe that stands in its folder."""
+    """Continue a run with the recipe in its folder."""
     start([str(out / "recipe.yaml")], out)
 
 
 def compare(outs: Sequence[Path]) -> str:
-    """The page of `tongwen show RUN1 RUN2`. Raises MachineError with what the command says when there is none."""
+    """Return the page of `tongwen show RUN1 RUN2`. Raises MachineError with the command's error if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "compared.html"
         done = subprocess.run(  # noqa: S603
@@ -89,7 +89,7 @@ def compare(outs: Sequence[Path]) -> str:
 
 
 def facts(out: Path) -> list[tuple[str, str]]:
-    """(value, label): how it stands, and the last figures of what trains."""
+    """Return (value, label) of the run's state and the latest metrics of its training."""
     running = lock_holder(out)
     rows = [(_state(out, running), _("state"))]
     stage, lines = next(reversed([*_metrics(out)]), ("", []))
@@ -108,7 +108,7 @@ def facts(out: Path) -> list[tuple[str, str]]:
 
 
 def curves(out: Path) -> list[tuple[str, list[tuple[float, float]], bool]]:
-    """(title, points over steps, whether they scatter) of the loss, what is held out, and the learning rate."""
+    """Return (title, points over steps, whether they are noisy) for loss, held-out score and learning rate."""
     names = {
         "loss": _("loss"),
         "bits_per_byte": _("held-out bits per byte"),
@@ -124,17 +124,17 @@ def curves(out: Path) -> list[tuple[str, list[tuple[float, float]], bool]]:
 
 
 def log(out: Path) -> str:
-    """Its last words."""
+    """Return the end of the run's log."""
     file = out / LOG
     if not file.is_file():
         return ""
     with file.open("rb") as stream:
-        stream.seek(max(0, file.stat().st_size - TAIL))
+        stream.seek(max(0, file.stat().st_size - LOG_BYTES))
         return stream.read().decode("utf-8", "replace").lstrip("\ufffd")
 
 
 def samples(out: Path) -> list[dict[str, str]]:
-    """Questions with their answers before and after, of the last training stage that has finished."""
+    """Return questions with their answers before and after, from the last finished training stage."""
     for stage in reversed(TRAINING):
         file = out / stage / "report.json"
         if file.is_file():
@@ -143,12 +143,12 @@ def samples(out: Path) -> list[dict[str, str]]:
 
 
 def reports(out: Path) -> list[Path]:
-    """Of the stages that have finished; what is unfinished has another name in a moment."""
+    """Return the reports of finished stages; an unfinished stage's folder is about to be renamed."""
     return [file for file in sorted(out.glob("*/report.html")) if file.parent.suffix != ".partial"]
 
 
 def _metrics(out: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """(stage, lines of metrics.jsonl) of each training stage that has begun."""
+    """Yield (stage, lines of metrics.jsonl) of each training stage that has begun."""
     for stage in TRAINING:
         for folder in (out / stage, artifact.partial_of(out / stage)):
             if lines := read_metrics(folder / "metrics.jsonl"):
@@ -170,7 +170,7 @@ def _state(out: Path, running: int | None) -> str:
 
 
 def _memory(running: int) -> int:
-    """Resident bytes of a process and its children."""
+    """Return the resident bytes of a process and its children."""
     total = 0
     with suppress(psutil.Error):
         process = psutil.Process(running)

@@ -1,8 +1,8 @@
-"""Scoring: models and papers in; `scores.json`, the rows behind it and a report out.
+"""Evaluate models on tasks; write `scores.json`, the scored rows and a report.
 
-The papers are read first, so that bad data costs no minute of loading. Then each model sits them: the one to be scored, and
-the one before it, where there is one; they are compared row by row. Answers are kept beside the result as they come, so that
-an examination that was killed goes on with what is missing.
+The tasks' data is read first, so that bad data fails before a model is loaded. Then the model runs on all tasks, after
+the model before it if there is one; both are compared row by row. Each answer is written to a folder beside the result
+at once, so that a killed evaluation continues with the missing ones.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from tongwen.recipe.outputs import Evaluate
 from tongwen.workflows.chat_model import ChatModel, open_chat_model
 from tongwen.workflows.evaluation import Ask, EvalTask, Progress, Scores
 
-OWN = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model")  # files of a model or an adapter
+MODEL_SUFFIXES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model")  # files of a model or an adapter
 
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model that is to be examined, and how it is opened. optional: nothing is compared when it cannot be."""
+    """A model to evaluate, and how to open it. optional: if it cannot be opened, the comparison is skipped."""
 
     model: str
     adapters: tuple[str, ...] = ()
@@ -46,80 +46,94 @@ class EvaluatedModel:
         return " + ".join([self.model, *self.adapters])
 
     def open(self) -> ChatModel:
-        """By transformers whatever the model is: who judges texts needs the network itself."""
+        """Open it with transformers in any case: likelihoods need the network itself."""
         return open_chat_model(
             self.model, self.adapters, self.template, self.thinking, weights=self.weights, engine="batched"
         )
 
     def settings(self) -> dict[str, Any]:
-        """What its answers depend on: how it is opened, and the files that it is opened from."""
+        """Return everything its answers depend on: the options it is opened with, and its files."""
         place = load.locate(self.model)
         folders = [Path(folder) for folder in (place.folder, *place.adapters, *self.adapters)]
         files = [
-            file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir()) if file.suffix in OWN
+            file
+            for folder in folders
+            if folder.is_dir()
+            for file in sorted(folder.iterdir())
+            if file.suffix in MODEL_SUFFIXES
         ]
         return {**asdict(self), "files": [[str(file), (s := file.stat()).st_size, s.st_mtime_ns] for file in files]}
 
 
 @contextmanager
 def keep_answers(out: Path) -> Iterator[Path]:
-    """A folder beside the result for the answers, until the result stands."""
+    """A folder for the answers beside the result; it is removed when the result is complete."""
     folder = out.with_name(out.name + ".answers")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def examine(
-    papers: Sequence[EvalTask],
+def evaluate_models(
+    tasks: Sequence[EvalTask],
     after: EvaluatedModel,
     before: EvaluatedModel | None,
     section: Evaluate,
-    kept: Path,
+    answers_folder: Path,
     out: Path | None,
 ) -> dict[str, Any]:
-    """The scores by task; written under `out` with the rows and a report. kept: where answers stand as they come."""
-    first = _sit_before(papers, before, section, kept) if before else None
-    marks = _sit(papers, after, section, kept)
+    """Return the scores by task, and write them to `out` with the rows and a report.
+
+    answers_folder: keeps each answer as soon as it is complete.
+    """
+    before_scores = _run_tasks_on_base(tasks, before, section, answers_folder) if before else None
+    after_scores = _run_tasks(tasks, after, section, answers_folder)
     scores = {}
-    for number, paper in enumerate(papers):
-        result = paper.result(marks[number])
-        if first:
-            result |= {"before": paper.result(first[number]), "change": paper.change(first[number], marks[number])}
-        scores[paper.task.title] = result
+    for number, task in enumerate(tasks):
+        result = task.result(after_scores[number])
+        if before_scores:
+            result |= {
+                "before": task.result(before_scores[number]),
+                "change": task.change(before_scores[number], after_scores[number]),
+            }
+        scores[task.config.title] = result
     console.table(*score_table(scores))
     if out is not None:
-        _write(out, papers, scores, marks, first, after.name, before.name if before and first else "")
+        _write(
+            out, tasks, scores, after_scores, before_scores, after.name, before.name if before and before_scores else ""
+        )
     console.emit({"scores": scores})
     return scores
 
 
-def _sit(papers: Sequence[EvalTask], sitter: EvaluatedModel, section: Evaluate, kept: Path) -> list[Scores]:
-    speaker, out = sitter.open(), []
-    ask = _asking_once(speaker, section, kept, sitter.settings())
-    for paper in papers:
-        with console.progress(len(paper), f"{paper.task.title} · {sitter.name}") as bar:
-            out.append(paper.sit(speaker, ask, bar.update))
+def _run_tasks(
+    tasks: Sequence[EvalTask], model: EvaluatedModel, section: Evaluate, answers_folder: Path
+) -> list[Scores]:
+    chat_model, out = model.open(), []
+    ask = _make_ask(chat_model, section, answers_folder, model.settings())
+    for task in tasks:
+        with console.progress(len(task), f"{task.config.title} · {model.name}") as bar:
+            out.append(task.run(chat_model, ask, bar.update))
         for note in out[-1].notes:
             console.notice(note)
-    del speaker, ask
-    gc.collect()  # the next model needs the room
+    del chat_model, ask
+    gc.collect()  # the next model needs the memory
     return out
 
 
-def _sit_before(
-    papers: Sequence[EvalTask], sitter: EvaluatedModel, section: Evaluate, kept: Path
+def _run_tasks_on_base(
+    tasks: Sequence[EvalTask], model: EvaluatedModel, section: Evaluate, answers_folder: Path
 ) -> list[Scores] | None:
     try:
-        return _sit(papers, sitter, section, kept)
-    except ModelError as error:  # such as a base whose tokenizer cannot write the template that was taught
-        if not sitter.optional:
+        return _run_tasks(tasks, model, section, answers_folder)
+    except ModelError as error:  # such as a base whose tokenizer lacks tokens of the trained template
+        if not model.optional:
             raise
         console.notice(_("not compared with the base: {error}").format(error=error.text()))
         return None
 
 
-def _asking_once(speaker: ChatModel, section: Evaluate, kept: Path, sitter: dict[str, Any]) -> Ask:
-    """Answers to conversations: what several tasks ask is answered once, and what stands in `kept` not again."""
+def _make_ask(chat_model: ChatModel, section: Evaluate, answers_folder: Path, model_settings: dict[str, Any]) -> Ask:
+    """Return a function that answers conversations, each only once across tasks and interrupted runs."""
     known: dict[str, str] = {}
 
     def ask(conversations: Sequence[Sequence[Mapping[str, Any]]], progress: Progress) -> list[str]:
@@ -129,31 +143,33 @@ def _asking_once(speaker: ChatModel, section: Evaluate, kept: Path, sitter: dict
             answer(new, lambda: progress(sum(key in known for key in keys)))
         return [known[key] for key in keys]
 
-    def answer(new: Mapping[str, Sequence[Mapping[str, Any]]], tell: Callable[[], None]) -> None:
+    def answer(new: Mapping[str, Sequence[Mapping[str, Any]]], on_answer: Callable[[], None]) -> None:
         names = list(new)
-        asked = {"sitter": sitter, "max_new_tokens": section.max_new_tokens, "asked": names}
-        # A file for each way of asking: answers that were given in another way are in nobody's way.
-        way = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-        with closing(AnswerJournal(kept / f"{way}.jsonl", {"way": way}, f"rm -r {kept}")) as journal:
-            missing = [place for place in range(len(names)) if place not in journal.answers]
-            known.update((names[place], said) for place, said in journal.answers.items())
-            if there := len(names) - len(missing):
-                console.notice(_("{there} answers already exist").format(there=there))
+        asked = {"sitter": model_settings, "max_new_tokens": section.max_new_tokens, "asked": names}
+        # One file for each model, settings and set of prompts: answers made otherwise are never reused.
+        digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+        with closing(
+            AnswerJournal(answers_folder / f"{digest}.jsonl", {"way": digest}, f"rm -r {answers_folder}")
+        ) as journal:
+            missing = [index for index in range(len(names)) if index not in journal.answers]
+            known.update((names[index], text) for index, text in journal.answers.items())
+            if existing := len(names) - len(missing):
+                console.notice(_("{there} answers already exist").format(there=existing))
 
-            def take(place: int, said: str) -> None:
-                journal.add(missing[place], said)
-                known[names[missing[place]]] = said
-                tell()
+            def keep(index: int, text: str) -> None:
+                journal.add(missing[index], text)
+                known[names[missing[index]]] = text
+                on_answer()
 
-            wanted = [new[names[place]] for place in missing]
-            speaker.answer_each(wanted, take, section.batch_size, max_new_tokens=section.max_new_tokens)
+            wanted = [new[names[index]] for index in missing]
+            chat_model.answer_each(wanted, keep, section.batch_size, max_new_tokens=section.max_new_tokens)
 
     return ask
 
 
 def _write(
     out: Path,
-    papers: Sequence[EvalTask],
+    tasks: Sequence[EvalTask],
     scores: dict[str, Any],
     after: list[Scores],
     before: list[Scores] | None,
@@ -162,8 +178,7 @@ def _write(
 ) -> None:
     artifact.write_json(out / "scores.json", scores)
     rows = {
-        paper.task.title: _rows(after[number], before[number] if before else None)
-        for number, paper in enumerate(papers)
+        task.config.title: _rows(after[number], before[number] if before else None) for number, task in enumerate(tasks)
     }
     with (out / "rows.jsonl").open("w", encoding="utf-8") as stream:
         for title, some in rows.items():
@@ -172,7 +187,7 @@ def _write(
 
 
 def _rows(after: Scores, before: Scores | None) -> list[dict[str, Any]]:
-    """What people read of each row, with what the model before answered."""
+    """Return the rows for the report, with the answers of the model before."""
     out = []
     for row, shown in sorted(after.shown.items()):
         old = before.shown.get(row, {}) if before else {}

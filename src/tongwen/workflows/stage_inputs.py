@@ -1,5 +1,5 @@
-"""What a stage of a recipe starts from: the base, the model that an earlier stage left, the data that exist so far, and
-the settings that decide a training."""
+"""The inputs of a stage: the base or the model of an earlier stage, the available data, and the settings that decide a
+training's result."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ MODELS = ("vocab", "pretrain", "sft", "merge")  # stages that leave a model, eac
 
 
 def base_of_stage(recipe: Recipe, stage: str, *, finished: bool = False) -> str:
-    """The model that a stage stands on: what the last stage before it left, else the recipe's base. finished: of the stages
-    that have run, for those who only look."""
+    """Return the model that a stage starts from: the output of the last model stage before it, else the recipe's base.
+
+    finished: consider only finished stages, for commands that write nothing.
+    """
     before = [name for name in MODELS if name in recipe.stages and STAGES.index(name) < STAGES.index(stage)]
     for name in reversed(before):
         folder = Path(recipe.out) / name
@@ -29,23 +31,23 @@ def base_of_stage(recipe: Recipe, stage: str, *, finished: bool = False) -> str:
 
 
 def training_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The settings that decide a training stage's result."""
+    """Return the settings that decide a training stage's result."""
     section: Training = getattr(recipe, stage)
     return {stage: deciding_settings(section), "seed": recipe.seed, "base": base_of_stage(recipe, stage)}
 
 
 def open_model_before(recipe: Recipe, stage: str) -> artifact.Artifact:
-    """What a stage after all training stands on, finished. Raises ArtifactError when it is not."""
-    place = Path(base_of_stage(recipe, stage))
-    return artifact.open_artifact(place, "model" if recipe.merge else place.name)
+    """Open the model that a stage after training starts from. Raises ArtifactError if it is not finished."""
+    folder = Path(base_of_stage(recipe, stage))
+    return artifact.open_artifact(folder, "model" if recipe.merge else folder.name)
 
 
 def inputs(recipe: Recipe) -> Prepare:
-    """What `prepare` reads, for those who only look: rows that `synthesize` has yet to make are left out, and said."""
+    """Return the `prepare` section for commands that write nothing: data not yet synthesized is left out."""
     assert recipe.prepare
     made = Path(recipe.out) / "synthesize" / "dialogues.jsonl"
     if recipe.synthesize is None or made.exists():
         return recipe.prepare
     console.notice(_("synthesize has not generated its data yet"))
-    there = [source for source in recipe.prepare.dialogues if Path(source.path) != made]
-    return recipe.prepare.model_copy(update={"dialogues": there})
+    existing = [source for source in recipe.prepare.dialogues if Path(source.path) != made]
+    return recipe.prepare.model_copy(update={"dialogues": existing})

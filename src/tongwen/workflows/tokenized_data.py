@@ -1,7 +1,7 @@
-"""What a recipe teaches, as tokens: for the stage that trains on it, and for those that only look.
+"""A recipe's training data as tokens: stored for the stage that trains on it, in memory for `look` and `plan`.
 
-The training stage reads what `prepare` kept, and keeps the tokens beside it, under a key of everything that decides
-them; whoever looks reads the sources themselves and writes nothing.
+The training stage encodes the output of `prepare` and stores the tokens beside it, in a folder named by a hash of
+everything that decides them. `look` and `plan` may also read the sources themselves, and write nothing.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from tongwen.recipe.training import Pretrain, Sft, Training
 from tongwen.workflows.prepared_data import find_prepared
 from tongwen.workflows.stage_inputs import inputs
 
-ROUND_TRIP = "round_trip.json"  # beside the tokens that it is about
+ROUND_TRIP = "round_trip.json"  # in the folder of the tokens
 NEW_ROWS = "new_rows.json"  # beside a model whose vocabulary was extended
-MISSED = 0.1  # of its part of the tokens that a source may miss in silence
+TOLERANCE = 0.1  # share of its tokens by which a source may fall short without a notice
 MOSTLY_HAN = 0.3  # share of the letters from which a text counts as Chinese
 
 
 @dataclass(frozen=True)
 class RecordEncoder(ABC):
-    """What turns records of one kind into tokens."""
+    """Encodes records of one kind as tokens."""
 
     tokenizer: Any
     encoder: Encoder
@@ -59,28 +59,28 @@ class RecordEncoder(ABC):
     @property
     @abstractmethod
     def decides(self) -> dict[str, Any]:
-        """What decides the tokens, besides content and tokenizer."""
+        """The settings that decide the tokens, besides content and tokenizer."""
 
     @abstractmethod
     def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
-        """The samples to train on."""
+        """Yield the samples to train on."""
 
     @abstractmethod
     def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
-        """The samples to be scored."""
+        """Yield the held-out samples to score."""
 
     @abstractmethod
     def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
-        """The mask's statistics. Raises DataError when there is nothing to learn."""
+        """Return statistics of the loss mask. Raises DataError if there is nothing to learn."""
 
     @abstractmethod
     def round_trip(self, records: Iterator[Any], count: int) -> dict[str, int]:
-        """How many records do not decode to their own text."""
+        """Count the records that do not decode to their own text."""
 
 
 @dataclass(frozen=True)
 class DialogueEncoder(RecordEncoder):
-    """Dialogues, rendered by a template."""
+    """Encodes dialogues, rendered by a template."""
 
     template: Template
     section: Sft
@@ -117,7 +117,7 @@ class DialogueEncoder(RecordEncoder):
 
 @dataclass(frozen=True)
 class DocumentEncoder(RecordEncoder):
-    """Plain text. end: the id that ends a document."""
+    """Encodes plain text. end: the id that ends a document."""
 
     end: int
     section: Pretrain
@@ -125,15 +125,16 @@ class DocumentEncoder(RecordEncoder):
 
     @property
     def decides(self) -> dict[str, Any]:
-        words = self.section.model_dump(mode="json", include={"max_length", "documents"})
-        return {"end": self.end, "settings": words}
+        settings = self.section.model_dump(mode="json", include={"max_length", "documents"})
+        return {"end": self.end, "settings": settings}
 
     def batches(self, records: Iterator[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
-        words = self.section
-        return encode_documents(records, self.encoder, self.end, words.max_length, ledger, arrangement=words.documents)
+        return encode_documents(
+            records, self.encoder, self.end, self.section.max_length, ledger, arrangement=self.section.documents
+        )
 
     def held_out(self, records: list[Any], ledger: Ledger, reject: Callable[[Rejected], None]) -> Iterator[Batch]:
-        """Apart, however they are trained: so that scores of different arrangements can be compared."""
+        """Encode documents apart, even if training concatenates them, so that scores of both can be compared."""
         return encode_documents(records, self.encoder, self.end, self.section.max_length, ledger)
 
     def check(self, store: TokenStore, rejected: list[dict[str, Any]]) -> dict[str, Any]:
@@ -154,7 +155,7 @@ class DocumentEncoder(RecordEncoder):
 
 @dataclass(frozen=True)
 class TokenizedData:
-    """The encoded data: what is learned, and what was held out, by language where that is known ("" where not)."""
+    """The encoded data: training samples, and held-out samples by language ("" if unknown)."""
 
     store: TokenStore
     mask: dict[str, Any]
@@ -166,8 +167,8 @@ class TokenizedData:
     notices: list[str] = field(default_factory=list)
 
 
-def say_mask(mask: dict[str, Any]) -> str:
-    """What is learned, in a line."""
+def describe_mask(mask: dict[str, Any]) -> str:
+    """Return a line about the share of learned tokens."""
     return _(
         "{learned_share:.0%} of {tokens:,} tokens count toward the loss; {stop_learned_share:.0%} of {samples:,} samples learn to stop"
     ).format(
@@ -178,12 +179,12 @@ def say_mask(mask: dict[str, Any]) -> str:
     )
 
 
-def say_ledger(lesson: TokenizedData) -> None:
-    """Where the rows went, and what of them is learned."""
-    rows = table_rows(lesson.ledger.to_dict(), _("encode"), _("trained"))
+def report_ledger(data: TokenizedData) -> None:
+    """Print the ledger, the share of learned tokens, and notices about samples that are not used."""
+    rows = table_rows(data.ledger.to_dict(), _("encode"), _("trained"))
     console.table((_("ledger"), _("rows"), "token"), rows)
-    mask, rejected = lesson.mask, lesson.rejected
-    console.tell(say_mask(mask))
+    mask, rejected = data.mask, data.rejected
+    console.tell(describe_mask(mask))
     if mask["round_trip"]["differ"]:
         console.notice(
             _(
@@ -199,7 +200,7 @@ def say_ledger(lesson: TokenizedData) -> None:
         )
 
 
-def read_dialogues(base: str, section: Sft) -> DialogueEncoder:
+def make_dialogue_encoder(base: str, section: Sft) -> DialogueEncoder:
     tokenizer = _tokenizer_for(base, section)
     legacy = section.legacy
     encoder = LegacyEncoder(tokenizer, section.template, section.max_length) if legacy else Encoder(tokenizer)
@@ -208,26 +209,26 @@ def read_dialogues(base: str, section: Sft) -> DialogueEncoder:
     )
 
 
-def read_documents(base: str, section: Pretrain) -> DocumentEncoder:
+def make_document_encoder(base: str, section: Pretrain) -> DocumentEncoder:
     tokenizer = _tokenizer_for(base, section)
     return DocumentEncoder(tokenizer, Encoder(tokenizer), chat_setup.end_of_text(tokenizer), section)
 
 
 def _tokenizer_for(base: str, section: Training) -> Any:
-    """The base's; an adapter that is trained further goes on with its own."""
+    """Return the base's tokenizer, or that of the adapter whose training continues."""
     further = section.adapter.continue_from
     place = load.locate(base)
     return load.load_tokenizer(load.dressed(replace(place, adapters=(further,))) if further else place)
 
 
 def are_rows_untrained(base: str) -> bool:
-    """Whether a base comes straight from the vocabulary stage."""
+    """Return whether a base is the output of the vocabulary stage, so that its new rows are untrained."""
     made = artifact.find(Path(base))
     return made is not None and made.kind == "vocab"
 
 
 def new_rows_of(base: str) -> list[int]:
-    """The ids that the vocabulary stage added to this base. Raises ModelError when it says none."""
+    """Return the ids that the vocabulary stage added to this base. Raises ModelError if new_rows.json lists none."""
     file = Path(base) / NEW_ROWS
     try:
         rows = [int(row) for row in json.loads(file.read_text(encoding="utf-8"))]
@@ -244,24 +245,27 @@ def new_rows_of(base: str) -> list[int]:
     return rows
 
 
-def look_ahead(recipe: Recipe, reader: RecordEncoder) -> TokenizedData:
-    """The recipe's records of the reader's kind, encoded in memory: what `prepare` has kept of them, or else read and cleaned
-    here. What is held out is left out, as far as it is known before the rows are compared."""
+def encode_in_memory(recipe: Recipe, record_encoder: RecordEncoder) -> TokenizedData:
+    """Encode the recipe's training records of the encoder's kind in memory.
+
+    The records come from `prepare` if its output is up to date. Otherwise the sources are read and cleaned, and
+    held-out rows are left out as far as they are known without the search for duplicates.
+    """
     ledger, rejected = Ledger("rows", "tokens"), list[Rejected]()
     if made := find_prepared(recipe):
-        rows = load_records(made.path / f"{reader.kind}.jsonl")
-        sources, files = _sources_of(made, reader.kind)
+        rows = load_records(made.path / f"{record_encoder.kind}.jsonl")
+        sources, files = _sources_of(made, record_encoder.kind)
     else:
-        rows, sources, files = _read_here(recipe, reader.kind)
-    store = token_store.in_memory(reader.batches(rows, ledger, rejected.append))
+        rows, sources, files = _read_sources(recipe, record_encoder.kind)
+    store = token_store.in_memory(record_encoder.batches(rows, ledger, rejected.append))
     lost = [json.loads(bad.to_line()) for bad in rejected]
-    mask = reader.check(store, lost)
-    drawn, missed = _drawn(store, sources, files, recipe.seed)
-    return TokenizedData(store, mask, ledger, lost, drawn, [], {}, missed)
+    mask = record_encoder.check(store, lost)
+    sampler, missed = _make_sampler(store, sources, files, recipe.seed)
+    return TokenizedData(store, mask, ledger, lost, sampler, [], {}, missed)
 
 
-def _read_here(recipe: Recipe, kind: str) -> tuple[Iterator[Any], list[dict[str, Any]], dict[str, int]]:
-    """(records, sources, number of the source by file)."""
+def _read_sources(recipe: Recipe, kind: str) -> tuple[Iterator[Any], list[dict[str, Any]], dict[str, int]]:
+    """Return (records, sources, number of the source by file)."""
     prepare = inputs(recipe)
     console.notice(
         _(
@@ -271,89 +275,96 @@ def _read_here(recipe: Recipe, kind: str) -> tuple[Iterator[Any], list[dict[str,
     parts = list_parts(prepare, local_copy, console.notice)
     rows = list(iter_records(parts, prepare, kind, console.notice))
     if not isinstance(prepare.held_out, str):
-        stays = np.ones(len(rows), bool)
-        stays[choose_held_out(stays, prepare.held_out, recipe.seed, prepare.held_out_at_most)] = False
-        rows = [rows[index] for index in np.flatnonzero(stays)]
+        keep = np.ones(len(rows), bool)
+        keep[choose_held_out(keep, prepare.held_out, recipe.seed, prepare.held_out_at_most)] = False
+        rows = [rows[index] for index in np.flatnonzero(keep)]
     sources = [source.model_dump() for source in getattr(prepare, kind)]
     return iter(rows), sources, {part.name: part.number for part in parts if (part.kind, part.role) == (kind, "train")}
 
 
 def _sources_of(prepared: artifact.Artifact, kind: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """(sources, number of the source by file)."""
+    """Return (sources, number of the source by file)."""
     files = prepared.manifest["ledger"][kind]["files"]
     return prepared.manifest["sources"][kind], {file: found["source"] for file, found in files.items()}
 
 
-def encode_prepared(prepared: artifact.Artifact, reader: RecordEncoder, seed: int, folder: Path) -> TokenizedData:
-    """Training and held-out rows as tokens, every one of them in the ledger. Encoded once: the first process writes, an
-    interrupted one goes on, the others wait and map the same files."""
-    place = folder / key_of(prepared, reader)
+def encode_prepared(
+    prepared: artifact.Artifact, record_encoder: RecordEncoder, seed: int, folder: Path
+) -> TokenizedData:
+    """Return training and held-out rows as tokens, each accounted for in the ledger.
+
+    Rows are encoded once: the first process writes the tokens and continues after an interruption; the other processes
+    wait and map the same files.
+    """
+    store_folder = folder / key_of(prepared, record_encoder)
     with console.waiting(_("finding the tokens")):
-        found = token_store.open_store(place)
+        found = token_store.open_store(store_folder)
     if found:
         console.good(_("tokens: already encoded"))
     elif distributed.is_first():
-        _encode(prepared.path / f"{reader.kind}.jsonl", reader, place)
-    while (found := found or token_store.open_store(place)) is None:
+        _encode(prepared.path / f"{record_encoder.kind}.jsonl", record_encoder, store_folder)
+    while (found := found or token_store.open_store(store_folder)) is None:
         time.sleep(0.2)
     store, ledger = found
-    rejected = list(token_store.read_rejected(place))
-    mask = reader.check(store, rejected)
-    mask["round_trip"] = json.loads((place / ROUND_TRIP).read_text(encoding="utf-8"))
-    sources, files = _sources_of(prepared, reader.kind)
+    rejected = list(token_store.read_rejected(store_folder))
+    mask = record_encoder.check(store, rejected)
+    mask["round_trip"] = json.loads((store_folder / ROUND_TRIP).read_text(encoding="utf-8"))
+    sources, files = _sources_of(prepared, record_encoder.kind)
     languages = {file: sources[number].get("language") for file, number in files.items()}
-    held_out, held_out_stores = _encode_held_out(prepared, reader, ledger, languages)
-    drawn, missed = _drawn(store, sources, files, seed)
-    return TokenizedData(store, mask, ledger, rejected, drawn, held_out, held_out_stores, missed)
+    held_out, held_out_stores = _encode_held_out(prepared, record_encoder, ledger, languages)
+    sampler, missed = _make_sampler(store, sources, files, seed)
+    return TokenizedData(store, mask, ledger, rejected, sampler, held_out, held_out_stores, missed)
 
 
-def key_of(prepared: artifact.Artifact, reader: RecordEncoder) -> str:
-    """Everything that decides the tokens: content, tokenizer, template, settings, code."""
+def key_of(prepared: artifact.Artifact, record_encoder: RecordEncoder) -> str:
+    """Return a hash of everything that decides the tokens: content, tokenizer, template, settings, code."""
     facts = {
         "content": prepared.fingerprint,
-        "tokenizer": fingerprint_tokenizer(reader.tokenizer),
-        **reader.decides,
+        "tokenizer": fingerprint_tokenizer(record_encoder.tokenizer),
+        **record_encoder.decides,
         "code": [__version__, token_store.FORMAT],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _encode(file: Path, reader: RecordEncoder, place: Path) -> None:
-    """Into the store, from where an interrupted run left it; the tokens of earlier settings go."""
-    for other in place.parent.glob("*") if place.parent.is_dir() else ():
-        if other not in (place, artifact.partial_of(place)):
+def _encode(file: Path, record_encoder: RecordEncoder, store_folder: Path) -> None:
+    """Encode a file into the store, continuing an interrupted run; tokens of earlier settings are deleted."""
+    for other in store_folder.parent.glob("*") if store_folder.parent.is_dir() else ():
+        if other not in (store_folder, artifact.partial_of(store_folder)):
             shutil.rmtree(other)
-    if place.exists():
-        console.notice(_("{place} has changed since it was written: encoding it again").format(place=place))
-        shutil.rmtree(place)
-    writer = token_store.Writer(place, len(reader.tokenizer))
+    if store_folder.exists():
+        console.notice(_("{place} has changed since it was written: encoding it again").format(place=store_folder))
+        shutil.rmtree(store_folder)
+    writer = token_store.Writer(store_folder, len(record_encoder.tokenizer))
     ledger, rejected = writer.ledger, list[Rejected]()
     total = sum(1 for _ in file.open("rb"))
     if writer.rows:
         console.notice(_("encoding continues at row {rows:,}").format(rows=writer.rows))
     rows = islice(load_records(file), writer.rows, None)
     with console.progress(total, "encode", writer.rows) as bar:
-        for batch in reader.batches(rows, ledger, rejected.append):
+        for batch in record_encoder.batches(rows, ledger, rejected.append):
             writer.add(batch, ledger, [bad.to_line() for bad in rejected])
             rejected.clear()
             bar.update(writer.rows, f"{console.human_count(writer.tokens)} token")
-    artifact.write_json(writer.working / ROUND_TRIP, reader.round_trip(load_records(file), total))
+    artifact.write_json(writer.working / ROUND_TRIP, record_encoder.round_trip(load_records(file), total))
     writer.close()
 
 
 def _encode_held_out(
-    prepared: artifact.Artifact, reader: RecordEncoder, ledger: Ledger, languages: dict[str, str | None]
+    prepared: artifact.Artifact, record_encoder: RecordEncoder, ledger: Ledger, languages: dict[str, str | None]
 ) -> tuple[list[Any], dict[str, TokenStore]]:
-    """What was held out, encoded in the same way, documents by their language; in the ledger it is a loss of its own name."""
-    file = prepared.path / f"{reader.kind}.held_out.jsonl"
+    """Return held-out records and their tokens, documents by language; the ledger lists them as lost to `held_out`."""
+    file = prepared.path / f"{record_encoder.kind}.held_out.jsonl"
     if not file.is_file():
         return [], {}
     records, bad, aside = list(load_records(file)), list[Rejected](), Ledger("rows", "tokens")
     groups: dict[str, list[Any]] = {}
     for record in records:
         groups.setdefault(_language_of(record, languages), []).append(record)
-    found = {name: token_store.in_memory(reader.held_out(groups[name], aside, bad.append)) for name in sorted(groups)}
-    if prepared.manifest["ledger"][reader.kind]["from_training"]:
+    found = {
+        name: token_store.in_memory(record_encoder.held_out(groups[name], aside, bad.append)) for name in sorted(groups)
+    }
+    if prepared.manifest["ledger"][record_encoder.kind]["from_training"]:
         ledger.enter(aside.size_in, things=len(records))
         ledger.lose("held_out", aside.size_in, things=len(records))
     if bad:
@@ -364,17 +375,17 @@ def _encode_held_out(
 
 
 def _language_of(record: Document | Dialogue, languages: dict[str, str | None]) -> str:
-    """What the source says, else zh or other by the share of Chinese characters."""
+    """Return the source's language, else zh or other by the share of Chinese characters."""
     if isinstance(record, Dialogue):
         return ""
     return languages.get(record.origin.file) or ("zh" if han_share(record.text) >= MOSTLY_HAN else "other")
 
 
-def _drawn(
+def _make_sampler(
     store: TokenStore, sources: list[dict[str, Any]], source_of: dict[str, int], seed: int
 ) -> tuple[Callable[[int], list[int]], list[str]]:
-    """(epoch -> its samples in their order, with the weights and shares of the sources; what to say of those that the first
-    epoch misses, as few long samples do)."""
+    """Return (function from epoch to its samples in order, by the weights and shares of the sources; notices about
+    sources whose share the first epoch misses, because their samples are few and long)."""
     by_file = np.array([source_of.get(file, 0) for file in store.files], np.int64)
     owners = by_file[store.samples["file"]] if len(by_file) else np.zeros(0, np.int64)
     tokens = np.bincount(owners, weights=store.lengths, minlength=len(sources)).astype(int).tolist()
@@ -388,7 +399,7 @@ def _drawn(
         drawn = np.bincount(owners[first], weights=store.lengths[first], minlength=len(sources))
         for one, times, asks, got in zip(sources, passes, asked / asked.sum(), drawn / drawn.sum(), strict=True):
             wanted = one["share"] or asks
-            if times != 1 and abs(got - wanted) > MISSED * wanted:
+            if times != 1 and abs(got - wanted) > TOLERANCE * wanted:
                 missed.append(
                     _(
                         "{path}: the recipe asks for {wanted:.3g} of the tokens, but the first epoch has {got:.3g}: its samples are too few or too long"

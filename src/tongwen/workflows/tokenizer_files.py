@@ -1,7 +1,7 @@
-"""A tokenizer by name, of whichever kind: opened, extended, and written as the files that its family has.
+"""Open a tokenizer of any kind by name, extend it, and save it as the files of its family.
 
-Two kinds can take new pieces. A SentencePiece model (`tokenizer.model`: LLaMA, Mistral) is the authority, and the fast
-form is made from it; byte-level BPE (Llama-3, Qwen, SmolLM2) has only its tokenizer.json.
+Two kinds can be extended. SentencePiece (LLaMA, Mistral): `tokenizer.model` is authoritative, and the fast form is made
+from it. Byte-level BPE (Llama-3, Qwen, SmolLM2): there is only tokenizer.json.
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ from tongwen.vocab.learn import LearnedMerges, learn_merges
 from tongwen.vocab.measure import CURVE, NOMINAL, SEEN_ENOUGH, CurvePoint, MeasuredTokenizer, ModelSize, make_curve
 from tongwen.vocab.script import Script
 
-AS_IS = Clean(unicode=False, control=False, mojibake=False, html=False, unwrap=False, repetition=False)
+NO_CLEANING = Clean(unicode=False, control=False, mojibake=False, html=False, unwrap=False, repetition=False)
 INPUTS = ["input_ids", "attention_mask"]
-SAMPLE = 1_000_000  # characters that are measured at most: seconds
+SAMPLE_CHARACTERS = 1_000_000  # most characters to measure: takes seconds
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """backend: the fast form; model: the SentencePiece ModelProto, if there is one; tokenizer: transformers' own object,
-    with template and special tokens, when a model was named and not a file."""
+    """A tokenizer in all its forms.
+
+    backend: the fast form; model: the SentencePiece ModelProto, if any; tokenizer: transformers' object with chat
+    template and special tokens, if it was opened from a model and not from a file.
+    """
 
     name: str
     backend: Tokenizer
@@ -50,21 +53,21 @@ class TokenizerFiles:
 
     @property
     def coder(self) -> MeasuredTokenizer:
-        """As what is measured: SentencePiece itself where there is a model of its kind."""
+        """The form that is measured: SentencePiece itself if there is a SentencePiece model."""
         if self.model is not None:
             own = sentencepiece.processor(self.model)
             inside = encoder_of(spm.without_prefix(self.model))
             return MeasuredTokenizer(
                 self.name, own.encode, inside, own.decode, spm.spelling_of(self.model), self.special
             )
-        spelling = bytelevel.spelling_of(self.definition) if self.grows else self._as_written()
+        spelling = bytelevel.spelling_of(self.definition) if self.is_extensible else self._as_written()
         return MeasuredTokenizer(
             self.name, self.encode_fast, self.encode_fast, self.decode_fast, spelling, self.special
         )
 
     @property
-    def grows(self) -> bool:
-        """Whether it is of a kind that takes new pieces."""
+    def is_extensible(self) -> bool:
+        """Whether it can take new pieces: SentencePiece or byte-level BPE."""
         return self.model is not None or bytelevel.is_byte_level(self.definition)
 
     @property
@@ -75,12 +78,12 @@ class TokenizerFiles:
 
     @property
     def definition(self) -> dict[str, Any]:
-        """tokenizer.json."""
+        """The content of tokenizer.json."""
         found: dict[str, Any] = json.loads(self.backend.to_str())
         return found
 
     def _as_written(self) -> list[bytes]:
-        """The bytes of each id, for kinds that are only measured: as SentencePiece writes them, and ChatGLM its blanks."""
+        """Return the bytes of each id, for kinds that cannot be extended: in SentencePiece's spelling, or ChatGLM's."""
         written = getattr(self.tokenizer, "written", {})
         out = [b""] * self.backend.get_vocab_size()
         for piece, index in self.backend.get_vocab().items():
@@ -99,10 +102,13 @@ class TokenizerFiles:
 
 @dataclass(frozen=True)
 class ExtendedTokenizer:
-    """lexicon: the extended one; parts: for each new id, the old ids that it stands for; seen: how often each piece that
-    was learned stood in the corpus when it was chosen."""
+    """A tokenizer with new tokens.
 
-    lexicon: TokenizerFiles
+    files: the extended tokenizer; parts: for each new id, the old ids of the same text; seen: how often each learned
+    piece occurred in the corpus when it was chosen.
+    """
+
+    files: TokenizerFiles
     first_new: int
     parts: list[list[int]]
     seen: list[int] = field(default_factory=list)
@@ -113,19 +119,21 @@ class ExtendedTokenizer:
 
 
 def open_tokenizer_files(name: str, *, to_measure: bool = False) -> TokenizerFiles:
-    """A model's tokenizer (folder, hub id, modelscope:, .gguf) or a tokenizer's file (tokenizer.json, SentencePiece's
-    .model, tiktoken's, tekken.json). Raises ModelError for what is none of these, or of a kind that takes no pieces, unless
-    it is only to be measured."""
-    lexicon = _open(Path(name), name)
-    if not lexicon.grows and not to_measure:
+    """Open a model's tokenizer (folder, hub id, modelscope:, .gguf) or a tokenizer file (tokenizer.json, a
+    SentencePiece .model, a tiktoken file, tekken.json).
+
+    to_measure: also accept a tokenizer that cannot be extended. Raises ModelError if it is none of these.
+    """
+    files = _open(Path(name), name)
+    if not files.is_extensible and not to_measure:
         raise ModelError(
             _("a {type} tokenizer without tokenizer.model: neither byte-level BPE nor SentencePiece").format(
-                type=lexicon.definition["model"]["type"]
+                type=files.definition["model"]["type"]
             ),
-            place=lexicon.name,
+            place=files.name,
             remedy=_("put the model family's tokenizer.model next to it"),
         )
-    return lexicon
+    return files
 
 
 def _open(path: Path, name: str) -> TokenizerFiles:
@@ -147,9 +155,9 @@ def _open(path: Path, name: str) -> TokenizerFiles:
 
 def _open_file(path: Path) -> TokenizerFiles:
     if path.suffix == ".json":
-        held = _read_json(path)
-        if "model" in held:
-            return TokenizerFiles(str(path), Tokenizer.from_str(json.dumps(held)))
+        definition = _read_json(path)
+        if "model" in definition:
+            return TokenizerFiles(str(path), Tokenizer.from_str(json.dumps(definition)))
     ranked = read_ranks(path)
     if ranked is not None:
         return TokenizerFiles(str(path), ranked)
@@ -166,9 +174,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LearnedPieces:
-    """What a corpus taught, from which the first N pieces can be taken for any N.
+    """Pieces learned from a corpus, most useful first, so that the first N can be taken for any N.
 
-    found: merges for byte-level BPE, (piece, tokens saved) for SentencePiece, most useful first."""
+    found: merges for byte-level BPE, (piece, tokens saved) for SentencePiece.
+    """
 
     base: TokenizerFiles
     script: Script
@@ -177,7 +186,7 @@ class LearnedPieces:
     def __len__(self) -> int:
         return len(self.found.pieces if self.base.model is None else self.found)
 
-    def say_if_fewer(self, pieces: int) -> None:
+    def warn_if_fewer(self, pieces: int) -> None:
         if len(self) < pieces:
             console.notice(
                 _(
@@ -186,9 +195,10 @@ class LearnedPieces:
             )
 
     def extended(self, pieces: int, words: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> ExtendedTokenizer:
-        """The base with the first pieces, then whole words, then special tokens.
+        """Return the base with the first learned pieces, then whole words, then special tokens.
 
-        Raises RecipeError when a word is a token already, or one that the base's tokenizer takes apart."""
+        Raises RecipeError if a word is already a token or empty, or if the base's tokenizer would split it.
+        """
         _check_new(self.base, [*words, *special_tokens])
         if self.base.model is None:
             return _extend_byte_level(self.base, self.found.first(pieces), words, special_tokens)
@@ -200,28 +210,28 @@ def learn(
     texts: Iterable[str],
     script: Script,
     most: int,
-    tell: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> LearnedPieces:
-    """At most `most` pieces. Raises DataError when the texts hold nothing of the script, ModelError when the base is no
-    BPE."""
+    """Learn at most `most` pieces. Raises DataError if the texts contain nothing in the script, ModelError if the base
+    is not BPE."""
     if base.model is not None:
         spm.check_base(base.model, base.name)
         inside = encoder_of(spm.without_prefix(base.model))
         return LearnedPieces(
-            base, script, spm.learn_pieces(base.model, texts, script, inside, most, tell) if most else []
+            base, script, spm.learn_pieces(base.model, texts, script, inside, most, on_progress) if most else []
         )
     definition = base.definition
     spelling = bytelevel.spelling_of(definition)
     counted = bytelevel.count_words(base.backend, texts, script) if most else {}
     special = [token["content"].encode() for token in definition.get("added_tokens") or ()]
     learned = learn_merges(
-        counted, spelling, script.allows, most, first_new=len(spelling), forbidden=special, tell=tell
+        counted, spelling, script.allows, most, first_new=len(spelling), forbidden=special, tell=on_progress
     )
     return LearnedPieces(base, script, learned)
 
 
 def extended_by(base: TokenizerFiles, name: str) -> ExtendedTokenizer:
-    """The extension that another tokenizer is, made elsewhere. Raises ModelError when it is none of this base."""
+    """Open an extension of the base that was made elsewhere. Raises ModelError if it does not extend this base."""
     other = open_tokenizer_files(name)
     if base.model is None or other.model is None:
         raise ModelError(
@@ -298,7 +308,7 @@ def _extend_sentencepiece(
 
 
 def from_model(base: TokenizerFiles, model: Any) -> TokenizerFiles:
-    """A SentencePiece model with the fast form made from it."""
+    """Return a SentencePiece model with the fast form made from it."""
     return TokenizerFiles(base.name, sentencepiece.fast_form(model), model, base.tokenizer)
 
 
@@ -320,28 +330,28 @@ def _check_new(base: TokenizerFiles, texts: Sequence[str]) -> None:
             )
 
 
-def save(lexicon: TokenizerFiles, folder: Path) -> None:
-    """The files of a tokenizer: tokenizer.json and its config, and tokenizer.model where there is one. Names of special
-    tokens, length and chat template are carried over."""
+def save(files: TokenizerFiles, folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json, and tokenizer.model if there is one. Names of special tokens,
+    maximum length and chat template are kept."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=lexicon.backend, **_settings(lexicon))
-    own = lexicon.tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=files.backend, **_settings(files))
+    own = files.tokenizer
     if own is not None and own.chat_template:
         tokenizer.chat_template = own.chat_template
     tokenizer.save_pretrained(str(folder))
     config = folder / "tokenizer_config.json"
     known = json.loads(config.read_text(encoding="utf-8"))
-    # The class that every transformers knows; what 5 writes, 4 (and what stands on it) does not.
+    # All versions of transformers know this class; version 4 does not know the one that version 5 writes.
     write_json(config, {**known, "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": INPUTS})
-    if lexicon.model is not None:
-        (folder / "tokenizer.model").write_bytes(lexicon.model.SerializeToString())
+    if files.model is not None:
+        (folder / "tokenizer.model").write_bytes(files.model.SerializeToString())
 
 
-def _settings(lexicon: TokenizerFiles) -> dict[str, Any]:
-    own = lexicon.tokenizer
+def _settings(files: TokenizerFiles) -> dict[str, Any]:
+    own = files.tokenizer
     if own is None:
-        return sentencepiece.special_names(lexicon.model) if lexicon.model is not None else {}
+        return sentencepiece.special_names(files.model) if files.model is not None else {}
     names = {name: str(text) for name, text in own.special_tokens_map.items() if isinstance(text, str)}
     return {
         **names,
@@ -352,24 +362,24 @@ def _settings(lexicon: TokenizerFiles) -> dict[str, Any]:
 
 
 def curve(
-    learnt: LearnedPieces, rest: list[str], shape: ModelSize, steps: Sequence[int] = CURVE
+    learned_pieces: LearnedPieces, rest: list[str], shape: ModelSize, steps: Sequence[int] = CURVE
 ) -> tuple[CurvePoint, list[CurvePoint]]:
-    """What more and more pieces bring on the rest."""
-    made = []
-    for step in _reached(steps, len(learnt)):
-        extended = learnt.extended(step)
+    """Measure the tokenizer with more and more pieces on texts that were not learned from."""
+    points = []
+    for step in _reached(steps, len(learned_pieces)):
+        extended = learned_pieces.extended(step)
         seen = sum(count >= SEEN_ENOUGH for count in extended.seen)
-        made.append((step, extended.lexicon.coder, seen))
-    return make_curve(learnt.base.coder, shape, rest, made)
+        points.append((step, extended.files.coder, seen))
+    return make_curve(learned_pieces.base.coder, shape, rest, points)
 
 
 def _reached(steps: Sequence[int], most: int) -> list[int]:
-    """The steps that the corpus gives pieces for, and the last piece that it gives."""
+    """Return the steps that the corpus has pieces for, and the number of its pieces if it has fewer."""
     return sorted({min(step, most) for step in steps} - {0})
 
 
 def shape_of(name: str) -> ModelSize:
-    """What a token costs in a model; a nominal one for a tokenizer's file, which has none behind it."""
+    """Return the size of the model, which decides a token's cost; a nominal size without a model."""
     if Path(name).is_file() and Path(name).suffix != ".gguf":
         return NOMINAL
     place = load.locate(name)
@@ -381,28 +391,28 @@ def shape_of(name: str) -> ModelSize:
 
 
 def shipped_texts() -> list[str]:
-    """The dialogues that the package brings along: real text in reach of everyone."""
+    """Return the dialogues that come with the package: real text without a download."""
     with resources.as_file(resources.files("tongwen.commands") / "demo_data" / "dialogues.jsonl") as file:
-        return list(iter_texts([str(file)], lambda said: None))
+        return list(iter_texts([str(file)], lambda text: None))
 
 
 # -- texts ---------------------------------------------------------------------------------------------------------
 
 
-def iter_texts(paths: Sequence[str], tell: Callable[[str], None] = console.notice) -> Iterator[str]:
-    """The texts of files of any known format as they are, record after record; dialogues turn by turn. Rows that cannot
-    be read are counted and said."""
-    section = Prepare(documents=[SourceConfig(path=path) for path in paths], clean=AS_IS)
-    for listed in list_parts(section, local_copy, tell):
-        part = replace(listed, kind=kind_of(listed.file, listed.source))
+def iter_texts(paths: Sequence[str], notify: Callable[[str], None] = console.notice) -> Iterator[str]:
+    """Yield the unchanged texts of files in any known format; dialogues turn by turn. Unreadable rows are counted and
+    reported through `notify`."""
+    section = Prepare(documents=[SourceConfig(path=path) for path in paths], clean=NO_CLEANING)
+    for input_part in list_parts(section, local_copy, notify):
+        part = replace(input_part, kind=kind_of(input_part.file, input_part.source))
         refused, first = 0, ""
-        for raw, record in iter_rows(part, section, Cleaner(section.clean, part.kind), tell):
+        for raw, record in iter_rows(part, section, Cleaner(section.clean, part.kind), notify):
             if isinstance(record, (Document, Dialogue)):
                 yield from texts_of(record)
             elif isinstance(record, RowRefused):
                 refused, first = refused + 1, first or f"{raw.file}:{raw.row}: {record.rule}"
         if refused:
-            tell(_("{refused:,} rows cannot be read, the first: {first}").format(refused=refused, first=first))
+            notify(_("{refused:,} rows cannot be read, the first: {first}").format(refused=refused, first=first))
 
 
 def texts_of(record: Document | Dialogue) -> Iterator[str]:
@@ -413,27 +423,27 @@ def texts_of(record: Document | Dialogue) -> Iterator[str]:
 
 
 def split(texts: Iterable[str]) -> tuple[Iterator[str], list[str]]:
-    """(what is learned from, every tenth text): the second fills while the first is read, up to SAMPLE characters."""
+    """Return (texts to learn from, every tenth text up to SAMPLE_CHARACTERS). The list fills during reading."""
     rest: list[str] = []
     return _without_tenth(texts, rest), rest
 
 
 def _without_tenth(texts: Iterable[str], rest: list[str]) -> Iterator[str]:
     size = 0
-    for place, text in enumerate(texts):
-        if place % 10 == 0 and size < SAMPLE:
+    for index, text in enumerate(texts):
+        if index % 10 == 0 and size < SAMPLE_CHARACTERS:
             rest.append(text)
             size += len(text)
         else:
             yield text
 
 
-def some(texts: Iterable[str]) -> list[str]:
-    """Texts up to SAMPLE characters, evenly from the whole; never fewer than one."""
+def sample_texts(texts: Iterable[str]) -> list[str]:
+    """Return about SAMPLE_CHARACTERS of texts, spread evenly over all; at least one text."""
     return _evenly(list(texts))
 
 
 def _evenly(texts: list[str]) -> list[str]:
     total = sum(map(len, texts))
-    step = max(1, -(-total // SAMPLE))
+    step = max(1, -(-total // SAMPLE_CHARACTERS))
     return texts[::step]

@@ -1,9 +1,9 @@
-"""Extending a vocabulary: prepared text and a base in; the base with a larger vocabulary out, its tokenizer and its rows.
+"""Extend a base's vocabulary with pieces learned from prepared text; write the larger model and its tokenizer.
 
-Pieces are learned from what `prepare` kept, and what they bring is measured on what it held out. Before anything is
-written, the advice: whether a character becomes so much cheaper that it pays to learn new rows. Then the tokenizer is
-written in all its forms and the weights stream through, with the new rows behind the old ones. What comes out is an
-ordinary model folder; `new_rows.json` names the rows that have to be trained.
+Pieces are learned from the rows that `prepare` kept, and measured on the rows that it held out. Before anything is
+written, a report advises whether text becomes cheap enough to pay for training the new rows. Then the tokenizer is
+written in all its forms, and the weights are streamed with the new rows after the old ones. The result is an ordinary
+model folder; `new_rows.json` lists the rows that have to be trained.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NEW_ROWS = "new_rows.json"
 
 
 def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> artifact.Artifact:
-    """Learn, measure, advise, write. settings: those that decide what comes out."""
+    """Learn pieces, measure them, print advice, write the model. settings: recorded in the manifest."""
     section = recipe.vocab
     assert section
     prepared = artifact.open_artifact(out.parent / "prepare", "prepare") if recipe.prepare else None
@@ -41,24 +41,26 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
     console.header("vocab", f"{recipe.base} + {section.tokenizer or format(section.pieces, ',')}")
     old, script = tokenizer_files.open_tokenizer_files(recipe.base), Script(section.script)
     learn_from, rest = _texts(prepared.path if prepared else None)
-    learnt = None if section.tokenizer else _learn(old, learn_from, script, section)
-    if learnt is not None:
-        made = learnt.extended(section.pieces, section.words, section.special_tokens)
+    learned = None if section.tokenizer else _learn(old, learn_from, script, section)
+    if learned is not None:
+        extended = learned.extended(section.pieces, section.words, section.special_tokens)
     else:
-        made = tokenizer_files.extended_by(old, str(section.tokenizer))
+        extended = tokenizer_files.extended_by(old, str(section.tokenizer))
 
     base, config = open_model(place)
     names = resize.matrices_of(base, place.name)
     rows = resize.plan_rows(
-        made.first_new, made.new_ids, base.facts[names[0]][1][0], section.pad_to_multiple, shrink=section.shrink
+        extended.first_new, extended.new_ids, base.facts[names[0]][1][0], section.pad_to_multiple, shrink=section.shrink
     )
-    report = measure.survey(old.coder, made.lexicon.coder, {_("held out"): rest}, script)
+    report = measure.survey(old.coder, extended.files.coder, {_("held out"): rest}, script)
     report["rows"] = {"filled": rows.filled, "added": rows.added, "padding": rows.padding, "wanted": rows.wanted}
     if section.measure_bits:
-        report |= vocab_scores.bits_before_training(place, old, made, section.new_rows, recipe.seed, rest)
-    if learnt is not None and section.pieces:
-        report |= _advise(learnt, rest, recipe.base, section, report.get("bits_per_byte"))
-    report["summary"] = f"{recipe.base} · {_('{pieces:,} pieces').format(pieces=len(made.parts))} · {section.new_rows}"
+        report |= vocab_scores.bits_before_training(place, old, extended, section.new_rows, recipe.seed, rest)
+    if learned is not None and section.pieces:
+        report |= _advise(learned, rest, recipe.base, section, report.get("bits_per_byte"))
+    report["summary"] = (
+        f"{recipe.base} · {_('{pieces:,} pieces').format(pieces=len(extended.parts))} · {section.new_rows}"
+    )
 
     base_lines = model_lines(place)
     parents: dict[str, Any] = {"base": {"path": recipe.base, "fingerprint": combine(base_lines)}}
@@ -66,35 +68,35 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
         parents["prepare"] = prepared.as_parent()
     with artifact.create(out, "vocab", parents, settings, swept=True) as draft:
         artifact.check_disk(draft.path, resize.bytes_needed(base, names, rows))
-        tokenizer_files.save(made.lexicon, draft.path)
+        tokenizer_files.save(extended.files, draft.path)
         with console.progress(len(base.facts), "grow") as bar:
             known = {} if place.gguf else base_lines  # a GGUF file names its tensors otherwise
-            make = _maker(base, made, rows, recipe)
+            make = _maker(base, extended, rows, recipe)
             lines = resize.widen(base, known, names, rows, make, draft.path, bar.update)
         artifact.write_json(draft.path / "config.json", config | {"vocab_size": rows.wanted})
-        _carry(place, draft.path)
-        artifact.write_json(draft.path / NEW_ROWS, list(made.new_ids))
+        _copy_generation_config(place, draft.path)
+        artifact.write_json(draft.path / NEW_ROWS, list(extended.new_ids))
         artifact.write_json(draft.path / "report.json", report)
         title = f"{recipe.name} · vocab"
         (draft.path / "report.html").write_text(as_html(title, report), encoding="utf-8")
         draft.fingerprint = combine(lines)
         draft.facts = {"tokens": report["sizes"], "rows": report["rows"], "tensors": lines}
         draft.record_files(lambda file: file.suffix != ".safetensors")
-    _say_rows(rows, out)
+    _report_rows(rows, out)
     assert draft.artifact
     return draft.artifact
 
 
 def _texts(prepared: Path | None) -> tuple[Iterable[str], list[str]]:
-    """(what is learned from, what is measured on): documents, or dialogues where there are none; what was held out, or
-    every tenth text where nothing was."""
+    """Return (texts to learn from, texts to measure on): documents, or dialogues without documents; held-out texts, or
+    every tenth text if none were held out."""
     if prepared is None:
         return [], tokenizer_files.shipped_texts()
     kind = "documents" if (prepared / "documents.jsonl").is_file() else "dialogues"
     texts = _read(prepared / f"{kind}.jsonl")
     aside = prepared / f"{kind}.held_out.jsonl"
     if aside.is_file():
-        return texts, tokenizer_files.some(_read(aside))
+        return texts, tokenizer_files.sample_texts(_read(aside))
     return tokenizer_files.split(texts)
 
 
@@ -104,39 +106,39 @@ def _read(file: Path) -> Iterator[str]:
 
 
 def _learn(old: TokenizerFiles, texts: Iterable[str], script: Script, section: Vocab) -> tokenizer_files.LearnedPieces:
-    """Enough pieces for the recipe and for the curve."""
+    """Learn enough pieces for the recipe and for the curve."""
     if not section.pieces:
         return tokenizer_files.learn(old, (), script, 0)
     most = max(section.pieces, measure.CURVE[-1])
     with console.progress(most, _("learning pieces")) as bar:
-        learnt = tokenizer_files.learn(old, texts, script, most, bar.update)
-    learnt.say_if_fewer(section.pieces)
-    return learnt
+        learned = tokenizer_files.learn(old, texts, script, most, bar.update)
+    learned.warn_if_fewer(section.pieces)
+    return learned
 
 
 def _maker(
-    base: Tensors, made: tokenizer_files.ExtendedTokenizer, rows: resize.RowPlan, recipe: Recipe
+    base: Tensors, extended: tokenizer_files.ExtendedTokenizer, rows: resize.RowPlan, recipe: Recipe
 ) -> resize.MakeRows:
-    """The rows of a matrix by its name: those of the new tokens, then the padding."""
+    """Return a function from a matrix's name to its new rows: those of the new tokens, then the padding."""
     kind = recipe.vocab.new_rows if recipe.vocab else ""
 
     def make(name: str) -> Iterator[Any]:
         return vocab_scores.iter_rows(
-            kind, made, rows, recipe.seed, lambda begin, end: read_fp32(base, name, begin, end)
+            kind, extended, rows, recipe.seed, lambda begin, end: read_fp32(base, name, begin, end)
         )
 
     return make
 
 
 def _advise(
-    learnt: tokenizer_files.LearnedPieces, rest: list[str], base: str, section: Vocab, bits: dict[str, float] | None
+    learned: tokenizer_files.LearnedPieces, rest: list[str], base: str, section: Vocab, bits: dict[str, float] | None
 ) -> dict[str, Any]:
-    """The curve and the advice, said before anything costs hours."""
+    """Print the advice, and return it with the curve; this comes before the steps that take hours."""
     steps = sorted({*measure.CURVE, section.pieces})
-    start, curve = tokenizer_files.curve(learnt, rest, tokenizer_files.shape_of(base), steps)
-    advice = measure.advise(start, curve, vocab_scores.damage_of(bits), min(section.pieces, len(learnt)))
-    said = console.good if advice.extend else console.notice
-    said(
+    start, curve = tokenizer_files.curve(learned, rest, tokenizer_files.shape_of(base), steps)
+    advice = measure.advise(start, curve, vocab_scores.damage_of(bits), min(section.pieces, len(learned)))
+    report = console.good if advice.extend else console.notice
+    report(
         _("extending this vocabulary is worthwhile")
         if advice.extend
         else _(
@@ -148,14 +150,14 @@ def _advise(
     return {"curve": [vars(point) for point in (start, *curve)], "advice": advice.to_dict()}
 
 
-def _carry(place: load.ModelRef, out: Path) -> None:
-    """What the base says beside its weights: how to generate."""
+def _copy_generation_config(place: load.ModelRef, out: Path) -> None:
+    """Copy the base's generation_config.json, if it has one."""
     file = Path(place.folder) / "generation_config.json"
     if file.is_file():
         shutil.copyfile(file, out / file.name)
 
 
-def _say_rows(rows: resize.RowPlan, out: Path) -> None:
+def _report_rows(rows: resize.RowPlan, out: Path) -> None:
     console.good(
         _(
             "{count:,} new tokens: {filled:,} use spare rows, the matrices grew by {added:,} to {wanted:,} rows · {out}"

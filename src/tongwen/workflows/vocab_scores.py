@@ -1,6 +1,6 @@
-"""What a larger vocabulary does to a model before any training: its new rows, and its bits per byte with them.
+"""A model with a larger vocabulary before any training: its new rows, and its bits per byte.
 
-The score needs the whole model in memory; where it does not fit, that is said and nothing is scored.
+Scoring needs the whole model in memory; if it does not fit, a notice says so and nothing is scored.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ CHUNK = 400  # characters of a scored text
 
 
 def iter_rows(
-    kind: str, made: ExtendedTokenizer, rows: resize.RowPlan, seed: int, read: grow.ReadRows
+    kind: str, extended: ExtendedTokenizer, rows: resize.RowPlan, seed: int, read: grow.ReadRows
 ) -> Iterator[grow.Rows]:
-    """The new rows of a matrix in blocks, then the padding. read: the old rows of the matrix."""
-    return grow.iter_rows(kind, made.parts, rows.old, read, padding=rows.padding, seed=seed)
+    """Yield the new rows of a matrix in blocks, then the padding. read: returns old rows of the matrix."""
+    return grow.iter_rows(kind, extended.parts, rows.old, read, padding=rows.padding, seed=seed)
 
 
 def bits_before_training(
-    place: load.ModelRef, old: TokenizerFiles, made: ExtendedTokenizer, kind: str, seed: int, texts: list[str]
+    place: load.ModelRef, old: TokenizerFiles, extended: ExtendedTokenizer, kind: str, seed: int, texts: list[str]
 ) -> dict[str, Any]:
-    """`bits_per_byte` of the base and of the grown, untrained model, on texts and on English; nothing when the model does
-    not fit into memory. kind: how new rows begin."""
+    """Return `bits_per_byte` of the base and of the extended, untrained model, on the texts and on English; an empty
+    dict if the model does not fit in memory. kind: initial values of the new rows (`vocab.new_rows`)."""
     import psutil
 
     size = sum(file.stat().st_size for pattern in load.WEIGHTS for file in Path(place.folder).glob(pattern))
@@ -45,11 +45,11 @@ def bits_before_training(
     scored = _chunks(texts), _chunks([measure.ENGLISH])
     with console.waiting(_("scoring before training")):
         model = load.load_model(place, load.compute_dtype("auto", "cpu")[0])
-        held = len(model.get_input_embeddings().weight)
-        rows = resize.plan_rows(made.first_new, made.new_ids, held, 1)
-        before = [_score(model, old, old.tokenizer, some) for some in scored]
-        resize.widen_in_memory(model, rows, lambda read: iter_rows(kind, made, rows, seed, read))
-        after = [_score(model, made.lexicon, old.tokenizer, some) for some in scored]
+        row_count = len(model.get_input_embeddings().weight)
+        rows = resize.plan_rows(extended.first_new, extended.new_ids, row_count, 1)
+        before = [_score(model, old, old.tokenizer, texts_part) for texts_part in scored]
+        resize.widen_in_memory(model, rows, lambda read: iter_rows(kind, extended, rows, seed, read))
+        after = [_score(model, extended.files, old.tokenizer, texts_part) for texts_part in scored]
     return {
         "bits_per_byte": {
             _("base"): before[0],
@@ -61,7 +61,7 @@ def bits_before_training(
 
 
 def damage_of(bits: dict[str, float] | None) -> float | None:
-    """By how much the bits per byte of the target's texts rise; None where nothing was measured."""
+    """Return the relative rise of the bits per byte on the target's texts; None if nothing was measured."""
     if not bits:
         return None
     before, after, *_unused = bits.values()
@@ -69,20 +69,20 @@ def damage_of(bits: dict[str, float] | None) -> float | None:
 
 
 def _chunks(texts: list[str]) -> list[str]:
-    """Stretches of CHUNK characters, evenly from all, SCORED characters together."""
+    """Return pieces of CHUNK characters, spread evenly over the texts, about SCORED characters in all."""
     whole = "\n".join(texts)
     chunks = [whole[begin : begin + CHUNK] for begin in range(0, len(whole), CHUNK)]
     return chunks[:: max(1, len(whole) // SCORED)]
 
 
-def _score(model: Any, one: TokenizerFiles, tokenizer: Any, texts: list[str]) -> float:
-    """Bits per byte of texts, each by itself behind the token that begins a text."""
+def _score(model: Any, files: TokenizerFiles, tokenizer: Any, texts: list[str]) -> float:
+    """Return the bits per byte of texts, each scored alone after the token that begins a text."""
     import torch
 
     from tongwen.model.kernels.loss import bits_per_byte
 
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    coder = one.coder
+    coder = files.coder
     sizes = torch.tensor([len(piece) for piece in coder.spelling])
 
     def batches() -> Iterator[dict[str, Any]]:

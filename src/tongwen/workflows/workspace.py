@@ -1,6 +1,6 @@
-"""The folders that the page was given, and what lies in them: models, recipes and runs. Nothing else is opened or written.
+"""The folders that the web page may use, with their models, recipes and runs. Nothing else is opened or written.
 
-What a visitor names is looked up here first: a path counts when it lies in one of the folders after every link is followed.
+Every path from a visitor is checked here first: after following all links, it must be inside one of these folders.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from pathlib import Path
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 
-DEEPEST = 5  # folders below a given one that are looked into
-MOST = 500  # things of a kind that are listed
+MAX_DEPTH = 5  # levels of subfolders that are searched
+MAX_LISTED = 500  # most models, recipes or runs that are listed
 MODEL_MARKS = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """folders: resolved; named: models beyond them (hub ids, paths) that the command line named itself."""
+    """folders: resolved paths; named: models outside them (hub ids, paths) that the command line allows."""
 
     folders: tuple[Path, ...]
     named: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, folders: Sequence[str], named: Sequence[str] = ()) -> Workspace:
-        """Raises RecipeError for what is no folder."""
+        """Return the workspace of these folders. Raises RecipeError if one is not a folder."""
         for folder in folders:
             if not Path(folder).is_dir():
                 raise RecipeError(_("this is not a folder"), place=folder)
         return cls(tuple(Path(folder).resolve() for folder in folders), tuple(named))
 
     def inside(self, name: str) -> Path:
-        """The path of that name, whether or not anything stands there. Raises RecipeError when it leads out of the folders."""
+        """Return the resolved path, which need not exist. Raises RecipeError if it is outside the folders."""
         try:
             path = Path(name).resolve()
         except (OSError, ValueError):
@@ -48,39 +48,39 @@ class Workspace:
         return path
 
     def model(self, name: str) -> str:
-        """A model's name, once it is sure that the page may open it."""
+        """Return the model's name or path. Raises RecipeError if the page may not open it."""
         return name if name in self.named else str(self.inside(name))
 
     def models(self) -> list[str]:
         found = [folder for folder in self._walk() if any((folder / mark).is_file() for mark in MODEL_MARKS)]
         files = [file for folder in self._walk() for file in sorted(folder.glob("*.gguf"))]
-        return [*self.named, *map(shown, [*found, *files][:MOST])]
+        return [*self.named, *map(display_path, [*found, *files][:MAX_LISTED])]
 
     def recipes(self) -> list[str]:
         files = [
             file for folder in self._walk() for ending in ("yaml", "yml") for file in sorted(folder.glob(f"*.{ending}"))
         ]
-        return [shown(file) for file in files if _is_recipe(file)][:MOST]
+        return [display_path(file) for file in files if _is_recipe(file)][:MAX_LISTED]
 
     def runs(self) -> list[str]:
-        """The newest first."""
+        """Return the runs, the newest first."""
         found = [folder for folder in self._walk() if _is_run(folder)]
-        return [shown(folder) for folder in sorted(found, key=_changed, reverse=True)][:MOST]
+        return [display_path(folder) for folder in sorted(found, key=_changed, reverse=True)][:MAX_LISTED]
 
     def _walk(self) -> Iterator[Path]:
         for top in self.folders:
-            for place, below, _unused in os.walk(top):
-                folder = Path(place)
-                deep = len(folder.relative_to(top).parts)
-                hidden = [name for name in below if name.startswith((".", "__")) or deep >= DEEPEST]
-                below[:] = sorted(set(below) - set(hidden))
+            for root, subfolders, _unused in os.walk(top):
+                folder = Path(root)
+                depth = len(folder.relative_to(top).parts)
+                hidden = [name for name in subfolders if name.startswith((".", "__")) or depth >= MAX_DEPTH]
+                subfolders[:] = sorted(set(subfolders) - set(hidden))
                 yield folder
 
 
-def shown(path: Path) -> str:
-    """As short as it can be said from where the command was started."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
+def display_path(path: Path) -> str:
+    """Return the path relative to the current folder if it is inside, else the whole path."""
+    cwd = Path.cwd()
+    return str(path.relative_to(cwd)) if path.is_relative_to(cwd) and path != cwd else str(path)
 
 
 def _is_run(folder: Path) -> bool:
@@ -88,7 +88,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _is_recipe(file: Path) -> bool:
-    """Whether a YAML file begins like a recipe; those that runs keep of themselves are no beginnings."""
+    """Return whether a YAML file looks like a recipe; the resolved recipes in run folders do not count."""
     if _is_run(file.parent):
         return False
     with file.open("rb") as stream:

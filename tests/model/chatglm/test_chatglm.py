@@ -179,7 +179,7 @@ def test_rounds_and_answers_are_written_as_it_was_trained(small_ice: Path, tmp_p
 def test_punctuation_is_full_width_again_in_an_answer(small_ice: Path, tmp_path: Path, tongwen: Any) -> None:
     folder = chatglm_folder(tmp_path, small_ice)
     speaker = open_chat_model(str(folder))
-    voice = speaker.voice
+    voice = speaker.generator
     ids = voice.tokenizer("你好，世界。Hello, world! 好：", add_special_tokens=False).input_ids
     assert voice.decode(ids) == "你好，世界。Hello, world! 好："
     assert voice.tokenizer.decode(ids) == "你好,世界。Hello, world! 好:"

@@ -1,4 +1,4 @@
-"""The training job of dialogues: rendered by a template and encoded, with every row accounted for."""
+"""Make the training job of the `sft` stage: dialogues are rendered by a template and encoded."""
 
 from __future__ import annotations
 
@@ -19,39 +19,41 @@ from tongwen.workflows.tokenized_data import (
     DialogueEncoder,
     are_rows_untrained,
     encode_prepared,
+    make_dialogue_encoder,
     new_rows_of,
-    read_dialogues,
 )
 from tongwen.workflows.training.types import SamplePrompt, TrainingJob
 
 
 def dialogue_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> TrainingJob:
-    """Encode the dialogues for the `sft` stage. tokens: the folder that keeps them."""
+    """Encode the dialogues for the `sft` stage. tokens: the folder for the encoded data."""
     section, base = recipe.sft, base_of_stage(recipe, "sft")
     assert section
-    records = read_dialogues(base, section)
-    data = encode_prepared(prepared, records, recipe.seed, tokens)
+    record_encoder = make_dialogue_encoder(base, section)
+    data = encode_prepared(prepared, record_encoder, recipe.seed, tokens)
     return TrainingJob(
         recipe=recipe,
         stage="sft",
         prepared=prepared,
-        records=records,
+        record_encoder=record_encoder,
         data=data,
-        prompts=_prompts(data.held_out, records, section.samples),
-        find_rows=lambda model: sorted({*_control_rows(model, records, section), *_new_pieces(base, section)}),
+        prompts=_prompts(data.held_out, record_encoder, section.samples),
+        find_rows=lambda model: sorted({*_control_rows(model, record_encoder, section), *_new_pieces(base, section)}),
         new_rows=new_rows_of(base) if section.adapter.method == "new_rows" else (),
-        template=records.template,
-        parents={"template": {"name": section.template, "fingerprint": fingerprint_text(records.template.source)}},
+        template=record_encoder.template,
+        parents={
+            "template": {"name": section.template, "fingerprint": fingerprint_text(record_encoder.template.source)}
+        },
         facts={"template_name": section.template},
     )
 
 
-def _control_rows(model: Any, records: DialogueEncoder, section: Sft) -> list[int]:
-    """Rows of control tokens that the template writes and the base never saw; under an adapter they would stay so."""
+def _control_rows(model: Any, record_encoder: DialogueEncoder, section: Sft) -> list[int]:
+    """Return rows of the template's control tokens that are untrained, and would stay so under an adapter."""
     if section.adapter.method == "full":
         return []
-    tokenizer = records.tokenizer
-    control = chat_setup.control_ids(tokenizer, records.template)
+    tokenizer = record_encoder.tokenizer
+    control = chat_setup.control_ids(tokenizer, record_encoder.template)
     rows = attach.find_untrained_rows(model, control, {*tokenizer.get_vocab().values()})
     if not rows:
         return []
@@ -69,16 +71,16 @@ def _control_rows(model: Any, records: DialogueEncoder, section: Sft) -> list[in
 
 
 def _new_pieces(base: str, section: Sft) -> list[int]:
-    """Rows that a vocabulary stage added and no stage has trained since; under an adapter they would stay so."""
+    """Return rows that a vocabulary stage added and no stage trained since; an adapter alone would not train them."""
     if section.adapter.method in ("full", "new_rows") or not are_rows_untrained(base):
         return []
     console.notice(_("no `pretrain` has trained the new pieces' rows; this stage trains them with the adapter"))
     return new_rows_of(base)
 
 
-def _prompts(held_out: list[Dialogue], records: DialogueEncoder, count: int) -> list[SamplePrompt]:
-    """The held-out dialogues that are answered before and after: the first with a plain question at the end."""
-    asked = [
+def _prompts(held_out: list[Dialogue], record_encoder: DialogueEncoder, count: int) -> list[SamplePrompt]:
+    """Return prompts from the first held-out dialogues that end with an answer; the report shows answers to them."""
+    dialogues = [
         one
         for one in held_out
         if len(one.messages) > 1 and one.messages[-1].role == "assistant" and one.messages[-1].content
@@ -86,8 +88,8 @@ def _prompts(held_out: list[Dialogue], records: DialogueEncoder, count: int) -> 
     return [
         SamplePrompt(
             one.messages[-2].content,
-            records.template.prompt(one.messages[:-1], one.tools),
+            record_encoder.template.prompt(one.messages[:-1], one.tools),
             one.messages[-1].content,
         )
-        for one in asked[:count]
+        for one in dialogues[:count]
     ]

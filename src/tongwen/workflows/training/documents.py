@@ -1,4 +1,4 @@
-"""The training job of documents: encoded as the recipe arranges them, with every token accounted for."""
+"""Make the training job of the `pretrain` stage: documents are encoded in the recipe's arrangement."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from tongwen.workflows.tokenized_data import (
     DocumentEncoder,
     are_rows_untrained,
     encode_prepared,
+    make_document_encoder,
     new_rows_of,
-    read_documents,
 )
 from tongwen.workflows.training.types import SamplePrompt, TrainingJob
 
-OPENING = 24  # characters of a held-out document that the model is to continue, for the report
+OPENING = 24  # characters of a held-out document that the model continues, for the report
 
 
 def document_job(recipe: Recipe, prepared: artifact.Artifact, tokens: Path) -> TrainingJob:
-    """Encode the documents for the `pretrain` stage. tokens: the folder that keeps them.
+    """Encode the documents for the `pretrain` stage. tokens: the folder for the encoded data.
 
-    Raises RecipeError for a base or phases that could not learn from them.
+    Raises RecipeError if the base or the phases cannot learn from plain text.
     """
     section, base = recipe.pretrain, base_of_stage(recipe, "pretrain")
     assert section
     _check_new_rows(base, section)
     _check_learns_text(base)
-    records = read_documents(base, section)
-    _warn_of_instruct(base, records.tokenizer)
-    data = encode_prepared(prepared, records, recipe.seed, tokens)
+    record_encoder = make_document_encoder(base, section)
+    _warn_of_instruct(base, record_encoder.tokenizer)
+    data = encode_prepared(prepared, record_encoder, recipe.seed, tokens)
     trains_rows = "new_rows" in section.trained_parts
     return TrainingJob(
         recipe=recipe,
         stage="pretrain",
         prepared=prepared,
-        records=records,
+        record_encoder=record_encoder,
         data=data,
-        prompts=_beginnings(data.held_out, records, section.samples),
+        prompts=_completion_prompts(data.held_out, record_encoder, section.samples),
         new_rows=new_rows_of(base) if trains_rows else (),
-        end=records.end,
+        end=record_encoder.end,
     )
 
 
 def _check_new_rows(base: str, section: Pretrain) -> None:
-    """Raise RecipeError when the base has rows that no phase would train: their pieces would never be learned."""
+    """Raise RecipeError if the base has new rows that no phase trains: their pieces would never be learned."""
     trained = section.trained_parts
     if are_rows_untrained(base) and not trained & {"new_rows", "embeddings", "full"}:
         raise RecipeError(
@@ -64,7 +64,7 @@ def _check_new_rows(base: str, section: Pretrain) -> None:
 
 
 def _check_learns_text(base: str) -> None:
-    """Raise RecipeError for a family that learns from dialogues only."""
+    """Raise RecipeError for a family that can be trained only on dialogues."""
     kind = load.load_config(load.locate(base)).model_type
     family = family_of(kind)
     if family and family.dialogues_only:
@@ -78,10 +78,10 @@ def _check_learns_text(base: str) -> None:
 
 
 def _warn_of_instruct(base: str, tokenizer: Any) -> None:
-    """Plain text wears off what an instruct model has learned about answering."""
+    """Print a notice if the base is an instruct model: training on plain text weakens its ability to answer."""
     template = str(tokenizer.chat_template or "")
-    speaks = any(text in template for text in chat_setup.special_texts(tokenizer))
-    if speaks or re.search(r"instruct|chat|-it\b", Path(base).name, re.IGNORECASE):
+    has_control_tokens = any(text in template for text in chat_setup.special_texts(tokenizer))
+    if has_control_tokens or re.search(r"instruct|chat|-it\b", Path(base).name, re.IGNORECASE):
         console.notice(
             _(
                 "the base is an instruct model, and plain text wears down its ability to answer. Better: pre-train its base model, then add what the instruct model learned (tongwen merge --base RESULT --chat-vector INSTRUCT BASE), or run `sft` afterwards"
@@ -89,7 +89,7 @@ def _warn_of_instruct(base: str, tokenizer: Any) -> None:
         )
 
 
-def _beginnings(held_out: list[Document], records: DocumentEncoder, count: int) -> list[SamplePrompt]:
-    """The first held-out documents that are long enough: how they begin, and how they go on."""
-    long = [one.text for one in held_out if len(one.text) > 2 * OPENING]
-    return [SamplePrompt(text[:OPENING], text[:OPENING], text[OPENING : 4 * OPENING]) for text in long[:count]]
+def _completion_prompts(held_out: list[Document], record_encoder: DocumentEncoder, count: int) -> list[SamplePrompt]:
+    """Return prompts from the first held-out documents that are long enough: beginning and continuation."""
+    texts = [one.text for one in held_out if len(one.text) > 2 * OPENING]
+    return [SamplePrompt(text[:OPENING], text[:OPENING], text[OPENING : 4 * OPENING]) for text in texts[:count]]

@@ -1,4 +1,4 @@
-"""The training job: what `pretrain` and `sft` do between their data and their folder, in one function."""
+"""The training job of `pretrain` and `sft`, in one function: from the encoded data to the finished folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tongwen.train.parallel import agreed, choose, gather
 from tongwen.train.phase import Phase
 from tongwen.train.report import say_result
 from tongwen.train.trainer import PhaseRun, train_phase
-from tongwen.workflows.tokenized_data import say_ledger
+from tongwen.workflows.tokenized_data import report_ledger
 from tongwen.workflows.training.model import (
     answer_prompts,
     audit_phase,
@@ -38,24 +38,27 @@ from tongwen.workflows.training.model import (
     score_held_out,
     set_memory_savers,
 )
-from tongwen.workflows.training.phases import Progress, find_progress, plan_phases, say_plan
+from tongwen.workflows.training.phases import Progress, find_progress, plan_phases, report_plan
 from tongwen.workflows.training.report import SAMPLES, facts_of, make_report, method_of, save_answers, write_results
 from tongwen.workflows.training.types import PreparedModel, TrainingJob
 
 
 def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
-    """Train a stage's model phase by phase, and leave the finished folder `out`.
+    """Train a stage's model phase by phase, and write the finished folder `out`.
 
-    Raises RecipeError and ModelError for what cannot be trained, NumbersError when an audit fails or a number is not finite,
-    Interrupted when the run was asked to stop and has saved, MachineError with remedies when memory does not suffice.
+    Raises:
+        RecipeError, ModelError: The model cannot be trained this way.
+        NumbersError: An audit failed, or a number is not finite.
+        Interrupted: The run was asked to stop, and has saved a checkpoint.
+        MachineError: Out of memory; the error lists remedies.
     """
     # Check the inputs, and plan the batches of each phase.
     _check_evaluations(job)
     engine = choose(job.section)
-    if distributed.is_first():  # it alone reports to them
+    if distributed.is_first():  # only this process reports to trackers
         trackers.check(job.recipe.track)
     check_further(job.section.adapter, job.stage)
-    say_ledger(job.data)
+    report_ledger(job.data)
     device = load.compute_device()
     phases = plan_phases(job, device, artifact.partial_of(out) / "checkpoints")
     with _explain_out_of_memory(job, phases, device) as opened:
@@ -63,35 +66,37 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
         model = prepare_model(job, phases, device, engine)
         opened.append(model)
         trained = model.adapted.counts
-        say_plan(phases, job.data.store, trained)
+        report_plan(phases, job.data.store, trained)
         parents = _parents(job, model)
         with artifact.create(out, job.stage, parents, job.settings, resumable=True) as draft:
             # Enter the run: a new one, or an interrupted one with the same settings, data and base.
             run = resume.enter(draft.path, job.settings, _identity(job, model, parents))
             progress = find_progress(job, model, phases, run)
 
-            # Audit the first phase before anything slow. Then score what was held out, once.
+            # Audit the first phase before anything slow. Then score the held-out data, once.
             guarded, unreached = _begin_phase(model, progress.phases[0], job, len(phases) > 1)
-            before = _once(draft.path / resume.BEFORE, lambda: _examine(job, model, phases[0].plan.budget))
+            before = _load_or_make(
+                draft.path / resume.BEFORE, lambda: _score_and_answer(job, model, phases[0].plan.budget)
+            )
 
-            # Train each phase that is left, from the newest checkpoint if there is one.
+            # Train each remaining phase, from the newest checkpoint if there is one.
             notices, done, began = list[str](), progress.start, time.monotonic()
-            to_beat = before["scores"]["bits_per_byte"] if before["scores"] else math.inf
+            best_score = before["scores"]["bits_per_byte"] if before["scores"] else math.inf
             with console.progress(len(progress.tokens), job.stage, progress.start) as bar:
                 for phase in progress.phases:
                     if phase is not progress.phases[0]:
                         guarded, more = _begin_phase(model, phase, job, True)
                         unreached += more
-                    metrics = MetricsCallback(draft.path / "metrics.jsonl", progress.tokens, phase, bar, to_beat)
+                    metrics = MetricsCallback(draft.path / "metrics.jsonl", progress.tokens, phase, bar, best_score)
                     phase_run = _phase_run(job, model, phase, guarded, progress, metrics, before)
                     done = phase.steps_before + train_phase(phase_run)
                     notices += phase_run.notices
-                    to_beat = min((score for _, score in metrics.evaluations), default=math.inf)
+                    best_score = min((score for _, score in metrics.evaluations), default=math.inf)
             notices += _settle_adalora(model)
             throughput = progress.throughput(done, draft.path / "metrics.jsonl", time.monotonic() - began)
 
             # Score again, save, report.
-            after = _examine(job, model, phases[0].plan.budget)
+            after = _score_and_answer(job, model, phases[0].plan.budget)
             _check_forgotten(job, before, after)
             whole = gather(model.model, model.adapted.learners)
             if distributed.is_first():
@@ -120,19 +125,19 @@ def _check_evaluations(job: TrainingJob) -> None:
 
 
 def _parents(job: TrainingJob, model: PreparedModel) -> dict[str, Any]:
-    """What the result is made from, by role. The stage that made the base is one, so that `run` notices when it was redone."""
+    """Return the result's parents by role. The stage that made the base is one: `run` detects if it was redone."""
     made = artifact.find(Path(job.base))
     return {
         "prepare": job.prepared.as_parent(),
         "base": {"path": job.base, "fingerprint": model.base_fingerprint},
         **({made.kind: made.as_parent()} if made else {}),
-        "tokenizer": {"fingerprint": fingerprint_tokenizer(job.records.tokenizer)},
+        "tokenizer": {"fingerprint": fingerprint_tokenizer(job.record_encoder.tokenizer)},
         **job.parents,
     }
 
 
 def _identity(job: TrainingJob, model: PreparedModel, parents: dict[str, Any]) -> dict[str, str]:
-    """What an interrupted run must share with itself to go on, besides its settings."""
+    """Return what must be unchanged for an interrupted run to continue, besides its settings."""
     return {
         resume.DATA: job.prepared.fingerprint,
         "base (fingerprint)": model.base_fingerprint or job.base,
@@ -144,9 +149,9 @@ def _identity(job: TrainingJob, model: PreparedModel, parents: dict[str, Any]) -
 def _begin_phase(
     model: PreparedModel, phase: Phase, job: TrainingJob, is_named: bool
 ) -> tuple[list[torch.nn.Parameter], list[str]]:
-    """Only what the phase trains learns from here on, and the audit has passed.
+    """Make exactly the phase's parts trainable, turn on its memory savers, and audit its gradients.
 
-    Returns the embeddings of which only single rows may learn, and the trainable tensors that the first tokens did not reach.
+    Returns (embeddings of which only some rows are trained, trainable tensors that got no gradient in the audit).
     """
     guarded = model.adapted.focus(phase.parts)
     if is_named:
@@ -155,17 +160,17 @@ def _begin_phase(
     return guarded, audit_phase(model, phase, job.data.store)
 
 
-def _examine(job: TrainingJob, model: PreparedModel, budget: int) -> dict[str, Any]:
-    """The scores of what was held out, and the answers to the sample prompts."""
+def _score_and_answer(job: TrainingJob, model: PreparedModel, budget: int) -> dict[str, Any]:
+    """Return the scores of the held-out data, and the answers to the sample prompts."""
     with torch.random.fork_rng(), console.waiting(_("scoring the held-out data")):
         return {
             "scores": _score(job, model, budget) if job.data.held_out_stores else None,
-            "answers": answer_prompts(model, job.records, [prompt.prompt for prompt in job.prompts]),
+            "answers": answer_prompts(model, job.record_encoder, [prompt.prompt for prompt in job.prompts]),
         }
 
 
 def _score(job: TrainingJob, model: PreparedModel, budget: int) -> dict[str, Any]:
-    sizes = torch.from_numpy(token_bytes(job.records.tokenizer))
+    sizes = torch.from_numpy(token_bytes(job.record_encoder.tokenizer))
     return score_held_out(model, job.data.held_out_stores, budget, sizes)
 
 
@@ -182,7 +187,7 @@ def _phase_run(
 
     def evaluate(step: int) -> dict[str, Any]:
         scores: dict[str, Any] = agreed(_score(job, model, progress.budget))
-        answers = answer_prompts(model, job.records, [prompt.prompt for prompt in job.prompts])
+        answers = answer_prompts(model, job.record_encoder, [prompt.prompt for prompt in job.prompts])
         save_answers(folder / SAMPLES, step, [prompt.title for prompt in job.prompts], answers)
         check_forgetting(before["scores"]["groups"], scores["groups"], job.forgetting)
         return scores
@@ -192,7 +197,7 @@ def _phase_run(
     return PhaseRun(
         phase=phase,
         model=model.model,
-        tokenizer=job.records.tokenizer,
+        tokenizer=job.record_encoder.tokenizer,
         store=job.data.store,
         packed=model.packed,
         dtype=model.dtype,
@@ -216,8 +221,10 @@ def _phase_run(
 def _tracker_run(
     job: TrainingJob, phase: Phase, folder: Path, progress: Progress, *, must: bool
 ) -> trackers.TrackerRun | None:
-    """Each phase is a run of its own there, with steps counted from its start. must: nothing is trained yet that would have
-    to continue without it."""
+    """Return the phase's run for the trackers; each phase is a separate run with steps counted from its start.
+
+    must: a tracker that fails is an error, because nothing has been trained yet.
+    """
     if not job.recipe.track:
         return None
     name = phase.checkpoints.name if progress.is_phased else ""
@@ -228,7 +235,7 @@ def _tracker_run(
 
 
 def _settle_adalora(model: PreparedModel) -> list[str]:
-    """Cut what AdaLoRA's schedule had left to cut when the run ended early, and say so."""
+    """Make the cuts that AdaLoRA's schedule had left when training ended early, and return a notice about them."""
     allocator = budget_of(model.model)
     if not allocator or not (cut := allocator.settle()):
         return []
@@ -240,7 +247,7 @@ def _settle_adalora(model: PreparedModel) -> list[str]:
 
 
 def _check_forgotten(job: TrainingJob, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Report what the finished model has forgotten: it is too late to stop."""
+    """Report what the finished model has forgotten; unlike during training, nothing is stopped."""
     if after["scores"]:
         limits = [limit for limit in (job.forgetting.warn, job.forgetting.stop) if limit is not None]
         least = Forgetting(warn=min(limits, default=None))
@@ -249,8 +256,8 @@ def _check_forgotten(job: TrainingJob, before: dict[str, Any], after: dict[str, 
 
 @contextmanager
 def _explain_out_of_memory(job: TrainingJob, phases: list[Phase], device: str) -> Iterator[list[PreparedModel]]:
-    """Turn full memory into MachineError with the changes of this recipe that need less, in their order. The model is put
-    into the list when it is open."""
+    """Turn an out-of-memory error into MachineError that lists changes to the recipe. The caller appends the opened
+    model to the yielded list."""
     opened = list[PreparedModel]()
     try:
         yield opened
@@ -268,11 +275,11 @@ def _out_of_memory(
     if any(getattr(module, "gradient_checkpointing", False) for module in modules):
         section = job.section.model_copy(update={"activation_checkpointing": "on"})
         recipe = recipe.model_copy(update={job.stage: section})
-    together = max(int(lengths[list(micro)].sum()) for phase in phases for micro in phase.plan.flat())
+    micro_tokens = max(int(lengths[list(micro)].sum()) for phase in phases for micro in phase.plan.flat())
     native = load.compute_dtype("auto", device)[0] != torch.float32
     half = "auto" if native else "fp16" if device == "cuda" else ""
     firsts = dict[str, str]()
-    for change in cheaper(recipe, job.stage, int(lengths.max()), together, half):
+    for change in cheaper(recipe, job.stage, int(lengths.max()), micro_tokens, half):
         firsts.setdefault(change.split("=")[0], change)
     return MachineError(
         _("out of memory: {error}").format(error=first_line(error)[:160]),
@@ -284,9 +291,9 @@ def _out_of_memory(
     )
 
 
-def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The value that an interrupted run already made, or the first process's new one, kept for the next time."""
-    if kept := _kept(file):
+def _load_or_make(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the value in the file if an interrupted run wrote it; otherwise the first process makes and writes it."""
+    if kept := _read_scores(file):
         return kept
     if file.is_file():
         console.notice(_("{file} cannot be read and is created again").format(file=file.name))
@@ -294,12 +301,12 @@ def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if distributed.is_first():
         artifact.write_json(file, value)
         return value
-    while (kept := _kept(file)) is None:
+    while (kept := _read_scores(file)) is None:
         time.sleep(0.1)
     return kept
 
 
-def _kept(file: Path) -> dict[str, Any] | None:
+def _read_scores(file: Path) -> dict[str, Any] | None:
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         return {name: kept[name] for name in ("scores", "answers")}

@@ -1,7 +1,7 @@
-"""What a training stage will need, before it needs it: a step of its own model is rehearsed on shapes alone.
+"""Estimate a training stage's memory in advance: trace a step of its own model on tensors without values.
 
-Layers are alike, so a deep model is rehearsed with a few of them, twice, and the rest follows. Where a model cannot be
-rehearsed (its shapes depend on values), a formula for Llama-like layers stands in, and that is said.
+Layers are alike, so a deep model is traced twice with a few layers, and the rest is extrapolated. If a model cannot be
+traced (its shapes depend on values), a formula for Llama-like layers is used, and the estimate is marked accordingly.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from tongwen.train.memory import (
 from tongwen.train.memory_trace import AT_ANY_DEPTH, LOGIT, trace_step
 from tongwen.train.packing import BatchPlan, MicroBatches, to_device
 
-ALIKE, ALTERNATING = (2, 4), (4, 8)  # layers that are rehearsed of a deeper model
+ALIKE, ALTERNATING = (2, 4), (4, 8)  # numbers of layers that are traced of a deeper model
 PURPOSES = ("weights", "gradients", "optimizer", "activations", "head")
-# What training imports and a plan does without, where it is installed: bytes of each, measured on Linux.
+# Libraries that training imports and a plan does not, if installed: bytes of each, measured on Linux.
 ONLY_TRAINING = {"peft": 11_000_000, "bitsandbytes": 46_000_000, "datasets": 88_000_000}
 LIBRARIES = psutil.Process().memory_info().rss + sum(
     size for name, size in ONLY_TRAINING.items() if name not in sys.modules and importlib.util.find_spec(name)
@@ -51,25 +51,28 @@ LIBRARIES = psutil.Process().memory_info().rss + sum(
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The fullest micro-batch. lengths: tokens of its documents; rows: learned tokens; passes: micro-batches per step."""
+    """The fullest micro-batch. lengths: of its documents; rows: learned tokens; passes: micro-batches per step."""
 
     lengths: Sequence[int]
     rows: int
     passes: int
 
     def cut(self, tokens: int) -> MicroBatch:
-        """One document of so many tokens instead."""
+        """Return a micro-batch with one document of this length instead."""
         return MicroBatch((tokens,), self.rows * tokens // sum(self.lengths), max(self.passes, 2))
 
 
 class QuantizedLinear(torch.nn.Linear):
-    """In the place of a quantised layer, which `fuse_blocks` leaves as it is."""
+    """A placeholder for a quantised layer, which `fuse_blocks` leaves unchanged."""
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """How a model is trained. parts: all that some phase trains; dtype: what is computed in; device: cpu, cuda, ...; sharing:
-    what of it falls to each process; rows: of new pieces, which learn one by one."""
+    """How a model is trained.
+
+    parts: all parts that any phase trains; dtype: number type of the computation; device: cpu, cuda, ...; sharing: how
+    processes divide the model; rows: number of single rows that are trained, for new pieces.
+    """
 
     adapter: AdapterConfig
     parts: Collection[TrainedPart]
@@ -86,7 +89,7 @@ class TrainingSetup:
 
 
 def shape_of(config: Any, setting: TrainingSetup) -> ModelShape:
-    """Counts and widths of the adapted model."""
+    """Return parameter counts and widths of the adapted model."""
     rough = rough_shape(config)
     model = _skeleton(config, setting)[0].model
     parameters = sum(part.numel() for part in model.parameters())
@@ -106,7 +109,7 @@ def shape_of(config: Any, setting: TrainingSetup) -> ModelShape:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """bytes: by purpose, and their sum `peak`; rehearsed: whether they were counted, or come from a formula."""
+    """bytes: by purpose, and their sum `peak`; rehearsed: whether a traced step or a formula gave them."""
 
     shape: ModelShape
     bytes: dict[str, int]
@@ -114,16 +117,16 @@ class MemoryEstimate:
 
 
 def estimate_memory(config: Any, setting: TrainingSetup, micro: MicroBatch) -> MemoryEstimate:
-    """What a process needs that trains this model so."""
+    """Return the memory that each process needs to train this model."""
     shape = shape_of(config, setting)
     layers = shape.layers
     try:
-        few, more = _few(config)
+        few, more = _layer_counts(config)
         if layers <= more:
-            parts = _rehearsed(config, setting, micro, layers)
+            parts = _trace(config, setting, micro, layers)
         else:
-            small, large = (_rehearsed(config, setting, micro, count) for count in (few, more))
-            parts = [_grown(small[part], large[part], (layers - more) / (more - few)) for part in AT_ANY_DEPTH]
+            small, large = (_trace(config, setting, micro, count) for count in (few, more))
+            parts = [_extrapolate(small[part], large[part], (layers - more) / (more - few)) for part in AT_ANY_DEPTH]
         rehearsed = True
     except (RuntimeError, TypeError, AttributeError, KeyError):  # what an unknown model's code raises without values
         parts, rehearsed = [_by_formula(config, setting, micro, shape)], False
@@ -138,13 +141,13 @@ def estimate_memory(config: Any, setting: TrainingSetup, micro: MicroBatch) -> M
     return MemoryEstimate(shape, {**needs, "peak": sum(needs.values())}, rehearsed)
 
 
-def _rehearsed(config: Any, setting: TrainingSetup, micro: MicroBatch, layers: int) -> list[dict[str, int]]:
-    adapted, matrices = _skeleton(_cut(config, layers), setting)
+def _trace(config: Any, setting: TrainingSetup, micro: MicroBatch, layers: int) -> list[dict[str, int]]:
+    adapted, matrices = _skeleton(_with_layers(config, layers), setting)
     model = adapted.model
     if not getattr(model, "_supports_attention_backend", False):
         raise TypeError("it has its own attention implementation")
     if setting.checkpointing:
-        recompute(model, preserve_rng_state=False)  # there is none to keep among tensors without values
+        recompute(model, preserve_rng_state=False)  # tensors without values use no random numbers
     parts = trace_step(
         model,
         micro.lengths,
@@ -158,14 +161,14 @@ def _rehearsed(config: Any, setting: TrainingSetup, micro: MicroBatch, layers: i
     )
     if setting.quantize:
         width, spared = setting.dtype.itemsize, sum(matrices)
-        for part in filter(None, parts):  # one that a step does not have is empty
+        for part in filter(None, parts):  # a part that a step does not have is empty
             part["weights"] -= int(spared * (width - QUANTIZED[setting.quantize]))
-            part["activations"] += max(matrices, default=0) * width  # the one that is de-quantised at the time
+            part["activations"] += max(matrices, default=0) * width  # one matrix is de-quantised at a time
     return parts
 
 
 def _prepare(model: Any, setting: TrainingSetup) -> None:
-    """As the stage does before its first step."""
+    """Prepare the model as the stage does before its first step."""
     model.set_attn_implementation(packed_attention.register())
     model.config.use_cache = False
     model.train()
@@ -174,7 +177,7 @@ def _prepare(model: Any, setting: TrainingSetup) -> None:
 
 
 def _spare(model: Any, setting: TrainingSetup, rows: int) -> int:
-    """Spare the head where the stage does; returns how many of so many rows of logits exist together then."""
+    """Turn on blockwise logits if the stage does; returns how many of the rows of logits exist at the same time."""
     if setting.sharing.is_whole and setting.dtype != torch.float16 and spare_head(model, None):
         return min(rows, head_rows(setting.device))
     return rows
@@ -183,11 +186,11 @@ def _spare(model: Any, setting: TrainingSetup, rows: int) -> int:
 def estimate_files(
     config: Any, setting: TrainingSetup, phases: Sequence[Collection[TrainedPart]]
 ) -> tuple[int, list[int]]:
-    """(bytes of the result's weights, bytes of a checkpoint in each phase): the weights that peft or transformers saves, and the
-    optimizer's memory of what the phase trains."""
+    """Return (bytes of the result's weights, bytes of a checkpoint in each phase). A checkpoint has the weights that
+    peft or transformers saves, and the optimizer's state for the phase's parts."""
     adapted, _ = _skeleton(config, setting)
     whole = sum(part.numel() for part in adapted.model.parameters())
-    if hasattr(adapted.model, "peft_config"):  # which saves both names of a tied matrix that it has copied
+    if hasattr(adapted.model, "peft_config"):  # peft saves both names of a tied matrix that it has copied
         named = adapted.model.named_parameters(remove_duplicate=False)
         saved = 4 * sum(part.numel() for _, part in named if part.requires_grad)
     else:
@@ -203,22 +206,22 @@ def estimate_files(
 
 
 def _skeleton(config: Any, setting: TrainingSetup) -> tuple[attach.Adapted, list[int]]:
-    """The adapted model on the meta device, and the sizes of the matrices that a quantised base has quantised."""
+    """Return the adapted model on the meta device, and the sizes of its quantisable matrices."""
     model = load.make_skeleton(config).to(attach.kept_in(setting.parts, setting.dtype))
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
     if setting.quantize:
         for module in linear:
             module.__class__ = QuantizedLinear
-    adapter = setting.adapter.model_copy(update={"continue_from": None})  # the same shapes, and its files stay closed
+    adapter = setting.adapter.model_copy(update={"continue_from": None})  # same shapes, no files
     with torch.device("meta"), load.quiet(), without_compiler():
         rows = list(range(setting.rows))
         adapted = attach.adapt(model, adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
     return adapted, [module.weight.numel() for module in linear]
 
 
-def _cut(config: Any, layers: int) -> Any:
-    """The config with so many layers."""
+def _with_layers(config: Any, layers: int) -> Any:
+    """Return the config with this number of layers."""
     cut = deepcopy(config)
     text = cut.get_text_config()
     whole = text.num_hidden_layers
@@ -229,13 +232,13 @@ def _cut(config: Any, layers: int) -> Any:
     return cut
 
 
-def _few(config: Any) -> tuple[int, int]:
+def _layer_counts(config: Any) -> tuple[int, int]:
     kinds = getattr(config.get_text_config(), "layer_types", None) or [""]
     return ALIKE if len({*kinds}) == 1 else ALTERNATING
 
 
-def _grown(small: dict[str, int], large: dict[str, int], times: float) -> dict[str, int]:
-    """From few layers to all of them: times as much more again as lies between the two."""
+def _extrapolate(small: dict[str, int], large: dict[str, int], times: float) -> dict[str, int]:
+    """Extrapolate from few layers to all: add the difference `times` to the larger measurement."""
     return {purpose: round(size + (size - small.get(purpose, 0)) * times) for purpose, size in large.items()}
 
 
@@ -255,10 +258,10 @@ def _by_formula(config: Any, setting: TrainingSetup, micro: MicroBatch, shape: M
 
 
 def measure(place: load.ModelRef, setting: TrainingSetup, store: Any, plan: BatchPlan) -> tuple[float, float]:
-    """Seconds of a token through the model and back, and of a step of the optimizer: one micro-batch of the plan, on the
-    real weights, after another to warm up."""
+    """Return (seconds per token forward and backward, seconds per optimizer step), measured with the real weights on
+    one micro-batch of the plan, after a warm-up."""
     model, _ = open_adapter_chain(place, attach.kept_in(setting.parts, setting.dtype), setting.quantize)
-    rows = list(range(min(setting.rows, len(model.get_input_embeddings().weight))))  # those to come are not there yet
+    rows = list(range(min(setting.rows, len(model.get_input_embeddings().weight))))  # new rows may not exist yet
     adapted = attach.adapt(model, setting.adapter, rows, trained=setting.parts, new_rows=[0], steps=100)
     for part in adapted.learners:
         part.data = part.data.float()
@@ -274,14 +277,14 @@ def measure(place: load.ModelRef, setting: TrainingSetup, store: Any, plan: Batc
         began = time.monotonic()
         with torch.autocast(setting.device, setting.dtype, enabled=setting.dtype != torch.float32):
             learned_loss(adapted.model, batch)[0].backward()
-        turned = _now(setting.device)
+        backward_ended = _now(setting.device)
         optimizer.step()
         ended = _now(setting.device)
-    return (turned - began) / batch["tokens"], ended - turned
+    return (backward_ended - began) / batch["tokens"], ended - backward_ended
 
 
 def _now(device: str) -> float:
-    """The time when the device has done what it was told."""
+    """Return the time after the device has finished its queued work."""
     if device != "cpu":
         torch.accelerator.synchronize()
     return time.monotonic()

@@ -1,4 +1,4 @@
-"""The model of a training job: opened, adapted and placed; audited before each phase; scored, asked and saved."""
+"""The model of a training job: prepare it, audit it before each phase, score it, generate answers, save it."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from tongwen.train.try_batch import fits
 from tongwen.workflows.tokenized_data import RecordEncoder
 from tongwen.workflows.training.types import PreparedModel, TrainingJob
 
-SPARE = 0.03  # of a GPU's memory is left free when a micro-batch is tried: a long run fragments the allocator
+FREE_SHARE = 0.03  # share of a GPU's memory to leave free when trying a micro-batch: long runs fragment the allocator
 
 
 def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: Engine) -> PreparedModel:
     """Open the base, check it against its tokenizer, attach what the recipe trains, and place it on the device."""
     section, place = job.section, load.locate(job.base)
-    tokenizer = job.records.tokenizer
-    dtype, why = load.compute_dtype(section.precision, device)
+    tokenizer = job.record_encoder.tokenizer
+    dtype, dtype_reason = load.compute_dtype(section.precision, device)
     trained = {part for phase in phases for part in phase.parts}
 
     # Open the base, and check what its files say.
@@ -72,7 +72,7 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
     )
     for notice in adapted.notices:
         console.notice(notice)
-    console.tell(f"{device} · {str(dtype)[6:]}: {why}")
+    console.tell(f"{device} · {str(dtype)[6:]}: {dtype_reason}")
 
     # Place it, and turn on the faster forms of its layers.
     if engine.name == "fsdp2":
@@ -90,23 +90,25 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
 
 
 def _open(place: load.ModelRef, dtype: torch.dtype, quantize: str) -> tuple[Any, bool, str | None]:
-    """(model, whether documents are packed, fingerprint). Families that cannot pack get padded batches, and a notice."""
+    """Return (model, whether documents are packed, fingerprint). Families that cannot pack get padded batches."""
     config = load.load_config(place)
     family = family_of(config.model_type)
     model, fingerprint = open_adapter_chain(place, dtype, quantize)
-    why = _(family.padded) if family and family.padded else ""
-    if not why and not getattr(model, "_supports_attention_backend", False):
-        why = _("it has its own attention implementation")
-    if not why:
+    padding_reason = _(family.padded) if family and family.padded else ""
+    if not padding_reason and not getattr(model, "_supports_attention_backend", False):
+        padding_reason = _("it has its own attention implementation")
+    if not padding_reason:
         model.set_attn_implementation(packed_attention.register())
     else:
-        console.notice(_("{model_type} trains in padded batches: {why}").format(model_type=config.model_type, why=why))
+        console.notice(
+            _("{model_type} trains in padded batches: {why}").format(model_type=config.model_type, why=padding_reason)
+        )
     model.config.use_cache = False
-    return model, not why, fingerprint
+    return model, not padding_reason, fingerprint
 
 
 def _check_lengths(config: Any, job: TrainingJob) -> None:
-    """Raise RecipeError when a sample is longer than a model's table of positions: it would read beyond its end."""
+    """Raise RecipeError if a sample is longer than the model's table of positions."""
     family, limit = family_of(config.model_type), chat_setup.context_length(config)
     longest = max(int(store.lengths.max()) for store in (job.data.store, *job.data.held_out_stores.values()))
     if family and family.table and longest > limit:
@@ -120,10 +122,10 @@ def _check_lengths(config: Any, job: TrainingJob) -> None:
 
 
 def set_memory_savers(model: PreparedModel, phase: Phase, store: TokenStore) -> None:
-    """Turn on a phase's memory savers: blockwise logits, recomputed activations. The audit goes through the model as a step
-    does, so this comes before it."""
+    """Turn on a phase's memory savers: blockwise logits, activation recomputation. Call this before the audit, which
+    runs a training step."""
     if model.engine.is_whole and model.dtype != torch.float16:  # fp16's small gradients wait for the scaler
-        with model.computing():  # autocast would reuse later what it has cast here without gradients
+        with model.computing():  # autocast would later reuse casts made here without gradients
             spare_head(model.model, to_device(_first_batch(model, store, phase.plan), model.model))
     _set_checkpointing(model, phase, store)
 
@@ -133,7 +135,7 @@ def _first_batch(model: PreparedModel, store: TokenStore, plan: BatchPlan) -> di
 
 
 def _set_checkpointing(model: PreparedModel, phase: Phase, store: TokenStore) -> None:
-    """Recompute activations when the recipe says so, or when the largest micro-batch does not fit a GPU otherwise."""
+    """Recompute activations if the recipe asks for it, or if the largest micro-batch would not fit on the GPU."""
     setting = phase.config.activation_checkpointing
     checkpointing.keep(model.model)
     if setting == "on":
@@ -148,9 +150,10 @@ def _set_checkpointing(model: PreparedModel, phase: Phase, store: TokenStore) ->
 
 
 def _fits(model: PreparedModel, phase: Phase, store: TokenStore, memory: int) -> bool:
-    """Try the largest micro-batch beside room for the optimizer. memory: bytes of the GPU.
+    """Return whether the largest micro-batch fits beside the optimizer's memory. memory: bytes of the GPU.
 
-    Where processes share the model, one that fails would leave the others waiting; there the need is estimated instead.
+    The micro-batch is tried for real. If processes share the model, one that fails would leave the others waiting, so
+    the memory is estimated instead.
     """
     section, plan = phase.config, phase.plan
     if section.sharded_by:
@@ -160,7 +163,7 @@ def _fits(model: PreparedModel, phase: Phase, store: TokenStore, memory: int) ->
     largest = max(plan.flat(), key=lambda micro: int(store.lengths[list(micro)].sum()))
     batch = MicroBatches(store, [largest], packed=model.packed)[0]
     buckets = 4 * distributed.is_launched()  # DDP's copy of the gradients
-    reserve = learning * (STATE_BYTES[section.optimizer] + buckets) + int(SPARE * memory)
+    reserve = learning * (STATE_BYTES[section.optimizer] + buckets) + int(FREE_SHARE * memory)
     with console.waiting(_("trying a micro-batch on the GPU")):
         return fits(
             model.model, batch, learned_loss, model.computing(), passes=min(plan.accumulate, 2), reserve=reserve
@@ -168,8 +171,10 @@ def _fits(model: PreparedModel, phase: Phase, store: TokenStore, memory: int) ->
 
 
 def audit_phase(model: PreparedModel, phase: Phase, store: TokenStore) -> list[str]:
-    """Prove on the first micro-batch that each trainable tensor gets a gradient and that packed documents do not see each
-    other. Returns the trainable tensors that its tokens did not reach. Raises NumbersError."""
+    """Check on the first micro-batch that each trainable tensor gets a gradient and packed documents are isolated.
+
+    Returns the trainable tensors that its tokens did not reach. Raises NumbersError if a check fails.
+    """
     first = _first_batch(model, store, phase.plan)
     with model.computing():
         unreached = audit.probe_gradients(model.model, first, learned_loss)
@@ -186,7 +191,7 @@ def audit_phase(model: PreparedModel, phase: Phase, store: TokenStore) -> list[s
 def score_held_out(
     model: PreparedModel, stores: dict[str, TokenStore], budget: int, sizes: torch.Tensor
 ) -> dict[str, Any]:
-    """Bits per byte of what was held out, in all and by group.
+    """Return the bits per byte of the held-out data, overall and by group.
 
     stores: by group; budget: tokens of a micro-batch; sizes: (V,) bytes of each token. Raises NumbersError for NaN.
     """
@@ -214,16 +219,16 @@ def score_held_out(
     }
 
 
-def answer_prompts(prepared: PreparedModel, records: RecordEncoder, prompts: list[str]) -> list[str]:
-    """The model's own greedy answers, with the attention that generation needs."""
+def answer_prompts(prepared: PreparedModel, record_encoder: RecordEncoder, prompts: list[str]) -> list[str]:
+    """Return the model's greedy answers to prompts, generated with another attention than in training."""
     model = prepared.model
     trained_with, was_training = model.config._attn_implementation, model.training
-    generator = TextGenerator(model, records.tokenizer, prepared.stops, chat_setup.context_length(model.config))
+    generator = TextGenerator(model, record_encoder.tokenizer, prepared.stops, chat_setup.context_length(model.config))
     model.eval()
     if trained_with == packed_attention.NAME:
         model.set_attn_implementation("sdpa")
     try:
-        ids = [records.encoder.encode_prompt(prompt) for prompt in prompts]
+        ids = [record_encoder.encoder.encode_prompt(prompt) for prompt in prompts]
         with prepared.computing(), checkpointing.as_written(model):
             return [generator.decode(generator.answer([one], Sampling(max_new_tokens=64))[0]).strip() for one in ids]
     finally:
@@ -234,9 +239,9 @@ def answer_prompts(prepared: PreparedModel, records: RecordEncoder, prompts: lis
 def save_model(job: TrainingJob, prepared: PreparedModel, folder: Path, whole: dict[str, torch.Tensor] | None) -> str:
     """Save adapter or model, tokenizer, template and stop tokens. Returns the fingerprint of the trained tensors.
 
-    whole: the trained tensors by name, of a model that this process has only parts of.
+    whole: the trained tensors by name, if this process has only shards of the model.
     """
-    model, tokenizer = prepared.model, job.records.tokenizer
+    model, tokenizer = prepared.model, job.record_encoder.tokenizer
     if model.config._attn_implementation == packed_attention.NAME:
         model.set_attn_implementation("sdpa")
     model.config.use_cache = True

@@ -1,4 +1,4 @@
-"""The phases of a training job: their batches, the checkpoint that an interrupted run goes on from, and its conditions."""
+"""The phases of a training job: their batches, the checkpoint to resume from, and the conditions of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tongwen.workflows.training.types import PreparedModel, TrainingJob
 
 
 def plan_phases(job: TrainingJob, device: str, checkpoints: Path) -> list[Phase]:
-    """The recipe's phases with their batches. A phase begins with an epoch that no phase before it has touched."""
+    """Return the recipe's phases with their batches. A phase begins with an epoch that no earlier one has used."""
     section, phases = job.section, list[Phase]()
     config = load.load_config(load.locate(job.base))
     budget = token_budget(device, config, own_memory(device), full="full" in section.trained_parts)
@@ -49,8 +49,8 @@ def plan_phases(job: TrainingJob, device: str, checkpoints: Path) -> list[Phase]
     return phases
 
 
-def say_plan(phases: list[Phase], store: TokenStore, counts: dict[str, Any]) -> None:
-    """Print steps, tokens and trained parameters, and what the plan keeps from happening."""
+def report_plan(phases: list[Phase], store: TokenStore, counts: dict[str, Any]) -> None:
+    """Print steps, tokens and trained parameters, and notices about settings that the plan never reaches."""
     plan = phases[0].plan
     steps = " + ".join(str(len(phase.plan)) for phase in phases)
     tokens = console.human_count(sum(sum(phase.plan.tokens_of(store.lengths)) for phase in phases))
@@ -78,14 +78,14 @@ def say_plan(phases: list[Phase], store: TokenStore, counts: dict[str, Any]) -> 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
-    phases:     those that are left, the current one first; is_phased: whether the stage has several
+    phases:     the remaining phases, the current one first; is_phased: whether the stage has several
     checkpoint: of the current phase; None at its beginning
-    start:      the stage's steps that are done
+    start:      number of the stage's steps that are done
     tokens:     cumulative tokens after each step of the whole stage
     budget:     tokens of a micro-batch when scoring
-    manifest:   what a checkpoint's manifest says of the run
+    manifest:   the run's entries in a checkpoint's manifest
     """
 
     phases: list[Phase]
@@ -103,7 +103,7 @@ class Progress:
         return evaluations_of(checkpoint, self.manifest)
 
     def throughput(self, done: int, metrics: Path, seconds: float) -> dict[str, Any]:
-        """Steps, tokens and seconds of the run; the metrics also count what was before an interruption."""
+        """Return steps, tokens and seconds of the run; the metrics file also covers the time before an interruption."""
         trained = self.tokens[done - 1] - (self.tokens[self.start - 1] if self.start else 0)
         counted = self.tokens[done - 1]
         if lines := read_metrics(metrics):
@@ -117,13 +117,13 @@ class Progress:
         }
 
     def flat_losses(self, phases: list[Phase], metrics: Path) -> list[str]:
-        """What the report says of phases whose loss has not fallen."""
+        """Return the report's notices about phases whose loss has not fallen."""
         lines = read_metrics(metrics)
         return [flat for phase in phases if (flat := flat_at(lines, phase.steps_before, phase.last_step))]
 
 
 def find_progress(job: TrainingJob, model: PreparedModel, phases: list[Phase], run: dict[str, Any]) -> Progress:
-    """Where the run goes on. Raises RecipeError when the recipe now ends before, or would train other batches."""
+    """Return where the run continues. Raises RecipeError if the recipe ends earlier or has other batches."""
     tokens = list(accumulate(size for phase in phases for size in phase.plan.tokens_of(job.data.store.lengths)))
     folders = [phase.checkpoints for phase in phases]
     checkpoint = newest_checkpoint(folders, resume.ids(run))
@@ -139,7 +139,7 @@ def find_progress(job: TrainingJob, model: PreparedModel, phases: list[Phase], r
     if checkpoint:
         before = read_manifest(checkpoint)["conditions"]
         _check_packs(before, conditions, job)
-        _say_conditions(before, conditions)
+        _report_conditions(before, conditions)
     if start:
         console.notice(_("continuing after step {start} of {count}").format(start=start, count=len(tokens)))
     manifest = {**run, "conditions": conditions}
@@ -148,15 +148,15 @@ def find_progress(job: TrainingJob, model: PreparedModel, phases: list[Phase], r
 
 
 def evaluations_of(checkpoint: Path | None, run: dict[str, Any]) -> list[Any]:
-    """The evaluations that a checkpoint knows of: none where other data was held out then (--fork), or an earlier version
-    saved it."""
+    """Return the evaluations recorded in a checkpoint; none if other data was held out then (--fork), or if an earlier
+    version saved it."""
     before = read_manifest(checkpoint) if checkpoint else {"identity": {}}
     same = before["identity"].get(resume.DATA) == run["identity"][resume.DATA]
     return list(before.get("evaluations", ())) if same else []
 
 
 def _conditions(model: PreparedModel, phase: Phase) -> dict[str, Any]:
-    """What changes a result only in the order of floating-point sums, or in another version's arithmetic."""
+    """Return conditions that change a result only by the order of sums or by a version's arithmetic."""
     return {
         "processes": phase.plan.world,
         "device": model.device,
@@ -169,7 +169,7 @@ def _conditions(model: PreparedModel, phase: Phase) -> dict[str, Any]:
 
 
 def _check_packs(before: dict[str, Any], now: dict[str, Any], job: TrainingJob) -> None:
-    """A step of `batch_tokens` is as many samples as fit its packs: other packs would be other steps."""
+    """Raise RecipeError if the packs have changed: with `batch_tokens`, they decide which samples a step has."""
     names = ("processes", "micro_batch_tokens")
     if job.section.batch_tokens and any(before[name] != now[name] for name in names):
         changed = "; ".join(f"{name}: {before[name]} → {now[name]}" for name in names)
@@ -182,7 +182,7 @@ def _check_packs(before: dict[str, Any], now: dict[str, Any], job: TrainingJob) 
         )
 
 
-def _say_conditions(before: dict[str, Any], now: dict[str, Any]) -> None:
+def _report_conditions(before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = ", ".join(f"{name}: {old} → {new}" for name, old, new in artifact.differences(before, now))
     if changed:
         console.notice(

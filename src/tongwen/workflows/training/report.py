@@ -1,4 +1,4 @@
-"""What a training job leaves besides its model: facts in the manifest, answers on the way, the report."""
+"""The output of a training job besides its model: facts for the manifest, answers during training, the report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLES = "samples.jsonl"
 
 
 def method_of(section: Training) -> str:
-    """What is trained, in one phrase: `lora`, `new_rows → qlora+embeddings`."""
+    """Return the trained parts as one phrase: `lora`, `new_rows → qlora+embeddings`."""
     method = section.adapter.method
     return " → ".join(
         phase.train.replace("lora", method) if "lora" in phase.parts else phase.train
@@ -30,7 +30,7 @@ def method_of(section: Training) -> str:
 
 
 def facts_of(job: TrainingJob, model: PreparedModel, phases: list[Phase], throughput: dict[str, Any]) -> dict[str, Any]:
-    """What the manifest holds besides settings and parents."""
+    """Return the manifest's entries besides settings and parents."""
     section, plan = job.section, phases[0].plan
     return {
         "device": model.device,
@@ -42,13 +42,13 @@ def facts_of(job: TrainingJob, model: PreparedModel, phases: list[Phase], throug
         "batch": {"tokens": section.batch_tokens} if section.batch_tokens else {"samples": section.batch_size},
         "engine": model.engine.name,
         "micro_batches": {"accumulate": plan.accumulate, "world": plan.world, "token_budget": plan.budget},
-        "stop_tokens": [job.records.tokenizer.convert_ids_to_tokens(index) for index in model.stops],
+        "stop_tokens": [job.record_encoder.tokenizer.convert_ids_to_tokens(index) for index in model.stops],
         **job.facts,
     }
 
 
 def save_answers(file: Path, step: int, titles: list[str], answers: list[str]) -> None:
-    """samples.jsonl: what the model answers at a step. A resumed run writes again what stood beyond its checkpoint."""
+    """Write the answers at a step to samples.jsonl. A resumed run replaces the lines after its checkpoint."""
     if not distributed.is_first() or not titles:
         return
     lines = [line for line in read_metrics(file) if line["step"] < step]
@@ -61,7 +61,7 @@ def save_answers(file: Path, step: int, titles: list[str], answers: list[str]) -
 
 
 def make_report(job: TrainingJob, before: dict[str, Any], after: dict[str, Any], samples: Path) -> dict[str, Any]:
-    """What the data and the scores give to report.json."""
+    """Return the entries of report.json that come from the data and the scores."""
     counts = {name: len(store) for name, store in job.data.held_out_stores.items()}
     return {
         "ledger": _ledgers(job),
@@ -75,23 +75,23 @@ def make_report(job: TrainingJob, before: dict[str, Any], after: dict[str, Any],
 def _samples(
     prompts: list[SamplePrompt], before: list[str], after: list[str], lines: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The prompts with all their answers. lines: of samples.jsonl, where the prompts stand in this order at each step."""
-    by_prompt = [lines[place :: len(prompts)] for place in range(len(prompts))]
+    """Return the prompts with all their answers. lines: of samples.jsonl, in this order at each step."""
+    by_prompt = [lines[index :: len(prompts)] for index in range(len(prompts))]
     return [
         {
             "question": prompt.title,
             "before": old,
             "on_the_way": {line["step"]: line["answer"] for line in own},
             "after": new,
-            "wanted": prompt.wanted,
+            "wanted": prompt.reference,
         }
         for prompt, old, own, new in zip(prompts, before, by_prompt, after, strict=True)
     ]
 
 
 def _ledgers(job: TrainingJob) -> dict[str, Any]:
-    """Both ledgers. What the first keeps is what the second takes in, or this is a bug of ours."""
-    table = job.prepared.manifest["ledger"][job.records.kind]
+    """Return the ledgers of `prepare` and of encoding. Rows kept by the first must equal rows read by the second."""
+    table = job.prepared.manifest["ledger"][job.record_encoder.kind]
     encoded = job.data.ledger.to_dict()
     tables = {"prepare": {key: table[key] for key in ("in", "kept", "lost", "files")}, "encode": encoded}
     kept, taken = tables["prepare"]["kept"]["rows"], tables["encode"]["in"]["rows"]
@@ -101,7 +101,7 @@ def _ledgers(job: TrainingJob) -> dict[str, Any]:
 
 
 def write_results(job: TrainingJob, folder: Path, report: dict[str, Any]) -> None:
-    """report.json, report.html and rejected.jsonl."""
+    """Write report.json, report.html and rejected.jsonl."""
     artifact.write_json(folder / "report.json", report)
     with (folder / "rejected.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(bad, ensure_ascii=False) + "\n" for bad in job.data.rejected)

@@ -1,4 +1,4 @@
-"""What the parts of the training job hand to each other: the job itself, and the model that it trains."""
+"""Types that the parts of the training job share: the job itself, and the model that it trains."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from tongwen.workflows.tokenized_data import RecordEncoder, TokenizedData
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A prompt that the model answers before and after: a title, the prompt as text, and the answer in the data."""
+    """A prompt that is answered before and after training: its title, its text, and the answer in the data."""
 
     title: str
     prompt: str
-    wanted: str
+    reference: str
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What one training stage alone knows.
+    """The inputs of one training stage.
 
-    prepared:  what `prepare` left
-    records:   turns its records into tokens; data: the tokens
-    prompts:   answered before and after, for the report
-    find_rows: on the opened base, the ids whose rows are trained beside the adapter
-    new_rows:  the ids that `train: new_rows` trains
-    template:  saved with the model, with its stop token
-    end:       the id that ends a text, for a base without one that ends an answer
-    parents:   what else the result was made from, by role; facts: what else its manifest holds
+    prepared:       the output of `prepare`
+    record_encoder: encodes its records; data: the encoded data
+    prompts:        answered before and after training, for the report
+    find_rows:      returns, for the opened base, the ids whose rows are trained beside the adapter
+    new_rows:       the ids that `train: new_rows` trains
+    template:       saved with the model, with its stop token
+    end:            the id that ends a text, for a base without a stop token for answers
+    parents:        further parents of the result, by role; facts: further entries of its manifest
     """
 
     recipe: Recipe
     stage: str
     prepared: artifact.Artifact
-    records: RecordEncoder
+    record_encoder: RecordEncoder
     data: TokenizedData
     prompts: list[SamplePrompt]
     find_rows: Callable[[Any], list[int]] = lambda model: []
@@ -75,10 +75,10 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """The adapted model on its device, with everything that reading and answering need.
+    """The adapted model on its device, with what training and generation need.
 
-    stops:  ids that end an answer; packed: whether documents are packed, or padded to batches
-    dtype:  what the Trainer computes in
+    stops: ids that end an answer; packed: whether documents are packed, or padded to batches
+    dtype: the number type that the Trainer computes in
     """
 
     adapted: Adapted
@@ -95,7 +95,7 @@ class PreparedModel:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """The Trainer's number type, for what is computed outside of it."""
+        """Compute in the Trainer's number type, for work outside the Trainer."""
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             yield
         reshard(self.model)
