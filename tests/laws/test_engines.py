@@ -178,7 +178,7 @@ def test_an_engine_that_silently_became_another_is_found(chat_model: Path, tmp_p
     """accelerate takes FSDP on a CPU for DDP, and says nothing."""
 
     def leave_it_to_accelerate(rank: int) -> None:
-        Engine.insist = lambda self, accelerator, plugin=None: None  # type: ignore[method-assign]
+        Engine.enforce = lambda self, accelerator, plugin=None: None  # type: ignore[method-assign]
         Engine.shard = lambda self, model, dtype: None  # type: ignore[method-assign]
 
     assert launched(2, "run", recipe_for(tmp_path, chat_model, "lora", "fsdp2"), before=leave_it_to_accelerate) == [

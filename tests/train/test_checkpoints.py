@@ -14,13 +14,13 @@ import torch
 
 from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError, MachineError
-from tongwen.train.checkpoints import MANIFEST, STAGING, check_space, commit, damage, newest_checkpoint, stage
+from tongwen.train.checkpoints import MANIFEST, STAGING, check_space, commit, damage, newest_checkpoint, prepare_staging
 
 TOLD = {"run": "a1", "settings": {"sft": {"rank": 4}}, "identity": {"base": "00ff"}}
 
 
 def make(folder: Path, step: int, keep: int = 2, best: int | None = None, run: str = "a1") -> Path:
-    stage(folder)
+    prepare_staging(folder)
     staged = folder / STAGING / f"checkpoint-{step}"
     (staged / "ranks").mkdir(parents=True)
     (staged / "optimizer.pt").write_bytes(bytes([step]) * 100)

@@ -35,13 +35,18 @@ SFT = ", save_every: 2, stop_after: 6 steps, micro_batch_tokens: 64"
 def guard(ranks: list[list[float]], **words: Any) -> NanGuard:
     """A guard over two processes with two micro-batches each; `ranks` is what they tell each other."""
     plan = BatchPlan(((0, 1, 2, 3),) * 99, (((0,), (1,), (2,), (3,)),) * 99, 2, 2, 8, 99)
-    told = {"wants_out": bool, "last": lambda: "the last checkpoint is c-4", "before_steps": 10, "vocabulary": 500}
+    told = {
+        "stop_requested": bool,
+        "last_checkpoint": lambda: "the last checkpoint is c-4",
+        "before_steps": 10,
+        "vocabulary": 500,
+    }
     return NanGuard(plan, lambda sample: f"f.jsonl:{sample}", lambda row: torch.tensor(ranks), **told | words)
 
 
 def look(one: NanGuard, index: int = 0, scaled: bool = False) -> None:
     one.note(torch.tensor(1.0), 1)
-    one.look(index, 1.0, torch.nn.Linear(1, 1), scaled=scaled)
+    one.check(index, 1.0, torch.nn.Linear(1, 1), scaled=scaled)
 
 
 def test_all_processes_stop_for_one_and_name_its_rows() -> None:
@@ -58,7 +63,7 @@ def test_all_processes_stop_for_one_and_name_its_rows() -> None:
 def test_they_leave_together_when_one_is_asked_to() -> None:
     one = guard([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     look(one)
-    assert one.leaving
+    assert one.stopping
 
 
 def test_a_loss_above_guessing_stops_after_a_while() -> None:
@@ -195,17 +200,17 @@ def test_time_runs_out(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
 def test_a_deadline_leaves_room_for_a_step_and_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "time", lambda: now)
-    halt = ShutdownRequest(1300.0)
+    shutdown = ShutdownRequest(1300.0)
     now += 10
-    assert not halt.wanted(), "twice the step of 10 seconds and a save of 30 at most would fit"
-    assert not halt.is_short and ShutdownRequest(1059.0).is_short and not ShutdownRequest(None).is_short
-    halt.saved(5.0)
+    assert not shutdown.should_stop(), "twice the step of 10 seconds and a save of 30 at most would fit"
+    assert not shutdown.is_short and ShutdownRequest(1059.0).is_short and not ShutdownRequest(None).is_short
+    shutdown.on_save(5.0)
     now += 69
-    assert not halt.wanted()
+    assert not shutdown.should_stop()
     now += 80
-    assert halt.wanted(), "twice 80 and 5 would not"
+    assert shutdown.should_stop(), "twice 80 and 5 would not"
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1005")
-    assert ShutdownRequest(None).wanted()
+    assert ShutdownRequest(None).should_stop()
 
 
 def test_fp16_leaves_out_what_overflows(
@@ -325,7 +330,7 @@ def test_a_process_that_sees_two_gpus_takes_one(
     """transformers takes all that it sees, for DataParallel."""
     taken = []
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 1 if self._n_gpu == 1 else 2))
-    monkeypatch.setattr(Engine, "prove", lambda self, model, *rest: taken.append(type(model).__name__))
+    monkeypatch.setattr(Engine, "verify", lambda self, model, *rest: taken.append(type(model).__name__))
     assert tongwen("run", write_recipe(tmp_path, chat_model, sft=", stop_after: 1 steps", merge=False))[0] == 0
     assert taken == ["PeftModelForCausalLM"]
 

@@ -180,9 +180,9 @@ def test_a_later_phase_begins_without_it(
 ) -> None:
     monkeypatch.setattr(Failing, "at", "on_train_begin")
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "trackio", Failing)
-    teller = trackers.TrackerCallback(TrackerRun(["trackio"], "zh", "0", tmp_path, must=False), 0)
+    callback = trackers.TrackerCallback(TrackerRun(["trackio"], "zh", "0", tmp_path, required=False), 0)
     for _ in range(2):
-        teller.on_train_begin(None, None, None)
+        callback.on_train_begin(None, None, None)
     assert capsys.readouterr().out.count("trackio has failed") == 1
 
 
@@ -193,12 +193,12 @@ def test_a_resumed_run_is_the_same_run_of_mlflow(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(active_run=lambda: run))
     one = TrackerRun(["mlflow"], "zh-sft", "0", tmp_path)
     for known in (None, "aa75"):
-        with one.told():
+        with one.environment():
             assert os.environ.pop("MLFLOW_RUN_ID", None) == known  # it takes it away itself
             trackers.TrackerCallback(one, 0).on_train_begin(None, None, None)
     (tmp_path / trackers.IDS).write_text("{")
     assert one._ids() == {}, "and it is another run there"
-    with TrackerRun(["mlflow"], "zh-sft-phase-2", "0", tmp_path).told():
+    with TrackerRun(["mlflow"], "zh-sft-phase-2", "0", tmp_path).environment():
         assert "MLFLOW_RUN_ID" not in os.environ
 
 
@@ -211,7 +211,7 @@ def test_every_program_is_transformers_own_and_is_told_the_same_run_again(
     assert set(one.names) <= set(INTEGRATION_TO_CALLBACK) and one.arguments["report_to"] == "none"
     seen = []
     for _ in range(2):
-        with one.told():
+        with one.environment():
             assert os.environ["WANDB_RUN_ID"] == "mine" and os.environ["SWANLAB_RESUME"] == "allow"
             seen.append(os.environ["SWANLAB_RUN_ID"])
         assert "SWANLAB_RUN_ID" not in os.environ

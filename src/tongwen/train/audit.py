@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from tongwen.core.errors import NumbersError
 from tongwen.core.i18n import _
 from tongwen.train.packing import Loss, pack, to_device
-from tongwen.train.parallel import are_somewhere, local
+from tongwen.train.parallel import local, true_on_any_rank
 
 
 def check_isolation(model: Any, samples: list[Any], loss: Loss) -> float:
@@ -57,7 +57,7 @@ def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:
     if not trainable:
         raise NumbersError(_("no parameter is trainable"), place="audit")
     generator = torch.Generator().manual_seed(0)
-    filled = are_somewhere((part.detach() for part in trainable.values()), torch.any)
+    filled = true_on_any_rank((part.detach() for part in trainable.values()), torch.any)
     zeros = [local(part) for part, some in zip(trainable.values(), filled, strict=True) if not some]
     was_training = model.training
     model.train()
@@ -71,7 +71,7 @@ def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:
             if not total.requires_grad:
                 raise NumbersError(_("the loss does not depend on any trainable tensor"), place="audit (F-01)")
             (total / max(len(nats), 1)).backward()
-            unreached = _judge(model, trainable, mean)
+            unreached = _check_gradients(model, trainable, mean)
         finally:
             with torch.no_grad():
                 for part in zeros:
@@ -81,12 +81,12 @@ def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:
     return unreached
 
 
-def _judge(model: Any, trainable: dict[str, torch.nn.Parameter], loss: float) -> list[str]:
+def _check_gradients(model: Any, trainable: dict[str, torch.nn.Parameter], loss: float) -> list[str]:
     check_frozen(model, "audit")
     reached = {name: part.grad for name, part in trainable.items() if part.grad is not None}
-    some = dict(zip(reached, are_somewhere(reached.values(), torch.any), strict=True))
+    some = dict(zip(reached, true_on_any_rank(reached.values(), torch.any), strict=True))
     none = [name for name in trainable if not some.get(name)]
-    broken = [name for name, one in zip(reached, are_somewhere(reached.values(), is_broken), strict=True) if one]
+    broken = [name for name, one in zip(reached, true_on_any_rank(reached.values(), is_broken), strict=True) if one]
     if broken:
         raise NumbersError(
             _("{count} gradients are not finite (loss {loss:.4g})").format(count=len(broken), loss=loss),

@@ -32,7 +32,7 @@ def newest_checkpoint(folders: Sequence[Path], runs: Collection[str] = ()) -> Pa
     """
     problems: dict[Path, str] = {}
     for folder in reversed(folders):
-        for path in sorted(_all_in(folder), key=step_of, reverse=True):
+        for path in sorted(_checkpoints_in(folder), key=step_of, reverse=True):
             problem = damage(path, runs)
             if problem is None:
                 _put_aside(problems, path)
@@ -80,13 +80,15 @@ def damage(checkpoint: Path, runs: Collection[str] = ()) -> str | None:
         return _("it belongs to a different run, {run}").format(run=run)
     if step != step_of(checkpoint):
         return _("it is the checkpoint of step {step}, renamed").format(step=step)
-    for name, told in files.items():
+    for name, expected in files.items():
         file = checkpoint / name
         try:
             size = file.stat().st_size
-            if size != told["bytes"]:
-                return _("{name} has {size} bytes instead of {bytes}").format(name=name, size=size, bytes=told["bytes"])
-            if artifact.hash_file(file) != told["sha256"]:
+            if size != expected["bytes"]:
+                return _("{name} has {size} bytes instead of {bytes}").format(
+                    name=name, size=size, bytes=expected["bytes"]
+                )
+            if artifact.hash_file(file) != expected["sha256"]:
                 return _("{name} has changed").format(name=name)
         except FileNotFoundError:
             return _("{name} is missing").format(name=name)
@@ -99,15 +101,15 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
 
 
-def last_of(folder: Path) -> str:
+def describe_last(folder: Path) -> str:
     """The last checkpoint, in words for a message."""
-    last = max(_all_in(folder), key=step_of, default=None)
+    last = max(_checkpoints_in(folder), key=step_of, default=None)
     if last is None:
         return _("there is no checkpoint yet")
     return _("the last checkpoint is {last}").format(last=last)
 
 
-def _all_in(folder: Path) -> list[Path]:
+def _checkpoints_in(folder: Path) -> list[Path]:
     """Without somebody's copies of them."""
     return [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
 
@@ -116,21 +118,21 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def stage(folder: Path) -> None:
+def prepare_staging(folder: Path) -> None:
     """Make the empty place where the next checkpoint is written; what a dead process left there goes."""
     if (folder / STAGING).exists():
         shutil.rmtree(folder / STAGING)
     (folder / STAGING).mkdir(parents=True)
 
 
-def commit(staged: Path, folder: Path, told: Mapping[str, Any], keep: int, best: int | None = None) -> None:
+def commit(staged: Path, folder: Path, metadata: Mapping[str, Any], keep: int, best: int | None = None) -> None:
     """Make a checkpoint in the staging folder the newest, then drop the oldest beyond `keep`; that of step `best` stays.
 
-    Called by one process when all have written. told: what the manifest says besides the files, `run` at least.
+    Called by one process when all have written. metadata: what the manifest says besides the files, `run` at least.
     """
     files = sorted(file for file in staged.rglob("*") if file.is_file())
     manifest = {
-        **told,
+        **metadata,
         "step": step_of(staged),
         "files": {
             file.relative_to(staged).as_posix(): {"bytes": file.stat().st_size, "sha256": artifact.hash_file(file)}
@@ -142,7 +144,7 @@ def commit(staged: Path, folder: Path, told: Mapping[str, Any], keep: int, best:
     target = folder / staged.name
     staged.rename(target)
     artifact.sync_folder(folder)
-    others = (path for path in _all_in(folder) if step_of(path) != best or path == target)
+    others = (path for path in _checkpoints_in(folder) if step_of(path) != best or path == target)
     for old in sorted(others, key=step_of, reverse=True)[keep:]:
         old.rename(folder / STAGING / old.name)  # first it stops being a checkpoint, then it goes
     shutil.rmtree(folder / STAGING, ignore_errors=True)

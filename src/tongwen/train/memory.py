@@ -34,7 +34,7 @@ STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 
 STREAMED = 100_000_000  # bytes that merging and exporting take at any size of model (bench/results/merge.json)
 CUDA_CONTEXT = 600_000_000  # bytes of a GPU that CUDA and its libraries take before the first tensor, about
 
-MOST_TOKENS = 65536  # at once: the launches of any model are hidden then
+MAX_TOKENS = 65536  # at once: the launches of any model are hidden then
 
 # What each process has only its part of. ZeRO counts up: the optimizer, then the gradients, then the weights.
 SHARED = {
@@ -128,7 +128,7 @@ def token_budget(device: str, config: Any, memory: int = 0, *, full: bool = Fals
         shape = rough_shape(config)
         spare = memory - CUDA_CONTEXT - shape.parameters * (16 if full else 2)
         per_token = 2 * kept_for_backward(shape, checkpointing=False)
-        while budget < MOST_TOKENS and 2 * budget * per_token <= spare / 2:
+        while budget < MAX_TOKENS and 2 * budget * per_token <= spare / 2:
             budget *= 2
     return budget
 
@@ -136,8 +136,8 @@ def token_budget(device: str, config: Any, memory: int = 0, *, full: bool = Fals
 def device_memory(device: str) -> int:
     """Bytes of this process's GPU, by its own module (cuda, npu, xpu); 0 where there is none, and where it does not tell
     (mps: its memory is the machine's)."""
-    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
-    return int(ask()[1]) if ask else 0
+    mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return int(mem_get_info()[1]) if mem_get_info else 0
 
 
 def own_memory(device: str) -> int:
@@ -145,16 +145,16 @@ def own_memory(device: str) -> int:
     return device_memory(device) if distributed.world_size() == 1 else 0
 
 
-def is_reckoned_to_fit(model: Any, words: Training, sharing: Sharing, width: int, tokens: int, memory: int) -> bool:
+def is_estimated_to_fit(model: Any, config: Training, sharing: Sharing, width: int, tokens: int, memory: int) -> bool:
     """Whether so many tokens at once fit a GPU with all their activations. From what all processes know alike (their GPUs
     are of one kind), so that all answer alike: layers that only some recompute would ask for shared weights in another order, and wait for each other."""
     rough, learning = rough_shape(model.config), sum(part.numel() for part in model.parameters() if part.requires_grad)
     outside = rough.vocabulary * rough.hidden
     shape = replace(rough, trainable=learning, outside=outside, of_layer=(rough.parameters - outside) // rough.layers)
     weights = sum(part.numel() * part.element_size() for part in model.parameters())
-    needs = {"weights": weights, "gradients": 4 * learning, "optimizer": STATE_BYTES[words.optimizer] * learning}
+    needs = {"weights": weights, "gradients": 4 * learning, "optimizer": STATE_BYTES[config.optimizer] * learning}
     needed = sum(sharing.of(needs, shape, width, width).values())
-    if words.sharded_by == "deepspeed":  # which shares out after the audit
+    if config.sharded_by == "deepspeed":  # which shares out after the audit
         needed = max(needed, needs["weights"] + needs["gradients"])
     activations = tokens * 2 * kept_for_backward(rough, checkpointing=False)
     return bool(CUDA_CONTEXT + needed + activations <= 0.9 * memory)

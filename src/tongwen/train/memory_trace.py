@@ -54,17 +54,17 @@ class LiveTensors(TorchDispatchMode):
         out = function(*arguments, **(options or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self.enter(tensor)
+                self.add(tensor)
         return out
 
-    def enter(self, tensor: torch.Tensor) -> None:
+    def add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.owners:
             return
         self.owners[key] = (self.purpose, storage.nbytes())
         self.now[self.purpose] += storage.nbytes()
-        weakref.finalize(storage, self._leave, key)
+        weakref.finalize(storage, self._remove, key)
         if self.now.total() > self.fullest[self.part].total():
             self.fullest[self.part] = self.now.copy()
 
@@ -75,7 +75,7 @@ class LiveTensors(TorchDispatchMode):
         self.now[before] -= size
         self.now[purpose] += size
 
-    def _leave(self, key: int) -> None:
+    def _remove(self, key: int) -> None:
         purpose, size = self.owners.pop(key)
         self.now[purpose] -= size
 
@@ -103,7 +103,7 @@ def trace_step(
     Raises RuntimeError where the model's shapes depend on values.
     """
     with FakeTensorMode():
-        _pretend(model)
+        _make_fake(model)
         prepare(model)
         width = head.weight.shape[0]  # of single rows that learn, peft makes the whole at each question
         batch, live, arrived = _batch(lengths), LiveTensors(), set[int]()
@@ -127,7 +127,7 @@ def trace_step(
         head.register_forward_pre_hook(on_head)
         with live:
             for part in (*model.parameters(), *model.buffers()):
-                live.enter(part)
+                live.add(part)
             for _ in range(min(passes, 2)):
                 live.purpose, live.part = "activations", FORWARD
                 arrived.clear()
@@ -141,7 +141,7 @@ def trace_step(
     return [dict(part) for part in live.fullest]
 
 
-def _pretend(model: Any) -> None:
+def _make_fake(model: Any) -> None:
     """Fake tensors in the place of meta ones, on a CPU that computes nothing; tied ones stay tied, learning ones are fp32."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():

@@ -53,9 +53,9 @@ class MetricsCallback(TrainerCallback):
         self.losses = [line["loss"] for line in kept if line["step"] > self.before_steps]
         self.flat_from = step
         if is_first():
-            beside = self.file.with_suffix(".partial")
-            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            beside.replace(self.file)  # in one go: the other processes read it too
+            partial = self.file.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            partial.replace(self.file)  # in one go: the other processes read it too
 
     @property
     def evaluations(self) -> list[tuple[int, float]]:
@@ -67,13 +67,13 @@ class MetricsCallback(TrainerCallback):
         """(step, bits per byte) of the best held-out evaluation of this phase; the first of equals."""
         return min(self.history, key=lambda one: one[1]) if self.history else None
 
-    def waited(self, patience: int | None) -> bool:
+    def out_of_patience(self, patience: int | None) -> bool:
         """Whether that many evaluations have passed since the best one, which may be that before the first step."""
         scores = [score for _, score in self.evaluations]
         return bool(patience and scores and len(scores) - 1 - scores.index(min(scores)) >= patience)
 
     @property
-    def not_beaten(self) -> str:
+    def no_improvement(self) -> str:
         """What to say when no evaluation was better than the one before the first step."""
         if not self.best or self.best[1] < self.to_beat:
             return ""
@@ -107,7 +107,7 @@ class MetricsCallback(TrainerCallback):
             line["embedding_learning_rate"] = self.rates[-1]
         self.scores = {}
         self.losses.append(logs["loss"])
-        if self.flat_from < FLAT_AFTER <= state.global_step and (flat := say_flat(self.losses)):
+        if self.flat_from < FLAT_AFTER <= state.global_step and (flat := describe_flat_loss(self.losses)):
             console.notice(flat)
         self.flat_from = state.global_step
         self._append(line)
@@ -124,7 +124,7 @@ class MetricsCallback(TrainerCallback):
             stream.write(json.dumps(line) + "\n")
 
 
-def say_flat(losses: list[float]) -> str:
+def describe_flat_loss(losses: list[float]) -> str:
     """What to say of a phase's losses up to its step FLAT_AFTER: one that has not fallen by then is usually a learning rate
     that is wrong by far."""
     tenth = max(1, len(losses) // 10)
@@ -136,10 +136,12 @@ def say_flat(losses: list[float]) -> str:
     )
 
 
-def flat_at(lines: list[dict[str, Any]], before_steps: int, last: int) -> str:
+def flat_loss_in_phase(lines: list[dict[str, Any]], before_steps: int, last: int) -> str:
     """The same, from the lines of metrics.jsonl: of the phase between these steps of the stage."""
     steps = [line["step"] for line in lines if before_steps + FLAT_AFTER <= line["step"] <= last]
-    return say_flat([line["loss"] for line in lines if before_steps < line["step"] <= steps[0]]) if steps else ""
+    return (
+        describe_flat_loss([line["loss"] for line in lines if before_steps < line["step"] <= steps[0]]) if steps else ""
+    )
 
 
 def check_forgetting(before: dict[str, Any], now: dict[str, Any], limits: Forgetting) -> None:
@@ -169,8 +171,8 @@ def peak_memory_bytes() -> int | None:
     import torch
 
     if device := torch.accelerator.current_accelerator(check_available=True):
-        ask = getattr(torch.get_device_module(device), "max_memory_allocated", None)
-        return int(ask()) if ask else None
+        max_memory_allocated = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+        return int(max_memory_allocated()) if max_memory_allocated else None
     try:  # getrusage's figure is inherited from a larger parent through exec; this one is not
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(status.split("VmHWM:")[1].split()[0])

@@ -42,7 +42,7 @@ class NanGuard(TrainerCallback):
 
     gather:    this process's (1, N) row in, (W, N) rows of all processes out
     origin:    where a sample came from: file and row
-    wants_out: whether this process was asked to stop
+    stop_requested: whether this process was asked to stop
     last:      names the last checkpoint, for the message
     """
 
@@ -51,14 +51,20 @@ class NanGuard(TrainerCallback):
         plan: BatchPlan,
         origin: Callable[[int], Any],
         gather: Callable[[torch.Tensor], torch.Tensor],
-        wants_out: Callable[[], bool],
-        last: Callable[[], str],
+        stop_requested: Callable[[], bool],
+        last_checkpoint: Callable[[], str],
         before_steps: int,
         vocabulary: int,
     ) -> None:
-        self.plan, self.origin, self.gather, self.wants_out, self.last = plan, origin, gather, wants_out, last
+        self.plan, self.origin, self.gather, self.stop_requested, self.last_checkpoint = (
+            plan,
+            origin,
+            gather,
+            stop_requested,
+            last_checkpoint,
+        )
         self.before_steps, self.absurd = before_steps, math.log(vocabulary) + MARGIN
-        self.step, self.leaving = StepLosses(), False
+        self.step, self.stopping = StepLosses(), False
         self.high = self.skipped = self.skipped_in_a_row = 0
 
     def note(self, nats: torch.Tensor, learned: Any) -> None:
@@ -66,24 +72,24 @@ class NanGuard(TrainerCallback):
         self.step.nats.append(nats.detach().float())
         self.step.learned = learned
 
-    def look(self, index: int, norm: Any, model: Any, *, scaled: bool) -> None:
+    def check(self, index: int, norm: Any, model: Any, *, scaled: bool) -> None:
         """Before step `index` of the phase is taken. norm: of the whole gradient; scaled: a gradient scaler leaves out a
         step that has overflowed."""
         step, self.step = self.step, StepLosses()
-        flags = (torch.as_tensor(value).to(step.nats[0]) for value in (norm, self.wants_out()))
+        flags = (torch.as_tensor(value).to(step.nats[0]) for value in (norm, self.stop_requested()))
         row = torch.stack([*step.nats, *flags])
         ranks = self.gather(row[None]).tolist()  # (W, accumulate + 2)
-        self.leaving = any(rank[-1] for rank in ranks)
+        self.stopping = any(rank[-1] for rank in ranks)
         losses, norms = [rank[:-2] for rank in ranks], [rank[-2] for rank in ranks]
         self._check_finite(index, losses, [] if scaled else norms, model)  # a loss is not scaled when it is noted
         if scaled:
             self._count_skip(index, not all(map(math.isfinite, norms)))
         self._check_sane(index, sum(map(sum, losses)) / max(float(step.learned), 1.0))
 
-    def leaves(self, device: torch.device) -> bool:
+    def should_stop(self, device: torch.device) -> bool:
         """After the last step, which did not ask for what has come since: whether any process was asked to stop."""
-        wish = torch.tensor([float(self.leaving or self.wants_out())], device=device)
-        return bool(self.gather(wish).any())
+        flag = torch.tensor([float(self.stopping or self.stop_requested())], device=device)
+        return bool(self.gather(flag).any())
 
     def _check_finite(self, index: int, losses: list[list[float]], norms: list[float], model: Any) -> None:
         bad = [
@@ -139,7 +145,7 @@ class NanGuard(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.leaving:
+        if self.stopping:
             control.should_save = control.should_training_stop = True
 
     def _rows(self, samples: Any) -> str:
@@ -150,5 +156,5 @@ class NanGuard(TrainerCallback):
         raise NumbersError(
             what,
             place=_("step {before_steps}").format(before_steps=self.before_steps + index + 1),
-            remedy=f"{cure}; {self.last()}",
+            remedy=f"{cure}; {self.last_checkpoint()}",
         )

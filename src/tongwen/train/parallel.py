@@ -31,7 +31,7 @@ BUCKET = 500_000_000  # DeepSpeed's default
 FSDP_FILE = "pytorch_model_fsdp.bin"  # accelerate's name
 # By `precision`, `compile`, and what torch finds.
 OVERRIDDEN = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_", "ACCELERATE_USE_CPU")
-ASKED_FROM_OUTSIDE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+LAUNCHER_ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Engine:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         plugin = _plugin(self.arguments["fsdp_config"], mixed_precision_policy=policy)
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), fsdp_plugin=plugin)
-        self.insist(accelerator, plugin)
-        words = {
+        self.enforce(accelerator, plugin)
+        fsdp_kwargs = {
             "reshard_after_forward": plugin.reshard_after_forward,
             "mp_policy": policy,
             "offload_policy": plugin.cpu_offload,
@@ -72,19 +72,19 @@ class Engine:
         plugin.set_auto_wrap_policy(model)
         if is_layer := fsdp2_prepare_auto_wrap_policy(plugin, model):
             for layer in [module for module in model.modules() if module is not model and is_layer(module)][::-1]:
-                in_fp32(layer.parameters())
-                fully_shard(layer, **words)
+                trainable_to_fp32(layer.parameters())
+                fully_shard(layer, **fsdp_kwargs)
         plugin.auto_wrap_policy = None  # accelerate has no layers left, only what stands around them
-        in_fp32(model.parameters())
-        with _rows_apart(model, words):
+        trainable_to_fp32(model.parameters())
+        with _rows_apart(model, fsdp_kwargs):
             fsdp2_prepare_model(accelerator, model)
         register_fsdp_forward_method(model, "generate")
 
     def _check_layers(self, model: Any) -> None:
         """Raise RecipeError for a layer that the file names and the model has not."""
-        there = {type(module).__name__ for module in model.modules()}
+        layer_classes = {type(module).__name__ for module in model.modules()}
         for layer in self.arguments["fsdp_config"].get("transformer_layer_cls_to_wrap") or ():
-            if layer not in there:
+            if layer not in layer_classes:
                 own = ",".join(sorted(getattr(model, "_no_split_modules", None) or ()))
                 raise RecipeError(
                     _("this model has no layer {layer!r}").format(layer=layer),
@@ -92,13 +92,13 @@ class Engine:
                     remedy=f"fsdp_transformer_layer_cls_to_wrap: {own}" if own else _("leave it out"),
                 )
 
-    def insist(self, accelerator: Any, plugin: Any = None) -> None:
+    def enforce(self, accelerator: Any, plugin: Any = None) -> None:
         """accelerate offers FSDP on accelerators only, and says nothing; FSDP2 itself runs on CPUs as well. What it leaves in
         the environment would change the engine of the next stage."""
         from accelerate import PartialState
         from accelerate.utils import DistributedType
 
-        for name in ASKED_FROM_OUTSIDE:
+        for name in LAUNCHER_ENGINES:
             os.environ.pop(name, None)
         if self.name == "fsdp2":
             accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -127,7 +127,7 @@ class Engine:
                 remedy=f"tongwen run RECIPE --devices {shards}",
             )
 
-    def prove(self, wrapped: Any, model: Any, optimizer: Any) -> None:
+    def verify(self, wrapped: Any, model: Any, optimizer: Any) -> None:
         """Raise MachineError unless what was prepared is what was asked for, and the optimizer holds what is trained."""
         found = _name_of(wrapped)
         whole = [name for name, part in model.named_parameters() if not isinstance(part, DTensor)]
@@ -146,7 +146,7 @@ class Engine:
             )
 
 
-def choose(words: Training) -> Engine:
+def choose_engine(section: Training) -> Engine:
     """The engine that a recipe asks for, in the processes that there are. Raises RecipeError or MissingPackage."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -157,40 +157,40 @@ def choose(words: Training) -> Engine:
                 _("the launcher's {name}={value} is not used: the recipe decides").format(name=name, value=value)
             )
     unset_hf_deepspeed_config()  # of the stage before: transformers would cut the next model up while it is read
-    place = f"engine: {words.engine}"
-    outside = [name for name in ASKED_FROM_OUTSIDE if os.environ.get(name, "").lower() == "true"]
+    place = f"engine: {section.engine}"
+    outside = [name for name in LAUNCHER_ENGINES if os.environ.get(name, "").lower() == "true"]
     if outside:
         raise RecipeError(
             _("the launcher's settings ask for another engine ({outside}=true)").format(outside=outside[0]),
             place=place,
             remedy=_("put these settings into engine: FILE, and start the launcher without them"),
         )
-    if words.sharded_by == "fsdp2":
-        return Engine("fsdp2", {"fsdp": True, "fsdp_config": _fsdp_config(words)}, place)
-    if words.sharded_by == "deepspeed":
+    if section.sharded_by == "fsdp2":
+        return Engine("fsdp2", {"fsdp": True, "fsdp_config": _fsdp_config(section)}, place)
+    if section.sharded_by == "deepspeed":
         if importlib.util.find_spec("deepspeed") is None:
             raise MissingPackage("deepspeed", place, "deepspeed")
-        config = _deepspeed_config(words)
+        config = _deepspeed_config(section)
         _prepare_deepspeed(config["zero_optimization"], place)
         return Engine(f"zero{config['zero_optimization']['stage']}", {"deepspeed": config}, place)
     return Engine("ddp" if distributed.is_launched() else "single")
 
 
-def sharing_of(words: Training, world: int) -> Sharing:
+def sharing_of(section: Training, world: int) -> Sharing:
     """What each of so many processes will hold. Raises RecipeError for a file that cannot be read."""
-    if words.sharded_by == "fsdp2":
-        config = _fsdp_config(words)
-        offloaded = SHARED["fsdp2"] if words.offload else ()
+    if section.sharded_by == "fsdp2":
+        config = _fsdp_config(section)
+        offloaded = SHARED["fsdp2"] if section.offload else ()
         return Sharing("fsdp2", world, offloaded, config.get("reshard_after_forward", True))
-    if words.sharded_by == "deepspeed":
-        zero = _deepspeed_config(words)["zero_optimization"]
+    if section.sharded_by == "deepspeed":
+        zero = _deepspeed_config(section)["zero_optimization"]
         stage = zero["stage"]
-        waits = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": ("weights",)}
-        waiting = tuple(purpose for key, what in waits.items() if key in zero for purpose in what)
+        offload_keys = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": ("weights",)}
+        offloaded = tuple(purpose for key, what in offload_keys.items() if key in zero for purpose in what)
         copies = 2 if stage < 3 and zero.get("overlap_comm") else 1
         size = zero.get("reduce_bucket_size", BUCKET)
         bucket = 0 if size == "auto" else copies * int(size)  # auto: a square of the hidden size, which is little
-        return Sharing(f"zero{stage}", world, waiting, bucket=bucket)
+        return Sharing(f"zero{stage}", world, offloaded, bucket=bucket)
     return Sharing("ddp" if world > 1 else "", world)
 
 
@@ -215,20 +215,20 @@ def _prepare_deepspeed(zero: dict[str, Any], place: str) -> None:
         ) from None
 
 
-def _fsdp_config(words: Training) -> dict[str, Any]:
-    config = {} if words.engine == "fsdp2" else engine_config.read(words.engine, 1).engine
-    return {"version": 2, **config, "cpu_offload": words.offload}
+def _fsdp_config(section: Training) -> dict[str, Any]:
+    config = {} if section.engine == "fsdp2" else engine_config.read(section.engine, 1).engine
+    return {"version": 2, **config, "cpu_offload": section.offload}
 
 
-def _deepspeed_config(words: Training) -> dict[str, Any]:
+def _deepspeed_config(section: Training) -> dict[str, Any]:
     """ "auto" is filled in by transformers from its own arguments, which come from the recipe."""
-    if words.engine.endswith(".json"):
-        config = engine_config.read(words.engine, 1).engine
+    if section.engine.endswith(".json"):
+        config = engine_config.read(section.engine, 1).engine
     else:
-        config = {"zero_optimization": {"stage": int(words.engine[-1]), "overlap_comm": True}}
+        config = {"zero_optimization": {"stage": int(section.engine[-1]), "overlap_comm": True}}
     zero = dict(config["zero_optimization"])
     zero["stage3_gather_16bit_weights_on_model_save"] = True  # else only shards of the result would be saved
-    if words.offload:
+    if section.offload:
         for what in ("optimizer", "param")[: 2 if zero["stage"] == 3 else 1]:
             zero.setdefault(f"offload_{what}", {"device": "cpu", "pin_memory": torch.accelerator.is_available()})
     autos = dict.fromkeys((*engine_config.BATCH, "gradient_clipping"), "auto")
@@ -236,7 +236,7 @@ def _deepspeed_config(words: Training) -> dict[str, Any]:
     return {**own, **config, "zero_optimization": zero, "bf16": {"enabled": "auto"}, **autos}
 
 
-def _plugin(config: dict[str, Any], **more: Any) -> Any:
+def _plugin(config: dict[str, Any], **kwargs: Any) -> Any:
     """accelerate's plugin for transformers' fsdp_config."""
     from accelerate.utils import FullyShardedDataParallelPlugin
 
@@ -249,12 +249,12 @@ def _plugin(config: dict[str, Any], **more: Any) -> Any:
         min_num_params=config.get("min_num_params"),
         cpu_offload=config["cpu_offload"],
         state_dict_type="FULL_STATE_DICT",
-        **more,
+        **kwargs,
     )
 
 
 @contextmanager
-def _rows_apart(model: Any, words: dict[str, Any]) -> Iterator[None]:
+def _rows_apart(model: Any, fsdp_kwargs: dict[str, Any]) -> Iterator[None]:
     """Matrices of which peft trains single rows are shared out here: accelerate asks for their weight to see whether they
     are tied, which peft then computes from both, and is told that there are none."""
     from torch.distributed.fsdp import fully_shard
@@ -265,8 +265,8 @@ def _rows_apart(model: Any, words: dict[str, Any]) -> Iterator[None]:
         return
     one, other = ({id(part) for part in module.parameters()} for module in modules)
     for together in [modules] if one & other else [[module] for module in modules]:
-        reshard = words["reshard_after_forward"] and len(together) == 1  # the two are used at both ends of a step
-        fully_shard(together, **{**words, "reshard_after_forward": reshard})
+        reshard = fsdp_kwargs["reshard_after_forward"] and len(together) == 1  # the two are used at both ends of a step
+        fully_shard(together, **{**fsdp_kwargs, "reshard_after_forward": reshard})
     model.get_input_embeddings = model.get_output_embeddings = lambda: None
     try:
         yield
@@ -284,7 +284,7 @@ def _name_of(wrapped: Any) -> str:
     return "ddp" if isinstance(wrapped, DistributedDataParallel) else "single"
 
 
-def in_fp32(parts: Iterable[torch.nn.Parameter]) -> None:
+def trainable_to_fp32(parts: Iterable[torch.nn.Parameter]) -> None:
     """Those of the parameters that learn."""
     for part in parts:
         if part.requires_grad and not isinstance(part, DTensor):
@@ -305,7 +305,7 @@ def local(part: torch.Tensor) -> torch.Tensor:
     return part.to_local() if isinstance(part, DTensor) else part
 
 
-def are_somewhere(parts: Iterable[torch.Tensor], what: Any) -> list[bool]:
+def true_on_any_rank(parts: Iterable[torch.Tensor], what: Any) -> list[bool]:
     """For each tensor, whether `what` holds of it, or of its part in some process. All processes must ask."""
     parts = list(parts)
     flags = torch.stack([what(local(part)) for part in parts]) if parts else torch.zeros(0, dtype=torch.bool)
@@ -316,7 +316,7 @@ def are_somewhere(parts: Iterable[torch.Tensor], what: Any) -> list[bool]:
     return [bool(flag) for flag in flags.tolist()]
 
 
-def agreed(value: Any) -> Any:
+def from_first_rank(value: Any) -> Any:
     """What the first process has found, on all: the last bits of what the others found may differ, and so would what they
     decide by it. All processes must ask."""
     from accelerate.utils import broadcast_object_list

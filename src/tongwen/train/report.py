@@ -83,20 +83,20 @@ def held_out_table(
     }
 
 
-def _say_change(what: str, scores: dict[str, float]) -> None:
+def _report_change(what: str, scores: dict[str, float]) -> None:
     """Good is what has fallen."""
     change = scores["after"] / scores["before"] - 1 if scores["before"] else math.nan
-    tell = console.notice if scores["after"] > scores["before"] else console.good
-    tell(f"{what} {scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})")
+    show = console.notice if scores["after"] > scores["before"] else console.good
+    show(f"{what} {scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})")
 
 
-def say_result(report: dict[str, Any], out: Path) -> None:
+def report_result(report: dict[str, Any], out: Path) -> None:
     """What the stage has done, in a few lines."""
     through = report["throughput"]
     if held_out := report["held_out"]:
-        _say_change(_("held-out bits per byte"), held_out["bits_per_byte"])
+        _report_change(_("held-out bits per byte"), held_out["bits_per_byte"])
         for name, group in held_out["groups"].items():
-            _say_change(f"  {name}", group["bits_per_byte"])
+            _report_change(f"  {name}", group["bits_per_byte"])
     console.good(
         f"{human_time(through['seconds'])} · {through['tokens_per_second']:.0f} token/s · "
         f"{_('peak')} {human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"

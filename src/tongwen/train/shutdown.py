@@ -23,8 +23,8 @@ class ShutdownRequest:
 
     def __init__(self, deadline: float | None) -> None:
         self.deadline = min(filter(None, (deadline, _end_of_job())), default=None)
-        self.why = ""
-        self.heard: float | None = None
+        self.reason = ""
+        self.signalled_at: float | None = None
         self.step = 0.0
         self.save = SAVING_SECONDS
         self.began = time.time()
@@ -34,23 +34,23 @@ class ShutdownRequest:
         """Whether the first step will be the last one, for all that is known before it."""
         return self.deadline is not None and time.time() + 2 * self.save > self.deadline
 
-    def hear(self, number: int) -> None:
+    def on_signal(self, number: int) -> None:
         """Somebody asks. A second time, the process ends at once."""
         now = time.monotonic()
-        if self.heard is not None and now > self.heard + REPEATED:
+        if self.signalled_at is not None and now > self.signalled_at + REPEATED:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.why, self.heard = signal.Signals(number).name, self.heard or now
+        self.reason, self.signalled_at = signal.Signals(number).name, self.signalled_at or now
 
-    def wanted(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether to stop after the step that is being taken. Called once in each step."""
         now = time.time()
         self.step, self.began = max(self.step, now - self.began), now
-        if not self.why and self.deadline is not None and now + 2 * (self.step + self.save) > self.deadline:
-            self.why = _("the time limit is near")
-        return bool(self.why)
+        if not self.reason and self.deadline is not None and now + 2 * (self.step + self.save) > self.deadline:
+            self.reason = _("the time limit is near")
+        return bool(self.reason)
 
-    def saved(self, seconds: float) -> None:
+    def on_save(self, seconds: float) -> None:
         """A checkpoint took this long; no step does."""
         self.save, self.began = seconds, time.time()
 

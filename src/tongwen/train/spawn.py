@@ -20,12 +20,12 @@ def main(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _end_with_parent()
-    stop, heard = api._terminate_process_handler, list[int]()
+    stop, received = api._terminate_process_handler, list[int]()
 
     def stop_once(number: int, frame: Any) -> None:
         """A second wish would break off the wait for the processes, which are saving."""
-        heard.append(number)
-        if len(heard) == 1:
+        received.append(number)
+        if len(received) == 1:
             stop(number, frame)
 
     api._terminate_process_handler = stop_once

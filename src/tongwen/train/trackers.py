@@ -26,7 +26,7 @@ from tongwen.core.errors import MachineError, MissingPackage, first_line
 from tongwen.core.i18n import _
 from tongwen.recipe.schema import TrackerName
 
-CURRENT: dict[str, Callable[[Any], Any]] = {  # the run that is told, if one is; only the first process has one
+CURRENT_RUN: dict[str, Callable[[Any], Any]] = {  # the run that is told, if one is; only the first process has one
     "wandb": lambda module: module.run,
     "swanlab": lambda module: module.get_run(),
 }
@@ -34,7 +34,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "wandb": ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"),
     "swanlab": ("SWANLAB_API_KEY",),
 }
-WITHOUT = ("offline", "disabled", "dryrun", "local")  # values of WANDB_MODE and SWANLAB_MODE that need no key
+KEYLESS_MODES = ("offline", "disabled", "dryrun", "local")  # values of WANDB_MODE and SWANLAB_MODE that need no key
 LOGINS: dict[str, dict[str, str]] = {  # where a login has left a key, or a setting its wish, and what then stands there
     "wandb": {
         **dict.fromkeys(("$NETRC", "~/.netrc", "~/_netrc"), "wandb"),
@@ -42,28 +42,28 @@ LOGINS: dict[str, dict[str, str]] = {  # where a login has left a key, or a sett
     },
     "swanlab": dict.fromkeys(("$SWANLAB_SAVE_DIR/.netrc", "~/.swanlab/.netrc"), "machine"),
 }
-SECONDS = 5.0  # in which a server answers
+CONNECT_SECONDS = 5.0  # in which a server answers
 IDS = "mlflow.json"  # in the stage's folder: by title, the run that MLflow has given it
 
 
 @dataclass(frozen=True)
 class TrackerRun:
     """names: of the programs; title: of the run there; run: its id, the same when it is resumed; folder: of the stage;
-    phase: its name, where there are several; must: whether a program that cannot begin ends the run."""
+    phase: its name, where there are several; required: whether a program that cannot begin ends the run."""
 
     names: Sequence[TrackerName]
     title: str
     run: str
     folder: Path
     phase: str = ""
-    must: bool = True
+    required: bool = True
 
     @property
     def arguments(self) -> dict[str, Any]:
         """As TrainingArguments. The integrations are called by a Teller."""
         return {"report_to": "none", "run_name": f"{self.title}-{self.run[:8]}"}
 
-    def make(self, name: TrackerName, start: int) -> Any:
+    def make_callback(self, name: TrackerName, start: int) -> Any:
         """The program's callback. TensorBoard's is asked to forget what the run wrote beyond the step that it starts from."""
         from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -76,7 +76,7 @@ class TrackerRun:
         return INTEGRATION_TO_CALLBACK[name](*words)
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def environment(self) -> Iterator[None]:
         """The environment says which run it is, where the user's own does not."""
         run = f"{self.title}-{self.run}"
         words = {
@@ -94,13 +94,13 @@ class TrackerRun:
         finally:
             for name in ours:
                 os.environ.pop(name, None)  # MLflow has taken its own
-            for name, run_of in CURRENT.items():  # the next phase is a run of its own there
+            for name, run_of in CURRENT_RUN.items():  # the next phase is a run of its own there
                 if name in self.names and name in sys.modules:
-                    with said(name):
+                    with reporting_failures(name):
                         if run_of(sys.modules[name]):
                             sys.modules[name].finish()
 
-    def remember(self) -> None:
+    def save_mlflow_id(self) -> None:
         """MLflow takes no id of ours: the one that it has given is kept for the run that is resumed."""
         if active := sys.modules["mlflow"].active_run():
             artifact.write_json(self.folder / IDS, {**self._ids(), self.title: active.info.run_id})
@@ -116,37 +116,37 @@ class TrackerRun:
 class TrackerCallback:
     """A callback that calls those of all programs, none of which may end a training that goes on."""
 
-    def __init__(self, track: TrackerRun, start: int) -> None:
-        self.track, self.programs = track, dict[str, Any]()
-        for name in track.names:
-            with said(name, must=track.must):
-                self.programs[name] = track.make(name, start)
+    def __init__(self, tracker: TrackerRun, start: int) -> None:
+        self.tracker, self.programs = tracker, dict[str, Any]()
+        for name in tracker.names:
+            with reporting_failures(name, required=tracker.required):
+                self.programs[name] = tracker.make_callback(name, start)
 
     def __getattr__(self, event: str) -> Any:
         if not event.startswith("on_"):
             raise AttributeError(event)
 
-        def tell(*words: Any, **more: Any) -> None:
+        def dispatch(*args: Any, **kwargs: Any) -> None:
             for name in list(self.programs):
-                with said(name, must=self.track.must and event == "on_train_begin"):
+                with reporting_failures(name, required=self.tracker.required and event == "on_train_begin"):
                     callback = self.programs.pop(name)
-                    getattr(callback, event)(*words, **more)
+                    getattr(callback, event)(*args, **kwargs)
                     if name == "mlflow" and event == "on_train_begin":
-                        self.track.remember()
+                        self.tracker.save_mlflow_id()
                     self.programs[name] = callback
 
-        return tell
+        return dispatch
 
 
 @contextmanager
-def said(name: str, *, must: bool = False) -> Iterator[None]:
+def reporting_failures(name: str, *, required: bool = False) -> Iterator[None]:
     """What a program raises is a line for the user; and a MachineError, if it must be there."""
     try:
         yield
     except Exception as error:
         why = first_line(error)
-        if must:
-            raise _unfit(name, _("it cannot start: {why}").format(why=why)) from error
+        if required:
+            raise _tracker_error(name, _("it cannot start: {why}").format(why=why)) from error
         console.notice(
             _("{name} failed: {why}; training continues without it, and metrics.jsonl has every line").format(
                 name=name, why=why
@@ -160,7 +160,7 @@ def check(names: Sequence[TrackerName]) -> None:
         if importlib.util.find_spec(name) is None:
             raise MissingPackage(name, f"track: {name}", name)
         if name in KEYS and not _has_key(name):
-            raise _unfit(name, _("no key is set for it"), f"{KEYS[name][0]}=…")
+            raise _tracker_error(name, _("no key is set for it"), f"{KEYS[name][0]}=…")
         if name == "mlflow":
             _check_server(os.environ.get("MLFLOW_TRACKING_URI", ""))
 
@@ -168,7 +168,7 @@ def check(names: Sequence[TrackerName]) -> None:
 def _has_key(name: str) -> bool:
     if any(os.environ.get(variable) for variable in KEYS[name]):
         return True
-    if os.environ.get(f"{name.upper()}_MODE") in WITHOUT:
+    if os.environ.get(f"{name.upper()}_MODE") in KEYLESS_MODES:
         return True
     if name == "wandb" and (os.environ.get("WANDB_DISABLED", "").lower() == "true" or "WANDB_BASE_URL" in os.environ):
         return True  # a server of one's own has a name, and perhaps a key, of its own
@@ -187,16 +187,18 @@ def _check_server(address: str) -> None:
         server = f"{scheme}://{parts.hostname or ''}"
         if not parts.hostname:
             raise ValueError(_("the address has no host name"))
-        socket.create_connection((parts.hostname, parts.port or {"http": 80, "https": 443}[scheme]), SECONDS).close()
+        socket.create_connection(
+            (parts.hostname, parts.port or {"http": 80, "https": 443}[scheme]), CONNECT_SECONDS
+        ).close()
     except (OSError, ValueError) as error:
-        raise _unfit(
+        raise _tracker_error(
             "mlflow",
             _("{server} does not answer: {error}").format(server=server, error=error),
             "MLFLOW_TRACKING_URI=…",
         ) from None
 
 
-def _unfit(name: str, what: str, cure: str = "") -> MachineError:
+def _tracker_error(name: str, what: str, cure: str = "") -> MachineError:
     offline = {"wandb": "WANDB_MODE=offline", "swanlab": "SWANLAB_MODE=offline"}.get(name)
     ways = [way for way in (cure, offline, _("remove it from `track`")) if way]
     return MachineError(what, place=f"track: {name}", remedy=_(" or ").join(ways))

@@ -35,8 +35,8 @@ from tongwen.train.checkpoints import (
     check_space,
     commit,
     damage,
-    last_of,
-    stage,
+    describe_last,
+    prepare_staging,
     step_of,
 )
 from tongwen.train.memory import keep_freed_memory
@@ -114,11 +114,11 @@ class PhaseRun:
     notices: list[str] = field(default_factory=list)
 
     @property
-    def spends(self) -> bool:
+    def allocates_ranks(self) -> bool:
         """Whether this phase trains the adapter whose ranks are allocated; another phase keeps them."""
         return "lora" in self.phase.parts
 
-    def tell(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         """In the terminal and, by `notices`, in the report."""
         console.notice(text)
         self.notices.append(text)
@@ -134,7 +134,7 @@ def train_phase(job: PhaseRun) -> int:
     if job.checkpoint:
         job.engine.check_resumes(job.checkpoint)
     shutdown = ShutdownRequest(job.deadline)
-    with distributed.listening(shutdown.hear), job.tracker.told() if job.tracker else nullcontext():
+    with distributed.listening(shutdown.on_signal), job.tracker.environment() if job.tracker else nullcontext():
         # Put the Trainer together.
         trainer = PlannedTrainer(job, shutdown)
         trainer.remove_callback(PrinterCallback)
@@ -148,7 +148,7 @@ def train_phase(job: PhaseRun) -> int:
         job.metrics.begin(start, job.evaluations)
 
         # Train what is left.
-        if start >= len(job.phase.plan) or job.metrics.waited(patience):
+        if start >= len(job.phase.plan) or job.metrics.out_of_patience(patience):
             trainer._load_from_checkpoint(str(job.checkpoint))
             done = start
         else:
@@ -156,7 +156,7 @@ def train_phase(job: PhaseRun) -> int:
 
         # Leave the best weights, and finite ones.
         if patience:
-            _take_best(trainer, job, done)
+            _load_best(trainer, job, done)
         if (name := first_not_finite(job.model)) is not None:
             raise NumbersError(_("some weights are not finite after training"), place=name)
     return done
@@ -174,11 +174,11 @@ def _train(trainer: PlannedTrainer, job: PhaseRun, shutdown: ShutdownRequest, st
         )
     trainer.train(resume_from_checkpoint=str(job.checkpoint) if job.checkpoint else None)
     done: int = trainer.state.global_step
-    if trainer.guard.leaves(trainer.args.device):
-        last = last_of(job.phase.checkpoints)
+    if trainer.guard.should_stop(trainer.args.device):
+        last = describe_last(job.phase.checkpoints)
         raise Interrupted(
             _("stopped ({why}); {last}; the same command continues").format(
-                why=shutdown.why or _("by another process"), last=last
+                why=shutdown.reason or _("by another process"), last=last
             ),
             place=_("step {steps_before}").format(steps_before=job.phase.steps_before + done),
         )
@@ -194,7 +194,7 @@ def _train(trainer: PlannedTrainer, job: PhaseRun, shutdown: ShutdownRequest, st
     return done
 
 
-def _take_best(trainer: PlannedTrainer, job: PhaseRun, done: int) -> None:
+def _load_best(trainer: PlannedTrainer, job: PhaseRun, done: int) -> None:
     """Load the checkpoint of the best evaluation, where a later step is worse. Raises ArtifactError when it is damaged."""
     if (best := job.metrics.best) and best[0] != done:
         checkpoint = job.phase.checkpoints / f"checkpoint-{best[0]}"
@@ -202,8 +202,8 @@ def _take_best(trainer: PlannedTrainer, job: PhaseRun, done: int) -> None:
         if problem := damage(checkpoint):
             raise ArtifactError(problem, place=str(checkpoint), remedy=_("--again starts over"))
         trainer._load_from_checkpoint(str(checkpoint))
-    if job.metrics.not_beaten:
-        job.tell(job.metrics.not_beaten)
+    if job.metrics.no_improvement:
+        job.notify(job.metrics.no_improvement)
 
 
 def steps_of(amount: float, total: int) -> int:
@@ -267,7 +267,7 @@ def training_arguments(job: PhaseRun) -> TrainingArguments:
     except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         if not section.trainer:
             raise
-        raise _not_taken(section.trainer, error) from error
+        raise _rejected_settings(section.trainer, error) from error
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: DataParallel would cut a pack in two (F-06)
     return arguments
 
@@ -286,8 +286,8 @@ class PlannedTrainer(Trainer):
     _get_output_dir, _save_checkpoint  a checkpoint is staged, then committed by a rename
     """
 
-    def __init__(self, job: PhaseRun, halt: ShutdownRequest) -> None:
-        self.job, self.halt = job, halt
+    def __init__(self, job: PhaseRun, shutdown: ShutdownRequest) -> None:
+        self.job, self.shutdown = job, shutdown
         self.micro = MicroBatches(job.store, job.phase.plan.flat(), packed=job.packed)
         self._staging: Path | None = None
         self.noise = Neftune(job.model, job.phase.config.neftune) if job.phase.config.neftune else None
@@ -303,8 +303,8 @@ class PlannedTrainer(Trainer):
             job.phase.plan,
             job.store.origin,
             self.accelerator.gather,
-            halt.wanted,
-            lambda: last_of(job.phase.checkpoints),
+            shutdown.should_stop,
+            lambda: describe_last(job.phase.checkpoints),
             job.metrics.before_steps,
             job.model.config.get_text_config().vocab_size,
         )
@@ -315,17 +315,17 @@ class PlannedTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        self.job.engine.insist(self.accelerator)
+        self.job.engine.enforce(self.accelerator)
         self.is_fsdp_enabled = self.accelerator.is_fsdp2
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[Any, DataLoader]:
         prepared: tuple[Any, DataLoader] = super()._prepare_for_training(*args, **kwargs)
-        self.job.engine.prove(self.model_wrapped, self.model, self.optimizer)
+        self.job.engine.verify(self.model_wrapped, self.model, self.optimizer)
         return prepared
 
     def get_train_dataloader(self) -> DataLoader:
         """The plan's micro-batches in their order; accelerate deals them to the ranks one by one."""
-        loader = DataLoader(self.micro, batch_size=1, sampler=SequentialSampler(self.micro), collate_fn=_only)
+        loader = DataLoader(self.micro, batch_size=1, sampler=SequentialSampler(self.micro), collate_fn=_single)
         return self.accelerator.prepare(loader)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
@@ -345,7 +345,7 @@ class PlannedTrainer(Trainer):
             # DDP averages the ranks' gradients, so each rank's part of the mean is multiplied by their number.
             mean, nats = self.job.loss(model, inputs, self.args.world_size / num_items_in_batch)
         self.guard.note(nats.sum(), num_items_in_batch)
-        if self.job.allocator and self.job.spends:
+        if self.job.allocator and self.job.allocates_ranks:
             mean = mean + self.job.allocator.penalty() / self.job.phase.plan.accumulate
         return mean
 
@@ -357,7 +357,7 @@ class PlannedTrainer(Trainer):
         """The last moment before the step is taken."""
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.guard.look(self.state.global_step, norm, model, scaled=self.accelerator.mixed_precision == "fp16")
+        self.guard.check(self.state.global_step, norm, model, scaled=self.accelerator.mixed_precision == "fp16")
         return norm
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -367,7 +367,7 @@ class PlannedTrainer(Trainer):
         except (ValueError, TypeError) as error:
             if not passed:
                 raise
-            raise _not_taken(passed, error) from error
+            raise _rejected_settings(passed, error) from error
         self._set_embeddings_apart(optimizer)
         inside = {id(part) for group in optimizer.param_groups for part in group["params"]}
         lost = [
@@ -378,7 +378,7 @@ class PlannedTrainer(Trainer):
                 _("{count} trainable tensors are not in the optimizer").format(count=len(lost)),
                 place=lost[0] if lost else "optimizer",
             )
-        self._held = [list(group["params"]) for group in optimizer.param_groups]
+        self._group_parameters = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 
     def _set_embeddings_apart(self, optimizer: torch.optim.Optimizer) -> None:
@@ -397,7 +397,7 @@ class PlannedTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.job.engine.name == "fsdp2":
             # accelerate finds the shards of an optimizer's parameters by their addresses, and empty shards share one.
-            for group, parameters in zip(self.optimizer.param_groups, self._held, strict=True):
+            for group, parameters in zip(self.optimizer.param_groups, self._group_parameters, strict=True):
                 group["params"] = parameters
         if self.job.phase.config.schedule == "warmup_lr":
             warm = max(2, self.args.get_warmup_steps(num_training_steps))
@@ -426,7 +426,7 @@ class PlannedTrainer(Trainer):
         ]
         bases = list(self.lr_scheduler.base_lrs)
         if self.args.device.type == "cpu":
-            _know_the_numbered_cpu()
+            _register_numbered_cpu()
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.is_deepspeed_enabled:
             return
@@ -447,7 +447,7 @@ class PlannedTrainer(Trainer):
         self._check_state()
         if self.args.should_save:
             check_space(folder, self.job.model)
-            stage(folder)
+            prepare_staging(folder)
         self.accelerator.wait_for_everyone()
         self._staging = folder / STAGING
         try:
@@ -470,7 +470,7 @@ class PlannedTrainer(Trainer):
             manifest = {**self.job.manifest, "evaluations": self.job.metrics.evaluations}
             commit(staged, folder, manifest, config.keep_checkpoints, best[0] if best and config.patience else None)
         self.accelerator.wait_for_everyone()
-        self.halt.saved(time.time() - began)
+        self.shutdown.on_save(time.time() - began)
 
     def _check_state(self) -> None:
         """Raise NumbersError, on all processes, when anything that would be saved is not finite on one of them."""
@@ -480,7 +480,7 @@ class PlannedTrainer(Trainer):
             raise NumbersError(
                 _("weights or optimizer state are not finite; nothing was saved"),
                 place=_("step {global_step}").format(global_step=self.state.global_step) + f" · {bad or '?'}",
-                remedy=last_of(self.job.phase.checkpoints),
+                remedy=describe_last(self.job.phase.checkpoints),
             )
 
 
@@ -517,7 +517,7 @@ class EvaluationCallback(TrainerCallback):
         metrics.on_scores(state.global_step, scores)
         control.should_log = True
         if config.patience and metrics.best:
-            control.should_training_stop |= metrics.waited(config.patience)
+            control.should_training_stop |= metrics.out_of_patience(config.patience)
             control.should_save |= control.should_training_stop or metrics.best[0] == state.global_step
 
 
@@ -528,19 +528,19 @@ class AllocatorCallback(TrainerCallback):
         self.job = job
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.job.allocator and self.job.spends:
+        if self.job.allocator and self.job.allocates_ranks:
             self.job.allocator.spend(state.global_step)
 
 
 @cache
-def _know_the_numbered_cpu() -> None:
+def _register_numbered_cpu() -> None:
     """transformers 5.17 asks for what a CPU saved on "cpu:0", which torch cannot place. Once: torch sorts what is registered."""
     torch.serialization.register_package(
         30, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
     )
 
 
-def _not_taken(arguments: Mapping[str, Any], error: Exception) -> RecipeError:
+def _rejected_settings(arguments: Mapping[str, Any], error: Exception) -> RecipeError:
     return RecipeError(
         _("transformers does not accept {arguments}: {error}").format(arguments=arguments, error=first_line(error)),
         place="trainer",
@@ -548,5 +548,5 @@ def _not_taken(arguments: Mapping[str, Any], error: Exception) -> RecipeError:
     )
 
 
-def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
+def _single(batch: list[dict[str, Any]]) -> dict[str, Any]:
     return batch[0]

@@ -24,7 +24,7 @@ def fits(
     model.train()
     try:
         with torch.random.fork_rng(), computing:
-            _go_through(model, to_device(batch, model), loss, passes, reserve)
+            _forward_backward(model, to_device(batch, model), loss, passes, reserve)
         return True
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -38,7 +38,7 @@ def fits(
             torch.accelerator.reset_peak_memory_stats()  # what was held in reserve is none that the run took
 
 
-def _go_through(model: Any, batch: dict[str, Any], loss: Loss, passes: int, reserve: int) -> None:
+def _forward_backward(model: Any, batch: dict[str, Any], loss: Loss, passes: int, reserve: int) -> None:
     """A function of its own, so that nothing of what filled the memory is held when it has failed."""
     held = torch.empty(reserve, dtype=torch.uint8, device=batch["input_ids"].device)
     for _ in range(passes):
