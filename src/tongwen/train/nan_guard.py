@@ -1,8 +1,8 @@
-"""The guard: looks at each step before it is taken, on all processes together, so that all of them stop or none does.
+"""Check each step before it is taken, on all processes together, so that either all of them stop or none.
 
-A NaN goes through a run in silence: transformers finishes it and reports a loss of 0.0. Here the losses of a step's
-micro-batches and the norm of its gradient are looked at before the weights move, so that the last checkpoint stays good.
-In the same exchange the processes agree whether they were asked to stop.
+A NaN does not stop a plain transformers run: it finishes and reports a loss of 0.0. The guard checks the losses of a
+step's micro-batches and the norm of its gradient before the weights move, so that the last checkpoint stays good. In the
+same exchange the processes agree whether to stop.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tongwen.core.i18n import _
 from tongwen.train.packing import BatchPlan
 from tongwen.train.parallel import local
 
-SKIPS = 20  # overflows of fp16 in a row; its scale has halved so often by then that the loss itself does not fit
-ABSURD = 10  # steps in a row with a loss above guessing at random
+SKIPS = 20  # fp16 overflows in a row; halving the scale more often does not help: the loss itself does not fit
+ABSURD = 10  # steps in a row with a loss above that of random guessing
 MARGIN = 2.0  # nats
 
 
 @dataclass
 class StepLosses:
-    """What a process notes of the step that it computes.
+    """Losses of the step that this process is computing.
 
     nats:    summed loss of each micro-batch, 0-dimensional tensors that stay on the device
     learned: learned tokens of the step over all processes
@@ -38,12 +38,12 @@ class StepLosses:
 
 
 class NanGuard(TrainerCallback):
-    """Raises NumbersError on every process when a loss or the gradient is not finite, and when the loss is absurd.
+    """Raise NumbersError on every process when a loss or the gradient is not finite, or the loss is absurdly high.
 
-    gather:    this process's (1, N) row in, (W, N) rows of all processes out
-    origin:    where a sample came from: file and row
-    stop_requested: whether this process was asked to stop
-    last:      names the last checkpoint, for the message
+    origin:          where a sample came from: file and row
+    gather:          takes this process's (1, N) row, returns the (W, N) rows of all processes
+    stop_requested:  whether this process was asked to stop
+    last_checkpoint: names the last checkpoint, for messages
     """
 
     def __init__(
@@ -68,26 +68,28 @@ class NanGuard(TrainerCallback):
         self.high = self.skipped = self.skipped_in_a_row = 0
 
     def note(self, nats: torch.Tensor, learned: Any) -> None:
-        """A micro-batch was scored."""
+        """Record the loss of a micro-batch and the learned tokens of its step."""
         self.step.nats.append(nats.detach().float())
         self.step.learned = learned
 
     def check(self, index: int, norm: Any, model: Any, *, scaled: bool) -> None:
-        """Before step `index` of the phase is taken. norm: of the whole gradient; scaled: a gradient scaler leaves out a
-        step that has overflowed."""
+        """Check step `index` of the phase before it is taken.
+
+        norm: of the whole gradient; scaled: whether a gradient scaler skips steps that overflow
+        """
         step, self.step = self.step, StepLosses()
         flags = (torch.as_tensor(value).to(step.nats[0]) for value in (norm, self.stop_requested()))
         row = torch.stack([*step.nats, *flags])
         ranks = self.gather(row[None]).tolist()  # (W, accumulate + 2)
         self.stopping = any(rank[-1] for rank in ranks)
         losses, norms = [rank[:-2] for rank in ranks], [rank[-2] for rank in ranks]
-        self._check_finite(index, losses, [] if scaled else norms, model)  # a loss is not scaled when it is noted
+        self._check_finite(index, losses, [] if scaled else norms, model)  # recorded losses are unscaled
         if scaled:
             self._count_skip(index, not all(map(math.isfinite, norms)))
         self._check_sane(index, sum(map(sum, losses)) / max(float(step.learned), 1.0))
 
     def should_stop(self, device: torch.device) -> bool:
-        """After the last step, which did not ask for what has come since: whether any process was asked to stop."""
+        """Return, after the last step, whether any process was asked to stop, even since the last check."""
         flag = torch.tensor([float(self.stopping or self.stop_requested())], device=device)
         return bool(self.gather(flag).any())
 
@@ -132,7 +134,7 @@ class NanGuard(TrainerCallback):
             )
 
     def _count_skip(self, index: int, skipped: bool) -> None:
-        """By the norm: to a fused optimizer the scaler hands its verdict, and accelerate takes that for a step."""
+        """Count skipped steps by the norm: a fused optimizer skips inside its step, which accelerate counts as taken."""
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row > SKIPS:
