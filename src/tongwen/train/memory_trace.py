@@ -20,7 +20,11 @@ from torch.utils._pytree import tree_leaves
 from tongwen.train.packing import Loss
 
 ROWS = 8  # learned rows in the trace; further rows only add logits of a known size
-LOGIT = {torch.bfloat16: 2, torch.float16: 6, torch.float32: 4}  # bytes per logit; accelerate copies fp16 logits to fp32
+LOGIT = {
+    torch.bfloat16: 2,
+    torch.float16: 6,
+    torch.float32: 4,
+}  # bytes per logit; accelerate copies fp16 logits to fp32
 
 
 class DocumentLengths(list[int]):

@@ -1,8 +1,8 @@
-"""One training run on transformers' Trainer, which keeps optimizer, schedule, accumulation, ranks and resume.
+"""Train a phase with transformers' Trainer, which handles optimizer, schedule, accumulation, ranks and resume.
 
-What differs here: the batches come from a plan (no padding, no sampler), the loss is summed over learned tokens and
-divided by all learned tokens of the optimizer step over all ranks, a checkpoint is committed by a rename after its
-bytes are on the disk, a NaN stops the run before the weights move, and whoever asks it to stop gets a checkpoint.
+Differences: the batches come from a plan (no padding, no sampler). The loss is summed over learned tokens and divided by
+all learned tokens of the optimizer step over all ranks. A checkpoint is committed by a rename after its bytes are on the
+disk. A NaN stops the run before the weights move. A stop signal leads to a checkpoint.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ SCHEDULES = {
     "linear": "linear",
     "cosine": "cosine",
     "wsd": "warmup_stable_decay",
-    "warmup_lr": "constant_with_warmup",  # with another warm-up: see create_scheduler
+    "warmup_lr": "constant_with_warmup",  # with a logarithmic warm-up: see create_scheduler
 }
 
 
 class RankAllocator(Protocol):
-    """What a method needs beyond loss and gradient (AdaLoRA): a second loss, a step of its own, and a memory."""
+    """Interface of AdaLoRA's rank budget: an extra loss term, a step after the optimizer's, and saved state."""
 
     def penalty(self) -> torch.Tensor: ...
     def spend(self, step: int) -> None: ...
@@ -75,20 +75,20 @@ class RankAllocator(Protocol):
 
 @dataclass
 class PhaseRun:
-    """Everything that training one phase needs.
+    """Inputs for training one phase.
 
-    checkpoint:  the one to go on from
-    loss:        gives (scaled sum of nats, nats per learned token) of a micro-batch and a scale
-    evaluate:    scores what was held out; takes the step of the stage
-    learners:    what some phase of the stage trains
-    embeddings:  tensors that learn at the phase's embedding rate
-    guarded:     those of them whose gradient is zero on most rows; nothing but the gradient may move them
-    allocator:   AdaLoRA's
-    manifest:    what a checkpoint's manifest says of the run
-    deadline:    when the process must be gone, in seconds since 1970
-    evaluations: what the checkpoint knows of them
-    tracker:     which other programs are told, and as which run
-    notices:     what the report says of the run
+    checkpoint:  to resume from
+    loss:        (model, micro-batch, scale) -> (scaled sum of nats, nats per learned token)
+    evaluate:    scores the held-out data; its argument is the step of the stage
+    learners:    parameters that any phase of the stage trains
+    embeddings:  tensors that train at the phase's embedding rate
+    guarded:     those of them whose gradient is zero on most rows; they get no weight decay
+    allocator:   AdaLoRA's rank budget
+    manifest:    metadata of the run for a checkpoint's manifest
+    deadline:    when the process must have ended, in seconds since 1970
+    evaluations: from the checkpoint's manifest
+    tracker:     experiment trackers and their run
+    notices:     notices for the report
     """
 
     phase: Phase
@@ -115,19 +115,19 @@ class PhaseRun:
 
     @property
     def allocates_ranks(self) -> bool:
-        """Whether this phase trains the adapter whose ranks are allocated; another phase keeps them."""
+        """Whether this phase trains the adapter with allocated ranks; other phases leave its ranks alone."""
         return "lora" in self.phase.parts
 
     def notify(self, text: str) -> None:
-        """In the terminal and, by `notices`, in the report."""
+        """Print a notice and keep it for the report."""
         console.notice(text)
         self.notices.append(text)
 
 
 def train_phase(job: PhaseRun) -> int:
-    """Train to the end, from the checkpoint if there is one; returns the phase's steps that are done.
+    """Train the phase to its end, from the checkpoint if there is one; return the number of steps done.
 
-    Raises NumbersError on NaN or a failed audit, Interrupted when it was asked to stop and has saved.
+    Raises NumbersError on NaN or a failed audit, Interrupted after saving on a stop signal or near the time limit.
     """
     if not torch.accelerator.is_available():
         keep_freed_memory()
@@ -140,21 +140,21 @@ def train_phase(job: PhaseRun) -> int:
         trainer.remove_callback(PrinterCallback)
         for callback in (job.metrics, EvaluationCallback(job), AllocatorCallback(job), trainer.guard):
             trainer.add_callback(callback)
-        if not job.engine.is_deepspeed:  # it keeps gradients to itself
+        if not job.engine.is_deepspeed:  # DeepSpeed hides its gradients
             trainer.add_callback(FirstStepsAudit())
         start, patience = step_of(job.checkpoint) if job.checkpoint else 0, job.phase.config.patience
         if job.tracker and trainer.is_world_process_zero():
             trainer.add_callback(TrackerCallback(job.tracker, start))
         job.metrics.begin(start, job.evaluations)
 
-        # Train what is left.
+        # Train the remaining steps.
         if start >= len(job.phase.plan) or job.metrics.out_of_patience(patience):
             trainer._load_from_checkpoint(str(job.checkpoint))
             done = start
         else:
             done = _train(trainer, job, shutdown, start)
 
-        # Leave the best weights, and finite ones.
+        # Take the best weights, and check that they are finite.
         if patience:
             _load_best(trainer, job, done)
         if (name := first_not_finite(job.model)) is not None:
@@ -163,7 +163,7 @@ def train_phase(job: PhaseRun) -> int:
 
 
 def _train(trainer: PlannedTrainer, job: PhaseRun, shutdown: ShutdownRequest, start: int) -> int:
-    """Take the steps after `start`; returns the steps that are done."""
+    """Train from step `start`; return the number of steps done."""
     if trainer.args.should_save:
         check_space(job.phase.checkpoints, job.model)
     if shutdown.is_short:
@@ -195,7 +195,7 @@ def _train(trainer: PlannedTrainer, job: PhaseRun, shutdown: ShutdownRequest, st
 
 
 def _load_best(trainer: PlannedTrainer, job: PhaseRun, done: int) -> None:
-    """Load the checkpoint of the best evaluation, where a later step is worse. Raises ArtifactError when it is damaged."""
+    """Load the checkpoint of the best evaluation if it is not the last step. Raises ArtifactError when it is damaged."""
     if (best := job.metrics.best) and best[0] != done:
         checkpoint = job.phase.checkpoints / f"checkpoint-{best[0]}"
         console.notice(_("using the weights of step {best}, the best").format(best=best[0]))
@@ -207,12 +207,12 @@ def _load_best(trainer: PlannedTrainer, job: PhaseRun, done: int) -> None:
 
 
 def steps_of(amount: float, total: int) -> int:
-    """A share (below 1) or a number of steps."""
+    """Return a number of steps, given as such or as a share (below 1) of the total."""
     return round(amount * total) if amount < 1 else int(amount)
 
 
 def unreached_rate(section: Training, steps: int) -> str:
-    """What keeps the learning rate from its peak in so few steps; empty if nothing does."""
+    """Return a message when warmup and decay leave no step at the peak learning rate, else an empty text."""
     warm, decay = steps_of(section.warmup, steps), steps_of(section.decay, steps) if section.schedule == "wsd" else 0
     if not steps or warm + decay <= steps:
         return ""
@@ -226,7 +226,7 @@ def unreached_rate(section: Training, steps: int) -> str:
 
 
 def training_arguments(job: PhaseRun) -> TrainingArguments:
-    """The recipe's settings as TrainingArguments; `trainer:` goes through as it is."""
+    """Return the recipe's settings as TrainingArguments; those under `trainer:` are passed unchanged."""
     section, plan = job.phase.config, job.phase.plan
     total = len(plan)
     if "8bit" in section.optimizer and importlib.util.find_spec("bitsandbytes") is None:
@@ -242,7 +242,7 @@ def training_arguments(job: PhaseRun) -> TrainingArguments:
         "warmup_steps": steps_of(section.warmup, total),
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
-        "bf16": job.dtype == torch.bfloat16 and job.engine.is_deepspeed,  # the others: see compute_loss
+        "bf16": job.dtype == torch.bfloat16 and job.engine.is_deepspeed,  # other engines: see compute_loss
         "fp16": job.dtype == torch.float16,
         "logging_steps": section.log_every,
         "logging_first_step": True,
@@ -256,32 +256,34 @@ def training_arguments(job: PhaseRun) -> TrainingArguments:
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "log_level": "error",
-        "use_cpu": not torch.accelerator.is_available(),  # said aloud: without it a CPU run under torchrun stays alone
+        "use_cpu": not torch.accelerator.is_available(),  # without it each process of a CPU run under torchrun trains alone
         **(job.tracker.arguments if job.tracker else {"report_to": "none"}),
     }
     if section.schedule == "wsd":
         ours["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps_of(section.decay, total))}
-    settings = ours | job.engine.arguments | section.trainer  # the recipe refuses keys that it owns
+    settings = (
+        ours | job.engine.arguments | section.trainer
+    )  # the recipe reader has refused keys that the recipe sets itself
     try:
         arguments = TrainingArguments(**settings)
     except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         if not section.trainer:
             raise
         raise _rejected_settings(section.trainer, error) from error
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: DataParallel would cut a pack in two (F-06)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: DataParallel would split a pack (F-06)
     return arguments
 
 
 class PlannedTrainer(Trainer):
     """transformers' Trainer over the batches of a plan.
 
-    Seven private methods of Trainer are overridden, as transformers 5.17 to 5.18 has them; tests/train/test_trainer.py fails
-    when a name or a signature is gone:
+    Overrides seven private methods of Trainer, as in transformers 5.17 to 5.18; tests/train/test_trainer.py fails when a
+    name or a signature changes:
 
-    _prepare_for_training            the engine proves what accelerate has made of model and optimizer
+    _prepare_for_training            the engine verifies the model and optimizer that accelerate returns
     _get_num_items_in_batch          learned tokens of the whole step, over all ranks
-    _get_grad_norm                   the last moment before a step is taken: NaN stops the run here
-    _load_from_checkpoint            FSDP2 shards, DeepSpeed's own folder, AdaLoRA's ranks
+    _get_grad_norm                   the last call before a step is taken: NaN stops the run here
+    _load_from_checkpoint            FSDP2 shards, DeepSpeed's folder, AdaLoRA's ranks
     _load_optimizer_and_scheduler    a fork keeps its new learning rates
     _get_output_dir, _save_checkpoint  a checkpoint is staged, then committed by a rename
     """
@@ -324,12 +326,12 @@ class PlannedTrainer(Trainer):
         return prepared
 
     def get_train_dataloader(self) -> DataLoader:
-        """The plan's micro-batches in their order; accelerate deals them to the ranks one by one."""
+        """Return the plan's micro-batches in order; accelerate distributes them over the ranks one by one."""
         loader = DataLoader(self.micro, batch_size=1, sampler=SequentialSampler(self.micro), collate_fn=_single)
         return self.accelerator.prepare(loader)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """Learned tokens of the whole optimizer step, over its micro-batches and all ranks."""
+        """Return the learned tokens of the whole optimizer step, over its micro-batches and all ranks."""
         count = torch.tensor(sum(batch["learned"] for batch in batch_samples), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
@@ -350,11 +352,11 @@ class PlannedTrainer(Trainer):
         return mean
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:
-        """What was scored on the way is told with the loss of its step."""
+        """Log the held-out scores together with the loss of their step."""
         super().log({**logs, **{f"eval_{name}": score for name, score in self.job.metrics.scores.items()}}, *rest)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The last moment before the step is taken."""
+        """Check the step here, just before it is taken."""
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.guard.check(self.state.global_step, norm, model, scaled=self.accelerator.mixed_precision == "fp16")
@@ -382,7 +384,10 @@ class PlannedTrainer(Trainer):
         return optimizer
 
     def _set_embeddings_apart(self, optimizer: torch.optim.Optimizer) -> None:
-        """A group of their own with their own rate. Weight decay would move rows that have no gradient."""
+        """Move the embeddings to parameter groups with their own rate.
+
+        Guarded ones get no weight decay, which would move rows that have no gradient.
+        """
         apart, guarded = {id(part) for part in self.job.embeddings}, {id(part) for part in self.job.guarded}
         for group in list(optimizer.param_groups):
             for chosen in (guarded, apart - guarded):
@@ -419,8 +424,7 @@ class PlannedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The optimizer's state comes from the checkpoint; learning rate and other settings from the recipe, which a fork has
-        changed."""
+        """Load the optimizer's state; take learning rate and other settings from the recipe, which a fork may have changed."""
         settings = [
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
@@ -442,7 +446,7 @@ class PlannedTrainer(Trainer):
         return str(self._staging or self.args.output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """All processes write into the staging folder, and the first commits it: a checkpoint is whole or not there."""
+        """Let all processes write into the staging folder, then commit it: a checkpoint is complete or absent."""
         folder, began = Path(self.args.output_dir), time.time()
         self._check_state()
         if self.args.should_save:
@@ -455,7 +459,7 @@ class PlannedTrainer(Trainer):
         finally:
             staged, self._staging = self._staging / f"checkpoint-{self.state.global_step}", None
         if self._is_shared_adapter:
-            # accelerate leaves out what rests in this phase, though an earlier one has trained it, and tied names.
+            # accelerate omits tied names, and tensors that only an earlier phase has trained.
             whole = gather(self.job.model, self.job.learners)
             if self.args.should_save:
                 torch.save(whole, staged / FSDP_FILE)
@@ -473,7 +477,7 @@ class PlannedTrainer(Trainer):
         self.shutdown.on_save(time.time() - began)
 
     def _check_state(self) -> None:
-        """Raise NumbersError, on all processes, when anything that would be saved is not finite on one of them."""
+        """Raise NumbersError on all processes when weights or optimizer state on one of them are not finite."""
         bad = first_not_finite(self.job.model, self.optimizer)
         found = torch.tensor([float(bad is not None)], device=self.args.device)
         if bool(self.accelerator.gather(found).any()):
@@ -485,7 +489,7 @@ class PlannedTrainer(Trainer):
 
 
 def _muon(job: PhaseRun) -> tuple[Any, dict[str, Any]]:
-    """torch's Muon, which orthogonalises the update of a matrix. Raises RecipeError where something else would learn."""
+    """Return torch's Muon, which orthogonalises matrix updates. Raises RecipeError if anything else is trainable."""
     whole = {id(part) for part in job.embeddings}
     for name, part in job.model.named_parameters():
         if part.requires_grad and (part.dim() != 2 or id(part) in whole or "embed" in name or "lm_head" in name):
@@ -500,8 +504,10 @@ def _muon(job: PhaseRun) -> tuple[Any, dict[str, Any]]:
 
 
 class EvaluationCallback(TrainerCallback):
-    """Scores the held-out set every `evaluate_every` steps, and before the next phase begins, without disturbing the run's
-    random numbers. With `patience` the best one is a checkpoint, and too many without a better one end the run."""
+    """Score the held-out set every `evaluate_every` steps and at the end of a phase, with the random state preserved.
+
+    With `patience`, save a checkpoint at the best score, and stop after that many evaluations without a better one.
+    """
 
     def __init__(self, job: PhaseRun) -> None:
         self.job = job
@@ -522,7 +528,7 @@ class EvaluationCallback(TrainerCallback):
 
 
 class AllocatorCallback(TrainerCallback):
-    """Calls the budget's own step, while the gradients are still there."""
+    """Update AdaLoRA's rank budget before the gradients are cleared."""
 
     def __init__(self, job: PhaseRun) -> None:
         self.job = job
@@ -534,7 +540,7 @@ class AllocatorCallback(TrainerCallback):
 
 @cache
 def _register_numbered_cpu() -> None:
-    """transformers 5.17 asks for what a CPU saved on "cpu:0", which torch cannot place. Once: torch sorts what is registered."""
+    """Let torch load a CPU checkpoint to "cpu:0", as transformers 5.17 requests. Register once only."""
     torch.serialization.register_package(
         30, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
     )
