@@ -207,7 +207,7 @@ def _load_best(trainer: PlannedTrainer, job: PhaseRun, done: int) -> None:
 
 
 def steps_of(amount: float, total: int) -> int:
-    """Return a number of steps, given as such or as a share (below 1) of the total."""
+    """Return a number of steps, given as a number or as a share (below 1) of the total."""
     return round(amount * total) if amount < 1 else int(amount)
 
 
