@@ -91,12 +91,12 @@ def test_what_fails_is_told_and_the_trainer_is_tried_once_more(tmp_path: Path, m
     assert tried == [True]
     late = Popen(["sleep", "60"], text=True, start_new_session=True)
     assert "no time" in race(tmp_path, 1).outcome(case, late)["failed"] and late.returncode != 0
-    assert "no python" in race(tmp_path).why_not(Case("LLaMA-Factory, 16 x 4, Liger", "8B", "lora", 1.0))
+    assert "no python" in race(tmp_path).skip_reason(Case("LLaMA-Factory, 16 x 4, Liger", "8B", "lora", 1.0))
 
 
 def test_one_that_hangs_costs_the_others_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it imports, or when it has written what it found; and its children end with it."""
-    monkeypatch.setattr(gpu_train, "READY", 2)
+    monkeypatch.setattr(gpu_train, "IMPORT_SECONDS", 2)
     hangs = _python(tmp_path / "hangs", "exec sleep 60")
     lingers = _python(
         tmp_path / "lingers",
@@ -108,10 +108,10 @@ def test_one_that_hangs_costs_the_others_little(tmp_path: Path, monkeypatch: pyt
     (folder / "weights-tiny" / "tokenizer_config.json").touch()
     slow, done = (Case(f"{name}, 16 x 4", "tiny", "lora", 0.1) for name in gpu_train.PEERS)
     now = Race(folder, time.monotonic() + 60, -4.9, {"LLaMA-Factory": str(hangs), "Unsloth": str(lingers)})
-    ready = now.line_up([slow, done])
+    ready = now.start_all([slow, done])
     assert "not ready after 2 seconds" in now.outcome(slow, ready[slow])["failed"]
     assert now.outcome(done, ready[done]) == {"tokens_per_second": 1}
-    child = int((gpu_train.place_of(ready[done]).parent / "child").read_text())
+    child = int((gpu_train.result_file(ready[done]).parent / "child").read_text())
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
@@ -120,7 +120,7 @@ def test_peers_without_weights_are_told_so(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(gpu_train.sys, "executable", str(dead))
     now = race(tmp_path, Unsloth=str(dead))
     case = Case("Unsloth, 16 x 4", "tiny", "lora", 0.1)
-    assert now.outcome(case, now.line_up([case])[case])["failed"] == "no output (exit status -9)"
+    assert now.outcome(case, now.start_all([case])[case])["failed"] == "no output (exit status -9)"
 
 
 @pytest.mark.parametrize(
