@@ -187,14 +187,14 @@ def type_lines(lines: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "input", read)
 
 
-def remade(base: Path, folder: Path, weights: dict[str, torch.Tensor], **words: Any) -> Path:
-    """A copy of a model with these weights among its own, and these words in its configuration."""
+def remade(base: Path, folder: Path, weights: dict[str, torch.Tensor], **config_changes: Any) -> Path:
+    """A copy of a model with these weights among its own, and these changes of its configuration."""
     from safetensors.torch import save_file
 
     shutil.copytree(base, folder)
     save_file(tensors(base) | weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((base / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **words}))
+    (folder / "config.json").write_text(json.dumps({**config, **config_changes}))
     return folder
 
 
@@ -214,15 +214,15 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
-    return insist((yield))
+    return require_packages((yield))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Any:
-    return insist((yield))
+    return require_packages((yield))
 
 
-def insist(report: Any) -> Any:
+def require_packages(report: Any) -> Any:
     """Where TONGWEN_MAY_LACK names the packages that need not be there (.ci/run says it), lacking another is a failure."""
     if report.skipped and (may_lack := os.environ.get("TONGWEN_MAY_LACK")) is not None:
         reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)

@@ -50,8 +50,14 @@ def _start(rank: int, world: int, port: int, arguments: tuple[object, ...], befo
     if child:
         return child
     try:
-        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
+        variables = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "LOCAL_WORLD_SIZE": world,
+            "MASTER_PORT": port,
+        }
+        os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
         if before:
             before(rank)
         os._exit(main([str(argument) for argument in arguments]))
@@ -83,8 +89,8 @@ def die_at(step: int, phase: int = 0) -> Any:
         original = PlannedTrainer.training_step
 
         def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
-            here = not phase or self.job.phase.checkpoints.name == f"phase-{phase}"
-            if here and self.state.global_step == step:
+            in_phase = not phase or self.job.phase.checkpoints.name == f"phase-{phase}"
+            if in_phase and self.state.global_step == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(self, *arguments, **options)
 

@@ -1,4 +1,4 @@
-"""What the table of families promises, each family does: at tiny size, through the same door as any other."""
+"""What the table of families promises, each family does: at tiny size, through the same commands as any other."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def test_trained_merged_and_asked(family: str, method: str, small_ice: Path, tmp
     recipe.write_text(text)
     code, out, err = tongwen("run", recipe)
     assert code == 0, err
-    said = out + err
-    assert ("do not see each other" in said) == (facts.padded is None)
-    assert ("padded batches" in said) == (facts.padded is not None)
-    assert ("with the whole model in memory" in said) == facts.experts
+    output = out + err
+    assert ("do not see each other" in output) == (facts.padded is None)
+    assert ("padded batches" in output) == (facts.padded is not None)
+    assert ("with the whole model in memory" in output) == facts.experts
     report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())
     assert report["held_out"]["bits_per_byte"]["after"] < report["held_out"]["bits_per_byte"]["before"]
     base = tmp_path / "out" / "pretrain" if PRETRAIN in text else base

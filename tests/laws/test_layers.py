@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.conftest import insist
+from tests.conftest import require_packages
 
 SOURCE = Path(__file__).parents[2] / "src" / "tongwen"
 DATA = Path(__file__).parents[1] / "data" / "v0.1"  # among others a run that is finished
@@ -277,4 +277,4 @@ def test_a_package_that_ci_installs_is_no_reason_to_skip(
             monkeypatch.setenv("TONGWEN_MAY_LACK", may_lack)
         else:
             monkeypatch.delenv("TONGWEN_MAY_LACK", raising=False)
-        assert insist(report).outcome == found
+        assert require_packages(report).outcome == found

@@ -295,20 +295,20 @@ def test_a_base_whose_control_tokens_were_never_trained(chat_model: Path, tmp_pa
 def test_python_entry_and_generate_agree(finished: Path, tongwen: Any, tmp_path: Path) -> None:
     import tongwen as package
 
-    speaker = package.open(str(finished / "out" / "merge"))
+    opened = package.open(str(finished / "out" / "merge"))
     question = [{"role": "user", "content": "问题3：你好吗？"}]
-    answer = speaker.chat(question, max_new_tokens=24)
-    assert answer and "".join(speaker.stream(question, max_new_tokens=24)) == answer
+    answer = opened.chat(question, max_new_tokens=24)
+    assert answer and "".join(opened.stream(question, max_new_tokens=24)) == answer
     assert (
-        speaker.generate(["问题3：你好吗？", "问", "一个更长的问题，为了填充"], batch_size=3, max_new_tokens=24)[0]
+        opened.generate(["问题3：你好吗？", "问", "一个更长的问题，为了填充"], batch_size=3, max_new_tokens=24)[0]
         == answer
     )
-    sampled = [speaker.chat(question, max_new_tokens=24, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    sampled = [opened.chat(question, max_new_tokens=24, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
     with pytest.raises(ModelError, match=r"temprature[\s\S]*temperature"):
-        speaker.chat(question, temprature=1.0)
+        opened.chat(question, temprature=1.0)
     with pytest.raises(ModelError, match="the model sees 512"):
-        speaker.chat([{"role": "user", "content": "长" * 3000}])
+        opened.chat([{"role": "user", "content": "长" * 3000}])
     adapted = package.open(str(finished / "out" / "sft"))
     assert adapted.chat(question, max_new_tokens=24) == answer, "live adapter and merged model say the same"
     prompts = tmp_path / "prompts.txt"
@@ -373,8 +373,8 @@ export: {{formats: [gguf], quantize: f32}}
 
     (file,) = (out / "export" / "gguf").glob("*.gguf")
     assert len(GGUFReader(str(file)).fields["tokenizer.ggml.tokens"].data) == merged[name].shape[0]
-    code, said, err = tongwen("run", recipe)
-    assert code == 0 and said.count("already done") == 6, (said, err)
+    code, out_text, err = tongwen("run", recipe)
+    assert code == 0 and out_text.count("already done") == 6, (out_text, err)
     assert tongwen("verify", out / "vocab")[0] == tongwen("verify", out / "merge")[0] == 0
 
 
@@ -392,13 +392,13 @@ def test_data_that_has_changed_is_not_already_done(chat_model: Path, tmp_path: P
     lines = data.read_text().splitlines(keepends=True)
     os.utime(data)
     assert tongwen("run", recipe)[0] == 0, "a new time alone is no new file"
-    for text, said in (
+    for text, expected in (
         ("".join(lines[1:]), "bytes → "),
         ("".join([*lines[1:], lines[0]]), "sha256 "),
     ):
         data.write_text(text)
         code, _, err = tongwen("run", recipe)
-        assert code == 2 and "data.jsonl" in err and said.split(" →")[0] in err and "--again" in err
+        assert code == 2 and "data.jsonl" in err and expected.split(" →")[0] in err and "--again" in err
     assert tongwen("run", recipe, "--again")[0] == 0
     assert {folder.name for folder in (tmp_path / "out").iterdir()} >= {"prepare.old-1", "sft.old-1", "sft"}
     data.unlink()

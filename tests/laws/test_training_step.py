@@ -263,11 +263,11 @@ def test_all_documents_at_once_are_each_document_alone(window: int | None, monke
     """The way of a GPU with the one of a CPU: outputs and gradients, with grouped heads, scale and window."""
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(1, heads, 12, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
-    words: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "max_length_q": 7}
+    kwargs: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "max_length_q": 7}
     borders = torch.tensor([0, 5, 12], dtype=torch.int32)
 
     def both() -> list[torch.Tensor]:
-        out, _ = packed_attention.documents_attention(None, *parts, None, cu_seq_lens_q=borders, **words)  # type: ignore[arg-type]
+        out, _ = packed_attention.documents_attention(None, *parts, None, cu_seq_lens_q=borders, **kwargs)  # type: ignore[arg-type]
         return [out, *torch.autograd.grad(out.square().sum(), parts)]
 
     alone = both()
@@ -287,8 +287,8 @@ def test_torchs_own_function_takes_the_call(monkeypatch: pytest.MonkeyPatch) -> 
     borders = torch.empty(3, dtype=torch.int32, device="meta")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "meta")
-    words: dict[str, Any] = {"cu_seq_lens_q": borders, "max_length_q": 7, "sliding_window": 3}
-    out, _ = packed_attention.documents_attention(None, *parts, None, **words)  # type: ignore[arg-type]
+    kwargs: dict[str, Any] = {"cu_seq_lens_q": borders, "max_length_q": 7, "sliding_window": 3}
+    out, _ = packed_attention.documents_attention(None, *parts, None, **kwargs)  # type: ignore[arg-type]
     assert out.shape == (1, 12, 4, 8) and out.dtype == torch.bfloat16
     out.sum().backward()
     assert [part.grad.shape for part in parts if part.grad is not None] == [part.shape for part in parts]

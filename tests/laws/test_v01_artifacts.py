@@ -100,9 +100,9 @@ def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(name: str, place: P
     assert len(found) == len(wanted) == steps
     for one, other in zip(found, wanted, strict=True):
         assert one.keys() == other.keys()
-        for word in one.keys() - TIMES:
-            exact = isinstance(other[word], int) or word in ("epoch", "learning_rate")
-            assert one[word] == (other[word] if exact else pytest.approx(other[word], rel=1e-5)), (one["step"], word)
+        for key in one.keys() - TIMES:
+            exact = isinstance(other[key], int) or key in ("epoch", "learning_rate")
+            assert one[key] == (other[key] if exact else pytest.approx(other[key], rel=1e-5)), (one["step"], key)
     wanted, found = tensors(expected), tensors(made)
     assert found.keys() == wanted.keys()
     for key in wanted:
@@ -237,8 +237,8 @@ def test_the_page_opens_what_the_browser_has_kept(place: Path) -> None:
 @pytest.mark.parametrize("model", ["finished/sft", "finished/merge"])
 def test_the_library_opens_it(model: str, place: Path) -> None:
     kept = read(place / "chat.json")["messages"]
-    speaker = package.open(model)
-    assert speaker.chat(kept[:1], max_new_tokens=8) == kept[1]["content"]
+    opened_model = package.open(model)
+    assert opened_model.chat(kept[:1], max_new_tokens=8) == kept[1]["content"]
 
 
 # -- what was killed on its way ------------------------------------------------------------------------------------
@@ -269,15 +269,15 @@ def test_answers_that_are_there_are_not_asked_again(place: Path, tongwen: Any) -
     journal = place / "answers.jsonl.answers"
     head, *kept = journal.read_text(encoding="utf-8").splitlines()
     done = [json.loads(line) for line in kept if line.endswith("]")]
-    first, said = done[0]
+    first, text = done[0]
     marked = [json.dumps([first, "kept"]), *kept[1:]]
     journal.write_text("\n".join([head, *marked]) + "\n", encoding="utf-8")
-    words = ["--prompts", "prompts.jsonl", "--max-new-tokens", 40, "--batch-size", 1, "--out", "answers.jsonl"]
-    code, out, err = tongwen("generate", "--model", "base", "--template", "chatml", *words)
+    arguments = ["--prompts", "prompts.jsonl", "--max-new-tokens", 40, "--batch-size", 1, "--out", "answers.jsonl"]
+    code, out, err = tongwen("generate", "--model", "base", "--template", "chatml", *arguments)
     assert code == 0, err
     assert f"{len(done)} answers already exist" in out and 0 < len(done) < 12
     found, wanted = rows(place / "answers.jsonl"), rows(place / "expected" / "answers.jsonl")
-    assert found[first].pop("answer") == "kept" and wanted[first].pop("answer") == said
+    assert found[first].pop("answer") == "kept" and wanted[first].pop("answer") == text
     assert found == wanted and not journal.exists()
 
 
@@ -286,7 +286,7 @@ def test_an_examination_goes_on(place: Path, tongwen: Any) -> None:
     head, *kept = journal.read_text(encoding="utf-8").splitlines()
     first = json.loads(kept[0])[0]
     journal.write_text("\n".join([head, json.dumps([first, "kept"]), *kept[1:]]) + "\n", encoding="utf-8")
-    words = [
+    arguments = [
         "--task",
         "exact_match",
         "--limit",
@@ -298,7 +298,7 @@ def test_an_examination_goes_on(place: Path, tongwen: Any) -> None:
         "--batch-size",
         1,
     ]
-    code, _, err = tongwen("evaluate", "--model", "base", "--template", "chatml", *words, "--out", "scores")
+    code, _, err = tongwen("evaluate", "--model", "base", "--template", "chatml", *arguments, "--out", "scores")
     assert code == 0, err
     answers = [row for file in (place / "scores").glob("*.jsonl") for row in rows(file)]
     assert sum("kept" in row.values() for row in answers) == 1
