@@ -1,4 +1,4 @@
-"""Laws of the engines: whatever shares out the work, and wherever it is killed, what comes out is what one process makes."""
+"""Laws of the engines: with every engine, and after every kill, the result equals that of one process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CASES = [
 
 
 def word_of(engine: str, folder: Path) -> str:
-    """What a recipe says for it. DeepSpeed's own ZeRO-3 keeps tensors below 100,000 numbers whole: all of a tiny model."""
+    """Return the engine setting of a recipe. ZeRO-3's default shards no tensor below 100,000 elements."""
     if engine != "zero3":
         return engine
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def recipe_for(folder: Path, base: Path, method: str, engine: str = "auto", sft:
 
 
 def logits(folder: Path) -> torch.Tensor:
-    """(1, T, V) of a finished model."""
+    """Return the (1, T, V) logits of a finished model."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -75,7 +75,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What one process makes, by method: the folder of the whole model."""
+    """Folders of the models that one process trains, by method."""
     made = {}
     for method in ("lora", "full", *(["qlora"] if importlib.util.find_spec("bitsandbytes") else [])):
         folder = tmp_path_factory.mktemp(f"alone_{method}")
@@ -85,7 +85,7 @@ def alone(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def die_at(step: int) -> Any:
-    """Rank 1 is killed there."""
+    """Return a function that kills rank 1 at that step."""
 
     def arm(rank: int) -> None:
         original = PlannedTrainer.training_step
@@ -141,7 +141,7 @@ def first_step(folder: Path) -> tuple[float, torch.Tensor]:
 
 
 def pad_everything(rank: int) -> None:
-    """As for a family whose documents cannot be packed."""
+    """Pretend that the family does not support packing."""
     llama = replace(FAMILIES["llama"], padded=("a test", "测试"))
     training_model.family_of = lambda model_type: llama  # type: ignore[assignment]
 
@@ -175,7 +175,7 @@ def test_the_first_gradient_does_not_depend_on_how_a_batch_is_cut(
 
 
 def test_an_engine_that_silently_became_another_is_found(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
-    """accelerate takes FSDP on a CPU for DDP, and says nothing."""
+    """accelerate silently replaces FSDP by DDP on a CPU."""
 
     def leave_it_to_accelerate(rank: int) -> None:
         Engine.enforce = lambda self, accelerator, plugin=None: None  # type: ignore[method-assign]
@@ -190,7 +190,7 @@ def test_an_engine_that_silently_became_another_is_found(chat_model: Path, tmp_p
 
 @pytest.mark.parametrize(("first", "then"), [("fsdp2", "auto"), pytest.param("zero3", "fsdp2", marks=needs_deepspeed)])
 def test_stages_under_one_launcher_follow_each_other(first: str, then: str, chat_model: Path, tmp_path: Path) -> None:
-    """The second waits for what the first writes, and nothing of the first one's engine is left. It trains single rows."""
+    """The second stage waits for the files of the first, and no state of the first engine is left. It trains single rows."""
     base, made = without_chatml(chat_model, tmp_path / "base"), {}
     for name, engines in {"one": ("auto", "auto"), "two": (first, then)}.items():
         recipe = recipe_for(tmp_path / name, base, "lora", engines[1])
@@ -239,7 +239,7 @@ def test_a_launcher_does_not_change_precision(chat_model: Path, tmp_path: Path, 
 
 
 def test_processes_whose_scores_differ_stop_at_the_same_step(chat_model: Path, tmp_path: Path) -> None:
-    """By those of the first, which fall here; by those of the second it would stop, and the first would wait for it."""
+    """The falling scores of rank 0 decide. By its own scores rank 1 would stop, and rank 0 would wait for it forever."""
 
     def rising(rank: int) -> None:
         original, seen = job._score, list[int]()
@@ -259,7 +259,7 @@ def test_processes_whose_scores_differ_stop_at_the_same_step(chat_model: Path, t
 
 
 def test_a_signal_to_the_whole_group_saves(chat_model: Path, tmp_path: Path) -> None:
-    """As Slurm and systemd send it: to the command, to what starts the processes, and to the processes."""
+    """Slurm and systemd send the signal to the command, the launcher and the processes."""
     recipe = recipe_for(tmp_path, chat_model, "lora", sft=", samples: 0")
     recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("8 steps", "9999 steps"))
     command = [sys.executable, "-m", "tongwen", "run", str(recipe), "--devices", "2"]
@@ -277,7 +277,7 @@ def test_a_signal_to_the_whole_group_saves(chat_model: Path, tmp_path: Path) -> 
 
 
 def test_a_killed_process_is_named_and_the_others_end(chat_model: Path, tmp_path: Path) -> None:
-    """As `tongwen run --devices 2` starts them."""
+    """Processes started by `tongwen run --devices 2`."""
     recipe = recipe_for(tmp_path, chat_model, "lora", sft=", samples: 0")
     recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("8 steps", "9999 steps"))
     command = [sys.executable, "-m", "tongwen", "run", str(recipe), "--devices", "2"]

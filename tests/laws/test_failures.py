@@ -1,4 +1,4 @@
-"""The failures of the older projects: each is explained, and names tests that exist; those that no other file provokes."""
+"""Failures of the older projects: each has an explanation and existing tests; this file has those that fit nowhere else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def exists(test: str) -> bool:
-    """Whether `tests/test_x.py::test_y` is there."""
+    """Return whether `tests/test_x.py::test_y` exists."""
     file, _, name = test.partition("::")
     return (ROOT / file).is_file() and f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8")
 
@@ -73,7 +73,7 @@ def test_a_random_seed_is_replaced_aloud(tongwen: Any) -> None:
 
 
 def test_another_process_splits_and_orders_alike(chat_model: Path, tmp_path: Path) -> None:
-    """Whatever salt Python gives its hashes there."""
+    """Independent of the salt of Python's hashes."""
     made = []
     for salt in ("1", "2"):
         recipe = write_recipe(tmp_path / salt, chat_model)

@@ -1,4 +1,4 @@
-"""Laws that only a GPU can show; `make gpu` runs them there, and everywhere else they are skipped."""
+"""Laws that need a GPU; `make gpu` runs them, without a GPU they are skipped."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def on_gpu(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 @pytest.fixture()
 def flashes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A number for each call of flash attention."""
+    """A list that gets an entry for each call of flash attention."""
     called: list[int] = []
     original = packed_attention._all_at_once
     monkeypatch.setattr(packed_attention, "_all_at_once", lambda *rest: called.append(1) or original(*rest))

@@ -1,4 +1,4 @@
-"""Malformed files and rows: each is refused by file and row, or its bad rows are, with a reason, and every good row stays.
+"""Malformed files and rows: a file or its bad rows are refused by name with a reason, and every good row stays.
 
 The ids name the cases of the plan where there is one (DA-…).
 """
@@ -207,7 +207,7 @@ BREAKS_ARRAYS = {"not_json", "too_deep"}
     ids=[case[0] for case in BAD_LINES if case[0] != AS_TWO],
 )
 def test_a_bad_element_of_an_array(line: bytes, reason: str, tmp_path: Path) -> None:
-    """What is still JSON costs its row; what is not ends the file, with the place and the rows before it."""
+    """A bad element that is JSON loses its row; one that is not ends the file, naming the place and the rows before it."""
     file = tmp_path / "a.json"
     file.write_bytes(b"[" + GOOD + b",\n" + line + b",\n" + GOOD + b"]")
     try:
@@ -485,7 +485,7 @@ def test_half_a_pair_in_utf16_costs_its_row(tmp_path: Path) -> None:
 
 
 def test_ends_that_a_power_loss_leaves(tmp_path: Path) -> None:
-    """DA-12, DA-21, DA-30: the last line is bad, whatever is missing of it."""
+    """DA-12, DA-21, DA-30: a truncated last line is bad, wherever it is cut."""
     for cut in range(1, 40):
         (tmp_path / "a.jsonl").write_bytes((GOOD + b"\n") * 2 + GOOD[:-cut])
         good, bad = take(tmp_path / "a.jsonl")
@@ -525,7 +525,7 @@ def test_records_too_large_are_not_kept_in_memory(tmp_path: Path, monkeypatch: p
 
 
 def test_no_line_end_in_a_huge_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DA-49: nobody waits for the end of it."""
+    """DA-49: the reader does not read on to its end."""
     monkeypatch.setattr(reader, "CAP", 1 << 16)
     monkeypatch.setattr(reader, "_SKIP", 1 << 20)
     (tmp_path / "a.txt").write_bytes(b"a" * (3 << 20))
@@ -593,7 +593,7 @@ def test_an_arrow_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def places(folder: Path) -> Iterator[tuple[str, str]]:
-    """(path, pattern of the message) of what is no file with rows."""
+    """Yield (path, pattern of the message) for paths that are no data file."""
     os.mkfifo(folder / "fifo.jsonl")
     yield str(folder / "fifo.jsonl"), "this is a FIFO"
     yield str(folder / "f*.jsonl"), "this is a FIFO"
@@ -667,7 +667,7 @@ HOLDERS: dict[str, bytes] = {
 
 
 def mutated(data: bytes, dice: random.Random) -> bytes:
-    """One accident: cut, a flipped bit, bytes lost, doubled or spliced in from elsewhere, lines swapped, a hostile fragment."""
+    """Damage a file once: truncate, flip a bit, drop, double or splice bytes, swap lines, insert a hostile fragment."""
     begin, end = sorted(dice.sample(range(len(data)), 2))
     end = min(end, begin + 400)
     match dice.randrange(7):
@@ -697,7 +697,7 @@ def flipped_bit(data: bytes, place: int, bit: int) -> bytes:
 
 
 def lines_by_themselves(data: bytes) -> tuple[int, list[str]]:
-    """(rows, answers of the good ones) as a reader finds them that knows nothing but lines and json.loads."""
+    """Return (rows, answers of the good ones) as found by a simple reader: split lines, json.loads."""
     count, answers = 0, []
     for line in data.split(b"\n"):
         text = line.decode("utf-8", "replace").rstrip("\r").removeprefix("\ufeff")
@@ -715,7 +715,7 @@ def lines_by_themselves(data: bytes) -> tuple[int, list[str]]:
 
 @pytest.mark.parametrize("name", HOLDERS)
 def test_accidents_end_in_rows_or_in_an_error_of_the_file(name: str, tmp_path: Path) -> None:
-    """80 seeded accidents: nothing but DataError is raised, nothing hangs, and no row is made up or lost unseen."""
+    """80 seeded damages: only DataError is raised, nothing hangs, and no row is invented or silently lost."""
     dice = random.Random(f"accidents of {name}")
     known = {row["output"] for row in NUMBERED}
     refused = untouched = 0

@@ -1,4 +1,4 @@
-"""Every method trains through the real command, passes its audit, resumes, and talks; what a library forgets is done."""
+"""Every method trains through the real command, passes its audit, resumes and chats; gaps of the libraries are filled."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_quantised_base_gives_the_same_gradients_after_it_was_scored(kind: str
 
 
 def test_adalora_spends_its_budget_and_leaves_an_ordinary_adapter(wide_model: Path, tmp_path: Path) -> None:
-    """Ranks begin half as large again and end, on average, at what the recipe says; not all are alike."""
+    """Ranks start at 1.5 times the recipe's value and end, on average, at that value; not all are equal."""
     adapter = "{method: adalora, rank: 4}"
     recipe = recipe_for(tmp_path, wide_model, adapter, sft=", stop_after: 40 steps", merge=True)
     assert main(["run", str(recipe)]) == 0
@@ -174,7 +174,7 @@ def test_adaloras_second_loss_is_in_the_first(chat_model: Path) -> None:
 
 
 def test_adaloras_second_loss_is_counted_once_a_step(wide_model: Path, tmp_path: Path) -> None:
-    """Both begin as the base. Small A and B are almost as far from orthogonal as zeros are, by the root of the rank."""
+    """Both start as the base. Small A and B are almost as far from orthogonal as zeros, by the root of the rank."""
     found = {}
     for method in ("lora", "adalora"):
         settings = ", stop_after: 1 steps, micro_batch_tokens: 64"
@@ -304,7 +304,7 @@ def test_patience_ends_the_run_and_takes_the_best(chat_model: Path, tmp_path: Pa
 
 @pytest.mark.skipif(not cpu_has_bf16(), reason="the rate that makes it worse at once was found on a CPU with AMX")
 def test_a_run_that_gets_worse_ends_early_and_with_its_rank(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    """What was scored before training is the first to beat, and adalora's budget is spent, though its schedule is not done."""
+    """The first score to beat is that before training, and adalora's budget is allocated though its schedule is not done."""
     settings = ", stop_after: 200 steps, evaluate_every: 2, patience: 2, warmup: 0"
     recipe = recipe_for(tmp_path, chat_model, "{method: adalora, rank: 1}", sft=settings)
     code, out, _ = tongwen("run", recipe, "sft.learning_rate=3")
@@ -319,7 +319,7 @@ def test_a_run_that_gets_worse_ends_early_and_with_its_rank(chat_model: Path, tm
 
 
 def test_adalora_rests_in_a_phase_and_is_resumed_there(chat_model: Path, tmp_path: Path) -> None:
-    """peft's own file has cut the ranks by then."""
+    """peft's saved file already has the pruned ranks."""
     write_rows(tmp_path / "text.jsonl", [{"text": f"今天天气很好。第 {number} 天。" * 2} for number in range(24)])
     phases = "{train: lora+embeddings, stop_after: 6 steps}, {train: embeddings, stop_after: 3 steps}"
     made = []
@@ -340,7 +340,7 @@ def test_adalora_rests_in_a_phase_and_is_resumed_there(chat_model: Path, tmp_pat
 
 
 def test_a_phase_has_the_best_before_it_to_beat(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    """Half a run later the base is long beaten: the second phase must do better than the first did."""
+    """The second phase must beat the score at the end of the first, not that of the base."""
     text = [f"今天天气很好，我们去公园散步吧。第 {number} 天。" for number in range(24)]
     write_rows(tmp_path / "text.jsonl", [{"text": one} for one in text])
     settings = (

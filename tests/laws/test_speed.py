@@ -1,4 +1,4 @@
-"""Laws of what makes a step faster or smaller: it changes no number, and what is tried before the run leaves no trace."""
+"""Laws of optimizations: they change no number, and trials before the run leave no trace."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def batch_of(count: int) -> dict[str, Any]:
 
 
 def gradient(model: Any, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
-    """(loss, whole gradient) of a step's only micro-batch."""
+    """Return (loss, whole gradient) of a step's only micro-batch."""
     model.zero_grad()
     total, _ = learned_loss(model, batch)
     total.backward()
@@ -62,7 +62,7 @@ def test_without_a_compiler_the_cure_is_named(chat_model: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
 def test_a_compiled_run_is_the_run(checkpointing: str, chat_model: Path, tmp_path: Path) -> None:
-    """From the recipe to the saved adapter, with the graphs that inductor would be given."""
+    """Run from the recipe to the saved adapter, with the graphs that inductor would get."""
 
     def trace_only() -> None:
         original = torch.nn.Module.compile
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_no_error(chat_model: Path) -> None:
 def test_processes_that_share_weights_answer_alike(
     engine: str, chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing that differs among them is asked: not what is free, not how the model was cut up."""
+    """The answer must not depend on values that differ between processes: free memory, or their shard of the model."""
     model = packed_model(chat_model)
     prepared, config = SimpleNamespace(model=model, device="cuda", dtype=torch.bfloat16), Sft(engine=engine)
     size = sum(part.numel() * part.element_size() for part in model.parameters())

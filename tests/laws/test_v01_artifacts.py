@@ -1,7 +1,7 @@
-"""What version 0.1 left on a disk is opened and gone on with: no renaming and no moving may cost anybody a run.
+"""Files of version 0.1 can be opened and continued: no renaming or moving in the code may cost a user a run.
 
-tests/data/v0.1 was made by its make.py and is never made anew. All goes through the command line, by relative paths, in a
-copy of that folder.
+make.py in tests/data/v0.1 made that folder once; it is never regenerated. The tests use the command line, with relative paths,
+in a copy of the folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RUNS = {"sft": ("sft", 10), "pretrain": ("pretrain", 12), "phases": ("pretrain",
 
 
 def load_make() -> Any:
-    """The script, for its servers."""
+    """Load the script, for its servers."""
     spec = importlib.util.spec_from_file_location("v01_make", DATA / "make.py")
     assert spec and spec.loader
     module = sys.modules["v01_make"] = importlib.util.module_from_spec(spec)
@@ -43,7 +43,7 @@ make = load_make()
 
 @pytest.fixture()
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder: a copy of all that version 0.1 left, with the times that its files had."""
+    """The working folder: a copy of all files of version 0.1 with their times."""
     folder = tmp_path / "elsewhere"
     shutil.copytree(DATA, folder, ignore=shutil.ignore_patterns("make.py", "__pycache__"))
     for file in folder.rglob("*"):
@@ -67,7 +67,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def is_of_this_version(folder: Path) -> bool:
-    """Whether caches that name their version still count."""
+    """Return whether caches that record a version are still valid."""
     return read(next(folder.glob("*/manifest.json")))["tongwen"] == package.__version__
 
 
@@ -76,7 +76,7 @@ def is_of_this_version(folder: Path) -> bool:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(name: str, place: Path, tongwen: Any) -> None:
-    """`phases` was stopped in its second one, and stands on a vocabulary stage."""
+    """`phases` was stopped in its second phase, and its base is a vocabulary stage."""
     stage, steps = RUNS[name]
     expected = place / ("finished/sft" if name == "sft" else f"expected/{name}")
     left = place / name / f"{stage}.partial"
@@ -197,7 +197,7 @@ def test_a_conversation_is_saved_as_it_was(place: Path, tongwen: Any, monkeypatc
 
 
 def test_the_page_opens_what_the_browser_has_kept(place: Path) -> None:
-    """It lies in the browser under a name and a secret, which may not change either."""
+    """The browser stores the chat under a name and a secret, which must not change either."""
     pytest.importorskip("gradio")
     import httpx
 
