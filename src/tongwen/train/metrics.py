@@ -156,19 +156,19 @@ def check_forgetting(before: dict[str, Any], now: dict[str, Any], limits: Forget
     for name, one in now.items():
         old, new = before[name]["bits_per_byte"], one["bits_per_byte"]
         rise = new / old - 1 if old else 0.0
-        what = _("held-out bits per byte of {name} rose from {old:.4f} to {new:.4f} ({rise:+.1%})").format(
+        message = _("held-out bits per byte of {name} rose from {old:.4f} to {new:.4f} ({rise:+.1%})").format(
             name=name, old=old, new=new, rise=rise
         )
         if limits.stop is not None and rise >= limits.stop:
             raise NumbersError(
-                what,
+                message,
                 place=f"forgetting.stop: {limits.stop:g}",
                 remedy=_(
                     "lower learning_rate, or add text in that language (share: 0.3); --fork continues with another limit"
                 ),
             )
         if limits.warn is not None and rise >= limits.warn:
-            console.notice(what)
+            console.notice(message)
 
 
 def peak_memory_bytes() -> int | None:

@@ -103,14 +103,16 @@ class NanGuard(TrainerCallback):
         samples = [sample for place in bad for sample in self.plan.micro[index][place]]
         if bad:
             first, count = bad[0] + 1, len(self.plan.micro[index])
-            what = _("the loss is NaN or infinite in micro-batch {first} of {count}").format(first=first, count=count)
+            problem = _("the loss is NaN or infinite in micro-batch {first} of {count}").format(
+                first=first, count=count
+            )
         elif not all(map(math.isfinite, norms)):
             names = [
                 name
                 for name, part in model.named_parameters()
                 if part.grad is not None and not bool(torch.isfinite(local(part.grad)).all())
             ]
-            what = _("the gradient is NaN or infinite ({count} tensors, first {names})").format(
+            problem = _("the gradient is NaN or infinite ({count} tensors, first {names})").format(
                 count=len(names), names=names[:1]
             )
         else:
@@ -118,7 +120,7 @@ class NanGuard(TrainerCallback):
         rows = self._rows(samples or self.plan.steps[index])
         self._stop(
             index,
-            what + _("; rows {rows}").format(rows=rows),
+            problem + _("; rows {rows}").format(rows=rows),
             _("lower learning_rate, or precision: fp32"),
         )
 
@@ -154,9 +156,9 @@ class NanGuard(TrainerCallback):
         shown = ", ".join(str(self.origin(sample)) for sample in samples[:8])
         return shown + (f" … ({len(samples)})" if len(samples) > 8 else "")
 
-    def _stop(self, index: int, what: str, cure: str) -> None:
+    def _stop(self, index: int, problem: str, remedy: str) -> None:
         raise NumbersError(
-            what,
+            problem,
             place=_("step {before_steps}").format(before_steps=self.before_steps + index + 1),
-            remedy=f"{cure}; {self.last_checkpoint()}",
+            remedy=f"{remedy}; {self.last_checkpoint()}",
         )

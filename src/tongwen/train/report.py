@@ -83,11 +83,11 @@ def held_out_table(
     }
 
 
-def _report_change(what: str, scores: dict[str, float]) -> None:
+def _report_change(label: str, scores: dict[str, float]) -> None:
     """Print a score before and after; lower is better."""
     change = scores["after"] / scores["before"] - 1 if scores["before"] else math.nan
     show = console.notice if scores["after"] > scores["before"] else console.good
-    show(f"{what} {scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})")
+    show(f"{label} {scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})")
 
 
 def report_result(report: dict[str, Any], out: Path) -> None:

@@ -149,12 +149,12 @@ def reporting_failures(name: str, *, required: bool = False) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = first_line(error)
+        reason = first_line(error)
         if required:
-            raise _tracker_error(name, _("it cannot start: {why}").format(why=why)) from error
+            raise _tracker_error(name, _("it cannot start: {why}").format(why=reason)) from error
         console.notice(
             _("{name} failed: {why}; training continues without it, and metrics.jsonl has every line").format(
-                name=name, why=why
+                name=name, why=reason
             )
         )
 
@@ -205,7 +205,7 @@ def _check_server(address: str) -> None:
         ) from None
 
 
-def _tracker_error(name: str, what: str, cure: str = "") -> MachineError:
+def _tracker_error(name: str, problem: str, remedy: str = "") -> MachineError:
     offline = {"wandb": "WANDB_MODE=offline", "swanlab": "SWANLAB_MODE=offline"}.get(name)
-    ways = [way for way in (cure, offline, _("remove it from `track`")) if way]
-    return MachineError(what, place=f"track: {name}", remedy=_(" or ").join(ways))
+    ways = [way for way in (remedy, offline, _("remove it from `track`")) if way]
+    return MachineError(problem, place=f"track: {name}", remedy=_(" or ").join(ways))
