@@ -1,13 +1,13 @@
-"""Continued pre-training on a CPU, the same CPU-seconds for all: tongwen with and without new words, and LLaMA-Factory.
+"""Continued pre-training on a CPU with equal CPU-seconds: tongwen with and without new tokens, and LLaMA-Factory.
 
     sh bench/peers/install.sh PEER_VENV
     python bench/cpt_cpu.py --peer PEER_VENV/bin/python --model SMOLLM2_FOLDER --text zh_docs.txt --out bench/results/cpt_cpu.json
 
-All read the documents that `prepare` keeps, in one number type on one thread, and are scored by one function on the paragraphs that it
-holds out: bits per byte, so that another vocabulary changes nothing. LLaMA-Factory runs as its own example for `stage: pt`
-says (LoRA of rank 8, 2,048 tokens a row, 8 rows a step, 1e-4), and once more with tongwen's settings, to tell settings from
-code. A short run of each tells what a step costs; then the steps that fit into the budget are trained, with the schedule laid
-out over them. Learning the new words counts into the budget. The peer's steps are rounded up, ours down.
+All train on the documents that `prepare` keeps, in one number type on one thread. One function scores them on the held-out
+paragraphs, in bits per byte, which do not depend on the vocabulary. LLaMA-Factory runs with its example for `stage: pt` (LoRA
+of rank 8, 2,048 tokens per row, 8 rows per step, 1e-4), and once more with tongwen's settings, to separate settings from code.
+A short run of each measures the cost of a step; then the steps that fit into the budget are trained, with the schedule over
+them. Learning the new tokens counts towards the budget. The peer's steps are rounded up, ours down.
 """
 
 from __future__ import annotations
@@ -64,18 +64,18 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=2000)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of all contestants")
     parser.add_argument("--out", type=Path, required=True)
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        rows["tongwen"] = ours(chosen, work / "plain", "")
-        rows["tongwen, new words"] = ours(chosen, work / "words", f"vocab: {{pieces: {chosen.pieces}}}")
+        rows["tongwen"] = ours(args, work / "plain", "")
+        rows["tongwen, new words"] = ours(args, work / "words", f"vocab: {{pieces: {args.pieces}}}")
         prepared = work / "plain" / "out" / "prepare"
-        rows["peer"] = theirs(chosen, work / "peer", prepared, {})
+        rows["peer"] = theirs(args, work / "peer", prepared, {})
         same = {**SAME, "lr_scheduler_kwargs": {"num_decay_steps": max(1, rows["tongwen"]["steps"] // 2)}}
-        rows["peer, tongwen's settings"] = theirs(chosen, work / "same", prepared, same)
-        rows["base"] = {"folder": chosen.model}
+        rows["peer, tongwen's settings"] = theirs(args, work / "same", prepared, same)
+        rows["base"] = {"folder": args.model}
         for row in rows.values():
             row["bits_per_byte"] = score(row.pop("folder"), row.pop("adapter", ""), prepared)
     for name, row in rows.items():
@@ -86,22 +86,22 @@ def main() -> None:
     result = {
         "machine": {"processor": processor(), "cpus": os.cpu_count(), "python": platform.python_version()},
         "commit": commit.stdout.strip(),
-        "seconds": chosen.seconds,
-        "precision": chosen.precision,
+        "seconds": args.seconds,
+        "precision": args.precision,
         "of_peer": {name: row["bits_per_byte"] / peer for name, row in rows.items()},
         "recipe": RECIPE,
         "runs": rows,
     }
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def ours(chosen: argparse.Namespace, folder: Path, vocab: str) -> dict[str, Any]:
+def ours(args: argparse.Namespace, folder: Path, vocab: str) -> dict[str, Any]:
     folder.mkdir()
     recipe = folder / "recipe.yaml"
-    words = {"model": chosen.model, "text": chosen.text, "out": folder / "out", "vocab": vocab}
-    words["precision"] = chosen.precision
-    recipe.write_text(RECIPE.format(**words), encoding="utf-8")
+    settings = {"model": args.model, "text": args.text, "out": folder / "out", "vocab": vocab}
+    settings["precision"] = args.precision
+    recipe.write_text(RECIPE.format(**settings), encoding="utf-8")
     tongwen("run", str(recipe), "--only", "prepare")
     before = cpu_of_children()
     if vocab:
@@ -110,10 +110,12 @@ def ours(chosen: argparse.Namespace, folder: Path, vocab: str) -> dict[str, Any]
     tongwen("run", str(recipe), "--only", "pretrain")
     lines = metrics(folder)
     per_step = (lines[-1]["cpu_seconds"] - lines[0]["cpu_seconds"]) / (len(lines) - 1)
-    steps = max(2, int((chosen.seconds - spent) / per_step))
+    steps = max(2, int((args.seconds - spent) / per_step))
     tongwen("run", str(recipe), "--only", "pretrain", "--again", f"pretrain.stop_after={steps} steps")
     lines = metrics(folder)
-    trained = (lines[-1]["cpu_seconds"] - lines[0]["cpu_seconds"]) * steps / (steps - 1)  # the first step has no begin
+    trained = (
+        (lines[-1]["cpu_seconds"] - lines[0]["cpu_seconds"]) * steps / (steps - 1)
+    )  # the start of the first step is not recorded
     manifest = json.loads((folder / "out/pretrain/manifest.json").read_text(encoding="utf-8"))
     return {
         "folder": str(folder / "out" / "pretrain"),
@@ -126,14 +128,14 @@ def ours(chosen: argparse.Namespace, folder: Path, vocab: str) -> dict[str, Any]
     }
 
 
-def theirs(chosen: argparse.Namespace, folder: Path, prepared: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def theirs(args: argparse.Namespace, folder: Path, prepared: Path, settings: dict[str, Any]) -> dict[str, Any]:
     folder.mkdir()
     texts = [row["text"] for row in documents(prepared / "documents.jsonl")]
     file = folder / "documents.jsonl"
     file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
     script = str(Path(__file__).parent / "peers" / "llamafactory_pt.py")
-    command = [chosen.peer, script, "--model", chosen.model, "--text", str(file), "--save", str(folder / "saved")]
-    settings = {**settings, "bf16": chosen.precision == "bf16"}
+    command = [args.peer, script, "--model", args.model, "--text", str(file), "--save", str(folder / "saved")]
+    settings = {**settings, "bf16": args.precision == "bf16"}
     command += ["--out", str(folder / "result.json"), "--set", json.dumps(settings)]
 
     def train(steps: int) -> dict[str, Any]:
@@ -141,14 +143,14 @@ def theirs(chosen: argparse.Namespace, folder: Path, prepared: Path, settings: d
         return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
 
     short = train(2)
-    found = train(math.ceil(chosen.seconds / (short["cpu_seconds"] / short["steps"])))
+    found = train(math.ceil(args.seconds / (short["cpu_seconds"] / short["steps"])))
     whole = settings.get("finetuning_type") == "full"
-    where = {"folder": str(folder / "saved")} if whole else {"folder": chosen.model, "adapter": str(folder / "saved")}
+    where = {"folder": str(folder / "saved")} if whole else {"folder": args.model, "adapter": str(folder / "saved")}
     return {**where, **found}
 
 
 def score(folder: str, adapter: str, prepared: Path) -> float:
-    """Bits per byte of a model on the held-out documents."""
+    """Return the bits per byte of a model on the held-out documents."""
     import torch
 
     from tongwen.data import token_store

@@ -1,13 +1,16 @@
-"""A storm of crashes: a training killed again and again must end as if nothing had happened, to the bit.
+"""Crash tests: a training killed again and again must end bit-identical to one that was never killed.
 
     python bench/crash_storm.py --out bench/results/crash_storm.json        (or: make crash-storm)
 
-torch is imported once; every trial is a fork that runs the real command (`tongwen run`) on a tiny model, on one thread of a
-CPU. Parts: SIGKILL at random moments, one in four aimed into a commit, for a full fine-tune and for LoRA with dropout, and
-fewer for phases, for early stopping over batches of tokens, and for two processes that die together; the same with whole
-processes; every state-changing system call of one save killed once, and failed once with EIO (by strace: what the kernel
-sees, whichever library calls it), also of one that drops the checkpoint before; flipped bits in committed checkpoints;
-changed recipes; and the same kills against transformers' own Trainer, which must fail, or this harness would be blind.
+torch is imported once; every trial is a fork that runs the real command (`tongwen run`) on a tiny model, on one CPU thread.
+Parts:
+- SIGKILL at random moments, one in four inside a commit, for a full fine-tune and for LoRA with dropout; fewer for phases, for
+  early stopping with batch_tokens, and for two processes that die together; the same with whole processes
+- each state-changing system call of one save killed once, and failed once with EIO (by strace, so for every library); also for
+  a save that deletes the previous checkpoint
+- flipped bits in committed checkpoints
+- changed recipes
+- the same kills against transformers' Trainer, which must fail, else this harness would be blind
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ RUNS = {
     + "batch_tokens: 400, learning_rate: 0.1, stop_after: 40 steps, evaluate_every: 2, patience: 2, keep_checkpoints: 1}",
     "processes": SFT + LORA + PLAIN,
 }
-# Thirteen words that decide the result, one of each kind.
+# Thirteen settings that affect the result, one of each kind.
 CHANGES = (
     "sft.learning_rate=2e-3",
     "sft.weight_decay=0.1",
@@ -89,7 +92,7 @@ CALLS = "openat,write,writev,pwrite64,fsync,fdatasync,ftruncate,fallocate,rename
 
 @dataclass
 class Outcome:
-    """How a child ended. killed: by us; in_commit: while it was saving; saves: seconds of each whole save."""
+    """How a child ended. killed: by this harness; in_commit: during a save; saves: seconds of each completed save."""
 
     code: int
     killed: bool = False
@@ -100,22 +103,22 @@ class Outcome:
 def forked(
     work: Callable[[], Any], log: Path, kill: Callable[[int, int], bool], trainer: type = PlannedTrainer
 ) -> Outcome:
-    """Run `work` in a child, and kill it as soon as kill(its pid, saves that it has begun) says so."""
+    """Run `work` in a child, and kill it as soon as kill(its pid, number of saves begun) is true."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         os.close(reader)
         os.setpgid(0, 0)
-        tqdm.set_lock(threading.RLock())  # the one that forks share, a killed one would keep
-        _speak_into(log)
-        _announce_saves(trainer, lambda mark: os.write(writer, mark))
+        tqdm.set_lock(threading.RLock())  # a killed fork would keep the shared lock
+        _redirect_output(log)
+        _report_saves(trainer, lambda mark: os.write(writer, mark))
         try:
             os._exit(work() or 0)
-        except BaseException as error:  # a fork must not come back
+        except BaseException as error:  # a fork must never return
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
             os._exit(99)
     os.close(writer)
-    with suppress(OSError):  # whoever comes first; it may be gone already
+    with suppress(OSError):  # parent or child, whichever is first; the child may have ended
         os.setpgid(child, 0)
     outcome, begun, began = Outcome(0), 0, 0.0
     while True:
@@ -136,23 +139,23 @@ def forked(
     return outcome
 
 
-def _speak_into(log: Path) -> None:
+def _redirect_output(log: Path) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.stdout = sys.stderr = os.fdopen(out, "w", buffering=1, encoding="utf-8")
 
 
-def _announce_saves(trainer: type, tell_first: Callable[[bytes], Any]) -> None:
+def _report_saves(trainer: type, notify: Callable[[bytes], Any]) -> None:
     save = trainer._save_checkpoint
 
-    def told(self: Any, *arguments: Any, **options: Any) -> None:
-        tell = tell_first if distributed.is_first() else len
-        tell(b"(")
+    def reporting_save(self: Any, *arguments: Any, **options: Any) -> None:
+        send = notify if distributed.is_first() else len
+        send(b"(")
         save(self, *arguments, **options)
-        tell(b")")
+        send(b")")
 
-    trainer._save_checkpoint = told
+    trainer._save_checkpoint = reporting_save
 
 
 def never(child: int, begun: int) -> bool:
@@ -160,7 +163,7 @@ def never(child: int, begun: int) -> bool:
 
 
 def after_cpu_seconds(limit: float) -> Callable[[int, int], bool]:
-    """CPU seconds of the child, so that a busy machine does not move the moment."""
+    """Kill after CPU seconds of the child, so that the load of the machine does not matter."""
 
     def kill(child: int, begun: int) -> bool:
         try:
@@ -172,7 +175,7 @@ def after_cpu_seconds(limit: float) -> Callable[[int, int], bool]:
 
 
 def inside_save(number: int, seconds: float) -> Callable[[int, int], bool]:
-    """So long after its n-th save has begun."""
+    """Kill `seconds` after the start of the child's n-th save."""
     since: list[float] = []
 
     def kill(child: int, begun: int) -> bool:
@@ -184,7 +187,7 @@ def inside_save(number: int, seconds: float) -> Callable[[int, int], bool]:
 
 
 def in_two(command: list[str]) -> int:
-    """As a launcher starts it: this process and another one."""
+    """Run the command in this process and a second one, as a launcher does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -198,8 +201,8 @@ def in_two(command: list[str]) -> int:
     return code or os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
 
 
-class Ground:
-    """A folder with a tiny model, data and, for each of RUNS, one whose data are prepared."""
+class Sandbox:
+    """A folder with a tiny model, data and, for each of RUNS, a folder with prepared data."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, folder / "log.txt"
@@ -223,16 +226,16 @@ class Ground:
     def out(self, method: str) -> Path:
         return self.folder / method
 
-    def run(self, method: str, *words: str) -> int:
-        command = ["run", str(self.recipe(method)), *words]
-        return in_two(command) if method == "processes" and not words else cli.main(command)
+    def run(self, method: str, *arguments: str) -> int:
+        command = ["run", str(self.recipe(method)), *arguments]
+        return in_two(command) if method == "processes" and not arguments else cli.main(command)
 
     def reset(self, method: str) -> None:
         shutil.rmtree(self.out(method), ignore_errors=True)
         shutil.copytree(self.folder / f"{method}.prepared", self.out(method))
 
     def result(self, method: str) -> tuple[str, list[float]]:
-        """What must be equal: the bytes of the weights, and every logged loss."""
+        """Return what must be equal: a hash of the weights, and every logged loss."""
         done = self.out(method) / ("pretrain" if method == "phases" else "sft")
         weights = artifact.fingerprint_hashes(
             {file.name: artifact.hash_file(file) for file in done.glob("*.safetensors")}
@@ -240,51 +243,51 @@ class Ground:
         return weights, [json.loads(line)["loss"] for line in (done / "metrics.jsonl").read_text().splitlines()]
 
 
-def storm(ground: Ground, method: str, kills: int, chance: random.Random) -> dict[str, Any]:
-    """Kill a run again and again until it is done, and begin the next, until there were enough kills."""
-    ground.reset(method)
+def storm(sandbox: Sandbox, method: str, kills: int, rng: random.Random) -> dict[str, Any]:
+    """Kill a run again and again until it is done, then start the next, until there were enough kills."""
+    sandbox.reset(method)
     before = os.times().children_user
-    whole = forked(lambda: ground.run(method), ground.log, never)
+    whole = forked(lambda: sandbox.run(method), sandbox.log, never)
     seconds = os.times().children_user - before
-    wanted = ground.result(method)
+    wanted = sandbox.result(method)
     found: Counter[str] = Counter(kills=0, inside_a_commit=0, runs=0, diverged=0, hand_repairs=0)
     while found["kills"] < kills:
-        ground.reset(method)
+        sandbox.reset(method)
         for attempt in range(1000):
             if attempt > 12:
                 kill = never
             elif found["inside_a_commit"] < 0.3 * (found["kills"] + 1):
-                number = chance.randint(1, STEPS // EVERY if attempt == 0 else 1)
-                kill = inside_save(number, chance.uniform(0, median(whole.saves)))
+                number = rng.randint(1, STEPS // EVERY if attempt == 0 else 1)
+                kill = inside_save(number, rng.uniform(0, median(whole.saves)))
             else:
-                kill = after_cpu_seconds(chance.uniform(0.02, 1.1) * seconds)
-            outcome = forked(lambda: ground.run(method), ground.log, kill)
+                kill = after_cpu_seconds(rng.uniform(0.02, 1.1) * seconds)
+            outcome = forked(lambda: sandbox.run(method), sandbox.log, kill)
             if not outcome.killed:
                 break
             found["kills"] += 1
             found["inside_a_commit"] += outcome.in_commit
         found["runs"] += 1
         found["hand_repairs"] += outcome.code != 0
-        found["diverged"] += outcome.code == 0 and ground.result(method) != wanted
+        found["diverged"] += outcome.code == 0 and sandbox.result(method) != wanted
         print(method, dict(found), flush=True)
     return {**found, "cpu_seconds_of_a_whole_run": round(seconds, 2)}
 
 
-def by_the_command_line(ground: Ground, kills: int, chance: random.Random) -> dict[str, Any]:
-    """Whole processes, as a user starts them."""
-    command = [sys.executable, "-m", "tongwen", "run", str(ground.recipe("lora"))]
-    log = ground.log.open("a")
-    ground.reset("lora")
+def by_the_command_line(sandbox: Sandbox, kills: int, rng: random.Random) -> dict[str, Any]:
+    """Kill whole processes, started as a user does."""
+    command = [sys.executable, "-m", "tongwen", "run", str(sandbox.recipe("lora"))]
+    log = sandbox.log.open("a")
+    sandbox.reset("lora")
     began = time.monotonic()
     subprocess.run(command, check=True, stdout=log, stderr=log)
-    seconds, wanted = time.monotonic() - began, ground.result("lora")
+    seconds, wanted = time.monotonic() - began, sandbox.result("lora")
     found: Counter[str] = Counter(kills=0, runs=0, diverged=0, hand_repairs=0)
     while found["kills"] < kills:
-        ground.reset("lora")
+        sandbox.reset("lora")
         for attempt in range(4):
             process = subprocess.Popen(command, stdout=log, stderr=log)
             try:
-                process.wait(None if attempt == 3 else chance.uniform(0.3, 1.0) * seconds)
+                process.wait(None if attempt == 3 else rng.uniform(0.3, 1.0) * seconds)
                 break
             except subprocess.TimeoutExpired:
                 process.kill()
@@ -292,43 +295,45 @@ def by_the_command_line(ground: Ground, kills: int, chance: random.Random) -> di
                 found["kills"] += 1
         found["runs"] += 1
         found["hand_repairs"] += process.returncode != 0
-        found["diverged"] += process.returncode == 0 and ground.result("lora") != wanted
+        found["diverged"] += process.returncode == 0 and sandbox.result("lora") != wanted
         print("command line", dict(found), flush=True)
     return dict(found)
 
 
-def every_call(ground: Ground, method: str, chosen: slice = slice(None), keep: int = 2) -> dict[str, Any]:
-    """One save under strace: each call that changes something in the run's folder is the last one once, and fails once.
-    keep: how many checkpoints stay; 1: the save also drops the one before."""
+def every_call(sandbox: Sandbox, method: str, selection: slice = slice(None), keep: int = 2) -> dict[str, Any]:
+    """Trace one save; at each call that changes the run's folder kill the run once, and let the call fail once.
+
+    keep: number of checkpoints kept; 1: the save also deletes the previous one
+    """
     short = (f"sft.stop_after={2 * EVERY} steps", f"sft.keep_checkpoints={keep}")
-    ground.reset(method)
-    assert forked(lambda: ground.run(method, *short), ground.log, never).code == 0
-    wanted = ground.result(method)
-    ground.reset(method)
+    sandbox.reset(method)
+    assert forked(lambda: sandbox.run(method, *short), sandbox.log, never).code == 0
+    wanted = sandbox.result(method)
+    sandbox.reset(method)
     before = inside_save(2, 0.0)
     assert forked(
-        lambda: ground.run(method, *short), ground.log, before
-    ).killed  # one checkpoint is there, none is being written
-    snapshot = ground.folder / "snapshot"
-    shutil.copytree(ground.out(method), snapshot)
-    trace = ground.folder / "trace.txt"
+        lambda: sandbox.run(method, *short), sandbox.log, before
+    ).killed  # one checkpoint exists, none is half written
+    snapshot = sandbox.folder / "snapshot"
+    shutil.copytree(sandbox.out(method), snapshot)
+    trace = sandbox.folder / "trace.txt"
 
     def attempt(inject: str) -> int:
-        shutil.rmtree(ground.out(method))
-        shutil.copytree(snapshot, ground.out(method))
-        return _traced(lambda: ground.run(method, *short), ground.log, trace, inject)
+        shutil.rmtree(sandbox.out(method))
+        shutil.copytree(snapshot, sandbox.out(method))
+        return _traced(lambda: sandbox.run(method, *short), sandbox.log, trace, inject)
 
     attempt("")
-    points = _changing_calls(trace, str(ground.out(method)))
+    points = _changing_calls(trace, str(sandbox.out(method)))
     found: Counter[str] = Counter(calls=len(points), killed=0, killed_exact=0, failed=0, failed_exact=0)
     codes: Counter[str] = Counter()
-    for call, number in points[chosen]:
+    for call, number in points[selection]:
         for kind, how in (("killed", "signal=KILL"), ("failed", "error=EIO")):
             code = attempt(f"{call}:{how}:when={number}")
             codes[f"{kind} {code}"] += 1
             found[kind] += 1
-            done = forked(lambda: ground.run(method, *short), ground.log, never)
-            found[f"{kind}_exact"] += done.code == 0 and ground.result(method) == wanted
+            done = forked(lambda: sandbox.run(method, *short), sandbox.log, never)
+            found[f"{kind}_exact"] += done.code == 0 and sandbox.result(method) == wanted
         print("system calls", dict(found), flush=True)
     kinds = Counter(call for call, _ in points)
     shutil.rmtree(snapshot)
@@ -336,10 +341,10 @@ def every_call(ground: Ground, method: str, chosen: slice = slice(None), keep: i
 
 
 def _traced(work: Callable[[], int], log: Path, trace: Path, inject: str) -> int:
-    """A child whose first save is watched by strace; returns its exit code, negative for a signal."""
+    """Run a child and trace its first save with strace; return its exit code, negative for a signal."""
     child = os.fork()
     if not child:
-        _speak_into(log)
+        _redirect_output(log)
         save = PlannedTrainer._save_checkpoint
         seen: list[int] = []
 
@@ -370,7 +375,7 @@ def _traced(work: Callable[[], int], log: Path, trace: Path, inject: str) -> int
 
 
 def _changing_calls(trace: Path, folder: str) -> list[tuple[str, int]]:
-    """(call, its number among the calls of that name) of everything in the save that changes the folder."""
+    """Return (call, its number among the calls of that name) for each call of the save that changes the folder."""
     seen: Counter[str] = Counter()
     points = []
     for line in trace.read_text().splitlines():
@@ -387,18 +392,18 @@ def _changing_calls(trace: Path, folder: str) -> list[tuple[str, int]]:
     return points
 
 
-def flipped_bits(ground: Ground, flips: int, chance: random.Random) -> dict[str, int]:
-    """One bit of one file of a committed checkpoint: is it noticed?"""
+def flipped_bits(sandbox: Sandbox, flips: int, rng: random.Random) -> dict[str, int]:
+    """Flip one bit of one file of a committed checkpoint; count how often it is detected."""
     found: Counter[str] = Counter(flips=0, detected=0)
     for method in FLIPPED:
-        ground.reset(method)
-        forked(lambda method=method: ground.run(method), ground.log, never)
-        checkpoints = sorted((ground.out(method) / "sft" / "checkpoints").glob("checkpoint-*"))
+        sandbox.reset(method)
+        forked(lambda method=method: sandbox.run(method), sandbox.log, never)
+        checkpoints = sorted((sandbox.out(method) / "sft" / "checkpoints").glob("checkpoint-*"))
         assert all(damage(path) is None for path in checkpoints)
         for _ in range(flips // len(FLIPPED)):
-            checkpoint = chance.choice(checkpoints)
-            file = chance.choice([file for file in checkpoint.rglob("*") if file.is_file()])
-            place, bit = chance.randrange(file.stat().st_size), 1 << chance.randrange(8)
+            checkpoint = rng.choice(checkpoints)
+            file = rng.choice([file for file in checkpoint.rglob("*") if file.is_file()])
+            place, bit = rng.randrange(file.stat().st_size), 1 << rng.randrange(8)
             for expected in (True, False):  # flipped, and back
                 whole = bytearray(file.read_bytes())
                 whole[place] ^= bit
@@ -410,38 +415,38 @@ def flipped_bits(ground: Ground, flips: int, chance: random.Random) -> dict[str,
     return dict(found)
 
 
-def changed_recipes(ground: Ground) -> dict[str, Any]:
-    """An interrupted run, and a command that says something else: refused with both values, and nothing is touched."""
-    ground.reset("lora")
-    assert forked(lambda: ground.run("lora"), ground.log, inside_save(3, 0.0)).killed
+def changed_recipes(sandbox: Sandbox) -> dict[str, Any]:
+    """Continue an interrupted run with a changed recipe: it must be refused with both values, without any change."""
+    sandbox.reset("lora")
+    assert forked(lambda: sandbox.run("lora"), sandbox.log, inside_save(3, 0.0)).killed
     found: dict[str, Any] = {"changes": len(CHANGES), "refused": 0, "accepted": []}
 
     def state() -> tuple[str, str]:
-        out = ground.out("lora")
+        out = sandbox.out("lora")
         return (out / "recipe.yaml").read_text(), artifact.fingerprint_files(artifact.partial_of(out / "sft"))
 
     for change in CHANGES:
         before = state()
-        said = ground.folder / "said.txt"
-        said.unlink(missing_ok=True)
-        code = forked(lambda change=change: ground.run("lora", change), said, never).code
-        refused = code == 2 and "→" in said.read_text() and before == state()
+        output = sandbox.folder / "output.txt"
+        output.unlink(missing_ok=True)
+        code = forked(lambda change=change: sandbox.run("lora", change), output, never).code
+        refused = code == 2 and "→" in output.read_text() and before == state()
         found["refused"] += refused
         if not refused:
             found["accepted"].append(change)
     return found
 
 
-def plain_trainer(ground: Ground, kills: int, chance: random.Random) -> dict[str, Any]:
-    """transformers' own save under the same kills: what `resume_from_checkpoint` makes of it."""
+def plain_trainer(sandbox: Sandbox, kills: int, rng: random.Random) -> dict[str, Any]:
+    """Kill transformers' own save in the same way, then try `resume_from_checkpoint`."""
     from transformers import LlamaForCausalLM
 
-    out = ground.folder / "plain"
+    out = sandbox.folder / "plain"
     rows = [{"input_ids": torch.arange(8) + row, "labels": torch.arange(8) + row} for row in range(STEPS)]
 
     def work() -> int:
         torch.manual_seed(0)
-        model = LlamaForCausalLM.from_pretrained(str(ground.model), attention_dropout=0.1)
+        model = LlamaForCausalLM.from_pretrained(str(sandbox.model), attention_dropout=0.1)
         arguments = TrainingArguments(
             output_dir=str(out),
             per_device_train_batch_size=1,
@@ -453,24 +458,24 @@ def plain_trainer(ground: Ground, kills: int, chance: random.Random) -> dict[str
         )
         trainer = Trainer(model=model, args=arguments, train_dataset=rows)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.is_dir() else None)
-        trainer.save_model(str(ground.folder / "plain.done"))
+        trainer.save_model(str(sandbox.folder / "plain.done"))
         return 0
 
     def result() -> dict[str, bytes]:
-        return {name: part.numpy().tobytes() for name, part in tensors(ground.folder / "plain.done").items()}
+        return {name: part.numpy().tobytes() for name, part in tensors(sandbox.folder / "plain.done").items()}
 
     shutil.rmtree(out, ignore_errors=True)
-    whole = forked(work, ground.log, never, Trainer)
+    whole = forked(work, sandbox.log, never, Trainer)
     assert whole.code == 0
     wanted = result()
     found: Counter[str] = Counter(kills_inside_a_save=0, hand_repairs=0, diverged=0)
     while found["kills_inside_a_save"] < kills:
         shutil.rmtree(out)
-        kill = inside_save(chance.randint(1, STEPS // EVERY), chance.uniform(0, median(whole.saves)))
-        outcome = forked(work, ground.log, kill, Trainer)
+        kill = inside_save(rng.randint(1, STEPS // EVERY), rng.uniform(0, median(whole.saves)))
+        outcome = forked(work, sandbox.log, kill, Trainer)
         if outcome.killed and outcome.in_commit:
             found["kills_inside_a_save"] += 1
-            again = forked(work, ground.log, never, Trainer)
+            again = forked(work, sandbox.log, never, Trainer)
             found["hand_repairs"] += again.code != 0
             found["diverged"] += again.code == 0 and result() != wanted
     return dict(found)
@@ -484,33 +489,33 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    found = json.loads(chosen.out.read_text()) if chosen.out and chosen.out.is_file() else {}
+    found = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
-        ground = Ground(Path(folder))
-        for part in chosen.parts or PARTS:
-            began, chance = time.monotonic(), random.Random(f"{chosen.seed} {part}")
-            result = PARTS[part](ground, chosen.kills, chance)
+        sandbox = Sandbox(Path(folder))
+        for part in args.parts or PARTS:
+            began, rng = time.monotonic(), random.Random(f"{args.seed} {part}")
+            result = PARTS[part](sandbox, args.kills, rng)
             minutes = round((time.monotonic() - began) / 60, 1)
-            found[part] = {**result, "seed": chosen.seed, "minutes": minutes, "commit": commit()}
+            found[part] = {**result, "seed": args.seed, "minutes": minutes, "commit": commit()}
             print(part, json.dumps(found[part]), flush=True)
-            if chosen.out:
-                chosen.out.write_text(json.dumps({**found, **machine()}, indent=1) + "\n", encoding="utf-8")
+            if args.out:
+                args.out.write_text(json.dumps({**found, **machine()}, indent=1) + "\n", encoding="utf-8")
 
 
-PARTS: dict[str, Callable[[Ground, int, random.Random], dict[str, Any]]] = {
-    "changed_recipes": lambda ground, kills, chance: changed_recipes(ground),
-    "flipped_bits": lambda ground, kills, chance: flipped_bits(ground, 400, chance),
-    "plain_trainer": lambda ground, kills, chance: plain_trainer(ground, 40, chance),
-    "system_calls": lambda ground, kills, chance: every_call(ground, "lora"),
-    "system_calls_full": lambda ground, kills, chance: every_call(ground, "full", keep=1),
-    "full": lambda ground, kills, chance: storm(ground, "full", kills, chance),
-    "lora": lambda ground, kills, chance: storm(ground, "lora", kills, chance),
-    "phases": lambda ground, kills, chance: storm(ground, "phases", kills // 4, chance),
-    "patience": lambda ground, kills, chance: storm(ground, "patience", kills // 4, chance),
-    "processes": lambda ground, kills, chance: storm(ground, "processes", kills // 4, chance),
-    "command_line": lambda ground, kills, chance: by_the_command_line(ground, 10, chance),
+PARTS: dict[str, Callable[[Sandbox, int, random.Random], dict[str, Any]]] = {
+    "changed_recipes": lambda sandbox, kills, rng: changed_recipes(sandbox),
+    "flipped_bits": lambda sandbox, kills, rng: flipped_bits(sandbox, 400, rng),
+    "plain_trainer": lambda sandbox, kills, rng: plain_trainer(sandbox, 40, rng),
+    "system_calls": lambda sandbox, kills, rng: every_call(sandbox, "lora"),
+    "system_calls_full": lambda sandbox, kills, rng: every_call(sandbox, "full", keep=1),
+    "full": lambda sandbox, kills, rng: storm(sandbox, "full", kills, rng),
+    "lora": lambda sandbox, kills, rng: storm(sandbox, "lora", kills, rng),
+    "phases": lambda sandbox, kills, rng: storm(sandbox, "phases", kills // 4, rng),
+    "patience": lambda sandbox, kills, rng: storm(sandbox, "patience", kills // 4, rng),
+    "processes": lambda sandbox, kills, rng: storm(sandbox, "processes", kills // 4, rng),
+    "command_line": lambda sandbox, kills, rng: by_the_command_line(sandbox, 10, rng),
 }
 
 

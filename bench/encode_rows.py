@@ -6,9 +6,9 @@
 
 The dialogues are the rows of an Alpaca file, repeated with a counter in the text until there are ROWS of them. They are
 parsed before the clock starts (dictionaries for tongwen, the peers' `Dataset.from_list` of them for the peers). The figure is rows per CPU second (user and system, children included) until the
-tokens with their mask lie on disk: a token store of tongwen's, an Arrow file of the peers'. `library` is
+tokens with their mask are on disk: tongwen's token store, the peers' Arrow file. `library` is
 `encode_batch_fast` of the tokenizers package on the same rendered texts, in batches of 1,000, and nothing else.
-Each contestant runs in a process of its own, with one tokenizer thread; the median of the rounds is quoted.
+Each contestant runs in its own process, with one tokenizer thread; the median of the rounds is quoted.
 """
 
 from __future__ import annotations
@@ -40,36 +40,36 @@ def main() -> None:
     parser.add_argument("--peer-rows", type=int, help="rows for the peers, when fewer are to do")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=list(CONTESTANTS), help="run one contestant in this process (internal)")
-    chosen = parser.parse_args()
-    if chosen.only:
-        print(json.dumps(CONTESTANTS[chosen.only](chosen, rows_of(chosen))))
+    args = parser.parse_args()
+    if args.only:
+        print(json.dumps(CONTESTANTS[args.only](args, rows_of(args))))
         return
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
-    for turn in range(chosen.rounds):
+    for turn in range(args.rounds):
         for name in CONTESTANTS:
-            found[name].append(run(chosen, name))
+            found[name].append(run(args, name))
             print(turn + 1, f"{name:14s} {found[name][-1]['rows_per_cpu_second']:8.0f} rows per CPU second", flush=True)
-        write(chosen, found)
+        write(args, found)
 
 
-def run(chosen: argparse.Namespace, name: str) -> dict[str, Any]:
+def run(args: argparse.Namespace, name: str) -> dict[str, Any]:
     ours = name in ("tongwen", "library")
-    rows = chosen.rows if ours else chosen.peer_rows or chosen.rows
-    words = [sys.executable if ours else chosen.peer, __file__, "--only", name, "--peer", chosen.peer]
-    words += ["--model", chosen.model, "--data", chosen.data, "--rows", str(rows)]
+    rows = args.rows if ours else args.peer_rows or args.rows
+    command = [sys.executable if ours else args.peer, __file__, "--only", name, "--peer", args.peer]
+    command += ["--model", args.model, "--data", args.data, "--rows", str(rows)]
     environment = {**os.environ, "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if ours:
         environment["PYTHONPATH"] = str(SOURCE)
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def rows_of(chosen: argparse.Namespace) -> list[dict[str, str]]:
-    rows = json.loads(Path(chosen.data).read_text(encoding="utf-8"))
+def rows_of(args: argparse.Namespace) -> list[dict[str, str]]:
+    rows = json.loads(Path(args.data).read_text(encoding="utf-8"))
     out = []
-    for number in range(chosen.rows):
+    for number in range(args.rows):
         row = rows[number % len(rows)]
         out.append(
             {**row, "instruction": f"{row['instruction']}（{number}）", "output": f"{row['output']}（{number}）"}
@@ -79,9 +79,9 @@ def rows_of(chosen: argparse.Namespace) -> list[dict[str, str]]:
 
 def measured(rows: int, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     before = cpu()
-    facts = work()
+    counts = work()
     seconds = cpu() - before
-    return {"rows": rows, "cpu_seconds": round(seconds, 2), "rows_per_cpu_second": round(rows / seconds, 1), **facts}
+    return {"rows": rows, "cpu_seconds": round(seconds, 2), "rows_per_cpu_second": round(rows / seconds, 1), **counts}
 
 
 def cpu() -> float:
@@ -89,14 +89,14 @@ def cpu() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def tongwen(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
+def tongwen(args: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
     from tongwen.data import token_store
     from tongwen.data.encode import encode_dialogues
     from tongwen.recipe.training import Sft
     from tongwen.workflows.tokenized_data import make_dialogue_encoder
 
     section = Sft(max_length=4096)
-    reader = make_dialogue_encoder(chosen.model, section)
+    reader = make_dialogue_encoder(args.model, section)
 
     def work() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -111,11 +111,11 @@ def tongwen(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str,
     return measured(len(rows), work)
 
 
-def library(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
+def library(args: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
     from tongwen.recipe.training import Sft
     from tongwen.workflows.tokenized_data import make_dialogue_encoder
 
-    reader = make_dialogue_encoder(chosen.model, Sft())
+    reader = make_dialogue_encoder(args.model, Sft())
     texts = [reader.template.samples(one)[0].text for one in iter_dialogues(rows)]
 
     def work() -> dict[str, Any]:
@@ -129,7 +129,7 @@ def library(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str,
 
 
 def iter_dialogues(rows: list[dict[str, str]]) -> Iterator[Any]:
-    """As `prepare` reads them: the format recognised row by row."""
+    """Read the rows as `prepare` does, with the format recognised row by row."""
     from tongwen.core.records import Origin
     from tongwen.data.formats import read_dialogue, recognise
     from tongwen.recipe.data import SourceConfig
@@ -139,8 +139,8 @@ def iter_dialogues(rows: list[dict[str, str]]) -> Iterator[Any]:
         yield read_dialogue(row, recognise(row) or "", source, {}, Origin("rows", number))
 
 
-def llamafactory(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
-    """Its own `get_dataset` without reading the file: aligning, template, mask and tokens into Arrow."""
+def llamafactory(args: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
+    """Run LLaMA-Factory's `get_dataset` without reading the file: aligning, template, mask and tokens into Arrow."""
     import datasets
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.data.converter import align_dataset
@@ -150,7 +150,7 @@ def llamafactory(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict
     from transformers import AutoTokenizer, Seq2SeqTrainingArguments
 
     datasets.disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(chosen.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
     arguments = DataArguments(template="chatml", cutoff_len=4096, overwrite_cache=True)
     template = get_template_and_fix_tokenizer(tokenizer, arguments)
     parsed = datasets.Dataset.from_list(rows)
@@ -167,15 +167,17 @@ def llamafactory(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict
     return measured(len(rows), work)
 
 
-def trl(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
-    """Its own `SFTTrainer._prepare_dataset` on prompt and completion messages, the loss on the completion. (Making
-    messages of Alpaca rows is left to its users, and not counted.)"""
+def trl(args: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any]:
+    """Run TRL's `SFTTrainer._prepare_dataset` on prompt and completion messages, with the loss on the completion.
+
+    TRL leaves the conversion of Alpaca rows to its users; it is not counted.
+    """
     import datasets
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     datasets.disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(chosen.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
     dataset = datasets.Dataset.from_list(
         [
             {
@@ -205,13 +207,13 @@ def trl(chosen: argparse.Namespace, rows: list[dict[str, str]]) -> dict[str, Any
 CONTESTANTS = {"tongwen": tongwen, "library": library, "llamafactory": llamafactory, "trl": trl}
 
 
-def write(chosen: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> None:
+def write(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> None:
     medians = {name: statistics.median(one["rows_per_cpu_second"] for one in runs) for name, runs in found.items()}
-    words = [chosen.peer, "-c", "import json; from importlib.metadata import version as v; "]
-    words[-1] += (
+    command = [args.peer, "-c", "import json; from importlib.metadata import version as v; "]
+    command[-1] += (
         "print(json.dumps({n: v(n) for n in ('llamafactory', 'trl', 'transformers', 'datasets', 'tokenizers')}))"
     )
-    theirs = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    theirs = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "what": "rows per CPU second, from parsed dialogues to stored tokens",
@@ -226,8 +228,8 @@ def write(chosen: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) ->
         },
         "commit": commit.stdout.strip(),
     }
-    if chosen.out:
-        Path(chosen.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

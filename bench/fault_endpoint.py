@@ -1,7 +1,7 @@
-"""An endpoint on this machine that fails in every way, and writes down what it was asked and what it answered.
+"""A local endpoint that fails on demand, and records requests and answers.
 
 `Faults(plan)` serves OpenAI's streamed chat completions. plan: (prompt, how often it was asked before) -> the name of a
-fault, or "" for an answer. What `answer(prompt)` returns is what the model says.
+fault, or "" for an answer. `answer(prompt)` returns the text of the answer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Faults:
             def do_POST(self) -> None:
                 sent = self.rfile.read(int(self.headers["Content-Length"]))
                 if len(sent) < int(self.headers["Content-Length"]):
-                    return  # the client was killed while it asked
+                    return  # the client was killed while sending
                 body = json.loads(sent)
                 prompt = body["messages"][0]["content"]
                 with faults.lock:
@@ -73,45 +73,45 @@ class Faults:
 
 
 def _respond(http: BaseHTTPRequestHandler, fault: str, text: str) -> None:
-    """faults: a status with an optional Retry-After ("429 2"), html, sleep, drip, broken, cut, no_finish, no_usage, length,
+    """Send an answer or a fault: a status with an optional Retry-After ("429 2"), html, sleep, drip, broken, cut, no_finish, no_usage, length,
     content_filter, large, packed, redirect URL, quota, shape."""
-    word, _, rest = fault.partition(" ")
-    if word.isdigit() or word == "quota":
-        error = {"error": {"message": "no", "code": "insufficient_quota" if word == "quota" else None}}
-        if rest.startswith("response_format"):
-            error["error"]["message"] = rest
-        headers = {"Retry-After": rest} if word == "429" and rest else {}
-        return _send(http, 429 if word == "quota" else int(word), "application/json", json.dumps(error), headers)
-    if word == "html":
+    kind, _, argument = fault.partition(" ")
+    if kind.isdigit() or kind == "quota":
+        error = {"error": {"message": "no", "code": "insufficient_quota" if kind == "quota" else None}}
+        if argument.startswith("response_format"):
+            error["error"]["message"] = argument
+        headers = {"Retry-After": argument} if kind == "429" and argument else {}
+        return _send(http, 429 if kind == "quota" else int(kind), "application/json", json.dumps(error), headers)
+    if kind == "html":
         return _send(http, 200, "text/html", "<html>log in</html>", {})
-    if word == "redirect":
-        return _send(http, 307, "text/plain", "", {"Location": rest})
-    if word == "sleep":
-        time.sleep(float(rest))
+    if kind == "redirect":
+        return _send(http, 307, "text/plain", "", {"Location": argument})
+    if kind == "sleep":
+        time.sleep(float(argument))
     http.send_response(200)
     http.send_header("Content-Type", "text/event-stream")
-    if word == "packed":
+    if kind == "packed":
         http.send_header("Content-Encoding", "gzip")
     http.end_headers()
     pieces = [text[place : place + 40] for place in range(0, len(text), 40)]
     for number, piece in enumerate(pieces):
-        if word == "cut" and number >= len(pieces) // 2:
+        if kind == "cut" and number >= len(pieces) // 2:
             return None
-        if word == "broken" and number == len(pieces) // 2:
+        if kind == "broken" and number == len(pieces) // 2:
             http.wfile.write(b'data: {"choices": [{"delta": {"con\n\n')
-        if word == "shape":
+        if kind == "shape":
             http.wfile.write(b'data: {"choices": null}\n\n')
-        if word == "drip":
-            time.sleep(float(rest))
+        if kind == "drip":
+            time.sleep(float(argument))
         _event(http, {"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]})
-    if word == "large":
+    if kind == "large":
         for _ in range(300):
             http.wfile.write(b": " + b"x" * 65536 + b"\n")
-    if word in ("no_finish", "cut"):
+    if kind in ("no_finish", "cut"):
         return None
-    finish = word if word in ("length", "content_filter") else "stop"
+    finish = kind if kind in ("length", "content_filter") else "stop"
     _event(http, {"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
-    if word != "no_usage":
+    if kind != "no_usage":
         usage = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
         _event(http, {"choices": [], "usage": usage})
     http.wfile.write(b"data: [DONE]\n\n")

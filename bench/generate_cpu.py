@@ -1,10 +1,10 @@
-"""64 prompts answered by up to 64 tokens each on one core: new tokens per CPU second, peak memory, and whether the text stays.
+"""Answer 64 prompts with up to 64 tokens each on one core: new tokens per CPU second, peak memory, and equality of the text.
 
     python bench/generate_cpu.py --model SMOLLM2_FOLDER --dialogues alpaca_zh.json --out bench/results/generate_cpu.json
 
-`generate`: transformers as it is usually called, batches of 8 in the order of the file, padded on the left. `batched` and
-`paged`: our two ways through transformers. `llama.cpp`: the same model as Q4_1 GGUF, which is another model after all. Each
-in a process of its own and in turn, in fp32; loading is not counted.
+`generate`: transformers' usual call, batches of 8 in file order, padded on the left. `batched` and `paged`: tongwen's two
+engines on transformers. `llama.cpp`: the model as Q4_1 GGUF, so with other weights. Each runs in its own process, in turn, in
+fp32; loading is not counted.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    rows = json.loads(chosen.dialogues.read_text(encoding="utf-8"))
+    args = parser.parse_args()
+    rows = json.loads(args.dialogues.read_text(encoding="utf-8"))
     prompts = [row["instruction"] for row in rows if not row["input"] and len(row["instruction"]) < 60][:PROMPTS]
-    if chosen.way:
-        print(json.dumps(measure(chosen.way, chosen.model, prompts)))
+    if args.way:
+        print(json.dumps(measure(args.way, args.model, prompts)))
         return
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        tongwen = [sys.executable, "-m", "tongwen", "convert", chosen.model, "--to", "gguf", "--quantize", "q4_1"]
+        tongwen = [sys.executable, "-m", "tongwen", "convert", args.model, "--to", "gguf", "--quantize", "q4_1"]
         subprocess.run([*tongwen, "--out", f"{folder}/gguf"], check=True, stdout=subprocess.DEVNULL)
         (file,) = Path(folder, "gguf").glob("*.gguf")
-        for _ in range(chosen.rounds):
-            found = {way: in_a_process(way, file if way == "llama.cpp" else chosen.model, chosen) for way in WAYS}
+        for _ in range(args.rounds):
+            found = {way: in_a_process(way, file if way == "llama.cpp" else args.model, args) for way in WAYS}
             plain = found["generate"]["answers"]
             for way in found.values():
                 way["same_text"] = sum(one == two for one, two in zip(way.pop("answers"), plain, strict=True))
@@ -61,14 +61,14 @@ def main() -> None:
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "xllamacpp")},
         "rounds": rounds,
     }
-    if chosen.out:
-        chosen.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def in_a_process(way: str, model: object, chosen: argparse.Namespace) -> dict[str, Any]:
-    words = [sys.executable, __file__, "--way", way, "--model", str(model), "--dialogues", str(chosen.dialogues)]
+def in_a_process(way: str, model: object, args: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--way", way, "--model", str(model), "--dialogues", str(args.dialogues)]
     done = subprocess.run(
-        words, check=True, text=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, check=True, text=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

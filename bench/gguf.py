@@ -1,11 +1,12 @@
-"""SmolLM2 in llama.cpp against transformers: token ids of real lines, and greedy answers, before and after it has grown.
+"""Compare SmolLM2 in llama.cpp and transformers: token ids of real lines and greedy answers, with its old and a larger
+vocabulary.
 
     python bench/gguf.py --model SMOLLM2_FOLDER --text zh_docs.txt --dialogues alpaca_zh.json --out bench/results/gguf.json
 
-The grown model has new merges for the commonest Chinese characters and pairs, rows that begin as the mean of the tokens
-they stand for, and a LoRA adapter with random weights merged into it. Each is written as F32, F16 and Q8_0, loaded by the
-wheels of `xllamacpp`, and asked to continue 20 prompts by 32 tokens. Where the tokens part, the gap of transformers' two
-best logits at that place is noted: a file with fewer digits may part only where it is small.
+The grown model has new merges for the commonest Chinese characters and pairs, new rows set to the mean of the tokens they
+replace, and a merged LoRA adapter with random weights. Each model is written as F32, F16 and Q8_0, loaded by `xllamacpp`, and
+continues 20 prompts by 32 tokens. Where the tokens diverge, the gap of transformers' two best logits is recorded: a file of
+lower precision may diverge only where the gap is small.
 """
 
 from __future__ import annotations
@@ -38,29 +39,29 @@ def main() -> None:
     parser.add_argument("--dialogues", type=Path, required=True)
     parser.add_argument("--types", nargs="+", default=["f32", "f16", "q8_0"])
     parser.add_argument("--out", type=Path)
-    chosen = parser.parse_args()
-    lines = [line for line in chosen.text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    args = parser.parse_args()
+    lines = [line for line in args.text.read_text(encoding="utf-8").splitlines() if line.strip()]
     lines = lines[:: max(len(lines) // LINES, 1)][:LINES]
-    questions = [row["instruction"] for row in json.loads(chosen.dialogues.read_text(encoding="utf-8"))][:PROMPTS]
+    questions = [row["instruction"] for row in json.loads(args.dialogues.read_text(encoding="utf-8"))][:PROMPTS]
     found: dict[str, Any] = {
         "machine": platform.platform(),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "gguf", "xllamacpp")},
     }
     with tempfile.TemporaryDirectory() as folder:
-        grown = grow(chosen.model, lines, Path(folder))
-        for name, model in (("SmolLM2-135M-Instruct", chosen.model), ("grown and merged", grown)):
-            found[name] = compare(model, Path(folder) / name, lines, questions, chosen.types)
+        grown = grow(args.model, lines, Path(folder))
+        for name, model in (("SmolLM2-135M-Instruct", args.model), ("grown and merged", grown)):
+            found[name] = compare(model, Path(folder) / name, lines, questions, args.types)
             print(name, json.dumps(found[name]), flush=True)
-    if chosen.out:
-        chosen.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def tongwen(*words: object) -> None:
-    subprocess.run([sys.executable, "-m", "tongwen", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+def tongwen(*arguments: object) -> None:
+    subprocess.run([sys.executable, "-m", "tongwen", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
 
 def grow(model: Path, lines: list[str], folder: Path) -> Path:
-    """A base with a larger vocabulary, an adapter on it, and the two merged."""
+    """Write a base with a larger vocabulary and an adapter; return the folder of the merged model."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -104,7 +105,7 @@ def grow(model: Path, lines: list[str], folder: Path) -> Path:
 
 
 def compare(model: Path, folder: Path, lines: list[str], questions: list[str], types: list[str]) -> dict[str, Any]:
-    """For each number type: lines with other ids, prompts whose tokens part, and the gaps where they do."""
+    """Return per number type: lines with other ids, prompts whose tokens diverge, and the logit gaps there."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -120,14 +121,14 @@ def compare(model: Path, folder: Path, lines: list[str], questions: list[str], t
         out = folder / kind
         tongwen("convert", model, "--to", "gguf", "--quantize", kind, "--out", out)
         (file,) = out.glob("*.gguf")
-        there = LlamaCpp(file, context=1024, threads=1)
-        other = sum(there.encode(line) != tokenizer(line)["input_ids"] for line in lines)
+        llama = LlamaCpp(file, context=1024, threads=1)
+        other = sum(llama.encode(line) != tokenizer(line)["input_ids"] for line in lines)
         gaps = []
         for ids, (tokens, margins) in zip(prompts, expected, strict=True):
-            said = there.greedy(ids, TOKENS)
-            part = next((at for at, (one, two) in enumerate(zip(said, tokens, strict=False)) if one != two), None)
-            if part is None and len(said) != len(tokens):
-                part = min(len(said), len(tokens))
+            generated = llama.greedy(ids, TOKENS)
+            part = next((at for at, (one, two) in enumerate(zip(generated, tokens, strict=False)) if one != two), None)
+            if part is None and len(generated) != len(tokens):
+                part = min(len(generated), len(tokens))
             if part is not None:
                 gaps.append(round(margins[min(part, len(margins) - 1)], 4))
         found[kind] = {"bytes": file.stat().st_size, "lines_with_other_ids": other, "prompts_that_part": len(gaps)}
@@ -137,7 +138,7 @@ def compare(model: Path, folder: Path, lines: list[str], questions: list[str], t
 
 
 def answer(network: Any, ids: list[int]) -> tuple[list[int], list[float]]:
-    """(greedy tokens up to the end of the answer, gap of the two best logits at each)"""
+    """Return (greedy tokens up to the end of the answer, gap of the two best logits at each)."""
     stops = network.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     tokens: list[int] = []

@@ -1,20 +1,19 @@
-"""Training on one GPU, side by side: tongwen, and transformers' Trainer with peft, in turn, each in a process of its own.
+"""Training on one GPU, side by side: tongwen, and transformers' Trainer with peft, in turn, each in its own process.
 
     python bench/gpu_train.py --out bench/results/gpu_train.json          # one GPU of 80 GB, under 8 minutes
     python bench/gpu_train.py --tiny --out tiny.json                      # the same script on a CPU, toy shapes
-    python bench/gpu_train.py … --llama-factory PYTHON --unsloth PYTHON   # and these, by a python that has them
+    python bench/gpu_train.py … --llama-factory PYTHON --unsloth PYTHON   # with peers, run by a python that has them
 
-Random weights of a 1B and an 8B Llama shape, random tokens whose lengths are distributed as dialogues' are, 64 samples per
-optimizer step, all of them the same for everybody; LoRA of rank 16 on all linear layers, and all weights where they fit; bf16.
-After WARM_UP steps each contestant is measured for some seconds, between the ends of two steps, the GPU waited for. What takes
-padded rows gets micro-batches of like lengths, as `group_by_length` makes them (see `Samples.grouped`): 16 rows, or as many as
-fit for who holds all logits at once. 8B takes activation checkpointing then, and who runs out of memory without it gets it
-too, which is told. Liger's kernels are in where the package liger_kernel is. The peers (`peers/gpu.py`) open the same weights
-from a folder.
+Random weights of a 1B and an 8B Llama shape; random tokens with the length distribution of dialogues; 64 samples per optimizer
+step, the same for all contestants; LoRA of rank 16 on all linear layers, and full training where it fits; bf16. After WARM_UP
+steps each contestant is measured for some seconds, between the ends of two steps, with the GPU synchronised. Contestants with
+padded rows get micro-batches of similar lengths, as from `group_by_length` (see `Samples.grouped`): 16 rows, or fewer where
+all logits are held at once. They use activation checkpointing for 8B, and elsewhere after running out of memory without it; the
+result notes that. Liger's kernels are used if liger_kernel is installed. The peers (`peers/gpu.py`) open the same weights from
+a folder.
 
-The figures are real tokens per second (padding is none), MFU on real tokens with the floating-point operations of what is
-trained (see `flops_per_token`) over the GPU's data sheet and over what a product of two large matrices reached here, and peak
-memory. A run is added to those that the file holds.
+The figures are real tokens per second (without padding), MFU on real tokens (operations from `flops_per_token`, relative to the
+data sheet and to a measured product of two large matrices), and peak memory. A run is appended to those in the file.
 Needed: torch, transformers, peft, and what tongwen imports; not datasets, trl, flash-attn or bitsandbytes.
 """
 
@@ -44,10 +43,10 @@ from typing import Any
 
 SAMPLES, WARM_UP, RANK = 64, 3, 16
 WINDOW = 16  # steps whose samples are sorted by length together
-PADDED = 16  # rows are padded to a multiple of it: kernels are compiled anew for lengths that it does not divide
-READY = 120  # seconds in which a contestant has imported what it needs
+PADDED = 16  # rows are padded to a multiple of it; other lengths make kernels recompile
+IMPORT_SECONDS = 120  # seconds a contestant may take for its imports
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the data sheets
-FULL = re.compile(r"out of memory|outofmemory|alloc_failed", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(r"out of memory|outofmemory|alloc_failed", re.IGNORECASE)
 SHAPES: dict[str, dict[str, Any]] = {  # Llama-3.2-1B and Llama-3.1-8B
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False},
@@ -55,7 +54,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # Llama-3.2-1B and Llama-3.1-8B
 }
 PEERS = ("LLaMA-Factory", "Unsloth")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "liger_kernel", "llamafactory", "unsloth")
-RUNS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (  # the most telling ones first, in case the time is over
+RUNS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (  # the most important first, in case time runs out
     ("tongwen", (("8B", "lora"), ("1B", "lora"), ("1B", "full"))),
     ("trainer, 8 x 8", (("1B", "lora"),)),
     ("trainer, 4 x 16", (("1B", "full"),)),
@@ -72,8 +71,10 @@ RUNS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (  # the most tellin
 
 @dataclass(frozen=True)
 class Case:
-    """What one process measures. seconds: how long, after the warm-up; folder: of the weights, for peers; recompute:
-    activations, for all but tongwen."""
+    """A measurement by one process.
+
+    seconds: after the warm-up; folder: of the weights, for peers; recompute: activation checkpointing, except for tongwen
+    """
 
     contestant: str
     shape: str
@@ -92,12 +93,12 @@ class Case:
 
 
 def program_of(contestant: str) -> str:
-    """What trains: tongwen, trainer, or one of the peers."""
+    """Return the training program: tongwen, trainer, or one of the peers."""
     return contestant.split(",")[0]
 
 
 class Samples:
-    """Random tokens: (ids, learn) pairs with the lengths of dialogues, of which the first part is not learned."""
+    """Random tokens: (ids, learn) pairs with the lengths of dialogues; their first part is not learned."""
 
     def __init__(self, shape: str) -> None:
         import numpy as np
@@ -113,7 +114,7 @@ class Samples:
         return len(self.lengths)
 
     def store(self) -> Any:
-        """As tongwen keeps them."""
+        """Return the samples as tongwen's token store."""
         import numpy as np
 
         from tongwen.data.token_store import SAMPLE, TokenStore
@@ -122,8 +123,10 @@ class Samples:
         return TokenStore(self.ids, self.offsets, spans, np.zeros(len(self), SAMPLE), ("random",))
 
     def grouped(self, rows: int) -> list[int]:
-        """An order in which micro-batches of so many rows have like lengths, and every step has short and long ones: sorted
-        within WINDOW steps, cut into micro-batches, of which each step gets a short one, a longer one, and so on."""
+        """Return an order in which micro-batches of `rows` rows have similar lengths, and each step short and long ones.
+
+        Samples are sorted within WINDOW steps and cut into micro-batches; each step gets a short one, a longer one, etc.
+        """
         import numpy as np
 
         rng, order = np.random.default_rng(0), list[int]()
@@ -134,7 +137,7 @@ class Samples:
         return order
 
     def rows(self, order: list[int]) -> list[dict[str, Any]]:
-        """As a Trainer takes them."""
+        """Return the samples in the form that a Trainer takes."""
         import torch
 
         rows = []
@@ -151,7 +154,7 @@ def vocabulary(shape: str) -> int:
 
 
 def make_model(case: Case) -> Any:
-    """Random weights where they are trained: bf16 under an adapter, fp32 where they learn themselves."""
+    """Return a random model on the training device: bf16 under an adapter, fp32 for full training."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -177,9 +180,11 @@ def device() -> str:
 
 
 def flops_per_token(model: Any, samples: Samples, method: str) -> float:
-    """Of the model, forward and back, per real token; a multiply-add counts two. Layers 6 per weight in full, 4 under an
-    adapter (no gradient of frozen weights), the head on learned tokens only, causal attention 6 x layers x width x the mean
-    length that a token's document has, the adapter 6 per weight."""
+    """Return FLOPs per real token, forward and backward, a multiply-add as two.
+
+    Layers: 6 per weight in full, 4 under an adapter (no gradient of frozen weights). Head: learned tokens only. Causal
+    attention: 6 x layers x width x the mean document length per token. Adapter: 6 per weight.
+    """
     import torch
 
     config = model.config
@@ -199,14 +204,14 @@ def flops_per_token(model: Any, samples: Samples, method: str) -> float:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Train until the time is over; the figures of the steps after the warm-up."""
+    """Train until the time is over; return the figures of the steps after the warm-up."""
     if case.contestant.startswith("Unsloth"):
-        import unsloth  # noqa: F401 (before transformers, or it does not change it)
+        import unsloth  # noqa: F401 (must be imported before transformers to patch it)
     import torch
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        """tokens: of each step of who trains in another order than the samples have."""
+        """Record the end of each step. tokens: cumulative, in the contestant's order of samples."""
 
         def __init__(self) -> None:
             self.ends: list[tuple[int, float, int]] = []  # (step, when the device had done it, tokens until then)
@@ -230,14 +235,14 @@ def measure(case: Case) -> dict[str, Any]:
     began, samples = time.perf_counter(), Samples(case.shape)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        trained, told = contest(case)(case, samples, clock, Path(folder))
+        trained, facts = training_function(case)(case, samples, clock, Path(folder))
     (first, begin, before), (last, end, after) = clock.ends[WARM_UP - 1], clock.ends[-1]
     tokens = after - before
     speed = tokens / (end - begin)
     operations = flops_per_token(trained, samples, case.method)
     reached, peak = (matrix_product(), peak_flops()) if device() == "cuda" else (None, None)
     return {
-        **told,
+        **facts,
         "free_memory_bytes": free,
         "steps": last - first,
         "seconds": round(end - begin, 2),
@@ -253,8 +258,8 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def contest(case: Case) -> Callable[[Case, Samples, Any, Path], tuple[Any, dict[str, Any]]]:
-    """How the contestant trains: (case, samples, clock, an empty folder) -> (the trained model, what is told of the run)."""
+def training_function(case: Case) -> Callable[[Case, Samples, Any, Path], tuple[Any, dict[str, Any]]]:
+    """Return the contestant's function: (case, samples, clock, an empty folder) -> (trained model, facts of the run)."""
     if case.program in PEERS:
         from peers import gpu
 
@@ -263,7 +268,7 @@ def contest(case: Case) -> Callable[[Case, Samples, Any, Path], tuple[Any, dict[
 
 
 def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """What a training stage does after its base was opened."""
+    """Train with tongwen, as a training stage does after loading its base."""
     import torch
 
     from tongwen.model.adapters.attach import adapt
@@ -287,7 +292,7 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
             clock.on_step_end(*arguments, **rest)
 
     steps = len(samples) // SAMPLES
-    words = Sft(
+    settings = Sft(
         adapter=AdapterConfig(method="full") if case.method == "full" else AdapterConfig(rank=RANK),
         batch_size=SAMPLES,
         precision="bf16",
@@ -297,7 +302,7 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
     )
     model = make_model(case)
     model.set_attn_implementation(packed_attention.register())
-    adapted = adapt(model, words.adapter, [])
+    adapted = adapt(model, settings.adapter, [])
     for part in adapted.learners:
         part.data = part.data.float()
     store = samples.store()
@@ -305,11 +310,11 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
         store.lengths,
         lambda epoch: list(range(len(store))),
         batch_size=SAMPLES,
-        stop_after=words.stop_after,
+        stop_after=settings.stop_after,
         budget=token_budget(device(), model.config, own_memory(device()), full=case.method == "full"),
     )
     prepared = PreparedModel(adapted, (), True, None, device(), torch.bfloat16, Engine("single"))
-    phase = Phase(*training_phases(words)[0], plan, folder)
+    phase = Phase(*training_phases(settings)[0], plan, folder)
     adapted.focus(phase.parts)
     if case.contestant.endswith("compiled"):
         checkpointing.compile_layers(model)
@@ -339,7 +344,7 @@ def ours(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, d
 
 
 def theirs(case: Case, samples: Samples, clock: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """transformers' Trainer, under an adapter of peft's."""
+    """Train with transformers' Trainer, for LoRA with peft."""
     model = make_model(case)
     if case.method == "lora":
         from peft import LoraConfig, get_peft_model
@@ -357,7 +362,7 @@ def batches_of(contestant: str) -> tuple[int, int]:
 
 
 def in_trainer(case: Case, model: Any, samples: Samples, clock: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The model in transformers' Trainer, on padded rows."""
+    """Train a model with transformers' Trainer on padded rows."""
     import torch
     from torch.nn.functional import pad
     from torch.nn.utils.rnn import pad_sequence
@@ -403,7 +408,7 @@ def in_trainer(case: Case, model: Any, samples: Samples, clock: Any, folder: Pat
 
 
 def peak_flops() -> float | None:
-    """Of the GPU by its data sheet, if that is known."""
+    """Return the GPU's data-sheet FLOP/s, if known."""
     import torch
 
     name = torch.cuda.get_device_name()
@@ -411,7 +416,7 @@ def peak_flops() -> float | None:
 
 
 def matrix_product() -> float:
-    """Floating-point operations per second of a product of two large bf16 matrices of random numbers."""
+    """Measure the FLOP/s of a product of two large random bf16 matrices."""
     import torch
 
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -424,7 +429,7 @@ def matrix_product() -> float:
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes: of tensors at their most, and of what the allocator held; on a CPU of the process."""
+    """Return the peak bytes of tensors and of the allocator's reserve; on a CPU those of the process."""
     import torch
 
     if device() == "cuda":
@@ -435,7 +440,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """Of what is imported of these."""
+    """Return the versions of the installed packages among PACKAGES."""
     found = {}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -444,7 +449,7 @@ def versions() -> dict[str, str]:
 
 
 def save_weights(shape: str, folder: Path) -> None:
-    """A folder that peers can open, with a tokenizer that nobody asks for tokens: the samples are random ids."""
+    """Write a model folder for the peers, with a dummy tokenizer: the samples are random ids."""
     make_model(Case("", shape, "lora", 0)).save_pretrained(folder)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     config = {
@@ -454,12 +459,12 @@ def save_weights(shape: str, folder: Path) -> None:
         **dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")),
     }
     (folder / "tokenizer.json").write_text(json.dumps(config), encoding="utf-8")
-    words = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "pad_token": "<end>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(words), encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "pad_token": "<end>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def get_ready(contestant: str) -> None:
-    """Import what it needs, before its time begins."""
+def import_packages(contestant: str) -> None:
+    """Import a contestant's packages before its time starts."""
     name = program_of(contestant)
     importlib.import_module({"Unsloth": "unsloth", "LLaMA-Factory": "llamafactory.train.tuner"}.get(name, "torch"))
     importlib.import_module("tongwen.workflows.training.job" if name == "tongwen" else "peft")
@@ -468,8 +473,11 @@ def get_ready(contestant: str) -> None:
 
 @dataclass(frozen=True)
 class Race:
-    """folder: for weights and what the processes leave; end: by the monotonic clock; pythons: of the peers; missing: why there
-    are no weights of a shape."""
+    """Run the cases one after another, each in its own process.
+
+    folder: for weights and output of the processes; end: by the monotonic clock; pythons: of the peers; missing: by shape,
+    why it has no weights
+    """
 
     folder: Path
     end: float
@@ -477,8 +485,8 @@ class Race:
     pythons: dict[str, str]
     missing: dict[str, str] = field(default_factory=dict)
 
-    def why_not(self, case: Case) -> str:
-        """Why a contestant cannot start; empty if it can."""
+    def skip_reason(self, case: Case) -> str:
+        """Return why a contestant cannot start; empty if it can."""
         if case.program in PEERS and case.program not in self.pythons:
             return f"no python was named that has {case.program}"
         if (
@@ -492,10 +500,10 @@ class Race:
     def weights(self, shape: str) -> Path:
         return self.folder / f"weights-{shape}"
 
-    def start(self, words: list[str], python: str = sys.executable) -> subprocess.Popen[str]:
-        """This script in a process of its own. What it finds it writes into case.json of its folder."""
-        place = Path(tempfile.mkdtemp(dir=self.folder))  # Unsloth leaves a folder of compiled code where it runs
-        command = [python, str(Path(__file__).resolve()), *words, "--out", str(place / "case.json")]
+    def start(self, arguments: list[str], python: str = sys.executable) -> subprocess.Popen[str]:
+        """Start this script in its own process, which writes its result to case.json in its folder."""
+        place = Path(tempfile.mkdtemp(dir=self.folder))  # Unsloth writes compiled code to its working folder
+        command = [python, str(Path(__file__).resolve()), *arguments, "--out", str(place / "case.json")]
         environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
         environment |= dict.fromkeys(("HF_HUB_OFFLINE", "UNSLOTH_DISABLE_STATISTICS", "TOKENIZERS_PARALLELISM"), "1")
         with (place / "log").open("w", encoding="utf-8") as log:
@@ -511,78 +519,81 @@ class Race:
             )
 
     def start_case(self, case: Case) -> subprocess.Popen[str]:
-        words = json.dumps({**vars(case), "folder": str(self.weights(case.shape)) if case.program in PEERS else ""})
-        return self.start(["--case", words], self.pythons.get(case.program, sys.executable))
+        settings = json.dumps({**vars(case), "folder": str(self.weights(case.shape)) if case.program in PEERS else ""})
+        return self.start(["--case", settings], self.pythons.get(case.program, sys.executable))
 
-    def line_up(self, cases: list[Case]) -> dict[Case, subprocess.Popen[str]]:
-        """A process of each case, all ready to begin: nobody imports beside another who is measured. One that is late is out."""
-        cases = [case for case in cases if not self.why_not(case)]
-        limit = min(self.end, time.monotonic() + READY)
+    def start_all(self, cases: list[Case]) -> dict[Case, subprocess.Popen[str]]:
+        """Start a process per case and wait until all have finished their imports, which would disturb a measurement.
+
+        Late processes are stopped.
+        """
+        cases = [case for case in cases if not self.skip_reason(case)]
+        limit = min(self.end, time.monotonic() + IMPORT_SECONDS)
         shapes = sorted({case.shape for case in cases if case.program in PEERS})
         made = {shape: self.start(["--weights", shape]) for shape in shapes if not _are_whole(self.weights(shape))}
         processes = {case: self.start_case(case) for case in cases}
         self.missing.update({shape: failed for shape, one in made.items() if (failed := self.wait(one).get("failed"))})
-        while time.monotonic() < limit and any(map(is_coming, processes.values())):
+        while time.monotonic() < limit and any(map(is_starting, processes.values())):
             time.sleep(0.1)
-        for process in filter(is_coming, processes.values()):
+        for process in filter(is_starting, processes.values()):
             stop(process)
-            leave(place_of(process), {"failed": f"not ready after {READY} seconds"})
+            write_atomically(result_file(process), {"failed": f"not ready after {IMPORT_SECONDS} seconds"})
         return processes
 
     def outcome(self, case: Case, process: subprocess.Popen[str]) -> dict[str, Any]:
-        """What a case that is ready finds from now on, or why there is nothing."""
-        late = self.end - time.monotonic() < 3 * self.seconds  # to make or open the weights, to warm up
+        """Let a ready process measure; return its result, or why there is none."""
+        late = self.end - time.monotonic() < 3 * self.seconds  # to create or load the weights, and to warm up
         why = "no time was left" if late else self.missing.get(case.shape, "") if case.program in PEERS else ""
         if why:
             stop(process)
             return {"failed": why}
         found = self.wait(process)
-        if FULL.search(found.get("failed", "")) and not case.recompute and case.program != "tongwen":
+        if OUT_OF_MEMORY.search(found.get("failed", "")) and not case.recompute and case.program != "tongwen":
             case = replace(case, recompute=True)
             again = self.outcome(case, self.start_case(case))
             return {"failed": f"{found['failed']} | checkpointed: {again['failed']}"} if "failed" in again else again
         return found
 
     def wait(self, process: subprocess.Popen[str]) -> dict[str, Any]:
-        """Let a process go, and read what it found."""
-        patience = 12 * self.seconds + 60  # one that hangs leaves some time for the rest
+        """Let a process continue, and return its result."""
+        patience = 12 * self.seconds + 60  # a hanging process leaves time for the others
         limit, late = max(1.0, min(self.end - time.monotonic(), patience)), ""
         try:
             process.communicate("go\n", limit)
         except subprocess.TimeoutExpired:
             late = f"not done after {limit:.0f} seconds"
         stop(process)
-        place = place_of(process)
+        place = result_file(process)
         if place.is_file():
             found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
             return found
         log = place.with_name("log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        said = next(filter(FULL.search, log), log[-1] if log else "no output")[:500]
-        return {"failed": late or f"{said} (exit status {process.returncode})"}
+        reason = next(filter(OUT_OF_MEMORY.search, log), log[-1] if log else "no output")[:500]
+        return {"failed": late or f"{reason} (exit status {process.returncode})"}
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """End a process and what it has started, and wait until its memory is free."""
+    """Kill a process and its children, and wait until its memory is free."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def place_of(process: subprocess.Popen[str]) -> Path:
-    """Where a process writes what it finds."""
-    words: list[str] = process.args  # type: ignore[assignment]
-    return Path(words[words.index("--out") + 1])
+def result_file(process: subprocess.Popen[str]) -> Path:
+    """Return the result file of a process."""
+    arguments: list[str] = process.args  # type: ignore[assignment]
+    return Path(arguments[arguments.index("--out") + 1])
 
 
-def leave(place: Path, found: Any) -> None:
-    """Write a file at once or not at all."""
-    beside = place.with_suffix(".partial")
-    beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    beside.replace(place)
+def write_atomically(place: Path, found: Any) -> None:
+    """Write a file atomically."""
+    partial = place.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    partial.replace(place)
 
 
-def is_coming(process: subprocess.Popen[str]) -> bool:
-    return process.poll() is None and not place_of(process).with_name("ready").is_file()
+def is_starting(process: subprocess.Popen[str]) -> bool:
+    return process.poll() is None and not result_file(process).with_name("ready").is_file()
 
 
 def _are_whole(folder: Path) -> bool:
@@ -598,79 +609,79 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", help="what this regular expression finds, of '8B lora tongwen' and its like"
     )
-    parser.add_argument("--folder", type=Path, help="for weights, and for what failed processes said; kept")
+    parser.add_argument("--folder", type=Path, help="for weights, and for the logs of failed processes; kept")
     for name in PEERS:
         parser.add_argument(f"--{name.lower()}", metavar="PYTHON", help=f"a python that has {name}")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.case:
-        case = Case(**json.loads(chosen.case))
-        get_ready(case.contestant)
-        chosen.out.with_name("ready").touch()
+    args = parser.parse_args()
+    if args.case:
+        case = Case(**json.loads(args.case))
+        import_packages(case.contestant)
+        args.out.with_name("ready").touch()
         if sys.stdin.readline():  # else the race is over
-            leave(chosen.out, measure(case))
-    elif chosen.weights:
-        save_weights(chosen.weights, chosen.out.parent.parent / f"weights-{chosen.weights}")
-        leave(chosen.out, {})
+            write_atomically(args.out, measure(case))
+    elif args.weights:
+        save_weights(args.weights, args.out.parent.parent / f"weights-{args.weights}")
+        write_atomically(args.out, {})
     else:
-        if chosen.tiny:
+        if args.tiny:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         elif device() == "cpu":
             parser.error("no GPU is here; --tiny runs on a CPU")
         pythons = {}
         for name in PEERS:
-            if word := vars(chosen)[name.lower().replace("-", "_")]:
-                if not (program := shutil.which(word)):
-                    parser.error(f"--{name.lower()}: {word} is no program")
+            if value := vars(args)[name.lower().replace("-", "_")]:
+                if not (program := shutil.which(value)):
+                    parser.error(f"--{name.lower()}: {value} is no program")
                 pythons[name] = str(Path(program).absolute())
         try:
-            cases = choose(chosen)
+            cases = choose(args)
         except re.error as error:
             parser.error(f"--only: {error}")
         if not cases:
-            parser.error(f"--only: nobody is called {chosen.only!r}")
+            parser.error(f"--only: nobody is called {args.only!r}")
         with tempfile.TemporaryDirectory() as folder:
-            sys.exit(not compare(chosen, cases, pythons, (chosen.folder or Path(folder)).absolute()))
+            sys.exit(not compare(args, cases, pythons, (args.folder or Path(folder)).absolute()))
 
 
-def choose(chosen: argparse.Namespace) -> list[Case]:
+def choose(args: argparse.Namespace) -> list[Case]:
     return [
-        Case(contestant, shape, method, 0.1 if chosen.tiny else chosen.seconds, recompute="checkpointed" in contestant)
+        Case(contestant, shape, method, 0.1 if args.tiny else args.seconds, recompute="checkpointed" in contestant)
         for contestant, tasks in RUNS
-        for shape, method in ((("tiny", "lora"),) if chosen.tiny else tasks)
-        if re.search(chosen.only, f"{shape} {method} {contestant}")
+        for shape, method in ((("tiny", "lora"),) if args.tiny else tasks)
+        if re.search(args.only, f"{shape} {method} {contestant}")
     ]
 
 
-def compare(chosen: argparse.Namespace, cases: list[Case], pythons: dict[str, str], folder: Path) -> bool:
-    """Every contestant at its tasks, one after another; the figures are written after each. Whether there are any."""
+def compare(args: argparse.Namespace, cases: list[Case], pythons: dict[str, str], folder: Path) -> bool:
+    """Measure all cases in turn; write the figures after each. Return whether there are any."""
     folder.mkdir(parents=True, exist_ok=True)
-    race = Race(folder, time.monotonic() + 60 * chosen.minutes, cases[0].seconds, pythons)
-    known = json.loads(chosen.out.read_text(encoding="utf-8"))["runs"] if chosen.out.is_file() else []
-    result: dict[str, Any] = {**about(), "tasks": {}}
-    ready = race.line_up(cases)
+    race = Race(folder, time.monotonic() + 60 * args.minutes, cases[0].seconds, pythons)
+    known = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.out.is_file() else []
+    result: dict[str, Any] = {**environment(), "tasks": {}}
+    ready = race.start_all(cases)
     for case in cases:
-        found = race.outcome(case, ready[case]) if case in ready else {"failed": race.why_not(case)}
+        found = race.outcome(case, ready[case]) if case in ready else {"failed": race.skip_reason(case)}
         result["tasks"].setdefault(f"{case.shape} {case.method}", {})[case.contestant] = found
-        print(f"{case.shape} {case.method:4s} {case.contestant:43s} {in_words(found)}", flush=True)
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        leave(chosen.out, {"runs": [*known, result]})
+        print(f"{case.shape} {case.method:4s} {case.contestant:43s} {summary(found)}", flush=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(args.out, {"runs": [*known, result]})
     return any("failed" not in found for task in result["tasks"].values() for found in task.values())
 
 
-def in_words(found: dict[str, Any]) -> str:
+def summary(found: dict[str, Any]) -> str:
     if "failed" in found:
         return str(found["failed"])
     mfu = f"MFU {found['mfu']:.1%}, " if found["mfu"] else ""
     return f"{found['tokens_per_second']:,.0f} tokens/s, {mfu}{found['peak_memory_bytes'] / 1e9:.1f} GB"
 
 
-def about() -> dict[str, Any]:
-    """The machine, and the commit; one with changes beside it says so."""
+def environment() -> dict[str, Any]:
+    """Return the machine and the commit, marked if the working tree has changes."""
     git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    here = Path(__file__).parent
-    commit = subprocess.run(git, capture_output=True, text=True, check=False, cwd=here).stdout.strip()
+    folder = Path(__file__).parent
+    commit = subprocess.run(git, capture_output=True, text=True, check=False, cwd=folder).stdout.strip()
     graphics = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         gpu = subprocess.run(graphics, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,10 +1,10 @@
-"""Instructions in Chinese to a small model on a CPU: what 700 rows of alpaca_zh change, on rows held out and on BELLE's questions.
+"""Chinese instruction tuning of a small model on a CPU: effect of 700 rows of alpaca_zh, on held-out rows and BELLE's questions.
 
     python bench/instruct_cpu.py --model SMOLLM2_FOLDER --data alpaca_zh.json --belle belle_eval.jsonl --out bench/results/instruct_cpu.json
 
-One recipe fine-tunes SmolLM2 with LoRA and scores what it held out; `tongwen evaluate --before` then asks both models the same
-questions of BELLE. Bits per byte are of 60 answers that were held out and of BELLE's first 60, ROUGE of as many greedy answers
-as `--questions` says. With `--folder` a command that was killed goes on when it is repeated.
+One recipe fine-tunes SmolLM2 with LoRA and scores the held-out rows; `tongwen evaluate --before` then asks both models the same
+questions of BELLE. Bits per byte: 60 held-out answers and BELLE's first 60; ROUGE: `--questions` greedy answers. With
+`--folder` a repeated command continues a killed one.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--questions", type=int, default=30)
     parser.add_argument("--folder", type=Path, help="for the run; kept")
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = chosen.folder or Path(name)
-        words = {"model": chosen.model, "data": chosen.data, "epochs": chosen.epochs, "questions": chosen.questions}
-        (folder / "recipe.yaml").write_text(RECIPE.format(**words, out=folder / "out"), encoding="utf-8")
+        folder = args.folder or Path(name)
+        settings = {"model": args.model, "data": args.data, "epochs": args.epochs, "questions": args.questions}
+        (folder / "recipe.yaml").write_text(RECIPE.format(**settings, out=folder / "out"), encoding="utf-8")
         tongwen("run", str(folder / "recipe.yaml"))
         sft, belle = folder / "out" / "sft", folder / "belle"
-        of_both = ["--model", chosen.model, "--adapter", str(sft), "--before", chosen.model, "--data", chosen.belle]
+        of_both = ["--model", args.model, "--adapter", str(sft), "--before", args.model, "--data", args.belle]
         tongwen("evaluate", *of_both, "--task", "bits_per_byte", "--limit", "60", "--out", str(belle / "all"))
-        few = ["--limit", str(chosen.questions), "--max-new-tokens", "128"]
+        few = ["--limit", str(args.questions), "--max-new-tokens", "128"]
         tongwen("evaluate", *of_both, "--task", "rouge", *few, "--out", str(belle / "few"))
         lines = [json.loads(line) for line in (sft / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         found = {
@@ -75,12 +75,12 @@ def main() -> None:
         "cpu_seconds_at_the_end": lines[-1]["cpu_seconds"],
         "losses": [line["loss"] for line in lines],
     }
-    chosen.out.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    args.out.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def tongwen(*words: str) -> None:
+def tongwen(*arguments: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run([sys.executable, "-m", "tongwen", *words], env=environment, check=True)
+    subprocess.run([sys.executable, "-m", "tongwen", *arguments], env=environment, check=True)
 
 
 def read(file: Path) -> Any:

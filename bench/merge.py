@@ -1,10 +1,9 @@
-"""Merging random Llama-shape models: tongwen, peft's merge_and_unload + save, and a plain copy of the same files.
+"""Merge random Llama-shape models: tongwen, peft's merge_and_unload + save, and a plain copy of the same files.
 
     OMP_NUM_THREADS=1 python bench/merge.py --folder /tmp/bench-merge --out bench/results/merge.json
 
-Each measurement is a process of its own, taken once after the files were read once (warm page cache): wall and CPU
-seconds, and the peak memory that belongs to the process (`VmHWM`). Where `cp` is named it is the time to copy the base
-and bring it to the disk, which no merge can beat by much.
+Each measurement runs in its own process, with a warm page cache: wall and CPU seconds, and the peak memory of the process
+(`VmHWM`). `cp` is the time to copy the base and sync it to the disk, a lower bound for a merge.
 """
 
 from __future__ import annotations
@@ -167,7 +166,7 @@ def run(folder: Path, size: str, repeats: int) -> dict[str, Any]:
     commands = {"cp": ["sh", "-c", f"cp -r {base} {out} && sync -f {out}"]}
     for count in (1, 2):
         chosen = [str(adapter) for adapter in adapters[:count]]
-        flags = [word for adapter in chosen for word in ("--adapter", adapter)]
+        flags = [flag for adapter in chosen for flag in ("--adapter", adapter)]
         commands[f"peft, {count}"] = [sys.executable, "-c", PEFT, str(base), str(out), *chosen]
         merge = [sys.executable, "-m", "tongwen", "merge", "--base", str(base), "--out", str(out), *flags]
         commands[f"tongwen, {count}"] = merge
@@ -191,17 +190,17 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", default=list(SHAPES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     found = {
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "machine": {"system": platform.platform(), "cpus": os.cpu_count()},
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "numpy")},
     }
-    for size in chosen.sizes:
-        found[size] = run(chosen.folder, size, chosen.repeats)
+    for size in args.sizes:
+        found[size] = run(args.folder, size, args.repeats)
         print(size, json.dumps(found[size], indent=1))
-    if chosen.out:
-        chosen.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Named entities of MSRA by a small model on a CPU: SmolLM2 + LoRA through one recipe, entity F1 before and after.
+"""Named entities of MSRA with a small model on a CPU: SmolLM2 + LoRA with one recipe, entity F1 before and after.
 
     python bench/ner_cpu.py --model SMOLLM2_FOLDER --data msra_ner.jsonl --out bench/results/ner_cpu.json
 
-Forty rows are held out; an answer lists one entity a line, `实体_类型`, and counts by name and type. The loss of each step
-stands in the result, and the curve of the run's own report is drawn beside it.
+Forty rows are held out; an answer lists one entity a line, `实体_类型`, and counts by name and type. The result
+contains the loss of each step; the loss curve of the run's report is saved beside it.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=2)
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
-        words = {"model": chosen.model, "data": chosen.data, "epochs": chosen.epochs}
-        recipe.write_text(RECIPE.format(**words, out=f"{folder}/out"), encoding="utf-8")
+        settings = {"model": args.model, "data": args.data, "epochs": args.epochs}
+        recipe.write_text(RECIPE.format(**settings, out=f"{folder}/out"), encoding="utf-8")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         subprocess.run([sys.executable, "-m", "tongwen", "run", str(recipe)], env=environment, check=True)
         sft = Path(folder) / "out" / "sft"
@@ -55,8 +55,8 @@ def main() -> None:
         report = json.loads((sft / "report.json").read_text(encoding="utf-8"))
         scores = json.loads((Path(folder) / "out/evaluate/scores.json").read_text(encoding="utf-8"))
         versions = json.loads((sft / "manifest.json").read_text(encoding="utf-8"))["versions"]
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(sft / "loss.png", chosen.out.with_suffix(".png"))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(sft / "loss.png", args.out.with_suffix(".png"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "machine": {"processor": processor(), "cpus": os.cpu_count(), "python": platform.python_version()},
@@ -68,7 +68,7 @@ def main() -> None:
         "cpu_seconds_at_the_end": lines[-1]["cpu_seconds"],
         "losses": [line["loss"] for line in lines],
     }
-    chosen.out.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    args.out.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

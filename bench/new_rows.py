@@ -1,9 +1,9 @@
-"""First values of new rows, tried on a small model: bits per byte of the grown, untrained model on held-out text.
+"""Compare initial values of new embedding rows on a small model: bits per byte of the untrained grown model on held-out text.
 
     python bench/new_rows.py --model SMOLLM2_FOLDER --text zh_docs.txt --out bench/results/new_rows.json
 
-2,000 pieces are learned from nine tenths of the text. The ways that the product has come first; then others from the
-literature, to see whether one is worth its keep: means with other weights, a learned composition (ridge regression of the
+2,000 pieces are learned from nine tenths of the text. tongwen's own methods come first, then candidates from the literature:
+means with other weights, a learned composition (ridge regression of the
 base's own merges: row of ab from rows of a and b), and distillation: new rows moved so that the hidden state after a
 piece, four layers up, matches the one after its old tokens (the idea of AweDist), in all directions or only in those that
 the output hardly uses, because the head is tied.
@@ -35,15 +35,15 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--distil-characters", type=int, default=15_000)
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     torch.manual_seed(0)
-    base = tokenizer_files.open_tokenizer_files(chosen.model)
-    lines = Path(chosen.text).read_text(encoding="utf-8").splitlines()
+    base = tokenizer_files.open_tokenizer_files(args.model)
+    lines = Path(args.text).read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(lines)
     held_out, rest = [line for line in lines[:3000] if len(line) > 30][:40], lines[3000:]
     learned = tokenizer_files.learn(base, rest, Script("han"), PIECES)
     made = learned.extended(PIECES)
-    model = load.load_model(load.locate(chosen.model), torch.float32).requires_grad_(False).eval()
+    model = load.load_model(load.locate(args.model), torch.float32).requires_grad_(False).eval()
     old = model.get_input_embeddings().weight.clone()
     trial = Trial(model, old, made, held_out)
     found = {"base": trial.score(base, old)}
@@ -52,10 +52,10 @@ def main() -> None:
         found[name] = trial.with_rows(rows)
         print(f"{name:40s} {found[name]:.4f}", flush=True)
     for name, share in (("distilled", 1.0), ("distilled where the output hardly looks", 0.75)):
-        for epoch, rows, seconds in distil(trial, rest, chosen.distil_characters, share):
+        for epoch, rows, seconds in distil(trial, rest, args.distil_characters, share):
             found[f"{name}, {epoch} passes"] = trial.with_rows(rows)
             print(f"{name}, {epoch} passes, {seconds:.0f} CPU s: {found[f'{name}, {epoch} passes']:.4f}", flush=True)
-    Path(chosen.out).write_text(json.dumps({"bits_per_byte": found}, indent=1) + "\n", encoding="utf-8")
+    Path(args.out).write_text(json.dumps({"bits_per_byte": found}, indent=1) + "\n", encoding="utf-8")
 
 
 class Trial:
@@ -119,7 +119,7 @@ def distil(trial: Trial, texts: list[str], characters: int, share: float) -> Any
     """(passes, rows, CPU seconds). share: of the directions of the final states, the least used ones."""
     began, old, inner = time.process_time(), trial.old, trial.model.model
     whole = "\n".join(texts)[:characters]
-    lessons, states = [], []
+    examples, states = [], []
     for begin in range(0, len(whole), CHUNK):
         new = trial.made.files.encode_fast([whole[begin : begin + CHUNK]])[0]
         as_old, ends = [0], [0]
@@ -128,7 +128,7 @@ def distil(trial: Trial, texts: list[str], characters: int, share: float) -> Any
             ends.append(len(as_old) - 1)
         with torch.no_grad():
             out = inner(torch.tensor([as_old]), output_hidden_states=True, use_cache=False)
-        lessons.append((torch.tensor([0, *new]), inner.norm(out.hidden_states[LAYERS][0, ends])))
+        examples.append((torch.tensor([0, *new]), inner.norm(out.hidden_states[LAYERS][0, ends])))
         states.append(out.last_hidden_state[0])
     used = torch.cat(states)
     _, directions = torch.linalg.eigh(used.T @ used)
@@ -137,8 +137,8 @@ def distil(trial: Trial, texts: list[str], characters: int, share: float) -> Any
     moved = torch.zeros(len(start), free.shape[1], requires_grad=True)
     optimizer, layers = torch.optim.Adam([moved], lr=2e-3), inner.layers
     for epoch in range(1, 4):
-        random.Random(epoch).shuffle(lessons)
-        for ids, wanted in lessons:
+        random.Random(epoch).shuffle(examples)
+        for ids, wanted in examples:
             inner.layers = layers[:LAYERS]
             given = inner(
                 inputs_embeds=embedding(ids[None], torch.cat([old, start + moved @ free.T])), use_cache=False

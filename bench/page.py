@@ -1,12 +1,11 @@
-"""The page under visitors: how much later than the model's own the first words stand there, and 16 visitors at once of whom a
-third leave in the middle: nobody is lost, and memory does not grow.
+"""Load test of the web page: delay between the model's first words and the page's, then 16 visitors at once, a third of whom
+leave during an answer: no question is lost, and memory does not grow.
 
     python bench/page.py --model SMOLLM2_FOLDER --out bench/results/page.json
 
 The first figure is taken in Chromium: from the Enter key to the frame that shows the first words, less the time that the
-model took for them in the same answer. The second speaks the page's protocol: a visitor opens the page, asks again and again
-for at most 16 new tokens, and in one question of three closes it while the answer grows. Every other question must be
-answered or refused.
+model took for them in the same answer. The second uses the page's protocol: a visitor opens the page, asks again and again for
+at most 16 new tokens, and closes the page during one answer of three. Every other question must be answered or refused.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ import psutil
 from serve_load import held_by
 
 VISITORS, TOKENS, ROUNDS, ASKED = 16, 16, 3, 20
-GUESTS = 100  # who come, ask nothing and leave, before the rounds: more than the page remembers
-PATIENCE = 300  # seconds without a word from the server, after which a question counts as lost
-# When Enter is pressed, and the frame that first shows words of the answer.
+GUESTS = 100  # visitors who leave without a question before the rounds; more than the page keeps in memory
+PATIENCE = 300  # seconds without data from the server, after which a question counts as lost
+# Record when Enter is pressed, and the frame that first shows words of the answer.
 WATCH = """() => {
     addEventListener("keydown", event => { if (event.key === "Enter") window.asked = {pressed: performance.now()} }, true);
     new MutationObserver(() => {
-        const said = document.querySelector("#board0 .bot .message-content");
-        if (window.asked && !window.asked.shows && said && said.innerText.trim()) {
+        const answer = document.querySelector("#board0 .bot .message-content");
+        if (window.asked && !window.asked.shows && answer && answer.innerText.trim()) {
             window.asked.shows = true;
             requestAnimationFrame(() => { window.asked.seen = performance.now() });
         }
@@ -54,8 +53,8 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--out", type=Path)
-    chosen = parser.parse_args()
-    command = [sys.executable, "-m", "tongwen", "chat", chosen.model, "--web", "--port", "0", "--json"]
+    args = parser.parse_args()
+    command = [sys.executable, "-m", "tongwen", "chat", args.model, "--web", "--port", "0", "--json"]
     page = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert page.stdout
     url, _, token = json.loads(page.stdout.readline())["url"].partition("/?token=")
@@ -63,38 +62,40 @@ def main() -> None:
     try:
         first = first_words(url, token)
         print(first, flush=True)
-        # What is loaded and cached at first use is no growth, nor what is remembered of so many open pages and no more.
-        look_in(url, token)
-        visits(url, token, chosen.model, chosen.seconds, seed=0)
+        # First use loads and caches; the page also keeps a bounded number of sessions. Neither counts as growth.
+        open_and_leave(url, token)
+        visits(url, token, args.model, args.seconds, seed=0)
         rounds = []
         for number in range(1, ROUNDS + 1):
-            became = visits(url, token, chosen.model, chosen.seconds, number)
+            became = visits(url, token, args.model, args.seconds, number)
             rounds.append({"became": dict(became), **held_by(watched)})
             print(rounds[-1], flush=True)
     finally:
         page.terminate()
     result = {
-        "model": Path(chosen.model).name,
+        "model": Path(args.model).name,
         "first_words": first,
         "visitors": VISITORS,
         "new_tokens": TOKENS,
-        "seconds_per_round": chosen.seconds,
+        "seconds_per_round": args.seconds,
         "rounds": rounds,
         "exit_code": page.wait(),
         "cores": len(psutil.Process().cpu_affinity()),
         "load_average": round(psutil.getloadavg()[2], 1),
         "python": platform.python_version(),
     }
-    if chosen.out:
-        chosen.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 # -- first words ---------------------------------------------------------------------------------------------------
 
 
 def first_words(url: str, token: str) -> dict[str, Any]:
-    """Seconds until the first words stand on the page, until the model has said them, and between the two, for each of
-    ASKED answers after one that warms up."""
+    """Measure seconds until the page shows the first words, until the model has generated them, and the difference.
+
+    ASKED answers are measured, after one for warm-up.
+    """
     from playwright.sync_api import sync_playwright
 
     seen, own = [], []
@@ -117,7 +118,7 @@ def first_words(url: str, token: str) -> dict[str, Any]:
             page.click("#fresh")
             page.wait_for_selector("#board0 .bot", state="detached")
         browser.close()
-    later = [shown - said for shown, said in zip(seen[1:], own[1:], strict=True)]
+    later = [shown - generated for shown, generated in zip(seen[1:], own[1:], strict=True)]
     return {
         "chromium": version,
         "answers": ASKED,
@@ -130,23 +131,23 @@ def first_words(url: str, token: str) -> dict[str, Any]:
 # -- many visitors -------------------------------------------------------------------------------------------------
 
 
-def look_in(url: str, token: str) -> None:
+def open_and_leave(url: str, token: str) -> None:
     for _ in range(GUESTS):
         with opened(url, token) as visitor:
             visitor.type("?")
 
 
 def visits(url: str, token: str, model: str, seconds: float, seed: int) -> Counter[str]:
-    """What became of all questions that VISITORS asked in so many seconds."""
+    """Let VISITORS ask for `seconds`; count the outcomes of their questions."""
     until = time.monotonic() + seconds
     found: Counter[str] = Counter()
 
     def work(number: int) -> None:
-        chance = random.Random(seed * 1000 + number)
+        rng = random.Random(seed * 1000 + number)
         while time.monotonic() < until:
             try:
                 with opened(url, token) as visitor:
-                    while (became := visitor.ask(model, chance)) != "left" and time.monotonic() < until:
+                    while (became := visitor.ask(model, rng)) != "left" and time.monotonic() < until:
                         found[became] += 1
                     found[became] += 1
             except httpx.HTTPError as error:
@@ -161,17 +162,17 @@ def visits(url: str, token: str, model: str, seconds: float, seed: int) -> Count
 
 
 class Visitor:
-    """One who has the page open. events: what the page can be asked, as its configuration names it."""
+    """A client with the page open. events: the page's events from its configuration."""
 
     def __init__(self, web: httpx.Client, session: str, events: list[dict[str, Any]]) -> None:
         self.web, self.session = web, session
         self.box = next(one["id"] for one in events if one["targets"] and one["targets"][0][1] == "submit")
         self.answer = next(one["id"] for one in events if one["api_name"] == "ask")
 
-    def ask(self, model: str, chance: random.Random) -> str:
-        """What became of a question: answered, refused, left, or what went wrong."""
-        leaves_at = chance.randrange(2, 8) if chance.random() < 1 / 3 else 0
-        typed = self.type(f"{chance.random()}: what is the capital of France?")
+    def ask(self, model: str, rng: random.Random) -> str:
+        """Return the outcome of a question: answered, refused, left, or an error."""
+        leaves_at = rng.randrange(2, 8) if rng.random() < 1 / 3 else 0
+        typed = self.type(f"{rng.random()}: what is the capital of France?")
         if typed != "answered":
             return typed
         return self._call(self.answer, [None, [], [], False, model, model, "", TOKENS, 0, 1, 0, 1, None], leaves_at)
@@ -180,34 +181,34 @@ class Visitor:
         return self._send("run/predict", self.box, [text]) or "answered"
 
     def _send(self, route: str, event: int, given: list[Any]) -> str:
-        """Why an event was not taken; empty when it was."""
+        """Send an event; return why it was not accepted, or an empty text."""
         body = {"data": given, "fn_index": event, "session_hash": self.session}
-        told = self.web.post(f"/en/gradio_api/{route}", json=body)
-        if told.status_code == 200:
+        response = self.web.post(f"/en/gradio_api/{route}", json=body)
+        if response.status_code == 200:
             return ""
         time.sleep(1)
-        return "refused" if told.status_code in (429, 503) else f"{told.status_code}: {told.text}"
+        return "refused" if response.status_code in (429, 503) else f"{response.status_code}: {response.text}"
 
     def _call(self, event: int, given: list[Any], leaves_at: int) -> str:
-        """leaves_at: after so many pieces; 0: never."""
-        if why_not := self._send("queue/join", event, given):
-            return why_not
+        """Send an event and read its answer. leaves_at: leave after this number of pieces; 0: never."""
+        if problem := self._send("queue/join", event, given):
+            return problem
         pieces = 0
         query = {"session_hash": self.session}
         with self.web.stream("GET", "/en/gradio_api/queue/data", params=query) as lines:
             for line in lines.iter_lines():
-                told = json.loads(line[6:]) if line.startswith("data: ") else {}
-                pieces += told.get("msg") == "process_generating"
+                event_data = json.loads(line[6:]) if line.startswith("data: ") else {}
+                pieces += event_data.get("msg") == "process_generating"
                 if leaves_at and pieces >= leaves_at:
                     return "left"
-                if told.get("msg") == "process_completed":
-                    return "answered" if told["success"] else f"failed: {told}"
+                if event_data.get("msg") == "process_completed":
+                    return "answered" if event_data["success"] else f"failed: {event_data}"
         return "the stream ended before the answer"
 
 
 @contextmanager
 def opened(url: str, token: str) -> Iterator[Visitor]:
-    """The page, opened as a browser opens it: its heart beats until it is closed."""
+    """Open the page as a browser does, with a heartbeat until it is closed."""
     session = uuid.uuid4().hex
     headers = {"authorization": f"Bearer {token}", "origin": url}
     with (

@@ -1,10 +1,10 @@
-"""What `tongwen plan` says of peak memory, against what three runs of a real model took: LoRA, QLoRA (nf4), full; fp32.
+"""Compare the peak memory of `tongwen plan` with three runs of a real model: LoRA, QLoRA (nf4), full; fp32.
 
     python bench/plan_memory.py --model SMOLLM2_FOLDER --data alpaca_zh.json --out bench/results/plan_memory.json
 
-Measured is the peak resident memory of the whole process, `peak_memory_bytes` of report.json. The allocator's settings are
-fixed: one arena, and each larger block a mapping of its own, so that what is freed is gone. With its usual settings a run
-on a CPU keeps what it has freed and takes a tenth to a quarter more.
+The measured value is the peak resident memory of the process, `peak_memory_bytes` of report.json. The allocator's settings are
+fixed: one arena, and a separate mapping for each larger block, so that freed memory is returned. With its default settings a
+CPU run keeps freed memory and takes a tenth to a quarter more.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2, help="the second one meets the optimizer's state")
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     found = {}
     for method in ("lora", "qlora", "full"):
-        found[method] = compare(chosen, method)
+        found[method] = compare(args, method)
         print(method, {name: found[method][name] for name in ("planned", "measured", "off_by")}, flush=True)
     result = {
         "machine": {"processor": processor(), "cpus": os.cpu_count(), "python": platform.python_version()},
@@ -57,15 +57,15 @@ def main() -> None:
         "worst": max(abs(one["off_by"]) for one in found.values()),
         "methods": found,
     }
-    chosen.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def compare(chosen: argparse.Namespace, method: str) -> dict[str, Any]:
+def compare(args: argparse.Namespace, method: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
         adapter = "{method: full}" if method == "full" else f"{{method: {method}, rank: 8}}"
-        words = {"model": chosen.model, "data": chosen.data, "adapter": adapter, "steps": chosen.steps}
-        recipe.write_text(RECIPE.format(**words, out=f"{folder}/out"), encoding="utf-8")
+        settings = {"model": args.model, "data": args.data, "adapter": adapter, "steps": args.steps}
+        recipe.write_text(RECIPE.format(**settings, out=f"{folder}/out"), encoding="utf-8")
         plan = json.loads(tongwen("plan", str(recipe), "--json"))
         tongwen("run", str(recipe))
         report = json.loads((Path(folder) / "out/sft/report.json").read_text(encoding="utf-8"))

@@ -1,11 +1,11 @@
-"""The data river: peak memory and speed of each step over growing texts, and how well near duplicates are found.
+"""Data preparation: peak memory and speed of each step on growing texts, and recall of near duplicates.
 
     python bench/river.py --text zh_docs.txt --tokenizer SMOLLM2_FOLDER --out bench/results/river.json
     python bench/river.py --text zh_docs.txt --tokenizer SMOLLM2_FOLDER --sizes 2048        # once, unattended
 
 The text is repeated with variation (every repetition maps its Chinese characters by another permutation, so that no
-repetition is a duplicate of another) until it has SIZE million bytes, one paragraph a line. Each size runs in a process
-of its own. A step's figure is million bytes of that text per CPU second of one process; memory is the process's peak.
+repetition is a duplicate of another) until it has SIZE million bytes, one paragraph a line. Each size runs in its
+own process. A step's figure is million bytes of that text per CPU second of one process; memory is the process's peak.
 Near duplicates: paragraphs of at least 100 characters, a fifth of them copied with 5 % of the characters changed.
 """
 
@@ -40,20 +40,20 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512], help="million bytes")
     parser.add_argument("--out")
     parser.add_argument("--step", type=int, help="one size in this process (internal)")
-    chosen = parser.parse_args()
-    if chosen.step:
-        print(json.dumps(measure(chosen, chosen.step)))
+    args = parser.parse_args()
+    if args.step:
+        print(json.dumps(measure(args, args.step)))
         return
     runs = []
-    for size in chosen.sizes:
-        words = [sys.executable, __file__, "--text", chosen.text, "--tokenizer", chosen.tokenizer, "--step", str(size)]
+    for size in args.sizes:
+        command = [sys.executable, __file__, "--text", args.text, "--tokenizer", args.tokenizer, "--step", str(size)]
         environment = {**os.environ, "PYTHONPATH": str(SOURCE), "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr[-3000:])
         runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(json.dumps(runs[-1]), flush=True)
-    near = near_duplicates(Path(chosen.text))
+    near = near_duplicates(Path(args.text))
     print(json.dumps(near))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
@@ -65,12 +65,12 @@ def main() -> None:
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),
     }
-    if chosen.out:
-        Path(chosen.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def write_text(source: Path, target: Path, size: int) -> None:
-    """Repetition k writes character c as one of another place, so that lengths and repetition within stay as they are."""
+    """Write repetitions with permuted Chinese characters: lengths and repetition inside a text stay the same."""
     lines = source.read_text(encoding="utf-8")
     written = turn = 0
     with target.open("w", encoding="utf-8") as stream:
@@ -86,7 +86,7 @@ def write_text(source: Path, target: Path, size: int) -> None:
             turn += 1
 
 
-def measure(chosen: argparse.Namespace, size: int) -> dict[str, Any]:
+def measure(args: argparse.Namespace, size: int) -> dict[str, Any]:
     from tongwen.data import prepare_steps, token_store
     from tongwen.data.clean import Cleaner
     from tongwen.data.encode import Encoder, encode_documents
@@ -106,14 +106,14 @@ def measure(chosen: argparse.Namespace, size: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        write_text(Path(chosen.text), place / "text.txt", size * 1_000_000)
+        write_text(Path(args.text), place / "text.txt", size * 1_000_000)
         section = Prepare.model_validate(
             {"documents": [{"path": str(place / "text.txt"), "records": "line"}], "held_out": 100.0}
         )
         parts = prepare_steps.list_parts(section, lambda path, tell: path, print)
         (place / "parts").mkdir()
         few = place / "few.txt"
-        write_text(Path(chosen.text), few, 16_000_000)  # reading and cleaning by themselves, on a part
+        write_text(Path(args.text), few, 16_000_000)  # reading and cleaning by themselves, on a part
         source = parts[0].source
         step("read", lambda: sum(1 for _ in read_rows(few, source, lambda _: None)), 16)
         alone = dataclasses.replace(parts[0], file=few)
@@ -123,7 +123,7 @@ def measure(chosen: argparse.Namespace, size: int) -> dict[str, Any]:
         step("settle", lambda: prepare_steps.settle(parts[0], parts, section, place))
         tables = prepare_steps.join(parts, section, place)
         out["rows"] = {"in": tables["documents"]["in"]["rows"], "kept": tables["documents"]["kept"]["rows"]}
-        tokenizer = load.load_tokenizer(load.locate(chosen.tokenizer))
+        tokenizer = load.load_tokenizer(load.locate(args.tokenizer))
         encoder, ledger = Encoder(tokenizer), Ledger("rows", "tokens")
         writer = token_store.Writer(place / "tokens", len(tokenizer))
 

@@ -61,15 +61,15 @@ def main() -> None:
     parser.add_argument(
         "--without", action="append", default=[], choices=list(PEERS)[1:], help="leave out a configuration"
     )
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     rows: dict[str, list[dict[str, Any]]] = {
         "tongwen": [],
-        **{name: [] for name in PEERS if name not in chosen.without},
+        **{name: [] for name in PEERS if name not in args.without},
     }
-    for turn in range(chosen.rounds):
-        rows["tongwen"].append(ours(chosen))
+    for turn in range(args.rounds):
+        rows["tongwen"].append(ours(args))
         for name in list(rows)[1:]:
-            rows[name].append(theirs(chosen, PEERS[name]))
+            rows[name].append(theirs(args, PEERS[name]))
         for name, found in rows.items():
             print(
                 turn + 1,
@@ -78,19 +78,19 @@ def main() -> None:
                 f"{found[-1]['peak_rss_bytes'] / 1e9:.2f} GB",
                 flush=True,
             )
-        write(chosen, rows)  # after every round: what was measured is kept when the run is stopped
+        write(args, rows)  # after every round: what was measured is kept when the run is stopped
 
 
-def ours(chosen: argparse.Namespace) -> dict[str, Any]:
+def ours(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(
             RECIPE.format(
-                model=chosen.model,
-                data=chosen.data,
+                model=args.model,
+                data=args.data,
                 out=f"{folder}/out",
-                steps=chosen.steps,
-                precision=chosen.precision,
+                steps=args.steps,
+                precision=args.precision,
             ),
             encoding="utf-8",
         )
@@ -111,25 +111,25 @@ def ours(chosen: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def theirs(chosen: argparse.Namespace, options: list[str]) -> dict[str, Any]:
+def theirs(args: argparse.Namespace, options: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         script = Path(__file__).parent / "peers" / "llamafactory.py"
         arguments = [
             "--model",
-            chosen.model,
+            args.model,
             "--data",
-            chosen.data,
+            args.data,
             "--steps",
-            str(chosen.steps),
+            str(args.steps),
             "--threads",
             "1",
             "--precision",
-            chosen.precision,
+            args.precision,
             "--out",
             str(result),
         ]
-        run([chosen.peer, str(script), *arguments, *options])
+        run([args.peer, str(script), *arguments, *options])
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return {key: found[key] for key in ("cpu_ms_per_token", "real_tokens", "peak_rss_bytes", "losses", "versions")}
 
@@ -141,7 +141,7 @@ def run(command: list[str]) -> None:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
-def write(chosen: argparse.Namespace, rows: dict[str, list[dict[str, Any]]]) -> None:
+def write(args: argparse.Namespace, rows: dict[str, list[dict[str, Any]]]) -> None:
     median = {name: statistics.median(one["cpu_ms_per_token"] for one in found) for name, found in rows.items()}
     memory = {name: statistics.median(one["peak_rss_bytes"] for one in found) for name, found in rows.items()}
     best = min((name for name in rows if name.startswith("checkpointing off")), key=lambda name: median[name])
@@ -151,8 +151,8 @@ def write(chosen: argparse.Namespace, rows: dict[str, list[dict[str, Any]]]) -> 
     summary = {
         "machine": {"processor": processor(), "cpus": os.cpu_count(), "python": platform.python_version()},
         "commit": commit,
-        "steps": chosen.steps,
-        "precision": chosen.precision,
+        "steps": args.steps,
+        "precision": args.precision,
         "rounds": len(rows["tongwen"]),
         "median_cpu_ms_per_token": median,
         "median_peak_rss_bytes": memory,
@@ -162,7 +162,7 @@ def write(chosen: argparse.Namespace, rows: dict[str, list[dict[str, Any]]]) -> 
         "of_peer_best": median["tongwen"] / median[best],
         "memory_of_peer_best": memory["tongwen"] / memory[best],
     }
-    target = Path(chosen.out)
+    target = Path(args.out)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({**summary, "runs": rows}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(summary, indent=1))

@@ -1,10 +1,10 @@
-"""Five hundred answers from an endpoint that fails, killed a hundred times: no row is lost or doubled, and no answer that
-had come in whole is paid for again.
+"""Synthesize 500 rows from a failing endpoint while being killed a hundred times: no row is lost or doubled, and no complete
+answer is requested again.
 
     python bench/synthesize_storm.py --out bench/results/synthesize_storm.json
 
 One request in five gets 429, 500, silence, broken JSON or half a stream. SIGKILL comes after a random number of requests;
-the same command goes on. The endpoint counts the whole answers that it gave to each question.
+the same command continues. The endpoint counts its complete answers per question.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ CONCURRENCY = 4
 
 
 def answer(prompt: str) -> str:
-    """One task that no other prompt gets: words drawn by its hash."""
-    draw = random.Random(hashlib.sha256(prompt.encode()).digest())
-    words = ["".join(chr(draw.randrange(0x4E00, 0x9FA5)) for _ in range(12)) for _ in range(2)]
-    return json.dumps({"items": [{"instruction": words[0], "input": "", "output": words[1] * 12}]}, ensure_ascii=False)
+    """Return a task unique to the prompt: characters drawn by its hash."""
+    rng = random.Random(hashlib.sha256(prompt.encode()).digest())
+    texts = ["".join(chr(rng.randrange(0x4E00, 0x9FA5)) for _ in range(12)) for _ in range(2)]
+    return json.dumps({"items": [{"instruction": texts[0], "input": "", "output": texts[1] * 12}]}, ensure_ascii=False)
 
 
 def storm(folder: Path, rows: int, kills: int, seed: int = 0) -> dict[str, int]:
-    """Kill and continue until so many kills have hit; then let it end. Returns what the endpoint and the rows say."""
-    draw = random.Random(seed)
-    faults = Faults(lambda prompt, times: draw.choice(FAULTS) if draw.random() < 0.2 else "", answer, seconds=0.05)
+    """Kill and continue the command `kills` times, then let it end. Return counts from the endpoint and the rows."""
+    rng = random.Random(seed)
+    faults = Faults(lambda prompt, times: rng.choice(FAULTS) if rng.random() < 0.2 else "", answer, seconds=0.05)
     recipe = folder / "recipe.yaml"
     recipe.write_text(
         f"name: storm\nbase: none\nout: {folder / 'out'}\nsynthesize: {{endpoint: '{faults.url}', model: m, method: topics, "
@@ -45,17 +45,17 @@ def storm(folder: Path, rows: int, kills: int, seed: int = 0) -> dict[str, int]:
         encoding="utf-8",
     )
     command = [sys.executable, "-m", "tongwen", "run", str(recipe)]
-    done, on_their_way = 0, 0
+    done, in_flight = 0, 0
     while done < kills:
         before = len(faults.log)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        enough = before + draw.randrange(1, 12)
+        enough = before + rng.randrange(1, 12)
         while len(faults.log) < enough and process.poll() is None:
             time.sleep(0.002)
-        time.sleep(draw.random() * 0.1)
+        time.sleep(rng.random() * 0.1)
         if process.poll() is not None:
             break  # it ended before the kill
-        on_their_way += faults.running
+        in_flight += faults.running
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         done += 1
@@ -86,12 +86,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--out", type=Path)
-    chosen = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = storm(Path(folder), chosen.rows, chosen.kills)
+        found = storm(Path(folder), args.rows, args.kills)
     print(json.dumps(found, indent=1))
-    if chosen.out:
-        chosen.out.write_text(json.dumps({"seed": 0, "concurrency": CONCURRENCY, **found}, indent=1) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps({"seed": 0, "concurrency": CONCURRENCY, **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Vocabulary: learning merges, what they bring, encoding speed, and the memory that growing a model takes.
+"""Vocabulary: learning merges, their compression, encoding speed, and the memory for growing a model.
 
     python bench/vocab.py --model SMOLLM2_FOLDER --text zh_docs.txt --other en_wiki.txt --out bench/results/vocab.json
 
 Merges are learned from an eighth, a quarter, a half and all of the text (CPU seconds of this process), each time the
-same number; what they bring is measured on every tenth line, which is not learned from. Growing is measured in a process
-of its own, on random Llama-shaped models in bf16, by its peak resident memory.
+same number; compression is measured on every tenth line, which is held out. Growing is measured in its own process, on random Llama-shaped models in bf16, by its peak resident memory.
 """
 
 from __future__ import annotations
@@ -34,24 +33,24 @@ def main() -> None:
     parser.add_argument("--other", help="text of the base's own language")
     parser.add_argument("--out")
     parser.add_argument("--grow", help="internal: folder of a model to grow in this process")
-    chosen = parser.parse_args()
-    if chosen.grow:
-        grow(Path(chosen.grow))
+    args = parser.parse_args()
+    if args.grow:
+        grow(Path(args.grow))
         return
-    found = {"machine": machine(), "learning": learning(chosen), "growing": growing()}
-    Path(chosen.out).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    found = {"machine": machine(), "learning": learning(args), "growing": growing()}
+    Path(args.out).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
 
 
-def learning(chosen: argparse.Namespace) -> dict[str, Any]:
+def learning(args: argparse.Namespace) -> dict[str, Any]:
     from tongwen.vocab import measure
     from tongwen.vocab.script import Script
     from tongwen.workflows import tokenizer_files
 
-    base, han = tokenizer_files.open_tokenizer_files(chosen.model), Script("han")
-    lines = Path(chosen.text).read_text(encoding="utf-8").splitlines()
+    base, han = tokenizer_files.open_tokenizer_files(args.model), Script("han")
+    lines = Path(args.text).read_text(encoding="utf-8").splitlines()
     held_out, rest = lines[::10], [line for place, line in enumerate(lines) if place % 10]
-    english = Path(chosen.other).read_text(encoding="utf-8").splitlines()
+    english = Path(args.other).read_text(encoding="utf-8").splitlines()
     library = sorted(Path(json.__file__).parents[1].glob("*.py"))  # Python's own
     python = [line for file in library for line in file.read_text(encoding="utf-8").splitlines()]
     costs = {}
@@ -94,7 +93,7 @@ def growing() -> dict[str, Any]:
 
 
 def make_model(folder: Path, hidden: int, layers: int, rows: int) -> int:
-    """A random model's files, written tensor by tensor; returns their size."""
+    """Write a random model tensor by tensor; return its size in bytes."""
     import numpy as np
 
     from tongwen.core.safetensors_io import plan_shards
@@ -124,7 +123,7 @@ def make_model(folder: Path, hidden: int, layers: int, rows: int) -> int:
 
 
 def grow(folder: Path) -> None:
-    """2,000 new rows by the mean of three old ones each; prints seconds and the peak of this process."""
+    """Add 2,000 rows, each the mean of three old ones; print seconds and peak memory of this process."""
     from tongwen.model.loading.tensors import open_tensors, read_fp32
     from tongwen.model.merging import resize
     from tongwen.vocab.grow import iter_rows
@@ -157,7 +156,7 @@ def grow(folder: Path) -> None:
 
 
 def peak_rss_bytes() -> int:
-    """The process's own peak: ru_maxrss also holds what it inherited from the one that started it."""
+    """Return the peak memory of this process; ru_maxrss may contain an inherited value of its parent."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 

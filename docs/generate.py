@@ -1,6 +1,6 @@
-"""Write the pages that are made from the code: docs/cli*.md from `--help`, docs/recipe*.md from the schema, docs/families*.md from the
-facts, docs/memory*.md with the estimates of `tongwen plan`, the table of failures in docs/from-older-projects*.md, and
-recipes/ from `tongwen init`.
+"""Generate pages from the code: docs/cli*.md from `--help`, docs/recipe*.md from the schema, docs/families*.md from the family
+facts, docs/memory*.md from the estimates of `tongwen plan`, the table of failures in docs/from-older-projects*.md, the memory
+table of the READMEs, and recipes/ from `tongwen init`.
 
 `python docs/generate.py` writes them; with `--check` it only lists stale ones, and fails if there are any.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tongwen.core.i18n import N_, _
 
-HERE = Path(__file__).parent
+DOCS = Path(__file__).parent
 QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
 LLAMA = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256}
 # Published shapes: hidden, intermediate, layers, heads, tied head.
@@ -35,22 +35,22 @@ def main() -> int:
     os.environ["COLUMNS"] = "80"
     from tongwen.commands.init import STARTS, render
 
-    recipes = HERE.parent / "recipes"
+    recipes = DOCS.parent / "recipes"
     recipes.mkdir(exist_ok=True)
     stale = [str(file) for file in recipes.iterdir() if file.stem not in STARTS]
     for language, ending in (("en", ""), ("zh", "_zh")):
         os.environ["TONGWEN_LANG"] = language
-        older = HERE / f"from-older-projects{ending}.md"
+        older = DOCS / f"from-older-projects{ending}.md"
         made = {"cli": cli_page(), "recipe": recipe_page(), "families": families_page(), "memory": memory_page()}
-        pages = {HERE / f"{name}{ending}.md": text for name, text in made.items()} | {older: with_failures(older)}
-        readme = HERE.parent / f"README{ending}.md"
+        pages = {DOCS / f"{name}{ending}.md": text for name, text in made.items()} | {older: with_failures(older)}
+        readme = DOCS.parent / f"README{ending}.md"
         pages[readme] = with_memory(readme, made["memory"])
         if language == "en":
             pages |= {recipes / f"{name}.yaml": render(name) for name in STARTS}
         for file, text in pages.items():
             if file.is_file() and file.read_text(encoding="utf-8") == text:
                 continue
-            stale.append(str(file.relative_to(HERE.parent)))
+            stale.append(str(file.relative_to(DOCS.parent)))
             if "--check" not in sys.argv:
                 file.write_text(text, encoding="utf-8")
     if "--check" in sys.argv and stale:
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def families_page() -> str:
-    """What each family can do, from its facts; tests/laws/test_families.py and tests/export/test_gguf.py hold them to it."""
+    """Return the page of family features; tests/laws/test_families.py and tests/export/test_gguf.py verify them."""
     from tongwen.core.model_families import FAMILIES
 
     heads = (
@@ -124,7 +124,7 @@ def cli_page() -> str:
         "",
         _("Made from `--help` by `make docs`; do not edit."),
     ]
-    parts += ["", "```", parser.format_help().replace(f"{HERE.parent}{os.sep}", "").rstrip(), "```"]
+    parts += ["", "```", parser.format_help().replace(f"{DOCS.parent}{os.sep}", "").rstrip(), "```"]
     for action in parser._subparsers._group_actions if parser._subparsers else []:
         assert isinstance(action, argparse._SubParsersAction)
         for name, command in action.choices.items():
@@ -139,7 +139,7 @@ def recipe_page() -> str:
 
 
 def with_memory(file: Path, page: str) -> str:
-    """The README with the table of that page."""
+    """Return the README with the table of that page."""
     start, end = "<!-- memory -->\n", "<!-- /memory -->"
     text = file.read_text(encoding="utf-8")
     head, _unused, rest = text.partition(start)
@@ -148,7 +148,7 @@ def with_memory(file: Path, page: str) -> str:
 
 
 def with_failures(file: Path) -> str:
-    """The page with a new table of failures."""
+    """Return the page with a new table of failures."""
     from tongwen.migrate.failures import failures
 
     start, end = "<!-- failures -->\n", "<!-- /failures -->"
@@ -184,8 +184,8 @@ does not fit.
 
 
 def memory_row(name: str, methods: Iterable[str]) -> str:
-    """A check computes only the first row again; all rows take a minute."""
-    file = HERE / "memory.md"
+    """Return a row of the table. `--check` recomputes only the first one; all rows take a minute."""
+    file = DOCS / "memory.md"
     if "--check" in sys.argv and name != next(iter(MODELS)):
         return next(line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |"))
     cells = (f"{peak(name, method, length) / 1e9:.1f}" for method in methods for length in LENGTHS)
@@ -194,7 +194,7 @@ def memory_row(name: str, methods: Iterable[str]) -> str:
 
 @cache
 def peak(name: str, method: str, length: int) -> int:
-    """Bytes."""
+    """Return the estimated peak in bytes."""
     import torch
     from transformers import LlamaConfig, Qwen3Config
 

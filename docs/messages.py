@@ -1,10 +1,10 @@
-"""Keep the Chinese catalogue in step with the code: src/tongwen/core/locale/zh_CN/LC_MESSAGES/tongwen.po, and the .mo that
-Python reads.
+"""Update the Chinese catalogue from the code: src/tongwen/core/locale/zh_CN/LC_MESSAGES/tongwen.po, and the .mo that Python
+reads.
 
-`make messages` runs it. A text that is new in the code is added without a translation, one that is gone is dropped, one
-whose English was changed keeps its translation and is marked `fuzzy`. Translate these in the .po, delete the `fuzzy`,
-and run it once more. With `--check` it writes nothing, says what is stale, and fails; tests/core/test_i18n.py does the same
-and refuses texts without a translation.
+`make messages` runs it. A new text is added without a translation; a text no longer in the code is deleted; a changed text
+keeps its translation and is marked `fuzzy`. Translate these in the .po, delete the `fuzzy`, and run it again. With `--check`
+it writes nothing, lists stale files, and fails if there are any; tests/core/test_i18n.py does the same and refuses texts
+without a translation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "tongwen"
 PO = PACKAGE / "core" / "locale" / "zh_CN" / "LC_MESSAGES" / "tongwen.po"
 MO = PO.with_suffix(".mo")
-# Functions whose literal is a text for users, and which of their arguments it is.
+# Functions with a literal text for users, and the index of that argument.
 MARKS = {"_": 0, "N_": 0, "setting": 1}
 HEADER = """# Chinese texts of tongwen. `make messages` keeps the entries in step with the code; translate them here.
 msgid ""
@@ -39,7 +39,7 @@ msgstr ""
 
 
 class Texts(Catalog):
-    """Its header has no dates and no version of Babel, so that the .mo changes with its texts alone."""
+    """A catalogue whose header has no dates and no Babel version, so that the .mo only changes with its texts."""
 
     mime_headers = (("Content-Type", "text/plain; charset=utf-8"),)
 
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def texts() -> Iterator[tuple[Path, int, str]]:
-    """(file, line, English text) of all that users read, in the order of the files."""
+    """Yield (file, line, English text) of every text for users, in the order of the files."""
     for file in sorted([*PACKAGE.rglob("*.py"), ROOT / "docs" / "generate.py"]):
         yield from ((file, line, text) for line, text in in_python(file.read_text(encoding="utf-8")))
     for file in sorted(PACKAGE.rglob("*.yaml")):
@@ -69,7 +69,7 @@ def texts() -> Iterator[tuple[Path, int, str]]:
 
 
 def in_python(source: str) -> Iterator[tuple[int, str]]:
-    """Literals in the functions of MARKS; read from the syntax tree, since a tokenizer does not look into f-strings."""
+    """Yield literals in calls of MARKS, from the syntax tree: a tokenizer does not see into f-strings."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in MARKS:
@@ -81,7 +81,7 @@ def in_python(source: str) -> Iterator[tuple[int, str]]:
 
 
 def in_table(source: str) -> Iterator[tuple[int, str]]:
-    """Scalars with the tag `!_`."""
+    """Yield scalars with the tag `!_`."""
     waiting, seen = [yaml.compose(source)], set()
     while waiting:
         node = waiting.pop(0)
@@ -97,7 +97,7 @@ def in_table(source: str) -> Iterator[tuple[int, str]]:
 
 
 def in_template(source: str) -> Iterator[tuple[int, str]]:
-    """The comment of each line."""
+    """Yield the comment of each line."""
     from tongwen.commands.init import COMMENT
 
     for number, line in enumerate(source.splitlines(), 1):
@@ -105,7 +105,7 @@ def in_template(source: str) -> Iterator[tuple[int, str]]:
 
 
 def updated() -> Catalog:
-    """The catalogue with the texts of the code, and the translations that the file has."""
+    """Return the catalogue with the texts of the code and the saved translations."""
     template = Catalog()
     for file, line, text in texts():
         template.add(text, locations=[(str(file.relative_to(ROOT)), line)])
@@ -116,7 +116,7 @@ def updated() -> Catalog:
 
 
 def saved() -> Catalog:
-    """The catalogue as it lies in the file."""
+    """Return the saved catalogue."""
     return read_po(io.BytesIO(PO.read_bytes()), locale="zh_CN")
 
 
@@ -130,7 +130,7 @@ def po_of(catalog: Catalog) -> bytes:
 
 
 def mo_of(catalog: Catalog) -> bytes:
-    """The file that Python's gettext reads."""
+    """Return the content of the .mo file, which Python's gettext reads."""
     texts = Texts()
     for message in catalog:
         if message.id:

@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers, built here in a second; no network, no downloads."""
+"""Build tiny models and tokenizers in a second, without network or downloads."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def byte_level_tokenizer(folder: Path) -> Any:
 
 
 def sentencepiece_tokenizer(folder: Path, legacy: bool = False) -> Any:
-    """LLaMA's kind: a dummy blank before every text, bytes as fallback, `<s>` put before by the tokenizer itself."""
+    """LLaMA's kind: a dummy blank before every text, byte fallback, and `<s>` prepended by the tokenizer."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
     pieces += sorted({character for text in CORPUS for character in text if character != " "})
     merges = [("\u2581", "是"), ("\u2581", "H"), ("你", "好"), ("\u2581", "你好"), ("世", "界")]
@@ -108,7 +108,7 @@ def tiny_llama(folder: Path, vocabulary: int, seed: int = 0, **config: Any) -> A
 
 
 def tiny_mixture(**config: Any) -> Any:
-    """A Qwen3 whose four experts are fused."""
+    """A Qwen3 with four fused experts."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     shape: dict[str, Any] = {
@@ -175,7 +175,7 @@ def write_recipe(
 
 
 def type_lines(lines: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody at the terminal types these lines and leaves."""
+    """Simulate a user who types these lines at the terminal and leaves."""
     waiting = iter(lines)
 
     def read(prompt: str = "") -> str:
@@ -187,19 +187,19 @@ def type_lines(lines: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "input", read)
 
 
-def remade(base: Path, folder: Path, weights: dict[str, torch.Tensor], **words: Any) -> Path:
-    """A copy of a model with these weights among its own, and these words in its configuration."""
+def remade(base: Path, folder: Path, weights: dict[str, torch.Tensor], **config_changes: Any) -> Path:
+    """Copy a model, replacing these weights and settings of its configuration."""
     from safetensors.torch import save_file
 
     shutil.copytree(base, folder)
     save_file(tensors(base) | weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((base / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **words}))
+    (folder / "config.json").write_text(json.dumps({**config, **config_changes}))
     return folder
 
 
 def without_chatml(base: Path, folder: Path) -> Path:
-    """The same model, which has never seen ChatML's tokens."""
+    """Copy a model with zero rows for ChatML's tokens, as if never trained on them."""
     rows = tensors(base)["model.embed_tokens.weight"]
     rows[1:3] = 0
     return remade(base, folder, {"model.embed_tokens.weight": rows})
@@ -214,16 +214,16 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
-    return insist((yield))
+    return require_packages((yield))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Any:
-    return insist((yield))
+    return require_packages((yield))
 
 
-def insist(report: Any) -> Any:
-    """Where TONGWEN_MAY_LACK names the packages that need not be there (.ci/run says it), lacking another is a failure."""
+def require_packages(report: Any) -> Any:
+    """Turn a skip for a missing package into a failure, unless TONGWEN_MAY_LACK lists it (.ci/run sets that)."""
     if report.skipped and (may_lack := os.environ.get("TONGWEN_MAY_LACK")) is not None:
         reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
         lacks = re.search(r"could not import '(\w+)|Skipped: (\w+) is not installed", reason)
@@ -234,7 +234,7 @@ def insist(report: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _plain_screen() -> Any:
-    """A command with --json in this process turns the screen for good."""
+    """Restore the console: a command with --json changes it for the whole process."""
     yield
     from rich.console import Console
 

@@ -1,5 +1,4 @@
-"""Commands in forked processes, one or several: what torchrun and srun start, without importing torch once more for each; and
-what kills them."""
+"""Run commands in forked processes, as torchrun and srun do but without importing torch again in each; and kill them."""
 
 from __future__ import annotations
 
@@ -26,8 +25,10 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 def launched(
     world: int, *arguments: object, before: Callable[[int], Any] | None = None, seconds: float = 90
 ) -> list[int]:
-    """Run a command in so many processes as a launcher would; returns their exit codes, negative for a signal. before: is
-    called in each process with its rank. Fails when they do not end."""
+    """Run a command in `world` processes as a launcher does; return their exit codes, negative for a signal.
+
+    before: called in each process with its rank. Fails when the processes do not end.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -50,12 +51,18 @@ def _start(rank: int, world: int, port: int, arguments: tuple[object, ...], befo
     if child:
         return child
     try:
-        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
+        variables = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "LOCAL_WORLD_SIZE": world,
+            "MASTER_PORT": port,
+        }
+        os.environ.update({name: str(value) for name, value in variables.items()}, MASTER_ADDR="127.0.0.1")
         if before:
             before(rank)
         os._exit(main([str(argument) for argument in arguments]))
-    except BaseException:  # a forked test must not come back
+    except BaseException:  # a forked test must never return
         import traceback
 
         traceback.print_exc()
@@ -63,7 +70,7 @@ def _start(rank: int, world: int, port: int, arguments: tuple[object, ...], befo
 
 
 def in_a_child(*arguments: object, before: Any = None) -> int:
-    """Run a command in a forked process, so that it may be killed; returns its wait status."""
+    """Run a command in a forked process, so that it may be killed; return its wait status."""
     child = os.fork()
     if not child:
         try:
@@ -71,20 +78,20 @@ def in_a_child(*arguments: object, before: Any = None) -> int:
                 before()
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os._exit(main([str(argument) for argument in arguments]))
-        except BaseException:  # a forked test must not come back
+        except BaseException:  # a forked test must never return
             os._exit(99)
     return os.waitpid(child, 0)[1]
 
 
 def die_at(step: int, phase: int = 0) -> Any:
-    """Arms a forked command: it is killed when it has taken so many steps, of a phase where there are several."""
+    """Return a function that makes a forked command kill itself after `step` steps, of `phase` if there are several."""
 
     def arm() -> None:
         original = PlannedTrainer.training_step
 
         def step_or_die(self: Any, *arguments: Any, **options: Any) -> Any:
-            here = not phase or self.job.phase.checkpoints.name == f"phase-{phase}"
-            if here and self.state.global_step == step:
+            in_phase = not phase or self.job.phase.checkpoints.name == f"phase-{phase}"
+            if in_phase and self.state.global_step == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(self, *arguments, **options)
 

@@ -1,4 +1,4 @@
-"""llama.cpp itself, by the wheels of `xllamacpp`: what it makes of a file that we wrote."""
+"""llama.cpp from the wheels of `xllamacpp`, to check exported GGUF files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class LlamaCpp:
-    """One GGUF file, loaded. Ids in, ids out, over its own server on this machine."""
+    """A loaded GGUF file: ids in, ids out, through a local llama.cpp server."""
 
     def __init__(self, file: Path, context: int = 512, threads: int = 2) -> None:
         import xllamacpp
@@ -27,7 +27,7 @@ class LlamaCpp:
         return list(self._post("/tokenize", body)["tokens"])
 
     def greedy(self, ids: list[int], count: int) -> list[int]:
-        """The likeliest tokens after these, up to `count`."""
+        """Return up to `count` greedy tokens after these ids."""
         body = {"prompt": ids, "n_predict": count, "temperature": 0, "top_k": 1, "return_tokens": True}
         return list(self._post("/completion", {**body, "cache_prompt": False})["tokens"])
 

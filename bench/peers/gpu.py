@@ -1,8 +1,8 @@
-"""How LLaMA-Factory and Unsloth train in `gpu_train.py`, by a python where the peer is installed.
+"""Train with LLaMA-Factory and Unsloth for `gpu_train.py`, run by a python with the peer installed.
 
 Both get the same model from a folder, and the same samples in the order of `Samples.grouped`. LLaMA-Factory is started by its
-own entry point with a configuration of the kind its YAML files hold. Unsloth's model and adapter go into transformers' Trainer,
-in its own order of imports.
+entry point with a configuration like its YAML files. Unsloth's model and adapter go into transformers' Trainer, imported in the
+order it requires.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def llama_factory(case: Any, samples: Any, clock: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """(the trained model, what is told of the run)"""
+    """Return (trained model, facts of the run)."""
     from datasets import Dataset, DatasetDict
     from gpu_train import RANK, SAMPLES, batches_of, device
     from llamafactory.train.tuner import run_exp
@@ -36,7 +36,7 @@ def llama_factory(case: Any, samples: Any, clock: Any, folder: Path) -> tuple[An
             "finetuning_type": case.method,
             **({"lora_rank": RANK, "lora_alpha": 2 * RANK, "lora_target": "all"} if case.method == "lora" else {}),
             "template": "empty",
-            "dataset": "tokens",  # a word that must be there
+            "dataset": "tokens",  # required, not used
             "tokenized_path": str(folder / "tokens"),
             "output_dir": str(folder / "output"),
             "logging_steps": 10,
@@ -58,10 +58,10 @@ def llama_factory(case: Any, samples: Any, clock: Any, folder: Path) -> tuple[An
 
 
 def unsloth(case: Any, samples: Any, clock: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """(the trained model, what is told of the run)"""
+    """Return (trained model, facts of the run)."""
     import torch
     from gpu_train import RANK, in_trainer
-    from unsloth import FastLanguageModel  # before transformers, or it does not change it
+    from unsloth import FastLanguageModel  # must be imported before transformers to patch it
 
     model, _ = FastLanguageModel.from_pretrained(
         case.folder,

@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def peak_rss_bytes() -> int:
-    """The process's own peak: ru_maxrss also holds what it inherited from the one that started it."""
+    """Return the peak memory of this process; ru_maxrss may contain an inherited value of its parent."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -143,8 +143,8 @@ def main() -> None:
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ[name] = "1"
     # This file has the package's name: its folder must not be where imports are looked up first.
-    here = Path(__file__).resolve().parent
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
+    folder = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
 
     with tempfile.TemporaryDirectory(prefix="peer-") as name:
         os.environ["HF_HOME"] = str(Path(name) / "hf")  # nothing of the user's caches is used

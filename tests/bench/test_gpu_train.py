@@ -1,4 +1,4 @@
-"""bench/gpu_train.py on a CPU with toy shapes: it ends by itself with figures for everybody, and counts as the formula does."""
+"""bench/gpu_train.py on a CPU with toy shapes: it ends by itself with figures for all contestants, and counts as the formula does."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def test_rows_of_like_lengths_are_padded_little_and_every_step_is_like_the_other
     assert steps.std() < 0.4 * whole and abs(steps[3:13].mean() / whole - 1) < 0.1
 
 
-def race(folder: Path, seconds: float = 60, **words: Any) -> Race:
-    return Race(folder, time.monotonic() + seconds, 1.0, words)
+def race(folder: Path, seconds: float = 60, **pythons: Any) -> Race:
+    return Race(folder, time.monotonic() + seconds, 1.0, pythons)
 
 
 def test_what_fails_is_told_and_the_trainer_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = Case("trainer, 1 x 1", "no-such", "lora", 0.0)
-    told = race(tmp_path).outcome(broken, race(tmp_path).start_case(broken))["failed"]
-    assert "no-such" in told and "exit status 1" in told
+    reason = race(tmp_path).outcome(broken, race(tmp_path).start_case(broken))["failed"]
+    assert "no-such" in reason and "exit status 1" in reason
     tried: list[bool] = []
     monkeypatch.setattr(Race, "start_case", lambda self, case: tried.append(case.recompute))
     monkeypatch.setattr(Race, "wait", lambda self, process: {"failed": "Triton Error [CUDA]: out of memory"})
@@ -91,12 +91,12 @@ def test_what_fails_is_told_and_the_trainer_is_tried_once_more(tmp_path: Path, m
     assert tried == [True]
     late = Popen(["sleep", "60"], text=True, start_new_session=True)
     assert "no time" in race(tmp_path, 1).outcome(case, late)["failed"] and late.returncode != 0
-    assert "no python" in race(tmp_path).why_not(Case("LLaMA-Factory, 16 x 4, Liger", "8B", "lora", 1.0))
+    assert "no python" in race(tmp_path).skip_reason(Case("LLaMA-Factory, 16 x 4, Liger", "8B", "lora", 1.0))
 
 
 def test_one_that_hangs_costs_the_others_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it imports, or when it has written what it found; and its children end with it."""
-    monkeypatch.setattr(gpu_train, "READY", 2)
+    """It may hang during imports or after writing its result; its children end with it."""
+    monkeypatch.setattr(gpu_train, "IMPORT_SECONDS", 2)
     hangs = _python(tmp_path / "hangs", "exec sleep 60")
     lingers = _python(
         tmp_path / "lingers",
@@ -108,10 +108,10 @@ def test_one_that_hangs_costs_the_others_little(tmp_path: Path, monkeypatch: pyt
     (folder / "weights-tiny" / "tokenizer_config.json").touch()
     slow, done = (Case(f"{name}, 16 x 4", "tiny", "lora", 0.1) for name in gpu_train.PEERS)
     now = Race(folder, time.monotonic() + 60, -4.9, {"LLaMA-Factory": str(hangs), "Unsloth": str(lingers)})
-    ready = now.line_up([slow, done])
+    ready = now.start_all([slow, done])
     assert "not ready after 2 seconds" in now.outcome(slow, ready[slow])["failed"]
     assert now.outcome(done, ready[done]) == {"tokens_per_second": 1}
-    child = int((gpu_train.place_of(ready[done]).parent / "child").read_text())
+    child = int((gpu_train.result_file(ready[done]).parent / "child").read_text())
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
@@ -120,30 +120,32 @@ def test_peers_without_weights_are_told_so(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(gpu_train.sys, "executable", str(dead))
     now = race(tmp_path, Unsloth=str(dead))
     case = Case("Unsloth, 16 x 4", "tiny", "lora", 0.1)
-    assert now.outcome(case, now.line_up([case])[case])["failed"] == "no output (exit status -9)"
+    assert now.outcome(case, now.start_all([case])[case])["failed"] == "no output (exit status -9)"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (("--only", "nobody"), "nobody is called"),
         (("--only", "("), "--only"),
         (("--unsloth", "no/python"), "no program"),
     ],
 )
-def test_words_that_mean_nothing_are_refused(words: tuple[str, ...], said: str, tmp_path: Path, capsys: Any) -> None:
+def test_words_that_mean_nothing_are_refused(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: Any
+) -> None:
     with pytest.raises(SystemExit) as left, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_train.sys, "argv", ["gpu_train.py", "--tiny", "--out", str(tmp_path / "out"), *words])
+        patch.setattr(gpu_train.sys, "argv", ["gpu_train.py", "--tiny", "--out", str(tmp_path / "out"), *arguments])
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         gpu_train.main()
-    assert left.value.code == 2 and said in capsys.readouterr().err
+    assert left.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_long_message_of_full_memory_is_known(tmp_path: Path) -> None:
-    said = "x\ntorch.OutOfMemoryError: " + "CUDA out of memory. " * 99 + "\nlast"
+    output = "x\ntorch.OutOfMemoryError: " + "CUDA out of memory. " * 99 + "\nlast"
     now = race(tmp_path)
     found = now.wait(
-        now.start(["-c", f"print({said!r})"], str(_python(tmp_path / "it", f'shift; exec {sys.executable} "$@"')))
+        now.start(["-c", f"print({output!r})"], str(_python(tmp_path / "it", f'shift; exec {sys.executable} "$@"')))
     )
     assert found["failed"].startswith("torch.OutOfMemoryError")
 
@@ -162,7 +164,7 @@ def test_operations_are_counted_by_the_formula(monkeypatch: pytest.MonkeyPatch) 
 
 
 def _python(program: Path, does: str) -> Path:
-    """What is started in a python's place."""
+    """Write a shell script to start in place of a python."""
     program.write_text(f"#!/bin/sh\n{does}\n")
     program.chmod(0o755)
     return program

@@ -49,7 +49,7 @@ def real_peak(folder: Path, how: TrainingSetup) -> dict[str, int]:
     live = LiveTensors()
     with live:
         for part in (*model.parameters(), *model.buffers()):
-            live.enter(part)
+            live.add(part)
         live.purpose = "activations"
         learned_loss(model, batch)[0].backward()
     return max(live.fullest, key=lambda half: half.total())

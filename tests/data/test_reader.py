@@ -61,7 +61,7 @@ def take(
     return good, bad
 
 
-def said(records: list[Any]) -> list[Any]:
+def contents_of(records: list[Any]) -> list[Any]:
     """What records say, without where they are from."""
     return [
         record.text if isinstance(record, Document) else [(turn.role, turn.content) for turn in record.messages]
@@ -160,7 +160,7 @@ def expected(rows: list[dict[str, Any]]) -> list[Any]:
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_every_container_gives_the_same_records(container: str, tmp_path: Path) -> None:
     good, bad = take(write(tmp_path, container, SIMPLIFIED))
-    assert said(good) == expected(SIMPLIFIED)
+    assert contents_of(good) == expected(SIMPLIFIED)
     assert not bad
 
 
@@ -169,10 +169,10 @@ def test_every_container_gives_the_same_records(container: str, tmp_path: Path) 
 def test_every_compression_gives_the_same_records(container: str, packer: str, tmp_path: Path) -> None:
     plain = write(tmp_path, container, SIMPLIFIED, PACKERS[packer])
     named = plain.rename(plain.with_name(f"{container}.{packer.rpartition('.')[2]}"))
-    assert said(take(named)[0]) == expected(SIMPLIFIED)
+    assert contents_of(take(named)[0]) == expected(SIMPLIFIED)
     if not container.endswith("csv"):  # a table of text is one by its name alone
         named.rename(tmp_path / "unnamed.bin")
-        assert said(take(tmp_path / "unnamed.bin")[0]) == expected(SIMPLIFIED)
+        assert contents_of(take(tmp_path / "unnamed.bin")[0]) == expected(SIMPLIFIED)
 
 
 @pytest.mark.parametrize(
@@ -184,12 +184,12 @@ def test_every_encoding_gives_the_same_records(container: str, codec: str, tmp_p
     rows = TRADITIONAL if codec == "big5hkscs" else SIMPLIFIED
     file = write(tmp_path, container, rows, lambda data: data.decode().encode(codec))
     told: list[str] = []
-    assert said(take(file, told.append)[0]) == expected(rows)
+    assert contents_of(take(file, told.append)[0]) == expected(rows)
     read_as = [line for line in told if "read as" in line and "JSON" not in line]
     assert len(read_as) == (codec != "utf-8-sig")
     assert all(file.name in line for line in told)
     named = {"utf-8-sig": "utf-8", "big5hkscs": "big5", "gb18030": "gbk"}.get(codec, codec)
-    assert said(take(file, encoding=named)[0]) == expected(rows)
+    assert contents_of(take(file, encoding=named)[0]) == expected(rows)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 7, 64])
@@ -251,13 +251,13 @@ def test_a_text_without_blank_lines_is_read_by_line_and_says_so(tmp_path: Path) 
     (tmp_path / "a.txt").write_text("一\u2028二\x0b三\x85四\n\u3000五\n\n", encoding="utf-8")
     told: list[str] = []
     good, _ = take(tmp_path / "a.txt", told.append, documents=True)
-    assert said(good) == ["一\u2028二\x0b三\x85四", "\u3000五"], "only \\n ends a line"
+    assert contents_of(good) == ["一\u2028二\x0b三\x85四", "\u3000五"], "only \\n ends a line"
     assert "each line is a record" in told[0] and "records:" in told[0]
 
 
 def test_a_text_that_begins_with_a_bracket_stays_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("[注]本文\n{大括号}\n", encoding="utf-8")
-    assert said(take(tmp_path / "a.txt", documents=True)[0]) == ["[注]本文", "{大括号}"]
+    assert contents_of(take(tmp_path / "a.txt", documents=True)[0]) == ["[注]本文", "{大括号}"]
 
 
 # -- encodings -----------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_traditional_characters_in_both_encodings(text: str) -> None:
 
 def test_four_byte_gb18030(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("我在𠮷野家吃饭\n".encode("gb18030"))
-    assert said(take(tmp_path / "a.txt", documents=True, encoding="GB18030")[0]) == ["我在𠮷野家吃饭"]
+    assert contents_of(take(tmp_path / "a.txt", documents=True, encoding="GB18030")[0]) == ["我在𠮷野家吃饭"]
 
 
 def test_a_utf8_file_with_one_foreign_line_stays_utf8(tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ ROWS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
 @pytest.mark.parametrize(("format_", "row", "found"), ROWS)
 def test_each_format_is_recognised_and_read(format_: str, row: dict[str, Any], found: list[tuple[str, str]]) -> None:
     assert formats.recognise(row) == format_
-    assert said([dialogue(row)]) == said([dialogue(row, format=format_)]) == [found]
+    assert contents_of([dialogue(row)]) == contents_of([dialogue(row, format=format_)]) == [found]
 
 
 @pytest.mark.parametrize(("format_", "row", "found"), ROWS)
@@ -436,13 +436,13 @@ def test_columns_rename_every_key(format_: str, row: dict[str, Any], found: list
         row = dict(zip(("question", "answer"), row.values(), strict=True))
     renamed = {f"他们的{key}" if key in known else key: value for key, value in row.items()}
     columns = {key: f"他们的{key}" for key in row if key in known}
-    assert said([dialogue(renamed, columns=columns)]) == [found]
+    assert contents_of([dialogue(renamed, columns=columns)]) == [found]
 
 
 def test_rows_of_several_formats_in_one_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(as_lines([row for _, row, _ in ROWS]))
     good, bad = take(tmp_path / "a.jsonl")
-    assert said(good) == [found for _, _, found in ROWS]
+    assert contents_of(good) == [found for _, _, found in ROWS]
     assert not bad
 
 
@@ -452,9 +452,9 @@ def test_names_inside_turns_and_roles() -> None:
         "columns": {"conversations": "turns", "from": "who", "value": "says"},
         "roles": {"客户": "user", "Agent": "assistant"},
     }
-    assert said([dialogue(row, **words)]) == [TURNS]
+    assert contents_of([dialogue(row, **words)]) == [TURNS]
     row = {"messages": [{"who": "user", "says": ASKED}, {"who": "assistant", "says": ANSWERED}]}
-    assert said([dialogue(row, columns={"role": "who", "content": "says"})]) == [TURNS]
+    assert contents_of([dialogue(row, columns={"role": "who", "content": "says"})]) == [TURNS]
     with pytest.raises(RowRefused, match=r"客户.*roles: \{客户: user\}"):
         dialogue({"conversations": [{"from": "客户", "value": ASKED}]})
     with pytest.raises(RecipeError, match=r"columns: 'outptu'"):
@@ -468,7 +468,7 @@ def test_a_mapped_name_means_no_other_column() -> None:
     row = {"instruction": ASKED, "output": "draft"}
     with pytest.raises(RowRefused, match=r"output \(final\)"):
         dialogue(row, format="alpaca", columns={"output": "final"})
-    assert said([dialogue({**row, "final": ANSWERED}, columns={"output": "final"})]) == [TURNS]
+    assert contents_of([dialogue({**row, "final": ANSWERED}, columns={"output": "final"})]) == [TURNS]
 
 
 def test_calls_thinking_and_switches_are_kept() -> None:
@@ -490,7 +490,7 @@ def test_calls_thinking_and_switches_are_kept() -> None:
 
 def test_control_tokens_and_placeholders_stay_text() -> None:
     row = {"instruction": "<|im_start|>system", "output": "</s>[INST]{{x}}"}
-    assert said([dialogue(row)]) == [[("user", "<|im_start|>system"), ("assistant", "</s>[INST]{{x}}")]]
+    assert contents_of([dialogue(row)]) == [[("user", "<|im_start|>system"), ("assistant", "</s>[INST]{{x}}")]]
 
 
 def test_documents_by_their_column() -> None:
@@ -552,7 +552,7 @@ def test_an_entry_reads_as_its_owner_meant(entry: str, info: Path) -> None:
         assert (source.entry, source.weight) == (None, 0.5)
         (file,) = find_files(source.path)
         words = source.model_dump(include={"format", "columns", "roles"})
-        assert said(take(file, **words)[0]) == [TURNS]
+        assert contents_of(take(file, **words)[0]) == [TURNS]
 
 
 def test_an_entry_of_a_hub_and_what_is_refused(info: Path) -> None:

@@ -1,4 +1,4 @@
-"""Laws of the engines: whatever shares out the work, and wherever it is killed, what comes out is what one process makes."""
+"""Laws of the engines: with every engine, and after every kill, the result equals that of one process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CASES = [
 
 
 def word_of(engine: str, folder: Path) -> str:
-    """What a recipe says for it. DeepSpeed's own ZeRO-3 keeps tensors below 100,000 numbers whole: all of a tiny model."""
+    """Return the engine setting of a recipe. ZeRO-3's default shards no tensor below 100,000 elements."""
     if engine != "zero3":
         return engine
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def recipe_for(folder: Path, base: Path, method: str, engine: str = "auto", sft:
 
 
 def logits(folder: Path) -> torch.Tensor:
-    """(1, T, V) of a finished model."""
+    """Return the (1, T, V) logits of a finished model."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -75,7 +75,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What one process makes, by method: the folder of the whole model."""
+    """Folders of the models that one process trains, by method."""
     made = {}
     for method in ("lora", "full", *(["qlora"] if importlib.util.find_spec("bitsandbytes") else [])):
         folder = tmp_path_factory.mktemp(f"alone_{method}")
@@ -85,7 +85,7 @@ def alone(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def die_at(step: int) -> Any:
-    """Rank 1 is killed there."""
+    """Return a function that kills rank 1 at that step."""
 
     def arm(rank: int) -> None:
         original = PlannedTrainer.training_step
@@ -141,7 +141,7 @@ def first_step(folder: Path) -> tuple[float, torch.Tensor]:
 
 
 def pad_everything(rank: int) -> None:
-    """As for a family whose documents cannot be packed."""
+    """Pretend that the family does not support packing."""
     llama = replace(FAMILIES["llama"], padded=("a test", "测试"))
     training_model.family_of = lambda model_type: llama  # type: ignore[assignment]
 
@@ -151,7 +151,7 @@ def test_the_first_gradient_does_not_depend_on_how_a_batch_is_cut(
     method: str, chat_model: Path, tmp_path: Path
 ) -> None:
     """1 x 8 = 8 x 1 = 2 processes x 4 = packed = padded, through the real command."""
-    words = ", batch_size: 8, max_grad_norm: 0, warmup: 0, save_every: 1, stop_after: 1 steps, samples: 0"
+    settings = ", batch_size: 8, max_grad_norm: 0, warmup: 0, save_every: 1, stop_after: 1 steps, samples: 0"
     cuts = {
         "8 x 1": (1, 16, None),
         "1 x 8": (1, 4096, None),
@@ -161,7 +161,7 @@ def test_the_first_gradient_does_not_depend_on_how_a_batch_is_cut(
     found = {}
     for name, (world, tokens, before) in cuts.items():
         folder = tmp_path / name.replace(" ", "-")
-        recipe = recipe_for(folder, chat_model, method, sft=f"{words}, micro_batch_tokens: {tokens}")
+        recipe = recipe_for(folder, chat_model, method, sft=f"{settings}, micro_batch_tokens: {tokens}")
         text = recipe.read_text()
         for doubled in (", batch_size: 4", ", samples: 1", ", save_every: 3", ", stop_after: 8 steps"):
             text = text.replace(doubled, "", 1)
@@ -175,10 +175,10 @@ def test_the_first_gradient_does_not_depend_on_how_a_batch_is_cut(
 
 
 def test_an_engine_that_silently_became_another_is_found(chat_model: Path, tmp_path: Path, capfd: Any) -> None:
-    """accelerate takes FSDP on a CPU for DDP, and says nothing."""
+    """accelerate silently replaces FSDP by DDP on a CPU."""
 
     def leave_it_to_accelerate(rank: int) -> None:
-        Engine.insist = lambda self, accelerator, plugin=None: None  # type: ignore[method-assign]
+        Engine.enforce = lambda self, accelerator, plugin=None: None  # type: ignore[method-assign]
         Engine.shard = lambda self, model, dtype: None  # type: ignore[method-assign]
 
     assert launched(2, "run", recipe_for(tmp_path, chat_model, "lora", "fsdp2"), before=leave_it_to_accelerate) == [
@@ -190,15 +190,15 @@ def test_an_engine_that_silently_became_another_is_found(chat_model: Path, tmp_p
 
 @pytest.mark.parametrize(("first", "then"), [("fsdp2", "auto"), pytest.param("zero3", "fsdp2", marks=needs_deepspeed)])
 def test_stages_under_one_launcher_follow_each_other(first: str, then: str, chat_model: Path, tmp_path: Path) -> None:
-    """The second waits for what the first writes, and nothing of the first one's engine is left. It trains single rows."""
+    """The second stage waits for the files of the first, and no state of the first engine is left. It trains single rows."""
     base, made = without_chatml(chat_model, tmp_path / "base"), {}
     for name, engines in {"one": ("auto", "auto"), "two": (first, then)}.items():
         recipe = recipe_for(tmp_path / name, base, "lora", engines[1])
         text = recipe.read_text().replace("8 steps", "3 steps")
         documents = write_rows(tmp_path / "docs.jsonl", [{"text": f"文档{number}，写给测试。"} for number in range(20)])
-        words = "train: full, learning_rate: 1e-3, stop_after: 2 steps, batch_size: 4, precision: fp32, samples: 0"
+        settings = "train: full, learning_rate: 1e-3, stop_after: 2 steps, batch_size: 4, precision: fp32, samples: 0"
         text = text.replace("prepare: {", f"prepare: {{documents: {documents}, ")
-        recipe.write_text(f"{text}pretrain: {{{words}, engine: {word_of(engines[0], recipe.parent)}}}\n")
+        recipe.write_text(f"{text}pretrain: {{{settings}, engine: {word_of(engines[0], recipe.parent)}}}\n")
         world = 1 if name == "one" else 2
         assert launched(world, "run", recipe) == [0] * world
         made[name] = tensors(tmp_path / name / "out" / "merge")
@@ -216,8 +216,8 @@ def test_a_changed_recipe_is_refused_under_a_launcher_too(chat_model: Path, tmp_
     recipe = recipe_for(tmp_path, chat_model, "lora")
     assert launched(2, "run", recipe, before=die_at(5))[1] == -signal.SIGKILL
     assert launched(2, "run", recipe, "sft.learning_rate=1e-3", "sft.weight_decay=0.3") == [2, 2]
-    told = capfd.readouterr().err
-    assert "sft.learning_rate: 0.01 → 0.001" in told and "sft.weight_decay: 0.0 → 0.3" in told
+    err = capfd.readouterr().err
+    assert "sft.learning_rate: 0.01 → 0.001" in err and "sft.weight_decay: 0.0 → 0.3" in err
     assert launched(2, "run", recipe) == [0, 0]
 
 
@@ -226,7 +226,7 @@ def test_packs_of_another_number_of_processes_are_other_steps(chat_model: Path, 
     recipe.write_text(recipe.read_text().replace("batch_size: 4, ", ""))
     assert in_a_child("run", recipe, before=lambda: die_at(5)(1)) == signal.SIGKILL
     assert launched(2, "run", recipe) == [2, 2]
-    assert "processes: 1 → 2" in (told := capfd.readouterr().err) and "--devices 1" in told
+    assert "processes: 1 → 2" in (err := capfd.readouterr().err) and "--devices 1" in err
     assert in_a_child("run", recipe) == 0
 
 
@@ -239,14 +239,14 @@ def test_a_launcher_does_not_change_precision(chat_model: Path, tmp_path: Path, 
 
 
 def test_processes_whose_scores_differ_stop_at_the_same_step(chat_model: Path, tmp_path: Path) -> None:
-    """By those of the first, which fall here; by those of the second it would stop, and the first would wait for it."""
+    """The falling scores of rank 0 decide. By its own scores rank 1 would stop, and rank 0 would wait for it forever."""
 
     def rising(rank: int) -> None:
         original, seen = job._score, list[int]()
 
-        def score(*words: Any) -> dict[str, Any]:
+        def score(*args: Any) -> dict[str, Any]:
             seen.append(rank)
-            found = original(*words)
+            found = original(*args)
             return found | {"bits_per_byte": found["bits_per_byte"] + 9.0 * rank * len(seen)}
 
         job._score = score  # type: ignore[assignment]
@@ -259,7 +259,7 @@ def test_processes_whose_scores_differ_stop_at_the_same_step(chat_model: Path, t
 
 
 def test_a_signal_to_the_whole_group_saves(chat_model: Path, tmp_path: Path) -> None:
-    """As Slurm and systemd send it: to the command, to what starts the processes, and to the processes."""
+    """Slurm and systemd send the signal to the command, the launcher and the processes."""
     recipe = recipe_for(tmp_path, chat_model, "lora", sft=", samples: 0")
     recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("8 steps", "9999 steps"))
     command = [sys.executable, "-m", "tongwen", "run", str(recipe), "--devices", "2"]
@@ -269,15 +269,15 @@ def test_a_signal_to_the_whole_group_saves(chat_model: Path, tmp_path: Path) -> 
     log = tmp_path / "out" / "sft.partial" / "metrics.jsonl"
     wait_until(lambda: log.is_file() and len(log.read_text().splitlines()) > 4)
     os.killpg(running.pid, signal.SIGTERM)
-    _, told = running.communicate(timeout=60)
-    assert running.returncode == 130 and "the same command continues" in told and "Traceback" not in told
-    stopped = int(told.split("checkpoint-")[1].split()[0].strip(";,"))
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and "the same command continues" in err and "Traceback" not in err
+    stopped = int(err.split("checkpoint-")[1].split()[0].strip(";,"))
     assert (tmp_path / "out" / "sft.partial" / "checkpoints" / f"checkpoint-{stopped}").is_dir()
     assert stopped == metrics(tmp_path / "out" / "sft.partial")[-1]["step"]
 
 
 def test_a_killed_process_is_named_and_the_others_end(chat_model: Path, tmp_path: Path) -> None:
-    """As `tongwen run --devices 2` starts them."""
+    """Processes started by `tongwen run --devices 2`."""
     recipe = recipe_for(tmp_path, chat_model, "lora", sft=", samples: 0")
     recipe.write_text(recipe.read_text().replace("samples: 1, ", "").replace("8 steps", "9999 steps"))
     command = [sys.executable, "-m", "tongwen", "run", str(recipe), "--devices", "2"]
@@ -291,10 +291,10 @@ def test_a_killed_process_is_named_and_the_others_end(chat_model: Path, tmp_path
     }
     ranks[1].kill()
     began = time.monotonic()
-    _, told = running.communicate(timeout=60)
+    _, err = running.communicate(timeout=60)
     assert time.monotonic() - began < 20 and not any(child.is_running() for child in ranks.values())
     assert running.returncode == 5
-    assert f"rank 1 ({ranks[1].pid}) was ended by SIGKILL" in told and "the same command continues" in told
+    assert f"rank 1 ({ranks[1].pid}) was ended by SIGKILL" in err and "the same command continues" in err
 
 
 def wait_until(done: Any, seconds: float = 120) -> None:
@@ -308,8 +308,8 @@ def test_srun_tells_what_torchrun_tells(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")  # so that what is set is taken back
         monkeypatch.delenv(name)
-    told = {"PROCID": "5", "LOCALID": "1", "JOB_ID": "1234567", "STEP_NUM_TASKS": "8", "STEP_TASKS_PER_NODE": "4(x2)"}
-    for name, value in {**told, "STEP_NODELIST": "gpu[03-04],gpu9"}.items():
+    slurm = {"PROCID": "5", "LOCALID": "1", "JOB_ID": "1234567", "STEP_NUM_TASKS": "8", "STEP_TASKS_PER_NODE": "4(x2)"}
+    for name, value in {**slurm, "STEP_NODELIST": "gpu[03-04],gpu9"}.items():
         distributed.adopt_slurm()
         assert not distributed.is_launched(), f"nothing is known before {name}"
         monkeypatch.setenv(f"SLURM_{name}", value)

@@ -1,4 +1,4 @@
-"""The failures of the older projects: each is explained, and names tests that exist; those that no other file provokes."""
+"""Failures of the older projects: each has an explanation and existing tests; this file has those that fit nowhere else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def exists(test: str) -> bool:
-    """Whether `tests/test_x.py::test_y` is there."""
+    """Return whether `tests/test_x.py::test_y` exists."""
     file, _, name = test.partition("::")
     return (ROOT / file).is_file() and f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8")
 
@@ -40,8 +40,8 @@ def test_doctor_explains_one_by_its_number(tongwen: Any, monkeypatch: pytest.Mon
     code, out, _ = tongwen("doctor", "F-02")
     assert code == 0 and "requires_grad_()" in out and "audit" in out and "test_training_step.py" in out
     assert find("f2") is find("F-02")
-    code, _, said = tongwen("doctor", "F-49")
-    assert code == 2 and "F-01 to F-48" in said
+    code, _, err = tongwen("doctor", "F-49")
+    assert code == 2 and "F-01 to F-48" in err
     monkeypatch.setenv("TONGWEN_LANG", "zh")
     code, out, _ = tongwen("doctor", "F-08", "--json")
     assert code == 0 and "443" in json.loads(out)["symptom"] and "由 peft 保存" in json.loads(out)["here"]
@@ -62,8 +62,8 @@ def test_deepspeed_beside_8_bits_is_said(tongwen: Any) -> None:
 def test_deepspeed_under_8_bits_is_refused(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, chat_model, sft=", engine: zero2")
     recipe.write_text(recipe.read_text().replace("{rank: 4}", "{method: qlora, quantize: int8}"))
-    code, _, said = tongwen("check", recipe)
-    assert code == 2 and "`method: qlora` does not work with `engine: zero2`" in said and "engine: fsdp2" in said
+    code, _, err = tongwen("check", recipe)
+    assert code == 2 and "`method: qlora` does not work with `engine: zero2`" in err and "engine: fsdp2" in err
 
 
 def test_a_random_seed_is_replaced_aloud(tongwen: Any) -> None:
@@ -73,7 +73,7 @@ def test_a_random_seed_is_replaced_aloud(tongwen: Any) -> None:
 
 
 def test_another_process_splits_and_orders_alike(chat_model: Path, tmp_path: Path) -> None:
-    """Whatever salt Python gives its hashes there."""
+    """Independent of the salt of Python's hashes."""
     made = []
     for salt in ("1", "2"):
         recipe = write_recipe(tmp_path / salt, chat_model)
@@ -103,8 +103,8 @@ def test_a_tokenizer_that_extends_its_base_is_taken_whatever_its_size(tongwen: A
     recipe.write_text(
         f"name: v\nbase: {base}\nout: {tmp_path / 'out'}\nvocab: {{tokenizer: {tmp_path / 'merged'}, pad_to_multiple: 1}}\n"
     )
-    code, _, said = tongwen("run", recipe)
-    assert code == 0, said
+    code, _, err = tongwen("run", recipe)
+    assert code == 0, err
     rows = load_file(next((tmp_path / "out" / "vocab").glob("*.safetensors")))["model.embed_tokens.weight"]
     new = json.loads((tmp_path / "out" / "vocab" / "new_rows.json").read_text())
     assert len(rows) == new[-1] + 1 and new[0] == 290
@@ -113,8 +113,8 @@ def test_a_tokenizer_that_extends_its_base_is_taken_whatever_its_size(tongwen: A
         tmp_path / "merged" / "tokenizer.model"
     ).read_bytes()
     recipe.write_text(recipe.read_text().replace(str(tmp_path / "merged"), str(tmp_path / "zh.model")))
-    code, _, said = tongwen("run", recipe, "--again")
-    assert code == 4 and "differ from id" in said
+    code, _, err = tongwen("run", recipe, "--again")
+    assert code == 4 and "differ from id" in err
 
 
 def test_a_tokenizer_without_pad_learns_to_stop_and_gets_none(tongwen: Any, tmp_path: Path) -> None:
@@ -129,23 +129,23 @@ def test_a_tokenizer_without_pad_learns_to_stop_and_gets_none(tongwen: Any, tmp_
     recipe.write_text(
         recipe.read_text().replace("template: chatml", "template: plain").replace("{rank: 4}", "{method: full}")
     )
-    code, _, said = tongwen("run", recipe, "merge=null")
-    assert code == 0, said
+    code, _, err = tongwen("run", recipe, "merge=null")
+    assert code == 0, err
     made = tmp_path / "out" / "sft"
     assert json.loads((made / "report.json").read_text())["mask"]["stop_learned_share"] == 1.0
     after = PreTrainedTokenizerFast.from_pretrained(made)
     assert after.get_vocab() == before.get_vocab() and after.pad_token is None
     assert len(load_file(made / "model.safetensors")["model.embed_tokens.weight"]) == len(before)
-    told = json.loads((made / "generation_config.json").read_text())
-    assert told["eos_token_id"] == told["pad_token_id"] == before.eos_token_id == 2
+    config = json.loads((made / "generation_config.json").read_text())
+    assert config["eos_token_id"] == config["pad_token_id"] == before.eos_token_id == 2
     live = package.open(str(made), precision="fp32")
     assert live.chat([{"role": "user", "content": "7"}], max_new_tokens=20) == "你好。"
 
 
 def test_what_learns_stands_in_fp32_also_on_an_fp16_base(chat_model: Path, tongwen: Any, tmp_path: Path) -> None:
     base = remade(chat_model, tmp_path / "half", {name: one.half() for name, one in tensors(chat_model).items()})
-    code, _, said = tongwen("run", write_recipe(tmp_path, base, merge=False), "sft.stop_after=2 steps")
-    assert code == 0, said
+    code, _, err = tongwen("run", write_recipe(tmp_path, base, merge=False), "sft.stop_after=2 steps")
+    assert code == 0, err
     learned = load_file(tmp_path / "out" / "sft" / "adapter_model.safetensors")
     assert {one.dtype for one in learned.values()} == {torch.float32}
     assert all(one.isfinite().all() for one in learned.values())
@@ -155,7 +155,7 @@ def test_a_base_model_is_not_talked_to_without_a_template(tongwen: Any, tmp_path
     tiny_llama(tmp_path / "base", len(sentencepiece_tokenizer(tmp_path / "base")))
     (tmp_path / "prompts.txt").write_text("你好\n", encoding="utf-8")
     asking = ["generate", "--model", tmp_path / "base", "--prompts", tmp_path / "prompts.txt", "--max-new-tokens", 2]
-    code, _, said = tongwen(*asking, "--out", tmp_path / "a")
-    assert code == 4 and "no chat template" in said and "chatml" in said
-    code, _, said = tongwen(*asking, "--out", tmp_path / "b", "--template", "completion")
-    assert code == 0, said
+    code, _, err = tongwen(*asking, "--out", tmp_path / "a")
+    assert code == 4 and "no chat template" in err and "chatml" in err
+    code, _, err = tongwen(*asking, "--out", tmp_path / "b", "--template", "completion")
+    assert code == 0, err

@@ -1,4 +1,4 @@
-"""What the table of families promises, each family does: at tiny size, through the same door as any other."""
+"""Each family does what the table of families promises, at tiny size, through the same commands."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PRETRAIN = """pretrain: {phases: [{train: full, stop_after: 2 steps}], max_lengt
 
 
 def texts(count: int) -> list[str]:
-    """Texts of which none is like another."""
+    """Return texts that are all different."""
     return ["".join(chr(0x4E00 + (97 * row + 13 * place) % 3000) for place in range(30)) for row in range(count)]
 
 
@@ -55,7 +55,7 @@ def family_folder(folder: Path, family: str, ice: Path) -> Path:
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trained_merged_and_asked(family: str, method: str, small_ice: Path, tmp_path: Path, tongwen: Any) -> None:  # noqa: F811
-    """In full on plain text, then with an adapter on dialogues; or with an adapter on the quantised base."""
+    """Train in full on plain text, then an adapter on dialogues; or an adapter on the quantised base."""
     if method == "qlora":
         pytest.importorskip("bitsandbytes")
     facts, base = FAMILIES[family], family_folder(tmp_path / "base", family, small_ice)
@@ -68,10 +68,10 @@ def test_trained_merged_and_asked(family: str, method: str, small_ice: Path, tmp
     recipe.write_text(text)
     code, out, err = tongwen("run", recipe)
     assert code == 0, err
-    said = out + err
-    assert ("do not see each other" in said) == (facts.padded is None)
-    assert ("padded batches" in said) == (facts.padded is not None)
-    assert ("with the whole model in memory" in said) == facts.experts
+    output = out + err
+    assert ("do not see each other" in output) == (facts.padded is None)
+    assert ("padded batches" in output) == (facts.padded is not None)
+    assert ("with the whole model in memory" in output) == facts.experts
     report = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())
     assert report["held_out"]["bits_per_byte"]["after"] < report["held_out"]["bits_per_byte"]["before"]
     base = tmp_path / "out" / "pretrain" if PRETRAIN in text else base
@@ -92,7 +92,7 @@ def test_usual_targets_are_in_the_model(family: str, small_ice: Path, tmp_path: 
 
 
 def check_merged(base: Path, adapter: Path, merged: Path) -> None:
-    """The merged folder computes what peft computes with the adapter beside the base, whatever was trained quantised."""
+    """The merged folder computes the same as peft with adapter and base, also after quantised training."""
     from peft import PeftModel
 
     from tongwen.model.loading import load

@@ -1,4 +1,4 @@
-"""Laws that only a GPU can show; `make gpu` runs them there, and everywhere else they are skipped."""
+"""Laws that need a GPU; `make gpu` runs them, without a GPU they are skipped."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def on_gpu(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 @pytest.fixture()
 def flashes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A number for each call of flash attention."""
+    """A list that gets an entry for each call of flash attention."""
     called: list[int] = []
     original = packed_attention._all_at_once
     monkeypatch.setattr(packed_attention, "_all_at_once", lambda *rest: called.append(1) or original(*rest))
@@ -58,10 +58,10 @@ def test_flash_attention_is_each_document_alone(heads: int, window: int | None, 
     torch.manual_seed(0)
     parts = [torch.randn(1, many, 50, 64, device="cuda", requires_grad=True) for many in (8, heads, heads)]
     borders = torch.tensor([0, 1, 30, 50], dtype=torch.int32, device="cuda")
-    words: dict[str, Any] = {"cu_seq_lens_q": borders, "max_length_q": 29, "sliding_window": window}
+    kwargs: dict[str, Any] = {"cu_seq_lens_q": borders, "max_length_q": 29, "sliding_window": window}
 
     def both(*parts: torch.Tensor) -> list[torch.Tensor]:
-        out, _ = packed_attention.documents_attention(None, *parts, None, **words)  # type: ignore[arg-type]
+        out, _ = packed_attention.documents_attention(None, *parts, None, **kwargs)  # type: ignore[arg-type]
         return [out, *torch.autograd.grad(out.float().square().sum(), parts)]
 
     exact = both(*parts)
@@ -145,9 +145,9 @@ def test_a_micro_batch_that_does_not_fit_is_found_and_leaves_room(base: Path) ->
     assert torch.cuda.memory_allocated() <= before + 2**20
 
 
-@pytest.mark.parametrize("words", ["", ", compile: true", ", activation_checkpointing: on"])
-def test_a_run_learns_on_a_gpu(words: str, base: Path, tmp_path: Path, flashes: list[int]) -> None:
-    recipe = write_recipe(tmp_path, base, sft=f", stop_after: 12 steps{words}")
+@pytest.mark.parametrize("settings", ["", ", compile: true", ", activation_checkpointing: on"])
+def test_a_run_learns_on_a_gpu(settings: str, base: Path, tmp_path: Path, flashes: list[int]) -> None:
+    recipe = write_recipe(tmp_path, base, sft=f", stop_after: 12 steps{settings}")
     recipe.write_text(recipe.read_text().replace("precision: fp32", "precision: bf16"))
     assert main(["run", str(recipe)]) == 0
     losses = [

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.conftest import insist
+from tests.conftest import require_packages
 
 SOURCE = Path(__file__).parents[2] / "src" / "tongwen"
 DATA = Path(__file__).parents[1] / "data" / "v0.1"  # among others a run that is finished
 MIDDLE = ("data", "model", "train", "vocab", "infer", "export", "hub", "serving", "migrate")
-# What a folder may import of ours, besides itself. Every folder of the package stands here; nothing else may lie flat.
+# The tongwen folders that a folder may import, besides itself. Every folder of the package is listed; no other module may be
+# at the top level.
 LAYERS = {
     "core": (),
     "recipe": ("core",),
@@ -47,7 +48,7 @@ HEAVY = {
 
 
 def imports(file: Path) -> set[str]:
-    """Every dotted name that a file imports, inside of functions too."""
+    """Return every dotted name that a file imports, including inside functions."""
     return names_in(ast.parse(file.read_text(encoding="utf-8")))
 
 
@@ -69,7 +70,7 @@ MODULES = {module_of(file): file for file in sorted(SOURCE.rglob("*.py"))}
 
 
 def module_edges() -> dict[str, set[str]]:
-    """Module -> the modules of ours that it imports."""
+    """Return module -> tongwen modules that it imports."""
     edges = dict[str, set[str]]()
     for name, file in MODULES.items():
         found = {
@@ -80,7 +81,7 @@ def module_edges() -> dict[str, set[str]]:
 
 
 def folder_edges() -> dict[str, set[str]]:
-    """Folder -> the folders of ours that its files import, as dotted names below `tongwen`."""
+    """Return folder -> tongwen folders that its files import, as dotted names below `tongwen`."""
 
     def folder(module: str) -> str:
         file = MODULES[module]
@@ -93,7 +94,7 @@ def folder_edges() -> dict[str, set[str]]:
 
 
 def find_loop(edges: dict[str, set[str]]) -> list[str]:
-    """The names on a loop of any length, in order; empty when there is none."""
+    """Return the names on an import loop, in order; empty when there is none."""
     done: set[str] = set()
     for start in edges:
         path, ways = [start], [iter(sorted(edges.get(start, ())))]
@@ -111,7 +112,7 @@ def find_loop(edges: dict[str, set[str]]) -> list[str]:
 
 
 def longest_chain(edges: dict[str, set[str]]) -> list[str]:
-    """The longest way from folder to folder along imports. There must be no loop."""
+    """Return the length of the longest import chain between folders. There must be no loop."""
     known: dict[str, list[str]] = {}
 
     def chain(name: str) -> list[str]:
@@ -189,7 +190,7 @@ def test_nothing_unpickles_or_runs_foreign_code() -> None:
 
 
 def imported_by(code: str, *arguments: object, folder: Path | None = None) -> set[str]:
-    """The modules that a fresh Python has imported when this code has run."""
+    """Return the modules that a fresh Python has imported after running this code."""
     done = subprocess.run(
         [
             sys.executable,
@@ -255,7 +256,7 @@ def test_commands_that_compute_with_no_model_import_no_torch(command: str, needs
 
 
 def test_a_merge_imports_neither_torch_nor_the_recipe() -> None:
-    """Both cost a small model's merge more than its arithmetic."""
+    """For a small model, each of these imports takes longer than the merge itself."""
     assert not {"torch", "transformers", "pydantic"} & imported_by("import tongwen.commands.merge")
 
 
@@ -277,4 +278,4 @@ def test_a_package_that_ci_installs_is_no_reason_to_skip(
             monkeypatch.setenv("TONGWEN_MAY_LACK", may_lack)
         else:
             monkeypatch.delenv("TONGWEN_MAY_LACK", raising=False)
-        assert insist(report).outcome == found
+        assert require_packages(report).outcome == found

@@ -1,4 +1,4 @@
-"""Malformed files and rows: each is refused by file and row, or its bad rows are, with a reason, and every good row stays.
+"""Malformed files and rows: a file or its bad rows are refused by name with a reason, and every good row stays.
 
 The ids name the cases of the plan where there is one (DA-…).
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.test_reader import SIMPLIFIED, TURNS, as_csv, as_lines, as_table, said, take
+from tests.data.test_reader import SIMPLIFIED, TURNS, as_csv, as_lines, as_table, contents_of, take
 from tongwen.core.errors import DataError, RowRefused
 from tongwen.data import files, json_array, reader, tables
 from tongwen.data.files import find_files
@@ -34,29 +34,29 @@ def around(bad: bytes, good: bytes = GOOD) -> bytes:
     return good + b"\n" + bad + b"\n" + good + b"\n"
 
 
-def row(**words: Any) -> bytes:
-    return json.dumps({"instruction": "问", "output": "答", **words}, ensure_ascii=False).encode(
+def row(**fields: Any) -> bytes:
+    return json.dumps({"instruction": "问", "output": "答", **fields}, ensure_ascii=False).encode(
         "utf-8", "surrogatepass"
     )
 
 
-def turns(*roles: str, key: str = "messages", **words: Any) -> bytes:
+def turns(*roles: str, key: str = "messages", **fields: Any) -> bytes:
     names = ("role", "content") if key == "messages" else ("from", "value")
     return json.dumps(
-        {key: [dict(zip(names, (role, f"话{turn}"), strict=True)) for turn, role in enumerate(roles)], **words}
+        {key: [dict(zip(names, (role, f"话{turn}"), strict=True)) for turn, role in enumerate(roles)], **fields}
     ).encode()
 
 
-def message(**words: Any) -> bytes:
-    """A dialogue whose second turn has these words."""
+def message(**fields: Any) -> bytes:
+    """A dialogue whose second turn has these fields."""
     return json.dumps(
-        {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", **words}]}
+        {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答", **fields}]}
     ).encode()
 
 
 # -- rows: one bad between two good --------------------------------------------------------------------------------
 
-BAD_LINES: list[tuple[str, bytes, str, str]] = [  # id, the line, the reason, a word of the message
+BAD_LINES: list[tuple[str, bytes, str, str]] = [  # id, the line, the reason, part of the message
     ("DA-07 GBK line", GOOD.decode().encode("gb18030"), "not_utf8", "GB18030"),
     ("DA-09 byte FF", row(x="a").replace(b'"a"', b'"\xff"'), "not_utf8", "the byte at"),
     ("DA-10 overlong", row(x="a").replace(b'"a"', b'"\xc0\xaf"'), "not_utf8", "UTF-8"),
@@ -185,15 +185,15 @@ BAD_LINES: list[tuple[str, bytes, str, str]] = [  # id, the line, the reason, a 
 
 
 @pytest.mark.parametrize(
-    ("line", "reason", "word"), [case[1:] for case in BAD_LINES], ids=[case[0] for case in BAD_LINES]
+    ("line", "reason", "expected"), [case[1:] for case in BAD_LINES], ids=[case[0] for case in BAD_LINES]
 )
-def test_a_bad_line_costs_itself_alone(line: bytes, reason: str, word: str, tmp_path: Path) -> None:
+def test_a_bad_line_costs_itself_alone(line: bytes, reason: str, expected: str, tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(around(line))
     good, bad = take(file)
-    assert said(good) == [TURNS, TURNS]
+    assert contents_of(good) == [TURNS, TURNS]
     assert [(raw.row, refused.reason) for raw, refused in bad] == [(2, reason)]
-    assert word in bad[0][1].rule
+    assert expected in bad[0][1].rule
     assert bad[0][0].size > 0
 
 
@@ -207,7 +207,7 @@ BREAKS_ARRAYS = {"not_json", "too_deep"}
     ids=[case[0] for case in BAD_LINES if case[0] != AS_TWO],
 )
 def test_a_bad_element_of_an_array(line: bytes, reason: str, tmp_path: Path) -> None:
-    """What is still JSON costs its row; what is not ends the file, with the place and the rows before it."""
+    """A bad element that is JSON loses its row; one that is not ends the file, naming the place and the rows before it."""
     file = tmp_path / "a.json"
     file.write_bytes(b"[" + GOOD + b",\n" + line + b",\n" + GOOD + b"]")
     try:
@@ -216,7 +216,7 @@ def test_a_bad_element_of_an_array(line: bytes, reason: str, tmp_path: Path) -> 
         assert reason in BREAKS_ARRAYS or b"\0" in line
         assert re.search(rf"{re.escape(str(file))}:[23]: .*[12] rows before", error.text())
     else:
-        assert said(good) == [TURNS, TURNS]
+        assert contents_of(good) == [TURNS, TURNS]
         assert len(bad) == 1
         assert all(refused.reason == reason or b"\0" in line for _, refused in bad)
 
@@ -268,7 +268,7 @@ def test_what_is_not_bad_is_taken_as_it_is(line: bytes, tmp_path: Path) -> None:
     assert not bad
     value = json.loads(line.strip().removeprefix(b"\xef\xbb\xbf"))
     asked = value["instruction"] or value["input"]
-    assert said(good) == [TURNS, [("user", asked), ("assistant", value["output"])], TURNS]
+    assert contents_of(good) == [TURNS, [("user", asked), ("assistant", value["output"])], TURNS]
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def flipped(data: bytes, place: int) -> bytes:
     return data[:place] + bytes([data[place] ^ 0x41]) + data[place + 1 :]
 
 
-BAD_FILES: list[tuple[str, str, bytes | Callable[[], bytes], dict[str, Any], str]] = [  # id, name, content, source, words
+BAD_FILES: list[tuple[str, str, bytes | Callable[[], bytes], dict[str, Any], str]] = [  # id, name, content, source, message
     ("DA-04 UTF-16 named UTF-8", "a.jsonl", LINES.decode().encode("utf-16-le"), {"encoding": "utf-8"}, "this is UTF-16"),
     ("DA-05 GBK named UTF-8", "a.jsonl", GBK, {"encoding": "utf-8"}, "this is GB18030.*encoding: gb18030"),
     ("DA-27 UTF-8 named GB18030", "a.jsonl", LINES, {"encoding": "gb18030"}, "this is UTF-8"),
@@ -407,26 +407,26 @@ BAD_FILES: list[tuple[str, str, bytes | Callable[[], bytes], dict[str, Any], str
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words", "told"), [case[1:] for case in BAD_FILES], ids=[case[0] for case in BAD_FILES]
+    ("name", "content", "source", "expected"), [case[1:] for case in BAD_FILES], ids=[case[0] for case in BAD_FILES]
 )
 def test_a_bad_file_is_refused_by_name(
-    name: str, content: bytes | Callable[[], bytes], words: dict[str, Any], told: str, tmp_path: Path
+    name: str, content: bytes | Callable[[], bytes], source: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     file = tmp_path / name
     file.write_bytes(content if isinstance(content, bytes) else content())
     with pytest.raises(DataError) as caught:
-        take(file, **words)
+        take(file, **source)
     text = caught.value.text().replace("\n", " ")
     assert not isinstance(caught.value, RowRefused)
     assert "placeholder" in text or str(file) in text
-    assert re.search(told, text), text
+    assert re.search(expected, text), text
 
 
 def test_rows_of_a_table_that_are_bad(tmp_path: Path) -> None:
     content = "instruction,output\n好,是\na,b,c\n一\n好,\n".encode() + b"\xff,d\n" + '“问”,"答\n二"\n'.encode()
     (tmp_path / "a.csv").write_bytes(content)
     good, bad = take(tmp_path / "a.csv")
-    assert said(good) == [[("user", "好"), ("assistant", "是")], [("user", "“问”"), ("assistant", "答\n二")]]
+    assert contents_of(good) == [[("user", "好"), ("assistant", "是")], [("user", "“问”"), ("assistant", "答\n二")]]
     assert [(raw.row, refused.reason) for raw, refused in bad] == [
         (3, "bad_columns"),
         (4, "bad_columns"),
@@ -463,7 +463,7 @@ def test_values_of_parquet_that_are_no_text(tmp_path: Path) -> None:
     broken = pa.Array.from_buffers(pa.string(), 2, [None, broken.buffers()[1], pa.py_buffer(bytes(raw_bytes))])
     parquet.write_table(pa.table({"text": broken}), tmp_path / "b.parquet")
     good, bad = take(tmp_path / "b.parquet", documents=True)
-    assert said(good) == ["好"]
+    assert contents_of(good) == ["好"]
     assert [(raw.row, raw.reason) for raw, _ in bad] == [(2, "not_utf8")]
 
 
@@ -480,12 +480,12 @@ def test_half_a_pair_in_utf16_costs_its_row(tmp_path: Path) -> None:
     text = "今天天气很好。\n一\ud800二\n我们去公园。\n"
     (tmp_path / "a.txt").write_bytes(("\ufeff" + text).encode("utf-16-le", "surrogatepass"))
     good, bad = take(tmp_path / "a.txt", documents=True)
-    assert said(good) == ["今天天气很好。", "我们去公园。"]
+    assert contents_of(good) == ["今天天气很好。", "我们去公园。"]
     assert [raw.row for raw, _ in bad] == [2]
 
 
 def test_ends_that_a_power_loss_leaves(tmp_path: Path) -> None:
-    """DA-12, DA-21, DA-30: the last line is bad, whatever is missing of it."""
+    """DA-12, DA-21, DA-30: a truncated last line is bad, wherever it is cut."""
     for cut in range(1, 40):
         (tmp_path / "a.jsonl").write_bytes((GOOD + b"\n") * 2 + GOOD[:-cut])
         good, bad = take(tmp_path / "a.jsonl")
@@ -505,7 +505,7 @@ def test_a_line_too_long_costs_itself_alone(name: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(files, "BLOCK", 1 << 12)
     (tmp_path / name).write_bytes(around(b'{"instruction": "' + b"a" * 200_000 + b'"}') + GOOD + b"\n" + GOOD)
     good, bad = take(tmp_path / name)
-    assert said(good) == [TURNS] * 4
+    assert contents_of(good) == [TURNS] * 4
     assert [record.origin.row for record in good] == [1, 3, 4, 5]
     assert [(raw.row, raw.reason) for raw, _ in bad] == [(2, "too_large")]
     assert bad[0][0].size == 200_019
@@ -515,7 +515,7 @@ def test_records_too_large_are_not_kept_in_memory(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(reader, "CAP", 1000)
     (tmp_path / "a.txt").write_text("短\n\n" + "很长的一段\n" * 1000 + "\n短\n", encoding="utf-8")
     good, bad = take(tmp_path / "a.txt", documents=True, records="paragraph")
-    assert said(good) == ["短", "短"]
+    assert contents_of(good) == ["短", "短"]
     assert [(raw.row, raw.reason, len(raw.value)) for raw, _ in bad] == [(3, "too_large", 200)]
     (tmp_path / "a.json").write_bytes(b"[" + GOOD + b',{"a": "' + b"a" * 4000 + b'"}]')
     monkeypatch.setattr(json_array, "CAP", 1000)
@@ -525,7 +525,7 @@ def test_records_too_large_are_not_kept_in_memory(tmp_path: Path, monkeypatch: p
 
 
 def test_no_line_end_in_a_huge_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DA-49: nobody waits for the end of it."""
+    """DA-49: the reader does not read on to its end."""
     monkeypatch.setattr(reader, "CAP", 1 << 16)
     monkeypatch.setattr(reader, "_SKIP", 1 << 20)
     (tmp_path / "a.txt").write_bytes(b"a" * (3 << 20))
@@ -593,7 +593,7 @@ def test_an_arrow_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def places(folder: Path) -> Iterator[tuple[str, str]]:
-    """(path, words) of what is no file with rows."""
+    """Yield (path, pattern of the message) for paths that are no data file."""
     os.mkfifo(folder / "fifo.jsonl")
     yield str(folder / "fifo.jsonl"), "this is a FIFO"
     yield str(folder / "f*.jsonl"), "this is a FIFO"
@@ -628,11 +628,11 @@ def test_what_is_no_file_is_said_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     """DA-95."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for path, words in places(tmp_path):
+    for path, expected in places(tmp_path):
         started = time.monotonic()
         with pytest.raises(DataError) as caught:
             find_files(path)
-        assert re.search(words, caught.value.text().replace("\n", " ")), (path, caught.value.text())
+        assert re.search(expected, caught.value.text().replace("\n", " ")), (path, caught.value.text())
         assert time.monotonic() - started < 1
     with pytest.raises(DataError, match="FIFO"):
         list(read_rows(tmp_path / "fifo.jsonl"))
@@ -667,7 +667,7 @@ HOLDERS: dict[str, bytes] = {
 
 
 def mutated(data: bytes, dice: random.Random) -> bytes:
-    """One accident: cut, a flipped bit, bytes lost, doubled or spliced in from elsewhere, lines swapped, a hostile fragment."""
+    """Damage a file once: truncate, flip a bit, drop, double or splice bytes, swap lines, insert a hostile fragment."""
     begin, end = sorted(dice.sample(range(len(data)), 2))
     end = min(end, begin + 400)
     match dice.randrange(7):
@@ -697,7 +697,7 @@ def flipped_bit(data: bytes, place: int, bit: int) -> bytes:
 
 
 def lines_by_themselves(data: bytes) -> tuple[int, list[str]]:
-    """(rows, answers of the good ones) as a reader finds them that knows nothing but lines and json.loads."""
+    """Return (rows, answers of the good ones) as found by a simple reader: split lines, json.loads."""
     count, answers = 0, []
     for line in data.split(b"\n"):
         text = line.decode("utf-8", "replace").rstrip("\r").removeprefix("\ufeff")
@@ -715,7 +715,7 @@ def lines_by_themselves(data: bytes) -> tuple[int, list[str]]:
 
 @pytest.mark.parametrize("name", HOLDERS)
 def test_accidents_end_in_rows_or_in_an_error_of_the_file(name: str, tmp_path: Path) -> None:
-    """80 seeded accidents: nothing but DataError is raised, nothing hangs, and no row is made up or lost unseen."""
+    """80 seeded damages: only DataError is raised, nothing hangs, and no row is invented or silently lost."""
     dice = random.Random(f"accidents of {name}")
     known = {row["output"] for row in NUMBERED}
     refused = untouched = 0

@@ -1,4 +1,4 @@
-"""Every method trains through the real command, passes its audit, resumes, and talks; what a library forgets is done."""
+"""Every method trains through the real command, passes its audit, resumes and chats; gaps of the libraries are filled."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_quantised_base_gives_the_same_gradients_after_it_was_scored(kind: str
 
 
 def test_adalora_spends_its_budget_and_leaves_an_ordinary_adapter(wide_model: Path, tmp_path: Path) -> None:
-    """Ranks begin half as large again and end, on average, at what the recipe says; not all are alike."""
+    """Ranks start at 1.5 times the recipe's value and end, on average, at that value; not all are equal."""
     adapter = "{method: adalora, rank: 4}"
     recipe = recipe_for(tmp_path, wide_model, adapter, sft=", stop_after: 40 steps", merge=True)
     assert main(["run", str(recipe)]) == 0
@@ -174,11 +174,11 @@ def test_adaloras_second_loss_is_in_the_first(chat_model: Path) -> None:
 
 
 def test_adaloras_second_loss_is_counted_once_a_step(wide_model: Path, tmp_path: Path) -> None:
-    """Both begin as the base. Small A and B are almost as far from orthogonal as zeros are, by the root of the rank."""
+    """Both start as the base. Small A and B are almost as far from orthogonal as zeros, by the root of the rank."""
     found = {}
     for method in ("lora", "adalora"):
-        words = ", stop_after: 1 steps, micro_batch_tokens: 64"
-        recipe = recipe_for(tmp_path / method, wide_model, f"{{method: {method}, rank: 4}}", sft=words)
+        settings = ", stop_after: 1 steps, micro_batch_tokens: 64"
+        recipe = recipe_for(tmp_path / method, wide_model, f"{{method: {method}, rank: 4}}", sft=settings)
         assert main(["run", str(recipe)]) == 0
         assert manifest(tmp_path / method / "out" / "sft")["micro_batches"]["accumulate"] > 1
         found[method] = metrics(tmp_path / method)[0]["loss"]
@@ -215,8 +215,8 @@ def test_methods_optimizers_and_schedules_resume_to_the_bit(
 def test_schedules_have_their_shapes(chat_model: Path, tmp_path: Path) -> None:
     rates = {}
     for schedule in ("constant", "linear", "cosine", "wsd", "warmup_lr"):
-        words = f", stop_after: 20 steps, warmup: 0.25, schedule: {schedule}" + ", decay: 0.2" * (schedule == "wsd")
-        recipe_for(tmp_path / schedule, chat_model, "{rank: 2}", sft=words)
+        settings = f", stop_after: 20 steps, warmup: 0.25, schedule: {schedule}" + ", decay: 0.2" * (schedule == "wsd")
+        recipe_for(tmp_path / schedule, chat_model, "{rank: 2}", sft=settings)
         assert main(["run", str(tmp_path / schedule / "recipe.yaml")]) == 0
         rates[schedule] = [line["learning_rate"] / 1e-2 for line in metrics(tmp_path / schedule)]
     linear_warmup = [0, 0.2, 0.4, 0.6, 0.8, 1]
@@ -258,12 +258,12 @@ def test_an_adapter_is_trained_further(chat_model: Path, other_model: Path, tmp_
     adapter = f"{{continue_from: {tmp_path / 'bare' / 'out' / 'sft'}}}"
     code, _, err = tongwen("run", recipe_for(tmp_path / "rows", unseen, adapter))
     assert code == 4 and "1 token rows must be trained" in err and "merge it first" in err
-    for words, own in (
+    for settings, own in (
         ("rank: 8", "rank: 4"),
         ("targets: [q_proj]", "q_proj"),
         ("also_train: [lm_head]", "also_train: None"),
     ):
-        wrong = recipe_for(tmp_path / "wrong", chat_model, f"{{continue_from: {made}, {words}}}")
+        wrong = recipe_for(tmp_path / "wrong", chat_model, f"{{continue_from: {made}, {settings}}}")
         code, _, err = tongwen("run", wrong)
         assert code == 2 and "adapter.continue_from" in err and own in err and "remove these keys" in err
     assert not (tmp_path / "wrong" / "out" / "prepare").exists()
@@ -277,8 +277,8 @@ def test_an_adapter_is_trained_further(chat_model: Path, other_model: Path, tmp_
 
 
 def test_patience_ends_the_run_and_takes_the_best(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    words = ", stop_after: 200 steps, evaluate_every: 2, patience: 2, save_every: 3, keep_checkpoints: 1"
-    recipe = recipe_for(tmp_path, chat_model, "{rank: 4}", sft=words)
+    settings = ", stop_after: 200 steps, evaluate_every: 2, patience: 2, save_every: 3, keep_checkpoints: 1"
+    recipe = recipe_for(tmp_path, chat_model, "{rank: 4}", sft=settings)
     code, out, _ = tongwen("run", recipe, "sft.learning_rate=0.3")
     assert code == 0
     lines = [line for line in metrics(tmp_path) if "bits_per_byte" in line]
@@ -289,7 +289,7 @@ def test_patience_ends_the_run_and_takes_the_best(chat_model: Path, tmp_path: Pa
     assert f"the weights of step {best['step']}" in out
     kept = {path.name for path in (tmp_path / "out" / "sft" / "checkpoints").iterdir()}
     assert kept == {f"checkpoint-{best['step']}", f"checkpoint-{lines[-1]['step']}"}
-    again = recipe_for(tmp_path / "again", chat_model, "{rank: 4}", sft=words + ", learning_rate: 0.3")
+    again = recipe_for(tmp_path / "again", chat_model, "{rank: 4}", sft=settings + ", learning_rate: 0.3")
     again.write_text(again.read_text().replace("learning_rate: 1e-2, ", ""))
     assert os.WTERMSIG(in_a_child("run", again, before=die_at(best["step"] + 3))) == signal.SIGKILL
     (
@@ -304,22 +304,22 @@ def test_patience_ends_the_run_and_takes_the_best(chat_model: Path, tmp_path: Pa
 
 @pytest.mark.skipif(not cpu_has_bf16(), reason="the rate that makes it worse at once was found on a CPU with AMX")
 def test_a_run_that_gets_worse_ends_early_and_with_its_rank(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    """What was scored before training is the first to beat, and adalora's budget is spent, though its schedule is not done."""
-    words = ", stop_after: 200 steps, evaluate_every: 2, patience: 2, warmup: 0"
-    recipe = recipe_for(tmp_path, chat_model, "{method: adalora, rank: 1}", sft=words)
+    """The first score to beat is that before training, and adalora's budget is allocated though its schedule is not done."""
+    settings = ", stop_after: 200 steps, evaluate_every: 2, patience: 2, warmup: 0"
+    recipe = recipe_for(tmp_path, chat_model, "{method: adalora, rank: 1}", sft=settings)
     code, out, _ = tongwen("run", recipe, "sft.learning_rate=3")
     stage = tmp_path / "out" / "sft"
     assert code == 0 and [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4]
     assert sum(part.shape[0] for name, part in tensors(stage).items() if "lora_A" in name) == 14 * 1
     notices, html = json.loads((stage / "report.json").read_text())["notices"], (stage / "report.html").read_text()
-    for said, text in zip(
+    for expected, text in zip(
         ("no evaluation beat the one before training: ", "the 14 least important ranks"), notices, strict=True
     ):
-        assert said in text and said in html and out.count(said) == 1
+        assert expected in text and expected in html and out.count(expected) == 1
 
 
 def test_adalora_rests_in_a_phase_and_is_resumed_there(chat_model: Path, tmp_path: Path) -> None:
-    """peft's own file has cut the ranks by then."""
+    """peft's saved file already has the pruned ranks."""
     write_rows(tmp_path / "text.jsonl", [{"text": f"今天天气很好。第 {number} 天。" * 2} for number in range(24)])
     phases = "{train: lora+embeddings, stop_after: 6 steps}, {train: embeddings, stop_after: 3 steps}"
     made = []
@@ -340,31 +340,31 @@ def test_adalora_rests_in_a_phase_and_is_resumed_there(chat_model: Path, tmp_pat
 
 
 def test_a_phase_has_the_best_before_it_to_beat(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    """Half a run later the base is long beaten: the second phase must do better than the first did."""
+    """The second phase must beat the score at the end of the first, not that of the base."""
     text = [f"今天天气很好，我们去公园散步吧。第 {number} 天。" for number in range(24)]
     write_rows(tmp_path / "text.jsonl", [{"text": one} for one in text])
-    words = (
+    settings = (
         "max_length: 64, batch_size: 4, evaluate_every: 1, patience: 1, precision: fp32, warmup: 0, adapter: {rank: 4}"
     )
     phases = "{train: lora, stop_after: 2 steps, learning_rate: 1e-2}, {train: lora, stop_after: 9 steps, learning_rate: 0.3}"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"name: p\nbase: {chat_model}\nout: {tmp_path / 'out'}\nprepare: {{documents: {tmp_path / 'text.jsonl'}, held_out: 4}}\n"
-        f"pretrain: {{{words}, phases: [{phases}]}}\n"
+        f"pretrain: {{{settings}, phases: [{phases}]}}\n"
     )
     code, _, err = tongwen("run", recipe)
     assert code == 0, err
     lines = [json.loads(line) for line in (tmp_path / "out" / "pretrain" / "metrics.jsonl").read_text().splitlines()]
     scores = [line["bits_per_byte"] for line in lines]
     assert scores[1] < scores[0] and scores[2] > scores[1] and len(scores) == 3
-    (said,) = json.loads((tmp_path / "out" / "pretrain" / "report.json").read_text())["notices"]
-    assert f"{scores[1]:.4f}, at best {scores[2]:.4f} at step 3" in said
+    (notice,) = json.loads((tmp_path / "out" / "pretrain" / "report.json").read_text())["notices"]
+    assert f"{scores[1]:.4f}, at best {scores[2]:.4f} at step 3" in notice
 
 
 def test_noise_is_in_the_loss_and_not_in_the_scores(chat_model: Path, tmp_path: Path) -> None:
     found = {}
-    for name, words in (("quiet", ""), ("loud", ", neftune: 5")):
-        sft = f", stop_after: 2 steps, warmup: 1, evaluate_every: 1{words}"
+    for name, settings in (("quiet", ""), ("loud", ", neftune: 5")):
+        sft = f", stop_after: 2 steps, warmup: 1, evaluate_every: 1{settings}"
         assert main(["run", str(recipe_for(tmp_path / name, chat_model, "{rank: 4}", sft=sft))]) == 0
         found[name] = metrics(tmp_path / name)[0]
     assert found["quiet"]["learning_rate"] == found["loud"]["learning_rate"] == 0, "nothing has moved when it is scored"
@@ -389,9 +389,11 @@ def test_noise_is_scaled_by_the_document(chat_model: Path) -> None:
 
 
 def test_muon_refuses_what_is_no_hidden_matrix(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    for words in ("{method: full}", "{rank: 4, also_train: [embed_tokens]}"):
-        code, _, err = tongwen("run", recipe_for(tmp_path, chat_model, words, sft=", optimizer: muon"))
-        assert code == 2 and "muon" in err and "adamw" in err and ("also_train" not in words or "embed_tokens" in err)
+    for settings in ("{method: full}", "{rank: 4, also_train: [embed_tokens]}"):
+        code, _, err = tongwen("run", recipe_for(tmp_path, chat_model, settings, sft=", optimizer: muon"))
+        assert (
+            code == 2 and "muon" in err and "adamw" in err and ("also_train" not in settings or "embed_tokens" in err)
+        )
 
 
 def test_fused_experts_are_trained_by_name() -> None:
@@ -403,7 +405,7 @@ def test_fused_experts_are_trained_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "place", "said"),
+    ("settings", "place", "expected"),
     [
         ({"targets": ["proj"]}, "adapter.targets", "there is no module named 'proj'"),  # peft takes whole words
         ({"targets": ["self_attn"]}, "adapter.targets", "is a LlamaAttention"),
@@ -412,9 +414,11 @@ def test_fused_experts_are_trained_by_name() -> None:
         ({"targets": ["q_proj"], "also_train": ["q_proj"]}, "adapter", "peft cannot place"),
     ],
 )
-def test_what_peft_cannot_do_is_said(words: dict[str, Any], place: str, said: str, chat_model: Path) -> None:
-    with pytest.raises(ModelError, match=said) as caught:
-        adapt(load_model(ModelRef("t", str(chat_model)), torch.float32), AdapterConfig(rank=2, **words), [], steps=20)
+def test_what_peft_cannot_do_is_said(settings: dict[str, Any], place: str, expected: str, chat_model: Path) -> None:
+    with pytest.raises(ModelError, match=expected) as caught:
+        adapt(
+            load_model(ModelRef("t", str(chat_model)), torch.float32), AdapterConfig(rank=2, **settings), [], steps=20
+        )
     assert caught.value.place == place and "\n" not in caught.value.rule
 
 
@@ -458,8 +462,8 @@ def test_a_value_that_transformers_does_not_take_is_said(chat_model: Path, tmp_p
 def test_learned_prompts_of_other_tools_can_be_talked_to(kind: str, chat_model: Path, tmp_path: Path) -> None:
     from peft import PrefixTuningConfig, PromptEncoderConfig, get_peft_model
 
-    words = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
-    config = PrefixTuningConfig(**words) if kind == "prefix" else PromptEncoderConfig(**words, encoder_hidden_size=16)
+    kwargs = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    config = PrefixTuningConfig(**kwargs) if kind == "prefix" else PromptEncoderConfig(**kwargs, encoder_hidden_size=16)
     torch.manual_seed(1)
     model = get_peft_model(load_model(ModelRef("t", str(chat_model)), torch.float32), config)
     with torch.no_grad():
@@ -479,16 +483,16 @@ def test_learned_prompts_of_other_tools_can_be_talked_to(kind: str, chat_model: 
     assert led.chat([{"role": "user", "content": "你好"}], max_new_tokens=4)
 
 
-@pytest.mark.parametrize(("rate", "said"), [("1e-9", True), ("1e-2", False)])
+@pytest.mark.parametrize(("rate", "reported"), [("1e-9", True), ("1e-2", False)])
 def test_a_loss_that_does_not_fall_is_said(
-    rate: str, said: bool, chat_model: Path, tmp_path: Path, tongwen: Any
+    rate: str, reported: bool, chat_model: Path, tmp_path: Path, tongwen: Any
 ) -> None:
     code, out, _ = tongwen(
         "run", recipe_for(tmp_path, chat_model, "{rank: 4}", sft=", stop_after: 110 steps"), f"sft.learning_rate={rate}"
     )
-    assert code == 0 and (out.count("the loss has not fallen in 100 steps") == 1) is said
+    assert code == 0 and (out.count("the loss has not fallen in 100 steps") == 1) is reported
     notices = json.loads((tmp_path / "out" / "sft" / "report.json").read_text())["notices"]
-    assert [text for text in notices if text in out] == notices and len(notices) == said
+    assert [text for text in notices if text in out] == notices and len(notices) == reported
 
 
 def test_the_best_is_looked_at_before_it_is_taken(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:

@@ -1,4 +1,4 @@
-"""The laws of a run, through the real command: once, resumable to the bit, whatever the partition, lineage kept."""
+"""Laws of a run, through the real command: done once, resumable to the bit, independent of the partition, with lineage."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_an_interrupted_run_with_other_settings_is_refused_or_forked(
 
 
 def test_the_partition_of_a_batch_changes_nothing(chat_model: Path, tmp_path: Path) -> None:
-    """1 x 8 = 8 x 1 = packed: the micro-batches of a step are a matter of memory, not of result."""
+    """1 x 8 = 8 x 1 = packed: the micro-batches of a step affect memory, not the result."""
     found = []
     for budget in (16, 100, 4096):
         folder = tmp_path / str(budget)
@@ -227,7 +227,7 @@ def test_scoring_on_the_way_is_logged_and_disturbs_nothing(chat_model: Path, tmp
 
 
 def test_trainer_passes_other_arguments_through(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    """Also those for which we have a default of our own."""
+    """Including settings for which tongwen has its own default."""
     recipe = write_recipe(
         tmp_path, chat_model, sft=", stop_after: 2 steps, trainer: {log_level: warning, adam_beta2: 0.5}", merge=False
     )
@@ -295,20 +295,20 @@ def test_a_base_whose_control_tokens_were_never_trained(chat_model: Path, tmp_pa
 def test_python_entry_and_generate_agree(finished: Path, tongwen: Any, tmp_path: Path) -> None:
     import tongwen as package
 
-    speaker = package.open(str(finished / "out" / "merge"))
+    opened = package.open(str(finished / "out" / "merge"))
     question = [{"role": "user", "content": "问题3：你好吗？"}]
-    answer = speaker.chat(question, max_new_tokens=24)
-    assert answer and "".join(speaker.stream(question, max_new_tokens=24)) == answer
+    answer = opened.chat(question, max_new_tokens=24)
+    assert answer and "".join(opened.stream(question, max_new_tokens=24)) == answer
     assert (
-        speaker.generate(["问题3：你好吗？", "问", "一个更长的问题，为了填充"], batch_size=3, max_new_tokens=24)[0]
+        opened.generate(["问题3：你好吗？", "问", "一个更长的问题，为了填充"], batch_size=3, max_new_tokens=24)[0]
         == answer
     )
-    sampled = [speaker.chat(question, max_new_tokens=24, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    sampled = [opened.chat(question, max_new_tokens=24, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
     with pytest.raises(ModelError, match=r"temprature[\s\S]*temperature"):
-        speaker.chat(question, temprature=1.0)
+        opened.chat(question, temprature=1.0)
     with pytest.raises(ModelError, match="the model sees 512"):
-        speaker.chat([{"role": "user", "content": "长" * 3000}])
+        opened.chat([{"role": "user", "content": "长" * 3000}])
     adapted = package.open(str(finished / "out" / "sft"))
     assert adapted.chat(question, max_new_tokens=24) == answer, "live adapter and merged model say the same"
     prompts = tmp_path / "prompts.txt"
@@ -329,8 +329,8 @@ def test_python_entry_and_generate_agree(finished: Path, tongwen: Any, tmp_path:
 
 
 def test_the_whole_river_on_a_grown_vocabulary(tongwen: Any, chat_model: Path, tmp_path: Path) -> None:
-    """Every stage stands on the one before; old rows stay to the bit until a phase trains them all, new rows move, and the
-    file for llama.cpp has the grown vocabulary."""
+    """Every stage uses the previous one. Old rows stay bit-identical until a phase trains all rows, new rows change, and the
+    GGUF file has the grown vocabulary."""
     text = ["机器学习使用数据训练模型，模型从数据中学习规律。", "我们用中文语料继续训练模型，让模型更懂中文。"] * 30
     english = ["The quick brown fox jumps over the lazy dog. Hello world, how are you today?"] * 20
     (tmp_path / "zh.txt").write_text("\n".join(f"{one}{place}" for place, one in enumerate(text)), encoding="utf-8")
@@ -373,8 +373,8 @@ export: {{formats: [gguf], quantize: f32}}
 
     (file,) = (out / "export" / "gguf").glob("*.gguf")
     assert len(GGUFReader(str(file)).fields["tokenizer.ggml.tokens"].data) == merged[name].shape[0]
-    code, said, err = tongwen("run", recipe)
-    assert code == 0 and said.count("already done") == 6, (said, err)
+    code, out_text, err = tongwen("run", recipe)
+    assert code == 0 and out_text.count("already done") == 6, (out_text, err)
     assert tongwen("verify", out / "vocab")[0] == tongwen("verify", out / "merge")[0] == 0
 
 
@@ -392,13 +392,13 @@ def test_data_that_has_changed_is_not_already_done(chat_model: Path, tmp_path: P
     lines = data.read_text().splitlines(keepends=True)
     os.utime(data)
     assert tongwen("run", recipe)[0] == 0, "a new time alone is no new file"
-    for text, said in (
+    for text, expected in (
         ("".join(lines[1:]), "bytes → "),
         ("".join([*lines[1:], lines[0]]), "sha256 "),
     ):
         data.write_text(text)
         code, _, err = tongwen("run", recipe)
-        assert code == 2 and "data.jsonl" in err and said.split(" →")[0] in err and "--again" in err
+        assert code == 2 and "data.jsonl" in err and expected.split(" →")[0] in err and "--again" in err
     assert tongwen("run", recipe, "--again")[0] == 0
     assert {folder.name for folder in (tmp_path / "out").iterdir()} >= {"prepare.old-1", "sft.old-1", "sft"}
     data.unlink()
@@ -407,7 +407,7 @@ def test_data_that_has_changed_is_not_already_done(chat_model: Path, tmp_path: P
 
 
 def test_qlora_does_not_stand_on_an_adapter(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
-    """Said before a pre-training is paid for."""
+    """Reported before the pre-training starts."""
     recipe = write_recipe(tmp_path, chat_model, extra="pretrain: {train: lora}\n", merge=False)
     recipe.write_text(recipe.read_text().replace("prepare: {", f"prepare: {{documents: {tmp_path / 'data.jsonl'}, "))
     code, _, err = tongwen("check", recipe, "sft.adapter.method=qlora")

@@ -1,4 +1,4 @@
-"""Laws of what makes a step faster or smaller: it changes no number, and what is tried before the run leaves no trace."""
+"""Laws of optimizations: they change no number, and trials before the run leave no trace."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def batch_of(count: int) -> dict[str, Any]:
 
 
 def gradient(model: Any, batch: dict[str, Any]) -> tuple[float, torch.Tensor]:
-    """(loss, whole gradient) of a step's only micro-batch."""
+    """Return (loss, whole gradient) of a step's only micro-batch."""
     model.zero_grad()
     total, _ = learned_loss(model, batch)
     total.backward()
@@ -62,18 +62,18 @@ def test_without_a_compiler_the_cure_is_named(chat_model: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
 def test_a_compiled_run_is_the_run(checkpointing: str, chat_model: Path, tmp_path: Path) -> None:
-    """From the recipe to the saved adapter, with the graphs that inductor would be given."""
+    """Run from the recipe to the saved adapter, with the graphs that inductor would get."""
 
     def trace_only() -> None:
         original = torch.nn.Module.compile
-        torch.nn.Module.compile = lambda self, **words: original(self, backend="eager", **words)  # type: ignore[method-assign]
+        torch.nn.Module.compile = lambda self, **kwargs: original(self, backend="eager", **kwargs)  # type: ignore[method-assign]
 
     losses = []
-    for word in ("false", "true"):
-        sft = f", stop_after: 3 steps, compile: {word}, activation_checkpointing: {checkpointing}"
-        recipe = write_recipe(tmp_path / word, chat_model, sft=sft, merge=False)
+    for value in ("false", "true"):
+        sft = f", stop_after: 3 steps, compile: {value}, activation_checkpointing: {checkpointing}"
+        recipe = write_recipe(tmp_path / value, chat_model, sft=sft, merge=False)
         assert in_a_child("run", recipe, before=trace_only) == 0
-        lines = (tmp_path / word / "out" / "sft" / "metrics.jsonl").read_text().splitlines()
+        lines = (tmp_path / value / "out" / "sft" / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
@@ -109,8 +109,8 @@ def test_what_does_not_fit_is_no_error(chat_model: Path) -> None:
     # What is held in reserve is really held.
     assert not fits(model, batch_of(3), learned_loss, nullcontext(), passes=1, reserve=2**60)
 
-    def fail(said: str) -> Any:
-        return lambda model, batch: (_ for _ in ()).throw(RuntimeError(said))
+    def fail(message: str) -> Any:
+        return lambda model, batch: (_ for _ in ()).throw(RuntimeError(message))
 
     full = fail("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")
     assert not fits(model, batch_of(3), full, nullcontext(), passes=1, reserve=0)
@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_no_error(chat_model: Path) -> None:
 def test_processes_that_share_weights_answer_alike(
     engine: str, chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing that differs among them is asked: not what is free, not how the model was cut up."""
+    """The answer must not depend on values that differ between processes: free memory, or their shard of the model."""
     model = packed_model(chat_model)
     prepared, config = SimpleNamespace(model=model, device="cuda", dtype=torch.bfloat16), Sft(engine=engine)
     size = sum(part.numel() * part.element_size() for part in model.parameters())
@@ -137,7 +137,7 @@ def test_processes_that_share_weights_answer_alike(
 
 
 def test_any_accelerator_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """npu and xpu have cuda's words; mps has no peak, and its memory is the machine's."""
+    """npu and xpu have cuda's functions; mps reports no peak, and uses the memory of the machine."""
     npu = SimpleNamespace(mem_get_info=lambda: (1, 64), max_memory_allocated=lambda: 17)
     monkeypatch.setattr(torch, "get_device_module", lambda device: npu if "npu" in str(device) else SimpleNamespace())
     assert device_memory("npu") == 64 and device_memory("mps") == device_memory("cpu") == 0
@@ -150,30 +150,30 @@ def test_any_accelerator_is_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("word", "fitting", "recomputed"),
+    ("setting", "fitting", "recomputed"),
     [("on", True, True), ("off", False, False), ("auto", True, False), ("auto", False, True)],
 )
 def test_activations_are_recomputed_where_a_gpu_has_no_room(
-    word: str, fitting: bool, recomputed: bool, chat_model: Path, monkeypatch: pytest.MonkeyPatch
+    setting: str, fitting: bool, recomputed: bool, chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, store, tried = packed_model(chat_model), random_store(6), list[dict[str, Any]]()
     recompute(model)  # as a phase before has left it
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (900, 1000))
 
-    def look(model: Any, batch: dict[str, Any], *rest: Any, **words: Any) -> bool:
-        tried.append({"tokens": batch["tokens"], **words})
+    def look(model: Any, batch: dict[str, Any], *rest: Any, **kwargs: Any) -> bool:
+        tried.append({"tokens": batch["tokens"], **kwargs})
         return fitting
 
-    told = list[str]()
+    notices = list[str]()
     monkeypatch.setattr(training_model, "fits", look)
-    monkeypatch.setattr(training_model.console, "notice", told.append)
-    config = SimpleNamespace(activation_checkpointing=word, sharded_by="", optimizer="adamw_8bit")
+    monkeypatch.setattr(training_model.console, "notice", notices.append)
+    config = SimpleNamespace(activation_checkpointing=setting, sharded_by="", optimizer="adamw_8bit")
     plan = SimpleNamespace(flat=lambda: [(0,), (1, 2, 3), ()], accumulate=3)
     prepared = SimpleNamespace(model=model, device="cuda", packed=True, computing=nullcontext)
     training_model._set_checkpointing(prepared, SimpleNamespace(config=config, plan=plan), store)  # type: ignore[arg-type]
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     assert bool(layers) == recomputed
-    assert bool(told) == (word == "auto" and not fitting)
-    if word == "auto":
+    assert bool(notices) == (setting == "auto" and not fitting)
+    if setting == "auto":
         size = sum(part.numel() for part in model.parameters())
         assert tried == [{"tokens": int(store.lengths[[1, 2, 3]].sum()), "passes": 2, "reserve": 2 * size + 30}]

@@ -1,4 +1,4 @@
-"""Laws of a step: no token is lost, nothing leaks, the loss is the reference's, what cannot learn is refused."""
+"""Laws of a step: no token is lost, nothing leaks, the loss equals the reference, untrainable setups are refused."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_dealing_is_balanced() -> None:
 
 
 def reference(model: Any, store: TokenStore) -> tuple[float, int]:
-    """Sum of nats over learned tokens, one sample at a time, with the model's ordinary attention and whole head."""
+    """Return the nats summed over learned tokens, one sample at a time, with standard attention and the full head."""
     total, count = 0.0, 0
     for index in range(len(store)):
         ids, learn = store.sample(index)
@@ -247,7 +247,7 @@ def flash(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """What torch says of `varlen_attn`, written out."""
+    """Reference implementation of torch's documented `varlen_attn`."""
     assert max_q == max_k == int(cu_seq_q.diff().max()) and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     before, after = (reach if reach >= 0 else max_q for reach in window_size)
     keys, values = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
@@ -260,14 +260,14 @@ def flash(
 
 @pytest.mark.parametrize("window", [None, 1, 3, 99])
 def test_all_documents_at_once_are_each_document_alone(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of a GPU with the one of a CPU: outputs and gradients, with grouped heads, scale and window."""
+    """Compare the GPU path with the CPU path: outputs and gradients, with grouped heads, scale and window."""
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(1, heads, 12, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
-    words: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "max_length_q": 7}
+    kwargs: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "max_length_q": 7}
     borders = torch.tensor([0, 5, 12], dtype=torch.int32)
 
     def both() -> list[torch.Tensor]:
-        out, _ = packed_attention.documents_attention(None, *parts, None, cu_seq_lens_q=borders, **words)  # type: ignore[arg-type]
+        out, _ = packed_attention.documents_attention(None, *parts, None, cu_seq_lens_q=borders, **kwargs)  # type: ignore[arg-type]
         return [out, *torch.autograd.grad(out.square().sum(), parts)]
 
     alone = both()
@@ -279,7 +279,7 @@ def test_all_documents_at_once_are_each_document_alone(window: int | None, monke
 
 
 def test_torchs_own_function_takes_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On tensors without values, forward and back: its words and its shapes, in the number type of autocast."""
+    """Check arguments and shapes on fake tensors, forward and backward, in autocast's number type."""
     monkeypatch.setattr(
         packed_attention, "_suits_flash", lambda query, value, computed_in: computed_in == torch.bfloat16
     )
@@ -287,8 +287,8 @@ def test_torchs_own_function_takes_the_call(monkeypatch: pytest.MonkeyPatch) -> 
     borders = torch.empty(3, dtype=torch.int32, device="meta")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "meta")
-    words: dict[str, Any] = {"cu_seq_lens_q": borders, "max_length_q": 7, "sliding_window": 3}
-    out, _ = packed_attention.documents_attention(None, *parts, None, **words)  # type: ignore[arg-type]
+    kwargs: dict[str, Any] = {"cu_seq_lens_q": borders, "max_length_q": 7, "sliding_window": 3}
+    out, _ = packed_attention.documents_attention(None, *parts, None, **kwargs)  # type: ignore[arg-type]
     assert out.shape == (1, 12, 4, 8) and out.dtype == torch.bfloat16
     out.sum().backward()
     assert [part.grad.shape for part in parts if part.grad is not None] == [part.shape for part in parts]
@@ -427,7 +427,7 @@ LORA = AdapterConfig(rank=4)
 
 
 def fused(model: Any, choice: AdapterConfig) -> Any:
-    """The adapted model with its fast forms, as one process on a CPU trains it."""
+    """Return the adapted model with fused layers, as one process trains it on a CPU."""
     adapted = adapt(model, choice, []).model
     fuse_blocks(adapted)
     return adapted
@@ -483,7 +483,7 @@ def test_the_gradients_of_the_fast_blocks_are_those_of_finite_differences(small:
     first, last = FusedProjections(parts[:2]), FusedProjections(parts[2:])
 
     def taken(x: torch.Tensor, *moved: torch.Tensor) -> tuple[float, ...]:
-        """What finite differences have moved is taken anew."""
+        """Pass the adapters that finite differences have changed to the fused projections."""
         pairs = zip(moved[::2], moved[1::2], strict=True)
         now = [(weight, *pair, scale) for (weight, *_, scale), pair in zip(parts, pairs, strict=False)]
         first.take(now[:2])
@@ -551,7 +551,7 @@ def test_blocks_that_compute_something_else_stay_as_they_are(tmp_path: Path) -> 
 
 
 def test_in_bf16_the_fast_forms_are_no_further_from_fp32_than_the_slow_ones(folder: Path) -> None:
-    """Weights in bf16 and an adapter in fp32 under autocast, as a run on a CPU with bf16 has them."""
+    """bf16 weights and an fp32 adapter under autocast, as in a CPU run with bf16."""
     model = fused(packed_model(folder).to(torch.bfloat16), AdapterConfig(rank=4))
     with torch.no_grad():
         for name, part in model.named_parameters():
@@ -583,7 +583,7 @@ def test_in_bf16_the_fast_forms_are_no_further_from_fp32_than_the_slow_ones(fold
 
 
 def operations(model: Any, batch: dict[str, Any]) -> set[str]:
-    """Names of the operations that the gradient of a micro-batch goes back through."""
+    """Return the names of the operations in the backward graph of a micro-batch."""
     total, _ = learned_loss(model, batch)
     names, open_ = set[str](), [total.grad_fn]
     seen = set(open_)

@@ -1,7 +1,7 @@
-"""What version 0.1 left on a disk is opened and gone on with: no renaming and no moving may cost anybody a run.
+"""Files of version 0.1 can be opened and continued: no renaming or moving in the code may cost a user a run.
 
-tests/data/v0.1 was made by its make.py and is never made anew. All goes through the command line, by relative paths, in a
-copy of that folder.
+make.py in tests/data/v0.1 made that folder once; it is never regenerated. The tests use the command line, with relative paths,
+in a copy of the folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RUNS = {"sft": ("sft", 10), "pretrain": ("pretrain", 12), "phases": ("pretrain",
 
 
 def load_make() -> Any:
-    """The script, for its servers."""
+    """Load the script, for its servers."""
     spec = importlib.util.spec_from_file_location("v01_make", DATA / "make.py")
     assert spec and spec.loader
     module = sys.modules["v01_make"] = importlib.util.module_from_spec(spec)
@@ -43,7 +43,7 @@ make = load_make()
 
 @pytest.fixture()
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder: a copy of all that version 0.1 left, with the times that its files had."""
+    """The working folder: a copy of all files of version 0.1 with their times."""
     folder = tmp_path / "elsewhere"
     shutil.copytree(DATA, folder, ignore=shutil.ignore_patterns("make.py", "__pycache__"))
     for file in folder.rglob("*"):
@@ -67,7 +67,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def is_of_this_version(folder: Path) -> bool:
-    """Whether caches that name their version still count."""
+    """Return whether caches that record a version are still valid."""
     return read(next(folder.glob("*/manifest.json")))["tongwen"] == package.__version__
 
 
@@ -76,7 +76,7 @@ def is_of_this_version(folder: Path) -> bool:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(name: str, place: Path, tongwen: Any) -> None:
-    """`phases` was stopped in its second one, and stands on a vocabulary stage."""
+    """`phases` was stopped in its second phase, and its base is a vocabulary stage."""
     stage, steps = RUNS[name]
     expected = place / ("finished/sft" if name == "sft" else f"expected/{name}")
     left = place / name / f"{stage}.partial"
@@ -100,9 +100,9 @@ def test_a_run_that_was_stopped_ends_as_the_one_that_was_not(name: str, place: P
     assert len(found) == len(wanted) == steps
     for one, other in zip(found, wanted, strict=True):
         assert one.keys() == other.keys()
-        for word in one.keys() - TIMES:
-            exact = isinstance(other[word], int) or word in ("epoch", "learning_rate")
-            assert one[word] == (other[word] if exact else pytest.approx(other[word], rel=1e-5)), (one["step"], word)
+        for key in one.keys() - TIMES:
+            exact = isinstance(other[key], int) or key in ("epoch", "learning_rate")
+            assert one[key] == (other[key] if exact else pytest.approx(other[key], rel=1e-5)), (one["step"], key)
     wanted, found = tensors(expected), tensors(made)
     assert found.keys() == wanted.keys()
     for key in wanted:
@@ -197,7 +197,7 @@ def test_a_conversation_is_saved_as_it_was(place: Path, tongwen: Any, monkeypatc
 
 
 def test_the_page_opens_what_the_browser_has_kept(place: Path) -> None:
-    """It lies in the browser under a name and a secret, which may not change either."""
+    """The browser stores the chat under a name and a secret, which must not change either."""
     pytest.importorskip("gradio")
     import httpx
 
@@ -237,8 +237,8 @@ def test_the_page_opens_what_the_browser_has_kept(place: Path) -> None:
 @pytest.mark.parametrize("model", ["finished/sft", "finished/merge"])
 def test_the_library_opens_it(model: str, place: Path) -> None:
     kept = read(place / "chat.json")["messages"]
-    speaker = package.open(model)
-    assert speaker.chat(kept[:1], max_new_tokens=8) == kept[1]["content"]
+    opened_model = package.open(model)
+    assert opened_model.chat(kept[:1], max_new_tokens=8) == kept[1]["content"]
 
 
 # -- what was killed on its way ------------------------------------------------------------------------------------
@@ -269,15 +269,15 @@ def test_answers_that_are_there_are_not_asked_again(place: Path, tongwen: Any) -
     journal = place / "answers.jsonl.answers"
     head, *kept = journal.read_text(encoding="utf-8").splitlines()
     done = [json.loads(line) for line in kept if line.endswith("]")]
-    first, said = done[0]
+    first, text = done[0]
     marked = [json.dumps([first, "kept"]), *kept[1:]]
     journal.write_text("\n".join([head, *marked]) + "\n", encoding="utf-8")
-    words = ["--prompts", "prompts.jsonl", "--max-new-tokens", 40, "--batch-size", 1, "--out", "answers.jsonl"]
-    code, out, err = tongwen("generate", "--model", "base", "--template", "chatml", *words)
+    arguments = ["--prompts", "prompts.jsonl", "--max-new-tokens", 40, "--batch-size", 1, "--out", "answers.jsonl"]
+    code, out, err = tongwen("generate", "--model", "base", "--template", "chatml", *arguments)
     assert code == 0, err
     assert f"{len(done)} answers already exist" in out and 0 < len(done) < 12
     found, wanted = rows(place / "answers.jsonl"), rows(place / "expected" / "answers.jsonl")
-    assert found[first].pop("answer") == "kept" and wanted[first].pop("answer") == said
+    assert found[first].pop("answer") == "kept" and wanted[first].pop("answer") == text
     assert found == wanted and not journal.exists()
 
 
@@ -286,7 +286,7 @@ def test_an_examination_goes_on(place: Path, tongwen: Any) -> None:
     head, *kept = journal.read_text(encoding="utf-8").splitlines()
     first = json.loads(kept[0])[0]
     journal.write_text("\n".join([head, json.dumps([first, "kept"]), *kept[1:]]) + "\n", encoding="utf-8")
-    words = [
+    arguments = [
         "--task",
         "exact_match",
         "--limit",
@@ -298,7 +298,7 @@ def test_an_examination_goes_on(place: Path, tongwen: Any) -> None:
         "--batch-size",
         1,
     ]
-    code, _, err = tongwen("evaluate", "--model", "base", "--template", "chatml", *words, "--out", "scores")
+    code, _, err = tongwen("evaluate", "--model", "base", "--template", "chatml", *arguments, "--out", "scores")
     assert code == 0, err
     answers = [row for file in (place / "scores").glob("*.jsonl") for row in rows(file)]
     assert sum("kept" in row.values() for row in answers) == 1

@@ -116,13 +116,13 @@ def test_deepspeed_files_of_older_projects_load_as_they_are(tmp_path: Path, monk
         and sft.trainer == {"adam_beta1": 0.9, "adam_beta2": 0.999}
     )
     assert "schedule: warmup_lr" in notices and "fp16" in notices
-    made = parallel.choose(sft)
+    made = parallel.choose_engine(sft)
     config = made.arguments["deepspeed"]
     assert made.name == "zero2" and config["zero_optimization"]["allgather_bucket_size"] == 5e8
     assert config["steps_per_print"] == 5 and config["gradient_clipping"] == "auto"
     assert not {"optimizer", "scheduler", "fp16"} & set(config), "the recipe has them"
     sft, notices = read(recipe(tmp_path, NO_OFFLOAD))
-    assert parallel.choose(sft).name == "zero2" and not notices
+    assert parallel.choose_engine(sft).name == "zero2" and not notices
     sft, _ = read(recipe(tmp_path, {**NO_OFFLOAD, "gradient_clipping": 0.5, "bf16": {"enabled": True}}))
     assert sft.max_grad_norm == 0.5 and sft.precision == "bf16"
 
@@ -150,7 +150,7 @@ def test_an_fsdp_file_of_the_first_version_is_read_as_the_second(
     sft, notices = read(recipe(tmp_path, FSDP1))
     assert sft.offload and sft.precision == "bf16"
     assert "backward_prefetch" in notices and "state_dict_type" in notices
-    assert parallel.choose(sft).arguments["fsdp_config"] == {
+    assert parallel.choose_engine(sft).arguments["fsdp_config"] == {
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "reshard_after_forward": False,
@@ -280,7 +280,7 @@ def test_other_spellings_are_read_as_what_they_mean(
         sft = read(recipe(folder, one))[0]
         made.append(
             (
-                parallel.choose(sft).arguments,
+                parallel.choose_engine(sft).arguments,
                 parallel.sharing_of(sft, 2),
                 sft.max_grad_norm,
                 sft.precision,
@@ -297,7 +297,7 @@ def test_a_layer_that_the_model_has_not_is_refused_by_name(
 
     launched(monkeypatch)
     names = "fsdp_transformer_layer_cls_to_wrap: 'LlamaDecoderLayer, GPTNeoXLayer'"
-    chosen = parallel.choose(read(recipe(tmp_path, fsdp(names)))[0])
+    chosen = parallel.choose_engine(read(recipe(tmp_path, fsdp(names)))[0])
     with pytest.raises(TongwenError) as refused:
         chosen.shard(AutoModelForCausalLM.from_pretrained(chat_model), torch.float32)
     assert refused.value.exit_code == 2 and "no layer 'GPTNeoXLayer'" in (text := refused.value.text())
@@ -308,10 +308,10 @@ def test_a_layer_that_the_model_has_not_is_refused_by_name(
 def test_what_deepspeed_does_not_know_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(TongwenError, match=r"engine.json · zero_optimization.wonder: 1: Extra inputs") as refused:
-        parallel.choose(read(recipe(tmp_path, zero(wonder=1)))[0])
+        parallel.choose_engine(read(recipe(tmp_path, zero(wonder=1)))[0])
     assert refused.value.exit_code == 2
     by_itself = read(recipe(tmp_path, zero(reduce_bucket_size="auto")))[0]
-    assert parallel.choose(by_itself).name == "zero2" and parallel.sharing_of(by_itself, 2).bucket == 0
+    assert parallel.choose_engine(by_itself).name == "zero2" and parallel.sharing_of(by_itself, 2).bucket == 0
 
 
 @pytest.fixture()
@@ -335,7 +335,12 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
             "devices: 2: the launcher has started 4 processes\n  → tongwen run RECIPE devices=4",
         ),
         (None, ("--devices", "0"), 2, "devices: 0 must be greater than or equal to 1"),
-        (None, ("--devices", "3"), 5, "devices: 3: this machine has 2 visible GPUs; each process needs one\n  → --devices 2"),
+        (
+            None,
+            ("--devices", "3"),
+            5,
+            "devices: 3: this machine has 2 visible GPUs; each process needs one\n  → --devices 2",
+        ),
     ],
 )
 @pytest.mark.usefixtures("alone")
@@ -437,7 +442,7 @@ def test_other_settings_from_outside_are_refused(tmp_path: Path, monkeypatch: py
     launched(monkeypatch)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(TongwenError, match="ACCELERATE_USE_FSDP"):
-        parallel.choose(read(recipe(tmp_path, "auto"))[0])
+        parallel.choose_engine(read(recipe(tmp_path, "auto"))[0])
 
 
 def test_a_checkpoint_of_another_engine_or_of_more_processes_is_refused(

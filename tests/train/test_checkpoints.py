@@ -1,4 +1,4 @@
-"""A checkpoint is committed whole or is not there, is looked at before a run continues from it, and never the only one."""
+"""Checkpoints: committed atomically, verified before a run continues, and older ones as a fallback."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 
 from tongwen.core import artifact
 from tongwen.core.errors import ArtifactError, MachineError
-from tongwen.train.checkpoints import MANIFEST, STAGING, check_space, commit, damage, newest_checkpoint, stage
+from tongwen.train.checkpoints import MANIFEST, STAGING, check_space, commit, damage, newest_checkpoint, prepare_staging
 
 TOLD = {"run": "a1", "settings": {"sft": {"rank": 4}}, "identity": {"base": "00ff"}}
 
 
 def make(folder: Path, step: int, keep: int = 2, best: int | None = None, run: str = "a1") -> Path:
-    stage(folder)
+    prepare_staging(folder)
     staged = folder / STAGING / f"checkpoint-{step}"
     (staged / "ranks").mkdir(parents=True)
     (staged / "optimizer.pt").write_bytes(bytes([step]) * 100)
@@ -41,8 +41,8 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path: Path, caps
     file = newest / "ranks" / "0.bin"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     assert newest_checkpoint([tmp_path]) == tmp_path / "checkpoint-2"
-    said = capsys.readouterr().out
-    assert "checkpoint-4 is damaged (ranks/0.bin has changed)" in said and "2 steps are lost" in said
+    out = capsys.readouterr().out
+    assert "checkpoint-4 is damaged (ranks/0.bin has changed)" in out and "2 steps are lost" in out
     assert names(tmp_path) == ["checkpoint-2", "damaged-checkpoint-4"]
     (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
     for _ in range(2):
@@ -70,11 +70,11 @@ def test_every_damage_has_its_name(what: str, tmp_path: Path, monkeypatch: pytes
         "unreadable": lambda: refuse_to_read(monkeypatch),
         "renamed": lambda: (shutil.rmtree(newest), make(tmp_path, 5).rename(newest)),
     }
-    words = {"delete": "missing", "empty": "0 bytes", "cut": "50 bytes", "no manifest": MANIFEST, "other run": "b2"}
-    words |= {"unreadable": "cannot be read: Input/output error", "renamed": "step 5, renamed"}
+    expected = {"delete": "missing", "empty": "0 bytes", "cut": "50 bytes", "no manifest": MANIFEST, "other run": "b2"}
+    expected |= {"unreadable": "cannot be read: Input/output error", "renamed": "step 5, renamed"}
     assert damage(newest, {"a1"}) is None
     damages[what]()
-    assert words.get(what, "optimizer.pt has changed") in str(damage(newest, {"a1"}))
+    assert expected.get(what, "optimizer.pt has changed") in str(damage(newest, {"a1"}))
 
 
 def refuse_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,13 +95,13 @@ def test_where_a_phase_has_nothing_whole_the_one_before_goes_on(
     make(first.parent, 6)
     (second / "optimizer.pt").unlink()
     assert newest_checkpoint(folders) == first
-    said = capsys.readouterr().out
-    assert "checkpoint-3 is damaged (optimizer.pt is missing)" in said and "from where phase-1 ended" in said
+    out = capsys.readouterr().out
+    assert "checkpoint-3 is damaged (optimizer.pt is missing)" in out and "from where phase-1 ended" in out
     assert names(second.parent) == ["damaged-checkpoint-3"]
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    """Also in the manifest, which seals itself."""
+    """Also in the manifest, which contains its own hash."""
     newest, chance = make(tmp_path, 3), random.Random(0)
     files = [newest / MANIFEST, newest / "optimizer.pt"]
     for _ in range(200):
@@ -115,7 +115,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
 
 
 def test_bytes_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Order of the protocol: every file and folder, the manifest, the rename, the folder above."""
+    """The order of syncs: every file and folder, the manifest, the rename, the parent folder."""
     done: list[str] = []
     sync, rename = os.fsync, Path.rename
 

@@ -1,4 +1,4 @@
-"""No step is taken on a number that is none, no such number is saved, and who asks a run to stop gets a checkpoint."""
+"""No step is taken on a NaN, no NaN is saved, and a stop signal leads to a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,16 +32,21 @@ from tongwen.train.trainer import PlannedTrainer
 SFT = ", save_every: 2, stop_after: 6 steps, micro_batch_tokens: 64"
 
 
-def guard(ranks: list[list[float]], **words: Any) -> NanGuard:
-    """A guard over two processes with two micro-batches each; `ranks` is what they tell each other."""
+def guard(ranks: list[list[float]], **kwargs: Any) -> NanGuard:
+    """Return a guard for two processes with two micro-batches each; `ranks` are the rows that they exchange."""
     plan = BatchPlan(((0, 1, 2, 3),) * 99, (((0,), (1,), (2,), (3,)),) * 99, 2, 2, 8, 99)
-    told = {"wants_out": bool, "last": lambda: "the last checkpoint is c-4", "before_steps": 10, "vocabulary": 500}
-    return NanGuard(plan, lambda sample: f"f.jsonl:{sample}", lambda row: torch.tensor(ranks), **told | words)
+    defaults = {
+        "stop_requested": bool,
+        "last_checkpoint": lambda: "the last checkpoint is c-4",
+        "before_steps": 10,
+        "vocabulary": 500,
+    }
+    return NanGuard(plan, lambda sample: f"f.jsonl:{sample}", lambda row: torch.tensor(ranks), **defaults | kwargs)
 
 
 def look(one: NanGuard, index: int = 0, scaled: bool = False) -> None:
     one.note(torch.tensor(1.0), 1)
-    one.look(index, 1.0, torch.nn.Linear(1, 1), scaled=scaled)
+    one.check(index, 1.0, torch.nn.Linear(1, 1), scaled=scaled)
 
 
 def test_all_processes_stop_for_one_and_name_its_rows() -> None:
@@ -58,7 +63,7 @@ def test_all_processes_stop_for_one_and_name_its_rows() -> None:
 def test_they_leave_together_when_one_is_asked_to() -> None:
     one = guard([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     look(one)
-    assert one.leaving
+    assert one.stopping
 
 
 def test_a_loss_above_guessing_stops_after_a_while() -> None:
@@ -89,7 +94,7 @@ def test_overflows_of_fp16_are_counted_and_end_the_run_when_nothing_else_happens
 
 
 def patched(monkeypatch: pytest.MonkeyPatch, name: str, before: Any) -> None:
-    """`before` runs first in that method of the trainer."""
+    """Run `before` at the start of that method of the trainer."""
     original = getattr(PlannedTrainer, name)
 
     def method(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -157,7 +162,7 @@ def test_a_nan_among_the_weights_is_named(chat_model: Path, tmp_path: Path, tong
 
 @pytest.mark.parametrize("step", [3, 6])
 def test_a_signal_saves_and_the_same_command_ends_the_same(step: int, chat_model: Path, tmp_path: Path) -> None:
-    """Also one that comes after the last step: the next stage does not begin."""
+    """Also a signal after the last step: the next stage does not begin."""
     recipes = [write_recipe(tmp_path / name, chat_model, sft=SFT, merge=False) for name in ("whole", "asked")]
     assert in_a_child("run", recipes[0]) == 0
 
@@ -195,27 +200,27 @@ def test_time_runs_out(chat_model: Path, tmp_path: Path, tongwen: Any) -> None:
 def test_a_deadline_leaves_room_for_a_step_and_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(time, "time", lambda: now)
-    halt = ShutdownRequest(1300.0)
+    shutdown = ShutdownRequest(1300.0)
     now += 10
-    assert not halt.wanted(), "twice the step of 10 seconds and a save of 30 at most would fit"
-    assert not halt.is_short and ShutdownRequest(1059.0).is_short and not ShutdownRequest(None).is_short
-    halt.saved(5.0)
+    assert not shutdown.should_stop(), "twice the step of 10 seconds and a save of 30 at most would fit"
+    assert not shutdown.is_short and ShutdownRequest(1059.0).is_short and not ShutdownRequest(None).is_short
+    shutdown.on_save(5.0)
     now += 69
-    assert not halt.wanted()
+    assert not shutdown.should_stop()
     now += 80
-    assert halt.wanted(), "twice 80 and 5 would not"
+    assert shutdown.should_stop(), "twice 80 and 5 would not"
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1005")
-    assert ShutdownRequest(None).wanted()
+    assert ShutdownRequest(None).should_stop()
 
 
 def test_fp16_leaves_out_what_overflows(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a GPU does, on a CPU, which accelerate would let train in fp32 without a word."""
+    """Simulate a GPU on a CPU, where accelerate would silently train in fp32."""
     recipe = write_recipe(tmp_path, chat_model, sft=SFT.replace("64", "4096"), merge=False)
     code, _, err = tongwen("run", recipe, "sft.precision=fp16")
     assert code == 5 and "precision: auto" in err
-    monkeypatch.setattr("tongwen.model.loading.load.compute_dtype", lambda *words: (torch.float16, "as on a GPU"))
+    monkeypatch.setattr("tongwen.model.loading.load.compute_dtype", lambda *args: (torch.float16, "as on a GPU"))
     make = PlannedTrainer.create_accelerator_and_postprocess
 
     def with_scaler(self: Any) -> None:
@@ -251,17 +256,17 @@ def test_a_held_out_nan_is_no_score(chat_model: Path, tmp_path: Path, tongwen: A
 
 
 @pytest.mark.parametrize(
-    "said", ["Cannot allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory"]
+    "text", ["Cannot allocate memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory"]
 )
 def test_full_memory_is_known_where_it_is_met(
-    said: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
+    text: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a model is opened, too: its files are whole."""
+    """Also while a model is loaded: its files are intact."""
     recipe = write_recipe(tmp_path, chat_model, sft=SFT, merge=False)
     assert tongwen("run", recipe, "--only", "prepare")[0] == 0
 
-    def fail(*words: Any, **more: Any) -> Any:
-        raise RuntimeError(f"[enforce fail] {said} (12)")
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"[enforce fail] {text} (12)")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
     code, _, err = tongwen("run", recipe)
@@ -302,7 +307,7 @@ def test_an_adapter_without_weights_is_never_saved(held: dict[str, torch.Tensor]
 def test_a_run_whose_adapter_was_saved_empty_ends(
     where: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a checkpoint, and in what the stage leaves."""
+    """In a checkpoint, and in the result of the stage."""
     original = PeftModel.save_pretrained
 
     def save(self: Any, folder: str, *arguments: Any, **options: Any) -> None:
@@ -322,19 +327,19 @@ def test_a_run_whose_adapter_was_saved_empty_ends(
 def test_a_process_that_sees_two_gpus_takes_one(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers takes all that it sees, for DataParallel."""
+    """transformers uses all visible GPUs for DataParallel."""
     taken = []
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 1 if self._n_gpu == 1 else 2))
-    monkeypatch.setattr(Engine, "prove", lambda self, model, *rest: taken.append(type(model).__name__))
+    monkeypatch.setattr(Engine, "verify", lambda self, model, *rest: taken.append(type(model).__name__))
     assert tongwen("run", write_recipe(tmp_path, chat_model, sft=", stop_after: 1 steps", merge=False))[0] == 0
     assert taken == ["PeftModelForCausalLM"]
 
 
 def test_one_launched_process_is_one_device(chat_model: Path, tmp_path: Path) -> None:
-    """`torchrun --nproc-per-node 1`; and a rare save is said beforehand."""
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        port = str(door.getsockname()[1])
+    """`torchrun --nproc-per-node 1`; rare saves are reported before training."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
 
     def launched() -> None:
         os.environ |= {
@@ -359,13 +364,13 @@ def test_a_rare_checkpoint_is_said_beforehand(chat_model: Path, tmp_path: Path, 
 def test_small_steps_are_not_lost_in_bf16(
     chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A millionth is less than bf16 can add to most weights. What learns stands in fp32."""
+    """bf16 cannot represent updates of a millionth for most weights. Trainable weights are in fp32."""
     before = tensors(chat_model)
     lost = {name: (part.bfloat16() - 1e-6 == part.bfloat16()).float().mean() for name, part in before.items()}
     assert lost["model.layers.0.self_attn.q_proj.weight"] > 0.9
-    monkeypatch.setattr("tongwen.model.loading.load.compute_dtype", lambda *words: (torch.bfloat16, "as on a GPU"))
-    words = ("sft.adapter={method: full}", "sft.learning_rate=1e-6", "sft.schedule=constant", "sft.warmup=0")
-    assert tongwen("run", write_recipe(tmp_path, chat_model, sft=SFT, merge=False), *words)[0] == 0
+    monkeypatch.setattr("tongwen.model.loading.load.compute_dtype", lambda *args: (torch.bfloat16, "as on a GPU"))
+    settings = ("sft.adapter={method: full}", "sft.learning_rate=1e-6", "sft.schedule=constant", "sft.warmup=0")
+    assert tongwen("run", write_recipe(tmp_path, chat_model, sft=SFT, merge=False), *settings)[0] == 0
     after = tensors(tmp_path / "out" / "sft")
     assert min((after[name] != part).float().mean() for name, part in before.items() if "proj" in name) > 0.9
 

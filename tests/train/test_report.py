@@ -1,4 +1,4 @@
-"""The report of a training: what it shows is text and nothing else, and an image beside it only where one can be drawn."""
+"""The training report: data appear as plain text, never as markup; an image is written only if matplotlib is installed."""
 
 from __future__ import annotations
 

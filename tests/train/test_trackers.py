@@ -1,4 +1,4 @@
-"""Other programs get the same numbers as metrics.jsonl, a resumed run goes on in its own curve, and samples are kept."""
+"""Trackers get the same numbers as metrics.jsonl, a resumed run continues its own curve, and samples are kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tongwen.train.trackers import TrackerRun
 from tongwen.train.trainer import PlannedTrainer
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-WORDS = ", stop_after: 6 steps, evaluate_every: 2, save_every: 2"
+SETTINGS = ", stop_after: 6 steps, evaluate_every: 2, save_every: 2"
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -42,13 +42,13 @@ def die() -> None:
 
 
 def test_a_killed_run_is_one_curve_and_its_samples_stand_once(chat_model: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, chat_model, sft=WORDS, merge=False, extra="track: tensorboard\n")
+    recipe = write_recipe(tmp_path, chat_model, sft=SETTINGS, merge=False, extra="track: tensorboard\n")
     assert os.WTERMSIG(in_a_child("run", recipe, before=die)) == signal.SIGKILL
     assert in_a_child("run", recipe) == 0
     stage = tmp_path / "out" / "sft"
     curves = accumulator.EventAccumulator(str(stage / "tensorboard")).Reload()
-    told, written = curves.Scalars("train/loss"), lines(stage / "metrics.jsonl")
-    assert [(one.step, round(one.value, 4)) for one in told] == [
+    logged, written = curves.Scalars("train/loss"), lines(stage / "metrics.jsonl")
+    assert [(one.step, round(one.value, 4)) for one in logged] == [
         (line["step"], round(line["loss"], 4)) for line in written
     ]
     scores = [(line["step"], line["bits_per_byte"]) for line in written if "bits_per_byte" in line]
@@ -81,7 +81,7 @@ def test_a_program_that_is_not_there_is_said_before_the_first_stage(
 
 @pytest.fixture()
 def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine that has all the programs, and on which nobody has logged in. Returns its home."""
+    """Simulate a machine with all trackers installed and no login. Returns its home folder."""
     monkeypatch.setattr(trackers, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name)))
     for name in list(os.environ):
         if name.startswith(("WANDB_", "SWANLAB_", "MLFLOW_", "NETRC")) or name.lower().endswith("_proxy"):
@@ -126,12 +126,12 @@ def test_a_missing_key_is_said_first(
 
 def test_a_server_that_does_not_answer_is_said_first(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trackers.check(["mlflow"])
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{door.getsockname()[1]}")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{listener.getsockname()[1]}")
         with pytest.raises(MachineError, match="track: mlflow: does not answer at http://127"):
             trackers.check(["mlflow"])
-        door.listen()
+        listener.listen()
         trackers.check(["mlflow"])
     for address in ("http://[::1", "http://", "https://:5000"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
@@ -140,7 +140,7 @@ def test_a_server_that_does_not_answer_is_said_first(nowhere: Path, monkeypatch:
 
 
 class Failing(TrainerCallback):
-    """A program that fails at one event."""
+    """A tracker that fails at one event."""
 
     at = ""
 
@@ -159,7 +159,7 @@ class Failing(TrainerCallback):
 def test_a_program_that_fails_is_a_line(
     at: str, chat_model: Path, tmp_path: Path, tongwen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends a run that it was to follow from the start, and no training that goes on."""
+    """A failing tracker ends a run at its start, but never a training in progress."""
     monkeypatch.setattr(trackers, "check", lambda names: None)
     monkeypatch.setattr(Failing, "at", at)
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "trackio", Failing)
@@ -180,9 +180,9 @@ def test_a_later_phase_begins_without_it(
 ) -> None:
     monkeypatch.setattr(Failing, "at", "on_train_begin")
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "trackio", Failing)
-    teller = trackers.TrackerCallback(TrackerRun(["trackio"], "zh", "0", tmp_path, must=False), 0)
+    callback = trackers.TrackerCallback(TrackerRun(["trackio"], "zh", "0", tmp_path, required=False), 0)
     for _ in range(2):
-        teller.on_train_begin(None, None, None)
+        callback.on_train_begin(None, None, None)
     assert capsys.readouterr().out.count("trackio has failed") == 1
 
 
@@ -193,12 +193,12 @@ def test_a_resumed_run_is_the_same_run_of_mlflow(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(active_run=lambda: run))
     one = TrackerRun(["mlflow"], "zh-sft", "0", tmp_path)
     for known in (None, "aa75"):
-        with one.told():
+        with one.environment():
             assert os.environ.pop("MLFLOW_RUN_ID", None) == known  # it takes it away itself
             trackers.TrackerCallback(one, 0).on_train_begin(None, None, None)
     (tmp_path / trackers.IDS).write_text("{")
     assert one._ids() == {}, "and it is another run there"
-    with TrackerRun(["mlflow"], "zh-sft-phase-2", "0", tmp_path).told():
+    with TrackerRun(["mlflow"], "zh-sft-phase-2", "0", tmp_path).environment():
         assert "MLFLOW_RUN_ID" not in os.environ
 
 
@@ -211,7 +211,7 @@ def test_every_program_is_transformers_own_and_is_told_the_same_run_again(
     assert set(one.names) <= set(INTEGRATION_TO_CALLBACK) and one.arguments["report_to"] == "none"
     seen = []
     for _ in range(2):
-        with one.told():
+        with one.environment():
             assert os.environ["WANDB_RUN_ID"] == "mine" and os.environ["SWANLAB_RESUME"] == "allow"
             seen.append(os.environ["SWANLAB_RUN_ID"])
         assert "SWANLAB_RUN_ID" not in os.environ

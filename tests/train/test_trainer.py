@@ -1,4 +1,4 @@
-"""The private methods of transformers' Trainer that ours overrides are still there, with the signatures that it relies on."""
+"""The private methods of transformers' Trainer that PlannedTrainer overrides still exist, with the same signatures."""
 
 from __future__ import annotations
 

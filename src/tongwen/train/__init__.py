@@ -1,1 +1,1 @@
-"""Training: batches that never pad, a trainer that commits its checkpoints, and an audit that never sleeps."""
+"""Training: batches without padding, a trainer with atomic checkpoints, and an audit of every run."""

@@ -1,8 +1,8 @@
-"""The audit, always on: what would make a run learn nothing, or the wrong thing, stops it before the hours are spent.
+"""Audit every run, so that one that would learn nothing, or the wrong thing, stops before it costs hours.
 
-Before the run: documents of a pack do not see each other, and every trainable tensor gets a gradient (LoRA's A starts
-with none because B is zero, so B is disturbed in a throw-away backward). In the run: every gradient is finite, and
-nothing frozen has one.
+Before the run it checks that documents of a pack do not see each other and that every trainable tensor gets a gradient.
+(LoRA's A starts without one because B is zero, so B is disturbed in a throw-away backward.) During the run it checks that
+every gradient is finite and that no frozen tensor has one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from transformers import TrainerCallback
 from tongwen.core.errors import NumbersError
 from tongwen.core.i18n import _
 from tongwen.train.packing import Loss, pack, to_device
-from tongwen.train.parallel import are_somewhere, local
+from tongwen.train.parallel import local, true_on_any_rank
 
 
 def check_isolation(model: Any, samples: list[Any], loss: Loss) -> float:
-    """Score two samples in one pack and each alone, with the attention that will be used; raise when they differ.
+    """Score two samples in one pack and each alone, with the run's attention; raise NumbersError when the scores differ.
 
-    samples: two (ids, learn) pairs, cut to 64 tokens here. Returns the largest difference in nats.
+    samples: two (ids, learn) pairs; only their first 64 tokens are used. Returns the largest difference in nats.
     """
     short = [(ids[:64], learn[:64].copy()) for ids, learn in samples]
     for _unused, learn in short:
@@ -47,17 +47,17 @@ def check_isolation(model: Any, samples: list[Any], loss: Loss) -> float:
 
 
 def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:
-    """One throw-away backward with every all-zero trainable matrix disturbed. Weights and random state are restored.
+    """Run one throw-away backward with every all-zero trainable matrix disturbed; restore weights and random state.
 
     Returns the names of trainable tensors that no token reached (experts that were not chosen).
-    Raises NumbersError when nothing is trainable, the loss is not sane, a gradient is missing everywhere, not finite,
-    or stands on a frozen tensor.
+    Raises NumbersError when nothing is trainable, the loss is not sane, a trainable tensor has no gradient, or
+    a gradient is not finite or belongs to a frozen tensor.
     """
     trainable = {name: part for name, part in model.named_parameters() if part.requires_grad}
     if not trainable:
         raise NumbersError(_("no parameter is trainable"), place="audit")
     generator = torch.Generator().manual_seed(0)
-    filled = are_somewhere((part.detach() for part in trainable.values()), torch.any)
+    filled = true_on_any_rank((part.detach() for part in trainable.values()), torch.any)
     zeros = [local(part) for part, some in zip(trainable.values(), filled, strict=True) if not some]
     was_training = model.training
     model.train()
@@ -71,7 +71,7 @@ def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:
             if not total.requires_grad:
                 raise NumbersError(_("the loss does not depend on any trainable tensor"), place="audit (F-01)")
             (total / max(len(nats), 1)).backward()
-            unreached = _judge(model, trainable, mean)
+            unreached = _check_gradients(model, trainable, mean)
         finally:
             with torch.no_grad():
                 for part in zeros:
@@ -81,19 +81,19 @@ def probe_gradients(model: Any, batch: dict[str, Any], loss: Loss) -> list[str]:
     return unreached
 
 
-def _judge(model: Any, trainable: dict[str, torch.nn.Parameter], loss: float) -> list[str]:
+def _check_gradients(model: Any, trainable: dict[str, torch.nn.Parameter], loss: float) -> list[str]:
     check_frozen(model, "audit")
     reached = {name: part.grad for name, part in trainable.items() if part.grad is not None}
-    some = dict(zip(reached, are_somewhere(reached.values(), torch.any), strict=True))
+    some = dict(zip(reached, true_on_any_rank(reached.values(), torch.any), strict=True))
     none = [name for name in trainable if not some.get(name)]
-    broken = [name for name, one in zip(reached, are_somewhere(reached.values(), is_broken), strict=True) if one]
+    broken = [name for name, one in zip(reached, true_on_any_rank(reached.values(), is_broken), strict=True) if one]
     if broken:
         raise NumbersError(
             _("{count} gradients are not finite (loss {loss:.4g})").format(count=len(broken), loss=loss),
             place=f"audit · {broken[0]}",
             remedy="precision: fp32",
         )
-    # Experts that were not chosen, and rows of tokens that did not come up: they may, later.
+    # Experts that the router did not choose, and rows of tokens that this batch does not contain, may learn later.
     routed = [name for name in none if "expert" in name or "trainable_tokens_" in name]
     dead = [name for name in none if name not in routed and not name.endswith(".bias")]
     if dead:
@@ -115,7 +115,7 @@ def check_frozen(model: Any, when: str) -> None:
 
 
 def check_loss(total: float, learned: int, model: Any) -> float:
-    """Mean nats per learned token. Raise when not finite, or far above guessing at random among the vocabulary."""
+    """Return the mean nats per learned token. Raise NumbersError when not finite, or far above random guessing."""
     mean = total / max(learned, 1)
     limit = 3 * math.log(model.config.get_text_config().vocab_size)
     if not math.isfinite(mean) or mean > limit:
@@ -130,10 +130,12 @@ def check_loss(total: float, learned: int, model: Any) -> float:
 
 
 def first_not_finite(model: Any, optimizer: Any = None, *, frozen: bool = False) -> str | None:
-    """The name of a trained tensor, or of one of its optimizer's, that holds NaN or infinity in what lies in this process;
-    None when there is none. frozen: look at the others as well."""
+    """Return the name of a trained tensor, or of its optimizer state, with NaN or infinity in this process's part, else None.
+
+    frozen: check frozen tensors as well.
+    """
     names = {part: name for name, part in model.named_parameters() if frozen or part.requires_grad}
-    # Two numbers of four bits in a byte are kept in the guise of bf16, and are none.
+    # bitsandbytes may store packed 4-bit weights in a bf16 tensor; its values are no numbers.
     held = [(name, part.detach()) for part, name in names.items() if getattr(part, "quant_state", None) is None]
     for part, kept in optimizer.state.items() if optimizer else ():
         held += [
@@ -145,12 +147,12 @@ def first_not_finite(model: Any, optimizer: Any = None, *, frozen: bool = False)
 
 
 def is_broken(part: torch.Tensor) -> torch.Tensor:
-    """() bool: whether something in it is NaN or infinite."""
+    """Return a () bool tensor: whether any element is NaN or infinite."""
     return ~torch.isfinite(part).all()
 
 
 def check_finite_base(model: Any) -> None:
-    """Raise NumbersError with the name of a tensor that holds NaN or infinity before anything was trained."""
+    """Raise NumbersError with the name of a tensor that contains NaN or infinity before training."""
     if (name := first_not_finite(model, frozen=True)) is not None:
         raise NumbersError(
             _("this tensor of the base contains NaN or infinity"),
@@ -160,7 +162,7 @@ def check_finite_base(model: Any) -> None:
 
 
 class FirstStepsAudit(TrainerCallback):
-    """After the first optimizer step of a run or a resume: nothing frozen has a gradient."""
+    """Check at the first optimizer step of a run or a resume that exactly the trainable tensors have gradients."""
 
     def __init__(self) -> None:
         self.done = False

@@ -1,7 +1,7 @@
-"""Checkpoints: committed whole, verified before a run continues from one, and only as many as the recipe keeps.
+"""Commit checkpoints atomically, verify them before a run continues, and delete the oldest.
 
-Every process writes its files into a staging folder. The first one then brings them all to the disk, writes a manifest with
-the size and sha256 of each, and renames the folder: what bears a checkpoint's name is whole, whenever the machine stopped.
+Every process writes its files into a staging folder. The first process then syncs them to the disk, writes a manifest with
+the size and sha256 of each, and renames the folder. A folder named checkpoint-* is complete, whenever the machine stopped.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
 
 MANIFEST = "checkpoint.json"
-STAGING = "staging"  # whatever is in it is no checkpoint: half written, or half deleted
+STAGING = "staging"  # holds half-written and half-deleted checkpoints
 
 
 def newest_checkpoint(folders: Sequence[Path], runs: Collection[str] = ()) -> Path | None:
-    """The newest checkpoint that is whole, or None where there is none yet. Newer ones that are not are put aside, aloud.
+    """Return the newest intact checkpoint, or None when there is no checkpoint. Rename newer damaged ones, with a notice.
 
-    folders: of the phases in their order: what a phase has trained is in those of the next one, too. runs: the ids that
-    this run has had; empty: any. Raises ArtifactError when checkpoints are there and none is whole.
+    folders: checkpoint folders of the phases in order; a later phase's checkpoint includes what earlier ones trained
+    runs:    the ids this run has had; empty: any
+    Raises ArtifactError when there are checkpoints and none is intact.
     """
     problems: dict[Path, str] = {}
     for folder in reversed(folders):
-        for path in sorted(_all_in(folder), key=step_of, reverse=True):
+        for path in sorted(_checkpoints_in(folder), key=step_of, reverse=True):
             problem = damage(path, runs)
             if problem is None:
                 _put_aside(problems, path)
@@ -68,7 +69,7 @@ def _put_aside(problems: Mapping[Path, str], found: Path) -> None:
 
 
 def damage(checkpoint: Path, runs: Collection[str] = ()) -> str | None:
-    """What is wrong with a checkpoint: a missing or changed file, another run's; None when it is whole."""
+    """Return what is wrong with a checkpoint (a missing or changed file, a different run), or None when it is intact."""
     try:
         manifest = read_manifest(checkpoint)
         seal, files, run, step = manifest.pop("seal"), manifest["files"], manifest["run"], manifest["step"]
@@ -80,13 +81,15 @@ def damage(checkpoint: Path, runs: Collection[str] = ()) -> str | None:
         return _("it belongs to a different run, {run}").format(run=run)
     if step != step_of(checkpoint):
         return _("it is the checkpoint of step {step}, renamed").format(step=step)
-    for name, told in files.items():
+    for name, expected in files.items():
         file = checkpoint / name
         try:
             size = file.stat().st_size
-            if size != told["bytes"]:
-                return _("{name} has {size} bytes instead of {bytes}").format(name=name, size=size, bytes=told["bytes"])
-            if artifact.hash_file(file) != told["sha256"]:
+            if size != expected["bytes"]:
+                return _("{name} has {size} bytes instead of {bytes}").format(
+                    name=name, size=size, bytes=expected["bytes"]
+                )
+            if artifact.hash_file(file) != expected["sha256"]:
                 return _("{name} has changed").format(name=name)
         except FileNotFoundError:
             return _("{name} is missing").format(name=name)
@@ -99,16 +102,16 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
 
 
-def last_of(folder: Path) -> str:
-    """The last checkpoint, in words for a message."""
-    last = max(_all_in(folder), key=step_of, default=None)
+def describe_last(folder: Path) -> str:
+    """Return a clause for messages that names the last checkpoint."""
+    last = max(_checkpoints_in(folder), key=step_of, default=None)
     if last is None:
         return _("there is no checkpoint yet")
     return _("the last checkpoint is {last}").format(last=last)
 
 
-def _all_in(folder: Path) -> list[Path]:
-    """Without somebody's copies of them."""
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """Return the folders named checkpoint-N, without copies under other names."""
     return [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
 
 
@@ -116,21 +119,21 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def stage(folder: Path) -> None:
-    """Make the empty place where the next checkpoint is written; what a dead process left there goes."""
+def prepare_staging(folder: Path) -> None:
+    """Create an empty staging folder; delete what a dead process left in it."""
     if (folder / STAGING).exists():
         shutil.rmtree(folder / STAGING)
     (folder / STAGING).mkdir(parents=True)
 
 
-def commit(staged: Path, folder: Path, told: Mapping[str, Any], keep: int, best: int | None = None) -> None:
-    """Make a checkpoint in the staging folder the newest, then drop the oldest beyond `keep`; that of step `best` stays.
+def commit(staged: Path, folder: Path, metadata: Mapping[str, Any], keep: int, best: int | None = None) -> None:
+    """Commit a staged checkpoint, then delete the oldest ones beyond `keep`, but never that of step `best`.
 
-    Called by one process when all have written. told: what the manifest says besides the files, `run` at least.
+    Called by one process when all have written. metadata: the manifest's other entries; `run` is required.
     """
     files = sorted(file for file in staged.rglob("*") if file.is_file())
     manifest = {
-        **told,
+        **metadata,
         "step": step_of(staged),
         "files": {
             file.relative_to(staged).as_posix(): {"bytes": file.stat().st_size, "sha256": artifact.hash_file(file)}
@@ -142,9 +145,9 @@ def commit(staged: Path, folder: Path, told: Mapping[str, Any], keep: int, best:
     target = folder / staged.name
     staged.rename(target)
     artifact.sync_folder(folder)
-    others = (path for path in _all_in(folder) if step_of(path) != best or path == target)
+    others = (path for path in _checkpoints_in(folder) if step_of(path) != best or path == target)
     for old in sorted(others, key=step_of, reverse=True)[keep:]:
-        old.rename(folder / STAGING / old.name)  # first it stops being a checkpoint, then it goes
+        old.rename(folder / STAGING / old.name)  # renamed first, so that a half-deleted one is no checkpoint
     shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
@@ -153,8 +156,10 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def check_space(folder: Path, model: Any) -> None:
-    """Raise MachineError when there is no room for one more checkpoint: what learns with two moments in fp32 (which is
-    more than every other optimizer keeps), and of a whole model also what is frozen."""
+    """Raise MachineError when the disk has no space for one more checkpoint.
+
+    Its size: trainable tensors with two fp32 moments (no other optimizer keeps more), plus the frozen ones of a whole model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     whole, needed = not hasattr(model, "peft_config"), 64 << 20
     for _unused, part in model.named_parameters(remove_duplicate=whole):  # peft saves both names of a tied copy
@@ -168,8 +173,10 @@ def _numbers(part: torch.nn.Parameter) -> int:
 
 
 def check_adapter_saved(folder: Path) -> None:
-    """Raise ArtifactError when an adapter file holds no tensors (443 bytes in 2023), only empty ones (ZeRO-3's shards that
-    were not gathered), or is not there."""
+    """Raise ArtifactError when an adapter file is missing, has no tensors (443 bytes in 2023), or has empty ones.
+
+    Empty tensors come from ZeRO-3 shards that were not gathered.
+    """
     file = folder / "adapter_model.safetensors"
     if not (folder / "adapter_config.json").is_file():
         return
@@ -180,5 +187,5 @@ def check_adapter_saved(folder: Path) -> None:
     with safe_open(str(file), "pt") as tensors:
         filled = [0 not in tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
     kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
-    if not (any(filled) if kind == "ADALORA" else filled and all(filled)):  # which empties ranks on purpose
+    if not (any(filled) if kind == "ADALORA" else filled and all(filled)):  # AdaLoRA empties ranks on purpose
         raise ArtifactError(_("the saved adapter is empty"), place=str(file))

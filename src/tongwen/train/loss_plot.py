@@ -1,4 +1,4 @@
-"""The loss curve as an image, for whoever has installed matplotlib: pip install 'tongwen[plot]'."""
+"""Draw the loss curve as an image; needs matplotlib: pip install 'tongwen[plot]'."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tongwen.core.i18n import _, language, speaking
 
 
 def is_installed() -> bool:
-    """Whether curves can be drawn as images here."""
+    """Return whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
 def write_png(file: Path, title: str, points: list[tuple[float, float]]) -> None:
-    """The loss curve as an image, with a font that has the characters, or else with English labels."""
+    """Write the loss curve as an image, with a Chinese font if one is installed, else with English labels."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -46,7 +46,7 @@ def write_png(file: Path, title: str, points: list[tuple[float, float]]) -> None
 
 @cache
 def cjk_font() -> str | None:
-    """The name of an installed font that really has Chinese glyphs; None when there is none."""
+    """Return the name of an installed font that has Chinese glyphs, or None."""
     from matplotlib import font_manager, ft2font
 
     preferred = ("notosanscjk", "sourcehan", "wqy", "pingfang", "msyh", "simhei", "heiti", "droidsansfallback")

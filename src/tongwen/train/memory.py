@@ -1,4 +1,4 @@
-"""Facts about memory and arithmetic that a plan reckons with; and how a CPU run keeps memory."""
+"""Estimate the memory and arithmetic of a training run; tune the allocator of a CPU run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from tongwen.core import distributed, malloc
 from tongwen.recipe.training import Training
 
-LARGEST_KEPT = 32 << 20  # bytes; more glibc does not take for the threshold
+LARGEST_KEPT = 32 << 20  # bytes; glibc's upper limit for this threshold
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """parameters: all; trainable: those with a gradient; of_layer: those of the largest layer; outside: those of no layer; the
-    rest are the model's widths."""
+    """Parameter counts and widths of a model.
+
+    parameters: all; trainable: those with a gradient; of_layer: those of the largest layer; outside: those of no layer
+    """
 
     parameters: int
     trainable: int
@@ -28,15 +30,15 @@ class ModelShape:
     outside: int = 0
 
 
-# A block of 64 weights has a scale of one byte beside it; those scales have a scale for each 256 of them.
+# nf4: each block of 64 weights has a one-byte scale; each 256 of those scales have a four-byte scale.
 QUANTIZED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0, "muon": 4}  # for each parameter
-STREAMED = 100_000_000  # bytes that merging and exporting take at any size of model (bench/results/merge.json)
+STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 0, "muon": 4}  # per parameter
+STREAMED = 100_000_000  # bytes that merging and exporting take, whatever the model's size (bench/results/merge.json)
 CUDA_CONTEXT = 600_000_000  # bytes of a GPU that CUDA and its libraries take before the first tensor, about
 
-MOST_TOKENS = 65536  # at once: the launches of any model are hidden then
+MAX_TOKENS = 65536  # at once; enough to hide the kernel launches of any model
 
-# What each process has only its part of. ZeRO counts up: the optimizer, then the gradients, then the weights.
+# What each engine shards. ZeRO stage 1: the optimizer; stage 2: gradients as well; stage 3: weights as well.
 SHARED = {
     "zero1": ("optimizer",),
     "zero2": ("gradients", "optimizer"),
@@ -50,9 +52,9 @@ class Sharing:
     """How an engine divides a training among processes, each with a GPU of its own.
 
     engine:    "" for one process, ddp, zero1 to zero3, or fsdp2
-    offloaded: purposes that wait in the host's memory
-    reshard:   fsdp2: whether a layer's weights are given back between forward and backward
-    bucket:    DeepSpeed: numbers of the buffers that gradients are collected in
+    offloaded: purposes kept in host memory
+    reshard:   fsdp2: whether a layer's weights are resharded between forward and backward
+    bucket:    DeepSpeed: elements of the buffers that collect gradients
     """
 
     engine: str = ""
@@ -63,16 +65,17 @@ class Sharing:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every process has the whole model where it was put, as `Engine.is_whole` says of a run."""
+        """Whether every process holds the whole model, as `Engine.is_whole` for a run."""
         return self.engine in ("", "ddp")
 
     def of(self, needs: dict[str, int], shape: ModelShape, width: int, frozen_width: float) -> dict[str, int]:
-        """Bytes of one process by purpose, from those of a process alone. width: bytes of a number that is computed with;
-        frozen_width: of one of a layer's weights, which may be quantised.
+        """Return the bytes per purpose of one process, given those of a single-process run.
 
-        DDP collects gradients in buckets, which are a second copy of them. DeepSpeed in 16 bits keeps what learns in 16 and
-        its fp32 original with the optimizer; its gradients have 16 bits. Whoever shares the weights out makes two layers
-        whole at a time, the one that is computed and the next, and what belongs to no layer (embedding, head) all along.
+        width: bytes per element in computation; frozen_width: bytes per weight of a layer, which may be quantised.
+
+        DDP collects gradients in buckets, a second copy of them. DeepSpeed in 16 bits keeps trainable weights and gradients
+        in 16 bits, and the fp32 master weights with the optimizer. An engine that shards weights gathers two layers at a
+        time (the current and the next one), and keeps the parameters outside of layers (embedding, head) gathered.
         """
         out = dict(needs)
         if self.engine == "ddp" and self.world > 1:
@@ -88,7 +91,7 @@ class Sharing:
             out[purpose] = -(-out[purpose] // self.world)
         if "weights" in shared:
             layers = 2 * shape.of_layer if self.reshard else shape.of_layer * shape.layers
-            learning = shape.trainable // shape.layers  # of a layer: its whole gradient, before it is summed in fp32
+            learning = shape.trainable // shape.layers  # per layer: its full gradient, before the fp32 reduction
             whole = width * shape.outside + int(frozen_width * layers) + (width + 4) * learning
             out["gathered"] = out.get("gathered", 0) + whole
         return {purpose: 0 if purpose in self.offloaded else size for purpose, size in out.items()}
@@ -98,14 +101,16 @@ ALONE = Sharing()
 
 
 def kept_for_backward(shape: ModelShape, *, checkpointing: bool) -> int:
-    """Numbers per token: the inputs of each matrix and norm, and of SwiGLU's product; an adapter adds nothing of that
-    size."""
+    """Return the elements per token that the backward needs: inputs of each matrix, each norm and SwiGLU's product.
+
+    An adapter adds little to that.
+    """
     per_layer = 13 * shape.hidden + 4 * shape.intermediate
     return shape.hidden * shape.layers + per_layer if checkpointing else per_layer * shape.layers
 
 
 def rough_shape(config: Any) -> ModelShape:
-    """Of a Llama of the configuration's widths, all of which learns, without its biases and norms."""
+    """Return the shape of a fully trained Llama with the configuration's widths, without biases and norms."""
     text = config.get_text_config()
     hidden, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     numbers = text.num_hidden_layers * (4 * hidden + 3 * inner) * hidden + text.vocab_size * hidden
@@ -113,13 +118,12 @@ def rough_shape(config: Any) -> ModelShape:
 
 
 def token_budget(device: str, config: Any, memory: int = 0, *, full: bool = False) -> int:
-    """Tokens that go through the model at once when the recipe does not say. memory: bytes of the GPU, if that is known; full:
-    whether all weights learn.
+    """Return the default for the tokens of a micro-batch. memory: bytes of the GPU, 0: unknown; full: all weights train.
 
-    On a CPU that multiplies fast, small packs spend their time between the products (2.49 CPU-ms per token with 2048, 2.38
-    with 4096, SmolLM2-135M in bf16 with packs of 900 and 1,800 tokens). On a GPU a small model's layers wait for the launches
-    of their operations (forward and backward 7.45 ms, for 6,144 tokens of a 1B Llama on an H100): it gets twice as much,
-    and again, while what the backward keeps, in 16 bits, takes no more than half of what the weights leave.
+    On a CPU with fast matrix products, small packs waste time between the products (2.49 CPU-ms per token with 2048, 2.38
+    with 4096, SmolLM2-135M in bf16 with packs of 900 and 1,800 tokens). On a GPU a small model waits for its kernel launches
+    (forward and backward 7.45 ms, for 6,144 tokens of a 1B Llama on an H100). So the budget doubles while the activations,
+    in 16 bits, take no more than half of the memory that the weights leave free.
     """
     if device == "cpu":
         return 4096
@@ -128,40 +132,42 @@ def token_budget(device: str, config: Any, memory: int = 0, *, full: bool = Fals
         shape = rough_shape(config)
         spare = memory - CUDA_CONTEXT - shape.parameters * (16 if full else 2)
         per_token = 2 * kept_for_backward(shape, checkpointing=False)
-        while budget < MOST_TOKENS and 2 * budget * per_token <= spare / 2:
+        while budget < MAX_TOKENS and 2 * budget * per_token <= spare / 2:
             budget *= 2
     return budget
 
 
 def device_memory(device: str) -> int:
-    """Bytes of this process's GPU, by its own module (cuda, npu, xpu); 0 where there is none, and where it does not tell
-    (mps: its memory is the machine's)."""
-    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
-    return int(ask()[1]) if ask else 0
+    """Return the bytes of this process's GPU (cuda, npu, xpu); 0 without a GPU, and for mps, which reports none."""
+    mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return int(mem_get_info()[1]) if mem_get_info else 0
 
 
 def own_memory(device: str) -> int:
-    """The same of the only process; 0 for several, which must agree on a plan."""
+    """Return `device_memory` in a single-process run, else 0: several processes must agree on one plan."""
     return device_memory(device) if distributed.world_size() == 1 else 0
 
 
-def is_reckoned_to_fit(model: Any, words: Training, sharing: Sharing, width: int, tokens: int, memory: int) -> bool:
-    """Whether so many tokens at once fit a GPU with all their activations. From what all processes know alike (their GPUs
-    are of one kind), so that all answer alike: layers that only some recompute would ask for shared weights in another order, and wait for each other."""
+def is_estimated_to_fit(model: Any, config: Training, sharing: Sharing, width: int, tokens: int, memory: int) -> bool:
+    """Return whether a micro-batch of `tokens` fits a GPU without activation recomputation.
+
+    Uses only what is equal on all processes (their GPUs are of one kind), so that all get the same answer. If only some
+    recomputed layers, they would request sharded weights in different orders and deadlock.
+    """
     rough, learning = rough_shape(model.config), sum(part.numel() for part in model.parameters() if part.requires_grad)
     outside = rough.vocabulary * rough.hidden
     shape = replace(rough, trainable=learning, outside=outside, of_layer=(rough.parameters - outside) // rough.layers)
     weights = sum(part.numel() * part.element_size() for part in model.parameters())
-    needs = {"weights": weights, "gradients": 4 * learning, "optimizer": STATE_BYTES[words.optimizer] * learning}
+    needs = {"weights": weights, "gradients": 4 * learning, "optimizer": STATE_BYTES[config.optimizer] * learning}
     needed = sum(sharing.of(needs, shape, width, width).values())
-    if words.sharded_by == "deepspeed":  # which shares out after the audit
+    if config.sharded_by == "deepspeed":  # DeepSpeed shards after the audit
         needed = max(needed, needs["weights"] + needs["gradients"])
     activations = tokens * 2 * kept_for_backward(rough, checkpointing=False)
     return bool(CUDA_CONTEXT + needed + activations <= 0.9 * memory)
 
 
 def flops_per_token(shape: ModelShape, learned_share: float, *, full: bool) -> float:
-    """Multiply-adds count two: 6 per weight in full, 4 with an adapter (no gradient of frozen weights)."""
+    """Return FLOPs per token, a multiply-add as two: 6 per weight in full, 4 with an adapter (no frozen gradients)."""
     embedding = shape.vocabulary * shape.hidden
     layers = max(shape.parameters - shape.trainable * (not full) - embedding, 1)
     return (6 if full else 4) * (layers + learned_share * embedding)
@@ -170,9 +176,9 @@ def flops_per_token(shape: ModelShape, learned_share: float, *, full: bool) -> f
 def keep_freed_memory() -> None:
     """Let glibc's allocator reuse what this process frees.
 
-    By default each large tensor is a mapping of its own, which the kernel clears page by page when it is first written
-    and takes back when it is freed: of a training step on a CPU that is 3 to 10 % of the time. The largest (logits,
-    gradients of an embedding) stay mappings: kept, they leave holes that the next pack, a token longer, does not fit into,
-    and the process grows for hundreds of steps (1.8 times the memory after 60 steps in full).
+    By default each large tensor is a separate mapping. The kernel clears it page by page on first write and takes it back
+    on free: 3 to 10 % of a CPU training step. The largest tensors (logits, gradients of an embedding) stay mappings. If
+    kept, they would leave holes too small for the next pack, a token longer, and the process would grow for hundreds of
+    steps (1.8 times the memory after 60 steps in full).
     """
     malloc.tell({malloc.MMAP_THRESHOLD: LARGEST_KEPT, malloc.TRIM_THRESHOLD: -1})

@@ -1,9 +1,8 @@
-"""A training step that is only rehearsed: its tensors have shapes and no memory, and what would lie there is counted.
+"""Estimate a training step's memory: run it on fake tensors, which have shapes and no memory, and count their bytes.
 
-A formula for activations knows one architecture and one way to compute it. Here the model itself runs, with the
-attention, the loss, the fused layers and the autocast of the real step, on torch's fake tensors; each storage is counted
-from its birth to its end under the purpose that it is made for. So a tied head's second gradient, or the copies that
-autocast keeps, are in the sum because they are in the step.
+A formula for activations covers one architecture and one way to compute it. Here the model itself runs, with the
+attention, the loss, the fused layers and the autocast of the real step, on torch's fake tensors. Each storage is counted
+by purpose from creation to release. The sum therefore includes a tied head's second gradient and autocast's copies.
 """
 
 from __future__ import annotations
@@ -20,12 +19,16 @@ from torch.utils._pytree import tree_leaves
 
 from tongwen.train.packing import Loss
 
-ROWS = 8  # learned rows that are rehearsed; all more of them are logits of a known size
-LOGIT = {torch.bfloat16: 2, torch.float16: 6, torch.float32: 4}  # bytes; accelerate makes an fp32 copy of those in fp16
+ROWS = 8  # learned rows in the trace; further rows only add logits of a known size
+LOGIT = {
+    torch.bfloat16: 2,
+    torch.float16: 6,
+    torch.float32: 4,
+}  # bytes per logit; accelerate copies fp16 logits to fp32
 
 
 class DocumentLengths(list[int]):
-    """Lengths of a pack's documents where its attention asks the borders for them: fake tensors have no values."""
+    """Stand-in for a pack's borders that gives the attention its document lengths; fake tensors have no values."""
 
     def diff(self) -> DocumentLengths:
         return self
@@ -34,14 +37,14 @@ class DocumentLengths(list[int]):
         return list(self)
 
 
-# Parts of a step. In each the fullest moment is of the same kind at any depth, except on the way from layer to layer, which
-# lies between what is before and after it.
+# Parts of a step. The peak of each is the same at any number of layers, except that of BETWEEN, the backward from layer to
+# layer, which lies between the peaks before and after it.
 FORWARD, HEAD, LAST_LAYER, BETWEEN, FIRST_LAYER = range(5)
 AT_ANY_DEPTH = (FORWARD, HEAD, LAST_LAYER, FIRST_LAYER)
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of the storages that are alive, by purpose, and how they stood in each part of a step when they were most."""
+    """Count the bytes of live storages by purpose; keep the counts at the peak of each part of a step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,17 +57,17 @@ class LiveTensors(TorchDispatchMode):
         out = function(*arguments, **(options or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self.enter(tensor)
+                self.add(tensor)
         return out
 
-    def enter(self, tensor: torch.Tensor) -> None:
+    def add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.owners:
             return
         self.owners[key] = (self.purpose, storage.nbytes())
         self.now[self.purpose] += storage.nbytes()
-        weakref.finalize(storage, self._leave, key)
+        weakref.finalize(storage, self._remove, key)
         if self.now.total() > self.fullest[self.part].total():
             self.fullest[self.part] = self.now.copy()
 
@@ -75,7 +78,7 @@ class LiveTensors(TorchDispatchMode):
         self.now[before] -= size
         self.now[purpose] += size
 
-    def _leave(self, key: int) -> None:
+    def _remove(self, key: int) -> None:
         purpose, size = self.owners.pop(key)
         self.now[purpose] -= size
 
@@ -92,20 +95,20 @@ def trace_step(
     dtype: torch.dtype,
     passes: int,
 ) -> list[dict[str, int]]:
-    """Bytes by purpose (weights, gradients, activations, head) at the fullest moment of each part of a step.
+    """Return bytes by purpose (weights, gradients, activations, head) at the memory peak of each part of a step.
 
-    model:   on the meta device; what learns requires a gradient
+    model:   on the meta device; trainable parameters require a gradient
     lengths: tokens of a micro-batch's documents; rows: how many of its tokens are learned
     head:    the module whose output is the logits
     prepare: called on the model once its tensors are fake
-    dtype:   what is computed in
-    passes:  micro-batches per step; beyond two nothing changes
-    Raises RuntimeError where the model's shapes depend on values.
+    dtype:   of the computation
+    passes:  micro-batches per step; more than two change nothing
+    Raises RuntimeError when the model's shapes depend on values.
     """
     with FakeTensorMode():
-        _pretend(model)
+        _make_fake(model)
         prepare(model)
-        width = head.weight.shape[0]  # of single rows that learn, peft makes the whole at each question
+        width = head.weight.shape[0]  # with trainable token rows, peft builds the whole weight at each access
         batch, live, arrived = _batch(lengths), LiveTensors(), set[int]()
         learners = [part for part in model.parameters() if part.requires_grad]
         of_layer = len(learners) // layers
@@ -127,7 +130,7 @@ def trace_step(
         head.register_forward_pre_hook(on_head)
         with live:
             for part in (*model.parameters(), *model.buffers()):
-                live.enter(part)
+                live.add(part)
             for _ in range(min(passes, 2)):
                 live.purpose, live.part = "activations", FORWARD
                 arrived.clear()
@@ -136,13 +139,13 @@ def trace_step(
                 live.purpose, live.part = "activations", HEAD
                 total.backward()
                 del total
-    for part in (FORWARD, HEAD):  # after them the logits are gone
+    for part in (FORWARD, HEAD):  # later parts hold no logits
         live.fullest[part]["head"] += (rows - ROWS) * width * LOGIT[dtype]
     return [dict(part) for part in live.fullest]
 
 
-def _pretend(model: Any) -> None:
-    """Fake tensors in the place of meta ones, on a CPU that computes nothing; tied ones stay tied, learning ones are fp32."""
+def _make_fake(model: Any) -> None:
+    """Replace meta tensors by fake CPU tensors; tied ones stay tied, trainable ones become fp32."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -158,7 +161,7 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _batch(lengths: Sequence[int]) -> dict[str, Any]:
-    """A micro-batch as `train.batches.pack` makes it."""
+    """Return a micro-batch in the form of `train.packing.pack`."""
     tokens, borders = sum(lengths), DocumentLengths(lengths)
     return {
         "input_ids": torch.zeros(1, tokens, dtype=torch.int64),

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, one object a line, and the bar in the terminal."""
+"""Record a run's progress: metrics.jsonl, one object per line, and the progress bar in the terminal."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ FLAT_AFTER = 100  # steps after which a loss should have fallen
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes metrics.jsonl and moves the bar.
+    """Write metrics.jsonl and update the progress bar.
 
     tokens:  cumulative tokens after each step of the whole stage, known from the plans
-    to_beat: bits per byte of what was held out, before any of the phase's steps
+    to_beat: held-out bits per byte before the phase's first step
     """
 
     def __init__(self, file: Path, tokens: list[int], phase: Phase, bar: Bar, to_beat: float = math.inf) -> None:
@@ -39,11 +39,13 @@ class MetricsCallback(TrainerCallback):
         self.history: list[tuple[int, float]] = []
         self.losses: list[float] = []
         self.flat_from = 0  # the step of the last line
-        self.rates: list[float] = []  # of the step that is taken, by group
+        self.rates: list[float] = []  # learning rates of the current step, by parameter group
 
     def begin(self, step: int, evaluations: Iterable[Sequence[float]] = ()) -> None:
-        """A resumed run drops the lines beyond its checkpoint: they will be written again. step: of this phase; evaluations: those
-        that its checkpoint knows of."""
+        """Start at a step of this phase; drop the lines beyond it, which a resumed run writes again.
+
+        evaluations: (step, bits per byte) from the checkpoint's manifest
+        """
         self.started, self.first = time.monotonic(), self.before_steps + step
         kept = [line for line in read_metrics(self.file) if line["step"] <= self.first]
         self.before = kept[-1]["seconds"] if kept else 0.0
@@ -53,28 +55,28 @@ class MetricsCallback(TrainerCallback):
         self.losses = [line["loss"] for line in kept if line["step"] > self.before_steps]
         self.flat_from = step
         if is_first():
-            beside = self.file.with_suffix(".partial")
-            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            beside.replace(self.file)  # in one go: the other processes read it too
+            partial = self.file.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            partial.replace(self.file)  # atomic: the other processes read it too
 
     @property
     def evaluations(self) -> list[tuple[int, float]]:
-        """(step, bits per byte) of all of this phase; 0 is that before its first step, where there is one."""
+        """(step, bits per byte) of all evaluations of this phase; step 0: before its first step, if it was evaluated."""
         return [*([(0, self.to_beat)] if math.isfinite(self.to_beat) else []), *self.history]
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """(step, bits per byte) of the best held-out evaluation of this phase; the first of equals."""
+        """(step, bits per byte) of the best held-out evaluation of this phase; ties: the first."""
         return min(self.history, key=lambda one: one[1]) if self.history else None
 
-    def waited(self, patience: int | None) -> bool:
-        """Whether that many evaluations have passed since the best one, which may be that before the first step."""
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Return whether `patience` evaluations have passed since the best, which may be the one before the first step."""
         scores = [score for _, score in self.evaluations]
         return bool(patience and scores and len(scores) - 1 - scores.index(min(scores)) >= patience)
 
     @property
-    def not_beaten(self) -> str:
-        """What to say when no evaluation was better than the one before the first step."""
+    def no_improvement(self) -> str:
+        """A message when no evaluation beat the one before the first step, else empty."""
         if not self.best or self.best[1] < self.to_beat:
             return ""
         step, score = self.before_steps + self.best[0], self.best[1]
@@ -103,18 +105,18 @@ class MetricsCallback(TrainerCallback):
             "cpu_seconds": round(time.process_time(), 3),
             **self.scores,
         }
-        if len(set(self.rates)) > 1:  # the last group, where they have one of their own
+        if len(set(self.rates)) > 1:  # the embeddings' own group is the last
             line["embedding_learning_rate"] = self.rates[-1]
         self.scores = {}
         self.losses.append(logs["loss"])
-        if self.flat_from < FLAT_AFTER <= state.global_step and (flat := say_flat(self.losses)):
+        if self.flat_from < FLAT_AFTER <= state.global_step and (flat := describe_flat_loss(self.losses)):
             console.notice(flat)
         self.flat_from = state.global_step
         self._append(line)
         self.bar.update(step, f"loss {logs['loss']:.3f} · {human_count(round(speed))} tok/s")
 
     def on_scores(self, step: int, scores: dict[str, Any]) -> None:
-        """A held-out evaluation in the middle of the run: it stands in the line of its step."""
+        """Keep the scores of a held-out evaluation for the metrics line of its step."""
         self.history.append((step, scores["bits_per_byte"]))
         self.scores = {"held_out_loss": scores["loss"], "bits_per_byte": scores["bits_per_byte"]}
         self.scores |= {f"bits_per_byte_{name}": one["bits_per_byte"] for name, one in scores["groups"].items()}
@@ -124,9 +126,11 @@ class MetricsCallback(TrainerCallback):
             stream.write(json.dumps(line) + "\n")
 
 
-def say_flat(losses: list[float]) -> str:
-    """What to say of a phase's losses up to its step FLAT_AFTER: one that has not fallen by then is usually a learning rate
-    that is wrong by far."""
+def describe_flat_loss(losses: list[float]) -> str:
+    """Return a message when the first FLAT_AFTER losses of a phase do not fall, else an empty text.
+
+    The usual cause is a learning rate that is far off.
+    """
     tenth = max(1, len(losses) // 10)
     first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
     if last <= 0.99 * first:
@@ -136,41 +140,44 @@ def say_flat(losses: list[float]) -> str:
     )
 
 
-def flat_at(lines: list[dict[str, Any]], before_steps: int, last: int) -> str:
-    """The same, from the lines of metrics.jsonl: of the phase between these steps of the stage."""
+def flat_loss_in_phase(lines: list[dict[str, Any]], before_steps: int, last: int) -> str:
+    """Return the same message from lines of metrics.jsonl, for the phase between two steps of the stage."""
     steps = [line["step"] for line in lines if before_steps + FLAT_AFTER <= line["step"] <= last]
-    return say_flat([line["loss"] for line in lines if before_steps < line["step"] <= steps[0]]) if steps else ""
+    return (
+        describe_flat_loss([line["loss"] for line in lines if before_steps < line["step"] <= steps[0]]) if steps else ""
+    )
 
 
 def check_forgetting(before: dict[str, Any], now: dict[str, Any], limits: Forgetting) -> None:
-    """The forgetting gauge: say which group's bits per byte have risen over where they began, and by how much. Raises
-    NumbersError when the recipe wants to stop there. before, now: scores by group."""
+    """Report each group whose bits per byte have risen by the recipe's limit; raise NumbersError at its stop limit.
+
+    before, now: scores by group
+    """
     for name, one in now.items():
         old, new = before[name]["bits_per_byte"], one["bits_per_byte"]
         rise = new / old - 1 if old else 0.0
-        what = _("held-out bits per byte of {name} rose from {old:.4f} to {new:.4f} ({rise:+.1%})").format(
+        message = _("held-out bits per byte of {name} rose from {old:.4f} to {new:.4f} ({rise:+.1%})").format(
             name=name, old=old, new=new, rise=rise
         )
         if limits.stop is not None and rise >= limits.stop:
             raise NumbersError(
-                what,
+                message,
                 place=f"forgetting.stop: {limits.stop:g}",
                 remedy=_(
                     "lower learning_rate, or add text in that language (share: 0.3); --fork continues with another limit"
                 ),
             )
         if limits.warn is not None and rise >= limits.warn:
-            console.notice(what)
+            console.notice(message)
 
 
 def peak_memory_bytes() -> int | None:
-    """Peak memory: of the GPU where there is one (None for one that keeps no account of it, as mps), else the resident set of
-    this process."""
+    """Return the peak memory of the GPU (None if it keeps no statistics, as mps), or without a GPU of this process."""
     import torch
 
     if device := torch.accelerator.current_accelerator(check_available=True):
-        ask = getattr(torch.get_device_module(device), "max_memory_allocated", None)
-        return int(ask()) if ask else None
+        max_memory_allocated = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+        return int(max_memory_allocated()) if max_memory_allocated else None
     try:  # getrusage's figure is inherited from a larger parent through exec; this one is not
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(status.split("VmHWM:")[1].split()[0])

@@ -1,4 +1,4 @@
-"""What training has written to metrics.jsonl, for those who only read it: no torch."""
+"""Read metrics.jsonl without importing torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a line that a crash cut short is left out."""
+    """Return the lines of metrics.jsonl; skip a line that a crash cut short."""
     if not file.is_file():
         return []
     out = []

@@ -1,8 +1,8 @@
-"""The guard: looks at each step before it is taken, on all processes together, so that all of them stop or none does.
+"""Check each step before it is taken, on all processes together, so that either all of them stop or none.
 
-A NaN goes through a run in silence: transformers finishes it and reports a loss of 0.0. Here the losses of a step's
-micro-batches and the norm of its gradient are looked at before the weights move, so that the last checkpoint stays good.
-In the same exchange the processes agree whether they were asked to stop.
+A NaN does not stop a plain transformers run: it finishes and reports a loss of 0.0. The guard checks the losses of a
+step's micro-batches and the norm of its gradient before the weights move, so that the last checkpoint stays good. In the
+same exchange the processes agree whether to stop.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tongwen.core.i18n import _
 from tongwen.train.packing import BatchPlan
 from tongwen.train.parallel import local
 
-SKIPS = 20  # overflows of fp16 in a row; its scale has halved so often by then that the loss itself does not fit
-ABSURD = 10  # steps in a row with a loss above guessing at random
+SKIPS = 20  # fp16 overflows in a row; halving the scale more often does not help: the loss itself does not fit
+ABSURD = 10  # steps in a row with a loss above that of random guessing
 MARGIN = 2.0  # nats
 
 
 @dataclass
 class StepLosses:
-    """What a process notes of the step that it computes.
+    """Losses of the step that this process is computing.
 
     nats:    summed loss of each micro-batch, 0-dimensional tensors that stay on the device
     learned: learned tokens of the step over all processes
@@ -38,12 +38,12 @@ class StepLosses:
 
 
 class NanGuard(TrainerCallback):
-    """Raises NumbersError on every process when a loss or the gradient is not finite, and when the loss is absurd.
+    """Raise NumbersError on every process when a loss or the gradient is not finite, or the loss is absurdly high.
 
-    gather:    this process's (1, N) row in, (W, N) rows of all processes out
-    origin:    where a sample came from: file and row
-    wants_out: whether this process was asked to stop
-    last:      names the last checkpoint, for the message
+    origin:          where a sample came from: file and row
+    gather:          takes this process's (1, N) row, returns the (W, N) rows of all processes
+    stop_requested:  whether this process was asked to stop
+    last_checkpoint: names the last checkpoint, for messages
     """
 
     def __init__(
@@ -51,39 +51,47 @@ class NanGuard(TrainerCallback):
         plan: BatchPlan,
         origin: Callable[[int], Any],
         gather: Callable[[torch.Tensor], torch.Tensor],
-        wants_out: Callable[[], bool],
-        last: Callable[[], str],
+        stop_requested: Callable[[], bool],
+        last_checkpoint: Callable[[], str],
         before_steps: int,
         vocabulary: int,
     ) -> None:
-        self.plan, self.origin, self.gather, self.wants_out, self.last = plan, origin, gather, wants_out, last
+        self.plan, self.origin, self.gather, self.stop_requested, self.last_checkpoint = (
+            plan,
+            origin,
+            gather,
+            stop_requested,
+            last_checkpoint,
+        )
         self.before_steps, self.absurd = before_steps, math.log(vocabulary) + MARGIN
-        self.step, self.leaving = StepLosses(), False
+        self.step, self.stopping = StepLosses(), False
         self.high = self.skipped = self.skipped_in_a_row = 0
 
     def note(self, nats: torch.Tensor, learned: Any) -> None:
-        """A micro-batch was scored."""
+        """Record the loss of a micro-batch and the learned tokens of its step."""
         self.step.nats.append(nats.detach().float())
         self.step.learned = learned
 
-    def look(self, index: int, norm: Any, model: Any, *, scaled: bool) -> None:
-        """Before step `index` of the phase is taken. norm: of the whole gradient; scaled: a gradient scaler leaves out a
-        step that has overflowed."""
+    def check(self, index: int, norm: Any, model: Any, *, scaled: bool) -> None:
+        """Check step `index` of the phase before it is taken.
+
+        norm: of the whole gradient; scaled: whether a gradient scaler skips steps that overflow
+        """
         step, self.step = self.step, StepLosses()
-        flags = (torch.as_tensor(value).to(step.nats[0]) for value in (norm, self.wants_out()))
+        flags = (torch.as_tensor(value).to(step.nats[0]) for value in (norm, self.stop_requested()))
         row = torch.stack([*step.nats, *flags])
         ranks = self.gather(row[None]).tolist()  # (W, accumulate + 2)
-        self.leaving = any(rank[-1] for rank in ranks)
+        self.stopping = any(rank[-1] for rank in ranks)
         losses, norms = [rank[:-2] for rank in ranks], [rank[-2] for rank in ranks]
-        self._check_finite(index, losses, [] if scaled else norms, model)  # a loss is not scaled when it is noted
+        self._check_finite(index, losses, [] if scaled else norms, model)  # recorded losses are unscaled
         if scaled:
             self._count_skip(index, not all(map(math.isfinite, norms)))
         self._check_sane(index, sum(map(sum, losses)) / max(float(step.learned), 1.0))
 
-    def leaves(self, device: torch.device) -> bool:
-        """After the last step, which did not ask for what has come since: whether any process was asked to stop."""
-        wish = torch.tensor([float(self.leaving or self.wants_out())], device=device)
-        return bool(self.gather(wish).any())
+    def should_stop(self, device: torch.device) -> bool:
+        """Return, after the last step, whether any process was asked to stop, even since the last check."""
+        flag = torch.tensor([float(self.stopping or self.stop_requested())], device=device)
+        return bool(self.gather(flag).any())
 
     def _check_finite(self, index: int, losses: list[list[float]], norms: list[float], model: Any) -> None:
         bad = [
@@ -95,14 +103,16 @@ class NanGuard(TrainerCallback):
         samples = [sample for place in bad for sample in self.plan.micro[index][place]]
         if bad:
             first, count = bad[0] + 1, len(self.plan.micro[index])
-            what = _("the loss is NaN or infinite in micro-batch {first} of {count}").format(first=first, count=count)
+            problem = _("the loss is NaN or infinite in micro-batch {first} of {count}").format(
+                first=first, count=count
+            )
         elif not all(map(math.isfinite, norms)):
             names = [
                 name
                 for name, part in model.named_parameters()
                 if part.grad is not None and not bool(torch.isfinite(local(part.grad)).all())
             ]
-            what = _("the gradient is NaN or infinite ({count} tensors, first {names})").format(
+            problem = _("the gradient is NaN or infinite ({count} tensors, first {names})").format(
                 count=len(names), names=names[:1]
             )
         else:
@@ -110,7 +120,7 @@ class NanGuard(TrainerCallback):
         rows = self._rows(samples or self.plan.steps[index])
         self._stop(
             index,
-            what + _("; rows {rows}").format(rows=rows),
+            problem + _("; rows {rows}").format(rows=rows),
             _("lower learning_rate, or precision: fp32"),
         )
 
@@ -126,7 +136,7 @@ class NanGuard(TrainerCallback):
             )
 
     def _count_skip(self, index: int, skipped: bool) -> None:
-        """By the norm: to a fused optimizer the scaler hands its verdict, and accelerate takes that for a step."""
+        """Count skipped steps by the norm: a fused optimizer skips inside its step, which accelerate counts as taken."""
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row > SKIPS:
@@ -139,16 +149,16 @@ class NanGuard(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.leaving:
+        if self.stopping:
             control.should_save = control.should_training_stop = True
 
     def _rows(self, samples: Any) -> str:
         shown = ", ".join(str(self.origin(sample)) for sample in samples[:8])
         return shown + (f" … ({len(samples)})" if len(samples) > 8 else "")
 
-    def _stop(self, index: int, what: str, cure: str) -> None:
+    def _stop(self, index: int, problem: str, remedy: str) -> None:
         raise NumbersError(
-            what,
+            problem,
             place=_("step {before_steps}").format(before_steps=self.before_steps + index + 1),
-            remedy=f"{cure}; {self.last()}",
+            remedy=f"{remedy}; {self.last_checkpoint()}",
         )

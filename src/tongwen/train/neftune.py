@@ -1,7 +1,7 @@
 """NEFTune for packs: uniform noise on the embeddings, alpha / sqrt(L x H) with L the length of the token's own document.
 
-transformers takes L from the row, which in a pack is the length of all its documents: the noise would be too small by
-the square root of their number.
+transformers takes L from the row, in a pack the total length of its documents. Its noise would be too small by the square
+root of their number.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 
 
 class Neftune:
-    """A hook on the input embedding that is silent outside `scaled_for`."""
+    """Add noise to the input embeddings, inside `scaled_for` only."""
 
     def __init__(self, model: Any, alpha: float) -> None:
         self.alpha, self.module = alpha, model.get_input_embeddings()
 
     @contextmanager
     def scaled_for(self, batch: dict[str, Any]) -> Iterator[None]:
-        """Noise for the tokens of one micro-batch."""
+        """Inside, the embeddings of this micro-batch get noise."""
         lengths = lengths_of(batch)
 
         def add(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,7 @@ class Neftune:
 
 
 def lengths_of(batch: dict[str, Any]) -> torch.Tensor:
-    """The length of its own document for each token: (1, T) of a pack, (B, 1) of a padded batch."""
+    """Return for each token the length of its document: (1, T) of a pack, (B, 1) of a padded batch."""
     if "attention_mask" in batch:
         return torch.as_tensor(batch["attention_mask"].sum(dim=1, keepdim=True))
     sizes = batch["cu_seq_lens_q"].diff().long()

@@ -1,8 +1,8 @@
-"""Which samples make a step, and how they are dealt into micro-batches without padding.
+"""Choose the samples of each step and distribute them over micro-batches without padding.
 
-The samples of an optimizer step follow from seed and epoch alone. Within a step they are dealt, longest first, into
-micro-batches of a token budget, the same number for every step and rank; the result of a step therefore does not depend
-on packing, devices or accumulation, except for the order of floating-point sums.
+Seed and epoch alone determine the samples of an optimizer step. Within a step they go, longest first, into micro-batches
+of a token budget, the same number for every step and rank. The result of a step therefore does not depend on packing,
+devices or accumulation, except for the order of floating-point sums.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 from tongwen.recipe.fields import Duration
 
-# (model, batch) -> (the loss that is learned, nats of each learned token)
+# (model, batch) -> (the loss to minimise, nats of each learned token)
 Loss = Callable[[Any, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The whole run, laid out before it starts.
+    """All steps of a run, planned before it starts.
 
     steps: per optimizer step, its samples in the order of the epoch
     micro: per optimizer step, accumulate x world micro-batches (lists of samples), rank by rank within a slot
@@ -44,15 +44,15 @@ class BatchPlan:
         return len(self.steps)
 
     def flat(self) -> list[tuple[int, ...]]:
-        """Micro-batches in the order in which accelerate deals them: slot after slot, rank after rank."""
+        """Return micro-batches in accelerate's order: slot after slot, rank after rank."""
         return [micro for step in self.micro for micro in step]
 
     def fill(self, lengths: np.ndarray) -> float:
-        """Real tokens among those that the micro-batches have room for; the empty ones that end an epoch hold none."""
+        """Return the share of the budget that real tokens fill; empty micro-batches at an epoch's end do not count."""
         return sum(self.tokens_of(lengths)) / (self.budget * sum(bool(part) for step in self.micro for part in step))
 
     def tokens_of(self, lengths: np.ndarray) -> list[int]:
-        """Tokens of each step."""
+        """Return the number of tokens of each step."""
         return [int(lengths[list(step)].sum()) for step in self.steps]
 
 
@@ -66,9 +66,9 @@ def make_plan(
     budget: int,
     world: int = 1,
 ) -> BatchPlan:
-    """Lay out a run. lengths: (S,) tokens per sample; draw(epoch): the samples of an epoch in their order.
+    """Plan a run. lengths: (S,) tokens per sample; draw(epoch): the samples of an epoch in order.
 
-    With batch_tokens the epoch is packed best-fit, and a step is a fixed number of packs; else a step is batch_size
+    With batch_tokens an epoch is packed best-fit, and a step is a fixed number of packs; else a step is batch_size
     samples.
     """
     budget = max(budget, int(lengths.max()))
@@ -137,33 +137,35 @@ def _check_step_size(held: int, unit: int, wanted: int, world: int) -> None:
 
 
 def best_fit(lengths: np.ndarray, samples: list[int], capacity: int) -> list[tuple[int, ...]]:
-    """Samples into packs of a capacity, best-fit decreasing: the longest first, each into the fullest pack that has room.
+    """Pack samples best-fit decreasing: the longest first, each into the fullest pack with enough space.
 
-    The packs stand in the order of their first sample, and a pack's samples in the order that they had.
+    Packs are sorted by their first sample; within a pack the samples keep their order.
     """
-    room: list[list[int]] = [[] for _ in range(capacity + 1)]  # packs by the tokens that still fit
-    taken = 0  # bit r: some pack has exactly r tokens of room
+    by_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # packs by the tokens that still fit
+    occupied = 0  # bit r: some pack has space for exactly r tokens
     packs: list[list[int]] = []
     for place in sorted(range(len(samples)), key=lambda place: (-int(lengths[samples[place]]), place)):
         length = int(lengths[samples[place]])
-        fitting = taken >> length
+        fitting = occupied >> length
         if fitting:
             left = length + (fitting & -fitting).bit_length() - 1
-            pack = room[left].pop()
-            if not room[left]:
-                taken ^= 1 << left
+            pack = by_space[left].pop()
+            if not by_space[left]:
+                occupied ^= 1 << left
         else:
             left, pack = capacity, len(packs)
             packs.append([])
         packs[pack].append(place)
-        room[left - length].append(pack)
-        taken |= 1 << (left - length)
+        by_space[left - length].append(pack)
+        occupied |= 1 << (left - length)
     return [tuple(samples[place] for place in sorted(pack)) for pack in sorted(packs, key=min)]
 
 
 def deal(step: tuple[int, ...], lengths: np.ndarray, parts: int) -> tuple[tuple[int, ...], ...]:
-    """Samples into parts of about equal tokens: longest first, each into the emptiest part. Fullest parts come first,
-    so that the ranks of one accumulation slot are alike."""
+    """Distribute samples over parts of about equal tokens: longest first, each into the emptiest part.
+
+    The fullest parts come first, so that the ranks of one accumulation slot have similar loads.
+    """
     heap: list[tuple[int, int]] = [(0, part) for part in range(parts)]
     dealt: list[list[int]] = [[] for _ in range(parts)]
     sizes = [0] * parts
@@ -177,15 +179,15 @@ def deal(step: tuple[int, ...], lengths: np.ndarray, parts: int) -> tuple[tuple[
 
 
 def fill(lengths: np.ndarray, budget: int) -> list[tuple[int, ...]]:
-    """Samples in their order, as many together as fit into the budget: for scoring, where order changes nothing."""
+    """Group samples in order, as many as fit into the budget; for scoring, where the grouping changes nothing."""
     micro: list[tuple[int, ...]] = []
-    room = 0
+    space = 0
     for sample, length in enumerate(lengths.tolist()):
-        if length > room:
+        if length > space:
             micro.append(())
-            room = max(budget, length)
+            space = max(budget, length)
         micro[-1] += (sample,)
-        room -= length
+        space -= length
     return micro
 
 
@@ -200,8 +202,8 @@ def _done(stop_after: Duration, steps: int, tokens: int, per_epoch: int) -> bool
 class MicroBatches(Dataset[dict[str, Any]]):
     """The micro-batches of a plan as tensors.
 
-    packed: documents lie end to end in one row (1, T) with positions that start anew and their borders in
-    `cu_seq_lens_q`; otherwise they are padded to (B, L), with a mask made from lengths.
+    packed: documents follow each other in one row (1, T); positions restart at each, `cu_seq_lens_q` has the borders.
+    Otherwise they are padded to (B, L), with a mask made from lengths.
     """
 
     def __init__(self, store: Any, micro: list[tuple[int, ...]], *, packed: bool) -> None:
@@ -216,7 +218,7 @@ class MicroBatches(Dataset[dict[str, Any]]):
 
 
 def pack(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    """(ids, learn) pairs end to end. `rows` are the positions whose next token is learned, `targets` those tokens."""
+    """Concatenate (ids, learn) pairs. `rows`: positions whose next token is learned; `targets`: those tokens."""
     lengths = [len(ids) for ids, _ in samples]
     ids = np.concatenate([ids for ids, _ in samples]).astype(np.int64)
     learn = np.concatenate([learn for _, learn in samples])
@@ -237,7 +239,7 @@ def pack(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
 
 
 def pad(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-    """(ids, learn) pairs side by side, padded on the right; what is real is known from lengths, never from ids."""
+    """Stack (ids, learn) pairs, padded on the right; the mask comes from lengths, never from ids."""
     longest = max(len(ids) for ids, _ in samples)
     out = np.zeros((len(samples), longest), dtype=np.int64)
     real = np.zeros((len(samples), longest), dtype=np.int64)
@@ -256,7 +258,7 @@ def pad(samples: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
 
 
 def empty(packed: bool) -> dict[str, Any]:
-    """One masked token: keeps ranks in step where a step has fewer samples than micro-batches."""
+    """Return one masked token: keeps ranks in step when a step has fewer samples than micro-batches."""
     one = [(np.zeros(1, np.uint32), np.zeros(1, bool))]
     batch = pack(one) if packed else pad(one)
     batch["rows"] = torch.zeros(1, dtype=torch.int64)
@@ -265,7 +267,7 @@ def empty(packed: bool) -> dict[str, Any]:
 
 
 def to_device(batch: dict[str, Any], model: Any) -> dict[str, Any]:
-    """A batch where the model computes. Weights that wait in the host's memory are not computed on there."""
+    """Move a batch to the device that computes, which differs from that of weights offloaded to host memory."""
     part = next(model.parameters())
     device = part.device_mesh.device_type if isinstance(part, DTensor) else part.device
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

@@ -1,8 +1,7 @@
-"""The engine of a run: accelerate's and transformers' own machinery for one word of the recipe, and the proof that it runs.
+"""Set up the recipe's engine with accelerate and transformers, and verify that this engine runs.
 
-Both go on without a word when they cannot do what they were asked: on a CPU accelerate takes FSDP for DDP, and settings in
-the environment of a launcher change the engine from outside. So what was prepared is compared with what was asked for
-before the first step.
+Both libraries fall back silently: on a CPU accelerate replaces FSDP by DDP, and a launcher's environment variables change
+the engine. So before the first step the prepared model is compared with the requested engine.
 """
 
 from __future__ import annotations
@@ -29,15 +28,17 @@ from tongwen.train.memory import SHARED, Sharing
 
 BUCKET = 500_000_000  # DeepSpeed's default
 FSDP_FILE = "pytorch_model_fsdp.bin"  # accelerate's name
-# By `precision`, `compile`, and what torch finds.
+# The recipe's `precision` and `compile`, and torch's device detection, take precedence over these.
 OVERRIDDEN = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_", "ACCELERATE_USE_CPU")
-ASKED_FROM_OUTSIDE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+LAUNCHER_ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 @dataclass(frozen=True)
 class Engine:
-    """name: single, ddp, fsdp2 or zero1 ... zero3. arguments: what TrainingArguments are told of it; place: who asked for
-    it."""
+    """How a model is distributed over processes.
+
+    name: single, ddp, fsdp2 or zero1 ... zero3; arguments: for TrainingArguments; place: of the setting, for errors
+    """
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -49,12 +50,14 @@ class Engine:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every process has the whole model, where it was put: the others cut weights up, or move them."""
+        """Whether every process holds the whole model; other engines shard or move weights."""
         return self.name in ("single", "ddp")
 
     def shard(self, model: Any, dtype: torch.dtype) -> None:
-        """FSDP2: each process keeps its part of every tensor from here on, so that no GPU ever holds the whole model. What
-        learns becomes fp32 a layer at a time: weights that are read as their file has them lie once in a machine's memory."""
+        """FSDP2: keep only this process's part of every tensor, so that no GPU ever holds the whole model.
+
+        Trainable weights become fp32 one layer at a time: until then they share the memory of the mapped weight file.
+        """
         from accelerate import Accelerator
         from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy, fsdp2_prepare_model
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -63,8 +66,8 @@ class Engine:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         plugin = _plugin(self.arguments["fsdp_config"], mixed_precision_policy=policy)
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), fsdp_plugin=plugin)
-        self.insist(accelerator, plugin)
-        words = {
+        self.enforce(accelerator, plugin)
+        fsdp_kwargs = {
             "reshard_after_forward": plugin.reshard_after_forward,
             "mp_policy": policy,
             "offload_policy": plugin.cpu_offload,
@@ -72,19 +75,19 @@ class Engine:
         plugin.set_auto_wrap_policy(model)
         if is_layer := fsdp2_prepare_auto_wrap_policy(plugin, model):
             for layer in [module for module in model.modules() if module is not model and is_layer(module)][::-1]:
-                in_fp32(layer.parameters())
-                fully_shard(layer, **words)
-        plugin.auto_wrap_policy = None  # accelerate has no layers left, only what stands around them
-        in_fp32(model.parameters())
-        with _rows_apart(model, words):
+                trainable_to_fp32(layer.parameters())
+                fully_shard(layer, **fsdp_kwargs)
+        plugin.auto_wrap_policy = None  # accelerate only wraps what is outside the layers
+        trainable_to_fp32(model.parameters())
+        with _rows_apart(model, fsdp_kwargs):
             fsdp2_prepare_model(accelerator, model)
         register_fsdp_forward_method(model, "generate")
 
     def _check_layers(self, model: Any) -> None:
-        """Raise RecipeError for a layer that the file names and the model has not."""
-        there = {type(module).__name__ for module in model.modules()}
+        """Raise RecipeError when the engine file names a layer class that the model does not have."""
+        layer_classes = {type(module).__name__ for module in model.modules()}
         for layer in self.arguments["fsdp_config"].get("transformer_layer_cls_to_wrap") or ():
-            if layer not in there:
+            if layer not in layer_classes:
                 own = ",".join(sorted(getattr(model, "_no_split_modules", None) or ()))
                 raise RecipeError(
                     _("this model has no layer {layer!r}").format(layer=layer),
@@ -92,13 +95,15 @@ class Engine:
                     remedy=f"fsdp_transformer_layer_cls_to_wrap: {own}" if own else _("leave it out"),
                 )
 
-    def insist(self, accelerator: Any, plugin: Any = None) -> None:
-        """accelerate offers FSDP on accelerators only, and says nothing; FSDP2 itself runs on CPUs as well. What it leaves in
-        the environment would change the engine of the next stage."""
+    def enforce(self, accelerator: Any, plugin: Any = None) -> None:
+        """Make accelerate use FSDP2 even on CPUs, where it would silently not; FSDP2 itself runs there.
+
+        Also delete its environment variables, which would change the engine of the next stage.
+        """
         from accelerate import PartialState
         from accelerate.utils import DistributedType
 
-        for name in ASKED_FROM_OUTSIDE:
+        for name in LAUNCHER_ENGINES:
             os.environ.pop(name, None)
         if self.name == "fsdp2":
             accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -107,8 +112,7 @@ class Engine:
             )
 
     def check_resumes(self, checkpoint: Path) -> None:
-        """Raise RecipeError for a checkpoint of another engine, or one that DeepSpeed has cut for another number of
-        processes."""
+        """Raise RecipeError for a checkpoint of another engine, or one that DeepSpeed split over another process count."""
         shards, world = len(list(checkpoint.glob("global_step*/*optim_states.pt"))), distributed.world_size()
         made = "deepspeed" if shards else "fsdp2" if (checkpoint / FSDP_FILE).is_file() else "ddp"
         mine = "deepspeed" if self.is_deepspeed else "fsdp2" if self.name == "fsdp2" else "ddp"
@@ -127,8 +131,8 @@ class Engine:
                 remedy=f"tongwen run RECIPE --devices {shards}",
             )
 
-    def prove(self, wrapped: Any, model: Any, optimizer: Any) -> None:
-        """Raise MachineError unless what was prepared is what was asked for, and the optimizer holds what is trained."""
+    def verify(self, wrapped: Any, model: Any, optimizer: Any) -> None:
+        """Raise MachineError unless the requested engine runs; assert that the optimizer holds all trainable tensors."""
         found = _name_of(wrapped)
         whole = [name for name, part in model.named_parameters() if not isinstance(part, DTensor)]
         if found == "fsdp2" and whole:
@@ -146,8 +150,8 @@ class Engine:
             )
 
 
-def choose(words: Training) -> Engine:
-    """The engine that a recipe asks for, in the processes that there are. Raises RecipeError or MissingPackage."""
+def choose_engine(section: Training) -> Engine:
+    """Return the recipe's engine for the running processes. Raises RecipeError or MissingPackage."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     for name in [name for name in os.environ if name.startswith(OVERRIDDEN)]:
@@ -156,47 +160,49 @@ def choose(words: Training) -> Engine:
             console.notice(
                 _("the launcher's {name}={value} is not used: the recipe decides").format(name=name, value=value)
             )
-    unset_hf_deepspeed_config()  # of the stage before: transformers would cut the next model up while it is read
-    place = f"engine: {words.engine}"
-    outside = [name for name in ASKED_FROM_OUTSIDE if os.environ.get(name, "").lower() == "true"]
+    unset_hf_deepspeed_config()  # of the previous stage: transformers would shard the next model while loading it
+    place = f"engine: {section.engine}"
+    outside = [name for name in LAUNCHER_ENGINES if os.environ.get(name, "").lower() == "true"]
     if outside:
         raise RecipeError(
             _("the launcher's settings ask for another engine ({outside}=true)").format(outside=outside[0]),
             place=place,
             remedy=_("put these settings into engine: FILE, and start the launcher without them"),
         )
-    if words.sharded_by == "fsdp2":
-        return Engine("fsdp2", {"fsdp": True, "fsdp_config": _fsdp_config(words)}, place)
-    if words.sharded_by == "deepspeed":
+    if section.sharded_by == "fsdp2":
+        return Engine("fsdp2", {"fsdp": True, "fsdp_config": _fsdp_config(section)}, place)
+    if section.sharded_by == "deepspeed":
         if importlib.util.find_spec("deepspeed") is None:
             raise MissingPackage("deepspeed", place, "deepspeed")
-        config = _deepspeed_config(words)
+        config = _deepspeed_config(section)
         _prepare_deepspeed(config["zero_optimization"], place)
         return Engine(f"zero{config['zero_optimization']['stage']}", {"deepspeed": config}, place)
     return Engine("ddp" if distributed.is_launched() else "single")
 
 
-def sharing_of(words: Training, world: int) -> Sharing:
-    """What each of so many processes will hold. Raises RecipeError for a file that cannot be read."""
-    if words.sharded_by == "fsdp2":
-        config = _fsdp_config(words)
-        offloaded = SHARED["fsdp2"] if words.offload else ()
+def sharing_of(section: Training, world: int) -> Sharing:
+    """Return how `world` processes will share a training. Raises RecipeError for an engine file that cannot be read."""
+    if section.sharded_by == "fsdp2":
+        config = _fsdp_config(section)
+        offloaded = SHARED["fsdp2"] if section.offload else ()
         return Sharing("fsdp2", world, offloaded, config.get("reshard_after_forward", True))
-    if words.sharded_by == "deepspeed":
-        zero = _deepspeed_config(words)["zero_optimization"]
+    if section.sharded_by == "deepspeed":
+        zero = _deepspeed_config(section)["zero_optimization"]
         stage = zero["stage"]
-        waits = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": ("weights",)}
-        waiting = tuple(purpose for key, what in waits.items() if key in zero for purpose in what)
+        offload_keys = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": ("weights",)}
+        offloaded = tuple(purpose for key, what in offload_keys.items() if key in zero for purpose in what)
         copies = 2 if stage < 3 and zero.get("overlap_comm") else 1
         size = zero.get("reduce_bucket_size", BUCKET)
-        bucket = 0 if size == "auto" else copies * int(size)  # auto: a square of the hidden size, which is little
-        return Sharing(f"zero{stage}", world, waiting, bucket=bucket)
+        bucket = 0 if size == "auto" else copies * int(size)  # auto: the hidden size squared, which is small
+        return Sharing(f"zero{stage}", world, offloaded, bucket=bucket)
     return Sharing("ddp" if world > 1 else "", world)
 
 
 def _prepare_deepspeed(zero: dict[str, Any], place: str) -> None:
-    """On a CPU without its own shared-memory operations, which take a compiler and minutes; gloo does the same. Raises
-    RecipeError for settings that it does not know."""
+    """Raise RecipeError for settings unknown to DeepSpeed; on a CPU disable its shared-memory operations.
+
+    Those need a compiler and minutes to build; gloo does the same.
+    """
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
@@ -205,7 +211,7 @@ def _prepare_deepspeed(zero: dict[str, Any], place: str) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:
-        DeepSpeedZeroConfig(**zero)  # which leaves "auto" out
+        DeepSpeedZeroConfig(**zero)  # DeepSpeed itself drops "auto" values
     except ValidationError as error:
         first = error.errors()[0]
         raise RecipeError(
@@ -215,20 +221,20 @@ def _prepare_deepspeed(zero: dict[str, Any], place: str) -> None:
         ) from None
 
 
-def _fsdp_config(words: Training) -> dict[str, Any]:
-    config = {} if words.engine == "fsdp2" else engine_config.read(words.engine, 1).engine
-    return {"version": 2, **config, "cpu_offload": words.offload}
+def _fsdp_config(section: Training) -> dict[str, Any]:
+    config = {} if section.engine == "fsdp2" else engine_config.read(section.engine, 1).engine
+    return {"version": 2, **config, "cpu_offload": section.offload}
 
 
-def _deepspeed_config(words: Training) -> dict[str, Any]:
-    """ "auto" is filled in by transformers from its own arguments, which come from the recipe."""
-    if words.engine.endswith(".json"):
-        config = engine_config.read(words.engine, 1).engine
+def _deepspeed_config(section: Training) -> dict[str, Any]:
+    """Return DeepSpeed's config; transformers fills in "auto" from its arguments, which come from the recipe."""
+    if section.engine.endswith(".json"):
+        config = engine_config.read(section.engine, 1).engine
     else:
-        config = {"zero_optimization": {"stage": int(words.engine[-1]), "overlap_comm": True}}
+        config = {"zero_optimization": {"stage": int(section.engine[-1]), "overlap_comm": True}}
     zero = dict(config["zero_optimization"])
-    zero["stage3_gather_16bit_weights_on_model_save"] = True  # else only shards of the result would be saved
-    if words.offload:
+    zero["stage3_gather_16bit_weights_on_model_save"] = True  # else only shards would be saved
+    if section.offload:
         for what in ("optimizer", "param")[: 2 if zero["stage"] == 3 else 1]:
             zero.setdefault(f"offload_{what}", {"device": "cpu", "pin_memory": torch.accelerator.is_available()})
     autos = dict.fromkeys((*engine_config.BATCH, "gradient_clipping"), "auto")
@@ -236,8 +242,8 @@ def _deepspeed_config(words: Training) -> dict[str, Any]:
     return {**own, **config, "zero_optimization": zero, "bf16": {"enabled": "auto"}, **autos}
 
 
-def _plugin(config: dict[str, Any], **more: Any) -> Any:
-    """accelerate's plugin for transformers' fsdp_config."""
+def _plugin(config: dict[str, Any], **kwargs: Any) -> Any:
+    """Return accelerate's plugin for transformers' fsdp_config."""
     from accelerate.utils import FullyShardedDataParallelPlugin
 
     wrapped = config.get("transformer_layer_cls_to_wrap")
@@ -249,14 +255,16 @@ def _plugin(config: dict[str, Any], **more: Any) -> Any:
         min_num_params=config.get("min_num_params"),
         cpu_offload=config["cpu_offload"],
         state_dict_type="FULL_STATE_DICT",
-        **more,
+        **kwargs,
     )
 
 
 @contextmanager
-def _rows_apart(model: Any, words: dict[str, Any]) -> Iterator[None]:
-    """Matrices of which peft trains single rows are shared out here: accelerate asks for their weight to see whether they
-    are tied, which peft then computes from both, and is told that there are none."""
+def _rows_apart(model: Any, fsdp_kwargs: dict[str, Any]) -> Iterator[None]:
+    """Shard here the matrices of which peft trains single rows, and hide them from accelerate inside.
+
+    accelerate would read their weights to see whether they are tied, and each access makes peft compute the whole weight.
+    """
     from torch.distributed.fsdp import fully_shard
 
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -265,8 +273,8 @@ def _rows_apart(model: Any, words: dict[str, Any]) -> Iterator[None]:
         return
     one, other = ({id(part) for part in module.parameters()} for module in modules)
     for together in [modules] if one & other else [[module] for module in modules]:
-        reshard = words["reshard_after_forward"] and len(together) == 1  # the two are used at both ends of a step
-        fully_shard(together, **{**words, "reshard_after_forward": reshard})
+        reshard = fsdp_kwargs["reshard_after_forward"] and len(together) == 1  # tied: used at both ends of a step
+        fully_shard(together, **{**fsdp_kwargs, "reshard_after_forward": reshard})
     model.get_input_embeddings = model.get_output_embeddings = lambda: None
     try:
         yield
@@ -284,15 +292,15 @@ def _name_of(wrapped: Any) -> str:
     return "ddp" if isinstance(wrapped, DistributedDataParallel) else "single"
 
 
-def in_fp32(parts: Iterable[torch.nn.Parameter]) -> None:
-    """Those of the parameters that learn."""
+def trainable_to_fp32(parts: Iterable[torch.nn.Parameter]) -> None:
+    """Convert the trainable parameters to fp32."""
     for part in parts:
         if part.requires_grad and not isinstance(part, DTensor):
             part.data = part.data.float()
 
 
 def reshard(model: Any) -> None:
-    """Weights that a forward without a backward has left whole in every process are shared out again."""
+    """Reshard weights that a forward without a backward has left gathered in every process."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -301,14 +309,14 @@ def reshard(model: Any) -> None:
 
 
 def local(part: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that lies in this process; it shares the tensor's memory."""
+    """Return this process's part of a tensor, a view of the same memory."""
     return part.to_local() if isinstance(part, DTensor) else part
 
 
-def are_somewhere(parts: Iterable[torch.Tensor], what: Any) -> list[bool]:
-    """For each tensor, whether `what` holds of it, or of its part in some process. All processes must ask."""
+def true_on_any_rank(parts: Iterable[torch.Tensor], predicate: Any) -> list[bool]:
+    """Return for each tensor whether `predicate` is true of it, or of its part on any rank. Call it on all ranks."""
     parts = list(parts)
-    flags = torch.stack([what(local(part)) for part in parts]) if parts else torch.zeros(0, dtype=torch.bool)
+    flags = torch.stack([predicate(local(part)) for part in parts]) if parts else torch.zeros(0, dtype=torch.bool)
     if any(isinstance(part, DTensor) for part in parts):
         counts = flags.int()
         torch.distributed.all_reduce(counts)
@@ -316,17 +324,21 @@ def are_somewhere(parts: Iterable[torch.Tensor], what: Any) -> list[bool]:
     return [bool(flag) for flag in flags.tolist()]
 
 
-def agreed(value: Any) -> Any:
-    """What the first process has found, on all: the last bits of what the others found may differ, and so would what they
-    decide by it. All processes must ask."""
+def from_first_rank(value: Any) -> Any:
+    """Return the first rank's value on all ranks. Call it on all ranks.
+
+    Values computed per rank may differ in the last bits, and so would decisions based on them.
+    """
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
 
 
 def gather(model: Any, chosen: Iterable[torch.nn.Parameter]) -> dict[str, torch.Tensor] | None:
-    """The chosen parameters and the saved buffers of a model whose weights are shared out, whole and on the CPU, by name;
-    None for a model that is whole. All processes must ask."""
+    """Return the chosen parameters and the saved buffers of a sharded model by name, whole and on the CPU.
+
+    Returns None for a model that is not sharded. Call it on all ranks.
+    """
     parts = {id(part): part for part in chosen}
     if not any(isinstance(part, DTensor) or hasattr(part, "ds_id") for part in parts.values()):
         return None
@@ -339,7 +351,7 @@ def gather(model: Any, chosen: Iterable[torch.nn.Parameter]) -> dict[str, torch.
 
 
 def scatter(model: Any, whole: dict[str, torch.Tensor]) -> None:
-    """What `gather` collected goes back into the model, to each process its part. All processes must ask."""
+    """Write what `gather` returned back into the model, to each rank its part. Call it on all ranks."""
     with torch.no_grad():
         for name, part in model.named_parameters():
             if name in whole:

@@ -1,4 +1,4 @@
-"""A phase of a training stage, as it is run."""
+"""A phase of a training stage."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tongwen.train.packing import BatchPlan
 class Phase:
     """What a phase trains, with which settings, over which batches.
 
-    train:         what it trains, as the recipe writes it (`new_rows`, `lora+embeddings`, …); parts: the same, taken apart
-    config:        the stage's section, with this phase's own settings filled in
-    learning_rate: peak of the weights; embedding_learning_rate: peak of the embeddings
+    train:         what it trains, as in the recipe (`new_rows`, `lora+embeddings`, …); parts: the same, parsed
+    config:        the stage's section with this phase's settings
+    learning_rate: peak for the weights; embedding_learning_rate: peak for the embeddings
     plan:          its batches
     checkpoints:   the folder of its checkpoints
-    steps_before:  optimizer steps of the stage's earlier phases; epochs_before: their epochs
+    steps_before:  optimizer steps of the stage's earlier phases; epochs_before: epochs of those
     """
 
     train: str
@@ -33,5 +33,5 @@ class Phase:
 
     @property
     def last_step(self) -> int:
-        """The stage's step that ends this phase."""
+        """The step of the stage at which this phase ends."""
         return self.steps_before + len(self.plan)

@@ -1,4 +1,4 @@
-"""What a run leaves for people: report.html, which asks nothing of the network, and a few lines in the terminal."""
+"""Write report.html, which loads nothing from the network, and print the result in the terminal."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tongwen.train.loss_plot import is_installed, write_png
 
 
 def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list[dict[str, Any]], recipe: str) -> None:
-    """report.html, and loss.png where matplotlib is installed.
+    """Write report.html, and loss.png if matplotlib is installed.
 
-    report: what report.json holds; metrics: the lines of metrics.jsonl; recipe: the resolved one.
+    report: content of report.json; metrics: lines of metrics.jsonl; recipe: the resolved recipe.
     """
     held_out, through = report.get("held_out") or {}, report["throughput"]
     facts = [
@@ -63,7 +63,7 @@ def write_report(folder: Path, title: str, report: dict[str, Any], metrics: list
 def held_out_table(
     old: dict[str, Any] | None, new: dict[str, Any] | None, samples: dict[str, int]
 ) -> dict[str, Any] | None:
-    """The scores of what was held out, before and after, in all and by group. samples: of each group."""
+    """Return the held-out scores before and after training, in total and by group. samples: count per group."""
     if old is None or new is None:
         return None
     return {
@@ -83,20 +83,20 @@ def held_out_table(
     }
 
 
-def _say_change(what: str, scores: dict[str, float]) -> None:
-    """Good is what has fallen."""
+def _report_change(label: str, scores: dict[str, float]) -> None:
+    """Print a score before and after; lower is better."""
     change = scores["after"] / scores["before"] - 1 if scores["before"] else math.nan
-    tell = console.notice if scores["after"] > scores["before"] else console.good
-    tell(f"{what} {scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})")
+    show = console.notice if scores["after"] > scores["before"] else console.good
+    show(f"{label} {scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})")
 
 
-def say_result(report: dict[str, Any], out: Path) -> None:
-    """What the stage has done, in a few lines."""
+def report_result(report: dict[str, Any], out: Path) -> None:
+    """Print the result of the stage."""
     through = report["throughput"]
     if held_out := report["held_out"]:
-        _say_change(_("held-out bits per byte"), held_out["bits_per_byte"])
+        _report_change(_("held-out bits per byte"), held_out["bits_per_byte"])
         for name, group in held_out["groups"].items():
-            _say_change(f"  {name}", group["bits_per_byte"])
+            _report_change(f"  {name}", group["bits_per_byte"])
     console.good(
         f"{human_time(through['seconds'])} · {through['tokens_per_second']:.0f} token/s · "
         f"{_('peak')} {human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"
@@ -109,7 +109,7 @@ def _change(held_out: dict[str, Any]) -> str:
 
 
 def _curves(losses: list[tuple[float, float]], metrics: list[dict[str, Any]]) -> list[tuple[str, Markup]]:
-    """(heading, drawing): the loss, and what was held out where it was scored on the way."""
+    """Return (heading, drawing) of the loss, and of the held-out scores if there are several."""
     step = _("step")
     drawn = [(_("Loss"), curve(losses, step, _("nats per learned token")))]
     scores = [(line["step"], line["bits_per_byte"]) for line in metrics if "bits_per_byte" in line]
@@ -119,7 +119,7 @@ def _curves(losses: list[tuple[float, float]], metrics: list[dict[str, Any]]) ->
 
 
 def _groups(groups: dict[str, Any], metrics: list[dict[str, Any]]) -> Table:
-    """What each language's bits per byte were and have become: what was learned, and what was forgotten."""
+    """Return the table of each language's bits per byte before, during and after training."""
     head = (_("language"), _("before"), _("during training"), _("after"))
     rows = []
     for name, group in groups.items():
@@ -144,7 +144,7 @@ def _ledger(name: str, table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _files(files: dict[str, Any]) -> Table:
-    """The same by file: rows in, kept, and the reasons of the rest."""
+    """Return the ledger by file: rows in, rows kept, and why the others were lost."""
     rows = [
         (name, f"{table['in']['rows']:,}", f"{table['kept']['rows']:,}", _reasons(table["lost"]))
         for name, table in files.items()
@@ -157,7 +157,7 @@ def _reasons(lost: dict[str, Any]) -> str:
 
 
 def _roles(roles: dict[str, Any]) -> Table:
-    """Tokens per role with the learned share."""
+    """Return the table of tokens per role with the learned share."""
     rows = [
         (role, f"{count['tokens']:,}", f"{count['learned'] / max(1, count['tokens']):.1%}")
         for role, count in roles.items()
@@ -166,7 +166,7 @@ def _roles(roles: dict[str, Any]) -> Table:
 
 
 def _lengths(lengths: list[tuple[int, int]]) -> dict[str, Any]:
-    """How long the samples are, with a bar for each length."""
+    """Return the histogram of sample lengths."""
     most = max(count for _, count in lengths)
     return {
         "head": ("token", _("samples"), ""),

@@ -1,6 +1,6 @@
-"""When a run is asked to stop: by a signal, or because its time is nearly over. It then saves at the end of the step.
+"""Stop a run on a signal or near its time limit; it saves at the end of the step.
 
-A second signal, later than launchers repeat the first, ends the process at once; the last checkpoint stays whole.
+A second signal, later than launchers repeat the first, ends the process at once; the last checkpoint stays intact.
 """
 
 from __future__ import annotations
@@ -11,51 +11,51 @@ import time
 
 from tongwen.core.i18n import _
 
-REPEATED = 3.0  # seconds in which the same wish may arrive twice: to the whole group, and passed on by a parent
-SAVING_SECONDS = 30.0  # assumed until the first save has been seen
+REPEATED = 3.0  # seconds in which one signal may arrive twice: sent to the process group, and forwarded by a parent
+SAVING_SECONDS = 30.0  # assumed until the first save is measured
 
 
 class ShutdownRequest:
-    """Whether a run is to stop after this step; it knows how long steps and saves take.
+    """Decide whether a run must stop after this step, from signals and the time that steps and saves take.
 
-    deadline: when the process must be gone, in seconds since 1970; None: never
+    deadline: when the process must have ended, in seconds since 1970; None: never
     """
 
     def __init__(self, deadline: float | None) -> None:
         self.deadline = min(filter(None, (deadline, _end_of_job())), default=None)
-        self.why = ""
-        self.heard: float | None = None
+        self.reason = ""
+        self.signalled_at: float | None = None
         self.step = 0.0
         self.save = SAVING_SECONDS
         self.began = time.time()
 
     @property
     def is_short(self) -> bool:
-        """Whether the first step will be the last one, for all that is known before it."""
+        """Whether there is probably only time for one step."""
         return self.deadline is not None and time.time() + 2 * self.save > self.deadline
 
-    def hear(self, number: int) -> None:
-        """Somebody asks. A second time, the process ends at once."""
+    def on_signal(self, number: int) -> None:
+        """Note a stop signal; a second one ends the process at once."""
         now = time.monotonic()
-        if self.heard is not None and now > self.heard + REPEATED:
+        if self.signalled_at is not None and now > self.signalled_at + REPEATED:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.why, self.heard = signal.Signals(number).name, self.heard or now
+        self.reason, self.signalled_at = signal.Signals(number).name, self.signalled_at or now
 
-    def wanted(self) -> bool:
-        """Whether to stop after the step that is being taken. Called once in each step."""
+    def should_stop(self) -> bool:
+        """Return whether to stop after the current step. Call it once per step."""
         now = time.time()
         self.step, self.began = max(self.step, now - self.began), now
-        if not self.why and self.deadline is not None and now + 2 * (self.step + self.save) > self.deadline:
-            self.why = _("the time limit is near")
-        return bool(self.why)
+        if not self.reason and self.deadline is not None and now + 2 * (self.step + self.save) > self.deadline:
+            self.reason = _("the time limit is near")
+        return bool(self.reason)
 
-    def saved(self, seconds: float) -> None:
-        """A checkpoint took this long; no step does."""
+    def on_save(self, seconds: float) -> None:
+        """Note how long a checkpoint took; that time does not count as a step's."""
         self.save, self.began = seconds, time.time()
 
 
 def _end_of_job() -> float | None:
-    """Slurm's own time limit, where it says it."""
+    """Return the end time of the Slurm job, if Slurm sets it."""
     end = os.environ.get("SLURM_JOB_END_TIME", "")
     return float(end) if end.isdigit() else None

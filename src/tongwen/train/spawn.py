@@ -1,4 +1,4 @@
-"""Starts the processes of a stage as torchrun does, and names the one that was killed: it cannot say so itself."""
+"""Start the processes of a stage as torchrun does, and report a process that was killed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tongwen.core.i18n import _
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run torchrun's own command line; returns 0, 5 when a process was killed, else 1: the process itself has said why."""
+    """Run torchrun's command line. Return 0, 5 when a process was killed, else 1: that process has printed its error."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     _end_with_parent()
-    stop, heard = api._terminate_process_handler, list[int]()
+    stop, received = api._terminate_process_handler, list[int]()
 
     def stop_once(number: int, frame: Any) -> None:
-        """A second wish would break off the wait for the processes, which are saving."""
-        heard.append(number)
-        if len(heard) == 1:
+        """Pass on the first signal only: a second one would end the wait for processes that are saving."""
+        received.append(number)
+        if len(received) == 1:
             stop(number, frame)
 
     api._terminate_process_handler = stop_once
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _end_with_parent() -> None:
-    """Linux: when the command is killed, this is asked to stop, too; else its processes would go on without it."""
+    """Linux: get SIGTERM when the parent command is killed; else the processes would continue without it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 

@@ -1,8 +1,8 @@
-"""Other programs that draw the curves of a run: transformers' own integrations, told which run this is.
+"""Send a run's metrics to experiment trackers through transformers' integrations.
 
-`metrics.jsonl` is always written; what the recipe's `track` names gets the same numbers. A resumed run goes on in the
-tracked run that it began. Keys and addresses come from the environment alone. A program that cannot begin ends the run
-before it trains; one that fails later is said, and the training goes on without it.
+`metrics.jsonl` is always written; the trackers in the recipe's `track` get the same numbers. A resumed run continues the
+tracked run that it began. Keys and addresses come from the environment alone. A tracker that cannot start ends the run
+before training; one that fails later is reported, and training continues without it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from tongwen.core.errors import MachineError, MissingPackage, first_line
 from tongwen.core.i18n import _
 from tongwen.recipe.schema import TrackerName
 
-CURRENT: dict[str, Callable[[Any], Any]] = {  # the run that is told, if one is; only the first process has one
+CURRENT_RUN: dict[
+    str, Callable[[Any], Any]
+] = {  # returns the active tracked run, if any; only the first process has one
     "wandb": lambda module: module.run,
     "swanlab": lambda module: module.get_run(),
 }
@@ -34,74 +36,77 @@ KEYS: dict[str, tuple[str, ...]] = {
     "wandb": ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"),
     "swanlab": ("SWANLAB_API_KEY",),
 }
-WITHOUT = ("offline", "disabled", "dryrun", "local")  # values of WANDB_MODE and SWANLAB_MODE that need no key
-LOGINS: dict[str, dict[str, str]] = {  # where a login has left a key, or a setting its wish, and what then stands there
+KEYLESS_MODES = ("offline", "disabled", "dryrun", "local")  # values of WANDB_MODE and SWANLAB_MODE that need no key
+LOGINS: dict[str, dict[str, str]] = {  # files with a saved key or setting, and the text they contain then
     "wandb": {
         **dict.fromkeys(("$NETRC", "~/.netrc", "~/_netrc"), "wandb"),
         **dict.fromkeys(("wandb/settings", "~/.config/wandb/settings"), "="),
     },
     "swanlab": dict.fromkeys(("$SWANLAB_SAVE_DIR/.netrc", "~/.swanlab/.netrc"), "machine"),
 }
-SECONDS = 5.0  # in which a server answers
-IDS = "mlflow.json"  # in the stage's folder: by title, the run that MLflow has given it
+CONNECT_SECONDS = 5.0  # timeout for a server's answer
+IDS = "mlflow.json"  # in the stage's folder: MLflow's run id by title
 
 
 @dataclass(frozen=True)
 class TrackerRun:
-    """names: of the programs; title: of the run there; run: its id, the same when it is resumed; folder: of the stage;
-    phase: its name, where there are several; must: whether a program that cannot begin ends the run."""
+    """A run as the trackers see it.
+
+    names: of the trackers; title: of the tracked run; run: its id, the same when resumed; folder: of the stage; phase: its
+    name, if there are several; required: whether a tracker that cannot start ends the run
+    """
 
     names: Sequence[TrackerName]
     title: str
     run: str
     folder: Path
     phase: str = ""
-    must: bool = True
+    required: bool = True
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """As TrainingArguments. The integrations are called by a Teller."""
+        """For TrainingArguments. TrackerCallback calls the integrations, so transformers must not."""
         return {"report_to": "none", "run_name": f"{self.title}-{self.run[:8]}"}
 
-    def make(self, name: TrackerName, start: int) -> Any:
-        """The program's callback. TensorBoard's is asked to forget what the run wrote beyond the step that it starts from."""
+    def make_callback(self, name: TrackerName, start: int) -> Any:
+        """Return the tracker's callback. TensorBoard purges what the run wrote beyond the step it starts from."""
         from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-        words = []
+        args = []
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            place = self.folder.joinpath("tensorboard", self.phase)
-            words = [SummaryWriter(str(place), purge_step=start + 1 if start else None)]
-        return INTEGRATION_TO_CALLBACK[name](*words)
+            log_dir = self.folder.joinpath("tensorboard", self.phase)
+            args = [SummaryWriter(str(log_dir), purge_step=start + 1 if start else None)]
+        return INTEGRATION_TO_CALLBACK[name](*args)
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """The environment says which run it is, where the user's own does not."""
+    def environment(self) -> Iterator[None]:
+        """Inside, environment variables identify the run, unless the user has set them."""
         run = f"{self.title}-{self.run}"
-        words = {
+        variables = {
             "WANDB_RUN_ID": run,
             "WANDB_RESUME": "allow",
-            "SWANLAB_RUN_ID": hashlib.sha256(run.encode()).hexdigest()[:21],  # it takes no other form
+            "SWANLAB_RUN_ID": hashlib.sha256(run.encode()).hexdigest()[:21],  # the only form swanlab accepts
             "SWANLAB_RESUME": "allow",
         }
         if known := self._ids().get(self.title):
-            words["MLFLOW_RUN_ID"] = known
-        ours = {name: value for name, value in words.items() if name not in os.environ}
+            variables["MLFLOW_RUN_ID"] = known
+        ours = {name: value for name, value in variables.items() if name not in os.environ}
         os.environ.update(ours)
         try:
             yield
         finally:
             for name in ours:
-                os.environ.pop(name, None)  # MLflow has taken its own
-            for name, run_of in CURRENT.items():  # the next phase is a run of its own there
+                os.environ.pop(name, None)  # MLflow deletes its own
+            for name, run_of in CURRENT_RUN.items():  # the next phase is a separate tracked run
                 if name in self.names and name in sys.modules:
-                    with said(name):
+                    with reporting_failures(name):
                         if run_of(sys.modules[name]):
                             sys.modules[name].finish()
 
-    def remember(self) -> None:
-        """MLflow takes no id of ours: the one that it has given is kept for the run that is resumed."""
+    def save_mlflow_id(self) -> None:
+        """Save the run id that MLflow has assigned, for a resumed run: MLflow does not accept ours."""
         if active := sys.modules["mlflow"].active_run():
             artifact.write_json(self.folder / IDS, {**self._ids(), self.title: active.info.run_id})
 
@@ -110,57 +115,57 @@ class TrackerRun:
         try:
             return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
         except (OSError, ValueError, TypeError):
-            return {}  # then it is another run there
+            return {}  # then MLflow starts another run
 
 
 class TrackerCallback:
-    """A callback that calls those of all programs, none of which may end a training that goes on."""
+    """Call the callbacks of all trackers; none may end a training in progress."""
 
-    def __init__(self, track: TrackerRun, start: int) -> None:
-        self.track, self.programs = track, dict[str, Any]()
-        for name in track.names:
-            with said(name, must=track.must):
-                self.programs[name] = track.make(name, start)
+    def __init__(self, tracker: TrackerRun, start: int) -> None:
+        self.tracker, self.programs = tracker, dict[str, Any]()
+        for name in tracker.names:
+            with reporting_failures(name, required=tracker.required):
+                self.programs[name] = tracker.make_callback(name, start)
 
     def __getattr__(self, event: str) -> Any:
         if not event.startswith("on_"):
             raise AttributeError(event)
 
-        def tell(*words: Any, **more: Any) -> None:
+        def dispatch(*args: Any, **kwargs: Any) -> None:
             for name in list(self.programs):
-                with said(name, must=self.track.must and event == "on_train_begin"):
+                with reporting_failures(name, required=self.tracker.required and event == "on_train_begin"):
                     callback = self.programs.pop(name)
-                    getattr(callback, event)(*words, **more)
+                    getattr(callback, event)(*args, **kwargs)
                     if name == "mlflow" and event == "on_train_begin":
-                        self.track.remember()
+                        self.tracker.save_mlflow_id()
                     self.programs[name] = callback
 
-        return tell
+        return dispatch
 
 
 @contextmanager
-def said(name: str, *, must: bool = False) -> Iterator[None]:
-    """What a program raises is a line for the user; and a MachineError, if it must be there."""
+def reporting_failures(name: str, *, required: bool = False) -> Iterator[None]:
+    """Report a tracker's exception in a notice, or if it is required, raise it as MachineError."""
     try:
         yield
     except Exception as error:
-        why = first_line(error)
-        if must:
-            raise _unfit(name, _("it cannot start: {why}").format(why=why)) from error
+        reason = first_line(error)
+        if required:
+            raise _tracker_error(name, _("it cannot start: {why}").format(why=reason)) from error
         console.notice(
             _("{name} failed: {why}; training continues without it, and metrics.jsonl has every line").format(
-                name=name, why=why
+                name=name, why=reason
             )
         )
 
 
 def check(names: Sequence[TrackerName]) -> None:
-    """Raises MissingPackage for the first program that is not installed, and MachineError for one without a key or a server."""
+    """Raise MissingPackage for the first tracker that is not installed, MachineError for one without a key or server."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise MissingPackage(name, f"track: {name}", name)
         if name in KEYS and not _has_key(name):
-            raise _unfit(name, _("no key is set for it"), f"{KEYS[name][0]}=…")
+            raise _tracker_error(name, _("no key is set for it"), f"{KEYS[name][0]}=…")
         if name == "mlflow":
             _check_server(os.environ.get("MLFLOW_TRACKING_URI", ""))
 
@@ -168,35 +173,39 @@ def check(names: Sequence[TrackerName]) -> None:
 def _has_key(name: str) -> bool:
     if any(os.environ.get(variable) for variable in KEYS[name]):
         return True
-    if os.environ.get(f"{name.upper()}_MODE") in WITHOUT:
+    if os.environ.get(f"{name.upper()}_MODE") in KEYLESS_MODES:
         return True
     if name == "wandb" and (os.environ.get("WANDB_DISABLED", "").lower() == "true" or "WANDB_BASE_URL" in os.environ):
-        return True  # a server of one's own has a name, and perhaps a key, of its own
-    files = ((Path(os.path.expandvars(file)).expanduser(), word) for file, word in LOGINS[name].items())
-    return any(file.is_file() and word in file.read_text(encoding="utf-8", errors="replace") for file, word in files)
+        return True  # a self-hosted server has its own host name in the file, and perhaps its own key
+    files = ((Path(os.path.expandvars(file)).expanduser(), marker) for file, marker in LOGINS[name].items())
+    return any(
+        file.is_file() and marker in file.read_text(encoding="utf-8", errors="replace") for file, marker in files
+    )
 
 
 def _check_server(address: str) -> None:
-    """Raise MachineError when nobody listens there: MLflow itself would try for minutes. Behind a proxy this cannot be seen."""
+    """Raise MachineError when no server listens; MLflow itself would try for minutes. Behind a proxy nothing is checked."""
     scheme = address.partition(":")[0]
     if scheme not in ("http", "https") or scheme in getproxies():
         return
-    server = scheme  # a password may stand before the rest
+    server = scheme  # without the rest, which may contain a password
     try:
         parts = urlsplit(address)
         server = f"{scheme}://{parts.hostname or ''}"
         if not parts.hostname:
             raise ValueError(_("the address has no host name"))
-        socket.create_connection((parts.hostname, parts.port or {"http": 80, "https": 443}[scheme]), SECONDS).close()
+        socket.create_connection(
+            (parts.hostname, parts.port or {"http": 80, "https": 443}[scheme]), CONNECT_SECONDS
+        ).close()
     except (OSError, ValueError) as error:
-        raise _unfit(
+        raise _tracker_error(
             "mlflow",
             _("{server} does not answer: {error}").format(server=server, error=error),
             "MLFLOW_TRACKING_URI=…",
         ) from None
 
 
-def _unfit(name: str, what: str, cure: str = "") -> MachineError:
+def _tracker_error(name: str, problem: str, remedy: str = "") -> MachineError:
     offline = {"wandb": "WANDB_MODE=offline", "swanlab": "SWANLAB_MODE=offline"}.get(name)
-    ways = [way for way in (cure, offline, _("remove it from `track`")) if way]
-    return MachineError(what, place=f"track: {name}", remedy=_(" or ").join(ways))
+    ways = [way for way in (remedy, offline, _("remove it from `track`")) if way]
+    return MachineError(problem, place=f"track: {name}", remedy=_(" or ").join(ways))

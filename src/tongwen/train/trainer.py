@@ -1,8 +1,8 @@
-"""One training run on transformers' Trainer, which keeps optimizer, schedule, accumulation, ranks and resume.
+"""Train a phase with transformers' Trainer, which handles optimizer, schedule, accumulation, ranks and resume.
 
-What differs here: the batches come from a plan (no padding, no sampler), the loss is summed over learned tokens and
-divided by all learned tokens of the optimizer step over all ranks, a checkpoint is committed by a rename after its
-bytes are on the disk, a NaN stops the run before the weights move, and whoever asks it to stop gets a checkpoint.
+Differences: the batches come from a plan (no padding, no sampler). The loss is summed over learned tokens and divided by
+all learned tokens of the optimizer step over all ranks. A checkpoint is committed by a rename after its bytes are on the
+disk. A NaN stops the run before the weights move. A stop signal leads to a checkpoint.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from tongwen.train.checkpoints import (
     check_space,
     commit,
     damage,
-    last_of,
-    stage,
+    describe_last,
+    prepare_staging,
     step_of,
 )
 from tongwen.train.memory import keep_freed_memory
@@ -60,12 +60,12 @@ SCHEDULES = {
     "linear": "linear",
     "cosine": "cosine",
     "wsd": "warmup_stable_decay",
-    "warmup_lr": "constant_with_warmup",  # with another warm-up: see create_scheduler
+    "warmup_lr": "constant_with_warmup",  # with a logarithmic warm-up: see create_scheduler
 }
 
 
 class RankAllocator(Protocol):
-    """What a method needs beyond loss and gradient (AdaLoRA): a second loss, a step of its own, and a memory."""
+    """Interface of AdaLoRA's rank budget: an extra loss term, a step after the optimizer's, and saved state."""
 
     def penalty(self) -> torch.Tensor: ...
     def spend(self, step: int) -> None: ...
@@ -75,20 +75,20 @@ class RankAllocator(Protocol):
 
 @dataclass
 class PhaseRun:
-    """Everything that training one phase needs.
+    """Inputs for training one phase.
 
-    checkpoint:  the one to go on from
-    loss:        gives (scaled sum of nats, nats per learned token) of a micro-batch and a scale
-    evaluate:    scores what was held out; takes the step of the stage
-    learners:    what some phase of the stage trains
-    embeddings:  tensors that learn at the phase's embedding rate
-    guarded:     those of them whose gradient is zero on most rows; nothing but the gradient may move them
-    allocator:   AdaLoRA's
-    manifest:    what a checkpoint's manifest says of the run
-    deadline:    when the process must be gone, in seconds since 1970
-    evaluations: what the checkpoint knows of them
-    tracker:     which other programs are told, and as which run
-    notices:     what the report says of the run
+    checkpoint:  to resume from
+    loss:        (model, micro-batch, scale) -> (scaled sum of nats, nats per learned token)
+    evaluate:    scores the held-out data; its argument is the step of the stage
+    learners:    parameters that any phase of the stage trains
+    embeddings:  tensors that train at the phase's embedding rate
+    guarded:     those of them whose gradient is zero on most rows; they get no weight decay
+    allocator:   AdaLoRA's rank budget
+    manifest:    metadata of the run for a checkpoint's manifest
+    deadline:    when the process must have ended, in seconds since 1970
+    evaluations: from the checkpoint's manifest
+    tracker:     experiment trackers and their run
+    notices:     notices for the report
     """
 
     phase: Phase
@@ -114,56 +114,56 @@ class PhaseRun:
     notices: list[str] = field(default_factory=list)
 
     @property
-    def spends(self) -> bool:
-        """Whether this phase trains the adapter whose ranks are allocated; another phase keeps them."""
+    def allocates_ranks(self) -> bool:
+        """Whether this phase trains the adapter with allocated ranks; other phases leave its ranks alone."""
         return "lora" in self.phase.parts
 
-    def tell(self, text: str) -> None:
-        """In the terminal and, by `notices`, in the report."""
+    def notify(self, text: str) -> None:
+        """Print a notice and keep it for the report."""
         console.notice(text)
         self.notices.append(text)
 
 
 def train_phase(job: PhaseRun) -> int:
-    """Train to the end, from the checkpoint if there is one; returns the phase's steps that are done.
+    """Train the phase to its end, from the checkpoint if there is one; return the number of steps done.
 
-    Raises NumbersError on NaN or a failed audit, Interrupted when it was asked to stop and has saved.
+    Raises NumbersError on NaN or a failed audit, Interrupted after saving on a stop signal or near the time limit.
     """
     if not torch.accelerator.is_available():
         keep_freed_memory()
     if job.checkpoint:
         job.engine.check_resumes(job.checkpoint)
     shutdown = ShutdownRequest(job.deadline)
-    with distributed.listening(shutdown.hear), job.tracker.told() if job.tracker else nullcontext():
+    with distributed.listening(shutdown.on_signal), job.tracker.environment() if job.tracker else nullcontext():
         # Put the Trainer together.
         trainer = PlannedTrainer(job, shutdown)
         trainer.remove_callback(PrinterCallback)
         for callback in (job.metrics, EvaluationCallback(job), AllocatorCallback(job), trainer.guard):
             trainer.add_callback(callback)
-        if not job.engine.is_deepspeed:  # it keeps gradients to itself
+        if not job.engine.is_deepspeed:  # DeepSpeed hides its gradients
             trainer.add_callback(FirstStepsAudit())
         start, patience = step_of(job.checkpoint) if job.checkpoint else 0, job.phase.config.patience
         if job.tracker and trainer.is_world_process_zero():
             trainer.add_callback(TrackerCallback(job.tracker, start))
         job.metrics.begin(start, job.evaluations)
 
-        # Train what is left.
-        if start >= len(job.phase.plan) or job.metrics.waited(patience):
+        # Train the remaining steps.
+        if start >= len(job.phase.plan) or job.metrics.out_of_patience(patience):
             trainer._load_from_checkpoint(str(job.checkpoint))
             done = start
         else:
             done = _train(trainer, job, shutdown, start)
 
-        # Leave the best weights, and finite ones.
+        # Take the best weights, and check that they are finite.
         if patience:
-            _take_best(trainer, job, done)
+            _load_best(trainer, job, done)
         if (name := first_not_finite(job.model)) is not None:
             raise NumbersError(_("some weights are not finite after training"), place=name)
     return done
 
 
 def _train(trainer: PlannedTrainer, job: PhaseRun, shutdown: ShutdownRequest, start: int) -> int:
-    """Take the steps after `start`; returns the steps that are done."""
+    """Train from step `start`; return the number of steps done."""
     if trainer.args.should_save:
         check_space(job.phase.checkpoints, job.model)
     if shutdown.is_short:
@@ -174,11 +174,11 @@ def _train(trainer: PlannedTrainer, job: PhaseRun, shutdown: ShutdownRequest, st
         )
     trainer.train(resume_from_checkpoint=str(job.checkpoint) if job.checkpoint else None)
     done: int = trainer.state.global_step
-    if trainer.guard.leaves(trainer.args.device):
-        last = last_of(job.phase.checkpoints)
+    if trainer.guard.should_stop(trainer.args.device):
+        last = describe_last(job.phase.checkpoints)
         raise Interrupted(
             _("stopped ({why}); {last}; the same command continues").format(
-                why=shutdown.why or _("by another process"), last=last
+                why=shutdown.reason or _("by another process"), last=last
             ),
             place=_("step {steps_before}").format(steps_before=job.phase.steps_before + done),
         )
@@ -194,25 +194,25 @@ def _train(trainer: PlannedTrainer, job: PhaseRun, shutdown: ShutdownRequest, st
     return done
 
 
-def _take_best(trainer: PlannedTrainer, job: PhaseRun, done: int) -> None:
-    """Load the checkpoint of the best evaluation, where a later step is worse. Raises ArtifactError when it is damaged."""
+def _load_best(trainer: PlannedTrainer, job: PhaseRun, done: int) -> None:
+    """Load the checkpoint of the best evaluation if it is not the last step. Raises ArtifactError when it is damaged."""
     if (best := job.metrics.best) and best[0] != done:
         checkpoint = job.phase.checkpoints / f"checkpoint-{best[0]}"
         console.notice(_("using the weights of step {best}, the best").format(best=best[0]))
         if problem := damage(checkpoint):
             raise ArtifactError(problem, place=str(checkpoint), remedy=_("--again starts over"))
         trainer._load_from_checkpoint(str(checkpoint))
-    if job.metrics.not_beaten:
-        job.tell(job.metrics.not_beaten)
+    if job.metrics.no_improvement:
+        job.notify(job.metrics.no_improvement)
 
 
 def steps_of(amount: float, total: int) -> int:
-    """A share (below 1) or a number of steps."""
+    """Return a number of steps, given as a number or as a share (below 1) of the total."""
     return round(amount * total) if amount < 1 else int(amount)
 
 
 def unreached_rate(section: Training, steps: int) -> str:
-    """What keeps the learning rate from its peak in so few steps; empty if nothing does."""
+    """Return a message when warmup and decay leave no step at the peak learning rate, else an empty text."""
     warm, decay = steps_of(section.warmup, steps), steps_of(section.decay, steps) if section.schedule == "wsd" else 0
     if not steps or warm + decay <= steps:
         return ""
@@ -226,7 +226,7 @@ def unreached_rate(section: Training, steps: int) -> str:
 
 
 def training_arguments(job: PhaseRun) -> TrainingArguments:
-    """The recipe's settings as TrainingArguments; `trainer:` goes through as it is."""
+    """Return the recipe's settings as TrainingArguments; those under `trainer:` are passed unchanged."""
     section, plan = job.phase.config, job.phase.plan
     total = len(plan)
     if "8bit" in section.optimizer and importlib.util.find_spec("bitsandbytes") is None:
@@ -242,7 +242,7 @@ def training_arguments(job: PhaseRun) -> TrainingArguments:
         "warmup_steps": steps_of(section.warmup, total),
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
-        "bf16": job.dtype == torch.bfloat16 and job.engine.is_deepspeed,  # the others: see compute_loss
+        "bf16": job.dtype == torch.bfloat16 and job.engine.is_deepspeed,  # other engines: see compute_loss
         "fp16": job.dtype == torch.float16,
         "logging_steps": section.log_every,
         "logging_first_step": True,
@@ -256,38 +256,40 @@ def training_arguments(job: PhaseRun) -> TrainingArguments:
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.accelerator.is_available(),
         "log_level": "error",
-        "use_cpu": not torch.accelerator.is_available(),  # said aloud: without it a CPU run under torchrun stays alone
+        "use_cpu": not torch.accelerator.is_available(),  # without it each process of a CPU run under torchrun trains alone
         **(job.tracker.arguments if job.tracker else {"report_to": "none"}),
     }
     if section.schedule == "wsd":
         ours["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps_of(section.decay, total))}
-    settings = ours | job.engine.arguments | section.trainer  # the recipe refuses keys that it owns
+    settings = (
+        ours | job.engine.arguments | section.trainer
+    )  # the recipe reader has refused keys that the recipe sets itself
     try:
         arguments = TrainingArguments(**settings)
     except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         if not section.trainer:
             raise
-        raise _not_taken(section.trainer, error) from error
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: DataParallel would cut a pack in two (F-06)
+        raise _rejected_settings(section.trainer, error) from error
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: DataParallel would split a pack (F-06)
     return arguments
 
 
 class PlannedTrainer(Trainer):
     """transformers' Trainer over the batches of a plan.
 
-    Seven private methods of Trainer are overridden, as transformers 5.17 to 5.18 has them; tests/train/test_trainer.py fails
-    when a name or a signature is gone:
+    Overrides seven private methods of Trainer, as in transformers 5.17 to 5.18; tests/train/test_trainer.py fails when a
+    name or a signature changes:
 
-    _prepare_for_training            the engine proves what accelerate has made of model and optimizer
+    _prepare_for_training            the engine verifies the model and optimizer that accelerate returns
     _get_num_items_in_batch          learned tokens of the whole step, over all ranks
-    _get_grad_norm                   the last moment before a step is taken: NaN stops the run here
-    _load_from_checkpoint            FSDP2 shards, DeepSpeed's own folder, AdaLoRA's ranks
+    _get_grad_norm                   the last call before a step is taken: NaN stops the run here
+    _load_from_checkpoint            FSDP2 shards, DeepSpeed's folder, AdaLoRA's ranks
     _load_optimizer_and_scheduler    a fork keeps its new learning rates
     _get_output_dir, _save_checkpoint  a checkpoint is staged, then committed by a rename
     """
 
-    def __init__(self, job: PhaseRun, halt: ShutdownRequest) -> None:
-        self.job, self.halt = job, halt
+    def __init__(self, job: PhaseRun, shutdown: ShutdownRequest) -> None:
+        self.job, self.shutdown = job, shutdown
         self.micro = MicroBatches(job.store, job.phase.plan.flat(), packed=job.packed)
         self._staging: Path | None = None
         self.noise = Neftune(job.model, job.phase.config.neftune) if job.phase.config.neftune else None
@@ -303,8 +305,8 @@ class PlannedTrainer(Trainer):
             job.phase.plan,
             job.store.origin,
             self.accelerator.gather,
-            halt.wanted,
-            lambda: last_of(job.phase.checkpoints),
+            shutdown.should_stop,
+            lambda: describe_last(job.phase.checkpoints),
             job.metrics.before_steps,
             job.model.config.get_text_config().vocab_size,
         )
@@ -315,21 +317,21 @@ class PlannedTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        self.job.engine.insist(self.accelerator)
+        self.job.engine.enforce(self.accelerator)
         self.is_fsdp_enabled = self.accelerator.is_fsdp2
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[Any, DataLoader]:
         prepared: tuple[Any, DataLoader] = super()._prepare_for_training(*args, **kwargs)
-        self.job.engine.prove(self.model_wrapped, self.model, self.optimizer)
+        self.job.engine.verify(self.model_wrapped, self.model, self.optimizer)
         return prepared
 
     def get_train_dataloader(self) -> DataLoader:
-        """The plan's micro-batches in their order; accelerate deals them to the ranks one by one."""
-        loader = DataLoader(self.micro, batch_size=1, sampler=SequentialSampler(self.micro), collate_fn=_only)
+        """Return the plan's micro-batches in order; accelerate distributes them over the ranks one by one."""
+        loader = DataLoader(self.micro, batch_size=1, sampler=SequentialSampler(self.micro), collate_fn=_single)
         return self.accelerator.prepare(loader)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> torch.Tensor:
-        """Learned tokens of the whole optimizer step, over its micro-batches and all ranks."""
+        """Return the learned tokens of the whole optimizer step, over its micro-batches and all ranks."""
         count = torch.tensor(sum(batch["learned"] for batch in batch_samples), device=device)
         return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
@@ -345,19 +347,19 @@ class PlannedTrainer(Trainer):
             # DDP averages the ranks' gradients, so each rank's part of the mean is multiplied by their number.
             mean, nats = self.job.loss(model, inputs, self.args.world_size / num_items_in_batch)
         self.guard.note(nats.sum(), num_items_in_batch)
-        if self.job.allocator and self.job.spends:
+        if self.job.allocator and self.job.allocates_ranks:
             mean = mean + self.job.allocator.penalty() / self.job.phase.plan.accumulate
         return mean
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:
-        """What was scored on the way is told with the loss of its step."""
+        """Log the held-out scores together with the loss of their step."""
         super().log({**logs, **{f"eval_{name}": score for name, score in self.job.metrics.scores.items()}}, *rest)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The last moment before the step is taken."""
+        """Check the step here, just before it is taken."""
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.guard.look(self.state.global_step, norm, model, scaled=self.accelerator.mixed_precision == "fp16")
+        self.guard.check(self.state.global_step, norm, model, scaled=self.accelerator.mixed_precision == "fp16")
         return norm
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -367,7 +369,7 @@ class PlannedTrainer(Trainer):
         except (ValueError, TypeError) as error:
             if not passed:
                 raise
-            raise _not_taken(passed, error) from error
+            raise _rejected_settings(passed, error) from error
         self._set_embeddings_apart(optimizer)
         inside = {id(part) for group in optimizer.param_groups for part in group["params"]}
         lost = [
@@ -378,11 +380,14 @@ class PlannedTrainer(Trainer):
                 _("{count} trainable tensors are not in the optimizer").format(count=len(lost)),
                 place=lost[0] if lost else "optimizer",
             )
-        self._held = [list(group["params"]) for group in optimizer.param_groups]
+        self._group_parameters = [list(group["params"]) for group in optimizer.param_groups]
         return optimizer
 
     def _set_embeddings_apart(self, optimizer: torch.optim.Optimizer) -> None:
-        """A group of their own with their own rate. Weight decay would move rows that have no gradient."""
+        """Move the embeddings to parameter groups with their own rate.
+
+        Guarded ones get no weight decay, which would move rows that have no gradient.
+        """
         apart, guarded = {id(part) for part in self.job.embeddings}, {id(part) for part in self.job.guarded}
         for group in list(optimizer.param_groups):
             for chosen in (guarded, apart - guarded):
@@ -397,7 +402,7 @@ class PlannedTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.job.engine.name == "fsdp2":
             # accelerate finds the shards of an optimizer's parameters by their addresses, and empty shards share one.
-            for group, parameters in zip(self.optimizer.param_groups, self._held, strict=True):
+            for group, parameters in zip(self.optimizer.param_groups, self._group_parameters, strict=True):
                 group["params"] = parameters
         if self.job.phase.config.schedule == "warmup_lr":
             warm = max(2, self.args.get_warmup_steps(num_training_steps))
@@ -419,14 +424,13 @@ class PlannedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The optimizer's state comes from the checkpoint; learning rate and other settings from the recipe, which a fork has
-        changed."""
+        """Load the optimizer's state; take learning rate and other settings from the recipe, which a fork may have changed."""
         settings = [
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
         bases = list(self.lr_scheduler.base_lrs)
         if self.args.device.type == "cpu":
-            _know_the_numbered_cpu()
+            _register_numbered_cpu()
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.is_deepspeed_enabled:
             return
@@ -442,12 +446,12 @@ class PlannedTrainer(Trainer):
         return str(self._staging or self.args.output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """All processes write into the staging folder, and the first commits it: a checkpoint is whole or not there."""
+        """Let all processes write into the staging folder, then commit it: a checkpoint is complete or absent."""
         folder, began = Path(self.args.output_dir), time.time()
         self._check_state()
         if self.args.should_save:
             check_space(folder, self.job.model)
-            stage(folder)
+            prepare_staging(folder)
         self.accelerator.wait_for_everyone()
         self._staging = folder / STAGING
         try:
@@ -455,7 +459,7 @@ class PlannedTrainer(Trainer):
         finally:
             staged, self._staging = self._staging / f"checkpoint-{self.state.global_step}", None
         if self._is_shared_adapter:
-            # accelerate leaves out what rests in this phase, though an earlier one has trained it, and tied names.
+            # accelerate omits tied names, and tensors that only an earlier phase has trained.
             whole = gather(self.job.model, self.job.learners)
             if self.args.should_save:
                 torch.save(whole, staged / FSDP_FILE)
@@ -470,22 +474,22 @@ class PlannedTrainer(Trainer):
             manifest = {**self.job.manifest, "evaluations": self.job.metrics.evaluations}
             commit(staged, folder, manifest, config.keep_checkpoints, best[0] if best and config.patience else None)
         self.accelerator.wait_for_everyone()
-        self.halt.saved(time.time() - began)
+        self.shutdown.on_save(time.time() - began)
 
     def _check_state(self) -> None:
-        """Raise NumbersError, on all processes, when anything that would be saved is not finite on one of them."""
+        """Raise NumbersError on all processes when weights or optimizer state on one of them are not finite."""
         bad = first_not_finite(self.job.model, self.optimizer)
         found = torch.tensor([float(bad is not None)], device=self.args.device)
         if bool(self.accelerator.gather(found).any()):
             raise NumbersError(
                 _("weights or optimizer state are not finite; nothing was saved"),
                 place=_("step {global_step}").format(global_step=self.state.global_step) + f" · {bad or '?'}",
-                remedy=last_of(self.job.phase.checkpoints),
+                remedy=describe_last(self.job.phase.checkpoints),
             )
 
 
 def _muon(job: PhaseRun) -> tuple[Any, dict[str, Any]]:
-    """torch's Muon, which orthogonalises the update of a matrix. Raises RecipeError where something else would learn."""
+    """Return torch's Muon, which orthogonalises matrix updates. Raises RecipeError if anything else is trainable."""
     whole = {id(part) for part in job.embeddings}
     for name, part in job.model.named_parameters():
         if part.requires_grad and (part.dim() != 2 or id(part) in whole or "embed" in name or "lm_head" in name):
@@ -500,8 +504,10 @@ def _muon(job: PhaseRun) -> tuple[Any, dict[str, Any]]:
 
 
 class EvaluationCallback(TrainerCallback):
-    """Scores the held-out set every `evaluate_every` steps, and before the next phase begins, without disturbing the run's
-    random numbers. With `patience` the best one is a checkpoint, and too many without a better one end the run."""
+    """Score the held-out set every `evaluate_every` steps and at the end of a phase, with the random state preserved.
+
+    With `patience`, save a checkpoint at the best score, and stop after that many evaluations without a better one.
+    """
 
     def __init__(self, job: PhaseRun) -> None:
         self.job = job
@@ -517,30 +523,30 @@ class EvaluationCallback(TrainerCallback):
         metrics.on_scores(state.global_step, scores)
         control.should_log = True
         if config.patience and metrics.best:
-            control.should_training_stop |= metrics.waited(config.patience)
+            control.should_training_stop |= metrics.out_of_patience(config.patience)
             control.should_save |= control.should_training_stop or metrics.best[0] == state.global_step
 
 
 class AllocatorCallback(TrainerCallback):
-    """Calls the budget's own step, while the gradients are still there."""
+    """Update AdaLoRA's rank budget before the gradients are cleared."""
 
     def __init__(self, job: PhaseRun) -> None:
         self.job = job
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.job.allocator and self.job.spends:
+        if self.job.allocator and self.job.allocates_ranks:
             self.job.allocator.spend(state.global_step)
 
 
 @cache
-def _know_the_numbered_cpu() -> None:
-    """transformers 5.17 asks for what a CPU saved on "cpu:0", which torch cannot place. Once: torch sorts what is registered."""
+def _register_numbered_cpu() -> None:
+    """Let torch load a CPU checkpoint to "cpu:0", as transformers 5.17 requests. Register once only."""
     torch.serialization.register_package(
         30, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
     )
 
 
-def _not_taken(arguments: Mapping[str, Any], error: Exception) -> RecipeError:
+def _rejected_settings(arguments: Mapping[str, Any], error: Exception) -> RecipeError:
     return RecipeError(
         _("transformers does not accept {arguments}: {error}").format(arguments=arguments, error=first_line(error)),
         place="trainer",
@@ -548,5 +554,5 @@ def _not_taken(arguments: Mapping[str, Any], error: Exception) -> RecipeError:
     )
 
 
-def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
+def _single(batch: list[dict[str, Any]]) -> dict[str, Any]:
     return batch[0]

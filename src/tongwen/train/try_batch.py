@@ -1,7 +1,7 @@
-"""A micro-batch tried before the run: whether it fits the device is seen, and not reckoned.
+"""Run a micro-batch before training to see whether it fits the device.
 
-An estimate of activations knows neither what the allocator breaks up nor what else lives on the GPU; a micro-batch costs a
-second. What later steps need beside it, such as the optimizer's state, is held in reserve meanwhile.
+An estimate of activations knows neither the allocator's fragmentation nor other users of the GPU; a trial costs a second.
+Meanwhile the memory that later steps need as well, such as the optimizer's state, is reserved.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from tongwen.train.packing import Loss, to_device
 def fits(
     model: Any, batch: dict[str, Any], loss: Loss, computing: AbstractContextManager[None], *, passes: int, reserve: int
 ) -> bool:
-    """Whether a micro-batch goes through the model and back so many times beside `reserve` bytes. Gradients, mode and random
-    state are left as they were."""
+    """Return whether `passes` forwards and backwards of a micro-batch fit beside `reserve` bytes.
+
+    Restores gradients, mode and random state. computing: context of the forward, such as autocast.
+    """
     was_training = model.training
     model.train()
     try:
         with torch.random.fork_rng(), computing:
-            _go_through(model, to_device(batch, model), loss, passes, reserve)
+            _forward_backward(model, to_device(batch, model), loss, passes, reserve)
         return True
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -35,11 +37,11 @@ def fits(
         model.train(was_training)
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
-            torch.accelerator.reset_peak_memory_stats()  # what was held in reserve is none that the run took
+            torch.accelerator.reset_peak_memory_stats()  # the reserve is not part of the run's peak
 
 
-def _go_through(model: Any, batch: dict[str, Any], loss: Loss, passes: int, reserve: int) -> None:
-    """A function of its own, so that nothing of what filled the memory is held when it has failed."""
+def _forward_backward(model: Any, batch: dict[str, Any], loss: Loss, passes: int, reserve: int) -> None:
+    """Run the passes; a separate function, so that after a failure no local variable keeps memory."""
     held = torch.empty(reserve, dtype=torch.uint8, device=batch["input_ids"].device)
     for _ in range(passes):
         loss(model, batch)[0].backward()

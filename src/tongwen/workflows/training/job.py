@@ -25,9 +25,9 @@ from tongwen.recipe.memory_remedies import cheaper, last_resort
 from tongwen.recipe.training import Forgetting
 from tongwen.train import trackers
 from tongwen.train.metrics import MetricsCallback, check_forgetting
-from tongwen.train.parallel import agreed, choose, gather
+from tongwen.train.parallel import choose_engine, from_first_rank, gather
 from tongwen.train.phase import Phase
-from tongwen.train.report import say_result
+from tongwen.train.report import report_result
 from tongwen.train.trainer import PhaseRun, train_phase
 from tongwen.workflows.tokenized_data import report_ledger
 from tongwen.workflows.training.model import (
@@ -54,7 +54,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
     """
     # Check the inputs, and plan the batches of each phase.
     _check_evaluations(job)
-    engine = choose(job.section)
+    engine = choose_engine(job.section)
     if distributed.is_first():  # only this process reports to trackers
         trackers.check(job.recipe.track)
     check_further(job.section.adapter, job.stage)
@@ -111,7 +111,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
                     "notices": job.data.notices + flat + notices,
                 }
                 write_results(job, draft.path, report)
-                say_result(report, out)
+                report_result(report, out)
     return draft.artifact or artifact.Artifact(out, {"kind": job.stage, "fingerprint": ""})
 
 
@@ -186,7 +186,7 @@ def _phase_run(
     folder = metrics.file.parent
 
     def evaluate(step: int) -> dict[str, Any]:
-        scores: dict[str, Any] = agreed(_score(job, model, progress.budget))
+        scores: dict[str, Any] = from_first_rank(_score(job, model, progress.budget))
         answers = answer_prompts(model, job.record_encoder, [prompt.prompt for prompt in job.prompts])
         save_answers(folder / SAMPLES, step, [prompt.title for prompt in job.prompts], answers)
         check_forgetting(before["scores"]["groups"], scores["groups"], job.forgetting)
@@ -230,7 +230,7 @@ def _tracker_run(
     name = phase.checkpoints.name if progress.is_phased else ""
     title = "-".join(part for part in (job.recipe.name, job.stage, name) if part)
     return trackers.TrackerRun(
-        job.recipe.track, title, progress.manifest["run"], folder, name, must=must and not phase.steps_before
+        job.recipe.track, title, progress.manifest["run"], folder, name, required=must and not phase.steps_before
     )
 
 

@@ -25,9 +25,9 @@ from tongwen.model.loading.fingerprint import fingerprint_model
 from tongwen.model.loading.special_tokens import mend_ends
 from tongwen.train import audit
 from tongwen.train.checkpoints import check_adapter_saved
-from tongwen.train.memory import STATE_BYTES, device_memory, is_reckoned_to_fit
+from tongwen.train.memory import STATE_BYTES, device_memory, is_estimated_to_fit
 from tongwen.train.packing import BatchPlan, MicroBatches, fill, to_device
-from tongwen.train.parallel import Engine, in_fp32, sharing_of
+from tongwen.train.parallel import Engine, sharing_of, trainable_to_fp32
 from tongwen.train.phase import Phase
 from tongwen.train.try_batch import fits
 from tongwen.workflows.tokenized_data import RecordEncoder
@@ -79,7 +79,7 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
         engine.shard(adapted.model, dtype)
         adapted.find_learners()
     else:
-        in_fp32(adapted.learners)
+        trainable_to_fp32(adapted.learners)
         if not quantize:  # quantised weights are on their device already
             adapted.model.to(device)
     if engine.is_whole and not (section.compile and device == "cuda"):  # the compiler fuses more
@@ -158,7 +158,7 @@ def _fits(model: PreparedModel, phase: Phase, store: TokenStore, memory: int) ->
     section, plan = phase.config, phase.plan
     if section.sharded_by:
         sharing = sharing_of(section, distributed.world_size())
-        return is_reckoned_to_fit(model.model, section, sharing, model.dtype.itemsize, plan.budget, memory)
+        return is_estimated_to_fit(model.model, section, sharing, model.dtype.itemsize, plan.budget, memory)
     learning = sum(part.numel() for part in model.model.parameters() if part.requires_grad)
     largest = max(plan.flat(), key=lambda micro: int(store.lengths[list(micro)].sum()))
     batch = MicroBatches(store, [largest], packed=model.packed)[0]

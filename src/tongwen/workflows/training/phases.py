@@ -18,7 +18,7 @@ from tongwen.model.loading import load
 from tongwen.recipe.phases import training_phases
 from tongwen.train.checkpoints import newest_checkpoint, read_manifest, step_of
 from tongwen.train.memory import own_memory, token_budget
-from tongwen.train.metrics import flat_at
+from tongwen.train.metrics import flat_loss_in_phase
 from tongwen.train.metrics_file import read_metrics
 from tongwen.train.packing import make_plan
 from tongwen.train.phase import Phase
@@ -119,7 +119,7 @@ class Progress:
     def flat_losses(self, phases: list[Phase], metrics: Path) -> list[str]:
         """Return the report's notices about phases whose loss has not fallen."""
         lines = read_metrics(metrics)
-        return [flat for phase in phases if (flat := flat_at(lines, phase.steps_before, phase.last_step))]
+        return [flat for phase in phases if (flat := flat_loss_in_phase(lines, phase.steps_before, phase.last_step))]
 
 
 def find_progress(job: TrainingJob, model: PreparedModel, phases: list[Phase], run: dict[str, Any]) -> Progress:
