@@ -33,14 +33,14 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 TOKEN = "TONGWEN_API_KEY"  # noqa: S105 (the name of the variable)
-SHORTEST = 16  # characters of a token that somebody chose
+MIN_TOKEN_LENGTH = 16  # characters of a token that somebody chose
 REQUEST_SECONDS = 20  # a request must have come in whole
 ARENAS = 2
-LARGE = 1 << 20  # bytes, from which on a tensor is mapped by itself (from 128 KiB on, answers take a third longer)
+MMAP_BYTES = 1 << 20  # bytes, from which on a tensor is mapped by itself (from 128 KiB on, answers take a third longer)
 DRAIN_SECONDS = 30  # for the answers that are being given when the server is told to end
 
 
-def refusal(status: int, kind: str, message: str, **headers: str) -> JSONResponse:
+def error_response(status: int, kind: str, message: str, **headers: str) -> JSONResponse:
     """An error as OpenAI's clients read it."""
     error = {"message": message, "type": kind, "param": None, "code": kind}
     return JSONResponse({"error": error}, status, {name.replace("_", "-"): value for name, value in headers.items()})
@@ -59,10 +59,10 @@ def choose_token(loopback: bool) -> tuple[str, bool]:
     token = os.environ.get(TOKEN, "")
     if not token and loopback:
         return secrets.token_urlsafe(24), True
-    if len(token) < SHORTEST:
+    if len(token) < MIN_TOKEN_LENGTH:
         raise RecipeError(
             _("the token must have at least {shortest} characters; this one has {count}").format(
-                shortest=SHORTEST, count=len(token)
+                shortest=MIN_TOKEN_LENGTH, count=len(token)
             ),
             place=f"${TOKEN}",
             remedy=f"export {TOKEN}=$(openssl rand -hex 24)",
@@ -78,18 +78,18 @@ class AuthMiddleware:
         self.token = digest(token)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refused = self._refused(Headers(scope=scope)) if scope["type"] == "http" else None
-        await (refused or self.app)(scope, receive, send)
+        rejection = self._reject(Headers(scope=scope)) if scope["type"] == "http" else None
+        await (rejection or self.app)(scope, receive, send)
 
-    def _refused(self, headers: Headers) -> JSONResponse | None:
+    def _reject(self, headers: Headers) -> JSONResponse | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.loopback and not is_loopback(host.rpartition(":")[0] or host):
-            return refusal(403, "host_refused", _("this server only answers requests to 127.0.0.1"))
+            return error_response(403, "host_refused", _("this server only answers requests to 127.0.0.1"))
         if origin is not None and origin != f"http://{host}":
-            return refusal(403, "origin_refused", _("pages of other sites may not send requests here"))
+            return error_response(403, "origin_refused", _("pages of other sites may not send requests here"))
         scheme, _unused, token = headers.get("authorization", "").partition(" ")
         if not hmac.compare_digest(digest(token), self.token) or scheme.lower() != "bearer":
-            return refusal(
+            return error_response(
                 401,
                 "invalid_api_key",
                 _("the token is missing or wrong"),
@@ -146,10 +146,10 @@ def share_heaps() -> None:
     """Have all threads allocate from the same few heaps, and large tensors from none. glibc gives each of a server's many
     threads a heap of its own, which keeps what the largest answer needed; and where a large tensor was, the next one, a token
     longer, finds no room: 200 MB of such holes among 230 in use, after 2,000 questions to a model of no size."""
-    malloc.tell({malloc.ARENA_MAX: ARENAS, malloc.MMAP_THRESHOLD: LARGE, malloc.TRIM_THRESHOLD: 4 * LARGE})
+    malloc.tell({malloc.ARENA_MAX: ARENAS, malloc.MMAP_THRESHOLD: MMAP_BYTES, malloc.TRIM_THRESHOLD: 4 * MMAP_BYTES})
 
 
-def settle() -> None:
+def freeze_objects() -> None:
     """Have Python never look again through what is there when a server begins: half a million objects stop every answer for a
     fifth of a second, each time that what visitors left in cycles is collected."""
     gc.collect()
@@ -159,7 +159,7 @@ def settle() -> None:
 def serve(app: App, listening: socket.socket, *, lifespan: Literal["on", "off"] = "off") -> None:
     """Serve until SIGTERM or Ctrl-C: then nobody new is let in, and what is being answered may end."""
     share_heaps()
-    settle()
+    freeze_objects()
     config = uvicorn.Config(
         app,
         http=TimeoutProtocol,

@@ -21,8 +21,8 @@ Work = Callable[[Callable[[int], None]], Iterator[Item]]
 class QueueFull(Exception):
     """All places are taken. seconds: when it is worth asking again."""
 
-    def __init__(self, seconds: int) -> None:
-        self.seconds = seconds
+    def __init__(self, retry_after: int) -> None:
+        self.retry_after = retry_after
         super().__init__()
 
 
@@ -36,19 +36,19 @@ class QueuedResponse(Generic[Item]):
 
     pieces: asyncio.Queue[Item | Exception | None] = field(default_factory=asyncio.Queue)
     tokens: list[int] = field(default_factory=list)
-    gone: bool = False
-    turn: Future[float] | None = None
+    cancelled: bool = False
+    future: Future[float] | None = None
 
-    def hear(self, index: int) -> None:
-        if self.gone:
+    def on_token(self, index: int) -> None:
+        if self.cancelled:
             raise ClientDisconnected
         self.tokens.append(index)
 
-    def leave(self) -> None:
+    def cancel(self) -> None:
         """Nobody reads on: a place in the line is free at once, the voice at its next token."""
-        self.gone = True
-        if self.turn is not None:
-            self.turn.cancel()
+        self.cancelled = True
+        if self.future is not None:
+            self.future.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Item]:
         while (piece := await self.pieces.get()) is not None:
@@ -60,38 +60,38 @@ class QueuedResponse(Generic[Item]):
 class RequestQueue:
     """places: how many may wait behind the one who is being answered."""
 
-    def __init__(self, places: int) -> None:
-        self.places, self.inside = places, 0
-        self.voice = ThreadPoolExecutor(1, "voice")
-        self.usual_seconds = 1.0
+    def __init__(self, max_waiting: int) -> None:
+        self.max_waiting, self.pending = max_waiting, 0
+        self.executor = ThreadPoolExecutor(1, "generate")
+        self.mean_seconds = 1.0
 
-    def ask(self, work: Work[Item]) -> QueuedResponse[Item]:
+    def submit(self, work: Work[Item]) -> QueuedResponse[Item]:
         """Take a place in the line; `leave` gives it back. Raises Busy when there is none."""
-        if self.inside > self.places:
-            raise QueueFull(max(1, round(self.usual_seconds * self.inside)))
+        if self.pending > self.max_waiting:
+            raise QueueFull(max(1, round(self.mean_seconds * self.pending)))
         loop = asyncio.get_running_loop()
         answer: QueuedResponse[Item] = QueuedResponse()
-        self.inside += 1
-        answer.turn = self.voice.submit(self._speak, work, answer, loop)
-        answer.turn.add_done_callback(lambda turn: loop.call_soon_threadsafe(self._leave, turn))
+        self.pending += 1
+        answer.future = self.executor.submit(self._run, work, answer, loop)
+        answer.future.add_done_callback(lambda future: loop.call_soon_threadsafe(self._on_done, future))
         return answer
 
-    def _speak(self, work: Work[Item], answer: QueuedResponse[Item], loop: asyncio.AbstractEventLoop) -> float:
+    def _run(self, work: Work[Item], answer: QueuedResponse[Item], loop: asyncio.AbstractEventLoop) -> float:
         """In the voice's thread: hand over the pieces, then None or what went wrong. Returns the seconds it took."""
 
-        def hand_over(item: Item | Exception | None) -> None:
+        def put(item: Item | Exception | None) -> None:
             loop.call_soon_threadsafe(answer.pieces.put_nowait, item)
 
         began = time.monotonic()
         try:
-            for piece in work(answer.hear):
-                hand_over(piece)
-            hand_over(None)
+            for piece in work(answer.on_token):
+                put(piece)
+            put(None)
         except Exception as error:
-            hand_over(error.with_traceback(None))  # whose frames hold the tensors of the answer
+            put(error.with_traceback(None))  # whose frames hold the tensors of the answer
         return time.monotonic() - began
 
-    def _leave(self, turn: Future[float]) -> None:
-        self.inside -= 1
-        if not turn.cancelled():
-            self.usual_seconds += (turn.result() - self.usual_seconds) / 8
+    def _on_done(self, future: Future[float]) -> None:
+        self.pending -= 1
+        if not future.cancelled():
+            self.mean_seconds += (future.result() - self.mean_seconds) / 8

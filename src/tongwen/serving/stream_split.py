@@ -31,12 +31,12 @@ def split_thinking(pieces: Iterator[str]) -> Iterator[StreamPart]:
         return
     text = head.lstrip()[len(OPEN) :].lstrip()
     while CLOSE not in text:
-        keep = _held(text, (CLOSE,))
-        yield StreamPart(text[: len(text) - keep], thinking=True)
+        tail = _partial_mark_length(text, (CLOSE,))
+        yield StreamPart(text[: len(text) - tail], thinking=True)
         if (more := next(pieces, None)) is None:
-            yield StreamPart(text[len(text) - keep :], thinking=True)
+            yield StreamPart(text[len(text) - tail :], thinking=True)
             return
-        text = text[len(text) - keep :] + more
+        text = text[len(text) - tail :] + more
     thought, _, text = text.partition(CLOSE)
     yield StreamPart(thought, thinking=True)
     text = text.lstrip()
@@ -54,13 +54,13 @@ def until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
         if found := [place for stop in stops if (place := text.find(stop)) >= 0]:
             yield text[: min(found)]
             return
-        keep = _held(text, stops)
-        yield text[: len(text) - keep]
-        text = text[len(text) - keep :]
+        tail = _partial_mark_length(text, stops)
+        yield text[: len(text) - tail]
+        text = text[len(text) - tail :]
     yield text
 
 
-def _held(text: str, marks: Sequence[str]) -> int:
+def _partial_mark_length(text: str, marks: Sequence[str]) -> int:
     """How many characters at the end could be the beginning of a mark."""
     return max(
         (size for mark in marks for size in range(1, min(len(mark), len(text) + 1)) if text.endswith(mark[:size])),

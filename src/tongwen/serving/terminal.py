@@ -77,20 +77,20 @@ class TerminalChat:
         self.thought, text, tokens = "", "", 0
         began = time.monotonic()
 
-        def heard(index: int) -> None:
+        def on_token(index: int) -> None:
             nonlocal tokens
             tokens += 1
 
-        with closing(_Shown(self.stream)) as shown:
+        with closing(_AnswerDisplay(self.stream)) as display:
             try:
-                for part in split_thinking(self.reply(list(self.messages), self.settings, heard)):
-                    shown.add(part)
+                for part in split_thinking(self.reply(list(self.messages), self.settings, on_token)):
+                    display.add(part)
                     if part.thinking:
                         self.thought += part.text
                     else:
                         text += part.text
             except KeyboardInterrupt:
-                shown.stopped = True
+                display.stopped = True
         if sys.stdout.isatty():
             seconds = max(time.monotonic() - began, 1e-9)
             speed = _("{tokens:.1f} tokens/s · {count:.1f} characters/s").format(
@@ -102,8 +102,8 @@ class TerminalChat:
     def _cut_to_fit(self) -> None:
         """Drop the oldest whole turns until the conversation fits; the system message stays. A question that could not be
         answered even alone costs no turn."""
-        room = self.context - self.settings["max_new_tokens"]
-        messages = last_turns(self.messages, self.count, room)
+        max_tokens = self.context - self.settings["max_new_tokens"]
+        messages = last_turns(self.messages, self.count, max_tokens)
         dropped = (len(self.messages) - len(messages)) // 2
         if dropped and self.count(messages) < self.context:
             self.messages = messages
@@ -111,24 +111,24 @@ class TerminalChat:
 
     def command(self, line: str) -> bool:
         """Do what a line with a slash says; False to leave."""
-        word, _unused, rest = line.partition(" ")
-        rest = rest.strip()
-        if word in ("/exit", "/quit", "/stop"):
+        name, _unused, argument = line.partition(" ")
+        argument = argument.strip()
+        if name in ("/exit", "/quit", "/stop"):
             return False
-        if word == "/clear":
+        if name == "/clear":
             self.messages = [turn for turn in self.messages[:1] if turn["role"] == "system"]
             console.good(_("started a new conversation"))
-        elif word == "/system":
-            self.start(rest)
+        elif name == "/system":
+            self.start(argument)
             console.good(_("started a new conversation with this system message"))
-        elif word == "/retry":
+        elif name == "/retry":
             self._retry()
-        elif word == "/save":
-            self._save(Path(rest or "chat.json"))
-        elif word == "/thinking":
+        elif name == "/save":
+            self._save(Path(argument or "chat.json"))
+        elif name == "/thinking":
             print(visible(self.thought or _("the last answer has no thinking")))
-        elif word == "/set":
-            self._set(rest)
+        elif name == "/set":
+            self._set(argument)
         else:
             console.tell(_(COMMANDS))
         return True
@@ -148,9 +148,9 @@ class TerminalChat:
         else:
             console.good(str(file))
 
-    def _set(self, rest: str) -> None:
+    def _set(self, argument: str) -> None:
         """`temperature 0.7`; alone it shows what is set."""
-        name, _unused, value = rest.partition(" ")
+        name, _unused, value = argument.partition(" ")
         if name:
             try:
                 changed = self.settings | {name: _read_number(name, value)}
@@ -162,10 +162,10 @@ class TerminalChat:
         console.tell("  ".join(f"{name} {value}" for name, value in self.settings.items()))
 
 
-def converse(talk: TerminalChat, *, name: str, system: str) -> int:
+def converse(chat: TerminalChat, *, name: str, system: str) -> int:
     """Read a line, answer it, until the user leaves."""
     console.header(name, _("/help for commands, Ctrl-D to leave"))
-    talk.start(system)
+    chat.start(system)
     read = _reader()
     while True:
         try:
@@ -175,10 +175,10 @@ def converse(talk: TerminalChat, *, name: str, system: str) -> int:
         except KeyboardInterrupt:
             continue
         if line.startswith("/"):
-            if not talk.command(line):
+            if not chat.command(line):
                 return 0
         elif line:
-            talk.ask(line)
+            chat.ask(line)
 
 
 def visible(text: str) -> str:
@@ -186,12 +186,12 @@ def visible(text: str) -> str:
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-class _Shown:
+class _AnswerDisplay:
     """An answer on the screen: piece by piece, or at its end; its thinking as one grey line that counts."""
 
     def __init__(self, stream: bool) -> None:
         self.stream, self.stopped = stream, False
-        self.waiting, self.thought = "", 0
+        self.buffer, self.thought = "", 0
 
     def add(self, part: StreamPart) -> None:
         if part.thinking:
@@ -204,12 +204,12 @@ class _Shown:
         if self.stream:
             print(visible(part.text), end="", flush=True)
         else:
-            self.waiting += part.text
+            self.buffer += part.text
 
     def close(self) -> None:
         if self.thought:
             self._unfold()
-        print(visible(self.waiting) + (_(" …stopped") if self.stopped else ""))
+        print(visible(self.buffer) + (_(" …stopped") if self.stopped else ""))
 
     def _unfold(self) -> None:
         self._grey("\r" if sys.stdout.isatty() else "")
@@ -217,8 +217,8 @@ class _Shown:
         self.thought = 0
 
     def _grey(self, start: str) -> None:
-        words = _("thinking, {thought} characters (/thinking shows it)").format(thought=self.thought)
-        print(f"{start}\x1b[2m{words}\x1b[0m" if start else words, end="", flush=True)
+        text = _("thinking, {thought} characters (/thinking shows it)").format(thought=self.thought)
+        print(f"{start}\x1b[2m{text}\x1b[0m" if start else text, end="", flush=True)
 
 
 def _reader() -> Callable[[], str]:

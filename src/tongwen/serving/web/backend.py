@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Messages = list[dict[str, Any]]
-AT_ONCE = 2  # questions that are answered at the same time
+CONCURRENCY = 2  # questions that are answered at the same time
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class PageBackend:
     """A tab for each that is there."""
 
     title: str
-    talk: ChatBackend
-    look: DataBackend | None = None
-    words: VocabularyBackend | None = None
+    chat: ChatBackend
+    data: DataBackend | None = None
+    vocabulary: VocabularyBackend | None = None
     runs: RunsBackend | None = None

@@ -30,7 +30,7 @@ TURNS = 400
 REDRAW_SECONDS = 0.05  # an answer is drawn again at most that often; its first piece at once
 
 
-def told(messages: Sequence[dict[str, Any]], system: str) -> Messages:
+def model_messages(messages: Sequence[dict[str, Any]], system: str) -> Messages:
     """What the model is told of what the page shows: no notes, and the system message first.
 
     Raises RecipeError for more than a conversation may hold.
@@ -80,22 +80,22 @@ def note(text: str) -> dict[str, Any]:
 class StreamedAnswer:
     """One model's answer to what stands on its side, as it grows."""
 
-    def __init__(self, talk: ChatBackend, before: Messages, explain: Explain, *asked: Any) -> None:
+    def __init__(self, backend: ChatBackend, history: Messages, explain: Explain, *request: Any) -> None:
         """asked: model, system message, options."""
-        self.talk, self.before, self.explain = talk, before, explain
-        self.pieces = self._speak(*asked)
+        self.backend, self.history, self.explain = backend, history, explain
+        self.pieces = self._generate(*request)
         self.forgotten = 0  # turns that the model does not see
         self.text, self.problem, self.ended = "", "", False
         self.began, self.first = time.monotonic(), 0.0
 
-    def _speak(self, name: str, system: str, options: dict[str, Any]) -> Generator[str, None, None]:
+    def _generate(self, name: str, system: str, options: dict[str, Any]) -> Generator[str, None, None]:
         """The answer, with all that may go wrong before its first piece inside of it."""
-        messages = told(self.before, system)
-        seen = self.talk.fit(name, messages, options)
-        self.forgotten = (len(messages) - len(seen)) // 2
-        yield from self.talk.reply(name, seen, options)
+        messages = model_messages(self.history, system)
+        fitted = self.backend.fit(name, messages, options)
+        self.forgotten = (len(messages) - len(fitted)) // 2
+        yield from self.backend.reply(name, fitted, options)
 
-    def take(self) -> None:
+    def advance(self) -> None:
         """The next piece; what goes wrong becomes a note, and the server lives on."""
         try:
             self.text += next(self.pieces)
@@ -107,7 +107,7 @@ class StreamedAnswer:
 
     @property
     def messages(self) -> Messages:
-        out = [*self.before]
+        out = [*self.history]
         if self.text:
             out.append({"role": "assistant", "content": drawn(self.text)})
         return [*out, note(self.problem)] if self.problem else out
@@ -127,17 +127,17 @@ class StreamedAnswer:
 
 def stream(answers: Sequence[StreamedAnswer]) -> Iterator[None]:
     """Let the answers grow until all have ended, with a pause wherever they are to be drawn."""
-    drawn = 0.0
+    last_drawn = 0.0
     try:
         while not all(one.ended for one in answers):
             new = False
             for one in answers:
                 if not one.ended:
                     new = new or not one.text
-                    one.take()
-            if new or time.monotonic() - drawn >= REDRAW_SECONDS:
+                    one.advance()
+            if new or time.monotonic() - last_drawn >= REDRAW_SECONDS:
                 yield
-                drawn = time.monotonic()
+                last_drawn = time.monotonic()
         yield
     finally:
         for one in answers:
@@ -145,21 +145,24 @@ def stream(answers: Sequence[StreamedAnswer]) -> Iterator[None]:
 
 
 def title_of(messages: Messages) -> str:
-    asked = next((text_of(one["content"]) for one in messages if one["role"] == "user"), "")
-    return " ".join(asked.split())[:24]
+    question = next((text_of(one["content"]) for one in messages if one["role"] == "user"), "")
+    return " ".join(question.split())[:24]
 
 
 def as_json(messages: Messages, system: str) -> str:
-    return json.dumps({"messages": told(messages, system)}, ensure_ascii=False, indent=1)
+    return json.dumps({"messages": model_messages(messages, system)}, ensure_ascii=False, indent=1)
 
 
 def as_markdown(messages: Messages, system: str) -> str:
-    words = {"user": _("Question"), "assistant": _("Answer"), "system": _("System")}
-    return "\n\n".join(f"## {words[one['role']]}\n\n{one['content']}" for one in told(messages, system)) + "\n"
+    headings = {"user": _("Question"), "assistant": _("Answer"), "system": _("System")}
+    return (
+        "\n\n".join(f"## {headings[one['role']]}\n\n{one['content']}" for one in model_messages(messages, system))
+        + "\n"
+    )
 
 
 def download_link(name: str, label: str, text: str) -> Markup:
     """A link that holds its file: nothing is written on the server."""
-    held = base64.b64encode(text.encode("utf-8", "replace")).decode()
+    encoded = base64.b64encode(text.encode("utf-8", "replace")).decode()
     link = Markup('<a class="soft" download="{}" href="data:application/octet-stream;base64,{}">{}</a>')
-    return link.format(name, held, label)
+    return link.format(name, encoded, label)

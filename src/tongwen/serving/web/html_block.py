@@ -12,11 +12,11 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-Hear = Callable[[Callable[..., Any]], Callable[..., Any]]  # makes a handler speak the page's language
-QUIET: dict[str, Any] = {"show_progress": "hidden"}
+WrapHandler = Callable[[Callable[..., Any]], Callable[..., Any]]  # makes a handler speak the page's language
+NO_PROGRESS: dict[str, Any] = {"show_progress": "hidden"}
 # What takes no time is answered at once, by the request itself. All that waits in line is told through one stream, which
 # closes when nothing waits: a request that arrives just then is answered into the closed stream, and the click is lost.
-SWIFT: dict[str, Any] = {**QUIET, "queue": False}
+UNQUEUED: dict[str, Any] = {**NO_PROGRESS, "queue": False}
 NOTE = Markup("<p class=soft>{}</p>")
 
 
@@ -30,6 +30,6 @@ def block(text: str) -> str:
     return f"<div>{text}</div>".replace("\n", "&#10;") if text else ""
 
 
-def sheet(whole: str) -> str:
+def sheet(page: str) -> str:
     """A whole page inside of this one, in which nothing may run."""
-    return Markup('<iframe class=sheet sandbox srcdoc="{}"></iframe>').format(str(whole))
+    return Markup('<iframe class=sheet sandbox srcdoc="{}"></iframe>').format(str(page))

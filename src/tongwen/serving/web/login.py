@@ -63,7 +63,7 @@ class LoginMiddleware:
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             answer = self._answer(scope, Headers(scope=scope))
-            await (answer or self.app)(scope, receive, _Guarded(send))
+            await (answer or self.app)(scope, receive, _SecuredSend(send))
 
     def _answer(self, scope: Scope, headers: Headers) -> Response | None:
         """What is said at the door; None lets the request pass."""
@@ -72,9 +72,9 @@ class LoginMiddleware:
             return PlainTextResponse("this name is not served here\n", 403)
         if (origin is not None or writes) and origin != f"http://{host}":
             return PlainTextResponse("another page may not ask here\n", 403)
-        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        if scope["method"] == "GET" and given and self._is_right(given):
-            return self._welcome(scope["path"], given)
+        query_token = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        if scope["method"] == "GET" and query_token and self._is_right(query_token):
+            return self._welcome(scope["path"], query_token)
         if not self._is_right(self._token_of(headers)):
             return _ask_for_token()
         if not OPEN_ROUTES.fullmatch(scope["path"]) or ".." in scope["path"]:
@@ -93,8 +93,8 @@ class LoginMiddleware:
 
     def _welcome(self, path: str, token: str) -> Response:
         """The token moves from the address, which is shown and kept, into a cookie."""
-        inside = path if re.fullmatch(r"/(en|zh)/", path) else "/"
-        response = RedirectResponse(inside, 303)
+        target = path if re.fullmatch(r"/(en|zh)/", path) else "/"
+        response = RedirectResponse(target, 303)
         response.set_cookie(self.cookie, token, httponly=True, samesite="strict", path="/")
         return response
 
@@ -102,13 +102,13 @@ class LoginMiddleware:
         length = headers.get("content-length", "")
         if not length.isdigit():
             return PlainTextResponse("how long is it?\n", 411)
-        most = self.limits.upload if UPLOAD.fullmatch(path) else self.limits.body
-        if int(length) > most:
-            return PlainTextResponse(f"at most {most} bytes\n", 413)
+        limit = self.limits.upload if UPLOAD.fullmatch(path) else self.limits.body
+        if int(length) > limit:
+            return PlainTextResponse(f"at most {limit} bytes\n", 413)
         return None
 
 
-class _Guarded:
+class _SecuredSend:
     """Sends a response on with the headers that keep the page to itself. A page's own inline scripts are named by their
     hashes, so that no other one runs."""
 

@@ -55,32 +55,32 @@ div:has(#board1) .talk{height:38vh!important;min-height:14rem}}
 """
 
 
-def make_page(bench: PageBackend, language: str) -> Any:
+def make_page(backend: PageBackend, language: str) -> Any:
     """The page in one language."""
-    with speaking(language), gr.Blocks(title=bench.title, analytics_enabled=False) as page:
-        hear = functools.partial(heard, language)
+    with speaking(language), gr.Blocks(title=backend.title, analytics_enabled=False) as page:
+        wrap = functools.partial(wrap_handler, language)
         with gr.Row(elem_classes="top"):
-            canvas(Markup("<h1>{}</h1>").format(bench.title))
-            other, word = ("en", "English") if language == "zh" else ("zh", "中文")
-            canvas(Markup('<p class=tongue><a href="/{}/">{}</a></p>').format(other, word))
-        if not (bench.look or bench.words or bench.runs):
-            chat.add(page, bench.talk, hear, explain)
+            canvas(Markup("<h1>{}</h1>").format(backend.title))
+            other, label = ("en", "English") if language == "zh" else ("zh", "中文")
+            canvas(Markup('<p class=tongue><a href="/{}/">{}</a></p>').format(other, label))
+        if not (backend.data or backend.vocabulary or backend.runs):
+            chat.add(page, backend.chat, wrap, explain)
             return page
         with gr.Tab(_("Chat")):
-            chat.add(page, bench.talk, hear, explain)
-        if bench.look:
+            chat.add(page, backend.chat, wrap, explain)
+        if backend.data:
             with gr.Tab(_("Data")):
-                data.add(page, bench.look, hear)
-        if bench.words:
+                data.add(page, backend.data, wrap)
+        if backend.vocabulary:
             with gr.Tab(_("Vocabulary")):
-                vocabulary.add(page, bench.words, hear)
-        if bench.runs:
+                vocabulary.add(page, backend.vocabulary, wrap)
+        if backend.runs:
             with gr.Tab(_("Runs")):
-                runs.add(page, bench.runs, hear)
+                runs.add(page, backend.runs, wrap)
     return page
 
 
-def look() -> dict[str, Any]:
+def theme_and_css() -> dict[str, Any]:
     """Theme and style; every font is the reader's own."""
     fonts = [gr.themes.Font(name) for name in FONTS]
     theme = gr.themes.Base(
@@ -105,17 +105,17 @@ def _scoped() -> str:
     not by what the browser prefers."""
     light = "--ink:#1c1e21;--soft:#6b7280;--line:#e3e6ea;--accent:#0f766e;--paper:#fff;--wash:#f6f8f9"
     dark = "--ink:#e6e8eb;--soft:#9aa3ad;--line:#2c3238;--accent:#2dd4bf;--paper:#15181b;--wash:#1c2024"
-    kept = render("core/parts.css")
-    return f":root{{{light}}}.dark{{{dark}}}.ours{{{kept}}}.soft{{color:var(--soft)}}"
+    css = render("core/parts.css")
+    return f":root{{{light}}}.dark{{{dark}}}.ours{{{css}}}.soft{{color:var(--soft)}}"
 
 
-def heard(language: str, handler: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_handler(language: str, handler: Callable[..., Any]) -> Callable[..., Any]:
     """A handler that speaks the page's language, and whose errors become a message on the page."""
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
-        def flow(*given: Any) -> Iterator[Any]:
-            pieces = handler(*given)
+        def flow(*inputs: Any) -> Iterator[Any]:
+            pieces = handler(*inputs)
             try:
                 while True:
                     with speaking(language):
@@ -124,7 +124,7 @@ def heard(language: str, handler: Callable[..., Any]) -> Callable[..., Any]:
                         except StopIteration:
                             return
                         except Exception as error:
-                            raise _shown(error) from None
+                            raise _as_gradio_error(error) from None
                     yield piece
             finally:
                 pieces.close()
@@ -132,17 +132,17 @@ def heard(language: str, handler: Callable[..., Any]) -> Callable[..., Any]:
         return flow
 
     @functools.wraps(handler)
-    def call(*given: Any) -> Any:
+    def call(*inputs: Any) -> Any:
         with speaking(language):
             try:
-                return handler(*given)
+                return handler(*inputs)
             except Exception as error:
-                raise _shown(error) from None
+                raise _as_gradio_error(error) from None
 
     return call
 
 
-def _shown(error: Exception) -> gr.Error:
+def _as_gradio_error(error: Exception) -> gr.Error:
     if isinstance(error, gr.Error):
         return error
     text = str(escape(explain(error))).replace("\n", "<br>")
