@@ -38,11 +38,11 @@ def run() -> int:
         [*packages.items(), *((name, version or f"– (pip install {name})") for name, version in extras.items())],
     )
     device = compute_device()
-    dtype, why = compute_dtype("auto", device)
+    dtype, reason = compute_dtype("auto", device)
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     memory = _memory_bytes()
     facts = [
-        (_("device"), f"{device}; {str(dtype)[6:]}: {why}"),
+        (_("device"), f"{device}; {str(dtype)[6:]}: {reason}"),
         *((f"GPU {index}", f"{gpu.name}, {console.human_bytes(gpu.total_memory)}") for index, gpu in enumerate(gpus)),
         (_("processors"), f"{os.cpu_count()}, torch: {torch.get_num_threads()}"),
         (_("memory"), console.human_bytes(memory) if memory else "?"),
@@ -57,7 +57,10 @@ def run() -> int:
         reached = dict(zip(places, pool.map(reach, places.values()), strict=True))
     console.table(
         (_("reachable"), "", "ms"),
-        [(name, places[name], f"{took:.0f}" if took is not None else _("no")) for name, took in reached.items()],
+        [
+            (name, places[name], f"{milliseconds:.0f}" if milliseconds is not None else _("no"))
+            for name, milliseconds in reached.items()
+        ],
     )
     if reached["hub"] is None:
         console.notice(
@@ -82,13 +85,21 @@ def run() -> int:
 
 def explain(name: str) -> int:
     """Print one failure of the older projects: symptom, cause, and what happens here instead."""
-    one = find(name)
-    console.header(one.id, _(one.says))
-    console.tell(_("cause: ") + _(one.why))
-    console.tell(_("here:  ") + _(one.here))
-    for test in one.shown:
+    failure = find(name)
+    console.header(failure.id, _(failure.symptom))
+    console.tell(_("cause: ") + _(failure.cause))
+    console.tell(_("here:  ") + _(failure.handling))
+    for test in failure.tests:
         console.tell(f"  {test}")
-    console.emit({"id": one.id, "symptom": _(one.says), "cause": _(one.why), "here": _(one.here), "tests": one.shown})
+    console.emit(
+        {
+            "id": failure.id,
+            "symptom": _(failure.symptom),
+            "cause": _(failure.cause),
+            "here": _(failure.handling),
+            "tests": failure.tests,
+        }
+    )
     return 0
 
 

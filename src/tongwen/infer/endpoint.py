@@ -18,7 +18,7 @@ from tongwen.core.i18n import _
 from tongwen.core.openai_client import OpenAIClient, UnreadableReply
 from tongwen.infer.generation import Sampling
 
-AT_ONCE = 8  # requests
+CONCURRENCY = 8  # requests
 RETRIES = 4  # of a request, by the official client
 
 
@@ -29,28 +29,31 @@ class EndpointBackend:
         self.url, self.model, self.completion = url, model, completion
 
     def answer_each(
-        self, conversations: Sequence[Sequence[Mapping[str, Any]]], sampling: Sampling, take: Callable[[int, str], None]
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        sampling: Sampling,
+        on_answer: Callable[[int, str], None],
     ) -> None:
         """Hand each answer to `take` with its place. Raises MachineError when the endpoint cannot be reached, ModelError
         when it refuses."""
         if sampling.beams > 1:
             raise ModelError(_("endpoints do not support beam search"), place=self.url, remedy="--beams 1")
-        asyncio.run(self._answer_each(conversations, _options(sampling), take))
+        asyncio.run(self._answer_each(conversations, _options(sampling), on_answer))
 
     async def _answer_each(
         self,
         conversations: Sequence[Sequence[Mapping[str, Any]]],
         options: dict[str, Any],
-        take: Callable[[int, str], None],
+        on_answer: Callable[[int, str], None],
     ) -> None:
         places = enumerate(conversations)
 
         async def work() -> None:
             for place, messages in places:  # shared by all workers
-                take(place, await self._ask(client, messages, options))
+                on_answer(place, await self._request(client, messages, options))
 
         async with OpenAIClient(self.url, self.model, os.environ.get("OPENAI_API_KEY", ""), retries=RETRIES) as client:
-            workers = [asyncio.create_task(work()) for _ in range(AT_ONCE)]
+            workers = [asyncio.create_task(work()) for _ in range(CONCURRENCY)]
             try:
                 await asyncio.gather(*workers)
             finally:
@@ -58,7 +61,9 @@ class EndpointBackend:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _ask(self, client: OpenAIClient, messages: Sequence[Mapping[str, Any]], options: dict[str, Any]) -> str:
+    async def _request(
+        self, client: OpenAIClient, messages: Sequence[Mapping[str, Any]], options: dict[str, Any]
+    ) -> str:
         try:
             if self.completion:
                 return await client.complete("".join(str(turn["content"]) for turn in messages), **options)

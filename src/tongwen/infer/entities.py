@@ -51,16 +51,16 @@ def tag(question: str, *answers: str) -> list[list[str]]:
     after the instruction, which may hold the same words. A name that stands nowhere gets a place behind the text that no
     other answer has.
     """
-    tags, nowhere = [["O"] * len(question) for _ in answers], 0
-    for own, answer in zip(tags, answers, strict=True):
+    tags, unplaced = [["O"] * len(question) for _ in answers], 0
+    for row_tags, answer in zip(tags, answers, strict=True):
         for name, kind in reversed(read_entities(answer)):
-            if (place := _last_free(question, name, own)) is None:
-                own += ["O"] * (len(question) + nowhere - len(own)) + [f"B-{kind}"]
-                nowhere += 1
+            if (place := _last_free(question, name, row_tags)) is None:
+                row_tags += ["O"] * (len(question) + unplaced - len(row_tags)) + [f"B-{kind}"]
+                unplaced += 1
             else:
-                own[place : place + len(name)] = [f"B-{kind}"] + [f"I-{kind}"] * (len(name) - 1)
+                row_tags[place : place + len(name)] = [f"B-{kind}"] + [f"I-{kind}"] * (len(name) - 1)
     longest = max(map(len, tags))
-    return [own + ["O"] * (longest - len(own)) for own in tags]
+    return [row_tags + ["O"] * (longest - len(row_tags)) for row_tags in tags]
 
 
 def _last_free(text: str, name: str, tags: list[str]) -> int | None:
@@ -74,11 +74,11 @@ def _last_free(text: str, name: str, tags: list[str]) -> int | None:
 
 def f1_of(sums: np.ndarray) -> dict[str, float]:
     """Micro F1, precision and recall from summed (right, said, wanted). Nothing said where nothing is wanted is all right."""
-    right, said, wanted = map(float, sums)
-    if not said and not wanted:
+    right, predicted, expected = map(float, sums)
+    if not predicted and not expected:
         return {"f1": 1.0, "precision": 1.0, "recall": 1.0}
     return {
-        "f1": 2 * right / (said + wanted),
-        "precision": right / said if said else 0.0,
-        "recall": right / wanted if wanted else 0.0,
+        "f1": 2 * right / (predicted + expected),
+        "precision": right / predicted if predicted else 0.0,
+        "recall": right / expected if expected else 0.0,
     }

@@ -77,7 +77,7 @@ class Sampling:
 CACHE = 1 << 30  # bytes for keys and values on a CPU, whose free memory other programs need
 ROWS = 32  # prompts side by side: twice as fast as 8 on one core, and more is no faster (bench/generate_cpu.py)
 PAGE = 32  # tokens of a block of the paged cache
-Take = Callable[[int, list[int]], None]
+OnAnswer = Callable[[int, list[int]], None]
 """gets the place of a prompt and its new ids"""
 
 
@@ -92,21 +92,25 @@ class TextGenerator:
     context: int
     paged: bool = False
 
-    def answer_all(self, prompts: Sequence[list[int]], sampling: Sampling, take: Take, rows: int = ROWS) -> None:
+    def answer_all(
+        self, prompts: Sequence[list[int]], sampling: Sampling, on_answer: OnAnswer, rows: int = ROWS
+    ) -> None:
         """Hand the new ids of each prompt to `take` as soon as they are there. At most `rows` prompts are answered side by
         side, and no more than the cache has room for."""
         for prompt in prompts:
             self._check_fits(prompt, sampling)
-        room = cache_tokens(self.model)
+        capacity = cache_tokens(self.model)
         if self.paged:
-            self._answer_paged(prompts, sampling, take, rows, room)
+            self._answer_paged(prompts, sampling, on_answer, rows, capacity)
             return
-        for places in deal([len(prompt) for prompt in prompts], sampling, rows, room):
+        for places in make_batches([len(prompt) for prompt in prompts], sampling, rows, capacity):
             answers = self.answer([prompts[place] for place in places], sampling)
             for place, answer in zip(places, answers, strict=True):
-                take(place, answer)
+                on_answer(place, answer)
 
-    def _answer_paged(self, prompts: Sequence[list[int]], sampling: Sampling, take: Take, rows: int, room: int) -> None:
+    def _answer_paged(
+        self, prompts: Sequence[list[int]], sampling: Sampling, on_answer: OnAnswer, rows: int, capacity: int
+    ) -> None:
         """transformers' continuous batching, with its memory said: left alone it takes most of what is free."""
         from transformers import ContinuousBatchingConfig
 
@@ -114,7 +118,7 @@ class TextGenerator:
             raise ModelError(_("the paged cache does not support beam search"), remedy="--engine batched")
         config = ContinuousBatchingConfig(
             page_size=PAGE,
-            num_blocks=max(room // PAGE, math.ceil((max(map(len, prompts)) + sampling.max_new_tokens) / PAGE) + 1),
+            num_blocks=max(capacity // PAGE, math.ceil((max(map(len, prompts)) + sampling.max_new_tokens) / PAGE) + 1),
             max_batch_tokens=max(4 * rows, 256),
             max_requests_per_batch=rows,
             return_logprobs=True,
@@ -124,7 +128,9 @@ class TextGenerator:
             generation_config=self._config(sampling), continuous_batching_config=config, block=True, timeout=5
         ) as manager:
             waiting = {
-                manager.add_request(prompt, max_new_tokens=self._room_for(len(prompt), sampling).max_new_tokens): place
+                manager.add_request(
+                    prompt, max_new_tokens=self._limit_new_tokens(len(prompt), sampling).max_new_tokens
+                ): place
                 for place, prompt in enumerate(prompts)
             }
             while waiting:
@@ -137,7 +143,7 @@ class TextGenerator:
                     raise ModelError(str(result.error), place="continuous batching", remedy="--engine batched")
                 if any(map(math.isnan, result.logprobs)):
                     raise _nan()
-                take(waiting.pop(result.request_id), self._until_stop(list(result.generated_tokens)))
+                on_answer(waiting.pop(result.request_id), self._until_stop(list(result.generated_tokens)))
 
     @property
     def mend(self) -> Callable[[str], str] | None:
@@ -159,7 +165,7 @@ class TextGenerator:
         return [self._until_stop(row) for row in out]
 
     def stream(
-        self, prompt: list[int], sampling: Sampling, heard: Callable[[int], None] = lambda index: None
+        self, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None] = lambda index: None
     ) -> Iterator[str]:
         """The answer's text in pieces; together they are exactly the decoded answer. heard: called with every new token,
         the stop token included; what it raises ends the answer."""
@@ -167,7 +173,7 @@ class TextGenerator:
         if sampling.beams > 1:
             raise ModelError(_("beam search cannot stream its output"), remedy="--beams 1")
         with closing(self._new_ids(prompt, sampling)) as ids:
-            yield from self._mended(self._pieces(ids, heard))
+            yield from self._mended(self._pieces(ids, on_token))
 
     def _new_ids(self, prompt: list[int], sampling: Sampling) -> Generator[int, None, None]:
         """The answer's tokens one after the other, the stop token included; closing it ends the answer."""
@@ -195,10 +201,10 @@ class TextGenerator:
             cancel.set()
             thread.join()
 
-    def _pieces(self, ids: Iterator[int], heard: Callable[[int], None]) -> Iterator[str]:
+    def _pieces(self, ids: Iterator[int], on_token: Callable[[int], None]) -> Iterator[str]:
         text = StreamDecoder(self.tokenizer)
         for index in ids:
-            heard(index)
+            on_token(index)
             if index in self.stop_ids:
                 continue
             if piece := text.add(index):
@@ -231,7 +237,7 @@ class TextGenerator:
 
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        sampling = self._room_for(ids.shape[1], sampling)
+        sampling = self._limit_new_tokens(ids.shape[1], sampling)
         with torch.inference_mode():
             return self.model.generate(
                 input_ids=ids,
@@ -253,7 +259,7 @@ class TextGenerator:
         ends = [place for place, index in enumerate(row) if index in self.stop_ids]
         return row[: ends[0]] if ends else row
 
-    def _room_for(self, prompt: int, sampling: Sampling) -> Sampling:
+    def _limit_new_tokens(self, prompt: int, sampling: Sampling) -> Sampling:
         """No more new tokens than the model sees behind a prompt of so many."""
         return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self.context - prompt))
 
@@ -267,30 +273,30 @@ class TextGenerator:
             )
 
 
-def deal(lengths: Sequence[int], sampling: Sampling, rows: int, room: int) -> Iterator[list[int]]:
+def make_batches(lengths: Sequence[int], sampling: Sampling, rows: int, capacity: int) -> Iterator[list[int]]:
     """Places of prompts in batches: the longest first, each at most `rows` prompts, whose tokens, with the new ones and for
     every beam, fit into `room`. A prompt that needs more stands alone."""
-    left = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-    while left:
-        needed = (lengths[left[0]] + sampling.max_new_tokens) * sampling.beams
-        count = max(min(rows, room // needed), 1)
-        yield left[:count]
-        left = left[count:]
+    remaining = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    while remaining:
+        needed_tokens = (lengths[remaining[0]] + sampling.max_new_tokens) * sampling.beams
+        count = max(min(rows, capacity // needed_tokens), 1)
+        yield remaining[:count]
+        remaining = remaining[count:]
 
 
 def cache_tokens(model: Any) -> int:
     """How many tokens the cache may hold: CACHE bytes of them on a CPU, half of the free memory on a GPU."""
-    room = torch.cuda.mem_get_info()[0] // 2 if model.device.type == "cuda" else CACHE
-    return int(room // cache_bytes(model.config, model.dtype.itemsize))
+    free_bytes = torch.cuda.mem_get_info()[0] // 2 if model.device.type == "cuda" else CACHE
+    return int(free_bytes // cache_bytes(model.config, model.dtype.itemsize))
 
 
-def cache_bytes(config: Any, item: int) -> int:
+def cache_bytes(config: Any, item_size: int) -> int:
     """What the cache holds of one token, in numbers of so many bytes."""
     config = config.get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    return int(2 * config.num_hidden_layers * groups * width * item)
+    return int(2 * config.num_hidden_layers * groups * width * item_size)
 
 
 class StreamDecoder:
@@ -303,7 +309,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.shown = 0  # ids whose text has been given out
+        self.emitted = 0  # ids whose text has been given out
         self.tail = 0  # ids before `shown` that give the decoder its context
         # A run of SentencePiece's byte tokens is decoded as a whole: whether its first byte is a character of its own
         # is known only when the run has ended.
@@ -316,17 +322,17 @@ class StreamDecoder:
         text = self._difference()
         if text.endswith("\ufffd"):
             return ""
-        self.tail, self.shown = self.shown, len(self.ids)
+        self.tail, self.emitted = self.emitted, len(self.ids)
         return text
 
     def rest(self) -> str:
         """What is left at the end: bytes that never became a character show as U+FFFD, as in the decoded whole."""
         text = self._difference()
-        self.tail, self.shown = self.shown, len(self.ids)
+        self.tail, self.emitted = self.emitted, len(self.ids)
         return text
 
     def _difference(self) -> str:
-        before = self._decode(self.ids[self.tail : self.shown])
+        before = self._decode(self.ids[self.tail : self.emitted])
         return self._decode(self.ids[self.tail :])[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:

@@ -17,11 +17,11 @@ from typing import Any
 
 from tongwen.core.errors import MissingPackage, ModelError
 from tongwen.core.i18n import _
-from tongwen.infer.generation import Sampling, Take, TextGenerator, cache_bytes
+from tongwen.infer.generation import OnAnswer, Sampling, TextGenerator, cache_bytes
 
 SLOTS = 8  # prompts that are answered side by side, at most
 CACHE = 2 << 30  # bytes for keys and values, all of which llama.cpp takes when it opens a file
-FEWEST = 4096  # tokens of context that a prompt gets even if they need more
+MIN_CONTEXT = 4096  # tokens of context that a prompt gets even if they need more
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,11 @@ class LlamaCppBackend(TextGenerator):
 
     key: str = ""
     slots: int = 1
-    seats: BoundedSemaphore = field(default_factory=BoundedSemaphore)
+    free_slots: BoundedSemaphore = field(default_factory=BoundedSemaphore)
 
-    def answer_all(self, prompts: Sequence[list[int]], sampling: Sampling, take: Take, rows: int = SLOTS) -> None:
+    def answer_all(
+        self, prompts: Sequence[list[int]], sampling: Sampling, on_answer: OnAnswer, rows: int = SLOTS
+    ) -> None:
         """The same, `slots` prompts side by side whatever `rows` says: llama.cpp made room for them when it was opened."""
         for prompt in prompts:
             self._check_fits(prompt, sampling)
@@ -42,7 +44,7 @@ class LlamaCppBackend(TextGenerator):
             waiting = {pool.submit(self._complete, prompt, sampling): place for place, prompt in enumerate(prompts)}
             try:
                 for done in as_completed(waiting):
-                    take(waiting[done], self._until_stop(done.result()["tokens"]))
+                    on_answer(waiting[done], self._until_stop(done.result()["tokens"]))
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -50,23 +52,23 @@ class LlamaCppBackend(TextGenerator):
         """Each token is asked for alone: llama.cpp's own stream leaves out the ids of a character that is not whole yet.
         Its slot still holds all that stands before, so that only what is new is computed. One answer has a slot for itself,
         lest another one take it between two tokens."""
-        said: list[int] = []
-        with self.seats:
-            for _index in range(self._room_for(len(prompt), sampling).max_new_tokens):
+        new_ids: list[int] = []
+        with self.free_slots:
+            for _index in range(self._limit_new_tokens(len(prompt), sampling).max_new_tokens):
                 # A number of its own for each token: with the same one, all would be drawn by the same number.
-                seed = None if sampling.seed is None else (sampling.seed + len(said)) % (1 << 32)
-                one = sampling.with_(max_new_tokens=1, seed=seed)
-                found = self._complete([*prompt, *said], one)
-                said += found["tokens"]
-                yield from found["tokens"]
-                if found["stop_type"] == "eos" or said[-1] in self.stop_ids:
+                seed = None if sampling.seed is None else (sampling.seed + len(new_ids)) % (1 << 32)
+                one_token = sampling.with_(max_new_tokens=1, seed=seed)
+                result = self._complete([*prompt, *new_ids], one_token)
+                new_ids += result["tokens"]
+                yield from result["tokens"]
+                if result["stop_type"] == "eos" or new_ids[-1] in self.stop_ids:
                     return
 
     def _complete(self, prompt: list[int], sampling: Sampling) -> dict[str, Any]:
         """What llama.cpp says to a prompt: `tokens`, and `stop_type`."""
         body = {
             "prompt": prompt,
-            "n_predict": self._room_for(len(prompt), sampling).max_new_tokens,
+            "n_predict": self._limit_new_tokens(len(prompt), sampling).max_new_tokens,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k if sampling.temperature else 1,
             "top_p": sampling.top_p,
@@ -102,9 +104,9 @@ def open_file(
         import xllamacpp
     except ImportError:
         raise MissingPackage("xllamacpp", "llama.cpp", "llamacpp") from None
-    room = CACHE // cache_bytes(config, 2)  # tokens
-    context = min(context, max(room, FEWEST))
-    slots = min(max(room // context, 1), SLOTS, rows)
+    capacity = CACHE // cache_bytes(config, 2)  # tokens
+    context = min(context, max(capacity, MIN_CONTEXT))
+    slots = min(max(capacity // context, 1), SLOTS, rows)
     key = secrets.token_urlsafe(24)
     params = xllamacpp.CommonParams()
     params.model.path, params.api_keys = file, [key]
@@ -116,4 +118,6 @@ def open_file(
         server = xllamacpp.Server(params)
     except RuntimeError as error:
         raise ModelError(_("llama.cpp cannot open it: {error}").format(error=error), place=file) from None
-    return LlamaCppBackend(server, tokenizer, stop_ids, context, key=key, slots=slots, seats=BoundedSemaphore(slots))
+    return LlamaCppBackend(
+        server, tokenizer, stop_ids, context, key=key, slots=slots, free_slots=BoundedSemaphore(slots)
+    )

@@ -41,7 +41,7 @@ class MultipleChoiceQuestion:
     options: tuple[str, ...]
     answer: int
 
-    def ask(self) -> str:
+    def prompt(self) -> str:
         """The question with its options, up to where the letter is said."""
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
         return "\n".join([self.question, *lines, self.layout.mark])
@@ -107,7 +107,7 @@ def _choice(
 
 def conversation(choice: MultipleChoiceQuestion, examples: Sequence[MultipleChoiceQuestion]) -> list[dict[str, Any]]:
     """The question as a chat, behind answered examples of its subject."""
-    turns = [one.ask() for one in (*examples, choice)]
+    turns = [one.prompt() for one in (*examples, choice)]
     turns[0] = f"{choice.layout.head.format(subject=choice.subject)}\n\n{turns[0]}"
     out: list[dict[str, Any]] = []
     for turn, one in zip(turns, (*examples, choice), strict=True):

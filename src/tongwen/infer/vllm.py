@@ -8,16 +8,18 @@ from typing import Any
 
 from tongwen.core.errors import MissingPackage, ModelError
 from tongwen.core.i18n import _
-from tongwen.infer.generation import ROWS, Sampling, Take, TextGenerator
+from tongwen.infer.generation import ROWS, OnAnswer, Sampling, TextGenerator
 
-HANDED = 1024  # prompts that vLLM gets together: it deals them itself, and what is done is kept after each lot
+CHUNK_PROMPTS = 1024  # prompts that vLLM gets together: it deals them itself, and what is done is kept after each lot
 
 
 @dataclass(frozen=True)
 class VllmBackend(TextGenerator):
     """A voice whose model is vLLM's `LLM`."""
 
-    def answer_all(self, prompts: Sequence[list[int]], sampling: Sampling, take: Take, rows: int = ROWS) -> None:
+    def answer_all(
+        self, prompts: Sequence[list[int]], sampling: Sampling, on_answer: OnAnswer, rows: int = ROWS
+    ) -> None:
         """The same; how many prompts are answered side by side is vLLM's own matter, whatever `rows` says."""
         from vllm import SamplingParams
 
@@ -35,10 +37,10 @@ class VllmBackend(TextGenerator):
             stop_token_ids=list(self.stop_ids),
             detokenize=False,
         )
-        for begin in range(0, len(prompts), HANDED):
-            asked = [{"prompt_token_ids": prompt} for prompt in prompts[begin : begin + HANDED]]
-            for place, answer in enumerate(self.model.generate(asked, params, use_tqdm=False), begin):
-                take(place, self._until_stop(list(answer.outputs[0].token_ids)))
+        for begin in range(0, len(prompts), CHUNK_PROMPTS):
+            requests = [{"prompt_token_ids": prompt} for prompt in prompts[begin : begin + CHUNK_PROMPTS]]
+            for place, answer in enumerate(self.model.generate(requests, params, use_tqdm=False), begin):
+                on_answer(place, self._until_stop(list(answer.outputs[0].token_ids)))
 
 
 def open_model(folder: str, tokenizer: Any, stop_ids: tuple[int, ...], context: int) -> VllmBackend:

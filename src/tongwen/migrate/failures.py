@@ -14,20 +14,23 @@ from tongwen.migrate.tables import read_table
 
 @dataclass(frozen=True)
 class KnownFailure:
-    """says: what was seen; why: its cause; here: what happens instead; shown: tests."""
+    """handling: what happens instead in tongwen; tests: those that prove it."""
 
     id: str
-    says: str
-    why: str
-    here: str
-    shown: tuple[str, ...]
+    symptom: str
+    cause: str
+    handling: str
+    tests: tuple[str, ...]
 
 
 @cache
 def failures() -> dict[str, KnownFailure]:
     """All of them, by number."""
     text = (resources.files("tongwen.migrate") / "failures.yaml").read_text(encoding="utf-8")
-    return {id_: KnownFailure(id_, **{**row, "shown": tuple(row["shown"])}) for id_, row in read_table(text).items()}
+    return {
+        id_: KnownFailure(id_, row["says"], row["why"], row["here"], tuple(row["shown"]))
+        for id_, row in read_table(text).items()
+    }
 
 
 def find(name: str) -> KnownFailure:

@@ -48,7 +48,7 @@ class MigrationContext:
     fetch:     ids of adapters that have to be fetched first
     """
 
-    today: Callable[[str], str]
+    current_id: Callable[[str], str]
     read_file: Callable[[str, str], None]
     batch: dict[str, int] = field(default_factory=dict)
     launch: dict[str, str] = field(default_factory=dict)
@@ -108,10 +108,10 @@ def steps(context: MigrationContext, flag: str, value: Any) -> Any:
 
 
 def switch(context: MigrationContext, flag: str, value: Any) -> bool:
-    word = "true" if value is None else str(value).lower()
-    if word not in TRUE + FALSE:
+    lowered = "true" if value is None else str(value).lower()
+    if lowered not in TRUE + FALSE:
         raise ValueError(_("{value!r} is neither true nor false").format(value=value))
-    return word in TRUE
+    return lowered in TRUE
 
 
 def items(context: MigrationContext, flag: str, value: Any) -> list[str]:
@@ -234,7 +234,7 @@ def stem(context: MigrationContext, flag: str, value: Any) -> str:
 def model(context: MigrationContext, flag: str, value: Any) -> Any:
     """A folder that is here, or a hub's id as it is today."""
     name = folder(context, flag, value)
-    new = name if Path(name).exists() else context.today(name)
+    new = name if Path(name).exists() else context.current_id(name)
     return name if new == name else CorrectedValue(new, _("{name} has moved: {new}").format(name=name, new=new))
 
 
@@ -255,7 +255,7 @@ def adapters(context: MigrationContext, flag: str, value: Any) -> Any:
     for name in items(context, flag, value):
         found = trained(context, flag, name)
         place, reason = (found.value, found.why) if isinstance(found, CorrectedValue) else (found, "")
-        if context.today(name) != name and not Path(name).exists():
+        if context.current_id(name) != name and not Path(name).exists():
             context.fetch.append(place)
             place = f"models/{place.split('/')[-1]}"
         out.append(place)
@@ -270,11 +270,11 @@ def data(context: MigrationContext, flag: str, value: Any) -> Any:
     return CorrectedValue(str(below[0]), _("it was fetched to this path")) if below else name
 
 
-def _sources(pattern: str, **words: Any) -> Reader:
+def _sources(pattern: str, **fields: Any) -> Reader:
     """The files of a folder, as a source of a recipe."""
 
     def read(context: MigrationContext, flag: str, value: Any) -> list[dict[str, Any]]:
-        return [{"path": f"{folder(context, flag, value)}/{pattern}", **words}]
+        return [{"path": f"{folder(context, flag, value)}/{pattern}", **fields}]
 
     return read
 

@@ -14,7 +14,7 @@ from typing import Any
 from tongwen.core.errors import RecipeError, TongwenError
 from tongwen.core.i18n import N_, _
 from tongwen.migrate.flag_values import READERS, CorrectedValue, MigrationContext, RemovedFlag
-from tongwen.migrate.tables import FlagRule, OldProgram, spoken
+from tongwen.migrate.tables import FlagRule, OldProgram, translate
 from tongwen.recipe.aliases import OLD, OLD_REASONS, OWNED, training_arguments
 
 
@@ -35,12 +35,12 @@ class FlagReader:
 
     context: MigrationContext
     section: str = ""
-    said: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    settings: dict[str, tuple[str, Any]] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[TongwenError] = field(default_factory=list)
 
-    def take(self, program: OldProgram, flags: Iterable[tuple[str, Any]], place: str, inside: str = "") -> None:
+    def read_flags(self, program: OldProgram, flags: Iterable[tuple[str, Any]], place: str, inside: str = "") -> None:
         """Read the flags of a program. place: where they stand, for messages; inside: the file that a flag has named, whose
         keys these are."""
         first = len(self.verdicts)
@@ -49,7 +49,7 @@ class FlagReader:
             rule = self._rule_of(program, name, place)
             if rule is None:
                 continue
-            reason = _why_not(rule, given)
+            reason = _drop_reason(rule, given)
             if reason:
                 self.verdicts.append(Verdict(name, value, "dropped", why=reason))
             else:
@@ -57,33 +57,33 @@ class FlagReader:
         for verdict in self.verdicts[first:] if inside else ():
             verdict.flag = f"{inside}:{verdict.flag}"
         for name, value in program.defaults.items():
-            if name not in given and not _why_not(program.flags[name], given):
-                self._apply(program.flags[name], name, value, place, own=False)
-        for word, value in program.always.items():
-            self.say(word, "", value, place)
+            if name not in given and not _drop_reason(program.flags[name], given):
+                self._apply(program.flags[name], name, value, place, explicit=False)
+        for key, value in program.always.items():
+            self.set_value(key, "", value, place)
 
-    def say(self, word: str, flag: str, value: Any, place: str) -> None:
+    def set_value(self, key: str, flag: str, value: Any, place: str) -> None:
         """Set a word of today. What a flag says goes before what a program does by itself; two flags must agree."""
-        before, old = self.said.get(word, ("", value))
+        before, old = self.settings.get(key, ("", value))
         if flag and before and old != value:
-            self.wrong(
+            self.add_problem(
                 place,
                 _("{before} and {flag} contradict each other: `{word}` would be {old!r} and {value!r}").format(
-                    before=before, flag=flag, word=word, old=old, value=value
+                    before=before, flag=flag, word=key, old=old, value=value
                 ),
                 _("keep one of {before}, {flag}").format(before=before, flag=flag),
             )
-        if flag or word not in self.said:
-            self.said[word] = (flag, value)
+        if flag or key not in self.settings:
+            self.settings[key] = (flag, value)
 
-    def wrong(self, place: str, rule: str, remedy: str = "") -> None:
+    def add_problem(self, place: str, rule: str, remedy: str = "") -> None:
         self.problems.append(RecipeError(rule, place=place, remedy=remedy))
 
     def _once(self, flags: Iterable[tuple[str, Any]], place: str) -> dict[str, Any]:
         given: dict[str, Any] = {}
         for name, value in flags:
             if name in given and given[name] != value:
-                self.wrong(
+                self.add_problem(
                     place,
                     _("{name} is given twice: {given!r} and {value!r}").format(
                         name=name, given=given[name], value=value
@@ -94,71 +94,75 @@ class FlagReader:
         return given
 
     def _rule_of(self, program: OldProgram, name: str, place: str) -> FlagRule | None:
-        starts = (rule for start, rule in program.prefixes.items() if name == start or name.startswith(f"{start}."))
-        rule = program.flags.get(name) or next(starts, None) or (_trainers_own(name) if program.trains else None)
+        prefixed = (rule for start, rule in program.prefixes.items() if name == start or name.startswith(f"{start}."))
+        rule = (
+            program.flags.get(name)
+            or next(prefixed, None)
+            or (_training_argument_rule(name) if program.trains else None)
+        )
         if rule is None:
             near = difflib.get_close_matches(name, [*program.flags, *(OWNED if program.trains else ())], 3)
-            self.wrong(
+            self.add_problem(
                 place,
                 _("{project} has no flag {name!r} here").format(project=program.project, name=name),
                 _("did you mean ") + " / ".join(near) if near else _("leave it out"),
             )
         return rule
 
-    def _apply(self, rule: FlagRule, name: str, value: Any, place: str, *, own: bool = True) -> None:
+    def _apply(self, rule: FlagRule, name: str, value: Any, place: str, *, explicit: bool = True) -> None:
         """own: the flag was given, and not only taken for granted by its program."""
         try:
             found = READERS[rule.read](self.context, name, value)
             if rule.words and not isinstance(found, RemovedFlag):
-                found = _worded(rule, found)
+                found = _map_value(rule, found)
         except ValueError as error:
-            self.wrong(place, f"{name}: {error}", _("write the value explicitly"))
+            self.add_problem(place, f"{name}: {error}", _("write the value explicitly"))
             return
-        to = rule.to.replace("@", self.section)
+        target = rule.to.replace("@", self.section)
         why = found.why if isinstance(found, (CorrectedValue, RemovedFlag)) else ""
         new = found.value if isinstance(found, CorrectedValue) else found
-        gone = isinstance(found, RemovedFlag) or bool(rule.dropped and not (to or rule.sets))
-        if own:
-            self.verdicts.append(self._verdict(rule, name, value, to, gone, why or spoken(rule.mended)))
-        if gone:
+        dropped = isinstance(found, RemovedFlag) or bool(rule.dropped and not (target or rule.sets))
+        if explicit:
+            self.verdicts.append(self._verdict(rule, name, value, target, dropped, why or translate(rule.mended)))
+        if dropped:
             return
-        if to and new is not None:
-            self.say(to, name if own else "", new, place)
-        for word, constant in rule.sets.items():
+        if target and new is not None:
+            self.set_value(target, name if explicit else "", new, place)
+        for key, constant in rule.sets.items():
             if new:
-                self.say(word, name, constant, place)
+                self.set_value(key, name, constant, place)
 
-    def _verdict(self, rule: FlagRule, name: str, value: Any, to: str, gone: bool, why: str) -> Verdict:
-        if gone:
-            return Verdict(name, value, "dropped", why=spoken(rule.dropped) if rule.dropped else why)
+    def _verdict(self, rule: FlagRule, name: str, value: Any, target: str, dropped: bool, why: str) -> Verdict:
+        if dropped:
+            return Verdict(name, value, "dropped", why=translate(rule.dropped) if rule.dropped else why)
         if rule.read == "file":
-            to = _("its own keys, above")
-        same = to.split(".")[-1].lstrip("-").replace("-", "_") == name.split(".")[-1]
-        same = same or rule.read == "file" or not (to or rule.sets)
-        verdict = "mended" if why else "kept" if same else "renamed"
-        return Verdict(name, value, verdict, to or ", ".join(rule.sets), why)
+            target = _("its own keys, above")
+        unchanged = target.split(".")[-1].lstrip("-").replace("-", "_") == name.split(".")[-1]
+        unchanged = unchanged or rule.read == "file" or not (target or rule.sets)
+        verdict = "mended" if why else "kept" if unchanged else "renamed"
+        return Verdict(name, value, verdict, target or ", ".join(rule.sets), why)
 
 
-def _why_not(rule: FlagRule, given: dict[str, Any]) -> str:
+def _drop_reason(rule: FlagRule, given: dict[str, Any]) -> str:
     """Why a flag says nothing beside the others; empty when it does."""
     for other, why in rule.unless.items():
         if other in given and str(given[other]).lower() not in ("false", "-1", "0"):  # max_steps: -1 is as good as none
-            return spoken(why)
-    return next((spoken(why) for other, why in rule.needs.items() if other not in given), "")
+            return translate(why)
+    return next((translate(why) for other, why in rule.needs.items() if other not in given), "")
 
 
-def _worded(rule: FlagRule, found: Any) -> Any:
+def _map_value(rule: FlagRule, found: Any) -> Any:
     """The word of today for an old one. Raises ValueError for a word that the program did not have."""
-    words = {str(old).lower(): new for old, new in rule.words.items()}
+    mapping = {str(old).lower(): new for old, new in rule.words.items()}
     old = str(found.value if isinstance(found, CorrectedValue) else found).lower()
-    if old not in words:
-        raise ValueError(_("{old!r} is not one of: {words}").format(old=old, words=_(", ").join(words)))
-    if words[old] is None:
+    if old not in mapping:
+        raise ValueError(_("{old!r} is not one of: {words}").format(old=old, words=_(", ").join(mapping)))
+    if mapping[old] is None:
         return RemovedFlag(_("this is the default"))
-    return CorrectedValue(words[old], found.why) if isinstance(found, CorrectedValue) else words[old]
+    return CorrectedValue(mapping[old], found.why) if isinstance(found, CorrectedValue) else mapping[old]
 
 
-def _trainers_own(name: str) -> FlagRule | None:
+def _training_argument_rule(name: str) -> FlagRule | None:
     """A field of TrainingArguments that no table names."""
     if OLD.get(name):
         return FlagRule(to=f"@.{OLD[name]}", read="scalar")

@@ -92,7 +92,7 @@ class OldProgram:
     trains: bool = False  # takes all of transformers' TrainingArguments
 
 
-def spoken(text: str | None) -> str:
+def translate(text: str | None) -> str:
     return _(text or "")
 
 

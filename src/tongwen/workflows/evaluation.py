@@ -172,7 +172,7 @@ class MultipleChoiceTask(EvalTask):
             nats = judge.nats_of(asked, [said + letter for letter in one.letters])
             _check_numbers(nats, self.task.title)
             picked = int(np.argmin(nats))
-            shown = {"question": one.ask(), "answer": one.letters[picked], "wanted": one.letters[one.answer]}
+            shown = {"question": one.prompt(), "answer": one.letters[picked], "wanted": one.letters[one.answer]}
             marks.put(row, (float(picked == one.answer), 1.0), shown, one.subject)
             progress(row + 1)
         return marks
