@@ -31,9 +31,9 @@ def run(recipe: Recipe) -> int:
         check_processes(recipe, recipe.stages)
     except RecipeError as error:  # a launcher may start them
         console.notice(error.text())
-    for ahead in (_check_forms, _check_track):
+    for check in (_check_export, _check_trackers):
         try:
-            ahead(recipe)
+            check(recipe)
         except TongwenError as error:
             errors.append(error)
     tables = {}
@@ -61,7 +61,7 @@ def run(recipe: Recipe) -> int:
     return 0
 
 
-def _check_forms(recipe: Recipe) -> None:
+def _check_export(recipe: Recipe) -> None:
     """Raise for a GGUF file that `export` could not write. What a base is, a folder says here; a hub says it to `plan`."""
     if recipe.export is None or "gguf" not in recipe.export.formats:
         return
@@ -73,7 +73,7 @@ def _check_forms(recipe: Recipe) -> None:
         check_family(kind)
 
 
-def _check_track(recipe: Recipe) -> None:
+def _check_trackers(recipe: Recipe) -> None:
     """Raise for a program of `track` that could not begin."""
     if recipe.training:
         trackers.check(recipe.track)

@@ -20,10 +20,10 @@ def run(source: str, to: str, out: str, quantize: str, push: str = "", *, again:
     target = Path(out)
     artifact.make_way(target, again=again)
     settings = {"source": source, "to": to, "quantize": quantize}
-    made = model_formats.convert(model_formats.open_source(source), to, target, quantize, settings)
+    result = model_formats.convert(model_formats.open_source(source), to, target, quantize, settings)
     address = upload.push(target, push, console.notice, public=public) if push else ""
     if address:
         console.good(address)
-    facts = {key: value for key, value in made.manifest.items() if key != "tensors"}
+    facts = {key: value for key, value in result.manifest.items() if key != "tensors"}
     console.emit({"out": out, "pushed": address, **facts})
     return 0

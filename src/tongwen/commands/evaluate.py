@@ -19,18 +19,18 @@ def run(
     assert recipe.evaluate
     if out:
         artifact.make_way(Path(out), again=False)
-    papers = [read_task(task) for task in recipe.evaluate.tasks]
-    sitter = EvaluatedModel(recipe.base, tuple(adapters), template, thinking, weights)
-    first = EvaluatedModel(before, (), template, thinking, weights) if before else None
+    tasks = [read_task(task) for task in recipe.evaluate.tasks]
+    model = EvaluatedModel(recipe.base, tuple(adapters), template, thinking, weights)
+    model_before = EvaluatedModel(before, (), template, thinking, weights) if before else None
     if not out:
-        with tempfile.TemporaryDirectory() as kept:
-            examine(papers, sitter, first, recipe.evaluate, Path(kept), None)
+        with tempfile.TemporaryDirectory() as scratch:
+            examine(tasks, model, model_before, recipe.evaluate, Path(scratch), None)
         return 0
-    parents, folder = {"model": {"path": sitter.name}} | ({"before": {"path": before}} if before else {}), Path(out)
+    parents, folder = {"model": {"path": model.name}} | ({"before": {"path": before}} if before else {}), Path(out)
     with (
         keep_answers(folder) as answers,
         artifact.create(folder, "evaluate", parents, recipe.evaluate.model_dump(mode="json")) as draft,
     ):
-        draft.facts["scores"] = examine(papers, sitter, first, recipe.evaluate, answers, draft.path)
+        draft.facts["scores"] = examine(tasks, model, model_before, recipe.evaluate, answers, draft.path)
     console.good(str(folder / "report.html"))
     return 0

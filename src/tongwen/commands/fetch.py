@@ -45,24 +45,24 @@ def run(
     """Fetch one name, or list the known ones when none is given."""
     if not name.strip():
         return _list_names()
-    wanted = names.resolve(name, console.notice, kind=kind, revision=revision)
-    wanted = replace(wanted, files=tuple(files) or wanted.files, code=code)
-    wanted, place = _settle(wanted, out)
-    console.header("fetch", f"{wanted.source} → {place}")
-    _check_split(wanted, dev, old_names)
+    ref = names.resolve(name, console.notice, kind=kind, revision=revision)
+    ref = replace(ref, files=tuple(files) or ref.files, code=code)
+    ref, place = _resolve_target(ref, out)
+    console.header("fetch", f"{ref.source} → {place}")
+    _check_split(ref, dev, old_names)
 
     def split(draft: artifact.Draft, paths: list[str]) -> None:
         draft.facts["made"] = split_files(draft.path, paths, dev, seed, old_names=old_names)
 
-    found, here = download.fetch(
-        wanted,
+    found, already_fetched = download.fetch(
+        ref,
         place,
         console.notice,
         settings={"dev": dev, "seed": seed, "old_names": old_names} if dev else {},
         complete=split if dev else None,
         again=again,
     )
-    _report(found, here)
+    _report(found, already_fetched)
     return 0
 
 
@@ -179,16 +179,16 @@ def _iter_elements(content: mmap.mmap, start: int, path: str) -> Iterator[tuple[
         )
 
 
-def _check_split(wanted: names.HubRef, dev: float, old_names: bool) -> None:
+def _check_split(ref: names.HubRef, dev: float, old_names: bool) -> None:
     if not dev and old_names:
         raise RecipeError(
             _("--old-names only names the files that --dev makes"),
             place="--old-names",
             remedy="--dev 0.01 --old-names",
         )
-    if dev and wanted.kind != "dataset":
+    if dev and ref.kind != "dataset":
         raise RecipeError(
-            _("only a data set can be split; {wanted} is a model").format(wanted=wanted.id),
+            _("only a data set can be split; {wanted} is a model").format(wanted=ref.id),
             place="--dev",
         )
     if dev and not 0 < dev < 1:
@@ -199,35 +199,37 @@ def _check_split(wanted: names.HubRef, dev: float, old_names: bool) -> None:
         )
 
 
-def _settle(wanted: names.HubRef, out: str) -> tuple[names.HubRef, Path]:
+def _resolve_target(ref: names.HubRef, out: str) -> tuple[names.HubRef, Path]:
     """`wanted` with its kind, and its folder. A folder that was fetched before gives the kind without asking the hub."""
-    places = [Path(out)] if out else [Path(parent) / wanted.tail for parent in KINDS.values()]
+    places = [Path(out)] if out else [Path(parent) / ref.tail for parent in KINDS.values()]
     for place in places:
-        found = artifact.find(place) if not wanted.kind else None
-        if (
-            found is not None
-            and found.kind == download.KIND
-            and found.manifest["settings"].get("source") == wanted.source
-        ):
-            return replace(wanted, kind=found.manifest["settings"]["kind"]), place
-    wanted = download.with_kind(wanted, console.notice)
-    return wanted, Path(out) if out else Path(KINDS[wanted.kind]) / wanted.tail
+        found = artifact.find(place) if not ref.kind else None
+        if found is not None and found.kind == download.KIND and found.manifest["settings"].get("source") == ref.source:
+            return replace(ref, kind=found.manifest["settings"]["kind"]), place
+    ref = download.with_kind(ref, console.notice)
+    return ref, Path(out) if out else Path(KINDS[ref.kind]) / ref.tail
 
 
-def _report(found: artifact.Artifact, here: bool) -> None:
+def _report(found: artifact.Artifact, already_fetched: bool) -> None:
     files, made = found.manifest["files"], found.manifest.get("made", {})
     size = console.human_bytes(sum(file["bytes"] for file in files.values()))
     commit = found.manifest["source"]["commit"][:12]
     console.good(
         _("already here: {path}").format(path=found.path)
-        if here
+        if already_fetched
         else _("{path}: {count} files, {size}, commit {commit}, all hashes agree").format(
             path=found.path, count=len(files), size=size, commit=commit
         )
     )
     console.tell("  → " + _next_step(found, [*made] or [*files]))
     console.emit(
-        {"out": str(found.path), "already_here": here, **found.manifest["source"], "files": files, "made": made}
+        {
+            "out": str(found.path),
+            "already_here": already_fetched,
+            **found.manifest["source"],
+            "files": files,
+            "made": made,
+        }
     )
 
 

@@ -161,8 +161,8 @@ def run(name: str, out: str) -> int:
     if name not in STARTS:
         import difflib
 
-        near = difflib.get_close_matches(name, STARTS, 3) or list(STARTS)
-        raise RecipeError(_("there is no template {name!r}").format(name=name), place="init", remedy=", ".join(near))
+        nearest = difflib.get_close_matches(name, STARTS, 3) or list(STARTS)
+        raise RecipeError(_("there is no template {name!r}").format(name=name), place="init", remedy=", ".join(nearest))
     text = render(name)
     if not out:
         if console.SCREEN.json:

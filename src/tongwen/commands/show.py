@@ -70,11 +70,11 @@ def _tree(one: artifact.Artifact) -> Tree:
     for name, value in _facts(manifest):
         tree.add(f"{console.plain(name)}: {console.plain(value)}")
     for role, parent in manifest.get("parents", {}).items():
-        above = artifact.find(Path(parent["path"])) if parent.get("kind") else None
-        if above is not None:
-            same = above.fingerprint == parent.get("fingerprint")
-            branch = _tree(above)
-            branch.label = f"{role}: {branch.label}" + ("" if same else f"  [red]{_('has changed since')}[/]")
+        ancestor = artifact.find(Path(parent["path"])) if parent.get("kind") else None
+        if ancestor is not None:
+            unchanged = ancestor.fingerprint == parent.get("fingerprint")
+            branch = _tree(ancestor)
+            branch.label = f"{role}: {branch.label}" + ("" if unchanged else f"  [red]{_('has changed since')}[/]")
             tree.add(branch)
         else:
             tree.add(

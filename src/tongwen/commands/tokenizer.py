@@ -53,9 +53,9 @@ def run_extend(
     console.header("tokenizer extend", f"{base} + {pieces:,}")
     learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(corpus))
     with console.progress(pieces, _("learning")) as bar:
-        learnt = tokenizer_files.learn(opened, learn_from, Script(script), pieces, bar.update)
-    made = learnt.extended(pieces, words, special_tokens)
-    learnt.say_if_fewer(pieces)
+        learned = tokenizer_files.learn(opened, learn_from, Script(script), pieces, bar.update)
+    made = learned.extended(pieces, words, special_tokens)
+    learned.say_if_fewer(pieces)
     found = measure.survey(opened.coder, made.lexicon.coder, {_("held out"): rest}, Script(script))
     _note_fast(made.lexicon, rest, found)
     _show(found)
@@ -127,8 +127,8 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
     elif not other:
         learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(texts, lambda said: None))  # reported above
         shape = tokenizer_files.shape_of(base)
-        learnt = tokenizer_files.learn(opened, learn_from, chosen, measure.CURVE[-1])
-        start, curve = tokenizer_files.curve(learnt, rest, shape)
+        learned = tokenizer_files.learn(opened, learn_from, chosen, measure.CURVE[-1])
+        start, curve = tokenizer_files.curve(learned, rest, shape)
         advice = measure.advise(start, curve)
         if shape is measure.NOMINAL:
             console.notice(
@@ -137,7 +137,7 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
                 )
             )
         else:
-            place, made = load.fetched(load.locate(base)), learnt.extended(advice.pieces)
+            place, made = load.fetched(load.locate(base)), learned.extended(advice.pieces)
             found |= vocab_scores.bits_before_training(place, opened, made, "subtoken_mean", 0, rest)
             advice = measure.advise(start, curve, vocab_scores.damage_of(found.get("bits_per_byte")), advice.pieces)
         found |= {"curve": [vars(point) for point in (start, *curve)], "advice": advice.to_dict()}
