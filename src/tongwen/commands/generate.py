@@ -66,8 +66,8 @@ def run(
     answerer = _open(source, batch_size, sampling)
     with console.progress(len(questions), "generate", len(journal.answers)) as bar:
 
-        def on_answer(place: int, answer: str) -> None:
-            journal.add(missing[place], answer)
+        def on_answer(index: int, answer: str) -> None:
+            journal.add(missing[index], answer)
             bar.update(len(journal.answers))
 
         answerer.answer_each([questions[row].messages for row in missing], on_answer)

@@ -187,8 +187,8 @@ def render(name: str) -> str:
     )
     adapter = "" if start.stage != "sft" and not start.leaves_adapter else method.adapter
     values = {**vars(start), "name": name, "adapter": adapter, "phases": "+" if start.train == "phases" else ""}
-    what = method.description if start.stage == "sft" else TRAINS[start.train]
-    values |= {"what": _(what), "result": _result(start)}
+    description = method.description if start.stage == "sft" else TRAINS[start.train]
+    values |= {"what": _(description), "result": _result(start)}
     if start.devices == 1:
         values["devices"] = ""
     values["one"] = "" if start.train == "phases" else start.train
@@ -204,8 +204,8 @@ def render(name: str) -> str:
 
 
 def _kind(start: RecipeTemplate) -> str:
-    what = start.method if start.stage == "sft" else start.train
-    return f"{start.stage}, {what}" + (f", {start.engine}" if start.engine else "")
+    description = start.method if start.stage == "sft" else start.train
+    return f"{start.stage}, {description}" + (f", {start.engine}" if start.engine else "")
 
 
 def _result(start: RecipeTemplate) -> str:

@@ -37,9 +37,11 @@ def run(inputs: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -
         return
     outcomes = list(_read(list(inputs)))
     _check(outcomes, out, to_run=to_run)
-    final = max((place for place, result in enumerate(outcomes, 1) if result.recipe or result.commands), default=0)
+    final = max(
+        (position for position, result in enumerate(outcomes, 1) if result.recipe or result.commands), default=0
+    )
     rows = list[dict[str, Any]]()
-    for place, result in enumerate(_read(list(inputs)) if to_run else outcomes, 1):
+    for position, result in enumerate(_read(list(inputs)) if to_run else outcomes, 1):
         _report(result)
         lines, text = result.commands, ""
         if result.recipe:
@@ -53,7 +55,7 @@ def run(inputs: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -
         if to_run:
             os.environ.update(result.environment)
         for number, line in enumerate(lines, 1):
-            yield line, place == final and number == len(lines)
+            yield line, position == final and number == len(lines)
         rows.append({**dataclasses.asdict(result), "commands": [["tongwen", *line] for line in lines], "text": text})
     if not to_run:  # else the commands that run print their own JSON
         console.emit({"migrated": rows})

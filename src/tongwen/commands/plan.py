@@ -85,7 +85,7 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
     section: Training = getattr(recipe, name)
     device = "cuda" if limit else load.compute_device()
     base = base_of_stage(recipe, name, finished=True)
-    place = load.locate(base)
+    model_ref = load.locate(base)
     config, new = _config(recipe, base)
     data = _encode(recipe, section, base)
     rows = _rows(recipe, section, base, new)
@@ -99,11 +99,11 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
     steps = [len(one) for one in plans]
     seconds = None
     if measure:
-        of_token, of_step = memory_estimate.measure(place, setting, data.store, plans[-1])
+        of_token, of_step = memory_estimate.measure(model_ref, setting, data.store, plans[-1])
         seconds = of_token * tokens / recipe.devices + of_step * sum(steps)
     elif device == "cpu":
         seconds = tokens * flops_per_token(shape, data.mask["learned_share"], full=full) / _rate()
-    disk, most = _disk(config, section, setting, steps)
+    disk, disk_peak = _disk(config, section, setting, steps)
     remedies = list(_remedies(recipe, name, config, micro, needs.bytes["peak"], limit, rows)) if limit else []
     facts = {
         "steps": sum(steps),
@@ -126,7 +126,7 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
         "rehearsed": needs.rehearsed,
         "activation_checkpointing": setting.checkpointing,
         "disk": disk,
-        "disk_bytes": most,
+        "disk_bytes": disk_peak,
         "seconds": seconds,
         "fits": None if limit is None else needs.bytes["peak"] <= limit,
         "cures": remedies,
@@ -163,15 +163,15 @@ def _rows(recipe: Recipe, section: Training, base: str, new: int) -> int:
 def _disk(config: Any, section: Training, setting: TrainingSetup, steps: list[int]) -> tuple[dict[str, int], int]:
     """(bytes by file kind, with the checkpoint that is written before an older one is deleted; the peak)."""
     result, sizes = memory_estimate.estimate_files(config, setting, [parts_of(train) for train in section.trains])
-    kept, more = 0, 0
+    retained, extra = 0, 0
     for size, count in zip(sizes, steps, strict=True):
         saves = -(-count // section.save_every)
         keeps = (
             section.keep_checkpoints + 1 if section.patience else min(saves, section.keep_checkpoints)
         )  # and the best
-        kept += keeps * size
-        more = max(more, size * (saves > keeps or bool(section.patience)))
-    return {"checkpoints": kept, "saving": more, "weights": result}, kept + max(more, result)
+        retained += keeps * size
+        extra = max(extra, size * (saves > keeps or bool(section.patience)))
+    return {"checkpoints": retained, "saving": extra, "weights": result}, retained + max(extra, result)
 
 
 def _encode(recipe: Recipe, section: Training, base: str) -> TokenizedData:
@@ -294,8 +294,8 @@ def _rate() -> float:
     """Floating-point operations per second of this CPU, from a quarter second of matrix products; two thirds of it is
     what a training step reaches."""
     left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    count, began = 0, time.monotonic()
-    while (elapsed := time.monotonic() - began) < 0.25:
+    count, start = 0, time.monotonic()
+    while (elapsed := time.monotonic() - start) < 0.25:
         left @ right
         count += 1
     return 0.66 * count * 2 * 1024**3 / elapsed
@@ -327,7 +327,7 @@ def _disk_row(size: int) -> tuple[str, str]:
 
 
 def _show(name: str, section: Training, facts: dict[str, Any], device: str, measured: bool) -> None:
-    what = (
+    batch = (
         _("{batch_tokens} tokens").format(batch_tokens=section.batch_tokens)
         if section.batch_tokens
         else _("{batch_size} samples").format(batch_size=section.batch_size)
@@ -350,7 +350,7 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
             (
                 _("per step"),
                 _("{what} in {parts} micro-batches of at most {budget} tokens").format(
-                    what=what, parts=parts, budget=budget
+                    what=batch, parts=parts, budget=budget
                 ),
             ),
             (_("computed in"), dtype),

@@ -14,12 +14,12 @@ from tongwen.core.i18n import _
 
 def run(path: str) -> int:
     """Print the family tree of an artifact, or of every stage of a run's folder; or the linear layers of a model."""
-    place = Path(path)
-    found = [one for folder in (place, *_stages(place)) if (one := artifact.find(folder))]
-    if not found and (place / "config.json").is_file():
+    folder_path = Path(path)
+    found = [one for folder in (folder_path, *_stages(folder_path)) if (one := artifact.find(folder))]
+    if not found and (folder_path / "config.json").is_file():
         return _show_model(path)
     if not found:
-        unfinished = sorted(folder.name for folder in place.glob("*.partial")) if place.is_dir() else []
+        unfinished = sorted(folder.name for folder in folder_path.glob("*.partial")) if folder_path.is_dir() else []
         raise ArtifactError(
             _("no manifest.json here: this is not an artifact of tongwen")
             if not unfinished
@@ -53,10 +53,12 @@ def _show_model(path: str) -> int:
     return 0
 
 
-def _stages(place: Path) -> list[Path]:
+def _stages(folder_path: Path) -> list[Path]:
     return (
-        sorted((folder for folder in place.iterdir() if folder.is_dir()), key=lambda folder: folder.stat().st_mtime)
-        if place.is_dir() and not (place / artifact.MANIFEST).is_file()
+        sorted(
+            (folder for folder in folder_path.iterdir() if folder.is_dir()), key=lambda folder: folder.stat().st_mtime
+        )
+        if folder_path.is_dir() and not (folder_path / artifact.MANIFEST).is_file()
         else []
     )
 

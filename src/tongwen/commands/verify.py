@@ -47,16 +47,16 @@ class VerifyReport:
 
 def run(path: str, against: str) -> int:
     """Return 0 only when something was compared and everything agreed. against: a list's file, `known`, or empty."""
-    place = Path(path)
-    if not place.exists():
+    target = Path(path)
+    if not target.exists():
         raise RecipeError(_("this path does not exist"), place=path)
-    folder = place if place.is_dir() else place.parent
-    files = [place] if place.is_file() else sorted(file for file in folder.iterdir() if file.is_file())
+    folder = target if target.is_dir() else target.parent
+    files = [target] if target.is_file() else sorted(file for file in folder.iterdir() if file.is_file())
     files = [file for file in files if file.name != artifact.MANIFEST]
     lists = _lists(folder, against)
     verdicts = VerifyReport()
     console.header("verify", path)
-    stage = artifact.find(folder) if place.is_dir() else None
+    stage = artifact.find(folder) if target.is_dir() else None
     _check_complete(folder, files, verdicts)
     hashes = _hash_all(files, lists)
     for name, expected, source in _expectations(folder, lists, stage):
@@ -64,7 +64,7 @@ def run(path: str, against: str) -> int:
         if file in hashes:
             found = hashes[file]["md5" if len(expected) == 32 else "sha256"]
             verdicts.compare(name, expected, found, source, str(file))
-        elif place.is_dir():
+        elif target.is_dir():
             verdicts.add_problem(_("{witness} lists this file, but it is missing").format(witness=source), str(file))
     _compare_published(hashes, verdicts, strict=against == "known")
     if stage and not verdicts.problems:

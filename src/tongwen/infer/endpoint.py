@@ -46,14 +46,14 @@ class EndpointBackend:
         options: dict[str, Any],
         on_answer: Callable[[int, str], None],
     ) -> None:
-        places = enumerate(conversations)
+        indexed = enumerate(conversations)
 
-        async def work() -> None:
-            for place, messages in places:  # shared by all workers
-                on_answer(place, await self._request(client, messages, options))
+        async def worker_loop() -> None:
+            for index, messages in indexed:  # shared by all workers
+                on_answer(index, await self._request(client, messages, options))
 
         async with OpenAIClient(self.url, self.model, os.environ.get("OPENAI_API_KEY", ""), retries=RETRIES) as client:
-            workers = [asyncio.create_task(work()) for _ in range(CONCURRENCY)]
+            workers = [asyncio.create_task(worker_loop()) for _ in range(CONCURRENCY)]
             try:
                 await asyncio.gather(*workers)
             finally:

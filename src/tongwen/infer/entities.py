@@ -16,8 +16,8 @@ NONE = "没有"  # what an answer says that found nothing
 def read_entities(answer: str) -> list[tuple[str, str]]:
     """(name, type) of every line, cut at its last `_`. A line without one is an entity that nothing equals: name ""."""
     lines = [line.strip() for line in answer.splitlines()]
-    cut = [line.rpartition("_") for line in lines if line and line != NONE]
-    return [(name.strip(), kind.strip()) for name, _, kind in cut]
+    parts = [line.rpartition("_") for line in lines if line and line != NONE]
+    return [(name.strip(), kind.strip()) for name, _, kind in parts]
 
 
 def check(wanted: str) -> str:
@@ -54,21 +54,21 @@ def tag(question: str, *answers: str) -> list[list[str]]:
     tags, unplaced = [["O"] * len(question) for _ in answers], 0
     for row_tags, answer in zip(tags, answers, strict=True):
         for name, kind in reversed(read_entities(answer)):
-            if (place := _last_free(question, name, row_tags)) is None:
+            if (start := _last_free(question, name, row_tags)) is None:
                 row_tags += ["O"] * (len(question) + unplaced - len(row_tags)) + [f"B-{kind}"]
                 unplaced += 1
             else:
-                row_tags[place : place + len(name)] = [f"B-{kind}"] + [f"I-{kind}"] * (len(name) - 1)
+                row_tags[start : start + len(name)] = [f"B-{kind}"] + [f"I-{kind}"] * (len(name) - 1)
     longest = max(map(len, tags))
     return [row_tags + ["O"] * (longest - len(row_tags)) for row_tags in tags]
 
 
 def _last_free(text: str, name: str, tags: list[str]) -> int | None:
     end = len(text)
-    while name and (place := text.rfind(name, 0, end)) >= 0:
-        if all(one == "O" for one in tags[place : place + len(name)]):
-            return place
-        end = place + len(name) - 1
+    while name and (start := text.rfind(name, 0, end)) >= 0:
+        if all(label == "O" for label in tags[start : start + len(name)]):
+            return start
+        end = start + len(name) - 1
     return None
 
 

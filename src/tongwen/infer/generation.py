@@ -43,12 +43,12 @@ class Sampling:
     min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name, (least, most) in RANGES.items():
-            if not least <= getattr(self, name) <= most:
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
                 raise RecipeError(
                     _("{value} is out of range").format(value=getattr(self, name)),
                     place=name,
-                    remedy=f"{least} … {most}",
+                    remedy=f"{low} … {high}",
                 )
 
     def to_generate(self) -> dict[str, Any]:
@@ -103,10 +103,10 @@ class TextGenerator:
         if self.paged:
             self._answer_paged(prompts, sampling, on_answer, rows, capacity)
             return
-        for places in make_batches([len(prompt) for prompt in prompts], sampling, rows, capacity):
-            answers = self.answer([prompts[place] for place in places], sampling)
-            for place, answer in zip(places, answers, strict=True):
-                on_answer(place, answer)
+        for indices in make_batches([len(prompt) for prompt in prompts], sampling, rows, capacity):
+            answers = self.answer([prompts[index] for index in indices], sampling)
+            for index, answer in zip(indices, answers, strict=True):
+                on_answer(index, answer)
 
     def _answer_paged(
         self, prompts: Sequence[list[int]], sampling: Sampling, on_answer: OnAnswer, rows: int, capacity: int
@@ -130,8 +130,8 @@ class TextGenerator:
             waiting = {
                 manager.add_request(
                     prompt, max_new_tokens=self._limit_new_tokens(len(prompt), sampling).max_new_tokens
-                ): place
-                for place, prompt in enumerate(prompts)
+                ): index
+                for index, prompt in enumerate(prompts)
             }
             while waiting:
                 result = manager.get_result(timeout=1)
@@ -146,7 +146,7 @@ class TextGenerator:
                 on_answer(waiting.pop(result.request_id), self._until_stop(list(result.generated_tokens)))
 
     @property
-    def mend(self) -> Callable[[str], str] | None:
+    def postprocess(self) -> Callable[[str], str] | None:
         """What a tokenizer could not write (ChatGLM's full-width punctuation), character for character."""
         return getattr(self.tokenizer, "mend_answer", None)
 
@@ -173,7 +173,7 @@ class TextGenerator:
         if sampling.beams > 1:
             raise ModelError(_("beam search cannot stream its output"), remedy="--beams 1")
         with closing(self._new_ids(prompt, sampling)) as ids:
-            yield from self._mended(self._pieces(ids, on_token))
+            yield from self._postprocessed(self._pieces(ids, on_token))
 
     def _new_ids(self, prompt: list[int], sampling: Sampling) -> Generator[int, None, None]:
         """The answer's tokens one after the other, the stop token included; closing it ends the answer."""
@@ -212,23 +212,23 @@ class TextGenerator:
         if piece := text.rest().rstrip("\ufffd"):  # what was cut in the middle is left out, as by `decode`
             yield piece
 
-    def _mended(self, pieces: Iterator[str]) -> Iterator[str]:
+    def _postprocessed(self, pieces: Iterator[str]) -> Iterator[str]:
         """As `decode` mends the whole: what becomes of a character may depend on the next one, so one is held back."""
-        if self.mend is None:
+        if self.postprocess is None:
             yield from pieces
             return
-        text, shown = "", 0
+        text, emitted = "", 0
         for piece in pieces:
             text += piece
-            if shown < len(text) - 1:
-                yield self.mend(text)[shown : len(text) - 1]
-                shown = len(text) - 1
-        yield self.mend(text)[shown:]
+            if emitted < len(text) - 1:
+                yield self.postprocess(text)[emitted : len(text) - 1]
+                emitted = len(text) - 1
+        yield self.postprocess(text)[emitted:]
 
     def decode(self, ids: list[int]) -> str:
         """The text of an answer; a character that was cut in the middle, by max_new_tokens, is left out."""
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        return self.mend(text.rstrip("\ufffd")) if self.mend else text.rstrip("\ufffd")
+        return self.postprocess(text.rstrip("\ufffd")) if self.postprocess else text.rstrip("\ufffd")
 
     def _generate(
         self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, streamer: Any = None, cancel: Any = None
@@ -256,8 +256,8 @@ class TextGenerator:
         )
 
     def _until_stop(self, row: list[int]) -> list[int]:
-        ends = [place for place, index in enumerate(row) if index in self.stop_ids]
-        return row[: ends[0]] if ends else row
+        stops = [position for position, index in enumerate(row) if index in self.stop_ids]
+        return row[: stops[0]] if stops else row
 
     def _limit_new_tokens(self, prompt: int, sampling: Sampling) -> Sampling:
         """No more new tokens than the model sees behind a prompt of so many."""
@@ -276,7 +276,7 @@ class TextGenerator:
 def make_batches(lengths: Sequence[int], sampling: Sampling, rows: int, capacity: int) -> Iterator[list[int]]:
     """Places of prompts in batches: the longest first, each at most `rows` prompts, whose tokens, with the new ones and for
     every beam, fit into `room`. A prompt that needs more stands alone."""
-    remaining = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    remaining = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     while remaining:
         needed_tokens = (lengths[remaining[0]] + sampling.max_new_tokens) * sampling.beams
         count = max(min(rows, capacity // needed_tokens), 1)

@@ -41,7 +41,7 @@ class LlamaCppBackend(TextGenerator):
         if sampling.beams > 1:
             raise ModelError(_("llama.cpp does not support beam search"), remedy="--engine batched")
         with ThreadPoolExecutor(self.slots) as pool:
-            waiting = {pool.submit(self._complete, prompt, sampling): place for place, prompt in enumerate(prompts)}
+            waiting = {pool.submit(self._complete, prompt, sampling): index for index, prompt in enumerate(prompts)}
             try:
                 for done in as_completed(waiting):
                     on_answer(waiting[done], self._until_stop(done.result()["tokens"]))

@@ -51,10 +51,10 @@ def without_thinking(text: str) -> str:
 
 def summarise(counts: np.ndarray, figures: Callable[[np.ndarray], dict[str, float]]) -> dict[str, Any]:
     """The main figure as `value` with its 95 % interval `low`, `high`; all figures by name; how many rows. counts: (N, K)"""
-    whole = figures(counts.sum(axis=0))
-    main = next(iter(whole))
+    totals = figures(counts.sum(axis=0))
+    main = next(iter(totals))
     low, high = _interval([figures(sums)[main] for sums in _drawn(len(counts)) @ counts])
-    return {"value": whole[main], "low": low, "high": high, "rows": len(counts), "figures": whole}
+    return {"value": totals[main], "low": low, "high": high, "rows": len(counts), "figures": totals}
 
 
 def compare(
@@ -99,8 +99,8 @@ def _bleu_counts(row: AnsweredPrompt) -> Sequence[float]:
 
 
 def _bleu_of(sums: np.ndarray) -> dict[str, float]:
-    whole = [int(count) for count in sums]
-    score = _bleu().compute_bleu(whole[:4], whole[4:8], whole[8], whole[9], smooth_method="exp")
+    totals = [int(count) for count in sums]
+    score = _bleu().compute_bleu(totals[:4], totals[4:8], totals[8], totals[9], smooth_method="exp")
     return {"bleu": float(score.score)}
 
 
@@ -116,8 +116,8 @@ def _bleu() -> Any:
 ROUGE = ("rougeL", "rouge1", "rouge2")
 
 
-def _rouge_counts(words: bool, row: AnsweredPrompt) -> Sequence[float]:
-    scores = _rouge(words).score(row.wanted, row.answer)
+def _rouge_counts(by_words: bool, row: AnsweredPrompt) -> Sequence[float]:
+    scores = _rouge(by_words).score(row.wanted, row.answer)
     return *(scores[name].fmeasure for name in ROUGE), 1.0
 
 
@@ -126,7 +126,7 @@ def _rouge_of(sums: np.ndarray) -> dict[str, float]:
 
 
 @cache
-def _rouge(words: bool) -> Any:
+def _rouge(by_words: bool) -> Any:
     """Over characters (other scripts: words), as BLEU's `zh` cuts them; or over the words that jieba finds."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
@@ -134,7 +134,7 @@ def _rouge(words: bool) -> Any:
     except ImportError as error:
         raise _missing(str(error.name), "ROUGE") from None
     characters: Any = TokenizerZh()  # type: ignore[no-untyped-call]
-    return RougeScorer(ROUGE, tokenizer=_Cut(_jieba() if words else lambda text: characters(text).split()))
+    return RougeScorer(ROUGE, tokenizer=_Cut(_jieba() if by_words else lambda text: characters(text).split()))
 
 
 def _jieba() -> Callable[[str], list[str]]:

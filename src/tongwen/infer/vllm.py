@@ -39,8 +39,8 @@ class VllmBackend(TextGenerator):
         )
         for begin in range(0, len(prompts), CHUNK_PROMPTS):
             requests = [{"prompt_token_ids": prompt} for prompt in prompts[begin : begin + CHUNK_PROMPTS]]
-            for place, answer in enumerate(self.model.generate(requests, params, use_tqdm=False), begin):
-                on_answer(place, self._until_stop(list(answer.outputs[0].token_ids)))
+            for index, answer in enumerate(self.model.generate(requests, params, use_tqdm=False), begin):
+                on_answer(index, self._until_stop(list(answer.outputs[0].token_ids)))
 
 
 def open_model(folder: str, tokenizer: Any, stop_ids: tuple[int, ...], context: int) -> VllmBackend:

@@ -36,13 +36,13 @@ def failures() -> dict[str, KnownFailure]:
 def find(name: str) -> KnownFailure:
     """The failure of that number, however it is written (F-02, f2). Raises RecipeError when there is none."""
     found = re.fullmatch(r"[Ff]-?0*(\d+)", name.strip())
-    known = failures()
-    if found is None or (id_ := f"F-{int(found[1]):02}") not in known:
+    known_failures = failures()
+    if found is None or (id_ := f"F-{int(found[1]):02}") not in known_failures:
         raise RecipeError(
             _("no failure has the number {name!r}").format(name=name),
             place="tongwen doctor",
             remedy=_("{lowest} to {highest}; docs/from-older-projects.md lists them all").format(
-                lowest=min(known), highest=max(known)
+                lowest=min(known_failures), highest=max(known_failures)
             ),
         )
-    return known[id_]
+    return known_failures[id_]

@@ -152,8 +152,8 @@ def whole_embeddings(context: MigrationContext, flag: str, value: Any) -> Any:
 
 
 def template(context: MigrationContext, flag: str, value: Any) -> Any:
-    known = TEMPLATES.get(str(value))
-    return known or CorrectedValue("own", _("the model has its own; `tongwen look RECIPE` shows it"))
+    builtin = TEMPLATES.get(str(value))
+    return builtin or CorrectedValue("own", _("the model has its own; `tongwen look RECIPE` shows it"))
 
 
 # -- what multiplies, what belongs to a launcher -------------------------------------------------------------------

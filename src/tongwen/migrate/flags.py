@@ -44,12 +44,12 @@ class FlagReader:
         """Read the flags of a program. place: where they stand, for messages; inside: the file that a flag has named, whose
         keys these are."""
         first = len(self.verdicts)
-        given = self._once(flags, place)
-        for name, value in given.items():
+        values = self._once(flags, place)
+        for name, value in values.items():
             rule = self._rule_of(program, name, place)
             if rule is None:
                 continue
-            reason = _drop_reason(rule, given)
+            reason = _drop_reason(rule, values)
             if reason:
                 self.verdicts.append(Verdict(name, value, "dropped", why=reason))
             else:
@@ -57,7 +57,7 @@ class FlagReader:
         for verdict in self.verdicts[first:] if inside else ():
             verdict.flag = f"{inside}:{verdict.flag}"
         for name, value in program.defaults.items():
-            if name not in given and not _drop_reason(program.flags[name], given):
+            if name not in values and not _drop_reason(program.flags[name], values):
                 self._apply(program.flags[name], name, value, place, explicit=False)
         for key, value in program.always.items():
             self.set_value(key, "", value, place)
@@ -80,18 +80,18 @@ class FlagReader:
         self.problems.append(RecipeError(rule, place=place, remedy=remedy))
 
     def _once(self, flags: Iterable[tuple[str, Any]], place: str) -> dict[str, Any]:
-        given: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for name, value in flags:
-            if name in given and given[name] != value:
+            if name in values and values[name] != value:
                 self.add_problem(
                     place,
                     _("{name} is given twice: {given!r} and {value!r}").format(
-                        name=name, given=given[name], value=value
+                        name=name, given=values[name], value=value
                     ),
                     _("keep one"),
                 )
-            given[name] = value
-        return given
+            values[name] = value
+        return values
 
     def _rule_of(self, program: OldProgram, name: str, place: str) -> FlagRule | None:
         prefixed = (rule for start, rule in program.prefixes.items() if name == start or name.startswith(f"{start}."))
@@ -143,12 +143,13 @@ class FlagReader:
         return Verdict(name, value, verdict, target or ", ".join(rule.sets), why)
 
 
-def _drop_reason(rule: FlagRule, given: dict[str, Any]) -> str:
+def _drop_reason(rule: FlagRule, values: dict[str, Any]) -> str:
     """Why a flag says nothing beside the others; empty when it does."""
     for other, why in rule.unless.items():
-        if other in given and str(given[other]).lower() not in ("false", "-1", "0"):  # max_steps: -1 is as good as none
+        # max_steps: -1 means no limit, as if the flag were absent.
+        if other in values and str(values[other]).lower() not in ("false", "-1", "0"):
             return translate(why)
-    return next((translate(why) for other, why in rule.needs.items() if other not in given), "")
+    return next((translate(why) for other, why in rule.needs.items() if other not in values), "")
 
 
 def _map_value(rule: FlagRule, found: Any) -> Any:

@@ -146,7 +146,7 @@ _LINES: dict[str, Callable[[Sequence[str]], list[list[str]]]] = {
 
 def _program_line(arguments: tuple[str, ...], old: str, current_id: CurrentId) -> MigrationResult:
     launcher, rest = _split_launcher(arguments)
-    position = next((place for place, argument in enumerate(rest) if _script_name(rest, place)), None)
+    position = next((index for index, argument in enumerate(rest) if _script_name(rest, index)), None)
     if position is None:
         raise RecipeError(
             _("this names no program of an older project"),

@@ -55,10 +55,10 @@ def read_script(text: str, name: str) -> list[ScriptLine]:
 def split_environment(arguments: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
     """(what stands before a command as NAME=value, the command)."""
     environment: dict[str, str] = {}
-    for place, argument in enumerate(arguments):
+    for index, argument in enumerate(arguments):
         found = _ASSIGNMENT.match(argument)
         if found is None:
-            return environment, arguments[place:]
+            return environment, arguments[index:]
         environment[found[1]] = found[2]
     return environment, ()
 

@@ -82,14 +82,14 @@ class RequestQueue:
         def put(item: Item | Exception | None) -> None:
             loop.call_soon_threadsafe(answer.pieces.put_nowait, item)
 
-        began = time.monotonic()
+        start = time.monotonic()
         try:
             for piece in work(answer.on_token):
                 put(piece)
             put(None)
         except Exception as error:
             put(error.with_traceback(None))  # whose frames hold the tensors of the answer
-        return time.monotonic() - began
+        return time.monotonic() - start
 
     def _on_done(self, future: Future[float]) -> None:
         self.pending -= 1

@@ -51,7 +51,7 @@ def until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
     text = ""
     for piece in pieces:
         text += piece
-        if found := [place for stop in stops if (place := text.find(stop)) >= 0]:
+        if found := [position for stop in stops if (position := text.find(stop)) >= 0]:
             yield text[: min(found)]
             return
         tail = _partial_mark_length(text, stops)

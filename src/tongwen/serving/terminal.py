@@ -60,7 +60,7 @@ class TerminalChat:
     def answer(self) -> None:
         """Answer the last question; remember what was said, also when it was stopped in the middle."""
         try:
-            self._cut_to_fit()
+            self._truncate_history()
             text = self._show()
         except TongwenError as error:
             console.error(error.text())
@@ -75,7 +75,7 @@ class TerminalChat:
     def _show(self) -> str:
         """Print the answer; thinking is folded into one line. Returns the answer without its thinking."""
         self.thought, text, tokens = "", "", 0
-        began = time.monotonic()
+        start = time.monotonic()
 
         def on_token(index: int) -> None:
             nonlocal tokens
@@ -92,14 +92,14 @@ class TerminalChat:
             except KeyboardInterrupt:
                 display.stopped = True
         if sys.stdout.isatty():
-            seconds = max(time.monotonic() - began, 1e-9)
+            seconds = max(time.monotonic() - start, 1e-9)
             speed = _("{tokens:.1f} tokens/s · {count:.1f} characters/s").format(
                 tokens=tokens / seconds, count=len(self.thought + text) / seconds
             )
             console.SCREEN.console.print(f"[dim]{speed}[/]")
         return text
 
-    def _cut_to_fit(self) -> None:
+    def _truncate_history(self) -> None:
         """Drop the oldest whole turns until the conversation fits; the system message stays. A question that could not be
         answered even alone costs no turn."""
         max_tokens = self.context - self.settings["max_new_tokens"]

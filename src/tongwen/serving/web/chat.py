@@ -29,7 +29,7 @@ PRESETS: dict[str, tuple[float, float, int, float]] = {
     "lively": (1.0, 0.95, 0, 1.0),
 }
 
-Shown = tuple[Any, ...]  # two boards, two paces
+Outputs = tuple[Any, ...]  # two boards, two paces
 
 
 class ChatColumn(NamedTuple):
@@ -64,18 +64,20 @@ def add(page: gr.Blocks, backend: ChatBackend, wrap: WrapHandler, explain: Expla
     boards = [left.board, right.board]
     inputs = [*boards, side_by_side, left.model, right.model, system, *sampling_inputs]
     handlers = _ChatHandlers(backend, explain)
-    shown = [*boards, left.pace, right.pace]
+    outputs = [*boards, left.pace, right.pace]
     busy: dict[str, Any] = {**NO_PROGRESS, "concurrency_limit": CONCURRENCY, "concurrency_id": "talk"}
     # The box first: what is sent to it among an answer's pieces may be lost when many arrive at once.
     text = gr.State("")
     submitted = box.submit(lambda question: (question, _answering(value="")), box, [text, box], **UNQUEUED)
-    events: list[Any] = [submitted.then(wrap(handlers.ask), [text, *inputs], shown, **busy)]
+    events: list[Any] = [submitted.then(wrap(handlers.ask), [text, *inputs], outputs, **busy)]
     for board in boards:
-        events.append(board.retry(_answering, None, box, **UNQUEUED).then(wrap(handlers.again), inputs, shown, **busy))
-        events.append(board.edit(wrap(handlers.mend), inputs, shown, **busy))
+        events.append(
+            board.retry(_answering, None, box, **UNQUEUED).then(wrap(handlers.again), inputs, outputs, **busy)
+        )
+        events.append(board.edit(wrap(handlers.mend), inputs, outputs, **busy))
     finished = [event.then(_at_rest, None, box, **UNQUEUED) for event in events]
     stopped = box.stop(_at_rest, None, box, cancels=events, **UNQUEUED)
-    saved_chats.connect(page, wrap, [*finished, stopped], shown, system)
+    saved_chats.connect(page, wrap, [*finished, stopped], outputs, system)
     models = [left.model, right.model]
     page.load(wrap(lambda: [gr.update(choices=backend.models())] * 2), None, models, **UNQUEUED)
     side_by_side.change(lambda on: gr.update(visible=on), side_by_side, second, **UNQUEUED)
@@ -88,26 +90,27 @@ class _ChatHandlers:
     backend: ChatBackend
     explain: Explain
 
-    def ask(self, text: str, left: Messages, right: Messages, *choices: Any) -> Iterator[Shown]:
+    def ask(self, text: str, left: Messages, right: Messages, *choices: Any) -> Iterator[Outputs]:
         if text.strip():
             question = {"role": "user", "content": drawn(text)}
             yield from self._answer([*left, question], [*right, question] if choices[0] else right, choices)
 
-    def again(self, left: Messages, right: Messages, *choices: Any) -> Iterator[Shown]:
+    def again(self, left: Messages, right: Messages, *choices: Any) -> Iterator[Outputs]:
         yield from self._answer(_to_question(left), _to_question(right), choices)
 
-    def mend(self, left: Messages, right: Messages, change: gr.EditData, *choices: Any) -> Iterator[Shown]:
+    def mend(self, left: Messages, right: Messages, change: gr.EditData, *choices: Any) -> Iterator[Outputs]:
         """A question in other words: what came after it goes."""
         index = change.index[0] if isinstance(change.index, (list, tuple)) else change.index
         question = {"role": "user", "content": drawn(text_of(change.value))}
         yield from self._answer([*left[:index], question], [*right[:index], question] if choices[0] else right, choices)
 
-    def _answer(self, left: Messages, right: Messages, choices: Sequence[Any]) -> Iterator[Shown]:
+    def _answer(self, left: Messages, right: Messages, choices: Sequence[Any]) -> Iterator[Outputs]:
         side_by_side, first, second, system, *values = choices
-        asked = [(first, left), (second, right)] if side_by_side else [(first, left)]
+        conversations = [(first, left), (second, right)] if side_by_side else [(first, left)]
         options = _options(values)
         answers = [
-            StreamedAnswer(self.backend, history, self.explain, name, system, options) for name, history in asked
+            StreamedAnswer(self.backend, history, self.explain, name, system, options)
+            for name, history in conversations
         ]
         yield left, right, "", ""
         for _index in stream(answers):
@@ -142,18 +145,18 @@ def _add_column(backend: ChatBackend, index: int) -> ChatColumn:
             elem_id=f"board{index}",
             elem_classes="talk",
         )
-        board.postprocess = partial(_titled, board.postprocess, _("Reasoning"))  # type: ignore[method-assign]
+        board.postprocess = partial(_with_title, board.postprocess, _("Reasoning"))  # type: ignore[method-assign]
         pace = gr.Markdown("", elem_id=f"pace{index}", elem_classes="pace", sanitize_html=True)
     return ChatColumn(model, board, pace)
 
 
-def _titled(postprocess: Callable[..., Any], title: str, messages: Any) -> Any:
+def _with_title(postprocess: Callable[..., Any], title: str, messages: Any) -> Any:
     """What the page shows, its folded thinking under a title in the page's language: Gradio knows English alone."""
-    shown = postprocess(messages)
-    for message in shown.root:
+    outputs = postprocess(messages)
+    for message in outputs.root:
         if (message.metadata or {}).get("title") == "Reasoning":
             message.metadata["title"] = title
-    return shown
+    return outputs
 
 
 def _question() -> gr.Textbox:
@@ -220,5 +223,5 @@ def _clamp(value: Any, low: Any, high: Any) -> Any:
 
 def _to_question(messages: Messages) -> Messages:
     """Up to the last question: what stands behind it is asked for again."""
-    questions = [place for place, one in enumerate(messages) if one["role"] == "user"]
+    questions = [index for index, one in enumerate(messages) if one["role"] == "user"]
     return messages[: questions[-1] + 1] if questions else []

@@ -65,7 +65,7 @@ def drawn(text: str) -> str:
 
 
 def _outside_code(text: str, change: Callable[[str], str]) -> str:
-    return "".join(part if place % 2 else change(part) for place, part in enumerate(CODE.split(text)))
+    return "".join(part if index % 2 else change(part) for index, part in enumerate(CODE.split(text)))
 
 
 def is_note(message: dict[str, Any]) -> bool:
@@ -85,8 +85,8 @@ class StreamedAnswer:
         self.backend, self.history, self.explain = backend, history, explain
         self.pieces = self._generate(*request)
         self.forgotten = 0  # turns that the model does not see
-        self.text, self.problem, self.ended = "", "", False
-        self.began, self.first = time.monotonic(), 0.0
+        self.text, self.problem, self.finished = "", "", False
+        self.start, self.first = time.monotonic(), 0.0
 
     def _generate(self, name: str, system: str, options: dict[str, Any]) -> Generator[str, None, None]:
         """The answer, with all that may go wrong before its first piece inside of it."""
@@ -99,11 +99,11 @@ class StreamedAnswer:
         """The next piece; what goes wrong becomes a note, and the server lives on."""
         try:
             self.text += next(self.pieces)
-            self.first = self.first or time.monotonic() - self.began
+            self.first = self.first or time.monotonic() - self.start
         except StopIteration:
-            self.ended = True
+            self.finished = True
         except Exception as error:
-            self.problem, self.ended = self.explain(error), True
+            self.problem, self.finished = self.explain(error), True
 
     @property
     def messages(self) -> Messages:
@@ -114,9 +114,9 @@ class StreamedAnswer:
 
     @property
     def pace(self) -> str:
-        if not (self.ended and self.text):
+        if not (self.finished and self.text):
             return ""
-        seconds = max(time.monotonic() - self.began, 1e-9)
+        seconds = max(time.monotonic() - self.start, 1e-9)
         pace = _("first words after {first:.2f} s · {count:.0f} characters/s").format(
             first=self.first, count=len(self.text) / seconds
         )
@@ -129,10 +129,10 @@ def stream(answers: Sequence[StreamedAnswer]) -> Iterator[None]:
     """Let the answers grow until all have ended, with a pause wherever they are to be drawn."""
     last_drawn = 0.0
     try:
-        while not all(one.ended for one in answers):
+        while not all(one.finished for one in answers):
             new = False
             for one in answers:
-                if not one.ended:
+                if not one.finished:
                     new = new or not one.text
                     one.advance()
             if new or time.monotonic() - last_drawn >= REDRAW_SECONDS:

@@ -38,8 +38,8 @@ def add(page: gr.Blocks, backend: DataBackend, wrap: WrapHandler) -> None:
     def read(path: str | None, *chosen: str) -> tuple[str, str]:
         if not path:
             return "", ""
-        rows, shown = backend.inspect(Path(path), *chosen)
-        return block(rows), block(shown)
+        rows, samples_html = backend.inspect(Path(path), *chosen)
+        return block(rows), block(samples_html)
 
     gr.on([file.change, model.change, template.change], wrap(read), [file, model, template], [ledger, samples])
     page.load(wrap(lambda: gr.update(choices=names())), None, model, **UNQUEUED)

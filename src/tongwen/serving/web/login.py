@@ -76,7 +76,7 @@ class LoginMiddleware:
         if scope["method"] == "GET" and query_token and self._is_right(query_token):
             return self._welcome(scope["path"], query_token)
         if not self._is_right(self._token_of(headers)):
-            return _ask_for_token()
+            return _login_page()
         if not OPEN_ROUTES.fullmatch(scope["path"]) or ".." in scope["path"]:
             return PlainTextResponse("there is nothing here\n", 404)
         return self._check_size(scope["path"], headers) if writes else None
@@ -141,9 +141,9 @@ class _SecuredSend:
 
 def _hashes(page: bytes) -> str:
     scripts = INLINE_SCRIPT.findall(page)
-    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(one).digest()).decode()}'" for one in scripts)
+    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'" for script in scripts)
 
 
-def _ask_for_token() -> Response:
+def _login_page() -> Response:
     text = _("Open the address that the terminal shows: it ends in ?token=…")
     return HTMLResponse(render("serving/web/login.html.jinja", text=text), 401, {"www-authenticate": "Bearer"})

@@ -43,7 +43,7 @@ def add(page: gr.Blocks, runs: RunsBackend, wrap: WrapHandler) -> None:
                 compare = gr.Button(_("Compare"), elem_id="compare", min_width=90)
             compared = canvas(elem_id="compared")
     clock = gr.Timer(SECONDS)
-    shown = [picture, stop, resume]
+    outputs = [picture, stop, resume]
 
     def watch(name: str | None) -> tuple[Any, ...]:
         if not name:
@@ -66,11 +66,11 @@ def add(page: gr.Blocks, runs: RunsBackend, wrap: WrapHandler) -> None:
     page.load(wrap(listed), [recipe, run], [recipe, run, others], **UNQUEUED)
     recipe.change(wrap(lambda name: runs.read(name) if name else ""), recipe, text, **UNQUEUED)
     start.click(wrap(begin), [recipe, changes], run)
-    gr.on([run.change, clock.tick], wrap(watch), run, shown, **UNQUEUED)
+    gr.on([run.change, clock.tick], wrap(watch), run, outputs, **UNQUEUED)
     stop.click(wrap(runs.stop), run, None)
     resume.click(wrap(runs.resume), run, None)
-    together = wrap(lambda name, more: block(sheet(runs.compare([name, *more]))))
-    compare.click(together, [run, others], compared)
+    compare_runs = wrap(lambda name, more: block(sheet(runs.compare([name, *more]))))
+    compare.click(compare_runs, [run, others], compared)
 
 
 def _buttons(running: bool | None) -> tuple[Any, Any]:

@@ -41,15 +41,15 @@ class SavedChats:
         return cls(saved, gr.State(0), picker, fresh, forget, canvas(elem_id="export"))
 
     def connect(
-        self, page: gr.Blocks, wrap: WrapHandler, save_after: Sequence[Any], shown: Sequence[Any], system: gr.Textbox
+        self, page: gr.Blocks, wrap: WrapHandler, save_after: Sequence[Any], outputs: Sequence[Any], system: gr.Textbox
     ) -> None:
         """Keep what stands on the boards after each of these events; open and delete when asked. shown: two boards, and
         the pace under each."""
-        boards = shown[:2]
-        state, empty = [self.saved, self.number], [self.number, self.picker, *shown, self.export]
+        boards = outputs[:2]
+        state, empty = [self.saved, self.number], [self.number, self.picker, *outputs, self.export]
         for event in save_after:
             event.then(wrap(_save), [*state, *boards, system], [*state, self.picker, self.export], **UNQUEUED)
-        opened = [self.number, *shown, system, self.export]
+        opened = [self.number, *outputs, system, self.export]
         self.picker.input(wrap(_open), [self.saved, self.picker], opened, **UNQUEUED)
         self.fresh.click(wrap(_begin), None, empty, **UNQUEUED)
         deleted = self.forget.click(wrap(_forget), state, self.saved, **UNQUEUED)
@@ -60,10 +60,10 @@ class SavedChats:
 def _save(saved: SavedList, number: int, left: Messages, right: Messages, system: str) -> tuple[Any, ...]:
     if not left:
         return saved, number, gr.skip(), ""
-    number = number or 1 + max((one["number"] for one in saved), default=0)
+    number = number or 1 + max((chat["number"] for chat in saved), default=0)
     boards = [_plain(left), _plain(right)]
     new = {"number": number, "title": title_of(left), "boards": boards, "system": system}
-    saved = [new, *(one for one in saved if one["number"] != number)][:MAX_SAVED]
+    saved = [new, *(chat for chat in saved if chat["number"] != number)][:MAX_SAVED]
     return saved, number, _listed(saved, number), _export(boards[0], system)
 
 
@@ -72,7 +72,7 @@ def _plain(messages: Messages) -> Messages:
 
 
 def _open(saved: SavedList, number: int) -> tuple[Any, ...]:
-    found = next((one for one in saved if one["number"] == number), None)
+    found = next((chat for chat in saved if chat["number"] == number), None)
     if found is None:
         return 0, [], [], "", "", gr.skip(), ""
     boards = [[{**one, "content": drawn(one["content"])} for one in board] for board in found["boards"]]
@@ -84,11 +84,11 @@ def _begin() -> tuple[Any, ...]:
 
 
 def _forget(saved: SavedList, number: int) -> SavedList:
-    return [one for one in saved if one["number"] != number]
+    return [chat for chat in saved if chat["number"] != number]
 
 
 def _listed(saved: SavedList, number: int) -> Any:
-    return gr.update(choices=[(one["title"], one["number"]) for one in saved], value=number or None)
+    return gr.update(choices=[(chat["title"], chat["number"]) for chat in saved], value=number or None)
 
 
 def _export(messages: Messages, system: str) -> str:

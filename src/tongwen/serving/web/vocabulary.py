@@ -21,7 +21,7 @@ def add(page: gr.Blocks, backend: VocabularyBackend, wrap: WrapHandler) -> None:
             base = gr.Dropdown(names, value=next(iter(names), None), label=_("Before"))
             other = gr.Dropdown([("—", ""), *names], value="", label=_("After"))
         text = gr.Textbox(EXAMPLE, label=_("Text"), lines=4, max_lines=12, elem_id="text")
-        cut = gr.Button(_("Show the tokens"), variant="primary", elem_id="cut")
+        show_tokens = gr.Button(_("Show the tokens"), variant="primary", elem_id="cut")
         tokens = canvas(elem_id="tokens")
         report = canvas()
 
@@ -32,5 +32,5 @@ def add(page: gr.Blocks, backend: VocabularyBackend, wrap: WrapHandler) -> None:
     def listed() -> list[Any]:
         return [gr.update(choices=backend.models()), gr.update(choices=[("—", ""), *backend.models()])]
 
-    cut.click(wrap(show), [base, other, text], [tokens, report])
+    show_tokens.click(wrap(show), [base, other, text], [tokens, report])
     page.load(wrap(listed), None, [base, other], **UNQUEUED)
