@@ -1,7 +1,7 @@
-"""The routes of OpenAI's API that a model which talks can answer: chat, completions, models; streamed or whole.
+"""The routes of OpenAI's API for one chat model: chat, completions, models; streamed or whole.
 
-What a client may ask for stands in the models of a request. A word that is not there is refused, not ignored: an answer
-that silently lacks what was asked for is worse than none.
+The request models list all fields that a client may send. An unknown field is an error and is not ignored: an answer that
+silently disregards an option is worse than none.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tongwen.serving.stream_split import StreamPart, split_thinking, until
 
 TURNS = 1000  # of a conversation, at most
 BYTES_PER_TOKEN = 32  # of a request's body; a token of JSON-escaped Chinese has up to 24
-MAX_DISCARDED = 64 << 20  # bytes of a body that is too large which are read, so that its sender comes to hear of it
+MAX_DISCARDED = 64 << 20  # bytes of an oversized body that are still read, so that its sender receives the error
 
 Zero = Annotated[float, Field(ge=0, le=0)]
 
@@ -65,7 +65,7 @@ class TextFormat(StrictModel):
 
 
 class CompletionRequest(StrictModel):
-    """What chat and completions have in common; the last words are taken only where they ask for nothing."""
+    """Fields that chat and completions share. The last ones are accepted only with the value that has no effect."""
 
     model: str
     max_tokens: int | None = None
@@ -87,7 +87,7 @@ class CompletionRequest(StrictModel):
         return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
 
     def sampling(self) -> dict[str, Any]:
-        """What the request says of it, under the names of `Sampling`."""
+        """Return the request's sampling options under the names of `Sampling`."""
         values = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed")}
         return {name: value for name, value in values.items() if value is not None} | self._length()
 
@@ -114,14 +114,14 @@ class TextRequest(CompletionRequest):
 
 @dataclass(frozen=True)
 class Backend:
-    """What the server needs of a model.
+    """A model as the server uses it.
 
-    chat_ids, text_ids: a conversation or a text -> ids. Raise TongwenError for what cannot be rendered
-    speak:    (ids, called with each new token, settings) -> the answer in pieces
-    ended:    whether an answer of these tokens came to its own end
-    check:    raises RecipeError when settings are none
-    context:  tokens that fit, prompt and answer together
-    settings: what holds where a request says nothing
+    chat_ids, text_ids: a conversation or a text -> ids; raise TongwenError if it cannot be rendered
+    generate: (ids, callback for each new token, settings) -> the answer in pieces
+    ended:    whether an answer of these tokens ended on a stop token
+    check:    raises RecipeError for invalid settings
+    context:  maximum number of tokens, prompt and answer together
+    settings: defaults for options that a request leaves out
     """
 
     name: str
@@ -135,7 +135,7 @@ class Backend:
 
 
 class RequestError(Exception):
-    """A request that is not answered, with the response that says so."""
+    """A request that is refused, with its error response."""
 
     def __init__(self, status: int, kind: str, message: str, **headers: str) -> None:
         self.response = error_response(status, kind, message, **headers)
@@ -143,7 +143,7 @@ class RequestError(Exception):
 
 
 class CompletionResponse:
-    """An answer under the names that chat or completions give to its things."""
+    """An answer in the format of chat or of completions."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class CompletionResponse:
         self.head = {"id": name, "created": int(time.time()), "model": request.model}
 
     async def as_json(self) -> Response:
-        """All of it, when it is done."""
+        """Return the whole answer as one JSON response."""
         try:
             parts = [part async for part in self.answer]
         except Exception as error:
@@ -176,7 +176,7 @@ class CompletionResponse:
         return JSONResponse({**self._head(""), "choices": [choice], "usage": self._usage()})
 
     async def events(self) -> AsyncIterator[str]:
-        """The same as server-sent events. What goes wrong on the way is one too: the status has been sent already."""
+        """Yield the answer as server-sent events. A failure becomes an event too: the status has been sent already."""
         try:
             yield self._event({"role": "assistant", "content": ""} if self.chat else "")
             async for part in self.answer:
@@ -212,7 +212,7 @@ class CompletionResponse:
 
 
 class EventStream(StreamingResponse):
-    """An answer that is streamed; when its reader has gone, the place is free."""
+    """A streamed answer. When its reader disconnects, it is cancelled and its place becomes free."""
 
     def __init__(self, response: CompletionResponse) -> None:
         super().__init__(response.events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
@@ -226,7 +226,7 @@ class EventStream(StreamingResponse):
 
 
 def make_app(backend: Backend, max_waiting: int) -> Starlette:
-    """The routes, without a guard before them. places: requests that may wait behind the one that is answered."""
+    """Return the routes, without authentication. max_waiting: requests that may wait behind the one in progress."""
     server = ApiServer(backend, RequestQueue(max_waiting))
     return Starlette(
         routes=[
@@ -243,7 +243,7 @@ def make_app(backend: Backend, max_waiting: int) -> Starlette:
 
 
 class ApiServer:
-    """The routes' answers."""
+    """Handlers of the routes."""
 
     def __init__(self, backend: Backend, queue: RequestQueue) -> None:
         self.backend, self.queue = backend, queue
@@ -265,7 +265,7 @@ class ApiServer:
         return EventStream(response) if request.stream else await _unless_disconnected(raw_request, response)
 
     async def _read(self, raw_request: Request) -> bytes:
-        """The request's body. Raises Refused when it is too large or too slow."""
+        """Return the request's body. Raises RequestError if it is too large or too slow."""
         limit = max(1 << 16, BYTES_PER_TOKEN * self.backend.context)
         body, size = bytearray(), 0
 
@@ -292,7 +292,7 @@ class ApiServer:
     def _parse(
         self, request_type: type[CompletionRequest], body: bytes
     ) -> tuple[CompletionRequest, list[int], dict[str, Any]]:
-        """The request, its prompt as ids, and its settings. Raises Refused when it cannot be answered."""
+        """Return the request, its prompt as ids, and its settings. Raises RequestError if it is invalid."""
         try:
             request = request_type.model_validate_json(body)
         except ValidationError as error:
@@ -323,7 +323,7 @@ class ApiServer:
     def _generate(
         self, request: CompletionRequest, ids: list[int], settings: dict[str, Any], on_token: Callable[[int], None]
     ) -> Iterator[StreamPart]:
-        """In the voice's thread: the parts of the answer."""
+        """Yield the parts of the answer. Runs in the queue's thread."""
         pieces = self.backend.generate(ids, on_token, settings)
         if request.stops:
             pieces = until(pieces, request.stops)
@@ -331,9 +331,9 @@ class ApiServer:
 
 
 async def _unless_disconnected(raw_request: Request, response: CompletionResponse) -> Response:
-    """The whole answer, unless the client goes away before it is done."""
+    """Return the whole answer, or cancel it when the client disconnects."""
     answering = asyncio.ensure_future(response.as_json())
-    disconnect = asyncio.ensure_future(raw_request.receive())  # the body has been read: what comes next is the end
+    disconnect = asyncio.ensure_future(raw_request.receive())  # the body has been read: only a disconnect can follow
     try:
         await asyncio.wait({answering, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         return answering.result() if answering.done() else Response(status_code=499)
@@ -348,7 +348,7 @@ def _data(value: dict[str, Any]) -> str:
 
 
 def _failure_response(error: Exception) -> Response:
-    """What the client is told when an answer fails, and the terminal with it: a line that can be found by its id."""
+    """Return the error response for a failed answer, and print the error in the terminal under the same number."""
     number = uuid.uuid4().hex[:8]
     console.error(f"{number}: {type(error).__name__}: {error!s:.300}".replace("\n", " "))
     if is_out_of_memory(error):
@@ -361,7 +361,7 @@ def _failure_response(error: Exception) -> Response:
 
 
 def _problem(error: ValidationError) -> str:
-    """The first thing that is wrong with a request."""
+    """Describe the first invalid field of a request."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".lstrip(": ")
 

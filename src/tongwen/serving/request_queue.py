@@ -1,7 +1,7 @@
-"""One voice and the line before it: answers are given one after the other, and no more may wait than there are places.
+"""A queue for one model: requests are answered one after the other, and only a limited number may wait.
 
-An answer is made in the voice's own thread and handed over piece by piece, so a reader who is slow holds up nobody; one
-who has gone is noticed at the next token.
+Answers are generated in a thread of the queue and passed on piece by piece, so a slow reader delays nobody. A client that
+has disconnected is noticed at the next token.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Work = Callable[[Callable[[int], None]], Iterator[Item]]
-"""called with what hears each new token -> the pieces of an answer"""
+"""(callback for each new token) -> the pieces of an answer"""
 
 
 class QueueFull(Exception):
-    """All places are taken. seconds: when it is worth asking again."""
+    """The queue is full. retry_after: seconds after which to try again."""
 
     def __init__(self, retry_after: int) -> None:
         self.retry_after = retry_after
@@ -27,12 +27,12 @@ class QueueFull(Exception):
 
 
 class ClientDisconnected(Exception):
-    """Nobody waits for this answer any more."""
+    """The client no longer waits for this answer."""
 
 
 @dataclass
 class QueuedResponse(Generic[Item]):
-    """An answer on its way: its pieces, and the tokens that were heard so far."""
+    """An answer in progress: its pieces, and its tokens so far."""
 
     pieces: asyncio.Queue[Item | Exception | None] = field(default_factory=asyncio.Queue)
     tokens: list[int] = field(default_factory=list)
@@ -45,7 +45,7 @@ class QueuedResponse(Generic[Item]):
         self.tokens.append(index)
 
     def cancel(self) -> None:
-        """Nobody reads on: a place in the line is free at once, the voice at its next token."""
+        """Give the answer up: a waiting one leaves the queue at once, a running one stops at its next token."""
         self.cancelled = True
         if self.future is not None:
             self.future.cancel()
@@ -58,7 +58,7 @@ class QueuedResponse(Generic[Item]):
 
 
 class RequestQueue:
-    """places: how many may wait behind the one who is being answered."""
+    """Runs requests one at a time. max_waiting: requests that may wait behind the one in progress."""
 
     def __init__(self, max_waiting: int) -> None:
         self.max_waiting, self.pending = max_waiting, 0
@@ -66,7 +66,7 @@ class RequestQueue:
         self.mean_seconds = 1.0
 
     def submit(self, work: Work[Item]) -> QueuedResponse[Item]:
-        """Take a place in the line; `leave` gives it back. Raises Busy when there is none."""
+        """Enqueue a request; its `cancel` gives the place back. Raises QueueFull."""
         if self.pending > self.max_waiting:
             raise QueueFull(max(1, round(self.mean_seconds * self.pending)))
         loop = asyncio.get_running_loop()
@@ -77,7 +77,7 @@ class RequestQueue:
         return answer
 
     def _run(self, work: Work[Item], answer: QueuedResponse[Item], loop: asyncio.AbstractEventLoop) -> float:
-        """In the voice's thread: hand over the pieces, then None or what went wrong. Returns the seconds it took."""
+        """Pass on the pieces, then None or the exception, and return the seconds. Runs in the queue's thread."""
 
         def put(item: Item | Exception | None) -> None:
             loop.call_soon_threadsafe(answer.pieces.put_nowait, item)
@@ -88,7 +88,7 @@ class RequestQueue:
                 put(piece)
             put(None)
         except Exception as error:
-            put(error.with_traceback(None))  # whose frames hold the tensors of the answer
+            put(error.with_traceback(None))  # the traceback's frames hold the tensors of the answer
         return time.monotonic() - start
 
     def _on_done(self, future: Future[float]) -> None:

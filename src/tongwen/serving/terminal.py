@@ -1,7 +1,7 @@
 """A conversation in the terminal: streamed, several turns, Ctrl-C stops an answer and Ctrl-D leaves.
 
-What a model says is shown as text and never obeyed: control characters, which could set the title, write to the
-clipboard or hide what stands there, are printed escaped.
+The terminal never interprets a model's output: control characters, which could set the title, write to the clipboard or
+hide text, are printed escaped.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ COMMANDS = N_("/clear  /system TEXT  /retry  /save FILE  /thinking  /set NAME VA
 
 @dataclass
 class TerminalChat:
-    """What is being said, and how.
+    """A conversation and the model that answers it.
 
-    reply:    (messages, settings, called with each new token) -> the answer in pieces
-    count:    tokens of a conversation
-    check:    raises TongwenError when settings are none
-    context:  tokens that fit, prompt and answer together
+    reply:    (messages, settings, callback for each new token) -> the answer in pieces
+    count:    returns the tokens of a conversation
+    check:    raises TongwenError for invalid settings
+    context:  maximum number of tokens, prompt and answer together
     settings: max_new_tokens, temperature, …
     """
 
@@ -53,12 +53,12 @@ class TerminalChat:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def ask(self, question: str) -> None:
-        """Put a question and show the answer; a question that got none is forgotten."""
+        """Ask a question and print the answer; a question without an answer is dropped from the history."""
         self.messages.append({"role": "user", "content": question})
         self.answer()
 
     def answer(self) -> None:
-        """Answer the last question; remember what was said, also when it was stopped in the middle."""
+        """Answer the last question and keep the answer in the history, even if it was interrupted."""
         try:
             self._truncate_history()
             text = self._show()
@@ -73,7 +73,7 @@ class TerminalChat:
             self.messages.pop()
 
     def _show(self) -> str:
-        """Print the answer; thinking is folded into one line. Returns the answer without its thinking."""
+        """Print the answer, its thinking folded into one line. Returns the answer without its thinking."""
         self.thought, text, tokens = "", "", 0
         start = time.monotonic()
 
@@ -100,8 +100,8 @@ class TerminalChat:
         return text
 
     def _truncate_history(self) -> None:
-        """Drop the oldest whole turns until the conversation fits; the system message stays. A question that could not be
-        answered even alone costs no turn."""
+        """Drop the oldest whole turns until the conversation fits; the system message stays. Drop nothing for a question
+        that is too long even alone."""
         max_tokens = self.context - self.settings["max_new_tokens"]
         messages = last_turns(self.messages, self.count, max_tokens)
         dropped = (len(self.messages) - len(messages)) // 2
@@ -110,7 +110,7 @@ class TerminalChat:
             console.notice(_("the {dropped} oldest turns no longer fit and are forgotten").format(dropped=dropped))
 
     def command(self, line: str) -> bool:
-        """Do what a line with a slash says; False to leave."""
+        """Run a slash command. Returns False to leave."""
         name, _unused, argument = line.partition(" ")
         argument = argument.strip()
         if name in ("/exit", "/quit", "/stop"):
@@ -149,7 +149,7 @@ class TerminalChat:
             console.good(str(file))
 
     def _set(self, argument: str) -> None:
-        """`temperature 0.7`; alone it shows what is set."""
+        """Change a setting (`temperature 0.7`) and print all settings."""
         name, _unused, value = argument.partition(" ")
         if name:
             try:
@@ -163,7 +163,7 @@ class TerminalChat:
 
 
 def converse(chat: TerminalChat, *, name: str, system: str) -> int:
-    """Read a line, answer it, until the user leaves."""
+    """Read and answer lines until the user leaves. Returns the exit code."""
     console.header(name, _("/help for commands, Ctrl-D to leave"))
     chat.start(system)
     read = _reader()
@@ -182,12 +182,12 @@ def converse(chat: TerminalChat, *, name: str, system: str) -> int:
 
 
 def visible(text: str) -> str:
-    """The text as it may be printed: what a terminal would obey is escaped."""
+    """Return the text with all characters escaped that a terminal would interpret."""
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class _AnswerDisplay:
-    """An answer on the screen: piece by piece, or at its end; its thinking as one grey line that counts."""
+    """Prints an answer piece by piece or at its end, and its thinking as one grey line with a counter."""
 
     def __init__(self, stream: bool) -> None:
         self.stream, self.stopped = stream, False
@@ -222,7 +222,7 @@ class _AnswerDisplay:
 
 
 def _reader() -> Callable[[], str]:
-    """How a question is read: from a terminal with Python's own line editor, which knows how wide a character is."""
+    """Return the function that reads a question; in a terminal, Python's line editor, which knows how wide characters are."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     if not sys.stdin.isatty():
@@ -230,7 +230,7 @@ def _reader() -> Callable[[], str]:
     with suppress(ImportError):  # on Windows the console itself edits the line
         import readline
 
-        readline.parse_and_bind("set enable-bracketed-paste on")  # several lines that are pasted are one question
+        readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one question
     prompt = _("\nyou › ")
     return lambda: input(prompt)
 

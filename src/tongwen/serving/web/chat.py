@@ -1,4 +1,4 @@
-"""The chat tab: one model or two that answer the same question, with presets, kept conversations and export."""
+"""The chat tab: one model, or two that answer the same question, with presets, saved conversations and export."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LATEX: list[dict[str, str | bool]] = [
     {"left": "\\(", "right": "\\)", "display": False},
 ]
 SAMPLING_NAMES = ("temperature", "top_p", "top_k", "repetition_penalty")
-# what each preset sets them to
+# the values of each preset, in the order of SAMPLING_NAMES
 PRESETS: dict[str, tuple[float, float, int, float]] = {
     "exact": (0.0, 1.0, 0, 1.0),
     "balanced": (0.7, 0.8, 20, 1.05),
     "lively": (1.0, 0.95, 0, 1.0),
 }
 
-Outputs = tuple[Any, ...]  # two boards, two paces
+Outputs = tuple[Any, ...]  # two chat boxes, two speeds
 
 
 class ChatColumn(NamedTuple):
@@ -41,7 +41,7 @@ class ChatColumn(NamedTuple):
 
 
 def add(page: gr.Blocks, backend: ChatBackend, wrap: WrapHandler, explain: Explain) -> None:
-    """Lay out the tab and tie its events."""
+    """Lay out the tab and connect its events."""
     both = len(backend.chosen) > 1
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
@@ -66,7 +66,7 @@ def add(page: gr.Blocks, backend: ChatBackend, wrap: WrapHandler, explain: Expla
     handlers = _ChatHandlers(backend, explain)
     outputs = [*boards, left.pace, right.pace]
     busy: dict[str, Any] = {**NO_PROGRESS, "concurrency_limit": CONCURRENCY, "concurrency_id": "talk"}
-    # The box first: what is sent to it among an answer's pieces may be lost when many arrive at once.
+    # Update the box first: an update sent among an answer's pieces may be lost when many arrive at once.
     text = gr.State("")
     submitted = box.submit(lambda question: (question, _answering(value="")), box, [text, box], **UNQUEUED)
     events: list[Any] = [submitted.then(wrap(handlers.ask), [text, *inputs], outputs, **busy)]
@@ -85,7 +85,7 @@ def add(page: gr.Blocks, backend: ChatBackend, wrap: WrapHandler, explain: Expla
 
 @dataclass(frozen=True)
 class _ChatHandlers:
-    """Answers to what stands on the boards. chosen: beside, two models, system, knobs."""
+    """Answer the questions in both chat boxes. choices: side_by_side, two models, system prompt, sampling values."""
 
     backend: ChatBackend
     explain: Explain
@@ -99,7 +99,7 @@ class _ChatHandlers:
         yield from self._answer(_to_question(left), _to_question(right), choices)
 
     def mend(self, left: Messages, right: Messages, change: gr.EditData, *choices: Any) -> Iterator[Outputs]:
-        """A question in other words: what came after it goes."""
+        """Answer an edited question; the messages after it are dropped."""
         index = change.index[0] if isinstance(change.index, (list, tuple)) else change.index
         question = {"role": "user", "content": drawn(text_of(change.value))}
         yield from self._answer([*left[:index], question], [*right[:index], question] if choices[0] else right, choices)
@@ -151,7 +151,7 @@ def _add_column(backend: ChatBackend, index: int) -> ChatColumn:
 
 
 def _with_title(postprocess: Callable[..., Any], title: str, messages: Any) -> Any:
-    """What the page shows, its folded thinking under a title in the page's language: Gradio knows English alone."""
+    """Translate the title of the folded thinking: Gradio only has an English one."""
     outputs = postprocess(messages)
     for message in outputs.root:
         if (message.metadata or {}).get("title") == "Reasoning":
@@ -181,8 +181,8 @@ def _at_rest() -> Any:
 
 
 def _add_sampling_inputs(wrap: WrapHandler, settings: Mapping[str, Any]) -> list[gr.components.Component]:
-    """A preset's name and what it stands for: new tokens, temperature, top-p, top-k, repetition penalty, seed. They begin
-    with the settings, else with the first preset."""
+    """Add the presets and the inputs that they set. Returns the inputs: new tokens, temperature, top-p, top-k, repetition
+    penalty, seed. Initial values are the settings, else the first preset."""
     names = [
         (_("exact: always the same answer"), "exact"),
         (_("balanced"), "balanced"),
@@ -205,7 +205,7 @@ def _add_sampling_inputs(wrap: WrapHandler, settings: Mapping[str, Any]) -> list
 
 
 def _options(values: Sequence[Any]) -> dict[str, Any]:
-    """What the knobs say, as the model takes it; a value from beyond a knob's end is brought back to it."""
+    """Return the values of the inputs as sampling options, clamped to their ranges."""
     tokens, temperature, top_p, top_k, penalty, seed = values
     return {
         "max_new_tokens": _clamp(int(tokens), 1, MOST_TOKENS),
@@ -222,6 +222,6 @@ def _clamp(value: Any, low: Any, high: Any) -> Any:
 
 
 def _to_question(messages: Messages) -> Messages:
-    """Up to the last question: what stands behind it is asked for again."""
+    """Return the messages up to the last question, to answer it again."""
     questions = [index for index, one in enumerate(messages) if one["role"] == "user"]
     return messages[: questions[-1] + 1] if questions else []

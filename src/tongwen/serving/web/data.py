@@ -1,4 +1,4 @@
-"""The data tab: a file dropped in; its format, ledger, problems row by row, and samples as a model will see them."""
+"""The data tab: shows an uploaded file's format, ledger, problems row by row, and samples as a model will see them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tongwen.serving.web.html_block import NOTE, UNQUEUED, WrapHandler, block, c
 
 
 def add(page: gr.Blocks, backend: DataBackend, wrap: WrapHandler) -> None:
-    """Lay out the tab and tie its events."""
+    """Lay out the tab and connect its events."""
 
     def names() -> list[Any]:
         return [(_("none: show only the rows"), ""), *backend.models()]

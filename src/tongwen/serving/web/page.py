@@ -1,4 +1,4 @@
-"""The page: its look, its tabs, and how it says what went wrong. One page for each language."""
+"""The page: its style, its tabs and its error messages. One page for each language."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ div:has(#board1) .talk{height:38vh!important;min-height:14rem}}
 
 
 def make_page(backend: PageBackend, language: str) -> Any:
-    """The page in one language."""
+    """Return the page in one language."""
     with speaking(language), gr.Blocks(title=backend.title, analytics_enabled=False) as page:
         wrap = functools.partial(wrap_handler, language)
         with gr.Row(elem_classes="top"):
@@ -81,7 +81,7 @@ def make_page(backend: PageBackend, language: str) -> Any:
 
 
 def theme_and_css() -> dict[str, Any]:
-    """Theme and style; every font is the reader's own."""
+    """Return Gradio's arguments `theme` and `css`; all fonts are the reader's own."""
     fonts = [gr.themes.Font(name) for name in FONTS]
     theme = gr.themes.Base(
         primary_hue=gr.themes.colors.teal,
@@ -101,8 +101,8 @@ def theme_and_css() -> dict[str, Any]:
 
 
 def _scoped() -> str:
-    """The style of our pages (tables, cards, curves) inside of this one. Gradio decides between light and dark by a class,
-    not by what the browser prefers."""
+    """Return the style of our reports (tables, cards, curves), limited to the class `ours`. Gradio chooses light or dark by
+    a class, not by the browser's preference."""
     light = "--ink:#1c1e21;--soft:#6b7280;--line:#e3e6ea;--accent:#0f766e;--paper:#fff;--wash:#f6f8f9"
     dark = "--ink:#e6e8eb;--soft:#9aa3ad;--line:#2c3238;--accent:#2dd4bf;--paper:#15181b;--wash:#1c2024"
     css = render("core/parts.css")
@@ -110,7 +110,7 @@ def _scoped() -> str:
 
 
 def wrap_handler(language: str, handler: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler that speaks the page's language, and whose errors become a message on the page."""
+    """Return the handler with its messages in the page's language and its errors shown on the page."""
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
@@ -150,7 +150,7 @@ def _as_gradio_error(error: Exception) -> gr.Error:
 
 
 def explain(error: Exception) -> str:
-    """What the user is told: our own messages as they are; of anything else a number, under which the terminal has more."""
+    """Return the text for the user: our own messages as they are; for other errors a number, with details in the terminal."""
     if isinstance(error, TongwenError):
         return error.text()
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):

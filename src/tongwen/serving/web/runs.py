@@ -1,4 +1,4 @@
-"""The runs tab: a recipe started, its curves as they grow, stop and resume, reports."""
+"""The runs tab: start a recipe, watch its curves, stop and resume it, open and compare reports."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tongwen.core.i18n import _
 from tongwen.serving.web.backend import RunsBackend, RunView
 from tongwen.serving.web.html_block import NOTE, UNQUEUED, WrapHandler, block, canvas, sheet
 
-SECONDS = 2  # between two looks at a run
-# A page that was open before the server began again names what this one has not listed yet; who looks it up checks it.
+SECONDS = 2  # between two updates of a run
+# After a restart of the server, an open page may name runs that are not listed yet; the callables check the names.
 ANY: dict[str, Any] = {"allow_custom_value": True}
-WIDTH = 440  # of a curve's drawing: two of them beside each other
+WIDTH = 440  # of a curve's drawing: two side by side
 
 
 def add(page: gr.Blocks, runs: RunsBackend, wrap: WrapHandler) -> None:
-    """Lay out the tab and tie its events."""
+    """Lay out the tab and connect its events."""
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             recipe = gr.Dropdown([], label=_("Recipe"), elem_id="recipe", **ANY)
@@ -78,7 +78,7 @@ def _buttons(running: bool | None) -> tuple[Any, Any]:
 
 
 def as_html(view: RunView) -> str:
-    """A run on one sheet."""
+    """Return the state of a run as HTML."""
     step, before, after = _("step"), _("before"), _("after")
     return render(
         "serving/web/run.html.jinja",

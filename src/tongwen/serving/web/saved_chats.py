@@ -1,4 +1,4 @@
-"""Conversations that are kept: in the reader's own browser, to be opened again, deleted, or taken along as a file."""
+"""Saved conversations: stored in the reader's own browser, to open again, delete, or export as a file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tongwen.serving.web.html_block import NOTE, UNQUEUED, WrapHandler, block, c
 
 MAX_SAVED = 50  # conversations, the newest first
 
-SavedList = list[dict[str, Any]]  # number, title, boards (messages of each side), system
+SavedList = list[dict[str, Any]]  # items: number, title, boards (messages of each side), system
 
 
 @dataclass(frozen=True)
 class SavedChats:
-    """number: of the open conversation among those kept, 0 for one that is new."""
+    """The list of saved conversations and its buttons. number: the open conversation's, 0 for a new one."""
 
     saved: gr.BrowserState
     number: gr.State
@@ -36,15 +36,15 @@ class SavedChats:
         with gr.Row():
             fresh = gr.Button(_("New"), size="sm", min_width=60, elem_id="fresh")
             forget = gr.Button(_("Delete"), size="sm", min_width=60, elem_id="forget")
-        secret = "tongwen"  # noqa: S105 (Gradio wants one; it is the reader's own browser)
+        secret = "tongwen"  # noqa: S105 (Gradio requires one; the data stays in the reader's own browser)
         saved = gr.BrowserState([], storage_key="tongwen.conversations", secret=secret)
         return cls(saved, gr.State(0), picker, fresh, forget, canvas(elem_id="export"))
 
     def connect(
         self, page: gr.Blocks, wrap: WrapHandler, save_after: Sequence[Any], outputs: Sequence[Any], system: gr.Textbox
     ) -> None:
-        """Keep what stands on the boards after each of these events; open and delete when asked. shown: two boards, and
-        the pace under each."""
+        """Save the conversation after each of the events in `save_after`; open and delete on request. outputs: two chat
+        boxes, and the speed under each."""
         boards = outputs[:2]
         state, empty = [self.saved, self.number], [self.number, self.picker, *outputs, self.export]
         for event in save_after:

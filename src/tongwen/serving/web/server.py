@@ -1,4 +1,4 @@
-"""The page on a port of this machine: two languages behind one door, for as long as the command runs."""
+"""Serve the page on a port of this machine: two languages behind one login, for as long as the command runs."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from tongwen.serving.web.login import LoginMiddleware, UploadLimits
 from tongwen.serving.web.page import make_page, theme_and_css
 
 LANGUAGES = ("en", "zh")
-WAITING = 16  # requests that may wait; the next is refused
-SESSIONS = 64  # open pages that are remembered; Gradio would keep 10,000, each with 0.2 MB and what was said in it
+WAITING = 16  # requests that may wait; further ones are refused
+SESSIONS = 64  # open pages whose state is kept; Gradio would keep 10,000, each with 0.2 MB and its conversation
 ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#0f766e"/>'
     '<text x="16" y="23" fill="white" font-size="19" text-anchor="middle">同</text></svg>'
 )
-REPORT = {  # a page of its own, of which nothing may run; browsers open no sandbox that has an opener's policy
+REPORT = {  # a separate page without scripts; browsers refuse a sandbox with an opener policy
     "content-security-policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'",
     "cross-origin-opener-policy": "unsafe-none",
 }
 
 
 def serve(backend: PageBackend, host: str, port: int) -> int:
-    """Serve until interrupted. Raises RecipeError for an address that others reach without a token that the user chose,
-    MachineError when the port cannot be had."""
+    """Serve until interrupted. Raises RecipeError if other machines can reach the address and the user has chosen no token,
+    MachineError if the port cannot be used."""
     loopback = is_loopback(host)
     token, generated = choose_token(loopback)
     with open_port(host, port) as listening, tempfile.TemporaryDirectory(prefix="tongwen-web-") as upload_folder:
@@ -55,7 +55,7 @@ def serve(backend: PageBackend, host: str, port: int) -> int:
 def make_app(
     backend: PageBackend, token: str, *, port: int, loopback: bool = True, limits: UploadLimits | None = None
 ) -> Any:
-    """The whole application: pages, reports, door."""
+    """Return the whole application: pages, reports, login."""
     limits = limits or UploadLimits()
     application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -77,7 +77,9 @@ def make_app(
 
     for name in LANGUAGES:
         page = make_page(backend, name)
-        page.queue(max_size=WAITING, default_concurrency_limit=WAITING, api_open=False)  # nobody passes the line
+        page.queue(
+            max_size=WAITING, default_concurrency_limit=WAITING, api_open=False
+        )  # the API cannot bypass the queue
         page.state_session_capacity = SESSIONS
         gr.mount_gradio_app(
             application,

@@ -1,4 +1,4 @@
-"""The vocabulary tab: a text pasted in; its tokens before and after extension, and the fertility report."""
+"""The vocabulary tab: a text's tokens before and after an extension, and the fertility report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLE = "人工智能正在改变我们学习语言的方式。月亮自己不
 
 
 def add(page: gr.Blocks, backend: VocabularyBackend, wrap: WrapHandler) -> None:
-    """Lay out the tab and tie its events."""
+    """Lay out the tab and connect its events."""
     names = backend.models()
     with gr.Column():
         with gr.Row():
