@@ -53,7 +53,7 @@ def run(
     port: int,
 ) -> int:
     """Serve the page. models: one or two that the chat opens with; adapters: of the first; sampling: the settings until a
-    visitor changes them. whole: every tab, else the chat."""
+    visitor changes them. all_tabs: every tab, else only the chat."""
     try:
         from tongwen.serving.web.server import serve
     except ModuleNotFoundError as error:
@@ -70,7 +70,7 @@ def run(
 
 
 def make_backend(workspace: Workspace, chat: ChatBackend) -> PageBackend:
-    """All tabs, for the files in these folders."""
+    """Return the backends of all tabs, for the files in these folders."""
     return PageBackend(
         "同文 tongwen", chat, _data_backend(workspace), _vocabulary_backend(workspace), _runs_backend(workspace)
     )

@@ -1,6 +1,6 @@
 """Answers from an OpenAI-compatible endpoint (vLLM, SGLang, Ollama, llama-server, …), several at a time.
 
-The key is read from OPENAI_API_KEY and goes nowhere else; a local server needs none. Importing this module needs the package
+The key is read from OPENAI_API_KEY and sent nowhere else; a local server needs none. This module needs the package
 `openai`.
 """
 
@@ -18,12 +18,12 @@ from tongwen.core.i18n import _
 from tongwen.core.openai_client import OpenAIClient, UnreadableReply
 from tongwen.infer.generation import Sampling
 
-CONCURRENCY = 8  # requests
-RETRIES = 4  # of a request, by the official client
+CONCURRENCY = 8  # concurrent requests
+RETRIES = 4  # of a request, by OpenAI's client
 
 
 class EndpointBackend:
-    """A model behind an address. completion: texts are continued, and no template is applied there."""
+    """A model at an endpoint. completion: continue texts; the endpoint applies no template."""
 
     def __init__(self, url: str, model: str, *, completion: bool = False) -> None:
         self.url, self.model, self.completion = url, model, completion
@@ -34,8 +34,8 @@ class EndpointBackend:
         sampling: Sampling,
         on_answer: Callable[[int, str], None],
     ) -> None:
-        """Hand each answer to `take` with its place. Raises MachineError when the endpoint cannot be reached, ModelError
-        when it refuses."""
+        """Call `on_answer` with the index and text of each answer. Raises MachineError if the endpoint cannot be reached,
+        ModelError if it refuses."""
         if sampling.beams > 1:
             raise ModelError(_("endpoints do not support beam search"), place=self.url, remedy="--beams 1")
         asyncio.run(self._answer_each(conversations, _options(sampling), on_answer))
@@ -94,7 +94,7 @@ class EndpointBackend:
 
 
 def _options(sampling: Sampling) -> dict[str, Any]:
-    """The sampling in OpenAI's words, and in vLLM's and SGLang's where it has none."""
+    """Return the sampling options under OpenAI's names, and under those of vLLM and SGLang where OpenAI has none."""
     extra: dict[str, float] = {}
     if sampling.top_k:
         extra["top_k"] = sampling.top_k

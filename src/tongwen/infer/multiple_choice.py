@@ -1,4 +1,4 @@
-"""Questions with options, from files in the layouts of C-Eval, CMMLU and MMLU, and the words in which they are asked."""
+"""Multiple-choice questions: read files in the layouts of C-Eval, CMMLU and MMLU, and format the prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLIT = re.compile(r"_(?:val|dev|test)$")
 
 @dataclass(frozen=True)
 class Layout:
-    """How one suite asks. mark: what stands before the answer; blank: what a base model writes between mark and letter."""
+    """A suite's prompt format. mark: text before the answer; blank: what a base model writes between mark and letter."""
 
     head: str
     mark: str
@@ -33,7 +33,7 @@ MMLU = Layout("The following are multiple choice questions (with answers) about 
 
 @dataclass(frozen=True)
 class MultipleChoiceQuestion:
-    """One question. options: their texts, the first one is A; answer: the place of the right one among them."""
+    """One question. options: their texts, the first is A; answer: index of the correct one."""
 
     layout: Layout
     subject: str
@@ -42,7 +42,7 @@ class MultipleChoiceQuestion:
     answer: int
 
     def prompt(self) -> str:
-        """The question with its options, up to where the letter is said."""
+        """Return the question with its options and the mark after which the letter follows."""
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
         return "\n".join([self.question, *lines, self.layout.mark])
 
@@ -52,7 +52,7 @@ class MultipleChoiceQuestion:
 
 
 def read_choices(file: Path) -> list[MultipleChoiceQuestion]:
-    """All questions of a CSV file; its name, without `_val`, `_dev` or `_test`, is the subject. Raises DataError."""
+    """Return all questions of a CSV file. Its name, without `_val`, `_dev` or `_test`, is the subject. Raises DataError."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -106,7 +106,7 @@ def _choice(
 
 
 def conversation(choice: MultipleChoiceQuestion, examples: Sequence[MultipleChoiceQuestion]) -> list[dict[str, Any]]:
-    """The question as a chat, behind answered examples of its subject."""
+    """Return the question as a chat, after answered examples of its subject."""
     turns = [question.prompt() for question in (*examples, choice)]
     turns[0] = f"{choice.layout.head.format(subject=choice.subject)}\n\n{turns[0]}"
     out: list[dict[str, Any]] = []
@@ -116,7 +116,7 @@ def conversation(choice: MultipleChoiceQuestion, examples: Sequence[MultipleChoi
 
 
 def text(choice: MultipleChoiceQuestion, examples: Sequence[MultipleChoiceQuestion]) -> str:
-    """The same as one text, for a base model."""
+    """Return the same conversation as one text, for a base model."""
     turns = conversation(choice, examples)
     gap = {"user": choice.layout.blank, "assistant": "\n\n"}
     return "".join(turn["content"] + gap[turn["role"]] for turn in turns[:-1]) + str(turns[-1]["content"])

@@ -1,4 +1,4 @@
-"""Many prompts at once by vLLM, in this process, where it is installed."""
+"""Generate with vLLM in this process, if it is installed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from tongwen.core.errors import MissingPackage, ModelError
 from tongwen.core.i18n import _
 from tongwen.infer.generation import ROWS, OnAnswer, Sampling, TextGenerator
 
-CHUNK_PROMPTS = 1024  # prompts that vLLM gets together: it deals them itself, and what is done is kept after each lot
+CHUNK_PROMPTS = 1024  # prompts per call: vLLM batches them itself, and answers are saved after each call
 
 
 @dataclass(frozen=True)
 class VllmBackend(TextGenerator):
-    """A voice whose model is vLLM's `LLM`."""
+    """A generator whose model is vLLM's `LLM`."""
 
     def answer_all(
         self, prompts: Sequence[list[int]], sampling: Sampling, on_answer: OnAnswer, rows: int = ROWS
     ) -> None:
-        """The same; how many prompts are answered side by side is vLLM's own matter, whatever `rows` says."""
+        """As in the base class, but vLLM itself decides how many prompts it answers at a time; `rows` has no effect."""
         from vllm import SamplingParams
 
         if sampling.beams > 1:
@@ -44,7 +44,7 @@ class VllmBackend(TextGenerator):
 
 
 def open_model(folder: str, tokenizer: Any, stop_ids: tuple[int, ...], context: int) -> VllmBackend:
-    """vLLM with a model folder. Raises MissingPackage."""
+    """Open a model folder with vLLM. Raises MissingPackage."""
     try:
         from vllm import LLM
     except ImportError:

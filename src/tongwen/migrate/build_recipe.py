@@ -1,4 +1,4 @@
-"""What a reading has gathered becomes a recipe, or the commands that do it: what depends on several flags is settled here."""
+"""Build a recipe, or tongwen commands, from the flags that were read; handles values that depend on several flags."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POSITIONAL = ("MODEL", "SRC")
 
 
 def build_recipe(reader: FlagReader, place: str) -> dict[str, Any]:
-    """The recipe as nested mappings, its keys in the order of the schema. Problems go to the reading."""
+    """Return the recipe as nested mappings, its keys in the order of the schema. Problems are added to the reader."""
     settings = {key: value for key, (_, value) in reader.settings.items() if value is not None}
     section = reader.section
     _multiply_batch(reader, settings, place)
@@ -32,7 +32,7 @@ def build_recipe(reader: FlagReader, place: str) -> dict[str, Any]:
         settings.pop("vocab.tokenizer", None)
     if reader.context.lengths:
         settings[f"{section}.max_length"] = sum(reader.context.lengths.values())
-    if settings.get("pretrain.train") == "lora+embeddings":  # the old scripts had one rate for all
+    if settings.get("pretrain.train") == "lora+embeddings":  # the old scripts had one learning rate for everything
         settings["pretrain.embedding_learning_rate"] = settings["pretrain.learning_rate"]
     if "base" not in settings:
         reader.add_problem(
@@ -59,13 +59,13 @@ def build_recipe(reader: FlagReader, place: str) -> dict[str, Any]:
 
 
 def as_yaml(recipe: dict[str, Any], heading: str) -> str:
-    """The recipe's text under a comment that says where it comes from."""
+    """Return the recipe's text under a comment that names its origin."""
     text: str = yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False, width=100)
     return "".join(f"# {line}\n" for line in heading.splitlines()) + text
 
 
 def build_commands(reader: FlagReader, program: OldProgram) -> list[list[str]]:
-    """The tongwen commands that do what an old program did, in their order."""
+    """Return the tongwen commands that replace an old program, in their order."""
     options = {key: value for key, (_, value) in reader.settings.items() if value not in (None, False)}
     out = [["fetch", id_] for id_ in reader.context.fetch]
     command = list(program.command)
@@ -90,7 +90,7 @@ def _short(value: Any) -> str:
 
 
 def _multiply_batch(reader: FlagReader, settings: dict[str, Any], place: str) -> None:
-    """Samples per step over all devices. BELLE divided its accumulation by the devices, the others multiplied by them."""
+    """Set the samples per step over all devices. BELLE divided its accumulation by the devices; the others did not."""
     factors, key = reader.context.batch, f"{reader.section}.batch_size"
     devices = factors.get("devices", 1) * factors.get("machines", 1)
     if "shared" in factors:
@@ -109,7 +109,7 @@ def _multiply_batch(reader: FlagReader, settings: dict[str, Any], place: str) ->
 
 
 def _name_method(settings: dict[str, Any], section: str) -> None:
-    """Quantised is qlora; and what pre-training trains is said by `train`."""
+    """Set the method: a quantised base means qlora; in pre-training, lora and full move to the key `train`."""
     method = f"{section}.adapter.method"
     if f"{section}.adapter.quantize" in settings:
         settings[method] = "qlora"
@@ -121,7 +121,7 @@ def _name_method(settings: dict[str, Any], section: str) -> None:
 
 
 def _list_entries(settings: dict[str, Any], section: str) -> None:
-    """LLaMA-Factory's data sets, by their entries."""
+    """Name LLaMA-Factory's data sets by their entries in dataset_info.json."""
     folder, names = settings.pop("dataset_dir", ""), settings.pop("dataset", [])
     kind = "documents" if section == "pretrain" else "dialogues"
     if names:
@@ -129,12 +129,12 @@ def _list_entries(settings: dict[str, Any], section: str) -> None:
 
 
 def _llama_folder(folder: str, size: str) -> str:
-    """Where LLaMA's files of one size lie: the converter looked below the folder."""
+    """Return the folder of one size of LLaMA: the old converter searched below the given folder."""
     return folder if size == "tokenizer_only" else str(Path(folder) / size)
 
 
 def _with_base(options: dict[str, Any], reader: FlagReader) -> dict[str, Any]:
-    """The base that the adapter names, and the name that the old program gave to the result."""
+    """Add the base that the adapter names, and the folder that the old program named for the result."""
     file = Path(options["--adapter"][0]) / "adapter_config.json"
     try:
         base = str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] or "BASE")

@@ -1,4 +1,4 @@
-"""Failures of the older projects by their numbers: symptom, cause, what happens here instead, the tests that show it."""
+"""Known failures of the older projects by number: symptom, cause, what tongwen does instead, the tests that prove it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tongwen.migrate.tables import read_table
 
 @dataclass(frozen=True)
 class KnownFailure:
-    """handling: what happens instead in tongwen; tests: those that prove it."""
+    """A failure of an older project. handling: what tongwen does instead; tests: those that prove it."""
 
     id: str
     symptom: str
@@ -25,7 +25,7 @@ class KnownFailure:
 
 @cache
 def failures() -> dict[str, KnownFailure]:
-    """All of them, by number."""
+    """Return all failures by number."""
     text = (resources.files("tongwen.migrate") / "failures.yaml").read_text(encoding="utf-8")
     return {
         id_: KnownFailure(id_, row["says"], row["why"], row["here"], tuple(row["shown"]))
@@ -34,7 +34,7 @@ def failures() -> dict[str, KnownFailure]:
 
 
 def find(name: str) -> KnownFailure:
-    """The failure of that number, however it is written (F-02, f2). Raises RecipeError when there is none."""
+    """Return the failure with this number, in any spelling (F-02, f2). Raises RecipeError if there is none."""
     found = re.fullmatch(r"[Ff]-?0*(\d+)", name.strip())
     known_failures = failures()
     if found is None or (id_ := f"F-{int(found[1]):02}") not in known_failures:

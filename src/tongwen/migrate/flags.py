@@ -1,7 +1,7 @@
-"""Flags with their values become words of a recipe, or options of a command; each flag gets one verdict.
+"""Turn flags with their values into keys of a recipe, or options of a command; each flag gets one verdict.
 
-The tables say where a flag goes, a reader what its old value means today. What is given twice with two values, lacks
-its value or is known to nobody is a problem; all problems are raised together.
+The tables name the new key of a flag, and a reader converts its value. A flag with two different values, without its value,
+or unknown to the program is a problem; all problems are raised together.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tongwen.recipe.aliases import OLD, OLD_REASONS, OWNED, training_arguments
 
 @dataclass
 class Verdict:
-    """What became of one flag. verdict: kept | renamed | mended | dropped; becomes: its word today; why: the reason."""
+    """The result for one flag. verdict: kept | renamed | mended | dropped; becomes: the new key; why: the reason."""
 
     flag: str
     value: Any
@@ -31,7 +31,7 @@ class Verdict:
 
 @dataclass
 class FlagReader:
-    """An old command, with the files that it names, on its way. said: word of today -> (flag that said it, value)."""
+    """Reads an old command and the files that it names. settings: new key -> (flag that set it, value)."""
 
     context: MigrationContext
     section: str = ""
@@ -41,8 +41,8 @@ class FlagReader:
     problems: list[TongwenError] = field(default_factory=list)
 
     def read_flags(self, program: OldProgram, flags: Iterable[tuple[str, Any]], place: str, inside: str = "") -> None:
-        """Read the flags of a program. place: where they stand, for messages; inside: the file that a flag has named, whose
-        keys these are."""
+        """Read the flags of a program. place: their origin, for messages; inside: the file that contains them, if a flag
+        names one."""
         first = len(self.verdicts)
         values = self._once(flags, place)
         for name, value in values.items():
@@ -63,7 +63,7 @@ class FlagReader:
             self.set_value(key, "", value, place)
 
     def set_value(self, key: str, flag: str, value: Any, place: str) -> None:
-        """Set a word of today. What a flag says goes before what a program does by itself; two flags must agree."""
+        """Set a new key. A flag overrides the program's own default; two flags must agree."""
         before, old = self.settings.get(key, ("", value))
         if flag and before and old != value:
             self.add_problem(
@@ -110,7 +110,7 @@ class FlagReader:
         return rule
 
     def _apply(self, rule: FlagRule, name: str, value: Any, place: str, *, explicit: bool = True) -> None:
-        """own: the flag was given, and not only taken for granted by its program."""
+        """Apply one flag. explicit: the user gave it; it is not a default of the program."""
         try:
             found = READERS[rule.read](self.context, name, value)
             if rule.words and not isinstance(found, RemovedFlag):
@@ -144,7 +144,7 @@ class FlagReader:
 
 
 def _drop_reason(rule: FlagRule, values: dict[str, Any]) -> str:
-    """Why a flag says nothing beside the others; empty when it does."""
+    """Return why a flag has no effect next to the others, or ""."""
     for other, why in rule.unless.items():
         # max_steps: -1 means no limit, as if the flag were absent.
         if other in values and str(values[other]).lower() not in ("false", "-1", "0"):
@@ -153,7 +153,7 @@ def _drop_reason(rule: FlagRule, values: dict[str, Any]) -> str:
 
 
 def _map_value(rule: FlagRule, found: Any) -> Any:
-    """The word of today for an old one. Raises ValueError for a word that the program did not have."""
+    """Return the new value for an old one. Raises ValueError for a value that the program did not have."""
     mapping = {str(old).lower(): new for old, new in rule.words.items()}
     old = str(found.value if isinstance(found, CorrectedValue) else found).lower()
     if old not in mapping:
@@ -164,7 +164,7 @@ def _map_value(rule: FlagRule, found: Any) -> Any:
 
 
 def _training_argument_rule(name: str) -> FlagRule | None:
-    """A field of TrainingArguments that no table names."""
+    """Return the rule for a field of TrainingArguments that no table names."""
     if OLD.get(name):
         return FlagRule(to=f"@.{OLD[name]}", read="scalar")
     if name in OLD:

@@ -1,4 +1,4 @@
-"""An old command line, or an old file, read from its first word to its last: what it was, and what does it today."""
+"""Read old command lines and configuration files completely, and find their replacement in tongwen."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ SIZES = {"7B": "llama-7b", "13B": "llama-13b", "30B": "llama-30b", "65B": "llama
 
 @dataclass
 class MigrationResult:
-    """What an old command is today. recipe: empty when commands do it; commands: without the word `tongwen`; instead: a
-    line of another program; launch: options of torchrun on several machines; environment: what stood before the command."""
+    """The replacement of an old command. recipe: empty if commands replace it; commands: without the leading `tongwen`;
+    instead: a line of another program; launch: options of torchrun on several machines; environment: variables set in
+    front of the command."""
 
     old: str
     project: str
@@ -42,7 +43,7 @@ class MigrationResult:
 
 
 def migrate_command(arguments: Sequence[str], current_id: CurrentId) -> MigrationResult:
-    """Read one old command line. Raises RecipeError, or SeveralErrors with every flag that cannot be read."""
+    """Read one old command line. Raises RecipeError, or SeveralErrors with every invalid flag."""
     old = shlex.join(arguments)
     environment, rest = split_environment(tuple(arguments))
     if not rest:
@@ -85,11 +86,11 @@ def _new_reader(current_id: CurrentId) -> FlagReader:
     return reader
 
 
-# -- lines that start no program of theirs -------------------------------------------------------------------------
+# -- lines that run a general tool ---------------------------------------------------------------------------------
 
 
 def _plain_line(arguments: tuple[str, ...], old: str) -> MigrationResult | None:
-    """conda, pip, git, wget, sha256sum, accelerate's questions: each word dropped, or an argument of what is done here."""
+    """Read a line of conda, pip, git, wget, sha256sum or `accelerate config`; its arguments are dropped or passed on."""
     for program in programs("lines").values():
         prefix = next(
             (prefix for prefix in program.names if arguments[: len(prefix.split())] == tuple(prefix.split())), None
@@ -117,7 +118,7 @@ def _plain_line(arguments: tuple[str, ...], old: str) -> MigrationResult | None:
 
 
 def _llama_address(rest: Sequence[str]) -> list[list[str]]:
-    """`wget …/LLaMA/7B/consolidated.00.pth`: the model of that size; its md5 list and the tokenizer come along."""
+    """Fetch the model of the size in `wget …/LLaMA/7B/consolidated.00.pth`, which includes its md5 list and tokenizer."""
     address = next(argument for argument in rest if "://" in argument)
     size = next((name for part, name in SIZES.items() if f"/{part}/" in address), SIZES["7B"])
     return [["fetch", size]]
@@ -184,7 +185,7 @@ def _program_line(arguments: tuple[str, ...], old: str, current_id: CurrentId) -
 
 
 def _split_launcher(arguments: tuple[str, ...]) -> tuple[OldProgram | None, tuple[str, ...]]:
-    """(the program that starts the script, the rest)."""
+    """Return (the launcher that starts the script, the rest)."""
     found = [
         (len(name.split()), one)
         for one in programs("launchers").values()
@@ -198,7 +199,7 @@ def _split_launcher(arguments: tuple[str, ...]) -> tuple[OldProgram | None, tupl
 
 
 def _script_name(arguments: Sequence[str], position: int) -> str:
-    """The name of an old program that stands there, by its file alone; empty when it is none."""
+    """Return the name of the old program at this position, by its file name; "" if there is none."""
     for program in scripts():
         for name in program.names:
             parts = name.split()
@@ -214,8 +215,8 @@ def _nearest_scripts(arguments: Sequence[str]) -> str:
 
 
 def _choose(name: str, flags: Sequence[str]) -> OldProgram:
-    """The program of that name: several projects have a finetune.py, and their flags tell them apart. One without any is
-    BELLE's, whose manual alone shows such a line."""
+    """Return the program of that name. Several projects have a finetune.py, which are distinguished by their flags; a line
+    without flags is BELLE's, the only project whose manual shows one."""
     named = [program for program in scripts() if name in program.names]
     given = {flag.lstrip("-").partition("=")[0] for flag in flags if flag.startswith("--")}
     for program in named:
@@ -228,7 +229,7 @@ def _choose(name: str, flags: Sequence[str]) -> OldProgram:
 def _flags(
     arguments: Sequence[str], reader: FlagReader, place: str, positional: Sequence[str] = ()
 ) -> Iterator[tuple[str, Any]]:
-    """(flag, value) of each option. A word that is no flag belongs to the flag before it, or is the next positional one."""
+    """Yield (flag, value) of each option. Other arguments are the value of the flag before them, or positional."""
     waiting: str | None = None
     names = iter(positional)
     for argument in arguments:
@@ -259,7 +260,7 @@ def _flags(
 
 
 def _read_file_flags(reader: FlagReader, path: str) -> None:
-    """A file that a flag names: its keys are flags of their own. The project's own when it is not here."""
+    """Read the keys of a file that a flag names. If it does not exist, use the file that the project shipped."""
     name = Path(path).name
     if not Path(path).is_file() and name in known_files():
         data = known_files()[name]
@@ -271,7 +272,7 @@ def _read_file_flags(reader: FlagReader, path: str) -> None:
 
 
 def _read_keys(reader: FlagReader, program: OldProgram, data: Mapping[str, Any], path: str, inside: str = "") -> None:
-    """The keys of a file as flags; a null says nothing."""
+    """Read the keys of a file as flags; null sets nothing."""
     keys = dict(_flat(data))
     reader.read_flags(program, [pair for pair in keys.items() if pair[1] is not None], path, inside)
     null_keys = [f"{inside}:{key}" if inside else key for key, value in keys.items() if value is None]
@@ -292,7 +293,7 @@ def _read_data(path: str) -> dict[str, Any]:
 
 
 def _recognise(data: Mapping[str, Any], path: str) -> OldProgram:
-    """What a file is by its keys: all that its program is known by must be there."""
+    """Return the program to which a file belongs: the first of whose keys all occur in it."""
     files = [*programs("trainer").values(), *scripts()]
     for program in files:
         if program.keys and all(key in data for key in program.keys):
@@ -308,7 +309,7 @@ def _recognise(data: Mapping[str, Any], path: str) -> OldProgram:
 
 
 def _flat(data: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys of nested mappings, joined by dots."""
+    """Yield the keys of nested mappings, joined by dots, and their values."""
     for key, value in data.items():
         name = f"{before}{key}"
         if isinstance(value, dict) and value:

@@ -1,6 +1,6 @@
-"""Lines of a shell as people keep them in scripts and READMEs: continued, with variables, with a prompt before them.
+"""Parse shell lines from scripts and READMEs: continued lines, variables, prompts.
 
-Nothing is run: variables get the values that the same text gives them, and what it does not say stays `${name}`.
+Nothing is run: variables get the values that the same text assigns, and others stay `${name}`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)")
 
 @dataclass(frozen=True)
 class ScriptLine:
-    """One command. number: of the line on which it begins, from 1."""
+    """One command. number: its first line, counted from 1."""
 
     arguments: tuple[str, ...]
     number: int
 
 
 def read_script(text: str, name: str) -> list[ScriptLine]:
-    """The commands of a script. A line that begins with a dash belongs to the command above, backslash or not.
+    """Return the commands of a script. A line that begins with a dash continues the command above, even without a backslash.
 
-    Raises RecipeError for a quote that is not closed.
+    Raises RecipeError for an unclosed quote.
     """
     variables: dict[str, str] = {}
     out: list[ScriptLine] = []
@@ -53,7 +53,7 @@ def read_script(text: str, name: str) -> list[ScriptLine]:
 
 
 def split_environment(arguments: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """(what stands before a command as NAME=value, the command)."""
+    """Return (the NAME=value assignments in front of a command, the command)."""
     environment: dict[str, str] = {}
     for index, argument in enumerate(arguments):
         found = _ASSIGNMENT.match(argument)
@@ -64,7 +64,7 @@ def split_environment(arguments: tuple[str, ...]) -> tuple[dict[str, str], tuple
 
 
 def _joined(text: str) -> list[tuple[int, str]]:
-    """Whole lines, each with the number of its first."""
+    """Return the lines with continuations joined, each with the number of its first line."""
     out: list[tuple[int, str]] = []
     continued = False
     for number, raw in enumerate(text.splitlines(), 1):
