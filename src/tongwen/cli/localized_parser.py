@@ -46,8 +46,8 @@ ARGPARSE_MESSAGES = (
 
 
 class LocalizedParser(argparse.ArgumentParser):
-    """argparse looks its messages up by the names `_` and `ngettext` of its module. While this parser is made, parses or
-    prints, they lead to our catalogue; other parsers of the process keep theirs."""
+    """A parser with translated messages. argparse looks them up through `_` and `ngettext` of its module; these point to our
+    catalogue while this parser is built, parses or prints. Other parsers of the process are not affected."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with _our_catalogue():
@@ -75,7 +75,7 @@ class LocalizedParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         found = re.fullmatch(r"argument (\S+): (.*)", message, re.DOTALL)
-        if found:  # Python 3.10 does not look this one up
+        if found:  # Python 3.10 does not translate this message
             message = _("argument %(argument_name)s: %(message)s") % {"argument_name": found[1], "message": found[2]}
         with _our_catalogue():
             super().error(message)

@@ -22,7 +22,7 @@ WRITE_FAILED = ("Input/output error", "os error 5", "PytorchStreamWriter failed"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code (see docs/errors.md)."""
+    """Run one command and return its exit code (see docs/errors.md)."""
     arguments = parse(argv)
     arguments.main = main  # `migrate --run` runs the commands that it prints
 
@@ -70,7 +70,7 @@ def _fail(code: int, message: str) -> int:
 
 
 def _machine_cause(error: Exception) -> str | None:
-    """A message for an error of the machine (disk, memory, permission); None for a bug of ours."""
+    """Return a message for an error of the machine (disk, memory, permission); None for a bug of ours."""
     from tongwen.core.errors import is_disk_full, is_out_of_memory
 
     text = str(error)

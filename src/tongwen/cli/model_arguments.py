@@ -48,7 +48,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All sampling options: the defaults, overridden by the preset, overridden by the command line."""
+    """Return all sampling options: the defaults, overridden by the preset, overridden by the command line."""
     from dataclasses import asdict
 
     from tongwen.infer.generation import Sampling

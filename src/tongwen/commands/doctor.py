@@ -84,7 +84,7 @@ def run() -> int:
 
 
 def explain(name: str) -> int:
-    """Print one failure of the older projects: symptom, cause, and what happens here instead."""
+    """Print one failure of the older projects: symptom, cause, and what tongwen does instead."""
     failure = find(name)
     console.header(failure.id, _(failure.symptom))
     console.tell(_("cause: ") + _(failure.cause))
@@ -104,7 +104,7 @@ def explain(name: str) -> int:
 
 
 def hubs() -> dict[str, str]:
-    """The places that models come from."""
+    """Return the hubs and their addresses."""
     return {
         "hub": os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
         "mirror": "https://hf-mirror.com",
@@ -113,7 +113,7 @@ def hubs() -> dict[str, str]:
 
 
 def reach(url: str, timeout_seconds: float = 3.0) -> float | None:
-    """Milliseconds to open a connection (through the proxy if one is set); None when it is unreachable."""
+    """Return the milliseconds to open a connection (through the proxy if one is set); None if that fails."""
     proxy = os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY")
     target = urlparse(proxy or url)
     start = time.monotonic()

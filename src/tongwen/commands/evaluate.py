@@ -1,4 +1,4 @@
-"""evaluate: a model and tasks in; scores out, and a folder with the rows behind them where one is named."""
+"""evaluate: score a model on tasks; write scores, rows and a report to a folder if one is named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tongwen.workflows.scoring import EvaluatedModel, examine, keep_answers
 def run(
     recipe: Recipe, adapters: Sequence[str], *, before: str, template: str, thinking: str, weights: str, out: str
 ) -> int:
-    """Examine the model that the recipe calls its base, with adapters; keep the result where `out` says."""
+    """Evaluate the recipe's base with these adapters; write the result to `out` unless it is empty."""
     assert recipe.evaluate
     if out:
         artifact.make_way(Path(out), again=False)

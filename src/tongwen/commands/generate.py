@@ -38,7 +38,7 @@ class AnswerSource:
 
 @dataclass(frozen=True)
 class AnswerBackend:
-    """answer_each: takes conversations and a callback for each answer; prompt: gives a conversation as the model reads it."""
+    """answer_each: (conversations, callback for each answer); prompt: a conversation -> its text as the model reads it."""
 
     answer_each: Callable[[list[list[dict[str, Any]]], Callable[[int, str], None]], None]
     prompt: Callable[[list[dict[str, Any]]], str]
@@ -47,7 +47,7 @@ class AnswerBackend:
 def run(
     source: AnswerSource, prompts: str, out: str, *, form: str, batch_size: int, sampling: dict[str, Any], again: bool
 ) -> int:
-    """Answer every row that has no answer yet, then write them all."""
+    """Answer every row that has no answer yet, then write all answers."""
     file = Path(out)
     questions = read_questions(SourceConfig(path=prompts))
     if file.exists():
@@ -114,7 +114,7 @@ def _write(
     prompt: Callable[[list[dict[str, Any]]], str],
     sampling: dict[str, Any],
 ) -> None:
-    """All rows in their order. belle and chinese-llama-alpaca: one array, as the scripts of these projects wrote it."""
+    """Write all rows in their order. belle, chinese-llama-alpaca: one array, as the scripts of these projects wrote it."""
     pairs = [(question, answers[row]) for row, question in enumerate(questions)]
     if form == "jsonl":
         rows = [

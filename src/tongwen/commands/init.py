@@ -180,7 +180,7 @@ def run(name: str, out: str) -> int:
 
 
 def render(name: str) -> str:
-    """The recipe of that name, with its comments in the user's language."""
+    """Return the recipe of that name, with its comments in the user's language."""
     start, method = STARTS[name], METHODS[STARTS[name].method]
     text = (importlib.resources.files("tongwen.commands") / "recipe_templates" / f"{start.stage}.yaml").read_text(
         encoding="utf-8"
@@ -198,7 +198,7 @@ def render(name: str) -> str:
     ]
     text = "".join(lines).replace("@phases@", "").rstrip() + "\n"
     text = COMMENT.sub(lambda found: f"# {_(found[1])}", text)
-    for _index in range(2):  # the adapter has the rank in it
+    for _index in range(2):  # twice, because the adapter's value contains @rank@
         text = re.sub(r"@(\w+)@", lambda found: str(values[found[1]]), text)
     return text
 

@@ -1,4 +1,4 @@
-"""merge: adapters and their base in, a model folder out."""
+"""merge: merge adapters into their base and write a model folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tongwen.workflows.merging import MergeOptions, merge
 
 
 def run(base: str, adapters: list[str], out: str, options: MergeOptions, *, again: bool) -> int:
-    """Merge into a new folder. again: keep what is in it under another name, instead of refusing."""
+    """Merge into a new folder. again: rename an existing folder instead of refusing."""
     target = Path(out)
     artifact.make_way(target, again=again)
     chosen = {
@@ -30,7 +30,7 @@ def run(base: str, adapters: list[str], out: str, options: MergeOptions, *, agai
 def make_combination(
     method: str, adapters: Sequence[str], weights: Sequence[float], density: float, scale: float
 ) -> Combination:
-    """How adapters are combined. Raises RecipeError for weights that do not go with them."""
+    """Return how to combine the adapters. Raises RecipeError if the weights do not fit them."""
     problem = ""
     if len(adapters) < 2 or len(set(adapters)) < len(adapters):
         problem = _("combining needs at least two adapters, each once")

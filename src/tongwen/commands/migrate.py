@@ -29,8 +29,8 @@ def run(inputs: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -
     """Print the replacement of each old command; yield the tongwen commands in their order, and whether each is the last. A
     folder is an old adapter: it is written to `out` as an ordinary one, with alpha as its scale.
 
-    words: files, or a command. out: the recipe's file; by default beside the run's folder if `to_run`. Each command runs
-    before the next line is read, because a line may need what the line before it wrote.
+    inputs: files, or a command. out: the recipe's file; by default beside the run's folder if `to_run`. Each command runs
+    before the next line is read, because a line may need the files that the line before it wrote.
     """
     if len(inputs) == 1 and Path(inputs[0]).is_dir():
         _migrate_adapter(Path(inputs[0]), Path(out or f"{inputs[0].rstrip('/')}-lora"), alpha)
@@ -57,7 +57,7 @@ def run(inputs: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -
         for number, line in enumerate(lines, 1):
             yield line, position == final and number == len(lines)
         rows.append({**dataclasses.asdict(result), "commands": [["tongwen", *line] for line in lines], "text": text})
-    if not to_run:  # else the commands that run print their own JSON
+    if not to_run:  # otherwise the commands print their own JSON
         console.emit({"migrated": rows})
 
 
@@ -89,7 +89,7 @@ def _migrate_adapter(folder: Path, out: Path, alpha: float | None) -> None:
 
 
 def _read(inputs: list[str]) -> Iterator[MigrationResult]:
-    """Read files if the first word is one, else a command; all commands of a script."""
+    """Read configuration files, all commands of a script, or one command, depending on the first argument."""
     if not inputs:
         raise RecipeError(
             _("give a file or a command"),
@@ -147,7 +147,7 @@ def _output_recipe(text: str, target: str) -> None:
 
 
 def _device_overrides(recipe: dict[str, Any]) -> list[str]:
-    """Overrides for a machine with fewer devices than the old command used. The batch size, and so the result, stays the same."""
+    """Return overrides for a machine with fewer devices than the old command used; the batch size stays the same."""
     import torch
 
     available = max(torch.accelerator.device_count(), 1)

@@ -39,7 +39,7 @@ from tongwen.workflows.tokenized_data import (
 from tongwen.workflows.training import memory_estimate
 from tongwen.workflows.training.memory_estimate import MemoryEstimate, MicroBatch, TrainingSetup, estimate_memory
 
-PURPOSES = (  # of memory, as an estimate names them
+PURPOSES = (  # the uses of memory in an estimate
     N_("libraries"),
     N_("weights"),
     N_("gradients"),
@@ -65,7 +65,7 @@ def run(recipe: Recipe, gpu: str | None, stages: Stages, *, measure: bool = Fals
     if not recipe.training or recipe.prepare is None:
         raise RecipeError(_("this recipe has no training stage"), place=recipe.name, remedy="sft: {}")
     if measure:
-        import peft  # noqa: F401 (with all that it compiles, as training has it: the estimate would import less)
+        import peft  # noqa: F401 (with all that it compiles, as in training; the estimate alone would import less)
     check_ahead(recipe, recipe.stages, stages)
     if recipe.vocab and not artifact.find(Path(recipe.out) / "vocab"):
         _unused, new = _config(recipe, recipe.base)
@@ -136,7 +136,7 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
 
 
 def _config(recipe: Recipe, base: str) -> tuple[Any, int]:
-    """(the base's configuration, the most new rows that a vocabulary stage will still add)."""
+    """Return (the base's configuration, the maximum of new rows that a vocabulary stage will still add)."""
     place, section = load.locate(base), recipe.vocab
     config = load.load_config(place)
     if section is None or artifact.find(Path(recipe.out) / "vocab"):
@@ -151,17 +151,17 @@ def _config(recipe: Recipe, base: str) -> tuple[Any, int]:
 
 
 def _rows(recipe: Recipe, section: Training, base: str, new: int) -> int:
-    """Rows of new pieces that are trained one by one. new: rows that `vocab` will still add."""
+    """Return the number of rows of new pieces that are trained individually. new: rows that `vocab` will still add."""
     parts = section.trained_parts
     if "new_rows" in parts:
         return new or len(new_rows_of(base))
-    if isinstance(section, Sft) and parts == {"lora"} and not recipe.pretrain:  # nothing else trains them
+    if isinstance(section, Sft) and parts == {"lora"} and not recipe.pretrain:  # nothing else trains the rows
         return new or (len(new_rows_of(base)) if are_rows_untrained(base) else 0)
     return 0
 
 
 def _disk(config: Any, section: Training, setting: TrainingSetup, steps: list[int]) -> tuple[dict[str, int], int]:
-    """(bytes by file kind, with the checkpoint that is written before an older one is deleted; the peak)."""
+    """Return (bytes by file kind, the peak). `saving` is the checkpoint that is written before an older one is deleted."""
     result, sizes = memory_estimate.estimate_files(config, setting, [parts_of(train) for train in section.trains])
     retained, extra = 0, 0
     for size, count in zip(sizes, steps, strict=True):
@@ -209,7 +209,7 @@ def _setting(section: Training, device: str, limit: int | None, world: int, rows
 
 
 def _fullest(plans: list[BatchPlan], data: TokenizedData) -> MicroBatch:
-    """The micro-batch with the most tokens."""
+    """Return the micro-batch with the most tokens."""
     lengths = data.store.lengths
     parts = [part for plan in plans for step in plan.micro for part in step]
     part = max(parts, key=lambda part: int(lengths[list(part)].sum()))
@@ -231,7 +231,7 @@ def _estimate(
 def _remedies(
     recipe: Recipe, name: str, config: Any, micro: MicroBatch, peak: int, limit: int, rows: int
 ) -> Iterator[dict[str, Any]]:
-    """Changes that make it fit: the cheapest first, each on top of those before it, until it fits."""
+    """Yield changes that reduce the memory: the cheapest first, each on top of those before it, until it fits."""
     peaks, total = [peak], sum(micro.lengths)
 
     def reduces_peak(section: Training, tokens: int) -> bool:
@@ -249,7 +249,7 @@ def _remedies(
 
 
 def _later_stages(recipe: Recipe) -> dict[str, Any]:
-    """Needs of merging and exporting, which both read the model a block of rows at a time."""
+    """Print and return the needs of merging and exporting, which both read the model a block of rows at a time."""
     found: dict[str, Any] = {}
     config, _unused = _config(recipe, base_of_stage(recipe, "sft", finished=True))
     skeleton = load.make_skeleton(config)
@@ -261,7 +261,7 @@ def _later_stages(recipe: Recipe) -> dict[str, Any]:
         both_models = {"weights": 2 * 4 * parameters} if recipe.merge.parity == "full" else {}
         memory = {**needs, **both_models}
         if fused := {name for section in recipe.training for name in section.adapter.target_parameters}:
-            # peft's merge, in memory and in fp32: a copy of the weight at hand and its change beside the model
+            # peft's merge, in memory and in fp32: a copy of one weight and its change in addition to the model
             largest = max(part.numel() for name, part in skeleton.named_parameters() if name.endswith(tuple(fused)))
             memory = {"libraries": memory_estimate.LIBRARIES, "weights": 4 * parameters, "merging": 2 * 4 * largest}
         found["merge"] = {"memory_bytes": _summed(memory), "disk_bytes": parameters * width}
@@ -291,8 +291,8 @@ def parse_memory(text: str) -> int:
 
 
 def _rate() -> float:
-    """Floating-point operations per second of this CPU, from a quarter second of matrix products; two thirds of it is
-    what a training step reaches."""
+    """Return the floating-point operations per second that training reaches on this CPU: two thirds of the rate of matrix
+    products, measured for a quarter second."""
     left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
     count, start = 0, time.monotonic()
     while (elapsed := time.monotonic() - start) < 0.25:
@@ -307,7 +307,7 @@ def _memory_rows(needs: dict[str, int], note: str = "") -> list[tuple[str, str]]
 
 
 def _sharing_rows(facts: dict[str, Any], section: Training) -> list[tuple[str, str]]:
-    """Say what the numbers above refer to when there are, or should be, several processes."""
+    """Return a row that says whether the numbers above are per GPU, if the engine divides the model."""
     world, engine = facts["devices"], facts["engine"]
     parts = [_(name) for name in facts["shared_out"]]
     shared = _(", ").join(parts)

@@ -1,4 +1,4 @@
-"""show: print what a folder is and how it was made, up to its first ancestors; for a model from elsewhere, its layers."""
+"""show: print what a folder contains and how it was made, with all its ancestors; for other models, their layers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(path: str) -> int:
 
 
 def _show_model(path: str) -> int:
-    """Family, size, and the names that `adapter.targets` may hold; from the config alone."""
+    """Print the family, the size, and the possible names in `adapter.targets`; reads only the config."""
     from tongwen.model.loading.load import load_config, locate, make_skeleton
 
     config = load_config(locate(path))

@@ -1,7 +1,7 @@
 """tokenizer train | extend | merge | report: work on tokenizers without a model's weights.
 
-Each takes files or models by name and leaves a folder that transformers opens (`tokenizer.json`, and `tokenizer.model`
-where the family has one), with a manifest that names its sources.
+Each takes files or models by name and writes a folder that transformers opens (`tokenizer.json`, and `tokenizer.model` if
+the family has one), with a manifest that names its sources.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
     elif not other:
         learn_from, rest = tokenizer_files.split(
             tokenizer_files.iter_texts(texts, lambda message: None)
-        )  # reported above
+        )  # its notices were printed above
         shape = tokenizer_files.shape_of(base)
         learned = tokenizer_files.learn(opened, learn_from, script_filter, measure.CURVE[-1])
         start, curve = tokenizer_files.curve(learned, rest, shape)
@@ -162,7 +162,7 @@ def _target(out: str, again: bool) -> Path:
 
 
 def _note_fast(result: TokenizerFiles, texts: list[str], found: dict[str, Any]) -> None:
-    """Report where tokenizer.json differs from tokenizer.model, which is right."""
+    """Report where tokenizer.json encodes differently from tokenizer.model, which is authoritative."""
     if result.model is None:
         return
     differing = len(spm.disagreement(result.coder.encode, result.encode_fast, texts))

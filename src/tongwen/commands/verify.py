@@ -46,7 +46,7 @@ class VerifyReport:
 
 
 def run(path: str, against: str) -> int:
-    """Return 0 only when something was compared and everything agreed. against: a list's file, `known`, or empty."""
+    """Return 0 only if something was compared and everything agreed. against: a list's file, `known`, or empty."""
     target = Path(path)
     if not target.exists():
         raise RecipeError(_("this path does not exist"), place=path)
@@ -82,7 +82,7 @@ def _lists(folder: Path, against: str) -> list[Path]:
 
 
 def _expectations(folder: Path, lists: list[Path], stage: artifact.Artifact | None) -> list[tuple[str, str, str]]:
-    """(file name, its hash, the source)"""
+    """Return (file name, its hash, the source) for every expected file."""
     out = [(name, digest, file.name) for file in lists for name, digest in checksums.read_list(file).items()]
     recorded = stage.manifest.get("files", {}) if stage else {}
     return out + [(name, facts["sha256"], artifact.MANIFEST) for name, facts in recorded.items()]
@@ -99,7 +99,7 @@ def _hash_all(files: list[Path], lists: list[Path]) -> dict[Path, dict[str, str]
 
 
 def _check_complete(folder: Path, files: list[Path], verdicts: VerifyReport) -> None:
-    """Check headers, indices and numbering before any byte is hashed."""
+    """Check headers, indices and numbering before hashing anything."""
     try:
         if any(file.suffix == ".safetensors" for file in files):
             find_tensors(folder)
@@ -137,7 +137,7 @@ def _compare_stage(stage: artifact.Artifact, verdicts: VerifyReport) -> None:
         changed = sorted(name for name in recorded.keys() | lines.keys() if recorded.get(name) != lines.get(name))
         place = f"{stage.path} {changed[0]}" if recorded and changed else str(stage.path)
     elif "files" in stage.manifest:
-        return  # each of them was compared
+        return  # its files were compared already
     else:
         found, place = artifact.fingerprint_files(stage.path), str(stage.path)
     verdicts.compare(stage.path.name, stage.fingerprint, found, artifact.MANIFEST, place)

@@ -93,7 +93,7 @@ class _ModelPool:
         self.lock = threading.Lock()
 
     def open(self, name: str) -> ChatModel:
-        """The model of this name, read when it is first asked for: the page alone needs no torch."""
+        """Return the model of this name; load it at the first use, because the page alone needs no torch."""
         from tongwen.workflows.chat_model import open_chat_model
 
         model = self.workspace.model(name)
@@ -108,7 +108,7 @@ class _ModelPool:
             return self.opened[name]
 
     def fit(self, name: str, messages: Messages, options: dict[str, Any]) -> Messages:
-        """The messages without the oldest turns that do not fit the context; the system message stays."""
+        """Return the messages without the oldest turns that do not fit the context; the system message stays."""
         chat_model = self.open(name)
         max_tokens = max(chat_model.context - int(options["max_new_tokens"]), chat_model.context // 2)
         return last_turns(messages, lambda turns: len(chat_model.prompt_ids(turns)), max_tokens)
