@@ -16,7 +16,7 @@ import torch
 from tongwen.core.errors import ModelError, NumbersError, RecipeError
 from tongwen.core.i18n import _
 
-# option: (least, most)
+# option: (low, high)
 RANGES = {
     "max_new_tokens": (1, 1 << 20),
     "temperature": (0, 2),
