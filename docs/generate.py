@@ -156,7 +156,7 @@ def with_failures(file: Path) -> str:
     head, rest = text.split(start)
     rows = [_("| | what was seen | why | here |"), "|---|---|---|---|"]
     for one in failures().values():
-        cells = (one.id, *(_(pair).replace("|", "\\|") for pair in (one.says, one.why, one.here)))
+        cells = (one.id, *(_(pair).replace("|", "\\|") for pair in (one.symptom, one.cause, one.handling)))
         rows.append(f"| {' | '.join(cells)} |")
     return f"{head}{start}\n" + "\n".join(rows) + f"\n\n{end}{rest.split(end)[1]}"
 

@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 
-from tongwen.cli.localized_parser import WORDS, LocalizedParser
+from tongwen.cli.localized_parser import ARGPARSE_MESSAGES, LocalizedParser
 
 # What argparse tells a programmer.
 INTERNAL = {
@@ -46,7 +46,7 @@ def test_every_word_of_argparse_is_known() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("_", "ngettext"):
             found |= {text.value for text in node.args if isinstance(text, ast.Constant)}
     assert len(found) > 30
-    assert found - INTERNAL <= set(WORDS)
+    assert found - INTERNAL <= set(ARGPARSE_MESSAGES)
 
 
 def test_help_speaks_chinese(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ FOLLOWING: dict[str, list[str | list[str]]] = {
 
 def words_of(name: str | list[str]) -> list[str]:
     readme, place = name.split(":") if isinstance(name, str) else ("", "")
-    return [*lines_of(readme)[int(place) - 1].words] if isinstance(name, str) else name
+    return [*lines_of(readme)[int(place) - 1].arguments] if isinstance(name, str) else name
 
 
 @pytest.fixture()
@@ -136,11 +136,11 @@ def visited(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     seen: list[Any] = []
 
-    def serve(bench: Any, host: str, port: int) -> int:
-        with page_server.serving(bench) as address, test_page.client(address) as web:
+    def serve(backend: Any, host: str, port: int) -> int:
+        with page_server.serving(backend) as address, test_page.client(address) as web:
             parts = web.get("/en/config").json()["components"]
             knobs = [part["props"]["value"] for part in parts if part["type"] == "slider"]
-            seen.append((test_page.ask(address, "你好", model=bench.talk.chosen[0])[-1]["content"], knobs))
+            seen.append((test_page.ask(address, "你好", model=backend.chat.chosen[0])[-1]["content"], knobs))
         return 0
 
     monkeypatch.setattr("tongwen.serving.web.server.serve", serve)

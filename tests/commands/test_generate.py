@@ -20,7 +20,7 @@ import torch
 from tests.conftest import write_rows
 from tongwen.cli.main import main
 from tongwen.infer.answer_log import AnswerJournal
-from tongwen.infer.generation import PAGE, Sampling, cache_tokens, deal
+from tongwen.infer.generation import PAGE, Sampling, cache_tokens, make_batches
 from tongwen.infer.presets import PRESETS
 
 ROWS = [
@@ -126,12 +126,12 @@ def test_a_journal_without_a_whole_line_begins_anew(tmp_path: Path) -> None:
 
 def test_batches_hold_every_prompt_once_and_no_more_tokens_than_there_is_room(chat_model: Path) -> None:
     lengths = [5, 90, 7, 30, 31, 8, 200, 6]
-    batches = list(deal(lengths, Sampling(max_new_tokens=10), 4, 200))
+    batches = list(make_batches(lengths, Sampling(max_new_tokens=10), 4, 200))
     assert sorted(place for batch in batches for place in batch) == list(range(8))
     assert batches[0] == [6], "longer than the room: alone"
     for batch in batches[1:]:
         assert len(batch) <= 4 and (max(lengths[place] for place in batch) + 10) * len(batch) <= 200
-    assert all(len(batch) == 1 for batch in deal([90, 80], Sampling(max_new_tokens=10, beams=2), 4, 200))
+    assert all(len(batch) == 1 for batch in make_batches([90, 80], Sampling(max_new_tokens=10, beams=2), 4, 200))
     from tongwen.workflows.chat_model import open_chat_model
 
     model = open_chat_model(str(chat_model), template="completion", precision="fp32").generator.model

@@ -77,7 +77,7 @@ def test_it_takes_no_more_memory_than_it_may(
     whole = open_chat_model(str(file), template="chatml", rows=3).generator
     assert isinstance(whole, LlamaCppBackend) and whole.slots == 3
     monkeypatch.setattr(llamacpp, "CACHE", 1 << 12)
-    monkeypatch.setattr(llamacpp, "FEWEST", 100)
+    monkeypatch.setattr(llamacpp, "MIN_CONTEXT", 100)
     speaker = open_chat_model(str(file), template="chatml")
     assert isinstance(speaker.generator, LlamaCppBackend)
     assert (speaker.generator.slots, speaker.context) == (1, 100) and speaker.context < whole.context

@@ -31,8 +31,8 @@ def test_all_forty_eight_name_tests_that_exist() -> None:
     known = failures()
     assert list(known) == [f"F-{number:02}" for number in range(1, 49)]
     for one in known.values():
-        assert one.shown and all(exists(test) for test in one.shown), (one.id, one.shown)
-        for text in (one.says, one.why, one.here):
+        assert one.tests and all(exists(test) for test in one.tests), (one.id, one.tests)
+        for text in (one.symptom, one.cause, one.handling):
             assert text and not re.search("[\u4e00-\u9fff]", text.replace("是", "")), one.id
 
 

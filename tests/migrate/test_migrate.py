@@ -44,7 +44,7 @@ ALL = [(name, line) for name in (*READMES, "mentioned") for line in lines_of(nam
 
 
 def migrated(line: ScriptLine) -> MigrationResult:
-    return migrate_command(line.words, today)
+    return migrate_command(line.arguments, today)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="TONGWEN_SHARED names no folder with the READMEs")
@@ -62,7 +62,7 @@ def test_the_lines_are_those_of_the_readme(name: str) -> None:
                 goes_on = line.endswith("\\")
         if any(COMMAND.match(line) for line in kept):
             found += read_script("\n".join(kept), name)
-    assert [line.words for line in found] == [line.words for line in lines_of(name)]
+    assert [line.arguments for line in found] == [line.arguments for line in lines_of(name)]
 
 
 def test_the_count_of_lines() -> None:
@@ -76,7 +76,7 @@ def test_each_flag_has_one_verdict_and_what_comes_out_is_read(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     one = migrated(line)
-    environment, words = split_environment(line.words)
+    environment, words = split_environment(line.arguments)
     verdicts = Counter(verdict.flag for verdict in one.verdicts)
     options = [word for word in words if re.match(r"--?[A-Za-z]", word) and word != "-m"]
     named = [re.sub(r"=.*", "", word).lstrip("-").replace("-", "_") for word in options]
@@ -91,7 +91,7 @@ def test_each_flag_has_one_verdict_and_what_comes_out_is_read(
     assert one.recipe or one.commands or one.instead or one.launch or one.notes
     if one.recipe:
         file = tmp_path / "recipe.yaml"
-        assert tongwen("migrate", "--out", file, "--", *line.words)[0] == 0
+        assert tongwen("migrate", "--out", file, "--", *line.arguments)[0] == 0
         code, _, said = tongwen("check", file)
         assert code == (3 if "prepare" in one.recipe else 0), said
         assert all("there is no such file" in part for part in re.split(r"\n(?!  →)", said.strip()) if part), said
@@ -390,7 +390,7 @@ def test_accidents_end_in_an_outcome_or_in_an_error(tmp_path: Path, monkeypatch:
     for _ in range(150):
         name = chance.choice([*known_files()])
         data = json.loads(json.dumps(known_files()[name]))
-        words = list(chance.choice(ALL)[1].words)
+        words = list(chance.choice(ALL)[1].arguments)
         for _ in range(chance.randint(1, 3)):
             data[chance.choice([*data])] = chance.choice(ODD)
             words[chance.randrange(len(words))] = str(chance.choice(ODD))

@@ -111,7 +111,9 @@ def in_a_child(log: Path, work: Callable[[], int]) -> int:
     return process
 
 
-def speak_slowly(steps: Path, ids: list[int], hear: Callable[[int], None], settings: dict[str, Any]) -> Iterator[str]:
+def speak_slowly(
+    steps: Path, ids: list[int], on_token: Callable[[int], None], settings: dict[str, Any]
+) -> Iterator[str]:
     """Says what it was asked, token by token, and leaves a dot in a file for each. Some words make it fail."""
     text = "".join(map(chr, ids))
     if "NaN" in text:
@@ -122,7 +124,7 @@ def speak_slowly(steps: Path, ids: list[int], hear: Callable[[int], None], setti
         if "bug" in text and index == ord("g"):
             raise KeyError(f"a bug\nof {TOKEN[:5]}")
         time.sleep(0.02)
-        hear(index)
+        on_token(index)
         with steps.open("a") as stream:
             stream.write(".")
         yield chr(index)
@@ -138,8 +140,8 @@ def serving(folder: Path, places: int = 2) -> Iterator[Served]:
             raise RowRefused("template_refuses", "the template refuses this dialogue")
         return [ord(character) for character in text]
 
-    def speak(ids: list[int], hear: Callable[[int], None], settings: dict[str, Any]) -> Iterator[str]:
-        return speak_slowly(folder / "steps", ids, hear, settings)
+    def generate(ids: list[int], on_token: Callable[[int], None], settings: dict[str, Any]) -> Iterator[str]:
+        return speak_slowly(folder / "steps", ids, on_token, settings)
 
     def ended(ids: Sequence[int]) -> bool:
         return ids[-1] == ord(".")
@@ -147,11 +149,11 @@ def serving(folder: Path, places: int = 2) -> Iterator[Served]:
     def check(settings: dict[str, Any]) -> object:
         return Sampling().with_(**settings)
 
-    speech = openai_api.Backend(
+    backend = openai_api.Backend(
         name="m",
         chat_ids=chat_ids,
         text_ids=lambda text: [ord(character) for character in text],
-        speak=speak,
+        generate=generate,
         ended=ended,
         check=check,
         context=4000,
@@ -161,7 +163,7 @@ def serving(folder: Path, places: int = 2) -> Iterator[Served]:
     with auth.open_port("127.0.0.1", 0) as listening:
 
         def work() -> int:
-            auth.serve(auth.AuthMiddleware(openai_api.make_app(speech, places), TOKEN, loopback=True), listening)
+            auth.serve(auth.AuthMiddleware(openai_api.make_app(backend, places), TOKEN, loopback=True), listening)
             return 0
 
         process = in_a_child(folder / "log", work)
@@ -478,7 +480,7 @@ def test_the_threads_of_a_server_share_few_heaps(tmp_path: Path) -> None:
 
 def test_what_is_there_at_the_beginning_is_not_looked_through_again() -> None:
     try:
-        auth.settle()
+        auth.freeze_objects()
         assert gc.get_freeze_count() > 10_000 > len(gc.get_objects())
     finally:
         gc.unfreeze()

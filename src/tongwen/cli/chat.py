@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
             adapters=arguments.adapter,
             system=arguments.system,
             sampling=sampling,
-            whole=False,
+            all_tabs=False,
             template=arguments.template,
             thinking=arguments.thinking,
             weights=arguments.load,

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from tongwen.core.i18n import N_, _
 
 # Messages of argparse (Python 3.10 to 3.13) to users; those to programmers stay English.
-WORDS = (
+ARGPARSE_MESSAGES = (
     N_("usage: "),
     N_("positional arguments"),
     N_("options"),
@@ -46,43 +46,43 @@ WORDS = (
 
 
 class LocalizedParser(argparse.ArgumentParser):
-    """argparse looks its messages up by the names `_` and `ngettext` of its module. While this parser is made, parses or
-    prints, they lead to our catalogue; other parsers of the process keep theirs."""
+    """A parser with translated messages. argparse looks them up through `_` and `ngettext` of its module; these point to our
+    catalogue while this parser is built, parses or prints. Other parsers of the process are not affected."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with _our_words():
+        with _our_catalogue():
             super().__init__(*args, **kwargs)
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        with _our_words():
+        with _our_catalogue():
             return super().parse_args(args, namespace)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        with _our_words():
+        with _our_catalogue():
             return super().parse_known_args(args, namespace)
 
     def format_usage(self) -> str:
-        with _our_words():
+        with _our_catalogue():
             return super().format_usage()
 
     def format_help(self) -> str:
-        with _our_words():
+        with _our_catalogue():
             return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         found = re.fullmatch(r"argument (\S+): (.*)", message, re.DOTALL)
-        if found:  # Python 3.10 does not look this one up
+        if found:  # Python 3.10 does not translate this message
             message = _("argument %(argument_name)s: %(message)s") % {"argument_name": found[1], "message": found[2]}
-        with _our_words():
+        with _our_catalogue():
             super().error(message)
 
 
 @contextmanager
-def _our_words() -> Iterator[None]:
+def _our_catalogue() -> Iterator[None]:
     names = vars(argparse)
     before = {name: names[name] for name in ("_", "ngettext")}
     names.update(_=_, ngettext=lambda one, many, count: _(one if count == 1 else many))

@@ -11,18 +11,18 @@ from tongwen.cli.parser import parse
 from tongwen.core.i18n import _
 
 # Messages of torch's process groups (gloo, NCCL) when another process has ended.
-GONE = (
+PEER_EXITED = (
     "Connection closed by peer",
     "Connection reset by peer",
     "remote process exited",
     "NCCL communicator was aborted",
 )
 # Messages of the writers of safetensors (Rust) and torch (C++) when a write to the disk fails.
-UNWRITTEN = ("Input/output error", "os error 5", "PytorchStreamWriter failed", "iostream error")
+WRITE_FAILED = ("Input/output error", "os error 5", "PytorchStreamWriter failed", "iostream error")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code (see docs/errors.md)."""
+    """Run one command and return its exit code (see docs/errors.md)."""
     arguments = parse(argv)
     arguments.main = main  # `migrate --run` runs the commands that it prints
 
@@ -70,7 +70,7 @@ def _fail(code: int, message: str) -> int:
 
 
 def _machine_cause(error: Exception) -> str | None:
-    """A message for an error of the machine (disk, memory, permission); None for a bug of ours."""
+    """Return a message for an error of the machine (disk, memory, permission); None for a bug of ours."""
     from tongwen.core.errors import is_disk_full, is_out_of_memory
 
     text = str(error)
@@ -79,7 +79,7 @@ def _machine_cause(error: Exception) -> str | None:
         return _("out of memory: {text}\n  → {cures}").format(
             text=text.splitlines()[0][:160] if text else "", cures=cures
         )
-    if any(words in text for words in GONE):
+    if any(fragment in text for fragment in PEER_EXITED):
         return _(
             "another process of this run has ended: {text}\n  → its message gives the reason; the same command continues"
         ).format(text=text.splitlines()[0][:160])
@@ -92,7 +92,7 @@ def _machine_cause(error: Exception) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return _("permission denied: {text}\n  → choose another `out`").format(text=text)
-    if number == errno.EIO or any(words in text for words in UNWRITTEN):
+    if number == errno.EIO or any(fragment in text for fragment in WRITE_FAILED):
         return _("the disk reports an error: {text}\n  → nothing committed is lost: the same command continues").format(
             text=text
         )

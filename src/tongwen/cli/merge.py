@@ -13,7 +13,7 @@ def summary() -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, help=_("model"))
-    _add_what_is_merged(parser)
+    _add_merge_inputs(parser)
     parser.add_argument("--out", required=True, help=_("folder of the merged model"))
     parser.add_argument("--dtype", default="base", choices=("base", "fp32", "bf16", "fp16"), help=_("number type"))
     parser.add_argument(
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_what_is_merged(parser: argparse.ArgumentParser) -> None:
+def _add_merge_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         default=[],
@@ -101,10 +101,14 @@ def run(arguments: argparse.Namespace) -> int:
             place="tongwen merge",
             remedy="--adapter A [--adapter A2 …]   |   --chat-vector INSTRUCT BASE",
         )
-    mix = (
-        merge.mix_of(arguments.combine, arguments.adapter, arguments.weight, arguments.density, arguments.scale)
+    combination = (
+        merge.make_combination(
+            arguments.combine, arguments.adapter, arguments.weight, arguments.density, arguments.scale
+        )
         if arguments.combine
         else None
     )
-    options = MergeOptions(arguments.dtype, arguments.to, arguments.parity, arguments.onto, mix, force=arguments.force)
+    options = MergeOptions(
+        arguments.dtype, arguments.to, arguments.parity, arguments.onto, combination, force=arguments.force
+    )
     return merge.run(arguments.base, arguments.adapter, arguments.out, options, again=arguments.again)

@@ -13,7 +13,7 @@ def summary() -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "words",
+        "inputs",
         nargs="*",
         metavar="FILE",
         help=_(
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from tongwen.commands import migrate
 
-    for command, last in migrate.run(arguments.words, arguments.out, arguments.alpha, to_run=arguments.run):
+    for command, last in migrate.run(arguments.inputs, arguments.out, arguments.alpha, to_run=arguments.run):
         if not arguments.run:
             continue
         json = ["--json"] if arguments.json and last else []

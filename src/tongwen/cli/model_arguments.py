@@ -48,10 +48,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All sampling options: the defaults, overridden by the preset, overridden by the command line."""
+    """Return all sampling options: the defaults, overridden by the preset, overridden by the command line."""
     from dataclasses import asdict
 
     from tongwen.infer.generation import Sampling
 
-    given = {name: value for name, value in vars(arguments).items() if name in SAMPLING and value is not None}
-    return asdict(Sampling().with_(**{**PRESETS.get(arguments.preset, {}), **given}))
+    explicit = {name: value for name, value in vars(arguments).items() if name in SAMPLING and value is not None}
+    return asdict(Sampling().with_(**{**PRESETS.get(arguments.preset, {}), **explicit}))

@@ -51,7 +51,7 @@ class Command(Protocol):
 
 
 def command_groups() -> dict[str, dict[str, Command]]:
-    """All commands by name, in the groups and the order in which `--help` lists them."""
+    """Return all commands by name, in the groups and the order in which `--help` lists them."""
     groups: dict[str, tuple[Command, ...]] = {
         _("recipes, from data to a trained model"): (
             demo,
@@ -97,7 +97,7 @@ class Parser(LocalizedParser):
 
 
 def make_parser() -> Parser:
-    """All commands with their help, in the user's language."""
+    """Return the parser of all commands, with its help in the user's language."""
     parser = Parser(
         prog="tongwen",
         usage="%(prog)s [-h] [--version] COMMAND ...",
@@ -127,7 +127,7 @@ def make_parser() -> Parser:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, with `run_command` as the command's `run`. Exits with 2 when they are wrong.
+    """Parse the arguments; `run_command` is the command's `run`. Exits with 2 if they are invalid.
 
     argparse accepts overrides only right after the recipe; here they may be anywhere.
     """
@@ -141,8 +141,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def readme() -> Path | None:
-    """The README in the user's language, which leads to all other pages. A wheel has it beside the modules, a checkout at its
-    root."""
+    """Return the README in the user's language, which links to all other pages. A wheel has it beside the modules, a checkout
+    at its root."""
     name, package = _("README.md"), Path(__file__).parents[1]
     pages = [folder / name for folder in (package, package.parents[1])]
     return next((page for page in pages if page.is_file()), None)

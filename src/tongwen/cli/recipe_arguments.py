@@ -29,13 +29,13 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
-    """The overrides of the command line, `--devices` among them."""
+    """Return the overrides of the command line, including `--devices`."""
     devices = getattr(arguments, "devices", None)
     return [*arguments.overrides, *([f"devices={devices}"] if devices is not None else [])]
 
 
 def load(arguments: argparse.Namespace) -> Recipe:
-    """The recipe with its overrides; prints the notices of the loader."""
+    """Load the recipe with its overrides; print the notices of the loader."""
     from tongwen.core import console, distributed
     from tongwen.recipe.load import load_recipe
 

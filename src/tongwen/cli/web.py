@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     return web.run(
         arguments.folders,
         arguments.model,
-        whole=True,
+        all_tabs=True,
         template=arguments.template,
         thinking=arguments.thinking,
         weights=arguments.load,

@@ -1,1 +1,1 @@
-"""What a command does when it is not a stage of a recipe."""
+"""The work of the commands that are not stages of a recipe."""

@@ -23,17 +23,19 @@ def run(
 ) -> int:
     """Run the conversation until the user leaves."""
     Sampling().with_(**sampling)
-    speaker = open_chat_model(model, adapters, template, thinking, weights=weights, rows=1)
+    chat_model = open_chat_model(model, adapters, template, thinking, weights=weights, rows=1)
 
-    def reply(messages: list[dict[str, Any]], settings: dict[str, Any], heard: Callable[[int], None]) -> Iterator[str]:
-        return speaker.stream(messages, heard, **settings)
+    def reply(
+        messages: list[dict[str, Any]], settings: dict[str, Any], on_token: Callable[[int], None]
+    ) -> Iterator[str]:
+        return chat_model.stream(messages, on_token, **settings)
 
-    talk = TerminalChat(
+    chat = TerminalChat(
         reply=reply,
-        count=lambda messages: len(speaker.prompt_ids(messages)),
+        count=lambda messages: len(chat_model.prompt_ids(messages)),
         check=lambda settings: Sampling().with_(**settings),
-        context=speaker.context,
+        context=chat_model.context,
         settings=sampling,
         stream=stream,
     )
-    return converse(talk, name=model, system=system)
+    return converse(chat, name=model, system=system)

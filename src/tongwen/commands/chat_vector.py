@@ -23,29 +23,33 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
     """target + scale x (instruct - base)"""
     folder = Path(out)
     artifact.make_way(folder, again=again)
-    places = {"target": target, "instruct": instruct, "base": base}
-    opened = {role: load.fetched(load.locate(name)) for role, name in places.items()}
-    for role, place in opened.items():
-        if place.adapters:
+    names = {"target": target, "instruct": instruct, "base": base}
+    opened = {role: load.fetched(load.locate(name)) for role, name in names.items()}
+    for role, model in opened.items():
+        if model.adapters:
             raise RecipeError(
                 _("this is an adapter: merge it first"),
-                place=places[role],
-                remedy=f"tongwen merge --base {place.folder} --adapter {places[role]} --out MERGED",
+                place=names[role],
+                remedy=f"tongwen merge --base {model.folder} --adapter {names[role]} --out MERGED",
             )
     console.header("chat vector", f"{target} + {scale:g} x ({instruct} − {base})")
-    (ours, config), (theirs, _unused), (old, _unused2) = (open_model(place) for place in opened.values())
-    chat_vector.check_alike(ours, theirs, old)
-    tokenizer, speaks = (load.load_tokenizer(opened[role]) for role in ("target", "instruct"))
-    _check_control_tokens(tokenizer, speaks, instruct)
+    (target_tensors, config), (instruct_tensors, _unused), (base_tensors, _unused2) = (
+        open_model(model) for model in opened.values()
+    )
+    chat_vector.check_alike(target_tensors, instruct_tensors, base_tensors)
+    tokenizer, instruct_tokenizer = (load.load_tokenizer(opened[role]) for role in ("target", "instruct"))
+    _check_control_tokens(tokenizer, instruct_tokenizer, instruct)
     parents = {
-        role: {"path": places[role], "fingerprint": combine(model_lines(place))} for role, place in opened.items()
+        role: {"path": names[role], "fingerprint": combine(model_lines(model))} for role, model in opened.items()
     }
-    settings = {**places, "scale": scale}
+    settings = {**names, "scale": scale}
     with artifact.create(folder, "model", parents, settings, swept=True) as draft:
-        with console.progress(len(ours.facts), "merge") as bar:
-            added = chat_vector.add_chat_vector(ours, theirs, old, scale, draft.path, bar.update)
+        with console.progress(len(target_tensors.facts), "merge") as bar:
+            added = chat_vector.add_chat_vector(
+                target_tensors, instruct_tensors, base_tensors, scale, draft.path, bar.update
+            )
         artifact.write_json(draft.path / "config.json", config)
-        _dress(tokenizer, speaks, Path(opened["instruct"].folder), draft.path)
+        _copy_chat_setup(tokenizer, instruct_tokenizer, Path(opened["instruct"].folder), draft.path)
         draft.fingerprint = combine(added.lines)
         draft.facts = {"tensors": added.lines, "counts": {"tensors": len(added.lines), "changed": added.changed}}
         draft.record_files(lambda file: file.suffix != ".safetensors")
@@ -61,10 +65,10 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
     return 0
 
 
-def _check_control_tokens(tokenizer: Any, speaks: Any, instruct: str) -> None:
+def _check_control_tokens(tokenizer: Any, instruct_tokenizer: Any, instruct: str) -> None:
     """Raise ArtifactError when a control token of the instruct model has another id, or none, in the target's tokenizer."""
-    for text in chat_setup.special_texts(speaks):
-        index = speaks.convert_tokens_to_ids(text)
+    for text in chat_setup.special_texts(instruct_tokenizer):
+        index = instruct_tokenizer.convert_tokens_to_ids(text)
         if tokenizer.convert_tokens_to_ids(text) != index:
             raise ArtifactError(
                 _("{text!r} is token {index} of the instruct model, but another token or none here").format(
@@ -75,10 +79,10 @@ def _check_control_tokens(tokenizer: Any, speaks: Any, instruct: str) -> None:
             )
 
 
-def _dress(tokenizer: Any, speaks: Any, instruct: Path, out: Path) -> None:
-    tokenizer.chat_template = speaks.chat_template
-    if speaks.eos_token:
-        tokenizer.eos_token = speaks.eos_token
+def _copy_chat_setup(tokenizer: Any, instruct_tokenizer: Any, instruct: Path, out: Path) -> None:
+    tokenizer.chat_template = instruct_tokenizer.chat_template
+    if instruct_tokenizer.eos_token:
+        tokenizer.eos_token = instruct_tokenizer.eos_token
     tokenizer.save_pretrained(str(out))
     file = instruct / "generation_config.json"
     if file.is_file():

@@ -1,4 +1,4 @@
-"""check: the recipe and all its data are read and cleaned as `prepare` would, and nothing is written. No model, no torch."""
+"""check: read and clean the recipe's data as `prepare` would, without writing anything. Needs no model and no torch."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def run(recipe: Recipe) -> int:
     errors: list[TongwenError] = []
     try:
         check_processes(recipe, recipe.stages)
-    except RecipeError as error:  # a launcher may start them
+    except RecipeError as error:  # a launcher may still start the processes
         console.notice(error.text())
-    for ahead in (_check_forms, _check_track):
+    for check in (_check_export, _check_trackers):
         try:
-            ahead(recipe)
+            check(recipe)
         except TongwenError as error:
             errors.append(error)
     tables = {}
@@ -61,27 +61,27 @@ def run(recipe: Recipe) -> int:
     return 0
 
 
-def _check_forms(recipe: Recipe) -> None:
-    """Raise for a GGUF file that `export` could not write. What a base is, a folder says here; a hub says it to `plan`."""
+def _check_export(recipe: Recipe) -> None:
+    """Raise for a GGUF file that `export` could not write. Only a local base is checked; `plan` checks one on a hub."""
     if recipe.export is None or "gguf" not in recipe.export.formats:
         return
     check_type(recipe.export.quantize)
-    place = load.ModelRef(recipe.base, recipe.base)
-    with load.explained(place):
-        kind = load.load_kind(place)
+    model_ref = load.ModelRef(recipe.base, recipe.base)
+    with load.explained(model_ref):
+        kind = load.load_kind(model_ref)
     if kind:
         check_family(kind)
 
 
-def _check_track(recipe: Recipe) -> None:
-    """Raise for a program of `track` that could not begin."""
+def _check_trackers(recipe: Recipe) -> None:
+    """Raise for an experiment tracker under `track` that could not start."""
     if recipe.training:
         trackers.check(recipe.track)
 
 
 def _read(parts: list[InputPart], section: Prepare, errors: list[TongwenError]) -> prepare_steps.ScanCounts:
-    """What becomes of the rows of the training files of one kind. Raises DataError when too many rows are unreadable, of
-    any role; what makes a file unreadable is put into `errors`."""
+    """Read all files of one kind and return the counts of the training rows. Raises DataError if too many rows of any role
+    are unreadable; errors of whole files are added to `errors`."""
     tallies = {role: prepare_steps.ScanCounts() for role in ("held_out", "evaluation", "train")}
     for role, tally in tallies.items():
         for part in (one for one in parts if one.role == role):

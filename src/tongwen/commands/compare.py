@@ -1,4 +1,4 @@
-"""compare: several runs side by side: differing settings, results, and their curves in one drawing."""
+"""compare: show several runs side by side: differing settings, results, and their curves in one drawing."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ class TrainedRun:
 
     @property
     def results(self) -> dict[str, str]:
-        held_out, through = (self.report["held_out"] or {}).get("bits_per_byte"), self.report["throughput"]
+        held_out, throughput = (self.report["held_out"] or {}).get("bits_per_byte"), self.report["throughput"]
         last = [line["loss"] for line in self.metrics if "loss" in line][-10:]
         return {
             _("held-out bits per byte, before"): f"{held_out['before']:.4f}" if held_out else "",
             _("held-out bits per byte, after"): f"{held_out['after']:.4f}" if held_out else "",
             _("loss, mean of the last ten lines"): f"{sum(last) / len(last):.4f}" if last else "",
             _("trained parameters"): f"{self.report['trainable']['parameters']:,}",
-            _("steps"): f"{through['steps']:,}",
-            "token": f"{through['tokens']:,}",
-            _("tokens per second"): f"{through['tokens_per_second']:.0f}",
-            _("time"): human_time(through["seconds"]),
+            _("steps"): f"{throughput['steps']:,}",
+            "token": f"{throughput['tokens']:,}",
+            _("tokens per second"): f"{throughput['tokens_per_second']:.0f}",
+            _("time"): human_time(throughput["seconds"]),
             _("peak memory"): human_bytes(self.report["peak_memory_bytes"]),
         }
 
@@ -90,37 +90,37 @@ def run(paths: Sequence[str], html: str) -> int:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """The paths without their common parent."""
-    whole = [os.path.abspath(path) for path in paths]  # noqa: PTH100 (a link keeps the name that the user gave)
-    shared = os.path.commonpath(whole)
-    return [os.path.relpath(path, shared) for path in whole]
+    """Return the paths without their common parent."""
+    absolute = [os.path.abspath(path) for path in paths]  # noqa: PTH100 (a link keeps the name that the user gave)
+    shared = os.path.commonpath(absolute)
+    return [os.path.relpath(path, shared) for path in absolute]
 
 
 def _trained(path: str, name: str) -> list[TrainedRun]:
-    """The finished training stages of a run's folder, or the stage in this folder itself. Raises ArtifactError if there is none."""
-    places = [folder for folder in (Path(path), *(Path(path) / stage for stage in TRAINING)) if folder.is_dir()]
-    made = [one for one in map(artifact.find, places) if one and one.kind in TRAINING]
-    if not made:
+    """Return the finished training stages of a run, or of this stage's own folder. Raises ArtifactError if there is none."""
+    folders = [folder for folder in (Path(path), *(Path(path) / stage for stage in TRAINING)) if folder.is_dir()]
+    finished = [one for one in map(artifact.find, folders) if one and one.kind in TRAINING]
+    if not finished:
         raise ArtifactError(
             _("no training has finished here"),
             place=path,
             remedy=_("give the folder of a run, or of its pretrain or sft"),
         )
-    return [TrainedRun(name, one, _report(one.path), read_metrics(one.path / "metrics.jsonl")) for one in made]
+    return [TrainedRun(name, one, _report(one.path), read_metrics(one.path / "metrics.jsonl")) for one in finished]
 
 
 def _report(stage: Path) -> dict[str, Any]:
-    """The content of report.json. Raises ArtifactError when it is not as the stage wrote it."""
+    """Return the content of report.json. Raises ArtifactError if it is damaged or incomplete."""
     file = stage / "report.json"
     try:
         report = dict(json.loads(file.read_text(encoding="utf-8")))
         lacks = {"held_out", "throughput", "trainable", "peak_memory_bytes"} - {*report}
-        what = _("it lacks {lacks}").format(lacks=_(", ").join(sorted(lacks))) if lacks else ""
+        problem = _("it lacks {lacks}").format(lacks=_(", ").join(sorted(lacks))) if lacks else ""
     except (OSError, ValueError, TypeError) as error:
-        what = _("it cannot be read: {error}").format(error=first_line(error))
-    if what:
+        problem = _("it cannot be read: {error}").format(error=first_line(error))
+    if problem:
         raise ArtifactError(
-            what,
+            problem,
             place=str(file),
             remedy=_("tongwen run RECIPE --again writes it again"),
         )
@@ -128,7 +128,7 @@ def _report(stage: Path) -> dict[str, Any]:
 
 
 def _rows(columns: Sequence[Mapping[str, Any]], *, only_differing: bool) -> list[tuple[str, ...]]:
-    """(name, value of each run)"""
+    """Return rows of (name, value of each run)."""
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows = [(name, [column.get(name) for column in columns]) for name in names]
     return [
@@ -139,7 +139,7 @@ def _rows(columns: Sequence[Mapping[str, Any]], *, only_differing: bool) -> list
 
 
 def _curves(kind: str, runs: Sequence[TrainedRun]) -> list[tuple[str, Markup]]:
-    """(heading, drawing) of each score, with the curves of all runs."""
+    """Return (heading, drawing) of each score, with the curves of all runs."""
     step, drawn = _("step"), []
     scores = (
         ("loss", _("loss"), _("nats per learned token")),

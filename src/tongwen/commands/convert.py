@@ -1,4 +1,4 @@
-"""convert: write a model in another format to a folder of its own, and push it to a hub on request."""
+"""convert: write a model in another format to a new folder, and push it to a hub on request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tongwen.workflows import model_formats
 
 
 def run(source: str, to: str, out: str, quantize: str, push: str = "", *, again: bool, public: bool = False) -> int:
-    """Convert. Refuses to write to an existing folder unless `again` allows to rename the old one."""
+    """Convert. An existing folder is an error, unless `again` allows renaming it."""
     if push:
         upload.check_name(push)
         if to != "hf":
@@ -20,10 +20,10 @@ def run(source: str, to: str, out: str, quantize: str, push: str = "", *, again:
     target = Path(out)
     artifact.make_way(target, again=again)
     settings = {"source": source, "to": to, "quantize": quantize}
-    made = model_formats.convert(model_formats.open_source(source), to, target, quantize, settings)
+    result = model_formats.convert(model_formats.open_source(source), to, target, quantize, settings)
     address = upload.push(target, push, console.notice, public=public) if push else ""
     if address:
         console.good(address)
-    facts = {key: value for key, value in made.manifest.items() if key != "tensors"}
+    facts = {key: value for key, value in result.manifest.items() if key != "tensors"}
     console.emit({"out": out, "pushed": address, **facts})
     return 0

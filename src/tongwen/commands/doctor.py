@@ -38,11 +38,11 @@ def run() -> int:
         [*packages.items(), *((name, version or f"– (pip install {name})") for name, version in extras.items())],
     )
     device = compute_device()
-    dtype, why = compute_dtype("auto", device)
+    dtype, reason = compute_dtype("auto", device)
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     memory = _memory_bytes()
     facts = [
-        (_("device"), f"{device}; {str(dtype)[6:]}: {why}"),
+        (_("device"), f"{device}; {str(dtype)[6:]}: {reason}"),
         *((f"GPU {index}", f"{gpu.name}, {console.human_bytes(gpu.total_memory)}") for index, gpu in enumerate(gpus)),
         (_("processors"), f"{os.cpu_count()}, torch: {torch.get_num_threads()}"),
         (_("memory"), console.human_bytes(memory) if memory else "?"),
@@ -52,12 +52,15 @@ def run() -> int:
         font = cjk_font() or _("none: plots are labelled in English")
         facts.append((_("font for Chinese in plots"), font))
     console.table(("", ""), facts)
-    places = hubs()
+    urls = hubs()
     with ThreadPoolExecutor() as pool:
-        reached = dict(zip(places, pool.map(reach, places.values()), strict=True))
+        reached = dict(zip(urls, pool.map(reach, urls.values()), strict=True))
     console.table(
         (_("reachable"), "", "ms"),
-        [(name, places[name], f"{took:.0f}" if took is not None else _("no")) for name, took in reached.items()],
+        [
+            (name, urls[name], f"{milliseconds:.0f}" if milliseconds is not None else _("no"))
+            for name, milliseconds in reached.items()
+        ],
     )
     if reached["hub"] is None:
         console.notice(
@@ -81,19 +84,27 @@ def run() -> int:
 
 
 def explain(name: str) -> int:
-    """Print one failure of the older projects: symptom, cause, and what happens here instead."""
-    one = find(name)
-    console.header(one.id, _(one.says))
-    console.tell(_("cause: ") + _(one.why))
-    console.tell(_("here:  ") + _(one.here))
-    for test in one.shown:
+    """Print one failure of the older projects: symptom, cause, and what tongwen does instead."""
+    failure = find(name)
+    console.header(failure.id, _(failure.symptom))
+    console.tell(_("cause: ") + _(failure.cause))
+    console.tell(_("here:  ") + _(failure.handling))
+    for test in failure.tests:
         console.tell(f"  {test}")
-    console.emit({"id": one.id, "symptom": _(one.says), "cause": _(one.why), "here": _(one.here), "tests": one.shown})
+    console.emit(
+        {
+            "id": failure.id,
+            "symptom": _(failure.symptom),
+            "cause": _(failure.cause),
+            "here": _(failure.handling),
+            "tests": failure.tests,
+        }
+    )
     return 0
 
 
 def hubs() -> dict[str, str]:
-    """The places that models come from."""
+    """Return the hubs and their addresses."""
     return {
         "hub": os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
         "mirror": "https://hf-mirror.com",
@@ -102,10 +113,10 @@ def hubs() -> dict[str, str]:
 
 
 def reach(url: str, timeout_seconds: float = 3.0) -> float | None:
-    """Milliseconds to open a connection (through the proxy if one is set); None when it is unreachable."""
+    """Return the milliseconds to open a connection (through the proxy if one is set); None if that fails."""
     proxy = os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY")
     target = urlparse(proxy or url)
-    began = time.monotonic()
+    start = time.monotonic()
     try:
         with socket.create_connection(
             (target.hostname or "", target.port or (80 if target.scheme == "http" else 443)), timeout_seconds
@@ -114,11 +125,11 @@ def reach(url: str, timeout_seconds: float = 3.0) -> float | None:
     except OSError:
         return None
     if proxy:
-        return _through_proxy(url, timeout_seconds, began)
-    return 1000 * (time.monotonic() - began)
+        return _through_proxy(url, timeout_seconds, start)
+    return 1000 * (time.monotonic() - start)
 
 
-def _through_proxy(url: str, timeout_seconds: float, began: float) -> float | None:
+def _through_proxy(url: str, timeout_seconds: float, start: float) -> float | None:
     import urllib.error
     import urllib.request
 
@@ -129,7 +140,7 @@ def _through_proxy(url: str, timeout_seconds: float, began: float) -> float | No
         pass  # it answered
     except OSError:
         return None
-    return 1000 * (time.monotonic() - began)
+    return 1000 * (time.monotonic() - start)
 
 
 def _version(name: str) -> str:

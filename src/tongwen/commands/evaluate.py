@@ -1,4 +1,4 @@
-"""evaluate: a model and tasks in; scores out, and a folder with the rows behind them where one is named."""
+"""evaluate: score a model on tasks; write scores, rows and a report to a folder if one is named."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from tongwen.workflows.scoring import EvaluatedModel, evaluate_models, keep_answ
 def run(
     recipe: Recipe, adapters: Sequence[str], *, before: str, template: str, thinking: str, weights: str, out: str
 ) -> int:
-    """Examine the model that the recipe calls its base, with adapters; keep the result where `out` says."""
+    """Evaluate the recipe's base with these adapters; write the result to `out` unless it is empty."""
     assert recipe.evaluate
     if out:
         artifact.make_way(Path(out), again=False)
     tasks = [read_task(task) for task in recipe.evaluate.tasks]
     model = EvaluatedModel(recipe.base, tuple(adapters), template, thinking, weights)
-    first = EvaluatedModel(before, (), template, thinking, weights) if before else None
+    model_before = EvaluatedModel(before, (), template, thinking, weights) if before else None
     if not out:
-        with tempfile.TemporaryDirectory() as kept:
-            evaluate_models(tasks, model, first, recipe.evaluate, Path(kept), None)
+        with tempfile.TemporaryDirectory() as scratch:
+            evaluate_models(tasks, model, model_before, recipe.evaluate, Path(scratch), None)
         return 0
     parents, folder = {"model": {"path": model.name}} | ({"before": {"path": before}} if before else {}), Path(out)
     with (
         keep_answers(folder) as answers,
         artifact.create(folder, "evaluate", parents, recipe.evaluate.model_dump(mode="json")) as draft,
     ):
-        draft.facts["scores"] = evaluate_models(tasks, model, first, recipe.evaluate, answers, draft.path)
+        draft.facts["scores"] = evaluate_models(tasks, model, model_before, recipe.evaluate, answers, draft.path)
     console.good(str(folder / "report.html"))
     return 0

@@ -26,7 +26,7 @@ from tongwen.hub import download, names
 
 ROW_SUFFIXES = (".json", ".jsonl", ".ndjson")
 KINDS = {"dataset": "data", "model": "models"}  # kind -> its default folder
-TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)  # a whole string, or what makes structure
+TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)  # a whole string, or a structural character
 
 
 def run(
@@ -42,36 +42,36 @@ def run(
     code: bool = False,
     again: bool = False,
 ) -> int:
-    """Fetch one name, or list the known ones when none is given."""
+    """Fetch one name, or list the known names if it is empty."""
     if not name.strip():
         return _list_names()
-    wanted = names.resolve(name, console.notice, kind=kind, revision=revision)
-    wanted = replace(wanted, files=tuple(files) or wanted.files, code=code)
-    wanted, place = _settle(wanted, out)
-    console.header("fetch", f"{wanted.source} → {place}")
-    _check_split(wanted, dev, old_names)
+    ref = names.resolve(name, console.notice, kind=kind, revision=revision)
+    ref = replace(ref, files=tuple(files) or ref.files, code=code)
+    ref, place = _resolve_target(ref, out)
+    console.header("fetch", f"{ref.source} → {place}")
+    _check_split(ref, dev, old_names)
 
     def split(draft: artifact.Draft, paths: list[str]) -> None:
         draft.facts["made"] = split_files(draft.path, paths, dev, seed, old_names=old_names)
 
-    found, here = download.fetch(
-        wanted,
+    found, already_fetched = download.fetch(
+        ref,
         place,
         console.notice,
         settings={"dev": dev, "seed": seed, "old_names": old_names} if dev else {},
         complete=split if dev else None,
         again=again,
     )
-    _report(found, here)
+    _report(found, already_fetched)
     return 0
 
 
 def split_files(
     folder: Path, paths: Iterable[str], share: float, seed: int, *, old_names: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Write NAME.train.jsonl and NAME.dev.jsonl beside each JSON file; path -> bytes, sha256 and rows of what was made.
+    """Write NAME.train.jsonl and NAME.dev.jsonl beside each JSON file; return path -> bytes, sha256 and rows of the new files.
 
-    Raises DataError when no file has rows.
+    Raises DataError if no file has rows.
     """
     paths = list(paths)
     made: dict[str, dict[str, Any]] = {}
@@ -107,7 +107,7 @@ def _part_name(path: str, part: str, taken: set[str], old_names: bool) -> str:
 
 
 def _write_rows(file: Path, rows: Iterable[bytes]) -> dict[str, Any]:
-    """One row a line: a line break can only occur between the parts of a row, because JSON has none inside a string."""
+    """Write one row per line. Line breaks inside a row can be replaced, because JSON strings contain none."""
     digest, count, size = hashlib.sha256(), 0, 0
     with file.open("wb") as stream:
         for row in rows:
@@ -119,7 +119,7 @@ def _write_rows(file: Path, rows: Iterable[bytes]) -> dict[str, Any]:
 
 
 def _find_rows(content: mmap.mmap, path: str) -> tuple[array[int], array[int]]:
-    """Where the rows of a JSON array or of JSON lines begin and end; nothing for a file that is one object."""
+    """Return where the rows of a JSON array or of JSON lines begin and end; nothing for a file that is one object."""
     start = 3 if content[:3] == b"\xef\xbb\xbf" else 0
     first = re.compile(rb"\S").search(content, start)
     if first and first[0] == b"[":
@@ -136,7 +136,7 @@ def _find_rows(content: mmap.mmap, path: str) -> tuple[array[int], array[int]]:
 
 
 def _is_object(content: mmap.mmap, start: int) -> bool:
-    """Whether the first line is a whole object: else the file is one object over many lines, such as a configuration."""
+    """Return whether the first line is a whole object; if not, the file is one object, such as a configuration."""
     end = content.find(b"\n", start)
     try:
         return isinstance(json.loads(content[start : end if end >= 0 else len(content)]), dict)
@@ -179,16 +179,16 @@ def _iter_elements(content: mmap.mmap, start: int, path: str) -> Iterator[tuple[
         )
 
 
-def _check_split(wanted: names.HubRef, dev: float, old_names: bool) -> None:
+def _check_split(ref: names.HubRef, dev: float, old_names: bool) -> None:
     if not dev and old_names:
         raise RecipeError(
             _("--old-names only names the files that --dev makes"),
             place="--old-names",
             remedy="--dev 0.01 --old-names",
         )
-    if dev and wanted.kind != "dataset":
+    if dev and ref.kind != "dataset":
         raise RecipeError(
-            _("only a data set can be split; {wanted} is a model").format(wanted=wanted.id),
+            _("only a data set can be split; {wanted} is a model").format(wanted=ref.id),
             place="--dev",
         )
     if dev and not 0 < dev < 1:
@@ -199,40 +199,42 @@ def _check_split(wanted: names.HubRef, dev: float, old_names: bool) -> None:
         )
 
 
-def _settle(wanted: names.HubRef, out: str) -> tuple[names.HubRef, Path]:
-    """`wanted` with its kind, and its folder. A folder that was fetched before gives the kind without asking the hub."""
-    places = [Path(out)] if out else [Path(parent) / wanted.tail for parent in KINDS.values()]
+def _resolve_target(ref: names.HubRef, out: str) -> tuple[names.HubRef, Path]:
+    """Return `ref` with its kind, and its folder. A folder that was fetched before gives the kind without asking the hub."""
+    places = [Path(out)] if out else [Path(parent) / ref.tail for parent in KINDS.values()]
     for place in places:
-        found = artifact.find(place) if not wanted.kind else None
-        if (
-            found is not None
-            and found.kind == download.KIND
-            and found.manifest["settings"].get("source") == wanted.source
-        ):
-            return replace(wanted, kind=found.manifest["settings"]["kind"]), place
-    wanted = download.with_kind(wanted, console.notice)
-    return wanted, Path(out) if out else Path(KINDS[wanted.kind]) / wanted.tail
+        found = artifact.find(place) if not ref.kind else None
+        if found is not None and found.kind == download.KIND and found.manifest["settings"].get("source") == ref.source:
+            return replace(ref, kind=found.manifest["settings"]["kind"]), place
+    ref = download.with_kind(ref, console.notice)
+    return ref, Path(out) if out else Path(KINDS[ref.kind]) / ref.tail
 
 
-def _report(found: artifact.Artifact, here: bool) -> None:
+def _report(found: artifact.Artifact, already_fetched: bool) -> None:
     files, made = found.manifest["files"], found.manifest.get("made", {})
     size = console.human_bytes(sum(file["bytes"] for file in files.values()))
     commit = found.manifest["source"]["commit"][:12]
     console.good(
         _("already here: {path}").format(path=found.path)
-        if here
+        if already_fetched
         else _("{path}: {count} files, {size}, commit {commit}, all hashes agree").format(
             path=found.path, count=len(files), size=size, commit=commit
         )
     )
     console.tell("  → " + _next_step(found, [*made] or [*files]))
     console.emit(
-        {"out": str(found.path), "already_here": here, **found.manifest["source"], "files": files, "made": made}
+        {
+            "out": str(found.path),
+            "already_here": already_fetched,
+            **found.manifest["source"],
+            "files": files,
+            "made": made,
+        }
     )
 
 
 def _next_step(found: artifact.Artifact, files: list[str]) -> str:
-    """The recipe line, or the command, that uses the fetched folder."""
+    """Return the recipe line, or the command, that uses the fetched folder."""
     if found.manifest["source"]["kind"] == "dataset":
         rows = [f"{found.path}/{name}" for name in files if name.lower().endswith(ROW_SUFFIXES)]
         train = [name for name in rows if ".train.json" in name] or rows or [str(found.path)]
@@ -245,7 +247,7 @@ def _next_step(found: artifact.Artifact, files: list[str]) -> str:
 
 
 def _base_of(adapter: Path) -> str:
-    """The current id of the base that an adapter names."""
+    """Return the current id of the base that an adapter names."""
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         base = str(config["base_model_name_or_path"])

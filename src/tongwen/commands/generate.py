@@ -38,71 +38,71 @@ class AnswerSource:
 
 @dataclass(frozen=True)
 class AnswerBackend:
-    """answer_each: takes conversations and a callback for each answer; prompt: gives a conversation as the model reads it."""
+    """answer_each: (conversations, callback for each answer); prompt: a conversation -> its text as the model reads it."""
 
     answer_each: Callable[[list[list[dict[str, Any]]], Callable[[int, str], None]], None]
     prompt: Callable[[list[dict[str, Any]]], str]
 
 
 def run(
-    who: AnswerSource, prompts: str, out: str, *, form: str, batch_size: int, sampling: dict[str, Any], again: bool
+    source: AnswerSource, prompts: str, out: str, *, form: str, batch_size: int, sampling: dict[str, Any], again: bool
 ) -> int:
-    """Answer every row that has no answer yet, then write them all."""
+    """Answer every row that has no answer yet, then write all answers."""
     file = Path(out)
     questions = read_questions(SourceConfig(path=prompts))
     if file.exists():
         artifact.make_way(file, again=again)
-    asked = hashlib.sha256(json.dumps([one.messages for one in questions], ensure_ascii=False).encode()).hexdigest()
-    if who.engine == "auto" and not who.endpoint:
-        who = replace(who, engine=choose_engine(who.model, who.adapters))
-    settings = {**vars(who), "sampling": sampling, "prompts": f"{len(questions)} · {asked[:16]}"}
-    beside = file.with_name(file.name + ".answers")
+    digest = hashlib.sha256(json.dumps([one.messages for one in questions], ensure_ascii=False).encode()).hexdigest()
+    if source.engine == "auto" and not source.endpoint:
+        source = replace(source, engine=choose_engine(source.model, source.adapters))
+    settings = {**vars(source), "sampling": sampling, "prompts": f"{len(questions)} · {digest[:16]}"}
+    journal_file = file.with_name(file.name + ".answers")
     if again:
-        beside.unlink(missing_ok=True)
-    journal = AnswerJournal(beside, settings, _("--again starts over"))
+        journal_file.unlink(missing_ok=True)
+    journal = AnswerJournal(journal_file, settings, _("--again starts over"))
     missing = [row for row in range(len(questions)) if row not in journal.answers]
     if len(missing) < len(questions):
         console.notice(_("{count} answers already exist").format(count=len(questions) - len(missing)))
-    answerer = _open(who, batch_size, sampling)
+    answerer = _open(source, batch_size, sampling)
     with console.progress(len(questions), "generate", len(journal.answers)) as bar:
 
-        def take(place: int, answer: str) -> None:
-            journal.add(missing[place], answer)
+        def on_answer(index: int, answer: str) -> None:
+            journal.add(missing[index], answer)
             bar.update(len(journal.answers))
 
-        answerer.answer_each([questions[row].messages for row in missing], take)
+        answerer.answer_each([questions[row].messages for row in missing], on_answer)
     journal.close()
     _write(file, form, questions, journal.answers, answerer.prompt, sampling)
-    beside.unlink()
+    journal_file.unlink()
     console.good(f"{len(questions)} · {file}")
     console.emit({"answers": len(questions), "new": len(missing), "out": str(file)})
     return 0
 
 
-def _open(who: AnswerSource, batch_size: int, sampling: dict[str, Any]) -> AnswerBackend:
-    if who.endpoint:
+def _open(source: AnswerSource, batch_size: int, sampling: dict[str, Any]) -> AnswerBackend:
+    if source.endpoint:
         try:
             from tongwen.infer.endpoint import EndpointBackend
         except ImportError:
             raise MissingPackage("openai", _("getting answers from an endpoint"), "endpoint") from None
-        wanted = Sampling().with_(**sampling)
-        endpoint = EndpointBackend(who.endpoint, who.model, completion=who.template == "completion")
+        sampling_options = Sampling().with_(**sampling)
+        endpoint = EndpointBackend(source.endpoint, source.model, completion=source.template == "completion")
         return AnswerBackend(
-            lambda conversations, take: endpoint.answer_each(conversations, wanted, take),
+            lambda conversations, on_answer: endpoint.answer_each(conversations, sampling_options, on_answer),
             lambda messages: str(messages[-1]["content"]),
         )
-    speaker = open_chat_model(
-        who.model,
-        who.adapters,
-        who.template,
-        who.thinking,
-        weights=who.weights,
-        engine=who.engine,
+    chat_model = open_chat_model(
+        source.model,
+        source.adapters,
+        source.template,
+        source.thinking,
+        weights=source.weights,
+        engine=source.engine,
         rows=batch_size,
     )
     return AnswerBackend(
-        lambda conversations, take: speaker.answer_each(conversations, take, batch_size, **sampling),
-        speaker.prompt_text,
+        lambda conversations, on_answer: chat_model.answer_each(conversations, on_answer, batch_size, **sampling),
+        chat_model.prompt_text,
     )
 
 
@@ -114,20 +114,20 @@ def _write(
     prompt: Callable[[list[dict[str, Any]]], str],
     sampling: dict[str, Any],
 ) -> None:
-    """All rows in their order. belle and chinese-llama-alpaca: one array, as the scripts of these projects wrote it."""
+    """Write all rows in their order. belle, chinese-llama-alpaca: one array, as the scripts of these projects wrote it."""
     pairs = [(question, answers[row]) for row, question in enumerate(questions)]
     if form == "jsonl":
         rows = [
-            {"prompt": one.last, "messages": one.messages, "answer": said}
+            {"prompt": one.last, "messages": one.messages, "answer": answer}
             | ({"target": one.reference} if one.reference is not None else {})
-            for one, said in pairs
+            for one, answer in pairs
         ]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     elif form == "belle":
-        table = [{"input": prompt(one.messages), "predict": said, "target": one.reference} for one, said in pairs]
+        table = [{"input": prompt(one.messages), "predict": answer, "target": one.reference} for one, answer in pairs]
         text = json.dumps(table, ensure_ascii=False, indent=4)
     else:
-        table = [{"Input": prompt(one.messages), "Output": said} for one, said in pairs]
+        table = [{"Input": prompt(one.messages), "Output": answer} for one, answer in pairs]
         text = json.dumps(table, ensure_ascii=False, indent=2)
         artifact.write_json(file.with_name("generation_config.json"), sampling)
     artifact.write_text(file, text)

@@ -161,8 +161,8 @@ def run(name: str, out: str) -> int:
     if name not in STARTS:
         import difflib
 
-        near = difflib.get_close_matches(name, STARTS, 3) or list(STARTS)
-        raise RecipeError(_("there is no template {name!r}").format(name=name), place="init", remedy=", ".join(near))
+        nearest = difflib.get_close_matches(name, STARTS, 3) or list(STARTS)
+        raise RecipeError(_("there is no template {name!r}").format(name=name), place="init", remedy=", ".join(nearest))
     text = render(name)
     if not out:
         if console.SCREEN.json:
@@ -180,15 +180,15 @@ def run(name: str, out: str) -> int:
 
 
 def render(name: str) -> str:
-    """The recipe of that name, with its comments in the user's language."""
+    """Return the recipe of that name, with its comments in the user's language."""
     start, method = STARTS[name], METHODS[STARTS[name].method]
     text = (importlib.resources.files("tongwen.commands") / "recipe_templates" / f"{start.stage}.yaml").read_text(
         encoding="utf-8"
     )
     adapter = "" if start.stage != "sft" and not start.leaves_adapter else method.adapter
     values = {**vars(start), "name": name, "adapter": adapter, "phases": "+" if start.train == "phases" else ""}
-    what = method.description if start.stage == "sft" else TRAINS[start.train]
-    values |= {"what": _(what), "result": _result(start)}
+    description = method.description if start.stage == "sft" else TRAINS[start.train]
+    values |= {"what": _(description), "result": _result(start)}
     if start.devices == 1:
         values["devices"] = ""
     values["one"] = "" if start.train == "phases" else start.train
@@ -198,14 +198,14 @@ def render(name: str) -> str:
     ]
     text = "".join(lines).replace("@phases@", "").rstrip() + "\n"
     text = COMMENT.sub(lambda found: f"# {_(found[1])}", text)
-    for _index in range(2):  # the adapter has the rank in it
+    for _index in range(2):  # twice, because the adapter's value contains @rank@
         text = re.sub(r"@(\w+)@", lambda found: str(values[found[1]]), text)
     return text
 
 
 def _kind(start: RecipeTemplate) -> str:
-    what = start.method if start.stage == "sft" else start.train
-    return f"{start.stage}, {what}" + (f", {start.engine}" if start.engine else "")
+    description = start.method if start.stage == "sft" else start.train
+    return f"{start.stage}, {description}" + (f", {start.engine}" if start.engine else "")
 
 
 def _result(start: RecipeTemplate) -> str:

@@ -33,8 +33,8 @@ def run(recipe: Recipe, count: int, page: str) -> int:
     found = {}
     if recipe.pretrain:
         reader = make_document_encoder(base_of_stage(recipe, "pretrain", finished=True), recipe.pretrain)
-        place = Path(page) if not recipe.sft else Path(page).with_suffix(".pretrain.html")
-        found["pretrain"] = _show(recipe, reader, reader.end, "", count, str(place) if page else "")
+        pretrain_page = Path(page) if not recipe.sft else Path(page).with_suffix(".pretrain.html")
+        found["pretrain"] = _show(recipe, reader, reader.end, "", count, str(pretrain_page) if page else "")
     if recipe.sft:
         base = base_of_stage(recipe, "sft", finished=True)
         dialogues = make_dialogue_encoder(base, recipe.sft)
@@ -47,16 +47,16 @@ def run(recipe: Recipe, count: int, page: str) -> int:
 def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count: int, page: str) -> dict[str, Any]:
     """Show one stage's samples. stop: the id that ends them."""
     tokenizer = reader.tokenizer
-    lesson = encode_in_memory(recipe, reader)
-    store, mask, rejected = lesson.store, lesson.mask, lesson.rejected
+    data = encode_in_memory(recipe, reader)
+    store, mask, rejected = data.store, data.mask, data.rejected
     shown = range(min(count, len(store)))
-    said = describe_mask(mask)
+    description = describe_mask(mask)
     if page:
         text = render(
             "commands/look.html.jinja",
             title=recipe.name,
             source=f"{recipe.base} · {template}" if template else recipe.base,
-            mask=said,
+            mask=description,
             kinds=token_kinds(),
             samples=[
                 (str(store.origin(index)), store.lengths[index], coloured(tokenizer, store, index, stop))
@@ -69,7 +69,7 @@ def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count
         for index in shown:
             console.header(str(store.origin(index)), f"{store.lengths[index]} token")
             _print(tokenizer, store, index, stop)
-    console.tell(f"\n{said}")
+    console.tell(f"\n{description}")
     if rejected:
         first = "{file}:{row}: {rule}".format(**rejected[0])
         console.notice(
@@ -77,7 +77,7 @@ def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count
                 count=len(rejected), first=first
             )
         )
-    return {"mask": mask, "ledger": lesson.ledger.to_dict(), "rejected": len(rejected)}
+    return {"mask": mask, "ledger": data.ledger.to_dict(), "rejected": len(rejected)}
 
 
 def _print(tokenizer: Any, store: TokenStore, index: int, stop: int) -> None:

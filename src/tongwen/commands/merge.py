@@ -1,4 +1,4 @@
-"""merge: adapters and their base in, a model folder out."""
+"""merge: merge adapters into their base and write a model folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tongwen.workflows.merging import MergeOptions, merge
 
 
 def run(base: str, adapters: list[str], out: str, options: MergeOptions, *, again: bool) -> int:
-    """Merge into a new folder. again: keep what is in it under another name, instead of refusing."""
+    """Merge into a new folder. again: rename an existing folder instead of refusing."""
     target = Path(out)
     artifact.make_way(target, again=again)
     chosen = {
@@ -22,27 +22,29 @@ def run(base: str, adapters: list[str], out: str, options: MergeOptions, *, agai
         "adapters": adapters,
         **{key: value for key, value in asdict(options).items() if key != "force"},
     }
-    made = merge(base, adapters, target, chosen, options)
-    console.emit({"out": out, **{key: value for key, value in made.manifest.items() if key != "tensors"}})
+    result = merge(base, adapters, target, chosen, options)
+    console.emit({"out": out, **{key: value for key, value in result.manifest.items() if key != "tensors"}})
     return 0
 
 
-def mix_of(how: str, adapters: Sequence[str], weights: Sequence[float], density: float, scale: float) -> Combination:
-    """How adapters are combined. Raises RecipeError for weights that do not go with them."""
-    wrong = ""
+def make_combination(
+    method: str, adapters: Sequence[str], weights: Sequence[float], density: float, scale: float
+) -> Combination:
+    """Return how to combine the adapters. Raises RecipeError if the weights do not fit them."""
+    problem = ""
     if len(adapters) < 2 or len(set(adapters)) < len(adapters):
-        wrong = _("combining needs at least two adapters, each once")
+        problem = _("combining needs at least two adapters, each once")
     elif weights and len(weights) != len(adapters):
-        wrong = _("{weights_count} weights given for {adapters_count} adapters").format(
+        problem = _("{weights_count} weights given for {adapters_count} adapters").format(
             weights_count=len(weights), adapters_count=len(adapters)
         )
     elif not 0 < density <= 1:
-        wrong = _("density {density:g} is not a share").format(density=density)
-    if wrong:
+        problem = _("density {density:g} is not a share").format(density=density)
+    if problem:
         raise RecipeError(
-            wrong, place="tongwen merge --combine", remedy="--adapter A --weight 0.5 --adapter A2 --weight 0.5"
+            problem, place="tongwen merge --combine", remedy="--adapter A --weight 0.5 --adapter A2 --weight 0.5"
         )
     shares = weights or [1 / len(adapters)] * len(adapters)
     return Combination(
-        how, {str(Path(name)): share for name, share in zip(adapters, shares, strict=True)}, density, scale
+        method, {str(Path(name)): share for name, share in zip(adapters, shares, strict=True)}, density, scale
     )

@@ -25,49 +25,51 @@ from tongwen.recipe.load import read
 SCRIPTS, SHELLS = (".sh", ".bash", ".txt"), ("sh", "bash")
 
 
-def run(words: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -> Iterator[tuple[list[str], bool]]:
+def run(inputs: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -> Iterator[tuple[list[str], bool]]:
     """Print the replacement of each old command; yield the tongwen commands in their order, and whether each is the last. A
     folder is an old adapter: it is written to `out` as an ordinary one, with alpha as its scale.
 
-    words: files, or a command. out: the recipe's file; by default beside the run's folder if `to_run`. Each command runs
-    before the next line is read, because a line may need what the line before it wrote.
+    inputs: files, or a command. out: the recipe's file; by default beside the run's folder if `to_run`. Each command runs
+    before the next line is read, because a line may need the files that the line before it wrote.
     """
-    if len(words) == 1 and Path(words[0]).is_dir():
-        _migrate_adapter(Path(words[0]), Path(out or f"{words[0].rstrip('/')}-lora"), alpha)
+    if len(inputs) == 1 and Path(inputs[0]).is_dir():
+        _migrate_adapter(Path(inputs[0]), Path(out or f"{inputs[0].rstrip('/')}-lora"), alpha)
         return
-    outcomes = list(_read(list(words)))
+    outcomes = list(_read(list(inputs)))
     _check(outcomes, out, to_run=to_run)
-    final = max((place for place, one in enumerate(outcomes, 1) if one.recipe or one.commands), default=0)
+    final = max(
+        (position for position, result in enumerate(outcomes, 1) if result.recipe or result.commands), default=0
+    )
     rows = list[dict[str, Any]]()
-    for place, one in enumerate(_read(list(words)) if to_run else outcomes, 1):
-        _report(one)
-        lines, text = one.commands, ""
-        if one.recipe:
-            text = as_yaml(one.recipe, one.old)
-            target = out or (f"{one.recipe['out']}.yaml" if to_run else "")
+    for position, result in enumerate(_read(list(inputs)) if to_run else outcomes, 1):
+        _report(result)
+        lines, text = result.commands, ""
+        if result.recipe:
+            text = as_yaml(result.recipe, result.old)
+            target = out or (f"{result.recipe['out']}.yaml" if to_run else "")
             read(text, target or "recipe.yaml")  # as `run` would, with every problem
-            _hand_over(text, target)
-            lines = [["run", target or "RECIPE", *(_fitting(one.recipe) if to_run else [])]]
+            _output_recipe(text, target)
+            lines = [["run", target or "RECIPE", *(_device_overrides(result.recipe) if to_run else [])]]
         for line in lines:
             console.tell(f"  {shlex.join(['tongwen', *line])}")
         if to_run:
-            os.environ.update(one.environment)
+            os.environ.update(result.environment)
         for number, line in enumerate(lines, 1):
-            yield line, place == final and number == len(lines)
-        rows.append({**dataclasses.asdict(one), "commands": [["tongwen", *line] for line in lines], "text": text})
-    if not to_run:  # else the commands that run print their own JSON
+            yield line, position == final and number == len(lines)
+        rows.append({**dataclasses.asdict(result), "commands": [["tongwen", *line] for line in lines], "text": text})
+    if not to_run:  # otherwise the commands print their own JSON
         console.emit({"migrated": rows})
 
 
 def _check(outcomes: Sequence[MigrationResult], out: str, *, to_run: bool) -> None:
     """Raise RecipeError when the options do not fit the old commands."""
-    if out and sum(bool(one.recipe) for one in outcomes) > 1:
+    if out and sum(bool(result.recipe) for result in outcomes) > 1:
         raise RecipeError(
             _("the result is several recipes, but --out names one file"),
             place=out,
             remedy=_("omit --out"),
         )
-    if to_run and any(one.launch for one in outcomes):
+    if to_run and any(result.launch for result in outcomes):
         raise RecipeError(
             _("a run on several machines has to be started with torchrun on each of them"),
             place="--run",
@@ -86,30 +88,30 @@ def _migrate_adapter(folder: Path, out: Path, alpha: float | None) -> None:
     console.emit({"out": str(out), "config": config, "fingerprint": made.fingerprint})
 
 
-def _read(words: list[str]) -> Iterator[MigrationResult]:
-    """Read files if the first word is one, else a command; all commands of a script."""
-    if not words:
+def _read(inputs: list[str]) -> Iterator[MigrationResult]:
+    """Read configuration files, all commands of a script, or one command, depending on the first argument."""
+    if not inputs:
         raise RecipeError(
             _("give a file or a command"),
             place="tongwen migrate",
             remedy="tongwen migrate run_config/Bloom_config.json   |   tongwen migrate -- torchrun finetune.py …",
         )
-    first = Path(words[1] if words[0] in SHELLS and len(words) > 1 else words[0])
+    first = Path(inputs[1] if inputs[0] in SHELLS and len(inputs) > 1 else inputs[0])
     if first.suffix in (".json", ".yaml", ".yml"):
-        yield migrate_files(words, today)
+        yield migrate_files(inputs, today)
     elif first.suffix in SCRIPTS:
         try:
             text = first.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(_("cannot be read: {error}").format(error=error), place=str(first)) from None
-        yield from (migrate_command(line.words, today) for line in read_script(text, str(first)))
+        yield from (migrate_command(line.arguments, today) for line in read_script(text, str(first)))
     else:
-        yield migrate_command(words, today)
+        yield migrate_command(inputs, today)
 
 
-def _report(one: MigrationResult) -> None:
-    console.header(one.project, one.old)
-    for note in one.notes:
+def _report(result: MigrationResult) -> None:
+    console.header(result.project, result.old)
+    for note in result.notes:
         console.notice(note)
     verdicts = {
         "kept": _("kept"),
@@ -117,20 +119,20 @@ def _report(one: MigrationResult) -> None:
         "mended": _("mended"),
         "dropped": _("dropped"),
     }
-    for verdict in one.verdicts:
+    for verdict in result.verdicts:
         flag = verdict.flag if verdict.value is None else f"{verdict.flag} {verdict.value}"
         new = f" → {verdict.becomes}" if verdict.becomes else ""
         why = f"  ({verdict.why})" if verdict.why else ""
         console.tell(f"  {verdicts[verdict.verdict]}  {flag}{new}{why}")
-    if one.instead:
-        console.tell(f"  {one.instead}")
-    if one.launch:
-        options = " ".join(f"--{name} {value}" for name, value in one.launch.items())
+    if result.instead:
+        console.tell(f"  {result.instead}")
+    if result.launch:
+        options = " ".join(f"--{name} {value}" for name, value in result.launch.items())
         console.tell(_("on each machine:"))
         console.tell(f"  torchrun {options} -m tongwen run RECIPE")
 
 
-def _hand_over(text: str, target: str) -> None:
+def _output_recipe(text: str, target: str) -> None:
     """Print the recipe, or write it unless another file is in the way."""
     if not target:
         for line in text.splitlines():
@@ -144,17 +146,17 @@ def _hand_over(text: str, target: str) -> None:
     console.good(target)
 
 
-def _fitting(recipe: dict[str, Any]) -> list[str]:
-    """Overrides for a machine with fewer devices than the old command used. The batch size, and so the result, stays the same."""
+def _device_overrides(recipe: dict[str, Any]) -> list[str]:
+    """Return overrides for a machine with fewer devices than the old command used; the batch size stays the same."""
     import torch
 
-    here = max(torch.accelerator.device_count(), 1)
-    if recipe.get("devices", 1) <= here:
+    available = max(torch.accelerator.device_count(), 1)
+    if recipe.get("devices", 1) <= available:
         return []
     console.notice(
         _("devices: {here}, not {devices}: this machine has no more; the batch size stays the same").format(
-            here=here, devices=recipe["devices"]
+            here=available, devices=recipe["devices"]
         )
     )
-    alone = [f"{section}.engine=auto" for section in ("pretrain", "sft") if here == 1 and section in recipe]
-    return [f"devices={here}", *alone]
+    engines = [f"{section}.engine=auto" for section in ("pretrain", "sft") if available == 1 and section in recipe]
+    return [f"devices={available}", *engines]

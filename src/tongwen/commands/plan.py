@@ -39,7 +39,7 @@ from tongwen.workflows.tokenized_data import (
 from tongwen.workflows.training import memory_estimate
 from tongwen.workflows.training.memory_estimate import MemoryEstimate, MicroBatch, TrainingSetup, estimate_memory
 
-PURPOSES = (  # of memory, as an estimate names them
+PURPOSES = (  # the uses of memory in an estimate
     N_("libraries"),
     N_("weights"),
     N_("gradients"),
@@ -65,7 +65,7 @@ def run(recipe: Recipe, gpu: str | None, stages: Stages, *, measure: bool = Fals
     if not recipe.training or recipe.prepare is None:
         raise RecipeError(_("this recipe has no training stage"), place=recipe.name, remedy="sft: {}")
     if measure:
-        import peft  # noqa: F401 (with all that it compiles, as training has it: the estimate would import less)
+        import peft  # noqa: F401 (with all that it compiles, as in training; the estimate alone would import less)
     check_ahead(recipe, recipe.stages, stages)
     if recipe.vocab and not artifact.find(Path(recipe.out) / "vocab"):
         _unused, new = _config(recipe, recipe.base)
@@ -76,7 +76,7 @@ def run(recipe: Recipe, gpu: str | None, stages: Stages, *, measure: bool = Fals
         )
     found = {name: _plan(recipe, name, limit, measure) for name in recipe.stages if name in ("pretrain", "sft")}
     last = list(found.values())[-1]
-    console.emit({**last, "stages": {**found, **_afterwards(recipe)}})
+    console.emit({**last, "stages": {**found, **_later_stages(recipe)}})
     return 0
 
 
@@ -85,39 +85,39 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
     section: Training = getattr(recipe, name)
     device = "cuda" if limit else load.compute_device()
     base = base_of_stage(recipe, name, finished=True)
-    place = load.locate(base)
+    model_ref = load.locate(base)
     config, new = _config(recipe, base)
-    lesson = _look(recipe, section, base)
+    data = _encode(recipe, section, base)
     rows = _rows(recipe, section, base, new)
     memory = 0 if recipe.devices > 1 else limit or own_memory(device)
     full = "full" in section.trained_parts
-    plans = _plans(section, lesson, token_budget(device, config, memory, full=full), recipe.devices)
-    micro = _fullest(plans, lesson)
-    setting, needs = _needs(config, section, _setting(section, device, limit, recipe.devices, rows), micro, limit)
+    plans = _plans(section, data, token_budget(device, config, memory, full=full), recipe.devices)
+    micro = _fullest(plans, data)
+    setting, needs = _estimate(config, section, _setting(section, device, limit, recipe.devices, rows), micro, limit)
     shape = needs.shape
-    tokens = sum(sum(one.tokens_of(lesson.store.lengths)) for one in plans)
+    tokens = sum(sum(one.tokens_of(data.store.lengths)) for one in plans)
     steps = [len(one) for one in plans]
     seconds = None
     if measure:
-        of_token, of_step = memory_estimate.measure(place, setting, lesson.store, plans[-1])
+        of_token, of_step = memory_estimate.measure(model_ref, setting, data.store, plans[-1])
         seconds = of_token * tokens / recipe.devices + of_step * sum(steps)
     elif device == "cpu":
-        seconds = tokens * flops_per_token(shape, lesson.mask["learned_share"], full=full) / _rate()
-    disk, most = _disk(config, section, setting, steps)
-    cures = list(_cures(recipe, name, config, micro, needs.bytes["peak"], limit, rows)) if limit else []
+        seconds = tokens * flops_per_token(shape, data.mask["learned_share"], full=full) / _rate()
+    disk, disk_peak = _disk(config, section, setting, steps)
+    remedies = list(_remedies(recipe, name, config, micro, needs.bytes["peak"], limit, rows)) if limit else []
     facts = {
         "steps": sum(steps),
         "steps_of_phases": steps,
         "steps_per_epoch": plans[-1].steps_per_epoch,
         "batch_size": None if section.batch_tokens else section.batch_size,
         "batch_tokens": section.batch_tokens,
-        "fill": round(plans[-1].fill(lesson.store.lengths), 4),
+        "fill": round(plans[-1].fill(data.store.lengths), 4),
         "micro_batches_per_step": plans[-1].accumulate,
         "devices": plans[-1].world,
         "micro_batch_tokens": plans[-1].budget,
         "tokens": tokens,
-        "samples": len(lesson.store),
-        "mask": lesson.mask,
+        "samples": len(data.store),
+        "mask": data.mask,
         "trainable": shape.trainable,
         "memory_bytes": needs.bytes,
         "dtype": str(setting.dtype).removeprefix("torch."),
@@ -126,66 +126,66 @@ def _plan(recipe: Recipe, name: str, limit: int | None, measure: bool) -> dict[s
         "rehearsed": needs.rehearsed,
         "activation_checkpointing": setting.checkpointing,
         "disk": disk,
-        "disk_bytes": most,
+        "disk_bytes": disk_peak,
         "seconds": seconds,
         "fits": None if limit is None else needs.bytes["peak"] <= limit,
-        "cures": cures,
+        "cures": remedies,
     }
     _show(name, section, facts, device, measure)
     return facts
 
 
 def _config(recipe: Recipe, base: str) -> tuple[Any, int]:
-    """(the base's configuration, the most new rows that a vocabulary stage will still add)."""
+    """Return (the base's configuration, the maximum of new rows that a vocabulary stage will still add)."""
     place, section = load.locate(base), recipe.vocab
     config = load.load_config(place)
     if section is None or artifact.find(Path(recipe.out) / "vocab"):
         return config, 0
-    text, held = config.get_text_config(), max(load.load_tokenizer(place).get_vocab().values()) + 1
+    text, used_ids = config.get_text_config(), max(load.load_tokenizer(place).get_vocab().values()) + 1
     new = section.pieces + len(section.words) + len(section.special_tokens)
     if section.tokenizer:
         new = len(tokenizer_files.extended_by(tokenizer_files.open_tokenizer_files(base), section.tokenizer).parts)
-    ids = range(held, held + new)
-    text.vocab_size = plan_rows(held, ids, text.vocab_size, section.pad_to_multiple, shrink=section.shrink).wanted
+    ids = range(used_ids, used_ids + new)
+    text.vocab_size = plan_rows(used_ids, ids, text.vocab_size, section.pad_to_multiple, shrink=section.shrink).wanted
     return config, new
 
 
 def _rows(recipe: Recipe, section: Training, base: str, new: int) -> int:
-    """Rows of new pieces that are trained one by one. new: rows that `vocab` will still add."""
+    """Return the number of rows of new pieces that are trained individually. new: rows that `vocab` will still add."""
     parts = section.trained_parts
     if "new_rows" in parts:
         return new or len(new_rows_of(base))
-    if isinstance(section, Sft) and parts == {"lora"} and not recipe.pretrain:  # nothing else trains them
+    if isinstance(section, Sft) and parts == {"lora"} and not recipe.pretrain:  # nothing else trains the rows
         return new or (len(new_rows_of(base)) if are_rows_untrained(base) else 0)
     return 0
 
 
 def _disk(config: Any, section: Training, setting: TrainingSetup, steps: list[int]) -> tuple[dict[str, int], int]:
-    """(bytes by file kind, with the checkpoint that is written before an older one is deleted; the peak)."""
+    """Return (bytes by file kind, the peak). `saving` is the checkpoint that is written before an older one is deleted."""
     result, sizes = memory_estimate.estimate_files(config, setting, [parts_of(train) for train in section.trains])
-    kept, more = 0, 0
+    retained, extra = 0, 0
     for size, count in zip(sizes, steps, strict=True):
         saves = -(-count // section.save_every)
         keeps = (
             section.keep_checkpoints + 1 if section.patience else min(saves, section.keep_checkpoints)
         )  # and the best
-        kept += keeps * size
-        more = max(more, size * (saves > keeps or bool(section.patience)))
-    return {"checkpoints": kept, "saving": more, "weights": result}, kept + max(more, result)
+        retained += keeps * size
+        extra = max(extra, size * (saves > keeps or bool(section.patience)))
+    return {"checkpoints": retained, "saving": extra, "weights": result}, retained + max(extra, result)
 
 
-def _look(recipe: Recipe, section: Training, base: str) -> TokenizedData:
+def _encode(recipe: Recipe, section: Training, base: str) -> TokenizedData:
     if isinstance(section, Sft):
         return encode_in_memory(recipe, make_dialogue_encoder(base, section))
     assert isinstance(section, Pretrain)
     return encode_in_memory(recipe, make_document_encoder(base, section))
 
 
-def _plans(section: Training, lesson: TokenizedData, budget: int, world: int) -> list[BatchPlan]:
+def _plans(section: Training, data: TokenizedData, budget: int, world: int) -> list[BatchPlan]:
     return [
         make_plan(
-            lesson.store.lengths,
-            lesson.draw,
+            data.store.lengths,
+            data.draw,
             batch_size=phase.config.batch_size,
             batch_tokens=phase.config.batch_tokens,
             stop_after=phase.config.stop_after,
@@ -201,21 +201,23 @@ def _setting(section: Training, device: str, limit: int | None, world: int, rows
     dtype = (
         guessed.get(section.precision, torch.bfloat16) if limit else load.compute_dtype(section.precision, device)[0]
     )
-    on = section.activation_checkpointing == "on"
+    checkpointing = section.activation_checkpointing == "on"
     sharing = sharing_of(section, world)
-    return TrainingSetup(section.adapter, section.trained_parts, dtype, device, section.optimizer, on, sharing, rows)
+    return TrainingSetup(
+        section.adapter, section.trained_parts, dtype, device, section.optimizer, checkpointing, sharing, rows
+    )
 
 
-def _fullest(plans: list[BatchPlan], lesson: TokenizedData) -> MicroBatch:
-    """The micro-batch with the most tokens."""
-    lengths = lesson.store.lengths
+def _fullest(plans: list[BatchPlan], data: TokenizedData) -> MicroBatch:
+    """Return the micro-batch with the most tokens."""
+    lengths = data.store.lengths
     parts = [part for plan in plans for step in plan.micro for part in step]
     part = max(parts, key=lambda part: int(lengths[list(part)].sum()))
-    rows = sum(int(np.count_nonzero(lesson.store.sample(sample)[1])) for sample in part)
+    rows = sum(int(np.count_nonzero(data.store.sample(sample)[1])) for sample in part)
     return MicroBatch(tuple(int(lengths[sample]) for sample in part), rows, max(plan.accumulate for plan in plans))
 
 
-def _needs(
+def _estimate(
     config: Any, section: Training, setting: TrainingSetup, micro: MicroBatch, limit: int | None
 ) -> tuple[TrainingSetup, MemoryEstimate]:
     """Estimate the memory, with activation checkpointing if it is allowed and the limit requires it."""
@@ -226,26 +228,28 @@ def _needs(
     return setting, needs
 
 
-def _cures(
+def _remedies(
     recipe: Recipe, name: str, config: Any, micro: MicroBatch, peak: int, limit: int, rows: int
 ) -> Iterator[dict[str, Any]]:
-    """Changes that make it fit: the cheapest first, each on top of those before it, until it fits."""
-    peaks, together = [peak], sum(micro.lengths)
+    """Yield changes that reduce the memory: the cheapest first, each on top of those before it, until it fits."""
+    peaks, total = [peak], sum(micro.lengths)
 
-    def helps(section: Training, tokens: int) -> bool:
-        smaller = micro if tokens == together else micro.cut(tokens)
-        _unused, needs = _needs(config, section, _setting(section, "cuda", limit, recipe.devices, rows), smaller, limit)
+    def reduces_peak(section: Training, tokens: int) -> bool:
+        smaller = micro if tokens == total else micro.cut(tokens)
+        _unused, needs = _estimate(
+            config, section, _setting(section, "cuda", limit, recipe.devices, rows), smaller, limit
+        )
         peaks.append(min(needs.bytes["peak"], peaks[-1]))
         return peaks[-1] < peaks[-2]
 
-    for change in cheaper(recipe, name, max(micro.lengths), together, "auto", helps) if peak > limit else ():
+    for change in cheaper(recipe, name, max(micro.lengths), total, "auto", reduces_peak) if peak > limit else ():
         yield {"change": change, "peak": peaks[-1], "fits": peaks[-1] <= limit}
         if peaks[-1] <= limit:
             return
 
 
-def _afterwards(recipe: Recipe) -> dict[str, Any]:
-    """Needs of merging and exporting, which both read the model a block of rows at a time."""
+def _later_stages(recipe: Recipe) -> dict[str, Any]:
+    """Print and return the needs of merging and exporting, which both read the model a block of rows at a time."""
     found: dict[str, Any] = {}
     config, _unused = _config(recipe, base_of_stage(recipe, "sft", finished=True))
     skeleton = load.make_skeleton(config)
@@ -254,10 +258,10 @@ def _afterwards(recipe: Recipe) -> dict[str, Any]:
     width = getattr(config.dtype, "itemsize", 4)  # a config without a dtype means fp32
     if recipe.merge:
         width = {"base": width, "fp32": 4}.get(recipe.merge.dtype, 2)
-        whole = {"weights": 2 * 4 * parameters} if recipe.merge.parity == "full" else {}
-        memory = {**needs, **whole}
+        both_models = {"weights": 2 * 4 * parameters} if recipe.merge.parity == "full" else {}
+        memory = {**needs, **both_models}
         if fused := {name for section in recipe.training for name in section.adapter.target_parameters}:
-            # peft's merge, in memory and in fp32: a copy of the weight at hand and its change beside the model
+            # peft's merge, in memory and in fp32: a copy of one weight and its change in addition to the model
             largest = max(part.numel() for name, part in skeleton.named_parameters() if name.endswith(tuple(fused)))
             memory = {"libraries": memory_estimate.LIBRARIES, "weights": 4 * parameters, "merging": 2 * 4 * largest}
         found["merge"] = {"memory_bytes": _summed(memory), "disk_bytes": parameters * width}
@@ -287,14 +291,14 @@ def parse_memory(text: str) -> int:
 
 
 def _rate() -> float:
-    """Floating-point operations per second of this CPU, from a quarter second of matrix products; two thirds of it is
-    what a training step reaches."""
+    """Return the floating-point operations per second that training reaches on this CPU: two thirds of the rate of matrix
+    products, measured for a quarter second."""
     left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    count, began = 0, time.monotonic()
-    while (spent := time.monotonic() - began) < 0.25:
+    count, start = 0, time.monotonic()
+    while (elapsed := time.monotonic() - start) < 0.25:
         left @ right
         count += 1
-    return 0.66 * count * 2 * 1024**3 / spent
+    return 0.66 * count * 2 * 1024**3 / elapsed
 
 
 def _memory_rows(needs: dict[str, int], note: str = "") -> list[tuple[str, str]]:
@@ -303,19 +307,19 @@ def _memory_rows(needs: dict[str, int], note: str = "") -> list[tuple[str, str]]
 
 
 def _sharing_rows(facts: dict[str, Any], section: Training) -> list[tuple[str, str]]:
-    """Say what the numbers above refer to when there are, or should be, several processes."""
+    """Return a row that says whether the numbers above are per GPU, if the engine divides the model."""
     world, engine = facts["devices"], facts["engine"]
     parts = [_(name) for name in facts["shared_out"]]
     shared = _(", ").join(parts)
     if world > 1 and parts:
-        said = _("per GPU: {engine} divides {shared} among {world}").format(engine=engine, shared=shared, world=world)
+        scope = _("per GPU: {engine} divides {shared} among {world}").format(engine=engine, shared=shared, world=world)
     elif world > 1:
-        said = _("per GPU: {engine} divides nothing").format(engine=engine)
+        scope = _("per GPU: {engine} divides nothing").format(engine=engine)
     elif section.sharded_by:
-        said = _("for one GPU; {engine} divides among several: --devices N").format(engine=engine)
+        scope = _("for one GPU; {engine} divides among several: --devices N").format(engine=engine)
     else:
         return []
-    return [(_("all of the above"), said)]
+    return [(_("all of the above"), scope)]
 
 
 def _disk_row(size: int) -> tuple[str, str]:
@@ -323,7 +327,7 @@ def _disk_row(size: int) -> tuple[str, str]:
 
 
 def _show(name: str, section: Training, facts: dict[str, Any], device: str, measured: bool) -> None:
-    what = (
+    batch = (
         _("{batch_tokens} tokens").format(batch_tokens=section.batch_tokens)
         if section.batch_tokens
         else _("{batch_size} samples").format(batch_size=section.batch_size)
@@ -346,7 +350,7 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
             (
                 _("per step"),
                 _("{what} in {parts} micro-batches of at most {budget} tokens").format(
-                    what=what, parts=parts, budget=budget
+                    what=batch, parts=parts, budget=budget
                 ),
             ),
             (_("computed in"), dtype),
@@ -362,7 +366,7 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
     if facts["fits"] is not False:
         return
     console.notice(_("this does not fit; try in this order, each change on top of those before:"))
-    for cure in facts["cures"]:
-        console.tell(f"  {cure['change']}  {console.human_bytes(cure['peak'])}{' ✓' if cure['fits'] else ''}")
-    if not any(cure["fits"] for cure in facts["cures"]):
+    for remedy in facts["cures"]:
+        console.tell(f"  {remedy['change']}  {console.human_bytes(remedy['peak'])}{' ✓' if remedy['fits'] else ''}")
+    if not any(remedy["fits"] for remedy in facts["cures"]):
         console.tell("  " + _("then ") + last_resort(section))

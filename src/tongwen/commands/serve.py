@@ -38,28 +38,28 @@ def run(
 
     Sampling().with_(**sampling)
     loopback = auth.is_loopback(host)
-    token, made = auth.choose_token(loopback)
+    token, generated = auth.choose_token(loopback)
     with auth.open_port(host, port) as listening:
-        speaker = open_chat_model(model, adapters, template, thinking, weights=weights, rows=1)
+        chat_model = open_chat_model(model, adapters, template, thinking, weights=weights, rows=1)
 
-        def speak(ids: list[int], hear: Callable[[int], None], settings: dict[str, Any]) -> Iterator[str]:
-            return speaker.continue_ids(ids, hear, **settings)
+        def generate(ids: list[int], on_token: Callable[[int], None], settings: dict[str, Any]) -> Iterator[str]:
+            return chat_model.continue_ids(ids, on_token, **settings)
 
-        speech = openai_api.Backend(
+        backend = openai_api.Backend(
             name=name or Path(model).name,
-            chat_ids=speaker.prompt_ids,
-            text_ids=speaker.text_ids,
-            speak=speak,
-            ended=speaker.ended,
+            chat_ids=chat_model.prompt_ids,
+            text_ids=chat_model.text_ids,
+            generate=generate,
+            ended=chat_model.ended,
             check=lambda settings: Sampling().with_(**settings),
-            context=speaker.context,
+            context=chat_model.context,
             settings=sampling,
         )
         url = f"http://{host}:{listening.getsockname()[1]}/v1"
-        console.header(speech.name, _("Ctrl-C stops it"))
+        console.header(backend.name, _("Ctrl-C stops it"))
         console.tell(f"OPENAI_BASE_URL={url}")
-        console.tell(f"OPENAI_API_KEY={token}" if made else _("the token is ${token}").format(token=auth.TOKEN))
-        console.emit({"url": url, "model": speech.name, **({"token": token} if made else {})})
-        auth.serve(auth.AuthMiddleware(openai_api.make_app(speech, queue), token, loopback=loopback), listening)
+        console.tell(f"OPENAI_API_KEY={token}" if generated else _("the token is ${token}").format(token=auth.TOKEN))
+        console.emit({"url": url, "model": backend.name, **({"token": token} if generated else {})})
+        auth.serve(auth.AuthMiddleware(openai_api.make_app(backend, queue), token, loopback=loopback), listening)
     console.good(_("ended"))
     return 0

@@ -1,4 +1,4 @@
-"""show: print what a folder is and how it was made, up to its first ancestors; for a model from elsewhere, its layers."""
+"""show: print what a folder contains and how it was made, with all its ancestors; for other models, their layers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tongwen.core.i18n import _
 
 def run(path: str) -> int:
     """Print the family tree of an artifact, or of every stage of a run's folder; or the linear layers of a model."""
-    place = Path(path)
-    found = [one for folder in (place, *_stages(place)) if (one := artifact.find(folder))]
-    if not found and (place / "config.json").is_file():
+    folder_path = Path(path)
+    found = [one for folder in (folder_path, *_stages(folder_path)) if (one := artifact.find(folder))]
+    if not found and (folder_path / "config.json").is_file():
         return _show_model(path)
     if not found:
-        unfinished = sorted(folder.name for folder in place.glob("*.partial")) if place.is_dir() else []
+        unfinished = sorted(folder.name for folder in folder_path.glob("*.partial")) if folder_path.is_dir() else []
         raise ArtifactError(
             _("no manifest.json here: this is not an artifact of tongwen")
             if not unfinished
@@ -34,7 +34,7 @@ def run(path: str) -> int:
 
 
 def _show_model(path: str) -> int:
-    """Family, size, and the names that `adapter.targets` may hold; from the config alone."""
+    """Print the family, the size, and the possible names in `adapter.targets`; reads only the config."""
     from tongwen.model.loading.load import load_config, locate, make_skeleton
 
     config = load_config(locate(path))
@@ -53,10 +53,12 @@ def _show_model(path: str) -> int:
     return 0
 
 
-def _stages(place: Path) -> list[Path]:
+def _stages(folder_path: Path) -> list[Path]:
     return (
-        sorted((folder for folder in place.iterdir() if folder.is_dir()), key=lambda folder: folder.stat().st_mtime)
-        if place.is_dir() and not (place / artifact.MANIFEST).is_file()
+        sorted(
+            (folder for folder in folder_path.iterdir() if folder.is_dir()), key=lambda folder: folder.stat().st_mtime
+        )
+        if folder_path.is_dir() and not (folder_path / artifact.MANIFEST).is_file()
         else []
     )
 
@@ -70,11 +72,11 @@ def _tree(one: artifact.Artifact) -> Tree:
     for name, value in _facts(manifest):
         tree.add(f"{console.plain(name)}: {console.plain(value)}")
     for role, parent in manifest.get("parents", {}).items():
-        above = artifact.find(Path(parent["path"])) if parent.get("kind") else None
-        if above is not None:
-            same = above.fingerprint == parent.get("fingerprint")
-            branch = _tree(above)
-            branch.label = f"{role}: {branch.label}" + ("" if same else f"  [red]{_('has changed since')}[/]")
+        ancestor = artifact.find(Path(parent["path"])) if parent.get("kind") else None
+        if ancestor is not None:
+            unchanged = ancestor.fingerprint == parent.get("fingerprint")
+            branch = _tree(ancestor)
+            branch.label = f"{role}: {branch.label}" + ("" if unchanged else f"  [red]{_('has changed since')}[/]")
             tree.add(branch)
         else:
             tree.add(

@@ -1,7 +1,7 @@
 """tokenizer train | extend | merge | report: work on tokenizers without a model's weights.
 
-Each takes files or models by name and leaves a folder that transformers opens (`tokenizer.json`, and `tokenizer.model`
-where the family has one), with a manifest that names its sources.
+Each takes files or models by name and writes a folder that transformers opens (`tokenizer.json`, and `tokenizer.model` if
+the family has one), with a manifest that names its sources.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def run_train(corpus: list[str], kind: str, pieces: int, out: str, seed: int, *,
     texts = tokenizer_files.iter_texts(corpus)
     with console.waiting(_("learning a tokenizer")):
         if kind == "byte-bpe":
-            made = TokenizerFiles(out, train.train_byte_level(texts, pieces))
+            result = TokenizerFiles(out, train.train_byte_level(texts, pieces))
         else:
             model = sentencepiece.parse(train.train_sentencepiece(texts, pieces, kind.removeprefix("sp-"), seed), out)
-            made = TokenizerFiles(out, sentencepiece.fast_form(model), model)
-    chosen = {"corpus": corpus, "kind": kind, "pieces": pieces, "seed": seed}
-    return _finish(made, target, {}, chosen, {"sizes": {"after": made.coder.size}})
+            result = TokenizerFiles(out, sentencepiece.fast_form(model), model)
+    settings = {"corpus": corpus, "kind": kind, "pieces": pieces, "seed": seed}
+    return _finish(result, target, {}, settings, {"sizes": {"after": result.coder.size}})
 
 
 def run_extend(
@@ -54,12 +54,12 @@ def run_extend(
     learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(corpus))
     with console.progress(pieces, _("learning")) as bar:
         learned = tokenizer_files.learn(opened, learn_from, Script(script), pieces, bar.update)
-    made = learned.extended(pieces, words, special_tokens)
+    result = learned.extended(pieces, words, special_tokens)
     learned.warn_if_fewer(pieces)
-    found = measure.survey(opened.coder, made.files.coder, {_("held out"): rest}, Script(script))
-    _note_fast(made.files, rest, found)
+    found = measure.survey(opened.coder, result.files.coder, {_("held out"): rest}, Script(script))
+    _note_fast(result.files, rest, found)
     _show(found)
-    chosen = {
+    settings = {
         "base": base,
         "corpus": corpus,
         "pieces": pieces,
@@ -67,18 +67,18 @@ def run_extend(
         "words": list(words),
         "special_tokens": list(special_tokens),
     }
-    return _finish(made.files, target, _parent(opened), chosen, found, new_rows=made.new_ids)
+    return _finish(result.files, target, _parent(opened), settings, found, new_rows=result.new_ids)
 
 
 def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: str, again: bool) -> int:
     """Append one SentencePiece model's pieces to another's."""
     target = _target(out, again)
     opened, other = tokenizer_files.open_tokenizer_files(base), tokenizer_files.open_tokenizer_files(add)
-    for place, one in (("--base", opened), ("--add", other)):
+    for flag, one in (("--base", opened), ("--add", other)):
         if one.model is None:
             raise ModelError(
                 _("{one} is byte-level BPE; only SentencePiece models can be merged").format(one=one.name),
-                place=place,
+                place=flag,
                 remedy=f"tongwen tokenizer extend --base {base} --corpus FILE --pieces 2000 --out {out}",
             )
     console.header("tokenizer merge", f"{base} + {add} · {mode}")
@@ -87,7 +87,7 @@ def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: st
         merged = spm.merge(opened.model, names, Script(script), tokenizer_files.encoder_of, pad=pad)
     else:
         merged = spm.merge_as_2023(opened.model, other.model, keep_scores=mode == "keep-scores", pad=pad)
-    made = tokenizer_files.from_model(opened, merged.model)
+    result = tokenizer_files.from_model(opened, merged.model)
     reasons = {
         "already_there": _("already in the base"),
         "other_script": _("digits, Latin letters or mixed: they would change old text"),
@@ -101,33 +101,35 @@ def run_merge(base: str, add: str, mode: str, out: str, *, pad: bool, script: st
     rows += [(_("added"), len(merged.added)), (_("together"), len(merged.model.pieces))]
     console.table(("", _("pieces")), rows)
     samples = tokenizer_files.shipped_texts()
-    found = measure.survey(opened.coder, made.coder, {_("shipped dialogues"): samples}, Script(script))
+    found = measure.survey(opened.coder, result.coder, {_("shipped dialogues"): samples}, Script(script))
     found["left_out"] = {reason: len(left) for reason, left in merged.left_out.items()}
-    _note_fast(made, [*samples, *(piece.replace(spm.BLANK, " ") for piece in merged.added)], found)
+    _note_fast(result, [*samples, *(piece.replace(spm.BLANK, " ") for piece in merged.added)], found)
     _show(found)
-    chosen = {"base": base, "add": add, "mode": mode, "pad": pad, "script": script}
+    settings = {"base": base, "add": add, "mode": mode, "pad": pad, "script": script}
     parents = {**_parent(opened), "add": {"path": add, "fingerprint": _digest(other)}}
-    return _finish(made, target, parents, chosen, found)
+    return _finish(result, target, parents, settings, found)
 
 
 def run_report(base: str, other: str, texts: list[str], out: str, script: str) -> int:
     """Measure a tokenizer on texts: against another one, or against itself with pieces learned from the same texts."""
     opened = tokenizer_files.open_tokenizer_files(base, to_measure=True)
     console.header("tokenizer report", f"{base} {other}".strip())
-    chosen = Script(script)
+    script_filter = Script(script)
     by_file = {name: tokenizer_files.sample_texts(tokenizer_files.iter_texts([name])) for name in texts}
     if other:
         found = measure.survey(
-            opened.coder, tokenizer_files.open_tokenizer_files(other, to_measure=True).coder, by_file, chosen
+            opened.coder, tokenizer_files.open_tokenizer_files(other, to_measure=True).coder, by_file, script_filter
         )
     else:
-        found = measure.survey(opened.coder, None, by_file, chosen)
+        found = measure.survey(opened.coder, None, by_file, script_filter)
     if not other and not opened.is_extensible:
         console.notice(_("a tokenizer of this kind cannot take new pieces"))
     elif not other:
-        learn_from, rest = tokenizer_files.split(tokenizer_files.iter_texts(texts, lambda text: None))  # reported above
+        learn_from, rest = tokenizer_files.split(
+            tokenizer_files.iter_texts(texts, lambda message: None)
+        )  # its notices were printed above
         shape = tokenizer_files.shape_of(base)
-        learned = tokenizer_files.learn(opened, learn_from, chosen, measure.CURVE[-1])
+        learned = tokenizer_files.learn(opened, learn_from, script_filter, measure.CURVE[-1])
         start, curve = tokenizer_files.curve(learned, rest, shape)
         advice = measure.advise(start, curve)
         if shape is measure.NOMINAL:
@@ -137,8 +139,8 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
                 )
             )
         else:
-            place, made = load.fetched(load.locate(base)), learned.extended(advice.pieces)
-            found |= vocab_scores.bits_before_training(place, opened, made, "subtoken_mean", 0, rest)
+            model_ref, result = load.fetched(load.locate(base)), learned.extended(advice.pieces)
+            found |= vocab_scores.bits_before_training(model_ref, opened, result, "subtoken_mean", 0, rest)
             advice = measure.advise(start, curve, vocab_scores.damage_of(found.get("bits_per_byte")), advice.pieces)
         found |= {"curve": [vars(point) for point in (start, *curve)], "advice": advice.to_dict()}
     found["summary"] = f"{base} {'→ ' + other if other else ''} · {', '.join(texts)}"
@@ -159,11 +161,11 @@ def _target(out: str, again: bool) -> Path:
     return target
 
 
-def _note_fast(made: TokenizerFiles, texts: list[str], found: dict[str, Any]) -> None:
-    """Report where tokenizer.json differs from tokenizer.model, which is right."""
-    if made.model is None:
+def _note_fast(result: TokenizerFiles, texts: list[str], found: dict[str, Any]) -> None:
+    """Report where tokenizer.json encodes differently from tokenizer.model, which is authoritative."""
+    if result.model is None:
         return
-    differing = len(spm.disagreement(made.coder.encode, made.encode_fast, texts))
+    differing = len(spm.disagreement(result.coder.encode, result.encode_fast, texts))
     found["kept"]["fast_disagrees"] = differing
     if differing:
         console.notice(
@@ -214,8 +216,8 @@ def _show(found: dict[str, Any]) -> None:
 
 
 def _digest(one: TokenizerFiles) -> str:
-    held = one.model.SerializeToString() if one.model is not None else one.backend.to_str().encode()
-    return hashlib.sha256(held).hexdigest()
+    serialized = one.model.SerializeToString() if one.model is not None else one.backend.to_str().encode()
+    return hashlib.sha256(serialized).hexdigest()
 
 
 def _parent(base: TokenizerFiles) -> dict[str, Any]:
@@ -223,22 +225,22 @@ def _parent(base: TokenizerFiles) -> dict[str, Any]:
 
 
 def _finish(
-    made: TokenizerFiles,
+    result: TokenizerFiles,
     target: Path,
     parents: dict[str, Any],
-    chosen: dict[str, Any],
+    settings: dict[str, Any],
     report: dict[str, Any],
     new_rows: Sequence[int] = (),
 ) -> int:
-    with artifact.create(target, "tokenizer", parents, chosen) as draft:
-        tokenizer_files.save(made, draft.path)
+    with artifact.create(target, "tokenizer", parents, settings) as draft:
+        tokenizer_files.save(result, draft.path)
         artifact.write_json(draft.path / "report.json", report)
         if new_rows:
             artifact.write_json(draft.path / "new_rows.json", list(new_rows))
-        draft.fingerprint = _digest(made)
-        draft.facts = {"tokens": made.coder.size, "files": _hashes(draft.path)}
+        draft.fingerprint = _digest(result)
+        draft.facts = {"tokens": result.coder.size, "files": _hashes(draft.path)}
     assert draft.artifact
-    size = made.coder.size
+    size = result.coder.size
     console.good(_("{size:,} tokens · {target}").format(size=size, target=target))
     for name in ("tokenizer.model", "tokenizer.json"):
         if digest := draft.facts["files"].get(name):

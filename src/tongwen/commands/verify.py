@@ -26,50 +26,50 @@ class VerifyReport:
     """The sources that agree with each file, and the contradictions."""
 
     def __init__(self) -> None:
-        self.known: dict[str, list[str]] = defaultdict(list)
-        self.wrong: list[TongwenError] = []
+        self.sources: dict[str, list[str]] = defaultdict(list)
+        self.problems: list[TongwenError] = []
 
-    def compare(self, name: str, expected: str, found: str, witness: str, place: str) -> None:
+    def compare(self, name: str, expected: str, found: str, source: str, place: str) -> None:
         if expected == found:
-            self.known[name].append(witness)
+            self.sources[name].append(source)
         else:
-            self.refuse(
+            self.add_problem(
                 _("its hash is {found}…, {witness} says {expected}…").format(
-                    found=found[:16], witness=witness, expected=expected[:16]
+                    found=found[:16], witness=source, expected=expected[:16]
                 ),
                 place,
             )
 
-    def refuse(self, rule: str, place: str) -> None:
+    def add_problem(self, rule: str, place: str) -> None:
         remedy = _("fetch or make this file again: it is damaged or not the same file")
-        self.wrong.append(ArtifactError(rule, place=place, remedy=remedy))
+        self.problems.append(ArtifactError(rule, place=place, remedy=remedy))
 
 
 def run(path: str, against: str) -> int:
-    """Return 0 only when something was compared and everything agreed. against: a list's file, `known`, or empty."""
-    place = Path(path)
-    if not place.exists():
+    """Return 0 only if something was compared and everything agreed. against: a list's file, `known`, or empty."""
+    target = Path(path)
+    if not target.exists():
         raise RecipeError(_("this path does not exist"), place=path)
-    folder = place if place.is_dir() else place.parent
-    files = [place] if place.is_file() else sorted(file for file in folder.iterdir() if file.is_file())
+    folder = target if target.is_dir() else target.parent
+    files = [target] if target.is_file() else sorted(file for file in folder.iterdir() if file.is_file())
     files = [file for file in files if file.name != artifact.MANIFEST]
     lists = _lists(folder, against)
     verdicts = VerifyReport()
     console.header("verify", path)
-    stage = artifact.find(folder) if place.is_dir() else None
-    _check_whole(folder, files, verdicts)
+    stage = artifact.find(folder) if target.is_dir() else None
+    _check_complete(folder, files, verdicts)
     hashes = _hash_all(files, lists)
-    for name, expected, witness in _expectations(folder, lists, stage):
+    for name, expected, source in _expectations(folder, lists, stage):
         file = folder / name
         if file in hashes:
             found = hashes[file]["md5" if len(expected) == 32 else "sha256"]
-            verdicts.compare(name, expected, found, witness, str(file))
-        elif place.is_dir():
-            verdicts.refuse(_("{witness} lists this file, but it is missing").format(witness=witness), str(file))
+            verdicts.compare(name, expected, found, source, str(file))
+        elif target.is_dir():
+            verdicts.add_problem(_("{witness} lists this file, but it is missing").format(witness=source), str(file))
     _compare_published(hashes, verdicts, strict=against == "known")
-    if stage and not verdicts.wrong:
+    if stage and not verdicts.problems:
         _compare_stage(stage, verdicts)
-    raise_all(verdicts.wrong)
+    raise_all(verdicts.problems)
     return _report(path, files, hashes, verdicts)
 
 
@@ -82,7 +82,7 @@ def _lists(folder: Path, against: str) -> list[Path]:
 
 
 def _expectations(folder: Path, lists: list[Path], stage: artifact.Artifact | None) -> list[tuple[str, str, str]]:
-    """(file name, its hash, the source)"""
+    """Return (file name, its hash, the source) for every expected file."""
     out = [(name, digest, file.name) for file in lists for name, digest in checksums.read_list(file).items()]
     recorded = stage.manifest.get("files", {}) if stage else {}
     return out + [(name, facts["sha256"], artifact.MANIFEST) for name, facts in recorded.items()]
@@ -90,22 +90,22 @@ def _expectations(folder: Path, lists: list[Path], stage: artifact.Artifact | No
 
 def _hash_all(files: list[Path], lists: list[Path]) -> dict[Path, dict[str, str]]:
     md5 = any(len(digest) == 32 for file in lists for digest in checksums.read_list(file).values())
-    wanted = dict.fromkeys(files, ("sha256", "md5") if md5 else ("sha256",))
+    requested = dict.fromkeys(files, ("sha256", "md5") if md5 else ("sha256",))
     total = sum(file.stat().st_size for file in files)
     with console.progress(max(total // 10**6, 1), "MB") as bar:
         return checksums.hash_files(
-            wanted, artifact.cache_folder() / "verify.json", lambda read: bar.update(read // 10**6)
+            requested, artifact.cache_folder() / "verify.json", lambda read: bar.update(read // 10**6)
         )
 
 
-def _check_whole(folder: Path, files: list[Path], verdicts: VerifyReport) -> None:
-    """Check headers, indices and numbering before any byte is hashed."""
+def _check_complete(folder: Path, files: list[Path], verdicts: VerifyReport) -> None:
+    """Check headers, indices and numbering before hashing anything."""
     try:
         if any(file.suffix == ".safetensors" for file in files):
             find_tensors(folder)
         pth.find_files(folder)
     except ModelError as error:
-        verdicts.wrong.append(error)
+        verdicts.problems.append(error)
 
 
 def _compare_published(hashes: dict[Path, dict[str, str]], verdicts: VerifyReport, *, strict: bool) -> None:
@@ -114,19 +114,19 @@ def _compare_published(hashes: dict[Path, dict[str, str]], verdicts: VerifyRepor
     found = {file: published.get(digests["sha256"]) for file, digests in hashes.items()}
     for file, one in found.items():
         if one:
-            verdicts.known[file.name].append(one.what)
+            verdicts.sources[file.name].append(one.what)
     models = Counter(one.what for one in found.values() if one and one.file != "tokenizer.model")
     for file, one in found.items():
-        of_model = [other for other in published.values() if other.what in models and other.file == file.name]
-        if one is None and of_model:
-            expected = of_model[0]
+        same_name = [other for other in published.values() if other.what in models and other.file == file.name]
+        if one is None and same_name:
+            expected = same_name[0]
             verdicts.compare(file.name, expected.sha256, hashes[file]["sha256"], expected.what, str(file))
         elif one is None and strict and any(file.match(pattern) for pattern in WEIGHTS):
-            verdicts.refuse(_("no published list contains it"), str(file))
-    for what in models:
+            verdicts.add_problem(_("no published list contains it"), str(file))
+    for model_name in models:
         for other in published.values():
-            if other.what == what and len(hashes) > 1 and other.file not in {file.name for file in hashes}:
-                verdicts.refuse(_("this part of {what} is missing").format(what=what), other.file)
+            if other.what == model_name and len(hashes) > 1 and other.file not in {file.name for file in hashes}:
+                verdicts.add_problem(_("this part of {what} is missing").format(what=model_name), other.file)
 
 
 def _compare_stage(stage: artifact.Artifact, verdicts: VerifyReport) -> None:
@@ -137,28 +137,28 @@ def _compare_stage(stage: artifact.Artifact, verdicts: VerifyReport) -> None:
         changed = sorted(name for name in recorded.keys() | lines.keys() if recorded.get(name) != lines.get(name))
         place = f"{stage.path} {changed[0]}" if recorded and changed else str(stage.path)
     elif "files" in stage.manifest:
-        return  # each of them was compared
+        return  # its files were compared already
     else:
         found, place = artifact.fingerprint_files(stage.path), str(stage.path)
     verdicts.compare(stage.path.name, stage.fingerprint, found, artifact.MANIFEST, place)
 
 
 def _report(path: str, files: list[Path], hashes: dict[Path, dict[str, str]], verdicts: VerifyReport) -> int:
-    rows = [[f.name, hashes[f]["sha256"][:16] + "…", ", ".join(verdicts.known.get(f.name, ()))] for f in files]
+    rows = [[f.name, hashes[f]["sha256"][:16] + "…", ", ".join(verdicts.sources.get(f.name, ()))] for f in files]
     console.table(["", "sha256", _("agrees with")], rows)
-    if not verdicts.known:
+    if not verdicts.sources:
         raise ArtifactError(
             _("the files are complete, but no list contains them: nothing was verified"),
             place=path,
             remedy="--against LIST",
         )
-    count = sum(len(found) for found in verdicts.known.values())
+    count = sum(len(found) for found in verdicts.sources.values())
     console.good(_("{count} hashes agree").format(count=count))
     console.emit(
         {
             "path": path,
-            "files": {f.name: {**hashes[f], "agrees_with": verdicts.known.get(f.name, [])} for f in files},
-            "agrees_with": dict(verdicts.known),
+            "files": {f.name: {**hashes[f], "agrees_with": verdicts.sources.get(f.name, [])} for f in files},
+            "agrees_with": dict(verdicts.sources),
         }
     )
     return 0

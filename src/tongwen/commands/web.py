@@ -16,7 +16,7 @@ from tongwen.core.i18n import _
 from tongwen.recipe.load import load_recipe
 from tongwen.serving.last_turns import last_turns
 from tongwen.serving.web.backend import (
-    AT_ONCE,
+    CONCURRENCY,
     ChatBackend,
     DataBackend,
     Messages,
@@ -35,7 +35,7 @@ from tongwen.workflows.workspace import Workspace, display_path
 if TYPE_CHECKING:
     from tongwen.workflows.chat_model import ChatModel
 
-OPEN_AT_ONCE = 2  # models in memory
+MAX_OPEN_MODELS = 2  # models in memory
 
 
 def run(
@@ -45,7 +45,7 @@ def run(
     adapters: Sequence[str] = (),
     system: str = "",
     sampling: Mapping[str, Any] | None = None,
-    whole: bool,
+    all_tabs: bool,
     template: str,
     thinking: str,
     weights: str,
@@ -53,35 +53,37 @@ def run(
     port: int,
 ) -> int:
     """Serve the page. models: one or two that the chat opens with; adapters: of the first; sampling: the settings until a
-    visitor changes them. whole: every tab, else the chat."""
+    visitor changes them. all_tabs: every tab, else only the chat."""
     try:
         from tongwen.serving.web.server import serve
     except ModuleNotFoundError as error:
         raise MissingPackage(str(error.name), _("the page"), "web") from None
-    place = Workspace.of(folders, models)
-    voices = _ModelPool(place, dict.fromkeys(models[:1], tuple(adapters)), template, thinking, weights)
+    workspace = Workspace.of(folders, models)
+    pool = _ModelPool(workspace, dict.fromkeys(models[:1], tuple(adapters)), template, thinking, weights)
     for name in models:
-        voices.open(name)
-    known = place.models if whole else lambda: list(models)
-    talk = ChatBackend(known, models, voices.fit, voices.reply, system, sampling or {})
-    if not whole:
-        return serve(PageBackend(f"tongwen · {Path(models[0]).name}", talk), host, port)
-    return serve(make_backend(place, talk), host, port)
+        pool.open(name)
+    models_of = workspace.models if all_tabs else lambda: list(models)
+    chat = ChatBackend(models_of, models, pool.fit, pool.reply, system, sampling or {})
+    if not all_tabs:
+        return serve(PageBackend(f"tongwen · {Path(models[0]).name}", chat), host, port)
+    return serve(make_backend(workspace, chat), host, port)
 
 
-def make_backend(place: Workspace, talk: ChatBackend) -> PageBackend:
-    """All tabs, for the files in these folders."""
-    return PageBackend("同文 tongwen", talk, _look(place), _words(place), _runs(place))
+def make_backend(workspace: Workspace, chat: ChatBackend) -> PageBackend:
+    """Return the backends of all tabs, for the files in these folders."""
+    return PageBackend(
+        "同文 tongwen", chat, _data_backend(workspace), _vocabulary_backend(workspace), _runs_backend(workspace)
+    )
 
 
 class _ModelPool:
     """Models of the chat, opened at their first question; the last few stay open."""
 
     def __init__(
-        self, place: Workspace, adapters: dict[str, tuple[str, ...]], template: str, thinking: str, weights: str
+        self, workspace: Workspace, adapters: dict[str, tuple[str, ...]], template: str, thinking: str, weights: str
     ) -> None:
-        self.place, self.adapters, self.template, self.thinking, self.weights = (
-            place,
+        self.workspace, self.adapters, self.template, self.thinking, self.weights = (
+            workspace,
             adapters,
             template,
             thinking,
@@ -91,55 +93,55 @@ class _ModelPool:
         self.lock = threading.Lock()
 
     def open(self, name: str) -> ChatModel:
-        """The model of this name, read when it is first asked for: the page alone needs no torch."""
+        """Return the model of this name; load it at the first use, because the page alone needs no torch."""
         from tongwen.workflows.chat_model import open_chat_model
 
-        model = self.place.model(name)
+        model = self.workspace.model(name)
         with self.lock:
             if name not in self.opened:
-                while len(self.opened) >= OPEN_AT_ONCE:
+                while len(self.opened) >= MAX_OPEN_MODELS:
                     del self.opened[next(iter(self.opened))]
                 adapters = self.adapters.get(name, ())
                 self.opened[name] = open_chat_model(
-                    model, adapters, self.template, self.thinking, weights=self.weights, rows=AT_ONCE
+                    model, adapters, self.template, self.thinking, weights=self.weights, rows=CONCURRENCY
                 )
             return self.opened[name]
 
     def fit(self, name: str, messages: Messages, options: dict[str, Any]) -> Messages:
-        """The messages without the oldest turns that do not fit the context; the system message stays."""
-        speaker = self.open(name)
-        room = max(speaker.context - int(options["max_new_tokens"]), speaker.context // 2)
-        return last_turns(messages, lambda turns: len(speaker.prompt_ids(turns)), room)
+        """Return the messages without the oldest turns that do not fit the context; the system message stays."""
+        chat_model = self.open(name)
+        max_tokens = max(chat_model.context - int(options["max_new_tokens"]), chat_model.context // 2)
+        return last_turns(messages, lambda turns: len(chat_model.prompt_ids(turns)), max_tokens)
 
     def reply(self, name: str, messages: Messages, options: dict[str, Any]) -> Iterator[str]:
         return self.open(name).stream(messages, **options)
 
 
-def _look(place: Workspace) -> DataBackend:
+def _data_backend(workspace: Workspace) -> DataBackend:
     def inspect(file: Path, model: str, template: str) -> tuple[str, str]:
         found, samples = data_preview.inspect(file), ""
         try:
             if model and found.records:
-                samples = data_preview.samples_as_html(found, place.model(model), template)
+                samples = data_preview.samples_as_html(found, workspace.model(model), template)
         except TongwenError as error:  # such as a base without a template: show the content of the file anyway
             samples = Markup("<p>{}</p>").format(error.text())
         return data_preview.as_html(found), samples
 
-    return DataBackend(place.models, ("own", *SHIPPED), inspect)
+    return DataBackend(workspace.models, ("own", *SHIPPED), inspect)
 
 
-def _words(place: Workspace) -> VocabularyBackend:
+def _vocabulary_backend(workspace: Workspace) -> VocabularyBackend:
     def compare(base: str, other: str, text: str) -> tuple[str, str]:
         if not base or not text.strip():
             raise DataError(_("this needs a model and a text"))
         names = [name for name in (base, other) if name]
-        coders = [tokenizer_files.open_tokenizer_files(place.model(name), to_measure=True).coder for name in names]
+        coders = [tokenizer_files.open_tokenizer_files(workspace.model(name), to_measure=True).coder for name in names]
         report = measure.survey(coders[0], coders[1] if other else None, {_("your text"): [text]}, Script("han"))
         report["summary"] = " → ".join(names)
         tokens = [_tokens(name, coder, text) for name, coder in zip(names, coders, strict=True)]
         return "".join(tokens), as_html(_("Vocabulary"), report)
 
-    return VocabularyBackend(place.models, compare)
+    return VocabularyBackend(workspace.models, compare)
 
 
 def _tokens(name: str, coder: measure.MeasuredTokenizer, text: str) -> str:
@@ -150,21 +152,21 @@ def _tokens(name: str, coder: measure.MeasuredTokenizer, text: str) -> str:
     return render("commands/tokens.html.jinja", name=name, facts=facts, pieces=pieces)
 
 
-def _runs(place: Workspace) -> RunsBackend:
+def _runs_backend(workspace: Workspace) -> RunsBackend:
     def start(recipe: str, changes: str) -> str:
-        file = place.inside(recipe)
-        words = changes.split()
-        for word in words:
-            key, _unused, value = word.partition("=")
+        file = workspace.inside(recipe)
+        overrides = changes.split()
+        for override in overrides:
+            key, _unused, value = override.partition("=")
             if key != "out" and any(mark in value for mark in "/\\~"):
-                raise RecipeError(_("change paths in the recipe, not here"), place=word, remedy="out=…")
-        read, _unused2 = load_recipe(file, words)
-        out = place.inside(read.out)
-        run_manager.start([str(file), *words], out)
+                raise RecipeError(_("change paths in the recipe, not here"), place=override, remedy="out=…")
+        read, _unused2 = load_recipe(file, overrides)
+        out = workspace.inside(read.out)
+        run_manager.start([str(file), *overrides], out)
         return display_path(out)
 
     def picture(name: str) -> RunView:
-        out = place.inside(name)
+        out = workspace.inside(name)
         return RunView(
             running=lock_holder(out) is not None,
             facts=run_manager.facts(out),
@@ -175,20 +177,20 @@ def _runs(place: Workspace) -> RunsBackend:
         )
 
     return RunsBackend(
-        recipes=place.recipes,
-        read=lambda name: place.inside(name).read_text(encoding="utf-8", errors="replace"),
+        recipes=workspace.recipes,
+        read=lambda name: workspace.inside(name).read_text(encoding="utf-8", errors="replace"),
         start=start,
-        runs=place.runs,
+        runs=workspace.runs,
         picture=picture,
-        stop=lambda name: run_manager.stop(place.inside(name)),
-        resume=lambda name: run_manager.resume(place.inside(name)),
-        compare=lambda names: run_manager.compare([place.inside(name) for name in names]),
-        report=lambda name: _report(place, name),
+        stop=lambda name: run_manager.stop(workspace.inside(name)),
+        resume=lambda name: run_manager.resume(workspace.inside(name)),
+        compare=lambda names: run_manager.compare([workspace.inside(name) for name in names]),
+        report=lambda name: _report(workspace, name),
     )
 
 
-def _report(place: Workspace, name: str) -> Path:
-    file = place.inside(name)
+def _report(workspace: Workspace, name: str) -> Path:
+    file = workspace.inside(name)
     if file.name != "report.html":
         raise RecipeError(_("only reports are shown"), place=name)
     return file

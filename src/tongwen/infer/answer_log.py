@@ -1,4 +1,4 @@
-"""Answers as they come, one line each: a run that was killed goes on with what is missing."""
+"""Append each answer to a file as it comes, so that an interrupted run continues with the missing ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tongwen.core.journal import Journal
 
 
 class AnswerJournal(Journal):
-    """Answers by row, for one group of settings."""
+    """Answers by row, all made with the same settings."""
 
     def __init__(self, file: Path, settings: Mapping[str, Any], remedy: str) -> None:
         self.answers: dict[int, str] = {}

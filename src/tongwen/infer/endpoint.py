@@ -1,6 +1,6 @@
 """Answers from an OpenAI-compatible endpoint (vLLM, SGLang, Ollama, llama-server, …), several at a time.
 
-The key is read from OPENAI_API_KEY and goes nowhere else; a local server needs none. Importing this module needs the package
+The key is read from OPENAI_API_KEY and sent nowhere else; a local server needs none. This module needs the package
 `openai`.
 """
 
@@ -18,39 +18,42 @@ from tongwen.core.i18n import _
 from tongwen.core.openai_client import OpenAIClient, UnreadableReply
 from tongwen.infer.generation import Sampling
 
-AT_ONCE = 8  # requests
-RETRIES = 4  # of a request, by the official client
+CONCURRENCY = 8  # concurrent requests
+RETRIES = 4  # of a request, by OpenAI's client
 
 
 class EndpointBackend:
-    """A model behind an address. completion: texts are continued, and no template is applied there."""
+    """A model at an endpoint. completion: continue texts; the endpoint applies no template."""
 
     def __init__(self, url: str, model: str, *, completion: bool = False) -> None:
         self.url, self.model, self.completion = url, model, completion
 
     def answer_each(
-        self, conversations: Sequence[Sequence[Mapping[str, Any]]], sampling: Sampling, take: Callable[[int, str], None]
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        sampling: Sampling,
+        on_answer: Callable[[int, str], None],
     ) -> None:
-        """Hand each answer to `take` with its place. Raises MachineError when the endpoint cannot be reached, ModelError
-        when it refuses."""
+        """Call `on_answer` with the index and text of each answer. Raises MachineError if the endpoint cannot be reached,
+        ModelError if it refuses."""
         if sampling.beams > 1:
             raise ModelError(_("endpoints do not support beam search"), place=self.url, remedy="--beams 1")
-        asyncio.run(self._answer_each(conversations, _options(sampling), take))
+        asyncio.run(self._answer_each(conversations, _options(sampling), on_answer))
 
     async def _answer_each(
         self,
         conversations: Sequence[Sequence[Mapping[str, Any]]],
         options: dict[str, Any],
-        take: Callable[[int, str], None],
+        on_answer: Callable[[int, str], None],
     ) -> None:
-        places = enumerate(conversations)
+        indexed = enumerate(conversations)
 
-        async def work() -> None:
-            for place, messages in places:  # shared by all workers
-                take(place, await self._ask(client, messages, options))
+        async def worker_loop() -> None:
+            for index, messages in indexed:  # shared by all workers
+                on_answer(index, await self._request(client, messages, options))
 
         async with OpenAIClient(self.url, self.model, os.environ.get("OPENAI_API_KEY", ""), retries=RETRIES) as client:
-            workers = [asyncio.create_task(work()) for _ in range(AT_ONCE)]
+            workers = [asyncio.create_task(worker_loop()) for _ in range(CONCURRENCY)]
             try:
                 await asyncio.gather(*workers)
             finally:
@@ -58,7 +61,9 @@ class EndpointBackend:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _ask(self, client: OpenAIClient, messages: Sequence[Mapping[str, Any]], options: dict[str, Any]) -> str:
+    async def _request(
+        self, client: OpenAIClient, messages: Sequence[Mapping[str, Any]], options: dict[str, Any]
+    ) -> str:
         try:
             if self.completion:
                 return await client.complete("".join(str(turn["content"]) for turn in messages), **options)
@@ -89,7 +94,7 @@ class EndpointBackend:
 
 
 def _options(sampling: Sampling) -> dict[str, Any]:
-    """The sampling in OpenAI's words, and in vLLM's and SGLang's where it has none."""
+    """Return the sampling options under OpenAI's names, and under those of vLLM and SGLang where OpenAI has none."""
     extra: dict[str, float] = {}
     if sampling.top_k:
         extra["top_k"] = sampling.top_k

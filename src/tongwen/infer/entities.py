@@ -1,4 +1,4 @@
-"""Entities in an answer, one a line, `实体_类型`: how many were found, by name and type or by where they stand in the text."""
+"""Score entities in an answer, one per line as `实体_类型`, by name and type or by their position in the text."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 from tongwen.core.errors import MissingPackage
 from tongwen.core.i18n import _
 
-NONE = "没有"  # what an answer says that found nothing
+NONE = "没有"  # the answer when there are no entities
 
 
 def read_entities(answer: str) -> list[tuple[str, str]]:
-    """(name, type) of every line, cut at its last `_`. A line without one is an entity that nothing equals: name ""."""
+    """Return (name, type) of every line, split at its last `_`. A line without `_` gets the name "" and matches nothing."""
     lines = [line.strip() for line in answer.splitlines()]
-    cut = [line.rpartition("_") for line in lines if line and line != NONE]
-    return [(name.strip(), kind.strip()) for name, _, kind in cut]
+    parts = [line.rpartition("_") for line in lines if line and line != NONE]
+    return [(name.strip(), kind.strip()) for name, _, kind in parts]
 
 
 def check(wanted: str) -> str:
-    """What is wrong with an answer of the data, or ""."""
+    """Return the problem of a reference answer, or ""."""
     bad = next((kind for name, kind in read_entities(wanted) if not name or not kind), None)
     if bad is None:
         return ""
@@ -29,13 +29,13 @@ def check(wanted: str) -> str:
 
 
 def match(answer: str, wanted: str) -> Sequence[float]:
-    """(right, said, wanted): an entity that stands twice counts twice."""
+    """Return the counts (correct, predicted, expected). An entity that occurs twice counts twice."""
     found, expected = Counter(read_entities(answer)), Counter(read_entities(wanted))
     return float((found & expected).total()), float(found.total()), float(expected.total())
 
 
 def match_spans(question: str, answer: str, wanted: str) -> Sequence[float]:
-    """The same by where the entities stand in the question, as seqeval counts them."""
+    """Return the same counts by the entities' positions in the question, as seqeval counts them."""
     try:
         from seqeval.metrics.sequence_labeling import get_entities
     except ImportError:
@@ -45,40 +45,40 @@ def match_spans(question: str, answer: str, wanted: str) -> Sequence[float]:
 
 
 def tag(question: str, *answers: str) -> list[list[str]]:
-    """Each answer as B-/I-/O tags over the question's characters, all equally long.
+    """Return each answer as B-/I-/O tags over the question's characters, all of the same length.
 
-    The last entity stands where its name last occurs, those before it in what is free to the left: what is searched comes
-    after the instruction, which may hold the same words. A name that stands nowhere gets a place behind the text that no
-    other answer has.
+    Entities are placed from the last to the first, each at the last free occurrence of its name, because the text follows
+    the instruction, which may contain the same words. A name that does not occur gets a tag behind the text, at a position
+    that no other answer uses.
     """
-    tags, nowhere = [["O"] * len(question) for _ in answers], 0
-    for own, answer in zip(tags, answers, strict=True):
+    tags, unplaced = [["O"] * len(question) for _ in answers], 0
+    for row_tags, answer in zip(tags, answers, strict=True):
         for name, kind in reversed(read_entities(answer)):
-            if (place := _last_free(question, name, own)) is None:
-                own += ["O"] * (len(question) + nowhere - len(own)) + [f"B-{kind}"]
-                nowhere += 1
+            if (start := _last_free(question, name, row_tags)) is None:
+                row_tags += ["O"] * (len(question) + unplaced - len(row_tags)) + [f"B-{kind}"]
+                unplaced += 1
             else:
-                own[place : place + len(name)] = [f"B-{kind}"] + [f"I-{kind}"] * (len(name) - 1)
+                row_tags[start : start + len(name)] = [f"B-{kind}"] + [f"I-{kind}"] * (len(name) - 1)
     longest = max(map(len, tags))
-    return [own + ["O"] * (longest - len(own)) for own in tags]
+    return [row_tags + ["O"] * (longest - len(row_tags)) for row_tags in tags]
 
 
 def _last_free(text: str, name: str, tags: list[str]) -> int | None:
     end = len(text)
-    while name and (place := text.rfind(name, 0, end)) >= 0:
-        if all(one == "O" for one in tags[place : place + len(name)]):
-            return place
-        end = place + len(name) - 1
+    while name and (start := text.rfind(name, 0, end)) >= 0:
+        if all(label == "O" for label in tags[start : start + len(name)]):
+            return start
+        end = start + len(name) - 1
     return None
 
 
 def f1_of(sums: np.ndarray) -> dict[str, float]:
-    """Micro F1, precision and recall from summed (right, said, wanted). Nothing said where nothing is wanted is all right."""
-    right, said, wanted = map(float, sums)
-    if not said and not wanted:
+    """Return micro F1, precision and recall from summed (correct, predicted, expected); all are 1 if both sides are empty."""
+    right, predicted, expected = map(float, sums)
+    if not predicted and not expected:
         return {"f1": 1.0, "precision": 1.0, "recall": 1.0}
     return {
-        "f1": 2 * right / (said + wanted),
-        "precision": right / said if said else 0.0,
-        "recall": right / wanted if wanted else 0.0,
+        "f1": 2 * right / (predicted + expected),
+        "precision": right / predicted if predicted else 0.0,
+        "recall": right / expected if expected else 0.0,
     }

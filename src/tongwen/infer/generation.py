@@ -1,4 +1,4 @@
-"""Answers from a model: greedy or sampled, one or a batch, streamed without ever showing half a character."""
+"""Generate answers: greedy or sampled, one or a batch, streamed in whole characters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from tongwen.core.errors import ModelError, NumbersError, RecipeError
 from tongwen.core.i18n import _
 
-# option: (least, most)
+# option: (low, high)
 RANGES = {
     "max_new_tokens": (1, 1 << 20),
     "temperature": (0, 2),
@@ -30,8 +30,8 @@ RANGES = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0: the likeliest, always the same answer. Raises RecipeError for an option
-    outside its range."""
+    """Sampling options. temperature 0: always the likeliest token, so always the same answer. Raises RecipeError for an
+    option outside its range."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -43,16 +43,16 @@ class Sampling:
     min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name, (least, most) in RANGES.items():
-            if not least <= getattr(self, name) <= most:
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
                 raise RecipeError(
                     _("{value} is out of range").format(value=getattr(self, name)),
                     place=name,
-                    remedy=f"{least} … {most}",
+                    remedy=f"{low} … {high}",
                 )
 
     def to_generate(self) -> dict[str, Any]:
-        """Arguments of `generate`."""
+        """Return the arguments of transformers' `generate`."""
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
         if self.temperature > 0:
             options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -75,16 +75,16 @@ class Sampling:
 
 
 CACHE = 1 << 30  # bytes for keys and values on a CPU, whose free memory other programs need
-ROWS = 32  # prompts side by side: twice as fast as 8 on one core, and more is no faster (bench/generate_cpu.py)
-PAGE = 32  # tokens of a block of the paged cache
-Take = Callable[[int, list[int]], None]
-"""gets the place of a prompt and its new ids"""
+ROWS = 32  # prompts per batch: twice as fast as 8 on one core; more is not faster (bench/generate_cpu.py)
+PAGE = 32  # tokens per block of the paged cache
+OnAnswer = Callable[[int, list[int]], None]
+"""called with the index of a prompt and its new ids"""
 
 
 @dataclass(frozen=True)
 class TextGenerator:
-    """A model that can be asked. stop_ids end an answer; context is how many tokens it can see; paged: answer many prompts
-    from one paged cache, in which a finished answer makes room for the next prompt."""
+    """A model that generates. stop_ids: end an answer; context: maximum number of tokens; paged: answer many prompts from one
+    paged cache, in which the next prompt takes the blocks of a finished answer."""
 
     model: Any
     tokenizer: Any
@@ -92,29 +92,33 @@ class TextGenerator:
     context: int
     paged: bool = False
 
-    def answer_all(self, prompts: Sequence[list[int]], sampling: Sampling, take: Take, rows: int = ROWS) -> None:
-        """Hand the new ids of each prompt to `take` as soon as they are there. At most `rows` prompts are answered side by
-        side, and no more than the cache has room for."""
+    def answer_all(
+        self, prompts: Sequence[list[int]], sampling: Sampling, on_answer: OnAnswer, rows: int = ROWS
+    ) -> None:
+        """Call `on_answer` with the new ids of each prompt as soon as they are complete. A batch has at most `rows`
+        prompts, and no more than fit into the cache."""
         for prompt in prompts:
             self._check_fits(prompt, sampling)
-        room = cache_tokens(self.model)
+        capacity = cache_tokens(self.model)
         if self.paged:
-            self._answer_paged(prompts, sampling, take, rows, room)
+            self._answer_paged(prompts, sampling, on_answer, rows, capacity)
             return
-        for places in deal([len(prompt) for prompt in prompts], sampling, rows, room):
-            answers = self.answer([prompts[place] for place in places], sampling)
-            for place, answer in zip(places, answers, strict=True):
-                take(place, answer)
+        for indices in make_batches([len(prompt) for prompt in prompts], sampling, rows, capacity):
+            answers = self.answer([prompts[index] for index in indices], sampling)
+            for index, answer in zip(indices, answers, strict=True):
+                on_answer(index, answer)
 
-    def _answer_paged(self, prompts: Sequence[list[int]], sampling: Sampling, take: Take, rows: int, room: int) -> None:
-        """transformers' continuous batching, with its memory said: left alone it takes most of what is free."""
+    def _answer_paged(
+        self, prompts: Sequence[list[int]], sampling: Sampling, on_answer: OnAnswer, rows: int, capacity: int
+    ) -> None:
+        """Use transformers' continuous batching with a limited cache: by default it takes most of the free memory."""
         from transformers import ContinuousBatchingConfig
 
         if sampling.beams > 1:
             raise ModelError(_("the paged cache does not support beam search"), remedy="--engine batched")
         config = ContinuousBatchingConfig(
             page_size=PAGE,
-            num_blocks=max(room // PAGE, math.ceil((max(map(len, prompts)) + sampling.max_new_tokens) / PAGE) + 1),
+            num_blocks=max(capacity // PAGE, math.ceil((max(map(len, prompts)) + sampling.max_new_tokens) / PAGE) + 1),
             max_batch_tokens=max(4 * rows, 256),
             max_requests_per_batch=rows,
             return_logprobs=True,
@@ -124,8 +128,10 @@ class TextGenerator:
             generation_config=self._config(sampling), continuous_batching_config=config, block=True, timeout=5
         ) as manager:
             waiting = {
-                manager.add_request(prompt, max_new_tokens=self._room_for(len(prompt), sampling).max_new_tokens): place
-                for place, prompt in enumerate(prompts)
+                manager.add_request(
+                    prompt, max_new_tokens=self._limit_new_tokens(len(prompt), sampling).max_new_tokens
+                ): index
+                for index, prompt in enumerate(prompts)
             }
             while waiting:
                 result = manager.get_result(timeout=1)
@@ -137,15 +143,15 @@ class TextGenerator:
                     raise ModelError(str(result.error), place="continuous batching", remedy="--engine batched")
                 if any(map(math.isnan, result.logprobs)):
                     raise _nan()
-                take(waiting.pop(result.request_id), self._until_stop(list(result.generated_tokens)))
+                on_answer(waiting.pop(result.request_id), self._until_stop(list(result.generated_tokens)))
 
     @property
-    def mend(self) -> Callable[[str], str] | None:
-        """What a tokenizer could not write (ChatGLM's full-width punctuation), character for character."""
+    def postprocess(self) -> Callable[[str], str] | None:
+        """The tokenizer's repair of decoded text, character for character (ChatGLM's full-width punctuation), or None."""
         return getattr(self.tokenizer, "mend_answer", None)
 
     def answer(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[int]]:
-        """New token ids for each prompt, without the stop token. Prompts are padded on the left by their lengths."""
+        """Return the new token ids of each prompt, without the stop token. Prompts are padded on the left."""
         for prompt in prompts:
             self._check_fits(prompt, sampling)
         longest = max(map(len, prompts))
@@ -159,18 +165,18 @@ class TextGenerator:
         return [self._until_stop(row) for row in out]
 
     def stream(
-        self, prompt: list[int], sampling: Sampling, heard: Callable[[int], None] = lambda index: None
+        self, prompt: list[int], sampling: Sampling, on_token: Callable[[int], None] = lambda index: None
     ) -> Iterator[str]:
-        """The answer's text in pieces; together they are exactly the decoded answer. heard: called with every new token,
-        the stop token included; what it raises ends the answer."""
+        """Yield the answer's text in pieces; together they are exactly the decoded answer. on_token: called with every new
+        token, including the stop token; an exception that it raises ends the answer."""
         self._check_fits(prompt, sampling)
         if sampling.beams > 1:
             raise ModelError(_("beam search cannot stream its output"), remedy="--beams 1")
         with closing(self._new_ids(prompt, sampling)) as ids:
-            yield from self._mended(self._pieces(ids, heard))
+            yield from self._postprocessed(self._pieces(ids, on_token))
 
     def _new_ids(self, prompt: list[int], sampling: Sampling) -> Generator[int, None, None]:
-        """The answer's tokens one after the other, the stop token included; closing it ends the answer."""
+        """Yield the answer's tokens one by one, including the stop token; closing the generator ends the answer."""
         ids = torch.tensor([prompt], device=self.model.device)
         queue: Queue[Any] = Queue()
         cancel = threading.Event()
@@ -181,7 +187,7 @@ class TextGenerator:
                     ids, torch.ones_like(ids), sampling, streamer=_ToQueue(queue, len(prompt)), cancel=cancel
                 )
                 queue.put(None)
-            except BaseException as error:  # handed to the reader, who raises it
+            except BaseException as error:  # passed to the reader, which raises it
                 queue.put(error)
 
         thread = threading.Thread(target=work, daemon=True)
@@ -195,34 +201,34 @@ class TextGenerator:
             cancel.set()
             thread.join()
 
-    def _pieces(self, ids: Iterator[int], heard: Callable[[int], None]) -> Iterator[str]:
+    def _pieces(self, ids: Iterator[int], on_token: Callable[[int], None]) -> Iterator[str]:
         text = StreamDecoder(self.tokenizer)
         for index in ids:
-            heard(index)
+            on_token(index)
             if index in self.stop_ids:
                 continue
             if piece := text.add(index):
                 yield piece
-        if piece := text.rest().rstrip("\ufffd"):  # what was cut in the middle is left out, as by `decode`
+        if piece := text.rest().rstrip("\ufffd"):  # drop an incomplete character, as `decode` does
             yield piece
 
-    def _mended(self, pieces: Iterator[str]) -> Iterator[str]:
-        """As `decode` mends the whole: what becomes of a character may depend on the next one, so one is held back."""
-        if self.mend is None:
+    def _postprocessed(self, pieces: Iterator[str]) -> Iterator[str]:
+        """Repair the text as `decode` does. A character's repair may depend on the next one, so the last is held back."""
+        if self.postprocess is None:
             yield from pieces
             return
-        text, shown = "", 0
+        text, emitted = "", 0
         for piece in pieces:
             text += piece
-            if shown < len(text) - 1:
-                yield self.mend(text)[shown : len(text) - 1]
-                shown = len(text) - 1
-        yield self.mend(text)[shown:]
+            if emitted < len(text) - 1:
+                yield self.postprocess(text)[emitted : len(text) - 1]
+                emitted = len(text) - 1
+        yield self.postprocess(text)[emitted:]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of an answer; a character that was cut in the middle, by max_new_tokens, is left out."""
+        """Return the text of an answer, without a last character that max_new_tokens cut in the middle."""
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        return self.mend(text.rstrip("\ufffd")) if self.mend else text.rstrip("\ufffd")
+        return self.postprocess(text.rstrip("\ufffd")) if self.postprocess else text.rstrip("\ufffd")
 
     def _generate(
         self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling, streamer: Any = None, cancel: Any = None
@@ -231,7 +237,7 @@ class TextGenerator:
 
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        sampling = self._room_for(ids.shape[1], sampling)
+        sampling = self._limit_new_tokens(ids.shape[1], sampling)
         with torch.inference_mode():
             return self.model.generate(
                 input_ids=ids,
@@ -250,11 +256,11 @@ class TextGenerator:
         )
 
     def _until_stop(self, row: list[int]) -> list[int]:
-        ends = [place for place, index in enumerate(row) if index in self.stop_ids]
-        return row[: ends[0]] if ends else row
+        stops = [position for position, index in enumerate(row) if index in self.stop_ids]
+        return row[: stops[0]] if stops else row
 
-    def _room_for(self, prompt: int, sampling: Sampling) -> Sampling:
-        """No more new tokens than the model sees behind a prompt of so many."""
+    def _limit_new_tokens(self, prompt: int, sampling: Sampling) -> Sampling:
+        """Limit max_new_tokens to the context left after a prompt of this many tokens."""
         return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self.context - prompt))
 
     def _check_fits(self, prompt: list[int], sampling: Sampling) -> None:
@@ -267,46 +273,46 @@ class TextGenerator:
             )
 
 
-def deal(lengths: Sequence[int], sampling: Sampling, rows: int, room: int) -> Iterator[list[int]]:
-    """Places of prompts in batches: the longest first, each at most `rows` prompts, whose tokens, with the new ones and for
-    every beam, fit into `room`. A prompt that needs more stands alone."""
-    left = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-    while left:
-        needed = (lengths[left[0]] + sampling.max_new_tokens) * sampling.beams
-        count = max(min(rows, room // needed), 1)
-        yield left[:count]
-        left = left[count:]
+def make_batches(lengths: Sequence[int], sampling: Sampling, rows: int, capacity: int) -> Iterator[list[int]]:
+    """Yield batches of prompt indices, the longest first. A batch has at most `rows` prompts, and their tokens, with the new
+    ones and for every beam, fit into `capacity`. A prompt that needs more is a batch of its own."""
+    remaining = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    while remaining:
+        needed_tokens = (lengths[remaining[0]] + sampling.max_new_tokens) * sampling.beams
+        count = max(min(rows, capacity // needed_tokens), 1)
+        yield remaining[:count]
+        remaining = remaining[count:]
 
 
 def cache_tokens(model: Any) -> int:
-    """How many tokens the cache may hold: CACHE bytes of them on a CPU, half of the free memory on a GPU."""
-    room = torch.cuda.mem_get_info()[0] // 2 if model.device.type == "cuda" else CACHE
-    return int(room // cache_bytes(model.config, model.dtype.itemsize))
+    """Return how many tokens the cache may hold: CACHE bytes on a CPU, half of the free memory on a GPU."""
+    free_bytes = torch.cuda.mem_get_info()[0] // 2 if model.device.type == "cuda" else CACHE
+    return int(free_bytes // cache_bytes(model.config, model.dtype.itemsize))
 
 
-def cache_bytes(config: Any, item: int) -> int:
-    """What the cache holds of one token, in numbers of so many bytes."""
+def cache_bytes(config: Any, item_size: int) -> int:
+    """Return the cache's bytes per token for numbers of `item_size` bytes."""
     config = config.get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    return int(2 * config.num_hidden_layers * groups * width * item)
+    return int(2 * config.num_hidden_layers * groups * width * item_size)
 
 
 class StreamDecoder:
-    """Token ids to text, one at a time: a piece is given out only when its last character is complete.
+    """Decodes token ids one at a time; returns a piece of text only when its last character is complete.
 
-    The text of a token depends on its neighbours (bytes of one character, blanks of SentencePiece), so a short tail is
-    decoded again with what is new, and the difference is given out.
+    The text of a token depends on its neighbours (bytes of one character, SentencePiece's spaces), so a short tail is decoded
+    again with each new token, and the difference is returned.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.shown = 0  # ids whose text has been given out
-        self.tail = 0  # ids before `shown` that give the decoder its context
-        # A run of SentencePiece's byte tokens is decoded as a whole: whether its first byte is a character of its own
-        # is known only when the run has ended.
+        self.emitted = 0  # number of ids whose text has been returned
+        self.tail = 0  # start of the ids before `emitted` that give the decoder its context
+        # A run of SentencePiece's byte tokens is decoded as a whole: only its end shows whether the first byte is a
+        # character of its own.
         self.bytes = _byte_ids(tokenizer)
 
     def add(self, index: int) -> str:
@@ -316,17 +322,17 @@ class StreamDecoder:
         text = self._difference()
         if text.endswith("\ufffd"):
             return ""
-        self.tail, self.shown = self.shown, len(self.ids)
+        self.tail, self.emitted = self.emitted, len(self.ids)
         return text
 
     def rest(self) -> str:
-        """What is left at the end: bytes that never became a character show as U+FFFD, as in the decoded whole."""
+        """Return the rest at the end; bytes that form no character appear as U+FFFD, as in `decode`."""
         text = self._difference()
-        self.tail, self.shown = self.shown, len(self.ids)
+        self.tail, self.emitted = self.emitted, len(self.ids)
         return text
 
     def _difference(self) -> str:
-        before = self._decode(self.ids[self.tail : self.shown])
+        before = self._decode(self.ids[self.tail : self.emitted])
         return self._decode(self.ids[self.tail :])[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
@@ -335,7 +341,7 @@ class StreamDecoder:
 
 @lru_cache(maxsize=8)
 def _byte_ids(tokenizer: Any) -> frozenset[int]:
-    """The ids of `<0xNN>`. Kept: the whole vocabulary is copied to find them."""
+    """Return the ids of `<0xNN>`. Cached, because finding them copies the whole vocabulary."""
     vocabulary = tokenizer.get_vocab()
     return frozenset(vocabulary[piece] for byte in range(256) if (piece := f"<0x{byte:02X}>") in vocabulary)
 
@@ -366,7 +372,7 @@ class _Cancelled:
 
 
 def _finite(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """NaN logits are an error, not a random token."""
+    """Raise NumbersError for NaN logits, from which `generate` would draw a random token."""
     if bool(torch.isnan(scores).any()):
         raise _nan()
     return scores

@@ -1,5 +1,8 @@
-"""A `.gguf` file answered by llama.cpp itself (wheels of `xllamacpp`): its server runs inside this process, on loopback and
-behind a key that nobody else knows; prompts go in as ids, so that the text is the one that training saw."""
+"""Generate with llama.cpp from a `.gguf` file (wheels of `xllamacpp`).
+
+Its server runs inside this process, on loopback and with a random key. Prompts are sent as ids, so the model gets exactly the
+tokens that it was trained on.
+"""
 
 from __future__ import annotations
 
@@ -17,56 +20,58 @@ from typing import Any
 
 from tongwen.core.errors import MissingPackage, ModelError
 from tongwen.core.i18n import _
-from tongwen.infer.generation import Sampling, Take, TextGenerator, cache_bytes
+from tongwen.infer.generation import OnAnswer, Sampling, TextGenerator, cache_bytes
 
-SLOTS = 8  # prompts that are answered side by side, at most
-CACHE = 2 << 30  # bytes for keys and values, all of which llama.cpp takes when it opens a file
-FEWEST = 4096  # tokens of context that a prompt gets even if they need more
+SLOTS = 8  # maximum number of prompts at a time
+CACHE = 2 << 30  # bytes for keys and values; llama.cpp allocates all of them when it opens a file
+MIN_CONTEXT = 4096  # tokens of context for a prompt, even if they need more memory than CACHE
 
 
 @dataclass(frozen=True)
 class LlamaCppBackend(TextGenerator):
-    """A voice whose model is a llama.cpp server. slots: how many prompts it answers side by side."""
+    """A generator whose model is a llama.cpp server. slots: number of prompts that it answers at a time."""
 
     key: str = ""
     slots: int = 1
-    seats: BoundedSemaphore = field(default_factory=BoundedSemaphore)
+    free_slots: BoundedSemaphore = field(default_factory=BoundedSemaphore)
 
-    def answer_all(self, prompts: Sequence[list[int]], sampling: Sampling, take: Take, rows: int = SLOTS) -> None:
-        """The same, `slots` prompts side by side whatever `rows` says: llama.cpp made room for them when it was opened."""
+    def answer_all(
+        self, prompts: Sequence[list[int]], sampling: Sampling, on_answer: OnAnswer, rows: int = SLOTS
+    ) -> None:
+        """As in the base class, but always `slots` prompts at a time: llama.cpp allocated their memory when it was opened."""
         for prompt in prompts:
             self._check_fits(prompt, sampling)
         if sampling.beams > 1:
             raise ModelError(_("llama.cpp does not support beam search"), remedy="--engine batched")
         with ThreadPoolExecutor(self.slots) as pool:
-            waiting = {pool.submit(self._complete, prompt, sampling): place for place, prompt in enumerate(prompts)}
+            waiting = {pool.submit(self._complete, prompt, sampling): index for index, prompt in enumerate(prompts)}
             try:
                 for done in as_completed(waiting):
-                    take(waiting[done], self._until_stop(done.result()["tokens"]))
+                    on_answer(waiting[done], self._until_stop(done.result()["tokens"]))
             finally:
                 pool.shutdown(cancel_futures=True)
 
     def _new_ids(self, prompt: list[int], sampling: Sampling) -> Generator[int, None, None]:
-        """Each token is asked for alone: llama.cpp's own stream leaves out the ids of a character that is not whole yet.
-        Its slot still holds all that stands before, so that only what is new is computed. One answer has a slot for itself,
-        lest another one take it between two tokens."""
-        said: list[int] = []
-        with self.seats:
-            for _index in range(self._room_for(len(prompt), sampling).max_new_tokens):
-                # A number of its own for each token: with the same one, all would be drawn by the same number.
-                seed = None if sampling.seed is None else (sampling.seed + len(said)) % (1 << 32)
-                one = sampling.with_(max_new_tokens=1, seed=seed)
-                found = self._complete([*prompt, *said], one)
-                said += found["tokens"]
-                yield from found["tokens"]
-                if found["stop_type"] == "eos" or said[-1] in self.stop_ids:
+        """Request one token at a time: llama.cpp's own stream omits the ids of an incomplete character. The slot keeps the
+        cache of the earlier tokens, so only new ones are computed. Each answer holds a slot to itself, so that no other
+        answer takes it between two tokens."""
+        new_ids: list[int] = []
+        with self.free_slots:
+            for _index in range(self._limit_new_tokens(len(prompt), sampling).max_new_tokens):
+                # A different seed for each token: with the same seed, each would be drawn with the same random number.
+                seed = None if sampling.seed is None else (sampling.seed + len(new_ids)) % (1 << 32)
+                one_token = sampling.with_(max_new_tokens=1, seed=seed)
+                result = self._complete([*prompt, *new_ids], one_token)
+                new_ids += result["tokens"]
+                yield from result["tokens"]
+                if result["stop_type"] == "eos" or new_ids[-1] in self.stop_ids:
                     return
 
     def _complete(self, prompt: list[int], sampling: Sampling) -> dict[str, Any]:
-        """What llama.cpp says to a prompt: `tokens`, and `stop_type`."""
+        """Return llama.cpp's answer to a prompt, with `tokens` and `stop_type`."""
         body = {
             "prompt": prompt,
-            "n_predict": self._room_for(len(prompt), sampling).max_new_tokens,
+            "n_predict": self._limit_new_tokens(len(prompt), sampling).max_new_tokens,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k if sampling.temperature else 1,
             "top_p": sampling.top_p,
@@ -93,8 +98,8 @@ def is_installed() -> bool:
 def open_file(
     file: str, tokenizer: Any, stop_ids: tuple[int, ...], config: Any, context: int, rows: int
 ) -> LlamaCppBackend:
-    """llama.cpp with a file whose model sees `context` tokens: as many of them, in as many slots, as CACHE has room for; no
-    more than `rows` slots.
+    """Open a file with llama.cpp. context: the model's maximum; it and the number of slots (at most `rows`) are reduced to what
+    fits into CACHE.
 
     Raises MissingPackage and ModelError.
     """
@@ -102,18 +107,20 @@ def open_file(
         import xllamacpp
     except ImportError:
         raise MissingPackage("xllamacpp", "llama.cpp", "llamacpp") from None
-    room = CACHE // cache_bytes(config, 2)  # tokens
-    context = min(context, max(room, FEWEST))
-    slots = min(max(room // context, 1), SLOTS, rows)
+    capacity = CACHE // cache_bytes(config, 2)  # tokens
+    context = min(context, max(capacity, MIN_CONTEXT))
+    slots = min(max(capacity // context, 1), SLOTS, rows)
     key = secrets.token_urlsafe(24)
     params = xllamacpp.CommonParams()
     params.model.path, params.api_keys = file, [key]
     params.n_ctx, params.n_parallel, params.kv_unified = slots * context, slots, False
-    params.cache_ram_mib = 0  # else it keeps the keys and values of up to 8 GB of prompts that it has answered
+    params.cache_ram_mib = 0  # otherwise it keeps up to 8 GB of keys and values of earlier prompts
     params.warmup, params.verbosity = False, -1
     params.cpuparams.n_threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
         raise ModelError(_("llama.cpp cannot open it: {error}").format(error=error), place=file) from None
-    return LlamaCppBackend(server, tokenizer, stop_ids, context, key=key, slots=slots, seats=BoundedSemaphore(slots))
+    return LlamaCppBackend(
+        server, tokenizer, stop_ids, context, key=key, slots=slots, free_slots=BoundedSemaphore(slots)
+    )

@@ -1,7 +1,7 @@
-"""What an answer is worth: each measure counts something per row, and makes its figures from sums of counts.
+"""Metrics: each one counts something per row and computes its figures from the sums of these counts.
 
-Sums of rows are all that a figure needs, so the spread that another choice of rows would give (the bootstrap) is a matter of
-drawing rows anew and summing again, the same for every measure, BLEU and F1 included.
+Because a figure needs only sums over rows, the bootstrap is the same for every metric, including BLEU and F1: draw rows again,
+sum, and compute the figures.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tongwen.core.errors import MissingPackage
 from tongwen.core.i18n import _
 from tongwen.infer import entities
 
-DRAWS = 1000  # of the bootstrap
+DRAWS = 1000  # resamples of the bootstrap
 
 
 class AnsweredPrompt(NamedTuple):
-    """One row: what was asked, what the model answers, what the data says."""
+    """One row: the question, the model's answer, and the answer in the data."""
 
     question: str
     answer: str
@@ -32,8 +32,8 @@ class AnsweredPrompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """count: one row's counts, always as many; figures: their sums (K,) -> named figures, the main one first; check: what is
-    wrong with a wanted answer, or "" """
+    """count: a row -> its K counts; figures: their sums (K,) -> named figures, the main one first; check: a reference answer ->
+    its problem, or "" """
 
     count: Callable[[AnsweredPrompt], Sequence[float]]
     figures: Callable[[np.ndarray], dict[str, float]]
@@ -41,7 +41,7 @@ class Metric:
 
 
 def without_thinking(text: str) -> str:
-    """What an answer says after its thinking; nothing when it never stopped thinking."""
+    """Return the answer after its thinking; "" if the thinking never ended."""
     after = text.rpartition("</think>")[2]
     return re.sub(r"<think>.*", "", after, flags=re.DOTALL).strip()
 
@@ -50,17 +50,17 @@ def without_thinking(text: str) -> str:
 
 
 def summarise(counts: np.ndarray, figures: Callable[[np.ndarray], dict[str, float]]) -> dict[str, Any]:
-    """The main figure as `value` with its 95 % interval `low`, `high`; all figures by name; how many rows. counts: (N, K)"""
-    whole = figures(counts.sum(axis=0))
-    main = next(iter(whole))
+    """Return the main figure `value` with its 95 % interval `low`, `high`; all figures; the number of rows. counts: (N, K)"""
+    totals = figures(counts.sum(axis=0))
+    main = next(iter(totals))
     low, high = _interval([figures(sums)[main] for sums in _drawn(len(counts)) @ counts])
-    return {"value": whole[main], "low": low, "high": high, "rows": len(counts), "figures": whole}
+    return {"value": totals[main], "low": low, "high": high, "rows": len(counts), "figures": totals}
 
 
 def compare(
     before: np.ndarray, after: np.ndarray, figures: Callable[[np.ndarray], dict[str, float]]
 ) -> dict[str, float]:
-    """after - before of the main figure on the same rows, with its 95 % interval: rows are drawn in pairs. (N, K) each"""
+    """Return the main figure's change, after - before, with its 95 % interval; rows are drawn in pairs. (N, K) each"""
     main = next(iter(figures(after.sum(axis=0))))
 
     def difference(old: np.ndarray, new: np.ndarray) -> float:
@@ -72,7 +72,7 @@ def compare(
 
 
 def _drawn(rows: int) -> np.ndarray:
-    """(DRAWS, N): how often each row is in each draw; always the same for as many rows."""
+    """Return (DRAWS, N): how often each draw contains each row; deterministic for a given number of rows."""
     return np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), DRAWS)
 
 
@@ -93,14 +93,14 @@ def _share(name: str, sums: np.ndarray) -> dict[str, float]:
 
 
 def _bleu_counts(row: AnsweredPrompt) -> Sequence[float]:
-    """Matching and all n-grams of four orders, and both lengths, in the characters and words of sacrebleu's `zh`."""
+    """Return matching and total n-grams of four orders, and both lengths, in the tokens of sacrebleu's `zh`."""
     found = _bleu().sentence_score(row.answer, [row.wanted])
     return *found.counts, *found.totals, found.sys_len, found.ref_len
 
 
 def _bleu_of(sums: np.ndarray) -> dict[str, float]:
-    whole = [int(count) for count in sums]
-    score = _bleu().compute_bleu(whole[:4], whole[4:8], whole[8], whole[9], smooth_method="exp")
+    totals = [int(count) for count in sums]
+    score = _bleu().compute_bleu(totals[:4], totals[4:8], totals[8], totals[9], smooth_method="exp")
     return {"bleu": float(score.score)}
 
 
@@ -116,8 +116,8 @@ def _bleu() -> Any:
 ROUGE = ("rougeL", "rouge1", "rouge2")
 
 
-def _rouge_counts(words: bool, row: AnsweredPrompt) -> Sequence[float]:
-    scores = _rouge(words).score(row.wanted, row.answer)
+def _rouge_counts(by_words: bool, row: AnsweredPrompt) -> Sequence[float]:
+    scores = _rouge(by_words).score(row.wanted, row.answer)
     return *(scores[name].fmeasure for name in ROUGE), 1.0
 
 
@@ -126,15 +126,15 @@ def _rouge_of(sums: np.ndarray) -> dict[str, float]:
 
 
 @cache
-def _rouge(words: bool) -> Any:
-    """Over characters (other scripts: words), as BLEU's `zh` cuts them; or over the words that jieba finds."""
+def _rouge(by_words: bool) -> Any:
+    """Return ROUGE over the tokens of BLEU's `zh` (characters; words in other scripts), or over jieba's words."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
     except ImportError as error:
         raise _missing(str(error.name), "ROUGE") from None
     characters: Any = TokenizerZh()  # type: ignore[no-untyped-call]
-    return RougeScorer(ROUGE, tokenizer=_Cut(_jieba() if words else lambda text: characters(text).split()))
+    return RougeScorer(ROUGE, tokenizer=_Cut(_jieba() if by_words else lambda text: characters(text).split()))
 
 
 def _jieba() -> Callable[[str], list[str]]:
@@ -163,14 +163,14 @@ def _missing(package: str, needed_for: str) -> MissingPackage:
 
 
 def _bits_of(sums: np.ndarray) -> dict[str, float]:
-    """From sums of (nats of text, bytes, nats, tokens)."""
+    """Return the figures from sums of (nats of the text, bytes, nats, tokens)."""
     text, size, nats, tokens = map(float, sums)
     loss = nats / max(tokens, 1)
     return {"bits_per_byte": text / (math.log(2) * max(size, 1)), "perplexity": math.exp(min(loss, 700)), "loss": loss}
 
 
 def _perplexity_of(sums: np.ndarray) -> dict[str, float]:
-    """The same, perplexity first: per token, so only to be compared under one tokenizer."""
+    """Return the same figures with perplexity first. It is per token: compare it only under one tokenizer."""
     found = _bits_of(sums)
     return {"perplexity": found.pop("perplexity"), **found}
 
@@ -180,12 +180,12 @@ LOWER_IS_BETTER = tuple(LIKELIHOOD)
 
 
 def accuracy_of(sums: np.ndarray) -> dict[str, float]:
-    """From sums of (right, asked)."""
+    """Return the accuracy from sums of (correct, total)."""
     return _share("accuracy", sums)
 
 
 def score_of(sums: np.ndarray) -> dict[str, float]:
-    """From sums of (what a suite gives a row, asked)."""
+    """Return the mean score from sums of (a suite's score of a row, total)."""
     return _share("score", sums)
 
 

@@ -1,4 +1,4 @@
-"""Questions with options, from files in the layouts of C-Eval, CMMLU and MMLU, and the words in which they are asked."""
+"""Multiple-choice questions: read files in the layouts of C-Eval, CMMLU and MMLU, and format the prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLIT = re.compile(r"_(?:val|dev|test)$")
 
 @dataclass(frozen=True)
 class Layout:
-    """How one suite asks. mark: what stands before the answer; blank: what a base model writes between mark and letter."""
+    """A suite's prompt format. mark: text before the answer; blank: what a base model writes between mark and letter."""
 
     head: str
     mark: str
@@ -33,7 +33,7 @@ MMLU = Layout("The following are multiple choice questions (with answers) about 
 
 @dataclass(frozen=True)
 class MultipleChoiceQuestion:
-    """One question. options: their texts, the first one is A; answer: the place of the right one among them."""
+    """One question. options: their texts, the first is A; answer: index of the correct one."""
 
     layout: Layout
     subject: str
@@ -41,8 +41,8 @@ class MultipleChoiceQuestion:
     options: tuple[str, ...]
     answer: int
 
-    def ask(self) -> str:
-        """The question with its options, up to where the letter is said."""
+    def prompt(self) -> str:
+        """Return the question with its options and the mark after which the letter follows."""
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options, strict=False)]
         return "\n".join([self.question, *lines, self.layout.mark])
 
@@ -52,7 +52,7 @@ class MultipleChoiceQuestion:
 
 
 def read_choices(file: Path) -> list[MultipleChoiceQuestion]:
-    """All questions of a CSV file; its name, without `_val`, `_dev` or `_test`, is the subject. Raises DataError."""
+    """Return all questions of a CSV file. Its name, without `_val`, `_dev` or `_test`, is the subject. Raises DataError."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -70,9 +70,9 @@ def _read(rows: list[list[str]], file: Path) -> Iterator[MultipleChoiceQuestion]
     subject = SPLIT.sub("", file.stem)
     headed = "question" in names and "answer" in names
     if headed:
-        layout, places = (CEVAL if "id" in names else CMMLU), {name: place for place, name in enumerate(names)}
+        layout, columns = (CEVAL if "id" in names else CMMLU), {name: column for column, name in enumerate(names)}
     elif len(names) == 6:
-        layout, places = MMLU, {name: place for place, name in enumerate(("question", *"abcd", "answer"))}
+        layout, columns = MMLU, {name: column for column, name in enumerate(("question", *"abcd", "answer"))}
         subject = subject.replace("_", " ")
     else:
         raise DataError(
@@ -80,43 +80,43 @@ def _read(rows: list[list[str]], file: Path) -> Iterator[MultipleChoiceQuestion]
             place=f"{file}:1",
             remedy="id,question,A,B,C,D,answer (C-Eval) · ,Question,A,B,C,D,Answer (CMMLU) · question,A,B,C,D,answer, no header (MMLU)",
         )  # fmt: skip
-    letters = [letter for letter in LETTERS if letter.lower() in places]
+    letters = [letter for letter in LETTERS if letter.lower() in columns]
     for number, row in enumerate(rows[headed:], 1 + headed):
-        yield _choice(row, places, letters, layout, subject, f"{file}:{number}")
+        yield _choice(row, columns, letters, layout, subject, f"{file}:{number}")
 
 
 def _choice(
-    row: list[str], places: Mapping[str, int], letters: Sequence[str], layout: Layout, subject: str, place: str
+    row: list[str], columns: Mapping[str, int], letters: Sequence[str], layout: Layout, subject: str, place: str
 ) -> MultipleChoiceQuestion:
-    if len(row) <= max(places[name] for name in ("question", "answer", *map(str.lower, letters))):
+    if len(row) <= max(columns[name] for name in ("question", "answer", *map(str.lower, letters))):
         raise DataError(
-            _("this row has {row_count} columns, but {places_count} are needed").format(row_count=len(row), places_count=len(places)),
+            _("this row has {row_count} columns, but {places_count} are needed").format(row_count=len(row), places_count=len(columns)),
             place=place,
             remedy=_("put quotes around a text that contains a comma"),
         )  # fmt: skip
-    options = tuple(row[places[letter.lower()]].strip() for letter in letters)
-    answer = row[places["answer"]].strip().upper()
+    options = tuple(row[columns[letter.lower()]].strip() for letter in letters)
+    answer = row[columns["answer"]].strip().upper()
     if answer not in letters:
         raise DataError(
             _("the answer {answer!r} is not an option; the options are {letters}").format(answer=answer, letters=_(', ').join(letters)),
             place=place,
             remedy=_("C-Eval's test split has no answers; use its val split"),
         )  # fmt: skip
-    return MultipleChoiceQuestion(layout, subject, row[places["question"]].strip(), options, letters.index(answer))
+    return MultipleChoiceQuestion(layout, subject, row[columns["question"]].strip(), options, letters.index(answer))
 
 
 def conversation(choice: MultipleChoiceQuestion, examples: Sequence[MultipleChoiceQuestion]) -> list[dict[str, Any]]:
-    """The question as a chat, behind answered examples of its subject."""
-    turns = [one.ask() for one in (*examples, choice)]
+    """Return the question as a chat, after answered examples of its subject."""
+    turns = [question.prompt() for question in (*examples, choice)]
     turns[0] = f"{choice.layout.head.format(subject=choice.subject)}\n\n{turns[0]}"
     out: list[dict[str, Any]] = []
-    for turn, one in zip(turns, (*examples, choice), strict=True):
-        out += [{"role": "user", "content": turn}, {"role": "assistant", "content": one.letters[one.answer]}]
+    for turn, question in zip(turns, (*examples, choice), strict=True):
+        out += [{"role": "user", "content": turn}, {"role": "assistant", "content": question.letters[question.answer]}]
     return out[:-1]
 
 
 def text(choice: MultipleChoiceQuestion, examples: Sequence[MultipleChoiceQuestion]) -> str:
-    """The same as one text, for a base model."""
+    """Return the same conversation as one text, for a base model."""
     turns = conversation(choice, examples)
     gap = {"user": choice.layout.blank, "assistant": "\n\n"}
     return "".join(turn["content"] + gap[turn["role"]] for turn in turns[:-1]) + str(turns[-1]["content"])

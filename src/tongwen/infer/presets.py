@@ -1,4 +1,4 @@
-"""How the scripts of 2023 sampled, by the name of their project: options of `Sampling`."""
+"""Sampling options of the scripts of 2023, by project."""
 
 from __future__ import annotations
 

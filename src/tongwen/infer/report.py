@@ -1,4 +1,4 @@
-"""What an examination leaves for people: a table in the terminal, and report.html, which asks nothing of the network."""
+"""Present the results of an evaluation: a table in the terminal, and report.html, which needs no network."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from tongwen.core.html import Table, render
 from tongwen.core.i18n import _
 
-SHOWN = 20  # rows of a task in the report; all of them stand in rows.jsonl
+SHOWN = 20  # rows of a task in the report; rows.jsonl has all of them
 
 
 def score_table(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows): each task's main figure with its 95 % interval, before and after where both are known."""
+    """Return (columns, rows): each task's main figure with its 95 % interval, before and after if both are known."""
     compared = any("before" in one for one in scores.values())
     head = [_("task"), _("rows")]
     head += [_("before"), _("after"), _("change")] if compared else [_("score")]
@@ -37,7 +37,7 @@ def score_table(scores: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def write_report(
     file: Path, summary: str, scores: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
-    """The page: all figures, their groups, and some rows with what was answered."""
+    """Write the page: all figures, their groups, and some rows with their answers."""
     tasks = [
         {
             "title": title,

@@ -1,4 +1,4 @@
-"""Many prompts at once by vLLM, in this process, where it is installed."""
+"""Generate with vLLM in this process, if it is installed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from typing import Any
 
 from tongwen.core.errors import MissingPackage, ModelError
 from tongwen.core.i18n import _
-from tongwen.infer.generation import ROWS, Sampling, Take, TextGenerator
+from tongwen.infer.generation import ROWS, OnAnswer, Sampling, TextGenerator
 
-HANDED = 1024  # prompts that vLLM gets together: it deals them itself, and what is done is kept after each lot
+CHUNK_PROMPTS = 1024  # prompts per call: vLLM batches them itself, and answers are saved after each call
 
 
 @dataclass(frozen=True)
 class VllmBackend(TextGenerator):
-    """A voice whose model is vLLM's `LLM`."""
+    """A generator whose model is vLLM's `LLM`."""
 
-    def answer_all(self, prompts: Sequence[list[int]], sampling: Sampling, take: Take, rows: int = ROWS) -> None:
-        """The same; how many prompts are answered side by side is vLLM's own matter, whatever `rows` says."""
+    def answer_all(
+        self, prompts: Sequence[list[int]], sampling: Sampling, on_answer: OnAnswer, rows: int = ROWS
+    ) -> None:
+        """As in the base class, but vLLM itself decides how many prompts it answers at a time; `rows` has no effect."""
         from vllm import SamplingParams
 
         if sampling.beams > 1:
@@ -35,14 +37,14 @@ class VllmBackend(TextGenerator):
             stop_token_ids=list(self.stop_ids),
             detokenize=False,
         )
-        for begin in range(0, len(prompts), HANDED):
-            asked = [{"prompt_token_ids": prompt} for prompt in prompts[begin : begin + HANDED]]
-            for place, answer in enumerate(self.model.generate(asked, params, use_tqdm=False), begin):
-                take(place, self._until_stop(list(answer.outputs[0].token_ids)))
+        for begin in range(0, len(prompts), CHUNK_PROMPTS):
+            requests = [{"prompt_token_ids": prompt} for prompt in prompts[begin : begin + CHUNK_PROMPTS]]
+            for index, answer in enumerate(self.model.generate(requests, params, use_tqdm=False), begin):
+                on_answer(index, self._until_stop(list(answer.outputs[0].token_ids)))
 
 
 def open_model(folder: str, tokenizer: Any, stop_ids: tuple[int, ...], context: int) -> VllmBackend:
-    """vLLM with a model folder. Raises MissingPackage."""
+    """Open a model folder with vLLM. Raises MissingPackage."""
     try:
         from vllm import LLM
     except ImportError:

@@ -1,1 +1,1 @@
-"""What older projects called things, and the recipe that says the same."""
+"""Translate the commands and configuration files of older projects into recipes."""

@@ -1,4 +1,4 @@
-"""What a reading has gathered becomes a recipe, or the commands that do it: what depends on several flags is settled here."""
+"""Build a recipe, or tongwen commands, from the flags that were read; handles values that depend on several flags."""
 
 from __future__ import annotations
 
@@ -21,63 +21,63 @@ SECTIONS: dict[str, type[Section]] = {"synthesize": Synthesize, "pretrain": Pret
 POSITIONAL = ("MODEL", "SRC")
 
 
-def build_recipe(reading: FlagReader, place: str) -> dict[str, Any]:
-    """The recipe as nested mappings, its keys in the order of the schema. Problems go to the reading."""
-    words = {word: value for word, (_, value) in reading.said.items() if value is not None}
-    section = reading.section
-    _multiply_batch(reading, words, place)
-    _name_method(words, section)
-    _list_entries(words, section)
-    if words.get("vocab.tokenizer") == words.get("base"):
-        words.pop("vocab.tokenizer", None)
-    if reading.context.lengths:
-        words[f"{section}.max_length"] = sum(reading.context.lengths.values())
-    if words.get("pretrain.train") == "lora+embeddings":  # the old scripts had one rate for all
-        words["pretrain.embedding_learning_rate"] = words["pretrain.learning_rate"]
-    if "base" not in words:
-        reading.wrong(
+def build_recipe(reader: FlagReader, place: str) -> dict[str, Any]:
+    """Return the recipe as nested mappings, its keys in the order of the schema. Problems are added to the reader."""
+    settings = {key: value for key, (_, value) in reader.settings.items() if value is not None}
+    section = reader.section
+    _multiply_batch(reader, settings, place)
+    _name_method(settings, section)
+    _list_entries(settings, section)
+    if settings.get("vocab.tokenizer") == settings.get("base"):
+        settings.pop("vocab.tokenizer", None)
+    if reader.context.lengths:
+        settings[f"{section}.max_length"] = sum(reader.context.lengths.values())
+    if settings.get("pretrain.train") == "lora+embeddings":  # the old scripts had one learning rate for everything
+        settings["pretrain.embedding_learning_rate"] = settings["pretrain.learning_rate"]
+    if "base" not in settings:
+        reader.add_problem(
             place,
             _("this names no model"),
             _("this is only a part: also give the file or command that names the model"),
         )
-    words.setdefault("out", f"runs/{section}")
-    words["name"] = re.sub(r"[^\w.\-]", "-", Path(words["out"]).name) or section
-    words.setdefault("seed", 42)
-    for verdict in reading.verdicts:
-        if verdict.becomes in words:
-            verdict.becomes += f": {_short(words[verdict.becomes])}"
+    settings.setdefault("out", f"runs/{section}")
+    settings["name"] = re.sub(r"[^\w.\-]", "-", Path(settings["out"]).name) or section
+    settings.setdefault("seed", 42)
+    for verdict in reader.verdicts:
+        if verdict.becomes in settings:
+            verdict.becomes += f": {_short(settings[verdict.becomes])}"
     recipe: dict[str, Any] = {}
-    for word, value in words.items():
-        here = recipe
-        *above, last = word.split(".")
-        for part in above:
-            here = here.setdefault(part, {})
-        here[last] = value
+    for key, value in settings.items():
+        node = recipe
+        *parents, last = key.split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = value
     order = list(SECTIONS[section].model_fields)
     recipe[section] = dict(sorted(recipe.get(section, {}).items(), key=lambda pair: order.index(pair[0])))
     return {key: recipe[key] for key in Recipe.model_fields if key in recipe}
 
 
 def as_yaml(recipe: dict[str, Any], heading: str) -> str:
-    """The recipe's text under a comment that says where it comes from."""
+    """Return the recipe's text under a comment that names its origin."""
     text: str = yaml.safe_dump(recipe, allow_unicode=True, sort_keys=False, width=100)
     return "".join(f"# {line}\n" for line in heading.splitlines()) + text
 
 
-def build_commands(reading: FlagReader, program: OldProgram) -> list[list[str]]:
-    """The tongwen commands that do what an old program did, in their order."""
-    said = {word: value for word, (_, value) in reading.said.items() if value not in (None, False)}
-    out = [["fetch", id_] for id_ in reading.context.fetch]
+def build_commands(reader: FlagReader, program: OldProgram) -> list[list[str]]:
+    """Return the tongwen commands that replace an old program, in their order."""
+    options = {key: value for key, (_, value) in reader.settings.items() if value not in (None, False)}
+    out = [["fetch", id_] for id_ in reader.context.fetch]
     command = list(program.command)
-    if "SRC" in said:
-        said["SRC"] = _llama_folder(said["SRC"], said.pop("size", "7B"))
-    if "--prompts" in said and command == ["chat"]:
-        command, said = ["generate"], {"--model": said.pop("MODEL"), "--form": "chinese-llama-alpaca", **said}
-        said.setdefault("--out", "predictions.json")
+    if "SRC" in options:
+        options["SRC"] = _llama_folder(options["SRC"], options.pop("size", "7B"))
+    if "--prompts" in options and command == ["chat"]:
+        command, options = ["generate"], {"--model": options.pop("MODEL"), "--form": "chinese-llama-alpaca", **options}
+        options.setdefault("--out", "predictions.json")
     if program.finds_base:
-        said = _with_base(said, reading)
-    line = [*command, *(str(said.pop(name)) for name in POSITIONAL if name in said)]
-    for option, value in said.items():
+        options = _with_base(options, reader)
+    line = [*command, *(str(options.pop(name)) for name in POSITIONAL if name in options)]
+    for option, value in options.items():
         for one in value if isinstance(value, list) else [value]:
             line += [option] if one is True else [option, str(one)]
     return [*out, [*line, *program.after]]
@@ -89,56 +89,56 @@ def _short(value: Any) -> str:
     )
 
 
-def _multiply_batch(reading: FlagReader, words: dict[str, Any], place: str) -> None:
-    """Samples per step over all devices. BELLE divided its accumulation by the devices, the others multiplied by them."""
-    factors, word = reading.context.batch, f"{reading.section}.batch_size"
+def _multiply_batch(reader: FlagReader, settings: dict[str, Any], place: str) -> None:
+    """Set the samples per step over all devices. BELLE divided its accumulation by the devices; the others did not."""
+    factors, key = reader.context.batch, f"{reader.section}.batch_size"
     devices = factors.get("devices", 1) * factors.get("machines", 1)
     if "shared" in factors:
-        words[word] = factors.get("per_device", 1) * max(factors["shared"] // devices, 1) * devices
+        settings[key] = factors.get("per_device", 1) * max(factors["shared"] // devices, 1) * devices
     elif factors.keys() & {"per_device", "accumulate"}:
-        words[word] = factors.get("per_device", 1) * factors.get("accumulate", 1) * devices
-    whole = factors.get("whole")
-    if whole not in (None, words.get(word)):
-        reading.wrong(
+        settings[key] = factors.get("per_device", 1) * factors.get("accumulate", 1) * devices
+    whole_batch = factors.get("whole")
+    if whole_batch not in (None, settings.get(key)):
+        reader.add_problem(
             place,
             _("train_batch_size is {whole} in DeepSpeed's file, but the other values multiply to {words}").format(
-                whole=whole, words=words.get(word)
+                whole=whole_batch, words=settings.get(key)
             ),
             _("make them agree, or write train_batch_size: auto"),
         )
 
 
-def _name_method(words: dict[str, Any], section: str) -> None:
-    """Quantised is qlora; and what pre-training trains is said by `train`."""
+def _name_method(settings: dict[str, Any], section: str) -> None:
+    """Set the method: a quantised base means qlora; in pre-training, lora and full move to the key `train`."""
     method = f"{section}.adapter.method"
-    if f"{section}.adapter.quantize" in words:
-        words[method] = "qlora"
-    if section == "pretrain" and words.get(method) in ("lora", "full"):
-        words.setdefault("pretrain.train", words.pop(method))
-    if words.get(method) == "full":
-        for word in [word for word in words if word.startswith(f"{section}.adapter.") and word != method]:
-            del words[word]
+    if f"{section}.adapter.quantize" in settings:
+        settings[method] = "qlora"
+    if section == "pretrain" and settings.get(method) in ("lora", "full"):
+        settings.setdefault("pretrain.train", settings.pop(method))
+    if settings.get(method) == "full":
+        for key in [key for key in settings if key.startswith(f"{section}.adapter.") and key != method]:
+            del settings[key]
 
 
-def _list_entries(words: dict[str, Any], section: str) -> None:
-    """LLaMA-Factory's data sets, by their entries."""
-    folder, names = words.pop("dataset_dir", ""), words.pop("dataset", [])
+def _list_entries(settings: dict[str, Any], section: str) -> None:
+    """Name LLaMA-Factory's data sets by their entries in dataset_info.json."""
+    folder, names = settings.pop("dataset_dir", ""), settings.pop("dataset", [])
     kind = "documents" if section == "pretrain" else "dialogues"
     if names:
-        words[f"prepare.{kind}"] = [{"path": f"{folder}/dataset_info.json", "entry": name} for name in names]
+        settings[f"prepare.{kind}"] = [{"path": f"{folder}/dataset_info.json", "entry": name} for name in names]
 
 
 def _llama_folder(folder: str, size: str) -> str:
-    """Where LLaMA's files of one size lie: the converter looked below the folder."""
+    """Return the folder of one size of LLaMA: the old converter searched below the given folder."""
     return folder if size == "tokenizer_only" else str(Path(folder) / size)
 
 
-def _with_base(said: dict[str, Any], reading: FlagReader) -> dict[str, Any]:
-    """The base that the adapter names, and the name that the old program gave to the result."""
-    file = Path(said["--adapter"][0]) / "adapter_config.json"
+def _with_base(options: dict[str, Any], reader: FlagReader) -> dict[str, Any]:
+    """Add the base that the adapter names, and the folder that the old program named for the result."""
+    file = Path(options["--adapter"][0]) / "adapter_config.json"
     try:
         base = str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] or "BASE")
     except (OSError, ValueError, KeyError, TypeError):
         base = "BASE"
-        reading.notes.append(_("{file} does not name its base: fill it in yourself").format(file=file))
-    return {"--base": base, **said, "--out": f"{said['--out']}/{Path(base).name}-finetune"}
+        reader.notes.append(_("{file} does not name its base: fill it in yourself").format(file=file))
+    return {"--base": base, **options, "--out": f"{options['--out']}/{Path(base).name}-finetune"}

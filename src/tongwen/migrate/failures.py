@@ -1,4 +1,4 @@
-"""Failures of the older projects by their numbers: symptom, cause, what happens here instead, the tests that show it."""
+"""Known failures of the older projects by number: symptom, cause, what tongwen does instead, the tests that prove it."""
 
 from __future__ import annotations
 
@@ -14,32 +14,35 @@ from tongwen.migrate.tables import read_table
 
 @dataclass(frozen=True)
 class KnownFailure:
-    """says: what was seen; why: its cause; here: what happens instead; shown: tests."""
+    """A failure of an older project. handling: what tongwen does instead; tests: those that prove it."""
 
     id: str
-    says: str
-    why: str
-    here: str
-    shown: tuple[str, ...]
+    symptom: str
+    cause: str
+    handling: str
+    tests: tuple[str, ...]
 
 
 @cache
 def failures() -> dict[str, KnownFailure]:
-    """All of them, by number."""
+    """Return all failures by number."""
     text = (resources.files("tongwen.migrate") / "failures.yaml").read_text(encoding="utf-8")
-    return {id_: KnownFailure(id_, **{**row, "shown": tuple(row["shown"])}) for id_, row in read_table(text).items()}
+    return {
+        id_: KnownFailure(id_, row["says"], row["why"], row["here"], tuple(row["shown"]))
+        for id_, row in read_table(text).items()
+    }
 
 
 def find(name: str) -> KnownFailure:
-    """The failure of that number, however it is written (F-02, f2). Raises RecipeError when there is none."""
+    """Return the failure with this number, in any spelling (F-02, f2). Raises RecipeError if there is none."""
     found = re.fullmatch(r"[Ff]-?0*(\d+)", name.strip())
-    known = failures()
-    if found is None or (id_ := f"F-{int(found[1]):02}") not in known:
+    known_failures = failures()
+    if found is None or (id_ := f"F-{int(found[1]):02}") not in known_failures:
         raise RecipeError(
             _("no failure has the number {name!r}").format(name=name),
             place="tongwen doctor",
             remedy=_("{lowest} to {highest}; docs/from-older-projects.md lists them all").format(
-                lowest=min(known), highest=max(known)
+                lowest=min(known_failures), highest=max(known_failures)
             ),
         )
-    return known[id_]
+    return known_failures[id_]

@@ -1,7 +1,7 @@
-"""What an old value means today: a reader for each kind of value that the tables name.
+"""Convert old values: a reader for each kind of value that the tables name.
 
-A reader gets the flag and its old value (text, or what JSON and YAML hold) and answers with the new value, with Mended
-(another value, and why) or Gone (nothing needs to be said, and why). ValueError: there is nothing to read.
+A reader gets the flag and its old value (text, or a value from JSON or YAML). It returns the new value, a CorrectedValue
+(another value, and why) or a RemovedFlag (no setting is needed, and why). It raises ValueError for an invalid value.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tongwen.core.i18n import _
 
 TRUE, FALSE = ("true", "yes", "y", "t", "on", "1"), ("false", "no", "n", "f", "off", "0")
 EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "transformer.wte", "word_embeddings"}
-# Templates of LLaMA-Factory that a model does not bring along.
+# Templates of LLaMA-Factory that tongwen ships, because models do not include them.
 TEMPLATES = {"alpaca": "alpaca", "vicuna": "vicuna", "belle": "belle-v2", "chatml": "chatml"}
 
 
 @dataclass(frozen=True)
 class CorrectedValue:
-    """A value that means something else today, and why."""
+    """A value that had to be changed, and why."""
 
     value: Any
     why: str
@@ -31,24 +31,24 @@ class CorrectedValue:
 
 @dataclass(frozen=True)
 class RemovedFlag:
-    """A value that says nothing today, and why; the table's own reason when empty."""
+    """A value that needs no setting any more, and why; empty: the table gives the reason."""
 
     why: str = ""
 
 
 @dataclass
 class MigrationContext:
-    """What readers share.
+    """State that the readers share.
 
-    today:     (name of a model) -> its id today
-    read_file: (path, flag that names it): its keys are read like flags
-    batch:     per_device, accumulate or shared, devices, machines, whole: what multiplies to the samples of a step
-    launch:    options of a launcher on several machines
-    lengths:   of the parts of a sample, which are added up when all are known
-    fetch:     ids of adapters that have to be fetched first
+    current_id: name of a model -> its id today
+    read_file:  (path, flag that names it); reads the file's keys like flags
+    batch:      per_device, accumulate or shared, devices, machines, whole: the factors of the samples per step
+    launch:     options of a launcher on several machines
+    lengths:    maximum lengths of the parts of a sample, which are added up at the end
+    fetch:      ids of adapters that must be fetched first
     """
 
-    today: Callable[[str], str]
+    current_id: Callable[[str], str]
     read_file: Callable[[str, str], None]
     batch: dict[str, int] = field(default_factory=dict)
     launch: dict[str, str] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class MigrationContext:
 Reader = Callable[[MigrationContext, str, Any], Any]
 
 
-# -- numbers and words ---------------------------------------------------------------------------------------------
+# -- numbers and texts ---------------------------------------------------------------------------------------------
 
 
 def text(context: MigrationContext, flag: str, value: Any) -> Any:
@@ -73,7 +73,7 @@ def plain(context: MigrationContext, flag: str, value: Any) -> Any:
 
 
 def scalar(context: MigrationContext, flag: str, value: Any) -> Any:
-    """A number, a truth value or a text; a flag alone is true."""
+    """Return a number, a truth value or a text; a flag without a value is true."""
     if not isinstance(value, str):
         return True if value is None else value
     for kind in (int, float):
@@ -108,10 +108,10 @@ def steps(context: MigrationContext, flag: str, value: Any) -> Any:
 
 
 def switch(context: MigrationContext, flag: str, value: Any) -> bool:
-    word = "true" if value is None else str(value).lower()
-    if word not in TRUE + FALSE:
+    lowered = "true" if value is None else str(value).lower()
+    if lowered not in TRUE + FALSE:
         raise ValueError(_("{value!r} is neither true nor false").format(value=value))
-    return word in TRUE
+    return lowered in TRUE
 
 
 def items(context: MigrationContext, flag: str, value: Any) -> list[str]:
@@ -129,7 +129,7 @@ def seed(context: MigrationContext, flag: str, value: Any) -> Any:
 
 
 def choice(context: MigrationContext, flag: str, value: Any) -> Any:
-    """`[pth|huggingface]`, as manuals write it: the first, which is what the script took when nothing was said."""
+    """Return the first of `[pth|huggingface]`, as manuals write a choice: the first is the script's default."""
     found = re.fullmatch(r"\[(\w+)\|.*\]", str(text(context, flag, value)))
     if found is None:
         return value
@@ -152,15 +152,15 @@ def whole_embeddings(context: MigrationContext, flag: str, value: Any) -> Any:
 
 
 def template(context: MigrationContext, flag: str, value: Any) -> Any:
-    known = TEMPLATES.get(str(value))
-    return known or CorrectedValue("own", _("the model has its own; `tongwen look RECIPE` shows it"))
+    builtin = TEMPLATES.get(str(value))
+    return builtin or CorrectedValue("own", _("the model has its own; `tongwen look RECIPE` shows it"))
 
 
-# -- what multiplies, what belongs to a launcher -------------------------------------------------------------------
+# -- batch sizes and launchers -------------------------------------------------------------------------------------
 
 
 def _factor(name: str) -> Reader:
-    """A factor of the batch, which is multiplied when all are known."""
+    """Return a reader that records a factor of the batch size; build_recipe multiplies the factors."""
 
     def read(context: MigrationContext, flag: str, value: Any) -> None:
         context.batch[name] = count(context, flag, value)
@@ -208,7 +208,7 @@ def length_part(context: MigrationContext, flag: str, value: Any) -> CorrectedVa
     )
 
 
-# -- places --------------------------------------------------------------------------------------------------------
+# -- files and models ----------------------------------------------------------------------------------------------
 
 
 def file(context: MigrationContext, flag: str, value: Any) -> None:
@@ -220,7 +220,7 @@ def folder(context: MigrationContext, flag: str, value: Any) -> str:
 
 
 def own_folder(context: MigrationContext, flag: str, value: Any) -> Any:
-    """Where a result goes: it has a folder of its own, not the one in which the command is given."""
+    """Return the output folder: a separate one, never the working directory."""
     name = folder(context, flag, value)
     if name != ".":
         return name
@@ -232,14 +232,14 @@ def stem(context: MigrationContext, flag: str, value: Any) -> str:
 
 
 def model(context: MigrationContext, flag: str, value: Any) -> Any:
-    """A folder that is here, or a hub's id as it is today."""
+    """Return an existing folder, or the current id of a model on a hub."""
     name = folder(context, flag, value)
-    new = name if Path(name).exists() else context.today(name)
+    new = name if Path(name).exists() else context.current_id(name)
     return name if new == name else CorrectedValue(new, _("{name} has moved: {new}").format(name=name, new=new))
 
 
 def trained(context: MigrationContext, flag: str, value: Any) -> Any:
-    """What an old training left; or the stage that the same command leaves here."""
+    """Return the result of an old training, or of the stage with which tongwen replaced it."""
     name = folder(context, flag, value)
     if not (Path(name) / "config.json").is_file():
         for place in (Path(name), Path(name).parent):
@@ -250,12 +250,12 @@ def trained(context: MigrationContext, flag: str, value: Any) -> Any:
 
 
 def adapters(context: MigrationContext, flag: str, value: Any) -> Any:
-    """Several in their order; one that is on a hub is fetched first."""
+    """Return the adapters in their order; those on a hub are fetched first."""
     out, why = list[str](), list[str]()
     for name in items(context, flag, value):
         found = trained(context, flag, name)
         place, reason = (found.value, found.why) if isinstance(found, CorrectedValue) else (found, "")
-        if context.today(name) != name and not Path(name).exists():
+        if context.current_id(name) != name and not Path(name).exists():
             context.fetch.append(place)
             place = f"models/{place.split('/')[-1]}"
         out.append(place)
@@ -264,17 +264,17 @@ def adapters(context: MigrationContext, flag: str, value: Any) -> Any:
 
 
 def data(context: MigrationContext, flag: str, value: Any) -> Any:
-    """A file of data; where it is not there, one of its name a folder below, where `tongwen fetch` put it."""
+    """Return a data file; if it does not exist, the file of that name one folder below, where `tongwen fetch` stores it."""
     name = str(text(context, flag, value))
     below = sorted(Path(name).parent.glob(f"*/{Path(name).name}")) if not Path(name).exists() else []
     return CorrectedValue(str(below[0]), _("it was fetched to this path")) if below else name
 
 
-def _sources(pattern: str, **words: Any) -> Reader:
-    """The files of a folder, as a source of a recipe."""
+def _sources(pattern: str, **fields: Any) -> Reader:
+    """Return a reader that makes a data source of a folder's files."""
 
     def read(context: MigrationContext, flag: str, value: Any) -> list[dict[str, Any]]:
-        return [{"path": f"{folder(context, flag, value)}/{pattern}", **words}]
+        return [{"path": f"{folder(context, flag, value)}/{pattern}", **fields}]
 
     return read
 

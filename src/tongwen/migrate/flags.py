@@ -1,7 +1,7 @@
-"""Flags with their values become words of a recipe, or options of a command; each flag gets one verdict.
+"""Turn flags with their values into keys of a recipe, or options of a command; each flag gets one verdict.
 
-The tables say where a flag goes, a reader what its old value means today. What is given twice with two values, lacks
-its value or is known to nobody is a problem; all problems are raised together.
+The tables name the new key of a flag, and a reader converts its value. A flag with two different values, without its value,
+or unknown to the program is a problem; all problems are raised together.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 from tongwen.core.errors import RecipeError, TongwenError
 from tongwen.core.i18n import N_, _
 from tongwen.migrate.flag_values import READERS, CorrectedValue, MigrationContext, RemovedFlag
-from tongwen.migrate.tables import FlagRule, OldProgram, spoken
+from tongwen.migrate.tables import FlagRule, OldProgram, translate
 from tongwen.recipe.aliases import OLD, OLD_REASONS, OWNED, training_arguments
 
 
 @dataclass
 class Verdict:
-    """What became of one flag. verdict: kept | renamed | mended | dropped; becomes: its word today; why: the reason."""
+    """The result for one flag. verdict: kept | renamed | mended | dropped; becomes: the new key; why: the reason."""
 
     flag: str
     value: Any
@@ -31,25 +31,25 @@ class Verdict:
 
 @dataclass
 class FlagReader:
-    """An old command, with the files that it names, on its way. said: word of today -> (flag that said it, value)."""
+    """Reads an old command and the files that it names. settings: new key -> (flag that set it, value)."""
 
     context: MigrationContext
     section: str = ""
-    said: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    settings: dict[str, tuple[str, Any]] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[TongwenError] = field(default_factory=list)
 
-    def take(self, program: OldProgram, flags: Iterable[tuple[str, Any]], place: str, inside: str = "") -> None:
-        """Read the flags of a program. place: where they stand, for messages; inside: the file that a flag has named, whose
-        keys these are."""
+    def read_flags(self, program: OldProgram, flags: Iterable[tuple[str, Any]], place: str, inside: str = "") -> None:
+        """Read the flags of a program. place: their origin, for messages; inside: the file that contains them, if a flag
+        names one."""
         first = len(self.verdicts)
-        given = self._once(flags, place)
-        for name, value in given.items():
+        values = self._once(flags, place)
+        for name, value in values.items():
             rule = self._rule_of(program, name, place)
             if rule is None:
                 continue
-            reason = _why_not(rule, given)
+            reason = _drop_reason(rule, values)
             if reason:
                 self.verdicts.append(Verdict(name, value, "dropped", why=reason))
             else:
@@ -57,109 +57,114 @@ class FlagReader:
         for verdict in self.verdicts[first:] if inside else ():
             verdict.flag = f"{inside}:{verdict.flag}"
         for name, value in program.defaults.items():
-            if name not in given and not _why_not(program.flags[name], given):
-                self._apply(program.flags[name], name, value, place, own=False)
-        for word, value in program.always.items():
-            self.say(word, "", value, place)
+            if name not in values and not _drop_reason(program.flags[name], values):
+                self._apply(program.flags[name], name, value, place, explicit=False)
+        for key, value in program.always.items():
+            self.set_value(key, "", value, place)
 
-    def say(self, word: str, flag: str, value: Any, place: str) -> None:
-        """Set a word of today. What a flag says goes before what a program does by itself; two flags must agree."""
-        before, old = self.said.get(word, ("", value))
+    def set_value(self, key: str, flag: str, value: Any, place: str) -> None:
+        """Set a new key. A flag overrides the program's own default; two flags must agree."""
+        before, old = self.settings.get(key, ("", value))
         if flag and before and old != value:
-            self.wrong(
+            self.add_problem(
                 place,
                 _("{before} and {flag} contradict each other: `{word}` would be {old!r} and {value!r}").format(
-                    before=before, flag=flag, word=word, old=old, value=value
+                    before=before, flag=flag, word=key, old=old, value=value
                 ),
                 _("keep one of {before}, {flag}").format(before=before, flag=flag),
             )
-        if flag or word not in self.said:
-            self.said[word] = (flag, value)
+        if flag or key not in self.settings:
+            self.settings[key] = (flag, value)
 
-    def wrong(self, place: str, rule: str, remedy: str = "") -> None:
+    def add_problem(self, place: str, rule: str, remedy: str = "") -> None:
         self.problems.append(RecipeError(rule, place=place, remedy=remedy))
 
     def _once(self, flags: Iterable[tuple[str, Any]], place: str) -> dict[str, Any]:
-        given: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for name, value in flags:
-            if name in given and given[name] != value:
-                self.wrong(
+            if name in values and values[name] != value:
+                self.add_problem(
                     place,
                     _("{name} is given twice: {given!r} and {value!r}").format(
-                        name=name, given=given[name], value=value
+                        name=name, given=values[name], value=value
                     ),
                     _("keep one"),
                 )
-            given[name] = value
-        return given
+            values[name] = value
+        return values
 
     def _rule_of(self, program: OldProgram, name: str, place: str) -> FlagRule | None:
-        starts = (rule for start, rule in program.prefixes.items() if name == start or name.startswith(f"{start}."))
-        rule = program.flags.get(name) or next(starts, None) or (_trainers_own(name) if program.trains else None)
+        prefixed = (rule for start, rule in program.prefixes.items() if name == start or name.startswith(f"{start}."))
+        rule = (
+            program.flags.get(name)
+            or next(prefixed, None)
+            or (_training_argument_rule(name) if program.trains else None)
+        )
         if rule is None:
             near = difflib.get_close_matches(name, [*program.flags, *(OWNED if program.trains else ())], 3)
-            self.wrong(
+            self.add_problem(
                 place,
                 _("{project} has no flag {name!r} here").format(project=program.project, name=name),
                 _("did you mean ") + " / ".join(near) if near else _("leave it out"),
             )
         return rule
 
-    def _apply(self, rule: FlagRule, name: str, value: Any, place: str, *, own: bool = True) -> None:
-        """own: the flag was given, and not only taken for granted by its program."""
+    def _apply(self, rule: FlagRule, name: str, value: Any, place: str, *, explicit: bool = True) -> None:
+        """Apply one flag. explicit: the user gave it; it is not a default of the program."""
         try:
             found = READERS[rule.read](self.context, name, value)
             if rule.words and not isinstance(found, RemovedFlag):
-                found = _worded(rule, found)
+                found = _map_value(rule, found)
         except ValueError as error:
-            self.wrong(place, f"{name}: {error}", _("write the value explicitly"))
+            self.add_problem(place, f"{name}: {error}", _("write the value explicitly"))
             return
-        to = rule.to.replace("@", self.section)
+        target = rule.to.replace("@", self.section)
         why = found.why if isinstance(found, (CorrectedValue, RemovedFlag)) else ""
         new = found.value if isinstance(found, CorrectedValue) else found
-        gone = isinstance(found, RemovedFlag) or bool(rule.dropped and not (to or rule.sets))
-        if own:
-            self.verdicts.append(self._verdict(rule, name, value, to, gone, why or spoken(rule.mended)))
-        if gone:
+        dropped = isinstance(found, RemovedFlag) or bool(rule.dropped and not (target or rule.sets))
+        if explicit:
+            self.verdicts.append(self._verdict(rule, name, value, target, dropped, why or translate(rule.mended)))
+        if dropped:
             return
-        if to and new is not None:
-            self.say(to, name if own else "", new, place)
-        for word, constant in rule.sets.items():
+        if target and new is not None:
+            self.set_value(target, name if explicit else "", new, place)
+        for key, constant in rule.sets.items():
             if new:
-                self.say(word, name, constant, place)
+                self.set_value(key, name, constant, place)
 
-    def _verdict(self, rule: FlagRule, name: str, value: Any, to: str, gone: bool, why: str) -> Verdict:
-        if gone:
-            return Verdict(name, value, "dropped", why=spoken(rule.dropped) if rule.dropped else why)
+    def _verdict(self, rule: FlagRule, name: str, value: Any, target: str, dropped: bool, why: str) -> Verdict:
+        if dropped:
+            return Verdict(name, value, "dropped", why=translate(rule.dropped) if rule.dropped else why)
         if rule.read == "file":
-            to = _("its own keys, above")
-        same = to.split(".")[-1].lstrip("-").replace("-", "_") == name.split(".")[-1]
-        same = same or rule.read == "file" or not (to or rule.sets)
-        verdict = "mended" if why else "kept" if same else "renamed"
-        return Verdict(name, value, verdict, to or ", ".join(rule.sets), why)
+            target = _("its own keys, above")
+        unchanged = target.split(".")[-1].lstrip("-").replace("-", "_") == name.split(".")[-1]
+        unchanged = unchanged or rule.read == "file" or not (target or rule.sets)
+        verdict = "mended" if why else "kept" if unchanged else "renamed"
+        return Verdict(name, value, verdict, target or ", ".join(rule.sets), why)
 
 
-def _why_not(rule: FlagRule, given: dict[str, Any]) -> str:
-    """Why a flag says nothing beside the others; empty when it does."""
+def _drop_reason(rule: FlagRule, values: dict[str, Any]) -> str:
+    """Return why a flag has no effect next to the others, or ""."""
     for other, why in rule.unless.items():
-        if other in given and str(given[other]).lower() not in ("false", "-1", "0"):  # max_steps: -1 is as good as none
-            return spoken(why)
-    return next((spoken(why) for other, why in rule.needs.items() if other not in given), "")
+        # max_steps: -1 means no limit, as if the flag were absent.
+        if other in values and str(values[other]).lower() not in ("false", "-1", "0"):
+            return translate(why)
+    return next((translate(why) for other, why in rule.needs.items() if other not in values), "")
 
 
-def _worded(rule: FlagRule, found: Any) -> Any:
-    """The word of today for an old one. Raises ValueError for a word that the program did not have."""
-    words = {str(old).lower(): new for old, new in rule.words.items()}
+def _map_value(rule: FlagRule, found: Any) -> Any:
+    """Return the new value for an old one. Raises ValueError for a value that the program did not have."""
+    mapping = {str(old).lower(): new for old, new in rule.words.items()}
     old = str(found.value if isinstance(found, CorrectedValue) else found).lower()
-    if old not in words:
-        raise ValueError(_("{old!r} is not one of: {words}").format(old=old, words=_(", ").join(words)))
-    if words[old] is None:
+    if old not in mapping:
+        raise ValueError(_("{old!r} is not one of: {words}").format(old=old, words=_(", ").join(mapping)))
+    if mapping[old] is None:
         return RemovedFlag(_("this is the default"))
-    return CorrectedValue(words[old], found.why) if isinstance(found, CorrectedValue) else words[old]
+    return CorrectedValue(mapping[old], found.why) if isinstance(found, CorrectedValue) else mapping[old]
 
 
-def _trainers_own(name: str) -> FlagRule | None:
-    """A field of TrainingArguments that no table names."""
+def _training_argument_rule(name: str) -> FlagRule | None:
+    """Return the rule for a field of TrainingArguments that no table names."""
     if OLD.get(name):
         return FlagRule(to=f"@.{OLD[name]}", read="scalar")
     if name in OLD:

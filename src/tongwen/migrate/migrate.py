@@ -1,4 +1,4 @@
-"""An old command line, or an old file, read from its first word to its last: what it was, and what does it today."""
+"""Read old command lines and configuration files completely, and find their replacement in tongwen."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from tongwen.migrate import build_recipe
 from tongwen.migrate.flag_values import MigrationContext
 from tongwen.migrate.flags import FlagReader, Verdict
 from tongwen.migrate.shell import split_environment
-from tongwen.migrate.tables import OldProgram, known_files, programs, scripts, spoken
+from tongwen.migrate.tables import OldProgram, known_files, programs, scripts, translate
 
-Today = Callable[[str], str]
+CurrentId = Callable[[str], str]
 SIZES = {"7B": "llama-7b", "13B": "llama-13b", "30B": "llama-30b", "65B": "llama-65b"}
 
 
 @dataclass
 class MigrationResult:
-    """What an old command is today. recipe: empty when commands do it; commands: without the word `tongwen`; instead: a
-    line of another program; launch: options of torchrun on several machines; environment: what stood before the command."""
+    """The replacement of an old command. recipe: empty if commands replace it; commands: without the leading `tongwen`;
+    instead: a line of another program; launch: options of torchrun on several machines; environment: variables set in
+    front of the command."""
 
     old: str
     project: str
@@ -41,13 +42,13 @@ class MigrationResult:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def migrate_command(words: Sequence[str], today: Today) -> MigrationResult:
-    """Read one old command line. Raises RecipeError, or SeveralErrors with every flag that cannot be read."""
-    old = shlex.join(words)
-    environment, rest = split_environment(tuple(words))
+def migrate_command(arguments: Sequence[str], current_id: CurrentId) -> MigrationResult:
+    """Read one old command line. Raises RecipeError, or SeveralErrors with every invalid flag."""
+    old = shlex.join(arguments)
+    environment, rest = split_environment(tuple(arguments))
     if not rest:
         raise RecipeError(_("no command given"), place=old or "tongwen migrate --")
-    outcome = _plain_line(rest, old) or _program_line(rest, old, today)
+    outcome = _plain_line(rest, old) or _program_line(rest, old, current_id)
     outcome.environment = environment
     outcome.verdicts = [
         *(
@@ -59,49 +60,51 @@ def migrate_command(words: Sequence[str], today: Today) -> MigrationResult:
     return outcome
 
 
-def migrate_files(paths: Sequence[str], today: Today) -> MigrationResult:
+def migrate_files(paths: Sequence[str], current_id: CurrentId) -> MigrationResult:
     """Read old configuration files that belong together. Raises RecipeError, or SeveralErrors."""
-    reading, project = _new_reading(today), ""
+    reader, project = _new_reader(current_id), ""
     commands: list[list[str]] = []
     for path in paths:
         data = _read_data(path)
         program = _recognise(data, path)
         project = project or program.project
-        reading.section = reading.section or ("pretrain" if data.get("stage") == "pt" else program.section or "sft")
-        _take_keys(reading, program, data, path)
+        reader.section = reader.section or ("pretrain" if data.get("stage") == "pt" else program.section or "sft")
+        _read_keys(reader, program, data, path)
         if program.command:
-            commands = build_recipe.build_commands(reading, program)
-    raise_all(reading.problems)
-    outcome = MigrationResult(" ".join(paths), project, reading.verdicts, commands=commands, notes=reading.notes)
+            commands = build_recipe.build_commands(reader, program)
+    raise_all(reader.problems)
+    outcome = MigrationResult(" ".join(paths), project, reader.verdicts, commands=commands, notes=reader.notes)
     if not commands:
-        outcome.recipe = build_recipe.build_recipe(reading, paths[0])
-        raise_all(reading.problems)
+        outcome.recipe = build_recipe.build_recipe(reader, paths[0])
+        raise_all(reader.problems)
     return outcome
 
 
-def _new_reading(today: Today) -> FlagReader:
-    reading = FlagReader(MigrationContext(today, lambda path, flag: None))
-    reading.context.read_file = lambda path, flag: _take_file(reading, path)
-    return reading
+def _new_reader(current_id: CurrentId) -> FlagReader:
+    reader = FlagReader(MigrationContext(current_id, lambda path, flag: None))
+    reader.context.read_file = lambda path, flag: _read_file_flags(reader, path)
+    return reader
 
 
-# -- lines that start no program of theirs -------------------------------------------------------------------------
+# -- lines that run a general tool ---------------------------------------------------------------------------------
 
 
-def _plain_line(words: tuple[str, ...], old: str) -> MigrationResult | None:
-    """conda, pip, git, wget, sha256sum, accelerate's questions: each word dropped, or an argument of what is done here."""
+def _plain_line(arguments: tuple[str, ...], old: str) -> MigrationResult | None:
+    """Read a line of conda, pip, git, wget, sha256sum or `accelerate config`; its arguments are dropped or passed on."""
     for program in programs("lines").values():
-        name = next((name for name in program.names if words[: len(name.split())] == tuple(name.split())), None)
-        if name is None or program.holds not in " ".join(words):
+        prefix = next(
+            (prefix for prefix in program.names if arguments[: len(prefix.split())] == tuple(prefix.split())), None
+        )
+        if prefix is None or program.holds not in " ".join(arguments):
             continue
-        rest = words[len(name.split()) :]
+        rest = arguments[len(prefix.split()) :]
         commands = [list(line) for line in program.lines] or (_LINES[program.read](rest) if program.read else [])
-        kept = {word for line in commands for word in line}
+        kept = {argument for line in commands for argument in line}
         verdicts = [
-            Verdict(word, None, "kept", "tongwen " + commands[0][0])
-            if word in kept
-            else Verdict(word, None, "dropped", why=spoken(program.reason))
-            for word in rest
+            Verdict(argument, None, "kept", "tongwen " + commands[0][0])
+            if argument in kept
+            else Verdict(argument, None, "dropped", why=translate(program.reason))
+            for argument in rest
         ]
         return MigrationResult(
             old,
@@ -109,24 +112,24 @@ def _plain_line(words: tuple[str, ...], old: str) -> MigrationResult | None:
             verdicts,
             commands=commands,
             instead=" ".join(program.instead),
-            notes=[spoken(program.reason)],
+            notes=[translate(program.reason)],
         )
     return None
 
 
 def _llama_address(rest: Sequence[str]) -> list[list[str]]:
-    """`wget …/LLaMA/7B/consolidated.00.pth`: the model of that size; its md5 list and the tokenizer come along."""
-    address = next(word for word in rest if "://" in word)
+    """Fetch the model of the size in `wget …/LLaMA/7B/consolidated.00.pth`, which includes its md5 list and tokenizer."""
+    address = next(argument for argument in rest if "://" in argument)
     size = next((name for part, name in SIZES.items() if f"/{part}/" in address), SIZES["7B"])
     return [["fetch", size]]
 
 
 def _address(rest: Sequence[str]) -> list[list[str]]:
-    return [["fetch", word] for word in rest if "://" in word]
+    return [["fetch", argument] for argument in rest if "://" in argument]
 
 
 def _sums(rest: Sequence[str]) -> list[list[str]]:
-    files = [word for word in rest if not word.startswith("-")]
+    files = [argument for argument in rest if not argument.startswith("-")]
     if {"-c", "--check"} & set(rest):
         return [["verify", str(Path(file).parent), "--against", file] for file in files]
     return [["verify", file] for file in files]
@@ -142,111 +145,111 @@ _LINES: dict[str, Callable[[Sequence[str]], list[list[str]]]] = {
 # -- programs ------------------------------------------------------------------------------------------------------
 
 
-def _program_line(words: tuple[str, ...], old: str, today: Today) -> MigrationResult:
-    launcher, rest = _split_launcher(words)
-    at = next((place for place, word in enumerate(rest) if _script_name(rest, place)), None)
-    if at is None:
+def _program_line(arguments: tuple[str, ...], old: str, current_id: CurrentId) -> MigrationResult:
+    launcher, rest = _split_launcher(arguments)
+    position = next((index for index, argument in enumerate(rest) if _script_name(rest, index)), None)
+    if position is None:
         raise RecipeError(
             _("this names no program of an older project"),
             place=old,
             remedy=_nearest_scripts(rest),
         )
-    name = _script_name(rest, at)
-    flags = rest[at + len(name.split()) :]
+    name = _script_name(rest, position)
+    flags = rest[position + len(name.split()) :]
     program = _choose(name, flags)
-    reading = _new_reading(today)
-    reading.section = program.section
+    reader = _new_reader(current_id)
+    reader.section = program.section
     if launcher:
-        reading.take(launcher, _flags(rest[:at], reading, old), old)
+        reader.read_flags(launcher, _flags(rest[:position], reader, old), old)
     as_above = "..." in flags
     if not as_above:
-        reading.take(program, list(_flags(flags, reading, old, program.positional)), old)
-    raise_all(reading.problems)
-    reading.notes += [
-        spoken(one) for one in (program.note, launcher and "devices" not in reading.said and launcher.note) if one
+        reader.read_flags(program, list(_flags(flags, reader, old, program.positional)), old)
+    raise_all(reader.problems)
+    reader.notes += [
+        translate(one) for one in (program.note, launcher and "devices" not in reader.settings and launcher.note) if one
     ]
-    launch = reading.context.launch
-    if launch and "devices" in reading.context.batch:
-        launch["nproc_per_node"] = str(reading.context.batch["devices"])
-    outcome = MigrationResult(old, program.project, reading.verdicts, launch=launch, notes=reading.notes)
+    launch = reader.context.launch
+    if launch and "devices" in reader.context.batch:
+        launch["nproc_per_node"] = str(reader.context.batch["devices"])
+    outcome = MigrationResult(old, program.project, reader.verdicts, launch=launch, notes=reader.notes)
     if program.lines:
         outcome.commands = [list(line) for line in program.lines]
     elif program.command:
-        outcome.commands = build_recipe.build_commands(reading, program)
+        outcome.commands = build_recipe.build_commands(reader, program)
     elif as_above:
         outcome.verdicts.append(Verdict("...", None, "kept", "RECIPE", _("the recipe of the command above")))
     else:
-        outcome.recipe = build_recipe.build_recipe(reading, old)
-    raise_all(reading.problems)
+        outcome.recipe = build_recipe.build_recipe(reader, old)
+    raise_all(reader.problems)
     return outcome
 
 
-def _split_launcher(words: tuple[str, ...]) -> tuple[OldProgram | None, tuple[str, ...]]:
-    """(the program that starts the script, the rest)."""
+def _split_launcher(arguments: tuple[str, ...]) -> tuple[OldProgram | None, tuple[str, ...]]:
+    """Return (the launcher that starts the script, the rest)."""
     found = [
         (len(name.split()), one)
         for one in programs("launchers").values()
         for name in one.names
-        if words[: len(name.split())] == tuple(name.split())
+        if arguments[: len(name.split())] == tuple(name.split())
     ]
     if not found:
-        return None, words
+        return None, arguments
     size, launcher = max(found, key=lambda pair: pair[0])
-    return launcher, words[size:]
+    return launcher, arguments[size:]
 
 
-def _script_name(words: Sequence[str], at: int) -> str:
-    """The name of an old program that stands there, by its file alone; empty when it is none."""
+def _script_name(arguments: Sequence[str], position: int) -> str:
+    """Return the name of the old program at this position, by its file name; "" if there is none."""
     for program in scripts():
         for name in program.names:
             parts = name.split()
-            if list(words[at : at + len(parts)]) == parts or Path(words[at]).name == name:
+            if list(arguments[position : position + len(parts)]) == parts or Path(arguments[position]).name == name:
                 return name
     return ""
 
 
-def _nearest_scripts(words: Sequence[str]) -> str:
+def _nearest_scripts(arguments: Sequence[str]) -> str:
     known = [name for program in scripts() for name in program.names]
-    near = [name for word in words for name in difflib.get_close_matches(Path(word).name, known, 3)]
+    near = [name for argument in arguments for name in difflib.get_close_matches(Path(argument).name, known, 3)]
     return ", ".join(dict.fromkeys(near or known))
 
 
 def _choose(name: str, flags: Sequence[str]) -> OldProgram:
-    """The program of that name: several projects have a finetune.py, and their flags tell them apart. One without any is
-    BELLE's, whose manual alone shows such a line."""
+    """Return the program of that name. Several projects have a finetune.py, which are distinguished by their flags; a line
+    without flags is BELLE's, the only project whose manual shows one."""
     named = [program for program in scripts() if name in program.names]
     given = {flag.lstrip("-").partition("=")[0] for flag in flags if flag.startswith("--")}
     for program in named:
-        if given & set(program.signs) or any(sign in word for sign in program.sign_values for word in flags):
+        if given & set(program.signs) or any(sign in argument for sign in program.sign_values for argument in flags):
             return program
     unsigned = [program for program in named if not program.signs and not program.sign_values]
     return unsigned[0] if given and unsigned else named[0]
 
 
 def _flags(
-    words: Sequence[str], reading: FlagReader, place: str, positional: Sequence[str] = ()
+    arguments: Sequence[str], reader: FlagReader, place: str, positional: Sequence[str] = ()
 ) -> Iterator[tuple[str, Any]]:
-    """(flag, value) of each option. A word that is no flag belongs to the flag before it, or is the next positional one."""
+    """Yield (flag, value) of each option. Other arguments are the value of the flag before them, or positional."""
     waiting: str | None = None
     names = iter(positional)
-    for word in words:
-        if re.match(r"--?[A-Za-z]", word):
+    for argument in arguments:
+        if re.match(r"--?[A-Za-z]", argument):
             if waiting is not None:
                 yield waiting, None
-            option, equals, value = word.partition("=")
+            option, equals, value = argument.partition("=")
             waiting = option.lstrip("-").replace("-", "_")
             if equals:
                 yield waiting, value
                 waiting = None
         elif waiting is not None:
-            yield waiting, word
+            yield waiting, argument
             waiting = None
         elif name := next(names, ""):
-            yield name, word
+            yield name, argument
         else:
-            reading.wrong(
+            reader.add_problem(
                 place,
-                _("{word!r} does not belong to any flag").format(word=word),
+                _("{word!r} does not belong to any flag").format(word=argument),
                 _("an extra space?"),
             )
     if waiting is not None:
@@ -256,24 +259,24 @@ def _flags(
 # -- files ---------------------------------------------------------------------------------------------------------
 
 
-def _take_file(reading: FlagReader, path: str) -> None:
-    """A file that a flag names: its keys are flags of their own. The project's own when it is not here."""
+def _read_file_flags(reader: FlagReader, path: str) -> None:
+    """Read the keys of a file that a flag names. If it does not exist, use the file that the project shipped."""
     name = Path(path).name
     if not Path(path).is_file() and name in known_files():
         data = known_files()[name]
-        reading.notes.append(_("{path} does not exist here: using its project's own file").format(path=path))
+        reader.notes.append(_("{path} does not exist here: using its project's own file").format(path=path))
     else:
         data = _read_data(path)
     program = _recognise(data, path)
-    _take_keys(reading, program, data, path, name)
+    _read_keys(reader, program, data, path, name)
 
 
-def _take_keys(reading: FlagReader, program: OldProgram, data: Mapping[str, Any], path: str, inside: str = "") -> None:
-    """The keys of a file as flags; a null says nothing."""
+def _read_keys(reader: FlagReader, program: OldProgram, data: Mapping[str, Any], path: str, inside: str = "") -> None:
+    """Read the keys of a file as flags; null sets nothing."""
     keys = dict(_flat(data))
-    reading.take(program, [pair for pair in keys.items() if pair[1] is not None], path, inside)
-    said = [f"{inside}:{key}" if inside else key for key, value in keys.items() if value is None]
-    reading.verdicts += [Verdict(key, None, "dropped", why=_("null sets nothing")) for key in said]
+    reader.read_flags(program, [pair for pair in keys.items() if pair[1] is not None], path, inside)
+    null_keys = [f"{inside}:{key}" if inside else key for key, value in keys.items() if value is None]
+    reader.verdicts += [Verdict(key, None, "dropped", why=_("null sets nothing")) for key in null_keys]
 
 
 def _read_data(path: str) -> dict[str, Any]:
@@ -290,7 +293,7 @@ def _read_data(path: str) -> dict[str, Any]:
 
 
 def _recognise(data: Mapping[str, Any], path: str) -> OldProgram:
-    """What a file is by its keys: all that its program is known by must be there."""
+    """Return the program to which a file belongs: the first of whose keys all occur in it."""
     files = [*programs("trainer").values(), *scripts()]
     for program in files:
         if program.keys and all(key in data for key in program.keys):
@@ -306,7 +309,7 @@ def _recognise(data: Mapping[str, Any], path: str) -> OldProgram:
 
 
 def _flat(data: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys of nested mappings, joined by dots."""
+    """Yield the keys of nested mappings, joined by dots, and their values."""
     for key, value in data.items():
         name = f"{before}{key}"
         if isinstance(value, dict) and value:

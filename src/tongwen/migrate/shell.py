@@ -1,6 +1,6 @@
-"""Lines of a shell as people keep them in scripts and READMEs: continued, with variables, with a prompt before them.
+"""Parse shell lines from scripts and READMEs: continued lines, variables, prompts.
 
-Nothing is run: variables get the values that the same text gives them, and what it does not say stays `${name}`.
+Nothing is run: variables get the values that the same text assigns, and others stay `${name}`.
 """
 
 from __future__ import annotations
@@ -19,60 +19,63 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)")
 
 @dataclass(frozen=True)
 class ScriptLine:
-    """One command. number: of the line on which it begins, from 1."""
+    """One command. number: its first line, counted from 1."""
 
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     number: int
 
 
 def read_script(text: str, name: str) -> list[ScriptLine]:
-    """The commands of a script. A line that begins with a dash belongs to the command above, backslash or not.
+    """Return the commands of a script. A line that begins with a dash continues the command above, even without a backslash.
 
-    Raises RecipeError for a quote that is not closed.
+    Raises RecipeError for an unclosed quote.
     """
     variables: dict[str, str] = {}
     out: list[ScriptLine] = []
     for number, line in _joined(text):
         try:
-            words = shlex.split(line, comments=True)
+            arguments = shlex.split(line, comments=True)
         except ValueError as error:
             raise RecipeError(
                 _("this is not a valid shell line: {error}").format(error=error),
                 place=f"{name}:{number}",
                 remedy=_("close the quote"),
             ) from None
-        words = [_VARIABLE.sub(lambda found: variables.get(found[1] or found[2], found[0]), word) for word in words]
-        if len(words) == 1 and (found := _ASSIGNMENT.match(words[0])):
+        arguments = [
+            _VARIABLE.sub(lambda found: variables.get(found[1] or found[2], found[0]), argument)
+            for argument in arguments
+        ]
+        if len(arguments) == 1 and (found := _ASSIGNMENT.match(arguments[0])):
             variables[found[1]] = found[2]
-        elif words:
-            out.append(ScriptLine(tuple(words), number))
+        elif arguments:
+            out.append(ScriptLine(tuple(arguments), number))
     return out
 
 
-def split_environment(words: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """(what stands before a command as NAME=value, the command)."""
+def split_environment(arguments: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return (the NAME=value assignments in front of a command, the command)."""
     environment: dict[str, str] = {}
-    for place, word in enumerate(words):
-        found = _ASSIGNMENT.match(word)
+    for index, argument in enumerate(arguments):
+        found = _ASSIGNMENT.match(argument)
         if found is None:
-            return environment, words[place:]
+            return environment, arguments[index:]
         environment[found[1]] = found[2]
     return environment, ()
 
 
 def _joined(text: str) -> list[tuple[int, str]]:
-    """Whole lines, each with the number of its first."""
+    """Return the lines with continuations joined, each with the number of its first line."""
     out: list[tuple[int, str]] = []
-    goes_on = False
+    continued = False
     for number, raw in enumerate(text.splitlines(), 1):
         line = _PROMPT.sub("", raw.strip())
         if not line or line.startswith("#"):
-            goes_on = False
+            continued = False
             continue
-        if out and (goes_on or line.startswith("-")):
+        if out and (continued or line.startswith("-")):
             first, before = out.pop()
             out.append((first, f"{before} {line.removesuffix(chr(92))}"))
         else:
             out.append((number, line.removesuffix("\\")))
-        goes_on = line.endswith("\\")
+        continued = line.endswith("\\")
     return out

@@ -1,7 +1,7 @@
-"""The tables of old programs (tables/*.yaml): for each flag where it stands today, or why it is gone.
+"""Load the tables of old programs (tables/*.yaml), which give each flag's new key, or why it is gone.
 
-Data as data: a flag is a row, its reason stands beside it, and the code knows no flag by name. The tag `!_` marks texts
-for the catalogue: they are translated when they are shown.
+Each flag is a row with its reason; the code mentions no flag by name. The tag `!_` marks texts for the message catalogue,
+which are translated when they are shown.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tongwen.core.i18n import _
 
 
 class Text(str):
-    """A text for users: what the tag `!_` marks. `spoken` gives it in the user's language."""
+    """A text for users, marked with the tag `!_`; `translate` returns it in the user's language."""
 
 
 class TableLoader(yaml.SafeLoader):
-    """Reads tables whose texts are marked."""
+    """Reads tables with the tag `!_`."""
 
 
 def _read_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Text:
@@ -33,20 +33,20 @@ TableLoader.add_constructor("!_", _read_text)
 
 
 def read_table(text: str) -> Any:
-    """The data of a table, with its texts as `Text`."""
+    """Return the data of a table; its marked texts are `Text`."""
     return TableLoader(text).get_single_data()
 
 
 @dataclass(frozen=True)
 class FlagRule:
-    """What becomes of a flag.
+    """The translation of one flag.
 
-    to:      dotted word of the recipe (`@` is the program's section), or option of a command; empty: nowhere
-    read:    name of the reader of its value (see reading.py)
+    to:      dotted key of the recipe (`@` is the program's section), or option of a command; empty: none
+    read:    name of the reader of its value (see flag_values.py)
     words:   old value -> new value
-    sets:    words of the recipe that it stands for
-    mended:  why the new value means something else; dropped: why it is gone
-    unless, needs: other flags whose presence, or absence, drops it, with the reason
+    sets:    recipe keys and values that the flag implies
+    mended:  why the value is changed; dropped: why the flag is gone
+    unless, needs: other flags whose presence, or absence, makes it ineffective, with the reason
     """
 
     to: str = ""
@@ -63,9 +63,11 @@ class FlagRule:
 class OldProgram:
     """One program or file of an older project.
 
-    names: of the script; keys: by which a file is recognised; signs, sign_values: flags, and parts of values, by which it is told
-    from another of its name; positional: names for its words without a flag. section: of the recipe that it becomes; command, lines: or the tongwen command that does it
-    defaults: values that it took when nothing was said; always: what it did without being asked
+    names:  of the script; keys: identify a file
+    signs, sign_values: flags, and parts of values, that distinguish it from other programs of the same name
+    positional: names of its arguments without a flag
+    section: of the recipe that replaces it; command, lines: or the tongwen command that does
+    defaults: values of flags that were not given; always: settings that the program never let the user change
     """
 
     id: str
@@ -88,17 +90,17 @@ class OldProgram:
     always: Mapping[str, Any] = field(default_factory=dict)
     flags: Mapping[str, FlagRule] = field(default_factory=dict)
     prefixes: Mapping[str, FlagRule] = field(default_factory=dict)
-    finds_base: bool = False  # the base is named by the adapter
-    trains: bool = False  # takes all of transformers' TrainingArguments
+    finds_base: bool = False  # the adapter names the base
+    trains: bool = False  # accepts all of transformers' TrainingArguments
 
 
-def spoken(text: str | None) -> str:
+def translate(text: str | None) -> str:
     return _(text or "")
 
 
 @cache
 def programs(table: str) -> dict[str, OldProgram]:
-    """The programs of one table, in its order."""
+    """Return the programs of one table, in its order."""
     rows = _read(table)
     shared = rows if table == "trainer" else _read("trainer") | rows
     return {id_: _program(id_, row, shared) for id_, row in rows.items()}
@@ -111,7 +113,7 @@ def scripts() -> tuple[OldProgram, ...]:
 
 @cache
 def known_files() -> dict[str, dict[str, Any]]:
-    """Files that the projects shipped, by name."""
+    """Return the configuration files that the projects shipped, by name."""
     return _read("known")
 
 
@@ -140,7 +142,7 @@ def _program(id_: str, row: dict[str, Any], shared: Mapping[str, Any]) -> OldPro
 
 
 def _rule(row: Any) -> FlagRule:
-    """A word is where it goes, a text is why it is gone, anything else says both."""
+    """Return the rule of a row: a string is the new key, a `Text` is why the flag is gone, a mapping has the fields."""
     if isinstance(row, Text):
         return FlagRule(dropped=row)
     return FlagRule(to=row) if isinstance(row, str) else FlagRule(**row)

@@ -1,7 +1,7 @@
-"""Who may come in, and how long one may dawdle: what stands before the routes of a server on this machine.
+"""Access control and timeouts in front of the routes of a server on this machine.
 
-A page of any site can send requests to 127.0.0.1, also under a name of its own (DNS rebinding), so the host and the
-origin are looked at first, then the token.
+A page of any site can send requests to 127.0.0.1, even under a host name of its own (DNS rebinding), so the host and the
+origin are checked first, then the token.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 TOKEN = "TONGWEN_API_KEY"  # noqa: S105 (the name of the variable)
-SHORTEST = 16  # characters of a token that somebody chose
-REQUEST_SECONDS = 20  # a request must have come in whole
+MIN_TOKEN_LENGTH = 16  # characters of a token that the user chose
+REQUEST_SECONDS = 20  # a complete request must arrive within this time
 ARENAS = 2
-LARGE = 1 << 20  # bytes, from which on a tensor is mapped by itself (from 128 KiB on, answers take a third longer)
-DRAIN_SECONDS = 30  # for the answers that are being given when the server is told to end
+MMAP_BYTES = 1 << 20  # glibc maps larger blocks on their own (with a threshold of 128 KiB, answers take a third longer)
+DRAIN_SECONDS = 30  # for answers in progress when the server has to stop
 
 
-def refusal(status: int, kind: str, message: str, **headers: str) -> JSONResponse:
-    """An error as OpenAI's clients read it."""
+def error_response(status: int, kind: str, message: str, **headers: str) -> JSONResponse:
+    """Return an error in the format of OpenAI's API."""
     error = {"message": message, "type": kind, "param": None, "code": kind}
     return JSONResponse({"error": error}, status, {name.replace("_", "-"): value for name, value in headers.items()})
 
@@ -54,15 +54,15 @@ def is_loopback(host: str) -> bool:
 
 
 def choose_token(loopback: bool) -> tuple[str, bool]:
-    """The token, and whether it was made here. Raises RecipeError where one must be chosen: who opens a model to other
-    machines does it knowingly."""
+    """Return the token and whether it was generated here. Raises RecipeError if the server listens beyond loopback and the
+    user has chosen no token: opening a model to other machines must be deliberate."""
     token = os.environ.get(TOKEN, "")
     if not token and loopback:
         return secrets.token_urlsafe(24), True
-    if len(token) < SHORTEST:
+    if len(token) < MIN_TOKEN_LENGTH:
         raise RecipeError(
             _("the token must have at least {shortest} characters; this one has {count}").format(
-                shortest=SHORTEST, count=len(token)
+                shortest=MIN_TOKEN_LENGTH, count=len(token)
             ),
             place=f"${TOKEN}",
             remedy=f"export {TOKEN}=$(openssl rand -hex 24)",
@@ -71,25 +71,25 @@ def choose_token(loopback: bool) -> tuple[str, bool]:
 
 
 class AuthMiddleware:
-    """Lets a request through to `app` when its host, its origin and its bearer token are right."""
+    """Passes a request on to `app` if its host, origin and bearer token are right."""
 
     def __init__(self, app: App, token: str, *, loopback: bool) -> None:
         self.app, self.loopback = app, loopback
         self.token = digest(token)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refused = self._refused(Headers(scope=scope)) if scope["type"] == "http" else None
-        await (refused or self.app)(scope, receive, send)
+        rejection = self._reject(Headers(scope=scope)) if scope["type"] == "http" else None
+        await (rejection or self.app)(scope, receive, send)
 
-    def _refused(self, headers: Headers) -> JSONResponse | None:
+    def _reject(self, headers: Headers) -> JSONResponse | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if self.loopback and not is_loopback(host.rpartition(":")[0] or host):
-            return refusal(403, "host_refused", _("this server only answers requests to 127.0.0.1"))
+            return error_response(403, "host_refused", _("this server only answers requests to 127.0.0.1"))
         if origin is not None and origin != f"http://{host}":
-            return refusal(403, "origin_refused", _("pages of other sites may not send requests here"))
+            return error_response(403, "origin_refused", _("pages of other sites may not send requests here"))
         scheme, _unused, token = headers.get("authorization", "").partition(" ")
         if not hmac.compare_digest(digest(token), self.token) or scheme.lower() != "bearer":
-            return refusal(
+            return error_response(
                 401,
                 "invalid_api_key",
                 _("the token is missing or wrong"),
@@ -99,12 +99,12 @@ class AuthMiddleware:
 
 
 def digest(token: str) -> bytes:
-    """Tokens are compared by digests of one length, so that the time tells nothing."""
+    """Return the token's SHA-256: digests have one length, so the time of a comparison reveals nothing."""
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
 class TimeoutProtocol(H11Protocol):
-    """A connection that is closed when the head of a request takes too long."""
+    """Closes a connection if the headers of a request take too long."""
 
     _deadline: asyncio.TimerHandle | None = None
 
@@ -126,7 +126,7 @@ class TimeoutProtocol(H11Protocol):
 
 
 def open_port(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises MachineError when it cannot be had."""
+    """Return a listening socket; port 0 picks a free port. Raises MachineError if the address cannot be used."""
     try:
         family, *_unused, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family)
@@ -143,23 +143,26 @@ def open_port(host: str, port: int) -> socket.socket:
 
 
 def share_heaps() -> None:
-    """Have all threads allocate from the same few heaps, and large tensors from none. glibc gives each of a server's many
-    threads a heap of its own, which keeps what the largest answer needed; and where a large tensor was, the next one, a token
-    longer, finds no room: 200 MB of such holes among 230 in use, after 2,000 questions to a model of no size."""
-    malloc.tell({malloc.ARENA_MAX: ARENAS, malloc.MMAP_THRESHOLD: LARGE, malloc.TRIM_THRESHOLD: 4 * LARGE})
+    """Let all threads share a few heaps, and map large tensors outside of them.
+
+    By default glibc gives each of a server's many threads its own heap, which never shrinks below the peak of one answer.
+    The hole that a large tensor leaves is too small for the next one, which is a token longer: after 2,000 questions to a
+    tiny model, 200 MB of such holes lay among 230 MB in use.
+    """
+    malloc.tell({malloc.ARENA_MAX: ARENAS, malloc.MMAP_THRESHOLD: MMAP_BYTES, malloc.TRIM_THRESHOLD: 4 * MMAP_BYTES})
 
 
-def settle() -> None:
-    """Have Python never look again through what is there when a server begins: half a million objects stop every answer for a
-    fifth of a second, each time that what visitors left in cycles is collected."""
+def freeze_objects() -> None:
+    """Exclude all present objects from garbage collection. Half a million objects exist when a server starts; scanning them
+    would stop every answer for a fifth of a second at each full collection."""
     gc.collect()
     gc.freeze()
 
 
 def serve(app: App, listening: socket.socket, *, lifespan: Literal["on", "off"] = "off") -> None:
-    """Serve until SIGTERM or Ctrl-C: then nobody new is let in, and what is being answered may end."""
+    """Serve until SIGTERM or Ctrl-C; then accept no new requests and finish the answers in progress."""
     share_heaps()
-    settle()
+    freeze_objects()
     config = uvicorn.Config(
         app,
         http=TimeoutProtocol,
@@ -171,7 +174,7 @@ def serve(app: App, listening: socket.socket, *, lifespan: Literal["on", "off"] 
         proxy_headers=False,
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
-    # uvicorn raises the signal once more when it has ended; that it has ended is enough.
+    # uvicorn raises the signal again after its shutdown; ignore it.
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         uvicorn.Server(config).run(sockets=[listening])

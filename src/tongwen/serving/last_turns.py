@@ -1,4 +1,4 @@
-"""What of a conversation a model still sees: its last turns, whole, and the system message."""
+"""Cut a conversation to the model's context: keep the system message and the last whole turns."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 
 def last_turns(
-    messages: Sequence[dict[str, Any]], count: Callable[[list[dict[str, Any]]], int], room: int
+    messages: Sequence[dict[str, Any]], count: Callable[[list[dict[str, Any]]], int], max_tokens: int
 ) -> list[dict[str, Any]]:
-    """Without the oldest turns, until the rest has no more than `room` tokens. The last question stays, and what a system
-    message says before all. count: tokens of a conversation."""
-    left = list(messages)
-    first = 1 if left and left[0]["role"] == "system" else 0
-    while len(left) - first > 2 and count(left) > room:
-        del left[first : first + 2]
-    return left
+    """Drop the oldest turns until the rest has at most `max_tokens` tokens. The system message and the last question stay.
+    count: returns the tokens of a conversation."""
+    kept = list(messages)
+    first = 1 if kept and kept[0]["role"] == "system" else 0
+    while len(kept) - first > 2 and count(kept) > max_tokens:
+        del kept[first : first + 2]
+    return kept

@@ -1,7 +1,7 @@
-"""The routes of OpenAI's API that a model which talks can answer: chat, completions, models; streamed or whole.
+"""The routes of OpenAI's API for one chat model: chat, completions, models; streamed or whole.
 
-What a client may ask for stands in the models of a request. A word that is not there is refused, not ignored: an answer
-that silently lacks what was asked for is worse than none.
+The request models list all fields that a client may send. An unknown field is an error and is not ignored: an answer that
+silently disregards an option is worse than none.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from starlette.routing import Route
 from tongwen.core import console
 from tongwen.core.errors import DataError, RecipeError, TongwenError, is_out_of_memory
 from tongwen.core.i18n import _
-from tongwen.serving.auth import REQUEST_SECONDS, Receive, Scope, Send, refusal
+from tongwen.serving.auth import REQUEST_SECONDS, Receive, Scope, Send, error_response
 from tongwen.serving.request_queue import QueuedResponse, QueueFull, RequestQueue
 from tongwen.serving.stream_split import StreamPart, split_thinking, until
 
 TURNS = 1000  # of a conversation, at most
 BYTES_PER_TOKEN = 32  # of a request's body; a token of JSON-escaped Chinese has up to 24
-DISCARDED = 64 << 20  # bytes of a body that is too large which are read, so that its sender comes to hear of it
+MAX_DISCARDED = 64 << 20  # bytes of an oversized body that are still read, so that its sender receives the error
 
 Zero = Annotated[float, Field(ge=0, le=0)]
 
@@ -52,8 +52,8 @@ class RequestMessage(StrictModel):
 
     def to_dict(self) -> dict[str, Any]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        turn = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        return turn | ({"reasoning_content": self.reasoning_content} if self.reasoning_content else {})
+        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return message | ({"reasoning_content": self.reasoning_content} if self.reasoning_content else {})
 
 
 class StreamOptions(StrictModel):
@@ -65,7 +65,7 @@ class TextFormat(StrictModel):
 
 
 class CompletionRequest(StrictModel):
-    """What chat and completions have in common; the last words are taken only where they ask for nothing."""
+    """Fields that chat and completions share. The last ones are accepted only with the value that has no effect."""
 
     model: str
     max_tokens: int | None = None
@@ -87,9 +87,9 @@ class CompletionRequest(StrictModel):
         return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
 
     def sampling(self) -> dict[str, Any]:
-        """What the request says of it, under the names of `Sampling`."""
-        said = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed")}
-        return {name: value for name, value in said.items() if value is not None} | self._length()
+        """Return the request's sampling options under the names of `Sampling`."""
+        values = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed")}
+        return {name: value for name, value in values.items() if value is not None} | self._length()
 
     def _length(self) -> dict[str, int]:
         return {} if self.max_tokens is None else {"max_new_tokens": self.max_tokens}
@@ -114,20 +114,20 @@ class TextRequest(CompletionRequest):
 
 @dataclass(frozen=True)
 class Backend:
-    """What the server needs of a model.
+    """A model as the server uses it.
 
-    chat_ids, text_ids: a conversation or a text -> ids. Raise TongwenError for what cannot be rendered
-    speak:    (ids, called with each new token, settings) -> the answer in pieces
-    ended:    whether an answer of these tokens came to its own end
-    check:    raises RecipeError when settings are none
-    context:  tokens that fit, prompt and answer together
-    settings: what holds where a request says nothing
+    chat_ids, text_ids: a conversation or a text -> ids; raise TongwenError if it cannot be rendered
+    generate: (ids, callback for each new token, settings) -> the answer in pieces
+    ended:    whether an answer of these tokens ended on a stop token
+    check:    raises RecipeError for invalid settings
+    context:  maximum number of tokens, prompt and answer together
+    settings: defaults for options that a request leaves out
     """
 
     name: str
     chat_ids: Callable[[list[dict[str, Any]]], list[int]]
     text_ids: Callable[[str], list[int]]
-    speak: Callable[[list[int], Callable[[int], None], dict[str, Any]], Iterator[str]]
+    generate: Callable[[list[int], Callable[[int], None], dict[str, Any]], Iterator[str]]
     ended: Callable[[Sequence[int]], bool]
     check: Callable[[dict[str, Any]], object]
     context: int
@@ -135,46 +135,48 @@ class Backend:
 
 
 class RequestError(Exception):
-    """A request that is not answered, with the response that says so."""
+    """A request that is refused, with its error response."""
 
     def __init__(self, status: int, kind: str, message: str, **headers: str) -> None:
-        self.response = refusal(status, kind, message, **headers)
+        self.response = error_response(status, kind, message, **headers)
         super().__init__(message)
 
 
 class CompletionResponse:
-    """An answer under the names that chat or completions give to its things."""
+    """An answer in the format of chat or of completions."""
 
     def __init__(
         self,
-        asked: CompletionRequest,
+        request: CompletionRequest,
         answer: QueuedResponse[StreamPart],
-        prompt: int,
-        most: int,
+        prompt_tokens: int,
+        max_tokens: int,
         ended: Callable[[Sequence[int]], bool],
     ) -> None:
-        self.answer, self.prompt, self.most, self.ended = answer, prompt, most, ended
-        self.chat = isinstance(asked, ChatRequest)
-        self.shows_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        self.answer, self.prompt_tokens, self.max_tokens, self.ended = answer, prompt_tokens, max_tokens, ended
+        self.chat = isinstance(request, ChatRequest)
+        self.shows_usage = bool(request.stream_options and request.stream_options.include_usage)
         name = ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex
-        self.head = {"id": name, "created": int(time.time()), "model": asked.model}
+        self.head = {"id": name, "created": int(time.time()), "model": request.model}
 
-    async def whole(self) -> Response:
-        """All of it, when it is done."""
+    async def as_json(self) -> Response:
+        """Return the whole answer as one JSON response."""
         try:
             parts = [part async for part in self.answer]
         except Exception as error:
-            return _sorry(error)
-        text, thought = ("".join(part.text for part in parts if part.thinking is which) for which in (False, True))
-        said: dict[str, Any] = {"text": text}
+            return _failure_response(error)
+        text, thought = (
+            "".join(part.text for part in parts if part.thinking is is_thinking) for is_thinking in (False, True)
+        )
+        content: dict[str, Any] = {"text": text}
         if self.chat:
             thinking = {"reasoning_content": thought} if thought else {}
-            said = {"message": {"role": "assistant", "content": text, **thinking}}
-        choice = {"index": 0, **said, "finish_reason": self._finish(), "logprobs": None}
+            content = {"message": {"role": "assistant", "content": text, **thinking}}
+        choice = {"index": 0, **content, "finish_reason": self._finish(), "logprobs": None}
         return JSONResponse({**self._head(""), "choices": [choice], "usage": self._usage()})
 
     async def events(self) -> AsyncIterator[str]:
-        """The same as server-sent events. What goes wrong on the way is one too: the status has been sent already."""
+        """Yield the answer as server-sent events. A failure becomes an event too: the status has been sent already."""
         try:
             yield self._event({"role": "assistant", "content": ""} if self.chat else "")
             async for part in self.answer:
@@ -182,46 +184,50 @@ class CompletionResponse:
                     delta = {"reasoning_content" if part.thinking else "content": part.text}
                     yield self._event(delta if self.chat else part.text)
         except Exception as error:
-            yield f"data: {bytes(_sorry(error).body).decode()}\n\n"
+            yield f"data: {bytes(_failure_response(error).body).decode()}\n\n"
             return
         yield self._event({} if self.chat else "", self._finish())
         if self.shows_usage:
             yield _data({**self._head(".chunk"), "choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
 
-    def _event(self, said: Any, finish: str | None = None) -> str:
-        choice = {"index": 0, "delta" if self.chat else "text": said, "finish_reason": finish, "logprobs": None}
+    def _event(self, content: Any, finish: str | None = None) -> str:
+        choice = {"index": 0, "delta" if self.chat else "text": content, "finish_reason": finish, "logprobs": None}
         return _data({**self._head(".chunk"), "choices": [choice]})
 
     def _head(self, chunk: str) -> dict[str, Any]:
         return {**self.head, "object": f"chat.completion{chunk}" if self.chat else "text_completion"}
 
     def _usage(self) -> dict[str, int]:
-        said = len(self.answer.tokens)
-        return {"prompt_tokens": self.prompt, "completion_tokens": said, "total_tokens": self.prompt + said}
+        completion_tokens = len(self.answer.tokens)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.prompt_tokens + completion_tokens,
+        }
 
     def _finish(self) -> str:
         tokens = self.answer.tokens
-        return "length" if len(tokens) >= self.most and not self.ended(tokens) else "stop"
+        return "length" if len(tokens) >= self.max_tokens and not self.ended(tokens) else "stop"
 
 
 class EventStream(StreamingResponse):
-    """An answer that is streamed; when its reader has gone, the place is free."""
+    """A streamed answer. When its reader disconnects, it is cancelled and its place becomes free."""
 
-    def __init__(self, told: CompletionResponse) -> None:
-        super().__init__(told.events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
-        self.answer = told.answer
+    def __init__(self, response: CompletionResponse) -> None:
+        super().__init__(response.events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self.answer = response.answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.answer.leave()
+            self.answer.cancel()
 
 
-def make_app(speech: Backend, places: int) -> Starlette:
-    """The routes, without a guard before them. places: requests that may wait behind the one that is answered."""
-    server = ApiServer(speech, RequestQueue(places))
+def make_app(backend: Backend, max_waiting: int) -> Starlette:
+    """Return the routes, without authentication. max_waiting: requests that may wait behind the one in progress."""
+    server = ApiServer(backend, RequestQueue(max_waiting))
     return Starlette(
         routes=[
             Route("/v1/models", server.models, methods=["GET"]),
@@ -231,45 +237,45 @@ def make_app(speech: Backend, places: int) -> Starlette:
         exception_handlers={
             RequestError: lambda request, error: error.response,
             ClientDisconnect: lambda request, error: Response(status_code=499),
-            HTTPException: _no_route,
+            HTTPException: _route_error,
         },
     )
 
 
 class ApiServer:
-    """The routes' answers."""
+    """Handlers of the routes."""
 
-    def __init__(self, speech: Backend, desk: RequestQueue) -> None:
-        self.speech, self.desk = speech, desk
+    def __init__(self, backend: Backend, queue: RequestQueue) -> None:
+        self.backend, self.queue = backend, queue
         self.started = int(time.time())
 
-    async def models(self, request: Request) -> Response:
-        model = {"id": self.speech.name, "object": "model", "created": self.started, "owned_by": "tongwen"}
+    async def models(self, raw_request: Request) -> Response:
+        model = {"id": self.backend.name, "object": "model", "created": self.started, "owned_by": "tongwen"}
         return JSONResponse({"object": "list", "data": [model]})
 
-    async def answer(self, form: type[CompletionRequest], request: Request) -> Response:
-        body = await self._read(request)
-        asked, ids, settings = await asyncio.to_thread(self._understand, form, body)
+    async def answer(self, request_type: type[CompletionRequest], raw_request: Request) -> Response:
+        body = await self._read(raw_request)
+        request, ids, settings = await asyncio.to_thread(self._parse, request_type, body)
         try:
-            answer = self.desk.ask(partial(self._speak, asked, ids, settings))
+            answer = self.queue.submit(partial(self._generate, request, ids, settings))
         except QueueFull as busy:
             message = _("too many requests are waiting")
-            raise RequestError(429, "busy", message, retry_after=str(busy.seconds)) from None
-        told = CompletionResponse(asked, answer, len(ids), settings["max_new_tokens"], self.speech.ended)
-        return EventStream(told) if asked.stream else await _while_here(request, told)
+            raise RequestError(429, "busy", message, retry_after=str(busy.retry_after)) from None
+        response = CompletionResponse(request, answer, len(ids), settings["max_new_tokens"], self.backend.ended)
+        return EventStream(response) if request.stream else await _unless_disconnected(raw_request, response)
 
-    async def _read(self, request: Request) -> bytes:
-        """The request's body. Raises Refused when it is too large or too slow."""
-        limit = max(1 << 16, BYTES_PER_TOKEN * self.speech.context)
+    async def _read(self, raw_request: Request) -> bytes:
+        """Return the request's body. Raises RequestError if it is too large or too slow."""
+        limit = max(1 << 16, BYTES_PER_TOKEN * self.backend.context)
         body, size = bytearray(), 0
 
         async def read() -> None:
             nonlocal size
-            async for chunk in request.stream():
+            async for chunk in raw_request.stream():
                 size += len(chunk)
                 if size <= limit:
                     body.extend(chunk)
-                elif size > DISCARDED:
+                elif size > MAX_DISCARDED:
                     return
 
         try:
@@ -283,66 +289,66 @@ class ApiServer:
             raise RequestError(413, "request_too_large", message, connection="close")
         return bytes(body)
 
-    def _understand(
-        self, form: type[CompletionRequest], body: bytes
+    def _parse(
+        self, request_type: type[CompletionRequest], body: bytes
     ) -> tuple[CompletionRequest, list[int], dict[str, Any]]:
-        """The request, its prompt as ids, and its settings. Raises Refused when it cannot be answered."""
+        """Return the request, its prompt as ids, and its settings. Raises RequestError if it is invalid."""
         try:
-            asked = form.model_validate_json(body)
+            request = request_type.model_validate_json(body)
         except ValidationError as error:
             raise RequestError(400, "invalid_request_error", _problem(error)) from None
-        if asked.model != self.speech.name:
+        if request.model != self.backend.name:
             message = _("this server has no model {model!r}, only {speech!r}").format(
-                model=asked.model, speech=self.speech.name
+                model=request.model, speech=self.backend.name
             )
             raise RequestError(404, "model_not_found", message)
         try:
-            settings = self.speech.settings | asked.sampling()
-            self.speech.check(settings)
-            if isinstance(asked, ChatRequest):
-                ids = self.speech.chat_ids([turn.to_dict() for turn in asked.messages])
+            settings = self.backend.settings | request.sampling()
+            self.backend.check(settings)
+            if isinstance(request, ChatRequest):
+                ids = self.backend.chat_ids([message.to_dict() for message in request.messages])
             else:
-                assert isinstance(asked, TextRequest)
-                ids = self.speech.text_ids(asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0])
+                assert isinstance(request, TextRequest)
+                ids = self.backend.text_ids(request.prompt if isinstance(request.prompt, str) else request.prompt[0])
         except (DataError, RecipeError) as error:
             raise RequestError(400, "invalid_request_error", error.text()) from None
-        room = self.speech.context - len(ids)
-        if not ids or room < 1:
+        available = self.backend.context - len(ids)
+        if not ids or available < 1:
             message = _("the prompt has {count} tokens; it must have 1 to {context}").format(
-                count=len(ids), context=self.speech.context - 1
+                count=len(ids), context=self.backend.context - 1
             )
             raise RequestError(400, "context_length_exceeded" if ids else "invalid_request_error", message)
-        return asked, ids, settings | {"max_new_tokens": min(settings["max_new_tokens"], room)}
+        return request, ids, settings | {"max_new_tokens": min(settings["max_new_tokens"], available)}
 
-    def _speak(
-        self, asked: CompletionRequest, ids: list[int], settings: dict[str, Any], hear: Callable[[int], None]
+    def _generate(
+        self, request: CompletionRequest, ids: list[int], settings: dict[str, Any], on_token: Callable[[int], None]
     ) -> Iterator[StreamPart]:
-        """In the voice's thread: the parts of the answer."""
-        pieces = self.speech.speak(ids, hear, settings)
-        if asked.stops:
-            pieces = until(pieces, asked.stops)
-        return split_thinking(pieces) if isinstance(asked, ChatRequest) else map(StreamPart, pieces)
+        """Yield the parts of the answer. Runs in the queue's thread."""
+        pieces = self.backend.generate(ids, on_token, settings)
+        if request.stops:
+            pieces = until(pieces, request.stops)
+        return split_thinking(pieces) if isinstance(request, ChatRequest) else map(StreamPart, pieces)
 
 
-async def _while_here(request: Request, told: CompletionResponse) -> Response:
-    """The whole answer, unless the client goes away before it is done."""
-    answering = asyncio.ensure_future(told.whole())
-    leaving = asyncio.ensure_future(request.receive())  # the body has been read: what comes next is the end
+async def _unless_disconnected(raw_request: Request, response: CompletionResponse) -> Response:
+    """Return the whole answer, or cancel it when the client disconnects."""
+    answering = asyncio.ensure_future(response.as_json())
+    disconnect = asyncio.ensure_future(raw_request.receive())  # the body has been read: only a disconnect can follow
     try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({answering, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         return answering.result() if answering.done() else Response(status_code=499)
     finally:
-        told.answer.leave()
+        response.answer.cancel()
         answering.cancel()
-        leaving.cancel()
+        disconnect.cancel()
 
 
 def _data(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def _sorry(error: Exception) -> Response:
-    """What the client is told when an answer fails, and the terminal with it: a line that can be found by its id."""
+def _failure_response(error: Exception) -> Response:
+    """Return the error response for a failed answer, and print the error in the terminal under the same number."""
     number = uuid.uuid4().hex[:8]
     console.error(f"{number}: {type(error).__name__}: {error!s:.300}".replace("\n", " "))
     if is_out_of_memory(error):
@@ -351,16 +357,16 @@ def _sorry(error: Exception) -> Response:
         message = error.rule
     else:
         message = _("the model failed")
-    return refusal(500, "server_error", f"{message} ({number})")
+    return error_response(500, "server_error", f"{message} ({number})")
 
 
 def _problem(error: ValidationError) -> str:
-    """The first thing that is wrong with a request."""
+    """Describe the first invalid field of a request."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".lstrip(": ")
 
 
-def _no_route(request: Request, error: Exception) -> Response:
+def _route_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind = "method_not_allowed" if error.status_code == 405 else "not_found"
-    return refusal(error.status_code, kind, f"{request.method} {request.url.path!r}: {error.detail}")
+    return error_response(error.status_code, kind, f"{request.method} {request.url.path!r}: {error.detail}")

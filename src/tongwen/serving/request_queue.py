@@ -1,7 +1,7 @@
-"""One voice and the line before it: answers are given one after the other, and no more may wait than there are places.
+"""A queue for one model: requests are answered one after the other, and only a limited number may wait.
 
-An answer is made in the voice's own thread and handed over piece by piece, so a reader who is slow holds up nobody; one
-who has gone is noticed at the next token.
+Answers are generated in a thread of the queue and passed on piece by piece, so a slow reader delays nobody. A client that
+has disconnected is noticed at the next token.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Work = Callable[[Callable[[int], None]], Iterator[Item]]
-"""called with what hears each new token -> the pieces of an answer"""
+"""(callback for each new token) -> the pieces of an answer"""
 
 
 class QueueFull(Exception):
-    """All places are taken. seconds: when it is worth asking again."""
+    """The queue is full. retry_after: seconds after which to try again."""
 
-    def __init__(self, seconds: int) -> None:
-        self.seconds = seconds
+    def __init__(self, retry_after: int) -> None:
+        self.retry_after = retry_after
         super().__init__()
 
 
 class ClientDisconnected(Exception):
-    """Nobody waits for this answer any more."""
+    """The client no longer waits for this answer."""
 
 
 @dataclass
 class QueuedResponse(Generic[Item]):
-    """An answer on its way: its pieces, and the tokens that were heard so far."""
+    """An answer in progress: its pieces, and its tokens so far."""
 
     pieces: asyncio.Queue[Item | Exception | None] = field(default_factory=asyncio.Queue)
     tokens: list[int] = field(default_factory=list)
-    gone: bool = False
-    turn: Future[float] | None = None
+    cancelled: bool = False
+    future: Future[float] | None = None
 
-    def hear(self, index: int) -> None:
-        if self.gone:
+    def on_token(self, index: int) -> None:
+        if self.cancelled:
             raise ClientDisconnected
         self.tokens.append(index)
 
-    def leave(self) -> None:
-        """Nobody reads on: a place in the line is free at once, the voice at its next token."""
-        self.gone = True
-        if self.turn is not None:
-            self.turn.cancel()
+    def cancel(self) -> None:
+        """Give the answer up: a waiting one leaves the queue at once, a running one stops at its next token."""
+        self.cancelled = True
+        if self.future is not None:
+            self.future.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Item]:
         while (piece := await self.pieces.get()) is not None:
@@ -58,40 +58,40 @@ class QueuedResponse(Generic[Item]):
 
 
 class RequestQueue:
-    """places: how many may wait behind the one who is being answered."""
+    """Runs requests one at a time. max_waiting: requests that may wait behind the one in progress."""
 
-    def __init__(self, places: int) -> None:
-        self.places, self.inside = places, 0
-        self.voice = ThreadPoolExecutor(1, "voice")
-        self.usual_seconds = 1.0
+    def __init__(self, max_waiting: int) -> None:
+        self.max_waiting, self.pending = max_waiting, 0
+        self.executor = ThreadPoolExecutor(1, "generate")
+        self.mean_seconds = 1.0
 
-    def ask(self, work: Work[Item]) -> QueuedResponse[Item]:
-        """Take a place in the line; `leave` gives it back. Raises Busy when there is none."""
-        if self.inside > self.places:
-            raise QueueFull(max(1, round(self.usual_seconds * self.inside)))
+    def submit(self, work: Work[Item]) -> QueuedResponse[Item]:
+        """Enqueue a request; its `cancel` gives the place back. Raises QueueFull."""
+        if self.pending > self.max_waiting:
+            raise QueueFull(max(1, round(self.mean_seconds * self.pending)))
         loop = asyncio.get_running_loop()
         answer: QueuedResponse[Item] = QueuedResponse()
-        self.inside += 1
-        answer.turn = self.voice.submit(self._speak, work, answer, loop)
-        answer.turn.add_done_callback(lambda turn: loop.call_soon_threadsafe(self._leave, turn))
+        self.pending += 1
+        answer.future = self.executor.submit(self._run, work, answer, loop)
+        answer.future.add_done_callback(lambda future: loop.call_soon_threadsafe(self._on_done, future))
         return answer
 
-    def _speak(self, work: Work[Item], answer: QueuedResponse[Item], loop: asyncio.AbstractEventLoop) -> float:
-        """In the voice's thread: hand over the pieces, then None or what went wrong. Returns the seconds it took."""
+    def _run(self, work: Work[Item], answer: QueuedResponse[Item], loop: asyncio.AbstractEventLoop) -> float:
+        """Pass on the pieces, then None or the exception, and return the seconds. Runs in the queue's thread."""
 
-        def hand_over(item: Item | Exception | None) -> None:
+        def put(item: Item | Exception | None) -> None:
             loop.call_soon_threadsafe(answer.pieces.put_nowait, item)
 
-        began = time.monotonic()
+        start = time.monotonic()
         try:
-            for piece in work(answer.hear):
-                hand_over(piece)
-            hand_over(None)
+            for piece in work(answer.on_token):
+                put(piece)
+            put(None)
         except Exception as error:
-            hand_over(error.with_traceback(None))  # whose frames hold the tensors of the answer
-        return time.monotonic() - began
+            put(error.with_traceback(None))  # the traceback's frames hold the tensors of the answer
+        return time.monotonic() - start
 
-    def _leave(self, turn: Future[float]) -> None:
-        self.inside -= 1
-        if not turn.cancelled():
-            self.usual_seconds += (turn.result() - self.usual_seconds) / 8
+    def _on_done(self, future: Future[float]) -> None:
+        self.pending -= 1
+        if not future.cancelled():
+            self.mean_seconds += (future.result() - self.mean_seconds) / 8

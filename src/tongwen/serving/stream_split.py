@@ -1,6 +1,6 @@
-"""An answer that arrives in pieces, parted where a mark stands: thinking from answer, and what comes before a stop.
+"""Split a streamed answer at marks: thinking from answer, and text before a stop string.
 
-A mark may be cut anywhere between two pieces, so what could still become one is held back until it is decided.
+A mark may be cut anywhere between two pieces, so text that could be the beginning of a mark is held back until it is clear.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class StreamPart(NamedTuple):
 
 
 def split_thinking(pieces: Iterator[str]) -> Iterator[StreamPart]:
-    """Thinking that stands at the head of an answer in `<think>…</think>`, and the answer. Blanks between are left out."""
+    """Separate the thinking at the beginning of an answer (`<think>…</think>`) from the answer; drop the space between."""
     head = ""
     for piece in pieces:
         head += piece
@@ -31,12 +31,12 @@ def split_thinking(pieces: Iterator[str]) -> Iterator[StreamPart]:
         return
     text = head.lstrip()[len(OPEN) :].lstrip()
     while CLOSE not in text:
-        keep = _held(text, (CLOSE,))
-        yield StreamPart(text[: len(text) - keep], thinking=True)
+        tail = _partial_mark_length(text, (CLOSE,))
+        yield StreamPart(text[: len(text) - tail], thinking=True)
         if (more := next(pieces, None)) is None:
-            yield StreamPart(text[len(text) - keep :], thinking=True)
+            yield StreamPart(text[len(text) - tail :], thinking=True)
             return
-        text = text[len(text) - keep :] + more
+        text = text[len(text) - tail :] + more
     thought, _, text = text.partition(CLOSE)
     yield StreamPart(thought, thinking=True)
     text = text.lstrip()
@@ -47,21 +47,21 @@ def split_thinking(pieces: Iterator[str]) -> Iterator[StreamPart]:
 
 
 def until(pieces: Iterator[str], stops: Sequence[str]) -> Iterator[str]:
-    """The text before the first of the stops."""
+    """Yield the text before the first stop string."""
     text = ""
     for piece in pieces:
         text += piece
-        if found := [place for stop in stops if (place := text.find(stop)) >= 0]:
+        if found := [position for stop in stops if (position := text.find(stop)) >= 0]:
             yield text[: min(found)]
             return
-        keep = _held(text, stops)
-        yield text[: len(text) - keep]
-        text = text[len(text) - keep :]
+        tail = _partial_mark_length(text, stops)
+        yield text[: len(text) - tail]
+        text = text[len(text) - tail :]
     yield text
 
 
-def _held(text: str, marks: Sequence[str]) -> int:
-    """How many characters at the end could be the beginning of a mark."""
+def _partial_mark_length(text: str, marks: Sequence[str]) -> int:
+    """Return how many characters at the end could be the beginning of a mark."""
     return max(
         (size for mark in marks for size in range(1, min(len(mark), len(text) + 1)) if text.endswith(mark[:size])),
         default=0,

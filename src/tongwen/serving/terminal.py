@@ -1,7 +1,7 @@
 """A conversation in the terminal: streamed, several turns, Ctrl-C stops an answer and Ctrl-D leaves.
 
-What a model says is shown as text and never obeyed: control characters, which could set the title, write to the
-clipboard or hide what stands there, are printed escaped.
+The terminal never interprets a model's output: control characters, which could set the title, write to the clipboard or
+hide text, are printed escaped.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ COMMANDS = N_("/clear  /system TEXT  /retry  /save FILE  /thinking  /set NAME VA
 
 @dataclass
 class TerminalChat:
-    """What is being said, and how.
+    """A conversation and the model that answers it.
 
-    reply:    (messages, settings, called with each new token) -> the answer in pieces
-    count:    tokens of a conversation
-    check:    raises TongwenError when settings are none
-    context:  tokens that fit, prompt and answer together
+    reply:    (messages, settings, callback for each new token) -> the answer in pieces
+    count:    returns the tokens of a conversation
+    check:    raises TongwenError for invalid settings
+    context:  maximum number of tokens, prompt and answer together
     settings: max_new_tokens, temperature, …
     """
 
@@ -53,14 +53,14 @@ class TerminalChat:
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def ask(self, question: str) -> None:
-        """Put a question and show the answer; a question that got none is forgotten."""
+        """Ask a question and print the answer; a question without an answer is dropped from the history."""
         self.messages.append({"role": "user", "content": question})
         self.answer()
 
     def answer(self) -> None:
-        """Answer the last question; remember what was said, also when it was stopped in the middle."""
+        """Answer the last question and keep the answer in the history, even if it was interrupted."""
         try:
-            self._cut_to_fit()
+            self._truncate_history()
             text = self._show()
         except TongwenError as error:
             console.error(error.text())
@@ -73,62 +73,62 @@ class TerminalChat:
             self.messages.pop()
 
     def _show(self) -> str:
-        """Print the answer; thinking is folded into one line. Returns the answer without its thinking."""
+        """Print the answer, its thinking folded into one line. Returns the answer without its thinking."""
         self.thought, text, tokens = "", "", 0
-        began = time.monotonic()
+        start = time.monotonic()
 
-        def heard(index: int) -> None:
+        def on_token(index: int) -> None:
             nonlocal tokens
             tokens += 1
 
-        with closing(_Shown(self.stream)) as shown:
+        with closing(_AnswerDisplay(self.stream)) as display:
             try:
-                for part in split_thinking(self.reply(list(self.messages), self.settings, heard)):
-                    shown.add(part)
+                for part in split_thinking(self.reply(list(self.messages), self.settings, on_token)):
+                    display.add(part)
                     if part.thinking:
                         self.thought += part.text
                     else:
                         text += part.text
             except KeyboardInterrupt:
-                shown.stopped = True
+                display.stopped = True
         if sys.stdout.isatty():
-            seconds = max(time.monotonic() - began, 1e-9)
+            seconds = max(time.monotonic() - start, 1e-9)
             speed = _("{tokens:.1f} tokens/s · {count:.1f} characters/s").format(
                 tokens=tokens / seconds, count=len(self.thought + text) / seconds
             )
             console.SCREEN.console.print(f"[dim]{speed}[/]")
         return text
 
-    def _cut_to_fit(self) -> None:
-        """Drop the oldest whole turns until the conversation fits; the system message stays. A question that could not be
-        answered even alone costs no turn."""
-        room = self.context - self.settings["max_new_tokens"]
-        messages = last_turns(self.messages, self.count, room)
+    def _truncate_history(self) -> None:
+        """Drop the oldest whole turns until the conversation fits; the system message stays. Drop nothing for a question
+        that is too long even alone."""
+        max_tokens = self.context - self.settings["max_new_tokens"]
+        messages = last_turns(self.messages, self.count, max_tokens)
         dropped = (len(self.messages) - len(messages)) // 2
         if dropped and self.count(messages) < self.context:
             self.messages = messages
             console.notice(_("the {dropped} oldest turns no longer fit and are forgotten").format(dropped=dropped))
 
     def command(self, line: str) -> bool:
-        """Do what a line with a slash says; False to leave."""
-        word, _unused, rest = line.partition(" ")
-        rest = rest.strip()
-        if word in ("/exit", "/quit", "/stop"):
+        """Run a slash command. Returns False to leave."""
+        name, _unused, argument = line.partition(" ")
+        argument = argument.strip()
+        if name in ("/exit", "/quit", "/stop"):
             return False
-        if word == "/clear":
+        if name == "/clear":
             self.messages = [turn for turn in self.messages[:1] if turn["role"] == "system"]
             console.good(_("started a new conversation"))
-        elif word == "/system":
-            self.start(rest)
+        elif name == "/system":
+            self.start(argument)
             console.good(_("started a new conversation with this system message"))
-        elif word == "/retry":
+        elif name == "/retry":
             self._retry()
-        elif word == "/save":
-            self._save(Path(rest or "chat.json"))
-        elif word == "/thinking":
+        elif name == "/save":
+            self._save(Path(argument or "chat.json"))
+        elif name == "/thinking":
             print(visible(self.thought or _("the last answer has no thinking")))
-        elif word == "/set":
-            self._set(rest)
+        elif name == "/set":
+            self._set(argument)
         else:
             console.tell(_(COMMANDS))
         return True
@@ -148,9 +148,9 @@ class TerminalChat:
         else:
             console.good(str(file))
 
-    def _set(self, rest: str) -> None:
-        """`temperature 0.7`; alone it shows what is set."""
-        name, _unused, value = rest.partition(" ")
+    def _set(self, argument: str) -> None:
+        """Change a setting (`temperature 0.7`) and print all settings."""
+        name, _unused, value = argument.partition(" ")
         if name:
             try:
                 changed = self.settings | {name: _read_number(name, value)}
@@ -162,10 +162,10 @@ class TerminalChat:
         console.tell("  ".join(f"{name} {value}" for name, value in self.settings.items()))
 
 
-def converse(talk: TerminalChat, *, name: str, system: str) -> int:
-    """Read a line, answer it, until the user leaves."""
+def converse(chat: TerminalChat, *, name: str, system: str) -> int:
+    """Read and answer lines until the user leaves. Returns the exit code."""
     console.header(name, _("/help for commands, Ctrl-D to leave"))
-    talk.start(system)
+    chat.start(system)
     read = _reader()
     while True:
         try:
@@ -175,23 +175,23 @@ def converse(talk: TerminalChat, *, name: str, system: str) -> int:
         except KeyboardInterrupt:
             continue
         if line.startswith("/"):
-            if not talk.command(line):
+            if not chat.command(line):
                 return 0
         elif line:
-            talk.ask(line)
+            chat.ask(line)
 
 
 def visible(text: str) -> str:
-    """The text as it may be printed: what a terminal would obey is escaped."""
+    """Return the text with all characters escaped that a terminal would interpret."""
     return UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-class _Shown:
-    """An answer on the screen: piece by piece, or at its end; its thinking as one grey line that counts."""
+class _AnswerDisplay:
+    """Prints an answer piece by piece or at its end, and its thinking as one grey line with a counter."""
 
     def __init__(self, stream: bool) -> None:
         self.stream, self.stopped = stream, False
-        self.waiting, self.thought = "", 0
+        self.buffer, self.thought = "", 0
 
     def add(self, part: StreamPart) -> None:
         if part.thinking:
@@ -204,12 +204,12 @@ class _Shown:
         if self.stream:
             print(visible(part.text), end="", flush=True)
         else:
-            self.waiting += part.text
+            self.buffer += part.text
 
     def close(self) -> None:
         if self.thought:
             self._unfold()
-        print(visible(self.waiting) + (_(" …stopped") if self.stopped else ""))
+        print(visible(self.buffer) + (_(" …stopped") if self.stopped else ""))
 
     def _unfold(self) -> None:
         self._grey("\r" if sys.stdout.isatty() else "")
@@ -217,12 +217,12 @@ class _Shown:
         self.thought = 0
 
     def _grey(self, start: str) -> None:
-        words = _("thinking, {thought} characters (/thinking shows it)").format(thought=self.thought)
-        print(f"{start}\x1b[2m{words}\x1b[0m" if start else words, end="", flush=True)
+        text = _("thinking, {thought} characters (/thinking shows it)").format(thought=self.thought)
+        print(f"{start}\x1b[2m{text}\x1b[0m" if start else text, end="", flush=True)
 
 
 def _reader() -> Callable[[], str]:
-    """How a question is read: from a terminal with Python's own line editor, which knows how wide a character is."""
+    """Return the function that reads a question; in a terminal, Python's line editor, which knows how wide characters are."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     if not sys.stdin.isatty():
@@ -230,7 +230,7 @@ def _reader() -> Callable[[], str]:
     with suppress(ImportError):  # on Windows the console itself edits the line
         import readline
 
-        readline.parse_and_bind("set enable-bracketed-paste on")  # several lines that are pasted are one question
+        readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one question
     prompt = _("\nyou › ")
     return lambda: input(prompt)
 

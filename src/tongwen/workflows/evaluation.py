@@ -173,7 +173,7 @@ class MultipleChoiceTask(EvalTask):
             nats = likelihood.nats_of(messages, [prefix + letter for letter in one.letters])
             _check_numbers(nats, self.config.title)
             picked = int(np.argmin(nats))
-            shown = {"question": one.ask(), "answer": one.letters[picked], "wanted": one.letters[one.answer]}
+            shown = {"question": one.prompt(), "answer": one.letters[picked], "wanted": one.letters[one.answer]}
             scores.put(row, (float(picked == one.answer), 1.0), shown, one.subject)
             progress(row + 1)
         return scores

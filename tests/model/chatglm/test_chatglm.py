@@ -184,7 +184,7 @@ def test_punctuation_is_full_width_again_in_an_answer(small_ice: Path, tmp_path:
     assert voice.decode(ids) == "你好，世界。Hello, world! 好："
     assert voice.tokenizer.decode(ids) == "你好,世界。Hello, world! 好:"
     pieces = [voice.tokenizer.decode(ids)[index : index + 2] for index in range(0, 40, 2)]
-    assert "".join(voice._mended(iter(pieces))) == voice.decode(ids)
+    assert "".join(voice._postprocessed(iter(pieces))) == voice.decode(ids)
     asked = [{"role": "user", "content": "你好"}]
     assert "".join(speaker.stream(asked, max_new_tokens=12)).rstrip("\ufffd") == speaker.chat(asked, max_new_tokens=12)
     with pytest.raises(ModelError, match="does not continue"):

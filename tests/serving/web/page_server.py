@@ -54,10 +54,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(bench: PageBackend, limits: UploadLimits | None = None) -> Iterator[str]:
+def serving(backend: PageBackend, limits: UploadLimits | None = None) -> Iterator[str]:
     """The address of a running page."""
     port = free_port()
-    app = make_app(bench, TOKEN, port=port, limits=limits)
+    app = make_app(backend, TOKEN, port=port, limits=limits)
     # uvicorn's own logging would have all handlers closed that this process has, and absl's closes the stream under it.
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, daemon=True)

@@ -22,7 +22,16 @@ from starlette.routing import Mount
 from tests.serving.web.page_server import SECRET, TOKEN, Parrot, serving, talk
 from tongwen.core.errors import RecipeError, TongwenError
 from tongwen.serving.web.backend import PageBackend
-from tongwen.serving.web.conversation import StreamedAnswer, as_json, as_markdown, drawn, note, stream, text_of, told
+from tongwen.serving.web.conversation import (
+    StreamedAnswer,
+    as_json,
+    as_markdown,
+    drawn,
+    model_messages,
+    note,
+    stream,
+    text_of,
+)
 from tongwen.serving.web.login import OPEN_ROUTES, UploadLimits
 from tongwen.serving.web.server import SESSIONS, make_app
 from tongwen.workflows.workspace import Workspace
@@ -338,7 +347,7 @@ def test_a_conversation_is_exported_as_the_model_was_told() -> None:
     }
     assert "## Answer\n\n<b>\n" in as_markdown(messages, "")
     with pytest.raises(RecipeError, match="start a new one"):
-        told([messages[0]] * 401, "")
+        model_messages([messages[0]] * 401, "")
 
 
 # -- where it may look ---------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""The bench in the browser: each tab a file, and a door before all of them. Knows only the callables of a `Bench`."""
+"""The workbench in the browser: a module for each tab, behind a login. It only calls the callables of a `PageBackend`."""

@@ -1,4 +1,4 @@
-"""What the page can do: callables that a stage hands it. Names of models, recipes and runs are strings of the stage's own."""
+"""The callables behind the page. Models, recipes and runs are named by strings that only the caller interprets."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 Messages = list[dict[str, Any]]
-AT_ONCE = 2  # questions that are answered at the same time
+CONCURRENCY = 2  # questions that are answered at the same time
 
 
 @dataclass(frozen=True)
 class ChatBackend:
-    """models: what can be opened; chosen: what stands there at first, one or two side by side. fit(model, messages, options):
-    the messages that the model sees; reply: its answer to them in pieces; settings: how it answers at first, as `Sampling`
-    names it."""
+    """The chat tab.
+
+    models:   returns the names of the models that can be opened
+    chosen:   the models at the start, one or two side by side
+    fit:      (model, messages, options) -> the messages that fit the model's context
+    reply:    (model, messages, options) -> the answer in pieces
+    settings: initial values of the sampling options, under the names of `Sampling`
+    """
 
     models: Callable[[], list[str]]
     chosen: Sequence[str]
@@ -27,7 +32,7 @@ class ChatBackend:
 
 @dataclass(frozen=True)
 class DataBackend:
-    """templates: names; inspect(file, model, template): what is in a file and its samples, as HTML; model may be empty."""
+    """The data tab. inspect: (file, model or "", template) -> (report on the file, its samples), both HTML."""
 
     models: Callable[[], list[str]]
     templates: Sequence[str]
@@ -36,7 +41,7 @@ class DataBackend:
 
 @dataclass(frozen=True)
 class VocabularyBackend:
-    """compare(base, other, text): the tokens of both as HTML, and the fertility report as a whole page; other may be empty."""
+    """The vocabulary tab. compare: (base, other or "", text) -> (the tokens as HTML, the fertility report as a whole page)."""
 
     models: Callable[[], list[str]]
     compare: Callable[[str, str, str], tuple[str, str]]
@@ -44,7 +49,7 @@ class VocabularyBackend:
 
 @dataclass(frozen=True)
 class RunView:
-    """A run as it is now. curves: (title, points, whether they scatter); log: its last lines; reports: (name, file)."""
+    """The present state of a run. curves: (title, points, whether to smooth them); log: last lines; reports: (name, file)."""
 
     running: bool
     facts: Sequence[tuple[str, str]]
@@ -56,8 +61,8 @@ class RunView:
 
 @dataclass(frozen=True)
 class RunsBackend:
-    """start(recipe, changes) gives the name of the run; stop asks a run to end, resume goes on with it; compare
-    gives a page, report a file."""
+    """The runs tab. start: (recipe, overrides) -> the run's name; stop, resume: take a run's name; compare: runs -> an HTML
+    page; report: name -> its file."""
 
     recipes: Callable[[], list[str]]
     read: Callable[[str], str]
@@ -72,10 +77,10 @@ class RunsBackend:
 
 @dataclass(frozen=True)
 class PageBackend:
-    """A tab for each that is there."""
+    """The page: a tab for each backend that is not None."""
 
     title: str
-    talk: ChatBackend
-    look: DataBackend | None = None
-    words: VocabularyBackend | None = None
+    chat: ChatBackend
+    data: DataBackend | None = None
+    vocabulary: VocabularyBackend | None = None
     runs: RunsBackend | None = None

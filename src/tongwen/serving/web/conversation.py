@@ -1,6 +1,6 @@
-"""A conversation as the page keeps it: what of it the model is told, answers as they grow, and what is exported.
+"""A conversation on the page: the messages that the model gets, answers as they grow, and the export.
 
-The history lives in the browser and comes back with every question, so nothing of one visitor can reach another.
+The history lives in the browser and comes back with every question, so no visitor's text can reach another visitor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tongwen.core.i18n import _
 from tongwen.serving.web.backend import ChatBackend, Messages
 
 Explain = Callable[[Exception], str]
-# What Markdown and LaTeX show as it is; a fence that is not closed yet reaches to the end.
+# Text that Markdown and LaTeX show verbatim; an unclosed fence reaches to the end.
 CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`|\$\$.*?\$\$|\\\(.*?\\\)|\\\[.*?\\\])", re.DOTALL)
 ENTITY = re.compile(r"&(?=#?\w+;)")
 TAG = re.compile(r"<(?=[A-Za-z/!?])(?!/?think>)")
@@ -27,13 +27,13 @@ ESCAPED = re.compile("&(?:lt|amp);")
 MARKS = {"&lt;": "<", "&amp;": "&"}
 PROMPT_CHARACTERS = 100_000
 TURNS = 400
-REDRAW_SECONDS = 0.05  # an answer is drawn again at most that often; its first piece at once
+REDRAW_SECONDS = 0.05  # minimum time between two updates of an answer; its first piece is shown at once
 
 
-def told(messages: Sequence[dict[str, Any]], system: str) -> Messages:
-    """What the model is told of what the page shows: no notes, and the system message first.
+def model_messages(messages: Sequence[dict[str, Any]], system: str) -> Messages:
+    """Return the page's messages as the model gets them: with the system message first, without the page's notes.
 
-    Raises RecipeError for more than a conversation may hold.
+    Raises RecipeError if the conversation or a message is too long.
     """
     if len(messages) > TURNS:
         raise RecipeError(
@@ -53,23 +53,23 @@ def told(messages: Sequence[dict[str, Any]], system: str) -> Messages:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message, which Gradio gives as a string or as parts, without what `drawn` did to it."""
+    """Return the text of a message, which Gradio gives as a string or as parts; undoes the escaping of `drawn`."""
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in content)
     return _outside_code(str(content), lambda part: ESCAPED.sub(lambda found: MARKS[found[0]], part))
 
 
 def drawn(text: str) -> str:
-    """Text as Markdown in which no HTML is meant: a tag is shown as it was written, and `text_of` takes that back."""
+    """Escape HTML in Markdown, so that a tag is shown as it was written; `text_of` undoes it."""
     return _outside_code(text, lambda part: TAG.sub("&lt;", ENTITY.sub("&amp;", part)))
 
 
 def _outside_code(text: str, change: Callable[[str], str]) -> str:
-    return "".join(part if place % 2 else change(part) for place, part in enumerate(CODE.split(text)))
+    return "".join(part if index % 2 else change(part) for index, part in enumerate(CODE.split(text)))
 
 
 def is_note(message: dict[str, Any]) -> bool:
-    """Whether it is the page's own word about an answer that failed."""
+    """Return whether the message is a note of the page about a failed answer."""
     return bool((message.get("metadata") or {}).get("title"))
 
 
@@ -78,45 +78,45 @@ def note(text: str) -> dict[str, Any]:
 
 
 class StreamedAnswer:
-    """One model's answer to what stands on its side, as it grows."""
+    """One model's answer to its conversation, as it grows."""
 
-    def __init__(self, talk: ChatBackend, before: Messages, explain: Explain, *asked: Any) -> None:
-        """asked: model, system message, options."""
-        self.talk, self.before, self.explain = talk, before, explain
-        self.pieces = self._speak(*asked)
-        self.forgotten = 0  # turns that the model does not see
-        self.text, self.problem, self.ended = "", "", False
-        self.began, self.first = time.monotonic(), 0.0
+    def __init__(self, backend: ChatBackend, history: Messages, explain: Explain, *request: Any) -> None:
+        """request: model, system message, options."""
+        self.backend, self.history, self.explain = backend, history, explain
+        self.pieces = self._generate(*request)
+        self.forgotten = 0  # turns that no longer fit the model's context
+        self.text, self.problem, self.finished = "", "", False
+        self.start, self.first = time.monotonic(), 0.0
 
-    def _speak(self, name: str, system: str, options: dict[str, Any]) -> Generator[str, None, None]:
-        """The answer, with all that may go wrong before its first piece inside of it."""
-        messages = told(self.before, system)
-        seen = self.talk.fit(name, messages, options)
-        self.forgotten = (len(messages) - len(seen)) // 2
-        yield from self.talk.reply(name, seen, options)
+    def _generate(self, name: str, system: str, options: dict[str, Any]) -> Generator[str, None, None]:
+        """Yield the answer. Preparing it happens in the generator too, so that every error appears at the first piece."""
+        messages = model_messages(self.history, system)
+        fitted = self.backend.fit(name, messages, options)
+        self.forgotten = (len(messages) - len(fitted)) // 2
+        yield from self.backend.reply(name, fitted, options)
 
-    def take(self) -> None:
-        """The next piece; what goes wrong becomes a note, and the server lives on."""
+    def advance(self) -> None:
+        """Append the next piece; an error becomes a note and does not stop the server."""
         try:
             self.text += next(self.pieces)
-            self.first = self.first or time.monotonic() - self.began
+            self.first = self.first or time.monotonic() - self.start
         except StopIteration:
-            self.ended = True
+            self.finished = True
         except Exception as error:
-            self.problem, self.ended = self.explain(error), True
+            self.problem, self.finished = self.explain(error), True
 
     @property
     def messages(self) -> Messages:
-        out = [*self.before]
+        out = [*self.history]
         if self.text:
             out.append({"role": "assistant", "content": drawn(self.text)})
         return [*out, note(self.problem)] if self.problem else out
 
     @property
     def pace(self) -> str:
-        if not (self.ended and self.text):
+        if not (self.finished and self.text):
             return ""
-        seconds = max(time.monotonic() - self.began, 1e-9)
+        seconds = max(time.monotonic() - self.start, 1e-9)
         pace = _("first words after {first:.2f} s · {count:.0f} characters/s").format(
             first=self.first, count=len(self.text) / seconds
         )
@@ -126,18 +126,18 @@ class StreamedAnswer:
 
 
 def stream(answers: Sequence[StreamedAnswer]) -> Iterator[None]:
-    """Let the answers grow until all have ended, with a pause wherever they are to be drawn."""
-    drawn = 0.0
+    """Let the answers grow until all have ended; yield whenever the page should be updated."""
+    last_drawn = 0.0
     try:
-        while not all(one.ended for one in answers):
+        while not all(one.finished for one in answers):
             new = False
             for one in answers:
-                if not one.ended:
+                if not one.finished:
                     new = new or not one.text
-                    one.take()
-            if new or time.monotonic() - drawn >= REDRAW_SECONDS:
+                    one.advance()
+            if new or time.monotonic() - last_drawn >= REDRAW_SECONDS:
                 yield
-                drawn = time.monotonic()
+                last_drawn = time.monotonic()
         yield
     finally:
         for one in answers:
@@ -145,21 +145,24 @@ def stream(answers: Sequence[StreamedAnswer]) -> Iterator[None]:
 
 
 def title_of(messages: Messages) -> str:
-    asked = next((text_of(one["content"]) for one in messages if one["role"] == "user"), "")
-    return " ".join(asked.split())[:24]
+    question = next((text_of(one["content"]) for one in messages if one["role"] == "user"), "")
+    return " ".join(question.split())[:24]
 
 
 def as_json(messages: Messages, system: str) -> str:
-    return json.dumps({"messages": told(messages, system)}, ensure_ascii=False, indent=1)
+    return json.dumps({"messages": model_messages(messages, system)}, ensure_ascii=False, indent=1)
 
 
 def as_markdown(messages: Messages, system: str) -> str:
-    words = {"user": _("Question"), "assistant": _("Answer"), "system": _("System")}
-    return "\n\n".join(f"## {words[one['role']]}\n\n{one['content']}" for one in told(messages, system)) + "\n"
+    headings = {"user": _("Question"), "assistant": _("Answer"), "system": _("System")}
+    return (
+        "\n\n".join(f"## {headings[one['role']]}\n\n{one['content']}" for one in model_messages(messages, system))
+        + "\n"
+    )
 
 
 def download_link(name: str, label: str, text: str) -> Markup:
-    """A link that holds its file: nothing is written on the server."""
-    held = base64.b64encode(text.encode("utf-8", "replace")).decode()
+    """Return a link that contains the file itself, so nothing is written on the server."""
+    encoded = base64.b64encode(text.encode("utf-8", "replace")).decode()
     link = Markup('<a class="soft" download="{}" href="data:application/octet-stream;base64,{}">{}</a>')
-    return link.format(name, held, label)
+    return link.format(name, encoded, label)

@@ -1,4 +1,4 @@
-"""The data tab: a file dropped in; its format, ledger, problems row by row, and samples as a model will see them."""
+"""The data tab: shows an uploaded file's format, ledger, problems row by row, and samples as a model will see them."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ import gradio as gr
 
 from tongwen.core.i18n import _
 from tongwen.serving.web.backend import DataBackend
-from tongwen.serving.web.html_block import NOTE, SWIFT, Hear, block, canvas
+from tongwen.serving.web.html_block import NOTE, UNQUEUED, WrapHandler, block, canvas
 
 
-def add(page: gr.Blocks, look: DataBackend, hear: Hear) -> None:
-    """Lay out the tab and tie its events."""
+def add(page: gr.Blocks, backend: DataBackend, wrap: WrapHandler) -> None:
+    """Lay out the tab and connect its events."""
 
     def names() -> list[Any]:
-        return [(_("none: show only the rows"), ""), *look.models()]
+        return [(_("none: show only the rows"), ""), *backend.models()]
 
-    known = look.models()
+    models = backend.models()
     with gr.Row():
         with gr.Column(scale=1, min_width=260):
             file = gr.File(label=_("A data file in any format"), height=150, elem_id="dropped")
             model = gr.Dropdown(
                 names(),
-                value=next(iter(known), ""),
+                value=next(iter(models), ""),
                 label=_("Tokens as this model sees them"),
             )
             template = gr.Dropdown(
-                list(look.templates), value=look.templates[0], label=_("Template"), elem_id="template"
+                list(backend.templates), value=backend.templates[0], label=_("Template"), elem_id="template"
             )
         with gr.Column(scale=3, min_width=320):
             dropped = _("Files dropped here are deleted when the server stops.")
@@ -38,8 +38,8 @@ def add(page: gr.Blocks, look: DataBackend, hear: Hear) -> None:
     def read(path: str | None, *chosen: str) -> tuple[str, str]:
         if not path:
             return "", ""
-        rows, shown = look.inspect(Path(path), *chosen)
-        return block(rows), block(shown)
+        rows, samples_html = backend.inspect(Path(path), *chosen)
+        return block(rows), block(samples_html)
 
-    gr.on([file.change, model.change, template.change], hear(read), [file, model, template], [ledger, samples])
-    page.load(hear(lambda: gr.update(choices=names())), None, model, **SWIFT)
+    gr.on([file.change, model.change, template.change], wrap(read), [file, model, template], [ledger, samples])
+    page.load(wrap(lambda: gr.update(choices=names())), None, model, **UNQUEUED)

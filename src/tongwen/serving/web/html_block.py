@@ -1,7 +1,7 @@
-"""A place on the page for HTML of our own.
+"""HTML blocks on the page.
 
-Gradio's `HTML` evaluates strings as JavaScript, which the page's policy forbids; its `Markdown` does not. Blocks of HTML
-end at an empty line in Markdown, so line ends are written as characters. Whoever makes the HTML escapes what it holds.
+Gradio's `HTML` evaluates strings as JavaScript, which the page's policy forbids; its `Markdown` does not. Markdown ends an
+HTML block at an empty line, so line ends are written as character references. The caller escapes the contents.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-Hear = Callable[[Callable[..., Any]], Callable[..., Any]]  # makes a handler speak the page's language
-QUIET: dict[str, Any] = {"show_progress": "hidden"}
-# What takes no time is answered at once, by the request itself. All that waits in line is told through one stream, which
-# closes when nothing waits: a request that arrives just then is answered into the closed stream, and the click is lost.
-SWIFT: dict[str, Any] = {**QUIET, "queue": False}
+WrapHandler = Callable[[Callable[..., Any]], Callable[..., Any]]  # wraps an event handler, see page.wrap_handler
+NO_PROGRESS: dict[str, Any] = {"show_progress": "hidden"}
+# Quick events bypass the queue and are answered in the request itself. Queued events share one stream, which closes when
+# the queue is empty: a request that arrives just then is answered into the closed stream, and the click is lost.
+UNQUEUED: dict[str, Any] = {**NO_PROGRESS, "queue": False}
 NOTE = Markup("<p class=soft>{}</p>")
 
 
 def canvas(value: str = "", **options: Any) -> gr.Markdown:
-    """An empty place, or one with HTML on it."""
+    """Return a component for HTML, empty by default."""
     return gr.Markdown(block(value), sanitize_html=False, latex_delimiters=[], elem_classes="ours", **options)
 
 
 def block(text: str) -> str:
-    """HTML as one block of Markdown."""
+    """Return HTML as one block of Markdown."""
     return f"<div>{text}</div>".replace("\n", "&#10;") if text else ""
 
 
-def sheet(whole: str) -> str:
-    """A whole page inside of this one, in which nothing may run."""
-    return Markup('<iframe class=sheet sandbox srcdoc="{}"></iframe>').format(str(whole))
+def sheet(page: str) -> str:
+    """Return a whole page as a frame in which no script runs."""
+    return Markup('<iframe class=sheet sandbox srcdoc="{}"></iframe>').format(str(page))

@@ -1,8 +1,8 @@
-"""Who may come in: every request passes here before anything of the page sees it.
+"""Access control in front of the page.
 
 A page on loopback is open to every other page in the same browser and to every user of the machine. So a request must
 name this server as its host (DNS rebinding), come from this page if it changes anything (foreign origins), carry the
-token, and ask for a route that the page uses; its body has a limit. What goes out may load and run nothing from elsewhere.
+token, and use a route that the page needs; its body has a limit. Responses may load and run nothing from elsewhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tongwen.core.html import render
 from tongwen.core.i18n import _
 from tongwen.serving.auth import digest, is_loopback
 
-# What the page asks for. Gradio has many more routes (it proxies, serves files, keeps histories): those are not there.
+# The routes that the page needs. Gradio has many more (proxy, files, histories), which are answered with 404.
 OPEN_ROUTES = re.compile(
     r"/|/favicon\.ico|/report|/(en|zh)(/|/config|/theme\.css|/manifest\.json|/(assets|static)/[\w./-]+"
     r"|/gradio_api/(info|startup-events|upload|upload_progress|run/predict|queue/(join|data)|cancel|reset|heartbeat/\w+))?"
@@ -44,14 +44,14 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class UploadLimits:
-    """Bytes that a request may bring: any, and a file that is dropped."""
+    """Maximum bytes of a request's body, and of an uploaded file."""
 
     body: int = 1 << 20
     upload: int = 200 << 20
 
 
 class LoginMiddleware:
-    """Stands before the application. loopback: whether only names of this machine itself are served."""
+    """Checks every request before the application gets it. loopback: accept only host names of this machine."""
 
     def __init__(self, app: ASGIApp, token: str, *, port: int, loopback: bool, limits: UploadLimits) -> None:
         self.app, self.loopback, self.limits = app, loopback, limits
@@ -63,20 +63,20 @@ class LoginMiddleware:
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             answer = self._answer(scope, Headers(scope=scope))
-            await (answer or self.app)(scope, receive, _Guarded(send))
+            await (answer or self.app)(scope, receive, _SecuredSend(send))
 
     def _answer(self, scope: Scope, headers: Headers) -> Response | None:
-        """What is said at the door; None lets the request pass."""
+        """Return the response to a refused request or a login; None lets the request pass."""
         host, origin, writes = headers.get("host", ""), headers.get("origin"), scope["method"] not in ("GET", "HEAD")
         if self.loopback and not is_loopback(host.rpartition(":")[0] or host):
             return PlainTextResponse("this name is not served here\n", 403)
         if (origin is not None or writes) and origin != f"http://{host}":
             return PlainTextResponse("another page may not ask here\n", 403)
-        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        if scope["method"] == "GET" and given and self._is_right(given):
-            return self._welcome(scope["path"], given)
+        query_token = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        if scope["method"] == "GET" and query_token and self._is_right(query_token):
+            return self._welcome(scope["path"], query_token)
         if not self._is_right(self._token_of(headers)):
-            return _ask_for_token()
+            return _login_page()
         if not OPEN_ROUTES.fullmatch(scope["path"]) or ".." in scope["path"]:
             return PlainTextResponse("there is nothing here\n", 404)
         return self._check_size(scope["path"], headers) if writes else None
@@ -92,9 +92,9 @@ class LoginMiddleware:
         return hmac.compare_digest(digest(token), self.token)
 
     def _welcome(self, path: str, token: str) -> Response:
-        """The token moves from the address, which is shown and kept, into a cookie."""
-        inside = path if re.fullmatch(r"/(en|zh)/", path) else "/"
-        response = RedirectResponse(inside, 303)
+        """Move the token from the address, which browsers show and remember, into a cookie."""
+        target = path if re.fullmatch(r"/(en|zh)/", path) else "/"
+        response = RedirectResponse(target, 303)
         response.set_cookie(self.cookie, token, httponly=True, samesite="strict", path="/")
         return response
 
@@ -102,15 +102,15 @@ class LoginMiddleware:
         length = headers.get("content-length", "")
         if not length.isdigit():
             return PlainTextResponse("how long is it?\n", 411)
-        most = self.limits.upload if UPLOAD.fullmatch(path) else self.limits.body
-        if int(length) > most:
-            return PlainTextResponse(f"at most {most} bytes\n", 413)
+        limit = self.limits.upload if UPLOAD.fullmatch(path) else self.limits.body
+        if int(length) > limit:
+            return PlainTextResponse(f"at most {limit} bytes\n", 413)
         return None
 
 
-class _Guarded:
-    """Sends a response on with the headers that keep the page to itself. A page's own inline scripts are named by their
-    hashes, so that no other one runs."""
+class _SecuredSend:
+    """Adds the security headers to a response. The policy lists the hashes of a page's own inline scripts, so that no other
+    script runs."""
 
     def __init__(self, send: Send) -> None:
         self.send = send
@@ -125,7 +125,7 @@ class _Guarded:
             for name, value in HEADERS.items():
                 headers.setdefault(name, value)
             if "content-security-policy" not in headers and headers.get("content-type", "").startswith("text/html"):
-                self.start = message  # its policy needs its body
+                self.start = message  # the policy depends on the body
                 return
         elif self.start is not None:
             self.body += message.get("body", b"")
@@ -141,9 +141,9 @@ class _Guarded:
 
 def _hashes(page: bytes) -> str:
     scripts = INLINE_SCRIPT.findall(page)
-    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(one).digest()).decode()}'" for one in scripts)
+    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'" for script in scripts)
 
 
-def _ask_for_token() -> Response:
+def _login_page() -> Response:
     text = _("Open the address that the terminal shows: it ends in ?token=…")
     return HTMLResponse(render("serving/web/login.html.jinja", text=text), 401, {"www-authenticate": "Bearer"})

@@ -1,4 +1,4 @@
-"""The page: its look, its tabs, and how it says what went wrong. One page for each language."""
+"""The page: its style, its tabs and its error messages. One page for each language."""
 
 from __future__ import annotations
 
@@ -55,33 +55,33 @@ div:has(#board1) .talk{height:38vh!important;min-height:14rem}}
 """
 
 
-def make_page(bench: PageBackend, language: str) -> Any:
-    """The page in one language."""
-    with speaking(language), gr.Blocks(title=bench.title, analytics_enabled=False) as page:
-        hear = functools.partial(heard, language)
+def make_page(backend: PageBackend, language: str) -> Any:
+    """Return the page in one language."""
+    with speaking(language), gr.Blocks(title=backend.title, analytics_enabled=False) as page:
+        wrap = functools.partial(wrap_handler, language)
         with gr.Row(elem_classes="top"):
-            canvas(Markup("<h1>{}</h1>").format(bench.title))
-            other, word = ("en", "English") if language == "zh" else ("zh", "中文")
-            canvas(Markup('<p class=tongue><a href="/{}/">{}</a></p>').format(other, word))
-        if not (bench.look or bench.words or bench.runs):
-            chat.add(page, bench.talk, hear, explain)
+            canvas(Markup("<h1>{}</h1>").format(backend.title))
+            other, label = ("en", "English") if language == "zh" else ("zh", "中文")
+            canvas(Markup('<p class=tongue><a href="/{}/">{}</a></p>').format(other, label))
+        if not (backend.data or backend.vocabulary or backend.runs):
+            chat.add(page, backend.chat, wrap, explain)
             return page
         with gr.Tab(_("Chat")):
-            chat.add(page, bench.talk, hear, explain)
-        if bench.look:
+            chat.add(page, backend.chat, wrap, explain)
+        if backend.data:
             with gr.Tab(_("Data")):
-                data.add(page, bench.look, hear)
-        if bench.words:
+                data.add(page, backend.data, wrap)
+        if backend.vocabulary:
             with gr.Tab(_("Vocabulary")):
-                vocabulary.add(page, bench.words, hear)
-        if bench.runs:
+                vocabulary.add(page, backend.vocabulary, wrap)
+        if backend.runs:
             with gr.Tab(_("Runs")):
-                runs.add(page, bench.runs, hear)
+                runs.add(page, backend.runs, wrap)
     return page
 
 
-def look() -> dict[str, Any]:
-    """Theme and style; every font is the reader's own."""
+def theme_and_css() -> dict[str, Any]:
+    """Return Gradio's arguments `theme` and `css`; all fonts are the reader's own."""
     fonts = [gr.themes.Font(name) for name in FONTS]
     theme = gr.themes.Base(
         primary_hue=gr.themes.colors.teal,
@@ -101,21 +101,21 @@ def look() -> dict[str, Any]:
 
 
 def _scoped() -> str:
-    """The style of our pages (tables, cards, curves) inside of this one. Gradio decides between light and dark by a class,
-    not by what the browser prefers."""
+    """Return the style of our reports (tables, cards, curves), limited to the class `ours`. Gradio chooses light or dark by
+    a class, not by the browser's preference."""
     light = "--ink:#1c1e21;--soft:#6b7280;--line:#e3e6ea;--accent:#0f766e;--paper:#fff;--wash:#f6f8f9"
     dark = "--ink:#e6e8eb;--soft:#9aa3ad;--line:#2c3238;--accent:#2dd4bf;--paper:#15181b;--wash:#1c2024"
-    kept = render("core/parts.css")
-    return f":root{{{light}}}.dark{{{dark}}}.ours{{{kept}}}.soft{{color:var(--soft)}}"
+    css = render("core/parts.css")
+    return f":root{{{light}}}.dark{{{dark}}}.ours{{{css}}}.soft{{color:var(--soft)}}"
 
 
-def heard(language: str, handler: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler that speaks the page's language, and whose errors become a message on the page."""
+def wrap_handler(language: str, handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the handler with its messages in the page's language and its errors shown on the page."""
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
-        def flow(*given: Any) -> Iterator[Any]:
-            pieces = handler(*given)
+        def flow(*inputs: Any) -> Iterator[Any]:
+            pieces = handler(*inputs)
             try:
                 while True:
                     with speaking(language):
@@ -124,7 +124,7 @@ def heard(language: str, handler: Callable[..., Any]) -> Callable[..., Any]:
                         except StopIteration:
                             return
                         except Exception as error:
-                            raise _shown(error) from None
+                            raise _as_gradio_error(error) from None
                     yield piece
             finally:
                 pieces.close()
@@ -132,17 +132,17 @@ def heard(language: str, handler: Callable[..., Any]) -> Callable[..., Any]:
         return flow
 
     @functools.wraps(handler)
-    def call(*given: Any) -> Any:
+    def call(*inputs: Any) -> Any:
         with speaking(language):
             try:
-                return handler(*given)
+                return handler(*inputs)
             except Exception as error:
-                raise _shown(error) from None
+                raise _as_gradio_error(error) from None
 
     return call
 
 
-def _shown(error: Exception) -> gr.Error:
+def _as_gradio_error(error: Exception) -> gr.Error:
     if isinstance(error, gr.Error):
         return error
     text = str(escape(explain(error))).replace("\n", "<br>")
@@ -150,7 +150,7 @@ def _shown(error: Exception) -> gr.Error:
 
 
 def explain(error: Exception) -> str:
-    """What the user is told: our own messages as they are; of anything else a number, under which the terminal has more."""
+    """Return the text for the user: our own messages as they are; for other errors a number, with details in the terminal."""
     if isinstance(error, TongwenError):
         return error.text()
     if "out of memory" in str(error).lower() or isinstance(error, MemoryError):

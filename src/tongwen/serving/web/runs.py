@@ -1,4 +1,4 @@
-"""The runs tab: a recipe started, its curves as they grow, stop and resume, reports."""
+"""The runs tab: start a recipe, watch its curves, stop and resume it, open and compare reports."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import gradio as gr
 from tongwen.core.html import curve, render
 from tongwen.core.i18n import _
 from tongwen.serving.web.backend import RunsBackend, RunView
-from tongwen.serving.web.html_block import NOTE, SWIFT, Hear, block, canvas, sheet
+from tongwen.serving.web.html_block import NOTE, UNQUEUED, WrapHandler, block, canvas, sheet
 
-SECONDS = 2  # between two looks at a run
-# A page that was open before the server began again names what this one has not listed yet; who looks it up checks it.
+SECONDS = 2  # between two updates of a run
+# After a restart of the server, an open page may name runs that are not listed yet; the callables check the names.
 ANY: dict[str, Any] = {"allow_custom_value": True}
-WIDTH = 440  # of a curve's drawing: two of them beside each other
+WIDTH = 440  # of a curve's drawing: two side by side
 
 
-def add(page: gr.Blocks, runs: RunsBackend, hear: Hear) -> None:
-    """Lay out the tab and tie its events."""
+def add(page: gr.Blocks, runs: RunsBackend, wrap: WrapHandler) -> None:
+    """Lay out the tab and connect its events."""
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             recipe = gr.Dropdown([], label=_("Recipe"), elem_id="recipe", **ANY)
@@ -43,17 +43,17 @@ def add(page: gr.Blocks, runs: RunsBackend, hear: Hear) -> None:
                 compare = gr.Button(_("Compare"), elem_id="compare", min_width=90)
             compared = canvas(elem_id="compared")
     clock = gr.Timer(SECONDS)
-    shown = [picture, stop, resume]
+    outputs = [picture, stop, resume]
 
     def watch(name: str | None) -> tuple[Any, ...]:
         if not name:
             return block(NOTE.format(_("No run yet."))), *_buttons(None)
-        now = runs.picture(name)
-        return block(as_html(now)), *_buttons(now.running)
+        view = runs.picture(name)
+        return block(as_html(view)), *_buttons(view.running)
 
     def begin(name: str, changed: str) -> Any:
-        made = runs.start(name, changed)
-        return gr.update(choices=list(dict.fromkeys([made, *runs.runs()])), value=made)
+        run_name = runs.start(name, changed)
+        return gr.update(choices=list(dict.fromkeys([run_name, *runs.runs()])), value=run_name)
 
     def listed(name: str | None, chosen: str | None) -> tuple[Any, ...]:
         recipes, found = runs.recipes(), runs.runs()
@@ -63,35 +63,35 @@ def add(page: gr.Blocks, runs: RunsBackend, hear: Hear) -> None:
             gr.update(choices=found),
         )
 
-    page.load(hear(listed), [recipe, run], [recipe, run, others], **SWIFT)
-    recipe.change(hear(lambda name: runs.read(name) if name else ""), recipe, text, **SWIFT)
-    start.click(hear(begin), [recipe, changes], run)
-    gr.on([run.change, clock.tick], hear(watch), run, shown, **SWIFT)
-    stop.click(hear(runs.stop), run, None)
-    resume.click(hear(runs.resume), run, None)
-    together = hear(lambda name, more: block(sheet(runs.compare([name, *more]))))
-    compare.click(together, [run, others], compared)
+    page.load(wrap(listed), [recipe, run], [recipe, run, others], **UNQUEUED)
+    recipe.change(wrap(lambda name: runs.read(name) if name else ""), recipe, text, **UNQUEUED)
+    start.click(wrap(begin), [recipe, changes], run)
+    gr.on([run.change, clock.tick], wrap(watch), run, outputs, **UNQUEUED)
+    stop.click(wrap(runs.stop), run, None)
+    resume.click(wrap(runs.resume), run, None)
+    compare_runs = wrap(lambda name, more: block(sheet(runs.compare([name, *more]))))
+    compare.click(compare_runs, [run, others], compared)
 
 
 def _buttons(running: bool | None) -> tuple[Any, Any]:
     return gr.update(interactive=running is True), gr.update(interactive=running is False)
 
 
-def as_html(now: RunView) -> str:
-    """A run on one sheet."""
+def as_html(view: RunView) -> str:
+    """Return the state of a run as HTML."""
     step, before, after = _("step"), _("before"), _("after")
     return render(
         "serving/web/run.html.jinja",
-        facts=now.facts,
+        facts=view.facts,
         headings={
             "reports": _("Reports"),
             "log": _("Log"),
             "samples": _("Before and after"),
         },
-        reports=[(name, f"/report?name={quote(file)}") for name, file in now.reports],
-        curves=[(title, curve(points, step, "", width=WIDTH, smooth=smooth)) for title, points, smooth in now.curves],
-        log=now.log,
+        reports=[(name, f"/report?name={quote(file)}") for name, file in view.reports],
+        curves=[(title, curve(points, step, "", width=WIDTH, smooth=smooth)) for title, points, smooth in view.curves],
+        log=view.log,
         samples=[
-            (sample["question"], [(before, sample["before"]), (after, sample["after"])]) for sample in now.samples
+            (sample["question"], [(before, sample["before"]), (after, sample["after"])]) for sample in view.samples
         ],
     )

@@ -1,4 +1,4 @@
-"""The page on a port of this machine: two languages behind one door, for as long as the command runs."""
+"""Serve the page on a port of this machine: two languages behind one login, for as long as the command runs."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from tongwen.serving import auth
 from tongwen.serving.auth import TOKEN, choose_token, is_loopback, open_port
 from tongwen.serving.web.backend import PageBackend
 from tongwen.serving.web.login import LoginMiddleware, UploadLimits
-from tongwen.serving.web.page import look, make_page
+from tongwen.serving.web.page import make_page, theme_and_css
 
 LANGUAGES = ("en", "zh")
-WAITING = 16  # requests that may wait; the next is refused
-SESSIONS = 64  # open pages that are remembered; Gradio would keep 10,000, each with 0.2 MB and what was said in it
+WAITING = 16  # requests that may wait; further ones are refused
+SESSIONS = 64  # open pages whose state is kept; Gradio would keep 10,000, each with 0.2 MB and its conversation
 ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#0f766e"/>'
     '<text x="16" y="23" fill="white" font-size="19" text-anchor="middle">同</text></svg>'
 )
-REPORT = {  # a page of its own, of which nothing may run; browsers open no sandbox that has an opener's policy
+REPORT = {  # a separate page without scripts; browsers refuse a sandbox with an opener policy
     "content-security-policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'",
     "cross-origin-opener-policy": "unsafe-none",
 }
 
 
-def serve(bench: PageBackend, host: str, port: int) -> int:
-    """Serve until interrupted. Raises RecipeError for an address that others reach without a token that the user chose,
-    MachineError when the port cannot be had."""
+def serve(backend: PageBackend, host: str, port: int) -> int:
+    """Serve until interrupted. Raises RecipeError if other machines can reach the address and the user has chosen no token,
+    MachineError if the port cannot be used."""
     loopback = is_loopback(host)
-    token, made = choose_token(loopback)
-    with open_port(host, port) as listening, tempfile.TemporaryDirectory(prefix="tongwen-web-") as dropped:
-        os.environ["GRADIO_TEMP_DIR"] = dropped
+    token, generated = choose_token(loopback)
+    with open_port(host, port) as listening, tempfile.TemporaryDirectory(prefix="tongwen-web-") as upload_folder:
+        os.environ["GRADIO_TEMP_DIR"] = upload_folder
         port = listening.getsockname()[1]
-        app = make_app(bench, token, port=port, loopback=loopback)
-        url = f"http://{host}:{port}/" + (f"?token={token}" if made else "")
-        console.good(url if made else _("{url}?token=…: the token is ${token}").format(url=url, token=TOKEN))
+        app = make_app(backend, token, port=port, loopback=loopback)
+        url = f"http://{host}:{port}/" + (f"?token={token}" if generated else "")
+        console.good(url if generated else _("{url}?token=…: the token is ${token}").format(url=url, token=TOKEN))
         console.tell(_("Ctrl-C stops it; runs that have started continue"))
         console.emit({"url": url})
         auth.serve(app, listening, lifespan="on")
@@ -53,34 +53,36 @@ def serve(bench: PageBackend, host: str, port: int) -> int:
 
 
 def make_app(
-    bench: PageBackend, token: str, *, port: int, loopback: bool = True, limits: UploadLimits | None = None
+    backend: PageBackend, token: str, *, port: int, loopback: bool = True, limits: UploadLimits | None = None
 ) -> Any:
-    """The whole application: pages, reports, door."""
+    """Return the whole application: pages, reports, login."""
     limits = limits or UploadLimits()
-    inside = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    application = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-    @inside.get("/")
+    @application.get("/")
     def choose(request: Request) -> Response:
-        wanted = request.headers.get("accept-language", language())
-        return RedirectResponse("/zh/" if wanted.lower().startswith("zh") else "/en/", 303)
+        languages = request.headers.get("accept-language", language())
+        return RedirectResponse("/zh/" if languages.lower().startswith("zh") else "/en/", 303)
 
-    @inside.get("/favicon.ico")
+    @application.get("/favicon.ico")
     def icon() -> Response:
         return Response(ICON, media_type="image/svg+xml")
 
-    @inside.get("/report")
+    @application.get("/report")
     def report(name: str) -> Response:
         with suppress(TongwenError, OSError):
-            if bench.runs:
-                return HTMLResponse(bench.runs.report(name).read_bytes(), headers=REPORT)
+            if backend.runs:
+                return HTMLResponse(backend.runs.report(name).read_bytes(), headers=REPORT)
         return PlainTextResponse("there is nothing here\n", 404)
 
     for name in LANGUAGES:
-        page = make_page(bench, name)
-        page.queue(max_size=WAITING, default_concurrency_limit=WAITING, api_open=False)  # nobody passes the line
+        page = make_page(backend, name)
+        page.queue(
+            max_size=WAITING, default_concurrency_limit=WAITING, api_open=False
+        )  # the API cannot bypass the queue
         page.state_session_capacity = SESSIONS
         gr.mount_gradio_app(
-            inside,
+            application,
             page,
             path=f"/{name}",
             footer_links=[],
@@ -93,6 +95,6 @@ def make_app(
             enable_monitoring=False,
             pwa=False,
             mcp_server=False,
-            **look(),
+            **theme_and_css(),
         )
-    return LoginMiddleware(inside, token, port=port, loopback=loopback, limits=limits)
+    return LoginMiddleware(application, token, port=port, loopback=loopback, limits=limits)
