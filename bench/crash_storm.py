@@ -147,7 +147,7 @@ def _announce_saves(trainer: type, tell_first: Callable[[bytes], Any]) -> None:
     save = trainer._save_checkpoint
 
     def told(self: Any, *arguments: Any, **options: Any) -> None:
-        tell = tell_first if distributed.is_first() else len
+        tell = tell_first if distributed.is_main_process() else len
         tell(b"(")
         save(self, *arguments, **options)
         tell(b")")

@@ -86,7 +86,10 @@ def test_the_command_converts_and_sends(hub: Hub, chat_model: Path, tmp_path: Pa
 
 
 def test_what_the_hub_refuses_or_spoils_is_said_without_the_token(hub: Hub, model: Path, tongwen: Any) -> None:
-    for fault, wanted in ((("create", "403"), "HTTP 403"), (("commit", "spoil"), "differs from the file that was sent")):
+    for fault, wanted in (
+        (("create", "403"), "HTTP 403"),
+        (("commit", "spoil"), "differs from the file that was sent"),
+    ):
         hub.faults = [fault]
         with pytest.raises(upload.MachineError, match=wanted) as error:
             upload.push(model, "me/other", print)

@@ -22,7 +22,7 @@ from tongwen.model.merging import chat_vector
 def run(target: str, instruct: str, base: str, scale: float, out: str, *, again: bool) -> int:
     """target + scale x (instruct - base)"""
     folder = Path(out)
-    artifact.make_way(folder, again=again)
+    artifact.clear_path(folder, again=again)
     places = {"target": target, "instruct": instruct, "base": base}
     opened = {role: load.fetched(load.locate(name)) for role, name in places.items()}
     for role, place in opened.items():
@@ -41,7 +41,7 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
         role: {"path": places[role], "fingerprint": combine(model_lines(place))} for role, place in opened.items()
     }
     settings = {**places, "scale": scale}
-    with artifact.create(folder, "model", parents, settings, swept=True) as draft:
+    with artifact.create(folder, "model", parents, settings, remove_on_error=True) as draft:
         with console.progress(len(ours.facts), "merge") as bar:
             added = chat_vector.add_chat_vector(ours, theirs, old, scale, draft.path, bar.update)
         artifact.write_json(draft.path / "config.json", config)
@@ -54,7 +54,7 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
         console.notice(
             _("{kept:,} rows of the larger vocabulary have no counterpart and stay unchanged").format(kept=added.kept)
         )
-    console.good(
+    console.success(
         _("{changed} of {count} tensors changed · {out}").format(changed=added.changed, count=len(added.lines), out=out)
     )
     console.emit({"out": out, **{key: value for key, value in draft.artifact.manifest.items() if key != "tensors"}})

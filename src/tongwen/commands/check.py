@@ -56,7 +56,7 @@ def run(recipe: Recipe) -> int:
     raise_all(errors)
     rows = [row for kind, table in tables.items() for row in table_rows(table, kind, _("kept"))]
     console.table((_("data"), _("rows"), _("bytes")), rows)
-    console.good(_("stages: {stages}").format(stages=_(", ").join(recipe.stages)))
+    console.success(_("stages: {stages}").format(stages=_(", ").join(recipe.stages)))
     console.emit({"name": recipe.name, "stages": recipe.stages, "data": tables})
     return 0
 

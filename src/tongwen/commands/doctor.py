@@ -84,10 +84,10 @@ def explain(name: str) -> int:
     """Print one failure of the older projects: symptom, cause, and what happens here instead."""
     one = find(name)
     console.header(one.id, _(one.says))
-    console.tell(_("cause: ") + _(one.why))
-    console.tell(_("here:  ") + _(one.here))
+    console.info(_("cause: ") + _(one.why))
+    console.info(_("here:  ") + _(one.here))
     for test in one.shown:
-        console.tell(f"  {test}")
+        console.info(f"  {test}")
     console.emit({"id": one.id, "symptom": _(one.says), "cause": _(one.why), "here": _(one.here), "tests": one.shown})
     return 0
 

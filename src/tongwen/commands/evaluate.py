@@ -18,7 +18,7 @@ def run(
     """Examine the model that the recipe calls its base, with adapters; keep the result where `out` says."""
     assert recipe.evaluate
     if out:
-        artifact.make_way(Path(out), again=False)
+        artifact.clear_path(Path(out), again=False)
     papers = [read_task(task) for task in recipe.evaluate.tasks]
     sitter = EvaluatedModel(recipe.base, tuple(adapters), template, thinking, weights)
     first = EvaluatedModel(before, (), template, thinking, weights) if before else None
@@ -32,5 +32,5 @@ def run(
         artifact.create(folder, "evaluate", parents, recipe.evaluate.model_dump(mode="json")) as draft,
     ):
         draft.facts["scores"] = examine(papers, sitter, first, recipe.evaluate, answers, draft.path)
-    console.good(str(folder / "report.html"))
+    console.success(str(folder / "report.html"))
     return 0

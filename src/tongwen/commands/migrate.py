@@ -49,7 +49,7 @@ def run(words: Sequence[str], out: str, alpha: float | None, *, to_run: bool) ->
             _hand_over(text, target)
             lines = [["run", target or "RECIPE", *(_fitting(one.recipe) if to_run else [])]]
         for line in lines:
-            console.tell(f"  {shlex.join(['tongwen', *line])}")
+            console.info(f"  {shlex.join(['tongwen', *line])}")
         if to_run:
             os.environ.update(one.environment)
         for number, line in enumerate(lines, 1):
@@ -78,11 +78,11 @@ def _check(outcomes: Sequence[MigrationResult], out: str, *, to_run: bool) -> No
 def _migrate_adapter(folder: Path, out: Path, alpha: float | None) -> None:
     from tongwen.model.adapters.legacy import modernise
 
-    artifact.make_way(out, again=False)
+    artifact.clear_path(out, again=False)
     made = modernise(folder, out, alpha)
     config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
-    console.good(f"{out} · r {config['r']}, alpha {config['lora_alpha']:g}: {', '.join(config['target_modules'])}")
-    console.tell(f"  tongwen merge --base BASE --adapter {out} --out MODEL")
+    console.success(f"{out} · r {config['r']}, alpha {config['lora_alpha']:g}: {', '.join(config['target_modules'])}")
+    console.info(f"  tongwen merge --base BASE --adapter {out} --out MODEL")
     console.emit({"out": str(out), "config": config, "fingerprint": made.fingerprint})
 
 
@@ -121,27 +121,27 @@ def _report(one: MigrationResult) -> None:
         flag = verdict.flag if verdict.value is None else f"{verdict.flag} {verdict.value}"
         new = f" → {verdict.becomes}" if verdict.becomes else ""
         why = f"  ({verdict.why})" if verdict.why else ""
-        console.tell(f"  {verdicts[verdict.verdict]}  {flag}{new}{why}")
+        console.info(f"  {verdicts[verdict.verdict]}  {flag}{new}{why}")
     if one.instead:
-        console.tell(f"  {one.instead}")
+        console.info(f"  {one.instead}")
     if one.launch:
         options = " ".join(f"--{name} {value}" for name, value in one.launch.items())
-        console.tell(_("on each machine:"))
-        console.tell(f"  torchrun {options} -m tongwen run RECIPE")
+        console.info(_("on each machine:"))
+        console.info(f"  torchrun {options} -m tongwen run RECIPE")
 
 
 def _hand_over(text: str, target: str) -> None:
     """Print the recipe, or write it unless another file is in the way."""
     if not target:
         for line in text.splitlines():
-            console.tell(line)
+            console.info(line)
         return
     file = Path(target)
     if file.exists() and file.read_text(encoding="utf-8") != text:
         raise RecipeError(_("another file already exists here"), place=target, remedy="tongwen migrate --out FILE …")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
-    console.good(target)
+    console.success(target)
 
 
 def _fitting(recipe: dict[str, Any]) -> list[str]:

@@ -363,6 +363,6 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
         return
     console.notice(_("this does not fit; try in this order, each change on top of those before:"))
     for cure in facts["cures"]:
-        console.tell(f"  {cure['change']}  {console.human_bytes(cure['peak'])}{' ✓' if cure['fits'] else ''}")
+        console.info(f"  {cure['change']}  {console.human_bytes(cure['peak'])}{' ✓' if cure['fits'] else ''}")
     if not any(cure["fits"] for cure in facts["cures"]):
-        console.tell("  " + _("then ") + last_resort(section))
+        console.info("  " + _("then ") + last_resort(section))

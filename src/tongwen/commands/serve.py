@@ -57,9 +57,9 @@ def run(
         )
         url = f"http://{host}:{listening.getsockname()[1]}/v1"
         console.header(speech.name, _("Ctrl-C stops it"))
-        console.tell(f"OPENAI_BASE_URL={url}")
-        console.tell(f"OPENAI_API_KEY={token}" if made else _("the token is ${token}").format(token=auth.TOKEN))
+        console.info(f"OPENAI_BASE_URL={url}")
+        console.info(f"OPENAI_API_KEY={token}" if made else _("the token is ${token}").format(token=auth.TOKEN))
         console.emit({"url": url, "model": speech.name, **({"token": token} if made else {})})
         auth.serve(auth.AuthMiddleware(openai_api.make_app(speech, queue), token, loopback=loopback), listening)
-    console.good(_("ended"))
+    console.success(_("ended"))
     return 0

@@ -21,7 +21,7 @@ from typing import Any
 
 from tongwen import __version__
 from tongwen.core.console import human_bytes
-from tongwen.core.distributed import is_first
+from tongwen.core.distributed import is_main_process
 from tongwen.core.errors import ArtifactError, MachineError, RecipeError
 from tongwen.core.i18n import _
 
@@ -94,7 +94,7 @@ def create(
     settings: Mapping[str, Any],
     *,
     resumable: bool = False,
-    swept: bool = False,
+    remove_on_error: bool = False,
 ) -> Iterator[Draft]:
     """A working folder `PATH.partial`, renamed to PATH when the block ends without an error.
 
@@ -109,10 +109,10 @@ def create(
     try:
         yield draft
     except BaseException:
-        if swept:
+        if remove_on_error:
             shutil.rmtree(working, ignore_errors=True)
         raise
-    if is_first():
+    if is_main_process():
         draft.finish(path)
 
 
@@ -185,7 +185,7 @@ def refuse_changed(place: str, changed: list[tuple[str, Any, Any]], remedy: str)
     )
 
 
-def make_way(path: Path, *, again: bool) -> None:
+def clear_path(path: Path, *, again: bool) -> None:
     """Raise RecipeError when the path exists; with `again`, rename what exists instead."""
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()

@@ -120,7 +120,7 @@ class Rendered:
         return "".join(span.text for span in self.spans)
 
     @property
-    def teaches_to_stop(self) -> bool:
+    def learns_to_stop(self) -> bool:
         """Whether a stop token is learned somewhere in it."""
         return any(span.stop and span.learn for span in self.spans)
 

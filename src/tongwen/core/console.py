@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tongwen.core.distributed import is_first
+from tongwen.core.distributed import is_main_process
 from tongwen.core.i18n import _
 
 
@@ -32,8 +32,8 @@ class Screen:
         self.console = Console(highlight=False, soft_wrap=False, stderr=True)
 
     @property
-    def speaks(self) -> bool:
-        return is_first()
+    def is_active(self) -> bool:
+        return is_main_process()
 
 
 SCREEN = Screen()
@@ -41,24 +41,24 @@ SCREEN = Screen()
 
 def header(title: str, detail: str = "") -> None:
     """The opening line of a stage."""
-    if SCREEN.speaks:
+    if SCREEN.is_active:
         SCREEN.console.print()
         SCREEN.console.print(f"[bold cyan]{title}[/]  [dim]{plain(detail)}[/]".rstrip(), soft_wrap=True)
 
 
-def tell(text: str) -> None:
-    if SCREEN.speaks:
+def info(text: str) -> None:
+    if SCREEN.is_active:
         SCREEN.console.print(plain(text), soft_wrap=not SCREEN.console.is_terminal)
 
 
 def notice(text: str) -> None:
     """Report something that was derived, translated or left out."""
-    if SCREEN.speaks:
+    if SCREEN.is_active:
         SCREEN.console.print(f"[yellow]![/] {plain(text)}", soft_wrap=not SCREEN.console.is_terminal)
 
 
-def good(text: str) -> None:
-    if SCREEN.speaks:
+def success(text: str) -> None:
+    if SCREEN.is_active:
         SCREEN.console.print(f"[green]✓[/] {plain(text)}", soft_wrap=not SCREEN.console.is_terminal)
 
 
@@ -68,7 +68,7 @@ def error(text: str) -> None:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
     """A table; the first column is left-aligned, the others right when they hold numbers."""
-    if not SCREEN.speaks:
+    if not SCREEN.is_active:
         return
     out = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(columns):
@@ -81,7 +81,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = ""
 
 def emit(value: dict[str, Any]) -> None:
     """The one JSON object of `--json`; nothing otherwise."""
-    if SCREEN.json and SCREEN.speaks:
+    if SCREEN.json and SCREEN.is_active:
         sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
         sys.stdout.flush()
 
@@ -97,15 +97,15 @@ class Bar:
     def update(self, done: int, note: str = "") -> None:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, note=note)
-        elif SCREEN.speaks and (tenth := 10 * done // self._total) > self._tenth:
+        elif SCREEN.is_active and (tenth := 10 * done // self._total) > self._tenth:
             self._tenth = tenth
-            tell(f"{self._label} {done}/{self._total}  {note}".rstrip())
+            info(f"{self._label} {done}/{self._total}  {note}".rstrip())
 
 
 @contextmanager
 def progress(total: int, label: str, start: int = 0) -> Iterator[Bar]:
     """A bar over `total` things with the remaining time, and a note such as the tokens per second."""
-    if not (SCREEN.speaks and SCREEN.console.is_terminal):
+    if not (SCREEN.is_active and SCREEN.console.is_terminal):
         yield Bar(None, total, label, start)
         return
     columns = (
@@ -123,12 +123,12 @@ def progress(total: int, label: str, start: int = 0) -> Iterator[Bar]:
 def waiting(label: str) -> Iterator[None]:
     """A spinner while something takes its time, and how long it took."""
     started = time.monotonic()
-    if SCREEN.speaks and SCREEN.console.is_terminal:
+    if SCREEN.is_active and SCREEN.console.is_terminal:
         with SCREEN.console.status(plain(label)):
             yield
     else:
         yield
-    if SCREEN.speaks and (took := time.monotonic() - started) > 2:
+    if SCREEN.is_active and (took := time.monotonic() - started) > 2:
         SCREEN.console.print(f"[dim]{plain(label)} · {took:.0f} s[/]")
 
 

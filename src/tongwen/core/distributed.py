@@ -17,31 +17,31 @@ from contextlib import contextmanager
 from pathlib import Path
 
 EXIT_FILE = "TONGWEN_EXIT_FILE"
-BEGAN = "TONGWEN_BEGAN"
+START_TIME = "TONGWEN_BEGAN"
 SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 SAVING_SECONDS = 600  # torchrun kills its processes this long after asking them to stop
 
 
-def adopt() -> None:
+def read_launcher_environment() -> None:
     """Read the launcher's environment, before anything asks for a rank. A launcher that starts a single process, or an image
     that presets these variables, counts as no launcher."""
-    if os.environ.get("WORLD_SIZE", "1") in ("", "1") and not is_ours():
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1") and not is_child_process():
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
-    adopt_slurm()
+    read_slurm_environment()
 
 
-def adopt_slurm() -> None:
+def read_slurm_environment() -> None:
     """Translate srun's variables into those that torch's process groups read. Its first node is the master."""
-    told = os.environ
-    tasks = told.get("SLURM_STEP_NUM_TASKS", "")
-    if not tasks.isdigit() or int(tasks) < 2 or is_launched() or any(name not in told for name in SLURM):
+    environment = os.environ
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
+    if not tasks.isdigit() or int(tasks) < 2 or is_launched() or any(name not in environment for name in SLURM):
         return
-    told["RANK"], told["WORLD_SIZE"] = told["SLURM_PROCID"], told["SLURM_STEP_NUM_TASKS"]
-    told["LOCAL_RANK"] = told["SLURM_LOCALID"]
-    told["LOCAL_WORLD_SIZE"] = told["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
-    told.setdefault("MASTER_ADDR", _first_host(told["SLURM_STEP_NODELIST"]))
-    told.setdefault("MASTER_PORT", str(20000 + int(told["SLURM_JOB_ID"]) % 10000))
+    environment["RANK"], environment["WORLD_SIZE"] = environment["SLURM_PROCID"], environment["SLURM_STEP_NUM_TASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["LOCAL_WORLD_SIZE"] = environment["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
+    environment.setdefault("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"]))
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000))
 
 
 def _first_host(nodes: str) -> str:
@@ -55,12 +55,12 @@ def is_launched() -> bool:
     return "LOCAL_RANK" in os.environ or "RANK" in os.environ
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process speaks and writes for all: rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def is_ours() -> bool:
+def is_child_process() -> bool:
     """Whether a command of ours started this process, and waits for it."""
     return EXIT_FILE in os.environ
 
@@ -75,14 +75,14 @@ def stop_signals() -> list[signal.Signals]:
 
 
 @contextmanager
-def listening(hear: Callable[[int], object]) -> Iterator[None]:
-    """Inside, `hear` is called with the number of a signal that asks to stop."""
-    before = {one: signal.signal(one, lambda number, frame: hear(number)) for one in stop_signals()}
+def on_stop_signals(handler: Callable[[int], object]) -> Iterator[None]:
+    """Call `handler` with the number of each stop signal that arrives inside the block."""
+    previous = {one: signal.signal(one, lambda number, frame: handler(number)) for one in stop_signals()}
     try:
         yield
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for one, old_handler in previous.items():
+            signal.signal(one, old_handler)
 
 
 def interrupt(number: int) -> None:
@@ -90,15 +90,15 @@ def interrupt(number: int) -> None:
     raise KeyboardInterrupt
 
 
-def begin() -> None:
+def record_start_time() -> None:
     """Note when the command began, for all processes that it starts."""
-    if not is_ours():
-        os.environ[BEGAN] = str(time.time())
+    if not is_child_process():
+        os.environ[START_TIME] = str(time.time())
 
 
 def deadline(seconds: float | None) -> float | None:
     """The time, in seconds since 1970, at which a command with this time limit must have ended."""
-    return float(os.environ[BEGAN]) + seconds if seconds is not None else None
+    return float(os.environ[START_TIME]) + seconds if seconds is not None else None
 
 
 def torchrun(devices: int, arguments: Sequence[str]) -> int:
@@ -119,7 +119,7 @@ def torchrun(devices: int, arguments: Sequence[str]) -> int:
 def _wait_for(command: Sequence[str], environment: dict[str, str]) -> int:
     """Run a command and pass stop signals on to it; it ends when it has saved."""
     process = subprocess.Popen(command, env=environment, close_fds=False)  # noqa: S603 - it holds the folder's lock, too
-    with listening(lambda number: process.terminate()):
+    with on_stop_signals(lambda number: process.terminate()):
         return process.wait()
 
 

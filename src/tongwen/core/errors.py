@@ -109,14 +109,16 @@ def first_line(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of the machine or of a device did not suffice."""
-    said = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in said)
+    phrases = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
+    return isinstance(error, MemoryError) or any(phrase in str(error).lower() for phrase in phrases)
 
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether there was no room for what was written; the writers of safetensors and torch say it without a number."""
-    said = ("No space left", "unexpected pos")
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in said)
+    phrases = ("No space left", "unexpected pos")
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        phrase in str(error) for phrase in phrases
+    )
 
 
 def raise_all(errors: Sequence[TongwenError]) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gettext import GNUTranslations
 
 LOCALE = Path(__file__).parent / "locale"
-_SPOKEN: ContextVar[str] = ContextVar("spoken", default="")
+_LANGUAGE: ContextVar[str] = ContextVar("language", default="")
 
 
 def _(text: str) -> str:
@@ -37,20 +37,20 @@ def N_(text: str) -> str:  # noqa: N802 (gettext's own name)
 def language() -> str:
     """'zh' or 'en': what is being spoken, else TONGWEN_LANG, else the locale's environment variables."""
     chosen = os.environ.get("TONGWEN_LANG", "")
-    for value in (_SPOKEN.get(), chosen, *(os.environ.get(name, "") for name in ("LC_ALL", "LC_MESSAGES", "LANG"))):
+    for value in (_LANGUAGE.get(), chosen, *(os.environ.get(name, "") for name in ("LC_ALL", "LC_MESSAGES", "LANG"))):
         if value:
             return "zh" if value.lower().startswith("zh") else "en"
     return "en"
 
 
 @contextmanager
-def speaking(name: str) -> Iterator[None]:
+def use_language(name: str) -> Iterator[None]:
     """Speak this language inside of the block, whatever the process speaks."""
-    before = _SPOKEN.set(name)
+    before = _LANGUAGE.set(name)
     try:
         yield
     finally:
-        _SPOKEN.reset(before)
+        _LANGUAGE.reset(before)
 
 
 @cache

@@ -14,7 +14,7 @@ from tongwen.core.artifact import differences, refuse_changed
 from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
 
-This = TypeVar("This", bound="Journal")
+Self = TypeVar("Self", bound="Journal")
 
 
 class Journal(ABC):
@@ -56,7 +56,7 @@ class Journal(ABC):
         os.fsync(self._stream.fileno())
         self._stream.close()
 
-    def __enter__(self: This) -> This:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import artifact, console
-from tongwen.core.distributed import is_first
+from tongwen.core.distributed import is_main_process
 from tongwen.core.errors import RecipeError, first_line
 from tongwen.core.i18n import _
 
@@ -30,7 +30,7 @@ DATA, DTYPE = "prepare (fingerprint)", "dtype"
 
 
 def check(
-    folder: Path, settings: Mapping[str, Any], prepared: str, *, fork: bool, takes_new_rates: bool = True
+    folder: Path, settings: Mapping[str, Any], prepared: str, *, fork: bool, allows_new_settings: bool = True
 ) -> None:
     """Before a stage begins. Raises RecipeError, with both values, when it was interrupted under other settings or on other
     data, and is not to be forked; a fork is recorded here. prepared: fingerprint of the data; takes_new_rates: whether its
@@ -40,13 +40,13 @@ def check(
         return
     changed = [one for one in differences(run["settings"], settings) if one[0] != "base"]  # see `enter`
     changed += _differing(run["identity"], {DATA: prepared})
-    fixed = [one for one in changed if not takes_new_rates or SHAPE.fullmatch(one[0]) or _trains_other_parts(*one)]
+    fixed = [one for one in changed if not allows_new_settings or SHAPE.fullmatch(one[0]) or _trains_other_parts(*one)]
     if fork:
-        artifact.refuse_changed(str(folder), fixed, again() + _("; --fork cannot change it"))
+        artifact.refuse_changed(str(folder), fixed, rerun_hint() + _("; --fork cannot change it"))
         _fork(folder, run, settings, changed)
     else:
         forks = _("; --fork continues with the new settings") if not fixed else ""
-        artifact.refuse_changed(str(folder), changed, again() + forks)
+        artifact.refuse_changed(str(folder), changed, rerun_hint() + forks)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -55,15 +55,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple
     return [
         one
         for one in artifact.differences(before, now)
-        if not PARTLY.fullmatch(one[0]) or _tells(before, one[0]) == _tells(now, one[0])
+        if not PARTLY.fullmatch(one[0]) or _has_setting(before, one[0]) == _has_setting(now, one[0])
     ]
 
 
-def _tells(settings: Any, name: str) -> bool:
-    for word in name.split("."):
-        if word not in settings:
+def _has_setting(settings: Any, name: str) -> bool:
+    for key in name.split("."):
+        if key not in settings:
             return False
-        settings = settings[word]
+        settings = settings[key]
     return True
 
 
@@ -95,9 +95,9 @@ def enter(folder: Path, settings: Mapping[str, Any], identity: Mapping[str, str]
     # A base under another path is the same where its fingerprint is. `check` has seen the rest, but under a launcher.
     differing = differences(run["settings"], json.loads(json.dumps(settings)))
     changed += [one for one in differing if changed or one[0] != "base"]
-    artifact.refuse_changed(str(folder), changed, again())
+    artifact.refuse_changed(str(folder), changed, rerun_hint())
     run |= {"settings": dict(settings), "identity": {**identity, **run["identity"]}}
-    if is_first():
+    if is_main_process():
         artifact.write_json(folder / RUN, run)
     return run
 
@@ -107,7 +107,7 @@ def ids(run: Mapping[str, Any]) -> set[str]:
     return {run["run"], *(fork["from"] for fork in run["forks"])}
 
 
-def again() -> str:
+def rerun_hint() -> str:
     return _("tongwen run RECIPE --again redoes this stage and all later ones, and keeps the old folder")
 
 
@@ -122,7 +122,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
         raise RecipeError(
             _("cannot be read: {error}").format(error=first_line(error)),
             place=str(file),
-            remedy=again(),
+            remedy=rerun_hint(),
         ) from None
 
 

@@ -126,7 +126,9 @@ def read_header(file: Path) -> dict[str, Stored]:
         start = stream.read(8)
         size = int.from_bytes(start, "little")
         if len(start) < 8 or size > min(length - 8, LONGEST_HEADER):
-            raise _broken(file, what_it_is(file) or _("the file ends after {length} bytes").format(length=length))
+            raise _broken(
+                file, describe_wrong_file(file) or _("the file ends after {length} bytes").format(length=length)
+            )
         try:
             header: dict[str, Any] = json.loads(stream.read(size))
             found = {
@@ -175,7 +177,7 @@ def blocks(shape: tuple[int, ...], least: int = 1) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + height, count)
 
 
-def what_it_is(file: Path) -> str:
+def describe_wrong_file(file: Path) -> str:
     """What people get instead of weights: an LFS pointer, a page of HTML, nothing. Empty text when it is none of these."""
     with file.open("rb") as stream:
         start = stream.read(64)

@@ -65,7 +65,7 @@ class Encoder:
         self.fast: FastEncoder | None = None
         self._fast_was_sought = False
         self.prefix = prefix_of(tokenizer)
-        self.anchor = "" if getattr(tokenizer, "answers_begin_anew", False) else self._find_anchor()
+        self.anchor = "" if getattr(tokenizer, "answers_keep_leading_blank", False) else self._find_anchor()
 
     def _ids(self, texts: list[str]) -> list[Ids]:
         if not self._fast_was_sought and len(texts) >= MANY:
@@ -265,7 +265,7 @@ def _fitting(
         _Sample(
             number,
             pieces,
-            sample.teaches_to_stop and encoder.keeps_stop(pieces),
+            sample.learns_to_stop and encoder.keeps_stop(pieces),
             sum([len(piece.ids) for piece in pieces]),
         )
         for (number, sample), pieces in zip(rendered, encoded, strict=True)

@@ -146,7 +146,7 @@ def share_heaps() -> None:
     """Have all threads allocate from the same few heaps, and large tensors from none. glibc gives each of a server's many
     threads a heap of its own, which keeps what the largest answer needed; and where a large tensor was, the next one, a token
     longer, finds no room: 200 MB of such holes among 230 in use, after 2,000 questions to a model of no size."""
-    malloc.tell({malloc.ARENA_MAX: ARENAS, malloc.MMAP_THRESHOLD: LARGE, malloc.TRIM_THRESHOLD: 4 * LARGE})
+    malloc.set_parameters({malloc.ARENA_MAX: ARENAS, malloc.MMAP_THRESHOLD: LARGE, malloc.TRIM_THRESHOLD: 4 * LARGE})
 
 
 def settle() -> None:

@@ -47,7 +47,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         before = EvaluatedModel(recipe.base, template=taught, optional=True)
     with keep_answers(out) as kept, artifact.create(out, "evaluate", {"model": model}, settings(recipe)) as draft:
         draft.facts["scores"] = examine(papers, after, before, section, kept, draft.path)
-    console.good(str(out / "report.html"))
+    console.success(str(out / "report.html"))
     assert draft.artifact
     return draft.artifact
 

@@ -175,4 +175,4 @@ def keep_freed_memory() -> None:
     gradients of an embedding) stay mappings: kept, they leave holes that the next pack, a token longer, does not fit into,
     and the process grows for hundreds of steps (1.8 times the memory after 60 steps in full).
     """
-    malloc.tell({malloc.MMAP_THRESHOLD: LARGEST_KEPT, malloc.TRIM_THRESHOLD: -1})
+    malloc.set_parameters({malloc.MMAP_THRESHOLD: LARGEST_KEPT, malloc.TRIM_THRESHOLD: -1})

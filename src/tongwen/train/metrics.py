@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from tongwen.core import console
 from tongwen.core.console import Bar, human_count
-from tongwen.core.distributed import is_first
+from tongwen.core.distributed import is_main_process
 from tongwen.core.errors import NumbersError
 from tongwen.core.i18n import _
 from tongwen.recipe.training import Forgetting
@@ -52,7 +52,7 @@ class MetricsCallback(TrainerCallback):
         self.history = list(found.items())
         self.losses = [line["loss"] for line in kept if line["step"] > self.before_steps]
         self.flat_from = step
-        if is_first():
+        if is_main_process():
             beside = self.file.with_suffix(".partial")
             beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             beside.replace(self.file)  # in one go: the other processes read it too

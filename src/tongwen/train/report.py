@@ -86,7 +86,7 @@ def held_out_table(
 def _say_change(what: str, scores: dict[str, float]) -> None:
     """Good is what has fallen."""
     change = scores["after"] / scores["before"] - 1 if scores["before"] else math.nan
-    tell = console.notice if scores["after"] > scores["before"] else console.good
+    tell = console.notice if scores["after"] > scores["before"] else console.success
     tell(f"{what} {scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})")
 
 
@@ -97,7 +97,7 @@ def say_result(report: dict[str, Any], out: Path) -> None:
         _say_change(_("held-out bits per byte"), held_out["bits_per_byte"])
         for name, group in held_out["groups"].items():
             _say_change(f"  {name}", group["bits_per_byte"])
-    console.good(
+    console.success(
         f"{human_time(through['seconds'])} · {through['tokens_per_second']:.0f} token/s · "
         f"{_('peak')} {human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"
     )

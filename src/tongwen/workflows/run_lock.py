@@ -20,7 +20,7 @@ LOCK = ".lock"  # held by the process that runs in a folder, whose number it say
 def lock_folder(out: Path) -> Iterator[None]:
     """One run at a time in a folder: the first process of a run holds its lock, unless the command that started it does.
     Raises MachineError, naming who holds it."""
-    if not distributed.is_first() or distributed.is_ours() or os.name == "nt":
+    if not distributed.is_main_process() or distributed.is_child_process() or os.name == "nt":
         yield
         return
     import fcntl

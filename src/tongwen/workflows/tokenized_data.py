@@ -183,7 +183,7 @@ def say_ledger(lesson: TokenizedData) -> None:
     rows = table_rows(lesson.ledger.to_dict(), _("encode"), _("trained"))
     console.table((_("ledger"), _("rows"), "token"), rows)
     mask, rejected = lesson.mask, lesson.rejected
-    console.tell(say_mask(mask))
+    console.info(say_mask(mask))
     if mask["round_trip"]["differ"]:
         console.notice(
             _(
@@ -291,8 +291,8 @@ def encode_prepared(prepared: artifact.Artifact, reader: RecordEncoder, seed: in
     with console.waiting(_("finding the tokens")):
         found = token_store.open_store(place)
     if found:
-        console.good(_("tokens: already encoded"))
-    elif distributed.is_first():
+        console.success(_("tokens: already encoded"))
+    elif distributed.is_main_process():
         _encode(prepared.path / f"{reader.kind}.jsonl", reader, place)
     while (found := found or token_store.open_store(place)) is None:
         time.sleep(0.2)
@@ -381,7 +381,7 @@ def _drawn(
     passes = passes_of(tokens, [one["weight"] for one in sources], [one["share"] for one in sources])
     for one, times in zip(sources, passes, strict=True):
         if times != 1:
-            console.tell(_("{path}: {times:.3g} passes per epoch").format(path=one["path"], times=times))
+            console.info(_("{path}: {times:.3g} passes per epoch").format(path=one["path"], times=times))
     missed = list[str]()
     if any(times != 1 for times in passes):
         first, asked = draw(owners, passes, seed, 0), np.multiply(tokens, passes)

@@ -64,7 +64,7 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
     parents: dict[str, Any] = {"base": {"path": recipe.base, "fingerprint": combine(base_lines)}}
     if prepared:
         parents["prepare"] = prepared.as_parent()
-    with artifact.create(out, "vocab", parents, settings, swept=True) as draft:
+    with artifact.create(out, "vocab", parents, settings, remove_on_error=True) as draft:
         artifact.check_disk(draft.path, resize.bytes_needed(base, names, rows))
         tokenizer_files.save(made.lexicon, draft.path)
         with console.progress(len(base.facts), "grow") as bar:
@@ -135,7 +135,7 @@ def _advise(
     steps = sorted({*measure.CURVE, section.pieces})
     start, curve = tokenizer_files.curve(learnt, rest, tokenizer_files.shape_of(base), steps)
     advice = measure.advise(start, curve, vocab_scores.damage_of(bits), min(section.pieces, len(learnt)))
-    said = console.good if advice.extend else console.notice
+    said = console.success if advice.extend else console.notice
     said(
         _("extending this vocabulary is worthwhile")
         if advice.extend
@@ -144,7 +144,7 @@ def _advise(
         )
     )
     for reason in advice.reasons:
-        console.tell(f"  · {reason}")
+        console.info(f"  · {reason}")
     return {"curve": [vars(point) for point in (start, *curve)], "advice": advice.to_dict()}
 
 
@@ -156,7 +156,7 @@ def _carry(place: load.ModelRef, out: Path) -> None:
 
 
 def _say_rows(rows: resize.RowPlan, out: Path) -> None:
-    console.good(
+    console.success(
         _(
             "{count:,} new tokens: {filled:,} use spare rows, the matrices grew by {added:,} to {wanted:,} rows · {out}"
         ).format(count=len(rows.new), filled=rows.filled, added=rows.added, wanted=rows.wanted, out=out)

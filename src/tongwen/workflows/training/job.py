@@ -52,7 +52,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
     # Check the inputs, and plan the batches of each phase.
     _check_evaluations(job)
     engine = choose(job.section)
-    if distributed.is_first():  # it alone reports to them
+    if distributed.is_main_process():  # it alone reports to them
         trackers.check(job.recipe.track)
     check_further(job.section.adapter, job.stage)
     say_ledger(job.data)
@@ -94,7 +94,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
             after = _examine(job, model, phases[0].plan.budget)
             _check_forgotten(job, before, after)
             whole = gather(model.model, model.adapted.learners)
-            if distributed.is_first():
+            if distributed.is_main_process():
                 draft.fingerprint = save_model(job, model, draft.path, whole)
                 draft.facts = facts_of(job, model, phases, throughput) | {"run": run["run"], "forks": run["forks"]}
                 flat = progress.flat_losses(phases, draft.path / "metrics.jsonl")
@@ -150,7 +150,7 @@ def _begin_phase(
     """
     guarded = model.adapted.focus(phase.parts)
     if is_named:
-        console.tell(f"{phase.train}: {_('{steps} steps').format(steps=len(phase.plan))}")
+        console.info(f"{phase.train}: {_('{steps} steps').format(steps=len(phase.plan))}")
     set_memory_savers(model, phase, job.data.store)
     return guarded, audit_phase(model, phase, job.data.store)
 
@@ -291,7 +291,7 @@ def _once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if file.is_file():
         console.notice(_("{file} cannot be read and is created again").format(file=file.name))
     value: dict[str, Any] = make()
-    if distributed.is_first():
+    if distributed.is_main_process():
         artifact.write_json(file, value)
         return value
     while (kept := _kept(file)) is None:
