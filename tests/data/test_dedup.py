@@ -75,7 +75,7 @@ def test_what_is_examined_is_recognised() -> None:
     examination = dedup.ContaminationIndex.of([ask(question, "甲") for question in questions])
 
     def knows(record) -> str:
-        return examination.knows(record, dedup.digest(dedup.fold(dedup.text_of(record))))
+        return examination.match(record, dedup.digest(dedup.fold(dedup.text_of(record))))
 
     assert knows(ask(questions[0], "甲")) == "same"
     assert knows(ask(questions[0], "另一个答案")) == "covers", "the same question with another answer"
@@ -89,7 +89,7 @@ def test_a_shared_instruction_is_no_contamination() -> None:
     examination = dedup.ContaminationIndex.of([ask(instruction + text) for text in texts(30, 20, seed=6)])
     for text in texts(30, 20, seed=7):
         record = ask(instruction + text)
-        assert examination.knows(record, dedup.digest(dedup.fold(dedup.text_of(record)))) == ""
+        assert examination.match(record, dedup.digest(dedup.fold(dedup.text_of(record)))) == ""
 
 
 @pytest.mark.parametrize("empty", [True, False])

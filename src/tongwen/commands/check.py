@@ -93,9 +93,9 @@ def _read(parts: list[InputPart], section: Prepare, errors: list[TongwenError]) 
             except DataError as error:
                 errors.append(error)
         ledger = tally.ledger
-        if ledger.things_in:
+        if ledger.items_in:
             prepare_steps.check_losses(
-                ledger.things_in, ledger.kept, tally.bad, tally.first_bad, section.max_bad, parts[0].kind
+                ledger.items_in, ledger.kept, tally.bad, tally.first_bad, section.max_bad, parts[0].kind
             )
         for place, rule in tally.first_bad[:3]:
             console.notice(f"{place}: {rule}")

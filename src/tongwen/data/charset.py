@@ -29,9 +29,9 @@ _COMMON = frozenset(
 )
 # Share of common characters. Measured on single sentences: 0.7 in the middle and 0.33 at the first percentile where they
 # are decoded rightly; 0.02 in the middle where not.
-ENOUGH = 0.25
-ORDINARY = 0.4  # of UTF-16, which is tried only on what is no UTF-8
-JUDGED = 1 << 18  # bytes, when it must be judged by its letters
+MIN_COMMON_SHARE = 0.25
+MIN_READABLE_SHARE = 0.4  # of UTF-16, which is tried only on what is no UTF-8
+JUDGED_BYTES = 1 << 18  # bytes, when it must be judged by its letters
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -53,7 +53,7 @@ class Charset:
     notice for the user."""
 
     codec: str
-    told: str = ""
+    notice: str = ""
 
     @property
     def by_line(self) -> bool:
@@ -100,26 +100,26 @@ def recognise(sample: bytes) -> Charset:
     """By its mark, by being UTF-8, or by the Chinese that comes out; UTF-8 when nothing else is likely."""
     for mark, codec in _MARKS:
         if sample.startswith(mark):
-            return Charset(codec, "" if codec == "utf-8" else _told(codec))
+            return Charset(codec, "" if codec == "utf-8" else _notice(codec))
     try:
         sample.decode()
         if b"\0" not in sample:
             return Charset("utf-8")
     except UnicodeDecodeError:
         pass
-    sample = sample[:JUDGED]
+    sample = sample[:JUDGED_BYTES]
     whole, broken = _utf8_letters(sample)
     if b"\0" not in sample and (not broken or 2 * whole > broken):  # a letter of GB18030 is two broken bytes
         return Charset("utf-8")
-    score, codec = max((ordinary(sample, codec), codec) for codec in ("utf-16-le", "utf-16-be"))
-    if score < ORDINARY:
-        score, codec = max((everyday(sample, codec), codec) for codec in ("gb18030", "big5hkscs"))
-        if score < ENOUGH or 2 * whole > broken:
+    score, codec = max((readable_share(sample, codec), codec) for codec in ("utf-16-le", "utf-16-be"))
+    if score < MIN_READABLE_SHARE:
+        score, codec = max((common_share(sample, codec), codec) for codec in ("gb18030", "big5hkscs"))
+        if score < MIN_COMMON_SHARE or 2 * whole > broken:
             return Charset("utf-8")
-    return Charset(codec, _told(codec))
+    return Charset(codec, _notice(codec))
 
 
-def everyday(sample: bytes, codec: str) -> float:
+def common_share(sample: bytes, codec: str) -> float:
     """Share of common Chinese among what is not ASCII. Lines that do not decode count as wrong."""
     common = letters = 0
     for line in sample.splitlines():
@@ -133,7 +133,7 @@ def everyday(sample: bytes, codec: str) -> float:
     return common / letters if letters else 0.0
 
 
-def ordinary(sample: bytes, codec: str) -> float:
+def readable_share(sample: bytes, codec: str) -> float:
     """Share of plain ASCII and common Chinese among all letters of what may be UTF-16."""
     part = sample[: min(len(sample), 1 << 16) & ~1]
     try:
@@ -152,13 +152,13 @@ def _utf8_letters(sample: bytes) -> tuple[int, int]:
 def _fits(sample: bytes, codec: str, found: Charset) -> bool:
     """Whether a named encoding can be right although another was recognised."""
     if found.codec != "utf-8":  # recognised for a reason; another one may be right where it gives Chinese as well
-        return not codec.startswith("utf") and everyday(sample, codec) >= ENOUGH
+        return not codec.startswith("utf") and common_share(sample, codec) >= MIN_COMMON_SHARE
     whole, broken = _utf8_letters(sample)
     if not Charset(codec).by_line:
         return b"\0" in sample or broken > whole
     return not whole or broken >= whole
 
 
-def _told(codec: str) -> str:
+def _notice(codec: str) -> str:
     name = Charset(codec).name
     return _("read as {name}").format(name=name)

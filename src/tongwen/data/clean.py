@@ -40,8 +40,8 @@ class Cleaner:
     """
 
     def __init__(self, section: Clean, kind: str) -> None:
-        self.mend: list[tuple[str, Filter]] = list(_mending(section, kind))
-        self.judge: list[tuple[str, Filter]] = list(_judging(section, kind))
+        self.repairs: list[tuple[str, Filter]] = list(_repair_rules(section, kind))
+        self.checks: list[tuple[str, Filter]] = list(_check_rules(section, kind))
         self.changed: Counter[str] = Counter()
 
     def clean(self, record: Document | Dialogue) -> Document | Dialogue | Dropped:
@@ -49,30 +49,30 @@ class Cleaner:
         return self._document(record) if isinstance(record, Document) else self._dialogue(record)
 
     def _document(self, record: Document) -> Document | Dropped:
-        text = self._mended(record.text)
+        text = self._repair(record.text)
         if isinstance(text, Dropped):
             return text
-        return self._judged(text) or (record if text is record.text else replace(record, text=text))
+        return self._check(text) or (record if text is record.text else replace(record, text=text))
 
     def _dialogue(self, record: Dialogue) -> Dialogue | Dropped:
         messages: list[Message] = []
         for message in record.messages:
-            content = self._mended(message.content) if message.content else message.content
-            thinking = self._mended(message.thinking) if message.thinking else message.thinking
+            content = self._repair(message.content) if message.content else message.content
+            thinking = self._repair(message.thinking) if message.thinking else message.thinking
             if isinstance(content, Dropped):
                 return content
             if isinstance(thinking, Dropped):
                 return thinking
             same = content is message.content and thinking is message.thinking
             messages.append(message if same else replace(message, content=content, thinking=thinking))
-        if refused := self._judged("\n".join(message.content for message in messages)):
+        if refused := self._check("\n".join(message.content for message in messages)):
             return refused
         same = all(new is old for new, old in zip(messages, record.messages, strict=True))
         return record if same else replace(record, messages=tuple(messages))
 
-    def _mended(self, text: str) -> str | Dropped:
+    def _repair(self, text: str) -> str | Dropped:
         before = text
-        for name, rule in self.mend:
+        for name, rule in self.repairs:
             found = rule(text)
             if isinstance(found, Dropped):
                 return found
@@ -83,17 +83,17 @@ class Cleaner:
             return Dropped("empty_after_cleaning", _("nothing is left after cleaning"))
         return text
 
-    def _judged(self, text: str) -> Dropped | None:
-        for _unused, rule in self.judge:
+    def _check(self, text: str) -> Dropped | None:
+        for _unused, rule in self.checks:
             if isinstance(found := rule(text), Dropped):
                 return found
         return None
 
 
-def _mending(section: Clean, kind: str) -> Iterable[tuple[str, Filter]]:
+def _repair_rules(section: Clean, kind: str) -> Iterable[tuple[str, Filter]]:
     """In the order in which they must run: encoding before characters, characters before lines."""
     if section.mojibake:
-        yield "mojibake", mend_mojibake
+        yield "mojibake", repair_mojibake
     if kind == "documents" and section.html:
         yield "html", remove_html
     if section.control:
@@ -110,7 +110,7 @@ def _mending(section: Clean, kind: str) -> Iterable[tuple[str, Filter]]:
         yield "personal_data", mask_personal_data if section.personal_data == "mask" else refuse_personal_data
 
 
-def _judging(section: Clean, kind: str) -> Iterable[tuple[str, Filter]]:
+def _check_rules(section: Clean, kind: str) -> Iterable[tuple[str, Filter]]:
     if section.min_chars > 1 or section.max_chars:
         yield "length", lambda text: check_length(text, section.min_chars, section.max_chars)
     if section.min_han:
@@ -174,7 +174,7 @@ _AS_GBK = re.compile("[锛銆鐨鍦鏄涓浜鏈鍜浠鎴鍒鐢鍥瀵璇鏂绛闂
 _LOST = re.compile("锟斤拷|烫烫烫|屯屯屯|\ufffd")
 
 
-def mend_mojibake(text: str) -> str | Dropped:
+def repair_mojibake(text: str) -> str | Dropped:
     """Text whose bytes were decoded wrongly is decoded rightly (ftfy for Latin-1, our own step for GBK), or dropped when
     the bytes are lost."""
     if _LATIN.search(text):
@@ -260,14 +260,14 @@ def unwrap(text: str) -> str:
     between = " " if len(_SPACED.findall(text)) > len(_TIGHT.findall(text)) else ""
     out = [lines[0]]
     for before, line, width in zip(lines, lines[1:], widths, strict=False):
-        if _was_broken(before, line, width, full):
-            out[-1] = out[-1].rstrip() + _glue(before.rstrip(), line, between) + line
+        if _was_wrapped(before, line, width, full):
+            out[-1] = out[-1].rstrip() + _separator(before.rstrip(), line, between) + line
         else:
             out.append(line)
     return "\n".join(out)
 
 
-def _was_broken(before: str, line: str, width: int, full: int) -> bool:
+def _was_wrapped(before: str, line: str, width: int, full: int) -> bool:
     if not line or width < 0.6 * full or before.rstrip().endswith(_ENDS) or _STARTS.match(line):
         return False
     unit = _UNIT.match(line)
@@ -275,7 +275,7 @@ def _was_broken(before: str, line: str, width: int, full: int) -> bool:
     return width + needed > full - 2  # a full-width mark that may not begin a line leaves a gap
 
 
-def _glue(before: str, line: str, between: str) -> str:
+def _separator(before: str, line: str, between: str) -> str:
     left, right = bool(_WIDE.match(before[-1:])), bool(_WIDE.match(line))
     if left and right:
         return ""

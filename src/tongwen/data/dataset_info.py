@@ -109,29 +109,29 @@ def _check_known(entry: dict[str, Any], place: str) -> None:
             place=place,
             remedy=_("name the file itself in the recipe: {path: …, format: …, columns: {…}}"),
         )
-    for word in ("columns", "tags"):
-        if not isinstance(entry.get(word, {}), dict) or not all(
-            value is None or isinstance(value, str) for value in entry.get(word, {}).values()
+    for key in ("columns", "tags"):
+        if not isinstance(entry.get(key, {}), dict) or not all(
+            value is None or isinstance(value, str) for value in entry.get(key, {}).values()
         ):
-            raise DataError(_("{word} must be an object whose values are names").format(word=word), place=place)
+            raise DataError(_("{word} must be an object whose values are names").format(word=key), place=place)
 
 
 def _names(entry: dict[str, Any], formatting: str, place: str) -> tuple[dict[str, str], dict[str, str]]:
     """(columns, roles) in our words. Raises DataError for columns that hold what is not text."""
-    ours_of = {word: ours for part in (_COLUMNS[formatting], _TURN_KEYS.get(formatting, {})) for word, ours in part.items()}  # fmt: skip
+    ours_of = {key: ours for part in (_COLUMNS[formatting], _TURN_KEYS.get(formatting, {})) for key, ours in part.items()}  # fmt: skip
     columns: dict[str, str] = {}
     roles: dict[str, str] = {}
-    for word, theirs in {**entry.get("columns", {}), **entry.get("tags", {})}.items():
+    for key, theirs in {**entry.get("columns", {}), **entry.get("tags", {})}.items():
         if theirs is None:
             continue
-        if word in _ROLE_TAGS:
-            roles[theirs] = _ROLE_TAGS[word]
-        elif word in ours_of:
-            columns[ours_of[word]] = theirs
+        if key in _ROLE_TAGS:
+            roles[theirs] = _ROLE_TAGS[key]
+        elif key in ours_of:
+            columns[ours_of[key]] = theirs
         else:
             raise DataError(
                 _("formatting {formatting} does not read {word}: {theirs!r}; known: {known}").format(
-                    word=word, theirs=theirs, formatting=formatting, known=_(", ").join(ours_of)
+                    word=key, theirs=theirs, formatting=formatting, known=_(", ").join(ours_of)
                 ),
                 place=place,
             )
@@ -140,8 +140,8 @@ def _names(entry: dict[str, Any], formatting: str, place: str) -> tuple[dict[str
 
 def _path(entry: dict[str, Any], file: Path, place: str) -> str:
     """The data set of a hub, or the file beside the json; a hub goes before, as it does there."""
-    for word, start in (("hf_hub_url", "hub:"), ("ms_hub_url", "modelscope:"), ("file_name", "")):
-        value = entry.get(word)
+    for key, start in (("hf_hub_url", "hub:"), ("ms_hub_url", "modelscope:"), ("file_name", "")):
+        value = entry.get(key)
         if isinstance(value, str) and value:
             return start + value if start else str(file.parent / value)
     raise DataError(

@@ -32,7 +32,7 @@ from tongwen.core.records import Dialogue, Document
 BANDS, ROWS = 25, 4
 GRAM, LONG_GRAM = 3, 13
 COVERED = 0.8  # share of an examination text's own 13-grams that make a row contaminated
-LEAST_GRAMS = 8  # a text with fewer is compared as a whole only
+MIN_GRAMS = 8  # a text with fewer is compared as a whole only
 PARTITION = 500_000  # digests that are compared at once
 TRIES = 16  # members of a bucket that a text is compared with
 GOLDEN = 0x9E3779B97F4A7C15
@@ -87,8 +87,8 @@ def mix(values: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _permutations() -> tuple[np.ndarray, np.ndarray]:
     """(BANDS x ROWS, 1) odd factors and offsets, the same for ever."""
-    words = mix(np.arange(1, 2 * BANDS * ROWS + 1, dtype=np.uint64) * np.uint64(GOLDEN)).astype(np.uint32)
-    return words[: BANDS * ROWS, None] | np.uint32(1), words[BANDS * ROWS :, None]
+    values = mix(np.arange(1, 2 * BANDS * ROWS + 1, dtype=np.uint64) * np.uint64(GOLDEN)).astype(np.uint32)
+    return values[: BANDS * ROWS, None] | np.uint32(1), values[BANDS * ROWS :, None]
 
 
 def signature(folded: str) -> np.ndarray:
@@ -144,19 +144,19 @@ def _find_exact(blocks: Iterable[np.ndarray], part: np.uint64, parts: np.uint64)
 
 
 def find_near(
-    bands: Callable[[int], np.ndarray], gone: np.ndarray, text: Callable[[int], str], threshold: float
+    bands: Callable[[int], np.ndarray], excluded: np.ndarray, text: Callable[[int], str], threshold: float
 ) -> dict[int, int]:
     """{index of a text that is not the first of its cluster: a text of the cluster that it was confirmed against}.
 
     bands(b): (N,) uint64 hashes of band b; text(index): a folded text, read again;
     gone: (N,) bool, texts that are no longer there (exact duplicates).
     """
-    count = len(gone)
+    count = len(excluded)
     roots = np.arange(count, dtype=np.int64)
     partners: dict[int, int] = {}
     alike = lru_cache(maxsize=100_000)(lambda one, other: jaccard(text(one), text(other)) >= threshold)
     for band in range(BANDS):
-        for bucket in _buckets(np.where(gone, np.uint64(0), bands(band))):
+        for bucket in _buckets(np.where(excluded, np.uint64(0), bands(band))):
             tried: list[int] = []
             for index in bucket:
                 root = _root(roots, index)
@@ -208,7 +208,7 @@ class ContaminationIndex:
         exact = set()
         for record in records:
             exact.add(digest(fold(text_of(record))))
-            parts.append(np.unique(grams(fold(_asked(record)), LONG_GRAM)))
+            parts.append(np.unique(grams(fold(_question_of(record)), LONG_GRAM)))
         hashes = np.concatenate(parts) if parts else np.zeros(0, np.uint64)
         owners = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
         order = np.argsort(hashes, kind="stable")
@@ -231,12 +231,12 @@ class ContaminationIndex:
             parts = frozenset(exact[place : place + 16] for place in range(0, len(exact), 16))
             return cls(found["hashes"], found["owners"], found["sizes"], parts)
 
-    def knows(self, record: Document | Dialogue, own_digest: bytes) -> str:
+    def match(self, record: Document | Dialogue, own_digest: bytes) -> str:
         """`same` when the record says what an examination text says, `covers` when it holds it, else ""."""
         if own_digest in self.exact:
             return "same"
-        folded = fold(_asked(record))
-        if not len(self.hashes) or len(folded) < LONG_GRAM - 1 + COVERED * LEAST_GRAMS:
+        folded = fold(_question_of(record))
+        if not len(self.hashes) or len(folded) < LONG_GRAM - 1 + COVERED * MIN_GRAMS:
             return ""
         asked = grams(folded, LONG_GRAM)
         left = np.searchsorted(self.hashes, asked)
@@ -248,10 +248,10 @@ class ContaminationIndex:
         right = np.searchsorted(self.hashes, asked, side="right")
         hits = [self.owners[begin:end] for begin, end in zip(left, right, strict=True)]
         owners, counts = np.unique(np.concatenate(hits), return_counts=True)
-        return "covers" if bool(np.any(counts >= COVERED * np.maximum(LEAST_GRAMS, self.sizes[owners]))) else ""
+        return "covers" if bool(np.any(counts >= COVERED * np.maximum(MIN_GRAMS, self.sizes[owners]))) else ""
 
 
-def _asked(record: Document | Dialogue) -> str:
+def _question_of(record: Document | Dialogue) -> str:
     if isinstance(record, Document):
         return record.text
     return "\n".join(message.content for message in record.messages if message.role in ("user", "tool"))

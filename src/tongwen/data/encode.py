@@ -31,7 +31,7 @@ from tongwen.recipe.training import Sft
 ANCHORS = ("\n", ":", "a")
 BATCH = 1000  # dialogues tokenised in one call of the tokenizer library
 ROUND_TRIPS = 20_000  # dialogues that are decoded again, at most: a few seconds
-MANY = 500  # texts from which it pays to look for a faster encoder: a second or two
+FAST_FROM = 500  # texts from which it pays to look for a faster encoder: a second or two
 
 
 Ids = Sequence[int] | np.ndarray
@@ -63,13 +63,13 @@ class Encoder:
                 remedy="AutoTokenizer.from_pretrained(…).save_pretrained(…)",
             )
         self.fast: FastEncoder | None = None
-        self._fast_was_sought = False
+        self._fast_searched = False
         self.prefix = prefix_of(tokenizer)
         self.anchor = "" if getattr(tokenizer, "answers_keep_leading_blank", False) else self._find_anchor()
 
     def _ids(self, texts: list[str]) -> list[Ids]:
-        if not self._fast_was_sought and len(texts) >= MANY:
-            self.fast, self._fast_was_sought = self._find_fast(texts[:MANY]), True
+        if not self._fast_searched and len(texts) >= FAST_FROM:
+            self.fast, self._fast_searched = self._find_fast(texts[:FAST_FROM]), True
         if self.fast is None:
             return self._slow_ids(texts)
         out = self.fast.encode_all(texts)
@@ -125,10 +125,10 @@ class Encoder:
             encoded = iter(self._ids([span.text for spans in joined for span in spans]))
             out = [[Piece(next(encoded), span.learn, span.answer) for span in spans] for spans in joined]
         else:
-            out = self._behind_anchors(joined)
+            out = self._encode_with_anchor(joined)
         return [self.with_prefix(pieces) for pieces in out] if self.prefix else out
 
-    def _behind_anchors(self, samples: list[list[Span]]) -> list[list[Piece]]:
+    def _encode_with_anchor(self, samples: list[list[Span]]) -> list[list[Piece]]:
         head = list(self._ids([self.anchor])[0])
         encoded = iter(
             self._ids(
@@ -223,7 +223,7 @@ def encode_dialogues(
     are counted per sample. The stop token is never cut off."""
     stream = iter(dialogues)
     while True:
-        with _uncollected():
+        with _without_gc():
             chunk = list(islice(stream, BATCH))
             if not chunk:
                 return
@@ -232,14 +232,14 @@ def encode_dialogues(
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def _without_gc() -> Iterator[None]:
     """Turn off cycle collection: there are no cycles, and scanning millions of ids repeatedly costs a tenth of the time."""
-    was = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if was_enabled:
             gc.enable()
 
 
@@ -271,31 +271,31 @@ def _fitting(
         for (number, sample), pieces in zip(rendered, encoded, strict=True)
     ]
     shares = np.bincount([sample.dialogue for sample in samples], minlength=len(chunk)).tolist()
-    ledger.enter(sum(sample.size for sample in samples), things=sum(map(bool, shares)))
+    ledger.enter(sum(sample.size for sample in samples), items=sum(map(bool, shares)))
     kept, reasons = [], {}
     for sample in samples:
-        reason, rule = _unfit(sample, section.max_length)
+        reason, rule = _reason_unfit(sample, section.max_length)
         if reason == "too_long" and section.too_long != "reject" and shares[sample.dialogue] == 1:
             shorter, lost = _shortened(chunk[sample.dialogue], sample, template, encoder, section)
-            ledger.lose(lost, sample.size - shorter.size, things=0)
+            ledger.lose(lost, sample.size - shorter.size, items=0)
             sample = shorter
-            reason, rule = _unfit(sample, section.max_length)
+            reason, rule = _reason_unfit(sample, section.max_length)
         if reason:
             dialogue = chunk[sample.dialogue]
             reasons[sample.dialogue] = reason
-            ledger.lose(reason, sample.size, things=0)
+            ledger.lose(reason, sample.size, items=0)
             reject(Rejected(dialogue.origin, reason, rule, dialogue.to_dict()))
         else:
             kept.append(sample)
     taken = {sample.dialogue for sample in kept}
-    ledger.keep(sum(sample.size for sample in kept), things=len(taken))
+    ledger.keep(sum(sample.size for sample in kept), items=len(taken))
     for number, reason in reasons.items():
         if number not in taken:
             ledger.lose(reason, 0)
     return kept
 
 
-def _unfit(sample: _Sample, max_length: int) -> tuple[str, str]:
+def _reason_unfit(sample: _Sample, max_length: int) -> tuple[str, str]:
     if sample.size > max_length:
         return "too_long", _("{size} tokens, max_length is {max_length}").format(
             size=sample.size, max_length=max_length
@@ -362,20 +362,22 @@ def encode_documents(
     """
     stream = iter(documents)
     while True:
-        with _uncollected():
+        with _without_gc():
             chunk = list(_window(stream, window_bytes))
             if not chunk:
                 return
             texts = [_whole(ids, encoder, end) for ids in encoder.encode_texts([document.text for document in chunk])]
             sizes = [len(ids) for ids in texts]
-            ledger.enter(sum(sizes), things=len(texts))
-            samples = _apart(texts, max_length) if arrangement == "apart" else _joined(texts, max_length, arrangement)
+            ledger.enter(sum(sizes), items=len(texts))
+            samples = (
+                _one_by_one(texts, max_length) if arrangement == "apart" else _joined(texts, max_length, arrangement)
+            )
             kept = sum(sample.size for sample in samples)
             # What is dropped stands at the end of a batch; a document is lost when all of it does.
             lost = sum(begin >= kept for begin in np.cumsum([0, *sizes[:-1]])) if arrangement == "blocks" else 0
-            ledger.keep(kept, things=len(texts) - int(lost))
+            ledger.keep(kept, items=len(texts) - int(lost))
             if sum(sizes) > kept:
-                ledger.lose("block_remainder", sum(sizes) - kept, things=int(lost))
+                ledger.lose("block_remainder", sum(sizes) - kept, items=int(lost))
             batch = _batch(samples, chunk)
         yield batch
 
@@ -387,7 +389,7 @@ def _whole(ids: Ids, encoder: Encoder, end: int) -> np.ndarray:
     return whole if len(whole) > 1 and whole[-1] == end else np.append(whole, np.uint32(end))
 
 
-def _apart(texts: list[np.ndarray], max_length: int) -> list[_Sample]:
+def _one_by_one(texts: list[np.ndarray], max_length: int) -> list[_Sample]:
     return [
         _Sample(number, [Piece(part, learn=True)], last, len(part))
         for number, ids in enumerate(texts)

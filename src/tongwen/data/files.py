@@ -145,12 +145,15 @@ def _in_folder(folder: Path) -> list[Path]:
         raise _cannot_open(Path(error.filename), error) from None
 
     for top, folders, names in os.walk(folder, followlinks=True, onerror=fail):
-        here = Path(top)
-        if here.is_symlink() and here.resolve() in here.absolute().parent.resolve().joinpath("x").parents:
-            raise DataError(_("this link leads back to a folder above it"), place=shown(here))
+        directory = Path(top)
+        if (
+            directory.is_symlink()
+            and directory.resolve() in directory.absolute().parent.resolve().joinpath("x").parents
+        ):
+            raise DataError(_("this link leads back to a folder above it"), place=shown(directory))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            file = here / name
+            file = directory / name
             if _BESIDE.match(name):
                 continue
             if suffix(file) in DATA_SUFFIXES:
@@ -195,7 +198,7 @@ class Stream:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Stream]:
+def open_stream(file: Path) -> Iterator[Stream]:
     """A file's bytes, in blocks. Raises DataError when it is nothing that holds rows, or has changed at the end; reading
     the blocks may raise Damaged."""
     _checked(file, _kind(file))
@@ -210,12 +213,12 @@ def opened(file: Path) -> Iterator[Stream]:
         magic = raw.read(16)
         raw.seek(0)
         packed = next((name for sign, name in _PACKED.items() if magic.startswith(sign)), "")
-        blocks = _gathered(_unpacked(raw, packed)) if packed else _plain(raw)
-        taken, failure = _beginning(blocks)
+        blocks = _in_larger_blocks(_unpacked(raw, packed)) if packed else _plain(raw)
+        taken, failure = _read_head(blocks)
         head = b"".join(taken)
         check_signature(file, head, packed)
         whole = len(head) < HEAD and failure is None
-        yield Stream(file, head[:HEAD], _again(taken, failure, blocks), whole, packed)
+        yield Stream(file, head[:HEAD], _replay(taken, failure, blocks), whole, packed)
         _check_unchanged(file, before)
 
 
@@ -234,7 +237,7 @@ def _check_unchanged(file: Path, before: os.stat_result) -> None:
         )
 
 
-def _beginning(blocks: Iterator[bytes]) -> tuple[list[bytes], DamagedFile | None]:
+def _read_head(blocks: Iterator[bytes]) -> tuple[list[bytes], DamagedFile | None]:
     """The first blocks, up to HEAD bytes, and what stopped the reading before."""
     taken, size = list[bytes](), 0
     try:
@@ -248,7 +251,7 @@ def _beginning(blocks: Iterator[bytes]) -> tuple[list[bytes], DamagedFile | None
     return taken, None
 
 
-def _again(taken: list[bytes], failure: DamagedFile | None, blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _replay(taken: list[bytes], failure: DamagedFile | None, blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield from taken
     if failure:
         raise failure
@@ -263,7 +266,7 @@ def _plain(raw: IO[bytes]) -> Iterator[bytes]:
         raise DamagedFile(_("reading failed: {strerror}").format(strerror=error.strerror)) from None
 
 
-def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
+def _in_larger_blocks(pieces: Iterator[bytes]) -> Iterator[bytes]:
     """The same bytes in larger blocks, also when they end in damage."""
     gathered, size = list[bytes](), 0
     try:

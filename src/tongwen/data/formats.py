@@ -56,7 +56,7 @@ PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 MUST_FILL = {"name", "author"}
 _VISIBLE = re.compile("[^\\s\xad\u115f\u1160\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff]")
 _MARK = re.compile(r"(?:\A|\n)[ \t]*(Human|User|Assistant|System)[ \t]*[:：]")
-_WHO = {"Human": "user", "User": "user", "Assistant": "assistant", "System": "system"}
+_MARK_ROLES = {"Human": "user", "User": "user", "Assistant": "assistant", "System": "system"}
 _INSIDE = re.compile(r"\s*(?:Human|User)[ \t]*[:：]")
 
 Read = tuple[list[Message], list[Any]]  # the messages and the tools of a row
@@ -113,9 +113,9 @@ def recognise_row(raw: RawRow, source: SourceConfig) -> str:
             "plain text belongs under prepare.documents; or name the columns: {path: …, columns: {instruction: text, output: YOUR_ANSWER}}"
         )
         raise DataError(rule, place=place, remedy=remedy)
-    columns = _meant(row)
+    columns = _similar_columns(row)
     if columns:
-        rule += _did_you_mean(*next(iter(columns.items())))
+        rule += _suggestion(*next(iter(columns.items())))
     if raw.row > 1:
         raise RowRefused("unknown_format", rule)
     raise DataError(rule, place=place, remedy=_columns_line(columns, raw.value))
@@ -124,12 +124,12 @@ def recognise_row(raw: RawRow, source: SourceConfig) -> str:
 def check_source(source: SourceConfig) -> None:
     """Raise RecipeError when `columns` or `roles` holds a name that nothing reads."""
     roles = sorted(set(ROLES.values()))
-    for word, names, known in (("columns", source.columns, NAMES), ("roles", source.roles.values(), roles)):
+    for key, names, known in (("columns", source.columns, NAMES), ("roles", source.roles.values(), roles)):
         for name in names:
             if name not in known:
                 raise RecipeError(
                     _("{word}: {name!r} is not one of the known names: {known}").format(
-                        word=word, name=name, known=_(", ").join(known)
+                        word=key, name=name, known=_(", ").join(known)
                     ),
                     place=source.path,
                     remedy="{columns: {output: answer}, roles: {Customer: user}}",
@@ -153,7 +153,7 @@ def _check_preferences(row: dict[str, Any], source: SourceConfig, place: str) ->
         )
 
 
-def _meant(row: Any) -> dict[str, str]:
+def _similar_columns(row: Any) -> dict[str, str]:
     """Our names for keys that differ from them in case or blanks, when that makes a known format of the row."""
     if not isinstance(row, dict):
         return {}
@@ -209,10 +209,10 @@ def read_document(row: Any, source: SourceConfig, origin: Origin) -> Document:
         if isinstance(row, dict) and text is not None:
             raise RowRefused("not_text", _("{theirs} is {kind}, not text").format(theirs=theirs, kind=kind(text)))
         likely = next((key for key in row if str(key).strip().lower() in (theirs.lower(), "content")), "") if isinstance(row, dict) else ""  # fmt: skip
-        raise RowRefused("no_text", rule + (_did_you_mean("text", likely) if likely and likely != theirs else ""))
+        raise RowRefused("no_text", rule + (_suggestion("text", likely) if likely and likely != theirs else ""))
     if is_blank(text):
         raise RowRefused("empty_text", _("the text is empty"))
-    return Document(_checked(text, theirs), origin)
+    return Document(_check_text(text, theirs), origin)
 
 
 def is_blank(text: str) -> bool:
@@ -291,7 +291,7 @@ def _read_completion(row: dict[str, Any], source: SourceConfig) -> Read:
     if isinstance(row.get("prompt"), list) and isinstance(row.get(answer), list):
         messages = [*_messages(row, "prompt", source), *_messages(row, answer, source)]
         return [*_system(row, source), *messages], _tools(row)
-    return _asked(row, source, "prompt", answer)
+    return _read_question(row, source, "prompt", answer)
 
 
 def _read_query(row: dict[str, Any], source: SourceConfig) -> Read:
@@ -306,7 +306,7 @@ def _read_query(row: dict[str, Any], source: SourceConfig) -> Read:
 
 def _read_pair(row: dict[str, Any], source: SourceConfig) -> Read:
     names = next(((one, two) for one, two in PAIRS if one in row and two in row), PAIRS[0])
-    return _asked(row, source, *names)
+    return _read_question(row, source, *names)
 
 
 READERS: dict[str, Callable[[dict[str, Any], SourceConfig], Read]] = {
@@ -320,7 +320,7 @@ READERS: dict[str, Callable[[dict[str, Any], SourceConfig], Read]] = {
 }
 
 
-def _asked(row: dict[str, Any], source: SourceConfig, question: str, answer: str) -> Read:
+def _read_question(row: dict[str, Any], source: SourceConfig, question: str, answer: str) -> Read:
     """One question, one answer."""
     asked, answered = _text(row, question, source), _text(row, answer, source)
     return [
@@ -367,7 +367,9 @@ def _split_turns(text: str) -> list[Message]:
     if text[: marks[0].start() if marks else len(text)].strip():
         raise RowRefused("no_mark", _("the text does not begin with `Human:` or `User:`"))
     ends = [*(mark.start() for mark in marks[1:]), len(text)]
-    messages = [Message(_WHO[mark[1]], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True)]
+    messages = [
+        Message(_MARK_ROLES[mark[1]], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True)
+    ]
     if messages and messages[-1].role == "assistant" and not messages[-1].content:
         messages.pop()
     return messages
@@ -494,7 +496,7 @@ def _text(row: dict[str, Any], key: str, source: SourceConfig, default: str | No
     if key not in row:
         near = next((str(name) for name in row if str(name).strip().lower() == key), "")
         rule = _("no key {shown!r}; the row has {keys}").format(shown=shown, keys=_keys(row))
-        raise RowRefused("missing_key", rule + (_did_you_mean(key, near) if near else ""))
+        raise RowRefused("missing_key", rule + (_suggestion(key, near) if near else ""))
     if not isinstance(value, str):
         raise RowRefused("not_text", _("{shown} is {kind}, not text").format(shown=shown, kind=kind(value)))
     if key in ("output", "target", "completion", "response", "answer") and is_blank(value):
@@ -554,9 +556,9 @@ def _check_dialogue(messages: Sequence[Message]) -> None:
             raise RowRefused("empty_answer", _("turn {turn}: an answer is empty").format(turn=turn))
         if message.role == "user" and is_blank(message.content):
             raise RowRefused("empty_question", _("turn {turn}: a question is empty").format(turn=turn))
-        _checked(message.content, turn)
+        _check_text(message.content, turn)
         if message.thinking:
-            _checked(message.thinking, turn)
+            _check_text(message.thinking, turn)
         if "{{" in message.content and (
             found := [name for name in PLACEHOLDER.findall(message.content) if name in MUST_FILL]
         ):
@@ -623,7 +625,7 @@ def _filled(message: Message, fill: Mapping[str, str]) -> Message:
     return Message(message.role, content, message.thinking, message.tool_calls, message.learn)
 
 
-def _checked(text: str, place: str | int) -> str:
+def _check_text(text: str, place: str | int) -> str:
     """The text, if it is one. place: its key, or the number of its turn. Raises RowRefused."""
     broken = False
     try:
@@ -643,12 +645,12 @@ def _check_data(value: Any, key: str) -> None:
     if not value:
         return
     try:
-        _checked(json.dumps(value, ensure_ascii=False, allow_nan=False), key)
+        _check_text(json.dumps(value, ensure_ascii=False, allow_nan=False), key)
     except (ValueError, RecursionError) as error:
         raise RowRefused("not_a_number", f"{key}: {error}") from None
 
 
-def _did_you_mean(ours: str, theirs: str) -> str:
+def _suggestion(ours: str, theirs: str) -> str:
     return _("; {theirs!r}: did you mean {ours!r}?").format(theirs=theirs, ours=ours)
 
 

@@ -16,7 +16,7 @@ from tongwen.data.files import find_files, shown
 from tongwen.data.reader import read_rows
 from tongwen.recipe.data import Prepare, SourceConfig
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 KINDS = ("documents", "dialogues")
 
 
@@ -42,7 +42,7 @@ class InputPart:
 
 
 def list_parts(
-    section: Prepare, bring: Callable[[str, Tell], str], tell: Tell, errors: list[TongwenError] | None = None
+    section: Prepare, download: Callable[[str, Notify], str], notify: Notify, errors: list[TongwenError] | None = None
 ) -> list[InputPart]:
     """All files of the recipe, in the order in which their rows count. bring(path, tell) gives the folder of what lies on
     a hub. What names no file is put into `errors`, or raised."""
@@ -54,7 +54,7 @@ def list_parts(
             formats.check_source(source)
             for one in dataset_info.entry_source(source) if source.entry else [source]:
                 if one.path.startswith(("hub:", "modelscope:")):
-                    one = one.model_copy(update={"path": bring(one.path, tell)})
+                    one = one.model_copy(update={"path": download(one.path, notify)})
                 for file in find_files(one.path):
                     part = InputPart(len(out), kind or kind_of(file, one), role, number, one, file)
                     _check_held_out(part, section)

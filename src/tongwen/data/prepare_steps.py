@@ -26,14 +26,14 @@ from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Origin, from_dict
 from tongwen.data import dedup, formats
 from tongwen.data.clean import Cleaner, Dropped
-from tongwen.data.input_parts import KINDS, InputPart, Tell
+from tongwen.data.input_parts import KINDS, InputPart, Notify
 from tongwen.data.ledger import Ledger, Rejected
 from tongwen.data.reader import read_rows
 from tongwen.data.row import RawRow
 from tongwen.data.sampling import choose_held_out
 from tongwen.recipe.data import Prepare
 
-STAYS, SAME, ALIKE, HELD_OUT = range(4)  # verdicts of `compare`
+KEPT, SAME, NEAR, HELD_OUT = range(4)  # verdicts of `compare`
 FIRST = 5  # unreadable rows that a message shows
 
 
@@ -41,11 +41,11 @@ FIRST = 5  # unreadable rows that a message shows
 
 
 def iter_rows(
-    part: InputPart, section: Prepare, cleaner: Cleaner, tell: Tell
+    part: InputPart, section: Prepare, cleaner: Cleaner, notify: Notify
 ) -> Iterator[tuple[RawRow, Document | Dialogue | Dropped | RowRefused]]:
     """Every row of a file with its record, or with why it is none."""
     known = part.source.format
-    for raw in read_rows(part.file, part.source, tell):
+    for raw in read_rows(part.file, part.source, notify):
         origin = Origin(raw.file, raw.row)
         try:
             if raw.problem:
@@ -64,11 +64,13 @@ def iter_rows(
             yield raw, cleaner.clean(record)
 
 
-def iter_records(parts: Sequence[InputPart], section: Prepare, kind: str, tell: Tell) -> Iterator[Document | Dialogue]:
+def iter_records(
+    parts: Sequence[InputPart], section: Prepare, kind: str, notify: Notify
+) -> Iterator[Document | Dialogue]:
     """What can be read of a kind, cleaned, before anything is compared: for those who only look."""
     for part in parts:
         if part.kind == kind and part.role == "train":
-            for _unused, record in iter_rows(part, section, Cleaner(section.clean, kind), tell):
+            for _unused, record in iter_rows(part, section, Cleaner(section.clean, kind), notify):
                 if not isinstance(record, (Dropped, RowRefused)):
                     yield record
 
@@ -97,7 +99,7 @@ INDEX = np.dtype([("digest", "<u8", 2), ("size", "<i8"), ("begin", "<i8"), ("nea
 _INDEX = struct.Struct("<16sqq?")  # the same, for writing one
 
 
-def scan(part: InputPart, section: Prepare, out: Path, tell: Tell) -> None:
+def scan(part: InputPart, section: Prepare, out: Path, notify: Notify) -> None:
     """Read and clean one file into its folder: records, rejected rows, and what `compare` needs to know of each record.
 
     index.bin: one INDEX per record; bands.bin: (n, BANDS) uint64 of the records that are compared nearly.
@@ -117,7 +119,7 @@ def scan(part: InputPart, section: Prepare, out: Path, tell: Tell) -> None:
         (folder / "index.bin").open("wb") as index,
         (folder / "bands.bin").open("wb") as bands,
     ):
-        for raw, record in iter_rows(part, section, cleaner, tell):
+        for raw, record in iter_rows(part, section, cleaner, notify):
             tally.count(raw, record)
             if isinstance(record, (Dropped, RowRefused)):
                 origin = Origin(raw.file, raw.row)
@@ -131,7 +133,7 @@ def scan(part: InputPart, section: Prepare, out: Path, tell: Tell) -> None:
                 bands.write(dedup.signature(folded).tobytes())
             records.write(line)
             begin += len(line)
-    if not tally.ledger.things_in:
+    if not tally.ledger.items_in:
         raise DataError(_("no rows in this file"), place=part.name)
     facts = {
         "ledger": tally.ledger.to_dict(),
@@ -260,49 +262,51 @@ def compare(parts: Sequence[InputPart], section: Prepare, seed: int, out: Path) 
     beside them holds what must not be trained on."""
     if (out / "parts" / "compare.json").is_file():
         return
-    asked: list[Document | Dialogue] = []
+    forbidden: list[Document | Dialogue] = []
     for kind in KINDS:
         chosen = [part for part in parts if part.kind == kind and part.role == "train"]
         if not chosen:
             continue
-        shelf = RecordIndex(chosen, out)
-        verdict = np.zeros(len(shelf), np.int8)
+        record_index = RecordIndex(chosen, out)
+        verdict = np.zeros(len(record_index), np.int8)
         pairs = [np.zeros((0, 2), np.int64)]  # (a record that is lost, the record that it repeats)
         if getattr(section.dedup, kind) != "off":
-            same, first = dedup.find_exact(lambda shelf=shelf: shelf.blocks("digest"), len(shelf))  # type: ignore[misc]
+            same, first = dedup.find_exact(
+                lambda record_index=record_index: record_index.blocks("digest"), len(record_index)
+            )  # type: ignore[misc]
             verdict[same] = SAME
             pairs.append(np.stack([same, first], axis=1))
         if getattr(section.dedup, kind) == "near":
-            numbers = shelf.near()
+            numbers = record_index.near()
 
             @lru_cache(maxsize=4096)
-            def folded(index: int, numbers: np.ndarray = numbers, shelf: RecordIndex = shelf) -> str:
-                return dedup.fold(dedup.text_of(shelf.read(int(numbers[index]))))
+            def folded(index: int, numbers: np.ndarray = numbers, record_index: RecordIndex = record_index) -> str:
+                return dedup.fold(dedup.text_of(record_index.read(int(numbers[index]))))
 
-            found = dedup.find_near(shelf.band, verdict[numbers] != STAYS, folded, section.dedup.threshold)
+            found = dedup.find_near(record_index.band, verdict[numbers] != KEPT, folded, section.dedup.threshold)
             near = numbers[np.array(sorted(found.items()), np.int64).reshape(-1, 2)]
-            verdict[near[:, 0]] = ALIKE
+            verdict[near[:, 0]] = NEAR
             pairs.append(near)
         if not isinstance(section.held_out, str):
-            free = verdict == STAYS
+            free = verdict == KEPT
             verdict[choose_held_out(free, section.held_out, seed, section.held_out_at_most)] = HELD_OUT
-        asked += [shelf.read(int(number)) for number in np.flatnonzero(verdict == HELD_OUT)]
+        forbidden += [record_index.read(int(number)) for number in np.flatnonzero(verdict == HELD_OUT)]
         repeats = np.concatenate(pairs)
         for place, part in enumerate(chosen):
-            begin, end = shelf.starts[place : place + 2]
+            begin, end = record_index.starts[place : place + 2]
             mine = repeats[(repeats[:, 0] >= begin) & (repeats[:, 0] < end)]
             np.save(part.folder(out) / "verdict.npy", verdict[begin:end])
             np.save(part.folder(out) / "repeats.npy", mine - np.array([begin, 0]))
     for part in parts:
         if part.role != "train":
-            asked += load_records(part.folder(out) / "records.jsonl")
-    dedup.ContaminationIndex.of(asked).save(out / "parts" / "examination.npz")
+            forbidden += load_records(part.folder(out) / "records.jsonl")
+    dedup.ContaminationIndex.of(forbidden).save(out / "parts" / "examination.npz")
     artifact.write_json(out / "parts" / "compare.json", {})
 
 
 # -- one file again ------------------------------------------------------------------------------------------------
 
-REASONS = {SAME: "duplicate", ALIKE: "near_duplicate"}
+REASONS = {SAME: "duplicate", NEAR: "near_duplicate"}
 
 
 def settle(part: InputPart, parts: Sequence[InputPart], section: Prepare, out: Path) -> None:
@@ -315,7 +319,7 @@ def settle(part: InputPart, parts: Sequence[InputPart], section: Prepare, out: P
     ledger = Ledger.of(scanned)
     if part.role == "train":
         examination = dedup.ContaminationIndex.load(out / "parts" / "examination.npz")
-        shelf = RecordIndex([one for one in parts if one.kind == part.kind and one.role == "train"], out)
+        record_index = RecordIndex([one for one in parts if one.kind == part.kind and one.role == "train"], out)
         verdict = np.load(folder / "verdict.npy")
         repeats = dict(np.load(folder / "repeats.npy").tolist())
     index = (entry for block in iter_index(folder) for entry in block)
@@ -337,13 +341,13 @@ def settle(part: InputPart, parts: Sequence[InputPart], section: Prepare, out: P
             reason, rule = "", ""
             if verdict[row] in REASONS:
                 reason = REASONS[verdict[row]]
-                other = shelf.read(repeats[row]).origin
+                other = record_index.read(repeats[row]).origin
                 rule = _("repeats {other}").format(other=other)
-            elif knows := examination.knows(record, entry["digest"].tobytes()):
+            elif match := examination.match(record, entry["digest"].tobytes()):
                 reason = "contaminated"
                 rule = (
                     _("appears in held-out or evaluation data")
-                    if knows == "same"
+                    if match == "same"
                     else _("contains a text from held-out or evaluation data")
                 )
             if reason:

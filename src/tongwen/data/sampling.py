@@ -15,10 +15,10 @@ from tongwen.core.i18n import _
 from tongwen.data.dedup import GOLDEN, mix
 
 
-def order(count: int, seed: int, *words: Any) -> list[int]:
+def order(count: int, seed: int, *keys: Any) -> list[int]:
     """A permutation of range(count). Python's Mersenne twister seeded by a string is fixed across versions."""
     indices = list(range(count))
-    random.Random("/".join(map(str, (seed, *words)))).shuffle(indices)  # noqa: S311 (not for secrets)
+    random.Random("/".join(map(str, (seed, *keys)))).shuffle(indices)  # noqa: S311 (not for secrets)
     return indices
 
 

@@ -115,8 +115,8 @@ def _damage(pa: Any) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
-        told = str(error).split("\n")[0][:200]
-        raise DamagedFile(_("this table is damaged: {told}").format(told=told), _("fetch the file again")) from None
+        reason = str(error).split("\n")[0][:200]
+        raise DamagedFile(_("this table is damaged: {told}").format(told=reason), _("fetch the file again")) from None
 
 
 def _parquet(raw: Any, file: Path) -> Iterator[Any]:

@@ -20,7 +20,7 @@ from typing import Any
 from tongwen.core import artifact, console
 from tongwen.core.errors import ArtifactError, DataError, MachineError, MissingPackage, RecipeError, TongwenError
 from tongwen.core.i18n import _
-from tongwen.hub.names import HubRef, Tell, nearest, resolve
+from tongwen.hub.names import HubRef, Notify, nearest, resolve
 from tongwen.hub.transfer import (
     HubClient,
     Listing,
@@ -116,11 +116,11 @@ def _folder(path: str) -> str:
 # -- fetching ------------------------------------------------------------------------------------------------------
 
 
-def with_kind(wanted: HubRef, tell: Tell) -> HubRef:
+def with_kind(wanted: HubRef, notify: Notify) -> HubRef:
     """The same with its kind, which the hub is asked for. Raises RecipeError when there is none, or both."""
     if wanted.kind:
         return wanted
-    line = HubClient(wanted, tell)
+    line = HubClient(wanted, notify)
     found = [kind for kind in ("model", "dataset") if line.list_files(kind) is not None]
     if not found:
         raise _absent(wanted)
@@ -136,7 +136,7 @@ def with_kind(wanted: HubRef, tell: Tell) -> HubRef:
 def fetch(
     wanted: HubRef,
     out: Path,
-    tell: Tell,
+    notify: Notify,
     *,
     settings: Mapping[str, Any] | None = None,
     complete: Callable[[artifact.Draft, list[str]], None] | None = None,
@@ -158,18 +158,18 @@ def fetch(
         "code": wanted.code,
         **(settings or {}),
     }
-    with _alone(out, tell):
+    with _alone(out, notify):
         found = _standing(out)
         if found is not None and not again:
             check_standing(found, asked)
             return found, True
         if found is not None:
-            _reuse(found, out, tell, link=wanted.where == "hub")
+            _reuse(found, out, notify, link=wanted.where == "hub")
         with artifact.create(out, KIND, {}, asked, resumable=True) as draft:
             if wanted.where == "modelscope":
                 files = _from_modelscope(wanted, draft)
             else:
-                files = _from_hub(wanted, draft, HubClient(wanted, tell, waits, sleep), reserve=complete is not None)
+                files = _from_hub(wanted, draft, HubClient(wanted, notify, waits, sleep), reserve=complete is not None)
             draft.facts["files"] = files
             if complete is not None:
                 complete(draft, list(files))
@@ -181,16 +181,16 @@ def fetch(
         return draft.artifact, False
 
 
-def local_copy(path: str, tell: Tell) -> str:
+def local_copy(path: str, notify: Notify) -> str:
     """The folder that holds the data set `hub:OWNER/NAME` or `modelscope:OWNER/NAME`, fetched when it is not here."""
-    wanted = resolve(path, tell, kind="dataset")
+    wanted = resolve(path, notify, kind="dataset")
     rows = (f"*{suffix}{packed}" for suffix in DATA_SUFFIXES for packed in ("", *PACKED_SUFFIXES))
     wanted = replace(wanted, files=wanted.files or (*rows, *(f"!{name}" for name in NO_ROWS)))
     name = wanted.id.replace("/", "--") + (f"@{wanted.revision.replace('/', '--')}" if wanted.revision else "")
     out = artifact.cache_folder() / "data" / (name if wanted.where == "hub" else f"modelscope--{name}")
-    _unused, here = fetch(wanted, out, tell)
+    _unused, here = fetch(wanted, out, notify)
     if not here:
-        tell(f"{path} → {out}")
+        notify(f"{path} → {out}")
     return str(out)
 
 
@@ -244,11 +244,11 @@ def _plan(wanted: HubRef, draft: artifact.Draft, line: HubClient) -> tuple[Listi
     if listing is None:
         raise _absent(wanted)
     if listing.id.lower() != wanted.id.lower():
-        line.tell(_("{wanted} is now called {listing}").format(wanted=wanted.id, listing=listing.id))
+        line.notify(_("{wanted} is now called {listing}").format(wanted=wanted.id, listing=listing.id))
     taken, left = choose(listing.files, wanted)
     for reason, paths in left.items():
         shown = ", ".join(paths[:3]) + (" …" if len(paths) > 3 else "")
-        line.tell(_("skipped ({reason}): {shown}").format(reason=reason, shown=shown))
+        line.notify(_("skipped ({reason}): {shown}").format(reason=reason, shown=shown))
     if not taken:
         have = ", ".join(file.path for file in listing.files[:10]) or _("nothing")
         raise DataError(
@@ -256,7 +256,7 @@ def _plan(wanted: HubRef, draft: artifact.Draft, line: HubClient) -> tuple[Listi
             place=wanted.id,
         )
     if wanted.kind == "model" and any(_is(one.path, PICKLES) for one in taken):
-        line.tell(_("its weights are pickles (it has no safetensors): tongwen reads only tensors from them"))
+        line.notify(_("its weights are pickles (it has no safetensors): tongwen reads only tensors from them"))
     listing = replace(listing, files=tuple(taken))
     file.parent.mkdir(parents=True, exist_ok=True)
     artifact.write_json(
@@ -313,7 +313,7 @@ def _standing(out: Path) -> artifact.Artifact | None:
     return None
 
 
-def _reuse(found: artifact.Artifact, out: Path, tell: Tell, *, link: bool) -> None:
+def _reuse(found: artifact.Artifact, out: Path, notify: Notify, *, link: bool) -> None:
     """Put a finished folder aside, and link what is whole of it into the new one: no byte is fetched twice. Not for a
     package that may write into a file where it stands."""
     partial = artifact.partial_of(out)
@@ -321,7 +321,7 @@ def _reuse(found: artifact.Artifact, out: Path, tell: Tell, *, link: bool) -> No
         shutil.rmtree(partial)
     aside = artifact.put_aside(out)
     assert aside is not None
-    tell(_("the old folder is kept as {aside}").format(aside=aside))
+    notify(_("the old folder is kept as {aside}").format(aside=aside))
     for name in found.manifest.get("files", {}) if link else ():
         target = partial / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -342,7 +342,7 @@ def _sweep(draft: artifact.Draft, files: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _alone(out: Path, tell: Tell) -> Iterator[None]:
+def _alone(out: Path, notify: Notify) -> Iterator[None]:
     """One process at a time fetches into a folder; the others wait and then find it finished."""
     from filelock import FileLock, Timeout
 
@@ -351,7 +351,7 @@ def _alone(out: Path, tell: Tell) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        tell(_("another process is downloading {out}: waiting").format(out=out))
+        notify(_("another process is downloading {out}: waiting").format(out=out))
         lock.acquire()
     except NotImplementedError:  # a file system without locks: the hashes still guard the result
         yield

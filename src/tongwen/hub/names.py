@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def names() -> dict[str, dict[str, Any]]:
     return dict(yaml.safe_load(text))
 
 
-def resolve(name: str, tell: Tell, *, kind: str = "", revision: str = "") -> HubRef:
+def resolve(name: str, notify: Notify, *, kind: str = "", revision: str = "") -> HubRef:
     """What a name means: a short name, OWNER/NAME[@REVISION], `hub:`, `modelscope:` or a page's address.
 
     Raises RecipeError for a word that means nothing, with the nearest three.
@@ -75,7 +75,7 @@ def resolve(name: str, tell: Tell, *, kind: str = "", revision: str = "") -> Hub
             remedy="modelscope:OWNER/NAME",
         )
     if old:
-        tell(_("{text} has moved: fetching {id} instead").format(text=text, id=id_))
+        notify(_("{text} has moved: fetching {id} instead").format(text=text, id=id_))
     return HubRef(name, id_, kind or entry["kind"], where, revision, tuple(entry.get("files", ())), modelscope=there)
 
 

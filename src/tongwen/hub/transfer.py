@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from tongwen.core.errors import DataError, MachineError
 from tongwen.core.i18n import _
-from tongwen.hub.names import HubRef, Tell, unknown
+from tongwen.hub.names import HubRef, Notify, unknown
 
 OFFICIAL, MIRROR = "https://huggingface.co", "https://hf-mirror.com"
 WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # before the second try, the third, ...; anew whenever bytes arrived
@@ -76,11 +76,11 @@ class HubClient:
     def __init__(
         self,
         wanted: HubRef,
-        tell: Tell,
+        notify: Notify,
         waits: Sequence[float] | None = None,
         sleep: Callable[[float], None] | None = None,
     ) -> None:
-        self.wanted, self.tell = wanted, tell
+        self.wanted, self.notify = wanted, notify
         self.waits = WAITS_SECONDS if waits is None else waits
         self.sleep = sleep or time.sleep
         self.answered = False
@@ -107,7 +107,7 @@ class HubClient:
                     raise self._gave_up(place, fault.what, used + 1) from None
                 wait = max(self.waits[used], min(fault.wait, LONGEST_WAIT_SECONDS))
                 used += 1
-                self.tell(
+                self.notify(
                     _("{place}: {what}; retrying in {wait:g} s ({used} of {tries})").format(
                         place=place, what=fault.what, wait=wait, used=used, tries=tries
                     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from tongwen.core.errors import MachineError, MissingPackage, RecipeError
 from tongwen.core.i18n import _
-from tongwen.hub.names import HubRef, Tell, is_id
+from tongwen.hub.names import HubRef, Notify, is_id
 from tongwen.hub.transfer import HubClient, NotFound, endpoint, hash_of, shown_endpoint
 
 STAYS = ("manifest.json", "*.py", "*.partial")
@@ -32,11 +32,11 @@ def check_name(name: str) -> HubRef:
     return HubRef(name, text, "model", where or "hub")
 
 
-def push(folder: Path, name: str, tell: Tell, *, public: bool = False) -> str:
+def push(folder: Path, name: str, notify: Notify, *, public: bool = False) -> str:
     """Send a folder; returns its address. Raises MachineError when the hub refuses or holds something else afterwards."""
     wanted = check_name(name)
     send = _to_modelscope if wanted.where == "modelscope" else _to_hub
-    return send(folder, wanted, HubClient(wanted, tell), public)
+    return send(folder, wanted, HubClient(wanted, notify), public)
 
 
 def _to_hub(folder: Path, wanted: HubRef, line: HubClient, public: bool) -> str:

@@ -354,8 +354,8 @@ def _encode_held_out(
         groups.setdefault(_language_of(record, languages), []).append(record)
     found = {name: token_store.in_memory(reader.held_out(groups[name], aside, bad.append)) for name in sorted(groups)}
     if prepared.manifest["ledger"][reader.kind]["from_training"]:
-        ledger.enter(aside.size_in, things=len(records))
-        ledger.lose("held_out", aside.size_in, things=len(records))
+        ledger.enter(aside.size_in, items=len(records))
+        ledger.lose("held_out", aside.size_in, items=len(records))
     if bad:
         console.notice(
             _("{count} held-out samples are not scored, the first: {rule}").format(count=len(bad), rule=bad[0].rule)

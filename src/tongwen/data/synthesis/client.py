@@ -24,9 +24,9 @@ from tongwen.core.i18n import _
 from tongwen.core.openai_client import CappedTransport, OpenAIClient, ReplyTooLarge, TruncatedReply
 from tongwen.recipe.data import Synthesize
 
-LONGEST_REST = 120.0  # seconds that a Retry-After is obeyed
-OUTAGE = 5  # failures in a row after which one request at a time is tried
-HOPELESS = (400, 401, 403, 404, 405, 413, 422)
+MAX_RETRY_AFTER = 120.0  # seconds that a Retry-After is obeyed
+OUTAGE_FAILURES = 5  # failures in a row after which one request at a time is tried
+FATAL_STATUSES = (400, 401, 403, 404, 405, 413, 422)
 
 
 class RequestFailed(Exception):
@@ -46,9 +46,9 @@ class SpendingMeter:
         price = self.price
         return (tokens[0] * price.input + tokens[1] * price.output) / 1e6 if price else 0.0
 
-    def reserve(self, most: tuple[int, int]) -> None:
+    def reserve(self, limit: tuple[int, int]) -> None:
         """Make room for a request. Raises MachineError when it could go beyond the cap."""
-        planned = [spent + kept + new for spent, kept, new in zip(self.tokens, self.reserved, most, strict=True)]
+        planned = [spent + kept + new for spent, kept, new in zip(self.tokens, self.reserved, limit, strict=True)]
         for name, value, cap in (
             ("requests", self.requests + 1, self.cap.requests),
             ("tokens", sum(planned), self.cap.tokens),
@@ -57,35 +57,35 @@ class SpendingMeter:
             if cap is not None and value > cap:
                 raise MachineError(
                     _("the next request could exceed the cap of {cap:g} {name}; spent: {said}").format(
-                        cap=cap, name=name, said=self.said()
+                        cap=cap, name=name, said=self.summary()
                     ),
                     place=f"synthesize.at_most.{name}",
                     remedy=_("raise the cap or reduce `rows`; the same command continues"),
                 )
         self.requests += 1
-        self._hold(most, 1)
+        self._hold(limit, 1)
 
-    def settle(self, most: tuple[int, int], used: tuple[int, int]) -> None:
+    def settle(self, limit: tuple[int, int], used: tuple[int, int]) -> None:
         """A request has ended: what it took, instead of what was held for it."""
-        self._hold(most, -1)
+        self._hold(limit, -1)
         self.count(used)
 
     def count(self, used: tuple[int, int]) -> None:
         self.tokens = [spent + new for spent, new in zip(self.tokens, used, strict=True)]
 
-    def said(self) -> str:
+    def summary(self) -> str:
         money = f", {self.money(self.tokens):.4g} {_('in money')}" if self.price else ""
         return f"{_('{requests} requests').format(requests=self.requests)}, {sum(self.tokens):,} token{money}"
 
-    def _hold(self, most: tuple[int, int], sign: int) -> None:
-        self.reserved = [kept + sign * new for kept, new in zip(self.reserved, most, strict=True)]
+    def _hold(self, limit: tuple[int, int], sign: int) -> None:
+        self.reserved = [kept + sign * new for kept, new in zip(self.reserved, limit, strict=True)]
 
 
 class SynthesisClient:
     """A client of one endpoint with its retry policy."""
 
-    def __init__(self, section: Synthesize, spending: SpendingMeter, tell: Callable[[str], None]) -> None:
-        self.section, self.spending, self.tell = section, spending, tell
+    def __init__(self, section: Synthesize, spending: SpendingMeter, notify: Callable[[str], None]) -> None:
+        self.section, self.spending, self.notify = section, spending, notify
         self.schema = section.json_schema == "auto"
         self.failures = 0  # in a row
         self.rest_until = 0.0
@@ -110,11 +110,11 @@ class SynthesisClient:
     async def complete(self, prompt: str, schema: dict[str, Any] | None) -> tuple[str, str, tuple[int, int]]:
         """(text, why it ended, tokens of prompt and answer). Raises Unanswered, or TongwenError when no request can be
         answered."""
-        most = (len(prompt.encode()), self.section.max_tokens)  # no tokenizer makes more of it than its bytes
-        why = ""
+        limit = (len(prompt.encode()), self.section.max_tokens)  # no tokenizer makes more of it than its bytes
+        reason = ""
         for attempt in range(self.section.attempts):
-            async with _Turn(self):
-                self.spending.reserve(most)
+            async with _RequestSlot(self):
+                self.spending.reserve(limit)
                 used = (0, 0)
                 try:
                     answer = await asyncio.wait_for(self._ask(prompt, schema), self.section.seconds)
@@ -129,29 +129,29 @@ class SynthesisClient:
                     ValueError,
                     httpx2.HTTPError,
                 ) as error:
-                    why, used = self._judged(error), (0, 0) if _cost_nothing(error) else most
+                    reason, used = self._handle_error(error), (0, 0) if _cost_nothing(error) else limit
                 finally:
-                    self.spending.settle(most, used)
+                    self.spending.settle(limit, used)
             await asyncio.sleep(random.uniform(0, min(60.0, self.section.pause * 2**attempt)))  # noqa: S311 (full jitter)
-        raise RequestFailed(why)
+        raise RequestFailed(reason)
 
     async def _ask(self, prompt: str, schema: dict[str, Any] | None) -> tuple[str, str, tuple[int, int]]:
         section = self.section
-        form: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if schema and self.schema:
-            form = {"response_format": {"type": "json_schema", "json_schema": {"name": "tasks", "schema": schema}}}
+            options = {"response_format": {"type": "json_schema", "json_schema": {"name": "tasks", "schema": schema}}}
         text, finish, tokens = await self.client.stream_chat(
             [{"role": "user", "content": prompt}],
             temperature=section.temperature,
             top_p=section.top_p,
             max_tokens=section.max_tokens,
-            **form,
+            **options,
         )
         if not tokens or not tokens[1]:  # at least as many characters as tokens
             tokens = (tokens[0] if tokens else len(prompt), len(text))
         return text, finish, tokens
 
-    def _judged(self, error: Exception) -> str:
+    def _handle_error(self, error: Exception) -> str:
         """Why a request failed, when it is worth asking again. Raises TongwenError when none is."""
         if isinstance(cause := error.__cause__, TongwenError):
             raise cause
@@ -161,9 +161,9 @@ class SynthesisClient:
         status, code = error.status_code, getattr(error, "code", None)
         if status in (400, 422) and self.schema and "response_format" in str(error):
             self.schema = False
-            self.tell(_("the endpoint does not support JSON schema: not using it"))
+            self.notify(_("the endpoint does not support JSON schema: not using it"))
             return "json_schema"
-        if status in HOPELESS or code == "insufficient_quota" or 300 <= status < 400:
+        if status in FATAL_STATUSES or code == "insufficient_quota" or 300 <= status < 400:
             raise RecipeError(
                 _("the endpoint refused the request ({status}): {error!s:.300}").format(status=status, error=error),
                 place="synthesize.endpoint",
@@ -177,7 +177,7 @@ class SynthesisClient:
         return f"HTTP {status}"
 
 
-class _Turn:
+class _RequestSlot:
     """A moment at which a request may start: the pace is kept, a Retry-After is obeyed, and in an outage there is one
     probe at a time, each after a longer rest."""
 
@@ -186,11 +186,11 @@ class _Turn:
 
     async def __aenter__(self) -> None:
         endpoint = self.endpoint
-        if endpoint.failures >= OUTAGE:
+        if endpoint.failures >= OUTAGE_FAILURES:
             await endpoint.probing.acquire()
             self.probes = True
-            if endpoint.failures >= OUTAGE:  # not ended while we waited
-                await asyncio.sleep(min(60.0, endpoint.section.pause * 2 ** (endpoint.failures - OUTAGE + 1)))
+            if endpoint.failures >= OUTAGE_FAILURES:  # not ended while we waited
+                await asyncio.sleep(min(60.0, endpoint.section.pause * 2 ** (endpoint.failures - OUTAGE_FAILURES + 1)))
         while (rest := endpoint.rest_until - time.monotonic()) > 0:
             await asyncio.sleep(rest)
         if endpoint.section.requests_per_minute:
@@ -215,12 +215,12 @@ def check_address(address: str) -> str:
     parts = urlsplit(address)
     host = parts.hostname or ""
     try:
-        near = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        near = False
+        is_local = False
     if parts.username or parts.password or not host or parts.scheme not in ("https", "http"):
         rule = _("this is not a plain endpoint address")
-    elif parts.scheme == "http" and not near:
+    elif parts.scheme == "http" and not is_local:
         rule = _("without https, anyone on the way can read the key")
     else:
         return address
@@ -230,15 +230,15 @@ def check_address(address: str) -> str:
 
 def retry_after(headers: Any) -> float:
     """Seconds that a 429 asks for: a number or a date; what is neither, or in the past, is one second."""
-    said = headers.get("retry-after", "")
+    value = headers.get("retry-after", "")
     try:
-        seconds = float(said)
+        seconds = float(value)
     except ValueError:
         try:
-            seconds = email.utils.parsedate_to_datetime(said).timestamp() - time.time()
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
         except ValueError:
             seconds = 1.0
-    return min(LONGEST_REST, seconds) if seconds > 0 else 1.0
+    return min(MAX_RETRY_AFTER, seconds) if seconds > 0 else 1.0
 
 
 def _key(section: Synthesize) -> str:

@@ -36,8 +36,8 @@ FORBIDDEN = (
     *("图像", "图片", "照片", "截图", "文件", "图表", "图层", "曲线图", "折线图", "直线图", "柱形图", "饼状图"),
     *("视频", "音频", "链接", "http", "chatgpt", "openai", "gpt-3", "gpt-4", "作为一个AI", "作为AI", "语言模型"),
 )
-ADDRESSED = re.compile(r"(?:请|要求|让|使用)\s*(?:GPT|AI)\s*(?:语言)?(?:模型|助手)?(?:能够|可以|来|去)?[，,：:]?")
-STRANGE = re.compile(
+MODEL_ADDRESS = re.compile(r"(?:请|要求|让|使用)\s*(?:GPT|AI)\s*(?:语言)?(?:模型|助手)?(?:能够|可以|来|去)?[，,：:]?")
+CONTROL_TEXT = re.compile(
     "[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufdd0-\ufdef]|<\\|[^|]{1,40}\\|>|</?s>|\\[/?INST\\]|\\[gMASK\\]"
 )
 SCHEMA = {
@@ -165,27 +165,27 @@ def _read(method: str, reply: Reply) -> Iterator[ParsedTask | RowRefused]:
 def _checked(item: ParsedTask) -> ParsedTask:
     """The item with the words that address the model taken out. Raises RowRefused."""
 
-    mended = ParsedTask(ADDRESSED.sub("", item.instruction).strip(), item.input, item.output)
-    whole = f"{mended.question}\n{mended.output}"
-    if len(mended.instruction) <= 3 or not mended.output:
+    task = ParsedTask(MODEL_ADDRESS.sub("", item.instruction).strip(), item.input, item.output)
+    whole = f"{task.question}\n{task.output}"
+    if len(task.instruction) <= 3 or not task.output:
         raise RowRefused("too_short", _("no instruction, or no answer"))
-    longest = LONGEST * 3 // 2 if re.search("示例|例子", mended.instruction) else LONGEST
-    if mended.input and len(mended.instruction) >= longest:
+    longest = LONGEST * 3 // 2 if re.search("示例|例子", task.instruction) else LONGEST
+    if task.input and len(task.instruction) >= longest:
         raise RowRefused(
             "too_long",
-            _("the instruction has {count} characters").format(count=len(mended.instruction)),
+            _("the instruction has {count} characters").format(count=len(task.instruction)),
         )
-    if found := STRANGE.search(whole):
+    if found := CONTROL_TEXT.search(whole):
         raise RowRefused("control_token_in_text", _("the text contains {found!r}").format(found=found[0]))
     for word in (*FORBIDDEN, "gpt"):
-        if word.lower() in (mended.question if word == "gpt" else whole).lower():
+        if word.lower() in (task.question if word == "gpt" else whole).lower():
             raise RowRefused("forbidden", _("it contains {word!r}").format(word=word))
-    return mended
+    return task
 
 
 async def gather(
     requests: Iterable[Request],
-    made: GeneratedDialogues,
+    generated: GeneratedDialogues,
     journal: ReplyJournal,
     complete: Complete,
     unanswered: type[Exception],
@@ -193,7 +193,7 @@ async def gather(
 ) -> None:
     """Ask and take replies in order until there are enough rows, or no more requests. What `complete` raises ends all that
     is on its way; `unanswered` costs one request."""
-    section = made.section
+    section = generated.section
     waiting = iter(requests)
     running: dict[asyncio.Task[Reply | str], Request] = {}
     done: dict[int, tuple[Request, Reply | str]] = {}
@@ -203,7 +203,7 @@ async def gather(
         key = request.key(section)
         if key in journal.replies:
             return journal.replies[key]
-        journal.check_room()
+        journal.check_disk_space()
         try:
             reply = Reply(key, *await complete(request))
         except unanswered as error:
@@ -212,7 +212,7 @@ async def gather(
         return reply
 
     try:
-        while not made.enough:
+        while not generated.enough:
             # Who is far ahead waits: what lies between would be paid for, and perhaps not used.
             while len(running) < section.concurrency and len(running) + len(done) < 2 * section.concurrency:
                 if (request := next(waiting, None)) is None:
@@ -224,14 +224,14 @@ async def gather(
             for task in finished:
                 request = running.pop(task)
                 done[request.number] = request, task.result()
-            while following in done and not made.enough:
+            while following in done and not generated.enough:
                 request, reply = done.pop(following)
                 following += 1
                 if isinstance(reply, Reply):
-                    made.take(request, reply)
+                    generated.take(request, reply)
                 else:
-                    made.refuse(request, "unanswered", reply, {"prompt": request.prompt})
-                progress(len(made.rows))
+                    generated.refuse(request, "unanswered", reply, {"prompt": request.prompt})
+                progress(len(generated.rows))
     finally:
         for task in running:
             task.cancel()
@@ -249,17 +249,17 @@ def self_instruct(seeds: Sequence[ParsedTask], seed: int) -> Iterator[Request]:
             f"###\n{place}. 指令: {task.instruction}\n{place}. 输入:\n{task.input or '<无输入>'}\n{place}. 输出:\n{task.output}\n"
             for place, task in enumerate((seeds[index] for index in chosen), 1)
         )
-        yield Request(number, f"{_words()['self_instruct']}{examples}###\n{EXAMPLES + 1}. 指令:", {"seeds": chosen})
+        yield Request(number, f"{_prompts()['self_instruct']}{examples}###\n{EXAMPLES + 1}. 指令:", {"seeds": chosen})
 
 
 def by_topics(topics: Sequence[str], seed: int) -> Iterator[Request]:
     """Ten topics and ten kinds of task, and how long questions and answers are to be, drawn by the request's number."""
-    words = _words()
+    prompts = _prompts()
     for number in count():
         draw = random.Random(f"{seed}:{number}")  # noqa: S311
-        chosen = draw.sample(list(topics or words["topics"]), min(10, len(topics or words["topics"])))
-        kinds = draw.sample(words["kinds"], 10)
-        prompt = words["by_topics"].format(
+        chosen = draw.sample(list(topics or prompts["topics"]), min(10, len(topics or prompts["topics"])))
+        kinds = draw.sample(prompts["kinds"], 10)
+        prompt = prompts["by_topics"].format(
             tasks=TASKS,
             topics="、".join(chosen),
             kinds="、".join(kinds),
@@ -277,13 +277,13 @@ def about_documents(documents: Iterable[tuple[str, str]]) -> Iterator[Request]:
             if len(piece := text[begin : begin + PIECE].strip()) >= 40:
                 yield Request(
                     next(number),
-                    _words()["about_documents"].format(text=piece),
+                    _prompts()["about_documents"].format(text=piece),
                     {"document": origin, "begin": begin},
                     SCHEMA,
                 )
 
 
-def _words() -> dict[str, Any]:
+def _prompts() -> dict[str, Any]:
     """Prompts, topics and kinds of task."""
     return dict(
         yaml.safe_load((resources.files("tongwen.data.synthesis") / "prompts.yaml").read_text(encoding="utf-8"))
@@ -291,7 +291,7 @@ def _words() -> dict[str, Any]:
 
 
 def shipped_seeds() -> list[ParsedTask]:
-    return [ParsedTask(*(row[key] for key in ("instruction", "input", "output"))) for row in _words()["seeds"]]
+    return [ParsedTask(*(row[key] for key in ("instruction", "input", "output"))) for row in _prompts()["seeds"]]
 
 
 def read_seed(row: Any, place: str) -> ParsedTask:
@@ -301,13 +301,13 @@ def read_seed(row: Any, place: str) -> ParsedTask:
     first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else {}
     found = (value.get("instruction"), first.get("input", ""), first.get("output"))
     parts = zip(("instruction", "instances[0].input", "instances[0].output"), found, (False, True, False), strict=True)
-    wrong = [
+    missing = [
         name for name, text, may_be_empty in parts if not isinstance(text, str) or not (text.strip() or may_be_empty)
     ]
-    if wrong:
+    if missing:
         raise DataError(
             _("not a seed task: no text in {wrong}; it has {value}").format(
-                wrong=_(", ").join(wrong), value=_(", ").join(map(str, value)) or _("no keys")
+                wrong=_(", ").join(missing), value=_(", ").join(map(str, value)) or _("no keys")
             ),
             place=place,
             remedy='{"instruction": "…", "instances": [{"input": "", "output": "…"}]}',

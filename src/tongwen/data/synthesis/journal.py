@@ -9,7 +9,7 @@ from typing import Any
 from tongwen.core.artifact import check_disk
 from tongwen.core.journal import Journal
 
-FREE = 64 << 20  # bytes of disk without which nothing more is asked
+MIN_FREE_BYTES = 64 << 20  # bytes of disk without which nothing more is asked
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class ReplyJournal(Journal):
     def load(self, entry: Any) -> None:
         self.replies[entry["key"]] = Reply(**{**entry, "tokens": tuple(entry["tokens"])})
 
-    def check_room(self) -> None:
+    def check_disk_space(self) -> None:
         """Raise MachineError when what is asked next might find no place."""
-        check_disk(self.file.parent, FREE)
+        check_disk(self.file.parent, MIN_FREE_BYTES)
 
     def add(self, reply: Reply) -> None:
         """Keep a reply: it is on the disk when this returns."""
