@@ -251,7 +251,7 @@ def _base_of(adapter: Path) -> str:
         base = str(config["base_model_name_or_path"])
     except (ValueError, KeyError, TypeError):
         return "BASE"
-    return names.today(base) if names.is_id(base) else "BASE"
+    return names.current_id(base) if names.is_id(base) else "BASE"
 
 
 def _list_names() -> int:

@@ -16,7 +16,7 @@ from typing import Any
 from tongwen.core import artifact, console
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
-from tongwen.hub.names import today
+from tongwen.hub.names import current_id
 from tongwen.migrate.build_recipe import as_yaml
 from tongwen.migrate.migrate import MigrationResult, migrate_command, migrate_files
 from tongwen.migrate.shell import read_script
@@ -96,15 +96,15 @@ def _read(words: list[str]) -> Iterator[MigrationResult]:
         )
     first = Path(words[1] if words[0] in SHELLS and len(words) > 1 else words[0])
     if first.suffix in (".json", ".yaml", ".yml"):
-        yield migrate_files(words, today)
+        yield migrate_files(words, current_id)
     elif first.suffix in SCRIPTS:
         try:
             text = first.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(_("cannot be read: {error}").format(error=error), place=str(first)) from None
-        yield from (migrate_command(line.words, today) for line in read_script(text, str(first)))
+        yield from (migrate_command(line.words, current_id) for line in read_script(text, str(first)))
     else:
-        yield migrate_command(words, today)
+        yield migrate_command(words, current_id)
 
 
 def _report(one: MigrationResult) -> None:

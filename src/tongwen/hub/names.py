@@ -59,15 +59,15 @@ def resolve(name: str, notify: Notify, *, kind: str = "", revision: str = "") ->
     """
     text, where, kind = _without_address(name.strip(), kind)
     text, _unused, at = text.partition("@")
-    key, old = _look_up(text)
+    key, old = _find_key(text)
     revision = revision or at
     if key is None:
         if not is_id(text):
             raise unknown(name, text)
         return HubRef(name, text, kind or ("model" if where == "modelscope" else ""), where, revision)
     entry = names()[key]
-    there = entry.get("modelscope", "")
-    id_ = entry["hub"] if where == "hub" else there or (text if "/" in text and not old else "")
+    modelscope_id = entry.get("modelscope", "")
+    id_ = entry["hub"] if where == "hub" else modelscope_id or (text if "/" in text and not old else "")
     if not id_:
         raise RecipeError(
             _("the ModelScope location of {key} is unknown").format(key=key),
@@ -76,7 +76,9 @@ def resolve(name: str, notify: Notify, *, kind: str = "", revision: str = "") ->
         )
     if old:
         notify(_("{text} has moved: fetching {id} instead").format(text=text, id=id_))
-    return HubRef(name, id_, kind or entry["kind"], where, revision, tuple(entry.get("files", ())), modelscope=there)
+    return HubRef(
+        name, id_, kind or entry["kind"], where, revision, tuple(entry.get("files", ())), modelscope=modelscope_id
+    )
 
 
 def is_id(text: str) -> bool:
@@ -84,9 +86,9 @@ def is_id(text: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text, re.ASCII)) and ".." not in text
 
 
-def today(text: str) -> str:
+def current_id(text: str) -> str:
     """The id on the hub of a short name or of an id that has moved; any other text as it is."""
-    key, _unused = _look_up(text)
+    key, _unused = _find_key(text)
     return str(names()[key]["hub"]) if key is not None else text
 
 
@@ -94,23 +96,26 @@ def nearest(text: str) -> list[str]:
     """The three short names most like a text."""
     wanted = text.lower().split("/")[-1]
     rank = {
-        key: max(difflib.SequenceMatcher(None, wanted, word.lower().split("/")[-1]).ratio() for word in _words(key))
+        key: max(
+            difflib.SequenceMatcher(None, wanted, candidate.lower().split("/")[-1]).ratio()
+            for candidate in _all_names(key)
+        )
         for key in names()
     }
     return sorted(rank, key=lambda key: (-rank[key], key))[:3]
 
 
-def _words(key: str) -> list[str]:
+def _all_names(key: str) -> list[str]:
     entry = names()[key]
     return [key, entry["hub"], *entry.get("also", ()), *entry.get("moved_from", ()), entry.get("modelscope") or key]
 
 
-def _look_up(text: str) -> tuple[str | None, bool]:
+def _find_key(text: str) -> tuple[str | None, bool]:
     """(key in the table or None, is it an old id). Capitals do not count, as they do not on the hub."""
     for key in names():
-        for word in _words(key):
-            if word.lower() == text.lower():
-                return key, word in names()[key].get("moved_from", ())
+        for candidate in _all_names(key):
+            if candidate.lower() == text.lower():
+                return key, candidate in names()[key].get("moved_from", ())
     return None, False
 
 

@@ -75,17 +75,17 @@ class HubClient:
 
     def __init__(
         self,
-        wanted: HubRef,
+        ref: HubRef,
         notify: Notify,
         waits: Sequence[float] | None = None,
         sleep: Callable[[float], None] | None = None,
     ) -> None:
-        self.wanted, self.notify = wanted, notify
+        self.ref, self.notify = ref, notify
         self.waits = WAITS_SECONDS if waits is None else waits
         self.sleep = sleep or time.sleep
         self.answered = False
 
-    def patiently(self, place: str, attempt: Callable[[], T], reached: Callable[[], int] = lambda: 0) -> T:
+    def with_retries(self, place: str, attempt: Callable[[], T], reached: Callable[[], int] = lambda: 0) -> T:
         """The attempt's result. `reached` counts the bytes that are here: when it grew, patience starts anew.
 
         Raises MachineError when it is not to be had.
@@ -98,66 +98,64 @@ class HubClient:
                 result = attempt()
                 self.answered = True
                 return result
-            except TransientError as fault:
-                self.answered = self.answered or fault.answered
+            except TransientError as error:
+                self.answered = self.answered or error.answered
                 if reached() > best:
                     best, used = reached(), 0
                 tries = len(self.waits) if self.answered else min(FIRST_TRIES - 1, len(self.waits))
                 if used >= tries:
-                    raise self._gave_up(place, fault.what, used + 1) from None
-                wait = max(self.waits[used], min(fault.wait, LONGEST_WAIT_SECONDS))
+                    raise self._gave_up(place, error.what, used + 1) from None
+                wait = max(self.waits[used], min(error.wait, LONGEST_WAIT_SECONDS))
                 used += 1
                 self.notify(
                     _("{place}: {what}; retrying in {wait:g} s ({used} of {tries})").format(
-                        place=place, what=fault.what, wait=wait, used=used, tries=tries
+                        place=place, what=error.what, wait=wait, used=used, tries=tries
                     )
                 )
             self.sleep(wait)
 
     def list_files(self, kind: str) -> Listing | None:
         """The files of the commit that the revision names now; None when there is no such repository."""
-        wanted = self.wanted
+        ref = self.ref
 
         def ask() -> Listing | None:
             from huggingface_hub import HfApi
 
             try:
-                with self.explained(wanted.id):
+                with self.translate_errors(ref.id):
                     info: Any = HfApi(endpoint=endpoint()).repo_info(
-                        wanted.id,
+                        ref.id,
                         repo_type=kind,
-                        revision=wanted.revision or None,
+                        revision=ref.revision or None,
                         files_metadata=True,
                         timeout=_timeout()[1],
                     )
-                    files = tuple(_remote(sibling, wanted) for sibling in info.siblings or ())
-                    return Listing(str(info.id or wanted.id), str(info.sha or wanted.revision or "main"), files)
+                    files = tuple(_remote(sibling, ref) for sibling in info.siblings or ())
+                    return Listing(str(info.id or ref.id), str(info.sha or ref.revision or "main"), files)
             except NotFound:
                 return None
             except (ValueError, KeyError, TypeError, AttributeError):  # JSON was due, and this is none
                 raise TransientError(_("the response is not from the hub (a login page?)")) from None
 
-        return self.patiently(wanted.id, ask)
+        return self.with_retries(ref.id, ask)
 
     def fetch(self, remote: Remote, listing: Listing, target: Path, part: Path, arrived: Callable[[int], None]) -> str:
         """Bring one file to its place, continuing `part`; returns its sha256. Raises MachineError or Gone."""
         from huggingface_hub import hf_hub_url
 
         place = f"{listing.id}/{remote.path}"
-        url = hf_hub_url(
-            listing.id, remote.path, repo_type=self.wanted.kind, revision=listing.commit, endpoint=endpoint()
-        )
+        url = hf_hub_url(listing.id, remote.path, repo_type=self.ref.kind, revision=listing.commit, endpoint=endpoint())
         wrong = 0
 
         def attempt() -> str:
             nonlocal wrong
-            have = size_of(part)
-            if have > remote.size:
+            offset = size_of(part)
+            if offset > remote.size:
                 part.unlink()
-                have = 0
-            if have < remote.size or not part.exists():
-                with self.explained(place):
-                    self._stream(url, place, remote, part, have, arrived)
+                offset = 0
+            if offset < remote.size or not part.exists():
+                with self.translate_errors(place):
+                    self._stream(url, place, remote, part, offset, arrived)
             found, sha256 = hash_of(part, remote)
             if found != remote.digest:
                 part.unlink()
@@ -168,13 +166,13 @@ class HubClient:
                 raise self._gave_up(place, what, wrong) if wrong >= WHOLE_TRIES else TransientError(what)
             return sha256
 
-        sha256 = self.patiently(place, attempt, lambda: size_of(part))
+        sha256 = self.with_retries(place, attempt, lambda: size_of(part))
         target.parent.mkdir(parents=True, exist_ok=True)
         part.replace(target)
         return sha256
 
     def _stream(
-        self, url: str, place: str, remote: Remote, part: Path, have: int, arrived: Callable[[int], None]
+        self, url: str, place: str, remote: Remote, part: Path, offset: int, arrived: Callable[[int], None]
     ) -> None:
         """Append to `part` what is missing of it. Raises Passing when less or more comes than was promised."""
         from huggingface_hub import get_session
@@ -182,36 +180,36 @@ class HubClient:
 
         headers = dict(build_hf_headers())
         headers["Accept-Encoding"] = "identity"  # else lengths and offsets are those of the packed body
-        if have:
-            headers["Range"] = f"bytes={have}-"
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
         with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=_timeout()) as response:
-            if have and response.status_code == 416:
+            if offset and response.status_code == 416:
                 part.unlink()
                 raise TransientError(_("the server refuses to resume; starting over"))
             self._check_status(response, place)
             is_page = response.headers.get("Content-Type", "").lower().startswith("text/html")
             if is_page and not remote.path.lower().endswith((".html", ".htm")):
                 raise TransientError(_("the server sent a web page instead of the file (a login page?)"))
-            starts_there = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-            if have and not (response.status_code == 206 and starts_there):
-                have = 0
-            with part.open("ab" if have else "wb") as stream:
+            resumes = response.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
+            if offset and not (response.status_code == 206 and resumes):
+                offset = 0
+            with part.open("ab" if offset else "wb") as stream:
                 for block in response.iter_bytes():
-                    if have + len(block) > remote.size:
+                    if offset + len(block) > remote.size:
                         stream.truncate(0)
                         raise TransientError(
                             _("the server sent more than the {size} bytes of the file").format(size=remote.size)
                         )
                     stream.write(block)
-                    have += len(block)
-                    arrived(have)
-        if have < remote.size:
+                    offset += len(block)
+                    arrived(offset)
+        if offset < remote.size:
             raise TransientError(
-                _("the connection ended after {have} of {size} bytes").format(have=have, size=remote.size)
+                _("the connection ended after {have} of {size} bytes").format(have=offset, size=remote.size)
             )
 
     @contextlib.contextmanager
-    def explained(self, place: str) -> Iterator[None]:
+    def translate_errors(self, place: str) -> Iterator[None]:
         """What huggingface_hub and its connections raise, in our words. The server's own text is not repeated: a
         hostile one could answer with the token that it was sent."""
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -224,7 +222,7 @@ class HubClient:
             self.answered = True
             raise NotFound(place) from None
         except HFValidationError:
-            raise unknown(self.wanted.name, self.wanted.id) from None
+            raise unknown(self.ref.name, self.ref.id) from None
         except HfHubHTTPError as error:
             self._check_status(error.response, place)
             raise
@@ -247,16 +245,16 @@ class HubClient:
         if status in (404, 410):
             raise NotFound(place)
         if status in (408, 425, 429) or status >= 500:
-            raise TransientError(f"HTTP {status}", _asked_wait(response.headers))
+            raise TransientError(f"HTTP {status}", _retry_after(response.headers))
         if status >= 400:
             raise self._refused(place, status)
 
     def _refused(self, place: str, status: int) -> MachineError:
         if status not in (401, 403):
             return MachineError(
-                _("the hub refused: HTTP {status}").format(status=status), place=place, remedy=self._cure()
+                _("the hub refused: HTTP {status}").format(status=status), place=place, remedy=self._remedy()
             )
-        page = f"{shown_endpoint()}/{'datasets/' if self.wanted.kind == 'dataset' else ''}{self.wanted.id}"
+        page = f"{shown_endpoint()}/{'datasets/' if self.ref.kind == 'dataset' else ''}{self.ref.id}"
         return MachineError(
             _("the hub denied access: HTTP {status}").format(status=status),
             place=place,
@@ -269,26 +267,26 @@ class HubClient:
                 endpoint=shown_endpoint(), what=what, tries=tries
             ),
             place=place,
-            remedy=self._cure(),
+            remedy=self._remedy(),
         )
 
-    def _cure(self) -> str:
+    def _remedy(self) -> str:
         other = OFFICIAL if "hf-mirror" in endpoint() else MIRROR
-        there = f"modelscope:{self.wanted.modelscope or 'OWNER/NAME'}"
+        alternative = f"modelscope:{self.ref.modelscope or 'OWNER/NAME'}"
         return _(
             "export HF_ENDPOINT={other}   and run the same command to continue; or use ModelScope:   tongwen fetch {there}"
-        ).format(other=other, there=there)
+        ).format(other=other, there=alternative)
 
 
-def _asked_wait(headers: Mapping[str, str]) -> float:
+def _retry_after(headers: Mapping[str, str]) -> float:
     """Seconds that the server wants us to wait: `Retry-After` as a number or a date, or the hub's `RateLimit: ...;t=N`."""
-    asked = headers.get("Retry-After", "").strip()
-    if asked.isdecimal():
-        return float(asked)
+    value = headers.get("Retry-After", "").strip()
+    if value.isdecimal():
+        return float(value)
     if reset := re.search(r";\s*t=(\d{1,9})", headers.get("RateLimit", "")):
         return float(reset[1])
     try:
-        return max(parsedate_to_datetime(asked).timestamp() - time.time(), 0.0)
+        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     except (ValueError, TypeError, OverflowError):
         return 0.0
 
@@ -334,12 +332,12 @@ def _timeout() -> tuple[float, float, float, float]:
     return (min(CONNECT_SECONDS, silence), silence, silence, silence)
 
 
-def _remote(sibling: Any, wanted: HubRef) -> Remote:
+def _remote(sibling: Any, ref: HubRef) -> Remote:
     path = str(sibling.rfilename)
     if not is_safe(path):
         raise DataError(
             _("the hub lists a file whose path leads outside the folder: {path!r}").format(path=path[:80]),
-            place=wanted.id,
+            place=ref.id,
             remedy=_("do not trust this source; nothing was downloaded"),
         )
     large = sibling.lfs or {}
@@ -350,7 +348,7 @@ def _remote(sibling: Any, wanted: HubRef) -> Remote:
     ):
         raise MachineError(
             _("this hub gives no size or hash, so downloads cannot be verified"),
-            place=f"{wanted.id}/{path}",
+            place=f"{ref.id}/{path}",
             remedy=f"export HF_ENDPOINT={OFFICIAL}",
         )
     return Remote(path, int(size), sha256, "" if sha256 else git)
