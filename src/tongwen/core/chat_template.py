@@ -92,16 +92,16 @@ def forbidden_in_text(special: tuple[str, ...]) -> tuple[str, re.Pattern[str]]:
     return firsts, re.compile("|".join([f"[{marks}]", *map(re.escape, tokens)]))
 
 
-def set_apart(text: str, special: tuple[str, ...]) -> str:
+def separate_control_tokens(text: str, special: tuple[str, ...]) -> str:
     """The text with APART inside every control token, so that it becomes ordinary tokens: what a user writes can neither
     end a turn nor open one. Raises RowRefused for a noncharacter, and for a control token of one character."""
 
-    def spread(found: re.Match[str]) -> str:
+    def separate(found: re.Match[str]) -> str:
         if len(found[0]) == 1:
             raise RowRefused("noncharacter_in_text", _("the text contains {found!r}").format(found=found[0]))
         return APART.join(found[0])
 
-    return forbidden_in_text(special)[1].sub(spread, text)
+    return forbidden_in_text(special)[1].sub(separate, text)
 
 
 def shipped_source(name: str) -> str:
@@ -187,8 +187,8 @@ class Template:
         apart = [
             replace(
                 message,
-                content=set_apart(message.content, self.special),
-                thinking=message.thinking and set_apart(message.thinking, self.special),
+                content=separate_control_tokens(message.content, self.special),
+                thinking=message.thinking and separate_control_tokens(message.thinking, self.special),
             )
             for message in messages
         ]
@@ -218,7 +218,7 @@ class Template:
             raise RowRefused("nothing_to_learn", _("learning is turned off for every answer"))
         messages = messages[: answers[-1] + 1]
         turns = [self._turn(messages[: index + 1], dialogue.tools, prove) for index in answers]
-        samples = self._joined(turns, answers, learned)
+        samples = self._join_turns(turns, answers, learned)
         if learn == "everything":
             samples = [Rendered(tuple(span._replace(learn=True) for span in sample.spans)) for sample in samples]
         return samples
@@ -259,7 +259,7 @@ class Template:
             )
             return self._turn([*messages[:-1], inside], tools, prove)
         if prove:
-            self._check_came_through(messages, tools, think, whole)
+            self._check_answer_unchanged(messages, tools, think, whole)
         answer = whole[len(prompt) :]
         if self.appended:
             return prompt, answer + self.stop
@@ -271,7 +271,7 @@ class Template:
             )
         return prompt, answer[: end + len(self.stop)]
 
-    def _joined(self, turns: list[tuple[str, str]], answers: list[int], learned: set[int]) -> list[Rendered]:
+    def _join_turns(self, turns: list[tuple[str, str]], answers: list[int], learned: set[int]) -> list[Rendered]:
         """One sample when each turn's text begins with the turns before it, else one sample per learned turn."""
         spans: list[Span] = []
         text = ""
@@ -321,7 +321,7 @@ class Template:
 
     # -- proofs ---------------------------------------------------------------------------------------------------
 
-    def _check_came_through(
+    def _check_answer_unchanged(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], thinking: bool, whole: str
     ) -> None:
         """Check that the render contains the answer unchanged (or trimmed), exactly where a sentinel would be."""

@@ -47,19 +47,19 @@ class RenderTrace:
 class TracedContent(str):
     """A message's content that notices what a template does with it. Its text is its slot's mark."""
 
-    watch: RenderTrace
+    trace: RenderTrace
     slot: Slot
 
     @staticmethod
-    def make(watch: RenderTrace, slot: Slot) -> TracedContent:
-        if slot not in watch.slots:  # the same in every render, so that renders can be compared
-            watch.slots.append(slot)
-        out = TracedContent(f"{SENTINEL}{watch.slots.index(slot)}{SENTINEL}")
-        out.watch, out.slot = watch, slot
+    def make(trace: RenderTrace, slot: Slot) -> TracedContent:
+        if slot not in trace.slots:  # the same in every render, so that renders can be compared
+            trace.slots.append(slot)
+        out = TracedContent(f"{SENTINEL}{trace.slots.index(slot)}{SENTINEL}")
+        out.trace, out.slot = trace, slot
         return out
 
     def _trimmed(self, method: str, characters: str | None) -> TracedContent:
-        return TracedContent.make(self.watch, replace(self.slot, steps=(*self.slot.steps, (method, characters))))
+        return TracedContent.make(self.trace, replace(self.slot, steps=(*self.slot.steps, (method, characters))))
 
     def strip(self, characters: str | None = None, /) -> TracedContent:
         return self._trimmed("strip", characters)
@@ -70,22 +70,22 @@ class TracedContent(str):
     def rstrip(self, characters: str | None = None, /) -> TracedContent:
         return self._trimmed("rstrip", characters)
 
-    def _lacks(self, text: Any) -> bool:
+    def _record_absent(self, text: Any) -> bool:
         """No, and a real content that holds the text has no place in this skeleton."""
         for one in text if isinstance(text, tuple) else (text,):
             if not isinstance(one, str) or not one:
                 raise ContentInspected
-            self.watch.absent.add(one)
+            self.trace.absent.add(one)
         return False
 
     def __contains__(self, text: object) -> bool:
-        return self._lacks(text)
+        return self._record_absent(text)
 
     def startswith(self, text: Any, *place: Any) -> bool:
-        return self._lacks(text)
+        return self._record_absent(text)
 
     def endswith(self, text: Any, *place: Any) -> bool:
-        return self._lacks(text)
+        return self._record_absent(text)
 
     def __bool__(self) -> bool:
         if self.slot.steps:  # a trimmed content may be empty
@@ -140,12 +140,12 @@ class RenderCache:
         out = []
         for sample in self.samples:
             spans = []
-            for parts, fate in sample:
+            for parts, span_type in sample:
                 if len(parts) == 1 and parts[0].__class__ is str:
-                    spans.append(fate)  # the same in every dialogue
+                    spans.append(span_type)  # the same in every dialogue
                     continue
                 text = "".join([part if part.__class__ is str else _content(part, messages) for part in parts])  # type: ignore[arg-type]
-                spans.append(Span(text, fate.learn, fate.answer, fate.stop))
+                spans.append(Span(text, span_type.learn, span_type.answer, span_type.stop))
             out.append(tuple(spans))
         return out
 
@@ -161,30 +161,30 @@ def _content(slot: Slot, messages: Sequence[Message]) -> str:
 
 def make_render_cache(messages: Sequence[Message], samples: Samples) -> RenderCache | None:
     """The skeleton of a shape, or None. samples(messages, prove) renders: the spans of each sample."""
-    watch = RenderTrace()
+    trace = RenderTrace()
     try:
-        watched = tuple(
-            replace(message, content=TracedContent.make(watch, Slot(index))) for index, message in enumerate(messages)
+        traced = tuple(
+            replace(message, content=TracedContent.make(trace, Slot(index))) for index, message in enumerate(messages)
         )
         skeleton = RenderCache(
-            tuple(tuple((_parts(span.text, watch), span) for span in sample) for sample in samples(watched, False)),
-            tuple(sorted(watch.absent)),
+            tuple(tuple((_parts(span.text, trace), span) for span in sample) for sample in samples(traced, False)),
+            tuple(sorted(trace.absent)),
         )
-        if not _holds(skeleton, messages, samples):
+        if not _is_faithful(skeleton, messages, samples):
             return None
     except (ContentInspected, TongwenError):
         return None
     return skeleton
 
 
-def _parts(text: str, watch: RenderTrace) -> tuple[str | Slot, ...]:
+def _parts(text: str, trace: RenderTrace) -> tuple[str | Slot, ...]:
     pieces = _SLOT.split(text)  # literal, number, literal, ...
     return tuple(
-        watch.slots[int(piece)] if place % 2 else piece for place, piece in enumerate(pieces) if place % 2 or piece
+        trace.slots[int(piece)] if place % 2 else piece for place, piece in enumerate(pieces) if place % 2 or piece
     )
 
 
-def _holds(skeleton: RenderCache, messages: Sequence[Message], samples: Samples) -> bool:
+def _is_faithful(skeleton: RenderCache, messages: Sequence[Message], samples: Samples) -> bool:
     """Awkward contents, all alike and each message another, come out as the template itself renders them."""
     for turn in range(len(AWKWARD)):
         filled = tuple(

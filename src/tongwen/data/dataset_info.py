@@ -12,7 +12,7 @@ from typing import Any
 
 from tongwen.core.errors import DataError
 from tongwen.core.i18n import _
-from tongwen.data.files import shown
+from tongwen.data.files import printable
 from tongwen.recipe.data import SourceConfig
 
 # formatting: {their word under `columns`: ours}
@@ -48,7 +48,7 @@ def entry_source(source: SourceConfig) -> list[SourceConfig]:
     """The sources that one entry stands for. Words of the recipe's own source go before those of the entry."""
     file = Path(source.path)
     file = file / "dataset_info.json" if file.is_dir() else file
-    place = f"{shown(file)}: {source.entry}"
+    place = f"{printable(file)}: {source.entry}"
     entry = _entry(file, source.entry or "")
     _check_known(entry, place)
     formatting = entry.get("formatting", "alpaca")
@@ -75,24 +75,24 @@ def _entry(file: Path, name: str) -> dict[str, Any]:
         entries = json.loads(file.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise DataError(
-            _("this cannot be opened: {strerror}").format(strerror=error.strerror), place=shown(file)
+            _("this cannot be opened: {strerror}").format(strerror=error.strerror), place=printable(file)
         ) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(_("this is not JSON: {error}").format(error=error), place=shown(file)) from None
+        raise DataError(_("this is not JSON: {error}").format(error=error), place=printable(file)) from None
     if not isinstance(entries, dict):
         raise DataError(
             _("dataset_info.json must be one object: {name: {file_name: …}}"),
-            place=shown(file),
+            place=printable(file),
         )
     if name not in entries:
         near = difflib.get_close_matches(name, entries, n=3, cutoff=0)
         raise DataError(
             _("there is no entry {name!r}; the closest: {near}").format(name=name, near=_(", ").join(near)),
-            place=shown(file),
+            place=printable(file),
             remedy=f"entry: {near[0]}" if near else "",
         )
     if not isinstance(entries[name], dict):
-        raise DataError(_("an entry must be an object: {file_name: …}"), place=f"{shown(file)}: {name}")
+        raise DataError(_("an entry must be an object: {file_name: …}"), place=f"{printable(file)}: {name}")
     return dict(entries[name])
 
 

@@ -202,7 +202,7 @@ class ContaminationIndex:
         self.hashes, self.owners, self.sizes, self.exact = hashes, owners, sizes, exact
 
     @classmethod
-    def of(cls, records: Iterable[Document | Dialogue]) -> ContaminationIndex:
+    def from_records(cls, records: Iterable[Document | Dialogue]) -> ContaminationIndex:
         """A dialogue gives what is asked; a document gives its whole text."""
         parts: list[np.ndarray] = []
         exact = set()

@@ -227,7 +227,7 @@ def encode_dialogues(
             chunk = list(islice(stream, BATCH))
             if not chunk:
                 return
-            batch = _batch(_fitting(chunk, template, encoder, section, ledger, reject), chunk)
+            batch = _batch(_trainable_samples(chunk, template, encoder, section, ledger, reject), chunk)
         yield batch
 
 
@@ -243,7 +243,7 @@ def _without_gc() -> Iterator[None]:
             gc.enable()
 
 
-def _fitting(
+def _trainable_samples(
     chunk: list[Dialogue],
     template: Template,
     encoder: Encoder,
@@ -276,7 +276,7 @@ def _fitting(
     for sample in samples:
         reason, rule = _reason_unfit(sample, section.max_length)
         if reason == "too_long" and section.too_long != "reject" and shares[sample.dialogue] == 1:
-            shorter, lost = _shortened(chunk[sample.dialogue], sample, template, encoder, section)
+            shorter, lost = _shorten(chunk[sample.dialogue], sample, template, encoder, section)
             ledger.lose(lost, sample.size - shorter.size, items=0)
             sample = shorter
             reason, rule = _reason_unfit(sample, section.max_length)
@@ -306,7 +306,7 @@ def _reason_unfit(sample: _Sample, max_length: int) -> tuple[str, str]:
     return "", ""
 
 
-def _shortened(
+def _shorten(
     dialogue: Dialogue, sample: _Sample, template: Template, encoder: Encoder, section: Sft
 ) -> tuple[_Sample, str]:
     """The dialogue without its oldest turns, or with the end of its longest question cut, so that it fits; its answer and
@@ -366,11 +366,15 @@ def encode_documents(
             chunk = list(_window(stream, window_bytes))
             if not chunk:
                 return
-            texts = [_whole(ids, encoder, end) for ids in encoder.encode_texts([document.text for document in chunk])]
+            texts = [
+                _with_ends(ids, encoder, end) for ids in encoder.encode_texts([document.text for document in chunk])
+            ]
             sizes = [len(ids) for ids in texts]
             ledger.enter(sum(sizes), items=len(texts))
             samples = (
-                _one_by_one(texts, max_length) if arrangement == "apart" else _joined(texts, max_length, arrangement)
+                _one_by_one(texts, max_length)
+                if arrangement == "apart"
+                else _concatenated(texts, max_length, arrangement)
             )
             kept = sum(sample.size for sample in samples)
             # What is dropped stands at the end of a batch; a document is lost when all of it does.
@@ -382,7 +386,7 @@ def encode_documents(
         yield batch
 
 
-def _whole(ids: Ids, encoder: Encoder, end: int) -> np.ndarray:
+def _with_ends(ids: Ids, encoder: Encoder, end: int) -> np.ndarray:
     """A document with its prefix before and its end after it, also where the text already contains them."""
     pieces = encoder.with_prefix([Piece(ids, learn=True)]) if encoder.prefix else [Piece(ids, learn=True)]
     whole = np.concatenate([np.asarray(piece.ids, np.uint32) for piece in pieces])
@@ -393,24 +397,24 @@ def _one_by_one(texts: list[np.ndarray], max_length: int) -> list[_Sample]:
     return [
         _Sample(number, [Piece(part, learn=True)], last, len(part))
         for number, ids in enumerate(texts)
-        for part, last in _cut(ids, max_length)
+        for part, last in _split_evenly(ids, max_length)
     ]
 
 
-def _cut(ids: np.ndarray, max_length: int) -> Iterator[tuple[np.ndarray, bool]]:
+def _split_evenly(ids: np.ndarray, max_length: int) -> Iterator[tuple[np.ndarray, bool]]:
     """(piece, whether it is the last), as few as possible and about equally long: a last piece of one token would have
     nothing before it to be predicted from."""
     parts = np.array_split(ids, -(-len(ids) // max_length))
     yield from zip(parts, [False] * (len(parts) - 1) + [True], strict=True)
 
 
-def _joined(texts: list[np.ndarray], max_length: int, arrangement: str) -> list[_Sample]:
+def _concatenated(texts: list[np.ndarray], max_length: int, arrangement: str) -> list[_Sample]:
     """Samples across documents. Each belongs to the document in which it begins, and stops where one ends in it."""
     flow, ends = np.concatenate(texts), np.cumsum([len(ids) for ids in texts])
     if arrangement == "blocks":
         parts = [flow[begin : begin + max_length] for begin in range(0, len(flow) - max_length + 1, max_length)]
     else:
-        parts = [part for part, _ in _cut(flow, max_length)]
+        parts = [part for part, _ in _split_evenly(flow, max_length)]
     borders = np.cumsum([0, *[len(part) for part in parts]])
     firsts = np.searchsorted(ends, borders[:-1], side="right")
     ended = np.searchsorted(ends, borders, side="right")

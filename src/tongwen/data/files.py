@@ -66,7 +66,7 @@ class DamagedFile(Exception):
         super().__init__(rule)
 
 
-def shown(path: Path | str) -> str:
+def printable(path: Path | str) -> str:
     """A path as it can be printed and written: bytes that are no UTF-8 and line ends are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
@@ -100,10 +100,10 @@ def find_files(path: str) -> list[Path]:
     if found:
         return found
     if place.is_symlink():
-        raise DataError(_("a link to a file that does not exist"), place=shown(path))
+        raise DataError(_("a link to a file that does not exist"), place=printable(path))
     raise DataError(
         _("there is no such file"),
-        place=shown(path),
+        place=printable(path),
         remedy=_("relative paths start from the current folder: {folder}").format(folder=Path.cwd()),
     )
 
@@ -113,7 +113,7 @@ def _kind(place: Path) -> str:
     try:
         mode = place.stat().st_mode
     except ValueError:
-        raise DataError(_("a path cannot contain a NUL"), place=shown(str(place).replace("\0", "\\0"))) from None
+        raise DataError(_("a path cannot contain a NUL"), place=printable(str(place).replace("\0", "\\0"))) from None
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return ""
@@ -130,7 +130,7 @@ def _checked(file: Path, kind: str) -> Path:
     if kind != "file":
         raise DataError(
             _("this is a {kind}, not a file").format(kind=kind or _("broken link")),
-            place=shown(file),
+            place=printable(file),
         )
     if not os.access(file, os.R_OK):
         raise _cannot_open(file, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
@@ -150,7 +150,7 @@ def _in_folder(folder: Path) -> list[Path]:
             directory.is_symlink()
             and directory.resolve() in directory.absolute().parent.resolve().joinpath("x").parents
         ):
-            raise DataError(_("this link leads back to a folder above it"), place=shown(directory))
+            raise DataError(_("this link leads back to a folder above it"), place=printable(directory))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             file = directory / name
@@ -165,7 +165,7 @@ def _in_folder(folder: Path) -> list[Path]:
     known = sorted(DATA_SUFFIXES)
     raise DataError(
         _("no data file ({known}; also .gz, .zst, .xz) in this folder").format(known=_(", ").join(known)),
-        place=shown(folder),
+        place=printable(folder),
         remedy=_("archives are not read; unpack {archives}").format(archives=archives[0]) if archives else "",
     )
 
@@ -179,8 +179,8 @@ def _cannot_open(place: Path, error: OSError) -> DataError:
         rule = _("this file name is too long")
     else:
         rule = _("this cannot be opened: {strerror}").format(strerror=error.strerror)
-    remedy = f"chmod +r {shown(place)}" if error.errno == errno.EACCES else ""
-    return DataError(rule, place=shown(place), remedy=remedy)
+    remedy = f"chmod +r {printable(place)}" if error.errno == errno.EACCES else ""
+    return DataError(rule, place=printable(place), remedy=remedy)
 
 
 # -- their bytes ---------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def open_stream(file: Path) -> Iterator[Stream]:
         if not before.st_size:
             raise DataError(
                 _("no rows: the file is empty"),
-                place=shown(file),
+                place=printable(file),
                 remedy=_("remove it from the recipe"),
             )
         magic = raw.read(16)
@@ -232,7 +232,7 @@ def _check_unchanged(file: Path, before: os.stat_result) -> None:
     ):
         raise DataError(
             _("this file changed while it was being read"),
-            place=shown(file),
+            place=printable(file),
             remedy=_("wait until it is fully written, then run again"),
         )
 
@@ -374,7 +374,7 @@ def check_signature(file: Path, head: bytes, packed: str = "") -> None:
     """Raise DataError when the first bytes show that this holds no rows."""
 
     def refuse(rule: str, remedy: str = "") -> DataError:
-        return DataError(rule, place=shown(file), remedy=remedy)
+        return DataError(rule, place=printable(file), remedy=remedy)
 
     archive = next((name for sign, name in _ARCHIVES.items() if head.startswith(sign)), "")
     if head[257:262] == b"ustar":

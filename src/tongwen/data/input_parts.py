@@ -12,7 +12,7 @@ from pathlib import Path
 from tongwen.core.errors import DataError, RecipeError, TongwenError, raise_all
 from tongwen.core.i18n import _
 from tongwen.data import dataset_info, formats
-from tongwen.data.files import find_files, shown
+from tongwen.data.files import find_files, printable
 from tongwen.data.reader import read_rows
 from tongwen.recipe.data import Prepare, SourceConfig
 
@@ -35,7 +35,7 @@ class InputPart:
     @property
     def name(self) -> str:
         """As it stands in origins."""
-        return shown(self.file)
+        return printable(self.file)
 
     def folder(self, out: Path) -> Path:
         return out / "parts" / f"{self.index:05d}"

@@ -48,7 +48,7 @@ class Ledger:
             self.lose(reason, other.size_lost[reason], items)
 
     @classmethod
-    def of(cls, table: dict[str, Any]) -> Ledger:
+    def from_dict(cls, table: dict[str, Any]) -> Ledger:
         """A ledger from its dictionary."""
         unit, size_unit = table["in"]
         out = cls(unit, size_unit)

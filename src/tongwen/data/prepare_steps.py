@@ -300,7 +300,7 @@ def compare(parts: Sequence[InputPart], section: Prepare, seed: int, out: Path) 
     for part in parts:
         if part.role != "train":
             forbidden += load_records(part.folder(out) / "records.jsonl")
-    dedup.ContaminationIndex.of(forbidden).save(out / "parts" / "examination.npz")
+    dedup.ContaminationIndex.from_records(forbidden).save(out / "parts" / "examination.npz")
     artifact.write_json(out / "parts" / "compare.json", {})
 
 
@@ -316,7 +316,7 @@ def settle(part: InputPart, parts: Sequence[InputPart], section: Prepare, out: P
     if (folder / "settled.json").is_file():
         return
     scanned = json.loads((folder / "scan.json").read_text(encoding="utf-8"))["ledger"]
-    ledger = Ledger.of(scanned)
+    ledger = Ledger.from_dict(scanned)
     if part.role == "train":
         examination = dedup.ContaminationIndex.load(out / "parts" / "examination.npz")
         record_index = RecordIndex([one for one in parts if one.kind == part.kind and one.role == "train"], out)
@@ -392,7 +392,7 @@ def join(parts: Sequence[InputPart], section: Prepare, out: Path) -> dict[str, A
                         with (folder / f"{name}.jsonl").open("rb") as source:
                             shutil.copyfileobj(source, stream, 1 << 20)
                     if part.role == "train":
-                        mine = Ledger.of(settled[part.index]["ledger"])
+                        mine = Ledger.from_dict(settled[part.index]["ledger"])
                         ledger.add(mine)
                         files[part.name] = {**mine.to_dict(), "source": part.number}
             if not held:

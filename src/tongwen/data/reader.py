@@ -18,7 +18,7 @@ from tongwen.core.errors import DataError, RowRefused
 from tongwen.core.i18n import _
 from tongwen.data import charset, files, tables
 from tongwen.data.charset import Charset
-from tongwen.data.files import DamagedFile, Stream, shown
+from tongwen.data.files import DamagedFile, Stream, printable
 from tongwen.data.json_array import read_array
 from tongwen.data.row import CAP, RawRow, parse_json
 from tongwen.recipe.data import SourceConfig
@@ -39,7 +39,7 @@ def read_rows(file: Path, source: SourceConfig | None = None, notify: Notify = _
     Raises DataError when the file as a whole cannot be read; a row that cannot is yielded with its problem.
     """
     source = source or SourceConfig(path=str(file))
-    name, seen = shown(file), 0
+    name, seen = printable(file), 0
     with files.open_stream(file) as stream:
         try:
             for raw in _rows(stream, name, source, lambda text: notify(f"{name}: {text}")):

@@ -164,7 +164,7 @@ class Writer:
 
     @property
     def ledger(self) -> Ledger:
-        return Ledger.of(self.state["ledger"])
+        return Ledger.from_dict(self.state["ledger"])
 
     def add(self, batch: Batch, ledger: Ledger, rejected: Sequence[bytes]) -> None:
         """Append a batch; after it, everything up to here survives a crash. ledger: what has been counted up to here."""
@@ -233,7 +233,7 @@ def open_store(folder: Path) -> tuple[TokenStore, Ledger] | None:
         tuple(facts["files"]),
         tuple(facts["roles"]),
     )
-    return store, Ledger.of(facts["ledger"])
+    return store, Ledger.from_dict(facts["ledger"])
 
 
 def _map(file: Path, dtype: np.dtype[Any]) -> np.ndarray:

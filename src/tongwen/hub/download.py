@@ -25,7 +25,7 @@ from tongwen.hub.transfer import (
     HubClient,
     Listing,
     NotFound,
-    Remote,
+    RemoteFile,
     hash_of,
     is_offline,
     is_safe,
@@ -58,11 +58,11 @@ NOT_ROWS = ("dataset_info*.json", "dataset_dict.json", "state.json", "LICENSE*",
 # -- choosing files ------------------------------------------------------------------------------------------------
 
 
-def choose(files: Sequence[Remote], ref: HubRef) -> tuple[list[Remote], dict[str, list[str]]]:
+def choose(files: Sequence[RemoteFile], ref: HubRef) -> tuple[list[RemoteFile], dict[str, list[str]]]:
     """(the files to fetch, reason -> the files left out)."""
     names_ = [file.path for file in files]
     with_tensors = {_folder(name) for name in names_ if name.endswith(".safetensors")}
-    chosen: list[Remote] = []
+    chosen: list[RemoteFile] = []
     skipped: dict[str, list[str]] = {}
     for file in files:
         reason = _reason_to_skip(file.path, ref, with_tensors, names_)
@@ -173,7 +173,7 @@ def fetch(
             draft.facts["files"] = files
             if complete is not None:
                 complete(draft, list(files))
-            _sweep(draft, files)
+            _remove_leftovers(draft, files)
             made = draft.facts.get("made", {})
             hashes = {name: facts["sha256"] for name, facts in {**files, **made}.items()}
             draft.fingerprint = artifact.fingerprint_hashes(hashes)
@@ -216,7 +216,7 @@ def _from_hub(ref: HubRef, draft: artifact.Draft, client: HubClient, *, reserve:
     for last in (False, True):
         listing, planned = _plan(ref, draft, client)
         try:
-            files = _fill(listing, draft, client, reserve=reserve)
+            files = _fetch_missing(listing, draft, client, reserve=reserve)
         except NotFound as error:
             _plan_file(draft).unlink(missing_ok=True)
             if not planned or last:
@@ -239,7 +239,7 @@ def _plan(ref: HubRef, draft: artifact.Draft, client: HubClient) -> tuple[Listin
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         plan = json.loads(file.read_text(encoding="utf-8"))
         if plan["request"] == request:
-            return Listing(plan["id"], plan["commit"], tuple(Remote(**one) for one in plan["files"])), True
+            return Listing(plan["id"], plan["commit"], tuple(RemoteFile(**one) for one in plan["files"])), True
     listing = client.list_files(ref.kind)
     if listing is None:
         raise _not_found(ref)
@@ -266,7 +266,9 @@ def _plan(ref: HubRef, draft: artifact.Draft, client: HubClient) -> tuple[Listin
     return listing, False
 
 
-def _fill(listing: Listing, draft: artifact.Draft, client: HubClient, *, reserve: bool) -> dict[str, dict[str, Any]]:
+def _fetch_missing(
+    listing: Listing, draft: artifact.Draft, client: HubClient, *, reserve: bool
+) -> dict[str, dict[str, Any]]:
     """Fetch what is missing of a listing; what is there already is taken when its hash is right."""
     work = draft.path / WORK_FOLDER
     total = sum(one.size for one in listing.files)
@@ -290,10 +292,10 @@ def _fill(listing: Listing, draft: artifact.Draft, client: HubClient, *, reserve
         for one in missing:
             before = done
 
-            def arrived(size: int, before: int = before) -> None:
+            def on_progress(size: int, before: int = before) -> None:
                 bar.update(_megabytes(before + size, up=False))
 
-            sha256 = client.fetch(one, listing, draft.path / one.path, parts[one.path], arrived)
+            sha256 = client.fetch(one, listing, draft.path / one.path, parts[one.path], on_progress)
             out[one.path] = {"bytes": one.size, "sha256": sha256}
             done += one.size
     return {one.path: out[one.path] for one in listing.files}
@@ -329,7 +331,7 @@ def _reuse(found: artifact.Artifact, out: Path, notify: Notify, *, link: bool) -
             os.link(aside / name, target)
 
 
-def _sweep(draft: artifact.Draft, files: Mapping[str, Any]) -> None:
+def _remove_leftovers(draft: artifact.Draft, files: Mapping[str, Any]) -> None:
     """Take out of the draft what belongs to neither its files nor its facts: parts, and files of an earlier plan."""
     keep = {*files, *draft.facts.get("made", {})}
     for path in sorted(draft.path.rglob("*"), reverse=True):
@@ -403,7 +405,7 @@ def _from_modelscope(ref: HubRef, draft: artifact.Draft) -> dict[str, dict[str, 
     try:
         if ref.kind == "model":
             listed = [
-                Remote(str(one["Path"]), int(one.get("Size") or 0))
+                RemoteFile(str(one["Path"]), int(one.get("Size") or 0))
                 for one in HubApi().get_model_files(ref.id, revision=options["revision"], recursive=True)
                 if one.get("Type") != "tree"
             ]

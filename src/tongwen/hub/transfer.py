@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteFile:
     """A file as the hub lists it: `sha256` of the content, or git's own hash of it where that is all there is."""
 
     path: str
@@ -55,7 +55,7 @@ class Listing:
 
     id: str
     commit: str
-    files: tuple[Remote, ...]
+    files: tuple[RemoteFile, ...]
 
 
 class TransientError(Exception):
@@ -85,14 +85,14 @@ class HubClient:
         self.sleep = sleep or time.sleep
         self.answered = False
 
-    def with_retries(self, place: str, attempt: Callable[[], T], reached: Callable[[], int] = lambda: 0) -> T:
+    def with_retries(self, place: str, attempt: Callable[[], T], bytes_so_far: Callable[[], int] = lambda: 0) -> T:
         """The attempt's result. `reached` counts the bytes that are here: when it grew, patience starts anew.
 
         Raises MachineError when it is not to be had.
         """
         if is_offline():
             raise offline_error(place)
-        best, used = reached(), 0
+        best, used = bytes_so_far(), 0
         while True:
             try:
                 result = attempt()
@@ -100,11 +100,11 @@ class HubClient:
                 return result
             except TransientError as error:
                 self.answered = self.answered or error.answered
-                if reached() > best:
-                    best, used = reached(), 0
+                if bytes_so_far() > best:
+                    best, used = bytes_so_far(), 0
                 tries = len(self.waits) if self.answered else min(FIRST_TRIES - 1, len(self.waits))
                 if used >= tries:
-                    raise self._gave_up(place, error.what, used + 1) from None
+                    raise self._download_failed(place, error.what, used + 1) from None
                 wait = max(self.waits[used], min(error.wait, LONGEST_WAIT_SECONDS))
                 used += 1
                 self.notify(
@@ -139,7 +139,9 @@ class HubClient:
 
         return self.with_retries(ref.id, ask)
 
-    def fetch(self, remote: Remote, listing: Listing, target: Path, part: Path, arrived: Callable[[int], None]) -> str:
+    def fetch(
+        self, remote: RemoteFile, listing: Listing, target: Path, part: Path, on_progress: Callable[[int], None]
+    ) -> str:
         """Bring one file to its place, continuing `part`; returns its sha256. Raises MachineError or Gone."""
         from huggingface_hub import hf_hub_url
 
@@ -155,7 +157,7 @@ class HubClient:
                 offset = 0
             if offset < remote.size or not part.exists():
                 with self.translate_errors(place):
-                    self._stream(url, place, remote, part, offset, arrived)
+                    self._stream(url, place, remote, part, offset, on_progress)
             found, sha256 = hash_of(part, remote)
             if found != remote.digest:
                 part.unlink()
@@ -163,7 +165,7 @@ class HubClient:
                 what = _("the content is wrong: its hash is {found}, but the hub lists {digest}").format(
                     found=found, digest=remote.digest
                 )
-                raise self._gave_up(place, what, wrong) if wrong >= WHOLE_TRIES else TransientError(what)
+                raise self._download_failed(place, what, wrong) if wrong >= WHOLE_TRIES else TransientError(what)
             return sha256
 
         sha256 = self.with_retries(place, attempt, lambda: size_of(part))
@@ -172,7 +174,7 @@ class HubClient:
         return sha256
 
     def _stream(
-        self, url: str, place: str, remote: Remote, part: Path, offset: int, arrived: Callable[[int], None]
+        self, url: str, place: str, remote: RemoteFile, part: Path, offset: int, on_progress: Callable[[int], None]
     ) -> None:
         """Append to `part` what is missing of it. Raises Passing when less or more comes than was promised."""
         from huggingface_hub import get_session
@@ -202,7 +204,7 @@ class HubClient:
                         )
                     stream.write(block)
                     offset += len(block)
-                    arrived(offset)
+                    on_progress(offset)
         if offset < remote.size:
             raise TransientError(
                 _("the connection ended after {have} of {size} bytes").format(have=offset, size=remote.size)
@@ -261,7 +263,7 @@ class HubClient:
             remedy=_("request access at {page}, then: export HF_TOKEN=hf_...").format(page=page),
         )
 
-    def _gave_up(self, place: str, what: str, tries: int) -> MachineError:
+    def _download_failed(self, place: str, what: str, tries: int) -> MachineError:
         return MachineError(
             _("cannot download from {endpoint}: {what}; {tries} tries").format(
                 endpoint=shown_endpoint(), what=what, tries=tries
@@ -332,7 +334,7 @@ def _timeout() -> tuple[float, float, float, float]:
     return (min(CONNECT_SECONDS, silence), silence, silence, silence)
 
 
-def _remote(sibling: Any, ref: HubRef) -> Remote:
+def _remote(sibling: Any, ref: HubRef) -> RemoteFile:
     path = str(sibling.rfilename)
     if not is_safe(path):
         raise DataError(
@@ -351,7 +353,7 @@ def _remote(sibling: Any, ref: HubRef) -> Remote:
             place=f"{ref.id}/{path}",
             remedy=f"export HF_ENDPOINT={OFFICIAL}",
         )
-    return Remote(path, int(size), sha256, "" if sha256 else git)
+    return RemoteFile(path, int(size), sha256, "" if sha256 else git)
 
 
 def is_safe(path: str) -> bool:
@@ -360,7 +362,7 @@ def is_safe(path: str) -> bool:
     return not any(part in ("", ".", "..") for part in parts) and not re.search(r"[\\\x00-\x1f\x7f]|^[A-Za-z]:", path)
 
 
-def hash_of(file: Path, remote: Remote) -> tuple[str, str]:
+def hash_of(file: Path, remote: RemoteFile) -> tuple[str, str]:
     """(what is to be compared with `remote.digest`, sha256) of a file on disk."""
     sha256 = hashlib.sha256()
     git = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import console
-from tongwen.core.chat_template import Template, set_apart
+from tongwen.core.chat_template import Template, separate_control_tokens
 from tongwen.core.errors import DataError, ModelError, RowRefused
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
@@ -116,7 +116,9 @@ class ChatModel:
 
     def text_ids(self, text: str) -> list[int]:
         """A text as ids, to be continued without any template; a control token in it is only text."""
-        return self.encoder.encode_prompt(set_apart(text, tuple(chat_setup.special_texts(self.voice.tokenizer))))
+        return self.encoder.encode_prompt(
+            separate_control_tokens(text, tuple(chat_setup.special_texts(self.voice.tokenizer)))
+        )
 
     def _numbered(self, number: int, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         try:

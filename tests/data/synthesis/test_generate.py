@@ -137,7 +137,7 @@ def test_a_reply_of_a_thousand_items_is_cut() -> None:
 def taken(*items: tuple[str, str, str], **words: Any) -> generate.GeneratedDialogues:
     made = generate.GeneratedDialogues(section(rows=100, **words))
     text = json.dumps([dict(zip(("instruction", "input", "output"), item, strict=True)) for item in items])
-    made.take(generate.Request(0, "p", {}), Reply("k", text, "stop", (1, 1)))
+    made.add_reply(generate.Request(0, "p", {}), Reply("k", text, "stop", (1, 1)))
     return made
 
 

@@ -103,7 +103,7 @@ class SynthesisClient:
                 transport=None if section.use_proxy else CappedTransport(),
                 trust_env=section.use_proxy,
                 follow_redirects=False,
-                event_hooks={"response": [_check_kind]},
+                event_hooks={"response": [_refuse_web_page]},
             ),
         )
 
@@ -129,7 +129,7 @@ class SynthesisClient:
                     ValueError,
                     httpx2.HTTPError,
                 ) as error:
-                    reason, used = self._handle_error(error), (0, 0) if _cost_nothing(error) else limit
+                    reason, used = self._handle_error(error), (0, 0) if _is_unbilled(error) else limit
                 finally:
                     self.spending.settle(limit, used)
             await asyncio.sleep(random.uniform(0, min(60.0, self.section.pause * 2**attempt)))  # noqa: S311 (full jitter)
@@ -204,7 +204,7 @@ class _RequestSlot:
             self.endpoint.probing.release()
 
 
-def _cost_nothing(error: Exception) -> bool:
+def _is_unbilled(error: Exception) -> bool:
     """Whether a failed request was surely not billed: it was refused, or never got there."""
     unreached = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
     return unreached or isinstance(error, openai.APIStatusError)
@@ -252,7 +252,7 @@ def _key(section: Synthesize) -> str:
     return key
 
 
-async def _check_kind(response: Any) -> None:
+async def _refuse_web_page(response: Any) -> None:
     """A web page is no answer: a login, a portal, a wrong address."""
     kind = response.headers.get("content-type", "")
     if response.status_code == 200 and "html" in kind:

@@ -91,7 +91,7 @@ class GeneratedDialogues:
     def enough(self) -> bool:
         return len(self.rows) >= self.section.rows or self.stale >= self.section.stale
 
-    def take(self, request: Request, reply: Reply) -> None:
+    def add_reply(self, request: Request, reply: Reply) -> None:
         """Keep the good tasks of a reply as rows, and the others with their reasons."""
         before = len(self.rows)
         items = list(_read(self.section.method, reply))
@@ -197,7 +197,7 @@ async def gather(
     waiting = iter(requests)
     running: dict[asyncio.Task[Reply | str], Request] = {}
     done: dict[int, tuple[Request, Reply | str]] = {}
-    following = 0
+    next_number = 0
 
     async def ask(request: Request) -> Reply | str:
         key = request.key(section)
@@ -224,11 +224,11 @@ async def gather(
             for task in finished:
                 request = running.pop(task)
                 done[request.number] = request, task.result()
-            while following in done and not generated.enough:
-                request, reply = done.pop(following)
-                following += 1
+            while next_number in done and not generated.enough:
+                request, reply = done.pop(next_number)
+                next_number += 1
                 if isinstance(reply, Reply):
-                    generated.take(request, reply)
+                    generated.add_reply(request, reply)
                 else:
                     generated.refuse(request, "unanswered", reply, {"prompt": request.prompt})
                 progress(len(generated.rows))
