@@ -1,6 +1,6 @@
-"""What people see in the terminal: rank 0 only, 80 columns, quiet when nobody watches.
+"""Terminal output: rank 0 only, 80 columns, no progress bars without a terminal.
 
-With `--json` the human text goes to stderr and stdout carries one JSON object.
+With `--json` the human-readable text goes to stderr, and stdout gets one JSON object.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tongwen.core.i18n import _
 
 
 class Screen:
-    """Where human text goes. One per process, made by the front door."""
+    """The console for human-readable text, one per process."""
 
     def __init__(self) -> None:
         self.json = False
@@ -40,7 +40,7 @@ SCREEN = Screen()
 
 
 def header(title: str, detail: str = "") -> None:
-    """The opening line of a stage."""
+    """Print the first line of a stage."""
     if SCREEN.is_active:
         SCREEN.console.print()
         SCREEN.console.print(f"[bold cyan]{title}[/]  [dim]{plain(detail)}[/]".rstrip(), soft_wrap=True)
@@ -52,7 +52,7 @@ def info(text: str) -> None:
 
 
 def notice(text: str) -> None:
-    """Report something that was derived, translated or left out."""
+    """Print a notice about something that was derived, translated or left out."""
     if SCREEN.is_active:
         SCREEN.console.print(f"[yellow]![/] {plain(text)}", soft_wrap=not SCREEN.console.is_terminal)
 
@@ -67,7 +67,7 @@ def error(text: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
-    """A table; the first column is left-aligned, the others right when they hold numbers."""
+    """Print a table; the first column is left-aligned, columns of numbers are right-aligned."""
     if not SCREEN.is_active:
         return
     out = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
@@ -80,14 +80,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = ""
 
 
 def emit(value: dict[str, Any]) -> None:
-    """The one JSON object of `--json`; nothing otherwise."""
+    """Print the JSON object of `--json`; do nothing without that flag."""
     if SCREEN.json and SCREEN.is_active:
         sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
         sys.stdout.flush()
 
 
 class Bar:
-    """A progress bar in a terminal; elsewhere a line at each tenth."""
+    """A progress bar in a terminal; without a terminal, one line per tenth."""
 
     def __init__(self, progress: Progress | None, total: int, label: str, start: int) -> None:
         self._progress, self._total, self._label = progress, max(total, 1), label
@@ -104,7 +104,7 @@ class Bar:
 
 @contextmanager
 def progress(total: int, label: str, start: int = 0) -> Iterator[Bar]:
-    """A bar over `total` things with the remaining time, and a note such as the tokens per second."""
+    """Show a progress bar up to `total`, with the remaining time and a note such as the tokens per second."""
     if not (SCREEN.is_active and SCREEN.console.is_terminal):
         yield Bar(None, total, label, start)
         return
@@ -121,7 +121,7 @@ def progress(total: int, label: str, start: int = 0) -> Iterator[Bar]:
 
 @contextmanager
 def waiting(label: str) -> Iterator[None]:
-    """A spinner while something takes its time, and how long it took."""
+    """Show a spinner while the block runs; print its duration when it took over 2 s."""
     started = time.monotonic()
     if SCREEN.is_active and SCREEN.console.is_terminal:
         with SCREEN.console.status(plain(label)):
@@ -157,7 +157,7 @@ def human_time(seconds: float) -> str:
 
 
 def plain(text: str) -> str:
-    """Text in which a bracket is a bracket, not markup."""
+    """Escape brackets, so that rich does not read them as markup."""
     return text.replace("[", "\\[")
 
 

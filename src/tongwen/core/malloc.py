@@ -1,4 +1,4 @@
-"""Tune glibc's allocator to how this process uses memory; on other systems change nothing."""
+"""Tune glibc's allocator for this process; do nothing on other systems."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 
-TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # mallopt's names for them, malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # parameter numbers of mallopt, malloc.h
 
 
 def set_parameters(parameters: dict[int, int]) -> None:
