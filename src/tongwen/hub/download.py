@@ -1,8 +1,7 @@
-"""A name becomes a folder on disk whose every byte is what the hub says it is: data sets, models and adapters.
+"""Download data sets, models and adapters from a hub into a folder, and verify every byte.
 
-What is wrong is never kept: a file takes its place only when size and hash agree with the hub's, and the folder takes
-its place only when all files have. The commit is pinned when a fetch begins, so that a fetch continued tomorrow does
-not mix two versions.
+A file is moved to its final path only when its size and hash match the hub's, and the folder is renamed only when all files
+are complete. The commit is pinned when a download begins, so that a download continued later does not mix two versions.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from tongwen.hub.transfer import (
 )
 
 KIND = "fetch"
-WORK_FOLDER = ".fetch"  # inside OUT.partial: the plan and the parts; gone when the folder takes its place
+WORK_FOLDER = ".fetch"  # inside OUT.partial: the plan and partial files; removed when the download is complete
 
 CODE = ("*.py",)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -59,7 +58,7 @@ NOT_ROWS = ("dataset_info*.json", "dataset_dict.json", "state.json", "LICENSE*",
 
 
 def choose(files: Sequence[RemoteFile], ref: HubRef) -> tuple[list[RemoteFile], dict[str, list[str]]]:
-    """(the files to fetch, reason -> the files left out)."""
+    """Return (files to fetch, {reason: skipped files})."""
     names_ = [file.path for file in files]
     with_tensors = {_folder(name) for name in names_ if name.endswith(".safetensors")}
     chosen: list[RemoteFile] = []
@@ -98,14 +97,14 @@ def _reason_to_skip(path: str, ref: HubRef, with_tensors: set[str], all_: Sequen
 
 
 def _is_requested(path: str, patterns: Sequence[str]) -> bool:
-    """Whether one pattern matches and none that begins with `!`."""
+    """Whether the path matches a pattern, and none that begins with `!`."""
     included = [pattern for pattern in patterns if not pattern.startswith("!")]
     excluded = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
     return (_matches(path, included) or not included) and not _matches(path, excluded)
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:
-    """Whether the path or its last part matches."""
+    """Whether the path or its file name matches a pattern."""
     return any(fnmatch(path, pattern) or fnmatch(PurePosixPath(path).name, pattern) for pattern in patterns)
 
 
@@ -117,7 +116,7 @@ def _folder(path: str) -> str:
 
 
 def with_kind(ref: HubRef, notify: Notify) -> HubRef:
-    """The same with its kind, which the hub is asked for. Raises RecipeError when there is none, or both."""
+    """Return the reference with its kind, looked up on the hub. Raises RecipeError when the hub has neither or both kinds."""
     if ref.kind:
         return ref
     client = HubClient(ref, notify)
@@ -144,11 +143,11 @@ def fetch(
     waits: Sequence[float] | None = None,
     sleep: Callable[[float], None] | None = None,
 ) -> tuple[artifact.Artifact, bool]:
-    """(the folder with everything in it, was it here already).
+    """Fetch all files into `out`; return (the folder, whether it already existed).
 
-    settings:  more that the folder depends on than the source; other ones than before are refused without `again`
-    complete:  called with the draft and the fetched paths before the folder takes its place; may add files, which
-               it puts into the fact `made`: path -> {bytes, sha256}
+    settings:  further settings that the folder depends on; changed ones are refused without `again`
+    complete:  called with the draft and the fetched paths before the folder is renamed; may add files and lists them in
+               the fact `made`: path -> {bytes, sha256}
     """
     requested = {
         "source": ref.source,
@@ -182,7 +181,7 @@ def fetch(
 
 
 def local_copy(path: str, notify: Notify) -> str:
-    """The folder that holds the data set `hub:OWNER/NAME` or `modelscope:OWNER/NAME`, fetched when it is not here."""
+    """Return the local folder of the data set `hub:OWNER/NAME` or `modelscope:OWNER/NAME`; fetch it if missing."""
     ref = resolve(path, notify, kind="dataset")
     rows = (f"*{suffix}{packed}" for suffix in DATA_SUFFIXES for packed in ("", *PACKED_SUFFIXES))
     ref = replace(ref, files=ref.files or (*rows, *(f"!{name}" for name in NOT_ROWS)))
@@ -195,7 +194,7 @@ def local_copy(path: str, notify: Notify) -> str:
 
 
 def check_existing(found: artifact.Artifact, requested: Mapping[str, Any]) -> None:
-    """Raise when a finished folder was made from something else, or its files no longer have their sizes."""
+    """Raise when a finished folder was made from other settings, or the sizes of its files have changed."""
     artifact.refuse_changed(
         str(found.path),
         artifact.differences(found.manifest["settings"], requested),
@@ -212,7 +211,7 @@ def check_existing(found: artifact.Artifact, requested: Mapping[str, Any]) -> No
 
 
 def _from_hub(ref: HubRef, draft: artifact.Draft, client: HubClient, *, reserve: bool) -> dict[str, dict[str, Any]]:
-    """All files of the plan, in the draft's folder; path -> bytes and sha256."""
+    """Fetch all files of the plan into the draft's folder; return {path: bytes and sha256}."""
     for last in (False, True):
         listing, planned = _plan(ref, draft, client)
         try:
@@ -225,7 +224,7 @@ def _from_hub(ref: HubRef, draft: artifact.Draft, client: HubClient, *, reserve:
                     place=str(error),
                     remedy=_("run the same command again"),
                 ) from None
-            continue  # the commit of an earlier day is no longer there: begin with today's
+            continue  # the hub no longer has the pinned commit: start over with the current one
         break
     draft.parents["source"] = {"path": f"{ref.source}@{listing.commit}", "fingerprint": listing.commit}
     draft.facts["source"] = {"where": "hub", "id": listing.id, "kind": ref.kind, "commit": listing.commit}
@@ -233,7 +232,7 @@ def _from_hub(ref: HubRef, draft: artifact.Draft, client: HubClient, *, reserve:
 
 
 def _plan(ref: HubRef, draft: artifact.Draft, client: HubClient) -> tuple[Listing, bool]:
-    """(commit and files to fetch, was it planned before the fetch was broken off)."""
+    """Return (commit and files to fetch, whether an interrupted download had planned them)."""
     file = _plan_file(draft)
     request = {**asdict(ref), "name": "", "files": list(ref.files)}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -269,7 +268,7 @@ def _plan(ref: HubRef, draft: artifact.Draft, client: HubClient) -> tuple[Listin
 def _fetch_missing(
     listing: Listing, draft: artifact.Draft, client: HubClient, *, reserve: bool
 ) -> dict[str, dict[str, Any]]:
-    """Fetch what is missing of a listing; what is there already is taken when its hash is right."""
+    """Fetch the missing files of a listing; keep existing files whose hash is right."""
     work = draft.path / WORK_FOLDER
     total = sum(one.size for one in listing.files)
     parts = {one.path: work / f"{one.digest}.part" for one in listing.files}
@@ -302,7 +301,7 @@ def _fetch_missing(
 
 
 def _find_existing(out: Path) -> artifact.Artifact | None:
-    """The finished folder that stands there, or None. Raises ArtifactError for anything that was not fetched."""
+    """Return the finished download at this path, or None. Raises ArtifactError for any other file or folder."""
     found = artifact.find(out)
     if found is not None and found.kind == KIND:
         return found
@@ -316,8 +315,8 @@ def _find_existing(out: Path) -> artifact.Artifact | None:
 
 
 def _reuse(found: artifact.Artifact, out: Path, notify: Notify, *, link: bool) -> None:
-    """Put a finished folder aside, and link what is whole of it into the new one: no byte is fetched twice. Not for a
-    package that may write into a file where it stands."""
+    """Move a finished folder aside and hard-link its files into the new one, so that no byte is fetched twice. link: False
+    for a downloader that may write into existing files."""
     partial = artifact.partial_of(out)
     if partial.exists():
         shutil.rmtree(partial)
@@ -327,12 +326,12 @@ def _reuse(found: artifact.Artifact, out: Path, notify: Notify, *, link: bool) -
     for name in found.manifest.get("files", {}) if link else ():
         target = partial / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):  # it is fetched, then
+        with contextlib.suppress(OSError):  # then it is fetched
             os.link(aside / name, target)
 
 
 def _remove_leftovers(draft: artifact.Draft, files: Mapping[str, Any]) -> None:
-    """Take out of the draft what belongs to neither its files nor its facts: parts, and files of an earlier plan."""
+    """Delete files of the draft that are neither downloaded nor made: partial files, and files of an earlier plan."""
     keep = {*files, *draft.facts.get("made", {})}
     for path in sorted(draft.path.rglob("*"), reverse=True):
         name = path.relative_to(draft.path).as_posix()
@@ -345,7 +344,7 @@ def _remove_leftovers(draft: artifact.Draft, files: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _folder_lock(out: Path, notify: Notify) -> Iterator[None]:
-    """One process at a time fetches into a folder; the others wait and then find it finished."""
+    """Lock a folder: one process at a time fetches into it; the others wait and then find it finished."""
     from filelock import FileLock, Timeout
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -355,7 +354,7 @@ def _folder_lock(out: Path, notify: Notify) -> Iterator[None]:
     except Timeout:
         notify(_("another process is downloading {out}: waiting").format(out=out))
         lock.acquire()
-    except NotImplementedError:  # a file system without locks: the hashes still guard the result
+    except NotImplementedError:  # a file system without locks: the hashes still verify the result
         yield
         return
     try:
@@ -391,7 +390,7 @@ def _megabytes(size: int, *, up: bool = True) -> int:
 
 
 def _from_modelscope(ref: HubRef, draft: artifact.Draft) -> dict[str, dict[str, Any]]:
-    """All files of a ModelScope repository, by its own package, which continues and verifies by itself."""
+    """Fetch all files of a ModelScope repository with its own package, which resumes and verifies by itself."""
     try:
         from modelscope import snapshot_download
         from modelscope.hub.api import HubApi
@@ -418,7 +417,7 @@ def _from_modelscope(ref: HubRef, draft: artifact.Draft) -> dict[str, dict[str, 
             dataset_snapshot_download(ref.id, allow_patterns=included or None, ignore_patterns=skipped, **options)
     except TongwenError:
         raise
-    except Exception as error:  # the package raises whatever its many layers do
+    except Exception as error:  # the package raises errors of many libraries
         if (
             isinstance(error, OSError)
             and error.errno is not None

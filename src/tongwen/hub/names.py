@@ -1,7 +1,7 @@
-"""A name of a data set or a model becomes an id on a hub: short names, old ids that have moved, addresses of pages.
+"""Resolve the name of a data set or model to an id on a hub: short names, old ids that have moved, page URLs.
 
-The ids of older projects are dead in part, and their users should not have to search for what took their place. The
-table is data (names.yaml); what stands there is what is known for certain.
+Some ids of older projects no longer exist, and users should not have to search for their replacements. The table
+(names.yaml) lists verified ids only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True)
 class HubRef:
-    """What is to be fetched, and from where. kind: `dataset`, `model`, or empty when only the hub can say."""
+    """A repository on a hub. kind: `dataset`, `model`, or empty when the hub must be asked."""
 
     name: str  # as the user wrote it
     id: str  # OWNER/NAME
@@ -32,7 +32,7 @@ class HubRef:
     revision: str = ""
     files: tuple[str, ...] = ()
     code: bool = False
-    modelscope: str = ""  # its id there, when the table knows it
+    modelscope: str = ""  # its id on ModelScope, if the table lists one
 
     @property
     def source(self) -> str:
@@ -45,7 +45,7 @@ class HubRef:
 
 @cache
 def names() -> dict[str, dict[str, Any]]:
-    """The table of short names (names.yaml)."""
+    """Return the table of short names (names.yaml)."""
     import yaml
 
     text = resources.files("tongwen.hub").joinpath("names.yaml").read_text(encoding="utf-8")
@@ -53,9 +53,9 @@ def names() -> dict[str, dict[str, Any]]:
 
 
 def resolve(name: str, notify: Notify, *, kind: str = "", revision: str = "") -> HubRef:
-    """What a name means: a short name, OWNER/NAME[@REVISION], `hub:`, `modelscope:` or a page's address.
+    """Resolve a short name, OWNER/NAME[@REVISION], `hub:…`, `modelscope:…` or the URL of a page.
 
-    Raises RecipeError for a word that means nothing, with the nearest three.
+    Raises RecipeError for an unknown name, with the three nearest ones.
     """
     text, where, kind = _without_address(name.strip(), kind)
     text, _unused, at = text.partition("@")
@@ -87,13 +87,13 @@ def is_id(text: str) -> bool:
 
 
 def current_id(text: str) -> str:
-    """The id on the hub of a short name or of an id that has moved; any other text as it is."""
+    """Return the hub id of a short name or of an id that has moved; any other text unchanged."""
     key, _unused = _find_key(text)
     return str(names()[key]["hub"]) if key is not None else text
 
 
 def nearest(text: str) -> list[str]:
-    """The three short names most like a text."""
+    """Return the three short names most similar to a text."""
     wanted = text.lower().split("/")[-1]
     rank = {
         key: max(
@@ -111,7 +111,7 @@ def _all_names(key: str) -> list[str]:
 
 
 def _find_key(text: str) -> tuple[str | None, bool]:
-    """(key in the table or None, is it an old id). Capitals do not count, as they do not on the hub."""
+    """Return (key in the table or None, whether the text is an old id). Case is ignored, as on the hub."""
     for key in names():
         for candidate in _all_names(key):
             if candidate.lower() == text.lower():
@@ -120,7 +120,7 @@ def _find_key(text: str) -> tuple[str | None, bool]:
 
 
 def _without_address(text: str, kind: str) -> tuple[str, str, str]:
-    """(the name alone, hub or modelscope, kind) of `hub:X`, `modelscope:X`, `https://HOST/datasets/X/tree/main`."""
+    """Return (name, hub or modelscope, kind) of `hub:X`, `modelscope:X`, `https://HOST/datasets/X/tree/main`."""
     if text.startswith(("http://", "https://")):
         parts = urlsplit(text)
         where = "modelscope" if "modelscope" in (parts.hostname or "") else "hub"

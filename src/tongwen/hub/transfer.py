@@ -1,10 +1,10 @@
-"""The line to the hub: it lists the files of a commit, and brings one file at a time, whole and verified or not at all.
+"""The connection to the hub: list the files of a commit, and download single files, verified by size and hash.
 
-What breaks on the way (a connection, a server, a proxy that answers with a web page) is tried again and continued where
-it stopped, because the files are large and the networks are not good.
+Failures (a connection, a server, a proxy that answers with a web page) are retried, and the download resumes where it
+stopped, because files are large and networks unreliable.
 
-huggingface_hub lists, authorises and opens the connections (proxies, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE); its own
-download is not used, because it forgets a part when the process ends and does not compare the hash.
+huggingface_hub lists files, authorises and opens connections (proxies, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE). Its own
+download is not used: it discards partial files when the process ends and does not compare the hash.
 """
 
 from __future__ import annotations
@@ -26,10 +26,17 @@ from tongwen.core.i18n import _
 from tongwen.hub.names import HubRef, Notify, unknown
 
 OFFICIAL, MIRROR = "https://huggingface.co", "https://hf-mirror.com"
-WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # before the second try, the third, ...; anew whenever bytes arrived
-FIRST_TRIES = 3  # of a hub that has not answered at all: nobody waits a minute to hear that the network is down
-WHOLE_TRIES = 3  # of a file that arrives whole and wrong: the next try would be as long as the first
-LONGEST_WAIT_SECONDS = 120.0  # of what `Retry-After` may ask
+WAITS_SECONDS = (
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+    16.0,
+    32.0,
+)  # before the second try, the third, ...; starts over whenever bytes arrived
+FIRST_TRIES = 3  # while the hub has not answered at all: report a network that is down without a minute's wait
+WHOLE_TRIES = 3  # of a complete file with a wrong hash: each try takes as long as the first
+LONGEST_WAIT_SECONDS = 120.0  # limit for `Retry-After`
 CONNECT_SECONDS = 10.0
 
 T = TypeVar("T")
@@ -37,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the hub lists it: `sha256` of the content, or git's own hash of it where that is all there is."""
+    """A file in the hub's listing, with the `sha256` of the content, or only git's hash if the hub lists no sha256."""
 
     path: str
     size: int
@@ -59,7 +66,7 @@ class Listing:
 
 
 class TransientError(Exception):
-    """Something that may be over at the next try; `wait` is what the server asked for, in seconds."""
+    """A failure that may not repeat. wait: seconds that the server asked for; answered: whether the server answered."""
 
     def __init__(self, what: str, wait: float = 0.0, *, answered: bool = True) -> None:
         self.what, self.wait, self.answered = what, wait, answered
@@ -67,11 +74,11 @@ class TransientError(Exception):
 
 
 class NotFound(Exception):
-    """The hub has no such thing."""
+    """The hub has no such repository, revision or file."""
 
 
 class HubClient:
-    """The connection to the hub: each request is tried again, later and later, while that makes sense."""
+    """A client of the hub that retries each request with growing waits."""
 
     def __init__(
         self,
@@ -86,9 +93,10 @@ class HubClient:
         self.answered = False
 
     def with_retries(self, place: str, attempt: Callable[[], T], bytes_so_far: Callable[[], int] = lambda: 0) -> T:
-        """The attempt's result. `reached` counts the bytes that are here: when it grew, patience starts anew.
+        """Return the result of `attempt`, retried after a TransientError. bytes_so_far: bytes on disk; when the number grows,
+        the count of tries starts over.
 
-        Raises MachineError when it is not to be had.
+        Raises MachineError when all tries have failed.
         """
         if is_offline():
             raise offline_error(place)
@@ -115,7 +123,7 @@ class HubClient:
             self.sleep(wait)
 
     def list_files(self, kind: str) -> Listing | None:
-        """The files of the commit that the revision names now; None when there is no such repository."""
+        """Return the files of the revision's current commit; None when the repository does not exist."""
         ref = self.ref
 
         def ask() -> Listing | None:
@@ -134,7 +142,7 @@ class HubClient:
                     return Listing(str(info.id or ref.id), str(info.sha or ref.revision or "main"), files)
             except NotFound:
                 return None
-            except (ValueError, KeyError, TypeError, AttributeError):  # JSON was due, and this is none
+            except (ValueError, KeyError, TypeError, AttributeError):  # the response is not the expected JSON
                 raise TransientError(_("the response is not from the hub (a login page?)")) from None
 
         return self.with_retries(ref.id, ask)
@@ -142,7 +150,7 @@ class HubClient:
     def fetch(
         self, remote: RemoteFile, listing: Listing, target: Path, part: Path, on_progress: Callable[[int], None]
     ) -> str:
-        """Bring one file to its place, continuing `part`; returns its sha256. Raises MachineError or Gone."""
+        """Download one file to `target`, resuming from `part`; return its sha256. Raises MachineError or NotFound."""
         from huggingface_hub import hf_hub_url
 
         place = f"{listing.id}/{remote.path}"
@@ -176,12 +184,12 @@ class HubClient:
     def _stream(
         self, url: str, place: str, remote: RemoteFile, part: Path, offset: int, on_progress: Callable[[int], None]
     ) -> None:
-        """Append to `part` what is missing of it. Raises Passing when less or more comes than was promised."""
+        """Append the missing bytes to `part`. Raises TransientError when the server sends fewer or more than the file's size."""
         from huggingface_hub import get_session
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         headers = dict(build_hf_headers())
-        headers["Accept-Encoding"] = "identity"  # else lengths and offsets are those of the packed body
+        headers["Accept-Encoding"] = "identity"  # otherwise lengths and offsets are those of the compressed body
         if offset:
             headers["Range"] = f"bytes={offset}-"
         with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=_timeout()) as response:
@@ -212,15 +220,15 @@ class HubClient:
 
     @contextlib.contextmanager
     def translate_errors(self, place: str) -> Iterator[None]:
-        """What huggingface_hub and its connections raise, in our words. The server's own text is not repeated: a
-        hostile one could answer with the token that it was sent."""
+        """Translate the exceptions of huggingface_hub and its HTTP library into ours. The server's own text is not repeated:
+        a hostile server could return the token that it received."""
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
         try:
             yield
         except GatedRepoError:
             raise self._refused(place, 403) from None
-        except RepositoryNotFoundError:  # the hub says 401 of what does not exist, too
+        except RepositoryNotFoundError:  # the hub also answers 401 for repositories that do not exist
             self.answered = True
             raise NotFound(place) from None
         except HFValidationError:
@@ -241,7 +249,7 @@ class HubClient:
             ) from None
 
     def _check_status(self, response: Any, place: str) -> None:
-        """Raise Passing, Gone or MachineError for what is no success."""
+        """Raise TransientError, NotFound or MachineError unless the request succeeded."""
         self.answered = True
         status = response.status_code
         if status in (404, 410):
@@ -281,7 +289,7 @@ class HubClient:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that the server wants us to wait: `Retry-After` as a number or a date, or the hub's `RateLimit: ...;t=N`."""
+    """Return the seconds that the server asks to wait: `Retry-After` (number or date), or the hub's `RateLimit: ...;t=N`."""
     value = headers.get("Retry-After", "").strip()
     if value.isdecimal():
         return float(value)
@@ -300,7 +308,7 @@ def is_offline() -> bool:
 
 
 def endpoint() -> str:
-    """The hub's address: HF_ENDPOINT, or the official one. Raises MachineError when that is no address."""
+    """Return the hub's URL: HF_ENDPOINT, or the official one. Raises MachineError when it is not a URL."""
     from huggingface_hub import constants
 
     address = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
@@ -314,20 +322,20 @@ def endpoint() -> str:
 
 
 def shown_endpoint() -> str:
-    """The address as it may be printed: a name and password in it are the user's own."""
+    """Return the hub's URL without user name and password, for messages."""
     parts = urlsplit(endpoint())
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def network_error() -> type[Exception]:
-    """The base of all errors of the connection: httpx's or httpx2's, whichever this huggingface_hub is built on."""
+    """Return the base class of connection errors, from httpx or httpx2, whichever this huggingface_hub uses."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("httpx"))
 
 
 def _timeout() -> tuple[float, float, float, float]:
-    """(connect, read, write, pool) in seconds; HF_HUB_DOWNLOAD_TIMEOUT is the time without a byte."""
+    """Return timeouts (connect, read, write, pool) in seconds; HF_HUB_DOWNLOAD_TIMEOUT limits the time without a byte."""
     from huggingface_hub import constants
 
     silence = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
@@ -357,13 +365,13 @@ def _remote(sibling: Any, ref: HubRef) -> RemoteFile:
 
 
 def is_safe(path: str) -> bool:
-    """Whether a listed path stays inside the folder, on every system."""
+    """Whether a listed path stays inside the folder, on every operating system."""
     parts = path.split("/")
     return not any(part in ("", ".", "..") for part in parts) and not re.search(r"[\\\x00-\x1f\x7f]|^[A-Za-z]:", path)
 
 
 def hash_of(file: Path, remote: RemoteFile) -> tuple[str, str]:
-    """(what is to be compared with `remote.digest`, sha256) of a file on disk."""
+    """Return (hash to compare with `remote.digest`, sha256) of a file on disk."""
     sha256 = hashlib.sha256()
     git = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
     with file.open("rb") as stream:
@@ -375,7 +383,7 @@ def hash_of(file: Path, remote: RemoteFile) -> tuple[str, str]:
 
 
 def size_of(file: Path) -> int:
-    """Bytes of a file; 0 when there is none."""
+    """Return the size of a file in bytes; 0 when it does not exist."""
     try:
         return file.stat().st_size
     except OSError:

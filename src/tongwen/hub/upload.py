@@ -1,7 +1,7 @@
-"""A finished folder goes to a hub: private unless told otherwise, and what arrived is compared with what was sent.
+"""Upload a finished folder to a hub, private by default, and compare the uploaded files with the local ones.
 
-The hubs' own packages send it. The manifest stays here: it tells folders of this machine; what a reader needs of it is in
-the model card.
+The hubs' own packages do the upload. The manifest is not uploaded: it contains paths of this machine, and the model card
+repeats what readers need.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TOKENS = {"hub": "HF_TOKEN", "modelscope": "MODELSCOPE_API_TOKEN"}
 
 
 def check_name(name: str) -> HubRef:
-    """OWNER/NAME or modelscope:OWNER/NAME. Raises RecipeError for anything else."""
+    """Parse OWNER/NAME or modelscope:OWNER/NAME. Raises RecipeError for anything else."""
     where, _unused, text = name.rpartition(":")
     if where not in ("", "hub", "modelscope") or not is_id(text):
         raise RecipeError(
@@ -33,7 +33,7 @@ def check_name(name: str) -> HubRef:
 
 
 def push(folder: Path, name: str, notify: Notify, *, public: bool = False) -> str:
-    """Send a folder; returns its address. Raises MachineError when the hub refuses or holds something else afterwards."""
+    """Upload a folder; return its URL. Raises MachineError when the hub refuses, or its files differ afterwards."""
     ref = check_name(name)
     send = _to_modelscope if ref.where == "modelscope" else _to_hub
     return send(folder, ref, HubClient(ref, notify), public)
