@@ -120,8 +120,8 @@ for _kind in (TracedContent, ConcatenatedContent):
 
 @dataclass(frozen=True)
 class RenderCache:
-    """samples: the spans of each sample as (literals and slots, span with the flags); absent: substrings of no
-    content."""
+    """samples: the spans of each sample as (literals and slots, span with the flags); absent: substrings
+    that contents must not have."""
 
     samples: tuple[tuple[tuple[tuple[str | Slot, ...], Span], ...], ...]
     absent: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""An entry of LLaMA-Factory's dataset_info.json becomes sources of ours, so that its folders can be used as they are.
+"""Convert an entry of LLaMA-Factory's dataset_info.json to sources of a recipe, so that its folders work unchanged.
 
 Unsupported options of an entry are refused by name: misread data is worse than none.
 """
@@ -15,7 +15,7 @@ from tongwen.core.i18n import _
 from tongwen.data.files import printable
 from tongwen.recipe.data import SourceConfig
 
-# formatting: {their word under `columns`: ours}
+# formatting: {LLaMA-Factory's key under `columns`: ours}
 _COLUMNS = {
     "alpaca": {
         "prompt": "instruction",
@@ -40,12 +40,12 @@ _ROLE_TAGS = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-# file_sha1 of older entries is not compared there either.
+# LLaMA-Factory does not compare the file_sha1 of older entries either.
 _KNOWN = {"file_name", "hf_hub_url", "ms_hub_url", "formatting", "columns", "tags", "split", "file_sha1"}
 
 
 def entry_source(source: SourceConfig) -> list[SourceConfig]:
-    """The sources that one entry stands for. Words of the recipe's own source go before those of the entry."""
+    """Return the sources of one entry. Settings of the recipe's source override those of the entry."""
     file = Path(source.path)
     file = file / "dataset_info.json" if file.is_dir() else file
     place = f"{printable(file)}: {source.entry}"
@@ -117,7 +117,7 @@ def _check_known(entry: dict[str, Any], place: str) -> None:
 
 
 def _names(entry: dict[str, Any], formatting: str, place: str) -> tuple[dict[str, str], dict[str, str]]:
-    """(columns, roles) in our words. Raises DataError for columns that hold what is not text."""
+    """Return (columns, roles) in our names. Raises DataError for columns that we do not read."""
     ours_of = {key: ours for part in (_COLUMNS[formatting], _TURN_KEYS.get(formatting, {})) for key, ours in part.items()}  # fmt: skip
     columns: dict[str, str] = {}
     roles: dict[str, str] = {}
@@ -139,7 +139,7 @@ def _names(entry: dict[str, Any], formatting: str, place: str) -> tuple[dict[str
 
 
 def _path(entry: dict[str, Any], file: Path, place: str) -> str:
-    """The data set of a hub, or the file beside the json; a hub goes before, as it does there."""
+    """Return the hub data set, or the path of the file next to the JSON; the hub has priority, as in LLaMA-Factory."""
     for key, start in (("hf_hub_url", "hub:"), ("ms_hub_url", "modelscope:"), ("file_name", "")):
         value = entry.get(key)
         if isinstance(value, str) and value:
