@@ -1,7 +1,7 @@
-"""A path of the recipe becomes files, and a file a stream of its bytes, unpacked when it is compressed.
+"""Find the files of a recipe's path, and open a file as a stream of bytes, unpacked if it is compressed.
 
-What a file is shows in its first bytes, never in its name. Any error in the middle of reading is a `DamagedFile`, so that
-the reader of rows can say how many it had. A file must be the same when it is closed as when it was opened.
+The first bytes of a file decide its type, never its name. Any error while reading raises `DamagedFile`, so that the row
+reader can report how many rows came before it. A file must not change between opening and closing.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ CSV_SUFFIXES = {".csv", ".tsv"}
 TABLE_SUFFIXES = {".parquet", ".arrow", ".feather", ".ipc"}
 PACKED_SUFFIXES = {".gz", ".zst", ".xz"}
 DATA_SUFFIXES = JSON_SUFFIXES | TEXT_SUFFIXES | CSV_SUFFIXES | TABLE_SUFFIXES
-# What lies beside the data in a folder and is none of it.
+# Files in a data folder that are not data.
 _BESIDE = re.compile(
     r"\.|(README|LICENSE|CHANGELOG)\b|(manifest|dataset_infos?|dataset_dict|state)\.json$", re.IGNORECASE
 )
 
 BLOCK = 1 << 20
-HEAD = 1 << 20  # what is looked at to tell what a file is
-# A small file that unpacks to more than this, at more than that ratio, was made to fill the disk or the memory.
+HEAD = 1 << 20  # bytes that decide the type of a file
+# A file that unpacks to more than BOMB_BYTES and to more than BOMB_RATIO times its size is a decompression bomb.
 BOMB_BYTES, BOMB_RATIO = 1 << 28, 200
 _XZ_MEMORY = 1 << 29
 
@@ -59,7 +59,7 @@ _FOREIGN = {
 
 
 class DamagedFile(Exception):
-    """The rest of a file cannot be read. rule: what is wrong with it; line: where, when that is known."""
+    """The rest of a file cannot be read. rule: what is wrong; line: the line number, if known."""
 
     def __init__(self, rule: str, remedy: str = "", line: int = 0) -> None:
         self.rule, self.remedy, self.line = rule, remedy, line
@@ -67,13 +67,13 @@ class DamagedFile(Exception):
 
 
 def printable(path: Path | str) -> str:
-    """A path as it can be printed and written: bytes that are no UTF-8 and line ends are escaped."""
+    """Return a path for messages: line ends and bytes that are not UTF-8 are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def suffix(file: Path) -> str:
-    """The suffix that says what the file holds: `.jsonl` of `a.jsonl.gz`."""
+    """Return the suffix of the content: `.jsonl` for `a.jsonl.gz`."""
     suffixes = [part.lower() for part in file.suffixes]
     if suffixes and suffixes[-1] in PACKED_SUFFIXES:
         suffixes.pop()
@@ -84,9 +84,9 @@ def suffix(file: Path) -> str:
 
 
 def find_files(path: str) -> list[Path]:
-    """The files that a path names: itself, all data files in a folder, or what a glob matches, in sorted order.
+    """Return the files of a path, sorted: the file itself, all data files in a folder, or the matches of a glob.
 
-    Raises DataError when there is none, or when one is no file that can be read.
+    Raises DataError when no file is found, or one cannot be read.
     """
     place = Path(path).expanduser() if path.startswith("~/") else Path(path)
     kind = _kind(place)
@@ -109,7 +109,7 @@ def find_files(path: str) -> list[Path]:
 
 
 def _kind(place: Path) -> str:
-    """'file', 'folder', the name of something special, or '' when there is nothing."""
+    """Return 'file', 'folder', the kind of a special file, or '' when the path does not exist."""
     try:
         mode = place.stat().st_mode
     except ValueError:
@@ -138,7 +138,7 @@ def _checked(file: Path, kind: str) -> Path:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """All data files below a folder; links to folders are followed, hidden files and what describes the data are not."""
+    """Return all data files below a folder. Links to folders are followed; hidden and descriptive files are skipped."""
     found, archives = [], []
 
     def fail(error: OSError) -> None:
@@ -188,19 +188,19 @@ def _cannot_open(place: Path, error: OSError) -> DataError:
 
 @dataclass
 class Stream:
-    """The unpacked bytes of a file. head: the first of them; blocks: all of them, the head included."""
+    """The unpacked bytes of a file. head: the first bytes; blocks: all bytes, including the head."""
 
     file: Path
     head: bytes
     blocks: Iterator[bytes]
-    whole: bool  # the head is all there is
+    whole: bool  # whether the head is the whole file
     packed: str  # gzip, zstd, xz, or ''
 
 
 @contextmanager
 def open_stream(file: Path) -> Iterator[Stream]:
-    """A file's bytes, in blocks. Raises DataError when it is nothing that holds rows, or has changed at the end; reading
-    the blocks may raise Damaged."""
+    """Open a file as a Stream. Raises DataError when its type holds no rows, or when it changed while it was read;
+    iterating over the blocks may raise DamagedFile."""
     _checked(file, _kind(file))
     with file.open("rb") as raw:
         before = os.fstat(raw.fileno())
@@ -238,7 +238,7 @@ def _check_unchanged(file: Path, before: os.stat_result) -> None:
 
 
 def _read_head(blocks: Iterator[bytes]) -> tuple[list[bytes], DamagedFile | None]:
-    """The first blocks, up to HEAD bytes, and what stopped the reading before."""
+    """Return the first blocks, up to HEAD bytes, and the error that stopped the reading, if any."""
     taken, size = list[bytes](), 0
     try:
         for block in blocks:
@@ -267,7 +267,7 @@ def _plain(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _in_larger_blocks(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes in larger blocks, also when they end in damage."""
+    """Yield the same bytes in larger blocks, also those before an error."""
     gathered, size = list[bytes](), 0
     try:
         for piece in pieces:
@@ -288,7 +288,7 @@ def _in_larger_blocks(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _unpacked(raw: IO[bytes], packed: str) -> Iterator[bytes]:
-    """The bytes of all members of a compressed file; zeros may pad them."""
+    """Yield the unpacked bytes of all members of a compressed file; zero padding between members is allowed."""
     new, step, at_once, errors = _engine(packed)
     engine: Any = new()
     given = made = 0
@@ -331,7 +331,7 @@ Step = Callable[[Any, bytes], Iterator[bytes]]
 
 
 def _engine(packed: str) -> tuple[Callable[[], Any], Step, int, tuple[type[Exception], ...]]:
-    """(make one for a member, feed it, bytes to feed at once, what it raises)."""
+    """Return (decompressor factory, function that feeds it, bytes per feed, its exceptions)."""
     if packed == "gzip":
         return (lambda: zlib.decompressobj(31)), _step_gzip, 1 << 16, (zlib.error,)
     if packed == "xz":
@@ -340,7 +340,7 @@ def _engine(packed: str) -> tuple[Callable[[], Any], Step, int, tuple[type[Excep
         return (lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY)), _step_xz, 1 << 16, (lzma.LZMAError,)
     import zstandard
 
-    # One call cannot be told to stop, and 4 bytes may stand for 128 KiB: little is fed at once.
+    # A call has no output limit, and 4 bytes can unpack to 128 KiB: feed little at once.
     return zstandard.ZstdDecompressor().decompressobj, _step_zstd, 1 << 11, (zstandard.ZstdError,)
 
 
@@ -366,12 +366,12 @@ def _step_zstd(engine: Any, data: bytes) -> Iterator[bytes]:
 
 
 def is_table(head: bytes) -> bool:
-    """Parquet, an Arrow file, or an Arrow stream, whose first message is shorter than 16 MiB."""
+    """Whether the file is Parquet, an Arrow file, or an Arrow stream (first message shorter than 16 MiB)."""
     return head.startswith((b"PAR1", b"ARROW1")) or (head[:4] == b"\xff\xff\xff\xff" and head[7:8] == b"\0")
 
 
 def check_signature(file: Path, head: bytes, packed: str = "") -> None:
-    """Raise DataError when the first bytes show that this holds no rows."""
+    """Raise DataError when the first bytes belong to a file type without rows."""
 
     def refuse(rule: str, remedy: str = "") -> DataError:
         return DataError(rule, place=printable(file), remedy=remedy)

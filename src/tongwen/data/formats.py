@@ -1,7 +1,7 @@
 """Convert raw rows to Documents and Dialogues. The keys of a row decide its format.
 
-A row gives a record, or is refused with a reason that goes to the ledger and rejected.jsonl. Nothing is guessed: values that
-are not text are not converted, and ambiguous rows and turns out of order are refused.
+A row becomes a record, or is refused with a reason for the ledger and rejected.jsonl. Nothing is guessed: values that are
+not text are not converted, and ambiguous rows and turns out of order are refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PAIRS = (
 )
 LEARN = ("learn", "train", "loss", "weight")
 IN_TURNS = ("from", "value", "role", "content")
-# Every name that a reader asks for, and so every one that `columns` can map.
+# All keys that the readers use; `columns` can map each of them.
 NAMES = (
     "instruction", "input", "output", "target", "history", "system", "tools", "functions", "messages", "conversations",
     "prompt", "completion", "response", "instruct", "query", "question", "answer", "text", *IN_TURNS,
@@ -52,7 +52,7 @@ NAMES = (
 
 THINKING = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
-# Placeholders that identity data sets use; left unfilled they would be learned as the model's name.
+# Placeholders of identity data sets; unfilled, the model would learn them as its name.
 MUST_FILL = {"name", "author"}
 _VISIBLE = re.compile("[^\\s\xad\u115f\u1160\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff]")
 _MARK = re.compile(r"(?:\A|\n)[ \t]*(Human|User|Assistant|System)[ \t]*[:：]")
@@ -66,7 +66,7 @@ Read = tuple[list[Message], list[Any]]  # the messages and the tools of a row
 
 
 def recognise(row: Any) -> str | None:
-    """The format of a row by its keys; None when it is of no known one. Raises RowRefused when it is of two."""
+    """Return the format of a row by its keys; None when it is unknown. Raises RowRefused when two formats match."""
     if not isinstance(row, dict):
         return None
     turns = [name for name in ("messages", "conversations") if row.get(name) is not None]
@@ -93,10 +93,10 @@ def recognise(row: Any) -> str | None:
 
 
 def recognise_row(raw: RawRow, source: SourceConfig) -> str:
-    """The format of a row of a dialogue source.
+    """Return the format of a row of a dialogue source.
 
-    Raises DataError when the file is of no known format, as its first row or the kind of data shows, and RowRefused when
-    only this row is not.
+    Raises DataError when the first row or the kind of data shows that the whole file has no known format, and RowRefused
+    when only this row has none.
     """
     row = raw.value
     place = f"{raw.file}:{raw.row}"
@@ -122,7 +122,7 @@ def recognise_row(raw: RawRow, source: SourceConfig) -> str:
 
 
 def check_source(source: SourceConfig) -> None:
-    """Raise RecipeError when `columns` or `roles` holds a name that nothing reads."""
+    """Raise RecipeError when `columns` or `roles` contains an unknown name."""
     roles = sorted(set(ROLES.values()))
     for key, names, known in (("columns", source.columns, NAMES), ("roles", source.roles.values(), roles)):
         for name in names:
@@ -137,7 +137,7 @@ def check_source(source: SourceConfig) -> None:
 
 
 def _check_preferences(row: dict[str, Any], source: SourceConfig, place: str) -> None:
-    """Raise DataError for preference data: half of it is text that a model should not learn."""
+    """Raise DataError for preference data: the model must not learn its rejected half."""
     mapped = set(source.columns.values())
     found: list[str] = [name for name in ("chosen", "rejected") if name in row and name not in mapped]
     if isinstance(row.get("label"), bool) and "prompt" in row and "completion" in row:
@@ -154,7 +154,7 @@ def _check_preferences(row: dict[str, Any], source: SourceConfig, place: str) ->
 
 
 def _similar_columns(row: Any) -> dict[str, str]:
-    """Our names for keys that differ from them in case or blanks, when that makes a known format of the row."""
+    """Return {our name: key} for keys that differ only in case or blanks, if that makes the row a known format."""
     if not isinstance(row, dict):
         return {}
     folded = {str(key).strip().lower(): str(key) for key in row}
@@ -167,7 +167,7 @@ def _similar_columns(row: Any) -> dict[str, str]:
 
 
 def _columns_line(columns: Mapping[str, str], row: Any) -> str:
-    """The recipe line that would cure it: with the keys that were meant, or with the first two that hold text."""
+    """Return a recipe line that fixes the error: with the similar keys, or with the first two keys of texts."""
     if not columns and isinstance(row, dict):
         texts = [key for key, value in row.items() if isinstance(value, str) and str(key).lower() not in ("id", "text")]
         columns = dict(zip(("instruction", "output"), texts, strict=False)) if len(texts) > 1 else {}
@@ -181,7 +181,7 @@ def _columns_line(columns: Mapping[str, str], row: Any) -> str:
 
 
 def read_dialogue(row: Any, format_: str, source: SourceConfig, fill: Mapping[str, str], origin: Origin) -> Dialogue:
-    """One dialogue from one row. Raises RowRefused, and DataError where the recipe must say more."""
+    """Convert one row to a dialogue. Raises RowRefused, or DataError when the recipe lacks a setting."""
     if not isinstance(row, dict):
         raise RowRefused("not_an_object", _("a row must be an object, this is {kind}").format(kind=kind(row)))
     if format_ == "text":
@@ -201,7 +201,7 @@ def read_dialogue(row: Any, format_: str, source: SourceConfig, fill: Mapping[st
 
 
 def read_document(row: Any, source: SourceConfig, origin: Origin) -> Document:
-    """One document from one row. Raises RowRefused."""
+    """Convert one row to a document. Raises RowRefused."""
     theirs = source.columns.get("text", "text")
     text = row.get(theirs) if isinstance(row, dict) else None
     if not isinstance(text, str):
@@ -216,13 +216,13 @@ def read_document(row: Any, source: SourceConfig, origin: Origin) -> Document:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: only blanks, zero-width characters and direction marks."""
+    """Whether a text has only invisible characters: blanks, zero-width characters and direction marks."""
     first = text[:1]  # nearly always enough
     return not ("!" <= first <= "~" or "\u4e00" <= first <= "\u9fff") and _VISIBLE.search(text) is None
 
 
 def with_columns(row: dict[str, Any], source: SourceConfig) -> dict[str, Any]:
-    """The row under our names. A name that is mapped means the mapped column and no other."""
+    """Rename the columns of a row to our names. A mapped name refers only to the mapped column."""
     if not source.columns:
         return row
     mapped = {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
@@ -233,7 +233,7 @@ def with_columns(row: dict[str, Any], source: SourceConfig) -> dict[str, Any]:
 
 
 def _read_alpaca(row: dict[str, Any], source: SourceConfig) -> Read:
-    """instruction and input are one question; BELLE also has input and target."""
+    """Join instruction and input to one question; BELLE also has input and target."""
     answer = "target" if "target" in row and "output" not in row else "output"
     extra = _text(row, "input", source, default="")
     question = _text(row, "instruction", source, default="" if answer == "target" or not is_blank(extra) else None)
@@ -246,7 +246,7 @@ def _read_alpaca(row: dict[str, Any], source: SourceConfig) -> Read:
 
 
 def _read_turns_inside(row: dict[str, Any], source: SourceConfig) -> Read:
-    """BELLE and Guanaco: `Human: …\\n\\nAssistant: …\\n\\nHuman: …` in the instruction; the output answers the last."""
+    """BELLE and Guanaco: `Human: …\\n\\nAssistant: …\\n\\nHuman: …` in the instruction; the output answers the last turn."""
     messages = [*_system(row, source), *_history(row)]
     text = _text(row, "instruction", source, default="")
     extra = _text(row, "input", source, default="")
@@ -263,7 +263,7 @@ def _read_turns_inside(row: dict[str, Any], source: SourceConfig) -> Read:
 
 
 def _read_messages(row: dict[str, Any], source: SourceConfig) -> Read:
-    """OpenAI: role and content, tool calls, what a model thinks."""
+    """OpenAI: role and content, tool calls, reasoning."""
     return _messages(row, "messages", source), _tools(row)
 
 
@@ -286,7 +286,7 @@ def _read_conversations(row: dict[str, Any], source: SourceConfig) -> Read:
 
 
 def _read_completion(row: dict[str, Any], source: SourceConfig) -> Read:
-    """prompt and completion (or response), both texts or both lists of messages."""
+    """prompt and completion (or response): two texts, or two lists of messages."""
     answer = "response" if "response" in row and "completion" not in row else "completion"
     if isinstance(row.get("prompt"), list) and isinstance(row.get(answer), list):
         messages = [*_messages(row, "prompt", source), *_messages(row, answer, source)]
@@ -295,7 +295,7 @@ def _read_completion(row: dict[str, Any], source: SourceConfig) -> Read:
 
 
 def _read_query(row: dict[str, Any], source: SourceConfig) -> Read:
-    """instruct and query are one question, as the older project joined them."""
+    """Join instruct and query to one question, as the older project did."""
     question = _joined(_text(row, "instruct", source, default=""), _text(row, "query", source), source)
     return [
         *_system(row, source),
@@ -335,7 +335,7 @@ def _read_question(row: dict[str, Any], source: SourceConfig, question: str, ans
 
 
 def _joined(first: str, second: str, source: SourceConfig) -> str:
-    """One question of two texts, of which either may be empty."""
+    """Join two texts to one question; either may be empty."""
     return source.separator.join(text for text in (first, second) if not is_blank(text))
 
 
@@ -362,7 +362,7 @@ def _has_turns_inside(row: dict[str, Any]) -> bool:
 
 
 def _split_turns(text: str) -> list[Message]:
-    """The turns of a text with marks; an empty `Assistant:` at the end waits for the output."""
+    """Split a text with role marks into turns; drop an empty `Assistant:` at the end, since the output follows."""
     marks = list(_MARK.finditer(text))
     if text[: marks[0].start() if marks else len(text)].strip():
         raise RowRefused("no_mark", _("the text does not begin with `Human:` or `User:`"))
@@ -376,7 +376,7 @@ def _split_turns(text: str) -> list[Message]:
 
 
 def _turns(row: dict[str, Any], key: str, source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, turn) of each turn, which is an object, under our names."""
+    """Yield (number, turn) with our key names. Raises RowRefused for a turn that is not an object."""
     turns = row.get(key)
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         raise _double_encoded(key)
@@ -425,7 +425,7 @@ def _messages(row: dict[str, Any], key: str, source: SourceConfig) -> list[Messa
 
 
 def _content(turn: dict[str, Any], number: int, optional: bool) -> str:
-    """The text of a turn, which may come in parts, all of them text."""
+    """Return the text of a turn; a list of text parts is joined."""
     content = turn.get("content", turn.get("value"))
     if content is None and optional:
         return ""
@@ -475,7 +475,7 @@ def _tools(row: dict[str, Any]) -> list[Any]:
 
 
 def _tool_call(call: Any, number: int) -> dict[str, Any]:
-    """OpenAI's shape, with the arguments as an object: what chat templates read."""
+    """Return a tool call in OpenAI's format, with the arguments as an object, as chat templates expect."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowRefused("bad_tool_calls", _("turn {number}: a tool call needs a name").format(number=number))
@@ -488,7 +488,7 @@ def _tool_call(call: Any, number: int) -> dict[str, Any]:
 
 
 def _text(row: dict[str, Any], key: str, source: SourceConfig, default: str | None = None) -> str:
-    """The text under a key, or the default when there is none. Raises RowRefused."""
+    """Return the text of a key, or the default when the key is missing. Raises RowRefused."""
     value = row.get(key)
     if value is None and default is not None:
         return default
@@ -507,7 +507,7 @@ def _text(row: dict[str, Any], key: str, source: SourceConfig, default: str | No
 
 
 def _is_encoded_again(text: str) -> bool:
-    """JSON text inside JSON text: a whole row, or a string with its quotes and escapes."""
+    """Whether a text is JSON itself: a whole row, or a string with quotes and escapes."""
     if not text.endswith(("}", '"')):
         return False
     try:
@@ -575,7 +575,7 @@ def _check_dialogue(messages: Sequence[Message]) -> None:
 
 
 def _check_order(roles: Sequence[str]) -> None:
-    """A system message at most, and first; then a question, and answers that follow something."""
+    """Raise RowRefused unless roles are in order: at most one system message first, then a question, then alternating."""
     if "system" in roles[1:]:
         turn = roles.index("system", 1) + 1
         raise RowRefused(
@@ -606,7 +606,7 @@ def _check_order(roles: Sequence[str]) -> None:
 
 
 def _split_thinking(message: Message, turn: int) -> Message:
-    """`<think>…</think>` at the head of an answer is its thinking."""
+    """Move `<think>…</think>` at the start of an answer to its `thinking`."""
     if message.role != "assistant" or message.thinking is not None or not (found := THINKING.match(message.content)):
         return message
     content = message.content[found.end() :]
@@ -626,7 +626,7 @@ def _filled(message: Message, fill: Mapping[str, str]) -> Message:
 
 
 def _check_text(text: str, place: str | int) -> str:
-    """The text, if it is one. place: its key, or the number of its turn. Raises RowRefused."""
+    """Return a text without surrogates and NUL, else raise RowRefused. place: its key, or the number of its turn."""
     broken = False
     try:
         text.encode()
@@ -641,7 +641,7 @@ def _check_text(text: str, place: str | int) -> str:
 
 
 def _check_data(value: Any, key: str) -> None:
-    """Tools and their arguments are written as JSON: no half characters, and no numbers that are none."""
+    """Raise RowRefused for tools or arguments that are not valid JSON: lone surrogates, NaN or infinity."""
     if not value:
         return
     try:

@@ -1,4 +1,4 @@
-"""The ledger: rows and bytes in = kept + every loss by its reason. Code refuses to go on when it does not add up."""
+"""The ledger counts rows and bytes: in = kept + losses by reason. `check` raises when the sums differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tongwen.core.records import Origin
 
 @dataclass
 class Ledger:
-    """Two columns, counted apart: things (rows, samples) and their size (UTF-8 bytes, tokens)."""
+    """Two separate counts: items (rows, samples) and their size (UTF-8 bytes, tokens)."""
 
     unit: str
     size_unit: str
@@ -37,7 +37,7 @@ class Ledger:
         self.size_lost[reason] += size
 
     def move(self, reason: str, size: int) -> None:
-        """Count a row that was kept so far as lost."""
+        """Move one kept row to the losses."""
         self.keep(-size, items=-1)
         self.lose(reason, size)
 
@@ -49,7 +49,7 @@ class Ledger:
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> Ledger:
-        """A ledger from its dictionary."""
+        """Return the ledger from the output of `to_dict`."""
         unit, size_unit = table["in"]
         out = cls(unit, size_unit)
         out.enter(table["in"][size_unit], table["in"][unit])
@@ -59,7 +59,7 @@ class Ledger:
         return out
 
     def check(self) -> None:
-        """Raise AssertionError when the columns do not add up: a bug of ours, never the user's."""
+        """Raise AssertionError when the counts do not add up: that is a bug in tongwen, never the user's error."""
         items, sizes = self.kept + self.lost.total(), self.size_kept + self.size_lost.total()
         if (items, sizes) != (self.items_in, self.size_in):
             raise AssertionError(
@@ -80,7 +80,7 @@ class Ledger:
 
 
 def table_rows(table: dict[str, Any], name: str, kept: str) -> list[tuple[str, int, int]]:
-    """The lines of a ledger as people read it: (what, things, size)."""
+    """Return the lines of a ledger for a table: (label, items, size)."""
     unit, size_unit = table["in"]
     lines = [(f"{name}: {_('in')}", table["in"])]
     lines += [(f"  − {reason}", lost) for reason, lost in table["lost"].items()]

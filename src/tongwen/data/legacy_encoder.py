@@ -1,8 +1,8 @@
-"""Tokens as the scripts of 2023 made them, defects included: to repeat their results, and for nothing else.
+"""Encode exactly as the training scripts of 2023 did, defects included, only to reproduce their results.
 
-What they did otherwise: `<s>` twice, prompt and answer cut into tokens together so that the mask misses their border, a
-blank of SentencePiece's before the answer, a mask that leaves ChatGLM's `<sop>` to be learned, and a cut from the right
-that may take the end of the answer along.
+Their differences: `<s>` twice; prompt and answer tokenised together, so that the mask misses their boundary; a SentencePiece
+blank before the answer; a mask that lets the model learn ChatGLM's `<sop>`; truncation from the right that may remove the
+end of the answer.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tongwen.data.encode import Encoder, Piece, join_spans
 
 @dataclass(frozen=True)
 class LegacyRules:
-    """together:  prompt and answer are one text; as many ids are masked as the prompt alone has
+    """together:  prompt and answer are tokenised as one text; the mask has the length of the prompt alone
     begun:     the tokenizer puts `<s>` before the text
     doubled:   the text itself contains another `<s>`
-    opened:    the prompt's last id, which opens the answer, is learned with it
-    halves:    prompt and answer are cut apart, each to half of max_length
-    ends:      the last id of a sample that was cut becomes the end
+    opened:    the prompt's last id, which begins the answer, is learned too
+    halves:    prompt and answer are truncated separately, each to half of max_length
+    ends:      the last id of a truncated sample is replaced by the end token
     """
 
     together: bool = False

@@ -1,8 +1,8 @@
 """Read a file as numbered raw rows: its content decides how it is read, not its name.
 
-A row is a JSON object, a record of a table, a line or a paragraph of text. It comes out with its
-value or with its problem, and only what ends the reading is an error of the file. Bytes are never replaced, and memory is
-bounded by the largest row, not by the file.
+A row is a JSON object, a record of a table, a line or a paragraph of text. It is yielded with its value or with its
+problem; only a failure that ends the reading is an error of the file. Bytes are never replaced, and the largest row limits
+the memory, not the size of the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tongwen.data.json_array import read_array
 from tongwen.data.row import CAP, RawRow, parse_json
 from tongwen.recipe.data import SourceConfig
 
-# A single line of this size is no line: the file has no line ends.
+# A longer line means that the file has no line ends.
 _SKIP = 1 << 28
 Line = tuple[int, str, int, str, str]  # number, text, size in UTF-8, and reason and problem when it cannot be used
 Notify = Callable[[str], None]
@@ -34,9 +34,9 @@ def _ignore(text: str) -> None:
 
 
 def read_rows(file: Path, source: SourceConfig | None = None, notify: Notify = _ignore) -> Iterator[RawRow]:
-    """The rows of one file. `tell` gets notices about the recognised format.
+    """Yield the rows of one file. notify: called with messages about the detected format.
 
-    Raises DataError when the file as a whole cannot be read; a row that cannot is yielded with its problem.
+    Raises DataError when the file as a whole cannot be read; an unreadable row is yielded with its problem.
     """
     source = source or SourceConfig(path=str(file))
     name, seen = printable(file), 0
@@ -100,7 +100,7 @@ def _read_as(
 
 
 def _kind(head: str, suffix: str, whole: bool, notify: Notify) -> str:
-    """array, lines (of JSON), csv or text."""
+    """Return `array`, `lines` (of JSON), `csv` or `text`."""
     beginning = head.lstrip()
     if suffix in files.JSON_SUFFIXES:
         return "array" if beginning.startswith("[") and not _is_list_line(beginning) else "lines"
@@ -112,7 +112,7 @@ def _kind(head: str, suffix: str, whole: bool, notify: Notify) -> str:
 
 
 def _is_object(beginning: str, whole: bool) -> bool:
-    """Whether a text begins with a line that is a JSON object, perhaps one too long to see its end."""
+    """Whether the first line of a text is a JSON object, or looks like one if its end is not visible."""
     if not beginning.startswith("{"):
         return False
     line, end, _unused = beginning.partition("\n")
@@ -125,7 +125,7 @@ def _is_object(beginning: str, whole: bool) -> bool:
 
 
 def _is_list_line(beginning: str) -> bool:
-    """Whether a text begins with a line that is a whole list and is followed by another row: lines, of which the first is bad."""
+    """Whether the first line is a complete list and another row follows: JSON lines with a bad first line."""
     line, _unused, rest = beginning.partition("\n")
     try:
         return rest.lstrip()[:1] in ("{", "[") and isinstance(json.loads(line), list)
@@ -145,13 +145,13 @@ def _check_line_ends(head: str) -> None:
 
 
 class _LongLine(bytes):
-    """The beginning of a line that is too long to be kept; `size` is its length."""
+    """The beginning of a line that is too long to keep; `size` is its full length."""
 
     size: int
 
 
 def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their \\n. What is longer than CAP comes as its beginning, and as a _Long."""
+    """Yield lines without \\n. A line longer than CAP is yielded as a _LongLine with its beginning."""
     rest = b""
     for block in blocks:
         lines = (rest + block).split(b"\n")
@@ -160,12 +160,12 @@ def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:
         if len(rest) > CAP:
             long, rest = _skip(rest, blocks)
             yield long
-    if rest:  # several lines, when the last block ended a long one
+    if rest:  # several lines if a long line ended in the last block
         yield from rest.split(b"\n")
 
 
 def _skip(begin: bytes, blocks: Iterator[bytes]) -> tuple[_LongLine, bytes]:
-    """(the long line, what follows it). Raises Damaged when there is no end of it."""
+    """Return (the long line, the rest of the block). Raises DamagedFile when the line does not end."""
     long, size, rest = _LongLine(begin[:4096]), len(begin), b""
     for block in blocks:
         end = block.find(b"\n")
@@ -180,7 +180,7 @@ def _skip(begin: bytes, blocks: Iterator[bytes]) -> tuple[_LongLine, bytes]:
 
 
 def _lines(blocks: Iterator[bytes], found: Charset) -> Iterator[Line]:
-    """Every line that is not blank is decoded by itself, so that broken bytes cost one row. Blank ones are empty."""
+    """Decode every line separately, so that broken bytes lose only one row."""
     codec, is_utf8 = found.codec, found.codec == "utf-8"
     for number, line in enumerate(_split(blocks), 1):
         if line[-1:] == b"\r":
@@ -228,7 +228,7 @@ def _mixed(found: Charset) -> str:
 
 
 def _is_utf8(line: bytes) -> bool:
-    """Chinese of UTF-8 in a line; chance makes four such letters of GB18030 in no text that was seen."""
+    """Whether a line is Chinese in UTF-8: it has four long characters. No GB18030 text seen so far has that by chance."""
     try:
         return sum(letter > "\u07ff" for letter in line.decode("utf-8")) >= 4
     except UnicodeDecodeError:
@@ -236,14 +236,14 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def _without_nul(text: str, line: bytes, found: Charset) -> tuple[str, int, str, str]:
-    """A row with NUL bytes, as a disk leaves them behind after a power loss."""
+    """Return the problem of a row with NUL bytes, which a power loss can leave in a file."""
     count = text.count("\0")
     rule = _("{count:,} NUL bytes: the file is damaged here").format(count=count)
     return text.replace("\0", "\u2400") if count < 100 else text.strip("\0"), len(line), "nul_character", rule
 
 
 def _transcoded(blocks: Iterator[bytes], found: Charset, final: bool = True) -> Iterator[bytes]:
-    """UTF-8 of what has wider units than bytes. Half a surrogate pair stays, to be refused with its row."""
+    """Convert UTF-16 or UTF-32 to UTF-8. Lone surrogates stay, so that only their row is refused."""
     passes = "surrogatepass" if found.codec.startswith(("utf-16", "utf-32")) else "strict"
     decoder = codecs.getincrementaldecoder(found.codec)(passes)
     try:
@@ -258,7 +258,7 @@ def _transcoded(blocks: Iterator[bytes], found: Charset, final: bool = True) -> 
 
 
 def _until_damage(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """As far as it goes: the same damage is met again when the rows are read."""
+    """Yield the blocks before an error; reading the rows raises the same error later."""
     try:
         yield from blocks
     except DamagedFile:
@@ -268,12 +268,12 @@ def _until_damage(blocks: Iterator[bytes]) -> Iterator[bytes]:
 # -- text ----------------------------------------------------------------------------------------------------------
 
 
-SPARSE = 50  # a blank line among more lines than this ends no paragraph
+SPARSE = 50  # with fewer than one blank line per SPARSE lines, each line is a record
 _BLANK_LINE = re.compile(r"\n[ \t\r\u3000]*(?=\n)")
 
 
 def _records(head: str, source: SourceConfig, notify: Notify) -> str:
-    """line, paragraph or file: as the recipe says, else by the number of blank lines at the beginning."""
+    """Return `line`, `paragraph` or `file`: the recipe's setting, or decided by the blank lines in the head."""
     if source.records:
         return source.records
     text = head.strip()
@@ -297,7 +297,7 @@ def _read_text(lines: Iterator[Line], name: str, records: str) -> Iterator[RawRo
 
 
 def _read_blocks(lines: Iterator[Line], name: str, by_file: bool) -> Iterator[RawRow]:
-    """Lines up to a blank one, or all of them; the row's number is its first line."""
+    """Join lines up to a blank line, or all lines, to one row; its number is its first line."""
     block = _Block(name)
     for line in lines:
         if line[3] or (line[1] and not line[1].isspace()) or (block.start and by_file):
@@ -310,7 +310,7 @@ def _read_blocks(lines: Iterator[Line], name: str, by_file: bool) -> Iterator[Ra
 
 
 class _Block:
-    """Lines that are one record. What is larger than a row may be is measured, not kept."""
+    """The lines of one record. Text beyond CAP is counted, not kept."""
 
     def __init__(self, name: str) -> None:
         self.name, self.start, self.size = name, 0, 0
@@ -364,13 +364,13 @@ def _parsed(lines: Iterator[Line], name: str) -> Iterator[RawRow]:
                 yield RawRow(name, number, value, size)
 
 
-# Keys that hold lists within a row, and keys that only rows have.
+# Keys of lists inside a row, and keys that only rows have.
 _LISTS = {"messages", "conversations", "tools", "functions", "history", "prompt", "completion"}
 _ROW_KEYS = {*_LISTS, "text", "instruction", "instruct", "question", "query", "input", "output", "answer"}
 
 
 def _check_wrapper(value: Any, source: SourceConfig) -> None:
-    """Raise DataError when the only object of a file holds the rows inside itself."""
+    """Raise DataError when the only object of a file wraps the rows."""
     if not isinstance(value, dict):
         return
     known = _ROW_KEYS | set(source.columns.values())
@@ -400,8 +400,8 @@ def _wrapped(key: str, by_columns: bool = False) -> DataError:
 
 
 def _check_one_object(head: str, source: SourceConfig) -> None:
-    """Raise DataError when a file that should hold lines begins with an object that is spread over several of them, or
-    with one that is too long to be a row."""
+    """Raise DataError when a file of JSON lines begins with an object that spans several lines, or that is too long for a
+    row."""
     beginning = head.lstrip()
     line, end, _unused = beginning.partition("\n")
     found = re.match(r"\{\s*\"([^\"]{1,100})\"\s*:\s*\[\s*\{", beginning)

@@ -1,7 +1,7 @@
-"""Answers that cost money, from an OpenAI-compatible endpoint: asked again when that may help, and never beyond the cap.
+"""Request paid answers from an OpenAI-compatible endpoint: retry when that may help, and never exceed the spending cap.
 
-There is one layer that retries, this one: the client's own is off, because two multiply. An answer counts only when the
-endpoint said that it is finished. The key comes from the environment, goes to one origin, and is never written.
+Only this module retries: the official client's retries are off, because two layers would multiply. An answer counts only
+with a finish reason from the endpoint. The API key comes from the environment, is sent to one origin, and is never written.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from tongwen.core.i18n import _
 from tongwen.core.openai_client import CappedTransport, OpenAIClient, ReplyTooLarge, TruncatedReply
 from tongwen.recipe.data import Synthesize
 
-MAX_RETRY_AFTER = 120.0  # seconds that a Retry-After is obeyed
-OUTAGE_FAILURES = 5  # failures in a row after which one request at a time is tried
+MAX_RETRY_AFTER = 120.0  # limit for Retry-After, in seconds
+OUTAGE_FAILURES = 5  # failures in a row after which requests are sent one at a time
 FATAL_STATUSES = (400, 401, 403, 404, 405, 413, 422)
 
 
 class RequestFailed(Exception):
-    """A request that stays without an answer, with the reason."""
+    """A request failed after all attempts; the message is the last reason."""
 
 
 class SpendingMeter:
-    """Compare what was spent, and what running requests may still cost, with the cap."""
+    """Compare the spending, including the possible cost of running requests, with the cap."""
 
     def __init__(self, section: Synthesize) -> None:
         self.cap, self.price = section.at_most, section.price
@@ -47,7 +47,7 @@ class SpendingMeter:
         return (tokens[0] * price.input + tokens[1] * price.output) / 1e6 if price else 0.0
 
     def reserve(self, limit: tuple[int, int]) -> None:
-        """Make room for a request. Raises MachineError when it could go beyond the cap."""
+        """Reserve the tokens of a request. Raises MachineError when it could exceed the cap."""
         planned = [spent + kept + new for spent, kept, new in zip(self.tokens, self.reserved, limit, strict=True)]
         for name, value, cap in (
             ("requests", self.requests + 1, self.cap.requests),
@@ -66,7 +66,7 @@ class SpendingMeter:
         self._hold(limit, 1)
 
     def settle(self, limit: tuple[int, int], used: tuple[int, int]) -> None:
-        """A request has ended: what it took, instead of what was held for it."""
+        """Replace the reservation of a finished request by its actual use."""
         self._hold(limit, -1)
         self.count(used)
 
@@ -99,7 +99,7 @@ class SynthesisClient:
             timeout=httpx2.Timeout(section.seconds, connect=min(10.0, section.seconds)),
             default_headers={"Accept-Encoding": "identity"},
             http_client=httpx2.AsyncClient(
-                # Behind a proxy the transport is the library's own; there only the text is counted.
+                # Behind a proxy the library uses its own transport; then only the text counts towards the size limit.
                 transport=None if section.use_proxy else CappedTransport(),
                 trust_env=section.use_proxy,
                 follow_redirects=False,
@@ -108,9 +108,9 @@ class SynthesisClient:
         )
 
     async def complete(self, prompt: str, schema: dict[str, Any] | None) -> tuple[str, str, tuple[int, int]]:
-        """(text, why it ended, tokens of prompt and answer). Raises Unanswered, or TongwenError when no request can be
-        answered."""
-        limit = (len(prompt.encode()), self.section.max_tokens)  # no tokenizer makes more of it than its bytes
+        """Return (text, finish reason, tokens of prompt and answer). Raises RequestFailed, or TongwenError when all requests
+        would fail."""
+        limit = (len(prompt.encode()), self.section.max_tokens)  # a prompt has at most as many tokens as bytes
         reason = ""
         for attempt in range(self.section.attempts):
             async with _RequestSlot(self):
@@ -152,7 +152,7 @@ class SynthesisClient:
         return text, finish, tokens
 
     def _handle_error(self, error: Exception) -> str:
-        """Why a request failed, when it is worth asking again. Raises TongwenError when none is."""
+        """Return the reason of a failure that is worth a retry. Raises TongwenError when no request can succeed."""
         if isinstance(cause := error.__cause__, TongwenError):
             raise cause
         self.failures += 1
@@ -172,14 +172,14 @@ class SynthesisClient:
                 ),
             )
         if status == 429:
-            self.failures -= 1  # it lives, and says when to come again
+            self.failures -= 1  # the endpoint works and names the time for the next try
             self.rest_until = max(self.rest_until, time.monotonic() + retry_after(error.response.headers))
         return f"HTTP {status}"
 
 
 class _RequestSlot:
-    """A moment at which a request may start: the pace is kept, a Retry-After is obeyed, and in an outage there is one
-    probe at a time, each after a longer rest."""
+    """Wait until a request may start: keep the rate limit, obey Retry-After, and during an outage send one probe at a time
+    with growing pauses."""
 
     def __init__(self, endpoint: SynthesisClient) -> None:
         self.endpoint, self.probes = endpoint, False
@@ -189,7 +189,7 @@ class _RequestSlot:
         if endpoint.failures >= OUTAGE_FAILURES:
             await endpoint.probing.acquire()
             self.probes = True
-            if endpoint.failures >= OUTAGE_FAILURES:  # not ended while we waited
+            if endpoint.failures >= OUTAGE_FAILURES:  # the outage has not ended during the wait
                 await asyncio.sleep(min(60.0, endpoint.section.pause * 2 ** (endpoint.failures - OUTAGE_FAILURES + 1)))
         while (rest := endpoint.rest_until - time.monotonic()) > 0:
             await asyncio.sleep(rest)
@@ -205,13 +205,13 @@ class _RequestSlot:
 
 
 def _is_unbilled(error: Exception) -> bool:
-    """Whether a failed request was surely not billed: it was refused, or never got there."""
+    """Whether a failed request was certainly not billed: the endpoint refused it, or it never arrived."""
     unreached = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
     return unreached or isinstance(error, openai.APIStatusError)
 
 
 def check_address(address: str) -> str:
-    """The base URL. Raises RecipeError when a key should not be sent there."""
+    """Return the base URL. Raises RecipeError when it is not safe to send a key to it."""
     parts = urlsplit(address)
     host = parts.hostname or ""
     try:
@@ -224,12 +224,12 @@ def check_address(address: str) -> str:
         rule = _("without https, anyone on the way can read the key")
     else:
         return address
-    shown = f"{parts.scheme}://{host}{parts.path}"  # without what stands before the @
+    shown = f"{parts.scheme}://{host}{parts.path}"  # without user name and password
     raise RecipeError(f"{shown}: {rule}", place="synthesize.endpoint", remedy="https://HOST/v1")
 
 
 def retry_after(headers: Any) -> float:
-    """Seconds that a 429 asks for: a number or a date; what is neither, or in the past, is one second."""
+    """Return the seconds that a 429 response asks to wait (number or date); 1 for other values and past dates."""
     value = headers.get("retry-after", "")
     try:
         seconds = float(value)
@@ -253,7 +253,7 @@ def _key(section: Synthesize) -> str:
 
 
 async def _refuse_web_page(response: Any) -> None:
-    """A web page is no answer: a login, a portal, a wrong address."""
+    """Raise RecipeError when the response is a web page: a login, a portal, a wrong URL."""
     kind = response.headers.get("content-type", "")
     if response.status_code == 200 and "html" in kind:
         raise RecipeError(

@@ -1,7 +1,7 @@
-"""Dialogues that a model writes: tasks like some examples, tasks on drawn topics, or questions about one's own documents.
+"""Generate dialogues with a model: tasks like the seed examples, tasks on drawn topics, or questions about documents.
 
-Each request is named by all that decides it and has a number; replies are taken in the order of the numbers, whenever they
-came. So the rows follow from the journal alone: a run that was killed and one that was not end the same.
+The key of a request is a hash of everything that decides it. Requests are numbered, and replies are processed in the order
+of the numbers, whenever they arrive. So the journal alone decides the rows: a killed and resumed run gives the same result.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tongwen.data.synthesis.similarity import SimilarityIndex, rouge_l
 from tongwen.recipe.data import Synthesize
 
 EXAMPLES = 3  # seed tasks in a prompt, as in BELLE
-TASKS = 10  # asked for at once
+TASKS = 10  # tasks per request
 PIECE = 1200  # characters of a document in one prompt
-LONGEST = 100  # characters of an instruction that comes with an input; half as much again where it gives an example
-# What needs eyes, a network, or speaks about the model that wrote it.
+LONGEST = 100  # maximal characters of an instruction with an input; 1.5 times as many if it contains an example
+# Tasks that need images, files or a network, or that mention the model.
 FORBIDDEN = (
     *("图像", "图片", "照片", "截图", "文件", "图表", "图层", "曲线图", "折线图", "直线图", "柱形图", "饼状图"),
     *("视频", "音频", "链接", "http", "chatgpt", "openai", "gpt-3", "gpt-4", "作为一个AI", "作为AI", "语言模型"),
@@ -60,7 +60,7 @@ SCHEMA = {
 
 @dataclass(frozen=True)
 class Request:
-    """One question to the endpoint. source: what it was made from, for the row's provenance."""
+    """One request to the endpoint. source: its inputs, for the provenance of the rows."""
 
     number: int
     prompt: str
@@ -73,19 +73,19 @@ class Request:
 
 
 Complete = Callable[[Request], Awaitable[tuple[str, str, tuple[int, int]]]]
-"""a request -> (text, why it ended, tokens of prompt and answer)"""
+"""request -> (text, finish reason, tokens of prompt and answer)"""
 
 
 @dataclass
 class GeneratedDialogues:
-    """What came of the replies so far."""
+    """The rows and rejected items of the replies so far."""
 
     section: Synthesize
     index: SimilarityIndex = field(default_factory=SimilarityIndex)
     rows: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
-    stale: int = 0  # replies in a row that brought nothing
+    stale: int = 0  # replies in a row without a new row
 
     @property
     def enough(self) -> bool:
@@ -107,7 +107,7 @@ class GeneratedDialogues:
         self.rejected.append({"request": request.number, "reason": reason, "rule": rule, "value": value})
 
     def _keep_dialogue(self, request: Request, reply: Reply, items: list[ParsedTask | RowRefused]) -> None:
-        """All questions about one piece of a document are the turns of one dialogue."""
+        """Join all questions about one piece of a document to one dialogue."""
         good = [item for item in items if isinstance(item, ParsedTask)]
         for item in items:
             if isinstance(item, RowRefused):
@@ -163,7 +163,7 @@ def _read(method: str, reply: Reply) -> Iterator[ParsedTask | RowRefused]:
 
 
 def _checked(item: ParsedTask) -> ParsedTask:
-    """The item with the words that address the model taken out. Raises RowRefused."""
+    """Return the task without phrases that address the model. Raises RowRefused."""
 
     task = ParsedTask(MODEL_ADDRESS.sub("", item.instruction).strip(), item.input, item.output)
     whole = f"{task.question}\n{task.output}"
@@ -191,8 +191,8 @@ async def gather(
     unanswered: type[Exception],
     progress: Callable[[int], None],
 ) -> None:
-    """Ask and take replies in order until there are enough rows, or no more requests. What `complete` raises ends all that
-    is on its way; `unanswered` costs one request."""
+    """Send requests and process the replies in order until there are enough rows, or no more requests. An error of
+    `complete` cancels all running requests; the error `unanswered` loses one request."""
     section = generated.section
     waiting = iter(requests)
     running: dict[asyncio.Task[Reply | str], Request] = {}
@@ -213,7 +213,7 @@ async def gather(
 
     try:
         while not generated.enough:
-            # Who is far ahead waits: what lies between would be paid for, and perhaps not used.
+            # Do not run far ahead: those replies would be paid for, and perhaps not used.
             while len(running) < section.concurrency and len(running) + len(done) < 2 * section.concurrency:
                 if (request := next(waiting, None)) is None:
                     break
@@ -242,7 +242,7 @@ async def gather(
 
 
 def self_instruct(seeds: Sequence[ParsedTask], seed: int) -> Iterator[Request]:
-    """Three of the seed tasks as examples, drawn by the request's number."""
+    """Yield requests with three seed tasks as examples, drawn by the request's number."""
     for number in count():
         chosen = random.Random(f"{seed}:{number}").sample(range(len(seeds)), EXAMPLES)  # noqa: S311
         examples = "".join(
@@ -253,7 +253,8 @@ def self_instruct(seeds: Sequence[ParsedTask], seed: int) -> Iterator[Request]:
 
 
 def by_topics(topics: Sequence[str], seed: int) -> Iterator[Request]:
-    """Ten topics and ten kinds of task, and how long questions and answers are to be, drawn by the request's number."""
+    """Yield requests with ten topics, ten kinds of task, and lengths of questions and answers, drawn by the request's
+    number."""
     prompts = _prompts()
     for number in count():
         draw = random.Random(f"{seed}:{number}")  # noqa: S311
@@ -270,7 +271,7 @@ def by_topics(topics: Sequence[str], seed: int) -> Iterator[Request]:
 
 
 def about_documents(documents: Iterable[tuple[str, str]]) -> Iterator[Request]:
-    """Questions about each piece of each document, (text, where it stands)."""
+    """Yield requests for questions about each piece of each document. documents: (text, origin)."""
     number = count()
     for text, origin in documents:
         for begin in range(0, len(text), PIECE):
@@ -284,7 +285,7 @@ def about_documents(documents: Iterable[tuple[str, str]]) -> Iterator[Request]:
 
 
 def _prompts() -> dict[str, Any]:
-    """Prompts, topics and kinds of task."""
+    """Return the prompts, topics, kinds of task and seeds of prompts.yaml."""
     return dict(
         yaml.safe_load((resources.files("tongwen.data.synthesis") / "prompts.yaml").read_text(encoding="utf-8"))
     )
@@ -295,7 +296,7 @@ def shipped_seeds() -> list[ParsedTask]:
 
 
 def read_seed(row: Any, place: str) -> ParsedTask:
-    """A seed task of BELLE's shape. Raises DataError."""
+    """Read a seed task in BELLE's format. Raises DataError."""
     value = row if isinstance(row, dict) else {}
     instances = value.get("instances")
     first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else {}
