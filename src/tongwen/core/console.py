@@ -47,6 +47,7 @@ def header(title: str, detail: str = "") -> None:
 
 
 def info(text: str) -> None:
+    """Print a line."""
     if SCREEN.is_active:
         SCREEN.console.print(plain(text), soft_wrap=not SCREEN.console.is_terminal)
 
@@ -58,11 +59,13 @@ def notice(text: str) -> None:
 
 
 def success(text: str) -> None:
+    """Print the result of a step."""
     if SCREEN.is_active:
         SCREEN.console.print(f"[green]✓[/] {plain(text)}", soft_wrap=not SCREEN.console.is_terminal)
 
 
 def error(text: str) -> None:
+    """Print an error to stderr, also on other ranks than 0."""
     Console(stderr=True, highlight=False).print(f"[bold red]✗[/] {plain(text)}", soft_wrap=True)
 
 

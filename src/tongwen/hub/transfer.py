@@ -126,7 +126,7 @@ class HubClient:
         """Return the files of the revision's current commit; None when the repository does not exist."""
         ref = self.ref
 
-        def ask() -> Listing | None:
+        def attempt() -> Listing | None:
             from huggingface_hub import HfApi
 
             try:
@@ -145,7 +145,7 @@ class HubClient:
             except (ValueError, KeyError, TypeError, AttributeError):  # the response is not the expected JSON
                 raise TransientError(_("the response is not from the hub (a login page?)")) from None
 
-        return self.with_retries(ref.id, ask)
+        return self.with_retries(ref.id, attempt)
 
     def fetch(
         self, remote: RemoteFile, listing: Listing, target: Path, part: Path, on_progress: Callable[[int], None]

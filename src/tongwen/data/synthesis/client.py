@@ -117,7 +117,7 @@ class SynthesisClient:
                 self.spending.reserve(limit)
                 used = (0, 0)
                 try:
-                    answer = await asyncio.wait_for(self._ask(prompt, schema), self.section.seconds)
+                    answer = await asyncio.wait_for(self._request(prompt, schema), self.section.seconds)
                     used = answer[2]
                     self.failures = 0
                     return answer
@@ -135,7 +135,7 @@ class SynthesisClient:
             await asyncio.sleep(random.uniform(0, min(60.0, self.section.pause * 2**attempt)))  # noqa: S311 (full jitter)
         raise RequestFailed(reason)
 
-    async def _ask(self, prompt: str, schema: dict[str, Any] | None) -> tuple[str, str, tuple[int, int]]:
+    async def _request(self, prompt: str, schema: dict[str, Any] | None) -> tuple[str, str, tuple[int, int]]:
         section = self.section
         options: dict[str, Any] = {}
         if schema and self.schema:

@@ -68,8 +68,8 @@ class Request:
     schema: dict[str, Any] | None = None
 
     def key(self, section: Synthesize) -> str:
-        asked = [section.model, section.temperature, section.top_p, section.max_tokens, self.number, self.prompt]
-        return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()[:32]
+        identity = [section.model, section.temperature, section.top_p, section.max_tokens, self.number, self.prompt]
+        return hashlib.sha256(json.dumps(identity, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
 Complete = Callable[[Request], Awaitable[tuple[str, str, tuple[int, int]]]]
@@ -199,7 +199,7 @@ async def gather(
     done: dict[int, tuple[Request, Reply | str]] = {}
     next_number = 0
 
-    async def ask(request: Request) -> Reply | str:
+    async def get_reply(request: Request) -> Reply | str:
         key = request.key(section)
         if key in journal.replies:
             return journal.replies[key]
@@ -217,7 +217,7 @@ async def gather(
             while len(running) < section.concurrency and len(running) + len(done) < 2 * section.concurrency:
                 if (request := next(waiting, None)) is None:
                     break
-                running[asyncio.create_task(ask(request))] = request
+                running[asyncio.create_task(get_reply(request))] = request
             if not running:
                 return
             finished, _unused = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
