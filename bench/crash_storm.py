@@ -150,7 +150,7 @@ def _report_saves(trainer: type, notify: Callable[[bytes], Any]) -> None:
     save = trainer._save_checkpoint
 
     def reporting_save(self: Any, *arguments: Any, **options: Any) -> None:
-        send = notify if distributed.is_first() else len
+        send = notify if distributed.is_main_process() else len
         send(b"(")
         save(self, *arguments, **options)
         send(b")")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from docs import messages
-from tongwen.core.i18n import N_, _, language, speaking
+from tongwen.core.i18n import N_, _, language, use_language
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").glob("*.py")])
@@ -70,9 +70,9 @@ def test_a_text_is_translated_when_it_is_shown(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TONGWEN_LANG", "en")
     marked = N_(TEXT)
     assert _(marked) == TEXT
-    with speaking("zh"):
+    with use_language("zh"):
         assert _(marked) == "显示此帮助并退出"
-        with speaking("en"):
+        with use_language("en"):
             assert _(marked) == TEXT
         assert _("") == "" and _("a text that no catalogue has") == "a text that no catalogue has"
     assert _(marked) == TEXT

@@ -72,10 +72,10 @@ def ask(question: str, answer: str = "答案") -> Dialogue:
 
 def test_what_is_examined_is_recognised() -> None:
     questions = texts(40, 60, seed=3)
-    examination = dedup.ContaminationIndex.of([ask(question, "甲") for question in questions])
+    examination = dedup.ContaminationIndex.from_records([ask(question, "甲") for question in questions])
 
     def knows(record) -> str:
-        return examination.knows(record, dedup.digest(dedup.fold(dedup.text_of(record))))
+        return examination.match(record, dedup.digest(dedup.fold(dedup.text_of(record))))
 
     assert knows(ask(questions[0], "甲")) == "same"
     assert knows(ask(questions[0], "另一个答案")) == "covers", "the same question with another answer"
@@ -86,16 +86,16 @@ def test_what_is_examined_is_recognised() -> None:
 
 def test_a_shared_instruction_is_no_contamination() -> None:
     instruction = texts(1, 80, seed=5)[0]
-    examination = dedup.ContaminationIndex.of([ask(instruction + text) for text in texts(30, 20, seed=6)])
+    examination = dedup.ContaminationIndex.from_records([ask(instruction + text) for text in texts(30, 20, seed=6)])
     for text in texts(30, 20, seed=7):
         record = ask(instruction + text)
-        assert examination.knows(record, dedup.digest(dedup.fold(dedup.text_of(record)))) == ""
+        assert examination.match(record, dedup.digest(dedup.fold(dedup.text_of(record)))) == ""
 
 
 @pytest.mark.parametrize("empty", [True, False])
 def test_an_examination_survives_the_disk(empty: bool, tmp_path) -> None:
     records = [] if empty else [ask(text) for text in texts(5, 60, seed=8)]
-    examination = dedup.ContaminationIndex.of(records)
+    examination = dedup.ContaminationIndex.from_records(records)
     examination.save(tmp_path / "e.npz")
     found = dedup.ContaminationIndex.load(tmp_path / "e.npz")
     assert found.exact == examination.exact

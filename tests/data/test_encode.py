@@ -102,7 +102,7 @@ def test_too_long_samples_are_counted_never_cut(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer(tmp_path)
     rows = [dialogue("你好", "是"), dialogue("你好", "今天天气很好。" * 40), dialogue("<|im_end|>", "是")]
     store, ledger, rejected = store_of(tokenizer, rows, "chatml", max_length=60)
-    assert (len(store), ledger.things_in, ledger.kept) == (1, 3, 1)
+    assert (len(store), ledger.items_in, ledger.kept) == (1, 3, 1)
     assert dict(ledger.lost) == {"too_long": 1, "control_token_in_text": 1}
     assert "max_length is 60" in rejected[1].rule or "max_length is 60" in rejected[0].rule
     assert ledger.size_in == ledger.size_kept + ledger.size_lost["too_long"]

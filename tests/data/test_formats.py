@@ -230,7 +230,7 @@ def test_bad_rows_are_counted_and_kept(tmp_path: Path) -> None:
     )
     records, rejected, ledger = read(file)
     assert [bad.reason for bad in rejected] == ["not_json", "not_utf8", "unknown_format", "not_a_number"]
-    assert (ledger.things_in, ledger.kept, len(records)) == (5, 1, 1)
+    assert (ledger.items_in, ledger.kept, len(records)) == (5, 1, 1)
     assert ledger.size_in == sum(map(len, file.read_bytes().splitlines()))
 
 

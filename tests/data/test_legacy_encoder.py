@@ -15,7 +15,7 @@ from tongwen.core.chat_template import Template
 from tongwen.core.errors import RecipeError
 from tongwen.core.records import Dialogue, Message, Origin
 from tongwen.data.encode import Encoder
-from tongwen.data.legacy_encoder import WAYS, LegacyEncoder
+from tongwen.data.legacy_encoder import RULES, LegacyEncoder
 from tongwen.model.loading import load
 from tongwen.model.loading.chat_setup import bind_template
 
@@ -107,7 +107,7 @@ def test_legacy_tokens_are_those_of_the_old_code(name: str, length: int, tokeniz
 
 
 def test_every_old_script_has_its_code_here() -> None:
-    assert WAYS.keys() == {*OLD, "chatglm"}
+    assert RULES.keys() == {*OLD, "chatglm"}
 
 
 @pytest.mark.parametrize("length", [1000, 30, 12])

@@ -331,7 +331,7 @@ def test_waits_grow_and_are_capped(server: Hub, tmp_path: Path) -> None:
         ({"Retry-After": "9" * 7}, 9_999_999),
         ({"RateLimit": '"api";r=0;t=55'}, 55),
     ):
-        assert transfer._asked_wait(headers) == seconds
+        assert transfer._retry_after(headers) == seconds
     waited: list[float] = []
     server.faults = [("config.json", "503"), ("config.json", "503"), ("config.json", "503")]
     download.fetch(
@@ -349,7 +349,7 @@ def test_waits_grow_and_are_capped(server: Hub, tmp_path: Path) -> None:
     waited.clear()
     patient = transfer.HubClient(names.HubRef(MODEL, MODEL, "model"), lambda text: None, (1, 1), waited.append)
     with pytest.raises(TongwenError) as error:
-        patient.patiently("x", ask)
+        patient.with_retries("x", ask)
     assert waited == [transfer.LONGEST_WAIT_SECONDS] * 2 and "3 tries" in error.value.text()
 
 
@@ -393,7 +393,7 @@ def test_killed_in_the_middle_the_rest_alone_is_fetched(server: Hub, call: Any, 
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path)
     parts, until = list[Path](), time.monotonic() + 20
     while time.monotonic() < until and not (parts and transfer.size_of(parts[0]) > 400_000):
-        parts = list((tmp_path / "m.partial" / download.WORKPLACE).glob(hashlib.sha256(WEIGHTS).hexdigest() + "*"))
+        parts = list((tmp_path / "m.partial" / download.WORK_FOLDER).glob(hashlib.sha256(WEIGHTS).hexdigest() + "*"))
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -558,7 +558,7 @@ def test_the_table_is_whole(call: Any) -> None:
     for key, entry in names.names().items():
         assert entry["kind"] in ("dataset", "model") and names.is_id(entry["hub"])
         assert set(entry) <= {"kind", "hub", "modelscope", "moved_from", "also", "files"}
-        for word in {word.lower() for word in names._words(key)}:
+        for word in {word.lower() for word in names._all_names(key)}:
             assert seen.setdefault(word, key) == key, f"{word} means two things"
     code, said = call("")
     assert code == 0 and "belle-1m" in said and "zai-org/chatglm-6b" in said

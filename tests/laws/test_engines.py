@@ -310,15 +310,15 @@ def test_srun_tells_what_torchrun_tells(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.delenv(name)
     slurm = {"PROCID": "5", "LOCALID": "1", "JOB_ID": "1234567", "STEP_NUM_TASKS": "8", "STEP_TASKS_PER_NODE": "4(x2)"}
     for name, value in {**slurm, "STEP_NODELIST": "gpu[03-04],gpu9"}.items():
-        distributed.adopt_slurm()
+        distributed.read_slurm_environment()
         assert not distributed.is_launched(), f"nothing is known before {name}"
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "")
-    distributed.adopt_slurm()
+    distributed.read_slurm_environment()
     assert not distributed.is_launched()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    distributed.adopt_slurm()
-    assert distributed.is_launched() and not distributed.is_first() and distributed.world_size() == 8
+    distributed.read_slurm_environment()
+    assert distributed.is_launched() and not distributed.is_main_process() and distributed.world_size() == 8
     found = {
         name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     }

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import SHARED
 from tongwen.cli.parser import make_parser
 from tongwen.core.errors import TongwenError
-from tongwen.hub.names import today
+from tongwen.hub.names import current_id
 from tongwen.migrate.build_recipe import as_yaml
 from tongwen.migrate.flag_values import READERS
 from tongwen.migrate.migrate import MigrationResult, migrate_command, migrate_files
@@ -44,7 +44,7 @@ ALL = [(name, line) for name in (*READMES, "mentioned") for line in lines_of(nam
 
 
 def migrated(line: ScriptLine) -> MigrationResult:
-    return migrate_command(line.arguments, today)
+    return migrate_command(line.arguments, current_id)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="TONGWEN_SHARED names no folder with the READMEs")
@@ -308,7 +308,7 @@ def test_what_one_line_leaves_the_next_one_finds(tmp_path: Path, monkeypatch: py
 def test_a_result_has_a_folder_of_its_own() -> None:
     line = ["python", "merge_llama_with_chinese_lora.py", "--base_model", "b", "--lora_model", "l"]
     for more in ([], ["--output_dir", "./"]):
-        (command,) = migrate_command([*line, *more], today).commands
+        (command,) = migrate_command([*line, *more], current_id).commands
         assert command[command.index("--out") + 1] == "merged"
 
 
@@ -395,7 +395,7 @@ def test_accidents_end_in_an_outcome_or_in_an_error(tmp_path: Path, monkeypatch:
             data[chance.choice([*data])] = chance.choice(ODD)
             words[chance.randrange(len(words))] = str(chance.choice(ODD))
         file = write(tmp_path, name, data)
-        for attempt in (lambda: migrate_files([str(file)], today), lambda: migrate_command(words, today)):
+        for attempt in (lambda: migrate_files([str(file)], current_id), lambda: migrate_command(words, current_id)):
             try:
                 one = attempt()
                 if one.recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tongwen.core.i18n import _, speaking
+from tongwen.core.i18n import _, use_language
 from tongwen.recipe.docs import sections, settings, to_markdown
 
 
@@ -12,7 +12,7 @@ def test_every_setting_has_help_in_both_languages() -> None:
     for name, model in sections():
         for key, field in model.model_fields.items():
             assert field.description, f"{name}.{key}"
-            with speaking("zh"):
+            with use_language("zh"):
                 assert re.search("[\u4e00-\u9fff]", _(field.description)), f"{name}.{key}"
         assert list(settings(model))
     assert "| `learning_rate` |" in to_markdown()

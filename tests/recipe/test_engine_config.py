@@ -317,7 +317,7 @@ def test_what_deepspeed_does_not_know_is_refused(tmp_path: Path, monkeypatch: py
 @pytest.fixture()
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No launcher; what a command takes from the environment comes back."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", distributed.EXIT_FILE, distributed.BEGAN):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", distributed.EXIT_FILE, distributed.START_TIME):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(distributed, "torchrun", lambda *arguments: pytest.fail("no process may start"))
@@ -393,13 +393,13 @@ def test_a_process_of_ours_is_launched_though_alone(monkeypatch: pytest.MonkeyPa
     """`engine: fsdp2` on one GPU: torchrun has started it."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), (distributed.EXIT_FILE, "somewhere")):
         monkeypatch.setenv(name, value)
-    distributed.adopt()
+    distributed.read_launcher_environment()
     assert distributed.is_launched()
     monkeypatch.delenv(distributed.EXIT_FILE)
     for size in ("1", ""):
         monkeypatch.setenv("RANK", "0")
         monkeypatch.setenv("WORLD_SIZE", size)
-        distributed.adopt()
+        distributed.read_launcher_environment()
         assert not distributed.is_launched() and distributed.world_size() == 1
 
 

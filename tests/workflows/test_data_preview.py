@@ -22,7 +22,7 @@ def test_every_row_is_counted_and_every_refusal_has_its_row(chat_model: Path, tm
     file.write_text("\n".join(lines), encoding="utf-8")
     found = data_preview.inspect(file)
     assert (found.kind, found.format) == ("dialogues", "alpaca")
-    assert (found.counts.ledger.things_in, found.counts.ledger.kept) == (20, 18)
+    assert (found.counts.ledger.items_in, found.counts.ledger.kept) == (20, 18)
     assert [(row, reason) for row, reason, _, _ in found.problems] == [(4, "not_json"), (8, "empty_answer")]
     rows = data_preview.as_html(found)
     assert "not_json" in rows and "empty_answer" in rows and "坏的" in rows

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tongwen.core import distributed  # after parse, which exits on --help: these imports take a third of its time
     from tongwen.core.errors import TongwenError
 
-    distributed.adopt()
+    distributed.read_launcher_environment()
     _silence_libraries()
     if arguments.json:
         from tongwen.core import console

@@ -40,6 +40,8 @@ def load(arguments: argparse.Namespace) -> Recipe:
     from tongwen.recipe.load import load_recipe
 
     recipe, notices = load_recipe(arguments.recipe, overrides(arguments))
-    for notice in () if distributed.is_ours() else notices:  # the command that started this process has printed them
+    for notice in (
+        () if distributed.is_child_process() else notices
+    ):  # the command that started this process has printed them
         console.notice(notice)
     return recipe

@@ -22,7 +22,7 @@ from tongwen.model.merging import chat_vector
 def run(target: str, instruct: str, base: str, scale: float, out: str, *, again: bool) -> int:
     """target + scale x (instruct - base)"""
     folder = Path(out)
-    artifact.make_way(folder, again=again)
+    artifact.clear_path(folder, again=again)
     names = {"target": target, "instruct": instruct, "base": base}
     opened = {role: load.fetched(load.locate(name)) for role, name in names.items()}
     for role, model in opened.items():
@@ -43,7 +43,7 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
         role: {"path": names[role], "fingerprint": combine(model_lines(model))} for role, model in opened.items()
     }
     settings = {**names, "scale": scale}
-    with artifact.create(folder, "model", parents, settings, swept=True) as draft:
+    with artifact.create(folder, "model", parents, settings, remove_on_error=True) as draft:
         with console.progress(len(target_tensors.facts), "merge") as bar:
             added = chat_vector.add_chat_vector(
                 target_tensors, instruct_tensors, base_tensors, scale, draft.path, bar.update
@@ -58,7 +58,7 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
         console.notice(
             _("{kept:,} rows of the larger vocabulary have no counterpart and stay unchanged").format(kept=added.kept)
         )
-    console.good(
+    console.success(
         _("{changed} of {count} tensors changed · {out}").format(changed=added.changed, count=len(added.lines), out=out)
     )
     console.emit({"out": out, **{key: value for key, value in draft.artifact.manifest.items() if key != "tensors"}})

@@ -56,7 +56,7 @@ def run(recipe: Recipe) -> int:
     raise_all(errors)
     rows = [row for kind, table in tables.items() for row in table_rows(table, kind, _("kept"))]
     console.table((_("data"), _("rows"), _("bytes")), rows)
-    console.good(_("stages: {stages}").format(stages=_(", ").join(recipe.stages)))
+    console.success(_("stages: {stages}").format(stages=_(", ").join(recipe.stages)))
     console.emit({"name": recipe.name, "stages": recipe.stages, "data": tables})
     return 0
 
@@ -93,9 +93,9 @@ def _read(parts: list[InputPart], section: Prepare, errors: list[TongwenError]) 
             except DataError as error:
                 errors.append(error)
         ledger = tally.ledger
-        if ledger.things_in:
+        if ledger.items_in:
             prepare_steps.check_losses(
-                ledger.things_in, ledger.kept, tally.bad, tally.first_bad, section.max_bad, parts[0].kind
+                ledger.items_in, ledger.kept, tally.bad, tally.first_bad, section.max_bad, parts[0].kind
             )
         for place, rule in tally.first_bad[:3]:
             console.notice(f"{place}: {rule}")

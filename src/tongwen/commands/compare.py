@@ -79,7 +79,7 @@ def run(paths: Sequence[str], html: str) -> int:
         title = _("Runs compared")
         page = render("commands/compare.html.jinja", title=title, summary=" · ".join(paths), kinds=kinds)
         Path(html).write_text(page, encoding="utf-8")
-        console.good(html)
+        console.success(html)
     console.emit(
         {
             kind: {one.name: {"settings": one.settings, "report": one.report} for one in runs}

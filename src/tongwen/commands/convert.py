@@ -18,12 +18,12 @@ def run(source: str, to: str, out: str, quantize: str, push: str = "", *, again:
         if to != "hf":
             raise RecipeError(_("only the hf format can be pushed to a hub"), place="--push", remedy="--to hf")
     target = Path(out)
-    artifact.make_way(target, again=again)
+    artifact.clear_path(target, again=again)
     settings = {"source": source, "to": to, "quantize": quantize}
     result = model_formats.convert(model_formats.open_source(source), to, target, quantize, settings)
     address = upload.push(target, push, console.notice, public=public) if push else ""
     if address:
-        console.good(address)
+        console.success(address)
     facts = {key: value for key, value in result.manifest.items() if key != "tensors"}
     console.emit({"out": out, "pushed": address, **facts})
     return 0

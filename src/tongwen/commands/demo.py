@@ -65,25 +65,25 @@ def run(out: str, model: str, stages: pipeline.Stages) -> int:
     report = json.loads((folder / "sft" / "report.json").read_text(encoding="utf-8"))
     for sample in report["samples"]:
         console.header(sample["question"])
-        console.tell(f"{_('before')} │ {_short(sample['before'])}")
-        console.tell(f"{_('after ')} │ {_short(sample['after'])}")
+        console.info(f"{_('before')} │ {_short(sample['before'])}")
+        console.info(f"{_('after ')} │ {_short(sample['after'])}")
     merged = str(folder / "merge")
     question = "你是谁？"
     answer = open_chat_model(merged).chat([{"role": "user", "content": question}], max_new_tokens=64)
     console.header(question, _("questions to the merged model"))
-    console.tell(answer.strip())
+    console.info(answer.strip())
     scores = report["held_out"]["bits_per_byte"]
     seconds = time.monotonic() - start
     console.header(
         _("held-out bits per byte"),
         f"{scores['before']:.3f} → {scores['after']:.3f} ({scores['after'] / scores['before'] - 1:+.1%}) · {console.human_time(seconds)}",
     )
-    console.tell(_("Next:"))
+    console.info(_("Next:"))
     # The path of the program if the shell would not find it: `make demo` does not change PATH.
     program = "tongwen" if shutil.which("tongwen") or Path(sys.argv[0]).name != "tongwen" else sys.argv[0]
     for arguments in (f"chat {merged}", f"show {merged}", f"look {recipe_file}"):
-        console.tell(f"  {program} {arguments}")
-    console.tell(f"  {folder / 'sft' / 'report.html'}")
+        console.info(f"  {program} {arguments}")
+    console.info(f"  {folder / 'sft' / 'report.html'}")
     console.emit(
         {
             "out": out,

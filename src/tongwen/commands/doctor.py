@@ -87,10 +87,10 @@ def explain(name: str) -> int:
     """Print one failure of the older projects: symptom, cause, and what tongwen does instead."""
     failure = find(name)
     console.header(failure.id, _(failure.symptom))
-    console.tell(_("cause: ") + _(failure.cause))
-    console.tell(_("here:  ") + _(failure.handling))
+    console.info(_("cause: ") + _(failure.cause))
+    console.info(_("here:  ") + _(failure.handling))
     for test in failure.tests:
-        console.tell(f"  {test}")
+        console.info(f"  {test}")
     console.emit(
         {
             "id": failure.id,

@@ -18,7 +18,7 @@ def run(
     """Evaluate the recipe's base with these adapters; write the result to `out` unless it is empty."""
     assert recipe.evaluate
     if out:
-        artifact.make_way(Path(out), again=False)
+        artifact.clear_path(Path(out), again=False)
     tasks = [read_task(task) for task in recipe.evaluate.tasks]
     model = EvaluatedModel(recipe.base, tuple(adapters), template, thinking, weights)
     model_before = EvaluatedModel(before, (), template, thinking, weights) if before else None
@@ -32,5 +32,5 @@ def run(
         artifact.create(folder, "evaluate", parents, recipe.evaluate.model_dump(mode="json")) as draft,
     ):
         draft.facts["scores"] = evaluate_models(tasks, model, model_before, recipe.evaluate, answers, draft.path)
-    console.good(str(folder / "report.html"))
+    console.success(str(folder / "report.html"))
     return 0

@@ -90,7 +90,7 @@ def split_files(
                 target = _part_name(path, part, {*made, *paths}, old_names)
                 rows = (content[starts[row] : ends[row]] for row in chosen)
                 made[target] = _write_rows(folder / target, rows)
-                console.tell(_("{target}: {count:,} rows").format(target=target, count=len(chosen)))
+                console.info(_("{target}: {count:,} rows").format(target=target, count=len(chosen)))
     if not made:
         raise DataError(
             _("--dev found no file with rows (JSON or JSON lines)"),
@@ -214,14 +214,14 @@ def _report(found: artifact.Artifact, already_fetched: bool) -> None:
     files, made = found.manifest["files"], found.manifest.get("made", {})
     size = console.human_bytes(sum(file["bytes"] for file in files.values()))
     commit = found.manifest["source"]["commit"][:12]
-    console.good(
+    console.success(
         _("already here: {path}").format(path=found.path)
         if already_fetched
         else _("{path}: {count} files, {size}, commit {commit}, all hashes agree").format(
             path=found.path, count=len(files), size=size, commit=commit
         )
     )
-    console.tell("  → " + _next_step(found, [*made] or [*files]))
+    console.info("  → " + _next_step(found, [*made] or [*files]))
     console.emit(
         {
             "out": str(found.path),
@@ -253,7 +253,7 @@ def _base_of(adapter: Path) -> str:
         base = str(config["base_model_name_or_path"])
     except (ValueError, KeyError, TypeError):
         return "BASE"
-    return names.today(base) if names.is_id(base) else "BASE"
+    return names.current_id(base) if names.is_id(base) else "BASE"
 
 
 def _list_names() -> int:
@@ -262,6 +262,6 @@ def _list_names() -> int:
         (_("name"), _("kind"), "hub", "ModelScope"),
         [(key, entry["kind"], entry["hub"], entry.get("modelscope", "")) for key, entry in table.items()],
     )
-    console.tell("\ntongwen fetch belle-1m --dev 0.01")
+    console.info("\ntongwen fetch belle-1m --dev 0.01")
     console.emit({"names": table})
     return 0

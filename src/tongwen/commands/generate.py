@@ -51,7 +51,7 @@ def run(
     file = Path(out)
     questions = read_questions(SourceConfig(path=prompts))
     if file.exists():
-        artifact.make_way(file, again=again)
+        artifact.clear_path(file, again=again)
     digest = hashlib.sha256(json.dumps([one.messages for one in questions], ensure_ascii=False).encode()).hexdigest()
     if source.engine == "auto" and not source.endpoint:
         source = replace(source, engine=choose_engine(source.model, source.adapters))
@@ -74,7 +74,7 @@ def run(
     journal.close()
     _write(file, form, questions, journal.answers, answerer.prompt, sampling)
     journal_file.unlink()
-    console.good(f"{len(questions)} · {file}")
+    console.success(f"{len(questions)} · {file}")
     console.emit({"answers": len(questions), "new": len(missing), "out": str(file)})
     return 0
 

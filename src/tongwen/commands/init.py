@@ -155,7 +155,7 @@ def run(name: str, out: str) -> int:
     if not name:
         rows = [(key, start.base, _kind(start), start.memory) for key, start in STARTS.items()]
         console.table((_("template"), _("model"), _("method"), _("fits in")), rows)
-        console.tell("\ntongwen init qwen3-0.6b-lora-8g --out recipe.yaml")
+        console.info("\ntongwen init qwen3-0.6b-lora-8g --out recipe.yaml")
         console.emit({"templates": list(STARTS)})
         return 0
     if name not in STARTS:
@@ -174,7 +174,7 @@ def run(name: str, out: str) -> int:
     if target.exists():
         raise RecipeError(_("this file already exists"), place=out, remedy=_("choose another name"))
     target.write_text(text, encoding="utf-8")
-    console.good(_("{out} · next: tongwen check {out}").format(out=out))
+    console.success(_("{out} · next: tongwen check {out}").format(out=out))
     console.emit({"out": out})
     return 0
 

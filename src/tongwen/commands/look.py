@@ -64,12 +64,12 @@ def _show(recipe: Recipe, reader: RecordEncoder, stop: int, template: str, count
             ],
         )
         Path(page).write_text(text, encoding="utf-8")
-        console.good(page)
+        console.success(page)
     else:
         for index in shown:
             console.header(str(store.origin(index)), f"{store.lengths[index]} token")
             _print(tokenizer, store, index, stop)
-    console.tell(f"\n{description}")
+    console.info(f"\n{description}")
     if rejected:
         first = "{file}:{row}: {rule}".format(**rejected[0])
         console.notice(
@@ -86,5 +86,5 @@ def _print(tokenizer: Any, store: TokenStore, index: int, stop: int) -> None:
     shown = Text()
     for text, token, learned in pieces(tokenizer, store, index):
         shown.append(text, ("black on yellow" if token == stop else "black on green") if learned else "dim")
-    if console.SCREEN.speaks:
+    if console.SCREEN.is_active:
         console.SCREEN.console.print(shown)

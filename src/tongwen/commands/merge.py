@@ -16,7 +16,7 @@ from tongwen.workflows.merging import MergeOptions, merge
 def run(base: str, adapters: list[str], out: str, options: MergeOptions, *, again: bool) -> int:
     """Merge into a new folder. again: rename an existing folder instead of refusing."""
     target = Path(out)
-    artifact.make_way(target, again=again)
+    artifact.clear_path(target, again=again)
     chosen = {
         "base": base,
         "adapters": adapters,

@@ -16,7 +16,7 @@ from typing import Any
 from tongwen.core import artifact, console
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
-from tongwen.hub.names import today
+from tongwen.hub.names import current_id
 from tongwen.migrate.build_recipe import as_yaml
 from tongwen.migrate.migrate import MigrationResult, migrate_command, migrate_files
 from tongwen.migrate.shell import read_script
@@ -51,7 +51,7 @@ def run(inputs: Sequence[str], out: str, alpha: float | None, *, to_run: bool) -
             _output_recipe(text, target)
             lines = [["run", target or "RECIPE", *(_device_overrides(result.recipe) if to_run else [])]]
         for line in lines:
-            console.tell(f"  {shlex.join(['tongwen', *line])}")
+            console.info(f"  {shlex.join(['tongwen', *line])}")
         if to_run:
             os.environ.update(result.environment)
         for number, line in enumerate(lines, 1):
@@ -80,11 +80,11 @@ def _check(outcomes: Sequence[MigrationResult], out: str, *, to_run: bool) -> No
 def _migrate_adapter(folder: Path, out: Path, alpha: float | None) -> None:
     from tongwen.model.adapters.legacy import modernise
 
-    artifact.make_way(out, again=False)
+    artifact.clear_path(out, again=False)
     made = modernise(folder, out, alpha)
     config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
-    console.good(f"{out} · r {config['r']}, alpha {config['lora_alpha']:g}: {', '.join(config['target_modules'])}")
-    console.tell(f"  tongwen merge --base BASE --adapter {out} --out MODEL")
+    console.success(f"{out} · r {config['r']}, alpha {config['lora_alpha']:g}: {', '.join(config['target_modules'])}")
+    console.info(f"  tongwen merge --base BASE --adapter {out} --out MODEL")
     console.emit({"out": str(out), "config": config, "fingerprint": made.fingerprint})
 
 
@@ -98,15 +98,15 @@ def _read(inputs: list[str]) -> Iterator[MigrationResult]:
         )
     first = Path(inputs[1] if inputs[0] in SHELLS and len(inputs) > 1 else inputs[0])
     if first.suffix in (".json", ".yaml", ".yml"):
-        yield migrate_files(inputs, today)
+        yield migrate_files(inputs, current_id)
     elif first.suffix in SCRIPTS:
         try:
             text = first.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(_("cannot be read: {error}").format(error=error), place=str(first)) from None
-        yield from (migrate_command(line.arguments, today) for line in read_script(text, str(first)))
+        yield from (migrate_command(line.arguments, current_id) for line in read_script(text, str(first)))
     else:
-        yield migrate_command(inputs, today)
+        yield migrate_command(inputs, current_id)
 
 
 def _report(result: MigrationResult) -> None:
@@ -123,27 +123,27 @@ def _report(result: MigrationResult) -> None:
         flag = verdict.flag if verdict.value is None else f"{verdict.flag} {verdict.value}"
         new = f" → {verdict.becomes}" if verdict.becomes else ""
         why = f"  ({verdict.why})" if verdict.why else ""
-        console.tell(f"  {verdicts[verdict.verdict]}  {flag}{new}{why}")
+        console.info(f"  {verdicts[verdict.verdict]}  {flag}{new}{why}")
     if result.instead:
-        console.tell(f"  {result.instead}")
+        console.info(f"  {result.instead}")
     if result.launch:
         options = " ".join(f"--{name} {value}" for name, value in result.launch.items())
-        console.tell(_("on each machine:"))
-        console.tell(f"  torchrun {options} -m tongwen run RECIPE")
+        console.info(_("on each machine:"))
+        console.info(f"  torchrun {options} -m tongwen run RECIPE")
 
 
 def _output_recipe(text: str, target: str) -> None:
     """Print the recipe, or write it unless another file is in the way."""
     if not target:
         for line in text.splitlines():
-            console.tell(line)
+            console.info(line)
         return
     file = Path(target)
     if file.exists() and file.read_text(encoding="utf-8") != text:
         raise RecipeError(_("another file already exists here"), place=target, remedy="tongwen migrate --out FILE …")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
-    console.good(target)
+    console.success(target)
 
 
 def _device_overrides(recipe: dict[str, Any]) -> list[str]:

@@ -367,6 +367,6 @@ def _show(name: str, section: Training, facts: dict[str, Any], device: str, meas
         return
     console.notice(_("this does not fit; try in this order, each change on top of those before:"))
     for remedy in facts["cures"]:
-        console.tell(f"  {remedy['change']}  {console.human_bytes(remedy['peak'])}{' ✓' if remedy['fits'] else ''}")
+        console.info(f"  {remedy['change']}  {console.human_bytes(remedy['peak'])}{' ✓' if remedy['fits'] else ''}")
     if not any(remedy["fits"] for remedy in facts["cures"]):
-        console.tell("  " + _("then ") + last_resort(section))
+        console.info("  " + _("then ") + last_resort(section))

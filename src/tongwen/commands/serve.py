@@ -57,9 +57,9 @@ def run(
         )
         url = f"http://{host}:{listening.getsockname()[1]}/v1"
         console.header(backend.name, _("Ctrl-C stops it"))
-        console.tell(f"OPENAI_BASE_URL={url}")
-        console.tell(f"OPENAI_API_KEY={token}" if generated else _("the token is ${token}").format(token=auth.TOKEN))
+        console.info(f"OPENAI_BASE_URL={url}")
+        console.info(f"OPENAI_API_KEY={token}" if generated else _("the token is ${token}").format(token=auth.TOKEN))
         console.emit({"url": url, "model": backend.name, **({"token": token} if generated else {})})
         auth.serve(auth.AuthMiddleware(openai_api.make_app(backend, queue), token, loopback=loopback), listening)
-    console.good(_("ended"))
+    console.success(_("ended"))
     return 0

@@ -27,7 +27,7 @@ def run(path: str) -> int:
             place=path,
         )
     for one in found:
-        if console.SCREEN.speaks:
+        if console.SCREEN.is_active:
             console.SCREEN.console.print(_tree(one))
     console.emit({"artifacts": {str(one.path): one.manifest for one in found}})
     return 0

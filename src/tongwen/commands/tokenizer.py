@@ -150,14 +150,14 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
         folder.mkdir(parents=True, exist_ok=True)
         artifact.write_json(folder / "report.json", found)
         (folder / "report.html").write_text(as_html(_("Vocabulary"), found), encoding="utf-8")
-        console.good(str(folder / "report.html"))
+        console.success(str(folder / "report.html"))
     console.emit(found)
     return 0
 
 
 def _target(out: str, again: bool) -> Path:
     target = Path(out)
-    artifact.make_way(target, again=again)
+    artifact.clear_path(target, again=again)
     return target
 
 
@@ -185,14 +185,14 @@ def _show(found: dict[str, Any]) -> None:
     console.table([*head, _("after")] if len(rows[0]) > 2 else head, rows)
     if kept := found.get("kept"):
         texts, changed = kept["source_texts"], kept["source_changed"]
-        (console.notice if changed else console.good)(
+        (console.notice if changed else console.success)(
             _("{changed} of {texts:,} texts without the script get other ids").format(changed=changed, texts=texts)
         )
         failures, trips = kept["new_round_trip_failures"], kept["round_trips"]
-        (console.notice if failures else console.good)(
+        (console.notice if failures else console.success)(
             _("{failures} new round-trip failures in {trips:,} texts").format(failures=failures, trips=trips)
         )
-        (console.notice if kept["unreachable"] else console.good)(
+        (console.notice if kept["unreachable"] else console.success)(
             _("{unreachable:,} of {pieces:,} new pieces can never be produced").format(
                 unreachable=kept["unreachable"], pieces=kept["pieces"]
             )
@@ -210,9 +210,9 @@ def _show(found: dict[str, Any]) -> None:
         )
     if advice := found.get("advice"):
         verdict = _("extend") if advice["extend"] else _("do not extend")
-        (console.good if advice["extend"] else console.notice)(f"{verdict}: {advice['pieces']:,}")
+        (console.success if advice["extend"] else console.notice)(f"{verdict}: {advice['pieces']:,}")
         for reason in advice["reasons"]:
-            console.tell(f"  · {reason}")
+            console.info(f"  · {reason}")
 
 
 def _digest(one: TokenizerFiles) -> str:
@@ -241,10 +241,10 @@ def _finish(
         draft.facts = {"tokens": result.coder.size, "files": _hashes(draft.path)}
     assert draft.artifact
     size = result.coder.size
-    console.good(_("{size:,} tokens · {target}").format(size=size, target=target))
+    console.success(_("{size:,} tokens · {target}").format(size=size, target=target))
     for name in ("tokenizer.model", "tokenizer.json"):
         if digest := draft.facts["files"].get(name):
-            console.tell(f"  {digest}  {name}")
+            console.info(f"  {digest}  {name}")
     console.emit({"out": str(target), **draft.artifact.manifest, "report": report})
     return 0
 

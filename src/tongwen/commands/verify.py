@@ -153,7 +153,7 @@ def _report(path: str, files: list[Path], hashes: dict[Path, dict[str, str]], ve
             remedy="--against LIST",
         )
     count = sum(len(found) for found in verdicts.sources.values())
-    console.good(_("{count} hashes agree").format(count=count))
+    console.success(_("{count} hashes agree").format(count=count))
     console.emit(
         {
             "path": path,

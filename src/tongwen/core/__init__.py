@@ -1,1 +1,1 @@
-"""What every package may use: errors, messages, artifacts, records, templates, safetensors."""
+"""Shared foundations of all packages: errors, messages, artifacts, records, templates, safetensors."""

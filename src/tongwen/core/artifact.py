@@ -1,7 +1,7 @@
-"""A stage outputs a folder: built beside its final place, completed by `manifest.json`, then renamed.
+"""Artifacts: the output folders of stages. A folder is built next to its final path and renamed when it is complete.
 
-A folder without a manifest is not an artifact. The manifest says what it is, from what it was made (with
-fingerprints), with which settings and versions. A finished folder is never written to again.
+A folder without a manifest is not an artifact. The manifest records its kind, its parents (with fingerprints), its
+settings and the versions of the libraries. A finished folder is never written to again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from tongwen import __version__
 from tongwen.core.console import human_bytes
-from tongwen.core.distributed import is_first
+from tongwen.core.distributed import is_main_process
 from tongwen.core.errors import ArtifactError, MachineError, RecipeError
 from tongwen.core.i18n import _
 
@@ -31,7 +31,7 @@ VERSIONS_OF = ("torch", "transformers", "peft", "accelerate", "tokenizers", "saf
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished folder and what its manifest says."""
+    """A finished folder and its manifest."""
 
     path: Path
     manifest: dict[str, Any]
@@ -49,7 +49,7 @@ class Artifact:
 
 
 def find(path: Path) -> Artifact | None:
-    """The artifact at a path, or None when there is none. Raises ArtifactError when its manifest cannot be read."""
+    """Return the artifact at a path, or None when none exists. Raises ArtifactError when its manifest cannot be read."""
     file = path / MANIFEST
     if not file.is_file():
         return None
@@ -65,7 +65,7 @@ def find(path: Path) -> Artifact | None:
 
 
 def open_artifact(path: Path, kind: str) -> Artifact:
-    """The finished artifact at a path. Raises ArtifactError when it is missing, unfinished or of another kind."""
+    """Return the finished artifact at a path. Raises ArtifactError when it is missing, unfinished or of another kind."""
     found = find(path)
     if found is None:
         unfinished = partial_of(path).exists()
@@ -94,12 +94,12 @@ def create(
     settings: Mapping[str, Any],
     *,
     resumable: bool = False,
-    swept: bool = False,
+    remove_on_error: bool = False,
 ) -> Iterator[Draft]:
-    """A working folder `PATH.partial`, renamed to PATH when the block ends without an error.
+    """Yield a draft in the working folder `PATH.partial`; rename it to PATH when the block ends without an error.
 
-    resumable: keep and re-enter an unfinished folder (training); otherwise it is emptied first. swept: leave nothing when
-    the block fails: half of a model is of no use to anyone, and large.
+    resumable: keep an unfinished folder and continue in it (training); otherwise it is emptied first.
+    remove_on_error: delete the working folder when the block fails: half of a model is large and useless.
     """
     working = partial_of(path)
     if working.exists() and not resumable:  # a leftover that cannot be continued
@@ -109,15 +109,15 @@ def create(
     try:
         yield draft
     except BaseException:
-        if swept:
+        if remove_on_error:
             shutil.rmtree(working, ignore_errors=True)
         raise
-    if is_first():
+    if is_main_process():
         draft.finish(path)
 
 
 class Draft:
-    """An artifact in the making. Set `fingerprint` and add to `facts` before the block ends."""
+    """An unfinished artifact. Set `fingerprint` and add to `facts` before the block ends."""
 
     def __init__(self, path: Path, kind: str, parents: dict[str, Any], settings: dict[str, Any]) -> None:
         self.path, self.kind, self.parents, self.settings = path, kind, parents, settings
@@ -127,7 +127,7 @@ class Draft:
         self.artifact: Artifact | None = None
 
     def record_files(self, chosen: Callable[[Path], bool]) -> None:
-        """Note the sha256 of the chosen files, for `verify`. Tensors have lines of their own in a fingerprint."""
+        """Record the sha256 of the chosen files, for `verify`. Tensors have their own entries in the fingerprint."""
         files = sorted(file for file in self.path.rglob("*") if file.is_file() and chosen(file))
         self.facts["files"] = {
             file.relative_to(self.path).as_posix(): {"bytes": file.stat().st_size, "sha256": hash_file(file)}
@@ -135,7 +135,7 @@ class Draft:
         }
 
     def finish(self, path: Path) -> None:
-        """Write the manifest last, bring everything to the disk, rename."""
+        """Sync all files to disk, write the manifest last, then rename the folder."""
         manifest = {
             "kind": self.kind,
             "tongwen": __version__,
@@ -162,7 +162,7 @@ class Draft:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(name, old value, new value) of every setting that differs, nested ones by dotted name."""
+    """Return (name, old value, new value) of every setting that differs; nested settings get dotted names."""
     out: list[tuple[str, Any, Any]] = []
     for key in sorted({*old, *new}):
         before, after = old.get(key), new.get(key)
@@ -174,7 +174,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def refuse_changed(place: str, changed: list[tuple[str, Any, Any]], remedy: str) -> None:
-    """Raise RecipeError with both values of every changed setting; nothing when none changed."""
+    """Raise RecipeError with both values of every changed setting, if any changed."""
     if not changed:
         return
     lines = "; ".join(f"{name}: {before!r} → {after!r}" for name, before, after in changed)
@@ -185,8 +185,8 @@ def refuse_changed(place: str, changed: list[tuple[str, Any, Any]], remedy: str)
     )
 
 
-def make_way(path: Path, *, again: bool) -> None:
-    """Raise RecipeError when the path exists; with `again`, rename what exists instead."""
+def clear_path(path: Path, *, again: bool) -> None:
+    """Raise RecipeError when the path exists; with `again`, rename the existing file or folder instead."""
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
     elif path.exists() and not again:
@@ -199,7 +199,7 @@ def make_way(path: Path, *, again: bool) -> None:
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """Raise MachineError when fewer bytes than these are free."""
+    """Raise MachineError when fewer than `needed` bytes of disk are free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise MachineError(
@@ -212,7 +212,7 @@ def check_disk(folder: Path, needed: int) -> None:
 
 
 def put_aside(path: Path) -> Path | None:
-    """Rename a folder to a free name `NAME.old-K`; None when there is none."""
+    """Rename a file or folder to a free name `NAME.old-K` and return it; None when the path does not exist."""
     if not path.exists():
         return None
     number = 1
@@ -233,18 +233,18 @@ def versions() -> dict[str, str]:
 
 
 def fingerprint_files(folder: Path) -> str:
-    """sha256 over names and bytes of all files in a folder, manifest and reports excepted: for data artifacts."""
+    """Return the sha256 over names and bytes of all files in a folder except the manifest: for data artifacts."""
     return fingerprint_hashes(hash_files(folder))
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """The sha256 of each file in a folder by its name there; the manifest's is left out."""
+    """Return {relative name: sha256} of the files in a folder, without the manifest."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     return {str(file.relative_to(folder)): hash_file(file) for file in files}
 
 
 def fingerprint_hashes(hashes: Mapping[str, str]) -> str:
-    """The same from the sha256 of each file by its name, where they are known already."""
+    """Return the same fingerprint from known hashes, {name: sha256}."""
     digest = hashlib.sha256()
     for name in sorted(hashes, key=Path):
         digest.update(name.encode() + b"\0" + bytes.fromhex(hashes[name]))
@@ -252,13 +252,13 @@ def fingerprint_hashes(hashes: Mapping[str, str]) -> str:
 
 
 def cache_folder() -> Path:
-    """Where the user's system keeps what can be fetched or made again."""
+    """Return the user's cache folder for tongwen, XDG_CACHE_HOME or ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(root) if Path(root).is_absolute() else Path.home() / ".cache") / "tongwen"
 
 
 def hash_file(file: Path) -> str:
-    """sha256 of a file's bytes, read in blocks."""
+    """Return the sha256 of a file's bytes, read in blocks."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -267,12 +267,12 @@ def hash_file(file: Path) -> str:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """A value as indented JSON, whole or not at all."""
+    """Write a value as indented JSON, atomically."""
     write_text(file, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write beside, bring to the disk, rename: a reader sees the old file or the new one, never half of one."""
+    """Write a temporary file, sync it to disk, rename it: a reader sees the old file or the new one, never half of one."""
     beside = file.with_name(file.name + ".partial")
     with beside.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -283,7 +283,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """fsync every file and folder below: after a power cut they are whole."""
+    """fsync every file and folder below, so that they survive a power cut."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_file() and not path.is_symlink():
             sync_file(path)

@@ -1,11 +1,11 @@
-"""One renderer: a Dialogue becomes text with the spans that the model is to learn, for training, scoring and chat alike.
+"""Render a Dialogue to text and mark the spans that the model learns. Training, scoring and chat share this renderer.
 
-A template is one Jinja file, the same text that is stored with the tokenizer as `chat_template`. Where the learned
-text lies comes from the render itself:
+A template is one Jinja file, the same text that is stored with the tokenizer as `chat_template`. The render itself
+shows where the learned text is:
 
-* our own templates carry `{% generation %}` marks; with the marks taken out, the render must be the same text;
-* for a model's own template the prompt is what it renders up to the answer (`add_generation_prompt`), the learned
-  text is what follows, and a render with a sentinel in place of the answer proves that the answer came through whole.
+* our own templates carry `{% generation %}` marks; without the marks, the render must be the same text;
+* for a model's own template the prompt is the render up to the answer (`add_generation_prompt`), and the learned text
+  follows. A render with a sentinel in place of the answer proves that the template leaves the answer unchanged.
 
 The environment follows transformers' (`utils/chat_template_utils.py`): sandboxed, trim_blocks, lstrip_blocks.
 """
@@ -37,12 +37,12 @@ SHIPPED = (
 GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 # Noncharacters: Unicode keeps them out of text, so they can carry marks through a render.
 LEARN_FROM, LEARN_TO = "\ufdd0", "\ufdd1"
-# Stands between the characters of a control token that somebody only writes about: they are tokenised apart there.
+# Separates the characters of a control token in a user's text: the encoder tokenises the parts separately.
 APART = "\ufdd3"
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`: wraps what it encloses in marks when the context asks for them."""
+    """`{% generation %}…{% endgeneration %}`: wraps its content in marks when the context sets `show_marks`."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's interface)
 
@@ -61,7 +61,7 @@ class Generation(jinja2.ext.Extension):
 
 @lru_cache(maxsize=64)
 def compile_template(source: str) -> jinja2.Template:
-    """A Jinja template in the sandbox that transformers uses. Raises ModelError when it is not valid Jinja."""
+    """Compile a Jinja template in the sandbox that transformers uses. Raises ModelError when it is not valid Jinja."""
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -85,33 +85,33 @@ def compile_template(source: str) -> jinja2.Template:
 
 @lru_cache(maxsize=16)
 def forbidden_in_text(special: tuple[str, ...]) -> tuple[str, re.Pattern[str]]:
-    """What no row's own text may contain, the longest first, and the characters with which it begins."""
+    """Return (first characters, pattern) of the tokens and marks that no row's text may contain, the longest first."""
     tokens = sorted(filter(None, special), key=len, reverse=True)
     marks = f"{LEARN_FROM}{LEARN_TO}{SENTINEL}{APART}"
     firsts = "".join(sorted({token[0] for token in tokens})) + marks
     return firsts, re.compile("|".join([f"[{marks}]", *map(re.escape, tokens)]))
 
 
-def set_apart(text: str, special: tuple[str, ...]) -> str:
-    """The text with APART inside every control token, so that it becomes ordinary tokens: what a user writes can neither
-    end a turn nor open one. Raises RowRefused for a noncharacter, and for a control token of one character."""
+def separate_control_tokens(text: str, special: tuple[str, ...]) -> str:
+    """Put APART inside every control token, so that it becomes ordinary tokens: a user's text can neither end nor open
+    a turn. Raises RowRefused for a noncharacter, and for a control token of one character."""
 
-    def spread(found: re.Match[str]) -> str:
+    def separate(found: re.Match[str]) -> str:
         if len(found[0]) == 1:
             raise RowRefused("noncharacter_in_text", _("the text contains {found!r}").format(found=found[0]))
         return APART.join(found[0])
 
-    return forbidden_in_text(special)[1].sub(spread, text)
+    return forbidden_in_text(special)[1].sub(separate, text)
 
 
 def shipped_source(name: str) -> str:
-    """The marked text of one of our own templates."""
+    """Return the marked source of a template that ships with tongwen."""
     return (resources.files("tongwen.core") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """One sample: its spans in order. The last is always a stop that is learned, unless the turn is not to be learned."""
+    """One sample: its spans in order. The last is the stop token of the last answer, learned if that answer is."""
 
     spans: tuple[Span, ...]
 
@@ -120,8 +120,8 @@ class Rendered:
         return "".join(span.text for span in self.spans)
 
     @property
-    def teaches_to_stop(self) -> bool:
-        """Whether a stop token is learned somewhere in it."""
+    def learns_to_stop(self) -> bool:
+        """Whether the sample has a learned stop token."""
         return any(span.stop and span.learn for span in self.spans)
 
 
@@ -130,11 +130,11 @@ class Template:
     """A chat template bound to a tokenizer's special tokens.
 
     source:  Jinja text, as exported with the tokenizer
-    marked:  the same with generation marks, or "" when the template is not ours
-    tokens:  bos_token, eos_token, ... as the template sees them
+    marked:  the same with generation marks, or "" for a template that tongwen does not ship
+    tokens:  bos_token, eos_token, ... that the template uses
     special: texts of all special tokens: none of them may occur in a row's own text
     stop:    text of the token that ends an answer
-    appended: the stop is not part of the answer's own turn (GLM-4: it is the next `<|user|>`)
+    appended: the stop is not rendered with the answer (GLM-4: the next `<|user|>` is the stop)
     """
 
     name: str
@@ -152,7 +152,7 @@ class Template:
     ) -> Template:
         """Bind a template: `own`, a shipped name, or a .jinja file.
 
-        prefix: text of what the tokenizer itself puts before a text (`<s>`), said once by our own templates.
+        prefix: text that the tokenizer itself puts before every text (`<s>`); our own templates write it once.
         Raises ModelError when the tokenizer has no template, or cannot express this one.
         """
         marked = ""
@@ -182,21 +182,21 @@ class Template:
     # -- rendering ------------------------------------------------------------------------------------------------
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), thinking: bool = False) -> str:
-        """The text up to the point where the model answers: what inference feeds, and what training calls prompt. A control
-        token in somebody's words is set apart, for `Encoder.encode_prompt`."""
+        """Return the text up to the answer: the input of inference, and the prompt of training. Control tokens in message
+        texts are separated, for `Encoder.encode_prompt`."""
         apart = [
             replace(
                 message,
-                content=set_apart(message.content, self.special),
-                thinking=message.thinking and set_apart(message.thinking, self.special),
+                content=separate_control_tokens(message.content, self.special),
+                thinking=message.thinking and separate_control_tokens(message.thinking, self.special),
             )
             for message in messages
         ]
         return self._render(apart, tools, thinking, add_generation_prompt=True)
 
     def samples(self, dialogue: Dialogue, learn: str = "assistant", thinking: str = "mixed") -> list[Rendered]:
-        """The samples that a dialogue gives: one, or one per answer where the template treats earlier answers
-        otherwise than the last one (thinking models drop what was thought before).
+        """Return the samples of a dialogue: one, or one per answer if the template renders earlier answers
+        differently from the last one (thinking models drop earlier thinking).
 
         learn: assistant | last_answer | everything; thinking: on | off | mixed.
         Raises RowRefused with a reason when this dialogue cannot be rendered faithfully.
@@ -218,13 +218,13 @@ class Template:
             raise RowRefused("nothing_to_learn", _("learning is turned off for every answer"))
         messages = messages[: answers[-1] + 1]
         turns = [self._turn(messages[: index + 1], dialogue.tools, prove) for index in answers]
-        samples = self._joined(turns, answers, learned)
+        samples = self._join_turns(turns, answers, learned)
         if learn == "everything":
             samples = [Rendered(tuple(span._replace(learn=True) for span in sample.spans)) for sample in samples]
         return samples
 
     def _skeleton(self, dialogue: Dialogue, learn: str, thinking: str) -> RenderCache | None:
-        """What all dialogues of this shape have in common, made once; None for shapes that are rendered one by one."""
+        """Return the cached render of this dialogue's shape, made once; None for shapes that are rendered one by one."""
         if dialogue.tools or any(message.thinking or message.tool_calls for message in dialogue.messages):
             return None
         shape = (*((message.role, message.learn) for message in dialogue.messages), learn, thinking)
@@ -241,7 +241,7 @@ class Template:
     def _turn(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], prove: bool = True
     ) -> tuple[str, str]:
-        """(prompt, answer with its stop) of the last message, proven by a sentinel in its place."""
+        """Return (prompt, answer with its stop) of the last message. A sentinel in its place checks the split."""
         last = messages[-1]
         think = bool(last.thinking)
         prompt = self._render(messages[:-1], tools, think, add_generation_prompt=True)
@@ -259,7 +259,7 @@ class Template:
             )
             return self._turn([*messages[:-1], inside], tools, prove)
         if prove:
-            self._check_came_through(messages, tools, think, whole)
+            self._check_answer_unchanged(messages, tools, think, whole)
         answer = whole[len(prompt) :]
         if self.appended:
             return prompt, answer + self.stop
@@ -271,8 +271,8 @@ class Template:
             )
         return prompt, answer[: end + len(self.stop)]
 
-    def _joined(self, turns: list[tuple[str, str]], answers: list[int], learned: set[int]) -> list[Rendered]:
-        """One sample when each turn's text begins with the turns before it, else one sample per learned turn."""
+    def _join_turns(self, turns: list[tuple[str, str]], answers: list[int], learned: set[int]) -> list[Rendered]:
+        """Return one sample if each turn's text begins with the turns before it, else one sample per learned turn."""
         spans: list[Span] = []
         text = ""
         for (prompt, answer), index in zip(turns, answers, strict=True):
@@ -321,10 +321,12 @@ class Template:
 
     # -- proofs ---------------------------------------------------------------------------------------------------
 
-    def _check_came_through(
+    def _check_answer_unchanged(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], thinking: bool, whole: str
     ) -> None:
-        """Check that the render contains the answer unchanged (or trimmed), exactly where a sentinel would be."""
+        """Check that the render contains the answer unchanged (or trimmed), exactly where a sentinel would be.
+
+        Raises ModelError otherwise."""
         last = messages[-1]
         if not last.content.strip():
             return
@@ -345,7 +347,7 @@ class Template:
         )
 
     def _check_marks(self) -> None:
-        """Our own marks enclose exactly what the render itself shows to be learned, and leave the text unchanged."""
+        """Check that our own marks enclose exactly the learned text of the render, and leave the text unchanged."""
         messages = [Message("user", "A"), Message("assistant", "B"), Message("user", "C"), Message("assistant", "D")]
         marked = self._render(messages, (), False, marks=True)
         unmarked = marked.replace(LEARN_FROM, "").replace(LEARN_TO, "")
@@ -361,11 +363,11 @@ class Template:
             )
 
     def _refuse_control_tokens(self, messages: Sequence[Message]) -> None:
-        """A row's own text must not contain control tokens: they would end the answer, or open a turn, in the middle."""
+        """Raise RowRefused for control tokens in a message: they would end the answer, or open a turn, in the middle."""
         firsts, forbidden = forbidden_in_text(self.special)
         for message in messages:
             for text in (message.content, message.thinking or ""):
-                for first in firsts:  # a look for one character is much cheaper than the pattern
+                for first in firsts:  # a search for one character is much cheaper than the pattern
                     if first in text:
                         break
                 else:
@@ -383,8 +385,8 @@ class Template:
                 )
 
     def _with_stop(self) -> Template:
-        """Find what ends an answer: the first special token after the first of two answers, or after the last one where
-        earlier answers are written without."""
+        """Find the stop token: the special token after the first of two answers, or after the last answer if the template
+        writes none after earlier ones."""
         ask, reply = Message("user", "A"), Message("assistant", SENTINEL)
         try:
             one = self._render([ask, reply], (), False)
@@ -412,7 +414,7 @@ class Template:
         return replace(self, stop=stop, appended=not last.startswith(stop))
 
     def _check_expressible(self) -> None:
-        """Control tokens that the template writes must be single tokens of this tokenizer."""
+        """Raise ModelError unless all control tokens that the template writes are single tokens of this tokenizer."""
         text = self._render([Message("user", "A"), Message("assistant", "B")], (), False)
         missing = sorted({found for found in re.findall(r"<\|[A-Za-z_]+\|>", text) if found not in self.special})
         if missing:

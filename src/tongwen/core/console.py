@@ -1,6 +1,6 @@
-"""What people see in the terminal: rank 0 only, 80 columns, quiet when nobody watches.
+"""Terminal output: rank 0 only, 80 columns, no progress bars without a terminal.
 
-With `--json` the human text goes to stderr and stdout carries one JSON object.
+With `--json` the human-readable text goes to stderr, and stdout gets one JSON object.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tongwen.core.distributed import is_first
+from tongwen.core.distributed import is_main_process
 from tongwen.core.i18n import _
 
 
 class Screen:
-    """Where human text goes. One per process, made by the front door."""
+    """The console for human-readable text, one per process."""
 
     def __init__(self) -> None:
         self.json = False
@@ -32,43 +32,46 @@ class Screen:
         self.console = Console(highlight=False, soft_wrap=False, stderr=True)
 
     @property
-    def speaks(self) -> bool:
-        return is_first()
+    def is_active(self) -> bool:
+        return is_main_process()
 
 
 SCREEN = Screen()
 
 
 def header(title: str, detail: str = "") -> None:
-    """The opening line of a stage."""
-    if SCREEN.speaks:
+    """Print the first line of a stage."""
+    if SCREEN.is_active:
         SCREEN.console.print()
         SCREEN.console.print(f"[bold cyan]{title}[/]  [dim]{plain(detail)}[/]".rstrip(), soft_wrap=True)
 
 
-def tell(text: str) -> None:
-    if SCREEN.speaks:
+def info(text: str) -> None:
+    """Print a line."""
+    if SCREEN.is_active:
         SCREEN.console.print(plain(text), soft_wrap=not SCREEN.console.is_terminal)
 
 
 def notice(text: str) -> None:
-    """Report something that was derived, translated or left out."""
-    if SCREEN.speaks:
+    """Print a notice about something that was derived, translated or left out."""
+    if SCREEN.is_active:
         SCREEN.console.print(f"[yellow]![/] {plain(text)}", soft_wrap=not SCREEN.console.is_terminal)
 
 
-def good(text: str) -> None:
-    if SCREEN.speaks:
+def success(text: str) -> None:
+    """Print the result of a step."""
+    if SCREEN.is_active:
         SCREEN.console.print(f"[green]✓[/] {plain(text)}", soft_wrap=not SCREEN.console.is_terminal)
 
 
 def error(text: str) -> None:
+    """Print an error to stderr, also on other ranks than 0."""
     Console(stderr=True, highlight=False).print(f"[bold red]✗[/] {plain(text)}", soft_wrap=True)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
-    """A table; the first column is left-aligned, the others right when they hold numbers."""
-    if not SCREEN.speaks:
+    """Print a table; the first column is left-aligned, columns of numbers are right-aligned."""
+    if not SCREEN.is_active:
         return
     out = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(columns):
@@ -80,14 +83,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = ""
 
 
 def emit(value: dict[str, Any]) -> None:
-    """The one JSON object of `--json`; nothing otherwise."""
-    if SCREEN.json and SCREEN.speaks:
+    """Print the JSON object of `--json`; do nothing without that flag."""
+    if SCREEN.json and SCREEN.is_active:
         sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
         sys.stdout.flush()
 
 
 class Bar:
-    """A progress bar in a terminal; elsewhere a line at each tenth."""
+    """A progress bar in a terminal; without a terminal, one line per tenth."""
 
     def __init__(self, progress: Progress | None, total: int, label: str, start: int) -> None:
         self._progress, self._total, self._label = progress, max(total, 1), label
@@ -97,15 +100,15 @@ class Bar:
     def update(self, done: int, note: str = "") -> None:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, note=note)
-        elif SCREEN.speaks and (tenth := 10 * done // self._total) > self._tenth:
+        elif SCREEN.is_active and (tenth := 10 * done // self._total) > self._tenth:
             self._tenth = tenth
-            tell(f"{self._label} {done}/{self._total}  {note}".rstrip())
+            info(f"{self._label} {done}/{self._total}  {note}".rstrip())
 
 
 @contextmanager
 def progress(total: int, label: str, start: int = 0) -> Iterator[Bar]:
-    """A bar over `total` things with the remaining time, and a note such as the tokens per second."""
-    if not (SCREEN.speaks and SCREEN.console.is_terminal):
+    """Show a progress bar up to `total`, with the remaining time and a note such as the tokens per second."""
+    if not (SCREEN.is_active and SCREEN.console.is_terminal):
         yield Bar(None, total, label, start)
         return
     columns = (
@@ -121,14 +124,14 @@ def progress(total: int, label: str, start: int = 0) -> Iterator[Bar]:
 
 @contextmanager
 def waiting(label: str) -> Iterator[None]:
-    """A spinner while something takes its time, and how long it took."""
+    """Show a spinner while the block runs; print its duration when it took over 2 s."""
     started = time.monotonic()
-    if SCREEN.speaks and SCREEN.console.is_terminal:
+    if SCREEN.is_active and SCREEN.console.is_terminal:
         with SCREEN.console.status(plain(label)):
             yield
     else:
         yield
-    if SCREEN.speaks and (took := time.monotonic() - started) > 2:
+    if SCREEN.is_active and (took := time.monotonic() - started) > 2:
         SCREEN.console.print(f"[dim]{plain(label)} · {took:.0f} s[/]")
 
 
@@ -157,7 +160,7 @@ def human_time(seconds: float) -> str:
 
 
 def plain(text: str) -> str:
-    """Text in which a bracket is a bracket, not markup."""
+    """Escape brackets, so that rich does not read them as markup."""
     return text.replace("[", "\\[")
 
 

@@ -1,6 +1,6 @@
-"""One training stage on several processes: this command becomes torchrun, and torchrun starts `python -m tongwen`.
+"""Run one training stage on several processes: the command starts torchrun, and torchrun starts `python -m tongwen`.
 
-Other launchers start the same command themselves, and all of them tell each process its place by the same environment.
+Other launchers start the same command themselves. All of them pass each process its rank in the same environment variables.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from contextlib import contextmanager
 from pathlib import Path
 
 EXIT_FILE = "TONGWEN_EXIT_FILE"
-BEGAN = "TONGWEN_BEGAN"
+START_TIME = "TONGWEN_BEGAN"
 SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 SAVING_SECONDS = 600  # torchrun kills its processes this long after asking them to stop
 
 
-def adopt() -> None:
-    """Read the launcher's environment, before anything asks for a rank. A launcher that starts a single process, or an image
-    that presets these variables, counts as no launcher."""
-    if os.environ.get("WORLD_SIZE", "1") in ("", "1") and not is_ours():
+def read_launcher_environment() -> None:
+    """Read the launcher's environment; call this before anything uses the rank. A launcher that starts a single process,
+    or an image that presets these variables, counts as no launcher."""
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1") and not is_child_process():
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)
-    adopt_slurm()
+    read_slurm_environment()
 
 
-def adopt_slurm() -> None:
-    """Translate srun's variables into those that torch's process groups read. Its first node is the master."""
-    told = os.environ
-    tasks = told.get("SLURM_STEP_NUM_TASKS", "")
-    if not tasks.isdigit() or int(tasks) < 2 or is_launched() or any(name not in told for name in SLURM):
+def read_slurm_environment() -> None:
+    """Translate srun's variables into the ones that torch's process groups read. The first node is the master."""
+    environment = os.environ
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "")
+    if not tasks.isdigit() or int(tasks) < 2 or is_launched() or any(name not in environment for name in SLURM):
         return
-    told["RANK"], told["WORLD_SIZE"] = told["SLURM_PROCID"], told["SLURM_STEP_NUM_TASKS"]
-    told["LOCAL_RANK"] = told["SLURM_LOCALID"]
-    told["LOCAL_WORLD_SIZE"] = told["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
-    told.setdefault("MASTER_ADDR", _first_host(told["SLURM_STEP_NODELIST"]))
-    told.setdefault("MASTER_PORT", str(20000 + int(told["SLURM_JOB_ID"]) % 10000))
+    environment["RANK"], environment["WORLD_SIZE"] = environment["SLURM_PROCID"], environment["SLURM_STEP_NUM_TASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["LOCAL_WORLD_SIZE"] = environment["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
+    environment.setdefault("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"]))
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000))
 
 
 def _first_host(nodes: str) -> str:
-    """The first of Slurm's list: `gpu[03-05,9],login` -> gpu03."""
+    """Return the first host of a Slurm node list: `gpu[03-05,9],login` -> gpu03."""
     found = re.match(r"([^\[,]+)(?:\[(\w+))?", nodes)
     return "".join(part or "" for part in found.groups()) if found else nodes
 
@@ -55,13 +55,13 @@ def is_launched() -> bool:
     return "LOCAL_RANK" in os.environ or "RANK" in os.environ
 
 
-def is_first() -> bool:
-    """Whether this process speaks and writes for all: rank 0, or the only one."""
+def is_main_process() -> bool:
+    """Whether this process prints and writes files for all: rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def is_ours() -> bool:
-    """Whether a command of ours started this process, and waits for it."""
+def is_child_process() -> bool:
+    """Whether another tongwen command started this process and waits for it."""
     return EXIT_FILE in os.environ
 
 
@@ -70,39 +70,39 @@ def world_size() -> int:
 
 
 def stop_signals() -> list[signal.Signals]:
-    """What asks a run to save and to end: SIGTERM, from Slurm and torchrun; SIGUSR1, for `sbatch --signal=USR1@300`."""
+    """Return the signals that ask a run to save and stop: SIGTERM (Slurm, torchrun), SIGUSR1 (`sbatch --signal=USR1@300`)."""
     return [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 @contextmanager
-def listening(hear: Callable[[int], object]) -> Iterator[None]:
-    """Inside, `hear` is called with the number of a signal that asks to stop."""
-    before = {one: signal.signal(one, lambda number, frame: hear(number)) for one in stop_signals()}
+def on_stop_signals(handler: Callable[[int], object]) -> Iterator[None]:
+    """Call `handler` with the number of each stop signal that arrives inside the block."""
+    previous = {one: signal.signal(one, lambda number, frame: handler(number)) for one in stop_signals()}
     try:
         yield
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for one, old_handler in previous.items():
+            signal.signal(one, old_handler)
 
 
 def interrupt(number: int) -> None:
-    """As Ctrl-C does."""
+    """Stop as Ctrl-C does."""
     raise KeyboardInterrupt
 
 
-def begin() -> None:
-    """Note when the command began, for all processes that it starts."""
-    if not is_ours():
-        os.environ[BEGAN] = str(time.time())
+def record_start_time() -> None:
+    """Record when the command began, for all processes that it starts."""
+    if not is_child_process():
+        os.environ[START_TIME] = str(time.time())
 
 
 def deadline(seconds: float | None) -> float | None:
-    """The time, in seconds since 1970, at which a command with this time limit must have ended."""
-    return float(os.environ[BEGAN]) + seconds if seconds is not None else None
+    """Return the time, in seconds since 1970, by which a command with this time limit must have ended."""
+    return float(os.environ[START_TIME]) + seconds if seconds is not None else None
 
 
 def torchrun(devices: int, arguments: Sequence[str]) -> int:
-    """Run `tongwen ARGUMENTS` on that many processes of this machine; returns the exit code of the first that failed."""
+    """Run `tongwen ARGUMENTS` in `devices` processes; return the exit code of the first that failed, or 0."""
     with tempfile.TemporaryDirectory() as folder:
         exit_file = Path(folder) / "exit"
         command = [sys.executable, "-m", "tongwen.train.spawn", "--standalone", f"--nproc-per-node={devices}"]
@@ -117,9 +117,9 @@ def torchrun(devices: int, arguments: Sequence[str]) -> int:
 
 
 def _wait_for(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a command and pass stop signals on to it; it ends when it has saved."""
+    """Run a command and pass stop signals on to it; the command ends after saving."""
     process = subprocess.Popen(command, env=environment, close_fds=False)  # noqa: S603 - it holds the folder's lock, too
-    with listening(lambda number: process.terminate()):
+    with on_stop_signals(lambda number: process.terminate()):
         return process.wait()
 
 

@@ -1,18 +1,18 @@
-"""Errors that the user or the machine causes. Anything else is a bug and shows its traceback.
+"""Errors caused by the user or the machine. Any other exception is a bug and shows its traceback.
 
     TongwenError                    exit code
       RecipeError                   2    recipe or command
       DataError                     3    data
-        RowRefused                       one row, with the ledger's word for the reason
+        RowRefused                       one row, with the reason that the ledger counts
       ModelError                    4    model or adapter
-        ArtifactError                    a folder that a stage left, or should have left
+        ArtifactError                    a missing or wrong output folder of a stage
       MachineError                  5    disk, memory, device, permission, network
         MissingPackage                   an extra that is not installed
       NumbersError                  6    NaN, Inf, a failed audit
       Interrupted                   130  stopped on request, with everything saved
       SeveralErrors                      all problems at once: the lowest code of 2, 3 and 4
 
-A message holds the place, the value, the rule that it breaks, and the remedy.
+A message contains the place, the value, the rule that the value breaks, and the remedy.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from tongwen.core.i18n import _
 
 
 class TongwenError(Exception):
-    """Base of all errors that a user can cure.
+    """Base class of all errors that a user can fix.
 
     rule:   one sentence: what is wrong, with the value quoted
-    place:  file, line, row or tensor where it was found
+    place:  file, line, row or tensor with the error
     remedy: what to do; a command or a recipe line that can be pasted
     """
 
@@ -38,7 +38,7 @@ class TongwenError(Exception):
         super().__init__(self.text())
 
     def text(self) -> str:
-        """The message as the user sees it: `place: rule`, then the remedy on its own line."""
+        """Return the message for the user: `place: rule`, then the remedy on its own line."""
         first = f"{self.place}: {self.rule}" if self.place else self.rule
         return f"{first}\n  → {self.remedy}" if self.remedy else first
 
@@ -52,7 +52,7 @@ class DataError(TongwenError):
 
 
 class RowRefused(DataError):
-    """One row is not taken: `reason` is the ledger's word for it, the message says what is wrong with the row."""
+    """One row is rejected. `reason` is the key in the ledger; the message explains what is wrong with the row."""
 
     def __init__(self, reason: str, rule: str) -> None:
         self.reason = reason
@@ -64,7 +64,7 @@ class ModelError(TongwenError):
 
 
 class ArtifactError(ModelError):
-    """A folder that a stage left, or should have left, is not what it must be."""
+    """The output folder of a stage is missing, unfinished, damaged or of another kind."""
 
 
 class MachineError(TongwenError):
@@ -80,7 +80,7 @@ class NumbersError(TongwenError):
 
 
 class Interrupted(TongwenError):
-    """Somebody asked the run to stop; what it had done is saved."""
+    """The run stopped on request; its progress is saved."""
 
     exit_code = 130
 
@@ -103,24 +103,26 @@ class SeveralErrors(TongwenError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in its first line; its kind where it says nothing."""
+    """Return the first line of an error's message, or the name of its class when the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the machine or of a device did not suffice."""
-    said = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in said)
+    """Whether the machine or a device ran out of memory."""
+    phrases = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "alloc_failed")
+    return isinstance(error, MemoryError) or any(phrase in str(error).lower() for phrase in phrases)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether there was no room for what was written; the writers of safetensors and torch say it without a number."""
-    said = ("No space left", "unexpected pos")
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in said)
+    """Whether a write failed because the disk is full; the writers of safetensors and torch set no errno."""
+    phrases = ("No space left", "unexpected pos")
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        phrase in str(error) for phrase in phrases
+    )
 
 
 def raise_all(errors: Sequence[TongwenError]) -> None:
-    """Raise nothing, the one error, or all of them together."""
+    """Raise the one error, or all of them together; do nothing for an empty list."""
     if len(errors) == 1:
         raise errors[0]
     if errors:

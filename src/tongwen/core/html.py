@@ -1,5 +1,5 @@
-"""Pages for people: made from the templates in the `html_templates` folder of each package, with one look, and without
-anything that asks the network."""
+"""HTML reports, rendered from the templates in the `html_templates` folder of each package. They share one style and load
+nothing from the network."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tongwen.core.i18n import language
 
 PACKAGE = Path(__file__).parents[1]
 Table = tuple[Sequence[str], Sequence[Sequence[Any]]]  # the head and the rows
-# Apart from each other on light and dark, also for eyes that see few colours (Okabe and Ito); the first is the page's own.
+# Distinct on light and dark backgrounds, also for colour-blind readers (Okabe and Ito); the first is the page's own.
 COLOURS = ("var(--accent)", "#d55e00", "#0072b2", "#cc79a7", "#e69f00", "#56b4e9", "#8f6fd1")
 
 
 def render(template: str, **values: Any) -> Markup:
-    """Fill a template. All that is no Markup is escaped, so a page shows text as it is.
+    """Render a template. Every value that is not Markup is escaped.
 
-    template: its package and file, such as `train/report.html.jinja`.
+    template: package and file, such as `train/report.html.jinja`.
     """
     return Markup(_environment().get_template(template).render(values))  # noqa: S704 (autoescape has escaped it)
 
@@ -49,8 +49,8 @@ def _source(template: str) -> str:
 def curve(
     points: list[tuple[float, float]], x_label: str, y_label: str, *, width: int = 720, smooth: bool = True
 ) -> Markup:
-    """An inline SVG line with its running mean, four grid lines and labels. width: of the drawing, which scales to its
-    place; smooth: whether the mean is what one looks at."""
+    """Draw one line as inline SVG, with grid lines and labels. width: of the view box (the drawing scales to the page);
+    smooth: emphasise the running mean."""
     return curves({"": points}, x_label, y_label, width=width, smooth=smooth)
 
 
@@ -62,7 +62,7 @@ def curves(
     width: int = 720,
     smooth: bool = True,
 ) -> Markup:
-    """Several lines over each other, each in its colour and under its name; one that has no points is left out."""
+    """Draw several lines in one SVG, each with a colour and a name; a line without points is left out."""
     drawn = {name: list(points) for name, points in lines.items() if points}
     if not drawn:
         return Markup()
@@ -107,13 +107,13 @@ def curves(
 
 
 def _label(value: float, digits: int) -> str:
-    """A number that fits beside the axis."""
+    """Format a number short enough for an axis label."""
     text = f"{value:.{digits}g}"
     return text if len(text) <= 6 else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Exponential mean over about a twentieth of the points, corrected for its beginning."""
+    """Return the exponential mean over about a twentieth of the points, bias-corrected at the start."""
     keep = 1 - 1 / max(len(points) / 20, 1.0)
     mean = weight = 0.0
     out = []

@@ -1,8 +1,8 @@
-"""The user's language. The code holds the English texts, `locale/` their Chinese translations (`make messages`).
+"""Translate messages. The code contains the English texts, `locale/` their Chinese translations (`make messages`).
 
-`TONGWEN_LANG=en|zh` decides; without it the locale does. A page that is open in both says which it speaks. A text is
-translated when it is shown, never when its module is imported, since one process may speak both languages. Readers of
-Traditional Chinese get the Simplified texts; a catalogue `zh_TW` could be made from these by OpenCC (`s2twp`).
+`TONGWEN_LANG=en|zh` sets the language; without it the locale does. A web page sets its own language. A text is translated
+when it is shown, never when its module is imported, since one process may use both languages. Readers of Traditional
+Chinese get the Simplified texts; OpenCC (`s2twp`) could make a catalogue `zh_TW` from these.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from gettext import GNUTranslations
 
 LOCALE = Path(__file__).parent / "locale"
-_SPOKEN: ContextVar[str] = ContextVar("spoken", default="")
+_LANGUAGE: ContextVar[str] = ContextVar("language", default="")
 
 
 def _(text: str) -> str:
-    """The text in the user's language. A text with {placeholders} is formatted after it was translated:
+    """Return the text in the user's language. Format {placeholders} after the translation:
     `_("{count} rows are lost").format(count=lost)`."""
-    # gettext answers the empty text with the catalogue's header.
+    # For the empty text, gettext returns the catalogue's header.
     return _chinese().gettext(text) if text and language() == "zh" else text
 
 
@@ -35,26 +35,26 @@ def N_(text: str) -> str:  # noqa: N802 (gettext's own name)
 
 
 def language() -> str:
-    """'zh' or 'en': what is being spoken, else TONGWEN_LANG, else the locale's environment variables."""
+    """Return 'zh' or 'en': the language of `use_language`, else TONGWEN_LANG, else the locale's environment variables."""
     chosen = os.environ.get("TONGWEN_LANG", "")
-    for value in (_SPOKEN.get(), chosen, *(os.environ.get(name, "") for name in ("LC_ALL", "LC_MESSAGES", "LANG"))):
+    for value in (_LANGUAGE.get(), chosen, *(os.environ.get(name, "") for name in ("LC_ALL", "LC_MESSAGES", "LANG"))):
         if value:
             return "zh" if value.lower().startswith("zh") else "en"
     return "en"
 
 
 @contextmanager
-def speaking(name: str) -> Iterator[None]:
-    """Speak this language inside of the block, whatever the process speaks."""
-    before = _SPOKEN.set(name)
+def use_language(name: str) -> Iterator[None]:
+    """Use this language inside the block."""
+    before = _LANGUAGE.set(name)
     try:
         yield
     finally:
-        _SPOKEN.reset(before)
+        _LANGUAGE.reset(before)
 
 
 @cache
 def _chinese() -> GNUTranslations:
-    from gettext import translation  # here: an English user's start needs no catalogue
+    from gettext import translation  # imported late: English users need no catalogue
 
     return translation("tongwen", LOCALE, ["zh_CN"])

@@ -1,4 +1,4 @@
-"""Files that grow a JSON line at a time: what a killed process wrote is there for the next one, and nothing is done twice."""
+"""Append-only JSON lines files: after a kill the next process reads the finished entries and repeats none of them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from tongwen.core.artifact import differences, refuse_changed
 from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
 
-This = TypeVar("This", bound="Journal")
+Self = TypeVar("Self", bound="Journal")
 
 
 class Journal(ABC):
-    """A file of entries that are only ever added.
+    """An append-only file of entries, one JSON line each.
 
-    A last line that a kill cut in the middle is taken off when the file is opened again.
+    Opening the file again removes a last line that a kill cut in the middle.
     """
 
     def __init__(
         self, file: Path, *, settings: Mapping[str, Any] | None = None, remedy: str = "", durable: bool = False
     ) -> None:
-        """settings: what the entries depend on; they stand in the first line. remedy: for a file with other settings.
-        durable: whether an entry is on the disk when `append` returns; else it is when the journal is closed.
+        """settings: what the entries depend on, kept in the first line. remedy: for the error about other settings.
+        durable: sync every entry to disk before `append` returns; otherwise `close` syncs them.
 
-        Raises RecipeError when the file was begun with other settings, ArtifactError for a damaged line.
+        Raises RecipeError when the file was started with other settings, ArtifactError for a damaged line.
         """
         self.file, self.durable = file, durable
         header = [] if settings is None else [json.loads(json.dumps(settings))]
@@ -43,8 +43,7 @@ class Journal(ABC):
 
     @abstractmethod
     def load(self, entry: Any) -> None:
-        """Take in an entry that an earlier process has written. Raises ValueError, KeyError or TypeError for one that is
-        damaged."""
+        """Load an entry that an earlier process wrote. Raises ValueError, KeyError or TypeError for a damaged entry."""
 
     def append(self, entry: Any) -> None:
         self._stream.write(json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
@@ -56,7 +55,7 @@ class Journal(ABC):
         os.fsync(self._stream.fileno())
         self._stream.close()
 
-    def __enter__(self: This) -> This:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(
@@ -65,7 +64,8 @@ class Journal(ABC):
         self.close()
 
     def _read(self, header: list[Any], remedy: str) -> int:
-        """How many bytes stay: whole lines alone, and none of a file without an entry, whose settings bind nobody."""
+        """Load the entries; return the bytes to keep: whole lines only, and 0 for a file without entries (its settings may
+        change)."""
         lines = [line for line in self.file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         size = 0
         for number, line in enumerate(lines if len(lines) > len(header) else [], 1):

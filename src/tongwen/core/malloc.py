@@ -1,4 +1,4 @@
-"""Tune glibc's allocator to how this process uses memory; on other systems change nothing."""
+"""Tune glibc's allocator for this process; do nothing on other systems."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import ctypes
 import os
 import sys
 
-TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # mallopt's names for them, malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # parameter numbers of mallopt, malloc.h
 
 
-def tell(words: dict[int, int]) -> None:
+def set_parameters(parameters: dict[int, int]) -> None:
     """Set these mallopt parameters, unless the user has set a MALLOC_ environment variable."""
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        for name, value in words.items():
+        for name, value in parameters.items():
             mallopt(name, value)

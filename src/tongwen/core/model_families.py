@@ -1,5 +1,5 @@
-"""Plain facts per model family that cannot be read off the model itself. One row each; code that a family needs
-lives in `model/families`, and docs/families.md is made from the rows."""
+"""Facts about model families that a model's own files do not contain, one row per family. Code that a family needs is in
+`model/families`; docs/families.md is generated from these rows."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from tongwen.core.i18n import N_
 
 @dataclass(frozen=True)
 class Family:
-    """models:     whose they are, for a reader
+    """models:     names of models of the family, for documentation
     targets:    module names that the family's users train with LoRA (`targets: family`)
-    padded:     why documents cannot be kept apart in one row, so that batches are padded; None where they can (positions
-                that may restart, attention through transformers' interface)
-    dialogues_only: why it does not learn from plain text; None where it does
-    table:      positions are rows of a table: nothing longer can be computed
-    transposed: the file holds matrices (in, out), as GPT-2's Conv1D does
-    experts:    the adapter reaches fused experts, which lie one by one in the file: merged in memory
-    like_llama: layers compute what LLaMA's do, so base + adapters and merged are compared layer by layer
-    gguf:       llama.cpp's name of the architecture, where writing it is proven; "" else
-    vllm:       in vLLM's own list of architectures; it needs a GPU and is not run by the tests
+    padded:     why documents cannot share one packed row, so that batches are padded; None where they can (positions
+                may restart, attention goes through transformers' interface)
+    dialogues_only: why the family cannot learn from plain text; None where it can
+    table:      positions are rows of a table: longer inputs are impossible
+    transposed: the file stores matrices as (in, out), as GPT-2's Conv1D does
+    experts:    adapters train fused experts, which the file stores one by one: merged in memory
+    like_llama: layers compute the same as LLaMA's, so base + adapters and the merged model are compared layer by layer
+    gguf:       llama.cpp's name of the architecture if export is tested, else ""
+    vllm:       whether vLLM lists the architecture (vLLM needs a GPU; the tests do not run it)
     """
 
     models: str
@@ -84,12 +84,12 @@ def family_of(model_type: str) -> Family | None:
     return FAMILIES.get(model_type)
 
 
-# What families call the end of a document, where it is not what ends an answer.
+# End-of-document tokens of families that end an answer with another token.
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>", "</s>")
 
-# How byte-level tokenizers cut a text before they merge, by llama.cpp's name (`tokenizer.ggml.pre`), one pattern after the
-# other. The same words as in GPT-4's pattern; digits alone (Qwen) or up to three together (Llama-3). GPT-4o and its heirs
-# (Phi-4-mini) end a word where capitals begin again; DeepSeek-V3 takes Chinese and kana out first.
+# Pre-tokenizer patterns of byte-level tokenizers by llama.cpp's name (`tokenizer.ggml.pre`), applied one after the other.
+# Words as in GPT-4's pattern; digits alone (Qwen) or up to three together (Llama-3). GPT-4o and its descendants
+# (Phi-4-mini) end a word where capitals begin again; DeepSeek-V3 splits off Chinese and kana first.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER, _SHORT = (

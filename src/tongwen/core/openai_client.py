@@ -1,4 +1,4 @@
-"""A model behind an address that speaks OpenAI's API (vLLM, SGLang, Ollama, llama-server, …), asked by the official client.
+"""Client for a model behind an OpenAI-compatible API (vLLM, SGLang, Ollama, llama-server, …), on top of the official one.
 
 Importing this module needs the package `openai`.
 """
@@ -13,33 +13,32 @@ import openai
 
 from tongwen.core.i18n import _
 
-LARGEST = 8 << 20  # bytes of a reply
+LARGEST = 8 << 20  # bytes of a response
 
 
 class UnreadableReply(Exception):
-    """A reply that holds no answer, with its first characters."""
+    """A response without an answer, with its first characters."""
 
 
 class TruncatedReply(Exception):
-    """A reply that ended before it was finished."""
+    """A response that ended early."""
 
 
 class ReplyTooLarge(Exception):
-    """A reply of more bytes than any answer has."""
+    """A response larger than LARGEST bytes."""
 
 
 class OpenAIClient:
     """One model of one endpoint.
 
-    The official client's own errors (`openai.APIError`) come through as they are.
+    The official client's errors (`openai.APIError`) are not caught.
     """
 
     def __init__(self, url: str, model: str, key: str, *, retries: int, **options: Any) -> None:
-        """key: empty for a server that needs none. retries: how often the official client asks again by itself.
-        options: passed on to it."""
+        """key: empty for a server without authentication. retries, options: passed to the official client."""
         self.model = model
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key or "none", max_retries=retries, **options)
-        # Loaded here, which may take seconds, and not in the time that the first request has.
+        # Import these now, which may take seconds; otherwise the first request's timeout includes it.
         self._chat, self._completions = self._client.chat.completions, self._client.completions
 
     async def __aenter__(self) -> OpenAIClient:
@@ -49,7 +48,7 @@ class OpenAIClient:
         await self._client.close()
 
     async def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """The answer to a conversation; empty when all was thinking. Raises UnreadableReply."""
+        """Return the answer to a conversation; empty when the model only produced thinking. Raises UnreadableReply."""
         turns: Any = [dict(turn) for turn in messages]
         reply = await self._read(self._chat.create(model=self.model, messages=turns, **options))
         message = getattr(_first_choice(reply), "message", None)
@@ -58,7 +57,7 @@ class OpenAIClient:
         return str(getattr(message, "content", None) or "")
 
     async def complete(self, prompt: str, **options: Any) -> str:
-        """How a text goes on. Raises UnreadableReply."""
+        """Return the continuation of a text. Raises UnreadableReply."""
         reply = await self._read(self._completions.create(model=self.model, prompt=prompt, **options))
         text = getattr(_first_choice(reply), "text", None)
         if text is None:
@@ -68,9 +67,9 @@ class OpenAIClient:
     async def stream_chat(
         self, messages: Sequence[Mapping[str, Any]], **options: Any
     ) -> tuple[str, str, tuple[int, int] | None]:
-        """(text, why it ended, tokens of prompt and answer where the endpoint counts them), read as it comes.
+        """Stream an answer; return (text, finish reason, tokens of prompt and answer if the endpoint counts them).
 
-        Raises TruncatedReply, or ReplyTooLarge.
+        Raises TruncatedReply or ReplyTooLarge.
         """
         text, finish, tokens = "", None, None
         turns: Any = [dict(turn) for turn in messages]
@@ -92,10 +91,10 @@ class OpenAIClient:
         return text, finish, tokens
 
     async def _read(self, request: Any) -> Any:
-        """What comes back, whatever it is: the official client takes any JSON, and a page as its text."""
+        """Return the response, of any type: the official client accepts any JSON, and a web page as its text."""
         try:
             return await request
-        except ValueError:  # no JSON at all
+        except ValueError:  # not JSON
             return None
 
 
@@ -104,7 +103,7 @@ def _first_choice(reply: Any) -> Any:
 
 
 class CappedTransport(httpx2.AsyncHTTPTransport):
-    """What comes in is counted as it comes, and never unpacked."""
+    """Count the bytes of a response while they arrive, and reject compressed responses."""
 
     async def handle_async_request(self, request: Any) -> Any:
         response = await super().handle_async_request(request)

@@ -1,4 +1,4 @@
-"""The records that all stages share: a Document, a Dialogue of Messages, and the Spans of a rendered text."""
+"""Records that all stages share: Document, Dialogue with its Messages, and the Spans of a rendered text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a record came from: the file as the user wrote it, and its row there, counted from 1."""
+    """The source of a record: the file as the user wrote it, and the row in that file, counted from 1."""
 
     file: str
     row: int
@@ -19,7 +19,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain text to be continued."""
+    """Plain text for language modelling."""
 
     text: str
     origin: Origin
@@ -31,8 +31,8 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `role` is system, user, assistant or tool; `thinking` is what a model says to itself before it answers;
-    `learn` overrides the recipe's choice for this one turn."""
+    """One turn. `role` is system, user, assistant or tool; `thinking` is the model's reasoning before the answer;
+    `learn` overrides the recipe's choice for this turn."""
 
     role: str
     content: str
@@ -41,7 +41,7 @@ class Message:
     learn: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The OpenAI-style dictionary: the form on disk, and what chat templates read."""
+        """Return the OpenAI-style dictionary: the format on disk and of chat templates."""
         out: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.thinking is not None:
             out["reasoning_content"] = self.thinking
@@ -72,7 +72,7 @@ class Dialogue:
 
 
 def from_dict(row: dict[str, Any]) -> Document | Dialogue:
-    """The record that `to_dict` wrote."""
+    """Return the record from the output of `to_dict`."""
     origin = Origin(row["origin"]["file"], row["origin"]["row"])
     if "text" in row:
         return Document(row["text"], origin)
@@ -90,8 +90,8 @@ def from_dict(row: dict[str, Any]) -> Document | Dialogue:
 
 
 class Span(NamedTuple):
-    """A stretch of rendered text, and whether the model is to learn it. `answer` marks what the assistant says, with its
-    stop token; `stop` the text of the stop token alone."""
+    """A part of a rendered text. learn: whether the model learns it; answer: whether it is an assistant's answer or its stop
+    token; stop: whether it is the stop token alone."""
 
     text: str
     learn: bool

@@ -1,8 +1,8 @@
 """Decide whether an interrupted run may continue: which settings must be the same, and which may change.
 
-A training stage writes `run.json` into its unfinished folder: the id of the run, its settings, and the fingerprints of what
-it stands on. The same command continues only when all of them are the same; words that do not decide the result are not
-among the settings. `--fork` continues with other settings under a new id, and the old ones are kept.
+A training stage writes `run.json` into its unfinished folder: the id of the run, its settings, and the fingerprints of its
+inputs. The same command continues only when all of them are the same; options that do not affect the result are not among
+the settings. `--fork` continues with other settings under a new id and keeps the old ones.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import artifact, console
-from tongwen.core.distributed import is_first
+from tongwen.core.distributed import is_main_process
 from tongwen.core.errors import RecipeError, first_line
 from tongwen.core.i18n import _
 
 RUN = "run.json"
-BEFORE = "before.json"  # what the untrained model scored; other data ask again
-# What the weights and the optimizer's memory are shaped by: a fork cannot change it. Of the adapter, dropout alone may.
+BEFORE = "before.json"  # scores of the untrained model; a run on other data computes them again
+# Settings that shape the weights and the optimizer's state: a fork cannot change them. Of an adapter, only dropout may change.
 SHAPE = re.compile(r"\w+\.(adapter\.(?!dropout$).*|optimizer|train|engine)")
 PARTS = {"run": str, "settings": dict, "identity": dict, "forks": list}
 PARTLY = re.compile(r"\w+\.(engine_file|adapter\.\w+)")
@@ -30,40 +30,43 @@ DATA, DTYPE = "prepare (fingerprint)", "dtype"
 
 
 def check(
-    folder: Path, settings: Mapping[str, Any], prepared: str, *, fork: bool, takes_new_rates: bool = True
+    folder: Path, settings: Mapping[str, Any], prepared: str, *, fork: bool, allows_new_settings: bool = True
 ) -> None:
-    """Before a stage begins. Raises RecipeError, with both values, when it was interrupted under other settings or on other
-    data, and is not to be forked; a fork is recorded here. prepared: fingerprint of the data; takes_new_rates: whether its
-    engine does, or goes on with those of its checkpoint, so that nothing can be forked."""
+    """Check an interrupted stage before it continues; record a fork. Raises RecipeError, with both values, when settings or
+    data have changed and `fork` is not set, or a fork cannot change them.
+
+    prepared: fingerprint of the data; allows_new_settings: False when the engine continues with the rates of its
+    checkpoint, so that a fork is impossible.
+    """
     run = _read(folder)
     if run is None:
         return
     changed = [one for one in differences(run["settings"], settings) if one[0] != "base"]  # see `enter`
     changed += _differing(run["identity"], {DATA: prepared})
-    fixed = [one for one in changed if not takes_new_rates or SHAPE.fullmatch(one[0]) or _trains_other_parts(*one)]
+    fixed = [one for one in changed if not allows_new_settings or SHAPE.fullmatch(one[0]) or _trains_other_parts(*one)]
     if fork:
-        artifact.refuse_changed(str(folder), fixed, again() + _("; --fork cannot change it"))
+        artifact.refuse_changed(str(folder), fixed, rerun_hint() + _("; --fork cannot change it"))
         _fork(folder, run, settings, changed)
     else:
         forks = _("; --fork continues with the new settings") if not fixed else ""
-        artifact.refuse_changed(str(folder), changed, again() + forks)
+        artifact.refuse_changed(str(folder), changed, rerun_hint() + forks)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Like artifact.differences, but ignore keys of an engine file or adapter that only one side has: `engine`, `method` and so
-    on already show the difference, or an older version did not store them."""
+    """Like artifact.differences, but ignore keys of an engine file or adapter that only one side has: `engine`, `method` and
+    others already show the difference, or an older version did not store them."""
     return [
         one
         for one in artifact.differences(before, now)
-        if not PARTLY.fullmatch(one[0]) or _tells(before, one[0]) == _tells(now, one[0])
+        if not PARTLY.fullmatch(one[0]) or _has_setting(before, one[0]) == _has_setting(now, one[0])
     ]
 
 
-def _tells(settings: Any, name: str) -> bool:
-    for word in name.split("."):
-        if word not in settings:
+def _has_setting(settings: Any, name: str) -> bool:
+    for key in name.split("."):
+        if key not in settings:
             return False
-        settings = settings[word]
+        settings = settings[key]
     return True
 
 
@@ -88,26 +91,29 @@ def _fork(folder: Path, run: dict[str, Any], settings: Mapping[str, Any], change
 
 
 def enter(folder: Path, settings: Mapping[str, Any], identity: Mapping[str, str]) -> dict[str, Any]:
-    """The record of the run that begins or continues in this folder, written down by the first process. identity:
-    fingerprints, and what else only an opened base tells. Raises RecipeError when they are not those that it began with."""
+    """Return the record of the run that starts or continues in this folder; the main process writes it.
+
+    identity: fingerprints and other facts that are known only after loading the base model. Raises RecipeError when they
+    differ from those at the start of the run.
+    """
     run = _read(folder) or {"run": _new_id(), "began": _now(), "settings": settings, "identity": {}, "forks": []}
     changed = _differing(run["identity"], identity)
-    # A base under another path is the same where its fingerprint is. `check` has seen the rest, but under a launcher.
+    # A base model at another path is the same if its fingerprint is. `check` has compared the rest, except under a launcher.
     differing = differences(run["settings"], json.loads(json.dumps(settings)))
     changed += [one for one in differing if changed or one[0] != "base"]
-    artifact.refuse_changed(str(folder), changed, again())
+    artifact.refuse_changed(str(folder), changed, rerun_hint())
     run |= {"settings": dict(settings), "identity": {**identity, **run["identity"]}}
-    if is_first():
+    if is_main_process():
         artifact.write_json(folder / RUN, run)
     return run
 
 
 def ids(run: Mapping[str, Any]) -> set[str]:
-    """The ids that this run has had."""
+    """Return all ids that this run has had."""
     return {run["run"], *(fork["from"] for fork in run["forks"])}
 
 
-def again() -> str:
+def rerun_hint() -> str:
     return _("tongwen run RECIPE --again redoes this stage and all later ones, and keeps the old folder")
 
 
@@ -122,7 +128,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
         raise RecipeError(
             _("cannot be read: {error}").format(error=first_line(error)),
             place=str(file),
-            remedy=again(),
+            remedy=rerun_hint(),
         ) from None
 
 

@@ -1,8 +1,7 @@
-"""Tensors in safetensors files as byte ranges: found, checked, planned and copied, without loading one.
+"""Find, check, plan and copy tensors in safetensors files as byte ranges, without loading them.
 
-Nothing here computes, so merge, convert and verify share one reader of the format.
-What a header says is believed only where the file agrees: every range lies inside, none overlap, and each is as long as
-its type and shape say.
+This module computes nothing, so merge, convert and verify share one reader of the format. Headers are checked against the
+file: every range is inside the file, ranges do not overlap, and each has the length of its type and shape.
 """
 
 from __future__ import annotations
@@ -39,17 +38,17 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 CHUNK = 1 << 19
 LONGEST_HEADER = 100_000_000
-# Numbers at once. A block in fp32 and its copies stay in a core's second cache, and a product of rank 16 with it is a
-# million multiplications: up to there OpenBLAS multiplies matrices as they lie, without packing them first.
+# Numbers per block. A block in fp32 and its copies fit a core's L2 cache, and its product with a matrix of rank 16 takes a
+# million multiplications: up to that size OpenBLAS multiplies matrices in place, without packing them first.
 BLOCK = 62_500
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor's place: file and the bytes [begin, end) of it."""
+    """The location of one tensor: a file and its bytes [begin, end)."""
 
     name: str
-    dtype: str  # as safetensors names it: BF16, F32, ...
+    dtype: str  # in safetensors' names: BF16, F32, ...
     shape: tuple[int, ...]
     file: Path
     begin: int
@@ -61,10 +60,10 @@ class Stored:
 
 
 class Tensors(Protocol):
-    """Tensors by name, whatever holds them. facts: name -> (type, shape).
+    """Tensors by name, in any storage. facts: name -> (type, shape).
 
-    `raw` gives the bytes of rows [begin, end) as a flat numpy array: rows along the first dimension, or the elements of a
-    vector. Threads may read at once.
+    `raw` returns the bytes of rows [begin, end) as a flat numpy array: rows along the first dimension, or the elements of
+    a vector. It is thread-safe.
     """
 
     facts: dict[str, tuple[str, tuple[int, ...]]]
@@ -73,7 +72,7 @@ class Tensors(Protocol):
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of a model or adapter folder by name; empty when it has no safetensors files.
+    """Return all tensors of a model or adapter folder by name; empty when it has no safetensors files.
 
     Raises ModelError when the index names a file outside the folder or one that is missing, when index and shards
     disagree, or when two shards contain the same tensor.
@@ -99,7 +98,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Tensor -> name of its shard. Raises ModelError for a shard that is missing or outside of the folder."""
+    """Return {tensor: shard file}. Raises ModelError for a shard that is missing or outside the folder."""
     try:
         mapped = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError):
@@ -120,13 +119,15 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one file, in the order of their bytes. Raises ModelError when the file is not whole."""
+    """Return the tensors of one file, in byte order. Raises ModelError when the file is damaged or incomplete."""
     length = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
         size = int.from_bytes(start, "little")
         if len(start) < 8 or size > min(length - 8, LONGEST_HEADER):
-            raise _broken(file, what_it_is(file) or _("the file ends after {length} bytes").format(length=length))
+            raise _broken(
+                file, describe_wrong_file(file) or _("the file ends after {length} bytes").format(length=length)
+            )
         try:
             header: dict[str, Any] = json.loads(stream.read(size))
             found = {
@@ -168,15 +169,15 @@ def row_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def blocks(shape: tuple[int, ...], least: int = 1) -> Iterator[tuple[int, int]]:
-    """Rows [begin, end) at a time, of about BLOCK numbers together, and no fewer than `least`."""
+    """Yield row ranges [begin, end) of about BLOCK numbers each, and of at least `least` rows."""
     height = max(1, least, BLOCK // max(prod(shape[1:]), 1))
     count = row_count(shape)
     for begin in range(0, count, height):
         yield begin, min(begin + height, count)
 
 
-def what_it_is(file: Path) -> str:
-    """What people get instead of weights: an LFS pointer, a page of HTML, nothing. Empty text when it is none of these."""
+def describe_wrong_file(file: Path) -> str:
+    """Describe a file that is not weights: an LFS pointer, a web page, or empty. Return "" when it is none of these."""
     with file.open("rb") as stream:
         start = stream.read(64)
     if not start:
@@ -189,9 +190,9 @@ def what_it_is(file: Path) -> str:
 
 
 def plan_shards(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], limit: int) -> dict[str, Stored]:
-    """Make safetensors files that hold these tensors (name -> type, shape), with headers, index and full length.
+    """Create safetensors files for these tensors (name -> type, shape), with headers, index and full length.
 
-    Returns where each tensor's bytes belong; the caller fills them in.
+    Returns the location of each tensor; the caller writes the bytes.
     """
     shards: list[list[str]] = [[]]
     filled = 0
@@ -233,7 +234,7 @@ def _make_file(file: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -
 
 
 def copy_bytes(source: Stored, target: Stored) -> None:
-    """A tensor's bytes from file to file, by the kernel where it can; both must be of one size."""
+    """Copy a tensor's bytes from file to file, in the kernel if possible; both must have the same size."""
     assert source.size == target.size
     with source.file.open("rb") as reader, target.file.open("r+b") as writer:
         done = 0
@@ -245,7 +246,7 @@ def copy_bytes(source: Stored, target: Stored) -> None:
                 if not moved:
                     break
                 done += moved
-        except (OSError, AttributeError):  # another file system, or a system without it: plainly, from where it stopped
+        except (OSError, AttributeError):  # another file system or operating system: continue with read and write
             pass
         reader.seek(source.begin + done)
         writer.seek(target.begin + done)
@@ -258,7 +259,7 @@ def copy_bytes(source: Stored, target: Stored) -> None:
 
 
 def iter_bytes(stored: Stored) -> Iterator[bytes]:
-    """A tensor's bytes in chunks. Raises ModelError when the file ends early."""
+    """Yield a tensor's bytes in chunks. Raises ModelError when the file ends early."""
     with stored.file.open("rb") as stream:
         stream.seek(stored.begin)
         left = stored.size

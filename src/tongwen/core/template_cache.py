@@ -1,10 +1,10 @@
-"""What all dialogues of one shape have in common when they are rendered: the same literal text around their contents.
+"""Cache the render of a chat template for all dialogues of one shape: the literal text around the message contents.
 
-Rendering a chat template costs more than tokenising what comes out. But most templates do nothing with a content except
-write it. That is proven, not believed: the template is rendered with contents that notice every question asked of them.
-Writing, trimming and joining are allowed; a question about a substring is answered with no, and becomes a condition
-that a real content must meet; anything else, and the shape has no skeleton and its dialogues are rendered one by one.
-Finally awkward contents are rendered both ways and must come out alike.
+Rendering a chat template costs more than tokenising its output, but most templates only write a content and never inspect
+it. This is verified: the template is rendered with contents that record every operation on them. Writing, trimming and
+concatenating are allowed. A substring test returns False, and real contents must not contain that substring. After any
+other operation the shape has no skeleton, and its dialogues are rendered one by one. Finally, awkward contents are rendered
+both ways and must give the same text.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ Samples = Callable[[tuple[Message, ...], bool], list[tuple[Span, ...]]]
 
 
 class ContentInspected(Exception):
-    """The template asked a content for something that a skeleton cannot know."""
+    """The template used an operation on a content that a skeleton cannot reproduce."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A message's content in the text, after the trimmings that the template applied: (method, argument) each."""
+    """The place of a message's content in the text. steps: (method, argument) of each trim that the template applied."""
 
     message: int
     steps: tuple[tuple[str, str | None], ...] = ()
 
 
 class RenderTrace:
-    """The slots that were made in one render, and the substrings that contents were asked for."""
+    """The slots of one render, and the substrings that the template looked for in contents."""
 
     def __init__(self) -> None:
         self.slots: list[Slot] = []
@@ -45,21 +45,21 @@ class RenderTrace:
 
 
 class TracedContent(str):
-    """A message's content that notices what a template does with it. Its text is its slot's mark."""
+    """A message content that records what a template does with it. Its text is the mark of its slot."""
 
-    watch: RenderTrace
+    trace: RenderTrace
     slot: Slot
 
     @staticmethod
-    def make(watch: RenderTrace, slot: Slot) -> TracedContent:
-        if slot not in watch.slots:  # the same in every render, so that renders can be compared
-            watch.slots.append(slot)
-        out = TracedContent(f"{SENTINEL}{watch.slots.index(slot)}{SENTINEL}")
-        out.watch, out.slot = watch, slot
+    def make(trace: RenderTrace, slot: Slot) -> TracedContent:
+        if slot not in trace.slots:  # the same in every render, so that renders can be compared
+            trace.slots.append(slot)
+        out = TracedContent(f"{SENTINEL}{trace.slots.index(slot)}{SENTINEL}")
+        out.trace, out.slot = trace, slot
         return out
 
     def _trimmed(self, method: str, characters: str | None) -> TracedContent:
-        return TracedContent.make(self.watch, replace(self.slot, steps=(*self.slot.steps, (method, characters))))
+        return TracedContent.make(self.trace, replace(self.slot, steps=(*self.slot.steps, (method, characters))))
 
     def strip(self, characters: str | None = None, /) -> TracedContent:
         return self._trimmed("strip", characters)
@@ -70,22 +70,22 @@ class TracedContent(str):
     def rstrip(self, characters: str | None = None, /) -> TracedContent:
         return self._trimmed("rstrip", characters)
 
-    def _lacks(self, text: Any) -> bool:
-        """No, and a real content that holds the text has no place in this skeleton."""
+    def _record_absent(self, text: Any) -> bool:
+        """Return False, and record that real contents for this skeleton must not contain the text."""
         for one in text if isinstance(text, tuple) else (text,):
             if not isinstance(one, str) or not one:
                 raise ContentInspected
-            self.watch.absent.add(one)
+            self.trace.absent.add(one)
         return False
 
     def __contains__(self, text: object) -> bool:
-        return self._lacks(text)
+        return self._record_absent(text)
 
     def startswith(self, text: Any, *place: Any) -> bool:
-        return self._lacks(text)
+        return self._record_absent(text)
 
     def endswith(self, text: Any, *place: Any) -> bool:
-        return self._lacks(text)
+        return self._record_absent(text)
 
     def __bool__(self) -> bool:
         if self.slot.steps:  # a trimmed content may be empty
@@ -102,7 +102,7 @@ class TracedContent(str):
 
 
 class ConcatenatedContent(str):
-    """A content with other text beside it: it may be written and joined further, nothing else."""
+    """A content concatenated with other text: it may be written or concatenated further, nothing else."""
 
     __add__, __radd__, __hash__ = TracedContent.__add__, TracedContent.__radd__, str.__hash__
 
@@ -111,7 +111,7 @@ def _refuse(*_: Any, **__: Any) -> Any:
     raise ContentInspected
 
 
-# What Python itself needs of a string, and what writes it.
+# Methods that Python itself needs on a string, or that write it.
 _PLAIN = set(dir(object)) - {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"} | {"__getnewargs__"}
 for _kind in (TracedContent, ConcatenatedContent):
     for _name in set(dir(str)) - _PLAIN - set(vars(_kind)):
@@ -120,13 +120,14 @@ for _kind in (TracedContent, ConcatenatedContent):
 
 @dataclass(frozen=True)
 class RenderCache:
-    """samples: per sample its spans as (literals and slots, the span's fate); absent: what no content may hold."""
+    """samples: the spans of each sample as (literals and slots, span with the flags); absent: substrings
+    that contents must not have."""
 
     samples: tuple[tuple[tuple[tuple[str | Slot, ...], Span], ...], ...]
     absent: tuple[str, ...]
 
     def fits(self, messages: Sequence[Message]) -> bool:
-        """Whether these contents are of the kind that the skeleton was proven for."""
+        """Whether the skeleton was verified for contents like these."""
         for message in messages:
             if not message.content.strip():
                 return False
@@ -136,16 +137,16 @@ class RenderCache:
         return True
 
     def fill(self, messages: Sequence[Message]) -> list[tuple[Span, ...]]:
-        """The spans of each sample with these contents."""
+        """Return the spans of each sample with these contents."""
         out = []
         for sample in self.samples:
             spans = []
-            for parts, fate in sample:
+            for parts, flags in sample:
                 if len(parts) == 1 and parts[0].__class__ is str:
-                    spans.append(fate)  # the same in every dialogue
+                    spans.append(flags)  # the same in every dialogue
                     continue
                 text = "".join([part if part.__class__ is str else _content(part, messages) for part in parts])  # type: ignore[arg-type]
-                spans.append(Span(text, fate.learn, fate.answer, fate.stop))
+                spans.append(Span(text, flags.learn, flags.answer, flags.stop))
             out.append(tuple(spans))
         return out
 
@@ -160,32 +161,32 @@ def _content(slot: Slot, messages: Sequence[Message]) -> str:
 
 
 def make_render_cache(messages: Sequence[Message], samples: Samples) -> RenderCache | None:
-    """The skeleton of a shape, or None. samples(messages, prove) renders: the spans of each sample."""
-    watch = RenderTrace()
+    """Return the skeleton of a shape, or None. samples(messages, prove) renders the spans of each sample."""
+    trace = RenderTrace()
     try:
-        watched = tuple(
-            replace(message, content=TracedContent.make(watch, Slot(index))) for index, message in enumerate(messages)
+        traced = tuple(
+            replace(message, content=TracedContent.make(trace, Slot(index))) for index, message in enumerate(messages)
         )
         skeleton = RenderCache(
-            tuple(tuple((_parts(span.text, watch), span) for span in sample) for sample in samples(watched, False)),
-            tuple(sorted(watch.absent)),
+            tuple(tuple((_parts(span.text, trace), span) for span in sample) for sample in samples(traced, False)),
+            tuple(sorted(trace.absent)),
         )
-        if not _holds(skeleton, messages, samples):
+        if not _is_faithful(skeleton, messages, samples):
             return None
     except (ContentInspected, TongwenError):
         return None
     return skeleton
 
 
-def _parts(text: str, watch: RenderTrace) -> tuple[str | Slot, ...]:
+def _parts(text: str, trace: RenderTrace) -> tuple[str | Slot, ...]:
     pieces = _SLOT.split(text)  # literal, number, literal, ...
     return tuple(
-        watch.slots[int(piece)] if place % 2 else piece for place, piece in enumerate(pieces) if place % 2 or piece
+        trace.slots[int(piece)] if place % 2 else piece for place, piece in enumerate(pieces) if place % 2 or piece
     )
 
 
-def _holds(skeleton: RenderCache, messages: Sequence[Message], samples: Samples) -> bool:
-    """Awkward contents, all alike and each message another, come out as the template itself renders them."""
+def _is_faithful(skeleton: RenderCache, messages: Sequence[Message], samples: Samples) -> bool:
+    """Whether the skeleton renders awkward contents exactly as the template does."""
     for turn in range(len(AWKWARD)):
         filled = tuple(
             replace(message, content=AWKWARD[(turn + index) % len(AWKWARD)]) for index, message in enumerate(messages)

@@ -1,1 +1,1 @@
-"""Data: where rows come from, what they mean, what is kept, and how they become tokens."""
+"""Data: read rows, convert them to records, clean and deduplicate, and encode to tokens."""

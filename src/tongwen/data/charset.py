@@ -1,8 +1,8 @@
-"""Which encoding the bytes of a text are in: set by the recipe, given by a byte order mark, or detected.
+"""Find the encoding of a text: set by the recipe, given by a byte order mark, or detected.
 
-UTF-8 is what nearly all files are, and stays the answer for a file with a few broken lines. Otherwise GB18030 or Big5 are
-found by what they give: everyday Chinese consists of few characters, and wrongly decoded Chinese of rare ones. That tells
-them apart on a single sentence, where general detectors guess Korean.
+Nearly all files are UTF-8, and a file with a few broken lines still counts as UTF-8. GB18030 and Big5 are detected by the
+decoded text: everyday Chinese uses few characters, wrongly decoded Chinese uses rare ones. One sentence is enough to
+distinguish them, where general detectors guess Korean.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _COMMON = frozenset(
     "类類求据據程北边邊死张張该該交规規万萬取拉格望觉覺术術领領共确確传傳师師观觀清今切院让讓识識候带帶导導争爭运運请請"
     "您答语語言吗嗎呢吧写寫词詞句例步骤驟根以下简簡单單描述列出案用户戶帮幫助智能人时候每种類需要可以什么"
 )
-# Share of common characters. Measured on single sentences: 0.7 in the middle and 0.33 at the first percentile where they
-# are decoded rightly; 0.02 in the middle where not.
-ENOUGH = 0.25
-ORDINARY = 0.4  # of UTF-16, which is tried only on what is no UTF-8
-JUDGED = 1 << 18  # bytes, when it must be judged by its letters
+# Share of common characters. Measured on single sentences: median 0.7, first percentile 0.33 with the right encoding;
+# median 0.02 with a wrong one.
+MIN_COMMON_SHARE = 0.25
+MIN_READABLE_SHARE = 0.4  # for UTF-16, which is tried only on bytes that are not UTF-8
+JUDGED_BYTES = 1 << 18  # bytes that the detection by characters reads
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -39,7 +39,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# Supersets that read what was written under the narrower name.
+# Supersets that also read the narrower encodings.
 _WIDER = {"gbk": "gb18030", "gb2312": "gb18030", "big5": "big5hkscs", "cp950": "big5hkscs"}
 _NAMES = {"gb18030": "GB18030", "big5hkscs": "Big5", "utf-8": "UTF-8"}
 _ESCAPED = re.compile("[\udc80-\udcff]")
@@ -49,11 +49,11 @@ _NON_ASCII = re.compile("[^\0-\x7f]")
 
 @dataclass(frozen=True)
 class Charset:
-    """codec: Python's name; by_line: its line ends are the byte \\n, so that lines can be decoded one by one; told: a
-    notice for the user."""
+    """codec: Python's name; by_line: whether its line end is the byte \\n, so that lines can be decoded one by one; notice: a
+    message for the user."""
 
     codec: str
-    told: str = ""
+    notice: str = ""
 
     @property
     def by_line(self) -> bool:
@@ -68,7 +68,7 @@ class Charset:
 
 
 def choose(head: bytes, wanted: str | None, whole: bool) -> Charset:
-    """The encoding of a text that begins so. Raises DataError when `wanted` is unknown or is not what this is."""
+    """Return the encoding of a text with this head. Raises DataError when `wanted` is unknown or does not match."""
     sample = head if whole else head[: head.rfind(b"\n") + 1] or head
     found = recognise(sample)
     if wanted is None:
@@ -83,7 +83,7 @@ def choose(head: bytes, wanted: str | None, whole: bool) -> Charset:
 
 
 def named(wanted: str) -> str:
-    """Python's name of an encoding. Raises DataError."""
+    """Return Python's name of an encoding. Raises DataError when it is unknown."""
     try:
         info = codecs.lookup(wanted.strip())
         "中".encode(info.name, "replace").decode(info.name, "replace")
@@ -97,30 +97,30 @@ def named(wanted: str) -> str:
 
 
 def recognise(sample: bytes) -> Charset:
-    """By its mark, by being UTF-8, or by the Chinese that comes out; UTF-8 when nothing else is likely."""
+    """Detect the encoding by byte order mark, as valid UTF-8, or by its share of common Chinese; UTF-8 by default."""
     for mark, codec in _MARKS:
         if sample.startswith(mark):
-            return Charset(codec, "" if codec == "utf-8" else _told(codec))
+            return Charset(codec, "" if codec == "utf-8" else _notice(codec))
     try:
         sample.decode()
         if b"\0" not in sample:
             return Charset("utf-8")
     except UnicodeDecodeError:
         pass
-    sample = sample[:JUDGED]
+    sample = sample[:JUDGED_BYTES]
     whole, broken = _utf8_letters(sample)
-    if b"\0" not in sample and (not broken or 2 * whole > broken):  # a letter of GB18030 is two broken bytes
+    if b"\0" not in sample and (not broken or 2 * whole > broken):  # one GB18030 character is two broken bytes
         return Charset("utf-8")
-    score, codec = max((ordinary(sample, codec), codec) for codec in ("utf-16-le", "utf-16-be"))
-    if score < ORDINARY:
-        score, codec = max((everyday(sample, codec), codec) for codec in ("gb18030", "big5hkscs"))
-        if score < ENOUGH or 2 * whole > broken:
+    score, codec = max((readable_share(sample, codec), codec) for codec in ("utf-16-le", "utf-16-be"))
+    if score < MIN_READABLE_SHARE:
+        score, codec = max((common_share(sample, codec), codec) for codec in ("gb18030", "big5hkscs"))
+        if score < MIN_COMMON_SHARE or 2 * whole > broken:
             return Charset("utf-8")
-    return Charset(codec, _told(codec))
+    return Charset(codec, _notice(codec))
 
 
-def everyday(sample: bytes, codec: str) -> float:
-    """Share of common Chinese among what is not ASCII. Lines that do not decode count as wrong."""
+def common_share(sample: bytes, codec: str) -> float:
+    """Return the share of common Chinese among non-ASCII characters. Undecodable lines count as wrong."""
     common = letters = 0
     for line in sample.splitlines():
         try:
@@ -133,8 +133,8 @@ def everyday(sample: bytes, codec: str) -> float:
     return common / letters if letters else 0.0
 
 
-def ordinary(sample: bytes, codec: str) -> float:
-    """Share of plain ASCII and common Chinese among all letters of what may be UTF-16."""
+def readable_share(sample: bytes, codec: str) -> float:
+    """Return the share of printable ASCII and common Chinese among all characters, for UTF-16."""
     part = sample[: min(len(sample), 1 << 16) & ~1]
     try:
         text = part.decode(codec)
@@ -144,21 +144,22 @@ def ordinary(sample: bytes, codec: str) -> float:
 
 
 def _utf8_letters(sample: bytes) -> tuple[int, int]:
-    """(whole letters of three or four bytes, bytes that are no UTF-8). Two bytes of GB18030 often look like a letter."""
+    """Return (characters of three or four bytes, bytes that are not UTF-8). Two bytes of GB18030 often look like one
+    character of UTF-8."""
     text = sample.decode("utf-8", "surrogateescape")
     return len(_LONG.findall(text)), len(_ESCAPED.findall(text))
 
 
 def _fits(sample: bytes, codec: str, found: Charset) -> bool:
-    """Whether a named encoding can be right although another was recognised."""
-    if found.codec != "utf-8":  # recognised for a reason; another one may be right where it gives Chinese as well
-        return not codec.startswith("utf") and everyday(sample, codec) >= ENOUGH
+    """Whether a named encoding can be right although another was detected."""
+    if found.codec != "utf-8":  # another encoding may be right if it gives Chinese as well
+        return not codec.startswith("utf") and common_share(sample, codec) >= MIN_COMMON_SHARE
     whole, broken = _utf8_letters(sample)
     if not Charset(codec).by_line:
         return b"\0" in sample or broken > whole
     return not whole or broken >= whole
 
 
-def _told(codec: str) -> str:
+def _notice(codec: str) -> str:
     name = Charset(codec).name
     return _("read as {name}").format(name=name)

@@ -1,8 +1,8 @@
-"""Texts are mended, or dropped with a reason: named rules made for Chinese, each of which counts what it does.
+"""Clean texts with named rules for Chinese: repair a text, or drop it with a reason. Each rule counts its changes.
 
-A rule takes a text and answers with a text (the same one: keep) or with a `Dropped`. NFKC is never used: it would turn
-，into `,`. NFC alone is not enough: it leaves the radicals that PDFs contain in place of characters (⻓ for 长), and it
-replaces compatibility ideographs, which are other characters in names and old texts.
+A rule takes a text and returns a text (the same object: unchanged) or a `Dropped`. NFKC is never used: it would turn ，
+into `,`. NFC alone is not enough: it keeps the radicals that PDFs contain instead of characters (⻓ for 长), and it
+replaces compatibility ideographs, which are distinct characters in names and old texts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tongwen.recipe.data import Clean
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A rule's refusal: the reason that the ledger counts, and the rule in words."""
+    """A dropped text: the reason that the ledger counts, and the message for the user."""
 
     reason: str
     rule: str
@@ -33,46 +33,46 @@ Filter = Callable[[str], "str | Dropped"]
 
 
 class Cleaner:
-    """The rules that a recipe asks for, and how many texts each of them changed.
+    """The rules of a recipe, and how many texts each of them changed.
 
-    kind: `documents` or `dialogues`; what is markup in a web page may be the subject of an answer, so the rules for
-    HTML, wrapped lines and repetition leave dialogues alone.
+    kind: `documents` or `dialogues`. Markup in a web page may be the subject of an answer, so the rules for HTML, wrapped
+    lines and repetition are not applied to dialogues.
     """
 
     def __init__(self, section: Clean, kind: str) -> None:
-        self.mend: list[tuple[str, Filter]] = list(_mending(section, kind))
-        self.judge: list[tuple[str, Filter]] = list(_judging(section, kind))
+        self.repairs: list[tuple[str, Filter]] = list(_repair_rules(section, kind))
+        self.checks: list[tuple[str, Filter]] = list(_check_rules(section, kind))
         self.changed: Counter[str] = Counter()
 
     def clean(self, record: Document | Dialogue) -> Document | Dialogue | Dropped:
-        """The record with its texts mended, or why it is dropped."""
+        """Return the record with repaired texts, or why it is dropped."""
         return self._document(record) if isinstance(record, Document) else self._dialogue(record)
 
     def _document(self, record: Document) -> Document | Dropped:
-        text = self._mended(record.text)
+        text = self._repair(record.text)
         if isinstance(text, Dropped):
             return text
-        return self._judged(text) or (record if text is record.text else replace(record, text=text))
+        return self._check(text) or (record if text is record.text else replace(record, text=text))
 
     def _dialogue(self, record: Dialogue) -> Dialogue | Dropped:
         messages: list[Message] = []
         for message in record.messages:
-            content = self._mended(message.content) if message.content else message.content
-            thinking = self._mended(message.thinking) if message.thinking else message.thinking
+            content = self._repair(message.content) if message.content else message.content
+            thinking = self._repair(message.thinking) if message.thinking else message.thinking
             if isinstance(content, Dropped):
                 return content
             if isinstance(thinking, Dropped):
                 return thinking
             same = content is message.content and thinking is message.thinking
             messages.append(message if same else replace(message, content=content, thinking=thinking))
-        if refused := self._judged("\n".join(message.content for message in messages)):
+        if refused := self._check("\n".join(message.content for message in messages)):
             return refused
         same = all(new is old for new, old in zip(messages, record.messages, strict=True))
         return record if same else replace(record, messages=tuple(messages))
 
-    def _mended(self, text: str) -> str | Dropped:
+    def _repair(self, text: str) -> str | Dropped:
         before = text
-        for name, rule in self.mend:
+        for name, rule in self.repairs:
             found = rule(text)
             if isinstance(found, Dropped):
                 return found
@@ -83,17 +83,17 @@ class Cleaner:
             return Dropped("empty_after_cleaning", _("nothing is left after cleaning"))
         return text
 
-    def _judged(self, text: str) -> Dropped | None:
-        for _unused, rule in self.judge:
+    def _check(self, text: str) -> Dropped | None:
+        for _unused, rule in self.checks:
             if isinstance(found := rule(text), Dropped):
                 return found
         return None
 
 
-def _mending(section: Clean, kind: str) -> Iterable[tuple[str, Filter]]:
-    """In the order in which they must run: encoding before characters, characters before lines."""
+def _repair_rules(section: Clean, kind: str) -> Iterable[tuple[str, Filter]]:
+    """Yield the repair rules in the required order: encoding, then characters, then lines."""
     if section.mojibake:
-        yield "mojibake", mend_mojibake
+        yield "mojibake", repair_mojibake
     if kind == "documents" and section.html:
         yield "html", remove_html
     if section.control:
@@ -110,7 +110,7 @@ def _mending(section: Clean, kind: str) -> Iterable[tuple[str, Filter]]:
         yield "personal_data", mask_personal_data if section.personal_data == "mask" else refuse_personal_data
 
 
-def _judging(section: Clean, kind: str) -> Iterable[tuple[str, Filter]]:
+def _check_rules(section: Clean, kind: str) -> Iterable[tuple[str, Filter]]:
     if section.min_chars > 1 or section.max_chars:
         yield "length", lambda text: check_length(text, section.min_chars, section.max_chars)
     if section.min_han:
@@ -122,7 +122,7 @@ def _judging(section: Clean, kind: str) -> Iterable[tuple[str, Filter]]:
 # -- characters ---------------------------------------------------------------------------------------------------
 
 # Unicode's EquivalentUnifiedIdeograph.txt, U+2E81…U+2EF3 (U+2E9A is unassigned); the Kangxi radicals U+2F00…U+2FD5
-# have compatibility decompositions that say the same.
+# have compatibility decompositions to the same characters.
 _SUPPLEMENT = (
     "厂乛乚乙亻冂𠘨刀刂卜㔾小小兀尣尢𡯂巳幺彑𫜹忄心扌攵旡日月歺母民氵氺灬爫爫丬牛犭王𤴔目示礻𥫗糹纟罓罒㓁冗𦉫羊𦍌"
     "𦍋耂肀聿肉𦥑艹艹艹虎衤覀西见角𧢲讠贝𧾷车辶辶辶邑钅長镸长门𨸏阝雨青韦页风飞食𩙿飠饣𩠐马骨鬼鱼鸟卤麦黄黾斉齐歯齿竜龙龜亀龟"
@@ -134,8 +134,8 @@ RADICALS = {
 _RADICAL = re.compile("[\u2e81-\u2ef3\u2f00-\u2fd5]")
 _COMPATIBILITY = re.compile("([\uf900-\ufaff\U0002f800-\U0002fa1f]+)")
 _FULL_WIDTH = {code: code - 0xFEE0 for first, last in ("０９", "ＡＺ", "ａｚ") for code in range(ord(first), ord(last) + 1)}  # fmt: skip
-# Control characters but tab and line feed, soft hyphens, zero-width and bidi marks (the joiners that emoji and Indic
-# scripts need stay), private use and noncharacters.
+# Control characters except tab and line feed, soft hyphens, zero-width and bidi marks (except the joiners of emoji and
+# Indic scripts), private use and noncharacters.
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufdd0-\ufdef\ufffe\uffff"
     "\ue000-\uf8ff\U000f0000-\U0010ffff]"
@@ -143,12 +143,12 @@ _CONTROL = re.compile(
 
 
 def normalise(text: str) -> str:
-    """NFC with radicals folded into characters, and compatibility ideographs and full-width forms left as they are."""
+    """Normalise to NFC and map radicals to characters; keep compatibility ideographs and full-width forms."""
     if _RADICAL.search(text):
         text = text.translate(RADICALS)
     if unicodedata.is_normalized("NFC", text):
         return text
-    parts = _COMPATIBILITY.split(text)  # every second part is of compatibility ideographs
+    parts = _COMPATIBILITY.split(text)  # every second part consists of compatibility ideographs
     parts[::2] = [unicodedata.normalize("NFC", part) for part in parts[::2]]
     return "".join(parts)
 
@@ -159,7 +159,7 @@ def narrow(text: str) -> str:
 
 
 def remove_control(text: str) -> str:
-    """Without characters that show nothing or mean nothing elsewhere; line ends become \\n."""
+    """Remove invisible and private-use characters; convert line ends to \\n."""
     if not _CONTROL.search(text):
         return text
     text = re.sub("\r\n?|[\u2028\u2029\x85]", "\n", text)
@@ -174,9 +174,9 @@ _AS_GBK = re.compile("[锛銆鐨鍦鏄涓浜鏈鍜浠鎴鍒鐢鍥瀵璇鏂绛闂
 _LOST = re.compile("锟斤拷|烫烫烫|屯屯屯|\ufffd")
 
 
-def mend_mojibake(text: str) -> str | Dropped:
-    """Text whose bytes were decoded wrongly is decoded rightly (ftfy for Latin-1, our own step for GBK), or dropped when
-    the bytes are lost."""
+def repair_mojibake(text: str) -> str | Dropped:
+    """Decode a wrongly decoded text again with the right encoding (ftfy for Latin-1, our own step for GBK); drop it when
+    bytes are lost."""
     if _LATIN.search(text):
         from ftfy import fix_encoding
 
@@ -204,8 +204,8 @@ _HIDDEN = (("<script", "</script>"), ("<style", "</style>"), ("<!--", "-->"))
 
 
 def remove_html(text: str) -> str:
-    """Without scripts, comments and the tags of HTML, entities resolved. What no tag of HTML is stays, and so does a lone
-    bare `<tr>`: a text that speaks of it."""
+    """Remove scripts, comments and HTML tags, and resolve entities. Other text in angle brackets stays, and so does a bare
+    `<tr>` without an end tag: the text is about the tag."""
     if "<" in text:
         for start, end in _HIDDEN:
             text = _without(text, start, end)
@@ -224,9 +224,9 @@ def remove_html(text: str) -> str:
 
 
 def _without(text: str, start: str, end: str) -> str:
-    """Linear in the text, also where an end is missing."""
+    """Remove everything from `start` to `end`, in linear time, also if an end is missing."""
     low = text.lower()
-    if len(low) != len(text) or start not in low:  # a few capitals grow when lowered
+    if len(low) != len(text) or start not in low:  # a few capitals become longer in lower case
         return text
     out, place = [], 0
     while (begin := low.find(start, place)) >= 0 and (finish := low.find(end, begin)) >= 0:
@@ -244,11 +244,11 @@ _TIGHT = re.compile("[\u4e00-\u9fff][A-Za-z0-9]|[A-Za-z0-9][\u4e00-\u9fff]")
 
 
 def unwrap(text: str) -> str:
-    """Lines that were broken at a fixed width are joined again: with nothing between Chinese characters, with a blank
-    between words, and between the two as the rest of the text has it.
+    """Join lines that were wrapped at a fixed width: without a blank between Chinese characters, with a blank between
+    words, and between the two as in the rest of the text.
 
-    A line was broken when what begins the next one would not have fitted: the width is the text's own, and must show
-    itself at least twice (or lie in 64…80, where terminals and mails break). Poems, lists and titles stay.
+    A line was wrapped if the beginning of the next line would not have fitted. The width is the text's own; at least two
+    lines must reach it (or it must be 64…80, the width of terminals and mails). Poems, lists and titles stay.
     """
     if "\n" not in text:
         return text
@@ -260,22 +260,22 @@ def unwrap(text: str) -> str:
     between = " " if len(_SPACED.findall(text)) > len(_TIGHT.findall(text)) else ""
     out = [lines[0]]
     for before, line, width in zip(lines, lines[1:], widths, strict=False):
-        if _was_broken(before, line, width, full):
-            out[-1] = out[-1].rstrip() + _glue(before.rstrip(), line, between) + line
+        if _was_wrapped(before, line, width, full):
+            out[-1] = out[-1].rstrip() + _separator(before.rstrip(), line, between) + line
         else:
             out.append(line)
     return "\n".join(out)
 
 
-def _was_broken(before: str, line: str, width: int, full: int) -> bool:
+def _was_wrapped(before: str, line: str, width: int, full: int) -> bool:
     if not line or width < 0.6 * full or before.rstrip().endswith(_ENDS) or _STARTS.match(line):
         return False
     unit = _UNIT.match(line)
     needed = len(unit[0]) + len(_WIDE.findall(unit[0])) if unit else 0
-    return width + needed > full - 2  # a full-width mark that may not begin a line leaves a gap
+    return width + needed > full - 2  # punctuation that may not begin a line leaves a gap
 
 
-def _glue(before: str, line: str, between: str) -> str:
+def _separator(before: str, line: str, between: str) -> str:
     left, right = bool(_WIDE.match(before[-1:])), bool(_WIDE.match(line))
     if left and right:
         return ""
@@ -285,7 +285,7 @@ def _glue(before: str, line: str, between: str) -> str:
     return " "
 
 
-# -- what is asked for --------------------------------------------------------------------------------------------
+# -- optional rules -----------------------------------------------------------------------------------------------
 
 _PERSONAL = (
     ("[身份证号]", re.compile(r"(?<!\d)[1-9]\d{5}(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[\dXx](?![\dA-Za-z])")),
@@ -296,7 +296,7 @@ _WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 
 
 def mask_personal_data(text: str) -> str:
-    """Identity card numbers (with a right check digit, GB 11643), telephone numbers and e-mail addresses become marks."""
+    """Replace identity card numbers (with a valid check digit, GB 11643), phone numbers and e-mail addresses by marks."""
     for mark, pattern in _PERSONAL:
         text = pattern.sub(lambda found, mark=mark: mark if _is_real(mark, found[0]) else found[0], text)  # type: ignore[misc]
     return text
@@ -317,7 +317,7 @@ def _is_real(mark: str, found: str) -> bool:
 
 
 def make_converter(direction: str) -> Filter:
-    """Traditional to simplified characters or back, by OpenCC's dictionaries of words."""
+    """Return a converter from traditional to simplified characters or back, with OpenCC's phrase dictionaries."""
     try:
         from opencc import OpenCC
     except ImportError:
@@ -339,7 +339,7 @@ _LETTER = re.compile(r"[^\W\d_]")
 
 
 def han_share(text: str) -> float:
-    """Chinese characters among all letters."""
+    """Return the share of Chinese characters among all letters."""
     return len(_HAN.findall(text)) / max(1, len(_LETTER.findall(text)))
 
 
@@ -354,7 +354,7 @@ def check_han(text: str, least: float) -> str | Dropped:
 
 
 def check_repetition(text: str) -> str | Dropped:
-    """Texts from 200 characters on: more than half in repeated lines, or so alike that deflate needs under a tenth.
+    """Drop texts of at least 200 characters with more than half in repeated lines, or that deflate to under a tenth.
     (Chinese prose deflates to about a half.)"""
     if len(text) < 200:
         return text

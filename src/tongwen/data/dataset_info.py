@@ -1,4 +1,4 @@
-"""An entry of LLaMA-Factory's dataset_info.json becomes sources of ours, so that its folders can be used as they are.
+"""Convert an entry of LLaMA-Factory's dataset_info.json to sources of a recipe, so that its folders work unchanged.
 
 Unsupported options of an entry are refused by name: misread data is worse than none.
 """
@@ -12,10 +12,10 @@ from typing import Any
 
 from tongwen.core.errors import DataError
 from tongwen.core.i18n import _
-from tongwen.data.files import shown
+from tongwen.data.files import printable
 from tongwen.recipe.data import SourceConfig
 
-# formatting: {their word under `columns`: ours}
+# formatting: {LLaMA-Factory's key under `columns`: ours}
 _COLUMNS = {
     "alpaca": {
         "prompt": "instruction",
@@ -40,15 +40,15 @@ _ROLE_TAGS = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-# file_sha1 of older entries is not compared there either.
+# LLaMA-Factory does not compare the file_sha1 of older entries either.
 _KNOWN = {"file_name", "hf_hub_url", "ms_hub_url", "formatting", "columns", "tags", "split", "file_sha1"}
 
 
 def entry_source(source: SourceConfig) -> list[SourceConfig]:
-    """The sources that one entry stands for. Words of the recipe's own source go before those of the entry."""
+    """Return the sources of one entry. Settings of the recipe's source override those of the entry."""
     file = Path(source.path)
     file = file / "dataset_info.json" if file.is_dir() else file
-    place = f"{shown(file)}: {source.entry}"
+    place = f"{printable(file)}: {source.entry}"
     entry = _entry(file, source.entry or "")
     _check_known(entry, place)
     formatting = entry.get("formatting", "alpaca")
@@ -75,24 +75,24 @@ def _entry(file: Path, name: str) -> dict[str, Any]:
         entries = json.loads(file.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise DataError(
-            _("this cannot be opened: {strerror}").format(strerror=error.strerror), place=shown(file)
+            _("this cannot be opened: {strerror}").format(strerror=error.strerror), place=printable(file)
         ) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(_("this is not JSON: {error}").format(error=error), place=shown(file)) from None
+        raise DataError(_("this is not JSON: {error}").format(error=error), place=printable(file)) from None
     if not isinstance(entries, dict):
         raise DataError(
             _("dataset_info.json must be one object: {name: {file_name: …}}"),
-            place=shown(file),
+            place=printable(file),
         )
     if name not in entries:
         near = difflib.get_close_matches(name, entries, n=3, cutoff=0)
         raise DataError(
             _("there is no entry {name!r}; the closest: {near}").format(name=name, near=_(", ").join(near)),
-            place=shown(file),
+            place=printable(file),
             remedy=f"entry: {near[0]}" if near else "",
         )
     if not isinstance(entries[name], dict):
-        raise DataError(_("an entry must be an object: {file_name: …}"), place=f"{shown(file)}: {name}")
+        raise DataError(_("an entry must be an object: {file_name: …}"), place=f"{printable(file)}: {name}")
     return dict(entries[name])
 
 
@@ -109,29 +109,29 @@ def _check_known(entry: dict[str, Any], place: str) -> None:
             place=place,
             remedy=_("name the file itself in the recipe: {path: …, format: …, columns: {…}}"),
         )
-    for word in ("columns", "tags"):
-        if not isinstance(entry.get(word, {}), dict) or not all(
-            value is None or isinstance(value, str) for value in entry.get(word, {}).values()
+    for key in ("columns", "tags"):
+        if not isinstance(entry.get(key, {}), dict) or not all(
+            value is None or isinstance(value, str) for value in entry.get(key, {}).values()
         ):
-            raise DataError(_("{word} must be an object whose values are names").format(word=word), place=place)
+            raise DataError(_("{word} must be an object whose values are names").format(word=key), place=place)
 
 
 def _names(entry: dict[str, Any], formatting: str, place: str) -> tuple[dict[str, str], dict[str, str]]:
-    """(columns, roles) in our words. Raises DataError for columns that hold what is not text."""
-    ours_of = {word: ours for part in (_COLUMNS[formatting], _TURN_KEYS.get(formatting, {})) for word, ours in part.items()}  # fmt: skip
+    """Return (columns, roles) in our names. Raises DataError for columns that we do not read."""
+    ours_of = {key: ours for part in (_COLUMNS[formatting], _TURN_KEYS.get(formatting, {})) for key, ours in part.items()}  # fmt: skip
     columns: dict[str, str] = {}
     roles: dict[str, str] = {}
-    for word, theirs in {**entry.get("columns", {}), **entry.get("tags", {})}.items():
+    for key, theirs in {**entry.get("columns", {}), **entry.get("tags", {})}.items():
         if theirs is None:
             continue
-        if word in _ROLE_TAGS:
-            roles[theirs] = _ROLE_TAGS[word]
-        elif word in ours_of:
-            columns[ours_of[word]] = theirs
+        if key in _ROLE_TAGS:
+            roles[theirs] = _ROLE_TAGS[key]
+        elif key in ours_of:
+            columns[ours_of[key]] = theirs
         else:
             raise DataError(
                 _("formatting {formatting} does not read {word}: {theirs!r}; known: {known}").format(
-                    word=word, theirs=theirs, formatting=formatting, known=_(", ").join(ours_of)
+                    word=key, theirs=theirs, formatting=formatting, known=_(", ").join(ours_of)
                 ),
                 place=place,
             )
@@ -139,9 +139,9 @@ def _names(entry: dict[str, Any], formatting: str, place: str) -> tuple[dict[str
 
 
 def _path(entry: dict[str, Any], file: Path, place: str) -> str:
-    """The data set of a hub, or the file beside the json; a hub goes before, as it does there."""
-    for word, start in (("hf_hub_url", "hub:"), ("ms_hub_url", "modelscope:"), ("file_name", "")):
-        value = entry.get(word)
+    """Return the hub data set, or the path of the file next to the JSON; the hub has priority, as in LLaMA-Factory."""
+    for key, start in (("hf_hub_url", "hub:"), ("ms_hub_url", "modelscope:"), ("file_name", "")):
+        value = entry.get(key)
         if isinstance(value, str) and value:
             return start + value if start else str(file.parent / value)
     raise DataError(

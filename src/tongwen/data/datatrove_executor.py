@@ -1,7 +1,7 @@
-"""The steps of preparing data as tasks: in this process, or on many machines with datatrove's executors.
+"""Run the steps of data preparation as tasks: in this process, or on many machines with datatrove's executors.
 
-datatrove brings what an engine needs (ranks, logs, Slurm job arrays, Ray); the steps are ours and the same everywhere,
-and they hand over files, so a task needs nothing but a folder that all machines see.
+datatrove provides ranks, logs, Slurm job arrays and Ray. The steps are ours and the same everywhere. They pass their
+results as files, so a task needs only a folder that all machines share.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DONE = {"scan": "scan.json", "settle": "settled.json"}
 def run_tasks(
     section: Prepare, step: str, out: Path, parts: Sequence[InputPart], work: Callable[[InputPart], None]
 ) -> None:
-    """Do a step on every part. Raises what a part raises; with an executor, MachineError when a task has failed."""
+    """Run a step on every part. Raises the error of a part; with an executor, MachineError when a task has failed."""
     if section.executor == "here":
         for number, part in enumerate(parts, 1):
             with console.waiting(f"{step} {number}/{len(parts)} {part.name}"):

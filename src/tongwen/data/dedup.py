@@ -1,16 +1,16 @@
-"""Duplicates and contamination: which rows say what an earlier row, or the examination, already says.
+"""Find duplicates and contamination: rows that repeat an earlier row, or held-out and evaluation data.
 
-Everything works on characters, so it works without blanks between words. A text is compared in a folded form (NFKC,
-lower case, no blanks and punctuation), while the text itself is left alone.
+All methods work on characters, so they need no blanks between words. Texts are compared in a folded form (NFKC, lower
+case, no blanks and punctuation); the text itself stays unchanged.
 
 * Exact duplicates: equal 128-bit digests of the folded form.
 * Near duplicates: MinHash over character 3-grams finds candidates (locality-sensitive hashing in BANDS x ROWS), and each
   candidate is confirmed by the exact Jaccard similarity of the two sets. The first of a cluster stays.
-* Contamination: a row that holds most of the character 13-grams of something that was held out or belongs to an
-  examination. 13-grams that many of those texts share, such as a common instruction, count for nothing.
+* Contamination: a row that contains most of the character 13-grams of a held-out or evaluation text. 13-grams that many
+  of those texts share, such as a common instruction, are ignored.
 
-Memory: one byte per text for its verdict, 25 per text that is compared nearly, and what a duplicate repeats; all else lies on
-disk and is read in blocks.
+Memory: one byte per text for its verdict, 25 per text in near deduplication, and the partner of each duplicate; everything
+else is on disk and read in blocks.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tongwen.core.records import Dialogue, Document
 # with 0.4. With 5 % of the characters of a text changed, the similarity is about 0.72.
 BANDS, ROWS = 25, 4
 GRAM, LONG_GRAM = 3, 13
-COVERED = 0.8  # share of an examination text's own 13-grams that make a row contaminated
-LEAST_GRAMS = 8  # a text with fewer is compared as a whole only
+COVERED = 0.8  # share of a held-out or evaluation text's own 13-grams that makes a row contaminated
+MIN_GRAMS = 8  # a text with fewer is compared as a whole only
 PARTITION = 500_000  # digests that are compared at once
 TRIES = 16  # members of a bucket that a text is compared with
 GOLDEN = 0x9E3779B97F4A7C15
@@ -41,31 +41,31 @@ _NOISE = re.compile(r"[\W_]+")
 
 
 def fold(text: str) -> str:
-    """The text as duplicates are compared: NFKC, lower case, letters and digits only."""
+    """Return the folded text for comparisons: NFKC, lower case, letters and digits only."""
     return _NOISE.sub("", unicodedata.normalize("NFKC", text).lower()) or "".join(text.split())
 
 
 def text_of(record: Document | Dialogue) -> str:
-    """All that a record says."""
+    """Return the text of a document, or all messages of a dialogue with roles and tool calls."""
     if isinstance(record, Document):
         return record.text
     return "\n".join(f"{message.role}\n{message.content}\n{message.tool_calls or ''}" for message in record.messages)
 
 
 def digest(folded: str) -> bytes:
-    """16 bytes: equal for records that say the same."""
+    """Return 16 bytes that are equal for equal folded texts."""
     return blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def grams(folded: str, size: int = GRAM) -> np.ndarray:
-    """(L - size + 1,) uint64: a well mixed hash of each stretch of `size` characters of a folded text.
+    """Return (L - size + 1,) uint64: a well mixed hash of each n-gram of `size` characters of a folded text.
 
-    A stretch's polynomial is joined from those of its halves, so 13 characters take 5 products, not 12.
+    The polynomial of an n-gram is combined from those of its halves, so 13 characters take 5 products, not 12.
     """
     points = np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
     if len(points) < size:
         return np.zeros(0, np.uint64)
-    out, have = np.zeros(len(points) + 1, np.uint64), 0  # polynomials of the first `have` characters of each stretch
+    out, have = np.zeros(len(points) + 1, np.uint64), 0  # polynomials of the first `have` characters of each n-gram
     part, width = points, 1
     while have < size:
         if size & width:
@@ -86,13 +86,13 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _permutations() -> tuple[np.ndarray, np.ndarray]:
-    """(BANDS x ROWS, 1) odd factors and offsets, the same for ever."""
-    words = mix(np.arange(1, 2 * BANDS * ROWS + 1, dtype=np.uint64) * np.uint64(GOLDEN)).astype(np.uint32)
-    return words[: BANDS * ROWS, None] | np.uint32(1), words[BANDS * ROWS :, None]
+    """Return (BANDS x ROWS, 1) odd factors and offsets, always the same."""
+    values = mix(np.arange(1, 2 * BANDS * ROWS + 1, dtype=np.uint64) * np.uint64(GOLDEN)).astype(np.uint32)
+    return values[: BANDS * ROWS, None] | np.uint32(1), values[BANDS * ROWS :, None]
 
 
 def signature(folded: str) -> np.ndarray:
-    """(BANDS,) uint64: one hash per band of the text's MinHash; never 0, unless the text is shorter than a 3-gram."""
+    """Return (BANDS,) uint64: one hash per band of the text's MinHash; 0 only for texts shorter than a 3-gram."""
     hashes = grams(folded).astype(np.uint32)
     if not len(hashes):
         return np.zeros(BANDS, np.uint64)
@@ -109,16 +109,16 @@ def signature(folded: str) -> np.ndarray:
 
 
 def jaccard(one: str, other: str) -> float:
-    """Shared 3-grams among all 3-grams of two folded texts."""
+    """Return the share of common 3-grams among all 3-grams of two folded texts."""
     first, second = np.unique(grams(one)), np.unique(grams(other))
     shared = len(np.intersect1d(first, second, assume_unique=True))
     return shared / max(1, len(first) + len(second) - shared)
 
 
 def find_exact(blocks: Callable[[], Iterable[np.ndarray]], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(indices, the earlier index that says the same), both (D,) int64, sorted by index.
+    """Return (indices of duplicates, index of the first equal text), both (D,) int64, sorted by index.
 
-    blocks(): all `count` digests in their order, in pieces (n, 2) uint64; gone through once for each PARTITION of them.
+    blocks(): all `count` digests in order, in pieces (n, 2) uint64; read once for each PARTITION of them.
     """
     parts = max(1, -(-count // PARTITION))
     found = [_find_exact(blocks(), np.uint64(part), np.uint64(parts)) for part in range(parts)]
@@ -144,19 +144,19 @@ def _find_exact(blocks: Iterable[np.ndarray], part: np.uint64, parts: np.uint64)
 
 
 def find_near(
-    bands: Callable[[int], np.ndarray], gone: np.ndarray, text: Callable[[int], str], threshold: float
+    bands: Callable[[int], np.ndarray], excluded: np.ndarray, text: Callable[[int], str], threshold: float
 ) -> dict[int, int]:
-    """{index of a text that is not the first of its cluster: a text of the cluster that it was confirmed against}.
+    """Return {index of a text that is not the first of its cluster: a confirmed partner in the cluster}.
 
-    bands(b): (N,) uint64 hashes of band b; text(index): a folded text, read again;
-    gone: (N,) bool, texts that are no longer there (exact duplicates).
+    bands(b): (N,) uint64 hashes of band b; text(index): the folded text;
+    excluded: (N,) bool, texts to skip (exact duplicates).
     """
-    count = len(gone)
+    count = len(excluded)
     roots = np.arange(count, dtype=np.int64)
     partners: dict[int, int] = {}
     alike = lru_cache(maxsize=100_000)(lambda one, other: jaccard(text(one), text(other)) >= threshold)
     for band in range(BANDS):
-        for bucket in _buckets(np.where(gone, np.uint64(0), bands(band))):
+        for bucket in _buckets(np.where(excluded, np.uint64(0), bands(band))):
             tried: list[int] = []
             for index in bucket:
                 root = _root(roots, index)
@@ -176,7 +176,7 @@ def find_near(
 
 
 def _buckets(hashes: np.ndarray) -> Iterable[list[int]]:
-    """Indices that share a hash, two or more, in their order."""
+    """Yield groups of two or more indices with the same hash, in order."""
     order = np.argsort(hashes, kind="stable")
     ranked = hashes[order]
     edges = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1], [True]]))
@@ -193,22 +193,22 @@ def _root(roots: np.ndarray, index: int) -> int:
 
 
 class ContaminationIndex:
-    """What must not be trained on: texts that were held out or belong to an evaluation, as sorted 13-grams.
+    """Index of held-out and evaluation texts, which must not be in training data, as sorted 13-grams.
 
-    hashes: (G,) uint64 sorted; owners: (G,) int32, the text that each belongs to; sizes: (T,) own 13-grams of each text
+    hashes: (G,) uint64 sorted; owners: (G,) int32, the text of each hash; sizes: (T,) number of 13-grams of each text
     """
 
     def __init__(self, hashes: np.ndarray, owners: np.ndarray, sizes: np.ndarray, exact: frozenset[bytes]) -> None:
         self.hashes, self.owners, self.sizes, self.exact = hashes, owners, sizes, exact
 
     @classmethod
-    def of(cls, records: Iterable[Document | Dialogue]) -> ContaminationIndex:
-        """A dialogue gives what is asked; a document gives its whole text."""
+    def from_records(cls, records: Iterable[Document | Dialogue]) -> ContaminationIndex:
+        """Index the questions of dialogues and the whole text of documents."""
         parts: list[np.ndarray] = []
         exact = set()
         for record in records:
             exact.add(digest(fold(text_of(record))))
-            parts.append(np.unique(grams(fold(_asked(record)), LONG_GRAM)))
+            parts.append(np.unique(grams(fold(_question_of(record)), LONG_GRAM)))
         hashes = np.concatenate(parts) if parts else np.zeros(0, np.uint64)
         owners = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
         order = np.argsort(hashes, kind="stable")
@@ -231,12 +231,12 @@ class ContaminationIndex:
             parts = frozenset(exact[place : place + 16] for place in range(0, len(exact), 16))
             return cls(found["hashes"], found["owners"], found["sizes"], parts)
 
-    def knows(self, record: Document | Dialogue, own_digest: bytes) -> str:
-        """`same` when the record says what an examination text says, `covers` when it holds it, else ""."""
+    def match(self, record: Document | Dialogue, own_digest: bytes) -> str:
+        """Return `same` when the record equals a text of the index, `covers` when it contains one, else ""."""
         if own_digest in self.exact:
             return "same"
-        folded = fold(_asked(record))
-        if not len(self.hashes) or len(folded) < LONG_GRAM - 1 + COVERED * LEAST_GRAMS:
+        folded = fold(_question_of(record))
+        if not len(self.hashes) or len(folded) < LONG_GRAM - 1 + COVERED * MIN_GRAMS:
             return ""
         asked = grams(folded, LONG_GRAM)
         left = np.searchsorted(self.hashes, asked)
@@ -248,10 +248,10 @@ class ContaminationIndex:
         right = np.searchsorted(self.hashes, asked, side="right")
         hits = [self.owners[begin:end] for begin, end in zip(left, right, strict=True)]
         owners, counts = np.unique(np.concatenate(hits), return_counts=True)
-        return "covers" if bool(np.any(counts >= COVERED * np.maximum(LEAST_GRAMS, self.sizes[owners]))) else ""
+        return "covers" if bool(np.any(counts >= COVERED * np.maximum(MIN_GRAMS, self.sizes[owners]))) else ""
 
 
-def _asked(record: Document | Dialogue) -> str:
+def _question_of(record: Document | Dialogue) -> str:
     if isinstance(record, Document):
         return record.text
     return "\n".join(message.content for message in record.messages if message.role in ("user", "tool"))

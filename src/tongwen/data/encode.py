@@ -1,10 +1,9 @@
-"""Rendered spans become token ids with a mask of what is learned: boundaries exact for every tokenizer.
+"""Encode rendered spans to token ids with a loss mask; boundaries are exact for every tokenizer.
 
-Each stretch of prompt and each answer is tokenised by itself, because that is what happens at inference: the prompt
-is tokenised whole, the answer's tokens follow one by one. So no token ever straddles the border, and the mask is a
-matter of position, never of comparing ids (pad = eos is usual and harmless here). Where a tokenizer puts a blank
-before every text it is given (SentencePiece's dummy prefix), a continuation is tokenised behind an anchor that is
-cut off again.
+Each prompt part and each answer is tokenised separately, as at inference: the prompt is tokenised whole, then the tokens of
+the answer follow one by one. So no token crosses a boundary, and the mask depends on positions, never on comparing ids
+(pad = eos is common and harmless). If a tokenizer puts a blank before every text (SentencePiece's dummy prefix), a
+continuation is tokenised after an anchor, and the tokens of the anchor are removed.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from tongwen.recipe.training import Sft
 ANCHORS = ("\n", ":", "a")
 BATCH = 1000  # dialogues tokenised in one call of the tokenizer library
 ROUND_TRIPS = 20_000  # dialogues that are decoded again, at most: a few seconds
-MANY = 500  # texts from which it pays to look for a faster encoder: a second or two
+FAST_FROM = 500  # texts from which a faster encoder pays off: creating it takes a second or two
 
 
 Ids = Sequence[int] | np.ndarray
 
 
 class Piece(NamedTuple):
-    """Ids of a stretch of text, and its fate."""
+    """Ids of a part of a text, whether they are learned, and whether they belong to an answer."""
 
     ids: Ids
     learn: bool
@@ -46,12 +45,12 @@ class Piece(NamedTuple):
 
 
 class Encoder:
-    """A tokenizer with its prefix and the rule for continuing a text.
+    """A tokenizer with its prefix and its way to continue a text.
 
     tokenizer: a fast transformers tokenizer
     prefix:    ids that the tokenizer itself puts before a text, such as `<s>`; written exactly once
-    anchor:    what a continuation is tokenised behind; "" where that is as it stands, or where the model was trained with
-               answers that begin as a text does (ChatGLM)
+    anchor:    text before a continuation when it is tokenised; "" if the tokenizer adds no blank, or if the model was
+               trained with the blank (ChatGLM)
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -63,13 +62,13 @@ class Encoder:
                 remedy="AutoTokenizer.from_pretrained(…).save_pretrained(…)",
             )
         self.fast: FastEncoder | None = None
-        self._fast_was_sought = False
+        self._fast_searched = False
         self.prefix = prefix_of(tokenizer)
-        self.anchor = "" if getattr(tokenizer, "answers_begin_anew", False) else self._find_anchor()
+        self.anchor = "" if getattr(tokenizer, "answers_keep_leading_blank", False) else self._find_anchor()
 
     def _ids(self, texts: list[str]) -> list[Ids]:
-        if not self._fast_was_sought and len(texts) >= MANY:
-            self.fast, self._fast_was_sought = self._find_fast(texts[:MANY]), True
+        if not self._fast_searched and len(texts) >= FAST_FROM:
+            self.fast, self._fast_searched = self._find_fast(texts[:FAST_FROM]), True
         if self.fast is None:
             return self._slow_ids(texts)
         out = self.fast.encode_all(texts)
@@ -82,7 +81,7 @@ class Encoder:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _find_fast(self, texts: list[str]) -> FastEncoder | None:
-        """tiktoken with the same vocabulary, when it is proven to give the same ids and gives them for these texts."""
+        """Return tiktoken with the same vocabulary, if it provably gives the same ids and does so for these texts."""
         fast = make_fast(self.backend)
         if fast is None:
             return None
@@ -98,7 +97,7 @@ class Encoder:
         return fast
 
     def _find_anchor(self) -> str:
-        """A text after which a continuation is tokenised without a dummy blank; "" when none is ever added."""
+        """Return a text after which a continuation gets no dummy blank; "" when the tokenizer adds none."""
         alone = self._slow_ids(["是"])[0]
         for anchor in ANCHORS:
             head, joined = self._slow_ids([anchor, f"{anchor}是"])
@@ -107,7 +106,7 @@ class Encoder:
         return ANCHORS[0]
 
     def _continue(self, text: str, piece: Ids) -> Ids:
-        """The ids of a continuation; piece holds the ids of the usual anchor and the text."""
+        """Return the ids of a continuation; piece: the ids of the usual anchor and the text."""
         for anchor in ANCHORS:
             head = list(self._ids([anchor])[0])
             joined = piece if anchor == self.anchor else self._ids([anchor + text])[0]
@@ -119,16 +118,16 @@ class Encoder:
         )
 
     def encode(self, samples: Sequence[Sequence[Span]]) -> list[list[Piece]]:
-        """The pieces of each sample. All texts go through the tokenizer library in one call."""
+        """Return the pieces of each sample. All texts are tokenised in one call of the library."""
         joined = [join_spans(spans) for spans in samples]
         if not self.anchor:
             encoded = iter(self._ids([span.text for spans in joined for span in spans]))
             out = [[Piece(next(encoded), span.learn, span.answer) for span in spans] for spans in joined]
         else:
-            out = self._behind_anchors(joined)
+            out = self._encode_with_anchor(joined)
         return [self.with_prefix(pieces) for pieces in out] if self.prefix else out
 
-    def _behind_anchors(self, samples: list[list[Span]]) -> list[list[Piece]]:
+    def _encode_with_anchor(self, samples: list[list[Span]]) -> list[list[Piece]]:
         head = list(self._ids([self.anchor])[0])
         encoded = iter(
             self._ids(
@@ -151,11 +150,11 @@ class Encoder:
         return out
 
     def encode_texts(self, texts: list[str]) -> list[Ids]:
-        """The ids of each text by itself, without the tokenizer's prefix."""
+        """Return the ids of each text, without the tokenizer's prefix."""
         return self._ids(texts)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt, as training sees the same text before an answer; tokenised apart where it says APART."""
+        """Return the ids of a prompt, the same as in training; the parts between APART are tokenised separately."""
         first, *rest = text.split(APART)
         ids = [index for piece in self.encode([[Span(first, False)]])[0] for index in piece.ids]
         for part in rest:
@@ -164,11 +163,11 @@ class Encoder:
         return [int(index) for index in ids]
 
     def keeps_stop(self, pieces: Sequence[Piece]) -> bool:
-        """Whether the stop of a sample's last answer is among its tokens: always, but for the scripts of 2023."""
+        """Whether the tokens of a sample contain the stop of its last answer: always true, except in LegacyEncoder."""
         return True
 
     def with_prefix(self, pieces: list[Piece]) -> list[Piece]:
-        """The tokenizer's own prefix exactly once, whether or not the template writes it."""
+        """Return the pieces with the tokenizer's prefix exactly once, whether or not the template writes it."""
         count = len(self.prefix)
         first = pieces[0]
         if list(first.ids[:count]) != self.prefix:
@@ -179,7 +178,7 @@ class Encoder:
 
 
 def prefix_of(tokenizer: Any) -> list[int]:
-    """The ids that a tokenizer puts before a text by itself: `<s>` for LLaMA, nothing for Qwen and BLOOM."""
+    """Return the ids that a tokenizer puts before every text: `<s>` for LLaMA, nothing for Qwen and BLOOM."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(bare) + 1):
@@ -189,7 +188,7 @@ def prefix_of(tokenizer: Any) -> list[int]:
 
 
 def join_spans(spans: Iterable[Span]) -> list[Span]:
-    """Neighbouring spans with the same fate become one text: what is tokenised together."""
+    """Join neighbouring spans with the same `learn` and `answer`: each result is tokenised together."""
     out: list[Span] = []
     for span in spans:
         if not span.text:
@@ -202,7 +201,7 @@ def join_spans(spans: Iterable[Span]) -> list[Span]:
 
 
 class _Sample(NamedTuple):
-    """A sample on its way: the dialogue that it comes from, by its place in the batch, and its pieces."""
+    """A sample before it is stored. dialogue: index of its dialogue in the batch."""
 
     dialogue: int
     pieces: list[Piece]
@@ -218,32 +217,32 @@ def encode_dialogues(
     ledger: Ledger,
     reject: Callable[[Rejected], None],
 ) -> Iterator[Batch]:
-    """The samples of the dialogues, in batches. What is too long is dealt with as the recipe says (sft.too_long); what
-    cannot be trained is handed to `reject` and counted. A row counts as kept when at least one of its samples is; tokens
-    are counted per sample. The stop token is never cut off."""
+    """Yield the samples of the dialogues, in batches. `sft.too_long` decides about samples that are too long; `reject` gets
+    the samples that cannot be trained, and the ledger counts them. A row counts as kept when at least one of its samples
+    is kept; tokens are counted per sample. The stop token is never cut off."""
     stream = iter(dialogues)
     while True:
-        with _uncollected():
+        with _without_gc():
             chunk = list(islice(stream, BATCH))
             if not chunk:
                 return
-            batch = _batch(_fitting(chunk, template, encoder, section, ledger, reject), chunk)
+            batch = _batch(_trainable_samples(chunk, template, encoder, section, ledger, reject), chunk)
         yield batch
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Turn off cycle collection: there are no cycles, and scanning millions of ids repeatedly costs a tenth of the time."""
-    was = gc.isenabled()
+def _without_gc() -> Iterator[None]:
+    """Turn off garbage collection: the ids form no cycles, and scanning millions of them costs a tenth of the time."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if was_enabled:
             gc.enable()
 
 
-def _fitting(
+def _trainable_samples(
     chunk: list[Dialogue],
     template: Template,
     encoder: Encoder,
@@ -251,7 +250,7 @@ def _fitting(
     ledger: Ledger,
     reject: Callable[[Rejected], None],
 ) -> list[_Sample]:
-    """The samples of some dialogues that can be trained."""
+    """Return the trainable samples of some dialogues; reject the others."""
     rendered: list[tuple[int, Rendered]] = []
     for number, dialogue in enumerate(chunk):
         try:
@@ -265,37 +264,37 @@ def _fitting(
         _Sample(
             number,
             pieces,
-            sample.teaches_to_stop and encoder.keeps_stop(pieces),
+            sample.learns_to_stop and encoder.keeps_stop(pieces),
             sum([len(piece.ids) for piece in pieces]),
         )
         for (number, sample), pieces in zip(rendered, encoded, strict=True)
     ]
     shares = np.bincount([sample.dialogue for sample in samples], minlength=len(chunk)).tolist()
-    ledger.enter(sum(sample.size for sample in samples), things=sum(map(bool, shares)))
+    ledger.enter(sum(sample.size for sample in samples), items=sum(map(bool, shares)))
     kept, reasons = [], {}
     for sample in samples:
-        reason, rule = _unfit(sample, section.max_length)
+        reason, rule = _reason_unfit(sample, section.max_length)
         if reason == "too_long" and section.too_long != "reject" and shares[sample.dialogue] == 1:
-            shorter, lost = _shortened(chunk[sample.dialogue], sample, template, encoder, section)
-            ledger.lose(lost, sample.size - shorter.size, things=0)
+            shorter, lost = _shorten(chunk[sample.dialogue], sample, template, encoder, section)
+            ledger.lose(lost, sample.size - shorter.size, items=0)
             sample = shorter
-            reason, rule = _unfit(sample, section.max_length)
+            reason, rule = _reason_unfit(sample, section.max_length)
         if reason:
             dialogue = chunk[sample.dialogue]
             reasons[sample.dialogue] = reason
-            ledger.lose(reason, sample.size, things=0)
+            ledger.lose(reason, sample.size, items=0)
             reject(Rejected(dialogue.origin, reason, rule, dialogue.to_dict()))
         else:
             kept.append(sample)
     taken = {sample.dialogue for sample in kept}
-    ledger.keep(sum(sample.size for sample in kept), things=len(taken))
+    ledger.keep(sum(sample.size for sample in kept), items=len(taken))
     for number, reason in reasons.items():
         if number not in taken:
             ledger.lose(reason, 0)
     return kept
 
 
-def _unfit(sample: _Sample, max_length: int) -> tuple[str, str]:
+def _reason_unfit(sample: _Sample, max_length: int) -> tuple[str, str]:
     if sample.size > max_length:
         return "too_long", _("{size} tokens, max_length is {max_length}").format(
             size=sample.size, max_length=max_length
@@ -306,11 +305,11 @@ def _unfit(sample: _Sample, max_length: int) -> tuple[str, str]:
     return "", ""
 
 
-def _shortened(
+def _shorten(
     dialogue: Dialogue, sample: _Sample, template: Template, encoder: Encoder, section: Sft
 ) -> tuple[_Sample, str]:
-    """The dialogue without its oldest turns, or with the end of its longest question cut, so that it fits; its answer and
-    stop token stay whole. The sample itself when that is not possible. Also returns the ledger's reason for the loss."""
+    """Shorten a dialogue to max_length: drop its oldest turns, or cut the end of its longest question; its answer and stop
+    token stay whole. Return (sample, the ledger's reason for the loss); the sample is unchanged if that is impossible."""
 
     def fitting(messages: Sequence[Message]) -> _Sample | None:
         try:
@@ -353,62 +352,68 @@ def encode_documents(
     window_bytes: int = 1 << 22,
     arrangement: str = "apart",
 ) -> Iterator[Batch]:
-    """Plain text, all of it learned: the tokenizer's prefix, the text, the end-of-text token, each once. Batches of about
-    window_bytes bound the memory.
+    """Yield samples of plain text, all learned: the tokenizer's prefix, the text, the end-of-text token, each once.
+    Batches of about window_bytes limit the memory.
 
-    apart:        a document longer than max_length goes on in further samples, all of about one length
-    concatenated: the documents of a batch end to end, cut in the same way; no token is lost
-    blocks:       the same cut at every max_length-th token; what is left of a batch is dropped, and counted
+    apart:        a document longer than max_length becomes several samples of about the same length
+    concatenated: the documents of a batch end to end, split in the same way; no token is lost
+    blocks:       the same, split at every max_length-th token; the rest of a batch is dropped, and counted
     """
     stream = iter(documents)
     while True:
-        with _uncollected():
+        with _without_gc():
             chunk = list(_window(stream, window_bytes))
             if not chunk:
                 return
-            texts = [_whole(ids, encoder, end) for ids in encoder.encode_texts([document.text for document in chunk])]
+            texts = [
+                _with_ends(ids, encoder, end) for ids in encoder.encode_texts([document.text for document in chunk])
+            ]
             sizes = [len(ids) for ids in texts]
-            ledger.enter(sum(sizes), things=len(texts))
-            samples = _apart(texts, max_length) if arrangement == "apart" else _joined(texts, max_length, arrangement)
+            ledger.enter(sum(sizes), items=len(texts))
+            samples = (
+                _one_by_one(texts, max_length)
+                if arrangement == "apart"
+                else _concatenated(texts, max_length, arrangement)
+            )
             kept = sum(sample.size for sample in samples)
-            # What is dropped stands at the end of a batch; a document is lost when all of it does.
+            # The end of a batch is dropped; a document is lost when all its tokens are.
             lost = sum(begin >= kept for begin in np.cumsum([0, *sizes[:-1]])) if arrangement == "blocks" else 0
-            ledger.keep(kept, things=len(texts) - int(lost))
+            ledger.keep(kept, items=len(texts) - int(lost))
             if sum(sizes) > kept:
-                ledger.lose("block_remainder", sum(sizes) - kept, things=int(lost))
+                ledger.lose("block_remainder", sum(sizes) - kept, items=int(lost))
             batch = _batch(samples, chunk)
         yield batch
 
 
-def _whole(ids: Ids, encoder: Encoder, end: int) -> np.ndarray:
-    """A document with its prefix before and its end after it, also where the text already contains them."""
+def _with_ends(ids: Ids, encoder: Encoder, end: int) -> np.ndarray:
+    """Return a document's ids with prefix and end token, each once, also if the text already contains them."""
     pieces = encoder.with_prefix([Piece(ids, learn=True)]) if encoder.prefix else [Piece(ids, learn=True)]
     whole = np.concatenate([np.asarray(piece.ids, np.uint32) for piece in pieces])
     return whole if len(whole) > 1 and whole[-1] == end else np.append(whole, np.uint32(end))
 
 
-def _apart(texts: list[np.ndarray], max_length: int) -> list[_Sample]:
+def _one_by_one(texts: list[np.ndarray], max_length: int) -> list[_Sample]:
     return [
         _Sample(number, [Piece(part, learn=True)], last, len(part))
         for number, ids in enumerate(texts)
-        for part, last in _cut(ids, max_length)
+        for part, last in _split_evenly(ids, max_length)
     ]
 
 
-def _cut(ids: np.ndarray, max_length: int) -> Iterator[tuple[np.ndarray, bool]]:
-    """(piece, whether it is the last), as few as possible and about equally long: a last piece of one token would have
-    nothing before it to be predicted from."""
+def _split_evenly(ids: np.ndarray, max_length: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """Yield (piece, whether it is the last): as few pieces as possible, of about equal length. A last piece of one token
+    would have no context to predict it from."""
     parts = np.array_split(ids, -(-len(ids) // max_length))
     yield from zip(parts, [False] * (len(parts) - 1) + [True], strict=True)
 
 
-def _joined(texts: list[np.ndarray], max_length: int, arrangement: str) -> list[_Sample]:
-    """Samples across documents. Each belongs to the document in which it begins, and stops where one ends in it."""
+def _concatenated(texts: list[np.ndarray], max_length: int, arrangement: str) -> list[_Sample]:
+    """Return samples across documents. Each belongs to the document in which it begins; `stop` if a document ends in it."""
     flow, ends = np.concatenate(texts), np.cumsum([len(ids) for ids in texts])
     if arrangement == "blocks":
         parts = [flow[begin : begin + max_length] for begin in range(0, len(flow) - max_length + 1, max_length)]
     else:
-        parts = [part for part, _ in _cut(flow, max_length)]
+        parts = [part for part, _ in _split_evenly(flow, max_length)]
     borders = np.cumsum([0, *[len(part) for part in parts]])
     firsts = np.searchsorted(ends, borders[:-1], side="right")
     ended = np.searchsorted(ends, borders, side="right")
@@ -435,7 +440,7 @@ def _batch(samples: list[_Sample], chunk: Sequence[Dialogue | Document]) -> Batc
     sizes = np.array([sample.size for sample in samples], np.int64)
     ends = np.cumsum(sizes)
     learn = np.repeat(np.array([piece.learn for piece in pieces], bool), lengths)
-    learn[(ends - sizes)[sizes > 0]] = False  # nothing stands before the first token, so it cannot be a target
+    learn[(ends - sizes)[sizes > 0]] = False  # the first token has no context, so it cannot be a target
     answer = np.repeat(np.array([piece.answer for piece in pieces], bool), lengths)
     return Batch(
         ids,
@@ -450,8 +455,8 @@ def _batch(samples: list[_Sample], chunk: Sequence[Dialogue | Document]) -> Batc
 
 
 def check_store(store: TokenStore, section: Sft, rejected: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mask's statistics over all samples. rejected: as rejected.jsonl has them. Raises DataError when nothing is left
-    to learn, or too few samples learn to stop."""
+    """Return the statistics of the mask over all samples. rejected: the rows of rejected.jsonl. Raises DataError when no
+    sample is left, or too few samples learn their stop token."""
     if not len(store):
         too_long = sum(bad["reason"] == "too_long" for bad in rejected)
         first = rejected[0] if rejected else None
@@ -478,7 +483,7 @@ def check_store(store: TokenStore, section: Sft, rejected: Sequence[dict[str, An
 
 
 def describe(store: TokenStore) -> dict[str, Any]:
-    """Tokens, what of them is learned, and how long the samples are."""
+    """Return counts of tokens and learned tokens, and the lengths of the samples."""
     tokens, learned = len(store.ids), store.learned_tokens
     answers, learned_answers = store.roles
     return {
@@ -498,7 +503,7 @@ def describe(store: TokenStore) -> dict[str, Any]:
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
-    """(upper edge, samples up to it and above the one before) in powers of two."""
+    """Return (upper edge, number of samples in the bin); edges are powers of two."""
     edges = [16]
     while edges[-1] < int(lengths.max()):
         edges.append(2 * edges[-1])
@@ -509,8 +514,8 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
 def check_round_trip(
     records: Iterable[Any], count: int, render: Callable[[Any], Iterable[Sequence[Span]]], encoder: Encoder
 ) -> dict[str, int]:
-    """How many samples do not decode to what was rendered: characters that the tokenizer does not know, or changes. Prefix
-    tokens and blanks are no difference. Of more than ROUND_TRIPS records, that many are checked, evenly spread."""
+    """Count the samples that do not decode to the rendered text, because the tokenizer lacks or changes characters. Prefix
+    tokens and blanks are ignored. At most ROUND_TRIPS records are checked, evenly spread."""
     checked = differ = 0
     stream = islice(records, 0, None, max(1, -(-count // ROUND_TRIPS)))
     while chunk := list(islice(stream, BATCH)):
@@ -524,7 +529,7 @@ def check_round_trip(
 
 
 def token_bytes(tokenizer: Any) -> np.ndarray:
-    """(V,) int32: UTF-8 bytes that each token stands for, from the raw token; special tokens count 0.
+    """Return (V,) int32: the number of UTF-8 bytes of each token, from the raw token; special tokens count 0.
 
     Byte-level BPE writes one character per byte; SentencePiece writes U+2581 for a blank and <0xNN> for a byte.
     """
@@ -532,7 +537,7 @@ def token_bytes(tokenizer: Any) -> np.ndarray:
     sizes = np.zeros(max(pieces.values()) + 1, dtype=np.int32)
     special = set(tokenizer.all_special_ids)
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    written = getattr(tokenizer, "written", {})  # what ChatGLM has pieces of other names for: line ends, runs of blanks
+    written = getattr(tokenizer, "written", {})  # texts of ChatGLM's pieces with other names: line ends, runs of blanks
     special |= {index for index, token in added.items() if token.special}
     sentencepiece = any(piece.startswith("\u2581") for piece in pieces) and "Ġ" not in pieces
     for piece, index in pieces.items():

@@ -1,7 +1,7 @@
-"""A path of the recipe becomes files, and a file a stream of its bytes, unpacked when it is compressed.
+"""Find the files of a recipe's path, and open a file as a stream of bytes, unpacked if it is compressed.
 
-What a file is shows in its first bytes, never in its name. Any error in the middle of reading is a `DamagedFile`, so that
-the reader of rows can say how many it had. A file must be the same when it is closed as when it was opened.
+The first bytes of a file decide its type, never its name. Any error while reading raises `DamagedFile`, so that the row
+reader can report how many rows came before it. A file must not change between opening and closing.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ CSV_SUFFIXES = {".csv", ".tsv"}
 TABLE_SUFFIXES = {".parquet", ".arrow", ".feather", ".ipc"}
 PACKED_SUFFIXES = {".gz", ".zst", ".xz"}
 DATA_SUFFIXES = JSON_SUFFIXES | TEXT_SUFFIXES | CSV_SUFFIXES | TABLE_SUFFIXES
-# What lies beside the data in a folder and is none of it.
+# Files in a data folder that are not data.
 _BESIDE = re.compile(
     r"\.|(README|LICENSE|CHANGELOG)\b|(manifest|dataset_infos?|dataset_dict|state)\.json$", re.IGNORECASE
 )
 
 BLOCK = 1 << 20
-HEAD = 1 << 20  # what is looked at to tell what a file is
-# A small file that unpacks to more than this, at more than that ratio, was made to fill the disk or the memory.
+HEAD = 1 << 20  # bytes that decide the type of a file
+# A file that unpacks to more than BOMB_BYTES and to more than BOMB_RATIO times its size is a decompression bomb.
 BOMB_BYTES, BOMB_RATIO = 1 << 28, 200
 _XZ_MEMORY = 1 << 29
 
@@ -59,21 +59,21 @@ _FOREIGN = {
 
 
 class DamagedFile(Exception):
-    """The rest of a file cannot be read. rule: what is wrong with it; line: where, when that is known."""
+    """The rest of a file cannot be read. rule: what is wrong; line: the line number, if known."""
 
     def __init__(self, rule: str, remedy: str = "", line: int = 0) -> None:
         self.rule, self.remedy, self.line = rule, remedy, line
         super().__init__(rule)
 
 
-def shown(path: Path | str) -> str:
-    """A path as it can be printed and written: bytes that are no UTF-8 and line ends are escaped."""
+def printable(path: Path | str) -> str:
+    """Return a path for messages: line ends and bytes that are not UTF-8 are escaped."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def suffix(file: Path) -> str:
-    """The suffix that says what the file holds: `.jsonl` of `a.jsonl.gz`."""
+    """Return the suffix of the content: `.jsonl` for `a.jsonl.gz`."""
     suffixes = [part.lower() for part in file.suffixes]
     if suffixes and suffixes[-1] in PACKED_SUFFIXES:
         suffixes.pop()
@@ -84,9 +84,9 @@ def suffix(file: Path) -> str:
 
 
 def find_files(path: str) -> list[Path]:
-    """The files that a path names: itself, all data files in a folder, or what a glob matches, in sorted order.
+    """Return the files of a path, sorted: the file itself, all data files in a folder, or the matches of a glob.
 
-    Raises DataError when there is none, or when one is no file that can be read.
+    Raises DataError when no file is found, or one cannot be read.
     """
     place = Path(path).expanduser() if path.startswith("~/") else Path(path)
     kind = _kind(place)
@@ -100,20 +100,20 @@ def find_files(path: str) -> list[Path]:
     if found:
         return found
     if place.is_symlink():
-        raise DataError(_("a link to a file that does not exist"), place=shown(path))
+        raise DataError(_("a link to a file that does not exist"), place=printable(path))
     raise DataError(
         _("there is no such file"),
-        place=shown(path),
+        place=printable(path),
         remedy=_("relative paths start from the current folder: {folder}").format(folder=Path.cwd()),
     )
 
 
 def _kind(place: Path) -> str:
-    """'file', 'folder', the name of something special, or '' when there is nothing."""
+    """Return 'file', 'folder', the kind of a special file, or '' when the path does not exist."""
     try:
         mode = place.stat().st_mode
     except ValueError:
-        raise DataError(_("a path cannot contain a NUL"), place=shown(str(place).replace("\0", "\\0"))) from None
+        raise DataError(_("a path cannot contain a NUL"), place=printable(str(place).replace("\0", "\\0"))) from None
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return ""
@@ -130,7 +130,7 @@ def _checked(file: Path, kind: str) -> Path:
     if kind != "file":
         raise DataError(
             _("this is a {kind}, not a file").format(kind=kind or _("broken link")),
-            place=shown(file),
+            place=printable(file),
         )
     if not os.access(file, os.R_OK):
         raise _cannot_open(file, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
@@ -138,19 +138,22 @@ def _checked(file: Path, kind: str) -> Path:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """All data files below a folder; links to folders are followed, hidden files and what describes the data are not."""
+    """Return all data files below a folder. Links to folders are followed; hidden and descriptive files are skipped."""
     found, archives = [], []
 
     def fail(error: OSError) -> None:
         raise _cannot_open(Path(error.filename), error) from None
 
     for top, folders, names in os.walk(folder, followlinks=True, onerror=fail):
-        here = Path(top)
-        if here.is_symlink() and here.resolve() in here.absolute().parent.resolve().joinpath("x").parents:
-            raise DataError(_("this link leads back to a folder above it"), place=shown(here))
+        directory = Path(top)
+        if (
+            directory.is_symlink()
+            and directory.resolve() in directory.absolute().parent.resolve().joinpath("x").parents
+        ):
+            raise DataError(_("this link leads back to a folder above it"), place=printable(directory))
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            file = here / name
+            file = directory / name
             if _BESIDE.match(name):
                 continue
             if suffix(file) in DATA_SUFFIXES:
@@ -162,7 +165,7 @@ def _in_folder(folder: Path) -> list[Path]:
     known = sorted(DATA_SUFFIXES)
     raise DataError(
         _("no data file ({known}; also .gz, .zst, .xz) in this folder").format(known=_(", ").join(known)),
-        place=shown(folder),
+        place=printable(folder),
         remedy=_("archives are not read; unpack {archives}").format(archives=archives[0]) if archives else "",
     )
 
@@ -176,8 +179,8 @@ def _cannot_open(place: Path, error: OSError) -> DataError:
         rule = _("this file name is too long")
     else:
         rule = _("this cannot be opened: {strerror}").format(strerror=error.strerror)
-    remedy = f"chmod +r {shown(place)}" if error.errno == errno.EACCES else ""
-    return DataError(rule, place=shown(place), remedy=remedy)
+    remedy = f"chmod +r {printable(place)}" if error.errno == errno.EACCES else ""
+    return DataError(rule, place=printable(place), remedy=remedy)
 
 
 # -- their bytes ---------------------------------------------------------------------------------------------------
@@ -185,37 +188,37 @@ def _cannot_open(place: Path, error: OSError) -> DataError:
 
 @dataclass
 class Stream:
-    """The unpacked bytes of a file. head: the first of them; blocks: all of them, the head included."""
+    """The unpacked bytes of a file. head: the first bytes; blocks: all bytes, including the head."""
 
     file: Path
     head: bytes
     blocks: Iterator[bytes]
-    whole: bool  # the head is all there is
+    whole: bool  # whether the head is the whole file
     packed: str  # gzip, zstd, xz, or ''
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Stream]:
-    """A file's bytes, in blocks. Raises DataError when it is nothing that holds rows, or has changed at the end; reading
-    the blocks may raise Damaged."""
+def open_stream(file: Path) -> Iterator[Stream]:
+    """Open a file as a Stream. Raises DataError when its type holds no rows, or when it changed while it was read;
+    iterating over the blocks may raise DamagedFile."""
     _checked(file, _kind(file))
     with file.open("rb") as raw:
         before = os.fstat(raw.fileno())
         if not before.st_size:
             raise DataError(
                 _("no rows: the file is empty"),
-                place=shown(file),
+                place=printable(file),
                 remedy=_("remove it from the recipe"),
             )
         magic = raw.read(16)
         raw.seek(0)
         packed = next((name for sign, name in _PACKED.items() if magic.startswith(sign)), "")
-        blocks = _gathered(_unpacked(raw, packed)) if packed else _plain(raw)
-        taken, failure = _beginning(blocks)
+        blocks = _in_larger_blocks(_unpacked(raw, packed)) if packed else _plain(raw)
+        taken, failure = _read_head(blocks)
         head = b"".join(taken)
         check_signature(file, head, packed)
         whole = len(head) < HEAD and failure is None
-        yield Stream(file, head[:HEAD], _again(taken, failure, blocks), whole, packed)
+        yield Stream(file, head[:HEAD], _replay(taken, failure, blocks), whole, packed)
         _check_unchanged(file, before)
 
 
@@ -229,13 +232,13 @@ def _check_unchanged(file: Path, before: os.stat_result) -> None:
     ):
         raise DataError(
             _("this file changed while it was being read"),
-            place=shown(file),
+            place=printable(file),
             remedy=_("wait until it is fully written, then run again"),
         )
 
 
-def _beginning(blocks: Iterator[bytes]) -> tuple[list[bytes], DamagedFile | None]:
-    """The first blocks, up to HEAD bytes, and what stopped the reading before."""
+def _read_head(blocks: Iterator[bytes]) -> tuple[list[bytes], DamagedFile | None]:
+    """Return the first blocks, up to HEAD bytes, and the error that stopped the reading, if any."""
     taken, size = list[bytes](), 0
     try:
         for block in blocks:
@@ -248,7 +251,7 @@ def _beginning(blocks: Iterator[bytes]) -> tuple[list[bytes], DamagedFile | None
     return taken, None
 
 
-def _again(taken: list[bytes], failure: DamagedFile | None, blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _replay(taken: list[bytes], failure: DamagedFile | None, blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield from taken
     if failure:
         raise failure
@@ -263,8 +266,8 @@ def _plain(raw: IO[bytes]) -> Iterator[bytes]:
         raise DamagedFile(_("reading failed: {strerror}").format(strerror=error.strerror)) from None
 
 
-def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes in larger blocks, also when they end in damage."""
+def _in_larger_blocks(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the same bytes in larger blocks, also those before an error."""
     gathered, size = list[bytes](), 0
     try:
         for piece in pieces:
@@ -285,7 +288,7 @@ def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _unpacked(raw: IO[bytes], packed: str) -> Iterator[bytes]:
-    """The bytes of all members of a compressed file; zeros may pad them."""
+    """Yield the unpacked bytes of all members of a compressed file; zero padding between members is allowed."""
     new, step, at_once, errors = _engine(packed)
     engine: Any = new()
     given = made = 0
@@ -328,7 +331,7 @@ Step = Callable[[Any, bytes], Iterator[bytes]]
 
 
 def _engine(packed: str) -> tuple[Callable[[], Any], Step, int, tuple[type[Exception], ...]]:
-    """(make one for a member, feed it, bytes to feed at once, what it raises)."""
+    """Return (decompressor factory, function that feeds it, bytes per feed, its exceptions)."""
     if packed == "gzip":
         return (lambda: zlib.decompressobj(31)), _step_gzip, 1 << 16, (zlib.error,)
     if packed == "xz":
@@ -337,7 +340,7 @@ def _engine(packed: str) -> tuple[Callable[[], Any], Step, int, tuple[type[Excep
         return (lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY)), _step_xz, 1 << 16, (lzma.LZMAError,)
     import zstandard
 
-    # One call cannot be told to stop, and 4 bytes may stand for 128 KiB: little is fed at once.
+    # A call has no output limit, and 4 bytes can unpack to 128 KiB: feed little at once.
     return zstandard.ZstdDecompressor().decompressobj, _step_zstd, 1 << 11, (zstandard.ZstdError,)
 
 
@@ -363,15 +366,15 @@ def _step_zstd(engine: Any, data: bytes) -> Iterator[bytes]:
 
 
 def is_table(head: bytes) -> bool:
-    """Parquet, an Arrow file, or an Arrow stream, whose first message is shorter than 16 MiB."""
+    """Whether the file is Parquet, an Arrow file, or an Arrow stream (first message shorter than 16 MiB)."""
     return head.startswith((b"PAR1", b"ARROW1")) or (head[:4] == b"\xff\xff\xff\xff" and head[7:8] == b"\0")
 
 
 def check_signature(file: Path, head: bytes, packed: str = "") -> None:
-    """Raise DataError when the first bytes show that this holds no rows."""
+    """Raise DataError when the first bytes belong to a file type without rows."""
 
     def refuse(rule: str, remedy: str = "") -> DataError:
-        return DataError(rule, place=shown(file), remedy=remedy)
+        return DataError(rule, place=printable(file), remedy=remedy)
 
     archive = next((name for sign, name in _ARCHIVES.items() if head.startswith(sign)), "")
     if head[257:262] == b"ustar":

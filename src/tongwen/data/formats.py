@@ -1,7 +1,7 @@
 """Convert raw rows to Documents and Dialogues. The keys of a row decide its format.
 
-A row gives a record, or is refused with a reason that goes to the ledger and rejected.jsonl. Nothing is guessed: values that
-are not text are not converted, and ambiguous rows and turns out of order are refused.
+A row becomes a record, or is refused with a reason for the ledger and rejected.jsonl. Nothing is guessed: values that are
+not text are not converted, and ambiguous rows and turns out of order are refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PAIRS = (
 )
 LEARN = ("learn", "train", "loss", "weight")
 IN_TURNS = ("from", "value", "role", "content")
-# Every name that a reader asks for, and so every one that `columns` can map.
+# All keys that the readers use; `columns` can map each of them.
 NAMES = (
     "instruction", "input", "output", "target", "history", "system", "tools", "functions", "messages", "conversations",
     "prompt", "completion", "response", "instruct", "query", "question", "answer", "text", *IN_TURNS,
@@ -52,11 +52,11 @@ NAMES = (
 
 THINKING = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
-# Placeholders that identity data sets use; left unfilled they would be learned as the model's name.
+# Placeholders of identity data sets; unfilled, the model would learn them as its name.
 MUST_FILL = {"name", "author"}
 _VISIBLE = re.compile("[^\\s\xad\u115f\u1160\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff]")
 _MARK = re.compile(r"(?:\A|\n)[ \t]*(Human|User|Assistant|System)[ \t]*[:：]")
-_WHO = {"Human": "user", "User": "user", "Assistant": "assistant", "System": "system"}
+_MARK_ROLES = {"Human": "user", "User": "user", "Assistant": "assistant", "System": "system"}
 _INSIDE = re.compile(r"\s*(?:Human|User)[ \t]*[:：]")
 
 Read = tuple[list[Message], list[Any]]  # the messages and the tools of a row
@@ -66,7 +66,7 @@ Read = tuple[list[Message], list[Any]]  # the messages and the tools of a row
 
 
 def recognise(row: Any) -> str | None:
-    """The format of a row by its keys; None when it is of no known one. Raises RowRefused when it is of two."""
+    """Return the format of a row by its keys; None when it is unknown. Raises RowRefused when two formats match."""
     if not isinstance(row, dict):
         return None
     turns = [name for name in ("messages", "conversations") if row.get(name) is not None]
@@ -93,10 +93,10 @@ def recognise(row: Any) -> str | None:
 
 
 def recognise_row(raw: RawRow, source: SourceConfig) -> str:
-    """The format of a row of a dialogue source.
+    """Return the format of a row of a dialogue source.
 
-    Raises DataError when the file is of no known format, as its first row or the kind of data shows, and RowRefused when
-    only this row is not.
+    Raises DataError when the first row or the kind of data shows that the whole file has no known format, and RowRefused
+    when only this row has none.
     """
     row = raw.value
     place = f"{raw.file}:{raw.row}"
@@ -113,23 +113,23 @@ def recognise_row(raw: RawRow, source: SourceConfig) -> str:
             "plain text belongs under prepare.documents; or name the columns: {path: …, columns: {instruction: text, output: YOUR_ANSWER}}"
         )
         raise DataError(rule, place=place, remedy=remedy)
-    columns = _meant(row)
+    columns = _similar_columns(row)
     if columns:
-        rule += _did_you_mean(*next(iter(columns.items())))
+        rule += _suggestion(*next(iter(columns.items())))
     if raw.row > 1:
         raise RowRefused("unknown_format", rule)
     raise DataError(rule, place=place, remedy=_columns_line(columns, raw.value))
 
 
 def check_source(source: SourceConfig) -> None:
-    """Raise RecipeError when `columns` or `roles` holds a name that nothing reads."""
+    """Raise RecipeError when `columns` or `roles` contains an unknown name."""
     roles = sorted(set(ROLES.values()))
-    for word, names, known in (("columns", source.columns, NAMES), ("roles", source.roles.values(), roles)):
+    for key, names, known in (("columns", source.columns, NAMES), ("roles", source.roles.values(), roles)):
         for name in names:
             if name not in known:
                 raise RecipeError(
                     _("{word}: {name!r} is not one of the known names: {known}").format(
-                        word=word, name=name, known=_(", ").join(known)
+                        word=key, name=name, known=_(", ").join(known)
                     ),
                     place=source.path,
                     remedy="{columns: {output: answer}, roles: {Customer: user}}",
@@ -137,7 +137,7 @@ def check_source(source: SourceConfig) -> None:
 
 
 def _check_preferences(row: dict[str, Any], source: SourceConfig, place: str) -> None:
-    """Raise DataError for preference data: half of it is text that a model should not learn."""
+    """Raise DataError for preference data: the model must not learn its rejected half."""
     mapped = set(source.columns.values())
     found: list[str] = [name for name in ("chosen", "rejected") if name in row and name not in mapped]
     if isinstance(row.get("label"), bool) and "prompt" in row and "completion" in row:
@@ -153,8 +153,8 @@ def _check_preferences(row: dict[str, Any], source: SourceConfig, place: str) ->
         )
 
 
-def _meant(row: Any) -> dict[str, str]:
-    """Our names for keys that differ from them in case or blanks, when that makes a known format of the row."""
+def _similar_columns(row: Any) -> dict[str, str]:
+    """Return {our name: key} for keys that differ only in case or blanks, if that makes the row a known format."""
     if not isinstance(row, dict):
         return {}
     folded = {str(key).strip().lower(): str(key) for key in row}
@@ -167,7 +167,7 @@ def _meant(row: Any) -> dict[str, str]:
 
 
 def _columns_line(columns: Mapping[str, str], row: Any) -> str:
-    """The recipe line that would cure it: with the keys that were meant, or with the first two that hold text."""
+    """Return a recipe line that fixes the error: with the similar keys, or with the first two keys of texts."""
     if not columns and isinstance(row, dict):
         texts = [key for key, value in row.items() if isinstance(value, str) and str(key).lower() not in ("id", "text")]
         columns = dict(zip(("instruction", "output"), texts, strict=False)) if len(texts) > 1 else {}
@@ -181,7 +181,7 @@ def _columns_line(columns: Mapping[str, str], row: Any) -> str:
 
 
 def read_dialogue(row: Any, format_: str, source: SourceConfig, fill: Mapping[str, str], origin: Origin) -> Dialogue:
-    """One dialogue from one row. Raises RowRefused, and DataError where the recipe must say more."""
+    """Convert one row to a dialogue. Raises RowRefused, or DataError when the recipe lacks a setting."""
     if not isinstance(row, dict):
         raise RowRefused("not_an_object", _("a row must be an object, this is {kind}").format(kind=kind(row)))
     if format_ == "text":
@@ -201,7 +201,7 @@ def read_dialogue(row: Any, format_: str, source: SourceConfig, fill: Mapping[st
 
 
 def read_document(row: Any, source: SourceConfig, origin: Origin) -> Document:
-    """One document from one row. Raises RowRefused."""
+    """Convert one row to a document. Raises RowRefused."""
     theirs = source.columns.get("text", "text")
     text = row.get(theirs) if isinstance(row, dict) else None
     if not isinstance(text, str):
@@ -209,20 +209,20 @@ def read_document(row: Any, source: SourceConfig, origin: Origin) -> Document:
         if isinstance(row, dict) and text is not None:
             raise RowRefused("not_text", _("{theirs} is {kind}, not text").format(theirs=theirs, kind=kind(text)))
         likely = next((key for key in row if str(key).strip().lower() in (theirs.lower(), "content")), "") if isinstance(row, dict) else ""  # fmt: skip
-        raise RowRefused("no_text", rule + (_did_you_mean("text", likely) if likely and likely != theirs else ""))
+        raise RowRefused("no_text", rule + (_suggestion("text", likely) if likely and likely != theirs else ""))
     if is_blank(text):
         raise RowRefused("empty_text", _("the text is empty"))
-    return Document(_checked(text, theirs), origin)
+    return Document(_check_text(text, theirs), origin)
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: only blanks, zero-width characters and direction marks."""
+    """Whether a text has only invisible characters: blanks, zero-width characters and direction marks."""
     first = text[:1]  # nearly always enough
     return not ("!" <= first <= "~" or "\u4e00" <= first <= "\u9fff") and _VISIBLE.search(text) is None
 
 
 def with_columns(row: dict[str, Any], source: SourceConfig) -> dict[str, Any]:
-    """The row under our names. A name that is mapped means the mapped column and no other."""
+    """Rename the columns of a row to our names. A mapped name refers only to the mapped column."""
     if not source.columns:
         return row
     mapped = {ours: row[theirs] for ours, theirs in source.columns.items() if theirs in row}
@@ -233,7 +233,7 @@ def with_columns(row: dict[str, Any], source: SourceConfig) -> dict[str, Any]:
 
 
 def _read_alpaca(row: dict[str, Any], source: SourceConfig) -> Read:
-    """instruction and input are one question; BELLE also has input and target."""
+    """Join instruction and input to one question; BELLE also has input and target."""
     answer = "target" if "target" in row and "output" not in row else "output"
     extra = _text(row, "input", source, default="")
     question = _text(row, "instruction", source, default="" if answer == "target" or not is_blank(extra) else None)
@@ -246,7 +246,7 @@ def _read_alpaca(row: dict[str, Any], source: SourceConfig) -> Read:
 
 
 def _read_turns_inside(row: dict[str, Any], source: SourceConfig) -> Read:
-    """BELLE and Guanaco: `Human: …\\n\\nAssistant: …\\n\\nHuman: …` in the instruction; the output answers the last."""
+    """BELLE and Guanaco: `Human: …\\n\\nAssistant: …\\n\\nHuman: …` in the instruction; the output answers the last turn."""
     messages = [*_system(row, source), *_history(row)]
     text = _text(row, "instruction", source, default="")
     extra = _text(row, "input", source, default="")
@@ -263,7 +263,7 @@ def _read_turns_inside(row: dict[str, Any], source: SourceConfig) -> Read:
 
 
 def _read_messages(row: dict[str, Any], source: SourceConfig) -> Read:
-    """OpenAI: role and content, tool calls, what a model thinks."""
+    """OpenAI: role and content, tool calls, reasoning."""
     return _messages(row, "messages", source), _tools(row)
 
 
@@ -286,16 +286,16 @@ def _read_conversations(row: dict[str, Any], source: SourceConfig) -> Read:
 
 
 def _read_completion(row: dict[str, Any], source: SourceConfig) -> Read:
-    """prompt and completion (or response), both texts or both lists of messages."""
+    """prompt and completion (or response): two texts, or two lists of messages."""
     answer = "response" if "response" in row and "completion" not in row else "completion"
     if isinstance(row.get("prompt"), list) and isinstance(row.get(answer), list):
         messages = [*_messages(row, "prompt", source), *_messages(row, answer, source)]
         return [*_system(row, source), *messages], _tools(row)
-    return _asked(row, source, "prompt", answer)
+    return _read_question(row, source, "prompt", answer)
 
 
 def _read_query(row: dict[str, Any], source: SourceConfig) -> Read:
-    """instruct and query are one question, as the older project joined them."""
+    """Join instruct and query to one question, as the older project did."""
     question = _joined(_text(row, "instruct", source, default=""), _text(row, "query", source), source)
     return [
         *_system(row, source),
@@ -306,7 +306,7 @@ def _read_query(row: dict[str, Any], source: SourceConfig) -> Read:
 
 def _read_pair(row: dict[str, Any], source: SourceConfig) -> Read:
     names = next(((one, two) for one, two in PAIRS if one in row and two in row), PAIRS[0])
-    return _asked(row, source, *names)
+    return _read_question(row, source, *names)
 
 
 READERS: dict[str, Callable[[dict[str, Any], SourceConfig], Read]] = {
@@ -320,7 +320,7 @@ READERS: dict[str, Callable[[dict[str, Any], SourceConfig], Read]] = {
 }
 
 
-def _asked(row: dict[str, Any], source: SourceConfig, question: str, answer: str) -> Read:
+def _read_question(row: dict[str, Any], source: SourceConfig, question: str, answer: str) -> Read:
     """One question, one answer."""
     asked, answered = _text(row, question, source), _text(row, answer, source)
     return [
@@ -335,7 +335,7 @@ def _asked(row: dict[str, Any], source: SourceConfig, question: str, answer: str
 
 
 def _joined(first: str, second: str, source: SourceConfig) -> str:
-    """One question of two texts, of which either may be empty."""
+    """Join two texts to one question; either may be empty."""
     return source.separator.join(text for text in (first, second) if not is_blank(text))
 
 
@@ -362,19 +362,21 @@ def _has_turns_inside(row: dict[str, Any]) -> bool:
 
 
 def _split_turns(text: str) -> list[Message]:
-    """The turns of a text with marks; an empty `Assistant:` at the end waits for the output."""
+    """Split a text with role marks into turns; drop an empty `Assistant:` at the end, since the output follows."""
     marks = list(_MARK.finditer(text))
     if text[: marks[0].start() if marks else len(text)].strip():
         raise RowRefused("no_mark", _("the text does not begin with `Human:` or `User:`"))
     ends = [*(mark.start() for mark in marks[1:]), len(text)]
-    messages = [Message(_WHO[mark[1]], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True)]
+    messages = [
+        Message(_MARK_ROLES[mark[1]], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True)
+    ]
     if messages and messages[-1].role == "assistant" and not messages[-1].content:
         messages.pop()
     return messages
 
 
 def _turns(row: dict[str, Any], key: str, source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, turn) of each turn, which is an object, under our names."""
+    """Yield (number, turn) with our key names. Raises RowRefused for a turn that is not an object."""
     turns = row.get(key)
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         raise _double_encoded(key)
@@ -423,7 +425,7 @@ def _messages(row: dict[str, Any], key: str, source: SourceConfig) -> list[Messa
 
 
 def _content(turn: dict[str, Any], number: int, optional: bool) -> str:
-    """The text of a turn, which may come in parts, all of them text."""
+    """Return the text of a turn; a list of text parts is joined."""
     content = turn.get("content", turn.get("value"))
     if content is None and optional:
         return ""
@@ -473,7 +475,7 @@ def _tools(row: dict[str, Any]) -> list[Any]:
 
 
 def _tool_call(call: Any, number: int) -> dict[str, Any]:
-    """OpenAI's shape, with the arguments as an object: what chat templates read."""
+    """Return a tool call in OpenAI's format, with the arguments as an object, as chat templates expect."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowRefused("bad_tool_calls", _("turn {number}: a tool call needs a name").format(number=number))
@@ -486,7 +488,7 @@ def _tool_call(call: Any, number: int) -> dict[str, Any]:
 
 
 def _text(row: dict[str, Any], key: str, source: SourceConfig, default: str | None = None) -> str:
-    """The text under a key, or the default when there is none. Raises RowRefused."""
+    """Return the text of a key, or the default when the key is missing. Raises RowRefused."""
     value = row.get(key)
     if value is None and default is not None:
         return default
@@ -494,7 +496,7 @@ def _text(row: dict[str, Any], key: str, source: SourceConfig, default: str | No
     if key not in row:
         near = next((str(name) for name in row if str(name).strip().lower() == key), "")
         rule = _("no key {shown!r}; the row has {keys}").format(shown=shown, keys=_keys(row))
-        raise RowRefused("missing_key", rule + (_did_you_mean(key, near) if near else ""))
+        raise RowRefused("missing_key", rule + (_suggestion(key, near) if near else ""))
     if not isinstance(value, str):
         raise RowRefused("not_text", _("{shown} is {kind}, not text").format(shown=shown, kind=kind(value)))
     if key in ("output", "target", "completion", "response", "answer") and is_blank(value):
@@ -505,7 +507,7 @@ def _text(row: dict[str, Any], key: str, source: SourceConfig, default: str | No
 
 
 def _is_encoded_again(text: str) -> bool:
-    """JSON text inside JSON text: a whole row, or a string with its quotes and escapes."""
+    """Whether a text is JSON itself: a whole row, or a string with quotes and escapes."""
     if not text.endswith(("}", '"')):
         return False
     try:
@@ -554,9 +556,9 @@ def _check_dialogue(messages: Sequence[Message]) -> None:
             raise RowRefused("empty_answer", _("turn {turn}: an answer is empty").format(turn=turn))
         if message.role == "user" and is_blank(message.content):
             raise RowRefused("empty_question", _("turn {turn}: a question is empty").format(turn=turn))
-        _checked(message.content, turn)
+        _check_text(message.content, turn)
         if message.thinking:
-            _checked(message.thinking, turn)
+            _check_text(message.thinking, turn)
         if "{{" in message.content and (
             found := [name for name in PLACEHOLDER.findall(message.content) if name in MUST_FILL]
         ):
@@ -573,7 +575,7 @@ def _check_dialogue(messages: Sequence[Message]) -> None:
 
 
 def _check_order(roles: Sequence[str]) -> None:
-    """A system message at most, and first; then a question, and answers that follow something."""
+    """Raise RowRefused unless roles are in order: at most one system message first, then a question, then alternating."""
     if "system" in roles[1:]:
         turn = roles.index("system", 1) + 1
         raise RowRefused(
@@ -604,7 +606,7 @@ def _check_order(roles: Sequence[str]) -> None:
 
 
 def _split_thinking(message: Message, turn: int) -> Message:
-    """`<think>…</think>` at the head of an answer is its thinking."""
+    """Move `<think>…</think>` at the start of an answer to its `thinking`."""
     if message.role != "assistant" or message.thinking is not None or not (found := THINKING.match(message.content)):
         return message
     content = message.content[found.end() :]
@@ -623,8 +625,8 @@ def _filled(message: Message, fill: Mapping[str, str]) -> Message:
     return Message(message.role, content, message.thinking, message.tool_calls, message.learn)
 
 
-def _checked(text: str, place: str | int) -> str:
-    """The text, if it is one. place: its key, or the number of its turn. Raises RowRefused."""
+def _check_text(text: str, place: str | int) -> str:
+    """Return a text without surrogates and NUL, else raise RowRefused. place: its key, or the number of its turn."""
     broken = False
     try:
         text.encode()
@@ -639,16 +641,16 @@ def _checked(text: str, place: str | int) -> str:
 
 
 def _check_data(value: Any, key: str) -> None:
-    """Tools and their arguments are written as JSON: no half characters, and no numbers that are none."""
+    """Raise RowRefused for tools or arguments that are not valid JSON: lone surrogates, NaN or infinity."""
     if not value:
         return
     try:
-        _checked(json.dumps(value, ensure_ascii=False, allow_nan=False), key)
+        _check_text(json.dumps(value, ensure_ascii=False, allow_nan=False), key)
     except (ValueError, RecursionError) as error:
         raise RowRefused("not_a_number", f"{key}: {error}") from None
 
 
-def _did_you_mean(ours: str, theirs: str) -> str:
+def _suggestion(ours: str, theirs: str) -> str:
     return _("; {theirs!r}: did you mean {ours!r}?").format(theirs=theirs, ours=ours)
 
 

@@ -1,6 +1,6 @@
-"""The files that a recipe's data come from, in the order in which their rows count.
+"""List the input files of a recipe's data, in the order of their rows.
 
-Whether a finished `prepare` would be the same today depends on this list, so it imports only what reading a row needs.
+The check whether a finished `prepare` is still up to date uses this list, so this module imports only the row readers.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from pathlib import Path
 from tongwen.core.errors import DataError, RecipeError, TongwenError, raise_all
 from tongwen.core.i18n import _
 from tongwen.data import dataset_info, formats
-from tongwen.data.files import find_files, shown
+from tongwen.data.files import find_files, printable
 from tongwen.data.reader import read_rows
 from tongwen.recipe.data import Prepare, SourceConfig
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 KINDS = ("documents", "dialogues")
 
 
 @dataclass(frozen=True)
 class InputPart:
     """One file of one source. index: among all files; kind: `documents` or `dialogues`; role: `train`, `held_out` (a file
-    of the recipe) or `evaluation`; number: of its source among those of its kind."""
+    of the recipe) or `evaluation`; number: index of its source among those of its kind."""
 
     index: int
     kind: str
@@ -34,18 +34,21 @@ class InputPart:
 
     @property
     def name(self) -> str:
-        """As it stands in origins."""
-        return shown(self.file)
+        """The file name as origins store it."""
+        return printable(self.file)
 
     def folder(self, out: Path) -> Path:
         return out / "parts" / f"{self.index:05d}"
 
 
 def list_parts(
-    section: Prepare, bring: Callable[[str, Tell], str], tell: Tell, errors: list[TongwenError] | None = None
+    section: Prepare, download: Callable[[str, Notify], str], notify: Notify, errors: list[TongwenError] | None = None
 ) -> list[InputPart]:
-    """All files of the recipe, in the order in which their rows count. bring(path, tell) gives the folder of what lies on
-    a hub. What names no file is put into `errors`, or raised."""
+    """Return all input files of the recipe, in the order of their rows.
+
+    download(path, notify): returns the local folder of a hub data set. Paths without files are appended to `errors`, or
+    raised without it.
+    """
     found = list[TongwenError]() if errors is None else errors
     out: list[InputPart] = []
 
@@ -54,7 +57,7 @@ def list_parts(
             formats.check_source(source)
             for one in dataset_info.entry_source(source) if source.entry else [source]:
                 if one.path.startswith(("hub:", "modelscope:")):
-                    one = one.model_copy(update={"path": bring(one.path, tell)})
+                    one = one.model_copy(update={"path": download(one.path, notify)})
                 for file in find_files(one.path):
                     part = InputPart(len(out), kind or kind_of(file, one), role, number, one, file)
                     _check_held_out(part, section)
@@ -75,7 +78,7 @@ def list_parts(
 
 
 def _check_held_out(part: InputPart, section: Prepare) -> None:
-    """Raise DataError when a file is held out of a kind of data that the recipe does not have: it would never be used."""
+    """Raise DataError for a held-out file of a kind that the recipe does not train on: it would never be used."""
     if part.role == "held_out" and not getattr(section, part.kind):
         trained = " / ".join(kind for kind in KINDS if getattr(section, kind))
         raise DataError(
@@ -88,7 +91,7 @@ def _check_held_out(part: InputPart, section: Prepare) -> None:
 
 
 def kind_of(file: Path, source: SourceConfig) -> str:
-    """documents or dialogues, as the first row shows."""
+    """Return `documents` or `dialogues`, by the first row."""
     row = next(read_rows(file, source)).value
     row = formats.with_columns(row, source) if isinstance(row, dict) else row
     text = source.format == "text" or (not source.format and formats.recognise(row) == "text")

@@ -1,7 +1,7 @@
-"""A JSON array becomes rows while it is read: only the element at hand is in memory.
+"""Read a JSON array as rows while streaming: only the current element is in memory.
 
-An element that is JSON but must not be taken costs its row. Where the array itself is broken nobody can say what the next
-row is, and the reading ends with the place and the rows before it.
+A valid JSON element that is not an acceptable row loses only that row. When the array itself is broken, the next row cannot
+be found: reading ends with an error that names the position.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
 def read_array(blocks: Iterator[bytes], found: Charset, name: str) -> Iterator[RawRow]:
-    """The elements of a JSON array, one after the other. Raises Damaged where it is broken."""
+    """Yield the elements of a JSON array. Raises DamagedFile when the array is broken."""
     buffer = _Buffer(blocks, found.codec)
     buffer.letter()
     buffer.place += 1
@@ -47,19 +47,19 @@ def read_array(blocks: Iterator[bytes], found: Charset, name: str) -> Iterator[R
 
 
 class _Buffer:
-    """The text of a file, of which only what is not yet read is kept."""
+    """The unread text of a file."""
 
     def __init__(self, blocks: Iterator[bytes], codec: str) -> None:
         self.blocks = blocks
         self.decoder = codecs.getincrementaldecoder(codec)("surrogateescape")
         self.text, self.place = "", 0
-        self.lines, self.letters = 1, 0  # that were dropped before the text; the first line is 1
+        self.lines, self.letters = 1, 0  # line number and characters before the text
         self.ended = False
         self.more()
         self.text = self.text.removeprefix("\ufeff")
 
     def more(self) -> bool:
-        """At least double what is not yet read; False at the end of the file."""
+        """Read at least as much as is unread; return False at the end of the file."""
         if self.ended:
             return False
         self.lines += self.text.count("\n", 0, self.place)
@@ -75,7 +75,7 @@ class _Buffer:
         return True
 
     def letter(self) -> str:
-        """The next one that is no blank, or '' at the end."""
+        """Skip blanks; return the next character, or '' at the end."""
         while True:
             self.place = _BLANKS.match(self.text, self.place).end()  # type: ignore[union-attr]
             if self.place < len(self.text):
@@ -94,7 +94,7 @@ class _Buffer:
 
 
 def _element(buffer: _Buffer, number: int, name: str, found: Charset) -> RawRow:
-    """The next element as a row; the buffer stands behind it."""
+    """Return the next element as a row, and move the buffer behind it."""
     buffer.letter()
     while True:
         value, end, refused = _decoded(buffer, number)
@@ -122,7 +122,7 @@ def _element(buffer: _Buffer, number: int, name: str, found: Charset) -> RawRow:
 
 
 def _decoded(buffer: _Buffer, number: int) -> tuple[Any, int, RowRefused | None]:
-    """(value, where it ends, why it is refused); the end is -1 when more must be read."""
+    """Return (value, end, reason of refusal); the end is -1 when more text must be read."""
     text, place = buffer.text, buffer.place
     try:
         try:

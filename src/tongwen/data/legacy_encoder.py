@@ -1,8 +1,8 @@
-"""Tokens as the scripts of 2023 made them, defects included: to repeat their results, and for nothing else.
+"""Encode exactly as the training scripts of 2023 did, defects included, only to reproduce their results.
 
-What they did otherwise: `<s>` twice, prompt and answer cut into tokens together so that the mask misses their border, a
-blank of SentencePiece's before the answer, a mask that leaves ChatGLM's `<sop>` to be learned, and a cut from the right
-that may take the end of the answer along.
+Their differences: `<s>` twice; prompt and answer tokenised together, so that the mask misses their boundary; a SentencePiece
+blank before the answer; a mask that lets the model learn ChatGLM's `<sop>`; truncation from the right that may remove the
+end of the answer.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tongwen.data.encode import Encoder, Piece, join_spans
 
 @dataclass(frozen=True)
 class LegacyRules:
-    """together:  prompt and answer are one text; as many ids are masked as the prompt alone has
+    """together:  prompt and answer are tokenised as one text; the mask has the length of the prompt alone
     begun:     the tokenizer puts `<s>` before the text
     doubled:   the text itself contains another `<s>`
-    opened:    the prompt's last id, which opens the answer, is learned with it
-    halves:    prompt and answer are cut apart, each to half of max_length
-    ends:      the last id of a sample that was cut becomes the end
+    opened:    the prompt's last id, which begins the answer, is learned too
+    halves:    prompt and answer are truncated separately, each to half of max_length
+    ends:      the last id of a truncated sample is replaced by the end token
     """
 
     together: bool = False
@@ -35,7 +35,7 @@ class LegacyRules:
     ends: bool = False
 
 
-WAYS = {
+RULES = {
     "belle": LegacyRules(together=True, doubled=True, ends=True),
     "alpaca-cla": LegacyRules(),
     "chatglm": LegacyRules(begun=False, opened=True),
@@ -50,13 +50,13 @@ class LegacyEncoder(Encoder):
 
     def __init__(self, tokenizer: Any, template: str, max_length: int) -> None:
         super().__init__(tokenizer)
-        if template not in WAYS:
+        if template not in RULES:
             raise RecipeError(
                 _("template {template!r} belongs to none of the old scripts").format(template=template),
                 place="sft.legacy",
-                remedy=f"template: {' | '.join(WAYS)}",
+                remedy=f"template: {' | '.join(RULES)}",
             )
-        self.way, self.max_length = WAYS[template], max_length
+        self.rules, self.max_length = RULES[template], max_length
         self.begin, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.begin_text = tokenizer.decode(self.prefix) if self.prefix else ""
 
@@ -71,18 +71,18 @@ class LegacyEncoder(Encoder):
         if not before:
             return super().encode([spans])[0]
         source = "".join(span.text for span in before).removeprefix(self.begin_text)
-        start = [*(self.prefix if self.way.doubled else ()), self.begin] if self.way.begun else []
+        start = [*(self.prefix if self.rules.doubled else ()), self.begin] if self.rules.begun else []
         prompt, answer = map(list, self._slow_ids([source, last.text]))
-        if self.way.together:
+        if self.rules.together:
             whole = list(self._slow_ids([source + last.text])[0])
             prompt, answer = whole[: len(prompt)], whole[len(prompt) :]
         prompt = [*start, *prompt]
-        if self.way.halves:
+        if self.rules.halves:
             prompt, answer = prompt[: self.max_length // 2], answer[: self.max_length // 2]
-        if self.way.opened:
+        if self.rules.opened:
             answer.insert(0, prompt.pop())
         answer = answer[: max(self.max_length - len(prompt), 0)]
         prompt = prompt[: self.max_length]
-        if self.way.ends and len(prompt) + len(answer) == self.max_length:
+        if self.rules.ends and len(prompt) + len(answer) == self.max_length:
             (answer or prompt)[-1] = self.end
         return [Piece(prompt, learn=False), Piece(answer, last.learn, answer=True)]

@@ -1,9 +1,8 @@
-"""The steps of preparing data, each on one file, so that one process or a hundred tasks do the same work.
+"""The steps of data preparation. Each works on one file, so that one process or a hundred tasks give the same result.
 
-`scan` reads and cleans a file; `compare` looks at all files together for duplicates and chooses what is held out;
-`settle` writes what stays and what does not; `join` puts the files together in their order. The steps hand over folders
-(`parts/00003/`), and a finished one is not done again. What a step decides depends on the files and the recipe, never on
-who did which part.
+`scan` reads and cleans a file; `compare` finds duplicates across all files and chooses the held-out records; `settle` writes
+the kept and the lost records; `join` concatenates the files in order. The steps exchange folders (`parts/00003/`), and a
+finished step is not repeated. Results depend on the files and the recipe only, never on the assignment of parts to tasks.
 """
 
 from __future__ import annotations
@@ -26,26 +25,26 @@ from tongwen.core.i18n import _
 from tongwen.core.records import Dialogue, Document, Origin, from_dict
 from tongwen.data import dedup, formats
 from tongwen.data.clean import Cleaner, Dropped
-from tongwen.data.input_parts import KINDS, InputPart, Tell
+from tongwen.data.input_parts import KINDS, InputPart, Notify
 from tongwen.data.ledger import Ledger, Rejected
 from tongwen.data.reader import read_rows
 from tongwen.data.row import RawRow
 from tongwen.data.sampling import choose_held_out
 from tongwen.recipe.data import Prepare
 
-STAYS, SAME, ALIKE, HELD_OUT = range(4)  # verdicts of `compare`
-FIRST = 5  # unreadable rows that a message shows
+KEPT, SAME, NEAR, HELD_OUT = range(4)  # verdicts of `compare`
+FIRST = 5  # unreadable rows shown in a message
 
 
 # -- one file ------------------------------------------------------------------------------------------------------
 
 
 def iter_rows(
-    part: InputPart, section: Prepare, cleaner: Cleaner, tell: Tell
+    part: InputPart, section: Prepare, cleaner: Cleaner, notify: Notify
 ) -> Iterator[tuple[RawRow, Document | Dialogue | Dropped | RowRefused]]:
-    """Every row of a file with its record, or with why it is none."""
+    """Yield every row of a file with its record, or with the reason why it has none."""
     known = part.source.format
-    for raw in read_rows(part.file, part.source, tell):
+    for raw in read_rows(part.file, part.source, notify):
         origin = Origin(raw.file, raw.row)
         try:
             if raw.problem:
@@ -64,18 +63,20 @@ def iter_rows(
             yield raw, cleaner.clean(record)
 
 
-def iter_records(parts: Sequence[InputPart], section: Prepare, kind: str, tell: Tell) -> Iterator[Document | Dialogue]:
-    """What can be read of a kind, cleaned, before anything is compared: for those who only look."""
+def iter_records(
+    parts: Sequence[InputPart], section: Prepare, kind: str, notify: Notify
+) -> Iterator[Document | Dialogue]:
+    """Yield the readable, cleaned training records of a kind before deduplication, for previews."""
     for part in parts:
         if part.kind == kind and part.role == "train":
-            for _unused, record in iter_rows(part, section, Cleaner(section.clean, kind), tell):
+            for _unused, record in iter_rows(part, section, Cleaner(section.clean, kind), notify):
                 if not isinstance(record, (Dropped, RowRefused)):
                     yield record
 
 
 @dataclass
 class ScanCounts:
-    """What became of rows: the ledger, how many were unreadable, and the first of these as (place, rule)."""
+    """Counts of scanned rows: the ledger, the number of unreadable rows, and the first of them as (place, rule)."""
 
     ledger: Ledger = field(default_factory=lambda: Ledger("rows", "bytes"))
     bad: int = 0
@@ -94,13 +95,13 @@ class ScanCounts:
 
 
 INDEX = np.dtype([("digest", "<u8", 2), ("size", "<i8"), ("begin", "<i8"), ("near", "?")])
-_INDEX = struct.Struct("<16sqq?")  # the same, for writing one
+_INDEX = struct.Struct("<16sqq?")  # the same layout, to write one entry
 
 
-def scan(part: InputPart, section: Prepare, out: Path, tell: Tell) -> None:
-    """Read and clean one file into its folder: records, rejected rows, and what `compare` needs to know of each record.
+def scan(part: InputPart, section: Prepare, out: Path, notify: Notify) -> None:
+    """Read and clean one file into its folder: records, rejected rows, and an index for `compare`.
 
-    index.bin: one INDEX per record; bands.bin: (n, BANDS) uint64 of the records that are compared nearly.
+    index.bin: one INDEX entry per record; bands.bin: (n, BANDS) uint64 of the records in near deduplication.
     """
     folder = part.folder(out)
     if (folder / "scan.json").is_file():
@@ -117,7 +118,7 @@ def scan(part: InputPart, section: Prepare, out: Path, tell: Tell) -> None:
         (folder / "index.bin").open("wb") as index,
         (folder / "bands.bin").open("wb") as bands,
     ):
-        for raw, record in iter_rows(part, section, cleaner, tell):
+        for raw, record in iter_rows(part, section, cleaner, notify):
             tally.count(raw, record)
             if isinstance(record, (Dropped, RowRefused)):
                 origin = Origin(raw.file, raw.row)
@@ -131,7 +132,7 @@ def scan(part: InputPart, section: Prepare, out: Path, tell: Tell) -> None:
                 bands.write(dedup.signature(folded).tobytes())
             records.write(line)
             begin += len(line)
-    if not tally.ledger.things_in:
+    if not tally.ledger.items_in:
         raise DataError(_("no rows in this file"), place=part.name)
     facts = {
         "ledger": tally.ledger.to_dict(),
@@ -152,7 +153,7 @@ def from_line(line: bytes) -> Document | Dialogue:
 
 
 def load_records(file: Path) -> Iterator[Document | Dialogue]:
-    """The records of a file that `scan`, `settle` or `join` wrote."""
+    """Yield the records of a file that `scan`, `settle` or `join` wrote."""
     with file.open("rb") as stream:
         yield from map(from_line, stream)
 
@@ -162,7 +163,7 @@ def read_scans(parts: Sequence[InputPart], out: Path) -> list[dict[str, Any]]:
 
 
 def check_readable(parts: Sequence[InputPart], scans: Sequence[dict[str, Any]], max_bad: float | None) -> None:
-    """Raise DataError when nothing is left of a kind, or more rows are unreadable than the recipe allows."""
+    """Raise DataError when a kind has no rows left, or more unreadable rows than the recipe allows."""
     for kind, role in sorted({(part.kind, part.role) for part in parts}):
         chosen = [scan for part, scan in zip(parts, scans, strict=True) if (part.kind, part.role) == (kind, role)]
         check_losses(
@@ -178,7 +179,7 @@ def check_readable(parts: Sequence[InputPart], scans: Sequence[dict[str, Any]], 
 def check_losses(
     rows: int, kept: int, bad: int, first_bad: Sequence[tuple[str, str]], max_bad: float | None, what: str
 ) -> None:
-    """Raise DataError when no row of a kind is left, or more are unreadable than allowed."""
+    """Raise DataError when no row is left, or more rows are unreadable than allowed."""
     if not kept:
         place, rule = first_bad[0] if first_bad else ("prepare.clean", _("all are filtered out"))
         raise DataError(
@@ -205,14 +206,14 @@ def check_losses(
 
 
 def iter_index(folder: Path) -> Iterator[np.ndarray]:
-    """The INDEX entries of a part, in pieces."""
+    """Yield the INDEX entries of a part, in pieces."""
     with (folder / "index.bin").open("rb") as stream:
         while len(block := np.fromfile(stream, INDEX, 65536)):
             yield block
 
 
 class RecordIndex:
-    """The records of the training parts of one kind, numbered through, on disk."""
+    """The records of all training parts of one kind, numbered consecutively, on disk."""
 
     def __init__(self, parts: Sequence[InputPart], out: Path) -> None:
         self.parts, self.out = list(parts), out
@@ -223,16 +224,16 @@ class RecordIndex:
         return int(self.starts[-1])
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
-        """One column of all indices, in pieces."""
+        """Yield one column of all indices, in pieces."""
         for part in self.parts:
             yield from (block[name].copy() for block in iter_index(part.folder(self.out)))
 
     def near(self) -> np.ndarray:
-        """(n,) int64: the records that are compared nearly."""
+        """Return (n,) int64: the numbers of the records in near deduplication."""
         return np.flatnonzero(np.concatenate([np.zeros(0, bool), *self.blocks("near")]))
 
     def band(self, number: int) -> np.ndarray:
-        """(n,) uint64: one band of them, read in blocks so that the others do not stay in memory."""
+        """Return (n,) uint64: one band of these records, read in blocks so that the other bands use no memory."""
         out = []
         for part in self.parts:
             with (part.folder(self.out) / "bands.bin").open("rb") as stream:
@@ -241,7 +242,7 @@ class RecordIndex:
         return np.concatenate(out) if out else np.zeros(0, np.uint64)
 
     def place(self, number: int) -> tuple[int, int]:
-        """(part, row within it) of a record."""
+        """Return (part, row within the part) of a record."""
         part = int(np.searchsorted(self.starts, number, side="right")) - 1
         return part, number - int(self.starts[part])
 
@@ -255,67 +256,72 @@ class RecordIndex:
 
 
 def compare(parts: Sequence[InputPart], section: Prepare, seed: int, out: Path) -> None:
-    """Decide on every record of the training parts: verdict.npy (int8) and repeats.npy (pairs of a lost record, in the
-    numbering of its part, and the one that it repeats, in the numbering of its kind) in each part's folder; examination.npz
-    beside them holds what must not be trained on."""
+    """Decide about every record of the training parts.
+
+    Writes verdict.npy (int8) and repeats.npy (pairs of a lost record, numbered within its part, and the record that it
+    repeats, numbered within its kind) into each part's folder, and examination.npz, the index of held-out and evaluation
+    texts, next to the folders.
+    """
     if (out / "parts" / "compare.json").is_file():
         return
-    asked: list[Document | Dialogue] = []
+    forbidden: list[Document | Dialogue] = []
     for kind in KINDS:
         chosen = [part for part in parts if part.kind == kind and part.role == "train"]
         if not chosen:
             continue
-        shelf = RecordIndex(chosen, out)
-        verdict = np.zeros(len(shelf), np.int8)
-        pairs = [np.zeros((0, 2), np.int64)]  # (a record that is lost, the record that it repeats)
+        record_index = RecordIndex(chosen, out)
+        verdict = np.zeros(len(record_index), np.int8)
+        pairs = [np.zeros((0, 2), np.int64)]  # (lost record, record that it repeats)
         if getattr(section.dedup, kind) != "off":
-            same, first = dedup.find_exact(lambda shelf=shelf: shelf.blocks("digest"), len(shelf))  # type: ignore[misc]
+            same, first = dedup.find_exact(
+                lambda record_index=record_index: record_index.blocks("digest"), len(record_index)
+            )  # type: ignore[misc]
             verdict[same] = SAME
             pairs.append(np.stack([same, first], axis=1))
         if getattr(section.dedup, kind) == "near":
-            numbers = shelf.near()
+            numbers = record_index.near()
 
             @lru_cache(maxsize=4096)
-            def folded(index: int, numbers: np.ndarray = numbers, shelf: RecordIndex = shelf) -> str:
-                return dedup.fold(dedup.text_of(shelf.read(int(numbers[index]))))
+            def folded(index: int, numbers: np.ndarray = numbers, record_index: RecordIndex = record_index) -> str:
+                return dedup.fold(dedup.text_of(record_index.read(int(numbers[index]))))
 
-            found = dedup.find_near(shelf.band, verdict[numbers] != STAYS, folded, section.dedup.threshold)
+            found = dedup.find_near(record_index.band, verdict[numbers] != KEPT, folded, section.dedup.threshold)
             near = numbers[np.array(sorted(found.items()), np.int64).reshape(-1, 2)]
-            verdict[near[:, 0]] = ALIKE
+            verdict[near[:, 0]] = NEAR
             pairs.append(near)
         if not isinstance(section.held_out, str):
-            free = verdict == STAYS
+            free = verdict == KEPT
             verdict[choose_held_out(free, section.held_out, seed, section.held_out_at_most)] = HELD_OUT
-        asked += [shelf.read(int(number)) for number in np.flatnonzero(verdict == HELD_OUT)]
+        forbidden += [record_index.read(int(number)) for number in np.flatnonzero(verdict == HELD_OUT)]
         repeats = np.concatenate(pairs)
         for place, part in enumerate(chosen):
-            begin, end = shelf.starts[place : place + 2]
+            begin, end = record_index.starts[place : place + 2]
             mine = repeats[(repeats[:, 0] >= begin) & (repeats[:, 0] < end)]
             np.save(part.folder(out) / "verdict.npy", verdict[begin:end])
             np.save(part.folder(out) / "repeats.npy", mine - np.array([begin, 0]))
     for part in parts:
         if part.role != "train":
-            asked += load_records(part.folder(out) / "records.jsonl")
-    dedup.ContaminationIndex.of(asked).save(out / "parts" / "examination.npz")
+            forbidden += load_records(part.folder(out) / "records.jsonl")
+    dedup.ContaminationIndex.from_records(forbidden).save(out / "parts" / "examination.npz")
     artifact.write_json(out / "parts" / "compare.json", {})
 
 
 # -- one file again ------------------------------------------------------------------------------------------------
 
-REASONS = {SAME: "duplicate", ALIKE: "near_duplicate"}
+REASONS = {SAME: "duplicate", NEAR: "near_duplicate"}
 
 
 def settle(part: InputPart, parts: Sequence[InputPart], section: Prepare, out: Path) -> None:
-    """Write the records of one file that stay (kept.jsonl), that are held out (held_out.jsonl), and the rest with its
-    reason (lost.jsonl), and close the file's ledger."""
+    """Write the kept (kept.jsonl), held-out (held_out.jsonl) and lost records with reasons (lost.jsonl) of one file, and
+    complete its ledger."""
     folder = part.folder(out)
     if (folder / "settled.json").is_file():
         return
     scanned = json.loads((folder / "scan.json").read_text(encoding="utf-8"))["ledger"]
-    ledger = Ledger.of(scanned)
+    ledger = Ledger.from_dict(scanned)
     if part.role == "train":
         examination = dedup.ContaminationIndex.load(out / "parts" / "examination.npz")
-        shelf = RecordIndex([one for one in parts if one.kind == part.kind and one.role == "train"], out)
+        record_index = RecordIndex([one for one in parts if one.kind == part.kind and one.role == "train"], out)
         verdict = np.load(folder / "verdict.npy")
         repeats = dict(np.load(folder / "repeats.npy").tolist())
     index = (entry for block in iter_index(folder) for entry in block)
@@ -337,13 +343,13 @@ def settle(part: InputPart, parts: Sequence[InputPart], section: Prepare, out: P
             reason, rule = "", ""
             if verdict[row] in REASONS:
                 reason = REASONS[verdict[row]]
-                other = shelf.read(repeats[row]).origin
+                other = record_index.read(repeats[row]).origin
                 rule = _("repeats {other}").format(other=other)
-            elif knows := examination.knows(record, entry["digest"].tobytes()):
+            elif match := examination.match(record, entry["digest"].tobytes()):
                 reason = "contaminated"
                 rule = (
                     _("appears in held-out or evaluation data")
-                    if knows == "same"
+                    if match == "same"
                     else _("contains a text from held-out or evaluation data")
                 )
             if reason:
@@ -359,9 +365,9 @@ def settle(part: InputPart, parts: Sequence[InputPart], section: Prepare, out: P
 
 
 def join(parts: Sequence[InputPart], section: Prepare, out: Path) -> dict[str, Any]:
-    """All files together in their order; the parts go. Returns the ledger of each kind, by reason and by file.
+    """Concatenate all files in order and delete the parts. Returns the ledger of each kind, by reason and by file.
 
-    Raises DataError when training rows stand in an examination and the recipe wants to refuse that."""
+    Raises DataError when training rows are contaminated and the recipe refuses that."""
     tables: dict[str, Any] = {}
     settled = {
         part.index: json.loads((part.folder(out) / "settled.json").read_text(encoding="utf-8")) for part in parts
@@ -388,7 +394,7 @@ def join(parts: Sequence[InputPart], section: Prepare, out: Path) -> dict[str, A
                         with (folder / f"{name}.jsonl").open("rb") as source:
                             shutil.copyfileobj(source, stream, 1 << 20)
                     if part.role == "train":
-                        mine = Ledger.of(settled[part.index]["ledger"])
+                        mine = Ledger.from_dict(settled[part.index]["ledger"])
                         ledger.add(mine)
                         files[part.name] = {**mine.to_dict(), "source": part.number}
             if not held:

@@ -1,8 +1,8 @@
 """Read a file as numbered raw rows: its content decides how it is read, not its name.
 
-A row is a JSON object, a record of a table, a line or a paragraph of text. It comes out with its
-value or with its problem, and only what ends the reading is an error of the file. Bytes are never replaced, and memory is
-bounded by the largest row, not by the file.
+A row is a JSON object, a record of a table, a line or a paragraph of text. It is yielded with its value or with its
+problem; only a failure that ends the reading is an error of the file. Bytes are never replaced, and the largest row limits
+the memory, not the size of the file.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from tongwen.core.errors import DataError, RowRefused
 from tongwen.core.i18n import _
 from tongwen.data import charset, files, tables
 from tongwen.data.charset import Charset
-from tongwen.data.files import DamagedFile, Stream, shown
+from tongwen.data.files import DamagedFile, Stream, printable
 from tongwen.data.json_array import read_array
 from tongwen.data.row import CAP, RawRow, parse_json
 from tongwen.recipe.data import SourceConfig
 
-# A single line of this size is no line: the file has no line ends.
+# A longer line means that the file has no line ends.
 _SKIP = 1 << 28
 Line = tuple[int, str, int, str, str]  # number, text, size in UTF-8, and reason and problem when it cannot be used
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
-def _silent(text: str) -> None:
+def _ignore(text: str) -> None:
     """Ignore the message."""
 
 
-def read_rows(file: Path, source: SourceConfig | None = None, tell: Tell = _silent) -> Iterator[RawRow]:
-    """The rows of one file. `tell` gets notices about the recognised format.
+def read_rows(file: Path, source: SourceConfig | None = None, notify: Notify = _ignore) -> Iterator[RawRow]:
+    """Yield the rows of one file. notify: called with messages about the detected format.
 
-    Raises DataError when the file as a whole cannot be read; a row that cannot is yielded with its problem.
+    Raises DataError when the file as a whole cannot be read; an unreadable row is yielded with its problem.
     """
     source = source or SourceConfig(path=str(file))
-    name, seen = shown(file), 0
-    with files.opened(file) as stream:
+    name, seen = printable(file), 0
+    with files.open_stream(file) as stream:
         try:
-            for raw in _rows(stream, name, source, lambda text: tell(f"{name}: {text}")):
+            for raw in _rows(stream, name, source, lambda text: notify(f"{name}: {text}")):
                 seen += 1
                 yield raw
         except DamagedFile as error:
@@ -61,13 +61,13 @@ def read_rows(file: Path, source: SourceConfig | None = None, tell: Tell = _sile
             )
 
 
-def _rows(stream: Stream, name: str, source: SourceConfig, tell: Tell) -> Iterator[RawRow]:
+def _rows(stream: Stream, name: str, source: SourceConfig, notify: Notify) -> Iterator[RawRow]:
     suffix = files.suffix(stream.file)
     if stream.file.suffix.lower() in files.PACKED_SUFFIXES and not stream.packed:
-        tell(_("named {suffix}, but not compressed").format(suffix=stream.file.suffix))
+        notify(_("named {suffix}, but not compressed").format(suffix=stream.file.suffix))
     if files.is_table(stream.head):
         if suffix not in files.TABLE_SUFFIXES:
-            tell(_("read as a table (Parquet or Arrow) despite its name"))
+            notify(_("read as a table (Parquet or Arrow) despite its name"))
         return tables.read_table(stream.file, stream.head, name)
     if suffix in files.TABLE_SUFFIXES:
         raise DataError(
@@ -75,18 +75,18 @@ def _rows(stream: Stream, name: str, source: SourceConfig, tell: Tell) -> Iterat
             remedy=_("fetch the file again"),
         )
     found = charset.choose(stream.head, source.encoding, stream.whole)
-    if found.told:
-        tell(found.told)
+    if found.notice:
+        notify(found.notice)
     if not found.by_line:
         stream.blocks = _transcoded(stream.blocks, found)
-        stream.head = b"".join(_safely(_transcoded(iter([stream.head]), found, final=stream.whole)))
+        stream.head = b"".join(_until_damage(_transcoded(iter([stream.head]), found, final=stream.whole)))
         found = Charset("utf-8")
     head = stream.head.decode(found.codec, "ignore").removeprefix("\ufeff")
-    return _read_as(_kind(head, suffix, stream.whole, tell), head, stream, found, name, source, tell)
+    return _read_as(_kind(head, suffix, stream.whole, notify), head, stream, found, name, source, notify)
 
 
 def _read_as(
-    kind: str, head: str, stream: Stream, found: Charset, name: str, source: SourceConfig, tell: Tell
+    kind: str, head: str, stream: Stream, found: Charset, name: str, source: SourceConfig, notify: Notify
 ) -> Iterator[RawRow]:
     if kind == "array":
         return read_array(stream.blocks, found, name)
@@ -96,37 +96,37 @@ def _read_as(
     if kind == "lines":
         _check_one_object(head, source)
         return _read_json_lines(_lines(stream.blocks, found), name, source)
-    return _read_text(_lines(stream.blocks, found), name, _records(head, source, tell))
+    return _read_text(_lines(stream.blocks, found), name, _records(head, source, notify))
 
 
-def _kind(head: str, suffix: str, whole: bool, tell: Tell) -> str:
-    """array, lines (of JSON), csv or text."""
-    begins = head.lstrip()
+def _kind(head: str, suffix: str, whole: bool, notify: Notify) -> str:
+    """Return `array`, `lines` (of JSON), `csv` or `text`."""
+    beginning = head.lstrip()
     if suffix in files.JSON_SUFFIXES:
-        return "array" if begins.startswith("[") and not _is_list_line(begins) else "lines"
-    looks = "array" if re.match(r"\[\s*\{\s*\"", begins) else "lines" if _is_object(begins, whole) else ""
-    if looks:
-        tell(_("read as a JSON array") if looks == "array" else _("read as JSON lines"))
-        return looks
+        return "array" if beginning.startswith("[") and not _is_list_line(beginning) else "lines"
+    kind = "array" if re.match(r"\[\s*\{\s*\"", beginning) else "lines" if _is_object(beginning, whole) else ""
+    if kind:
+        notify(_("read as a JSON array") if kind == "array" else _("read as JSON lines"))
+        return kind
     return "csv" if suffix in files.CSV_SUFFIXES else "text"
 
 
-def _is_object(begins: str, whole: bool) -> bool:
-    """Whether a text begins with a line that is a JSON object, perhaps one too long to see its end."""
-    if not begins.startswith("{"):
+def _is_object(beginning: str, whole: bool) -> bool:
+    """Whether the first line of a text is a JSON object, or looks like one if its end is not visible."""
+    if not beginning.startswith("{"):
         return False
-    line, end, _unused = begins.partition("\n")
+    line, end, _unused = beginning.partition("\n")
     if not end and not whole:
-        return bool(re.match(r"\{\s*\"[^\"\n]{1,100}\"\s*:", begins))
+        return bool(re.match(r"\{\s*\"[^\"\n]{1,100}\"\s*:", beginning))
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
 
 
-def _is_list_line(begins: str) -> bool:
-    """Whether a text begins with a line that is a whole list and is followed by another row: lines, of which the first is bad."""
-    line, _unused, rest = begins.partition("\n")
+def _is_list_line(beginning: str) -> bool:
+    """Whether the first line is a complete list and another row follows: JSON lines with a bad first line."""
+    line, _unused, rest = beginning.partition("\n")
     try:
         return rest.lstrip()[:1] in ("{", "[") and isinstance(json.loads(line), list)
     except (ValueError, RecursionError):
@@ -144,14 +144,14 @@ def _check_line_ends(head: str) -> None:
 # -- lines ---------------------------------------------------------------------------------------------------------
 
 
-class _Long(bytes):
-    """The beginning of a line that is too long to be kept; `size` is its length."""
+class _LongLine(bytes):
+    """The beginning of a line that is too long to keep; `size` is its full length."""
 
     size: int
 
 
 def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their \\n. What is longer than CAP comes as its beginning, and as a _Long."""
+    """Yield lines without \\n. A line longer than CAP is yielded as a _LongLine with its beginning."""
     rest = b""
     for block in blocks:
         lines = (rest + block).split(b"\n")
@@ -160,13 +160,13 @@ def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:
         if len(rest) > CAP:
             long, rest = _skip(rest, blocks)
             yield long
-    if rest:  # several lines, when the last block ended a long one
+    if rest:  # several lines if a long line ended in the last block
         yield from rest.split(b"\n")
 
 
-def _skip(begin: bytes, blocks: Iterator[bytes]) -> tuple[_Long, bytes]:
-    """(the long line, what follows it). Raises Damaged when there is no end of it."""
-    long, size, rest = _Long(begin[:4096]), len(begin), b""
+def _skip(begin: bytes, blocks: Iterator[bytes]) -> tuple[_LongLine, bytes]:
+    """Return (the long line, the rest of the block). Raises DamagedFile when the line does not end."""
+    long, size, rest = _LongLine(begin[:4096]), len(begin), b""
     for block in blocks:
         end = block.find(b"\n")
         size += len(block) if end < 0 else end
@@ -180,7 +180,7 @@ def _skip(begin: bytes, blocks: Iterator[bytes]) -> tuple[_Long, bytes]:
 
 
 def _lines(blocks: Iterator[bytes], found: Charset) -> Iterator[Line]:
-    """Every line that is not blank is decoded by itself, so that broken bytes cost one row. Blank ones are empty."""
+    """Decode every line separately, so that broken bytes lose only one row."""
     codec, is_utf8 = found.codec, found.codec == "utf-8"
     for number, line in enumerate(_split(blocks), 1):
         if line[-1:] == b"\r":
@@ -193,7 +193,7 @@ def _lines(blocks: Iterator[bytes], found: Charset) -> Iterator[Line]:
         if text[:1] == "\ufeff":
             text = text[1:]
             line = line[3:] if is_utf8 else line
-        if len(line) >= 4096 and isinstance(line, _Long):
+        if len(line) >= 4096 and isinstance(line, _LongLine):
             yield (number, text, line.size, *_too_large(line.size))
         elif not is_utf8 and not line.isascii() and _is_utf8(line):
             yield number, text, len(text.encode("utf-8", "surrogatepass")), "bad_bytes", _mixed(found)
@@ -209,7 +209,7 @@ def _too_large(size: int) -> tuple[str, str]:
 
 
 def _undecodable(number: int, line: bytes, error: UnicodeDecodeError, found: Charset) -> Line:
-    if isinstance(line, _Long):
+    if isinstance(line, _LongLine):
         return (number, line[:200].decode(found.codec, "backslashreplace"), line.size, *_too_large(line.size))
     text = line.decode(found.codec, "backslashreplace")
     rule = _("the byte at {start} is not {found}").format(start=error.start, found=found.name)
@@ -228,7 +228,7 @@ def _mixed(found: Charset) -> str:
 
 
 def _is_utf8(line: bytes) -> bool:
-    """Chinese of UTF-8 in a line; chance makes four such letters of GB18030 in no text that was seen."""
+    """Whether a line is Chinese in UTF-8: it has four long characters. No GB18030 text seen so far has that by chance."""
     try:
         return sum(letter > "\u07ff" for letter in line.decode("utf-8")) >= 4
     except UnicodeDecodeError:
@@ -236,14 +236,14 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def _without_nul(text: str, line: bytes, found: Charset) -> tuple[str, int, str, str]:
-    """A row with NUL bytes, as a disk leaves them behind after a power loss."""
+    """Return the problem of a row with NUL bytes, which a power loss can leave in a file."""
     count = text.count("\0")
     rule = _("{count:,} NUL bytes: the file is damaged here").format(count=count)
     return text.replace("\0", "\u2400") if count < 100 else text.strip("\0"), len(line), "nul_character", rule
 
 
 def _transcoded(blocks: Iterator[bytes], found: Charset, final: bool = True) -> Iterator[bytes]:
-    """UTF-8 of what has wider units than bytes. Half a surrogate pair stays, to be refused with its row."""
+    """Convert UTF-16 or UTF-32 to UTF-8. Lone surrogates stay, so that only their row is refused."""
     passes = "surrogatepass" if found.codec.startswith(("utf-16", "utf-32")) else "strict"
     decoder = codecs.getincrementaldecoder(found.codec)(passes)
     try:
@@ -257,8 +257,8 @@ def _transcoded(blocks: Iterator[bytes], found: Charset, final: bool = True) -> 
         ) from None
 
 
-def _safely(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """As far as it goes: the same damage is met again when the rows are read."""
+def _until_damage(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the blocks before an error; reading the rows raises the same error later."""
     try:
         yield from blocks
     except DamagedFile:
@@ -268,12 +268,12 @@ def _safely(blocks: Iterator[bytes]) -> Iterator[bytes]:
 # -- text ----------------------------------------------------------------------------------------------------------
 
 
-SPARSE = 50  # a blank line among more lines than this ends no paragraph
+SPARSE = 50  # with fewer than one blank line per SPARSE lines, each line is a record
 _BLANK_LINE = re.compile(r"\n[ \t\r\u3000]*(?=\n)")
 
 
-def _records(head: str, source: SourceConfig, tell: Tell) -> str:
-    """line, paragraph or file: as the recipe says, else by the number of blank lines at the beginning."""
+def _records(head: str, source: SourceConfig, notify: Notify) -> str:
+    """Return `line`, `paragraph` or `file`: the recipe's setting, or decided by the blank lines in the head."""
     if source.records:
         return source.records
     text = head.strip()
@@ -281,7 +281,7 @@ def _records(head: str, source: SourceConfig, tell: Tell) -> str:
     if blank * SPARSE > lines:
         return "paragraph"
     seen = _("{blank:,} of {lines:,} lines are blank").format(blank=blank, lines=lines) if blank else _("no blank line")
-    tell(_("{seen}: each line is a record (records: paragraph or file changes that)").format(seen=seen))
+    notify(_("{seen}: each line is a record (records: paragraph or file changes that)").format(seen=seen))
     return "line"
 
 
@@ -297,7 +297,7 @@ def _read_text(lines: Iterator[Line], name: str, records: str) -> Iterator[RawRo
 
 
 def _read_blocks(lines: Iterator[Line], name: str, by_file: bool) -> Iterator[RawRow]:
-    """Lines up to a blank one, or all of them; the row's number is its first line."""
+    """Join lines up to a blank line, or all lines, to one row; its number is its first line."""
     block = _Block(name)
     for line in lines:
         if line[3] or (line[1] and not line[1].isspace()) or (block.start and by_file):
@@ -310,7 +310,7 @@ def _read_blocks(lines: Iterator[Line], name: str, by_file: bool) -> Iterator[Ra
 
 
 class _Block:
-    """Lines that are one record. What is larger than a row may be is measured, not kept."""
+    """The lines of one record. Text beyond CAP is counted, not kept."""
 
     def __init__(self, name: str) -> None:
         self.name, self.start, self.size = name, 0, 0
@@ -364,16 +364,16 @@ def _parsed(lines: Iterator[Line], name: str) -> Iterator[RawRow]:
                 yield RawRow(name, number, value, size)
 
 
-# Keys that hold lists within a row, and keys that only rows have.
+# Keys of lists inside a row, and keys that only rows have.
 _LISTS = {"messages", "conversations", "tools", "functions", "history", "prompt", "completion"}
-_OF_ROWS = {*_LISTS, "text", "instruction", "instruct", "question", "query", "input", "output", "answer"}
+_ROW_KEYS = {*_LISTS, "text", "instruction", "instruct", "question", "query", "input", "output", "answer"}
 
 
 def _check_wrapper(value: Any, source: SourceConfig) -> None:
-    """Raise DataError when the only object of a file holds the rows inside itself."""
+    """Raise DataError when the only object of a file wraps the rows."""
     if not isinstance(value, dict):
         return
-    known = _OF_ROWS | set(source.columns.values())
+    known = _ROW_KEYS | set(source.columns.values())
     parts = value.values()
     if parts and all(isinstance(part, list) and len(part) > 1 and not isinstance(part[0], dict) for part in parts):
         raise _wrapped(next(iter(value)), by_columns=True)
@@ -400,13 +400,13 @@ def _wrapped(key: str, by_columns: bool = False) -> DataError:
 
 
 def _check_one_object(head: str, source: SourceConfig) -> None:
-    """Raise DataError when a file that should hold lines begins with an object that is spread over several of them, or
-    with one that is too long to be a row."""
-    begins = head.lstrip()
-    line, end, _unused = begins.partition("\n")
-    found = re.match(r"\{\s*\"([^\"]{1,100})\"\s*:\s*\[\s*\{", begins)
+    """Raise DataError when a file of JSON lines begins with an object that spans several lines, or that is too long for a
+    row."""
+    beginning = head.lstrip()
+    line, end, _unused = beginning.partition("\n")
+    found = re.match(r"\{\s*\"([^\"]{1,100})\"\s*:\s*\[\s*\{", beginning)
     key = found[1] if found and found[1] not in _LISTS | set(source.columns.values()) else ""
-    if not begins.startswith("{") or (not end and not key):
+    if not beginning.startswith("{") or (not end and not key):
         return
     try:
         json.loads(line)
@@ -414,15 +414,15 @@ def _check_one_object(head: str, source: SourceConfig) -> None:
     except (ValueError, RecursionError):
         pass
     try:
-        value, stop = json.JSONDecoder().raw_decode(begins)
+        value, stop = json.JSONDecoder().raw_decode(beginning)
     except RecursionError:
         return
     except ValueError as error:
-        cut = getattr(error, "pos", 0) >= len(begins) - 12 or "Unterminated" in str(error)
+        cut = getattr(error, "pos", 0) >= len(beginning) - 12 or "Unterminated" in str(error)
         if key and cut and len(head) >= files.HEAD // 4:
             raise _wrapped(key) from None
         return
-    if "\n" in begins[:stop]:
+    if "\n" in beginning[:stop]:
         _check_wrapper(value, source)
         raise DataError(
             _("one object is spread over several lines"),

@@ -1,6 +1,7 @@
 """One row of a file, and a strict JSON parser that never changes the meaning of a row silently.
 
-Python's parser takes the last of two equal keys, NaN, and any depth; other programs take the first, nothing, and crash.
+Python's parser accepts duplicate keys (the last wins), NaN and any depth. Other programs take the first key, reject NaN, and
+crash on deep nesting.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from tongwen.core.errors import RowRefused
 from tongwen.core.i18n import _
 
-CAP = 1 << 24  # bytes of a row
+CAP = 1 << 24  # maximal bytes of a row
 DEPTH = 32
 
 
@@ -42,14 +43,14 @@ def _constant(name: str) -> Any:
     raise RowRefused("not_a_number", _("{name} is not JSON").format(name=name))
 
 
-# The hook costs a third of parsing at most; counting keys afterwards cost more.
+# The hook takes at most a third of the parsing time; counting keys afterwards takes more.
 DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
-# Finds the end of what the other refuses for its content.
+# Finds the end of a value whose content DECODER refuses.
 LENIENT = json.JSONDecoder(strict=False, parse_constant=lambda name: None, parse_int=lambda digits: 0)
 
 
 def parse_json(text: str) -> dict[str, Any]:
-    """The object that a line holds. Raises RowRefused."""
+    """Parse a line that holds one object. Raises RowRefused."""
     try:
         value = DECODER.decode(text)
     except RecursionError:
@@ -61,7 +62,7 @@ def parse_json(text: str) -> dict[str, Any]:
 
 
 def check_object(value: Any, text: str) -> None:
-    """Raise RowRefused unless the value, which the text says, is an object of bearable depth."""
+    """Raise RowRefused unless the value is an object of at most DEPTH levels. text: the JSON of the value."""
     if value.__class__ is not dict:
         rule = _("a row must be an object, this is {kind}").format(kind=kind(value))
         if isinstance(value, str) and value.lstrip().startswith("{"):
@@ -91,7 +92,7 @@ def too_deep() -> RowRefused:
 
 
 def not_json(error: ValueError, text: str, start: int = 0) -> RowRefused:
-    """Why a text, or what begins at `start`, is not JSON, with a guess at what happened."""
+    """Return the error for a text that is not JSON from `start` on, with a guess at the cause."""
     if not isinstance(error, json.JSONDecodeError):
         return RowRefused("not_json", _("not JSON: {error}").format(error=error))
     if error.msg.startswith("Invalid control character"):
@@ -121,6 +122,6 @@ def _guess(error: json.JSONDecodeError, text: str, place: int) -> str:
 
 
 def kind(value: Any) -> str:
-    """What a value is, in JSON's words."""
+    """Return the JSON type of a value, for messages."""
     names = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true/false"}
     return "null" if value is None else names.get(type(value), type(value).__name__)

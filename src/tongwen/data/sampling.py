@@ -1,5 +1,4 @@
-"""What is held out of training, how sources are mixed, and in which order samples are learned: by seed alone, the same on
-every machine."""
+"""Choose held-out records, mix sources and order samples. The seed alone decides, the same on every machine."""
 
 from __future__ import annotations
 
@@ -15,19 +14,19 @@ from tongwen.core.i18n import _
 from tongwen.data.dedup import GOLDEN, mix
 
 
-def order(count: int, seed: int, *words: Any) -> list[int]:
-    """A permutation of range(count). Python's Mersenne twister seeded by a string is fixed across versions."""
+def order(count: int, seed: int, *keys: Any) -> list[int]:
+    """Return a permutation of range(count). Python's Mersenne Twister seeded by a string is stable across versions."""
     indices = list(range(count))
-    random.Random("/".join(map(str, (seed, *words)))).shuffle(indices)  # noqa: S311 (not for secrets)
+    random.Random("/".join(map(str, (seed, *keys)))).shuffle(indices)  # noqa: S311 (not for secrets)
     return indices
 
 
 def choose_held_out(free: np.ndarray, amount: float, seed: int, at_most: int | None = None) -> np.ndarray:
-    """Sorted indices of the records that are held out. free: (N,) bool, the records to choose from; amount: a share of
-    them below 1, of `at_most` records, or a number of records.
+    """Return the sorted indices of the held-out records. free: (N,) bool, the records to choose from; amount: a share
+    below 1 (limited to `at_most` records) or a number of records.
 
-    Those with the smallest hashes of seed and index are taken: whether another record is there changes nothing.
-    A share holds out at least one record where there are two. Raises DataError when nothing would be left to learn.
+    The records with the smallest hashes of seed and index are taken, so that other records do not affect the choice.
+    A share holds out at least one record if there are two. Raises DataError when no record would be left to train on.
     """
     count = int(free.sum())
     wanted = round(count * amount) if amount < 1 else int(amount)
@@ -42,7 +41,7 @@ def choose_held_out(free: np.ndarray, amount: float, seed: int, at_most: int | N
         )
     start = np.uint64(int.from_bytes(hashlib.blake2b(f"{seed}/held_out".encode(), digest_size=8).digest(), "little"))
     keys, chosen = np.zeros(0, np.uint64), np.zeros(0, np.int64)
-    for begin in range(0, len(free) if wanted else 0, 1 << 20):  # blocks: the memory does not grow with the data
+    for begin in range(0, len(free) if wanted else 0, 1 << 20):  # in blocks: memory does not grow with the data
         block = np.flatnonzero(free[begin : begin + (1 << 20)]) + begin
         keys = np.concatenate([keys, mix(block.astype(np.uint64) * np.uint64(GOLDEN) + start)])
         chosen = np.concatenate([chosen, block])
@@ -53,10 +52,10 @@ def choose_held_out(free: np.ndarray, amount: float, seed: int, at_most: int | N
 
 
 def passes_of(tokens: Sequence[int], weights: Sequence[float | None], shares: Sequence[float | None]) -> list[float]:
-    """Passes over each source per epoch. tokens: what each source holds; a source with neither weight nor share is passed
-    over once.
+    """Return the passes over each source per epoch. tokens: tokens of each source; a source with neither weight nor share
+    gets one pass.
 
-    Shares are reached by passing more or less often over the sources that have one; when all have one, none is repeated.
+    Sources with a share get more or fewer passes to reach it; when all sources have a share, none is repeated.
     """
     passes = [1.0 if weight is None else weight for weight in weights]
     total = sum(share for share in shares if share is not None)
@@ -74,9 +73,9 @@ def passes_of(tokens: Sequence[int], weights: Sequence[float | None], shares: Se
 
 
 def draw(sources: np.ndarray, passes: Sequence[float], seed: int, epoch: int) -> list[int]:
-    """The samples of an epoch in their order. sources: (S,) the source of each sample; passes: per source and epoch.
+    """Return the samples of an epoch in order. sources: (S,) the source of each sample; passes: per source and epoch.
 
-    What one epoch leaves out of a source is what the next begins with.
+    The next epoch begins with the samples of a source that this epoch leaves out.
     """
     if all(times == 1 for times in passes):
         return order(len(sources), seed, "epoch", epoch)

@@ -1,4 +1,4 @@
-"""Rows of tables: CSV by its header, Parquet and Arrow by their schema, batch by batch."""
+"""Read the rows of tables: CSV by its header, Parquet and Arrow by their schema, batch by batch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _BATCH = 256  # rows
 
 # -- CSV -----------------------------------------------------------------------------------------------------------
 
-Line = tuple[int, str, int, str, str]  # as `sources` makes them
+Line = tuple[int, str, int, str, str]  # as in `reader`
 
 
 def read_csv(lines: Iterator[Line], head: str, suffix: str, name: str) -> Iterator[RawRow]:
-    """Records by the header's names; a record's number is its first line.
+    """Yield records by the names of the header; a record's number is its first line.
 
-    A record with another number of columns is a bad row. A quote that does not end, or ends in the middle, leaves no way
-    to know where the next record begins: Damaged.
+    A record with another number of columns is a bad row. An unterminated or misplaced quote raises DamagedFile, since the
+    beginning of the next record is unknown.
     """
     csv.field_size_limit(CAP)
     taken: list[Line] = []
@@ -64,7 +64,7 @@ def read_csv(lines: Iterator[Line], head: str, suffix: str, name: str) -> Iterat
 
 
 def _fed(lines: Iterator[Line], taken: list[Line]) -> Iterator[str]:
-    """The texts for the parser; `taken` gets the lines that it has asked for."""
+    """Yield the texts for the parser; append the lines that it has read to `taken`."""
     for line in lines:
         taken.append(line)
         if line[3] == "too_large":
@@ -96,7 +96,7 @@ def _header(record: list[str], line: Line) -> list[str]:
 
 
 def read_table(file: Path, head: bytes, name: str) -> Iterator[RawRow]:
-    """The rows of a Parquet file, an Arrow file (Feather) or an Arrow stream."""
+    """Yield the rows of a Parquet file, an Arrow file (Feather) or an Arrow stream."""
     try:
         import pyarrow as pa
     except ImportError:
@@ -115,8 +115,8 @@ def _damage(pa: Any) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
-        told = str(error).split("\n")[0][:200]
-        raise DamagedFile(_("this table is damaged: {told}").format(told=told), _("fetch the file again")) from None
+        reason = str(error).split("\n")[0][:200]
+        raise DamagedFile(_("this table is damaged: {told}").format(told=reason), _("fetch the file again")) from None
 
 
 def _parquet(raw: Any, file: Path) -> Iterator[Any]:
@@ -139,13 +139,13 @@ def _arrow(raw: Any, head: bytes) -> Iterator[Any]:
     _check_types(table.schema)
     batches: Iterable[Any] = (table.get_batch(index) for index in range(table.num_record_batches)) if is_file else table
     for batch in batches:
-        batch.validate(full=True)  # offsets come from the file; unchecked ones would be followed anywhere
+        batch.validate(full=True)  # unchecked offsets of the file could point to any memory
         for start in range(0, batch.num_rows, _BATCH):
             yield batch.slice(start, _BATCH)
 
 
 def _check_types(schema: Any) -> None:
-    """Extension types are code's business: they are refused, never built."""
+    """Raise DataError for extension types, which are never constructed, and for duplicate column names."""
     import pyarrow as pa
 
     def inner(type_: Any) -> Iterator[Any]:
@@ -167,7 +167,7 @@ def _check_types(schema: Any) -> None:
 
 
 def _values(batch: Any) -> Iterator[Any]:
-    """Rows as dictionaries; a row whose text is no UTF-8 as the error."""
+    """Yield rows as dictionaries; a row whose text is not UTF-8 as the error."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:
@@ -194,7 +194,8 @@ def _row(name: str, number: int, value: Any) -> RawRow:
 
 
 def _as_json(value: Any) -> Any:
-    """What JSON knows. A number that is none is null, as in pandas' files; a date is an object and so never taken for text."""
+    """Convert a value to JSON types. NaN becomes null, as in pandas' files; a date becomes an object, so that it is never
+    read as text."""
     if value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, float):

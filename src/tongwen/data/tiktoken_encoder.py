@@ -1,12 +1,12 @@
-"""Byte-level BPE through tiktoken, four times as fast on Chinese, for tokenizers of which it is proven to give the same ids.
+"""Byte-level BPE through tiktoken, four times as fast on Chinese, for tokenizers for which it provably gives the same ids.
 
-The tokenizers library merges a pair when the pair is listed; tiktoken merges it when what it makes is in the vocabulary.
-The two agree when every token of the vocabulary is what its own bytes are merged to, and ids rise in the order of the
-merges: a pair that is not listed then never stands side by side. (If it did, nothing outside it had touched its bytes, and
-they would have been merged as they are alone: to the token, by the listed pair.) That is computed here for each tokenizer.
+The tokenizers library merges a pair if the pair is listed; tiktoken merges it if the result is in the vocabulary. The two
+agree if the own bytes of every token merge to that token, and ids rise in the order of the merges: then an unlisted pair
+never occurs side by side. (If it did, its bytes had not merged with anything outside it, and would have merged as they do
+alone: to the token, by the listed pair.) This module checks both conditions for each tokenizer.
 
-What remains is the splitting into words, where the two libraries have other tables of letters and blanks. Texts with
-characters outside the blocks that have not changed in many versions of Unicode go to the tokenizers library.
+The libraries also split texts into words with different tables of letters and blanks. Texts with characters outside the
+blocks that have been stable in many versions of Unicode go to the tokenizers library.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-# GPT-2's words, which the tokenizers library has built in as ByteLevel(use_regex=True).
+# GPT-2's pattern for words, built into the tokenizers library as ByteLevel(use_regex=True).
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-SHARE = 64  # texts that a thread takes at once
+SHARE = 64  # texts per task of a thread
 _SURE = (
     "\t\n\r -~\xa0-\u024f\u0370-\u03ff\u0400-\u045f\u2010-\u2027\u2030-\u205e\u20ac\u2100-\u214f\u2190-\u22ff\u2460-\u24ff"
     "\u2500-\u26ff\u3000-\u303f\u3041-\u3096\u309b-\u30ff\u3400-\u4db5\u4e00-\u9fa5\uff01-\uffee"
@@ -33,7 +33,7 @@ _UNSURE = re.compile(f"[^{_SURE}]")
 
 
 class FastEncoder:
-    """encode(text) gives (L,) uint32 ids, or None for a text that the tokenizers library should encode."""
+    """encode(text) returns (L,) uint32 ids, or None for a text that the tokenizers library must encode."""
 
     def __init__(self, encoding: Any, composed: bool) -> None:
         self._encoding, self._composed = encoding, composed
@@ -45,7 +45,7 @@ class FastEncoder:
         return ids
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray | None]:
-        """Each text, on all cores: tiktoken lets go of the interpreter while it works."""
+        """Encode texts on all cores: tiktoken releases the GIL."""
         count = _threads()
         if count < 2 or len(texts) < 2 * SHARE:
             return [self.encode(text) for text in texts]
@@ -57,7 +57,7 @@ class FastEncoder:
 
 
 def _threads() -> int:
-    """As many as the tokenizers library would take."""
+    """Return the number of threads that the tokenizers library would use."""
     if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("false", "0", "off", "no"):
         return 1
     wanted = os.environ.get("RAYON_NUM_THREADS", "")
@@ -65,7 +65,7 @@ def _threads() -> int:
 
 
 def make_fast(backend: Any) -> FastEncoder | None:
-    """The same tokenizer with tiktoken, or None when it is of another kind or not proven."""
+    """Return the same tokenizer with tiktoken, or None when its kind is not supported or the check fails."""
     import tiktoken
 
     tokenizer: dict[str, Any] = json.loads(backend.to_str())
@@ -86,7 +86,7 @@ def make_fast(backend: Any) -> FastEncoder | None:
 
 
 def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
-    """The pattern of words, of a pre-tokenizer that does nothing else."""
+    """Return the word pattern of a pre-tokenizer, or None when the pre-tokenizer does anything else."""
     if not pre_tokenizer:
         return None
     parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
@@ -103,7 +103,7 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
 
 
 def _are_plain(added: list[dict[str, Any]], normalizer: str) -> bool:
-    """Tokens that are found in a text as they are, none of them the beginning of another."""
+    """Whether added tokens match texts literally, and none is a prefix of another."""
     odd = any(token["single_word"] or token["lstrip"] or token["rstrip"] for token in added)
     odd = odd or (bool(normalizer) and any(token["normalized"] for token in added))
     names = sorted(token["content"] for token in added)
@@ -111,7 +111,7 @@ def _are_plain(added: list[dict[str, Any]], normalizer: str) -> bool:
 
 
 def _ranks(model: dict[str, Any], special: dict[str, int]) -> dict[bytes, int] | None:
-    """Bytes of each token -> its id; None when ids do not rise in the order of the merges, or a byte has no token."""
+    """Return {bytes of a token: id}; None when ids do not rise in the order of the merges, or a byte has no token."""
     letters = _bytes_of_letters()
     vocabulary: dict[str, int] = model["vocab"]
     try:
@@ -133,7 +133,7 @@ def _ranks(model: dict[str, Any], special: dict[str, int]) -> dict[bytes, int] |
 
 def _all_are_reached(tokenizer: dict[str, Any], backend: Any, special: dict[str, int]) -> bool:
     """Whether the tokenizers library merges each token's own bytes to it."""
-    if tokenizer["model"].get("ignore_merges"):  # it would look the whole up before it merges
+    if tokenizer["model"].get("ignore_merges"):  # with it, the library would look up the whole text before merging
         without = {**tokenizer, "model": {**tokenizer["model"], "ignore_merges": False}}
         backend = type(backend).from_str(json.dumps(without, ensure_ascii=False))
     model = backend.model
@@ -145,7 +145,7 @@ def _all_are_reached(tokenizer: dict[str, Any], backend: Any, special: dict[str,
 
 
 def _bytes_of_letters() -> dict[str, int]:
-    """GPT-2's letter for each byte: itself where it can be seen, else one from U+0100 on."""
+    """Return {letter: byte} of GPT-2's alphabet: printable bytes as themselves, the others from U+0100 on."""
     seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in seen]
     return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(hidden)}

@@ -1,11 +1,11 @@
-"""Samples laid end to end: in memory, or on disk, where training reads them from as they are.
+"""Encoded samples end to end, in memory or on disk; training reads them memory-mapped.
 
-A store on disk is written batch by batch. After each batch its files are brought to the disk and a line of the journal
-says how far they are good, so that an interrupted encoding goes on there. The folder gets its name when it is complete.
+A store on disk is written batch by batch. After each batch the files are synced to disk, and a line of the journal records
+their valid lengths, so that an interrupted encoding continues from that batch. The complete folder is renamed at the end.
 
     ids.bin      uint16 or uint32, all tokens
-    ends.bin     int64, where each sample ends
-    spans.bin    int64 pairs, the learned stretches
+    ends.bin     int64, the end of each sample
+    spans.bin    int64 pairs, the learned ranges
     samples.bin  SAMPLE, one per sample
 """
 
@@ -24,7 +24,7 @@ from tongwen.core import artifact
 from tongwen.core.records import Origin
 from tongwen.data.ledger import Ledger
 
-FORMAT = 2  # goes into the key of every cache: raise it when the same input would give other tokens
+FORMAT = 2  # part of the key of every cache: raise it when the same input gives other tokens
 SAMPLE = np.dtype([("file", "<u4"), ("row", "<i8"), ("stop", "?")])
 FILES = ("ids.bin", "ends.bin", "spans.bin", "samples.bin", "rejected.jsonl")
 
@@ -34,7 +34,7 @@ class Batch:
     """Some samples, end to end, counted from 0.
 
     ids: (N,) uint32; ends: (S,) int64; spans: (P, 2) int64 of learned positions; stops: (S,) bool;
-    rows: how many dialogues went in; answers, learned_answers: tokens of what assistants say, and the learned ones of them
+    rows: number of source rows; answers, learned_answers: tokens of assistants' answers, and the learned ones of them
     """
 
     ids: np.ndarray
@@ -52,11 +52,10 @@ class TokenStore:
     """All samples.
 
     ids:     (N,) uint16 or uint32
-    offsets: (S + 1,) int64, where each sample begins
-    spans:   (P, 2) int64, from where to where tokens are targets of the loss (the first of a sample never is)
-    samples: (S,) SAMPLE: the file (an index of `files`) and the row that each came from, and whether a learned stop token
-             ends something in it
-    roles:   tokens of what assistants say, and the learned ones of them
+    offsets: (S + 1,) int64, the begin of each sample
+    spans:   (P, 2) int64, ranges of tokens that are targets of the loss (never the first token of a sample)
+    samples: (S,) SAMPLE: file (an index of `files`) and row of its source, and whether it contains a learned stop token
+    roles:   tokens of assistants' answers, and the learned ones of them
     """
 
     ids: np.ndarray
@@ -71,7 +70,7 @@ class TokenStore:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(S,) tokens per sample."""
+        """Return (S,) tokens per sample."""
         return np.diff(self.offsets)
 
     @property
@@ -83,7 +82,7 @@ class TokenStore:
         return int((self.spans[:, 1] - self.spans[:, 0]).sum())
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, learn) of one sample."""
+        """Return (ids, learn) of one sample."""
         begin, end = self.offsets[index], self.offsets[index + 1]
         learn = np.zeros(end - begin, bool)
         first, last = np.searchsorted(self.spans[:, 0], (begin, end))
@@ -97,13 +96,13 @@ class TokenStore:
 
 
 def spans_of(learn: np.ndarray) -> np.ndarray:
-    """(N,) bool -> (P, 2) int64: where each stretch of True begins and ends."""
+    """Return (P, 2) int64: begin and end of each run of True in (N,) bool."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], learn, [False]]).astype(np.int8)))
     return edges.reshape(-1, 2).astype(np.int64)
 
 
 def in_memory(batches: Iterable[Batch]) -> TokenStore:
-    """A store that is not written down."""
+    """Return a store in memory."""
     files: dict[str, int] = {}
     ids, ends, spans, samples = [], [], [], []
     total, answers, learned_answers = 0, 0, 0
@@ -133,9 +132,9 @@ def _samples(batch: Batch, files: dict[str, int]) -> np.ndarray:
 
 
 class Writer:
-    """Writes a store into `FOLDER.partial` and names it when it is complete.
+    """Write a store into `FOLDER.partial` and rename it when it is complete.
 
-    rows: dialogues that an interrupted writer has already taken in; ledger: what it had counted.
+    rows: source rows that an interrupted writer has already encoded; ledger: its counts.
     """
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
@@ -164,10 +163,10 @@ class Writer:
 
     @property
     def ledger(self) -> Ledger:
-        return Ledger.of(self.state["ledger"])
+        return Ledger.from_dict(self.state["ledger"])
 
     def add(self, batch: Batch, ledger: Ledger, rejected: Sequence[bytes]) -> None:
-        """Append a batch; after it, everything up to here survives a crash. ledger: what has been counted up to here."""
+        """Append a batch durably: it survives a crash. ledger: the counts up to and including this batch."""
         parts = (
             batch.ids.astype(self.dtype),
             batch.ends + self.tokens,
@@ -192,7 +191,7 @@ class Writer:
         os.fsync(self.journal.fileno())
 
     def close(self) -> None:
-        """Everything is there: name the folder."""
+        """Write store.json with all hashes and rename the complete folder."""
         for stream in (*self.streams, self.journal):
             stream.close()
         hashes = [artifact.hash_file(self.working / name) for name in FILES]
@@ -203,7 +202,7 @@ class Writer:
 
 
 def _last(journal: Path) -> dict[str, Any] | None:
-    """The last whole line of a journal."""
+    """Return the last whole line of a journal, or None."""
     if not journal.is_file():
         return None
     for line in reversed(journal.read_bytes().split(b"\n")):
@@ -215,7 +214,7 @@ def _last(journal: Path) -> dict[str, Any] | None:
 
 
 def open_store(folder: Path) -> tuple[TokenStore, Ledger] | None:
-    """A complete store, memory-mapped, with its ledger; None when there is none, or its files are not what they were."""
+    """Open a complete store, memory-mapped, with its ledger; None when it is missing or its files have changed."""
     file = folder / "store.json"
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
@@ -233,7 +232,7 @@ def open_store(folder: Path) -> tuple[TokenStore, Ledger] | None:
         tuple(facts["files"]),
         tuple(facts["roles"]),
     )
-    return store, Ledger.of(facts["ledger"])
+    return store, Ledger.from_dict(facts["ledger"])
 
 
 def _map(file: Path, dtype: np.dtype[Any]) -> np.ndarray:

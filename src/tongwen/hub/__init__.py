@@ -1,1 +1,1 @@
-"""Hubs: data sets, models and adapters by name, fetched whole and verified."""
+"""Model hubs: download data sets, models and adapters by name, complete and verified; upload models."""

@@ -1,7 +1,7 @@
-"""A name of a data set or a model becomes an id on a hub: short names, old ids that have moved, addresses of pages.
+"""Resolve the name of a data set or model to an id on a hub: short names, old ids that have moved, page URLs.
 
-The ids of older projects are dead in part, and their users should not have to search for what took their place. The
-table is data (names.yaml); what stands there is what is known for certain.
+Some ids of older projects no longer exist, and users should not have to search for their replacements. The table
+(names.yaml) lists verified ids only.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from urllib.parse import urlsplit
 from tongwen.core.errors import RecipeError
 from tongwen.core.i18n import _
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class HubRef:
-    """What is to be fetched, and from where. kind: `dataset`, `model`, or empty when only the hub can say."""
+    """A repository on a hub. kind: `dataset`, `model`, or empty when the hub must be asked."""
 
     name: str  # as the user wrote it
     id: str  # OWNER/NAME
@@ -32,7 +32,7 @@ class HubRef:
     revision: str = ""
     files: tuple[str, ...] = ()
     code: bool = False
-    modelscope: str = ""  # its id there, when the table knows it
+    modelscope: str = ""  # its id on ModelScope, if the table lists one
 
     @property
     def source(self) -> str:
@@ -45,29 +45,29 @@ class HubRef:
 
 @cache
 def names() -> dict[str, dict[str, Any]]:
-    """The table of short names (names.yaml)."""
+    """Return the table of short names (names.yaml)."""
     import yaml
 
     text = resources.files("tongwen.hub").joinpath("names.yaml").read_text(encoding="utf-8")
     return dict(yaml.safe_load(text))
 
 
-def resolve(name: str, tell: Tell, *, kind: str = "", revision: str = "") -> HubRef:
-    """What a name means: a short name, OWNER/NAME[@REVISION], `hub:`, `modelscope:` or a page's address.
+def resolve(name: str, notify: Notify, *, kind: str = "", revision: str = "") -> HubRef:
+    """Resolve a short name, OWNER/NAME[@REVISION], `hub:…`, `modelscope:…` or the URL of a page.
 
-    Raises RecipeError for a word that means nothing, with the nearest three.
+    Raises RecipeError for an unknown name, with the three nearest ones.
     """
     text, where, kind = _without_address(name.strip(), kind)
     text, _unused, at = text.partition("@")
-    key, old = _look_up(text)
+    key, old = _find_key(text)
     revision = revision or at
     if key is None:
         if not is_id(text):
             raise unknown(name, text)
         return HubRef(name, text, kind or ("model" if where == "modelscope" else ""), where, revision)
     entry = names()[key]
-    there = entry.get("modelscope", "")
-    id_ = entry["hub"] if where == "hub" else there or (text if "/" in text and not old else "")
+    modelscope_id = entry.get("modelscope", "")
+    id_ = entry["hub"] if where == "hub" else modelscope_id or (text if "/" in text and not old else "")
     if not id_:
         raise RecipeError(
             _("the ModelScope location of {key} is unknown").format(key=key),
@@ -75,8 +75,10 @@ def resolve(name: str, tell: Tell, *, kind: str = "", revision: str = "") -> Hub
             remedy="modelscope:OWNER/NAME",
         )
     if old:
-        tell(_("{text} has moved: fetching {id} instead").format(text=text, id=id_))
-    return HubRef(name, id_, kind or entry["kind"], where, revision, tuple(entry.get("files", ())), modelscope=there)
+        notify(_("{text} has moved: fetching {id} instead").format(text=text, id=id_))
+    return HubRef(
+        name, id_, kind or entry["kind"], where, revision, tuple(entry.get("files", ())), modelscope=modelscope_id
+    )
 
 
 def is_id(text: str) -> bool:
@@ -84,38 +86,41 @@ def is_id(text: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text, re.ASCII)) and ".." not in text
 
 
-def today(text: str) -> str:
-    """The id on the hub of a short name or of an id that has moved; any other text as it is."""
-    key, _unused = _look_up(text)
+def current_id(text: str) -> str:
+    """Return the hub id of a short name or of an id that has moved; any other text unchanged."""
+    key, _unused = _find_key(text)
     return str(names()[key]["hub"]) if key is not None else text
 
 
 def nearest(text: str) -> list[str]:
-    """The three short names most like a text."""
+    """Return the three short names most similar to a text."""
     wanted = text.lower().split("/")[-1]
     rank = {
-        key: max(difflib.SequenceMatcher(None, wanted, word.lower().split("/")[-1]).ratio() for word in _words(key))
+        key: max(
+            difflib.SequenceMatcher(None, wanted, candidate.lower().split("/")[-1]).ratio()
+            for candidate in _all_names(key)
+        )
         for key in names()
     }
     return sorted(rank, key=lambda key: (-rank[key], key))[:3]
 
 
-def _words(key: str) -> list[str]:
+def _all_names(key: str) -> list[str]:
     entry = names()[key]
     return [key, entry["hub"], *entry.get("also", ()), *entry.get("moved_from", ()), entry.get("modelscope") or key]
 
 
-def _look_up(text: str) -> tuple[str | None, bool]:
-    """(key in the table or None, is it an old id). Capitals do not count, as they do not on the hub."""
+def _find_key(text: str) -> tuple[str | None, bool]:
+    """Return (key in the table or None, whether the text is an old id). Case is ignored, as on the hub."""
     for key in names():
-        for word in _words(key):
-            if word.lower() == text.lower():
-                return key, word in names()[key].get("moved_from", ())
+        for candidate in _all_names(key):
+            if candidate.lower() == text.lower():
+                return key, candidate in names()[key].get("moved_from", ())
     return None, False
 
 
 def _without_address(text: str, kind: str) -> tuple[str, str, str]:
-    """(the name alone, hub or modelscope, kind) of `hub:X`, `modelscope:X`, `https://HOST/datasets/X/tree/main`."""
+    """Return (name, hub or modelscope, kind) of `hub:X`, `modelscope:X`, `https://HOST/datasets/X/tree/main`."""
     if text.startswith(("http://", "https://")):
         parts = urlsplit(text)
         where = "modelscope" if "modelscope" in (parts.hostname or "") else "hub"

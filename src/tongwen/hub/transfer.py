@@ -1,10 +1,10 @@
-"""The line to the hub: it lists the files of a commit, and brings one file at a time, whole and verified or not at all.
+"""The connection to the hub: list the files of a commit, and download single files, verified by size and hash.
 
-What breaks on the way (a connection, a server, a proxy that answers with a web page) is tried again and continued where
-it stopped, because the files are large and the networks are not good.
+Failures (a connection, a server, a proxy that answers with a web page) are retried, and the download resumes where it
+stopped, because files are large and networks unreliable.
 
-huggingface_hub lists, authorises and opens the connections (proxies, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE); its own
-download is not used, because it forgets a part when the process ends and does not compare the hash.
+huggingface_hub lists files, authorises and opens connections (proxies, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE). Its own
+download is not used: it discards partial files when the process ends and does not compare the hash.
 """
 
 from __future__ import annotations
@@ -23,21 +23,28 @@ from urllib.parse import urlsplit
 
 from tongwen.core.errors import DataError, MachineError
 from tongwen.core.i18n import _
-from tongwen.hub.names import HubRef, Tell, unknown
+from tongwen.hub.names import HubRef, Notify, unknown
 
 OFFICIAL, MIRROR = "https://huggingface.co", "https://hf-mirror.com"
-WAITS_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # before the second try, the third, ...; anew whenever bytes arrived
-FIRST_TRIES = 3  # of a hub that has not answered at all: nobody waits a minute to hear that the network is down
-WHOLE_TRIES = 3  # of a file that arrives whole and wrong: the next try would be as long as the first
-LONGEST_WAIT_SECONDS = 120.0  # of what `Retry-After` may ask
+WAITS_SECONDS = (
+    1.0,
+    2.0,
+    4.0,
+    8.0,
+    16.0,
+    32.0,
+)  # before the second try, the third, ...; starts over whenever bytes arrived
+FIRST_TRIES = 3  # while the hub has not answered at all: report a network that is down without a minute's wait
+WHOLE_TRIES = 3  # of a complete file with a wrong hash: each try takes as long as the first
+LONGEST_WAIT_SECONDS = 120.0  # limit for `Retry-After`
 CONNECT_SECONDS = 10.0
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Remote:
-    """A file as the hub lists it: `sha256` of the content, or git's own hash of it where that is all there is."""
+class RemoteFile:
+    """A file in the hub's listing, with the `sha256` of the content, or only git's hash if the hub lists no sha256."""
 
     path: str
     size: int
@@ -55,11 +62,11 @@ class Listing:
 
     id: str
     commit: str
-    files: tuple[Remote, ...]
+    files: tuple[RemoteFile, ...]
 
 
 class TransientError(Exception):
-    """Something that may be over at the next try; `wait` is what the server asked for, in seconds."""
+    """A failure that may not repeat. wait: seconds that the server asked for; answered: whether the server answered."""
 
     def __init__(self, what: str, wait: float = 0.0, *, answered: bool = True) -> None:
         self.what, self.wait, self.answered = what, wait, answered
@@ -67,97 +74,98 @@ class TransientError(Exception):
 
 
 class NotFound(Exception):
-    """The hub has no such thing."""
+    """The hub has no such repository, revision or file."""
 
 
 class HubClient:
-    """The connection to the hub: each request is tried again, later and later, while that makes sense."""
+    """A client of the hub that retries each request with growing waits."""
 
     def __init__(
         self,
-        wanted: HubRef,
-        tell: Tell,
+        ref: HubRef,
+        notify: Notify,
         waits: Sequence[float] | None = None,
         sleep: Callable[[float], None] | None = None,
     ) -> None:
-        self.wanted, self.tell = wanted, tell
+        self.ref, self.notify = ref, notify
         self.waits = WAITS_SECONDS if waits is None else waits
         self.sleep = sleep or time.sleep
         self.answered = False
 
-    def patiently(self, place: str, attempt: Callable[[], T], reached: Callable[[], int] = lambda: 0) -> T:
-        """The attempt's result. `reached` counts the bytes that are here: when it grew, patience starts anew.
+    def with_retries(self, place: str, attempt: Callable[[], T], bytes_so_far: Callable[[], int] = lambda: 0) -> T:
+        """Return the result of `attempt`, retried after a TransientError. bytes_so_far: bytes on disk; when the number grows,
+        the count of tries starts over.
 
-        Raises MachineError when it is not to be had.
+        Raises MachineError when all tries have failed.
         """
         if is_offline():
             raise offline_error(place)
-        best, used = reached(), 0
+        best, used = bytes_so_far(), 0
         while True:
             try:
                 result = attempt()
                 self.answered = True
                 return result
-            except TransientError as fault:
-                self.answered = self.answered or fault.answered
-                if reached() > best:
-                    best, used = reached(), 0
+            except TransientError as error:
+                self.answered = self.answered or error.answered
+                if bytes_so_far() > best:
+                    best, used = bytes_so_far(), 0
                 tries = len(self.waits) if self.answered else min(FIRST_TRIES - 1, len(self.waits))
                 if used >= tries:
-                    raise self._gave_up(place, fault.what, used + 1) from None
-                wait = max(self.waits[used], min(fault.wait, LONGEST_WAIT_SECONDS))
+                    raise self._download_failed(place, error.what, used + 1) from None
+                wait = max(self.waits[used], min(error.wait, LONGEST_WAIT_SECONDS))
                 used += 1
-                self.tell(
+                self.notify(
                     _("{place}: {what}; retrying in {wait:g} s ({used} of {tries})").format(
-                        place=place, what=fault.what, wait=wait, used=used, tries=tries
+                        place=place, what=error.what, wait=wait, used=used, tries=tries
                     )
                 )
             self.sleep(wait)
 
     def list_files(self, kind: str) -> Listing | None:
-        """The files of the commit that the revision names now; None when there is no such repository."""
-        wanted = self.wanted
+        """Return the files of the revision's current commit; None when the repository does not exist."""
+        ref = self.ref
 
-        def ask() -> Listing | None:
+        def attempt() -> Listing | None:
             from huggingface_hub import HfApi
 
             try:
-                with self.explained(wanted.id):
+                with self.translate_errors(ref.id):
                     info: Any = HfApi(endpoint=endpoint()).repo_info(
-                        wanted.id,
+                        ref.id,
                         repo_type=kind,
-                        revision=wanted.revision or None,
+                        revision=ref.revision or None,
                         files_metadata=True,
                         timeout=_timeout()[1],
                     )
-                    files = tuple(_remote(sibling, wanted) for sibling in info.siblings or ())
-                    return Listing(str(info.id or wanted.id), str(info.sha or wanted.revision or "main"), files)
+                    files = tuple(_remote(sibling, ref) for sibling in info.siblings or ())
+                    return Listing(str(info.id or ref.id), str(info.sha or ref.revision or "main"), files)
             except NotFound:
                 return None
-            except (ValueError, KeyError, TypeError, AttributeError):  # JSON was due, and this is none
+            except (ValueError, KeyError, TypeError, AttributeError):  # the response is not the expected JSON
                 raise TransientError(_("the response is not from the hub (a login page?)")) from None
 
-        return self.patiently(wanted.id, ask)
+        return self.with_retries(ref.id, attempt)
 
-    def fetch(self, remote: Remote, listing: Listing, target: Path, part: Path, arrived: Callable[[int], None]) -> str:
-        """Bring one file to its place, continuing `part`; returns its sha256. Raises MachineError or Gone."""
+    def fetch(
+        self, remote: RemoteFile, listing: Listing, target: Path, part: Path, on_progress: Callable[[int], None]
+    ) -> str:
+        """Download one file to `target`, resuming from `part`; return its sha256. Raises MachineError or NotFound."""
         from huggingface_hub import hf_hub_url
 
         place = f"{listing.id}/{remote.path}"
-        url = hf_hub_url(
-            listing.id, remote.path, repo_type=self.wanted.kind, revision=listing.commit, endpoint=endpoint()
-        )
+        url = hf_hub_url(listing.id, remote.path, repo_type=self.ref.kind, revision=listing.commit, endpoint=endpoint())
         wrong = 0
 
         def attempt() -> str:
             nonlocal wrong
-            have = size_of(part)
-            if have > remote.size:
+            offset = size_of(part)
+            if offset > remote.size:
                 part.unlink()
-                have = 0
-            if have < remote.size or not part.exists():
-                with self.explained(place):
-                    self._stream(url, place, remote, part, have, arrived)
+                offset = 0
+            if offset < remote.size or not part.exists():
+                with self.translate_errors(place):
+                    self._stream(url, place, remote, part, offset, on_progress)
             found, sha256 = hash_of(part, remote)
             if found != remote.digest:
                 part.unlink()
@@ -165,66 +173,66 @@ class HubClient:
                 what = _("the content is wrong: its hash is {found}, but the hub lists {digest}").format(
                     found=found, digest=remote.digest
                 )
-                raise self._gave_up(place, what, wrong) if wrong >= WHOLE_TRIES else TransientError(what)
+                raise self._download_failed(place, what, wrong) if wrong >= WHOLE_TRIES else TransientError(what)
             return sha256
 
-        sha256 = self.patiently(place, attempt, lambda: size_of(part))
+        sha256 = self.with_retries(place, attempt, lambda: size_of(part))
         target.parent.mkdir(parents=True, exist_ok=True)
         part.replace(target)
         return sha256
 
     def _stream(
-        self, url: str, place: str, remote: Remote, part: Path, have: int, arrived: Callable[[int], None]
+        self, url: str, place: str, remote: RemoteFile, part: Path, offset: int, on_progress: Callable[[int], None]
     ) -> None:
-        """Append to `part` what is missing of it. Raises Passing when less or more comes than was promised."""
+        """Append the missing bytes to `part`. Raises TransientError when the server sends fewer or more than the file's size."""
         from huggingface_hub import get_session
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         headers = dict(build_hf_headers())
-        headers["Accept-Encoding"] = "identity"  # else lengths and offsets are those of the packed body
-        if have:
-            headers["Range"] = f"bytes={have}-"
+        headers["Accept-Encoding"] = "identity"  # otherwise lengths and offsets are those of the compressed body
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
         with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=_timeout()) as response:
-            if have and response.status_code == 416:
+            if offset and response.status_code == 416:
                 part.unlink()
                 raise TransientError(_("the server refuses to resume; starting over"))
             self._check_status(response, place)
             is_page = response.headers.get("Content-Type", "").lower().startswith("text/html")
             if is_page and not remote.path.lower().endswith((".html", ".htm")):
                 raise TransientError(_("the server sent a web page instead of the file (a login page?)"))
-            starts_there = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-            if have and not (response.status_code == 206 and starts_there):
-                have = 0
-            with part.open("ab" if have else "wb") as stream:
+            resumes = response.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
+            if offset and not (response.status_code == 206 and resumes):
+                offset = 0
+            with part.open("ab" if offset else "wb") as stream:
                 for block in response.iter_bytes():
-                    if have + len(block) > remote.size:
+                    if offset + len(block) > remote.size:
                         stream.truncate(0)
                         raise TransientError(
                             _("the server sent more than the {size} bytes of the file").format(size=remote.size)
                         )
                     stream.write(block)
-                    have += len(block)
-                    arrived(have)
-        if have < remote.size:
+                    offset += len(block)
+                    on_progress(offset)
+        if offset < remote.size:
             raise TransientError(
-                _("the connection ended after {have} of {size} bytes").format(have=have, size=remote.size)
+                _("the connection ended after {have} of {size} bytes").format(have=offset, size=remote.size)
             )
 
     @contextlib.contextmanager
-    def explained(self, place: str) -> Iterator[None]:
-        """What huggingface_hub and its connections raise, in our words. The server's own text is not repeated: a
-        hostile one could answer with the token that it was sent."""
+    def translate_errors(self, place: str) -> Iterator[None]:
+        """Translate the exceptions of huggingface_hub and its HTTP library into ours. The server's own text is not repeated:
+        a hostile server could return the token that it received."""
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
         try:
             yield
         except GatedRepoError:
             raise self._refused(place, 403) from None
-        except RepositoryNotFoundError:  # the hub says 401 of what does not exist, too
+        except RepositoryNotFoundError:  # the hub also answers 401 for repositories that do not exist
             self.answered = True
             raise NotFound(place) from None
         except HFValidationError:
-            raise unknown(self.wanted.name, self.wanted.id) from None
+            raise unknown(self.ref.name, self.ref.id) from None
         except HfHubHTTPError as error:
             self._check_status(error.response, place)
             raise
@@ -241,54 +249,54 @@ class HubClient:
             ) from None
 
     def _check_status(self, response: Any, place: str) -> None:
-        """Raise Passing, Gone or MachineError for what is no success."""
+        """Raise TransientError, NotFound or MachineError unless the request succeeded."""
         self.answered = True
         status = response.status_code
         if status in (404, 410):
             raise NotFound(place)
         if status in (408, 425, 429) or status >= 500:
-            raise TransientError(f"HTTP {status}", _asked_wait(response.headers))
+            raise TransientError(f"HTTP {status}", _retry_after(response.headers))
         if status >= 400:
             raise self._refused(place, status)
 
     def _refused(self, place: str, status: int) -> MachineError:
         if status not in (401, 403):
             return MachineError(
-                _("the hub refused: HTTP {status}").format(status=status), place=place, remedy=self._cure()
+                _("the hub refused: HTTP {status}").format(status=status), place=place, remedy=self._remedy()
             )
-        page = f"{shown_endpoint()}/{'datasets/' if self.wanted.kind == 'dataset' else ''}{self.wanted.id}"
+        page = f"{shown_endpoint()}/{'datasets/' if self.ref.kind == 'dataset' else ''}{self.ref.id}"
         return MachineError(
             _("the hub denied access: HTTP {status}").format(status=status),
             place=place,
             remedy=_("request access at {page}, then: export HF_TOKEN=hf_...").format(page=page),
         )
 
-    def _gave_up(self, place: str, what: str, tries: int) -> MachineError:
+    def _download_failed(self, place: str, what: str, tries: int) -> MachineError:
         return MachineError(
             _("cannot download from {endpoint}: {what}; {tries} tries").format(
                 endpoint=shown_endpoint(), what=what, tries=tries
             ),
             place=place,
-            remedy=self._cure(),
+            remedy=self._remedy(),
         )
 
-    def _cure(self) -> str:
+    def _remedy(self) -> str:
         other = OFFICIAL if "hf-mirror" in endpoint() else MIRROR
-        there = f"modelscope:{self.wanted.modelscope or 'OWNER/NAME'}"
+        alternative = f"modelscope:{self.ref.modelscope or 'OWNER/NAME'}"
         return _(
             "export HF_ENDPOINT={other}   and run the same command to continue; or use ModelScope:   tongwen fetch {there}"
-        ).format(other=other, there=there)
+        ).format(other=other, there=alternative)
 
 
-def _asked_wait(headers: Mapping[str, str]) -> float:
-    """Seconds that the server wants us to wait: `Retry-After` as a number or a date, or the hub's `RateLimit: ...;t=N`."""
-    asked = headers.get("Retry-After", "").strip()
-    if asked.isdecimal():
-        return float(asked)
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Return the seconds that the server asks to wait: `Retry-After` (number or date), or the hub's `RateLimit: ...;t=N`."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isdecimal():
+        return float(value)
     if reset := re.search(r";\s*t=(\d{1,9})", headers.get("RateLimit", "")):
         return float(reset[1])
     try:
-        return max(parsedate_to_datetime(asked).timestamp() - time.time(), 0.0)
+        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     except (ValueError, TypeError, OverflowError):
         return 0.0
 
@@ -300,7 +308,7 @@ def is_offline() -> bool:
 
 
 def endpoint() -> str:
-    """The hub's address: HF_ENDPOINT, or the official one. Raises MachineError when that is no address."""
+    """Return the hub's URL: HF_ENDPOINT, or the official one. Raises MachineError when it is not a URL."""
     from huggingface_hub import constants
 
     address = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
@@ -314,32 +322,32 @@ def endpoint() -> str:
 
 
 def shown_endpoint() -> str:
-    """The address as it may be printed: a name and password in it are the user's own."""
+    """Return the hub's URL without user name and password, for messages."""
     parts = urlsplit(endpoint())
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def network_error() -> type[Exception]:
-    """The base of all errors of the connection: httpx's or httpx2's, whichever this huggingface_hub is built on."""
+    """Return the base class of connection errors, from httpx or httpx2, whichever this huggingface_hub uses."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(base for base in HfHubHTTPError.__mro__ if base.__module__.startswith("httpx"))
 
 
 def _timeout() -> tuple[float, float, float, float]:
-    """(connect, read, write, pool) in seconds; HF_HUB_DOWNLOAD_TIMEOUT is the time without a byte."""
+    """Return timeouts (connect, read, write, pool) in seconds; HF_HUB_DOWNLOAD_TIMEOUT limits the time without a byte."""
     from huggingface_hub import constants
 
     silence = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
     return (min(CONNECT_SECONDS, silence), silence, silence, silence)
 
 
-def _remote(sibling: Any, wanted: HubRef) -> Remote:
+def _remote(sibling: Any, ref: HubRef) -> RemoteFile:
     path = str(sibling.rfilename)
     if not is_safe(path):
         raise DataError(
             _("the hub lists a file whose path leads outside the folder: {path!r}").format(path=path[:80]),
-            place=wanted.id,
+            place=ref.id,
             remedy=_("do not trust this source; nothing was downloaded"),
         )
     large = sibling.lfs or {}
@@ -350,20 +358,20 @@ def _remote(sibling: Any, wanted: HubRef) -> Remote:
     ):
         raise MachineError(
             _("this hub gives no size or hash, so downloads cannot be verified"),
-            place=f"{wanted.id}/{path}",
+            place=f"{ref.id}/{path}",
             remedy=f"export HF_ENDPOINT={OFFICIAL}",
         )
-    return Remote(path, int(size), sha256, "" if sha256 else git)
+    return RemoteFile(path, int(size), sha256, "" if sha256 else git)
 
 
 def is_safe(path: str) -> bool:
-    """Whether a listed path stays inside the folder, on every system."""
+    """Whether a listed path stays inside the folder, on every operating system."""
     parts = path.split("/")
     return not any(part in ("", ".", "..") for part in parts) and not re.search(r"[\\\x00-\x1f\x7f]|^[A-Za-z]:", path)
 
 
-def hash_of(file: Path, remote: Remote) -> tuple[str, str]:
-    """(what is to be compared with `remote.digest`, sha256) of a file on disk."""
+def hash_of(file: Path, remote: RemoteFile) -> tuple[str, str]:
+    """Return (hash to compare with `remote.digest`, sha256) of a file on disk."""
     sha256 = hashlib.sha256()
     git = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
     with file.open("rb") as stream:
@@ -375,7 +383,7 @@ def hash_of(file: Path, remote: Remote) -> tuple[str, str]:
 
 
 def size_of(file: Path) -> int:
-    """Bytes of a file; 0 when there is none."""
+    """Return the size of a file in bytes; 0 when it does not exist."""
     try:
         return file.stat().st_size
     except OSError:

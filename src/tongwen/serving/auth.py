@@ -149,7 +149,9 @@ def share_heaps() -> None:
     The hole that a large tensor leaves is too small for the next one, which is a token longer: after 2,000 questions to a
     tiny model, 200 MB of such holes lay among 230 MB in use.
     """
-    malloc.tell({malloc.ARENA_MAX: ARENAS, malloc.MMAP_THRESHOLD: MMAP_BYTES, malloc.TRIM_THRESHOLD: 4 * MMAP_BYTES})
+    malloc.set_parameters(
+        {malloc.ARENA_MAX: ARENAS, malloc.MMAP_THRESHOLD: MMAP_BYTES, malloc.TRIM_THRESHOLD: 4 * MMAP_BYTES}
+    )
 
 
 def freeze_objects() -> None:

@@ -117,10 +117,10 @@ class TerminalChat:
             return False
         if name == "/clear":
             self.messages = [turn for turn in self.messages[:1] if turn["role"] == "system"]
-            console.good(_("started a new conversation"))
+            console.success(_("started a new conversation"))
         elif name == "/system":
             self.start(argument)
-            console.good(_("started a new conversation with this system message"))
+            console.success(_("started a new conversation with this system message"))
         elif name == "/retry":
             self._retry()
         elif name == "/save":
@@ -130,7 +130,7 @@ class TerminalChat:
         elif name == "/set":
             self._set(argument)
         else:
-            console.tell(_(COMMANDS))
+            console.info(_(COMMANDS))
         return True
 
     def _retry(self) -> None:
@@ -138,7 +138,7 @@ class TerminalChat:
             self.messages.pop()
             self.answer()
         else:
-            console.tell(_("no answer yet"))
+            console.info(_("no answer yet"))
 
     def _save(self, file: Path) -> None:
         try:
@@ -146,7 +146,7 @@ class TerminalChat:
         except OSError as error:
             console.error(f"{file}: {error.strerror}")
         else:
-            console.good(str(file))
+            console.success(str(file))
 
     def _set(self, argument: str) -> None:
         """Change a setting (`temperature 0.7`) and print all settings."""
@@ -159,7 +159,7 @@ class TerminalChat:
                 console.error(error.text())
                 return
             self.settings = changed
-        console.tell("  ".join(f"{name} {value}" for name, value in self.settings.items()))
+        console.info("  ".join(f"{name} {value}" for name, value in self.settings.items()))
 
 
 def converse(chat: TerminalChat, *, name: str, system: str) -> int:

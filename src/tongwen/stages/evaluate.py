@@ -47,7 +47,7 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
         before = EvaluatedModel(recipe.base, template=base_template, optional=True)
     with keep_answers(out) as kept, artifact.create(out, "evaluate", {"model": model}, settings(recipe)) as draft:
         draft.facts["scores"] = evaluate_models(tasks, after, before, section, kept, draft.path)
-    console.good(str(out / "report.html"))
+    console.success(str(out / "report.html"))
     assert draft.artifact
     return draft.artifact
 

@@ -44,6 +44,6 @@ def run(recipe: Recipe, out: Path) -> artifact.Artifact:
             draft.facts[form] = {"fingerprint": made.fingerprint, "files": list(made.manifest["files"])}
         if recipe.export.push:
             draft.facts["pushed"] = upload.push(draft.path / "hf", recipe.export.push, console.notice)
-            console.good(str(draft.facts["pushed"]))
+            console.success(str(draft.facts["pushed"]))
     assert draft.artifact
     return draft.artifact

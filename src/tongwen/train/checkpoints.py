@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tongwen.core import artifact, console
-from tongwen.core.distributed import is_first
+from tongwen.core.distributed import is_main_process
 from tongwen.core.errors import ArtifactError
 from tongwen.core.i18n import _
 
@@ -56,7 +56,7 @@ def _put_aside(problems: Mapping[Path, str], found: Path) -> None:
                 path=path.name, problem=problem, aside=aside.name
             )
         )
-        if is_first():
+        if is_main_process():
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
     if problems:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tongwen.core.html import running_mean
-from tongwen.core.i18n import _, language, speaking
+from tongwen.core.i18n import _, language, use_language
 
 
 def is_installed() -> bool:
@@ -23,7 +23,7 @@ def write_png(file: Path, title: str, points: list[tuple[float, float]]) -> None
     from matplotlib import pyplot as plt
 
     font = cjk_font()
-    with speaking(language() if font else "en"):
+    with use_language(language() if font else "en"):
         xlabel, ylabel = _("step"), _("loss (nats per learned token)")
     if not title.isascii() and font is None:
         title = title.encode("latin-1", "ignore").decode("latin-1")

@@ -181,4 +181,4 @@ def keep_freed_memory() -> None:
     kept, they would leave holes too small for the next pack, a token longer, and the process would grow for hundreds of
     steps (1.8 times the memory after 60 steps in full).
     """
-    malloc.tell({malloc.MMAP_THRESHOLD: LARGEST_KEPT, malloc.TRIM_THRESHOLD: -1})
+    malloc.set_parameters({malloc.MMAP_THRESHOLD: LARGEST_KEPT, malloc.TRIM_THRESHOLD: -1})

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from tongwen.core import console
 from tongwen.core.console import Bar, human_count
-from tongwen.core.distributed import is_first
+from tongwen.core.distributed import is_main_process
 from tongwen.core.errors import NumbersError
 from tongwen.core.i18n import _
 from tongwen.recipe.training import Forgetting
@@ -54,7 +54,7 @@ class MetricsCallback(TrainerCallback):
         self.history = list(found.items())
         self.losses = [line["loss"] for line in kept if line["step"] > self.before_steps]
         self.flat_from = step
-        if is_first():
+        if is_main_process():
             partial = self.file.with_suffix(".partial")
             partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             partial.replace(self.file)  # atomic: the other processes read it too

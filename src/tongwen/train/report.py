@@ -86,7 +86,7 @@ def held_out_table(
 def _report_change(label: str, scores: dict[str, float]) -> None:
     """Print a score before and after; lower is better."""
     change = scores["after"] / scores["before"] - 1 if scores["before"] else math.nan
-    show = console.notice if scores["after"] > scores["before"] else console.good
+    show = console.notice if scores["after"] > scores["before"] else console.success
     show(f"{label} {scores['before']:.3f} → {scores['after']:.3f} ({change:+.1%})")
 
 
@@ -97,7 +97,7 @@ def report_result(report: dict[str, Any], out: Path) -> None:
         _report_change(_("held-out bits per byte"), held_out["bits_per_byte"])
         for name, group in held_out["groups"].items():
             _report_change(f"  {name}", group["bits_per_byte"])
-    console.good(
+    console.success(
         f"{human_time(through['seconds'])} · {through['tokens_per_second']:.0f} token/s · "
         f"{_('peak')} {human_bytes(report['peak_memory_bytes'])} · {out / 'report.html'}"
     )

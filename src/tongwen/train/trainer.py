@@ -134,7 +134,7 @@ def train_phase(job: PhaseRun) -> int:
     if job.checkpoint:
         job.engine.check_resumes(job.checkpoint)
     shutdown = ShutdownRequest(job.deadline)
-    with distributed.listening(shutdown.on_signal), job.tracker.environment() if job.tracker else nullcontext():
+    with distributed.on_stop_signals(shutdown.on_signal), job.tracker.environment() if job.tracker else nullcontext():
         # Put the Trainer together.
         trainer = PlannedTrainer(job, shutdown)
         trainer.remove_callback(PrinterCallback)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tongwen.core import console
-from tongwen.core.chat_template import Template, set_apart
+from tongwen.core.chat_template import Template, separate_control_tokens
 from tongwen.core.errors import DataError, ModelError, RowRefused
 from tongwen.core.i18n import _
 from tongwen.core.model_families import family_of
@@ -121,7 +121,9 @@ class ChatModel:
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of a text to continue without a template; control tokens in it are encoded as plain text."""
-        return self.encoder.encode_prompt(set_apart(text, tuple(chat_setup.special_texts(self.generator.tokenizer))))
+        return self.encoder.encode_prompt(
+            separate_control_tokens(text, tuple(chat_setup.special_texts(self.generator.tokenizer)))
+        )
 
     def _numbered(self, number: int, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         try:

@@ -99,4 +99,4 @@ def _report_ledger(tables: dict[str, Any], changed: dict[str, int]) -> None:
     console.table((_("ledger"), _("rows"), _("bytes")), rows)
     if changed:
         mended = ", ".join(f"{name} {count:,}" for name, count in sorted(changed.items()))
-        console.tell(_("texts repaired: {mended}").format(mended=mended))
+        console.info(_("texts repaired: {mended}").format(mended=mended))

@@ -70,7 +70,7 @@ def as_html(found: DataPreview) -> str:
     more = "+" if len(found.problems) == PROBLEMS else ""
     facts = [
         (found.format, _("format")),
-        (f"{ledger.things_in:,}", _("rows")),
+        (f"{ledger.items_in:,}", _("rows")),
         (f"{ledger.kept:,}", _("would be kept")),
         (f"{len(found.problems):,}{more}", _("problems")),
         (console.human_bytes(ledger.size_in), _("amount of data")),

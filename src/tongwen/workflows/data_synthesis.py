@@ -58,7 +58,7 @@ def synthesize(section: Synthesize, seed: int, settings: dict[str, Any], out: Pa
                     journal,
                     complete,
                     client.RequestFailed,
-                    lambda rows: bar.update(rows, spending.said()),
+                    lambda rows: bar.update(rows, spending.summary()),
                 )
 
         with console.progress(section.rows, "synthesize") as bar:
@@ -78,9 +78,9 @@ def synthesize(section: Synthesize, seed: int, settings: dict[str, Any], out: Pa
         }
     assert draft.artifact
     lost = ", ".join(f"{reason} {count}" for reason, count in made.reasons.most_common())
-    console.good(_("{count} dialogues · {spending}").format(count=len(made.rows), spending=spending.said()))
+    console.success(_("{count} dialogues · {spending}").format(count=len(made.rows), spending=spending.summary()))
     if lost:
-        console.tell(_("not used: {lost}").format(lost=lost))
+        console.info(_("not used: {lost}").format(lost=lost))
     return draft.artifact
 
 

@@ -77,7 +77,9 @@ def merge(
     for number, link in enumerate(links, 1):
         role = "adapter" if len(links) == 1 else f"adapter_{number}"
         parents[role] = link.stage.as_parent() if link.stage else {"path": link.name, "fingerprint": link.own}
-    with artifact.create(out, "model" if options.to == "hf" else "pth", parents, settings, swept=True) as draft:
+    with artifact.create(
+        out, "model" if options.to == "hf" else "pth", parents, settings, remove_on_error=True
+    ) as draft:
         counts = _write(place, {} if place.gguf else lines, links, draft, options)
         _copy_chat_setup(place, links, draft.path)
         if options.to == "pth":
@@ -90,7 +92,7 @@ def merge(
         if last:
             draft.facts["template_name"] = last.manifest.get("template_name")
     assert draft.artifact
-    console.good(
+    console.success(
         _("{changed} of {tensors} tensors changed · {out}").format(
             changed=counts["changed"], tensors=counts["tensors"], out=out
         )
@@ -218,7 +220,7 @@ def _compare(
             ).format(model_type=config.get("model_type"))
         )
         return {}
-    console.good(
+    console.success(
         _(
             "base + adapters against the merged model: logits differ by at most {difference:.2g} ({relative:.2g} of their spread)"
         ).format(difference=found["max_logit_difference"], relative=found["relative"])

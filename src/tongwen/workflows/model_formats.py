@@ -117,11 +117,11 @@ def convert(source: ModelSource, to: str, out: Path, quantize: str, settings: Ma
         gguf.check_tensors(source.tensors, source.config)
     console.header(f"convert → {to}", source.name)
     parents = {"source": {"path": source.name, "fingerprint": _fingerprint(source)}}
-    with artifact.create(out, "model" if to == "hf" else to, parents, settings, swept=True) as draft:
+    with artifact.create(out, "model" if to == "hf" else to, parents, settings, remove_on_error=True) as draft:
         writers[to](source, draft)
         draft.record_files(lambda file: file.suffix != ".safetensors")
     assert draft.artifact
-    console.good(_("written and verified: {out}").format(out=out))
+    console.success(_("written and verified: {out}").format(out=out))
     return draft.artifact
 
 

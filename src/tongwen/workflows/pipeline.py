@@ -64,7 +64,7 @@ def run(
     Raises RecipeError if a finished or interrupted stage was made with other settings, and for `again` and `fork` in
     several processes.
     """
-    distributed.begin()
+    distributed.record_start_time()
     if (again or fork) and distributed.is_launched():
         flag, count = "--again" if again else "--fork", distributed.world_size()
         raise RecipeError(
@@ -84,7 +84,7 @@ def run(
     except OSError as error:
         raise MachineError(_("cannot be created: {strerror}").format(strerror=error.strerror), place=str(out)) from None
     done: list[artifact.Artifact] = []
-    with lock_folder(out), distributed.listening(distributed.interrupt):
+    with lock_folder(out), distributed.on_stop_signals(distributed.interrupt):
         redo_from = _first_to_redo(recipe, chosen, out, stages, explicit=bool(only or start)) if again else None
         redone = STAGES[STAGES.index(redo_from) :] if redo_from else ()
         if not distributed.is_launched():
@@ -96,7 +96,7 @@ def run(
 
                 trackers.check(recipe.track)
             check_ahead(recipe, left, stages)
-        if distributed.is_first() and not distributed.is_ours():
+        if distributed.is_main_process() and not distributed.is_child_process():
             left = [name for name in chosen if name in redone or not artifact.find(out / name)]
             prepared = None if "prepare" in redone else artifact.find(out / "prepare")
             if prepared and {*left} & {*TRAINING}:
@@ -107,7 +107,7 @@ def run(
             if name in redone:
                 _put_aside(path)
             elif (found := _find_unchanged(recipe, name, out, stages, fork)) is not None:
-                console.good(_("{name}: already done").format(name=name))
+                console.success(_("{name}: already done").format(name=name))
                 done.append(found)
                 continue
             try:
@@ -210,14 +210,14 @@ def _find_unchanged(recipe: Recipe, name: str, out: Path, stages: Stages, fork: 
     made with other settings."""
     found = artifact.find(out / name)
     if found is not None:
-        artifact.refuse_changed(str(out / name), _changed(recipe, name, found, stages[name]), resume.again())
+        artifact.refuse_changed(str(out / name), _changed(recipe, name, found, stages[name]), resume.rerun_hint())
     elif name in TRAINING and not distributed.is_launched() and (prepared := artifact.find(out / "prepare")):
         resume.check(
             artifact.partial_of(out / name),
             _settings(recipe, stages[name]),
             prepared.fingerprint,
             fork=fork,
-            takes_new_rates=getattr(recipe, name).sharded_by != "deepspeed",
+            allows_new_settings=getattr(recipe, name).sharded_by != "deepspeed",
         )
     return found
 
@@ -229,7 +229,7 @@ def _run_stage(recipe: Recipe, name: str, path: Path, arguments: Sequence[str], 
         if code:
             raise LaunchFailed(code)
         return artifact.open_artifact(path, name)
-    if distributed.is_first():
+    if distributed.is_main_process():
         return stages[name].run(recipe, path)
     if name in TRAINING:
         stages[name].run(recipe, path)

@@ -22,7 +22,7 @@ def lock_folder(out: Path) -> Iterator[None]:
 
     Raises MachineError with the holder's name if another run has the lock.
     """
-    if not distributed.is_first() or distributed.is_ours() or os.name == "nt":
+    if not distributed.is_main_process() or distributed.is_child_process() or os.name == "nt":
         yield
         return
     import fcntl

@@ -184,7 +184,7 @@ def report_ledger(data: TokenizedData) -> None:
     rows = table_rows(data.ledger.to_dict(), _("encode"), _("trained"))
     console.table((_("ledger"), _("rows"), "token"), rows)
     mask, rejected = data.mask, data.rejected
-    console.tell(describe_mask(mask))
+    console.info(describe_mask(mask))
     if mask["round_trip"]["differ"]:
         console.notice(
             _(
@@ -300,8 +300,8 @@ def encode_prepared(
     with console.waiting(_("finding the tokens")):
         found = token_store.open_store(store_folder)
     if found:
-        console.good(_("tokens: already encoded"))
-    elif distributed.is_first():
+        console.success(_("tokens: already encoded"))
+    elif distributed.is_main_process():
         _encode(prepared.path / f"{record_encoder.kind}.jsonl", record_encoder, store_folder)
     while (found := found or token_store.open_store(store_folder)) is None:
         time.sleep(0.2)
@@ -365,8 +365,8 @@ def _encode_held_out(
         name: token_store.in_memory(record_encoder.held_out(groups[name], aside, bad.append)) for name in sorted(groups)
     }
     if prepared.manifest["ledger"][record_encoder.kind]["from_training"]:
-        ledger.enter(aside.size_in, things=len(records))
-        ledger.lose("held_out", aside.size_in, things=len(records))
+        ledger.enter(aside.size_in, items=len(records))
+        ledger.lose("held_out", aside.size_in, items=len(records))
     if bad:
         console.notice(
             _("{count} held-out samples are not scored, the first: {rule}").format(count=len(bad), rule=bad[0].rule)
@@ -392,7 +392,7 @@ def _make_sampler(
     passes = passes_of(tokens, [one["weight"] for one in sources], [one["share"] for one in sources])
     for one, times in zip(sources, passes, strict=True):
         if times != 1:
-            console.tell(_("{path}: {times:.3g} passes per epoch").format(path=one["path"], times=times))
+            console.info(_("{path}: {times:.3g} passes per epoch").format(path=one["path"], times=times))
     missed = list[str]()
     if any(times != 1 for times in passes):
         first, asked = draw(owners, passes, seed, 0), np.multiply(tokens, passes)

@@ -66,7 +66,7 @@ def extend_vocabulary(recipe: Recipe, settings: dict[str, Any], out: Path) -> ar
     parents: dict[str, Any] = {"base": {"path": recipe.base, "fingerprint": combine(base_lines)}}
     if prepared:
         parents["prepare"] = prepared.as_parent()
-    with artifact.create(out, "vocab", parents, settings, swept=True) as draft:
+    with artifact.create(out, "vocab", parents, settings, remove_on_error=True) as draft:
         artifact.check_disk(draft.path, resize.bytes_needed(base, names, rows))
         tokenizer_files.save(extended.files, draft.path)
         with console.progress(len(base.facts), "grow") as bar:
@@ -137,7 +137,7 @@ def _advise(
     steps = sorted({*measure.CURVE, section.pieces})
     start, curve = tokenizer_files.curve(learned, rest, tokenizer_files.shape_of(base), steps)
     advice = measure.advise(start, curve, vocab_scores.damage_of(bits), min(section.pieces, len(learned)))
-    report = console.good if advice.extend else console.notice
+    report = console.success if advice.extend else console.notice
     report(
         _("extending this vocabulary is worthwhile")
         if advice.extend
@@ -146,7 +146,7 @@ def _advise(
         )
     )
     for reason in advice.reasons:
-        console.tell(f"  · {reason}")
+        console.info(f"  · {reason}")
     return {"curve": [vars(point) for point in (start, *curve)], "advice": advice.to_dict()}
 
 
@@ -158,7 +158,7 @@ def _copy_generation_config(place: load.ModelRef, out: Path) -> None:
 
 
 def _report_rows(rows: resize.RowPlan, out: Path) -> None:
-    console.good(
+    console.success(
         _(
             "{count:,} new tokens: {filled:,} use spare rows, the matrices grew by {added:,} to {wanted:,} rows · {out}"
         ).format(count=len(rows.new), filled=rows.filled, added=rows.added, wanted=rows.wanted, out=out)

@@ -137,7 +137,7 @@ def test_a_reply_of_a_thousand_items_is_cut() -> None:
 def taken(*items: tuple[str, str, str], **words: Any) -> generate.GeneratedDialogues:
     made = generate.GeneratedDialogues(section(rows=100, **words))
     text = json.dumps([dict(zip(("instruction", "input", "output"), item, strict=True)) for item in items])
-    made.take(generate.Request(0, "p", {}), Reply("k", text, "stop", (1, 1)))
+    made.add_reply(generate.Request(0, "p", {}), Reply("k", text, "stop", (1, 1)))
     return made
 
 
@@ -190,7 +190,7 @@ def test_bm25_ranks_as_the_formula_says() -> None:
 
 def test_what_it_asks_with() -> None:
     seeds = generate.shipped_seeds()
-    words = generate._words()
+    words = generate._prompts()
     assert (len(seeds), len(set(words["topics"])), len(set(words["kinds"]))) == (40, 82, 14)
     prompts = [next(make).prompt for make in (generate.self_instruct(seeds, 1), generate.by_topics([], 1))]
     assert prompts[0].endswith("###\n4. 指令:") and prompts[0].count("输出:\n") == 3
@@ -363,7 +363,7 @@ def test_self_instruct_from_a_file_of_one_s_own(faults: Callable[..., Any], tong
     code, _, err = tongwen("run", write_recipe(tmp_path, server.url, method="self_instruct", seeds=str(seeds), rows=1))
     assert code == 0, err
     assert rows_of(tmp_path)[0]["messages"][1]["content"] == "生煎、锅贴、豆浆"
-    assert "任务" in next(iter(server.asked)) and not set(server.asked) & set(generate._words()["seeds"][0].values())
+    assert "任务" in next(iter(server.asked)) and not set(server.asked) & set(generate._prompts()["seeds"][0].values())
     seeds.write_text('{"instruction": "x"}\n')
     code, _, err = tongwen(
         "run", write_recipe(tmp_path, server.url, method="self_instruct", seeds=str(seeds)), "--again"
@@ -442,7 +442,7 @@ def test_the_wrong_key_stops_at_once(
 def test_a_full_disk_stops_before_the_next_request(
     faults: Callable[..., Any], tongwen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tongwen.data.synthesis.journal.FREE", 1 << 60)
+    monkeypatch.setattr("tongwen.data.synthesis.journal.MIN_FREE_BYTES", 1 << 60)
     server = faults()
     code, _, err = tongwen("run", write_recipe(tmp_path, server.url))
     assert code == 5 and "disk" in err and not server.asked

@@ -1,1 +1,1 @@
-"""Dialogues that another model writes."""
+"""Synthetic dialogues, written by another model."""

@@ -1,7 +1,7 @@
-"""Answers that cost money, from an OpenAI-compatible endpoint: asked again when that may help, and never beyond the cap.
+"""Request paid answers from an OpenAI-compatible endpoint: retry when that may help, and never exceed the spending cap.
 
-There is one layer that retries, this one: the client's own is off, because two multiply. An answer counts only when the
-endpoint said that it is finished. The key comes from the environment, goes to one origin, and is never written.
+Only this module retries: the official client's retries are off, because two layers would multiply. An answer counts only
+with a finish reason from the endpoint. The API key comes from the environment, is sent to one origin, and is never written.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from tongwen.core.i18n import _
 from tongwen.core.openai_client import CappedTransport, OpenAIClient, ReplyTooLarge, TruncatedReply
 from tongwen.recipe.data import Synthesize
 
-LONGEST_REST = 120.0  # seconds that a Retry-After is obeyed
-OUTAGE = 5  # failures in a row after which one request at a time is tried
-HOPELESS = (400, 401, 403, 404, 405, 413, 422)
+MAX_RETRY_AFTER = 120.0  # limit for Retry-After, in seconds
+OUTAGE_FAILURES = 5  # failures in a row after which requests are sent one at a time
+FATAL_STATUSES = (400, 401, 403, 404, 405, 413, 422)
 
 
 class RequestFailed(Exception):
-    """A request that stays without an answer, with the reason."""
+    """A request failed after all attempts; the message is the last reason."""
 
 
 class SpendingMeter:
-    """Compare what was spent, and what running requests may still cost, with the cap."""
+    """Compare the spending, including the possible cost of running requests, with the cap."""
 
     def __init__(self, section: Synthesize) -> None:
         self.cap, self.price = section.at_most, section.price
@@ -46,9 +46,9 @@ class SpendingMeter:
         price = self.price
         return (tokens[0] * price.input + tokens[1] * price.output) / 1e6 if price else 0.0
 
-    def reserve(self, most: tuple[int, int]) -> None:
-        """Make room for a request. Raises MachineError when it could go beyond the cap."""
-        planned = [spent + kept + new for spent, kept, new in zip(self.tokens, self.reserved, most, strict=True)]
+    def reserve(self, limit: tuple[int, int]) -> None:
+        """Reserve the tokens of a request. Raises MachineError when it could exceed the cap."""
+        planned = [spent + kept + new for spent, kept, new in zip(self.tokens, self.reserved, limit, strict=True)]
         for name, value, cap in (
             ("requests", self.requests + 1, self.cap.requests),
             ("tokens", sum(planned), self.cap.tokens),
@@ -57,35 +57,35 @@ class SpendingMeter:
             if cap is not None and value > cap:
                 raise MachineError(
                     _("the next request could exceed the cap of {cap:g} {name}; spent: {said}").format(
-                        cap=cap, name=name, said=self.said()
+                        cap=cap, name=name, said=self.summary()
                     ),
                     place=f"synthesize.at_most.{name}",
                     remedy=_("raise the cap or reduce `rows`; the same command continues"),
                 )
         self.requests += 1
-        self._hold(most, 1)
+        self._hold(limit, 1)
 
-    def settle(self, most: tuple[int, int], used: tuple[int, int]) -> None:
-        """A request has ended: what it took, instead of what was held for it."""
-        self._hold(most, -1)
+    def settle(self, limit: tuple[int, int], used: tuple[int, int]) -> None:
+        """Replace the reservation of a finished request by its actual use."""
+        self._hold(limit, -1)
         self.count(used)
 
     def count(self, used: tuple[int, int]) -> None:
         self.tokens = [spent + new for spent, new in zip(self.tokens, used, strict=True)]
 
-    def said(self) -> str:
+    def summary(self) -> str:
         money = f", {self.money(self.tokens):.4g} {_('in money')}" if self.price else ""
         return f"{_('{requests} requests').format(requests=self.requests)}, {sum(self.tokens):,} token{money}"
 
-    def _hold(self, most: tuple[int, int], sign: int) -> None:
-        self.reserved = [kept + sign * new for kept, new in zip(self.reserved, most, strict=True)]
+    def _hold(self, limit: tuple[int, int], sign: int) -> None:
+        self.reserved = [kept + sign * new for kept, new in zip(self.reserved, limit, strict=True)]
 
 
 class SynthesisClient:
     """A client of one endpoint with its retry policy."""
 
-    def __init__(self, section: Synthesize, spending: SpendingMeter, tell: Callable[[str], None]) -> None:
-        self.section, self.spending, self.tell = section, spending, tell
+    def __init__(self, section: Synthesize, spending: SpendingMeter, notify: Callable[[str], None]) -> None:
+        self.section, self.spending, self.notify = section, spending, notify
         self.schema = section.json_schema == "auto"
         self.failures = 0  # in a row
         self.rest_until = 0.0
@@ -99,25 +99,25 @@ class SynthesisClient:
             timeout=httpx2.Timeout(section.seconds, connect=min(10.0, section.seconds)),
             default_headers={"Accept-Encoding": "identity"},
             http_client=httpx2.AsyncClient(
-                # Behind a proxy the transport is the library's own; there only the text is counted.
+                # Behind a proxy the library uses its own transport; then only the text counts towards the size limit.
                 transport=None if section.use_proxy else CappedTransport(),
                 trust_env=section.use_proxy,
                 follow_redirects=False,
-                event_hooks={"response": [_check_kind]},
+                event_hooks={"response": [_refuse_web_page]},
             ),
         )
 
     async def complete(self, prompt: str, schema: dict[str, Any] | None) -> tuple[str, str, tuple[int, int]]:
-        """(text, why it ended, tokens of prompt and answer). Raises Unanswered, or TongwenError when no request can be
-        answered."""
-        most = (len(prompt.encode()), self.section.max_tokens)  # no tokenizer makes more of it than its bytes
-        why = ""
+        """Return (text, finish reason, tokens of prompt and answer). Raises RequestFailed, or TongwenError when all requests
+        would fail."""
+        limit = (len(prompt.encode()), self.section.max_tokens)  # a prompt has at most as many tokens as bytes
+        reason = ""
         for attempt in range(self.section.attempts):
-            async with _Turn(self):
-                self.spending.reserve(most)
+            async with _RequestSlot(self):
+                self.spending.reserve(limit)
                 used = (0, 0)
                 try:
-                    answer = await asyncio.wait_for(self._ask(prompt, schema), self.section.seconds)
+                    answer = await asyncio.wait_for(self._request(prompt, schema), self.section.seconds)
                     used = answer[2]
                     self.failures = 0
                     return answer
@@ -129,30 +129,30 @@ class SynthesisClient:
                     ValueError,
                     httpx2.HTTPError,
                 ) as error:
-                    why, used = self._judged(error), (0, 0) if _cost_nothing(error) else most
+                    reason, used = self._handle_error(error), (0, 0) if _is_unbilled(error) else limit
                 finally:
-                    self.spending.settle(most, used)
+                    self.spending.settle(limit, used)
             await asyncio.sleep(random.uniform(0, min(60.0, self.section.pause * 2**attempt)))  # noqa: S311 (full jitter)
-        raise RequestFailed(why)
+        raise RequestFailed(reason)
 
-    async def _ask(self, prompt: str, schema: dict[str, Any] | None) -> tuple[str, str, tuple[int, int]]:
+    async def _request(self, prompt: str, schema: dict[str, Any] | None) -> tuple[str, str, tuple[int, int]]:
         section = self.section
-        form: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if schema and self.schema:
-            form = {"response_format": {"type": "json_schema", "json_schema": {"name": "tasks", "schema": schema}}}
+            options = {"response_format": {"type": "json_schema", "json_schema": {"name": "tasks", "schema": schema}}}
         text, finish, tokens = await self.client.stream_chat(
             [{"role": "user", "content": prompt}],
             temperature=section.temperature,
             top_p=section.top_p,
             max_tokens=section.max_tokens,
-            **form,
+            **options,
         )
         if not tokens or not tokens[1]:  # at least as many characters as tokens
             tokens = (tokens[0] if tokens else len(prompt), len(text))
         return text, finish, tokens
 
-    def _judged(self, error: Exception) -> str:
-        """Why a request failed, when it is worth asking again. Raises TongwenError when none is."""
+    def _handle_error(self, error: Exception) -> str:
+        """Return the reason of a failure that is worth a retry. Raises TongwenError when no request can succeed."""
         if isinstance(cause := error.__cause__, TongwenError):
             raise cause
         self.failures += 1
@@ -161,9 +161,9 @@ class SynthesisClient:
         status, code = error.status_code, getattr(error, "code", None)
         if status in (400, 422) and self.schema and "response_format" in str(error):
             self.schema = False
-            self.tell(_("the endpoint does not support JSON schema: not using it"))
+            self.notify(_("the endpoint does not support JSON schema: not using it"))
             return "json_schema"
-        if status in HOPELESS or code == "insufficient_quota" or 300 <= status < 400:
+        if status in FATAL_STATUSES or code == "insufficient_quota" or 300 <= status < 400:
             raise RecipeError(
                 _("the endpoint refused the request ({status}): {error!s:.300}").format(status=status, error=error),
                 place="synthesize.endpoint",
@@ -172,25 +172,25 @@ class SynthesisClient:
                 ),
             )
         if status == 429:
-            self.failures -= 1  # it lives, and says when to come again
+            self.failures -= 1  # the endpoint works and names the time for the next try
             self.rest_until = max(self.rest_until, time.monotonic() + retry_after(error.response.headers))
         return f"HTTP {status}"
 
 
-class _Turn:
-    """A moment at which a request may start: the pace is kept, a Retry-After is obeyed, and in an outage there is one
-    probe at a time, each after a longer rest."""
+class _RequestSlot:
+    """Wait until a request may start: keep the rate limit, obey Retry-After, and during an outage send one probe at a time
+    with growing pauses."""
 
     def __init__(self, endpoint: SynthesisClient) -> None:
         self.endpoint, self.probes = endpoint, False
 
     async def __aenter__(self) -> None:
         endpoint = self.endpoint
-        if endpoint.failures >= OUTAGE:
+        if endpoint.failures >= OUTAGE_FAILURES:
             await endpoint.probing.acquire()
             self.probes = True
-            if endpoint.failures >= OUTAGE:  # not ended while we waited
-                await asyncio.sleep(min(60.0, endpoint.section.pause * 2 ** (endpoint.failures - OUTAGE + 1)))
+            if endpoint.failures >= OUTAGE_FAILURES:  # the outage has not ended during the wait
+                await asyncio.sleep(min(60.0, endpoint.section.pause * 2 ** (endpoint.failures - OUTAGE_FAILURES + 1)))
         while (rest := endpoint.rest_until - time.monotonic()) > 0:
             await asyncio.sleep(rest)
         if endpoint.section.requests_per_minute:
@@ -204,41 +204,41 @@ class _Turn:
             self.endpoint.probing.release()
 
 
-def _cost_nothing(error: Exception) -> bool:
-    """Whether a failed request was surely not billed: it was refused, or never got there."""
+def _is_unbilled(error: Exception) -> bool:
+    """Whether a failed request was certainly not billed: the endpoint refused it, or it never arrived."""
     unreached = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
     return unreached or isinstance(error, openai.APIStatusError)
 
 
 def check_address(address: str) -> str:
-    """The base URL. Raises RecipeError when a key should not be sent there."""
+    """Return the base URL. Raises RecipeError when it is not safe to send a key to it."""
     parts = urlsplit(address)
     host = parts.hostname or ""
     try:
-        near = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        near = False
+        is_local = False
     if parts.username or parts.password or not host or parts.scheme not in ("https", "http"):
         rule = _("this is not a plain endpoint address")
-    elif parts.scheme == "http" and not near:
+    elif parts.scheme == "http" and not is_local:
         rule = _("without https, anyone on the way can read the key")
     else:
         return address
-    shown = f"{parts.scheme}://{host}{parts.path}"  # without what stands before the @
+    shown = f"{parts.scheme}://{host}{parts.path}"  # without user name and password
     raise RecipeError(f"{shown}: {rule}", place="synthesize.endpoint", remedy="https://HOST/v1")
 
 
 def retry_after(headers: Any) -> float:
-    """Seconds that a 429 asks for: a number or a date; what is neither, or in the past, is one second."""
-    said = headers.get("retry-after", "")
+    """Return the seconds that a 429 response asks to wait (number or date); 1 for other values and past dates."""
+    value = headers.get("retry-after", "")
     try:
-        seconds = float(said)
+        seconds = float(value)
     except ValueError:
         try:
-            seconds = email.utils.parsedate_to_datetime(said).timestamp() - time.time()
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
         except ValueError:
             seconds = 1.0
-    return min(LONGEST_REST, seconds) if seconds > 0 else 1.0
+    return min(MAX_RETRY_AFTER, seconds) if seconds > 0 else 1.0
 
 
 def _key(section: Synthesize) -> str:
@@ -252,8 +252,8 @@ def _key(section: Synthesize) -> str:
     return key
 
 
-async def _check_kind(response: Any) -> None:
-    """A web page is no answer: a login, a portal, a wrong address."""
+async def _refuse_web_page(response: Any) -> None:
+    """Raise RecipeError when the response is a web page: a login, a portal, a wrong URL."""
     kind = response.headers.get("content-type", "")
     if response.status_code == 200 and "html" in kind:
         raise RecipeError(

@@ -1,7 +1,7 @@
-"""Dialogues that a model writes: tasks like some examples, tasks on drawn topics, or questions about one's own documents.
+"""Generate dialogues with a model: tasks like the seed examples, tasks on drawn topics, or questions about documents.
 
-Each request is named by all that decides it and has a number; replies are taken in the order of the numbers, whenever they
-came. So the rows follow from the journal alone: a run that was killed and one that was not end the same.
+The key of a request is a hash of everything that decides it. Requests are numbered, and replies are processed in the order
+of the numbers, whenever they arrive. So the journal alone decides the rows: a killed and resumed run gives the same result.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from tongwen.data.synthesis.similarity import SimilarityIndex, rouge_l
 from tongwen.recipe.data import Synthesize
 
 EXAMPLES = 3  # seed tasks in a prompt, as in BELLE
-TASKS = 10  # asked for at once
+TASKS = 10  # tasks per request
 PIECE = 1200  # characters of a document in one prompt
-LONGEST = 100  # characters of an instruction that comes with an input; half as much again where it gives an example
-# What needs eyes, a network, or speaks about the model that wrote it.
+LONGEST = 100  # maximal characters of an instruction with an input; 1.5 times as many if it contains an example
+# Tasks that need images, files or a network, or that mention the model.
 FORBIDDEN = (
     *("图像", "图片", "照片", "截图", "文件", "图表", "图层", "曲线图", "折线图", "直线图", "柱形图", "饼状图"),
     *("视频", "音频", "链接", "http", "chatgpt", "openai", "gpt-3", "gpt-4", "作为一个AI", "作为AI", "语言模型"),
 )
-ADDRESSED = re.compile(r"(?:请|要求|让|使用)\s*(?:GPT|AI)\s*(?:语言)?(?:模型|助手)?(?:能够|可以|来|去)?[，,：:]?")
-STRANGE = re.compile(
+MODEL_ADDRESS = re.compile(r"(?:请|要求|让|使用)\s*(?:GPT|AI)\s*(?:语言)?(?:模型|助手)?(?:能够|可以|来|去)?[，,：:]?")
+CONTROL_TEXT = re.compile(
     "[\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufdd0-\ufdef]|<\\|[^|]{1,40}\\|>|</?s>|\\[/?INST\\]|\\[gMASK\\]"
 )
 SCHEMA = {
@@ -60,7 +60,7 @@ SCHEMA = {
 
 @dataclass(frozen=True)
 class Request:
-    """One question to the endpoint. source: what it was made from, for the row's provenance."""
+    """One request to the endpoint. source: its inputs, for the provenance of the rows."""
 
     number: int
     prompt: str
@@ -68,30 +68,30 @@ class Request:
     schema: dict[str, Any] | None = None
 
     def key(self, section: Synthesize) -> str:
-        asked = [section.model, section.temperature, section.top_p, section.max_tokens, self.number, self.prompt]
-        return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()[:32]
+        identity = [section.model, section.temperature, section.top_p, section.max_tokens, self.number, self.prompt]
+        return hashlib.sha256(json.dumps(identity, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
 Complete = Callable[[Request], Awaitable[tuple[str, str, tuple[int, int]]]]
-"""a request -> (text, why it ended, tokens of prompt and answer)"""
+"""request -> (text, finish reason, tokens of prompt and answer)"""
 
 
 @dataclass
 class GeneratedDialogues:
-    """What came of the replies so far."""
+    """The rows and rejected items of the replies so far."""
 
     section: Synthesize
     index: SimilarityIndex = field(default_factory=SimilarityIndex)
     rows: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
-    stale: int = 0  # replies in a row that brought nothing
+    stale: int = 0  # replies in a row without a new row
 
     @property
     def enough(self) -> bool:
         return len(self.rows) >= self.section.rows or self.stale >= self.section.stale
 
-    def take(self, request: Request, reply: Reply) -> None:
+    def add_reply(self, request: Request, reply: Reply) -> None:
         """Keep the good tasks of a reply as rows, and the others with their reasons."""
         before = len(self.rows)
         items = list(_read(self.section.method, reply))
@@ -107,7 +107,7 @@ class GeneratedDialogues:
         self.rejected.append({"request": request.number, "reason": reason, "rule": rule, "value": value})
 
     def _keep_dialogue(self, request: Request, reply: Reply, items: list[ParsedTask | RowRefused]) -> None:
-        """All questions about one piece of a document are the turns of one dialogue."""
+        """Join all questions about one piece of a document to one dialogue."""
         good = [item for item in items if isinstance(item, ParsedTask)]
         for item in items:
             if isinstance(item, RowRefused):
@@ -163,47 +163,47 @@ def _read(method: str, reply: Reply) -> Iterator[ParsedTask | RowRefused]:
 
 
 def _checked(item: ParsedTask) -> ParsedTask:
-    """The item with the words that address the model taken out. Raises RowRefused."""
+    """Return the task without phrases that address the model. Raises RowRefused."""
 
-    mended = ParsedTask(ADDRESSED.sub("", item.instruction).strip(), item.input, item.output)
-    whole = f"{mended.question}\n{mended.output}"
-    if len(mended.instruction) <= 3 or not mended.output:
+    task = ParsedTask(MODEL_ADDRESS.sub("", item.instruction).strip(), item.input, item.output)
+    whole = f"{task.question}\n{task.output}"
+    if len(task.instruction) <= 3 or not task.output:
         raise RowRefused("too_short", _("no instruction, or no answer"))
-    longest = LONGEST * 3 // 2 if re.search("示例|例子", mended.instruction) else LONGEST
-    if mended.input and len(mended.instruction) >= longest:
+    longest = LONGEST * 3 // 2 if re.search("示例|例子", task.instruction) else LONGEST
+    if task.input and len(task.instruction) >= longest:
         raise RowRefused(
             "too_long",
-            _("the instruction has {count} characters").format(count=len(mended.instruction)),
+            _("the instruction has {count} characters").format(count=len(task.instruction)),
         )
-    if found := STRANGE.search(whole):
+    if found := CONTROL_TEXT.search(whole):
         raise RowRefused("control_token_in_text", _("the text contains {found!r}").format(found=found[0]))
     for word in (*FORBIDDEN, "gpt"):
-        if word.lower() in (mended.question if word == "gpt" else whole).lower():
+        if word.lower() in (task.question if word == "gpt" else whole).lower():
             raise RowRefused("forbidden", _("it contains {word!r}").format(word=word))
-    return mended
+    return task
 
 
 async def gather(
     requests: Iterable[Request],
-    made: GeneratedDialogues,
+    generated: GeneratedDialogues,
     journal: ReplyJournal,
     complete: Complete,
     unanswered: type[Exception],
     progress: Callable[[int], None],
 ) -> None:
-    """Ask and take replies in order until there are enough rows, or no more requests. What `complete` raises ends all that
-    is on its way; `unanswered` costs one request."""
-    section = made.section
+    """Send requests and process the replies in order until there are enough rows, or no more requests. An error of
+    `complete` cancels all running requests; the error `unanswered` loses one request."""
+    section = generated.section
     waiting = iter(requests)
     running: dict[asyncio.Task[Reply | str], Request] = {}
     done: dict[int, tuple[Request, Reply | str]] = {}
-    following = 0
+    next_number = 0
 
-    async def ask(request: Request) -> Reply | str:
+    async def get_reply(request: Request) -> Reply | str:
         key = request.key(section)
         if key in journal.replies:
             return journal.replies[key]
-        journal.check_room()
+        journal.check_disk_space()
         try:
             reply = Reply(key, *await complete(request))
         except unanswered as error:
@@ -212,26 +212,26 @@ async def gather(
         return reply
 
     try:
-        while not made.enough:
-            # Who is far ahead waits: what lies between would be paid for, and perhaps not used.
+        while not generated.enough:
+            # Do not run far ahead: those replies would be paid for, and perhaps not used.
             while len(running) < section.concurrency and len(running) + len(done) < 2 * section.concurrency:
                 if (request := next(waiting, None)) is None:
                     break
-                running[asyncio.create_task(ask(request))] = request
+                running[asyncio.create_task(get_reply(request))] = request
             if not running:
                 return
             finished, _unused = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in finished:
                 request = running.pop(task)
                 done[request.number] = request, task.result()
-            while following in done and not made.enough:
-                request, reply = done.pop(following)
-                following += 1
+            while next_number in done and not generated.enough:
+                request, reply = done.pop(next_number)
+                next_number += 1
                 if isinstance(reply, Reply):
-                    made.take(request, reply)
+                    generated.add_reply(request, reply)
                 else:
-                    made.refuse(request, "unanswered", reply, {"prompt": request.prompt})
-                progress(len(made.rows))
+                    generated.refuse(request, "unanswered", reply, {"prompt": request.prompt})
+                progress(len(generated.rows))
     finally:
         for task in running:
             task.cancel()
@@ -242,24 +242,25 @@ async def gather(
 
 
 def self_instruct(seeds: Sequence[ParsedTask], seed: int) -> Iterator[Request]:
-    """Three of the seed tasks as examples, drawn by the request's number."""
+    """Yield requests with three seed tasks as examples, drawn by the request's number."""
     for number in count():
         chosen = random.Random(f"{seed}:{number}").sample(range(len(seeds)), EXAMPLES)  # noqa: S311
         examples = "".join(
             f"###\n{place}. 指令: {task.instruction}\n{place}. 输入:\n{task.input or '<无输入>'}\n{place}. 输出:\n{task.output}\n"
             for place, task in enumerate((seeds[index] for index in chosen), 1)
         )
-        yield Request(number, f"{_words()['self_instruct']}{examples}###\n{EXAMPLES + 1}. 指令:", {"seeds": chosen})
+        yield Request(number, f"{_prompts()['self_instruct']}{examples}###\n{EXAMPLES + 1}. 指令:", {"seeds": chosen})
 
 
 def by_topics(topics: Sequence[str], seed: int) -> Iterator[Request]:
-    """Ten topics and ten kinds of task, and how long questions and answers are to be, drawn by the request's number."""
-    words = _words()
+    """Yield requests with ten topics, ten kinds of task, and lengths of questions and answers, drawn by the request's
+    number."""
+    prompts = _prompts()
     for number in count():
         draw = random.Random(f"{seed}:{number}")  # noqa: S311
-        chosen = draw.sample(list(topics or words["topics"]), min(10, len(topics or words["topics"])))
-        kinds = draw.sample(words["kinds"], 10)
-        prompt = words["by_topics"].format(
+        chosen = draw.sample(list(topics or prompts["topics"]), min(10, len(topics or prompts["topics"])))
+        kinds = draw.sample(prompts["kinds"], 10)
+        prompt = prompts["by_topics"].format(
             tasks=TASKS,
             topics="、".join(chosen),
             kinds="、".join(kinds),
@@ -270,44 +271,44 @@ def by_topics(topics: Sequence[str], seed: int) -> Iterator[Request]:
 
 
 def about_documents(documents: Iterable[tuple[str, str]]) -> Iterator[Request]:
-    """Questions about each piece of each document, (text, where it stands)."""
+    """Yield requests for questions about each piece of each document. documents: (text, origin)."""
     number = count()
     for text, origin in documents:
         for begin in range(0, len(text), PIECE):
             if len(piece := text[begin : begin + PIECE].strip()) >= 40:
                 yield Request(
                     next(number),
-                    _words()["about_documents"].format(text=piece),
+                    _prompts()["about_documents"].format(text=piece),
                     {"document": origin, "begin": begin},
                     SCHEMA,
                 )
 
 
-def _words() -> dict[str, Any]:
-    """Prompts, topics and kinds of task."""
+def _prompts() -> dict[str, Any]:
+    """Return the prompts, topics, kinds of task and seeds of prompts.yaml."""
     return dict(
         yaml.safe_load((resources.files("tongwen.data.synthesis") / "prompts.yaml").read_text(encoding="utf-8"))
     )
 
 
 def shipped_seeds() -> list[ParsedTask]:
-    return [ParsedTask(*(row[key] for key in ("instruction", "input", "output"))) for row in _words()["seeds"]]
+    return [ParsedTask(*(row[key] for key in ("instruction", "input", "output"))) for row in _prompts()["seeds"]]
 
 
 def read_seed(row: Any, place: str) -> ParsedTask:
-    """A seed task of BELLE's shape. Raises DataError."""
+    """Read a seed task in BELLE's format. Raises DataError."""
     value = row if isinstance(row, dict) else {}
     instances = value.get("instances")
     first = instances[0] if isinstance(instances, list) and instances and isinstance(instances[0], dict) else {}
     found = (value.get("instruction"), first.get("input", ""), first.get("output"))
     parts = zip(("instruction", "instances[0].input", "instances[0].output"), found, (False, True, False), strict=True)
-    wrong = [
+    missing = [
         name for name, text, may_be_empty in parts if not isinstance(text, str) or not (text.strip() or may_be_empty)
     ]
-    if wrong:
+    if missing:
         raise DataError(
             _("not a seed task: no text in {wrong}; it has {value}").format(
-                wrong=_(", ").join(wrong), value=_(", ").join(map(str, value)) or _("no keys")
+                wrong=_(", ").join(missing), value=_(", ").join(map(str, value)) or _("no keys")
             ),
             place=place,
             remedy='{"instruction": "…", "instances": [{"input": "", "output": "…"}]}',

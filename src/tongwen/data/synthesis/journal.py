@@ -1,4 +1,4 @@
-"""Answers that were paid for, one JSON line each, on the disk before they are used: what is killed never pays twice."""
+"""Paid replies, one JSON line each, synced to disk before they are used: a killed run never pays twice."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from tongwen.core.artifact import check_disk
 from tongwen.core.journal import Journal
 
-FREE = 64 << 20  # bytes of disk without which nothing more is asked
+MIN_FREE_BYTES = 64 << 20  # free disk space below which no request is sent
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What an endpoint answered. key: names the request; finish: why it ended; tokens: of prompt and answer."""
+    """A reply of the endpoint. key: of the request; finish: the finish reason; tokens: of prompt and answer."""
 
     key: str
     text: str
@@ -23,7 +23,7 @@ class Reply:
 
 
 class ReplyJournal(Journal):
-    """The replies by their keys."""
+    """The replies by key."""
 
     def __init__(self, file: Path) -> None:
         self.replies: dict[str, Reply] = {}
@@ -32,11 +32,11 @@ class ReplyJournal(Journal):
     def load(self, entry: Any) -> None:
         self.replies[entry["key"]] = Reply(**{**entry, "tokens": tuple(entry["tokens"])})
 
-    def check_room(self) -> None:
-        """Raise MachineError when what is asked next might find no place."""
-        check_disk(self.file.parent, FREE)
+    def check_disk_space(self) -> None:
+        """Raise MachineError when the disk may have no space for the next reply."""
+        check_disk(self.file.parent, MIN_FREE_BYTES)
 
     def add(self, reply: Reply) -> None:
-        """Keep a reply: it is on the disk when this returns."""
+        """Add a reply and sync it to disk."""
         self.append(asdict(reply))
         self.replies[reply.key] = reply

@@ -1,7 +1,7 @@
-"""Tasks out of what a model wrote: numbered blocks or JSON, fenced, wrapped in prose, or broken off in the middle.
+"""Parse tasks from a model's reply: numbered blocks or JSON, fenced, wrapped in prose, or truncated.
 
-Tolerant about what stands around an item, strict about the item: all of it or nothing, and what is not taken has a
-reason. A reply is data: nothing in it is run, fetched or believed.
+The parser is tolerant about text around an item and strict about the item: it takes all of it or rejects it with a reason.
+A reply is data: nothing in it is run, fetched or trusted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tongwen.core.errors import RowRefused
 from tongwen.core.i18n import _
 from tongwen.data.row import DECODER
 
-MOST = 100  # items of one reply
+MOST = 100  # maximal items of one reply
 _LABELS = r"(?:\d+\s*[.、]\s*)?(指令|输入|输出)\s*[:：]"
 _BLOCK = re.compile(rf"{_LABELS}", re.MULTILINE)
 _NUMBER = re.compile(r"\s*\d+\s*[.、]?\s*$")
@@ -37,8 +37,8 @@ class ParsedTask:
 
 
 def read_blocks(text: str, finish: str, first: int) -> Iterator[ParsedTask | RowRefused]:
-    """Blocks of 指令, 输入, 输出 between lines of ###. first: the number of the task that the prompt has begun already. The
-    last block of a reply that was cut off is left out."""
+    """Parse blocks of 指令, 输入, 输出 between lines of ###. first: the number of the task that the prompt has begun. The
+    last block of a truncated reply is rejected."""
     if not re.match(r"\s*(?:#+\s*)?(?:\d+\s*[.、]\s*)?指令\s*[:：]", text[:20]):
         text = f"{first}. 指令: {text}"
     blocks = [block for block in re.split(r"^\s*#{2,}\s*$|###", text, flags=re.MULTILINE) if block.strip()]
@@ -54,7 +54,7 @@ def _read_block(block: str) -> ParsedTask | RowRefused:
     found: dict[str, str] = {}
     for label, text in zip(parts[1::2], parts[2::2], strict=True):
         if label == "指令" and len(found) == 3:
-            break  # an answer went on with the next task: that is no part of it
+            break  # the answer continues with the next task, which does not belong to it
         if label in found:
             return RowRefused("malformed", _("{label} appears twice").format(label=label))
         found[label] = text
@@ -65,13 +65,13 @@ def _read_block(block: str) -> ParsedTask | RowRefused:
 
 
 def read_json(text: str) -> Iterator[ParsedTask | RowRefused]:
-    """Objects with instruction, input and output, wherever they stand: in a list, under a key, one after the other."""
+    """Parse objects with instruction, input and output anywhere in the text: in a list, under a key, or in sequence."""
     place, count = 0, 0
     while (place := text.find("{", place)) >= 0:
         try:
             value, end = DECODER.raw_decode(text, place)
         except (ValueError, RecursionError, RowRefused):
-            place += 1  # a wrapper that was cut off, or prose: what stands inside may still be whole
+            place += 1  # a truncated wrapper, or prose: objects inside may still be whole
             continue
         place = end
         for one in _objects(value):
@@ -85,7 +85,7 @@ def read_json(text: str) -> Iterator[ParsedTask | RowRefused]:
 
 
 def _objects(value: dict[str, Any]) -> list[Any]:
-    """The object itself, or what its one list holds."""
+    """Return the items of the object's only list, or the object itself."""
     lists = [inside for inside in value.values() if isinstance(inside, list)]
     return lists[0] if len(value) == 1 and lists else [value]
 

@@ -1,6 +1,7 @@
-"""How much a new question is like those that are there already: BM25 against an index that grows with every kept one.
+"""Compare a new question with the kept ones: BM25 on a growing index.
 
-BM25 finds what shares rare words; the longest common subsequence (ROUGE-L) then says whether it is the same sentence.
+BM25 finds texts that share rare words; the longest common subsequence (ROUGE-L) then decides whether they are the same
+sentence.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ _TERM = re.compile(r"[a-z0-9_]+|[^\W_a-z0-9]", re.IGNORECASE)
 
 
 class SimilarityIndex:
-    """Texts by the terms that occur in them."""
+    """An inverted index of texts by their terms."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.lengths: list[int] = []
-        self.places: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)  # term -> (text, times)
+        self.places: defaultdict[str, list[tuple[int, int]]] = defaultdict(
+            list
+        )  # term -> (index of the text, frequency)
 
     def add(self, text: str) -> None:
         found = terms(text)
@@ -31,7 +34,7 @@ class SimilarityIndex:
         self.lengths.append(len(found))
 
     def nearest(self, text: str, count: int = 10) -> list[tuple[float, str]]:
-        """The texts that are most like it, with their BM25 scores."""
+        """Return (BM25 score, text) of the most similar texts."""
         mean = sum(self.lengths) / max(len(self.lengths), 1)
         scores: defaultdict[int, float] = defaultdict(float)
         for term in set(terms(text)):
@@ -46,14 +49,14 @@ class SimilarityIndex:
 
 
 def terms(text: str) -> list[str]:
-    """Words of other scripts, and pairs of neighbours among Chinese characters."""
+    """Split a text into words of ASCII letters and pairs of adjacent other characters."""
     found = _TERM.findall(text.lower())
     pairs = [a + b for a, b in itertools.pairwise(found) if not a.isascii() and not b.isascii()]
     return [term for term in found if term.isascii()] + (pairs or [term for term in found if not term.isascii()])
 
 
 def rouge_l(one: str, other: str) -> float:
-    """F1 of the longest common subsequence of characters."""
+    """Return the F1 of the longest common subsequence of characters."""
     row = [0] * (len(other) + 1)
     for character in one:
         before = 0

@@ -41,7 +41,9 @@ def modernise(folder: Path, out: Path, alpha: float | None) -> artifact.Artifact
             remedy=_("a 443-byte file was saved wrongly and its content is lost: train again"),
         )
     config = _config_of(folder, state, alpha)
-    with artifact.create(out, "adapter", {"source": {"path": str(file)}}, {"alpha": alpha}, swept=True) as draft:
+    with artifact.create(
+        out, "adapter", {"source": {"path": str(file)}}, {"alpha": alpha}, remove_on_error=True
+    ) as draft:
         save_file(
             {name: tensor.contiguous() for name, tensor in state.items()}, draft.path / "adapter_model.safetensors"
         )

@@ -36,7 +36,7 @@ class ChatGLMTokenizer(PreTrainedTokenizerFast):
 
     vocab_files_names = {"vocab_file": "ice_text.model", "tokenizer_file": "tokenizer.json"}  # noqa: RUF012
     padding_side = "left"
-    answers_begin_anew = True  # with a blank of their own, as every text
+    answers_keep_leading_blank = True  # with a blank of their own, as every text
     written = WRITTEN
 
     @classmethod

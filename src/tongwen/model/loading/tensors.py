@@ -17,7 +17,15 @@ import numpy as np
 from tongwen.core import console
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
-from tongwen.core.safetensors_io import Stored, Tensors, find_tensors, read_index, row_bytes, row_count, what_it_is
+from tongwen.core.safetensors_io import (
+    Stored,
+    Tensors,
+    describe_wrong_file,
+    find_tensors,
+    read_index,
+    row_bytes,
+    row_count,
+)
 from tongwen.model.loading.load import ModelRef, load_model
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -113,7 +121,7 @@ def load_bin(file: Path) -> dict[str, Any]:
     """The tensors of a torch file, mapped and not read. Whatever needs more than tensors is refused and never run."""
     import torch
 
-    if what := what_it_is(file):
+    if what := describe_wrong_file(file):
         raise ModelError(what, place=str(file), remedy=_("fetch the file again"))
     try:
         state = _load(file, mmap=True)

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from tongwen.core.errors import TongwenError
 from tongwen.core.html import render
-from tongwen.core.i18n import _, speaking
+from tongwen.core.i18n import _, use_language
 from tongwen.serving.web import chat, data, runs, vocabulary
 from tongwen.serving.web.backend import PageBackend
 from tongwen.serving.web.html_block import canvas
@@ -57,7 +57,7 @@ div:has(#board1) .talk{height:38vh!important;min-height:14rem}}
 
 def make_page(backend: PageBackend, language: str) -> Any:
     """Return the page in one language."""
-    with speaking(language), gr.Blocks(title=backend.title, analytics_enabled=False) as page:
+    with use_language(language), gr.Blocks(title=backend.title, analytics_enabled=False) as page:
         wrap = functools.partial(wrap_handler, language)
         with gr.Row(elem_classes="top"):
             canvas(Markup("<h1>{}</h1>").format(backend.title))
@@ -118,7 +118,7 @@ def wrap_handler(language: str, handler: Callable[..., Any]) -> Callable[..., An
             pieces = handler(*inputs)
             try:
                 while True:
-                    with speaking(language):
+                    with use_language(language):
                         try:
                             piece = next(pieces)
                         except StopIteration:
@@ -133,7 +133,7 @@ def wrap_handler(language: str, handler: Callable[..., Any]) -> Callable[..., An
 
     @functools.wraps(handler)
     def call(*inputs: Any) -> Any:
-        with speaking(language):
+        with use_language(language):
             try:
                 return handler(*inputs)
             except Exception as error:

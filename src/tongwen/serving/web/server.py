@@ -45,8 +45,8 @@ def serve(backend: PageBackend, host: str, port: int) -> int:
         port = listening.getsockname()[1]
         app = make_app(backend, token, port=port, loopback=loopback)
         url = f"http://{host}:{port}/" + (f"?token={token}" if generated else "")
-        console.good(url if generated else _("{url}?token=…: the token is ${token}").format(url=url, token=TOKEN))
-        console.tell(_("Ctrl-C stops it; runs that have started continue"))
+        console.success(url if generated else _("{url}?token=…: the token is ${token}").format(url=url, token=TOKEN))
+        console.info(_("Ctrl-C stops it; runs that have started continue"))
         console.emit({"url": url})
         auth.serve(app, listening, lifespan="on")
     return 0

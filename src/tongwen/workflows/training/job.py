@@ -55,7 +55,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
     # Check the inputs, and plan the batches of each phase.
     _check_evaluations(job)
     engine = choose_engine(job.section)
-    if distributed.is_first():  # only this process reports to trackers
+    if distributed.is_main_process():  # only this process reports to trackers
         trackers.check(job.recipe.track)
     check_further(job.section.adapter, job.stage)
     report_ledger(job.data)
@@ -99,7 +99,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
             after = _score_and_answer(job, model, phases[0].plan.budget)
             _check_forgotten(job, before, after)
             whole = gather(model.model, model.adapted.learners)
-            if distributed.is_first():
+            if distributed.is_main_process():
                 draft.fingerprint = save_model(job, model, draft.path, whole)
                 draft.facts = facts_of(job, model, phases, throughput) | {"run": run["run"], "forks": run["forks"]}
                 flat = progress.flat_losses(phases, draft.path / "metrics.jsonl")
@@ -155,7 +155,7 @@ def _begin_phase(
     """
     guarded = model.adapted.focus(phase.parts)
     if is_named:
-        console.tell(f"{phase.train}: {_('{steps} steps').format(steps=len(phase.plan))}")
+        console.info(f"{phase.train}: {_('{steps} steps').format(steps=len(phase.plan))}")
     set_memory_savers(model, phase, job.data.store)
     return guarded, audit_phase(model, phase, job.data.store)
 
@@ -298,7 +298,7 @@ def _load_or_make(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, A
     if file.is_file():
         console.notice(_("{file} cannot be read and is created again").format(file=file.name))
     value: dict[str, Any] = make()
-    if distributed.is_first():
+    if distributed.is_main_process():
         artifact.write_json(file, value)
         return value
     while (kept := _read_scores(file)) is None:

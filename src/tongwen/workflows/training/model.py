@@ -72,7 +72,7 @@ def prepare_model(job: TrainingJob, phases: list[Phase], device: str, engine: En
     )
     for notice in adapted.notices:
         console.notice(notice)
-    console.tell(f"{device} · {str(dtype)[6:]}: {dtype_reason}")
+    console.info(f"{device} · {str(dtype)[6:]}: {dtype_reason}")
 
     # Place it, and turn on the faster forms of its layers.
     if engine.name == "fsdp2":
@@ -178,11 +178,11 @@ def audit_phase(model: PreparedModel, phase: Phase, store: TokenStore) -> list[s
     first = _first_batch(model, store, phase.plan)
     with model.computing():
         unreached = audit.probe_gradients(model.model, first, learned_loss)
-    console.good(_("audit passed: gradients reach every trained tensor"))
+    console.success(_("audit passed: gradients reach every trained tensor"))
     if model.packed and len(store) > 1:
         with model.computing():
             audit.check_isolation(model.model, [store.sample(0), store.sample(1)], learned_loss)
-        console.good(_("audit passed: documents in a pack cannot see each other"))
+        console.success(_("audit passed: documents in a pack cannot see each other"))
     for name in unreached:
         console.notice(_("no token reached {name} in the first micro-batch").format(name=name))
     return unreached

@@ -54,7 +54,7 @@ def report_plan(phases: list[Phase], store: TokenStore, counts: dict[str, Any]) 
     plan = phases[0].plan
     steps = " + ".join(str(len(phase.plan)) for phase in phases)
     tokens = console.human_count(sum(sum(phase.plan.tokens_of(store.lengths)) for phase in phases))
-    console.tell(
+    console.info(
         _(
             "{steps} steps, {tokens} tokens; each step has {accumulate} x {world} micro-batches of at most {budget} tokens"
         ).format(steps=steps, tokens=tokens, accumulate=plan.accumulate, world=plan.world, budget=plan.budget)
@@ -69,7 +69,7 @@ def report_plan(phases: list[Phase], store: TokenStore, counts: dict[str, Any]) 
                     every=every, count=len(phase.plan)
                 )
             )
-    console.tell(
+    console.info(
         _("training {parameters:,} of {total:,} parameters ({share:.2%})").format(
             parameters=counts["parameters"], total=counts["of"], share=counts["share"]
         )
@@ -134,7 +134,7 @@ def find_progress(job: TrainingJob, model: PreparedModel, phases: list[Phase], r
         raise RecipeError(
             _("{start} steps are done, but the recipe now has only {count}").format(start=start, count=len(tokens)),
             place=f"{job.stage}.stop_after",
-            remedy=resume.again(),
+            remedy=resume.rerun_hint(),
         )
     if checkpoint:
         before = read_manifest(checkpoint)["conditions"]

@@ -49,7 +49,7 @@ def facts_of(job: TrainingJob, model: PreparedModel, phases: list[Phase], throug
 
 def save_answers(file: Path, step: int, titles: list[str], answers: list[str]) -> None:
     """Write the answers at a step to samples.jsonl. A resumed run replaces the lines after its checkpoint."""
-    if not distributed.is_first() or not titles:
+    if not distributed.is_main_process() or not titles:
         return
     lines = [line for line in read_metrics(file) if line["step"] < step]
     lines += [
