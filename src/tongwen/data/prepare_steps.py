@@ -13,7 +13,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -273,9 +273,7 @@ def compare(parts: Sequence[InputPart], section: Prepare, seed: int, out: Path) 
         verdict = np.zeros(len(record_index), np.int8)
         pairs = [np.zeros((0, 2), np.int64)]  # (lost record, record that it repeats)
         if getattr(section.dedup, kind) != "off":
-            same, first = dedup.find_exact(
-                lambda record_index=record_index: record_index.blocks("digest"), len(record_index)
-            )  # type: ignore[misc]
+            same, first = dedup.find_exact(partial(record_index.blocks, "digest"), len(record_index))
             verdict[same] = SAME
             pairs.append(np.stack([same, first], axis=1))
         if getattr(section.dedup, kind) == "near":
