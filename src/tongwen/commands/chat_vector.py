@@ -24,7 +24,7 @@ def run(target: str, instruct: str, base: str, scale: float, out: str, *, again:
     folder = Path(out)
     artifact.make_way(folder, again=again)
     places = {"target": target, "instruct": instruct, "base": base}
-    opened = {role: load.fetched(load.locate(name)) for role, name in places.items()}
+    opened = {role: load.ensure_local(load.locate(name)) for role, name in places.items()}
     for role, place in opened.items():
         if place.adapters:
             raise RecipeError(

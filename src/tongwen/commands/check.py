@@ -67,8 +67,8 @@ def _check_forms(recipe: Recipe) -> None:
         return
     check_type(recipe.export.quantize)
     place = load.ModelRef(recipe.base, recipe.base)
-    with load.explained(place):
-        kind = load.load_kind(place)
+    with load.explain_errors(place):
+        kind = load.read_model_type(place)
     if kind:
         check_family(kind)
 

@@ -137,7 +137,7 @@ def run_report(base: str, other: str, texts: list[str], out: str, script: str) -
                 )
             )
         else:
-            place, made = load.fetched(load.locate(base)), learnt.extended(advice.pieces)
+            place, made = load.ensure_local(load.locate(base)), learnt.extended(advice.pieces)
             found |= vocab_scores.bits_before_training(place, opened, made, "subtoken_mean", 0, rest)
             advice = measure.advise(start, curve, vocab_scores.damage_of(found.get("bits_per_byte")), advice.pieces)
         found |= {"curve": [vars(point) for point in (start, *curve)], "advice": advice.to_dict()}

@@ -65,7 +65,7 @@ class Encoder:
         self.fast: FastEncoder | None = None
         self._fast_was_sought = False
         self.prefix = prefix_of(tokenizer)
-        self.anchor = "" if getattr(tokenizer, "answers_begin_anew", False) else self._find_anchor()
+        self.anchor = "" if getattr(tokenizer, "answers_start_with_blank", False) else self._find_anchor()
 
     def _ids(self, texts: list[str]) -> list[Ids]:
         if not self._fast_was_sought and len(texts) >= MANY:

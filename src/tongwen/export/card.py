@@ -14,7 +14,7 @@ from tongwen.core.artifact import Artifact, find
 
 def make_card(title: str, model: Artifact) -> str:
     """The card of a finished model and of everything that it was made from."""
-    stages = family(model)
+    stages = ancestry(model)
     base: dict[str, Any] = next(
         (one.manifest["parents"]["base"] for one in reversed(stages) if "base" in one.manifest["parents"]), {}
     )
@@ -34,26 +34,28 @@ def make_card(title: str, model: Artifact) -> str:
     return "\n".join(parts) + "\n"
 
 
-def family(model: Artifact) -> list[Artifact]:
+def ancestry(model: Artifact) -> list[Artifact]:
     """The model and the stages before it, as far as their folders are still there; nearest first."""
     out = [model]
     for parent in model.manifest.get("parents", {}).values():
         above = find(Path(parent["path"])) if parent.get("kind") else None
         if above is not None and above.fingerprint == parent.get("fingerprint"):
-            out += [one for one in family(above) if one.path not in {seen.path for seen in out}]
+            out += [one for one in ancestry(above) if one.path not in {seen.path for seen in out}]
     return out
 
 
 def _method(manifest: Mapping[str, Any]) -> str:
     settings = manifest.get("settings", {})
-    said = settings.get(str(manifest["kind"])) or settings.get("merge") or {}
-    adapter = said.get("adapter", {})
+    section = settings.get(str(manifest["kind"])) or settings.get("merge") or {}
+    adapter = section.get("adapter", {})
     rank = adapter.get("rank") if adapter.get("method") == "lora" else None  # one that is trained further keeps its own
-    words = [adapter.get("method"), f"rank {rank}" if rank else None]
-    words += [f"{key} {said[key]}" for key in ("template", "learning_rate", "stop_after", "dtype") if said.get(key)]
-    words += [f"{manifest['steps']} steps, {manifest['tokens']:,} tokens"] if "steps" in manifest else []
-    words += ["merged against its lineage by --force"] if manifest.get("forced") else []
-    return ", ".join(str(word) for word in words if word)
+    parts = [adapter.get("method"), f"rank {rank}" if rank else None]
+    parts += [
+        f"{key} {section[key]}" for key in ("template", "learning_rate", "stop_after", "dtype") if section.get(key)
+    ]
+    parts += [f"{manifest['steps']} steps, {manifest['tokens']:,} tokens"] if "steps" in manifest else []
+    parts += ["merged against its lineage by --force"] if manifest.get("forced") else []
+    return ", ".join(str(part) for part in parts if part)
 
 
 def _data(manifest: Mapping[str, Any]) -> list[str]:

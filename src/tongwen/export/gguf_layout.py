@@ -80,7 +80,7 @@ class ReorderedTensors:
         return np.concatenate(parts)
 
 
-def in_llamas_words(config: Mapping[str, Any]) -> dict[str, Any]:
+def with_llama_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config with its family's defaults, which a file may leave out, and LLaMA's words for its shape.
 
     Raises ModelError for a family whose GGUF is not proven; what transformers says of a config that contradicts itself.
@@ -89,10 +89,10 @@ def in_llamas_words(config: Mapping[str, Any]) -> dict[str, Any]:
 
     check_family(str(config.get("model_type")))
     whole = {**config, **type(AutoConfig.for_model(str(config["model_type"]))).from_dict(dict(config)).to_dict()}
-    for ours, others in SHAPE.items():
-        for other in others:
-            if whole.get(ours) is None and whole.get(other) is not None:
-                whole[ours] = whole[other]
+    for key, aliases in SHAPE.items():
+        for alias in aliases:
+            if whole.get(key) is None and whole.get(alias) is not None:
+                whole[key] = whole[alias]
     whole["intermediate_size"] = whole.get("intermediate_size") or 4 * int(whole["hidden_size"])
     if whole["model_type"] == "bloom":
         whole.setdefault("max_position_embeddings", 2048)  # what it was trained on; ALiBi itself has no limit

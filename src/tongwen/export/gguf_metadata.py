@@ -21,7 +21,7 @@ Config = Mapping[str, Any]
 
 ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items() if family.gguf}
 FILE_TYPES = {"f32": "ALL_F32"}  # all others are MOSTLY_...
-UNSEEN = ("mistral", "phi3")  # llama.cpp lets these see everything, whatever window their config says
+WINDOW_IGNORED = ("mistral", "phi3")  # llama.cpp lets these see everything, whatever window their config says
 
 
 def check_family(kind: str) -> None:
@@ -37,25 +37,25 @@ def check_family(kind: str) -> None:
 def check_config(config: Config) -> None:
     """Raise ModelError for a model that llama.cpp would not compute alike. config: whole, in LLaMA's words."""
     check_family(str(config["model_type"]))
-    for word, expected in _expected(config).items():
-        found = config.get(word)
+    for key, expected in _expected(config).items():
+        found = config.get(key)
         if (found or None) != (expected or None):
             shown = json.dumps(found, ensure_ascii=False)
-            raise _unlike(f"config.json: {word}: {shown}", json.dumps(expected, ensure_ascii=False))
+            raise _mismatch(f"config.json: {key}: {shown}", json.dumps(expected, ensure_ascii=False))
     rope, kind = rotation(config), str(config["model_type"])
-    how = rope.get("rope_type") or rope.get("type") or "default"
-    if how not in _rotations(kind):
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope_type not in _rotations(kind):
         raise ModelError(
-            _("llama.cpp does not support {how!r} rotary positions for {kind}").format(how=how, kind=kind),
+            _("llama.cpp does not support {how!r} rotary positions for {kind}").format(how=rope_type, kind=kind),
             place="rope_scaling",
             remedy="--to hf",
         )
-    for word, expected in _expected_of_yarn(config, rope).items() if how == "yarn" else ():
-        if rope.get(word) != expected:
-            raise _unlike(f"rope_scaling: {word}: {rope.get(word)}", str(expected))
+    for key, expected in _expected_of_yarn(config, rope).items() if rope_type == "yarn" else ():
+        if rope.get(key) != expected:
+            raise _mismatch(f"rope_scaling: {key}: {rope.get(key)}", str(expected))
 
 
-def _unlike(place: str, expected: str) -> ModelError:
+def _mismatch(place: str, expected: str) -> ModelError:
     return ModelError(
         _("llama.cpp would compute a different model: it assumes {expected} here").format(expected=expected),
         place=place,
@@ -74,7 +74,7 @@ def _expected(config: Config) -> dict[str, Any]:
         return {"tie_word_embeddings": True, **_GEMMA}
     if kind == "gemma2":
         usual = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-        caps = {word: config.get(word) or cap for word, cap in usual.items()}
+        caps = {key: config.get(key) or cap for key, cap in usual.items()}
         tied = {"tie_word_embeddings": True, "query_pre_attn_scalar": _query_scale(config, layers == 46)}
         return {**_GEMMA, **caps, **tied, "layer_types": _windows(layers, 2)}
     if kind == "gemma3_text":
@@ -96,9 +96,9 @@ def _expected_of_yarn(config: Config, rope: Config) -> dict[str, Any]:
     """The same of rotations that YaRN stretches. DeepSeek says of its queries by `mscale` what others leave to llama.cpp."""
     usual = 1.0 if _latent(config) else 0.1 * math.log(float(rope["factor"])) + 1
     fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": usual}
-    said = {word: expected for word, expected in fixed.items() if rope.get(word) is not None}
-    words = ("mscale", "mscale_all_dim")
-    return said | ({one: rope.get(other) or 1.0 for one, other in (words, words[::-1])} if _latent(config) else {})
+    checked = {key: expected for key, expected in fixed.items() if rope.get(key) is not None}
+    keys = ("mscale", "mscale_all_dim")
+    return checked | ({one: rope.get(other) or 1.0 for one, other in (keys, keys[::-1])} if _latent(config) else {})
 
 
 def _windows(layers: int, every: int) -> list[str]:
@@ -131,7 +131,7 @@ def extra_tensors(config: Config) -> dict[str, Any]:
     rope = rotation(config)
     if "long_factor" in rope:
         factors = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
-        return {theirs: np.array(rope[ours], np.float32) for theirs, ours in factors.items()}
+        return {gguf_name: np.array(rope[key], np.float32) for gguf_name, key in factors.items()}
     if (rope.get("rope_type") or rope.get("type")) != "llama3":
         return {}
     width, old = head_width(config), float(rope["original_max_position_embeddings"])
@@ -154,13 +154,13 @@ def _theta(config: Config) -> float:
     return float(config.get("rope_theta") or rotation(config).get("rope_theta") or 10000.0)
 
 
-def add_facts(writer: Any, config: Config, name: str, rows: int, kind: str) -> None:
+def add_metadata(writer: Any, config: Config, name: str, rows: int, kind: str) -> None:
     """What llama.cpp must know to build the model. rows: of the embedding; kind: number type."""
     import gguf
 
     family, heads = str(config["model_type"]), int(config["num_attention_heads"])
     context = int(config["max_position_embeddings"])
-    if family in UNSEEN:  # as far as its window reaches, every layer computes alike
+    if family in WINDOW_IGNORED:  # as far as its window reaches, every layer computes alike
         context = min(context, int(config.get("sliding_window") or context))
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
@@ -173,9 +173,9 @@ def add_facts(writer: Any, config: Config, name: str, rows: int, kind: str) -> N
     writer.add_vocab_size(rows)
     writer.add_file_type(int(gguf.LlamaFileType[FILE_TYPES.get(kind, f"MOSTLY_{kind.upper()}")]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for word in ("layer_norm_epsilon", "layer_norm_eps"):
-        if word in config:
-            writer.add_layer_norm_eps(float(config[word]))
+    for key in ("layer_norm_epsilon", "layer_norm_eps"):
+        if key in config:
+            writer.add_layer_norm_eps(float(config[key]))
     if family in ("bloom", "gpt2"):  # whose positions are no rotations
         return
     if "rms_norm_eps" in config:
@@ -234,16 +234,16 @@ def _add_rotation(writer: Any, config: Config) -> None:
     import gguf
 
     rope = rotation(config)
-    how = rope.get("rope_type") or rope.get("type")
+    rope_type = rope.get("rope_type") or rope.get("type")
     writer.add_rope_freq_base(_theta(config))
-    if how in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType[how.upper()])
+    if rope_type in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType[rope_type.upper()])
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    if how == "yarn":
+    if rope_type == "yarn":
         writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
         if _latent(config):
             writer.add_rope_scaling_yarn_log_mul(0.1 * float(rope["mscale_all_dim"]))
-    if how == "longrope":
+    if rope_type == "longrope":
         old = int(rope["original_max_position_embeddings"])
         factor = float(rope.get("factor") or int(config["max_position_embeddings"]) / old)
         usual = math.sqrt(1 + math.log(factor) / math.log(old)) if factor > 1 else 1.0

@@ -36,7 +36,7 @@ class Vocabulary:
     add_bos: bool = False
     add_space: bool = False
     drops_blanks: bool = False  # behind special tokens
-    unlike: list[str] = field(default_factory=list)  # those of others, where llama.cpp does not know it
+    unsupported: list[str] = field(default_factory=list)  # those of others, where llama.cpp does not know it
 
 
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
@@ -69,7 +69,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
         out.scores, out.add_space = _scores(folder, out.tokens, merges), _adds_space(definition)
     else:
         out.pre, out.merges = _pattern(definition), [f"{left} {right}" for left, right in merges]
-    out.drops_blanks, out.unlike = _dropping(added.values())
+    out.drops_blanks, out.unsupported = _blank_dropping(added.values())
     out.special, out.add_bos = _special(folder, definition, {**{i: t["content"] for i, t in added.items()}, **tokens})
     return out
 
@@ -89,7 +89,7 @@ def _token(index: int, token: str | None, added: Any, model: Mapping[str, Any], 
     return token, UNKNOWN if sentencepiece and token == model.get("unk_token") else NORMAL
 
 
-def _dropping(added: Iterable[Mapping[str, Any]]) -> tuple[bool, list[str]]:
+def _blank_dropping(added: Iterable[Mapping[str, Any]]) -> tuple[bool, list[str]]:
     """(whether blanks behind special tokens are no part of a text as in Phi-3, whose tokenizer says so of all but three;
     else the tokens of which it is said, and which llama.cpp does not know)"""
     dropping = {token["content"]: bool(token["rstrip"]) for token in added if token["special"] or token["rstrip"]}

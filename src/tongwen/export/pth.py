@@ -44,7 +44,7 @@ INSIDE = (
     ("input_layernorm.weight", "attention_norm.weight", None),
     ("post_attention_layernorm.weight", "ffn_norm.weight", None),
 )
-TURNED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
+PERMUTED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
 FILES_BY_WIDTH = {4096: 1, 5120: 2, 6656: 4, 8192: 8}  # 7B, 13B, 33B, 65B and 70B, as they were published
 PARAMS = "params.json"
 SCALED = {
@@ -60,8 +60,8 @@ def names(layers: int) -> Iterator[tuple[str, str, int | None]]:
     """(Hugging Face's name, LLaMA's, sliced axis) of every tensor."""
     yield OUTSIDE[0]
     for layer in range(layers):
-        for ours, theirs, axis in INSIDE:
-            yield f"model.layers.{layer}.{ours}", f"layers.{layer}.{theirs}", axis
+        for hf_name, llama_name, axis in INSIDE:
+            yield f"model.layers.{layer}.{hf_name}", f"layers.{layer}.{llama_name}", axis
     yield from OUTSIDE[1:]
 
 
@@ -86,22 +86,22 @@ class PthTensors:
         self.config = _config(parts, self.params, folder)
         self.facts: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._at: dict[str, tuple[str, int | None]] = {}
-        for ours, theirs, axis in names(self.config["num_hidden_layers"]):
-            facts = [_fact(part, theirs, folder) for part in parts]
-            if theirs == "tok_embeddings.weight" and facts[0][1][1] == self.config["hidden_size"]:
+        for hf_name, llama_name, axis in names(self.config["num_hidden_layers"]):
+            facts = [_fact(part, llama_name, folder) for part in parts]
+            if llama_name == "tok_embeddings.weight" and facts[0][1][1] == self.config["hidden_size"]:
                 axis = 0  # LLaMA-3 slices the vocabulary instead
             shape = facts[0][1]
             if axis is not None:
                 total = sum(fact[1][axis] for fact in facts)
                 shape = (total, *shape[1:]) if axis == 0 else (shape[0], total)
-            self.facts[ours] = (facts[0][0], shape)
-            self._at[ours] = (theirs, axis)
-        spare = parts[0].facts.keys() - {theirs for theirs, _ in self._at.values()}
+            self.facts[hf_name] = (facts[0][0], shape)
+            self._at[hf_name] = (llama_name, axis)
+        spare = parts[0].facts.keys() - {llama_name for llama_name, _ in self._at.values()}
         if odd := sorted(name for name in spare if not name.endswith("rope.freqs")):
             raise ModelError(_("{odd} does not belong to a LLaMA model").format(odd=odd[0]), place=str(folder))
 
     def raw(self, name: str, begin: int, end: int) -> Any:
-        if not name.endswith(TURNED):
+        if not name.endswith(PERMUTED):
             return self._sliced(name, begin, end)
         width = self.config["head_dim"]  # whole heads are read, and reordered
         first, last = begin // width * width, -(-end // width) * width
@@ -112,18 +112,18 @@ class PthTensors:
 
     def _sliced(self, name: str, begin: int, end: int) -> Any:
         """Rows as they stand, put together from the parts."""
-        theirs, axis = self._at[name]
+        llama_name, axis = self._at[name]
         if axis is None:
-            return self.parts[0].raw(theirs, begin, end)
+            return self.parts[0].raw(llama_name, begin, end)
         if axis == 1:
-            rows = [part.raw(theirs, begin, end).reshape(end - begin, -1) for part in self.parts]
+            rows = [part.raw(llama_name, begin, end).reshape(end - begin, -1) for part in self.parts]
             return np.ascontiguousarray(np.concatenate(rows, axis=1)).reshape(-1)
         out, start = [], 0
         for part in self.parts:
-            count = part.facts[theirs][1][0]
+            count = part.facts[llama_name][1][0]
             low, high = max(begin - start, 0), min(end - start, count)
             if low < high:
-                out.append(part.raw(theirs, low, high))
+                out.append(part.raw(llama_name, low, high))
             start += count
         return np.concatenate(out)
 
@@ -149,25 +149,29 @@ def write(tensors: Tensors, config: Mapping[str, Any], out: Path, progress: Call
     files = FILES_BY_WIDTH.get(int(config["hidden_size"]), 1)
     with ExitStack() as stack:
         parts = [stack.enter_context(PthFile(out / f"consolidated.{number:02d}.pth")) for number in range(files)]
-        for done, (ours, theirs, axis) in enumerate(names(int(config["num_hidden_layers"])), 1):
-            _spread(tensors, ours, theirs, axis, parts, params["dim"] // params["n_heads"])
+        for done, (hf_name, llama_name, axis) in enumerate(names(int(config["num_hidden_layers"])), 1):
+            _spread(tensors, hf_name, llama_name, axis, parts, params["dim"] // params["n_heads"])
             progress(done)
     (out / PARAMS).write_text(json.dumps(params), encoding="utf-8")
     return files
 
 
-def _spread(tensors: Tensors, ours: str, theirs: str, axis: int | None, parts: Sequence[PthFile], width: int) -> None:
+def _spread(
+    tensors: Tensors, hf_name: str, llama_name: str, axis: int | None, parts: Sequence[PthFile], width: int
+) -> None:
     """One tensor over all files, its rows read once."""
-    dtype, shape = tensors.facts[ours]
-    size, turned = ITEM_BYTES[dtype], ours.endswith(TURNED)
+    dtype, shape = tensors.facts[hf_name]
+    size, permuted = ITEM_BYTES[dtype], hf_name.endswith(PERMUTED)
     with ExitStack() as stack:
         streams = []
         for number, part in enumerate(parts):
             low, high = (0, 0) if axis is None else _share(shape[axis], number, len(parts))
-            held = shape if axis is None else tuple(high - low if at == axis else n for at, n in enumerate(shape))
-            streams.append((stack.enter_context(part.member(theirs, dtype, held)), low, high))
-        for begin, end in heads(shape[0], width) if turned else blocks(shape):
-            rows = read_rows(tensors, ours, begin, end, width if turned else 0)
+            local_shape = (
+                shape if axis is None else tuple(high - low if at == axis else n for at, n in enumerate(shape))
+            )
+            streams.append((stack.enter_context(part.member(llama_name, dtype, local_shape)), low, high))
+        for begin, end in heads(shape[0], width) if permuted else blocks(shape):
+            rows = read_rows(tensors, hf_name, begin, end, width if permuted else 0)
             for stream, low, high in streams:
                 if axis == 0:
                     stream.write(memoryview(rows[max(low - begin, 0) : max(high - begin, 0)].reshape(-1)))
@@ -190,20 +194,20 @@ def read_rows(tensors: Tensors, name: str, begin: int, end: int, width: int) -> 
 
 def make_params(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
     """What `params.json` says of a model. Raises ModelError naming what the format has no word for."""
-    wanted = {ours for ours, _, _ in names(int(config.get("num_hidden_layers", 0)))}
+    wanted = {hf_name for hf_name, _, _ in names(int(config.get("num_hidden_layers", 0)))}
     spare = sorted(tensors.facts.keys() - wanted)
     missing = sorted(wanted - tensors.facts.keys() - {"lm_head.weight"})
     dim, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     theta, scaling = _rope(config)
     width = int(config.get("head_dim") or dim // heads)
-    for wrong, what in (
+    for unsupported, what in (
         (config.get("model_type") != "llama", f"model_type {config.get('model_type')}"),
         (bool(spare), (spare or [""])[0]),
         (bool(missing), (missing or [""])[0]),
         (width * heads != dim, f"head_dim {width}"),
         (scaling not in (None, "default") and not _is_llama3_1(config), f"rope_scaling {scaling}"),
     ):
-        if wrong:
+        if unsupported:
             raise ModelError(
                 _("the original LLaMA format cannot hold this model: {what}").format(what=what),
                 place="--to pth",
@@ -233,7 +237,7 @@ class PthFile:
         self.stream = file.open("wb")
         self.zip = zipfile.ZipFile(self.stream, "w", zipfile.ZIP_STORED)
         self.root = file.stem
-        self.tensors: OrderedDict[str, _Held] = OrderedDict()
+        self.tensors: OrderedDict[str, _PickledTensor] = OrderedDict()
 
     def __enter__(self) -> PthFile:
         return self
@@ -250,7 +254,7 @@ class PthFile:
     def member(self, name: str, dtype: str, shape: tuple[int, ...]) -> Any:
         """A stream for the bytes of one tensor, to be closed before the next is begun."""
         key = str(len(self.tensors))
-        self.tensors[name] = _Held(_Storage(dtype, key, math.prod(shape)), shape)
+        self.tensors[name] = _PickledTensor(_Storage(dtype, key, math.prod(shape)), shape)
         member = zipfile.ZipInfo(f"{self.root}/data/{key}")
         start = self.stream.tell() + 30 + len(member.filename) + 20 + 4  # local header, 64-bit sizes, this field
         padding = -start % 64
@@ -263,7 +267,7 @@ class _Storage:
         self.dtype, self.key, self.count = dtype, key, count
 
 
-class _Held:
+class _PickledTensor:
     """Stands for a tensor in the pickle: rebuilt by torch from its storage, contiguous."""
 
     def __init__(self, storage: _Storage, shape: tuple[int, ...]) -> None:

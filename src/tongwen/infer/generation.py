@@ -142,7 +142,7 @@ class TextGenerator:
     @property
     def mend(self) -> Callable[[str], str] | None:
         """What a tokenizer could not write (ChatGLM's full-width punctuation), character for character."""
-        return getattr(self.tokenizer, "mend_answer", None)
+        return getattr(self.tokenizer, "fix_punctuation", None)
 
     def answer(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[int]]:
         """New token ids for each prompt, without the stop token. Prompts are padded on the left by their lengths."""

@@ -68,7 +68,7 @@ class RankAllocator(Protocol):
     """What a method needs beyond loss and gradient (AdaLoRA): a second loss, a step of its own, and a memory."""
 
     def penalty(self) -> torch.Tensor: ...
-    def spend(self, step: int) -> None: ...
+    def update_ranks(self, step: int) -> None: ...
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path) -> None: ...
 
@@ -529,7 +529,7 @@ class AllocatorCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.job.allocator and self.job.spends:
-            self.job.allocator.spend(state.global_step)
+            self.job.allocator.update_ranks(state.global_step)
 
 
 @cache

@@ -64,7 +64,7 @@ def learn_merges(
     first_new: int,
     min_count: int = 2,
     forbidden: Iterable[bytes] = (),
-    tell: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> LearnedMerges:
     """Merges that make at most `pieces` new tokens, learned from words (base tokens -> count).
 
@@ -79,7 +79,7 @@ def learn_merges(
     while len(learner.out.pieces) < pieces and (best := learner.best()) is not None:
         learner.merge(*best)
         if len(learner.out.merges) % 100 == 0:
-            tell(len(learner.out.pieces))
+            progress(len(learner.out.pieces))
     return learner.out
 
 

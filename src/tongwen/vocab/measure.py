@@ -67,10 +67,10 @@ class MeasuredTokenizer:
         return len(self.spelling)
 
 
-def fertility(coder: MeasuredTokenizer, texts: Sequence[str]) -> dict[str, float]:
+def fertility(tokenizer: MeasuredTokenizer, texts: Sequence[str]) -> dict[str, float]:
     """Characters, UTF-8 bytes and tokens of the texts, and their ratios."""
     characters, size = sum(map(len, texts)), sum(len(text.encode("utf-8", "replace")) for text in texts)
-    tokens = sum(map(len, coder.encode(texts)))
+    tokens = sum(map(len, tokenizer.encode(texts)))
     return {
         "characters": characters,
         "bytes": size,
@@ -85,41 +85,41 @@ def changed(old: MeasuredTokenizer, new: MeasuredTokenizer, texts: Sequence[str]
     return [place for place, (a, b) in enumerate(zip(old.encode(texts), new.encode(texts), strict=True)) if a != b]
 
 
-def round_trip_failures(coder: MeasuredTokenizer, texts: Sequence[str]) -> list[int]:
+def round_trip_failures(tokenizer: MeasuredTokenizer, texts: Sequence[str]) -> list[int]:
     """Places of the texts that do not come back from their ids."""
-    given = coder.encode(texts)
-    return [place for place, (text, ids) in enumerate(zip(texts, given, strict=True)) if coder.decode(ids) != text]
+    given = tokenizer.encode(texts)
+    return [place for place, (text, ids) in enumerate(zip(texts, given, strict=True)) if tokenizer.decode(ids) != text]
 
 
 def probes() -> list[str]:
     return [*PROBES, *(piece.decode("utf-8", "replace") for piece in BROKEN)]
 
 
-def pieces_in_use(coder: MeasuredTokenizer, first_new: int, texts: Sequence[str]) -> dict[str, int]:
+def pieces_in_use(tokenizer: MeasuredTokenizer, first_new: int, texts: Sequence[str]) -> dict[str, int]:
     """Of the pieces from an id on, special tokens left out: how many there are, occur in the texts, can never be produced,
     begin a character only.
 
     A piece whose own text does not give it is never produced: what stands around it can only take parts away."""
-    new = [index for index in range(first_new, coder.size) if index not in coder.special]
-    counts = Counter(token for ids in coder.encode(texts) for token in ids if token >= first_new)
+    new = [index for index in range(first_new, tokenizer.size) if index not in tokenizer.special]
+    counts = Counter(token for ids in tokenizer.encode(texts) for token in ids if token >= first_new)
     whole, beginnings = [], 0
     for index in new:
         try:
-            whole.append((index, coder.spelling[index].decode("utf-8")))
+            whole.append((index, tokenizer.spelling[index].decode("utf-8")))
         except UnicodeDecodeError:
             beginnings += 1
-    given = coder.encode_inside([text for _, text in whole])
+    given = tokenizer.encode_inside([text for _, text in whole])
     unreachable = sum(ids != [index] for (index, _), ids in zip(whole, given, strict=True))
     return {"pieces": len(new), "occur": len(counts), "unreachable": unreachable, "beginnings": beginnings}
 
 
-def seconds_per_megabyte(coder: MeasuredTokenizer, texts: Sequence[str]) -> float:
+def seconds_per_megabyte(tokenizer: MeasuredTokenizer, texts: Sequence[str]) -> float:
     """CPU seconds of encoding a million bytes, the best of three."""
     size = sum(len(text.encode("utf-8", "replace")) for text in texts)
     best = float("inf")
     for _index in range(3):
         began = time.process_time()
-        coder.encode(texts)
+        tokenizer.encode(texts)
         best = min(best, time.process_time() - began)
     return best / max(size, 1) * 1e6
 
@@ -158,9 +158,9 @@ def make_curve(
     start = fertility(base, texts)["characters_per_token"]
     old = shape.per_token(base.size) / start
     points = []
-    for pieces, coder, seen in steps:
-        found = fertility(coder, texts)["characters_per_token"]
-        points.append(CurvePoint(pieces, found, shape.per_token(coder.size) / found / old, seen))
+    for pieces, tokenizer, seen in steps:
+        found = fertility(tokenizer, texts)["characters_per_token"]
+        points.append(CurvePoint(pieces, found, shape.per_token(tokenizer.size) / found / old, seen))
     return CurvePoint(0, start, 1.0, 0), points
 
 
@@ -178,7 +178,7 @@ class VocabularyAdvice:
 
 
 def advise(
-    base: CurvePoint, curve: Sequence[CurvePoint], damage: float | None = None, asked: int | None = None
+    base: CurvePoint, curve: Sequence[CurvePoint], damage: float | None = None, requested: int | None = None
 ) -> VocabularyAdvice:
     """Whether to extend, from the curve and the damage.
 
@@ -190,7 +190,7 @@ def advise(
     Chinese-LLaMA-Alpaca-3 did better without). A damage above the saving in bytes is paid back by no speed.
     """
     teachable = [point for point in curve if point.seen_enough >= 0.9 * point.pieces] or list(curve[:1])
-    wanted = [point for point in curve if point.pieces == asked] if asked else teachable
+    wanted = [point for point in curve if point.pieces == requested] if requested else teachable
     best = min(wanted or teachable, key=lambda point: point.cost)
     saving = 1 - best.cost
     longer = best.characters_per_token / base.characters_per_token
@@ -252,11 +252,11 @@ def survey(
     return out
 
 
-def pieces_of(coder: MeasuredTokenizer, text: str) -> list[str]:
+def pieces_of(tokenizer: MeasuredTokenizer, text: str) -> list[str]:
     """The tokens as people can read them; bytes that are no whole character as their numbers."""
     out = []
-    for index in coder.encode([text])[0]:
-        piece = coder.spelling[index]
+    for index in tokenizer.encode([text])[0]:
+        piece = tokenizer.spelling[index]
         try:
             out.append(piece.decode("utf-8"))
         except UnicodeDecodeError:

@@ -139,7 +139,7 @@ def learn_pieces(
     script: Script,
     encode: Encode,
     pieces: int,
-    tell: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[str, int]]:
     """Pieces learned from a corpus by continuing the base's merges, most useful first, each with the tokens it saves.
 
@@ -159,7 +159,7 @@ def learn_pieces(
         lambda piece: _allows_bytes(script, piece),
         pieces,
         first_new=len(spelling),
-        tell=tell,
+        progress=progress,
     )
     made, gains = list[str](), list[int]()
     size = learned.first_new
@@ -239,9 +239,9 @@ def _producible(out: MergedPieces, base: Any, pieces: list[str], encoder_of: Cal
     it away, and what is never produced is never a part: one look is enough."""
     trial = MergedPieces(without_prefix(base))
     _append_below(trial, pieces)
-    given = encoder_of(trial.model)([piece.replace(BLANK, " ") for piece in pieces])
+    encoded = encoder_of(trial.model)([piece.replace(BLANK, " ") for piece in pieces])
     first = len(base.pieces)
-    kept = [piece for place, (piece, ids) in enumerate(zip(pieces, given, strict=True)) if ids == [first + place]]
+    kept = [piece for place, (piece, ids) in enumerate(zip(pieces, encoded, strict=True)) if ids == [first + place]]
     out.leave_out("never_produced", sorted(set(pieces) - set(kept), key=pieces.index))
     return kept
 

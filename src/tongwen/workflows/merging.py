@@ -28,7 +28,7 @@ from tongwen.model.loading.fingerprint import combine, model_lines
 from tongwen.model.loading.tensors import TorchTensors, load_bin, open_model
 from tongwen.model.merging import parity
 from tongwen.model.merging.combine import Combination
-from tongwen.model.merging.merge import MergeResult, check_rows, merge_adapters, mix_in, plan_targets, size_of
+from tongwen.model.merging.merge import MergeResult, check_rows, combine_changes, merge_adapters, plan_targets, size_of
 
 DTYPES = {"base": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -62,7 +62,7 @@ def merge(
         )
     console.header("merge", " + ".join([place.name, *names]))
     links = [lineage.read_link(read_adapter(Path(name))) for name in names]
-    place = load.fetched(place)
+    place = load.ensure_local(place)
     with console.waiting(_("reading the base")):
         lines = model_lines(place)
     fingerprint = combine(lines)
@@ -70,7 +70,7 @@ def merge(
     parents = {"base": {"path": place.name, "fingerprint": fingerprint}}
     for number, link in enumerate(links, 1):
         role = "adapter" if len(links) == 1 else f"adapter_{number}"
-        parents[role] = link.stage.as_parent() if link.stage else {"path": link.name, "fingerprint": link.own}
+        parents[role] = link.stage.as_parent() if link.stage else {"path": link.name, "fingerprint": link.fingerprint}
     with artifact.create(out, "model" if choice.to == "hf" else "pth", parents, settings, swept=True) as draft:
         counts = _write(place, {} if place.gguf else lines, links, draft, choice)
         _copy_chat_setup(place, links, draft.path)
@@ -124,7 +124,7 @@ def _check_lineage(
             raise
         console.notice(_("--force: {error}").format(error=error.text()))
         return error.text()
-    for doubt in lineage.doubts(place.name, links):
+    for doubt in lineage.describe_unverified(place.name, links):
         console.notice(doubt)
     return None
 
@@ -143,7 +143,7 @@ def _write(
     try:
         targets, config, notices = plan_targets(base, config, adapters, dtype, lambda: _known(place))
         if choice.mix:
-            mix_in(base, targets, choice.mix)
+            combine_changes(base, targets, choice.mix)
     except NotOneToOne as reason:
         return _in_memory(place, links, draft, choice, str(reason))
     for notice in notices:
@@ -236,7 +236,7 @@ def _compare_whole(
             ids,
         )
         merged = in_memory.logits_of(load.load_model(load.ModelRef(str(out), str(out)), torch.float32).eval(), ids)
-    return parity.judge(live, merged, parity.limit_of(folded))
+    return parity.check_difference(live, merged, parity.limit_of(folded))
 
 
 def _in_memory(

@@ -96,8 +96,8 @@ def check_ahead(base: str, formats: Sequence[str], quantize: str) -> None:
 def _check_gguf(name: str, config: Mapping[str, Any], quantize: str) -> dict[str, Any]:
     """The config in LLaMA's words. Raises ModelError or MissingPackage when its model or type cannot be written."""
     gguf.check_type(quantize or "f16")
-    with load.explained(load.ModelRef(name, name)):
-        whole = gguf_layout.in_llamas_words(config)
+    with load.explain_errors(load.ModelRef(name, name)):
+        whole = gguf_layout.with_llama_keys(config)
     gguf_metadata.check_config(whole)
     return whole
 
@@ -132,7 +132,7 @@ def _to_hf(source: ModelSource, draft: artifact.Draft) -> None:
     hf.check_same(source.tensors, FileTensors(stored), str(draft.path))
     if source.place and source.place.gguf:
         load.load_tokenizer(source.place).save_pretrained(str(draft.path))
-    elif source.place and load.load_kind(source.place) == "baichuan":
+    elif source.place and load.read_model_type(source.place) == "baichuan":
         _speak_as_llama(source, draft.path)
     elif source.place:
         chat_setup.copy_chat_setup(source.folder, draft.path)
@@ -184,8 +184,8 @@ def _to_gguf(source: ModelSource, draft: artifact.Draft, kind: str) -> None:
     if vocabulary is None:
         console.notice(_("no tokenizer: llama.cpp cannot process text with this file"))
         return
-    if vocabulary.unlike:
-        named = ", ".join(vocabulary.unlike[:3])
+    if vocabulary.unsupported:
+        named = ", ".join(vocabulary.unsupported[:3])
         console.notice(
             _("llama.cpp keeps spaces after {named}, but the tokenizer drops them: write none there").format(
                 named=named

@@ -45,7 +45,7 @@ class Adapted:
     embeddings: list[torch.nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._guard: list[Any] = []
+        self._gradient_hooks: list[Any] = []
         self.find_learners()
 
     def find_learners(self) -> None:
@@ -61,12 +61,12 @@ class Adapted:
         total = sum(part.numel() for _, part in named)
         return {"parameters": trainable, "of": total, "share": trainable / total}
 
-    def focus(self, parts: Collection[TrainedPart]) -> list[torch.nn.Parameter]:
+    def train_only(self, parts: Collection[TrainedPart]) -> list[torch.nn.Parameter]:
         """Only these parts learn from here on. Returns the whole embedding matrices of which only the new rows may learn:
         their gradient is zero elsewhere, and the optimizer must do nothing else to them."""
-        for hook in self._guard:
+        for hook in self._gradient_hooks:
             hook.remove()
-        self._guard = []
+        self._gradient_hooks = []
         whole = {id(part) for part in self.embeddings}
         single = {id(part) for name, part in self.model.named_parameters() if "trainable_tokens_" in name and self.rows}
         for part in self.learners:
@@ -81,15 +81,15 @@ class Adapted:
         self.model.zero_grad(set_to_none=True)
         if "new_rows" not in parts:
             return []
-        self._guard = [_keep_others(part, self.rows) for part in self.embeddings]
+        self._gradient_hooks = [_keep_others(part, self.rows) for part in self.embeddings]
         return self.embeddings
 
     @property
-    def has_rows_alone(self) -> bool:
+    def trains_only_rows(self) -> bool:
         """Whether single rows are all that is trained, in no adapter."""
         return adapter_type(self.model) == "TRAINABLE_TOKENS"
 
-    def put_rows(self, base: Any, whole: dict[str, torch.Tensor] | None) -> None:
+    def copy_rows_into(self, base: Any, whole: dict[str, torch.Tensor] | None) -> None:
         """Single rows that learned go into the matrices of the base, which was opened anew: all else is written as its files
         have it, and not in the number type that was computed with. whole: as for `save`."""
         from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
@@ -112,7 +112,7 @@ class Adapted:
             write_as_lora(folder)
 
 
-def kept_in(parts: Collection[TrainedPart], dtype: torch.dtype) -> torch.dtype:
+def base_dtype(parts: Collection[TrainedPart], dtype: torch.dtype) -> torch.dtype:
     """The number type of the base: fp32 where its own weights learn."""
     return torch.float32 if base_learns(parts) else dtype
 
@@ -124,7 +124,7 @@ def base_learns(parts: Collection[TrainedPart]) -> bool:
 
 def adapt(
     model: Any,
-    choice: AdapterConfig,
+    adapter_config: AdapterConfig,
     control_rows: list[int],
     *,
     trained: Collection[TrainedPart] = (),
@@ -138,7 +138,7 @@ def adapt(
     empty; new_rows: ids for the part of that name; steps: over which AdaLoRA spends its budget; fingerprint: of the model,
     for an adapter that is trained further. Raises ModelError when a target names no module, or nothing would be trained.
     """
-    parts = set(trained) or {choice.part}
+    parts = set(trained) or {adapter_config.part}
     rows, held = list(new_rows or []), len(model.get_input_embeddings().weight)
     if rows and not 0 <= min(rows) <= max(rows) < held:
         raise ModelError(
@@ -152,7 +152,7 @@ def adapt(
         model.requires_grad_(True)
         return Adapted(model, rows, whole=True)
     if "lora" in parts:
-        adapted = _with_adapter(model, choice, parts, control_rows, rows, steps, fingerprint)
+        adapted = _with_adapter(model, adapter_config, parts, control_rows, rows, steps, fingerprint)
     elif "embeddings" in parts:
         model.requires_grad_(False)
         for part in _weights_of_embeddings(model):
@@ -174,7 +174,7 @@ def adapt(
 
 def _with_adapter(
     model: Any,
-    choice: AdapterConfig,
+    adapter_config: AdapterConfig,
     parts: set[TrainedPart],
     control_rows: list[int],
     new_rows: list[int],
@@ -182,8 +182,8 @@ def _with_adapter(
     fingerprint: str | None,
 ) -> Adapted:
     single = sorted({*control_rows, *(new_rows if "new_rows" in parts else [])})
-    if choice.continue_from:
-        opened = open_adapter(model, choice.continue_from, fingerprint, trainable=True)
+    if adapter_config.continue_from:
+        opened = open_adapter(model, adapter_config.continue_from, fingerprint, trainable=True)
         fuse(opened)
         adapted = Adapted(opened, new_rows, whole="embeddings" in parts)
         if (lost := set(single) - _rows_in(opened)) and not _embeddings(opened):
@@ -204,21 +204,21 @@ def _with_adapter(
     from peft import get_peft_model
 
     whole = "embeddings" in parts
-    also = list(choice.also_train)
+    also = list(adapter_config.also_train)
     for name in also:
         _check_also(name, model)
     owners = _row_owners(model)
     if whole:
         also += owners
     rows = dict.fromkeys(_owners_apart(model, also), single) if single else {}
-    config = _peft_config(model, choice, also, rows or None, steps)
+    config = _peft_config(model, adapter_config, also, rows or None, steps)
     try:
         with quiet():
             adapted = Adapted(get_peft_model(model, config), new_rows, whole)
     except (ValueError, TypeError, AttributeError) as error:
-        said = first_line(error)
+        reason = first_line(error)
         raise ModelError(
-            _("peft cannot place this adapter: {said}").format(said=said),
+            _("peft cannot place this adapter: {said}").format(said=reason),
             place="adapter",
         ) from error
     adapted.notices += _experts(adapted.model)
@@ -231,22 +231,22 @@ def _with_adapter(
 
 
 def _peft_config(
-    model: Any, choice: AdapterConfig, also: list[str], rows: dict[str, list[int]] | None, steps: int
+    model: Any, adapter_config: AdapterConfig, also: list[str], rows: dict[str, list[int]] | None, steps: int
 ) -> Any:
     from peft import LoraConfig
 
     family = family_of(model.config.model_type)
-    words: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
-        "lora_alpha": choice.scale,
-        "lora_dropout": choice.dropout,
-        "target_modules": find_targets(model, choice),
+        "lora_alpha": adapter_config.scale,
+        "lora_dropout": adapter_config.dropout,
+        "target_modules": find_targets(model, adapter_config),
         "fan_in_fan_out": bool(family and family.transposed),
         "modules_to_save": also or None,
         # peft's default unties in silence
         "ensure_weight_tying": bool(getattr(model.config, "tie_word_embeddings", False)),
     }
-    if choice.method == "adalora":
+    if adapter_config.method == "adalora":
         if rows:
             raise ModelError(
                 _("adalora cannot train single token rows, but {count} rows need training").format(
@@ -255,13 +255,13 @@ def _peft_config(
                 place="adapter.method",
                 remedy=_("method: lora, or also_train: [{rows}]").format(rows=", ".join(rows)),
             )
-        return configure(choice.rank, steps, words)
+        return configure(adapter_config.rank, steps, settings)
     return LoraConfig(
-        **words,
-        r=choice.rank,
-        use_rslora=choice.rslora,
-        use_dora=choice.dora,
-        target_parameters=_find_parameters(model, choice),
+        **settings,
+        r=adapter_config.rank,
+        use_rslora=adapter_config.rslora,
+        use_dora=adapter_config.dora,
+        target_parameters=_find_parameters(model, adapter_config),
         trainable_token_indices=rows,
     )
 
@@ -280,11 +280,11 @@ def _keep_others(part: torch.nn.Parameter, rows: list[int]) -> Any:
     others = torch.ones(len(part), 1, dtype=torch.bool, device=part.device)
     others[rows] = False
     if isinstance(part, DTensor):
-        mine = distribute_tensor(others, part.device_mesh, part.placements).to_local()
+        local_mask = distribute_tensor(others, part.device_mesh, part.placements).to_local()
 
         def mask(part: torch.Tensor) -> None:
             gradient = part.grad.to_local()
-            gradient.masked_fill_(mine.to(gradient.device), 0)
+            gradient.masked_fill_(local_mask.to(gradient.device), 0)
 
         return part.register_post_accumulate_grad_hook(mask)
     return part.register_hook(lambda gradient: gradient.masked_fill(others, 0))
@@ -308,11 +308,11 @@ def _weights_of_embeddings(model: Any) -> list[torch.nn.Parameter]:
     return list({id(module.weight): module.weight for module in modules if module is not None}.values())
 
 
-def find_targets(model: Any, choice: AdapterConfig) -> list[str] | str:
+def find_targets(model: Any, adapter_config: AdapterConfig) -> list[str] | str:
     """Module names for peft: the family's usual few, all linear layers but the head, or the user's list (checked)."""
-    if choice.targets == "all-linear":
+    if adapter_config.targets == "all-linear":
         return "all-linear"
-    if choice.targets == "family":
+    if adapter_config.targets == "family":
         family = family_of(model.config.model_type)
         if family is None:
             raise ModelError(
@@ -327,14 +327,14 @@ def find_targets(model: Any, choice: AdapterConfig) -> list[str] | str:
 
     nn = torch.nn
     fit: tuple[type, ...] = (nn.Linear, Conv1D)  # of which bitsandbytes' layers are
-    if choice.method != "adalora":
+    if adapter_config.method != "adalora":
         fit += (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
-    for name in choice.targets:
+    for name in adapter_config.targets:
         found = [module for module_name, module in model.named_modules() if _is_called(module_name, name)]
         unfit = next((type(module).__name__ for module in found if not isinstance(module, fit)), "")
         if unfit or not found:
             raise _no_module("targets", name, model, unfit)
-    return list(choice.targets)
+    return list(adapter_config.targets)
 
 
 def _is_called(module: str, name: str) -> bool:
@@ -390,9 +390,9 @@ def _norm_of_padding(norms: torch.Tensor, owned: Collection[int], typical: float
     return limit if limit <= typical / 2 else 0.0
 
 
-def _find_parameters(model: Any, choice: AdapterConfig) -> list[str] | None:
+def _find_parameters(model: Any, adapter_config: AdapterConfig) -> list[str] | None:
     names = [name for name, _ in model.named_parameters()]
-    for wanted in choice.target_parameters:
+    for wanted in adapter_config.target_parameters:
         if not any(name.endswith(wanted) for name in names):
             fused = sorted(
                 {".".join(name.split(".")[-3:]) for name, part in model.named_parameters() if part.dim() == 3}
@@ -402,7 +402,7 @@ def _find_parameters(model: Any, choice: AdapterConfig) -> list[str] | None:
                 place="adapter.target_parameters",
                 remedy=_("fused weights here: {fused}").format(fused=_(", ").join(fused) or _("none")),
             )
-    return list(choice.target_parameters) or None
+    return list(adapter_config.target_parameters) or None
 
 
 def _row_owners(model: Any) -> list[str]:

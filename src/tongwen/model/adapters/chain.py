@@ -15,7 +15,7 @@ from tongwen.core.errors import ArtifactError, ModelError
 from tongwen.core.i18n import _
 from tongwen.model.adapters.read import EMBEDDINGS, whole_rows
 from tongwen.model.loading.fingerprint import fingerprint_chain, fingerprint_model
-from tongwen.model.loading.load import ModelRef, explained, find_adapter, load_model, quiet
+from tongwen.model.loading.load import ModelRef, explain_errors, find_adapter, load_model, quiet
 
 
 def open_adapter_chain(
@@ -65,32 +65,32 @@ def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, tr
             place=folder,
             remedy=_("use the base {path}").format(path=stage.manifest["parents"]["base"]["path"] if stage else ""),
         )
-    make_room(model, path)
-    with quiet(), explained(ModelRef(folder, folder)):
+    resize_for_adapter(model, path)
+    with quiet(), explain_errors(ModelRef(folder, folder)):
         return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
 
 
-def make_room(model: Any, adapter: Path) -> None:
+def resize_for_adapter(model: Any, adapter: Path) -> None:
     """Rows for an adapter that brings a larger vocabulary, as Chinese-LLaMA's do: its embedding and head take their place."""
     rows, held = whole_rows(adapter), model.get_input_embeddings().weight.shape[0]
     wanted = max(rows.values(), default=held)
     if wanted == held:
         return
     if wanted < held:
-        said = _(
+        problem = _(
             "its vocabulary has {wanted} rows, but the model already has {held}: a vocabulary never shrinks"
         ).format(wanted=wanted, held=held)
     elif len(rows) < 2 and not model.config.get_text_config().tie_word_embeddings:
         alone = next(iter(rows))
         lacks = _("the head") if alone.endswith(EMBEDDINGS) else _("the embedding")
-        said = _("it brings {wanted} rows and the model has only {held}, but it lacks {lacks}").format(
+        problem = _("it brings {wanted} rows and the model has only {held}, but it lacks {lacks}").format(
             wanted=wanted, held=held, lacks=lacks
         )
     else:
         model.resize_token_embeddings(wanted, mean_resizing=False)
         return
     raise ArtifactError(
-        said,
+        problem,
         place=str(adapter),
         remedy=_("give the base it was trained on, and the adapters below it"),
     )

@@ -33,7 +33,7 @@ def modernise(folder: Path, out: Path, alpha: float | None) -> artifact.Artifact
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
         raise ArtifactError(_("this folder has none of {files}").format(files=_(", ").join(FILES)), place=str(folder))
-    state = _adapters_own(load_bin(file))
+    state = _adapter_tensors(load_bin(file))
     if not any(".lora_A." in name for name in state):
         raise ArtifactError(
             _("it has no LoRA tensors"),
@@ -52,7 +52,7 @@ def modernise(folder: Path, out: Path, alpha: float | None) -> artifact.Artifact
     return draft.artifact
 
 
-def _adapters_own(state: dict[str, Any]) -> dict[str, Any]:
+def _adapter_tensors(state: dict[str, Any]) -> dict[str, Any]:
     """The tensors that the adapter brings, under peft's names. Where the base's own lie beside them, these are left out."""
     plain = {name.replace(".default.", ".").replace(".modules_to_save.", "."): name for name in state}
     adapted = {name.rpartition(".lora_")[0] for name in plain if ".lora_A." in name}

@@ -25,7 +25,7 @@ class AdapterLink:
     adapter: Adapter
     stage: artifact.Artifact | None
     recorded: str | None
-    own: str
+    fingerprint: str
 
     @property
     def name(self) -> str:
@@ -41,17 +41,17 @@ class AdapterLink:
 def read_link(adapter: Adapter) -> AdapterLink:
     """Raises ArtifactError when the adapter's tensors are no longer those that its manifest recorded."""
     stage = artifact.find(adapter.folder)
-    own = combine(lines_of(adapter.tensors))
-    if stage and stage.fingerprint != own:
+    fingerprint = combine(lines_of(adapter.tensors))
+    if stage and stage.fingerprint != fingerprint:
         raise ArtifactError(
             _("its tensors have the fingerprint {own}, but its manifest records {fingerprint}").format(
-                own=own[:12], fingerprint=stage.fingerprint[:12]
+                own=fingerprint[:12], fingerprint=stage.fingerprint[:12]
             ),
             place=str(adapter.folder),
             remedy=_("the file was changed or damaged after training"),
         )
     recorded = stage.manifest["parents"].get("base", {}).get("fingerprint") if stage else None
-    return AdapterLink(adapter, stage, recorded, own)
+    return AdapterLink(adapter, stage, recorded, fingerprint)
 
 
 def check_chain(base: str, fingerprint: str, links: Sequence[AdapterLink]) -> None:
@@ -67,10 +67,10 @@ def check_chain(base: str, fingerprint: str, links: Sequence[AdapterLink]) -> No
                 place=link.name,
                 remedy=_remedy(fingerprint, links, link),
             )
-        below = fingerprint_chain(below, link.own)
+        below = fingerprint_chain(below, link.fingerprint)
 
 
-def doubts(base: str, links: Sequence[AdapterLink]) -> list[str]:
+def describe_unverified(base: str, links: Sequence[AdapterLink]) -> list[str]:
     """What cannot be proven, in words: for adapters that do not record what they were trained on."""
     out = []
     for number, link in enumerate(links):
@@ -127,7 +127,7 @@ def check_vocabulary(folder: Path, rows: int, place: str) -> None:
 
 
 def _remedy(fingerprint: str, links: Sequence[AdapterLink], wrong: AdapterLink) -> str:
-    order = order_that_fits(fingerprint, [(link.recorded, link.own) for link in links])
+    order = order_that_fits(fingerprint, [(link.recorded, link.fingerprint) for link in links])
     if order is not None:
         return _("the correct order: ") + " ".join(f"--adapter {links[index].name}" for index in order)
     return _("merge onto {trained_on}").format(trained_on=wrong.trained_on)

@@ -29,8 +29,8 @@ from transformers.utils.output_capturing import capture_outputs
 from tongwen.model.chatglm.configuration import ChatGLMConfig
 
 # DeepNorm's alpha for 28 layers. The original computes it from that number whatever the config says.
-ENLARGED = math.sqrt(2 * 28)
-Turn = tuple[torch.Tensor, torch.Tensor]
+RESIDUAL_SCALE = math.sqrt(2 * 28)
+Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 class Attention(nn.Module):
@@ -42,12 +42,17 @@ class Attention(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, x: torch.Tensor, turns: Sequence[Turn], mask: torch.Tensor | None, past: Cache | None, **extra: Any
+        self,
+        x: torch.Tensor,
+        rotations: Sequence[Rotation],
+        mask: torch.Tensor | None,
+        past: Cache | None,
+        **extra: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x: (B, L, hidden) -> the same shape, and the attention's weights where they are kept."""
         fused = self.query_key_value(x).view(*x.shape[:-1], self.heads, 3 * self.width)
         query, key, value = fused.transpose(1, 2).chunk(3, dim=-1)  # (B, heads, L, width) each
-        query, key = rotated(query, turns), rotated(key, turns)
+        query, key = rotated(query, rotations), rotated(key, rotations)
         if past is not None:
             key, value = past.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, sdpa_attention_forward)
@@ -76,9 +81,9 @@ class Block(GradientCheckpointingLayer):
 
     def forward(self, x: torch.Tensor, *arguments: Any, **extra: Any) -> torch.Tensor:
         inside = self.input_layernorm(x)
-        x = inside * ENLARGED + self.attention(inside, *arguments, **extra)[0]
+        x = inside * RESIDUAL_SCALE + self.attention(inside, *arguments, **extra)[0]
         inside = self.post_attention_layernorm(x)
-        out: torch.Tensor = inside * ENLARGED + self.mlp(inside)
+        out: torch.Tensor = inside * RESIDUAL_SCALE + self.mlp(inside)
         return out
 
 
@@ -145,9 +150,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past_key_values=past_key_values,
             or_mask_function=whole,
         )
-        turns = [_turn(places, self.config, x.dtype) for places in position_ids.unbind(1)]
+        rotations = [_rotation(places, self.config, x.dtype) for places in position_ids.unbind(1)]
         for layer in self.layers:
-            x = layer(x, turns, mask, past_key_values, **extra)
+            x = layer(x, rotations, mask, past_key_values, **extra)
         return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(x), past_key_values=past_key_values)
 
 
@@ -175,8 +180,8 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, GenerationMixin):
         out = self.transformer(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **extra
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, kept])
+        positions_kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, positions_kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
@@ -238,7 +243,7 @@ def _before(prefix: torch.Tensor) -> Any:
     return lambda batch, head, row, column: column < prefix[batch]
 
 
-def _turn(places: torch.Tensor, config: ChatGLMConfig, dtype: torch.dtype) -> Turn:
+def _rotation(places: torch.Tensor, config: ChatGLMConfig, dtype: torch.dtype) -> Rotation:
     """Cosine and sine, (B, 1, L, width / 2), for one of the two positions. places: (B, L)"""
     width = config.hidden_size // config.num_attention_heads // 2
     frequencies = 10000.0 ** (-torch.arange(0, width, 2, device=places.device) / width)
@@ -246,10 +251,10 @@ def _turn(places: torch.Tensor, config: ChatGLMConfig, dtype: torch.dtype) -> Tu
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotated(x: torch.Tensor, turns: Sequence[Turn]) -> torch.Tensor:
+def rotated(x: torch.Tensor, rotations: Sequence[Rotation]) -> torch.Tensor:
     """x: (B, heads, L, width), its first half turned by the first position and its second half by the second."""
     out = []
-    for half, (cos, sin) in zip(x.chunk(2, dim=-1), turns, strict=True):
+    for half, (cos, sin) in zip(x.chunk(2, dim=-1), rotations, strict=True):
         one, other = half.chunk(2, dim=-1)
         out.append(half * cos + torch.cat([-other, one], dim=-1) * sin)
     return torch.cat(out, dim=-1)

@@ -1,7 +1,7 @@
 """ChatGLM-6B's tokenizer: `ice_text.model` in the tokenizers library, id for id.
 
 Line ends, tabs and runs of blanks have pieces of their own, written into the text before SentencePiece sees it. Full-width
-punctuation becomes half-width on the way in, as NFKC has it; `mend_answer` is for the way out.
+punctuation becomes half-width on the way in, as NFKC has it; `fix_punctuation` is for the way out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPECIAL = {
 }
 
 
-WIDE = str.maketrans(",!:;?", "，！：；？")
+FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
 
 
 class ChatGLMTokenizer(PreTrainedTokenizerFast):
@@ -36,7 +36,7 @@ class ChatGLMTokenizer(PreTrainedTokenizerFast):
 
     vocab_files_names = {"vocab_file": "ice_text.model", "tokenizer_file": "tokenizer.json"}  # noqa: RUF012
     padding_side = "left"
-    answers_begin_anew = True  # with a blank of their own, as every text
+    answers_start_with_blank = True  # with a blank of their own, as every text
     written = WRITTEN
 
     @classmethod
@@ -48,10 +48,12 @@ class ChatGLMTokenizer(PreTrainedTokenizerFast):
         return {"chat_template": shipped_source("chatglm"), **SPECIAL, **options}
 
     @staticmethod
-    def mend_answer(text: str) -> str:
+    def fix_punctuation(text: str) -> str:
         """An answer with full-width punctuation beside Chinese characters, as a reader expects it. Its length stays."""
         return re.sub(
-            r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])", lambda found: found[0].translate(WIDE), text
+            r"(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])",
+            lambda found: found[0].translate(FULL_WIDTH),
+            text,
         )
 
 

@@ -15,16 +15,16 @@ from tongwen.core.i18n import _
 from tongwen.model.kernels import packed_attention
 
 
-def recompute(model: Any, **how: Any) -> None:
+def recompute(model: Any, **options: Any) -> None:
     """Each layer keeps its input alone, and is computed anew in the backward. how: words of torch.utils.checkpoint."""
-    words = {"use_reentrant": False, **how}
+    kwargs = {"use_reentrant": False, **options}
     if hasattr(model, "activation_checkpointing_enable"):  # its newer name
-        model.activation_checkpointing_enable(words)
+        model.activation_checkpointing_enable(kwargs)
     else:
-        model.gradient_checkpointing_enable(words)
+        model.gradient_checkpointing_enable(kwargs)
 
 
-def keep(model: Any) -> None:
+def keep_activations(model: Any) -> None:
     """The opposite: layers keep what their backward needs."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
@@ -53,7 +53,7 @@ def compile_layers(model: Any) -> int:
     return len(layers)
 
 
-def as_written(model: Any) -> AbstractContextManager[Any]:
+def uncompiled(model: Any) -> AbstractContextManager[Any]:
     """Inside, compiled layers run as they are written: each new length of a text that is generated would be compiled again."""
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

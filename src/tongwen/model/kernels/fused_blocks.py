@@ -25,7 +25,7 @@ from tongwen.model.kernels.fused_projections import FusedProjections, SiblingPro
 
 MLP, QKV = ("gate_proj", "up_proj", "down_proj"), ("q_proj", "k_proj", "v_proj")
 
-LEAN = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+FUSED_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 ROWS = 128  # whose fp32 copies stay in a core's cache
 
 
@@ -51,9 +51,9 @@ class FusedRmsNorm(torch.autograd.Function):
         out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
         flat = (part.reshape(-1, x.shape[-1]) for part in (gradient, x))
         for upper, rows, scales, results in _blocks(*flat, inverse, out.view(-1, x.shape[-1])):
-            rows, of_rows = rows.to(inverse.dtype), (upper * weight).to(inverse.dtype)
-            along = torch.linalg.vecdot(of_rows, rows).unsqueeze(-1).mul_(scales.pow(3)).div_(-x.shape[-1])
-            results.copy_(of_rows.mul_(scales).addcmul_(rows, along))
+            rows, grad_rows = rows.to(inverse.dtype), (upper * weight).to(inverse.dtype)
+            along = torch.linalg.vecdot(grad_rows, rows).unsqueeze(-1).mul_(scales.pow(3)).div_(-x.shape[-1])
+            results.copy_(grad_rows.mul_(scales).addcmul_(rows, along))
         return out, None, None
 
 
@@ -76,31 +76,33 @@ class FusedGatedMlp(torch.autograd.Function):
         scales: tuple[float, ...],
         *adapters: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.first, ctx.last, ctx.scales, ctx.own, ctx.shape = first, last, scales, adapters[0].dtype, x.shape
-        wide = first.widen(x.reshape(-1, first.inside))
-        both = wide @ first.forth.t()
+        ctx.first, ctx.last, ctx.scales, ctx.adapter_dtype, ctx.shape = first, last, scales, adapters[0].dtype, x.shape
+        wide = first.widen(x.reshape(-1, first.in_features))
+        both = wide @ first.forward_weight.t()
         gate, up = both.split(first.widths, dim=1)
-        hidden, active = last.entry(both), silu(gate)
-        torch.mul(active, up, out=hidden[:, : last.inside])
-        out = last.fill(hidden) @ last.forth.t()
+        hidden, active = last.input_buffer(both), silu(gate)
+        torch.mul(active, up, out=hidden[:, : last.in_features])
+        out = last.fill(hidden) @ last.forward_weight.t()
         ctx.save_for_backward(wide, both, active, hidden)
-        return out.view(*x.shape[:-1], last.outside)
+        return out.view(*x.shape[:-1], last.out_features)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         (wide, both, active, hidden), first, last = ctx.saved_tensors, ctx.first, ctx.last
         gate, up = both.split(first.widths, dim=1)
-        room = last.exit(both)
-        room[:, : last.outside] = gradient.reshape(len(room), -1)
-        of_last = last.deal(*last.gradients(*last.split(hidden), room), ctx.scales[2:], ctx.own)
-        of_hidden = room @ last.back
-        room = first.exit(both)
-        of_gate, of_up = room[:, : first.outside].split(first.widths, dim=1)
-        torch.mul(of_hidden, active, out=of_up)
-        torch.ops.aten.silu_backward.grad_input(of_hidden.mul_(up), gate, grad_input=of_gate)
-        of_first = first.deal(*first.gradients(*first.split(wide), room), ctx.scales, ctx.own)
-        of_x = (room @ first.back).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, None, *of_first, *of_last
+        buffer = last.output_buffer(both)
+        buffer[:, : last.out_features] = gradient.reshape(len(buffer), -1)
+        grad_last = last.split_gradients(
+            *last.gradients(*last.split(hidden), buffer), ctx.scales[2:], ctx.adapter_dtype
+        )
+        grad_hidden = buffer @ last.backward_weight
+        buffer = first.output_buffer(both)
+        grad_gate, grad_up = buffer[:, : first.out_features].split(first.widths, dim=1)
+        torch.mul(grad_hidden, active, out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=grad_gate)
+        grad_first = first.split_gradients(*first.gradients(*first.split(wide), buffer), ctx.scales, ctx.adapter_dtype)
+        grad_x = (buffer @ first.backward_weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None, *grad_first, *grad_last
 
 
 def fuse_blocks(model: Any, is_same: Callable[..., bool] | None = None) -> int:
@@ -124,11 +126,11 @@ def fuse_blocks(model: Any, is_same: Callable[..., bool] | None = None) -> int:
     for module, forward in fast.items():
         if forward:
             module.forward = MethodType(forward, module)
-    _leave_files(model)
+    _release_files(model)
     return sum(map(bool, fast.values()))
 
 
-def _leave_files(model: Any) -> None:
+def _release_files(model: Any) -> None:
     """A file of weights stays in the memory of a CPU's process as long as one tensor lies in it, also with what was joined and
     stands elsewhere now. What was joined is a view, and not contiguous."""
     for part in model.parameters():
@@ -137,7 +139,7 @@ def _leave_files(model: Any) -> None:
 
 
 def _is_norm(module: Any) -> bool:
-    if not isinstance(getattr(module, "variance_epsilon", None), float) or not _is_lean(module.weight):
+    if not isinstance(getattr(module, "variance_epsilon", None), float) or not _has_fused_dtype(module.weight):
         return False
     _, _, *more = signature(type(module).forward).parameters  # self, x, and the gate of another kind of norm
     return not more
@@ -152,7 +154,7 @@ def _plain(layers: list[Any]) -> list[Any]:
     if not all(is_plain(layer) for layer in layers):
         return []
     weights = [_weight(layer) for layer in layers]
-    suit = all(_is_lean(weight) and not weight.requires_grad for weight in weights)
+    suit = all(_has_fused_dtype(weight) and not weight.requires_grad for weight in weights)
     return layers if suit and len({weight.dtype for weight in weights}) == 1 else []
 
 
@@ -165,10 +167,10 @@ def _is_same(module: Any, form: Callable[[torch.Tensor], torch.Tensor], weight: 
     rows = torch.randn(1, 4, weight.shape[-1], generator=torch.Generator().manual_seed(0))
     rows[:, 2:] *= 1e-3
     half = weight.dtype != torch.float32
-    near = {"rtol": 2e-2, "atol": 1e-3} if half else {"rtol": 1e-4, "atol": 1e-6}
+    tolerance = {"rtol": 2e-2, "atol": 1e-3} if half else {"rtol": 1e-4, "atol": 1e-6}
     rows = rows.to(weight.device, weight.dtype)
     with torch.no_grad(), torch.autocast(weight.device.type, weight.dtype, enabled=half):
-        return bool(torch.allclose(module(rows), form(rows), **near))
+        return bool(torch.allclose(module(rows), form(rows), **tolerance))
 
 
 def _silu_gated(gate: Any, up: Any, down: Any, x: torch.Tensor) -> torch.Tensor:
@@ -177,7 +179,7 @@ def _silu_gated(gate: Any, up: Any, down: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-    if not _is_lean(x) or x.dtype != self.weight.dtype or self.weight.requires_grad:
+    if not _has_fused_dtype(x) or x.dtype != self.weight.dtype or self.weight.requires_grad:
         return type(self).forward(self, x)
     if x.is_cuda:  # where torch has it as one operation, which autocast would take to fp32
         with torch.autocast("cuda", enabled=False):
@@ -190,14 +192,14 @@ def _mlp(layers: Sequence[Any]) -> Any:
     first, last = FusedProjections(parts[:2]), FusedProjections(parts[2:])
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if not _is_lean(x) or not all(is_plain(layer, x) for layer in layers):
+        if not _has_fused_dtype(x) or not all(is_plain(layer, x) for layer in layers):
             return type(self).forward(self, x)
         parts = [parts_of(layer) for layer in layers]
-        (scales, adapters), (scale, adapter) = first.take(parts[:2]), last.take(parts[2:])
+        (scales, adapters), (scale, adapter) = first.load_adapters(parts[:2]), last.load_adapters(parts[2:])
         return FusedGatedMlp.apply(x, first, last, scales + scale, *adapters, *adapter)
 
     return forward
 
 
-def _is_lean(x: torch.Tensor) -> bool:
-    return x.dtype in LEAN.get(x.device.type, ())
+def _has_fused_dtype(x: torch.Tensor) -> bool:
+    return x.dtype in FUSED_DTYPES.get(x.device.type, ())

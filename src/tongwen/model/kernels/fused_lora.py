@@ -27,24 +27,24 @@ class FusedLoraFunction(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        own, a, b = a.dtype, a.to(weight.dtype), b.to(weight.dtype)
+        adapter_dtype, a, b = a.dtype, a.to(weight.dtype), b.to(weight.dtype)
         low = flat @ a.t()  # (T, r)
         out = (flat @ weight.t()).addmm_(low, b.t(), alpha=scale)
         ctx.save_for_backward(flat, weight, a, b, low)
-        ctx.scale, ctx.shape, ctx.own = scale, x.shape, own
+        ctx.scale, ctx.shape, ctx.adapter_dtype = scale, x.shape, adapter_dtype
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         flat, weight, a, b, low = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
-        of_low = gradient @ b  # (T, r), still without the scale
-        of_x = None
+        grad_low = gradient @ b  # (T, r), still without the scale
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (gradient @ weight).addmm_(of_low, a, alpha=ctx.scale).view(ctx.shape)
-        of_a = (of_low.t() @ flat).to(ctx.own).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
-        of_b = (low.t() @ gradient).t().to(ctx.own).mul(ctx.scale) if ctx.needs_input_grad[3] else None
-        return of_x, None, of_a, of_b, None
+            grad_x = (gradient @ weight).addmm_(grad_low, a, alpha=ctx.scale).view(ctx.shape)
+        grad_a = (grad_low.t() @ flat).to(ctx.adapter_dtype).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
+        grad_b = (low.t() @ gradient).t().to(ctx.adapter_dtype).mul(ctx.scale) if ctx.needs_input_grad[3] else None
+        return grad_x, None, grad_a, grad_b, None
 
 
 def fuse(model: Any) -> int:

@@ -29,17 +29,20 @@ class FusedProjections:
     def __init__(self, parts: Sequence[Part]) -> None:
         weights = [weight for weight, *_ in parts]
         self.widths, self.ranks = [len(weight) for weight in weights], [len(a) for _, a, *_ in parts]
-        self.outside, self.inside = sum(self.widths), weights[0].shape[1]
+        self.out_features, self.in_features = sum(self.widths), weights[0].shape[1]
         step = AT_A_TIME.get(weights[0].dtype, 1)
         rank = -(-sum(self.ranks) // step) * step
-        self.matrix = weights[0].new_zeros(self.outside + rank, self.inside + rank)
-        for weight, rows in zip(weights, self.matrix[: self.outside].split(self.widths), strict=True):
-            rows[:, : self.inside] = weight.detach()
-            weight.data = rows[:, : self.inside]
-        self.forth, self.back = self.matrix[: self.outside], self.matrix[:, : self.inside]
-        self.a, self.b = self.matrix[self.outside :, : self.inside], self.matrix[: self.outside, self.inside :]
+        self.matrix = weights[0].new_zeros(self.out_features + rank, self.in_features + rank)
+        for weight, rows in zip(weights, self.matrix[: self.out_features].split(self.widths), strict=True):
+            rows[:, : self.in_features] = weight.detach()
+            weight.data = rows[:, : self.in_features]
+        self.forward_weight, self.backward_weight = self.matrix[: self.out_features], self.matrix[:, : self.in_features]
+        self.a, self.b = (
+            self.matrix[self.out_features :, : self.in_features],
+            self.matrix[: self.out_features, self.in_features :],
+        )
 
-    def take(self, parts: Sequence[Part]) -> tuple[tuple[float, ...], list[torch.Tensor]]:
+    def load_adapters(self, parts: Sequence[Part]) -> tuple[tuple[float, ...], list[torch.Tensor]]:
         """The adapters as they are now: before each forward, for not every optimizer that moves them leaves a sign of it.
         Returns all s, and A, B of each layer."""
         row = column = 0
@@ -51,43 +54,43 @@ class FusedProjections:
 
     def widen(self, x: torch.Tensor) -> torch.Tensor:
         """(T, in) -> [x, x Aᵀ]: (T, in + R)."""
-        wide = self.entry(x)
-        wide[:, : self.inside] = x
+        wide = self.input_buffer(x)
+        wide[:, : self.in_features] = x
         return self.fill(wide)
 
-    def entry(self, like: torch.Tensor) -> torch.Tensor:
+    def input_buffer(self, like: torch.Tensor) -> torch.Tensor:
         """Where x belongs into the first columns, for `fill`: (T, in + R)."""
         return like.new_empty(len(like), self.matrix.shape[1])
 
     def fill(self, wide: torch.Tensor) -> torch.Tensor:
-        wide[:, self.inside :] = wide[:, : self.inside] @ self.a.t()
+        wide[:, self.in_features :] = wide[:, : self.in_features] @ self.a.t()
         return wide
 
     def split(self, wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[x, x Aᵀ] -> x, x Aᵀ."""
-        return wide[:, : self.inside], wide[:, self.inside :]
+        return wide[:, : self.in_features], wide[:, self.in_features :]
 
-    def exit(self, like: torch.Tensor) -> torch.Tensor:
+    def output_buffer(self, like: torch.Tensor) -> torch.Tensor:
         """Where dy belongs into the first columns, for `gradients`: (T, out + R)."""
         return like.new_empty(len(like), self.matrix.shape[0])
 
-    def gradients(self, x: torch.Tensor, low: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gradients(self, x: torch.Tensor, low: torch.Tensor, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For a room whose first columns hold dy, whose last are filled here: (s dA (R, in), dB' (R, out)), where the block of
         a layer is the transpose of its dB without the scale."""
-        of_y = room[:, : self.outside]
-        room[:, self.outside :] = of_y @ self.b
-        return room[:, self.outside :].t() @ x, low.t() @ of_y
+        grad_y = buffer[:, : self.out_features]
+        buffer[:, self.out_features :] = grad_y @ self.b
+        return buffer[:, self.out_features :].t() @ x, low.t() @ grad_y
 
-    def deal(
-        self, of_a: torch.Tensor, of_b: torch.Tensor, scales: Sequence[float], own: torch.dtype
+    def split_gradients(
+        self, grad_a: torch.Tensor, grad_b: torch.Tensor, scales: Sequence[float], adapter_dtype: torch.dtype
     ) -> Iterator[torch.Tensor]:
         """What `gradients` gave, as (dA, dB) of each layer in its adapter's number type."""
-        rows = of_a.split([*self.ranks, len(of_a) - sum(self.ranks)])
-        blocks = of_b.split(self.widths, dim=1)
+        rows = grad_a.split([*self.ranks, len(grad_a) - sum(self.ranks)])
+        blocks = grad_b.split(self.widths, dim=1)
         column = 0
         for rank, row, block, scale in zip(self.ranks, rows, blocks, scales, strict=False):
-            yield row.to(own)
-            yield block[column : column + rank].t().to(own).mul(scale)
+            yield row.to(adapter_dtype)
+            yield block[column : column + rank].t().to(adapter_dtype).mul(scale)
             column += rank
 
 
@@ -97,23 +100,25 @@ class FusedProjectionsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, joined: FusedProjections, scales: tuple[float, ...], *adapters: torch.Tensor
+        ctx: Any, x: torch.Tensor, fused: FusedProjections, scales: tuple[float, ...], *adapters: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        wide = joined.widen(x.reshape(-1, joined.inside))
+        wide = fused.widen(x.reshape(-1, fused.in_features))
         ctx.save_for_backward(wide)
-        ctx.joined, ctx.scales, ctx.shape, ctx.own = joined, scales, x.shape, adapters[0].dtype
-        out = (wide @ joined.forth.t()).view(*x.shape[:-1], joined.outside)
-        return tuple(out.split(joined.widths, dim=-1))
+        ctx.fused, ctx.scales, ctx.shape, ctx.adapter_dtype = fused, scales, x.shape, adapters[0].dtype
+        out = (wide @ fused.forward_weight.t()).view(*x.shape[:-1], fused.out_features)
+        return tuple(out.split(fused.widths, dim=-1))
 
     @staticmethod
-    def backward(ctx: Any, *of_out: torch.Tensor) -> tuple[Any, ...]:
-        (wide,), joined = ctx.saved_tensors, ctx.joined
-        room = joined.exit(wide)
-        for columns, gradient in zip(room[:, : joined.outside].split(joined.widths, dim=1), of_out, strict=True):
+    def backward(ctx: Any, *grad_out: torch.Tensor) -> tuple[Any, ...]:
+        (wide,), fused = ctx.saved_tensors, ctx.fused
+        buffer = fused.output_buffer(wide)
+        for columns, gradient in zip(buffer[:, : fused.out_features].split(fused.widths, dim=1), grad_out, strict=True):
             columns.copy_(gradient.reshape(columns.shape))
-        of_adapters = joined.deal(*joined.gradients(*joined.split(wide), room), ctx.scales, ctx.own)
-        of_x = (room @ joined.back).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, *of_adapters
+        grad_adapters = fused.split_gradients(
+            *fused.gradients(*fused.split(wide), buffer), ctx.scales, ctx.adapter_dtype
+        )
+        grad_x = (buffer @ fused.backward_weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, *grad_adapters
 
 
 class SiblingProjections:
@@ -121,7 +126,7 @@ class SiblingProjections:
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = layers
-        self.joined = FusedProjections([parts_of(layer) for layer in layers])
+        self.fused = FusedProjections([parts_of(layer) for layer in layers])
         self._input: torch.Tensor | None = None
         self._ready: dict[int, torch.Tensor] = {}
 
@@ -141,5 +146,5 @@ class SiblingProjections:
         return forward
 
     def _all(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        scales, adapters = self.joined.take([parts_of(layer) for layer in self.layers])
-        return FusedProjectionsFunction.apply(x, self.joined, scales, *adapters)  # type: ignore[no-any-return]
+        scales, adapters = self.fused.load_adapters([parts_of(layer) for layer in self.layers])
+        return FusedProjectionsFunction.apply(x, self.fused, scales, *adapters)  # type: ignore[no-any-return]

@@ -37,12 +37,12 @@ def _overwrite(logits: torch.Tensor, targets: torch.Tensor, scale: float | torch
         scores = block if block.dtype == torch.float32 else block.float()
         highest = scores.amax(dim=1, keepdim=True)
         scores.sub_(highest)
-        of_target = scores.gather(1, wanted)
+        target_score = scores.gather(1, wanted)
         scores.exp_()
         total = scores.sum(dim=1, keepdim=True)
-        nats[begin : begin + at_once] = (total.log() - of_target).squeeze(1)
+        nats[begin : begin + at_once] = (total.log() - target_score).squeeze(1)
         scores.mul_(scale / total)
-        scores.scatter_add_(1, wanted, torch.zeros_like(of_target).sub_(scale))
+        scores.scatter_add_(1, wanted, torch.zeros_like(target_score).sub_(scale))
         if scores is not block:
             block.copy_(scores)
     return nats
@@ -66,13 +66,13 @@ class LearnedCrossEntropy(torch.autograd.Function):
         return nats.sum() * scale, nats
 
     @staticmethod
-    def backward(ctx: Any, of_sum: torch.Tensor, of_nats: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad_sum: torch.Tensor, grad_nats: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         gradient = ctx.gradient
         ctx.gradient = None
         # Elsewhere the question would wait for the device, and tensors without values have no answer.
-        if type(of_sum) is torch.Tensor and of_sum.device.type == "cpu" and of_sum == 1:
+        if type(grad_sum) is torch.Tensor and grad_sum.device.type == "cpu" and grad_sum == 1:
             return gradient, None, None
-        return gradient.mul_(of_sum.to(gradient.dtype)), None, None
+        return gradient.mul_(grad_sum.to(gradient.dtype)), None, None
 
 
 class HeadLoss(torch.autograd.Function):
@@ -87,21 +87,23 @@ class HeadLoss(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scale: float | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         weight, size = weight.to(hidden.dtype), head_rows(hidden.device.type)
-        of_hidden, nats = torch.empty_like(hidden), []
-        for rows, wanted, gradients in zip(hidden.split(size), targets.split(size), of_hidden.split(size), strict=True):
+        grad_hidden, nats = torch.empty_like(hidden), []
+        for rows, wanted, gradients in zip(
+            hidden.split(size), targets.split(size), grad_hidden.split(size), strict=True
+        ):
             logits = rows @ weight.t()
             nats.append(_overwrite(logits, wanted, scale))
             if ctx.needs_input_grad[0]:
                 gradients.copy_(logits @ weight)
-        ctx.save_for_backward(of_hidden)
+        ctx.save_for_backward(grad_hidden)
         each = torch.cat(nats)
         ctx.mark_non_differentiable(each)
         return each.sum() * scale, each
 
     @staticmethod
-    def backward(ctx: Any, of_sum: torch.Tensor, of_nats: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (of_hidden,) = ctx.saved_tensors
-        return of_hidden * of_sum.to(of_hidden.dtype), None, None, None
+    def backward(ctx: Any, grad_sum: torch.Tensor, grad_nats: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grad_sum.to(grad_hidden.dtype), None, None, None
 
 
 def spare_head(model: Any, batch: dict[str, Any] | None) -> bool:
@@ -116,7 +118,7 @@ def spare_head(model: Any, batch: dict[str, Any] | None) -> bool:
 
 def _is_all(model: Any, head: torch.nn.Linear, batch: dict[str, Any]) -> bool:
     outputs: list[torch.Tensor] = []
-    hook = head.register_forward_hook(lambda module, given, output: outputs.append(output))
+    hook = head.register_forward_hook(lambda module, arguments, output: outputs.append(output))
     try:
         with torch.no_grad():
             logits = model(**_inputs(batch), use_cache=False).logits

@@ -41,16 +41,16 @@ class ShortAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, *weights = ctx.saved_tensors
         grouped, keys, values = query[0].unflatten(0, (len(key[0]), -1)), key[0], value[0]
-        of_out = gradient[0].unflatten(0, grouped.shape[:2])
-        of_query, of_key, of_value = torch.empty_like(grouped), torch.zeros_like(keys), torch.zeros_like(values)
+        grad_out = gradient[0].unflatten(0, grouped.shape[:2])
+        grad_query, grad_key, grad_value = torch.empty_like(grouped), torch.zeros_like(keys), torch.zeros_like(values)
         for (begin, end), weight in zip(_blocks(grouped.shape[2]), weights, strict=True):
-            rows, of_rows = (part[:, :, begin:end].flatten(1, 2) for part in (grouped, of_out))
-            of_weight = torch.bmm(of_rows, values[:, :end].transpose(1, 2))
-            of_scores = torch._softmax_backward_data(of_weight, weight, -1, weight.dtype)
-            of_query[:, :, begin:end] = torch.bmm(of_scores, keys[:, :end]).view_as(of_query[:, :, begin:end])
-            of_key[:, :end].baddbmm_(of_scores.transpose(1, 2), rows)
-            of_value[:, :end].baddbmm_(weight.transpose(1, 2), of_rows)
-        return of_query.mul_(ctx.scale).view_as(query), of_key.mul_(ctx.scale)[None], of_value[None], None
+            rows, grad_rows = (part[:, :, begin:end].flatten(1, 2) for part in (grouped, grad_out))
+            grad_weight = torch.bmm(grad_rows, values[:, :end].transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
+            grad_query[:, :, begin:end] = torch.bmm(grad_scores, keys[:, :end]).view_as(grad_query[:, :, begin:end])
+            grad_key[:, :end].baddbmm_(grad_scores.transpose(1, 2), rows)
+            grad_value[:, :end].baddbmm_(weight.transpose(1, 2), grad_rows)
+        return grad_query.mul_(ctx.scale).view_as(query), grad_key.mul_(ctx.scale)[None], grad_value[None], None
 
 
 @contextmanager

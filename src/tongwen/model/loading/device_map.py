@@ -19,24 +19,24 @@ def choose(place: ModelRef, weights: str, device: str, dtype: torch.dtype) -> tu
 
     Raises MachineError when `auto` finds nothing that fits.
     """
-    rooms = (
+    free_memory = (
         [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())] if device == "cuda" else []
     )
-    if weights != "auto" and len(rooms) < 2:
+    if weights != "auto" and len(free_memory) < 2:
         return False, BITS.get(weights, "")
     numbers = SPARE * sum(tensor.numel() for tensor in make_skeleton(load_config(place)).parameters())
     needed = {"full": numbers * dtype.itemsize, "8bit": numbers, "4bit": numbers * 0.6}  # embeddings keep their bits
-    room = sum(rooms) or psutil.virtual_memory().available
+    available = sum(free_memory) or psutil.virtual_memory().available
     if weights == "auto":
-        weights = next((name for name, wanted in needed.items() if wanted <= room), "")
+        weights = next((name for name, wanted in needed.items() if wanted <= available), "")
         if not weights:
             raise MachineError(
                 _("not enough memory: the model needs {needed_4bit} in 4 bits, and {room} are free").format(
-                    needed_4bit=console.human_bytes(needed["4bit"]), room=console.human_bytes(room)
+                    needed_4bit=console.human_bytes(needed["4bit"]), room=console.human_bytes(available)
                 ),
                 place=place.name,
                 remedy=_("use a smaller model, or open its .gguf with llama.cpp"),
             )
         if weights != "full":
             console.notice(_("loaded in {weights}: the full model does not fit").format(weights=weights))
-    return len(rooms) > 1 and needed[weights] > max(rooms), BITS.get(weights, "")
+    return len(free_memory) > 1 and needed[weights] > max(free_memory), BITS.get(weights, "")

@@ -45,7 +45,7 @@ def model_lines(place: ModelRef) -> dict[str, str]:
     """tensor -> its line of the fingerprint. Empty for a model that is not on this machine."""
     if place.gguf:
         return _gguf_lines(Path(place.folder) / place.gguf)
-    folder = Path(place.folder) if place.local else cached_folder(place.folder)
+    folder = Path(place.folder) if place.is_local else cached_folder(place.folder)
     if folder is None:
         return {}
     if stored := find_tensors(folder):
@@ -90,10 +90,10 @@ def order_that_fits(base: str, adapters: Sequence[tuple[str | None, str]]) -> tu
     for order in itertools.permutations(range(len(adapters))):
         below = base
         for index in order:
-            recorded, own = adapters[index]
+            recorded, fingerprint = adapters[index]
             if recorded not in (None, below):
                 break
-            below = fingerprint_chain(below, own)
+            below = fingerprint_chain(below, fingerprint)
         else:
             return order
     return None

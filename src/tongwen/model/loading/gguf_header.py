@@ -31,24 +31,24 @@ def _check(file: Path, size: int, changed: int) -> None:
         raise _wrong(file, _("it has only {size} bytes").format(size=size))
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            _Walk(data).through()
+            _HeaderParser(data).parse()
         except (struct.error, IndexError, ValueError, UnicodeDecodeError, OverflowError) as error:
             raise _wrong(file, str(error)) from None
 
 
-class _Walk:
+class _HeaderParser:
     """One pass over the bytes. Whatever leads outside of the file, or is no type, is a ValueError."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
 
-    def through(self) -> None:
+    def parse(self) -> None:
         magic, version, tensors, facts = struct.unpack_from("<4sIQQ", self.data)
         self.at = 24
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError(_("it is not a GGUF file of version 2 or 3"))
         alignment = 32
-        for _index in range(self.possible(facts, 12)):
+        for _index in range(self.checked_count(facts, 12)):
             name, (kind,) = self.text(), self.take("<I")
             at = self.at
             self.value(kind)
@@ -56,7 +56,7 @@ class _Walk:
                 alignment = struct.unpack_from("<I", self.data, at)[0]
                 if not 0 < alignment <= 1 << 20:
                     raise ValueError(f"{ALIGNMENT}: {alignment}")
-        ends = [self.tensor() for _ in range(self.possible(tensors, 24))]
+        ends = [self.tensor() for _ in range(self.checked_count(tensors, 24))]
         begin = -(-self.at // alignment) * alignment
         if ends and begin + max(ends) > len(self.data):
             raise ValueError(_("the file ends before its tensors end"))
@@ -84,7 +84,7 @@ class _Walk:
         elif kind == ARRAY:
             inner, count = self.take("<IQ")
             if inner == TEXT:
-                for _index in range(self.possible(count, 8)):
+                for _index in range(self.checked_count(count, 8)):
                     self.skip(self.take("<Q")[0])
             elif inner in SIZES:
                 self.skip(count * SIZES[inner])
@@ -111,7 +111,7 @@ class _Walk:
         if self.at > len(self.data):
             raise ValueError(_("a length points beyond the end of the file"))
 
-    def possible(self, count: int, least: int) -> int:
+    def checked_count(self, count: int, least: int) -> int:
         """A count of things of at least so many bytes each, if the file has room for them."""
         if count * least > len(self.data) - self.at:
             raise ValueError(_("a count of {count}").format(count=count))

@@ -45,7 +45,7 @@ class ModelRef:
     adapters: tuple[str, ...] = ()
 
     @property
-    def local(self) -> bool:
+    def is_local(self) -> bool:
         return Path(self.folder).is_dir()
 
 
@@ -69,10 +69,10 @@ def locate(name: str) -> ModelRef:
                 remedy=_("give a folder, a hub id such as Qwen/Qwen3-8B, or modelscope:Qwen/Qwen3-8B"),
             )
         return ModelRef(name, name)
-    return _local_place(name, path)
+    return _locate_local(name, path)
 
 
-def _local_place(name: str, path: Path) -> ModelRef:
+def _locate_local(name: str, path: Path) -> ModelRef:
     if path.is_file():
         raise ModelError(_("a model must be a folder or a .gguf file"), place=name)
     stage = artifact.find(path)
@@ -117,30 +117,30 @@ def load_tokenizer(place: ModelRef) -> Any:
 
     from tongwen.model.loading import sentencepiece, special_tokens, tiktoken
 
-    _make_known(place)
-    instead = special_tokens.instead_of_empty(Path(place.folder)) if place.local else {}
-    with quiet(), explained(place):
-        tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **instead, **_gguf(place))
+    _register_family(place)
+    overrides = special_tokens.replace_empty_names(Path(place.folder)) if place.is_local else {}
+    with quiet(), explain_errors(place):
+        tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **overrides, **_gguf(place))
 
     if place.gguf:
-        tiktoken.mend_gguf(tokenizer, Path(place.folder) / place.gguf)
+        tiktoken.fix_gguf_pretokenizer(tokenizer, Path(place.folder) / place.gguf)
     file = _lone_sentencepiece(place)
     if file is None:
         return tokenizer
-    return tokenizer if tiktoken.read_ranks(file) else sentencepiece.mended(tokenizer, file)
+    return tokenizer if tiktoken.read_ranks(file) else sentencepiece.with_sentencepiece_ids(tokenizer, file)
 
 
-def dressed(place: ModelRef) -> ModelRef:
+def tokenizer_ref(place: ModelRef) -> ModelRef:
     """Where the tokenizer stands with which a model and its adapters learned: with the last of them that has one."""
     folders = [str(adapter_folder(Path(folder))) for folder in reversed(place.adapters)]
     folder = next((folder for folder in folders if (Path(folder) / "tokenizer_config.json").is_file()), "")
     return ModelRef(folder, folder) if folder else place
 
 
-def _make_known(place: ModelRef) -> None:
+def _register_family(place: ModelRef) -> None:
     """Import the family that transformers does not have itself, where a folder names it. What only a hub has read is not
     known yet, so it is imported for that as well (a second)."""
-    folder = Path(place.folder) if place.local else cached_folder(place.folder)
+    folder = Path(place.folder) if place.is_local else cached_folder(place.folder)
     files = [folder / name for name in ("config.json", "tokenizer_config.json")] if folder else []
     if folder is None or any("chatglm" in file.read_text(encoding="utf-8").lower() for file in files if file.is_file()):
         importlib.import_module("tongwen.model.chatglm")
@@ -148,7 +148,7 @@ def _make_known(place: ModelRef) -> None:
 
 def _lone_sentencepiece(place: ModelRef) -> Path | None:
     """A tokenizer.model without a tokenizer.json beside it."""
-    if place.local:
+    if place.is_local:
         file = Path(place.folder) / "tokenizer.model"
     elif place.gguf:
         return None
@@ -160,7 +160,7 @@ def _lone_sentencepiece(place: ModelRef) -> Path | None:
     return file if file.is_file() and not file.with_name("tokenizer.json").is_file() else None
 
 
-def load_kind(place: ModelRef) -> str:
+def read_model_type(place: ModelRef) -> str:
     """The model type that a folder's config.json says, read without transformers; "" without one."""
     file = Path(place.folder) / "config.json"
     return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")) if file.is_file() else ""
@@ -169,8 +169,8 @@ def load_kind(place: ModelRef) -> str:
 def load_config(place: ModelRef) -> Any:
     from transformers import AutoConfig
 
-    _make_known(place)
-    with quiet(), explained(place):
+    _register_family(place)
+    with quiet(), explain_errors(place):
         return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
 
 
@@ -181,18 +181,18 @@ def load_model(place: ModelRef, dtype: torch.dtype, quantize: str = "", device_m
 
     from tongwen.model.loading import special_tokens
 
-    how: dict[str, Any] = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
+    kwargs: dict[str, Any] = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
     config = load_config(place)
-    if special_tokens.drop_outside(config, config.get_text_config().vocab_size, f"{place.name}/config.json"):
-        how["config"] = config
-    with quiet(), explained(place):
+    if special_tokens.drop_invalid_ids(config, config.get_text_config().vocab_size, f"{place.name}/config.json"):
+        kwargs["config"] = config
+    with quiet(), explain_errors(place):
         model, info = AutoModelForCausalLM.from_pretrained(
             place.folder,
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
             device_map=device_map,
-            **how,
+            **kwargs,
             **_gguf(place),
         )
     missing = sorted(info.get("missing_keys") or ())
@@ -205,7 +205,7 @@ def load_model(place: ModelRef, dtype: torch.dtype, quantize: str = "", device_m
             remedy=_("download the whole model again"),
         )
     if quantize:
-        _settle_quantised(model)
+        _prepare_quantised(model)
     if place.gguf:  # de-quantised: from here on an ordinary model
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
@@ -219,7 +219,7 @@ def load_generation_config(folder: str) -> Any:
     return GenerationConfig.from_pretrained(folder) if (Path(folder) / "generation_config.json").is_file() else None
 
 
-def _settle_quantised(model: Any) -> None:
+def _prepare_quantised(model: Any) -> None:
     """A quantised model as it can be trained, and without the file that it came from."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -239,15 +239,15 @@ def cached_folder(hub_id: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def fetched(place: ModelRef) -> ModelRef:
+def ensure_local(place: ModelRef) -> ModelRef:
     """The files of a hub model in the local cache; fetched when they are not there."""
-    if place.local or place.gguf:
+    if place.is_local or place.gguf:
         return place
     folder = cached_folder(place.folder)
     if folder is None or not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
         from huggingface_hub import snapshot_download
 
-        with explained(place):
+        with explain_errors(place):
             folder = Path(snapshot_download(place.folder))
     return ModelRef(place.name, str(folder))
 
@@ -353,7 +353,7 @@ class quiet:  # noqa: N801 (used like a function)
     def __enter__(self) -> None:
         with quiet._lock:
             if not quiet._inside:
-                self._hush()
+                self._silence()
             quiet._inside += 1
 
     def __exit__(self, *error: object) -> None:
@@ -362,7 +362,7 @@ class quiet:  # noqa: N801 (used like a function)
             if not quiet._inside:
                 quiet._before.close()
 
-    def _hush(self) -> None:
+    def _silence(self) -> None:
         from transformers.utils import logging as hf
 
         self._before.callback(hf.set_verbosity, hf.get_verbosity())
@@ -378,12 +378,12 @@ class quiet:  # noqa: N801 (used like a function)
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
     """Bars that libraries draw themselves (GGUF) are for a terminal; a log would fill with them. All else is said at the end."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stderr(io.StringIO()) as reason:
         yield
-    sys.stderr.write("\n".join(line for line in said.getvalue().split("\n") if "\r" not in line))
+    sys.stderr.write("\n".join(line for line in reason.getvalue().split("\n") if "\r" not in line))
 
 
-class explained:  # noqa: N801
+class explain_errors:  # noqa: N801
     """Whatever a loader raises becomes one message with a place and a remedy."""
 
     def __init__(self, place: ModelRef) -> None:
@@ -398,12 +398,12 @@ class explained:  # noqa: N801
         if is_out_of_memory(error):  # the command says what helps
             return
         text = str(error)
-        said = first_line(error)
+        reason = first_line(error)
         if isinstance(error, ImportError) and "gguf" in text.lower():
             raise MissingPackage("gguf", _("reading GGUF files"), "gguf") from None
-        if not self.place.local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
+        if not self.place.is_local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
             raise MachineError(
-                _("cannot get this model from the hub: {said}").format(said=said[:160]),
+                _("cannot get this model from the hub: {said}").format(said=reason[:160]),
                 place=self.place.name,
                 remedy="export HF_ENDPOINT=https://hf-mirror.com"
                 + _("   or write   base: modelscope:{place}").format(place=self.place.name),
@@ -419,13 +419,13 @@ class explained:  # noqa: N801
             or type(error).__name__ == "SafetensorError"
         ):
             raise ModelError(
-                _("the model cannot be loaded: {said}").format(said=said[:300]),
+                _("the model cannot be loaded: {said}").format(said=reason[:300]),
                 place=self.place.name,
                 remedy=_("check that the files are complete"),
             ) from error
 
     def _without_its_code(self) -> str:
-        if load_kind(self.place) == "baichuan":
+        if read_model_type(self.place) == "baichuan":
             return f"tongwen convert {self.place.name} --to hf --out {Path(self.place.folder).name}-llama"
         return _("use a version that transformers supports natively")
 

@@ -40,11 +40,11 @@ class QuantizedTensors:
         if name not in self.matrices:
             return self.base.raw(name, begin, end)
         if getattr(self._last, "name", "") != name:
-            self._last.name, self._last.bytes = name, from_fp32(self._back(name), self.facts[name][0])
+            self._last.name, self._last.bytes = name, from_fp32(self._round_trip(name), self.facts[name][0])
         width = row_bytes(*self.facts[name])
         return self._last.bytes.reshape(-1).view(np.uint8)[begin * width : end * width]
 
-    def _back(self, name: str) -> Array:
+    def _round_trip(self, name: str) -> Array:
         """Quantised and de-quantised. (out, in) fp32"""
         import torch
 
@@ -81,8 +81,8 @@ def distance(base: Tensors, quantised: QuantizedTensors) -> float:
 
 def kind_of(settings: dict[str, Any]) -> str:
     """nf4 or int8 for a training stage whose base was quantised, by its recorded settings; else nothing."""
-    for said in settings.values():
-        adapter = said.get("adapter") if isinstance(said, dict) else None
+    for section in settings.values():
+        adapter = section.get("adapter") if isinstance(section, dict) else None
         if isinstance(adapter, dict) and adapter.get("method") == "qlora":
             return str(adapter["quantize"])
     return ""

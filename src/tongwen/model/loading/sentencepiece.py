@@ -93,7 +93,7 @@ def fast_form(model: Any) -> Tokenizer:
     return tokenizer
 
 
-def mended(tokenizer: Any, file: Path) -> Any:
+def with_sentencepiece_ids(tokenizer: Any, file: Path) -> Any:
     """transformers' tokenizer of a folder that has tokenizer.model alone, with the ids that SentencePiece gives."""
     model = read_model(file)
     if model.trainer_spec.model_type != BPE:

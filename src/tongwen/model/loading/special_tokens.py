@@ -18,7 +18,7 @@ USUAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_tok
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def instead_of_empty(folder: Path) -> dict[str, str | None]:
+def replace_empty_names(folder: Path) -> dict[str, str | None]:
     """What to load for special tokens whose name is empty in a tokenizer's folder: the family's usual ones, where the
     vocabulary has them, else none."""
     empty = [name for name in USUAL if any(_text(held.get(name)) == "" for held in _configs(folder))]
@@ -34,7 +34,7 @@ def instead_of_empty(folder: Path) -> dict[str, str | None]:
     return found
 
 
-def drop_outside(config: Any, rows: int, place: str) -> bool:
+def drop_invalid_ids(config: Any, rows: int, place: str) -> bool:
     """Take out ids for which the embedding has no row: one of padding would freeze the last row, or stop the loading.
     Returns whether there were any. place: the file."""
     wrong = [name for name in IDS if isinstance(index := getattr(config, name, None), int) and not 0 <= index < rows]
@@ -48,10 +48,10 @@ def drop_outside(config: Any, rows: int, place: str) -> bool:
     return bool(wrong)
 
 
-def mend_ends(tokenizer: Any, model: Any, place: str) -> None:
+def fix_stop_tokens(tokenizer: Any, model: Any, place: str) -> None:
     """A model that would stop at the token that begins a text, or at the unknown one, stops at its tokenizer's end."""
     config = model.generation_config
-    drop_outside(config, model.get_input_embeddings().weight.shape[0], f"{place}/generation_config.json")
+    drop_invalid_ids(config, model.get_input_embeddings().weight.shape[0], f"{place}/generation_config.json")
     known = getattr(config, "eos_token_id", None)
     ends = list(known) if isinstance(known, (list, tuple)) else [known]
     never = {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id, None}

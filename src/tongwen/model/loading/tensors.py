@@ -113,8 +113,8 @@ def load_bin(file: Path) -> dict[str, Any]:
     """The tensors of a torch file, mapped and not read. Whatever needs more than tensors is refused and never run."""
     import torch
 
-    if what := what_it_is(file):
-        raise ModelError(what, place=str(file), remedy=_("fetch the file again"))
+    if problem := what_it_is(file):
+        raise ModelError(problem, place=str(file), remedy=_("fetch the file again"))
     try:
         state = _load(file, mmap=True)
     except RuntimeError:  # torch's format of before 2020 cannot be mapped
@@ -196,6 +196,6 @@ def is_finite(numbers: Array) -> bool:
 def torch_name(dtype: Any) -> str:
     """torch.bfloat16 -> BF16, as safetensors writes it."""
     names = {"float": "F", "bfloat": "BF", "int": "I", "uint": "U"}
-    word = str(dtype).removeprefix("torch.")
-    kind = word.rstrip("0123456789")
-    return "BOOL" if word == "bool" else names.get(kind, kind) + word.removeprefix(kind)
+    text = str(dtype).removeprefix("torch.")
+    kind = text.rstrip("0123456789")
+    return "BOOL" if text == "bool" else names.get(kind, kind) + text.removeprefix(kind)

@@ -87,14 +87,14 @@ def _read_tiktoken(file: Path) -> dict[bytes, int] | None:
 def _read_tekken(file: Path) -> Tokenizer | None:
     """Mistral's file: special tokens first, then as many of the ranked tokens as the vocabulary has room for."""
     try:
-        held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        config = held["config"]
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config = content["config"]
         special = int(config["default_num_special_tokens"])
-        ranked = held["vocab"][: int(config["default_vocab_size"]) - special]
+        ranked = content["vocab"][: int(config["default_vocab_size"]) - special]
         pieces = {base64.b64decode(entry["token_bytes"]): special + int(entry["rank"]) for entry in ranked}
     except (ValueError, KeyError, TypeError):
         return None
-    names = {int(token["rank"]): str(token["token_str"]) for token in held.get("special_tokens") or ()}
+    names = {int(token["rank"]): str(token["token_str"]) for token in content.get("special_tokens") or ()}
     return _tokenizer(
         pieces, (config["pattern"],), {names.get(place, f"<SPECIAL_{place}>"): place for place in range(special)}
     )
@@ -126,7 +126,7 @@ def _cut(patterns: Sequence[str]) -> Any:
     )
 
 
-def mend_gguf(tokenizer: Any, file: Path) -> None:
+def fix_gguf_pretokenizer(tokenizer: Any, file: Path) -> None:
     """Let a tokenizer that transformers read from a GGUF file cut texts as the file says; transformers cuts all as GPT-2
     did, which gives a Llama-3 or Qwen other ids for numbers and more. What is not known is said."""
     from gguf import GGUFReader

@@ -169,9 +169,9 @@ def merge_adapters(
     base_lines: the base's lines of the fingerprint, so that what is copied need not be hashed again.
     """
     stored = plan_shards(out, {target.name: (target.dtype, target.shape) for target in targets}, shard_bytes)
-    folded = MergeResult(stored, list(targets))
+    result = MergeResult(stored, list(targets))
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
-        work = [pool.submit(_fold_one, base, base_lines, target, folded) for target in targets]
+        work = [pool.submit(_merge_one, base, base_lines, target, result) for target in targets]
         try:
             for done, one in enumerate(work, 1):
                 one.result()
@@ -179,15 +179,15 @@ def merge_adapters(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    _check_changed(folded)
-    return folded
+    _check_changed(result)
+    return result
 
 
-def _check_changed(folded: MergeResult) -> None:
-    changed = [target for target in folded.targets if target.changes]
-    if len(folded.same) < len(changed):
+def _check_changed(result: MergeResult) -> None:
+    changed = [target for target in result.targets if target.changes]
+    if len(result.same) < len(changed):
         return
-    never = len(folded.untrained) == len(changed)
+    never = len(result.untrained) == len(changed)
     raise ArtifactError(
         _("the merged model equals the base: ")
         + (
@@ -200,14 +200,14 @@ def _check_changed(folded: MergeResult) -> None:
     )
 
 
-def check_rows(base: Tensors, folded: MergeResult) -> float:
+def check_rows(base: Tensors, result: MergeResult) -> float:
     """Read three rows of every changed tensor back from the files and recompute them in fp64.
 
     Returns the largest difference, as a share of what rounding allows. Raises NumbersError when it exceeds that.
     """
-    merged = FileTensors(folded.stored)
+    merged = FileTensors(result.stored)
     worst = 0.0
-    for target in folded.targets:
+    for target in result.targets:
         if not target.changes:
             continue
         steps = steps_of(target)
@@ -231,11 +231,11 @@ def check_rows(base: Tensors, folded: MergeResult) -> float:
     return worst
 
 
-def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: MergeTarget, folded: MergeResult) -> None:
+def _merge_one(base: Tensors, base_lines: Mapping[str, str], target: MergeTarget, result: MergeResult) -> None:
     """One tensor from the base to its place in the file, and its line of the fingerprint."""
     facts = base.facts.get(target.source or "")
     if facts == (target.dtype, target.shape) and not target.changes:
-        _copy(base, base_lines.get(target.name) if target.source == target.name else None, target, folded)
+        _copy(base, base_lines.get(target.name) if target.source == target.name else None, target, result)
         return
     if facts and facts[0] not in FLOATS:
         raise ModelError(
@@ -243,9 +243,9 @@ def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: MergeTarget,
             place=target.name,
             remedy=_("merge into the original, unquantised model"),
         )
-    place, steps = folded.stored[target.name], steps_of(target)
+    place, steps = result.stored[target.name], steps_of(target)
     if any(step.is_zero for step in steps):
-        folded.untrained.append(target.name)
+        result.untrained.append(target.name)
     digest = start_digest(target.name, target.dtype, target.shape)
     same = facts == (target.dtype, target.shape)  # until the first block tells otherwise
     least = 32 if any(change.rank > 16 for change in target.changes) else 1  # A is packed anew for every block
@@ -265,14 +265,14 @@ def _fold_one(base: Tensors, base_lines: Mapping[str, str], target: MergeTarget,
             same = same and np.array_equal(base.raw(target.source or "", begin, end), new)
             digest.update(new)
             stream.write(memoryview(new))
-    folded.lines[target.name] = digest.hexdigest()
+    result.lines[target.name] = digest.hexdigest()
     if target.changes and same:
-        folded.same.append(target.name)
+        result.same.append(target.name)
 
 
-def _copy(base: Tensors, line: str | None, target: MergeTarget, folded: MergeResult) -> None:
+def _copy(base: Tensors, line: str | None, target: MergeTarget, result: MergeResult) -> None:
     """A tensor that nothing changes: moved by the kernel where it lies in a file, and looked over for NaN."""
-    place, digest = folded.stored[target.name], start_digest(target.name, target.dtype, target.shape)
+    place, digest = result.stored[target.name], start_digest(target.name, target.dtype, target.shape)
     if isinstance(base, FileTensors):
         copy_bytes(base.stored[target.source or ""], place)
     with place.file.open("r+b") as stream:
@@ -285,7 +285,7 @@ def _copy(base: Tensors, line: str | None, target: MergeTarget, folded: MergeRes
                 digest.update(raw)
             if not isinstance(base, FileTensors):
                 stream.write(memoryview(raw))
-    folded.lines[target.name] = line or digest.hexdigest()
+    result.lines[target.name] = line or digest.hexdigest()
 
 
 def size_of(target: MergeTarget) -> int:
@@ -293,7 +293,7 @@ def size_of(target: MergeTarget) -> int:
     return row_bytes(target.dtype, target.shape) * row_count(target.shape)
 
 
-def mix_in(base: Tensors, targets: Sequence[MergeTarget], mix: combine.Combination) -> None:
+def combine_changes(base: Tensors, targets: Sequence[MergeTarget], mix: combine.Combination) -> None:
     """The changes are combined and not applied one after the other. Raises ArtifactError when a vocabulary grew."""
     for target in targets:
         if not target.changes:
@@ -338,11 +338,11 @@ def base_rows(base: Tensors, target: MergeTarget, begin: int, end: int) -> Array
     return block
 
 
-def _finite(block: Array, name: str, whose: str) -> Array:
+def _finite(block: Array, name: str, origin: str) -> Array:
     if not is_finite(block):
         raise NumbersError(
             _("the merged weight contains NaN or Inf")
-            if whose == "merged"
+            if origin == "merged"
             else _("the base's weight contains NaN or Inf"),
             place=name,
         )

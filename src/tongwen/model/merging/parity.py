@@ -104,23 +104,23 @@ class LiveWeights:
         return block
 
 
-def compare_logits(base: Tensors, folded: MergeResult, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def compare_logits(base: Tensors, result: MergeResult, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The largest difference of two logits and what goes with it; None for a family whose layers are not known here.
 
     Raises NumbersError when the two differ by more than rounding explains.
     """
-    sides = logits_of_both(base, folded, config)
-    return sides and judge(*sides, limit_of(folded))
+    sides = logits_of_both(base, result, config)
+    return sides and check_difference(*sides, limit_of(result))
 
 
-def logits_of_both(base: Tensors, folded: MergeResult, config: Mapping[str, Any]) -> tuple[Array, Array] | None:
+def logits_of_both(base: Tensors, result: MergeResult, config: Mapping[str, Any]) -> tuple[Array, Array] | None:
     """(base + adapters, merged), (T, V) each; None for a family whose layers are not known here."""
     family = family_of(str(config.get("model_type")))
     if family is None or not family.like_llama:
         return None
     ids = fixed_ids(int(config["vocab_size"]))
     with ThreadPoolExecutor(2) as pool:
-        sides = (LiveWeights(base, folded.targets), MergedWeights(FileTensors(folded.stored)))
+        sides = (LiveWeights(base, result.targets), MergedWeights(FileTensors(result.stored)))
         live, merged = pool.map(lambda side: logits(side, config, ids), sides)
     return live, merged
 
@@ -130,11 +130,11 @@ def fixed_ids(vocabulary: int) -> list[int]:
     return [(7 + 997 * index) % vocabulary for index in range(TOKENS)]
 
 
-def limit_of(folded: MergeResult) -> float:
-    return max((LIMITS[target.dtype] for target in folded.targets if target.changes), default=LIMITS["F32"])
+def limit_of(result: MergeResult) -> float:
+    return max((LIMITS[target.dtype] for target in result.targets if target.changes), default=LIMITS["F32"])
 
 
-def judge(live: Array, merged: Array, limit: float) -> dict[str, Any]:
+def check_difference(live: Array, merged: Array, limit: float) -> dict[str, Any]:
     """live, merged: (T, V). Raises NumbersError when they are further apart than `limit`, a share of their spread."""
     found = measure(live, merged)
     if not found["relative"] <= limit:

@@ -16,8 +16,8 @@ from tongwen.core import artifact, console, distributed, resume
 from tongwen.core.errors import MachineError, RecipeError, first_line, is_out_of_memory
 from tongwen.core.i18n import _
 from tongwen.data.encode import token_bytes
-from tongwen.model.adapters.adalora import budget_of
-from tongwen.model.adapters.settings import check_further
+from tongwen.model.adapters.adalora import rank_allocator
+from tongwen.model.adapters.settings import check_continued
 from tongwen.model.kernels.loss import learned_loss
 from tongwen.model.loading import load
 from tongwen.model.loading.fingerprint import fingerprint_tokenizer
@@ -54,7 +54,7 @@ def train_stage(job: TrainingJob, out: Path) -> artifact.Artifact:
     engine = choose(job.section)
     if distributed.is_first():  # it alone reports to them
         trackers.check(job.recipe.track)
-    check_further(job.section.adapter, job.stage)
+    check_continued(job.section.adapter, job.stage)
     say_ledger(job.data)
     device = load.compute_device()
     phases = plan_phases(job, device, artifact.partial_of(out) / "checkpoints")
@@ -148,7 +148,7 @@ def _begin_phase(
 
     Returns the embeddings of which only single rows may learn, and the trainable tensors that the first tokens did not reach.
     """
-    guarded = model.adapted.focus(phase.parts)
+    guarded = model.adapted.train_only(phase.parts)
     if is_named:
         console.tell(f"{phase.train}: {_('{steps} steps').format(steps=len(phase.plan))}")
     set_memory_savers(model, phase, job.data.store)
@@ -205,7 +205,7 @@ def _phase_run(
         learners=model.adapted.learners,
         embeddings=model.adapted.embeddings if has_own_rate else (),
         guarded=guarded,
-        allocator=budget_of(model.model),
+        allocator=rank_allocator(model.model),
         manifest=progress.manifest,
         deadline=distributed.deadline(job.recipe.stop_before),
         evaluations=progress.evaluations_of(checkpoint),
@@ -229,8 +229,8 @@ def _tracker_run(
 
 def _settle_adalora(model: PreparedModel) -> list[str]:
     """Cut what AdaLoRA's schedule had left to cut when the run ended early, and say so."""
-    allocator = budget_of(model.model)
-    if not allocator or not (cut := allocator.settle()):
+    allocator = rank_allocator(model.model)
+    if not allocator or not (cut := allocator.reach_target_rank()):
         return []
     notice = _(
         "training ended before adalora had allocated its budget: cutting the {cut} least important ranks now"
