@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tongwen.core.errors import ModelError, RecipeError
 from tongwen.core.i18n import _
 from tongwen.vocab.learn import LearnedMerges
-from tongwen.vocab.script import UNSPACED, Script, nothing_of
+from tongwen.vocab.script import UNSPACED, Script, no_text_in_script
 
 PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
@@ -78,7 +78,7 @@ def count_words(tokenizer: Tokenizer, texts: Iterable[str], script: Script) -> d
             split = tokenizer.pre_tokenizer.pre_tokenize_str(normal) if tokenizer.pre_tokenizer else [(normal, (0, 0))]
             words.update(word for word, _ in split)
     if not words:
-        raise nothing_of(script)
+        raise no_text_in_script(script)
     out: Counter[tuple[int, ...]] = Counter()
     for word, count in words.items():
         if not word.isascii():  # a word of ASCII characters holds no byte of another script

@@ -87,8 +87,10 @@ def changed(old: MeasuredTokenizer, new: MeasuredTokenizer, texts: Sequence[str]
 
 def round_trip_failures(tokenizer: MeasuredTokenizer, texts: Sequence[str]) -> list[int]:
     """Places of the texts that do not come back from their ids."""
-    given = tokenizer.encode(texts)
-    return [place for place, (text, ids) in enumerate(zip(texts, given, strict=True)) if tokenizer.decode(ids) != text]
+    encoded = tokenizer.encode(texts)
+    return [
+        place for place, (text, ids) in enumerate(zip(texts, encoded, strict=True)) if tokenizer.decode(ids) != text
+    ]
 
 
 def probes() -> list[str]:
@@ -108,8 +110,8 @@ def pieces_in_use(tokenizer: MeasuredTokenizer, first_new: int, texts: Sequence[
             whole.append((index, tokenizer.spelling[index].decode("utf-8")))
         except UnicodeDecodeError:
             beginnings += 1
-    given = tokenizer.encode_inside([text for _, text in whole])
-    unreachable = sum(ids != [index] for (index, _), ids in zip(whole, given, strict=True))
+    encoded = tokenizer.encode_inside([text for _, text in whole])
+    unreachable = sum(ids != [index] for (index, _), ids in zip(whole, encoded, strict=True))
     return {"pieces": len(new), "occur": len(counts), "unreachable": unreachable, "beginnings": beginnings}
 
 
@@ -233,21 +235,21 @@ def survey(
             out["fertility"][name]["after"] = fertility(new, some)
     if new is None:
         return out
-    given = [text for some in texts.values() for text in some]
-    foreign = [text for text in given if not script.touches(text)] + [*ENGLISH.splitlines(), *CODE.splitlines()]
-    round_trips = probes() + given
+    samples = [text for some in texts.values() for text in some]
+    foreign = [text for text in samples if not script.touches(text)] + [*ENGLISH.splitlines(), *CODE.splitlines()]
+    round_trips = probes() + samples
     worse = set(round_trip_failures(new, round_trips)) - set(round_trip_failures(base, round_trips))
-    old_speed, new_speed = seconds_per_megabyte(base, given), seconds_per_megabyte(new, given)
+    old_speed, new_speed = seconds_per_megabyte(base, samples), seconds_per_megabyte(new, samples)
     out["sizes"]["after"] = new.size
     out["kept"] = {
         "source_texts": len(foreign),
         "source_changed": len(changed(base, new, foreign)),
         "round_trips": len(round_trips),
         "new_round_trip_failures": len(worse),
-        **pieces_in_use(new, base.size, given),
+        **pieces_in_use(new, base.size, samples),
         "speed": new_speed / max(old_speed, 1e-9),
     }
-    shown = [text.strip()[:EXAMPLE] for text in given if script.occurs_in(text) and len(text) >= EXAMPLE][:3]
+    shown = [text.strip()[:EXAMPLE] for text in samples if script.occurs_in(text) and len(text) >= EXAMPLE][:3]
     out["examples"] = [{"before": pieces_of(base, text), "after": pieces_of(new, text)} for text in shown]
     return out
 

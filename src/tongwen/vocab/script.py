@@ -111,7 +111,7 @@ class Script:
         return (found[0] for found in _patterns(self.name)[1].finditer(text))
 
 
-def nothing_of(script: Script) -> DataError:
+def no_text_in_script(script: Script) -> DataError:
     """For a corpus from which no piece can be learned."""
     return DataError(
         _("the corpus contains no text in the script {script!r}").format(script=script.name),

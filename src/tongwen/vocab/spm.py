@@ -18,7 +18,7 @@ from typing import Any
 from tongwen.core.errors import ModelError
 from tongwen.core.i18n import _
 from tongwen.vocab.learn import learn_merges
-from tongwen.vocab.script import Script, nothing_of
+from tongwen.vocab.script import Script, no_text_in_script
 
 BLANK = "\u2581"
 PAD = "[PAD]"
@@ -150,7 +150,7 @@ def learn_pieces(
     for text in texts:
         runs.update(script.runs(text))
     if not runs:
-        raise nothing_of(script)
+        raise no_text_in_script(script)
     spelling = spelling_of(base)
     missing, words = _as_tokens(base, runs, encode, spelling)
     learned = learn_merges(

@@ -19,7 +19,7 @@ from tongwen.model.loading.load import ModelRef, explain_errors, find_adapter, l
 
 
 def open_adapter_chain(
-    place: ModelRef, dtype: torch.dtype, quantize: str = "", device_map: str | None = None, *, live: bool = False
+    ref: ModelRef, dtype: torch.dtype, quantize: str = "", device_map: str | None = None, *, live: bool = False
 ) -> tuple[Any, str | None]:
     """(model, its fingerprint). A prompt that was learned (prefix or p-tuning) has no change of weights: it stays on top.
     live: so may a single adapter on a quantised base, for those who only ask.
@@ -27,26 +27,26 @@ def open_adapter_chain(
     Raises ArtifactError when an adapter was trained on something else, ModelError when the base would be quantised before
     an adapter's change is in its weights.
     """
-    if quantize and live and len(place.adapters) == 1:
-        base = load_model(place, dtype, quantize, device_map)
-        return open_adapter(base, place.adapters[0], fingerprint_model(place)), None
-    if quantize and place.adapters:
+    if quantize and live and len(ref.adapters) == 1:
+        base = load_model(ref, dtype, quantize, device_map)
+        return open_adapter(base, ref.adapters[0], fingerprint_model(ref)), None
+    if quantize and ref.adapters:
         raise ModelError(
             _("an adapter cannot be merged into quantised weights"),
-            place=place.name,
+            place=ref.name,
             remedy=_("run tongwen merge first and use the merged folder as the base; the adapter: {adapters}").format(
-                adapters=place.adapters[0]
+                adapters=ref.adapters[0]
             ),
         )
-    model = load_model(place, torch.float32 if place.adapters else dtype, quantize, device_map)
-    fingerprint = fingerprint_model(place)  # after it was opened: only then a hub's files are surely here
-    for folder in place.adapters:
+    model = load_model(ref, torch.float32 if ref.adapters else dtype, quantize, device_map)
+    fingerprint = fingerprint_model(ref)  # after it was opened: only then a hub's files are surely here
+    for folder in ref.adapters:
         model = open_adapter(model, folder, fingerprint)
         if not model.active_peft_config.is_prompt_learning:
             model = model.merge_and_unload()
         if fingerprint:
             fingerprint = fingerprint_chain(fingerprint, _fingerprint_of(folder))
-    return (model.to(dtype) if place.adapters else model), fingerprint
+    return (model.to(dtype) if ref.adapters else model), fingerprint
 
 
 def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, trainable: bool = False) -> Any:

@@ -44,9 +44,9 @@ def check_continued(adapter_config: AdapterConfig, stage: str) -> None:
         and not _agree(getattr(adapter_config, key), peft[name])
     ]
     if differ:
-        peft_value = ", ".join(differ)
+        fixed = ", ".join(differ)
         raise RecipeError(
-            _("this adapter was trained with {own}, which cannot change").format(own=peft_value),
+            _("this adapter was trained with {own}, which cannot change").format(own=fixed),
             place=f"{stage}.adapter.continue_from: {adapter_config.continue_from}",
             remedy=_("remove these keys; or merge it first, then train a new adapter on the merged model"),
         )

@@ -106,17 +106,17 @@ class HeadLoss(torch.autograd.Function):
         return grad_hidden * grad_sum.to(grad_hidden.dtype), None, None, None
 
 
-def spare_head(model: Any, batch: dict[str, Any] | None) -> bool:
+def use_blockwise_head(model: Any, batch: dict[str, Any] | None) -> bool:
     """Have `learned_loss` do the head's work from here on, where it may: nothing learns in the head, and the model's logits
     are its output and no more (Gemma 2 and Granite go on computing with them). batch: on which that is seen; None: believed."""
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.bias is not None or "forward" in vars(head):  # or hooked by others
         return False
-    head.spared = not head.weight.requires_grad and (batch is None or _is_all(model, head, batch))
-    return bool(head.spared)
+    head.is_blockwise = not head.weight.requires_grad and (batch is None or _logits_are_head_output(model, head, batch))
+    return bool(head.is_blockwise)
 
 
-def _is_all(model: Any, head: torch.nn.Linear, batch: dict[str, Any]) -> bool:
+def _logits_are_head_output(model: Any, head: torch.nn.Linear, batch: dict[str, Any]) -> bool:
     outputs: list[torch.Tensor] = []
     hook = head.register_forward_hook(lambda module, arguments, output: outputs.append(output))
     try:
@@ -128,10 +128,10 @@ def _is_all(model: Any, head: torch.nn.Linear, batch: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _spared(model: Any) -> Iterator[torch.nn.Linear | None]:
+def _blockwise_head(model: Any) -> Iterator[torch.nn.Linear | None]:
     """The head if it is spared: inside, it hands on its input, which takes the place of the logits."""
     head = (model.module if isinstance(model, DistributedDataParallel) else model).get_output_embeddings()
-    if not getattr(head, "spared", False):
+    if not getattr(head, "is_blockwise", False):
         yield None
         return
     head.forward = lambda hidden: hidden
@@ -153,7 +153,7 @@ def learned_loss(
 
     An empty micro-batch (its one token is masked) gives a zero that still touches every parameter.
     """
-    with _spared(model) as head:
+    with _blockwise_head(model) as head:
         rows = model(**_inputs(batch), use_cache=False).logits.flatten(0, 1)
     if "attention_mask" in batch:  # padded: (B, L), rows count through the flattened batch
         rows = rows[batch["rows"]]

@@ -14,7 +14,7 @@ SPARE = 1.2  # a model's weights, and what it computes with
 BITS = {"8bit": "int8", "4bit": "nf4"}
 
 
-def choose(place: ModelRef, weights: str, device: str, dtype: torch.dtype) -> tuple[bool, str]:
+def choose(ref: ModelRef, weights: str, device: str, dtype: torch.dtype) -> tuple[bool, str]:
     """(over all GPUs, quantisation of `load_model`). weights: full, 8bit, 4bit, or auto: the most bits that fit.
 
     Raises MachineError when `auto` finds nothing that fits.
@@ -24,7 +24,7 @@ def choose(place: ModelRef, weights: str, device: str, dtype: torch.dtype) -> tu
     )
     if weights != "auto" and len(free_memory) < 2:
         return False, BITS.get(weights, "")
-    numbers = SPARE * sum(tensor.numel() for tensor in make_skeleton(load_config(place)).parameters())
+    numbers = SPARE * sum(tensor.numel() for tensor in make_skeleton(load_config(ref)).parameters())
     needed = {"full": numbers * dtype.itemsize, "8bit": numbers, "4bit": numbers * 0.6}  # embeddings keep their bits
     available = sum(free_memory) or psutil.virtual_memory().available
     if weights == "auto":
@@ -34,7 +34,7 @@ def choose(place: ModelRef, weights: str, device: str, dtype: torch.dtype) -> tu
                 _("not enough memory: the model needs {needed_4bit} in 4 bits, and {room} are free").format(
                     needed_4bit=console.human_bytes(needed["4bit"]), room=console.human_bytes(available)
                 ),
-                place=place.name,
+                place=ref.name,
                 remedy=_("use a smaller model, or open its .gguf with llama.cpp"),
             )
         if weights != "full":

@@ -35,17 +35,17 @@ def fingerprint_chain(base: str, adapter: str) -> str:
     return hashlib.sha256(f"{base}\0{adapter}".encode()).hexdigest()
 
 
-def fingerprint_model(place: ModelRef) -> str | None:
+def fingerprint_model(ref: ModelRef) -> str | None:
     """The fingerprint of a model's files; None for one that is only on a hub and not in the local cache."""
-    lines = model_lines(place)
+    lines = model_lines(ref)
     return combine(lines) if lines else None
 
 
-def model_lines(place: ModelRef) -> dict[str, str]:
+def model_lines(ref: ModelRef) -> dict[str, str]:
     """tensor -> its line of the fingerprint. Empty for a model that is not on this machine."""
-    if place.gguf:
-        return _gguf_lines(Path(place.folder) / place.gguf)
-    folder = Path(place.folder) if place.is_local else cached_folder(place.folder)
+    if ref.gguf:
+        return _gguf_lines(Path(ref.folder) / ref.gguf)
+    folder = Path(ref.folder) if ref.is_local else cached_folder(ref.folder)
     if folder is None:
         return {}
     if stored := find_tensors(folder):

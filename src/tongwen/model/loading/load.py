@@ -111,70 +111,70 @@ def _locate_local(name: str, path: Path) -> ModelRef:
     return ModelRef(name, str(path))
 
 
-def load_tokenizer(place: ModelRef) -> Any:
+def load_tokenizer(ref: ModelRef) -> Any:
     """The tokenizer of a model, as it stands. Raises ModelError or MachineError."""
     from transformers import AutoTokenizer
 
     from tongwen.model.loading import sentencepiece, special_tokens, tiktoken
 
-    _register_family(place)
-    overrides = special_tokens.replace_empty_names(Path(place.folder)) if place.is_local else {}
-    with quiet(), explain_errors(place):
-        tokenizer = AutoTokenizer.from_pretrained(place.folder, trust_remote_code=False, **overrides, **_gguf(place))
+    _register_family(ref)
+    overrides = special_tokens.replace_empty_names(Path(ref.folder)) if ref.is_local else {}
+    with quiet(), explain_errors(ref):
+        tokenizer = AutoTokenizer.from_pretrained(ref.folder, trust_remote_code=False, **overrides, **_gguf(ref))
 
-    if place.gguf:
-        tiktoken.fix_gguf_pretokenizer(tokenizer, Path(place.folder) / place.gguf)
-    file = _lone_sentencepiece(place)
+    if ref.gguf:
+        tiktoken.fix_gguf_pretokenizer(tokenizer, Path(ref.folder) / ref.gguf)
+    file = _lone_sentencepiece(ref)
     if file is None:
         return tokenizer
     return tokenizer if tiktoken.read_ranks(file) else sentencepiece.with_sentencepiece_ids(tokenizer, file)
 
 
-def tokenizer_ref(place: ModelRef) -> ModelRef:
+def tokenizer_ref(ref: ModelRef) -> ModelRef:
     """Where the tokenizer stands with which a model and its adapters learned: with the last of them that has one."""
-    folders = [str(adapter_folder(Path(folder))) for folder in reversed(place.adapters)]
+    folders = [str(adapter_folder(Path(folder))) for folder in reversed(ref.adapters)]
     folder = next((folder for folder in folders if (Path(folder) / "tokenizer_config.json").is_file()), "")
-    return ModelRef(folder, folder) if folder else place
+    return ModelRef(folder, folder) if folder else ref
 
 
-def _register_family(place: ModelRef) -> None:
+def _register_family(ref: ModelRef) -> None:
     """Import the family that transformers does not have itself, where a folder names it. What only a hub has read is not
     known yet, so it is imported for that as well (a second)."""
-    folder = Path(place.folder) if place.is_local else cached_folder(place.folder)
+    folder = Path(ref.folder) if ref.is_local else cached_folder(ref.folder)
     files = [folder / name for name in ("config.json", "tokenizer_config.json")] if folder else []
     if folder is None or any("chatglm" in file.read_text(encoding="utf-8").lower() for file in files if file.is_file()):
         importlib.import_module("tongwen.model.chatglm")
 
 
-def _lone_sentencepiece(place: ModelRef) -> Path | None:
+def _lone_sentencepiece(ref: ModelRef) -> Path | None:
     """A tokenizer.model without a tokenizer.json beside it."""
-    if place.is_local:
-        file = Path(place.folder) / "tokenizer.model"
-    elif place.gguf:
+    if ref.is_local:
+        file = Path(ref.folder) / "tokenizer.model"
+    elif ref.gguf:
         return None
     else:
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(place.folder, "tokenizer.model")
+        found = try_to_load_from_cache(ref.folder, "tokenizer.model")
         file = Path(found if isinstance(found, str) else "")
     return file if file.is_file() and not file.with_name("tokenizer.json").is_file() else None
 
 
-def read_model_type(place: ModelRef) -> str:
+def read_model_type(ref: ModelRef) -> str:
     """The model type that a folder's config.json says, read without transformers; "" without one."""
-    file = Path(place.folder) / "config.json"
+    file = Path(ref.folder) / "config.json"
     return str(json.loads(file.read_text(encoding="utf-8")).get("model_type", "")) if file.is_file() else ""
 
 
-def load_config(place: ModelRef) -> Any:
+def load_config(ref: ModelRef) -> Any:
     from transformers import AutoConfig
 
-    _register_family(place)
-    with quiet(), explain_errors(place):
-        return AutoConfig.from_pretrained(place.folder, trust_remote_code=False, **_gguf(place))
+    _register_family(ref)
+    with quiet(), explain_errors(ref):
+        return AutoConfig.from_pretrained(ref.folder, trust_remote_code=False, **_gguf(ref))
 
 
-def load_model(place: ModelRef, dtype: torch.dtype, quantize: str = "", device_map: str | None = None) -> Any:
+def load_model(ref: ModelRef, dtype: torch.dtype, quantize: str = "", device_map: str | None = None) -> Any:
     """The causal language model, in the given number type; its matrices quantised to nf4 or int8 on request. The adapters of
     the place are not opened (see `stack`). Raises ModelError when a weight would be random."""
     from transformers import AutoModelForCausalLM
@@ -182,18 +182,18 @@ def load_model(place: ModelRef, dtype: torch.dtype, quantize: str = "", device_m
     from tongwen.model.loading import special_tokens
 
     kwargs: dict[str, Any] = {"quantization_config": _quantization(quantize, dtype)} if quantize else {}
-    config = load_config(place)
-    if special_tokens.drop_invalid_ids(config, config.get_text_config().vocab_size, f"{place.name}/config.json"):
+    config = load_config(ref)
+    if special_tokens.drop_invalid_ids(config, config.get_text_config().vocab_size, f"{ref.name}/config.json"):
         kwargs["config"] = config
-    with quiet(), explain_errors(place):
+    with quiet(), explain_errors(ref):
         model, info = AutoModelForCausalLM.from_pretrained(
-            place.folder,
+            ref.folder,
             dtype=dtype,
             trust_remote_code=False,
             output_loading_info=True,
             device_map=device_map,
             **kwargs,
-            **_gguf(place),
+            **_gguf(ref),
         )
     missing = sorted(info.get("missing_keys") or ())
     if missing:
@@ -201,12 +201,12 @@ def load_model(place: ModelRef, dtype: torch.dtype, quantize: str = "", device_m
             _("the files lack {count} weights, which would be random; the first: {missing}").format(
                 count=len(missing), missing=missing[0]
             ),
-            place=place.name,
+            place=ref.name,
             remedy=_("download the whole model again"),
         )
     if quantize:
         _prepare_quantised(model)
-    if place.gguf:  # de-quantised: from here on an ordinary model
+    if ref.gguf:  # de-quantised: from here on an ordinary model
         model.hf_quantizer = None
         model.config.__dict__.pop("quantization_config", None)
     return model
@@ -239,17 +239,17 @@ def cached_folder(hub_id: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def ensure_local(place: ModelRef) -> ModelRef:
+def ensure_local(ref: ModelRef) -> ModelRef:
     """The files of a hub model in the local cache; fetched when they are not there."""
-    if place.is_local or place.gguf:
-        return place
-    folder = cached_folder(place.folder)
+    if ref.is_local or ref.gguf:
+        return ref
+    folder = cached_folder(ref.folder)
     if folder is None or not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
         from huggingface_hub import snapshot_download
 
-        with explain_errors(place):
-            folder = Path(snapshot_download(place.folder))
-    return ModelRef(place.name, str(folder))
+        with explain_errors(ref):
+            folder = Path(snapshot_download(ref.folder))
+    return ModelRef(ref.name, str(folder))
 
 
 def make_skeleton(config: Any) -> Any:
@@ -269,7 +269,7 @@ def count_body(config: Any) -> tuple[int, int]:
     return body, int(model.get_input_embeddings().weight.shape[1])
 
 
-def check_tokenizer(tokenizer: Any, model: Any, place: ModelRef) -> None:
+def check_tokenizer(tokenizer: Any, model: Any, ref: ModelRef) -> None:
     """Raise ModelError when the tokenizer can make ids for which the embedding has no row."""
     rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
@@ -278,7 +278,7 @@ def check_tokenizer(tokenizer: Any, model: Any, place: ModelRef) -> None:
             _("the tokenizer has ids up to {highest}, but the embedding has only {rows} rows").format(
                 highest=highest, rows=rows
             ),
-            place=place.name,
+            place=ref.name,
             remedy=_("use this model's own tokenizer"),
         )
 
@@ -378,16 +378,16 @@ class quiet:  # noqa: N801 (used like a function)
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
     """Bars that libraries draw themselves (GGUF) are for a terminal; a log would fill with them. All else is said at the end."""
-    with contextlib.redirect_stderr(io.StringIO()) as reason:
+    with contextlib.redirect_stderr(io.StringIO()) as captured:
         yield
-    sys.stderr.write("\n".join(line for line in reason.getvalue().split("\n") if "\r" not in line))
+    sys.stderr.write("\n".join(line for line in captured.getvalue().split("\n") if "\r" not in line))
 
 
 class explain_errors:  # noqa: N801
     """Whatever a loader raises becomes one message with a place and a remedy."""
 
-    def __init__(self, place: ModelRef) -> None:
-        self.place = place
+    def __init__(self, ref: ModelRef) -> None:
+        self.ref = ref
 
     def __enter__(self) -> None:
         return None
@@ -401,17 +401,17 @@ class explain_errors:  # noqa: N801
         reason = first_line(error)
         if isinstance(error, ImportError) and "gguf" in text.lower():
             raise MissingPackage("gguf", _("reading GGUF files"), "gguf") from None
-        if not self.place.is_local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
+        if not self.ref.is_local and isinstance(error, (OSError, ConnectionError, TimeoutError)):
             raise MachineError(
                 _("cannot get this model from the hub: {said}").format(said=reason[:160]),
-                place=self.place.name,
+                place=self.ref.name,
                 remedy="export HF_ENDPOINT=https://hf-mirror.com"
-                + _("   or write   base: modelscope:{place}").format(place=self.place.name),
+                + _("   or write   base: modelscope:{place}").format(place=self.ref.name),
             ) from None
         if "trust_remote_code" in text:
             raise ModelError(
                 _("this model needs its own code, which tongwen never runs"),
-                place=self.place.name,
+                place=self.ref.name,
                 remedy=self._without_its_code(),
             ) from None
         if (
@@ -420,13 +420,13 @@ class explain_errors:  # noqa: N801
         ):
             raise ModelError(
                 _("the model cannot be loaded: {said}").format(said=reason[:300]),
-                place=self.place.name,
+                place=self.ref.name,
                 remedy=_("check that the files are complete"),
             ) from error
 
     def _without_its_code(self) -> str:
-        if read_model_type(self.place) == "baichuan":
-            return f"tongwen convert {self.place.name} --to hf --out {Path(self.place.folder).name}-llama"
+        if read_model_type(self.ref) == "baichuan":
+            return f"tongwen convert {self.ref.name} --to hf --out {Path(self.ref.folder).name}-llama"
         return _("use a version that transformers supports natively")
 
 
@@ -462,8 +462,8 @@ def _check_int8() -> None:
         )
 
 
-def _gguf(place: ModelRef) -> dict[str, str]:
-    return {"gguf_file": place.gguf} if place.gguf else {}
+def _gguf(ref: ModelRef) -> dict[str, str]:
+    return {"gguf_file": ref.gguf} if ref.gguf else {}
 
 
 def _from_modelscope(name: str) -> str:

@@ -26,14 +26,14 @@ KINDS = ("nf4", "int8")
 class QuantizedTensors:
     """Tensors (see `weights.Tensors`) of a base, with the matrices of its layers as bitsandbytes gives them back."""
 
-    def __init__(self, base: Tensors, place: ModelRef, kind: str) -> None:
+    def __init__(self, base: Tensors, ref: ModelRef, kind: str) -> None:
         try:
             import bitsandbytes
         except ImportError:
             raise MissingPackage("bitsandbytes", _("a quantised base"), "qlora") from None
         self.base, self.kind, self.bitsandbytes = base, kind, bitsandbytes
         self.facts = base.facts
-        self.matrices = matrices_of(place) & base.facts.keys()
+        self.matrices = matrices_of(ref) & base.facts.keys()
         self._last = threading.local()
 
     def raw(self, name: str, begin: int, end: int) -> Array:
@@ -58,11 +58,11 @@ class QuantizedTensors:
         return functional.dequantize_4bit(held.data, held.quant_state).float().numpy().reshape(shape)
 
 
-def matrices_of(place: ModelRef) -> set[str]:
+def matrices_of(ref: ModelRef) -> set[str]:
     """Names of the weights that transformers quantises: of all linear layers but the head."""
     import torch
 
-    model = make_skeleton(load_config(place))
+    model = make_skeleton(load_config(ref))
     head = model.get_output_embeddings()
     linear = (torch.nn.Linear,)
     return {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, linear) and part is not head}

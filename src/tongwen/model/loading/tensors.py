@@ -78,22 +78,22 @@ def open_tensors(folder: Path, pattern: str) -> Tensors:
     return TorchTensors(state)
 
 
-def open_model(place: ModelRef) -> tuple[Tensors, dict[str, Any]]:
+def open_model(ref: ModelRef) -> tuple[Tensors, dict[str, Any]]:
     """A model's tensors and its config. One that is a GGUF file is de-quantised in memory, which is said.
 
     Raises ModelError for a config that cannot be read and for a quantised model: its tensors are not its weights.
     """
-    if place.gguf:
+    if ref.gguf:
         import torch
 
         console.notice(_("de-quantising the GGUF file: the whole model is loaded into memory"))
-        model = load_model(place, torch.float32)
+        model = load_model(ref, torch.float32)
         state = dict(model.state_dict())
         if model.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
         config = json.loads(model.config.to_json_string())  # what differs from the family's defaults
         return TorchTensors(state), {**config, "architectures": [type(model).__name__]}
-    file = Path(place.folder) / "config.json"
+    file = Path(ref.folder) / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, TypeError) as error:
@@ -101,10 +101,10 @@ def open_model(place: ModelRef) -> tuple[Tensors, dict[str, Any]]:
     if config.get("quantization_config"):
         raise ModelError(
             _("this model is quantised"),
-            place=place.name,
+            place=ref.name,
             remedy=_("use the original, unquantised model: an adapter fits both"),
         )
-    tensors = open_tensors(Path(place.folder), "pytorch_model*.bin")
+    tensors = open_tensors(Path(ref.folder), "pytorch_model*.bin")
     tensors.facts = {name: fact for name, fact in tensors.facts.items() if not name.endswith(BUFFERS)}
     return tensors, config
 

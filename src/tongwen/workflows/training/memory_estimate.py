@@ -23,7 +23,7 @@ from tongwen.model.adapters.chain import open_adapter_chain
 from tongwen.model.kernels import packed_attention
 from tongwen.model.kernels.checkpointing import recompute
 from tongwen.model.kernels.fused_blocks import FUSED_DTYPES, fuse_blocks
-from tongwen.model.kernels.loss import head_rows, learned_loss, spare_head
+from tongwen.model.kernels.loss import head_rows, learned_loss, use_blockwise_head
 from tongwen.model.loading import load
 from tongwen.model.loading.quantized import without_compiler
 from tongwen.recipe.training import AdapterConfig, TrainedPart
@@ -175,7 +175,7 @@ def _prepare(model: Any, setting: TrainingSetup) -> None:
 
 def _spare(model: Any, setting: TrainingSetup, rows: int) -> int:
     """Spare the head where the stage does; returns how many of so many rows of logits exist together then."""
-    if setting.sharing.is_whole and setting.dtype != torch.float16 and spare_head(model, None):
+    if setting.sharing.is_whole and setting.dtype != torch.float16 and use_blockwise_head(model, None):
         return min(rows, head_rows(setting.device))
     return rows
 

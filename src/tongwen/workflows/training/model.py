@@ -19,7 +19,7 @@ from tongwen.model.adapters import attach
 from tongwen.model.adapters.chain import open_adapter_chain, resize_for_adapter
 from tongwen.model.kernels import checkpointing, packed_attention
 from tongwen.model.kernels.fused_blocks import fuse_blocks
-from tongwen.model.kernels.loss import bits_per_byte, learned_loss, spare_head
+from tongwen.model.kernels.loss import bits_per_byte, learned_loss, use_blockwise_head
 from tongwen.model.loading import chat_setup, load
 from tongwen.model.loading.fingerprint import fingerprint_model
 from tongwen.model.loading.special_tokens import fix_stop_tokens
@@ -124,7 +124,7 @@ def set_memory_savers(model: PreparedModel, phase: Phase, store: TokenStore) -> 
     does, so this comes before it."""
     if model.engine.is_whole and model.dtype != torch.float16:  # fp16's small gradients wait for the scaler
         with model.computing():  # autocast would reuse later what it has cast here without gradients
-            spare_head(model.model, to_device(_first_batch(model, store, phase.plan), model.model))
+            use_blockwise_head(model.model, to_device(_first_batch(model, store, phase.plan), model.model))
     _set_checkpointing(model, phase, store)
 
 
