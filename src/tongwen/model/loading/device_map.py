@@ -1,4 +1,4 @@
-"""Whether a model fits where it is to be opened, and what to do when it does not: fewer bits, or several GPUs."""
+"""Decide how to load a model that may not fit in memory: with fewer bits, or over several GPUs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from tongwen.core.errors import MachineError
 from tongwen.core.i18n import _
 from tongwen.model.loading.load import ModelRef, load_config, make_skeleton
 
-SPARE = 1.2  # a model's weights, and what it computes with
+SPARE = 1.2  # memory for weights and activations, relative to the weights
 BITS = {"8bit": "int8", "4bit": "nf4"}
 
 
 def choose(ref: ModelRef, weights: str, device: str, dtype: torch.dtype) -> tuple[bool, str]:
-    """(over all GPUs, quantisation of `load_model`). weights: full, 8bit, 4bit, or auto: the most bits that fit.
+    """Return (whether to use all GPUs, `quantize` for `load_model`).
 
-    Raises MachineError when `auto` finds nothing that fits.
+    weights: full, 8bit, 4bit, or auto, which takes the most bits that fit.
+
+    Raises MachineError when `auto` finds no size that fits.
     """
     free_memory = (
         [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())] if device == "cuda" else []

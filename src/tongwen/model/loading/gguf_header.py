@@ -1,7 +1,7 @@
-"""A GGUF file's header, walked before any library reads it: no count in it reaches beyond the file.
+"""Check a GGUF file's header before any library reads it: no count in it may reach beyond the file.
 
-Readers trust these counts: one of 2^40 makes them loop for hours, one that points outside gives other numbers in
-silence. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+GGUF readers trust these counts. A count of 2^40 makes them loop for hours, and an offset outside the file silently
+gives wrong numbers. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from tongwen.core.errors import MissingPackage, ModelError
 from tongwen.core.i18n import _
 
-SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a value's type, in bytes
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # value type -> bytes
 TEXT, ARRAY = 8, 9
 ALIGNMENT = "general.alignment"
 
 
 def check_header(file: Path) -> None:
-    """Raise ModelError when the header of a GGUF file is cut, or claims what the file does not hold."""
+    """Raise ModelError when the header of a GGUF file is cut off, or claims more than the file contains."""
     facts = file.stat()
     _check(file, facts.st_size, facts.st_mtime_ns)
 
@@ -37,7 +37,7 @@ def _check(file: Path, size: int, changed: int) -> None:
 
 
 class _HeaderParser:
-    """One pass over the bytes. Whatever leads outside of the file, or is no type, is a ValueError."""
+    """One pass over the header. Raises ValueError for an unknown type or a length that points outside the file."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
@@ -62,7 +62,7 @@ class _HeaderParser:
             raise ValueError(_("the file ends before its tensors end"))
 
     def tensor(self) -> int:
-        """Where its data end, counted from the beginning of all data."""
+        """Read one tensor's entry. Return the end of its data, relative to the start of the data section."""
         sizes = _block_sizes()
         name, (dimensions,) = self.text(), self.take("<I")
         if not 1 <= dimensions <= 4:
@@ -112,7 +112,7 @@ class _HeaderParser:
             raise ValueError(_("a length points beyond the end of the file"))
 
     def checked_count(self, count: int, least: int) -> int:
-        """A count of things of at least so many bytes each, if the file has room for them."""
+        """Return the count if the rest of the file can hold that many items of at least `least` bytes each."""
         if count * least > len(self.data) - self.at:
             raise ValueError(_("a count of {count}").format(count=count))
         return count
@@ -120,7 +120,7 @@ class _HeaderParser:
 
 @cache
 def _block_sizes() -> dict[int, tuple[int, int]]:
-    """number type -> (numbers in a block, bytes of a block)"""
+    """Return GGML type -> (numbers in a block, bytes of a block)."""
     try:
         import gguf
     except ImportError:

@@ -1,7 +1,8 @@
-"""A base as quantised training saw it: each matrix to nf4 or int8 and back, one in memory at a time.
+"""A base as quantised training saw it: each matrix is quantised to nf4 or int8 and back, one in memory at a time.
 
-QLoRA learns beside these numbers, not beside the original ones. Merging into the original base is the usual way and the
-better model for its precision; merging into what training saw keeps to what was learned. The difference is measured.
+QLoRA trains an adapter beside the quantised weights, not beside the original ones. Merging into the original base is
+usual and gives the more precise model; merging into the quantised weights matches the training. `distance` measures
+how much the two differ.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ KINDS = ("nf4", "int8")
 
 
 class QuantizedTensors:
-    """Tensors (see `weights.Tensors`) of a base, with the matrices of its layers as bitsandbytes gives them back."""
+    """Tensors (see `core.safetensors_io.Tensors`) of a base, whose layer matrices are quantised and de-quantised."""
 
     def __init__(self, base: Tensors, ref: ModelRef, kind: str) -> None:
         try:
@@ -45,7 +46,7 @@ class QuantizedTensors:
         return self._last.bytes.reshape(-1).view(np.uint8)[begin * width : end * width]
 
     def _round_trip(self, name: str) -> Array:
-        """Quantised and de-quantised. (out, in) fp32"""
+        """Return a weight after quantisation and de-quantisation: (out, in) fp32."""
         import torch
 
         shape = self.facts[name][1]
@@ -59,7 +60,7 @@ class QuantizedTensors:
 
 
 def matrices_of(ref: ModelRef) -> set[str]:
-    """Names of the weights that transformers quantises: of all linear layers but the head."""
+    """Return the names of the weights that transformers quantises: all linear layers but the head."""
     import torch
 
     model = make_skeleton(load_config(ref))
@@ -69,7 +70,7 @@ def matrices_of(ref: ModelRef) -> set[str]:
 
 
 def distance(base: Tensors, quantised: QuantizedTensors) -> float:
-    """How far the quantised matrices are from the original ones: root mean square, as a share of theirs."""
+    """Return the relative error of the quantised matrices: RMS of the difference over RMS of the originals."""
     apart, whole = 0.0, 0.0
     for name in sorted(quantised.matrices):
         for begin, end in blocks(base.facts[name][1]):
@@ -80,7 +81,7 @@ def distance(base: Tensors, quantised: QuantizedTensors) -> float:
 
 
 def kind_of(settings: dict[str, Any]) -> str:
-    """nf4 or int8 for a training stage whose base was quantised, by its recorded settings; else nothing."""
+    """Return nf4 or int8 if a training stage's recorded settings say that its base was quantised, else ""."""
     for section in settings.values():
         adapter = section.get("adapter") if isinstance(section, dict) else None
         if isinstance(adapter, dict) and adapter.get("method") == "qlora":
@@ -90,11 +91,11 @@ def kind_of(settings: dict[str, Any]) -> str:
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """bitsandbytes imported in this block leaves torch's compiler alone.
+    """Import bitsandbytes in this block without compiling its CPU functions.
 
-    peft imports bitsandbytes wherever it is installed, and that hands its functions for CPUs to `torch.compile` at once:
-    a sixth of all that a command with an adapter imports. They stay uncompiled in this process, which is for those who
-    compute with none of them.
+    peft imports bitsandbytes wherever it is installed, which passes its CPU functions to `torch.compile` at once: a
+    sixth of the import time of a command with an adapter. They stay uncompiled for the rest of the process, so use this
+    only where they are not called.
     """
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
