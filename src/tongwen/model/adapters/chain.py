@@ -1,6 +1,6 @@
-"""A base with the adapters that stand on it: each one's change goes into the weights, in their order, summed in fp32.
+"""Open a base with a chain of adapters: each adapter is merged into the weights in order, in fp32.
 
-So a stage that stands on an adapter stage, and whoever talks to it, opens the whole chain.
+Stages whose base is an adapter stage, and the commands that generate text, use this to open the whole chain.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from tongwen.model.loading.load import ModelRef, explain_errors, find_adapter, l
 def open_adapter_chain(
     ref: ModelRef, dtype: torch.dtype, quantize: str = "", device_map: str | None = None, *, live: bool = False
 ) -> tuple[Any, str | None]:
-    """(model, its fingerprint). A prompt that was learned (prefix or p-tuning) has no change of weights: it stays on top.
-    live: so may a single adapter on a quantised base, for those who only ask.
+    """Return (model, its fingerprint). A learned prompt (prefix or p-tuning) changes no weights and stays unmerged.
 
-    Raises ArtifactError when an adapter was trained on something else, ModelError when the base would be quantised before
-    an adapter's change is in its weights.
+    live: a single adapter on a quantised base may stay unmerged too; for inference only.
+
+    Raises ArtifactError when an adapter was trained on another base, ModelError when an adapter would have to be merged
+    into quantised weights.
     """
     if quantize and live and len(ref.adapters) == 1:
         base = load_model(ref, dtype, quantize, device_map)
@@ -39,7 +40,7 @@ def open_adapter_chain(
             ),
         )
     model = load_model(ref, torch.float32 if ref.adapters else dtype, quantize, device_map)
-    fingerprint = fingerprint_model(ref)  # after it was opened: only then a hub's files are surely here
+    fingerprint = fingerprint_model(ref)  # after loading, which downloads a hub model's files
     for folder in ref.adapters:
         model = open_adapter(model, folder, fingerprint)
         if not model.active_peft_config.is_prompt_learning:
@@ -50,7 +51,7 @@ def open_adapter_chain(
 
 
 def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, trainable: bool = False) -> Any:
-    """The model with an adapter on it. Refuses an adapter that was trained on another base."""
+    """Load an adapter onto a model. Raises ArtifactError when it was trained on another base."""
     from peft import PeftModel
 
     path = find_adapter(Path(folder))
@@ -71,7 +72,10 @@ def open_adapter(model: Any, folder: str, fingerprint_of_base: str | None, *, tr
 
 
 def resize_for_adapter(model: Any, adapter: Path) -> None:
-    """Rows for an adapter that brings a larger vocabulary, as Chinese-LLaMA's do: its embedding and head take their place."""
+    """Enlarge the model's embedding and head for an adapter that brings larger ones, as Chinese-LLaMA's do.
+
+    Raises ArtifactError when the adapter's are smaller, or when it brings only one of the two.
+    """
     rows, held = whole_rows(adapter), model.get_input_embeddings().weight.shape[0]
     wanted = max(rows.values(), default=held)
     if wanted == held:

@@ -1,4 +1,4 @@
-"""What an adapter's own file says of it, beside what a recipe says. Reads no weights and imports no torch."""
+"""Compare an adapter's own config with the recipe. Reads no weights and imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tongwen.core.i18n import _
 from tongwen.model.loading.load import adapter_folder
 from tongwen.recipe.training import AdapterConfig
 
-# A recipe's words for an adapter, and peft's.
+# Recipe key -> peft's key.
 PEFT_KEYS = {
     "rank": "r",
     "alpha": "lora_alpha",
@@ -25,8 +25,10 @@ PEFT_KEYS = {
 
 
 def check_continued(adapter_config: AdapterConfig, stage: str) -> None:
-    """Raise RecipeError when the recipe says of an adapter that is trained further what it is not: it keeps its own words.
-    One that is not there yet, or cannot be read, is refused when it is opened."""
+    """Raise RecipeError when the recipe contradicts the config of an adapter that is trained further.
+
+    Such an adapter keeps its own settings. A missing or unreadable one is reported later, when it is opened.
+    """
     if not adapter_config.continue_from:
         return
     try:
@@ -53,7 +55,7 @@ def check_continued(adapter_config: AdapterConfig, stage: str) -> None:
 
 
 def _agree(recipe_value: Any, peft_value: Any) -> bool:
-    """A recipe's word and peft's; what cannot be compared, agrees."""
+    """Whether a recipe's value and peft's agree; values that cannot be compared count as equal."""
     if isinstance(recipe_value, list) and not isinstance(peft_value, str):
         return sorted(recipe_value) == sorted(peft_value or [])
     return (
