@@ -25,7 +25,7 @@ def configure(rank: int, steps: int, settings: dict[str, Any]) -> Any:
 
     return AdaLoraConfig(
         **settings,
-        init_r=rank + max(1, rank // 2),  # peft fails if init_r equals target_r
+        init_r=rank + max(1, rank // 2),  # peft cannot prune if init_r equals target_r
         target_r=rank,
         tinit=steps // 10,
         tfinal=max(1, 3 * steps // 10),

@@ -1,10 +1,9 @@
-"""RMSNorm, the gated MLP and adapted layers as one operation each, where memory traffic costs more than arithmetic: on a CPU,
-and on a GPU in 16 bits.
+"""RMSNorm, the gated MLP and adapted layers as one fused operation each.
 
-Written as single modules, each step of theirs reads and writes a whole activation. Here what can be overwritten is
-overwritten, and what is kept is not computed twice. A module gets the fast form only when it is proven, on random rows, to
-compute what that form computes; all else (Gemma's 1 + weight, other activations, layers that peft must handle itself) stays
-as it is.
+This helps where memory traffic costs more than arithmetic: on a CPU, and on a GPU in 16 bits. In eager mode each small
+step reads and writes a whole activation; the fused forms work in place where they can and save what the backward needs.
+A module is replaced only if a test on random rows gives the same result. Others (Gemma's 1 + weight, other activations,
+layers that peft must handle itself) stay unchanged.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from tongwen.model.kernels.fused_projections import FusedProjections, SiblingPro
 MLP, QKV = ("gate_proj", "up_proj", "down_proj"), ("q_proj", "k_proj", "v_proj")
 
 FUSED_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
-ROWS = 128  # whose fp32 copies stay in a core's cache
+ROWS = 128  # per block: their fp32 copies fit in a core's cache
 
 
 class FusedRmsNorm(torch.autograd.Function):
-    """x: (..., width); weight: (width,), frozen. Saves x and one number per row, which is fp32 at least."""
+    """x: (..., width); weight: (width,), frozen. Saves x and one number per row, in fp32 or wider."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -58,14 +57,14 @@ class FusedRmsNorm(torch.autograd.Function):
 
 
 def _blocks(*parts: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same rows of all parts; of tensors without values the first alone, which is like the others."""
+    """Split all parts into blocks of the same rows. For fake tensors the first block only, since all are alike."""
     blocks = zip(*(part.split(ROWS) for part in parts), strict=True)
     return islice(blocks, 1) if isinstance(parts[0], FakeTensor) else blocks
 
 
 class FusedGatedMlp(torch.autograd.Function):
-    """down(silu(gate(x)) * up(x)). x: (..., in), in the number type of the weights; first: gate and up joined, which read it;
-    last: down alone. adapters: A, B of the three, which both have taken."""
+    """down(silu(gate(x)) * up(x)). x: (..., in), in the dtype of the weights; first: fused gate and up; last: down.
+    adapters: A, B of the three, already loaded into first and last."""
 
     @staticmethod
     def forward(
@@ -106,11 +105,13 @@ class FusedGatedMlp(torch.autograd.Function):
 
 
 def fuse_blocks(model: Any, is_same: Callable[..., bool] | None = None) -> int:
-    """Give every RMSNorm, gated MLP and adapted linear layer that qualifies its fast forward; returns how many. is_same: decides
-    in the place of the proof, where there are only shapes."""
+    """Replace the forward of every RMSNorm, gated MLP and adapted linear layer that qualifies; returns how many.
+
+    is_same: replaces the numerical test, for models without values (meta tensors).
+    """
     is_same = is_same or _is_same
     fast: dict[Any, Any] = {}
-    for module in model.modules():  # a module comes before what is inside of it
+    for module in model.modules():  # a module comes before its children
         if module in fast:
             continue
         if _is_norm(module) and is_same(module, partial(_norm, module), module.weight):
@@ -131,8 +132,11 @@ def fuse_blocks(model: Any, is_same: Callable[..., bool] | None = None) -> int:
 
 
 def _release_files(model: Any) -> None:
-    """A file of weights stays in the memory of a CPU's process as long as one tensor lies in it, also with what was joined and
-    stands elsewhere now. What was joined is a view, and not contiguous."""
+    """Copy the remaining frozen weights, so that memory-mapped weight files are released.
+
+    A file stays in memory while one tensor uses it, even if the other weights were copied into fused matrices. Fused
+    weights are views and not contiguous, so they are not copied again.
+    """
     for part in model.parameters():
         if part.device.type == "cpu" and not part.requires_grad and part.is_contiguous():
             part.data = part.data.clone()
@@ -141,7 +145,7 @@ def _release_files(model: Any) -> None:
 def _is_norm(module: Any) -> bool:
     if not isinstance(getattr(module, "variance_epsilon", None), float) or not _has_fused_dtype(module.weight):
         return False
-    _, _, *more = signature(type(module).forward).parameters  # self, x, and the gate of another kind of norm
+    _, _, *more = signature(type(module).forward).parameters  # self, x; a gated norm has more
     return not more
 
 
@@ -150,7 +154,7 @@ def _inside(module: Any, names: Sequence[str]) -> list[Any]:
 
 
 def _plain(layers: list[Any]) -> list[Any]:
-    """The layers, when all are plain, frozen and of one number type."""
+    """Return the layers if all are plain, frozen and of one dtype, else []."""
     if not all(is_plain(layer) for layer in layers):
         return []
     weights = [_weight(layer) for layer in layers]
@@ -163,7 +167,7 @@ def _weight(layer: Any) -> torch.Tensor:
 
 
 def _is_same(module: Any, form: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor) -> bool:
-    """Rows of ordinary and of very small size give the same through both forms (the small ones show the epsilon)."""
+    """Whether both forms agree on random rows of ordinary and of very small size (the small ones test the epsilon)."""
     rows = torch.randn(1, 4, weight.shape[-1], generator=torch.Generator().manual_seed(0))
     rows[:, 2:] *= 1e-3
     half = weight.dtype != torch.float32
@@ -181,7 +185,7 @@ def _silu_gated(gate: Any, up: Any, down: Any, x: torch.Tensor) -> torch.Tensor:
 def _norm(self: Any, x: torch.Tensor) -> torch.Tensor:
     if not _has_fused_dtype(x) or x.dtype != self.weight.dtype or self.weight.requires_grad:
         return type(self).forward(self, x)
-    if x.is_cuda:  # where torch has it as one operation, which autocast would take to fp32
+    if x.is_cuda:  # torch has a fused kernel, which autocast would run in fp32
         with torch.autocast("cuda", enabled=False):
             return rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
     return FusedRmsNorm.apply(x, self.weight, self.variance_epsilon)

@@ -1,10 +1,9 @@
 """The LoRA linear as one operation: y = x Wᵀ + s (x Aᵀ) Bᵀ, with the products added in place.
 
-peft computes the same in five operations and keeps two more copies of the output; on a small model the adapter's
-skinny products and these copies cost more than its arithmetic. Where autocast computes in half precision, peft also
-takes x to the adapter's fp32 and back. The fast form is used only where it is exact: plain LoRA without dropout on a
-linear layer without bias, everything in one number type, or the base in the one that autocast computes in. All else
-stays with peft.
+peft needs five operations and two more copies of the output, which cost more than the arithmetic on a small model.
+Under autocast peft also converts x to the adapter's fp32 and back. The fused form is used only where it is exact: plain
+LoRA without dropout on a linear layer without bias, with all weights in one dtype, or the base in the autocast dtype.
+peft computes all other layers.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ import torch
 
 
 class FusedLoraFunction(torch.autograd.Function):
-    """x: (..., in); weight: (out, in), frozen, in the number type of x; a: (r, in); b: (out, r). Saves x and x Aᵀ only.
+    """x: (..., in); weight: (out, in), frozen, in the dtype of x; a: (r, in); b: (out, r). Saves x and x Aᵀ only.
 
-    The gradient of B is taken as (r, T) @ (T, out): MKL takes 0.5 ms for it and 3.8 ms for (out, T) @ (T, r), the same
-    numbers (r 8, T 700, out 1536, one core of an EPYC).
+    The gradient of B is computed as (r, T) @ (T, out), which takes MKL 0.5 ms; (out, T) @ (T, r) takes 3.8 ms and gives
+    the same numbers (r 8, T 700, out 1536, one core of an EPYC).
     """
 
     @staticmethod
@@ -48,7 +47,7 @@ class FusedLoraFunction(torch.autograd.Function):
 
 
 def fuse(model: Any) -> int:
-    """Give every adapted linear layer that qualifies the fast forward; returns how many."""
+    """Replace the forward of every adapted linear layer that qualifies; returns how many."""
     count = 0
     for module in model.modules():
         if is_plain(module):
@@ -58,7 +57,7 @@ def fuse(model: Any) -> int:
 
 
 def is_plain(module: Any, x: torch.Tensor | None = None) -> bool:
-    """Whether a layer computes y = x Wᵀ + s (x Aᵀ) Bᵀ and nothing else, in the number type of x if that is given."""
+    """Whether a layer computes exactly y = x Wᵀ + s (x Aᵀ) Bᵀ, and if x is given, in the dtype of x."""
     from peft.tuners.lora import Linear
 
     if not isinstance(module, Linear) or not _qualifies(module):
@@ -67,7 +66,7 @@ def is_plain(module: Any, x: torch.Tensor | None = None) -> bool:
 
 
 def parts_of(module: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """(W, A, B, s) of a plain layer."""
+    """Return (W, A, B, s) of a plain layer."""
     name = module.active_adapters[0]
     return (
         module.get_base_layer().weight,

@@ -1,11 +1,11 @@
-"""Adapted layers that read the same input as one matrix: an adapter costs no pass over activations.
+"""Fuse adapted layers with the same input into one matrix, so that an adapter needs no extra pass over activations.
 
-With W (out, in) their frozen weights below each other, A (R, in) and B (out, R) their adapters, B a block for each layer,
+Let W (out, in) be their stacked frozen weights, A (R, in) and B (out, R) their adapters, B with a block for each layer:
 
     M = [[W, s B], [A, 0]]        y = [x, x Aᵀ] [W, s B]ᵀ        dx = [dy, s dy B] [W; A]
 
-so that each direction is one product, and query, key and value, or gate and up, are one as well. The layers' own weights
-become views of M: nothing is held twice.
+Forward and backward are one product each, for all of query, key and value, or gate and up. The layers' own weights
+become views of M, so nothing is stored twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tongwen.model.kernels.fused_lora import is_plain, parts_of
 
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]  # W (out, in), A (r, in), B (out, r), s
 
-# R is rounded up to what the products take at a time: AMX 32 bf16 numbers (a GPU reads 8 of them), AVX-512 16 of fp32.
+# R is rounded up to the hardware's block size: AMX 32 bf16 numbers (a GPU reads 8), AVX-512 16 fp32 numbers.
 AT_A_TIME = {torch.bfloat16: 32, torch.float32: 16}
 
 
@@ -43,8 +43,10 @@ class FusedProjections:
         )
 
     def load_adapters(self, parts: Sequence[Part]) -> tuple[tuple[float, ...], list[torch.Tensor]]:
-        """The adapters as they are now: before each forward, for not every optimizer that moves them leaves a sign of it.
-        Returns all s, and A, B of each layer."""
+        """Copy the adapters into the fused matrix. Returns all s, and A, B of each layer.
+
+        Call before each forward: not every optimizer that changes the adapters bumps their version counters.
+        """
         row = column = 0
         for weight, a, b, scale in parts:
             self.a[column : column + len(a)] = a.detach()
@@ -59,7 +61,7 @@ class FusedProjections:
         return self.fill(wide)
 
     def input_buffer(self, like: torch.Tensor) -> torch.Tensor:
-        """Where x belongs into the first columns, for `fill`: (T, in + R)."""
+        """Return an uninitialised (T, in + R) tensor, whose first columns are for x and the rest for `fill`."""
         return like.new_empty(len(like), self.matrix.shape[1])
 
     def fill(self, wide: torch.Tensor) -> torch.Tensor:
@@ -71,12 +73,14 @@ class FusedProjections:
         return wide[:, : self.in_features], wide[:, self.in_features :]
 
     def output_buffer(self, like: torch.Tensor) -> torch.Tensor:
-        """Where dy belongs into the first columns, for `gradients`: (T, out + R)."""
+        """Return an uninitialised (T, out + R) tensor, whose first columns are for dy and the rest for `gradients`."""
         return like.new_empty(len(like), self.matrix.shape[0])
 
     def gradients(self, x: torch.Tensor, low: torch.Tensor, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For a room whose first columns hold dy, whose last are filled here: (s dA (R, in), dB' (R, out)), where the block of
-        a layer is the transpose of its dB without the scale."""
+        """Return (s dA (R, in), dB' (R, out)), where a layer's block of dB' is the transpose of its dB without the scale.
+
+        buffer: its first columns hold dy; its last columns are filled here.
+        """
         grad_y = buffer[:, : self.out_features]
         buffer[:, self.out_features :] = grad_y @ self.b
         return buffer[:, self.out_features :].t() @ x, low.t() @ grad_y
@@ -84,7 +88,7 @@ class FusedProjections:
     def split_gradients(
         self, grad_a: torch.Tensor, grad_b: torch.Tensor, scales: Sequence[float], adapter_dtype: torch.dtype
     ) -> Iterator[torch.Tensor]:
-        """What `gradients` gave, as (dA, dB) of each layer in its adapter's number type."""
+        """Split the result of `gradients` into dA, dB of each layer, in the adapter's dtype."""
         rows = grad_a.split([*self.ranks, len(grad_a) - sum(self.ranks)])
         blocks = grad_b.split(self.widths, dim=1)
         column = 0
@@ -95,8 +99,8 @@ class FusedProjections:
 
 
 class FusedProjectionsFunction(torch.autograd.Function):
-    """x: (..., in), in the number type of the weights -> the layers' outputs, (..., out_i) each. adapters: A, B of each layer,
-    which `joined` has taken. Saves [x, x Aᵀ] only."""
+    """x: (..., in), in the dtype of the weights -> the layers' outputs, (..., out_i) each. adapters: A, B of each layer,
+    already loaded into `fused`. Saves [x, x Aᵀ] only."""
 
     @staticmethod
     def forward(
@@ -122,7 +126,7 @@ class FusedProjectionsFunction(torch.autograd.Function):
 
 
 class SiblingProjections:
-    """Layers that a module calls one after another on the same input: the first call computes for all."""
+    """Layers that a module calls in turn on the same input: the first call computes all outputs."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = layers
@@ -131,7 +135,7 @@ class SiblingProjections:
         self._ready: dict[int, torch.Tensor] = {}
 
     def forward_of(self, number: int) -> Any:
-        """The fast forward of the layer of that number, to be a method of it."""
+        """Return the fused forward of one layer, to bind to it as a method."""
 
         def forward(layer: Any, x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
             if self._input is not x or number not in self._ready:

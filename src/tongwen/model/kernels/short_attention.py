@@ -1,5 +1,5 @@
-"""Causal attention of one document in bf16 on a CPU, where torch's own backward takes twice as long as this one (35 against
-13 ms for two documents of 512 tokens, 9 heads of 64, with AMX)."""
+"""Causal attention of one document in bf16 on a CPU, with a faster backward than torch's own (13 ms instead of 35 for
+two documents of 512 tokens, 9 heads of 64, with AMX)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-BLOCK = 256  # queries whose scores are computed together
+BLOCK = 256  # queries per block of scores
 
 
 class ShortAttention(torch.autograd.Function):
-    """query: (1, heads, T, head_dim); key, value: (1, kv_heads, T, head_dim). A block of queries at a time; scores and
-    softmax in fp32, products in bf16. Saves what the softmax gave: 2 bytes for each pair of tokens and head.
+    """query: (1, heads, T, head_dim); key, value: (1, kv_heads, T, head_dim). One block of queries at a time; scores and
+    softmax in fp32, products in bf16. Saves the softmax's output: 2 bytes for each pair of tokens and head.
     """
 
     @staticmethod
@@ -55,7 +55,7 @@ class ShortAttention(torch.autograd.Function):
 
 @contextmanager
 def _products_of_bf16() -> Iterator[None]:
-    """Inside, fp32 numbers that are bf16 numbers are multiplied as such, exactly and in half the time, and summed in fp32."""
+    """Multiply fp32 matrices as bf16 in this block, summing in fp32. Exact for values that are bf16, in half the time."""
     precision = torch.backends.mkldnn.matmul
     before = precision.fp32_precision
     precision.fp32_precision = "bf16"
