@@ -1,5 +1,7 @@
-"""A model card, `README.md`, written from what the stages recorded: base, data, method, scores. Nothing is claimed that no
-manifest says, and what nobody recorded, such as a licence, is asked for by name."""
+"""Write a model card, `README.md`, from the stages' records: base, data, method, scores.
+
+Every claim comes from a manifest. The card asks the author to add facts that are not recorded, such as a licence.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from tongwen.core.artifact import Artifact, find
 
 
 def make_card(title: str, model: Artifact) -> str:
-    """The card of a finished model and of everything that it was made from."""
+    """Return the card of a finished model and of the stages that it was made from."""
     stages = ancestry(model)
     base: dict[str, Any] = next(
         (one.manifest["parents"]["base"] for one in reversed(stages) if "base" in one.manifest["parents"]), {}
@@ -35,7 +37,7 @@ def make_card(title: str, model: Artifact) -> str:
 
 
 def ancestry(model: Artifact) -> list[Artifact]:
-    """The model and the stages before it, as far as their folders are still there; nearest first."""
+    """Return the model and the stages before it, nearest first, as far as their folders still exist."""
     out = [model]
     for parent in model.manifest.get("parents", {}).values():
         above = find(Path(parent["path"])) if parent.get("kind") else None
@@ -48,7 +50,9 @@ def _method(manifest: Mapping[str, Any]) -> str:
     settings = manifest.get("settings", {})
     section = settings.get(str(manifest["kind"])) or settings.get("merge") or {}
     adapter = section.get("adapter", {})
-    rank = adapter.get("rank") if adapter.get("method") == "lora" else None  # one that is trained further keeps its own
+    rank = (
+        adapter.get("rank") if adapter.get("method") == "lora" else None
+    )  # an adapter that is trained further keeps its own rank
     parts = [adapter.get("method"), f"rank {rank}" if rank else None]
     parts += [
         f"{key} {section[key]}" for key in ("template", "learning_rate", "stop_after", "dtype") if section.get(key)
@@ -78,7 +82,7 @@ def _scores(stage: Artifact) -> list[str]:
 
 
 def _licence(base: Path) -> str:
-    """What the base's own card says."""
+    """Return the licence in the base's own card; "" without one."""
     card = base / "README.md"
     found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
     return found[1] if found else ""

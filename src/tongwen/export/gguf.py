@@ -1,8 +1,8 @@
-"""Any tensors -> one GGUF file for llama.cpp and Ollama, written a few rows at a time and read back.
+"""Write tensors to one GGUF file for llama.cpp and Ollama, a few rows at a time, and read it back.
 
-Numbers become F32, F16, BF16, Q8_0 or the older 4- and 5-bit types by the `gguf` library's own quantisers, and the K types
-by llama.cpp's (see kquants.py). Names are those of the `gguf` library's own map; a family that is not proven, or a tensor
-without a name there, is refused rather than guessed.
+The `gguf` library's quantisers produce F32, F16, BF16, Q8_0 and the older 4- and 5-bit types, llama.cpp's own the K
+types (see kquants.py). Tensor names come from the `gguf` library's map. A family that has not been verified, or a tensor
+that is not in the map, raises an error.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ from tongwen.export.gguf_vocab import Vocabulary
 from tongwen.export.pth import heads, read_rows
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
-PERMUTED = ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")  # as in LLaMA's own files, see pth.py
-PERMUTED_ARCHITECTURES = ("llama", "smollm3")  # the architectures that want them so
+PERMUTED = (
+    "q_proj.weight",
+    "k_proj.weight",
+    "q_proj.bias",
+    "k_proj.bias",
+)  # row order of LLaMA's own files, see pth.py
+PERMUTED_ARCHITECTURES = ("llama", "smollm3")  # the architectures with that order
 
 
 def check_type(kind: str) -> None:
-    """Raise ModelError or MissingPackage for a number type that cannot be written here."""
+    """Raise ModelError or MissingPackage for a number type that cannot be written."""
     _library()
     if kind in kquants.KINDS:
         kquants.check_library()
@@ -40,14 +45,14 @@ def check_type(kind: str) -> None:
 
 
 def bytes_per_weight(kind: str) -> float:
-    """Of most tensors in a file of this number type."""
+    """Return the bytes per weight of most tensors in a file of this number type."""
     gguf = _library()
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kquants.KINDS.get(kind, kind.upper())]]
     return float(size / block)
 
 
 def vocabulary_rows(tensors: Tensors, config: Mapping[str, Any]) -> int:
-    """Rows of the embedding."""
+    """Return the number of rows of the embedding."""
     embedding = next(
         hf_name for hf_name, gguf_name in _names(tensors, config).items() if gguf_name == "token_embd.weight"
     )
@@ -63,7 +68,7 @@ def write(
     kind: str,
     progress: Callable[[int], None],
 ) -> None:
-    """One GGUF file of one number type. config: as `facts.check_config` has passed it."""
+    """Write a GGUF file of one number type. config: must have passed `gguf_metadata.check_config`."""
     gguf = _library()
     names, extra = _names(tensors, config), extra_tensors(config)
     writer = gguf.GGUFWriter(path=None, arch=ARCHITECTURES[str(config["model_type"])])
@@ -98,8 +103,11 @@ def write(
 
 
 def _title(config: Mapping[str, Any], vocabulary: Vocabulary | None) -> str:
-    """The model's name. llama.cpp drops blanks behind special tokens where a name says Phi-3, whose tokenizer does so, and
-    fails there when Phi-3's tokens are not in the vocabulary: a name that says it wrongly becomes another."""
+    """Return the model's name, changed if it would mislead llama.cpp about Phi-3.
+
+    For a name with "phi-3" llama.cpp drops blanks after special tokens, as Phi-3's tokenizer does, and fails when the
+    vocabulary lacks Phi-3's tokens.
+    """
     title = str(config.get("_name_or_path") or config["model_type"]).rstrip("/").split("/")[-1]
     named_phi3 = any(marker in title.lower() for marker in ("phi-3", "phi3"))
     if vocabulary is None or named_phi3 == vocabulary.drops_blanks:
@@ -108,9 +116,9 @@ def _title(config: Mapping[str, Any], vocabulary: Vocabulary | None) -> str:
 
 
 def check(tensors: Tensors, config: Mapping[str, Any], vocabulary: Vocabulary | None, file: Path, kind: str) -> None:
-    """Read the file back: every tensor there, of its shape and type, and its first, middle and last rows to the bit.
+    """Read the file back and compare every tensor's shape, type and first, middle and last rows, to the bit.
 
-    Raises NumbersError.
+    Raises NumbersError when they differ.
     """
     gguf = _library()
     reader = gguf.GGUFReader(str(file))
@@ -136,7 +144,8 @@ def check(tensors: Tensors, config: Mapping[str, Any], vocabulary: Vocabulary | 
 
 
 def _stored_shape(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Stacked experts are (experts, rows, columns) in the file, DeepSeek's decompression (heads, rows, columns)."""
+    """Return a tensor's shape in the file: stacked experts are (experts, rows, columns), DeepSeek's decompression is
+    (heads, rows, columns)."""
     if name.endswith("_exps.weight"):
         count = int(config["num_experts"])
     elif name.endswith(("attn_k_b.weight", "attn_v_b.weight")):
@@ -147,8 +156,11 @@ def _stored_shape(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) 
 
 
 def type_of(name: str, shape: tuple[int, ...], kind: str, config: Mapping[str, Any]) -> str:
-    """The type that a tensor gets, by llama.cpp's name for it: vectors and what chooses experts stay F32; the head and
-    the embedding keep 8 bits beside 4 and 5; a row that is no multiple of a block stays F16; the K types are mixtures."""
+    """Return the GGUF type of a tensor. name: llama.cpp's name.
+
+    Vectors and the experts' router stay F32. In 4- and 5-bit files the head and the embedding get 8 bits. Rows whose
+    length is no multiple of a block stay F16. The K types are mixtures (see kquants.py).
+    """
     if len(shape) < 2 or kind == "f32" or name.endswith("ffn_gate_inp.weight"):
         return "F32"
     if kind in kquants.KINDS:
@@ -166,7 +178,7 @@ def type_of(name: str, shape: tuple[int, ...], kind: str, config: Mapping[str, A
 
 
 def iter_rows(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Iterator[Any]:
-    """A tensor's rows in fp32 in llama.cpp's order, a block at a time. (n, columns); (n, 1) for a vector."""
+    """Yield a tensor's rows in fp32 in llama.cpp's order, in blocks: (n, columns); (n, 1) for a vector."""
     width = _permuted_width(name, config)
     _unused, shape = tensors.facts[name]
     for begin, end in heads(shape[0], width) if width else blocks(shape):
@@ -174,14 +186,14 @@ def iter_rows(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Iterato
 
 
 def _some_rows(tensors: Tensors, name: str, config: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
-    """(first row, rows) at the beginning, the middle and the end of a tensor."""
+    """Yield (first row, rows) at the beginning, the middle and the end of a tensor."""
     count, height = row_count(tensors.facts[name][1]), _permuted_width(name, config) or 1
     for begin in sorted({at // height * height for at in (0, count // 2, count - 1)}):
         yield begin, _fp32(tensors, name, begin, begin + height, config)
 
 
 def _permuted_width(name: str, config: Mapping[str, Any]) -> int:
-    """Numbers in a head, for the tensors whose rows llama.cpp wants pair by pair; else 0."""
+    """Return the head width for tensors whose rows llama.cpp stores in rotation pairs; else 0."""
     if ARCHITECTURES[str(config["model_type"])] not in PERMUTED_ARCHITECTURES or not name.endswith(PERMUTED):
         return 0
     return head_width(config)
@@ -192,12 +204,12 @@ def _fp32(tensors: Tensors, name: str, begin: int, end: int, config: Mapping[str
     rows = read_rows(tensors, name, begin, end, _permuted_width(name, config))
     numbers = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensors.facts[name][0]])
     if str(config["model_type"]).startswith("gemma") and name.endswith("norm.weight"):
-        return numbers + np.float32(1)  # these norms scale by 1 + weight, and llama.cpp's by what the file says
+        return numbers + np.float32(1)  # these norms scale by 1 + weight, llama.cpp's by the weight in the file
     return numbers
 
 
 def _quantised(rows: Any, stored: str) -> Any:
-    """Bytes of the rows, (n, bytes a row)."""
+    """Return the quantised rows as bytes, (n, bytes per row)."""
     if stored.endswith("_K"):
         return kquants.quantise(rows, stored)
     gguf = _library()
@@ -213,12 +225,12 @@ def _checked(data: Any, stored: str, name: str) -> Any:
 
 
 def check_tensors(tensors: Tensors, config: Mapping[str, Any]) -> None:
-    """Raise ModelError for a tensor that llama.cpp has no name for, or of a type that is no plain number."""
+    """Raise ModelError for a tensor without a llama.cpp name, or with a dtype other than fp32, fp16 and bf16."""
     _names(tensors, config)
 
 
 def _names(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
-    """transformers' name -> llama.cpp's. Raises ModelError for a tensor that has none."""
+    """Return transformers' name -> llama.cpp's. Raises ModelError for a tensor without one."""
     gguf = _library()
     kind = str(config["model_type"])
     if odd := sorted({dtype for dtype, _ in tensors.facts.values()} - {"F32", "F16", "BF16"}):
@@ -227,7 +239,7 @@ def _names(tensors: Tensors, config: Mapping[str, Any]) -> dict[str, str]:
     known = gguf.get_tensor_name_map(arch, int(config["num_hidden_layers"]))
     out = {}
     for name in tensors.facts:
-        known_as = name.removeprefix("transformer.") if kind == "bloom" else name  # as its files on the hub have it
+        known_as = name.removeprefix("transformer.") if kind == "bloom" else name  # as in its files on the hub
         known_as = known_as.replace("e_score_correction_bias", "e_score_correction.bias")
         gguf_name = known.get_name(known_as, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:

@@ -1,7 +1,7 @@
-"""What a tokenizer costs and keeps: fertility, round trips, ids that must not change, pieces that are never produced.
+"""Measure a tokenizer: fertility, round trips, ids that must not change, pieces that are never produced.
 
-Then the answer to "should I?": what a character costs to process before and after, the head included, on text that was
-not learned from, and how much the grown model has to learn again, in bits per byte.
+`advise` then decides whether an extension pays. It compares the cost per character before and after, including the head,
+on held-out text, and the loss of the extended, untrained model in bits per byte.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tongwen.vocab.script import Script
 
 Ids = list[list[int]]
 CURVE = (1_000, 2_000, 4_000, 8_000, 16_000)
-SEEN_ENOUGH = 100  # occurrences in the corpus from which a row is expected to be learned in one pass
+SEEN_ENOUGH = 100  # occurrences in the corpus that should be enough to learn a row in one pass
 WORTH = 0.25  # share of the cost per character that extension must save
 # Texts that tokenizers get wrong: rare Han, emoji, full-width and half-width forms, control characters, blanks.
 PROBES = (
@@ -34,7 +34,7 @@ PROBES = (
     "한국어 עברית العربية ไทย",
     "\ufffd\ue000",
 )
-BROKEN = (b"\xff\xfe", b"\xe4\xbd", b"ok \xf0\x9f\x98 ok")  # no valid UTF-8: read with replacement characters
+BROKEN = (b"\xff\xfe", b"\xe4\xbd", b"ok \xf0\x9f\x98 ok")  # invalid UTF-8, read with replacement characters
 EXAMPLE = 60  # characters
 ENGLISH = """A tokenizer cuts a text into pieces that the model has rows for. The fewer pieces a sentence needs, the more of it
 fits into the context, and the less each character costs. It's 21°C outside; the train leaves at 17:45, doesn't it?
@@ -52,8 +52,13 @@ SELECT name, COUNT(*) AS n FROM people WHERE age >= 18 GROUP BY name ORDER BY n 
 
 @dataclass(frozen=True)
 class MeasuredTokenizer:
-    """A tokenizer as what is measured: encode texts without special tokens (as whole texts, and as they are inside of
-    one), decode ids, bytes of each id, ids of special tokens."""
+    """The parts of a tokenizer that are measured.
+
+    encode:        encodes whole texts, without special tokens
+    encode_inside: encodes texts as they would be in the middle of a text
+    spelling:      the bytes of each id
+    special:       ids of special tokens
+    """
 
     name: str
     encode: Callable[[Sequence[str]], Ids]
@@ -68,7 +73,7 @@ class MeasuredTokenizer:
 
 
 def fertility(tokenizer: MeasuredTokenizer, texts: Sequence[str]) -> dict[str, float]:
-    """Characters, UTF-8 bytes and tokens of the texts, and their ratios."""
+    """Count characters, UTF-8 bytes and tokens of the texts, and compute their ratios."""
     characters, size = sum(map(len, texts)), sum(len(text.encode("utf-8", "replace")) for text in texts)
     tokens = sum(map(len, tokenizer.encode(texts)))
     return {
@@ -81,12 +86,12 @@ def fertility(tokenizer: MeasuredTokenizer, texts: Sequence[str]) -> dict[str, f
 
 
 def changed(old: MeasuredTokenizer, new: MeasuredTokenizer, texts: Sequence[str]) -> list[int]:
-    """Places of the texts whose ids differ."""
+    """Return the indices of texts whose ids differ."""
     return [place for place, (a, b) in enumerate(zip(old.encode(texts), new.encode(texts), strict=True)) if a != b]
 
 
 def round_trip_failures(tokenizer: MeasuredTokenizer, texts: Sequence[str]) -> list[int]:
-    """Places of the texts that do not come back from their ids."""
+    """Return the indices of texts that do not decode to themselves."""
     encoded = tokenizer.encode(texts)
     return [
         place for place, (text, ids) in enumerate(zip(texts, encoded, strict=True)) if tokenizer.decode(ids) != text
@@ -98,10 +103,11 @@ def probes() -> list[str]:
 
 
 def pieces_in_use(tokenizer: MeasuredTokenizer, first_new: int, texts: Sequence[str]) -> dict[str, int]:
-    """Of the pieces from an id on, special tokens left out: how many there are, occur in the texts, can never be produced,
-    begin a character only.
+    """Count the pieces from `first_new` on, without special tokens: all, those in the texts, those that can never be
+    produced, and those that are only the beginning of a character.
 
-    A piece whose own text does not give it is never produced: what stands around it can only take parts away."""
+    A piece that its own text does not give is never produced: surrounding text can only take parts of it away.
+    """
     new = [index for index in range(first_new, tokenizer.size) if index not in tokenizer.special]
     counts = Counter(token for ids in tokenizer.encode(texts) for token in ids if token >= first_new)
     whole, beginnings = [], 0
@@ -116,7 +122,7 @@ def pieces_in_use(tokenizer: MeasuredTokenizer, first_new: int, texts: Sequence[
 
 
 def seconds_per_megabyte(tokenizer: MeasuredTokenizer, texts: Sequence[str]) -> float:
-    """CPU seconds of encoding a million bytes, the best of three."""
+    """Return the CPU seconds to encode a million bytes, the best of three runs."""
     size = sum(len(text.encode("utf-8", "replace")) for text in texts)
     best = float("inf")
     for _index in range(3):
@@ -128,14 +134,15 @@ def seconds_per_megabyte(tokenizer: MeasuredTokenizer, texts: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a token costs in a model. body: parameters that every token passes; hidden: width of the head."""
+    """The sizes that determine a token's cost. body: parameters without embedding and head; hidden: width of the head."""
 
     name: str
     body: int
     hidden: int
 
     def per_token(self, vocabulary: int) -> float:
-        """Multiply-adds of a token: the body, and one row of the head for each entry (2 x 3 passes cancel out)."""
+        """Return a token's multiply-adds: the body, and one row of the head per vocabulary entry (constant factors, 2
+        operations x 3 passes, cancel out)."""
         return self.body + self.hidden * vocabulary
 
 
@@ -145,18 +152,18 @@ NOMINAL = ModelSize("8B", 6_950_000_000, 4096)
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One place on the curve. seen_enough: how many of the pieces stand SEEN_ENOUGH times in the corpus."""
+    """One point of the curve. seen_enough: how many of the pieces occur SEEN_ENOUGH times in the corpus."""
 
     pieces: int
     characters_per_token: float
-    cost: float  # of a character, the base's is 1
+    cost: float  # per character, relative to the base
     seen_enough: int
 
 
 def make_curve(
     base: MeasuredTokenizer, shape: ModelSize, texts: Sequence[str], steps: Sequence[tuple[int, MeasuredTokenizer, int]]
 ) -> tuple[CurvePoint, list[CurvePoint]]:
-    """(the base, one point for each (pieces, coder, seen enough)) on texts that were not learned from."""
+    """Return (the base's point, a point for each (pieces, tokenizer, seen enough)) on held-out texts."""
     start = fertility(base, texts)["characters_per_token"]
     old = shape.per_token(base.size) / start
     points = []
@@ -182,14 +189,14 @@ class VocabularyAdvice:
 def advise(
     base: CurvePoint, curve: Sequence[CurvePoint], damage: float | None = None, requested: int | None = None
 ) -> VocabularyAdvice:
-    """Whether to extend, from the curve and the damage.
+    """Advise whether to extend the vocabulary, from the curve and the damage.
 
-    damage: bits per byte of the grown, untrained model over the base's, less 1; None when no model was at hand.
-    asked:  the number of pieces that the user wants; else the cheapest point whose rows the corpus can teach.
+    damage:    bits per byte of the extended, untrained model relative to the base's, minus 1; None without a model
+    requested: the user's number of pieces; by default the cheapest point for which the corpus can train the rows
 
-    It pays when a character costs at least WORTH less. Below that the published runs found nothing gained but speed, and
-    lost what the new rows must learn first (EEVE-Korean needed 2 billion tokens for 8,960 rows; LLaMA Beyond English and
-    Chinese-LLaMA-Alpaca-3 did better without). A damage above the saving in bytes is paid back by no speed.
+    An extension pays when a character costs at least WORTH less. Below that, published runs gained nothing but speed and
+    lost training on the new rows (EEVE-Korean needed 2 billion tokens for 8,960 rows; LLaMA Beyond English and
+    Chinese-LLaMA-Alpaca-3 did better without). Speed cannot make up for a damage above the saving in bytes.
     """
     teachable = [point for point in curve if point.seen_enough >= 0.9 * point.pieces] or list(curve[:1])
     wanted = [point for point in curve if point.pieces == requested] if requested else teachable
@@ -227,7 +234,7 @@ def advise(
 def survey(
     base: MeasuredTokenizer, new: MeasuredTokenizer | None, texts: dict[str, list[str]], script: Script
 ) -> dict[str, Any]:
-    """Fertility by name of text, what stayed as it was, and examples: the parts of report.json that need no model."""
+    """Return the parts of report.json that need no model: fertility by text, unchanged behaviour, and examples."""
     out: dict[str, Any] = {"fertility": {}, "sizes": {"before": base.size}}
     for name, some in {**texts, "English": [ENGLISH], "code": [CODE]}.items():
         out["fertility"][name] = {"before": fertility(base, some)}
@@ -255,7 +262,7 @@ def survey(
 
 
 def pieces_of(tokenizer: MeasuredTokenizer, text: str) -> list[str]:
-    """The tokens as people can read them; bytes that are no whole character as their numbers."""
+    """Return the tokens of a text in readable form; incomplete characters as hexadecimal bytes."""
     out = []
     for index in tokenizer.encode([text])[0]:
         piece = tokenizer.spelling[index]

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tongwen.model.kernels.short_attention import ShortAttention
 
 NAME = "tongwen_documents"
-SHORT = 512  # tokens; in longer documents the saved weights outweigh the faster backward
+SHORT = 512  # tokens; in longer documents the cost per pair of tokens outweighs the faster backward
 HALVES = (torch.bfloat16, torch.float16)
 AMPERE = (8, 0)  # the first GPUs that flash attention supports
 WIDEST_HEAD = 256
