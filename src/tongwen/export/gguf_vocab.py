@@ -92,8 +92,8 @@ def _token(index: int, token: str | None, added: Any, model: Mapping[str, Any], 
 
 
 def _blank_dropping(added: Iterable[Mapping[str, Any]]) -> tuple[bool, list[str]]:
-    """Return (whether the tokenizer drops blanks after special tokens exactly as Phi-3's does, for all but three tokens;
-    if not, the tokens that drop blanks, which llama.cpp does not support)."""
+    """Return (whether the tokenizer drops blanks after special tokens as Phi-3's does, after all but three; if not, the
+    tokens that drop blanks, which llama.cpp does not support)."""
     dropping = {token["content"]: bool(token["rstrip"]) for token in added if token["special"] or token["rstrip"]}
     kept = {token for token, drops in dropping.items() if not drops}
     if "</s>" in dropping and kept == PHI3_KEEPS:

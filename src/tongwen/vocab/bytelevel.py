@@ -37,7 +37,7 @@ def byte_of() -> dict[str, int]:
 
 
 def to_bytes(entry: str) -> bytes:
-    """Return the bytes of a vocabulary entry; for a special token, whose characters are not byte characters, its UTF-8."""
+    """Return the bytes of a vocabulary entry, or the UTF-8 of a special token, which is not in byte characters."""
     try:
         return bytes(byte_of()[character] for character in entry)
     except KeyError:

@@ -1,7 +1,7 @@
 """Measure a tokenizer: fertility, round trips, ids that must not change, pieces that are never produced.
 
-`advise` then decides whether an extension pays. It compares the cost per character before and after, including the head,
-on held-out text, and the loss of the extended, untrained model in bits per byte.
+`advise` then decides whether an extension pays. It compares the cost per character before and after, with the head, on
+held-out text, and the loss of the extended, untrained model in bits per byte.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def seconds_per_megabyte(tokenizer: MeasuredTokenizer, texts: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The sizes that determine a token's cost. body: parameters without embedding and head; hidden: width of the head."""
+    """The sizes that set a token's cost. body: parameters without embedding and head; hidden: width of the head."""
 
     name: str
     body: int
@@ -194,8 +194,8 @@ def advise(
     damage:    bits per byte of the extended, untrained model relative to the base's, minus 1; None without a model
     requested: the user's number of pieces; by default the cheapest point for which the corpus can train the rows
 
-    An extension pays when a character costs at least WORTH less. Below that, published runs gained nothing but speed and
-    lost training on the new rows (EEVE-Korean needed 2 billion tokens for 8,960 rows; LLaMA Beyond English and
+    An extension pays when a character costs at least WORTH less. Below that, published runs gained nothing but speed,
+    and had to train the new rows first (EEVE-Korean needed 2 billion tokens for 8,960 rows; LLaMA Beyond English and
     Chinese-LLaMA-Alpaca-3 did better without). Speed cannot make up for a damage above the saving in bytes.
     """
     teachable = [point for point in curve if point.seen_enough >= 0.9 * point.pieces] or list(curve[:1])

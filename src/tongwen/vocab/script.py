@@ -85,7 +85,7 @@ class Script:
         return len(classes) == 1 and None not in classes
 
     def begins(self, piece: bytes) -> bool:
-        """Whether the bytes are the beginning of a character, and all characters with this beginning are in the script."""
+        """Whether the bytes begin a character, and all characters with this beginning are in the script."""
         bounds = code_points_of(piece)
         return bounds is not None and any(
             first <= bounds[0] and bounds[1] <= last for first, last in _merged(*SCRIPTS[self.name])

@@ -1,8 +1,8 @@
 """Add pieces to a SentencePiece model, which merges the neighbours whose piece has the highest score.
 
 - default: only pieces in the target script, with scores below the base's in the given order, with the intermediate
-  pieces that longer ones need, and without pieces that can never be produced. Text without the script keeps its ids, and
-  a fast tokenizer gives the same ids everywhere.
+  pieces that longer ones need, and without pieces that can never be produced. Text without the script keeps its ids,
+  and a fast tokenizer gives the same ids everywhere.
 - legacy: all pieces of another model with score 0, as Chinese-LLaMA-Alpaca did in 2023; the file is equal to the byte.
   New pieces then take precedence over the base's, also in its own languages, and a fast tokenizer cannot express the
   order of pieces with one common score.
@@ -194,8 +194,8 @@ def _as_tokens(
 ) -> tuple[dict[str, int], dict[tuple[int, ...], int]]:
     """Return (character -> tokens it would save as a piece, word -> count) for runs of text.
 
-    A word is a tuple of the base's tokens. A character that the base encodes as bytes becomes one new token, appended to
-    `spelling`; only such characters are in the first dict.
+    A word is a tuple of the base's tokens. A character that the base encodes as bytes becomes one new token, which is
+    appended to `spelling`; only such characters are in the first dict.
     """
     is_byte = [piece.type == piece.BYTE for piece in base.pieces]
     places: dict[bytes, int] = {}

@@ -23,7 +23,7 @@ from tongwen.model.kernels.fused_lora import fuse
 from tongwen.model.loading.load import adapter_type, quiet
 from tongwen.recipe.training import AdapterConfig, TrainedPart
 
-# Norms of rows with the same initialisation vary by about 1 / sqrt(2 * width): 1.5 allows 4 times that at a width of 32.
+# Norms of equally initialised rows vary by about 1 / sqrt(2 * width): 1.5 allows 4 times that at a width of 32.
 PADDING_SPREAD = 1.5
 
 
@@ -110,7 +110,7 @@ class Adapted:
                     matrix.data[rows] = learned.detach().to(matrix)
 
     def save(self, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
-        """Save the adapter, or the whole model without one. whole: the learners by name, if this process holds only shards
+        """Save the adapter, or the whole model without one. whole: the learners by name, if the model holds only shards
         of them."""
         with quiet():  # peft warns of ranks that AdaLoRA has emptied
             self.model.save_pretrained(str(folder), state_dict=whole)

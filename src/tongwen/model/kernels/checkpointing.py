@@ -16,7 +16,7 @@ from tongwen.model.kernels import packed_attention
 
 
 def recompute(model: Any, **options: Any) -> None:
-    """Recompute each layer in the backward and keep only its input. options: keyword arguments of torch.utils.checkpoint."""
+    """Recompute each layer in the backward and keep only its input. options: arguments of torch.utils.checkpoint."""
     kwargs = {"use_reentrant": False, **options}
     if hasattr(model, "activation_checkpointing_enable"):  # its newer name
         model.activation_checkpointing_enable(kwargs)

@@ -77,7 +77,7 @@ class FusedProjections:
         return like.new_empty(len(like), self.matrix.shape[0])
 
     def gradients(self, x: torch.Tensor, low: torch.Tensor, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (s dA (R, in), dB' (R, out)), where a layer's block of dB' is the transpose of its dB without the scale.
+        """Return (s dA (R, in), dB' (R, out)); a layer's block of dB' is the transpose of its dB without the scale.
 
         buffer: its first columns hold dy; its last columns are filled here.
         """
@@ -99,8 +99,8 @@ class FusedProjections:
 
 
 class FusedProjectionsFunction(torch.autograd.Function):
-    """x: (..., in), in the dtype of the weights -> the layers' outputs, (..., out_i) each. adapters: A, B of each layer,
-    already loaded into `fused`. Saves [x, x Aᵀ] only."""
+    """x: (..., in), in the dtype of the weights -> the layers' outputs, (..., out_i) each. Saves [x, x Aᵀ] only.
+    adapters: A, B of each layer, already loaded into `fused`."""
 
     @staticmethod
     def forward(

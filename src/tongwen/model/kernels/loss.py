@@ -27,7 +27,7 @@ def head_rows(device: str) -> int:
 
 
 def _overwrite(logits: torch.Tensor, targets: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """Return the nats of each row, (R,) in fp32, and overwrite the logits (R, V) with the gradient of scale x their sum.
+    """Return each row's nats, (R,) in fp32, and overwrite the logits (R, V) with the gradient of scale x their sum.
 
     The scale is part of the softmax's division, which saves another pass over the logits.
     """
@@ -134,7 +134,7 @@ def _logits_are_head_output(model: Any, head: torch.nn.Linear, batch: dict[str, 
 
 @contextmanager
 def _blockwise_head(model: Any) -> Iterator[torch.nn.Linear | None]:
-    """Yield the head if it runs blockwise, else None. In the block the head returns its input in place of the logits."""
+    """Yield the head if it runs blockwise, else None. In the block the head returns its input instead of logits."""
     head = (model.module if isinstance(model, DistributedDataParallel) else model).get_output_embeddings()
     if not getattr(head, "is_blockwise", False):
         yield None

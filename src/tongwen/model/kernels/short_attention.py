@@ -14,8 +14,8 @@ BLOCK = 256  # queries per block of scores
 
 
 class ShortAttention(torch.autograd.Function):
-    """query: (1, heads, T, head_dim); key, value: (1, kv_heads, T, head_dim). One block of queries at a time; scores and
-    softmax in fp32, products in bf16. Saves the softmax's output: 2 bytes for each pair of tokens and head.
+    """query: (1, heads, T, head_dim); key, value: (1, kv_heads, T, head_dim). Computes one block of queries at a time,
+    scores and softmax in fp32, products in bf16. Saves the softmax's output: 2 bytes for each pair of tokens and head.
     """
 
     @staticmethod
@@ -55,7 +55,7 @@ class ShortAttention(torch.autograd.Function):
 
 @contextmanager
 def _products_of_bf16() -> Iterator[None]:
-    """Multiply fp32 matrices as bf16 in this block, summing in fp32. Exact for values that are bf16, in half the time."""
+    """Multiply fp32 matrices as bf16 in this block, summing in fp32: exact for bf16 values, and twice as fast."""
     precision = torch.backends.mkldnn.matmul
     before = precision.fp32_precision
     precision.fp32_precision = "bf16"

@@ -138,8 +138,8 @@ def tokenizer_ref(ref: ModelRef) -> ModelRef:
 
 
 def _register_family(ref: ModelRef) -> None:
-    """Register ChatGLM-6B, which transformers lacks, if the folder's config names it. For a hub model that is not cached
-    yet, the config is unknown, so register it anyway (this takes a second)."""
+    """Register ChatGLM-6B, which transformers lacks, if the folder's config names it. The config of a hub model that is
+    not cached is unknown, so register it then too (this takes a second)."""
     folder = Path(ref.folder) if ref.is_local else cached_folder(ref.folder)
     files = [folder / name for name in ("config.json", "tokenizer_config.json")] if folder else []
     if folder is None or any("chatglm" in file.read_text(encoding="utf-8").lower() for file in files if file.is_file()):

@@ -50,7 +50,7 @@ PUBLISHED: dict[int, tuple[str, tuple[str, ...], bool, tuple[str, ...]]] = {
 
 
 def read_ranks(file: Path) -> Tokenizer | None:
-    """Return the tokenizer of a tiktoken or tekken file; None for another file. Raises ModelError for an unknown size."""
+    """Read the tokenizer of a tiktoken or tekken file; None for another file. Raises ModelError for an unknown size."""
     with file.open("rb") as stream:
         start = stream.read(64).lstrip()
     if start.startswith(b"{"):

@@ -294,7 +294,7 @@ def size_of(target: MergeTarget) -> int:
 
 
 def combine_changes(base: Tensors, targets: Sequence[MergeTarget], mix: combine.Combination) -> None:
-    """Combine the changes of each target instead of applying them in turn. Raises ArtifactError for a grown vocabulary."""
+    """Combine each target's changes instead of applying them in turn. Raises ArtifactError for a grown vocabulary."""
     for target in targets:
         if not target.changes:
             continue
@@ -319,7 +319,7 @@ def _cut(base: Tensors, target: MergeTarget, step: ChangeStep, keep: int) -> flo
 
 
 def steps_of(target: MergeTarget) -> list[ChangeStep | combine.CombinedChange]:
-    """Return the steps to apply: one for combined changes, else all from the last one that replaces the whole tensor."""
+    """Return the steps to apply: one for combined changes, else all from the last that replaces the whole tensor."""
     if target.mix:
         return [combine.CombinedChange([ChangeStep(change) for change in target.changes], target.mix, target.cuts)]
     last = max((index for index, change in enumerate(target.changes) if "whole" in change.parts), default=0)

@@ -22,7 +22,7 @@ from tongwen.model.merging.combine import CombinedChange
 from tongwen.model.merging.merge import ChangeStep, MergeResult, MergeTarget, base_rows, steps_of
 
 TOKENS = 12
-# Largest change of the logits by rounding, as a share of their spread. One wrong matrix changes them by tens of percent.
+# Largest change of the logits by rounding, as a share of their spread; one wrong matrix changes them by tens of percent.
 LIMITS = {"F64": 1e-3, "F32": 1e-3, "F16": 2e-2, "BF16": 1e-1}
 
 
@@ -135,7 +135,7 @@ def limit_of(result: MergeResult) -> float:
 
 
 def check_difference(live: Array, merged: Array, limit: float) -> dict[str, Any]:
-    """Return the differences of two logits (T, V). Raises NumbersError if they exceed `limit`, a share of the spread."""
+    """Return how two logits (T, V) differ. Raises NumbersError if by more than `limit`, a share of their spread."""
     found = measure(live, merged)
     if not found["relative"] <= limit:
         raise NumbersError(
@@ -149,7 +149,7 @@ def check_difference(live: Array, merged: Array, limit: float) -> dict[str, Any]
 
 
 def measure(live: Array, merged: Array) -> dict[str, Any]:
-    """Return how far two logits (T, V) are apart. relative: RMS as a share of the spread. Raises NumbersError on NaN."""
+    """Measure how two logits (T, V) differ. relative: RMS as a share of the spread. Raises NumbersError on NaN."""
     if not (np.isfinite(live).all() and np.isfinite(merged).all()):
         raise NumbersError(_("the logits contain NaN or Inf"), place="parity")
     apart = np.abs(live - merged)
