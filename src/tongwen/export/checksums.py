@@ -39,7 +39,7 @@ def known_files() -> list[KnownFile]:
 
 
 def read_list(file: Path) -> dict[str, str]:
-    """Read file name -> hash, from `HASH  NAME` lines (sha256 or md5) or a JSON object. Raises ArtifactError for others."""
+    """Read file name -> hash from `HASH  NAME` lines (sha256 or md5) or a JSON object. Raises ArtifactError otherwise."""
     text = file.read_text(encoding="utf-8", errors="replace")
     if text.lstrip().startswith("{"):
         try:

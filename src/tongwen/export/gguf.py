@@ -1,8 +1,8 @@
 """Write tensors to one GGUF file for llama.cpp and Ollama, a few rows at a time, and read it back.
 
 The `gguf` library's quantisers produce F32, F16, BF16, Q8_0 and the older 4- and 5-bit types, llama.cpp's own the K
-types (see kquants.py). Tensor names come from the `gguf` library's map. A family that was not verified, or a tensor that
-is not in the map, raises an error.
+types (see kquants.py). Tensor names come from the `gguf` library's map. An unverified family, or a tensor that is not in
+the map, raises an error.
 """
 
 from __future__ import annotations

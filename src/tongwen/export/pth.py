@@ -186,7 +186,7 @@ def heads(rows: int, width: int) -> Iterator[tuple[int, int]]:
 
 
 def read_rows(tensors: Tensors, name: str, begin: int, end: int, width: int) -> Any:
-    """Return rows as bytes, (n, bytes per row). width: head width, to order rows by rotation pairs; 0: keep the order."""
+    """Return rows as bytes, (n, bytes per row). width: head width, to order rows by rotation pairs; 0: no reordering."""
     rows = tensors.raw(name, begin, end).reshape(end - begin, -1)
     return np.ascontiguousarray(rows[head_order(end - begin, width, to_halves=False)]) if width else rows
 
@@ -301,7 +301,7 @@ def _share(total: int, number: int, files: int) -> tuple[int, int]:
 
 
 def head_order(rows: int, width: int, *, to_halves: bool) -> Any:
-    """Return row indices that reorder heads from rotation pairs (0, 1), (2, 3), ... to halves (0, 2, ..., 1, 3, ...), or
+    """Return row indices to reorder heads from rotation pairs (0, 1), (2, 3), ... to halves (0, 2, ..., 1, 3, ...), or
     back."""
     head = np.arange(width)
     head = head.reshape(-1, 2).T.reshape(-1) if to_halves else head.reshape(2, -1).T.reshape(-1)

@@ -1,8 +1,8 @@
 """Initialise new rows of the input embedding and the head from the base's rows.
 
 The default is the mean of the rows of a piece's old tokens. SmolLM2 with 2,000 Chinese pieces then needs 3.07 bits per
-byte before training, the base 2.50. The mean of all rows gives 4.52, and random numbers, as in transformers in 2023, 6.83
-(bench/new_rows.py, which also tests other initialisations).
+byte before training, the base 2.50. The mean of all rows gives 4.52, and random numbers, as in transformers in 2023,
+6.83 (bench/new_rows.py, which also tests other initialisations).
 """
 
 from __future__ import annotations

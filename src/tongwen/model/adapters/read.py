@@ -63,7 +63,7 @@ class AdapterChange:
         return read_fp32(self.source, self.parts[role])
 
     def low_rank(self) -> tuple[Array, Array] | None:
-        """Return (left (rows, r), right (r, columns)) of the change scale x left right; None without a low-rank part."""
+        """Return (left (rows, r), right (r, columns)): the change is scale x left right. None without these parts."""
         if "a" in self.parts:
             a, b = self.read("a"), self.read("b")
             return (a.T, b.T) if self.transposed else (b, a)

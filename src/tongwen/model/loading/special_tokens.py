@@ -18,7 +18,7 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def replace_empty_names(folder: Path) -> dict[str, str | None]:
-    """Return replacements for special tokens with an empty name: the usual token if it is in the vocabulary, or None."""
+    """Return replacements for special tokens with an empty name: the usual token if the vocabulary has it, or None."""
     empty = [name for name in USUAL if any(_text(held.get(name)) == "" for held in _configs(folder))]
     if not empty:
         return {}

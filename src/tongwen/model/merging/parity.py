@@ -22,7 +22,7 @@ from tongwen.model.merging.combine import CombinedChange
 from tongwen.model.merging.merge import ChangeStep, MergeResult, MergeTarget, base_rows, steps_of
 
 TOKENS = 12
-# Largest change of the logits by rounding, as a share of their spread; one wrong matrix changes them by tens of percent.
+# Largest change of the logits by rounding, as a share of their spread; a wrong matrix changes them by tens of percent.
 LIMITS = {"F64": 1e-3, "F32": 1e-3, "F16": 2e-2, "BF16": 1e-1}
 
 
